@@ -1,0 +1,97 @@
+"""A reduction as data: which output tokens exist, and what each is made of."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Output tokens of one reduction for a batch of images with the same number of tokens.
+
+    B images, N input tokens, K output tokens.
+
+    Attributes:
+        anchor: [B, K] int64, the input position each output token stands at. It gives order and
+            position ids. Ascending and unique unless a method documents otherwise.
+        owner: [B, N] int64, the output token each input token is averaged into, -1 if dropped.
+            None means pruning: every output token is its anchor, unchanged.
+        weight: [B, N] float32, share of each input token in its output token. None with owner.
+        inputs: N.
+        encoder_space: apply to encoder features and project again, instead of to projected tokens.
+    """
+
+    anchor: Tensor
+    inputs: int
+    owner: Tensor | None = None
+    weight: Tensor | None = None
+    encoder_space: bool = False
+
+    @property
+    def merges(self) -> bool:
+        return self.owner is not None
+
+    def row(self, index: int) -> "Reduction":
+        """The reduction of one image, on the CPU, still with a batch axis of 1."""
+        pick = slice(index, index + 1)
+        return Reduction(
+            self.anchor[pick].cpu(),
+            self.inputs,
+            None if self.owner is None else self.owner[pick].cpu(),
+            None if self.weight is None else self.weight[pick].cpu(),
+            self.encoder_space,
+        )
+
+    def apply(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] tokens -> [B, K, D], sums in float32, result in the dtype of `tokens`."""
+        if self.owner is None:
+            return gather_tokens(tokens, self.anchor)
+        batch, _, channels = tokens.shape
+        out = tokens.new_zeros(batch, self.anchor.shape[1] + 1, channels, dtype=torch.float32)
+        # Dropped tokens go to an extra last row that is cut off: no data-dependent shape, no host sync.
+        target = torch.where(self.owner < 0, self.anchor.shape[1], self.owner)
+        shares = tokens.float() * self.weight.unsqueeze(-1)
+        out.scatter_add_(1, target.unsqueeze(-1).expand_as(shares), shares)
+        return out[:, :-1].to(tokens.dtype)
+
+    def merged_count(self) -> Tensor:
+        """[B] int64, output tokens made of two or more input tokens."""
+        batch, outputs = self.anchor.shape
+        if self.owner is None:
+            return self.anchor.new_zeros(batch)
+        members = self.anchor.new_zeros(batch, outputs + 1)
+        target = torch.where(self.owner < 0, outputs, self.owner)
+        members.scatter_add_(1, target, (self.weight != 0).long())
+        return (members[:, :-1] > 1).sum(1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One applied reduction: where it happened and what it did to one sample."""
+
+    place: str  # "input", "encoder", "prompt" or "layer N"
+    reduction: Reduction
+
+
+Trace = tuple[Step, ...]
+
+
+def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
+    """[B, N, D] tokens, [B, K] positions -> [B, K, D]."""
+    return tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def keep_top(score: Tensor, budget: int) -> Tensor:
+    """Positions of the `budget` highest scores, in raster order; equal scores go to the lower index.
+
+    Args:
+        score: [B, N], higher means more important; compared in float32.
+        budget: 1 <= budget <= N.
+
+    Returns:
+        [B, budget] int64, ascending.
+    """
+    # stable: the same tie goes to the same index on every device.
+    order = score.float().argsort(dim=-1, descending=True, stable=True)
+    return order[:, :budget].sort(dim=-1).values
