@@ -1,0 +1,145 @@
+"""JSON files: readers whose errors name the file and line, and writers that survive kill -9 and a full disk."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llava.errors import UserError
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's content, with a sentence instead of an OSError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def read_json(path: Path) -> Any:
+    """One JSON document."""
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path} is not valid JSON ({error}).") from error
+
+
+def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """One line of a JSON-lines file: it must be an object."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path} line {number} is not valid JSON ({error}).") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{path} line {number} should be a JSON object, got {type(row).__name__}.")
+    return row
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) for every line that is not blank."""
+    # Split on the newline byte only: str.splitlines would also break inside a text at U+2028.
+    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
+        if line.strip():
+            yield number, parse_line(path, number, line)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` in one step: a reader, or a crash, sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in `folder` durable; a file system that cannot do it is left alone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+class DurableLines:
+    """An append-only JSON-lines file in which every line that was ever acknowledged stays readable.
+
+    A process can only die in the middle of the last line, so opening cuts that line and nothing else.
+
+    Attributes:
+        rows: every line there is, in file order.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"Cannot open {path}: {error.strerror}.") from error
+        try:
+            self.rows = self._recover()
+        except BaseException:
+            self.close()
+            raise
+
+    def _recover(self) -> list[dict[str, Any]]:
+        content = read_bytes(self.path)
+        end = content.rfind(b"\n") + 1
+        rows = [parse_line(self.path, n, line) for n, line in enumerate(content[:end].split(b"\n"), 1) if line.strip()]
+        self._end = end
+        if end == len(content):
+            return rows
+        try:
+            # Cut exactly before the newline: the answer is whole, only its end mark is missing.
+            last = parse_line(self.path, len(rows) + 1, content[end:])
+        except UserError:
+            self._cut()
+            return rows
+        self._cut()
+        self._write([last])
+        return [*rows, last]
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write `rows` and return when they are on the disk."""
+        rows = list(rows)
+        self._write(rows)
+        self.rows.extend(rows)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        try:
+            os.lseek(self._descriptor, self._end, os.SEEK_SET)
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._cut()
+            raise UserError(
+                f"Cannot write {self.path}: {error.strerror}; everything before this batch is kept, "
+                "so make room and run the same command again."
+            ) from error
+        self._end += len(data)
+
+    def _cut(self) -> None:
+        try:
+            os.ftruncate(self._descriptor, self._end)
+        except OSError:
+            pass  # the next start cuts the torn line
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

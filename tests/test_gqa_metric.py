@@ -1,0 +1,130 @@
+"""The GQA metric against the official script's printed numbers, and what it does with incomplete input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.metrics import gqa
+from llava.errors import UserError
+
+VECTORS = Path(__file__).parent / "data" / "gqa"
+
+
+def load(name: str):
+    return json.loads((VECTORS / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def questions() -> dict:
+    return load("synthetic_all_questions.json")
+
+
+@pytest.fixture(scope="module")
+def choices() -> dict:
+    return load("synthetic_choices.json")
+
+
+@pytest.fixture(scope="module")
+def predictions() -> dict:
+    lines = [json.loads(line) for line in (VECTORS / "synthetic_answers.jsonl").read_text().splitlines()]
+    return gqa.by_question((line["question_id"], gqa.normalise(line["text"])) for line in lines)
+
+
+@pytest.fixture(scope="module")
+def score(questions, predictions, choices):
+    return gqa.score(questions, predictions, choices, all_questions=questions)
+
+
+def test_normalisation_is_llavas_conversion(predictions):
+    assert predictions == {row["questionId"]: row["prediction"] for row in load("synthetic_predictions_expected.json")}
+
+
+def test_every_number_equals_the_official_scripts(score):
+    expected = load("expected_synthetic.json")
+    printed = {name.capitalize(): f"{value:.2f}%" for name, value in score.values.items()}
+    printed["Distribution"] = f"{score.values['distribution']:.2f} (lower is better)"
+    for name, table in score.groups.items():
+        printed[f"Accuracy / {name}"] = {k: f"{share:.2f}% ({count} questions)" for k, (share, count) in table.items()}
+    assert printed == expected
+
+
+def test_accuracy_is_the_mean_of_the_credits(score):
+    assert len(score.correct) == 140
+    assert score.values["accuracy"] == pytest.approx(100 * sum(score.correct.values()) / 140)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes.", "yes"),
+        ("yes...", "yes"),
+        ("U.S.", "u.s"),
+        (" yes", " yes"),
+        ("yes. ", "yes. "),
+        ("the dog", "the dog"),
+        ("", ""),
+    ],
+)
+def test_normalise_strips_final_full_stops_and_nothing_else(text, expected):
+    assert gqa.normalise(text) == expected
+
+
+def test_without_choices_and_all_questions_the_rest_is_unchanged(questions, predictions, score):
+    bare = gqa.score(questions, predictions)
+    assert bare.values["validity"] == bare.values["plausibility"] == 0
+    assert bare.values["consistency"] is None
+    for name in ("accuracy", "binary", "open", "distribution"):
+        assert bare.values[name] == score.values[name]
+    assert bare.groups == score.groups
+    assert any("choices" in note for note in bare.notes) and any("consistency" in note for note in bare.notes)
+
+
+def test_consistency_needs_the_entailed_predictions(questions, predictions, choices):
+    """A --limit run answers some questions only; a consistency over those would be another number."""
+    balanced = {name for name, question in questions.items() if question["isBalanced"]}
+    partial = gqa.score(
+        questions, {n: p for n, p in predictions.items() if n in balanced}, choices, all_questions=questions
+    )
+    assert partial.values["consistency"] is None
+    assert any("entailed" in note for note in partial.notes)
+
+
+def test_a_missing_prediction_is_an_error_with_count_and_ids(questions, predictions):
+    short = {name: text for name, text in predictions.items() if name not in ("2000000", "2000004")}
+    with pytest.raises(UserError, match=r"2 questions without a prediction: 2000000, 2000004\."):
+        gqa.score(questions, short)
+
+
+def test_a_prediction_for_no_question_is_an_error(questions, predictions):
+    with pytest.raises(UserError, match=r"1 prediction for questions that are not in the question file: 77\."):
+        gqa.score(questions, {**predictions, "77": "yes"})
+
+
+def test_a_repeated_id_is_an_error():
+    with pytest.raises(UserError, match=r"1 question answered more than once: 5\."):
+        gqa.by_question([("5", "yes"), ("6", "no"), ("5", "no")])
+
+
+def chi_square_by_the_book(pairs: list[tuple[str, str, str]]) -> float:
+    """(group, answer, prediction): plain loops over the definition."""
+    weighted = 0.0
+    for group in {group for group, _, _ in pairs}:
+        golds = [gold for g, gold, _ in pairs if g == group]
+        said = [prediction for g, _, prediction in pairs if g == group]
+        chi = sum((said.count(answer) - golds.count(answer)) ** 2 / golds.count(answer) for answer in set(golds))
+        weighted += chi * len(golds)
+    return weighted / len(pairs) / 100
+
+
+def test_distribution_against_the_definition(questions, predictions, score):
+    pairs = [
+        (question["groups"]["global"], question["answer"], predictions[name])
+        for name, question in questions.items()
+        if question["isBalanced"] and question["groups"]["global"] is not None
+    ]
+    assert score.values["distribution"] == pytest.approx(chi_square_by_the_book(pairs), rel=1e-12)
+
+
+def test_no_questions_give_zeros_not_a_division_error():
+    assert gqa.score({}, {}).values["accuracy"] == 0

@@ -1,0 +1,74 @@
+"""Training scenes on disk: rendered once per rank, memory-mapped afterwards, resumable.
+
+Half of the scenes are natural, half dense. A corpus folder holds `images.npy`, `owners.npy` and `things.npy`;
+`done.npy` counts what is finished, so an interrupted rendering goes on where it stopped.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from tinyllava.scenes import GRID, SIDE, Thing, scene
+
+MAX_THINGS = 20
+FIELDS = ("kind", "x", "y", "side", "shape", "color", "big", "digit", "pattern")
+KINDS = ("", "panel", "shape", "frame")  # 0 marks an unused row
+
+
+class Corpus:
+    """Scenes `first`, `first + stride`, ... of a split.
+
+    Attributes:
+        images: [n, 192, 192, 3] uint8.
+        owners: [n, 24, 24] int8, row of `things` that covers a patch, -1 for background.
+        things: [n, 20, 9] float32, columns as in FIELDS.
+    """
+
+    def __init__(self, folder: Path, split: str, size: int, first: int = 0, stride: int = 1, quiet: bool = False):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.images = _map(folder / "images.npy", (size, SIDE, SIDE, 3), np.uint8)
+        self.owners = _map(folder / "owners.npy", (size, GRID, GRID), np.int8)
+        self.things = _map(folder / "things.npy", (size, MAX_THINGS, len(FIELDS)), np.float32)
+        done = _map(folder / "done.npy", (1,), np.int64)
+        bar = tqdm(range(int(done[0]), size), desc=f"render {split}", initial=int(done[0]), total=size, disable=quiet)
+        for row in bar:
+            number = first + row * stride
+            # Alternate natural and dense by the row, so that every rank holds half of each.
+            drawn = scene(split, number // 2, dense=row % 2 == 1)
+            self.images[row], self.owners[row] = drawn.image, drawn.owner
+            self.things[row] = _table(drawn.things)
+            if row % 200 == 199 or row == size - 1:
+                done[0] = row + 1
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def list_things(self, row: int) -> tuple[Thing, ...]:
+        """The things of one scene as objects, for the question writer."""
+        used = self.things[row][self.things[row, :, 0] > 0]
+        return tuple(
+            Thing(KINDS[int(kind)], float(x), float(y), int(side), *(int(value) for value in rest))
+            for kind, x, y, side, *rest in used
+        )
+
+    def patch_labels(self, rows: np.ndarray) -> np.ndarray:
+        """[B, 576, 9] float32: the fields of the thing under each patch, zeros (kind 0) on background."""
+        owners = self.owners[rows].reshape(len(rows), -1).astype(np.int64)
+        padded = np.concatenate([self.things[rows], np.zeros((len(rows), 1, len(FIELDS)), np.float32)], 1)
+        return padded[np.arange(len(rows))[:, None], np.where(owners < 0, MAX_THINGS, owners)]
+
+
+def _table(things: tuple[Thing, ...]) -> np.ndarray:
+    table = np.zeros((MAX_THINGS, len(FIELDS)), np.float32)
+    for row, thing in enumerate(things):
+        table[row] = (KINDS.index(thing.kind), *(getattr(thing, field) for field in FIELDS[1:]))
+    return table
+
+
+def _map(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
+    if path.exists():
+        existing = np.lib.format.open_memmap(path, mode="r+")
+        if existing.shape == shape:
+            return existing
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

@@ -1,0 +1,133 @@
+"""Stage 2: train projector and decoder on questions about frozen, cached vision features.
+
+    torchrun --nproc-per-node 2 -m tinyllava.train_language --folder runs/tiny
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from tinyllava import ranks, vision
+from tinyllava.corpus import Corpus
+from tinyllava.features import Features
+from tinyllava.language import PATCHES, Questions, alignment_loss, answer_loss, build_llava, fold_feature_scale, forward
+from tinyllava.optimizer import MasterOptimizer
+from tinyllava.questions import FAMILIES
+from tinyllava.tracking import start_tracking
+from tinyllava.train_vision import keep_things_first
+from tinyllava.trainer import train
+
+# Families that a picture answers late in training are asked twice as often.
+SAMPLED = [*FAMILIES, "verify", "verify", "exist", "shape", "count", "relate"]
+ALIGNMENT = 0.2
+
+
+class Trainee(nn.Module):
+    """The trained parts of a LLaVA."""
+
+    def __init__(self, llava):
+        super().__init__()
+        self.language_model, self.projector = llava.model.language_model, llava.model.multi_modal_projector
+
+
+def load_clip(folder: Path):
+    """The CLIP model that stage 1 left in `folder`, in bfloat16."""
+    clip = vision.build_clip()
+    saved = torch.load(folder / "vision.pt", weights_only=True)
+    clip.load_state_dict({name.removeprefix("clip."): w for name, w in saved.items() if name.startswith("clip.")}, strict=False)
+    return clip.bfloat16().eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="the folder that stage 1 wrote")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--images", type=int, default=9000, help="training scenes per rank")
+    parser.add_argument("--batch", type=int, default=20, help="images per rank and step")
+    parser.add_argument("--questions", type=int, default=10, help="questions per image")
+    parser.add_argument("--keep", type=int, default=136, help="visual tokens per image before the last tenth")
+    args = parser.parse_args()
+    ranks.start()
+    torch.manual_seed(0)
+    quiet = ranks.RANK > 0
+    clip = load_clip(args.folder)
+    stored = np.load(args.folder / f"train{ranks.RANK}" / "images.npy", mmap_mode="r").shape[0]
+    corpus = Corpus(args.folder / f"train{ranks.RANK}", "train", stored, ranks.RANK, ranks.WORLD, quiet)
+    corpus.images = corpus.images[: args.images]
+    features = Features(args.folder / f"features{ranks.RANK}.bin", corpus, clip, quiet)
+    model = build_llava(clip.config.vision_config)
+    if ranks.RANK == 0:
+        val = Corpus(args.folder / "val", "val", 200, quiet=True)
+        val_features = Features(args.folder / "features_val.bin", val, clip, quiet=True)
+    # Every rank must start from the same weights: the scale comes from rank-independent scenes.
+    fold_feature_scale(model.model.multi_modal_projector, reference_features(clip))
+    trainee = Trainee(model)
+    optimizer = MasterOptimizer(trainee, lambda name: ".layers." in name, lr=2e-3, adam_lr=1.5e-3, clip=1.0)
+    table = trainee.language_model.embed_tokens.weight
+
+    def loss_of(step: int, rng: np.random.Generator):
+        full = step >= 0.9 * args.steps and rng.random() < 0.8
+        batch, count = (args.batch // 2, args.questions + 4) if full else (args.batch, args.questions)
+        rows = np.sort(rng.choice(len(corpus), batch, replace=False))
+        families = [[SAMPLED[k] for k in rng.integers(0, len(SAMPLED), count)] for _ in rows]
+        questions = Questions(corpus, rows, families, rng)
+        labels, inputs = torch.from_numpy(corpus.patch_labels(rows)), features[rows]
+        kept = torch.arange(PATCHES).expand(batch, -1)
+        if not full:
+            guided = keep_things_first(labels, args.keep)
+            anywhere = torch.rand(batch, PATCHES).topk(args.keep, 1).indices.sort(1).values
+            kept = torch.where(torch.rand(batch, 1) < 0.8, guided, anywhere)
+            inputs = inputs.gather(1, kept[..., None].expand(-1, -1, inputs.shape[-1]))
+            labels = labels.gather(1, kept[..., None].expand(-1, -1, labels.shape[-1]))
+        renumber = not full and rng.random() < 0.3
+        logits, visual = forward(trainee, inputs, kept, questions, renumber)
+        loss = answer_loss(logits, questions.answer)
+        light = ALIGNMENT * max(0.0, 1 - step / (0.3 * args.steps))
+        if light > 0:
+            loss = loss + light * alignment_loss(table, visual, labels)
+        return loss, accuracy(logits, questions)
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        rng, parts = np.random.default_rng(5), []
+        for start in range(0, 100, 20):
+            rows = np.arange(start, start + 20)
+            questions = Questions(val, rows, [list(FAMILIES)] * 20, rng)
+            kept = torch.arange(PATCHES).expand(20, -1)
+            logits, _ = forward(trainee, val_features[rows], kept, questions, False)
+            parts.append(accuracy(logits, questions))
+        return {name: float(np.nanmean([part.get(name, np.nan) for part in parts])) for name in ["all", *FAMILIES]}
+
+    tracker = start_tracking("language", args.folder, vars(args)) if ranks.RANK == 0 else None
+    train("language", args.folder, optimizer, args.steps, loss_of, evaluate, 300, 100, 0.5, tracker=tracker)
+    if ranks.RANK == 0:
+        print({name: round(value, 4) for name, value in evaluate().items()})
+        torch.save(optimizer.masters, args.folder / "language.pt")
+    ranks.stop()
+
+
+@torch.no_grad()
+def reference_features(clip):
+    """Features of eight training scenes, the same on every rank."""
+    from tinyllava.scenes import scene
+
+    images = np.stack([scene("train", index, dense=index % 2 == 1).image for index in range(8)])
+    return vision.vision_states(clip, vision.patchify(images), last=False)[0][:, 1:]
+
+
+def accuracy(logits, questions: Questions) -> dict[str, float]:
+    """Share of right first words, over all and by family."""
+    right, asked = (logits[:, :, 0].argmax(-1) == questions.answer).numpy(), (questions.answer != -100).numpy()
+    numbers = {"all": right[asked].mean().item()}
+    for family in FAMILIES:
+        mine = asked & (questions.family == family)
+        if mine.any():
+            numbers[family] = right[mine].mean().item()
+    return numbers
+
+
+if __name__ == "__main__":
+    main()
