@@ -120,9 +120,7 @@ def lock(folder: Path) -> int:
         owner = os.read(descriptor, 20).decode(errors="replace").strip()
         os.close(descriptor)
         name = f" (process {owner})" if owner.isdigit() else ""
-        raise UserError(
-            f"{folder} is in use by another run{name}; wait for it or choose another --output."
-        ) from error
+        raise UserError(f"{folder} is in use by another run{name}; wait for it or choose another --output.") from error
     except OSError:
         return descriptor  # a file system without locks: better unprotected than unusable
     try:

@@ -1,5 +1,6 @@
 """JSON files: readers whose errors name the file and line, and writers that survive kill -9 and a full disk."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -134,10 +135,8 @@ class DurableLines:
         self._end += len(data)
 
     def _cut(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # if this fails too, the next start cuts the torn line
             os.ftruncate(self._descriptor, self._end)
-        except OSError:
-            pass  # the next start cuts the torn line
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -76,7 +76,9 @@ class ImageProcessor:
         """Read a CLIP preprocessor_config.json. A step switched off there is refused: the tower expects all of them."""
         off = [step for step in STEPS if not config.get(step, True)]
         if off:
-            raise UserError(f"The image preprocessor switches off {', '.join(off)}; only full CLIP preprocessing is known.")
+            raise UserError(
+                f"The image preprocessor switches off {', '.join(off)}; only full CLIP preprocessing is known."
+            )
         return cls(
             size=_side(config.get("size", 224), "shortest_edge", "size"),
             crop=_side(config.get("crop_size", 224), "height", "crop_size"),
@@ -116,7 +118,9 @@ def _side(value: Any, key: str, field: str) -> int:
         square = value.get("height") == value.get("width")
         value = value.get(key) if key in value and square else None
     if not isinstance(value, int):
-        raise UserError(f"The image preprocessor has no {key} in its {field}; a CLIP preprocessor_config.json was expected.")
+        raise UserError(
+            f"The image preprocessor has no {key} in its {field}; a CLIP preprocessor_config.json was expected."
+        )
     return value
 
 

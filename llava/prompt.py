@@ -1,7 +1,8 @@
 """From a question to token ids with one slot for the image, and where in them the question stands.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/mm_utils.py, tokenizer_image_token
-Differs from it: nothing known; the ranges of the question's tokens are ours.
+Differs from it: the ranges of the question's tokens are ours. The ids are the same except, with the Llama tokenizer of
+transformers 5, for a piece that begins with a space (no dummy space is put before it); no prompt built here has one.
 """
 
 from collections.abc import Sequence

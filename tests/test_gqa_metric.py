@@ -128,3 +128,19 @@ def test_distribution_against_the_definition(questions, predictions, score):
 
 def test_no_questions_give_zeros_not_a_division_error():
     assert gqa.score({}, {}).values["accuracy"] == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (["select: dog (1)", "query: color"], 2),
+        (["select: dog (1)", "query: name"], 1),
+        (["select: dog (1)", "relate: person,on,s (2)", "choose name: man|woman"], 2),
+        (["select: dog (1)", "exist: ?"], 1),
+        (["select: dog (1)", "verify color: red", "and: "], 3),
+    ],
+)
+def test_naming_and_existence_are_not_reasoning_steps(steps, expected):
+    pairs = [step.split(": ", 1) for step in steps]
+    program = [{"operation": operation, "argument": argument} for operation, argument in pairs]
+    assert gqa.count_steps({"semantic": program}) == expected

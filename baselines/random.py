@@ -1,0 +1,32 @@
+"""random: visual tokens drawn without replacement, the floor that a method must beat.
+
+Paper: none, a control.
+Official code read: none.
+Differs from it: nothing known.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from llava.reducer import PromptState, Reducer, option, seed_of
+from llava.reduction import Reduction
+from llava.registry import register
+
+
+@register("random")
+@dataclass(frozen=True, kw_only=True)
+class Random(Reducer):
+    """Seeded by the sample's id, so that batch, order and process make no difference."""
+
+    summary: ClassVar[str] = "tokens drawn at random, seeded per question"
+    seed: int = option(0, "another draw")
+
+    def prompt(self, state: PromptState) -> Reduction:
+        total = state.tokens.shape[1]
+        rows = []
+        for name in state.ids:
+            generator = torch.Generator().manual_seed(seed_of("random", self.seed, name))
+            rows.append(torch.randperm(total, generator=generator)[: self.budget].sort().values)
+        return Reduction(torch.stack(rows).to(state.tokens.device), total)

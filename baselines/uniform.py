@@ -1,0 +1,46 @@
+"""uniform: tokens spread evenly over the picture, whatever is in it.
+
+Paper: none, a control.
+Official code read: none.
+Differs from it: nothing known.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llava.layout import Layout
+from llava.reducer import PromptState, Reducer
+from llava.reduction import Reduction
+from llava.registry import register
+
+
+def even_grid(layout: Layout, budget: int) -> Tensor:
+    """Positions [budget] int64, ascending, as even as the budget allows.
+
+    The budget is dealt to evenly spaced rows, and each row's share is spaced evenly along it. A square budget gives a
+    square grid.
+    """
+    used = max(1, min(layout.rows, round(math.sqrt(budget * layout.rows / layout.columns))))
+    used = max(used, math.ceil(budget / layout.columns))
+    picked = []
+    for index in range(used):
+        row = (2 * index + 1) * layout.rows // (2 * used)
+        share = budget * (index + 1) // used - budget * index // used
+        picked += [row * layout.columns + (2 * i + 1) * layout.columns // (2 * share) for i in range(share)]
+    return torch.tensor(picked)
+
+
+@register("uniform")
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Reducer):
+    """The same positions in every picture."""
+
+    summary: ClassVar[str] = "an even grid of tokens"
+
+    def prompt(self, state: PromptState) -> Reduction:
+        anchor = even_grid(state.layout, self.budget).to(state.tokens.device)
+        return Reduction(anchor.expand(len(state.tokens), -1), state.tokens.shape[1])

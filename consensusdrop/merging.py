@@ -1,0 +1,113 @@
+"""Encoder-guided merging: what is not retained is averaged into a few tokens, or into the retained ones.
+
+Paper: https://arxiv.org/abs/2602.00946 (abstract: "the remainder is compressed by encoder-guided token merging")
+Official code read: none was released; dvlab-research/VisionZip@3151f6d for the stride anchors and its sum.
+Differs from it: anchors and weights are named choices.
+
+Shapes: B images, N tokens, R retained, M anchors, D channels of the encoder keys.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava.reduction import Reduction, gather_tokens, keep_top
+
+ANCHORS = ("saliency", "stride", "farthest", "retained")
+WEIGHTS = ("saliency", "mean", "anchor_plus_mean", "none")
+
+
+def others(kept: Tensor, total: int) -> Tensor:
+    """[B, R] positions -> the [B, N-R] positions that are not among them, ascending."""
+    taken = torch.zeros(kept.shape[0], total, dtype=torch.uint8, device=kept.device)
+    taken.scatter_(1, kept, 1)
+    return taken.argsort(dim=1, stable=True)[:, : total - kept.shape[1]]
+
+
+def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, keys: Tensor, count: int) -> Tensor:
+    """[B, M] anchors among the positions `rest`, ascending.
+
+    Args:
+        rule: "saliency" (D1, the most salient), "stride" (D2, every n-th, as VisionZip) or "farthest" (D3,
+            farthest-point sampling by cosine of keys, from the most salient).
+    """
+    if rule == "stride":
+        step = max(1, rest.shape[1] // count)
+        return rest[:, ::step][:, :count]
+    local = saliency.gather(1, rest)
+    if rule == "saliency":
+        return rest.gather(1, keep_top(local, count))
+    unit = F.normalize(gather_tokens(keys, rest), dim=-1)
+    rows = torch.arange(len(rest), device=rest.device)
+    chosen = [local.argmax(1)]
+    nearest = torch.full_like(local, torch.inf)
+    for _ in range(count - 1):
+        distance = 1 - (unit @ unit[rows, chosen[-1]].unsqueeze(-1)).squeeze(-1)
+        nearest = torch.minimum(nearest, distance)
+        # A chosen token must not come again, not even among identical ones.
+        nearest = nearest.scatter(1, chosen[-1].unsqueeze(1), -torch.inf)
+        chosen.append(nearest.argmax(1))
+    return rest.gather(1, torch.stack(chosen, 1).sort(1).values)
+
+
+def assign(members: Tensor, anchors: Tensor, keys: Tensor) -> Tensor:
+    """[B, L] members and [B, M] anchors -> [B, L] index into the anchors, the nearest by cosine of encoder keys."""
+    unit = F.normalize(keys.float(), dim=-1)
+    return (gather_tokens(unit, members) @ gather_tokens(unit, anchors).transpose(1, 2)).argmax(-1)
+
+
+def member_weights(rule: str, owner: Tensor, anchor: Tensor, saliency: Tensor) -> Tensor:
+    """[B, N] share of each token in its output token.
+
+    Args:
+        rule: "saliency" (W1, average weighted by saliency), "mean" (W2) or "anchor_plus_mean" (W3, the anchor plus the
+            unweighted mean of its members: a sum, as VisionZip's code does).
+        owner: [B, N] output index or -1.
+        anchor: [B, K] position of each output token.
+    """
+    outputs = anchor.shape[1]
+    used = owner >= 0
+    slot = torch.where(used, owner, outputs)
+
+    def per_output(values: Tensor) -> Tensor:
+        """Sum over the members of each output token, handed back to every member."""
+        return values.new_zeros(len(values), outputs + 1).scatter_add_(1, slot, values).gather(1, slot)
+
+    if rule == "anchor_plus_mean":
+        member = used.float().scatter(1, anchor, 0.0)
+        return (member / per_output(member).clamp(min=1)).scatter(1, anchor, 1.0)
+    # A floor keeps a group whose saliency underflows to zero an average instead of 0/0.
+    share = torch.where(used, saliency.float().clamp(min=1e-12) if rule == "saliency" else 1.0, 0.0)
+    return share / per_output(share).clamp(min=1e-30)
+
+
+def merge_plan(
+    retained: Tensor, merged: int, saliency: Tensor, keys: Tensor, anchors: str, weights: str, appended: bool
+) -> Reduction:
+    """The reduction that keeps `retained` and compresses the rest.
+
+    Args:
+        retained: [B, R] positions, ascending.
+        merged: M, how many tokens the rest becomes; with "retained" anchors it is 0 and the rest joins the retained.
+        saliency: [B, N] encoder saliency.
+        keys: [B, N, D] encoder keys.
+        anchors, weights: the choices above; weights "none" drops the members and keeps the bare anchors.
+        appended: put merged tokens behind the retained ones instead of in raster order.
+    """
+    total = saliency.shape[1]
+    rest = others(retained, total)
+    centres = retained if anchors == "retained" else retained[:, :0]
+    anchor = retained
+    if merged:
+        centres = choose_anchors(anchors, rest, saliency, keys, merged)
+        anchor = torch.cat([retained, centres], dim=1)
+    if not appended:
+        anchor = anchor.sort(dim=1).values
+    if weights == "none" or not centres.shape[1] or not rest.shape[1]:
+        return Reduction(anchor, total)
+    outputs = torch.arange(anchor.shape[1], device=anchor.device).expand_as(anchor)
+    owner = torch.full((len(anchor), total), -1, device=anchor.device).scatter_(1, anchor, outputs)
+    members = others(anchor, total)
+    home = centres.gather(1, assign(members, centres, keys))
+    owner = owner.scatter(1, members, owner.gather(1, home))
+    return Reduction(anchor, total, owner, member_weights(weights, owner, anchor, saliency))

@@ -1,0 +1,158 @@
+"""ConsensusDrop: retain by a consensus of encoder saliency and query-aware attention, merge the remainder.
+
+Paper: https://arxiv.org/abs/2602.00946 (abstract only)
+Official code read: none was released.
+Differs from it: unknown. Facts and reconstruction are told apart in docs/consensusdrop.md.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from consensusdrop.fusion import FUSIONS, fuse
+from consensusdrop.merging import ANCHORS, WEIGHTS, merge_plan
+from llava.errors import UserError
+from llava.reducer import ModelFacts, PromptState, Reducer, option
+from llava.reduction import Reduction, keep_top
+from llava.registry import register
+from llava.signals import Signal
+
+VISIONZIP_SPLIT = 10 / 64  # merged share of the budget: 54 + 10, 108 + 20, 162 + 30
+
+
+def pool_attention(weights: Tensor, rows: Tensor, heads: str, pooling: str) -> Tensor:
+    """Cross-modal saliency c [B, N] from attention [B, H, T, N] of the rows [B, T] that exist.
+
+    Args:
+        heads: "mean" over all heads, or "sharp" for the half of the heads with the lowest entropy (the others look
+            everywhere).
+        pooling: "mean" or "max" over rows.
+    """
+    exists = rows[:, None, :, None]
+    if heads == "sharp":
+        entropy = -(weights.clamp(min=1e-12).log() * weights).sum(-1)
+        entropy = (entropy * rows[:, None]).sum(-1) / rows.sum(-1)[:, None].clamp(min=1)
+        half = max(1, weights.shape[1] // 2)
+        sharpest = entropy.argsort(dim=1, stable=True)[:, :half]
+        weights = weights.gather(1, sharpest[:, :, None, None].expand(-1, -1, *weights.shape[2:]))
+    if pooling == "max":
+        return (weights * exists).amax(2).mean(1)
+    return (weights * exists).sum(2).mean(1) / rows.sum(-1)[:, None].clamp(min=1)
+
+
+@register("consensusdrop")
+@dataclass(frozen=True, kw_only=True)
+class ConsensusDrop(Reducer):
+    """Acts before decoder layer 0, when the question is known and no decoder layer has run yet."""
+
+    summary: ClassVar[str] = "rank by encoder saliency and question attention together, merge the rest"
+
+    alpha: float = option(0.5, "encoder's say in the ranking: 1 encoder only, 0 cross-modal only")
+    fusion: str = option("rank", "rule that makes one ranking of two", tuple(FUSIONS))
+    cross_top: int = option(0, "rank fusion: rank only so many of the cross-modal scores, 0 for all")
+    temperature: float = option(1.0, "log fusion: sharpen the cross-modal distribution")
+    rrf_k: float = option(60.0, "reciprocal rank fusion: the constant k")
+    gate_beta: float = option(1.0, "gate fusion: how strongly the text raises the encoder's score")
+    probe: str = option("static", "inputs of the probe: embeddings, or real layer inputs", ("static", "contextual"))
+    probe_layer: int = option(0, "decoder layer whose norm and projections the probe uses")
+    query: str = option("question", "text rows that look at the picture", ("question", "instruction", "last"))
+    pooling: str = option("mean", "over text rows", ("mean", "max"))
+    heads: str = option("mean", "all heads, or the sharper half", ("mean", "sharp"))
+    rope: bool = option(False, "rotate the probe's queries and keys by their positions")
+    block: int = option(-2, "tower block that gives saliency and keys")
+    merged_share: float = option(VISIONZIP_SPLIT, "share of the budget that merged tokens take")
+    anchors: str = option("saliency", "what leftovers are merged into", ANCHORS)
+    weights: str = option("saliency", "how a merged token is averaged; none drops leftovers", WEIGHTS)
+    merge_space: str = option("projected", "merge projected tokens or tower features", ("projected", "encoder"))
+    cls_token: bool = option(False, "keep the CLS token as one of the budget")
+    order: str = option("raster", "place of merged tokens", ("raster", "appended"))
+    crops: str = option("each", "split the budget evenly over crops, or rank all together", ("each", "global"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"consensusdrop.alpha must be between 0 and 1, got {self.alpha}.")
+        if not 0 <= self.merged_share < 1:
+            raise UserError(f"consensusdrop.merged_share must be at least 0 and below 1, got {self.merged_share}.")
+        if self.temperature <= 0:
+            raise UserError(f"consensusdrop.temperature must be above 0, got {self.temperature}.")
+        if self.probe == "static" and self.query == "last":
+            # Its embedding is the same for every question, so the ranking would not depend on the question.
+            raise UserError("consensusdrop.query=last needs consensusdrop.probe=contextual and a probe_layer of at least 1.")
+        if self.probe == "contextual" and self.probe_layer < 1:
+            raise UserError("consensusdrop.probe=contextual needs a probe_layer of at least 1; layer 0 sees embeddings only.")
+
+    @property
+    def keep_cls(self) -> bool:
+        return self.cls_token
+
+    def check(self, facts: ModelFacts) -> None:
+        super().check(facts)
+        if not 0 <= self.probe_layer < facts.layers:
+            raise UserError(f"consensusdrop.probe_layer must be below {facts.layers} (decoder layers), got {self.probe_layer}.")
+        if not facts.has_cls:
+            raise UserError("consensusdrop needs a vision tower with a CLS token; this one has none.")
+        if self.crops == "each" and self.budget % facts.layout.crops:
+            raise UserError(f"consensusdrop splits its budget over {facts.layout.crops} crops; {self.budget} does not divide.")
+
+    def signals(self) -> tuple[Signal, ...]:
+        return Signal("cls_attention", self.block), Signal("keys", self.block)
+
+    @property
+    def reads_question(self) -> bool:
+        """False when the cross-modal signal has no say and need not be computed."""
+        return self.fusion == "gate" or self.alpha < 1
+
+    def prompt(self, state: PromptState) -> Reduction | None:
+        if self.budget >= state.tokens.shape[1]:
+            return None  # everything stays
+        saliency, keys = (state.signals[signal] for signal in self.signals())
+        cross = self._cross_saliency(state) if self.reads_question else None
+        crops = state.layout.crops if self.crops == "each" else 1
+        plan = self._plan(*(None if t is None else _split(t, crops) for t in (saliency, cross, keys)), crops)
+        return _join(plan, crops, self.cls_token, self.merge_space == "encoder")
+
+    def _cross_saliency(self, state: PromptState) -> Tensor:
+        attention = state.text_attention(self.probe_layer, self.query, self.rope, self.probe == "contextual")
+        cross = pool_attention(*attention, self.heads, self.pooling)
+        return _without_cls(cross, state.layout.crops) if self.cls_token else cross
+
+    def _plan(self, saliency: Tensor, cross: Tensor | None, keys: Tensor, crops: int) -> Reduction:
+        budget = self.budget // crops - self.cls_token
+        merged = 0 if self.anchors == "retained" else round(budget * self.merged_share)
+        keep = budget - merged
+        choices = {name: getattr(self, name) for name in ("alpha", "cross_top", "temperature", "rrf_k", "gate_beta")}
+        retained = keep_top(fuse(saliency, cross, self.fusion, keep, **choices), keep)
+        return merge_plan(retained, merged, saliency, keys, self.anchors, self.weights, self.order == "appended")
+
+
+def _split(tensor: Tensor, crops: int) -> Tensor:
+    """[B, crops * N, ...] -> [B * crops, N, ...]."""
+    return tensor.unflatten(1, (crops, -1)).flatten(0, 1)
+
+
+def _without_cls(score: Tensor, crops: int) -> Tensor:
+    """Drop the first entry of each crop."""
+    return score.unflatten(1, (crops, -1))[:, :, 1:].flatten(1)
+
+
+def _join(plan: Reduction, crops: int, cls_token: bool, encoder_space: bool) -> Reduction:
+    """Reductions of single crops -> one of the whole image, CLS tokens put back in front of their crops."""
+    anchor, owner, weight, inputs = plan.anchor, plan.owner, plan.weight, plan.inputs
+    if cls_token:
+        first = anchor.new_zeros(len(anchor), 1)
+        anchor, inputs = torch.cat([first, anchor + 1], 1), inputs + 1
+        if owner is not None:
+            owner = torch.cat([first, torch.where(owner < 0, owner, owner + 1)], 1)
+            weight = torch.cat([weight.new_ones(len(weight), 1), weight], 1)
+    if crops > 1:
+        kept = anchor.shape[1]
+        step = torch.arange(crops, device=anchor.device)[None, :, None]
+        anchor = (anchor.unflatten(0, (-1, crops)) + step * inputs).flatten(1)
+        if owner is not None:
+            owner = owner.unflatten(0, (-1, crops))
+            owner = torch.where(owner < 0, owner, owner + step * kept).flatten(1)
+            weight = weight.unflatten(0, (-1, crops)).flatten(1)
+    return Reduction(anchor, inputs * crops, owner, weight, encoder_space)

@@ -1,0 +1,141 @@
+"""Evaluate one method at one budget on one benchmark.
+
+python -m eval --method consensusdrop --budget 64
+python -m eval --method full --limit 100
+python -m eval --list
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from eval import benchmarks
+from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT, RunConfig, method_options, whole_number
+from llava.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong flags end in one sentence, as every other mistake does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[:1].upper()}{message[1:]}; see --help.")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults where there are any: "(default: None)" says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m eval",
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    p.add_argument("--method", help="name of the method; see --list")
+    p.add_argument("--budget", help="visual tokens to keep per image; not needed for 'full'")
+    p.add_argument("--set", action="append", default=[], metavar="METHOD.KEY=VALUE", help="option of the method")
+    p.add_argument("--benchmark", default="gqa", help="benchmark; see --list")
+    p.add_argument("--split", help="split of the benchmark; its first one if left out")
+    p.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub name of a LLaVA checkpoint")
+    p.add_argument("--data", default=str(DEFAULT_DATA), help="folder that holds the benchmarks, one folder each")
+    p.add_argument("--output", help="default: results/BENCHMARK-SPLIT/MODEL/METHOD-BUDGET")
+    p.add_argument("--batch-size", default="8", help="questions answered at once")
+    p.add_argument("--limit", help="ask the first LIMIT questions only")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    p.add_argument("--device", default="auto", help="torch device")
+    p.add_argument("--max-new-tokens", default="128", help="longest answer")
+    p.add_argument("--seed", default="0", help="for methods that draw random numbers, and for the intervals")
+    p.add_argument("--wandb", default="auto", choices=("auto", "online", "offline", "disabled"), help="W&B logging")
+    p.add_argument("--restart", action="store_true", help="move an earlier run in the output folder aside")
+    p.add_argument("--list", action="store_true", help="print the methods, benchmarks and models there are")
+    p.add_argument("--json", action="store_true", help="with --list: as JSON")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    try:
+        args = parser().parse_args(arguments)
+        if args.list:
+            print_list(args.json)
+            return 0
+        config = configuration(args)
+        from eval.run import run
+
+        run(config)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'Stopped before the first answer; run the same command again.'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def configuration(args: argparse.Namespace) -> RunConfig:
+    """Flags to a checked configuration."""
+    if args.json:
+        raise UserError("--json goes with --list; a run writes result.json to its output folder.")
+    if not args.method:
+        raise UserError("--method is missing; --list prints the methods there are.")
+    if args.split is not None:
+        benchmarks.check_split(benchmarks.get(args.benchmark), args.split)
+    return RunConfig(
+        method=args.method,
+        budget=whole_number("--budget", args.budget),
+        benchmark=args.benchmark,
+        split=args.split,
+        model=args.model,
+        data=Path(args.data),
+        output=Path(args.output) if args.output else None,
+        batch_size=whole_number("--batch-size", args.batch_size),
+        limit=whole_number("--limit", args.limit),
+        options=method_options(args.method, args.set),
+        dtype=args.dtype,
+        device=args.device,
+        max_new_tokens=whole_number("--max-new-tokens", args.max_new_tokens),
+        seed=whole_number("--seed", args.seed, minimum=0, maximum=2**32 - 1),
+        wandb=args.wandb,
+        restart=args.restart,
+    )
+
+
+def print_list(as_json: bool) -> None:
+    """Everything that can be named on the command line."""
+    from llava import registry
+
+    registry.load_all()
+    there_is = {"methods": registry.describe(), "benchmarks": benchmarks.describe(), "models": models()}
+    if as_json:
+        print(json.dumps(there_is, indent=1, default=str))
+        return
+    for kind, entries in there_is.items():
+        print(f"{kind}:")
+        for entry in entries:
+            rest = "; ".join(text for key, value in entry.items() if key != "name" and (text := readable(value)))
+            print(f"  {entry['name']:16s} {rest}")
+
+
+def readable(value: object) -> str:
+    """A field of --list in one line."""
+    if isinstance(value, dict):
+        name, default = value.get("name"), value.get("default")
+        return f"{name}={default}" if name else ", ".join(f"{k} {v}" for k, v in value.items())
+    return ", ".join(map(readable, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def models() -> list[dict[str, str]]:
+    """The checkpoints that come with the repository."""
+    configs = sorted((ROOT / "assets").glob("*/config.json"))
+    return [{"name": config.parent.name, "path": str(config.parent)} for config in configs]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

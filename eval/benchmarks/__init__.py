@@ -1,0 +1,33 @@
+"""The benchmarks. A new one is one file in this folder that defines BENCHMARK; nothing else changes."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from eval.dataset import Benchmark
+from llava.errors import unknown
+
+
+def names() -> list[str]:
+    """Every benchmark there is, sorted."""
+    return sorted(module.name for module in iter_modules(__path__))
+
+
+def get(name: str) -> Benchmark:
+    """The benchmark called `name`."""
+    if name not in names():
+        raise unknown("benchmark", name, names())
+    return import_module(f"{__name__}.{name}").BENCHMARK
+
+
+def check_split(benchmark: Benchmark, split: str | None) -> str:
+    """`split`, or the default for None."""
+    if split is None:
+        return benchmark.splits[0]
+    if split not in benchmark.splits:
+        raise unknown(f"split of {benchmark.name}", split, benchmark.splits)
+    return split
+
+
+def describe() -> list[dict[str, object]]:
+    """Name, summary and splits of each, for --list."""
+    return [{"name": b.name, "summary": b.summary, "splits": list(b.splits)} for b in map(get, names())]

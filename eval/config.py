@@ -1,0 +1,79 @@
+"""One run's configuration, and the sentences for flags that cannot be right."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_MODEL = str(ROOT / "assets" / "tinyllava")
+DEFAULT_DATA = ROOT / "assets" / "eval"
+
+# The method without reduction: its budget is all there is.
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the user asked for.
+
+    Attributes:
+        budget: visual tokens per image; None only for the method "full".
+        split: None for the benchmark's default.
+        output: None for results/<benchmark>-<split>/<model>/<method>-<budget>.
+        limit: ask the first `limit` questions only. Not part of what a store depends on.
+        options: the method's own fields, as text; the registry parses them.
+        restart: move an earlier run in the output folder aside.
+    """
+
+    method: str
+    budget: int | None = None
+    benchmark: str = "gqa"
+    split: str | None = None
+    model: str = DEFAULT_MODEL
+    data: Path = DEFAULT_DATA
+    output: Path | None = None
+    batch_size: int = 8
+    limit: int | None = None
+    options: dict[str, str] = field(default_factory=dict)
+    dtype: str = "float32"
+    device: str = "auto"
+    max_new_tokens: int = 128
+    seed: int = 0
+    wandb: str = "auto"
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        if self.budget is None and self.method != FULL:
+            raise UserError(f"Method {self.method} needs --budget, the number of visual tokens to keep.")
+
+
+def whole_number(flag: str, text: str | None, minimum: int = 1, maximum: int | None = None) -> int | None:
+    """A count from the command line; None stays None."""
+    if text is None:
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or number < minimum or (maximum is not None and number > maximum):
+        span = f"{minimum} or more" if maximum is None else f"{minimum} to {maximum}"
+        raise UserError(f"{flag} should be a whole number, {span}, got {text!r}.")
+    return number
+
+
+def method_options(method: str, settings: Sequence[str]) -> dict[str, str]:
+    """["consensusdrop.alpha=0.5"] -> {"alpha": "0.5"}; the prefix guards against settings of another method."""
+    options: dict[str, str] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        prefix, dot, key = name.partition(".")
+        if not (equals and dot and key):
+            raise UserError(f"--set should look like {method}.key=value, got {setting!r}.")
+        if prefix != method:
+            raise UserError(f"--set {setting} is for method {prefix!r}, but this run is of {method!r}.")
+        if key in options:
+            raise UserError(f"--set {method}.{key} is given twice.")
+        options[key] = value
+    return options

@@ -1,0 +1,256 @@
+"""One run: ask the questions that have no answer yet, store the answers, score all of them, write result.json."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from eval import benchmarks, cost, provenance, report, tracking
+from eval.answers import AnswerStore
+from eval.config import RunConfig
+from eval.dataset import Dataset, Question
+from eval.jsonl import write_json
+from eval.settings import Reducer, build_reducer, default_output, device_name, store_settings
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from llava.sample import Batch, Sample
+
+# What a method may be off its budget if it does not document its own rounding, in tokens per layer.
+ROUNDING = 0.5
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a sentence about what is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything a run works with once its inputs are read and checked.
+
+    Attributes:
+        planned: the questions of this run, answered already or not.
+        settings: what the answers depend on.
+        started: ISO time; the name of this process in timing.jsonl.
+    """
+
+    config: RunConfig
+    data: Dataset
+    planned: tuple[Question, ...]
+    model: Any
+    reducer: Reducer
+    settings: dict[str, Any]
+    output: Path
+    started: str
+
+    def check_budget(self, lines: Sequence[dict[str, Any]]) -> None:
+        audits = [line["metadata"]["audit"] for line in lines]
+        cost.check_budget_kept(audits, self.reducer.budget, getattr(self.reducer, "rounding", ROUNDING))
+
+
+def run(config: RunConfig, model: Any = None, reducer: Reducer | None = None) -> dict[str, Any]:
+    """Run or continue an evaluation.
+
+    Args:
+        model: a loaded model, to share one between runs; otherwise `config.model` is loaded.
+        reducer: a built method, for methods that are not registered; otherwise `config.method` is built.
+
+    Returns:
+        The content of result.json.
+    """
+    job = prepare(config, model, reducer)
+    known = [question.id for question in job.data.questions]
+    with AnswerStore(job.output, job.settings, known, config.restart) as store:
+        tracker = tracking.start(config.wandb, job.output, job.settings)
+        finished = False
+        try:
+            answer_questions(job, store, tracker)
+            result = summarise(job, store)
+            write_json(job.output / "result.json", result)
+            write_json(job.output / "predictions.json", job.data.submission(texts(job, store)))
+            tracker.finish(result, sample_table(job, store))
+            finished = True
+        except KeyboardInterrupt:
+            done = sum(question.id in store.answers for question in job.planned)
+            raise Interrupted(
+                f"Stopped. {done:,} of {len(job.planned):,} answers are kept in {job.output}; "
+                "run the same command again to go on."
+            ) from None
+        finally:
+            tracker.close(failed=not finished)
+    print("\n".join([*report.score_lines(result), *report.cost_lines(result)]))
+    print(f"result: {job.output / 'result.json'}")
+    print(result["sentence"], flush=True)
+    return result
+
+
+def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
+    """Read and check everything that can be wrong, the cheapest first and the weights last."""
+    benchmark = benchmarks.get(config.benchmark)
+    split = benchmarks.check_split(benchmark, config.split)
+    if reducer is None:
+        build_reducer(config, visual_tokens=None)
+    data = benchmark.load(Path(config.data), split)
+    planned = data.questions[: config.limit]
+    data.check_images(planned)
+    if model is None:
+        model = load_model(config)
+    standard = reducer
+    if reducer is None:
+        reducer = build_reducer(config, model.visual_tokens)
+        reducer.check(model.facts())
+        standard = build_reducer(dataclasses.replace(config, options={}, seed=0), model.visual_tokens)
+    seed_everything(config.seed)
+    return Job(
+        config=config,
+        data=data,
+        planned=planned,
+        model=model,
+        reducer=reducer,
+        settings=store_settings(config, split, data, model, reducer),
+        output=Path(config.output or default_output(config, split, model, reducer, standard)),
+        started=datetime.now(UTC).isoformat(),
+    )
+
+
+def load_model(config: RunConfig) -> Any:
+    """The model of this run; its libraries are imported here so that every check before it is fast."""
+    from llava.model import load
+
+    return load(config.model, dtype=config.dtype, device=config.device)
+
+
+def seed_everything(seed: int) -> None:
+    """Methods draw from their sample's id; this covers whatever else might draw."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def answer_questions(job: Job, store: AnswerStore, tracker: tracking.Tracker) -> None:
+    """Ask what is not answered yet, in the benchmark's order, and store every batch before the next one starts."""
+    pending = [question for question in job.planned if question.id not in store.answers]
+    credits = [job.data.judge(q, store.answers[q.id]["text"]) for q in job.planned if q.id in store.answers]
+    seal = hashlib.sha256(json.dumps(job.settings, sort_keys=True).encode()).hexdigest()
+    conditions = measured_under(job) | {"run": job.started}
+    bar = tqdm(
+        total=len(job.planned),
+        initial=len(job.planned) - len(pending),
+        desc=f"{job.reducer.name} {job.reducer.budget}",
+        unit="question",
+        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no line per batch
+    )
+    with bar:
+        for number, questions in enumerate(batched(pending, job.config.batch_size)):
+            samples = [job.data.sample(question) for question in questions]
+            batch = job.model.answer(samples, job.reducer, max_new_tokens=job.config.max_new_tokens)
+            if [answer.id for answer in batch.answers] != [question.id for question in questions]:
+                raise AssertionError("the model's answers are not in the order of the samples")
+            lines = answer_lines(samples, batch, job.model.name, seal)
+            store.add(lines, cost.timing_record(batch, conditions))
+            if number == 0:
+                warn_off_budget(job, lines)
+            fresh = [job.data.judge(q, a.text) for q, a in zip(questions, batch.answers, strict=True)]
+            credits += fresh
+            tracker.batch(samples, batch, fresh, answered=len(credits), accuracy=100 * sum(credits) / len(credits))
+            bar.update(len(questions))
+
+
+def batched(questions: Sequence[Question], size: int) -> Iterator[tuple[Question, ...]]:
+    iterator = iter(questions)
+    while group := tuple(itertools.islice(iterator, size)):
+        yield group
+
+
+def measured_under(job: Job) -> dict[str, Any]:
+    """The conditions that belong to every timing."""
+    import torch
+
+    device = device_name(job.model)
+    return {
+        "device": device,
+        "hardware": provenance.hardware(device),
+        "threads": torch.get_num_threads(),
+        "batch_size": job.config.batch_size,
+        "dtype": job.config.dtype,
+    }
+
+
+def answer_lines(samples: Sequence["Sample"], batch: "Batch", model: str, seal: str) -> list[dict[str, Any]]:
+    """LLaVA's answer lines. The answer id depends on question and settings, so equal runs write equal files."""
+    return [
+        {
+            "question_id": sample.id,
+            "prompt": sample.message,
+            "text": answer.text,
+            "answer_id": hashlib.sha256(f"{seal} {sample.id}".encode()).hexdigest()[:22],
+            "model_id": model,
+            "metadata": {"audit": cost.audit_record(answer.audit)},
+        }
+        for sample, answer in zip(samples, batch.answers, strict=True)
+    ]
+
+
+def warn_off_budget(job: Job, lines: Sequence[dict[str, Any]]) -> None:
+    """Say after the first batch what will be an error after the last: that may be hours later."""
+    try:
+        job.check_budget(lines)
+    except UserError as error:
+        print(f"Warning, first batch: {error}", file=sys.stderr)
+
+
+def summarise(job: Job, store: AnswerStore) -> dict[str, Any]:
+    """The result of all answers to the planned questions, whichever process gave them."""
+    lines = [store.answers[question.id] for question in job.planned]
+    job.check_budget(lines)
+    score = job.data.score([question.id for question in job.planned], texts(job, store))
+    timing = cost.summarise_timing(store.timing, job.started)
+    result = {
+        "title": job.data.title,
+        "method": job.reducer.name,
+        "budget": job.reducer.budget,
+        "visual_tokens": job.model.visual_tokens,
+        "asked": len(job.planned),
+        "available": len(job.data.questions),
+        "partial": len(job.planned) < len(job.data.questions),
+        **report.scored(score, job.planned, job.config.seed),
+        "audit": cost.summarise_audit([line["metadata"]["audit"] for line in lines]),
+        "timing": timing,
+        "flops_per_question": timing["flops"],
+        "settings": job.settings,
+        "limit": job.config.limit,
+        "remarks": cost.notes(store.timing),
+        "conditions": measured_under(job),
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+        "started": job.started,
+        "finished": datetime.now(UTC).isoformat(),
+    }
+    return {"sentence": report.sentence(result), **result}
+
+
+def texts(job: Job, store: AnswerStore) -> dict[str, str]:
+    """Raw answer text by id, for the planned questions."""
+    return {question.id: store.answers[question.id]["text"] for question in job.planned}
+
+
+def sample_table(job: Job, store: AnswerStore) -> list[list[Any]]:
+    """Rows of tracking.COLUMNS for the first questions."""
+    rows = []
+    for question in job.planned[: tracking.TABLE_ROWS]:
+        line = store.answers[question.id]
+        mean = line["metadata"]["audit"]["mean"]
+        credit = job.data.judge(question, line["text"])
+        rows.append([question.id, question.question, question.answer, line["text"], credit, mean])
+    return rows

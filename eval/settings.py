@@ -1,0 +1,106 @@
+"""From a configuration to the reducer, to what the answers depend on, and to the folder they go to."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+from eval.answers import flatten
+from eval.config import FULL, RunConfig
+from eval.dataset import Dataset
+from llava.errors import UserError, unknown
+
+
+class Reducer(Protocol):
+    """What a run needs to know of a method; the rest is between it and the model."""
+
+    name: str
+    budget: int
+    version: str
+
+
+def build_reducer(config: RunConfig, visual_tokens: int | None) -> Reducer:
+    """The method of this run.
+
+    Args:
+        visual_tokens: of the model; None before it is loaded, to find wrong names and options in time.
+    """
+    from llava import registry
+
+    registry.load_all()
+    if config.method not in registry.names():
+        raise unknown("method", config.method, registry.names())
+    budget = config.budget
+    if visual_tokens is not None:
+        budget = check_budget(config, visual_tokens)
+    return registry.build(config.method, budget or 1, with_seed(config, registry.describe()))
+
+
+def with_seed(config: RunConfig, methods: list[dict[str, Any]]) -> dict[str, str]:
+    """The options, with --seed for methods that draw random numbers and were not given a seed of their own."""
+    if config.seed == 0 or "seed" in config.options:
+        return config.options
+    options = next((method["options"] for method in methods if method["name"] == config.method), [])
+    takes_seed = any(option["name"] == "seed" for option in options)
+    return {**config.options, "seed": str(config.seed)} if takes_seed else config.options
+
+
+def check_budget(config: RunConfig, visual_tokens: int) -> int:
+    """The budget in tokens, within what the model has."""
+    if config.method == FULL:
+        if config.budget not in (None, visual_tokens):
+            raise UserError(f"full keeps all {visual_tokens} visual tokens; leave the budget {config.budget} out.")
+        return visual_tokens
+    if config.budget is None or config.budget > visual_tokens:
+        raise UserError(f"--budget should be 1 to {visual_tokens} (this model's visual tokens), got {config.budget}.")
+    return config.budget
+
+
+def plain(reducer: Reducer) -> dict[str, Any]:
+    """The method's full configuration in JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(reducer), default=str))
+
+
+def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, reducer: Reducer) -> dict[str, Any]:
+    """Everything an answer depends on. Batch size and limit are not here: answers do not depend on them."""
+    return {
+        "benchmark": config.benchmark,
+        "split": split,
+        "data": data.fingerprint,
+        "model": model.name,
+        "weights": model.fingerprint,
+        "conversation": str(model.conversation),
+        "dtype": config.dtype,
+        # Other kernels round otherwise; the index of the device does not matter.
+        "device": device_name(model).split(":")[0],
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+        "method": reducer.name,
+        "version": str(reducer.version),
+        "config": plain(reducer),
+    }
+
+
+def device_name(model: Any) -> str:
+    return str(getattr(model, "device", "unknown"))
+
+
+def default_output(config: RunConfig, split: str, model: Any, reducer: Reducer, standard: Reducer) -> Path:
+    """results/gqa-testdev/<model>/<method>-<budget>[-<hash of what differs from the defaults>].
+
+    Args:
+        standard: the method at the same budget without options.
+    """
+    here, usual = flatten(plain(reducer)), flatten(plain(standard))
+    changed: dict[str, Any] = {key: value for key, value in here.items() if usual.get(key) != value}
+    changed |= {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name in ("dtype", "max_new_tokens", "seed") and getattr(config, field.name) != field.default
+    }
+    text = json.dumps(changed, sort_keys=True)
+    tail = "-" + hashlib.sha256(text.encode()).hexdigest()[:8] if changed else ""
+    name = re.sub(r"[^\w.-]+", "-", model.name).strip("-.") or "model"
+    return Path("results") / f"{config.benchmark}-{split}" / name / f"{reducer.name}-{reducer.budget}{tail}"

@@ -1,0 +1,44 @@
+"""Floating point operations of what was really computed, from module shapes and audited lengths.
+
+Matrix products only, 2 operations per multiply-add, attention counted over all key positions that the kernel is given
+(no discount for the causal half). Checked against torch.utils.flop_counter in the tests.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def linear_flops(layer: nn.Linear, rows: int) -> int:
+    return 2 * rows * layer.in_features * layer.out_features
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+
+def tower_flops(tower: nn.Module, patches: int, blocks: int) -> int:
+    """One image of `patches` patches through patch embedding and `blocks` blocks."""
+    kernel = tower.embeddings.patch_embedding.weight
+    total = 2 * patches * kernel.numel()
+    tokens = patches + 1
+    for block in tower.encoder.layers[:blocks]:
+        total += sum(linear_flops(linear, tokens) for linear in _linears(block))
+        total += 4 * tokens * tokens * block.self_attn.q_proj.out_features
+    return total
+
+
+def projector_flops(projector: nn.Module, tokens: int) -> int:
+    return sum(linear_flops(linear, tokens) for linear in _linears(projector))
+
+
+def layer_flops(layer: nn.Module, queries: int, keys: int) -> int:
+    """One decoder layer on `queries` new tokens that attend `keys` tokens."""
+    linears = sum(linear_flops(linear, queries) for linear in _linears(layer))
+    return linears + 4 * queries * keys * layer.self_attn.q_proj.out_features
+
+
+def prefill_flops(layers: Sequence[nn.Module], lengths: Sequence[int], head: nn.Linear) -> int:
+    """Prefill with `lengths[i]` tokens entering layer i, and the head on the last token."""
+    total = sum(layer_flops(layer, length, length) for layer, length in zip(layers, lengths, strict=True))
+    return total + linear_flops(head, 1)

@@ -1,0 +1,127 @@
+"""Signals: tensors with a fixed definition that methods rank tokens by.
+
+Each is computed from the few query rows it needs, in float32, beside the main path, which therefore always runs the
+fused attention kernel. Shapes: B images, N patches, D channels, H heads, T text rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import unknown
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A request for a tower signal.
+
+    Attributes:
+        kind: a key of TOWER_SIGNALS.
+        block: tower block, counted as a Python index; -2 is the block whose output LLaVA takes.
+    """
+
+    kind: str
+    block: int = -2
+
+
+def _heads(projected: Tensor, heads: int) -> Tensor:
+    """[B, N, H*d] -> [B, H, N, d]."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Attention of the CLS token to the patches, mean over heads.
+
+    Args:
+        block: a CLIPEncoderLayer.
+        hidden: [B, 1+N, D], the block's input, CLS first.
+
+    Returns:
+        [B, N] float32. The softmax runs over CLS and patches, so a row sums to less than 1.
+    """
+    attention = block.self_attn
+    normed = block.layer_norm1(hidden)
+    query = _heads(attention.q_proj(normed[:, :1]), attention.num_heads).float()
+    key = _heads(attention.k_proj(normed), attention.num_heads).float()
+    weights = (query @ key.transpose(-1, -2) * attention.scale).softmax(-1)
+    return weights[:, :, 0, 1:].mean(1)
+
+
+def received_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Average attention each patch receives from all patches, mean over heads: a saliency without CLS.
+
+    Returns:
+        [B, N] float32. Query rows go through in slices, so no full attention map is ever held.
+    """
+    attention = block.self_attn
+    normed = block.layer_norm1(hidden)
+    query = _heads(attention.q_proj(normed[:, 1:]), attention.num_heads).float()
+    key = _heads(attention.k_proj(normed), attention.num_heads).float()
+    received = key.new_zeros(hidden.shape[0], hidden.shape[1])
+    for rows in query.split(64, dim=2):
+        received += (rows @ key.transpose(-1, -2) * attention.scale).softmax(-1).sum((1, 2))
+    return received[:, 1:] / (query.shape[1] * query.shape[2])
+
+
+def keys(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Keys of the patches, mean over heads: the similarity space of VisionZip-like merging.
+
+    Returns:
+        [B, N, d] float32, not normalised.
+    """
+    attention = block.self_attn
+    return _heads(attention.k_proj(block.layer_norm1(hidden[:, 1:])), attention.num_heads).float().mean(1)
+
+
+TOWER_SIGNALS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "cls_attention": cls_attention,
+    "received_attention": received_attention,
+    "keys": keys,
+}
+
+
+def tower_signal(signal: Signal, block: nn.Module, hidden: Tensor) -> Tensor:
+    """Compute one requested signal from the input of its block."""
+    if signal.kind not in TOWER_SIGNALS:
+        raise unknown("tower signal", signal.kind, TOWER_SIGNALS)
+    return TOWER_SIGNALS[signal.kind](block, hidden)
+
+
+def text_to_visual_attention(
+    layer: nn.Module,
+    text: Tensor,
+    visual: Tensor,
+    text_rotary: tuple[Tensor, Tensor] | None = None,
+    visual_rotary: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention of text rows to the visual tokens through one decoder layer's own norm and projections.
+
+    The softmax runs over the visual keys alone. With layer 0, its input embeddings and rotary angles this equals the
+    layer's real attention up to the softmax denominator; without angles it has no preference for late tokens.
+
+    Args:
+        layer: a LlamaDecoderLayer; grouped-query heads are repeated.
+        text: [B, T, D] inputs of the layer at the query rows.
+        visual: [B, N, D] inputs of the layer at the visual tokens.
+        text_rotary, visual_rotary: (cos, sin), each [B, T, d] and [B, N, d], or None for no rotation.
+
+    Returns:
+        [B, H, T, N] float32, each row sums to 1.
+    """
+    attention = layer.self_attn
+    query = attention.q_proj(layer.input_layernorm(text)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    key = attention.k_proj(layer.input_layernorm(visual)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    query, key = query.float(), key.float()
+    if text_rotary is not None:
+        query, key = _rotate(query, *text_rotary), _rotate(key, *visual_rotary)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return (query @ key.transpose(-1, -2) * attention.scaling).softmax(-1)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in Llama's half-split convention; states [B, H, T, d], cos and sin [B, T, d]."""
+    cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin

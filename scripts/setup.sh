@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Makes .venv and installs requirements.txt; does nothing when that is already done. Sourced by every other script:
+#   source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+# Afterwards the working directory is the repository root and `python` is .venv's.
+# PYTHON=/path/to/python3.11 chooses the interpreter; VENV=/path puts the environment elsewhere.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv=${VENV:-.venv}
+stamp=$venv/requirements.sha256
+wanted=$(sha256sum requirements.txt | cut -d' ' -f1)
+if [ ! -x "$venv/bin/python" ] || [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
+  python=${PYTHON:-$(command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3 || true)}
+  if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "Python 3.11 or newer is needed, found ${python:-none}; install it or set PYTHON=/path/to/python3.11." >&2
+    exit 2
+  fi
+  echo "Setting up $venv (once; about two minutes and 2 GB with the CPU build of torch, more with CUDA) ..." >&2
+  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt >&2
+  echo "$wanted" > "$stamp"
+fi
+# A relative VENV must still be found after a later cd.
+PATH="$(cd "$venv/bin" && pwd):$PATH"
+export PATH
+# Fork-safe tokenizers, no DeepSpeed banner on a machine without a GPU.
+export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+if [ -z "${DS_ACCELERATOR:-}" ] && ! command -v nvidia-smi >/dev/null 2>&1; then export DS_ACCELERATOR=cpu; fi

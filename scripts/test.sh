@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Style (ruff) and tests (pytest).
+# Usage: bash scripts/test.sh [--slow] [pytest arguments]
+#   --slow   also the tests that take more than a minute each
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+which='not slow'
+if [ "${1:-}" = --slow ]; then which='slow or not slow'; shift; fi
+ruff check .
+ruff format --check .
+python -m pytest -m "$which" "$@"

@@ -1,0 +1,55 @@
+"""Shared fixtures: a tiny random LLaVA on disk, loaded the way a user loads a real one."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava.model import Llava, load
+from llava.sample import Sample
+from tests.tiny_checkpoints import save_transformers_layout
+
+SHORT = "Answer the question using a single word or phrase."
+QUESTIONS = (
+    "what color is the small cat on the left of the tree?",
+    "is there a star?",
+    "how many dog are in the image and which number?",
+    "where is it",
+    "what is above the red car?",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "tiny-llava"
+    save_transformers_layout(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path) -> Llava:
+    """16 visual tokens (4 x 4), 4 decoder layers with grouped-query heads, float32."""
+    return load(tiny_path, device="cpu")
+
+
+def picture(seed: int, size: tuple[int, int] = (60, 44)) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def samples(count: int = 5, text_only: tuple[int, ...] = (3,)) -> list[Sample]:
+    """Different questions about different pictures; some without one."""
+    return [
+        Sample(
+            id=f"q{i}",
+            question=QUESTIONS[i % len(QUESTIONS)],
+            suffix=SHORT if i % 2 == 0 else "",
+            image=None if i in text_only else picture(i),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def one_seed():
+    torch.manual_seed(0)

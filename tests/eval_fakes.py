@@ -1,0 +1,94 @@
+"""A model with the interface of llava.model.Llava that answers at once, and a small GQA to ask it.
+
+Its answers, audits, traces and timings depend on the question's id alone, so that two runs can be compared.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from llava.audit import Audit
+from llava.reduction import Reduction, Step
+from llava.sample import Answer, Batch, Sample, Timing
+
+SUFFIX = "Answer the question using a single word or phrase."
+WORDS = ("yes", "no", "red", "blue")
+LAYERS = 3
+
+
+@dataclass(frozen=True)
+class FakeReducer:
+    """Keeps the first patches."""
+
+    budget: int = 16
+    alpha: float = 0.5
+    name = "first"
+    version = "1"
+
+
+class FakeLlava:
+    """64 visual tokens; `before_answer` is called with the number of the batch, to interrupt or break a run."""
+
+    name = "fake"
+    conversation = "vicuna_v1"
+    fingerprint = "0123abcd"
+    visual_tokens = 64
+    device = "cpu"
+
+    def __init__(self, before_answer: Callable[[int], None] = lambda number: None, mean_error: int = 0):
+        self.before_answer = before_answer
+        self.mean_error = mean_error
+        self.batches = 0
+        self.asked: list[str] = []
+
+    def answer(self, samples: Sequence[Sample], reducer: FakeReducer, max_new_tokens: int = 128) -> Batch:
+        self.before_answer(self.batches)
+        self.batches += 1
+        self.asked += [sample.id for sample in samples]
+        kept = reducer.budget + self.mean_error
+        answers = []
+        for sample in samples:
+            step = Step("prompt", Reduction(torch.arange(kept)[None], self.visual_tokens))
+            audit = Audit((kept,) * LAYERS, self.visual_tokens, merged=0, kv_bytes=1000 * kept)
+            answers.append(Answer(sample.id, fake_text(sample.id), (1,), audit, (step,)))
+        count = len(samples)
+        timing = Timing(0.001 * count, 0.0005 * count, 0.002 * count, 0.004 * count)
+        return Batch(tuple(answers), timing, kv_bytes=1100 * kept * count, flops=10**9 * count, decode_steps=1)
+
+
+def fake_text(name: str) -> str:
+    """The fake model's answer to a question."""
+    return WORDS[zlib.crc32(name.encode()) % len(WORDS)].capitalize() + "."
+
+
+def write_gqa(folder: Path, count: int = 40, images: int = 5, split: str = "testdev") -> Path:
+    """`count` questions in the official layout, every second one answered right by the fake model."""
+    data = folder / "gqa" / "data"
+    (data / "images").mkdir(parents=True, exist_ok=True)
+    for number in range(images):
+        Image.new("RGB", (32, 32), (40 * number, 100, 200)).save(data / "images" / f"n{number}.jpg")
+    records, lines = {}, []
+    for number in range(count):
+        name = f"{1000 + number}"
+        right = fake_text(name).rstrip(".").lower()
+        records[name] = {
+            "question": f"Is thing {number} there?",
+            "answer": right if number % 2 == 0 else "something else",
+            "imageId": f"n{number % images}",
+            "isBalanced": True,
+            "types": {"structural": "query" if number % 3 else "verify", "semantic": "obj", "detailed": "x"},
+            "semantic": [{"operation": "select", "argument": "thing (1)"}],
+            "groups": {"global": None},
+            "entailed": [],
+        }
+        text = f"{records[name]['question']}\n{SUFFIX}"
+        lines.append({"question_id": name, "image": f"n{number % images}.jpg", "text": text, "category": "default"})
+    (data / f"{split}_balanced_questions.json").write_text(json.dumps(records))
+    jsonl = folder / "gqa" / f"llava_gqa_{split}_balanced.jsonl"
+    jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder

@@ -1,0 +1,180 @@
+"""The staged forward against the transformers class, and batches against single samples."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from baselines.full import Full
+from llava import conversation
+from llava.errors import UserError
+from llava.pipeline import Clock, Pipeline
+from llava.prompt import IMAGE_TOKEN_INDEX
+from llava.reducer import DecoderState, Reducer
+from llava.reduction import Reduction, keep_top
+from llava.sample import Sample
+from tests.conftest import picture, samples
+
+FULL = Full(budget=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryOther(Reducer):
+    """A test method that halves the visual tokens in front of two layers."""
+
+    layers: tuple = (1, 3)
+
+    def check(self, facts) -> None:
+        pass
+
+    def decoder_layers(self, layers: int) -> tuple[int, ...]:
+        return self.layers
+
+    def decoder(self, state: DecoderState) -> Reduction:
+        total = state.tokens.shape[1]
+        return Reduction(keep_top(state.tokens.float().norm(dim=-1), max(1, total // 2)), total)
+
+
+def logits(model, batch, reducer):
+    """First-token logits, per sample."""
+    state, record = Pipeline(model, reducer).prepare(batch, Clock(model.device))
+    return model.logits(state.hidden), state, record
+
+
+def transformers_inputs(model, sample):
+    ids = list(model.prompt(sample).ids)
+    if IMAGE_TOKEN_INDEX not in ids:
+        return {"input_ids": torch.tensor([ids])}
+    slot = ids.index(IMAGE_TOKEN_INDEX)
+    ids[slot : slot + 1] = [model.container.config.image_token_index] * model.visual_tokens
+    return {"input_ids": torch.tensor([ids]), "pixel_values": model.image_processor(sample.image)[None]}
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_full_tokens_equal_the_transformers_class(tiny, index):
+    sample = samples()[index]
+    ours, _, _ = logits(tiny, [sample], FULL)
+    inputs = transformers_inputs(tiny, sample)
+    with torch.inference_mode():
+        theirs = tiny.container(**inputs).logits[:, -1, : tiny.vocabulary]
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+        # An explicit mask: transformers would take every <unk> of the prompt for padding.
+        generated = tiny.container.generate(
+            **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+            suppress_tokens=list(range(tiny.vocabulary, tiny.head.out_features)),
+        )
+    new = generated[0, inputs["input_ids"].shape[1] :].tolist()
+    until_end = new[: next((i for i, token in enumerate(new) if token in tiny.end_ids), len(new))]
+    assert list(tiny.answer([sample], FULL, max_new_tokens=12).answers[0].token_ids) == until_end
+
+
+@pytest.mark.parametrize("reducer", [FULL, EveryOther(budget=16), EveryOther(budget=16, positions="original")])
+def test_batch_equals_single(tiny, reducer):
+    """Different prompts, pictures and a text-only prompt in one batch, left-padded."""
+    batch = samples()
+    together, state, record = logits(tiny, batch, reducer)
+    audits = Pipeline(tiny, reducer).audits(state, record)
+    answers = tiny.answer(batch, reducer, max_new_tokens=8).answers
+    for i, sample in enumerate(batch):
+        alone, single, single_record = logits(tiny, [sample], reducer)
+        torch.testing.assert_close(together[i], alone[0], atol=1e-4, rtol=0)
+        assert Pipeline(tiny, reducer).audits(single, single_record) == [audits[i]]
+        for ours, theirs in zip(record.steps[i], single_record.steps[0], strict=True):
+            assert ours.place == theirs.place
+            assert ours.reduction.anchor.tolist() == theirs.reduction.anchor.tolist()
+        assert tiny.answer([sample], reducer, max_new_tokens=8).answers[0].token_ids == answers[i].token_ids
+
+
+def test_key_value_length_per_layer(tiny):
+    _, state, record = logits(tiny, samples(), EveryOther(budget=16))
+    assert [audit.entering for audit in Pipeline(tiny, FULL).audits(state, record)] == [
+        (0,) * 4 if i == 3 else (16, 8, 8, 4) for i in range(5)
+    ]
+    widths = [layer.keys.shape[-2] for layer in state.cache.layers]
+    assert widths[0] > widths[1] == widths[2] > widths[3]
+
+
+def test_kv_bytes_are_those_of_the_cache(tiny):
+    """One sample without padding: the account equals the tensors' own size."""
+    _, state, record = logits(tiny, samples(1), EveryOther(budget=16))
+    assert Pipeline(tiny, FULL).audits(state, record)[0].kv_bytes == state.kv_bytes_held()
+
+
+def test_decoding_after_reduction_equals_one_long_prefill(tiny):
+    """Cached decoding against a prompt that already contains the tokens generated so far."""
+    sample, reducer = samples(1)[0], EveryOther(budget=16, positions="original")
+    answer = tiny.answer([sample], reducer, max_new_tokens=6).answers[0]
+
+    class Longer:
+        """The same model, whose prompt ends in the first tokens of the answer."""
+
+        def __init__(self, extra):
+            self.extra = extra
+
+        def __getattr__(self, name):
+            return getattr(tiny, name)
+
+        def prompt(self, one):
+            base = tiny.prompt(one)
+            return replace(base, ids=(*base.ids, *self.extra))
+
+    for length in range(1, len(answer.token_ids)):
+        predicted, _, _ = logits(Longer(answer.token_ids[:length]), [sample], reducer)
+        assert predicted.argmax(-1).item() == answer.token_ids[length]
+
+
+def test_eager_and_sdpa_agree(tiny):
+    batch = samples()
+    fused, _, _ = logits(tiny, batch, EveryOther(budget=16))
+    tiny.llm.config._attn_implementation = "eager"
+    try:
+        eager, _, _ = logits(tiny, batch, EveryOther(budget=16))
+    finally:
+        tiny.llm.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(fused, eager, atol=1e-4, rtol=0)
+
+
+def test_questions_about_one_picture_share_the_tower(tiny, monkeypatch):
+    shared = picture(9)
+    batch = [Sample(id=f"s{i}", question=q, image=shared, image_id="p") for i, q in enumerate(("is it red", "what is it"))]
+    seen = []
+    import llava.pipeline
+
+    real = llava.pipeline.encode
+    monkeypatch.setattr(llava.pipeline, "encode", lambda tower, pixels, *a: seen.append(len(pixels)) or real(tower, pixels, *a))
+    together, _, _ = logits(tiny, batch, FULL)
+    assert seen == [1]
+    for i, sample in enumerate(batch):
+        torch.testing.assert_close(together[i], logits(tiny, [sample], FULL)[0][0], atol=1e-4, rtol=0)
+
+
+def test_stop_string_ends_the_answer(tiny, monkeypatch):
+    """A stop string that is not the end token is searched in the decoded text and cut off."""
+    sample = samples(1)[0]
+    plain = tiny.answer([sample], FULL, max_new_tokens=8).answers[0]
+    words = plain.text.split()
+    assert len(words) > 3
+    monkeypatch.setattr(conversation, "stop_string", lambda mode: words[2])
+    stopped = tiny.answer([sample], FULL, max_new_tokens=8).answers[0]
+    assert stopped.text.split() == words[:2]
+    assert len(stopped.token_ids) < len(plain.token_ids)
+
+
+@pytest.mark.parametrize("call", [lambda m: m.answer([], FULL), lambda m: m.answer(samples(1), FULL, max_new_tokens=0)])
+def test_nothing_to_do_is_an_error(tiny, call):
+    with pytest.raises(UserError):
+        call(tiny)
+
+
+def test_a_second_turn_reads_its_own_question(tiny):
+    """Multi-turn: the history stays in the prompt, the question span is the new question's."""
+    first = Sample(id="a", question="is there a star?", image=picture(1))
+    second = replace(first, question="what color is it", history=(("is there a star?", "yes"),))
+    ids, (start, stop) = tiny.prompt(second).ids, tiny.prompt(second).question
+    assert tiny.decode(ids[start:stop]).split() == "what color is it".split()
+    assert IMAGE_TOKEN_INDEX in ids[:start]
+    assert tiny.answer([second], FULL, max_new_tokens=4).answers[0].audit.entering == (16,) * 4

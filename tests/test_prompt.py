@@ -1,0 +1,292 @@
+"""Templates and token ids against the official code's, and question ranges against tokenizer offsets."""
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import sentencepiece
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from llava.conversation import DEFAULT_MODE, MODES, render, stop_string
+from llava.errors import UserError
+from llava.prompt import IMAGE_TOKEN_INDEX, build_prompt, tokenize
+from llava.sample import Sample
+from tests.tiny_checkpoints import make_tokenizer
+
+DATA = Path(__file__).parent / "data" / "llava_preproc"
+PROMPTS = json.loads((DATA / "prompts.json").read_text())
+TOY = json.loads((DATA / "tokenizer_image_token.json").read_text())
+GOLDEN = json.loads((DATA / "golden_token_ids.json").read_text())
+RENDERED = sorted(mode for mode, case in PROMPTS.items() if isinstance(case, dict))
+
+SUFFIX = "Answer the question using a single word or phrase."
+QUESTIONS = (
+    "What is this?",
+    "Is there a cat",
+    "A",
+    "How many red cars are left of the tree?  ",
+    "What does the sign say: 'Größe 10 €'?",
+    "Which one?\nA. cat\nB. dog",
+    "ASSISTANT",
+    "\n\nWhat?",
+)
+WHITE = Image.new("RGB", (4, 4), "white")
+
+
+def sample(question="What is this?", suffix="", image=WHITE, history=()) -> Sample:
+    return Sample(id="q1", question=question, suffix=suffix, image=image, history=history)
+
+
+# Templates
+
+
+@pytest.mark.parametrize("mode", RENDERED)
+def test_templates_equal_the_official_ones(mode):
+    question = f"<image>\nWhat is this?\n{SUFFIX}"
+    assert render(mode, [(question, None)]) == PROMPTS[mode]["single_turn"]
+    assert render(mode, [("<image>\nQ1", "A1"), ("Q2", None)]) == PROMPTS[mode]["two_turn"]
+
+
+def test_no_template_without_an_official_counterpart():
+    assert sorted(MODES) == RENDERED
+    assert DEFAULT_MODE == "vicuna_v1"
+
+
+@pytest.mark.parametrize("mode", RENDERED)
+def test_stop_string_is_what_closes_an_answer(mode):
+    closed = render(mode, [("Q", "A1"), ("Q", None)])
+    assert closed.partition("A1")[2].lstrip().startswith(stop_string(mode))
+    official = PROMPTS[mode]["sep2"] or PROMPTS[mode]["sep"]
+    assert stop_string(mode) == official
+
+
+@pytest.mark.parametrize("call", [stop_string, lambda mode: render(mode, [("Q", None)])])
+def test_unknown_mode_names_the_nearest(call):
+    with pytest.raises(UserError, match=r"Unknown conversation mode 'vicuna_v2'\. Did you mean 'vicuna_v1'"):
+        call("vicuna_v2")
+    with pytest.raises(UserError, match="Unknown conversation mode 'plain'"):
+        call("plain")
+
+
+@pytest.mark.parametrize("turns", [[], [("Q1", None), ("Q2", None)]])
+def test_an_open_turn_in_the_middle_is_a_bug(turns):
+    with pytest.raises(ValueError, match="only its last answer may be None"):
+        render("vicuna_v1", turns)
+
+
+# Token ids
+
+
+class CharacterTokenizer:
+    """The toy tokenizer of the official vectors: one id per character, a BOS on request."""
+
+    bos_token_id = 1
+
+    def __init__(self, adds_bos: bool) -> None:
+        self.front = [1] if adds_bos else []
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[*self.front, *(100 + ord(character) % 50 for character in text)])
+
+
+@pytest.mark.parametrize("name", ["with_bos", "without_bos"])
+def test_tokenize_equals_the_official_function(name):
+    tokenizer = CharacterTokenizer(adds_bos=name == "with_bos")
+    assert {text: tokenize(text, tokenizer) for text in TOY[name]} == TOY[name]
+    assert TOY["image_token_index"] == IMAGE_TOKEN_INDEX
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    draw = random.Random(0)
+    words = f"{' '.join(QUESTIONS)} {SUFFIX} {render('vicuna_v1', [('', None)])}".split()
+    path.write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(1000)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(corpus):
+    """A sentencepiece model with Llama's settings, and the checkpoint folder with nothing but tokenizer.model."""
+    folder = corpus.parent / "llama"
+    folder.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return AutoTokenizer.from_pretrained(folder, config=LlamaConfig(), trust_remote_code=False)
+
+
+def byte_level_bpe(corpus: Path, crosses_words: bool) -> PreTrainedTokenizerFast:
+    """`crosses_words`: merges run over spaces and line ends, so that tokens straddle the ends of a question."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not crosses_words)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [render(mode, [(f"{q}\n{SUFFIX}", None)]) for mode in RENDERED for q in QUESTIONS]
+    tokenizer.train_from_iterator([*corpus.read_text().splitlines(), *texts], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tokenizers(corpus, llama) -> dict[str, PreTrainedTokenizerFast]:
+    return {
+        "words": make_tokenizer(),
+        "bytes": byte_level_bpe(corpus, crosses_words=False),
+        "straddling": byte_level_bpe(corpus, crosses_words=True),
+        "llama": llama,
+    }
+
+
+def test_llama_ids_are_those_of_sentencepiece(llama, corpus):
+    """The reference is the slow tokenizer, which transformers 5 no longer has: ask sentencepiece itself.
+
+    They differ where a text begins with a space: no dummy space is put before it. No piece of a prompt does, see below.
+    """
+    model = sentencepiece.SentencePieceProcessor(model_file=str(corpus.parent / "llama" / "tokenizer.model"))
+    for text in (*QUESTIONS, render("vicuna_v1", [("Q", None)]), "USER: ", "\n", "a  b", "", "漢字"):
+        assert tokenize(text, llama) == [model.bos_id(), *model.encode(text)], text
+
+
+def test_llama_puts_a_dummy_space_on_both_sides_of_the_image(llama):
+    """Vicuna has "... USER: <image>\n..." as 3148 1001 29901 29871 -200 29871 13: 29871 is the bare dummy space."""
+    ids = GOLDEN["cases"][2]["ids_prefix"]
+    slot = ids.index(IMAGE_TOKEN_INDEX)
+    assert ids[slot - 1] == ids[slot + 1] == 29871
+    ours = build_prompt(sample(), llama).ids
+    slot = ours.index(IMAGE_TOKEN_INDEX)
+    around = llama.convert_ids_to_tokens([*ours[slot - 1 : slot], *ours[slot + 1 : slot + 3]])
+    assert around == ["▁", "▁", "<0x0A>"]
+    assert ours.count(llama.bos_token_id) == 1
+    assert ours[0] == llama.bos_token_id
+
+
+@pytest.mark.parametrize("mode", RENDERED)
+def test_no_piece_of_a_prompt_begins_with_a_space(mode):
+    assert not any(piece.startswith(" ") for piece in render(mode, [("<image>\nQ", None)]).split("<image>"))
+
+
+# Prompts
+
+
+def range_by_offsets(text: str, tokenizer, start: int, stop: int) -> tuple[int, int]:
+    """The tokens that hold a character of text[start:stop], by the offsets that a fast tokenizer can give."""
+    before = text[:start].rpartition("<image>")
+    skipped = len(before[0]) + len(before[1])
+    base = len(tokenize(text[:skipped], tokenizer)) if before[1] else 0
+    encoding = tokenizer(text[skipped:], return_offsets_mapping=True)
+    offsets = encoding.offset_mapping[bool(before[1]) :]
+    inside = [i for i, (a, b) in enumerate(offsets) if a + skipped < stop and b + skipped > start]
+    return base + inside[0], base + inside[-1] + 1
+
+
+@pytest.mark.parametrize("mode", ["vicuna_v1", "chatml_direct", "mistral_instruct", "llava_llama_2", "v0"])
+@pytest.mark.parametrize("history", [(), (("Is there a cat", "Yes"), ("What is this?", "A car"))])
+@pytest.mark.parametrize("suffix", ["", SUFFIX])
+@pytest.mark.parametrize("name", ["words", "bytes", "straddling", "llama"])
+def test_ranges_hold_the_question_and_nothing_else(tokenizers, name, suffix, history, mode):
+    tokenizer = tokenizers[name]
+    for question in QUESTIONS:
+        for image in (WHITE, None):
+            prompt = build_prompt(sample(question, suffix, image, history), tokenizer, mode)
+            assert list(prompt.ids) == tokenize(prompt.text, tokenizer)
+            message = f"{question}\n{suffix}" if suffix else question
+            begin = prompt.text.rindex(message + MODES[mode].after_user)
+            # Spaces that a tokenizer drops at an end of the question have no offsets; they are in no range.
+            for found, wanted in ((prompt.question, question), (prompt.instruction, message)):
+                assert found == range_by_offsets(prompt.text, tokenizer, begin, begin + len(wanted)), (question, mode)
+
+
+def test_question_range_by_hand():
+    """Plant the answer: a word tokenizer, every id known."""
+    tokenizer = make_tokenizer()
+    prompt = build_prompt(sample("what is red ?", "answer yes or no"), tokenizer, "mistral_instruct")
+    assert prompt.text == "[INST] <image>\nwhat is red ?\nanswer yes or no [/INST]"
+    words = ["<s>", "<unk>", "<unk>", "<unk>", None, "what", "is", "red", "?", "answer", "yes", "or", "no"]
+    ids = [IMAGE_TOKEN_INDEX if word is None else tokenizer.convert_tokens_to_ids(word) for word in words]
+    assert list(prompt.ids[: len(ids)]) == ids
+    assert prompt.question == (5, 9)
+    assert prompt.instruction == (5, 13)
+
+
+@pytest.mark.parametrize(
+    ("merge", "inside"),
+    [(("?", "Ċ"), "What is this?\n"), (("Ċ", "W"), "\nWhat is this?"), (("Ċ", "A"), "What is this?")],
+)
+def test_a_token_that_straddles_a_border_belongs_to_the_question(merge, inside):
+    """With "?" and the line end in one token, that token holds the question mark, so it counts. The same in front."""
+    alphabet = ["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "".join(merge)]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, [merge]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    prompt = build_prompt(sample("What is this?", SUFFIX), tokenizer)
+    assert tokenizer.decode(prompt.ids[slice(*prompt.question)]) == inside
+    assert tokenizer.decode(prompt.ids[slice(*prompt.instruction)]).strip() == f"What is this?\n{SUFFIX}"
+
+
+@pytest.mark.parametrize("name", ["words", "bytes", "llama"])
+def test_without_suffix_both_ranges_are_the_question(tokenizers, name):
+    prompt = build_prompt(sample(), tokenizers[name])
+    assert prompt.question == prompt.instruction
+    words = tokenizers[name].decode(prompt.ids[slice(*prompt.question)]).split()
+    assert words in (["What", "is", "this?"], ["What", "is", "<unk>", "?"])
+
+
+def test_image_stands_in_front_of_the_first_message():
+    prompt = build_prompt(sample("What color?", history=(("Is it a cat?", "yes"),)), make_tokenizer())
+    assert " USER: <image>\nIs it a cat? ASSISTANT: yes</s>USER: What color? ASSISTANT:" in prompt.text
+    assert prompt.ids.count(IMAGE_TOKEN_INDEX) == 1
+
+
+def test_text_only_prompt_has_no_slot():
+    prompt = build_prompt(sample(image=None), make_tokenizer())
+    assert "<image>" not in prompt.text
+    assert IMAGE_TOKEN_INDEX not in prompt.ids
+
+
+def test_the_same_question_earlier_in_the_conversation_is_not_the_range():
+    tokenizer = make_tokenizer()
+    prompt = build_prompt(sample("what is it ?", history=(("what is it ?", "what is it ?"),)), tokenizer)
+    what = tokenizer.convert_tokens_to_ids("what")
+    assert prompt.question[0] == max(index for index, token in enumerate(prompt.ids) if token == what)
+
+
+def test_an_empty_question_has_an_empty_range():
+    start, stop = build_prompt(sample(""), make_tokenizer()).question
+    assert start == stop
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"question": "what is <image>?"},
+        {"suffix": "<image>"},
+        {"history": (("<image>", "a"),)},
+        {"history": (("a", "<image>"),)},
+    ],
+)
+@pytest.mark.parametrize("image", [WHITE, None])
+def test_a_placeholder_in_the_text_is_refused(given, image):
+    """It would take the place of an image that is not there, or shift the one that is."""
+    with pytest.raises(UserError, match="sample 'q1' contains '<image>'"):
+        build_prompt(sample(**given, image=image), make_tokenizer())

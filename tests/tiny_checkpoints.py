@@ -1,0 +1,230 @@
+"""Small random LLaVA checkpoints in both layouts, for tests. Nothing here is trained."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+TEXT = (
+    "a an the is are was there what which how many where who in on of left right above below near image picture photo "
+    "red green blue yellow black white circle square star ring heart cat dog man woman car tree table sky number color "
+    "shape one two three four five six zero yes no and or answer question using single word phrase with letter option "
+    "from given choices directly USER ASSISTANT user assistant A B C D chat between curious artificial intelligence "
+    "gives helpful detailed polite answers to s ' . , : ? ! do you see describe it Answer The What Which How Is Are"
+)
+SPECIAL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2 as in Llama
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per word, a BOS in front, no token for "<image>": like Vicuna's, but small enough to read."""
+    vocabulary = {word: index for index, word in enumerate((*SPECIAL, *dict.fromkeys(TEXT.split())))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
+def make_tiny_llava(
+    seed: int = 0,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int = 2,
+    hidden: int = 64,
+    intermediate: int = 96,
+    image: int = 56,
+    patch: int = 14,
+    vision_hidden: int = 32,
+    vision_layers: int = 3,
+    vision_heads: int = 2,
+    vocabulary: int | None = None,
+    row_multiple: int = 64,
+    tied: bool = False,
+) -> LlavaForConditionalGeneration:
+    """A LLaVA-1.5 with (image / patch) ** 2 visual tokens per image, 16 by default, and float32 random weights.
+
+    As in the checkpoints of the hub the embedding has more rows than there are words (`vocabulary`, by default those
+    of make_tokenizer), and the first of the spare ones is the image placeholder.
+    """
+    words = len(make_tokenizer()) if vocabulary is None else vocabulary
+    config = LlavaConfig(
+        text_config={
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": (words // row_multiple + 1) * row_multiple,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5000.0,  # not the default, so that a loader that drops it is seen
+            "tie_word_embeddings": tied,
+        },
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": vision_hidden,
+            "intermediate_size": 2 * vision_hidden,
+            "num_hidden_layers": vision_layers,
+            "num_attention_heads": vision_heads,
+            "image_size": image,
+            "patch_size": patch,
+            "projection_dim": vision_hidden,
+        },
+        image_token_index=words,
+        image_seq_length=(image // patch) ** 2,
+        tie_word_embeddings=tied,
+    )
+    config._attn_implementation = "sdpa"
+    model = LlavaForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            noise = torch.randn(weight.shape, generator=generator)
+            is_norm_scale = weight.dim() == 1 and name.endswith("weight")
+            # About 1 / sqrt(fan in) keeps activations near 1 through the layers: outputs differ, nothing saturates.
+            scale = 0.1 if weight.dim() == 1 else weight[0].numel() ** -0.5
+            weight.copy_(1 + scale * noise if is_norm_scale else scale * noise)
+        model.model.language_model.embed_tokens.weight.mul_(hidden**0.5)
+    return model
+
+
+def save_transformers_layout(
+    directory: Path,
+    model: LlavaForConditionalGeneration | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    safetensors: bool = True,
+) -> LlavaForConditionalGeneration:
+    """Write what a llava-hf repository holds; `safetensors=False` writes one pytorch_model.bin instead."""
+    model = make_tiny_llava() if model is None else model
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    if not safetensors:
+        (directory / "model.safetensors").unlink()
+        torch.save(model.state_dict(), directory / "pytorch_model.bin")
+    (tokenizer or make_tokenizer()).save_pretrained(directory)
+    _write_preprocessor(directory, model.config.vision_config.image_size)
+    return model
+
+
+def save_original_layout(
+    directory: Path,
+    model: LlavaForConditionalGeneration | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    shards: int = 2,
+    safetensors: bool = False,
+    tower_in_shards: bool = False,
+    **config: Any,
+) -> LlavaForConditionalGeneration:
+    """Write what a liuhaotian/llava-v1.5 repository holds, with the CLIP tower in the folder clip/ inside it.
+
+    Only the rows of real words are written, as in the official files. `config` overrides fields of config.json.
+    """
+    model = make_tiny_llava() if model is None else model
+    tokenizer = tokenizer or make_tokenizer()
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / "config.json", {**original_config(model, len(tokenizer), "clip"), **config})
+    weights = to_original_layout(model, len(tokenizer), tower_in_shards)
+    stem, suffix = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")
+    weight_map = {}
+    for shard in range(shards):
+        name = f"{stem}-{shard + 1:05d}-of-{shards:05d}.{suffix}"
+        part = {key: weights[key].clone() for key in sorted(weights)[shard::shards]}
+        weight_map.update(dict.fromkeys(part, name))
+        save_file(part, directory / name) if safetensors else torch.save(part, directory / name)
+    _write_json(directory / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": weight_map})
+    tokenizer.save_pretrained(directory)
+    save_tower(directory / "clip", model)
+    return model
+
+
+def save_tower(directory: Path, model: LlavaForConditionalGeneration) -> None:
+    """Write the vision tower alone, under the names of openai/clip-vit-large-patch14-336, with a stray text weight."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tower = CLIPVisionModel(CLIPVisionConfig.from_dict(model.config.vision_config.to_dict()))
+    tower.load_state_dict(model.model.vision_tower.state_dict())
+    tower.config.save_pretrained(directory)
+    weights = {f"vision_model.{key}": tensor for key, tensor in tower.state_dict().items()}
+    positions = torch.arange(model.model.vision_tower.embeddings.num_positions)[None]
+    extra = {"logit_scale": torch.ones(()), "vision_model.embeddings.position_ids": positions}
+    torch.save({**weights, **extra}, directory / "pytorch_model.bin")
+    _write_preprocessor(directory, model.config.vision_config.image_size)
+
+
+def original_config(model: LlavaForConditionalGeneration, words: int, tower: str) -> dict[str, Any]:
+    text = model.config.text_config
+    return {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "max_position_embeddings": text.max_position_embeddings,
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_theta": text.rope_parameters["rope_theta"],
+        "rope_scaling": None,
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "vocab_size": words,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "pretraining_tp": 1,
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": model.config.vision_config.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": model.config.vision_feature_layer,
+        "mm_vision_tower": tower,
+    }
+
+
+def to_original_layout(model: LlavaForConditionalGeneration, words: int, tower: bool) -> dict[str, Tensor]:
+    """The weights under their original names, spare rows cut off; written out, not taken from the loader's map."""
+    text, projector = model.model.language_model, model.model.multi_modal_projector
+    weights = {f"model.{key}": tensor for key, tensor in text.state_dict().items()}
+    weights["model.embed_tokens.weight"] = text.embed_tokens.weight.detach()[:words]
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)  # old shards hold these tables
+    if not model.config.tie_word_embeddings:
+        weights["lm_head.weight"] = model.lm_head.weight.detach()[:words]
+    for number, linear in (("0", projector.linear_1), ("2", projector.linear_2)):
+        for part, tensor in linear.state_dict().items():
+            weights[f"model.mm_projector.{number}.{part}"] = tensor
+    if tower:
+        for key, tensor in model.model.vision_tower.state_dict().items():
+            weights[f"model.vision_tower.vision_tower.vision_model.{key}"] = tensor
+    return weights
+
+
+def _write_preprocessor(directory: Path, size: int) -> None:
+    config = {
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    _write_json(directory / "preprocessor_config.json", config)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
