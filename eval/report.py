@@ -59,13 +59,13 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"visual tokens entering each layer: {layers} (mean {audit['mean_tokens_per_layer']:.1f}, "
         f"{audit['merged_tokens']:.1f} of them merged, {number(audit['visual_tokens_before'])} before reduction)",
-        f"key/value cache: {audit['kv_bytes_per_sample'] / 1e6:.2f} MB per question",
+        f"key/value cache: {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB per question",
     ]
     if timing["questions"]:
         spent = ", ".join(f"{phase} {value:.1f}" for phase, value in timing["mean_ms"].items())
         lines.append(f"ms per question: {spent}; {timing['flops'] / 1e9:.2f} GFLOP")
         lines.append(
-            f"timed: {timing['questions']:,} questions in {timing['runs']} runs, "
+            f"timed: {timing['questions']:,} questions in {timing['runs']} {'run' if timing['runs'] == 1 else 'runs'}, "
             f"{timing['this_run']['questions']:,} of them in this one"
         )
         for entry in timing["conditions"]:
@@ -80,15 +80,22 @@ def sentence(result: Mapping[str, Any]) -> str:
     if result["partial"]:
         asked = f"the first {asked} of {result['available']:,}"
     ttft = timing["mean_ms"]["ttft"]
-    wait = "n/a" if ttft is None else f"{ttft:.0f} ms"
+    wait = "n/a" if ttft is None else f"{short(ttft, 10)} ms"
     return (
         f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: "
         f"{result['metrics']['accuracy']:.1f} % accuracy (95 % CI {interval['low']:.1f} to {interval['high']:.1f}) "
         f"on {asked} {result['title']} questions; {audit['mean_tokens_per_layer']:.1f} tokens per layer, "
-        f"KV {audit['kv_bytes_per_sample'] / 1e6:.1f} MB, TTFT {wait} per question."
+        f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait} per question."
     )
 
 
 def number(value: float) -> str:
     """64.0 -> "64", 64.25 -> "64.2"."""
     return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
+
+
+def short(value: float, whole_from: float) -> str:
+    """No decimals from `whole_from` on, one below, and two digits for what would print as 0.0."""
+    if value >= whole_from:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 0.1 else f"{value:.2g}"

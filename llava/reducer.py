@@ -6,7 +6,7 @@ the pipeline computes, applies, counts and places them.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -162,10 +162,10 @@ class Reducer:
 
     def __post_init__(self) -> None:
         """Reject values outside the choices of a field."""
-        for name, known in self.__dataclass_fields__.items():
-            choices, value = known.metadata.get("choices"), getattr(self, name)
+        for known in fields(self):
+            choices, value = known.metadata.get("choices"), getattr(self, known.name)
             if choices and value not in choices:
-                raise UserError(f"{self.name}.{name} must be one of {', '.join(choices)}, got {value!r}.")
+                raise UserError(f"{self.name}.{known.name} must be one of {', '.join(choices)}, got {value!r}.")
 
     def check(self, facts: ModelFacts) -> None:
         """Raise UserError if this method cannot run on this model at this budget."""
@@ -208,19 +208,20 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
 
 
+def options_of(cls: type[Reducer]) -> dict[str, Field]:
+    """The configuration fields of a method by name, the budget apart."""
+    return {known.name: known for known in fields(cls) if known.name != "budget"}
+
+
 def parse_options(cls: type[Reducer], options: dict[str, str]) -> dict[str, Any]:
     """Turn `--set` texts into values of the fields' types; unknown keys are errors with a suggestion."""
-    fields = {name: f for name, f in cls.__dataclass_fields__.items() if name != "budget"}
+    known = options_of(cls)
     values: dict[str, Any] = {}
     for key, text in options.items():
-        if key not in fields:
-            raise unknown(f"option of {cls.name}", key, fields)
-        values[key] = _parse(f"{cls.name}.{key}", text, type(_default(fields[key])))
+        if key not in known:
+            raise unknown(f"option of {cls.name}", key, known)
+        values[key] = _parse(f"{cls.name}.{key}", text, type(known[key].default))
     return values
-
-
-def _default(known) -> Any:
-    return known.default if known.default is not MISSING else known.default_factory()
 
 
 def _parse(name: str, text: Any, kind: type) -> Any:

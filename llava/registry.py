@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava.errors import UserError, unknown
-from llava.reducer import Reducer, _default, parse_options
+from llava.reducer import Reducer, options_of, parse_options
 
 METHODS: dict[str, type[Reducer]] = {}
 
@@ -69,13 +69,12 @@ def describe() -> list[dict[str, Any]]:
         options = [
             {
                 "name": key,
-                "type": type(_default(known)).__name__,
-                "default": _default(known),
+                "type": type(known.default).__name__,
+                "default": known.default,
                 "choices": known.metadata.get("choices"),
                 "doc": known.metadata.get("doc", ""),
             }
-            for key, known in cls.__dataclass_fields__.items()
-            if key != "budget"
+            for key, known in options_of(cls).items()
         ]
         rows.append({"name": name, "summary": cls.summary, "version": cls.version, "options": options})
     return rows

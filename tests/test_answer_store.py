@@ -147,8 +147,11 @@ def test_restart_moves_the_old_store_aside_and_deletes_nothing(tmp_path):
 def test_a_second_writer_is_refused(tmp_path):
     with open_store(tmp_path) as store:
         store.add([line("1")], {})
-        script = f"from eval.answers import AnswerStore; from pathlib import Path; AnswerStore(Path({str(tmp_path)!r}), {{}}, [])"
-        other = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+        script = (
+            "import sys; from pathlib import Path; from eval.answers import *; AnswerStore(Path(sys.argv[1]), {}, [])"
+        )
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert f"in use by another run (process {os.getpid()})" in other.stderr
         with pytest.raises(UserError, match="in use by another run"):
             open_store(tmp_path, restart=True)

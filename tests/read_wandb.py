@@ -1,0 +1,101 @@
+"""Read an offline W&B run back: what was logged, without a server and without wandb's own reader.
+
+A .wandb file is a 7-byte header and then LevelDB's log format: blocks of 32 KiB, and in them fragments of a 7-byte
+head (checksum, length, kind) and their bytes. A record is one whole fragment, or a first, middles and a last one.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+HEADER = 7
+BLOCK = 32768
+FRAGMENT = struct.Struct("<IHB")
+WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+@dataclass
+class OfflineRun:
+    """Everything a run told W&B.
+
+    Attributes:
+        history: one dict per `run.log`.
+        files: names of media and other files, relative to `folder / "files"`.
+    """
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    exit_code: int | None = None
+
+    def last(self, key: str) -> Any:
+        """The last value logged under `key`."""
+        return next(row[key] for row in reversed(self.history) if key in row)
+
+    def table(self, key: str) -> dict[str, Any]:
+        """The content of a logged table: columns and data."""
+        return json.loads((self.folder / "files" / self.last(key)["path"]).read_text())
+
+
+def read_fragments(data: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file as bytes."""
+    if data[:4] != b":W&B":
+        raise ValueError(f"not a W&B file, it starts with {data[:8]!r}")
+    position, parts = HEADER, b""
+    while position + FRAGMENT.size <= len(data):
+        room = BLOCK - position % BLOCK
+        if room < FRAGMENT.size:  # a head never crosses a block: the rest is padding
+            position += room
+            continue
+        _, length, kind = FRAGMENT.unpack_from(data, position)
+        body = data[position + FRAGMENT.size : position + FRAGMENT.size + length]
+        position += FRAGMENT.size + length
+        parts = body if kind in (WHOLE, FIRST) else parts + body
+        if kind in (WHOLE, LAST):
+            yield parts
+
+
+def items(entries: Any) -> dict[str, Any]:
+    """Key-value entries of a record, nested keys as nested dicts."""
+    tree: dict[str, Any] = {}
+    for entry in entries:
+        *outer, name = entry.nested_key or [entry.key]
+        branch = tree
+        for key in outer:
+            branch = branch.setdefault(key, {})
+        branch[name] = json.loads(entry.value_json)
+    return tree
+
+
+def read_run(folder: Path) -> OfflineRun:
+    """Read `offline-run-...`, the folder that `wandb sync` takes."""
+    run = OfflineRun(folder)
+    (file,) = folder.glob("run-*.wandb")
+    for fragment in read_fragments(file.read_bytes()):
+        record = Record.FromString(fragment)
+        match record.WhichOneof("record_type"):
+            case "run":
+                run.config |= items(record.run.config.update)
+            case "config":
+                run.config |= items(record.config.update)
+            case "history":
+                run.history.append(items(record.history.item))
+            case "summary":
+                run.summary |= items(record.summary.update)
+            case "files":
+                run.files += [entry.path for entry in record.files.files]
+            case "exit":
+                run.exit_code = record.exit.exit_code
+    return run
+
+
+def find_runs(output: Path) -> list[Path]:
+    """Offline runs below an output folder, oldest first."""
+    return sorted(output.glob("wandb/offline-run-*"))

@@ -1,0 +1,311 @@
+"""ConsensusDrop's maths against definitions written with loops, planted answers, and every option through the model."""
+
+import math
+
+import pytest
+import torch
+
+from consensusdrop.fusion import FUSIONS, fuse, rank01
+from consensusdrop.merging import ANCHORS, WEIGHTS, choose_anchors, merge_plan, others
+from consensusdrop.method import ConsensusDrop, pool_attention
+from llava import registry
+from llava.errors import UserError
+from llava.layout import Layout
+from llava.pipeline import Clock, Pipeline
+from llava.reducer import PromptState
+from llava.reduction import keep_top
+from llava.signals import Signal
+from tests.conftest import samples
+
+CHOICES = {"alpha": 0.3, "cross_top": 0, "temperature": 0.5, "rrf_k": 60.0, "gate_beta": 2.0}
+
+
+def saliencies(seed=0, images=3, tokens=20):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.rand(images, tokens, generator=generator).pow(3)  # noqa: E731
+    return draw(), draw()
+
+
+def fuse_by_the_book(v: list[float], c: list[float], rule: str, keep: int) -> list[float]:
+    """One image, plain loops, from the formulas in docs/consensusdrop.md."""
+    n, a = len(v), CHOICES["alpha"]
+
+    def place(score):
+        order = sorted(range(n), key=lambda i: (-score[i], i))
+        return [order.index(i) for i in range(n)]
+
+    rank = lambda score: [1 - p / (n - 1) for p in place(score)]  # noqa: E731
+    mean = lambda score: sum(score) / n  # noqa: E731
+    if rule == "rank":
+        return [a * x + (1 - a) * y for x, y in zip(rank(v), rank(c), strict=True)]
+    if rule == "raw":
+        return [a * x + (1 - a) * y for x, y in zip(v, c, strict=True)]
+    if rule == "minmax":
+        scale = lambda s: [(x - min(s)) / (max(s) - min(s)) for x in s]  # noqa: E731
+        return [a * x + (1 - a) * y for x, y in zip(scale(v), scale(c), strict=True)]
+    if rule == "zscore":
+        deviation = lambda s: math.sqrt(sum((x - mean(s)) ** 2 for x in s) / n)  # noqa: E731
+        scale = lambda s: [(x - mean(s)) / deviation(s) for x in s]  # noqa: E731
+        return [a * x + (1 - a) * y for x, y in zip(scale(v), scale(c), strict=True)]
+    if rule == "log":
+        t = CHOICES["temperature"]
+        return [a * math.log(x / sum(v)) + (1 - a) * math.log(y / sum(c)) / t for x, y in zip(v, c, strict=True)]
+    if rule == "rrf":
+        k = CHOICES["rrf_k"]
+        return [a / (k + x + 1) + (1 - a) / (k + y + 1) for x, y in zip(place(v), place(c), strict=True)]
+    if rule == "cross_first":
+        head = round((1 - a) * keep)
+        return [x + (2 if y < head else 0) for x, y in zip(rank(v), place(c), strict=True)]
+    return [x * (1 + CHOICES["gate_beta"] * y / mean(c)) for x, y in zip(v, c, strict=True)]
+
+
+@pytest.mark.parametrize("rule", FUSIONS)
+def test_fusion_equals_its_definition(rule):
+    v, c = saliencies()
+    actual = fuse(v, c, rule, keep=7, **CHOICES)
+    for i in range(len(v)):
+        expected = torch.tensor(fuse_by_the_book(v[i].tolist(), c[i].tolist(), rule, 7))
+        torch.testing.assert_close(actual[i], expected, atol=2e-5, rtol=1e-4)
+        assert keep_top(actual[i : i + 1], 7).tolist() == keep_top(expected[None], 7).tolist()
+
+
+@pytest.mark.parametrize("rule", sorted(set(FUSIONS) - {"gate"}))
+def test_alpha_ends_are_the_single_signals(rule):
+    v, c = saliencies(1)
+    for alpha, signal in ((1.0, v), (0.0, c)):
+        fused = fuse(v, c, rule, keep=6, **{**CHOICES, "alpha": alpha})
+        assert keep_top(fused, 6).tolist() == keep_top(signal, 6).tolist()
+
+
+def test_rank_ties_go_to_the_lower_index_and_a_truncated_tail_counts_nothing():
+    assert rank01(torch.zeros(1, 5)).tolist() == [[1.0, 0.75, 0.5, 0.25, 0.0]]
+    assert rank01(torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]), top=3).tolist() == [[1.0, 0.5, 0.0, 0.0, 0.0]]
+
+
+def test_others_is_the_ascending_complement():
+    kept = torch.tensor([[5, 0, 3], [1, 2, 4]])
+    assert others(kept, 6).tolist() == [[1, 2, 4], [0, 3, 5]]
+
+
+def farthest_by_the_book(rest, saliency, keys, count):
+    unit = {i: keys[i] / keys[i].norm() for i in rest}
+    chosen = [max(rest, key=lambda i: saliency[i])]
+    while len(chosen) < count:
+        left = [i for i in rest if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(float(1 - unit[i] @ unit[j]) for j in chosen)))
+    return sorted(chosen)
+
+
+def test_anchor_rules_equal_their_definitions():
+    generator = torch.Generator().manual_seed(3)
+    saliency, keys = torch.rand(2, 20, generator=generator), torch.randn(2, 20, 6, generator=generator)
+    rest = others(keep_top(saliency, 6), 20)
+    for b in range(2):
+        line = rest[b].tolist()
+        value = saliency[b].tolist()
+        assert choose_anchors("saliency", rest, saliency, keys, 4)[b].tolist() == sorted(sorted(line, key=lambda i: -value[i])[:4])
+        assert choose_anchors("stride", rest, saliency, keys, 4)[b].tolist() == line[:: len(line) // 4][:4]
+        expected = farthest_by_the_book(line, value, keys[b], 4)
+        assert choose_anchors("farthest", rest, saliency, keys, 4)[b].tolist() == expected
+
+
+def test_farthest_anchors_stay_unique_among_identical_tokens():
+    saliency, keys = torch.rand(1, 12), torch.ones(1, 12, 4)
+    chosen = choose_anchors("farthest", torch.arange(12)[None], saliency, keys, 5)
+    assert len(set(chosen[0].tolist())) == 5
+
+
+def plan_by_the_book(tokens, retained, merged, saliency, keys, anchors, weights):
+    """One image: the output tokens in raster order, with loops."""
+    total = len(tokens)
+    rest = [i for i in range(total) if i not in retained]
+    if anchors == "retained":
+        centres = list(retained)
+    elif anchors == "saliency":
+        centres = sorted(sorted(rest, key=lambda i: (-saliency[i], i))[:merged])
+    elif anchors == "stride":
+        centres = rest[:: max(1, len(rest) // merged)][:merged]
+    else:
+        centres = farthest_by_the_book(rest, saliency, keys, merged)
+    out = sorted(set(retained) | set(centres))
+    groups = {i: [i] for i in out}
+    cosine = lambda i, j: float(torch.nn.functional.cosine_similarity(keys[i], keys[j], dim=0))  # noqa: E731
+    for i in range(total):
+        if i not in out and weights != "none":
+            groups[max(centres, key=lambda j: cosine(i, j))].append(i)
+    result = []
+    for i in out:
+        members = groups[i]
+        if len(members) == 1:
+            result.append(tokens[i])
+        elif weights == "saliency":
+            result.append(sum(saliency[m] * tokens[m] for m in members) / sum(saliency[m] for m in members))
+        elif weights == "mean":
+            result.append(sum(tokens[m] for m in members) / len(members))
+        else:
+            result.append(tokens[i] + sum(tokens[m] for m in members[1:]) / (len(members) - 1))
+    return torch.stack(result)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("anchors", ANCHORS)
+def test_merging_equals_its_definition(anchors, weights):
+    generator = torch.Generator().manual_seed(4)
+    tokens, keys = torch.randn(2, 24, 5, generator=generator), torch.randn(2, 24, 6, generator=generator)
+    saliency = torch.rand(2, 24, generator=generator)
+    retained, merged = keep_top(torch.rand(2, 24, generator=generator), 7), 0 if anchors == "retained" else 4
+    actual = merge_plan(retained, merged, saliency, keys, anchors, weights, appended=False).apply(tokens)
+    for b in range(2):
+        expected = plan_by_the_book(
+            tokens[b], retained[b].tolist(), merged, saliency[b].tolist(), keys[b], anchors, weights
+        )
+        torch.testing.assert_close(actual[b], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_appended_tokens_come_last():
+    saliency, keys = torch.rand(1, 12), torch.randn(1, 12, 4)
+    plan = merge_plan(torch.tensor([[6, 7, 8]]), 2, saliency, keys, "saliency", "mean", appended=True)
+    assert plan.anchor[0, :3].tolist() == [6, 7, 8] and plan.anchor.shape == (1, 5)
+    torch.testing.assert_close(plan.apply(torch.ones(1, 12, 1)), torch.ones(1, 5, 1))
+
+
+def test_a_group_without_any_saliency_is_still_an_average():
+    """0/0 would make the merged token NaN when CLS attention underflows."""
+    plan = merge_plan(torch.tensor([[0]]), 1, torch.zeros(1, 6), torch.randn(1, 6, 3), "saliency", "saliency", False)
+    assert torch.isfinite(plan.apply(torch.ones(1, 6, 2))).all()
+
+
+def test_pooling_ignores_padded_rows():
+    weights, rows = torch.rand(1, 2, 3, 5), torch.tensor([[True, True, False]])
+    torch.testing.assert_close(pool_attention(weights, rows, "mean", "mean")[0], weights[0, :, :2].mean((0, 1)))
+    torch.testing.assert_close(pool_attention(weights, rows, "mean", "max")[0], weights[0, :, :2].amax(1).mean(0))
+
+
+def test_sharp_heads_are_those_of_low_entropy():
+    flat, sharp = torch.full((1, 1, 2, 4), 0.25), torch.tensor([0.97, 0.01, 0.01, 0.01]).expand(1, 1, 2, 4)
+    rows = torch.ones(1, 2, dtype=torch.bool)
+    torch.testing.assert_close(pool_attention(torch.cat([flat, sharp], 1), rows, "sharp", "mean")[0], sharp[0, 0, 0])
+
+
+def planted_state(v, c_values):
+    state = PromptState(torch.zeros(1, 16, 4), {}, Layout(4, 4), ("s",), tokens=torch.randn(1, 16, 8))
+    state.signals = {Signal("cls_attention", -2): v, Signal("keys", -2): torch.randn(1, 16, 4)}
+    state.text_attention = lambda *_: (c_values[:, None, None], torch.ones(1, 1, dtype=torch.bool))
+    return state
+
+
+@pytest.mark.parametrize("rule", FUSIONS)
+def test_keeps_what_both_signals_point_at(rule):
+    """Plant the answer: tokens 3 and 9 are salient and asked for; one signal alone likes others too."""
+    v, c = torch.linspace(0.01, 0.02, 16)[None].clone(), torch.linspace(0.02, 0.01, 16)[None].clone()
+    v[0, [3, 9]] = c[0, [3, 9]] = 0.9
+    reducer = ConsensusDrop(budget=2, fusion=rule, merged_share=0.0)
+    assert reducer.prompt(planted_state(v, c)).anchor.tolist() == [[3, 9]]
+
+
+OPTIONS = [
+    *({"fusion": rule} for rule in FUSIONS),
+    *({"anchors": rule} for rule in ANCHORS),
+    *({"weights": rule} for rule in WEIGHTS),
+    {"alpha": "1"},
+    {"alpha": "0"},
+    {"probe": "contextual", "probe_layer": "2"},
+    {"probe": "contextual", "probe_layer": "2", "query": "last", "rope": "true"},
+    {"probe_layer": "3"},
+    {"query": "instruction"},
+    {"pooling": "max"},
+    {"heads": "sharp"},
+    {"rope": "true"},
+    {"block": "-1"},
+    {"merge_space": "encoder"},
+    {"order": "appended"},
+    {"crops": "global"},
+    {"positions": "original"},
+    {"merged_share": "0.5"},
+    {"cls_token": "true"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
+def test_every_option_runs_at_its_budget_and_in_batches(tiny, options):
+    batch, reducer = samples(), registry.build("consensusdrop", 7, options)
+    pipeline = Pipeline(tiny, reducer)
+    state, record = pipeline.prepare(batch, Clock(tiny.device))
+    assert [audit.mean for audit in pipeline.audits(state, record)] == [7, 7, 7, 0, 7]
+    for i, sample in enumerate(batch):
+        single, alone = pipeline.prepare([sample], Clock(tiny.device))
+        torch.testing.assert_close(tiny.logits(state.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)
+        for a, b in zip(record.steps[i], alone.steps[0], strict=True):
+            assert a.reduction.anchor.tolist() == b.reduction.anchor.tolist()
+
+
+def test_encoder_alone_does_not_run_the_probe(tiny):
+    cost = {}
+    for alpha in ("1", "0.5"):
+        pipeline = Pipeline(tiny, registry.build("consensusdrop", 7, {"alpha": alpha}))
+        cost[alpha] = pipeline.prepare(samples(1), Clock(tiny.device))[1].cost["selection"]
+    assert cost["1"] == 0 < cost["0.5"]
+
+
+def test_the_probe_depends_on_the_question_and_the_encoder_does_not(tiny):
+    import dataclasses
+
+    one = samples(1)[0]
+    other = dataclasses.replace(one, question="how many black dog are near the tree?")
+
+    def kept(sample, alpha):
+        reducer = registry.build("consensusdrop", 7, {"alpha": alpha, "merged_share": "0"})
+        return Pipeline(tiny, reducer).prepare([sample], Clock(tiny.device))[1].steps[0][0].reduction.anchor.tolist()
+
+    assert kept(one, "1") == kept(other, "1")
+    assert kept(one, "0") != kept(other, "0")
+
+
+def test_cls_token_is_the_first_of_the_budget(tiny):
+    reducer = registry.build("consensusdrop", 7, {"cls_token": "true"})
+    _, record = Pipeline(tiny, reducer).prepare(samples(1), Clock(tiny.device))
+    reduction = record.steps[0][0].reduction
+    assert reduction.anchor[0, 0] == 0 and reduction.inputs == 17 and reduction.anchor.shape == (1, 7)
+
+
+def test_budget_is_split_evenly_over_crops():
+    """Three crops of 4 x 4: each keeps a third, although the first holds all the saliency."""
+    v = torch.rand(2, 48) * torch.cat([torch.ones(16), torch.full((32,), 1e-3)])
+    state = PromptState(torch.zeros(2, 48, 4), {}, Layout(4, 4, crops=3), ("a", "b"), tokens=torch.randn(2, 48, 8))
+    state.signals = {Signal("cls_attention", -2): v, Signal("keys", -2): torch.randn(2, 48, 4)}
+    for crops, counts in (("each", [8, 8, 8]), ("global", None)):
+        plan = ConsensusDrop(budget=24, alpha=1.0, crops=crops).prompt(state)
+        found = torch.stack([(plan.anchor // 16 == crop).sum(1) for crop in range(3)], 1)
+        if counts:
+            assert found.tolist() == [counts, counts]
+            # Nothing is merged across crops.
+            home = plan.anchor.gather(1, plan.owner.clamp(min=0)) // 16
+            assert torch.equal(home[plan.owner >= 0], (torch.arange(48) // 16).expand(2, -1)[plan.owner >= 0])
+        else:
+            assert (found[:, 0] > 8).all()
+        torch.testing.assert_close(plan.apply(torch.ones(2, 48, 1)), torch.ones(2, 24, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"alpha": "1.5"}, "alpha must be between 0 and 1"),
+        ({"alpha": "half"}, "alpha must be a number"),
+        ({"probe_layer": "2.5"}, "whole number"),
+        ({"rope": "maybe"}, "true or false"),
+        ({"fusion": "borda"}, "must be one of"),
+        ({"fuson": "rank"}, "Did you mean 'fusion'"),
+        ({"query": "last"}, "probe=contextual"),
+        ({"probe": "contextual"}, "probe_layer of at least 1"),
+        ({"merged_share": "1"}, "below 1"),
+        ({"temperature": "0"}, "above 0"),
+    ],
+)
+def test_bad_options_get_one_sentence(options, said):
+    with pytest.raises(UserError, match=said):
+        registry.build("consensusdrop", 8, options)
+
+
+def test_probe_layer_must_exist(tiny):
+    with pytest.raises(UserError, match="below 4"):
+        registry.build("consensusdrop", 8, {"probe_layer": "4"}).check(tiny.facts())

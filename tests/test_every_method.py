@@ -1,0 +1,201 @@
+"""The contract: every registered method passes this suite by being registered."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from llava import registry
+from llava.errors import UserError
+from llava.model import Llava
+from llava.pipeline import Clock, Pipeline
+from tests.conftest import picture, samples
+
+BUDGETS = (1, 4, 7, 8, 12, 16)
+ALL = 16  # visual tokens of the tiny model
+
+
+@pytest.fixture(params=registry.names())
+def name(request) -> str:
+    return request.param
+
+
+def possible(name: str, tiny: Llava, budgets=BUDGETS):
+    """The method at every budget it accepts."""
+    for budget in budgets:
+        reducer = registry.build(name, budget)
+        try:
+            reducer.check(tiny.facts())
+        except UserError:
+            continue
+        yield reducer
+
+
+def reducing(name: str, tiny: Llava):
+    """The method at a budget below the full one; `full` is its own."""
+    return next(iter(possible(name, tiny, (8, 4, ALL))))
+
+
+def run(tiny, batch, reducer):
+    pipeline = Pipeline(tiny, reducer)
+    state, record = pipeline.prepare(batch, Clock(tiny.device))
+    return tiny.logits(state.hidden), pipeline.audits(state, record), record
+
+
+def same_steps(first, second) -> bool:
+    return len(first) == len(second) and all(
+        a.place == b.place and torch.equal(a.reduction.anchor, b.reduction.anchor) for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_accepts_some_budget_below_full(name, tiny):
+    found = [reducer.budget for reducer in possible(name, tiny)]
+    assert found and (name == "full" or min(found) < ALL)
+
+
+def test_audited_mean_is_the_budget(name, tiny):
+    for reducer in possible(name, tiny):
+        _, audits, _ = run(tiny, samples(), reducer)
+        for i, audit in enumerate(audits):
+            assert audit.mean == (0 if i == 3 else reducer.budget), (reducer, audit)
+
+
+def test_anchors_are_ascending_and_unique(name, tiny):
+    for reducer in possible(name, tiny):
+        _, _, record = run(tiny, samples(), reducer)
+        for step in (step for steps in record.steps for step in steps):
+            assert (step.reduction.anchor.diff(dim=1) > 0).all()
+            assert 0 <= step.reduction.anchor.min() and step.reduction.anchor.max() < step.reduction.inputs
+
+
+def test_merge_weights_are_averages(name, tiny):
+    """Every output token's shares add up to 1, so merging does not change the scale of features."""
+    for reducer in possible(name, tiny):
+        _, _, record = run(tiny, samples(), reducer)
+        for step in (step for steps in record.steps for step in steps):
+            reduction = step.reduction
+            if reduction.merges:
+                ones = torch.ones(1, reduction.inputs, 1)
+                torch.testing.assert_close(reduction.apply(ones), torch.ones(1, reduction.anchor.shape[1], 1))
+                assert (reduction.owner.gather(1, reduction.anchor.sort().values) >= 0).all()
+
+
+def test_full_budget_changes_nothing(name, tiny):
+    batch = samples()
+    expected, _, _ = run(tiny, batch, registry.build("full", ALL))
+    actual, _, _ = run(tiny, batch, registry.build(name, ALL))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+def test_batch_equals_single_and_padding_is_invisible(name, tiny):
+    batch, reducer = samples(), reducing(name, tiny)
+    logits, audits, record = run(tiny, batch, reducer)
+    for i, sample in enumerate(batch):
+        alone, alone_audits, alone_record = run(tiny, [sample], reducer)
+        torch.testing.assert_close(logits[i], alone[0], atol=1e-4, rtol=0)
+        assert same_steps(record.steps[i], alone_record.steps[0])
+        assert audits[i] == alone_audits[0]
+
+
+def test_other_pictures_of_the_batch_have_no_influence(name, tiny):
+    reducer, batch = reducing(name, tiny), samples(2)
+    before, _, record = run(tiny, batch, reducer)
+    changed = [batch[0], dataclasses.replace(batch[1], image=picture(77, (33, 80)))]
+    after, _, again = run(tiny, changed, reducer)
+    torch.testing.assert_close(before[0], after[0], atol=1e-4, rtol=0)
+    assert same_steps(record.steps[0], again.steps[0])
+    assert not torch.allclose(before[1], after[1], atol=1e-3)
+
+
+def test_order_of_the_batch_makes_no_difference(name, tiny):
+    reducer, batch = reducing(name, tiny), samples()
+    _, _, record = run(tiny, batch, reducer)
+    _, _, turned = run(tiny, batch[::-1], reducer)
+    assert all(same_steps(a, b) for a, b in zip(record.steps, turned.steps[::-1], strict=True))
+
+
+def test_runs_are_deterministic(name, tiny):
+    reducer = reducing(name, tiny)
+    first, second = (tiny.answer(samples(), reducer, max_new_tokens=4) for _ in range(2))
+    assert [a.token_ids for a in first.answers] == [a.token_ids for a in second.answers]
+
+
+def test_text_only_prompts_are_untouched(name, tiny):
+    text = [sample for sample in samples() if sample.image is None]
+    expected, _, _ = run(tiny, text, registry.build("full", ALL))
+    actual, _, record = run(tiny, text, reducing(name, tiny))
+    torch.testing.assert_close(actual, expected, atol=0, rtol=0)
+    assert record.steps == [[]]
+
+
+def test_nothing_stays_attached(name, tiny, monkeypatch):
+    """Also after an error in the middle of the decoder, the model has no hook and answers as before."""
+    reducer, batch = reducing(name, tiny), samples(2)
+    expected, _, _ = run(tiny, batch, reducer)
+
+    def count(module: nn.Module) -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+    before = count(tiny.container)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.llm.layers[2], "forward", fail)
+        with pytest.raises(RuntimeError, match="planted"):
+            run(tiny, batch, reducer)
+    assert count(tiny.container) == before
+    actual, _, _ = run(tiny, batch, reducer)
+    torch.testing.assert_close(actual, expected, atol=0, rtol=0)
+
+
+def test_fused_and_eager_main_path_select_the_same(name, tiny):
+    reducer = reducing(name, tiny)
+    _, _, fused = run(tiny, samples(), reducer)
+    parts = (tiny.llm.config, tiny.tower.config)
+    for config in parts:
+        config._attn_implementation = "eager"
+    try:
+        _, _, eager = run(tiny, samples(), reducer)
+    finally:
+        for config in parts:
+            config._attn_implementation = "sdpa"
+    assert all(same_steps(a, b) for a, b in zip(fused.steps, eager.steps, strict=True))
+
+
+def test_no_method_asks_for_attention_maps(name, tiny, monkeypatch):
+    """The fused kernel never returns weights; a method that needs output_attentions would fail here."""
+    import transformers.integrations.sdpa_attention as sdpa
+
+    calls = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(sdpa.torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    run(tiny, samples(2), reducing(name, tiny))
+    blocks = tiny.select_layer % (len(tiny.tower.encoder.layers) + 1)
+    assert len(calls) == blocks + len(tiny.llm.layers)
+
+
+@pytest.mark.parametrize("budget", [0, -1, ALL + 1])
+def test_impossible_budgets_are_refused(name, tiny, budget):
+    with pytest.raises(UserError, match="budget"):
+        registry.build(name, budget).check(tiny.facts())
+
+
+def test_unknown_option_is_refused_with_a_suggestion(name):
+    with pytest.raises(UserError, match="Did you mean 'positions'"):
+        registry.build(name, 8, {"position": "original"})
+
+
+def test_configuration_is_frozen_and_described(name):
+    reducer = registry.build(name, 8)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        reducer.budget = 4
+    row = next(row for row in registry.describe() if row["name"] == name)
+    assert row["summary"] and all(option["doc"] for option in row["options"])
+
+
+def test_unknown_method_is_refused_with_a_suggestion():
+    with pytest.raises(UserError, match="Did you mean 'consensusdrop'"):
+        registry.build("consensusdorp", 8)

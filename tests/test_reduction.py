@@ -1,0 +1,107 @@
+"""Reductions as data, and the sequence they are applied to, against plain loops."""
+
+import pytest
+import torch
+
+from llava.audit import mean_visual_tokens
+from llava.reduction import Reduction, keep_top
+from llava.sequence import assemble
+
+
+def test_keep_top_finds_planted_tokens():
+    """Flipping the sort order passes every shape test, and fails here."""
+    score = torch.zeros(2, 36)
+    score[0, [4, 20, 33]] = score[1, [0, 1, 35]] = 1 / 3
+    assert keep_top(score, 3).tolist() == [[4, 20, 33], [0, 1, 35]]
+
+
+def test_ties_go_to_the_lower_index():
+    assert keep_top(torch.zeros(1, 50), 4).tolist() == [[0, 1, 2, 3]]
+
+
+def test_apply_is_the_weighted_sum():
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(2, 9, 5, generator=generator)
+    anchor = torch.tensor([[1, 4, 8], [0, 2, 3]])
+    owner = torch.randint(-1, 3, (2, 9), generator=generator)
+    weight = torch.rand(2, 9, generator=generator)
+    expected = torch.zeros(2, 3, 5)
+    for b in range(2):
+        for n in range(9):
+            if owner[b, n] >= 0:
+                expected[b, owner[b, n]] += weight[b, n] * tokens[b, n]
+    reduction = Reduction(anchor, 9, owner, weight)
+    torch.testing.assert_close(reduction.apply(tokens), expected)
+    members = [[int((owner[b] == k).sum()) > 1 for k in range(3)] for b in range(2)]
+    assert reduction.merged_count().tolist() == [sum(row) for row in members]
+
+
+def test_pruning_keeps_tokens_as_they_are():
+    tokens = torch.randn(1, 6, 3)
+    assert torch.equal(Reduction(torch.tensor([[1, 5]]), 6).apply(tokens), tokens[:, [1, 5]])
+
+
+def sequence(counts=(4, 4, 0), texts=(5, 3, 6), slots=(2, 1, None)):
+    """Token n of sample s has the value 100 s + n, its place in the unreduced prompt."""
+    rows = []
+    for s, (count, text, slot) in enumerate(zip(counts, texts, slots, strict=True)):
+        line = 100.0 * s + torch.arange(text + count)
+        start = slot or 0
+        visual = line[start : start + count] if slot is not None else None
+        rows.append((torch.cat([line[:start], line[start + count :]])[:, None], visual))
+    questions = [(s + 1, t) if s is not None else (1, 4) for s, t in zip(slots, texts, strict=True)]
+    return assemble(
+        [text for text, _ in rows],
+        list(slots),
+        [None if visual is None else visual[:, None] for _, visual in rows],
+        [None] * 3,
+        4,
+        questions,
+        questions,
+    )
+
+
+def real(seq, sample, tensor):
+    return tensor[sample, seq.padding(sample) :].flatten().tolist()
+
+
+@pytest.mark.parametrize("renumber", [False, True])
+def test_reduce_by_the_book(renumber):
+    seq = sequence()
+    reduction = Reduction(torch.tensor([[1, 3], [0, 2]]), 4)
+    out = seq.reduce({0: (reduction, 0), 1: (reduction, 1)}, {}, renumber)
+    expected = [
+        [0, 1, 3, 5, 6, 7, 8],
+        [100, 101, 103, 105, 106],
+        [200, 201, 202, 203, 204, 205],
+    ]
+    for s, values in enumerate(expected):
+        assert real(out, s, out.hidden) == values
+        places = [v - 100 * s for v in values]
+        assert real(out, s, out.position) == (list(range(len(values))) if renumber else places)
+        assert out.hidden[s, : out.padding(s)].abs().sum() == 0
+    assert out.visual == ((2, 4), (1, 3), (0, 0))
+    # Spans still point at the same tokens.
+    for s in range(3):
+        (a, b), (c, d) = seq.question[s], out.question[s]
+        assert real(seq, s, seq.hidden)[a:b] == real(out, s, out.hidden)[c:d]
+
+
+def test_reduce_puts_merged_values_at_their_anchors():
+    seq = sequence()
+    reduction = Reduction(torch.tensor([[0, 3]]), 4)
+    out = seq.reduce({1: (reduction, 0)}, {1: torch.tensor([[-1.0], [-2.0]])}, True)
+    assert real(out, 1, out.hidden) == [100, -1, -2, 105, 106]
+    assert real(out, 0, out.hidden) == real(seq, 0, seq.hidden)
+
+
+def test_reduce_allows_a_token_twice():
+    """Official AttnMix keeps some tokens twice; the seam must be able to reproduce that."""
+    seq = sequence()
+    out = seq.reduce({0: (Reduction(torch.tensor([[2, 2, 0]]), 4), 0)}, {}, False)
+    assert real(out, 0, out.hidden)[2:5] == [4, 4, 2]
+
+
+def test_mean_counts_what_each_layer_computes_on():
+    """SparseVLMs issue 12: two layers at 576 and thirty at 144 are 171 tokens per layer, not 144."""
+    assert mean_visual_tokens([576] * 2 + [144] * 30) == 171

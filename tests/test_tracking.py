@@ -1,0 +1,309 @@
+"""W&B offline, read back from its own file; what is drawn on pictures; and that logging never harms a run."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_fakes import FakeLlava, FakeReducer, write_gqa
+from PIL import Image
+from read_wandb import find_runs, read_run
+
+from eval import tracking
+from eval.config import RunConfig
+from eval.overlay import compose, draw_overlay, group_colour
+from eval.run import run
+from llava.reduction import Reduction, Step
+
+VARIABLES = ("API_KEY", "MODE", "DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "BASE_URL", "PROJECT", "ENTITY", "RUN_ID")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    """No key, no mode, no home: what a fresh machine has."""
+    for name in VARIABLES:
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    monkeypatch.delenv("NETRC", raising=False)
+    # `tracking` sets these for the process; monkeypatch takes them back after the test.
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, "")
+
+
+def config(tmp_path: Path, **changes) -> RunConfig:
+    data = write_gqa(tmp_path / "data")
+    return RunConfig("first", 16, data=data, output=tmp_path / "out", batch_size=8, **changes)
+
+
+# -- logging -------------------------------------------------------------------------------------------------------
+
+
+def test_offline_run_reads_back_whole(tmp_path, capsys):
+    result = run(config(tmp_path, wandb="auto"), FakeLlava(), FakeReducer())
+    printed = capsys.readouterr()
+    (folder,) = find_runs(tmp_path / "out")
+    logged = read_run(folder)
+
+    assert f"wandb sync {folder}" in printed.out and str(tmp_path / "out") in str(folder)
+    assert printed.out.splitlines()[-1] == result["sentence"]
+    for key, value in result["settings"].items():
+        assert logged.config[key] == value
+    assert logged.config["versions"] == result["versions"]
+    for name in ("accuracy", "binary", "open"):
+        assert logged.last(f"metrics/{name}") == result["metrics"][name] == logged.summary[f"metrics/{name}"]
+    assert logged.last("audit/mean_tokens_per_layer") == 16
+    assert [logged.last(f"audit/entering/layer {layer}") for layer in range(3)] == [16, 16, 16]
+    assert logged.last("audit/kv_bytes_per_sample") == 16000
+    assert logged.last("timing/mean_ms/ttft") == pytest.approx(3.5)
+    assert logged.last("confidence/accuracy/low") == result["confidence"]["accuracy"]["low"]
+    assert [row["progress/answered"] for row in logged.history if "progress/answered" in row] == [8, 16, 24, 32, 40]
+    assert logged.last("progress/accuracy") == result["metrics"]["accuracy"]
+    assert logged.summary["sentence"] == result["sentence"]
+    assert logged.exit_code == 0
+
+
+def test_offline_run_holds_the_samples_and_the_pictures(tmp_path):
+    run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
+    logged = read_run(find_runs(tmp_path / "out")[0])
+    table = logged.table("samples")
+    assert table["columns"] == list(tracking.COLUMNS)
+    assert len(table["data"]) == 40
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [row[3] for row in table["data"]] == [answer["text"] for answer in answers]
+    assert table["data"][1][1:] == ["Is thing 1 there?", "something else", answers[1]["text"], 0, 16]
+
+    pictures = logged.last("kept tokens")
+    assert pictures["count"] == tracking.PICTURES
+    assert "right, 16 of 64 tokens" in pictures["captions"][0]
+    files = [logged.folder / "files" / name for name in pictures["filenames"]]
+    first = np.asarray(Image.open(files[0]).convert("RGB")).astype(int)
+    assert first.shape == (64, 64, 3)  # 32 x 32 enlarged twice
+    # 64 tokens are 8 x 8; the first 16 patches are the upper quarter.
+    assert first[:16].mean() > 3 * first[16:].mean()
+
+
+def test_disabled_leaves_no_trace(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run(config(tmp_path, wandb="auto"), FakeLlava(), FakeReducer())
+    assert not (tmp_path / "out" / "wandb").exists()
+    assert "W&B" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "expected"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": "k"}, "online"),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("auto", {"WANDB_MODE": "disabled", "WANDB_API_KEY": "k"}, "disabled"),
+        ("offline", {"WANDB_MODE": "online", "WANDB_API_KEY": "k"}, "offline"),
+        ("online", {"WANDB_MODE": "offline"}, "online"),
+    ],
+)
+def test_the_flag_wins_then_the_environment_then_the_key(monkeypatch, flag, environment, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert tracking.resolve_mode(flag) == expected
+
+
+def test_a_netrc_counts_as_a_key_only_if_it_names_the_server(tmp_path, monkeypatch):
+    file = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(file))
+    assert not tracking.has_key()
+    file.write_text("machine github.com login a password b\n")
+    assert not tracking.has_key()
+    file.write_text("machine api.wandb.ai login user password k\n")
+    assert tracking.has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not tracking.has_key()
+
+
+def test_online_without_a_key_never_asks(tmp_path, capsys):
+    run(config(tmp_path, wandb="online"), FakeLlava(), FakeReducer())
+    printed = capsys.readouterr()
+    assert "no API key" in printed.err
+    assert len(find_runs(tmp_path / "out")) == 1 and "wandb sync" in printed.out
+
+
+def test_online_that_cannot_connect_goes_offline(tmp_path, monkeypatch, capsys):
+    """The server refuses; the run is logged offline and its result is the same."""
+    import wandb
+
+    real = wandb.init
+
+    def refuse(**arguments):
+        if arguments["mode"] == "online":
+            assert arguments["settings"].init_timeout == 15
+            raise wandb.errors.CommError("Run initialization has timed out\nmore")
+        return real(**arguments)
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    result = run(config(tmp_path, wandb="auto"), FakeLlava(), FakeReducer())
+    assert result["asked"] == 40
+    assert "W&B online failed (CommError: Run initialization has timed out)" in capsys.readouterr().err
+    assert len(find_runs(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_failure_of_wandb_never_loses_the_result(tmp_path, monkeypatch, capsys, broken):
+    import wandb
+
+    class Run:
+        offline, dir, url, config, summary = True, str(tmp_path / "x" / "files"), None, {}, {}
+
+        def log(self, _):
+            if broken == "log":
+                raise OSError("disk")
+
+        def finish(self, exit_code):
+            if broken == "finish":
+                raise RuntimeError("service gone")
+
+    def init(**_):
+        if broken == "init":
+            raise RuntimeError("no service")
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    result = run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["metrics"] == result["metrics"]
+    err = capsys.readouterr().err
+    assert err.count("W&B") == 1 and "Traceback" not in err
+
+
+def test_wandb_missing_is_no_obstacle(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run(config(tmp_path, wandb="auto"), FakeLlava(), FakeReducer())
+    assert "W&B is not available" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_marked_as_failed(tmp_path):
+    def fail(number: int) -> None:
+        if number == 2:
+            raise RuntimeError("broken model")
+
+    with pytest.raises(RuntimeError, match="broken model"):
+        run(config(tmp_path, wandb="offline"), FakeLlava(fail), FakeReducer())
+    logged = read_run(find_runs(tmp_path / "out")[0])
+    assert logged.exit_code == 1
+    assert logged.last("progress/answered") == 16
+
+
+def test_nothing_is_written_to_the_home_folder(tmp_path):
+    """A container's home is often read-only; W&B keeps data, cache and configuration there by default."""
+    home = tmp_path / "home"
+    home.mkdir()
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from eval_fakes import FakeLlava, FakeReducer, write_gqa\n"
+        "from eval.config import RunConfig\nfrom eval.run import run\n"
+        "data = write_gqa(Path('data'))\n"
+        "run(RunConfig('first', 16, data=data, output=Path('out'), wandb='auto'), FakeLlava(), FakeReducer())\n"
+    )
+    tests = Path(__file__).resolve().parent
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
+    environment = clean | {"HOME": str(home), "PYTHONPATH": f"{tests.parent}:{tests}"}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, stdin=None, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 60
+    assert list(home.rglob("*")) == []
+    assert len(find_runs(tmp_path / "out")) == 1
+
+
+# -- pictures ------------------------------------------------------------------------------------------------------
+
+
+def prune(keep: list[int], inputs: int, place: str = "prompt") -> Step:
+    return Step(place, Reduction(torch.tensor([keep]), inputs))
+
+
+def merge(anchor: list[int], owner: list[int], place: str = "encoder", weight: list[float] | None = None) -> Step:
+    weights = torch.tensor([weight or [float(o >= 0) for o in owner]])
+    return Step(place, Reduction(torch.tensor([anchor]), len(owner), torch.tensor([owner]), weights))
+
+
+def patches_of(picture: Image.Image, grid: int) -> np.ndarray:
+    """[grid, grid, 3]: the middle pixel of every patch."""
+    pixels = np.asarray(picture).astype(int)
+    side = pixels.shape[0] // grid
+    return pixels[side // 2 :: side, side // 2 :: side]
+
+
+WHITE = Image.new("RGB", (32, 32), (200, 200, 200))
+
+
+def test_kept_clear_dropped_dark_merged_in_the_colour_of_their_group():
+    step = merge([0, 5], [0, 0, -1, -1, 1, 1, -1, -1, 1, *[-1] * 7])
+    cells = patches_of(draw_overlay(WHITE, [step], 4), 4)
+    assert cells[0, 0].tolist() == cells[1, 1].tolist() == [200, 200, 200]
+    assert cells[0, 2].tolist() == cells[3, 3].tolist() == [44, 44, 44]
+    for cell, group in ((cells[0, 1], 0), (cells[1, 0], 1), (cells[2, 0], 1)):
+        assert cell.tolist() == pytest.approx([100 + c / 2 for c in group_colour(group)], abs=1)
+
+
+def test_steps_compose_by_the_positions_of_the_step_before():
+    """Keep 1, 3, 6, 8 of nine patches, then the outputs 0 and 2 of those: patches 1 and 6."""
+    fate = compose([prune([1, 3, 6, 8], 9), prune([0, 2], 4, "layer 2")], 9)
+    assert fate.anchor.tolist() == [1, 6]
+    assert fate.owner.tolist() == [-1, 0, -1, -1, -1, -1, 1, -1, -1]
+
+
+def test_pruning_a_merged_token_drops_all_that_went_into_it():
+    fate = compose([merge([0, 2], [0, 0, 1, 1]), prune([1], 2, "layer 1")], 4)
+    assert fate.owner.tolist() == [-1, -1, 0, 0] and fate.anchor.tolist() == [2]
+
+
+def test_a_share_of_zero_is_no_share():
+    assert compose([merge([0], [0, 0, 0, -1], weight=[0.5, 0.0, 0.5, 0.0])], 4).owner.tolist() == [0, -1, 0, -1]
+
+
+def test_a_smaller_picture_drops_nothing():
+    """4 x 4 shrunk to 2 x 2: every patch is part of the nearest coarse one."""
+    step = prune([5, 7, 13, 15], 16, "input")
+    fate = compose([step], 16)
+    assert (fate.owner >= 0).all()
+    assert fate.owner[[0, 5]].tolist() == [0, 0] and fate.owner[[3, 7]].tolist() == [1, 1]
+    assert fate.owner[15] == 3
+    cells = patches_of(draw_overlay(WHITE, [step], 4), 4)
+    assert cells[1, 1].tolist() == [200, 200, 200] and cells[0, 0].tolist() != [44, 44, 44]
+
+
+def test_a_class_token_in_front_shifts_nothing():
+    """17 inputs on a 4 x 4 grid: position 0 is the class token, 1 is the first patch."""
+    cells = patches_of(draw_overlay(WHITE, [prune([0, 1, 16], 17)]), 4)
+    clear = {(int(r), int(c)) for r, c in zip(*np.nonzero(cells[..., 0] == 200), strict=True)}
+    assert clear == {(0, 0), (3, 3)}
+
+
+def test_a_wide_picture_is_covered_as_the_padded_square():
+    """32 x 16 on a 4 x 4 grid: the picture lies on rows 1 and 2, rows 0 and 3 are padding."""
+    wide = Image.new("RGB", (32, 16), (200, 200, 200))
+    padded = np.asarray(draw_overlay(wide, [prune([4, 11], 16)], 4))
+    assert padded.shape == (16, 32, 3)
+    assert padded[4, 4].tolist() == [200] * 3 and padded[12, 28].tolist() == [200] * 3
+    assert padded[12, 4].tolist() == [44] * 3
+    stretched = np.asarray(draw_overlay(wide, [prune([4, 11], 16)], 4, padded=False))
+    assert stretched[6, 4].tolist() == [200] * 3 and stretched[2, 4].tolist() == [44] * 3
+
+
+def test_upscale_and_no_steps():
+    assert draw_overlay(WHITE, [], upscale=3).size == (96, 96)
+    big = draw_overlay(WHITE, [prune([0], 16)], upscale=2)
+    assert big.size == (64, 64) and patches_of(big, 4)[0, 0].tolist() == [200] * 3
+
+
+def test_a_trace_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match="takes 9 tokens, 16 are there"):
+        draw_overlay(WHITE, [prune([0], 9)], 4)
+    with pytest.raises(ValueError, match="no square grid"):
+        draw_overlay(WHITE, [prune([0], 12)])
