@@ -56,6 +56,11 @@ def assign(members: Tensor, anchors: Tensor, keys: Tensor) -> Tensor:
     return (gather_tokens(unit, members) @ gather_tokens(unit, anchors).transpose(1, 2)).argmax(-1)
 
 
+def assign_flops(total: int, retained: int, merged: int, channels: int) -> int:
+    """Operations of `assign` for one image: every leftover against every anchor (the retained ones if M is 0)."""
+    return 2 * (total - retained - merged) * (merged or retained) * channels
+
+
 def member_weights(rule: str, owner: Tensor, anchor: Tensor, saliency: Tensor) -> Tensor:
     """[B, N] share of each token in its output token.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consensusdrop.fusion import FUSIONS, fuse
-from consensusdrop.merging import ANCHORS, WEIGHTS, merge_plan
+from consensusdrop.merging import ANCHORS, WEIGHTS, assign_flops, merge_plan
 from llava.errors import UserError
 from llava.reducer import ModelFacts, PromptState, Reducer, option
 from llava.reduction import Reduction, keep_top
@@ -112,6 +112,10 @@ class ConsensusDrop(Reducer):
         cross = self._cross_saliency(state) if self.reads_question else None
         crops = state.layout.crops if self.crops == "each" else 1
         plan = self._plan(*(None if t is None else _split(t, crops) for t in (saliency, cross, keys)), crops)
+        if plan.merges:
+            merged = self._merged(crops)
+            keep = plan.anchor.shape[1] - merged
+            state.flops += len(plan.anchor) * assign_flops(plan.inputs, keep, merged, keys.shape[-1])
         return _join(plan, crops, self.cls_token, self.merge_space == "encoder")
 
     def _cross_saliency(self, state: PromptState) -> Tensor:
@@ -119,10 +123,13 @@ class ConsensusDrop(Reducer):
         cross = pool_attention(*attention, self.heads, self.pooling)
         return _without_cls(cross, state.layout.crops) if self.cls_token else cross
 
+    def _merged(self, crops: int) -> int:
+        """Merged tokens per crop."""
+        return 0 if self.anchors == "retained" else round((self.budget // crops - self.cls_token) * self.merged_share)
+
     def _plan(self, saliency: Tensor, cross: Tensor | None, keys: Tensor, crops: int) -> Reduction:
-        budget = self.budget // crops - self.cls_token
-        merged = 0 if self.anchors == "retained" else round(budget * self.merged_share)
-        keep = budget - merged
+        merged = self._merged(crops)
+        keep = self.budget // crops - self.cls_token - merged
         choices = {name: getattr(self, name) for name in ("alpha", "cross_top", "temperature", "rrf_k", "gate_beta")}
         retained = keep_top(fuse(saliency, cross, self.fusion, keep, **choices), keep)
         return merge_plan(retained, merged, saliency, keys, self.anchors, self.weights, self.order == "appended")

@@ -84,7 +84,7 @@ class WandbTracker(Tracker):
             self._run.log({"kept tokens": pictures})
 
     def close(self, failed: bool) -> None:
-        self._guard(lambda: self._run.finish(exit_code=int(failed)))
+        self._guard(lambda: self._finish(int(failed)))
         if self._run is None:
             return
         if self._run.offline:
@@ -92,6 +92,13 @@ class WandbTracker(Tracker):
             print(f"W&B: offline run in {folder}; upload it with: wandb sync {folder}")
         elif self._run.url:
             print(f"W&B: {self._run.url}")
+
+    def _finish(self, code: int) -> None:
+        self._run.finish(exit_code=code)
+        # `finish` returns before an offline file is complete; ending W&B's service waits for that, so that the
+        # command printed below works at once. Not while somebody else in this process is logging.
+        if self._wandb.run is None:
+            self._wandb.teardown()
 
     def _guard(self, action: Callable[[], Any]) -> None:
         """Do `action`; the first failure ends the logging and nothing else."""

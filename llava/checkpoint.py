@@ -349,10 +349,9 @@ def _fill(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    unexpected = [key for key in report["unexpected_keys"] if not key.endswith(IGNORED_KEYS)]
     problems = [
         f"{len(keys)} {kind}: {_listed(keys)}"
-        for kind, keys in (("missing", report["missing_keys"]), ("unexpected", unexpected))
+        for kind, keys in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"]))
         if keys
     ]
     if report["mismatched_keys"]:

@@ -87,8 +87,6 @@ def to_transformers_config(config: Mapping[str, Any], vision_config: Mapping[str
     _refuse_unsupported(config)
     grid = vision_config["image_size"] // vision_config["patch_size"]
     text_config = {field: config[field] for field in TEXT_FIELDS if config.get(field) is not None}
-    # Llama 1 and 2 configs mean "as many as query heads" when they say nothing.
-    text_config.setdefault("num_key_value_heads", config["num_attention_heads"])
     return {
         "text_config": {"model_type": "llama", **text_config},
         "vision_config": {**vision_config, "model_type": "clip_vision_model"},

@@ -19,7 +19,8 @@ from llava.reducer import DecoderState, EncoderState, PromptState, Reducer
 from llava.reduction import Reduction, Step
 from llava.sample import Sample
 from llava.sequence import Sequence, assemble
-from llava.vision import Encoded, encode, patch_grid
+from llava.signals import signal_flops
+from llava.vision import Encoded, encode
 
 
 class Clock:
@@ -138,6 +139,9 @@ class Pipeline:
         blocks = self.model.tower_blocks(self.reducer.signals())
         patches = encoded.grid[0] * encoded.grid[1]
         record.spend("vision", len(pictures) * flops.tower_flops(self.tower, patches, blocks))
+        for signal in self.reducer.signals():
+            block = self.tower.encoder.layers[signal.block]
+            record.spend("selection", len(pictures) * signal_flops(signal, block, patches))
         layout = Layout(*encoded.grid, has_cls=self.reducer.keep_cls)
         index = torch.tensor([owner[i] for i in with_image], device=self.model.device)
         clock.lap("vision")
@@ -275,5 +279,3 @@ def coarse(layout: Layout, grid: tuple[int, int]) -> Reduction:
     share = 1.0 / torch.bincount(owner, minlength=rows * columns).float()
     return Reduction(anchor[None], layout.tokens, owner[None], share[owner][None])
 
-
-__all__ = ["Clock", "Images", "Pipeline", "Record", "coarse", "patch_grid"]

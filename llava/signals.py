@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import unknown
+from llava.flops import linear_flops
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,16 @@ def tower_signal(signal: Signal, block: nn.Module, hidden: Tensor) -> Tensor:
     if signal.kind not in TOWER_SIGNALS:
         raise unknown("tower signal", signal.kind, TOWER_SIGNALS)
     return TOWER_SIGNALS[signal.kind](block, hidden)
+
+
+def signal_flops(signal: Signal, block: nn.Module, patches: int) -> int:
+    """Operations of one requested signal for one image, matrix products only."""
+    attention = block.self_attn
+    key, width = attention.k_proj, attention.q_proj.out_features
+    if signal.kind == "keys":
+        return linear_flops(key, patches)
+    queries = 1 if signal.kind == "cls_attention" else patches
+    return linear_flops(attention.q_proj, queries) + linear_flops(key, patches + 1) + 2 * queries * (patches + 1) * width
 
 
 def text_to_visual_attention(

@@ -239,12 +239,14 @@ def test_every_option_runs_at_its_budget_and_in_batches(tiny, options):
             assert a.reduction.anchor.tolist() == b.reduction.anchor.tolist()
 
 
-def test_encoder_alone_does_not_run_the_probe(tiny):
-    cost = {}
-    for alpha in ("1", "0.5"):
-        pipeline = Pipeline(tiny, registry.build("consensusdrop", 7, {"alpha": alpha}))
-        cost[alpha] = pipeline.prepare(samples(1), Clock(tiny.device))[1].cost["selection"]
-    assert cost["1"] == 0 < cost["0.5"]
+def test_encoder_alone_does_not_run_the_probe(tiny, monkeypatch):
+    def probe(*_):
+        raise RuntimeError("probed")
+
+    monkeypatch.setattr(PromptState, "text_attention", probe)
+    Pipeline(tiny, registry.build("consensusdrop", 7, {"alpha": "1"})).prepare(samples(1), Clock(tiny.device))
+    with pytest.raises(RuntimeError, match="probed"):
+        Pipeline(tiny, registry.build("consensusdrop", 7)).prepare(samples(1), Clock(tiny.device))
 
 
 def test_the_probe_depends_on_the_question_and_the_encoder_does_not(tiny):

@@ -33,14 +33,6 @@ class Trainee(nn.Module):
         self.language_model, self.projector = llava.model.language_model, llava.model.multi_modal_projector
 
 
-def load_clip(folder: Path):
-    """The CLIP model that stage 1 left in `folder`, in bfloat16."""
-    clip = vision.build_clip()
-    saved = torch.load(folder / "vision.pt", weights_only=True)
-    clip.load_state_dict({name.removeprefix("clip."): w for name, w in saved.items() if name.startswith("clip.")}, strict=False)
-    return clip.bfloat16().eval()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="the folder that stage 1 wrote")
@@ -53,7 +45,7 @@ def main() -> None:
     ranks.start()
     torch.manual_seed(0)
     quiet = ranks.RANK > 0
-    clip = load_clip(args.folder)
+    clip = vision.load_clip(args.folder).bfloat16()
     stored = np.load(args.folder / f"train{ranks.RANK}" / "images.npy", mmap_mode="r").shape[0]
     corpus = Corpus(args.folder / f"train{ranks.RANK}", "train", stored, ranks.RANK, ranks.WORLD, quiet)
     corpus.images = corpus.images[: args.images]

@@ -11,6 +11,7 @@ Losses, and what each of them favours:
 
 import math
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,6 +61,15 @@ def build_clip(width: int = 128, layers: int = 6, text_layers: int = 2) -> CLIPM
     embeddings.position_embedding.weight.data[1:] = _sines(width) * 0.5
     model.logit_scale.data.fill_(math.log(10.0))
     return model
+
+
+def load_clip(folder: Path) -> CLIPModel:
+    """The CLIP model that stage 1 left in `folder`, in float32."""
+    clip = build_clip()
+    saved = torch.load(folder / "vision.pt", weights_only=True)
+    weights = {name.removeprefix("clip."): tensor for name, tensor in saved.items() if name.startswith("clip.")}
+    clip.load_state_dict({**clip.state_dict(), **weights}, strict=True)
+    return clip.eval()
 
 
 def _sines(width: int) -> Tensor:
