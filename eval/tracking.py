@@ -94,7 +94,13 @@ class WandbTracker(Tracker):
             print(f"W&B: {self._run.url}")
 
     def _finish(self, code: int) -> None:
-        self._run.finish(exit_code=code)
+        folder = Path(self._run.dir).parent
+        try:
+            self._run.finish(exit_code=code)
+        except TimeoutError:
+            print(f"W&B: the upload did not finish in time; complete it with: wandb sync {folder}")
+        if not self._run.offline:
+            return
         # `finish` returns before an offline file is complete; ending W&B's service waits for that, so that the
         # command printed below works at once. Not while somebody else in this process is logging.
         if self._wandb.run is None:
@@ -157,6 +163,8 @@ def open_run(wandb: Any, mode: str, output: Path, settings: Mapping[str, Any]) -
             save_code=False,
             x_disable_meta=True,
             x_disable_stats=mode == "offline",
+            finish_timeout=120,  # seconds for the upload when the network went away during the run
+            finish_timeout_raises=True,
         ),
     )
 

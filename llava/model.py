@@ -17,7 +17,7 @@ from llava.prompt import Prompt, build_prompt
 from llava.reducer import ModelFacts, Reducer
 from llava.sample import Batch, Sample
 from llava.signals import Signal
-from llava.vision import patch_grid
+from llava.vision import Encoded, encode, patch_grid
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tinyllava"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,6 +85,17 @@ class Llava:
 
     def prompt(self, sample: Sample) -> Prompt:
         return build_prompt(sample, self.tokenizer, self.conversation)
+
+    def encode_images(self, pictures: Samples, keys: Samples, reducer: Reducer, grid: tuple[int, int] | None) -> Encoded:
+        """Preprocess pictures and run the tower on them.
+
+        Args:
+            pictures: PIL images.
+            keys: one hashable name per picture; here unused, a sweep over methods remembers pictures by them.
+            grid: patch grid to shrink to, or None.
+        """
+        pixels = torch.stack([self.image_processor(picture) for picture in pictures]).to(self.device)
+        return encode(self.tower, pixels, self.select_layer, reducer.signals(), grid, reducer.keep_cls)
 
     def next_token(self, hidden: Tensor) -> Tensor:
         """Greedy choice [B] from the last hidden state [B, 1, D]; ties go to the lower id."""

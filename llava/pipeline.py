@@ -20,7 +20,7 @@ from llava.reduction import Reduction, Step
 from llava.sample import Sample
 from llava.sequence import Sequence, assemble
 from llava.signals import signal_flops
-from llava.vision import Encoded, encode
+from llava.vision import Encoded
 
 
 class Clock:
@@ -128,14 +128,7 @@ class Pipeline:
                 pictures.append(samples[i].image)
             owner[i] = numbers[key]
         grid = self.reducer.input_grid(self.model.layout)
-        encoded = encode(
-            self.tower,
-            torch.stack([self.model.image_processor(picture) for picture in pictures]).to(self.model.device),
-            self.model.select_layer,
-            self.reducer.signals(),
-            grid,
-            self.reducer.keep_cls,
-        )
+        encoded = self.model.encode_images(pictures, list(numbers), self.reducer, grid)
         blocks = self.model.tower_blocks(self.reducer.signals())
         patches = encoded.grid[0] * encoded.grid[1]
         record.spend("vision", len(pictures) * flops.tower_flops(self.tower, patches, blocks))

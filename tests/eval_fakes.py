@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from llava.audit import Audit
+from llava.layout import Layout
+from llava.reducer import ModelFacts
 from llava.reduction import Reduction, Step
 from llava.sample import Answer, Batch, Sample, Timing
 
@@ -45,6 +47,9 @@ class FakeLlava:
         self.mean_error = mean_error
         self.batches = 0
         self.asked: list[str] = []
+
+    def facts(self) -> ModelFacts:
+        return ModelFacts(self.visual_tokens, LAYERS, Layout(8, 8), tower_blocks=2)
 
     def answer(self, samples: Sequence[Sample], reducer: FakeReducer, max_new_tokens: int = 128) -> Batch:
         self.before_answer(self.batches)

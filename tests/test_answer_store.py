@@ -11,13 +11,13 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from eval_fakes import FakeLlava, FakeReducer, write_gqa
 
 from eval.answers import AnswerStore
 from eval.config import RunConfig
 from eval.jsonl import DurableLines, write_json
 from eval.run import run
 from llava.errors import UserError
+from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"model": "m", "config": {"alpha": 0.5}, "dtype": "float32"}
@@ -241,8 +241,8 @@ def config(data: Path, output: Path, **changes) -> RunConfig:
 KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
-sys.path[:0] = [{root!r}, {tests!r}]
-from eval_fakes import FakeLlava, FakeReducer
+sys.path.insert(0, {root!r})
+from tests.eval_fakes import FakeLlava, FakeReducer
 from eval.config import RunConfig
 from eval.run import run
 
@@ -279,7 +279,7 @@ run(RunConfig(method="first", budget=16, data=Path({data!r}), output=Path({outpu
 def test_killed_run_goes_on_and_equals_an_uninterrupted_one(tmp_path, where):
     data = write_gqa(tmp_path / "data")
     output = tmp_path / "killed"
-    names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "data": str(data), "output": str(output)}
+    names = {"root": str(ROOT), "data": str(data), "output": str(output)}
     script = textwrap.dedent(KILLED_RUN).format(where=where, **names)
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

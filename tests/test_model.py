@@ -142,10 +142,8 @@ def test_questions_about_one_picture_share_the_tower(tiny, monkeypatch):
     shared = picture(9)
     batch = [Sample(id=f"s{i}", question=q, image=shared, image_id="p") for i, q in enumerate(("is it red", "what is it"))]
     seen = []
-    import llava.pipeline
-
-    real = llava.pipeline.encode
-    monkeypatch.setattr(llava.pipeline, "encode", lambda tower, pixels, *a: seen.append(len(pixels)) or real(tower, pixels, *a))
+    real = tiny.encode_images
+    monkeypatch.setattr(tiny, "encode_images", lambda pictures, *a: seen.append(len(pictures)) or real(pictures, *a))
     together, _, _ = logits(tiny, batch, FULL)
     assert seen == [1]
     for i, sample in enumerate(batch):

@@ -71,6 +71,20 @@ def test_paired_comparison_sees_what_two_intervals_would_miss():
     assert (back.difference, back.low, back.high) == pytest.approx((-0.02, -result.high, -result.low))
 
 
+def test_paired_comparison_against_the_definition():
+    random = np.random.default_rng(1)
+    names = [str(i) for i in range(40)]
+    a = {name: float(random.random() < 0.6) for name in names}
+    b = {name: float(random.random() < 0.5) for name in names}
+    ordered = sorted(names)
+    means = means_by_the_book([a[n] - b[n] for n in ordered], ordered, 500, seed=9)
+    result = statistics.paired_bootstrap(a, b, resamples=500, seed=9)
+    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=1e-12)
+    # Two-sided: twice the smaller tail, one added to both counts so that it is never 0.
+    tail = min(sum(mean <= 0 for mean in means), sum(mean >= 0 for mean in means))
+    assert tail > 5 and result.p == pytest.approx(2 * (tail + 1) / 501)
+
+
 def test_paired_comparison_of_equals_is_not_significant():
     a = {str(i): float(i % 3 == 0) for i in range(300)}
     same = statistics.paired_bootstrap(a, a)

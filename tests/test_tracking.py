@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_fakes import FakeLlava, FakeReducer, write_gqa
 from PIL import Image
-from read_wandb import find_runs, read_run
 
 from eval import tracking
 from eval.config import RunConfig
 from eval.overlay import compose, draw_overlay, group_colour
 from eval.run import run
 from llava.reduction import Reduction, Step
+from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
+from tests.read_wandb import find_runs, read_run
 
 VARIABLES = ("API_KEY", "MODE", "DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "BASE_URL", "PROJECT", "ENTITY", "RUN_ID")
 
@@ -202,14 +202,14 @@ def test_nothing_is_written_to_the_home_folder(tmp_path):
     home.mkdir()
     script = (
         "import sys; from pathlib import Path\n"
-        "from eval_fakes import FakeLlava, FakeReducer, write_gqa\n"
+        "from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa\n"
         "from eval.config import RunConfig\nfrom eval.run import run\n"
         "data = write_gqa(Path('data'))\n"
         "run(RunConfig('first', 16, data=data, output=Path('out'), wandb='auto'), FakeLlava(), FakeReducer())\n"
     )
-    tests = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parent.parent
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
-    environment = clean | {"HOME": str(home), "PYTHONPATH": f"{tests.parent}:{tests}"}
+    environment = clean | {"HOME": str(home), "PYTHONPATH": str(root)}
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, stdin=None, capture_output=True, text=True

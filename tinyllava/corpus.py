@@ -1,7 +1,7 @@
-"""Training scenes on disk: rendered once per rank, memory-mapped afterwards, resumable.
+"""Training scenes on disk: rendered once, memory-mapped by every rank, resumable.
 
-Half of the scenes are natural, half dense. A corpus folder holds `images.npy`, `owners.npy` and `things.npy`;
-`done.npy` counts what is finished, so an interrupted rendering goes on where it stopped.
+Natural and dense scenes take turns. A corpus folder holds `images.npy`, `owners.npy` and `things.npy`; `done.npy`
+counts what is finished, so an interrupted rendering goes on where it stopped.
 """
 
 from pathlib import Path
@@ -16,8 +16,22 @@ FIELDS = ("kind", "x", "y", "side", "shape", "color", "big", "digit", "pattern")
 KINDS = ("", "panel", "shape", "frame")  # 0 marks an unused row
 
 
+def render(folder: Path, split: str, size: int) -> None:
+    """Draw the first `size` scenes of a split into `folder`, continuing an earlier call."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = _map(folder / "images.npy", (size, SIDE, SIDE, 3), np.uint8)
+    owners = _map(folder / "owners.npy", (size, GRID, GRID), np.int8)
+    things = _map(folder / "things.npy", (size, MAX_THINGS, len(FIELDS)), np.float32)
+    done = _map(folder / "done.npy", (1,), np.int64)
+    for row in tqdm(range(int(done[0]), size), desc=f"render {split}", initial=int(done[0]), total=size):
+        drawn = scene(split, row, dense=row % 2 == 1)
+        images[row], owners[row], things[row] = drawn.image, drawn.owner, _table(drawn.things)
+        if row % 200 == 199 or row == size - 1:
+            done[0] = row + 1
+
+
 class Corpus:
-    """Scenes `first`, `first + stride`, ... of a split.
+    """Rendered scenes.
 
     Attributes:
         images: [n, 192, 192, 3] uint8.
@@ -25,21 +39,10 @@ class Corpus:
         things: [n, 20, 9] float32, columns as in FIELDS.
     """
 
-    def __init__(self, folder: Path, split: str, size: int, first: int = 0, stride: int = 1, quiet: bool = False):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.images = _map(folder / "images.npy", (size, SIDE, SIDE, 3), np.uint8)
-        self.owners = _map(folder / "owners.npy", (size, GRID, GRID), np.int8)
-        self.things = _map(folder / "things.npy", (size, MAX_THINGS, len(FIELDS)), np.float32)
-        done = _map(folder / "done.npy", (1,), np.int64)
-        bar = tqdm(range(int(done[0]), size), desc=f"render {split}", initial=int(done[0]), total=size, disable=quiet)
-        for row in bar:
-            number = first + row * stride
-            # Alternate natural and dense by the row, so that every rank holds half of each.
-            drawn = scene(split, number // 2, dense=row % 2 == 1)
-            self.images[row], self.owners[row] = drawn.image, drawn.owner
-            self.things[row] = _table(drawn.things)
-            if row % 200 == 199 or row == size - 1:
-                done[0] = row + 1
+    def __init__(self, folder: Path, limit: int | None = None):
+        self.images, self.owners, self.things = (
+            np.load(folder / f"{name}.npy", mmap_mode="r")[:limit] for name in ("images", "owners", "things")
+        )
 
     def __len__(self) -> int:
         return len(self.images)

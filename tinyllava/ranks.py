@@ -16,6 +16,12 @@ def start() -> None:
         dist.init_process_group("gloo")
 
 
+def wait() -> None:
+    """Until every rank is here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
 def stop() -> None:
     if WORLD > 1:
         dist.barrier()

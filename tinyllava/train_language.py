@@ -36,26 +36,22 @@ class Trainee(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="the folder that stage 1 wrote")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--images", type=int, default=9000, help="training scenes per rank")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--images", type=int, default=9000, help="training scenes")
     parser.add_argument("--batch", type=int, default=20, help="images per rank and step")
     parser.add_argument("--questions", type=int, default=10, help="questions per image")
     parser.add_argument("--keep", type=int, default=136, help="visual tokens per image before the last tenth")
     args = parser.parse_args()
     ranks.start()
     torch.manual_seed(0)
-    quiet = ranks.RANK > 0
     clip = vision.load_clip(args.folder).bfloat16()
-    stored = np.load(args.folder / f"train{ranks.RANK}" / "images.npy", mmap_mode="r").shape[0]
-    corpus = Corpus(args.folder / f"train{ranks.RANK}", "train", stored, ranks.RANK, ranks.WORLD, quiet)
-    corpus.images = corpus.images[: args.images]
-    features = Features(args.folder / f"features{ranks.RANK}.bin", corpus, clip, quiet)
+    corpus, val = Corpus(args.folder / "train", args.images), Corpus(args.folder / "val", 100)
+    share = (ranks.RANK, ranks.WORLD)
+    features = Features(args.folder / "features.bin", corpus, clip, share)
+    val_features = Features(args.folder / "features_val.bin", val, clip, share)
+    ranks.wait()
     model = build_llava(clip.config.vision_config)
-    if ranks.RANK == 0:
-        val = Corpus(args.folder / "val", "val", 200, quiet=True)
-        val_features = Features(args.folder / "features_val.bin", val, clip, quiet=True)
-    # Every rank must start from the same weights: the scale comes from rank-independent scenes.
-    fold_feature_scale(model.model.multi_modal_projector, reference_features(clip))
+    fold_feature_scale(model.model.multi_modal_projector, features[np.arange(8)])
     trainee = Trainee(model)
     optimizer = MasterOptimizer(trainee, lambda name: ".layers." in name, lr=2e-3, adam_lr=1.5e-3, clip=1.0)
     table = trainee.language_model.embed_tokens.weight
@@ -99,15 +95,6 @@ def main() -> None:
         print({name: round(value, 4) for name, value in evaluate().items()})
         torch.save(optimizer.masters, args.folder / "language.pt")
     ranks.stop()
-
-
-@torch.no_grad()
-def reference_features(clip):
-    """Features of eight training scenes, the same on every rank."""
-    from tinyllava.scenes import scene
-
-    images = np.stack([scene("train", index, dense=index % 2 == 1).image for index in range(8)])
-    return vision.vision_states(clip, vision.patchify(images), last=False)[0][:, 1:]
 
 
 def accuracy(logits, questions: Questions) -> dict[str, float]:

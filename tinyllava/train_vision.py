@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tinyllava import ranks, vision
-from tinyllava.corpus import Corpus
+from tinyllava.corpus import Corpus, render
 from tinyllava.optimizer import MasterOptimizer
-from tinyllava.scenes import GRID
 from tinyllava.tracking import start_tracking
 from tinyllava.trainer import train
 
@@ -40,18 +39,20 @@ def keep_things_first(labels: Tensor, keep: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where corpus, checkpoints and logs go")
-    parser.add_argument("--steps", type=int, default=1300)
-    parser.add_argument("--images", type=int, default=12000, help="training scenes per rank")
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--images", type=int, default=12000, help="training scenes")
     parser.add_argument("--batch", type=int, default=20, help="images per rank and step")
     parser.add_argument("--keep", type=int, default=184, help="patches the tower sees before the last tenth")
     args = parser.parse_args()
     ranks.start()
     torch.manual_seed(0)
-    corpus = Corpus(args.folder / f"train{ranks.RANK}", "train", args.images, ranks.RANK, ranks.WORLD, ranks.RANK > 0)
-    val = Corpus(args.folder / "val", "val", 200, quiet=True) if ranks.RANK == 0 else None
+    if ranks.RANK == 0:
+        render(args.folder / "train", "train", args.images)
+        render(args.folder / "val", "val", 200)
+    ranks.wait()
+    corpus, val = Corpus(args.folder / "train"), Corpus(args.folder / "val")
     model = Trainee()
-    hidden = lambda name: ".layers." in name  # noqa: E731
-    optimizer = MasterOptimizer(model, hidden, lr=2e-3, adam_lr=1.5e-3, clip=2.0)
+    optimizer = MasterOptimizer(model, lambda name: ".layers." in name, lr=2e-3, adam_lr=1.5e-3, clip=2.0)
 
     def losses(data: Corpus, rows: np.ndarray, keep: int | None):
         labels, patches = torch.from_numpy(data.patch_labels(rows)), vision.patchify(data.images[rows])
@@ -78,7 +79,7 @@ def main() -> None:
     tracker = start_tracking("vision", args.folder, vars(args)) if ranks.RANK == 0 else None
     train("vision", args.folder, optimizer, args.steps, loss_of, evaluate, tracker=tracker)
     if ranks.RANK == 0:
-        print(f"GRID {GRID}x{GRID}:", evaluate())
+        print({name: round(value, 4) for name, value in evaluate().items()})
         torch.save(optimizer.masters, args.folder / "vision.pt")
     ranks.stop()
 

@@ -26,5 +26,7 @@ if [[ $# -gt 0 && $1 != --* ]]; then
 fi
 arguments+=(${MODEL:+--model="$MODEL"} ${DATA:+--data="$DATA"} "$@")
 
+here=$PWD
 source "$root/scripts/setup.sh"
+cd "$here" # setup.sh goes to the repository; relative paths above were typed here
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec python -m eval "${arguments[@]}"

@@ -1,0 +1,118 @@
+"""Many settings over the same questions: one loaded model, tower features computed once per picture.
+
+Every setting is an ordinary run with its own answer store, so a sweep can be interrupted and continued, and two sweeps
+share the runs they have in common. Times are not comparable with single runs, because the tower's work is remembered;
+`timing.jsonl` says so.
+"""
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from eval import benchmarks
+from eval.config import RunConfig
+from eval.run import run
+from llava.model import Llava
+from llava.signals import Signal
+from llava.vision import Encoded
+
+Credits = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a table: a method at a budget with options."""
+
+    method: str
+    budget: int | None
+    options: dict[str, str] = field(default_factory=dict)
+
+
+class Remembering(Llava):
+    """A LLaVA that keeps the tower's output for every picture it has seen, in the memory of this process.
+
+    Only the signals asked for first are there; a method that needs others computes them anew under its own key.
+    """
+
+    remembers_features = True
+
+    def __init__(self, model: Llava):
+        self.__dict__.update(model.__dict__)
+        self._seen: dict[tuple, tuple[torch.Tensor, dict[Signal, torch.Tensor], tuple[int, int]]] = {}
+
+    def encode_images(self, pictures, keys, reducer, grid) -> Encoded:
+        names = [(key, reducer.signals(), grid, reducer.keep_cls) for key in keys]
+        new = [i for i, name in enumerate(names) if name not in self._seen]
+        if new:
+            fresh = super().encode_images([pictures[i] for i in new], [keys[i] for i in new], reducer, grid)
+            for row, i in enumerate(new):
+                signals = {signal: values[row] for signal, values in fresh.signals.items()}
+                self._seen[names[i]] = (fresh.features[row], signals, fresh.grid)
+        rows = [self._seen[name] for name in names]
+        signals = {signal: torch.stack([row[1][signal] for row in rows]) for signal in rows[0][1]}
+        return Encoded(torch.stack([row[0] for row in rows]), signals, rows[0][2])
+
+
+def sweep(
+    settings: Sequence[Setting], model: Llava, data: Path, split: str, output: Path, batch_size: int = 48
+) -> list[Credits]:
+    """Run every setting; question id -> credit, in the order of `settings`."""
+    results = []
+    bar = tqdm(settings, desc=f"sweep {split}", unit="setting")
+    for setting in bar:
+        bar.set_postfix_str(f"{setting.method} {setting.budget or ''} {describe(setting)}")
+        folder = output / split / name_of(setting)
+        config = RunConfig(
+            setting.method,
+            setting.budget,
+            split=split,
+            data=data,
+            output=folder,
+            options=setting.options,
+            batch_size=batch_size,
+            max_new_tokens=8,
+            wandb="disabled",
+        )
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            run(config, model=model)
+        results.append(credits_of(folder, data, split))
+    return results
+
+
+def describe(setting: Setting) -> str:
+    return ", ".join(f"{key}={value}" for key, value in setting.options.items())
+
+
+def name_of(setting: Setting) -> str:
+    """A folder name that tells the setting."""
+    tail = "".join(f",{key}={value}" for key, value in sorted(setting.options.items()))
+    return f"{setting.method}-{setting.budget or 'full'}{tail}"
+
+
+def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa") -> Credits:
+    """Question id -> credit, from a finished run's answers."""
+    questions = {question.id: question for question in _dataset(benchmark, data, split).questions}
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    judge = _dataset(benchmark, data, split).judge
+    return {line["question_id"]: judge(questions[line["question_id"]], line["text"]) for line in lines}
+
+
+_DATASETS: dict[tuple, object] = {}
+
+
+def _dataset(benchmark: str, data: Path, split: str):
+    key = (benchmark, data, split)
+    if key not in _DATASETS:
+        _DATASETS[key] = benchmarks.get(benchmark).load(data, split)
+    return _DATASETS[key]
+
+
+if __name__ == "__main__":
+    sys.exit("eval.sweep is used by the table modules in eval/tables; see scripts/tables/.")

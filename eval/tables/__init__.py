@@ -1,0 +1,1 @@
+"""One module per table of the documentation; `scripts/tables/` runs them."""

@@ -1,0 +1,241 @@
+"""ConsensusDrop on the embedded benchmark: the ablation on `val`, the claims and the budget table on `testdev`.
+
+    python -m eval.tables.consensusdrop ablation     # choose defaults here, never on testdev
+    python -m eval.tables.consensusdrop claims       # report here
+
+Writes the tables into docs/consensusdrop.md, the numbers to docs/tables/, the plots to docs/images/. Answers are kept
+under results/sweep, so that an interrupted command goes on where it stopped.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
+from eval.statistics import bootstrap, paired_bootstrap
+from eval.sweep import Credits, Remembering, Setting, describe, sweep
+from eval.tables.page import insert, markdown
+from llava.errors import UserError
+from llava.model import load
+
+PAGE = ROOT / "docs" / "consensusdrop.md"
+TABLES = ROOT / "docs" / "tables"
+IMAGES = ROOT / "docs" / "images"
+BUDGETS = (192, 128, 64, 32)
+ABLATION_BUDGETS = (64, 32)
+
+# Every open choice of the reconstruction: (title, option -> texts). The default of each is added by `alternatives`.
+FACTORS: tuple[tuple[str, Sequence[dict[str, str]]], ...] = (
+    ("weight of the encoder", [{"alpha": a} for a in ("0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "1")]),
+    ("fusion rule", [{"fusion": f} for f in ("rank", "raw", "minmax", "zscore", "log", "rrf", "cross_first", "gate")]),
+    ("cross-modal tail cut", [{"cross_top": t} for t in ("0", "64", "128", "192")]),
+    (
+        "probe",
+        [
+            {"probe": "static", "probe_layer": "0"},
+            {"probe": "static", "probe_layer": "1"},
+            {"probe": "static", "probe_layer": "2"},
+            {"probe": "contextual", "probe_layer": "1"},
+            {"probe": "contextual", "probe_layer": "2"},
+            {"probe": "contextual", "probe_layer": "2", "query": "last"},
+            {"probe": "contextual", "probe_layer": "3"},
+        ],
+    ),
+    ("query rows", [{"query": q} for q in ("question", "instruction")]),
+    ("pooling over rows", [{"pooling": p} for p in ("mean", "max")]),
+    ("heads", [{"heads": h} for h in ("mean", "sharp")]),
+    ("rotation in the probe", [{"rope": r} for r in ("false", "true")]),
+    ("share of merged tokens", [{"merged_share": s} for s in ("0", "0.08", "0.15625", "0.3", "0.5")]),
+    ("anchors", [{"anchors": a} for a in ("saliency", "stride", "farthest", "retained")]),
+    ("merge weights", [{"weights": w} for w in ("saliency", "mean", "anchor_plus_mean", "none")]),
+    ("merge space", [{"merge_space": s} for s in ("projected", "encoder")]),
+    ("CLS token", [{"cls_token": c} for c in ("false", "true")]),
+    ("tower block", [{"block": b} for b in ("-1", "-2", "-3")]),
+    ("order of merged tokens", [{"order": o} for o in ("raster", "appended")]),
+    ("position ids", [{"positions": p} for p in ("renumber", "original")]),
+)
+
+CLAIMS = (
+    ("fused beats encoder only", {}, {"alpha": "1"}),
+    ("fused beats cross-modal only", {}, {"alpha": "0"}),
+    ("rank fusion beats the raw average", {}, {"fusion": "raw"}),
+    ("merging beats dropping (same budget, all retained)", {}, {"merged_share": "0"}),
+    ("merging beats bare anchors (same tokens, members dropped)", {}, {"weights": "none"}),
+)
+
+CURVES = (
+    ("consensusdrop", "consensusdrop", {}),
+    ("encoder only", "consensusdrop", {"alpha": "1"}),
+    ("cross-modal only", "consensusdrop", {"alpha": "0"}),
+    ("uniform", "uniform", {}),
+    ("random", "random", {}),
+    ("downsample", "downsample", {}),
+)
+
+
+def defaults() -> dict[str, str]:
+    """The method's defaults as option texts."""
+    from llava.registry import describe as describe_methods
+
+    row = next(row for row in describe_methods() if row["name"] == "consensusdrop")
+    return {option["name"]: str(option["default"]).lower() for option in row["options"]}
+
+
+def is_default(options: dict[str, str], usual: dict[str, str]) -> bool:
+    return all(_same(value, usual[key]) for key, value in options.items())
+
+
+def _same(a: str, b: str) -> bool:
+    try:
+        return float(a) == float(b)
+    except ValueError:
+        return a == b
+
+
+def changed(options: dict[str, str], usual: dict[str, str]) -> dict[str, str]:
+    """Only what differs from the defaults, so that equal settings share one run."""
+    return {key: value for key, value in options.items() if not _same(value, usual[key])}
+
+
+def ablation(model, budgets: Sequence[int], output: Path) -> None:
+    """One factor at a time around the defaults, on the validation split."""
+    usual = defaults()
+    entries = [(title, options) for title, group in FACTORS for options in group]
+    settings = [Setting("consensusdrop", b, changed(o, usual)) for b in budgets for _, o in entries]
+    scores = sweep(settings, model, DEFAULT_DATA, "val", output)
+    by_setting = {(s.budget, describe(s)): credit for s, credit in zip(settings, scores, strict=True)}
+    groups = image_of("val")
+    rows, numbers = [], []
+    for title, options in entries:
+        label = ", ".join(f"{key} {value}" for key, value in options.items())
+        cells = []
+        for budget in budgets:
+            credit = by_setting[budget, describe(Setting("", budget, changed(options, usual)))]
+            base = by_setting[budget, ""]
+            mean = 100 * sum(credit.values()) / len(credit)
+            cells.append(f"{mean:.1f}")
+            numbers.append([title, label, budget, f"{mean:.2f}"])
+            if is_default(options, usual):
+                cells.append("default")
+                numbers[-1] += ["0", "0", "0"]
+            else:
+                difference = paired_bootstrap(credit, base, groups)
+                cells.append(f"{100 * difference.difference:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]")
+                numbers[-1] += [f"{100 * v:.2f}" for v in (difference.difference, difference.low, difference.high)]
+        name = f"**{label}**" if is_default(options, usual) else label
+        rows.append([f"{title}: {name}", *cells])
+    header = ["choice"] + [cell for b in budgets for cell in (f"{b} tokens", "against the default [95 % CI]")]
+    insert(PAGE, "ablation", markdown(header, rows))
+    write_csv(TABLES / "consensusdrop_ablation.csv", ["factor", "value", "budget", "accuracy", "difference", "low", "high"], numbers)
+
+
+def claims(model, budgets: Sequence[int], output: Path) -> None:
+    """The paper's claims and the budget table, on the test split, defaults as they are."""
+    usual = defaults()
+    full = Setting("full", None)
+    curve = {(name, b): Setting(method, b, changed(o, usual) if o else {}) for name, method, o in CURVES for b in budgets}
+    pairs = {(c, b): (Setting("consensusdrop", b, changed(x, usual)), Setting("consensusdrop", b, changed(y, usual))) for c, x, y in CLAIMS for b in budgets}
+    settings = list({(s.method, s.budget, describe(s)): s for s in [full, *curve.values(), *(s for p in pairs.values() for s in p)]}.values())
+    scores = {(s.method, s.budget, describe(s)): c for s, c in zip(settings, sweep(settings, model, DEFAULT_DATA, "testdev", output), strict=True)}
+    find = lambda s: scores[s.method, s.budget, describe(s)]  # noqa: E731
+    groups = image_of("testdev")
+    budget_table(find(full), {key: find(s) for key, s in curve.items()}, budgets, groups)
+    claim_table({key: (find(a), find(b)) for key, (a, b) in pairs.items()}, budgets, groups)
+    family_table(find(full), {key: find(s) for key, s in curve.items()}, groups)
+    from eval.tables.plots import accuracy_plot
+
+    points = {name: {b: interval(find(curve[name, b]), groups) for b in budgets} for name, _, _ in CURVES}
+    accuracy_plot(IMAGES / "accuracy.png", interval(find(full), groups), points, model.visual_tokens)
+
+
+def interval(credit: Credits, groups: dict[str, str]):
+    names = sorted(credit)
+    return bootstrap([100 * credit[n] for n in names], [groups[n] for n in names])
+
+
+def budget_table(full: Credits, curve: dict, budgets: Sequence[int], groups) -> None:
+    everything = interval(full, groups)
+    rows = [["full (576)", *[f"{everything.mean:.1f} [{everything.low:.1f}, {everything.high:.1f}]"] * len(budgets)]]
+    numbers = [["full", 576, *(f"{v:.2f}" for v in (everything.mean, everything.low, everything.high))]]
+    for name, _, _ in CURVES:
+        cells = []
+        for budget in budgets:
+            found = interval(curve[name, budget], groups)
+            cells.append(f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]")
+            numbers.append([name, budget, f"{found.mean:.2f}", f"{found.low:.2f}", f"{found.high:.2f}"])
+        rows.append([name, *cells])
+    insert(PAGE, "budgets", markdown(["method", *(f"{b} tokens" for b in budgets)], rows))
+    write_csv(TABLES / "consensusdrop_budgets.csv", ["method", "budget", "accuracy", "low", "high"], numbers)
+
+
+def claim_table(pairs: dict, budgets: Sequence[int], groups) -> None:
+    rows, numbers = [], []
+    for claim, _, _ in CLAIMS:
+        cells = []
+        for budget in budgets:
+            found = paired_bootstrap(*pairs[claim, budget], groups)
+            verdict = "holds" if found.low > 0 else "fails" if found.high < 0 else "open"
+            cells.append(f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] {verdict}")
+            numbers.append([claim, budget, *(f"{100 * v:.2f}" for v in (found.difference, found.low, found.high)), f"{found.p:.4f}", verdict])
+        rows.append([claim, *cells])
+    insert(PAGE, "claims", markdown(["claim", *(f"{b} tokens" for b in budgets)], rows))
+    write_csv(TABLES / "consensusdrop_claims.csv", ["claim", "budget", "difference", "low", "high", "p", "verdict"], numbers)
+
+
+def family_table(full: Credits, curve: dict, groups) -> None:
+    """Accuracy by question family and kind of scene at 64 tokens."""
+    from eval.jsonl import read_json
+
+    records = read_json(DEFAULT_DATA / "gqa" / "data" / "testdev_balanced_questions.json")
+    families = list(dict.fromkeys(record["types"]["detailed"] for record in records.values()))
+    kinds = ("natural", "dense")
+    part = lambda credit, test: [100 * v for n, v in credit.items() if test(records[n])]  # noqa: E731
+    mean = lambda values: f"{sum(values) / len(values):.1f}"  # noqa: E731
+    rows = []
+    for name, credit in [("full (576)", full), *((f"{n} (64)", curve[n, 64]) for n, _, _ in CURVES)]:
+        cells = [mean(part(credit, lambda r, f=f: r["types"]["detailed"] == f)) for f in families]
+        cells += [mean(part(credit, lambda r, k=k: r["groups"]["global"] == k)) for k in kinds]
+        rows.append([name, *cells, mean([100 * v for v in credit.values()])])
+    insert(PAGE, "families", markdown(["method", *families, *kinds, "all"], rows))
+
+
+def image_of(split: str) -> dict[str, str]:
+    """Question id -> image: questions about one picture are resampled together."""
+    from eval import benchmarks
+
+    return {q.id: q.image for q in benchmarks.get("gqa").load(DEFAULT_DATA, split).questions}
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("ablation", "claims"))
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--budgets", help="comma-separated; default 64,32 for the ablation, 192,128,64,32 for the claims")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "sweep")
+    args = parser.parse_args()
+    try:
+        model = Remembering(load(args.model, device=args.device))
+        if args.part == "ablation":
+            budgets = tuple(map(int, args.budgets.split(","))) if args.budgets else ABLATION_BUDGETS
+            ablation(model, budgets, args.output)
+        else:
+            budgets = tuple(map(int, args.budgets.split(","))) if args.budgets else BUDGETS
+            claims(model, budgets, args.output)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"Tables are in {PAGE.relative_to(ROOT)} and {TABLES.relative_to(ROOT)}/.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Models of real size with random weights, for timing. Their answers mean nothing."""
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
+
+from llava.checkpoint import Checkpoint
+from llava.image import ImageProcessor
+from llava.model import DTYPES, Llava
+
+CLIP_L_336: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "model_type": "clip_vision_model",
+}
+
+# Sizes from the official config.json files.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llava-1.5-7b": {
+        "vision": CLIP_L_336,
+        "text": {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 32064,
+        },
+    },
+    "llava-1.5-13b": {
+        "vision": CLIP_L_336,
+        "text": {
+            "model_type": "llama",
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 40,
+            "vocab_size": 32064,
+        },
+    },
+}
+
+
+def random_llava(shape: str, layers: int, dtype: str = "bfloat16") -> Llava:
+    """A LLaVA of a known shape with `layers` decoder layers and random weights, on the CPU."""
+    sizes = SHAPES[shape]
+    config = LlavaConfig(
+        text_config={**sizes["text"], "num_hidden_layers": layers}, vision_config=sizes["vision"], image_token_index=32000
+    )
+    config._attn_implementation = "sdpa"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype])
+    try:
+        with no_init_weights():
+            model = LlavaForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    # One block of noise, tiled: filling a billion weights one by one takes a minute.
+    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(DTYPES[dtype])
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 and name.endswith("weight"):
+                weight.fill_(1.0)
+                continue
+            flat = weight.view(-1)
+            for start in range(0, flat.numel(), block.numel()):
+                part = flat[start : start + block.numel()]
+                part.copy_(block[: part.numel()])
+    checkpoint = Checkpoint(
+        model=model,
+        tokenizer=_letters(),
+        image_processor=ImageProcessor(336, 336),
+        conversation="vicuna_v1",
+        name=f"random {shape}, {layers} layers",
+        layout="transformers",
+        vision_tower_source="random weights",
+        text_tower=None,
+        notes=(),
+        vocabulary=32000,
+    )
+    return Llava(checkpoint, torch.device("cpu"))
+
+
+def _letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of single words that knows none: every word is one token, about what a real prompt needs."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,517 @@
+"""The command lines `python -m eval` and `python -m eval.score`, and the reader of GQA's files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from eval import __main__ as cli
+from eval import benchmarks, provenance, score
+from eval import run as run_module
+from eval.config import RunConfig, method_options
+from eval.prompts import LETTER, SHORT, VIZ, split_suffix
+from eval.run import run
+from llava.errors import UserError
+from tests.eval_fakes import FakeLlava, FakeReducer, fake_text, write_gqa
+
+ROOT = Path(__file__).resolve().parent.parent
+VECTORS = ROOT / "tests" / "data" / "gqa"
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_gqa(tmp_path / "data")
+
+
+@pytest.fixture
+def main(tmp_path, data, monkeypatch, capsys):
+    """`main(...)` -> (exit code, stdout, stderr), with the fake model and the small GQA unless told otherwise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_module, "load_model", lambda config: FakeLlava())
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        standard = [] if "--data" in arguments or "--list" in arguments else ["--data", str(data)]
+        code = cli.main([*arguments, *standard, *([] if "--list" in arguments else ["--wandb", "disabled"])])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+# -- a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_line_is_the_result_in_words(main, tmp_path):
+    code, out, _ = main("--method", "uniform", "--budget", "16")
+    assert code == 0
+    assert out.splitlines()[-1] == (
+        "uniform at 16 of 64 visual tokens: 50.0 % accuracy (95 % CI 35.0 to 65.0) on 40 GQA testdev questions; "
+        "16.0 tokens per layer, KV 0.016 MB, TTFT 3.5 ms per question."
+    )
+    folder = tmp_path / "results" / "gqa-testdev" / "fake" / "uniform-16"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["sentence"] == out.splitlines()[-1]
+    assert result["metrics"]["accuracy"] == 50 and not result["partial"]
+    assert result["confidence"]["accuracy"]["low"] < 50 < result["confidence"]["accuracy"]["high"]
+    assert result["audit"]["entering_per_layer"] == [16, 16, 16]
+    assert result["audit"]["kv_bytes_per_sample"] == 16000
+    expected = {"vision": 1, "selection": 0.5, "prefill": 2, "ttft": 3.5, "decode": 4}
+    assert result["timing"]["mean_ms"] == pytest.approx(expected)
+    assert result["timing"]["median_ms"] == pytest.approx(expected)
+    assert result["timing"]["kv_bytes_padded"] == 17600 and result["flops_per_question"] == 10**9
+    assert result["conditions"]["batch_size"] == 8 and result["conditions"]["threads"] >= 1
+    assert result["settings"]["config"]["budget"] == 16
+    assert {"python", "torch"} <= result["versions"].keys()
+
+
+def test_answers_are_in_llavas_fields(main, tmp_path):
+    main("--method", "uniform", "--budget", "16", "--output", "o")
+    lines = [json.loads(line) for line in (tmp_path / "o" / "answers.jsonl").read_text().splitlines()]
+    first = dict(lines[0])
+    assert len(first.pop("answer_id")) == 22 and len({line["answer_id"] for line in lines}) == 40
+    assert first == {
+        "question_id": "1000",
+        "prompt": f"Is thing 0 there?\n{SHORT}",
+        "text": fake_text("1000"),
+        "model_id": "fake",
+        "metadata": {
+            "audit": {"entering": [16, 16, 16], "mean": 16, "visual_tokens": 64, "merged": 0, "kv_bytes": 16000}
+        },
+    }
+    predictions = json.loads((tmp_path / "o" / "predictions.json").read_text())
+    assert predictions[0] == {"questionId": "1000", "prediction": fake_text("1000").lower().rstrip(".")}
+
+
+def test_limit_is_said_everywhere(main, tmp_path):
+    code, out, _ = main("--method", "uniform", "--budget", "16", "--limit", "10", "--output", "o")
+    assert code == 0 and "on the first 10 of 40 GQA testdev questions" in out
+    result = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert result["partial"] and result["limit"] == 10 and result["questions"] == 10
+
+
+def test_options_and_other_precision_get_folders_of_their_own(main, tmp_path):
+    for extra in ([], ["--set", "uniform.positions=original"], ["--set", "uniform.positions=renumber"]):
+        assert main("--method", "uniform", "--budget", "16", *extra)[0] == 0
+    assert main("--method", "uniform", "--budget", "16", "--dtype", "bfloat16")[0] == 0
+    names = sorted(path.name for path in (tmp_path / "results" / "gqa-testdev" / "fake").iterdir())
+    # The default, spelled out, is the default: its run was continued, not repeated.
+    assert len(names) == 3 and names[0] == "uniform-16" and all(name.startswith("uniform-16-") for name in names[1:])
+
+
+def test_seed_reaches_methods_that_draw(main, tmp_path):
+    assert main("--method", "random", "--budget", "16", "--seed", "7", "--output", "o")[0] == 0
+    settings = json.loads((tmp_path / "o" / "settings.json").read_text())
+    assert settings["config"]["seed"] == 7
+    assert (
+        main("--method", "random", "--budget", "16", "--seed", "7", "--set", "random.seed=3", "--output", "p")[0] == 0
+    )
+    assert json.loads((tmp_path / "p" / "settings.json").read_text())["config"]["seed"] == 3
+
+
+def test_full_needs_no_budget(monkeypatch, main):
+    class Whole(FakeLlava):
+        def answer(self, samples, reducer, max_new_tokens=128):
+            return super().answer(samples, FakeReducer(self.visual_tokens), max_new_tokens)
+
+    monkeypatch.setattr(run_module, "load_model", lambda config: Whole())
+    code, out, _ = main("--method", "full")
+    assert code == 0 and out.splitlines()[-1].startswith("full at 64 of 64 visual tokens: ")
+    assert main("--method", "full", "--budget", "64")[0] == 0
+    code, _, err = main("--method", "full", "--budget", "32")
+    assert code == 2 and "full keeps all 64 visual tokens" in err
+
+
+def test_the_real_model_goes_all_the_way(tiny_path, tmp_path, data, capsys):
+    """Everything together, on a random LLaVA with 16 visual tokens, twice: batch size changes nothing but time."""
+    texts = []
+    for size in ("1", "7"):
+        arguments = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--data", str(data)]
+        arguments += ["--output", str(tmp_path / size), "--batch-size", size, "--limit", "10", "--max-new-tokens", "4"]
+        assert cli.main([*arguments, "--wandb", "disabled", "--device", "cpu"]) == 0
+        lines = (tmp_path / size / "answers.jsonl").read_text().splitlines()
+        texts.append([json.loads(line)["text"] for line in lines])
+        assert "uniform at 4 of 16 visual tokens" in capsys.readouterr().out.splitlines()[-1]
+    assert texts[0] == texts[1] and len(texts[0]) == 10
+    result = json.loads((tmp_path / "7" / "result.json").read_text())
+    assert result["audit"]["entering_per_layer"] == [4] * 4 and result["flops_per_question"] > 0
+
+
+# -- what is wrong ends in one sentence and exit code 2 --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--method", "uniform"], "Method uniform needs --budget"),
+        (["--budget", "16"], "--method is missing"),
+        (["--method", "unifrom", "--budget", "16"], "Unknown method 'unifrom'. Did you mean 'uniform'?"),
+        (["--method", "uniform", "--budget", "0"], "--budget should be a whole number, 1 or more, got '0'."),
+        (["--method", "uniform", "--budget", "-3"], "got '-3'"),
+        (["--method", "uniform", "--budget", "many"], "got 'many'"),
+        (["--method", "uniform", "--budget", "16.5"], "got '16.5'"),
+        (["--method", "uniform", "--budget", "65"], "--budget should be 1 to 64 (this model's visual tokens), got 65."),
+        (["--method", "uniform", "--budget", "8", "--batch-size", "0"], "--batch-size should be a whole number"),
+        (["--method", "uniform", "--budget", "8", "--limit", "0"], "--limit should be"),
+        (["--method", "uniform", "--budget", "8", "--seed", "-1"], "--seed should be a whole number, 0 to 4294967295"),
+        (
+            ["--method", "uniform", "--budget", "8", "--benchmark", "gqq"],
+            "Unknown benchmark 'gqq'. Did you mean 'gqa'?",
+        ),
+        (["--method", "uniform", "--budget", "8", "--split", "tset"], "Unknown split of gqa 'tset'."),
+        (["--method", "uniform", "--budget", "8", "--split", "val"], "No GQA val questions at"),
+        (
+            ["--method", "uniform", "--budget", "8", "--set", "random.seed=1"],
+            "is for method 'random', but this run is of",
+        ),
+        (["--method", "uniform", "--budget", "8", "--set", "uniform.alpah=1"], "Unknown option of uniform 'alpah'."),
+        (["--method", "uniform", "--budget", "8", "--set", "seed"], "--set should look like uniform.key=value"),
+        (["--method", "random", "--budget", "8", "--set", "random.seed=x"], "random.seed must be a whole number"),
+        (["--method", "uniform", "--budget", "8", "--frobnicate"], "Unrecognized arguments: --frobnicate; see --help."),
+        (["--method", "uniform", "--budget", "8", "--wandb", "maybe"], "Argument --wandb: invalid choice"),
+        (["--method", "uniform", "--budget", "8", "--json"], "--json goes with --list"),
+        (["--method", "uniform", "--budget", "8", "--data", "/nowhere"], "--data should be the folder that holds gqa/"),
+    ],
+)
+def test_wrong_flags(main, tmp_path, arguments, sentence):
+    code, out, err = main(*arguments)
+    assert code == 2 and out == ""
+    assert sentence in err and err.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_no_traceback_from_the_shell():
+    done = shell("-m", "eval", "--method", "nothing", "--budget", "64")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("Unknown method 'nothing'.") and done.stderr.count("\n") == 1
+
+
+def test_a_mean_off_the_budget_is_an_error(data, tmp_path, capsys):
+    config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled")
+    with pytest.raises(UserError, match=r"17\.00 visual tokens per layer on average where the budget is 16\.00"):
+        run(config, FakeLlava(mean_error=1), FakeReducer())
+    assert not (tmp_path / "o" / "result.json").exists()
+    # Said at once, as the last batch may be hours away.
+    assert "Warning, first batch: The audit counts 17.00" in capsys.readouterr().err
+
+
+def test_a_documented_rounding_is_accepted(data, tmp_path):
+    class Rough(FakeReducer):
+        rounding = 1.0
+
+    config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled")
+    assert run(config, FakeLlava(mean_error=1), Rough())["audit"]["mean_tokens_per_layer"] == 17
+
+
+def test_ctrl_c_says_how_to_go_on(main, monkeypatch, tmp_path):
+    def stop(number: int) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "load_model", lambda config: FakeLlava(stop))
+    code, _, err = main("--method", "uniform", "--budget", "16", "--output", "o")
+    assert code == 130
+    assert err.endswith("Stopped. 16 of 40 answers are kept in o; run the same command again to go on.\n")
+    monkeypatch.setattr(run_module, "load_model", lambda config: FakeLlava())
+    assert main("--method", "uniform", "--budget", "16", "--output", "o")[0] == 0
+
+
+def test_restart_keeps_the_old_answers(main, tmp_path):
+    main("--method", "uniform", "--budget", "16", "--output", "o", "--limit", "3")
+    code, _, err = main("--method", "uniform", "--budget", "8", "--output", "o")
+    assert code == 2 and "config.budget: 16, now 8" in err
+    assert main("--method", "uniform", "--budget", "8", "--output", "o", "--restart")[0] == 0
+    assert (tmp_path / "o" / "replaced-1" / "answers.jsonl").read_text().count("\n") == 3
+
+
+def test_method_options_refuse_a_key_given_twice():
+    assert method_options("m", ["m.a=1", "m.b=x=y", "m.c="]) == {"a": "1", "b": "x=y", "c": ""}
+    with pytest.raises(UserError, match=r"m\.a is given twice"):
+        method_options("m", ["m.a=1", "m.a=2"])
+
+
+# -- what there is ---------------------------------------------------------------------------------------------------
+
+
+def test_list(main):
+    code, out, _ = main("--list", "--json")
+    there_is = json.loads(out)
+    assert code == 0 and there_is.keys() == {"methods", "benchmarks", "models"}
+    assert {"full", "random", "uniform"} <= {method["name"] for method in there_is["methods"]}
+    assert {"name": "gqa", "splits": ["testdev", "val"]}.items() <= there_is["benchmarks"][0].items()
+    code, out, _ = main("--list")
+    assert code == 0 and "  uniform" in out and "  gqa" in out
+
+
+def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_help_and_scoring_need_no_torch(tmp_path, data):
+    """Loading torch takes seconds; a typing mistake should not."""
+    code = (
+        "import sys\nfrom eval.__main__ import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "import eval.score\n"
+        f"eval.score.main(['gqa', '--answers', 'missing', '--data', {str(data)!r}])\n"
+        "assert not {'torch', 'transformers', 'wandb'} & sys.modules.keys(), 'a heavy import'\n"
+    )
+    done = shell("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "(default: None)" not in done.stdout and "Cannot read missing" in done.stderr
+
+
+def test_the_shell_script_explains_itself():
+    script = str(ROOT / "scripts" / "eval" / "gqa.sh")
+    bare = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert bare.returncode == 2 and "METHOD [BUDGET]" in bare.stderr
+    assert subprocess.run(["bash", script, "--help"], capture_output=True, text=True).returncode == 0
+
+
+def test_the_shell_script_passes_everything_on(tmp_path):
+    """With a setup that does nothing and a python that prints its arguments."""
+    (tmp_path / "scripts" / "eval").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "eval" / "gqa.sh", tmp_path / "scripts" / "eval")
+    (tmp_path / "scripts" / "setup.sh").write_text("cd /\n")
+    (tmp_path / "python").write_text('#!/bin/sh\npwd\nfor a in "$@"; do echo "$a"; done\n')
+    (tmp_path / "python").chmod(0o755)
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+
+    def call(*arguments: str, **environment: str) -> list[str]:
+        clean = {name: value for name, value in os.environ.items() if name not in ("MODEL", "DATA")}
+        env = {**clean, "PATH": f"{tmp_path}:{os.environ['PATH']}", **environment}
+        script = tmp_path / "scripts" / "eval" / "gqa.sh"
+        done = subprocess.run(["bash", str(script), *arguments], env=env, cwd=here, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    start = [str(here), "-m", "eval", "--benchmark", "gqa"]
+    assert call("consensusdrop", "64") == [*start, "--method=consensusdrop", "--budget=64"]
+    assert call("full", "--limit", "5") == [*start, "--method=full", "--limit", "5"]
+    assert call("full") == [*start, "--method=full"]
+    assert call("m", "-3", "--x", MODEL="a b", DATA="c d") == [
+        *start, "--method=m", "--budget=-3", "--model=a b", "--data=c d", "--x"
+    ]  # fmt: skip
+
+
+# -- scoring without a model -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vectors(tmp_path) -> Path:
+    """The test vectors as an official GQA folder."""
+    folder = tmp_path / "vectors" / "gqa" / "data"
+    folder.mkdir(parents=True)
+    everything = json.loads((VECTORS / "synthetic_all_questions.json").read_text())
+    balanced = {name: question for name, question in everything.items() if question["isBalanced"]}
+    (folder / "testdev_balanced_questions.json").write_text(json.dumps(balanced))
+    (folder / "testdev_all_questions.json").write_text(json.dumps(everything))
+    shutil.copy(VECTORS / "synthetic_choices.json", folder / "testdev_choices.json")
+    return tmp_path / "vectors"
+
+
+@pytest.mark.parametrize("name", ["synthetic_answers.jsonl", "synthetic_predictions_expected.json"])
+def test_scoring_prints_the_official_numbers(vectors, tmp_path, capsys, name):
+    out = tmp_path / "score.json"
+    assert score.main(["gqa", "--answers", str(VECTORS / name), "--data", str(vectors), "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for line in ("73.57 %", "76.25 %", "70.00 %", "80.95 %", "87.14 %", "77.86 %", "0.02 (lower is better)"):
+        assert line in printed
+    record = json.loads(out.read_text())
+    assert record["questions"] == 140 and f"{record['metrics']['accuracy']:.2f}" == "73.57"
+    assert record["groups"]["words number"]["4"] == {"percent": 90.0, "questions": 20}
+
+
+def test_scoring_a_runs_own_answers_gives_the_runs_result(main, data, tmp_path, capsys):
+    main("--method", "uniform", "--budget", "16", "--output", "o")
+    result = json.loads((tmp_path / "o" / "result.json").read_text())
+    for name in ("answers.jsonl", "predictions.json"):
+        arguments = ["gqa", "--answers", str(tmp_path / "o" / name), "--data", str(data), "--json", "s.json"]
+        assert score.main(arguments) == 0
+        again = json.loads((tmp_path / "s.json").read_text())
+        assert {key: again[key] for key in ("metrics", "confidence", "groups")} == {
+            key: result[key] for key in ("metrics", "confidence", "groups")
+        }
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "40 questions without a prediction: 1000, 1001, 1002, 1003, 1004, ..."),
+        ('{"question_id": "1000", "text": "yes"}\n{"question_id": \n', "a.jsonl line 2 is not valid JSON"),
+        ('{"question_id": "1000"}\n', "a.jsonl line 1 should have question_id or questionId, and text or prediction"),
+        ('[{"questionId": "1000", "prediction": 3}]', "a.jsonl entry 1 should have"),
+        ('[{"questionId": "1000"', "a.jsonl is not valid JSON"),
+        (
+            '{"question_id": 1000, "text": "a"}\n{"question_id": "1000", "text": "b"}',
+            "1 question answered more than once",
+        ),
+        (b"\xff\xfe", "a.jsonl line 1 is not valid JSON"),
+    ],
+)
+def test_broken_answer_files(data, tmp_path, capsys, content, sentence):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert score.main(["gqa", "--answers", str(path), "--data", str(data)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+# -- GQA's files -----------------------------------------------------------------------------------------------------
+
+
+def load(data: Path, split: str = "testdev"):
+    return benchmarks.get("gqa").load(data, split)
+
+
+def jsonl(data: Path) -> Path:
+    return data / "gqa" / "llava_gqa_testdev_balanced.jsonl"
+
+
+def test_questions_come_in_the_order_of_llavas_file_with_the_suffix_apart(data):
+    lines = jsonl(data).read_text().splitlines()
+    jsonl(data).write_text("\n".join(reversed(lines)) + "\n")
+    dataset = load(data)
+    first = dataset.questions[0]
+    assert [q.id for q in dataset.questions] == [str(1039 - n) for n in range(40)]
+    assert (first.question, first.suffix, first.image) == ("Is thing 39 there?", SHORT, "n4.jpg")
+    sample = dataset.sample(first)
+    assert sample.image.size == (32, 32) and sample.image_id == "n4.jpg"
+    assert sample.message == json.loads(lines[39])["text"]
+
+
+def test_without_llavas_file_the_official_one_is_asked(data):
+    expected = load(data).questions
+    jsonl(data).unlink()
+    assert load(data).questions == expected
+
+
+def test_a_lossless_image_is_found_by_its_id(data):
+    jsonl(data).unlink()
+    images = data / "gqa" / "data" / "images"
+    (images / "n2.jpg").rename(images / "n2.png")
+    assert load(data).questions[2].image == "n2.png"
+
+
+def test_val_has_names_of_its_own(tmp_path):
+    data = write_gqa(tmp_path / "val", count=3, split="val")
+    assert load(data, "val").title == "GQA val" and len(load(data, "val").questions) == 3
+    with pytest.raises(UserError, match="No GQA testdev questions at"):
+        load(data)
+
+
+def test_the_fingerprint_follows_both_question_files(data):
+    before = load(data).fingerprint
+    assert load(data).fingerprint == before
+    jsonl(data).write_text(jsonl(data).read_text() + "\n")
+    assert load(data).fingerprint != before
+
+
+def edit(path: Path, number: int, **changes) -> None:
+    """Change fields of one line (counted from 1); None removes a field."""
+    lines = path.read_text().splitlines()
+    row = {**json.loads(lines[number - 1]), **changes}
+    lines[number - 1] = json.dumps({key: value for key, value in row.items() if value is not None})
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"image": None}, r"jsonl line 7 has no image\."),
+        ({"image": None, "text": ""}, r"jsonl line 7 has no image and no text\."),
+        ({"question_id": "77"}, r"jsonl line 7 asks question 77, which is not in .*questions\.json"),
+        ({"question_id": "1000"}, r"jsonl line 7 asks question 1000 a second time"),
+        (
+            {"image": "../secret.jpg"},
+            r"line 7 names the image '\.\./secret\.jpg', which is not inside the image folder",
+        ),
+        ({"image": "a/../../b.jpg"}, r"not inside the image folder"),
+        ({"image": "/etc/passwd"}, r"not inside the image folder"),
+    ],
+)
+def test_lines_that_are_wrong(data, changes, sentence):
+    edit(jsonl(data), 7, **changes)
+    with pytest.raises(UserError, match=sentence):
+        load(data)
+
+
+def test_a_malformed_line_is_named(data):
+    lines = jsonl(data).read_text().splitlines()
+    lines[11] = lines[11][:-10]
+    jsonl(data).write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"llava_gqa_testdev_balanced\.jsonl line 12 is not valid JSON"):
+        load(data)
+
+
+def test_a_question_left_out_is_named(data):
+    lines = jsonl(data).read_text().splitlines()
+    jsonl(data).write_text("\n".join(lines[:-2]))
+    with pytest.raises(UserError, match=r"lacks 2 of the balanced questions in .*, the first is 1038"):
+        load(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[]", "should map question ids"),
+        ("{", "not valid JSON"),
+        ('{"1": {"question": "?"}}', "Question 1 in .* has no"),
+    ],
+)
+def test_a_broken_official_file(data, content, sentence):
+    (data / "gqa" / "data" / "testdev_balanced_questions.json").write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        load(data)
+
+
+def test_missing_images_are_counted_before_the_run(main, data, tmp_path):
+    for name in ("n1", "n3"):
+        (data / "gqa" / "data" / "images" / f"{name}.jpg").unlink()
+    code, _, err = main("--method", "uniform", "--budget", "16", "--output", "o")
+    assert code == 2 and "2 of 5 images are not in" in err and "n1.jpg, n3.jpg." in err
+    assert not (tmp_path / "o").exists()
+    assert main("--method", "uniform", "--budget", "16", "--output", "o", "--limit", "1")[0] == 0
+
+
+def test_known_suffixes_are_split_off_and_unknown_ones_stay():
+    assert split_suffix(f"Why?\n{SHORT}") == ("Why?", SHORT)
+    assert split_suffix(f"Why?\n{VIZ}") == ("Why?", VIZ)
+    assert split_suffix(f"Why?\nA. x\nB. y\n{LETTER}") == ("Why?\nA. x\nB. y", LETTER)
+    assert split_suffix("Why?\nAnswer briefly.") == ("Why?\nAnswer briefly.", "")
+    assert split_suffix(SHORT) == (SHORT, "")
+
+
+# -- provenance ------------------------------------------------------------------------------------------------------
+
+
+def test_the_commit_is_this_repositorys_or_unknown(tmp_path):
+    assert provenance.commit(tmp_path) == "unknown"
+
+    def git(*arguments: str) -> None:
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *name, *arguments], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "x").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "x")
+    head = provenance.commit(tmp_path)
+    assert len(head) == 40
+    (tmp_path / "x").write_text("2")
+    assert provenance.commit(tmp_path) == f"{head}+changes"
+    (tmp_path / "copy").mkdir()
+    assert provenance.commit(tmp_path / "copy") == "unknown", "a copy inside another repository is not that one"
+
+
+def test_config_is_frozen_and_checks_itself():
+    config = RunConfig("uniform", 4)
+    with pytest.raises(UserError, match="needs --budget"):
+        replace(config, budget=None)
+    assert replace(config, method="full", budget=None).budget is None
