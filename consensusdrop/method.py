@@ -80,9 +80,13 @@ class ConsensusDrop(Reducer):
             raise UserError(f"consensusdrop.temperature must be above 0, got {self.temperature}.")
         if self.probe == "static" and self.query == "last":
             # Its embedding is the same for every question, so the ranking would not depend on the question.
-            raise UserError("consensusdrop.query=last needs consensusdrop.probe=contextual and a probe_layer of at least 1.")
+            raise UserError(
+                "consensusdrop.query=last needs consensusdrop.probe=contextual and a probe_layer of at least 1."
+            )
         if self.probe == "contextual" and self.probe_layer < 1:
-            raise UserError("consensusdrop.probe=contextual needs a probe_layer of at least 1; layer 0 sees embeddings only.")
+            raise UserError(
+                "consensusdrop.probe=contextual needs a probe_layer of at least 1; layer 0 sees embeddings only."
+            )
 
     @property
     def keep_cls(self) -> bool:
@@ -91,11 +95,15 @@ class ConsensusDrop(Reducer):
     def check(self, facts: ModelFacts) -> None:
         super().check(facts)
         if not 0 <= self.probe_layer < facts.layers:
-            raise UserError(f"consensusdrop.probe_layer must be below {facts.layers} (decoder layers), got {self.probe_layer}.")
+            raise UserError(
+                f"consensusdrop.probe_layer must be below {facts.layers} (decoder layers), got {self.probe_layer}."
+            )
         if not facts.has_cls:
             raise UserError("consensusdrop needs a vision tower with a CLS token; this one has none.")
         if self.crops == "each" and self.budget % facts.layout.crops:
-            raise UserError(f"consensusdrop splits its budget over {facts.layout.crops} crops; {self.budget} does not divide.")
+            raise UserError(
+                f"consensusdrop splits its budget over {facts.layout.crops} crops; {self.budget} does not divide."
+            )
 
     def signals(self) -> tuple[Signal, ...]:
         return Signal("cls_attention", self.block), Signal("keys", self.block)

@@ -170,7 +170,7 @@ def table(result: dict[str, Any]) -> str:
     ratios = result["ratios"]
     lines.append(
         f"{result['method']} at {result['budget']}: prefill {ratios['prefill']:.2f}x and time to first token "
-        f"{ratios['ttft']:.2f}x faster than full, selection {100 * ratios['selection share of ttft']:.2f} % of its TTFT, "
+        f"{ratios['ttft']:.2f}x faster than full, selection {100 * ratios['selection share of ttft']:.2f} % of TTFT, "
         f"KV cache {ratios['kv_bytes']:.2f}x smaller, peak memory {ratios['peak memory']:.2f} of full."
     )
     return "\n".join(lines)

@@ -184,6 +184,8 @@ def measured_under(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "batch_size": job.config.batch_size,
         "dtype": job.config.dtype,
+        # A sweep keeps the tower's output between runs: its vision times are not those of a single run.
+        "remembered_features": getattr(job.model, "remembers_features", False),
     }
 
 

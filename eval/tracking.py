@@ -31,6 +31,9 @@ class Tracker:
     ) -> None:
         """One batch is stored; `accuracy` (percent) is over all `answered` questions so far."""
 
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        """Numbers of a training step."""
+
     def finish(self, result: Mapping[str, Any], rows: Sequence[Sequence[Any]]) -> None:
         """The run is complete."""
 
@@ -60,6 +63,9 @@ class WandbTracker(Tracker):
             "progress/decode_ms": 1000 * batch.timing.decode / count,
         }
         self._guard(lambda: self._run.log(numbers))
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        self._guard(lambda: self._run.log(dict(numbers), step=step))
 
     def finish(self, result: Mapping[str, Any], rows: Sequence[Sequence[Any]]) -> None:
         def log() -> None:

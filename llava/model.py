@@ -86,7 +86,9 @@ class Llava:
     def prompt(self, sample: Sample) -> Prompt:
         return build_prompt(sample, self.tokenizer, self.conversation)
 
-    def encode_images(self, pictures: Samples, keys: Samples, reducer: Reducer, grid: tuple[int, int] | None) -> Encoded:
+    def encode_images(
+        self, pictures: Samples, keys: Samples, reducer: Reducer, grid: tuple[int, int] | None
+    ) -> Encoded:
         """Preprocess pictures and run the tower on them.
 
         Args:

@@ -105,7 +105,9 @@ class Pipeline:
     def audits(self, prefilled: decoder.Prefilled, record: Record) -> list[Audit]:
         """One account per sample."""
         return [
-            Audit(tuple(layer[i] for layer in prefilled.visual), record.inputs[i], record.merged[i], prefilled.kv_bytes(i))
+            Audit(
+                tuple(layer[i] for layer in prefilled.visual), record.inputs[i], record.merged[i], prefilled.kv_bytes(i)
+            )
             for i in range(len(record.steps))
         ]
 
@@ -145,7 +147,9 @@ class Pipeline:
             if grid is not None:
                 record.applied(i, "input", coarse(self.model.layout, grid), 0)
         if self.reducer.acts("encoder"):
-            tokens, places = self._reduce_encoder(samples, images.encoded.rows(index), layout, with_image, record, clock)
+            tokens, places = self._reduce_encoder(
+                samples, images.encoded.rows(index), layout, with_image, record, clock
+            )
         else:
             projected = self.projector(encoded.features)
             record.spend("vision", flops.projector_flops(self.projector, projected.shape[0] * projected.shape[1]))
@@ -226,7 +230,9 @@ class Pipeline:
             self._collect(group, reduction, state, f"layer {layer}", reductions, merged, record)
         return sequence.reduce(reductions, merged, self.reducer.positions == "renumber")
 
-    def _collect(self, group, reduction: Reduction | None, state, place: str, reductions, merged, record: Record) -> None:
+    def _collect(
+        self, group, reduction: Reduction | None, state, place: str, reductions, merged, record: Record
+    ) -> None:
         """Book one group's reduction, and compute the values of merged tokens."""
         if reduction is None:
             return
@@ -271,4 +277,3 @@ def coarse(layout: Layout, grid: tuple[int, int]) -> Reduction:
     anchor = (centre_row[:, None] * layout.columns + centre_column).flatten()
     share = 1.0 / torch.bincount(owner, minlength=rows * columns).float()
     return Reduction(anchor[None], layout.tokens, owner[None], share[owner][None])
-

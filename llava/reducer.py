@@ -171,7 +171,7 @@ class Reducer:
         """Raise UserError if this method cannot run on this model at this budget."""
         if not 1 <= self.budget <= facts.visual_tokens:
             raise UserError(
-                f"The budget must be between 1 and {facts.visual_tokens} (visual tokens of this model), got {self.budget}."
+                f"The budget must be 1 to {facts.visual_tokens} (visual tokens of this model), got {self.budget}."
             )
 
     def signals(self) -> tuple[Signal, ...]:

@@ -15,7 +15,7 @@ class Sample:
     Attributes:
         id: stable name of the question; seeds the methods that draw random numbers.
         question: the question alone, the text whose tokens query-aware methods look at.
-        suffix: answer-format instruction, appended on a new line ("Answer the question using a single word or phrase.").
+        suffix: answer-format instruction, appended on a new line (GQA's asks for a single word or phrase).
         image: RGB image, or None for a text-only prompt.
         image_id: samples of a batch with the same image_id share one pass of the vision tower.
         history: earlier turns about the same image as (user message, answer).

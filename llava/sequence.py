@@ -61,7 +61,9 @@ class Sequence:
 
     def take(self, tensor: Tensor, samples: list[int], spans: list[tuple[int, int]]) -> Tensor:
         """Rows of `tensor` [B, L, ...] in equally long spans of the given samples, stacked."""
-        cut = [(self.padding(s) + start, self.padding(s) + stop) for s, (start, stop) in zip(samples, spans, strict=True)]
+        cut = [
+            (self.padding(s) + start, self.padding(s) + stop) for s, (start, stop) in zip(samples, spans, strict=True)
+        ]
         return torch.stack([tensor[s, start:stop] for s, (start, stop) in zip(samples, cut, strict=True)])
 
     def select(self, samples: list[int]) -> "Sequence":
@@ -78,7 +80,9 @@ class Sequence:
             pick(self.instruction),
         )
 
-    def reduce(self, reductions: dict[int, tuple[Reduction, int]], merged: dict[int, Tensor], renumber: bool) -> "Sequence":
+    def reduce(
+        self, reductions: dict[int, tuple[Reduction, int]], merged: dict[int, Tensor], renumber: bool
+    ) -> "Sequence":
         """Replace each sample's visual tokens by its reduction's output tokens.
 
         Args:

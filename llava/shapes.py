@@ -55,7 +55,9 @@ def random_llava(shape: str, layers: int, dtype: str = "bfloat16") -> Llava:
     """A LLaVA of a known shape with `layers` decoder layers and random weights, on the CPU."""
     sizes = SHAPES[shape]
     config = LlavaConfig(
-        text_config={**sizes["text"], "num_hidden_layers": layers}, vision_config=sizes["vision"], image_token_index=32000
+        text_config={**sizes["text"], "num_hidden_layers": layers},
+        vision_config=sizes["vision"],
+        image_token_index=32000,
     )
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()

@@ -97,7 +97,9 @@ def signal_flops(signal: Signal, block: nn.Module, patches: int) -> int:
     if signal.kind == "keys":
         return linear_flops(key, patches)
     queries = 1 if signal.kind == "cls_attention" else patches
-    return linear_flops(attention.q_proj, queries) + linear_flops(key, patches + 1) + 2 * queries * (patches + 1) * width
+    return (
+        linear_flops(attention.q_proj, queries) + linear_flops(key, patches + 1) + 2 * queries * (patches + 1) * width
+    )
 
 
 def text_to_visual_attention(

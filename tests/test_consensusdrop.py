@@ -103,7 +103,9 @@ def test_anchor_rules_equal_their_definitions():
     for b in range(2):
         line = rest[b].tolist()
         value = saliency[b].tolist()
-        assert choose_anchors("saliency", rest, saliency, keys, 4)[b].tolist() == sorted(sorted(line, key=lambda i: -value[i])[:4])
+        assert choose_anchors("saliency", rest, saliency, keys, 4)[b].tolist() == sorted(
+            sorted(line, key=lambda i: -value[i])[:4]
+        )
         assert choose_anchors("stride", rest, saliency, keys, 4)[b].tolist() == line[:: len(line) // 4][:4]
         expected = farthest_by_the_book(line, value, keys[b], 4)
         assert choose_anchors("farthest", rest, saliency, keys, 4)[b].tolist() == expected

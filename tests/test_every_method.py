@@ -45,7 +45,8 @@ def run(tiny, batch, reducer):
 
 def same_steps(first, second) -> bool:
     return len(first) == len(second) and all(
-        a.place == b.place and torch.equal(a.reduction.anchor, b.reduction.anchor) for a, b in zip(first, second, strict=True)
+        a.place == b.place and torch.equal(a.reduction.anchor, b.reduction.anchor)
+        for a, b in zip(first, second, strict=True)
     )
 
 
@@ -66,7 +67,7 @@ def test_anchors_are_ascending_and_unique(name, tiny):
         _, _, record = run(tiny, samples(), reducer)
         for step in (step for steps in record.steps for step in steps):
             assert (step.reduction.anchor.diff(dim=1) > 0).all()
-            assert 0 <= step.reduction.anchor.min() and step.reduction.anchor.max() < step.reduction.inputs
+            assert step.reduction.anchor.min() >= 0 and step.reduction.anchor.max() < step.reduction.inputs
 
 
 def test_merge_weights_are_averages(name, tiny):
@@ -171,7 +172,9 @@ def test_no_method_asks_for_attention_maps(name, tiny, monkeypatch):
 
     calls = []
     original = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(sdpa.torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(
+        sdpa.torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
     run(tiny, samples(2), reducing(name, tiny))
     blocks = tiny.select_layer % (len(tiny.tower.encoder.layers) + 1)
     assert len(calls) == blocks + len(tiny.llm.layers)

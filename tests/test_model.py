@@ -140,7 +140,9 @@ def test_eager_and_sdpa_agree(tiny):
 
 def test_questions_about_one_picture_share_the_tower(tiny, monkeypatch):
     shared = picture(9)
-    batch = [Sample(id=f"s{i}", question=q, image=shared, image_id="p") for i, q in enumerate(("is it red", "what is it"))]
+    batch = [
+        Sample(id=f"s{i}", question=q, image=shared, image_id="p") for i, q in enumerate(("is it red", "what is it"))
+    ]
     seen = []
     real = tiny.encode_images
     monkeypatch.setattr(tiny, "encode_images", lambda pictures, *a: seen.append(len(pictures)) or real(pictures, *a))
@@ -173,6 +175,6 @@ def test_a_second_turn_reads_its_own_question(tiny):
     first = Sample(id="a", question="is there a star?", image=picture(1))
     second = replace(first, question="what color is it", history=(("is there a star?", "yes"),))
     ids, (start, stop) = tiny.prompt(second).ids, tiny.prompt(second).question
-    assert tiny.decode(ids[start:stop]).split() == "what color is it".split()
+    assert tiny.decode(ids[start:stop]).split() == ["what", "color", "is", "it"]
     assert IMAGE_TOKEN_INDEX in ids[:start]
     assert tiny.answer([second], FULL, max_new_tokens=4).answers[0].audit.entering == (16,) * 4

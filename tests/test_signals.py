@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava import flops, registry
+from llava import registry
 from llava.errors import UserError
 from llava.pipeline import Clock, Pipeline
 from llava.signals import Signal
@@ -66,7 +66,9 @@ def test_smaller_grid_equals_a_smaller_tower(tiny):
     """At the tower's own grid nothing is resized; at 2 x 2 four patches come out."""
     with torch.inference_mode():
         images = pixels(tiny)
-        torch.testing.assert_close(encode(tiny.tower, images, -2, grid=(4, 4)).features, encode(tiny.tower, images, -2).features)
+        torch.testing.assert_close(
+            encode(tiny.tower, images, -2, grid=(4, 4)).features, encode(tiny.tower, images, -2).features
+        )
         assert encode(tiny.tower, images, -2, grid=(2, 2)).features.shape[1] == 4
 
 

@@ -32,7 +32,8 @@ def clean_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("NETRC", raising=False)
     # `tracking` sets these for the process; monkeypatch takes them back after the test.
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, "")
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
 
 
 def config(tmp_path: Path, **changes) -> RunConfig:

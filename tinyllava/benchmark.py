@@ -72,7 +72,9 @@ def write_split(root: Path, name: str) -> int:
             annotations[identity] = annotation(question, identity, image, dense)
             text = f"{question.text}\n{SHORT_ANSWER}"
             lines.append({"question_id": identity, "image": f"{image}.jpg", "text": text, "category": "default"})
-    (root / "data" / f"{name}_balanced_questions.json").write_text(json.dumps(annotations, separators=(",", ":")) + "\n")
+    (root / "data" / f"{name}_balanced_questions.json").write_text(
+        json.dumps(annotations, separators=(",", ":")) + "\n"
+    )
     with open(root / f"llava_gqa_{name}_balanced.jsonl", "w") as out:
         out.writelines(json.dumps(line) + "\n" for line in lines)
     return len(lines)

@@ -1,6 +1,6 @@
 """Write the trained model as a checkpoint of the transformers `llava` layout, with its CLIP text tower beside it.
 
-    python -m tinyllava.export --folder runs/tiny --output assets/tinyllava
+python -m tinyllava.export --folder runs/tiny --output assets/tinyllava
 """
 
 import argparse
@@ -43,7 +43,10 @@ def main() -> None:
     llava.half().save_pretrained(args.output)
     tokenizer().save_pretrained(args.output)
     CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=vision.MEAN, image_std=vision.STD
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=vision.MEAN,
+        image_std=vision.STD,
     ).save_pretrained(args.output)
     write_text_tower(clip, args.output / "text_tower")
     size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())

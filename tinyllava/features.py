@@ -11,7 +11,6 @@ from tinyllava.corpus import Corpus
 from tinyllava.scenes import GRID
 from tinyllava.vision import patchify, vision_states
 
-
 CHUNK = 40
 
 

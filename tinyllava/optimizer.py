@@ -37,7 +37,9 @@ class MasterOptimizer:
     @torch.no_grad()
     def step(self, scale: float) -> float:
         """One update at `scale` times the base learning rates; returns the gradient norm."""
-        grads = [p.grad.float() if p.grad is not None else torch.zeros_like(self.masters[n]) for n, p in self.working.items()]
+        grads = [
+            p.grad.float() if p.grad is not None else torch.zeros_like(self.masters[n]) for n, p in self.working.items()
+        ]
         flat = ranks.average(torch.cat([grad.flatten() for grad in grads]))
         norm = flat.norm().item()
         flat *= min(1.0, self.clip / (norm + 1e-6))

@@ -74,7 +74,9 @@ def _color(things, rng) -> Question:
     target, size = _pick(_shapes(things), rng), rng.random() < 0.5
     _require(len(_matches(things, target, size=size)) == 1)
     name = _name(target, size=size)
-    text = _pick([f"What color is the {name}?", f"What is the color of the {name}?", f"The {name} has which color?"], rng)
+    text = _pick(
+        [f"What color is the {name}?", f"What is the color of the {name}?", f"The {name} has which color?"], rng
+    )
     return Question("color", text, COLOR_NAMES[target.color], "query", "attr", (("select", name), ("query", "color")))
 
 
@@ -82,7 +84,9 @@ def _shape(things, rng) -> Question:
     target, size = _pick(_shapes(things), rng), rng.random() < 0.5
     _require(len(_matches(things, target, size=size, color=True, shape=False)) == 1)
     name = _name(target, size=size, color=True, shape=False)
-    text = _pick([f"What shape is the {name}?", f"What is the shape of the {name}?", f"The {name} has which shape?"], rng)
+    text = _pick(
+        [f"What shape is the {name}?", f"What is the shape of the {name}?", f"The {name} has which shape?"], rng
+    )
     return Question("shape", text, SHAPES[target.shape], "query", "attr", (("select", name), ("query", "shape")))
 
 
@@ -126,7 +130,9 @@ def _exist(things, rng) -> Question:
             if rng.random() < 0.6:
                 shape = _pick(_shapes(things), rng).shape
                 flip = size and rng.random() < 0.4
-                like = Thing("shape", 0, 0, 0, like.shape if flip else shape, like.color, 1 - like.big if flip else like.big)
+                like = Thing(
+                    "shape", 0, 0, 0, like.shape if flip else shape, like.color, 1 - like.big if flip else like.big
+                )
             else:
                 shape, color, big = int(rng.integers(len(SHAPES))), int(rng.integers(8)), int(rng.integers(2))
                 like = Thing("shape", 0, 0, 0, shape, color, big)

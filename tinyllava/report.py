@@ -51,7 +51,9 @@ def family_table(records: dict, credits: dict[str, float], blind: dict[str, floa
         kinds = [[n for n in names if records[n]["groups"]["global"] == kind] for kind in ("natural", "dense")]
         seen, text = percent(credits, names), percent(blind, names)
         label = f"{family} (hard)" if seen - text < HARD else family
-        rows.append([label, f"{len(names):,}", f"{seen:.1f}", *(f"{percent(credits, k):.1f}" for k in kinds), f"{text:.1f}"])
+        rows.append(
+            [label, f"{len(names):,}", f"{seen:.1f}", *(f"{percent(credits, k):.1f}" for k in kinds), f"{text:.1f}"]
+        )
     everything = list(records)
     kinds = [[n for n in everything if records[n]["groups"]["global"] == kind] for kind in ("natural", "dense")]
     overall = [percent(credits, everything), *(percent(credits, k) for k in kinds), percent(blind, everything)]

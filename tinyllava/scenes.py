@@ -104,7 +104,10 @@ def _draw(seed: int, split: str, dense: bool) -> Scene:
         elif kind == "frame":
             digits, labels = handwritten_digits(split)
             pick, color = int(rng.integers(len(labels))), int(frame_colors.pop())
-            thing, mask = Thing("frame", **centre, color=color, digit=int(labels[pick])), np.ones((side, side), np.float32)
+            thing, mask = (
+                Thing("frame", **centre, color=color, digit=int(labels[pick])),
+                np.ones((side, side), np.float32),
+            )
             paint = _framed_digit(rng, color, digits[pick], side)
         else:
             shape, color = _new_pair(rng, shapes, colors, taken)

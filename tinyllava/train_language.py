@@ -1,6 +1,6 @@
 """Stage 2: train projector and decoder on questions about frozen, cached vision features.
 
-    torchrun --nproc-per-node 2 -m tinyllava.train_language --folder runs/tiny
+torchrun --nproc-per-node 2 -m tinyllava.train_language --folder runs/tiny
 """
 
 import argparse
@@ -20,9 +20,11 @@ from tinyllava.tracking import start_tracking
 from tinyllava.train_vision import keep_things_first
 from tinyllava.trainer import train
 
-# Families that a picture answers late in training are asked twice as often.
-SAMPLED = [*FAMILIES, "verify", "verify", "exist", "shape", "count", "relate"]
-ALIGNMENT = 0.2
+# First half: natural scenes, mostly the families in which a word must find a thing and read it off. Everything else
+# builds on that, and it comes several hundred steps later when dense scenes and yes/no questions dilute it.
+FIRST_HALF = [*FAMILIES, *["color", "shape", "relate"] * 2, "count", "digit"]
+SECOND_HALF = [*FAMILIES, "verify", "verify", "exist", "shape", "count", "relate"]
+ALIGNMENT = 0.3  # gone at the end of the first half
 
 
 class Trainee(nn.Module):
@@ -59,8 +61,11 @@ def main() -> None:
     def loss_of(step: int, rng: np.random.Generator):
         full = step >= 0.9 * args.steps and rng.random() < 0.8
         batch, count = (args.batch // 2, args.questions + 4) if full else (args.batch, args.questions)
-        rows = np.sort(rng.choice(len(corpus), batch, replace=False))
-        families = [[SAMPLED[k] for k in rng.integers(0, len(SAMPLED), count)] for _ in rows]
+        first_half = step < 0.5 * args.steps
+        sampled = FIRST_HALF if first_half else SECOND_HALF
+        pool = np.arange(0, len(corpus), 2 if first_half else 1)  # even rows are natural scenes
+        rows = np.sort(rng.choice(pool, batch, replace=False))
+        families = [[sampled[k] for k in rng.integers(0, len(sampled), count)] for _ in rows]
         questions = Questions(corpus, rows, families, rng)
         labels, inputs = torch.from_numpy(corpus.patch_labels(rows)), features[rows]
         kept = torch.arange(PATCHES).expand(batch, -1)
@@ -73,7 +78,7 @@ def main() -> None:
         renumber = not full and rng.random() < 0.3
         logits, visual = forward(trainee, inputs, kept, questions, renumber)
         loss = answer_loss(logits, questions.answer)
-        light = ALIGNMENT * max(0.0, 1 - step / (0.3 * args.steps))
+        light = ALIGNMENT * max(0.0, 1 - step / (0.5 * args.steps))
         if light > 0:
             loss = loss + light * alignment_loss(table, visual, labels)
         return loss, accuracy(logits, questions)

@@ -1,6 +1,6 @@
 """Stage 1: train the CLIP tower and its text tower on rendered scenes.
 
-    torchrun --nproc-per-node 2 -m tinyllava.train_vision --folder runs/tiny
+torchrun --nproc-per-node 2 -m tinyllava.train_vision --folder runs/tiny
 """
 
 import argparse

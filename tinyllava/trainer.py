@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eval.tracking import Tracker
 from tinyllava import ranks
 from tinyllava.optimizer import MasterOptimizer, schedule
 
@@ -24,7 +25,7 @@ def train(
     save_every: int = 100,
     decay: float = 0.6,
     seed: int = 0,
-    tracker=None,
+    tracker: Tracker | None = None,
 ) -> None:
     """Run steps 0 .. `steps`, continuing after the last checkpoint in `folder`.
 
@@ -67,3 +68,5 @@ def train(
             state = {"optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.time() - started}
             torch.save(state, partial)
             partial.replace(checkpoint)
+    if tracker:
+        tracker.close(failed=False)

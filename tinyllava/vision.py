@@ -83,7 +83,7 @@ def _sines(width: int) -> Tensor:
 
 def patchify(images: np.ndarray) -> Tensor:
     """[B, 192, 192, 3] uint8 -> [B, 576, 192] float32, normalised as CLIP, in the order of the convolution weight."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).float() / 255
+    pixels = torch.from_numpy(np.array(images)).float() / 255
     pixels = (pixels - torch.tensor(MEAN)) / torch.tensor(STD)
     tiles = pixels.view(len(images), GRID, PATCH, GRID, PATCH, 3).permute(0, 1, 3, 5, 2, 4)
     return tiles.reshape(len(images), GRID * GRID, 3 * PATCH * PATCH)

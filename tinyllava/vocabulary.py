@@ -32,16 +32,14 @@ SYSTEM = (
 USER, ASSISTANT = "USER:", "ASSISTANT:"
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 
-_FUNCTION_WORDS = (
-    "what color is the ? of has which shape how many are there in image a number frame digit written does say "
-    "contain object objects panel left right above below or on side top bottom half yes no"
-).split()
+_FUNCTION_WORDS = """what color is the ? of has which shape how many are there in image a number frame digit written does
+say contain object objects panel left right above below or on side top bottom half yes no"""
 
 
 @cache
 def words() -> tuple[str, ...]:
     """All tokens in id order. The end token is the last one: CLIP's text tower finds it by the largest id."""
-    plain = sorted({*_FUNCTION_WORDS, *COLOR_NAMES, *SHAPES, *PLURALS.values(), *PATTERNS, *SIZES, *DIGITS})
+    plain = sorted({*_FUNCTION_WORDS.split(), *COLOR_NAMES, *SHAPES, *PLURALS.values(), *PATTERNS, *SIZES, *DIGITS})
     return (PAD, BOS, UNKNOWN, IMAGE, SYSTEM, USER, ASSISTANT, SHORT_ANSWER, *plain, EOS)
 
 
@@ -64,9 +62,7 @@ def tokenizer():
     backend = Tokenizer(models.WordLevel(ids(), unk_token=UNKNOWN))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, ids()[BOS])]
-    )
+    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, ids()[BOS])])
     phrases = [AddedToken(phrase, normalized=False) for phrase in (SYSTEM, USER, ASSISTANT, SHORT_ANSWER)]
     backend.add_tokens(phrases)
     return PreTrainedTokenizerFast(

@@ -28,7 +28,10 @@ ABLATION_BUDGETS = (64, 32)
 
 # Every open choice of the reconstruction: (title, option -> texts). The default of each is added by `alternatives`.
 FACTORS: tuple[tuple[str, Sequence[dict[str, str]]], ...] = (
-    ("weight of the encoder", [{"alpha": a} for a in ("0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "1")]),
+    (
+        "weight of the encoder",
+        [{"alpha": a} for a in ("0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "1")],
+    ),
     ("fusion rule", [{"fusion": f} for f in ("rank", "raw", "minmax", "zscore", "log", "rrf", "cross_first", "gate")]),
     ("cross-modal tail cut", [{"cross_top": t} for t in ("0", "64", "128", "192")]),
     (
@@ -122,23 +125,43 @@ def ablation(model, budgets: Sequence[int], output: Path) -> None:
                 numbers[-1] += ["0", "0", "0"]
             else:
                 difference = paired_bootstrap(credit, base, groups)
-                cells.append(f"{100 * difference.difference:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]")
+                cells.append(
+                    f"{100 * difference.difference:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+                )
                 numbers[-1] += [f"{100 * v:.2f}" for v in (difference.difference, difference.low, difference.high)]
         name = f"**{label}**" if is_default(options, usual) else label
         rows.append([f"{title}: {name}", *cells])
     header = ["choice"] + [cell for b in budgets for cell in (f"{b} tokens", "against the default [95 % CI]")]
     insert(PAGE, "ablation", markdown(header, rows))
-    write_csv(TABLES / "consensusdrop_ablation.csv", ["factor", "value", "budget", "accuracy", "difference", "low", "high"], numbers)
+    write_csv(
+        TABLES / "consensusdrop_ablation.csv",
+        ["factor", "value", "budget", "accuracy", "difference", "low", "high"],
+        numbers,
+    )
 
 
 def claims(model, budgets: Sequence[int], output: Path) -> None:
     """The paper's claims and the budget table, on the test split, defaults as they are."""
     usual = defaults()
     full = Setting("full", None)
-    curve = {(name, b): Setting(method, b, changed(o, usual) if o else {}) for name, method, o in CURVES for b in budgets}
-    pairs = {(c, b): (Setting("consensusdrop", b, changed(x, usual)), Setting("consensusdrop", b, changed(y, usual))) for c, x, y in CLAIMS for b in budgets}
-    settings = list({(s.method, s.budget, describe(s)): s for s in [full, *curve.values(), *(s for p in pairs.values() for s in p)]}.values())
-    scores = {(s.method, s.budget, describe(s)): c for s, c in zip(settings, sweep(settings, model, DEFAULT_DATA, "testdev", output), strict=True)}
+    curve = {
+        (name, b): Setting(method, b, changed(o, usual) if o else {}) for name, method, o in CURVES for b in budgets
+    }
+    pairs = {
+        (c, b): (Setting("consensusdrop", b, changed(x, usual)), Setting("consensusdrop", b, changed(y, usual)))
+        for c, x, y in CLAIMS
+        for b in budgets
+    }
+    settings = list(
+        {
+            (s.method, s.budget, describe(s)): s
+            for s in [full, *curve.values(), *(s for p in pairs.values() for s in p)]
+        }.values()
+    )
+    scores = {
+        (s.method, s.budget, describe(s)): c
+        for s, c in zip(settings, sweep(settings, model, DEFAULT_DATA, "testdev", output), strict=True)
+    }
     find = lambda s: scores[s.method, s.budget, describe(s)]  # noqa: E731
     groups = image_of("testdev")
     budget_table(find(full), {key: find(s) for key, s in curve.items()}, budgets, groups)
@@ -178,10 +201,20 @@ def claim_table(pairs: dict, budgets: Sequence[int], groups) -> None:
             found = paired_bootstrap(*pairs[claim, budget], groups)
             verdict = "holds" if found.low > 0 else "fails" if found.high < 0 else "open"
             cells.append(f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] {verdict}")
-            numbers.append([claim, budget, *(f"{100 * v:.2f}" for v in (found.difference, found.low, found.high)), f"{found.p:.4f}", verdict])
+            numbers.append(
+                [
+                    claim,
+                    budget,
+                    *(f"{100 * v:.2f}" for v in (found.difference, found.low, found.high)),
+                    f"{found.p:.4f}",
+                    verdict,
+                ]
+            )
         rows.append([claim, *cells])
     insert(PAGE, "claims", markdown(["claim", *(f"{b} tokens" for b in budgets)], rows))
-    write_csv(TABLES / "consensusdrop_claims.csv", ["claim", "budget", "difference", "low", "high", "p", "verdict"], numbers)
+    write_csv(
+        TABLES / "consensusdrop_claims.csv", ["claim", "budget", "difference", "low", "high", "p", "verdict"], numbers
+    )
 
 
 def family_table(full: Credits, curve: dict, groups) -> None:
@@ -219,7 +252,9 @@ def main() -> int:
     parser.add_argument("part", choices=("ablation", "claims"))
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--budgets", help="comma-separated; default 64,32 for the ablation, 192,128,64,32 for the claims")
+    parser.add_argument(
+        "--budgets", help="comma-separated; default 64,32 for the ablation, 192,128,64,32 for the claims"
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "sweep")
     args = parser.parse_args()
     try:

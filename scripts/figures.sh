@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Draws docs/images/kept_tokens.png, the picture in the README. The accuracy plot comes from the table script,
+# scripts/tables/consensusdrop_ablation.sh.
+# Usage: bash scripts/figures.sh [--questions ID,ID] [--budget B] [--output FILE]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+exec python -m eval.figures "$@"

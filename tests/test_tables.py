@@ -1,0 +1,102 @@
+"""Sweeps, tables and the latency benchmark on the tiny random model."""
+
+import argparse
+
+import pytest
+import torch
+
+from eval.latency import Measured, extend, run, table
+from eval.statistics import Interval
+from eval.sweep import Remembering
+from eval.tables.consensusdrop import FACTORS, changed, defaults, is_default
+from eval.tables.page import insert, markdown
+from eval.tables.plots import accuracy_plot
+from llava import registry
+from llava.errors import UserError
+from llava.shapes import SHAPES, random_llava
+from tests.conftest import picture, samples
+
+
+def test_remembered_features_give_the_same_answers(tiny):
+    batch = [sample if sample.image is None else _named(sample, i) for i, sample in enumerate(samples())]
+    remembering = Remembering(tiny)
+    for reducer in (registry.build("consensusdrop", 7), registry.build("uniform", 7)):
+        expected = tiny.answer(batch, reducer, max_new_tokens=4)
+        for _ in range(2):  # the second time nothing is encoded
+            found = remembering.answer(batch, reducer, max_new_tokens=4)
+            assert [a.token_ids for a in found.answers] == [a.token_ids for a in expected.answers]
+    assert len(remembering._seen) == 2 * 4
+
+
+def _named(sample, index):
+    from dataclasses import replace
+
+    return replace(sample, image_id=f"p{index}", image=picture(index))
+
+
+def test_every_alternative_of_the_ablation_is_a_valid_setting():
+    usual = defaults()
+    for title, group in FACTORS:
+        built = [registry.build("consensusdrop", 64, changed(options, usual)) for options in group]
+        assert len(set(built)) == len(built), title
+        assert sum(is_default(options, usual) for options in group) == 1, (
+            f"{title}: the default must be one of the rows"
+        )
+
+
+def test_insert_replaces_only_between_its_markers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- begin x -->\nold\n<!-- end x -->\nb\n<!-- begin y -->\n<!-- end y -->\n")
+    insert(page, "x", markdown(["h", "n"], [["r", "1"]]))
+    expected = (
+        "a\n<!-- begin x -->\n| h | n |\n|---|---:|\n| r | 1 |\n<!-- end x -->\nb\n<!-- begin y -->\n<!-- end y -->\n"
+    )
+    assert page.read_text() == expected
+    insert(page, "x", markdown(["h", "n"], [["r", "1"]]))
+    assert page.read_text() == expected
+    with pytest.raises(UserError, match="no markers for 'z'"):
+        insert(page, "z", "")
+
+
+def test_the_plot_is_written(tmp_path):
+    curves = {name: {64: Interval(80, 78, 82), 32: Interval(70, 68, 72)} for name in ("a", "b")}
+    accuracy_plot(tmp_path / "p.png", Interval(90, 89, 91), curves, 576)
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_depths_are_continued_on_a_line():
+    shallow = Measured({"vision": 1.0, "selection": 0.1, "prefill": 2.0}, 200, 1000, 5)
+    deep = Measured({"vision": 1.0, "selection": 0.1, "prefill": 3.0}, 400, 1500, 7)
+    full = extend(shallow, deep, (2, 4), 32)
+    assert full.seconds == {"vision": 1.0, "selection": 0.1, "prefill": 17.0}
+    assert (full.kv_bytes, full.flops, full.ttft) == (3200, 8500, 18.1)
+
+
+def test_latency_compares_with_full_in_one_process(tiny_path):
+    args = argparse.Namespace(
+        method="consensusdrop", budget=4, set=[], model=str(tiny_path), shape=None, depths="2,4", dtype="float32",
+        device="cpu", batch_size=2, repeats=2, threads=0,
+    )  # fmt: skip
+    result = run(args)
+    # Per layer 4 of 16 visual tokens; both hold the same text.
+    text = result["full"]["kv_bytes"] - result["reduced"]["kv_bytes"]
+    assert text == 2 * 4 * 12 * 2 * 2 * 16 * 4, (
+        "samples x layers x dropped tokens x (keys, values) x heads x width x bytes"
+    )
+    assert result["reduced"]["flops"] < result["full"]["flops"]
+    assert "faster than full" in table(result)
+
+
+def test_random_model_has_the_real_shape(monkeypatch):
+    """Built here at a fraction of the size; the numbers in SHAPES are the official configuration's."""
+    assert SHAPES["llava-1.5-7b"]["text"]["intermediate_size"] == 11008
+    small = {
+        "vision": {**SHAPES["llava-1.5-7b"]["vision"], "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
+        "text": {**SHAPES["llava-1.5-7b"]["text"], "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+                 "num_key_value_heads": 4},
+    }  # fmt: skip
+    monkeypatch.setitem(SHAPES, "small", small)
+    model = random_llava("small", 3, "float32")
+    assert model.visual_tokens == 576 and len(model.llm.layers) == 3
+    logits = model.answer(samples(1), registry.build("full", 576), max_new_tokens=2)
+    assert torch.isfinite(torch.tensor(logits.answers[0].audit.mean))
