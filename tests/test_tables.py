@@ -90,11 +90,12 @@ def test_latency_compares_with_full_in_one_process(tiny_path):
 def test_random_model_has_the_real_shape(monkeypatch):
     """Built here at a fraction of the size; the numbers in SHAPES are the official configuration's."""
     assert SHAPES["llava-1.5-7b"]["text"]["intermediate_size"] == 11008
+    vision, text = SHAPES["llava-1.5-7b"]["vision"], SHAPES["llava-1.5-7b"]["text"]
+    heads = {"num_attention_heads": 2}
     small = {
-        "vision": {**SHAPES["llava-1.5-7b"]["vision"], "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
-        "text": {**SHAPES["llava-1.5-7b"]["text"], "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-                 "num_key_value_heads": 4},
-    }  # fmt: skip
+        "vision": {**vision, **heads, "hidden_size": 32, "intermediate_size": 64},
+        "text": {**text, **heads, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 96},
+    }
     monkeypatch.setitem(SHAPES, "small", small)
     model = random_llava("small", 3, "float32")
     assert model.visual_tokens == 576 and len(model.llm.layers) == 3

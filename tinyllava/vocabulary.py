@@ -32,8 +32,10 @@ SYSTEM = (
 USER, ASSISTANT = "USER:", "ASSISTANT:"
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 
-_FUNCTION_WORDS = """what color is the ? of has which shape how many are there in image a number frame digit written does
-say contain object objects panel left right above below or on side top bottom half yes no"""
+_FUNCTION_WORDS = """
+what color is the ? of has which shape how many are there in image a number frame digit written does say contain
+object objects panel left right above below or on side top bottom half yes no
+"""
 
 
 @cache
