@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from tinyllava.corpus import Corpus
 from tinyllava.questions import ask
-from tinyllava.scenes import GRID
+from tinyllava.scenes import GRID, SIDE
 from tinyllava.vision import COLUMN
 from tinyllava.vocabulary import (
     ASSISTANT,
@@ -164,7 +164,9 @@ def answer_loss(logits: Tensor, answer: Tensor) -> Tensor:
 
 
 def alignment_loss(table: Tensor, visual: Tensor, labels: Tensor) -> Tensor:
-    """Projected patches against the words for their shape, colour, digit and size: LLaVA's caption stage in one line.
+    """Projected patches against the words for what they show and where: LLaVA's caption stage in one line.
+
+    Shape, colour, digit and size; left or right half, top or bottom half.
 
     Favours methods that compare word embeddings with visual tokens, so it is light and ends early.
     """
@@ -174,4 +176,9 @@ def alignment_loss(table: Tensor, visual: Tensor, labels: Tensor) -> Tensor:
         known = (label >= 0) & (labels[..., 0] > 1)
         candidates = table[torch.tensor([ids()[name] for name in names])]
         total = total + F.cross_entropy(0.5 * (visual[known] @ candidates.T).float(), label[known])
+    askable = labels[..., 0] > 1
+    for column, names in (("x", ("left", "right")), ("y", ("top", "bottom"))):
+        half = (labels[..., COLUMN[column]] > SIDE / 2).long()
+        candidates = table[torch.tensor([ids()[name] for name in names])]
+        total = total + F.cross_entropy(0.5 * (visual[askable] @ candidates.T).float(), half[askable])
     return total

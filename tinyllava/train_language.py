@@ -20,11 +20,15 @@ from tinyllava.tracking import start_tracking
 from tinyllava.train_vision import keep_things_first
 from tinyllava.trainer import train
 
-# First half: natural scenes, mostly the families in which a word must find a thing and read it off. Everything else
-# builds on that, and it comes several hundred steps later when dense scenes and yes/no questions dilute it.
-FIRST_HALF = [*FAMILIES, *["color", "shape", "relate"] * 2, "count", "digit"]
-SECOND_HALF = [*FAMILIES, "verify", "verify", "exist", "shape", "count", "relate"]
-ALIGNMENT = 0.3  # gone at the end of the first half
+# At first natural scenes only, and mostly the families in which a word must find a thing and read it off. Everything
+# else builds on that, and it comes several hundred steps later when dense scenes and yes/no questions dilute it.
+FIRST = 0.45  # share of the steps
+FIRST_FAMILIES = [*FAMILIES, *["color", "shape", "relate"] * 2, "count", "digit"]
+# Then all scenes, and mostly positions: where one thing is, where it is from another, which frame holds the digit.
+POSITIONS = ["side", "side", *["choose"] * 4, *["verify"] * 3]
+THEN_FAMILIES = [*FAMILIES, *POSITIONS, "count", "count", "exist", "digit", "relate"]
+ALIGNMENT = 0.3  # weight at the start, half of it after the first part, gone for the last fifth of the steps
+WHOLE_IMAGES = 0.05  # share of the steps, at the end, that see all visual tokens
 
 
 class Trainee(nn.Module):
@@ -38,11 +42,11 @@ class Trainee(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="the folder that stage 1 wrote")
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=2300)
     parser.add_argument("--images", type=int, default=9000, help="training scenes")
     parser.add_argument("--batch", type=int, default=20, help="images per rank and step")
     parser.add_argument("--questions", type=int, default=10, help="questions per image")
-    parser.add_argument("--keep", type=int, default=136, help="visual tokens per image before the last tenth")
+    parser.add_argument("--keep", type=int, default=136, help="visual tokens per image before the end")
     args = parser.parse_args()
     ranks.start()
     torch.manual_seed(0)
@@ -59,11 +63,11 @@ def main() -> None:
     table = trainee.language_model.embed_tokens.weight
 
     def loss_of(step: int, rng: np.random.Generator):
-        full = step >= 0.9 * args.steps and rng.random() < 0.8
+        full = step >= (1 - WHOLE_IMAGES) * args.steps and rng.random() < 0.8
         batch, count = (args.batch // 2, args.questions + 4) if full else (args.batch, args.questions)
-        first_half = step < 0.5 * args.steps
-        sampled = FIRST_HALF if first_half else SECOND_HALF
-        pool = np.arange(0, len(corpus), 2 if first_half else 1)  # even rows are natural scenes
+        first = step < FIRST * args.steps
+        sampled = FIRST_FAMILIES if first else THEN_FAMILIES
+        pool = np.arange(0, len(corpus), 2 if first else 1)  # even rows are natural scenes
         rows = np.sort(rng.choice(pool, batch, replace=False))
         families = [[sampled[k] for k in rng.integers(0, len(sampled), count)] for _ in rows]
         questions = Questions(corpus, rows, families, rng)
@@ -78,7 +82,7 @@ def main() -> None:
         renumber = not full and rng.random() < 0.3
         logits, visual = forward(trainee, inputs, kept, questions, renumber)
         loss = answer_loss(logits, questions.answer)
-        light = ALIGNMENT * max(0.0, 1 - step / (0.5 * args.steps))
+        light = ALIGNMENT * max(0.5, 1 - step / (FIRST * args.steps)) if step < 0.8 * args.steps else 0.0
         if light > 0:
             loss = loss + light * alignment_loss(table, visual, labels)
         return loss, accuracy(logits, questions)
@@ -95,7 +99,7 @@ def main() -> None:
         return {name: float(np.nanmean([part.get(name, np.nan) for part in parts])) for name in ["all", *FAMILIES]}
 
     tracker = start_tracking("language", args.folder, vars(args)) if ranks.RANK == 0 else None
-    train("language", args.folder, optimizer, args.steps, loss_of, evaluate, 300, 100, 0.5, tracker=tracker)
+    train("language", args.folder, optimizer, args.steps, loss_of, evaluate, 300, 100, decay=0.35, tracker=tracker)
     if ranks.RANK == 0:
         print({name: round(value, 4) for name, value in evaluate().items()})
         torch.save(optimizer.masters, args.folder / "language.pt")

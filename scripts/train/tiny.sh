@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains the embedded model from nothing but this repository and writes assets/tinyllava and assets/eval:
 # scenes are drawn, the CLIP towers are trained on them (1,400 steps), their features cached, projector and decoder are
-# trained on questions (1,500 steps), then checkpoint, benchmark and report are written.
-# About 75 minutes on two cores with bfloat16 instructions, 6 GB of disk. Interrupted, the same command goes on.
+# trained on questions (2,300 steps), then checkpoint, benchmark and report are written.
+# About 80 minutes on two cores with bfloat16 instructions, 6 GB of disk. Interrupted, the same command goes on.
 # Usage: bash scripts/train/tiny.sh [FOLDER for corpus, features, checkpoints and logs; default runs/tiny]
 set -euo pipefail
 folder=${1:-runs/tiny}
