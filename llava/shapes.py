@@ -10,17 +10,7 @@ from transformers.initialization import no_init_weights
 from llava.checkpoint import Checkpoint
 from llava.image import ImageProcessor
 from llava.model import DTYPES, Llava
-
-CLIP_L_336: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-    "model_type": "clip_vision_model",
-}
+from llava.original_layout import CLIP_L_336
 
 # Sizes from the official config.json files.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -1,5 +1,6 @@
 """ConsensusDrop's maths against definitions written with loops, planted answers, and every option through the model."""
 
+import dataclasses
 import math
 
 import pytest
@@ -252,8 +253,6 @@ def test_encoder_alone_does_not_run_the_probe(tiny, monkeypatch):
 
 
 def test_the_probe_depends_on_the_question_and_the_encoder_does_not(tiny):
-    import dataclasses
-
     one = samples(1)[0]
     other = dataclasses.replace(one, question="how many black dog are near the tree?")
 
@@ -263,6 +262,19 @@ def test_the_probe_depends_on_the_question_and_the_encoder_does_not(tiny):
 
     assert kept(one, "1") == kept(other, "1")
     assert kept(one, "0") != kept(other, "0")
+
+
+def test_a_second_turn_reduces_again_for_its_own_question(tiny):
+    """The same picture, a new question in the next turn: the first turn's selection must not be reused."""
+    first = samples(1)[0]
+    turn = dataclasses.replace(first, question="is there a star?", history=((first.question, "red"),))
+    reducer = registry.build("consensusdrop", 7, {"merged_share": "0"})
+
+    def kept(sample):
+        return Pipeline(tiny, reducer).prepare([sample], Clock(tiny.device))[1].steps[0][0].reduction.anchor.tolist()
+
+    assert kept(turn) != kept(first)
+    assert kept(turn) == kept(dataclasses.replace(turn, history=()))
 
 
 def test_cls_token_is_the_first_of_the_budget(tiny):
