@@ -62,7 +62,7 @@ def test_the_embedded_model_answers(embedded, testdev, method, budget, least):
 
 
 def test_the_transformers_class_gives_the_same_logits(embedded, testdev):
-    """The shipped checkpoint is a checkpoint of the transformers layout: its own class agrees with the staged forward."""
+    """The shipped files are a checkpoint of the transformers layout: its class agrees with the staged forward."""
     from llava.pipeline import Clock, Pipeline
 
     sample = testdev.sample(testdev.questions[3])
