@@ -19,7 +19,9 @@ from llava.reduction import Reduction, keep_top
 from llava.registry import register
 from llava.signals import Signal
 
-VISIONZIP_SPLIT = 10 / 64  # merged share of the budget: 54 + 10, 108 + 20, 162 + 30
+# Anchors and their share were chosen on the embedded validation split, see docs/consensusdrop.md. VisionZip's split is
+# 10/64 (54 + 10, 108 + 20, 162 + 30) with stride anchors.
+MERGED_SHARE = 0.5
 
 
 def pool_attention(weights: Tensor, rows: Tensor, heads: str, pooling: str) -> Tensor:
@@ -62,8 +64,8 @@ class ConsensusDrop(Reducer):
     heads: str = option("mean", "all heads, or the sharper half", ("mean", "sharp"))
     rope: bool = option(False, "rotate the probe's queries and keys by their positions")
     block: int = option(-2, "tower block that gives saliency and keys")
-    merged_share: float = option(VISIONZIP_SPLIT, "share of the budget that merged tokens take")
-    anchors: str = option("saliency", "what leftovers are merged into", ANCHORS)
+    merged_share: float = option(MERGED_SHARE, "share of the budget that merged tokens take")
+    anchors: str = option("farthest", "what leftovers are merged into", ANCHORS)
     weights: str = option("saliency", "how a merged token is averaged; none drops leftovers", WEIGHTS)
     merge_space: str = option("projected", "merge projected tokens or tower features", ("projected", "encoder"))
     cls_token: bool = option(False, "keep the CLS token as one of the budget")

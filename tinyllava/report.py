@@ -9,11 +9,11 @@ import argparse
 import json
 from pathlib import Path
 
-from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT, RunConfig
+from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.jsonl import read_json
-from eval.run import run
-from eval.sweep import credits_of
+from eval.sweep import Remembering, Setting, sweep
 from eval.tables.page import insert, markdown
+from llava.model import load
 from tinyllava.corpus import Corpus
 from tinyllava.text_only import TextOnly, training_questions
 
@@ -24,10 +24,10 @@ HARD = 20.0  # points above the text-only baseline below which a family is marke
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="the training folder")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "report")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "sweep", help="where answers are kept")
     args = parser.parse_args()
-    run(RunConfig("full", output=args.output, batch_size=16, max_new_tokens=8, wandb="disabled"))
-    credits = credits_of(args.output, DEFAULT_DATA, "testdev")
+    model = Remembering(load(DEFAULT_MODEL))
+    credits = sweep([Setting("full", None)], model, DEFAULT_DATA, "testdev", args.output)[0]
     records = read_json(DEFAULT_DATA / "gqa" / "data" / "testdev_balanced_questions.json")
     lookup = TextOnly(training_questions(Corpus(args.folder / "train"), 6000))
     blind = {name: float(lookup.answer(family_of(r), r["question"]) == r["answer"]) for name, r in records.items()}

@@ -30,7 +30,7 @@ ABLATION_BUDGETS = (64, 32)
 FACTORS: tuple[tuple[str, Sequence[dict[str, str]]], ...] = (
     (
         "weight of the encoder",
-        [{"alpha": a} for a in ("0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "1")],
+        [{"alpha": a} for a in ("0", "0.2", "0.4", "0.5", "0.6", "0.8", "1")],
     ),
     ("fusion rule", [{"fusion": f} for f in ("rank", "raw", "minmax", "zscore", "log", "rrf", "cross_first", "gate")]),
     ("cross-modal tail cut", [{"cross_top": t} for t in ("0", "64", "128", "192")]),
@@ -50,7 +50,7 @@ FACTORS: tuple[tuple[str, Sequence[dict[str, str]]], ...] = (
     ("pooling over rows", [{"pooling": p} for p in ("mean", "max")]),
     ("heads", [{"heads": h} for h in ("mean", "sharp")]),
     ("rotation in the probe", [{"rope": r} for r in ("false", "true")]),
-    ("share of merged tokens", [{"merged_share": s} for s in ("0", "0.08", "0.15625", "0.3", "0.5")]),
+    ("share of merged tokens", [{"merged_share": s} for s in ("0", "0.15625", "0.3", "0.5", "0.7")]),
     ("anchors", [{"anchors": a} for a in ("saliency", "stride", "farthest", "retained")]),
     ("merge weights", [{"weights": w} for w in ("saliency", "mean", "anchor_plus_mean", "none")]),
     ("merge space", [{"merge_space": s} for s in ("projected", "encoder")]),
