@@ -56,9 +56,18 @@ def assign(members: Tensor, anchors: Tensor, keys: Tensor) -> Tensor:
     return (gather_tokens(unit, members) @ gather_tokens(unit, anchors).transpose(1, 2)).argmax(-1)
 
 
-def assign_flops(total: int, retained: int, merged: int, channels: int) -> int:
-    """Operations of `assign` for one image: every leftover against every anchor (the retained ones if M is 0)."""
-    return 2 * (total - retained - merged) * (merged or retained) * channels
+def merge_flops(rule: str, total: int, retained: int, merged: int, channels: int, assigned: bool) -> int:
+    """Operations of choosing anchors and assigning leftovers for one image, matrix products only.
+
+    Args:
+        rule: how anchors are chosen; "farthest" compares every leftover with each anchor but the last.
+        merged: M; 0 when leftovers join the retained tokens.
+        assigned: False when leftovers are dropped.
+    """
+    rest = total - retained
+    choosing = 2 * rest * (merged - 1) * channels if rule == "farthest" and merged else 0
+    assigning = 2 * (rest - merged) * (merged or retained) * channels if assigned else 0
+    return choosing + assigning
 
 
 def member_weights(rule: str, owner: Tensor, anchor: Tensor, saliency: Tensor) -> Tensor:

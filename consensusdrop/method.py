@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from consensusdrop.fusion import FUSIONS, fuse
-from consensusdrop.merging import ANCHORS, WEIGHTS, assign_flops, merge_plan
+from consensusdrop.merging import ANCHORS, WEIGHTS, merge_flops, merge_plan
 from llava.errors import UserError
 from llava.reducer import ModelFacts, PromptState, Reducer, option
 from llava.reduction import Reduction, keep_top
@@ -122,10 +122,10 @@ class ConsensusDrop(Reducer):
         cross = self._cross_saliency(state) if self.reads_question else None
         crops = state.layout.crops if self.crops == "each" else 1
         plan = self._plan(*(None if t is None else _split(t, crops) for t in (saliency, cross, keys)), crops)
-        if plan.merges:
-            merged = self._merged(crops)
-            keep = plan.anchor.shape[1] - merged
-            state.flops += len(plan.anchor) * assign_flops(plan.inputs, keep, merged, keys.shape[-1])
+        merged = self._merged(crops)
+        keep = plan.anchor.shape[1] - merged
+        cost = merge_flops(self.anchors, plan.inputs, keep, merged, keys.shape[-1], plan.merges)
+        state.flops += len(plan.anchor) * cost
         return _join(plan, crops, self.cls_token, self.merge_space == "encoder")
 
     def _cross_saliency(self, state: PromptState) -> Tensor:

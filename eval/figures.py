@@ -77,7 +77,7 @@ def main() -> int:
 
 
 # One natural scene and one dense one, chosen for being easy to read, not for the answers.
-README_QUESTIONS = ["20000003", "20000014"]
+README_QUESTIONS = ["20000019", "20000010"]
 
 if __name__ == "__main__":
     sys.exit(main())

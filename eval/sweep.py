@@ -6,6 +6,8 @@ share the runs they have in common. Times are not comparable with single runs, b
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import io
 import json
 import sys
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from eval import benchmarks
 from eval.config import RunConfig
 from eval.run import run
+from llava import registry
 from llava.model import Llava
 from llava.signals import Signal
 from llava.vision import Encoded
@@ -68,7 +71,7 @@ def sweep(
     bar = tqdm(settings, desc=f"sweep {split}", unit="setting")
     for setting in bar:
         bar.set_postfix_str(f"{setting.method} {setting.budget or ''} {describe(setting)}")
-        folder = output / split / name_of(setting)
+        folder = output / split / name_of(setting, model.visual_tokens)
         config = RunConfig(
             setting.method,
             setting.budget,
@@ -90,10 +93,12 @@ def describe(setting: Setting) -> str:
     return ", ".join(f"{key}={value}" for key, value in setting.options.items())
 
 
-def name_of(setting: Setting) -> str:
-    """A folder name that tells the setting."""
+def name_of(setting: Setting, tokens: int) -> str:
+    """A folder name that tells the setting, and by a hash the whole configuration: defaults may change in between."""
+    reducer = registry.build(setting.method, setting.budget or tokens, setting.options)
+    whole = json.dumps(dataclasses.asdict(reducer), sort_keys=True) + reducer.version
     tail = "".join(f",{key}={value}" for key, value in sorted(setting.options.items()))
-    return f"{setting.method}-{setting.budget or 'full'}{tail}"
+    return f"{setting.method}-{reducer.budget}{tail}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa") -> Credits:
