@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eval import benchmarks
 from eval.config import RunConfig
-from eval.run import run
+from eval.run import prepare, run
 from llava import registry
 from llava.model import Llava
 from llava.signals import Signal
@@ -83,10 +83,20 @@ def sweep(
             max_new_tokens=8,
             wandb="disabled",
         )
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            run(config, model=model)
+        if not is_finished(config, model):
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                run(config, model=model)
         results.append(credits_of(folder, data, split))
     return results
+
+
+def is_finished(config: RunConfig, model: Llava) -> bool:
+    """Whether this very run is complete in its folder: same model, data, method and configuration, all questions."""
+    path = Path(config.output) / "result.json"
+    if not path.is_file():
+        return False
+    result = json.loads(path.read_text())
+    return result["settings"] == prepare(config, model, None).settings and not result["partial"]
 
 
 def describe(setting: Setting) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from eval.latency import Measured, extend, run, table
 from eval.statistics import Interval
-from eval.sweep import Remembering
+from eval.sweep import Remembering, Setting, sweep
 from eval.tables.consensusdrop import FACTORS, changed, defaults, is_default
 from eval.tables.page import insert, markdown
 from eval.tables.plots import accuracy_plot
@@ -15,6 +15,7 @@ from llava import registry
 from llava.errors import UserError
 from llava.shapes import SHAPES, random_llava
 from tests.conftest import picture, samples
+from tests.eval_fakes import write_gqa
 
 
 def test_remembered_features_give_the_same_answers(tiny):
@@ -26,6 +27,18 @@ def test_remembered_features_give_the_same_answers(tiny):
             found = remembering.answer(batch, reducer, max_new_tokens=4)
             assert [a.token_ids for a in found.answers] == [a.token_ids for a in expected.answers]
     assert len(remembering._seen) == 2 * 4
+
+
+def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):
+    """A sweep goes on where it stopped; a run of other settings in the same folder would still be refused."""
+    data = write_gqa(tmp_path / "data", count=6, images=2)
+    settings = [Setting("uniform", 4), Setting("consensusdrop", 4, {"alpha": "0.25"})]
+    first = sweep(settings, Remembering(tiny), data, "testdev", tmp_path / "out")
+    assert [len(credits) for credits in first] == [6, 6]
+    assert len({folder.name for folder in (tmp_path / "out" / "testdev").iterdir()}) == 2
+    again = Remembering(tiny)
+    monkeypatch.setattr(again, "answer", None)
+    assert sweep(settings, again, data, "testdev", tmp_path / "out") == first
 
 
 def _named(sample, index):
