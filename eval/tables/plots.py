@@ -19,7 +19,7 @@ def accuracy_plot(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=150)
+    figure, axes = plt.subplots(figsize=(8.6, 4.4), dpi=150)
     axes.axhline(full.mean, color="black", linewidth=1, linestyle="--")
     axes.fill_between([0, 2 * tokens], full.low, full.high, color="black", alpha=0.08, linewidth=0)
     budgets = sorted({budget for points in curves.values() for budget in points})
@@ -43,7 +43,7 @@ def accuracy_plot(
     axes.set_ylabel("accuracy, %")
     axes.set_title(title or "Embedded GQA test set, embedded model (95 % intervals over images)", fontsize=10)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8.5)
+    axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
