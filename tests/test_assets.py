@@ -23,7 +23,7 @@ def embedded():
 
 
 @pytest.fixture(scope="module")
-def testdev():
+def dataset():
     return benchmarks.get("gqa").load(DEFAULT_DATA, "testdev")
 
 
@@ -42,10 +42,10 @@ def test_the_architecture_is_llava_in_small(embedded):
     assert embedded.end_ids == {embedded.tokenizer.eos_token_id} == {len(embedded.tokenizer) - 1}
 
 
-def test_the_benchmark_has_its_splits(testdev):
+def test_the_benchmark_has_its_splits(dataset):
     val = benchmarks.get("gqa").load(DEFAULT_DATA, "val")
-    assert len(testdev.questions) >= 2000 and len(val.questions) >= 1000
-    assert not {q.image for q in testdev.questions} & {q.image for q in val.questions}
+    assert len(dataset.questions) >= 2000 and len(val.questions) >= 1000
+    assert not {q.image for q in dataset.questions} & {q.image for q in val.questions}
     records = json.loads((DEFAULT_DATA / "gqa" / "data" / "testdev_balanced_questions.json").read_text())
     kinds = Counter({record["imageId"]: record["groups"]["global"] for record in records.values()}.values())
     assert kinds["natural"] == kinds["dense"]
@@ -53,33 +53,32 @@ def test_the_benchmark_has_its_splits(testdev):
 
 
 @pytest.mark.parametrize(("method", "budget", "least"), [("full", 576, 0.85), ("consensusdrop", 64, 0.75)])
-def test_the_embedded_model_answers(embedded, testdev, method, budget, least):
+def test_the_embedded_model_answers(embedded, dataset, method, budget, least):
     """Every 40th question: a broken checkpoint, prompt or preprocessing falls to chance, about 30 %."""
-    questions = testdev.questions[::40]
-    batch = embedded.answer([testdev.sample(q) for q in questions], registry.build(method, budget), max_new_tokens=4)
-    credits = [testdev.judge(q, a.text) for q, a in zip(questions, batch.answers, strict=True)]
+    questions = dataset.questions[::40]
+    batch = embedded.answer([dataset.sample(q) for q in questions], registry.build(method, budget), max_new_tokens=4)
+    credits = [dataset.judge(q, a.text) for q, a in zip(questions, batch.answers, strict=True)]
     assert sum(credits) / len(credits) >= least
 
 
-def test_the_transformers_class_gives_the_same_logits(embedded, testdev):
+def test_the_transformers_class_gives_the_same_logits(embedded, dataset):
     """The shipped files are a checkpoint of the transformers layout: its class agrees with the staged forward."""
     from llava.pipeline import Clock, Pipeline
 
-    sample = testdev.sample(testdev.questions[3])
+    sample = dataset.sample(dataset.questions[3])
     state, _ = Pipeline(embedded, registry.build("full", 576)).prepare([sample], Clock(embedded.device))
     with torch.inference_mode():
         theirs = embedded.container(**transformers_inputs(embedded, sample)).logits[:, -1]
     torch.testing.assert_close(embedded.logits(state.hidden), theirs[:, : embedded.vocabulary], atol=1e-4, rtol=0)
 
 
-def test_the_text_tower_completes_the_clip_model(embedded):
+def test_the_text_tower_completes_the_clip_model(embedded, dataset):
     """Vision tower of the checkpoint plus `text_tower/` is a whole CLIPModel, and it knows what is in a picture."""
     weights = load_file(MODEL / "text_tower" / "model.safetensors")
     clip = CLIPModel(CLIPConfig.from_pretrained(MODEL / "text_tower"))
     vision = {f"vision_model.{name}": tensor for name, tensor in embedded.tower.state_dict().items()}
     missing, unexpected = clip.load_state_dict({**weights, **vision}, strict=False)
     assert not unexpected and all(name.endswith("position_ids") for name in missing)
-    testdev = benchmarks.get("gqa").load(DEFAULT_DATA, "testdev")
     from tinyllava.scenes import scene
     from tinyllava.vocabulary import BOS, EOS, PATTERNS, encode, ids
 
@@ -92,8 +91,8 @@ def test_the_text_tower_completes_the_clip_model(embedded):
             if len(patterns) != 1:
                 continue
             name = f"test{index:05d}n.jpg"
-            question = next(q for q in testdev.questions if q.image == name)
-            pixels = embedded.image_processor(testdev.sample(question).image)[None]
+            question = next(q for q in dataset.questions if q.image == name)
+            pixels = embedded.image_processor(dataset.sample(question).image)[None]
             similarity = clip(input_ids=tokens, pixel_values=pixels).logits_per_image[0]
             right += int(similarity.argmax()) in patterns
             total += 1
