@@ -8,6 +8,7 @@ Differs from it: nothing known.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llava.card import Card
 from llava.errors import UserError
 from llava.layout import Layout
 from llava.reducer import ModelFacts, Reducer
@@ -37,6 +38,7 @@ class Downsample(Reducer):
     """Pixels are resized (bicubic, antialiased), the tower's position table is interpolated."""
 
     summary: ClassVar[str] = "a smaller image with budget patches"
+    card: ClassVar[Card] = Card(acts="before the tower", rest="averaged by resizing")
 
     def check(self, facts: ModelFacts) -> None:
         super().check(facts)

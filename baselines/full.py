@@ -8,6 +8,7 @@ Differs from it: nothing known.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llava.card import Card
 from llava.errors import UserError
 from llava.reducer import ModelFacts, Reducer
 from llava.registry import register
@@ -19,6 +20,7 @@ class Full(Reducer):
     """No reduction; its budget can only be the number of tokens there are."""
 
     summary: ClassVar[str] = "no reduction, the reference of every table"
+    card: ClassVar[Card] = Card(acts="nowhere")
 
     def check(self, facts: ModelFacts) -> None:
         super().check(facts)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llava.card import Card
 from llava.layout import Layout
 from llava.reducer import PromptState, Reducer
 from llava.reduction import Reduction
@@ -40,6 +41,7 @@ class Uniform(Reducer):
     """The same positions in every picture."""
 
     summary: ClassVar[str] = "an even grid of tokens"
+    card: ClassVar[Card] = Card(acts="before decoder layer 0", score="an even grid")
 
     def prompt(self, state: PromptState) -> Reduction:
         anchor = even_grid(state.layout, self.budget).to(state.tokens.device)

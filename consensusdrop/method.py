@@ -13,6 +13,7 @@ from torch import Tensor
 
 from consensusdrop.fusion import FUSIONS, fuse
 from consensusdrop.merging import ANCHORS, WEIGHTS, merge_flops, merge_plan
+from llava.card import Card
 from llava.errors import UserError
 from llava.reducer import ModelFacts, PromptState, Reducer, option
 from llava.reduction import Reduction, keep_top
@@ -50,6 +51,14 @@ class ConsensusDrop(Reducer):
     """Acts before decoder layer 0, when the question is known and no decoder layer has run yet."""
 
     summary: ClassVar[str] = "rank by encoder saliency and question attention together, merge the rest"
+    card: ClassVar[Card] = Card(
+        acts="before decoder layer 0",
+        score="CLS attention and question attention, as ranks",
+        rest="merged by encoder keys into half of the budget",
+        needs="CLS token",
+        paper="ConsensusDrop, 2602.00946 (reconstruction)",
+        url="https://arxiv.org/abs/2602.00946",
+    )
 
     alpha: float = option(0.5, "encoder's say in the ranking: 1 encoder only, 0 cross-modal only")
     fusion: str = option("rank", "rule that makes one ranking of two", tuple(FUSIONS))

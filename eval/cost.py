@@ -50,7 +50,7 @@ def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def check_budget_kept(records: Sequence[Mapping[str, Any]], budget: int, rounding: float) -> None:
+def check_budget_kept(records: Sequence[Mapping[str, Any]], budget: float, rounding: float) -> None:
     """An audited mean that is not the budget is an error, not a footnote.
 
     Args:

@@ -53,7 +53,11 @@ class Job:
 
     def check_budget(self, lines: Sequence[dict[str, Any]]) -> None:
         audits = [line["metadata"]["audit"] for line in lines]
-        cost.check_budget_kept(audits, self.reducer.budget, getattr(self.reducer, "rounding", ROUNDING))
+        planned = self.reducer.entering(self.model.facts())
+        if planned is None:
+            return  # the picture decides how many tokens stay
+        budget = sum(planned) / len(planned)
+        cost.check_budget_kept(audits, budget, getattr(self.reducer, "rounding", ROUNDING))
 
 
 def run(config: RunConfig, model: Any = None, reducer: Reducer | None = None) -> dict[str, Any]:

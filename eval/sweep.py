@@ -12,7 +12,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -48,19 +48,21 @@ class Remembering(Llava):
 
     def __init__(self, model: Llava):
         self.__dict__.update(model.__dict__)
-        self._seen: dict[tuple, tuple[torch.Tensor, dict[Signal, torch.Tensor], tuple[int, int]]] = {}
+        self._seen: dict[tuple, tuple[torch.Tensor, dict[Signal, torch.Tensor], Encoded]] = {}
 
     def encode_images(self, pictures, keys, reducer, grid) -> Encoded:
+        if reducer.acts("tower"):
+            return super().encode_images(pictures, keys, reducer, grid)
         names = [(key, reducer.signals(), grid, reducer.keep_cls) for key in keys]
         new = [i for i, name in enumerate(names) if name not in self._seen]
         if new:
             fresh = super().encode_images([pictures[i] for i in new], [keys[i] for i in new], reducer, grid)
             for row, i in enumerate(new):
                 signals = {signal: values[row] for signal, values in fresh.signals.items()}
-                self._seen[names[i]] = (fresh.features[row], signals, fresh.grid)
+                self._seen[names[i]] = (fresh.features[row], signals, replace(fresh, features=None, signals={}))
         rows = [self._seen[name] for name in names]
         signals = {signal: torch.stack([row[1][signal] for row in rows]) for signal in rows[0][1]}
-        return Encoded(torch.stack([row[0] for row in rows]), signals, rows[0][2])
+        return replace(rows[0][2], features=torch.stack([row[0] for row in rows]), signals=signals)
 
 
 def sweep(

@@ -20,6 +20,7 @@ class Audit:
     Attributes:
         entering: visual tokens that enter each decoder layer.
         visual_tokens: visual tokens before any reduction.
+        images: images of the sample; the budget holds for each.
         merged: tokens among those entering layer 0 that are averages of several input tokens.
         kv_bytes: bytes of this sample's keys and values in the cache after prefill, padding left out.
     """
@@ -28,8 +29,9 @@ class Audit:
     visual_tokens: int
     merged: int
     kv_bytes: int
+    images: int = 1
 
     @property
     def mean(self) -> float:
-        """Mean visual tokens per layer, the number that is held against the budget."""
-        return mean_visual_tokens(self.entering)
+        """Mean visual tokens per layer and image, the number that is held against the budget."""
+        return mean_visual_tokens(self.entering) / max(1, self.images)

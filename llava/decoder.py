@@ -4,7 +4,7 @@ Each layer keeps its own key/value length, and the validity mask that goes with 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 from llava.sequence import Sequence
 
-ReduceAt = Callable[[Sequence, int], Sequence]
+# (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
+ReduceAt = Callable[[Sequence, int, Sequence, Tensor], Sequence]
 
 
 def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, eager: bool) -> Tensor:
@@ -77,22 +78,23 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
 
     Args:
         llm: layers and rotary_emb (a LlamaModel).
-        stages: layers in front of which `reduce_at(sequence, layer)` is called.
+        stages: layers in front of which `reduce_at` is called; layer 0 is not one of them.
     """
     cache, eager = DynamicCache(config=llm.config), _is_eager(llm)
     valid, lengths, visual = [], [], []
-    rotary = mask = known = None
+    rotary = mask = known = entered = None
     for index, layer in enumerate(llm.layers):
         if index in stages:
-            sequence, rotary = reduce_at(sequence, index), None
+            sequence, rotary = reduce_at(sequence, index, entered, cache.layers[index - 1].keys), None
         if rotary is None:
             rotary = llm.rotary_emb(sequence.hidden, sequence.position)
             mask = _mask_of(sequence, eager)
             known = sequence.valid() if sequence.padded else None
+        entered = sequence if index + 1 in stages else None
         hidden = layer(
             sequence.hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
         )
-        sequence = _with_hidden(sequence, hidden)
+        sequence = replace(sequence, hidden=hidden)
         valid.append(known)
         lengths.append(sequence.lengths)
         visual.append(tuple(map(sequence.visual_count, range(len(sequence.lengths)))))
@@ -125,9 +127,3 @@ def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
         )
     state.next_position = state.next_position + 1
     return hidden
-
-
-def _with_hidden(sequence: Sequence, hidden: Tensor) -> Sequence:
-    return Sequence(
-        hidden, sequence.position, sequence.lengths, sequence.visual, sequence.question, sequence.instruction
-    )

@@ -17,14 +17,18 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
     return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
-def tower_flops(tower: nn.Module, patches: int, blocks: int) -> int:
-    """One image of `patches` patches through patch embedding and `blocks` blocks."""
+def tower_flops(tower: nn.Module, patches: int, tokens: Sequence[tuple[int, int]]) -> int:
+    """One image of `patches` patches through patch embedding and blocks.
+
+    Args:
+        tokens: tokens that enter attention and MLP of every block that is run.
+    """
     kernel = tower.embeddings.patch_embedding.weight
     total = 2 * patches * kernel.numel()
-    tokens = patches + 1
-    for block in tower.encoder.layers[:blocks]:
-        total += sum(linear_flops(linear, tokens) for linear in _linears(block))
-        total += 4 * tokens * tokens * block.self_attn.q_proj.out_features
+    for block, (attended, kept) in zip(tower.encoder.layers, tokens, strict=False):
+        total += sum(linear_flops(linear, attended) for linear in _linears(block.self_attn))
+        total += sum(linear_flops(linear, kept) for linear in _linears(block.mlp))
+        total += 4 * attended * attended * block.self_attn.q_proj.out_features
     return total
 
 

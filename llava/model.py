@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence as Samples
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from llava import conversation
 from llava.errors import UserError
+from llava.flops import linear_flops
 from llava.generate import generate
 from llava.layout import Layout
 from llava.prompt import Prompt, build_prompt
 from llava.reducer import ModelFacts, Reducer
+from llava.reduction import Reduction
 from llava.sample import Batch, Sample
-from llava.signals import Signal
+from llava.states import BlockState
 from llava.vision import Encoded, encode, patch_grid
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tinyllava"
@@ -42,6 +45,7 @@ class Llava:
         self.layout_name = checkpoint.layout
         self.notes = checkpoint.notes
         self.vocabulary = checkpoint.vocabulary
+        self.text_tower = checkpoint.text_tower
         self.tower: nn.Module = container.model.vision_tower
         self.projector: nn.Module = container.model.multi_modal_projector
         self.llm: nn.Module = container.model.language_model
@@ -76,12 +80,16 @@ class Llava:
 
     def facts(self) -> ModelFacts:
         depth = len(self.tower.encoder.layers)
-        return ModelFacts(self.visual_tokens, len(self.llm.layers), self.layout, depth)
+        return ModelFacts(
+            self.visual_tokens, len(self.llm.layers), self.layout, depth, has_text_tower=self.text_tower is not None
+        )
 
-    def tower_blocks(self, signals: Samples[Signal]) -> int:
-        """Tower blocks that run: up to the selected layer, further only for a signal."""
-        depth = len(self.tower.encoder.layers)
-        return max([self.select_layer % (depth + 1), *(signal.block % depth for signal in signals)])
+    @cached_property
+    def clip(self):
+        """The CLIP text tower (llava.clip_text.ClipText), read from its files when a method first asks for it."""
+        from llava.clip_text import load_clip_text
+
+        return load_clip_text(self.text_tower, self.tower, self.device)
 
     def prompt(self, sample: Sample) -> Prompt:
         return build_prompt(sample, self.tokenizer, self.conversation)
@@ -97,7 +105,23 @@ class Llava:
             grid: patch grid to shrink to, or None.
         """
         pixels = torch.stack([self.image_processor(picture) for picture in pictures]).to(self.device)
-        return encode(self.tower, pixels, self.select_layer, reducer.signals(), grid, reducer.keep_cls)
+        names = tuple(map(str, range(len(pictures))))
+        spent = 0
+
+        def merge_at(hidden: Tensor, keys: Tensor, sizes: Tensor, block: int) -> Reduction | None:
+            nonlocal spent
+            state = BlockState(ids=names, tokens=hidden, keys=keys, sizes=sizes, block=block)
+            reduction = reducer.tower(state)
+            projection = self.tower.encoder.layers[block].self_attn.k_proj
+            spent += state.flops // len(pictures) + linear_flops(projection, hidden.shape[1])
+            return reduction
+
+        selected = self.select_layer % (len(self.tower.encoder.layers) + 1)
+        merging = reducer.merging_blocks(selected)
+        encoded = encode(
+            self.tower, pixels, self.select_layer, reducer.signals(), grid, reducer.keep_cls, merging, merge_at
+        )
+        return replace(encoded, spent=spent)
 
     def next_token(self, hidden: Tensor) -> Tensor:
         """Greedy choice [B] from the last hidden state [B, 1, D]; ties go to the lower id."""

@@ -1,4 +1,4 @@
-"""From a question to token ids with one slot for the image, and where in them the question stands.
+"""From a question to token ids with a slot for every image, and where in them the question stands.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/mm_utils.py, tokenizer_image_token
 Differs from it: the ranges of the question's tokens are ours. The ids are the same except, with the Llama tokenizer of
@@ -53,9 +53,9 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def build_prompt(sample: Sample, tokenizer: PreTrainedTokenizerBase, mode: str = DEFAULT_MODE) -> Prompt:
-    """The prompt of a sample. Its image stands in front of the first user message, before any history."""
+    """The prompt of a sample. Its images stand in front of the first user message, before any history."""
     _refuse_placeholders(sample)
-    slot = f"{IMAGE_PLACEHOLDER}\n" if sample.image is not None else ""
+    slot = f"{IMAGE_PLACEHOLDER}\n" * len(sample.images)
     turns: list[Turn] = [*sample.history, (sample.message, None)]
     turns[0] = (slot + turns[0][0], turns[0][1])
     text = render(mode, turns)

@@ -1,23 +1,24 @@
-"""The base class of all methods: a frozen configuration and up to three functions, one per stage.
+"""The base class of all methods: a frozen configuration and up to four functions, one per stage.
 
 A method never touches the model. It states which tower signals it needs, is handed states, and returns reductions;
 the pipeline computes, applies, counts and places them.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
+from llava.card import Card
 from llava.errors import UserError, unknown
-from llava.flops import linear_flops
 from llava.layout import Layout
 from llava.reduction import Reduction
-from llava.sequence import Sequence
-from llava.signals import Signal, text_to_visual_attention
+from llava.signals import Signal
+from llava.states import BlockState, DecoderState, EncoderState, PromptState
+
+# One reduction for all images of a state, or one for each where they keep different numbers of tokens.
+Reductions = Reduction | list[Reduction] | None
+
+CLS_SIGNALS = ("cls_attention", "fused_cls_attention")
 
 
 def option(default: Any, doc: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -27,127 +28,41 @@ def option(default: Any, doc: str, choices: tuple[str, ...] | None = None) -> An
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a method may need to know before it agrees to run."""
+    """What a method may need to know before it agrees to run.
+
+    Attributes:
+        visual_tokens: of one image, before any reduction.
+        layers: decoder layers.
+        layout: origin of the visual tokens.
+        tower_blocks: blocks of the vision tower.
+        has_cls: the tower has a CLS token.
+        has_text_tower: the CLIP text tower that belongs to the vision tower can be had.
+    """
 
     visual_tokens: int
     layers: int
     layout: Layout
     tower_blocks: int
     has_cls: bool = True
-
-
-@dataclass
-class EncoderState:
-    """Before the projector. B images of one batch with the same number of tokens.
-
-    Attributes:
-        features: [B, N, D] tower features.
-        signals: what `Reducer.signals` asked for, [B, N, ...] float32.
-        layout: origin of the N tokens.
-        ids: sample ids, for seeds.
-        flops: operations that the method spent beside the main path; its own functions add to it.
-    """
-
-    features: Tensor
-    signals: dict[Signal, Tensor]
-    layout: Layout
-    ids: tuple[str, ...]
-    flops: int = 0
-
-
-@dataclass
-class PromptState(EncoderState):
-    """Before decoder layer 0, with the text in sight.
-
-    Attributes:
-        tokens: [B, N, H] projected visual tokens.
-        sequence: the B full prompts, visual tokens in place.
-        llm: the decoder (layers, norm, rotary_emb).
-        run_layers: runs the first k decoder layers on `sequence`; for probes that need context.
-    """
-
-    tokens: Tensor | None = None
-    sequence: Sequence | None = None
-    llm: nn.Module | None = None
-    run_layers: Callable[[Sequence, int], Tensor] | None = None
-
-    def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor]:
-        """Attention of text rows to the visual tokens at one decoder layer.
-
-        Args:
-            layer: decoder layer whose norm and projections are used.
-            rows: "question" (bare question), "instruction" (with suffix) or "last" (last prompt token).
-            rotary: rotate queries and keys by their positions.
-            contextual: take the layer's real inputs, running all earlier layers once; else input embeddings.
-
-        Returns:
-            weights [B, H, T, N] float32 and a mask [B, T] of the rows that exist.
-        """
-        sequence = self.sequence
-        hidden = self.run_layers(sequence, layer) if contextual else sequence.hidden
-        spans = {
-            "question": sequence.question,
-            "instruction": sequence.instruction,
-            "last": tuple((length - 1, length) for length in sequence.lengths),
-        }[rows]
-        index, mask = _row_index(sequence, spans)
-        text = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        samples = list(range(len(sequence.lengths)))
-        visual = sequence.take(hidden, samples, list(sequence.visual))
-        angles: tuple = (None, None)
-        if rotary:
-            cos, sin = self.llm.rotary_emb(hidden, sequence.position)
-            pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
-            cut = lambda t: sequence.take(t, samples, list(sequence.visual))  # noqa: E731
-            angles = ((pick(cos), pick(sin)), (cut(cos), cut(sin)))
-        block = self.llm.layers[layer]
-        weights = text_to_visual_attention(block, text, visual, *angles)
-        self.flops += _attention_row_flops(block, *text.shape[:2], visual.shape[1])
-        return weights, mask
-
-
-def _row_index(sequence: Sequence, spans) -> tuple[Tensor, Tensor]:
-    """Padded positions [B, T] of spans of different length, and which of them are real."""
-    longest = max(1, max(stop - start for start, stop in spans))
-    index, mask = [], []
-    for sample, (start, stop) in enumerate(spans):
-        first, count = sequence.padding(sample) + start, stop - start
-        index.append([first + min(i, max(count - 1, 0)) for i in range(longest)])
-        mask.append([i < count for i in range(longest)])
-    device = sequence.hidden.device
-    return torch.tensor(index).to(device, non_blocking=True), torch.tensor(mask).to(device, non_blocking=True)
-
-
-def _attention_row_flops(layer: nn.Module, batch: int, rows: int, keys: int) -> int:
-    attention = layer.self_attn
-    scores = 2 * rows * keys * attention.q_proj.out_features
-    return batch * (linear_flops(attention.q_proj, rows) + linear_flops(attention.k_proj, keys) + scores)
-
-
-@dataclass
-class DecoderState:
-    """Between two decoder layers. B samples with the same number of visual tokens.
-
-    Attributes:
-        tokens: [B, N, H] hidden states of the visual tokens.
-        sequence: the B sequences as they are now.
-        layer: index of the layer that comes next.
-    """
-
-    tokens: Tensor
-    sequence: Sequence
-    llm: nn.Module
-    layer: int
-    ids: tuple[str, ...]
-    flops: int = 0
+    has_text_tower: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reducer:
     """A method. Subclasses register themselves, add fields with `option`, and override the stages they act in.
 
+    Class attributes:
+        summary: one line for `--list`.
+        version: part of every result; raise it when answers change.
+        card: the method's row in docs/methods.md.
+        rounding: how far the mean over layers may be off the budget, in tokens.
+        keep_cls: the encoder stage sees the CLS token as token 0.
+        needs_text_tower: states carry the CLIP text tower.
+        quirks: where the method by its own definition departs from the contract of tests/test_every_method.py; keys
+            are "appended" (merged tokens stand behind the kept ones), "scale" (shares do not sum to 1), "duplicates".
+
     Attributes:
-        budget: visual tokens per image, merged ones included.
+        budget: visual tokens per image, mean over decoder layers, merged ones included.
         positions: "renumber" gives the shortened sequence contiguous position ids, as LLaVA does; "original" lets
             every token keep the position id it had.
     """
@@ -155,7 +70,11 @@ class Reducer:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     version: ClassVar[str] = "1"
+    card: ClassVar[Card] = Card(acts="")
+    rounding: ClassVar[float] = 0.5
     keep_cls: ClassVar[bool] = False
+    needs_text_tower: ClassVar[bool] = False
+    quirks: ClassVar[dict[str, str]] = {}
 
     budget: int
     positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))
@@ -173,6 +92,19 @@ class Reducer:
             raise UserError(
                 f"The budget must be 1 to {facts.visual_tokens} (visual tokens of this model), got {self.budget}."
             )
+        if self.needs_text_tower and not facts.has_text_tower:
+            raise UserError(
+                f"{self.name} compares the question with the picture in CLIP's space and needs the CLIP text tower "
+                "that belongs to the vision tower; this checkpoint names none. Put it into a folder text_tower/ "
+                "beside the weights (a CLIPModel's text half with both projections), or take a checkpoint whose "
+                "mm_vision_tower is a whole CLIP."
+            )
+        if not facts.has_cls and (self.keep_cls or any(s.kind in CLS_SIGNALS for s in self.signals())):
+            raise UserError(f"{self.name} ranks by the CLS token of the vision tower; this tower has none.")
+
+    def entering(self, facts: ModelFacts) -> tuple[int, ...] | None:
+        """Visual tokens of one image that are planned to enter each layer; None where the picture decides."""
+        return (self.budget,) * facts.layers
 
     def signals(self) -> tuple[Signal, ...]:
         """Tower signals to compute."""
@@ -182,11 +114,19 @@ class Reducer:
         """Patch grid to shrink the image to before the tower, or None."""
         return None
 
-    def encoder(self, state: EncoderState) -> Reduction | None:
+    def merging_blocks(self, selected: int) -> tuple[int, ...]:
+        """Tower blocks inside which `tower` is called; `selected` blocks are run in front of the features."""
+        return ()
+
+    def tower(self, state: BlockState) -> Reduction | None:
+        """Reduce tokens inside a tower block; CLS stays token 0. From then on attention is weighted by token sizes."""
+        return None
+
+    def encoder(self, state: EncoderState) -> Reductions:
         """Reduce tower features before the projector."""
         return None
 
-    def prompt(self, state: PromptState) -> Reduction | None:
+    def prompt(self, state: PromptState) -> Reductions:
         """Reduce visual tokens before decoder layer 0."""
         return None
 
@@ -194,7 +134,7 @@ class Reducer:
         """Decoder layers in front of which `decoder` is called."""
         return ()
 
-    def decoder(self, state: DecoderState) -> Reduction | None:
+    def decoder(self, state: DecoderState) -> Reductions:
         """Reduce visual tokens in front of decoder layer `state.layer`."""
         return None
 

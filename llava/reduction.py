@@ -18,6 +18,8 @@ class Reduction:
         owner: [B, N] int64, the output token each input token is averaged into, -1 if dropped.
             None means pruning: every output token is its anchor, unchanged.
         weight: [B, N] float32, share of each input token in its output token. None with owner.
+        mix: [B, K, N] float32, shares of all input tokens in every output token, for the methods whose groups overlap;
+            instead of owner and weight.
         inputs: N.
         encoder_space: apply to encoder features and project again, instead of to projected tokens.
     """
@@ -27,10 +29,11 @@ class Reduction:
     owner: Tensor | None = None
     weight: Tensor | None = None
     encoder_space: bool = False
+    mix: Tensor | None = None
 
     @property
     def merges(self) -> bool:
-        return self.owner is not None
+        return self.owner is not None or self.mix is not None
 
     def row(self, index: int) -> "Reduction":
         """The reduction of one image, on the CPU, still with a batch axis of 1."""
@@ -41,10 +44,13 @@ class Reduction:
             None if self.owner is None else self.owner[pick].cpu(),
             None if self.weight is None else self.weight[pick].cpu(),
             self.encoder_space,
+            None if self.mix is None else self.mix[pick].cpu(),
         )
 
     def apply(self, tokens: Tensor) -> Tensor:
         """[B, N, D] tokens -> [B, K, D], sums in float32, result in the dtype of `tokens`."""
+        if self.mix is not None:
+            return (self.mix @ tokens.float()).to(tokens.dtype)
         if self.owner is None:
             return gather_tokens(tokens, self.anchor)
         batch, _, channels = tokens.shape
@@ -58,6 +64,8 @@ class Reduction:
     def merged_count(self) -> Tensor:
         """[B] int64, output tokens made of two or more input tokens."""
         batch, outputs = self.anchor.shape
+        if self.mix is not None:
+            return ((self.mix != 0).sum(2) > 1).sum(1)
         if self.owner is None:
             return self.anchor.new_zeros(batch)
         members = self.anchor.new_zeros(batch, outputs + 1)
@@ -65,12 +73,43 @@ class Reduction:
         members.scatter_add_(1, target, (self.weight != 0).long())
         return (members[:, :-1] > 1).sum(1)
 
+    def apply_flops(self, channels: int) -> int:
+        """Operations of `apply` on one image of `channels` wide tokens, matrix products only."""
+        return 0 if self.mix is None else 2 * self.mix[0].numel() * channels
+
+    def after(self, first: "Reduction") -> "Reduction":
+        """The reduction that does `first` and then this one, for owner and weight reductions.
+
+        Args:
+            first: its outputs are the inputs of this one.
+        """
+        outputs, device = self.anchor.shape[1], self.anchor.device
+        one, two = first.explicit(), self.explicit()
+        # An extra last entry stands for "dropped", in front of and behind the second reduction.
+        owner = torch.cat([two.owner, torch.full((len(two.owner), 1), -1, device=device)], 1)
+        weight = torch.cat([two.weight, two.weight.new_zeros(len(two.weight), 1)], 1)
+        slot = torch.where(one.owner < 0, self.inputs, one.owner)
+        anchor = first.anchor.gather(1, self.anchor)
+        assert anchor.shape[1] == outputs
+        return Reduction(anchor, first.inputs, owner.gather(1, slot), one.weight * weight.gather(1, slot))
+
+    def explicit(self) -> "Reduction":
+        """The same with owner and weight spelled out, also when it only drops tokens."""
+        if self.mix is not None:
+            raise ValueError("a reduction with overlapping groups has no owner per token")
+        if self.owner is not None:
+            return self
+        outputs = torch.arange(self.anchor.shape[1], device=self.anchor.device).expand_as(self.anchor)
+        owner = torch.full((len(self.anchor), self.inputs), -1, device=self.anchor.device)
+        owner = owner.scatter(1, self.anchor, outputs)
+        return Reduction(self.anchor, self.inputs, owner, (owner >= 0).float(), self.encoder_space)
+
 
 @dataclass(frozen=True)
 class Step:
     """One applied reduction: where it happened and what it did to one sample."""
 
-    place: str  # "input", "encoder", "prompt" or "layer N"
+    place: str  # "input", "tower", "encoder", "prompt" or "layer N"; " #2" behind it for a second image
     reduction: Reduction
 
 

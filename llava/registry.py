@@ -1,6 +1,7 @@
 """Methods by name. The registry holds classes; every run builds its own frozen instance."""
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from llava.reducer import Reducer, options_of, parse_options
 METHODS: dict[str, type[Reducer]] = {}
 
 # A package per paper, and one with a file per baseline. A folder that is not there yet is skipped by `load_all`.
-PACKAGES = ("baselines", "consensusdrop")
+PACKAGES = ("baselines", "consensusdrop", "visiondrop", "attnmix")
 
 
 def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
@@ -30,6 +31,8 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
 def load_all() -> None:
     """Import every module of the method packages, so that they register themselves."""
     for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            continue
         module = importlib.import_module(package)
         for found in pkgutil.iter_modules(module.__path__):
             importlib.import_module(f"{package}.{found.name}")

@@ -10,23 +10,30 @@ from llava.reduction import Trace
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about at most one image.
+    """One question about no, one or several images.
 
     Attributes:
         id: stable name of the question; seeds the methods that draw random numbers.
         question: the question alone, the text whose tokens query-aware methods look at.
         suffix: answer-format instruction, appended on a new line (GQA's asks for a single word or phrase).
-        image: RGB image, or None for a text-only prompt.
+        image: RGB image, a tuple of them, or None for a text-only prompt. The budget holds for each image.
         image_id: samples of a batch with the same image_id share one pass of the vision tower.
-        history: earlier turns about the same image as (user message, answer).
+        history: earlier turns about the same images as (user message, answer).
     """
 
     id: str
     question: str
     suffix: str = ""
-    image: Image.Image | None = None
+    image: Image.Image | tuple[Image.Image, ...] | None = None
     image_id: str | None = None
     history: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """All images, in the order in which they stand in front of the question."""
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
 
     @property
     def message(self) -> str:

@@ -1,4 +1,4 @@
-"""A batch of prompts as the decoder sees it: left-padded, with one run of visual tokens per sample.
+"""A batch of prompts as the decoder sees it: left-padded, with one run of visual tokens per image.
 
 All lengths are host integers, known before any tensor is, so that reducing, masking and padding never wait for the
 device.
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from llava.reduction import Reduction
 
+Span = tuple[int, int]
+Row = tuple[int, int]  # (sample, number of the image in its prompt)
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -22,17 +25,19 @@ class Sequence:
         hidden: [B, L, D] embeddings or hidden states; padding rows are zero.
         position: [B, L] int64 position ids; 0 in the padding.
         lengths: real length of each sample.
-        visual: span of the visual tokens; empty for a text-only prompt.
+        visual: runs of visual tokens of each sample, one per image in order; () for a text-only prompt.
         question: span of the last question's tokens.
         instruction: the same with the answer-format suffix.
+        behind: span of all text behind the last image; of a text-only prompt, everything.
     """
 
     hidden: Tensor
     position: Tensor
     lengths: tuple[int, ...]
-    visual: tuple[tuple[int, int], ...]
-    question: tuple[tuple[int, int], ...]
-    instruction: tuple[tuple[int, int], ...]
+    visual: tuple[tuple[Span, ...], ...]
+    question: tuple[Span, ...]
+    instruction: tuple[Span, ...]
+    behind: tuple[Span, ...]
 
     @property
     def padded(self) -> bool:
@@ -41,33 +46,42 @@ class Sequence:
     def padding(self, sample: int) -> int:
         return self.hidden.shape[1] - self.lengths[sample]
 
+    def first(self) -> Tensor:
+        """[B] int64, column of each sample's first real token."""
+        width = self.hidden.shape[1]
+        return torch.tensor([width - length for length in self.lengths]).to(self.hidden.device, non_blocking=True)
+
     def valid(self) -> Tensor:
         """[B, L] bool, False in the padding."""
-        width = self.hidden.shape[1]
-        first = torch.tensor([width - length for length in self.lengths]).to(self.hidden.device, non_blocking=True)
-        return torch.arange(width, device=self.hidden.device) >= first[:, None]
+        return torch.arange(self.hidden.shape[1], device=self.hidden.device) >= self.first()[:, None]
+
+    @property
+    def images(self) -> list[Span]:
+        """The run of every sample, for a sequence made by `rows`, which has one each."""
+        return [run for (run,) in self.visual]
 
     def visual_count(self, sample: int) -> int:
-        start, stop = self.visual[sample]
-        return stop - start
+        return sum(stop - start for start, stop in self.visual[sample])
 
-    def by_visual_count(self) -> dict[int, list[int]]:
-        """Samples grouped by how many visual tokens they have now; text-only samples are left out."""
-        groups: dict[int, list[int]] = {}
-        for sample in range(len(self.lengths)):
-            if count := self.visual_count(sample):
-                groups.setdefault(count, []).append(sample)
+    def by_visual_count(self) -> dict[int, list[Row]]:
+        """Images grouped by how many visual tokens they have now."""
+        groups: dict[int, list[Row]] = {}
+        for sample, runs in enumerate(self.visual):
+            for number, (start, stop) in enumerate(runs):
+                groups.setdefault(stop - start, []).append((sample, number))
         return groups
 
-    def take(self, tensor: Tensor, samples: list[int], spans: list[tuple[int, int]]) -> Tensor:
-        """Rows of `tensor` [B, L, ...] in equally long spans of the given samples, stacked."""
-        cut = [
-            (self.padding(s) + start, self.padding(s) + stop) for s, (start, stop) in zip(samples, spans, strict=True)
-        ]
-        return torch.stack([tensor[s, start:stop] for s, (start, stop) in zip(samples, cut, strict=True)])
+    def take(self, tensor: Tensor, spans: list[Span]) -> Tensor:
+        """[B, T, ...] rows of `tensor` [B, L, ...] in one span per sample, all of the same length T."""
+        cut = [(self.padding(s) + start, self.padding(s) + stop) for s, (start, stop) in enumerate(spans)]
+        return torch.stack([tensor[s, start:stop] for s, (start, stop) in enumerate(cut)])
 
-    def select(self, samples: list[int]) -> "Sequence":
-        """The sub-batch of some samples, padding cut to what they need."""
+    def rows(self, rows: list[Row]) -> "Sequence":
+        """One prompt per image: a method sees each image with its whole prompt, and no other run of it as visual.
+
+        Padding is cut to what these prompts need.
+        """
+        samples = [sample for sample, _ in rows]
         lengths = tuple(self.lengths[s] for s in samples)
         width = max(lengths)
         pick = lambda spans: tuple(spans[s] for s in samples)  # noqa: E731
@@ -75,49 +89,54 @@ class Sequence:
             self.hidden[samples][:, -width:],
             self.position[samples][:, -width:],
             lengths,
-            pick(self.visual),
+            tuple((self.visual[s][number],) for s, number in rows),
             pick(self.question),
             pick(self.instruction),
+            pick(self.behind),
         )
 
     def reduce(
-        self, reductions: dict[int, tuple[Reduction, int]], merged: dict[int, Tensor], renumber: bool
+        self, reductions: dict[Row, tuple[Reduction, int]], merged: dict[Row, Tensor], renumber: bool
     ) -> "Sequence":
-        """Replace each sample's visual tokens by its reduction's output tokens.
+        """Replace the visual tokens of images by their reductions' output tokens.
 
         Args:
-            reductions: sample -> (reduction, row of that sample in it); samples left out keep everything.
-            merged: sample -> [K, D] values of the output tokens where they are not just the anchors' values.
+            reductions: image -> (reduction, row of that image in it); images left out keep everything.
+            merged: image -> [K, D] values of the output tokens where they are not just the anchors' values.
             renumber: contiguous position ids afterwards; else every token keeps its own.
         """
-        counts = {s: reduction.anchor.shape[1] for s, (reduction, _) in reductions.items()}
-        gone = [self.visual_count(s) - counts.get(s, self.visual_count(s)) for s in range(len(self.lengths))]
-        lengths = tuple(length - cut for length, cut in zip(self.lengths, gone, strict=True))
-        width, device = max(lengths), self.hidden.device
+        device = self.hidden.device
+        runs = tuple(self._runs_after(sample, reductions) for sample in range(len(self.lengths)))
+        gone = [
+            [(b - a) - (d - c) for (a, b), (c, d) in zip(old, new, strict=True)]
+            for old, new in zip(self.visual, runs, strict=True)
+        ]
+        lengths = tuple(length - sum(cut) for length, cut in zip(self.lengths, gone, strict=True))
+        width = max(lengths)
         index = torch.zeros(len(lengths), width, dtype=torch.long, device=device)
         for sample, length in enumerate(lengths):
-            pad, (start, stop) = self.padding(sample), self.visual[sample]
-            row = index[sample, width - length :]
-            if sample not in reductions:
-                row.copy_(torch.arange(pad, pad + length, device=device))
-                continue
-            reduction, position = reductions[sample]
-            kept = reduction.anchor.shape[1]
-            row[:start] = torch.arange(pad, pad + start, device=device)
-            row[start : start + kept] = reduction.anchor[position] + (pad + start)
-            row[start + kept :] = torch.arange(pad + stop, self.hidden.shape[1], device=device)
+            pad, pieces, done = self.padding(sample), [], 0
+            for number, (start, stop) in enumerate(self.visual[sample]):
+                if (sample, number) in reductions:
+                    reduction, row = reductions[sample, number]
+                    pieces.append(torch.arange(pad + done, pad + start, device=device))
+                    pieces.append(reduction.anchor[row] + (pad + start))
+                    done = stop
+            pieces.append(torch.arange(pad + done, self.hidden.shape[1], device=device))
+            index[sample, width - length :] = torch.cat(pieces)
         hidden = self.hidden.gather(1, index[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        for sample, values in merged.items():
-            at = width - lengths[sample] + self.visual[sample][0]
+        for (sample, number), values in merged.items():
+            at = width - lengths[sample] + runs[sample][number][0]
             hidden[sample, at : at + len(values)] = values
         reduced = replace(
             self,
             hidden=hidden,
             position=self.position.gather(1, index),
             lengths=lengths,
-            visual=tuple((a, b - cut) for (a, b), cut in zip(self.visual, gone, strict=True)),
+            visual=runs,
             question=self._shift(self.question, gone),
             instruction=self._shift(self.instruction, gone),
+            behind=self._shift(self.behind, gone),
         )
         blank = ~reduced.valid()[..., None] if reduced.padded else None
         if blank is not None:
@@ -128,65 +147,78 @@ class Sequence:
             )
         return reduced.renumbered() if renumber else reduced
 
-    def _shift(self, spans, gone) -> tuple[tuple[int, int], ...]:
-        """Spans behind the visual tokens move forward by what was cut."""
-        return tuple(
-            (a - cut, b - cut) if a >= stop else (a, b)
-            for (a, b), (_, stop), cut in zip(spans, self.visual, gone, strict=True)
-        )
+    def _runs_after(self, sample: int, reductions: dict[Row, tuple[Reduction, int]]) -> tuple[Span, ...]:
+        runs, cut = [], 0
+        for number, (start, stop) in enumerate(self.visual[sample]):
+            count = stop - start
+            if (sample, number) in reductions:
+                count = reductions[sample, number][0].anchor.shape[1]
+            runs.append((start - cut, start - cut + count))
+            cut += (stop - start) - count
+        return tuple(runs)
+
+    def _shift(self, spans: tuple[Span, ...], gone: list[list[int]]) -> tuple[Span, ...]:
+        """Text spans move forward by what was cut in front of them."""
+        moved = []
+        for (start, stop), runs, cuts in zip(spans, self.visual, gone, strict=True):
+            cut = sum(c for (_, end), c in zip(runs, cuts, strict=True) if start >= end)
+            moved.append((start - cut, stop - cut))
+        return tuple(moved)
 
     def renumbered(self) -> "Sequence":
         """Position ids 0, 1, 2, ... over the real tokens, as LLaVA gives them to a shortened sequence."""
-        width = self.hidden.shape[1]
-        first = torch.tensor([width - length for length in self.lengths]).to(self.hidden.device, non_blocking=True)
-        places = torch.arange(width, device=self.hidden.device) - first[:, None]
+        places = torch.arange(self.hidden.shape[1], device=self.hidden.device) - self.first()[:, None]
         return replace(self, position=places.clamp(min=0))
 
 
 def assemble(
     texts: list[Tensor],
-    slots: list[int | None],
-    visuals: list[Tensor | None],
-    places: list[Tensor | None],
+    slots: list[list[int]],
+    visuals: list[list[Tensor]],
+    places: list[list[Tensor | None]],
     inputs: int,
-    questions: list[tuple[int, int]],
-    instructions: list[tuple[int, int]],
+    questions: list[Span],
+    instructions: list[Span],
 ) -> Sequence:
-    """Put each sample's visual tokens into its image slot and pad on the left.
+    """Put each sample's visual tokens into its image slots and pad on the left.
 
     Args:
-        texts: [T, D] embedded text of each sample, without the slot.
-        slots: index in the text at which the visual tokens go; None for a text-only prompt.
-        visuals: [K, D] visual tokens.
+        texts: [T, D] embedded text of each sample, without the slots.
+        slots: for every image, the index in the text at which its visual tokens go; ascending.
+        visuals: [K, D] visual tokens of every image.
         places: [K] input positions of the visual tokens, for the position ids; None means 0 .. K-1.
-        inputs: visual tokens per image before any reduction; text behind the image is numbered after all of them.
-        questions, instructions: spans in token ids where the slot counts as one id.
+        inputs: visual tokens per image before any reduction; text behind an image is numbered after all of them.
+        questions, instructions: spans in token ids where every slot counts as one id.
     """
-    rows, positions, lengths, spans = [], [], [], []
-    moved: list[list[tuple[int, int]]] = [[], []]
-    for text, slot, visual, place, *ranges in zip(texts, slots, visuals, places, questions, instructions, strict=True):
+    rows, positions, lengths, runs, behind = [], [], [], [], []
+    moved: list[list[Span]] = [[], []]
+    for text, cuts, images, seats, *ranges in zip(texts, slots, visuals, places, questions, instructions, strict=True):
         device = text.device
-        if slot is None:
-            rows.append(text)
-            positions.append(torch.arange(len(text), device=device))
-            spans.append((0, 0))
-            for target, span in zip(moved, ranges, strict=True):
-                target.append(span)
-        else:
-            count = len(visual)
-            rows.append(torch.cat([text[:slot], visual.to(text.dtype), text[slot:]]))
-            inside = torch.arange(count, device=device) if place is None else place
-            after = torch.arange(slot + inputs, inputs + len(text), device=device)
-            positions.append(torch.cat([torch.arange(slot, device=device), slot + inside, after]))
-            spans.append((slot, slot + count))
-            for target, (start, stop) in zip(moved, ranges, strict=True):
-                shift = count - 1 if start > slot else 0
-                target.append((start + shift, stop + shift))
+        pieces, ids, spans, done, length, number = [], [], [], 0, 0, 0
+        for slot, visual, place in zip(cuts, images, seats, strict=True):
+            pieces += [text[done:slot], visual.to(text.dtype)]
+            before = torch.arange(number, number + slot - done, device=device)
+            number += slot - done
+            ids += [before, number + (torch.arange(len(visual), device=device) if place is None else place)]
+            number += inputs
+            length += slot - done
+            spans.append((length, length + len(visual)))
+            length, done = length + len(visual), slot
+        pieces.append(text[done:])
+        ids.append(torch.arange(number, number + len(text) - done, device=device))
+        rows.append(torch.cat(pieces))
+        positions.append(torch.cat(ids))
+        runs.append(tuple(spans))
         lengths.append(len(rows[-1]))
+        behind.append((length, lengths[-1]))
+        for target, (start, stop) in zip(moved, ranges, strict=True):
+            # The i-th slot is id number slots[i] + i.
+            ahead = [len(v) - 1 for i, (slot, v) in enumerate(zip(cuts, images, strict=True)) if slot + i < start]
+            target.append((start + sum(ahead), stop + sum(ahead)))
     width = max(lengths)
     hidden = rows[0].new_zeros(len(rows), width, rows[0].shape[-1])
     position = torch.zeros(len(rows), width, dtype=torch.long, device=hidden.device)
     for sample, (row, ids) in enumerate(zip(rows, positions, strict=True)):
         hidden[sample, width - len(row) :] = row
         position[sample, width - len(row) :] = ids
-    return Sequence(hidden, position, tuple(lengths), tuple(spans), tuple(moved[0]), tuple(moved[1]))
+    return Sequence(hidden, position, tuple(lengths), tuple(runs), tuple(moved[0]), tuple(moved[1]), tuple(behind))

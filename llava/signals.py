@@ -72,14 +72,42 @@ def keys(block: nn.Module, hidden: Tensor) -> Tensor:
     Returns:
         [B, N, d] float32, not normalised.
     """
+    return mean_keys(block, block.layer_norm1(hidden[:, 1:]))
+
+
+def mean_keys(block: nn.Module, normed: Tensor) -> Tensor:
+    """[B, n, D] normed inputs of a block's attention -> keys [B, n, d] float32, mean over heads."""
     attention = block.self_attn
-    return _heads(attention.k_proj(block.layer_norm1(hidden[:, 1:])), attention.num_heads).float().mean(1)
+    return _heads(attention.k_proj(normed), attention.num_heads).float().mean(1)
+
+
+def fused_cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Attention of the CLS token to the patches with all heads taken as one: softmax(q k / sqrt(D)), as PruMerge does.
+
+    Returns:
+        [B, N] float32, a row sums to less than 1.
+    """
+    attention = block.self_attn
+    normed = block.layer_norm1(hidden)
+    query, key = attention.q_proj(normed[:, :1]).float(), attention.k_proj(normed).float()
+    return (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
+
+
+def whole_keys(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Keys of the patches, all heads side by side.
+
+    Returns:
+        [B, N, D] float32, not normalised.
+    """
+    return block.self_attn.k_proj(block.layer_norm1(hidden[:, 1:])).float()
 
 
 TOWER_SIGNALS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "cls_attention": cls_attention,
     "received_attention": received_attention,
     "keys": keys,
+    "fused_cls_attention": fused_cls_attention,
+    "whole_keys": whole_keys,
 }
 
 
@@ -94,9 +122,9 @@ def signal_flops(signal: Signal, block: nn.Module, patches: int) -> int:
     """Operations of one requested signal for one image, matrix products only."""
     attention = block.self_attn
     key, width = attention.k_proj, attention.q_proj.out_features
-    if signal.kind == "keys":
+    if signal.kind in ("keys", "whole_keys"):
         return linear_flops(key, patches)
-    queries = 1 if signal.kind == "cls_attention" else patches
+    queries = patches if signal.kind == "received_attention" else 1
     return (
         linear_flops(attention.q_proj, queries) + linear_flops(key, patches + 1) + 2 * queries * (patches + 1) * width
     )
@@ -131,6 +159,40 @@ def text_to_visual_attention(
         query, key = _rotate(query, *text_rotary), _rotate(key, *visual_rotary)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     return (query @ key.transpose(-1, -2) * attention.scaling).softmax(-1)
+
+
+def attention_rows(
+    layer: nn.Module,
+    rows: Tensor,
+    keys: Tensor,
+    allowed: Tensor,
+    row_rotary: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Rows of a decoder layer's own attention, exactly as the layer computes them.
+
+    Args:
+        layer: a LlamaDecoderLayer.
+        rows: [B, T, D] inputs of the layer at the query rows.
+        keys: [B, Hkv, L, d] keys of that layer, rotated if the rows are; grouped-query heads are repeated.
+        allowed: [B, T, L] bool, the keys that each row may see.
+        row_rotary: (cos, sin), each [B, T, d], or None for no rotation.
+
+    Returns:
+        [B, H, T, L] float32; rows sum to 1 over the allowed keys.
+    """
+    attention = layer.self_attn
+    query = attention.q_proj(layer.input_layernorm(rows)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    query = query.float() if row_rotary is None else _rotate(query.float(), *row_rotary)
+    keys = keys.float().repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    scores = query @ keys.transpose(-1, -2) * attention.scaling
+    return scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+
+
+def layer_keys(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Keys [B, Hkv, L, d] float32 of a decoder layer from its inputs [B, L, D], rotated unless `rotary` is None."""
+    attention = layer.self_attn
+    keys = attention.k_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    return keys.float() if rotary is None else _rotate(keys.float(), *rotary)
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -32,6 +32,9 @@ class FakeReducer:
     name = "first"
     version = "1"
 
+    def entering(self, facts: ModelFacts) -> tuple[int, ...]:
+        return (self.budget,) * facts.layers
+
 
 class FakeLlava:
     """64 visual tokens; `before_answer` is called with the number of the batch, to interrupt or break a run."""

@@ -191,7 +191,9 @@ def test_sharp_heads_are_those_of_low_entropy():
 
 
 def planted_state(v, c_values):
-    state = PromptState(torch.zeros(1, 16, 4), {}, Layout(4, 4), ("s",), tokens=torch.randn(1, 16, 8))
+    state = PromptState(
+        features=torch.zeros(1, 16, 4), signals={}, layout=Layout(4, 4), ids=("s",), tokens=torch.randn(1, 16, 8)
+    )
     state.signals = {Signal("cls_attention", -2): v, Signal("keys", -2): torch.randn(1, 16, 4)}
     state.text_attention = lambda *_: (c_values[:, None, None], torch.ones(1, 1, dtype=torch.bool))
     return state
@@ -287,7 +289,13 @@ def test_cls_token_is_the_first_of_the_budget(tiny):
 def test_budget_is_split_evenly_over_crops():
     """Three crops of 4 x 4: each keeps a third, although the first holds all the saliency."""
     v = torch.rand(2, 48) * torch.cat([torch.ones(16), torch.full((32,), 1e-3)])
-    state = PromptState(torch.zeros(2, 48, 4), {}, Layout(4, 4, crops=3), ("a", "b"), tokens=torch.randn(2, 48, 8))
+    state = PromptState(
+        features=torch.zeros(2, 48, 4),
+        signals={},
+        layout=Layout(4, 4, crops=3),
+        ids=("a", "b"),
+        tokens=torch.randn(2, 48, 8),
+    )
     state.signals = {Signal("cls_attention", -2): v, Signal("keys", -2): torch.randn(2, 48, 4)}
     for crops, counts in (("each", [8, 8, 8]), ("global", None)):
         plan = ConsensusDrop(budget=24, alpha=1.0, crops=crops).prompt(state)

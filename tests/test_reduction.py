@@ -52,9 +52,9 @@ def sequence(counts=(4, 4, 0), texts=(5, 3, 6), slots=(2, 1, None)):
     questions = [(s + 1, t) if s is not None else (1, 4) for s, t in zip(slots, texts, strict=True)]
     return assemble(
         [text for text, _ in rows],
-        list(slots),
-        [None if visual is None else visual[:, None] for _, visual in rows],
-        [None] * 3,
+        [[] if slot is None else [slot] for slot in slots],
+        [[] if visual is None else [visual[:, None]] for _, visual in rows],
+        [[] if visual is None else [None] for _, visual in rows],
         4,
         questions,
         questions,
@@ -69,7 +69,7 @@ def real(seq, sample, tensor):
 def test_reduce_by_the_book(renumber):
     seq = sequence()
     reduction = Reduction(torch.tensor([[1, 3], [0, 2]]), 4)
-    out = seq.reduce({0: (reduction, 0), 1: (reduction, 1)}, {}, renumber)
+    out = seq.reduce({(0, 0): (reduction, 0), (1, 0): (reduction, 1)}, {}, renumber)
     expected = [
         [0, 1, 3, 5, 6, 7, 8],
         [100, 101, 103, 105, 106],
@@ -80,7 +80,7 @@ def test_reduce_by_the_book(renumber):
         places = [v - 100 * s for v in values]
         assert real(out, s, out.position) == (list(range(len(values))) if renumber else places)
         assert out.hidden[s, : out.padding(s)].abs().sum() == 0
-    assert out.visual == ((2, 4), (1, 3), (0, 0))
+    assert out.visual == (((2, 4),), ((1, 3),), ())
     # Spans still point at the same tokens.
     for s in range(3):
         (a, b), (c, d) = seq.question[s], out.question[s]
@@ -90,7 +90,7 @@ def test_reduce_by_the_book(renumber):
 def test_reduce_puts_merged_values_at_their_anchors():
     seq = sequence()
     reduction = Reduction(torch.tensor([[0, 3]]), 4)
-    out = seq.reduce({1: (reduction, 0)}, {1: torch.tensor([[-1.0], [-2.0]])}, True)
+    out = seq.reduce({(1, 0): (reduction, 0)}, {(1, 0): torch.tensor([[-1.0], [-2.0]])}, True)
     assert real(out, 1, out.hidden) == [100, -1, -2, 105, 106]
     assert real(out, 0, out.hidden) == real(seq, 0, seq.hidden)
 
@@ -98,7 +98,7 @@ def test_reduce_puts_merged_values_at_their_anchors():
 def test_reduce_allows_a_token_twice():
     """Official AttnMix keeps some tokens twice; the seam must be able to reproduce that."""
     seq = sequence()
-    out = seq.reduce({0: (Reduction(torch.tensor([[2, 2, 0]]), 4), 0)}, {}, False)
+    out = seq.reduce({(0, 0): (Reduction(torch.tensor([[2, 2, 0]]), 4), 0)}, {}, False)
     assert real(out, 0, out.hidden)[2:5] == [4, 4, 2]
 
 

@@ -1,0 +1,56 @@
+"""Budgets of methods that reduce between decoder layers: how many visual tokens enter each layer.
+
+A budget is the mean over layers of the visual tokens that enter a layer. Papers state stages for a decoder of 32 (or
+40) layers; another depth gets them in proportion.
+"""
+
+from collections.abc import Callable, Sequence
+
+from llava.errors import UserError
+
+
+def scaled_layers(stages: Sequence[int], reference: int, depth: int) -> tuple[int, ...]:
+    """Stage layers of a decoder with `reference` layers, moved to one with `depth`: at least 1, strictly increasing.
+
+    Raises:
+        UserError: the decoder has too few layers for that many stages.
+    """
+    found: list[int] = []
+    for stage in stages:
+        place = max(1, int(stage * depth / reference + 0.5))
+        found.append(max(place, found[-1] + 1) if found else place)
+    if found and found[-1] >= depth:
+        raise UserError(
+            f"Stages in front of layers {', '.join(map(str, stages))} of {reference} do not fit into {depth} decoder "
+            "layers; name layers of this model with the method's `layers` option."
+        )
+    return tuple(found)
+
+
+def entering_layers(before: int, stages: Sequence[int], counts: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Visual tokens entering each layer: `before` in front of the first stage, then `counts[i]` from `stages[i]` on."""
+    tokens, place = [], before
+    changes = dict(zip(stages, counts, strict=True))
+    for layer in range(depth):
+        place = changes.get(layer, place)
+        tokens.append(place)
+    return tuple(tokens)
+
+
+def largest_within(budget: int, most: int, total_of: Callable[[int], int], depth: int) -> int | None:
+    """The largest x in 1..most for which `total_of(x)`, a sum over layers that grows with x, is nearest to the budget.
+
+    Returns:
+        x whose mean over `depth` layers is nearest to `budget` (the smaller x on a tie), or None if even x = 1 is off
+        by more than half a token.
+    """
+    best = min(range(1, most + 1), key=lambda x: (abs(total_of(x) - budget * depth), x))
+    return best if abs(total_of(best) - budget * depth) <= depth / 2 else None
+
+
+def refuse_budget(name: str, budget: int, smallest: float, largest: int, why: str) -> UserError:
+    """The error for a budget that a method's structure cannot meet."""
+    return UserError(
+        f"{name} cannot reach a mean of {budget} visual tokens per layer: {why}. "
+        f"On this model it reaches {smallest:g} to {largest:g}."
+    )
