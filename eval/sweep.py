@@ -23,8 +23,9 @@ from eval.config import RunConfig
 from eval.run import prepare, run
 from llava import registry
 from llava.model import Llava
+from llava.reducer import Reducer
 from llava.signals import Signal
-from llava.vision import Encoded
+from llava.vision import Encoded, encode
 
 Credits = dict[str, float]
 
@@ -41,35 +42,54 @@ class Setting:
 class Remembering(Llava):
     """A LLaVA that keeps the tower's output for every picture it has seen, in the memory of this process.
 
-    Only the signals asked for first are there; a method that needs others computes them anew under its own key.
+    CLS and every signal asked for so far are kept for each picture, so that methods share one pass of the tower; what a
+    method is handed, and the operations booked for it, are those of a run of its own.
     """
 
     remembers_features = True
 
     def __init__(self, model: Llava):
         self.__dict__.update(model.__dict__)
+        self._signals: dict[Signal, None] = {}
         self._seen: dict[tuple, tuple[torch.Tensor, dict[Signal, torch.Tensor], Encoded]] = {}
+
+    def expect(self, reducers: Sequence[Reducer]) -> None:
+        """Compute the signals of all these methods from the start; one more signal means all pictures anew."""
+        wanted = [signal for reducer in reducers for signal in reducer.signals() if signal not in self._signals]
+        if wanted:
+            self._signals |= dict.fromkeys(wanted)
+            self._seen.clear()
 
     def encode_images(self, pictures, keys, reducer, grid) -> Encoded:
         if reducer.acts("tower"):
             return super().encode_images(pictures, keys, reducer, grid)
-        names = [(key, reducer.signals(), grid, reducer.keep_cls) for key in keys]
+        self.expect([reducer])
+        names = [(key, grid) for key in keys]
         new = [i for i, name in enumerate(names) if name not in self._seen]
         if new:
-            fresh = super().encode_images([pictures[i] for i in new], [keys[i] for i in new], reducer, grid)
+            pixels = torch.stack([self.image_processor(pictures[i]) for i in new]).to(self.device)
+            fresh = encode(self.tower, pixels, self.select_layer, tuple(self._signals), grid, keep_cls=True)
             for row, i in enumerate(new):
                 signals = {signal: values[row] for signal, values in fresh.signals.items()}
                 self._seen[names[i]] = (fresh.features[row], signals, replace(fresh, features=None, signals={}))
         rows = [self._seen[name] for name in names]
-        signals = {signal: torch.stack([row[1][signal] for row in rows]) for signal in rows[0][1]}
-        return replace(rows[0][2], features=torch.stack([row[0] for row in rows]), signals=signals)
+        features = torch.stack([row[0] for row in rows])
+        depth = len(self.tower.encoder.layers)
+        run = max([self.select_layer % (depth + 1), *(signal.block % depth for signal in reducer.signals())])
+        return replace(
+            rows[0][2],
+            features=features if reducer.keep_cls else features[:, 1:],
+            signals={signal: torch.stack([row[1][signal] for row in rows]) for signal in reducer.signals()},
+            tokens=rows[0][2].tokens[:run],
+        )
 
 
 def sweep(
-    settings: Sequence[Setting], model: Llava, data: Path, split: str, output: Path, batch_size: int = 48
+    settings: Sequence[Setting], model: Remembering, data: Path, split: str, output: Path, batch_size: int = 48
 ) -> list[Credits]:
     """Run every setting; question id -> credit, in the order of `settings`."""
     results = []
+    model.expect([registry.build(s.method, s.budget or model.visual_tokens, s.options) for s in settings])
     bar = tqdm(settings, desc=f"sweep {split}", unit="setting")
     for setting in bar:
         bar.set_postfix_str(f"{setting.method} {setting.budget or ''} {describe(setting)}")

@@ -21,12 +21,16 @@ from tests.eval_fakes import write_gqa
 def test_remembered_features_give_the_same_answers(tiny):
     batch = [sample if sample.image is None else _named(sample, i) for i, sample in enumerate(samples())]
     remembering = Remembering(tiny)
-    for reducer in (registry.build("consensusdrop", 7), registry.build("uniform", 7)):
+    settings = (("consensusdrop", {}), ("uniform", {}), ("consensusdrop", {"block": "-1", "cls_token": "true"}))
+    reducers = [registry.build(name, 7, options) for name, options in settings]
+    remembering.expect(reducers)
+    for reducer in reducers:
         expected = tiny.answer(batch, reducer, max_new_tokens=4)
         for _ in range(2):  # the second time nothing is encoded
             found = remembering.answer(batch, reducer, max_new_tokens=4)
             assert [a.token_ids for a in found.answers] == [a.token_ids for a in expected.answers]
-    assert len(remembering._seen) == 2 * 4
+            assert found.flops == expected.flops
+    assert len(remembering._seen) == 4
 
 
 def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):

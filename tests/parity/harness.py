@@ -1,0 +1,201 @@
+"""Hold a method against recordings of its official code on the random model of tests/parity/model.py.
+
+A recording (tests/data/parity/<method>-<variant>.npz) names the method, budget and options that reproduce it, the
+repository and commit that was run, and holds, for numbered cases, what that code kept and computed.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from llava import decoder, registry
+from llava.model import Llava
+from llava.original_layout import to_transformers_key, tower_to_transformers_key
+from llava.pipeline import Clock, Pipeline
+from llava.prompt import IMAGE_TOKEN_INDEX, Prompt
+from llava.reduction import Step
+from llava.sample import Sample
+from tests.parity import model as recipe
+
+FOLDER = Path(__file__).parent.parent / "data" / "parity"
+CLS, EXTRA, NOTHING = -1, -2, -9  # values of `kept` that are no patch
+STEP_TOKEN = 7  # id fed to the one decode step that was recorded
+
+
+class ParityLlava(Llava):
+    """The random model; its samples are case numbers, so that ids and pixels are exactly the recorded ones."""
+
+    def prompt(self, sample: Sample) -> Prompt:
+        case = recipe.case(int(sample.id))
+        start = len(case.before) + 1
+        span = (start, start + len(case.after))
+        return Prompt((*case.before, IMAGE_TOKEN_INDEX, *case.after), span, span, "")
+
+
+@cache
+def parity_model() -> ParityLlava:
+    config = LlavaConfig(
+        text_config={"model_type": "llama", **recipe.LANGUAGE_CONFIG},
+        vision_config=recipe.VISION_CONFIG,
+        image_token_index=recipe.WORDS,
+    )
+    config._attn_implementation = "sdpa"
+    container = LlavaForConditionalGeneration(config).eval()
+    weights = {to_transformers_key(name): tensor for name, tensor in recipe.language_weights().items()}
+    weights |= {tower_to_transformers_key(name): tensor for name, tensor in recipe.vision_weights().items()}
+    container.load_state_dict(weights)
+    checkpoint = SimpleNamespace(
+        model=container,
+        tokenizer=None,
+        image_processor=lambda pixels: pixels,
+        conversation="vicuna_v1",
+        name="parity",
+        layout="original",
+        notes=(),
+        vocabulary=recipe.WORDS,
+        text_tower=None,
+    )
+    return ParityLlava(checkpoint, torch.device("cpu"))
+
+
+@dataclass
+class Ours:
+    """What our code did with one case."""
+
+    steps: list[Step]
+    entering: tuple[int, ...]
+    tokens: dict[str, Tensor]
+    logits: Tensor
+    step: Tensor
+
+
+class RecordingPipeline(Pipeline):
+    """Also remembers the visual tokens behind every stage."""
+
+    def _assemble(self, prompts, seen):
+        sequence = super()._assemble(prompts, seen)
+        self.tokens = {"tokens": self._visual(sequence)}
+        return sequence
+
+    def _reduce_prompt(self, *args):
+        sequence = super()._reduce_prompt(*args)
+        self.tokens["tokens"] = self._visual(sequence)
+        return sequence
+
+    def _reduce_decoder(self, samples, sequence, layer, *args):
+        sequence = super()._reduce_decoder(samples, sequence, layer, *args)
+        self.tokens[f"tokens_{layer}"] = self._visual(sequence)
+        return sequence
+
+    @staticmethod
+    def _visual(sequence) -> Tensor:
+        return sequence.take(sequence.hidden, sequence.images)[0]
+
+
+@torch.inference_mode()
+def run_case(model: ParityLlava, reducer, number: int) -> Ours:
+    pipeline = RecordingPipeline(model, reducer)
+    clip = " ".join(map(str, recipe.case(number).clip))
+    sample = Sample(str(number), clip, image=recipe.case(number).pixels)
+    state, record = pipeline.prepare([sample], Clock(model.device))
+    entering = pipeline.audits(state, record)[0].entering
+    logits = model.logits(state.hidden)[0]
+    hidden = decoder.step(model.llm, state, model.llm.embed_tokens(torch.tensor([[STEP_TOKEN]])))
+    return Ours(record.steps[0], entering, pipeline.tokens, logits, model.logits(hidden)[0])
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a method and a recording agree.
+
+    Attributes:
+        cases: compared.
+        kept: cases in which every stage keeps the very same tokens in the same order.
+        overlap: share of the recorded tokens that ours keeps too, all stages together.
+        entering: cases with the same number of tokens entering every layer.
+        tokens, logits, step: largest difference of merged tokens, prefill logits and logits after one decode step,
+            over the cases whose kept tokens are the same; None where nothing was recorded.
+    """
+
+    cases: int
+    kept: int
+    overlap: float
+    entering: int
+    tokens: float | None
+    logits: float | None
+    step: float | None
+
+
+def recording(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Meta data and arrays of one recording."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if name != "meta"}
+        return json.loads(str(file["meta"])), arrays
+
+
+def check(path: Path, cases: int | None = None) -> Agreement:
+    """Run the recorded cases (the first `cases` of them) and compare."""
+    meta, arrays = recording(path)
+    model = parity_model()
+    reducer = registry.build(meta["method"], meta["budget"], meta["options"])
+    reducer.check(model.facts())
+    numbers = arrays["cases"][:cases]
+    same, entering, shared, total = 0, 0, 0, 0
+    worst: dict[str, float] = {}
+    for row, number in enumerate(numbers):
+        ours = run_case(model, reducer, int(number))
+        entering += list(ours.entering) == arrays["entering"][row].tolist()
+        stages = [compare_kept(ours, name, arrays[name][row]) for name in arrays if name.split("_")[0] == "kept"]
+        shared += sum(found for found, _, _ in stages)
+        total += sum(count for _, count, _ in stages)
+        if not all(exact for _, _, exact in stages):
+            continue
+        same += 1
+        for name, values in compared(ours, arrays, row):
+            worst[name] = max(worst.get(name, 0.0), values)
+    return Agreement(
+        len(numbers), same, shared / max(total, 1), entering, *(worst.get(n) for n in ("tokens", "logits", "step"))
+    )
+
+
+def compare_kept(ours: Ours, name: str, theirs: np.ndarray) -> tuple[int, int, bool]:
+    """(tokens that both keep, tokens recorded, whether order and all are equal) at one stage."""
+    theirs = theirs[theirs != NOTHING]
+    places = kept_places(ours, name)
+    known = theirs != EXTRA
+    exact = len(places) == len(theirs) and bool((places[known] == theirs[known]).all())
+    return len(set(places.tolist()) & set(theirs[known].tolist())), int(known.sum()), exact
+
+
+def kept_places(ours: Ours, name: str) -> np.ndarray:
+    """[K] our anchors at a stage, numbered as in the recordings."""
+    if name == "kept":
+        steps = [step for step in ours.steps if not step.place.startswith("layer")]
+        if not steps:
+            return np.arange(recipe.PATCHES)
+        place = torch.arange(steps[0].reduction.inputs) - (steps[0].reduction.inputs == recipe.PATCHES + 1)
+        for step in steps:
+            place = place[step.reduction.anchor[0]]
+        return place.numpy()
+    layer = name.removeprefix("kept_")
+    found = [step.reduction.anchor[0].numpy() for step in ours.steps if step.place == f"layer {layer}"]
+    return found[0] if found else np.zeros(0, dtype=int)
+
+
+def compared(ours: Ours, arrays: dict[str, np.ndarray], row: int):
+    """(kind, largest difference) of everything that was recorded for this row."""
+    for name, values in ours.tokens.items():
+        if name in arrays and row < len(arrays[name]):
+            theirs = torch.from_numpy(arrays[name][row][: len(values)])
+            yield "tokens", float((values - theirs).abs().max())
+    for name, values in (("logits", ours.logits), ("step", ours.step)):
+        if name in arrays and row < len(arrays[name]):
+            theirs = torch.from_numpy(arrays[name][row])
+            yield name, float((values[: len(theirs)] - theirs).abs().max())
