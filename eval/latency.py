@@ -1,11 +1,11 @@
-"""Time to first token of a method beside `full`, on one model, in one process.
+"""Time to first token of methods beside `full`, on one model, in one process.
 
     python -m eval.latency --method consensusdrop --budget 64
-    python -m eval.latency --method consensusdrop --budget 64 --shape llava-1.5-7b --depths 2,4 --dtype bfloat16
+    python -m eval.latency --method all --budget 64 --shape llava-1.5-7b --dtype bfloat16
 
-The two methods take turns, so that a busy machine slows both. With `--shape` the model has random weights and only a
-few decoder layers: prefill time is measured at two depths, and the line through both is continued to the full depth.
-The tower always has its full depth. Medians over the repeats.
+The methods take turns, so that a busy machine slows all. With `--shape` the model has random weights: tower and decoder
+have their full depth, but only `--distinct` decoder layers have weights of their own, which the others share. Medians
+over the repeats.
 """
 
 import argparse
@@ -87,66 +87,71 @@ def read_peak(device: torch.device) -> int:
     return int(line.split()[1]) * 1024
 
 
-def extend(shallow: Measured, deep: Measured, depths: tuple[int, int], full: int) -> Measured:
-    """The line through two depths, continued to `full` layers. Tower and selection do not depend on the depth."""
-    share = (full - depths[1]) / (depths[1] - depths[0])
+def reducers_of(names: list[str], budget: int, options: dict[str, str], model: Llava) -> dict[str, Reducer]:
+    """`full` and the methods that can run at this budget; what cannot is said on standard error.
 
-    def line(a: float, b: float) -> float:
-        return b + share * (b - a)
-
-    seconds = dict(deep.seconds)
-    seconds["prefill"] = line(shallow.seconds["prefill"], deep.seconds["prefill"])
-    kv, operations = line(shallow.kv_bytes, deep.kv_bytes), line(shallow.flops, deep.flops)
-    return Measured(seconds, round(kv), round(operations), deep.peak_bytes)
+    Args:
+        names: methods, or "all".
+    """
+    found = {"full": registry.build("full", model.visual_tokens)}
+    everything = names == ["all"]
+    for name in [n for n in registry.names() if n != "full"] if everything else names:
+        reducer = registry.build(name, budget, {} if everything else options)
+        try:
+            reducer.check(model.facts())
+        except UserError as error:
+            if not everything:
+                raise
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
+        found[name] = reducer
+    return found
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, and return what is printed and written."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    reducer = None
-    results = {}
-    depths = tuple(int(depth) for depth in args.depths.split(","))
     if args.shape and args.shape not in SHAPES:
         raise UserError(str(unknown("shape", args.shape, SHAPES)))
-    if args.shape and (len(depths) != 2 or not 0 < depths[0] < depths[1]):
-        raise UserError(f"--depths should be two numbers of layers, the smaller first, got {args.depths!r}.")
-    for depth in depths if args.shape else (None,):
-        model = random_llava(args.shape, depth, args.dtype) if args.shape else load(args.model, args.dtype, args.device)
-        reducer = registry.build(args.method, args.budget, dict(pair.split("=", 1) for pair in args.set))
-        reducer.check(model.facts())
-        reducers = {"full": registry.build("full", model.visual_tokens), args.method: reducer}
-        samples = [Sample(f"s{i}", QUESTION, image=noise(i)) for i in range(args.batch_size)]
-        results[depth] = measure(model, reducers, samples, args.repeats)
-        device = str(model.device)
-        del model
-    names = ("full", args.method)
     if args.shape:
-        layers = SHAPES[args.shape]["text"]["num_hidden_layers"]
-        final = {n: extend(results[depths[0]][n], results[depths[1]][n], depths, layers) for n in names}
+        model = random_llava(args.shape, args.distinct, args.dtype)
     else:
-        final = results[None]
-    full, ours = (final[name] for name in names)
+        model = load(args.model, args.dtype, args.device)
+    options = dict(pair.split("=", 1) for pair in args.set)
+    reducers = reducers_of(args.method.split(","), args.budget, options, model)
+    samples = [Sample(f"s{i}", QUESTION, image=noise(i)) for i in range(args.batch_size)]
+    measured = measure(model, reducers, samples, args.repeats)
+    full = measured["full"]
     return {
-        "method": args.method,
         "budget": args.budget,
         "model": args.shape or args.model,
-        "depths": depths if args.shape else None,
+        "distinct_layers": args.distinct if args.shape else None,
         "dtype": args.dtype,
         "batch_size": args.batch_size,
         "repeats": args.repeats,
         "threads": torch.get_num_threads(),
-        "hardware": hardware(device),
-        "full": vars(full) | {"ttft": full.ttft},
-        "reduced": vars(ours) | {"ttft": ours.ttft},
-        "ratios": {
-            "ttft": full.ttft / ours.ttft,
-            "prefill": full.seconds["prefill"] / ours.seconds["prefill"],
-            "selection share of ttft": ours.seconds["selection"] / ours.ttft,
-            "kv_bytes": full.kv_bytes / ours.kv_bytes,
-            "flops": full.flops / ours.flops,
-            "peak memory": ours.peak_bytes / full.peak_bytes,
+        "hardware": hardware(str(model.device)),
+        "methods": {
+            name: vars(found) | {"ttft": found.ttft, "ratios": ratios(full, found)} for name, found in measured.items()
         },
+    }
+
+
+def ratios(full: Measured, ours: Measured) -> dict[str, float]:
+    """How much less than full; selection as a share of the time to the first token.
+
+    Signals are computed while the tower runs: what the tower takes longer than for full is counted as selection.
+    """
+    longer = max(0.0, ours.seconds["vision"] - full.seconds["vision"])
+    return {
+        "ttft": full.ttft / ours.ttft,
+        "prefill": full.seconds["prefill"] / ours.seconds["prefill"],
+        "selection share of ttft": ours.seconds["selection"] / ours.ttft,
+        "selection and signals share of ttft": (ours.seconds["selection"] + longer) / ours.ttft,
+        "kv_bytes": full.kv_bytes / ours.kv_bytes,
+        "flops": full.flops / ours.flops,
+        "peak memory": ours.peak_bytes / full.peak_bytes,
     }
 
 
@@ -160,30 +165,36 @@ def noise(seed: int):
 
 def table(result: dict[str, Any]) -> str:
     """The measurement as text."""
-    lines = [f"{'':10}" + "".join(f"{part:>12}" for part in (*PARTS, "TTFT", "KV MB", "GFLOP", "peak MB"))]
-    for name, key in (("full", "full"), (result["method"], "reduced")):
-        row = result[key]
+    heads = (*PARTS, "TTFT", "KV MB", "GFLOP", "peak MB", "TTFT x", "selection")
+    lines = [f"{'':14}" + "".join(f"{head:>13}" for head in heads)]
+    for name, row in result["methods"].items():
         values = [*(1000 * row["seconds"][part] for part in PARTS), 1000 * row["ttft"]]
-        cells = [f"{value:9.1f} ms" for value in values]
-        cells += [f"{row['kv_bytes'] / 1e6:12.2f}", f"{row['flops'] / 1e9:12.1f}", f"{row['peak_bytes'] / 1e6:12.0f}"]
-        lines.append(f"{name[:10]:10}" + "".join(cells))
-    ratios = result["ratios"]
-    lines.append(
-        f"{result['method']} at {result['budget']}: prefill {ratios['prefill']:.2f}x and time to first token "
-        f"{ratios['ttft']:.2f}x faster than full, selection {100 * ratios['selection share of ttft']:.2f} % of TTFT, "
-        f"KV cache {ratios['kv_bytes']:.2f}x smaller, peak memory {ratios['peak memory']:.2f} of full."
-    )
+        cells = [f"{value:10.1f} ms" for value in values]
+        cells += [f"{row['kv_bytes'] / 1e6:13.2f}", f"{row['flops'] / 1e9:13.1f}", f"{row['peak_bytes'] / 1e6:13.0f}"]
+        cells += [f"{row['ratios']['ttft']:13.2f}", f"{100 * row['ratios']['selection share of ttft']:11.2f} %"]
+        lines.append(f"{name[:14]:14}" + "".join(cells))
+    for name, row in result["methods"].items():
+        if name != "full" and len(result["methods"]) == 2:
+            lines.append(sentence(name, result["budget"], row["ratios"]))
     return "\n".join(lines)
+
+
+def sentence(name: str, budget: int, found: dict[str, float]) -> str:
+    return (
+        f"{name} at {budget}: prefill {found['prefill']:.2f}x and time to first token {found['ttft']:.2f}x faster than "
+        f"full, selection {100 * found['selection share of ttft']:.2f} % of TTFT, KV cache {found['kv_bytes']:.2f}x "
+        f"smaller, peak memory {found['peak memory']:.2f} of full."
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", required=True)
+    parser.add_argument("--method", required=True, help="a name, several separated by commas, or all")
     parser.add_argument("--budget", type=int, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="option of the method")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--shape", help=f"random weights in the shape of: {', '.join(SHAPES)}")
-    parser.add_argument("--depths", default="2,4", help="decoder layers to measure with --shape")
+    parser.add_argument("--distinct", type=int, default=4, help="with --shape: decoder layers with their own weights")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=1)

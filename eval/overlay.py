@@ -51,6 +51,12 @@ def step_owner(step: Step, patches: int) -> Ints:
     """[inputs]: the output token each input of one step goes into, -1 if it goes nowhere."""
     reduction: Reduction = step.reduction
     anchor = reduction.anchor[0].cpu().numpy()
+    if reduction.mix is not None:
+        # Groups overlap: a patch is drawn with the token it has the largest share in, a kept one with its own.
+        share = reduction.mix[0].cpu().numpy()
+        owner = np.where(share.max(0) > 0, share.argmax(0), -1)
+        owner[anchor] = np.arange(len(anchor))
+        return owner
     if reduction.owner is not None:
         owner = reduction.owner[0].cpu().numpy()
         share = reduction.weight[0].cpu().numpy() if reduction.weight is not None else np.ones(len(owner))

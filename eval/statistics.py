@@ -108,3 +108,57 @@ def resampled_means(total: Array, size: Array, resamples: int, seed: int) -> Arr
         drawn = random.integers(count, size=(min(rows, resamples - start), count))
         means.append(total[drawn].sum(1) / size[drawn].sum(1))
     return np.concatenate(means)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p-values that hold for all comparisons of a family together."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    corrected, highest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def all_pairs(
+    credits: Mapping[str, Mapping[str, float]],
+    clusters: Mapping[str, Hashable],
+    resamples: int = 5 * RESAMPLES,  # the smallest p must stay small when it is multiplied by the number of pairs
+    seed: int = 0,
+) -> dict[tuple[str, str], Comparison]:
+    """Every method against every other on the same questions, p-values corrected by Holm over all pairs.
+
+    The p-value is that of a sign-flip test over clusters: if two methods are equally good, the difference on an image
+    is as likely to be the other way round. Unlike a bootstrap's its floor does not depend on how clear a case is.
+
+    Args:
+        credits: method -> question id -> credit.
+        clusters: question id -> label.
+
+    Returns:
+        (a, b) -> a minus b, for a before b in `credits`.
+    """
+    methods = list(credits)
+    names = sorted(credits[methods[0]])
+    if any(sorted(credits[method]) != names for method in methods):
+        raise UserError("All methods must have answered the same questions.")
+    labels = [clusters[name] for name in names]
+    sums = np.stack([cluster_sums([credits[m][n] for n in names], labels)[0] for m in methods])
+    size = cluster_sums([0.0] * len(names), labels)[1]
+    pairs = [(i, j) for i in range(len(methods)) for j in range(i + 1, len(methods))]
+    gaps = np.stack([sums[i] - sums[j] for i, j in pairs])  # [pairs, clusters]
+    seen = np.abs(gaps.sum(1))
+    random = np.random.default_rng(seed)
+    beyond, means = np.zeros(len(pairs)), []
+    for _ in range(0, resamples, 500):
+        flips = random.choice([-1.0, 1.0], size=(500, len(size)))
+        beyond += (np.abs(flips @ gaps.T) >= seen - 1e-9).sum(0)
+        drawn = random.multinomial(len(size), np.full(len(size), 1 / len(size)), size=500)
+        means.append((drawn @ gaps.T) / (drawn @ size)[:, None])
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975), axis=0)
+    total = 500 * len(means)
+    p = holm([float((count + 1) / (total + 1)) for count in beyond])
+    return {
+        (methods[i], methods[j]): Comparison(float(gaps[k].sum() / size.sum()), float(low[k]), float(high[k]), p[k])
+        for k, (i, j) in enumerate(pairs)
+    }

@@ -1,9 +1,11 @@
 """Models of real size with random weights, for timing. Their answers mean nothing."""
 
+import copy
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
@@ -41,11 +43,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_llava(shape: str, layers: int, dtype: str = "bfloat16") -> Llava:
-    """A LLaVA of a known shape with `layers` decoder layers and random weights, on the CPU."""
+def random_llava(shape: str, distinct: int | None = None, dtype: str = "bfloat16") -> Llava:
+    """A LLaVA of a known shape and its full depth with random weights, on the CPU.
+
+    Args:
+        distinct: decoder layers with weights of their own; the others take turns in sharing them, so that a model of
+            full depth fits into a small memory and still does all its work. None gives every layer its own.
+    """
     sizes = SHAPES[shape]
+    layers = sizes["text"]["num_hidden_layers"]
     config = LlavaConfig(
-        text_config={**sizes["text"], "num_hidden_layers": layers},
+        text_config={**sizes["text"], "num_hidden_layers": distinct or layers},
         vision_config=sizes["vision"],
         image_token_index=32000,
     )
@@ -68,12 +76,13 @@ def random_llava(shape: str, layers: int, dtype: str = "bfloat16") -> Llava:
             for start in range(0, flat.numel(), block.numel()):
                 part = flat[start : start + block.numel()]
                 part.copy_(block[: part.numel()])
+    share_layers(model.model.language_model, layers)
     checkpoint = Checkpoint(
         model=model,
         tokenizer=_letters(),
         image_processor=ImageProcessor(336, 336),
         conversation="vicuna_v1",
-        name=f"random {shape}, {layers} layers",
+        name=f"random {shape}",
         layout="transformers",
         vision_tower_source="random weights",
         text_tower=None,
@@ -81,6 +90,18 @@ def random_llava(shape: str, layers: int, dtype: str = "bfloat16") -> Llava:
         vocabulary=32000,
     )
     return Llava(checkpoint, torch.device("cpu"))
+
+
+def share_layers(llm: nn.Module, layers: int) -> None:
+    """Lengthen a decoder by layers that share the weights of those it has, each with an index of its own."""
+    own = len(llm.layers)
+    for index in range(own, layers):
+        source = llm.layers[index % own]
+        # Parameters are put into the memo, so that everything is copied but them.
+        shared = copy.deepcopy(source, {id(weight): weight for weight in source.parameters()})
+        shared.self_attn.layer_idx = index
+        llm.layers.append(shared)
+    llm.config.num_hidden_layers = layers
 
 
 def _letters() -> PreTrainedTokenizerFast:

@@ -1,6 +1,8 @@
 """The contract: every registered method passes this suite by being registered."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +235,40 @@ def test_no_method_asks_for_attention_maps(name, tiny, monkeypatch):
     run(tiny, samples(2), reducing(name, tiny))
     blocks = tiny.select_layer % (len(tiny.tower.encoder.layers) + 1)
     assert len(calls) == blocks + len(tiny.llm.layers)
+
+
+def test_is_refused_exactly_where_a_need_is_not_met(name, tiny):
+    """What the card says a method needs is what it refuses to run without, with the reason."""
+    reducer, needs = reducing(name, tiny), registry.method(name).card.needs
+    facts = dataclasses.replace(tiny.facts(), has_text_tower=True)
+    without = {
+        "CLS": (dataclasses.replace(facts, has_cls=False), "CLS"),
+        "text tower": (dataclasses.replace(facts, has_text_tower=False), "text tower"),
+    }
+    for need, (poorer, reason) in without.items():
+        if need in needs:
+            with pytest.raises(UserError, match=reason):
+                reducer.check(poorer)
+        else:
+            reducer.check(poorer)
+    shallow = dataclasses.replace(facts, layers=1)
+    if reducer.acts("decoder"):
+        with pytest.raises(UserError, match="layer"):
+            reducer.check(shallow)
+    else:
+        reducer.check(shallow)
+
+
+def test_a_planted_answer_is_looked_for(name):
+    """Shape tests pass with the order of a ranking turned round; each method needs one that does not."""
+    if name in ("full", "random", "uniform", "downsample"):
+        return
+    sources = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
+    marks = (f'"{name}"', f"import {registry.method(name).__name__}")
+    used = [source for source in sources if any(mark in source for mark in marks)]
+    # In the name of a test or in the first line of its docstring.
+    planted = re.compile(r'def test\w*plant|def test\w*\([^)]*\)[^:]*:\n\s+"""[^\n]*plant', re.IGNORECASE)
+    assert any(planted.search(source) for source in used), f"no test of {name} plants an answer and looks for it"
 
 
 @pytest.mark.parametrize("budget", [0, -1, ALL + 1])

@@ -5,10 +5,11 @@ import argparse
 import pytest
 import torch
 
-from eval.latency import Measured, extend, run, table
+from eval.latency import Measured, ratios, run, table
 from eval.statistics import Interval
 from eval.sweep import Remembering, Setting, sweep
-from eval.tables.consensusdrop import FACTORS, changed, defaults, is_default
+from eval.tables.ablation import changed, defaults, is_default
+from eval.tables.consensusdrop import FACTORS
 from eval.tables.page import insert, markdown
 from eval.tables.plots import accuracy_plot
 from llava import registry
@@ -52,7 +53,7 @@ def _named(sample, index):
 
 
 def test_every_alternative_of_the_ablation_is_a_valid_setting():
-    usual = defaults()
+    usual = defaults("consensusdrop")
     for title, group in FACTORS:
         built = [registry.build("consensusdrop", 64, changed(options, usual)) for options in group]
         assert len(set(built)) == len(built), title
@@ -81,26 +82,27 @@ def test_the_plot_is_written(tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_depths_are_continued_on_a_line():
-    shallow = Measured({"vision": 1.0, "selection": 0.1, "prefill": 2.0}, 200, 1000, 5)
-    deep = Measured({"vision": 1.0, "selection": 0.1, "prefill": 3.0}, 400, 1500, 7)
-    full = extend(shallow, deep, (2, 4), 32)
-    assert full.seconds == {"vision": 1.0, "selection": 0.1, "prefill": 17.0}
-    assert (full.kv_bytes, full.flops, full.ttft) == (3200, 8500, 18.1)
+def test_signals_in_the_tower_count_as_selection():
+    full = Measured({"vision": 1.0, "selection": 0.0, "prefill": 8.0}, 400, 1500, 7)
+    ours = Measured({"vision": 1.5, "selection": 0.5, "prefill": 2.0}, 100, 500, 7)
+    found = ratios(full, ours)
+    assert (found["ttft"], found["prefill"], found["kv_bytes"], found["flops"]) == (9 / 4, 4, 4, 3)
+    assert found["selection share of ttft"] == 0.5 / 4 and found["selection and signals share of ttft"] == 1 / 4
 
 
 def test_latency_compares_with_full_in_one_process(tiny_path):
     args = argparse.Namespace(
-        method="consensusdrop", budget=4, set=[], model=str(tiny_path), shape=None, depths="2,4", dtype="float32",
+        method="consensusdrop", budget=4, set=[], model=str(tiny_path), shape=None, distinct=4, dtype="float32",
         device="cpu", batch_size=2, repeats=2, threads=0,
     )  # fmt: skip
     result = run(args)
     # Per layer 4 of 16 visual tokens; both hold the same text.
-    text = result["full"]["kv_bytes"] - result["reduced"]["kv_bytes"]
+    full, reduced = result["methods"]["full"], result["methods"]["consensusdrop"]
+    text = full["kv_bytes"] - reduced["kv_bytes"]
     assert text == 2 * 4 * 12 * 2 * 2 * 16 * 4, (
         "samples x layers x dropped tokens x (keys, values) x heads x width x bytes"
     )
-    assert result["reduced"]["flops"] < result["full"]["flops"]
+    assert reduced["flops"] < full["flops"]
     assert "faster than full" in table(result)
 
 
@@ -115,6 +117,10 @@ def test_random_model_has_the_real_shape(monkeypatch):
     }
     monkeypatch.setitem(SHAPES, "small", small)
     model = random_llava("small", 3, "float32")
-    assert model.visual_tokens == 576 and len(model.llm.layers) == 3
+    layers = model.llm.layers
+    assert model.visual_tokens == 576 and len(layers) == 32
+    # Full depth, three layers' weights: the others share them and keep their own place in the cache.
+    assert [layer.self_attn.layer_idx for layer in layers] == list(range(32))
+    assert len({layer.mlp.up_proj.weight.data_ptr() for layer in layers}) == 3
     logits = model.answer(samples(1), registry.build("full", 576), max_new_tokens=2)
     assert torch.isfinite(torch.tensor(logits.answers[0].audit.mean))

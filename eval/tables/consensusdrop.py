@@ -8,20 +8,19 @@ under results/sweep, so that an interrupted command goes on where it stopped.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.statistics import bootstrap, paired_bootstrap
+from eval.statistics import paired_bootstrap
 from eval.sweep import Credits, Remembering, Setting, describe, sweep
+from eval.tables.ablation import TABLES, Ablation, ablate, changed, defaults, image_of, interval, write_csv
 from eval.tables.page import insert, markdown
 from llava.errors import UserError
 from llava.model import load
 
 PAGE = ROOT / "docs" / "consensusdrop.md"
-TABLES = ROOT / "docs" / "tables"
 IMAGES = ROOT / "docs" / "images"
 BUDGETS = (192, 128, 64, 32)
 ABLATION_BUDGETS = (64, 32)
@@ -78,71 +77,9 @@ CURVES = (
 )
 
 
-def defaults() -> dict[str, str]:
-    """The method's defaults as option texts."""
-    from llava.registry import describe as describe_methods
-
-    row = next(row for row in describe_methods() if row["name"] == "consensusdrop")
-    return {option["name"]: str(option["default"]).lower() for option in row["options"]}
-
-
-def is_default(options: dict[str, str], usual: dict[str, str]) -> bool:
-    return all(_same(value, usual[key]) for key, value in options.items())
-
-
-def _same(a: str, b: str) -> bool:
-    try:
-        return float(a) == float(b)
-    except ValueError:
-        return a == b
-
-
-def changed(options: dict[str, str], usual: dict[str, str]) -> dict[str, str]:
-    """Only what differs from the defaults, so that equal settings share one run."""
-    return {key: value for key, value in options.items() if not _same(value, usual[key])}
-
-
-def ablation(model, budgets: Sequence[int], output: Path) -> None:
-    """One factor at a time around the defaults, on the validation split."""
-    usual = defaults()
-    entries = [(title, options) for title, group in FACTORS for options in group]
-    settings = [Setting("consensusdrop", b, changed(o, usual)) for b in budgets for _, o in entries]
-    scores = sweep(settings, model, DEFAULT_DATA, "val", output)
-    by_setting = {(s.budget, describe(s)): credit for s, credit in zip(settings, scores, strict=True)}
-    groups = image_of("val")
-    rows, numbers = [], []
-    for title, options in entries:
-        label = ", ".join(f"{key} {value}" for key, value in options.items())
-        cells = []
-        for budget in budgets:
-            credit = by_setting[budget, describe(Setting("", budget, changed(options, usual)))]
-            base = by_setting[budget, ""]
-            mean = 100 * sum(credit.values()) / len(credit)
-            cells.append(f"{mean:.1f}")
-            numbers.append([title, label, budget, f"{mean:.2f}"])
-            if is_default(options, usual):
-                cells.append("default")
-                numbers[-1] += ["0", "0", "0"]
-            else:
-                difference = paired_bootstrap(credit, base, groups)
-                cells.append(
-                    f"{100 * difference.difference:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
-                )
-                numbers[-1] += [f"{100 * v:.2f}" for v in (difference.difference, difference.low, difference.high)]
-        name = f"**{label}**" if is_default(options, usual) else label
-        rows.append([f"{title}: {name}", *cells])
-    header = ["choice"] + [cell for b in budgets for cell in (f"{b} tokens", "against the default [95 % CI]")]
-    insert(PAGE, "ablation", markdown(header, rows))
-    write_csv(
-        TABLES / "consensusdrop_ablation.csv",
-        ["factor", "value", "budget", "accuracy", "difference", "low", "high"],
-        numbers,
-    )
-
-
 def claims(model, budgets: Sequence[int], output: Path) -> None:
     """The paper's claims and the budget table, on the test split, defaults as they are."""
-    usual = defaults()
+    usual = defaults("consensusdrop")
     full = Setting("full", None)
     curve = {
         (name, b): Setting(method, b, changed(o, usual) if o else {}) for name, method, o in CURVES for b in budgets
@@ -171,11 +108,6 @@ def claims(model, budgets: Sequence[int], output: Path) -> None:
 
     points = {name: {b: interval(find(curve[name, b]), groups) for b in budgets} for name, _, _ in CURVES}
     accuracy_plot(IMAGES / "accuracy.png", interval(find(full), groups), points, model.visual_tokens)
-
-
-def interval(credit: Credits, groups: dict[str, str]):
-    names = sorted(credit)
-    return bootstrap([100 * credit[n] for n in names], [groups[n] for n in names])
 
 
 def budget_table(full: Credits, curve: dict, budgets: Sequence[int], groups) -> None:
@@ -234,19 +166,6 @@ def family_table(full: Credits, curve: dict, groups) -> None:
     insert(PAGE, "families", markdown(["method", *families, *kinds, "all"], rows))
 
 
-def image_of(split: str) -> dict[str, str]:
-    """Question id -> image: questions about one picture are resampled together."""
-    from eval import benchmarks
-
-    return {q.id: q.image for q in benchmarks.get("gqa").load(DEFAULT_DATA, split).questions}
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("ablation", "claims"))
@@ -261,7 +180,7 @@ def main() -> int:
         model = Remembering(load(args.model, device=args.device))
         if args.part == "ablation":
             budgets = tuple(map(int, args.budgets.split(","))) if args.budgets else ABLATION_BUDGETS
-            ablation(model, budgets, args.output)
+            ablate(Ablation("consensusdrop", FACTORS, PAGE), model, budgets, args.output)
         else:
             budgets = tuple(map(int, args.budgets.split(","))) if args.budgets else BUDGETS
             claims(model, budgets, args.output)

@@ -1,6 +1,6 @@
 """Figures of the documentation, drawn from measured numbers only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.statistics import Interval
@@ -44,6 +44,50 @@ def accuracy_plot(
     axes.set_title(title or "Embedded GQA test set, embedded model (95 % intervals over images)", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# Panels of the cost plot; what is in none of them goes into the last.
+FAMILIES = (
+    ("the three papers and controls", ("consensusdrop", "visiondrop", "attnmix", "random", "uniform", "downsample")),
+    ("by saliency, behind the tower", ("fastervlm", "visionzip", "hired", "holov", "prumerge", "prumerge_plus")),
+    ("by diversity or question, behind the tower", ("vispruner", "divprune", "scope", "cdpruner", "trim", "tome")),
+    ("inside the language model", ("fastv", "pyramiddrop", "sparsevlm", "dart", "vscan")),
+)
+
+
+def cost_plot(path: Path, full: tuple[float, Interval], points: Mapping[str, Sequence[tuple[float, Interval]]]) -> None:
+    """Accuracy against operations to the first token, one panel per family, all other methods in grey behind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), dpi=140, sharex=True, sharey=True)
+    for panel, (title, names) in zip(axes.flat, FAMILIES, strict=True):
+        for name, line in points.items():
+            if name not in names and line:
+                panel.plot([x for x, _ in line], [y.mean for _, y in line], color="#dddddd", linewidth=1, zorder=1)
+        for index, name in enumerate(name for name in names if points.get(name)):
+            x, y = [x for x, _ in points[name]], [y for _, y in points[name]]
+            spread = [[v.mean - v.low for v in y], [v.high - v.mean for v in y]]
+            panel.errorbar(
+                x, [v.mean for v in y], yerr=spread, label=name, color=COLOURS[index], marker=MARKERS[index],
+                markersize=5, linewidth=1.6, capsize=2, elinewidth=0.7, zorder=3,
+            )  # fmt: skip
+        panel.axhline(full[1].mean, color="black", linewidth=1, linestyle="--")
+        panel.plot([full[0]], [full[1].mean], color="black", marker="*", markersize=10)
+        panel.set_title(title, fontsize=10)
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False, fontsize=8.5, loc="lower right")
+    for panel in axes[1]:
+        panel.set_xlabel("GFLOP per question, tower to first token")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("accuracy, %")
+    figure.suptitle("Embedded GQA test split, embedded model, budgets 192, 128, 64, 32; star: full", fontsize=11)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -117,20 +117,30 @@ class Agreement:
 
     Attributes:
         cases: compared.
+        stable: cases whose choice does not hang on the last bits: the recorder repeated the official computation
+            with a relative noise of 1e-6 after every block and got the same tokens. Only these must agree.
         kept: cases in which every stage keeps the very same tokens in the same order.
+        kept_stable: those among the stable ones.
         overlap: share of the recorded tokens that ours keeps too, all stages together.
         entering: cases with the same number of tokens entering every layer.
         tokens, logits, step: largest difference of merged tokens, prefill logits and logits after one decode step,
-            over the cases whose kept tokens are the same; None where nothing was recorded.
+            over the stable cases whose kept tokens are the same; None where nothing was recorded.
     """
 
     cases: int
+    stable: int
     kept: int
+    kept_stable: int
     overlap: float
     entering: int
     tokens: float | None
     logits: float | None
     step: float | None
+
+
+def recordings() -> list[Path]:
+    """Recordings of whole runs; the others (a selection on drawn inputs) belong to the method's own test."""
+    return [path for path in sorted(FOLDER.glob("*.npz")) if "entering" in recording(path)[1]]
 
 
 def recording(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -147,7 +157,8 @@ def check(path: Path, cases: int | None = None) -> Agreement:
     reducer = registry.build(meta["method"], meta["budget"], meta["options"])
     reducer.check(model.facts())
     numbers = arrays["cases"][:cases]
-    same, entering, shared, total = 0, 0, 0, 0
+    stable = arrays.get("stable", np.ones(len(numbers), dtype=int))[: len(numbers)].astype(bool)
+    same, same_stable, entering, shared, total = 0, 0, 0, 0, 0
     worst: dict[str, float] = {}
     for row, number in enumerate(numbers):
         ours = run_case(model, reducer, int(number))
@@ -158,11 +169,13 @@ def check(path: Path, cases: int | None = None) -> Agreement:
         if not all(exact for _, _, exact in stages):
             continue
         same += 1
+        same_stable += int(stable[row])
+        if not stable[row]:
+            continue
         for name, values in compared(ours, arrays, row):
             worst[name] = max(worst.get(name, 0.0), values)
-    return Agreement(
-        len(numbers), same, shared / max(total, 1), entering, *(worst.get(n) for n in ("tokens", "logits", "step"))
-    )
+    worst_of = (worst.get(name) for name in ("tokens", "logits", "step"))
+    return Agreement(len(numbers), int(stable.sum()), same, same_stable, shared / max(total, 1), entering, *worst_of)
 
 
 def compare_kept(ours: Ours, name: str, theirs: np.ndarray) -> tuple[int, int, bool]:

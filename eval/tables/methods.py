@@ -1,0 +1,82 @@
+"""The table of methods in docs/methods.md, written from what the methods say of themselves.
+
+python -m eval.tables.methods
+"""
+
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from eval.config import ROOT
+from eval.tables.page import insert
+from llava import registry
+from llava.errors import UserError
+from llava.layout import Layout
+from llava.reducer import ModelFacts, Reducer
+
+PAGE = ROOT / "docs" / "methods.md"
+LLAVA_15_7B = ModelFacts(576, 32, Layout(24, 24), tower_blocks=24, has_text_tower=True)
+BUDGETS = (192, 128, 64)
+
+
+def source_of(cls: type[Reducer]) -> str:
+    path = Path(*cls.__module__.split(".")).with_suffix(".py")
+    return f"[{path.name}](../{path})"
+
+
+def runs(entering: tuple[int, ...]) -> str:
+    """Tokens per layer in words: 576 x2, 166 x30."""
+    parts = [(count, len(list(group))) for count, group in groupby(entering)]
+    return ", ".join(f"{count} ×{layers}" for count, layers in parts)
+
+
+def budget_cell(name: str, budget: int) -> str:
+    """What enters the 32 layers of LLaVA-1.5-7B at this budget, and its mean."""
+    try:
+        reducer = registry.build(name, budget)
+        reducer.check(LLAVA_15_7B)
+        planned = reducer.entering(LLAVA_15_7B)
+    except UserError:
+        return "n/a"
+    if planned is None:
+        return "by picture"
+    mean = sum(planned) / len(planned)
+    return f"{mean:g}" if len(set(planned)) == 1 else f"{runs(planned)} = {mean:.1f}"
+
+
+def table() -> str:
+    head = ["method", "acts", "score", "the rest is", "order; positions", "needs", "paper", "official code read"]
+    lines = ["| " + " | ".join([*head, "source"]) + " |", "|" + "---|" * (len(head) + 1)]
+    for name in registry.names():
+        cls, card = registry.method(name), registry.method(name).card
+        positions = registry.options_of(cls)["positions"].default
+        paper = f"[{card.paper}]({card.url})" if card.paper else "control"
+        cells = [f"`{name}`", card.acts, card.score or "–", card.rest, f"{card.order}; {positions}", card.needs or "–"]
+        lines.append("| " + " | ".join([*cells, paper, card.code or "–", source_of(cls)]) + " |")
+    return "\n".join(lines)
+
+
+def budgets() -> str:
+    lines = ["| method | " + " | ".join(map(str, BUDGETS)) + " |", "|---|" + "---|" * len(BUDGETS)]
+    for name in registry.names():
+        if name != "full":
+            lines.append(f"| `{name}` | " + " | ".join(budget_cell(name, budget) for budget in BUDGETS) + " |")
+    return "\n".join(lines)
+
+
+def quirks() -> str:
+    """What departs from the contract, in the methods' own words."""
+    found = [(name, registry.method(name).quirks) for name in registry.names()]
+    return "\n".join(f"* `{name}`: {text}" for name, known in found for text in known.values())
+
+
+def main() -> int:
+    insert(PAGE, "methods", table())
+    insert(PAGE, "budgets", budgets())
+    insert(PAGE, "quirks", quirks())
+    print(f"Tables are in {PAGE.relative_to(ROOT)}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
