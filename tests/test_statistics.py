@@ -112,3 +112,31 @@ def test_fast_enough_for_the_whole_of_gqa():
     start = time.process_time()
     statistics.bootstrap([0.0, 1.0] * 6289)
     assert time.process_time() - start < 10
+
+
+def test_holm_by_the_book():
+    """Holm 1979: the smallest p times m, the next times m - 1, never below an earlier one, never above 1."""
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_all_pairs_finds_the_planted_difference_and_no_other():
+    random = np.random.default_rng(3)
+    names = [f"q{i}" for i in range(600)]
+    images = {name: int(name[1:]) // 3 for name in names}
+    base = {name: float(random.random() < 0.6) for name in names}
+    same = {name: value if random.random() < 0.9 else 1 - value for name, value in base.items()}
+    worse = {name: value * (random.random() < 0.7) for name, value in base.items()}
+    found = statistics.all_pairs({"base": base, "same": same, "worse": worse}, images, resamples=4000)
+    assert set(found) == {("base", "same"), ("base", "worse"), ("same", "worse")}
+    gap = found["base", "worse"]
+    assert gap.difference > 0 and gap.p < 0.01 and gap.low < gap.difference < gap.high
+    assert found["base", "same"].p > 0.05
+    paired = statistics.paired_bootstrap(base, worse, images)
+    assert gap.difference == pytest.approx(paired.difference)
+    assert (gap.low, gap.high) == pytest.approx((paired.low, paired.high), abs=0.01)
+
+
+def test_all_pairs_needs_the_same_questions():
+    with pytest.raises(UserError, match="same questions"):
+        statistics.all_pairs({"a": {"q": 1.0}, "b": {"r": 1.0}}, {"q": 0, "r": 0})

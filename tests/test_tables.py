@@ -10,7 +10,8 @@ from eval.statistics import Interval
 from eval.sweep import Remembering, Setting, sweep
 from eval.tables.ablation import changed, defaults, is_default
 from eval.tables.consensusdrop import FACTORS
-from eval.tables.page import insert, markdown
+from eval.tables.page import insert, latex, markdown
+from eval.tables.papers import PAPERS
 from eval.tables.plots import accuracy_plot
 from llava import registry
 from llava.errors import UserError
@@ -52,10 +53,14 @@ def _named(sample, index):
     return replace(sample, image_id=f"p{index}", image=picture(index))
 
 
-def test_every_alternative_of_the_ablation_is_a_valid_setting():
-    usual = defaults("consensusdrop")
-    for title, group in FACTORS:
-        built = [registry.build("consensusdrop", 64, changed(options, usual)) for options in group]
+ABLATIONS = {"consensusdrop": FACTORS, **{name: paper.factors for name, paper in PAPERS.items()}}
+
+
+@pytest.mark.parametrize("method", ABLATIONS)
+def test_every_alternative_of_the_ablation_is_a_valid_setting(method):
+    usual = defaults(method)
+    for title, group in ABLATIONS[method]:
+        built = [registry.build(method, 64, changed(options, usual)) for options in group]
         assert len(set(built)) == len(built), title
         assert sum(is_default(options, usual) for options in group) == 1, (
             f"{title}: the default must be one of the rows"
@@ -74,6 +79,12 @@ def test_insert_replaces_only_between_its_markers(tmp_path):
     assert page.read_text() == expected
     with pytest.raises(UserError, match="no markers for 'z'"):
         insert(page, "z", "")
+
+
+def test_latex_escapes_what_latex_reads():
+    text = latex(["method", "64"], [["full", "96 %"], ["a_b", "n/a"], ["c ‡", "1"]])
+    assert r"a\_b & -- \\" in text and r"96 \%" in text and r"c $^\ddagger$" in text
+    assert text.count(r"\midrule") == 2 and "{lr}" in text
 
 
 def test_the_plot_is_written(tmp_path):
