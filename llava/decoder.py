@@ -37,7 +37,8 @@ class Prefilled:
         hidden: [B, 1, D] last hidden state of the last prompt token, before the final norm.
         cache: keys and values, one length per layer.
         valid: per layer [B, keys] bool, or None where no sample is padded; layers of equal length share one tensor.
-        next_position: [B, 1] position id of the first generated token.
+        next_position: per layer [B, 1], position id of the first generated token: one behind the prompt as that layer
+            knows it, so that decoding equals one longer prefill; layers of equal length share one tensor.
         lengths: per layer, the real length of each sample.
         visual: per layer, the visual tokens of each sample.
     """
@@ -45,7 +46,7 @@ class Prefilled:
     hidden: Tensor
     cache: DynamicCache
     valid: list[Tensor | None]
-    next_position: Tensor
+    next_position: list[Tensor]
     lengths: list[tuple[int, ...]] = field(default_factory=list)
     visual: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -81,8 +82,8 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
         stages: layers in front of which `reduce_at` is called; layer 0 is not one of them.
     """
     cache, eager = DynamicCache(config=llm.config), _is_eager(llm)
-    valid, lengths, visual = [], [], []
-    rotary = mask = known = entered = None
+    valid, lengths, visual, behind = [], [], [], []
+    rotary = mask = known = entered = place = None
     for index, layer in enumerate(llm.layers):
         if index in stages:
             sequence, rotary = reduce_at(sequence, index, entered, cache.layers[index - 1].keys), None
@@ -90,15 +91,17 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
             rotary = llm.rotary_emb(sequence.hidden, sequence.position)
             mask = _mask_of(sequence, eager)
             known = sequence.valid() if sequence.padded else None
+            place = sequence.position[:, -1:] + 1
         entered = sequence if index + 1 in stages else None
         hidden = layer(
             sequence.hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
         )
         sequence = replace(sequence, hidden=hidden)
         valid.append(known)
+        behind.append(place)
         lengths.append(sequence.lengths)
         visual.append(tuple(map(sequence.visual_count, range(len(sequence.lengths)))))
-    return Prefilled(sequence.hidden[:, -1:], cache, valid, sequence.position[:, -1:] + 1, lengths, visual)
+    return Prefilled(sequence.hidden[:, -1:], cache, valid, behind, lengths, visual)
 
 
 def run_layers(llm: nn.Module, sequence: Sequence, count: int) -> Tensor:
@@ -112,7 +115,9 @@ def run_layers(llm: nn.Module, sequence: Sequence, count: int) -> Tensor:
 
 def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
     """Feed one embedded token per sample, [B, 1, D] -> [B, 1, D], growing every layer's cache by one."""
-    rotary, eager = llm.rotary_emb(token, state.next_position), _is_eager(llm)
+    eager = _is_eager(llm)
+    places = {id(place): place for place in state.next_position}
+    rotary = {key: llm.rotary_emb(token, place) for key, place in places.items()}
     grown: dict[int, tuple[Tensor, Tensor]] = {}
     hidden = token
     for index, layer in enumerate(llm.layers):
@@ -122,8 +127,10 @@ def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
                 longer = torch.cat([known, known.new_ones(len(known), 1)], dim=1)
                 grown[id(known)] = (longer, causal_mask(longer, 1, hidden.dtype, eager))
             state.valid[index], mask = grown[id(known)]
+        angles = rotary[id(state.next_position[index])]
         hidden = layer(
-            hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=state.cache, use_cache=True
+            hidden, attention_mask=mask, position_embeddings=angles, past_key_values=state.cache, use_cache=True
         )
-    state.next_position = state.next_position + 1
+    moved = {key: place + 1 for key, place in places.items()}
+    state.next_position = [moved[id(place)] for place in state.next_position]
     return hidden

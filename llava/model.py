@@ -89,7 +89,7 @@ class Llava:
         """The CLIP text tower (llava.clip_text.ClipText), read from its files when a method first asks for it."""
         from llava.clip_text import load_clip_text
 
-        return load_clip_text(self.text_tower, self.tower, self.device)
+        return load_clip_text(self.text_tower, self.tower, self.tokenizer, self.device)
 
     def prompt(self, sample: Sample) -> Prompt:
         return build_prompt(sample, self.tokenizer, self.conversation)
@@ -105,12 +105,12 @@ class Llava:
             grid: patch grid to shrink to, or None.
         """
         pixels = torch.stack([self.image_processor(picture) for picture in pictures]).to(self.device)
-        names = tuple(map(str, range(len(pictures))))
+        names, facts = tuple(map(str, range(len(pictures)))), self.facts()
         spent = 0
 
         def merge_at(hidden: Tensor, keys: Tensor, sizes: Tensor, block: int) -> Reduction | None:
             nonlocal spent
-            state = BlockState(ids=names, tokens=hidden, keys=keys, sizes=sizes, block=block)
+            state = BlockState(ids=names, facts=facts, tokens=hidden, keys=keys, sizes=sizes, block=block)
             reduction = reducer.tower(state)
             projection = self.tower.encoder.layers[block].self_attn.k_proj
             spent += state.flops // len(pictures) + linear_flops(projection, hidden.shape[1])
@@ -152,13 +152,19 @@ class Llava:
         return generate(self, samples, reducer, max_new_tokens, searched)
 
 
-def load(source: str | Path | None = None, dtype: str = "float32", device: str = "auto") -> Llava:
+def load(
+    source: str | Path | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    text_tower: str | Path | None = None,
+) -> Llava:
     """Load a checkpoint.
 
     Args:
         source: directory or hub id, transformers or original layout; None for the embedded model.
         dtype: float32, bfloat16 or float16.
         device: "cpu", "cuda", "cuda:1", or "auto".
+        text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
     """
     from llava.checkpoint import load_checkpoint
 
@@ -169,4 +175,4 @@ def load(source: str | Path | None = None, dtype: str = "float32", device: str =
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"Device {device!r} was asked for, but this machine has no CUDA device; use --device cpu.")
     place = torch.device(device)
-    return Llava(load_checkpoint(source or EMBEDDED, DTYPES[dtype], place), place)
+    return Llava(load_checkpoint(source or EMBEDDED, DTYPES[dtype], place, text_tower), place)

@@ -79,6 +79,7 @@ class Pipeline:
         self.reducer = reducer
         self.tower, self.projector = model.tower, model.projector
         self.llm = model.llm
+        self.facts = model.facts()
 
     @torch.inference_mode()
     def prepare(self, samples: Samples[Sample], clock: Clock) -> tuple[decoder.Prefilled, Record]:
@@ -147,7 +148,7 @@ class Pipeline:
         record.spend("vision", len(pictures) * flops.tower_flops(self.tower, patches, encoded.tokens))
         record.spend("selection", len(pictures) * encoded.spent)
         for signal in self.reducer.signals():
-            block = self.tower.encoder.layers[signal.block]
+            block = self.tower.encoder.layers[signal.index(len(self.tower.encoder.layers))]
             record.spend("selection", len(pictures) * signal_flops(signal, block, patches))
         layout = Layout(*encoded.grid, has_cls=self.reducer.keep_cls)
         clock.lap("vision")
@@ -205,8 +206,10 @@ class Pipeline:
         """What the states of stages 1 and 2 have in common."""
         return {
             "ids": _ids(samples, rows),
+            "facts": self.facts,
             "layout": seen.layout,
             "questions": tuple(samples[i].question for i, _ in rows),
+            "messages": tuple(samples[i].message for i, _ in rows),
             "clip": self.model.clip if self.reducer.needs_text_tower else None,
         }
 
@@ -260,6 +263,7 @@ class Pipeline:
             part = sequence.rows(rows)
             state = DecoderState(
                 ids=_ids(samples, rows),
+                facts=self.facts,
                 tokens=part.take(part.hidden, part.images),
                 sequence=part,
                 llm=self.llm,

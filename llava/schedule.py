@@ -37,20 +37,33 @@ def entering_layers(before: int, stages: Sequence[int], counts: Sequence[int], d
     return tuple(tokens)
 
 
+def proportional(first: int, parts: Sequence[int]) -> tuple[int, ...]:
+    """`first` tokens and, in proportion to `parts`, those of the later stages: rounded down, at least 1 each.
+
+    Parts 4, 2, 1 are exact halving.
+    """
+    return tuple(max(1, first * part // parts[0]) for part in parts)
+
+
 def largest_within(budget: int, most: int, total_of: Callable[[int], int], depth: int) -> int | None:
-    """The largest x in 1..most for which `total_of(x)`, a sum over layers that grows with x, is nearest to the budget.
+    """The x in 1..most for which `total_of(x)`, a sum over layers that grows with x, is nearest to the budget.
 
     Returns:
-        x whose mean over `depth` layers is nearest to `budget` (the smaller x on a tie), or None if even x = 1 is off
-        by more than half a token.
+        x whose mean over `depth` layers is nearest to `budget` (the smaller x on a tie), or None if even that one is
+        off by more than half a token.
     """
     best = min(range(1, most + 1), key=lambda x: (abs(total_of(x) - budget * depth), x))
     return best if abs(total_of(best) - budget * depth) <= depth / 2 else None
 
 
-def refuse_budget(name: str, budget: int, smallest: float, largest: int, why: str) -> UserError:
-    """The error for a budget that a method's structure cannot meet."""
+def refuse_budget(name: str, budget: int, smallest: float, largest: float, why: str, instead: str = "") -> UserError:
+    """The error for a budget that a method's structure cannot meet.
+
+    Args:
+        smallest, largest: means over layers that it can meet on this model.
+        instead: one more sentence, on what to do about it.
+    """
     return UserError(
         f"{name} cannot reach a mean of {budget} visual tokens per layer: {why}. "
-        f"On this model it reaches {smallest:g} to {largest:g}."
+        f"On this model it reaches {smallest:.4g} to {largest:.4g}." + (f" {instead}" if instead else "")
     )

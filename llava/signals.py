@@ -21,10 +21,17 @@ class Signal:
     Attributes:
         kind: a key of TOWER_SIGNALS.
         block: tower block, counted as a Python index; -2 is the block whose output LLaVA takes.
+        depth: number of blocks of the tower that `block` was chosen for; a tower of another depth gives the block at
+            the same share of it. 0 takes `block` as it is.
     """
 
     kind: str
     block: int = -2
+    depth: int = 0
+
+    def index(self, blocks: int) -> int:
+        """The block in a tower with so many."""
+        return min(int(self.block * blocks / self.depth + 0.5), blocks - 1) if self.depth else self.block
 
 
 def _heads(projected: Tensor, heads: int) -> Tensor:

@@ -5,7 +5,7 @@ The pipeline groups images by their number of visual tokens, so a method never s
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from llava.reduction import Reduction
 from llava.sequence import Sequence, Span
 from llava.signals import Signal, attention_rows, layer_keys, text_to_visual_attention
 
+if TYPE_CHECKING:
+    from llava.reducer import ModelFacts
+
 
 @dataclass(kw_only=True)
 class State:
@@ -26,10 +29,12 @@ class State:
         ids: one name per image, for seeds.
         flops: operations that the method spent beside the main path. `matmul` adds to it; products made in other
             ways must be added by hand.
+        facts: the model, for methods whose counts follow from its depth.
     """
 
     ids: tuple[str, ...]
     flops: int = 0
+    facts: "ModelFacts | None" = None
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, booked."""
@@ -65,6 +70,7 @@ class EncoderState(State):
         layout: origin of the N tokens.
         merged: what was merged inside the tower, if anything was; then its outputs are the N tokens.
         questions: the bare question of each image's prompt.
+        messages: the same with its answer-format instruction.
         clip: the CLIP text tower, for methods with `needs_text_tower`.
     """
 
@@ -73,6 +79,7 @@ class EncoderState(State):
     layout: Layout
     merged: Reduction | None = None
     questions: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
     clip: Any = None
 
 
@@ -208,8 +215,9 @@ class DecoderState(State):
         sequence = self.sequence
         spans = text_spans(sequence, rows) if isinstance(rows, str) else rows
         index, mask = row_index(sequence, spans)
-        # Causality: no row sees anything behind the last row.
-        width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(spans))
+        # Causality: no row sees anything behind the last row. Columns behind it are wanted all the same, as zeros.
+        ends = [max(stop, image) for (_, stop), (_, image) in zip(spans, sequence.images, strict=True)]
+        width = max(sequence.padding(s) + end for s, end in enumerate(ends))
         source = sequence if at == "next" else self.entered
         layer = self.llm.layers[self.layer - (at == "previous")]
         pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731

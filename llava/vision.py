@@ -79,9 +79,10 @@ def encode(
     selected = select_layer % (depth + 1)  # hidden_states has depth + 1 entries
     wanted: dict[int, list[Signal]] = {}
     for signal in signals:
-        if not -depth <= signal.block < depth:
-            raise UserError(f"Signal {signal.kind} needs tower block {signal.block}, but the tower has {depth} blocks.")
-        wanted.setdefault(signal.block % depth, []).append(signal)
+        index = signal.index(depth)
+        if not -depth <= index < depth:
+            raise UserError(f"Signal {signal.kind} needs tower block {index}, but the tower has {depth} blocks.")
+        wanted.setdefault(index % depth, []).append(signal)
     if merging and wanted:
         raise UserError("Tower signals are over all patches; a method that merges in the tower cannot ask for them.")
     features, found, merged, tokens = hidden, {}, None, []

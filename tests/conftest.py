@@ -22,7 +22,7 @@ QUESTIONS = (
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "tiny-llava"
-    save_transformers_layout(path)
+    save_transformers_layout(path, text_tower=True)
     return path
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import llava.checkpoint
+import llava.files
 from llava.checkpoint import Checkpoint, load_checkpoint, real_vocabulary
 from llava.errors import UserError
 from llava.image import ImageProcessor
@@ -59,7 +60,7 @@ def no_network(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise ConnectionError("no network in tests")
 
-    monkeypatch.setattr(llava.checkpoint, "snapshot_download", refuse)
+    monkeypatch.setattr(llava.files, "snapshot_download", refuse)
 
 
 def write(layout: str, directory: Path, model: LlavaForConditionalGeneration) -> Path:
@@ -506,7 +507,7 @@ def test_hub_fetches_the_weights_once(tmp_path, model, monkeypatch, layout):
                 shutil.copy(path, local)
         return str(local)
 
-    monkeypatch.setattr(llava.checkpoint, "snapshot_download", fetch)
+    monkeypatch.setattr(llava.files, "snapshot_download", fetch)
     loaded = load_checkpoint("some/model")
     assert loaded.name == "some/model"
     assert torch.equal(loaded.model.lm_head.weight[:WORDS], model.lm_head.weight[:WORDS])

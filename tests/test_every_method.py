@@ -94,8 +94,9 @@ def test_anchors_are_ascending_and_unique(name, tiny):
             if "duplicates" not in reducer.quirks:
                 assert len(place.unique()) == len(place)
             if "appended" in reducer.quirks:
+                # A target that nothing joined looks like a kept token; then there are two ascending runs.
                 kept = place[~merged]
-                assert (kept.diff() > 0).all()
+                assert (kept.diff() > 0).all() or (place.diff() <= 0).sum() == 1
             else:
                 assert (place.diff() > 0).all()
 

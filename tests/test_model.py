@@ -104,9 +104,14 @@ def test_kv_bytes_are_those_of_the_cache(tiny):
     assert Pipeline(tiny, FULL).audits(state, record)[0].kv_bytes == state.kv_bytes_held()
 
 
-def test_decoding_after_reduction_equals_one_long_prefill(tiny):
-    """Cached decoding against a prompt that already contains the tokens generated so far."""
-    sample, reducer = samples(1)[0], EveryOther(budget=16, positions="original")
+@pytest.mark.parametrize("positions", ["original", "renumber"])
+def test_decoding_after_reduction_equals_one_long_prefill(tiny, positions):
+    """Cached decoding against a prompt that already contains the tokens generated so far.
+
+    With renumbered positions a new token has another position id in front of a stage than behind it, as in the releases
+    of PyramidDrop and SparseVLM.
+    """
+    sample, reducer = samples(1)[0], EveryOther(budget=16, positions=positions)
     answer = tiny.answer([sample], reducer, max_new_tokens=6).answers[0]
 
     class Longer:

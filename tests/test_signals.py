@@ -119,9 +119,11 @@ def test_static_rows_without_rotation_ignore_positions(tiny):
 @pytest.mark.parametrize("method", registry.names())
 def test_flops_equal_what_torch_counts(eager, method, budget):
     """One sample, eager attention, so that every product is a matmul that torch's counter sees."""
-    if method == "full" and budget < 16:
-        return
     reducer = registry.build(method, budget)
+    try:
+        reducer.check(eager.facts())
+    except UserError:
+        return  # a budget that this method's structure cannot meet on so small a model
     with FlopCounterMode(display=False) as counter:
         state, record = Pipeline(eager, reducer).prepare(samples(1), Clock(eager.device))
         eager.next_token(state.hidden)

@@ -13,6 +13,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaConfig,
@@ -111,8 +113,13 @@ def save_transformers_layout(
     model: LlavaForConditionalGeneration | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     safetensors: bool = True,
+    text_tower: bool = False,
 ) -> LlavaForConditionalGeneration:
-    """Write what a llava-hf repository holds; `safetensors=False` writes one pytorch_model.bin instead."""
+    """Write what a llava-hf repository holds; `safetensors=False` writes one pytorch_model.bin instead.
+
+    Args:
+        text_tower: also write what completes the vision tower to a CLIP, into the folder text_tower/.
+    """
     model = make_tiny_llava() if model is None else model
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
@@ -121,7 +128,47 @@ def save_transformers_layout(
         torch.save(model.state_dict(), directory / "pytorch_model.bin")
     (tokenizer or make_tokenizer()).save_pretrained(directory)
     _write_preprocessor(directory, model.config.vision_config.image_size)
+    if text_tower:
+        save_text_tower(directory / "text_tower", model)
     return model
+
+
+def make_tiny_clip(model: LlavaForConditionalGeneration, seed: int = 1, length: int = 20, **text: Any) -> CLIPModel:
+    """A random CLIP around the vision tower of a LLaVA; its text half reads the words of `make_tokenizer`."""
+    vision = model.config.vision_config.to_dict()
+    half = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "vocab_size": len(make_tokenizer()),
+        "max_position_embeddings": length,
+        "projection_dim": vision["projection_dim"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = CLIPConfig(text_config={**half, **text}, vision_config=vision, projection_dim=vision["projection_dim"])
+    clip = CLIPModel(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(clip.named_parameters()):
+            if weight.dim() == 2 and not name.startswith("vision_model"):
+                # Embeddings as large as what the blocks add, so that every word matters.
+                scale = 1.0 if "embedding" in name else weight[0].numel() ** -0.5
+                weight.copy_(scale * torch.randn(weight.shape, generator=generator))
+    clip.vision_model.load_state_dict(model.model.vision_tower.state_dict())
+    return clip
+
+
+def save_text_tower(directory: Path, model: LlavaForConditionalGeneration, **text: Any) -> CLIPModel:
+    """Write what a LLaVA checkpoint leaves out of a CLIP: its text half, both projections and its config."""
+    clip = make_tiny_clip(model, **text)
+    directory.mkdir(parents=True, exist_ok=True)
+    left_out = {key: tensor for key, tensor in clip.state_dict().items() if not key.startswith("vision_model.")}
+    save_file(left_out, directory / "model.safetensors")
+    clip.config.save_pretrained(directory)
+    return clip
 
 
 def save_original_layout(

@@ -61,8 +61,9 @@ PAPERS = {
             ("CLS token", choices("keep_cls", "true", "false")),
             ("encoder score", choices("encoder_score", "cls", "received")),
             ("place of contextual tokens", choices("order", "appended", "raster")),
-            ("dominant to contextual", choices("ratio", "0", "3", "7", "15")),
-            ("first stage, times the budget", choices("start", "1", "1.25", "1.5", "2")),
+            ("dominant for one contextual", choices("ratio", "0", "1", "3", "7", "15")),
+            ("first stage, times the budget; 1: encoder alone", choices("start", "1", "1.25", "1.5", "2", "3")),
+            ("decoder stages in front of layers", choices("layers", "", "1,3,5", "2,4", "4")),
             ("the release", choices("official", "false", "true")),
         ),
         rows={

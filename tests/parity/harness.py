@@ -6,16 +6,17 @@ repository and commit that was run, and holds, for numbered cases, what that cod
 
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPTextConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava import decoder, registry
+from llava.clip_text import ClipText
 from llava.model import Llava
 from llava.original_layout import to_transformers_key, tower_to_transformers_key
 from llava.pipeline import Clock, Pipeline
@@ -37,6 +38,15 @@ class ParityLlava(Llava):
         start = len(case.before) + 1
         span = (start, start + len(case.after))
         return Prompt((*case.before, IMAGE_TOKEN_INDEX, *case.after), span, span, "")
+
+    @cached_property
+    def clip(self) -> ClipText:
+        config, words = CLIPTextConfig(**recipe.CLIP_TEXT_CONFIG), lambda text: [int(word) for word in text.split()]
+        ends = config.bos_token_id, config.eos_token_id
+        clip = ClipText(config, recipe.WIDTH, self.tower.post_layernorm, words, *ends)
+        weights = {name: tensor for name, tensor in recipe.text_tower_weights().items() if name != "logit_scale"}
+        clip.load_state_dict(weights)
+        return clip.eval()
 
 
 @cache
@@ -60,7 +70,7 @@ def parity_model() -> ParityLlava:
         layout="original",
         notes=(),
         vocabulary=recipe.WORDS,
-        text_tower=None,
+        text_tower="tests.parity.model.text_tower_weights",
     )
     return ParityLlava(checkpoint, torch.device("cpu"))
 
@@ -102,7 +112,7 @@ class RecordingPipeline(Pipeline):
 @torch.inference_mode()
 def run_case(model: ParityLlava, reducer, number: int) -> Ours:
     pipeline = RecordingPipeline(model, reducer)
-    clip = " ".join(map(str, recipe.case(number).clip))
+    clip = " ".join(map(str, recipe.case(number).clip[1:-1]))  # framed by the text tower itself
     sample = Sample(str(number), clip, image=recipe.case(number).pixels)
     state, record = pipeline.prepare([sample], Clock(model.device))
     entering = pipeline.audits(state, record)[0].entering
@@ -193,7 +203,7 @@ def kept_places(ours: Ours, name: str) -> np.ndarray:
         steps = [step for step in ours.steps if not step.place.startswith("layer")]
         if not steps:
             return np.arange(recipe.PATCHES)
-        place = torch.arange(steps[0].reduction.inputs) - (steps[0].reduction.inputs == recipe.PATCHES + 1)
+        place = torch.arange(steps[0].reduction.inputs) - int(steps[0].reduction.inputs == recipe.PATCHES + 1)
         for step in steps:
             place = place[step.reduction.anchor[0]]
         return place.numpy()

@@ -14,8 +14,8 @@ def agree(path, cases):
     assert found.entering == found.cases, found
     # Merged tokens add up float32 numbers in another order; 32 layers enlarge the difference.
     assert found.tokens is None or found.tokens < 1e-2, found
-    assert found.logits is None or found.logits < 2e-2, found
-    assert found.step is None or found.step < 2e-2, found
+    assert found.logits is None or found.logits < 6e-2, found
+    assert found.step is None or found.step < 6e-2, found
 
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)

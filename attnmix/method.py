@@ -1,0 +1,117 @@
+"""AttnMix (AdaFV, AdaV): tokens that the question's words resemble and tokens that CLS looks at, in a mix of its own.
+
+Paper: https://arxiv.org/abs/2501.09532 and https://aclanthology.org/2025.findings-acl.258 (the equations of neither
+    were available)
+Official code read: JiayiV/AdaV@58d1f8d, llava/model/language_model/llava_llama.py, generate
+Differs from it: a token that both rankings choose counts once and the budget is met; saliency is ranked over all crops
+    together, in the order of the tokens; the text is the question. With `official` all is as in the release.
+    docs/attnmix.md explains each difference.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnmix.mixture import adaptive_count, crop_pool, mix, ordered, text_scores
+from attnmix.release import released_count, released_tokens
+from llava.card import Card
+from llava.errors import UserError
+from llava.reducer import ModelFacts, PromptState, Reducer, option, options_of
+from llava.reduction import Reduction
+from llava.registry import register
+from llava.signals import Signal
+from llava.states import text_spans
+
+RELEASED = {"text": "after", "pool": "crop"}  # what `official` makes of these options
+
+
+@register("attnmix")
+@dataclass(frozen=True, kw_only=True)
+class AttnMix(Reducer):
+    """Reads the words as they are embedded, so no decoder layer and no text tower has to run."""
+
+    summary: ClassVar[str] = "what the question's words resemble and what CLS looks at, split by their geometric mean"
+    card: ClassVar[Card] = Card(
+        acts="before decoder layer 0",
+        score="cosine to word embeddings, and CLS attention, block −2",
+        needs="CLS token",
+        paper="AdaFV / AdaV, 2501.09532",
+        url="https://arxiv.org/abs/2501.09532",
+        code="JiayiV/AdaV@58d1f8d",
+    )
+
+    mix: str = option(
+        "adaptive",
+        "split by the geometric mean, text to image only, CLS only, or half of the budget each",
+        ("adaptive", "t2i", "cls", "half"),
+    )
+    floor: float = option(0.25, "adaptive: share of the budget that each ranking gets in any case")
+    temperature: float = option(0.01, "of the softmax that spreads a text token over the picture")
+    text: str = option("question", "text that is compared with the picture", ("question", "instruction", "after"))
+    pool: str = option("global", "rank saliency over all crops, or over the best of each crop", ("global", "crop"))
+    block: int = option(-2, "tower block whose CLS attention is the saliency")
+    official: bool = option(False, "the release to the bit: duplicates, rounding, crops and all text behind the image")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.floor <= 0.5:
+            raise UserError(f"attnmix.floor must be between 0 and 0.5, got {self.floor:g}.")
+        if self.temperature <= 0:
+            raise UserError(f"attnmix.temperature must be above 0, got {self.temperature:g}.")
+        if self.official and self.mix == "half":
+            raise UserError("attnmix.mix=half is in no release; leave out attnmix.official.")
+        usual = options_of(type(self))
+        for name, released in RELEASED.items():
+            if self.official and getattr(self, name) not in (usual[name].default, released):
+                raise UserError(f"attnmix.official takes {name}={released}; leave out attnmix.{name}.")
+
+    def check(self, facts: ModelFacts) -> None:
+        super().check(facts)
+        if self.official and not self._kept(facts.layout.crops):
+            least = facts.layout.crops * (1 if self.mix == "t2i" else 2)
+            raise UserError(
+                f"The budget must be at least {least} with attnmix.official: the release rounds it down to a multiple "
+                f"of {least}, got {self.budget}."
+            )
+
+    def entering(self, facts: ModelFacts) -> tuple[int, ...]:
+        return (self._kept(facts.layout.crops),) * facts.layers
+
+    def signals(self) -> tuple[Signal, ...]:
+        return () if self.mix == "t2i" else (Signal("cls_attention", self.block),)
+
+    def prompt(self, state: PromptState) -> Reduction | None:
+        tokens, crops = state.tokens.shape[1], state.layout.crops
+        if self.budget >= tokens and not self.official:
+            return None
+        no_say = torch.zeros(state.tokens.shape[:2], device=state.tokens.device)
+        text = no_say if self.mix == "cls" else self._text_scores(state)
+        saliency = no_say if self.mix == "t2i" else state.signals[self.signals()[0]]
+        if self.official:
+            return Reduction(released_tokens(text, saliency, crops, self.budget, self.floor, self.mix), tokens)
+        if self.pool == "crop":
+            pool = crop_pool(saliency, crops, -(-self.budget // crops))
+            saliency = saliency.masked_fill(~pool, -torch.inf)
+        return Reduction(mix(text, saliency, self._text_count(text, saliency), self.budget), tokens)
+
+    def _kept(self, crops: int) -> int:
+        return released_count(self.budget, crops, self.mix) if self.official else self.budget
+
+    def _text_scores(self, state: PromptState) -> Tensor:
+        rows = RELEASED["text"] if self.official else self.text
+        for name, (start, stop) in zip(state.ids, text_spans(state.sequence, rows), strict=True):
+            if start == stop:
+                raise UserError(
+                    f"attnmix compares the picture with the {rows} of sample {name!r}, which is empty; "
+                    "set attnmix.text=after to take the whole text behind the image."
+                )
+        return text_scores(*state.text(rows), state.tokens, self.temperature, state.matmul)
+
+    def _text_count(self, text: Tensor, saliency: Tensor) -> Tensor:
+        """[B] int64, how many tokens are chosen by text."""
+        if self.mix == "adaptive":
+            return adaptive_count(ordered(text)[0], ordered(saliency)[0], self.budget, self.floor)
+        share = {"t2i": self.budget, "cls": 0, "half": self.budget // 2}[self.mix]
+        return torch.full((len(text),), share, device=text.device)

@@ -1,0 +1,114 @@
+"""What the baselines that drop tokens between decoder layers share: where their stages stand and how many tokens stay.
+
+A schedule is a family with one number, the tokens that the first stage keeps; everything behind follows from it. The
+number is fitted so that the tokens entering a layer have the budget as their mean.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import ClassVar
+
+from llava.errors import UserError
+from llava.reducer import ModelFacts, Reducer, option
+from llava.reduction import Reduction
+from llava.schedule import entering_layers, largest_within, refuse_budget, scaled_layers
+from llava.states import DecoderState
+
+REFERENCE = 32  # decoder layers of the papers' models
+SCHEDULE = "mean: the budget is the mean over all layers; kept: over the layers behind the first stage"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged(Reducer):
+    """Drops visual tokens in front of a few decoder layers.
+
+    Class attributes:
+        published: decoder layers of the stages in a model of 32.
+    """
+
+    published: ClassVar[tuple[int, ...]] = ()
+
+    schedule: str = option("mean", SCHEDULE, ("mean", "kept"))
+
+    def stages(self) -> tuple[int, ...]:
+        """Layers of this very model that the user chose; () for the published ones in proportion to the depth."""
+        return ()
+
+    def reduce(self, state: DecoderState, keep: int) -> Reduction | None:
+        """The reduction that keeps `keep` of the visual tokens, fewer than there are."""
+        raise NotImplementedError
+
+    def keeps(self, first: int, tokens: int) -> tuple[int, ...]:
+        """Tokens that each stage keeps of a picture with `tokens` if the first stage keeps `first`."""
+        return (first,)
+
+    def fixed(self, facts: ModelFacts) -> tuple[int, ...] | None:
+        """Tokens that each stage keeps under a schedule that is not fitted to the budget."""
+        return None
+
+    def counts(self, keeps: Sequence[int], tokens: int) -> tuple[int, ...]:
+        """Visual tokens behind each stage, merged ones included, of a picture with `tokens`."""
+        return tuple(keeps)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        chosen = self.stages()
+        if chosen and (len(chosen) != len(self.published) or any(b <= a for a, b in pairwise((0, *chosen)))):
+            raise UserError(
+                f"{self.name} needs {len(self.published)} decoder layers that ascend from 1, "
+                f"got {', '.join(map(str, chosen))}."
+            )
+
+    def decoder_layers(self, layers: int) -> tuple[int, ...]:
+        stages = self.stages() or scaled_layers(self.published, REFERENCE, layers)
+        if stages[-1] >= layers:
+            raise UserError(f"{self.name} acts in front of layer {stages[-1]}; this decoder has {layers} layers.")
+        return stages
+
+    def check(self, facts: ModelFacts) -> None:
+        super().check(facts)
+        plan(self, facts)
+
+    def entering(self, facts: ModelFacts) -> tuple[int, ...]:
+        counts = self.counts(plan(self, facts), facts.visual_tokens)
+        return entering_layers(facts.visual_tokens, self.decoder_layers(facts.layers), counts, facts.layers)
+
+    def decoder(self, state: DecoderState) -> Reduction | None:
+        keep = plan(self, state.facts)[self.decoder_layers(state.facts.layers).index(state.layer)]
+        if keep >= state.tokens.shape[1]:
+            return None  # this stage has nothing to do
+        return self.reduce(state, keep)
+
+
+@lru_cache(maxsize=256)
+def plan(method: Staged, facts: ModelFacts) -> tuple[int, ...]:
+    """Tokens that each stage keeps.
+
+    Raises:
+        UserError: no member of the method's family has the budget as its mean.
+    """
+    stages, tokens, depth = method.decoder_layers(facts.layers), facts.visual_tokens, facts.layers
+    if method.budget >= tokens:
+        return (tokens,) * len(stages)
+    fixed = method.fixed(facts)
+    if fixed is not None:
+        return fixed
+    start = stages[0] if method.schedule == "kept" else 0
+
+    def total_of(first: int, method: Staged = method) -> int:
+        counts = method.counts(method.keeps(first, tokens), tokens)
+        return sum(entering_layers(tokens, stages, counts, depth)[start:])
+
+    first = largest_within(method.budget, tokens, total_of, depth - start)
+    if first is not None:
+        return method.keeps(first, tokens)
+    # The family itself may depend on the budget, so its ends are those of the lowest and the highest one.
+    smallest, largest = (total_of(x, replace(method, budget=x)) / (depth - start) for x in (1, tokens))
+    if method.budget > largest:
+        why, instead = "its stages keep fixed shares of one another", ""
+    else:
+        why = f"all {tokens} enter the first {stages[0]} of {depth} layers"
+        instead = f"Set {method.name}.schedule=kept to count only the layers behind." * (start == 0)
+    raise refuse_budget(method.name, method.budget, smallest, largest, why, instead)

@@ -1,0 +1,98 @@
+"""DART: keep a few pivots, and the visual tokens that resemble them least.
+
+Paper: https://arxiv.org/abs/2502.11494
+Official code read: ModelTC/LightCompress@9701d03, llmc/compression/token_reduction/dart.py (a port; the authors'
+repository could not be had)
+Differs from it: pivots take their turns in a fixed order, image before text and by falling key norm (theirs in the
+order of a Python set, on which the greedy choice hangs); keeps exactly what the budget asks (theirs up to 4 more).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baselines._staged import Staged
+from llava.card import Card
+from llava.errors import UserError
+from llava.reducer import option
+from llava.reduction import Reduction, gather_tokens
+from llava.registry import register
+from llava.states import DecoderState, row_index
+
+PIVOTS = 4  # of the image, and as many of the text
+
+
+def highest(score: Tensor, count: int) -> Tensor:
+    """[B, count] positions of the highest scores, best first; equal scores go to the lower index."""
+    return score.argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def shares(tokens: int, pivots: int) -> tuple[int, ...]:
+    """How many of `tokens` each pivot picks: equally many, and one more for the first ones if it does not divide."""
+    return tuple(tokens // pivots + (i < tokens % pivots) for i in range(pivots))
+
+
+def pick_different(similarity: Tensor, pivots: Tensor, picks: Sequence[int]) -> Tensor:
+    """Pivots in turn pick the tokens that resemble them least, among those not taken yet.
+
+    Args:
+        similarity: [B, P, N] of every pivot, in the order of their turns, to the N visual tokens.
+        pivots: [B, I] positions of the pivots that are visual tokens themselves.
+        picks: tokens that each of the P pivots takes.
+
+    Returns:
+        [B, I + sum(picks)] positions of pivots and picked tokens, ascending.
+    """
+    chosen, free = [pivots], torch.ones_like(similarity[:, 0], dtype=torch.bool).scatter(1, pivots, False)
+    for turn, count in enumerate(picks):
+        different = similarity[:, turn].masked_fill(~free, torch.inf)
+        chosen.append(different.argsort(dim=1, stable=True)[:, :count])
+        free = free.scatter(1, chosen[-1], False)
+    return torch.cat(chosen, 1).sort(1).values
+
+
+@register("dart")
+@dataclass(frozen=True, kw_only=True)
+class Dart(Staged):
+    """Needs keys and hidden states, no attention."""
+
+    summary: ClassVar[str] = "keep pivots with large keys and the tokens that resemble them least"
+    card: ClassVar[Card] = Card(
+        acts="before decoder layer 2 of 32",
+        score="least cosine similarity to 4 image and 4 text pivots of the largest keys",
+        paper="DART, 2502.11494",
+        url="https://arxiv.org/abs/2502.11494",
+        code="ModelTC/LightCompress@9701d03",
+    )
+    published: ClassVar[tuple[int, ...]] = (2,)
+
+    positions: str = option("original", "position ids behind the stage", ("renumber", "original"))
+    layer: int = option(0, "decoder layer in front of which tokens are dropped; 0 for 2 of 32 in proportion")
+
+    def stages(self) -> tuple[int, ...]:
+        return (self.layer,) if self.layer else ()
+
+    def reduce(self, state: DecoderState, keep: int) -> Reduction:
+        image, text = self._pivots(state, min(PIVOTS, keep))
+        unit = F.normalize(state.llm.norm(state.tokens).float(), dim=-1)
+        words = F.normalize(state.llm.norm(gather_tokens(state.sequence.hidden, text)).float(), dim=-1)
+        pivots = torch.cat([gather_tokens(unit, image), words], 1)
+        similarity = state.matmul(pivots, unit.transpose(1, 2))
+        picks = shares(keep - image.shape[1], pivots.shape[1])
+        return Reduction(pick_different(similarity, image, picks), state.tokens.shape[1])
+
+    def _pivots(self, state: DecoderState, images: int) -> tuple[Tensor, Tensor]:
+        """Image pivots [B, images] among the visual tokens, text pivots [B, 4] as columns of the padded sequence."""
+        shortest = min(stop - start for start, stop in state.sequence.behind)
+        if shortest < PIVOTS:
+            raise UserError(
+                f"dart takes {PIVOTS} pivots from the text behind the image; a prompt has {shortest} tokens."
+            )
+        size = state.keys.float().abs().sum((1, 3))  # [B, L], L1 norm over all heads
+        index, exists = row_index(state.sequence, state.sequence.behind)
+        text = highest(size.gather(1, index).masked_fill(~exists, -torch.inf), PIVOTS)
+        return highest(state.sequence.take(size, state.sequence.images), images), index.gather(1, text)

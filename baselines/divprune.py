@@ -1,0 +1,62 @@
+"""divprune: the tokens that are farthest from each other, whatever the question and wherever CLS looks.
+
+Paper: https://arxiv.org/abs/2503.02175
+Official code read: vbdi/divprune@799e2d9, LLaVA/llava/model/llava_arch.py, DivPrune
+Differs from it: distances are in float32 (theirs are in the model's float16, where rounding decides many choices), and
+    no token is chosen twice (theirs can repeat itself once only duplicates are left).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava.card import Card
+from llava.reducer import PromptState, Reducer
+from llava.reduction import Reduction
+from llava.registry import register
+
+MatMul = Callable[[Tensor, Tensor], Tensor]
+
+
+def farthest_apart(tokens: Tensor, budget: int, matmul: MatMul = torch.matmul) -> Tensor:
+    """[B, budget] chosen positions of [B, N, D] tokens in the order of choice, by cosine distance.
+
+    First the token whose nearest other token is farthest away, then always the one farthest from all chosen.
+    """
+    unit = F.normalize(tokens.float(), dim=-1)
+    distance = 1 - matmul(unit, unit.transpose(1, 2))  # [B, N, N]
+    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    chosen = [distance.masked_fill(itself, torch.inf).amin(2).argmax(1)]
+    nearest = torch.full_like(distance[:, 0], torch.inf)  # [B, N] distance to the chosen ones, -inf for themselves
+    for _ in range(budget - 1):
+        nearest = torch.minimum(nearest, distance[rows, chosen[-1]])
+        nearest = nearest.scatter(1, chosen[-1].unsqueeze(1), -torch.inf)
+        chosen.append(nearest.argmax(1))
+    return torch.stack(chosen, 1)
+
+
+@register("divprune")
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Reducer):
+    """Compares projected tokens, so it acts behind the projector."""
+
+    summary: ClassVar[str] = "the most diverse tokens: greedily the one farthest from all chosen"
+    card: ClassVar[Card] = Card(
+        acts="before decoder layer 0",
+        score="largest cosine distance of projected tokens to the nearest chosen one",
+        paper="DivPrune, 2503.02175",
+        url="https://arxiv.org/abs/2503.02175",
+        code="vbdi/divprune@799e2d9",
+    )
+
+    def prompt(self, state: PromptState) -> Reduction | None:
+        tokens = state.tokens.shape[1]
+        if self.budget >= tokens:
+            return None
+        chosen = farthest_apart(state.tokens, self.budget, state.matmul)
+        return Reduction(chosen.sort(dim=1).values, tokens)

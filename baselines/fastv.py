@@ -1,0 +1,43 @@
+"""FastV: behind the first layers, keep the visual tokens that the last prompt token attends to.
+
+Paper: https://arxiv.org/abs/2403.06764
+Official code read: pkunlp-icler/FastV@d165972, src/FastV/lmms-eval/fastv_kvcache.py
+Differs from it: runs layer K-1 once (theirs runs it twice and caches its keys twice); batches, any number of visual
+tokens, image span and depth. The budget is a mean over layers; `schedule=kept` counts as the release does.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from baselines._staged import Staged
+from llava.card import Card
+from llava.reducer import option
+from llava.reduction import Reduction, keep_top
+from llava.registry import register
+from llava.states import DecoderState
+
+
+@register("fastv")
+@dataclass(frozen=True, kw_only=True)
+class FastV(Staged):
+    """Prunes once, in the prefill; the cache of the layers in front keeps every token."""
+
+    summary: ClassVar[str] = "rank by the last prompt token's attention in an early decoder layer, prune once"
+    card: ClassVar[Card] = Card(
+        acts="before decoder layer 2 of 32",
+        score="attention of the last prompt token in the layer before",
+        paper="FastV, 2403.06764",
+        url="https://arxiv.org/abs/2403.06764",
+        code="pkunlp-icler/FastV@d165972",
+    )
+    published: ClassVar[tuple[int, ...]] = (2,)
+
+    positions: str = option("original", "position ids behind the stage", ("renumber", "original"))
+    layer: int = option(0, "decoder layer in front of which tokens are dropped; 0 for 2 of 32 in proportion")
+
+    def stages(self) -> tuple[int, ...]:
+        return (self.layer,) if self.layer else ()
+
+    def reduce(self, state: DecoderState, keep: int) -> Reduction:
+        weights, _ = state.attention("last", at="previous")  # [B, H, 1, N]
+        return Reduction(keep_top(weights[:, :, 0].mean(1), keep), state.tokens.shape[1])

@@ -1,0 +1,155 @@
+"""HoloV: the budget is dealt out over chunks of the picture by attention and variety, so that no region is left out.
+
+Paper: https://arxiv.org/abs/2510.02912
+Official code read: obananas/HoloV@1d2e65e, llava/model/utils.py, HoloV
+Differs from it: inside a chunk tokens are ranked by the score that also ranks the chunk (the release ranks by attention
+    alone, so that variety never chooses a token); what a full chunk cannot take goes to the others in proportion to
+    their scores (the release appends zero vectors instead); tokens stay in raster order (the release: by attention
+    inside each chunk). `official` does as the release in all three. Both need chunks of one size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llava.card import Card
+from llava.errors import UserError
+from llava.reducer import ModelFacts, PromptState, Reducer, option
+from llava.reduction import Reduction
+from llava.registry import register
+from llava.signals import Signal
+
+MatMul = Callable[[Tensor, Tensor], Tensor]
+ATTENTION_SCALE = 1e3
+EPS = 1e-6
+
+# Shapes: B images, N tokens, P chunks of S = N / P tokens, D channels. A chunk is a run in raster order, 1.5 rows of
+# LLaVA-1.5's 24 x 24 patches with 16 chunks.
+
+
+def token_scores(tokens: Tensor, attention: Tensor, chunks: int, alpha: float, matmul: MatMul = torch.matmul) -> Tensor:
+    """[B, P, S] float32: CLS attention plus `alpha` times the variance of a token's cosines to its chunk.
+
+    The variance is first scaled to the chunk's mean attention. As in the release it runs over S - 1 cosines and
+    includes the zero that stands for the token's cosine to itself.
+
+    Args:
+        tokens: [B, N, D].
+        attention: [B, N].
+    """
+    attention = attention.float().unflatten(1, (chunks, -1))
+    size = attention.shape[-1]
+    if size == 1:
+        return attention
+    attention = attention * ATTENTION_SCALE
+    tokens = tokens.float()
+    unit = (tokens / (tokens.norm(dim=-1, keepdim=True) + EPS)).unflatten(1, (chunks, -1))
+    cosine = matmul(unit, unit.transpose(-1, -2)) * (1 - torch.eye(size, device=unit.device))
+    mean = cosine.sum(-1, keepdim=True) / (size - 1)
+    variance = (cosine - mean).square().sum(-1) / (size - 1)
+    scale = attention.abs().mean(-1, keepdim=True) / (variance.mean(-1, keepdim=True) + EPS)
+    return attention + alpha * (variance * scale)
+
+
+def rank(score: Tensor) -> Tensor:
+    """Place of each entry among those of its last axis, 0 for the highest; ties go to the lower index."""
+    return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def deal_as_released(score: Tensor, budget: int) -> Tensor:
+    """[B, P] chunk scores -> tokens of each chunk, in proportion; may be more than a chunk has."""
+    share = score / (score.sum(1, keepdim=True) + EPS)
+    given = (share * budget).floor().long()
+    left = budget - given.sum(1, keepdim=True)
+    return given + (rank(share) < left)
+
+
+def deal(score: Tensor, size: int, budget: int) -> Tensor:
+    """[B, P] chunk scores -> [B, P] int64 tokens of each chunk, at most `size` each, `budget` together.
+
+    In proportion to the scores; what a full chunk cannot take goes to the others in the same proportion. Fractions are
+    cut off, and the chunks with the highest scores get what is left over, one each.
+    """
+    score = score.clamp(min=EPS * EPS)  # a chunk without any attention still takes what no other chunk can
+    quota = torch.zeros_like(score)
+    full = torch.zeros_like(score, dtype=torch.bool)
+    # Every round finds a full chunk or changes nothing; a loop of fixed length needs no look at the device.
+    for _ in range(score.shape[1]):
+        rest = budget - size * full.sum(1, keepdim=True)
+        quota = score * (rest / score.masked_fill(full, 0).sum(1, keepdim=True).clamp(min=EPS * EPS))
+        full = full | (quota >= size)
+    given = torch.where(full, size, quota.floor().long())
+    left = budget - given.sum(1, keepdim=True)
+    return given + (rank(score.masked_fill(full, -1)) < left)
+
+
+def keep_dealt(score: Tensor, given: Tensor, budget: int) -> Tensor:
+    """[B, budget] positions, ascending: of each chunk the `given` [B, P] tokens with the highest `score` [B, P, S]."""
+    kept = (rank(score) < given.unsqueeze(-1)).flatten(1)
+    return kept.byte().argsort(dim=1, descending=True, stable=True)[:, :budget]
+
+
+def reduction_as_released(attention: Tensor, given: Tensor, budget: int) -> Reduction:
+    """Chunk after chunk, best attention first, and zero vectors where the chunks had too few tokens.
+
+    Args:
+        attention: [B, P, S].
+        given: [B, P], may exceed S; a chunk that is kept whole stays in raster order.
+    """
+    size, tokens = attention.shape[-1], attention[0].numel()
+    place = torch.arange(size, device=attention.device)
+    order = torch.where((given >= size).unsqueeze(-1), place, rank(attention))
+    count = given.clamp(min=0, max=size)
+    slot = (count.cumsum(1) - count).unsqueeze(-1) + order
+    owner = torch.where(order < count.unsqueeze(-1), slot, -1).flatten(1)
+    # A zero vector stands at a token that was dropped and is made of none: kept tokens first, dropped ones behind.
+    anchor = torch.where(owner < 0, tokens, owner).argsort(dim=1, stable=True)[:, :budget]
+    return Reduction(anchor, tokens, owner, (owner >= 0).float())
+
+
+@register("holov")
+@dataclass(frozen=True, kw_only=True)
+class HoloV(Reducer):
+    """Scores projected tokens, so it acts behind the projector."""
+
+    summary: ClassVar[str] = "budget dealt over chunks by attention and variety"
+    card: ClassVar[Card] = Card(
+        acts="before decoder layer 0",
+        score="CLS attention, block −2, and variance of cosines, inside chunks",
+        needs="CLS token",
+        paper="HoloV, 2510.02912",
+        url="https://arxiv.org/abs/2510.02912",
+        code="obananas/HoloV@1d2e65e",
+    )
+
+    chunks: int = option(16, "runs of patches in raster order that the budget is dealt over")
+    alpha: float = option(0.09, "weight of the variance beside the attention")
+    official: bool = option(False, "rank by attention alone, its order, and zero vectors on overflow, as the release")
+
+    def check(self, facts: ModelFacts) -> None:
+        super().check(facts)
+        tokens = facts.visual_tokens
+        if not 1 <= self.chunks <= tokens or tokens % self.chunks:
+            possible = [count for count in range(1, tokens + 1) if tokens % count == 0]
+            raise UserError(
+                f"holov.chunks must divide the {tokens} visual tokens of this model "
+                f"({', '.join(map(str, possible))}), got {self.chunks}."
+            )
+
+    def signals(self) -> tuple[Signal, ...]:
+        return (Signal("cls_attention"),)
+
+    def prompt(self, state: PromptState) -> Reduction | None:
+        tokens = state.tokens.shape[1]
+        if self.budget >= tokens:
+            return None
+        attention = state.signals[Signal("cls_attention")]
+        score = token_scores(state.tokens, attention, self.chunks, self.alpha, state.matmul)
+        if self.official:
+            given = deal_as_released(score.mean(-1), self.budget)
+            return reduction_as_released(attention.unflatten(1, (self.chunks, -1)), given, self.budget)
+        given = deal(score.mean(-1), score.shape[-1], self.budget)
+        return Reduction(keep_dealt(score, given, self.budget), tokens)

@@ -1,0 +1,76 @@
+"""PyramidDrop: in stages, keep the visual tokens that the last instruction token attends to.
+
+Paper: https://arxiv.org/abs/2410.17247
+Official code read: Cooperx521/PyramidDrop@6444f30, llava/model/modeling_llama_pdrop.py
+Differs from it: the paper's stages have a mean of 270 tokens and nothing is published for less, so by default stages in
+front of layers 2, 10 and 20 are halved exactly, at whatever fits the budget; `schedule` has the published ones.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from baselines._staged import SCHEDULE, Staged
+from llava.card import Card
+from llava.errors import UserError
+from llava.reducer import ModelFacts, option
+from llava.reduction import Reduction, keep_top
+from llava.registry import register
+from llava.schedule import entering_layers, proportional
+from llava.states import DecoderState
+
+HALVING = (4, 2, 1)
+# Schedules that are shares of all visual tokens: (decoder layers of 32, share behind each).
+SHARES = {
+    "paper": ((8, 16, 24), (0.5, 0.25, 0.125)),
+    # In the evaluation scripts of other projects, as "PyramidDrop at 128 tokens".
+    "third_party": ((2, 10, 20), (0.32, 0.16, 0.08)),
+}
+
+
+@register("pyramiddrop")
+@dataclass(frozen=True, kw_only=True)
+class PyramidDrop(Staged):
+    """Each stage ranks with the weights of the layer that comes next, on the tokens that are left."""
+
+    summary: ClassVar[str] = "rank by the last prompt token's attention in three decoder stages, halve at each"
+    card: ClassVar[Card] = Card(
+        acts="before decoder layers 2, 10 and 20 of 32",
+        score="attention of the last prompt token in the next layer",
+        paper="PyramidDrop, 2410.17247",
+        url="https://arxiv.org/abs/2410.17247",
+        code="Cooperx521/PyramidDrop@6444f30",
+    )
+
+    schedule: str = option(
+        "mean",
+        f"{SCHEDULE}; paper: 1/2, 1/4, 1/8 at layers 8, 16, 24 (mean 270); third_party: .32, .16, .08 at 2, 10, 20",
+        ("mean", "kept", *SHARES),
+    )
+    layers: tuple = option((), "decoder layers to drop in front of; empty for the schedule's own in proportion")
+
+    @property
+    def published(self) -> tuple[int, ...]:
+        return SHARES[self.schedule][0] if self.schedule in SHARES else SHARES["third_party"][0]
+
+    def stages(self) -> tuple[int, ...]:
+        return self.layers
+
+    def keeps(self, first: int, tokens: int) -> tuple[int, ...]:
+        return proportional(first, HALVING)
+
+    def fixed(self, facts: ModelFacts) -> tuple[int, ...] | None:
+        if self.schedule not in SHARES:
+            return None
+        keeps = tuple(max(1, int(facts.visual_tokens * share)) for share in SHARES[self.schedule][1])
+        stages = self.decoder_layers(facts.layers)
+        mean = sum(entering_layers(facts.visual_tokens, stages, keeps, facts.layers)) / facts.layers
+        if abs(mean - self.budget) > self.rounding:
+            raise UserError(
+                f"pyramiddrop.schedule={self.schedule} has a mean of {mean:.4g} visual tokens per layer on this model "
+                f"whatever the budget; ask for a budget of {mean:.0f}, or for schedule=mean, which is fitted to it."
+            )
+        return keeps
+
+    def reduce(self, state: DecoderState, keep: int) -> Reduction:
+        weights, _ = state.attention("last")  # [B, H, 1, N]
+        return Reduction(keep_top(weights[:, :, 0].mean(1), keep), state.tokens.shape[1])

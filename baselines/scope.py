@@ -1,0 +1,82 @@
+"""SCOPE: greedily the token that CLS looks at and that covers most of what no chosen token resembles yet.
+
+Paper: https://arxiv.org/abs/2510.24214
+Official code read: kinredon/SCOPE@6bf7306, scope/clip_encoder.py, SCOPE
+Differs from it: nothing known; alpha, there an environment variable, is an option.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava.card import Card
+from llava.errors import UserError
+from llava.reducer import EncoderState, Reducer, option
+from llava.reduction import Reduction
+from llava.registry import register
+from llava.signals import Signal
+
+MatMul = Callable[[Tensor, Tensor], Tensor]
+
+
+def cover_greedily(features: Tensor, weight: Tensor, budget: int, matmul: MatMul = torch.matmul) -> Tensor:
+    """[B, budget] chosen positions in the order of choice.
+
+    A set covers token j by its highest cosine to j, or by 0 while nothing is chosen. Each step takes the token whose
+    gain in coverage, summed over all tokens, times its weight is highest.
+
+    Args:
+        features: [B, N, D].
+        weight: [B, N], at least 0.
+    """
+    unit = F.normalize(features.float(), dim=-1)
+    similarity = matmul(unit, unit.transpose(1, 2))  # [B, N, N]
+    rows = torch.arange(len(similarity), device=similarity.device)
+    covered = torch.zeros_like(weight)
+    free = torch.zeros_like(weight)  # -inf once a token is chosen
+    chosen = []
+    for _ in range(budget):
+        gain = (similarity - covered.unsqueeze(1)).clamp(min=0).sum(-1) * weight
+        chosen.append((gain + free).argmax(1))
+        covered = torch.maximum(covered, similarity[rows, chosen[-1]])
+        free = free.scatter(1, chosen[-1].unsqueeze(1), -torch.inf)
+    return torch.stack(chosen, 1)
+
+
+@register("scope")
+@dataclass(frozen=True, kw_only=True)
+class Scope(Reducer):
+    """Saliency and coverage in one greedy choice."""
+
+    summary: ClassVar[str] = "greedy gain in coverage, weighted by CLS attention"
+    card: ClassVar[Card] = Card(
+        acts="after the tower",
+        score="gain in cosine coverage × CLS attention, block −2",
+        needs="CLS token",
+        paper="SCOPE, 2510.24214",
+        url="https://arxiv.org/abs/2510.24214",
+        code="kinredon/SCOPE@6bf7306",
+    )
+
+    alpha: float = option(1.0, "power of the CLS attention: 0 is coverage alone")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha < 0:
+            raise UserError(f"scope.alpha must be at least 0, got {self.alpha}.")
+
+    def signals(self) -> tuple[Signal, ...]:
+        return (Signal("cls_attention"),)
+
+    def encoder(self, state: EncoderState) -> Reduction | None:
+        tokens = state.features.shape[1]
+        if self.budget >= tokens:
+            return None
+        # Over heads the release sums; the mean differs by a factor, which no argmax sees.
+        weight = state.signals[Signal("cls_attention")].pow(self.alpha)
+        chosen = cover_greedily(state.features, weight, self.budget, state.matmul)
+        return Reduction(chosen.sort(dim=1).values, tokens)

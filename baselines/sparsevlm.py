@@ -1,0 +1,142 @@
+"""SparseVLM: in stages, keep the visual tokens that words about the picture attend to, and recycle some of the rest.
+
+Paper: https://arxiv.org/abs/2410.04417
+Official code read: Gumpest/SparseVLMs@26a5f48, llava/model/language_model/modelling_sparse_llama.py, score.py, utils.py
+Differs from it: equal densities go to the lower index (theirs adds random noise of 1e-6); a cluster of the only
+recycled token stays in its place; without any rater all words rate. The release has tables for four budgets and counts
+a layer that prunes behind itself as pruned; by default its proportions are fitted to the tokens that enter the layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from baselines._recycling import keep_and_recycle, recycled, text_raters
+from baselines._staged import SCHEDULE, Staged
+from llava.card import Card
+from llava.errors import UserError
+from llava.reducer import ModelFacts, option
+from llava.reduction import Reduction, gather_tokens, keep_top
+from llava.registry import register
+from llava.schedule import proportional
+from llava.states import DecoderState, row_index
+
+# Budget -> tokens that the three stages keep, recycled ones not counted.
+TABLES = {
+    "v1": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+    "v2": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
+}
+TOKENS, HEADS, SHARP = 576, 32, 14  # the tables' visual tokens; heads of the model, and how many of them v2 listens to
+
+
+@register("sparsevlm")
+@dataclass(frozen=True, kw_only=True)
+class SparseVLM(Staged):
+    """The layer in front of each stage runs on all tokens; its attention ranks them."""
+
+    summary: ClassVar[str] = (
+        "rank by the attention of words about the picture in three decoder stages; recycle the rest"
+    )
+    card: ClassVar[Card] = Card(
+        acts="before decoder layers 3, 7 and 16 of 32",
+        score="attention of the text raters in the layer before",
+        rest="three tenths averaged into clusters, a tenth as many",
+        order="raster, clusters behind",
+        paper="SparseVLM, 2410.04417",
+        url="https://arxiv.org/abs/2410.04417",
+        code="Gumpest/SparseVLMs@26a5f48",
+    )
+    quirks: ClassVar[dict[str, str]] = {"appended": "as in the release, recycled clusters follow the kept tokens"}
+    published: ClassVar[tuple[int, ...]] = (3, 7, 16)  # "after" layers 2, 6 and 15
+
+    positions: str = option(
+        "variant",
+        "position ids behind a stage; variant: renumber for v1, original for v2",
+        ("variant", "renumber", "original"),
+    )
+    variant: str = option(
+        "v1", "v1; v2 is SparseVLM+: no recycling, attention freed of distance, only the heads that look", tuple(TABLES)
+    )
+    schedule: str = option(
+        "mean",
+        f"{SCHEDULE}; release: the release's tables, for budgets of 192, 128, 96 and 64",
+        ("mean", "kept", "release"),
+    )
+    layers: tuple = option((), "decoder layers to reduce in front of; empty for 3, 7, 16 of 32 in proportion")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions == "variant":
+            object.__setattr__(self, "positions", {"v1": "renumber", "v2": "original"}[self.variant])
+
+    def stages(self) -> tuple[int, ...]:
+        return self.layers
+
+    def keeps(self, first: int, tokens: int) -> tuple[int, ...]:
+        tables = TABLES[self.variant]
+        nearest = min(tables, key=lambda known: abs(known / TOKENS - self.budget / tokens))
+        return proportional(first, tables[nearest])
+
+    def fixed(self, facts: ModelFacts) -> tuple[int, ...] | None:
+        if self.schedule != "release":
+            return None
+        tables, left, keeps = TABLES[self.variant], facts.visual_tokens, []
+        if self.budget not in tables:
+            raise UserError(
+                f"sparsevlm.schedule=release knows budgets of {', '.join(map(str, tables))}, got {self.budget}; "
+                "schedule=mean is fitted to the budget."
+            )
+        for keep in tables[self.budget]:
+            keeps.append(min(keep, left - 1))
+            left = self.counts(keeps, facts.visual_tokens)[-1]
+        return tuple(keeps)
+
+    def counts(self, keeps: Sequence[int], tokens: int) -> tuple[int, ...]:
+        counts: list[int] = []
+        for keep in keeps:
+            extra = recycled(tokens - keep)[1] if self.variant == "v1" and keep < tokens else 0
+            tokens = min(keep, tokens) + extra
+            counts.append(tokens)
+        return tuple(counts)
+
+    def reduce(self, state: DecoderState, keep: int) -> Reduction:
+        score = self._score(state)
+        if self.variant == "v1":
+            return keep_and_recycle(score, state.tokens, keep)
+        return Reduction(keep_top(score, keep), state.tokens.shape[1])
+
+    def _score(self, state: DecoderState) -> Tensor:
+        """[B, N], the attention that the raters give in the layer before."""
+        raters = self._raters(state)
+        # Rows of all words: which of them rate is known on the device only, and asking would make the host wait.
+        weights, _ = state.attention("after", at="previous")  # [B, H, T, N]
+        if self.variant == "v2":
+            weights = weights / rotary_scores(state)[:, None]
+        given = weights.masked_fill(~raters[:, None, :, None], 0.0).sum(2)  # [B, H, N]
+        if self.variant == "v2":
+            heads = max(1, int(SHARP * given.shape[1] / HEADS + 0.5))
+            given = gather_tokens(given, keep_top(given.sum(-1), heads))
+        return given.mean(1)
+
+    def _raters(self, state: DecoderState) -> Tensor:
+        start = state.start
+        index, exists = row_index(start, start.behind)
+        words, visual = gather_tokens(start.hidden, index).float(), start.take(start.hidden, start.images).float()
+        return text_raters(state.matmul(visual, words.transpose(1, 2)), exists)
+
+
+def rotary_scores(state: DecoderState) -> Tensor:
+    """[B, T, N], what the layer's scores between words and visual tokens would be if queries and keys were all ones.
+
+    Rotated ones at positions p and r have the product 2 sum(cos p cos r + sin p sin r) over frequencies, which falls
+    with their distance.
+    """
+    entered = state.entered
+    index, _ = row_index(entered, entered.behind)
+    cos, sin = state.llm.rotary_emb(entered.hidden, entered.position)
+    angles = torch.cat([cos, sin], -1).float()
+    visual = entered.take(angles, entered.images)
+    return state.matmul(gather_tokens(angles, index), visual.transpose(1, 2)) * cos.shape[-1] ** -0.5

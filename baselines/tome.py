@@ -1,0 +1,116 @@
+"""ToMe: merge pairs of similar tokens inside the vision tower, some in every block.
+
+Paper: https://arxiv.org/abs/2210.09461
+Official code read: facebookresearch/ToMe@af95e4b, tome/merge.py and tome/patch/timm.py
+Differs from it: it runs in CLIP; the number of tokens to merge is planned block by block so that the budget is met
+exactly; raster order is restored behind the tower (order=release leaves the order of the last matching).
+
+Shapes: B images, n tokens in a block, CLS first, d channels of the keys.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava.card import Card
+from llava.reducer import BlockState, EncoderState, ModelFacts, Reducer, option
+from llava.reduction import Reduction
+from llava.registry import register
+from llava.schedule import refuse_budget
+
+
+def removals(patches: int, budget: int, blocks: int) -> tuple[int, ...]:
+    """How many patches each block merges away so that `budget` are left: as equal as can be, earlier blocks more.
+
+    A block can merge at most half of its patches, which limits the last blocks of a small budget.
+
+    Returns:
+        one number per block; their sum falls short of patches - budget if so few cannot be reached.
+    """
+    plan, left, remaining = [], budget, patches - budget
+    for block in reversed(range(blocks)):
+        share = min(left, remaining // (block + 1))
+        plan.append(share)
+        left, remaining = left + share, remaining - share
+    return tuple(reversed(plan))
+
+
+def smallest_budget(patches: int, blocks: int) -> int:
+    """What is left when every block merges all it can."""
+    for _ in range(blocks):
+        patches -= patches // 2
+    return patches
+
+
+def merge_most_similar(
+    keys: Tensor, sizes: Tensor, count: int, matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+) -> Reduction:
+    """Bipartite soft matching: tokens at even places look for the most similar one at an odd place.
+
+    Args:
+        keys: [B, n, d] what similarity is the cosine of.
+        sizes: [B, n] how many patches each token stands for.
+        count: how many pairs to merge, those of highest similarity, at most half of the tokens but CLS, which stays.
+
+    Returns:
+        the unmerged even tokens in their order, CLS first, then all odd ones; averages are weighted by size.
+    """
+    count = min(count, (keys.shape[1] - 1) // 2)
+    unit = F.normalize(keys, dim=-1)
+    score = matmul(unit[:, ::2], unit[:, 1::2].transpose(1, 2))
+    nearest = score.argmax(-1)
+    best = score.gather(2, nearest.unsqueeze(-1)).squeeze(-1)
+    best = torch.cat([torch.full_like(best[:, :1], -torch.inf), best[:, 1:]], 1)  # CLS comes last
+    order = best.argsort(dim=1, descending=True, stable=True)
+    merged, alone = order[:, :count], order[:, count:].sort(1).values
+    odd = torch.arange(1, keys.shape[1], 2, device=keys.device).expand(len(keys), -1)
+    slots = torch.arange(alone.shape[1] + odd.shape[1], device=keys.device).expand(len(keys), -1)
+    anchor = torch.cat([2 * alone, odd], 1)
+    owner = torch.empty(sizes.shape, dtype=torch.int64, device=keys.device).scatter(1, anchor, slots)
+    owner = owner.scatter(1, 2 * merged, alone.shape[1] + nearest.gather(1, merged))
+    whole = sizes.new_zeros(slots.shape).scatter_add(1, owner, sizes)
+    return Reduction(anchor, keys.shape[1], owner, sizes / whole.gather(1, owner))
+
+
+@register("tome")
+@dataclass(frozen=True, kw_only=True)
+class ToMe(Reducer):
+    """Acts in every block in front of the features, between attention and MLP; attention is weighted by token sizes."""
+
+    summary: ClassVar[str] = "merge the most similar pairs of tokens in every block of the vision tower"
+    card: ClassVar[Card] = Card(
+        acts="inside the tower, in every block",
+        score="cosine of keys (mean over heads) between even and odd tokens",
+        rest="averaged into the most similar token, weighted by size",
+        paper="ToMe, ICLR 2023",
+        url="https://arxiv.org/abs/2210.09461",
+        code="facebookresearch/ToMe@af95e4b",
+    )
+
+    order: str = option("raster", "order of the tokens behind the tower", ("raster", "release"))
+
+    def check(self, facts: ModelFacts) -> None:
+        super().check(facts)
+        blocks = facts.tower_blocks - 1  # LLaVA takes the output of the last block but one
+        least = smallest_budget(facts.visual_tokens, blocks)
+        if self.budget < least:
+            why = f"each of the {blocks} blocks in front of the features can merge at most half of the tokens"
+            raise refuse_budget(self.name, self.budget, least, facts.visual_tokens, why)
+
+    def merging_blocks(self, selected: int) -> tuple[int, ...]:
+        return tuple(range(selected))
+
+    def tower(self, state: BlockState) -> Reduction | None:
+        patches, blocks = state.tokens.shape[1] - 1, state.facts.tower_blocks - 1 - state.block
+        # The plan for what is left of the tower is the rest of the plan for all of it.
+        count = removals(patches, self.budget, blocks)[0] if blocks > 0 and patches > self.budget else 0
+        return merge_most_similar(state.keys, state.sizes, count, state.matmul) if count else None
+
+    def encoder(self, state: EncoderState) -> Reduction | None:
+        if state.merged is None or self.order == "release":
+            return None
+        return Reduction(state.merged.anchor.argsort(1), state.features.shape[1])

@@ -1,0 +1,85 @@
+"""TRIM: keep what CLIP finds in the question, and one mean of everything else.
+
+Paper: https://arxiv.org/abs/2409.10994
+Official code read: FreedomIntelligence/TRIM@f5a232d, llava/model/multimodal_encoder/clip_encoder.py
+Differs from it: the mean is one of the budget's tokens; the text is the question alone, all chunks of it if it is too
+long for CLIP. official=true: the mean is one token more; the text is the whole user message, cut off at CLIP's length.
+
+Shapes: B images, N visual tokens, K output tokens.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llava.card import Card
+from llava.clip_text import text_similarity
+from llava.reducer import EncoderState, ModelFacts, Reducer, option
+from llava.reduction import Reduction, keep_top
+from llava.registry import register
+
+
+def keep_and_average(kept: Tensor, total: int) -> Reduction:
+    """Tokens `kept` [B, K-1] as they are, and behind them the plain mean of all others.
+
+    The mean has no place of its own; it is recorded at the last token that went into it.
+    """
+    batch, count = kept.shape
+    slots = torch.arange(count, device=kept.device).expand(batch, -1)
+    owner = torch.full((batch, total), count, device=kept.device).scatter(1, kept, slots)
+    rest = owner == count
+    weight = torch.where(rest, 1 / (total - count), 1.0)
+    places = torch.arange(total, device=kept.device)
+    end = torch.where(rest, places, -1).amax(1, keepdim=True)
+    return Reduction(torch.cat([kept, end], 1), total, owner, weight)
+
+
+def outliers(score: Tensor) -> Tensor:
+    """[B, N] float32 -> [B] int64, scores above the third quartile by more than 1.5 interquartile ranges."""
+    low, high = score.quantile(torch.tensor([0.25, 0.75], device=score.device), dim=1, keepdim=True)
+    return (score > high + 1.5 * (high - low)).sum(1)
+
+
+@register("trim")
+@dataclass(frozen=True, kw_only=True)
+class TRIM(Reducer):
+    """Acts before the projector: what is averaged are tower features."""
+
+    summary: ClassVar[str] = "rank by CLIP similarity to the question, average the rest into one token"
+    needs_text_tower: ClassVar[bool] = True
+    quirks: ClassVar[dict[str, str]] = {"appended": "the mean of the rest stands for no place and comes last"}
+    card: ClassVar[Card] = Card(
+        acts="after the tower",
+        score="(negated) CLIP similarity to the question",
+        rest="one mean token",
+        order="raster, the mean last",
+        needs="CLIP text tower",
+        paper="TRIM, COLING 2025",
+        url="https://arxiv.org/abs/2409.10994",
+        code="FreedomIntelligence/TRIM@f5a232d",
+    )
+
+    relevance: str = option(
+        "negated", "CLIP similarity as relevance: negated (the release) or as it is", ("negated", "plain")
+    )
+    adaptive: bool = option(False, "keep the outliers of the score, however many they are, whatever the budget")
+    official: bool = option(False, "budget + 1 tokens, and the whole message as text, as the release has it")
+
+    def entering(self, facts: ModelFacts) -> tuple[int, ...] | None:
+        if self.adaptive:
+            return None
+        return (min(self.budget + self.official, facts.visual_tokens),) * facts.layers
+
+    def encoder(self, state: EncoderState) -> Reduction | list[Reduction] | None:
+        total = state.features.shape[1]
+        if self.budget >= total and not self.adaptive:
+            return None
+        texts, long = (state.messages, "truncate") if self.official else (state.questions, "frame")
+        similarity = text_similarity(state, texts, cosine=False, long=long)
+        score = (-similarity if self.relevance == "negated" else similarity).softmax(-1)
+        if not self.adaptive:
+            return keep_and_average(keep_top(score, self.budget - (not self.official)), total)
+        counts = outliers(score).clamp(max=total - 1).tolist()
+        return [keep_and_average(keep_top(row[None], count), total) for row, count in zip(score, counts, strict=True)]

@@ -1,0 +1,96 @@
+"""VisionZip: the tokens that CLS looks at, and the rest averaged around evenly spaced targets.
+
+Paper: https://arxiv.org/abs/2412.04467
+Official code read: dvlab-research/VisionZip@3151f6d, visionzip/clip_encoder.py and visionzip/utils.py
+Differs from it: contextual tokens are averages, as in the paper; the release, and `official` here, adds the mean of the
+    members to their target, which nearly doubles a token's norm. One budget is split in the release's own proportion.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from consensusdrop.merging import merge_flops, merge_plan
+from llava.card import Card
+from llava.errors import UserError
+from llava.reducer import EncoderState, Reducer, option
+from llava.reduction import Reduction, keep_top
+from llava.registry import register
+from llava.signals import Signal
+
+CONTEXTUAL_SHARE = 10 / 64  # 54 + 10, 108 + 20 and 162 + 30 in the release, CLS among the first
+
+
+def behind_cls(plan: Reduction) -> Reduction:
+    """A reduction of N patches -> the same of CLS and patches [1 + N], with CLS kept in front."""
+    cls = plan.anchor.new_zeros(len(plan.anchor), 1)
+    anchor = torch.cat([cls, plan.anchor + 1], 1)
+    if plan.owner is None:
+        return Reduction(anchor, plan.inputs + 1)
+    owner = torch.cat([cls, torch.where(plan.owner < 0, plan.owner, plan.owner + 1)], 1)
+    weight = torch.cat([plan.weight.new_ones(len(cls), 1), plan.weight], 1)
+    return Reduction(anchor, plan.inputs + 1, owner, weight)
+
+
+def zip_tokens(saliency: Tensor, keys: Tensor, dominant: int, contextual: int, weights: str) -> Reduction:
+    """Dominant tokens in raster order, CLS first, then contextual ones in the raster order of their targets.
+
+    Args:
+        saliency: [B, N] attention of CLS.
+        keys: [B, N, d] of the same block, mean over heads.
+        dominant: tokens kept as they are, CLS among them; at least 1.
+        contextual: tokens that the rest is merged into; every n-th of the rest is a target.
+        weights: "mean" (a group is averaged) or "anchor_plus_mean" (the mean of the others is added to the target).
+    """
+    kept = keep_top(saliency, dominant - 1)
+    return behind_cls(merge_plan(kept, contextual, saliency, keys, "stride", weights, appended=True))
+
+
+@register("visionzip")
+@dataclass(frozen=True, kw_only=True)
+class VisionZip(Reducer):
+    """The CLS token is one of the tokens that the decoder sees."""
+
+    summary: ClassVar[str] = "CLS, the tokens it looks at, and averages of the rest around evenly spaced targets"
+    card: ClassVar[Card] = Card(
+        acts="after the tower",
+        score="CLS attention, block −2",
+        rest="averaged into 10 of 64 tokens, each joins the target with the most similar key",
+        order="CLS, dominant in raster order, then contextual",
+        needs="CLS token",
+        paper="VisionZip, 2412.04467",
+        url="https://arxiv.org/abs/2412.04467",
+        code="dvlab-research/VisionZip@3151f6d",
+    )
+    keep_cls: ClassVar[bool] = True
+    quirks: ClassVar[dict[str, str]] = {"appended": "contextual tokens stand behind the dominant ones"}
+
+    contextual: float = option(CONTEXTUAL_SHARE, "share of the budget that contextual tokens take")
+    official: bool = option(False, "contextual token = target + mean of its members, as in the release")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.contextual < 1:
+            raise UserError(f"visionzip.contextual must be at least 0 and below 1, got {self.contextual}.")
+
+    def split(self) -> tuple[int, int]:
+        """Dominant (CLS among them) and contextual tokens."""
+        contextual = min(round(self.budget * self.contextual), self.budget - 1)
+        return self.budget - contextual, contextual
+
+    def signals(self) -> tuple[Signal, ...]:
+        return Signal("cls_attention"), Signal("keys")
+
+    def encoder(self, state: EncoderState) -> Reduction:
+        saliency, keys = (state.signals[signal] for signal in self.signals())
+        patches = saliency.shape[1]
+        if self.budget >= patches:
+            everything = torch.arange(1, patches + 1, device=saliency.device)
+            return Reduction(everything.expand(len(saliency), -1), patches + 1)  # LLaVA itself drops CLS
+        dominant, contextual = self.split()
+        plan = zip_tokens(saliency, keys, dominant, contextual, "anchor_plus_mean" if self.official else "mean")
+        cost = merge_flops("stride", patches, dominant - 1, contextual, keys.shape[-1], plan.merges)
+        state.flops += len(saliency) * cost
+        return plan

@@ -1,0 +1,141 @@
+"""VScan: keep what CLS looks at, window by window and overall; halfway through the decoder, what the text looks at.
+
+Paper: https://arxiv.org/abs/2505.22654
+Official code read: Tencent/SelfEvolvingAgent@a82450e, VScan/llava/model/llava_arch.py (encode_images, token_merging),
+VScan/llava/model/modeling_llama_x.py (layer_prune)
+Differs from it: tokens that do not divide evenly over the windows go to the windows with the best ones left
+(official=true: they are missing); other budgets than its 64 keep the proportion of its stages, 96 and 32.
+
+Shapes: B images, N visual tokens, K of them kept.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from consensusdrop.merging import assign, member_weights, merge_flops, others
+from llava.card import Card
+from llava.errors import UserError
+from llava.layout import Layout
+from llava.reducer import DecoderState, ModelFacts, PromptState, Reducer, option
+from llava.reduction import Reduction, keep_top
+from llava.registry import register
+from llava.schedule import entering_layers, scaled_layers
+from llava.signals import Signal
+
+SHALLOW = Signal("cls_attention", 5, depth=24)
+DEEP = Signal("cls_attention", -2)
+
+
+def windows(layout: Layout, side: int) -> tuple[Tensor, int]:
+    """[N] int64, the window that each patch lies in, and how many windows there are; border windows may be smaller."""
+    across = -(-layout.columns // side)
+    row = torch.arange(layout.rows) // side
+    column = torch.arange(layout.columns) // side
+    return (row[:, None] * across + column).flatten(), across * -(-layout.rows // side)
+
+
+def keep_top_of_windows(score: Tensor, window: Tensor, count: int, windows: int) -> Tensor:
+    """The best tokens of every window, equally many of each as far as `count` divides.
+
+    Args:
+        score: [B, N], higher means more important.
+        window: [N] window of each token, below `windows`.
+
+    Returns:
+        [B, count] int64: the best of every window, then the second best of every window and so on; of the last rank,
+        which may not fit whole, those of highest score.
+    """
+    order = score.float().argsort(dim=1, descending=True, stable=True)
+    home = window[order]
+    rank = F.one_hot(home, windows).cumsum(1).gather(2, home.unsqueeze(-1)).squeeze(-1)
+    return order.gather(1, rank.argsort(dim=1, stable=True)[:, :count])
+
+
+def merge_into_kept(tokens: Tensor, kept: Tensor) -> Reduction:
+    """Every dropped token joins the most similar kept one (cosine of tokens [B, N, D]); groups are plain averages."""
+    total = tokens.shape[1]
+    rest = others(kept, total)
+    slots = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    owner = torch.empty(tokens.shape[:2], dtype=torch.int64, device=kept.device).scatter(1, kept, slots)
+    owner = owner.scatter(1, rest, assign(rest, kept, tokens))
+    return Reduction(kept, total, owner, member_weights("mean", owner, kept, owner))
+
+
+@register("vscan")
+@dataclass(frozen=True, kw_only=True)
+class VScan(Reducer):
+    """Two stages: projected tokens in front of the decoder, hidden states in front of its middle layer."""
+
+    summary: ClassVar[str] = "CLS attention in windows and overall, merge the rest; then the last token's attention"
+    card: ClassVar[Card] = Card(
+        acts="before decoder layers 0 and 16 of 32",
+        score="half by CLS attention of block 5 in 6 x 6 windows, half by that of block 22; then attention of the last "
+        "prompt token in the next layer",
+        rest="averaged into the most similar kept token; dropped in the decoder",
+        needs="CLS token",
+        paper="VScan, TMLR 2026",
+        url="https://arxiv.org/abs/2505.22654",
+        code="Tencent/SelfEvolvingAgent@a82450e",
+    )
+
+    window: int = option(6, "side of a window in patches")
+    layers: tuple = option((), "decoder layer in front of which the second stage acts; empty for the middle")
+    official: bool = option(False, "leave out what does not divide evenly over the windows")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise UserError(f"vscan.window must be at least 1 patch, got {self.window}.")
+        if len(self.layers) > 1 or any(layer < 1 for layer in self.layers):
+            raise UserError(f"vscan.layers must be one decoder layer of at least 1, got {self.layers}.")
+
+    def decoder_layers(self, layers: int) -> tuple[int, ...]:
+        return self.layers or scaled_layers((16,), 32, layers)
+
+    def counts(self, facts: ModelFacts) -> tuple[int, int, int]:
+        """Tokens taken from the windows, tokens kept by both choices of the first stage, and by the second stage."""
+        (stage,), depth = self.decoder_layers(facts.layers), facts.layers
+        # 3 : 1 as 96 : 32, less at the borders: the second stage keeps at least one token, the first at most all.
+        first = min(3 * self.budget // 2, (depth * self.budget - (depth - stage)) // stage, facts.visual_tokens)
+        second = int((depth * self.budget - stage * first) / (depth - stage) + 0.5)
+        local = first // 2
+        if self.official and first < facts.visual_tokens:
+            lacking = local % windows(facts.layout, self.window)[1]
+            local, first = local - lacking, first - lacking
+        return local, first, min(second, first)
+
+    def check(self, facts: ModelFacts) -> None:
+        super().check(facts)
+        (stage,) = self.decoder_layers(facts.layers)
+        if stage >= facts.layers:
+            raise UserError(f"vscan.layers must be below {facts.layers} (decoder layers), got {stage}.")
+
+    def entering(self, facts: ModelFacts) -> tuple[int, ...]:
+        _, first, second = self.counts(facts)
+        return entering_layers(first, self.decoder_layers(facts.layers), (second,), facts.layers)
+
+    def signals(self) -> tuple[Signal, ...]:
+        return SHALLOW, DEEP
+
+    def prompt(self, state: PromptState) -> Reduction | None:
+        local, first, _ = self.counts(state.facts)
+        total = state.tokens.shape[1]
+        if first >= total:
+            return None
+        window, count = windows(state.layout, self.window)
+        near = keep_top_of_windows(state.signals[SHALLOW], window.to(state.tokens.device), local, count)
+        far = keep_top(state.signals[DEEP].scatter(1, near, -torch.inf), first - local)
+        state.flops += len(near) * merge_flops("", total, first, 0, state.tokens.shape[-1], True)
+        return merge_into_kept(state.tokens, torch.cat([near, far], 1).sort(1).values)
+
+    def decoder(self, state: DecoderState) -> Reduction | None:
+        *_, second = self.counts(state.facts)
+        total = state.tokens.shape[1]
+        if second >= total:
+            return None
+        weights, _ = state.attention("last", at="next")
+        return Reduction(keep_top(weights.mean(1)[:, 0], second), total)

@@ -1,0 +1,61 @@
+"""Compare every recording with our methods and write the table of docs/parity.md.
+
+python -m tests.parity.report
+"""
+
+import sys
+
+from eval.config import ROOT
+from eval.tables.page import insert
+from tests.parity.harness import Agreement, check, recording, recordings
+
+PAGE = ROOT / "docs" / "parity.md"
+HEAD = (
+    "recording",
+    "official code run",
+    "options",
+    "cases",
+    "stable",
+    "kept",
+    "tokens in common",
+    "merged",
+    "logits",
+    "next step",
+)
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0e}"
+
+
+def row(path, found: Agreement) -> list[str]:
+    meta = recording(path)[0]
+    options = ", ".join(f"{key}={value}" for key, value in meta["options"].items()) or "defaults"
+    return [
+        f"`{path.stem}`",
+        f"{meta['repository']}@{meta['commit'][:7]}",
+        f"`{meta['method']}` {meta['budget']}, {options}",
+        str(found.cases),
+        str(found.stable),
+        f"{found.kept} ({found.kept_stable} of {found.stable} stable)"
+        if found.stable < found.cases
+        else str(found.kept),
+        f"{100 * found.overlap:.2f} %",
+        *(number(value) for value in (found.tokens, found.logits, found.step)),
+    ]
+
+
+def main() -> int:
+    rows = []
+    for path in recordings():
+        found = check(path)
+        rows.append(row(path, found))
+        print(path.stem, found, file=sys.stderr)
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    insert(PAGE, "parity", "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)]))
+    print(f"The table is in {PAGE.relative_to(ROOT)}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""AttnMix as released: worked examples, a version with plain loops, and a regression test per fault of the release."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from attnmix import mixture
+from attnmix.method import AttnMix
+from attnmix.mixture import adaptive_count, best_split, forced_count, mix, ordered
+from attnmix.release import released_count, released_tokens
+from llava import registry
+from llava.errors import UserError
+from llava.layout import Layout
+from llava.pipeline import Clock, Pipeline
+from tests.conftest import samples
+from tests.parity.harness import FOLDER, parity_model, recording, run_case
+from tests.test_attnmix import LLAVA, best, planted, row, scores, split_by_the_book, state
+
+# The worked example of docs/attnmix.md: 16 tokens of one crop, and the same text scores over two crops of 8.
+TEXT = [0.02, 0.20, 0.01, 0.05, 0.15, 0.03, 0.10, 0.04, 0.08, 0.01, 0.06, 0.02, 0.09, 0.05, 0.05, 0.04]
+SALIENCY = [0.12, 0.18, 0.02, 0.02, 0.03, 0.20, 0.04, 0.01, 0.09, 0.05, 0.02, 0.07, 0.03, 0.02, 0.06, 0.04]
+TWO_CROPS = [0.30, 0.05, 0.10, 0.15, 0.05, 0.20, 0.10, 0.05, 0.02, 0.40, 0.03, 0.05, 0.10, 0.25, 0.05, 0.10]
+
+
+def release_by_the_book(text, saliency, crops: int, budget: int, stride: int = 1) -> list[int]:
+    size = len(saliency) // crops
+    each = 2 * (budget // 2 // crops)
+    total = each * crops
+    forced = int(total * 0.25)
+    by_text = best(text)[:total]
+    by_cls = []
+    for crop in range(crops):
+        own = saliency[crop * size : (crop + 1) * size]
+        by_cls += [(own[i], i + crop * stride) for i in best(own)[:each]]
+    rest = sorted(by_cls[forced:], key=lambda pair: -pair[0])
+    more = split_by_the_book([text[i] for i in by_text[forced:]], [value for value, _ in rest], total - 2 * forced)
+    kept = by_text[: forced + more] + [place for _, place in by_cls[:forced] + rest[: total - 2 * forced - more]]
+    return sorted(kept)
+
+
+@pytest.mark.parametrize(
+    ("saliency", "crops", "budget", "stride", "kept"),
+    [
+        (SALIENCY, 1, 8, 1, [0, 1, 1, 4, 5, 6, 8, 12]),
+        (SALIENCY, 1, 6, 1, [0, 1, 1, 4, 5, 6]),
+        (TWO_CROPS, 2, 8, 1, [0, 1, 2, 4, 5, 6, 6, 12]),
+        (TWO_CROPS, 2, 8, 8, [0, 1, 4, 5, 6, 9, 12, 13]),
+    ],
+)
+def test_worked_examples_of_the_release(saliency, crops, budget, stride, kept):
+    actual = released_tokens(row(TEXT), row(saliency), crops, budget, 0.25, stride=stride)
+    assert actual.tolist() == [kept] == [release_by_the_book(TEXT, saliency, crops, budget, stride)]
+
+
+@pytest.mark.parametrize(
+    ("saliency", "budget", "kept"),
+    [
+        (SALIENCY, 8, [0, 1, 4, 5, 6, 8, 11, 12]),
+        (SALIENCY, 6, [0, 1, 4, 5, 6, 8]),
+        (TWO_CROPS, 8, [0, 1, 4, 5, 6, 9, 12, 13]),
+    ],
+)
+def test_the_default_in_the_same_examples(saliency, budget, kept):
+    count = adaptive_count(ordered(row(TEXT))[0], ordered(row(saliency))[0], budget, 0.25)
+    assert mix(row(TEXT), row(saliency), count, budget).tolist() == [kept]
+
+
+@pytest.mark.parametrize(("tokens", "crops", "budget"), [(16, 1, 8), (96, 3, 40), (120, 5, 57), (576, 1, 58)])
+def test_release_equals_its_definition(tokens, crops, budget):
+    text, saliency = scores(tokens, 4, tokens)
+    actual = released_tokens(text, saliency, crops, budget, 0.25)
+    for b in range(4):
+        expected = release_by_the_book(text[b].double().tolist(), saliency[b].double().tolist(), crops, budget)
+        assert actual[b].tolist() == expected
+
+
+def test_all_text_behind_the_planted_picture_is_read():
+    """The release compares the picture with the suffix and the template too: token 6 resembles a word of them."""
+    visual, saliency = planted()
+    assert 6 not in AttnMix(budget=4).prompt(state(visual, saliency)).anchor[0].tolist()
+    kept = AttnMix(budget=4, official=True).prompt(state(visual, saliency)).anchor[0].tolist()
+    assert 6 in kept and 5 not in kept
+
+
+def test_b1_salient_tokens_are_looked_up_in_their_own_crop():
+    """The release adds c, not c times the crop's tokens: what is salient in crop 2 is looked up in the thumbnail."""
+    text, saliency = torch.full((1, 24), 0.01), torch.full((1, 24), 0.01)
+    saliency[0, [16 + 3, 16 + 6]] = 0.5  # third crop of 8
+    visual = torch.ones(1, 24, 8)
+    ours = AttnMix(budget=6, mix="cls").prompt(state(visual, saliency, crops=3)).anchor
+    theirs = AttnMix(budget=6, mix="cls", official=True).prompt(state(visual, saliency, crops=3)).anchor
+    assert {19, 22} <= set(ours[0].tolist())
+    assert {3 + 2, 6 + 2} <= set(theirs[0].tolist()) and theirs.max() < 8 + 2
+    assert released_tokens(text, saliency, 3, 6, 0.25, "cls", stride=8)[0].tolist() == [0, 1, 8, 9, 19, 22]
+
+
+def stitched(grid: tuple[int, int], side: int) -> list[int]:
+    """Where the release's sequence takes its tokens from: thumbnail, then the rows of the whole grid of tiles."""
+    tiles = range(side * side, (1 + grid[0] * grid[1]) * side * side)
+    number = torch.tensor(list(tiles)).view(*grid, side, side).permute(0, 2, 1, 3).flatten()
+    return [*range(side * side), *number.tolist()]
+
+
+def test_b2_saliency_comes_in_the_order_of_the_tokens():
+    """Tiles enter the release's sequence row by row of the whole picture, its saliency comes crop by crop.
+
+    So even with the right distance between crops it would keep other patches. Here both come crop by crop. With the
+    wrong distance (B1) the two orders name the same patches, which is why `official` needs no order of its own.
+    """
+    order = stitched((2, 2), 4)
+    saliency = torch.full((1, 80), 0.001)
+    saliency[0, 16 + 7] = saliency[0, 32 + 10] = 0.4  # a patch of the first and of the second tile
+    right = released_tokens(saliency, saliency, 5, 20, 0.25, "cls", stride=16)[0].tolist()
+    assert {23, 42} <= set(right) and not {23, 42} <= {order[place] for place in right}
+    wrong = released_tokens(saliency, saliency, 5, 20, 0.25, "cls")[0].tolist()
+    assert wrong == sorted(order[place] for place in wrong)
+    ours = AttnMix(budget=20, mix="cls").prompt(state(torch.ones(1, 80, 8), saliency, crops=5)).anchor
+    assert {23, 42} <= set(ours[0].tolist())
+
+
+def test_b3_the_forced_quarter_is_the_best_of_all_crops():
+    """The release forces the first crop's tokens, however dull: here crop 1 has all the saliency."""
+    text, saliency = torch.full((1, 32), 1.0), torch.full((1, 32), 0.001)
+    text[0, :16] = 2.0
+    saliency[0, 16:] = torch.linspace(0.5, 0.4, 16)
+    theirs = released_tokens(text, saliency, 2, 16, 0.25, stride=16)[0]
+    count = adaptive_count(ordered(text)[0], ordered(saliency)[0], 16, 0.25)
+    ours = mix(text, saliency, count, 16)[0]
+    twice = theirs[1:][theirs.diff() == 0]
+    assert twice.tolist() == [0, 1, 2, 3]  # four dull tokens of crop 0 beside the text's own
+    assert (ours >= 16).sum() == 16 - int(count) and (ours[ours >= 16] == torch.arange(16, 32 - int(count))).all()
+
+
+def test_b4_a_token_chosen_twice_counts_once():
+    """The release feeds it to the decoder twice, and so has fewer different tokens than it reports."""
+    theirs = released_tokens(row(TEXT), row(SALIENCY), 1, 8, 0.25)[0].tolist()
+    count = adaptive_count(ordered(row(TEXT))[0], ordered(row(SALIENCY))[0], 8, 0.25)
+    ours = mix(row(TEXT), row(SALIENCY), count, 8)[0].tolist()
+    assert len(theirs) == 8 and len(set(theirs)) == 7
+    assert len(set(ours)) == 8 and set(theirs) < set(ours)  # what the duplicate cost is the next salient token
+
+
+@pytest.mark.parametrize(
+    ("budget", "crops", "count"),
+    [
+        *[(144, 1, 144), (58, 1, 58), (29, 1, 28)],
+        *[(144, 5, 140), (144, 3, 144), (144, 4, 144)],
+        *[(288, 5, 280), (288, 3, 288), (290, 5, 290), (720, 3, 720), (720, 4, 720), (720, 5, 720)],
+    ],
+)
+def test_b5_only_the_release_rounds_the_budget(budget, crops, count):
+    assert released_count(budget, crops, "adaptive") == count
+    facts = dataclasses.replace(LLAVA, visual_tokens=576 * crops, layout=Layout(24, 24, crops))
+    assert AttnMix(budget=budget, official=True).entering(facts) == (count,) * 32
+    assert AttnMix(budget=budget).entering(facts) == (budget,) * 32
+    assert {144: 36, 58: 14, 28: 7}.get(count, count // 4) == forced_count(count, 0.25)
+
+
+def test_b6_b8_a_batch_of_any_prompts_is_as_good_as_one(tiny):
+    """The release takes one image behind exactly 35 (or 10) tokens, and stops at names that it does not know."""
+    batch = samples()
+    batch[1] = dataclasses.replace(batch[1], history=((batch[0].question, "red"),))
+    pipeline = Pipeline(tiny, registry.build("attnmix", 7, {"official": "true"}))
+    _, together = pipeline.prepare(batch, Clock(tiny.device))
+    for i, sample in enumerate(batch):
+        _, alone = pipeline.prepare([sample], Clock(tiny.device))
+        for a, b in zip(together.steps[i], alone.steps[0], strict=True):
+            assert a.reduction.anchor.tolist() == b.reduction.anchor.tolist()
+            assert a.reduction.anchor.shape == (1, 6)
+
+
+def test_split_is_that_of_the_release(monkeypatch):
+    """How many of the adaptive tokens each ranking got, recorded beside the kept tokens."""
+    meta, arrays = recording(FOLDER / "attnmix-64.npz")
+    reducer = registry.build("attnmix", meta["budget"], meta["options"])
+    seen = []
+
+    def spy(first, second):
+        seen.append([int(best_split(first, second)), first.shape[1]])
+        return best_split(first, second)
+
+    monkeypatch.setattr(mixture, "best_split", spy)
+    for case in arrays["cases"][:3]:
+        run_case(parity_model(), reducer, int(case))
+    assert [[count, total - count] for count, total in seen] == arrays["splits"][:3].tolist()
+
+
+@pytest.mark.parametrize(("mix_name", "count"), [("adaptive", 6), ("t2i", 7), ("cls", 6)])
+def test_official_audit_is_the_nominal_count(tiny, mix_name, count):
+    pipeline = Pipeline(tiny, registry.build("attnmix", 7, {"official": "true", "mix": mix_name}))
+    start, record = pipeline.prepare(samples(), Clock(tiny.device))
+    planned = pipeline.reducer.entering(tiny.facts())
+    assert planned == (count,) * 4
+    assert [audit.entering for audit in pipeline.audits(start, record)] == [*[planned] * 3, (0,) * 4, planned]
+
+
+@pytest.mark.parametrize(("crops", "mix_name", "least"), [(1, "adaptive", 2), (3, "cls", 6), (5, "t2i", 5)])
+def test_budgets_that_the_release_rounds_to_nothing_are_refused(crops, mix_name, least):
+    facts = dataclasses.replace(LLAVA, visual_tokens=576 * crops, layout=Layout(24, 24, crops))
+    with pytest.raises(UserError, match=f"at least {least}"):
+        AttnMix(budget=least - 1, mix=mix_name, official=True).check(facts)
+    AttnMix(budget=least, mix=mix_name, official=True).check(facts)
+    AttnMix(budget=1, mix=mix_name).check(facts)

@@ -1,0 +1,333 @@
+"""The CLIP text tower: where it is found, how it reads, and that the embedded one knows what is in a picture."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPConfig, CLIPModel
+
+import llava.files
+from llava import registry
+from llava.clip_text import ClipText, load_clip_text, text_similarity
+from llava.errors import UserError
+from llava.model import Llava, load
+from llava.original_layout import CLIP_L_336_NAME
+from llava.reducer import EncoderState
+from llava.vision import encode
+from tests.conftest import samples
+from tests.tiny_checkpoints import (
+    make_tiny_clip,
+    make_tiny_llava,
+    make_tokenizer,
+    save_original_layout,
+    save_text_tower,
+    save_transformers_layout,
+)
+from tinyllava.scenes import scene
+from tinyllava.vocabulary import COLOR_NAMES, SHAPES
+
+QUESTIONS = ("is there a star ?", "what color is the small cat on the left of the tree ?", "")
+LENGTH = 20  # tokens that the tiny text tower can read
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_tiny_llava()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise ConnectionError("no network in tests")
+
+    monkeypatch.setattr(llava.files, "snapshot_download", refuse)
+
+
+def save_clip(directory, model, tokenizer=True, safetensors=True) -> CLIPModel:
+    """A whole CLIP as the hub has them, with its own tokenizer."""
+    clip = make_tiny_clip(model)
+    clip.save_pretrained(directory)
+    if not safetensors:
+        (directory / "model.safetensors").unlink()
+        torch.save(clip.state_dict(), directory / "pytorch_model.bin")
+    if tokenizer:
+        make_tokenizer().save_pretrained(directory)
+    return clip
+
+
+def end_states(clip: CLIPModel, texts) -> torch.Tensor:
+    """[B, P] by transformers' own model, one text at a time, read off at the end token."""
+    words = make_tokenizer()
+    rows = []
+    for text in texts:
+        ids = torch.tensor([[1, *words(text, add_special_tokens=False).input_ids, 2]])
+        rows.append(clip.text_projection(clip.text_model(ids).last_hidden_state[:, -1]))
+    return torch.cat(rows)
+
+
+# What it computes
+
+
+@torch.inference_mode()
+def test_texts_equal_the_transformers_model_one_by_one(tiny, model):
+    """Texts of different length in one batch: padding must not be seen."""
+    embedded, mask, _ = tiny.clip.text(QUESTIONS)
+    assert embedded.shape == (3, 1, 32) and mask.all()
+    torch.testing.assert_close(embedded[:, 0], end_states(make_tiny_clip(model), QUESTIONS), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_patches_go_through_the_towers_last_norm_and_the_projection(tiny, model):
+    clip = make_tiny_clip(model)
+    pixels = torch.stack([tiny.image_processor(sample.image) for sample in samples(2)])
+    features = clip.vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    expected = clip.visual_projection(clip.vision_model.post_layernorm(features))
+    torch.testing.assert_close(tiny.clip.image(features)[0], expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("cosine", [True, False])
+def test_similarity_is_the_mean_over_chunks(tiny, cosine):
+    """A short text beside one of three chunks: chunks that do not exist must not count."""
+    texts = ("is there a star ?", " ".join(["cat dog tree"] * 15))
+    state = EncoderState(ids=("a", "b"), features=torch.randn(2, 16, 32), signals={}, layout=tiny.layout)
+    state.clip = tiny.clip
+    found = text_similarity(state, texts, cosine)
+    for row, text in enumerate(texts):
+        image = tiny.clip.image(state.features[row])[0]
+        values = []
+        for chunk in tiny.clip.chunks(text):
+            words = make_tokenizer().decode(chunk, skip_special_tokens=True)
+            embedded = tiny.clip.text((words,))[0][0, 0]
+            scale = image.norm(dim=-1) * embedded.norm() if cosine else 1
+            values.append(image @ embedded / scale)
+        assert len(values) == (1, 3)[row]
+        torch.testing.assert_close(found[row], torch.stack(values).mean(0), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_flops_equal_what_torch_counts(tiny):
+    features = torch.randn(2, 16, 32)
+    with FlopCounterMode(display=False) as counter:
+        text = tiny.clip.text((*QUESTIONS, "star " * 50))[2]
+        image = tiny.clip.image(features)[1]
+    assert counter.get_total_flops() == text + image
+
+
+# Long texts
+
+
+def numbers(length: int = LENGTH, end: int = 99, configured: int = 99) -> ClipText:
+    """A tower whose words are numbers."""
+    config = CLIPConfig(
+        text_config={
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "vocab_size": 100,
+            "max_position_embeddings": length,
+            "projection_dim": 8,
+            "bos_token_id": 98,
+            "eos_token_id": configured,
+        }
+    ).text_config
+    return ClipText(config, 8, torch.nn.LayerNorm(8), lambda text: [int(word) for word in text.split()], 98, end)
+
+
+def test_every_chunk_is_a_framed_text():
+    clip = numbers(length=5)
+    assert clip.chunks("1 2 3 4 5 6 7") == [[98, 1, 2, 3, 99], [98, 4, 5, 6, 99], [98, 7, 99]]
+    assert clip.chunks("") == [[98, 99]]
+    assert (
+        clip.chunks("1 2 3") == clip.chunks("1 2 3", "truncate") == clip.chunks("1 2 3", "cut") == [[98, 1, 2, 3, 99]]
+    )
+
+
+def test_truncated_texts_keep_their_end_token():
+    """TRIM's release leaves the cutting to CLIP's tokenizer."""
+    assert numbers(length=5).chunks("1 2 3 4 5 6 7", "truncate") == [[98, 1, 2, 3, 99]]
+
+
+@pytest.mark.parametrize(("configured", "pooled"), [(2, [0, 3, 1]), (99, [0, 0, 1])])
+def test_cut_texts_are_read_off_where_the_release_reads_them(configured, pooled):
+    """CDPruner cuts the framed text: chunks without an end token are read off at their begin token or at any word.
+
+    Which one depends on the configuration's age: with an end id of 2 transformers takes the highest id of a chunk.
+    """
+    clip = numbers(length=5, configured=configured)
+    chunks = clip.chunks("1 2 3 4 5 6 7 9 8 7", "cut")
+    assert chunks == [[98, 1, 2, 3, 4], [5, 6, 7, 9, 8], [7, 99]]
+    assert [clip._pooled(chunk) for chunk in chunks] == pooled
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("configured", [2, 99])
+def test_cut_texts_equal_the_transformers_model(configured):
+    """The release pads the last chunk with zeros and takes whatever the model pools."""
+    clip = numbers(length=6, configured=configured)
+    text = " ".join(str(3 + i * 7 % 90) for i in range(14))
+    embedded, mask, _ = clip.text((text,), "cut")
+    framed = [98, *map(int, text.split()), 99]
+    ids = torch.tensor(framed + [0] * (-len(framed) % 6)).view(-1, 6)
+    expected = clip.text_projection(clip.text_model(ids, attention_mask=(ids != 0).long()).pooler_output)
+    assert mask.sum() == len(expected) == 3
+    torch.testing.assert_close(embedded[0], expected, atol=1e-5, rtol=0)
+
+
+# Where it is found
+
+
+def test_a_checkpoint_without_one_says_what_to_do(tmp_path, model):
+    save_transformers_layout(tmp_path, model)
+    loaded = load(tmp_path, device="cpu")
+    assert not loaded.facts().has_text_tower
+    with pytest.raises(UserError, match=r"text_tower/ .*mm_vision_tower"):
+        registry.build("trim", 8).check(loaded.facts())
+
+
+def test_beside_the_weights(tiny):
+    """Read only when asked for, and once."""
+    assert tiny.facts().has_text_tower and tiny.text_tower.name == "text_tower"
+    assert tiny.clip is tiny.clip and not tiny.clip.training
+    assert {weight.dtype for weight in tiny.clip.parameters()} == {torch.float32}
+    assert not any(weight.requires_grad for weight in tiny.clip.parameters())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_in_the_clip_that_an_original_checkpoint_names(tmp_path, model, safetensors):
+    """mm_vision_tower is a whole CLIP, as openai/clip-vit-large-patch14-336 is."""
+    save_original_layout(tmp_path / "llava", model)
+    for file in (tmp_path / "llava" / "clip").glob("*"):
+        file.unlink() if file.name != "preprocessor_config.json" else None
+    clip = save_clip(tmp_path / "llava" / "clip", model, safetensors=safetensors)
+    loaded = load(tmp_path / "llava", device="cpu")
+    assert loaded.facts().has_text_tower
+    torch.testing.assert_close(loaded.clip.text(QUESTIONS)[0][:, 0], end_states(clip, QUESTIONS), atol=1e-5, rtol=0)
+
+
+def test_a_tower_alone_is_no_clip(tmp_path, model):
+    save_original_layout(tmp_path, model)
+    assert not load(tmp_path, device="cpu").facts().has_text_tower
+
+
+def test_the_official_clip_is_named_without_fetching_it(tmp_path, model, monkeypatch):
+    """Tower in the shards, text half on the hub: known to exist, fetched by the first method that asks."""
+    monkeypatch.setattr("llava.checkpoint.CLIP_L_336", model.config.vision_config.to_dict())
+    save_original_layout(tmp_path / "llava", model, tower_in_shards=True, mm_vision_tower=CLIP_L_336_NAME)
+    loaded = load(tmp_path / "llava", device="cpu")
+    assert loaded.facts().has_text_tower and loaded.text_tower == CLIP_L_336_NAME
+    with pytest.raises(UserError, match=r"CLIP text tower .*could not be fetched"):
+        loaded.clip
+    save_clip(tmp_path / "hub", model)
+    monkeypatch.setattr(llava.files, "snapshot_download", lambda name, allow_patterns: str(tmp_path / "hub"))
+    assert loaded.clip.length == LENGTH
+
+
+def test_a_user_names_one(tmp_path, model):
+    save_transformers_layout(tmp_path / "llava", model)
+    save_clip(tmp_path / "clip", model)
+    loaded = load(tmp_path / "llava", device="cpu", text_tower=tmp_path / "clip")
+    assert loaded.facts().has_text_tower and loaded.clip.length == LENGTH
+    with pytest.raises(UserError, match="no CLIP folder"):
+        load(tmp_path / "llava", device="cpu", text_tower=tmp_path / "nowhere")
+
+
+# What is refused
+
+
+def reload(folder, model: Llava) -> ClipText:
+    return load_clip_text(folder, model.tower, model.tokenizer, model.device)
+
+
+def test_a_clip_of_another_tower_is_refused(tmp_path, tiny):
+    save_clip(tmp_path, make_tiny_llava(vision_hidden=40))
+    with pytest.raises(UserError, match=r"does not complete this vision tower \(32 channels\).*visual_projection"):
+        reload(tmp_path, tiny)
+
+
+def test_missing_weights_are_named(tmp_path, tiny, model):
+    save_text_tower(tmp_path, model)
+    weights = {key: tensor for key, tensor in llava.files.read_weights(tmp_path).items() if "projection" not in key}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"text_projection\.weight, visual_projection\.weight"):
+        reload(tmp_path, tiny)
+
+
+def test_a_vision_half_alone_is_refused(tmp_path, tiny, model):
+    model.config.vision_config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no text half"):
+        reload(tmp_path, tiny)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, tiny, model):
+    """The official text tower without its tokenizer: LLaVA's ids would be read as other words, without an error."""
+    save_text_tower(tmp_path / "own", model, bos_token_id=0, eos_token_id=1)
+    with pytest.raises(UserError, match=r"has no tokenizer \(tokenizer\.json or vocab\.json\)"):
+        reload(tmp_path / "own", tiny)
+    save_text_tower(tmp_path / "few", model, vocab_size=50)
+    with pytest.raises(UserError, match=r"knows .* tokens, it 50"):
+        reload(tmp_path / "few", tiny)
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path, tiny, model):
+    save_clip(tmp_path, model)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="Cannot read the tokenizer of the CLIP"):
+        reload(tmp_path, tiny)
+
+
+def test_the_folders_own_tokenizer_comes_first(tmp_path, tiny, model):
+    """A byte-pair tokenizer like CLIP's, with other ids than LLaVA's."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    words = [*letters, "<|startoftext|>", "<|endoftext|>"]
+    save_text_tower(tmp_path, model, bos_token_id=52, eos_token_id=53)
+    (tmp_path / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    assert reload(tmp_path, tiny).chunks("A bc") == [[52, 26, 1, 28, 53]]
+
+
+class Payload:
+    def __reduce__(self):
+        return (pytest.fail, ("code of a checkpoint was run",))
+
+
+def test_nothing_is_unpickled(tmp_path, tiny, model):
+    save_text_tower(tmp_path, model)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"text_model": Payload()}, tmp_path / "pytorch_model.bin", pickle_module=pickle)
+    with pytest.raises(UserError, match="more than weights"):
+        reload(tmp_path, tiny)
+
+
+# The embedded model's
+
+
+@torch.inference_mode()
+def test_the_embedded_tower_finds_what_is_asked_about():
+    """Planted by the scenes: the patches of a thing lie nearer to a question about it than other patches do.
+
+    So for this small CLIP similarity as it is would be the right relevance. In OpenAI's the sign is the other one, which
+    is why it is an option whose default is the release's.
+    """
+    model = load(device="cpu")
+    ahead, count = 0.0, 0
+    for index in range(6):
+        drawn = scene("test", index, False)
+        things = [(i, thing) for i, thing in enumerate(drawn.things) if thing.kind == "shape"]
+        pixels = model.image_processor(Image.fromarray(drawn.image))[None]
+        features = encode(model.tower, pixels, model.select_layer).features.expand(len(things), -1, -1)
+        asked = [f"Is there a {COLOR_NAMES[t.color]} {SHAPES[t.shape]} in the image?" for _, t in things]
+        state = EncoderState(ids=tuple(asked), features=features, signals={}, layout=model.layout, clip=model.clip)
+        similarity = text_similarity(state, asked, cosine=True)
+        for row, (place, _) in zip(similarity, things, strict=True):
+            inside = torch.from_numpy(drawn.owner == place).flatten()
+            # Share of pairs (patch of the thing, other patch) in the right order; 0.5 is chance.
+            ahead += (row[inside][:, None] > row[~inside]).float().mean().item()
+            count += 1
+    assert count >= 20 and ahead / count > 0.65

@@ -1,0 +1,159 @@
+"""VisionDrop: in stages, keep what visual tokens look at and merge the rest, in the encoder and inside the decoder.
+
+Paper: https://arxiv.org/abs/2506.22283
+Official code read: Ruixxxx/VisionDrop@f7a9444, llava/visionzip and llava/model/modeling_llama_visiondrop.py
+Differs from it: merged tokens are means (theirs adds the mean to a whole token, `official` does too); batches, several
+images, grouped-query heads, any budget and depth.
+"""
+
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from consensusdrop.merging import merge_flops, merge_plan
+from llava.card import Card
+from llava.errors import UserError
+from llava.reducer import ModelFacts, Reducer, option
+from llava.reduction import Reduction, keep_top
+from llava.registry import register
+from llava.schedule import entering_layers, refuse_budget, scaled_layers
+from llava.signals import Signal
+from llava.states import DecoderState, EncoderState, State
+from visiondrop.schedule import PUBLISHED_RATIO, PUBLISHED_START, plan, segment_widths
+from visiondrop.scoring import ATTENTIONS, AVERAGES, METRICS, look, merge_metric, visual_scores
+
+STAGES, REFERENCE = (8, 16, 24), 32
+ENCODER_SCORES = {"cls": "cls_attention", "received": "received_attention"}
+MERGES = {"mean": "mean", "target_plus_mean": "anchor_plus_mean", "none": "none"}
+FREE = ("budget", "official", "layers", "schedule", "start", "ratio")  # what the release takes as arguments
+
+
+@register("visiondrop")
+@dataclass(frozen=True, kw_only=True)
+class VisionDrop(Reducer):
+    """Acts before the projector and in front of three decoder layers; no stage reads the question."""
+
+    summary: ClassVar[str] = "rank by visual attention in stages, encoder first, then decoder layers; merge the rest"
+    card: ClassVar[Card] = Card(
+        acts="after the tower, before decoder layers 8, 16 and 24 of 32",
+        score="CLS attention, then attention received from visual tokens",
+        rest="merged by keys into an eighth of the tokens",
+        order="raster, merged ones behind",
+        needs="CLS token",
+        paper="VisionDrop, 2506.22283",
+        url="https://arxiv.org/abs/2506.22283",
+        code="Ruixxxx/VisionDrop@f7a9444",
+    )
+    quirks: ClassVar[dict[str, str]] = {"appended": "as in the release, contextual tokens follow the dominant ones"}
+
+    official: bool = option(False, "the release to the bit: a merged token is its target plus the mean of the others")
+    layers: tuple = option((), "decoder layers to reduce in front of; empty for 8, 16, 24 of 32 in proportion")
+    schedule: str = option(
+        "published",
+        "multiples of the released 48/35/26/19 where budget and segments allow, else geometric; or always geometric",
+        ("published", "geometric"),
+    )
+    start: float = option(PUBLISHED_START, "tokens behind the encoder stage, as a multiple of the budget; 3 for video")
+    ratio: int = option(PUBLISHED_RATIO, "dominant tokens for one contextual; 0 keeps dominant ones only")
+    keep_cls: bool = option(True, "CLS is the first dominant token behind the encoder stage")
+    encoder_score: str = option(
+        "cls", "rank patches by the attention of CLS, or received from all patches", tuple(ENCODER_SCORES)
+    )
+    attention: str = option(
+        "causal", "decoder score: the layer's own rows, over visual keys only, or without causality", ATTENTIONS
+    )
+    average: str = option("all", "decoder score: mean over all visual tokens, or over those that see it", AVERAGES)
+    diagonal: bool = option(True, "decoder score: count what a token gives to itself")
+    metric: str = option("rotated", "decoder: what is compared in merging, keys or hidden states", METRICS)
+    merge: str = option("mean", "a merged token: mean, target plus mean of the others, or its target", tuple(MERGES))
+    order: str = option("appended", "place of contextual tokens", ("appended", "raster"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start < 1:
+            raise UserError(f"visiondrop.start must be at least 1, got {self.start:g}.")
+        if self.ratio < 0:
+            raise UserError(f"visiondrop.ratio must be at least 0, got {self.ratio}.")
+        if any(b <= a for a, b in pairwise((0, *self.layers))):
+            raise UserError(f"visiondrop.layers must ascend from 1, got {', '.join(map(str, self.layers))}.")
+        changed = [f.name for f in fields(self) if f.name not in FREE and getattr(self, f.name) != f.default]
+        if self.official and changed:
+            raise UserError(f"visiondrop.official is the release as it is; leave out {', '.join(changed)}.")
+
+    def check(self, facts: ModelFacts) -> None:
+        if not facts.has_cls and (self.keep_cls or self.encoder_score == "cls"):
+            raise UserError(
+                "visiondrop ranks by the CLS token and keeps it; this vision tower has none. Set "
+                "visiondrop.encoder_score=received and visiondrop.keep_cls=false."
+            )
+        super().check(facts)
+        if facts.layout.crops > 1:
+            raise UserError(f"visiondrop ranks whole pictures; this model cuts them into {facts.layout.crops} crops.")
+        first = self.decoder_layers(facts.layers)[0]
+        if self.start * first >= facts.layers:
+            raise UserError(
+                f"visiondrop.start={self.start:g} spends the whole budget on the first {first} of {facts.layers} "
+                f"layers; it must be below {facts.layers / first:g}."
+            )
+        mean = sum(self.entering(facts)) / facts.layers
+        if abs(mean - self.budget) > self.rounding:
+            raise refuse_budget(self.name, self.budget, mean, facts.visual_tokens, "its segments forbid it")
+
+    def signals(self) -> tuple[Signal, ...]:
+        return Signal(ENCODER_SCORES[self.encoder_score]), Signal("keys")
+
+    def decoder_layers(self, layers: int) -> tuple[int, ...]:
+        stages = self.layers or scaled_layers(STAGES, REFERENCE, layers)
+        if stages[-1] >= layers:
+            raise UserError(f"visiondrop.layers must be below {layers} (decoder layers), got {stages[-1]}.")
+        return stages
+
+    def stages(self, facts: ModelFacts) -> dict[int, tuple[int, int]]:
+        """(dominant, contextual) tokens from each layer on: layer 0 gets what the encoder stage leaves."""
+        layers = self.decoder_layers(facts.layers)
+        widths = segment_widths(layers, facts.layers)
+        pairs = plan(self.budget, widths, facts.visual_tokens, self.schedule, self.start, self.ratio)
+        return dict(zip((0, *layers), pairs, strict=True))
+
+    def entering(self, facts: ModelFacts) -> tuple[int, ...]:
+        if self.budget >= facts.visual_tokens:
+            return (facts.visual_tokens,) * facts.layers
+        layers, (first, *counts) = self.decoder_layers(facts.layers), map(sum, self.stages(facts).values())
+        return entering_layers(first, layers, counts, facts.layers)
+
+    def encoder(self, state: EncoderState) -> Reduction | None:
+        score, keys = (state.signals[signal] for signal in self.signals())
+        patches = score.shape[1]
+        if self.entering(state.facts)[0] >= patches:
+            return _drop_cls(state.features) if self.keep_cls else None
+        if self.keep_cls:
+            # CLS is the best token by definition, so it is never merged and its key never compared.
+            score, keys = F.pad(score, (1, 0), value=float("inf")), F.pad(keys, (0, 0, 1, 0))
+        return self._reduce(state, score, keys, *self.stages(state.facts)[0])
+
+    def decoder(self, state: DecoderState) -> Reduction | None:
+        if self.entering(state.facts)[state.layer] >= state.tokens.shape[1]:
+            return None  # this stage has nothing to do
+        seen = look(state, self.attention)
+        score = visual_scores(state, seen, self.attention, self.average, self.diagonal)
+        pair = self.stages(state.facts)[state.layer]
+        return self._reduce(state, score, merge_metric(state, seen, self.metric), *pair)
+
+    def _reduce(self, state: State, score: Tensor, metric: Tensor, dominant: int, contextual: int) -> Reduction:
+        """Keep the `dominant` best tokens, merge the others into `contextual` of them."""
+        merge = MERGES["target_plus_mean" if self.official else self.merge]
+        merges = merge != "none" and contextual > 0
+        inputs, channels = metric.shape[1:]
+        state.flops += len(metric) * merge_flops("stride", inputs, dominant, contextual, channels, merges)
+        retained = keep_top(score, dominant)
+        return merge_plan(retained, contextual, score, metric, "stride", merge, self.order == "appended")
+
+
+def _drop_cls(features: Tensor) -> Reduction:
+    """All patches and no CLS: what LLaVA takes where nothing is to be reduced."""
+    count = features.shape[1]
+    return Reduction(torch.arange(1, count, device=features.device).expand(len(features), -1), count)

@@ -1,0 +1,135 @@
+"""Attention that the visual tokens of a decoder layer receive from each other, without text among the queries.
+
+Paper: https://arxiv.org/abs/2506.22283
+Official code read: Ruixxxx/VisionDrop@f7a9444, llava/model/modeling_llama_visiondrop.py
+Differs from it: computed for the visual rows alone and in slices; grouped-query heads; the choices of softmax and mean.
+
+Shapes: B images, n visual tokens, W keys up to the last visual token, H heads of width d, D channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llava.flops import linear_flops
+from llava.reduction import gather_tokens
+from llava.signals import attention_rows, layer_keys
+from llava.states import DecoderState, row_index
+
+ATTENTIONS = ("causal", "visual", "bidirectional")
+AVERAGES = ("all", "viewers")
+METRICS = ("rotated", "unrotated", "hidden")
+SLICE = 2**24  # attention weights held at a time: 64 MB in float32
+
+
+@dataclass
+class Look:
+    """The visual tokens of a state, ready to look at each other through the next layer.
+
+    Attributes:
+        rows: [B, n, D] hidden states of the visual tokens.
+        rotary: cosines and sines at their positions, each [B, n, d].
+        keys: [B, Hkv, W, d] rotated keys.
+        allowed: [B, n, W] bool, the keys that each row may see.
+        columns: [B, n] int64, which of the W keys are the visual tokens.
+    """
+
+    rows: Tensor
+    rotary: tuple[Tensor, Tensor]
+    keys: Tensor
+    allowed: Tensor
+    columns: Tensor
+
+    def visual_keys(self) -> Tensor:
+        """[B, Hkv, n, d] keys of the visual tokens."""
+        index = self.columns[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
+        return self.keys.gather(2, index)
+
+
+def look(state: DecoderState, attention: str) -> Look:
+    """What a kind of attention needs of a state; books the keys.
+
+    Args:
+        attention: "causal", the layer's own: every visual token sees the text and images in front of it, and visual
+            tokens up to itself. "visual": only the latter. "bidirectional": all visual tokens of its image.
+    """
+    sequence, layer = state.sequence, state.llm.layers[state.layer]
+    columns, _ = row_index(sequence, sequence.images)
+    cos, sin = state.llm.rotary_emb(sequence.hidden, sequence.position)
+    rotary = gather_tokens(cos, columns), gather_tokens(sin, columns)
+    # Causality: nothing behind the last visual token is seen, so text behind the picture needs no key.
+    width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))
+    if attention == "causal":
+        keys = layer_keys(layer, sequence.hidden[:, :width], (cos[:, :width], sin[:, :width]))
+        place = torch.arange(width, device=columns.device)
+        allowed = (place <= columns[..., None]) & sequence.valid()[:, None, :width]
+    else:
+        keys = layer_keys(layer, state.tokens, rotary)
+        columns = torch.arange(state.tokens.shape[1], device=columns.device).expand_as(columns)
+        allowed = (columns[:, None] <= columns[..., None]) | (attention == "bidirectional")
+    state.flops += len(keys) * linear_flops(layer.self_attn.k_proj, keys.shape[2])
+    return Look(state.tokens, rotary, keys, allowed, columns)
+
+
+def received_attention(layer: nn.Module, seen: Look, diagonal: bool) -> Tensor:
+    """Attention that each visual token receives: mean over heads, sum over visual tokens.
+
+    Args:
+        layer: a LlamaDecoderLayer.
+        diagonal: count what a token gives to itself.
+
+    Returns:
+        [B, n] float32. Rows go through in slices, so no full map of all heads is held for long prompts.
+    """
+    batch, count, width = seen.allowed.shape
+    heads = layer.self_attn.q_proj.out_features // layer.self_attn.head_dim
+    step = max(1, SLICE // (batch * heads * width))
+    own = torch.eye(count, dtype=torch.bool, device=seen.rows.device)
+    total = torch.zeros(batch, count, device=seen.rows.device)
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        angles = tuple(angle[:, part] for angle in seen.rotary)
+        weights = attention_rows(layer, seen.rows[:, part], seen.keys, seen.allowed[:, part], angles).mean(1)
+        weights = weights.gather(2, seen.columns[:, None].expand(-1, weights.shape[1], -1))
+        total += (weights if diagonal else weights.masked_fill(own[part], 0)).sum(1)
+    return total
+
+
+def viewers(count: int, attention: str, diagonal: bool, device: torch.device) -> Tensor:
+    """[n] float32, how many visual tokens may see each; at least 1, so that it can divide."""
+    if attention == "bidirectional":
+        number = torch.full((count,), float(count), device=device)
+    else:
+        number = torch.arange(count, 0, -1, device=device, dtype=torch.float32)
+    return (number if diagonal else number - 1).clamp(min=1)
+
+
+def visual_scores(state: DecoderState, seen: Look, attention: str, average: str, diagonal: bool) -> Tensor:
+    """[B, n] float32, mean attention received by every visual token, higher is more important; books the rows.
+
+    Args:
+        average: over "all" visual tokens, those that cannot see the token counting as zeros, or over its "viewers".
+    """
+    layer, count = state.llm.layers[state.layer], seen.allowed.shape[1]
+    received = received_attention(layer, seen, diagonal)
+    query = layer.self_attn.q_proj
+    state.flops += len(received) * (linear_flops(query, count) + 2 * seen.allowed[0].numel() * query.out_features)
+    if average == "all":
+        return received / count
+    return received / viewers(count, attention, diagonal, received.device)
+
+
+def merge_metric(state: DecoderState, seen: Look, metric: str) -> Tensor:
+    """[B, n, d] (or [B, n, D]) float32 vectors whose cosine says which tokens are alike.
+
+    Args:
+        metric: keys of the next layer, mean over heads, "rotated" by position or "unrotated"; or the "hidden" states.
+    """
+    if metric == "hidden":
+        return state.tokens.float()
+    if metric == "rotated":
+        return seen.visual_keys().mean(1)
+    layer = state.llm.layers[state.layer]
+    state.flops += len(state.tokens) * linear_flops(layer.self_attn.k_proj, state.tokens.shape[1])
+    return layer_keys(layer, state.tokens, None).mean(1)
