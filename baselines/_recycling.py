@@ -44,7 +44,7 @@ def density_peaks(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
     mine, other = density[:, :, None], density[:, None, :]
     index = torch.arange(tokens.shape[1], device=tokens.device)
     # Nearest neighbours of each other are equally dense; one of them must count as denser, or both become centres.
-    denser = (other > mine) | ((other == mine) & (index > index[:, None]))
+    denser = (other > mine) | ((other == mine) & (index < index[:, None]))
     apart = torch.where(denser, distance, distance.amax((1, 2), keepdim=True)).amin(-1)
     centre = (apart * density).argsort(dim=1, descending=True, stable=True)[:, :count]
     home = gather_tokens(distance, centre).argmin(1)

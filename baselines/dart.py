@@ -4,10 +4,11 @@ Paper: https://arxiv.org/abs/2502.11494
 Official code read: ModelTC/LightCompress@9701d03, llmc/compression/token_reduction/dart.py (a port; the authors'
 repository could not be had)
 Differs from it: pivots take their turns in a fixed order, image before text and by falling key norm (theirs in the
-order of a Python set, on which the greedy choice hangs); keeps exactly what the budget asks (theirs up to 4 more).
+order of a Python set, on which the greedy choice hangs); keeps exactly what the budget asks (theirs 8 * (T // 8) + 4
+behind the layer). `official` does both as they do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Counts
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from baselines._staged import Staged
 from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import option
+from llava.reducer import ModelFacts, option
 from llava.reduction import Reduction, gather_tokens
 from llava.registry import register
+from llava.sequence import Sequence
 from llava.states import DecoderState, row_index
 
 PIVOTS = 4  # of the image, and as many of the text
@@ -36,7 +38,7 @@ def shares(tokens: int, pivots: int) -> tuple[int, ...]:
     return tuple(tokens // pivots + (i < tokens % pivots) for i in range(pivots))
 
 
-def pick_different(similarity: Tensor, pivots: Tensor, picks: Sequence[int]) -> Tensor:
+def pick_different(similarity: Tensor, pivots: Tensor, picks: Counts[int]) -> Tensor:
     """Pivots in turn pick the tokens that resemble them least, among those not taken yet.
 
     Args:
@@ -53,6 +55,18 @@ def pick_different(similarity: Tensor, pivots: Tensor, picks: Sequence[int]) -> 
         chosen.append(different.argsort(dim=1, stable=True)[:, :count])
         free = free.scatter(1, chosen[-1], False)
     return torch.cat(chosen, 1).sort(1).values
+
+
+def hash_order(columns: Tensor, sequence: Sequence) -> Tensor:
+    """[B, P] columns of the padded sequence in the order in which a Python set of their positions is run through.
+
+    The order is that of integer hashes, so the host must know the numbers and waits for the device.
+    """
+    rows = []
+    for sample, row in enumerate(columns.tolist()):
+        padding = sequence.padding(sample)
+        rows.append([place + padding for place in set([column - padding for column in row])])  # noqa: C403
+    return torch.tensor(rows, device=columns.device)
 
 
 @register("dart")
@@ -72,27 +86,36 @@ class Dart(Staged):
 
     positions: str = option("original", "position ids behind the stage", ("renumber", "original"))
     layer: int = option(0, "decoder layer in front of which tokens are dropped; 0 for 2 of 32 in proportion")
+    official: bool = option(False, "as released: keeps 8 * (budget // 8) + 4 behind the layer, pivots in hash order")
 
     def stages(self) -> tuple[int, ...]:
         return (self.layer,) if self.layer else ()
 
+    def fixed(self, facts: ModelFacts) -> tuple[int, ...] | None:
+        turns = 2 * PIVOTS
+        return (min(self.budget // turns * turns + PIVOTS, facts.visual_tokens),) if self.official else None
+
     def reduce(self, state: DecoderState, keep: int) -> Reduction:
-        image, text = self._pivots(state, min(PIVOTS, keep))
-        unit = F.normalize(state.llm.norm(state.tokens).float(), dim=-1)
-        words = F.normalize(state.llm.norm(gather_tokens(state.sequence.hidden, text)).float(), dim=-1)
-        pivots = torch.cat([gather_tokens(unit, image), words], 1)
-        similarity = state.matmul(pivots, unit.transpose(1, 2))
-        picks = shares(keep - image.shape[1], pivots.shape[1])
+        image, columns = self._pivots(state, min(PIVOTS, keep))
+        if self.official:
+            columns = hash_order(columns, state.sequence)
+        pivots = gather_tokens(state.sequence.hidden, columns)
+        pivots, tokens = (F.normalize(state.llm.norm(t).float(), dim=-1) for t in (pivots, state.tokens))
+        similarity = state.matmul(pivots, tokens.transpose(1, 2))
+        picks = shares(keep - image.shape[1], columns.shape[1])
         return Reduction(pick_different(similarity, image, picks), state.tokens.shape[1])
 
     def _pivots(self, state: DecoderState, images: int) -> tuple[Tensor, Tensor]:
-        """Image pivots [B, images] among the visual tokens, text pivots [B, 4] as columns of the padded sequence."""
-        shortest = min(stop - start for start, stop in state.sequence.behind)
+        """Image pivots [B, images] among the visual tokens; all pivots [B, images + 4] as columns of the sequence."""
+        sequence = state.sequence
+        shortest = min(stop - start for start, stop in sequence.behind)
         if shortest < PIVOTS:
             raise UserError(
                 f"dart takes {PIVOTS} pivots from the text behind the image; a prompt has {shortest} tokens."
             )
         size = state.keys.float().abs().sum((1, 3))  # [B, L], L1 norm over all heads
-        index, exists = row_index(state.sequence, state.sequence.behind)
-        text = highest(size.gather(1, index).masked_fill(~exists, -torch.inf), PIVOTS)
-        return highest(state.sequence.take(size, state.sequence.images), images), index.gather(1, text)
+        words, exists = row_index(sequence, sequence.behind)
+        visual, _ = row_index(sequence, sequence.images)
+        text = highest(size.gather(1, words).masked_fill(~exists, -torch.inf), PIVOTS)
+        image = highest(size.gather(1, visual), images)
+        return image, torch.cat([visual.gather(1, image), words.gather(1, text)], 1)

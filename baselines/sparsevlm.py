@@ -2,9 +2,9 @@
 
 Paper: https://arxiv.org/abs/2410.04417
 Official code read: Gumpest/SparseVLMs@26a5f48, llava/model/language_model/modelling_sparse_llama.py, score.py, utils.py
-Differs from it: equal densities go to the lower index (theirs adds random noise of 1e-6); a cluster of the only
-recycled token stays in its place; without any rater all words rate. The release has tables for four budgets and counts
-a layer that prunes behind itself as pruned; by default its proportions are fitted to the tokens that enter the layers.
+Differs from it: of equally dense tokens the higher-scored one counts as denser (theirs adds random noise of 1e-6); a
+lone recycled token stays in its place; without a rater all words rate. The release has four tables and counts a layer
+that prunes behind itself as pruned; by default its proportions are fitted to the tokens that enter the layers.
 """
 
 from collections.abc import Sequence

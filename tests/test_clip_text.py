@@ -312,8 +312,8 @@ def test_nothing_is_unpickled(tmp_path, tiny, model):
 def test_the_embedded_tower_finds_what_is_asked_about():
     """Planted by the scenes: the patches of a thing lie nearer to a question about it than other patches do.
 
-    So for this small CLIP similarity as it is would be the right relevance. In OpenAI's the sign is the other one, which
-    is why it is an option whose default is the release's.
+    So for this small CLIP similarity as it is would be the right relevance. In OpenAI's the sign is the other one,
+    which is why it is an option whose default is the release's.
     """
     model = load(device="cpu")
     ahead, count = 0.0, 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from baselines.dart import Dart, highest, pick_different, shares
+from baselines.dart import Dart, hash_order, highest, pick_different, shares
 from llava.errors import UserError
 from llava.layout import Layout
 from llava.pipeline import Clock, Pipeline
@@ -71,6 +71,15 @@ def test_planted_outsiders_are_kept_beside_the_pivots():
     assert Dart(budget=6).reduce(planted_state(), 6).anchor.tolist() == [[0, 1, 3, 5, 8, 9]] * 2
 
 
+def test_planted_outsiders_are_those_behind_the_final_norm():
+    """Plant the answer: a norm that blanks the channel of the outsiders above, so that others stick out."""
+    state = planted_state()
+    state.sequence.hidden[..., 2] = 0.1
+    state.sequence.hidden[:, [2 + 4, 2 + 7], 2] = -0.1
+    state.llm.norm = lambda hidden: hidden * torch.tensor([0.0, 0, 1, 1])
+    assert Dart(budget=6).reduce(state, 6).anchor.tolist() == [[0, 1, 4, 7, 8, 9]] * 2
+
+
 def test_fewer_tokens_than_pivots_are_the_best_pivots():
     assert Dart(budget=3).reduce(planted_state(), 3).anchor.tolist() == [[0, 1, 9]] * 2
     assert Dart(budget=1).reduce(planted_state(), 1).anchor.tolist() == [[9]] * 2
@@ -83,8 +92,23 @@ def test_pivots_take_turns_by_falling_key_norm_image_first():
     pivots = torch.tensor([[0]])
     assert pick_different(similarity, pivots, (1, 1)).tolist() == [[0, 1, 3]]
     assert pick_different(similarity.flip(1), pivots, (1, 1)).tolist() == [[0, 1, 2]]
-    image, text = Dart(budget=6)._pivots(planted_state(), 4)
-    assert image.tolist() == [[9, 0, 1, 8]] * 2 and text.tolist() == [[14, 15, 16, 17]] * 2
+    image, columns = Dart(budget=6)._pivots(planted_state(), 4)
+    assert image.tolist() == [[9, 0, 1, 8]] * 2 and columns.tolist() == [[11, 2, 3, 10, 14, 15, 16, 17]] * 2
+
+
+def test_official_pivots_come_in_the_order_of_a_set():
+    """A set of eight integers is run through by their value modulo 32: 32 comes before 1, whatever was put in first."""
+    columns = torch.tensor([[9, 3, 32, 1, 40, 70, 31, 52]])
+    unpadded = SimpleNamespace(padding=lambda sample: 0)
+    assert hash_order(columns, unpadded).tolist() == [[32, 1, 3, 70, 40, 9, 52, 31]]
+    padded = SimpleNamespace(padding=lambda sample: 5)
+    assert hash_order(columns + 5, padded).tolist() == [[37, 6, 8, 75, 45, 14, 57, 36]]
+
+
+def test_official_keeps_up_to_four_more():
+    """It takes T // 8 tokens for each of its eight pivots, and the four image pivots beside."""
+    for budget, keep in ((192, 196), (128, 132), (64, 68), (70, 68), (7, 4)):
+        assert Dart(budget=budget, official=True).entering(LLAVA_15) == (576,) * 2 + (keep,) * 30
 
 
 def test_equal_scores_go_to_the_lower_index():

@@ -264,9 +264,8 @@ def test_a_planted_answer_is_looked_for(name):
     """Shape tests pass with the order of a ranking turned round; each method needs one that does not."""
     if name in ("full", "random", "uniform", "downsample"):
         return
-    sources = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
-    marks = (f'"{name}"', f"import {registry.method(name).__name__}")
-    used = [source for source in sources if any(mark in source for mark in marks)]
+    tests = {path: path.read_text() for path in Path(__file__).parent.glob("test_*.py")}
+    used = [text for path, text in tests.items() if path.stem.startswith(f"test_{name}") or f'"{name}"' in text]
     # In the name of a test or in the first line of its docstring.
     planted = re.compile(r'def test\w*plant|def test\w*\([^)]*\)[^:]*:\n\s+"""[^\n]*plant', re.IGNORECASE)
     assert any(planted.search(source) for source in used), f"no test of {name} plants an answer and looks for it"

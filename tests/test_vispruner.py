@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from baselines.vispruner import ROUND, VisPruner, distinct
+from baselines.vispruner import VisPruner, distinct
 from llava.errors import UserError
 from llava.layout import Layout
 from llava.reducer import EncoderState, ModelFacts
@@ -42,7 +42,7 @@ def by_the_book(features: torch.Tensor, attention: torch.Tensor, budget: int, im
     while len(line) > budget - first:
         even, odd = line[::2], line[1::2]
         even.sort(key=lambda i: -max(cosine(i, j) for j in odd))
-        del even[: min(ROUND, len(line) - (budget - first))]
+        del even[: min(8, len(line) - (budget - first))]
         line = even + odd
     return sorted(kept + line)
 
