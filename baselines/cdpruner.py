@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.card import Card
-from llava.clip_text import text_similarity
+from llava.clip_text import RELEVANCE, signed, text_similarity
 from llava.reducer import PromptState, Reducer, option
 from llava.reduction import Reduction
 from llava.registry import register
@@ -84,7 +84,7 @@ class CDPruner(Reducer):
     )
 
     relevance: str = option(
-        "negated", "CLIP similarity as relevance: negated (the release) or as it is", ("negated", "plain")
+        "tower", "CLIP similarity as relevance: negated (the release), plain, or as the text tower says", RELEVANCE
     )
     official: bool = option(False, "cut texts that are too long for CLIP as the release does")
 
@@ -94,7 +94,7 @@ class CDPruner(Reducer):
             return None
         long = "cut" if self.official else "frame"
         similarity = text_similarity(state, state.questions, cosine=True, long=long)
-        relevance = unit_interval(-similarity if self.relevance == "negated" else similarity)
+        relevance = unit_interval(signed(similarity, self.relevance, state.clip))
         unit = F.normalize(state.tokens.float(), dim=-1)
         kernel = relevance[:, :, None] * state.matmul(unit, unit.transpose(1, 2)) * relevance[:, None]
         return Reduction(greedy_map(kernel, self.budget, state.matmul).sort(1).values, total)

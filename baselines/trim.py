@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llava.card import Card
-from llava.clip_text import text_similarity
+from llava.clip_text import RELEVANCE, signed, text_similarity
 from llava.reducer import EncoderState, ModelFacts, Reducer, option
 from llava.reduction import Reduction, keep_top
 from llava.registry import register
@@ -62,7 +62,7 @@ class TRIM(Reducer):
     )
 
     relevance: str = option(
-        "negated", "CLIP similarity as relevance: negated (the release) or as it is", ("negated", "plain")
+        "tower", "CLIP similarity as relevance: negated (the release), plain, or as the text tower says", RELEVANCE
     )
     adaptive: bool = option(False, "keep the outliers of the score, however many they are, whatever the budget")
     official: bool = option(False, "budget + 1 tokens, and the whole message as text, as the release has it")
@@ -78,7 +78,7 @@ class TRIM(Reducer):
             return None
         texts, long = (state.messages, "truncate") if self.official else (state.questions, "frame")
         similarity = text_similarity(state, texts, cosine=False, long=long)
-        score = (-similarity if self.relevance == "negated" else similarity).softmax(-1)
+        score = signed(similarity, self.relevance, state.clip).softmax(-1)
         if not self.adaptive:
             return keep_and_average(keep_top(score, self.budget - (not self.official)), total)
         counts = outliers(score).clamp(max=total - 1).tolist()

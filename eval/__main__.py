@@ -50,6 +50,9 @@ def parser() -> Parser:
     p.add_argument("--limit", help="ask the first LIMIT questions only")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     p.add_argument("--device", default="auto", help="torch device")
+    p.add_argument(
+        "--text-tower", help="the CLIP that the vision tower comes from, for methods that read its text half"
+    )
     p.add_argument("--max-new-tokens", default="128", help="longest answer")
     p.add_argument("--seed", default="0", help="for methods that draw random numbers, and for the intervals")
     p.add_argument("--wandb", default="auto", choices=("auto", "online", "offline", "disabled"), help="W&B logging")
@@ -99,6 +102,7 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         limit=whole_number("--limit", args.limit),
         options=method_options(args.method, args.set),
         dtype=args.dtype,
+        text_tower=args.text_tower,
         device=args.device,
         max_new_tokens=whole_number("--max-new-tokens", args.max_new_tokens),
         seed=whole_number("--seed", args.seed, minimum=0, maximum=2**32 - 1),

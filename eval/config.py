@@ -25,6 +25,7 @@ class RunConfig:
         limit: ask the first `limit` questions only. Not part of what a store depends on.
         options: the method's own fields, as text; the registry parses them.
         restart: move an earlier run in the output folder aside.
+        text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
     """
 
     method: str
@@ -43,6 +44,7 @@ class RunConfig:
     seed: int = 0
     wandb: str = "auto"
     restart: bool = False
+    text_tower: str | None = None
 
     def __post_init__(self) -> None:
         if self.budget is None and self.method != FULL:

@@ -129,7 +129,7 @@ def load_model(config: RunConfig) -> Any:
     """The model of this run; its libraries are imported here so that every check before it is fast."""
     from llava.model import load
 
-    return load(config.model, dtype=config.dtype, device=config.device)
+    return load(config.model, dtype=config.dtype, device=config.device, text_tower=config.text_tower)
 
 
 def seed_everything(seed: int) -> None:

@@ -65,7 +65,9 @@ def plain(reducer: Reducer) -> dict[str, Any]:
 
 def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, reducer: Reducer) -> dict[str, Any]:
     """Everything an answer depends on. Batch size and limit are not here: answers do not depend on them."""
+    text_tower = {"text_tower": model.text_tower_fingerprint} if getattr(reducer, "needs_text_tower", False) else {}
     return {
+        **text_tower,
         "benchmark": config.benchmark,
         "split": split,
         "data": data.fingerprint,

@@ -25,6 +25,10 @@ from llava.states import EncoderState
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PARTS = ("text_model.", "text_projection.", "visual_projection.")
+# How patches of the thing that a text names lie: far from the text in every CLIP that was trained on its CLS token alone
+# (CDPruner issue 14, TRIM issue 3), near to it ("plain") in one whose config.json says `"patch_similarity": "plain"`.
+NEGATED, PLAIN = "negated", "plain"
+RELEVANCE = ("tower", NEGATED, PLAIN)
 # Configurations older than transformers PR 24773 say 2, whatever the tokenizer's end token is.
 OLD_END_ID = 2
 
@@ -57,6 +61,7 @@ class ClipText(nn.Module):
         self.visual_projection = nn.Linear(channels, config.projection_dim, bias=False)
         self._post_layernorm = (post_layernorm,)  # in a tuple: its weights are not part of this module
         self.words, self.begin, self.end = words, begin, end
+        self.relevance = NEGATED
         self.length: int = config.max_position_embeddings
 
     def chunks(self, text: str, long: str = "frame") -> list[list[int]]:
@@ -144,6 +149,11 @@ def text_similarity(state: EncoderState, texts: Sequence[str], cosine: bool, lon
     return (similarity * mask[:, None]).sum(-1) / mask.sum(-1, keepdim=True)
 
 
+def signed(similarity: Tensor, choice: str, clip: ClipText) -> Tensor:
+    """Similarity as relevance, higher is more relevant; `choice` is one of RELEVANCE, "tower" as the text tower says."""
+    return -similarity if (clip.relevance if choice == "tower" else choice) == NEGATED else similarity
+
+
 def load_clip_text(
     source: str | Path, tower: nn.Module, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> ClipText:
@@ -162,6 +172,11 @@ def load_clip_text(
     channels = tower.config.hidden_size
     words, begin, end = _tokens(folder, config, tokenizer)
     clip = ClipText(config, channels, tower.post_layernorm, words, begin, end)
+    clip.relevance = raw.get("patch_similarity", NEGATED)
+    if clip.relevance not in (NEGATED, PLAIN):
+        raise UserError(
+            f"patch_similarity in {folder}/config.json must be {NEGATED} or {PLAIN}, got {clip.relevance!r}."
+        )
     weights = {key: value for key, value in read_weights(folder).items() if key.startswith(PARTS)}
     expected = {key: value.shape for key, value in clip.state_dict().items()}
     wrong = [key for key in {*expected, *weights} if key not in weights or expected.get(key) != weights[key].shape]

@@ -166,5 +166,5 @@ def test_budgets_and_what_is_missing(tiny):
     assert CDPruner(budget=64).entering(LLAVA_15) == (64,) * 32
     with pytest.raises(UserError, match=r"cdpruner .* needs the CLIP text tower"):
         CDPruner(budget=64).check(ModelFacts(576, 32, Layout(24, 24), 24))
-    with pytest.raises(UserError, match=r"cdpruner.relevance must be one of negated, plain, got 'positive'"):
+    with pytest.raises(UserError, match=r"cdpruner.relevance must be one of tower, negated, plain, got 'positive'"):
         CDPruner(budget=64, relevance="positive")

@@ -122,5 +122,5 @@ def test_outliers_are_counted_by_the_interquartile_range(tiny):
 def test_what_is_missing():
     with pytest.raises(UserError, match=r"trim .* needs the CLIP text tower"):
         TRIM(budget=64).check(ModelFacts(576, 32, Layout(24, 24), 24))
-    with pytest.raises(UserError, match=r"trim.relevance must be one of negated, plain"):
+    with pytest.raises(UserError, match=r"trim.relevance must be one of tower, negated, plain"):
         TRIM(budget=64, relevance="up")

@@ -59,7 +59,9 @@ def write_text_tower(clip, folder: Path) -> None:
     keep = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
     weights = {name: w.half().contiguous() for name, w in clip.state_dict().items() if name.startswith(keep)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(clip.config.to_diff_dict(), indent=2, sort_keys=True) + "\n")
+    # Patches were trained to lie near the phrases that name them, see tinyllava/vision.py.
+    config = clip.config.to_diff_dict() | {"patch_similarity": "plain"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

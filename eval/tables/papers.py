@@ -21,7 +21,7 @@ from eval.tables.page import insert, markdown
 from llava.errors import UserError
 from llava.model import load
 
-BUDGETS = (192, 128, 64, 32)
+BUDGETS = (64, 32)
 ABLATION_BUDGETS = (64, 32)
 
 
