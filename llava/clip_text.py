@@ -25,8 +25,8 @@ from llava.states import EncoderState
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PARTS = ("text_model.", "text_projection.", "visual_projection.")
-# How patches of the thing that a text names lie: far from the text in every CLIP that was trained on its CLS token alone
-# (CDPruner issue 14, TRIM issue 3), near to it ("plain") in one whose config.json says `"patch_similarity": "plain"`.
+# How patches of the thing that a text names lie: far from the text in a CLIP that was trained on its CLS token alone
+# (CDPruner issue 14, TRIM issue 3), near to it in one whose config.json says `"patch_similarity": "plain"`.
 NEGATED, PLAIN = "negated", "plain"
 RELEVANCE = ("tower", NEGATED, PLAIN)
 # Configurations older than transformers PR 24773 say 2, whatever the tokenizer's end token is.
@@ -150,7 +150,7 @@ def text_similarity(state: EncoderState, texts: Sequence[str], cosine: bool, lon
 
 
 def signed(similarity: Tensor, choice: str, clip: ClipText) -> Tensor:
-    """Similarity as relevance, higher is more relevant; `choice` is one of RELEVANCE, "tower" as the text tower says."""
+    """Similarity as relevance, higher is more relevant; `choice` is one of RELEVANCE, "tower": as the tower says."""
     return -similarity if (clip.relevance if choice == "tower" else choice) == NEGATED else similarity
 
 

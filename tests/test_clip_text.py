@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 
 import llava.files
 from llava import registry
-from llava.clip_text import ClipText, load_clip_text, text_similarity
+from llava.clip_text import ClipText, load_clip_text, signed, text_similarity
 from llava.errors import UserError
 from llava.model import Llava, load
 from llava.original_layout import CLIP_L_336_NAME
@@ -331,3 +331,25 @@ def test_the_embedded_tower_finds_what_is_asked_about():
             ahead += (row[inside][:, None] > row[~inside]).float().mean().item()
             count += 1
     assert count >= 20 and ahead / count > 0.65
+
+
+@pytest.mark.parametrize(("told", "relevance"), [(None, "negated"), ("plain", "plain"), ("negated", "negated")])
+def test_the_text_tower_says_which_sign_is_relevance(tmp_path, model, told, relevance):
+    """Without a word it is the release's: patches of a CLIP trained on its CLS token lie far from what they show."""
+    save_clip(tmp_path, model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | ({"patch_similarity": told} if told else {})))
+    clip = load_clip_text(tmp_path, model.model.vision_tower, make_tokenizer(), torch.device("cpu"))
+    similarity = torch.tensor([[0.5, -1.0]])
+    assert clip.relevance == relevance
+    assert signed(similarity, "tower", clip).tolist() == [[0.5, -1.0] if relevance == "plain" else [-0.5, 1.0]]
+    assert signed(similarity, "plain", clip).tolist() == [[0.5, -1.0]]
+    assert signed(similarity, "negated", clip).tolist() == [[-0.5, 1.0]]
+
+
+def test_an_unknown_sign_is_refused(tmp_path, model):
+    save_clip(tmp_path, model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"patch_similarity": "upside down"}))
+    with pytest.raises(UserError, match="must be negated or plain, got 'upside down'"):
+        load_clip_text(tmp_path, model.model.vision_tower, make_tokenizer(), torch.device("cpu"))
