@@ -1,15 +1,17 @@
 """Models of real size with random weights, for timing. Their answers mean nothing."""
 
 import copy
+from functools import cached_property
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 from llava.checkpoint import Checkpoint
+from llava.clip_text import ClipText
 from llava.image import ImageProcessor
 from llava.model import DTYPES, Llava
 from llava.original_layout import CLIP_L_336
@@ -40,6 +42,18 @@ SHAPES: dict[str, dict[str, Any]] = {
             "vocab_size": 32064,
         },
     },
+}
+
+
+CLIP_L_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "projection_dim": 768,
+    "vocab_size": 49408,
+    "eos_token_id": 49407,
 }
 
 
@@ -85,11 +99,23 @@ def random_llava(shape: str, distinct: int | None = None, dtype: str = "bfloat16
         name=f"random {shape}",
         layout="transformers",
         vision_tower_source="random weights",
-        text_tower=None,
+        text_tower="random weights",
         notes=(),
         vocabulary=32000,
     )
-    return Llava(checkpoint, torch.device("cpu"))
+    return RandomLlava(checkpoint, torch.device("cpu"))
+
+
+class RandomLlava(Llava):
+    """Its CLIP text tower has the shape of CLIP-L's and random weights."""
+
+    @cached_property
+    def clip(self) -> ClipText:
+        words = lambda text: [1 + place for place, _ in enumerate(text.split())]  # noqa: E731
+        config = CLIPTextConfig(**CLIP_L_TEXT)
+        last = config.vocab_size - 1
+        tower = ClipText(config, self.tower.config.hidden_size, self.tower.post_layernorm, words, last - 1, last)
+        return tower.to(self.device).eval().requires_grad_(False)
 
 
 def share_layers(llm: nn.Module, layers: int) -> None:
