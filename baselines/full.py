@@ -20,7 +20,7 @@ class Full(Reducer):
     """No reduction; its budget can only be the number of tokens there are."""
 
     summary: ClassVar[str] = "no reduction, the reference of every table"
-    card: ClassVar[Card] = Card(acts="nowhere")
+    card: ClassVar[Card] = Card(acts="nowhere", rest="nothing")
 
     def check(self, facts: ModelFacts) -> None:
         super().check(facts)

@@ -54,7 +54,7 @@ def all_kept(model: Llava, name: str) -> dict[str, list]:
 def main() -> None:
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:
-        save_transformers_layout(Path(folder) / "tiny")
+        save_transformers_layout(Path(folder) / "tiny", text_tower=True)
         model = load(Path(folder) / "tiny", device="cpu")
         everything = {name: all_kept(model, name) for name in registry.names() if name not in ("full", "downsample")}
     lines = [f" {json.dumps(name)}: {json.dumps(found, separators=(',', ':'))}" for name, found in everything.items()]

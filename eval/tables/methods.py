@@ -49,7 +49,7 @@ def table() -> str:
     lines = ["| " + " | ".join([*head, "source"]) + " |", "|" + "---|" * (len(head) + 1)]
     for name in registry.names():
         cls, card = registry.method(name), registry.method(name).card
-        positions = registry.options_of(cls)["positions"].default
+        positions = registry.build(name, BUDGETS[0]).positions
         paper = f"[{card.paper}]({card.url})" if card.paper else "control"
         cells = [f"`{name}`", card.acts, card.score or "–", card.rest, f"{card.order}; {positions}", card.needs or "–"]
         lines.append("| " + " | ".join([*cells, paper, card.code or "–", source_of(cls)]) + " |")
