@@ -109,6 +109,7 @@ def plan(method: Staged, facts: ModelFacts) -> tuple[int, ...]:
     if method.budget > largest:
         why, instead = "its stages keep fixed shares of one another", ""
     else:
-        why = f"all {tokens} enter the first {stages[0]} of {depth} layers"
+        first_layers = f"{stages[0]} of {depth} layers" if stages[0] > 1 else f"of {depth} layers"
+        why = f"all {tokens} enter the first {first_layers}"
         instead = f"Set {method.name}.schedule=kept to count only the layers behind." * (start == 0)
     raise refuse_budget(method.name, method.budget, smallest, largest, why, instead)

@@ -22,7 +22,7 @@ from llava.errors import UserError
 from llava.model import load
 
 BUDGETS = (64, 32)
-ABLATION_BUDGETS = (64, 32)
+ABLATION_BUDGETS = (64,)
 
 
 @dataclass(frozen=True)
