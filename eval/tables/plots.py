@@ -78,6 +78,8 @@ def cost_plot(path: Path, full: tuple[float, Interval], points: Mapping[str, Seq
                 x, [v.mean for v in y], yerr=spread, label=name, color=COLOURS[index], marker=MARKERS[index],
                 markersize=5, linewidth=1.6, capsize=2, elinewidth=0.7, zorder=3,
             )  # fmt: skip
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.axhline(full[1].mean, color="black", linewidth=1, linestyle="--")
         panel.plot([full[0]], [full[1].mean], color="black", marker="*", markersize=10)
         panel.set_title(title, fontsize=10)
