@@ -8,7 +8,7 @@ RECORDINGS = recordings()
 FEW = 5
 
 
-def agree(path, cases):
+def check_agreement(path, cases):
     found = check(path, cases)
     assert found.kept_stable == found.stable, found
     assert found.entering == found.cases, found
@@ -20,10 +20,10 @@ def agree(path, cases):
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
 def test_agrees_with_the_official_code(path):
-    agree(path, FEW)
+    check_agreement(path, FEW)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
 def test_agrees_with_the_official_code_in_every_case(path):
-    agree(path, None)
+    check_agreement(path, None)
