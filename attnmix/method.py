@@ -42,6 +42,7 @@ class AttnMix(Reducer):
         code="JiayiV/AdaV@58d1f8d",
     )
 
+    crops: str = option("global", "ranks the tokens of all crops together", ("global",))
     mix: str = option(
         "adaptive",
         "split by the geometric mean, text to image only, CLS only, or half of the budget each",

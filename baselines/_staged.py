@@ -30,6 +30,7 @@ class Staged(Reducer):
 
     published: ClassVar[tuple[int, ...]] = ()
 
+    crops: str = option("global", "ranks the tokens of all crops together", ("global",))
     schedule: str = option("mean", SCHEDULE, ("mean", "kept"))
 
     def stages(self) -> tuple[int, ...]:
@@ -69,7 +70,7 @@ class Staged(Reducer):
 
     def check(self, facts: ModelFacts) -> None:
         super().check(facts)
-        plan(self, facts)
+        plan(self, facts, exact=True)
 
     def entering(self, facts: ModelFacts) -> tuple[int, ...]:
         counts = self.counts(plan(self, facts), facts.visual_tokens)
@@ -83,8 +84,13 @@ class Staged(Reducer):
 
 
 @lru_cache(maxsize=256)
-def plan(method: Staged, facts: ModelFacts) -> tuple[int, ...]:
+def plan(method: Staged, facts: ModelFacts, exact: bool = False) -> tuple[int, ...]:
     """Tokens that each stage keeps.
+
+    A picture that is so small that even the largest member of the method's family stays below the budget gets that one.
+
+    Args:
+        exact: raise instead.
 
     Raises:
         UserError: no member of the method's family has the budget as its mean.
@@ -106,6 +112,8 @@ def plan(method: Staged, facts: ModelFacts) -> tuple[int, ...]:
         return method.keeps(first, tokens)
     # The family itself may depend on the budget, so its ends are those of the lowest and the highest one.
     smallest, largest = (total_of(x, replace(method, budget=x)) / (depth - start) for x in (1, tokens))
+    if method.budget > largest and not exact:
+        return replace(method, budget=tokens).keeps(tokens, tokens)
     if method.budget > largest:
         why, instead = "its stages keep fixed shares of one another", ""
     else:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.card import Card
-from llava.reducer import PromptState, Reducer
+from llava.reducer import PromptState, Reducer, option
 from llava.reduction import Reduction
 from llava.registry import register
 
@@ -52,6 +52,12 @@ class DivPrune(Reducer):
         paper="DivPrune, 2503.02175",
         url="https://arxiv.org/abs/2503.02175",
         code="vbdi/divprune@799e2d9",
+    )
+
+    crops: str = option(
+        "global",
+        "all crops together as in the release, or the budget split over crops",
+        ("global", "each", "thumbnail"),
     )
 
     def prompt(self, state: PromptState) -> Reduction | None:

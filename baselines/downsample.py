@@ -11,7 +11,7 @@ from typing import ClassVar
 from llava.card import Card
 from llava.errors import UserError
 from llava.layout import Layout
-from llava.reducer import ModelFacts, Reducer
+from llava.reducer import ModelFacts, Reducer, option
 from llava.registry import register
 
 WIDEST = 2.0  # most a patch may be stretched
@@ -39,6 +39,8 @@ class Downsample(Reducer):
 
     summary: ClassVar[str] = "a smaller image with budget patches"
     card: ClassVar[Card] = Card(acts="before the tower", rest="averaged by resizing")
+
+    crops: str = option("each", "every crop is shrunk alike", ("each",))
 
     def check(self, facts: ModelFacts) -> None:
         super().check(facts)

@@ -59,6 +59,11 @@ def rank(score: Tensor) -> Tensor:
     return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
+def fitting(chunks: int, tokens: int) -> int:
+    """The largest number of equal chunks that is at most `chunks`: unpadded crops have any number of patches."""
+    return next(count for count in range(chunks, 0, -1) if tokens % count == 0)
+
+
 def deal_as_released(score: Tensor, budget: int) -> Tensor:
     """[B, P] chunk scores -> tokens of each chunk, in proportion; may be more than a chunk has."""
     share = score / (score.sum(1, keepdim=True) + EPS)
@@ -147,9 +152,10 @@ class HoloV(Reducer):
         if self.budget >= tokens:
             return None
         attention = state.signals[Signal("cls_attention")]
-        score = token_scores(state.tokens, attention, self.chunks, self.alpha, state.matmul)
+        chunks = fitting(self.chunks, tokens)
+        score = token_scores(state.tokens, attention, chunks, self.alpha, state.matmul)
         if self.official:
             given = deal_as_released(score.mean(-1), self.budget)
-            return reduction_as_released(attention.unflatten(1, (self.chunks, -1)), given, self.budget)
+            return reduction_as_released(attention.unflatten(1, (chunks, -1)), given, self.budget)
         given = deal(score.mean(-1), score.shape[-1], self.budget)
         return Reduction(keep_dealt(score, given, self.budget), tokens)

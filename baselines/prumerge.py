@@ -155,4 +155,4 @@ class PruMerge(Reducer):
             # The floor keeps attention that underflows to zero from becoming 0/0.
             mix = shares(kept, attention.clamp(min=1e-12), keys, self.neighbours, state.matmul)
             mix = mix / mix.sum(-1, keepdim=True)
-        return Reduction(anchor, attention.shape[1], mix=mix)
+        return Reduction(anchor, attention.shape[1], mix=mix, appended=1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from baselines._recycling import keep_and_recycle, recycled, text_raters
 from baselines._staged import SCHEDULE, Staged
+from llava import rotary
 from llava.card import Card
 from llava.errors import UserError
 from llava.reducer import ModelFacts, option
@@ -136,7 +137,7 @@ def rotary_scores(state: DecoderState) -> Tensor:
     """
     entered = state.entered
     index, _ = row_index(entered, entered.behind)
-    cos, sin = state.llm.rotary_emb(entered.hidden, entered.position)
+    cos, sin = rotary.angles(state.llm, entered.hidden, entered.position)
     angles = torch.cat([cos, sin], -1).float()
     visual = entered.take(angles, entered.images)
     return state.matmul(gather_tokens(angles, index), visual.transpose(1, 2)) * cos.shape[-1] ** -0.5

@@ -91,6 +91,7 @@ class ToMe(Reducer):
         code="facebookresearch/ToMe@af95e4b",
     )
 
+    crops: str = option("each", "every crop is merged alike inside the tower", ("each",))
     order: str = option("raster", "order of the tokens behind the tower", ("raster", "release"))
 
     def check(self, facts: ModelFacts) -> None:

@@ -33,7 +33,7 @@ def keep_and_average(kept: Tensor, total: int) -> Reduction:
     weight = torch.where(rest, 1 / (total - count), 1.0)
     places = torch.arange(total, device=kept.device)
     end = torch.where(rest, places, -1).amax(1, keepdim=True)
-    return Reduction(torch.cat([kept, end], 1), total, owner, weight)
+    return Reduction(torch.cat([kept, end], 1), total, owner, weight, appended=1)
 
 
 def outliers(score: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llava.card import Card
 from llava.layout import Layout
-from llava.reducer import PromptState, Reducer
+from llava.reducer import PromptState, Reducer, option
 from llava.reduction import Reduction
 from llava.registry import register
 
@@ -42,6 +42,8 @@ class Uniform(Reducer):
 
     summary: ClassVar[str] = "an even grid of tokens"
     card: ClassVar[Card] = Card(acts="before decoder layer 0", score="an even grid")
+
+    crops: str = option("each", "the budget over crops: even, or by the first crop's attention", ("each", "thumbnail"))
 
     def prompt(self, state: PromptState) -> Reduction:
         anchor = even_grid(state.layout, self.budget).to(state.tokens.device)

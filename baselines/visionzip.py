@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from consensusdrop.merging import merge_flops, merge_plan
+from consensusdrop.merging import behind_cls, merge_flops, merge_plan
 from llava.card import Card
 from llava.errors import UserError
 from llava.reducer import EncoderState, Reducer, option
@@ -21,17 +21,6 @@ from llava.registry import register
 from llava.signals import Signal
 
 CONTEXTUAL_SHARE = 10 / 64  # 54 + 10, 108 + 20 and 162 + 30 in the release, CLS among the first
-
-
-def behind_cls(plan: Reduction) -> Reduction:
-    """A reduction of N patches -> the same of CLS and patches [1 + N], with CLS kept in front."""
-    cls = plan.anchor.new_zeros(len(plan.anchor), 1)
-    anchor = torch.cat([cls, plan.anchor + 1], 1)
-    if plan.owner is None:
-        return Reduction(anchor, plan.inputs + 1)
-    owner = torch.cat([cls, torch.where(plan.owner < 0, plan.owner, plan.owner + 1)], 1)
-    weight = torch.cat([plan.weight.new_ones(len(cls), 1), plan.weight], 1)
-    return Reduction(anchor, plan.inputs + 1, owner, weight)
 
 
 def zip_tokens(saliency: Tensor, keys: Tensor, dominant: int, contextual: int, weights: str) -> Reduction:
@@ -67,6 +56,8 @@ class VisionZip(Reducer):
     keep_cls: ClassVar[bool] = True
     quirks: ClassVar[dict[str, str]] = {"appended": "contextual tokens stand behind the dominant ones"}
 
+    # Every crop has a class token of its own to keep, so there is nothing to rank together.
+    crops: str = option("each", "the budget over crops: even, or by the first crop's attention", ("each", "thumbnail"))
     contextual: float = option(CONTEXTUAL_SHARE, "share of the budget that contextual tokens take")
     official: bool = option(False, "contextual token = target + mean of its members, as in the release")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from consensusdrop.merging import assign, member_weights, merge_flops, others
 from llava.card import Card
+from llava.crops import planned
 from llava.errors import UserError
 from llava.layout import Layout
 from llava.reducer import DecoderState, ModelFacts, PromptState, Reducer, option
@@ -82,6 +83,9 @@ class VScan(Reducer):
         code="Tencent/SelfEvolvingAgent@a82450e",
     )
 
+    crops: str = option(
+        "each", "the first stage splits the budget evenly over crops, the second ranks all together", ("each",)
+    )
     window: int = option(6, "side of a window in patches")
     layers: tuple = option((), "decoder layer in front of which the second stage acts; empty for the middle")
     official: bool = option(False, "leave out what does not divide evenly over the windows")
@@ -133,8 +137,7 @@ class VScan(Reducer):
         return merge_into_kept(state.tokens, torch.cat([near, far], 1).sort(1).values)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        *_, second = self.counts(state.facts)
-        total = state.tokens.shape[1]
+        second, total = planned(self, state.facts)[state.layer], state.tokens.shape[1]
         if second >= total:
             return None
         weights, _ = state.attention("last", at="next")

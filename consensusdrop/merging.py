@@ -115,13 +115,25 @@ def merge_plan(
     if merged:
         centres = choose_anchors(anchors, rest, saliency, keys, merged)
         anchor = torch.cat([retained, centres], dim=1)
+    tail = merged if appended else 0
     if not appended:
         anchor = anchor.sort(dim=1).values
     if weights == "none" or not centres.shape[1] or not rest.shape[1]:
-        return Reduction(anchor, total)
+        return Reduction(anchor, total, appended=tail)
     outputs = torch.arange(anchor.shape[1], device=anchor.device).expand_as(anchor)
     owner = torch.full((len(anchor), total), -1, device=anchor.device).scatter_(1, anchor, outputs)
     members = others(anchor, total)
     home = centres.gather(1, assign(members, centres, keys))
     owner = owner.scatter(1, members, owner.gather(1, home))
-    return Reduction(anchor, total, owner, member_weights(weights, owner, anchor, saliency))
+    return Reduction(anchor, total, owner, member_weights(weights, owner, anchor, saliency), appended=tail)
+
+
+def behind_cls(plan: Reduction) -> Reduction:
+    """A reduction of N patches -> the same of CLS and patches [1 + N], with CLS kept in front."""
+    cls = plan.anchor.new_zeros(len(plan.anchor), 1)
+    anchor = torch.cat([cls, plan.anchor + 1], 1)
+    if plan.owner is None:
+        return Reduction(anchor, plan.inputs + 1, appended=plan.appended)
+    owner = torch.cat([cls, torch.where(plan.owner < 0, plan.owner, plan.owner + 1)], 1)
+    weight = torch.cat([plan.weight.new_ones(len(cls), 1), plan.weight], 1)
+    return Reduction(anchor, plan.inputs + 1, owner, weight, appended=plan.appended)

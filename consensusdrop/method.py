@@ -5,14 +5,13 @@ Official code read: none was released.
 Differs from it: unknown. Facts and reconstruction are told apart in docs/consensusdrop.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from consensusdrop.fusion import FUSIONS, fuse
-from consensusdrop.merging import ANCHORS, WEIGHTS, merge_flops, merge_plan
+from consensusdrop.merging import ANCHORS, WEIGHTS, behind_cls, merge_flops, merge_plan
 from llava.card import Card
 from llava.errors import UserError
 from llava.reducer import ModelFacts, PromptState, Reducer, option
@@ -79,7 +78,6 @@ class ConsensusDrop(Reducer):
     merge_space: str = option("projected", "merge projected tokens or tower features", ("projected", "encoder"))
     cls_token: bool = option(False, "keep the CLS token as one of the budget")
     order: str = option("raster", "place of merged tokens", ("raster", "appended"))
-    crops: str = option("each", "split the budget evenly over crops, or rank all together", ("each", "global"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +85,8 @@ class ConsensusDrop(Reducer):
             raise UserError(f"consensusdrop.alpha must be between 0 and 1, got {self.alpha}.")
         if not 0 <= self.merged_share < 1:
             raise UserError(f"consensusdrop.merged_share must be at least 0 and below 1, got {self.merged_share}.")
+        if self.cls_token and self.crops == "global":
+            raise UserError("consensusdrop.cls_token keeps a token of every crop; it needs consensusdrop.crops=each.")
         if self.temperature <= 0:
             raise UserError(f"consensusdrop.temperature must be above 0, got {self.temperature}.")
         if self.probe == "static" and self.query == "last":
@@ -109,12 +109,6 @@ class ConsensusDrop(Reducer):
             raise UserError(
                 f"consensusdrop.probe_layer must be below {facts.layers} (decoder layers), got {self.probe_layer}."
             )
-        if not facts.has_cls:
-            raise UserError("consensusdrop needs a vision tower with a CLS token; this one has none.")
-        if self.crops == "each" and self.budget % facts.layout.crops:
-            raise UserError(
-                f"consensusdrop splits its budget over {facts.layout.crops} crops; {self.budget} does not divide."
-            )
 
     def signals(self) -> tuple[Signal, ...]:
         return Signal("cls_attention", self.block), Signal("keys", self.block)
@@ -129,56 +123,25 @@ class ConsensusDrop(Reducer):
             return None  # everything stays
         saliency, keys = (state.signals[signal] for signal in self.signals())
         cross = self._cross_saliency(state) if self.reads_question else None
-        crops = state.layout.crops if self.crops == "each" else 1
-        plan = self._plan(*(None if t is None else _split(t, crops) for t in (saliency, cross, keys)), crops)
-        merged = self._merged(crops)
+        plan, merged = self._plan(saliency, cross, keys), self._merged()
         keep = plan.anchor.shape[1] - merged
         cost = merge_flops(self.anchors, plan.inputs, keep, merged, keys.shape[-1], plan.merges)
         state.flops += len(plan.anchor) * cost
-        return _join(plan, crops, self.cls_token, self.merge_space == "encoder")
+        if self.cls_token:
+            plan = behind_cls(plan)
+        return replace(plan, encoder_space=self.merge_space == "encoder")
 
     def _cross_saliency(self, state: PromptState) -> Tensor:
         attention = state.text_attention(self.probe_layer, self.query, self.rope, self.probe == "contextual")
         cross = pool_attention(*attention, self.heads, self.pooling)
-        return _without_cls(cross, state.layout.crops) if self.cls_token else cross
+        return cross[:, 1:] if self.cls_token else cross
 
-    def _merged(self, crops: int) -> int:
-        """Merged tokens per crop."""
-        return 0 if self.anchors == "retained" else round((self.budget // crops - self.cls_token) * self.merged_share)
+    def _merged(self) -> int:
+        return 0 if self.anchors == "retained" else round((self.budget - self.cls_token) * self.merged_share)
 
-    def _plan(self, saliency: Tensor, cross: Tensor | None, keys: Tensor, crops: int) -> Reduction:
-        merged = self._merged(crops)
-        keep = self.budget // crops - self.cls_token - merged
+    def _plan(self, saliency: Tensor, cross: Tensor | None, keys: Tensor) -> Reduction:
+        merged = self._merged()
+        keep = self.budget - self.cls_token - merged
         choices = {name: getattr(self, name) for name in ("alpha", "cross_top", "temperature", "rrf_k", "gate_beta")}
         retained = keep_top(fuse(saliency, cross, self.fusion, keep, **choices), keep)
         return merge_plan(retained, merged, saliency, keys, self.anchors, self.weights, self.order == "appended")
-
-
-def _split(tensor: Tensor, crops: int) -> Tensor:
-    """[B, crops * N, ...] -> [B * crops, N, ...]."""
-    return tensor.unflatten(1, (crops, -1)).flatten(0, 1)
-
-
-def _without_cls(score: Tensor, crops: int) -> Tensor:
-    """Drop the first entry of each crop."""
-    return score.unflatten(1, (crops, -1))[:, :, 1:].flatten(1)
-
-
-def _join(plan: Reduction, crops: int, cls_token: bool, encoder_space: bool) -> Reduction:
-    """Reductions of single crops -> one of the whole image, CLS tokens put back in front of their crops."""
-    anchor, owner, weight, inputs = plan.anchor, plan.owner, plan.weight, plan.inputs
-    if cls_token:
-        first = anchor.new_zeros(len(anchor), 1)
-        anchor, inputs = torch.cat([first, anchor + 1], 1), inputs + 1
-        if owner is not None:
-            owner = torch.cat([first, torch.where(owner < 0, owner, owner + 1)], 1)
-            weight = torch.cat([weight.new_ones(len(weight), 1), weight], 1)
-    if crops > 1:
-        kept = anchor.shape[1]
-        step = torch.arange(crops, device=anchor.device)[None, :, None]
-        anchor = (anchor.unflatten(0, (-1, crops)) + step * inputs).flatten(1)
-        if owner is not None:
-            owner = owner.unflatten(0, (-1, crops))
-            owner = torch.where(owner < 0, owner, owner + step * kept).flatten(1)
-            weight = weight.unflatten(0, (-1, crops)).flatten(1)
-    return Reduction(anchor, inputs * crops, owner, weight, encoder_space)

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from eval import benchmarks
-from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT, RunConfig, method_options, whole_number
+from eval.config import (
+    DEFAULT_DATA,
+    DEFAULT_MODEL,
+    ROOT,
+    RunConfig,
+    count_or_share,
+    method_options,
+    pairs,
+    whole_number,
+)
 from llava.errors import UserError
 
 
@@ -39,7 +48,7 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     p.add_argument("--method", help="name of the method; see --list")
-    p.add_argument("--budget", help="visual tokens to keep per image; not needed for 'full'")
+    p.add_argument("--budget", help="visual tokens to keep per image, or a share such as 1/9; not needed for 'full'")
     p.add_argument("--set", action="append", default=[], metavar="METHOD.KEY=VALUE", help="option of the method")
     p.add_argument("--benchmark", default="gqa", help="benchmark; see --list")
     p.add_argument("--split", help="split of the benchmark; its first one if left out")
@@ -48,6 +57,15 @@ def parser() -> Parser:
     p.add_argument("--output", help="default: results/BENCHMARK-SPLIT/MODEL/METHOD-BUDGET")
     p.add_argument("--batch-size", default="8", help="questions answered at once")
     p.add_argument("--limit", help="ask the first LIMIT questions only")
+    p.add_argument(
+        "--picture",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="how pictures are read, where the model's family leaves a choice: merge=spatial, reading=transformers, "
+        "force=672x672 (LLaVA-NeXT), flip=SEED (Video-LLaVA), min_pixels=N, max_pixels=N (Qwen)",
+    )
+    p.add_argument("--quantization", choices=("8bit", "4bit"), help="hold the decoder in 8 or 4 bits (bitsandbytes)")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     p.add_argument("--device", default="auto", help="torch device")
     p.add_argument(
@@ -88,11 +106,15 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         raise UserError("--json goes with --list; a run writes result.json to its output folder.")
     if not args.method:
         raise UserError("--method is missing; --list prints the methods there are.")
+    budget, share = count_or_share("--budget", args.budget)
+    options = method_options(args.method, args.set)
+    if share is not None and "share" in options:
+        raise UserError(f"--budget {args.budget} and --set {args.method}.share are both given; leave one out.")
     if args.split is not None:
         benchmarks.check_split(benchmarks.get(args.benchmark), args.split)
     return RunConfig(
         method=args.method,
-        budget=whole_number("--budget", args.budget),
+        budget=budget,
         benchmark=args.benchmark,
         split=args.split,
         model=args.model,
@@ -100,7 +122,9 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         output=Path(args.output) if args.output else None,
         batch_size=whole_number("--batch-size", args.batch_size),
         limit=whole_number("--limit", args.limit),
-        options=method_options(args.method, args.set),
+        options=options if share is None else {**options, "share": repr(share)},
+        picture=pairs("--picture", args.picture),
+        quantization=args.quantization,
         dtype=args.dtype,
         text_tower=args.text_tower,
         device=args.device,

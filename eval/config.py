@@ -26,6 +26,8 @@ class RunConfig:
         options: the method's own fields, as text; the registry parses them.
         restart: move an earlier run in the output folder aside.
         text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
+        picture: how pictures are read, where the model's family leaves a choice; llava.runtime parses the texts.
+        quantization: "8bit" or "4bit".
     """
 
     method: str
@@ -45,9 +47,11 @@ class RunConfig:
     wandb: str = "auto"
     restart: bool = False
     text_tower: str | None = None
+    picture: dict[str, str] = field(default_factory=dict)
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
-        if self.budget is None and self.method != FULL:
+        if self.budget is None and self.method != FULL and "share" not in self.options:
             raise UserError(f"Method {self.method} needs --budget, the number of visual tokens to keep.")
 
 
@@ -63,6 +67,29 @@ def whole_number(flag: str, text: str | None, minimum: int = 1, maximum: int | N
         span = f"{minimum} or more" if maximum is None else f"{minimum} to {maximum}"
         raise UserError(f"{flag} should be a whole number, {span}, got {text!r}.")
     return number
+
+
+def count_or_share(flag: str, text: str | None) -> tuple[int | None, float | None]:
+    """A number of tokens, or a share of each picture's tokens written as a fraction: "64" or "1/9"."""
+    if text is None or "/" not in text:
+        return whole_number(flag, text), None
+    above, _, below = text.partition("/")
+    if not (above.isdigit() and below.isdigit() and 0 < int(above) <= int(below)):
+        raise UserError(f"{flag} should be a number of visual tokens or a share such as 1/9, got {text!r}.")
+    return None, int(above) / int(below)
+
+
+def pairs(flag: str, settings: Sequence[str]) -> dict[str, str]:
+    """["merge=spatial"] -> {"merge": "spatial"}."""
+    found: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not (equals and key and value):
+            raise UserError(f"{flag} should look like merge=spatial, got {setting!r}.")
+        if key in found:
+            raise UserError(f"{flag} {key} is given twice.")
+        found[key] = value
+    return found
 
 
 def method_options(method: str, settings: Sequence[str]) -> dict[str, str]:

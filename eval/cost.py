@@ -18,6 +18,7 @@ def audit_record(audit: "Audit") -> dict[str, Any]:
     return {
         "entering": list(audit.entering),
         "mean": audit.mean,
+        "planned": audit.planned,
         "visual_tokens": audit.visual_tokens,
         "merged": audit.merged,
         "kv_bytes": audit.kv_bytes,
@@ -50,15 +51,18 @@ def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def check_budget_kept(records: Sequence[Mapping[str, Any]], budget: float, rounding: float) -> None:
-    """An audited mean that is not the budget is an error, not a footnote.
+def check_budget_kept(records: Sequence[Mapping[str, Any]], rounding: float) -> None:
+    """An audited mean that is not the planned one is an error, not a footnote.
 
     Args:
-        rounding: how far the method may be off by its own documentation. Samples with fewer visual tokens than the
-            budget can only keep what they have.
+        records: audits; samples whose pictures decide how many tokens stay have no plan and are left out.
+        rounding: how far the method may be off by its own documentation.
     """
-    kept = fmean(record["mean"] for record in records)
-    expected = fmean(min(budget, record["visual_tokens"]) for record in records)
+    bound = [record for record in records if record["planned"] is not None]
+    if not bound:
+        return
+    kept = fmean(record["mean"] for record in bound)
+    expected = fmean(record["planned"] for record in bound)
     if abs(kept - expected) > rounding:
         raise UserError(
             f"The audit counts {kept:.2f} visual tokens per layer on average where the budget is {expected:.2f} "

@@ -5,7 +5,7 @@
 
 The methods take turns, so that a busy machine slows all. With `--shape` the model has random weights: tower and decoder
 have their full depth, but only `--distinct` decoder layers have weights of their own, which the others share. Medians
-over the repeats.
+over the repeats. With `--laps FILE` every measurement is kept as it comes, and an interrupted run goes on from there.
 """
 
 import argparse
@@ -17,14 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from eval.config import DEFAULT_MODEL
+from eval.config import DEFAULT_MODEL, pairs
+from eval.laps import Laps
 from eval.provenance import hardware
 from llava import registry
+from llava.crops import require
 from llava.errors import UserError, unknown
 from llava.model import Llava, load
 from llava.pipeline import Clock, Pipeline
 from llava.reducer import Reducer
+from llava.runtime import parse
 from llava.sample import Sample
 from llava.shapes import SHAPES, random_llava
 
@@ -46,29 +50,37 @@ class Measured:
         return sum(self.seconds.values())
 
 
-def measure(model: Llava, reducers: dict[str, Reducer], samples: list[Sample], repeats: int) -> dict[str, Measured]:
+def measure(
+    model: Llava, reducers: dict[str, Reducer], samples: list[Sample], repeats: int, laps: Laps | None = None
+) -> dict[str, Measured]:
     """Prefill each method `repeats` times in turns, after one warm-up each."""
-    laps: dict[str, list[dict[str, float]]] = {name: [] for name in reducers}
-    last: dict[str, tuple[int, int]] = {}
-    peaks = dict.fromkeys(reducers, 0)
-    for turn in range(repeats + 1):
-        for name, reducer in reducers.items():
-            pipeline, clock = Pipeline(model, reducer), Clock(model.device)
-            start_peak(model.device)
-            state, record = pipeline.prepare(samples, clock)
-            model.next_token(state.hidden)
-            clock.lap("prefill")
-            if turn:
-                laps[name].append({part: clock.seconds.get(part, 0.0) for part in PARTS})
-                peaks[name] = max(peaks[name], read_peak(model.device))
-            last[name] = (state.kv_bytes_held(), record.flops)
-            del state
+    laps = laps or Laps()
+    rounds = [(turn, name) for turn in range(repeats + 1) for name in reducers]
+    for turn, name in tqdm(rounds, desc="latency", unit="prefill", disable=None):
+        if (turn, name) not in laps.found:
+            laps.add(turn, name, once(model, reducers[name], samples))
+    return {name: medians([laps.found[turn, name] for turn in range(1, repeats + 1)]) for name in reducers}
+
+
+def once(model: Llava, reducer: Reducer, samples: list[Sample]) -> dict[str, Any]:
+    """One prefill: seconds by part, bytes of the cache, operations, peak memory."""
+    clock = Clock(model.device)
+    start_peak(model.device)
+    state, record = Pipeline(model, reducer).prepare(samples, clock)
+    model.next_token(state.hidden)
+    clock.lap("prefill")
     return {
-        name: Measured(
-            {part: statistics.median(lap[part] for lap in laps[name]) for part in PARTS}, *last[name], peaks[name]
-        )
-        for name in reducers
+        "seconds": {part: clock.seconds.get(part, 0.0) for part in PARTS},
+        "kv_bytes": state.kv_bytes_held(),
+        "flops": record.flops,
+        "peak_bytes": read_peak(model.device),
     }
+
+
+def medians(laps: list[dict[str, Any]]) -> Measured:
+    last = laps[-1]
+    seconds = {part: statistics.median(lap["seconds"][part] for lap in laps) for part in PARTS}
+    return Measured(seconds, last["kv_bytes"], last["flops"], max(lap["peak_bytes"] for lap in laps))
 
 
 def start_peak(device: torch.device) -> None:
@@ -98,7 +110,7 @@ def reducers_of(names: list[str], budget: int, options: dict[str, str], model: L
     for name in [n for n in registry.names() if n != "full"] if everything else names:
         reducer = registry.build(name, budget, {} if everything else options)
         try:
-            reducer.check(model.facts())
+            require(reducer, model.facts())
         except UserError as error:
             if not everything:
                 raise
@@ -114,24 +126,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     if args.shape and args.shape not in SHAPES:
         raise UserError(str(unknown("shape", args.shape, SHAPES)))
+    picture = {key: parse(key, value) for key, value in pairs("--picture", args.picture).items()}
     if args.shape:
-        model = random_llava(args.shape, args.distinct, args.dtype)
+        model = random_llava(args.shape, args.distinct, args.dtype, args.layers, **picture)
     else:
-        model = load(args.model, args.dtype, args.device)
+        model = load(args.model, args.dtype, args.device, **picture)
     options = dict(pair.split("=", 1) for pair in args.set)
     reducers = reducers_of(args.method.split(","), args.budget, options, model)
     samples = [Sample(f"s{i}", QUESTION, image=noise(i)) for i in range(args.batch_size)]
-    measured = measure(model, reducers, samples, args.repeats)
-    full = measured["full"]
-    return {
+    settings = {
         "budget": args.budget,
         "model": args.shape or args.model,
         "distinct_layers": args.distinct if args.shape else None,
+        "layers": len(model.llm.layers),
+        "picture": model.conventions,
         "dtype": args.dtype,
         "batch_size": args.batch_size,
-        "repeats": args.repeats,
+        "options": options,
         "threads": torch.get_num_threads(),
         "hardware": hardware(str(model.device)),
+    }
+    measured = measure(model, reducers, samples, args.repeats, Laps(args.laps, settings))
+    full = measured["full"]
+    return {
+        **settings,
+        "repeats": args.repeats,
         "methods": {
             name: vars(found) | {"ttft": found.ttft, "ratios": ratios(full, found)} for name, found in measured.items()
         },
@@ -195,11 +214,14 @@ def main() -> int:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--shape", help=f"random weights in the shape of: {', '.join(SHAPES)}")
     parser.add_argument("--distinct", type=int, default=4, help="with --shape: decoder layers with their own weights")
+    parser.add_argument("--layers", type=int, help="with --shape: so many decoder layers instead of all")
+    parser.add_argument("--picture", action="append", default=[], metavar="KEY=VALUE", help="how pictures are read")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--laps", type=Path, help="keep every measurement here and go on from what is there")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args()
     try:

@@ -19,6 +19,7 @@ from eval.config import RunConfig
 from eval.dataset import Dataset, Question
 from eval.jsonl import write_json
 from eval.settings import Reducer, build_reducer, default_output, device_name, store_settings
+from llava.crops import require
 from llava.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,11 +54,7 @@ class Job:
 
     def check_budget(self, lines: Sequence[dict[str, Any]]) -> None:
         audits = [line["metadata"]["audit"] for line in lines]
-        planned = self.reducer.entering(self.model.facts())
-        if planned is None:
-            return  # the picture decides how many tokens stay
-        budget = sum(planned) / len(planned)
-        cost.check_budget_kept(audits, budget, getattr(self.reducer, "rounding", ROUNDING))
+        cost.check_budget_kept(audits, getattr(self.reducer, "rounding", ROUNDING))
 
 
 def run(config: RunConfig, model: Any = None, reducer: Reducer | None = None) -> dict[str, Any]:
@@ -110,7 +107,7 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
     standard = reducer
     if reducer is None:
         reducer = build_reducer(config, model.visual_tokens)
-        reducer.check(model.facts())
+        require(reducer, model.facts())
         standard = build_reducer(dataclasses.replace(config, options={}, seed=0), model.visual_tokens)
     seed_everything(config.seed)
     return Job(
@@ -129,7 +126,14 @@ def load_model(config: RunConfig) -> Any:
     """The model of this run; its libraries are imported here so that every check before it is fast."""
     from llava.model import load
 
-    return load(config.model, dtype=config.dtype, device=config.device, text_tower=config.text_tower)
+    return load(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        text_tower=config.text_tower,
+        quantization=config.quantization,
+        **config.picture,
+    )
 
 
 def seed_everything(seed: int) -> None:

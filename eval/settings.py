@@ -53,6 +53,8 @@ def check_budget(config: RunConfig, visual_tokens: int) -> int:
         if config.budget not in (None, visual_tokens):
             raise UserError(f"full keeps all {visual_tokens} visual tokens; leave the budget {config.budget} out.")
         return visual_tokens
+    if config.budget is None and "share" in config.options:
+        return max(1, int(float(config.options["share"]) * visual_tokens + 0.5))
     if config.budget is None or config.budget > visual_tokens:
         raise UserError(f"--budget should be 1 to {visual_tokens} (this model's visual tokens), got {config.budget}.")
     return config.budget
@@ -75,6 +77,8 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
         "weights": model.fingerprint,
         "conversation": str(model.conversation),
         "dtype": config.dtype,
+        **({"picture": model.conventions} if getattr(model, "conventions", None) else {}),
+        **({"quantization": config.quantization} if config.quantization else {}),
         # Other kernels round otherwise; the index of the device does not matter.
         "device": device_name(model).split(":")[0],
         "max_new_tokens": config.max_new_tokens,
@@ -100,7 +104,8 @@ def default_output(config: RunConfig, split: str, model: Any, reducer: Reducer, 
     changed |= {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.name in ("dtype", "max_new_tokens", "seed") and getattr(config, field.name) != field.default
+        if field.name in ("dtype", "max_new_tokens", "seed", "picture", "quantization")
+        and getattr(config, field.name) not in (field.default, {})
     }
     text = json.dumps(changed, sort_keys=True)
     tail = "-" + hashlib.sha256(text.encode()).hexdigest()[:8] if changed else ""

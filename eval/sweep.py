@@ -22,8 +22,10 @@ from eval import benchmarks
 from eval.config import RunConfig
 from eval.run import prepare, run
 from llava import registry
+from llava.arrangement import Arrangement
 from llava.model import Llava
 from llava.reducer import Reducer
+from llava.seen import Picture, picture_of
 from llava.signals import Signal
 from llava.vision import Encoded, encode
 
@@ -51,37 +53,44 @@ class Remembering(Llava):
     def __init__(self, model: Llava):
         self.__dict__.update(model.__dict__)
         self._signals: dict[Signal, None] = {}
-        self._seen: dict[tuple, tuple[torch.Tensor, dict[Signal, torch.Tensor], Encoded]] = {}
+        self._seen: dict[object, tuple[Encoded, Arrangement]] = {}
 
     def expect(self, reducers: Sequence[Reducer]) -> None:
         """Compute the signals of all these methods from the start; one more signal means all pictures anew."""
-        wanted = [signal for reducer in reducers for signal in reducer.signals() if signal not in self._signals]
+        wanted = [signal for reducer in reducers for signal in reducer.tower_signals() if signal not in self._signals]
         if wanted:
             self._signals |= dict.fromkeys(wanted)
             self._seen.clear()
 
-    def encode_images(self, pictures, keys, reducer, grid) -> Encoded:
-        if reducer.acts("tower"):
-            return super().encode_images(pictures, keys, reducer, grid)
+    def encode_images(self, pictures, keys, reducer) -> list[Picture]:
+        if reducer.acts("tower") or reducer.acts("input_grid"):
+            return super().encode_images(pictures, keys, reducer)
         self.expect([reducer])
-        names = [(key, grid) for key in keys]
-        new = [i for i, name in enumerate(names) if name not in self._seen]
-        if new:
-            pixels = torch.stack([self.image_processor(pictures[i]) for i in new]).to(self.device)
-            fresh = encode(self.tower, pixels, self.select_layer, tuple(self._signals), grid, keep_cls=True)
-            for row, i in enumerate(new):
-                signals = {signal: values[row] for signal, values in fresh.signals.items()}
-                self._seen[names[i]] = (fresh.features[row], signals, replace(fresh, features=None, signals={}))
-        rows = [self._seen[name] for name in names]
-        features = torch.stack([row[0] for row in rows])
+        new = [i for i, name in enumerate(keys) if name not in self._seen]
+        views = {i: self.views(pictures[i]) for i in new}
+        for temporal in {full.temporal for _, full in views.values()}:
+            rows = [i for i in new if views[i][1].temporal == temporal]
+            pixels = torch.cat([views[i][0] for i in rows]).to(self.device)
+            tower, done = self.tower_of(temporal), 0
+            fresh = encode(tower, pixels, self.select_layer, tuple(self._signals), keep_cls=True)
+            for i in rows:
+                crops, full = views[i]
+                self._seen[keys[i]] = fresh.rows(slice(done, done + len(crops))), full
+                done += len(crops)
         depth = len(self.tower.encoder.layers)
-        run = max([self.select_layer % (depth + 1), *(signal.block % depth for signal in reducer.signals())])
-        return replace(
-            rows[0][2],
-            features=features if reducer.keep_cls else features[:, 1:],
-            signals={signal: torch.stack([row[1][signal] for row in rows]) for signal in reducer.signals()},
-            tokens=rows[0][2].tokens[:run],
-        )
+        wanted = reducer.tower_signals()
+        run = max([self.select_layer % (depth + 1), *(signal.block % depth for signal in wanted)])
+        found = []
+        for name in keys:
+            encoded, full = self._seen[name]
+            own = replace(
+                encoded,
+                features=encoded.features if reducer.keep_cls or full.temporal else encoded.features[:, 1:],
+                signals={signal: encoded.signals[signal] for signal in wanted},
+                tokens=encoded.tokens[:run],
+            )
+            found.append(picture_of(own, full, reducer.keep_cls))
+        return found
 
 
 def sweep(

@@ -78,14 +78,14 @@ class WandbTracker(Tracker):
         self._guard(self._log_pictures)
 
     def _log_pictures(self) -> None:
-        from eval.overlay import draw_overlay
+        from eval.overlay_crops import draw_answer
 
         pictures = []
         for sample, answer, credit in self._pictures:
             tokens = f"{answer.audit.mean:.0f} of {answer.audit.visual_tokens} tokens"
             caption = f"{sample.question} {answer.text} ({'right' if credit == 1 else 'wrong'}, {tokens})"
-            overlay = draw_overlay(sample.image, answer.trace, upscale=2 if max(sample.image.size) < 400 else 1)
-            pictures.append(self._wandb.Image(overlay, caption=caption))
+            for overlay in draw_answer(sample, answer):
+                pictures.append(self._wandb.Image(overlay, caption=caption))
         if pictures:
             self._run.log({"kept tokens": pictures})
 

@@ -23,6 +23,8 @@ class Audit:
         images: images of the sample; the budget holds for each.
         merged: tokens among those entering layer 0 that are averages of several input tokens.
         kv_bytes: bytes of this sample's keys and values in the cache after prefill, padding left out.
+        planned: mean visual tokens per layer and image that the method plans for these very images at its budget; None
+            where a picture decides.
     """
 
     entering: tuple[int, ...]
@@ -30,6 +32,7 @@ class Audit:
     merged: int
     kv_bytes: int
     images: int = 1
+    planned: float | None = None
 
     @property
     def mean(self) -> float:

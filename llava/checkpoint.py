@@ -1,51 +1,64 @@
-"""Read a LLaVA-1.5 checkpoint, in the transformers or in the original layout, into one container.
+"""Read a checkpoint, in the transformers or in the original layout, into one container.
 
 The weights stay memory-mapped on disk until the container takes them over one by one, in the dtype and on the device
 asked for, so that no second copy of the model exists. Nothing is unpickled and no code from a checkpoint is run.
 
-Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py
+Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py; PKU-YuanGroup/Video-LLaVA@984e65b,
+videollava/model/builder.py
 Differs from it: missing and unexpected weights are errors; one tokenizer class (transformers 5 has only one for Llama,
 whose ids are those of sentencepiece, see tests/test_prompt.py).
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    CLIPVisionConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from transformers import CLIPVisionConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llava.anyres import parse_pinpoints
+from llava.container import (
+    container_config,
+    fill,
+    hub_to_container_key,
+    refuse_missing_towers,
+    refuse_other_names,
+    video_frames,
+)
 from llava.conversation import DEFAULT_MODE, conversation
 from llava.errors import UserError
-from llava.files import HUB_ID, listed, locate, read_json, read_weights
+from llava.families import QWEN, Family, Kind, Layout, default_mode, identify
+from llava.files import HUB_ID, locate, read_json, read_weights
 from llava.image import ImageProcessor
+from llava.languagebind import VIDEO_FRAMES
 from llava.original_layout import (
     CLIP_L_336,
     CLIP_L_336_NAME,
-    TOWER,
+    LANGUAGEBIND,
+    LANGUAGEBIND_NAMES,
+    TOWER_MODULES,
+    merge_type,
     to_transformers_config,
     to_transformers_key,
     tower_to_transformers_key,
 )
+from llava.preprocessors import read_image_processor, read_tokenizer
+from llava.quantization import Quantization, check_quantization, stored_method
+from llava.qwen_image import QwenImageProcessor
 
-Layout = Literal["transformers", "original"]
-
-SUPPORTED = (
-    "this version reads LLaVA-1.5 (a CLIP tower, an mlp2x_gelu projector, a Llama decoder) in the transformers `llava` "
-    "and in the original liuhaotian layout"
+# What two towers in one container have in common.
+SHARED_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
 )
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -53,9 +66,11 @@ class Checkpoint:
     """A model with all that is needed to ask it questions.
 
     Attributes:
-        model: in evaluation mode, attention by SDPA.
-        image_processor: pads to a square, whatever the checkpoint's own configuration says.
-        conversation: prompt template, a name of llava.conversation.MODES.
+        model: the transformers container of its family, in evaluation mode, attention by SDPA. LLaVA-NeXT's newline is
+            model.model.image_newline, Video-LLaVA's towers are model.model.image_tower and model.model.video_tower.
+        image_processor: pads to a square, whatever the checkpoint's own configuration says. Of LLaVA-NeXT it is what
+            every crop goes through; of Qwen it keeps the picture's shape.
+        conversation: prompt template of pictures, a name of llava.conversation.MODES.
         name: hub id or folder name.
         layout: how the files were written.
         vision_tower_source: where the tower's weights came from, in words.
@@ -63,11 +78,18 @@ class Checkpoint:
             whole CLIP. Nothing of it has been read or fetched; llava.clip_text does when a method first asks.
         notes: what a reader of the results should know about the loading.
         vocabulary: tokens that can be answered. Rows above are padding or the image placeholder; mask their logits.
+        family: which model it is.
+        pinpoints: resolutions that LLaVA-NeXT chooses from, pairs in the order of config.json; empty for others.
+        aspect: "anyres" where pictures are cut into crops, "native" for Qwen, else "pad".
+        merge: how the crops of "anyres" are put together, one of llava.anyres.MERGES; None for others.
+        video_conversation: prompt template of videos; None for a model that takes none here.
+        frames: of a video; 0 for a model that takes none here. The class token of every frame is a visual token.
+        temporal: the video tower has its attention over time.
     """
 
-    model: LlavaForConditionalGeneration
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    image_processor: ImageProcessor
+    image_processor: ImageProcessor | QwenImageProcessor
     conversation: str
     name: str
     layout: Layout
@@ -75,6 +97,13 @@ class Checkpoint:
     text_tower: Path | str | None
     notes: tuple[str, ...]
     vocabulary: int
+    family: Family = "llava"
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    aspect: str = "pad"
+    merge: str | None = None
+    video_conversation: str | None = None
+    frames: int = 0
+    temporal: bool = False
 
 
 def load_checkpoint(
@@ -82,52 +111,70 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     text_tower: str | Path | None = None,
+    quantization: Quantization | None = None,
 ) -> Checkpoint:
     """Load a checkpoint from a folder or from the Hugging Face hub.
+
+    The prompt template is the one of the benchmark scripts unless config.json names another as "conversation" (and for
+    videos "video_conversation").
 
     Args:
         text_tower: folder or hub id of the whole CLIP model that the vision tower was taken from, for checkpoints that
             name none; needed only by methods that compare text and picture in CLIP's space.
+        quantization: hold the decoder in 8 or 4 bits; needs bitsandbytes.
+
+    Raises:
+        UserError: the checkpoint is incomplete, damaged, contradicts itself, or is of a family that is not supported.
     """
+    check_quantization(quantization)
     directory = locate(source, "checkpoint")
     raw = read_json(directory / "config.json")
-    layout = _layout(raw, directory)
+    kind = identify(raw, directory)
     known_text_tower = _named_text_tower(text_tower)
-    if layout == "transformers":
-        config, weights = raw, read_weights(directory)
-        vision, tower_source, notes = directory, "the checkpoint", ()
-    else:
-        config, weights, vision, tower_source, notes = _read_original(directory, raw)
-
-    mode = raw.get("conversation", DEFAULT_MODE)
-    conversation(mode)
-    llava_config = _llava_config(config, directory)
-    image_processor, image_notes = _image_processor(vision, llava_config.vision_config.image_size)
+    for field in ("conversation", "video_conversation"):
+        conversation(raw.get(field) or DEFAULT_MODE)
+    files = (_read_original if kind.layout == "original" else _read_transformers)(directory, raw, kind)
+    config = container_config(files.config, kind.family, directory)
+    refuse_missing_towers(files.weights, kind.family, directory)
+    processor, image_notes = read_image_processor(files.images, kind.family, config.vision_config)
     # Before the weights: a missing tokenizer should not cost a minute of loading.
-    tokenizer = _load_tokenizer(directory, llava_config)
-    model = _fill(llava_config, weights, dtype, device, directory)
+    tokenizer = read_tokenizer(directory, config)
+    pinpoints = ()
+    if files.aspect == "anyres":
+        pinpoints = parse_pinpoints(config.image_grid_pinpoints, config.vision_config.image_size)
+    video = _video(raw, kind, files.weights)
+    model = fill(kind, config, files.weights, dtype, device, directory, quantization)
     return Checkpoint(
         model=model,
         tokenizer=tokenizer,
-        image_processor=image_processor,
-        conversation=mode,
+        image_processor=processor,
+        conversation=raw.get("conversation") or default_mode(kind, tokenizer.get_vocab()),
         name=directory.resolve().name if Path(source).is_dir() else str(source),
-        layout=layout,
-        vision_tower_source=tower_source,
-        text_tower=known_text_tower or _text_tower(directory, layout, vision),
-        notes=(*notes, *image_notes),
-        vocabulary=real_vocabulary(tokenizer, llava_config.text_config.vocab_size, llava_config.image_token_index),
+        layout=kind.layout,
+        vision_tower_source=files.tower_source,
+        text_tower=known_text_tower or _text_tower(directory, files.towers),
+        notes=(*files.notes, *image_notes, *_notes(kind, config, video.get("temporal", False), quantization)),
+        vocabulary=real_vocabulary(
+            tokenizer, config.text_config.vocab_size, config.image_token_id, getattr(config, "video_token_id", None)
+        ),
+        family=kind.family,
+        pinpoints=pinpoints,
+        aspect=files.aspect,
+        merge=files.merge,
+        **video,
     )
 
 
-def real_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, image_token: int) -> int:
+def real_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, rows: int, image_token: int, video_token: int | None = None
+) -> int:
     """How many of the `rows` of the embedding are tokens that can be answered.
 
-    The checkpoints of the hub have 32064 rows for 32000 tokens: one for "<image>", one for padding, the others to round
-    the size up. None of them was trained, so none may ever win an argmax.
+    The checkpoints of the hub have 32064 rows for 32000 tokens: one for "<image>", one for padding, with videos one
+    for "<video>", the others to round the size up. None of them was trained, so none may ever win an argmax.
     """
     count = min(rows, len(tokenizer))
-    placeholders = {image_token, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    placeholders = {image_token, video_token, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
     while count - 1 in placeholders:
         count -= 1
     return count
@@ -136,51 +183,91 @@ def real_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, image_token: 
 # The two layouts
 
 
-def _layout(config: Mapping[str, Any], directory: Path) -> Layout:
-    """By what the config contains: the name "llava" is used by both layouts and by other families."""
-    family = config.get("model_type", "unknown")
-    text, vision = (config.get(part) for part in ("text_config", "vision_config"))
-    if isinstance(text, dict) and isinstance(vision, dict) and family == "llava":
-        parts = text.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")
-        if parts == ("llama", "clip_vision_model"):
-            return "transformers"
-        family = f"llava ({parts[1]} tower, {parts[0]} decoder)"
-    elif "mm_image_tower" in config or "mm_video_tower" in config:
-        family = "Video-LLaVA"
-    elif "mm_vision_tower" in config and family in ("llava", "llava_llama"):
-        if (
-            "anyres" not in str(config.get("image_aspect_ratio"))
-            and config.get("mm_patch_merge_type", "flat") == "flat"
-        ):
-            return "original"
-        family = "LLaVA-NeXT"
-    raise UserError(f"{directory} is a checkpoint of the family {family}, which is not supported yet: {SUPPORTED}.")
+@dataclass(frozen=True)
+class _Tower:
+    """A vision tower of the original layout.
+
+    Attributes:
+        name: as config.json names it, a folder or a hub id.
+        folder: where it was found, or None for an official one that was not fetched.
+        config: a CLIPVisionConfig as a dictionary.
+        inside: its weights are in the checkpoint's shards.
+    """
+
+    name: str
+    folder: Path | None
+    config: Mapping[str, Any]
+    inside: bool
 
 
-def _read_original(
-    directory: Path, config: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor], Path | None, str, tuple[str, ...]]:
-    """Original layout -> (LlavaConfig arguments, weights, folder of the tower, where the tower came from, notes)."""
-    tower_name = config["mm_vision_tower"]
+@dataclass(frozen=True)
+class _Files:
+    """What was read of a checkpoint, in transformers' terms.
+
+    Attributes:
+        weights: memory-mapped, by path in the container.
+        images: folder of the image preprocessing.
+    """
+
+    config: Mapping[str, Any]
+    weights: dict[str, Tensor]
+    images: Path | None
+    tower_source: str
+    notes: tuple[str, ...] = ()
+    towers: tuple[_Tower, ...] = ()
+    aspect: str = "pad"
+    merge: str | None = None
+
+
+def _read_transformers(directory: Path, config: Mapping[str, Any], kind: Kind) -> _Files:
     shards = read_weights(directory)
-    inside = any(key.startswith(TOWER) for key in shards)
+    refuse_other_names(shards, kind, directory)
+    weights = {hub_to_container_key(key, kind.family): tensor for key, tensor in shards.items()}
+    aspect, merge = ("anyres", "spatial_unpad") if kind.family == "llava_next" else ("pad", None)
+    if kind.family in QWEN:
+        aspect = "native"
+    return _Files(config, weights, directory, "the checkpoint", aspect=aspect, merge=merge)
+
+
+def _read_original(directory: Path, config: Mapping[str, Any], kind: Kind) -> _Files:
+    shards = read_weights(directory)
+    refuse_other_names(shards, kind, directory)
     weights = {to_transformers_key(key): tensor for key, tensor in shards.items()}
-    notes = []
-    aspect = config.get("image_aspect_ratio")
-    if aspect != "pad":
-        notes.append(f"The checkpoint asks for image_aspect_ratio {aspect!r}; images are padded all the same.")
-    if inside and tower_name == CLIP_L_336_NAME and not (directory / tower_name).is_dir():
-        tower, vision_config = None, CLIP_L_336
-    else:
-        tower = locate(directory / tower_name if (directory / tower_name).is_dir() else tower_name, "vision tower")
-        vision_config = _vision_config(tower)
+    aspect, merge, notes = "pad", None, []
+    asked = config.get("image_aspect_ratio")
+    if kind.family == "llava_next":
+        aspect, merge = "anyres", merge_type(config)
+    elif asked != "pad":
+        notes.append(f"The checkpoint asks for image_aspect_ratio {asked!r}; images are padded all the same.")
+    if merge == "spatial":  # only "unpad" has a newline token; the container has a place for one all the same
+        weights.setdefault("model.image_newline", torch.zeros(config.get("hidden_size", 0)))
+    fields = [field for field in TOWER_MODULES if config.get(field) is not None]
+    towers = tuple(_tower(directory, field, config[field], weights, notes) for field in fields)
+    first = towers[0]
+    for other in towers[1:]:
+        _refuse_different(first, other)
+    sources = ["the checkpoint's shards" if t.inside else f"{f} {t.name}" for f, t in zip(fields, towers, strict=True)]
+    translated = to_transformers_config(config, first.config, kind, video_frames(weights) or VIDEO_FRAMES)
+    source = " and ".join(dict.fromkeys(sources))
+    return _Files(translated, weights, first.folder, source, tuple(notes), towers, aspect, merge)
+
+
+def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], notes: list[str]) -> _Tower:
+    """Find a tower; where the shards do not hold its weights, add those of its own folder to `weights`."""
+    module = TOWER_MODULES[field]
+    inside = any(key.startswith(f"model.{module}.") for key in weights)
+    official = {CLIP_L_336_NAME: CLIP_L_336, **dict.fromkeys(LANGUAGEBIND_NAMES, LANGUAGEBIND)}
+    beside = (directory / name).is_dir()
+    folder = None
+    if not (inside and name in official and not beside):
+        folder = locate(directory / name if beside else name, "vision tower", weights=not inside)
     if inside:
-        notes.append(f"The vision tower comes from the checkpoint's own shards, not from {tower_name}.")
+        words = module.replace("_", " ")
+        notes.append(f"The {words} comes from the checkpoint's own shards, not from {name}.")
     else:
-        named = ((tower_to_transformers_key(key), tensor) for key, tensor in read_weights(tower).items())
+        named = ((tower_to_transformers_key(key, module), tensor) for key, tensor in read_weights(folder).items())
         weights.update((key, tensor) for key, tensor in named if key is not None)
-    source = "the checkpoint's shards" if inside else f"mm_vision_tower {tower_name}"
-    return to_transformers_config(config, vision_config), weights, tower, source, tuple(notes)
+    return _Tower(name, folder, official[name] if folder is None else _vision_config(folder), inside)
 
 
 def _vision_config(tower: Path) -> dict[str, Any]:
@@ -193,6 +280,15 @@ def _vision_config(tower: Path) -> dict[str, Any]:
     return CLIPVisionConfig.from_dict(config).to_dict()
 
 
+def _refuse_different(one: _Tower, two: _Tower) -> None:
+    configs = [CLIPVisionConfig.from_dict(dict(tower.config)) for tower in (one, two)]
+    differ = [field for field in SHARED_FIELDS if len({getattr(config, field) for config in configs}) > 1]
+    if differ:
+        raise UserError(
+            f"The towers {one.name} and {two.name} differ in {', '.join(differ)}; Video-LLaVA's are alike but for time."
+        )
+
+
 def _named_text_tower(source: str | Path | None) -> Path | str | None:
     """The CLIP a user names, checked as far as that costs nothing."""
     if source is None or Path(source).is_dir():
@@ -202,102 +298,57 @@ def _named_text_tower(source: str | Path | None) -> Path | str | None:
     return str(source)
 
 
-def _text_tower(directory: Path, layout: Layout, tower: Path | None) -> Path | str | None:
+def _text_tower(directory: Path, towers: Sequence[_Tower]) -> Path | str | None:
     """Where the text half of the vision tower's CLIP is: beside the weights, or in the CLIP that the checkpoint names.
 
     Args:
-        tower: in the original layout the folder of mm_vision_tower, or None for the official one, not fetched.
+        towers: none in the transformers layout, whose config describes the vision half only and names no CLIP.
     """
     beside = directory / "text_tower"
     if beside.is_dir():
         return beside
-    if layout == "transformers":
-        return None  # its config describes the vision half only and does not say which CLIP it came from
-    if tower is None:
-        return CLIP_L_336_NAME
-    return tower if "text_config" in read_json(tower / "config.json") else None
+    if not towers:
+        return None
+    tower = towers[0]
+    if tower.folder is None:
+        return tower.name
+    return tower.folder if "text_config" in read_json(tower.folder / "config.json") else None
 
 
-# The parts
+# What comes with them
 
 
-def _llava_config(config: dict[str, Any], directory: Path) -> LlavaConfig:
-    if "quantization_config" in config:
-        raise UserError(f"{directory} is quantised; give the checkpoint in float16, bfloat16 or float32.")
-    try:
-        return LlavaConfig.from_dict(config)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(f"{directory}/config.json describes no LLaVA model: {' '.join(str(error).split())}") from error
+def _video(config: Mapping[str, Any], kind: Kind, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of a Checkpoint that only a model for videos has."""
+    if kind.family != "video_llava":
+        return {}
+    frames = video_frames(weights)
+    mode = config.get("video_conversation") or config.get("conversation") or "llava_v1"
+    return {"video_conversation": mode, "frames": frames or VIDEO_FRAMES, "temporal": frames is not None}
 
 
-def _image_processor(directory: Path | None, image_size: int) -> tuple[ImageProcessor, tuple[str, ...]]:
-    """Size, mean and standard deviation of a folder's image preprocessing, always with padding."""
-    config: dict[str, Any] = {}
-    if directory is not None and (directory / "preprocessor_config.json").is_file():
-        config = read_json(directory / "preprocessor_config.json")
-    elif directory is not None and (directory / "processor_config.json").is_file():
-        config = read_json(directory / "processor_config.json").get("image_processor", {})
-    if not config:
-        note = f"No preprocessor_config.json: CLIP's mean and deviation at {image_size} pixels were assumed."
-        return ImageProcessor(size=image_size, crop=image_size), (note,)
-    processor = ImageProcessor.from_config(config)
-    if processor.crop != image_size:
-        raise UserError(f"{directory}: images are cut to {processor.crop} pixels, but the tower expects {image_size}.")
-    return processor, ()
-
-
-def _load_tokenizer(directory: Path, config: LlavaConfig) -> PreTrainedTokenizerBase:
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{directory} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy it from the base model.")
-    try:
-        # The text config decides where tokenizer_config.json names no class: the original config.json is of a
-        # type that transformers does not know.
-        return AutoTokenizer.from_pretrained(directory, config=config.text_config, trust_remote_code=False)
-    # tokenizers and sentencepiece raise bare Exceptions for files they cannot read.
-    except Exception as error:
-        raise UserError(
-            f"Cannot read the tokenizer in {directory} ({' '.join(str(error).split())[:200]}); fetch its files again."
-        ) from error
-
-
-def _fill(
-    config: LlavaConfig, weights: dict[str, Tensor], dtype: torch.dtype, device: str | torch.device, directory: Path
-) -> LlavaForConditionalGeneration:
-    """Build the container and give it every weight, no more and no less."""
-    device = torch.device(device)
-    with errors_only():
-        model, report = LlavaForConditionalGeneration.from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map=None if device.type == "cpu" else {"": device},
-            # Reported like missing ones below, with names; the library would stop at a table of all.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+def _notes(kind: Kind, config: PretrainedConfig, temporal: bool, quantization: str | None) -> list[str]:
+    notes = []
+    window = getattr(config.text_config, "sliding_window", None)
+    if window is not None:
+        notes.append(
+            f"The decoder's sliding window of {window} tokens is not applied: longer prompts are attended as a whole."
         )
-    problems = [
-        f"{len(keys)} {kind}: {listed(keys)}"
-        for kind, keys in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"]))
-        if keys
-    ]
-    if report["mismatched_keys"]:
-        shapes = [
-            f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in report["mismatched_keys"]
-        ]
-        problems.append(f"{len(shapes)} of another shape: {listed(shapes)}")
-    if problems:
-        raise UserError(f"The weights in {directory} do not fit its config.json, {'; '.join(problems)}.")
-    return model.eval()
-
-
-@contextmanager
-def errors_only() -> Iterator[None]:
-    """Keep the library's own report off the screen: the same facts are in our error, in one sentence."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+    if kind.family == "video_llava":
+        notes.append(
+            "The video tower attends over time, as it was trained."
+            if temporal
+            else "The video tower has no attention over time, which is missing in conversions to transformers: answers "
+            "about videos differ from those of the original checkpoint."
+        )
+        activation = config.vision_config.hidden_act
+        if activation != LANGUAGEBIND["hidden_act"]:
+            notes.append(
+                f"The towers run with {activation}; LanguageBind's were trained with {LANGUAGEBIND['hidden_act']}."
+            )
+    stored = stored_method(config)
+    if stored is not None:
+        notes.append(f"The files are quantised with {stored}.")
+    if quantization is not None:
+        notes.append(f"The decoder is quantised to {quantization[0]} bits by bitsandbytes.")
+    return notes

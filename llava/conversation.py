@@ -1,9 +1,10 @@
-"""The prompt templates of the LLaVA checkpoints.
+"""The prompt templates of the LLaVA and Qwen-VL checkpoints.
 
 Templates are data: a checkpoint was trained on these characters, so they have to match to the letter. The texts are
 those of the official code; the rendering is checked against it in tests/test_prompt.py.
 
-Official code read: haotian-liu/LLaVA@c121f04, llava/conversation.py
+Official code read: haotian-liu/LLaVA@c121f04, llava/conversation.py; chat_template of Qwen/Qwen2-VL-7B-Instruct, which
+Qwen2.5-VL has word for word
 Differs from it: the pre-training templates ("plain", "v0_plain") do not exist here, they cannot ask a question;
 stop_string of the [INST] templates is "</s>" (theirs is the separator in front of a turn).
 """
@@ -27,6 +28,7 @@ class Conversation:
         user, assistant: role names.
         after_user, after_assistant: what closes a message; an "inst" answer stands between two spaces.
         stop: what ends an answer.
+        slot: a picture in front of the first message; "<image>" in it is where the visual tokens go.
         examples: turns in front of every conversation.
     """
 
@@ -37,6 +39,7 @@ class Conversation:
     stop: str
     user: str = "USER"
     assistant: str = "ASSISTANT"
+    slot: str = "<image>\n"
     examples: tuple[tuple[str, str], ...] = ()
 
 
@@ -73,6 +76,17 @@ CHATML = Conversation(
     user="<|im_start|>user\n",
     assistant="<|im_start|>assistant\n",
 )
+QWEN2_VL = Conversation(
+    system="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+    style="chatml",
+    after_user="<|im_end|>\n",
+    after_assistant="<|im_end|>\n",
+    stop="<|im_end|>",
+    user="<|im_start|>user\n",
+    assistant="<|im_start|>assistant\n",
+    # In the place of <|image_pad|>, of which there is one for every visual token.
+    slot="<|vision_start|><image><|vision_end|>",
+)
 LLAVA_LLAMA_2 = Conversation(
     system=(
         "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -107,6 +121,7 @@ ENERGY = (
 MODES: dict[str, Conversation] = {
     "vicuna_v1": VICUNA_V1,  # LLaVA-1.5 and LLaVA-1.6 vicuna, all benchmark scripts
     "v1": VICUNA_V1,
+    # Video-LLaVA's videos
     "llava_v1": replace(VICUNA_V1, system=(CURIOUS + HELPFUL).format(who="human") + " "),
     "v1_mmtag": replace(VICUNA_V1, system=CURIOUS.format(who="user") + TAGGED + " "),
     "llava_v0": LLAVA_V0,
@@ -114,6 +129,7 @@ MODES: dict[str, Conversation] = {
     "default": replace(LLAVA_V0, examples=(ENERGY,)),
     "v0_mmtag": replace(LLAVA_V0, system=CURIOUS.format(who="user") + TAGGED + "###"),
     "chatml_direct": CHATML,  # LLaVA-1.6 34B
+    "qwen2_vl": QWEN2_VL,  # Qwen2-VL and Qwen2.5-VL
     "mistral_direct": CHATML,
     "mpt": replace(
         CHATML,
@@ -122,6 +138,7 @@ MODES: dict[str, Conversation] = {
             "The assistant gives helpful and honest answers.<|im_end|>"
         ),
     ),
+    # LLaVA-1.6 mistral
     "mistral_instruct": replace(LLAVA_LLAMA_2, system="", after_assistant="</s>"),
     "llava_llama_2": LLAVA_LLAMA_2,
     "llama_2": replace(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llava.rotary import angles
 from llava.sequence import Sequence
 
 # (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
@@ -37,8 +38,8 @@ class Prefilled:
         hidden: [B, 1, D] last hidden state of the last prompt token, before the final norm.
         cache: keys and values, one length per layer.
         valid: per layer [B, keys] bool, or None where no sample is padded; layers of equal length share one tensor.
-        next_position: per layer [B, 1], position id of the first generated token: one behind the prompt as that layer
-            knows it, so that decoding equals one longer prefill; layers of equal length share one tensor.
+        next_position: per layer [B, 1] or [B, 1, 3], position id of the first generated token: one behind the prompt
+            as that layer knows it, so that decoding equals one longer prefill; layers of equal length share one tensor.
         lengths: per layer, the real length of each sample.
         visual: per layer, the visual tokens of each sample.
     """
@@ -81,14 +82,15 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
         llm: layers and rotary_emb (a LlamaModel).
         stages: layers in front of which `reduce_at` is called; layer 0 is not one of them.
     """
-    cache, eager = DynamicCache(config=llm.config), _is_eager(llm)
+    # No configuration: it could name a sliding window, which is not applied; see the notes of llava.checkpoint.
+    cache, eager = DynamicCache(), _is_eager(llm)
     valid, lengths, visual, behind = [], [], [], []
     rotary = mask = known = entered = place = None
     for index, layer in enumerate(llm.layers):
         if index in stages:
             sequence, rotary = reduce_at(sequence, index, entered, cache.layers[index - 1].keys), None
         if rotary is None:
-            rotary = llm.rotary_emb(sequence.hidden, sequence.position)
+            rotary = angles(llm, sequence.hidden, sequence.position)
             mask = _mask_of(sequence, eager)
             known = sequence.valid() if sequence.padded else None
             place = sequence.position[:, -1:] + 1
@@ -106,7 +108,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
 
 def run_layers(llm: nn.Module, sequence: Sequence, count: int) -> Tensor:
     """Hidden states [B, L, D] after the first `count` layers, nothing cached; for contextual probes."""
-    rotary, mask = llm.rotary_emb(sequence.hidden, sequence.position), _mask_of(sequence, _is_eager(llm))
+    rotary, mask = angles(llm, sequence.hidden, sequence.position), _mask_of(sequence, _is_eager(llm))
     hidden = sequence.hidden
     for layer in llm.layers[:count]:
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
@@ -117,7 +119,7 @@ def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
     """Feed one embedded token per sample, [B, 1, D] -> [B, 1, D], growing every layer's cache by one."""
     eager = _is_eager(llm)
     places = {id(place): place for place in state.next_position}
-    rotary = {key: llm.rotary_emb(token, place) for key, place in places.items()}
+    rotary = {key: angles(llm, token, place) for key, place in places.items()}
     grown: dict[int, tuple[Tensor, Tensor]] = {}
     hidden = token
     for index, layer in enumerate(llm.layers):
@@ -127,9 +129,9 @@ def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
                 longer = torch.cat([known, known.new_ones(len(known), 1)], dim=1)
                 grown[id(known)] = (longer, causal_mask(longer, 1, hidden.dtype, eager))
             state.valid[index], mask = grown[id(known)]
-        angles = rotary[id(state.next_position[index])]
+        turned = rotary[id(state.next_position[index])]
         hidden = layer(
-            hidden, attention_mask=mask, position_embeddings=angles, past_key_values=state.cache, use_cache=True
+            hidden, attention_mask=mask, position_embeddings=turned, past_key_values=state.cache, use_cache=True
         )
     moved = {key: place + 1 for key, place in places.items()}
     state.next_position = [moved[id(place)] for place in state.next_position]

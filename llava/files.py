@@ -23,14 +23,19 @@ IGNORED_KEYS = (".inv_freq", ".position_ids")
 NAMED = 5  # keys spelled out in an error, the rest is counted
 
 
-def locate(source: str | Path, what: str) -> Path:
-    """The folder of a model; one of the hub is fetched, small files first, then only the weights that are used."""
+def locate(source: str | Path, what: str, weights: bool = True) -> Path:
+    """The folder of a model; one of the hub is fetched, small files first, then only the weights that are used.
+
+    Args:
+        what: the model in words, for errors.
+        weights: False fetches none.
+    """
     if Path(source).is_dir():
         return Path(source)
     if not HUB_ID.match(str(source)):
         raise UserError(f"There is no {what} folder {source}; give a folder or a hub id such as owner/name.")
     directory = _download(str(source), SMALL_FILES, what)
-    for name in WEIGHT_FILES:
+    for name in WEIGHT_FILES if weights else ():
         index = directory / f"{name}.index.json"
         shards = _index_shards(index) if index.is_file() else [name]
         directory = _download(str(source), shards, what)

@@ -29,6 +29,9 @@ def tower_flops(tower: nn.Module, patches: int, tokens: Sequence[tuple[int, int]
         total += sum(linear_flops(linear, attended) for linear in _linears(block.self_attn))
         total += sum(linear_flops(linear, kept) for linear in _linears(block.mlp))
         total += 4 * attended * attended * block.self_attn.q_proj.out_features
+        if hasattr(block, "temporal_attn"):
+            total += sum(linear_flops(linear, attended) for linear in _linears(block.temporal_attn))
+            total += 4 * attended * block.frames * block.temporal_attn.q_proj.out_features
     return total
 
 

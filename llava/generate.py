@@ -45,8 +45,8 @@ def generate(model, samples: Samples[Sample], reducer: Reducer, max_new_tokens: 
         steps += 1
     clock.lap("decode")
     answers = tuple(
-        Answer(sample.id, _text(model, ids, stop), tuple(ids), audit, tuple(trace))
-        for sample, ids, audit, trace in zip(samples, written, audits, record.steps, strict=True)
+        Answer(sample.id, _text(model, ids, stop), tuple(ids), audit, tuple(trace), tuple(runs))
+        for sample, ids, audit, trace, runs in zip(samples, written, audits, record.steps, record.runs, strict=True)
     )
     seconds = {name: clock.seconds.get(name, 0.0) for name in ("vision", "selection", "prefill", "decode")}
     return Batch(answers, Timing(**seconds), held, record.flops, steps)

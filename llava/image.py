@@ -5,7 +5,7 @@ other answers (LLaVA issue 591), so "pad" is the default here for every checkpoi
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 ASPECTS = ("pad", "crop")
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
+MAX_SIDE = 65_535  # pixels, the longest that JPEG can hold
+STRIP = 2**22  # pixels of the square canvas that exist at once
+
 
 def open_image(path: str | Path) -> Image.Image:
     """Read the whole picture as RGB. EXIF rotation is ignored, as in the official benchmark scripts."""
@@ -39,15 +42,40 @@ def open_image(path: str | Path) -> Image.Image:
         ) from error
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Centre the image on a square canvas as large as its longer side; an odd remainder goes right or below."""
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture as RGB, the way the official scripts convert it, which is Pillow's.
+
+    Grey and palette take their colours, CMYK is converted without a profile, transparency is dropped (what is hidden
+    under it shows), 16-bit grey is cut at 255. EXIF rotation stays ignored.
+
+    Raises UserError without any pixel and above MAX_SIDE.
+    """
     width, height = image.size
-    if width == height:
-        return image
+    if not 1 <= min(width, height) <= max(width, height) <= MAX_SIDE:
+        raise UserError(
+            f"An image must have 1 to {MAX_SIDE} pixels on each side, got {width} x {height}; resize it first."
+        )
+    return image.convert("RGB")
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int], size: int) -> Image.Image:
+    """Centre an RGB image on a square canvas as large as its longer side, and resize that to `size` (bicubic).
+
+    An odd remainder goes right or below. Pillow resizes rows first and columns then, with bytes in between; doing the
+    same in two steps gives the same pixels, and the canvas (1.6 GB for 20000 x 10 pixels) never exists as a whole. It
+    takes time still: some seconds for 10 x 20000 pixels, whose every row is as wide as the picture is high.
+    """
+    width, height = image.size
     side = max(width, height)
-    canvas = Image.new(image.mode, (side, side), colour)
-    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
-    return canvas
+    left, top = (side - width) // 2, (side - height) // 2
+    columns = Image.new("RGB", (size, side), colour)  # rows of one colour stay what they are
+    step = max(1, STRIP // side)
+    for start in range(0, height, step):
+        stop = min(start + step, height)
+        rows = Image.new("RGB", (side, stop - start), colour)
+        rows.paste(image.crop((0, start, width, stop)), (left, 0))
+        columns.paste(rows.resize((size, stop - start), Image.Resampling.BICUBIC), (0, top + start))
+    return columns.resize((size, size), Image.Resampling.BICUBIC)
 
 
 @dataclass(frozen=True)
@@ -88,11 +116,20 @@ class ImageProcessor:
         )
 
     def __call__(self, image: Image.Image) -> Tensor:
-        image = image.convert("RGB")
+        image = as_rgb(image)
         if self.aspect == "pad":
-            image = pad_to_square(image, self.padding_colour)
-        pixels = self._clip(image, return_tensors="pt")["pixel_values"]
-        return pixels[0].to(torch.float32)
+            image = pad_to_square(image, self.padding_colour, self.size)
+        elif self.size * max(image.size) > MAX_SIDE * min(image.size):
+            # Only the centre of the long side would be kept, but all of it is resized first.
+            raise UserError(
+                f"An image of {image.width} x {image.height} pixels is too long to be cropped (over {MAX_SIDE} pixels "
+                f"when its shorter side is resized to {self.size}); use padding."
+            )
+        return self.crops([image])[0]
+
+    def crops(self, images: Sequence[Image.Image]) -> Tensor:
+        """[n, 3, S, S] float32, one for each RGB image, which is cropped and never padded."""
+        return self._clip(list(images), return_tensors="pt")["pixel_values"].to(torch.float32)
 
     @property
     def padding_colour(self) -> tuple[int, int, int]:

@@ -6,19 +6,25 @@ from collections.abc import Sequence as Samples
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava import conversation
+from llava.arrangement import Arrangement, single
+from llava.crops import in_tower, require
 from llava.errors import UserError
-from llava.flops import linear_flops
+from llava.flops import linear_flops, tower_flops
 from llava.generate import generate
 from llava.layout import Layout
+from llava.mrope import Groups
 from llava.prompt import Prompt, build_prompt
 from llava.reducer import ModelFacts, Reducer
 from llava.reduction import Reduction
 from llava.sample import Batch, Sample
+from llava.seen import Picture, picture_of
+from llava.signals import Signal, signal_flops
 from llava.states import BlockState
 from llava.vision import Encoded, encode, patch_grid
 
@@ -46,12 +52,28 @@ class Llava:
         self.notes = checkpoint.notes
         self.vocabulary = checkpoint.vocabulary
         self.text_tower = checkpoint.text_tower
-        self.tower: nn.Module = container.model.vision_tower
-        self.projector: nn.Module = container.model.multi_modal_projector
         self.llm: nn.Module = container.model.language_model
         self.head: nn.Linear = container.lm_head
-        self.select_layer: int = container.config.vision_feature_layer
+        self._read_tower()
+
+    def _read_tower(self) -> None:
+        """Find the vision tower and the projector in the container, and the patches of one crop."""
+        inner = self.container.model
+        self.tower: nn.Module = inner.image_tower if hasattr(inner, "image_tower") else inner.vision_tower
+        self.projector: nn.Module = inner.multi_modal_projector
+        self.select_layer: int = self.container.config.vision_feature_layer
         self.layout = Layout(*patch_grid(self.tower))
+
+    # Positions have three axes: frame, row and column.
+    axes: bool = False
+
+    # The learned vector behind every row of stitched tiles; a picture of one crop has none.
+    newline: Tensor | None = None
+
+    @property
+    def conventions(self) -> dict[str, Any]:
+        """Choices of reading a picture that answers depend on; part of every result."""
+        return {}
 
     @property
     def visual_tokens(self) -> int:
@@ -85,10 +107,15 @@ class Llava:
         return digest.hexdigest()
 
     def facts(self) -> ModelFacts:
-        depth = len(self.tower.encoder.layers)
-        return ModelFacts(
-            self.visual_tokens, len(self.llm.layers), self.layout, depth, has_text_tower=self.text_tower is not None
-        )
+        return self._facts(len(self.tower.encoder.layers))
+
+    def _facts(self, depth: int) -> ModelFacts:
+        known = self.text_tower is not None
+        return ModelFacts(self.layout.tokens, len(self.llm.layers), self.layout, depth, has_text_tower=known)
+
+    def groups(self, picture: Picture) -> Groups | None:
+        """Frames, rows and columns of a picture's tokens, where positions have these axes."""
+        return None
 
     @cached_property
     def clip(self):
@@ -100,34 +127,69 @@ class Llava:
     def prompt(self, sample: Sample) -> Prompt:
         return build_prompt(sample, self.tokenizer, self.conversation)
 
-    def encode_images(
-        self, pictures: Samples, keys: Samples, reducer: Reducer, grid: tuple[int, int] | None
-    ) -> Encoded:
-        """Preprocess pictures and run the tower on them.
+    def views(self, picture) -> tuple[Tensor, Arrangement]:
+        """What the tower sees of a picture: pixels [C, 3, S, S], and the run of tokens that its C crops become."""
+        return self.image_processor(picture)[None], single(self.layout.rows, self.layout.columns)
+
+    def encode_images(self, pictures: Samples, keys: Samples, reducer: Reducer) -> list[Picture]:
+        """Preprocess pictures and run the tower on them, all crops at once.
 
         Args:
             pictures: PIL images.
             keys: one hashable name per picture; here unused, a sweep over methods remembers pictures by them.
-            grid: patch grid to shrink to, or None.
         """
-        pixels = torch.stack([self.image_processor(picture) for picture in pictures]).to(self.device)
-        names, facts = tuple(map(str, range(len(pictures)))), self.facts()
+        seen = [self.views(picture) for picture in pictures]
+        found: list[Picture] = [None] * len(seen)
+        groups: dict[tuple[Reducer, bool], list[int]] = {}
+        for index, (_, full) in enumerate(seen):
+            groups.setdefault((in_tower(reducer, full), full.temporal), []).append(index)
+        for (sized, temporal), rows in groups.items():
+            grid = sized.input_grid(self.layout)
+            pixels = torch.cat([seen[index][0] for index in rows]).to(self.device)
+            encoded, done = self.encode_crops(pixels, sized, grid, temporal), 0
+            for index in rows:
+                crops, full = seen[index]
+                found[index] = picture_of(encoded.rows(slice(done, done + len(crops))), full, reducer.keep_cls, grid)
+                done += len(crops)
+        return found
+
+    def tower_of(self, temporal: bool) -> nn.Module:
+        """The vision tower for pictures, or for the frames of videos."""
+        return self.tower
+
+    def encode_crops(
+        self, pixels: Tensor, reducer: Reducer, grid: tuple[int, int] | None, temporal: bool = False
+    ) -> Encoded:
+        """Run a tower on [B, 3, S, S] pixels, with the method's signals and its merging inside.
+
+        Args:
+            temporal: the pixels are frames of videos, whose class tokens are visual tokens.
+        """
+        tower, keep_cls = self.tower_of(temporal), reducer.keep_cls or temporal
+        names, facts = tuple(map(str, range(len(pixels)))), self.facts()
         spent = 0
 
         def merge_at(hidden: Tensor, keys: Tensor, sizes: Tensor, block: int) -> Reduction | None:
             nonlocal spent
             state = BlockState(ids=names, facts=facts, tokens=hidden, keys=keys, sizes=sizes, block=block)
             reduction = reducer.tower(state)
-            projection = self.tower.encoder.layers[block].self_attn.k_proj
-            spent += state.flops // len(pictures) + linear_flops(projection, hidden.shape[1])
+            projection = tower.encoder.layers[block].self_attn.k_proj
+            spent += state.flops // len(pixels) + linear_flops(projection, hidden.shape[1])
             return reduction
 
-        selected = self.select_layer % (len(self.tower.encoder.layers) + 1)
-        merging = reducer.merging_blocks(selected)
-        encoded = encode(
-            self.tower, pixels, self.select_layer, reducer.signals(), grid, reducer.keep_cls, merging, merge_at
-        )
+        merging = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
+        encoded = encode(tower, pixels, self.select_layer, reducer.tower_signals(), grid, keep_cls, merging, merge_at)
         return replace(encoded, spent=spent)
+
+    def tower_flops(self, picture: Picture, signals: tuple[Signal, ...]) -> tuple[int, int]:
+        """Operations of the tower on all crops of one picture, and of the signals and merging beside it."""
+        encoded, tower = picture.encoded, self.tower_of(picture.full.temporal)
+        blocks, patches = tower.encoder.layers, encoded.grid[0] * encoded.grid[1]
+        beside = encoded.spent
+        for signal in signals:
+            beside += signal_flops(signal, blocks[signal.index(len(blocks))], patches)
+        crops = len(encoded.features)
+        return crops * tower_flops(tower, patches, encoded.tokens), crops * beside
 
     def next_token(self, hidden: Tensor) -> Tensor:
         """Greedy choice [B] from the last hidden state [B, 1, D]; ties go to the lower id."""
@@ -151,7 +213,7 @@ class Llava:
             raise UserError("There is no question in this batch.")
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-        reducer.check(self.facts())
+        require(reducer, self.facts())
         stop = conversation.stop_string(self.conversation)
         # A stop string that is the end token needs no search in the decoded text.
         searched = () if stop is None or stop == self.tokenizer.eos_token else (stop,)
@@ -169,16 +231,22 @@ def load(
     dtype: str = "float32",
     device: str = "auto",
     text_tower: str | Path | None = None,
+    quantization: str | None = None,
+    **conventions: Any,
 ) -> Llava:
-    """Load a checkpoint.
+    """Load a checkpoint of any family.
 
     Args:
         source: directory or hub id, transformers or original layout; None for the embedded model.
         dtype: float32, bfloat16 or float16.
         device: "cpu", "cuda", "cuda:1", or "auto".
         text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
+        quantization: "8bit" or "4bit", by bitsandbytes where it is installed.
+        conventions: how pictures are read, where a family leaves a choice: `merge`, `reading` and `force` of
+            llava.next.LlavaNext, `flip` of llava.video_llava.VideoLlava.
     """
     from llava.checkpoint import load_checkpoint
+    from llava.runtime import runtime
 
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -187,4 +255,5 @@ def load(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"Device {device!r} was asked for, but this machine has no CUDA device; use --device cpu.")
     place = torch.device(device)
-    return Llava(load_checkpoint(source or EMBEDDED, DTYPES[dtype], place, text_tower), place)
+    checkpoint = load_checkpoint(source or EMBEDDED, DTYPES[dtype], place, text_tower, quantization)
+    return runtime(checkpoint, place, conventions)

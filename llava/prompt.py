@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from llava.conversation import DEFAULT_MODE, Turn, render
+from llava.conversation import DEFAULT_MODE, Turn, conversation, render
 from llava.errors import UserError
 from llava.sample import Sample
 
@@ -55,7 +55,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def build_prompt(sample: Sample, tokenizer: PreTrainedTokenizerBase, mode: str = DEFAULT_MODE) -> Prompt:
     """The prompt of a sample. Its images stand in front of the first user message, before any history."""
     _refuse_placeholders(sample)
-    slot = f"{IMAGE_PLACEHOLDER}\n" * len(sample.images)
+    slot = conversation(mode).slot * len(sample.images)
     turns: list[Turn] = [*sample.history, (sample.message, None)]
     turns[0] = (slot + turns[0][0], turns[0][1])
     text = render(mode, turns)

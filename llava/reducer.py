@@ -5,9 +5,12 @@ the pipeline computes, applies, counts and places them.
 """
 
 import hashlib
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
+import torch
+
+from llava.arrangement import Arrangement
 from llava.card import Card
 from llava.errors import UserError, unknown
 from llava.layout import Layout
@@ -18,6 +21,8 @@ from llava.states import BlockState, DecoderState, EncoderState, PromptState
 # One reduction for all images of a state, or one for each where they keep different numbers of tokens.
 Reductions = Reduction | list[Reduction] | None
 
+SPLITS = ("each", "thumbnail", "global")
+NEWLINES = ("drop", "keep")
 CLS_SIGNALS = ("cls_attention", "fused_cls_attention")
 
 
@@ -37,6 +42,8 @@ class ModelFacts:
         tower_blocks: blocks of the vision tower.
         has_cls: the tower has a CLS token.
         has_text_tower: the CLIP text tower that belongs to the vision tower can be had.
+        crops: patch grids of the crops of a picture that the tower sees in several, without class tokens.
+        newlines: newline tokens among the visual tokens.
     """
 
     visual_tokens: int
@@ -45,6 +52,18 @@ class ModelFacts:
     tower_blocks: int
     has_cls: bool = True
     has_text_tower: bool = False
+    crops: tuple[Layout, ...] = ()
+    newlines: int = 0
+
+    @property
+    def patches(self) -> int:
+        """The visual tokens that a method before the decoder chooses from: no class tokens, no newline tokens."""
+        return sum(crop.tokens for crop in self.crops) if self.crops else self.visual_tokens - self.newlines
+
+    def crop(self, number: int) -> "ModelFacts":
+        """The facts for one crop, as if it were the whole picture."""
+        layout = self.crops[number]
+        return replace(self, visual_tokens=layout.tokens, layout=layout, crops=(), newlines=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +84,11 @@ class Reducer:
         budget: visual tokens per image, mean over decoder layers, merged ones included.
         positions: "renumber" gives the shortened sequence contiguous position ids, as LLaVA does; "original" lets
             every token keep the position id it had.
+        crops: how the budget of a picture in several crops is split, see llava/crops.py. A method that acts only in the
+            decoder ranks all tokens together.
+        share: where pictures differ in size, budgets are often shares of what there is (1/9); then `budget` is that
+            of the largest picture. 0 for the same number of tokens everywhere.
+        newlines: what becomes of the newline tokens of LLaVA-NeXT where a method chooses among patches.
     """
 
     name: ClassVar[str] = ""
@@ -79,10 +103,16 @@ class Reducer:
     budget: int
     positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))
 
+    crops: str = option("each", "the budget over crops: even, by the first crop's attention, or all together", SPLITS)
+    share: float = option(0.0, "share of each picture's tokens instead of the budget, where pictures differ in size")
+    newlines: str = option("drop", "newline tokens where patches are chosen: drop, or keep and count", NEWLINES)
+
     def __post_init__(self) -> None:
         """Reject values outside the choices of a field."""
         for known in fields(self):
             choices, value = known.metadata.get("choices"), getattr(self, known.name)
+            if known.name == "share" and not 0 <= value <= 1:
+                raise UserError(f"{self.name}.share must be between 0 and 1, got {value:g}.")
             if choices and value not in choices:
                 raise UserError(f"{self.name}.{known.name} must be one of {', '.join(choices)}, got {value!r}.")
 
@@ -103,8 +133,37 @@ class Reducer:
             raise UserError(f"{self.name} ranks by the CLS token of the vision tower; this tower has none.")
 
     def entering(self, facts: ModelFacts) -> tuple[int, ...] | None:
-        """Visual tokens of one image that are planned to enter each layer; None where the picture decides."""
+        """Visual tokens of one image that are planned to enter each layer; None where the picture decides.
+
+        For a picture in crops this is asked crop by crop, with a budget of its own; llava.crops.planned adds up.
+        """
         return (self.budget,) * facts.layers
+
+    def sized(self, budget: int) -> "Reducer":
+        """The same method at another budget."""
+        return self if budget == self.budget and not self.share else replace(self, budget=budget, share=0.0)
+
+    def for_picture(self, facts: ModelFacts) -> "Reducer":
+        """The same method at the budget of one picture."""
+        if self.share:
+            return self.sized(max(1, int(self.share * facts.visual_tokens + 0.5)))
+        return self
+
+    def crop_shares(
+        self, arrangement: Arrangement, signals: dict[Signal, torch.Tensor], budget: int
+    ) -> list[int] | None:
+        """The method's own rule for the tokens of each crop of a picture; None for the rule of `crops`.
+
+        Args:
+            signals: [crops, P, ...] over whole crops.
+            budget: patches that all crops may keep together.
+        """
+        return None
+
+    def tower_signals(self) -> tuple[Signal, ...]:
+        """All tower signals to compute: the method's own, and what splitting the budget over crops needs."""
+        needed = (Signal("cls_attention"),) if self.crops == "thumbnail" else ()
+        return (*self.signals(), *(signal for signal in needed if signal not in self.signals()))
 
     def signals(self) -> tuple[Signal, ...]:
         """Tower signals to compute."""
@@ -141,6 +200,17 @@ class Reducer:
     def acts(self, stage: str) -> bool:
         """Whether the method overrides a stage at all."""
         return getattr(type(self), stage) is not getattr(Reducer, stage)
+
+
+def by_row(reductions: Reductions, count: int) -> list[tuple[Reduction, int]] | None:
+    """(reduction, row in it) of every image, whether they share one reduction or have one each."""
+    if reductions is None:
+        return None
+    if isinstance(reductions, Reduction):
+        return [(reductions, row) for row in range(count)]
+    if len(reductions) != count:
+        raise ValueError(f"{count} images need as many reductions, got {len(reductions)}")
+    return [(reduction, 0) for reduction in reductions]
 
 
 def seed_of(*parts: object) -> int:

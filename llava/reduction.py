@@ -1,6 +1,6 @@
 """A reduction as data: which output tokens exist, and what each is made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Reduction:
             instead of owner and weight.
         inputs: N.
         encoder_space: apply to encoder features and project again, instead of to projected tokens.
+        appended: so many outputs at the end stand behind the others, out of raster order.
     """
 
     anchor: Tensor
@@ -30,6 +31,7 @@ class Reduction:
     weight: Tensor | None = None
     encoder_space: bool = False
     mix: Tensor | None = None
+    appended: int = 0
 
     @property
     def merges(self) -> bool:
@@ -37,15 +39,14 @@ class Reduction:
 
     def row(self, index: int) -> "Reduction":
         """The reduction of one image, on the CPU, still with a batch axis of 1."""
-        pick = slice(index, index + 1)
-        return Reduction(
-            self.anchor[pick].cpu(),
-            self.inputs,
-            None if self.owner is None else self.owner[pick].cpu(),
-            None if self.weight is None else self.weight[pick].cpu(),
-            self.encoder_space,
-            None if self.mix is None else self.mix[pick].cpu(),
-        )
+        one = self.only(index)
+        move = lambda t: None if t is None else t.cpu()  # noqa: E731
+        return replace(one, anchor=move(one.anchor), owner=move(one.owner), weight=move(one.weight), mix=move(one.mix))
+
+    def only(self, index: int) -> "Reduction":
+        """The same of one image, where it is."""
+        cut = lambda t: None if t is None else t[index : index + 1]  # noqa: E731
+        return replace(self, anchor=cut(self.anchor), owner=cut(self.owner), weight=cut(self.weight), mix=cut(self.mix))
 
     def apply(self, tokens: Tensor) -> Tensor:
         """[B, N, D] tokens -> [B, K, D], sums in float32, result in the dtype of `tokens`."""
@@ -102,7 +103,7 @@ class Reduction:
         outputs = torch.arange(self.anchor.shape[1], device=self.anchor.device).expand_as(self.anchor)
         owner = torch.full((len(self.anchor), self.inputs), -1, device=self.anchor.device)
         owner = owner.scatter(1, self.anchor, outputs)
-        return Reduction(self.anchor, self.inputs, owner, (owner >= 0).float(), self.encoder_space)
+        return replace(self, owner=owner, weight=(owner >= 0).float())
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from llava.arrangement import Arrangement
 from llava.audit import Audit
 from llava.reduction import Trace
 
@@ -16,7 +17,8 @@ class Sample:
         id: stable name of the question; seeds the methods that draw random numbers.
         question: the question alone, the text whose tokens query-aware methods look at.
         suffix: answer-format instruction, appended on a new line (GQA's asks for a single word or phrase).
-        image: RGB image, a tuple of them, or None for a text-only prompt. The budget holds for each image.
+        image: RGB image, a video (llava.video.Video), a tuple of them, or None for a text-only prompt. The budget holds
+            for each.
         image_id: samples of a batch with the same image_id share one pass of the vision tower.
         history: earlier turns about the same images as (user message, answer).
     """
@@ -50,6 +52,7 @@ class Answer:
         token_ids: generated ids, end token excluded.
         audit: visual tokens entering each decoder layer, merged tokens, key/value bytes.
         trace: the reductions that were applied, in order, for overlays and tests.
+        runs: the unreduced run of visual tokens of every image.
     """
 
     id: str
@@ -57,6 +60,7 @@ class Answer:
     token_ids: tuple[int, ...]
     audit: Audit
     trace: Trace
+    runs: tuple[Arrangement, ...] = ()
 
 
 @dataclass(frozen=True)

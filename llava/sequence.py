@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llava import mrope
+from llava.mrope import Groups
 from llava.reduction import Reduction
 
 Span = tuple[int, int]
@@ -23,7 +25,7 @@ class Sequence:
 
     Attributes:
         hidden: [B, L, D] embeddings or hidden states; padding rows are zero.
-        position: [B, L] int64 position ids; 0 in the padding.
+        position: [B, L] int64 position ids, or [B, L, 3] where they have three axes (llava/mrope.py); 0 in the padding.
         lengths: real length of each sample.
         visual: runs of visual tokens of each sample, one per image in order; () for a text-only prompt.
         question: span of the last question's tokens.
@@ -131,7 +133,7 @@ class Sequence:
         reduced = replace(
             self,
             hidden=hidden,
-            position=self.position.gather(1, index),
+            position=_gather(self.position, index),
             lengths=lengths,
             visual=runs,
             question=self._shift(self.question, gone),
@@ -143,7 +145,7 @@ class Sequence:
             reduced = replace(
                 reduced,
                 hidden=hidden.masked_fill(blank, 0),
-                position=reduced.position.masked_fill(blank[..., 0], 0),
+                position=reduced.position.masked_fill(blank if reduced.position.dim() == 3 else blank[..., 0], 0),
             )
         return reduced.renumbered() if renumber else reduced
 
@@ -166,7 +168,12 @@ class Sequence:
         return tuple(moved)
 
     def renumbered(self) -> "Sequence":
-        """Position ids 0, 1, 2, ... over the real tokens, as LLaVA gives them to a shortened sequence."""
+        """Position ids 0, 1, 2, ... over the real tokens, as LLaVA gives them to a shortened sequence.
+
+        With three axes, the rows and columns that are left of every picture move together (llava.mrope.renumber).
+        """
+        if self.position.dim() == 3:
+            return replace(self, position=mrope.renumber(self.position, self.lengths, self.visual))
         places = torch.arange(self.hidden.shape[1], device=self.hidden.device) - self.first()[:, None]
         return replace(self, position=places.clamp(min=0))
 
@@ -176,9 +183,10 @@ def assemble(
     slots: list[list[int]],
     visuals: list[list[Tensor]],
     places: list[list[Tensor | None]],
-    inputs: int,
+    inputs: list[list[int]],
     questions: list[Span],
     instructions: list[Span],
+    groups: list[list[Groups]] | None = None,
 ) -> Sequence:
     """Put each sample's visual tokens into its image slots and pad on the left.
 
@@ -187,25 +195,32 @@ def assemble(
         slots: for every image, the index in the text at which its visual tokens go; ascending.
         visuals: [K, D] visual tokens of every image.
         places: [K] input positions of the visual tokens, for the position ids; None means 0 .. K-1.
-        inputs: visual tokens per image before any reduction; text behind an image is numbered after all of them.
+        inputs: visual tokens of every image before any reduction; text behind an image is numbered after all of them.
         questions, instructions: spans in token ids where every slot counts as one id.
+        groups: frames, rows and columns of every image, for a decoder whose positions have three axes.
     """
     rows, positions, lengths, runs, behind = [], [], [], [], []
     moved: list[list[Span]] = [[], []]
-    for text, cuts, images, seats, *ranges in zip(texts, slots, visuals, places, questions, instructions, strict=True):
+    samples = zip(texts, slots, visuals, places, inputs, questions, instructions, strict=True)
+    for sample, (text, cuts, images, seats, before_each, *ranges) in enumerate(samples):
         device = text.device
         pieces, ids, spans, done, length, number = [], [], [], 0, 0, 0
-        for slot, visual, place in zip(cuts, images, seats, strict=True):
+        for image, (slot, visual, place, count) in enumerate(zip(cuts, images, seats, before_each, strict=True)):
             pieces += [text[done:slot], visual.to(text.dtype)]
-            before = torch.arange(number, number + slot - done, device=device)
+            before = _text_positions(number, slot - done, groups, device)
             number += slot - done
-            ids += [before, number + (torch.arange(len(visual), device=device) if place is None else place)]
-            number += inputs
+            if groups is None:
+                own = torch.arange(number, number + count, device=device)
+                number += count
+            else:
+                own = mrope.picture_positions(groups[sample][image], number, device)
+                number += max(groups[sample][image])
+            ids += [before, own if place is None else own[place]]
             length += slot - done
             spans.append((length, length + len(visual)))
             length, done = length + len(visual), slot
         pieces.append(text[done:])
-        ids.append(torch.arange(number, number + len(text) - done, device=device))
+        ids.append(_text_positions(number, len(text) - done, groups, device))
         rows.append(torch.cat(pieces))
         positions.append(torch.cat(ids))
         runs.append(tuple(spans))
@@ -217,8 +232,19 @@ def assemble(
             target.append((start + sum(ahead), stop + sum(ahead)))
     width = max(lengths)
     hidden = rows[0].new_zeros(len(rows), width, rows[0].shape[-1])
-    position = torch.zeros(len(rows), width, dtype=torch.long, device=hidden.device)
+    position = positions[0].new_zeros(len(rows), width, *positions[0].shape[1:])
     for sample, (row, ids) in enumerate(zip(rows, positions, strict=True)):
         hidden[sample, width - len(row) :] = row
         position[sample, width - len(row) :] = ids
     return Sequence(hidden, position, tuple(lengths), tuple(runs), tuple(moved[0]), tuple(moved[1]), tuple(behind))
+
+
+def _gather(position: Tensor, index: Tensor) -> Tensor:
+    """[B, L] or [B, L, 3] at columns [B, K]."""
+    return position.gather(1, index) if position.dim() == 2 else mrope.keep(position, index)
+
+
+def _text_positions(start: int, count: int, groups: list | None, device: torch.device) -> Tensor:
+    """[count] or, on three equal axes, [count, 3]."""
+    places = torch.arange(start, start + count, device=device)
+    return places if groups is None else places[:, None].expand(-1, 3)

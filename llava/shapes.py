@@ -7,41 +7,49 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import CLIPTextConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 from transformers.initialization import no_init_weights
 
 from llava.checkpoint import Checkpoint
 from llava.clip_text import ClipText
 from llava.image import ImageProcessor
 from llava.model import DTYPES, Llava
+from llava.next import LlavaNext
 from llava.original_layout import CLIP_L_336
 
-# Sizes from the official config.json files.
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, words: int = 32064) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "vocab_size": words,
+    }
+
+
+VICUNA_7B = _llama(4096, 11008, 32, 32, 32)
+VICUNA_13B = _llama(5120, 13824, 40, 40, 40)
+MISTRAL_7B = _llama(4096, 14336, 32, 32, 8)
+YI_34B = _llama(7168, 20480, 60, 56, 8, 64064)
+
+# Sizes from the official config.json files. Mistral's decoder is Llama's with fewer key heads.
 SHAPES: dict[str, dict[str, Any]] = {
-    "llava-1.5-7b": {
-        "vision": CLIP_L_336,
-        "text": {
-            "model_type": "llama",
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "vocab_size": 32064,
-        },
-    },
-    "llava-1.5-13b": {
-        "vision": CLIP_L_336,
-        "text": {
-            "model_type": "llama",
-            "hidden_size": 5120,
-            "intermediate_size": 13824,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 40,
-            "vocab_size": 32064,
-        },
-    },
+    "llava-1.5-7b": {"family": "llava", "text": VICUNA_7B},
+    "llava-1.5-13b": {"family": "llava", "text": VICUNA_13B},
+    "llava-next-7b": {"family": "llava_next", "text": VICUNA_7B},
+    "llava-next-mistral-7b": {"family": "llava_next", "text": MISTRAL_7B},
+    "llava-next-13b": {"family": "llava_next", "text": VICUNA_13B},
+    "llava-next-34b": {"family": "llava_next", "text": YI_34B},
 }
 
 
@@ -57,18 +65,23 @@ CLIP_L_TEXT = {
 }
 
 
-def random_llava(shape: str, distinct: int | None = None, dtype: str = "bfloat16") -> Llava:
-    """A LLaVA of a known shape and its full depth with random weights, on the CPU.
+def random_llava(
+    shape: str, distinct: int | None = None, dtype: str = "bfloat16", layers: int | None = None, **conventions: Any
+) -> Llava:
+    """A LLaVA of a known shape with random weights, on the CPU.
 
     Args:
         distinct: decoder layers with weights of their own; the others take turns in sharing them, so that a model of
             full depth fits into a small memory and still does all its work. None gives every layer its own.
+        layers: decoder layers; None for the full depth.
+        conventions: of llava.next.LlavaNext.
     """
     sizes = SHAPES[shape]
-    layers = sizes["text"]["num_hidden_layers"]
-    config = LlavaConfig(
-        text_config={**sizes["text"], "num_hidden_layers": distinct or layers},
-        vision_config=sizes["vision"],
+    layers = layers or sizes["text"]["num_hidden_layers"]
+    of_next = sizes["family"] == "llava_next"
+    config = (LlavaNextConfig if of_next else LlavaConfig)(
+        text_config={**sizes["text"], "num_hidden_layers": min(distinct or layers, layers)},
+        vision_config=sizes.get("vision", CLIP_L_336),
         image_token_index=32000,
     )
     config._attn_implementation = "sdpa"
@@ -76,7 +89,7 @@ def random_llava(shape: str, distinct: int | None = None, dtype: str = "bfloat16
     torch.set_default_dtype(DTYPES[dtype])
     try:
         with no_init_weights():
-            model = LlavaForConditionalGeneration(config).eval()
+            model = (LlavaNextForConditionalGeneration if of_next else LlavaForConditionalGeneration)(config).eval()
     finally:
         torch.set_default_dtype(before)
     # One block of noise, tiled: filling a billion weights one by one takes a minute.
@@ -94,7 +107,7 @@ def random_llava(shape: str, distinct: int | None = None, dtype: str = "bfloat16
     checkpoint = Checkpoint(
         model=model,
         tokenizer=_letters(),
-        image_processor=ImageProcessor(336, 336),
+        image_processor=ImageProcessor(config.vision_config.image_size, config.vision_config.image_size),
         conversation="vicuna_v1",
         name=f"random {shape}",
         layout="transformers",
@@ -102,11 +115,12 @@ def random_llava(shape: str, distinct: int | None = None, dtype: str = "bfloat16
         text_tower="random weights",
         notes=(),
         vocabulary=32000,
+        family=sizes["family"],
     )
-    return RandomLlava(checkpoint, torch.device("cpu"))
+    return (RandomNext if of_next else RandomLlava)(checkpoint, torch.device("cpu"), **conventions)
 
 
-class RandomLlava(Llava):
+class RandomClip:
     """Its CLIP text tower has the shape of CLIP-L's and random weights."""
 
     @cached_property
@@ -116,6 +130,14 @@ class RandomLlava(Llava):
         last = config.vocab_size - 1
         tower = ClipText(config, self.tower.config.hidden_size, self.tower.post_layernorm, words, last - 1, last)
         return tower.to(self.device).eval().requires_grad_(False)
+
+
+class RandomLlava(RandomClip, Llava):
+    pass
+
+
+class RandomNext(RandomClip, LlavaNext):
+    pass
 
 
 def share_layers(llm: nn.Module, layers: int) -> None:

@@ -14,6 +14,7 @@ from llava.errors import unknown
 from llava.flops import linear_flops
 from llava.layout import Layout
 from llava.reduction import Reduction
+from llava.rotary import angles as angles_at
 from llava.sequence import Sequence, Span
 from llava.signals import Signal, attention_rows, layer_keys, text_to_visual_attention
 
@@ -72,6 +73,8 @@ class EncoderState(State):
         questions: the bare question of each image's prompt.
         messages: the same with its answer-format instruction.
         clip: the CLIP text tower, for methods with `needs_text_tower`.
+        thumbnail: signal -> [B, patches], what the small copy of the whole picture says of the same places, where the
+            tokens are tiles of LLaVA-NeXT (llava.parts.overview); elsewhere the tokens' own values.
     """
 
     features: Tensor
@@ -81,6 +84,7 @@ class EncoderState(State):
     questions: tuple[str, ...] = ()
     messages: tuple[str, ...] = ()
     clip: Any = None
+    thumbnail: Callable[[Signal], Tensor] | None = None
 
 
 @dataclass(kw_only=True)
@@ -91,13 +95,21 @@ class PromptState(EncoderState):
         tokens: [B, N, H] projected visual tokens.
         sequence: the B full prompts, visual tokens in place; `sequence.images` are their spans.
         llm: the decoder (layers, norm, rotary_emb).
-        run_layers: runs the first k decoder layers on `sequence`; for probes that need context.
+        run_layers: k -> hidden states [B, L, H] of `sequence` behind the first k decoder layers, for probes.
+        members: [B, N] places of the visual tokens in their image's run, where they are only a part of it.
     """
 
     tokens: Tensor | None = None
     sequence: Sequence | None = None
     llm: nn.Module | None = None
-    run_layers: Callable[[Sequence, int], Tensor] | None = None
+    run_layers: Callable[[int], Tensor] | None = None
+    members: Tensor | None = None
+
+    def visual(self, tensor: Tensor) -> Tensor:
+        """[B, N, ...] rows of `tensor` [B, L, ...] at the visual tokens."""
+        if self.members is None:
+            return self.sequence.take(tensor, self.sequence.images)
+        return at_members(tensor, self.sequence, self.members)
 
     def text(self, rows: str) -> tuple[Tensor, Tensor]:
         """Embeddings of text tokens.
@@ -126,21 +138,27 @@ class PromptState(EncoderState):
             weights [B, H, T, N] float32 and a mask [B, T] of the rows that exist.
         """
         sequence = self.sequence
-        hidden = self.run_layers(sequence, layer) if contextual else sequence.hidden
+        hidden = self.run_layers(layer) if contextual else sequence.hidden
         index, mask = row_index(sequence, text_spans(sequence, rows))
         text = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        visual = sequence.take(hidden, sequence.images)
+        visual = self.visual(hidden)
         angles: tuple = (None, None)
         if rotary:
-            cos, sin = self.llm.rotary_emb(hidden, sequence.position)
+            cos, sin = angles_at(self.llm, hidden, sequence.position)
             pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
-            cut = lambda t: sequence.take(t, sequence.images)  # noqa: E731
-            angles = ((pick(cos), pick(sin)), (cut(cos), cut(sin)))
+            angles = ((pick(cos), pick(sin)), (self.visual(cos), self.visual(sin)))
         block = self.llm.layers[layer]
         weights = text_to_visual_attention(block, text, visual, *angles)
         batch, count = text.shape[:2]
         self.flops += batch * (_query_flops(block, count, visual.shape[1]) + _key_flops(block, visual.shape[1]))
         return weights, mask
+
+
+def at_members(tensor: Tensor, sequence: Sequence, members: Tensor) -> Tensor:
+    """[B, N, ...] rows of `tensor` [B, L, ...] at places [B, N] of the visual run of each prompt."""
+    starts = [sequence.padding(row) + start for row, (start, _) in enumerate(sequence.images)]
+    columns = members + torch.tensor(starts).to(members.device, non_blocking=True)[:, None]
+    return tensor.gather(1, columns[..., None].expand(-1, -1, tensor.shape[-1]))
 
 
 def text_spans(sequence: Sequence, rows: str) -> list[Span]:
@@ -221,7 +239,7 @@ class DecoderState(State):
         source = sequence if at == "next" else self.entered
         layer = self.llm.layers[self.layer - (at == "previous")]
         pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
-        cos, sin = self.llm.rotary_emb(source.hidden, source.position)
+        cos, sin = angles_at(self.llm, source.hidden, source.position)
         if at == "next":
             angles = (cos[:, :width], sin[:, :width]) if rotary else None
             keys = layer_keys(layer, source.hidden[:, :width], angles)

@@ -35,8 +35,8 @@ class Encoded:
     tokens: tuple[tuple[int, int], ...] = ()
     spent: int = 0
 
-    def rows(self, index: Tensor) -> "Encoded":
-        """The same for images `index`, which may repeat."""
+    def rows(self, index: slice) -> "Encoded":
+        """The same for some of the images."""
         merged = self.merged
         if merged is not None:
             merged = Reduction(merged.anchor[index], merged.inputs, merged.owner[index], merged.weight[index])
@@ -83,12 +83,19 @@ def encode(
         if not -depth <= index < depth:
             raise UserError(f"Signal {signal.kind} needs tower block {index}, but the tower has {depth} blocks.")
         wanted.setdefault(index % depth, []).append(signal)
+    if merging and hasattr(blocks[0], "before_space"):
+        raise UserError(
+            "A method that merges in the tower cannot run on a video tower: its attention over time needs the same "
+            "positions in every frame; choose a method that acts behind the tower."
+        )
     if merging and wanted:
         raise UserError("Tower signals are over all patches; a method that merges in the tower cannot ask for them.")
     features, found, merged, tokens = hidden, {}, None, []
     for index in range(max(selected, max(wanted, default=-1) + 1)):
-        for signal in wanted.get(index, ()):
-            found[signal] = tower_signal(signal, blocks[index], hidden)
+        if index in wanted:
+            seen = _before_space(blocks[index], hidden)
+            for signal in wanted[index]:
+                found[signal] = tower_signal(signal, blocks[index], seen)
         if index < selected or any(later > index for later in wanted):
             before = hidden.shape[1]
             if index in merging or merged is not None:
@@ -102,6 +109,11 @@ def encode(
     features = features if keep_cls else features[:, 1:]
     merged = None if merged is None else _patches_only(merged)
     return Encoded(features, found, grid or patch_grid(tower), merged, tuple(tokens))
+
+
+def _before_space(block: nn.Module, hidden: Tensor) -> Tensor:
+    """What the spatial attention of a block works on: its input, or what attention over time makes of it."""
+    return block.before_space(hidden) if hasattr(block, "before_space") else hidden
 
 
 def _merging_block(

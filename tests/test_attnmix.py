@@ -162,7 +162,7 @@ def state(visual, saliency, crops=1, before=(4,), question=(0,), behind=(2, 3)) 
         [[len(before)]] * count,
         [[tokens] for tokens in visual],
         [[None]] * count,
-        visual.shape[1],
+        [[visual.shape[1]]] * count,
         [span] * count,
         [(first, span[1] + 1)] * count,
     )

@@ -286,30 +286,6 @@ def test_cls_token_is_the_first_of_the_budget(tiny):
     assert reduction.anchor[0, 0] == 0 and reduction.inputs == 17 and reduction.anchor.shape == (1, 7)
 
 
-def test_budget_is_split_evenly_over_crops():
-    """Three crops of 4 x 4: each keeps a third, although the first holds all the saliency."""
-    v = torch.rand(2, 48) * torch.cat([torch.ones(16), torch.full((32,), 1e-3)])
-    state = PromptState(
-        features=torch.zeros(2, 48, 4),
-        signals={},
-        layout=Layout(4, 4, crops=3),
-        ids=("a", "b"),
-        tokens=torch.randn(2, 48, 8),
-    )
-    state.signals = {Signal("cls_attention", -2): v, Signal("keys", -2): torch.randn(2, 48, 4)}
-    for crops, counts in (("each", [8, 8, 8]), ("global", None)):
-        plan = ConsensusDrop(budget=24, alpha=1.0, crops=crops).prompt(state)
-        found = torch.stack([(plan.anchor // 16 == crop).sum(1) for crop in range(3)], 1)
-        if counts:
-            assert found.tolist() == [counts, counts]
-            # Nothing is merged across crops.
-            home = plan.anchor.gather(1, plan.owner.clamp(min=0)) // 16
-            assert torch.equal(home[plan.owner >= 0], (torch.arange(48) // 16).expand(2, -1)[plan.owner >= 0])
-        else:
-            assert (found[:, 0] > 8).all()
-        torch.testing.assert_close(plan.apply(torch.ones(2, 48, 1)), torch.ones(2, 24, 1))
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -80,7 +80,14 @@ def test_answers_are_in_llavas_fields(main, tmp_path):
         "text": fake_text("1000"),
         "model_id": "fake",
         "metadata": {
-            "audit": {"entering": [16, 16, 16], "mean": 16, "visual_tokens": 64, "merged": 0, "kv_bytes": 16000}
+            "audit": {
+                "entering": [16, 16, 16],
+                "mean": 16,
+                "planned": 16,
+                "visual_tokens": 64,
+                "merged": 0,
+                "kv_bytes": 16000,
+            }
         },
     }
     predictions = json.loads((tmp_path / "o" / "predictions.json").read_text())

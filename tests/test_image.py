@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from llava import image as module
 from llava.errors import UserError
-from llava.image import CLIP_MEAN, CLIP_STD, ImageProcessor, open_image, pad_to_square
+from llava.image import CLIP_MEAN, CLIP_STD, MAX_SIDE, ImageProcessor, as_rgb, open_image, pad_to_square
 
 CLIP_CONFIG = {
     "size": {"shortest_edge": 336},
@@ -69,7 +70,7 @@ def test_padding_is_the_default(config):
 )
 def test_pad_to_square_centres_with_the_odd_pixel_below_or_right(size, box):
     image = noise(*size)
-    square = pad_to_square(image, (1, 2, 3))
+    square = pad_to_square(image, (1, 2, 3), max(size))
     assert square.size == (max(size), max(size))
     assert np.array_equal(np.asarray(square.crop(box)), np.asarray(image))
     outside = np.ones((max(size), max(size)), bool)
@@ -77,13 +78,74 @@ def test_pad_to_square_centres_with_the_odd_pixel_below_or_right(size, box):
     assert (np.asarray(square)[outside] == (1, 2, 3)).all()
 
 
+@pytest.mark.parametrize("size", [(3000, 7), (7, 3000), (901, 1), (1, 901), (150, 233), (233, 150), (64, 64), (1, 1)])
+@pytest.mark.parametrize("strip", [1, 5_000, 2**22])
+def test_the_square_canvas_need_not_exist_as_a_whole(size, strip, monkeypatch):
+    monkeypatch.setattr(module, "STRIP", strip)
+    image, side = noise(*size), max(size)
+    canvas = Image.new("RGB", (side, side), (122, 116, 104))
+    canvas.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    expected = canvas.resize((64, 64), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(pad_to_square(image, (122, 116, 104), 64)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [(20_000, 10), (10, 8_000)])
+def test_a_very_long_image_is_padded_in_little_memory(size, monkeypatch):
+    """The canvas of 20000 x 20000 pixels would take 1.6 GB."""
+    largest, new = 0, Image.new
+
+    def counted(mode, size, *colour):
+        nonlocal largest
+        largest = max(largest, size[0] * size[1])
+        return new(mode, size, *colour)
+
+    image = noise(*size)
+    monkeypatch.setattr(Image, "new", counted)
+    pixels = ImageProcessor(56, 56)(image)
+    assert 0 < largest <= 2**22
+    assert pixels.isfinite().all()
+    centre = pixels[:, 27:29] if size[0] > size[1] else pixels[:, :, 27:29]
+    assert pixels.abs().amax(dim=(1, 2)).equal(centre.abs().amax(dim=(1, 2))), "the picture is a line in the middle"
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+def test_an_image_of_one_pixel(aspect):
+    pixels = ImageProcessor(56, 56, aspect=aspect)(Image.new("RGB", (1, 1), (255, 0, 51)))
+    expected = (torch.tensor([1, 0, 0.2]) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    torch.testing.assert_close(pixels, expected[:, None, None].expand(3, 56, 56))
+
+
+@pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1), (0, 5), (5, 0)])
+def test_too_long_and_empty_images_are_refused(size):
+    with pytest.raises(UserError, match=rf"1 to 65535 pixels on each side, got {size[0]} x {size[1]}; resize it"):
+        ImageProcessor(56, 56)(Image.new("L", size))
+
+
+@pytest.mark.parametrize("size", [(20_000, 10), (10, 20_000)])
+def test_cropping_refuses_what_would_be_enlarged_without_end(size):
+    """20000 x 10 pixels would be resized to 672000 x 336 before the centre is cut."""
+    with pytest.raises(UserError, match=r"too long to be cropped .*; use padding"):
+        ImageProcessor(336, 336, aspect="crop")(Image.new("RGB", size))
+
+
 def test_padding_colour_is_the_official_one():
     assert ImageProcessor(336, 336).padding_colour == (122, 116, 104)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_other_modes_become_rgb(mode):
-    assert ImageProcessor(56, 56)(noise(20, 30).convert(mode)).shape == (3, 56, 56)
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "1", "I", "F", "I;16"])
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+def test_other_modes_are_what_pillow_makes_of_them(mode, aspect):
+    image = noise(30, 20).convert("L").convert(mode) if mode in ("I", "F", "I;16") else noise(30, 20).convert(mode)
+    processor = ImageProcessor(56, 56, aspect=aspect)
+    assert processor(image).equal(processor(image.convert("RGB")))
+    assert processor(image).std() > 0.1, "there is still a picture"
+
+
+def test_what_becomes_of_grey_transparency_and_16_bits():
+    assert as_rgb(Image.new("L", (1, 1), 77)).getpixel((0, 0)) == (77, 77, 77)
+    assert as_rgb(Image.new("RGBA", (1, 1), (9, 8, 7, 0))).getpixel((0, 0)) == (9, 8, 7), "no background shines through"
+    assert as_rgb(Image.new("CMYK", (1, 1), (255, 0, 0, 0))).getpixel((0, 0)) == (0, 255, 255)
+    assert as_rgb(Image.new("I;16", (1, 1), 4000)).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_config_with_plain_numbers_and_own_statistics():
@@ -114,10 +176,15 @@ def test_unknown_aspect():
         ImageProcessor(56, 56, aspect="padd")
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
-def test_open_image_gives_rgb_that_outlives_the_file(tmp_path, mode):
-    path = tmp_path / "a.png"
-    noise(9, 7).convert(mode).save(path)
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("RGB", "png"), ("L", "png"), ("P", "gif"), ("RGBA", "png"), ("I;16", "png"), ("CMYK", "jpg")]
+)
+def test_open_image_gives_rgb_that_outlives_the_file(tmp_path, mode, suffix):
+    path = tmp_path / f"a.{suffix}"
+    image = noise(9, 7).convert("L" if mode == "I;16" else mode).convert(mode)
+    image.save(path)
+    with Image.open(path) as stored:
+        assert stored.mode == mode
     image = open_image(path)
     path.unlink()
     assert (image.mode, image.size) == ("RGB", (9, 7))

@@ -1,4 +1,4 @@
-"""Templates and token ids against the official code's, and question ranges against tokenizer offsets."""
+"""Token ids against the official code's, and question ranges against tokenizer offsets."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from llava.conversation import DEFAULT_MODE, MODES, render, stop_string
+from llava.conversation import MODES, render
 from llava.errors import UserError
 from llava.prompt import IMAGE_TOKEN_INDEX, build_prompt, tokenize
 from llava.sample import Sample
@@ -39,43 +39,6 @@ WHITE = Image.new("RGB", (4, 4), "white")
 
 def sample(question="What is this?", suffix="", image=WHITE, history=()) -> Sample:
     return Sample(id="q1", question=question, suffix=suffix, image=image, history=history)
-
-
-# Templates
-
-
-@pytest.mark.parametrize("mode", RENDERED)
-def test_templates_equal_the_official_ones(mode):
-    question = f"<image>\nWhat is this?\n{SUFFIX}"
-    assert render(mode, [(question, None)]) == PROMPTS[mode]["single_turn"]
-    assert render(mode, [("<image>\nQ1", "A1"), ("Q2", None)]) == PROMPTS[mode]["two_turn"]
-
-
-def test_no_template_without_an_official_counterpart():
-    assert sorted(MODES) == RENDERED
-    assert DEFAULT_MODE == "vicuna_v1"
-
-
-@pytest.mark.parametrize("mode", RENDERED)
-def test_stop_string_is_what_closes_an_answer(mode):
-    closed = render(mode, [("Q", "A1"), ("Q", None)])
-    assert closed.partition("A1")[2].lstrip().startswith(stop_string(mode))
-    official = PROMPTS[mode]["sep2"] or PROMPTS[mode]["sep"]
-    assert stop_string(mode) == official
-
-
-@pytest.mark.parametrize("call", [stop_string, lambda mode: render(mode, [("Q", None)])])
-def test_unknown_mode_names_the_nearest(call):
-    with pytest.raises(UserError, match=r"Unknown conversation mode 'vicuna_v2'\. Did you mean 'vicuna_v1'"):
-        call("vicuna_v2")
-    with pytest.raises(UserError, match="Unknown conversation mode 'plain'"):
-        call("plain")
-
-
-@pytest.mark.parametrize("turns", [[], [("Q1", None), ("Q2", None)]])
-def test_an_open_turn_in_the_middle_is_a_bug(turns):
-    with pytest.raises(ValueError, match="only its last answer may be None"):
-        render("vicuna_v1", turns)
 
 
 # Token ids

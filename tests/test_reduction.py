@@ -55,7 +55,7 @@ def sequence(counts=(4, 4, 0), texts=(5, 3, 6), slots=(2, 1, None)):
         [[] if slot is None else [slot] for slot in slots],
         [[] if visual is None else [visual[:, None]] for _, visual in rows],
         [[] if visual is None else [None] for _, visual in rows],
-        4,
+        [[] if slot is None else [4] for slot in slots],
         questions,
         questions,
     )

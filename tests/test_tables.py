@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 
+from eval.laps import Laps
 from eval.latency import Measured, ratios, run, table
 from eval.statistics import Interval
 from eval.sweep import Remembering, Setting, sweep
@@ -14,6 +15,7 @@ from eval.tables.papers import PAPERS
 from eval.tables.plots import accuracy_plot
 from llava import registry
 from llava.errors import UserError
+from llava.original_layout import CLIP_L_336
 from llava.shapes import SHAPES, random_llava
 from tests.conftest import picture, samples
 from tests.eval_fakes import write_gqa
@@ -103,7 +105,7 @@ def test_signals_in_the_tower_count_as_selection():
 def test_latency_compares_with_full_in_one_process(tiny_path):
     args = argparse.Namespace(
         method="consensusdrop", budget=4, set=[], model=str(tiny_path), shape=None, distinct=4, dtype="float32",
-        device="cpu", batch_size=2, repeats=2, threads=0,
+        device="cpu", batch_size=2, repeats=2, threads=0, laps=None, layers=None, picture=[],
     )  # fmt: skip
     result = run(args)
     # Per layer 4 of 16 visual tokens; both hold the same text.
@@ -119,9 +121,10 @@ def test_latency_compares_with_full_in_one_process(tiny_path):
 def test_random_model_has_the_real_shape(monkeypatch):
     """Built here at a fraction of the size; the numbers in SHAPES are the official configuration's."""
     assert SHAPES["llava-1.5-7b"]["text"]["intermediate_size"] == 11008
-    vision, text = SHAPES["llava-1.5-7b"]["vision"], SHAPES["llava-1.5-7b"]["text"]
+    vision, text = CLIP_L_336, SHAPES["llava-1.5-7b"]["text"]
     heads = {"num_attention_heads": 2}
     small = {
+        "family": "llava",
         "vision": {**vision, **heads, "hidden_size": 32, "intermediate_size": 64},
         "text": {**text, **heads, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 96},
     }
@@ -136,3 +139,36 @@ def test_random_model_has_the_real_shape(monkeypatch):
         reducer = registry.build(method, 576 if method == "full" else 64)
         answers = model.answer(samples(1), reducer, max_new_tokens=2).answers
         assert answers[0].audit.mean == reducer.budget
+
+
+def test_random_next_has_tiles_and_as_many_layers_as_asked(monkeypatch):
+    """The shape of the speed benchmark at a fraction of the size: 2,880 tokens in the papers' convention."""
+    text = {**SHAPES["llava-next-mistral-7b"]["text"], "hidden_size": 64, "intermediate_size": 96}
+    vision = {
+        **CLIP_L_336,
+        "num_attention_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+    }
+    small = {
+        "family": "llava_next",
+        "vision": vision,
+        "text": {**text, "num_attention_heads": 8, "num_key_value_heads": 2},
+    }
+    monkeypatch.setitem(SHAPES, "small", small)
+    model = random_llava("small", None, "float32", 2, merge="spatial", force=(672, 672))
+    assert len(model.llm.layers) == 2 and model.visual_tokens == 2880
+    (answer,) = model.answer(samples(1), registry.build("fastervlm", 320), max_new_tokens=1).answers
+    assert answer.audit.mean == 320 and answer.audit.visual_tokens == 2880
+
+
+def test_laps_are_kept_and_belong_to_their_settings(tmp_path):
+    """An interrupted benchmark goes on from its file; a file of other settings is refused and left as it is."""
+    path, row = tmp_path / "laps.jsonl", {"seconds": {"prefill": 1.0}}
+    Laps(path, {"budget": 64}).add(0, "full", row)
+    assert Laps(path, {"budget": 64}).found == {(0, "full"): row}
+    before = path.read_text()
+    with pytest.raises(UserError, match="other settings"):
+        Laps(path, {"budget": 32})
+    assert path.read_text() == before

@@ -312,8 +312,6 @@ def test_what_a_model_cannot_do_is_refused():
         VisionDrop(budget=64, layers=(8, 32)).check(LLAVA)
     with pytest.raises(UserError, match="start=4 spends the whole budget on the first 8 of 32 layers"):
         VisionDrop(budget=64, start=4.0).check(LLAVA)
-    with pytest.raises(UserError, match="5 crops"):
-        VisionDrop(budget=64).check(dataclasses.replace(LLAVA, layout=Layout(24, 24, crops=5)))
     with pytest.raises(UserError, match="do not fit into 3 decoder layers"):
         VisionDrop(budget=64).check(dataclasses.replace(LLAVA, layers=3))
 

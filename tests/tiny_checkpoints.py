@@ -19,6 +19,7 @@ from transformers import (
     CLIPVisionModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -96,15 +97,21 @@ def make_tiny_llava(
     )
     config._attn_implementation = "sdpa"
     model = LlavaForConditionalGeneration(config).eval()
+    return randomise(model, seed)
+
+
+def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Random weights of sizes at which outputs differ and nothing saturates."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator)
             is_norm_scale = weight.dim() == 1 and name.endswith("weight")
-            # About 1 / sqrt(fan in) keeps activations near 1 through the layers: outputs differ, nothing saturates.
+            # About 1 / sqrt(fan in) keeps activations near 1 through the layers.
             scale = 0.1 if weight.dim() == 1 else weight[0].numel() ** -0.5
             weight.copy_(1 + scale * noise if is_norm_scale else scale * noise)
-        model.model.language_model.embed_tokens.weight.mul_(hidden**0.5)
+        embeddings = model.model.language_model.embed_tokens
+        embeddings.weight.mul_(embeddings.embedding_dim**0.5)
     return model
 
 
@@ -127,7 +134,7 @@ def save_transformers_layout(
         (directory / "model.safetensors").unlink()
         torch.save(model.state_dict(), directory / "pytorch_model.bin")
     (tokenizer or make_tokenizer()).save_pretrained(directory)
-    _write_preprocessor(directory, model.config.vision_config.image_size)
+    write_preprocessor(directory, model.config.vision_config.image_size)
     if text_tower:
         save_text_tower(directory / "text_tower", model)
     return model
@@ -187,8 +194,16 @@ def save_original_layout(
     model = make_tiny_llava() if model is None else model
     tokenizer = tokenizer or make_tokenizer()
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", {**original_config(model, len(tokenizer), "clip"), **config})
+    write_json(directory / "config.json", {**original_config(model, len(tokenizer), "clip"), **config})
     weights = to_original_layout(model, len(tokenizer), tower_in_shards)
+    write_shards(directory, weights, shards, safetensors)
+    tokenizer.save_pretrained(directory)
+    save_tower(directory / "clip", model)
+    return model
+
+
+def write_shards(directory: Path, weights: Mapping[str, Tensor], shards: int, safetensors: bool) -> None:
+    """Write weights into several files with an index."""
     stem, suffix = ("model", "safetensors") if safetensors else ("pytorch_model", "bin")
     weight_map = {}
     for shard in range(shards):
@@ -196,10 +211,7 @@ def save_original_layout(
         part = {key: weights[key].clone() for key in sorted(weights)[shard::shards]}
         weight_map.update(dict.fromkeys(part, name))
         save_file(part, directory / name) if safetensors else torch.save(part, directory / name)
-    _write_json(directory / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": weight_map})
-    tokenizer.save_pretrained(directory)
-    save_tower(directory / "clip", model)
-    return model
+    write_json(directory / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 def save_tower(directory: Path, model: LlavaForConditionalGeneration) -> None:
@@ -212,10 +224,10 @@ def save_tower(directory: Path, model: LlavaForConditionalGeneration) -> None:
     positions = torch.arange(model.model.vision_tower.embeddings.num_positions)[None]
     extra = {"logit_scale": torch.ones(()), "vision_model.embeddings.position_ids": positions}
     torch.save({**weights, **extra}, directory / "pytorch_model.bin")
-    _write_preprocessor(directory, model.config.vision_config.image_size)
+    write_preprocessor(directory, model.config.vision_config.image_size)
 
 
-def original_config(model: LlavaForConditionalGeneration, words: int, tower: str) -> dict[str, Any]:
+def original_config(model: PreTrainedModel, words: int, tower: str) -> dict[str, Any]:
     text = model.config.text_config
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -246,7 +258,7 @@ def original_config(model: LlavaForConditionalGeneration, words: int, tower: str
     }
 
 
-def to_original_layout(model: LlavaForConditionalGeneration, words: int, tower: bool) -> dict[str, Tensor]:
+def to_original_layout(model: PreTrainedModel, words: int, tower: bool) -> dict[str, Tensor]:
     """The weights under their original names, spare rows cut off; written out, not taken from the loader's map."""
     text, projector = model.model.language_model, model.model.multi_modal_projector
     weights = {f"model.{key}": tensor for key, tensor in text.state_dict().items()}
@@ -257,21 +269,25 @@ def to_original_layout(model: LlavaForConditionalGeneration, words: int, tower: 
     for number, linear in (("0", projector.linear_1), ("2", projector.linear_2)):
         for part, tensor in linear.state_dict().items():
             weights[f"model.mm_projector.{number}.{part}"] = tensor
-    if tower:
-        for key, tensor in model.model.vision_tower.state_dict().items():
-            weights[f"model.vision_tower.vision_tower.vision_model.{key}"] = tensor
+    if hasattr(model.model, "image_newline"):
+        weights["model.image_newline"] = model.model.image_newline.detach()
+    # The towers of Video-LLaVA are the inner modules of CLIP's vision model.
+    inner = {"vision_tower": "vision_model.", "image_tower": "", "video_tower": ""}
+    for name, prefix in inner.items() if tower else ():
+        for key, tensor in getattr(model.model, name).state_dict().items() if hasattr(model.model, name) else ():
+            weights[f"model.{name}.{name}.{prefix}{key}"] = tensor
     return weights
 
 
-def _write_preprocessor(directory: Path, size: int) -> None:
+def write_preprocessor(directory: Path, size: int) -> None:
     config = {
         "size": {"shortest_edge": size},
         "crop_size": {"height": size, "width": size},
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-    _write_json(directory / "preprocessor_config.json", config)
+    write_json(directory / "preprocessor_config.json", config)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from consensusdrop.merging import merge_flops, merge_plan
 from llava.card import Card
+from llava.crops import over_crops, planned
 from llava.errors import UserError
 from llava.reducer import ModelFacts, Reducer, option
 from llava.reduction import Reduction, keep_top
@@ -50,6 +51,9 @@ class VisionDrop(Reducer):
     )
     quirks: ClassVar[dict[str, str]] = {"appended": "as in the release, contextual tokens follow the dominant ones"}
 
+    crops: str = option(
+        "each", "the encoder stage splits the budget evenly over crops, the decoder ranks all together", ("each",)
+    )
     official: bool = option(False, "the release to the bit: a merged token is its target plus the mean of the others")
     layers: tuple = option((), "decoder layers to reduce in front of; empty for 8, 16, 24 of 32 in proportion")
     schedule: str = option(
@@ -91,8 +95,6 @@ class VisionDrop(Reducer):
                 "visiondrop.encoder_score=received and visiondrop.keep_cls=false."
             )
         super().check(facts)
-        if facts.layout.crops > 1:
-            raise UserError(f"visiondrop ranks whole pictures; this model cuts them into {facts.layout.crops} crops.")
         first = self.decoder_layers(facts.layers)[0]
         if self.start * first >= facts.layers:
             raise UserError(
@@ -136,11 +138,13 @@ class VisionDrop(Reducer):
         return self._reduce(state, score, keys, *self.stages(state.facts)[0])
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        if self.entering(state.facts)[state.layer] >= state.tokens.shape[1]:
+        if planned(self, state.facts)[state.layer] >= state.tokens.shape[1]:
             return None  # this stage has nothing to do
         seen = look(state, self.attention)
         score = visual_scores(state, seen, self.attention, self.average, self.diagonal)
-        pair = self.stages(state.facts)[state.layer]
+        # Of a picture in crops, as many as the stage would leave of every crop, all ranked together.
+        pairs = [sized.stages(part)[state.layer] for sized, part in over_crops(self, state.facts)]
+        pair = sum(dominant for dominant, _ in pairs), sum(contextual for _, contextual in pairs)
         return self._reduce(state, score, merge_metric(state, seen, self.metric), *pair)
 
     def _reduce(self, state: State, score: Tensor, metric: Tensor, dominant: int, contextual: int) -> Reduction:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llava.flops import linear_flops
 from llava.reduction import gather_tokens
+from llava.rotary import angles
 from llava.signals import attention_rows, layer_keys
 from llava.states import DecoderState, row_index
 
@@ -56,7 +57,7 @@ def look(state: DecoderState, attention: str) -> Look:
     """
     sequence, layer = state.sequence, state.llm.layers[state.layer]
     columns, _ = row_index(sequence, sequence.images)
-    cos, sin = state.llm.rotary_emb(sequence.hidden, sequence.position)
+    cos, sin = angles(state.llm, sequence.hidden, sequence.position)
     rotary = gather_tokens(cos, columns), gather_tokens(sin, columns)
     # Causality: nothing behind the last visual token is seen, so text behind the picture needs no key.
     width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))

@@ -13,6 +13,7 @@ from eval.statistics import Interval, bootstrap, paired_bootstrap
 from eval.sweep import Credits, Setting, describe, sweep
 from eval.tables.page import insert, markdown
 from llava import registry
+from llava.crops import require
 from llava.errors import UserError
 
 TABLES = ROOT / "docs" / "tables"
@@ -96,7 +97,7 @@ def ablate(ablation: Ablation, model, budgets: Sequence[int], output: Path) -> N
 def fits(setting: Setting, model) -> bool:
     """Whether the method can run so on this model at this budget."""
     try:
-        registry.build(setting.method, setting.budget, setting.options).check(model.facts())
+        require(registry.build(setting.method, setting.budget, setting.options), model.facts())
     except UserError:
         return False
     return True

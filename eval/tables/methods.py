@@ -1,22 +1,28 @@
-"""The table of methods in docs/methods.md, written from what the methods say of themselves.
+"""The tables of methods in docs/methods.md and docs/models.md, written from what the methods say of themselves.
 
 python -m eval.tables.methods
 """
 
 import sys
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from eval.config import ROOT
 from eval.tables.page import insert
-from llava import registry
+from llava import crops, registry
 from llava.errors import UserError
 from llava.layout import Layout
-from llava.reducer import ModelFacts, Reducer
+from llava.reducer import ModelFacts, Reducer, options_of
 
 PAGE = ROOT / "docs" / "methods.md"
+MODELS = ROOT / "docs" / "models.md"
 LLAVA_15_7B = ModelFacts(576, 32, Layout(24, 24), tower_blocks=24, has_text_tower=True)
 BUDGETS = (192, 128, 64)
+# The papers' convention: five crops of 576 patches, neither unpadding nor newline tokens.
+CROP = Layout(24, 24)
+LLAVA_NEXT_7B = replace(LLAVA_15_7B, visual_tokens=2880, layout=replace(CROP, crops=5), crops=(CROP,) * 5)
+NEXT_BUDGETS = (640, 320, 160)
 
 
 def source_of(cls: type[Reducer]) -> str:
@@ -30,12 +36,12 @@ def runs(entering: tuple[int, ...]) -> str:
     return ", ".join(f"{count} ×{layers}" for count, layers in parts)
 
 
-def budget_cell(name: str, budget: int) -> str:
-    """What enters the 32 layers of LLaVA-1.5-7B at this budget, and its mean."""
+def budget_cell(name: str, budget: int, facts: ModelFacts = LLAVA_15_7B) -> str:
+    """What enters the 32 layers of a model at this budget, and its mean."""
     try:
         reducer = registry.build(name, budget)
-        reducer.check(LLAVA_15_7B)
-        planned = reducer.entering(LLAVA_15_7B)
+        crops.require(reducer, facts)
+        planned = crops.planned(reducer, facts)
     except UserError:
         return "n/a"
     if planned is None:
@@ -64,6 +70,23 @@ def budgets() -> str:
     return "\n".join(lines)
 
 
+def splits() -> str:
+    """How every method splits its budget over crops, and what that makes of LLaVA-NeXT's budgets."""
+    lines = [
+        "| method | crops | " + " | ".join(map(str, NEXT_BUDGETS)) + " |",
+        "|---|---|" + "---|" * len(NEXT_BUDGETS),
+    ]
+    for name in registry.names():
+        if name == "full":
+            continue
+        known = options_of(registry.method(name))["crops"]
+        others = [choice for choice in known.metadata["choices"] if choice != known.default]
+        how = f"{known.default}" + (f" ({', '.join(others)})" if others else "")
+        cells = [budget_cell(name, budget, LLAVA_NEXT_7B) for budget in NEXT_BUDGETS]
+        lines.append(f"| `{name}` | {how} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def quirks() -> str:
     """What departs from the contract, in the methods' own words."""
     found = [(name, registry.method(name).quirks) for name in registry.names()]
@@ -74,7 +97,8 @@ def main() -> int:
     insert(PAGE, "methods", table())
     insert(PAGE, "budgets", budgets())
     insert(PAGE, "quirks", quirks())
-    print(f"Tables are in {PAGE.relative_to(ROOT)}.")
+    insert(MODELS, "crops", splits())
+    print(f"Tables are in {MODELS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}.")
     return 0
 
 

@@ -1,0 +1,14 @@
+"""Rotary angles of a decoder at given positions, whatever its positions are made of."""
+
+from torch import Tensor, nn
+
+
+def angles(llm: nn.Module, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, two tensors [B, L, d].
+
+    Args:
+        llm: a module with rotary_emb.
+        hidden: gives dtype and device.
+        position: [B, L], or [B, L, 3] for a decoder that turns tokens by frame, row and column (see llava/mrope.py).
+    """
+    return llm.rotary_emb(hidden, position if position.dim() == 2 else position.permute(2, 0, 1))

@@ -1,0 +1,76 @@
+"""Small checkpoints written to disk in every layout, and the damage that tests do to them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
+
+import llava.files
+from tests.tiny_checkpoints import make_tokenizer, save_original_layout, save_transformers_layout
+
+WORDS = len(make_tokenizer())
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A test that reaches for the hub by mistake fails at once."""
+
+    def refuse(*_args, **_kwargs):
+        raise ConnectionError("no network in tests")
+
+    monkeypatch.setattr(llava.files, "snapshot_download", refuse)
+
+
+def write(layout: str, directory: Path, model: LlavaForConditionalGeneration) -> Path:
+    match layout:
+        case "transformers":
+            save_transformers_layout(directory, model)
+        case "transformers bin":
+            save_transformers_layout(directory, model, safetensors=False)
+        case "original":
+            save_original_layout(directory, model)
+        case "original safetensors":
+            save_original_layout(directory, model, safetensors=True, shards=3)
+        case "original with tower":
+            save_original_layout(directory, model, tower_in_shards=True)
+    return directory
+
+
+LAYOUTS = ("transformers", "transformers bin", "original", "original safetensors", "original with tower")
+
+
+def real_rows(name: str, weight: Tensor) -> Tensor:
+    """Original files end with the last word; the hub's have spare rows."""
+    return weight[:WORDS] if name.endswith(("embed_tokens.weight", "lm_head.weight")) else weight
+
+
+def assert_same_weights(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
+    """Every weight and every table equal, the spare rows of the vocabulary apart."""
+    loaded, expected = ours.state_dict(), theirs.state_dict()
+    assert loaded.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(real_rows(name, loaded[name]), real_rows(name, weight)), name
+    tables = dict(theirs.named_buffers())
+    assert dict(ours.named_buffers()).keys() == tables.keys()
+    for name, table in ours.named_buffers():
+        assert torch.equal(table, tables[name]), name
+
+
+def edit(path: Path, **changes) -> None:
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def drop_weights(path: Path, *names: str, **added: Tensor) -> None:
+    weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+    weights = {key: weight for key, weight in weights.items() if key not in names} | added
+    save_file(weights, path) if path.suffix == ".safetensors" else torch.save(weights, path)
+
+
+def shard_with(directory: Path, key: str) -> Path:
+    index = json.loads((directory / "pytorch_model.bin.index.json").read_text())
+    return directory / index["weight_map"][key]

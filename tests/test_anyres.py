@@ -1,0 +1,284 @@
+"""LLaVA-NeXT's crops and token order: official vectors, transformers' own code, and the merge written out slowly."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaNextImageProcessorPil
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+
+from llava.anyres import AnyresProcessor, best_resolution, cut, fitted, on_canvas, parse_pinpoints, unpadded
+from llava.errors import UserError
+from llava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
+
+VECTORS = json.loads((Path(__file__).parent / "data/llava_preproc/anyres_token_counts.json").read_text())
+PINPOINTS = tuple(map(tuple, VECTORS["pinpoints_wh"]))
+CLIP = ImageProcessor(336, 336)
+GRID = (24, 24)
+SMALL_CLIP, SMALL_GRID = ImageProcessor(28, 28), (4, 4)
+SMALL = tuple((w // 12, h // 12) for w, h in PINPOINTS)
+# Small, long, on ties, with odd remainders, and the extremes of the issue.
+SIZES = [
+    (1, 1),
+    (2, 1),
+    (28, 28),
+    (28, 56),
+    (29, 27),
+    (57, 56),
+    (64, 48),
+    (48, 64),
+    (89, 84),
+    (20, 7),
+    (7, 20),
+    (31, 97),
+]
+SIZES += [(300, 10), (10, 300), (150, 149), (2500, 400), (20_000, 10), (10, 20_000)]
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def run_of(arrangement, patches: int) -> list[int]:
+    """Per token of the run: crop * patches + place in the crop; -1 for a newline. Every place is given once."""
+    given = [crop.places for crop in arrangement.crops] + [arrangement.newlines]
+    assert torch.cat(given).sort().values.equal(torch.arange(arrangement.tokens))
+    run = torch.full((arrangement.tokens,), -1)
+    for number, crop in enumerate(arrangement.crops):
+        assert len(crop.patches) == crop.rows * crop.columns
+        run[crop.places] = number * patches + crop.patches
+    return run.tolist()
+
+
+def merged_slowly(size, tiles, grid, unpad: bool) -> list[int]:
+    """The original merge on a feature map of numbered patches, token by token."""
+    patches = grid[0] * grid[1]
+    number = torch.arange(patches, (1 + tiles[0] * tiles[1]) * patches)
+    stitched = number.view(*tiles, *grid).permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1).tolist()
+    rows, columns = len(stitched), len(stitched[0])
+    if unpad and size[0] / size[1] > columns / rows:
+        high = int(size[1] * (columns / size[0]))
+        for _ in range((rows - high) // 2):
+            stitched = stitched[1:-1]
+    elif unpad:
+        wide = int(size[0] * (rows / size[1]))
+        for _ in range((columns - wide) // 2):
+            stitched = [row[1:-1] for row in stitched]
+    run = list(range(patches))
+    for row in stitched:
+        run += [*row, -1] if unpad else row
+    return run
+
+
+def merged_by_transformers(size, tiles, grid, pinpoints) -> list[int]:
+    """`pack_image_features` of transformers on features of one number each."""
+    patches = grid[0] * grid[1]
+    features = torch.arange((1 + tiles[0] * tiles[1]) * patches).view(-1, patches, 1).double()
+    vision = SimpleNamespace(image_size=28, patch_size=28 // grid[0])
+    stub = SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=[*map(list, pinpoints)]))
+    newline = torch.tensor([-1.0], dtype=torch.double)
+    packed, _ = LlavaNextModel.pack_image_features(stub, [features], [(size[1], size[0])], "default", newline)
+    return packed[0][:, 0].long().tolist()
+
+
+@pytest.mark.parametrize("row", VECTORS["rows"], ids=lambda row: "x".join(map(str, row["image_wh"])))
+def test_official_token_counts(row):
+    processor, size = AnyresProcessor(CLIP, GRID), tuple(row["image_wh"])
+    assert best_resolution(size, PINPOINTS) == processor.resolution(size) == tuple(row["best_resolution_wh"])
+    tiles = row["grid_rows"], row["grid_cols"]
+    top, bottom, left, right = unpadded(size, tiles, GRID)
+    assert (bottom - top, right - left) == (row["unpadded_rows"], row["unpadded_cols"])
+    arrangement = processor.arrange(size)
+    assert arrangement.tiles == tiles
+    assert arrangement.tokens == row["tokens_total_base_plus_unpadded_plus_newlines"]
+    assert len(arrangement.newlines) == row["unpadded_rows"]
+    stitched = [number - 576 for number in run_of(arrangement, 576)[576:] if number >= 0]
+    assert (stitched[0], sum(stitched)) == (row["first_index"], row["index_sum"])
+
+
+def test_2928_tokens_where_papers_say_2880():
+    assert AnyresProcessor(CLIP, GRID).arrange((1000, 1000)).tokens == 2928
+    assert AnyresProcessor(CLIP, GRID, merge="spatial").arrange((1000, 1000)).tokens == 2880
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("merge", ["spatial_unpad", "spatial"])
+@pytest.mark.parametrize("force", [None, (28, 28), (28, 84), (84, 56)])
+def test_the_run_is_the_original_merge(size, merge, force):
+    processor = AnyresProcessor(SMALL_CLIP, SMALL_GRID, merge=merge, force=force)
+    width, height = force or best_resolution(size, SMALL)
+    expected = merged_slowly(size, (height // 28, width // 28), SMALL_GRID, merge == "spatial_unpad")
+    assert run_of(processor.arrange(size), 16) == expected
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_run_is_that_of_transformers_in_its_reading(size):
+    processor = AnyresProcessor(SMALL_CLIP, SMALL_GRID, reading="transformers")
+    width, height = processor.resolution(size)
+    expected = merged_by_transformers(size, (height // 28, width // 28), SMALL_GRID, SMALL)
+    assert run_of(processor.arrange(size), 16) == expected
+
+
+def test_both_roundings():
+    """110 * (48 / 352) is 15, but less in floats: the original takes 14 rows, transformers, which rounds first, 16."""
+    size, tiles = (352, 110), (1, 2)
+    assert unpadded(size, tiles, GRID) == (5, 19, 0, 48)
+    assert unpadded(size, tiles, GRID, "transformers") == (4, 20, 0, 48)
+    for reading, rows in [("original", 14), ("transformers", 16)]:
+        processor = AnyresProcessor(CLIP, GRID, [[672, 336]] if reading == "original" else [[336, 672]], reading)
+        assert processor.arrange(size).tokens == 576 + 49 * rows
+
+
+@pytest.mark.parametrize(("size", "newlines"), [((300, 10), 0), ((20_000, 10), 0), ((10, 300), 8), ((10, 20_000), 8)])
+def test_a_line_leaves_only_the_small_copy(size, newlines):
+    """The original keeps no patch of the tiles; empty rows still end in a newline, rows that are cut off do not."""
+    processor = AnyresProcessor(SMALL_CLIP, SMALL_GRID, [[28, 56]])
+    pixels, arrangement = processor(noise(*size))
+    assert run_of(arrangement, 16) == merged_slowly(size, (2, 1), SMALL_GRID, True) == [*range(16), *[-1] * newlines]
+    assert len(pixels) == len(arrangement.crops) == 1
+    kept_all, _ = AnyresProcessor(SMALL_CLIP, SMALL_GRID, [[28, 56]], merge="spatial")(noise(*size))
+    assert kept_all[:1].equal(pixels)
+    assert len(kept_all) == 3
+
+
+def test_best_resolution_in_both_readings():
+    """Small pictures fit several resolutions equally well; the first of the list is another shape in each reading."""
+    assert best_resolution((300, 300), PINPOINTS, "original") == (336, 672)
+    assert best_resolution((300, 300), PINPOINTS, "transformers") == (672, 336)
+    draw, differ = np.random.default_rng(0), 0
+    for width, height in np.exp(draw.uniform(0, 8, (2000, 2))).astype(int).tolist():
+        high, wide = select_best_resolution((height, width), [list(pair) for pair in PINPOINTS])
+        assert best_resolution((width, height), PINPOINTS, "transformers") == (wide, high)
+        # transformers on turned resolutions is the original
+        high, wide = select_best_resolution((height, width), [[h, w] for w, h in PINPOINTS])
+        assert best_resolution((width, height), PINPOINTS) == (wide, high)
+        differ += best_resolution((width, height), PINPOINTS, "transformers") != (wide, high)
+    assert differ > 100
+
+
+@pytest.mark.parametrize("reading", ["original", "transformers"])
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_are_those_of_transformers(size, reading):
+    """The crops agree to the bit; only which resolution is taken differs, so the original gets turned ones."""
+    ours, arrangement = AnyresProcessor(SMALL_CLIP, SMALL_GRID, reading=reading)(noise(*size))
+    pinpoints = [[w, h] if reading == "transformers" else [h, w] for w, h in SMALL]
+    edges = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    theirs = LlavaNextImageProcessorPil(**edges, image_grid_pinpoints=pinpoints)(noise(*size), return_tensors="pt")
+    assert ours.dtype == torch.float32
+    assert ours.shape == (len(arrangement.crops), 3, 28, 28)
+    assert ours.equal(theirs["pixel_values"][0, : len(ours)].float())
+    assert len(ours) == theirs["pixel_values"].shape[1] or arrangement.patches == 16
+
+
+@pytest.mark.parametrize("size", [(640, 480), (101, 300), (500, 335)])
+def test_pixels_by_the_book(size):
+    """At the size of the real checkpoints, from the definition."""
+    image = noise(*size)
+    pixels, arrangement = AnyresProcessor(CLIP, GRID)(image)
+    rows, columns = arrangement.tiles
+    scale = min(columns * 336 / size[0], rows * 336 / size[1])
+    inner = [
+        min(int(np.ceil(edge * scale)), limit) for edge, limit in zip(size, (columns * 336, rows * 336), strict=True)
+    ]
+    canvas = np.zeros((rows * 336, columns * 336, 3))
+    top, left = (rows * 336 - inner[1]) // 2, (columns * 336 - inner[0]) // 2
+    canvas[top : top + inner[1], left : left + inner[0]] = image.resize(inner, Image.Resampling.BICUBIC)
+    crops = [np.asarray(image.resize((336, 336), Image.Resampling.BICUBIC)).astype(float)]
+    crops += [canvas[r * 336 :, c * 336 :][:336, :336] for r in range(rows) for c in range(columns)]
+    expected = ((np.stack(crops) / 255 - CLIP_MEAN) / CLIP_STD).transpose(0, 3, 1, 2)
+    assert np.abs(pixels.numpy() - expected).max() < 1e-5
+
+
+def test_padding_is_black_and_the_small_copy_has_none():
+    image = Image.new("RGB", (128, 64), "white")
+    canvas = on_canvas(image, (56, 56))
+    assert fitted(image.size, (56, 56)) == (56, 28)
+    assert np.asarray(canvas)[[0, 13, 42, 55]].max() == 0
+    assert np.asarray(canvas)[14:42].min() == 255
+    pixels, _ = AnyresProcessor(SMALL_CLIP, SMALL_GRID)(image)
+    assert pixels[0].allclose(pixels[0, :, :1, :1]), "white all over"
+
+
+def test_tiles_go_row_by_row():
+    numbers = np.arange(6, dtype=np.uint8).reshape(2, 3).repeat(4, 0).repeat(4, 1)
+    assert [tile.getextrema() for tile in cut(Image.fromarray(numbers), 4)] == [(n, n) for n in range(6)]
+
+
+@pytest.mark.parametrize("crop", [336, 192])
+@pytest.mark.parametrize("size", [(1, 1), (640, 480), (20, 900), (5000, 4000)])
+def test_a_forced_resolution_gives_every_picture_five_crops(crop, size):
+    processor = AnyresProcessor(ImageProcessor(crop, crop), GRID, force=(2 * crop, 2 * crop), merge="spatial")
+    arrangement = processor.arrange(size)
+    assert (len(arrangement.crops), arrangement.tokens, arrangement.whole) == (5, 2880, True)
+
+
+def test_one_call_of_the_processor_for_all_crops(monkeypatch):
+    calls, crops = [], ImageProcessor.crops
+    monkeypatch.setattr(ImageProcessor, "crops", lambda self, images: calls.append(len(images)) or crops(self, images))
+    AnyresProcessor(SMALL_CLIP, SMALL_GRID)(noise(100, 90))
+    assert calls == [5]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_other_modes_become_rgb(mode):
+    image, processor = noise(50, 40).convert(mode), AnyresProcessor(SMALL_CLIP, SMALL_GRID)
+    assert processor(image)[0].equal(processor(image.convert("RGB"))[0])
+
+
+def test_exif_rotation_is_ignored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees
+    noise(90, 30).save(tmp_path / "a.png", exif=exif)
+    processor = AnyresProcessor(SMALL_CLIP, SMALL_GRID)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.getexif()[0x0112] == 6
+        assert processor(image)[0].equal(processor(noise(90, 30))[0])
+
+
+def test_pinpoints_in_every_form():
+    assert parse_pinpoints([[336, 672], [672, 336]], 336) == ((336, 672), (672, 336))
+    assert parse_pinpoints("[[336, 672], (672, 336)]", 336) == ((336, 672), (672, 336))
+    assert parse_pinpoints("(1x1),...,(2x3)", 10) == ((10, 10), (10, 20), (10, 30), (20, 10), (20, 20), (20, 30))
+    assert len(parse_pinpoints("(1x1),...,(6x6)", 336)) == 36
+    default = AnyresProcessor(CLIP, GRID)
+    assert default.pinpoints == PINPOINTS
+    assert default == AnyresProcessor(CLIP, GRID, str(PINPOINTS)) == AnyresProcessor(CLIP, GRID, list(PINPOINTS))
+
+
+@pytest.mark.parametrize(
+    "pinpoints", [[], "", "anyres", "(2x2),...,(1x1)", "(0x1),...,(0x1)", [[336, 600]], [[336]], [336], [[0, 336]], 5]
+)
+def test_pinpoints_that_are_none(pinpoints):
+    with pytest.raises(UserError, match="must be pairs of positive multiples of the tile side 336"):
+        AnyresProcessor(CLIP, GRID, pinpoints)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"reading": "hf"}, "Unknown reading of the resolutions 'hf'"),
+        ({"merge": "spatial_unpa"}, r"Unknown merge of the tiles .* Did you mean 'spatial_unpad'"),
+        ({"force": (672, 600)}, r"forced resolution .* multiples of the tile side 336, got \(672, 600\)"),
+    ],
+)
+def test_unknown_settings(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        AnyresProcessor(CLIP, GRID, **change)
+
+
+def test_unknown_reading_of_the_functions():
+    with pytest.raises(UserError, match="Did you mean 'original'"):
+        best_resolution((9, 9), PINPOINTS, "orginal")
+    with pytest.raises(UserError, match="Did you mean 'transformers'"):
+        unpadded((9, 9), (1, 2), GRID, "transformer")
+
+
+def test_an_empty_picture_is_refused():
+    with pytest.raises(UserError, match="1 to 65535 pixels on each side, got 0 x 4"):
+        AnyresProcessor(CLIP, GRID)(Image.new("RGB", (0, 4)))

@@ -1,0 +1,84 @@
+"""Prompt templates against the texts that the official code renders."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava.conversation import DEFAULT_MODE, MODES, conversation, render, stop_string
+from llava.errors import UserError
+
+PROMPTS = json.loads((Path(__file__).parent / "data" / "llava_preproc" / "prompts.json").read_text())
+RENDERED = sorted(mode for mode, case in PROMPTS.items() if isinstance(case, dict))
+
+SUFFIX = "Answer the question using a single word or phrase."
+
+
+@pytest.mark.parametrize("mode", RENDERED)
+def test_templates_equal_the_official_ones(mode):
+    question = f"<image>\nWhat is this?\n{SUFFIX}"
+    assert render(mode, [(question, None)]) == PROMPTS[mode]["single_turn"]
+    assert render(mode, [("<image>\nQ1", "A1"), ("Q2", None)]) == PROMPTS[mode]["two_turn"]
+
+
+def test_no_template_without_an_official_counterpart():
+    assert sorted(MODES) == sorted([*RENDERED, "qwen2_vl"])
+    assert DEFAULT_MODE == "vicuna_v1"
+
+
+@pytest.mark.parametrize("mode", RENDERED)
+def test_stop_string_is_what_closes_an_answer(mode):
+    closed = render(mode, [("Q", "A1"), ("Q", None)])
+    assert closed.partition("A1")[2].lstrip().startswith(stop_string(mode))
+    official = PROMPTS[mode]["sep2"] or PROMPTS[mode]["sep"]
+    assert stop_string(mode) == official
+
+
+@pytest.mark.parametrize("call", [stop_string, lambda mode: render(mode, [("Q", None)])])
+def test_unknown_mode_names_the_nearest(call):
+    with pytest.raises(UserError, match=r"Unknown conversation mode 'vicuna_v2'\. Did you mean 'vicuna_v1'"):
+        call("vicuna_v2")
+    with pytest.raises(UserError, match="Unknown conversation mode 'plain'"):
+        call("plain")
+
+
+@pytest.mark.parametrize("turns", [[], [("Q1", None), ("Q2", None)]])
+def test_an_open_turn_in_the_middle_is_a_bug(turns):
+    with pytest.raises(ValueError, match="only its last answer may be None"):
+        render("vicuna_v1", turns)
+
+
+@pytest.mark.parametrize("mode", RENDERED)
+def test_a_picture_of_llava_is_a_line_of_its_own(mode):
+    assert conversation(mode).slot == "<image>\n"
+
+
+def test_qwen_renders_what_its_chat_template_renders():
+    """Qwen2-VL's chat_template with one picture and a generation prompt; <image> stands for its <|image_pad|>."""
+    begin = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    picture = "<|vision_start|><image><|vision_end|>"
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    assert conversation("qwen2_vl").slot == picture
+    assert render("qwen2_vl", [(picture + "Q1", None)]) == f"{begin}{picture}Q1{end}"
+    two = render("qwen2_vl", [(picture + "Q1", "A1"), ("Q2", None)])
+    assert two == f"{begin}{picture}Q1{end}A1<|im_end|>\n<|im_start|>user\nQ2{end}"
+    assert stop_string("qwen2_vl") == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("mode", "rendered"),
+    [
+        ("mistral_instruct", "[INST] Q [/INST]"),
+        (
+            "chatml_direct",
+            "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\nQ<|im_end|><|im_start|>assistant\n",
+        ),
+        (
+            "llava_v1",
+            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the human's questions. USER: Q ASSISTANT:",
+        ),
+    ],
+)
+def test_the_templates_of_the_other_checkpoints_letter_by_letter(mode, rendered):
+    assert render(mode, [("Q", None)]) == rendered

@@ -1,0 +1,154 @@
+"""Every family: both checkpoint layouts answer alike, and the transformers class on the same weights agrees."""
+
+import pytest
+import torch
+
+from llava import registry
+from llava.model import load
+from llava.pipeline import Clock, Pipeline
+from llava.prompt import IMAGE_TOKEN_INDEX
+from llava.sample import Sample
+from llava.video import Video
+from tests.conftest import QUESTIONS, picture
+from tests.tiny_checkpoints_families import (
+    make_tiny_next,
+    make_tiny_qwen,
+    make_tiny_video,
+    save_next_original,
+    save_next_transformers,
+    save_qwen_transformers,
+    save_video_original,
+    save_video_transformers,
+)
+
+VIDEO = Video(tuple(picture(frame, (70, 50)) for frame in range(8)))
+
+
+def logits(model, samples, name="full", budget=None):
+    reducer = registry.build(name, budget or model.visual_tokens)
+    state, _ = Pipeline(model, reducer).prepare(samples, Clock(model.device))
+    return model.logits(state.hidden)
+
+
+def ask(*pictures) -> list[Sample]:
+    return [Sample(f"q{i}", QUESTIONS[i], image=image) for i, image in enumerate(pictures)]
+
+
+def expanded(model, sample, counts) -> torch.Tensor:
+    """[1, L] ids as the stock processors write them: the image token once per visual token."""
+    ids, token, counts = [], model.container.config.image_token_id, iter(counts)
+    if any(isinstance(image, Video) for image in sample.images):
+        token = model.container.config.video_token_id
+    for number in model.prompt(sample).ids:
+        ids += [token] * next(counts) if number == IMAGE_TOKEN_INDEX else [number]
+    return torch.tensor([ids])
+
+
+def test_both_layouts_of_next_answer_alike(tmp_path):
+    for decoder in ("llama", "mistral"):
+        container = make_tiny_next(decoder)
+        save_next_transformers(tmp_path / f"{decoder}-hub", container)
+        save_next_original(tmp_path / f"{decoder}-own", container)
+        ours, theirs = (load(tmp_path / f"{decoder}-{kind}", device="cpu") for kind in ("own", "hub"))
+        batch = ask(picture(0, (60, 110)), picture(1, (112, 112)), None)
+        assert ours.layout_name == "original" and theirs.layout_name == "transformers"
+        assert ours.largest.tokens == theirs.largest.tokens
+        torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), atol=0, rtol=0)
+        own, hub = (logits(model, batch, "fastervlm", 20) for model in (ours, theirs))
+        torch.testing.assert_close(own, hub, atol=0, rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [(60, 110), (120, 50), (112, 112), (90, 100)])
+def test_next_agrees_with_the_transformers_class(tmp_path, size):
+    """Under the transformers reading of the resolutions; newline tokens and unpadding included."""
+    save_next_transformers(tmp_path, make_tiny_next("mistral"))
+    model = load(tmp_path, device="cpu", reading="transformers")
+    (sample,) = ask(picture(3, size))
+    pixels, run = model.views(sample.image)
+    sizes = torch.tensor([[size[1], size[0]]])
+    out = model.container(
+        input_ids=expanded(model, sample, [run.tokens]), pixel_values=pixels[None], image_sizes=sizes
+    )
+    expected = out.logits[:, -1, : model.vocabulary]
+    torch.testing.assert_close(logits(model, [sample]), expected, atol=2e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_video_agrees_with_the_transformers_class(tmp_path):
+    save_video_transformers(tmp_path, make_tiny_video(temporal=False))
+    model = load(tmp_path, device="cpu")
+    assert model.conventions["video tower"] == "without temporal attention"
+    for sample in ask(VIDEO, picture(2)):
+        pixels, run = model.views(sample.image)
+        values = {"pixel_values_videos": pixels[None]} if run.temporal else {"pixel_values_images": pixels}
+        out = model.container(input_ids=expanded(model, sample, [run.tokens]), **values)
+        torch.testing.assert_close(
+            logits(model, [sample]), out.logits[:, -1, : model.vocabulary], atol=2e-4, rtol=0
+        )
+
+
+@torch.inference_mode()
+def test_what_the_transformers_conversion_of_video_llava_loses_is_attention_over_time(tmp_path):
+    """Original weights answer differently from their conversion until the temporal part is silenced; pictures do not."""
+    container = make_tiny_video(temporal=True)
+    save_video_original(tmp_path / "own", container)
+    model = load(tmp_path / "own", device="cpu")
+    plain = make_tiny_video(temporal=False)
+    plain.load_state_dict({k: v for k, v in container.state_dict().items() if "temporal" not in k})
+    (sample,) = ask(VIDEO)
+    pixels, run = model.views(sample.image)
+    out = plain(input_ids=expanded(model, sample, [run.tokens]), pixel_values_videos=pixels[None])
+    expected = out.logits[:, -1, : model.vocabulary]
+    assert not torch.allclose(logits(model, [sample]), expected, atol=1e-2)
+    for name, weight in model.video_tower.named_parameters():
+        if "temporal_attn.out_proj" in name or "temporal_embedding" in name:
+            weight.zero_()
+    torch.testing.assert_close(logits(model, [sample]), expected, atol=2e-4, rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("version", ["2.5", "2"])
+def test_qwen_agrees_with_the_transformers_class(tmp_path, version):
+    save_qwen_transformers(tmp_path, make_tiny_qwen(version))
+    model = load(tmp_path, device="cpu")
+    for images in ((picture(0, (200, 120)),), (picture(1, (90, 160)), picture(2, (150, 150))), ()):
+        sample = Sample("q", QUESTIONS[0], image=images or None)
+        values = {}
+        counts = []
+        if images:
+            pixels, grids = model.image_processor(list(images))
+            values = {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
+            counts = [rows * columns // 4 for _, rows, columns in grids]
+        ids = expanded(model, sample, counts)
+        kinds = (ids == model.container.config.image_token_id).long()
+        out = model.container(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **values)
+        torch.testing.assert_close(
+            logits(model, [sample]), out.logits[:, -1, : model.vocabulary], atol=2e-4, rtol=0
+        )
+
+
+def test_qwen_batches_pictures_of_different_shapes(tmp_path):
+    save_qwen_transformers(tmp_path, make_tiny_qwen())
+    model = load(tmp_path, device="cpu")
+    batch = ask(picture(0, (200, 120)), picture(1, (90, 160)), None)
+    for name, options in (("divprune", {"positions": "original"}), ("fastv", {"schedule": "kept"}), ("random", {})):
+        reducer = registry.build(name, 12, options)
+        pipeline = Pipeline(model, reducer)
+        together = model.logits(pipeline.prepare(batch, Clock(model.device))[0].hidden)
+        for i, sample in enumerate(batch):
+            alone = model.logits(pipeline.prepare([sample], Clock(model.device))[0].hidden)
+            torch.testing.assert_close(together[i], alone[0], atol=2e-4, rtol=0)
+
+
+def test_methods_act_per_frame_or_over_all_frames(tmp_path):
+    """17 tokens of 8 frames each: class tokens only where the method keeps them."""
+    save_video_original(tmp_path, make_tiny_video())
+    model = load(tmp_path, device="cpu")
+    frame = model.views(VIDEO)[1].origins()
+    for name, budget, counts in (("fastervlm", 40, [5] * 8), ("visionzip", 40, [5] * 8), ("attnmix", 40, None)):
+        _, record = Pipeline(model, registry.build(name, budget)).prepare(ask(VIDEO), Clock(model.device))
+        kept = frame[record.steps[0][0].reduction.anchor[0]]
+        found = torch.bincount(kept[:, 0], minlength=8).tolist()
+        assert sum(found) == budget and (counts is None or found == counts)
+        assert (kept[:, 1] == -1).sum() == (8 if name == "visionzip" else 0)

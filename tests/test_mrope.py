@@ -1,0 +1,198 @@
+"""Positions on three axes against transformers' own, and the rule "renumber" against its definition."""
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+from llava import mrope
+from llava.rotary import angles
+from llava.signals import attention_rows, layer_keys
+
+PROMPTS = [
+    [7],
+    [3, (1, 4, 6), 5],
+    [3, (1, 4, 6), 1, (1, 2, 2), 4],
+    [0, (1, 5, 2), 1, (1, 1, 3), 2],  # a picture at the very beginning
+    [2, (2, 3, 3), 4],
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    text = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 2, 1]},
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return Qwen2_5_VLModel._from_config(config, attn_implementation="eager").eval()
+
+
+def official(model, prompts):
+    """get_rope_index on left-padded prompts: positions [B, L, 3] and the first generated token's."""
+    kinds = []
+    for parts in prompts:
+        row = [[0] * part if isinstance(part, int) else [1] * (part[0] * part[1] * part[2]) for part in parts]
+        kinds.append([kind for run in row for kind in run])
+    width = max(map(len, kinds))
+    types = torch.tensor([[0] * (width - len(row)) + row for row in kinds])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in kinds])
+    grids = [(t, 2 * h, 2 * w) for parts in prompts for t, h, w in (p for p in parts if not isinstance(p, int))]
+    place, delta = model.get_rope_index(
+        types, types, image_grid_thw=torch.tensor(grids) if grids else None, attention_mask=mask
+    )
+    return place.permute(1, 2, 0), delta[:, 0] + mask.sum(1)
+
+
+def spans(parts):
+    """Length and visual runs of a whole prompt."""
+    runs, length = [], 0
+    for part in parts:
+        count = part if isinstance(part, int) else part[0] * part[1] * part[2]
+        if not isinstance(part, int):
+            runs.append((length, length + count))
+        length += count
+    return length, runs
+
+
+def renumber_by_the_book(rows, length, runs):
+    """One sample as a list of triples, one token after another."""
+    padding = len(rows) - length
+    out, free, place = [(0, 0, 0)] * padding, 0, 0
+    while place < length:
+        run = next((run for run in runs if run[0] == place and run[1] > place), None)
+        if run is None:
+            out.append((free,) * 3)
+            free, place = free + 1, place + 1
+            continue
+        tokens = rows[padding + run[0] : padding + run[1]]
+        left = [sorted({token[axis] for token in tokens}) for axis in range(3)]
+        out += [tuple(free + left[axis].index(token[axis]) for axis in range(3)) for token in tokens]
+        free, place = free + max(map(len, left)), run[1]
+    return out
+
+
+def thinned(prompts, share, seed):
+    """Drop visual tokens at random: index [B, K], lengths and runs of what is left. Padding is any token."""
+    generator = torch.Generator().manual_seed(seed)
+    full = max(spans(parts)[0] for parts in prompts)
+    indices, lengths, visual = [], [], []
+    for parts in prompts:
+        length, runs = spans(parts)
+        kept, left = [], []
+        for place in range(length):
+            run = next((run for run in runs if run[0] <= place < run[1]), None)
+            if run is not None and place == run[0]:
+                left.append([len(kept), len(kept)])
+            if run is None or torch.rand((), generator=generator) < share:
+                kept.append(place + full - length)
+                if run is not None:
+                    left[-1][1] = len(kept)
+        indices.append(kept)
+        lengths.append(len(kept))
+        visual.append([tuple(run) for run in left])
+    width = max(lengths)
+    padding = torch.randint(full, (width,), generator=generator).tolist()
+    return torch.tensor([padding[: width - len(kept)] + kept for kept in indices]), lengths, visual
+
+
+@pytest.mark.parametrize("prompts", [[PROMPTS[0]], [PROMPTS[1]], [PROMPTS[2]], PROMPTS])
+def test_positions_equal_get_rope_index(model, prompts):
+    """No picture, one, two, and all prompts in one padded batch."""
+    expected, following = official(model, prompts)
+    place = mrope.positions(prompts)
+    assert place.dtype == torch.int64
+    assert torch.equal(place, expected)
+    following = following[:, None, None].expand(-1, 1, 3)
+    assert torch.equal(mrope.next_position(place), following)
+
+
+def test_text_goes_on_behind_the_longest_axis():
+    """A film of more frames than rows: get_rope_index of 5.23 would number text into the film."""
+    assert mrope.positions([[1, (4, 1, 2), 1]])[0, -1].tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6])
+def test_renumbering_equals_the_definition(share, seed):
+    """Also with a picture of which nothing is left."""
+    index, lengths, visual = thinned(PROMPTS, share, seed)
+    place = mrope.keep(mrope.positions(PROMPTS), index)
+    expected = [renumber_by_the_book(*one) for one in zip(place.tolist(), lengths, visual, strict=True)]
+    assert mrope.renumber(place, lengths, visual).tolist() == [[list(token) for token in row] for row in expected]
+
+
+def test_a_thinned_picture_by_hand():
+    """Of 3 x 3 groups the corners (0, 0), (0, 2), (2, 2) are left: two rows and two columns move together."""
+    place = mrope.keep(mrope.positions([[2, (1, 3, 3), 2]]), torch.tensor([[0, 1, 2, 4, 10, 11, 12]]))
+    assert place[0].tolist() == [[0] * 3, [1] * 3, [2, 2, 2], [2, 2, 4], [2, 4, 4], [5] * 3, [6] * 3]
+    renumbered = mrope.renumber(place, [7], [[(2, 5)]])
+    assert renumbered[0].tolist() == [[0] * 3, [1] * 3, [2, 2, 2], [2, 2, 3], [2, 3, 3], [4] * 3, [5] * 3]
+    assert mrope.next_position(renumbered).tolist() == [[[6, 6, 6]]]
+
+
+def test_merged_tokens_behind_the_kept_ones_and_doubles_share_ranks():
+    """The order of a picture's tokens does not matter, and two tokens of one place stay at one place."""
+    straight = mrope.keep(mrope.positions([[1, (1, 3, 4), 1]]), torch.tensor([[0, 2, 4, 4, 11, 13]]))
+    turn = torch.tensor([[0, 4, 1, 3, 2, 5]])
+    expected = mrope.renumber(straight, [6], [[(1, 5)]])
+    assert expected[0].tolist() == [[0] * 3, [1, 1, 1], [1, 1, 3], [1, 1, 3], [1, 2, 2], [4] * 3]
+    turned = mrope.renumber(mrope.keep(straight, turn), [6], [[(1, 5)]])
+    assert torch.equal(turned, mrope.keep(expected, turn))
+
+
+def test_pictures_side_by_side():
+    """No text between two pictures; transformers' function takes them for one and fails."""
+    place = mrope.positions([[(1, 2, 2), (1, 1, 2), 1]])
+    assert place[0, 4:].tolist() == [[2, 2, 2], [2, 2, 3], [4, 4, 4]]
+    thin = mrope.keep(place, torch.tensor([[3, 5, 6]]))
+    assert mrope.renumber(thin, [3], [[(0, 1), (1, 2)]])[0].tolist() == [[0] * 3, [1] * 3, [2] * 3]
+
+
+def test_nothing_dropped_changes_nothing():
+    lengths, visual = zip(*map(spans, PROMPTS), strict=True)
+    place = mrope.positions(PROMPTS)
+    assert torch.equal(mrope.renumber(place, lengths, visual), place)
+
+
+def test_two_reductions_equal_one():
+    """What counts is what is left, not on how many steps the rest went."""
+    place = mrope.positions([[3, (1, 6, 6), 4]])
+    first, second = torch.arange(43) % 36 % 2 == 0, torch.arange(43) % 5 != 4
+    first[:3] = first[-4:] = second[:3] = second[-4:] = True
+    both = first & second
+    runs = [[(3, int(mask[:39].sum()))] for mask in (first, both)]
+    once = mrope.renumber(place[:, both], [int(both.sum())], [runs[1]])
+    step = mrope.renumber(place[:, first], [int(first.sum())], [runs[0]])
+    assert torch.equal(mrope.renumber(step[:, both[first]], [int(both.sum())], [runs[1]]), once)
+
+
+def test_angles_take_each_frequency_from_its_axis(model):
+    """Sections 1, 2, 1 of the four frequencies of a head: frame, row, row, column."""
+    llm, place = model.language_model, mrope.positions(PROMPTS)
+    cos, sin = angles(llm, torch.zeros(1), place)
+    frequency = 100.0 ** (-torch.arange(0, 8, 2) / 8)
+    axis = place[..., [0, 1, 1, 2]] * frequency
+    torch.testing.assert_close(cos, torch.cat([axis, axis], -1).cos())
+    torch.testing.assert_close(sin, torch.cat([axis, axis], -1).sin())
+
+
+def test_rows_of_the_decoders_attention_equal_its_own_maps(model):
+    """The signals of llava.signals run over Qwen's layers as they are, given these angles: same rotation, same rows."""
+    llm, place = model.language_model, mrope.positions([PROMPTS[2]])
+    hidden = torch.randn(1, place.shape[1], 32)
+    with torch.inference_mode():
+        expected = llm(inputs_embeds=hidden, position_ids=place.permute(2, 0, 1), output_attentions=True).attentions[0]
+        rotary = angles(llm, hidden, place)
+        layer, rows = llm.layers[0], [4, 20, -1]
+        allowed = torch.ones(expected.shape[-2:], dtype=torch.bool).tril()[rows][None]
+        found = attention_rows(
+            layer, hidden[:, rows], layer_keys(layer, hidden, rotary), allowed, tuple(part[:, rows] for part in rotary)
+        )
+    torch.testing.assert_close(found, expected[:, :, rows], atol=1e-6, rtol=1e-5)

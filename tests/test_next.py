@@ -1,0 +1,229 @@
+"""LLaVA-NeXT at run time: the official merge of crops, and every method on pictures in several crops."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from llava import registry
+from llava.crops import planned, require
+from llava.errors import UserError
+from llava.model import load
+from llava.parts import facts_of
+from llava.pipeline import Clock, Pipeline
+from llava.reducer import options_of
+from llava.sample import Sample
+from tests.conftest import QUESTIONS, picture
+from tests.tiny_checkpoints import save_text_tower
+from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
+
+# Tiles of 56 pixels: one above the other, side by side, two by two; with and without padding.
+SIZES = ((60, 110), (120, 50), (112, 112), (70, 112))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("next") / "tiny-next"
+    model = save_next_transformers(folder, make_tiny_next("mistral"))
+    save_text_tower(folder / "text_tower", model)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["spatial_unpad", "spatial"])
+def model(request, path):
+    """Grouped-query heads, 16 patches per crop."""
+    return load(path, device="cpu", merge=request.param, force=(112, 112) if request.param == "spatial" else None)
+
+
+def batch(sizes=SIZES) -> list[Sample]:
+    rows = [Sample(f"q{i}", QUESTIONS[i], image=picture(i, size)) for i, size in enumerate(sizes)]
+    return [*rows, Sample("text", QUESTIONS[3])]
+
+
+def run(model, samples, reducer):
+    pipeline = Pipeline(model, reducer)
+    state, record = pipeline.prepare(samples, Clock(model.device))
+    return model.logits(state.hidden), pipeline.audits(state, record), record
+
+
+def accepted(name: str, model, budgets=(32, 20)):
+    for budget in budgets:
+        reducer = registry.build(name, budget)
+        try:
+            require(reducer, model.facts())
+        except UserError:
+            continue
+        yield reducer
+
+
+@pytest.fixture(params=[name for name in registry.names() if name != "full"])
+def name(request) -> str:
+    return request.param
+
+
+def test_every_method_meets_its_budget_over_crops(name, model):
+    """Unpadded crops of any shape, budgets that crops do not divide, pictures with fewer tokens than the budget."""
+    if name in ("tome", "downsample") and model.anyres.merge != "spatial":
+        with pytest.raises(UserError, match="merge=spatial"):
+            run(model, batch(), registry.build(name, 20))
+        return
+    reducers = list(accepted(name, model))
+    assert reducers
+    for reducer in reducers:
+        _, audits, record = run(model, batch(), reducer)
+        for sample, audit in zip(batch(), audits, strict=True):
+            if sample.image is None:
+                assert audit.entering == (0,) * 4
+                continue
+            full = model.views(sample.image)[1]
+            assert audit.entering == planned(reducer, facts_of(model.facts(), full)), (reducer, full.tokens)
+            # PyramidDrop's stages keep fixed shares, so it cannot keep nearly all of a small picture.
+            if reducer.budget < full.patches * (0.5 if name == "pyramiddrop" else 1):
+                assert abs(audit.mean - reducer.budget) <= reducer.rounding
+            assert audit.planned == audit.mean
+
+
+def test_every_method_takes_batches_as_single_pictures(name, model):
+    reducer = next(accepted(name, model), None)
+    if reducer is None or (name in ("tome", "downsample") and model.anyres.merge != "spatial"):
+        return
+    samples = batch()
+    logits, audits, record = run(model, samples, reducer)
+    for i, sample in enumerate(samples):
+        alone, (audit,), single = run(model, [sample], reducer)
+        torch.testing.assert_close(logits[i], alone[0], atol=2e-4, rtol=0)
+        assert audit == audits[i]
+        for ours, theirs in zip(record.steps[i], single.steps[0], strict=True):
+            assert torch.equal(ours.reduction.anchor, theirs.reduction.anchor)
+
+
+def test_a_budget_of_all_tokens_changes_nothing(name, model):
+    total = model.visual_tokens
+    if name in ("tome", "downsample") and (model.anyres.merge != "spatial" or total % 5):
+        return
+    expected, _, _ = run(model, batch(), registry.build("full", total))
+    actual, _, _ = run(model, batch(), registry.build(name, total))
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=0)
+
+
+def test_every_other_split_meets_the_budget_too(name, model):
+    choices = options_of(registry.method(name))["crops"].metadata["choices"]
+    for crops in choices[1:] if name not in ("hired", "globalcom2") else choices:
+        reducer = registry.build(name, 24, {"crops": crops})
+        require(reducer, model.facts())
+        _, audits, record = run(model, batch()[1:3], reducer)
+        assert [audit.mean for audit in audits] == [24, 24]
+        for steps in record.steps:
+            anchors = steps[0].reduction.anchor[0]
+            assert len(anchors.unique()) == len(anchors)
+
+
+def test_even_shares_over_crops(path):
+    """20 of 80 tokens are 4 for each of five crops, as in the papers' tables."""
+    model = load(path, device="cpu", merge="spatial", force=(112, 112))
+    assert model.visual_tokens == 80 and model.conventions["tiles"] == "112x112"
+    _, _, record = run(model, batch(), registry.build("fastervlm", 20))
+    crop = model.views(picture(0))[1].origins()[:, 0]
+    for steps in record.steps[:-1]:
+        counts = torch.bincount(crop[steps[0].reduction.anchor[0]], minlength=5)
+        assert counts.tolist() == [4] * 5
+
+
+def test_newline_tokens_are_dropped_or_kept_and_counted(path):
+    model = load(path, device="cpu")
+    (sample,) = batch()[2:3]
+    ends = model.views(sample.image)[1].newlines
+    for newlines in ("drop", "keep"):
+        _, (audit,), record = run(model, [sample], registry.build("fastervlm", 30, {"newlines": newlines}))
+        kept = record.steps[0][0].reduction.anchor[0]
+        assert torch.isin(ends, kept).all() == (newlines == "keep") and audit.mean == 30
+        assert torch.isin(ends, kept).any() == (newlines == "keep")
+
+
+def test_kept_tokens_are_the_full_run_at_these_places(path):
+    """What reaches the decoder is a selection of the unreduced run: tiles, newlines and projection in place."""
+    model, seen = load(path, device="cpu"), {}
+
+    class Watch(Pipeline):
+        def _assemble(self, prompts, pictures):
+            seen[self.reducer.name] = pictures.tokens
+            return super()._assemble(prompts, pictures)
+
+    for reducer in (registry.build("full", model.visual_tokens), registry.build("fastervlm", 30, {"newlines": "keep"})):
+        _, record = Watch(model, reducer).prepare(batch(), Clock(model.device))
+    for image, tokens in seen["fastervlm"].items():
+        whole = seen["full"][image]
+        anchors = record.steps[image[0]][0].reduction.anchor[0] if record.steps[image[0]] else torch.arange(len(whole))
+        torch.testing.assert_close(tokens, whole[anchors])
+
+
+@pytest.mark.parametrize("crops", ["thumbnail", "global"])
+def test_other_splits_follow_saliency(path, crops):
+    """A planted tile: all CLS attention lies in the last tile, of the small copy in the quarter that this tile shows."""
+    model = load(path, device="cpu", merge="spatial", force=(112, 112))
+    reducer = registry.build("fastervlm", 20, {"crops": crops})
+    real = model.encode_images
+
+    def planted(pictures, keys, method):
+        found = real(pictures, keys, method)
+        for one in found:
+            for signal, values in one.encoded.signals.items():
+                values[:] = 1e-6
+                values[4] = torch.linspace(1, 2, 16)
+                values[0].view(4, 4)[2:, 2:] = 1.0
+        return found
+
+    model.encode_images = planted
+    _, _, record = run(model, batch()[:1], reducer)
+    crop = model.views(picture(0))[1].origins()[:, 0]
+    counts = torch.bincount(crop[record.steps[0][0].reduction.anchor[0]], minlength=5).tolist()
+    assert counts == ([4, 0, 0, 0, 16] if crops == "thumbnail" else [4, 0, 0, 0, 16])
+
+
+def test_merged_tokens_stay_inside_their_crop(path):
+    model = load(path, device="cpu", merge="spatial", force=(112, 112))
+    crop = model.views(picture(0))[1].origins()[:, 0]
+    for name in ("consensusdrop", "visionzip"):
+        _, _, record = run(model, batch()[:1], registry.build(name, 40))
+        reduction = record.steps[0][0].reduction
+        used = reduction.owner[0] >= 0
+        origins = crop if reduction.inputs == 80 else model.views(picture(0))[1].with_cls().origins()[:, 0]
+        assert torch.equal(origins[reduction.anchor[0]][reduction.owner[0][used]], origins[used])
+        assert torch.allclose(reduction.apply(torch.ones(1, reduction.inputs, 1)), torch.ones(1, 40, 1))
+
+
+def test_original_positions_are_places_in_the_whole_run(path):
+    model, found = load(path, device="cpu"), {}
+
+    class Watch(Pipeline):
+        def _assemble(self, prompts, pictures):
+            found["sequence"] = super()._assemble(prompts, pictures)
+            return found["sequence"]
+
+    sample = batch()[2]
+    reducer = registry.build("fastervlm", 30, {"positions": "original"})
+    _, record = Watch(model, reducer).prepare([sample], Clock(model.device))
+    sequence = found["sequence"]
+    ((start, stop),) = sequence.visual[0]
+    anchors = record.steps[0][0].reduction.anchor[0]
+    assert torch.equal(sequence.position[0, start:stop], anchors + start)
+    assert int(sequence.position[0, stop]) == start + model.views(sample.image)[1].tokens
+
+
+def test_wrong_choices_are_refused(path, tiny_path):
+    with pytest.raises(UserError, match="spatial_unpad"):
+        load(path, device="cpu", merge="spatial_unpadded")
+    with pytest.raises(UserError, match="leaves no choice of merge"):
+        load(tiny_path, device="cpu", merge="spatial")
+    model = load(path, device="cpu")
+    with pytest.raises(UserError, match="at least"):
+        require(registry.build("fastervlm", 3), model.facts())
+    with pytest.raises(UserError, match=f"1 to {model.visual_tokens}"):
+        require(registry.build("fastervlm", model.visual_tokens + 1), model.facts())
+
+
+def test_budgets_of_different_methods_agree(model):
+    """The same plan for every method that keeps a constant number of tokens."""
+    facts = dataclasses.replace(model.facts())
+    plans = {planned(registry.build(name, 30), facts) for name in ("fastervlm", "consensusdrop", "attnmix", "divprune")}
+    assert plans == {(30,) * 4}

@@ -1,0 +1,270 @@
+"""The staged vision transformer against transformers', and its signals against loops over transformers' own states."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.vision_utils import get_vision_window_index
+
+from llava import flops, qwen_vision
+from llava.errors import UserError
+from llava.qwen_image import QwenImageProcessor
+from llava.qwen_vision import encode_qwen, project, signal_block
+from llava.signals import Signal
+from tests.conftest import picture
+
+# Rows and columns that windows divide and that they do not, one picture within a window, a film, two of one size.
+GRIDS = [(1, 8, 12), (1, 4, 4), (1, 10, 6), (2, 6, 8), (1, 8, 12), (1, 2, 14)]
+SHARED = {"depth": 4, "num_heads": 4, "patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+
+
+def tower(family: str, window: int = 8) -> torch.nn.Module:
+    """Random weights large enough for attention to have a say; windows of window / 4 x window / 4 groups."""
+    torch.manual_seed(1)
+    if family == "2.5":
+        config = Qwen2_5_VLVisionConfig(
+            **SHARED,
+            hidden_size=32,
+            intermediate_size=40,
+            out_hidden_size=24,
+            window_size=window,
+            fullatt_block_indexes=[1, 3],
+        )
+        visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation="sdpa")
+    else:
+        config = Qwen2VLVisionConfig(**SHARED, embed_dim=32, hidden_size=24, mlp_ratio=2)
+        visual = Qwen2VisionTransformerPretrainedModel._from_config(config, attn_implementation="sdpa")
+    for name, parameter in visual.named_parameters():
+        if parameter.dim() > 1:
+            # Larger queries and keys: peaked attention.
+            spread = 1.5 if "qkv" in name else 1
+            torch.nn.init.normal_(parameter, std=spread * parameter[0].numel() ** -0.5)
+        elif "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+        else:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return visual.eval()
+
+
+def some_patches(grids=GRIDS) -> torch.Tensor:
+    return torch.randn(sum(t * h * w for t, h, w in grids), 3 * 2 * 2 * 2)
+
+
+@pytest.fixture(params=["2.5", "2"])
+def visual(request):
+    return tower(request.param)
+
+
+@pytest.mark.parametrize("window", [4, 8, 12, 16])
+def test_projected_features_equal_the_official_forward(window):
+    visual, patches = tower("2.5", window), some_patches()
+    with torch.inference_mode():
+        expected = visual(patches, torch.tensor(GRIDS)).pooler_output
+        pictures = encode_qwen(visual, patches, GRIDS)
+        found = [project(visual, one.features) for one in pictures]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=1e-5)
+    assert [one.grid for one in pictures] == [(h // 2, w // 2) for _, h, w in GRIDS]
+    assert [len(part) for part in found] == [t * h * w // 4 for t, h, w in GRIDS]
+
+
+def test_projected_features_equal_the_official_forward_of_qwen2():
+    visual, patches = tower("2"), some_patches()
+    with torch.inference_mode():
+        expected = visual(patches, torch.tensor(GRIDS)).pooler_output
+        found = [project(visual, one.features) for one in encode_qwen(visual, patches, GRIDS)]
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_official_sizes_and_real_pictures():
+    """Patches of 14, windows of 112, pictures through the processor: the whole way of a picture."""
+    config = Qwen2_5_VLVisionConfig(
+        depth=2, hidden_size=32, intermediate_size=40, num_heads=2, out_hidden_size=24, fullatt_block_indexes=[1]
+    )
+    visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config).eval()
+    patches, grids = QwenImageProcessor()([picture(0, (300, 150)), picture(1, (60, 200))])
+    with torch.inference_mode():
+        expected = visual(patches, torch.tensor(grids)).pooler_output
+        found = [project(visual, one.features) for one in encode_qwen(visual, patches, grids)]
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_loses_no_more_than_the_official_forward(visual):
+    patches, grids = some_patches(), torch.tensor(GRIDS)
+    wanted = Signal("received_attention")
+    with torch.inference_mode():
+        exact = visual(patches, grids).pooler_output
+        visual.to(torch.bfloat16)
+        official = visual(patches, grids).pooler_output
+        pictures = encode_qwen(visual, patches, GRIDS, [wanted])
+        ours = torch.cat([project(visual, one.features) for one in pictures])
+    assert ours.dtype == torch.bfloat16 and pictures[0].signals[wanted].dtype == torch.float32
+    assert (ours - exact).abs().mean() <= 1.2 * (official - exact).abs().mean()
+
+
+def test_a_picture_does_not_depend_on_its_company(visual):
+    patches = some_patches()
+    wanted = [Signal("received_attention"), Signal("keys")]
+    start = GRIDS[0][1] * GRIDS[0][2] + 16
+    with torch.inference_mode():
+        together = encode_qwen(visual, patches, GRIDS, wanted)[2]
+        (alone,) = encode_qwen(visual, patches[start : start + 60], GRIDS[2:3], wanted)
+    torch.testing.assert_close(alone.features, together.features, atol=1e-5, rtol=1e-5)
+    for signal in wanted:
+        torch.testing.assert_close(alone.signals[signal], together.signals[signal], atol=1e-5, rtol=1e-5)
+
+
+def test_the_projector_takes_any_number_of_groups(visual):
+    """Reductions act before the merger: a subset projects to the same rows, with or without a batch axis."""
+    with torch.inference_mode():
+        features = encode_qwen(visual, some_patches(), GRIDS)[0].features
+        tokens = project(visual, features)
+        torch.testing.assert_close(project(visual, features[[3, 7]]), tokens[[3, 7]])
+        torch.testing.assert_close(project(visual, torch.stack([features, features.flip(0)]))[1], tokens.flip(0))
+
+
+# Signals
+
+
+def inputs_of(visual, index: int, patches: torch.Tensor) -> torch.Tensor:
+    """What enters a block in the official forward, [G, 4, D] in the processor's order."""
+    seen = []
+    handle = visual.blocks[index].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    visual(patches, torch.tensor(GRIDS))
+    handle.remove()
+    groups = seen[0].unflatten(0, (-1, 4))
+    if hasattr(visual, "window_size"):
+        order = get_vision_window_index(torch.tensor(GRIDS), 2, visual.window_size, visual.patch_size)[0]
+        groups = groups[order.argsort()]
+    return groups
+
+
+def turned(states: torch.Tensor, row: int, column: int) -> torch.Tensor:
+    """Rotary by two axes of [..., d]: the first half of the pairs turns by the row, the second by the column."""
+    half, out = states.shape[-1] // 2, states.clone()
+    for pair in range(half):
+        place, frequency = (row, pair) if pair < half // 2 else (column, pair - half // 2)
+        angle = torch.tensor(place * 10000.0 ** (-2 * frequency / half))
+        a, b = states[..., pair], states[..., pair + half]
+        out[..., pair] = a * angle.cos() - b * angle.sin()
+        out[..., pair + half] = b * angle.cos() + a * angle.sin()
+    return out
+
+
+def signals_by_the_book(visual, index: int, patches: torch.Tensor):
+    """Received attention, keys and whole keys of every group, one frame, head and patch after another."""
+    block = visual.blocks[index]
+    states = block.attn.qkv(block.norm1(inputs_of(visual, index, patches))).unflatten(-1, (3, 4, 8))
+    received, plain = [], states[..., 1, :, :]
+    begin = 0
+    for frames, rows, columns in GRIDS:
+        for _ in range(frames):
+            count = rows * columns // 4
+            frame = states[begin : begin + count].flatten(0, 1)  # [p, 3, H, d]
+            places = [
+                (2 * (g // (columns // 2)) + i, 2 * (g % (columns // 2)) + j)
+                for g in range(count)
+                for i in range(2)
+                for j in range(2)
+            ]
+            query, key = torch.stack([turned(frame[p, :2], *place) for p, place in enumerate(places)]).unbind(1)
+            total = torch.zeros(len(places))
+            for head in range(4):
+                for row in query[:, head]:
+                    total += (key[:, head] @ row / 8**0.5).softmax(0)
+            received += [group.mean() for group in (total / (4 * len(places))).split(4)]
+            begin += count
+    return torch.stack(received), plain.mean((1, 2)), plain.mean(1).flatten(1)
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_signals_equal_the_definition(visual, block, monkeypatch):
+    monkeypatch.setattr(qwen_vision, "QUERY_ROWS", 7)  # slices that do not divide the patches
+    patches = some_patches()
+    wanted = [Signal(kind, block) for kind in ("received_attention", "keys", "whole_keys")]
+    with torch.inference_mode():
+        expected = signals_by_the_book(visual, block, patches)
+        pictures = encode_qwen(visual, patches, GRIDS, wanted)
+    for signal, values in zip(wanted, expected, strict=True):
+        found = torch.cat([one.signals[signal] for one in pictures])
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, values, atol=1e-6 if values.dim() == 1 else 1e-5, rtol=1e-4)
+    received = pictures[0].signals[wanted[0]]
+    torch.testing.assert_close(received.sum(), torch.tensor(0.25), atol=1e-6, rtol=0)
+    assert received.max() > 1.5 * received.min(), "attention is flat, the comparison would show nothing"
+
+
+def test_signals_leave_the_features_alone(visual):
+    patches = some_patches()
+    with torch.inference_mode():
+        plain = encode_qwen(visual, patches, GRIDS)
+        asked = encode_qwen(visual, patches, GRIDS, [Signal("received_attention", 0), Signal("keys")])
+    for one, other in zip(plain, asked, strict=True):
+        assert torch.equal(one.features, other.features)
+
+
+def test_no_full_attention_map_is_held(visual, monkeypatch):
+    """The largest tensor that softmax ever sees stays within the bounds on rows and on scores."""
+    seen, softmax = [], torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, *a, **k: seen.append(self) or softmax(self, *a, **k))
+    monkeypatch.setattr(qwen_vision, "QUERY_ROWS", 5)
+    monkeypatch.setattr(qwen_vision, "SCORES", 2000)
+    with torch.inference_mode():
+        encode_qwen(visual, some_patches(), GRIDS, [Signal("received_attention")])
+    assert max(scores.shape[2] for scores in seen) <= 5
+    assert all(scores.numel() <= 2000 or scores.shape[2] == 1 for scores in seen)
+
+
+def test_signals_move_to_a_block_that_sees_the_whole_picture():
+    windowed, whole = tower("2.5"), tower("2")
+    assert [signal_block(windowed, Signal("keys", block)) for block in (0, 1, 2, 3, -1, -2, -3, -4)] == [
+        *(1, 1, 3, 3),
+        *(3, 3, 1, 1),
+    ]
+    assert [signal_block(whole, Signal("keys", block)) for block in (0, 2, -2)] == [0, 2, 2]
+    assert signal_block(windowed, Signal("keys", 5, depth=24)) == 1
+    windowed.config.fullatt_block_indexes = [0, 1]
+    assert signal_block(windowed, Signal("keys")) == 1, "no such block behind it: the last one there is"
+
+
+def test_the_default_of_a_signal_is_the_last_block_of_the_official_depth():
+    with torch.device("meta"):
+        visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(
+            Qwen2_5_VLVisionConfig(hidden_size=1280, out_hidden_size=3584)
+        )
+    assert qwen_vision.full_blocks(visual) == (7, 15, 23, 31)
+    assert signal_block(visual, Signal("received_attention")) == 31
+
+
+def test_signals_that_cannot_be_had_are_refused():
+    visual = tower("2.5")
+    with pytest.raises(UserError, match="needs a CLS token"):
+        encode_qwen(visual, some_patches(), GRIDS, [Signal("cls_attention")])
+    with pytest.raises(UserError, match="Did you mean 'received_attention'"):
+        signal_block(visual, Signal("recieved_attention"))
+    with pytest.raises(UserError, match="has 4 blocks"):
+        signal_block(visual, Signal("keys", -5))
+    visual.config.fullatt_block_indexes = []
+    with pytest.raises(UserError, match="has none"):
+        signal_block(visual, Signal("keys"))
+
+
+# Operations
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("kind", ["received_attention", "keys"])
+def test_flops_equal_what_torch_counts(visual, grid, kind):
+    """Attention by plain matrix products, which torch's counter sees on every machine."""
+    signal, patches = Signal(kind), some_patches([grid])
+    with sdpa_kernel(SDPBackend.MATH), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        (one,) = encode_qwen(visual, patches, [grid], [signal])
+        tower_and_signal = counter.get_total_flops()
+        project(visual, one.features)
+    expected = qwen_vision.tower_flops(visual, grid) + qwen_vision.signal_flops(visual, signal, grid)
+    assert tower_and_signal == expected
+    assert counter.get_total_flops() - expected == flops.projector_flops(visual.merger, len(one.features))

@@ -1,0 +1,346 @@
+"""Reading video files that the test writes, and pixels against definitions with loops."""
+
+import random
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava.errors import UserError
+from llava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
+from llava.video import LanguageBindImageProcessor, Video, VideoProcessor, frame_indices, read_video
+
+WIDTH, HEIGHT = 64, 48
+RECORDED = Path(__file__).parent / "data" / "video_llava" / "pixels.npz"
+
+
+def level(number: int) -> int:
+    """The grey of frame `number`: apart enough to survive compression."""
+    return 16 + 7 * number
+
+
+def write(path: Path, count: int, codec: str = "mpeg4", turn: int = 0) -> Path:
+    """A video of grey frames with a bright left edge, to be shown with a counter-clockwise turn."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.bit_rate = 2_000_000
+        if turn:
+            stream.set_display_rotation(turn)
+        for number in range(count):
+            picture = np.full((HEIGHT, WIDTH, 3), level(number), np.uint8)
+            picture[:, :16] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+    return path
+
+
+def levels(video: Video) -> list[int]:
+    """Which frame each frame of the video was, read from its grey."""
+    greys = [np.asarray(frame)[:, WIDTH // 2 :].mean() for frame in video.frames]
+    numbers = [round((grey - 16) / 7) for grey in greys]
+    assert all(abs(grey - level(number)) < 3 for grey, number in zip(greys, numbers, strict=True))
+    return numbers
+
+
+# Reading.
+
+
+@pytest.mark.parametrize("frames", [1, 2, 8, 16])
+def test_indices_are_an_even_spread_rounded_down(frames):
+    for count in [1, 7, 8, 9, 15, 16, 17, 100, 299, 300, 301, 1799]:
+        exact = [number * (count - 1) // (frames - 1) if frames > 1 else 0 for number in range(frames)]
+        assert frame_indices(count, frames) == exact
+
+
+def test_indices_of_some_lengths():
+    assert frame_indices(8) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert frame_indices(9) == [0, 1, 2, 3, 4, 5, 6, 8]
+    assert frame_indices(300) == [0, 42, 85, 128, 170, 213, 256, 299]
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.avi", "clip.mkv"])
+@pytest.mark.parametrize("count", [8, 9, 30])
+def test_the_right_frames_are_read(tmp_path, name, count):
+    video = read_video(write(tmp_path / name, count))
+    assert levels(video) == frame_indices(count)
+    assert all(frame.mode == "RGB" and frame.size == (WIDTH, HEIGHT) for frame in video.frames)
+
+
+def test_another_number_of_frames(tmp_path):
+    path = write(tmp_path / "clip.mp4", 20)
+    assert levels(read_video(path, frames=3)) == [0, 9, 19]
+    assert levels(read_video(str(path), frames=1)) == [0]
+
+
+def test_colours_are_red_green_blue(tmp_path):
+    path = tmp_path / "red.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        picture[:] = (200, 30, 60)
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+    colours = np.asarray(read_video(path).frames[3]).reshape(-1, 3).mean(0)
+    assert np.abs(colours - (200, 30, 60)).max() < 6
+
+
+@pytest.mark.parametrize("claimed", [3, 500])
+def test_the_containers_own_count_is_not_believed(tmp_path, claimed):
+    path = write(tmp_path / "clip.avi", 20)
+    content = bytearray(path.read_bytes())
+    for tag, offset in ((b"avih", 8 + 16), (b"strh", 8 + 32)):
+        place = content.index(tag) + offset
+        assert struct.unpack_from("<I", content, place) == (20,)
+        struct.pack_into("<I", content, place, claimed)
+    path.write_bytes(content)
+    assert levels(read_video(path)) == frame_indices(20)
+
+
+@pytest.mark.parametrize("turn", [90, 180, -90])
+def test_quarter_turns_of_the_metadata_are_applied(tmp_path, turn):
+    """The bright edge is stored on the left; a turn of 90 degrees counter-clockwise puts it at the bottom."""
+    frame = np.asarray(read_video(write(tmp_path / "clip.mp4", 8, turn=turn)).frames[0])[..., 0]
+    assert frame.shape == ((HEIGHT, WIDTH) if turn == 180 else (WIDTH, HEIGHT))
+    edges = {90: frame[-8:], 180: frame[:, -8:], -90: frame[:8]}
+    assert edges[turn].mean() > 230
+    assert abs(frame.mean() - edges[turn].mean()) > 100
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, r"No video at .*clip.mp4; check the path"),
+        (lambda path: path.mkdir(), r"Cannot read the video .*clip.mp4"),
+        (lambda path: path.write_bytes(b""), r"Cannot read the video .*clip.mp4.*damaged or no video"),
+        (lambda path: path.write_text("no video " * 400), r"Cannot read the video .*\(Invalid data found.*no video"),
+        (lambda path: path.write_text("ffconcat version 1.0\nfile other.mp4"), r"Cannot read the video .*no video"),
+        (lambda path: write(path, 7), r"has 7 frames, but 8 are taken"),
+        (lambda path: write(path, 1), r"has 1 frames, but 8 are taken"),
+        (lambda path: shorten(write(path, 20)), r"Cannot read the video .*damaged"),
+    ],
+    ids=["missing", "folder", "empty", "text", "list", "seven frames", "one frame", "cut off"],
+)
+def test_files_that_cannot_be_used(tmp_path, make, message):
+    path = tmp_path / "clip.mp4"
+    make(path)
+    with pytest.raises(UserError, match=message):
+        read_video(path)
+
+
+def shorten(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def spoil(path: Path, number: int, start: int = 8) -> Path:
+    """Overwrite packet `number` from its byte `start` on."""
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][number]
+    content = bytearray(path.read_bytes())
+    content[packet.pos + start : packet.pos + packet.size] = b"\xa5" * (packet.size - start)
+    path.write_bytes(content)
+    return path
+
+
+def test_text_by_its_name_is_no_video(tmp_path):
+    """FFmpeg makes frames of a .txt file: the text as a terminal shows it."""
+    path = tmp_path / "questions.txt"
+    path.write_text("What happens in the video?\n" * 200)
+    with pytest.raises(UserError, match="it is text"):
+        read_video(path)
+
+
+def test_a_frame_that_cannot_be_decoded(tmp_path):
+    with pytest.raises(UserError, match=r"Invalid data found.*damaged"):
+        read_video(spoil(write(tmp_path / "clip.mp4", 20), 12))
+
+
+def test_an_incomplete_frame_matters_where_it_is_chosen(tmp_path):
+    path = spoil(write(tmp_path / "clip.mp4", 20), 12, start=40)
+    assert levels(read_video(path)) == frame_indices(20)
+    with pytest.raises(UserError, match=r"frame 12 is incomplete.*damaged"):
+        read_video(path, frames=20)
+
+
+def test_packets_without_a_frame_do_not_count(tmp_path):
+    """The MPEG-2 decoder leaves out what it cannot read: 20 packets, 19 frames."""
+    video = read_video(spoil(write(tmp_path / "clip.mkv", 20, "mpeg2video"), 12))
+    assert levels(video) == [number + (number >= 12) for number in frame_indices(19)]
+
+
+def test_a_video_cut_off_within_a_frame_is_damaged(tmp_path):
+    """AVI can be read up to where it ends, so the decoder itself does not complain."""
+    path = write(tmp_path / "clip.avi", 30)
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"00dc", 0, content.index(b"idx1")) + 10])
+    with pytest.raises(UserError, match=r"incomplete.*damaged"):
+        read_video(path)
+
+
+def test_a_file_with_sound_only(tmp_path):
+    path = tmp_path / "sound.wav"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        tone = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), layout="mono")
+        tone.sample_rate = 8000
+        container.mux(stream.encode(tone))
+        container.mux(stream.encode())
+    with pytest.raises(UserError, match="no video stream"):
+        read_video(path)
+
+
+def test_no_frames_are_refused(tmp_path):
+    with pytest.raises(UserError, match="Cannot take 0 frames"):
+        read_video(tmp_path / "clip.mp4", frames=0)
+    with pytest.raises(UserError, match="one or more frames of one size, got 0"):
+        Video(())
+    with pytest.raises(UserError, match="one or more frames of one size, got 2"):
+        Video((Image.new("RGB", (4, 4)), Image.new("RGB", (4, 5))))
+
+
+# Pixels.
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8))
+
+
+def clip(width: int, height: int, frames: int = 8) -> Video:
+    return Video(tuple(noise(width, height, seed) for seed in range(frames)))
+
+
+def taps(place: float, cubic: bool) -> list[tuple[int, float]]:
+    """Neighbours and weights of one place without antialiasing; cubic is Keys' kernel with a = -0.75."""
+    if not cubic:
+        place = max(place, 0.0)
+        low = int(np.floor(place))
+        return [(low, 1 - (place - low)), (low + 1, place - low)]
+    low, a = int(np.floor(place)), -0.75
+    weights = []
+    for number in range(low - 1, low + 3):
+        x = abs(place - number)
+        if x <= 1:
+            weights.append((number, (a + 2) * x**3 - (a + 3) * x**2 + 1))
+        else:
+            weights.append((number, a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a))
+    return weights
+
+
+def resize_matrix(source: int, target: int, cubic: bool) -> np.ndarray:
+    """[target, source]; pixel centres lie at halves, places beyond the edge repeat it."""
+    matrix = np.zeros((target, source))
+    for row in range(target):
+        for number, weight in taps((row + 0.5) * source / target - 0.5, cubic):
+            matrix[row, min(max(number, 0), source - 1)] += weight
+    return matrix
+
+
+def by_the_book(image: Image.Image, size: int, crop: int, cubic: bool) -> np.ndarray:
+    """[3, crop, crop]: scale, normalise, shorter edge to `size`, middle."""
+    pixels = ((np.asarray(image) / 255.0 - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)
+    height, width = pixels.shape[1:]
+    new_height, new_width = (size * edge // min(height, width) for edge in (height, width))
+    pixels = resize_matrix(height, new_height, cubic) @ pixels @ resize_matrix(width, new_width, cubic).T
+    top, left = round((new_height - crop) / 2), round((new_width - crop) / 2)
+    return pixels[:, top : top + crop, left : left + crop]
+
+
+@pytest.mark.parametrize("size", [(50, 50), (97, 40), (40, 97), (20, 31), (56, 63), (57, 56)])
+def test_video_pixels_follow_the_definition(size):
+    video = clip(*size)
+    pixels = VideoProcessor(size=56, crop=48)(video)
+    assert pixels.shape == (8, 3, 48, 48)
+    assert pixels.dtype == torch.float32
+    for frame, image in zip(pixels, video.frames, strict=True):
+        assert np.abs(frame.numpy() - by_the_book(image, 56, 48, cubic=False)).max() < 2e-5
+
+
+@pytest.mark.parametrize("size", [(50, 50), (97, 40), (40, 97), (20, 31), (224, 224)])
+def test_image_pixels_follow_the_definition(size):
+    image = noise(*size)
+    pixels = LanguageBindImageProcessor(56, 56)(image)
+    side = max(size)
+    canvas = Image.new("RGB", (side, side), (122, 116, 104))
+    canvas.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    assert np.abs(pixels.numpy() - by_the_book(canvas, 56, 56, cubic=True)).max() < 5e-5
+    cropped = LanguageBindImageProcessor(56, 48, aspect="crop")(image)
+    assert np.abs(cropped.numpy() - by_the_book(image, 56, 48, cubic=True)).max() < 5e-5
+
+
+def test_image_pixels_are_not_those_of_llava():
+    """The original resizes tensors without antialiasing; taking ImageProcessor would go unnoticed otherwise."""
+    image = noise(300, 300)
+    assert (LanguageBindImageProcessor(56, 56)(image) - ImageProcessor(56, 56)(image)).abs().max() > 0.5
+
+
+def test_pixels_of_the_official_transforms():
+    """Every 32nd pixel of what the official transforms gave at 224; see tests/data/video_llava/README.md."""
+    recorded = np.load(RECORDED)
+    for index, (width, height) in enumerate(recorded["sizes"].tolist()):
+        pixels = VideoProcessor()(clip(width, height))[:, :, ::32, ::32]
+        assert np.abs(pixels.numpy() - recorded["videos"][index]).max() < 1e-5
+        mirrored = VideoProcessor(flip=int(recorded["flip_seed"]))(clip(width, height))
+        assert np.abs(mirrored[:, :, ::32, ::32].numpy() - recorded["first_flipped"][index]).max() < 1e-5
+        image = LanguageBindImageProcessor(224, 224)(noise(width, height))[:, ::32, ::32]
+        assert np.abs(image.numpy() - recorded["images"][index]).max() < 1e-5
+
+
+def test_pixels_of_the_transformers_reading():
+    from transformers import VideoLlavaImageProcessor
+
+    processor = VideoLlavaImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48})
+    for size in [(97, 40), (40, 97), (31, 31), (63, 56)]:
+        video = clip(*size)
+        outputs = processor(list(video.frames), return_tensors="pt", return_legacy_image_output=False)
+        pixels = VideoProcessor(56, 48, reading="transformers")(video)
+        assert (pixels - outputs["pixel_values"]).abs().max() < 1e-5
+        assert (pixels - VideoProcessor(56, 48)(video)).abs().max() > 0.1
+
+
+def test_flip_mirrors_on_the_draws_of_the_seeded_generator():
+    video = clip(60, 50)
+    plain = VideoProcessor(48, 48)(video)
+    assert torch.equal(plain, VideoProcessor(48, 48)(video)), "off by default"
+    draws = random.Random(5)
+    expected = [draws.random() < 0.5 for _ in range(12)]
+    assert len(set(expected)) == 2
+    processor = VideoProcessor(48, 48, flip=5)
+    for flipped in expected:
+        assert torch.equal(processor(video), plain.flip(-1) if flipped else plain)
+
+
+@pytest.mark.parametrize("reading", ["original", "transformers"])
+def test_grey_frames_are_taken_as_rgb(reading):
+    grey = Video(tuple(frame.convert("L") for frame in clip(60, 50).frames))
+    colour = Video(tuple(frame.convert("RGB") for frame in grey.frames))
+    processor = VideoProcessor(48, 48, reading=reading)
+    assert torch.equal(processor(grey), processor(colour))
+
+
+def test_settings_from_a_preprocessor_config():
+    config = {"size": {"shortest_edge": 60}, "crop_size": {"height": 56, "width": 56}, "image_mean": [0.5] * 3}
+    processor = VideoProcessor.from_config(config, frames=2, reading="transformers")
+    assert (processor.size, processor.crop, processor.frames, processor.reading) == (60, 56, 2, "transformers")
+    assert processor.mean == (0.5, 0.5, 0.5)
+    assert processor.std == CLIP_STD
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VideoProcessor()(clip(30, 30, frames=16)), "takes 8 frames of each video, but this one has 16"),
+        (lambda: VideoProcessor(reading="orginal"), "Did you mean 'original'"),
+        (lambda: VideoProcessor(size=200, crop=224), "at most as large as the size"),
+        (lambda: VideoProcessor(reading="transformers", flip=0), "leave flip at None"),
+    ],
+)
+def test_settings_that_make_no_sense(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
