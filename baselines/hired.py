@@ -1,10 +1,14 @@
-"""HiRED: the patches that CLS looks at; early attention splits the budget over the crops of a large picture.
+"""HiRED: the patches that CLS looks at; early attention splits the budget over the tiles of a large picture.
 
 Paper: https://arxiv.org/abs/2408.10945
 Official code read: hasanar1f/HiRED@502d6dd, transformers/src/transformers/models/llava/modeling_llava.py and
     llava_next/modeling_llava_next.py, both under the same fork
-Differs from it: nothing known for one crop, the form of LLaVA-1.5. `crop_budgets` counts the patches under each crop
-    (the release counts consecutive strips of the raster instead) and hands out what the release loses by rounding down.
+Differs from it: nothing known for one crop, the form of LLaVA-1.5. With tiles, salient patches are counted under the
+    part of the picture that each tile shows (the release cuts the flat map of 24 x 24 into as many runs as there are
+    tiles: strips of whole rows); fractions and what a full tile cannot take are given to others (lost in the release);
+    only patches that unpadding leaves are chosen from (the release chooses padding too and cuts it off afterwards).
+    `official` does as the release in these three. In neither: its fork stitches tiles that are not as many rows as
+    columns with the two swapped.
 """
 
 from dataclasses import dataclass
@@ -13,54 +17,104 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from baselines.holov import deal
+from baselines.fastervlm import FasterVLM
+from llava.arrangement import Arrangement
 from llava.card import Card
-from llava.reducer import EncoderState, Reducer
-from llava.reduction import Reduction, keep_top
+from llava.crops import covered, deal
+from llava.errors import UserError
+from llava.reducer import SPLITS, ModelFacts, Reducer, option
+from llava.reduction import keep_top
 from llava.registry import register
 from llava.signals import Signal
 
+LATE, EARLY = Signal("cls_attention"), Signal("cls_attention", 0)
 
-def crop_budgets(early: Tensor, crops: tuple[int, int], salient: int, budget: int) -> Tensor:
-    """Split a budget over the crops of a picture, in proportion to the salient patches that each crop covers.
+
+def salient_patches(early: Tensor, count: int) -> Tensor:
+    """[P] float32: 1 for the `count` patches of the small copy with the highest early attention [P], else 0."""
+    return torch.zeros_like(early).scatter_(0, keep_top(early[None], count)[0], 1.0)
+
+
+def crop_budgets(salient: Tensor, arrangement: Arrangement, budget: int) -> list[int]:
+    """Split a budget over the tiles of a picture, in proportion to the salient patches under each.
 
     Args:
-        early: [B, rows, columns] CLS attention of the first block on the whole picture, shrunk to one crop.
-        crops: rows and columns of crops that tile the picture; each has as many patches as `early`.
-        salient: how many of the patches with the highest attention are counted.
-
-    Returns:
-        [B, crops] int64 in raster order, `budget` together.
+        salient: [P], 1 for every salient patch of the small copy.
     """
-    rows, columns = early.shape[1:]
-    row = torch.arange(rows, device=early.device) * crops[0] // rows
-    column = torch.arange(columns, device=early.device) * crops[1] // columns
-    crop = (row[:, None] * crops[1] + column).flatten()
-    of_crop = crop[keep_top(early.flatten(1), salient)]  # [B, salient]
-    count = early.new_zeros(len(early), crops[0] * crops[1]).float()
-    return deal(count.scatter_add_(1, of_crop, torch.ones_like(of_crop, dtype=count.dtype)), rows * columns, budget)
+    sizes = [len(tile.patches) for tile in arrangement.crops[1:]]
+    return deal(budget, sizes, covered(arrangement, salient))
+
+
+def crop_budgets_as_released(salient: Tensor, tiles: int, budget: int) -> list[int]:
+    """The same over consecutive runs of the flat map, rounded down in float32; at most all patches of a whole tile."""
+    if len(salient) % tiles:
+        raise UserError(
+            f"hired.official cuts the {len(salient)} patches of the small copy into equal runs, one for each tile, and "
+            f"cannot do so for {tiles} tiles; leave it out."
+        )
+    runs = salient.long().reshape(tiles, -1).sum(1)
+    return (runs / runs.sum().clamp(min=1) * budget).int().clamp(max=len(salient)).tolist()
+
+
+def behind_unpadding(given: list[int], attention: Tensor, arrangement: Arrangement) -> list[int]:
+    """How many of the `given` best patches of each whole crop are left once the padding is cut off.
+
+    They are the best of those that are left, so the numbers are enough.
+
+    Args:
+        attention: [crops, P] over whole crops.
+    """
+    rank = attention.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    chosen = (rank < torch.tensor(given)[:, None]).long()
+    return [int(row[crop.patches].sum()) for row, crop in zip(chosen, arrangement.crops, strict=True)]
 
 
 @register("hired")
 @dataclass(frozen=True, kw_only=True)
-class HiRED(Reducer):
-    """With one crop there is nothing to split: the ranking of FasterVLM."""
+class HiRED(FasterVLM):
+    """With one crop there is nothing to split: the ranking of FasterVLM. Frames of a video get even shares."""
 
-    summary: ClassVar[str] = "highest CLS attention, the budget of crops by early attention"
+    summary: ClassVar[str] = "highest CLS attention, the budget of tiles by early attention"
     card: ClassVar[Card] = Card(
         acts="after the tower",
-        score="CLS attention, block −2",
+        score="CLS attention, block −2; tiles by that of block 0 in the small copy",
         needs="CLS token",
         paper="HiRED, 2408.10945",
         url="https://arxiv.org/abs/2408.10945",
         code="hasanar1f/HiRED@502d6dd",
     )
 
-    def signals(self) -> tuple[Signal, ...]:
-        return (Signal("cls_attention"),)
+    crops: str = option(
+        "content", "the budget over crops: by the paper's visual content, or others", ("content", *SPLITS)
+    )
+    alpha: float = option(0.5, "the small copy's share of the budget; of its patches, the rest are called salient")
+    official: bool = option(False, "salient patches by strips, shares rounded down, padding chosen, as the release")
 
-    def encoder(self, state: EncoderState) -> Reduction | None:
-        tokens = state.features.shape[1]
-        if self.budget >= tokens:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"{self.name}.alpha must be between 0 and 1, got {self.alpha:g}.")
+
+    def entering(self, facts: ModelFacts) -> tuple[int, ...] | None:
+        return None if self.official and self.crops == "content" else super().entering(facts)
+
+    def for_picture(self, facts: ModelFacts) -> Reducer:
+        if self.share and self.official and facts.crops:  # the release's rate is one of whole crops
+            return self.sized(max(1, int(len(facts.crops) * facts.crops[0].tokens * self.share)))
+        return super().for_picture(facts)
+
+    def split_signals(self) -> tuple[Signal, ...]:
+        return (*super().split_signals(), *((EARLY,) if self.crops == "content" else ()))
+
+    def crop_shares(self, arrangement: Arrangement, signals: dict[Signal, Tensor], budget: int) -> list[int] | None:
+        if self.crops != "content" or arrangement.tiles is None:
             return None
-        return Reduction(keep_top(state.signals[Signal("cls_attention")], self.budget), tokens)
+        first = min(int(budget * self.alpha), len(arrangement.crops[0].patches))
+        early = signals[EARLY][0]
+        salient = salient_patches(early, int(len(early) * (1 - self.alpha))).cpu()  # shares are shapes
+        if not self.official:
+            return [first, *crop_budgets(salient, arrangement, budget - first)]
+        tiles = len(arrangement.crops) - 1
+        rest = min(budget - first, tiles * len(salient))
+        given = [first, *crop_budgets_as_released(salient, tiles, rest)]
+        return behind_unpadding(given, signals[LATE].cpu(), arrangement)

@@ -24,6 +24,7 @@ from eval.run import prepare, run
 from llava import registry
 from llava.arrangement import Arrangement
 from llava.model import Llava
+from llava.next import LlavaNext
 from llava.reducer import Reducer
 from llava.seen import Picture, picture_of
 from llava.signals import Signal
@@ -50,14 +51,25 @@ class Remembering(Llava):
 
     remembers_features = True
 
+    def __new__(cls, model: Llava) -> "Remembering":
+        """Of the model's own family: what this class leaves alone is done as that family does it."""
+        own = cls if type(model) is Llava else type(f"{cls.__name__}{type(model).__name__}", (cls, type(model)), {})
+        return object.__new__(own)
+
     def __init__(self, model: Llava):
         self.__dict__.update(model.__dict__)
         self._signals: dict[Signal, None] = {}
+        self.tiled = isinstance(model, LlavaNext)
         self._seen: dict[object, tuple[Encoded, Arrangement]] = {}
 
     def expect(self, reducers: Sequence[Reducer]) -> None:
         """Compute the signals of all these methods from the start; one more signal means all pictures anew."""
-        wanted = [signal for reducer in reducers for signal in reducer.tower_signals() if signal not in self._signals]
+        wanted = [
+            signal
+            for reducer in reducers
+            for signal in reducer.tower_signals(self.tiled)
+            if signal not in self._signals
+        ]
         if wanted:
             self._signals |= dict.fromkeys(wanted)
             self._seen.clear()
@@ -78,11 +90,11 @@ class Remembering(Llava):
                 self._seen[keys[i]] = fresh.rows(slice(done, done + len(crops))), full
                 done += len(crops)
         depth = len(self.tower.encoder.layers)
-        wanted = reducer.tower_signals()
-        run = max([self.select_layer % (depth + 1), *(signal.block % depth for signal in wanted)])
         found = []
         for name in keys:
             encoded, full = self._seen[name]
+            wanted = reducer.tower_signals(full.tiles is not None)
+            run = max([self.select_layer % (depth + 1), *(signal.block % depth for signal in wanted)])
             own = replace(
                 encoded,
                 features=encoded.features if reducer.keep_cls or full.temporal else encoded.features[:, 1:],

@@ -76,11 +76,11 @@ def require(reducer: Reducer, facts: ModelFacts) -> None:
             f"The budget must be 1 to {facts.visual_tokens} (visual tokens of this model), got {reducer.budget}."
         )
     parts = len(facts.crops) if divided(reducer, len(facts.crops)) else 1
-    least = parts + (facts.newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0)
+    least = parts + (facts.most_newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0)
     if reducer.budget < least:
         raise UserError(
             f"{reducer.name} needs a budget of at least {least} here, got {reducer.budget}: one token for each of "
-            f"{parts} crops, and the newline tokens where they are kept."
+            f"{parts} crops, and all newline tokens where they are kept ({reducer.name}.newlines=drop leaves them out)."
         )
     for sized, part in set(over_crops(reducer, facts)):
         sized.check(part)

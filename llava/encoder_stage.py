@@ -39,7 +39,7 @@ def see(model, reducer: Reducer, samples: Samples[Sample], record: Record, clock
         owner[i, number] = numbers[key]
     seen = Seen(model.encode_images(pictures, list(numbers), reducer), owner)
     for picture in seen.pictures:
-        tower, signals = model.tower_flops(picture, reducer.tower_signals())
+        tower, signals = model.tower_flops(picture, reducer.tower_signals(picture.full.tiles is not None))
         record.spend("vision", tower)
         record.spend("selection", signals)
     clock.lap("vision")

@@ -140,13 +140,13 @@ class Llava:
         """
         seen = [self.views(picture) for picture in pictures]
         found: list[Picture] = [None] * len(seen)
-        groups: dict[tuple[Reducer, bool], list[int]] = {}
+        groups: dict[tuple[Reducer, bool, bool], list[int]] = {}
         for index, (_, full) in enumerate(seen):
-            groups.setdefault((in_tower(reducer, full), full.temporal), []).append(index)
-        for (sized, temporal), rows in groups.items():
+            groups.setdefault((in_tower(reducer, full), full.temporal, full.tiles is not None), []).append(index)
+        for (sized, temporal, tiled), rows in groups.items():
             grid = sized.input_grid(self.layout)
             pixels = torch.cat([seen[index][0] for index in rows]).to(self.device)
-            encoded, done = self.encode_crops(pixels, sized, grid, temporal), 0
+            encoded, done = self.encode_crops(pixels, sized, grid, temporal, tiled), 0
             for index in rows:
                 crops, full = seen[index]
                 found[index] = picture_of(encoded.rows(slice(done, done + len(crops))), full, reducer.keep_cls, grid)
@@ -158,12 +158,18 @@ class Llava:
         return self.tower
 
     def encode_crops(
-        self, pixels: Tensor, reducer: Reducer, grid: tuple[int, int] | None, temporal: bool = False
+        self,
+        pixels: Tensor,
+        reducer: Reducer,
+        grid: tuple[int, int] | None,
+        temporal: bool = False,
+        tiled: bool = False,
     ) -> Encoded:
         """Run a tower on [B, 3, S, S] pixels, with the method's signals and its merging inside.
 
         Args:
             temporal: the pixels are frames of videos, whose class tokens are visual tokens.
+            tiled: the pictures have tiles.
         """
         tower, keep_cls = self.tower_of(temporal), reducer.keep_cls or temporal
         names, facts = tuple(map(str, range(len(pixels)))), self.facts()
@@ -178,7 +184,9 @@ class Llava:
             return reduction
 
         merging = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
-        encoded = encode(tower, pixels, self.select_layer, reducer.tower_signals(), grid, keep_cls, merging, merge_at)
+        encoded = encode(
+            tower, pixels, self.select_layer, reducer.tower_signals(tiled), grid, keep_cls, merging, merge_at
+        )
         return replace(encoded, spent=spent)
 
     def tower_flops(self, picture: Picture, signals: tuple[Signal, ...]) -> tuple[int, int]:

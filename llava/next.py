@@ -4,6 +4,7 @@ Official code read: haotian-liu/LLaVA@c121f04, llava/model/llava_arch.py and lla
 Differs from it: only patches that unpadding leaves are projected; the papers' "spatial" convention is a switch.
 """
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -70,4 +71,7 @@ class LlavaNext(Llava):
         return max((self.anyres.arrange(size) for size in sizes), key=lambda run: run.tokens)
 
     def facts(self) -> ModelFacts:
-        return facts_of(super().facts(), self.largest)
+        rows = self.anyres.force[1] if self.anyres.force else max(height for _, height in self.anyres.pinpoints)
+        newline = self.anyres.merge == "spatial_unpad"
+        most = newline * rows // self.anyres.tile * self.layout.rows
+        return replace(facts_of(super().facts(), self.largest), most_newlines=most)

@@ -21,6 +21,7 @@ from llava.image import as_rgb
 from llava.layout import Layout
 from llava.model import Llava
 from llava.mrope import Groups
+from llava.qwen_image import Grid
 from llava.qwen_vision import encode_qwen, project, signal_flops, tower_flops
 from llava.reducer import ModelFacts, Reducer
 from llava.seen import Picture, picture_of
@@ -81,14 +82,18 @@ class QwenVL(Llava):
     def facts(self) -> ModelFacts:
         return replace(self._facts(len(self.tower.blocks)), visual_tokens=self.visual_tokens, has_cls=False)
 
+    def patches(self, pictures: Samples) -> tuple[Tensor, tuple[Grid, ...]]:
+        """Flattened patches of all pictures, one behind another, and the grid of each."""
+        return self.image_processor([as_rgb(picture) for picture in pictures])
+
     def encode_images(self, pictures: Samples, keys: Samples, reducer: Reducer) -> list[Picture]:
         if reducer.acts("tower") or reducer.acts("input_grid"):
             raise UserError(
                 f"{reducer.name} acts on pixels or inside a CLIP tower; {self.name} has a tower of another kind. "
                 "Choose a method that acts behind the tower."
             )
-        patches, grids = self.image_processor([as_rgb(picture) for picture in pictures])
-        encoded = encode_qwen(self.tower, patches.to(self.device), grids, reducer.tower_signals())
+        patches, grids = self.patches(pictures)
+        encoded = encode_qwen(self.tower, patches.to(self.device), grids, reducer.tower_signals(tiled=False))
         found = []
         for one in encoded:
             signals = {signal: values[None] for signal, values in one.signals.items()}

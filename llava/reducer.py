@@ -23,7 +23,7 @@ Reductions = Reduction | list[Reduction] | None
 
 SPLITS = ("each", "thumbnail", "global")
 NEWLINES = ("drop", "keep")
-CLS_SIGNALS = ("cls_attention", "fused_cls_attention")
+CLS_SIGNALS = ("cls_attention", "fused_cls_attention", "cls_logits")
 
 
 def option(default: Any, doc: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -44,6 +44,7 @@ class ModelFacts:
         has_text_tower: the CLIP text tower that belongs to the vision tower can be had.
         crops: patch grids of the crops of a picture that the tower sees in several, without class tokens.
         newlines: newline tokens among the visual tokens.
+        most_newlines: of any picture that this model may see.
     """
 
     visual_tokens: int
@@ -54,6 +55,7 @@ class ModelFacts:
     has_text_tower: bool = False
     crops: tuple[Layout, ...] = ()
     newlines: int = 0
+    most_newlines: int = 0
 
     @property
     def patches(self) -> int:
@@ -160,10 +162,13 @@ class Reducer:
         """
         return None
 
-    def tower_signals(self) -> tuple[Signal, ...]:
-        """All tower signals to compute: the method's own, and what splitting the budget over crops needs."""
-        needed = (Signal("cls_attention"),) if self.crops == "thumbnail" else ()
-        return (*self.signals(), *(signal for signal in needed if signal not in self.signals()))
+    def split_signals(self) -> tuple[Signal, ...]:
+        """What `crops` needs to split a budget over tiles, beside the method's own signals."""
+        return (Signal("cls_attention"),) if self.crops == "thumbnail" else ()
+
+    def tower_signals(self, tiled: bool) -> tuple[Signal, ...]:
+        """All tower signals to compute for pictures with or without tiles."""
+        return tuple(dict.fromkeys((*self.signals(), *(self.split_signals() if tiled else ()))))
 
     def signals(self) -> tuple[Signal, ...]:
         """Tower signals to compute."""

@@ -57,6 +57,20 @@ def cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
     return weights[:, :, 0, 1:].mean(1)
 
 
+def cls_logits(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Products of the CLS query with the patches' keys, scaled as in attention but in front of its softmax, mean over
+    heads.
+
+    Returns:
+        [B, N] float32, of any sign.
+    """
+    attention = block.self_attn
+    normed = block.layer_norm1(hidden)
+    query, key = attention.q_proj(normed[:, :1]).float(), attention.k_proj(normed[:, 1:]).float()
+    # The sum of the heads' products is the product over all channels.
+    return (query @ key.transpose(-1, -2))[:, 0] * (attention.scale / attention.num_heads)
+
+
 def received_attention(block: nn.Module, hidden: Tensor) -> Tensor:
     """Average attention each patch receives from all patches, mean over heads: a saliency without CLS.
 
@@ -111,6 +125,7 @@ def whole_keys(block: nn.Module, hidden: Tensor) -> Tensor:
 
 TOWER_SIGNALS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "cls_attention": cls_attention,
+    "cls_logits": cls_logits,
     "received_attention": received_attention,
     "keys": keys,
     "fused_cls_attention": fused_cls_attention,
@@ -131,6 +146,8 @@ def signal_flops(signal: Signal, block: nn.Module, patches: int) -> int:
     key, width = attention.k_proj, attention.q_proj.out_features
     if signal.kind in ("keys", "whole_keys"):
         return linear_flops(key, patches)
+    if signal.kind == "cls_logits":
+        return linear_flops(attention.q_proj, 1) + linear_flops(key, patches) + 2 * patches * width
     queries = patches if signal.kind == "received_attention" else 1
     return (
         linear_flops(attention.q_proj, queries) + linear_flops(key, patches + 1) + 2 * queries * (patches + 1) * width

@@ -62,7 +62,9 @@ class FakeLlava:
         answers = []
         for sample in samples:
             step = Step("prompt", Reduction(torch.arange(kept)[None], self.visual_tokens))
-            audit = Audit((kept,) * LAYERS, self.visual_tokens, merged=0, kv_bytes=1000 * kept, planned=float(reducer.budget))
+            audit = Audit(
+                (kept,) * LAYERS, self.visual_tokens, merged=0, kv_bytes=1000 * kept, planned=float(reducer.budget)
+            )
             answers.append(Answer(sample.id, fake_text(sample.id), (1,), audit, (step,)))
         count = len(samples)
         timing = Timing(0.001 * count, 0.0005 * count, 0.002 * count, 0.004 * count)

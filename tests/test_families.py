@@ -67,9 +67,7 @@ def test_next_agrees_with_the_transformers_class(tmp_path, size):
     (sample,) = ask(picture(3, size))
     pixels, run = model.views(sample.image)
     sizes = torch.tensor([[size[1], size[0]]])
-    out = model.container(
-        input_ids=expanded(model, sample, [run.tokens]), pixel_values=pixels[None], image_sizes=sizes
-    )
+    out = model.container(input_ids=expanded(model, sample, [run.tokens]), pixel_values=pixels[None], image_sizes=sizes)
     expected = out.logits[:, -1, : model.vocabulary]
     torch.testing.assert_close(logits(model, [sample]), expected, atol=2e-4, rtol=0)
 
@@ -83,14 +81,12 @@ def test_video_agrees_with_the_transformers_class(tmp_path):
         pixels, run = model.views(sample.image)
         values = {"pixel_values_videos": pixels[None]} if run.temporal else {"pixel_values_images": pixels}
         out = model.container(input_ids=expanded(model, sample, [run.tokens]), **values)
-        torch.testing.assert_close(
-            logits(model, [sample]), out.logits[:, -1, : model.vocabulary], atol=2e-4, rtol=0
-        )
+        torch.testing.assert_close(logits(model, [sample]), out.logits[:, -1, : model.vocabulary], atol=2e-4, rtol=0)
 
 
 @torch.inference_mode()
-def test_what_the_transformers_conversion_of_video_llava_loses_is_attention_over_time(tmp_path):
-    """Original weights answer differently from their conversion until the temporal part is silenced; pictures do not."""
+def test_what_the_conversion_of_video_llava_loses_is_attention_over_time(tmp_path):
+    """Original weights answer differently from their conversion until the temporal part is silenced."""
     container = make_tiny_video(temporal=True)
     save_video_original(tmp_path / "own", container)
     model = load(tmp_path / "own", device="cpu")
@@ -123,9 +119,7 @@ def test_qwen_agrees_with_the_transformers_class(tmp_path, version):
         ids = expanded(model, sample, counts)
         kinds = (ids == model.container.config.image_token_id).long()
         out = model.container(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **values)
-        torch.testing.assert_close(
-            logits(model, [sample]), out.logits[:, -1, : model.vocabulary], atol=2e-4, rtol=0
-        )
+        torch.testing.assert_close(logits(model, [sample]), out.logits[:, -1, : model.vocabulary], atol=2e-4, rtol=0)
 
 
 def test_qwen_batches_pictures_of_different_shapes(tmp_path):

@@ -70,7 +70,7 @@ def test_every_method_meets_its_budget_over_crops(name, model):
     reducers = list(accepted(name, model))
     assert reducers
     for reducer in reducers:
-        _, audits, record = run(model, batch(), reducer)
+        _, audits, _ = run(model, batch(), reducer)
         for sample, audit in zip(batch(), audits, strict=True):
             if sample.image is None:
                 assert audit.entering == (0,) * 4
@@ -157,9 +157,9 @@ def test_kept_tokens_are_the_full_run_at_these_places(path):
         torch.testing.assert_close(tokens, whole[anchors])
 
 
-@pytest.mark.parametrize("crops", ["thumbnail", "global"])
-def test_other_splits_follow_saliency(path, crops):
-    """A planted tile: all CLS attention lies in the last tile, of the small copy in the quarter that this tile shows."""
+@pytest.mark.parametrize(("crops", "counts"), [("thumbnail", [4, 0, 0, 0, 16]), ("global", [4, 0, 0, 0, 16])])
+def test_other_splits_follow_saliency(path, crops, counts):
+    """A planted tile: CLS attention lies in the last tile, and in the quarter of the small copy that it shows."""
     model = load(path, device="cpu", merge="spatial", force=(112, 112))
     reducer = registry.build("fastervlm", 20, {"crops": crops})
     real = model.encode_images
@@ -167,7 +167,7 @@ def test_other_splits_follow_saliency(path, crops):
     def planted(pictures, keys, method):
         found = real(pictures, keys, method)
         for one in found:
-            for signal, values in one.encoded.signals.items():
+            for values in one.encoded.signals.values():
                 values[:] = 1e-6
                 values[4] = torch.linspace(1, 2, 16)
                 values[0].view(4, 4)[2:, 2:] = 1.0
@@ -176,8 +176,8 @@ def test_other_splits_follow_saliency(path, crops):
     model.encode_images = planted
     _, _, record = run(model, batch()[:1], reducer)
     crop = model.views(picture(0))[1].origins()[:, 0]
-    counts = torch.bincount(crop[record.steps[0][0].reduction.anchor[0]], minlength=5).tolist()
-    assert counts == ([4, 0, 0, 0, 16] if crops == "thumbnail" else [4, 0, 0, 0, 16])
+    kept = torch.bincount(crop[record.steps[0][0].reduction.anchor[0]], minlength=5).tolist()
+    assert kept == counts
 
 
 def test_merged_tokens_stay_inside_their_crop(path):
@@ -227,3 +227,16 @@ def test_budgets_of_different_methods_agree(model):
     facts = dataclasses.replace(model.facts())
     plans = {planned(registry.build(name, 30), facts) for name in ("fastervlm", "consensusdrop", "attnmix", "divprune")}
     assert plans == {(30,) * 4}
+
+
+def test_a_budget_below_the_newline_tokens_of_some_picture_is_refused(path):
+    """A tall picture has more newline tokens than the largest one; keeping them all must fit into the budget."""
+    model = load(path, device="cpu")
+    most = max(len(model.anyres.arrange(size).newlines) for size in model.anyres.pinpoints)
+    assert most > len(model.largest.newlines)
+    with pytest.raises(UserError, match="newlines=drop"):
+        require(registry.build("fastervlm", most, {"newlines": "keep"}), model.facts())
+    reducer = registry.build("fastervlm", most + 5, {"newlines": "keep"})
+    require(reducer, model.facts())
+    _, (audit,), _ = run(model, [Sample("tall", "where is it", image=picture(0, (56, 168)))], reducer)
+    assert audit.mean == min(most + 5, audit.visual_tokens)

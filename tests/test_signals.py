@@ -47,6 +47,26 @@ def test_tower_signals_equal_eager_attention(eager, block):
         torch.testing.assert_close(encoded.features, reported.hidden_states[-2][:, 1:])
 
 
+@pytest.mark.parametrize("block", [-2, -1])
+def test_cls_logits_are_eager_attention_before_its_softmax(eager, block):
+    """Up to a constant per head the logarithm of a row of attention; and the definition, head by head."""
+    images, wanted = pixels(eager), Signal("cls_logits", block)
+    with torch.inference_mode():
+        found = encode(eager.tower, images, -2, [wanted]).signals[wanted]
+        reported = eager.tower(images, output_attentions=True, output_hidden_states=True)
+        log = reported.attentions[block][:, :, 0, 1:].log().mean(1)
+        centred = [rows - rows.mean(1, keepdim=True) for rows in (found, log)]
+        torch.testing.assert_close(*centred, atol=1e-5, rtol=0)
+        layer = eager.tower.encoder.layers[block]
+        normed = layer.layer_norm1(reported.hidden_states[:-1][block])
+        heads = layer.self_attn.num_heads
+        query = layer.self_attn.q_proj(normed[:, 0]).unflatten(-1, (heads, -1))
+        key = layer.self_attn.k_proj(normed[:, 1:]).unflatten(-1, (heads, -1))
+        products = [(query[:, None, h] * key[:, :, h]).sum(-1) * query.shape[-1] ** -0.5 for h in range(heads)]
+        torch.testing.assert_close(found, sum(products) / heads, atol=1e-6, rtol=1e-5)
+        assert (found < 0).any() and (found > 0).any()
+
+
 def test_blocks_behind_the_features_run_only_for_a_signal(tiny, monkeypatch):
     ran = []
     for index, block in enumerate(tiny.tower.encoder.layers):

@@ -1,0 +1,129 @@
+"""GlobalCom²: the small copy of a large picture says how much of each tile is kept, and has a voice in what.
+
+Paper: https://arxiv.org/abs/2501.05179
+Official code read: xuyang-liu16/GlobalCom2@96b2d00, llava/model/llava_arch.py (generate_scale_for_crop_features,
+    compress_thumbnail, compress_crops) and multimodal_encoder/apply_customvit.py
+Differs from it: newline tokens count (theirs come on top of the budget); a tile's richness is summed over the part of
+    the picture that it shows (theirs over equal parts of the small copy, whatever unpadding cuts off a tile); the
+    budget is met, with fractions and what a full tile cannot take given to other tiles (theirs are lost). `official`
+    does as the release in these three, at the ratio that the budget is of a picture's patches. In neither: kept tokens
+    are in raster order (theirs: the small copy's best first, and those of tiles with fewer columns after unpadding at
+    places of whole tiles), and rows that unpadding cuts off have no newline token (theirs keep it). A picture in one
+    crop is its own small copy (the release leaves it whole).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava.arrangement import Arrangement
+from llava.card import Card
+from llava.crops import covered, deal
+from llava.errors import UserError
+from llava.reducer import NEWLINES, EncoderState, ModelFacts, Reducer, option
+from llava.reduction import Reduction, keep_top
+from llava.registry import register
+from llava.signals import Signal
+
+SCORE = Signal("cls_logits", -1)
+EPS = 1e-8
+
+
+def adjustment(richness: Sequence[float], temperature: float) -> list[float]:
+    """What the ratio of each tile is multiplied by: 1 + softmax(richness / temperature) - the mean of that softmax."""
+    best = max(richness)
+    powers = [exp((value - best) / temperature) for value in richness]
+    weights = [power / (sum(powers) + EPS) for power in powers]
+    mean = sum(weights) / len(weights)
+    return [1 + weight - mean for weight in weights]
+
+
+def equal_parts(score: Tensor, grid: tuple[int, int], tiles: tuple[int, int]) -> list[float]:
+    """Sums of the small copy's scores [P] over as many equal parts as there are tiles; the last takes what is over."""
+    row, column = (
+        (torch.arange(length) // max(1, length // parts)).clamp(max=parts - 1)
+        for length, parts in zip(grid, tiles, strict=True)
+    )
+    part = (row[:, None] * tiles[1] + column).flatten()
+    return torch.zeros(tiles[0] * tiles[1], dtype=torch.double).scatter_add_(0, part, score.double()).tolist()
+
+
+def split(score: Tensor, arrangement: Arrangement, temperature: float, budget: int) -> list[int]:
+    """`budget` over the crops of a picture: the small copy at the ratio of all, tiles above or below it by richness.
+
+    Args:
+        score: [P] of the small copy.
+    """
+    sizes = [len(crop.patches) for crop in arrangement.crops]
+    budget = min(budget, sum(sizes))
+    first = int(budget * sizes[0] / sum(sizes) + 0.5)
+    factors = adjustment(covered(arrangement, score), temperature)
+    weights = [size * factor for size, factor in zip(sizes[1:], factors, strict=True)]
+    return [first, *deal(budget - first, sizes[1:], weights)]
+
+
+def split_as_released(score: Tensor, arrangement: Arrangement, temperature: float, ratio: float) -> list[int]:
+    """Every crop keeps its own share of its own patches, rounded down."""
+    factors = adjustment(equal_parts(score, arrangement.grid, arrangement.tiles), temperature)
+    ratios = [ratio, *(min(ratio * factor, 1.0) for factor in factors)]
+    return [int(len(crop.patches) * own) for crop, own in zip(arrangement.crops, ratios, strict=True)]
+
+
+@register("globalcom2")
+@dataclass(frozen=True, kw_only=True)
+class GlobalCom2(Reducer):
+    """With one crop, or frames of a video, there is no small copy: each crop keeps its own best patches."""
+
+    summary: ClassVar[str] = "CLS logits of tiles and of the small copy, which also splits the budget"
+    card: ClassVar[Card] = Card(
+        acts="after the tower",
+        score="CLS logits in front of the softmax, block −1, of a tile and of the small copy at the same place",
+        needs="CLS token",
+        paper="GlobalCom², 2501.05179",
+        url="https://arxiv.org/abs/2501.05179",
+        code="xuyang-liu16/GlobalCom2@96b2d00",
+    )
+
+    # Not "global": scores are scaled crop by crop and say nothing about patches of different crops.
+    crops: str = option(
+        "adaptive", "the budget over crops: by the paper's rule, or others", ("adaptive", "each", "thumbnail")
+    )
+    newlines: str = option("keep", "newline tokens where patches are chosen: drop, or keep and count", NEWLINES)
+    temperature: float = option(10.0, "how little richness tells tiles apart")
+    official: bool = option(False, "newlines uncounted, equal parts and shares rounded down, as the release")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise UserError(f"{self.name}.temperature must be above 0, got {self.temperature:g}.")
+
+    def entering(self, facts: ModelFacts) -> tuple[int, ...] | None:
+        return None if self.official else super().entering(facts)
+
+    def for_picture(self, facts: ModelFacts) -> Reducer:
+        if self.share and self.official:  # the release's retention ratio is one of patches
+            return self.sized(max(1, int(self.share * facts.patches + 0.5)))
+        return super().for_picture(facts)
+
+    def signals(self) -> tuple[Signal, ...]:
+        return (SCORE,)
+
+    def crop_shares(self, arrangement: Arrangement, signals: dict[Signal, Tensor], budget: int) -> list[int] | None:
+        if self.crops != "adaptive" or arrangement.tiles is None:
+            return None
+        score = signals[SCORE][0].cpu()  # the only look at the device: shares are shapes
+        if self.official:
+            return split_as_released(score, arrangement, self.temperature, min(1.0, self.budget / arrangement.patches))
+        return split(score, arrangement, self.temperature, budget)
+
+    def encoder(self, state: EncoderState) -> Reduction | None:
+        tokens = state.features.shape[1]
+        if self.budget >= tokens:
+            return None
+        score = F.normalize(state.signals[SCORE], dim=-1) + F.normalize(state.thumbnail(SCORE), dim=-1)
+        return Reduction(keep_top(score, self.budget), tokens)

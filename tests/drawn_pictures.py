@@ -1,0 +1,57 @@
+"""Pictures in several crops with chosen signals, without a model: what a method keeps of them before the projector."""
+
+from types import SimpleNamespace
+
+import torch
+
+from llava.anyres import AnyresProcessor
+from llava.arrangement import NEWLINE, Arrangement
+from llava.layout import Layout
+from llava.parts import parts_of, shared_fields
+from llava.reducer import EncoderState, ModelFacts, Reducer
+from llava.sample import Sample
+from llava.seen import Picture, picture_of
+from llava.signals import Signal
+from llava.vision import Encoded
+
+Signals = dict[Signal, torch.Tensor]
+
+
+def arranged(size: tuple[int, int], merge: str = "spatial_unpad") -> Arrangement:
+    """How LLaVA-NeXT's 24 x 24 patches per crop make up the run of a picture of this (width, height)."""
+    return AnyresProcessor(SimpleNamespace(crop=336), (24, 24), merge=merge).arrange(size)
+
+
+def picture_with(arrangement: Arrangement, signals: Signals) -> Picture:
+    """Signals [crops, P] over whole crops; features are all zero."""
+    crops, patches = next(iter(signals.values())).shape
+    return picture_of(Encoded(torch.zeros(crops, patches, 1), signals, arrangement.grid), arrangement, keep_cls=False)
+
+
+def state_of(part) -> EncoderState:
+    """What the method is handed of one part of a picture."""
+    return EncoderState(features=part.features[None], **shared_fields(None, [Sample("a", "?")], [part]))
+
+
+def parts_with(reducer: Reducer, arrangement: Arrangement, signals: Signals) -> list:
+    layout = Layout(*arrangement.grid)
+    model = SimpleNamespace(facts=lambda: ModelFacts(layout.tokens, 4, layout, 24))
+    return parts_of(model, reducer, (0, 0), picture_with(arrangement, signals))
+
+
+def kept_of(reducer: Reducer, arrangement: Arrangement, signals: Signals) -> list[int]:
+    """crop * P + patch of what is kept, in the order of the run; -1 for a newline token."""
+    places = [arrangement.newlines] if reducer.newlines == "keep" else []
+    for part in parts_with(reducer, arrangement, signals):
+        reduction = part.reducer.encoder(state_of(part))
+        places.append(part.places if reduction is None else part.places[reduction.anchor[0]])
+    crop, row, column = arrangement.origins()[torch.cat(places).sort().values].unbind(1)
+    rows, columns = arrangement.grid
+    return torch.where(crop == NEWLINE, -1, (crop * rows + row) * columns + column).tolist()
+
+
+def counts_of(codes: list[int], arrangement: Arrangement) -> list[int]:
+    """Kept patches of each crop."""
+    patches = arrangement.grid[0] * arrangement.grid[1]
+    crops = torch.tensor([code // patches for code in codes if code >= 0])
+    return torch.bincount(crops, minlength=len(arrangement.crops)).tolist()

@@ -1,0 +1,289 @@
+"""GlobalCom²: ranking and split against loops, planted answers and the release itself."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from baselines.globalcom2 import SCORE, GlobalCom2, adjustment, equal_parts, split, split_as_released
+from llava import registry
+from llava.arrangement import frames, single, stitched
+from llava.crops import planned
+from llava.errors import UserError
+from llava.layout import Layout
+from llava.model import load
+from llava.parts import facts_of, overview
+from llava.pipeline import Clock, Pipeline
+from llava.reducer import ModelFacts
+from llava.sample import Sample
+from llava.signals import Signal
+from llava.vision import encode
+from tests.conftest import QUESTIONS, picture
+from tests.drawn_pictures import arranged, counts_of, kept_of, parts_with, picture_with, state_of
+from tests.parity import model as recipe
+from tests.parity.harness import FOLDER, parity_model, recording
+from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
+
+SIZES = [(672, 672), (640, 480), (300, 1000), (1000, 310), (333, 777)]
+
+
+def scores(run, seed=0) -> torch.Tensor:
+    return torch.randn(len(run.crops), 576, generator=torch.Generator().manual_seed(seed))
+
+
+def test_adjustment_equals_its_formula():
+    richness = [3.0, -8.0, 20.0, 0.5]
+    powers = [math.exp(value / 10) for value in richness]
+    expected = [1 + power / sum(powers) - 0.25 for power in powers]
+    assert adjustment(richness, 10.0) == pytest.approx(expected, abs=1e-7)
+    assert sum(adjustment([1e4, -1e4], 10.0)) == pytest.approx(2)
+    assert adjustment([5.0], 10.0) == pytest.approx([1.0])
+
+
+def test_a_planted_rich_tile_keeps_more():
+    """All that CLS looks at is in the lower right quarter: softmax 1 there, so 1.75 against 0.75 of the ratio."""
+    run, score = stitched((2, 2), (24, 24), newline=False), torch.zeros(24, 24)
+    score[12:, 12:] = 10.0
+    assert split(score.flatten(), run, 10.0, 1000) == [200, 150, 150, 150, 350]
+    assert split(score.flatten(), run, 1e9, 1000) == [200] * 5
+
+
+def split_by_the_book(score, run, budget):
+    """Loops over the small copy's patches; exact fractions, no tile full."""
+    (rows, columns), across, tiles = run.grid, run.tiles[1], run.crops[1:]
+    heights, widths = [tile.rows for tile in tiles[::across]], [tile.columns for tile in tiles[:across]]
+    richness = []
+    for number in range(len(tiles)):
+        row, column = divmod(number, across)
+        total = 0.0
+        for i in range(rows * columns):
+            down_in = sum(heights[:row]) * rows // sum(heights) <= i // columns
+            down_in &= i // columns < sum(heights[: row + 1]) * rows // sum(heights)
+            across_in = sum(widths[:column]) * columns // sum(widths) <= i % columns
+            across_in &= i % columns < sum(widths[: column + 1]) * columns // sum(widths)
+            total += score[i].item() if down_in and across_in else 0.0
+        richness.append(total)
+    powers = [math.exp((value - max(richness)) / 10) for value in richness]
+    weights = [len(t.patches) * (1 + p / sum(powers) - 1 / len(tiles)) for t, p in zip(tiles, powers, strict=True)]
+    first = math.floor(budget * 576 / run.patches + 0.5)
+    quota = [(budget - first) * weight / sum(weights) for weight in weights]
+    given = [math.floor(value) for value in quota]
+    for tile in sorted(range(len(tiles)), key=lambda t: given[t] - quota[t])[: budget - first - sum(given)]:
+        given[tile] += 1
+    return [first, *given]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_split_equals_its_definition_and_loses_nothing(size):
+    run = arranged(size)
+    for seed, budget in enumerate((160, 321, 640)):
+        score = scores(run, seed)[0]
+        found = split(score, run, 10.0, budget)
+        assert found == split_by_the_book(score, run, budget) and sum(found) == budget
+
+
+def test_the_release_loses_fractions_and_full_tiles():
+    """At a ratio of 0.9 a rich tile would need 1.57 times its patches: the release stops at all and keeps 2,523 of
+    2,592; ours gives the rest to the other tiles."""
+    run, score = stitched((2, 2), (24, 24), newline=False), torch.zeros(24, 24)
+    score[12:, 12:] = 10.0
+    assert split_as_released(score.flatten(), run, 10.0, 0.9) == [518, 388, 388, 388, 576]
+    assert split(score.flatten(), run, 10.0, 2592) == [518, 500, 499, 499, 576]
+    assert split_as_released(torch.zeros(576), run, 10.0, 0.25) == [144] * 5
+    assert sum(split_as_released(torch.zeros(576), run, 10.0, 640 / 2880)) == 640
+    assert sum(split_as_released(torch.zeros(576), run, 10.0, 642 / 2880)) == 640  # five times 128.4
+
+
+def test_a_tile_answers_for_what_it_shows():
+    """Three tiles above each other; padding leaves 8, 24 and 8 rows. Scores at the picture's upper third belong to the
+    middle tile, which shows three fifths of it; the release's equal thirds put them on the first."""
+    run, score = stitched((3, 1), (24, 24), (16, 56, 0, 24)), torch.zeros(24, 24)
+    score[5:8] = 10.0
+    assert [len(tile.patches) for tile in run.crops[1:]] == [192, 576, 192]
+    assert split(score.flatten(), run, 10.0, 400) == [150, 26, 198, 26]
+    found = split_as_released(score.flatten(), run, 10.0, 400 / 1536)
+    assert found[1] > 2 * found[3] and found[2] == int(576 * (400 / 1536) * (2 / 3))
+
+
+def test_equal_parts_equal_loops():
+    score = torch.rand(7 * 9)
+    for tiles in ((2, 2), (1, 3), (3, 1), (2, 4), (9, 1)):
+        expected = [0.0] * (tiles[0] * tiles[1])
+        high, wide = max(7 // tiles[0], 1), max(9 // tiles[1], 1)
+        for i, value in enumerate(score.tolist()):
+            row, column = min(i // 9 // high, tiles[0] - 1), min(i % 9 // wide, tiles[1] - 1)
+            expected[row * tiles[1] + column] += value
+        assert equal_parts(score, (7, 9), tiles) == pytest.approx(expected)
+
+
+def between(table, row, column, size):
+    """The value of a table at (row, column) of the same table resized to `size`: four neighbours, edges repeated."""
+    value, where = 0.0, []
+    for place, length, wanted in ((row, len(table), size[0]), (column, len(table[0]), size[1])):
+        at = max((place + 0.5) * length / wanted - 0.5, 0.0)
+        low = min(int(at), length - 1)
+        where.append([(low, 1 - (at - int(at))), (min(low + 1, length - 1), at - int(at))])
+    for i, share in where[0]:
+        for j, other in where[1]:
+            value += share * other * table[i][j].item()
+    return value
+
+
+@pytest.mark.parametrize(
+    "run", [stitched((2, 2), (4, 4)), stitched((2, 2), (4, 4), (1, 7, 0, 8)), stitched((1, 3), (4, 4), (0, 4, 3, 9))]
+)
+def test_overview_is_the_small_copy_laid_over_the_tiles(run):
+    values = torch.randn(len(run.crops), 16)
+    seen = picture_with(run, {SCORE: values})
+    rows, columns = run.grid[0] * run.tiles[0], run.grid[1] * run.tiles[1]
+    shown = [(n, c // 4, c % 4) for n, crop in enumerate(run.crops) for c in crop.patches.tolist() if n]
+    places = [((n - 1) // run.tiles[1] * 4 + r, (n - 1) % run.tiles[1] * 4 + c) for n, r, c in shown]
+    top, left = min(r for r, _ in places), min(c for _, c in places)
+    size = (max(r for r, _ in places) - top + 1, max(c for _, c in places) - left + 1)
+    assert size[0] <= rows and size[1] <= columns
+    found = torch.cat([overview(seen, number, SCORE) for number in range(1, len(run.crops))])
+    expected = [between(values[0].view(4, 4), r - top, c - left, size) for r, c in places]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
+    assert torch.equal(overview(seen, 0, SCORE), values[0])
+
+
+def test_ranking_equals_its_definition():
+    run = arranged((640, 480))
+    values = scores(run)
+    for part in parts_with(GlobalCom2(budget=300), run, {SCORE: values}):
+        number, crop = part.numbers[0], run.crops[part.numbers[0]]
+        own = values[number][crop.patches].double()
+        copy = overview(part.picture, number, SCORE).double()
+        total = own / own.square().sum().sqrt() + copy / copy.square().sum().sqrt()
+        order = sorted(range(len(own)), key=lambda i: -total[i].item())[: part.reducer.budget]
+        assert part.reducer.encoder(state_of(part)).anchor[0].tolist() == sorted(order)
+
+
+def test_the_small_copy_has_a_planted_say_in_every_tile():
+    """Tiles without an opinion of their own keep what the small copy looks at: the centre of the picture."""
+    run, values = stitched((2, 2), (24, 24), newline=False), torch.full((5, 576), 1.0)
+    values[0].view(24, 24)[9:15, 9:15] = 9.0
+    kept = [code for code in kept_of(GlobalCom2(budget=180), run, {SCORE: values}) if code >= 576]
+    corners = {1: (23, 23), 2: (23, 0), 3: (0, 23), 4: (0, 0)}  # the corner of each tile that is nearest to the centre
+    for code in kept:
+        tile, row, column = code // 576, code % 576 // 24, code % 24
+        assert abs(row - corners[tile][0]) < 7 and abs(column - corners[tile][1]) < 7
+    assert len(kept) == 144
+    # And a tile with a strong opinion keeps that too.
+    values[4, :10] = 50.0
+    kept = kept_of(GlobalCom2(budget=180), run, {SCORE: values})
+    assert set(range(4 * 576, 4 * 576 + 10)) <= set(kept)
+
+
+def test_newlines_are_in_the_budget_and_the_release_adds_them():
+    run = arranged((672, 672))
+    signals = {SCORE: scores(run)}
+    ours, dropped, theirs = (
+        kept_of(GlobalCom2(budget=320, **options), run, signals)
+        for options in ({}, {"newlines": "drop"}, {"official": True})
+    )
+    assert len(ours) == 320 and ours.count(-1) == 48
+    assert len(dropped) == 320 and dropped.count(-1) == 0
+    assert theirs.count(-1) == 48 and 316 <= len(theirs) - 48 <= 320
+
+
+def test_official_selects_what_the_release_selects():
+    """The official functions on drawn scores: the very same tokens. Also in the same order, but for the small copy's,
+    which the release has best first, and where unpadding cuts columns: there the release takes the number of a patch
+    among those that are left for its place in the whole tile. Rows that were cut off have a newline token there."""
+    meta, arrays = recording(FOLDER / "globalcom2-drawn.npz")
+    assert len(arrays["cases"]) == 40
+    for row, case in enumerate(arrays["cases"].tolist()):
+        run = arranged(tuple(arrays["sizes"][row]))
+        values = 0.5 * recipe.draw(f"globalcom2-scores-{case}", (len(run.crops), 576))
+        values[0, :200] += case % 3 * 0.1
+        reducer = GlobalCom2(budget=int(arrays["budgets"][row]), official=True)
+        ours = kept_of(reducer, run, {SCORE: values})
+        theirs = arrays["kept"][row]
+        theirs = theirs[theirs >= -1].tolist()
+        copy = sum(0 <= code < 576 for code in theirs)
+        assert theirs[:copy] != sorted(theirs[:copy]), "the release: best first"
+        assert sorted(code for code in ours if code >= 0) == sorted(code for code in theirs if code >= 0), row
+        if all(crop.columns == 24 for crop in run.crops):
+            assert [code for code in ours[copy:] if code >= 0] == [code for code in theirs[copy:] if code >= 0], row
+        assert ours.count(-1) == len(run.newlines) and theirs.count(-1) == 24 * run.tiles[0], row
+        if all(len(crop.patches) == 576 for crop in run.crops):
+            assert ours[copy:] == theirs[copy:], row
+    assert meta["options"] == {"official": "true"}
+
+
+def test_logits_are_those_of_the_release():
+    _, arrays = recording(FOLDER / "globalcom2-drawn.npz")
+    pixels = torch.stack([recipe.case(number).pixels for number in (0, 1)])
+    with torch.inference_mode():
+        encoded = encode(parity_model().tower, pixels, -2, [SCORE])
+    torch.testing.assert_close(encoded.signals[SCORE], torch.from_numpy(arrays["logits"]), atol=2e-4, rtol=0)
+
+
+def test_a_picture_in_one_crop_is_its_own_small_copy():
+    values = torch.zeros(1, 16)
+    values[0, [2, 7, 11]] = torch.tensor([3.0, 1.0, 2.0])
+    assert kept_of(GlobalCom2(budget=3), single(4, 4), {SCORE: values}) == [2, 7, 11]
+    run = frames(2, 4, 4)
+    assert counts_of(kept_of(GlobalCom2(budget=5), run, {SCORE: torch.rand(2, 16)}), run) == [3, 2]
+
+
+@pytest.mark.parametrize("crops", ["each", "thumbnail"])
+def test_other_splits_stay_possible(crops):
+    run, values = stitched((2, 2), (24, 24), newline=False), scores(arranged((672, 672)))
+    attention = torch.zeros(5, 576)
+    attention[0].view(24, 24)[:12, :12] = 1.0
+    reducer = GlobalCom2(budget=100, crops=crops)
+    counts = counts_of(kept_of(reducer, run, {SCORE: values, Signal("cls_attention"): attention}), run)
+    assert counts == ([20] * 5 if crops == "each" else [20, 80, 0, 0, 0])
+
+
+def test_through_the_model(tmp_path):
+    """The default meets its plan to the token; the release's counts depend on the picture, so it has no plan."""
+    save_next_transformers(tmp_path / "tiny", make_tiny_next())
+    model, seen = load(tmp_path / "tiny", device="cpu"), {}
+    sample = Sample("a", QUESTIONS[0], image=picture(3, (60, 100)))
+    run = model.views(sample.image)[1]
+    for official in ("false", "true"):
+        reducer = registry.build("globalcom2", 30, {"official": official})
+        pipeline = Pipeline(model, reducer)
+        state, record = pipeline.prepare([sample], Clock(model.device))
+        (audit,) = pipeline.audits(state, record)
+        seen[official] = record.steps[0][0].reduction.anchor[0]
+        assert torch.isin(run.newlines, seen[official]).all()
+        if official == "false":
+            assert audit.entering == planned(reducer, facts_of(model.facts(), run)) == (30,) * 4
+        else:
+            assert planned(reducer, facts_of(model.facts(), run)) is None
+            assert 30 + len(run.newlines) - 5 < audit.mean <= 30 + len(run.newlines)
+    with torch.inference_mode():
+        pixels = model.views(sample.image)[0]
+        signals = encode(model.tower, pixels, model.select_layer, [SCORE]).signals
+    assert len(kept_of(GlobalCom2(budget=30), run, signals)) == 30
+    places = torch.tensor(kept_of(GlobalCom2(budget=30), run, signals))
+    crop, row, column = run.origins()[seen["false"]].unbind(1)
+    assert torch.equal(places, torch.where(crop < 0, -1, crop * 16 + row * 4 + column))
+
+
+def test_ratio_of_the_release_is_one_of_patches():
+    facts = facts_of(ModelFacts(576, 32, Layout(24, 24), 24), arranged((672, 672)))
+    assert GlobalCom2(budget=1, share=0.25, official=True).for_picture(facts).budget == 720
+    assert GlobalCom2(budget=1, share=0.25).for_picture(facts).budget == 732  # newline tokens are tokens
+
+
+def test_wrong_choices_are_refused():
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="temperature must be above 0"):
+            GlobalCom2(budget=8, temperature=temperature)
+    with pytest.raises(UserError, match="crops must be one of adaptive, each, thumbnail"):
+        GlobalCom2(budget=8, crops="global")
+
+
+def test_normalisation_needs_no_positive_scores():
+    """Logits have any sign; only their order in a crop and their size beside the small copy's count."""
+    run, values = arranged((672, 672)), -5 - scores(arranged((672, 672))).abs()
+    kept = kept_of(GlobalCom2(budget=200), run, {SCORE: values})
+    total = F.normalize(values[0], dim=0)
+    copy = [code for code in kept if 0 <= code < 576]
+    assert copy == sorted(total.argsort(descending=True)[: len(copy)].tolist())

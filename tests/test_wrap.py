@@ -1,0 +1,233 @@
+"""`reduce` around model objects of transformers: nothing changes at full budget, and tokens are gone below it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llava import load, reduce, registry
+from llava.anyres import best_resolution
+from llava.audit import Audit
+from llava.errors import UserError
+from llava.sample import Sample
+from tests.conftest import QUESTIONS, picture
+from tests.stock_inputs import FAMILIES, TEXTS, stock, with_pad
+from tests.tiny_checkpoints import make_tokenizer, save_text_tower, save_transformers_layout
+from tests.tiny_checkpoints_families import (
+    FRAMES,
+    PINPOINTS,
+    make_tiny_next,
+    save_next_transformers,
+    save_qwen_transformers,
+    save_video_transformers,
+)
+
+SAVE = {
+    "llava": save_transformers_layout,
+    "next": save_next_transformers,
+    "video": save_video_transformers,
+    "qwen2.5": save_qwen_transformers,
+    "qwen2": save_qwen_transformers,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request):
+    return stock(request.param)
+
+
+def methods(case) -> dict[str, dict]:
+    """One that acts before the decoder and one that acts inside."""
+    if "Qwen" in type(case.model).__name__:
+        return {"divprune": {}, "fastv": {"schedule": "kept"}}
+    return {"fastervlm": {}, "visiondrop": {"official": True}}
+
+
+def last_logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits[:, -1:]
+
+
+def test_importing_the_package_is_cheap():
+    subprocess.run([sys.executable, "-c", "import sys, llava; assert 'torch' not in sys.modules"], check=True)
+    with pytest.raises(ImportError, match="reduces"):
+        from llava import reduces  # noqa: F401
+
+
+def test_full_budget_gives_the_models_own_logits_and_ids(case):
+    """A batch with padding, two pictures in one prompt, and a prompt without any."""
+    inputs = case.batch()
+    plain, ids = last_logits(case.model, inputs), case.generate(inputs)
+    with reduce(case.model, "full") as reduced:
+        torch.testing.assert_close(case.model(**inputs).logits, plain, atol=2e-4, rtol=0)
+        assert torch.equal(case.generate(inputs), ids)
+    assert [audit.images for audit in reduced.audits] == [2, 1, 1, 1]
+    assert reduced.audits[2].entering == (0,) * 4
+
+
+def test_padding_on_the_right_is_no_different(case):
+    inputs = case.batch()
+    case.tokenizer.padding_side = "right"
+    other = case.batch()
+    case.tokenizer.padding_side = "left"
+    assert not torch.equal(inputs["attention_mask"], other["attention_mask"])
+    for name, options in methods(case).items():
+        with reduce(case.model, name, budget=6, **options):
+            torch.testing.assert_close(case.model(**other).logits, case.model(**inputs).logits, atol=2e-4, rtol=0)
+
+
+def test_tokens_are_gone_from_every_layers_cache(case):
+    inputs = case.batch()
+    for name, options in methods(case).items():
+        with reduce(case.model, name, budget=6, **options) as reduced:
+            out = case.model.generate(
+                **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
+            )
+        for layer, held in enumerate(out.past_key_values.layers):
+            entering = [audit.entering[layer] for audit in reduced.audits]
+            # Two of the three new tokens were fed.
+            lengths = [text + count + 2 for text, count in zip(case.text_tokens(inputs), entering, strict=True)]
+            assert held.keys.shape[-2] == max(lengths)
+            assert out.past_key_values.valid[layer].sum(1).tolist() == lengths
+        assert entering[0] < 16 and max(lengths) < inputs["input_ids"].shape[1]
+        assert [len(trace) > 0 for trace in reduced.traces] == [True, True, False, True]
+        assert all(isinstance(audit, Audit) and audit.planned == audit.mean for audit in reduced.audits)
+
+
+def test_a_row_of_a_batch_is_the_same_alone(case):
+    inputs = case.batch()
+    for name, options in methods(case).items():
+        with reduce(case.model, name, budget=6, **options) as reduced:
+            together = case.generate(inputs)
+            audits = reduced.audits
+            alone = case.prepare(TEXTS[1:2], [picture(2, (112, 112))])
+            assert torch.equal(case.generate(alone)[0], together[1])
+            assert reduced.audits == [audits[1]]
+
+
+def test_a_random_choice_does_not_change_with_the_batch(case):
+    inputs = case.batch()
+    with reduce(case.model, "random", budget=6) as reduced:
+        case.model(**inputs)
+        ((step,),) = reduced.traces[1:2]
+        case.model(**case.prepare(TEXTS[1:2], [picture(2, (112, 112))]))
+        assert torch.equal(reduced.traces[0][0].reduction.anchor, step.reduction.anchor)
+
+
+def test_generates_what_our_own_model_answers(case, tmp_path, request):
+    """The same picture and prompt through `Llava.answer`, with the question known, under the same preprocessing."""
+    family = request.node.callspec.params["case"]
+    SAVE[family](tmp_path, case.model)
+    ours = load(tmp_path, device="cpu", **({"reading": "transformers"} if family == "next" else {}))
+    # Square, so that padding and cropping are the same; resized by neither side in another way.
+    image = picture(5, (112, 112))
+    sample = Sample("q", QUESTIONS[2], suffix="", image=image)
+    text = ours.prompt(sample).text
+    text = text.replace("<|vision_start|><image><|vision_end|>", "<image>")
+    if "Qwen" in type(case.model).__name__:
+        ours.image_processor = type(ours.image_processor)(min_pixels=16 * 28 * 28, max_pixels=64 * 28 * 28)
+    inputs = case.prepare([text], [image])
+    rows = case.model.config.text_config.vocab_size
+    # Nothing ends an answer, and the rows that no token has are never chosen.
+    ours.end_ids, free = frozenset(), {"min_new_tokens": 0, "eos_token_id": rows - 1}
+    free["suppress_tokens"] = list(range(ours.vocabulary, rows))
+    names = {**methods(case), "full": {}}
+    names |= {"sparsevlm": {"schedule": "kept"}} if family.startswith("qwen") else {"attnmix": {}, "consensusdrop": {}}
+    for name, options in names.items():
+        budget = 8 if name != "full" else ours.visual_tokens
+        (answer,) = ours.answer([sample], registry.build(name, budget, options), max_new_tokens=8).answers
+        with reduce(case.model, name, budget, questions=[sample.question], tokenizer=case.tokenizer, **options) as done:
+            ids = case.generate(inputs, **free)[0].tolist()
+        assert tuple(ids) == answer.token_ids and len(ids) == 8, name
+        assert done.audits == [answer.audit]
+        for ours_step, theirs in zip(answer.trace, done.traces[0], strict=True):
+            assert torch.equal(ours_step.reduction.anchor, theirs.reduction.anchor)
+
+
+def test_videos_keep_the_class_token_of_every_frame():
+    case = stock("video")
+    texts = ("USER: <video> what is it ASSISTANT:", "USER: <image> where is the cat ASSISTANT:", "is there a star")
+    frames = [picture(seed, (70, 50)) for seed in range(FRAMES)]
+    inputs = case.prepare(texts, [picture(9)], [frames])
+    plain, ids = last_logits(case.model, inputs), case.generate(inputs)
+    with reduce(case.model, "full") as reduced:
+        torch.testing.assert_close(case.model(**inputs).logits, plain, atol=2e-4, rtol=0)
+        assert torch.equal(case.generate(inputs), ids)
+        assert [audit.visual_tokens for audit in reduced.audits] == [FRAMES * 17, 16, 0]
+    # The newer name of the same pixels.
+    inputs["pixel_values"] = inputs.pop("pixel_values_images")
+    with reduce(case.model, "fastervlm", budget=8) as reduced:
+        case.model(**inputs)
+        assert [audit.entering for audit in reduced.audits] == [(8,) * 4, (8,) * 4, (0,) * 4]
+
+
+def test_tiles_are_those_of_the_processor():
+    """Sizes at which the original reading takes other tiles; pixels padded to the batch's largest picture, or not."""
+    case, sizes = stock("next"), ((40, 90), (90, 40), (50, 50), (112, 112))
+    assert any(best_resolution(size, PINPOINTS) != best_resolution(size, PINPOINTS, "transformers") for size in sizes)
+    texts = [f"USER: <image> {QUESTIONS[i]} ASSISTANT:" for i in range(4)]
+    inputs = case.prepare(texts, [picture(seed, size) for seed, size in enumerate(sizes)])
+    plain = last_logits(case.model, inputs)
+    counts = [(crops.flatten(1).abs().sum(1) > 0).sum() for crops in inputs["pixel_values"]]
+    assert min(counts) < max(counts)
+    flat = {**inputs, "pixel_values": torch.cat([c[:n] for c, n in zip(inputs["pixel_values"], counts, strict=True)])}
+    seen, tower = [], case.model.model.vision_tower.embeddings
+    handle = tower.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    with reduce(case.model, "full"):
+        torch.testing.assert_close(case.model(**inputs).logits, plain, atol=2e-4, rtol=0)
+        torch.testing.assert_close(case.model(**flat).logits, plain, atol=2e-4, rtol=0)
+    handle.remove()
+    assert seen == [sum(counts)] * 2  # nothing that was only filled up
+
+
+def test_a_method_that_needs_the_text_tower(tmp_path):
+    case = stock("llava")
+    save_text_tower(tmp_path, case.model)
+    make_tokenizer().save_pretrained(tmp_path)
+    inputs = case.batch()
+    questions = [text.split("<image>")[-1].split("ASSISTANT:")[0].strip() for text in TEXTS]
+    with reduce(
+        case.model, "cdpruner", 5, questions=questions, tokenizer=case.tokenizer, text_tower=tmp_path
+    ) as reduced:
+        first = case.model(**inputs).logits
+        traces = reduced.traces
+        reduced.questions = [f" {questions[0]}\n", *questions[1:]]
+        assert torch.equal(case.model(**inputs).logits, first)
+        reduced.questions = ["color", *questions[1:]]
+        case.model(**inputs)
+        assert not torch.equal(reduced.traces[0][0].reduction.anchor, traces[0][0].reduction.anchor)
+    with pytest.raises(UserError, match="text_tower"):
+        reduce(case.model, "cdpruner", 5)
+    qwen = stock("qwen2.5")
+    with pytest.raises(UserError, match="is no CLIP"):
+        reduce(qwen.model, "trim", 5, questions=["a"], tokenizer=qwen.tokenizer, text_tower=tmp_path)
+
+
+def test_a_sliding_window_holds_as_far_as_it_reaches():
+    case = stock("next")
+    for window, fits in ((80, True), (70, False)):
+        case.model = with_pad(make_tiny_next("mistral", sliding_window=window), case.tokenizer)
+        inputs = case.prepare(TEXTS[1:2], [picture(0, (60, 110))])
+        assert inputs["input_ids"].shape[1] == 66
+        ids = case.generate(inputs)
+        with reduce(case.model, "full"):
+            if fits:
+                assert torch.equal(case.generate(inputs), ids)
+            else:
+                with pytest.raises(UserError, match="sliding window of 70"):
+                    case.generate(inputs)
+        with reduce(case.model, "fastervlm", budget=20) as reduced:
+            assert case.generate(inputs).shape == (1, 8) and reduced.audits[0].mean == 20
+
+
+def test_a_window_that_is_not_applied_forgets_no_keys(tmp_path):
+    """The cache once took the window from the configuration: decoding dropped keys that the prefill had attended."""
+    answers = []
+    for window in (None, 20):
+        save_next_transformers(tmp_path / str(window), make_tiny_next("mistral", sliding_window=window))
+        model = load(tmp_path / str(window), device="cpu")
+        sample = Sample("q", QUESTIONS[0], image=picture(0, (60, 110)))
+        reducer = registry.build("full", model.visual_tokens)
+        answers.append(model.answer([sample], reducer, max_new_tokens=8).answers[0])
+    assert answers[0].token_ids == answers[1].token_ids and answers[0].audit == answers[1].audit
