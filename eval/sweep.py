@@ -106,7 +106,13 @@ class Remembering(Llava):
 
 
 def sweep(
-    settings: Sequence[Setting], model: Remembering, data: Path, split: str, output: Path, batch_size: int = 48
+    settings: Sequence[Setting],
+    model: Remembering,
+    data: Path,
+    split: str,
+    output: Path,
+    batch_size: int = 48,
+    benchmark: str = "gqa",
 ) -> list[Credits]:
     """Run every setting; question id -> credit, in the order of `settings`."""
     results = []
@@ -118,6 +124,7 @@ def sweep(
         config = RunConfig(
             setting.method,
             setting.budget,
+            benchmark,
             split=split,
             data=data,
             output=folder,
@@ -129,7 +136,7 @@ def sweep(
         if not is_finished(config, model):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 run(config, model=model)
-        results.append(credits_of(folder, data, split))
+        results.append(credits_of(folder, data, split, benchmark))
     return results
 
 

@@ -6,7 +6,7 @@ puts what they keep back into the order of the run.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -144,17 +144,20 @@ def _crop(rows: int, columns: int, start: int) -> Crop:
     return Crop(rows, columns, patches, patches + start)
 
 
+@lru_cache(maxsize=256)
 def single(rows: int, columns: int) -> Arrangement:
     """One crop with all its patches."""
     return Arrangement((_crop(rows, columns, 0),), torch.tensor([], dtype=torch.long), (rows, columns))
 
 
+@lru_cache(maxsize=64)
 def frames(count: int, rows: int, columns: int) -> Arrangement:
     """`count` frames one behind another, class tokens apart."""
     crops = tuple(_crop(rows, columns, number * rows * columns) for number in range(count))
     return Arrangement(crops, torch.tensor([], dtype=torch.long), (rows, columns), temporal=True)
 
 
+@lru_cache(maxsize=4096)
 def stitched(
     tiles: tuple[int, int], grid: tuple[int, int], kept: tuple[int, int, int, int] | None = None, newline: bool = True
 ) -> Arrangement:

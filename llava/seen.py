@@ -77,7 +77,7 @@ class Part:
     reducer: Reducer
     facts: ModelFacts
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         layout = self.picture.arrangement.layout
         if len(self.numbers) == 1:
@@ -89,11 +89,11 @@ class Part:
         """The method wants class tokens; otherwise those that the model takes are not among its tokens."""
         return self.reducer.keep_cls
 
-    @property
+    @cached_property
     def places(self) -> Tensor:
         """[n] places of its tokens in the run."""
         crops = self.picture.arrangement.crops
-        return torch.cat([crops[n].all_places if self.with_cls else crops[n].places for n in self.numbers])
+        return _joined([crops[n].all_places if self.with_cls else crops[n].places for n in self.numbers])
 
     @property
     def block(self) -> int:
@@ -103,15 +103,15 @@ class Part:
         number = self.numbers[0]
         return number if self.picture.arrangement.temporal else min(number, 1)
 
-    @property
+    @cached_property
     def features(self) -> Tensor:
         """[n, D]"""
-        return torch.cat([self.picture.crop_features(number, self.with_cls) for number in self.numbers])
+        return _joined([self.picture.crop_features(number, self.with_cls) for number in self.numbers])
 
     def signals(self) -> dict[Signal, Tensor]:
         """[patches, ...] of every signal."""
         return {
-            signal: torch.cat([self.picture.crop_signal(signal, number) for number in self.numbers])
+            signal: _joined([self.picture.crop_signal(signal, number) for number in self.numbers])
             for signal in self.picture.encoded.signals
         }
 
@@ -189,3 +189,7 @@ def coarse(layout: Layout, grid: tuple[int, int]) -> Reduction:
     anchor = (centre_row[:, None] * layout.columns + centre_column).flatten()
     share = 1.0 / torch.bincount(owner, minlength=rows * columns).float()
     return Reduction(anchor[None], layout.tokens, owner[None], share[owner][None])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,150 @@
+"""All methods on the embedded LLaVA-NeXT and the embedded Video-LLaVA: accuracy at a few budgets.
+
+    python -m eval.tables.families next answers [--budgets 320]   # several processes may share the budgets
+    python -m eval.tables.families next tables                    # needs all answers
+
+Writes a table of docs/models.md and docs/tables/embedded_<family>.csv.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval import benchmarks
+from eval.config import ROOT
+from eval.statistics import Interval, bootstrap, paired_bootstrap
+from eval.sweep import Credits, Remembering, Setting, credits_of, name_of, sweep
+from eval.tables.ablation import TABLES, write_csv
+from eval.tables.embedded import BY_KEPT, MARK, setting_of
+from eval.tables.page import insert, markdown
+from llava import registry
+from llava.errors import UserError, unknown
+from llava.model import load
+
+PAGE = ROOT / "docs" / "models.md"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One embedded model and its benchmark.
+
+    Attributes:
+        budgets: visual tokens per picture or video.
+        batch_size: questions at once; unreduced runs are long.
+    """
+
+    model: Path
+    data: Path
+    benchmark: str
+    split: str
+    budgets: tuple[int, ...]
+    batch_size: int
+
+
+FAMILIES = {
+    "next": Family(ROOT / "assets/tinyllava_next", ROOT / "assets/eval_next", "gqa", "testdev", (640, 320, 160), 16),
+    "video": Family(ROOT / "assets/tinyllava_video", ROOT / "assets/eval_video", "video_qa", "test", (256, 136), 16),
+}
+
+
+def settings(family: Family, budgets: Sequence[int], model) -> list[Setting]:
+    """Every method at every budget that it can meet, by kept tokens where the mean is out of reach."""
+    names = [name for name in registry.names() if name != "full"]
+    found = [setting_of(name, budget, model) for budget in budgets for name in names]
+    # Reducing inside the tower needs whole crops, which unpadding leaves nowhere.
+    return [s for s in found if s is not None and s.method not in ("tome", "downsample")]
+
+
+def answers(name: str, budgets: Sequence[int], output: Path) -> None:
+    """Run what is not there yet; without budgets of its own, `full` too."""
+    family, model = FAMILIES[name], Remembering(load(FAMILIES[name].model))
+    wanted = settings(family, budgets, model)
+    if tuple(budgets) == family.budgets:
+        wanted.append(Setting("full", None))
+    sweep(wanted, model, family.data, family.split, output / name, family.batch_size, family.benchmark)
+
+
+def tables(name: str, output: Path) -> None:
+    """The table of docs/models.md, methods by their accuracy at the middle budget."""
+    family, model = FAMILIES[name], Remembering(load(FAMILIES[name].model))
+    data = benchmarks.get(family.benchmark).load(family.data, family.split)
+    groups = {question.id: question.image for question in data.questions}
+
+    def read(setting: Setting) -> tuple[Credits, float]:
+        folder = output / name / family.split / name_of(setting, model.visual_tokens)
+        if not (folder / "result.json").is_file():
+            raise UserError(f"{folder} holds no result; run `python -m eval.tables.families {name} answers` first.")
+        audit = json.loads((folder / "result.json").read_text())["audit"]
+        return credits_of(folder, family.data, family.split, family.benchmark), audit["mean_tokens_per_layer"]
+
+    full, tokens = read(Setting("full", None))
+    found = {(s.method, s.budget): (s, *read(s)) for s in settings(family, family.budgets, model)}
+    middle = family.budgets[1]
+    methods = dict.fromkeys(method for method, _ in found)
+    mean = {key: sum(credit.values()) / len(credit) for key, (_, credit, _) in found.items()}
+    order = sorted(methods, key=lambda method: -mean.get((method, middle), 0.0))
+    rows = [[f"`full` ({tokens:.0f} tokens)", *([shown(accuracy(full, groups))] * len(family.budgets)), ""]]
+    lines = [["full", "", f"{tokens:.1f}", *numbers(accuracy(full, groups))]]
+    best = found[order[0], middle][1]
+    for method in order:
+        cells = []
+        for budget in family.budgets:
+            if (method, budget) not in found:
+                cells.append("n/a")
+                continue
+            setting, credit, kept = found[method, budget]
+            cells.append(shown(accuracy(credit, groups)) + (MARK if setting.options == BY_KEPT else ""))
+            lines.append([method, budget, f"{kept:.1f}", *numbers(accuracy(credit, groups))])
+        against = ""
+        if method != order[0] and (method, middle) in found:
+            gap = paired_bootstrap(found[method, middle][1], best, groups)
+            against = f"{100 * gap.difference:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+        rows.append([f"`{method}`", *cells, against])
+    header = ["method", *(f"{budget} tokens" for budget in family.budgets), f"against the best at {middle}"]
+    insert(PAGE, f"embedded {name}", markdown(header, rows))
+    write_csv(TABLES / f"embedded_{name}.csv", ["method", "budget", "tokens", "accuracy", "low", "high"], lines)
+
+
+def accuracy(credit: Credits, groups: dict[str, str]) -> Interval:
+    names = sorted(credit)
+    return bootstrap([100 * credit[n] for n in names], [groups[n] for n in names])
+
+
+def shown(found: Interval) -> str:
+    return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]"
+
+
+def numbers(found: Interval) -> list[str]:
+    return [f"{value:.2f}" for value in (found.mean, found.low, found.high)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", help=", ".join(FAMILIES))
+    parser.add_argument("step", choices=("answers", "tables"))
+    parser.add_argument("--budgets", help="some of the family's budgets, separated by commas; all if left out")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "families")
+    args = parser.parse_args()
+    try:
+        if args.family not in FAMILIES:
+            raise unknown("family", args.family, FAMILIES)
+        known = FAMILIES[args.family].budgets
+        budgets = tuple(int(part) for part in args.budgets.split(",")) if args.budgets else known
+        if not set(budgets) <= set(known):
+            raise UserError(f"--budgets should be some of {', '.join(map(str, known))}, got {args.budgets}.")
+        if args.step == "answers":
+            answers(args.family, budgets, args.output)
+        else:
+            tables(args.family, args.output)
+            print(f"Table is in {PAGE.relative_to(ROOT)}.")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
