@@ -85,7 +85,7 @@ def cost_plot(path: Path, full: tuple[float, Interval], points: Mapping[str, Seq
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.25)
         if panel.get_legend_handles_labels()[1]:
-        panel.legend(frameon=False, fontsize=8.5, loc="lower right")
+            panel.legend(frameon=False, fontsize=8.5, loc="lower right")
     for panel in axes[1]:
         panel.set_xlabel("GFLOP per question, tower to first token")
     for panel in axes[:, 0]:

@@ -1,0 +1,26 @@
+"""Exact match with one short answer, for sets that have no official script for short answers."""
+
+from collections.abc import Mapping
+
+from eval.metrics import Score
+from eval.metrics.gqa import check_coverage, grouped, normalise, percent
+
+
+def credit(text: str, answer: str) -> float:
+    """1 if the text is the answer, but for case, final full stops and spaces around it."""
+    return float(normalise(text.strip()) == normalise(answer.strip()))
+
+
+def score(answers: Mapping[str, str], texts: Mapping[str, str], types: Mapping[str, str]) -> Score:
+    """Percent of right answers.
+
+    Args:
+        answers: question id -> reference answer, of the questions that were asked.
+        texts: question id -> the model's text; one for every question.
+        types: question id -> its group in the breakdown; questions that are not in it are left out there.
+    """
+    check_coverage(answers, texts, set(answers))
+    correct = {name: credit(texts[name], answer) for name, answer in answers.items()}
+    typed = {name: value for name, value in correct.items() if name in types}
+    groups = {"type": grouped(typed, types)} if typed else {}
+    return Score({"accuracy": percent(correct.values())}, groups, correct)
