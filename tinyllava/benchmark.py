@@ -9,13 +9,14 @@ Files and fields as in the real thing: `gqa/llava_gqa_{split}_balanced.jsonl` (L
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from tinyllava.questions import FAMILIES, Question, ask
-from tinyllava.scenes import scene
+from tinyllava.scenes import Thing, scene
 from tinyllava.vocabulary import SHORT_ANSWER
 
 # GQA's split name -> (our seed range, first scene of each kind, scenes of each kind). The validation scenes lie behind
@@ -56,18 +57,27 @@ def annotation(question: Question, identity: str, image: str, dense: bool) -> di
     }
 
 
-def write_split(root: Path, name: str) -> int:
-    """Write one split; returns the number of its questions."""
-    split, first, count = SPLITS[name]
+Draw = Callable[[str, int, bool], tuple[bytes, tuple[Thing, ...]]]
+
+
+def draw_scene(split: str, index: int, dense: bool) -> tuple[bytes, tuple[Thing, ...]]:
+    """File and things of a picture of the embedded benchmark."""
+    drawn = scene(split, index, dense)
+    return drawn.jpeg, drawn.things
+
+
+def write_split(root: Path, name: str, part: tuple[str, int, int], draw: Draw = draw_scene) -> int:
+    """Write one split, `part` being its entry in SPLITS; returns the number of its questions."""
+    split, first, count = part
     images = root / "data" / "images"
     images.mkdir(parents=True, exist_ok=True)
     annotations, lines = {}, []
     for row in tqdm(range(2 * count), desc=f"gqa {name}"):
         index, dense = first + row // 2, row % 2 == 1
-        drawn = scene(split, index, dense)
+        jpeg, things = draw(split, index, dense)
         image = f"{split}{index:05d}{'d' if dense else 'n'}"
-        (images / f"{image}.jpg").write_bytes(drawn.jpeg)
-        for question in scene_questions(split, index, dense, drawn.things):
+        (images / f"{image}.jpg").write_bytes(jpeg)
+        for question in scene_questions(split, index, dense, things):
             identity = f"{2 if split == 'test' else 1}{len(lines):07d}"
             annotations[identity] = annotation(question, identity, image, dense)
             text = f"{question.text}\n{SHORT_ANSWER}"
@@ -84,8 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    for name in SPLITS:
-        print(f"{name}: {write_split(args.output / 'gqa', name)} questions")
+    for name, part in SPLITS.items():
+        print(f"{name}: {write_split(args.output / 'gqa', name, part)} questions")
     size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())
     print(f"Wrote {args.output}: {size / 1e6:.1f} MB.")
 

@@ -19,13 +19,13 @@ KINDS = ("", "panel", "shape", "frame")  # 0 marks an unused row
 def render(folder: Path, split: str, size: int) -> None:
     """Draw the first `size` scenes of a split into `folder`, continuing an earlier call."""
     folder.mkdir(parents=True, exist_ok=True)
-    images = _map(folder / "images.npy", (size, SIDE, SIDE, 3), np.uint8)
-    owners = _map(folder / "owners.npy", (size, GRID, GRID), np.int8)
-    things = _map(folder / "things.npy", (size, MAX_THINGS, len(FIELDS)), np.float32)
-    done = _map(folder / "done.npy", (1,), np.int64)
+    images = memory_map(folder / "images.npy", (size, SIDE, SIDE, 3), np.uint8)
+    owners = memory_map(folder / "owners.npy", (size, GRID, GRID), np.int8)
+    things = memory_map(folder / "things.npy", (size, MAX_THINGS, len(FIELDS)), np.float32)
+    done = memory_map(folder / "done.npy", (1,), np.int64)
     for row in tqdm(range(int(done[0]), size), desc=f"render {split}", initial=int(done[0]), total=size):
         drawn = scene(split, row, dense=row % 2 == 1)
-        images[row], owners[row], things[row] = drawn.image, drawn.owner, _table(drawn.things)
+        images[row], owners[row], things[row] = drawn.image, drawn.owner, thing_table(drawn.things, MAX_THINGS)
         if row % 200 == 199 or row == size - 1:
             done[0] = row + 1
 
@@ -49,11 +49,7 @@ class Corpus:
 
     def list_things(self, row: int) -> tuple[Thing, ...]:
         """The things of one scene as objects, for the question writer."""
-        used = self.things[row][self.things[row, :, 0] > 0]
-        return tuple(
-            Thing(KINDS[int(kind)], float(x), float(y), int(side), *(int(value) for value in rest))
-            for kind, x, y, side, *rest in used
-        )
+        return list_things(self.things[row])
 
     def patch_labels(self, rows: np.ndarray) -> np.ndarray:
         """[B, 576, 9] float32: the fields of the thing under each patch, zeros (kind 0) on background."""
@@ -62,14 +58,24 @@ class Corpus:
         return padded[np.arange(len(rows))[:, None], np.where(owners < 0, MAX_THINGS, owners)]
 
 
-def _table(things: tuple[Thing, ...]) -> np.ndarray:
-    table = np.zeros((MAX_THINGS, len(FIELDS)), np.float32)
+def thing_table(things: tuple[Thing, ...], rows: int) -> np.ndarray:
+    """[rows, 9] float32: one thing per row, zeros behind them."""
+    table = np.zeros((rows, len(FIELDS)), np.float32)
     for row, thing in enumerate(things):
         table[row] = (KINDS.index(thing.kind), *(getattr(thing, field) for field in FIELDS[1:]))
     return table
 
 
-def _map(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
+def list_things(table: np.ndarray) -> tuple[Thing, ...]:
+    """The things of a table as `thing_table` makes it."""
+    return tuple(
+        Thing(KINDS[int(kind)], float(x), float(y), int(side), *(int(value) for value in rest))
+        for kind, x, y, side, *rest in table[table[:, 0] > 0]
+    )
+
+
+def memory_map(path: Path, shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array on disk: the one that is there if it has the shape, else a new one of zeros."""
     if path.exists():
         existing = np.lib.format.open_memmap(path, mode="r+")
         if existing.shape == shape:

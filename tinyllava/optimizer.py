@@ -15,15 +15,24 @@ class MasterOptimizer:
     """Averages gradients over ranks, steps float32 masters, copies them into the working model.
 
     Args:
-        model: its parameters are converted to bfloat16 in place.
+        model: its parameters are converted to `dtype` in place.
         hidden: tells from a parameter's name whether Muon takes it (2-D weights of blocks).
         clip: global gradient norm.
+        dtype: bfloat16 where the CPU multiplies it natively, float32 where it does not.
     """
 
-    def __init__(self, model: nn.Module, hidden: Callable[[str], bool], lr: float, adam_lr: float, clip: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        hidden: Callable[[str], bool],
+        lr: float,
+        adam_lr: float,
+        clip: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         named = dict(model.named_parameters())
         self.masters = {name: p.detach().clone().float() for name, p in named.items()}
-        model.bfloat16()
+        model.to(dtype)
         self.working = dict(model.named_parameters())
         self.clip = clip
         muon = [self.masters[n] for n, p in self.masters.items() if p.dim() == 2 and hidden(n)]

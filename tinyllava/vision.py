@@ -82,11 +82,12 @@ def _sines(width: int) -> Tensor:
 
 
 def patchify(images: np.ndarray) -> Tensor:
-    """[B, 192, 192, 3] uint8 -> [B, 576, 192] float32, normalised as CLIP, in the order of the convolution weight."""
+    """[B, S, S, 3] uint8 -> [B, P, 192] float32, normalised as CLIP, in the order of the convolution weight."""
+    grid = images.shape[1] // PATCH
     pixels = torch.from_numpy(np.array(images)).float() / 255
     pixels = (pixels - torch.tensor(MEAN)) / torch.tensor(STD)
-    tiles = pixels.view(len(images), GRID, PATCH, GRID, PATCH, 3).permute(0, 1, 3, 5, 2, 4)
-    return tiles.reshape(len(images), GRID * GRID, 3 * PATCH * PATCH)
+    tiles = pixels.view(len(images), grid, PATCH, grid, PATCH, 3).permute(0, 1, 3, 5, 2, 4)
+    return tiles.reshape(len(images), grid * grid, 3 * PATCH * PATCH)
 
 
 def vision_states(clip: CLIPModel, patches: Tensor, keep: Tensor | None = None, last: bool = True):

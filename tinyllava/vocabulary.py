@@ -5,6 +5,7 @@ suffix) are single tokens, so that the small model sees exactly the prompt text 
 pays only a few tokens for it.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 COLORS = {
@@ -56,24 +57,37 @@ def encode(text: str) -> list[int]:
     return [table[word] for word in text.lower().replace("?", " ?").split()]
 
 
-def tokenizer():
-    """The same vocabulary as a transformers tokenizer (BOS in front of every text, as Llama's does)."""
+def tokenizer(
+    vocabulary: Sequence[str] | None = None,
+    phrases: Sequence[str] = (),
+    special: Sequence[str] = (),
+    longest: int = 1024,
+):
+    """The same vocabulary as a transformers tokenizer (BOS in front of every text, as Llama's does).
+
+    Args:
+        vocabulary: all tokens in id order; `words()` if None.
+        phrases: further sentences that are single tokens.
+        special: further special tokens.
+        longest: tokens of the longest prompt, visual tokens included.
+    """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel(ids(), unk_token=UNKNOWN))
+    table = {word: index for index, word in enumerate(vocabulary or words())}
+    backend = Tokenizer(models.WordLevel(table, unk_token=UNKNOWN))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, ids()[BOS])])
-    phrases = [AddedToken(phrase, normalized=False) for phrase in (SYSTEM, USER, ASSISTANT, SHORT_ANSWER)]
-    backend.add_tokens(phrases)
+    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, table[BOS])])
+    sentences = (SYSTEM, USER, ASSISTANT, SHORT_ANSWER, *phrases)
+    backend.add_tokens([AddedToken(phrase, normalized=False) for phrase in sentences])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNKNOWN,
-        additional_special_tokens=[IMAGE],
+        additional_special_tokens=[IMAGE, *special],
         padding_side="left",
-        model_max_length=1024,
+        model_max_length=longest,
     )

@@ -1,0 +1,50 @@
+"""Write the fine-tuned model as a checkpoint of the transformers `video_llava` layout.
+
+python -m tinyllava.export_video --folder runs/video --output assets/tinyllava_video
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import CLIPImageProcessorPil, VideoLlavaForConditionalGeneration
+
+from eval.config import DEFAULT_MODEL
+from tinyllava.export_next import generation_config, load_parts
+from tinyllava.longer import load_embedded
+from tinyllava.video_model import build_video_llava
+from tinyllava.video_scenes import SIDE
+from tinyllava.video_vocabulary import ids, tokenizer
+from tinyllava.vocabulary import EOS
+
+
+def load_trained(folder: Path, model: Path) -> VideoLlavaForConditionalGeneration:
+    """The Video-LLaVA that `tinyllava.train_video` left in `folder`, float32."""
+    trained = build_video_llava(load_embedded(model))
+    load_parts(trained, torch.load(folder / "video.pt", weights_only=True))
+    return trained.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the embedded model it was trained from")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    trained = load_trained(args.folder, args.model)
+    trained.generation_config = generation_config(ids()[EOS])
+    trained.half().save_pretrained(args.output)
+    tokenizer().save_pretrained(args.output)
+    clip = CLIPImageProcessorPil.from_pretrained(args.model)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=clip.image_mean,
+        image_std=clip.image_std,
+    ).save_pretrained(args.output)
+    size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())
+    print(f"Wrote {args.output}: {size / 1e6:.1f} MB.")
+
+
+if __name__ == "__main__":
+    main()
