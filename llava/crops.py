@@ -82,6 +82,8 @@ def require(reducer: Reducer, facts: ModelFacts) -> None:
             f"{reducer.name} needs a budget of at least {least} here, got {reducer.budget}: one token for each of "
             f"{parts} crops, and all newline tokens where they are kept ({reducer.name}.newlines=drop leaves them out)."
         )
+    if reducer.acts("tower") or reducer.acts("input_grid"):
+        refuse_unequal_crops(reducer, parts, not facts.newlines and len(set(facts.crops)) == 1)
     for sized, part in set(over_crops(reducer, facts)):
         sized.check(part)
 
@@ -97,12 +99,17 @@ def in_tower(reducer: Reducer, arrangement: Arrangement) -> Reducer:
     count = len(arrangement.crops)
     if count == 1 and not len(arrangement.newlines):
         return reducer
-    if not arrangement.whole or reducer.budget % count:
+    refuse_unequal_crops(reducer, count, arrangement.whole)
+    return reducer.sized(reducer.budget // count)
+
+
+def refuse_unequal_crops(reducer: Reducer, crops: int, whole: bool) -> None:
+    """Raise UserError where a method that acts on pixels or inside the tower cannot treat all crops alike."""
+    if not whole or reducer.budget % crops:
         raise UserError(
             f"{reducer.name} reduces every crop alike inside the tower: it needs whole crops without newline tokens "
-            f"(merge=spatial) and a budget that {count} crops divide, got {reducer.budget}."
+            f"(merge=spatial) and a budget that {crops} crops divide, got {reducer.budget}."
         )
-    return reducer.sized(reducer.budget // count)
 
 
 def shares(reducer: Reducer, arrangement: Arrangement, signals: dict[Signal, Tensor]) -> list[int]:

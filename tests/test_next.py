@@ -46,7 +46,7 @@ def run(model, samples, reducer):
     return model.logits(state.hidden), pipeline.audits(state, record), record
 
 
-def accepted(name: str, model, budgets=(32, 20)):
+def accepted(name: str, model, budgets=(32, 30, 20)):
     for budget in budgets:
         reducer = registry.build(name, budget)
         try:

@@ -145,7 +145,7 @@ def test_the_tower_equals_a_plain_loop(tiny, budget):
     batch = samples(3)
     pixels = torch.stack([tiny.image_processor(sample.image) for sample in batch])
     reducer = ToMe(budget=budget, order="release")
-    encoded = tiny.encode_images([sample.image for sample in batch], [0, 1, 2], reducer, None)
+    encoded = tiny.encode_crops(pixels, reducer, None)
     for row in range(3):
         expected, groups = tower_by_the_book(tiny.tower, pixels[row], removals(16, budget, 2))
         assert groups[0] == [0], "CLS stays alone"
