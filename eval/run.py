@@ -108,7 +108,8 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
     if reducer is None:
         reducer = build_reducer(config, model.visual_tokens)
         require(reducer, model.facts())
-        standard = build_reducer(dataclasses.replace(config, options={}, seed=0), model.visual_tokens)
+        plain = dataclasses.replace(config, options={}, seed=0, budget=reducer.budget)
+        standard = build_reducer(plain, model.visual_tokens)
     seed_everything(config.seed)
     return Job(
         config=config,
