@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Draws docs/images/kept_tokens.png, the picture in the README. The accuracy plot comes from the table script,
+# Draws docs/images/kept_tokens.png, the picture in the README, and those of docs/models.md. The accuracy plot comes from the table script,
 # scripts/tables/consensusdrop_ablation.sh.
 # Usage: bash scripts/figures.sh [--questions ID,ID] [--budget B] [--output FILE]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-exec python -m eval.figures "$@"
+python -m eval.figures "$@"
+[ $# -gt 0 ] || python -m eval.figures_crops
