@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from llava.rotary import angles
+from llava.rotary import angles, next_position
 from llava.sequence import Sequence
 
 # (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
@@ -93,7 +93,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
             rotary = angles(llm, sequence.hidden, sequence.position)
             mask = _mask_of(sequence, eager)
             known = sequence.valid() if sequence.padded else None
-            place = sequence.position[:, -1:] + 1
+            place = next_position(sequence.position)
         entered = sequence if index + 1 in stages else None
         hidden = layer(
             sequence.hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from llava import mrope
+
 
 def angles(llm: nn.Module, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine, two tensors [B, L, d].
@@ -12,3 +14,8 @@ def angles(llm: nn.Module, hidden: Tensor, position: Tensor) -> tuple[Tensor, Te
         position: [B, L], or [B, L, 3] for a decoder that turns tokens by frame, row and column (see llava/mrope.py).
     """
     return llm.rotary_emb(hidden, position if position.dim() == 2 else position.permute(2, 0, 1))
+
+
+def next_position(position: Tensor) -> Tensor:
+    """[B, 1] or [B, 1, 3], where the first generated token stands: one behind the prompt."""
+    return position[:, -1:] + 1 if position.dim() == 2 else mrope.next_position(position)

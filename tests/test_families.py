@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava import registry
+from llava import mrope, registry
 from llava.model import load
 from llava.pipeline import Clock, Pipeline
 from llava.prompt import IMAGE_TOKEN_INDEX
@@ -146,3 +146,28 @@ def test_methods_act_per_frame_or_over_all_frames(tmp_path):
         found = torch.bincount(kept[:, 0], minlength=8).tolist()
         assert sum(found) == budget and (counts is None or found == counts)
         assert (kept[:, 1] == -1).sum() == (8 if name == "visionzip" else 0)
+
+
+def test_assembled_positions_are_those_of_whole_prompts(tmp_path):
+    """Text, pictures of different shapes and padding, against the positions written down prompt by prompt."""
+    save_qwen_transformers(tmp_path, make_tiny_qwen())
+    model, found = load(tmp_path, device="cpu"), {}
+    batch = ask((picture(0, (200, 120)), picture(1, (90, 160))), picture(2, (150, 150)), None)
+
+    class Watch(Pipeline):
+        def _assemble(self, prompts, seen):
+            found["seen"], found["sequence"] = seen, super()._assemble(prompts, seen)
+            return found["sequence"]
+
+    Watch(model, registry.build("full", model.visual_tokens)).prepare(batch, Clock(model.device))
+    prompts = []
+    for i, sample in enumerate(batch):
+        parts, number = [0], 0
+        for token in model.prompt(sample).ids:
+            if token == IMAGE_TOKEN_INDEX:
+                parts += [model.groups(found["seen"].of((i, number))), 0]
+                number += 1
+            else:
+                parts[-1] += 1
+        prompts.append(parts)
+    assert torch.equal(found["sequence"].position, mrope.positions(prompts))
