@@ -4,6 +4,7 @@ A schedule is a family with one number, the tokens that the first stage keeps; e
 number is fitted so that the tokens entering a layer have the budget as their mean.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,7 +22,7 @@ SCHEDULE = "mean: the budget is the mean over all layers; kept: over the layers 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Staged(Reducer):
+class Staged(Reducer, ABC):
     """Drops visual tokens in front of a few decoder layers.
 
     Class attributes:
@@ -37,9 +38,9 @@ class Staged(Reducer):
         """Layers of this very model that the user chose; () for the published ones in proportion to the depth."""
         return ()
 
+    @abstractmethod
     def reduce(self, state: DecoderState, keep: int) -> Reduction | None:
         """The reduction that keeps `keep` of the visual tokens, fewer than there are."""
-        raise NotImplementedError
 
     def keeps(self, first: int, tokens: int) -> tuple[int, ...]:
         """Tokens that each stage keeps of a picture with `tokens` if the first stage keeps `first`."""

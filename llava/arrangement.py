@@ -84,6 +84,13 @@ class Arrangement:
         shapes = tuple((rows, columns, *first, cls) for rows, columns, first, cls in shapes)
         return (*shapes, self.grid, self.tiles, len(self.newlines))
 
+    def tile_sides(self) -> tuple[list[int], list[int]]:
+        """Patches along the height of every row of tiles, and along the width of every column, without padding."""
+        (down, across), tiles = self.tiles, self.crops[1:]
+        heights = [max(tile.rows for tile in tiles[row * across : (row + 1) * across]) for row in range(down)]
+        widths = [max(tile.columns for tile in tiles[column::across]) for column in range(across)]
+        return heights, widths
+
     @property
     def layout(self) -> Layout:
         """Of all tokens together, crop after crop; one long row where the crops have different shapes."""

@@ -163,14 +163,13 @@ def covered(arrangement: Arrangement, score: Tensor) -> list[float]:
     The first crop is the whole picture, stretched over its grid; the stitched tiles without their padding are the same.
     """
     rows, columns = arrangement.grid
-    table = score.float().unflatten(0, (rows, columns))
-    down, across = arrangement.tiles
-    heights = [max(arrangement.crops[1 + row * across + i].rows for i in range(across)) for row in range(down)]
-    widths = [max(arrangement.crops[1 + row * across + i].columns for row in range(down)) for i in range(across)]
+    # Shares are lengths, so this is the one look at the device.
+    table = score.float().cpu().unflatten(0, (rows, columns))
+    heights, widths = arrangement.tile_sides()
     sums = [
         table[_part(heights, row, rows), _part(widths, column, columns)].sum()
-        for row in range(down)
-        for column in range(across)
+        for row in range(len(heights))
+        for column in range(len(widths))
     ]
     return [value.item() for value in sums]
 

@@ -117,13 +117,11 @@ def overview(picture: Picture, number: int, signal: Signal) -> Tensor:
     arrangement = picture.arrangement
     if number == 0 or arrangement.tiles is None:
         return picture.crop_signal(signal, number)
-    (down, across), tiles = arrangement.tiles, arrangement.crops[1:]
-    heights = [max(tile.rows for tile in tiles[row * across : (row + 1) * across]) for row in range(down)]
-    widths = [max(tile.columns for tile in tiles[column::across]) for column in range(across)]
+    tiles, (heights, widths) = arrangement.crops[1:], arrangement.tile_sides()
     table = picture.encoded.signals[signal][0].unflatten(0, arrangement.grid)
     size = (sum(heights), sum(widths))
     whole = F.interpolate(table[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
-    row, column = divmod(number - 1, across)
+    row, column = divmod(number - 1, len(widths))
     top, left = sum(heights[:row]), sum(widths[:column])
     return whole[top : top + tiles[number - 1].rows, left : left + tiles[number - 1].columns].flatten()
 
