@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where features, checkpoints and logs go")
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the embedded model to start from")
     parser.add_argument("--steps", type=int, default=1160)
-    parser.add_argument("--videos", type=int, default=1500, help="training videos")
+    parser.add_argument("--videos", type=int, default=1000, help="training videos")
     parser.add_argument("--batch", type=int, default=12, help="videos per step")
     parser.add_argument("--questions", type=int, default=10, help="questions per video")
     parser.add_argument("--keep", type=int, default=208, help="visual tokens per video in the first part")
