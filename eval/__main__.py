@@ -15,14 +15,15 @@ from typing import NoReturn
 from eval import benchmarks
 from eval.config import (
     DEFAULT_DATA,
-    DEFAULT_MODEL,
     ROOT,
     RunConfig,
     count_or_share,
+    embedded_model,
     method_options,
     pairs,
     whole_number,
 )
+from eval.dataset import PROFILES, SOURCES
 from llava.errors import UserError
 
 
@@ -52,7 +53,13 @@ def parser() -> Parser:
     p.add_argument("--set", action="append", default=[], metavar="METHOD.KEY=VALUE", help="option of the method")
     p.add_argument("--benchmark", default="gqa", help="benchmark; see --list")
     p.add_argument("--split", help="split of the benchmark; its first one if left out")
-    p.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub name of a LLaVA checkpoint")
+    p.add_argument(
+        "--profile", choices=PROFILES, help="as LLaVA's scripts or as lmms-eval ask and score; default: llava"
+    )
+    p.add_argument(
+        "--source", default="auto", choices=SOURCES, help="official files, or the mirror on the hub (or its local copy)"
+    )
+    p.add_argument("--model", help="folder or hub name of a checkpoint; default: the embedded one for the benchmark")
     p.add_argument("--data", default=str(DEFAULT_DATA), help="folder that holds the benchmarks, one folder each")
     p.add_argument("--output", help="default: results/BENCHMARK-SPLIT/MODEL/METHOD-BUDGET")
     p.add_argument("--batch-size", default="8", help="questions answered at once")
@@ -71,7 +78,7 @@ def parser() -> Parser:
     p.add_argument(
         "--text-tower", help="the CLIP that the vision tower comes from, for methods that read its text half"
     )
-    p.add_argument("--max-new-tokens", default="128", help="longest answer")
+    p.add_argument("--max-new-tokens", help="longest answer; default: what the benchmark's profile says")
     p.add_argument("--seed", default="0", help="for methods that draw random numbers, and for the intervals")
     p.add_argument("--wandb", default="auto", choices=("auto", "online", "offline", "disabled"), help="W&B logging")
     p.add_argument("--restart", action="store_true", help="move an earlier run in the output folder aside")
@@ -110,14 +117,17 @@ def configuration(args: argparse.Namespace) -> RunConfig:
     options = method_options(args.method, args.set)
     if share is not None and "share" in options:
         raise UserError(f"--budget {args.budget} and --set {args.method}.share are both given; leave one out.")
-    if args.split is not None:
-        benchmarks.check_split(benchmarks.get(args.benchmark), args.split)
+    benchmark = benchmarks.get(args.benchmark)
+    benchmarks.check_split(benchmark, args.split)
+    benchmarks.check_profile(benchmark, args.profile)
     return RunConfig(
         method=args.method,
         budget=budget,
         benchmark=args.benchmark,
         split=args.split,
-        model=args.model,
+        model=args.model or embedded_model(benchmark.model),
+        profile=args.profile,
+        source=args.source,
         data=Path(args.data),
         output=Path(args.output) if args.output else None,
         batch_size=whole_number("--batch-size", args.batch_size),

@@ -10,6 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = str(ROOT / "assets" / "tinyllava")
 DEFAULT_DATA = ROOT / "assets" / "eval"
 
+
+def embedded_model(name: str) -> str:
+    """Folder of an embedded checkpoint."""
+    return str(ROOT / "assets" / name)
+
+
 # The method without reduction: its budget is all there is.
 FULL = "full"
 
@@ -28,6 +34,9 @@ class RunConfig:
         text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
         picture: how pictures are read, where the model's family leaves a choice; llava.runtime parses the texts.
         quantization: "8bit" or "4bit".
+        max_new_tokens: None for what the benchmark's profile says.
+        profile: how questions are asked and answers read, eval.dataset.PROFILES; None for the benchmark's default.
+        source: which files the questions come from, eval.dataset.SOURCES.
     """
 
     method: str
@@ -42,13 +51,15 @@ class RunConfig:
     options: dict[str, str] = field(default_factory=dict)
     dtype: str = "float32"
     device: str = "auto"
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     seed: int = 0
     wandb: str = "auto"
     restart: bool = False
     text_tower: str | None = None
     picture: dict[str, str] = field(default_factory=dict)
     quantization: str | None = None
+    profile: str | None = None
+    source: str = "auto"
 
     def __post_init__(self) -> None:
         if self.budget is None and self.method != FULL and "share" not in self.options:

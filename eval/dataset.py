@@ -1,34 +1,54 @@
-"""What a benchmark gives to a run: questions, their images, and a way to score predictions."""
+"""What a benchmark gives to a run: questions, their pictures, and a way to score predictions."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from eval.jsonl import read_bytes
 from eval.metrics import Score
+from eval.pictures import Pictures
 from llava.errors import UserError
 
 if TYPE_CHECKING:
+    from eval.answer_file import Row
     from llava.sample import Sample
+
+# How questions are asked and answers read: as LLaVA's evaluation scripts do it, or as lmms-eval does.
+PROFILES = ("llava", "lmms")
+# Where questions come from: the official files, or the data set on the hub that lmms-eval reads.
+SOURCES = ("auto", "official", "mirror")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark, its image still a file name.
+    """One question of a benchmark, its pictures still names.
 
     Attributes:
         id: unique within the benchmark.
-        image: path relative to the image folder; it never leaves it.
+        question: without the answer-format instruction, which query-aware methods must not look at.
+        images: names in the benchmark's pictures; () for a question of text alone.
         answer: the reference, for tables.
+        official: the benchmark's own id, where that is not unique or not a string.
     """
 
     id: str
     question: str
     suffix: str
-    image: str
+    images: tuple[str, ...]
     answer: str
+    official: str = ""
+
+    @property
+    def image(self) -> str:
+        """What questions about the same picture share: its name, or the id where there is none."""
+        return self.images[0] if self.images else self.id
+
+    @property
+    def message(self) -> str:
+        """The user turn."""
+        return f"{self.question}\n{self.suffix}" if self.suffix else self.question
 
 
 @dataclass(frozen=True)
@@ -38,43 +58,71 @@ class Dataset:
     Attributes:
         title: for sentences, "GQA testdev".
         questions: in the order of the official file, which is the order they are asked in.
-        images: the image folder.
         fingerprint: hash of the question files. The images are not in it, hashing them would take longer than
             answering on some benchmarks.
-        score: (ids that were asked, raw text by id) -> the official metric over those.
-        judge: (question, raw text) -> credit in [0, 1], the contribution of one question to the accuracy.
-        submission: raw text by id -> the predictions as the official scorer or server reads them.
+        score: (ids that were asked, raw text by id, in the order of the answer file) -> the official metric over those.
+        judge: (question, raw text) -> credit in [0, 1], for the progress bar and the sample table; None where one
+            answer has no credit of its own.
+        submission: raw text by id -> file name -> what the official scorer or server reads: JSON types, text or bytes.
+        max_new_tokens: longest answer in this profile.
+        facts: what a reader must know of the data beside a number: source, versions, counts.
+        read: reader of answer files in a format of this benchmark alone; None from it leaves the file to
+            eval.answer_file.
+        accepts: ids that an answer file may hold or lack.
+        judging: how a judge is asked, eval.judging.Judging, for benchmarks that need one.
     """
 
     title: str
     questions: tuple[Question, ...]
-    images: Path
+    pictures: Pictures
     fingerprint: str
     score: Callable[[Sequence[str], Mapping[str, str]], Score]
-    judge: Callable[[Question, str], float]
-    submission: Callable[[Mapping[str, str]], object]
+    judge: Callable[[Question, str], float] | None
+    submission: Callable[[Mapping[str, str]], Mapping[str, Any]]
+    max_new_tokens: int = 128
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    read: "Callable[[Path], Sequence[Row] | None] | None" = None
+    accepts: frozenset[str] = frozenset()
+    judging: Any = None
 
     def check_images(self, questions: Iterable[Question]) -> None:
         """Fail before the run starts, not at question 9,000."""
-        names = dict.fromkeys(question.image for question in questions)
-        missing = [name for name in names if not (self.images / name).is_file()]
+        names = dict.fromkeys(name for question in questions for name in question.images)
+        missing = self.pictures.missing(names)
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise UserError(f"{len(missing):,} of {len(names):,} images are not in {self.images}: {shown}.")
+            noun, where = self.pictures.noun, self.pictures.where
+            raise UserError(f"{len(missing):,} of {len(names):,} {noun} are not in {where}: {shown}.")
 
     def sample(self, question: Question) -> "Sample":
-        """The question with its image opened."""
-        # torch comes with these: a benchmark can be scored without it.
-        from llava.image import open_image
+        """The question with its pictures opened."""
         from llava.sample import Sample
 
+        opened = tuple(self.pictures.open(name) for name in question.images)
         return Sample(
             id=question.id,
             question=question.question,
             suffix=question.suffix,
-            image=open_image(self.images / question.image),
-            image_id=question.image,
+            image=opened[0] if len(opened) == 1 else opened or None,
+            image_id=" ".join(question.images) or None,
         )
+
+
+@dataclass(frozen=True)
+class Need:
+    """A file or folder of a benchmark, for `python -m eval.check_data`.
+
+    Attributes:
+        path: below the data folder.
+        source: where to get it, a URL or a sentence.
+        count: how many files the folder should hold, where that is known.
+        optional: the benchmark runs without it.
+    """
+
+    path: str
+    source: str
+    count: int | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,24 +131,25 @@ class Benchmark:
 
     Attributes:
         splits: the first is the default.
-        load: (data folder, split) -> the questions.
+        load: (data folder, split, profile, source) -> the questions.
+        profiles: those it has; the first is the default.
+        model: the embedded checkpoint in assets/ that was trained on its format.
+        published: what LLaVA-1.5-7B (or Video-LLaVA-7B) reaches, with the metric's name and the source.
+        needs: the official files of the default split.
+        mirror: repositories on the hub, the newest id first.
+        licence: of the data.
     """
 
     name: str
     summary: str
     splits: tuple[str, ...]
-    load: Callable[[Path, str], Dataset]
-
-
-def image_name(name: str, where: str) -> str:
-    """A file name from a question file, refused if it points out of the image folder.
-
-    Links inside the folder are followed: their owner put them there, the question file's author did not.
-    """
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise UserError(f"{where} names the image {name!r}, which is not inside the image folder.")
-    return name
+    load: Callable[[Path, str, str, str], Dataset]
+    profiles: tuple[str, ...] = PROFILES
+    model: str = "tinyllava_instruct"
+    published: str = ""
+    needs: tuple[Need, ...] = ()
+    mirror: tuple[str, ...] = ()
+    licence: str = ""
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -46,11 +46,27 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Replace `path` by one JSON document."""
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_file(path: Path, content: Any) -> None:
+    """Replace `path`: bytes and text as they are, everything else as JSON. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        write_bytes(path, content)
+    elif isinstance(content, str):
+        write_bytes(path, content.encode())
+    else:
+        write_json(path, content)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` in one step: a reader, or a crash, sees the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

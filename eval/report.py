@@ -1,31 +1,24 @@
 """Results in words and in a few lines, and the part of a result file that scoring alone can fill."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from eval.dataset import Question
 from eval.metrics import Score
-from eval.statistics import bootstrap
+from eval.statistics import bootstrap, interval_of
 
-# Not a share of questions, so no percent sign.
-PLAIN = {"distribution"}
 LOWER_IS_BETTER = {"distribution"}
 
 
 def scored(score: Score, questions: Iterable[Question], seed: int = 0) -> dict[str, Any]:
-    """The score in JSON types, with 95 % intervals of the accuracy by question and by image."""
-    images = {question.id: question.image for question in questions}
-    credits = [100 * credit for credit in score.correct.values()]
-    by_image = bootstrap(credits, [images[name] for name in score.correct], seed=seed)
+    """The score in JSON types, with 95 % intervals of its main number."""
     return {
-        "questions": len(credits),
+        "questions": len(score.correct) or len(list(questions)),
+        "main": score.main,
         "metrics": score.values,
-        "confidence": {
-            "level": 0.95,
-            "accuracy": dataclasses.asdict(bootstrap(credits, seed=seed)),
-            "accuracy_by_image": dataclasses.asdict(by_image),
-        },
+        "points": sorted(score.points),
+        "confidence": {"level": 0.95, **intervals(score, questions, seed)},
         "groups": {
             name: {group: {"percent": share, "questions": count} for group, (share, count) in table.items()}
             for name, table in score.groups.items()
@@ -34,22 +27,42 @@ def scored(score: Score, questions: Iterable[Question], seed: int = 0) -> dict[s
     }
 
 
+def intervals(score: Score, questions: Iterable[Question], seed: int) -> dict[str, Any]:
+    """By question and by image for a mean of credits, by its own unit for every other number."""
+    if score.values.get(score.main) is None:
+        return {}
+    if score.terms is not None:
+        return {score.main: {**dataclasses.asdict(interval_of(score.terms, seed=seed)), "unit": score.terms.unit}}
+    images = {question.id: question.image for question in questions}
+    credits = [100 * credit for credit in score.correct.values()]
+    by_image = bootstrap(credits, [images[name] for name in score.correct], seed=seed)
+    return {
+        score.main: dataclasses.asdict(bootstrap(credits, seed=seed)),
+        f"{score.main}_by_image": dataclasses.asdict(by_image),
+    }
+
+
 def score_lines(record: Mapping[str, Any]) -> list[str]:
     """A `scored` record as the lines a person reads, numbers with the official two decimals."""
-    lines = [f"{name:14s} {metric_text(name, value)}" for name, value in record["metrics"].items()]
-    for label, key in (("95 % CI by question", "accuracy"), ("95 % CI by image", "accuracy_by_image")):
-        interval = record["confidence"][key]
-        lines.append(f"accuracy, {label}: {interval['low']:.2f} to {interval['high']:.2f}")
+    points, main = set(record["points"]), record["main"]
+    lines = [f"{name:14s} {metric_text(name, value, points)}" for name, value in record["metrics"].items()]
+    for key, interval in record["confidence"].items():
+        if isinstance(interval, dict):
+            unit = "image" if key == f"{main}_by_image" else interval.get("unit", "question")
+            lines.append(f"{main}, 95 % CI by {unit}: {interval['low']:.2f} to {interval['high']:.2f}")
     for name, table in record["groups"].items():
-        lines.append(f"accuracy / {name}")
-        lines += [f"  {group:12s} {e['percent']:.2f} % ({e['questions']:,} questions)" for group, e in table.items()]
+        mark = "" if name in points else " %"
+        lines.append(f"{main} / {name}")
+        lines += [
+            f"  {group:12s} {e['percent']:.2f}{mark} ({e['questions']:,} questions)" for group, e in table.items()
+        ]
     return lines + [f"note: {note}" for note in record["notes"]]
 
 
-def metric_text(name: str, value: float | None) -> str:
+def metric_text(name: str, value: float | None, points: Collection[str] = ()) -> str:
     if value is None:
         return "n/a"
-    return f"{value:.2f}" + ("" if name in PLAIN else " %") + (" (lower is better)" if name in LOWER_IS_BETTER else "")
+    return f"{value:.2f}" + ("" if name in points else " %") + (" (lower is better)" if name in LOWER_IS_BETTER else "")
 
 
 def cost_lines(result: Mapping[str, Any]) -> list[str]:
@@ -75,7 +88,7 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
 
 def sentence(result: Mapping[str, Any]) -> str:
     """The result in words: what, how good, how sure, on how much, at which cost."""
-    audit, timing, interval = result["audit"], result["timing"], result["confidence"]["accuracy"]
+    audit, timing = result["audit"], result["timing"]
     asked = f"{result['asked']:,}"
     if result["partial"]:
         asked = f"the first {asked} of {result['available']:,}"
@@ -83,10 +96,20 @@ def sentence(result: Mapping[str, Any]) -> str:
     wait = "n/a" if ttft is None else f"{short(ttft, 10)} ms"
     return (
         f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: "
-        f"{result['metrics']['accuracy']:.1f} % accuracy (95 % CI {interval['low']:.1f} to {interval['high']:.1f}) "
+        f"{headline(result)} "
         f"on {asked} {result['title']} questions; {audit['mean_tokens_per_layer']:.1f} tokens per layer, "
         f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait} per question."
     )
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """The main number with its interval, or that there is none yet."""
+    main = result["main"]
+    value, interval = result["metrics"].get(main), result["confidence"].get(main)
+    if value is None:
+        return "answers written, no score"
+    sure = f" (95 % CI {interval['low']:.1f} to {interval['high']:.1f})" if interval else ""
+    return f"{value:.1f}{'' if main in result['points'] else ' %'} {main.replace('_', ' ')}{sure}"
 
 
 def number(value: float) -> str:

@@ -17,7 +17,7 @@ from eval import benchmarks, cost, provenance, report, tracking
 from eval.answers import AnswerStore
 from eval.config import RunConfig
 from eval.dataset import Dataset, Question
-from eval.jsonl import write_json
+from eval.jsonl import write_file, write_json
 from eval.settings import Reducer, build_reducer, default_output, device_name, store_settings
 from llava.crops import require
 from llava.errors import UserError
@@ -52,6 +52,15 @@ class Job:
     output: Path
     started: str
 
+    @property
+    def max_new_tokens(self) -> int:
+        return self.config.max_new_tokens or self.data.max_new_tokens
+
+    def credits(self, questions: Sequence[Question], texts: Sequence[str]) -> list[float]:
+        """What each answer is worth; nothing where the benchmark has no credit for a single answer."""
+        judge = self.data.judge
+        return [] if judge is None else [judge(q, text) for q, text in zip(questions, texts, strict=True)]
+
     def check_budget(self, lines: Sequence[dict[str, Any]]) -> None:
         audits = [line["metadata"]["audit"] for line in lines]
         cost.check_budget_kept(audits, getattr(self.reducer, "rounding", ROUNDING))
@@ -76,7 +85,8 @@ def run(config: RunConfig, model: Any = None, reducer: Reducer | None = None) ->
             answer_questions(job, store, tracker)
             result = summarise(job, store)
             write_json(job.output / "result.json", result)
-            write_json(job.output / "predictions.json", job.data.submission(texts(job, store)))
+            for name, content in job.data.submission(texts(job, store)).items():
+                write_file(job.output / name, content)
             tracker.finish(result, sample_table(job, store))
             finished = True
         except KeyboardInterrupt:
@@ -99,7 +109,8 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
     split = benchmarks.check_split(benchmark, config.split)
     if reducer is None:
         build_reducer(config, visual_tokens=None)
-    data = benchmark.load(Path(config.data), split)
+    profile = benchmarks.check_profile(benchmark, config.profile)
+    data = benchmark.load(Path(config.data), split, profile, config.source)
     planned = data.questions[: config.limit]
     data.check_images(planned)
     if model is None:
@@ -150,7 +161,8 @@ def seed_everything(seed: int) -> None:
 def answer_questions(job: Job, store: AnswerStore, tracker: tracking.Tracker) -> None:
     """Ask what is not answered yet, in the benchmark's order, and store every batch before the next one starts."""
     pending = [question for question in job.planned if question.id not in store.answers]
-    credits = [job.data.judge(q, store.answers[q.id]["text"]) for q in job.planned if q.id in store.answers]
+    done = [question for question in job.planned if question.id in store.answers]
+    credits = job.credits(done, [store.answers[question.id]["text"] for question in done])
     seal = hashlib.sha256(json.dumps(job.settings, sort_keys=True).encode()).hexdigest()
     conditions = measured_under(job) | {"run": job.started}
     bar = tqdm(
@@ -163,17 +175,18 @@ def answer_questions(job: Job, store: AnswerStore, tracker: tracking.Tracker) ->
     with bar:
         for number, questions in enumerate(batched(pending, job.config.batch_size)):
             samples = [job.data.sample(question) for question in questions]
-            batch = job.model.answer(samples, job.reducer, max_new_tokens=job.config.max_new_tokens)
+            batch = job.model.answer(samples, job.reducer, max_new_tokens=job.max_new_tokens)
             if [answer.id for answer in batch.answers] != [question.id for question in questions]:
                 raise AssertionError("the model's answers are not in the order of the samples")
             lines = answer_lines(samples, batch, job.model.name, seal)
             store.add(lines, cost.timing_record(batch, conditions))
             if number == 0:
                 warn_off_budget(job, lines)
-            fresh = [job.data.judge(q, a.text) for q, a in zip(questions, batch.answers, strict=True)]
+            fresh = job.credits(questions, [answer.text for answer in batch.answers])
             credits += fresh
-            tracker.batch(samples, batch, fresh, answered=len(credits), accuracy=100 * sum(credits) / len(credits))
             bar.update(len(questions))
+            accuracy = 100 * sum(credits) / len(credits) if credits else None
+            tracker.batch(samples, batch, fresh, answered=int(bar.n), accuracy=accuracy)
 
 
 def batched(questions: Sequence[Question], size: int) -> Iterator[tuple[Question, ...]]:
@@ -229,6 +242,7 @@ def summarise(job: Job, store: AnswerStore) -> dict[str, Any]:
     timing = cost.summarise_timing(store.timing, job.started)
     result = {
         "title": job.data.title,
+        "facts": dict(job.data.facts),
         "method": job.reducer.name,
         "budget": job.reducer.budget,
         "visual_tokens": job.model.visual_tokens,
@@ -262,6 +276,6 @@ def sample_table(job: Job, store: AnswerStore) -> list[list[Any]]:
     for question in job.planned[: tracking.TABLE_ROWS]:
         line = store.answers[question.id]
         mean = line["metadata"]["audit"]["mean"]
-        credit = job.data.judge(question, line["text"])
+        credit = job.data.judge(question, line["text"]) if job.data.judge is not None else None
         rows.append([question.id, question.question, question.answer, line["text"], credit, mean])
     return rows

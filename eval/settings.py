@@ -72,6 +72,8 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
         **text_tower,
         "benchmark": config.benchmark,
         "split": split,
+        # The first profile is the one that the folder's name means when it says none.
+        **({"profile": config.profile} if config.profile not in (None, "llava") else {}),
         "data": data.fingerprint,
         "model": model.name,
         "weights": model.fingerprint,
@@ -81,7 +83,7 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
         **({"quantization": config.quantization} if config.quantization else {}),
         # Other kernels round otherwise; the index of the device does not matter.
         "device": device_name(model).split(":")[0],
-        "max_new_tokens": config.max_new_tokens,
+        "max_new_tokens": config.max_new_tokens or data.max_new_tokens,
         "seed": config.seed,
         "method": reducer.name,
         "version": str(reducer.version),
@@ -104,7 +106,7 @@ def default_output(config: RunConfig, split: str, model: Any, reducer: Reducer, 
     changed |= {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.name in ("dtype", "max_new_tokens", "seed", "picture", "quantization")
+        if field.name in ("dtype", "max_new_tokens", "seed", "picture", "quantization", "profile")
         and getattr(config, field.name) not in (field.default, {})
     }
     text = json.dumps(changed, sort_keys=True)

@@ -4,15 +4,13 @@ Questions about one image are not independent: a picture the model misreads cost
 resample whole images; the interval by question is the one most papers would print.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from eval.metrics import Array, Terms
 from llava.errors import UserError
-
-Array = NDArray[np.float64]
 
 RESAMPLES = 10_000
 # Drawn indices held in memory at once: 4 M int64 are 32 MB.
@@ -82,6 +80,56 @@ def paired_bootstrap(
     tail = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
     return Comparison(float(total.sum() / size.sum()), float(low), float(high), p)
+
+
+def interval_of(terms: Terms, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """95 % interval of a number that is a function of sums over units: clusters are drawn with replacement."""
+    sums = summed_by_cluster(terms)
+    values = np.concatenate([terms.value(drawn @ sums) for drawn in multiplicities(len(sums), resamples, seed)])
+    low, high = np.quantile(values, (0.025, 0.975))
+    return Interval(float(terms.value(sums.sum(0))), float(low), float(high))
+
+
+def compare_terms(a: Terms, b: Terms, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+    """a minus b over the same units.
+
+    The interval draws clusters, the p-value is that of a permutation test: without a difference, what both answered
+    about a cluster could as well be exchanged.
+    """
+    if a.names != b.names or a.clusters != b.clusters:
+        raise UserError("Both answer sets must cover the same questions in the same version of the data.")
+    first, second = summed_by_cluster(a), summed_by_cluster(b)
+    gaps = [a.value(drawn @ first) - b.value(drawn @ second) for drawn in multiplicities(len(first), resamples, seed)]
+    low, high = np.quantile(np.concatenate(gaps), (0.025, 0.975))
+    seen = float(a.value(first.sum(0)) - b.value(second.sum(0)))
+    random, beyond = np.random.default_rng(seed), 0
+    rows = max(1, DRAWS_AT_ONCE // len(first))
+    for start in range(0, resamples, rows):
+        keep = random.integers(2, size=(min(rows, resamples - start), len(first))).astype(np.float64)
+        moved = keep @ (first - second)
+        gap = a.value(second.sum(0) + moved) - b.value(first.sum(0) - moved)
+        beyond += int((np.abs(gap) >= abs(seen) - 1e-9).sum())
+    return Comparison(seen, float(low), float(high), (beyond + 1) / (resamples + 1))
+
+
+def summed_by_cluster(terms: Terms) -> Array:
+    """[clusters, terms], clusters in order of first appearance."""
+    if not len(terms.names):
+        raise UserError("There is nothing to resample: no questions were scored.")
+    number: dict[str, int] = {}
+    index = np.array([number.setdefault(label, len(number)) for label in terms.clusters])
+    sums = np.zeros((len(number), terms.sums.shape[1]))
+    np.add.at(sums, index, terms.sums)
+    return sums
+
+
+def multiplicities(clusters: int, resamples: int, seed: int) -> Iterator[Array]:
+    """How often each cluster is drawn, [rows, clusters] at a time."""
+    random = np.random.default_rng(seed)
+    rows = max(1, DRAWS_AT_ONCE // clusters)
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        yield random.multinomial(clusters, np.full(clusters, 1 / clusters), size=size).astype(np.float64)
 
 
 def cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] | None) -> tuple[Array, Array]:

@@ -27,9 +27,14 @@ class Tracker:
     """Logging switched off; also the interface."""
 
     def batch(
-        self, samples: Sequence["Sample"], batch: "Batch", credits: Sequence[float], answered: int, accuracy: float
+        self,
+        samples: Sequence["Sample"],
+        batch: "Batch",
+        credits: Sequence[float],
+        answered: int,
+        accuracy: float | None,
     ) -> None:
-        """One batch is stored; `accuracy` (percent) is over all `answered` questions so far."""
+        """One batch is stored; `accuracy` (percent) is over all `answered` questions so far, None without credits."""
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Numbers of a training step."""
@@ -47,18 +52,23 @@ class WandbTracker(Tracker):
     def __init__(self, wandb: Any, run: Any):
         self._wandb = wandb
         self._run = run
-        self._pictures: list[tuple[Sample, Any, float]] = []
+        self._pictures: list[tuple[Sample, Any, float | None]] = []
 
     def batch(
-        self, samples: Sequence["Sample"], batch: "Batch", credits: Sequence[float], answered: int, accuracy: float
+        self,
+        samples: Sequence["Sample"],
+        batch: "Batch",
+        credits: Sequence[float],
+        answered: int,
+        accuracy: float | None,
     ) -> None:
-        for sample, answer, credit in zip(samples, batch.answers, credits, strict=True):
+        for sample, answer, credit in zip(samples, batch.answers, credits or [None] * len(samples), strict=True):
             if len(self._pictures) < PICTURES and sample.image is not None:
                 self._pictures.append((sample, answer, credit))
         count = len(samples)
         numbers = {
             "progress/answered": answered,
-            "progress/accuracy": accuracy,
+            **({} if accuracy is None else {"progress/accuracy": accuracy}),
             "progress/ttft_ms": 1000 * batch.timing.ttft / count,
             "progress/decode_ms": 1000 * batch.timing.decode / count,
         }
@@ -83,7 +93,8 @@ class WandbTracker(Tracker):
         pictures = []
         for sample, answer, credit in self._pictures:
             tokens = f"{answer.audit.mean:.0f} of {answer.audit.visual_tokens} tokens"
-            caption = f"{sample.question} {answer.text} ({'right' if credit == 1 else 'wrong'}, {tokens})"
+            verdict = "" if credit is None else "right, " if credit == 1 else "wrong, "
+            caption = f"{sample.question} {answer.text} ({verdict}{tokens})"
             for overlay in draw_answer(sample, answer):
                 pictures.append(self._wandb.Image(overlay, caption=caption))
         if pictures:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from PIL import Image
@@ -28,17 +28,23 @@ MAX_SIDE = 65_535  # pixels, the longest that JPEG can hold
 STRIP = 2**22  # pixels of the square canvas that exist at once
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read the whole picture as RGB. EXIF rotation is ignored, as in the official benchmark scripts."""
+def open_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Read the whole picture as RGB. EXIF rotation is ignored, as in the official benchmark scripts.
+
+    Args:
+        path: or the file's bytes as an open file.
+        name: what errors call it; its path if left out.
+    """
+    name = name or str(path)
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError as error:
-        raise UserError(f"No image at {path}; check the path and the image folder.") from error
+        raise UserError(f"No image at {name}; check the path and the image folder.") from error
     # Pillow reports a broken file with any of these, depending on the format and on where the damage is.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(
-            f"Cannot read the image {path} ({_first_line(error)}); the file is damaged or no image, fetch it again."
+            f"Cannot read the image {name} ({_first_line(error)}); the file is damaged or no image, fetch it again."
         ) from error
 
 

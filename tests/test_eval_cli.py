@@ -351,9 +351,11 @@ def test_scoring_a_runs_own_answers_gives_the_runs_result(main, data, tmp_path, 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("", "40 questions without a prediction: 1000, 1001, 1002, 1003, 1004, ..."),
+        ("", "a.jsonl holds no answers"),
+        ('{"question_id": 1000, "text": "a"}', "39 questions without a prediction (1001, 1002, 1003, 1004, 1005, ...)"),
+        ('{"question_id": 5, "text": "a"}', "None of the 1 answers"),
         ('{"question_id": "1000", "text": "yes"}\n{"question_id": \n', "a.jsonl line 2 is not valid JSON"),
-        ('{"question_id": "1000"}\n', "a.jsonl line 1 should have question_id or questionId, and text or prediction"),
+        ('{"question_id": "1000"}\n', "a.jsonl line 1 should have an id (question_id, questionId, id, index, image)"),
         ('[{"questionId": "1000", "prediction": 3}]', "a.jsonl entry 1 should have"),
         ('[{"questionId": "1000"', "a.jsonl is not valid JSON"),
         (

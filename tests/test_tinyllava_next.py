@@ -308,7 +308,7 @@ def test_transformers_gives_the_logits_of_training(shipped):
 
     dataset = benchmarks.get("gqa").load(DATA, "testdev")
     question = next(q for q in dataset.questions if q.image == "test00000d.jpg")
-    image = np.asarray(Image.open(dataset.images / question.image))
+    image = np.asarray(dataset.pictures.open(question.image))
     words, tail = encode(question.question), [ids()[SHORT_ANSWER], ids()[ASSISTANT]]
     assert AutoTokenizer.from_pretrained(MODEL)(question.question).input_ids[1:] == words
     packed = pack([[Asked("", words, 0)]], tail, QUESTION_LENGTH, ids()[PAD])

@@ -337,7 +337,7 @@ def test_transformers_gives_the_logits_of_training():
     question = data.questions[5]
     words, tail = encode(question.question), [ids()[vocabulary.ASSISTANT]]
     packed = pack([[Asked("", words, 0)]], tail, QUESTION_LENGTH, ids()[vocabulary.PAD])
-    video = read_video(data.images / question.image)
+    video = data.pictures.open(question.image)
     parts = SimpleNamespace(
         language_model=model.model.language_model, projector=model.model.multi_modal_projector, newline=None
     )

@@ -28,6 +28,18 @@ def check_split(benchmark: Benchmark, split: str | None) -> str:
     return split
 
 
+def check_profile(benchmark: Benchmark, profile: str | None) -> str:
+    """`profile`, or the default for None."""
+    if profile is None:
+        return benchmark.profiles[0]
+    if profile not in benchmark.profiles:
+        raise unknown(f"profile of {benchmark.name}", profile, benchmark.profiles)
+    return profile
+
+
 def describe() -> list[dict[str, object]]:
     """Name, summary and splits of each, for --list."""
-    return [{"name": b.name, "summary": b.summary, "splits": list(b.splits)} for b in map(get, names())]
+    return [
+        {"name": b.name, "summary": b.summary, "splits": list(b.splits), "profiles": list(b.profiles)}
+        for b in map(get, names())
+    ]

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.dataset import Benchmark, Dataset, Question, fingerprint, image_name
+from eval.dataset import Benchmark, Dataset, Question, fingerprint
 from eval.jsonl import read_json, read_jsonl
 from eval.metrics import Score, gqa
+from eval.pictures import Folder, image_name
 from eval.prompts import SHORT, split_suffix
 from llava.errors import UserError
 
@@ -25,7 +26,7 @@ Records = dict[str, dict[str, Any]]
 FIELDS = ("question", "answer", "imageId", "isBalanced", "types", "semantic", "groups", "entailed")
 
 
-def load(data: Path, split: str) -> Dataset:
+def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read a split; everything that can be wrong with its files is said here, images excepted."""
     folder = data / "gqa"
     official = folder / "data" / f"{split}_balanced_questions.json"
@@ -47,7 +48,17 @@ def load(data: Path, split: str) -> Dataset:
         predictions = {name: gqa.normalise(text) for name, text in texts.items()}
         return gqa.score({name: records[name] for name in asked}, predictions, choices, everything)
 
-    return Dataset(f"GQA {split}", questions, images, fingerprint(sources), score, judge, submission)
+    unbalanced = {name for name, record in {**(everything or {}), **records}.items() if not record["isBalanced"]}
+    return Dataset(
+        f"GQA {split}",
+        questions,
+        Folder(images),
+        fingerprint(sources),
+        score,
+        judge,
+        submission,
+        accepts=frozenset(unbalanced),
+    )
 
 
 def judge(question: Question, text: str) -> float:
@@ -55,9 +66,11 @@ def judge(question: Question, text: str) -> float:
     return float(gqa.normalise(text) == question.answer)
 
 
-def submission(texts: Mapping[str, str]) -> list[dict[str, str]]:
-    """testdev_balanced_predictions.json, the official script's input."""
-    return [{"questionId": name, "prediction": gqa.normalise(text)} for name, text in texts.items()]
+def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
+    """The official script's input, its testdev_balanced_predictions.json."""
+    return {
+        "predictions.json": [{"questionId": name, "prediction": gqa.normalise(text)} for name, text in texts.items()]
+    }
 
 
 def read_records(path: Path) -> Records:
@@ -91,7 +104,7 @@ def from_prompts(path: Path, official: Path, records: Records) -> tuple[Question
             raise UserError(f"{where} asks question {name} a second time.")
         text, suffix = split_suffix(str(row["text"]))
         image = image_name(str(row["image"]), where)
-        questions[name] = Question(name, text, suffix, image, str(records[name]["answer"]))
+        questions[name] = Question(name, text, suffix, (image,), str(records[name]["answer"]))
     lost = [name for name, record in records.items() if record["isBalanced"] and name not in questions]
     if lost:
         raise UserError(f"{path} lacks {len(lost):,} of the balanced questions in {official}, the first is {lost[0]}.")
@@ -101,7 +114,7 @@ def from_prompts(path: Path, official: Path, records: Records) -> tuple[Question
 def from_records(records: Records, path: Path, images: Path) -> tuple[Question, ...]:
     """Questions in file order with the suffix LLaVA uses for GQA."""
     return tuple(
-        Question(name, record["question"], SHORT, find_image(images, str(record["imageId"]), path), record["answer"])
+        Question(name, record["question"], SHORT, (find_image(images, str(record["imageId"]), path),), record["answer"])
         for name, record in records.items()
     )
 
@@ -118,4 +131,6 @@ BENCHMARK = Benchmark(
     summary="Compositional questions about scenes; exact match with a one-word answer.",
     splits=("testdev", "val"),
     load=load,
+    model="tinyllava",
+    published="62.0 accuracy (LLaVA-1.5-7B, model zoo)",
 )

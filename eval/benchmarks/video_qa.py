@@ -10,37 +10,18 @@ on the real sets are judged by GPT-3.5 instead and cannot be compared with these
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from eval.dataset import Benchmark, Dataset, Question, fingerprint, image_name
+from eval.dataset import Benchmark, Dataset, Question, fingerprint
 from eval.jsonl import read_json
 from eval.metrics import Score, exact_match
+from eval.pictures import Videos, image_name
 from llava.errors import UserError
-
-if TYPE_CHECKING:
-    from llava.sample import Sample
 
 FORMATS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 
 
-class VideoDataset(Dataset):
-    """A dataset whose `images` are video files."""
-
-    def sample(self, question: Question) -> "Sample":
-        """The question with the frames of its video that a Video-LLaVA looks at."""
-        from llava.sample import Sample
-        from llava.video import read_video
-
-        return Sample(
-            id=question.id,
-            question=question.question,
-            suffix=question.suffix,
-            image=read_video(self.images / question.image),
-            image_id=question.image,
-        )
-
-
-def load(data: Path, split: str) -> Dataset:
+def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read a split; everything that can be wrong with its files is said here, the videos excepted."""
     folder = data / "video_qa"
     asked, answered = folder / f"{split}_q.json", folder / f"{split}_a.json"
@@ -58,14 +39,14 @@ def load(data: Path, split: str) -> Dataset:
         if name not in answers:
             raise UserError(f"{asked} asks question {name}, which has no answer in {answered}.")
         video = find_video(videos, str(row["video_name"]), asked)
-        questions[name] = Question(name, str(row["question"]), "", video, answers[name])
+        questions[name] = Question(name, str(row["question"]), "", (video,), answers[name])
 
     def score(names: Sequence[str], texts: Mapping[str, str]) -> Score:
         return exact_match.score({name: answers[name] for name in names}, texts, types)
 
     sources = [asked, answered]
-    return VideoDataset(
-        f"video QA {split}", tuple(questions.values()), videos, fingerprint(sources), score, judge, submission
+    return Dataset(
+        f"video QA {split}", tuple(questions.values()), Videos(videos), fingerprint(sources), score, judge, submission
     )
 
 
@@ -74,9 +55,9 @@ def judge(question: Question, text: str) -> float:
     return exact_match.credit(text, question.answer)
 
 
-def submission(texts: Mapping[str, str]) -> list[dict[str, str]]:
+def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
     """Predictions by question, with the field names of Video-LLaVA's answer files."""
-    return [{"id": name, "pred": text.strip()} for name, text in texts.items()]
+    return {"predictions.json": [{"id": name, "pred": text.strip()} for name, text in texts.items()]}
 
 
 def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
@@ -103,4 +84,5 @@ BENCHMARK = Benchmark(
     summary="Questions about what happens in short videos; exact match with a one-word answer.",
     splits=("test", "val"),
     load=load,
+    model="tinyllava_video",
 )

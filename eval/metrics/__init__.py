@@ -1,6 +1,34 @@
 """Official metrics as pure functions on data. One file per metric; what they return is a `Score`."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A headline number as a function of sums over units, so that intervals and paired tests can draw units anew.
+
+    Every official metric here has this form: an accuracy is (right, all) -> right / all, an F1 is a function of summed
+    true and false positives, MME's score of summed counts per task.
+
+    Attributes:
+        unit: what one row is, for sentences: "question", "image pair", "group".
+        names: [units] stable ids, the same for every answer file of a benchmark.
+        clusters: [units] label of what has to be drawn together, mostly the picture.
+        sums: [units, terms].
+        value: sums [..., terms] -> the number [...], vectorised over the leading dimensions.
+    """
+
+    unit: str
+    names: tuple[str, ...]
+    clusters: tuple[str, ...]
+    sums: Array
+    value: Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -9,12 +37,42 @@ class Score:
 
     Attributes:
         values: name -> number in the unit the official script prints; None if it cannot be computed.
-        groups: breakdown name -> group -> (percent, number of questions).
-        correct: question id -> credit in [0, 1], for intervals and tables; `values["accuracy"]` is 100 x its mean.
+        groups: breakdown name -> group -> (number in that unit, count of what it is a mean of).
+        correct: question id -> credit in [0, 1], for intervals and tables; empty where questions have none.
         notes: what the reader must know about these numbers.
+        main: the key in `values` of the number that papers print.
+        points: keys of `values` and `groups` that are no percentages.
+        terms: how `main` comes about, where it is not 100 x the mean of `correct`.
     """
 
     values: dict[str, float | None]
     groups: dict[str, dict[str, tuple[float, int]]]
     correct: dict[str, float]
     notes: tuple[str, ...] = field(default=())
+    main: str = "accuracy"
+    points: frozenset[str] = frozenset()
+    terms: Terms | None = None
+
+
+def ratio_terms(
+    credits: Mapping[str, float], clusters: Mapping[str, str] | None = None, unit: str = "question", scale: float = 100
+) -> Terms:
+    """Terms of `scale` times the mean credit."""
+    names = tuple(credits)
+    return Terms(
+        unit,
+        names,
+        tuple(clusters[name] for name in names) if clusters is not None else names,
+        np.array([(credits[name], 1.0) for name in names]).reshape(-1, 2),
+        lambda sums: scale * divide(sums[..., 0], sums[..., 1]),
+    )
+
+
+def divide(above: Array, below: Array) -> Array:
+    """above / below, 0 where there is nothing to divide by."""
+    return np.divide(above, below, out=np.zeros_like(np.asarray(above, dtype=np.float64)), where=below != 0)
+
+
+def first_names(names: Sequence[str], shown: int = 5) -> str:
+    """The first few of a list, for an error."""
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

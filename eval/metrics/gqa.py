@@ -73,7 +73,7 @@ def score(
         "steps number": grouped(correct, {n: count_steps(q) for n, q in balanced.items()}),
         "words number": grouped(correct, {n: len(q["question"].split()) for n, q in balanced.items()}),
     }
-    return Score(values, groups, correct, tuple(notes))
+    return Score(values, groups, correct, tuple(notes), points=frozenset({"distribution"}))
 
 
 def check_coverage(balanced: Iterable[str], predictions: Iterable[str], known: set[str]) -> None:

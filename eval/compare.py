@@ -1,0 +1,124 @@
+"""Compare two answer files on the same benchmark: difference, 95 % interval and a paired test.
+
+python -m eval.compare A.jsonl B.jsonl --benchmark gqa --data DIR
+python -m eval.compare RUN_A RUN_B      # two output folders of `python -m eval` say by themselves what they answer
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval import benchmarks
+from eval.__main__ import Help, Parser
+from eval.answer_file import read_answers
+from eval.config import DEFAULT_DATA
+from eval.dataset import PROFILES, SOURCES, Dataset
+from eval.jsonl import read_json, write_json
+from eval.metrics import Score, Terms, ratio_terms
+from eval.statistics import compare_terms
+from llava.errors import UserError
+
+
+def terms_of(score: Score, data: Dataset) -> Terms:
+    """What is drawn anew: the metric's own units, or questions that are drawn together when they share a picture."""
+    if score.terms is not None:
+        return score.terms
+    pictures = {question.id: question.image for question in data.questions}
+    names = sorted(score.correct)
+    return ratio_terms({name: score.correct[name] for name in names}, pictures, "image")
+
+
+def compare(a: Path, b: Path, data: Dataset, partial: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Both scores and a minus b; with `partial`, over the questions that both answer."""
+    files = [read_answers(path, data, partial) for path in (a, b)]
+    common = files[0].texts.keys() & files[1].texts.keys()
+    asked = [question.id for question in data.questions if question.id in common]
+    notes = [f"{'AB'[i]}: {note}" for i, file in enumerate(files) for note in file.notes]
+    if len(asked) < len(data.questions):
+        notes.append(f"compared on {len(asked):,} of {len(data.questions):,} questions")
+    scores = [data.score(asked, {n: t for n, t in file.texts.items() if n in common}) for file in files]
+    main = scores[0].main
+    if any(score.values.get(main) is None for score in scores):
+        raise UserError(f"{data.title} has no score to compare here: {'; '.join(scores[0].notes)}.")
+    found = compare_terms(*(terms_of(score, data) for score in scores), seed=seed)
+    return {
+        "title": data.title,
+        "main": main,
+        "questions": len(asked),
+        "a": scores[0].values[main],
+        "b": scores[1].values[main],
+        **dataclasses.asdict(found),
+        "unit": "" if main in scores[0].points else "%",
+        "notes": notes,
+    }
+
+
+def lines(record: Mapping[str, Any]) -> list[str]:
+    """A comparison as a person reads it."""
+    unit = f" {record['unit']}" if record["unit"] else ""
+    verdict = "significant at 5 %" if record["p"] < 0.05 else "not significant at 5 %"
+    return [
+        f"{record['title']}, {record['main']} over {record['questions']:,} questions",
+        f"A  {record['a']:.2f}{unit}",
+        f"B  {record['b']:.2f}{unit}",
+        f"A - B  {record['difference']:+.2f} (95 % CI {record['low']:+.2f} to {record['high']:+.2f})",
+        f"p  {record['p']:.4f}, paired permutation test: {verdict}",
+        *(f"note: {note}" for note in record["notes"]),
+    ]
+
+
+def run_folder(path: Path) -> tuple[str, str, str | None]:
+    """Benchmark, split and profile of an output folder."""
+    settings = read_json(path / "settings.json")
+    return settings["benchmark"], settings["split"], settings.get("profile")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    p = Parser(
+        prog="python -m eval.compare",
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    p.add_argument("a", help="answer file, or output folder of a run")
+    p.add_argument("b", help="answer file, or output folder of a run")
+    p.add_argument("--benchmark", help="of the files; output folders say it themselves")
+    p.add_argument("--data", default=str(DEFAULT_DATA), help="folder that holds the benchmarks, one folder each")
+    p.add_argument("--split", help="split of the benchmark; its first one if left out")
+    p.add_argument("--profile", choices=PROFILES, help="score as LLaVA's scripts or as lmms-eval; default: llava")
+    p.add_argument("--source", default="auto", choices=SOURCES, help="which files the references come from")
+    p.add_argument("--partial", action="store_true", help="compare on the questions that both files answer")
+    p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
+    try:
+        args = p.parse_args(arguments)
+        paths = [Path(args.a), Path(args.b)]
+        folders = [path for path in paths if path.is_dir() and (path / "settings.json").is_file()]
+        said = {run_folder(path) for path in folders}
+        if len(said) > 1:
+            raise UserError(f"The two runs are of different benchmarks: {' and '.join(map(str, sorted(said)))}.")
+        name, split, profile = said.pop() if said else (args.benchmark, args.split, args.profile)
+        if name is None:
+            raise UserError("--benchmark is missing; only output folders of `python -m eval` say what they answer.")
+        benchmark = benchmarks.get(args.benchmark or name)
+        data = benchmark.load(
+            Path(args.data),
+            benchmarks.check_split(benchmark, args.split or split),
+            benchmarks.check_profile(benchmark, args.profile or profile),
+            args.source,
+        )
+        files = [path / "answers.jsonl" if path in folders else path for path in paths]
+        record = compare(*files, data, args.partial)
+        print("\n".join(lines(record)))
+        if args.json:
+            write_json(Path(args.json), record)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Where a benchmark's pictures and videos come from: a folder, bytes inside a table, a data set of the hub."""
+
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Protocol
+
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from llava.video import Video
+
+
+class Pictures(Protocol):
+    """Pictures by name.
+
+    Attributes:
+        noun: what they are, for sentences.
+        where: the folder or table, for sentences.
+    """
+
+    noun: str
+    where: str
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are not there, found without decoding anything."""
+        ...
+
+    def open(self, name: str) -> "Image.Image | Video":
+        """One picture as RGB, or the frames of a video."""
+        ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Image files below one folder."""
+
+    root: Path
+    noun = "images"
+
+    @property
+    def where(self) -> str:
+        return str(self.root)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if not (self.root / name).is_file()]
+
+    def open(self, name: str) -> "Image.Image":
+        # torch comes with this: a benchmark can be scored without it.
+        from llava.image import open_image
+
+        return open_image(self.root / name)
+
+
+class Videos(Folder):
+    """Video files below one folder."""
+
+    noun = "videos"
+
+    def open(self, name: str) -> "Video":
+        from llava.video import read_video
+
+        return read_video(self.root / name)
+
+
+@dataclass(frozen=True)
+class Inline:
+    """Encoded pictures that stand in a table.
+
+    Attributes:
+        names: those there are.
+        fetch: name -> the bytes of an image file.
+    """
+
+    where: str
+    names: frozenset[str]
+    fetch: Callable[[str], bytes]
+    noun = "images"
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name not in self.names]
+
+    def open(self, name: str) -> "Image.Image":
+        from llava.image import open_image
+
+        return open_image(io.BytesIO(self.fetch(name)), f"{name} in {self.where}")
+
+
+def image_name(name: str, where: str) -> str:
+    """A file name from a question file, refused if it points out of the image folder.
+
+    Links inside the folder are followed: their owner put them there, the question file's author did not.
+    """
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise UserError(f"{where} names the image {name!r}, which is not inside the image folder.")
+    return name
