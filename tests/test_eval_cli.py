@@ -285,6 +285,7 @@ def test_the_shell_script_passes_everything_on(tmp_path):
     """With a setup that does nothing and a python that prints its arguments."""
     (tmp_path / "scripts" / "eval").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "eval" / "gqa.sh", tmp_path / "scripts" / "eval")
+    shutil.copy(ROOT / "scripts" / "benchmark.sh", tmp_path / "scripts")
     (tmp_path / "scripts" / "setup.sh").write_text("cd /\n")
     (tmp_path / "python").write_text('#!/bin/sh\npwd\nfor a in "$@"; do echo "$a"; done\n')
     (tmp_path / "python").chmod(0o755)

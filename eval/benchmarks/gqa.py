@@ -7,28 +7,43 @@
     data/testdev_all_questions.json         optional, for consistency
 
 The split `val` has the same names with `val` for `testdev`. Without LLaVA's file the questions are asked in the order
-of the official one, with LLaVA's suffix.
+of the official one, with LLaVA's suffix. The mirror has two tables for a split, one of questions and one of pictures.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval.dataset import Benchmark, Dataset, Question, fingerprint
+from eval.dataset import Benchmark, Dataset, Need, Question, fingerprint
+from eval.hub import local_copy, open_table
 from eval.jsonl import read_json, read_jsonl
-from eval.metrics import Score, gqa
+from eval.metrics import Score, exact_match, gqa
 from eval.pictures import Folder, image_name
 from eval.prompts import SHORT, split_suffix
 from llava.errors import UserError
 
 Records = dict[str, dict[str, Any]]
 
+MIRROR = ("lmms-lab-encoder/GQA", "lmms-lab/GQA")
 FIELDS = ("question", "answer", "imageId", "isBalanced", "types", "semantic", "groups", "entailed")
 
 
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read a split; everything that can be wrong with its files is said here, images excepted."""
-    folder = data / "gqa"
+    official = data / "gqa" / "data" / f"{split}_balanced_questions.json"
+    if source == "official" or official.is_file():
+        return from_official(data / "gqa", split, profile)
+    if source == "auto" and local_copy(data, MIRROR) is None:
+        raise UserError(
+            f"No GQA {split} questions at {official}, and no copy of {MIRROR[0]} below {data / 'hub'}; "
+            "--data should be the folder that holds gqa/."
+        )
+    return from_mirror(data, split, profile, download=source == "mirror")
+
+
+def from_official(folder: Path, split: str, profile: str) -> Dataset:
+    """The official questions, in LLaVA's order where its file is there."""
     official = folder / "data" / f"{split}_balanced_questions.json"
     prompts = folder / f"llava_gqa_{split}_balanced.jsonl"
     if not official.is_file():
@@ -49,7 +64,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         return gqa.score({name: records[name] for name in asked}, predictions, choices, everything)
 
     unbalanced = {name for name, record in {**(everything or {}), **records}.items() if not record["isBalanced"]}
-    return Dataset(
+    found = Dataset(
         f"GQA {split}",
         questions,
         Folder(images),
@@ -57,13 +72,65 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         score,
         judge,
         submission,
+        facts={"source": "official", "profile": profile},
         accepts=frozenset(unbalanced),
     )
+    return as_lmms(found) if profile == "lmms" else found
+
+
+def from_mirror(data: Path, split: str, profile: str, download: bool) -> Dataset:
+    """The tables of the hub: question, answer and imageId of each question; id and image of each picture."""
+    table = open_table(data, MIRROR, f"{split}_balanced_instructions", split, download)
+    shown = open_table(data, MIRROR, f"{split}_balanced_images", split, download)
+    row_of = {str(name): row for row, name in enumerate(shown.column("id"))}
+    fields = ("id", "question", "answer", "imageId")
+    questions = []
+    for record in table.records(fields):
+        image = str(record["imageId"])
+        if image not in row_of:
+            raise UserError(f"Question {record['id']} in {table.where} is about image {image}, which has no row.")
+        questions.append(
+            Question(str(record["id"]), record["question"], SHORT, (f"{row_of[image]}/image",), record["answer"])
+        )
+    answers = {question.id: question.answer for question in questions}
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        # The mirror has no types and programs: what needs them is not measured.
+        return exact_match.score({name: answers[name] for name in asked}, texts, {}, credit=gqa_credit)
+
+    found = Dataset(
+        f"GQA {split}",
+        tuple(questions),
+        shown.pictures(),
+        table.fingerprint(fields),
+        score,
+        judge,
+        submission,
+        facts={"source": table.id, "profile": profile},
+    )
+    return as_lmms(found) if profile == "lmms" else found
+
+
+def as_lmms(data: Dataset) -> Dataset:
+    """The same questions as lmms-eval asks and scores them: 16 tokens, case and punctuation ignored."""
+    answers = {question.id: question.answer for question in data.questions}
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        wanted = {name: answers[name] for name in asked}
+        given = {name: texts[name] for name in texts if name in wanted}
+        return exact_match.score(wanted, given, {}, credit=exact_match.loose_credit)
+
+    return replace(data, score=score, judge=lambda q, text: exact_match.loose_credit(text, q.answer), max_new_tokens=16)
+
+
+def gqa_credit(text: str, answer: str) -> float:
+    """1 if the text is the answer as the official script compares them."""
+    return float(gqa.normalise(text) == answer)
 
 
 def judge(question: Question, text: str) -> float:
     """1 if the text is the answer."""
-    return float(gqa.normalise(text) == question.answer)
+    return gqa_credit(text, question.answer)
 
 
 def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
@@ -132,5 +199,14 @@ BENCHMARK = Benchmark(
     splits=("testdev", "val"),
     load=load,
     model="tinyllava",
-    published="62.0 accuracy (LLaVA-1.5-7B, model zoo)",
+    published="62.0 accuracy",
+    needs=(
+        Need(
+            "gqa/data/testdev_balanced_questions.json", "questions1.2.zip of https://cs.stanford.edu/people/dorarad/gqa"
+        ),
+        Need("gqa/data/images", "images.zip of https://cs.stanford.edu/people/dorarad/gqa"),
+        Need("gqa/llava_gqa_testdev_balanced.jsonl", "eval.zip of LLaVA's docs/Evaluation.md", optional=True),
+    ),
+    mirror=MIRROR,
+    licence="annotations CC BY 4.0; pictures of COCO and Flickr under their own terms",
 )

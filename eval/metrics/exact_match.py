@@ -1,9 +1,12 @@
 """Exact match with one short answer, for sets that have no official script for short answers."""
 
-from collections.abc import Mapping
+import string
+from collections.abc import Callable, Mapping
 
 from eval.metrics import Score
 from eval.metrics.gqa import check_coverage, grouped, normalise, percent
+
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def credit(text: str, answer: str) -> float:
@@ -11,13 +14,28 @@ def credit(text: str, answer: str) -> float:
     return float(normalise(text.strip()) == normalise(answer.strip()))
 
 
-def score(answers: Mapping[str, str], texts: Mapping[str, str], types: Mapping[str, str]) -> Score:
+def loose_credit(text: str, answer: str) -> float:
+    """1 if the text is the answer, but for case and punctuation: lmms-eval's exact_match with both switches on."""
+    return float(bare(text) == bare(answer))
+
+
+def bare(text: str) -> str:
+    return text.lower().translate(PUNCTUATION)
+
+
+def score(
+    answers: Mapping[str, str],
+    texts: Mapping[str, str],
+    types: Mapping[str, str],
+    credit: Callable[[str, str], float] = credit,
+) -> Score:
     """Percent of right answers.
 
     Args:
         answers: question id -> reference answer, of the questions that were asked.
         texts: question id -> the model's text; one for every question.
         types: question id -> its group in the breakdown; questions that are not in it are left out there.
+        credit: (text, answer) -> 1 if right.
     """
     check_coverage(answers, texts, set(answers))
     correct = {name: credit(texts[name], answer) for name, answer in answers.items()}

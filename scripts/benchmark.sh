@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# What the scripts in scripts/eval/ have in common: set up, then ask one method the questions of one benchmark.
+#   bash scripts/benchmark.sh BENCHMARK METHOD [BUDGET] [further arguments of python -m eval]
+# MODEL and DATA from the environment choose the checkpoint and the data folder.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+name=${1:?name of a benchmark}
+shift
+
+case ${1:-} in
+"" | -h | --help)
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$root/scripts/eval/$name.sh" >&2
+  [[ -n ${1:-} ]] && exit 0
+  exit 2
+  ;;
+esac
+
+arguments=(--benchmark "$name" --method="$1")
+shift
+if [[ $# -gt 0 && $1 != --* ]]; then
+  arguments+=(--budget="$1")
+  shift
+fi
+arguments+=(${MODEL:+--model="$MODEL"} ${DATA:+--data="$DATA"} "$@")
+
+here=$PWD
+source "$root/scripts/setup.sh"
+cd "$here" # setup.sh goes to the repository; relative paths above were typed here
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec python -m eval "${arguments[@]}"

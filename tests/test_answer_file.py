@@ -1,0 +1,129 @@
+"""Answer files of others: every naming is read, and nothing that does not fit is scored in silence."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.answer_file import read_answers
+from eval.dataset import Dataset, Question
+from eval.metrics import Score
+from eval.pictures import Folder
+from llava.errors import UserError
+
+PICTURE_IDS = ("p1", "p1", "p2")
+
+
+def dataset(**changes) -> Dataset:
+    """Three questions, two about one picture whose name is their official id."""
+    questions = tuple(
+        Question(f"{picture}#{number}", f"What is thing {number}?", "Short.", (f"{picture}.jpg",), "x", picture)
+        for number, picture in enumerate(PICTURE_IDS)
+    )
+    return Dataset(
+        "a set",
+        questions,
+        Folder(Path("nowhere")),
+        "0",
+        lambda asked, texts: Score({}, {}, {}),
+        None,
+        lambda texts: {},
+        **changes,
+    )
+
+
+def written(tmp_path: Path, *rows: object, end: str = "\n") -> Path:
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + end)
+    return path
+
+
+OURS = [{"question_id": f"{p}#{n}", "text": f"t{n}"} for n, p in enumerate(PICTURE_IDS)]
+LLAVA = [
+    {"question_id": p, "prompt": f"What is thing {n}?\nShort.", "text": f"t{n}", "metadata": {}}
+    for n, p in enumerate(PICTURE_IDS)
+]
+LMMS = [
+    {"doc_id": n, "doc": {"question": f"What is thing {n}?"}, "target": "x", "resps": [[f"t{n}"]]} for n in range(3)
+]
+EXPECTED = {"p1#0": "t0", "p1#1": "t1", "p2#2": "t2"}
+
+
+@pytest.mark.parametrize("rows", [OURS, LLAVA, LMMS], ids=["ours", "llava", "lmms-eval"])
+def test_every_naming_is_joined(tmp_path, rows):
+    found = read_answers(written(tmp_path, *rows), dataset())
+    assert found.texts == EXPECTED and not found.notes
+
+
+def test_lists_and_maps_are_read(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([{"question_id": name, "answer": text} for name, text in EXPECTED.items()], indent=1))
+    assert read_answers(path, dataset()).texts == EXPECTED
+    for indent in (None, 2):
+        path.write_text(json.dumps(EXPECTED, indent=indent))
+        assert read_answers(path, dataset()).texts == EXPECTED
+
+
+def test_filtered_responses_win_over_raw_ones(tmp_path):
+    rows = [{**row, "filtered_resps": [f"f{row['doc_id']}"]} for row in LMMS]
+    assert list(read_answers(written(tmp_path, *rows), dataset()).texts.values()) == ["f0", "f1", "f2"]
+
+
+def test_video_llavas_answer_is_the_reference_and_pred_the_text(tmp_path):
+    rows = [{"id": name, "answer": "reference", "pred": text} for name, text in EXPECTED.items()]
+    assert read_answers(written(tmp_path, *rows), dataset()).texts == EXPECTED
+
+
+def test_prompts_tell_questions_about_one_picture_apart_whatever_the_order(tmp_path):
+    found = read_answers(written(tmp_path, LLAVA[1], LLAVA[2], LLAVA[0]), dataset())
+    assert found.texts == EXPECTED
+    assert list(found.texts) == ["p1#1", "p2#2", "p1#0"], "the file's order is kept for metrics that match by position"
+    assert found.notes == ("the answers are not in the order of the question file",)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence", "kept"),
+    [
+        (OURS[:2], r"1 question without a prediction \(p2#2\)", 2),
+        ([*OURS, {"question_id": "p9", "text": "a"}], r"1 prediction for questions that are not .* \(p9\)", 3),
+        ([*OURS, OURS[0]], r"1 answer given twice in the same words \(p1#0\)", 3),
+        ([*OURS[:2], '{"question_id": "p2#2", "te'], r"line 3, the last one, is cut off", 2),
+    ],
+    ids=["missing", "foreign", "repeated", "torn"],
+)
+def test_what_does_not_fit_is_refused_or_noted(tmp_path, rows, sentence, kept):
+    path = written(tmp_path, *rows, end="")
+    with pytest.raises(UserError, match=sentence):
+        read_answers(path, dataset())
+    found = read_answers(path, dataset(), partial=True)
+    assert len(found.texts) == kept and any("left out" in note for note in found.notes)
+
+
+def test_two_different_answers_are_never_scored(tmp_path):
+    path = written(tmp_path, *OURS, {"question_id": "p1#0", "text": "other"})
+    with pytest.raises(UserError, match=r"1 question answered more than once .*p1#0"):
+        read_answers(path, dataset(), partial=True)
+
+
+def test_another_benchmarks_file_is_named(tmp_path):
+    path = written(tmp_path, {"question_id": "9001", "text": "a"})
+    with pytest.raises(UserError, match=r"None of the 1 answers .* belongs to a set, whose ids look like p1"):
+        read_answers(path, dataset(), partial=True)
+
+
+def test_a_torn_line_in_the_middle_is_no_cut_file(tmp_path):
+    path = written(tmp_path, OURS[0], '{"question_id"', OURS[2])
+    with pytest.raises(UserError, match="line 2 is not valid JSON"):
+        read_answers(path, dataset(), partial=True)
+
+
+def test_ids_that_a_metric_knows_besides_the_questions_may_come_or_lack(tmp_path):
+    path = written(tmp_path, *OURS, {"question_id": "extra", "text": "a"})
+    assert read_answers(path, dataset(accepts=frozenset({"extra"}))).texts == {**EXPECTED, "extra": "a"}
+    assert read_answers(written(tmp_path, *OURS), dataset(accepts=frozenset({"extra"}))).texts == EXPECTED
+
+
+def test_picture_ids_without_a_prompt_are_not_guessed(tmp_path):
+    rows = [{"question_id": p, "text": "a"} for p in PICTURE_IDS]
+    with pytest.raises(UserError, match=r"2 questions without a prediction"):
+        read_answers(written(tmp_path, *rows), dataset())
