@@ -39,10 +39,12 @@ def timing_record(batch: "Batch", conditions: Mapping[str, Any]) -> dict[str, An
 
 
 def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over samples of what was really computed."""
+    """Means of what was really computed, over the samples that have a picture: the others have no visual tokens."""
+    total, records = len(records), [record for record in records if record["visual_tokens"]] or records
     depth = min(len(record["entering"]) for record in records)
     return {
-        "samples": len(records),
+        "samples": total,
+        "without_picture": total - len(records),
         "visual_tokens_before": fmean(record["visual_tokens"] for record in records),
         "entering_per_layer": [fmean(record["entering"][layer] for record in records) for layer in range(depth)],
         "mean_tokens_per_layer": fmean(record["mean"] for record in records),
@@ -58,7 +60,8 @@ def check_budget_kept(records: Sequence[Mapping[str, Any]], rounding: float) -> 
         records: audits; samples whose pictures decide how many tokens stay have no plan and are left out.
         rounding: how far the method may be off by its own documentation.
     """
-    bound = [record for record in records if record["planned"] is not None]
+    # Questions without a picture have nothing to keep: they would only water a deviation down.
+    bound = [record for record in records if record["planned"] is not None and record["visual_tokens"]]
     if not bound:
         return
     kept = fmean(record["mean"] for record in bound)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval import __main__ as cli
-from eval import benchmarks, provenance, score
+from eval import benchmarks, cost, provenance, score
 from eval import run as run_module
 from eval.config import RunConfig, method_options
 from eval.prompts import LETTER, SHORT, VIZ, split_suffix
@@ -99,6 +99,16 @@ def test_limit_is_said_everywhere(main, tmp_path):
     assert code == 0 and "on the first 10 of 40 GQA testdev questions" in out
     result = json.loads((tmp_path / "o" / "result.json").read_text())
     assert result["partial"] and result["limit"] == 10 and result["questions"] == 10
+
+
+def test_questions_without_a_picture_neither_water_the_audit_down_nor_hide_a_deviation():
+    seen = {"visual_tokens": 64, "mean": 20.0, "planned": 16.0, "entering": [20, 20], "merged": 0, "kv_bytes": 10}
+    unseen = {"visual_tokens": 0, "mean": 0.0, "planned": 0.0, "entering": [0, 0], "merged": 0, "kv_bytes": 2}
+    summary = cost.summarise_audit([seen, unseen, unseen])
+    assert summary["mean_tokens_per_layer"] == 20 and summary["samples"] == 3 and summary["without_picture"] == 2
+    with pytest.raises(UserError, match=r"counts 20\.00 visual tokens .* budget is 16\.00"):
+        cost.check_budget_kept([seen, unseen, unseen, unseen], rounding=1.5)
+    assert cost.summarise_audit([unseen])["mean_tokens_per_layer"] == 0
 
 
 def test_options_and_other_precision_get_folders_of_their_own(main, tmp_path):

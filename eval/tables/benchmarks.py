@@ -1,0 +1,120 @@
+"""What the README and docs/evaluation.md say of the benchmarks, and the embedded models' scores on all of them.
+
+    python -m eval.tables.benchmarks pages      # from what the benchmarks say of themselves
+    python -m eval.tables.benchmarks scores     # from finished runs of scripts/tables/embedded_benchmarks.sh
+
+Writes between markers of README.md and docs/evaluation.md, and docs/tables/embedded_benchmarks.csv.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from eval import benchmarks
+from eval.config import ROOT
+from eval.dataset import Benchmark, Need
+from eval.tables.ablation import TABLES, write_csv
+from eval.tables.page import insert, markdown
+from llava.errors import UserError
+
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "evaluation.md"
+RESULTS = ROOT / "results" / "benchmarks"
+OURS = ("video_qa",)  # sets of this repository alone, which no paper reports
+
+
+def reported() -> list[Benchmark]:
+    """The benchmarks of the papers."""
+    return [benchmarks.get(name) for name in benchmarks.names() if name not in OURS]
+
+
+def overview() -> str:
+    """One row per benchmark, for the README."""
+    rows = [
+        [f"[`{b.name}`](scripts/eval/{b.name}.sh)", b.summary, b.published or "n/a", " ".join(b.profiles)]
+        for b in reported()
+    ]
+    return left_aligned(markdown(["benchmark", "what is asked, what counts", "published, 7B", "profiles"], rows))
+
+
+def left_aligned(table: str) -> str:
+    """The same table for columns of words."""
+    head, rule, *rows = table.split("\n")
+    return "\n".join([head, rule.replace("---:", "---"), *rows])
+
+
+def data_sections() -> str:
+    """What each benchmark's folder holds and where it comes from."""
+    return "\n\n".join(data_section(benchmark) for benchmark in reported())
+
+
+def data_section(benchmark: Benchmark) -> str:
+    lines = [f"### {benchmark.name}", "", f"Splits: {', '.join(benchmark.splits)}. Licence: {benchmark.licence}.", ""]
+    lines += [need_line(need) for need in benchmark.needs]
+    if benchmark.mirror:
+        lines.append(f"* mirror: {' or '.join(f'`{name}`' for name in benchmark.mirror)}")
+    return "\n".join(lines)
+
+
+def need_line(need: Need) -> str:
+    count = f", {need.count:,} files" if need.count else ""
+    return f"* `DATA/{need.path}`{count}{' (optional)' if need.optional else ''}: {need.source}"
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    if not (folder / "result.json").is_file():
+        raise UserError(f"{folder} holds no result; run `bash scripts/tables/embedded_benchmarks.sh` first.")
+    return json.loads((folder / "result.json").read_text())
+
+
+def score_rows(results: Path) -> list[list[str]]:
+    """Main metric of the embedded models with and without reduction, on the same questions."""
+    rows = []
+    for benchmark in (benchmarks.get(name) for name in benchmarks.names()):
+        full = result_of(results / benchmark.name / "full")
+        reduced = result_of(results / benchmark.name / "consensusdrop")
+        rows.append(
+            [
+                benchmark.name,
+                full["main"].replace("_", " "),
+                f"{full['questions']:,}",
+                number(full),
+                number(reduced),
+                f"{reduced['audit']['mean_tokens_per_layer']:.0f} of {full['audit']['mean_tokens_per_layer']:.0f}",
+            ]
+        )
+    return rows
+
+
+def number(result: dict[str, Any]) -> str:
+    """Main metric with its interval."""
+    value, interval = result["metrics"][result["main"]], result["confidence"].get(result["main"])
+    if value is None:
+        return "graded by its server"
+    return f"{value:.1f} [{interval['low']:.1f}, {interval['high']:.1f}]"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("pages", "scores"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    try:
+        if args.step == "pages":
+            insert(README, "benchmarks", overview())
+            insert(PAGE, "data", data_sections())
+        else:
+            header = ["benchmark", "metric", "questions", "full", "consensusdrop", "tokens per layer"]
+            rows = score_rows(args.results)
+            insert(PAGE, "embedded scores", markdown(header, rows))
+            write_csv(TABLES / "embedded_benchmarks.csv", header, rows)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
