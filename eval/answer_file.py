@@ -203,7 +203,8 @@ def name_of(
             q for q in candidates if q.question.strip() in prompt
         ]
     if len(candidates) > 1 and row.number is not None:
-        candidates = [questions[row.number]] if 0 <= row.number < len(questions) else []
+        there = questions[row.number].id if 0 <= row.number < len(questions) else None
+        candidates = [q for q in candidates if q.id == there]
     return candidates[0].id if len(candidates) == 1 else None
 
 

@@ -55,6 +55,14 @@ def test_every_naming_is_joined(tmp_path, rows):
     assert found.texts == EXPECTED and not found.notes
 
 
+def test_lmms_evals_row_number_tells_questions_about_one_picture_apart(tmp_path):
+    rows = [{"doc_id": n, "doc": {"question_id": p}, "filtered_resps": [f"t{n}"]} for n, p in enumerate(PICTURE_IDS)]
+    assert read_answers(written(tmp_path, *rows), dataset()).texts == EXPECTED
+    rows[1]["doc_id"] = 2  # the row of a question about another picture
+    with pytest.raises(UserError, match=r"without a prediction \(p1#1\)"):
+        read_answers(written(tmp_path, *rows), dataset())
+
+
 def test_lists_and_maps_are_read(tmp_path):
     path = tmp_path / "list.json"
     path.write_text(json.dumps([{"question_id": name, "answer": text} for name, text in EXPECTED.items()], indent=1))
