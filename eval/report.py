@@ -52,7 +52,7 @@ def score_lines(record: Mapping[str, Any]) -> list[str]:
             lines.append(f"{main}, 95 % CI by {unit}: {interval['low']:.2f} to {interval['high']:.2f}")
     for name, table in record["groups"].items():
         mark = "" if name in points else " %"
-        lines.append(f"{main} / {name}")
+        lines.append(f"{main} / {name}" if main == "accuracy" else name)
         lines += [
             f"  {group:12s} {e['percent']:.2f}{mark} ({e['questions']:,} questions)" for group, e in table.items()
         ]

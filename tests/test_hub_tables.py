@@ -84,7 +84,10 @@ def test_gqa_from_the_mirror(tmp_path):
     assert data.sample(data.questions[0]).image.getpixel((0, 0)) == (255, 0, 0)
     assert data.facts["source"] == "lmms-lab/GQA"
     assert data.score(["1", "2"], {"1": "Yes.", "2": "red"}).values == {"accuracy": 50}
-    loose = benchmarks.get("gqa").load(tmp_path, "testdev", "lmms")
+    write_gqa(tmp_path)
+    assert benchmarks.get("gqa").load(tmp_path, "testdev").facts["source"] == "official"
+    assert benchmarks.get("gqa").load(tmp_path, "testdev", source="mirror").facts["source"] == "lmms-lab/GQA"
+    loose = benchmarks.get("gqa").load(tmp_path, "testdev", "lmms", "mirror")
     assert loose.max_new_tokens == 16
     assert loose.score(["1", "2"], {"1": "yes!", "2": "Blue"}).values == {"accuracy": 100}
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from eval.dataset import Benchmark, Dataset, Need, Question, fingerprint
-from eval.hub import local_copy, open_table
+from eval.hub import open_table
 from eval.jsonl import read_json, read_jsonl
 from eval.metrics import Score, exact_match, gqa
 from eval.pictures import Folder, image_name
 from eval.prompts import SHORT, split_suffix
+from eval.sources import official_file
 from llava.errors import UserError
 
 Records = dict[str, dict[str, Any]]
@@ -31,14 +32,9 @@ FIELDS = ("question", "answer", "imageId", "isBalanced", "types", "semantic", "g
 
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read a split; everything that can be wrong with its files is said here, images excepted."""
-    official = data / "gqa" / "data" / f"{split}_balanced_questions.json"
-    if source == "official" or official.is_file():
+    file = data / "gqa" / "data" / f"{split}_balanced_questions.json"
+    if official_file(data, source, f"GQA {split}", [file], MIRROR) is not None:
         return from_official(data / "gqa", split, profile)
-    if source == "auto" and local_copy(data, MIRROR) is None:
-        raise UserError(
-            f"No GQA {split} questions at {official}, and no copy of {MIRROR[0]} below {data / 'hub'}; "
-            "--data should be the folder that holds gqa/."
-        )
     return from_mirror(data, split, profile, download=source == "mirror")
 
 
@@ -46,8 +42,6 @@ def from_official(folder: Path, split: str, profile: str) -> Dataset:
     """The official questions, in LLaVA's order where its file is there."""
     official = folder / "data" / f"{split}_balanced_questions.json"
     prompts = folder / f"llava_gqa_{split}_balanced.jsonl"
-    if not official.is_file():
-        raise UserError(f"No GQA {split} questions at {official}; --data should be the folder that holds gqa/.")
     records = read_records(official)
     images = folder / "data" / "images"
     if prompts.is_file():

@@ -1,0 +1,338 @@
+"""POPE: the metric against LLaVA's script, and the reader of its files and of its mirror."""
+
+import json
+import random
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from eval import benchmarks, score
+from eval.answer_file import read_answers
+from eval.metrics import pope
+from eval.metrics.pope import Item
+from eval.prompts import SHORT
+from llava.errors import UserError
+
+VECTORS = Path(__file__).parent / "data" / "pope"
+OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_pope(folder: Path, images: int = 4) -> Path:
+    """Two questions per image and category in the official layout, yes and no in turn as in POPE."""
+    prompts = []
+    for category, offset in OFFSETS.items():
+        rows = [
+            {
+                "question_id": k + 1,
+                "image": f"{k // 2}.jpg",
+                "text": f"Is there a {thing} in the image?",
+                "label": label,
+            }
+            for k in range(2 * images)
+            for thing, label in [(f"dog{k}", "yes") if k % 2 == 0 else (f"{category} thing{k}", "no")]
+        ]
+        write_lines(folder / "pope" / "coco" / f"coco_pope_{category}.json", rows)
+        prompts += [
+            {
+                "question_id": offset + row["question_id"],
+                "image": row["image"],
+                "text": f"{row['text']}\n{SHORT}",
+                "category": category,
+            }
+            for row in rows
+        ]
+    write_lines(folder / "pope" / "llava_pope_test.jsonl", prompts)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_pope(tmp_path / "data")
+
+
+def load(data: Path, split: str = "test", profile: str = "llava", source: str = "auto"):
+    return benchmarks.get("pope").load(data, split, profile, source)
+
+
+def answers(dataset, wrong: int = 0, seed: int = 0) -> dict[str, str]:
+    """Right answers in the order of the questions but for `wrong` of them."""
+    fooled = random.Random(seed).sample([question.id for question in dataset.questions], wrong)
+    turned = {"yes": "No", "no": "Yes"}
+    return {q.id: turned[q.answer] if q.id in fooled else q.answer.capitalize() for q in dataset.questions}
+
+
+def scored(dataset, texts):
+    return dataset.score([question.id for question in dataset.questions], texts)
+
+
+# The metric on the vectors.
+
+
+def test_every_number_equals_the_official_scripts():
+    expected = json.loads((VECTORS / "expected_edge.json").read_text())["official_stdout"]
+    labels = [row["label"] for row in lines(VECTORS / "edge_labels.json")]
+    texts = {str(row["question_id"]): row["text"] for row in lines(VECTORS / "edge_answers.jsonl")}
+    items = {name: Item("random", "x.jpg", label) for name, label in zip(texts, labels, strict=True)}
+    found = pope.score(items, {"random": labels}, texts)
+    printed = dict(line.split(": ") for line in expected if ": " in line)
+    names = {"Accuracy": "accuracy", "Precision": "precision", "Recall": "recall", "F1 score": "f1"}
+    for theirs, ours in (names | {"Yes ratio": "yes_ratio"}).items():
+        assert found.values[ours] == pytest.approx(100 * float(printed[theirs]), rel=1e-14), ours
+    counts = [int(count) for count in expected[1].split("\t")]  # TP, FP, TN, FN
+    assert found.terms.sums.sum(0)[:4].tolist() == counts
+
+
+def test_every_text_is_read_as_the_official_script_reads_it():
+    rows = json.loads((VECTORS / "expected_edge.json").read_text())["parsed"]
+    assert len(rows) == 53
+    assert [pope.parse(row["text"]) for row in rows] == [row["parsed"] for row in rows]
+
+
+@pytest.mark.parametrize("text", ["NO", "no!", "None", "", "Nope", "No\nno", "Yes. No"])
+def test_what_looks_like_no_and_counts_as_yes(text):
+    assert pope.parse(text) == "yes"
+
+
+@pytest.mark.parametrize("text", ["No", "no, it is", "There is not, really", "It is no. Yes"])
+def test_a_negation_word_in_the_first_sentence_is_no(text):
+    assert pope.parse(text) == "no"
+
+
+def by_the_book(pairs: list[tuple[str, str]]) -> tuple[float, float]:
+    """F1 and accuracy in percent of (prediction, label), counted one by one."""
+    hits = sum(pair == ("yes", "yes") for pair in pairs)
+    said, there = sum(said == "yes" for said, _ in pairs), sum(label == "yes" for _, label in pairs)
+    return 200 * hits / (said + there), 100 * sum(said == label for said, label in pairs) / len(pairs)
+
+
+def test_the_headline_is_the_mean_of_three_f1_and_follows_from_the_terms(data):
+    dataset = load(data)
+    texts = answers(dataset, wrong=5)
+    found = scored(dataset, texts)
+    category = {name: ("adversarial", "random", "popular")[int(name) // 10_000_000] for name in texts}
+    label = {question.id: question.answer for question in dataset.questions}
+    books = [
+        by_the_book([(pope.parse(texts[name]), label[name]) for name in texts if category[name] == wanted])
+        for wanted in pope.CATEGORIES
+    ]
+    assert found.main == "f1"
+    assert found.values["f1"] == pytest.approx(np.mean([f1 for f1, _ in books]))
+    assert found.values["accuracy"] == pytest.approx(np.mean([accuracy for _, accuracy in books]))
+    assert [share for share, _ in found.groups["f1"].values()] == pytest.approx([f1 for f1, _ in books])
+    assert list(found.groups["f1"]) == list(pope.CATEGORIES)
+    assert found.values["f1"] == pytest.approx(found.terms.value(found.terms.sums.sum(0)), rel=1e-14)
+    assert found.terms.names == ("0.jpg", "1.jpg", "2.jpg", "3.jpg")
+    assert "f1_matched_by_id" not in found.values and not found.notes
+    assert sum(found.correct.values()) == len(texts) - 5
+
+
+def test_labels_are_matched_by_position_and_the_right_numbers_stand_beside(data):
+    """A quirk of the official script: it never looks at the ids of a category's answers."""
+    dataset = load(data)
+    straight = answers(dataset)
+    first, second, *rest = straight
+    shuffled = {name: straight[name] for name in (second, first, *rest)}
+    found, right = scored(dataset, shuffled), scored(dataset, straight)
+    assert found.values["f1"] < right.values["f1"]
+    assert found.values["f1_matched_by_id"] == right.values["f1"]
+    assert found.values["accuracy_matched_by_id"] == right.values["accuracy"]
+    assert found.correct == right.correct
+    assert any("by position" in note and "2 of 24" in note for note in found.notes)
+    assert found.values["f1"] == pytest.approx(found.terms.value(found.terms.sums.sum(0)))
+
+
+def test_categories_may_be_interleaved_without_harm(data):
+    dataset = load(data)
+    texts = answers(dataset, wrong=3)
+    mixed = {name: texts[name] for name in sorted(texts, key=lambda name: int(name) % 10_000_000)}
+    assert scored(dataset, mixed).values == scored(dataset, texts).values
+
+
+def test_nothing_to_divide_by_is_zero_and_said(data):
+    dataset = load(data)
+    found = scored(dataset, dict.fromkeys(answers(dataset), "No"))
+    assert found.values["f1"] == found.values["precision"] == found.values["recall"] == 0
+    assert found.values["accuracy"] == 50
+    assert "random: nothing to divide by for precision and f1, counted as 0" in found.notes
+
+
+def test_a_run_over_the_first_questions_says_which_category_it_saw(data):
+    dataset = load(data)
+    asked = [question.id for question in dataset.questions[:6]]
+    texts = answers(dataset)
+    found = dataset.score(asked, {name: texts[name] for name in asked})
+    assert found.values["f1"] == 100 and list(found.groups["f1"]) == ["adversarial"]
+    assert any("adversarial alone" in note for note in found.notes)
+
+
+def test_an_answer_is_needed_for_every_question(data):
+    dataset = load(data)
+    with pytest.raises(UserError, match="1 question without a prediction: 3"):
+        scored(dataset, {name: text for name, text in answers(dataset).items() if name != "3"})
+
+
+# As lmms-eval.
+
+
+def test_lmms_compares_the_whole_text_and_pools_the_categories(data):
+    dataset = load(data, profile="lmms")
+    texts = {name: f" {text.upper()} " for name, text in answers(dataset, wrong=5, seed=2).items()}
+    found = scored(dataset, texts)
+    pairs = [(texts[q.id].strip().lower(), q.answer) for q in dataset.questions]
+    assert (found.values["f1"], found.values["accuracy"]) == pytest.approx(by_the_book(pairs))
+    assert found.values["f1_mean_of_categories"] == pytest.approx(
+        np.mean([share for share, _ in found.groups["f1"].values()])
+    )
+    assert found.values["f1"] == pytest.approx(found.terms.value(found.terms.sums.sum(0)))
+    assert "f1_other_missed" not in found.values
+
+
+def test_lmms_yes_ratio_is_that_of_the_labels(data):
+    """A bug of lmms-eval; the ratio of the answers is beside it."""
+    dataset = load(data, profile="lmms")
+    found = scored(dataset, dict.fromkeys(answers(dataset), "yes"))
+    assert found.values["yes_ratio_lmms"] == 50 and found.values["yes_ratio"] == 100
+
+
+def test_lmms_leaves_other_answers_out_of_the_recall(data):
+    dataset = load(data, profile="lmms")
+    texts = answers(dataset)
+    positive = next(question.id for question in dataset.questions if question.answer == "yes")
+    found = scored(dataset, texts | {positive: "Yes."})
+    assert found.values["recall"] == 100 and found.values["accuracy"] == pytest.approx(100 * 23 / 24)
+    assert found.values["f1_other_missed"] == pytest.approx(200 * 11 / 23)
+    assert any(note.startswith("1 answers are neither") for note in found.notes)
+
+
+# The files.
+
+
+def test_questions_keep_their_instruction_apart(data):
+    first = load(data).questions[0]
+    assert (first.id, first.question, first.suffix) == ("1", "Is there a dog0 in the image?", SHORT)
+    assert (first.images, first.answer) == (("0.jpg",), "yes")
+
+
+def test_facts_and_splits(data):
+    whole = load(data)
+    assert whole.facts["questions"] == {"adversarial": 8, "random": 8, "popular": 8} and "labels" not in whole.facts
+    assert whole.max_new_tokens == 128
+    random_only = load(data, "random")
+    assert {question.id for question in random_only.questions} == {str(10_000_001 + k) for k in range(8)}
+    assert scored(random_only, answers(random_only)).values["f1"] == 100
+
+
+def test_labels_of_another_version_are_found_by_words_and_said(data):
+    """Today's random file has 90 questions more, so that positions are those of other questions."""
+    path = data / "pope" / "coco" / "coco_pope_random.json"
+    rows = lines(path)
+    extra = {"question_id": 9, "image": "9.jpg", "text": "Is there a cat in the image?", "label": "no"}
+    write_lines(path, [extra, *rows[:-1], {**rows[-1], "text": "Is there a cow in the image?"}])
+    dataset = load(data)
+    assert dataset.facts["labels"]["random"] == 9
+    found = scored(dataset, answers(dataset))
+    assert found.values["f1"] < found.values["f1_matched_by_id"] == 100
+    assert any(note.startswith("1 of 24 questions are not in the label files") for note in found.notes)
+    with pytest.raises(UserError, match="1 of 24 questions are not in the label files"):
+        lmms = load(data, profile="lmms")
+        scored(lmms, answers(lmms))
+
+
+def test_the_submission_is_what_the_official_script_looks_up(data):
+    dataset = load(data)
+    texts = answers(dataset)
+    (content,) = dataset.submission(texts).values()
+    rows = [json.loads(line) for line in content.splitlines()]
+    prompts = lines(data / "pope" / "llava_pope_test.jsonl")
+    assert [row["question_id"] for row in rows] == [row["question_id"] for row in prompts]
+    assert [(row["prompt"], row["text"]) for row in rows] == [
+        (row["text"], texts[str(row["question_id"])]) for row in prompts
+    ]
+
+
+def test_llavas_answer_file_is_scored_from_the_command_line(data, tmp_path, capsys):
+    dataset = load(data)
+    path = tmp_path / "answers.jsonl"
+    path.write_text(next(iter(dataset.submission(answers(dataset, wrong=2)).values())))
+    assert score.main(["pope", "--answers", str(path), "--data", str(data)]) == 0
+    assert "POPE test, 24 questions" in capsys.readouterr().out
+
+
+def write_mirror(folder: Path) -> Path:
+    rows = [
+        {
+            "question_id": str(k + 1),
+            "question": f"Is there a {category} thing {k}?",
+            "answer": "yes" if k % 2 == 0 else "no",
+            "image_source": f"COCO_{k // 2}",
+            "image": {"bytes": b"picture", "path": None},
+            "category": category,
+        }
+        for category in OFFSETS
+        for k in range(4)
+    ]
+    features = datasets.Features({name: datasets.Value("string") for name in rows[0]} | {"image": datasets.Image()})
+    path = folder / "hub" / "lmms-lab" / "POPE" / "data" / "test-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    return folder
+
+
+@pytest.mark.parametrize("profile", ["llava", "lmms"])
+def test_the_mirror_is_read_without_official_files(tmp_path, profile):
+    dataset = load(write_mirror(tmp_path), profile=profile)
+    assert dataset.facts["source"] == "lmms-lab/POPE"
+    assert [q.id for q in dataset.questions[:2]] == ["adversarial/1", "adversarial/2"]
+    assert dataset.questions[0].suffix == SHORT
+    # The picture of two questions, and of other categories, is the same.
+    assert {q.images for q in dataset.questions} == {("0/image",), ("2/image",)}
+    dataset.check_images(dataset.questions)
+    assert scored(dataset, answers(dataset)).values["f1"] == 100
+
+
+def test_lmms_samples_are_joined_by_their_row(tmp_path):
+    """Ids repeat in every category; the row does not."""
+    dataset = load(write_mirror(tmp_path), profile="lmms")
+    path = tmp_path / "samples_pope.jsonl"
+    rows = [
+        {"doc_id": k, "doc": {"question_id": q.official}, "filtered_resps": [q.answer]}
+        for k, q in enumerate(dataset.questions)
+    ]
+    write_lines(path, rows)
+    assert scored(dataset, read_answers(path, dataset).texts).values["f1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda pope: (pope / "llava_pope_test.jsonl").unlink(), "No POPE questions at .*eval.zip"),
+        (lambda pope: (pope / "coco" / "coco_pope_popular.json").unlink(), "No POPE labels at .*popular.*e3e39262"),
+        (lambda pope: write_lines(pope / "coco" / "coco_pope_random.json", [{"label": "yes"}]), "1 labels for 8 quest"),
+        (lambda pope: write_lines(pope / "coco" / "coco_pope_random.json", [{"label": "ja"}]), "yes or no, got 'ja'"),
+        (lambda pope: edit_first(pope, category="randon"), "line 1 'randon'. Did you mean 'random'"),
+        (lambda pope: edit_first(pope, image="../x.jpg"), "not inside the image folder"),
+        (lambda pope: edit_first(pope, question_id=2), "line 2 asks question 2 a second time"),
+        (lambda pope: edit_first(pope, text=""), "line 1 has no text"),
+    ],
+)
+def test_bad_files_are_named(data, broken, message):
+    broken(data / "pope")
+    with pytest.raises(UserError, match=message):
+        load(data)
+
+
+def edit_first(folder: Path, **changes) -> None:
+    path = folder / "llava_pope_test.jsonl"
+    first, *rest = lines(path)
+    write_lines(path, [{**first, **changes}, *rest])
