@@ -58,7 +58,8 @@ def check(data: Path, benchmark: Benchmark) -> Finding:
 def read(data: Path, benchmark: Benchmark, source: str, lost: Iterable[str], copy: str = "") -> Finding:
     """What the benchmark's own reader says of the files."""
     try:
-        found = benchmark.load(data, benchmark.splits[0], benchmark.profiles[0], source)
+        split = benchmarks.check_split(benchmark, None, data)
+        found = benchmark.load(data, split, benchmark.profiles[0], source)
         found.check_images(found.questions)
     except UserError as error:
         return Finding(benchmark.name, INCOMPLETE, copy or source, (str(error), *lost), benchmark.licence)

@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         benchmark = benchmarks.get(args.benchmark or name)
         data = benchmark.load(
             Path(args.data),
-            benchmarks.check_split(benchmark, args.split or split),
+            benchmarks.check_split(benchmark, args.split or split, Path(args.data)),
             benchmarks.check_profile(benchmark, args.profile or profile),
             args.source,
         )

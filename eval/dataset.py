@@ -31,6 +31,7 @@ class Question:
         images: names in the benchmark's pictures; () for a question of text alone.
         answer: the reference, for tables.
         official: the benchmark's own id, where that is not unique or not a string.
+        about: what questions about the same picture share, where the pictures' names do not say it.
     """
 
     id: str
@@ -39,11 +40,12 @@ class Question:
     images: tuple[str, ...]
     answer: str
     official: str = ""
+    about: str = ""
 
     @property
     def image(self) -> str:
-        """What questions about the same picture share: its name, or the id where there is none."""
-        return self.images[0] if self.images else self.id
+        """What questions about the same picture share: its name, or the question's id where there is none."""
+        return self.about or (self.images[0] if self.images else self.id)
 
     @property
     def message(self) -> str:
@@ -130,7 +132,7 @@ class Benchmark:
     """An entry of the benchmark registry.
 
     Attributes:
-        splits: the first is the default.
+        splits: the first whose question file is in the data folder is the default.
         load: (data folder, split, profile, source) -> the questions.
         profiles: those it has; the first is the default.
         model: the embedded checkpoint in assets/ that was trained on its format.
@@ -138,6 +140,7 @@ class Benchmark:
         needs: the official files of the default split.
         mirror: repositories on the hub, the newest id first.
         licence: of the data.
+        split_files: split -> its question file below the data folder, where users often have one split only.
     """
 
     name: str
@@ -150,6 +153,7 @@ class Benchmark:
     needs: tuple[Need, ...] = ()
     mirror: tuple[str, ...] = ()
     licence: str = ""
+    split_files: Mapping[str, str] = field(default_factory=dict)
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -60,14 +60,8 @@ class Table:
     def pictures(self, columns: Sequence[str] = ("image",)) -> Inline:
         """Pictures named "ROW/COLUMN", or "ROW/COLUMN/NUMBER" where a cell is a list of them."""
         names: set[str] = set()
-        for column in columns:
-            if column not in self.rows.column_names:
-                continue
-            for row, cell in enumerate(self.rows[column]):
-                if isinstance(cell, list):
-                    names |= {f"{row}/{column}/{number}" for number in range(len(cell))}
-                elif cell is not None:
-                    names.add(f"{row}/{column}")
+        for column in (name for name in columns if name in self.rows.column_names):
+            names |= cell_names(self.rows.data.column(column), column)
         return Inline(self.where, frozenset(names), self._bytes)
 
     def _bytes(self, name: str) -> bytes:
@@ -78,6 +72,17 @@ class Table:
         if not isinstance(cell, dict) or not cell.get("bytes"):
             raise UserError(f"Picture {name} in {self.where} has no bytes; fetch the data set again.")
         return cell["bytes"]
+
+
+def cell_names(cells: Any, column: str) -> set[str]:
+    """Names of the pictures in an Arrow column, without touching their bytes: a split may hold many gigabytes."""
+    import pyarrow
+    import pyarrow.compute
+
+    if pyarrow.types.is_list(cells.type) or pyarrow.types.is_large_list(cells.type):
+        counts = pyarrow.compute.list_value_length(cells).to_pylist()
+        return {f"{row}/{column}/{number}" for row, count in enumerate(counts) for number in range(count or 0)}
+    return {f"{row}/{column}" for row, there in enumerate(cells.is_valid().to_pylist()) if there}
 
 
 def local_copy(data: Path, ids: Iterable[str]) -> tuple[str, Path] | None:
@@ -115,13 +120,27 @@ def _open(name: str, folder: Path | None, config: str | None, split: str) -> Tab
 
     where = str(folder) if folder is not None else f"hub data set {name}"
     try:
-        rows = datasets.load_dataset(where if folder is not None else name, config, split=split)
+        rows = datasets.load_dataset(
+            where if folder is not None else name, config, split=split, cache_dir=folder and str(_cache(folder))
+        )
     # The library's errors for a wrong split, configuration, schema and network have no common base.
     except Exception as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"configuration {config}, split {split}" if config else f"split {split}"
         raise UserError(f"Cannot read {what} of {where} ({line}).") from error
     return Table(name, where, undecoded(rows))
+
+
+def _cache(folder: Path) -> Path:
+    """Where `datasets` keeps what it read from a local copy, another place once a file of the copy has changed.
+
+    On its own, datasets 5.2 does not notice changes in a folder whose README.md lists its files.
+    """
+    import datasets
+
+    files = [path for path in sorted(folder.rglob("*.*")) if path.is_file()]
+    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "local" / hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
 def undecoded(rows: Any) -> Any:

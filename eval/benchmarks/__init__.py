@@ -1,6 +1,7 @@
 """The benchmarks. A new one is one file in this folder that defines BENCHMARK; nothing else changes."""
 
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 
 from eval.dataset import Benchmark
@@ -19,10 +20,11 @@ def get(name: str) -> Benchmark:
     return import_module(f"{__name__}.{name}").BENCHMARK
 
 
-def check_split(benchmark: Benchmark, split: str | None) -> str:
-    """`split`, or the default for None."""
+def check_split(benchmark: Benchmark, split: str | None, data: Path | None = None) -> str:
+    """`split`, or for None the first one whose question file is in the data folder."""
     if split is None:
-        return benchmark.splits[0]
+        there = (s for s, file in benchmark.split_files.items() if data is not None and (data / file).is_file())
+        return next(there, benchmark.splits[0])
     if split not in benchmark.splits:
         raise unknown(f"split of {benchmark.name}", split, benchmark.splits)
     return split

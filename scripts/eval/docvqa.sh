@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# One method on DocVQA: ANLS on val, with the embedded model and data unless MODEL and DATA say otherwise.
+#
+#   bash scripts/eval/docvqa.sh METHOD [BUDGET] [further arguments of python -m eval]
+#   bash scripts/eval/docvqa.sh consensusdrop 64
+#   MODEL=liuhaotian/llava-v1.5-7b DATA=/data/eval bash scripts/eval/docvqa.sh consensusdrop 64 --dtype float16
+#
+# --split test writes the file for the server.
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../benchmark.sh" docvqa "$@"

@@ -1,0 +1,381 @@
+"""VQAv2, TextVQA and VizWiz from tiny official files and mirrors: prompts, ids, joins, scores and uploads."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eval import benchmarks
+from eval.answer_file import read_answers
+from eval.metrics import vqa
+from eval.metrics.evalai import process
+from eval.prompts import SHORT, VIZ
+from eval.score import score_file
+from llava.errors import UserError
+
+VECTORS = Path(__file__).parent / "data" / "vqa"
+YES = ["yes"] * 10
+COKE = ["coke"] * 2 + ["pepsi"] * 8
+
+
+def write(path: Path, content) -> Path:
+    """A JSON document, or JSON lines where the name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.suffix == ".jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in content) if lines else json.dumps(content))
+    return path
+
+
+def write_mirror(data: Path, name: str, split: str, rows: list[dict]) -> None:
+    """A local copy as the hub has it, a blue picture in every row."""
+    datasets = pytest.importorskip("datasets")
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), "blue").save(file, "PNG")
+    table = datasets.Dataset.from_list([{**row, "image": {"bytes": file.getvalue(), "path": None}} for row in rows])
+    folder = data / "hub" / name / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    table.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), "red").save(path)
+
+
+def load(name: str, data: Path, split: str | None = None, profile: str = "llava", source: str = "auto"):
+    benchmark = benchmarks.get(name)
+    return benchmark.load(data, benchmarks.check_split(benchmark, split), profile, source)
+
+
+def scored(data, texts: dict[str, str]):
+    return data.score(list(texts), texts)
+
+
+# VQAv2
+
+
+def vqav2_prompt(name: int, text: str = "Is it red?") -> dict:
+    image = f"COCO_test2015_{name // 1000:012d}.jpg"
+    return {"question_id": name, "image": image, "text": f"{text}\n{SHORT}", "category": "default"}
+
+
+@pytest.fixture
+def vqav2(tmp_path) -> Path:
+    """Test-dev is two of the four test questions; val is the vectors."""
+    folder = tmp_path / "vqav2"
+    everything = [vqav2_prompt(1000), vqav2_prompt(2000), vqav2_prompt(2001, "How many?"), vqav2_prompt(3000)]
+    write(folder / "llava_vqav2_mscoco_test2015.jsonl", everything)
+    write(folder / "llava_vqav2_mscoco_test-dev2015.jsonl", [everything[2], everything[0]])
+    write(folder / "v2_OpenEnded_mscoco_val2014_questions.json", json.loads((VECTORS / "questions.json").read_text()))
+    write(folder / "v2_mscoco_val2014_annotations.json", json.loads((VECTORS / "annotations.json").read_text()))
+    return tmp_path
+
+
+def test_vqav2_uploads_the_whole_test_list_in_its_order(vqav2):
+    data = load("vqav2", vqav2)
+    assert [question.id for question in data.questions] == ["2001", "1000"]
+    assert data.questions[0].question == "How many?" and data.questions[0].suffix == SHORT
+    (upload,) = data.submission({"1000": "None.", "2001": "What's up"}).items()
+    assert upload == (
+        "answers_upload.json",
+        [
+            {"question_id": 1000, "answer": "0"},
+            {"question_id": 2000, "answer": ""},
+            {"question_id": 2001, "answer": "what 's up"},
+            {"question_id": 3000, "answer": ""},
+        ],
+    )
+
+
+def test_vqav2_test_splits_have_no_local_score(vqav2):
+    for split in ("testdev", "test"):
+        data = load("vqav2", vqav2, split)
+        assert data.judge is None
+        score = scored(data, {"1000": "yes"})
+        assert score.values == {"accuracy": None} and score.correct == {}
+        assert "answers_upload.json" in score.notes[0] and "830" in score.notes[0]
+
+
+def test_vqav2_without_the_whole_list_says_what_the_server_wants(vqav2):
+    (vqav2 / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl").unlink()
+    data = load("vqav2", vqav2)
+    assert len(data.submission({"1000": "yes"})["answers_upload.json"]) == 2
+    assert "every test2015 question" in scored(data, {"1000": "yes"}).notes[0]
+
+
+def test_vqav2_lists_of_two_versions_are_refused(vqav2):
+    write(vqav2 / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl", [vqav2_prompt(1000)])
+    with pytest.raises(UserError, match=r"1 VQAv2 testdev questions are not in .*test2015\.jsonl, such as 2001"):
+        load("vqav2", vqav2)
+
+
+def test_vqav2_val_is_the_official_toolkit_behind_the_answer_processor(vqav2):
+    data = load("vqav2", vqav2, "val")
+    assert data.questions[1].images == ("COCO_val2014_000000000001.jpg",) and data.questions[1].answer == "yes"
+    record = score_file(VECTORS / "results.json", data)
+    people = {
+        str(row["question_id"]): [answer["answer"] for answer in row["answers"]]
+        for row in json.loads((VECTORS / "annotations.json").read_text())["annotations"]
+    }
+    uploaded = {
+        str(row["question_id"]): process(row["answer"]) for row in json.loads((VECTORS / "results.json").read_text())
+    }
+    assert record["metrics"] == vqa.score(people, uploaded, vqa.vqa_eval).values
+    # More than the raw predictions' 59.40: the toolkit compares strings where all people agree.
+    assert record["metrics"]["accuracy"] > 59.41 and record["questions"] == 200
+    assert set(record["groups"]) == {"answer type", "question type"}
+    assert data.judge(data.questions[1], "Yes.") == 1
+    assert data.submission({"1000": "Yes."}) == {"predictions.json": [{"question_id": 1000, "answer": "yes"}]}
+
+
+def test_vqav2_val_without_its_annotations_names_them(vqav2):
+    (vqav2 / "vqav2" / "v2_mscoco_val2014_annotations.json").unlink()
+    with pytest.raises(UserError, match=r"VQAv2 val needs .*v2_mscoco_val2014_annotations.json; it is in https"):
+        load("vqav2", vqav2, "val")
+
+
+def test_vqav2_from_the_mirror(tmp_path):
+    people = [{"answer": answer, "answer_id": number} for number, answer in enumerate(YES)]
+    row = {"question_id": 7, "question": "Is it red?", "answers": people, "answer_type": "yes/no"}
+    write_mirror(tmp_path, "lmms-lab/VQAv2", "validation", [row])
+    for profile, limit in (("llava", 128), ("lmms", 16)):
+        data = load("vqav2", tmp_path, "val", profile)
+        data.check_images(data.questions)
+        assert data.sample(data.questions[0]).image.getpixel((0, 0)) == (0, 0, 255)
+        assert data.questions[0].message == f"Is it red?\n{SHORT}" and data.max_new_tokens == limit
+        score = scored(data, {"7": "Yes"})
+        assert score.values == {"accuracy": 100} and score.groups == {"answer type": {"yes/no": (100, 1)}}
+        assert data.facts["source"] == "lmms-lab/VQAv2" and "published split has 214,354" in data.facts["size"]
+
+
+# TextVQA
+
+TEXTVQA = (
+    {"question_id": 34602, "image_id": "a1", "question": "What brand is it?", "answers": COKE},
+    {"question_id": 34603, "image_id": "a1", "question": "is it open?", "answers": YES},
+    {"question_id": 34604, "image_id": "b2", "question": "is it open?", "answers": YES},
+)
+OCR = {"a1": "COKE, 5c", "b2": ""}
+
+
+def textvqa_prompt(record: dict) -> str:
+    return f"{record['question'].capitalize()}\nReference OCR token: {OCR[record['image_id']]}\n{SHORT}"
+
+
+@pytest.fixture
+def textvqa(tmp_path) -> Path:
+    folder = tmp_path / "textvqa"
+    write(folder / "TextVQA_0.5.1_val.json", {"data": list(TEXTVQA)})
+    rows = [
+        {"question_id": record["image_id"], "image": f"{record['image_id']}.jpg", "text": textvqa_prompt(record)}
+        for record in reversed(TEXTVQA)
+    ]
+    write(folder / "llava_textvqa_val_v051_ocr.jsonl", rows)
+    for name in OCR:
+        picture(folder / "train_images" / f"{name}.jpg")
+    return tmp_path
+
+
+def llava_answers(path: Path, prompt=textvqa_prompt) -> Path:
+    """As model_vqa_loader.py writes them: image ids, which do not say which question it was."""
+    texts = ("Coke.", "Yes", "no")
+    rows = [
+        {"question_id": record["image_id"], "prompt": prompt(record), "text": text}
+        for record, text in zip(TEXTVQA, texts, strict=True)
+    ]
+    return write(path, rows)
+
+
+def test_textvqa_ids_prompts_and_pictures(textvqa):
+    data = load("textvqa", textvqa)
+    data.check_images(data.questions)
+    assert [(q.id, q.official) for q in data.questions] == [("34604", "b2"), ("34603", "a1"), ("34602", "a1")]
+    last = data.questions[-1]
+    assert last.question == "What brand is it?\nReference OCR token: COKE, 5c" and last.suffix == SHORT
+    assert last.message == textvqa_prompt(TEXTVQA[0]) and last.answer == "pepsi"
+    assert data.facts["ocr_tokens"] == "on" and data.max_new_tokens == 128
+    assert data.judge(last, "Coke.") == 0.6 and data.judge(data.questions[0], "Yes") == 1
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        textvqa_prompt,
+        lambda r: f"{r['question']}\n{SHORT}",
+        lambda r: f"Reference OCR token: other, words\n{r['question']}\n{SHORT}",
+        lambda r: f"OCR tokens: x. Question: {r['question']} Short answer:",
+    ],
+    ids=["llava", "no OCR", "OCR first", "M4C"],
+)
+def test_textvqa_answers_are_joined_by_image_and_question(textvqa, tmp_path, prompt):
+    data = load("textvqa", textvqa)
+    path = llava_answers(tmp_path / "answers.jsonl", prompt)
+    assert read_answers(path, data).texts == {"34602": "Coke.", "34603": "Yes", "34604": "no"}
+    record = score_file(path, data)
+    assert record["metrics"]["accuracy"] == pytest.approx(100 * (0.6 + 1 + 0) / 3)
+    assert record["questions"] == 3
+
+
+def test_textvqa_answers_are_joined_by_prompt_without_the_reader(textvqa, tmp_path):
+    """A torn file is left to the general reader, which tells questions apart by `official` and the prompt."""
+    data = load("textvqa", textvqa)
+    path = llava_answers(tmp_path / "answers.jsonl")
+    path.write_text(path.read_text() + '{"question_id": "b2", "pro')
+    with pytest.raises(UserError, match="cut off"):
+        read_answers(path, data)
+    assert read_answers(path, data, partial=True).texts == {"34602": "Coke.", "34603": "Yes", "34604": "no"}
+
+
+def test_textvqa_answers_with_its_own_ids_are_read(textvqa, tmp_path):
+    data = load("textvqa", textvqa)
+    texts = {"34602": "pepsi", "34603": "yes", "34604": "yes"}
+    path = write(tmp_path / "own.json", data.submission(texts)["predictions.json"])
+    assert score_file(path, data)["metrics"]["accuracy"] == 100
+
+
+def test_textvqa_of_lmms_has_no_ocr_tokens(textvqa):
+    data = load("textvqa", textvqa, profile="lmms")
+    assert [question.message for question in data.questions][1] == f"Is it open?\n{SHORT}"
+    assert data.facts["ocr_tokens"] == "off" and data.max_new_tokens == 1024
+    assert scored(data, {"34603": "Yes."}).values == {"accuracy": 100}
+
+
+def test_textvqa_from_the_mirror(tmp_path):
+    rows = [{**record, "ocr_tokens": OCR[record["image_id"]].split(", ")} for record in TEXTVQA]
+    write_mirror(tmp_path, "lmms-lab-encoder/textvqa", "validation", rows)
+    data = load("textvqa", tmp_path)
+    data.check_images(data.questions)
+    assert data.questions[0].message == textvqa_prompt(TEXTVQA[0])
+    path = llava_answers(tmp_path / "answers.jsonl")
+    assert score_file(path, data)["metrics"]["accuracy"] == pytest.approx(100 * 1.6 / 3)
+    assert load("textvqa", tmp_path, profile="lmms").questions[0].message == f"What brand is it?\n{SHORT}"
+
+
+def test_textvqa_answers_without_ids_are_not_guessed_from_a_mirror_without_image_ids(tmp_path):
+    """Then a question's words alone would stand for one of several pictures."""
+    rows = [{key: value for key, value in record.items() if key != "image_id"} for record in TEXTVQA]
+    write_mirror(tmp_path, "lmms-lab/textvqa", "validation", rows)
+    data = load("textvqa", tmp_path, profile="lmms")
+    answers = [{"doc_id": number, "prompt": f"is it open?\n{SHORT}", "text": text} for number, text in enumerate("abc")]
+    path = write(tmp_path / "answers.jsonl", answers)
+    assert read_answers(path, data).texts == {"34602": "a", "34603": "b", "34604": "c"}
+
+
+def test_textvqa_needs_ten_answers(textvqa):
+    write(textvqa / "textvqa" / "TextVQA_0.5.1_val.json", {"data": [{**r, "answers": YES[:9]} for r in TEXTVQA]})
+    with pytest.raises(
+        UserError, match="needs 10 answers to each question; 3 have another number, such as question 34602"
+    ):
+        load("textvqa", textvqa)
+
+
+def test_textvqa_a_prompt_without_an_official_question_is_named(textvqa):
+    rows = [{"question_id": "a1", "image": "a1.jpg", "text": f"What else?\nReference OCR token: x\n{SHORT}"}]
+    write(textvqa / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl", rows)
+    with pytest.raises(UserError, match="line 1 asks a question about image a1 that is not in"):
+        load("textvqa", textvqa)
+
+
+# VizWiz
+
+
+@pytest.fixture
+def vizwiz(tmp_path) -> Path:
+    folder = tmp_path / "vizwiz"
+    rows = [
+        {"question_id": number, "image": f"VizWiz_test_{number:08d}.jpg", "text": f"What is this?\n{VIZ}"}
+        for number in range(3)
+    ]
+    write(folder / "llava_test.jsonl", rows)
+    records = [
+        {"image": "VizWiz_val_00000000.jpg", "question": "What IS this?", "answers": COKE, "answer_type": "other"},
+        {"image": "VizWiz_val_00000001.jpg", "question": "Is it on", "answers": YES, "answer_type": "yes/no"},
+    ]
+    for record in records:
+        record["answers"] = [{"answer": answer, "answer_confidence": "yes"} for answer in record["answers"]]
+    write(folder / "val.json", records)
+    return tmp_path
+
+
+def test_vizwiz_test_is_for_the_server(vizwiz):
+    data = load("vizwiz", vizwiz)
+    assert data.questions[0].question == "What is this?" and data.questions[0].suffix == VIZ
+    upload = data.submission({"2": "Unanswerable", "0": "A can.", "1": "two"})
+    assert upload == {
+        "answers_upload.json": [
+            {"image": "VizWiz_test_00000000.jpg", "answer": "can"},
+            {"image": "VizWiz_test_00000001.jpg", "answer": "2"},
+            {"image": "VizWiz_test_00000002.jpg", "answer": "unanswerable"},
+        ]
+    }
+    score = scored(data, {"0": "a", "1": "b", "2": "c"})
+    assert score.values == {"accuracy": None} and "2185" in score.notes[0] and "refuses" not in score.notes[0]
+    assert "answers 1 of 3 questions" in scored(data, {"0": "a"}).notes[0]
+    assert len(data.submission({"0": "a"})["answers_upload.json"]) == 1
+
+
+def test_vizwiz_val_is_scored_here(vizwiz, tmp_path):
+    data = load("vizwiz", vizwiz, "val")
+    assert [q.message for q in data.questions] == [f"What is this?\n{VIZ}", f"Is it on\n{VIZ}"]
+    upload = data.submission({"VizWiz_val_00000000": "The coke", "VizWiz_val_00000001": "Yes."})
+    record = score_file(write(tmp_path / "upload.json", upload["answers_upload.json"]), data)
+    assert record["metrics"]["accuracy"] == pytest.approx(100 * (0.6 + 1) / 2)
+    assert record["groups"]["answer type"]["yes/no"] == {"percent": 100, "questions": 1}
+    assert data.judge(data.questions[0], "Coke") == 0.6
+
+
+def test_vizwiz_from_the_mirror(tmp_path):
+    """lmms-eval puts the people's answers through the processor, VizWiz's own rule does not."""
+    people = ["The can"] * 10
+    rows = [{"question_id": "VizWiz_val_00000000", "question": "what IS this?", "answers": people, "category": "other"}]
+    write_mirror(tmp_path, "lmms-lab/VizWiz-VQA", "val", rows)
+    for profile, limit, accuracy in (("lmms", 1024, 100), ("llava", 128, 0)):
+        data = load("vizwiz", tmp_path, "val", profile)
+        data.check_images(data.questions)
+        assert data.questions[0].message == f"What is this?\n{VIZ}" and data.max_new_tokens == limit
+        score = scored(data, {"VizWiz_val_00000000": "A can."})
+        assert score.values == {"accuracy": accuracy}
+        assert score.groups == {"answer type": {"other": (accuracy, 1)}}
+
+
+# What all three have in common
+
+
+@pytest.mark.parametrize("name", ["vqav2", "textvqa", "vizwiz"])
+def test_missing_data_are_named(tmp_path, name):
+    with pytest.raises(UserError, match=rf"No .* questions at .*{name}.* no copy of lmms-lab-encoder/.*hub"):
+        load(name, tmp_path)
+    with pytest.raises(UserError, match=r"No .* questions at"):
+        load(name, tmp_path, source="official")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([vqav2_prompt(1000), vqav2_prompt(1000)], "question ids more than once: 1000"),
+        ([{**vqav2_prompt(1000), "image": "../x.jpg"}], "not inside the image folder"),
+        ([{"question_id": 1, "text": "x"}], "line 1 has no image"),
+        ([], "holds no questions"),
+    ],
+)
+def test_broken_question_files_are_refused(vqav2, rows, message):
+    write(vqav2 / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl", rows)
+    with pytest.raises(UserError, match=message):
+        load("vqav2", vqav2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "should hold a list under 'data'"),
+        ({"data": [{"question_id": 1}]}, "entry 1 has no question, answers, image_id"),
+        ({"data": ["x"]}, "entry 1 has no fields"),
+        ({"data": [{**TEXTVQA[0], "answers": [1] * 10}]}, "answers that are no texts"),
+    ],
+)
+def test_broken_annotation_files_are_refused(textvqa, content, message):
+    write(textvqa / "textvqa" / "TextVQA_0.5.1_val.json", content)
+    with pytest.raises(UserError, match=message):
+        load("textvqa", textvqa, profile="lmms")
