@@ -1,0 +1,81 @@
+"""AI2D, questions about diagrams of school books, as lmms-eval 0.7.3 asks and scores them.
+
+Read from DATA/hub/lmms-lab-encoder/ai2d or its older name lmms-lab/ai2d: question, options, answer (index), image.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.dataset import Benchmark, Dataset, Question
+from eval.hub_set import (
+    facts,
+    letters,
+    no_submission,
+    open_split,
+    option_lines,
+    picture_hashes,
+    picture_names,
+    with_version,
+)
+from eval.metrics import Score
+from eval.metrics import letters as metric
+from eval.prompts import LETTER
+from llava.errors import UserError
+
+IDS = ("lmms-lab-encoder/ai2d", "lmms-lab/ai2d")
+COLUMNS = ("question", "options", "answer")
+EXPECTED = 3088
+
+
+def load(data: Path, split: str, profile: str = "lmms", source: str = "auto") -> Dataset:
+    """Read the split; rows have no id, so theirs is their number, as in lmms-eval's samples."""
+    table = open_split(data, IDS, None, split, source)
+    pictures = picture_names(picture_hashes(table))
+    questions = tuple(
+        ask(str(number), record, pictures[number], table.where) for number, record in enumerate(table.records(COLUMNS))
+    )
+    answers = {question.id: question.answer for question in questions}
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        found = metric.score({name: answers[name] for name in asked}, texts, metric.ai2d_credit)
+        return with_version(found, len(questions), EXPECTED)
+
+    return Dataset(
+        f"AI2D {split}",
+        questions,
+        table.pictures(),
+        table.fingerprint(COLUMNS),
+        score,
+        judge,
+        no_submission,
+        max_new_tokens=16,
+        facts=facts(table, profile, EXPECTED),
+    )
+
+
+def ask(name: str, record: Mapping[str, Any], picture: str, where: str) -> Question:
+    """One row as a question with its options on lines of their own."""
+    options = letters(record["options"])
+    index = str(record["answer"])
+    if not index.isdecimal() or int(index) >= len(options):
+        raise UserError(f"Row {name} of {where} has answer {index!r}, expected an index of its {len(options)} options.")
+    text = f"{record['question']}\n{option_lines(options)}"
+    return Question(name, text, LETTER, (picture,), list(options)[int(index)])
+
+
+def judge(question: Question, text: str) -> float:
+    """1 if the text is the letter."""
+    return metric.ai2d_credit(text, question.answer)
+
+
+BENCHMARK = Benchmark(
+    name="ai2d",
+    summary="Multiple choice about diagrams of school books.",
+    splits=("test",),
+    load=load,
+    profiles=("lmms",),
+    published="about 55 exact match (LLaVA-1.5-7B, quoted from memory, not checked)",
+    mirror=IDS,
+    licence="see https://prior.allenai.org/projects/diagram-understanding and the data card",
+)

@@ -1,0 +1,65 @@
+"""ChartQA, questions about charts, as lmms-eval 0.7.3 asks and scores them.
+
+Read from DATA/hub/lmms-lab-encoder/ChartQA or its older name lmms-lab/ChartQA: type, question, answer, image. Half of
+the questions were written by people (human_test), half by a program (augmented_test).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from eval.dataset import Benchmark, Dataset, Question
+from eval.hub_set import check_answers, facts, no_submission, open_split, picture_hashes, picture_names, with_version
+from eval.metrics import Score
+from eval.metrics import chartqa as metric
+
+IDS = ("lmms-lab-encoder/ChartQA", "lmms-lab/ChartQA")
+COLUMNS = ("question", "answer", "type")
+SUFFIX = "Answer the question with a single word."
+EXPECTED = 2500
+
+
+def load(data: Path, split: str, profile: str = "lmms", source: str = "auto") -> Dataset:
+    """Read the split; rows have no id, so theirs is their number, as in lmms-eval's samples."""
+    table = open_split(data, IDS, None, split, source)
+    pictures = picture_names(picture_hashes(table))
+    records = {str(number): record for number, record in enumerate(table.records(COLUMNS))}
+    answers = {name: record["answer"] for name, record in records.items()}
+    types = {name: record["type"] for name, record in records.items()}
+    check_answers(table.where, answers)
+    questions = tuple(
+        Question(name, record["question"], SUFFIX, (picture,), record["answer"])
+        for (name, record), picture in zip(records.items(), pictures, strict=True)
+    )
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        found = metric.score({name: answers[name] for name in asked}, texts, types)
+        return with_version(found, len(questions), EXPECTED)
+
+    return Dataset(
+        f"ChartQA {split}",
+        questions,
+        table.pictures(),
+        table.fingerprint(COLUMNS),
+        score,
+        judge,
+        no_submission,
+        max_new_tokens=16,
+        facts=facts(table, profile, EXPECTED),
+    )
+
+
+def judge(question: Question, text: str) -> float:
+    """1 if the text is right within the tolerance."""
+    return float(metric.relaxed(text, question.answer))
+
+
+BENCHMARK = Benchmark(
+    name="chartqa",
+    summary="Questions about charts; numbers may be 5 % off.",
+    splits=("test",),
+    load=load,
+    profiles=("lmms",),
+    published="18.2 relaxed accuracy (LLaVA-1.5-7B, quoted from memory, not checked)",
+    mirror=IDS,
+    licence="GPL-3.0 (https://github.com/vis-nlp/ChartQA)",
+)

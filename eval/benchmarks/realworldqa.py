@@ -1,0 +1,78 @@
+"""RealWorldQA, questions about photographs mostly from cars, as lmms-eval 0.7.3 asks and scores them.
+
+Read from DATA/hub/lmms-lab-encoder/RealWorldQA or its older name lmms-lab/RealWorldQA: question, answer, image. A
+question holds its options and the instruction how to answer. The instruction becomes the suffix where it is the last
+line, so that the prompt stays as it is and query-aware methods see the question alone.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from eval.dataset import Benchmark, Dataset, Question
+from eval.hub_set import check_answers, facts, no_submission, open_split, picture_hashes, picture_names, with_version
+from eval.metrics import Score
+from eval.metrics import letters as metric
+
+IDS = ("lmms-lab-encoder/RealWorldQA", "lmms-lab/RealWorldQA")
+COLUMNS = ("question", "answer")
+EXPECTED = 765
+
+INSTRUCTION = re.compile(r"(.*)\n(Please answer directly with [^\n]*)", re.DOTALL)
+
+
+def load(data: Path, split: str, profile: str = "lmms", source: str = "auto") -> Dataset:
+    """Read the split; rows have no id, so theirs is their number, as in lmms-eval's samples."""
+    table = open_split(data, IDS, None, split, source)
+    pictures = picture_names(picture_hashes(table))
+    questions = tuple(
+        Question(str(number), *split_instruction(record["question"].strip()), (pictures[number],), record["answer"])
+        for number, record in enumerate(table.records(COLUMNS))
+    )
+    answers = {question.id: question.answer for question in questions}
+    check_answers(table.where, answers)
+    types = {name: answer_type(answer) for name, answer in answers.items()}
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        found = metric.score({name: answers[name] for name in asked}, texts, metric.realworldqa_credit, types)
+        return with_version(found, len(questions), EXPECTED)
+
+    return Dataset(
+        f"RealWorldQA {split}",
+        questions,
+        table.pictures(),
+        table.fingerprint(COLUMNS),
+        score,
+        judge,
+        no_submission,
+        max_new_tokens=16,
+        facts=facts(table, profile, EXPECTED),
+    )
+
+
+def split_instruction(text: str) -> tuple[str, str]:
+    """A question -> (question with options, instruction); all of it is question if the last line is no instruction."""
+    found = INSTRUCTION.fullmatch(text)
+    return (found.group(1), found.group(2)) if found else (text, "")
+
+
+def answer_type(answer: str) -> str:
+    """ "letter" or "word": which of the two rules reads the answer."""
+    return "letter" if answer.strip().upper() in ("A", "B", "C", "D") else "word"
+
+
+def judge(question: Question, text: str) -> float:
+    """1 if the text is right."""
+    return metric.realworldqa_credit(text, question.answer)
+
+
+BENCHMARK = Benchmark(
+    name="realworldqa",
+    summary="Questions about photographs of streets and other everyday scenes; letters and short answers.",
+    splits=("test",),
+    load=load,
+    profiles=("lmms",),
+    published="about 55 exact match (LLaVA-1.5-7B, quoted from memory, not checked)",
+    mirror=IDS,
+    licence="see the data card",
+)

@@ -1,0 +1,104 @@
+"""How lmms-eval 0.7.3 reads an option's letter out of an answer: the filter of AI2D, the extractor of other sets.
+
+Written from descriptions of both and compared with the released package on thousands of drawn answers.
+"""
+
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+
+from eval.metrics import Score
+from eval.metrics.gqa import check_coverage, grouped, percent
+
+FIRST_LETTER = re.compile(r"\s*([A-Z])\.")
+
+# How a letter may stand in a text, and how far each form is trusted.
+FORMS = {"({})": 6, "{}.": 5, "{}:": 4, "{})": 3, "{} ": 2}
+START, END, AFTER_PHRASE, ANYWHERE = 10, 9, 7, 0
+
+_STEMS = ("answer", "correct answer", "best answer", "correct option", "best option", "choice", "correct choice")
+_OTHER_LANGUAGES = ("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは")
+PHRASES = (
+    *(f"{article}{stem} is" for stem in _STEMS for article in ("the ", "")),
+    *("my answer is", "my choice is", "i choose", "i select", "i pick"),
+    *_OTHER_LANGUAGES,
+)
+
+
+def leading_letter(text: str) -> str:
+    """AI2D's filter: the capital letter that a text begins with, if a full stop follows; else the text."""
+    found = FIRST_LETTER.match(text)
+    return found.group(1) if found else text
+
+
+def same_word(text: str, answer: str) -> bool:
+    """Equality but for case, ASCII punctuation, and white space around the text."""
+    unmarked = str.maketrans("", "", string.punctuation)
+    return text.strip().lower().translate(unmarked) == answer.lower().translate(unmarked)
+
+
+def ai2d_credit(text: str, answer: str) -> float:
+    """1 if the text is the letter."""
+    return float(same_word(leading_letter(text), answer))
+
+
+def extract(text: str, letters: Sequence[str] = "ABCD") -> str:
+    """The letter that a text most probably means, "" if it holds none.
+
+    Candidates are ranked by form, then by place, the later first. Capital letters inside words count, as does the
+    first word of "A dog": only the ranks keep them from winning.
+    """
+    text = text.strip()
+    for mark in ",.!?;:'\"":
+        text = text.strip(mark)
+    padded = f" {text} "
+    bare = padded.strip()
+    found: list[tuple[int, int, str]] = []
+    for letter in letters:
+        for form, rank in FORMS.items():
+            if (place := padded.rfind(form.format(letter))) >= 0:
+                found.append((rank, place, letter))
+        if bare.startswith(letter) and not bare[1:2].isalpha():
+            found.append((START, 0, letter))
+        if bare.endswith(letter) and not bare[-2:-1].isalpha():
+            found.append((END, len(padded), letter))
+        found += [(AFTER_PHRASE, place, letter) for place in after_phrases(padded, letter)]
+    if not found:
+        found = [(ANYWHERE, padded.rfind(letter), letter) for letter in letters if letter in padded]
+    return max(found)[2] if found else ""
+
+
+def after_phrases(text: str, letter: str) -> list[int]:
+    """Where the letter first stands after each phrase like "the answer is" that the text has."""
+    lowered = text.lower()
+    starts = ((lowered.find(phrase), len(phrase)) for phrase in PHRASES)
+    places = (text.find(letter, start + length) for start, length in starts if start >= 0)
+    return [place for place in places if place >= 0]
+
+
+def realworldqa_credit(text: str, answer: str) -> float:
+    """1 if the text is right: by letter for letters A to D, else the same text but for case and final full stops."""
+    answer = answer.strip()
+    if answer.upper() in ("A", "B", "C", "D"):
+        return float(extract(text) == answer.upper())
+    return float(text.lower().strip().rstrip(".") == answer.lower())
+
+
+def score(
+    answers: Mapping[str, str],
+    texts: Mapping[str, str],
+    credit: Callable[[str, str], float],
+    types: Mapping[str, str] | None = None,
+) -> Score:
+    """Percent of right answers.
+
+    Args:
+        answers: question id -> reference, of the questions that were asked.
+        texts: question id -> the model's text; one for every question.
+        credit: (text, reference) -> 0 or 1.
+        types: question id -> its group in the breakdown.
+    """
+    check_coverage(answers, texts, set(answers))
+    correct = {name: credit(texts[name], answer) for name, answer in answers.items()}
+    groups = {"answer type": grouped(correct, types)} if types else {}
+    return Score({"exact_match": percent(correct.values())}, groups, correct, main="exact_match")

@@ -1,0 +1,399 @@
+"""Benchmarks whose official layout is a data set of the hub: what they ask, show, score and upload, on tiny copies."""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import openpyxl
+import pytest
+
+from eval import benchmarks, check_data
+from eval.answer_file import read_answers
+from eval.dataset import Dataset
+from eval.metrics import letters, mmstar, ocrbench
+from eval.prompts import LETTER, SHORT
+from llava.errors import UserError
+from tests.hub_copies import picture, write
+
+
+@pytest.fixture(autouse=True)
+def no_network(tmp_path, monkeypatch) -> Iterator[None]:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    yield
+
+
+def load(data: Path, name: str, profile: str | None = None, split: str | None = None) -> Dataset:
+    benchmark = benchmarks.get(name)
+    found = benchmark.load(data, split or benchmark.splits[0], profile or benchmark.profiles[0], "auto")
+    found.check_images(found.questions)
+    return found
+
+
+def score(data: Dataset, *texts: str):
+    answers = {question.id: text for question, text in zip(data.questions, texts, strict=True)}
+    return data.score(list(answers), answers)
+
+
+# -- the lmms-eval letter rules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("B", 1), ("b", 1), ("B.", 1), ("(B)", 1), (" B. the dog", 1), ("B the dog", 0), ("b. the dog", 0), ("B: x", 0)],
+)
+def test_ai2d_reads_a_leading_capital_with_full_stop_or_the_whole_answer(text, expected):
+    assert letters.ai2d_credit(text, "B") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("C", "C"),
+        ("The answer is (B).", "B"),
+        ("(A) or (C)", "C"),
+        ("A. left, not B", "A"),
+        ("I choose B because D is far", "D"),  # the last letter after a phrase, whatever it says of it
+        ("A dog", "A"),
+        ("NASA is right", "A"),  # letters inside words count where nothing better is there
+        ("답은 D 입니다", "D"),
+        ("c", ""),
+        (" .", ""),
+    ],
+)
+def test_extractor_ranks_forms_before_places(text, expected):
+    assert letters.extract(text) == expected
+
+
+def test_realworldqa_reads_letters_and_words_differently():
+    assert letters.realworldqa_credit("The answer is B", "B") == 1
+    assert letters.realworldqa_credit("Downhill.", "downhill") == 1
+    assert letters.realworldqa_credit("It is downhill", "Downhill") == 0
+
+
+# -- AI2D, ChartQA, RealWorldQA --------------------------------------------------------------------------------------
+
+
+def ai2d_rows() -> list[dict[str, Any]]:
+    options = ["leaf", "root", "stem"]
+    return [
+        {"question": "What grows?", "options": options, "answer": "1", "image": picture(1)},
+        {"question": "What holds?", "options": options, "answer": "2", "image": picture(1)},
+        {"question": "What eats?", "options": options, "answer": "0", "image": picture(2)},
+    ]
+
+
+def test_ai2d(tmp_path):
+    write(tmp_path, "lmms-lab/ai2d", "test", ai2d_rows())
+    data = load(tmp_path, "ai2d")
+    assert data.questions[0].message == f"What grows?\nA. leaf\nB. root\nC. stem\n{LETTER}"
+    assert [question.answer for question in data.questions] == ["B", "C", "A"]
+    assert [question.images for question in data.questions] == [("0/image",), ("0/image",), ("2/image",)]
+    found = score(data, "B. root", "C", "root")
+    assert found.main == "exact_match" and found.values["exact_match"] == pytest.approx(200 / 3)
+    assert found.notes == ("the data set has 3 questions, published numbers are about 3,088",)
+    assert data.max_new_tokens == 16 and data.facts["data_set"] == "lmms-lab/ai2d"
+    assert data.judge is not None and data.judge(data.questions[0], "b") == 1
+
+
+def test_the_new_owner_is_preferred_and_a_missing_copy_is_explained(tmp_path):
+    with pytest.raises(UserError, match=r"No copy of lmms-lab-encoder/ai2d or lmms-lab/ai2d below .*hf download"):
+        load(tmp_path, "ai2d")
+    for name in ("lmms-lab/ai2d", "lmms-lab-encoder/ai2d"):
+        write(tmp_path, name, "test", ai2d_rows())
+    assert load(tmp_path, "ai2d").facts["data_set"] == "lmms-lab-encoder/ai2d"
+
+
+def test_ai2d_refuses_an_index_beyond_the_options(tmp_path):
+    write(tmp_path, "lmms-lab/ai2d", "test", [{**ai2d_rows()[0], "answer": "3"}])
+    with pytest.raises(UserError, match=r"Row 0 of .* has answer '3', expected an index of its 3 options"):
+        load(tmp_path, "ai2d")
+
+
+def test_answers_of_lmms_eval_are_joined_by_row(tmp_path):
+    write(tmp_path, "lmms-lab/ai2d", "test", ai2d_rows())
+    file = tmp_path / "samples.jsonl"
+    lines = [{"doc_id": row, "filtered_resps": [text]} for row, text in ((2, "A"), (0, "B"), (1, "C"))]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert read_answers(file, load(tmp_path, "ai2d")).texts == {"2": "A", "0": "B", "1": "C"}
+
+
+def test_chartqa(tmp_path):
+    rows = [
+        {"type": "human_test", "question": "How many?", "answer": "100", "image": picture(1)},
+        {"type": "augmented_test", "question": "Which?", "answer": "Blue", "image": picture(2)},
+    ]
+    write(tmp_path, "lmms-lab-encoder/ChartQA", "test", rows)
+    data = load(tmp_path, "chartqa")
+    assert data.questions[0].message == "How many?\nAnswer the question with a single word."
+    found = score(data, "104", "blue.")
+    assert found.values == {"relaxed_accuracy": 50, "human": 100, "augmented": 0}
+    assert data.submission({"0": "104"}) == {}
+
+
+def test_realworldqa_asks_in_the_data_sets_words_and_keeps_the_instruction_apart(tmp_path):
+    rows = [
+        {"question": "Where?\n\nA. Left\nB. Right\nPlease answer directly with only the letter.", "answer": "B"},
+        {"question": "How many cars? Please answer directly with a single word or number.\n", "answer": "2"},
+    ]
+    write(tmp_path, "lmms-lab/RealWorldQA", "test", [{**row, "image": picture(1)} for row in rows])
+    data = load(tmp_path, "realworldqa")
+    assert [question.message for question in data.questions] == [row["question"].strip() for row in rows]
+    assert data.questions[0].question == "Where?\n\nA. Left\nB. Right"
+    assert data.questions[1].suffix == ""
+    assert score(data, "(B)", "3").groups == {"answer type": {"letter": (100.0, 1), "word": (0.0, 1)}}
+
+
+# -- DocVQA, InfographicVQA ------------------------------------------------------------------------------------------
+
+
+def document_rows(answers: Sequence[Sequence[str] | None]) -> list[dict[str, Any]]:
+    return [
+        {
+            "questionId": str(337 + row),
+            "question": "Which year?",
+            "question_types": ["form", "layout"] if row else ["form"],
+            "image": picture(0),
+            "ucsf_document_id": "rnbx0223",
+            "ucsf_document_page_no": "193" if row < 2 else "7",
+            "answers": accepted,
+        }
+        for row, accepted in enumerate(answers)
+    ]
+
+
+def test_docvqa_scores_val(tmp_path):
+    rows = document_rows([["1995"], ["0.28", "0.28%"], ["cat"]])
+    write(tmp_path, "lmms-lab/DocVQA", "validation", rows, "DocVQA")
+    data = load(tmp_path, "docvqa")
+    assert data.title == "DocVQA val" and data.questions[0].message == f"Which year?\n{SHORT}"
+    assert [question.images[0] for question in data.questions] == ["0/image", "0/image", "2/image"]
+    found = score(data, "1996", "0.28%", "dog")
+    assert found.values["anls"] == pytest.approx(100 * 1.75 / 3) and found.main == "anls"
+    assert found.groups["question type"]["layout"] == (50.0, 2)
+    assert data.max_new_tokens == 32
+
+
+def test_docvqa_test_is_a_file_for_the_server(tmp_path):
+    write(tmp_path, "lmms-lab/DocVQA", "test", document_rows([None, None]), "DocVQA")
+    data = load(tmp_path, "docvqa", split="test")
+    found = score(data, "1996", "12")
+    assert found.values == {"anls": None} and not found.correct and data.judge is None
+    assert "docvqa_test_for_submission.json" in found.notes[0]
+    assert data.submission({"337": "1996", "338": "12"}) == {
+        "docvqa_test_for_submission.json": [{"questionId": 337, "answer": "1996"}, {"questionId": 338, "answer": "12"}]
+    }
+
+
+def test_infovqa_reads_the_other_configuration(tmp_path):
+    row = {"questionId": "1", "question": "Who?", "answers": ["Ann"], "answer_type": ["single span"]}
+    rows = [{**row, "image": picture(1), "image_url": "u"}]
+    write(tmp_path, "lmms-lab-encoder/DocVQA", "validation", rows, "InfographicVQA")
+    found = score(load(tmp_path, "infovqa"), "ann")
+    assert found.values["anls"] == 100 and found.groups == {"answer type": {"single span": (100.0, 1)}}
+    with pytest.raises(UserError, match="configuration DocVQA, split validation"):
+        load(tmp_path, "docvqa")
+
+
+# -- OCRBench --------------------------------------------------------------------------------------------------------
+
+
+def ocr_rows() -> list[dict[str, Any]]:
+    rows = [
+        ("IIIT5K", "Regular Text Recognition", ["CENTRE"]),
+        ("HME100k", "Handwritten Mathematical Expression Recognition", ["x = Y"]),
+        ("ESTVQA_cn", "Scene Text-centric VQA", ["ＡＢＣ　１"]),
+    ]
+    return [
+        {"dataset": d, "question": " what? ", "question_type": t, "answer": a, "image": picture(n)}
+        for n, (d, t, a) in enumerate(rows)
+    ]
+
+
+def test_ocrbench_counts_points(tmp_path):
+    write(tmp_path, "echo840/OCRBench", "test", ocr_rows())
+    data = load(tmp_path, "ocrbench")
+    assert data.questions[0].message == f" what? \n{SHORT}"
+    found = score(data, "It says centre.", "x=Y", "abc 1")
+    assert found.values == {"score": 2, "text_recognition": 1, "accuracy": pytest.approx(200 / 3)}
+    assert found.main == "score" and {"score", "type"} <= found.points
+    assert found.groups["type"]["Regular Text Recognition"] == (1.0, 1)
+    assert found.terms is not None and found.terms.value(found.terms.sums.sum(0)) == 2
+
+
+def test_ocrbench_in_lmms_eval_has_no_instruction_and_folds_full_width_ascii(tmp_path):
+    write(tmp_path, "echo840/OCRBench", "test", ocr_rows())
+    data = load(tmp_path, "ocrbench", "lmms")
+    assert data.questions[0].message == "what?"
+    assert score(data, "", "x = y", "abc 1").values["score"] == 1  # formulas keep their case
+
+
+def test_ocrbench_folds_nothing_in_formulas():
+    assert not ocrbench.credit("x=1", ocrbench.Item(["x=１"], "HME100k", ocrbench.TYPES[-1]), fold=True)
+
+
+def test_a_thousand_questions_are_points_alone():
+    items = {str(n): ocrbench.Item(["a"], "svt", ocrbench.TYPES[n % 10]) for n in range(1000)}
+    found = ocrbench.score(items, dict.fromkeys(items, "A"), fold=False)
+    assert found.values == {"score": 1000, "text_recognition": 600} and not found.notes
+    assert len(found.groups["type"]) == 10
+
+
+def test_an_unknown_type_is_named(tmp_path):
+    write(tmp_path, "echo840/OCRBench", "test", [{**ocr_rows()[0], "question_type": "Regular Recognition"}])
+    with pytest.raises(UserError, match="Did you mean 'Regular Text Recognition'"):
+        load(tmp_path, "ocrbench")
+
+
+# -- MMStar ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B", 1),
+        ("blue", 1),  # any word that begins with the letter
+        ("(b) x", 1),
+        ("Option B", 1),
+        ("The answer is\nB", 1),
+        ("the answer is (B)", 0),
+        (" B", 1),
+        ("", 0),
+        ("(", 0),
+        ("option", 0),
+    ],
+)
+def test_mmstar_looks_at_first_characters(text, expected):
+    assert mmstar.official_credit(text, "B") == expected
+
+
+def star_rows() -> list[dict[str, Any]]:
+    details = ["image emotion", "image emotion", "geometry"]
+    return [
+        {
+            "index": row,
+            "question": "Which?\nOptions: A: a, B: b",
+            "image": picture(row),
+            "answer": "A",
+            "category": "math" if row == 2 else "coarse perception",
+            "l2_category": detail,
+            "meta_info": {"source": "AI2D", "split": "test", "image_path": "x"},
+        }
+        for row, detail in enumerate(details)
+    ]
+
+
+def test_mmstar_official(tmp_path):
+    write(tmp_path, "Lin-Chen/MMStar", "val", star_rows())
+    data = load(tmp_path, "mmstar")
+    assert data.questions[0].message == f"Which?\nOptions: A: a, B: b\n{LETTER}"
+    found = score(data, "A", "B", "A dog")
+    assert found.values == {"accuracy": pytest.approx(200 / 3)}
+    assert found.groups["category"] == {"coarse perception": (50.0, 2), "math": (100.0, 1)}
+    sheet = openpyxl.load_workbook(io.BytesIO(data.submission({"0": "A", "2": "C"})["MMStar.xlsx"])).active
+    header, first, second = sheet.iter_rows(values_only=True)
+    assert header == ("index", "question", "answer", "category", "l2_category", "bench", "prediction")
+    assert first[0] == 0 and second[-2:] == ("AI2D", "C")
+
+
+def test_mmstar_of_lmms_eval_averages_second_level_categories(tmp_path):
+    write(tmp_path, "Lin-Chen/MMStar", "val", star_rows())
+    data = load(tmp_path, "mmstar", "lmms")
+    assert data.questions[0].suffix == LETTER.removesuffix(".")
+    found = score(data, "A", "B", "(A)")
+    assert found.main == "average" and found.values == {"average": 75, "accuracy": pytest.approx(200 / 3)}
+    assert found.terms is not None and found.terms.value(found.terms.sums.sum(0)) == 75
+    # A draw without one of the categories averages over the others, many draws at once.
+    assert found.terms.value(found.terms.sums[[[0, 0], [0, 1]]].sum(1)).tolist() == [100, 50]
+
+
+# -- MMMU ------------------------------------------------------------------------------------------------------------
+
+
+def mmmu_row(name: str, question: str, options: Sequence[str], answer: str, pictures: int = 1) -> dict[str, Any]:
+    return {
+        "id": f"validation_{name}",
+        "question": question,
+        "options": str(list(options)),
+        "answer": answer,
+        "question_type": "multiple-choice" if options else "open",
+        **{f"image_{number}": picture(number) if number <= pictures else None for number in range(1, 8)},
+    }
+
+
+def mmmu_rows() -> list[dict[str, Any]]:
+    return [
+        mmmu_row("Art_Theory_1", "Who made <image 1> and <image 3>?", ["Ann", "Bob"], "B", 3),
+        mmmu_row("Music_1", "Which?", ["<image 1>", "<image 2>"], "A", 2),
+        mmmu_row("Math_15", "How much in <image 1>?", [], "['24/7', '3.429']"),
+    ]
+
+
+def test_mmmu_official(tmp_path):
+    write(tmp_path, "lmms-lab/MMMU", "validation", mmmu_rows())
+    data = load(tmp_path, "mmmu")
+    choice, several, opened = data.questions
+    assert choice.message == f"Who made <image 1> and <image 3>?\n(A) Ann\n(B) Bob\n\n{LETTER}"
+    assert opened.message == f"How much in <image 1>?\n{SHORT}"
+    assert (choice.images, several.images, opened.images) == (("0/image_1",), (), ("2/image_1",))
+    assert data.facts["without_picture_for_several_in_options"] == 1
+    assert len(data.facts["absent_subjects"]) == 27 and "Art" in data.facts["absent_subjects"]
+    found = score(data, "(B)", "no idea", "It is 3.429")
+    assert found.correct["validation_Math_15"] == 1 and found.values["drawn_at_random"] == 1
+    assert data.submission({"validation_Math_15": "3.4", "validation_Art_Theory_1": "(A)."}) == {
+        "total_val_output.json": {"validation_Math_15": "3.4", "validation_Art_Theory_1": "A"}
+    }
+
+
+def test_mmmu_of_lmms_eval_shows_the_pictures_that_the_prompt_names(tmp_path):
+    write(tmp_path, "lmms-lab-encoder/MMMU", "validation", mmmu_rows())
+    data = load(tmp_path, "mmmu", "lmms")
+    choice, several, opened = data.questions
+    assert choice.message == f"Who made <image 1> and <image 3>?\nA. Ann\nB. Bob\n\n{LETTER}"
+    assert opened.message == f"How much in <image 1>?\n\n{SHORT}"
+    assert choice.images == ("0/image_1", "0/image_3") and several.images == ("1/image_1", "1/image_2")
+    # The list's text is the answer there, which a right answer does not contain.
+    assert score(data, "B", "A", "3.429").correct["validation_Math_15"] == 0
+
+
+def test_mmmu_test_answers_go_to_the_server(tmp_path):
+    write(tmp_path, "lmms-lab/MMMU", "test", [{**mmmu_rows()[0], "id": "test_Art_1", "answer": "?"}])
+    data = load(tmp_path, "mmmu", split="test")
+    assert score(data, "B").values == {"accuracy": None}
+    assert data.submission({"test_Art_1": "B"}) == {"total_test_output.json": {"test_Art_1": "B"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"id": "validation_12"}, "should look like validation_Art_Theory_1"),
+        ({"options": "['Ann', "}, "should be a list"),
+        ({"options": "[]"}, "multiple choice but has no options"),
+        ({"answer": ""}, "1 rows of .* have no answer"),
+    ],
+)
+def test_mmmu_names_what_is_wrong_with_a_row(tmp_path, change, message):
+    write(tmp_path, "lmms-lab/MMMU", "validation", [{**mmmu_rows()[0], **change}])
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, "mmmu")
+
+
+# -- all of them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mmmu", "mmstar", "ai2d", "chartqa", "docvqa", "infovqa", "ocrbench", "realworldqa"])
+def test_an_absent_set_says_where_to_get_it(tmp_path, name):
+    finding = check_data.check(tmp_path, benchmarks.get(name))
+    assert finding.state == check_data.ABSENT and "hf download" in finding.details[0]
+    with pytest.raises(UserError, match="hf download"):
+        load(tmp_path, name)
+
+
+def test_pictures_come_out_of_the_table(tmp_path):
+    write(tmp_path, "lmms-lab/ai2d", "test", ai2d_rows())
+    data = load(tmp_path, "ai2d")
+    image = data.sample(data.questions[2]).image
+    assert image.size == (4, 3) and image.getpixel((0, 0)) == (2, 0, 0)
