@@ -24,6 +24,7 @@ from eval.config import (
     whole_number,
 )
 from eval.dataset import PROFILES, SOURCES
+from eval.judging.choice import HELP as JUDGE_HELP
 from llava.errors import UserError
 
 
@@ -72,6 +73,7 @@ def parser() -> Parser:
         help="how pictures are read, where the model's family leaves a choice: merge=spatial, reading=transformers, "
         "force=672x672 (LLaVA-NeXT), flip=SEED (Video-LLaVA), min_pixels=N, max_pixels=N (Qwen)",
     )
+    p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
     p.add_argument("--quantization", choices=("8bit", "4bit"), help="hold the decoder in 8 or 4 bits (bitsandbytes)")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     p.add_argument("--device", default="auto", help="torch device")
@@ -128,6 +130,7 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         model=args.model or embedded_model(benchmark.model),
         profile=args.profile,
         source=args.source,
+        judge=args.judge,
         data=Path(args.data),
         output=Path(args.output) if args.output else None,
         batch_size=whole_number("--batch-size", args.batch_size),

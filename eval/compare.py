@@ -16,6 +16,8 @@ from eval.answer_file import read_answers
 from eval.config import DEFAULT_DATA
 from eval.dataset import PROFILES, SOURCES, Dataset
 from eval.jsonl import read_json, write_json
+from eval.judging.choice import HELP as JUDGE_HELP
+from eval.judging.choice import check_judge, score_answers
 from eval.metrics import Score, Terms, ratio_terms
 from eval.statistics import compare_terms
 from llava.errors import UserError
@@ -30,16 +32,24 @@ def terms_of(score: Score, data: Dataset) -> Terms:
     return ratio_terms({name: score.correct[name] for name in names}, pictures, "image")
 
 
-def compare(a: Path, b: Path, data: Dataset, partial: bool = False, seed: int = 0) -> dict[str, Any]:
+def compare(
+    a: Path, b: Path, data: Dataset, partial: bool = False, judge: str = "auto", seed: int = 0
+) -> dict[str, Any]:
     """Both scores and a minus b; with `partial`, over the questions that both answer."""
+    check_judge(data, judge)
     files = [read_answers(path, data, partial) for path in (a, b)]
     common = files[0].texts.keys() & files[1].texts.keys()
     asked = [question.id for question in data.questions if question.id in common]
     notes = [f"{'AB'[i]}: {note}" for i, file in enumerate(files) for note in file.notes]
     if len(asked) < len(data.questions):
         notes.append(f"compared on {len(asked):,} of {len(data.questions):,} questions")
-    scores = [data.score(asked, {n: t for n, t in file.texts.items() if n in common}) for file in files]
+    scores = [
+        score_answers(data, judge, asked, {n: t for n, t in file.texts.items() if n in common}, path)[0]
+        for file, path in zip(files, (a, b), strict=True)
+    ]
     main = scores[0].main
+    if scores[1].main != main:
+        raise UserError(f"A has verdicts of a judge and B has none, or the other way round ({main}, {scores[1].main}).")
     if any(score.values.get(main) is None for score in scores):
         raise UserError(f"{data.title} has no score to compare here: {'; '.join(scores[0].notes)}.")
     found = compare_terms(*(terms_of(score, data) for score in scores), seed=seed)
@@ -91,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--profile", choices=PROFILES, help="score as LLaVA's scripts or as lmms-eval; default: llava")
     p.add_argument("--source", default="auto", choices=SOURCES, help="which files the references come from")
     p.add_argument("--partial", action="store_true", help="compare on the questions that both files answer")
+    p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
     p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     try:
         args = p.parse_args(arguments)
@@ -110,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.source,
         )
         files = [path / "answers.jsonl" if path in folders else path for path in paths]
-        record = compare(*files, data, args.partial)
+        record = compare(*files, data, args.partial, args.judge)
         print("\n".join(lines(record)))
         if args.json:
             write_json(Path(args.json), record)

@@ -37,6 +37,7 @@ class RunConfig:
         max_new_tokens: None for what the benchmark's profile says.
         profile: how questions are asked and answers read, eval.dataset.PROFILES; None for the benchmark's default.
         source: which files the questions come from, eval.dataset.SOURCES.
+        judge: who scores answers that a model has to judge; see eval/judging/choice.py. Answers do not depend on it.
     """
 
     method: str
@@ -60,6 +61,7 @@ class RunConfig:
     quantization: str | None = None
     profile: str | None = None
     source: str = "auto"
+    judge: str = "auto"
 
     def __post_init__(self) -> None:
         if self.budget is None and self.method != FULL and "share" not in self.options:

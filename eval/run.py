@@ -18,6 +18,7 @@ from eval.answers import AnswerStore
 from eval.config import RunConfig
 from eval.dataset import Dataset, Question
 from eval.jsonl import write_file, write_json
+from eval.judging.choice import check_judge, score_answers
 from eval.settings import Reducer, build_reducer, default_output, device_name, store_settings
 from llava.crops import require
 from llava.errors import UserError
@@ -106,11 +107,12 @@ def run(config: RunConfig, model: Any = None, reducer: Reducer | None = None) ->
 def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
     """Read and check everything that can be wrong, the cheapest first and the weights last."""
     benchmark = benchmarks.get(config.benchmark)
-    split = benchmarks.check_split(benchmark, config.split)
+    split = benchmarks.check_split(benchmark, config.split, Path(config.data))
     if reducer is None:
         build_reducer(config, visual_tokens=None)
     profile = benchmarks.check_profile(benchmark, config.profile)
     data = benchmark.load(Path(config.data), split, profile, config.source)
+    check_judge(data, config.judge)
     planned = data.questions[: config.limit]
     data.check_images(planned)
     if model is None:
@@ -238,11 +240,13 @@ def summarise(job: Job, store: AnswerStore) -> dict[str, Any]:
     """The result of all answers to the planned questions, whichever process gave them."""
     lines = [store.answers[question.id] for question in job.planned]
     job.check_budget(lines)
-    score = job.data.score([question.id for question in job.planned], texts(job, store))
+    asked = [question.id for question in job.planned]
+    answers = job.output / "answers.jsonl"
+    score, judged = score_answers(job.data, job.config.judge, asked, texts(job, store), answers)
     timing = cost.summarise_timing(store.timing, job.started)
     result = {
         "title": job.data.title,
-        "facts": dict(job.data.facts),
+        "facts": {**job.data.facts, **judged},
         "method": job.reducer.name,
         "budget": job.reducer.budget,
         "visual_tokens": job.model.visual_tokens,

@@ -16,17 +16,21 @@ from eval.answer_file import read_answers
 from eval.config import DEFAULT_DATA
 from eval.dataset import PROFILES, SOURCES, Dataset
 from eval.jsonl import write_json
+from eval.judging.choice import HELP as JUDGE_HELP
+from eval.judging.choice import check_judge, score_answers
 from eval.report import score_lines, scored
 from llava.errors import UserError
 
 
-def score_file(path: Path, data: Dataset, partial: bool = False) -> dict[str, Any]:
-    """The record of an answer file's score, as it stands in JSON."""
+def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "auto") -> dict[str, Any]:
+    """The record of an answer file's score, as it stands in JSON; verdicts of a judge are kept beside the file."""
+    check_judge(data, judge)
     answers = read_answers(path, data, partial)
     asked = [question for question in data.questions if question.id in answers.texts]
-    record = scored(data.score([question.id for question in asked], answers.texts), asked)
+    score, judged = score_answers(data, judge, [question.id for question in asked], answers.texts, path)
+    record = scored(score, asked)
     record["notes"] += answers.notes
-    return {"title": data.title, "facts": dict(data.facts), "available": len(data.questions), **record}
+    return {"title": data.title, "facts": {**data.facts, **judged}, "available": len(data.questions), **record}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,13 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--profile", choices=PROFILES, help="score as LLaVA's scripts or as lmms-eval; default: llava")
     p.add_argument("--source", default="auto", choices=SOURCES, help="which files the references come from")
     p.add_argument("--partial", action="store_true", help="score what fits of a file that lacks answers or has others")
+    p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
     p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     try:
         args = p.parse_args(arguments)
         benchmark = benchmarks.get(args.benchmark)
         profile = benchmarks.check_profile(benchmark, args.profile)
-        data = benchmark.load(Path(args.data), benchmarks.check_split(benchmark, args.split), profile, args.source)
-        record = score_file(Path(args.answers), data, args.partial)
+        data = benchmark.load(
+            Path(args.data), benchmarks.check_split(benchmark, args.split, Path(args.data)), profile, args.source
+        )
+        record = score_file(Path(args.answers), data, args.partial, args.judge)
         print("\n".join([f"{data.title}, {record['questions']:,} questions", *score_lines(record)]))
         if args.json:
             write_json(Path(args.json), record)

@@ -1,0 +1,27 @@
+"""MSRVTT-QA in Video-LLaVA's layout; see eval/video_sets.py. Answers are judged, see eval/judging/."""
+
+from pathlib import Path
+
+from eval.dataset import Benchmark, Dataset
+from eval.video_sets import VideoSet, load_official
+
+SET = VideoSet("msrvtt_qa", "MSRVTT-QA", "MSRVTT_Zero_Shot_QA", "videos/all", count=72821)
+
+
+def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
+    """The test split from its official files; no mirror is known."""
+    return load_official(SET, data, source)
+
+
+BENCHMARK = Benchmark(
+    name="msrvtt_qa",
+    summary="Questions about web videos of twenty categories; judged by GPT-3.5.",
+    splits=("test",),
+    load=load,
+    profiles=("llava",),
+    model="tinyllava_video",
+    published="59.2 accuracy, score 3.5 (Video-LLaVA-7B, its paper); "
+    "56.7 in pruning papers' re-runs with another judge version",
+    needs=SET.needs,
+    licence="the authors of MSR-VTT name none for the videos",
+)

@@ -1,0 +1,27 @@
+"""MSVD-QA in Video-LLaVA's layout; see eval/video_sets.py. Answers are judged, see eval/judging/."""
+
+from pathlib import Path
+
+from eval.dataset import Benchmark, Dataset
+from eval.video_sets import VideoSet, load_official
+
+SET = VideoSet("msvd_qa", "MSVD-QA", "MSVD_Zero_Shot_QA", "videos", count=13157)
+
+
+def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
+    """The test split from its official files; no mirror is known."""
+    return load_official(SET, data, source)
+
+
+BENCHMARK = Benchmark(
+    name="msvd_qa",
+    summary="Questions about short videos of everyday scenes; judged by GPT-3.5.",
+    splits=("test",),
+    load=load,
+    profiles=("llava",),
+    model="tinyllava_video",
+    published="70.7 accuracy, score 3.9 (Video-LLaVA-7B, its paper); "
+    "69.8 in pruning papers' re-runs with another judge version",
+    needs=SET.needs,
+    licence="the authors of MSVD name none for the videos",
+)

@@ -1,0 +1,116 @@
+"""Ask a judge about every answer that has no verdict yet."""
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Protocol
+
+from tqdm import tqdm
+
+from eval.judging import Judging, Request
+from eval.judging.store import Line, Store, line
+
+# An upper estimate for English: tokens are four characters on average, and roles cost a few tokens each.
+BYTES_PER_TOKEN = 3
+TOKENS_PER_MESSAGE = 8
+# For judges without a limit on the reply; a verdict of these is one line.
+USUAL_REPLY = 64
+
+
+class Judge(Protocol):
+    """A chat model that judges.
+
+    Attributes:
+        name: of the model, as it stands in results.
+        workers: requests in flight at once.
+    """
+
+    name: str
+    workers: int
+
+    def reply(self, request: Request) -> tuple[str, str]:
+        """The reply's text and the model that the judge says it is."""
+        ...
+
+    def cost(self, tokens_in: int, tokens_out: int) -> float | None:
+        """Price of so many tokens; None if nobody said it, or there is none."""
+        ...
+
+
+def ask(judge: Judge, judging: Judging, requests: Sequence[Request], store: Store) -> None:
+    """Fill the store, in as many runs as it takes: what is in it is not asked again.
+
+    The estimate is printed before the first request, because requests cost money.
+    """
+    pending = [request for request in requests if store.find(request) is None]
+    if not pending:
+        return
+    print(estimate(judge, judging, pending), flush=True)
+    pool = ThreadPoolExecutor(judge.workers)
+    bar = tqdm(
+        total=len(requests),
+        initial=len(requests) - len(pending),
+        desc=f"judge {judge.name}",
+        unit="answer",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+    running: set[Future[Line]] = set()
+    with bar, pool:
+        try:
+            for request in pending:
+                if len(running) == judge.workers:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    keep(done, store, bar)
+                running.add(pool.submit(judge_one, judge, judging, request))
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                keep(done, store, bar)
+        except BaseException:
+            # Replies under way are paid for.
+            keep([future for future in running if future.exception() is None], store, bar)
+            raise
+
+
+def keep(done: Iterable[Future[Line]], store: Store, bar: tqdm) -> None:
+    """Store what was judged, then raise what went wrong."""
+    failures = []
+    for future in done:
+        if (failure := future.exception()) is not None:
+            failures.append(failure)
+            continue
+        store.append(future.result())
+        bar.update()
+    if failures:
+        raise failures[0]
+
+
+def judge_one(judge: Judge, judging: Judging, request: Request) -> Line:
+    """One verdict, asked for until it can be read or the official number of tries is used up."""
+    reply, model = "", judge.name
+    for failures in range(judging.tries):
+        reply, model = judge.reply(judging.again(request, failures) if failures else request)
+        verdict = judging.parse(request.id, reply)
+        if verdict is not None:
+            return line(request, verdict, reply, model, failures + 1, failed=False)
+    return line(request, judging.failed, reply, model, judging.tries, failed=True)
+
+
+def estimate(judge: Judge, judging: Judging, requests: Sequence[Request]) -> str:
+    """How much is about to be asked."""
+    tokens_in = sum(count_tokens(request) for request in requests)
+    tokens_out = sum(request.max_tokens or USUAL_REPLY for request in requests)
+    price = judge.cost(tokens_in, tokens_out)
+    again = f"; an unreadable reply is asked for up to {judging.tries} times" if judging.tries > 1 else ""
+    return (
+        f"Judge {judge.name}: {len(requests):,} requests, at most about {tokens_in:,} tokens in and {tokens_out:,} out"
+        f"{'' if price is None else f', a cost of {price:.2f}'}{again}."
+    )
+
+
+def count_tokens(request: Request) -> int:
+    """Upper estimate of a request's length, without the judge's tokenizer."""
+    return sum(
+        math.ceil(len(message["content"].encode()) / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE
+        for message in request.messages
+    )

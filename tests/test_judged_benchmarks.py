@@ -1,0 +1,208 @@
+"""MM-Vet and LLaVA-Bench: official numbers, formats and quirks, on small files in their layouts."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from eval.benchmarks import llava_bench as llava_bench_set
+from eval.benchmarks import mmvet as mmvet_set
+from eval.metrics import llava_bench, mmvet
+from llava.errors import UserError
+from tests.judged_files import judged, load, write_json, write_lines
+
+VECTORS = Path(__file__).parent / "data"
+
+
+# -- LLaVA-Bench ---------------------------------------------------------------------------------------------------
+
+
+def test_reviews_are_read_as_llava_reads_them():
+    rows = json.loads((VECTORS / "llavabench" / "parse_score_table.json").read_text())
+    assert len(rows) == 14
+    assert [list(llava_bench.parse(row["review"])) for row in rows] == [row["tuple"] for row in rows]
+
+
+def test_means_are_rounded_before_the_ratio():
+    pairs = {"a": (8.0, 7.0), "b": (8.0, 6.0), "c": (9.0, 7.0)}
+    found = llava_bench.score(dict.fromkeys(pairs, "conv"), pairs, dict.fromkeys(pairs, "i"))
+    assert found.values == {"relative_score": 80.0, "reference_points": 83.3, "model_points": 66.7}
+    pairs |= {"d": llava_bench.UNREADABLE}
+    found = llava_bench.score(dict.fromkeys(pairs, "conv"), pairs, dict.fromkeys(pairs, "i"))
+    assert found.values["relative_score"] == round(round(19 / 4, 3) / round(24 / 4, 3) * 100, 1) == 79.2
+    assert "1 reviews could not be read" in found.notes[0] and found.correct == {}
+    assert float(found.terms.value(found.terms.sums.sum(0))) == found.values["relative_score"]
+    # A mean of 0.0014 is 0.001 by then: a tenth of 0.01, where the unrounded means have 14 %.
+    assert llava_bench.ratio(np.array([0.01, 0.0014, 1.0])) == 10.0
+    assert llava_bench.ratio(np.zeros((2, 3))).tolist() == [0, 0]
+
+
+def write_bench(data: Path) -> Path:
+    folder = data / "llava-bench-in-the-wild"
+    (folder / "images").mkdir(parents=True)
+    asked = [("0", "conv"), ("1", "detail"), ("2", "complex")]
+    write_lines(
+        folder / "questions.jsonl",
+        [{"question_id": int(n), "image": "001.jpg", "text": f"q{n}", "category": kind} for n, kind in asked],
+    )
+    write_lines(folder / "context.jsonl", [{"id": "001", "image": "001.jpg", "caption": ["one", "two"]}])
+    rows = [{"question_id": n, "text": f"red cat {n}", "answer_id": "x"} for n in (2, 0, 1)]
+    write_lines(folder / "answers_gpt4.jsonl", rows)
+    return folder
+
+
+def test_llava_bench_is_asked_and_judged_in_the_official_words(tmp_path):
+    folder = write_bench(tmp_path)
+    data = load("llava_bench", tmp_path)
+    assert [question.message for question in data.questions] == ["q0", "q1", "q2"] and data.max_new_tokens == 1024
+    texts = {"0": "a", "1": "b", "2": "c"}
+    system, user = data.judging.requests(["2"], texts)[0].messages
+    assert system["content"].startswith("You are a helpful and precise assistant")
+    # The reference is joined by id; by position it would be that of question 1.
+    assert user["content"].startswith(
+        "[Context]\none\ntwo\n\n[Question]\nq2\n\n[Assistant 1]\nred cat 2\n\n[End of Assistant 1]\n\n"
+        "[Assistant 2]\nc\n\n[End of Assistant 2]\n\n[System]\nWe would like to request your feedback"
+    )
+    reviews = [{"question_id": int(n), "category": "x", "content": "8 6", "tuple": [8, 6]} for n in texts]
+    found = judged(data, write_lines(tmp_path / "reviews.jsonl", reviews), texts)
+    assert found.values["relative_score"] == 75.0 and found.groups["category"]["conv"] == (75.0, 1)
+    assert data.judging.parse("0", "8, 6\nno") == {"tuple": [-1, -1]} and data.judging.tries == 1
+    write_lines(folder / "answers_gpt4.jsonl", [{"question_id": 0, "text": "x"}])
+    with pytest.raises(UserError, match="has no answer to question 1"):
+        load("llava_bench", tmp_path)
+
+
+def test_llava_bench_without_a_judge_has_names_of_its_own(tmp_path):
+    write_bench(tmp_path)
+    found = load("llava_bench", tmp_path).score(["0", "1"], {"0": "Red cat 0", "1": "a red dog"})
+    assert found.main == "relative_score_match" and all(name.endswith("_match") for name in found.values)
+    assert found.values["relative_score_match"] == pytest.approx(100 * (1 + 1 / 3) / 2, abs=0.1)
+
+
+def test_llava_bench_from_its_mirror(tmp_path):
+    folder = tmp_path / "hub" / "lmms-lab" / "llava-bench-in-the-wild"
+    (folder / "data").mkdir(parents=True)
+    row = {
+        "image": {"bytes": b"x", "path": None},
+        "question": "q",
+        "caption": "c",
+        "gpt_answer": "g",
+        "category": "conv",
+    }
+    rows = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image(decode=False))
+    rows.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    data = load("llava_bench", tmp_path)
+    data.check_images(data.questions)
+    assert (data.questions[0].id, data.questions[0].answer) == ("0", "g")
+    assert (
+        llava_bench_set.message(llava_bench_set.Entry("0", "i", "q", "conv", "c", "g"), "t")
+        == (data.judging.requests(["0"], {"0": "t"})[0].messages[1]["content"])
+    )
+
+
+# -- MM-Vet --------------------------------------------------------------------------------------------------------
+
+NEEDED = {"v1_0": ["ocr", "math"], "v1_1": ["math", "ocr"], "v1_2": ["rec"]}
+
+
+def test_mmvet_runs_capabilities_and_combinations():
+    scores = {"v1_0": [1.0, 0.0], "v1_1": [0.5, 0.5], "v1_2": [0.0, 0.3, 1.0]}
+    found = mmvet.score(NEEDED, scores)
+    assert found.values["score"] == pytest.approx(100 * (0.5 + 0.5 + 0.15) / 3)
+    totals = np.array([1.5 / 3, 0.8 / 3]) * 100
+    assert found.values["score"] == pytest.approx(totals.mean()) and found.values["std"] == pytest.approx(totals.std())
+    assert found.groups["capability"] == {"math": (50.0, 2), "ocr": (50.0, 2), "rec": (pytest.approx(15.0), 1)}
+    assert found.groups["combination"] == {"ocr_math": (50.0, 2), "rec": (pytest.approx(15.0), 1)}
+    assert found.values["score"] == pytest.approx(100 * sum(found.correct.values()) / 3)
+    assert "std" not in mmvet.score(NEEDED, {name: [1.0] for name in NEEDED}).values
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"), [("0.5", 0.5), ("1.0 |", 1.0), ("0", 0.0), ("0.7\n", 0.7), ("1.5", None), ("-0.1", None)]
+)
+def test_mmvet_replies(reply, expected):
+    assert mmvet.parse(reply) == expected and mmvet.parse("nan") is None and mmvet.parse(f" {reply}") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "credit"),
+    [
+        ("-1<AND>-5", "x = -1 or x = -5", 1),
+        ("-1<AND>-5", "x = 1 or x = -5", 0.5),
+        ("yellow<OR>golden brown", "It is golden brown.", 1),
+        ("yellow<OR>golden brown", "brown and golden", 0),
+        ("a<AND>b<OR>c", "c", 1),
+        ("cat", "catalogue", 0),
+        ("1,000", "about 1000 people", 1),
+    ],
+)
+def test_mmvet_word_match(answer, text, credit):
+    assert mmvet.match(text, answer) == credit
+
+
+def write_mmvet(data: Path, folder="mm-vet", with_prompts=True) -> Path:
+    root = data / folder
+    (root / "images").mkdir(parents=True)
+    records = {
+        name: {"imagename": f"{name}.png", "question": f"q {name}?", "answer": "a<OR>b", "capability": needed}
+        for name, needed in NEEDED.items()
+    }
+    write_json(root / "mm-vet.json", records)
+    if with_prompts:
+        rows = [{"question_id": i, "image": f"v1_{i}.png", "text": f"q v1_{i}?", "category": "x"} for i in (2, 0, 1)]
+        write_lines(root / "llava-mm-vet.jsonl", rows)
+    return root
+
+
+def test_mmvet_layouts_and_profiles(tmp_path):
+    write_mmvet(tmp_path / "one")
+    data = load("mmvet", tmp_path / "one")
+    assert [(q.id, q.official) for q in data.questions] == [("v1_2", "2"), ("v1_0", "0"), ("v1_1", "1")]
+    assert data.submission({"v1_2": "t"}) == {"mmvet_results.json": {"v1_2": "t"}}
+    assert data.facts["size"] == "3 questions, the published set has 218"
+    write_mmvet(tmp_path / "two", "mmvet", with_prompts=False)
+    lmms = load("mmvet", tmp_path / "two", profile="lmms")
+    assert lmms.questions[0].message == mmvet_set.STEP_BY_STEP + "q v1_0?" and lmms.questions[0].images == ("v1_0.png",)
+    assert lmms.judging.requests(["v1_0"], {"v1_0": "t"}) == data.judging.requests(["v1_0"], {"v1_0": "t"})
+    with pytest.raises(UserError, match="MM-Vet"):
+        load("mmvet", tmp_path / "three")
+
+
+def test_mmvets_judge_is_asked_again_with_a_hint_and_more_heat(tmp_path):
+    write_mmvet(tmp_path)
+    judging = load("mmvet", tmp_path).judging
+    (first,) = judging.requests(["v1_0"], {"v1_0": "the text"})
+    assert first.messages[0]["content"].endswith("| 1.0\n\nq v1_0? | a <OR> b | the text | ")
+    assert (first.temperature, first.max_tokens, judging.tries, judging.failed) == (0.0, 3, 5, {"score": [0.0]})
+    later = [judging.again(first, failures) for failures in (1, 2, 3, 4)]
+    assert [request.temperature for request in later] == [0, 0.5, 1.0, 1.5]
+    assert (
+        later[0].messages[0]["content"]
+        == first.messages[0]["content"] + "\nPredict the correctness of the answer (digit): "
+    )
+
+
+def test_mmvet_grades_of_the_official_script(tmp_path):
+    write_mmvet(tmp_path)
+    data = load("mmvet", tmp_path)
+    grades = {n: {"model": ["gpt-4-0613"] * 2, "content": ["1", "0.5"], "score": [1.0, 0.5]} for n in NEEDED}
+    found = judged(data, write_json(tmp_path / "grade.json", grades), dict.fromkeys(NEEDED, "t"))
+    assert found.values == {"score": 75.0, "std": 25.0}
+    assert "judged by gpt-4-0613, as the published numbers" in found.notes
+    for wrong in ({"v1_0": {"score": []}}, ["x"], {"v1_0": {"score": ["1"]}}):
+        with pytest.raises(UserError, match=r"grade\.json"):
+            judged(data, write_json(tmp_path / "grade.json", wrong), dict.fromkeys(NEEDED, "t"))
+
+
+def test_mmvet_from_its_mirror(tmp_path):
+    folder = tmp_path / "hub" / "lmms-lab-encoder" / "MMVet"
+    (folder / "data").mkdir(parents=True)
+    row = {"image": {"bytes": b"x", "path": None}, "question": "q", "answer": "a", "capability": "rec,ocr"}
+    rows = datasets.Dataset.from_list([row | {"question_id": "v1_0"}])
+    rows.cast_column("image", datasets.Image(decode=False)).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    data = load("mmvet", tmp_path)
+    data.check_images(data.questions)
+    assert data.questions[0].id == "v1_0"
+    assert data.score(["v1_0"], {"v1_0": "a"}).groups["combination"] == {"rec_ocr": (100.0, 1)}

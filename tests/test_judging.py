@@ -1,0 +1,390 @@
+"""Judges: an endpoint that fails in every way, a local model, verdicts on disk, and which of them the flag takes."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from eval import score as score_module
+from eval.dataset import Dataset, Question
+from eval.jsonl import read_jsonl
+from eval.judging import Judging, Request, prompts
+from eval.judging.ask import ask, count_tokens, estimate
+from eval.judging.choice import check_judge, score_answers, unjudged
+from eval.judging.endpoint import Endpoint, configured, endpoint
+from eval.judging.store import Store, line
+from eval.metrics import Score
+from eval.pictures import Folder
+from llava.errors import UserError
+
+KEY = "sk-very-secret"
+ENVIRONMENT = ("JUDGE_MODEL", "JUDGE_URL", "JUDGE_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL", "JUDGE_WORKERS")
+ASKED = ("a", "b", "c")
+TEXTS = {"a": "1", "b": "0", "c": "1"}
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    for name in (*ENVIRONMENT, "JUDGE_PRICE_IN", "JUDGE_PRICE_OUT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def server():
+    """A chat endpoint: `answer(number of the call, body)` gives a status and a reply; `calls` is what it was sent."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            served.calls.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+            status, reply = served.answer(len(served.calls), body)
+            content = {"model": "judge-0613", "choices": [{"message": {"content": reply}}]}
+            payload = json.dumps(content).encode() if status == 200 else f"no: {reply}".encode()
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_):
+            pass
+
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.calls, served.answer = [], lambda number, body: (200, body["messages"][0]["content"])
+    served.url = f"http://127.0.0.1:{served.server_port}/v1"
+    thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+def judging(**changes) -> Judging:
+    """A judge is asked with the text alone and should answer with a number."""
+
+    def total(asked, verdicts):
+        return Score({"points": sum(verdicts[name]["n"] for name in asked if name in verdicts)}, {}, {}, main="points")
+
+    settings = {
+        "benchmark": "toy",
+        "official": "judge-0613",
+        "main": "points",
+        "requests": lambda asked, texts: [Request(n, ({"role": "user", "content": texts[n]},), 0.0, 3) for n in asked],
+        "parse": lambda name, reply: {"n": int(reply)} if reply.isdigit() else None,
+        "read": lambda path: json.loads(path.read_text()),
+        "score": total,
+        "match": lambda asked, texts: Score({"points_match": 7.0}, {}, {}, ("a word match",), "points_match"),
+        "tries": 3,
+        "again": lambda request, failures: Request(request.id, request.messages, 0.5 * failures, 3),
+    }
+    return Judging(**(settings | changes))
+
+
+def data_with(how: Judging | None) -> Dataset:
+    questions = tuple(Question(name, "?", "", (), "") for name in ASKED)
+    return Dataset("Toy", questions, Folder(None), "", unjudged(how) if how else None, None, dict, judging=how)
+
+
+def at(server, **changes) -> Endpoint:
+    return Endpoint("judge", f"{server.url}/chat/completions", KEY, **({"workers": 1, "sleep": waits.append} | changes))
+
+
+waits: list[float] = []
+
+
+def run(judge, how, folder, texts=TEXTS):
+    with Store(folder / "judgements-judge.jsonl") as store:
+        ask(judge, how, how.requests(ASKED, texts), store)
+        return store.of(how.requests(ASKED, texts))
+
+
+# -- the endpoint --------------------------------------------------------------------------------------------------
+
+
+def test_every_answer_is_asked_about_once_and_kept(server, tmp_path, capsys):
+    lines = run(at(server, prices=(10.0, 30.0)), judging(), tmp_path)
+    assert {name: entry["verdict"] for name, entry in lines.items()} == {"a": {"n": 1}, "b": {"n": 0}, "c": {"n": 1}}
+    assert {entry["judge"] for entry in lines.values()} == {"judge-0613"}  # what the server says it is
+    first = server.calls[0]
+    assert first["path"] == "/v1/chat/completions" and first["key"] == f"Bearer {KEY}"
+    assert (first["model"], first["temperature"], first["max_tokens"]) == ("judge", 0.0, 3)
+    shown = capsys.readouterr()
+    assert "Judge judge: 3 requests, at most about 27 tokens in and 9 out, a cost of 0.00; an unreadable" in shown.out
+    assert KEY not in shown.out + shown.err + (tmp_path / "judgements-judge.jsonl").read_text()
+    run(at(server), judging(), tmp_path)
+    assert len(server.calls) == 3
+
+
+def test_a_busy_server_is_asked_again_ever_more_slowly(server, tmp_path):
+    waits.clear()
+    server.answer = lambda number, body: (500 if number < 4 else 200, "1")
+    assert at(server).reply(Request("a", ({"role": "user", "content": "x"},))) == ("1", "judge-0613")
+    assert waits == [1, 2, 4]
+    assert "temperature" not in server.calls[0] and "max_tokens" not in server.calls[0]
+
+
+def test_a_server_that_stays_down_ends_the_run_and_keeps_the_verdicts(server, tmp_path):
+    server.answer = lambda number, body: (200, "1") if number == 1 else (503, KEY)
+    with pytest.raises(
+        UserError, match=r"did not answer in 6 tries \(HTTP 503: no: \*\*\*\); the verdicts so far"
+    ) as e:
+        run(at(server), judging(), tmp_path)
+    assert KEY not in str(e.value)
+    server.answer = lambda number, body: (200, "1")
+    assert len(run(at(server), judging(), tmp_path)) == 3
+    assert sum(call["messages"][0]["content"] == "1" for call in server.calls[7:]) == 1  # "a" was not asked again
+
+
+def test_a_refusal_is_not_repeated_and_a_redirect_not_followed(server):
+    request = Request("a", ({"role": "user", "content": "x"},))
+    for status in (401, 302):
+        server.calls.clear()
+        server.answer = lambda number, body, status=status: (status, f"bad {KEY}")
+        with pytest.raises(UserError, match=rf"refused a request \(HTTP {status}: no: bad \*\*\*\)"):
+            at(server).reply(request)
+        assert len(server.calls) == 1
+
+
+def test_no_answer_at_all_is_said(server):
+    server.server_close()
+    with pytest.raises(UserError, match="did not answer in 6 tries"):
+        at(server).reply(Request("a", ()))
+
+
+def test_unreadable_replies_are_asked_for_again_with_a_cap(server, tmp_path):
+    server.answer = lambda number, body: (200, "maybe" if body["temperature"] < 0.5 else "2")
+    lines = run(at(server), judging(), tmp_path)
+    assert [entry["tries"] for entry in lines.values()] == [2, 2, 2] and not lines["a"]["failed"]
+    server.answer = lambda number, body: (200, "never")
+    server.calls.clear()
+    (tmp_path / "second").mkdir()
+    lines = run(at(server), judging(failed={"n": 0}), tmp_path / "second")
+    assert [call["temperature"] for call in server.calls[:3]] == [0.0, 0.5, 1.0] and len(server.calls) == 9
+    assert lines["b"]["failed"] and lines["b"]["verdict"] == {"n": 0} and lines["b"]["reply"] == "never"
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(server, tmp_path):
+    class Stops(Exception):
+        pass
+
+    class Breaks:
+        name, workers = "judge", 1
+
+        def reply(self, request):
+            if request.id == "c":
+                raise Stops
+            return "1", "judge"
+
+        def cost(self, tokens_in, tokens_out):
+            return None
+
+    with pytest.raises(Stops):
+        run(Breaks(), judging(), tmp_path)
+    path = tmp_path / "judgements-judge.jsonl"
+    assert len(list(read_jsonl(path))) == 2
+    with open(path, "a") as file:
+        file.write('{"question_id": "c", "as')  # killed in the middle of a line
+    assert len(run(at(server), judging(), tmp_path)) == 3 and len(server.calls) == 1
+
+
+def test_a_changed_answer_is_judged_again(server, tmp_path):
+    run(at(server), judging(), tmp_path)
+    lines = run(at(server), judging(), tmp_path, TEXTS | {"b": "5"})
+    assert len(server.calls) == 4 and lines["b"]["verdict"] == {"n": 5}
+
+
+def test_many_workers_give_the_same_verdicts(server, tmp_path):
+    (tmp_path / "one").mkdir()
+    one, four = run(at(server), judging(), tmp_path / "one"), run(at(server, workers=4), judging(), tmp_path)
+    assert {name: line["verdict"] for name, line in one.items()} == {name: four[name]["verdict"] for name in ASKED}
+
+
+def test_the_endpoint_comes_from_the_environment():
+    given = {"JUDGE_MODEL": "m", "OPENAI_BASE_URL": "https://host/v1/", "OPENAI_API_KEY": f" {KEY}\n"}
+    found = endpoint(given)
+    assert (found.url, found.name, found.key) == ("https://host/v1/chat/completions", "m", KEY)
+    assert KEY not in repr(found) and found.workers == 4 and found.cost(10, 10) is None
+    assert configured(given) and not configured(given | {"OPENAI_API_KEY": ""}) and not configured({})
+    priced = endpoint(given | {"JUDGE_PRICE_IN": "30", "JUDGE_PRICE_OUT": "60"})
+    assert priced.cost(1_000_000, 500_000) == 60
+    request = Request("a", ({"role": "user", "content": "x" * 3_000_000},), max_tokens=10)
+    assert count_tokens(request) == 1_000_008 and "a cost of 30.00." in estimate(priced, judging(tries=1), [request])
+    for wrong, sentence in [
+        ({"JUDGE_MODEL": ""}, "needs the environment variable JUDGE_MODEL."),
+        ({"JUDGE_URL": "file:///etc/passwd"}, "JUDGE_URL should be an address"),
+        ({"OPENAI_API_KEY": "a\nb"}, "holds characters that no key has"),
+        ({"JUDGE_WORKERS": "0"}, "JUDGE_WORKERS should be a whole number"),
+        ({"JUDGE_PRICE_IN": "cheap"}, "should be prices per million tokens, got 'cheap'"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            endpoint(given | wrong)
+
+
+# -- the flag ------------------------------------------------------------------------------------------------------
+
+
+def score(how, judge, folder, asked=ASKED, texts=TEXTS):
+    return score_answers(data_with(how), judge, asked, texts, folder / "answers.jsonl")
+
+
+def test_without_a_judge_the_word_match_stands_under_its_own_name(tmp_path):
+    found, facts = score(judging(), "auto", tmp_path)
+    assert found.main == "points_match" and "points" not in found.values and facts == {"judge": {"name": "match"}}
+    assert any(f"eval.score toy --answers {tmp_path}/answers.jsonl --judge endpoint" in note for note in found.notes)
+    assert score(judging(), "match", tmp_path)[0].values == {"points_match": 7.0}
+    assert data_with(judging()).score(ASKED, TEXTS).main == "points_match"
+
+
+def test_none_gives_no_number_and_says_what_is_missing(tmp_path):
+    found, _ = score(judging(), "none", tmp_path)
+    assert found.values == {"points": None} and found.correct == {}
+    assert "verdicts of judge-0613; set JUDGE_MODEL, JUDGE_URL and JUDGE_KEY" in found.notes[0]
+
+
+def test_auto_takes_the_endpoint_when_it_is_set_up_and_verdicts_on_disk_later(server, tmp_path, monkeypatch):
+    for name, value in (("JUDGE_MODEL", "judge"), ("JUDGE_URL", server.url), ("JUDGE_KEY", KEY)):
+        monkeypatch.setenv(name, value)
+    found, facts = score(judging(), "auto", tmp_path)
+    assert found.values == {"points": 2} and found.notes == ("judged by judge-0613, as the published numbers",)
+    assert facts["judge"]["name"] == "judge-0613" and len(server.calls) == 3
+    monkeypatch.delenv("JUDGE_URL")
+    again, _ = score(judging(), "auto", tmp_path)
+    assert again.values == {"points": 2} and len(server.calls) == 3
+    other, _ = score(judging(official="gpt-4-0314"), "auto", tmp_path)
+    assert "published numbers are of gpt-4-0314 and cannot be compared with these" in other.notes[0]
+
+
+def test_half_judged_answers_are_no_score(tmp_path):
+    how = judging()
+    first = how.requests(ASKED, TEXTS)[0]
+    with Store(tmp_path / "judgements-judge-0613.jsonl") as store:
+        store.append(line(first, {"n": 1}, "1", "judge-0613", 1, failed=False))
+    found, _ = score(how, "auto", tmp_path)
+    assert found.main == "points_match"
+    assert "judgements-judge-0613.jsonl holds verdicts about 1 of these 3 answers and was not used" in found.notes
+    with pytest.raises(UserError, match=r"holds no verdict about these answers for 2 of 3 questions \(b, c\)"):
+        score(how, str(tmp_path / "judgements-judge-0613.jsonl"), tmp_path)
+
+
+def test_the_official_judges_verdicts_go_before_others(tmp_path):
+    how = judging()
+    for name, number in (("another", 3), ("judge-0613", 1)):
+        with Store(tmp_path / f"judgements-{name}.jsonl") as store:
+            for request in how.requests(ASKED, TEXTS):
+                store.append(line(request, {"n": number}, "", name, 1, failed=False))
+    found, _ = score(how, "auto", tmp_path)
+    assert found.values == {"points": 3} and "judgements-another.jsonl holds other verdicts" in found.notes[-1]
+
+
+def test_failed_answers_are_named(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_MODEL", "judge")
+    monkeypatch.setenv("JUDGE_URL", server.url)
+    server.answer = lambda number, body: (200, "?" if body["messages"][0]["content"] == "0" else "1")
+    found, _ = score(judging(), "endpoint", tmp_path)
+    assert found.values == {"points": 2} and "no readable verdict for 1 answers (b): left out" in found.notes
+
+
+def test_verdicts_of_the_official_script(tmp_path):
+    path = tmp_path / "grades.json"
+    path.write_text(json.dumps({name: {"n": 4, "model": ["judge-0613"], "text": TEXTS[name]} for name in ASKED}))
+    how = judging(text=lambda verdict: verdict.get("text"))
+    found, _ = score(how, str(path), tmp_path)
+    assert found.values == {"points": 12} and found.notes == ("judged by judge-0613, as the published numbers",)
+    with pytest.raises(UserError, match=r"judges other answers to 1 of 3 questions \(b\)"):
+        score(how, str(path), tmp_path, texts=TEXTS | {"b": "9"})
+    path.write_text(json.dumps({"a": {"n": 4}}))
+    assert "is not checked" in score(judging(), str(path), tmp_path, asked=("a",))[0].notes[-1]
+    with pytest.raises(UserError, match=r"holds no verdict for 2 of 3 questions"):
+        score(judging(), str(path), tmp_path)
+
+
+def test_wrong_flags_are_said_before_a_run(tmp_path):
+    for judge, sentence in [
+        ("endpoint", "--judge endpoint needs the environment variable JUDGE_MODEL"),
+        ("local:", "names no model"),
+        ("gpt-4", "there is no 'gpt-4'"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            check_judge(data_with(judging()), judge)
+    with pytest.raises(UserError, match="Toy is scored without a judge; leave --judge match out"):
+        check_judge(data_with(None), "match")
+    check_judge(data_with(None), "auto")
+    check_judge(data_with(judging()), str(tmp_path))
+
+
+# -- a local model -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A random Llama of some kilobytes, with a tokenizer of letters and a template that knows no system turn."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = str(tmp_path_factory.mktemp("judge"))
+    letters = ["<unk>", "</s>", *(chr(code) for code in range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), **size)).save_pretrained(folder)
+    return folder
+
+
+def test_a_local_model_judges(chat_model, tmp_path):
+    found, facts = score(judging(parse=lambda name, reply: {"n": len(reply) > 0}), f"local:{chat_model}", tmp_path)
+    assert facts["judge"]["verdicts"].startswith(str(tmp_path / "judgements-judge"))
+    assert "cannot be compared" in found.notes[0]
+
+
+def test_local_replies_depend_on_the_request_alone(chat_model):
+    from eval.judging.local import LocalModel
+
+    judge = LocalModel(chat_model, device="cpu")
+    messages = ({"role": "system", "content": "Judge."}, {"role": "user", "content": "yes or no"})
+    for temperature in (None, 0.0, 1.5):
+        request = Request("a", messages, temperature, 8)
+        assert judge.reply(request) == judge.reply(request)
+    assert judge.reply(Request("a", messages, 1.5, 8)) != judge.reply(Request("b", messages, 1.5, 8))
+
+
+def test_a_folder_without_a_model_is_said(tmp_path):
+    from eval.judging.local import LocalModel
+
+    with pytest.raises(UserError, match="Cannot load the judge"):
+        LocalModel(str(tmp_path))
+
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+
+def test_scoring_a_file_keeps_the_verdicts_beside_it(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JUDGE_MODEL", "gpt-4-0613")
+    monkeypatch.setenv("JUDGE_URL", server.url)
+    server.answer = lambda number, body: (200, "0.5")
+    folder = tmp_path / "data" / "mm-vet"
+    folder.mkdir(parents=True)
+    record = {"imagename": "a.png", "question": "q?", "answer": "x<OR>y", "capability": ["ocr"], "imagesource": ""}
+    (folder / "mm-vet.json").write_text(json.dumps({"v1_0": record, "v1_1": record}))
+    answers = tmp_path / "out" / "results.json"
+    answers.parent.mkdir()
+    answers.write_text(json.dumps({"v1_0": "x", "v1_1": "z"}, indent=1))
+    arguments = ["mmvet", "--answers", str(answers), "--data", str(tmp_path / "data")]
+    assert score_module.main([*arguments, "--judge", "endpoint", "--json", str(tmp_path / "o.json")]) == 0
+    assert "score          50.00" in capsys.readouterr().out
+    assert (tmp_path / "out" / "judgements-gpt-4-0613.jsonl").is_file()
+    record = json.loads((tmp_path / "o.json").read_text())
+    assert record["metrics"]["score"] == 50 and record["facts"]["judge"]["official"] == "gpt-4-0613"
+    assert prompts()["mm_vet"]["few_shot_prompt"] in server.calls[0]["messages"][0]["content"]
+    assert score_module.main([*arguments, "--judge", "match"]) == 0
+    assert "score_match    50.00" in capsys.readouterr().out
+    assert score_module.main([*arguments, "--judge", "nowhere.json"]) == 2
