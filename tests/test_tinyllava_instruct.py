@@ -1,0 +1,402 @@
+"""The embedded model of all formats: exchanges that are right by construction, their tokens, packed training."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+from eval.config import DEFAULT_MODEL, ROOT
+from eval.prompts import LETTER, LETTER_CN, SHORT, VIZ, split_suffix
+from llava import registry
+from llava.model import load
+from llava.prompt import IMAGE_TOKEN_INDEX, build_prompt
+from llava.sample import Sample
+from tests.test_tinyllava import described, reader
+from tinyllava import instruct_vocabulary, vocabulary
+from tinyllava.chinese import SINGULAR, WORDS
+from tinyllava.formats import (
+    FORMATS,
+    LETTERS,
+    MARK,
+    OCR_TOKENS,
+    UNANSWERABLE,
+    WITHOUT_IMAGE,
+    Exchange,
+    caption_references,
+    captioned,
+    compose,
+    lmms_wording,
+)
+from tinyllava.instruct_batches import (
+    Line,
+    accuracy,
+    answer_loss,
+    as_line,
+    ask_lines,
+    forward,
+    pack_lines,
+    prefix_ids,
+)
+from tinyllava.instruct_model import build_instruct, grown_table
+from tinyllava.instruct_vocabulary import encode, ids, words
+from tinyllava.language import build_llava
+from tinyllava.questions import FAMILIES, Retry
+from tinyllava.scenes import Thing, scene
+from tinyllava.vision import build_clip
+
+SCENES = [scene("val", index, dense).things for index, dense in itertools.product(range(10), (False, True))]
+LETTERED = ("letters", "several", "parens", "mmstar", "realworld", "context")
+ENGLISH = {chinese: english for english, chinese in WORDS.items()}
+NAMED = {*vocabulary.COLORS, *vocabulary.SHAPES, *vocabulary.SIZES, "object"}
+
+
+def exchanges(name: str, seed: int = 0, rounds: int = 4):
+    """(things, exchange) of a format over all scenes."""
+    rng = np.random.default_rng(seed)
+    for things in SCENES * rounds:
+        exchange = compose(things, name, rng)
+        if exchange is not None:
+            yield things, exchange
+
+
+def bare_text(exchange: Exchange) -> str:
+    """The line of a message that is the question itself."""
+    lines = [line for line in exchange.question.splitlines() if not line.startswith("Context:")]
+    return lines[0].removeprefix(f"{MARK} ").removesuffix(" There are several options:")
+
+
+@pytest.mark.parametrize("name", ["short", "single_word", "bare", "ocr"])
+def test_words_are_right_by_an_independent_reading(name):
+    found = list(exchanges(name))
+    assert len(found) >= 60
+    for things, exchange in found:
+        assert reader(things, exchange.family, bare_text(exchange)) == exchange.answer, exchange
+
+
+@pytest.mark.parametrize("name", LETTERED)
+def test_the_letter_is_that_of_the_only_right_option(name):
+    letters = []
+    for things, exchange in exchanges(name):
+        truth = reader(things, exchange.family, bare_text(exchange))
+        if not exchange.options:
+            assert name in ("realworld", "parens") and exchange.answer == truth
+            continue
+        assert exchange.options[LETTERS.index(exchange.answer)] == truth, exchange
+        assert len(set(exchange.options)) == len(exchange.options) >= 2
+        letters.append((len(exchange.options), exchange.answer))
+    for count in (2, 4):
+        said = [letter for many, letter in letters if many == count]
+        assert {*LETTERS[:count]} == {*said}
+
+
+def test_chinese_options_are_the_english_ones_word_for_word():
+    rng = np.random.default_rng(0)
+    for things in SCENES:
+        for family in FAMILIES:
+            state = rng.bit_generator.state
+            exchange = compose(things, "letters_cn", rng, tries=1, family=family)
+            rng.bit_generator.state = state
+            english = compose(things, "letters", rng, tries=1, family=family)
+            assert (exchange is None) == (english is None)
+            if exchange:
+                assert tuple(ENGLISH.get(option, option) for option in exchange.options) == english.options
+                assert exchange.answer == english.answer and exchange.suffix == LETTER_CN
+                said = [SINGULAR.get(word, word) for word in bare_text(english).lower().replace("?", " ").split()]
+                translated = [ENGLISH.get(words()[word]) for word in encode(exchange.question.splitlines()[0])]
+                assert sorted(word for word in said if word in NAMED) == sorted(w for w in translated if w in NAMED)
+
+
+def test_claims_are_true_where_the_answer_is_yes():
+    families = set()
+    for things, exchange in exchanges("yes_no", rounds=8):
+        assert exchange.suffix == SHORT and exchange.answer in ("yes", "no")
+        families.add(exchange.family)
+        text = exchange.question.lower().rstrip("?")
+        if exchange.family in ("exist", "verify"):
+            assert reader(things, exchange.family, exchange.question) == exchange.answer
+        elif exchange.family == "count":
+            _, _, number, *name, _, _, _ = text.split()
+            assert (len(described(things, name)) == int(number)) == (exchange.answer == "yes")
+        elif exchange.family == "color":
+            *name, color = text.removeprefix("is the ").split()
+            (target,) = described(things, name)
+            assert (vocabulary.COLOR_NAMES[target.color] == color) == (exchange.answer == "yes")
+        elif exchange.family == "digit":
+            *_, color, _, digit = text.split()
+            (frame,) = [t for t in things if t.kind == "frame" and vocabulary.COLOR_NAMES[t.color] == color]
+            assert (str(frame.digit) == digit) == (exchange.answer == "yes")
+        else:
+            *name, _, _, side, _ = text.removeprefix("is the ").split()
+            (target,) = described(things, name)
+            offset = target.x - 96 if side in ("left", "right") else target.y - 96
+            assert ((offset < 0) == (side in ("left", "top"))) == (exchange.answer == "yes")
+    assert families == {"exist", "verify", "color", "count", "side", "digit"}
+
+
+def test_half_of_the_questions_to_vizwiz_ask_for_what_is_not_there():
+    found = list(exchanges("viz", rounds=10))
+    unanswerable = [(things, e) for things, e in found if e.answer == UNANSWERABLE]
+    assert 0.35 < len(unanswerable) / len(found) < 0.65
+    for things, exchange in unanswerable:
+        named = [word for word in exchange.question.lower().replace("?", "").split() if word in NAMED]
+        if exchange.family == "digit":
+            frames = [t for t in things if t.kind == "frame" and vocabulary.COLOR_NAMES[t.color] == named[0]]
+            assert not frames
+        else:
+            assert not described(things, named), exchange
+    for things, exchange in found:
+        if exchange.answer != UNANSWERABLE:
+            assert reader(things, exchange.family, exchange.question) == exchange.answer
+
+
+def test_reference_tokens_are_the_digits_of_the_scene_but_for_some():
+    whole, wrong, empty = 0, 0, 0
+    for things, exchange in exchanges("ocr", rounds=8):
+        line = exchange.question.splitlines()[1]
+        assert line.startswith(OCR_TOKENS) and len(exchange.question.splitlines()) == 2
+        tokens = line.removeprefix(OCR_TOKENS).replace(",", "").split()
+        digits = sorted(str(thing.digit) for thing in things if thing.kind == "frame")
+        whole += sorted(tokens) == digits
+        empty += not tokens
+        wrong += bool(tokens) and sorted(tokens) != digits
+    assert whole > wrong > 0 and empty > 0
+
+
+def test_a_context_without_a_picture_says_the_answer():
+    for _, exchange in exchanges("context_text"):
+        context, text, *_ = exchange.question.splitlines()
+        truth = exchange.options[LETTERS.index(exchange.answer)]
+        facts = context.removeprefix("Context: The ").removesuffix(".").split(". The ")
+        name = {
+            "color": lambda fact: fact.rsplit(" is ", 1),
+            "shape": lambda fact: fact.rsplit(" is a ", 1),
+            "digit": lambda fact: fact.rsplit(" says ", 1),
+        }[exchange.family]
+        told = dict(name(fact) for fact in facts if len(name(fact)) == 2)
+        matching = [said for what, said in told.items() if f"the {what} " in f"{text.lower().replace('?', ' ')} "]
+        assert matching == [truth], exchange
+
+
+def test_captions_name_what_is_big_from_left_to_right():
+    for things, exchange in exchanges("caption"):
+        shapes = captioned(things)
+        big = [thing for thing in things if thing.kind == "shape" and thing.big]
+        assert {thing for thing in shapes if thing.big} <= set(big) and len(shapes) == max(2, min(3, len(big)))
+        assert exchange.answer.count("big") == min(3, len(big)) and exchange.answer == caption_references(things)[0]
+        assert [thing.x for thing in shapes if thing.big] == sorted(thing.x for thing in shapes if thing.big)
+        assert len(set(caption_references(things))) == 5
+
+
+def test_captions_need_an_order_that_can_be_seen():
+    two = tuple(Thing("shape", 50.0 + k, 60.0, 40, shape=k, color=k, big=1) for k in range(2))
+    with pytest.raises(Retry):
+        FORMATS["caption"](two, np.random.default_rng(0), "")
+    assert compose(two, "caption", np.random.default_rng(0)) is None
+
+
+def test_messages_are_those_of_the_benchmarks():
+    rng = np.random.default_rng(0)
+    things = SCENES[0]
+    shown = {name: compose(things, name, rng, family="digit") for name in FORMATS}
+    while not shown["parens"].options:
+        shown["parens"] = compose(things, "parens", rng, family="digit")
+    a, b = (shown[name].options for name in ("parens", "letters"))
+    text = bare_text(shown["parens"])
+    listed = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, a, strict=False))
+    assert shown["parens"].message == f"<image 1> {text}\n{listed}\n{LETTER}"
+    text = bare_text(shown["letters"])
+    listed = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, b, strict=False))
+    assert shown["letters"].message == f"{text}\n{listed}{LETTER}"
+    options = ", ".join(f"{x}: {y}" for x, y in zip(LETTERS, shown["mmstar"].options, strict=False))
+    assert shown["mmstar"].message == f"{bare_text(shown['mmstar'])}\nOptions: {options}\n{LETTER}"
+    assert shown["viz"].message == f"{shown['viz'].question}\n{VIZ}"
+    for name in ("short", "viz", "letters", "letters_cn", "parens"):
+        exchange = shown[name]
+        assert split_suffix(exchange.message) == (exchange.question, exchange.suffix)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_word_of_every_format_is_in_the_vocabulary(name):
+    tokenizer, unknown = instruct_vocabulary.tokenizer(), ids()[vocabulary.UNKNOWN]
+    for _, exchange in exchanges(name):
+        assert unknown not in encode(exchange.message), exchange.message
+        assert unknown not in encode(lmms_wording(name, exchange).message)
+        assert tokenizer.decode(encode(exchange.answer)) == exchange.answer
+        sample = Sample("q", exchange.question, exchange.suffix, None if name in WITHOUT_IMAGE else object())
+        image = [] if name in WITHOUT_IMAGE else [IMAGE_TOKEN_INDEX]
+        expected = [*prefix_ids(), *image, *encode(exchange.message), ids()[vocabulary.ASSISTANT]]
+        assert list(build_prompt(sample, tokenizer, "vicuna_v1").ids) == expected
+
+
+def test_letters_are_not_articles_and_old_words_keep_their_ids():
+    assert len({*encode("A"), *encode("a"), *encode("Answer with a star")[2:3]}) == 2
+    assert instruct_vocabulary.tokenizer().decode(encode("A")) == "A"
+    assert all(ids()[word] == place for word, place in vocabulary.ids().items() if word != vocabulary.EOS)
+    assert words()[-1] == vocabulary.EOS and len(set(words())) == len(words()) == len(instruct_vocabulary.tokenizer())
+
+
+def test_what_the_embedded_model_is_told_keeps_its_ids():
+    rng = np.random.default_rng(3)
+    for things in SCENES:
+        exchange = compose(things, "short", rng)
+        assert encode(exchange.question) == vocabulary.encode(exchange.question)
+
+
+def test_new_rows_start_from_words_of_like_use():
+    table = torch.arange(float(len(vocabulary.words())))[:, None].expand(-1, 4).contiguous()
+    grown = grown_table(table, 0.0, seed=0)
+    assert grown[ids()["红色"], 0] == vocabulary.ids()["red"]
+    assert grown[ids()[LETTER], 0] == vocabulary.ids()[SHORT]
+    assert grown[ids()[vocabulary.EOS], 0] == len(table) - 1
+    assert grown[ids()["red"], 0] == vocabulary.ids()["red"]
+
+
+class Scenes:
+    """Two scenes as a corpus."""
+
+    def list_things(self, row: int):
+        return SCENES[row]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small untrained model with the new vocabulary."""
+    torch.manual_seed(0)
+    llava = build_llava(build_clip(width=32, layers=3).config.vision_config, width=64, layers=2).eval()
+    llava.resize_token_embeddings(len(words()))
+    parts = SimpleNamespace(language_model=llava.model.language_model, projector=llava.model.multi_modal_projector)
+    return llava, parts
+
+
+@pytest.mark.parametrize(("visual", "renumber"), [(576, False), (20, False), (20, True)])
+def test_packed_exchanges_equal_separate_prompts(small, visual, renumber):
+    """Same logits for every word of every answer as in a prompt of its own; text-only ones see no picture."""
+    llava, parts = small
+    names = [["short", "describe", "context_text", "letters"], ["context_text", "caption", "viz", "describe"]]
+    lines = ask_lines(Scenes(), [0, 3], names, np.random.default_rng(0))
+    features = torch.randn(2, visual, 32)
+    kept = torch.stack([torch.randperm(576)[:visual].sort().values for _ in range(2)])
+    with torch.inference_mode():
+        logits = forward(parts, features, kept, lines, renumber)
+        expected = []
+        for i, formats in enumerate(lines.formats):
+            for j, name in enumerate(formats):
+                mine = lines.owner[i] == j
+                expected.append(alone(llava, parts, features[i], kept[i], lines, i, mine, name, renumber))
+    torch.testing.assert_close(logits, torch.cat(expected), atol=1e-4, rtol=1e-3)
+    assert lines.blind.any() and "describe" in lines.formats[0] and min(map(len, lines.formats)) >= 3
+
+
+def alone(llava, parts, features, kept, lines, row, mine, name, renumber):
+    """Logits of one exchange from the decoder's own forward."""
+    table, start = parts.language_model.embed_tokens, torch.arange(3)
+    text, picture = table(lines.ids[row][mine]), parts.projector(features)
+    if name in WITHOUT_IMAGE:
+        embeds, places = [text], [3 + torch.arange(len(text))]
+    else:
+        behind = 3 + (len(kept) if renumber else 576)
+        embeds = [picture, text]
+        places = [3 + (torch.arange(len(kept)) if renumber else kept), behind + torch.arange(len(text))]
+    embeds, places = torch.cat([table(torch.tensor(prefix_ids())), *embeds]), torch.cat([start, *places])
+    states = parts.language_model(inputs_embeds=embeds[None], position_ids=places[None]).last_hidden_state[0]
+    return llava.lm_head(states[-len(text) :][lines.target[row][mine] != -100])
+
+
+def test_the_loss_counts_every_word_of_an_answer_and_the_accuracy_whole_answers():
+    exchange = Exchange("Is there a red star in the image?", SHORT, "yes", "exist")
+    long = as_line("caption", Exchange("Describe this image in detail.", "", "a big red star", "caption"))
+    lines = pack_lines([[as_line("short", exchange), long], [as_line("short", exchange)]])
+    targets = lines.target[lines.target != -100]
+    assert [words()[k] for k in targets] == ["yes", "</s>", "a", "big", "red", "star", "</s>", "yes", "</s>"]
+    assert lines.weight[lines.target != -100].tolist() == pytest.approx([1, 0.1, *[0.4] * 5, 1, 0.1])
+    right = 50.0 * torch.nn.functional.one_hot(targets, len(words())).float()
+    assert answer_loss(right, lines) < 1e-4
+    assert accuracy(right, lines) == {"all": 1.0, "short": 1.0, "caption": 1.0}
+    right[5] = right[0]  # "a big red yes"
+    assert accuracy(right, lines) == {"all": pytest.approx(2 / 3), "short": 1.0, "caption": 0.0}
+
+
+def test_a_line_is_the_prompt_its_answer_and_the_end():
+    line = Line("short", (5, 6), (7, 8))
+    assert line.ids == [5, 6, ids()[vocabulary.ASSISTANT], 7, 8, ids()[vocabulary.EOS]]
+
+
+def test_training_starts_from_the_embedded_model():
+    """The old words' logits for an old question are the embedded model's but for what new words add to the softmax."""
+    old = LlavaForConditionalGeneration.from_pretrained(DEFAULT_MODEL, dtype=torch.float32).eval()
+    new = build_instruct(DEFAULT_MODEL)
+    text = encode("What color is the small star?")
+    with torch.inference_mode():
+        a = old(input_ids=torch.tensor([[1, *text]])).logits[0, -1]
+        b = new(input_ids=torch.tensor([[1, *text]])).logits[0, -1]
+    torch.testing.assert_close(a[:-1], b[: len(a) - 1], atol=1e-5, rtol=0)
+    assert new.config.text_config.eos_token_id == len(words()) - 1 == ids()[vocabulary.EOS]
+
+
+MODEL = ROOT / "assets" / "tinyllava_instruct"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load(str(MODEL), device="cpu")
+
+
+def test_the_shipped_model_is_small_and_sees_as_the_embedded_one_does():
+    assert sum(file.stat().st_size for file in MODEL.rglob("*") if file.is_file()) <= 9e6
+    old, new = (load_file(folder / "model.safetensors") for folder in (Path(DEFAULT_MODEL), MODEL))
+    tower = [name for name in old if "vision_tower" in name]
+    assert tower and all(torch.equal(old[name], new[name]) for name in tower)
+    assert {name for name in old if old[name].shape != new[name].shape} == {
+        name for name in old if name.endswith("embed_tokens.weight")
+    }
+
+
+def test_the_shipped_tokenizer_is_that_of_training(shipped):
+    for name in FORMATS:
+        _, exchange = next(exchanges(name))
+        assert shipped.tokenizer(exchange.message).input_ids[1:] == encode(exchange.message)
+    assert shipped.end_ids == {ids()[vocabulary.EOS]} == {len(shipped.tokenizer) - 1}
+
+
+def test_the_shipped_text_tower_reads_new_words_and_keeps_old_ones(shipped):
+    new, old = (load_file(Path(folder) / "text_tower" / "model.safetensors") for folder in (MODEL, DEFAULT_MODEL))
+    name = "text_model.embeddings.token_embedding.weight"
+    assert len(new[name]) == len(words())
+    assert all(torch.equal(new[name][ids()[word]], old[name][place]) for word, place in vocabulary.ids().items())
+    assert all(torch.equal(new[other], old[other]) for other in old if other != name)
+    rng = np.random.default_rng(0)
+    drawn = scene("val", 300, False)
+    exchange = compose(drawn.things, "letters", rng)
+    sample = Sample("q", exchange.question, exchange.suffix, Image.fromarray(drawn.image))
+    shipped.answer([sample], registry.build("cdpruner", 64), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("names", "least"),
+    [(("short", "yes_no", "bare", "single_word"), 0.8), (("letters", "letters_cn", "parens", "mmstar"), 0.6)],
+)
+def test_the_shipped_model_answers_in_the_format(shipped, names, least):
+    """A broken tokenizer, prompt or checkpoint falls to chance, about a third."""
+    rng, right, total = np.random.default_rng(0), 0, 0
+    for index in range(8):
+        drawn = scene("val", 300 + index, index % 2 == 1)
+        asked = [exchange for name in names if (exchange := compose(drawn.things, name, rng))]
+        samples = [Sample(str(k), e.question, e.suffix, Image.fromarray(drawn.image)) for k, e in enumerate(asked)]
+        batch = shipped.answer(samples, registry.build("full", 576), max_new_tokens=8)
+        right += sum(a.text.strip() == e.answer for a, e in zip(batch.answers, asked, strict=True))
+        total += len(asked)
+    assert right / total >= least
+
+
+def test_the_shipped_model_reads_a_context_without_a_picture(shipped):
+    rng = np.random.default_rng(0)
+    asked = [compose(things, "context_text", rng) for things in SCENES]
+    samples = [Sample(str(k), e.question, e.suffix, None) for k, e in enumerate(asked)]
+    batch = shipped.answer(samples, registry.build("full", 576), max_new_tokens=8)
+    assert sum(a.text.strip() == e.answer for a, e in zip(batch.answers, asked, strict=True)) >= 14
