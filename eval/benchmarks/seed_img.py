@@ -1,0 +1,20 @@
+"""The image part of SEED-Bench (SEED-IMG, types 1 to 9); the files are those of eval/benchmarks/seed.py.
+
+The frames of videos are not needed. An answer file over all of SEED-Bench is accepted, its other answers are ignored.
+"""
+
+from functools import partial
+
+from eval.dataset import Benchmark
+from eval.seed_sets import LICENCE, MIRROR, NEEDS, load
+
+BENCHMARK = Benchmark(
+    name="seed_img",
+    summary="The questions of SEED-Bench about images (SEED-IMG); share of right letters.",
+    splits=("test",),
+    load=partial(load, "image_accuracy"),
+    published="70.2 image_accuracy of LLaVA-1.6-7B (model zoo); the zoo's 58.6 of LLaVA-1.5-7B is over videos too",
+    needs=NEEDS,
+    mirror=MIRROR,
+    licence=LICENCE,
+)
