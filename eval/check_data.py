@@ -43,10 +43,10 @@ class Finding:
 def check(data: Path, benchmark: Benchmark) -> Finding:
     """Official files first; a local copy of the mirror counts where there are none."""
     lost = [problem for need in benchmark.needs if (problem := missing(data, need))]
-    there = [need for need in benchmark.needs if (data / need.path).exists()]
+    there = [need for need in benchmark.needs if need.found(data)]
     copy = local_copy(data, benchmark.mirror)
     required = [need for need in benchmark.needs if not need.optional]
-    if required and all((data / need.path).exists() for need in required):
+    if required and all(need.found(data) for need in required):
         return read(data, benchmark, "official", lost)
     if copy is not None:
         return read(data, benchmark, "mirror", lost if there else [], copy[0])
@@ -70,9 +70,9 @@ def read(data: Path, benchmark: Benchmark, source: str, lost: Iterable[str], cop
 
 def missing(data: Path, need: Need) -> str | None:
     """What is wrong with a file or folder, and where it comes from."""
-    path = data / need.path
+    path = need.found(data)
     optional = " (optional)" if need.optional else ""
-    if not path.exists():
+    if path is None:
         return f"{need.path} is missing{optional}: {need.source}"
     if need.count is None or not path.is_dir():
         return None

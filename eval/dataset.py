@@ -119,12 +119,18 @@ class Need:
         source: where to get it, a URL or a sentence.
         count: how many files the folder should hold, where that is known.
         optional: the benchmark runs without it.
+        others: further paths that do as well.
     """
 
     path: str
     source: str
     count: int | None = None
     optional: bool = False
+    others: tuple[str, ...] = ()
+
+    def found(self, data: Path) -> Path | None:
+        """Where it lies below a data folder."""
+        return next((data / path for path in (self.path, *self.others) if (data / path).exists()), None)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, d
 def _open(name: str, folder: Path | None, config: str | None, split: str) -> Table:
     import datasets
 
+    if folder is not None:
+        datasets.disable_progress_bars()  # of the library's own copy of a table, which says nothing to a user here
     where = str(folder) if folder is not None else f"hub data set {name}"
     try:
         rows = datasets.load_dataset(

@@ -53,9 +53,7 @@ def score_lines(record: Mapping[str, Any]) -> list[str]:
     for name, table in record["groups"].items():
         mark = "" if name in points else " %"
         lines.append(f"{main} / {name}" if main == "accuracy" else name)
-        lines += [
-            f"  {group:12s} {e['percent']:.2f}{mark} ({e['questions']:,} questions)" for group, e in table.items()
-        ]
+        lines += [f"  {group:12s} {e['percent']:.2f}{mark} (n = {e['questions']:,})" for group, e in table.items()]
     return lines + [f"note: {note}" for note in record["notes"]]
 
 

@@ -43,6 +43,7 @@ BENCHMARK = Benchmark(
         Need(
             "mmbench/mmbench_dev_20230712.tsv",
             "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv (4,377 rows)",
+            others=("mmbench/mmbench_dev_en_20231003.tsv", "mmbench/MMBench_DEV_EN.tsv"),
         ),
     ),
     mirror=MIRROR,

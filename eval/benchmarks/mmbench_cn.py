@@ -39,8 +39,12 @@ BENCHMARK = Benchmark(
     needs=(
         Need(
             "mmbench/mmbench_dev_cn_20231003.tsv",
-            "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_cn_20231003.tsv "
-            "(mmbench_cn/ is read as well)",
+            "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_cn_20231003.tsv",
+            others=(
+                "mmbench_cn/mmbench_dev_cn_20231003.tsv",
+                "mmbench/MMBench_DEV_CN.tsv",
+                "mmbench_cn/MMBench_DEV_CN.tsv",
+            ),
         ),
     ),
     mirror=MIRROR,

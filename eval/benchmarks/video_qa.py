@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.dataset import Benchmark, Dataset, Question, fingerprint
+from eval.dataset import Benchmark, Dataset, Need, Question, fingerprint
 from eval.jsonl import read_json
 from eval.metrics import Score, exact_match
 from eval.pictures import Videos, image_name
@@ -85,4 +85,10 @@ BENCHMARK = Benchmark(
     splits=("test", "val"),
     load=load,
     model="tinyllava_video",
+    needs=(
+        Need("video_qa/test_q.json", "made by `python -m tinyllava.benchmark_video`"),
+        Need("video_qa/test_a.json", "made by `python -m tinyllava.benchmark_video`"),
+        Need("video_qa/videos", "made by `python -m tinyllava.benchmark_video`"),
+    ),
+    licence="Apache-2.0, as this repository",
 )
