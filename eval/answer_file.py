@@ -142,6 +142,11 @@ def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) 
         official[question.official or question.id].append(question)
     texts: dict[str, str] = {}
     foreign, repeated, changed = [], [], []
+    if data.facts.get("source") == "official" and any(row.id is None for row in rows):
+        raise UserError(
+            f"{path} names questions by their row in lmms-eval's data set, and {data.title} was read from the official "
+            "files, whose order may be another; add --source mirror."
+        )
     for row in rows:
         name = name_of(row, known, official, data.questions)
         if name is None and row.id in data.accepts:

@@ -1,0 +1,80 @@
+"""lmms-eval's --model_args as a run's configuration. Needs neither lmms-eval nor torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from eval.config import DEFAULT_MODEL, RunConfig, count_or_share, whole_number
+from llava.errors import UserError, unknown
+
+# Those of lmms-eval's own flags (--batch_size, --max_batch_size, --device) are handed over with --model_args.
+PLAIN = (
+    "pretrained",
+    "method",
+    "budget",
+    "batch_size",
+    "max_batch_size",
+    "dtype",
+    "device",
+    "seed",
+    "quantization",
+    "text_tower",
+)
+# "set.alpha=0.5" is an option of the method, "picture.merge=spatial" a choice of reading pictures.
+GROUPS = ("set", "picture")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def configuration(arguments: Mapping[str, Any]) -> RunConfig:
+    """The same configuration as of `python -m eval` with these arguments.
+
+    Args:
+        arguments: name -> value; lmms-eval has turned numbers and truth values into Python's.
+    """
+    plain: dict[str, str] = {}
+    grouped: dict[str, dict[str, str]] = {name: {} for name in GROUPS}
+    for key, value in arguments.items():
+        group, dot, name = key.partition(".")
+        if dot and group in GROUPS and name:
+            grouped[group][name] = text(value)
+        elif key in PLAIN:
+            plain[key] = text(value)
+        else:
+            raise unknown("model argument", key, (*PLAIN, *(f"{name}.KEY" for name in GROUPS)))
+    options = grouped["set"]
+    budget, share = count_or_share("budget", plain.get("budget"))
+    if share is not None and "share" in options:
+        raise UserError("budget as a share and set.share are both given; leave one out.")
+    return RunConfig(
+        method=plain.get("method", "full"),
+        budget=budget,
+        model=plain.get("pretrained", DEFAULT_MODEL),
+        options=options if share is None else {**options, "share": repr(share)},
+        picture=grouped["picture"],
+        quantization=plain.get("quantization"),
+        text_tower=plain.get("text_tower"),
+        dtype=known_dtype(plain.get("dtype", "float32")),
+        device=plain.get("device", "auto"),
+        batch_size=batch_size(plain),
+        seed=whole_number("seed", plain.get("seed", "0"), minimum=0, maximum=2**32 - 1) or 0,
+    )
+
+
+def text(value: Any) -> str:
+    """A value as the command line of `python -m eval` has it; quotes protect commas from lmms-eval and are dropped."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).strip("'\"")
+
+
+def known_dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return name
+
+
+def batch_size(plain: Mapping[str, str]) -> int:
+    """Questions answered at once."""
+    if plain.get("batch_size", "").startswith("auto"):
+        raise UserError("batch_size should be a number: llava_reduced does not search for the largest batch.")
+    size = whole_number("batch_size", plain.get("batch_size", "1")) or 1
+    return min(size, whole_number("max_batch_size", plain.get("max_batch_size")) or size)

@@ -1,0 +1,134 @@
+"""A LLaVA with a reduction method as lmms-eval's model.
+
+Checked against lmms-eval 0.7.3. As in its own LLaVA models, the stop strings of a task ("until") are not used: an
+answer ends with the end token or after max_new_tokens.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from PIL import Image
+from tqdm import tqdm
+
+from eval.cost import audit_record, check_budget_kept, summarise_audit
+from eval.lmms_plugin.arguments import configuration
+from eval.prompts import split_suffix
+from eval.run import ROUNDING, load_model, seed_everything
+from eval.settings import build_reducer
+from llava.crops import require
+from llava.errors import UserError
+from llava.image import as_rgb
+from llava.sample import Sample
+from llava.video import read_video
+
+try:
+    from lmms_eval.api.model import lmms
+except ModuleNotFoundError as error:
+    raise UserError(
+        f"The plug-in needs lmms-eval, and {error.name} is not installed; see docs/lmms_eval.md, or run python -m eval."
+    ) from error
+
+# What lmms-eval's LLaVA takes where a task sets no limit.
+LONGEST = 1024
+
+
+class LlavaReduced(lmms):
+    """One model under one method at one budget.
+
+    Args:
+        batch_size: questions answered at once; answers do not depend on it.
+        arguments: see eval.lmms_plugin.arguments; `set.KEY` and `picture.KEY` among them.
+    """
+
+    is_simple = True
+
+    def __init__(self, batch_size: int | str = 1, **arguments: Any) -> None:
+        super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("llava_reduced runs in one process; start lmms-eval without accelerate or torchrun.")
+        config = configuration({**arguments, "batch_size": batch_size})
+        build_reducer(config, visual_tokens=None)  # wrong names are found before the weights are read
+        self.config = config
+        self.model = load_model(config)
+        self.reducer = build_reducer(config, self.model.visual_tokens)
+        require(self.reducer, self.model.facts())
+        seed_everything(config.seed)
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.batch_size
+
+    @property
+    def device(self) -> Any:
+        return self.model.device
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Greedy answers in the order of the requests."""
+        texts = [""] * len(requests)
+        audits: list[dict[str, Any]] = []
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for place, request in enumerate(requests):
+            _, settings, _, _, task, _ = request.args
+            by_length[max_new_tokens(settings, task)].append(place)
+        with tqdm(total=len(requests), desc=f"{self.reducer.name} {self.reducer.budget}", unit="question") as bar:
+            for length, places in by_length.items():
+                for start in range(0, len(places), self.batch_size):
+                    chunk = places[start : start + self.batch_size]
+                    samples = [self.sample(requests[place]) for place in chunk]
+                    batch = self.model.answer(samples, self.reducer, max_new_tokens=length)
+                    for place, answer in zip(chunk, batch.answers, strict=True):
+                        texts[place] = answer.text
+                        self.cache_hook.add_partial("generate_until", requests[place].args[:2], answer.text)
+                    audits += [audit_record(answer.audit) for answer in batch.answers]
+                    bar.update(len(chunk))
+        if audits:
+            check_budget_kept(audits, getattr(self.reducer, "rounding", ROUNDING))
+            mean = summarise_audit(audits)["mean_tokens_per_layer"]
+            print(f"{self.reducer.name} at {self.reducer.budget}: {mean:.1f} visual tokens per layer.")
+        return texts
+
+    def sample(self, request: Any) -> Sample:
+        """A request as a question; its answer-format instruction, where it is a known one, is told apart."""
+        context, _, visuals_of, number, task, split = request.args
+        question, suffix = split_suffix(context)
+        name = f"{task}/{split}/{number}"
+        pictures = tuple(opened(visual, name) for visual in visuals_of(self.task_dict[task][split][number]) or ())
+        return Sample(
+            id=name, question=question, suffix=suffix, image=pictures[0] if len(pictures) == 1 else pictures or None
+        )
+
+    def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
+        raise refusal("likelihoods of given answers")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> NoReturn:
+        raise refusal("several rounds of answers")
+
+
+def refusal(what: str) -> UserError:
+    """For the requests that are not answered."""
+    return UserError(
+        f"llava_reduced generates one answer per question and gives no {what}; "
+        "choose a task whose output_type is generate_until."
+    )
+
+
+def max_new_tokens(settings: Mapping[str, Any], task: str) -> int:
+    """The task's limit; UserError if it wants anything but greedy decoding."""
+    warm = (settings.get("temperature") or 0) > 0 and settings.get("do_sample") is not False
+    if warm or (settings.get("num_beams") or 1) > 1:
+        raise UserError(
+            f"Task {task} asks for sampling or beams, and llava_reduced decodes greedily; "
+            "add --gen_kwargs temperature=0,do_sample=False,num_beams=1."
+        )
+    return int(settings.get("max_new_tokens") or LONGEST)
+
+
+def opened(visual: Any, name: str) -> Any:
+    """A picture as RGB, or the frames of a video that is given as a path."""
+    if isinstance(visual, Image.Image):
+        return as_rgb(visual)
+    if isinstance(visual, str | os.PathLike):
+        return read_video(visual)
+    raise UserError(f"{name} comes with a {type(visual).__name__}; llava_reduced takes images and paths of videos.")

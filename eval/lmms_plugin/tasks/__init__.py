@@ -1,0 +1,1 @@
+"""No tasks of our own: lmms-eval asks every plug-in for this folder."""

@@ -1,0 +1,230 @@
+"""Caption scores against pycocoevalcap's numbers, its tokenizer string by string, and the two caption benchmarks."""
+
+import json
+import math
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from eval import benchmarks
+from eval.answer_file import read_answers
+from eval.metrics import captions, coco_captions
+from eval.metrics.ptb import tokenize
+from eval.report import scored
+from llava.errors import UserError
+
+VECTORS = Path(__file__).parent / "data" / "captions"
+
+
+@pytest.fixture(scope="module")
+def synthetic() -> dict:
+    return json.loads((VECTORS / "synthetic.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def score(synthetic):
+    return captions.score(synthetic["references"], synthetic["captions"], engine="own")
+
+
+def test_every_string_is_tokenized_as_by_the_official_program():
+    pairs = json.loads((VECTORS / "tokens.json").read_text())
+    assert len(pairs) > 900
+    assert [(text, tokenize(text)) for text, _ in pairs] == [(text, expected) for text, expected in pairs]
+
+
+def test_corpus_numbers_equal_the_packages(synthetic, score):
+    expected = synthetic["expected"]
+    assert score.values["cider"] == pytest.approx(100 * expected["CIDEr"], rel=1e-12)
+    assert score.values["rouge_l"] == pytest.approx(100 * expected["ROUGE-L"], rel=1e-12)
+    bleus = [score.values[f"bleu_{n}"] for n in (1, 2, 3, 4)]
+    assert bleus == pytest.approx([100 * value for value in expected["BLEU"]], rel=1e-12)
+    assert score.values["meteor"] is None
+    assert any("METEOR" in note for note in score.notes)
+
+
+def test_cider_of_every_image_equals_the_packages(synthetic, score):
+    by_image = dict(zip(score.terms.names, score.terms.sums[:, 0], strict=True))
+    assert by_image == pytest.approx(synthetic["expected"]["CIDEr by image"], rel=1e-9, abs=1e-12)
+
+
+def test_the_headline_is_its_terms(score):
+    assert score.main == "cider" and score.correct == {}
+    assert score.values["cider"] == score.terms.value(score.terms.sums.sum(0))
+
+
+@pytest.mark.skipif(coco_captions.available() == "own", reason="pycocoevalcap or Java is not installed")
+def test_the_package_gives_the_recorded_numbers(synthetic, score):
+    official = captions.score(synthetic["references"], synthetic["captions"], engine="pycocoevalcap")
+    assert official.values["meteor"] == pytest.approx(100 * synthetic["expected"]["METEOR"], rel=1e-9)
+    rest = {name: value for name, value in official.values.items() if name != "meteor"}
+    assert rest == pytest.approx({name: score.values[name] for name in rest}, rel=1e-9)
+
+
+def test_without_the_package_its_engine_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(coco_captions, "available", lambda: "own")
+    with pytest.raises(UserError, match="pycocoevalcap or Java is not installed"):
+        captions.score({"1": ["a dog"]}, {"1": "a dog"}, engine="pycocoevalcap")
+
+
+def test_brackets_stay_as_words_because_the_official_list_has_them_in_capitals():
+    assert tokenize("A man (left) runs.") == "a man -lrb- left -rrb- runs"
+
+
+@pytest.mark.parametrize("mark", ["\n", "\r", "\r\n", "\u2028", "\x85", "\x0b"])
+def test_a_line_break_does_not_shift_the_captions_of_other_images(mark):
+    """The package's tokenizer reads captions as lines of a file."""
+    references = {"1": ["a dog runs on grass"], "2": ["two cats sleep on a bed"]}
+    broken = captions.score(references, {"1": f"a dog{mark}runs", "2": "two cats sleep"}, engine="own")
+    whole = captions.score(references, {"1": "a dog runs", "2": "two cats sleep"}, engine="own")
+    assert broken.values == whole.values
+
+
+def test_cider_by_the_formula():
+    """Two images, one word each: idf is log 2, all longer n-grams are absent, so the mean over four lengths is 1/4."""
+    found = captions.cider({"1": ["dog"], "2": ["cat"]}, {"1": "dog", "2": "dog"})
+    assert found == pytest.approx({"1": 2.5, "2": 0.0})
+
+
+def test_words_that_all_images_share_weigh_nothing():
+    assert captions.cider({"1": ["dog"], "2": ["dog"]}, {"1": "dog", "2": "dog"}) == {"1": 0.0, "2": 0.0}
+
+
+def test_bleu_counts_the_shorter_of_two_equally_close_references():
+    longer = captions.bleu({"1": ["a b c d", "a b c d e f"]}, {"1": "a b c d e"})
+    assert longer[0] == pytest.approx(1.0)
+    brief = captions.bleu({"1": ["a b c d e f"]}, {"1": "a b c"})
+    assert brief[0] == pytest.approx(math.exp(1 - 6 / 3))
+
+
+def test_an_empty_caption_scores_nothing_and_breaks_nothing():
+    found = captions.score({"1": ["a dog"], "2": ["a cat"]}, {"1": "", "2": ""}, engine="own")
+    assert {name: value for name, value in found.values.items() if value} == {}
+
+
+def test_a_caption_of_an_image_without_references_is_named():
+    with pytest.raises(UserError, match=r"1 captions are of images without references: 9\."):
+        captions.score({"1": ["a dog"]}, {"9": "a dog"})
+
+
+@pytest.fixture
+def own_engine(monkeypatch):
+    """Also where Java is there: starting it several times takes longer than everything else here."""
+    monkeypatch.setattr(coco_captions, "available", lambda: "own")
+
+
+SENTENCES = [["A dog runs.", "The dog is running."], ["Two cats sleep.", "Cats on a bed."], ["A red car.", "One car"]]
+
+
+def picture(folder: Path, name: str = "0.png") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+    return path
+
+
+def mirror(data: Path, owner: str, split: str, rows: list[dict]) -> Path:
+    features = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    path = data / "hub" / owner / "data" / f"{split}-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    features.to_parquet(str(path))
+    return data
+
+
+def test_flickr30k_from_the_mirror(tmp_path, own_engine):
+    encoded = {"bytes": picture(tmp_path).read_bytes()}
+    rows = [{"image": encoded, "caption": c, "img_id": str(70 + n)} for n, c in enumerate(SENTENCES)]
+    mirror(tmp_path, "lmms-lab/flickr30k", "test", rows)
+    data = benchmarks.get("flickr30k").load(tmp_path, "test", "lmms", "auto")
+    data.check_images(data.questions)
+    assert [question.id for question in data.questions] == ["70", "71", "72"]
+    assert data.questions[0].message == "Provide a one-sentence caption for the provided image."
+    assert data.max_new_tokens == 64
+    assert data.facts["images"] == 3 and data.facts["references"] == 6
+    assert data.facts["source"] == "mirror lmms-lab/flickr30k" and data.facts["caption scorer"]
+    texts = {"70": "a dog runs", "71": "a dog runs", "72": "a car"}
+    record = scored(data.score(list(texts), texts), data.questions)
+    assert record["confidence"]["cider"]["unit"] == "image" and record["questions"] == 3
+    assert any("3 scored images" in note for note in record["notes"])
+    assert data.submission(texts)["flickr30k_test_results.json"][0] == {"image_id": 70, "caption": "a dog runs"}
+
+
+def test_flickr30k_from_karpathys_file(tmp_path):
+    root = tmp_path / "flickr30k"
+    picture(root / "flickr30k-images", "7.jpg")
+    records = [
+        {"imgid": 7, "filename": "7.jpg", "split": "test", "sentences": [{"raw": text} for text in SENTENCES[0]]},
+        {"imgid": 8, "filename": "8.jpg", "split": "train", "sentences": [{"raw": "unused"}]},
+    ]
+    (root / "dataset_flickr30k.json").write_text(json.dumps({"images": records}))
+    data = benchmarks.get("flickr30k").load(tmp_path, "test", "lmms", "auto")
+    data.check_images(data.questions)
+    assert [(q.id, q.images) for q in data.questions] == [("7", ("7.jpg",))]
+    assert data.facts["source"].startswith("official")
+
+
+def test_no_flickr30k_says_what_was_looked_for(tmp_path):
+    with pytest.raises(UserError, match=r"dataset_flickr30k\.json nor a copy of lmms-lab-encoder/flickr30k"):
+        benchmarks.get("flickr30k").load(tmp_path, "test", "lmms", "auto")
+
+
+@pytest.fixture
+def nocaps(tmp_path) -> Path:
+    root = tmp_path / "nocaps"
+    domains = ["in-domain", "out-domain", "out-domain"]
+    images = [{"id": n, "file_name": f"{n}.png", "domain": d} for n, d in enumerate(domains)]
+    for image in images:
+        picture(root / "validation", image["file_name"])
+    notes = [{"image_id": n, "id": 9, "caption": text} for n, texts in enumerate(SENTENCES) for text in texts]
+    (root / "nocaps_val_4500_captions.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    (root / "nocaps_test_image_info.json").write_text(json.dumps({"images": images}))
+    return tmp_path
+
+
+def test_nocaps_from_the_official_file_by_domain(nocaps, own_engine):
+    data = benchmarks.get("nocaps").load(nocaps, "validation", "lmms", "auto")
+    data.check_images(data.questions)
+    texts = {"0": "a dog runs", "1": "two cats", "2": "a red car"}
+    found = data.score(list(texts), texts)
+    counts = {domain: count for domain, (_, count) in found.groups["domain"].items()}
+    assert counts == {"in-domain": 1, "out-domain": 2} and "domain" in found.points
+    parts = sum(value * count for value, count in found.groups["domain"].values())
+    assert parts / 3 == pytest.approx(found.values["cider"])
+
+
+def test_nocaps_test_has_no_score_but_a_file_to_upload(nocaps):
+    data = benchmarks.get("nocaps").load(nocaps, "test", "lmms", "official")
+    found = data.score(["0"], {"0": "a dog"})
+    assert found.values == {"cider": None}
+    assert "upload nocaps_test_results.json" in found.notes[0]
+    assert set(data.submission({"0": "a dog"})) == {"nocaps_test_results.json"}
+
+
+def test_nocaps_from_the_mirror_has_no_domains(tmp_path, own_engine):
+    encoded = {"bytes": picture(tmp_path).read_bytes()}
+    rows = [{"image": encoded, "image_id": n, "annotations_captions": texts} for n, texts in enumerate(SENTENCES)]
+    mirror(tmp_path, "lmms-lab-encoder/NoCaps", "validation", rows)
+    data = benchmarks.get("nocaps").load(tmp_path, "validation", "lmms", "auto")
+    assert data.score(["0"], {"0": "a dog"}).groups == {}
+    assert data.facts["source"] == "mirror lmms-lab-encoder/NoCaps"
+
+
+def test_a_coco_results_file_is_read_back(nocaps, tmp_path):
+    data = benchmarks.get("nocaps").load(nocaps, "validation", "lmms", "auto")
+    texts = {"0": "a dog runs", "1": "two cats", "2": "a red car"}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(data.submission(texts)["nocaps_validation_results.json"]))
+    assert read_answers(path, data).texts == texts
+    path.write_text(json.dumps([{"image_id": 0, "caption": None}]))
+    with pytest.raises(UserError, match="entry 1 should have an image_id and a caption"):
+        read_answers(path, data)
+
+
+def test_a_repeated_image_id_is_refused(nocaps):
+    path = nocaps / "nocaps" / "nocaps_val_4500_captions.json"
+    content = json.loads(path.read_text())
+    content["images"].append(content["images"][0])
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has the image id 0 twice"):
+        benchmarks.get("nocaps").load(nocaps, "validation", "lmms", "auto")
