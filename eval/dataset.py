@@ -142,7 +142,8 @@ class Benchmark:
         load: (data folder, split, profile, source) -> the questions.
         profiles: those it has; the first is the default.
         model: the embedded checkpoint in assets/ that was trained on its format.
-        published: what LLaVA-1.5-7B (or Video-LLaVA-7B) reaches, with the metric's name and the source.
+        published: what a 7B model reaches, with the metric's name; † marks numbers quoted from memory.
+        published_by: which model, and who says so.
         needs: the official files of the default split.
         mirror: repositories on the hub, the newest id first.
         licence: of the data.
@@ -156,6 +157,7 @@ class Benchmark:
     profiles: tuple[str, ...] = PROFILES
     model: str = "tinyllava_instruct"
     published: str = ""
+    published_by: str = ""
     needs: tuple[Need, ...] = ()
     mirror: tuple[str, ...] = ()
     licence: str = ""

@@ -81,8 +81,11 @@ BENCHMARK = Benchmark(
     splits=("test",),
     load=load,
     model="tinyllava_video",
-    published="45.3 accuracy, score 3.3 (Video-LLaVA-7B, its paper); 43.1 in pruning papers' re-runs with another "
-    "judge version",
+    published="45.3 accuracy, 3.3 score",
+    published_by=(
+        "Video-LLaVA-7B's paper, judged by gpt-3.5-turbo; 43.1 in re-runs of papers on token reduction, whose"
+        " judge was another version"
+    ),
     needs=SET.needs,
     mirror=MIRROR,
     licence="annotations: Apache-2.0 by their LICENSE, MIT and non-commercial by their README",

@@ -197,7 +197,8 @@ BENCHMARK = Benchmark(
     summary="Conversations, descriptions and reasoning about pictures from the wild; judged by GPT-4.",
     splits=("test",),
     load=load,
-    published="65.4 relative score (LLaVA-1.5-7B, model zoo), judged by gpt-4-0314",
+    published="65.4 relative score",
+    published_by="LLaVA-1.5-7B, LLaVA's model zoo, judged by gpt-4-0314",
     needs=(
         Need(f"{FOLDER}/questions.jsonl", SOURCE),
         Need(f"{FOLDER}/context.jsonl", SOURCE),

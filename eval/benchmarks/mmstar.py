@@ -93,7 +93,8 @@ BENCHMARK = Benchmark(
     summary="Multiple choice that needs the picture, in six categories.",
     splits=("val",),
     load=load,
-    published="30.3 accuracy (LLaVA-1.5-7B, quoted from memory, not checked)",
+    published="30.3 accuracy †",
+    published_by="LLaVA-1.5-7B, from memory",
     mirror=IDS,
     licence="see https://huggingface.co/datasets/Lin-Chen/MMStar and the sets it was drawn from",
 )

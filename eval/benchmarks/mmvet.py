@@ -190,7 +190,8 @@ BENCHMARK = Benchmark(
     summary="Open questions that need several capabilities at once; judged by GPT-4.",
     splits=("test",),
     load=load,
-    published="31.1 score (LLaVA-1.5-7B, model zoo), judged by gpt-4-0613",
+    published="31.1 score",
+    published_by="LLaVA-1.5-7B, LLaVA's model zoo, judged by gpt-4-0613",
     needs=(
         Need("mm-vet/mm-vet.json", SOURCE),
         Need("mm-vet/llava-mm-vet.jsonl", "LLaVA's eval.zip, see docs/Evaluation.md there", optional=True),

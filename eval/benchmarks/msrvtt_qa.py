@@ -20,8 +20,11 @@ BENCHMARK = Benchmark(
     load=load,
     profiles=("llava",),
     model="tinyllava_video",
-    published="59.2 accuracy, score 3.5 (Video-LLaVA-7B, its paper); "
-    "56.7 in pruning papers' re-runs with another judge version",
+    published="59.2 accuracy, 3.5 score",
+    published_by=(
+        "Video-LLaVA-7B's paper, judged by gpt-3.5-turbo; 56.7 in re-runs of papers on token reduction, whose"
+        " judge was another version"
+    ),
     needs=SET.needs,
     licence="the authors of MSR-VTT name none for the videos",
 )

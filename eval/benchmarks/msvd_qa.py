@@ -20,8 +20,11 @@ BENCHMARK = Benchmark(
     load=load,
     profiles=("llava",),
     model="tinyllava_video",
-    published="70.7 accuracy, score 3.9 (Video-LLaVA-7B, its paper); "
-    "69.8 in pruning papers' re-runs with another judge version",
+    published="70.7 accuracy, 3.9 score",
+    published_by=(
+        "Video-LLaVA-7B's paper, judged by gpt-3.5-turbo; 69.8 in re-runs of papers on token reduction, whose"
+        " judge was another version"
+    ),
     needs=SET.needs,
     licence="the authors of MSVD name none for the videos",
 )

@@ -74,7 +74,8 @@ BENCHMARK = Benchmark(
     summary="Reading text in pictures, from single words to forms and formulas; points out of 1,000.",
     splits=("test",),
     load=load,
-    published="297 points (LLaVA-1.5-7B, quoted from memory; 29.7 % in a public table of token reduction methods)",
+    published="297 points †",
+    published_by="LLaVA-1.5-7B, from memory; 29.7 % in a public table of token reduction methods",
     mirror=IDS,
     licence="see https://github.com/Yuliang-Liu/MultimodalOCR and the data card",
 )

@@ -202,7 +202,8 @@ BENCHMARK = Benchmark(
     summary="Questions about text in pictures; accuracy against ten people.",
     splits=("val",),
     load=load,
-    published="58.2 accuracy with OCR tokens (LLaVA-1.5-7B, LLaVA's model zoo), about 46 without (from memory)",
+    published="58.2 accuracy",
+    published_by="LLaVA-1.5-7B, LLaVA's model zoo, with OCR tokens in the prompt; about 46 without (from memory)",
     needs=(
         Need(f"textvqa/{PROMPTS}", EVAL_ZIP),
         Need(f"textvqa/{ANNOTATIONS}", f"https://dl.fbaipublicfiles.com/textvqa/data/{ANNOTATIONS}"),

@@ -142,7 +142,8 @@ BENCHMARK = Benchmark(
     summary="Questions of blind people about their pictures; accuracy against ten people, from a server but for val.",
     splits=("test", "val"),
     load=load,
-    published="50.0 accuracy on test (LLaVA-1.5-7B, LLaVA's model zoo)",
+    published="50.0 accuracy",
+    published_by="LLaVA-1.5-7B, LLaVA's model zoo, on test",
     needs=(
         Need("vizwiz/llava_test.jsonl", EVAL_ZIP),
         Need("vizwiz/test", "https://vizwiz.cs.colorado.edu/VizWiz_final/images/test.zip", count=8_000),

@@ -201,7 +201,8 @@ BENCHMARK = Benchmark(
     summary="Short answers about COCO pictures; accuracy against ten people, from a server but for val.",
     splits=("testdev", "test", "val"),
     load=load,
-    published="78.5 accuracy on testdev (LLaVA-1.5-7B, LLaVA's model zoo)",
+    published="78.5 accuracy",
+    published_by="LLaVA-1.5-7B, LLaVA's model zoo, on testdev",
     needs=(
         Need("vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", EVAL_ZIP),
         Need("vqav2/llava_vqav2_mscoco_test2015.jsonl", EVAL_ZIP),

@@ -52,6 +52,8 @@ def data_sections() -> str:
 
 def data_section(benchmark: Benchmark) -> str:
     lines = [f"### {benchmark.name}", "", f"Splits: {', '.join(benchmark.splits)}. Licence: {benchmark.licence}.", ""]
+    if benchmark.published:
+        lines += [f"Published: {benchmark.published} ({benchmark.published_by}).", ""]
     lines += [need_line(need) for need in benchmark.needs]
     if benchmark.mirror:
         lines.append(f"* mirror: {' or '.join(f'`{name}`' for name in benchmark.mirror)}")
