@@ -113,8 +113,9 @@ def sweep(
     output: Path,
     batch_size: int = 48,
     benchmark: str = "gqa",
+    limit: int | None = None,
 ) -> list[Credits]:
-    """Run every setting; question id -> credit, in the order of `settings`."""
+    """Run every setting on the first `limit` questions, or all; question id -> credit, in the order of `settings`."""
     results = []
     model.expect([registry.build(s.method, s.budget or model.visual_tokens, s.options) for s in settings])
     bar = tqdm(settings, desc=f"sweep {split}", unit="setting")
@@ -131,22 +132,24 @@ def sweep(
             options=setting.options,
             batch_size=batch_size,
             max_new_tokens=8,
+            limit=limit,
             wandb="disabled",
         )
         if not is_finished(config, model):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 run(config, model=model)
-        results.append(credits_of(folder, data, split, benchmark))
+        results.append(credits_of(folder, data, split, benchmark, limit))
     return results
 
 
 def is_finished(config: RunConfig, model: Llava) -> bool:
-    """Whether this very run is complete in its folder: same model, data, method and configuration, all questions."""
+    """Whether this very run is complete in its folder: same model, data, method and configuration, its questions."""
     path = Path(config.output) / "result.json"
     if not path.is_file():
         return False
     result = json.loads(path.read_text())
-    return result["settings"] == prepare(config, model, None).settings and not result["partial"]
+    enough = not result["partial"] or (config.limit is not None and result["asked"] >= config.limit)
+    return enough and result["settings"] == prepare(config, model, None).settings
 
 
 def describe(setting: Setting) -> str:
@@ -161,12 +164,13 @@ def name_of(setting: Setting, tokens: int) -> str:
     return f"{setting.method}-{reducer.budget}{tail}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
-def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa") -> Credits:
-    """Question id -> credit, from a finished run's answers."""
-    questions = {question.id: question for question in _dataset(benchmark, data, split).questions}
+def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa", limit: int | None = None) -> Credits:
+    """Question id -> credit, from a finished run's answers to the first `limit` questions, or all."""
+    questions = {question.id: question for question in _dataset(benchmark, data, split).questions[:limit]}
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     judge = _dataset(benchmark, data, split).judge
-    return {line["question_id"]: judge(questions[line["question_id"]], line["text"]) for line in lines}
+    asked = [line for line in lines if line["question_id"] in questions]
+    return {line["question_id"]: judge(questions[line["question_id"]], line["text"]) for line in asked}
 
 
 _DATASETS: dict[tuple, object] = {}

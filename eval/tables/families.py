@@ -3,6 +3,8 @@
     python -m eval.tables.families next answers [--budgets 320]   # several processes may share the budgets
     python -m eval.tables.families next tables                    # needs all answers
 
+Both take --budgets and --limit, the number of questions; a table says which it is of.
+
 Writes a table of docs/models.md and docs/tables/embedded_<family>.csv.
 """
 
@@ -32,7 +34,7 @@ class Family:
     """One embedded model and its benchmark.
 
     Attributes:
-        budgets: visual tokens per picture or video.
+        budgets: visual tokens per picture or video; tables are sorted by the first.
         batch_size: questions at once; unreduced runs are long.
     """
 
@@ -45,8 +47,8 @@ class Family:
 
 
 FAMILIES = {
-    "next": Family(ROOT / "assets/tinyllava_next", ROOT / "assets/eval_next", "gqa", "testdev", (640, 320, 160), 16),
-    "video": Family(ROOT / "assets/tinyllava_video", ROOT / "assets/eval_video", "video_qa", "test", (256, 136), 16),
+    "next": Family(ROOT / "assets/tinyllava_next", ROOT / "assets/eval_next", "gqa", "testdev", (320, 640, 160), 16),
+    "video": Family(ROOT / "assets/tinyllava_video", ROOT / "assets/eval_video", "video_qa", "test", (136, 256), 16),
 }
 
 
@@ -58,40 +60,41 @@ def settings(family: Family, budgets: Sequence[int], model) -> list[Setting]:
     return [s for s in found if s is not None and s.method not in ("tome", "downsample")]
 
 
-def answers(name: str, budgets: Sequence[int], output: Path) -> None:
-    """Run what is not there yet; without budgets of its own, `full` too."""
+def answers(name: str, budgets: Sequence[int], limit: int | None, output: Path) -> None:
+    """Run what is not there yet."""
     family, model = FAMILIES[name], Remembering(load(FAMILIES[name].model))
-    wanted = settings(family, budgets, model)
-    if tuple(budgets) == family.budgets:
-        wanted.append(Setting("full", None))
-    sweep(wanted, model, family.data, family.split, output / name, family.batch_size, family.benchmark)
+    wanted = [*settings(family, budgets, model), Setting("full", None)]
+    sweep(wanted, model, family.data, family.split, output / name, family.batch_size, family.benchmark, limit)
 
 
-def tables(name: str, output: Path) -> None:
-    """The table of docs/models.md, methods by their accuracy at the middle budget."""
+def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -> None:
+    """The table of docs/models.md, methods by their accuracy at the first budget."""
     family, model = FAMILIES[name], Remembering(load(FAMILIES[name].model))
     data = benchmarks.get(family.benchmark).load(family.data, family.split)
-    groups = {question.id: question.image for question in data.questions}
+    groups = {question.id: question.image for question in data.questions[:limit]}
 
     def read(setting: Setting) -> tuple[Credits, float]:
         folder = output / name / family.split / name_of(setting, model.visual_tokens)
         if not (folder / "result.json").is_file():
             raise UserError(f"{folder} holds no result; run `python -m eval.tables.families {name} answers` first.")
         audit = json.loads((folder / "result.json").read_text())["audit"]
-        return credits_of(folder, family.data, family.split, family.benchmark), audit["mean_tokens_per_layer"]
+        credits = credits_of(folder, family.data, family.split, family.benchmark, limit)
+        if len(credits) < len(groups):
+            raise UserError(f"{folder} answers {len(credits):,} of {len(groups):,} questions; run the answers first.")
+        return credits, audit["mean_tokens_per_layer"]
 
     full, tokens = read(Setting("full", None))
-    found = {(s.method, s.budget): (s, *read(s)) for s in settings(family, family.budgets, model)}
-    middle = family.budgets[1]
+    found = {(s.method, s.budget): (s, *read(s)) for s in settings(family, budgets, model)}
+    first = budgets[0]
     methods = dict.fromkeys(method for method, _ in found)
     mean = {key: sum(credit.values()) / len(credit) for key, (_, credit, _) in found.items()}
-    order = sorted(methods, key=lambda method: -mean.get((method, middle), 0.0))
-    rows = [[f"`full` ({tokens:.0f} tokens)", *([shown(accuracy(full, groups))] * len(family.budgets)), ""]]
+    order = sorted(methods, key=lambda method: -mean.get((method, first), 0.0))
+    rows = [[f"`full` ({tokens:.0f} tokens)", *([shown(accuracy(full, groups))] * len(budgets)), ""]]
     lines = [["full", "", f"{tokens:.1f}", *numbers(accuracy(full, groups))]]
-    best = found[order[0], middle][1]
+    best = found[order[0], first][1]
     for method in order:
         cells = []
-        for budget in family.budgets:
+        for budget in budgets:
             if (method, budget) not in found:
                 cells.append("n/a")
                 continue
@@ -99,12 +102,13 @@ def tables(name: str, output: Path) -> None:
             cells.append(shown(accuracy(credit, groups)) + (MARK if setting.options == BY_KEPT else ""))
             lines.append([method, budget, f"{kept:.1f}", *numbers(accuracy(credit, groups))])
         against = ""
-        if method != order[0] and (method, middle) in found:
-            gap = paired_bootstrap(found[method, middle][1], best, groups)
+        if method != order[0] and (method, first) in found:
+            gap = paired_bootstrap(found[method, first][1], best, groups)
             against = f"{100 * gap.difference:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
         rows.append([f"`{method}`", *cells, against])
-    header = ["method", *(f"{budget} tokens" for budget in family.budgets), f"against the best at {middle}"]
-    insert(PAGE, f"embedded {name}", markdown(header, rows))
+    header = ["method", *(f"{budget} tokens" for budget in budgets), f"against the best at {first}"]
+    counted = f"{len(groups):,} of {len(data.questions):,} questions about {len(set(groups.values())):,} {data.pictures.noun}.\n\n"
+    insert(PAGE, f"embedded {name}", counted + markdown(header, rows))
     write_csv(TABLES / f"embedded_{name}.csv", ["method", "budget", "tokens", "accuracy", "low", "high"], lines)
 
 
@@ -126,6 +130,7 @@ def main() -> int:
     parser.add_argument("family", help=", ".join(FAMILIES))
     parser.add_argument("step", choices=("answers", "tables"))
     parser.add_argument("--budgets", help="some of the family's budgets, separated by commas; all if left out")
+    parser.add_argument("--limit", type=int, help="the first LIMIT questions; all if left out")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "families")
     args = parser.parse_args()
     try:
@@ -136,9 +141,9 @@ def main() -> int:
         if not set(budgets) <= set(known):
             raise UserError(f"--budgets should be some of {', '.join(map(str, known))}, got {args.budgets}.")
         if args.step == "answers":
-            answers(args.family, budgets, args.output)
+            answers(args.family, budgets, args.limit, args.output)
         else:
-            tables(args.family, args.output)
+            tables(args.family, budgets, args.limit, args.output)
             print(f"Table is in {PAGE.relative_to(ROOT)}.")
     except UserError as error:
         print(error, file=sys.stderr)
