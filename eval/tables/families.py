@@ -107,7 +107,8 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
             against = f"{100 * gap.difference:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
         rows.append([f"`{method}`", *cells, against])
     header = ["method", *(f"{budget} tokens" for budget in budgets), f"against the best at {first}"]
-    counted = f"{len(groups):,} of {len(data.questions):,} questions about {len(set(groups.values())):,} {data.pictures.noun}.\n\n"
+    pictures = f"{len(set(groups.values())):,} {data.pictures.noun}"
+    counted = f"{len(groups):,} of {len(data.questions):,} questions, about {pictures}.\n\n"
     insert(PAGE, f"embedded {name}", counted + markdown(header, rows))
     write_csv(TABLES / f"embedded_{name}.csv", ["method", "budget", "tokens", "accuracy", "low", "high"], lines)
 
