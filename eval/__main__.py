@@ -10,11 +10,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from eval import benchmarks
+from eval.command import Parser, add_data_flags, ends_in_a_sentence, make_parser
 from eval.config import (
-    DEFAULT_DATA,
     ROOT,
     RunConfig,
     count_or_share,
@@ -23,45 +22,18 @@ from eval.config import (
     pairs,
     whole_number,
 )
-from eval.dataset import PROFILES, SOURCES
 from eval.judging.choice import HELP as JUDGE_HELP
 from llava.errors import UserError
 
 
-class Parser(argparse.ArgumentParser):
-    """Wrong flags end in one sentence, as every other mistake does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[:1].upper()}{message[1:]}; see --help.")
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults where there are any: "(default: None)" says nothing."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default else action.help
-
-
 def parser() -> Parser:
-    p = Parser(
-        prog="python -m eval",
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
+    p = make_parser("eval", __doc__)
     p.add_argument("--method", help="name of the method; see --list")
     p.add_argument("--budget", help="visual tokens to keep per image, or a share such as 1/9; not needed for 'full'")
     p.add_argument("--set", action="append", default=[], metavar="METHOD.KEY=VALUE", help="option of the method")
     p.add_argument("--benchmark", default="gqa", help="benchmark; see --list")
-    p.add_argument("--split", help="split of the benchmark; its first one if left out")
-    p.add_argument(
-        "--profile", choices=PROFILES, help="as LLaVA's scripts or as lmms-eval ask and score; default: llava"
-    )
-    p.add_argument(
-        "--source", default="auto", choices=SOURCES, help="official files, or the mirror on the hub (or its local copy)"
-    )
+    add_data_flags(p)
     p.add_argument("--model", help="folder or hub name of a checkpoint; default: the embedded one for the benchmark")
-    p.add_argument("--data", default=str(DEFAULT_DATA), help="folder that holds the benchmarks, one folder each")
     p.add_argument("--output", help="default: results/BENCHMARK-SPLIT/MODEL/METHOD-BUDGET")
     p.add_argument("--batch-size", default="8", help="questions answered at once")
     p.add_argument("--limit", help="ask the first LIMIT questions only")
@@ -89,6 +61,7 @@ def parser() -> Parser:
     return p
 
 
+@ends_in_a_sentence
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:
@@ -100,9 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from eval.run import run
 
         run(config)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
     except KeyboardInterrupt as stop:
         print(f"\n{stop or 'Stopped before the first answer; run the same command again.'}", file=sys.stderr)
         return 130

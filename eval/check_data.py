@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval import benchmarks
-from eval.__main__ import Help, Parser
+from eval.command import ends_in_a_sentence, make_parser
 from eval.config import DEFAULT_DATA
 from eval.dataset import Benchmark, Need
 from eval.hub import local_copy
@@ -103,32 +103,24 @@ def lines(findings: Iterable[Finding]) -> list[str]:
     return text
 
 
+@ends_in_a_sentence
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 0 if nothing is incomplete, 1 if something is, 2 for a wrong call."""
-    p = Parser(
-        prog="python -m eval.check_data",
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
+    p = make_parser("eval.check_data", __doc__)
     p.add_argument("data", nargs="?", default=str(DEFAULT_DATA), help="folder that holds the benchmarks")
     p.add_argument("benchmarks", nargs="*", help="look at these only")
     p.add_argument("--json", metavar="OUT", help="also write the findings to this file")
-    try:
-        args = p.parse_args(arguments)
-        if not Path(args.data).is_dir():
-            raise UserError(f"No folder at {args.data}; name the one that holds gqa/, pope/ and so on.")
-        findings = []
-        for name in args.benchmarks or benchmarks.names():
-            findings.append(check(Path(args.data), benchmarks.get(name)))
-            print("\n".join(lines(findings[-1:])), flush=True)
-        counts = {state: sum(f.state == state for f in findings) for state in (COMPLETE, INCOMPLETE, ABSENT)}
-        print(", ".join(f"{count} {state}" for state, count in counts.items()))
-        if args.json:
-            write_json(Path(args.json), [dataclasses.asdict(finding) for finding in findings])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    args = p.parse_args(arguments)
+    if not Path(args.data).is_dir():
+        raise UserError(f"No folder at {args.data}; name the one that holds gqa/, pope/ and so on.")
+    findings = []
+    for name in args.benchmarks or benchmarks.names():
+        findings.append(check(Path(args.data), benchmarks.get(name)))
+        print("\n".join(lines(findings[-1:])), flush=True)
+    counts = {state: sum(f.state == state for f in findings) for state in (COMPLETE, INCOMPLETE, ABSENT)}
+    print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    if args.json:
+        write_json(Path(args.json), [dataclasses.asdict(finding) for finding in findings])
     return int(counts[INCOMPLETE] > 0)
 
 

@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import benchmarks
-from eval.__main__ import Help, Parser
 from eval.answer_file import read_answers
-from eval.config import DEFAULT_DATA
-from eval.dataset import PROFILES, SOURCES, Dataset
+from eval.command import add_data_flags, ends_in_a_sentence, make_parser, open_dataset
+from eval.dataset import Dataset
 from eval.jsonl import read_json, write_json
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.judging.choice import check_judge, score_answers
@@ -85,49 +83,32 @@ def run_folder(path: Path) -> tuple[str, str, str | None]:
     return settings["benchmark"], settings["split"], settings.get("profile")
 
 
+@ends_in_a_sentence
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    p = Parser(
-        prog="python -m eval.compare",
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
+    p = make_parser("eval.compare", __doc__)
     p.add_argument("a", help="answer file, or output folder of a run")
     p.add_argument("b", help="answer file, or output folder of a run")
     p.add_argument("--benchmark", help="of the files; output folders say it themselves")
-    p.add_argument("--data", default=str(DEFAULT_DATA), help="folder that holds the benchmarks, one folder each")
-    p.add_argument("--split", help="split of the benchmark; its first one if left out")
-    p.add_argument("--profile", choices=PROFILES, help="score as LLaVA's scripts or as lmms-eval; default: llava")
-    p.add_argument("--source", default="auto", choices=SOURCES, help="which files the references come from")
+    add_data_flags(p)
     p.add_argument("--partial", action="store_true", help="compare on the questions that both files answer")
     p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
     p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
-    try:
-        args = p.parse_args(arguments)
-        paths = [Path(args.a), Path(args.b)]
-        folders = [path for path in paths if path.is_dir() and (path / "settings.json").is_file()]
-        said = {run_folder(path) for path in folders}
-        if len(said) > 1:
-            raise UserError(f"The two runs are of different benchmarks: {' and '.join(map(str, sorted(said)))}.")
-        name, split, profile = said.pop() if said else (args.benchmark, args.split, args.profile)
-        if name is None:
-            raise UserError("--benchmark is missing; only output folders of `python -m eval` say what they answer.")
-        benchmark = benchmarks.get(args.benchmark or name)
-        data = benchmark.load(
-            Path(args.data),
-            benchmarks.check_split(benchmark, args.split or split, Path(args.data)),
-            benchmarks.check_profile(benchmark, args.profile or profile),
-            args.source,
-        )
-        files = [path / "answers.jsonl" if path in folders else path for path in paths]
-        record = compare(*files, data, args.partial, args.judge)
-        print("\n".join(lines(record)))
-        if args.json:
-            write_json(Path(args.json), record)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    args = p.parse_args(arguments)
+    paths = [Path(args.a), Path(args.b)]
+    folders = [path for path in paths if path.is_dir() and (path / "settings.json").is_file()]
+    said = {run_folder(path) for path in folders}
+    if len(said) > 1:
+        raise UserError(f"The two runs are of different benchmarks: {' and '.join(map(str, sorted(said)))}.")
+    name, split, profile = said.pop() if said else (args.benchmark, args.split, args.profile)
+    if name is None:
+        raise UserError("--benchmark is missing; only output folders of `python -m eval` say what they answer.")
+    data = open_dataset(args.benchmark or name, args.data, args.split or split, args.profile or profile, args.source)
+    files = [path / "answers.jsonl" if path in folders else path for path in paths]
+    record = compare(*files, data, args.partial, args.judge)
+    print("\n".join(lines(record)))
+    if args.json:
+        write_json(Path(args.json), record)
     return 0
 
 

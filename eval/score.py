@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
-from eval.__main__ import Help, Parser
 from eval.answer_file import read_answers
-from eval.config import DEFAULT_DATA
-from eval.dataset import PROFILES, SOURCES, Dataset
+from eval.command import add_data_flags, ends_in_a_sentence, make_parser, open_dataset
+from eval.dataset import Dataset
 from eval.jsonl import write_json
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.judging.choice import check_judge, score_answers
 from eval.report import score_lines, scored
-from llava.errors import UserError
 
 
 def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "auto") -> dict[str, Any]:
@@ -33,37 +31,22 @@ def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "a
     return {"title": data.title, "facts": {**data.facts, **judged}, "available": len(data.questions), **record}
 
 
+@ends_in_a_sentence
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    p = Parser(
-        prog="python -m eval.score",
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
+    p = make_parser("eval.score", __doc__)
     p.add_argument("benchmark", help=f"one of: {', '.join(benchmarks.names())}")
     p.add_argument("--answers", required=True, help="answers.jsonl, LLaVA's merge.jsonl, or a list of predictions")
-    p.add_argument("--data", default=str(DEFAULT_DATA), help="folder that holds the benchmarks, one folder each")
-    p.add_argument("--split", help="split of the benchmark; its first one if left out")
-    p.add_argument("--profile", choices=PROFILES, help="score as LLaVA's scripts or as lmms-eval; default: llava")
-    p.add_argument("--source", default="auto", choices=SOURCES, help="which files the references come from")
+    add_data_flags(p)
     p.add_argument("--partial", action="store_true", help="score what fits of a file that lacks answers or has others")
     p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
     p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
-    try:
-        args = p.parse_args(arguments)
-        benchmark = benchmarks.get(args.benchmark)
-        profile = benchmarks.check_profile(benchmark, args.profile)
-        data = benchmark.load(
-            Path(args.data), benchmarks.check_split(benchmark, args.split, Path(args.data)), profile, args.source
-        )
-        record = score_file(Path(args.answers), data, args.partial, args.judge)
-        print("\n".join([f"{data.title}, {record['questions']:,} questions", *score_lines(record)]))
-        if args.json:
-            write_json(Path(args.json), record)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    args = p.parse_args(arguments)
+    data = open_dataset(args.benchmark, args.data, args.split, args.profile, args.source)
+    record = score_file(Path(args.answers), data, args.partial, args.judge)
+    print("\n".join([f"{data.title}, {record['questions']:,} questions", *score_lines(record)]))
+    if args.json:
+        write_json(Path(args.json), record)
     return 0
 
 

@@ -9,10 +9,12 @@ Writes between markers of README.md and docs/evaluation.md, and docs/tables/embe
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
+from eval.command import ends_in_a_sentence
 from eval.config import ROOT
 from eval.dataset import Benchmark, Need
 from eval.tables.ablation import TABLES, write_csv
@@ -98,23 +100,20 @@ def number(result: dict[str, Any]) -> str:
     return f"{value:.1f} [{interval['low']:.1f}, {interval['high']:.1f}]"
 
 
-def main() -> int:
+@ends_in_a_sentence
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("pages", "scores"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    try:
-        if args.step == "pages":
-            insert(README, "benchmarks", overview())
-            insert(PAGE, "data", data_sections())
-        else:
-            header = ["benchmark", "metric", "questions", "full", "consensusdrop", "tokens per layer"]
-            rows = score_rows(args.results)
-            insert(PAGE, "embedded scores", markdown(header, rows))
-            write_csv(TABLES / "embedded_benchmarks.csv", header, rows)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    args = parser.parse_args(arguments)
+    if args.step == "pages":
+        insert(README, "benchmarks", overview())
+        insert(PAGE, "data", data_sections())
+    else:
+        header = ["benchmark", "metric", "questions", "full", "consensusdrop", "tokens per layer"]
+        rows = score_rows(args.results)
+        insert(PAGE, "embedded scores", markdown(header, rows))
+        write_csv(TABLES / "embedded_benchmarks.csv", header, rows)
     return 0
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval import benchmarks
+from eval.command import ends_in_a_sentence
 from eval.config import ROOT
 from eval.statistics import Interval, bootstrap, paired_bootstrap
 from eval.sweep import Credits, Remembering, Setting, credits_of, name_of, sweep
@@ -126,29 +127,26 @@ def numbers(found: Interval) -> list[str]:
     return [f"{value:.2f}" for value in (found.mean, found.low, found.high)]
 
 
-def main() -> int:
+@ends_in_a_sentence
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", help=", ".join(FAMILIES))
     parser.add_argument("step", choices=("answers", "tables"))
     parser.add_argument("--budgets", help="some of the family's budgets, separated by commas; all if left out")
     parser.add_argument("--limit", type=int, help="the first LIMIT questions; all if left out")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "families")
-    args = parser.parse_args()
-    try:
-        if args.family not in FAMILIES:
-            raise unknown("family", args.family, FAMILIES)
-        known = FAMILIES[args.family].budgets
-        budgets = tuple(int(part) for part in args.budgets.split(",")) if args.budgets else known
-        if not set(budgets) <= set(known):
-            raise UserError(f"--budgets should be some of {', '.join(map(str, known))}, got {args.budgets}.")
-        if args.step == "answers":
-            answers(args.family, budgets, args.limit, args.output)
-        else:
-            tables(args.family, budgets, args.limit, args.output)
-            print(f"Table is in {PAGE.relative_to(ROOT)}.")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    args = parser.parse_args(arguments)
+    if args.family not in FAMILIES:
+        raise unknown("family", args.family, FAMILIES)
+    known = FAMILIES[args.family].budgets
+    budgets = tuple(int(part) for part in args.budgets.split(",")) if args.budgets else known
+    if not set(budgets) <= set(known):
+        raise UserError(f"--budgets should be some of {', '.join(map(str, known))}, got {args.budgets}.")
+    if args.step == "answers":
+        answers(args.family, budgets, args.limit, args.output)
+    else:
+        tables(args.family, budgets, args.limit, args.output)
+        print(f"Table is in {PAGE.relative_to(ROOT)}.")
     return 0
 
 

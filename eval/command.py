@@ -1,0 +1,76 @@
+"""What the command lines share: one-sentence errors, and the flags that say which questions are meant."""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from eval import benchmarks
+from eval.config import DEFAULT_DATA
+from eval.dataset import PROFILES, SOURCES, Dataset
+from llava.errors import UserError
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong flags end in one sentence, as every other mistake does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[:1].upper()}{message[1:]}; see --help.")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults where there are any: "(default: None)" says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def make_parser(module: str, documentation: str | None) -> Parser:
+    """The parser of `python -m MODULE`, described by the first line of its documentation."""
+    return Parser(
+        prog=f"python -m {module}",
+        description=(documentation or "").partition("\n")[0],
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+
+
+def ends_in_a_sentence(main: Main) -> Main:
+    """The command line whose user errors are printed alone and become exit code 2."""
+
+    @functools.wraps(main)
+    def guarded(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
+
+    return guarded
+
+
+def add_data_flags(p: argparse.ArgumentParser) -> None:
+    """--data, --split, --profile and --source, as `open_dataset` reads them."""
+    p.add_argument("--data", default=str(DEFAULT_DATA), help="folder that holds the benchmarks, one folder each")
+    p.add_argument("--split", help="split of the benchmark; its first one there is if left out")
+    p.add_argument(
+        "--profile", choices=PROFILES, help="as LLaVA's scripts or as lmms-eval ask and score; default: llava"
+    )
+    p.add_argument(
+        "--source", default="auto", choices=SOURCES, help="official files, or the mirror on the hub (or its local copy)"
+    )
+
+
+def open_dataset(name: str, data: str, split: str | None, profile: str | None, source: str) -> Dataset:
+    """The questions that the flags mean."""
+    benchmark, folder = benchmarks.get(name), Path(data)
+    return benchmark.load(
+        folder,
+        benchmarks.check_split(benchmark, split, folder),
+        benchmarks.check_profile(benchmark, profile),
+        source,
+    )
