@@ -2,11 +2,12 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from eval.dataset import Dataset, Question
 from eval.hub import Table, open_table
 from eval.metrics import Score, first_names
 from llava.errors import UserError
@@ -33,6 +34,37 @@ def facts(table: Table, profile: str, expected: int | None = None, **more: Any) 
     """
     counts = {"questions": len(table)} | ({"expected_questions": expected} if expected is not None else {})
     return {"source": "mirror", "data_set": table.id, "profile": profile, **counts, **more}
+
+
+def dataset_of(
+    title: str,
+    table: Table,
+    columns: Sequence[str],
+    questions: Sequence[Question],
+    score: Callable[[Sequence[str], Mapping[str, str]], Score],
+    judge: Callable[[Question, str], float],
+    profile: str,
+    expected: int,
+    max_new_tokens: int,
+) -> Dataset:
+    """A set that no server grades.
+
+    Args:
+        columns: those that questions and scores depend on.
+        score: asked ids and texts by id -> the metric, to which a note about the set's version is added.
+        expected: questions of the split that published numbers are about.
+    """
+    return Dataset(
+        title,
+        tuple(questions),
+        table.pictures(),
+        table.fingerprint(columns),
+        lambda asked, texts: with_version(score(asked, texts), len(questions), expected),
+        judge,
+        no_submission,
+        max_new_tokens=max_new_tokens,
+        facts=facts(table, profile, expected),
+    )
 
 
 def with_version(score: Score, found: int, expected: int) -> Score:

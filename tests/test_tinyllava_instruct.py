@@ -25,6 +25,7 @@ from tinyllava.formats import (
     LETTERS,
     MARK,
     OCR_TOKENS,
+    PRACTICE,
     UNANSWERABLE,
     WITHOUT_IMAGE,
     Exchange,
@@ -221,7 +222,7 @@ def test_messages_are_those_of_the_benchmarks():
         assert split_suffix(exchange.message) == (exchange.question, exchange.suffix)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *PRACTICE])
 def test_every_word_of_every_format_is_in_the_vocabulary(name):
     tokenizer, unknown = instruct_vocabulary.tokenizer(), ids()[vocabulary.UNKNOWN]
     for _, exchange in exchanges(name):

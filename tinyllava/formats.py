@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from eval.prompts import LETTER, LETTER_CN, SHORT, VIZ
-from tinyllava.chinese import in_chinese
+from tinyllava.chinese import in_chinese, translate
 from tinyllava.questions import FAMILIES, Question, Retry
 from tinyllava.scenes import Thing
 from tinyllava.vocabulary import COLOR_NAMES, DIGITS, SHAPES, SIZES
@@ -63,7 +63,7 @@ def compose(things: Things, name: str, rng: Rng, tries: int = 40, family: str = 
     """One exchange of a format, or None if `tries` draws found no unambiguous one."""
     for _ in range(tries):
         try:
-            return FORMATS[name](things, rng, family)
+            return {**FORMATS, **PRACTICE}[name](things, rng, family)
         except Retry:
             continue
     return None
@@ -360,6 +360,25 @@ def from_the_left(things: list[Thing], count: int = 3) -> list[Thing]:
     return placed
 
 
+def match(things: Things, rng: Rng, family: str = "") -> Exchange:
+    """Practice, no benchmark's format: the answer itself, then options in any style. Teaches what a letter stands for.
+
+    Without it a model of this size guesses letters for several hundred steps.
+    """
+    question = draw(things, rng, family, LETTERED)
+    options, letter = options_of(question, rng, most=5)
+    said, style = question.answer, rng.random()
+    if style < 0.25:
+        said, options = translate(said), tuple(map(translate, options))
+    lines = listed(options)
+    if style > 0.75:
+        lines = listed(options, "(", ") ")
+    elif style > 0.5:
+        lines = [f"Options: {', '.join(listed(options, after=': '))}"]
+    suffix = pick((LETTER, LETTER_CN, "") if style > 0.5 else (LETTER, LETTER_CN), rng)
+    return Exchange("\n".join([f"Context: {said}", *lines]), suffix, letter, question.family, options)
+
+
 FORMATS: dict[str, Callable[[Things, Rng, str], Exchange]] = {
     "short": short,
     "yes_no": yes_no,
@@ -378,7 +397,8 @@ FORMATS: dict[str, Callable[[Things, Rng, str], Exchange]] = {
     "caption": caption,
     "describe": describe,
 }
-WITHOUT_IMAGE = ("context_text",)
+PRACTICE = {"match": match}  # asked in training alone
+WITHOUT_IMAGE = ("context_text", "match")
 
 
 def lmms_wording(name: str, exchange: Exchange) -> Exchange:

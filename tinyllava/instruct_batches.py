@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyllava.corpus import Corpus
-from tinyllava.formats import FORMATS, WITHOUT_IMAGE, Exchange, compose, lmms_wording
+from tinyllava.formats import FORMATS, PRACTICE, WITHOUT_IMAGE, Exchange, compose, lmms_wording
 from tinyllava.instruct_vocabulary import encode, ids
 from tinyllava.language import PATCHES
 from tinyllava.vocabulary import ASSISTANT, BOS, EOS, PAD, SYSTEM, USER
@@ -166,7 +166,7 @@ def accuracy(logits: Tensor, lines: Lines) -> dict[str, float]:
     """Share of right answers over all exchanges and by format."""
     pairs = right_answers(logits, lines)
     numbers = {"all": float(np.mean([right for _, right in pairs]))}
-    for name in FORMATS:
+    for name in (*FORMATS, *PRACTICE):
         mine = [right for format, right in pairs if format == name]
         if mine:
             numbers[name] = float(np.mean(mine))

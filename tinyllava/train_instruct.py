@@ -29,7 +29,7 @@ from tinyllava.trainer import train
 SHARES = {
     "short": 6, "yes_no": 2, "single_word": 1, "bare": 2, "ocr": 1, "viz": 2,
     "letters": 5, "several": 1, "letters_cn": 3, "parens": 2, "mmstar": 2, "realworld": 2,
-    "context": 2, "context_text": 1, "caption": 1, "describe": 1,
+    "context": 2, "context_text": 2, "caption": 1, "describe": 1, "match": 8,
 }  # fmt: skip
 LMMS = 0.2  # share of the exchanges that are worded as lmms-eval does, where it has words of its own
 WHOLE_IMAGES = 0.06  # share of the steps, at the end, that see all visual tokens

@@ -9,14 +9,12 @@ from typing import Any
 
 from eval.dataset import Benchmark, Dataset, Question
 from eval.hub_set import (
-    facts,
+    dataset_of,
     letters,
-    no_submission,
     open_split,
     option_lines,
     picture_hashes,
     picture_names,
-    with_version,
 )
 from eval.metrics import Score
 from eval.metrics import letters as metric
@@ -38,20 +36,9 @@ def load(data: Path, split: str, profile: str = "lmms", source: str = "auto") ->
     answers = {question.id: question.answer for question in questions}
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        found = metric.score({name: answers[name] for name in asked}, texts, metric.ai2d_credit)
-        return with_version(found, len(questions), EXPECTED)
+        return metric.score({name: answers[name] for name in asked}, texts, metric.ai2d_credit)
 
-    return Dataset(
-        f"AI2D {split}",
-        questions,
-        table.pictures(),
-        table.fingerprint(COLUMNS),
-        score,
-        judge,
-        no_submission,
-        max_new_tokens=16,
-        facts=facts(table, profile, EXPECTED),
-    )
+    return dataset_of(f"AI2D {split}", table, COLUMNS, questions, score, judge, profile, EXPECTED, 16)
 
 
 def ask(name: str, record: Mapping[str, Any], picture: str, where: str) -> Question:

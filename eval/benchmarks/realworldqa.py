@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.dataset import Benchmark, Dataset, Question
-from eval.hub_set import check_answers, facts, no_submission, open_split, picture_hashes, picture_names, with_version
+from eval.hub_set import check_answers, dataset_of, open_split, picture_hashes, picture_names
 from eval.metrics import Score
 from eval.metrics import letters as metric
 
@@ -34,20 +34,9 @@ def load(data: Path, split: str, profile: str = "lmms", source: str = "auto") ->
     types = {name: answer_type(answer) for name, answer in answers.items()}
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        found = metric.score({name: answers[name] for name in asked}, texts, metric.realworldqa_credit, types)
-        return with_version(found, len(questions), EXPECTED)
+        return metric.score({name: answers[name] for name in asked}, texts, metric.realworldqa_credit, types)
 
-    return Dataset(
-        f"RealWorldQA {split}",
-        questions,
-        table.pictures(),
-        table.fingerprint(COLUMNS),
-        score,
-        judge,
-        no_submission,
-        max_new_tokens=16,
-        facts=facts(table, profile, EXPECTED),
-    )
+    return dataset_of(f"RealWorldQA {split}", table, COLUMNS, questions, score, judge, profile, EXPECTED, 16)
 
 
 def split_instruction(text: str) -> tuple[str, str]:
