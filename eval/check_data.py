@@ -45,8 +45,7 @@ def check(data: Path, benchmark: Benchmark) -> Finding:
     lost = [problem for need in benchmark.needs if (problem := missing(data, need))]
     there = [need for need in benchmark.needs if need.found(data)]
     copy = local_copy(data, benchmark.mirror)
-    required = [need for need in benchmark.needs if not need.optional]
-    if required and all(need.found(data) for need in required):
+    if benchmark.is_in(data):
         return read(data, benchmark, "official", lost)
     if copy is not None:
         return read(data, benchmark, "mirror", lost if there else [], copy[0])

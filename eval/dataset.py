@@ -147,6 +147,8 @@ class Benchmark:
         needs: the official files of the default split.
         mirror: repositories on the hub, the newest id first.
         licence: of the data.
+        score_alone: answer file or folder -> its score, where its format holds the references too and the data are not
+            needed; None for files of another format.
         split_files: split -> its question file below the data folder, where users often have one split only.
     """
 
@@ -161,7 +163,13 @@ class Benchmark:
     needs: tuple[Need, ...] = ()
     mirror: tuple[str, ...] = ()
     licence: str = ""
+    score_alone: Callable[[Path], Score | None] | None = None
     split_files: Mapping[str, str] = field(default_factory=dict)
+
+    def is_in(self, data: Path) -> bool:
+        """Whether the official files that it cannot do without are in a data folder."""
+        required = [need for need in self.needs if not need.optional]
+        return bool(required) and all(need.found(data) for need in required)
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from eval import benchmarks
 from eval.answer_file import read_answers
 from eval.command import add_data_flags, ends_in_a_sentence, make_parser, open_dataset
-from eval.dataset import Dataset
+from eval.config import DEFAULT_DATA
+from eval.dataset import Benchmark, Dataset, Question
 from eval.jsonl import write_json
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.judging.choice import check_judge, score_answers
@@ -31,6 +32,16 @@ def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "a
     return {"title": data.title, "facts": {**data.facts, **judged}, "available": len(data.questions), **record}
 
 
+def score_alone(path: Path, benchmark: Benchmark) -> dict[str, Any] | None:
+    """The record of a file that holds its references; None if it does not, or the benchmark has no such format."""
+    score = benchmark.score_alone(path) if benchmark.score_alone is not None else None
+    if score is None:
+        return None
+    record = scored(score, [Question(name, "", "", (), "") for name in score.correct])
+    record["notes"].append("scored with the references in the answer file itself; its questions were not checked")
+    return {"title": benchmark.name, "facts": {"source": "answer file"}, "available": record["questions"], **record}
+
+
 @ends_in_a_sentence
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
@@ -42,9 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
     p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     args = p.parse_args(arguments)
-    data = open_dataset(args.benchmark, args.data, args.split, args.profile, args.source)
-    record = score_file(Path(args.answers), data, args.partial, args.judge)
-    print("\n".join([f"{data.title}, {record['questions']:,} questions", *score_lines(record)]))
+    path, benchmark = Path(args.answers), benchmarks.get(args.benchmark)
+    has_data = args.data != str(DEFAULT_DATA) and benchmark.is_in(Path(args.data))
+    record = None if has_data else score_alone(path, benchmark)
+    if record is None:
+        data = open_dataset(args.benchmark, args.data, args.split, args.profile, args.source)
+        record = score_file(path, data, args.partial, args.judge)
+    print("\n".join([f"{record['title']}, {record['questions']:,} questions", *score_lines(record)]))
     if args.json:
         write_json(Path(args.json), record)
     return 0

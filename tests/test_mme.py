@@ -310,3 +310,14 @@ def edit_first(folder: Path, **changes) -> None:
     path = folder / "llava_mme.jsonl"
     first, *rest = path.read_text().splitlines()
     write_file(path, "\n".join([json.dumps({**json.loads(first), **changes}), *rest]) + "\n")
+
+
+def test_a_folder_of_results_is_scored_without_any_data(tmp_path, capsys):
+    expected = json.loads((VECTORS / "expected.json").read_text())
+    out = tmp_path / "score.json"
+    for extra in ([], ["--data", str(tmp_path)]):
+        assert score.main(["mme", "--answers", str(VECTORS / "results"), "--json", str(out), *extra]) == 0
+        record = json.loads(out.read_text())
+        assert record["metrics"]["perception"] == pytest.approx(expected["perception"], abs=1e-9)
+        assert "scored with the references in the answer file itself" in capsys.readouterr().out
+    assert score.main(["mme", "--answers", str(out), "--data", str(tmp_path)]) == 2, "no folder: the data are needed"

@@ -26,6 +26,7 @@ from eval.mme_files import (
     official_question,
     read_results,
     read_truth,
+    score_folder,
     stem,
     write_results,
 )
@@ -215,6 +216,7 @@ BENCHMARK = Benchmark(
     summary="Two yes-or-no questions per picture in 14 tasks; points for accuracy and for both being right.",
     splits=("test",),
     load=load,
+    score_alone=lambda path: score_folder(path) if path.is_dir() else None,
     published="1510.7 perception",
     published_by=(
         "LLaVA-1.5-7B, LLaVA's model zoo; 1506.47 in a re-run of the released weights with LLaVA's scripts in"
