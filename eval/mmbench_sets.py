@@ -11,9 +11,9 @@ from eval.hub import open_table
 from eval.hub_set import letters, option_lines, ungraded
 from eval.metrics import Score, mmbench
 from eval.mmbench_tsv import EMPTY, Row, read_tsv
-from eval.mmbench_xlsx import read_xlsx, write_xlsx
 from eval.pictures import Pictures
 from eval.sources import official_file
+from eval.spreadsheet import read_xlsx, write_xlsx
 from llava.errors import UserError
 
 MIRROR = ("lmms-lab-encoder/MMBench", "lmms-lab/MMBench")

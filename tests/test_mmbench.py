@@ -14,9 +14,9 @@ from PIL import Image
 from eval import benchmarks
 from eval.metrics import mmbench
 from eval.mmbench_tsv import read_tsv
-from eval.mmbench_xlsx import read_xlsx, write_xlsx
 from eval.prompts import LETTER, LETTER_CN
 from eval.score import score_file
+from eval.spreadsheet import read_xlsx, write_xlsx
 from llava.errors import UserError
 
 TABLE = json.loads((Path(__file__).parent / "data" / "mmbench" / "infer_table.json").read_text())

@@ -361,22 +361,37 @@ def from_the_left(things: list[Thing], count: int = 3) -> list[Thing]:
 
 
 def match(things: Things, rng: Rng, family: str = "") -> Exchange:
-    """Practice, no benchmark's format: the answer itself, then options in any style. Teaches what a letter stands for.
+    """Practice, no benchmark's format: the answer itself, then options. Teaches what a letter stands for.
 
     Without it a model of this size guesses letters for several hundred steps.
     """
+    question, letter, options, lines, suffix = practice(things, rng, family)
+    said = options[LETTERS.index(letter)]
+    return Exchange("\n".join([f"Context: {said}", *lines]), suffix, letter, question.family, options)
+
+
+def practice(things: Things, rng: Rng, family: str = "") -> tuple[Question, str, tuple[str, ...], list[str], str]:
+    """A question, the right letter, options in English or Chinese, their lines in any style, and an instruction."""
     question = draw(things, rng, family, LETTERED)
     options, letter = options_of(question, rng, most=5)
-    said, style = question.answer, rng.random()
+    style = rng.random()
     if style < 0.25:
-        said, options = translate(said), tuple(map(translate, options))
+        options = tuple(map(translate, options))
     lines = listed(options)
     if style > 0.75:
         lines = listed(options, "(", ") ")
     elif style > 0.5:
         lines = [f"Options: {', '.join(listed(options, after=': '))}"]
-    suffix = pick((LETTER, LETTER_CN, "") if style > 0.5 else (LETTER, LETTER_CN), rng)
-    return Exchange("\n".join([f"Context: {said}", *lines]), suffix, letter, question.family, options)
+    return question, letter, options, lines, pick((LETTER, LETTER_CN, "") if style > 0.5 else (LETTER, LETTER_CN), rng)
+
+
+def recite(things: Things, rng: Rng, family: str = "") -> Exchange:
+    """Practice: every option with its letter, in the order of the context. Many letters for one line of training."""
+    _, _, options, lines, suffix = practice(things, rng, family)
+    order = rng.permutation(len(options))
+    said = [f"{options[k]} {LETTERS[k]}" for k in order]
+    text = "\n".join([f"Context: {' '.join(options[k] for k in order)}", *lines])
+    return Exchange(text, suffix, " ".join(said), "recite", options)
 
 
 FORMATS: dict[str, Callable[[Things, Rng, str], Exchange]] = {
@@ -397,8 +412,8 @@ FORMATS: dict[str, Callable[[Things, Rng, str], Exchange]] = {
     "caption": caption,
     "describe": describe,
 }
-PRACTICE = {"match": match}  # asked in training alone
-WITHOUT_IMAGE = ("context_text", "match")
+PRACTICE = {"match": match, "recite": recite}  # asked in training alone
+WITHOUT_IMAGE = ("context_text", "match", "recite")
 
 
 def lmms_wording(name: str, exchange: Exchange) -> Exchange:

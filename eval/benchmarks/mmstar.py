@@ -8,7 +8,6 @@ it LLaVA answers in sentences, which a rule that reads first characters takes fo
 Profile lmms: lmms-eval 0.7.3, whose instruction is the same without the full stop, with its own rule and average.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from eval.hub_set import check_answers, facts, open_split, picture_hashes, pictu
 from eval.metrics import Score
 from eval.metrics import mmstar as metric
 from eval.prompts import LETTER
+from eval.spreadsheet import read_xlsx, write_xlsx
 
 IDS = ("Lin-Chen/MMStar",)
 COLUMNS = ("index", "question", "answer", "category", "l2_category")
@@ -70,22 +70,17 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         # The default of LLaVA's scripts, and lmms-eval's where a task sets none.
         max_new_tokens=128,
         facts=facts(table, profile, EXPECTED),
+        read=read_xlsx,
     )
 
 
 def workbook(records: Mapping[str, Mapping[str, Any]], texts: Mapping[str, str]) -> bytes:
     """The input of the authors' script: one row per answer, with the set a question was taken from as "bench"."""
-    from openpyxl import Workbook
-
-    book = Workbook()
-    sheet = book.active
-    sheet.append([*COLUMNS, "bench", "prediction"])
-    for name, record in records.items():
-        origin = (record.get("meta_info") or {}).get("source", "")
-        sheet.append([*(record[column] for column in COLUMNS), origin, texts[name]])
-    content = io.BytesIO()
-    book.save(content)
-    return content.getvalue()
+    rows = (
+        [*(r[column] for column in COLUMNS), (r.get("meta_info") or {}).get("source", ""), texts[name]]
+        for name, r in records.items()
+    )
+    return write_xlsx([*COLUMNS, "bench", "prediction"], rows)
 
 
 BENCHMARK = Benchmark(

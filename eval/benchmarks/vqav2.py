@@ -57,6 +57,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         "profile": profile,
         "size": size(len(found.questions), PUBLISHED_SIZES[split]),
     }
+    accepts: frozenset[str] = frozenset()
     if split == "val":
         score, judge = val_metric(found, profile)
         submission = val_submission
@@ -65,6 +66,8 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         score, judge = server_only(folder / PROMPTS["test"], split), None
         submission = server_submission(ids)
         facts["submission"] = f"{len(ids):,} entries"
+        # An upload answers the whole list, whichever split it is for.
+        accepts = frozenset(map(str, ids)) - {question.id for question in found.questions}
     return Dataset(
         title,
         found.questions,
@@ -75,6 +78,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         submission,
         max_new_tokens=16 if profile == "lmms" else 128,  # LLaVA: model_vqa_loader.py's default
         facts=facts,
+        accepts=accepts,
     )
 
 

@@ -1,4 +1,4 @@
-"""The Excel files that MMBench's server and VLMEvalKit read."""
+"""The Excel files that MMBench's server, VLMEvalKit and MMStar's script read."""
 
 import io
 import zipfile

@@ -1,0 +1,133 @@
+"""What holds for every registered benchmark on its embedded data, and full marks for right answers in every format."""
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+
+from eval import benchmarks
+from eval.config import ROOT
+from eval.dataset import Dataset
+from eval.jsonl import write_file
+from eval.pictures import Videos
+from eval.report import intervals
+from eval.score import score_file
+from llava.errors import UserError
+
+CASES = [
+    (name, split, profile)
+    for name in benchmarks.names()
+    for split in benchmarks.get(name).splits
+    for profile in benchmarks.get(name).profiles
+]
+FULL_MARKS = {"perception": 2000}
+OPEN_ENDED = {"cider"}  # no largest value
+
+
+@cache
+def load(name: str, split: str, profile: str) -> Dataset:
+    root = ROOT / "assets" / ("eval_video" if name == "video_qa" else "eval")
+    return benchmarks.get(name).load(root, split, profile, "auto")
+
+
+def right(data: Dataset) -> dict[str, str]:
+    """Every reference as its answer; "red" where only a server knows it."""
+    return {question.id: question.answer or "red" for question in data.questions}
+
+
+def judged(data: Dataset) -> str:
+    return "match" if data.judging is not None else "auto"
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request) -> tuple[Dataset, dict[str, str]]:
+    data = load(*request.param)
+    return data, right(data)
+
+
+def check_full_marks(record: dict) -> None:
+    value, main = record["metrics"][record["main"]], record["main"]
+    if value is None:
+        assert any("upload" in note or "server" in note for note in record["notes"]), "who scores it then?"
+    elif main in OPEN_ENDED:
+        assert value > 100
+    else:
+        assert value == pytest.approx(FULL_MARKS.get(main, 100)), record["notes"]
+
+
+def lines_of(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_right_answers_get_full_marks_from_our_file_llavas_and_the_submission(case, tmp_path):
+    data, texts = case
+    ours = [{"question_id": name, "text": text} for name, text in texts.items()]
+    llava = [
+        {"question_id": q.official or q.id, "prompt": q.message, "text": texts[q.id], "model_id": "m"}
+        for q in data.questions
+    ]
+    for rows in (ours, llava):
+        write_file(tmp_path / "answers.jsonl", lines_of(rows))
+        check_full_marks(score_file(tmp_path / "answers.jsonl", data, judge=judged(data)))
+    made = data.submission(texts)
+    for name, content in made.items():
+        write_file(tmp_path / "made" / name, content)
+    for path in {
+        (tmp_path / "made" / name).parent if name.endswith(".txt") else tmp_path / "made" / name for name in made
+    }:
+        check_full_marks(score_file(path, data, judge=judged(data)))
+
+
+def test_a_file_that_lacks_answers_or_has_foreign_ones_is_refused(case, tmp_path):
+    data, texts = case
+    rows = [{"question_id": name, "text": text} for name, text in texts.items()]
+    path = tmp_path / "answers.jsonl"
+    write_file(path, lines_of(rows[1:]))
+    with pytest.raises(UserError, match="1 question without a prediction"):
+        score_file(path, data, judge=judged(data))
+    write_file(path, lines_of([*rows, {"question_id": "nobody's", "text": "red"}]))
+    with pytest.raises(UserError, match="1 prediction for questions that are not in the question file"):
+        score_file(path, data, judge=judged(data))
+    assert any("nobody's" in note for note in score_file(path, data, partial=True, judge=judged(data))["notes"])
+
+
+def test_the_headline_is_the_value_of_its_terms_and_lies_in_its_interval(case):
+    data, texts = case
+    names = list(texts)
+    rng, given = np.random.default_rng(0), list(texts.values())
+    spoiled = {n: text if rng.random() < 0.6 else given[rng.integers(len(given))] for n, text in texts.items()}
+    score = data.score(names, spoiled)
+    value = score.values.get(score.main)
+    if value is None:
+        assert not score.correct
+        return
+    if score.terms is not None:
+        terms = score.terms
+        assert float(terms.value(np.asarray(terms.sums).sum(0))) == pytest.approx(value, abs=0.06), "rounded at most"
+        assert len(terms.names) == len(terms.clusters) == len(terms.sums)
+    else:
+        assert 100 * np.mean(list(score.correct.values())) == pytest.approx(value, abs=0.01)
+    found = intervals(score, data.questions, seed=0)[score.main]
+    assert found["low"] <= value + 1e-6 and value - 1e-6 <= found["high"]
+    assert found["low"] < found["high"] or len(texts) < 20, "nothing was drawn"
+
+
+def test_questions_and_pictures_are_there(case):
+    data, _ = case
+    assert len({question.id for question in data.questions}) == len(data.questions)
+    data.check_images(data.questions)
+    shown = next((question for question in data.questions if question.images), None)
+    assert shown is not None and data.max_new_tokens >= 10
+    if not isinstance(data.pictures, Videos):
+        assert data.pictures.open(shown.images[0]).mode == "RGB"
+
+
+def test_credit_of_one_answer_agrees_with_the_score(case):
+    data, texts = case
+    if data.judge is None:
+        return
+    score = data.score(list(texts), texts)
+    for question in data.questions[:20]:
+        if question.id in score.correct:
+            assert data.judge(question, texts[question.id]) == pytest.approx(score.correct[question.id])
