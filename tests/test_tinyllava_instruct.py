@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from eval.benchmarks import mmvet
 from eval.config import DEFAULT_MODEL, ROOT
 from eval.prompts import LETTER, LETTER_CN, SHORT, VIZ, split_suffix
 from llava import registry
@@ -25,9 +26,7 @@ from tinyllava.formats import (
     LETTERS,
     MARK,
     OCR_TOKENS,
-    PRACTICE,
     UNANSWERABLE,
-    WITHOUT_IMAGE,
     Exchange,
     caption_references,
     captioned,
@@ -47,6 +46,7 @@ from tinyllava.instruct_batches import (
 from tinyllava.instruct_model import build_instruct, grown_table
 from tinyllava.instruct_vocabulary import encode, ids, words
 from tinyllava.language import build_llava
+from tinyllava.practice import BLIND, TRAINED
 from tinyllava.questions import FAMILIES, Retry
 from tinyllava.scenes import Thing, scene
 from tinyllava.vision import build_clip
@@ -61,7 +61,7 @@ def exchanges(name: str, seed: int = 0, rounds: int = 4):
     """(things, exchange) of a format over all scenes."""
     rng = np.random.default_rng(seed)
     for things in SCENES * rounds:
-        exchange = compose(things, name, rng)
+        exchange = compose(things, name, rng, formats=TRAINED)
         if exchange is not None:
             yield things, exchange
 
@@ -184,6 +184,17 @@ def test_a_context_without_a_picture_says_the_answer():
         assert matching == [truth], exchange
 
 
+def test_practice_gives_the_answer_and_asks_for_its_letter():
+    for name in ("match", "recite"):
+        for _, exchange in exchanges(name):
+            said = exchange.question.splitlines()[0].removeprefix("Context: ").split()
+            letters = [LETTERS[exchange.options.index(word)] for word in said]
+            if name == "match":
+                assert [exchange.answer] == letters
+            else:
+                assert exchange.answer == " ".join(f"{word} {x}" for word, x in zip(said, letters, strict=True))
+
+
 def test_captions_name_what_is_big_from_left_to_right():
     for things, exchange in exchanges("caption"):
         shapes = captioned(things)
@@ -217,20 +228,21 @@ def test_messages_are_those_of_the_benchmarks():
     options = ", ".join(f"{x}: {y}" for x, y in zip(LETTERS, shown["mmstar"].options, strict=False))
     assert shown["mmstar"].message == f"{bare_text(shown['mmstar'])}\nOptions: {options}\n{LETTER}"
     assert shown["viz"].message == f"{shown['viz'].question}\n{VIZ}"
+    assert lmms_wording("bare", shown["bare"]).message == f"{mmvet.STEP_BY_STEP}{shown['bare'].question}"
     for name in ("short", "viz", "letters", "letters_cn", "parens"):
         exchange = shown[name]
         assert split_suffix(exchange.message) == (exchange.question, exchange.suffix)
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *PRACTICE])
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_word_of_every_format_is_in_the_vocabulary(name):
     tokenizer, unknown = instruct_vocabulary.tokenizer(), ids()[vocabulary.UNKNOWN]
     for _, exchange in exchanges(name):
         assert unknown not in encode(exchange.message), exchange.message
         assert unknown not in encode(lmms_wording(name, exchange).message)
         assert tokenizer.decode(encode(exchange.answer)) == exchange.answer
-        sample = Sample("q", exchange.question, exchange.suffix, None if name in WITHOUT_IMAGE else object())
-        image = [] if name in WITHOUT_IMAGE else [IMAGE_TOKEN_INDEX]
+        sample = Sample("q", exchange.question, exchange.suffix, None if name in BLIND else object())
+        image = [] if name in BLIND else [IMAGE_TOKEN_INDEX]
         expected = [*prefix_ids(), *image, *encode(exchange.message), ids()[vocabulary.ASSISTANT]]
         assert list(build_prompt(sample, tokenizer, "vicuna_v1").ids) == expected
 
@@ -298,7 +310,7 @@ def alone(llava, parts, features, kept, lines, row, mine, name, renumber):
     """Logits of one exchange from the decoder's own forward."""
     table, start = parts.language_model.embed_tokens, torch.arange(3)
     text, picture = table(lines.ids[row][mine]), parts.projector(features)
-    if name in WITHOUT_IMAGE:
+    if name in BLIND:
         embeds, places = [text], [3 + torch.arange(len(text))]
     else:
         behind = 3 + (len(kept) if renumber else 576)

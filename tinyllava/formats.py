@@ -6,13 +6,13 @@ Messages are those of LLaVA's evaluation scripts and of lmms-eval: `question`, a
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from eval.prompts import LETTER, LETTER_CN, SHORT, VIZ
-from tinyllava.chinese import in_chinese, translate
+from tinyllava.chinese import in_chinese
 from tinyllava.questions import FAMILIES, Question, Retry
 from tinyllava.scenes import Thing
 from tinyllava.vocabulary import COLOR_NAMES, DIGITS, SHAPES, SIZES
@@ -22,8 +22,11 @@ CAPTION = "Provide a one-sentence caption for the provided image."
 DESCRIBE = "Describe this image in detail."
 ONLY_LETTER = "Please answer directly with only the letter of the correct option and nothing else."
 ONLY_WORD = "Please answer directly with a single word or number."
-STEP_BY_STEP = "Please think step by step and try to provide best answer to the following question:"
-LETTER_UNSTOPPED = LETTER.removesuffix(".")
+# lmms-eval's own words for MM-Vet and MMBench-CN.
+STEP_BY_STEP = (
+    "First please perform reasoning, and think step by step to provide best answer to the following question:"
+)
+LETTER_CN_LMMS = "请直接使用所提供的选项字母作为答案回答。"
 SEVERAL = "There are several options:"
 MARK = "<image 1>"
 OCR_TOKENS = "Reference OCR token:"
@@ -57,13 +60,16 @@ class Exchange:
 
 Things = tuple[Thing, ...]
 Rng = np.random.Generator
+Format = Callable[[Things, Rng, str], Exchange]
 
 
-def compose(things: Things, name: str, rng: Rng, tries: int = 40, family: str = "") -> Exchange | None:
-    """One exchange of a format, or None if `tries` draws found no unambiguous one."""
+def compose(
+    things: Things, name: str, rng: Rng, tries: int = 40, family: str = "", formats: Mapping[str, Format] | None = None
+) -> Exchange | None:
+    """One exchange of a format of `formats`, by default FORMATS; None if `tries` draws found no unambiguous one."""
     for _ in range(tries):
         try:
-            return {**FORMATS, **PRACTICE}[name](things, rng, family)
+            return (formats or FORMATS)[name](things, rng, family)
         except Retry:
             continue
     return None
@@ -360,41 +366,7 @@ def from_the_left(things: list[Thing], count: int = 3) -> list[Thing]:
     return placed
 
 
-def match(things: Things, rng: Rng, family: str = "") -> Exchange:
-    """Practice, no benchmark's format: the answer itself, then options. Teaches what a letter stands for.
-
-    Without it a model of this size guesses letters for several hundred steps.
-    """
-    question, letter, options, lines, suffix = practice(things, rng, family)
-    said = options[LETTERS.index(letter)]
-    return Exchange("\n".join([f"Context: {said}", *lines]), suffix, letter, question.family, options)
-
-
-def practice(things: Things, rng: Rng, family: str = "") -> tuple[Question, str, tuple[str, ...], list[str], str]:
-    """A question, the right letter, options in English or Chinese, their lines in any style, and an instruction."""
-    question = draw(things, rng, family, LETTERED)
-    options, letter = options_of(question, rng, most=5)
-    style = rng.random()
-    if style < 0.25:
-        options = tuple(map(translate, options))
-    lines = listed(options)
-    if style > 0.75:
-        lines = listed(options, "(", ") ")
-    elif style > 0.5:
-        lines = [f"Options: {', '.join(listed(options, after=': '))}"]
-    return question, letter, options, lines, pick((LETTER, LETTER_CN, "") if style > 0.5 else (LETTER, LETTER_CN), rng)
-
-
-def recite(things: Things, rng: Rng, family: str = "") -> Exchange:
-    """Practice: every option with its letter, in the order of the context. Many letters for one line of training."""
-    _, _, options, lines, suffix = practice(things, rng, family)
-    order = rng.permutation(len(options))
-    said = [f"{options[k]} {LETTERS[k]}" for k in order]
-    text = "\n".join([f"Context: {' '.join(options[k] for k in order)}", *lines])
-    return Exchange(text, suffix, " ".join(said), "recite", options)
-
-
-FORMATS: dict[str, Callable[[Things, Rng, str], Exchange]] = {
+FORMATS: dict[str, Format] = {
     "short": short,
     "yes_no": yes_no,
     "single_word": single_word,
@@ -412,12 +384,11 @@ FORMATS: dict[str, Callable[[Things, Rng, str], Exchange]] = {
     "caption": caption,
     "describe": describe,
 }
-PRACTICE = {"match": match, "recite": recite}  # asked in training alone
-WITHOUT_IMAGE = ("context_text", "match", "recite")
+WITHOUT_IMAGE = ("context_text",)
 
 
 def lmms_wording(name: str, exchange: Exchange) -> Exchange:
-    """The exchange as lmms-eval words it where that differs: MM-Vet (`bare`) and MMStar (`mmstar`)."""
+    """The exchange as lmms-eval words it where that differs: MM-Vet (`bare`) and MMBench-CN (`letters_cn`)."""
     if name == "bare":
         return replace(exchange, question=f"{STEP_BY_STEP} \n\n{exchange.question}")
-    return replace(exchange, suffix=LETTER_UNSTOPPED) if name == "mmstar" else exchange
+    return replace(exchange, suffix=LETTER_CN_LMMS) if name == "letters_cn" else exchange

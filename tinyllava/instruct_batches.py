@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyllava.corpus import Corpus
-from tinyllava.formats import FORMATS, PRACTICE, WITHOUT_IMAGE, Exchange, compose, lmms_wording
+from tinyllava.formats import Exchange, compose, lmms_wording
 from tinyllava.instruct_vocabulary import encode, ids
 from tinyllava.language import PATCHES
+from tinyllava.practice import BLIND, TRAINED
 from tinyllava.vocabulary import ASSISTANT, BOS, EOS, PAD, SYSTEM, USER
 
 LATER_WORDS, END_OF_WORD = 0.4, 0.1  # weights of the loss: words and end of a sentence; end behind a single word
@@ -74,7 +75,7 @@ def ask_lines(
     found = []
     for row, wanted in zip(rows, names, strict=True):
         things = corpus.list_things(int(row))
-        drawn = [(name, compose(things, name, rng, tries=12)) for name in wanted]
+        drawn = [(name, compose(things, name, rng, tries=12, formats=TRAINED)) for name in wanted]
         asked = [(name, exchange) for name, exchange in drawn if exchange is not None]
         asked = [(name, lmms_wording(name, e) if rng.random() < lmms else e) for name, e in asked]
         found.append([as_line(name, exchange) for name, exchange in asked])
@@ -92,7 +93,7 @@ def pack_lines(rows: Sequence[Sequence[Line]]) -> Lines:
         for j, line in enumerate(row):
             whole = slice(start, start + len(line.ids))
             table[i, whole], owner[i, whole] = torch.tensor(line.ids), j
-            place[i, whole], blind[i, whole] = torch.arange(len(line.ids)), line.format in WITHOUT_IMAGE
+            place[i, whole], blind[i, whole] = torch.arange(len(line.ids)), line.format in BLIND
             spoken = slice(start + len(line.asked), whole.stop - 1)  # each place predicts the next one
             target[i, spoken] = torch.tensor([*line.answer, ids()[EOS]])
             weight[i, spoken] = LATER_WORDS
@@ -166,7 +167,7 @@ def accuracy(logits: Tensor, lines: Lines) -> dict[str, float]:
     """Share of right answers over all exchanges and by format."""
     pairs = right_answers(logits, lines)
     numbers = {"all": float(np.mean([right for _, right in pairs]))}
-    for name in (*FORMATS, *PRACTICE):
+    for name in TRAINED:
         mine = [right for format, right in pairs if format == name]
         if mine:
             numbers[name] = float(np.mean(mine))

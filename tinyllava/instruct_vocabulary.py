@@ -12,7 +12,7 @@ from tinyllava.chinese import PARTICLES, WORDS
 from tinyllava.formats import (
     CAPTION,
     DESCRIBE,
-    LETTER_UNSTOPPED,
+    LETTER_CN_LMMS,
     LETTERS,
     ONLY_LETTER,
     ONLY_WORD,
@@ -28,7 +28,7 @@ INSTRUCTIONS = {
     SINGLE_WORD: vocabulary.SHORT_ANSWER,
     ONLY_WORD: vocabulary.SHORT_ANSWER,
     LETTER: vocabulary.SHORT_ANSWER,
-    LETTER_UNSTOPPED: vocabulary.SHORT_ANSWER,
+    LETTER_CN_LMMS: vocabulary.SHORT_ANSWER,
     LETTER_CN: vocabulary.SHORT_ANSWER,
     ONLY_LETTER: vocabulary.SHORT_ANSWER,
     SEVERAL: "which",
