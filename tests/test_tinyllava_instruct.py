@@ -296,13 +296,14 @@ def test_packed_exchanges_equal_separate_prompts(small, visual, renumber):
     features = torch.randn(2, visual, 32)
     kept = torch.stack([torch.randperm(576)[:visual].sort().values for _ in range(2)])
     with torch.inference_mode():
-        logits = forward(parts, features, kept, lines, renumber)
+        logits, read = forward(parts, features, kept, lines, renumber)
         expected = []
         for i, formats in enumerate(lines.formats):
             for j, name in enumerate(formats):
                 mine = lines.owner[i] == j
                 expected.append(alone(llava, parts, features[i], kept[i], lines, i, mine, name, renumber))
     torch.testing.assert_close(logits, torch.cat(expected), atol=1e-4, rtol=1e-3)
+    assert len(read) == int((lines.meant != -100).sum()) >= 1
     assert lines.blind.any() and "describe" in lines.formats[0] and min(map(len, lines.formats)) >= 3
 
 
@@ -329,10 +330,26 @@ def test_the_loss_counts_every_word_of_an_answer_and_the_accuracy_whole_answers(
     assert [words()[k] for k in targets] == ["yes", "</s>", "a", "big", "red", "star", "</s>", "yes", "</s>"]
     assert lines.weight[lines.target != -100].tolist() == pytest.approx([1, 0.1, *[0.4] * 5, 1, 0.1])
     right = 50.0 * torch.nn.functional.one_hot(targets, len(words())).float()
-    assert answer_loss(right, lines) < 1e-4
+    none = torch.zeros(0, len(words()))
+    assert answer_loss(right, none, lines) < 1e-4
     assert accuracy(right, lines) == {"all": 1.0, "short": 1.0, "caption": 1.0}
     right[5] = right[0]  # "a big red yes"
     assert accuracy(right, lines) == {"all": pytest.approx(2 / 3), "short": 1.0, "caption": 0.0}
+
+
+def test_a_letter_stands_for_a_word_of_its_own_option():
+    for name in ("letters", "letters_cn", "match"):
+        for _, exchange in exchanges(name, rounds=1):
+            meant = words()[as_line(name, exchange).meant]
+            assert meant == exchange.options[LETTERS.index(exchange.answer)]
+    lines = pack_lines(
+        [[as_line("short", next(exchanges("short"))[1]), as_line("letters", next(exchanges("letters"))[1])]]
+    )
+    (place,) = (lines.meant[0] != -100).nonzero()
+    assert words()[lines.target[0, place]] in LETTERS and lines.ids[0, place] == ids()[vocabulary.ASSISTANT]
+    read = 50.0 * torch.nn.functional.one_hot(lines.meant[lines.meant != -100], len(words())).float()
+    said = 50.0 * torch.nn.functional.one_hot(lines.target[lines.target != -100], len(words())).float()
+    assert answer_loss(said, read, lines) < 1e-4 < 1 < answer_loss(said, -read, lines)
 
 
 def test_a_line_is_the_prompt_its_answer_and_the_end():

@@ -14,22 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyllava.corpus import Corpus
-from tinyllava.formats import Exchange, compose, lmms_wording
+from tinyllava.formats import LETTERS, Exchange, compose, lmms_wording
 from tinyllava.instruct_vocabulary import encode, ids
 from tinyllava.language import PATCHES
 from tinyllava.practice import BLIND, TRAINED
 from tinyllava.vocabulary import ASSISTANT, BOS, EOS, PAD, SYSTEM, USER
 
 LATER_WORDS, END_OF_WORD = 0.4, 0.1  # weights of the loss: words and end of a sentence; end behind a single word
+# Where a letter is due, the word it stands for is read off the decoder's states behind this many layers. Left alone,
+# the model knows the word only in its last layers, too late to look up the letter beside it.
+READ_AT, READ_LOSS = 5, 0.5
 
 
 @dataclass(frozen=True)
 class Line:
-    """An exchange as ids: the user turn, the assistant's role, the answer and the end token."""
+    """An exchange as ids: the user turn, the assistant's role, the answer and the end token.
+
+    Attributes:
+        meant: the word that the answer's letter stands for, -100 where the answer is no letter.
+    """
 
     format: str
     asked: Sequence[int]
     answer: Sequence[int]
+    meant: int = -100
 
     @property
     def ids(self) -> list[int]:
@@ -47,6 +55,7 @@ class Lines:
         blind: [B, L] bool, ids of exchanges without a picture.
         target: [B, L] the id to predict there, -100 where none is.
         weight: [B, L] float32, of that prediction in the loss.
+        meant: [B, L] the word that the letter to predict there stands for, -100 where there is none.
         formats: format of each exchange of each row.
     """
 
@@ -56,6 +65,7 @@ class Lines:
     blind: Tensor
     target: Tensor
     weight: Tensor
+    meant: Tensor
     formats: list[list[str]]
 
 
@@ -65,7 +75,10 @@ def prefix_ids() -> list[int]:
 
 
 def as_line(name: str, exchange: Exchange) -> Line:
-    return Line(name, encode(exchange.message), encode(exchange.answer))
+    answer, meant = encode(exchange.answer), -100
+    if exchange.options and exchange.answer in LETTERS:
+        (meant,) = encode(exchange.options[LETTERS.index(exchange.answer)])
+    return Line(name, encode(exchange.message), answer, meant)
 
 
 def ask_lines(
@@ -88,6 +101,7 @@ def pack_lines(rows: Sequence[Sequence[Line]]) -> Lines:
     table, owner = torch.full((len(rows), length), ids()[PAD]), torch.full((len(rows), length), -1)
     place, blind = torch.zeros_like(owner), torch.zeros(len(rows), length, dtype=torch.bool)
     target, weight = torch.full_like(owner, -100), torch.zeros(len(rows), length)
+    meant = torch.full_like(owner, -100)
     for i, row in enumerate(rows):
         start = 0
         for j, line in enumerate(row):
@@ -96,11 +110,11 @@ def pack_lines(rows: Sequence[Sequence[Line]]) -> Lines:
             place[i, whole], blind[i, whole] = torch.arange(len(line.ids)), line.format in BLIND
             spoken = slice(start + len(line.asked), whole.stop - 1)  # each place predicts the next one
             target[i, spoken] = torch.tensor([*line.answer, ids()[EOS]])
-            weight[i, spoken] = LATER_WORDS
+            weight[i, spoken], meant[i, spoken.start] = LATER_WORDS, line.meant
             if len(line.answer) == 1:
                 weight[i, spoken] = torch.tensor([1.0, END_OF_WORD])
             start = whole.stop
-    return Lines(table, owner, place, blind, target, weight, [[line.format for line in row] for row in rows])
+    return Lines(table, owner, place, blind, target, weight, meant, [[line.format for line in row] for row in rows])
 
 
 def packed_mask(lines: Lines, visual: int) -> Tensor:
@@ -123,14 +137,19 @@ def packed_positions(lines: Lines, kept: Tensor, renumber: bool) -> Tensor:
     return torch.cat([torch.arange(start).expand(batch, -1), start + picture, start + after + lines.place], 1)
 
 
-def forward(model: nn.Module, features: Tensor, kept: Tensor, lines: Lines, renumber: bool) -> Tensor:
-    """Logits [N, vocabulary] at the places where an answer or its end is predicted, row by row.
+def forward(
+    model: nn.Module, features: Tensor, kept: Tensor, lines: Lines, renumber: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Where an answer or its end is predicted, row by row.
 
     Args:
         model: has `language_model` and `projector`.
         features: [B, V, D] of the visual tokens that are there.
         kept: [B, V] their patch positions, ascending.
         renumber: count positions over the tokens that are there.
+
+    Returns:
+        Logits [N, vocabulary] at all those places, and [M, vocabulary] behind READ_AT layers where a letter is due.
     """
     llama = model.language_model
     table = llama.embed_tokens.weight
@@ -139,17 +158,21 @@ def forward(model: nn.Module, features: Tensor, kept: Tensor, lines: Lines, renu
     hidden = torch.cat([prefix, visual, table[lines.ids]], 1)
     rotary = llama.rotary_emb(hidden, packed_positions(lines, kept, renumber))
     mask = packed_mask(lines, visual.shape[1])
-    for layer in llama.layers:
+    early, start = hidden, prefix.shape[1] + visual.shape[1]
+    for number, layer in enumerate(llama.layers):
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-    spoken = hidden[:, prefix.shape[1] + visual.shape[1] :][lines.target != -100]
-    return (llama.norm(spoken) @ table.T).float()
+        early = hidden if number + 1 == READ_AT else early
+    spoken = [states[:, start:][at != -100] for states, at in ((hidden, lines.target), (early, lines.meant))]
+    said, read = ((llama.norm(states) @ table.T).float() for states in spoken)
+    return said, read
 
 
-def answer_loss(logits: Tensor, lines: Lines) -> Tensor:
-    """Weighted cross-entropy of the answers' words and ends, per exchange."""
+def answer_loss(said: Tensor, read: Tensor, lines: Lines) -> Tensor:
+    """Weighted cross-entropy of the answers' words and ends, and of the words that letters stand for, per exchange."""
     there = lines.target != -100
-    words = F.cross_entropy(logits, lines.target[there], reduction="none")
-    return (words * lines.weight[there]).sum() / sum(map(len, lines.formats))
+    words = F.cross_entropy(said, lines.target[there], reduction="none") * lines.weight[there]
+    meant = F.cross_entropy(read, lines.meant[lines.meant != -100], reduction="sum")
+    return (words.sum() + READ_LOSS * meant) / sum(map(len, lines.formats))
 
 
 def right_answers(logits: Tensor, lines: Lines) -> list[tuple[str, bool]]:

@@ -67,8 +67,8 @@ def format_credits(folder: Path, scenes: Corpus) -> tuple[dict[str, list[bool]],
         lines = ask_lines(scenes, rows, [list(FORMATS)] * AT_ONCE, rng)
         features = vision_states(clip, patchify(scenes.images[rows]), last=False)[0][:, 1:]
         kept = torch.arange(PATCHES).expand(AT_ONCE, -1)
-        collect(seen, forward(parts, features, kept, lines, False), lines)
-        collect(blind, forward(parts, features[:, :0], kept[:, :0], lines, True), lines)
+        collect(seen, forward(parts, features, kept, lines)[0], lines)
+        collect(blind, forward(parts, features[:, :0], kept[:, :0], lines, True)[0], lines)
     return seen, blind
 
 

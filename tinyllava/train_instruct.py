@@ -70,8 +70,9 @@ def main() -> None:
             anywhere = torch.rand(batch, PATCHES).topk(args.keep, 1).indices.sort(1).values
             kept = torch.where(torch.rand(batch, 1) < 0.85, guided, anywhere)
             inputs = inputs.gather(1, kept[..., None].expand(-1, -1, inputs.shape[-1]))
-        logits = forward(trainee, inputs, kept, lines, renumber=not whole and rng.random() < 0.3)
-        return answer_loss(logits, lines), accuracy(logits, lines)
+        said, read = forward(trainee, inputs, kept, lines, renumber=not whole and rng.random() < 0.3)
+        meant = (read.argmax(-1) == lines.meant[lines.meant != -100]).float().mean().item()
+        return answer_loss(said, read, lines), accuracy(said, lines) | {"read": meant}
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
@@ -79,12 +80,12 @@ def main() -> None:
         for start in range(0, WATCHED, 10):
             rows = np.arange(start, start + 10)
             lines = ask_lines(val, rows, [list(FORMATS)] * 10, rng)
-            logits = forward(trainee, val_features[rows], torch.arange(PATCHES).expand(10, -1), lines, False)
-            parts.append(accuracy(logits, lines))
+            said, _ = forward(trainee, val_features[rows], torch.arange(PATCHES).expand(10, -1), lines)
+            parts.append(accuracy(said, lines))
         return {name: float(np.nanmean([part.get(name, np.nan) for part in parts])) for name in ["all", *FORMATS]}
 
     tracker = start_tracking("instruct", args.folder, vars(args)) if ranks.RANK == 0 else None
-    train("instruct", args.folder, optimizer, args.steps, loss_of, evaluate, 100, 50, decay=0.6, tracker=tracker)
+    train("instruct", args.folder, optimizer, args.steps, loss_of, evaluate, 100, 50, decay=0.35, tracker=tracker)
     if ranks.RANK == 0:
         torch.save(optimizer.masters, args.folder / "instruct.pt")
     ranks.stop()

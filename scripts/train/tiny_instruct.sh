@@ -2,7 +2,7 @@
 # Fine-tunes assets/tinyllava on the answer formats of all benchmarks and writes assets/tinyllava_instruct:
 # scenes are drawn and put through the frozen tower once, projector, decoder and new words are trained on exchanges about
 # them, then checkpoint and report are written.
-# About 50 minutes on two cores with bfloat16 instructions, 4 GB of disk. Interrupted, the same command goes on.
+# About 70 minutes on two cores with bfloat16 instructions, 4 GB of disk. Interrupted, the same command goes on.
 # Usage: bash scripts/train/tiny_instruct.sh [FOLDER for scenes, features, checkpoints and logs; default runs/instruct]
 set -euo pipefail
 folder=${1:-runs/instruct}

@@ -1,0 +1,59 @@
+"""What the model of all formats practises beside them: what an option letter stands for, in text alone.
+
+Without it a model of this size guesses letters for many hundred steps: it has to learn at once what a picture shows and
+which letter stands beside that word.
+"""
+
+from eval.prompts import LETTER, LETTER_CN
+from tinyllava.chinese import translate
+from tinyllava.formats import (
+    FORMATS,
+    LETTERED,
+    LETTERS,
+    WITHOUT_IMAGE,
+    Exchange,
+    Format,
+    Rng,
+    Things,
+    draw,
+    listed,
+    options_of,
+    pick,
+)
+
+
+def match(things: Things, rng: Rng, family: str = "") -> Exchange:
+    """The answer itself, then options: say its letter."""
+    options, letter, lines, suffix, kind = optioned(things, rng, family)
+    said = options[LETTERS.index(letter)]
+    return Exchange("\n".join([f"Context: {said}", *lines]), suffix, letter, kind, options)
+
+
+def recite(things: Things, rng: Rng, family: str = "") -> Exchange:
+    """Every option with its letter, in the order of the context: many letters for one line of training."""
+    options, _, lines, suffix, _ = optioned(things, rng, family)
+    order = rng.permutation(len(options))
+    said = [f"{options[k]} {LETTERS[k]}" for k in order]
+    text = "\n".join([f"Context: {' '.join(options[k] for k in order)}", *lines])
+    return Exchange(text, suffix, " ".join(said), "recite", options)
+
+
+def optioned(things: Things, rng: Rng, family: str) -> tuple[tuple[str, ...], str, list[str], str, str]:
+    """Options in English or Chinese, the right letter, their lines in any style, an instruction, the family."""
+    question = draw(things, rng, family, LETTERED)
+    options, letter = options_of(question, rng, most=5)
+    style = rng.random()
+    if style < 0.25:
+        options = tuple(map(translate, options))
+    lines = listed(options)
+    if style > 0.75:
+        lines = listed(options, "(", ") ")
+    elif style > 0.5:
+        lines = [f"Options: {', '.join(listed(options, after=': '))}"]
+    suffix = pick((LETTER, LETTER_CN, "") if style > 0.5 else (LETTER, LETTER_CN), rng)
+    return options, letter, lines, suffix, question.family
+
+
+PRACTICE: dict[str, Format] = {"match": match, "recite": recite}
+TRAINED = {**FORMATS, **PRACTICE}
+BLIND = (*WITHOUT_IMAGE, *PRACTICE)
