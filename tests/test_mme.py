@@ -65,7 +65,7 @@ def scored(dataset, texts):
 
 def test_every_task_equals_the_official_script_to_the_last_digit():
     expected = json.loads((VECTORS / "expected.json").read_text())
-    found = score_folder(VECTORS / "results")
+    found = score_folder(VECTORS / "answer_files")
     for kind, table in expected.items():
         assert found.values[kind] == table.pop("total")
         assert {task: found.groups["task score"][task][0] for task in table} == table
@@ -316,7 +316,7 @@ def test_a_folder_of_results_is_scored_without_any_data(tmp_path, capsys):
     expected = json.loads((VECTORS / "expected.json").read_text())
     out = tmp_path / "score.json"
     for extra in ([], ["--data", str(tmp_path)]):
-        assert score.main(["mme", "--answers", str(VECTORS / "results"), "--json", str(out), *extra]) == 0
+        assert score.main(["mme", "--answers", str(VECTORS / "answer_files"), "--json", str(out), *extra]) == 0
         record = json.loads(out.read_text())
         assert record["metrics"]["perception"] == pytest.approx(expected["perception"]["total"], abs=1e-9)
         assert "scored with the references in the answer file itself" in capsys.readouterr().out
