@@ -50,7 +50,7 @@ def score_lines(record: Mapping[str, Any]) -> list[str]:
         if isinstance(interval, dict):
             unit = "image" if key == f"{main}_by_image" else interval.get("unit", "question")
             lines.append(f"{main}, 95 % CI by {unit}: {interval['low']:.2f} to {interval['high']:.2f}")
-    for name, table in record["groups"].items():
+    for name, table in ((name, table) for name, table in record["groups"].items() if table):
         mark = "" if name in points else " %"
         lines.append(f"{main} / {name}" if main == "accuracy" else name)
         lines += [f"  {group:12s} {e['percent']:.2f}{mark} (n = {e['questions']:,})" for group, e in table.items()]
