@@ -41,9 +41,13 @@ def main() -> None:
     card = args.model / "README.md"
     insert(card, "training", training_table(args.folder))
     insert(card, "formats", format_table(*format_credits(args.model, Corpus(args.folder / "val"))))
-    models = [Remembering(load(str(folder))) for folder in (args.model, DEFAULT_MODEL)]
-    credits = [sweep([Setting("full", None)], m, DEFAULT_DATA, "testdev", args.output)[0] for m in models]
-    insert(card, "families", family_table(*credits))
+    insert(card, "families", family_table(*(gqa_credits(m, args.output) for m in (args.model, Path(DEFAULT_MODEL)))))
+
+
+def gqa_credits(folder: Path, output: Path) -> dict[str, float]:
+    """Credit of each question of the embedded GQA test set; a model's answers are kept in a folder of its own."""
+    model = Remembering(load(str(folder)))
+    return sweep([Setting("full", None)], model, DEFAULT_DATA, "testdev", output / folder.name)[0]
 
 
 class Parts:
