@@ -3,7 +3,6 @@
 python -m tinyllava.export_instruct --folder runs/instruct --output assets/tinyllava_instruct
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration
 
-from eval.config import DEFAULT_MODEL
-from tinyllava.export_next import generation_config, load_parts
+from tinyllava.export_next import generation_config, load_parts, read_arguments
 from tinyllava.instruct_model import build_instruct, grown_table
 from tinyllava.instruct_vocabulary import ids, tokenizer, words
 from tinyllava.vocabulary import EOS
@@ -36,11 +34,7 @@ def load_trained(folder: Path, model: str | Path) -> LlavaForConditionalGenerati
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the embedded model it was trained from")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    args = read_arguments(__doc__)
     trained = load_trained(args.folder, args.model)
     trained.generation_config = generation_config(ids()[EOS])
     trained.half().save_pretrained(args.output)

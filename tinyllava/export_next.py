@@ -68,12 +68,17 @@ def generation_config(end: int) -> GenerationConfig:
     return GenerationConfig(bos_token_id=ids()[BOS], eos_token_id=end, pad_token_id=ids()[PAD], do_sample=False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_arguments(documentation: str | None) -> argparse.Namespace:
+    """--folder, --model and --output of the exports of fine-tuned models."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the embedded model it was trained from")
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments(__doc__)
     trained = load_trained(args.folder, args.model)
     trained.generation_config = generation_config(ids()[EOS])
     trained.half().save_pretrained(args.output)

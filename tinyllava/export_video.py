@@ -3,14 +3,12 @@
 python -m tinyllava.export_video --folder runs/video --output assets/tinyllava_video
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from transformers import CLIPImageProcessorPil, VideoLlavaForConditionalGeneration
 
-from eval.config import DEFAULT_MODEL
-from tinyllava.export_next import generation_config, load_parts
+from tinyllava.export_next import generation_config, load_parts, read_arguments
 from tinyllava.longer import load_embedded
 from tinyllava.video_model import build_video_llava
 from tinyllava.video_scenes import SIDE
@@ -26,11 +24,7 @@ def load_trained(folder: Path, model: Path) -> VideoLlavaForConditionalGeneratio
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the embedded model it was trained from")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    args = read_arguments(__doc__)
     trained = load_trained(args.folder, args.model)
     trained.generation_config = generation_config(ids()[EOS])
     trained.half().save_pretrained(args.output)
