@@ -16,13 +16,13 @@ from torch import Tensor
 
 from attnmix.mixture import adaptive_count, crop_pool, mix, ordered, text_scores
 from attnmix.release import released_count, released_tokens
-from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import ModelFacts, PromptState, Reducer, option, options_of
 from llava.reduction import Reduction
-from llava.registry import register
-from llava.signals import Signal
-from llava.states import text_spans
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import ModelFacts, PromptState, Reducer, option, options_of
+from llava.reduction.registry import register
+from llava.reduction.scores import Signal
+from llava.reduction.states import text_spans
 
 RELEASED = {"text": "after", "pool": "crop"}  # what `official` makes of these options
 

@@ -12,10 +12,10 @@ from itertools import pairwise
 from typing import ClassVar
 
 from llava.errors import UserError
-from llava.reducer import ModelFacts, Reducer, option
 from llava.reduction import Reduction
-from llava.schedule import entering_layers, largest_within, refuse_budget, scaled_layers
-from llava.states import DecoderState
+from llava.reduction.layer_schedule import entering_layers, largest_within, refuse_budget, scaled_layers
+from llava.reduction.reducer import ModelFacts, Reducer, option
+from llava.reduction.states import DecoderState
 
 REFERENCE = 32  # decoder layers of the papers' models
 SCHEDULE = "mean: the budget is the mean over all layers; kept: over the layers behind the first stage"

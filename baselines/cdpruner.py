@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.card import Card
-from llava.clip_text import RELEVANCE, signed, text_similarity
-from llava.reducer import PromptState, Reducer, option
+from llava.model.multimodal_encoder.clip_text_encoder import RELEVANCE, signed, text_similarity
 from llava.reduction import Reduction
-from llava.registry import register
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import PromptState, Reducer, option
+from llava.reduction.registry import register
 
 # A token whose remaining volume is below this share of its own is spanned by the chosen ones, to float32 accuracy.
 SPANNED = 1e-6

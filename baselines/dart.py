@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines._staged import Staged
-from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import ModelFacts, option
+from llava.pipeline.sequence import Sequence
 from llava.reduction import Reduction, gather_tokens
-from llava.registry import register
-from llava.sequence import Sequence
-from llava.states import DecoderState, row_index
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import ModelFacts, option
+from llava.reduction.registry import register
+from llava.reduction.states import DecoderState, row_index
 
 PIVOTS = 4  # of the image, and as many of the text
 

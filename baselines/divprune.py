@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.card import Card
-from llava.reducer import PromptState, Reducer, option
 from llava.reduction import Reduction
-from llava.registry import register
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import PromptState, Reducer, option
+from llava.reduction.registry import register
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,11 +8,11 @@ Differs from it: nothing known.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava.card import Card
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.reducer import ModelFacts, Reducer, option
-from llava.registry import register
+from llava.reduction.metadata import Card
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts, Reducer, option
+from llava.reduction.registry import register
 
 WIDEST = 2.0  # most a patch may be stretched
 

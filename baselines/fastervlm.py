@@ -9,11 +9,11 @@ Differs from it: attention is ranked in float32 (theirs is in the model's float1
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava.card import Card
-from llava.reducer import EncoderState, Reducer
 from llava.reduction import Reduction, keep_top
-from llava.registry import register
-from llava.signals import Signal
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import EncoderState, Reducer
+from llava.reduction.registry import register
+from llava.reduction.scores import Signal
 
 
 @register("fastervlm")

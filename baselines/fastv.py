@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from baselines._staged import Staged
-from llava.card import Card
-from llava.reducer import option
 from llava.reduction import Reduction, keep_top
-from llava.registry import register
-from llava.states import DecoderState
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import option
+from llava.reduction.registry import register
+from llava.reduction.states import DecoderState
 
 
 @register("fastv")

@@ -8,10 +8,10 @@ Differs from it: nothing known.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import ModelFacts, Reducer
-from llava.registry import register
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import ModelFacts, Reducer
+from llava.reduction.registry import register
 
 
 @register("full")

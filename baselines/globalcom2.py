@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.arrangement import Arrangement
-from llava.card import Card
-from llava.crops import covered, deal
 from llava.errors import UserError
-from llava.reducer import NEWLINES, EncoderState, ModelFacts, Reducer, option
 from llava.reduction import Reduction, keep_top
-from llava.registry import register
-from llava.signals import Signal
+from llava.reduction.crop_budget import covered, deal
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import NEWLINES, EncoderState, ModelFacts, Reducer, option
+from llava.reduction.registry import register
+from llava.reduction.scores import Signal
+from llava.reduction.token_layout import Arrangement
 
 SCORE = Signal("cls_logits", -1)
 EPS = 1e-8

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from baselines.fastervlm import FasterVLM
-from llava.arrangement import Arrangement
-from llava.card import Card
-from llava.crops import covered, deal
 from llava.errors import UserError
-from llava.reducer import SPLITS, ModelFacts, Reducer, option
 from llava.reduction import keep_top
-from llava.registry import register
-from llava.signals import Signal
+from llava.reduction.crop_budget import covered, deal
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import SPLITS, ModelFacts, Reducer, option
+from llava.reduction.registry import register
+from llava.reduction.scores import Signal
+from llava.reduction.token_layout import Arrangement
 
 LATE, EARLY = Signal("cls_attention"), Signal("cls_attention", 0)
 

@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import ModelFacts, PromptState, Reducer, option
 from llava.reduction import Reduction
-from llava.registry import register
-from llava.signals import Signal
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import ModelFacts, PromptState, Reducer, option
+from llava.reduction.registry import register
+from llava.reduction.scores import Signal
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 ATTENTION_SCALE = 1e3

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import EncoderState, ModelFacts, Reducer, Reductions, option
 from llava.reduction import Reduction, gather_tokens, keep_top
-from llava.registry import register
-from llava.signals import Signal
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import EncoderState, ModelFacts, Reducer, Reductions, option
+from llava.reduction.registry import register
+from llava.reduction.scores import Signal
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 NEIGHBOURS = 32

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from baselines.prumerge import PruMerge, by_attention
 from consensusdrop.merging import others
-from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import ModelFacts, option
 from llava.reduction import keep_top
-from llava.registry import register
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import ModelFacts, option
+from llava.reduction.registry import register
 
 
 def spread(taken: Tensor, total: int, count: int) -> Tensor:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from baselines._staged import SCHEDULE, Staged
-from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import ModelFacts, option
 from llava.reduction import Reduction, keep_top
-from llava.registry import register
-from llava.schedule import entering_layers, proportional
-from llava.states import DecoderState
+from llava.reduction.layer_schedule import entering_layers, proportional
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import ModelFacts, option
+from llava.reduction.registry import register
+from llava.reduction.states import DecoderState
 
 HALVING = (4, 2, 1)
 # Schedules that are shares of all visual tokens: (decoder layers of 32, share behind each).

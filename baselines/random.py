@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 
-from llava.card import Card
-from llava.reducer import PromptState, Reducer, option, seed_of
 from llava.reduction import Reduction
-from llava.registry import register
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import PromptState, Reducer, option, seed_of
+from llava.reduction.registry import register
 
 
 @register("random")

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from baselines._recycling import keep_and_recycle, recycled, text_raters
 from baselines._staged import SCHEDULE, Staged
-from llava import rotary
-from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import ModelFacts, option
-from llava.reduction import Reduction, gather_tokens, keep_top
-from llava.registry import register
-from llava.schedule import proportional
-from llava.states import DecoderState, row_index
+from llava.reduction import Reduction, gather_tokens, keep_top, rotary
+from llava.reduction.layer_schedule import proportional
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import ModelFacts, option
+from llava.reduction.registry import register
+from llava.reduction.states import DecoderState, row_index
 
 # Budget -> tokens that the three stages keep, recycled ones not counted.
 TABLES = {

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.card import Card
-from llava.reducer import BlockState, EncoderState, ModelFacts, Reducer, option
 from llava.reduction import Reduction
-from llava.registry import register
-from llava.schedule import refuse_budget
+from llava.reduction.layer_schedule import refuse_budget
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import BlockState, EncoderState, ModelFacts, Reducer, option
+from llava.reduction.registry import register
 
 
 def removals(patches: int, budget: int, blocks: int) -> tuple[int, ...]:

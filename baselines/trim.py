@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.card import Card
-from llava.clip_text import RELEVANCE, signed, text_similarity
-from llava.reducer import EncoderState, ModelFacts, Reducer, option
+from llava.model.multimodal_encoder.clip_text_encoder import RELEVANCE, signed, text_similarity
 from llava.reduction import Reduction, keep_top
-from llava.registry import register
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import EncoderState, ModelFacts, Reducer, option
+from llava.reduction.registry import register
 
 
 def keep_and_average(kept: Tensor, total: int) -> Reduction:

@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.card import Card
-from llava.layout import Layout
-from llava.reducer import PromptState, Reducer, option
 from llava.reduction import Reduction
-from llava.registry import register
+from llava.reduction.metadata import Card
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import PromptState, Reducer, option
+from llava.reduction.registry import register
 
 
 def even_grid(layout: Layout, budget: int) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from consensusdrop.merging import behind_cls, merge_flops, merge_plan
-from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import EncoderState, Reducer, option
 from llava.reduction import Reduction, keep_top
-from llava.registry import register
-from llava.signals import Signal
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import EncoderState, Reducer, option
+from llava.reduction.registry import register
+from llava.reduction.scores import Signal
 
 CONTEXTUAL_SHARE = 10 / 64  # 54 + 10, 108 + 20 and 162 + 30 in the release, CLS among the first
 

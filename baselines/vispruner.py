@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import EncoderState, Reducer, option
 from llava.reduction import Reduction, gather_tokens
-from llava.registry import register
-from llava.signals import Signal
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import EncoderState, Reducer, option
+from llava.reduction.registry import register
+from llava.reduction.scores import Signal
 
 ROUND = 8  # near-duplicates removed at a time
 

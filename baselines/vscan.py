@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consensusdrop.merging import assign, member_weights, merge_flops, others
-from llava.card import Card
-from llava.crops import planned
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.reducer import DecoderState, ModelFacts, PromptState, Reducer, option
 from llava.reduction import Reduction, keep_top
-from llava.registry import register
-from llava.schedule import entering_layers, scaled_layers
-from llava.signals import Signal
+from llava.reduction.crop_budget import planned
+from llava.reduction.layer_schedule import entering_layers, scaled_layers
+from llava.reduction.metadata import Card
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import DecoderState, ModelFacts, PromptState, Reducer, option
+from llava.reduction.registry import register
+from llava.reduction.scores import Signal
 
 SHALLOW = Signal("cls_attention", 5, depth=24)
 DEEP = Signal("cls_attention", -2)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from consensusdrop.fusion import FUSIONS, fuse
 from consensusdrop.merging import ANCHORS, WEIGHTS, behind_cls, merge_flops, merge_plan
-from llava.card import Card
 from llava.errors import UserError
-from llava.reducer import ModelFacts, PromptState, Reducer, option
 from llava.reduction import Reduction, keep_top
-from llava.registry import register
-from llava.signals import Signal
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import ModelFacts, PromptState, Reducer, option
+from llava.reduction.registry import register
+from llava.reduction.scores import Signal
 
 # Anchors and their share were chosen on the embedded validation split, see docs/consensusdrop.md. VisionZip's split is
 # 10/64 (54 + 10, 108 + 20, 162 + 30) with stride anchors.

@@ -120,7 +120,7 @@ def configuration(args: argparse.Namespace) -> RunConfig:
 
 def print_list(as_json: bool) -> None:
     """Everything that can be named on the command line."""
-    from llava import registry
+    from llava.reduction import registry
 
     registry.load_all()
     there_is = {"methods": registry.describe(), "benchmarks": benchmarks.describe(), "models": models()}

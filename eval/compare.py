@@ -17,7 +17,7 @@ from eval.jsonl import read_json, write_json
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.judging.choice import check_judge, score_answers
 from eval.metrics import Score, Terms, ratio_terms
-from eval.statistics import compare_terms
+from eval.results.statistics import compare_terms
 from llava.errors import UserError
 
 

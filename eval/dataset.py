@@ -13,7 +13,7 @@ from llava.errors import UserError
 
 if TYPE_CHECKING:
     from eval.answer_file import Row
-    from llava.sample import Sample
+    from llava.processing.sample import Sample
 
 # How questions are asked and answers read: as LLaVA's evaluation scripts do it, or as lmms-eval does.
 PROFILES = ("llava", "lmms")
@@ -98,7 +98,7 @@ class Dataset:
 
     def sample(self, question: Question) -> "Sample":
         """The question with its pictures opened."""
-        from llava.sample import Sample
+        from llava.processing.sample import Sample
 
         opened = tuple(self.pictures.open(name) for name in question.images)
         return Sample(

@@ -11,7 +11,7 @@ from llava.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llava.video import Video
+    from llava.processing.video import Video
 
 
 class Pictures(Protocol):
@@ -50,7 +50,7 @@ class Folder:
 
     def open(self, name: str) -> "Image.Image":
         # torch comes with this: a benchmark can be scored without it.
-        from llava.image import open_image
+        from llava.processing.clip_image import open_image
 
         return open_image(self.root / name)
 
@@ -61,7 +61,7 @@ class Videos(Folder):
     noun = "videos"
 
     def open(self, name: str) -> "Video":
-        from llava.video import read_video
+        from llava.processing.video import read_video
 
         return read_video(self.root / name)
 
@@ -84,7 +84,7 @@ class Inline:
         return [name for name in names if name not in self.names]
 
     def open(self, name: str) -> "Image.Image":
-        from llava.image import open_image
+        from llava.processing.clip_image import open_image
 
         return open_image(io.BytesIO(self.fetch(name)), f"{name} in {self.where}")
 

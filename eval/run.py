@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from eval import benchmarks, cost, provenance, report, tracking
+from eval import benchmarks
 from eval.answers import AnswerStore
 from eval.config import RunConfig
 from eval.dataset import Dataset, Question
 from eval.jsonl import write_file, write_json
 from eval.judging.choice import check_judge, score_answers
+from eval.results import cost, provenance, report, tracking
 from eval.settings import Reducer, build_reducer, default_output, device_name, store_settings
-from llava.crops import require
 from llava.errors import UserError
+from llava.reduction.crop_budget import require
 
 if TYPE_CHECKING:
-    from llava.sample import Batch, Sample
+    from llava.processing.sample import Batch, Sample
 
 # What a method may be off its budget if it does not document its own rounding, in tokens per layer.
 ROUNDING = 0.5
@@ -138,7 +139,7 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
 
 def load_model(config: RunConfig) -> Any:
     """The model of this run; its libraries are imported here so that every check before it is fast."""
-    from llava.model import load
+    from llava.model.builder import load
 
     return load(
         config.model,

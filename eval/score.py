@@ -18,7 +18,7 @@ from eval.dataset import Benchmark, Dataset, Question
 from eval.jsonl import write_json
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.judging.choice import check_judge, score_answers
-from eval.report import score_lines, scored
+from eval.results.report import score_lines, scored
 
 
 def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "auto") -> dict[str, Any]:

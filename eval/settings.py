@@ -27,7 +27,7 @@ def build_reducer(config: RunConfig, visual_tokens: int | None) -> Reducer:
     Args:
         visual_tokens: of the model; None before it is loaded, to find wrong names and options in time.
     """
-    from llava import registry
+    from llava.reduction import registry
 
     registry.load_all()
     if config.method not in registry.names():

@@ -21,14 +21,14 @@ from tqdm import tqdm
 from eval import benchmarks
 from eval.config import RunConfig
 from eval.run import prepare, run
-from llava import registry
-from llava.arrangement import Arrangement
-from llava.model import Llava
-from llava.next import LlavaNext
-from llava.reducer import Reducer
-from llava.seen import Picture, picture_of
-from llava.signals import Signal
-from llava.vision import Encoded, encode
+from llava.model.llava_arch import Llava
+from llava.model.llava_next import LlavaNext
+from llava.model.multimodal_encoder.clip_encoder import Encoded, encode
+from llava.pipeline.encoded_images import Picture, picture_of
+from llava.reduction import registry
+from llava.reduction.reducer import Reducer
+from llava.reduction.scores import Signal
+from llava.reduction.token_layout import Arrangement
 
 Credits = dict[str, float]
 

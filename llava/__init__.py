@@ -6,19 +6,19 @@ Both are imported when they are first asked for, so that `import llava` costs no
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava.model import load
-    from llava.wrap import reduce
+    from llava.hf.reduce import reduce
+    from llava.model.builder import load
 
 __all__ = ["load", "reduce"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "reduce":
-        from llava.wrap import reduce
+        from llava.hf.reduce import reduce
 
         return reduce
     if name == "load":
-        from llava.model import load
+        from llava.model.builder import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

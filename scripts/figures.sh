@@ -4,5 +4,5 @@
 # Usage: bash scripts/figures.sh [--questions ID,ID] [--budget B] [--output FILE]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-python -m eval.figures "$@"
-[ $# -gt 0 ] || python -m eval.figures_crops
+python -m eval.figures.kept_tokens "$@"
+[ $# -gt 0 ] || python -m eval.figures.kept_tiles

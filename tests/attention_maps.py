@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from llava.model import Llava
+from llava.model.llava_arch import Llava
 
 Maps = dict[int, Tensor]  # layer -> [B, H, L, L] as last computed, padding included
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
-import llava.files
+import llava.model.checkpoint.files
 from tests.tiny_checkpoints import make_tokenizer, save_original_layout, save_transformers_layout
 
 WORDS = len(make_tokenizer())
@@ -22,7 +22,7 @@ def no_network(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise ConnectionError("no network in tests")
 
-    monkeypatch.setattr(llava.files, "snapshot_download", refuse)
+    monkeypatch.setattr(llava.model.checkpoint.files, "snapshot_download", refuse)
 
 
 def write(layout: str, directory: Path, model: LlavaForConditionalGeneration) -> Path:

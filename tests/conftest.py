@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from llava.model import Llava, load
-from llava.sample import Sample
+from llava.model.builder import load
+from llava.model.llava_arch import Llava
+from llava.processing.sample import Sample
 from tests.tiny_checkpoints import save_transformers_layout
 
 SHORT = "Answer the question using a single word or phrase."

@@ -4,15 +4,15 @@ from types import SimpleNamespace
 
 import torch
 
-from llava.anyres import AnyresProcessor
-from llava.arrangement import NEWLINE, Arrangement
-from llava.layout import Layout
-from llava.parts import parts_of, shared_fields
-from llava.reducer import EncoderState, ModelFacts, Reducer
-from llava.sample import Sample
-from llava.seen import Picture, picture_of
-from llava.signals import Signal
-from llava.vision import Encoded
+from llava.model.multimodal_encoder.clip_encoder import Encoded
+from llava.pipeline.encoded_images import Picture, picture_of
+from llava.pipeline.views import parts_of, shared_fields
+from llava.processing.anyres import AnyresProcessor
+from llava.processing.sample import Sample
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import EncoderState, ModelFacts, Reducer
+from llava.reduction.scores import Signal
+from llava.reduction.token_layout import NEWLINE, Arrangement
 
 Signals = dict[Signal, torch.Tensor]
 

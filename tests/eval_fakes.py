@@ -1,4 +1,4 @@
-"""A model with the interface of llava.model.Llava that answers at once, and a small GQA to ask it.
+"""A model with the interface of llava.model.llava_arch.Llava that answers at once, and a small GQA to ask it.
 
 Its answers, audits, traces and timings depend on the question's id alone, so that two runs can be compared.
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from llava.audit import Audit
-from llava.layout import Layout
-from llava.reducer import ModelFacts
+from llava.pipeline.audit import Audit
+from llava.processing.sample import Answer, Batch, Sample, Timing
 from llava.reduction import Reduction, Step
-from llava.sample import Answer, Batch, Sample, Timing
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts
 
 SUFFIX = "Answer the question using a single word or phrase."
 WORDS = ("yes", "no", "red", "blue")

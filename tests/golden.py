@@ -11,11 +11,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from llava import registry
 from llava.errors import UserError
-from llava.model import Llava, load
-from llava.pipeline import Clock, Pipeline
-from llava.sample import Sample
+from llava.model.builder import load
+from llava.model.llava_arch import Llava
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.processing.sample import Sample
+from llava.reduction import registry
 from tests.conftest import QUESTIONS, picture
 from tests.tiny_checkpoints import save_transformers_layout
 

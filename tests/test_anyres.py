@@ -12,9 +12,9 @@ from transformers import LlavaNextImageProcessorPil
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from llava.anyres import AnyresProcessor, best_resolution, cut, fitted, on_canvas, parse_pinpoints, unpadded
 from llava.errors import UserError
-from llava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
+from llava.processing.anyres import AnyresProcessor, best_resolution, cut, fitted, on_canvas, parse_pinpoints, unpadded
+from llava.processing.clip_image import CLIP_MEAN, CLIP_STD, ImageProcessor
 
 VECTORS = json.loads((Path(__file__).parent / "data/llava_preproc/anyres_token_counts.json").read_text())
 PINPOINTS = tuple(map(tuple, VECTORS["pinpoints_wh"]))

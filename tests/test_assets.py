@@ -10,8 +10,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from eval import benchmarks
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from llava import registry
-from llava.model import load
+from llava.model.builder import load
+from llava.reduction import registry
 from tests.test_model import transformers_inputs
 
 MODEL = ROOT / "assets" / "tinyllava"
@@ -63,7 +63,8 @@ def test_the_embedded_model_answers(embedded, dataset, method, budget, least):
 
 def test_the_transformers_class_gives_the_same_logits(embedded, dataset):
     """The shipped files are a checkpoint of the transformers layout: its class agrees with the staged forward."""
-    from llava.pipeline import Clock, Pipeline
+    from llava.pipeline.accounting import Clock
+    from llava.pipeline.prefill import Pipeline
 
     sample = dataset.sample(dataset.questions[3])
     state, _ = Pipeline(embedded, registry.build("full", 576)).prepare([sample], Clock(embedded.device))

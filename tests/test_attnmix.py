@@ -9,13 +9,14 @@ import torch
 from attnmix.method import AttnMix
 from attnmix.mixture import adaptive_count, best_split, crop_pool, forced_count, mix, ordered, text_scores
 from attnmix.release import released_tokens
-from llava import registry
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import ModelFacts, PromptState
-from llava.sequence import assemble
-from llava.signals import Signal
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.pipeline.sequence import assemble
+from llava.reduction import registry
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts, PromptState
+from llava.reduction.scores import Signal
 from tests.conftest import samples
 
 LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)

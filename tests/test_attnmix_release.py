@@ -9,10 +9,11 @@ from attnmix import mixture
 from attnmix.method import AttnMix
 from attnmix.mixture import adaptive_count, best_split, forced_count, mix, ordered
 from attnmix.release import released_count, released_tokens
-from llava import registry
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.reduction import registry
+from llava.reduction.patch_grid import Layout
 from tests.conftest import samples
 from tests.parity.harness import FOLDER, parity_model, recording, run_case
 from tests.test_attnmix import LLAVA, best, planted, row, scores, split_by_the_book, state

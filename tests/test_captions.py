@@ -12,7 +12,7 @@ from eval import benchmarks
 from eval.answer_file import read_answers
 from eval.metrics import captions, coco_captions
 from eval.metrics.ptb import tokenize
-from eval.report import scored
+from eval.results.report import scored
 from llava.errors import UserError
 
 VECTORS = Path(__file__).parent / "data" / "captions"

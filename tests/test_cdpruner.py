@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from baselines.cdpruner import CDPruner, greedy_map, unit_interval
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.reducer import ModelFacts, PromptState
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts, PromptState
 from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-import llava.checkpoint
-from llava.checkpoint import Checkpoint, load_checkpoint, real_vocabulary
+import llava.model.checkpoint.load
 from llava.errors import UserError
-from llava.image import ImageProcessor
-from llava.original_layout import CLIP_L_336_NAME
+from llava.model.checkpoint.load import Checkpoint, load_checkpoint, real_vocabulary
+from llava.model.checkpoint.original_layout import CLIP_L_336_NAME
+from llava.processing.clip_image import ImageProcessor
 from tests.checkpoint_files import (
     LAYOUTS,
     WORDS,
@@ -147,7 +147,7 @@ def test_tower_that_cannot_be_found(tmp_path, model, name):
 
 
 def test_official_tower_name_needs_no_download_when_the_shards_hold_it(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(llava.checkpoint, "CLIP_L_336", model.config.vision_config.to_dict())
+    monkeypatch.setattr(llava.model.checkpoint.load, "CLIP_L_336", model.config.vision_config.to_dict())
     save_original_layout(tmp_path, model, tower_in_shards=True, mm_vision_tower=CLIP_L_336_NAME)
     loaded = load_checkpoint(tmp_path)
     assert torch.equal(

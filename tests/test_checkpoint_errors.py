@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from llava.checkpoint import load_checkpoint
 from llava.errors import UserError
+from llava.model.checkpoint.load import load_checkpoint
 from tests.checkpoint_files import (
     LAYOUTS,
     drop_weights,

@@ -13,11 +13,11 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
-import llava.checkpoint
-from llava.checkpoint import load_checkpoint
+import llava.model.checkpoint.load
 from llava.errors import UserError
-from llava.languagebind import LanguageBindVideoTower
-from llava.qwen_image import QwenImageProcessor
+from llava.model.checkpoint.load import load_checkpoint
+from llava.model.multimodal_encoder.languagebind import LanguageBindVideoTower
+from llava.processing.qwen_image import QwenImageProcessor
 from tests.checkpoint_files import (
     assert_same_weights,
     drop_weights,
@@ -231,7 +231,7 @@ def test_one_tower_in_the_shards_and_one_apart(tmp_path, filmed):
 
 
 def test_official_towers_need_no_download(tmp_path, filmed, monkeypatch):
-    monkeypatch.setattr(llava.checkpoint, "LANGUAGEBIND", filmed.config.vision_config.to_dict())
+    monkeypatch.setattr(llava.model.checkpoint.load, "LANGUAGEBIND", filmed.config.vision_config.to_dict())
     names = {"mm_image_tower": "LanguageBind/LanguageBind_Image"}
     names["mm_video_tower"] = "LanguageBind/LanguageBind_Video_merge"
     save_video_original(tmp_path, filmed, **names)

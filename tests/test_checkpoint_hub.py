@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-import llava.files
-from llava.checkpoint import load_checkpoint
+import llava.model.checkpoint.files
 from llava.errors import UserError
+from llava.model.checkpoint.load import load_checkpoint
 from tests.checkpoint_files import (
     WORDS,
     edit,
@@ -58,7 +58,7 @@ def test_hub_fetches_the_weights_once(tmp_path, model, monkeypatch, layout):
                 shutil.copy(path, local)
         return str(local)
 
-    monkeypatch.setattr(llava.files, "snapshot_download", fetch)
+    monkeypatch.setattr(llava.model.checkpoint.files, "snapshot_download", fetch)
     loaded = load_checkpoint("some/model")
     assert loaded.name == "some/model"
     assert torch.equal(loaded.model.lm_head.weight[:WORDS], model.lm_head.weight[:WORDS])
@@ -75,9 +75,9 @@ def test_of_a_tower_that_the_shards_hold_only_the_config_is_fetched(tmp_path, mo
         asked.append((hub_id, *allow_patterns))
         return str(tmp_path / "clip")
 
-    monkeypatch.setattr(llava.files, "snapshot_download", fetch)
+    monkeypatch.setattr(llava.model.checkpoint.files, "snapshot_download", fetch)
     load_checkpoint(folder)
-    assert asked == [("some/clip", *llava.files.SMALL_FILES)]
+    assert asked == [("some/clip", *llava.model.checkpoint.files.SMALL_FILES)]
 
 
 def test_loading_opens_no_connection(tmp_path, model, monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llava.errors import UserError
-from llava.families import Kind, default_mode, identify
+from llava.model.checkpoint.identify import Kind, default_mode, identify
 
 HERE = Path("folder")
 ORIGINAL = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}

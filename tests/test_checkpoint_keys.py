@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llava.container import CONTAINERS, VideoLlavaWithTime, hub_to_container_key, video_frames
-from llava.families import Kind
-from llava.original_layout import (
+from llava.model.checkpoint.hf_model import CONTAINERS, VideoLlavaWithTime, hub_to_container_key, video_frames
+from llava.model.checkpoint.identify import Kind
+from llava.model.checkpoint.original_layout import (
     CLIP_L_336,
     CLIP_L_336_NAME,
     LANGUAGEBIND,

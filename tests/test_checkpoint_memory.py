@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import llava.checkpoint
-import llava.files
-from llava.checkpoint import load_checkpoint
+import llava.model.checkpoint.files
+import llava.model.checkpoint.load
+from llava.model.checkpoint.load import load_checkpoint
 from tests.tiny_checkpoints import save_original_layout, save_transformers_layout
 from tests.tiny_checkpoints_families import save_next_original, save_qwen_transformers, save_video_original
 
@@ -53,7 +53,7 @@ def test_every_weight_is_read_once(tmp_path, monkeypatch, name):
         reads[str(path)] += 1
         return original(path, **options)
 
-    monkeypatch.setattr(llava.files, "safe_open", Counting)
+    monkeypatch.setattr(llava.model.checkpoint.files, "safe_open", Counting)
     monkeypatch.setattr(torch, "load", load)
     load_checkpoint(tmp_path, dtype=torch.bfloat16)
     assert reads
@@ -66,11 +66,11 @@ def test_weights_in_the_right_dtype_stay_where_they_are_mapped(tmp_path, monkeyp
     mapped = set()
 
     def read(directory):
-        weights = llava.files.read_weights(directory)
+        weights = llava.model.checkpoint.files.read_weights(directory)
         mapped.update(tensor.data_ptr() for tensor in weights.values())
         return weights
 
-    monkeypatch.setattr(llava.checkpoint, "read_weights", read)
+    monkeypatch.setattr(llava.model.checkpoint.load, "read_weights", read)
     model = load_checkpoint(tmp_path).model
     assert {weight.data_ptr() for weight in model.parameters()} <= mapped
 

@@ -8,10 +8,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-import llava.container
-import llava.quantization
-from llava.checkpoint import load_checkpoint
+import llava.model.checkpoint.hf_model
+import llava.model.checkpoint.quantization
 from llava.errors import UserError
+from llava.model.checkpoint.load import load_checkpoint
 from tests.checkpoint_files import edit
 from tests.tiny_checkpoints import save_original_layout, save_transformers_layout
 from tests.tiny_checkpoints_families import (
@@ -32,12 +32,12 @@ SAVERS = {
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(llava.quantization, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(llava.model.checkpoint.quantization, "find_spec", lambda name: SimpleNamespace(name=name))
 
 
 @pytest.fixture
 def missing(monkeypatch):
-    monkeypatch.setattr(llava.quantization, "find_spec", lambda name: None)
+    monkeypatch.setattr(llava.model.checkpoint.quantization, "find_spec", lambda name: None)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def given(monkeypatch) -> dict:
 
         monkeypatch.setattr(build, "from_pretrained", classmethod(from_pretrained))
 
-    for build in llava.container.CONTAINERS.values():
+    for build in llava.model.checkpoint.hf_model.CONTAINERS.values():
         watch(build)
     return seen
 
@@ -111,7 +111,7 @@ def test_files_that_are_quantised_reach_transformers(tmp_path, installed, monkey
         seen.update(kwargs)
         raise ImportError("stop here")
 
-    monkeypatch.setattr(llava.container.CONTAINERS["llava"], "from_pretrained", from_pretrained)
+    monkeypatch.setattr(llava.model.checkpoint.hf_model.CONTAINERS["llava"], "from_pretrained", from_pretrained)
     with pytest.raises(UserError, match=r"Cannot load .* quantised here: stop here"):
         load_checkpoint(tmp_path)
     assert seen["config"].quantization_config == STORED
@@ -146,7 +146,7 @@ def test_errors_of_a_plain_model_are_not_blamed_on_quantisation(tmp_path, monkey
     def from_pretrained(*_args, **_kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(llava.container.CONTAINERS["llava"], "from_pretrained", from_pretrained)
+    monkeypatch.setattr(llava.model.checkpoint.hf_model.CONTAINERS["llava"], "from_pretrained", from_pretrained)
     with pytest.raises(RuntimeError, match="out of memory"):
         load_checkpoint(tmp_path)
 
@@ -156,7 +156,7 @@ def test_the_video_tower_with_time_is_not_quantised_either():
     linears = [path for path, module in make_tiny_video().named_modules() if isinstance(module, nn.Linear)]
     temporal = [path for path in linears if "temporal_attn" in path]
     assert len(temporal) == 12
-    assert not any(should_convert_module(path, list(llava.quantization.KEPT)) for path in temporal)
+    assert not any(should_convert_module(path, list(llava.model.checkpoint.quantization.KEPT)) for path in temporal)
 
 
 def test_the_config_of_an_original_checkpoint_keeps_its_quantisation(tmp_path, installed):

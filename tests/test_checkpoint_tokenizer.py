@@ -17,8 +17,8 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerBase
 
 from llava.conversation import render
 from llava.errors import UserError
-from llava.preprocessors import read_tokenizer
-from llava.prompt import tokenize
+from llava.model.checkpoint.processors import read_tokenizer
+from llava.processing.prompt import tokenize
 from tests.tiny_checkpoints import make_tokenizer
 from tests.tiny_checkpoints_families import make_chatml_tokenizer
 

@@ -9,14 +9,15 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
-import llava.files
-from llava import registry
-from llava.clip_text import ClipText, load_clip_text, signed, text_similarity
+import llava.model.checkpoint.files
 from llava.errors import UserError
-from llava.model import Llava, load
-from llava.original_layout import CLIP_L_336_NAME
-from llava.reducer import EncoderState
-from llava.vision import encode
+from llava.model.builder import load
+from llava.model.checkpoint.original_layout import CLIP_L_336_NAME
+from llava.model.llava_arch import Llava
+from llava.model.multimodal_encoder.clip_encoder import encode
+from llava.model.multimodal_encoder.clip_text_encoder import ClipText, load_clip_text, signed, text_similarity
+from llava.reduction import registry
+from llava.reduction.reducer import EncoderState
 from tests.conftest import samples
 from tests.tiny_checkpoints import (
     make_tiny_clip,
@@ -43,7 +44,7 @@ def no_network(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise ConnectionError("no network in tests")
 
-    monkeypatch.setattr(llava.files, "snapshot_download", refuse)
+    monkeypatch.setattr(llava.model.checkpoint.files, "snapshot_download", refuse)
 
 
 def save_clip(directory, model, tokenizer=True, safetensors=True) -> CLIPModel:
@@ -217,14 +218,16 @@ def test_a_tower_alone_is_no_clip(tmp_path, model):
 
 def test_the_official_clip_is_named_without_fetching_it(tmp_path, model, monkeypatch):
     """Tower in the shards, text half on the hub: known to exist, fetched by the first method that asks."""
-    monkeypatch.setattr("llava.checkpoint.CLIP_L_336", model.config.vision_config.to_dict())
+    monkeypatch.setattr("llava.model.checkpoint.load.CLIP_L_336", model.config.vision_config.to_dict())
     save_original_layout(tmp_path / "llava", model, tower_in_shards=True, mm_vision_tower=CLIP_L_336_NAME)
     loaded = load(tmp_path / "llava", device="cpu")
     assert loaded.facts().has_text_tower and loaded.text_tower == CLIP_L_336_NAME
     with pytest.raises(UserError, match=r"CLIP text tower .*could not be fetched"):
         loaded.clip
     save_clip(tmp_path / "hub", model)
-    monkeypatch.setattr(llava.files, "snapshot_download", lambda name, allow_patterns: str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        llava.model.checkpoint.files, "snapshot_download", lambda name, allow_patterns: str(tmp_path / "hub")
+    )
     assert loaded.clip.length == LENGTH
 
 
@@ -252,7 +255,11 @@ def test_a_clip_of_another_tower_is_refused(tmp_path, tiny):
 
 def test_missing_weights_are_named(tmp_path, tiny, model):
     save_text_tower(tmp_path, model)
-    weights = {key: tensor for key, tensor in llava.files.read_weights(tmp_path).items() if "projection" not in key}
+    weights = {
+        key: tensor
+        for key, tensor in llava.model.checkpoint.files.read_weights(tmp_path).items()
+        if "projection" not in key
+    }
     torch.save(weights, tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"text_projection\.weight, visual_projection\.weight"):

@@ -9,13 +9,13 @@ import torch
 from consensusdrop.fusion import FUSIONS, fuse, rank01
 from consensusdrop.merging import ANCHORS, WEIGHTS, choose_anchors, merge_plan, others
 from consensusdrop.method import ConsensusDrop, pool_attention
-from llava import registry
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import PromptState
-from llava.reduction import keep_top
-from llava.signals import Signal
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.reduction import keep_top, registry
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import PromptState
+from llava.reduction.scores import Signal
 from tests.conftest import samples
 
 CHOICES = {"alpha": 0.3, "cross_top": 0, "temperature": 0.5, "rrf_k": 60.0, "gate_beta": 2.0}

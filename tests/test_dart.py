@@ -9,11 +9,12 @@ from torch import nn
 
 from baselines.dart import Dart, hash_order, highest, pick_different, shares
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import ModelFacts
-from llava.sequence import Sequence
-from llava.states import DecoderState
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.pipeline.sequence import Sequence
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts
+from llava.reduction.states import DecoderState
 from tests.conftest import samples
 
 LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from baselines.divprune import DivPrune, farthest_apart
-from llava.layout import Layout
-from llava.reducer import ModelFacts, PromptState
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts, PromptState
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 

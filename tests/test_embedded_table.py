@@ -2,10 +2,10 @@
 
 import pytest
 
-from eval.statistics import Comparison, Interval
+from eval.results.statistics import Comparison, Interval
 from eval.sweep import Setting
 from eval.tables import embedded
-from llava import registry
+from llava.reduction import registry
 
 
 def test_every_method_is_asked_at_every_budget_it_can_meet(tiny):

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from eval import __main__ as cli
-from eval import benchmarks, cost, provenance, score
+from eval import benchmarks, score
 from eval import run as run_module
 from eval.config import RunConfig, method_options
 from eval.prompts import LETTER, SHORT, VIZ, split_suffix
+from eval.results import cost, provenance
 from eval.run import run
 from llava.errors import UserError
 from tests.eval_fakes import FakeLlava, FakeReducer, fake_text, write_gqa

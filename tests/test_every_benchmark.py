@@ -11,7 +11,7 @@ from eval.config import ROOT
 from eval.dataset import Dataset
 from eval.jsonl import write_file
 from eval.pictures import Videos
-from eval.report import intervals
+from eval.results.report import intervals
 from eval.score import score_file
 from llava.errors import UserError
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from llava import registry
 from llava.errors import UserError
-from llava.model import Llava
-from llava.pipeline import Clock, Pipeline
+from llava.model.llava_arch import Llava
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.reduction import registry
 from tests.conftest import picture, samples
 
 BUDGETS = (1, 4, 7, 8, 12, 16)

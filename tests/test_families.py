@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from llava import mrope, registry
-from llava.model import load
-from llava.pipeline import Clock, Pipeline
-from llava.prompt import IMAGE_TOKEN_INDEX
-from llava.sample import Sample
-from llava.video import Video
+from llava.model.builder import load
+from llava.pipeline import positions as mrope
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.processing.prompt import IMAGE_TOKEN_INDEX
+from llava.processing.sample import Sample
+from llava.processing.video import Video
+from llava.reduction import registry
 from tests.conftest import QUESTIONS, picture
 from tests.tiny_checkpoints_families import (
     make_tiny_next,

@@ -3,9 +3,9 @@
 import torch
 
 from baselines.fastervlm import FasterVLM
-from llava.layout import Layout
-from llava.reducer import EncoderState, ModelFacts
-from llava.signals import Signal
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import EncoderState, ModelFacts
+from llava.reduction.scores import Signal
 
 LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from baselines.fastv import FastV
-from llava import registry
-from llava.audit import mean_visual_tokens
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import ModelFacts
+from llava.pipeline.accounting import Clock
+from llava.pipeline.audit import mean_visual_tokens
+from llava.pipeline.prefill import Pipeline
+from llava.reduction import registry
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 

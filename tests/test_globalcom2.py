@@ -7,18 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from baselines.globalcom2 import SCORE, GlobalCom2, adjustment, equal_parts, split, split_as_released
-from llava import registry
-from llava.arrangement import frames, single, stitched
-from llava.crops import planned
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.model import load
-from llava.parts import facts_of, overview
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import ModelFacts
-from llava.sample import Sample
-from llava.signals import Signal
-from llava.vision import encode
+from llava.model.builder import load
+from llava.model.multimodal_encoder.clip_encoder import encode
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.pipeline.views import facts_of, overview
+from llava.processing.sample import Sample
+from llava.reduction import registry
+from llava.reduction.crop_budget import planned
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts
+from llava.reduction.scores import Signal
+from llava.reduction.token_layout import frames, single, stitched
 from tests.conftest import QUESTIONS, picture
 from tests.drawn_pictures import arranged, counts_of, kept_of, parts_with, picture_with, state_of
 from tests.parity import model as recipe

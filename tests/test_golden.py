@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llava import registry
+from llava.reduction import registry
 from tests.golden import CASES, FILE, all_kept
 
 GOLDEN = json.loads(FILE.read_text()) if FILE.is_file() else {}

@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from baselines.hired import EARLY, LATE, HiRED, crop_budgets, crop_budgets_as_released, salient_patches
-from llava import registry
-from llava.arrangement import frames, stitched
-from llava.crops import planned
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.model import load
-from llava.parts import facts_of
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import EncoderState, ModelFacts
-from llava.sample import Sample
-from llava.signals import Signal
+from llava.model.builder import load
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.pipeline.views import facts_of
+from llava.processing.sample import Sample
+from llava.reduction import registry
+from llava.reduction.crop_budget import planned
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import EncoderState, ModelFacts
+from llava.reduction.scores import Signal
+from llava.reduction.token_layout import frames, stitched
 from tests.conftest import QUESTIONS, picture
 from tests.drawn_pictures import arranged, counts_of, kept_of
 from tests.parity.harness import FOLDER, recording

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from baselines.holov import HoloV, deal, deal_as_released, keep_dealt, reduction_as_released, token_scores
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.reducer import ModelFacts, PromptState
-from llava.signals import Signal
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts, PromptState
+from llava.reduction.scores import Signal
 
 LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)
 

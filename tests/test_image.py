@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from llava import image as module
 from llava.errors import UserError
-from llava.image import CLIP_MEAN, CLIP_STD, MAX_SIDE, ImageProcessor, as_rgb, open_image, pad_to_square
+from llava.processing import clip_image as module
+from llava.processing.clip_image import CLIP_MEAN, CLIP_STD, MAX_SIDE, ImageProcessor, as_rgb, open_image, pad_to_square
 
 CLIP_CONFIG = {
     "size": {"shortest_edge": 336},

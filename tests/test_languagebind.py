@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.errors import UserError
-from llava.flops import tower_flops
-from llava.languagebind import LanguageBindVideoTower
-from llava.signals import TOWER_SIGNALS, Signal
-from llava.vision import encode
+from llava.model.multimodal_encoder.clip_encoder import encode
+from llava.model.multimodal_encoder.languagebind import LanguageBindVideoTower
+from llava.reduction.flops import tower_flops
+from llava.reduction.scores import TOWER_SIGNALS, Signal
 
 FRAMES = 4
 RECORDED = Path(__file__).parent / "data" / "video_llava" / "tower.npz"

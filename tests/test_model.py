@@ -8,11 +8,12 @@ import torch
 from baselines.full import Full
 from llava import conversation
 from llava.errors import UserError
-from llava.pipeline import Clock, Pipeline
-from llava.prompt import IMAGE_TOKEN_INDEX
-from llava.reducer import DecoderState, Reducer
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.processing.prompt import IMAGE_TOKEN_INDEX
+from llava.processing.sample import Sample
 from llava.reduction import Reduction, keep_top
-from llava.sample import Sample
+from llava.reduction.reducer import DecoderState, Reducer
 from tests.conftest import picture, samples
 
 FULL = Full(budget=16)

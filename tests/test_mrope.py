@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-from llava import mrope
-from llava.rotary import angles
-from llava.signals import attention_rows, layer_keys
+from llava.pipeline import positions as mrope
+from llava.reduction.decoder_attention import attention_rows, layer_keys
+from llava.reduction.rotary import angles
 
 PROMPTS = [
     [7],
@@ -184,7 +184,8 @@ def test_angles_take_each_frequency_from_its_axis(model):
 
 
 def test_rows_of_the_decoders_attention_equal_its_own_maps(model):
-    """The signals of llava.signals run over Qwen's layers as they are, given these angles: same rotation, same rows."""
+    """The signals of llava.reduction.scores run over Qwen's layers as they are, given these angles: same rotation,
+    same rows."""
     llm, place = model.language_model, mrope.positions([PROMPTS[2]])
     hidden = torch.randn(1, place.shape[1], 32)
     with torch.inference_mode():

@@ -5,14 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from llava import registry
-from llava.crops import planned, require
 from llava.errors import UserError
-from llava.model import load
-from llava.parts import facts_of
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import options_of
-from llava.sample import Sample
+from llava.model.builder import load
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.pipeline.views import facts_of
+from llava.processing.sample import Sample
+from llava.reduction import registry
+from llava.reduction.crop_budget import planned, require
+from llava.reduction.reducer import options_of
 from tests.conftest import QUESTIONS, picture
 from tests.tiny_checkpoints import save_text_tower
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers

@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.overlay import DARK
-from eval.overlay_crops import GAP, draw_answer, draw_crops
-from llava.arrangement import frames, stitched
-from llava.audit import Audit
+from eval.figures.overlay import DARK
+from eval.figures.overlay_tiles import GAP, draw_answer, draw_crops
+from llava.pipeline.audit import Audit
+from llava.processing.sample import Answer, Sample
+from llava.processing.video import Video
 from llava.reduction import Reduction, Step
-from llava.sample import Answer, Sample
-from llava.video import Video
+from llava.reduction.token_layout import frames, stitched
 
 WHITE = Image.new("RGB", (64, 32), "white")
 

@@ -7,7 +7,7 @@ import pytest
 from eval.__main__ import main
 from eval.config import count_or_share, pairs
 from llava.errors import UserError
-from llava.runtime import parse
+from llava.model.builder import parse
 from tests.eval_fakes import write_gqa
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers, save_qwen_transformers
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from llava.conversation import MODES, render
 from llava.errors import UserError
-from llava.prompt import IMAGE_TOKEN_INDEX, build_prompt, tokenize
-from llava.sample import Sample
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, build_prompt, tokenize
+from llava.processing.sample import Sample
 from tests.tiny_checkpoints import make_tokenizer
 
 DATA = Path(__file__).parent / "data" / "llava_preproc"

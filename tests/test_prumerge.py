@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from baselines.prumerge import PruMerge, left_over, outliers, shares
 from baselines.prumerge_plus import PruMergePlus, fixed_grid, released_budgets, released_grid, spread
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import EncoderState, ModelFacts
-from llava.signals import Signal
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import EncoderState, ModelFacts
+from llava.reduction.scores import Signal
 from tests.conftest import samples
 
 LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)

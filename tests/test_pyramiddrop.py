@@ -7,9 +7,10 @@ import torch
 
 from baselines.pyramiddrop import PyramidDrop
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import ModelFacts
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 

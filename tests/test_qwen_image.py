@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from llava.errors import UserError
-from llava.image import CLIP_MEAN, CLIP_STD
-from llava.qwen_image import QwenImageProcessor
+from llava.processing.clip_image import CLIP_MEAN, CLIP_STD
+from llava.processing.qwen_image import QwenImageProcessor
 from tests.conftest import picture
 
 SIZES = [(60, 44), (1, 1), (3, 400), (300, 90), (84, 56), (500, 499)]  # width, height

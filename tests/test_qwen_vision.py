@@ -10,11 +10,12 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.vision_utils import get_vision_window_index
 
-from llava import flops, qwen_vision
 from llava.errors import UserError
-from llava.qwen_image import QwenImageProcessor
-from llava.qwen_vision import encode_qwen, project, signal_block
-from llava.signals import Signal
+from llava.model.multimodal_encoder import qwen_encoder as qwen_vision
+from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, project, signal_block
+from llava.processing.qwen_image import QwenImageProcessor
+from llava.reduction import flops
+from llava.reduction.scores import Signal
 from tests.conftest import picture
 
 # Rows and columns that windows divide and that they do not, one picture within a window, a film, two of one size.

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from llava.audit import mean_visual_tokens
+from llava.pipeline.audit import mean_visual_tokens
+from llava.pipeline.sequence import assemble
 from llava.reduction import Reduction, keep_top
-from llava.sequence import assemble
 
 
 def test_keep_top_finds_planted_tokens():

@@ -3,7 +3,7 @@
 import pytest
 
 from llava.errors import UserError
-from llava.schedule import entering_layers, largest_within, proportional, refuse_budget, scaled_layers
+from llava.reduction.layer_schedule import entering_layers, largest_within, proportional, refuse_budget, scaled_layers
 
 
 @pytest.mark.parametrize(

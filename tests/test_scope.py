@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from baselines.scope import Scope, cover_greedily
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.reducer import EncoderState
-from llava.signals import Signal
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import EncoderState
+from llava.reduction.scores import Signal
 
 
 def scope_by_the_book(features, weight, budget):

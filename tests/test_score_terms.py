@@ -8,7 +8,7 @@ import pytest
 
 from eval import compare
 from eval.metrics import Terms, ratio_terms
-from eval.statistics import bootstrap, compare_terms, interval_of
+from eval.results.statistics import bootstrap, compare_terms, interval_of
 from llava.errors import UserError
 from tests.eval_fakes import fake_text, write_gqa
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava import registry
 from llava.errors import UserError
-from llava.pipeline import Clock, Pipeline
-from llava.signals import Signal
-from llava.vision import encode
+from llava.model.multimodal_encoder.clip_encoder import encode
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.reduction import registry
+from llava.reduction.scores import Signal
 from tests.conftest import samples
 
 
@@ -125,7 +126,7 @@ def test_contextual_rows_equal_the_models_own_attention(eager, layer):
 
 def test_static_rows_without_rotation_ignore_positions(tiny):
     """The same visual tokens in another order get the same scores in that order: no preference for late tokens."""
-    from llava.signals import text_to_visual_attention
+    from llava.reduction.decoder_attention import text_to_visual_attention
 
     text, visual = torch.randn(1, 3, 64), torch.randn(1, 16, 64)
     turn = torch.randperm(16)

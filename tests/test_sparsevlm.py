@@ -11,12 +11,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from baselines._recycling import density_peaks, keep_and_recycle, recycled, text_raters
 from baselines.sparsevlm import TABLES, SparseVLM
-from llava import registry
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import ModelFacts
-from llava.reduction import keep_top
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.reduction import keep_top, registry
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 

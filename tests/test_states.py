@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from llava.decoder import step
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import Reducer
+from llava.pipeline.accounting import Clock
+from llava.pipeline.decoder import step
+from llava.pipeline.prefill import Pipeline
 from llava.reduction import Reduction
-from llava.states import text_spans
+from llava.reduction.reducer import Reducer
+from llava.reduction.states import text_spans
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 

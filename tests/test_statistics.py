@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from eval import statistics
+from eval.results import statistics
 from llava.errors import UserError
 
 

@@ -4,19 +4,19 @@ import argparse
 
 import pytest
 
-from eval.laps import Laps
-from eval.latency import Measured, ratios, run, table
-from eval.statistics import Interval
+from eval.efficiency.laps import Laps
+from eval.efficiency.latency import Measured, ratios, run, table
+from eval.efficiency.shapes import SHAPES, random_llava
+from eval.results.statistics import Interval
 from eval.sweep import Remembering, Setting, sweep
 from eval.tables.ablation import changed, defaults, is_default
 from eval.tables.consensusdrop import FACTORS
 from eval.tables.page import insert, latex, markdown
 from eval.tables.papers import PAPERS
 from eval.tables.plots import accuracy_plot
-from llava import registry
 from llava.errors import UserError
-from llava.original_layout import CLIP_L_336
-from llava.shapes import SHAPES, random_llava
+from llava.model.checkpoint.original_layout import CLIP_L_336
+from llava.reduction import registry
 from tests.conftest import picture, samples
 from tests.eval_fakes import write_gqa
 

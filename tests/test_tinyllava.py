@@ -63,8 +63,8 @@ def test_every_word_is_in_the_vocabulary_and_both_tokenizers_agree():
 
 def test_the_prompt_of_training_is_the_prompt_of_the_pipeline():
     """Training packs ids by hand; the evaluation renders vicuna_v1 and tokenises text. They must be the same ids."""
-    from llava.prompt import IMAGE_TOKEN_INDEX, build_prompt
-    from llava.sample import Sample
+    from llava.processing.prompt import IMAGE_TOKEN_INDEX, build_prompt
+    from llava.processing.sample import Sample
 
     sample = Sample("q", "What color is the small star?", vocabulary.SHORT_ANSWER, image=object())
     ids = list(build_prompt(sample, vocabulary.tokenizer(), "vicuna_v1").ids)

@@ -14,10 +14,10 @@ from transformers import LlavaForConditionalGeneration
 from eval.benchmarks import mmvet
 from eval.config import DEFAULT_MODEL, ROOT
 from eval.prompts import LETTER, LETTER_CN, SHORT, VIZ, split_suffix
-from llava import registry
-from llava.model import load
-from llava.prompt import IMAGE_TOKEN_INDEX, build_prompt
-from llava.sample import Sample
+from llava.model.builder import load
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, build_prompt
+from llava.processing.sample import Sample
+from llava.reduction import registry
 from tests.test_tinyllava import described, reader
 from tinyllava import instruct_vocabulary, vocabulary
 from tinyllava.chinese import SINGULAR, WORDS

@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel
 
 from eval import benchmarks
 from eval.config import ROOT
-from llava.anyres import best_resolution
+from llava.processing.anyres import best_resolution
 from tests.test_tinyllava import reader
 from tinyllava.benchmark_next import SPLITS, draw_large
 from tinyllava.coverage import patch_owners

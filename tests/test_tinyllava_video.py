@@ -12,7 +12,7 @@ from eval import benchmarks
 from eval.config import DEFAULT_MODEL, ROOT
 from eval.metrics import exact_match
 from llava.errors import UserError
-from llava.video import frame_indices, read_video
+from llava.processing.video import frame_indices, read_video
 from tinyllava import video_vocabulary, vocabulary
 from tinyllava.benchmark_video import SPLITS, video_questions
 from tinyllava.large_scenes import SEEDS as LARGE_SEEDS
@@ -326,7 +326,7 @@ def test_transformers_gives_the_logits_of_training():
     """Its class on a shipped video, whole prompt and frames, against our run and packed forward."""
     from transformers import VideoLlavaForConditionalGeneration
 
-    from llava.video import VideoProcessor
+    from llava.processing.video import VideoProcessor
     from tinyllava.longer import forward
     from tinyllava.packed import Asked, pack
     from tinyllava.report_video import look

@@ -5,9 +5,10 @@ import torch
 
 from baselines.tome import ToMe, merge_most_similar, removals, smallest_budget
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import ModelFacts
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts
 from tests.conftest import samples
 from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import tracking
 from eval.config import RunConfig
-from eval.overlay import compose, draw_overlay, group_colour
+from eval.figures.overlay import compose, draw_overlay, group_colour
+from eval.results import tracking
 from eval.run import run
 from llava.reduction import Reduction, Step
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa

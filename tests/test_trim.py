@@ -5,9 +5,10 @@ import torch
 
 from baselines.trim import TRIM, keep_and_average, outliers
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import EncoderState, ModelFacts
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import EncoderState, ModelFacts
 from tests.conftest import samples
 
 LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24, has_text_tower=True)

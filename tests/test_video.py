@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from llava.errors import UserError
-from llava.image import CLIP_MEAN, CLIP_STD, ImageProcessor
-from llava.video import LanguageBindImageProcessor, Video, VideoProcessor, frame_indices, read_video
+from llava.processing.clip_image import CLIP_MEAN, CLIP_STD, ImageProcessor
+from llava.processing.video import LanguageBindImageProcessor, Video, VideoProcessor, frame_indices, read_video
 
 WIDTH, HEIGHT = 64, 48
 RECORDED = Path(__file__).parent / "data" / "video_llava" / "pixels.npz"

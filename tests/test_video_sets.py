@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from eval.metrics import activitynet, video_judge
-from eval.statistics import interval_of
+from eval.results.statistics import interval_of
 from llava.errors import UserError
 from tests.judged_files import judged, load, write_json
 

@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava import decoder, registry
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import ModelFacts
-from llava.signals import Signal
-from llava.states import EncoderState
+from llava.pipeline import decoder
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.reduction import registry
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts
+from llava.reduction.scores import Signal
+from llava.reduction.states import EncoderState
 from tests.conftest import picture, samples
 from visiondrop.method import VisionDrop
 from visiondrop.schedule import geometric, geometric_means, plan, segment_widths, split

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import visiondrop.scoring
-from llava.pipeline import Clock, Pipeline
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
 from tests.conftest import samples
 from visiondrop.method import VisionDrop
 from visiondrop.scoring import Look, look, merge_metric, received_attention, viewers, visual_scores

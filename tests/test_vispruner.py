@@ -6,10 +6,10 @@ import torch
 
 from baselines.vispruner import VisPruner, distinct
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.reducer import EncoderState, ModelFacts
-from llava.signals import Signal
-from llava.vision import encode
+from llava.model.multimodal_encoder.clip_encoder import encode
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import EncoderState, ModelFacts
+from llava.reduction.scores import Signal
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 

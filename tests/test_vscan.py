@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from baselines.vscan import DEEP, SHALLOW, VScan, keep_top_of_windows, merge_into_kept, windows
-from llava import registry
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.pipeline import Clock, Pipeline
-from llava.reducer import ModelFacts, PromptState
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.reduction import registry
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts, PromptState
 from tests.conftest import samples
 
 LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24)

@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 
-from llava import load, reduce, registry
-from llava.anyres import best_resolution
-from llava.audit import Audit
+from llava import load, reduce
 from llava.errors import UserError
-from llava.sample import Sample
+from llava.pipeline.audit import Audit
+from llava.processing.anyres import best_resolution
+from llava.processing.sample import Sample
+from llava.reduction import registry
 from tests.conftest import QUESTIONS, picture
 from tests.stock_inputs import FAMILIES, TEXTS, stock, with_pad
 from tests.tiny_checkpoints import make_tokenizer, save_text_tower, save_transformers_layout

@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from llava import reduce
 from llava.errors import UserError
-from llava.reduced_cache import ReducedCache
+from llava.hf.cache import ReducedCache
 from tests.conftest import picture
 from tests.stock_inputs import FAMILIES, TEXTS, stock
 
@@ -121,7 +121,7 @@ def test_a_forward_that_was_replaced_before_comes_back(llava):
     llava.model.forward = counted
     try:
         with reduce(llava.model, "visiondrop", budget=6):
-            llava.generate(inputs)
+            llava.pipeline.generate(inputs)
         assert llava.model.forward is counted and not calls
     finally:
         del llava.model.forward
@@ -143,10 +143,10 @@ def test_streamers_and_logits_processors(llava):
             return scores
 
     with reduce(llava.model, "visiondrop", budget=6):
-        ids = llava.generate(inputs, streamer=Streamer())[0].tolist()
+        ids = llava.pipeline.generate(inputs, streamer=Streamer())[0].tolist()
         assert heard[inputs["input_ids"].shape[1] :] == [*ids, "end"]
         banned = ids[2]
-        others = llava.generate(inputs, logits_processor=LogitsProcessorList([Never()]))[0].tolist()
+        others = llava.pipeline.generate(inputs, logits_processor=LogitsProcessorList([Never()]))[0].tolist()
     assert banned not in others and others[:2] == ids[:2]
 
 
@@ -159,7 +159,11 @@ def test_logits_may_be_changed_in_place_and_outputs_may_be_tuples(llava):
         logits, cache = llava.model(**inputs, return_dict=False)
         again = llava.model(inputs.pop("input_ids"), **inputs)  # by place
         assert torch.equal(logits, kept) and torch.equal(again.logits, kept)
-        assert isinstance(cache, ReducedCache) and kept.shape == (4, 1, llava.model.config.text_config.vocab_size)
+        assert isinstance(cache, ReducedCache) and kept.shape == (
+            4,
+            1,
+            llava.model.config.text_config.vocab_size,
+        )
 
 
 # The cache
@@ -220,6 +224,6 @@ def test_beams_and_one_picture_for_two_prompts(llava):
     seen, inputs = [], llava.prepare(TEXTS[1:2] * 2, [picture(0), picture(0)])
     handle = llava.model.model.vision_tower.embeddings.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     with reduce(llava.model, "visiondrop", budget=6):
-        rows = llava.generate(inputs, num_beams=4)
+        rows = llava.pipeline.generate(inputs, num_beams=4)
     handle.remove()
     assert seen == [2] and torch.equal(rows[0], rows[1])

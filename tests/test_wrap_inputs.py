@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from llava import reduce
-from llava.arrangement import single
 from llava.errors import UserError
-from llava.prompt import IMAGE_TOKEN_INDEX
-from llava.stock import Ready
-from llava.stock_prompt import question_span, samples
+from llava.hf.inputs import question_span, samples
+from llava.hf.models import Ready
+from llava.processing.prompt import IMAGE_TOKEN_INDEX
+from llava.reduction.token_layout import single
 from tests.stock_inputs import TEXTS, stock
 from tests.tiny_checkpoints import make_tokenizer
 
@@ -225,13 +225,13 @@ def test_caches_that_cannot_hold_a_reduced_prompt(llava):
             with pytest.raises(UserError, match=f"got a {type(cache).__name__}"):
                 llava.model(**inputs, past_key_values=cache)
         with pytest.raises(UserError, match="got a StaticCache"):
-            llava.generate(inputs, cache_implementation="static")
+            llava.pipeline.generate(inputs, cache_implementation="static")
         held = llava.model(**inputs).past_key_values
         for more in ({"input_ids": torch.tensor([[5, 6]])}, {**inputs}):
             with pytest.raises(UserError, match="one by one"):
                 llava.model(**more, past_key_values=held)
         with pytest.raises(UserError, match="prompt lookup"):
-            llava.generate(inputs, prompt_lookup_num_tokens=3)
+            llava.pipeline.generate(inputs, prompt_lookup_num_tokens=3)
 
 
 def test_inputs_that_a_family_needs(qwen):

@@ -22,7 +22,7 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
-from llava.languagebind import LanguageBindVideoTower
+from llava.model.multimodal_encoder.languagebind import LanguageBindVideoTower
 from tests.tiny_checkpoints import (
     TEXT,
     make_tokenizer,

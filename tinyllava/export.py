@@ -22,7 +22,10 @@ def load_trained(folder: Path):
     clip = vision.load_clip(folder)
     llava = build_llava(clip.config.vision_config)
     saved = torch.load(folder / "language.pt", weights_only=True)
-    parts = {"language_model": llava.model.language_model, "projector": llava.model.multi_modal_projector}
+    parts = {
+        "language_model": llava.model.language_model,
+        "projector": llava.model.multi_modal_projector,
+    }
     for prefix, part in parts.items():
         weights = {n.removeprefix(f"{prefix}."): w for n, w in saved.items() if n.startswith(f"{prefix}.")}
         part.load_state_dict(weights, strict=True)

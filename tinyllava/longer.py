@@ -55,7 +55,10 @@ class Trainee(nn.Module):
 
     def __init__(self, llava: nn.Module, newline: bool, probe: int):
         super().__init__()
-        self.language_model, self.projector = llava.model.language_model, llava.model.multi_modal_projector
+        self.language_model, self.projector = (
+            llava.model.language_model,
+            llava.model.multi_modal_projector,
+        )
         width = self.language_model.embed_tokens.weight.shape[1]
         # Nearly nothing at first: the embedded model reads tiles well before it has learned what a newline is.
         self.newline = nn.Parameter(0.02 * torch.randn(width)) if newline else None

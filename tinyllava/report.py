@@ -13,7 +13,7 @@ from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.jsonl import read_json
 from eval.sweep import Remembering, Setting, sweep
 from eval.tables.page import insert, markdown
-from llava.model import load
+from llava.model.builder import load
 from tinyllava.corpus import Corpus
 from tinyllava.text_only import TextOnly, training_questions
 

@@ -19,7 +19,7 @@ from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.jsonl import read_json
 from eval.sweep import Remembering, Setting, sweep
 from eval.tables.page import insert, markdown
-from llava.model import load
+from llava.model.builder import load
 from tinyllava.corpus import Corpus
 from tinyllava.formats import FORMATS, WITHOUT_IMAGE
 from tinyllava.instruct_batches import Lines, ask_lines, forward, right_answers
@@ -54,7 +54,10 @@ class Parts:
     """The trained halves of a loaded checkpoint, named as in training."""
 
     def __init__(self, llava: torch.nn.Module):
-        self.language_model, self.projector = llava.model.language_model, llava.model.multi_modal_projector
+        self.language_model, self.projector = (
+            llava.model.language_model,
+            llava.model.multi_modal_projector,
+        )
 
 
 @torch.inference_mode()

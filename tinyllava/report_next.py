@@ -23,7 +23,7 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from eval.config import DEFAULT_MODEL, ROOT
 from eval.jsonl import read_json
 from eval.tables.page import insert, markdown
-from llava.image import ImageProcessor, pad_to_square
+from llava.processing.clip_image import ImageProcessor, pad_to_square
 from tinyllava.benchmark_next import draw_large
 from tinyllava.language import QUESTION_LENGTH, prefix_ids
 from tinyllava.longer import Visuals, forward

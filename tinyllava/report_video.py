@@ -19,7 +19,7 @@ from transformers import VideoLlavaForConditionalGeneration
 from eval.config import ROOT
 from eval.jsonl import read_json
 from eval.tables.page import insert, markdown
-from llava.video import read_video
+from llava.processing.video import read_video
 from tinyllava.longer import Visuals, forward
 from tinyllava.packed import Asked, pack
 from tinyllava.report_next import HARD, run, training_table

@@ -3,8 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from llava.anyres import best_resolution, cut, fitted, on_canvas, unpadded
-from llava.arrangement import Arrangement, stitched
+from llava.processing.anyres import best_resolution, cut, fitted, on_canvas, unpadded
+from llava.reduction.token_layout import Arrangement, stitched
 from tinyllava.scenes import GRID, SIDE
 
 # (width, height), in the order of the official list.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.tracking import Tracker, start
+from eval.results.tracking import Tracker, start
 
 
 def start_tracking(stage: str, folder: Path, settings: Mapping[str, Any]) -> Tracker:

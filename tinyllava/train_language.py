@@ -37,7 +37,10 @@ class Trainee(nn.Module):
 
     def __init__(self, llava):
         super().__init__()
-        self.language_model, self.projector = llava.model.language_model, llava.model.multi_modal_projector
+        self.language_model, self.projector = (
+            llava.model.language_model,
+            llava.model.multi_modal_projector,
+        )
 
 
 def main() -> None:

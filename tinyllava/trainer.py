@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.tracking import Tracker
+from eval.results.tracking import Tracker
 from tinyllava import ranks
 from tinyllava.optimizer import MasterOptimizer, schedule
 

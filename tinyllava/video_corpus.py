@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llava.video import frame_indices, read_video
+from llava.processing.video import frame_indices, read_video
 from tinyllava.corpus import memory_map
 from tinyllava.coverage import patch_owners
 from tinyllava.scenes import PATCH

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava.video import FRAMES, frame_indices
+from llava.processing.video import FRAMES, frame_indices
 from tinyllava.paint import background, shaded, shape_mask
 from tinyllava.vocabulary import COLORS, SHAPES
 

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from consensusdrop.merging import merge_flops, merge_plan
-from llava.card import Card
-from llava.crops import over_crops, planned
 from llava.errors import UserError
-from llava.reducer import ModelFacts, Reducer, option
 from llava.reduction import Reduction, keep_top
-from llava.registry import register
-from llava.schedule import entering_layers, refuse_budget, scaled_layers
-from llava.signals import Signal
-from llava.states import DecoderState, EncoderState, State
+from llava.reduction.crop_budget import over_crops, planned
+from llava.reduction.layer_schedule import entering_layers, refuse_budget, scaled_layers
+from llava.reduction.metadata import Card
+from llava.reduction.reducer import ModelFacts, Reducer, option
+from llava.reduction.registry import register
+from llava.reduction.scores import Signal
+from llava.reduction.states import DecoderState, EncoderState, State
 from visiondrop.schedule import PUBLISHED_RATIO, PUBLISHED_START, plan, segment_widths
 from visiondrop.scoring import ATTENTIONS, AVERAGES, METRICS, look, merge_metric, visual_scores
 

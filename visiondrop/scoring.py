@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llava.flops import linear_flops
 from llava.reduction import gather_tokens
-from llava.rotary import angles
-from llava.signals import attention_rows, layer_keys
-from llava.states import DecoderState, row_index
+from llava.reduction.decoder_attention import attention_rows, layer_keys
+from llava.reduction.flops import linear_flops
+from llava.reduction.rotary import angles
+from llava.reduction.states import DecoderState, row_index
 
 ATTENTIONS = ("causal", "visual", "bidirectional")
 AVERAGES = ("all", "viewers")

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.config import DEFAULT_DATA, ROOT
-from eval.statistics import Interval, bootstrap, paired_bootstrap
+from eval.results.statistics import Interval, bootstrap, paired_bootstrap
 from eval.sweep import Credits, Setting, describe, sweep
 from eval.tables.page import insert, markdown
-from llava import registry
-from llava.crops import require
 from llava.errors import UserError
+from llava.reduction import registry
+from llava.reduction.crop_budget import require
 
 TABLES = ROOT / "docs" / "tables"
 Factors = Sequence[tuple[str, Sequence[dict[str, str]]]]

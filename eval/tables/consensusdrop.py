@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.statistics import paired_bootstrap
+from eval.results.statistics import paired_bootstrap
 from eval.sweep import Credits, Remembering, Setting, describe, sweep
 from eval.tables.ablation import TABLES, Ablation, ablate, changed, defaults, image_of, interval, write_csv
 from eval.tables.page import insert, markdown
 from llava.errors import UserError
-from llava.model import load
+from llava.model.builder import load
 
 PAGE = ROOT / "docs" / "consensusdrop.md"
 IMAGES = ROOT / "docs" / "images"

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.latency import QUESTION, measure, noise
-from eval.statistics import Comparison, Interval, all_pairs
+from eval.efficiency.latency import QUESTION, measure, noise
+from eval.results.statistics import Comparison, Interval, all_pairs
 from eval.sweep import Credits, Remembering, Setting, credits_of, name_of, sweep
 from eval.tables.ablation import TABLES, fits, image_of, interval, write_csv
 from eval.tables.page import insert, latex, markdown
-from llava import registry
 from llava.errors import UserError
-from llava.model import load
-from llava.sample import Sample
+from llava.model.builder import load
+from llava.processing.sample import Sample
+from llava.reduction import registry
 
 PAGE = ROOT / "docs" / "embedded.md"
 IMAGES = ROOT / "docs" / "images"

@@ -18,14 +18,14 @@ from pathlib import Path
 from eval import benchmarks
 from eval.command import ends_in_a_sentence
 from eval.config import ROOT
-from eval.statistics import Interval, bootstrap, paired_bootstrap
+from eval.results.statistics import Interval, bootstrap, paired_bootstrap
 from eval.sweep import Credits, Remembering, Setting, credits_of, name_of, sweep
 from eval.tables.ablation import TABLES, write_csv
 from eval.tables.embedded import BY_KEPT, MARK, setting_of
 from eval.tables.page import insert, markdown
-from llava import registry
 from llava.errors import UserError, unknown
-from llava.model import load
+from llava.model.builder import load
+from llava.reduction import registry
 
 PAGE = ROOT / "docs" / "models.md"
 

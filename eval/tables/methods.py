@@ -10,10 +10,11 @@ from pathlib import Path
 
 from eval.config import ROOT
 from eval.tables.page import insert
-from llava import crops, registry
 from llava.errors import UserError
-from llava.layout import Layout
-from llava.reducer import ModelFacts, Reducer, options_of
+from llava.reduction import crop_budget as crops
+from llava.reduction import registry
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts, Reducer, options_of
 
 PAGE = ROOT / "docs" / "methods.md"
 MODELS = ROOT / "docs" / "models.md"

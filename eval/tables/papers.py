@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.statistics import paired_bootstrap
+from eval.results.statistics import paired_bootstrap
 from eval.sweep import Remembering, Setting, sweep
 from eval.tables.ablation import TABLES, Ablation, Factors, ablate, fits, image_of, interval, write_csv
 from eval.tables.page import insert, markdown
 from llava.errors import UserError
-from llava.model import load
+from llava.model.builder import load
 
 BUDGETS = (64, 32)
 ABLATION_BUDGETS = (64,)

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava import decoder, registry
-from llava.clip_text import ClipText
-from llava.model import Llava
-from llava.original_layout import to_transformers_key, tower_to_transformers_key
-from llava.pipeline import Clock, Pipeline
-from llava.prompt import IMAGE_TOKEN_INDEX, Prompt
-from llava.reduction import Step
-from llava.sample import Sample
+from llava.model.checkpoint.original_layout import to_transformers_key, tower_to_transformers_key
+from llava.model.llava_arch import Llava
+from llava.model.multimodal_encoder.clip_text_encoder import ClipText
+from llava.pipeline import decoder
+from llava.pipeline.accounting import Clock
+from llava.pipeline.prefill import Pipeline
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt
+from llava.processing.sample import Sample
+from llava.reduction import Step, registry
 from tests.parity import model as recipe
 
 FOLDER = Path(__file__).parent.parent / "data" / "parity"

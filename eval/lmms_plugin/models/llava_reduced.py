@@ -12,16 +12,16 @@ from typing import Any, NoReturn
 from PIL import Image
 from tqdm import tqdm
 
-from eval.cost import audit_record, check_budget_kept, summarise_audit
 from eval.lmms_plugin.arguments import configuration
 from eval.prompts import split_suffix
+from eval.results.cost import audit_record, check_budget_kept, summarise_audit
 from eval.run import ROUNDING, load_model, seed_everything
 from eval.settings import build_reducer
-from llava.crops import require
 from llava.errors import UserError
-from llava.image import as_rgb
-from llava.sample import Sample
-from llava.video import read_video
+from llava.processing.clip_image import as_rgb
+from llava.processing.sample import Sample
+from llava.processing.video import read_video
+from llava.reduction.crop_budget import require
 
 try:
     from lmms_eval.api.model import lmms

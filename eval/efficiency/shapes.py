@@ -1,0 +1,160 @@
+"""Models of real size with random weights, for timing. Their answers mean nothing."""
+
+import copy
+from functools import cached_property
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+from transformers.initialization import no_init_weights
+
+from llava.model.builder import DTYPES
+from llava.model.checkpoint.load import Checkpoint
+from llava.model.checkpoint.original_layout import CLIP_L_336
+from llava.model.llava_arch import Llava
+from llava.model.llava_next import LlavaNext
+from llava.model.multimodal_encoder.clip_text_encoder import ClipText
+from llava.processing.clip_image import ImageProcessor
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, words: int = 32064) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "vocab_size": words,
+    }
+
+
+VICUNA_7B = _llama(4096, 11008, 32, 32, 32)
+VICUNA_13B = _llama(5120, 13824, 40, 40, 40)
+MISTRAL_7B = _llama(4096, 14336, 32, 32, 8)
+YI_34B = _llama(7168, 20480, 60, 56, 8, 64064)
+
+# Sizes from the official config.json files. Mistral's decoder is Llama's with fewer key heads.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llava-1.5-7b": {"family": "llava", "text": VICUNA_7B},
+    "llava-1.5-13b": {"family": "llava", "text": VICUNA_13B},
+    "llava-next-7b": {"family": "llava_next", "text": VICUNA_7B},
+    "llava-next-mistral-7b": {"family": "llava_next", "text": MISTRAL_7B},
+    "llava-next-13b": {"family": "llava_next", "text": VICUNA_13B},
+    "llava-next-34b": {"family": "llava_next", "text": YI_34B},
+}
+
+
+CLIP_L_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "projection_dim": 768,
+    "vocab_size": 49408,
+    "eos_token_id": 49407,
+}
+
+
+def random_llava(
+    shape: str, distinct: int | None = None, dtype: str = "bfloat16", layers: int | None = None, **conventions: Any
+) -> Llava:
+    """A LLaVA of a known shape with random weights, on the CPU.
+
+    Args:
+        distinct: decoder layers with weights of their own; the others take turns in sharing them, so that a model of
+            full depth fits into a small memory and still does all its work. None gives every layer its own.
+        layers: decoder layers; None for the full depth.
+        conventions: of llava.model.llava_next.LlavaNext.
+    """
+    sizes = SHAPES[shape]
+    layers = layers or sizes["text"]["num_hidden_layers"]
+    of_next = sizes["family"] == "llava_next"
+    config = (LlavaNextConfig if of_next else LlavaConfig)(
+        text_config={**sizes["text"], "num_hidden_layers": min(distinct or layers, layers)},
+        vision_config=sizes.get("vision", CLIP_L_336),
+        image_token_index=32000,
+    )
+    config._attn_implementation = "sdpa"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPES[dtype])
+    try:
+        with no_init_weights():
+            model = (LlavaNextForConditionalGeneration if of_next else LlavaForConditionalGeneration)(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    # One block of noise, tiled: filling a billion weights one by one takes a minute.
+    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(DTYPES[dtype])
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 and name.endswith("weight"):
+                weight.fill_(1.0)
+                continue
+            flat = weight.view(-1)
+            for start in range(0, flat.numel(), block.numel()):
+                part = flat[start : start + block.numel()]
+                part.copy_(block[: part.numel()])
+    share_layers(model.model.language_model, layers)
+    checkpoint = Checkpoint(
+        model=model,
+        tokenizer=_letters(),
+        image_processor=ImageProcessor(config.vision_config.image_size, config.vision_config.image_size),
+        conversation="vicuna_v1",
+        name=f"random {shape}",
+        layout="transformers",
+        vision_tower_source="random weights",
+        text_tower="random weights",
+        notes=(),
+        vocabulary=32000,
+        family=sizes["family"],
+    )
+    return (RandomNext if of_next else RandomLlava)(checkpoint, torch.device("cpu"), **conventions)
+
+
+class RandomClip:
+    """Its CLIP text tower has the shape of CLIP-L's and random weights."""
+
+    @cached_property
+    def clip(self) -> ClipText:
+        words = lambda text: [1 + place for place, _ in enumerate(text.split())]  # noqa: E731
+        config = CLIPTextConfig(**CLIP_L_TEXT)
+        last = config.vocab_size - 1
+        tower = ClipText(config, self.tower.config.hidden_size, self.tower.post_layernorm, words, last - 1, last)
+        return tower.to(self.device).eval().requires_grad_(False)
+
+
+class RandomLlava(RandomClip, Llava):
+    pass
+
+
+class RandomNext(RandomClip, LlavaNext):
+    pass
+
+
+def share_layers(llm: nn.Module, layers: int) -> None:
+    """Lengthen a decoder by layers that share the weights of those it has, each with an index of its own."""
+    own = len(llm.layers)
+    for index in range(own, layers):
+        source = llm.layers[index % own]
+        # Parameters are put into the memo, so that everything is copied but them.
+        shared = copy.deepcopy(source, {id(weight): weight for weight in source.parameters()})
+        shared.self_attn.layer_idx = index
+        llm.layers.append(shared)
+    llm.config.num_hidden_layers = layers
+
+
+def _letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of single words that knows none: every word is one token, about what a real prompt needs."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

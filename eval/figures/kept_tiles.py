@@ -1,0 +1,97 @@
+"""The pictures of kept tokens in docs/models.md: one question about a tiled picture and one about a video.
+
+python -m eval.figures.kept_tiles
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from eval import benchmarks
+from eval.config import ROOT
+from eval.figures.overlay_tiles import draw_answer
+from llava.model.builder import load
+from llava.reduction import registry
+
+IMAGES = ROOT / "docs" / "images"
+GAP, LINE = 12, 24
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One sheet: what several methods keep of one picture.
+
+    Attributes:
+        methods: name -> options, at `budget`; "full" comes first by itself.
+    """
+
+    file: str
+    model: Path
+    data: Path
+    benchmark: str
+    split: str
+    budget: int
+    methods: dict[str, dict[str, str]]
+
+
+FIGURES = (
+    Figure(
+        "kept_tiles.png",
+        ROOT / "assets/tinyllava_next",
+        ROOT / "assets/eval_next",
+        "gqa",
+        "testdev",
+        320,
+        {"consensusdrop": {}, "globalcom2": {}, "divprune": {}},
+    ),
+    Figure(
+        "kept_frames.png",
+        ROOT / "assets/tinyllava_video",
+        ROOT / "assets/eval_video",
+        "video_qa",
+        "test",
+        136,
+        {"consensusdrop": {}, "attnmix": {}, "fastervlm": {}},
+    ),
+)
+
+
+def sheet(figure: Figure) -> Image.Image:
+    """Methods below each other, each with what it keeps of the set's first question and what the model then answers."""
+    data = benchmarks.get(figure.benchmark).load(figure.data, figure.split)
+    question = data.questions[0]
+    model, sample = load(figure.model), data.sample(question)
+    rows = []
+    for name, options in {"full": {}, **figure.methods}.items():
+        budget = model.visual_tokens if name == "full" else figure.budget
+        answer = model.answer([sample], registry.build(name, budget, options), max_new_tokens=8).answers[0]
+        (drawn,) = draw_answer(sample, answer)
+        right = data.judge(question, answer.text) == 1
+        rows.append((f"{name}, {answer.audit.mean:.0f} tokens: ", answer.text, right, drawn))
+    width = max(drawn.width for *_, drawn in rows) + 2 * GAP
+    height = LINE + GAP + sum(drawn.height + LINE + GAP for *_, drawn in rows)
+    page = Image.new("RGB", (width, height), "white")
+    pen, font, bold = ImageDraw.Draw(page), ImageFont.load_default(14), ImageFont.load_default(15)
+    pen.text((GAP, 4), f"{question.question}  (answer: {question.answer})", fill="black", font=font)
+    top = LINE + GAP
+    for caption, text, right, drawn in rows:
+        pen.text((GAP, top), caption, fill="black", font=bold)
+        place = GAP + pen.textlength(caption, font=bold)
+        pen.text((place, top), text, fill="#1a7f37" if right else "#b42318", font=bold)
+        page.paste(drawn, (GAP, top + LINE))
+        top += drawn.height + LINE + GAP
+    return page
+
+
+def main() -> int:
+    for figure in FIGURES:
+        # 256 colours are plenty here and keep the file small.
+        sheet(figure).quantize(256).save(IMAGES / figure.file, optimize=True)
+        print(f"Wrote {(IMAGES / figure.file).relative_to(ROOT)}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Overlays of pictures that the tower saw in several crops: the small copy beside the stitched tiles, or all frames."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from eval.figures.overlay import DARK, Fate, compose, draw_overlay, paints
+from llava.processing.sample import Answer, Sample
+from llava.processing.video import Video
+from llava.reduction import Step
+from llava.reduction.token_layout import Arrangement
+
+GAP = 4  # pixels between panels
+NONE = -1  # no visual token shows this pixel
+
+
+def draw_answer(sample: Sample, answer: Answer) -> list[Image.Image]:
+    """One overlay for every image of a sample."""
+    drawn = []
+    for number, picture in enumerate(sample.images):
+        mark = "" if number == 0 else f" #{number + 1}"
+        trace = [step for step in answer.trace if mark == step.place[step.place.find(" #") :] * (" #" in step.place)]
+        first = picture.frames[0] if isinstance(picture, Video) else picture
+        upscale = 2 if max(first.size) < 400 else 1
+        run = answer.runs[number] if answer.runs else None
+        if run is not None and (len(run.crops) > 1 or len(run.newlines) or run.grid[0] != run.grid[1]):
+            drawn.append(draw_crops(picture, trace, run, upscale))
+        else:
+            drawn.append(draw_overlay(picture, trace, upscale=upscale))
+    return drawn
+
+
+def draw_crops(
+    picture: Image.Image | Video, trace: Sequence[Step], arrangement: Arrangement, upscale: int = 1
+) -> Image.Image:
+    """Draw the fate of every patch, one panel per view of the picture.
+
+    Args:
+        trace: the steps of this picture, in order.
+        arrangement: the run that the model takes without reduction.
+
+    Returns:
+        RGB. Of a tiled picture: the whole picture as the small copy shows it, and as the tiles show it; where no tile
+        patch survives unpadding the picture is dark. Of a video: its frames in two rows.
+    """
+    run = arrangement
+    if trace and trace[0].reduction.inputs != run.tokens:
+        run = run.with_cls()
+    fate = compose(trace, run.tokens)
+    if isinstance(picture, Video):
+        panels = [_panel(frame, _grid_of(run, number), fate, upscale) for number, frame in enumerate(picture.frames)]
+        half = -(-len(panels) // 2)
+        return _stacked([_beside(panels[:half]), _beside(panels[half:])])
+    panels = [_panel(picture, _grid_of(run, 0), fate, upscale)]
+    if run.tiles is not None:
+        panels.append(_panel(picture, _stitched_grid(run), fate, upscale))
+    return _beside(panels)
+
+
+def _grid_of(run: Arrangement, number: int) -> NDArray[np.int64]:
+    """[rows, columns] place in the run of every patch of a crop."""
+    table = np.full(run.grid[0] * run.grid[1], NONE)
+    crop = run.crops[number]
+    table[crop.patches.numpy()] = crop.places.numpy()
+    return table.reshape(run.grid)
+
+
+def _stitched_grid(run: Arrangement) -> NDArray[np.int64]:
+    """The same of all tiles together, without the rows and columns that unpadding took off."""
+    down, across = run.tiles
+    rows = [np.concatenate([_grid_of(run, 1 + row * across + i) for i in range(across)], 1) for row in range(down)]
+    table = np.concatenate(rows)
+    used = table != NONE
+    return table[used.any(1)][:, used.any(0)] if used.any() else table
+
+
+def _panel(image: Image.Image, grid: NDArray[np.int64], fate: Fate, upscale: int) -> Image.Image:
+    """The picture with every cell of the grid stretched over it and painted by the fate of its token."""
+    image = image.convert("RGB")
+    image = image.resize((image.width * upscale, image.height * upscale), Image.Resampling.NEAREST)
+    row = np.arange(image.height) * grid.shape[0] // image.height
+    column = np.arange(image.width) * grid.shape[1] // image.width
+    token = grid[row[:, None], column[None]]
+    shade, colour, tint = paints(fate)
+    known = token != NONE
+    shade, tint = np.where(known, shade[token], DARK)[..., None], np.where(known, tint[token], 0)[..., None]
+    pixels = np.asarray(image, dtype=np.float32) * shade
+    return Image.fromarray((pixels * (1 - tint) + colour[token] * tint).round().astype(np.uint8))
+
+
+def _beside(panels: Sequence[Image.Image]) -> Image.Image:
+    width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
+    sheet, left = Image.new("RGB", (width, max(panel.height for panel in panels)), "white"), 0
+    for panel in panels:
+        sheet.paste(panel, (left, 0))
+        left += panel.width + GAP
+    return sheet
+
+
+def _stacked(panels: Sequence[Image.Image]) -> Image.Image:
+    height = sum(panel.height for panel in panels) + GAP * (len(panels) - 1)
+    sheet, top = Image.new("RGB", (max(panel.width for panel in panels), height), "white"), 0
+    for panel in panels:
+        sheet.paste(panel, (0, top))
+        top += panel.height + GAP
+    return sheet

@@ -1,0 +1,122 @@
+"""Results in words and in a few lines, and the part of a result file that scoring alone can fill."""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from eval.dataset import Question
+from eval.metrics import Score
+from eval.results.statistics import bootstrap, interval_of
+
+LOWER_IS_BETTER = {"distribution"}
+
+
+def scored(score: Score, questions: Iterable[Question], seed: int = 0) -> dict[str, Any]:
+    """The score in JSON types, with 95 % intervals of its main number."""
+    return {
+        "questions": len(score.correct) or len(list(questions)),
+        "main": score.main,
+        "metrics": score.values,
+        "points": sorted(score.points),
+        "confidence": {"level": 0.95, **intervals(score, questions, seed)},
+        "groups": {
+            name: {group: {"percent": share, "questions": count} for group, (share, count) in table.items()}
+            for name, table in score.groups.items()
+        },
+        "notes": list(score.notes),
+    }
+
+
+def intervals(score: Score, questions: Iterable[Question], seed: int) -> dict[str, Any]:
+    """By question and by image for a mean of credits, by its own unit for every other number."""
+    if score.values.get(score.main) is None:
+        return {}
+    if score.terms is not None:
+        return {score.main: {**dataclasses.asdict(interval_of(score.terms, seed=seed)), "unit": score.terms.unit}}
+    images = {question.id: question.image for question in questions}
+    credits = [100 * credit for credit in score.correct.values()]
+    by_image = bootstrap(credits, [images[name] for name in score.correct], seed=seed)
+    return {
+        score.main: dataclasses.asdict(bootstrap(credits, seed=seed)),
+        f"{score.main}_by_image": dataclasses.asdict(by_image),
+    }
+
+
+def score_lines(record: Mapping[str, Any]) -> list[str]:
+    """A `scored` record as the lines a person reads, numbers with the official two decimals."""
+    points, main = set(record["points"]), record["main"]
+    lines = [f"{name:14s} {metric_text(name, value, points)}" for name, value in record["metrics"].items()]
+    for key, interval in record["confidence"].items():
+        if isinstance(interval, dict):
+            unit = "image" if key == f"{main}_by_image" else interval.get("unit", "question")
+            lines.append(f"{main}, 95 % CI by {unit}: {interval['low']:.2f} to {interval['high']:.2f}")
+    for name, table in ((name, table) for name, table in record["groups"].items() if table):
+        mark = "" if name in points else " %"
+        lines.append(f"{main} / {name}" if main == "accuracy" else name)
+        lines += [f"  {group:12s} {e['percent']:.2f}{mark} (n = {e['questions']:,})" for group, e in table.items()]
+    return lines + [f"note: {note}" for note in record["notes"]]
+
+
+def metric_text(name: str, value: float | None, points: Collection[str] = ()) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:.2f}" + ("" if name in points else " %") + (" (lower is better)" if name in LOWER_IS_BETTER else "")
+
+
+def cost_lines(result: Mapping[str, Any]) -> list[str]:
+    """Tokens, bytes, time and FLOPs of a run."""
+    audit, timing = result["audit"], result["timing"]
+    layers = ", ".join(number(tokens) for tokens in audit["entering_per_layer"])
+    lines = [
+        f"visual tokens entering each layer: {layers} (mean {audit['mean_tokens_per_layer']:.1f}, "
+        f"{audit['merged_tokens']:.1f} of them merged, {number(audit['visual_tokens_before'])} before reduction)",
+        f"key/value cache: {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB per question",
+    ]
+    if timing["questions"]:
+        spent = ", ".join(f"{phase} {value:.1f}" for phase, value in timing["mean_ms"].items())
+        lines.append(f"ms per question: {spent}; {timing['flops'] / 1e9:.2f} GFLOP")
+        lines.append(
+            f"timed: {timing['questions']:,} questions in {timing['runs']} {'run' if timing['runs'] == 1 else 'runs'}, "
+            f"{timing['this_run']['questions']:,} of them in this one"
+        )
+        for entry in timing["conditions"]:
+            lines.append("measured with " + ", ".join(f"{key} {value}" for key, value in entry.items()))
+    return lines
+
+
+def sentence(result: Mapping[str, Any]) -> str:
+    """The result in words: what, how good, how sure, on how much, at which cost."""
+    audit, timing = result["audit"], result["timing"]
+    asked = f"{result['asked']:,}"
+    if result["partial"]:
+        asked = f"the first {asked} of {result['available']:,}"
+    ttft = timing["mean_ms"]["ttft"]
+    wait = "n/a" if ttft is None else f"{short(ttft, 10)} ms"
+    return (
+        f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: "
+        f"{headline(result)} "
+        f"on {asked} {result['title']} questions; {audit['mean_tokens_per_layer']:.1f} tokens per layer, "
+        f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait} per question."
+    )
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """The main number with its interval, or that there is none yet."""
+    main = result["main"]
+    value, interval = result["metrics"].get(main), result["confidence"].get(main)
+    if value is None:
+        return "answers written, no score"
+    sure = f" (95 % CI {interval['low']:.1f} to {interval['high']:.1f})" if interval else ""
+    return f"{value:.1f}{'' if main in result['points'] else ' %'} {main.replace('_', ' ')}{sure}"
+
+
+def number(value: float) -> str:
+    """64.0 -> "64", 64.25 -> "64.2"."""
+    return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
+
+
+def short(value: float, whole_from: float) -> str:
+    """No decimals from `whole_from` on, one below, and two digits for what would print as 0.0."""
+    if value >= whole_from:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 0.1 else f"{value:.2g}"

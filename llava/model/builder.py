@@ -1,0 +1,94 @@
+"""Which class runs a checkpoint, by its family, and the choices that a family leaves in reading pictures."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.errors import UserError, unknown
+from llava.model.checkpoint.load import load_checkpoint
+from llava.model.llava_arch import Llava
+from llava.model.llava_next import LlavaNext
+from llava.model.qwen_vl import QwenVL
+from llava.model.video_llava import VideoLlava
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "assets" / "tinyllava"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+FAMILIES: dict[str, type[Llava]] = {
+    "llava": Llava,
+    "llava_next": LlavaNext,
+    "video_llava": VideoLlava,
+    "qwen2_5_vl": QwenVL,
+    "qwen2_vl": QwenVL,
+}
+
+
+def runtime(checkpoint, device: torch.device, conventions: dict[str, Any]) -> Llava:
+    """The running model of a checkpoint.
+
+    Args:
+        conventions: keyword arguments of the family's class, texts from the command line among them; None leaves a
+            choice to the class.
+
+    Raises:
+        UserError: the family has no such choice.
+    """
+    cls = FAMILIES[checkpoint.family]
+    known = list(inspect.signature(cls).parameters)[2:]
+    chosen = {}
+    for name, value in conventions.items():
+        if name not in known and not known:
+            raise UserError(f"{checkpoint.name} leaves no choice of {name} in reading pictures; leave it out.")
+        if name not in known:
+            raise unknown(f"choice of {checkpoint.family} in reading pictures", name, known)
+        if value is not None:
+            chosen[name] = parse(name, value)
+    return cls(checkpoint, device, **chosen)
+
+
+def parse(name: str, value: Any) -> Any:
+    """Texts of the command line: "672x672" for a size, digits for a number, else as it is."""
+    if not isinstance(value, str):
+        return value
+    if name == "force":
+        width, _, height = value.partition("x")
+        if not (width.isdigit() and height.isdigit()):
+            raise UserError(f"force should be WIDTHxHEIGHT such as 672x672, got {value!r}.")
+        return int(width), int(height)
+    if name in ("flip", "min_pixels", "max_pixels"):
+        if not value.isdigit():
+            raise UserError(f"{name} should be a whole number, got {value!r}.")
+        return int(value)
+    return value
+
+
+def load(
+    source: str | Path | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    text_tower: str | Path | None = None,
+    quantization: str | None = None,
+    **conventions: Any,
+) -> Llava:
+    """Load a checkpoint of any family.
+
+    Args:
+        source: directory or hub id, transformers or original layout; None for the embedded model.
+        dtype: float32, bfloat16 or float16.
+        device: "cpu", "cuda", "cuda:1", or "auto".
+        text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
+        quantization: "8bit" or "4bit", by bitsandbytes where it is installed.
+        conventions: how pictures are read, where a family leaves a choice: `merge`, `reading` and `force` of
+            llava.model.llava_next.LlavaNext, `flip` of llava.model.video_llava.VideoLlava.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"Device {device!r} was asked for, but this machine has no CUDA device; use --device cpu.")
+    place = torch.device(device)
+    checkpoint = load_checkpoint(source or EMBEDDED, DTYPES[dtype], place, text_tower, quantization)
+    return runtime(checkpoint, place, conventions)

@@ -1,0 +1,192 @@
+"""The transformers model that holds a checkpoint's weights, and how it is filled.
+
+The container is built without memory; every weight goes from its mapped file into its place, in the dtype and on the
+device asked for, so that there is never a second copy of the model. A weight that is in the right dtype already stays
+mapped. Loading 1.4 GB of float16 as bfloat16, anonymous memory peaked at 1.001 times the model, in both layouts and
+from .safetensors as from .bin; loading it as float16, at 0.001 times.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
+from transformers.utils import logging
+
+from llava.errors import UserError
+from llava.model.checkpoint.files import listed
+from llava.model.checkpoint.identify import NAMES, Family, Kind
+from llava.model.checkpoint.quantization import quantised_loading
+from llava.model.multimodal_encoder.languagebind import LanguageBindVideoTower
+
+CONTAINERS: dict[Family, type[PreTrainedModel]] = {
+    "llava": LlavaForConditionalGeneration,
+    "llava_next": LlavaNextForConditionalGeneration,
+    "video_llava": VideoLlavaForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+}
+
+# What must be among the weights, named before anything is read: a table of 391 missing keys explains nothing.
+TOWERS: dict[Family, dict[str, str]] = {
+    "llava": {"model.vision_tower.": "the vision tower"},
+    "llava_next": {"model.vision_tower.": "the vision tower", "model.image_newline": "image_newline"},
+    "video_llava": {"model.image_tower.": "the image tower", "model.video_tower.": "the video tower"},
+    "qwen2_5_vl": {"model.visual.": "the vision tower"},
+    "qwen2_vl": {"model.visual.": "the vision tower"},
+}
+
+# Names of the files on the hub -> paths in the container of transformers 5. Names that fit already stay as they are.
+_TOWER = r"(vision_tower|image_tower|video_tower)"
+HUB_KEYS = (
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(rf"^(?:model\.)?{_TOWER}\.(?:vision_model\.)?"), r"model.\1."),
+    (re.compile(r"^(?=multi_modal_projector\.|image_newline$)"), "model."),
+)
+QWEN_KEYS = (
+    (re.compile(r"^(?=visual\.)"), "model."),
+    (re.compile(r"^model\.(?=(?:embed_tokens|layers|norm)\.)"), "model.language_model."),
+)
+ORIGINAL_NAMES = re.compile(r"^model\.(?:mm_projector|(vision|image|video)_tower\.\1_tower)\.")
+HUB_NAMES = re.compile(rf"^(?:(?:model\.)?(?:language_model|multi_modal_projector)|{_TOWER})\.")
+
+
+class VideoLlavaWithTime(VideoLlavaForConditionalGeneration):
+    """Video-LLaVA as it was trained: its video tower attends over time, which the library's has lost."""
+
+    def __init__(self, config: VideoLlavaConfig, frames: int):
+        super().__init__(config)
+        self.model.video_tower = LanguageBindVideoTower(config.vision_config, frames)
+
+
+def hub_to_container_key(key: str, family: Family) -> str:
+    """The path of a weight of a transformers checkpoint, old or new, inside its container."""
+    for pattern, replacement in QWEN_KEYS if family.startswith("qwen") else HUB_KEYS:
+        if pattern.match(key):
+            return pattern.sub(replacement, key, count=1)
+    return key
+
+
+def refuse_other_names(keys: Mapping[str, Any], kind: Kind, directory: Path) -> None:
+    """Raise UserError if weights have the names of the layout that config.json is not of."""
+    other, foreign = ("transformers", HUB_NAMES) if kind.layout == "original" else ("original", ORIGINAL_NAMES)
+    found = next((key for key in keys if foreign.match(key)), None)
+    if found is not None:
+        raise UserError(
+            f"{directory} mixes two layouts: config.json is of the {kind.layout} layout, but the weight {found} has a "
+            f"name of the {other} one; take both from one checkpoint."
+        )
+
+
+def refuse_missing_towers(keys: Mapping[str, Any], family: Family, directory: Path) -> None:
+    """Raise UserError if a whole part of the model is not among the weights."""
+    for prefix, name in TOWERS[family].items():
+        if not any(key.startswith(prefix) for key in keys):
+            raise UserError(
+                f"The weights in {directory} hold nothing of {name} ({prefix.rstrip('.')}), which {NAMES[family]} "
+                "needs; fetch all of the checkpoint's files."
+            )
+
+
+def container_config(config: Mapping[str, Any], family: Family, directory: Path) -> PretrainedConfig:
+    """The container's configuration from the arguments that a config.json holds."""
+    try:
+        return CONTAINERS[family].config_class.from_dict(dict(config))
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{directory}/config.json describes no {NAMES[family]} model: {' '.join(str(error).split())}"
+        ) from error
+
+
+def video_frames(weights: Mapping[str, Tensor]) -> int | None:
+    """Frames of a video tower with temporal attention; None for one without."""
+    name = next((key for key in weights if re.match(r"model\.video_tower\..*\.temporal_embedding$", key)), None)
+    return None if name is None else weights[name].shape[1]
+
+
+def fill(
+    kind: Kind,
+    config: PretrainedConfig,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    directory: Path,
+    quantization: str | None = None,
+) -> PreTrainedModel:
+    """Build the container and give it every weight, no more and no less.
+
+    Args:
+        weights: memory-mapped, by path in the container.
+        directory: where they came from, for errors.
+        quantization: "8bit" or "4bit" to quantise the decoder while it is loaded.
+
+    Raises:
+        UserError: weights and configuration do not fit.
+    """
+    device, frames = torch.device(device), video_frames(weights)
+    build, extra = (CONTAINERS[kind.family], ()) if frames is None else (VideoLlavaWithTime, (frames,))
+    loading = quantised_loading(config, quantization, dtype, directory)
+    with errors_only(), _quantiser_errors(directory if loading else None):
+        model, report = build.from_pretrained(
+            None,
+            *extra,
+            config=config,
+            state_dict=dict(weights),
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map=None if device.type == "cpu" and not loading else {"": device},
+            # Reported like missing ones below, with names; the library would stop at a table of all.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **loading,
+        )
+    problems = [
+        f"{len(keys)} {fault}: {listed(keys)}"
+        for fault, keys in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"]))
+        if keys
+    ]
+    if report["mismatched_keys"]:
+        shapes = [
+            f"{key} {tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in report["mismatched_keys"]
+        ]
+        problems.append(f"{len(shapes)} of another shape: {listed(shapes)}")
+    if problems:
+        raise UserError(f"The weights in {directory} do not fit its config.json, {'; '.join(problems)}.")
+    return model.eval()
+
+
+@contextmanager
+def _quantiser_errors(directory: Path | None) -> Iterator[None]:
+    """What a quantiser misses (its package, a device that it can use) as one sentence; None: there is no quantiser."""
+    try:
+        yield
+    except (ImportError, RuntimeError, ValueError) as error:
+        if directory is None:
+            raise
+        raise UserError(f"Cannot load {directory} quantised here: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Keep the library's own report off the screen: the same facts are in our error, in one sentence."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

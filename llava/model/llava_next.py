@@ -1,0 +1,77 @@
+"""LLaVA-NeXT (1.6) at run time: a picture is seen as a small copy of itself and as tiles.
+
+Official code read: haotian-liu/LLaVA@c121f04, llava/model/llava_arch.py and llava/mm_utils.py
+Differs from it: only patches that unpadding leaves are projected; the papers' "spatial" convention is a switch.
+"""
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.model.llava_arch import Llava
+from llava.pipeline.views import facts_of
+from llava.processing.anyres import AnyresProcessor
+from llava.reduction.reducer import ModelFacts
+from llava.reduction.token_layout import Arrangement
+
+
+class LlavaNext(Llava):
+    """A LLaVA whose pictures become several crops.
+
+    Args:
+        merge: "spatial_unpad" or "spatial"; None takes the checkpoint's own.
+        reading: of the resolutions, "original" or "transformers".
+        force: (width, height) that every picture is put on; the tables of most papers: twice the tower's side, and
+            "spatial", which is 2,880 tokens for each picture.
+    """
+
+    def __init__(
+        self,
+        checkpoint,
+        device: torch.device,
+        merge: str | None = None,
+        reading: str = "original",
+        force: tuple[int, int] | None = None,
+    ):
+        super().__init__(checkpoint, device)
+        self.anyres = AnyresProcessor(
+            checkpoint.image_processor,
+            (self.layout.rows, self.layout.columns),
+            checkpoint.pinpoints or None,
+            reading,
+            merge or checkpoint.merge or "spatial_unpad",
+            force,
+        )
+        self.newline: Tensor = self.container.model.image_newline
+
+    @property
+    def conventions(self) -> dict[str, Any]:
+        anyres = self.anyres
+        return {
+            "merge": anyres.merge,
+            "pinpoints": anyres.reading,
+            "tiles": "x".join(map(str, anyres.force)) if anyres.force else "best",
+        }
+
+    def views(self, picture) -> tuple[Tensor, Arrangement]:
+        return self.anyres(picture)
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the largest picture before any reduction; most have fewer."""
+        return self.largest.tokens
+
+    @cached_property
+    def largest(self) -> Arrangement:
+        """The longest run that a picture can become."""
+        sizes = [self.anyres.force] if self.anyres.force else self.anyres.pinpoints
+        return max((self.anyres.arrange(size) for size in sizes), key=lambda run: run.tokens)
+
+    def facts(self) -> ModelFacts:
+        rows = self.anyres.force[1] if self.anyres.force else max(height for _, height in self.anyres.pinpoints)
+        newline = self.anyres.merge == "spatial_unpad"
+        most = newline * rows // self.anyres.tile * self.layout.rows
+        return replace(facts_of(super().facts(), self.largest), most_newlines=most)

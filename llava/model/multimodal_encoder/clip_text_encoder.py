@@ -1,0 +1,213 @@
+"""The CLIP text tower that belongs to LLaVA's vision tower: questions and patches in CLIP's common space.
+
+A LLaVA checkpoint leaves out CLIP's text half and both projections. They are read when a method first asks, from the
+folder or hub repository that `llava.model.checkpoint.load` names, and are kept in float32.
+
+Official code read: Theia-4869/CDPruner@9541616 and FreedomIntelligence/TRIM@f5a232d, both
+llava/model/multimodal_encoder/clip_encoder.py
+Differs from it: long texts, see `ClipText.chunks`.
+
+Shapes: B images with one text each, C chunks of a text, N patches, D tower channels, P channels of the common space.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPConfig, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
+
+from llava.errors import UserError
+from llava.model.checkpoint.files import listed, locate, read_json, read_weights
+from llava.reduction.flops import linear_flops
+from llava.reduction.states import EncoderState
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+PARTS = ("text_model.", "text_projection.", "visual_projection.")
+# How patches of the thing that a text names lie: far from the text in a CLIP that was trained on its CLS token alone
+# (CDPruner issue 14, TRIM issue 3), near to it in one whose config.json says `"patch_similarity": "plain"`.
+NEGATED, PLAIN = "negated", "plain"
+RELEVANCE = ("tower", NEGATED, PLAIN)
+# Configurations older than transformers PR 24773 say 2, whatever the tokenizer's end token is.
+OLD_END_ID = 2
+
+
+class ClipText(nn.Module):
+    """Text half and projections of a CLIP.
+
+    Args:
+        config: of the text half.
+        channels: D, of the vision tower.
+        post_layernorm: the vision tower's own, which LLaVA never runs.
+        words: text -> token ids without the ids that begin and end a text.
+        begin, end: those ids.
+    """
+
+    def __init__(
+        self,
+        config: CLIPTextConfig,
+        channels: int,
+        post_layernorm: nn.LayerNorm,
+        words: Callable[[str], list[int]],
+        begin: int,
+        end: int,
+    ):
+        super().__init__()
+        # Eager: a fused kernel saves nothing at 77 tokens.
+        config._attn_implementation = "eager"
+        self.text_model = CLIPTextModel(config)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(channels, config.projection_dim, bias=False)
+        self._post_layernorm = (post_layernorm,)  # in a tuple: its weights are not part of this module
+        self.words, self.begin, self.end = words, begin, end
+        self.relevance = NEGATED
+        self.length: int = config.max_position_embeddings
+
+    def chunks(self, text: str, long: str = "frame") -> list[list[int]]:
+        """A text as token ids, and what to do if it is longer than the tower can read.
+
+        Args:
+            long: "frame" cuts the words into chunks and puts begin and end around each. "truncate" takes the first of
+                them, as CLIP's tokenizers do. "cut" frames the text and then cuts it, as CDPruner does: only the first
+                chunk begins with the begin token, only the last one ends with the end token.
+        """
+        ids = self.words(text)
+        if long == "cut":
+            ids = [self.begin, *ids, self.end]
+            return [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
+        room = self.length - 2
+        found = [[self.begin, *ids[start : start + room], self.end] for start in range(0, max(1, len(ids)), room)]
+        return found[:1] if long == "truncate" else found
+
+    def _pooled(self, chunk: list[int]) -> int:
+        """Place of the token that stands for a chunk: its end token, which is last."""
+        if chunk[-1] == self.end:
+            return len(chunk) - 1
+        # transformers' rule, made for texts with an end token: it falls on the begin token or on any word.
+        configured = self.text_model.config.eos_token_id
+        mark = max(chunk) if configured == OLD_END_ID else configured
+        return chunk.index(mark) if mark in chunk else 0
+
+    def text(self, texts: Sequence[str], long: str = "frame") -> tuple[Tensor, Tensor, int]:
+        """Embed texts; `long` as in `chunks`.
+
+        Returns:
+            [B, C, P] float32; a mask [B, C] of the chunks that exist; and the operations spent.
+        """
+        chunks = [self.chunks(text, long) for text in texts]
+        rows = [chunk for own in chunks for chunk in own]
+        longest = max(map(len, rows))
+        # Padding behind a chunk: attention is causal, so the pooled token does not see it.
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        pooled = torch.tensor([self._pooled(row) for row in rows])
+        most = max(map(len, chunks))
+        slots = torch.tensor([text * most + chunk for text, own in enumerate(chunks) for chunk in range(len(own))])
+        to = lambda tensor: tensor.to(self.text_projection.weight.device, non_blocking=True)  # noqa: E731
+        ids, pooled, slots = to(ids), to(pooled), to(slots)
+        hidden = self.text_model(ids).last_hidden_state
+        hidden = hidden.gather(1, pooled[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)
+        embedded = self.text_projection(hidden)
+        shape = (len(chunks), most)
+        table = embedded.new_zeros(shape[0] * most, embedded.shape[-1]).index_copy(0, slots, embedded)
+        mask = torch.zeros(len(table), dtype=torch.bool, device=table.device).index_fill(0, slots, True)
+        return table.unflatten(0, shape), mask.unflatten(0, shape), self._text_flops(len(rows), longest)
+
+    def _text_flops(self, rows: int, length: int) -> int:
+        layers = [layer for layer in self.text_model.modules() if isinstance(layer, nn.Linear)]
+        width, depth = self.text_model.config.hidden_size, len(self.text_model.encoder.layers)
+        row = sum(linear_flops(layer, length) for layer in layers) + depth * 4 * length * length * width
+        return rows * (row + linear_flops(self.text_projection, 1))
+
+    def image(self, features: Tensor) -> tuple[Tensor, int]:
+        """Patch features [B, N, D] -> [B, N, P] float32, through the tower's last norm and CLIP's projection.
+
+        CLIP was trained so only for the CLS token of the last block: patches need not lie near the text they show.
+        """
+        (norm,) = self._post_layernorm
+        normed = F.layer_norm(features.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        return self.visual_projection(normed), linear_flops(self.visual_projection, normed[..., 0].numel())
+
+
+def text_similarity(state: EncoderState, texts: Sequence[str], cosine: bool, long: str = "frame") -> Tensor:
+    """Similarity of each patch to its image's text, mean over the chunks of the text.
+
+    Args:
+        state: tower features, the CLIP, and the account of operations.
+        cosine: of unit vectors; otherwise plain dot products.
+        long: see `ClipText.chunks`.
+
+    Returns:
+        [B, N] float32.
+    """
+    text, mask, text_flops = state.clip.text(texts, long)
+    image, image_flops = state.clip.image(state.features)
+    state.flops += text_flops + image_flops
+    if cosine:
+        text, image = F.normalize(text, dim=-1), F.normalize(image, dim=-1)
+    similarity = state.matmul(image, text.transpose(1, 2))  # [B, N, C]
+    return (similarity * mask[:, None]).sum(-1) / mask.sum(-1, keepdim=True)
+
+
+def signed(similarity: Tensor, choice: str, clip: ClipText) -> Tensor:
+    """Similarity as relevance, higher is more relevant; `choice` is one of RELEVANCE, "tower": as the tower says."""
+    return -similarity if (clip.relevance if choice == "tower" else choice) == NEGATED else similarity
+
+
+def load_clip_text(
+    source: str | Path, tower: nn.Module, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> ClipText:
+    """Read the text half of a CLIP.
+
+    Args:
+        source: folder or hub id; it may hold a whole CLIP or only what a LLaVA leaves out.
+        tower: LLaVA's vision tower.
+        tokenizer: LLaVA's, which serves where the folder has none and the tower was trained with it.
+    """
+    folder = locate(source, "CLIP text tower")
+    raw = read_json(folder / "config.json")
+    if "text_config" not in raw:
+        raise UserError(f"{folder}/config.json describes no text half (no text_config); give a whole CLIP model.")
+    config = CLIPConfig.from_dict(raw).text_config
+    channels = tower.config.hidden_size
+    words, begin, end = _tokens(folder, config, tokenizer)
+    clip = ClipText(config, channels, tower.post_layernorm, words, begin, end)
+    clip.relevance = raw.get("patch_similarity", NEGATED)
+    if clip.relevance not in (NEGATED, PLAIN):
+        raise UserError(
+            f"patch_similarity in {folder}/config.json must be {NEGATED} or {PLAIN}, got {clip.relevance!r}."
+        )
+    weights = {key: value for key, value in read_weights(folder).items() if key.startswith(PARTS)}
+    expected = {key: value.shape for key, value in clip.state_dict().items()}
+    wrong = [key for key in {*expected, *weights} if key not in weights or expected.get(key) != weights[key].shape]
+    if wrong:
+        raise UserError(
+            f"The CLIP in {folder} does not complete this vision tower ({channels} channels); {len(wrong)} weights are "
+            f"missing, unexpected or of another shape: {listed(wrong)}. Take the CLIP that the tower comes from."
+        )
+    clip.load_state_dict(weights)
+    return clip.float().to(device).eval().requires_grad_(False)
+
+
+def _tokens(
+    folder: Path, config: CLIPTextConfig, shared: PreTrainedTokenizerBase
+) -> tuple[Callable[[str], list[int]], int, int]:
+    """Text -> ids, and the ids that frame a text: by the folder's own tokenizer, else by LLaVA's if it fits."""
+    own = shared
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        try:
+            own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises bare Exceptions for files it cannot read
+            raise UserError(f"Cannot read the tokenizer of the CLIP in {folder}; fetch its files again.") from error
+    elif (shared.bos_token_id, shared.eos_token_id) != (config.bos_token_id, config.eos_token_id):
+        raise UserError(
+            f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}), and the text tower was not trained with "
+            "LLaVA's; copy the tokenizer files of its CLIP there."
+        )
+    if len(own) > config.vocab_size:
+        raise UserError(f"The tokenizer of the text tower in {folder} knows {len(own)} tokens, it {config.vocab_size}.")
+    return (
+        lambda text: own(text, add_special_tokens=False, verbose=False).input_ids,
+        own.bos_token_id,
+        own.eos_token_id,
+    )

@@ -1,0 +1,329 @@
+"""Qwen's vision transformer, block by block: features of merge groups, and only the signals that were asked for.
+
+A merge group is a square of 2 x 2 patches that becomes one visual token, so everything is kept and reduced by groups:
+G groups of all pictures, n of one picture, U = 4 patches in a group, D channels, H heads of d channels. Most blocks
+attend within windows of 8 x 8 patches, every eighth within whole pictures (Qwen2-VL: all). Windows of equal size go
+through one kernel call together, whichever picture they are from.
+
+Official code read: transformers 5.23.0, models/qwen2_5_vl/modeling_qwen2_5_vl.py, models/qwen2_vl/modeling_qwen2_vl.py
+Differs from it: another order of windows, which attention does not see; patches are embedded by a matrix product, which
+is what a convolution without overlap is. The frames of a film attend apart, as there.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava.errors import UserError, unknown
+from llava.processing.qwen_image import Grid
+from llava.reduction.flops import linear_flops
+from llava.reduction.patch_grid import Layout
+from llava.reduction.scores import TOWER_SIGNALS, Signal
+
+HAS_CLS = False  # there is no class token; `received_attention` is the saliency without one
+QUERY_ROWS = 64  # query rows of the attention map held at once, fewer where a picture is so large that
+SCORES = 1 << 24  # more scores than these would be
+
+
+@dataclass(frozen=True)
+class EncodedPicture:
+    """What the tower gives for one picture.
+
+    Attributes:
+        features: [n, U * D] output of the last block, before the merger, groups in raster order, the patches of a group
+            side by side. `project` makes visual tokens of them.
+        signals: [n] or [n, d] float32, one tensor per requested signal.
+        frames, rows, columns: of groups; n is their product. A picture has one frame.
+    """
+
+    features: Tensor
+    signals: dict[Signal, Tensor]
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.rows, self.columns, crops=self.frames, has_cls=HAS_CLS)
+
+
+def encode_qwen(
+    visual: nn.Module, patches: Tensor, grids: Sequence[Grid], signals: Sequence[Signal] = ()
+) -> list[EncodedPicture]:
+    """Run the vision transformer on pictures of any sizes.
+
+    Args:
+        visual: `model.visual` of a transformers Qwen2.5-VL or Qwen2-VL.
+        patches: [sum of frames * rows * columns, 3 * temporal * patch * patch], as QwenImageProcessor gives them.
+        grids: frames, rows and columns of patches of each picture.
+        signals: of the kinds in SIGNALS, which are defined there; each is taken at `signal_block`.
+    """
+    wanted: dict[int, list[Signal]] = {}
+    for signal in signals:
+        wanted.setdefault(signal_block(visual, signal), []).append(signal)
+    shapes = [_group_shape(visual, grid) for grid in grids]
+    whole, windows = _orders(visual, shapes, patches.device)
+    embedding = visual.patch_embed.proj.weight.flatten(1)
+    hidden = F.linear(patches.to(embedding.dtype), embedding).unflatten(0, (-1, _unit(visual)))[whole.index]
+    full, order, found = full_blocks(visual), whole, {}
+    for index, block in enumerate(visual.blocks):
+        here = whole if index in full else windows
+        if here is not order:
+            hidden, order = hidden[order.inverse[here.index]], here
+        heads = _heads(block, hidden, order)
+        for signal in wanted.get(index, ()):
+            found[signal] = SIGNALS[signal.kind](heads)[order.inverse]
+        hidden = hidden + block.attn.proj(heads.attend(hidden.dtype))
+        hidden = hidden + block.mlp(block.norm2(hidden))
+    counts = [frames * rows * columns for frames, rows, columns in shapes]
+    features = hidden[order.inverse].flatten(1).split(counts)
+    parts = {signal: values.split(counts) for signal, values in found.items()}
+    return [
+        EncodedPicture(features[i], {signal: values[i] for signal, values in parts.items()}, *shape)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def project(visual: nn.Module, features: Tensor) -> Tensor:
+    """The merger, from groups to visual tokens: [..., n, U * D] -> [..., n, width of the decoder]."""
+    merger = visual.merger
+    return merger.mlp(merger.ln_q(features.unflatten(-1, (_unit(visual), -1))).flatten(-2))
+
+
+# Orders of groups
+
+
+@dataclass(frozen=True)
+class _Order:
+    """All groups in an order in which those that attend each other stand together.
+
+    Attributes:
+        index: [G] int64, the group at each place, in the processor's numbering.
+        inverse: [G] int64, the place of each group.
+        runs: (segments, groups in each) of equally large segments, one run behind another.
+        cos, sin: [G, U, 1, d] in this order.
+    """
+
+    index: Tensor
+    inverse: Tensor
+    runs: tuple[tuple[int, int], ...]
+    cos: Tensor
+    sin: Tensor
+
+
+def _unit(visual: nn.Module) -> int:
+    """U, patches in a group."""
+    return visual.config.spatial_merge_size**2
+
+
+def _group_shape(visual: nn.Module, grid: Grid) -> Grid:
+    """Frames, rows and columns of groups from those of patches."""
+    merge = visual.config.spatial_merge_size
+    return grid[0], grid[1] // merge, grid[2] // merge
+
+
+def _window_side(visual: nn.Module) -> int:
+    """Groups along the edge of a window."""
+    config = visual.config
+    return config.window_size // config.spatial_merge_size // config.patch_size
+
+
+def _orders(visual: nn.Module, shapes: Sequence[Grid], device: torch.device) -> tuple[_Order, _Order | None]:
+    """By whole pictures and, for a tower that has them, by windows. Made on the host, so that run lengths are known."""
+    merge = visual.config.spatial_merge_size
+    groups = [torch.cartesian_prod(*map(torch.arange, shape)) for shape in shapes]  # [n, 3] frame, row, column
+    inside = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))
+    places = torch.cat([group[:, None, 1:] * merge + inside for group in groups]).flatten(0, 1)  # [G * U, 2]
+    places = places.to(device, non_blocking=True)
+    cos, sin = visual.rotary_pos_emb(places, places)  # of the first it takes the device
+    cos, sin = (part.unflatten(0, (-1, merge * merge)).unsqueeze(2) for part in (cos, sin))
+
+    def order(side: int | None) -> _Order:
+        index, runs = _gathered(_segments(groups, shapes, side))
+        index, inverse = (way.to(device, non_blocking=True) for way in (index, index.argsort()))
+        return _Order(index, inverse, runs, cos[index], sin[index])
+
+    windowed = len(full_blocks(visual)) < len(visual.blocks)
+    return order(None), order(_window_side(visual)) if windowed else None
+
+
+def _segments(groups: Sequence[Tensor], shapes: Sequence[Grid], side: int | None) -> Tensor:
+    """[G] int64, the number of each group's frame, or of its window of side x side groups in the frame."""
+    segments, before = [], 0
+    for group, (frames, rows, columns) in zip(groups, shapes, strict=True):
+        edge = side or max(rows, columns)
+        down, across = -(-rows // edge), -(-columns // edge)
+        frame, row, column = group.unbind(1)
+        segments.append(before + (frame * down + row // edge) * across + column // edge)
+        before += frames * down * across
+    return torch.cat(segments)
+
+
+def _gathered(segment: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    """[G] segment numbers without gaps -> order in which segments stand together, small ones first, and its runs."""
+    sizes = segment.bincount()
+    index = (sizes[segment] * len(sizes) + segment).argsort(stable=True)
+    size, count = sizes.unique(return_counts=True)
+    return index, tuple(zip(count.tolist(), size.tolist(), strict=True))
+
+
+# Attention and signals
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Queries, keys and values of a block, each [G, U, H, d], in an order that has `runs`.
+
+    Attributes:
+        query, key: turned by their places, float32.
+        flat_key: as the block projects it, before the turn.
+    """
+
+    query: Tensor
+    key: Tensor
+    flat_key: Tensor
+    value: Tensor
+    scale: float
+    runs: tuple[tuple[int, int], ...]
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """[G, U, H, d] -> [segments, H, patches, d] of each run."""
+        parts = tensor.split([segments * groups for segments, groups in self.runs])
+        cut = (part.unflatten(0, run).flatten(1, 2) for part, run in zip(parts, self.runs, strict=True))
+        return [part.transpose(1, 2) for part in cut]
+
+    def attend(self, dtype: torch.dtype) -> Tensor:
+        """[G, U, D], every patch having looked at its segment."""
+        states = (self.split(states.to(dtype)) for states in (self.query, self.key, self.value))
+        seen = [F.scaled_dot_product_attention(*one, scale=self.scale) for one in zip(*states, strict=True)]
+        unit, width = self.value.shape[1], self.value[0, 0].numel()
+        return torch.cat([part.transpose(1, 2).reshape(-1, unit, width) for part in seen])
+
+
+def _heads(block: nn.Module, hidden: Tensor, order: _Order) -> _Heads:
+    attention = block.attn
+    states = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
+    query, key, value = states.unbind(-3)
+    turned = (_turn(part.float(), order.cos, order.sin) for part in (query, key))
+    return _Heads(*turned, key, value, attention.scaling, order.runs)
+
+
+def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split convention."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def received_attention(heads: _Heads) -> Tensor:
+    """Average attention that a group receives from its picture: a saliency without CLS.
+
+    For patch j of a picture with p patches: the mean over heads and over all patches i of softmax_j(q_i k_j / sqrt(d)),
+    queries and keys turned by their places, so that it is the block's own attention. Then the mean over the patches of
+    the group. The groups of a picture sum to 1 / U. In a film every frame counts as a picture.
+
+    Returns:
+        [G] float32. Query rows go through in slices, so no full attention map is ever held.
+    """
+    unit, found = heads.query.shape[1], []
+    for query, key in zip(heads.split(heads.query), heads.split(heads.key), strict=True):
+        segments, count, patches, _ = query.shape
+        received = key.new_zeros(segments, patches)
+        rows = max(1, min(QUERY_ROWS, SCORES // (segments * count * patches)))
+        for part in query.split(rows, dim=2):
+            received += (part @ key.transpose(-1, -2) * heads.scale).softmax(-1).sum((1, 2))
+        found.append(received.view(-1, unit).mean(1) / (count * patches))
+    return torch.cat(found)
+
+
+def keys(heads: _Heads) -> Tensor:
+    """Keys, mean over heads and over the patches of a group: the similarity space of VisionZip-like merging.
+
+    Taken before they are turned, as CLIP's are never: turned keys of two alike patches differ by where they stand.
+
+    Returns:
+        [G, d] float32, not normalised.
+    """
+    return heads.flat_key.float().mean((1, 2))
+
+
+def whole_keys(heads: _Heads) -> Tensor:
+    """The same with all heads side by side.
+
+    Returns:
+        [G, D] float32, not normalised.
+    """
+    return heads.flat_key.float().mean(1).flatten(1)
+
+
+SIGNALS: dict[str, Callable[[_Heads], Tensor]] = {
+    "received_attention": received_attention,
+    "keys": keys,
+    "whole_keys": whole_keys,
+}
+
+
+def full_blocks(visual: nn.Module) -> tuple[int, ...]:
+    """Blocks that attend within whole pictures, ascending; Qwen2-VL names none because all do."""
+    named = getattr(visual.config, "fullatt_block_indexes", None)
+    return tuple(index for index in range(len(visual.blocks)) if named is None or index in named)
+
+
+def signal_block(visual: nn.Module, signal: Signal) -> int:
+    """The block a signal is taken at: the one asked for, or the next behind it that attends within whole pictures.
+
+    In a windowed block a patch is compared with its window alone, and what it receives cannot be compared between
+    windows. The default, the last block but one, becomes the last full-attention block of Qwen2.5-VL. It is the last
+    block of all, and its output is what is projected, as the output of the default block is in LLaVA.
+
+    Raises:
+        UserError: there is no such signal, or no such block.
+    """
+    if signal.kind not in SIGNALS:
+        if signal.kind in TOWER_SIGNALS:
+            raise UserError(f"Signal {signal.kind} needs a CLS token, and Qwen's vision transformer has none.")
+        raise unknown("tower signal", signal.kind, SIGNALS)
+    depth, full = len(visual.blocks), full_blocks(visual)
+    index = signal.index(depth)
+    if not -depth <= index < depth:
+        raise UserError(f"Signal {signal.kind} needs tower block {index}, but the tower has {depth} blocks.")
+    if not full:
+        raise UserError(f"Signal {signal.kind} needs a block that attends whole pictures; this tower has none.")
+    return next((block for block in full if block >= index % depth), full[-1])
+
+
+# Operations of one picture; those of the merger are llava.reduction.flops.projector_flops(visual.merger, tokens).
+
+
+def tower_flops(visual: nn.Module, grid: Grid) -> int:
+    """Patch embedding and blocks."""
+    frames, rows, columns = _group_shape(visual, grid)
+    patches = frames * rows * columns * _unit(visual)
+    total = 2 * patches * visual.patch_embed.proj.weight.numel()
+    full = full_blocks(visual)
+    for index, block in enumerate(visual.blocks):
+        edge = max(rows, columns) if index in full else _window_side(visual)
+        pairs = frames * _unit(visual) ** 2 * _squares(rows, edge) * _squares(columns, edge)
+        total += sum(linear_flops(part, patches) for part in block.modules() if isinstance(part, nn.Linear))
+        total += 4 * pairs * block.attn.proj.in_features
+    return total
+
+
+def _squares(length: int, edge: int) -> int:
+    """Sum of the squared lengths of the pieces that `length` falls into; windows are all pairs of such pieces."""
+    return length // edge * edge**2 + (length % edge) ** 2
+
+
+def signal_flops(visual: nn.Module, signal: Signal, grid: Grid) -> int:
+    """One signal beside the main path, whose own queries and keys it uses."""
+    if signal.kind != "received_attention":
+        return 0
+    frames, rows, columns = grid
+    width = visual.blocks[signal_block(visual, signal)].attn.proj.in_features
+    return 2 * frames * (rows * columns) ** 2 * width

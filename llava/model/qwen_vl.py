@@ -1,0 +1,111 @@
+"""Qwen2.5-VL and Qwen2-VL at run time: pictures keep their shape, tokens stand at rows and columns.
+
+The tower has no class token: methods that rank by CLS refuse to run, those with a choice take received attention. A
+picture's tokens are merge groups of 2 x 2 patches; the merger is the projector.
+
+Paper: https://arxiv.org/abs/2502.13923, https://arxiv.org/abs/2409.12191
+Official code read: transformers 5.23.0, models/qwen2_5_vl and models/qwen2_vl
+Differs from it: the same prompts and positions; videos are not read.
+"""
+
+from collections.abc import Sequence as Samples
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import UserError
+from llava.model.llava_arch import Llava
+from llava.model.multimodal_encoder.clip_encoder import Encoded
+from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, project, signal_flops, tower_flops
+from llava.pipeline.encoded_images import Picture, picture_of
+from llava.pipeline.positions import Groups
+from llava.processing.clip_image import as_rgb
+from llava.processing.qwen_image import Grid
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reducer import ModelFacts, Reducer
+from llava.reduction.scores import Signal
+from llava.reduction.token_layout import single
+
+
+class Merger(nn.Module):
+    """The projector: [1, n, 4 D] features of merge groups -> [1, n, H] visual tokens."""
+
+    def __init__(self, visual: nn.Module):
+        super().__init__()
+        self.merger = visual.merger
+        # Not a submodule: the blocks of the tower are no part of the projector.
+        object.__setattr__(self, "visual", visual)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return project(self.visual, features)
+
+
+class QwenVL(Llava):
+    """Qwen2.5-VL or Qwen2-VL.
+
+    Args:
+        min_pixels, max_pixels: bounds of a picture after resizing; None takes the checkpoint's.
+    """
+
+    axes = True
+
+    def __init__(self, checkpoint, device: torch.device, min_pixels: int | None = None, max_pixels: int | None = None):
+        super().__init__(checkpoint, device)
+        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        chosen = {name: value for name, value in bounds.items() if value is not None}
+        self.image_processor = replace(self.image_processor, **chosen)
+
+    @property
+    def conventions(self) -> dict[str, Any]:
+        return {"min_pixels": self.image_processor.min_pixels, "max_pixels": self.image_processor.max_pixels}
+
+    def _read_tower(self) -> None:
+        self.tower = self.container.model.visual
+        self.projector = Merger(self.tower)
+        self.select_layer = -1
+        # The largest square picture.
+        side = max(1, int(self.image_processor.max_pixels**0.5) // self._edge)
+        self.layout = Layout(side, side)
+
+    @property
+    def _edge(self) -> int:
+        """Pixels along the edge of a merge group."""
+        return self.image_processor.patch * self.image_processor.merge
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of the largest picture before any reduction."""
+        return self.image_processor.max_pixels // self._edge**2
+
+    def facts(self) -> ModelFacts:
+        return replace(self._facts(len(self.tower.blocks)), visual_tokens=self.visual_tokens, has_cls=False)
+
+    def patches(self, pictures: Samples) -> tuple[Tensor, tuple[Grid, ...]]:
+        """Flattened patches of all pictures, one behind another, and the grid of each."""
+        return self.image_processor([as_rgb(picture) for picture in pictures])
+
+    def encode_images(self, pictures: Samples, keys: Samples, reducer: Reducer) -> list[Picture]:
+        if reducer.acts("tower") or reducer.acts("input_grid"):
+            raise UserError(
+                f"{reducer.name} acts on pixels or inside a CLIP tower; {self.name} has a tower of another kind. "
+                "Choose a method that acts behind the tower."
+            )
+        patches, grids = self.patches(pictures)
+        encoded = encode_qwen(self.tower, patches.to(self.device), grids, reducer.tower_signals(tiled=False))
+        found = []
+        for one in encoded:
+            signals = {signal: values[None] for signal, values in one.signals.items()}
+            tower = Encoded(one.features[None], signals, one.grid)
+            found.append(picture_of(tower, single(one.rows, one.columns), keep_cls=False))
+        return found
+
+    def tower_flops(self, picture: Picture, signals: tuple[Signal, ...]) -> tuple[int, int]:
+        merge = self.image_processor.merge
+        grid = 1, picture.encoded.grid[0] * merge, picture.encoded.grid[1] * merge
+        return tower_flops(self.tower, grid), sum(signal_flops(self.tower, signal, grid) for signal in signals)
+
+    def groups(self, picture: Picture) -> Groups:
+        """Frames, rows and columns of a picture's tokens, from which their positions follow."""
+        return 1, *picture.encoded.grid

@@ -1,0 +1,139 @@
+"""The decoder loop: prefill with reductions in front of any layer, then one token at a time.
+
+Each layer keeps its own key/value length, and the validity mask that goes with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from llava.pipeline.sequence import Sequence
+from llava.reduction.rotary import angles, next_position
+
+# (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
+ReduceAt = Callable[[Sequence, int, Sequence, Tensor], Sequence]
+
+
+def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, eager: bool) -> Tensor:
+    """[B, 1, queries, keys]: the last `queries` of the keys, each seeing valid keys up to itself.
+
+    Boolean for SDPA, additive for eager attention.
+    """
+    keys = valid.shape[1]
+    place = torch.arange(keys, device=valid.device)
+    allowed = (place[None] <= place[keys - queries :, None])[None, None] & valid[:, None, None, :]
+    if not eager:
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+@dataclass
+class Prefilled:
+    """State after prefill.
+
+    Attributes:
+        hidden: [B, 1, D] last hidden state of the last prompt token, before the final norm.
+        cache: keys and values, one length per layer.
+        valid: per layer [B, keys] bool, or None where no sample is padded; layers of equal length share one tensor.
+        next_position: per layer [B, 1] or [B, 1, 3], position id of the first generated token: one behind the prompt
+            as that layer knows it, so that decoding equals one longer prefill; layers of equal length share one tensor.
+        lengths: per layer, the real length of each sample.
+        visual: per layer, the visual tokens of each sample.
+    """
+
+    hidden: Tensor
+    cache: DynamicCache
+    valid: list[Tensor | None]
+    next_position: list[Tensor]
+    lengths: list[tuple[int, ...]] = field(default_factory=list)
+    visual: list[tuple[int, ...]] = field(default_factory=list)
+
+    def kv_bytes_held(self) -> int:
+        """Bytes of all key and value tensors, padding included."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+    def kv_bytes(self, sample: int) -> int:
+        """Bytes that hold this sample's real tokens, read off the cache's own tensors."""
+        total = 0
+        for layer, lengths in zip(self.cache.layers, self.lengths, strict=True):
+            held = layer.keys[0].nbytes + layer.values[0].nbytes
+            total += held * lengths[sample] // layer.keys.shape[-2]
+        return total
+
+
+def _mask_of(sequence: Sequence, eager: bool) -> Tensor | None:
+    """None lets the kernel use its own causal path; only padding or eager attention needs a mask."""
+    if not sequence.padded and not eager:
+        return None
+    return causal_mask(sequence.valid(), sequence.hidden.shape[1], sequence.hidden.dtype, eager)
+
+
+def _is_eager(llm: nn.Module) -> bool:
+    return llm.config._attn_implementation == "eager"
+
+
+def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_at: ReduceAt) -> Prefilled:
+    """Run all layers on the prompts.
+
+    Args:
+        llm: layers and rotary_emb (a LlamaModel).
+        stages: layers in front of which `reduce_at` is called; layer 0 is not one of them.
+    """
+    # No configuration: it could name a sliding window, which is not applied; see the notes of
+    # llava.model.checkpoint.load.
+    cache, eager = DynamicCache(), _is_eager(llm)
+    valid, lengths, visual, behind = [], [], [], []
+    rotary = mask = known = entered = place = None
+    for index, layer in enumerate(llm.layers):
+        if index in stages:
+            sequence, rotary = reduce_at(sequence, index, entered, cache.layers[index - 1].keys), None
+        if rotary is None:
+            rotary = angles(llm, sequence.hidden, sequence.position)
+            mask = _mask_of(sequence, eager)
+            known = sequence.valid() if sequence.padded else None
+            place = next_position(sequence.position)
+        entered = sequence if index + 1 in stages else None
+        hidden = layer(
+            sequence.hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
+        )
+        sequence = replace(sequence, hidden=hidden)
+        valid.append(known)
+        behind.append(place)
+        lengths.append(sequence.lengths)
+        visual.append(tuple(map(sequence.visual_count, range(len(sequence.lengths)))))
+    return Prefilled(sequence.hidden[:, -1:], cache, valid, behind, lengths, visual)
+
+
+def run_layers(llm: nn.Module, sequence: Sequence, count: int) -> Tensor:
+    """Hidden states [B, L, D] after the first `count` layers, nothing cached; for contextual probes."""
+    rotary, mask = angles(llm, sequence.hidden, sequence.position), _mask_of(sequence, _is_eager(llm))
+    hidden = sequence.hidden
+    for layer in llm.layers[:count]:
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+    return hidden
+
+
+def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
+    """Feed one embedded token per sample, [B, 1, D] -> [B, 1, D], growing every layer's cache by one."""
+    eager = _is_eager(llm)
+    places = {id(place): place for place in state.next_position}
+    rotary = {key: angles(llm, token, place) for key, place in places.items()}
+    grown: dict[int, tuple[Tensor, Tensor]] = {}
+    hidden = token
+    for index, layer in enumerate(llm.layers):
+        known, mask = state.valid[index], None
+        if known is not None:
+            if id(known) not in grown:
+                longer = torch.cat([known, known.new_ones(len(known), 1)], dim=1)
+                grown[id(known)] = (longer, causal_mask(longer, 1, hidden.dtype, eager))
+            state.valid[index], mask = grown[id(known)]
+        turned = rotary[id(state.next_position[index])]
+        hidden = layer(
+            hidden, attention_mask=mask, position_embeddings=turned, past_key_values=state.cache, use_cache=True
+        )
+    moved = {key: place + 1 for key, place in places.items()}
+    state.next_position = [moved[id(place)] for place in state.next_position]
+    return hidden

@@ -1,0 +1,180 @@
+"""How the budget of a picture that the tower sees in several crops is split over them.
+
+* "each": evenly, the convention of most papers (640 tokens are 128 for each of five crops). A crop with fewer patches
+  than its share gives the rest to the others, so that the picture's budget is met exactly.
+* "thumbnail": the first crop, which shows the whole picture, gets its even share; the others share the rest in
+  proportion to the CLS attention that the first crop pays to the part of the picture they show.
+* "global": all patches are ranked together.
+
+A picture that has no more tokens than the budget is left as it is. Class tokens and newline tokens that the model would
+take are not among the patches a method chooses from; newline tokens can be kept, and count then.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from llava.errors import UserError
+from llava.reduction.reducer import ModelFacts, Reducer
+from llava.reduction.scores import Signal
+from llava.reduction.token_layout import Arrangement
+
+
+def chooses_patches(reducer: Reducer) -> bool:
+    """Whether the method acts before the decoder, where there are crops."""
+    return any(reducer.acts(stage) for stage in ("input_grid", "tower", "encoder", "prompt"))
+
+
+def divided(reducer: Reducer, crops: int) -> bool:
+    """Whether a picture in so many crops is reduced crop by crop."""
+    return crops > 1 and reducer.crops != "global" and chooses_patches(reducer)
+
+
+def untouched(reducer: Reducer, facts: ModelFacts) -> bool:
+    """Whether a picture in crops is small enough to keep all it has."""
+    several = bool(facts.crops or facts.newlines)
+    return several and reducer.for_picture(facts).budget >= facts.visual_tokens
+
+
+def for_patches(reducer: Reducer, newlines: int) -> int:
+    """What of the budget is left for patches."""
+    return reducer.budget - (newlines if reducer.newlines == "keep" else 0)
+
+
+def over_crops(reducer: Reducer, facts: ModelFacts) -> list[tuple[Reducer, ModelFacts]]:
+    """The method at the budget of every part it sees, as far as that is known before the picture is: evenly."""
+    reducer = reducer.for_picture(facts)
+    if divided(reducer, len(facts.crops)):
+        given = deal(for_patches(reducer, facts.newlines), [crop.tokens for crop in facts.crops])
+        return [(reducer.sized(share), facts.crop(number)) for number, share in enumerate(given) if share]
+    if chooses_patches(reducer) and facts.patches < facts.visual_tokens:
+        facts = replace(facts, visual_tokens=facts.patches)
+        return [(reducer.sized(min(for_patches(reducer, facts.newlines), facts.patches)), facts)]
+    return [(reducer.sized(min(reducer.budget, facts.visual_tokens)), facts)]
+
+
+def planned(reducer: Reducer, facts: ModelFacts) -> tuple[int, ...] | None:
+    """Visual tokens of one image that are planned to enter each layer; None where the picture decides."""
+    if untouched(reducer, facts):
+        return (facts.visual_tokens,) * facts.layers
+    plans = [sized.entering(part) for sized, part in over_crops(reducer, facts)]
+    if any(plan is None for plan in plans):
+        return None
+    kept = facts.newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0
+    return tuple(kept + sum(layer) for layer in zip(*plans, strict=True))
+
+
+def require(reducer: Reducer, facts: ModelFacts) -> None:
+    """Raise UserError if the method cannot run on this model at its budget."""
+    reducer = reducer.for_picture(facts)
+    if not facts.crops and not facts.newlines:
+        reducer.check(facts)
+        return
+    if not 1 <= reducer.budget <= facts.visual_tokens:
+        raise UserError(
+            f"The budget must be 1 to {facts.visual_tokens} (visual tokens of this model), got {reducer.budget}."
+        )
+    parts = len(facts.crops) if divided(reducer, len(facts.crops)) else 1
+    least = parts + (facts.most_newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0)
+    if reducer.budget < least:
+        raise UserError(
+            f"{reducer.name} needs a budget of at least {least} here, got {reducer.budget}: one token for each of "
+            f"{parts} crops, and all newline tokens where they are kept ({reducer.name}.newlines=drop leaves them out)."
+        )
+    if reducer.acts("tower") or reducer.acts("input_grid"):
+        refuse_unequal_crops(reducer, parts, not facts.newlines and len(set(facts.crops)) == 1)
+    for sized, part in set(over_crops(reducer, facts)):
+        sized.check(part)
+
+
+def in_tower(reducer: Reducer, arrangement: Arrangement) -> Reducer:
+    """The method as it acts on the pixels or inside the tower, at the budget of one crop.
+
+    Raises:
+        UserError: the crops would not all be reduced alike.
+    """
+    if not reducer.acts("tower") and not reducer.acts("input_grid"):
+        return reducer
+    count = len(arrangement.crops)
+    if count == 1 and not len(arrangement.newlines):
+        return reducer
+    refuse_unequal_crops(reducer, count, arrangement.whole)
+    return reducer.sized(reducer.budget // count)
+
+
+def refuse_unequal_crops(reducer: Reducer, crops: int, whole: bool) -> None:
+    """Raise UserError where a method that acts on pixels or inside the tower cannot treat all crops alike."""
+    if not whole or reducer.budget % crops:
+        raise UserError(
+            f"{reducer.name} reduces every crop alike inside the tower: it needs whole crops without newline tokens "
+            f"(merge=spatial) and a budget that {crops} crops divide, got {reducer.budget}."
+        )
+
+
+def shares(reducer: Reducer, arrangement: Arrangement, signals: dict[Signal, Tensor]) -> list[int]:
+    """Tokens for each crop of one picture.
+
+    Args:
+        signals: those of `tower_signals`, [crops, P, ...] over whole crops.
+    """
+    sizes = [len(crop.patches) for crop in arrangement.crops]
+    budget = for_patches(reducer, len(arrangement.newlines))
+    own = reducer.crop_shares(arrangement, signals, budget)
+    if own is not None:
+        return own
+    if reducer.crops == "each" or arrangement.tiles is None:
+        return deal(budget, sizes)
+    first = deal(budget, sizes)[0]
+    seen = covered(arrangement, signals[Signal("cls_attention")][0])
+    return [first, *deal(budget - first, sizes[1:], seen)]
+
+
+def deal(budget: int, sizes: Sequence[int], weights: Sequence[float] | None = None) -> list[int]:
+    """`budget` dealt in proportion to `weights` (equal if None), at most sizes[i] to each.
+
+    What one cannot take goes to the others in the same proportion; fractions are cut off, and what is left over goes
+    one each to the largest fractions, the first of equals first.
+    """
+    weights = [1.0] * len(sizes) if weights is None else list(weights)
+    left, given = min(budget, sum(sizes)), [0] * len(sizes)
+    open_ = [i for i, size in enumerate(sizes) if size]
+    while open_:
+        total = sum(weights[i] for i in open_)
+        quota = {i: left * weights[i] / total if total > 0 else left / len(open_) for i in open_}
+        full = [i for i in open_ if quota[i] >= sizes[i]]
+        if not full:
+            break
+        for i in full:
+            given[i] = sizes[i]
+            left -= sizes[i]
+        open_ = [i for i in open_ if i not in full]
+    for i in open_:
+        given[i] = int(quota[i])
+        left -= given[i]
+    for i in sorted(open_, key=lambda i: (given[i] - quota[i], i))[:left]:
+        given[i] += 1
+    return given
+
+
+def covered(arrangement: Arrangement, score: Tensor) -> list[float]:
+    """Sum of the first crop's scores [P] over the part of the picture that each tile shows.
+
+    The first crop is the whole picture, stretched over its grid; the stitched tiles without their padding are the same.
+    """
+    rows, columns = arrangement.grid
+    # Shares are lengths, so this is the one look at the device.
+    table = score.float().cpu().unflatten(0, (rows, columns))
+    heights, widths = arrangement.tile_sides()
+    sums = [
+        table[_part(heights, row, rows), _part(widths, column, columns)].sum()
+        for row in range(len(heights))
+        for column in range(len(widths))
+    ]
+    return [value.item() for value in sums]
+
+
+def _part(sizes: Sequence[int], index: int, length: int) -> slice:
+    """The part of `length` that belongs to the index-th of neighbours of these sizes."""
+    before, total = sum(sizes[:index]), max(1, sum(sizes))
+    return slice(before * length // total, (before + sizes[index]) * length // total)

@@ -1,0 +1,79 @@
+"""Attention of a decoder layer, computed for the few query rows that a method asks for, in float32.
+
+Shapes: B images, T text rows, N visual tokens, L prompt tokens, H heads, d channels per head, D channels.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def text_to_visual_attention(
+    layer: nn.Module,
+    text: Tensor,
+    visual: Tensor,
+    text_rotary: tuple[Tensor, Tensor] | None = None,
+    visual_rotary: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention of text rows to the visual tokens through one decoder layer's own norm and projections.
+
+    The softmax runs over the visual keys alone. With layer 0, its input embeddings and rotary angles this equals the
+    layer's real attention up to the softmax denominator; without angles it has no preference for late tokens.
+
+    Args:
+        layer: a LlamaDecoderLayer; grouped-query heads are repeated.
+        text: [B, T, D] inputs of the layer at the query rows.
+        visual: [B, N, D] inputs of the layer at the visual tokens.
+        text_rotary, visual_rotary: (cos, sin), each [B, T, d] and [B, N, d], or None for no rotation.
+
+    Returns:
+        [B, H, T, N] float32, each row sums to 1.
+    """
+    attention = layer.self_attn
+    query = attention.q_proj(layer.input_layernorm(text)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    key = attention.k_proj(layer.input_layernorm(visual)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    query, key = query.float(), key.float()
+    if text_rotary is not None:
+        query, key = _rotate(query, *text_rotary), _rotate(key, *visual_rotary)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return (query @ key.transpose(-1, -2) * attention.scaling).softmax(-1)
+
+
+def attention_rows(
+    layer: nn.Module,
+    rows: Tensor,
+    keys: Tensor,
+    allowed: Tensor,
+    row_rotary: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Rows of a decoder layer's own attention, exactly as the layer computes them.
+
+    Args:
+        layer: a LlamaDecoderLayer.
+        rows: [B, T, D] inputs of the layer at the query rows.
+        keys: [B, Hkv, L, d] keys of that layer, rotated if the rows are; grouped-query heads are repeated.
+        allowed: [B, T, L] bool, the keys that each row may see.
+        row_rotary: (cos, sin), each [B, T, d], or None for no rotation.
+
+    Returns:
+        [B, H, T, L] float32; rows sum to 1 over the allowed keys.
+    """
+    attention = layer.self_attn
+    query = attention.q_proj(layer.input_layernorm(rows)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    query = query.float() if row_rotary is None else _rotate(query.float(), *row_rotary)
+    keys = keys.float().repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    scores = query @ keys.transpose(-1, -2) * attention.scaling
+    return scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+
+
+def layer_keys(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Keys [B, Hkv, L, d] float32 of a decoder layer from its inputs [B, L, D], rotated unless `rotary` is None."""
+    attention = layer.self_attn
+    keys = attention.k_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    return keys.float() if rotary is None else _rotate(keys.float(), *rotary)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in Llama's half-split convention; states [B, H, T, d], cos and sin [B, T, d]."""
+    cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin

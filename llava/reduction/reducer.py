@@ -1,0 +1,258 @@
+"""The base class of all methods: a frozen configuration and up to four functions, one per stage.
+
+A method never touches the model. It states which tower signals it needs, is handed states, and returns reductions;
+the pipeline computes, applies, counts and places them.
+"""
+
+import hashlib
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+
+from llava.errors import UserError, unknown
+from llava.reduction.metadata import Card
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reduction import Reduction
+from llava.reduction.scores import Signal
+from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState
+from llava.reduction.token_layout import Arrangement
+
+# One reduction for all images of a state, or one for each where they keep different numbers of tokens.
+Reductions = Reduction | list[Reduction] | None
+
+SPLITS = ("each", "thumbnail", "global")
+NEWLINES = ("drop", "keep")
+CLS_SIGNALS = ("cls_attention", "fused_cls_attention", "cls_logits")
+
+
+def option(default: Any, doc: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A configuration field with a sentence for `--list` and, for strings, the values it may take."""
+    return field(default=default, metadata={"doc": doc, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a method may need to know before it agrees to run.
+
+    Attributes:
+        visual_tokens: of one image, before any reduction.
+        layers: decoder layers.
+        layout: origin of the visual tokens.
+        tower_blocks: blocks of the vision tower.
+        has_cls: the tower has a CLS token.
+        has_text_tower: the CLIP text tower that belongs to the vision tower can be had.
+        crops: patch grids of the crops of a picture that the tower sees in several, without class tokens.
+        newlines: newline tokens among the visual tokens.
+        most_newlines: of any picture that this model may see.
+    """
+
+    visual_tokens: int
+    layers: int
+    layout: Layout
+    tower_blocks: int
+    has_cls: bool = True
+    has_text_tower: bool = False
+    crops: tuple[Layout, ...] = ()
+    newlines: int = 0
+    most_newlines: int = 0
+
+    @property
+    def patches(self) -> int:
+        """The visual tokens that a method before the decoder chooses from: no class tokens, no newline tokens."""
+        return sum(crop.tokens for crop in self.crops) if self.crops else self.visual_tokens - self.newlines
+
+    def crop(self, number: int) -> "ModelFacts":
+        """The facts for one crop, as if it were the whole picture."""
+        layout = self.crops[number]
+        return replace(self, visual_tokens=layout.tokens, layout=layout, crops=(), newlines=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reducer:
+    """A method. Subclasses register themselves, add fields with `option`, and override the stages they act in.
+
+    Class attributes:
+        summary: one line for `--list`.
+        version: part of every result; raise it when answers change.
+        card: the method's row in docs/methods.md.
+        rounding: how far the mean over layers may be off the budget, in tokens.
+        keep_cls: the encoder stage sees the CLS token as token 0.
+        needs_text_tower: states carry the CLIP text tower.
+        quirks: where the method by its own definition departs from the contract of tests/test_every_method.py; keys
+            are "appended" (merged tokens stand behind the kept ones), "scale" (shares do not sum to 1), "duplicates".
+
+    Attributes:
+        budget: visual tokens per image, mean over decoder layers, merged ones included.
+        positions: "renumber" gives the shortened sequence contiguous position ids, as LLaVA does; "original" lets
+            every token keep the position id it had.
+        crops: how the budget of a picture in several crops is split, see llava/reduction/crop_budget.py. A method
+        that acts only in the
+            decoder ranks all tokens together.
+        share: where pictures differ in size, budgets are often shares of what there is (1/9); then `budget` is that
+            of the largest picture. 0 for the same number of tokens everywhere.
+        newlines: what becomes of the newline tokens of LLaVA-NeXT where a method chooses among patches.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    version: ClassVar[str] = "1"
+    card: ClassVar[Card] = Card(acts="")
+    rounding: ClassVar[float] = 0.5
+    keep_cls: ClassVar[bool] = False
+    needs_text_tower: ClassVar[bool] = False
+    quirks: ClassVar[dict[str, str]] = {}
+
+    budget: int
+    positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))
+
+    crops: str = option("each", "the budget over crops: even, by the first crop's attention, or all together", SPLITS)
+    share: float = option(0.0, "share of each picture's tokens instead of the budget, where pictures differ in size")
+    newlines: str = option("drop", "newline tokens where patches are chosen: drop, or keep and count", NEWLINES)
+
+    def __post_init__(self) -> None:
+        """Reject values outside the choices of a field."""
+        for known in fields(self):
+            choices, value = known.metadata.get("choices"), getattr(self, known.name)
+            if known.name == "share" and not 0 <= value <= 1:
+                raise UserError(f"{self.name}.share must be between 0 and 1, got {value:g}.")
+            if choices and value not in choices:
+                raise UserError(f"{self.name}.{known.name} must be one of {', '.join(choices)}, got {value!r}.")
+
+    def check(self, facts: ModelFacts) -> None:
+        """Raise UserError if this method cannot run on this model at this budget."""
+        if not 1 <= self.budget <= facts.visual_tokens:
+            raise UserError(
+                f"The budget must be 1 to {facts.visual_tokens} (visual tokens of this model), got {self.budget}."
+            )
+        if self.needs_text_tower and not facts.has_text_tower:
+            raise UserError(
+                f"{self.name} compares the question with the picture in CLIP's space and needs the CLIP text tower "
+                "that belongs to the vision tower; this checkpoint names none. Put it into a folder text_tower/ "
+                "beside the weights (a CLIPModel's text half with both projections), or take a checkpoint whose "
+                "mm_vision_tower is a whole CLIP."
+            )
+        if not facts.has_cls and (self.keep_cls or any(s.kind in CLS_SIGNALS for s in self.signals())):
+            raise UserError(f"{self.name} ranks by the CLS token of the vision tower; this tower has none.")
+
+    def entering(self, facts: ModelFacts) -> tuple[int, ...] | None:
+        """Visual tokens of one image that are planned to enter each layer; None where the picture decides.
+
+        For a picture in crops this is asked crop by crop, with a budget of its own;
+        llava.reduction.crop_budget.planned adds up.
+        """
+        return (self.budget,) * facts.layers
+
+    def sized(self, budget: int) -> "Reducer":
+        """The same method at another budget."""
+        return self if budget == self.budget and not self.share else replace(self, budget=budget, share=0.0)
+
+    def for_picture(self, facts: ModelFacts) -> "Reducer":
+        """The same method at the budget of one picture."""
+        if self.share:
+            return self.sized(max(1, int(self.share * facts.visual_tokens + 0.5)))
+        return self
+
+    def crop_shares(
+        self, arrangement: Arrangement, signals: dict[Signal, torch.Tensor], budget: int
+    ) -> list[int] | None:
+        """The method's own rule for the tokens of each crop of a picture; None for the rule of `crops`.
+
+        Args:
+            signals: [crops, P, ...] over whole crops.
+            budget: patches that all crops may keep together.
+        """
+        return None
+
+    def split_signals(self) -> tuple[Signal, ...]:
+        """What `crops` needs to split a budget over tiles, beside the method's own signals."""
+        return (Signal("cls_attention"),) if self.crops == "thumbnail" else ()
+
+    def tower_signals(self, tiled: bool) -> tuple[Signal, ...]:
+        """All tower signals to compute for pictures with or without tiles."""
+        return tuple(dict.fromkeys((*self.signals(), *(self.split_signals() if tiled else ()))))
+
+    def signals(self) -> tuple[Signal, ...]:
+        """Tower signals to compute."""
+        return ()
+
+    def input_grid(self, layout: Layout) -> tuple[int, int] | None:
+        """Patch grid to shrink the image to before the tower, or None."""
+        return None
+
+    def merging_blocks(self, selected: int) -> tuple[int, ...]:
+        """Tower blocks inside which `tower` is called; `selected` blocks are run in front of the features."""
+        return ()
+
+    def tower(self, state: BlockState) -> Reduction | None:
+        """Reduce tokens inside a tower block; CLS stays token 0. From then on attention is weighted by token sizes."""
+        return None
+
+    def encoder(self, state: EncoderState) -> Reductions:
+        """Reduce tower features before the projector."""
+        return None
+
+    def prompt(self, state: PromptState) -> Reductions:
+        """Reduce visual tokens before decoder layer 0."""
+        return None
+
+    def decoder_layers(self, layers: int) -> tuple[int, ...]:
+        """Decoder layers in front of which `decoder` is called."""
+        return ()
+
+    def decoder(self, state: DecoderState) -> Reductions:
+        """Reduce visual tokens in front of decoder layer `state.layer`."""
+        return None
+
+    def acts(self, stage: str) -> bool:
+        """Whether the method overrides a stage at all."""
+        return getattr(type(self), stage) is not getattr(Reducer, stage)
+
+
+def by_row(reductions: Reductions, count: int) -> list[tuple[Reduction, int]] | None:
+    """(reduction, row in it) of every image, whether they share one reduction or have one each."""
+    if reductions is None:
+        return None
+    if isinstance(reductions, Reduction):
+        return [(reductions, row) for row in range(count)]
+    if len(reductions) != count:
+        raise ValueError(f"{count} images need as many reductions, got {len(reductions)}")
+    return [(reduction, 0) for reduction in reductions]
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that depends on the parts alone, not on process, order or batch."""
+    return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
+
+
+def options_of(cls: type[Reducer]) -> dict[str, Field]:
+    """The configuration fields of a method by name, the budget apart."""
+    return {known.name: known for known in fields(cls) if known.name != "budget"}
+
+
+def parse_options(cls: type[Reducer], options: dict[str, str]) -> dict[str, Any]:
+    """Turn `--set` texts into values of the fields' types; unknown keys are errors with a suggestion."""
+    known = options_of(cls)
+    values: dict[str, Any] = {}
+    for key, text in options.items():
+        if key not in known:
+            raise unknown(f"option of {cls.name}", key, known)
+        values[key] = _parse(f"{cls.name}.{key}", text, type(known[key].default))
+    return values
+
+
+def _parse(name: str, text: Any, kind: type) -> Any:
+    if not isinstance(text, str):
+        return text
+    if kind is bool:
+        table = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in table:
+            raise UserError(f"{name} must be true or false, got {text!r}.")
+        return table[text.lower()]
+    try:
+        if kind is tuple:
+            return tuple(int(part) for part in text.split(",") if part)
+        return kind(text)
+    except ValueError:
+        word = {int: "a whole number", float: "a number", tuple: "whole numbers separated by commas"}[kind]
+        raise UserError(f"{name} must be {word}, got {text!r}.") from None

@@ -1,0 +1,83 @@
+"""Methods by name. The registry holds classes; every run builds its own frozen instance."""
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+from llava.errors import UserError, unknown
+from llava.reduction.reducer import Reducer, options_of, parse_options
+
+METHODS: dict[str, type[Reducer]] = {}
+
+# A package per paper, and one with a file per baseline. A folder that is not there yet is skipped by `load_all`.
+PACKAGES = ("baselines", "consensusdrop", "visiondrop", "attnmix")
+
+
+def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
+    """Class decorator: make a reducer known under `name`."""
+
+    def add(cls: type[Reducer]) -> type[Reducer]:
+        if name in METHODS and METHODS[name].__module__ != cls.__module__:
+            raise ValueError(f"method {name!r} is registered twice: {METHODS[name].__module__} and {cls.__module__}")
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def load_all() -> None:
+    """Import every module of the method packages, so that they register themselves."""
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            continue
+        module = importlib.import_module(package)
+        for found in pkgutil.iter_modules(module.__path__):
+            importlib.import_module(f"{package}.{found.name}")
+
+
+def names() -> list[str]:
+    load_all()
+    return sorted(METHODS)
+
+
+def method(name: str) -> type[Reducer]:
+    """The class of a method; UserError with a suggestion for an unknown name."""
+    load_all()
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return METHODS[name]
+
+
+def build(name: str, budget: int, options: dict[str, Any] | None = None) -> Reducer:
+    """A configured method.
+
+    Args:
+        budget: visual tokens per image.
+        options: field -> value, texts are parsed by the field's type.
+    """
+    cls = method(name)
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise UserError(f"The budget must be a whole number of visual tokens of at least 1, got {budget!r}.")
+    return cls(budget=budget, **parse_options(cls, options or {}))
+
+
+def describe() -> list[dict[str, Any]]:
+    """Name, summary and options of every method, for `--list`."""
+    rows = []
+    for name in names():
+        cls = METHODS[name]
+        options = [
+            {
+                "name": key,
+                "type": type(known.default).__name__,
+                "default": known.default,
+                "choices": known.metadata.get("choices"),
+                "doc": known.metadata.get("doc", ""),
+            }
+            for key, known in options_of(cls).items()
+        ]
+        rows.append({"name": name, "summary": cls.summary, "version": cls.version, "options": options})
+    return rows

@@ -1,0 +1,153 @@
+"""Signals: tensors with a fixed definition that methods rank tokens by.
+
+Each is computed from the few query rows it needs, in float32, beside the main path, which therefore always runs the
+fused attention kernel. Shapes: B images, N patches, D channels, H heads, T text rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from llava.errors import unknown
+from llava.reduction.flops import linear_flops
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A request for a tower signal.
+
+    Attributes:
+        kind: a key of TOWER_SIGNALS.
+        block: tower block, counted as a Python index; -2 is the block whose output LLaVA takes.
+        depth: number of blocks of the tower that `block` was chosen for; a tower of another depth gives the block at
+            the same share of it. 0 takes `block` as it is.
+    """
+
+    kind: str
+    block: int = -2
+    depth: int = 0
+
+    def index(self, blocks: int) -> int:
+        """The block in a tower with so many."""
+        return min(int(self.block * blocks / self.depth + 0.5), blocks - 1) if self.depth else self.block
+
+
+def _heads(projected: Tensor, heads: int) -> Tensor:
+    """[B, N, H*d] -> [B, H, N, d]."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Attention of the CLS token to the patches, mean over heads.
+
+    Args:
+        block: a CLIPEncoderLayer.
+        hidden: [B, 1+N, D], the block's input, CLS first.
+
+    Returns:
+        [B, N] float32. The softmax runs over CLS and patches, so a row sums to less than 1.
+    """
+    attention = block.self_attn
+    normed = block.layer_norm1(hidden)
+    query = _heads(attention.q_proj(normed[:, :1]), attention.num_heads).float()
+    key = _heads(attention.k_proj(normed), attention.num_heads).float()
+    weights = (query @ key.transpose(-1, -2) * attention.scale).softmax(-1)
+    return weights[:, :, 0, 1:].mean(1)
+
+
+def cls_logits(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Products of the CLS query with the patches' keys, scaled as in attention but in front of its softmax, mean over
+    heads.
+
+    Returns:
+        [B, N] float32, of any sign.
+    """
+    attention = block.self_attn
+    normed = block.layer_norm1(hidden)
+    query, key = attention.q_proj(normed[:, :1]).float(), attention.k_proj(normed[:, 1:]).float()
+    # The sum of the heads' products is the product over all channels.
+    return (query @ key.transpose(-1, -2))[:, 0] * (attention.scale / attention.num_heads)
+
+
+def received_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Average attention each patch receives from all patches, mean over heads: a saliency without CLS.
+
+    Returns:
+        [B, N] float32. Query rows go through in slices, so no full attention map is ever held.
+    """
+    attention = block.self_attn
+    normed = block.layer_norm1(hidden)
+    query = _heads(attention.q_proj(normed[:, 1:]), attention.num_heads).float()
+    key = _heads(attention.k_proj(normed), attention.num_heads).float()
+    received = key.new_zeros(hidden.shape[0], hidden.shape[1])
+    for rows in query.split(64, dim=2):
+        received += (rows @ key.transpose(-1, -2) * attention.scale).softmax(-1).sum((1, 2))
+    return received[:, 1:] / (query.shape[1] * query.shape[2])
+
+
+def keys(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Keys of the patches, mean over heads: the similarity space of VisionZip-like merging.
+
+    Returns:
+        [B, N, d] float32, not normalised.
+    """
+    return mean_keys(block, block.layer_norm1(hidden[:, 1:]))
+
+
+def mean_keys(block: nn.Module, normed: Tensor) -> Tensor:
+    """[B, n, D] normed inputs of a block's attention -> keys [B, n, d] float32, mean over heads."""
+    attention = block.self_attn
+    return _heads(attention.k_proj(normed), attention.num_heads).float().mean(1)
+
+
+def fused_cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Attention of the CLS token to the patches with all heads taken as one: softmax(q k / sqrt(D)), as PruMerge does.
+
+    Returns:
+        [B, N] float32, a row sums to less than 1.
+    """
+    attention = block.self_attn
+    normed = block.layer_norm1(hidden)
+    query, key = attention.q_proj(normed[:, :1]).float(), attention.k_proj(normed).float()
+    return (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
+
+
+def whole_keys(block: nn.Module, hidden: Tensor) -> Tensor:
+    """Keys of the patches, all heads side by side.
+
+    Returns:
+        [B, N, D] float32, not normalised.
+    """
+    return block.self_attn.k_proj(block.layer_norm1(hidden[:, 1:])).float()
+
+
+TOWER_SIGNALS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "cls_attention": cls_attention,
+    "cls_logits": cls_logits,
+    "received_attention": received_attention,
+    "keys": keys,
+    "fused_cls_attention": fused_cls_attention,
+    "whole_keys": whole_keys,
+}
+
+
+def tower_signal(signal: Signal, block: nn.Module, hidden: Tensor) -> Tensor:
+    """Compute one requested signal from the input of its block."""
+    if signal.kind not in TOWER_SIGNALS:
+        raise unknown("tower signal", signal.kind, TOWER_SIGNALS)
+    return TOWER_SIGNALS[signal.kind](block, hidden)
+
+
+def signal_flops(signal: Signal, block: nn.Module, patches: int) -> int:
+    """Operations of one requested signal for one image, matrix products only."""
+    attention = block.self_attn
+    key, width = attention.k_proj, attention.q_proj.out_features
+    if signal.kind in ("keys", "whole_keys"):
+        return linear_flops(key, patches)
+    if signal.kind == "cls_logits":
+        return linear_flops(attention.q_proj, 1) + linear_flops(key, patches) + 2 * patches * width
+    queries = patches if signal.kind == "received_attention" else 1
+    return (
+        linear_flops(attention.q_proj, queries) + linear_flops(key, patches + 1) + 2 * queries * (patches + 1) * width
+    )

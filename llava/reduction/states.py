@@ -1,0 +1,257 @@
+"""What a method is handed at each stage: dense tensors of equally many tokens, and the few ways to look at the text.
+
+The pipeline groups images by their number of visual tokens, so a method never sees padding among visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.errors import unknown
+from llava.reduction.decoder_attention import attention_rows, layer_keys, text_to_visual_attention
+from llava.reduction.flops import linear_flops
+from llava.reduction.patch_grid import Layout
+from llava.reduction.reduction import Reduction
+from llava.reduction.rotary import angles as angles_at
+from llava.reduction.scores import Signal
+
+if TYPE_CHECKING:
+    from llava.pipeline.sequence import Sequence, Span
+    from llava.reduction.reducer import ModelFacts
+
+
+@dataclass(kw_only=True)
+class State:
+    """What all states share: whose tokens they are, and the account of operations.
+
+    Attributes:
+        ids: one name per image, for seeds.
+        flops: operations that the method spent beside the main path. `matmul` adds to it; products made in other
+            ways must be added by hand.
+        facts: the model, for methods whose counts follow from its depth.
+    """
+
+    ids: tuple[str, ...]
+    flops: int = 0
+    facts: ModelFacts | None = None
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b, booked."""
+        out = a @ b
+        self.flops += 2 * out.numel() * a.shape[-1]
+        return out
+
+
+@dataclass(kw_only=True)
+class BlockState(State):
+    """Inside a tower block, between attention and MLP. B images, n tokens left of CLS and patches.
+
+    Attributes:
+        tokens: [B, n, D] hidden states after the attention's residual, CLS first.
+        keys: [B, n, d] keys of this block, mean over heads, float32.
+        sizes: [B, n] float32, how many patches each token stands for.
+        block: index of the block.
+    """
+
+    tokens: Tensor
+    keys: Tensor
+    sizes: Tensor
+    block: int
+
+
+@dataclass(kw_only=True)
+class EncoderState(State):
+    """Before the projector. B images of one batch with the same number of tokens.
+
+    Attributes:
+        features: [B, N, D] tower features; with `keep_cls` token 0 is CLS.
+        signals: what `Reducer.signals` asked for, over patches only, float32.
+        layout: origin of the N tokens.
+        merged: what was merged inside the tower, if anything was; then its outputs are the N tokens.
+        questions: the bare question of each image's prompt.
+        messages: the same with its answer-format instruction.
+        clip: the CLIP text tower, for methods with `needs_text_tower`.
+        thumbnail: signal -> [B, patches], what the small copy of the whole picture says of the same places, where the
+            tokens are tiles of LLaVA-NeXT (llava.pipeline.views.overview); elsewhere the tokens' own values.
+    """
+
+    features: Tensor
+    signals: dict[Signal, Tensor]
+    layout: Layout
+    merged: Reduction | None = None
+    questions: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
+    clip: Any = None
+    thumbnail: Callable[[Signal], Tensor] | None = None
+
+
+@dataclass(kw_only=True)
+class PromptState(EncoderState):
+    """Before decoder layer 0, with the text in sight.
+
+    Attributes:
+        tokens: [B, N, H] projected visual tokens.
+        sequence: the B full prompts, visual tokens in place; `sequence.images` are their spans.
+        llm: the decoder (layers, norm, rotary_emb).
+        run_layers: k -> hidden states [B, L, H] of `sequence` behind the first k decoder layers, for probes.
+        members: [B, N] places of the visual tokens in their image's run, where they are only a part of it.
+    """
+
+    tokens: Tensor | None = None
+    sequence: Sequence | None = None
+    llm: nn.Module | None = None
+    run_layers: Callable[[int], Tensor] | None = None
+    members: Tensor | None = None
+
+    def visual(self, tensor: Tensor) -> Tensor:
+        """[B, N, ...] rows of `tensor` [B, L, ...] at the visual tokens."""
+        if self.members is None:
+            return self.sequence.take(tensor, self.sequence.images)
+        return at_members(tensor, self.sequence, self.members)
+
+    def text(self, rows: str) -> tuple[Tensor, Tensor]:
+        """Embeddings of text tokens.
+
+        Args:
+            rows: "question" (bare question), "instruction" (with suffix), "after" (all text behind the last image) or
+                "last" (last prompt token).
+
+        Returns:
+            [B, T, H] embeddings and a mask [B, T] of the rows that exist.
+        """
+        index, mask = row_index(self.sequence, text_spans(self.sequence, rows))
+        hidden = self.sequence.hidden
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])), mask
+
+    def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor]:
+        """Attention of text rows to the visual tokens at one decoder layer, softmax over the visual tokens alone.
+
+        Args:
+            layer: decoder layer whose norm and projections are used.
+            rows: as in `text`.
+            rotary: rotate queries and keys by their positions.
+            contextual: take the layer's real inputs, running all earlier layers once; else input embeddings.
+
+        Returns:
+            weights [B, H, T, N] float32 and a mask [B, T] of the rows that exist.
+        """
+        sequence = self.sequence
+        hidden = self.run_layers(layer) if contextual else sequence.hidden
+        index, mask = row_index(sequence, text_spans(sequence, rows))
+        text = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        visual = self.visual(hidden)
+        angles: tuple = (None, None)
+        if rotary:
+            cos, sin = angles_at(self.llm, hidden, sequence.position)
+            pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
+            angles = ((pick(cos), pick(sin)), (self.visual(cos), self.visual(sin)))
+        block = self.llm.layers[layer]
+        weights = text_to_visual_attention(block, text, visual, *angles)
+        batch, count = text.shape[:2]
+        self.flops += batch * (_query_flops(block, count, visual.shape[1]) + _key_flops(block, visual.shape[1]))
+        return weights, mask
+
+
+def at_members(tensor: Tensor, sequence: Sequence, members: Tensor) -> Tensor:
+    """[B, N, ...] rows of `tensor` [B, L, ...] at places [B, N] of the visual run of each prompt."""
+    starts = [sequence.padding(row) + start for row, (start, _) in enumerate(sequence.images)]
+    columns = members + torch.tensor(starts).to(members.device, non_blocking=True)[:, None]
+    return tensor.gather(1, columns[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def text_spans(sequence: Sequence, rows: str) -> list[Span]:
+    """Spans of text tokens by name; see `PromptState.text`."""
+    if rows == "visual":
+        return sequence.images
+    if rows in ("question", "instruction"):
+        return list(getattr(sequence, rows))
+    if rows == "last":
+        return [(length - 1, length) for length in sequence.lengths]
+    if rows == "after":
+        return list(sequence.behind)
+    raise unknown("text rows", rows, ("question", "instruction", "after", "last", "visual"))
+
+
+def row_index(sequence: Sequence, spans: list[Span]) -> tuple[Tensor, Tensor]:
+    """Padded positions [B, T] of spans of different length, and which of them are real."""
+    longest = max(1, max(stop - start for start, stop in spans))
+    index, mask = [], []
+    for sample, (start, stop) in enumerate(spans):
+        first, count = sequence.padding(sample) + start, stop - start
+        index.append([first + min(i, max(count - 1, 0)) for i in range(longest)])
+        mask.append([i < count for i in range(longest)])
+    device = sequence.hidden.device
+    return torch.tensor(index).to(device, non_blocking=True), torch.tensor(mask).to(device, non_blocking=True)
+
+
+def _query_flops(layer: nn.Module, rows: int, keys: int) -> int:
+    attention = layer.self_attn
+    return linear_flops(attention.q_proj, rows) + 2 * rows * keys * attention.q_proj.out_features
+
+
+def _key_flops(layer: nn.Module, keys: int) -> int:
+    return linear_flops(layer.self_attn.k_proj, keys)
+
+
+@dataclass(kw_only=True)
+class DecoderState(State):
+    """Between two decoder layers. B images with the same number of visual tokens.
+
+    Attributes:
+        tokens: [B, N, H] hidden states of the visual tokens.
+        sequence: the B prompts as they are now; `sequence.images` are the spans of the visual tokens.
+        llm: the decoder (layers, norm, rotary_emb).
+        layer: index of the layer that comes next, at least 1.
+        entered: the same prompts as they entered the layer before, `layer - 1`.
+        keys: [B, Hkv, L, d] rotated keys of `layer - 1`, read from the cache.
+        start: the same prompts as they entered layer 0; text tokens are never reduced.
+    """
+
+    tokens: Tensor
+    sequence: Sequence
+    llm: nn.Module
+    layer: int
+    entered: Sequence
+    keys: Tensor
+    start: Sequence
+
+    def attention(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> tuple[Tensor, Tensor]:
+        """Rows of real causal attention, the columns of the visual tokens.
+
+        Args:
+            rows: "visual", one of the names of `text_spans`, or one span per prompt in `sequence`'s coordinates.
+            at: "next" for layer `layer` on the present hidden states, "previous" for the layer that has just run (its
+                keys come from the cache).
+            rotary: False leaves the rotation by positions out; only with "next".
+
+        Returns:
+            weights [B, H, T, N] float32, the softmax taken over every token that the row may see, so that a row sums
+            to the share it gives to the image; and a mask [B, T] of the rows that exist.
+        """
+        sequence = self.sequence
+        spans = text_spans(sequence, rows) if isinstance(rows, str) else rows
+        index, mask = row_index(sequence, spans)
+        # Causality: no row sees anything behind the last row. Columns behind it are wanted all the same, as zeros.
+        ends = [max(stop, image) for (_, stop), (_, image) in zip(spans, sequence.images, strict=True)]
+        width = max(sequence.padding(s) + end for s, end in enumerate(ends))
+        source = sequence if at == "next" else self.entered
+        layer = self.llm.layers[self.layer - (at == "previous")]
+        pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
+        cos, sin = angles_at(self.llm, source.hidden, source.position)
+        if at == "next":
+            angles = (cos[:, :width], sin[:, :width]) if rotary else None
+            keys = layer_keys(layer, source.hidden[:, :width], angles)
+            self.flops += len(keys) * _key_flops(layer, width)
+        else:
+            keys = self.keys[:, :, :width]
+        place = torch.arange(width, device=index.device)
+        allowed = (place <= index[..., None]) & sequence.valid()[:, None, :width]
+        weights = attention_rows(layer, pick(source.hidden), keys, allowed, (pick(cos), pick(sin)) if rotary else None)
+        self.flops += len(weights) * _query_flops(layer, index.shape[1], width)
+        columns = [(sequence.padding(s) + a, sequence.padding(s) + b) for s, (a, b) in enumerate(sequence.images)]
+        return torch.stack([weights[s, :, :, a:b] for s, (a, b) in enumerate(columns)]), mask

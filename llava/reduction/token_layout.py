@@ -1,0 +1,197 @@
+"""How the crops that the tower sees become one run of visual tokens: which crop, row and column each token is from.
+
+A picture of LLaVA-1.5 is one crop. LLaVA-NeXT puts a small copy of the whole picture in front of tiles that are
+stitched row by row; a video is one crop per frame. Methods see one crop at a time (or all together) and the pipeline
+puts what they keep back into the order of the run.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from llava.reduction.patch_grid import CLS, Layout
+
+NEWLINE = -2  # crop, row and column of a newline token
+
+
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """What one crop gives to the run.
+
+    Attributes:
+        rows, columns: the rectangle of patches that is left after unpadding.
+        patches: [rows * columns] int64, places in the raster of the whole crop, ascending.
+        places: [rows * columns] int64, the places of the same patches in the run.
+        cls: place of the crop's class token in the run, or None.
+    """
+
+    rows: int
+    columns: int
+    patches: Tensor
+    places: Tensor
+    cls: int | None = None
+
+    @property
+    def all_places(self) -> Tensor:
+        """Places of all tokens of the crop, CLS first."""
+        return self.places if self.cls is None else torch.cat([torch.tensor([self.cls]), self.places])
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.rows, self.columns, has_cls=self.cls is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """The run of visual tokens of one picture or video.
+
+    Attributes:
+        crops: in the order in which the tower sees them.
+        newlines: [r] int64, places of newline tokens in the run, ascending.
+        grid: rows and columns of patches of a whole crop.
+        tiles: rows and columns of the tiles behind the first crop; None without tiles.
+        temporal: the crops are the frames of a video.
+    """
+
+    crops: tuple[Crop, ...]
+    newlines: Tensor
+    grid: tuple[int, int]
+    tiles: tuple[int, int] | None = None
+    temporal: bool = False
+
+    @cached_property
+    def tokens(self) -> int:
+        """N, all tokens of the run."""
+        return self.patches + len(self.newlines) + sum(crop.cls is not None for crop in self.crops)
+
+    @cached_property
+    def patches(self) -> int:
+        """The patches among them, the tokens a method chooses from before the decoder."""
+        return sum(len(crop.patches) for crop in self.crops)
+
+    @cached_property
+    def whole(self) -> bool:
+        """Every crop gives all its patches and there are no newline tokens."""
+        full = self.grid[0] * self.grid[1]
+        return not len(self.newlines) and all(len(crop.patches) == full for crop in self.crops)
+
+    @cached_property
+    def key(self) -> tuple:
+        """Equal for arrangements that are alike."""
+        shapes = tuple((crop.rows, crop.columns, crop.patches[:1].tolist(), crop.cls) for crop in self.crops)
+        shapes = tuple((rows, columns, *first, cls) for rows, columns, first, cls in shapes)
+        return (*shapes, self.grid, self.tiles, len(self.newlines))
+
+    def tile_sides(self) -> tuple[list[int], list[int]]:
+        """Patches along the height of every row of tiles, and along the width of every column, without padding."""
+        (down, across), tiles = self.tiles, self.crops[1:]
+        heights = [max(tile.rows for tile in tiles[row * across : (row + 1) * across]) for row in range(down)]
+        widths = [max(tile.columns for tile in tiles[column::across]) for column in range(across)]
+        return heights, widths
+
+    @property
+    def layout(self) -> Layout:
+        """Of all tokens together, crop after crop; one long row where the crops have different shapes."""
+        has_cls = self.crops[0].cls is not None
+        shapes = {(crop.rows, crop.columns) for crop in self.crops}
+        if len(shapes) == 1:
+            return Layout(*shapes.pop(), crops=len(self.crops), has_cls=has_cls)
+        return Layout(1, self.patches + has_cls * len(self.crops))
+
+    def origins(self) -> Tensor:
+        """[N, 3] int64: crop, row and column in the crop's own grid of every token.
+
+        Row and column are CLS for a class token; all three are NEWLINE for a newline token.
+        """
+        table = torch.full((self.tokens, 3), NEWLINE)
+        for number, crop in enumerate(self.crops):
+            table[crop.places, 0] = number
+            table[crop.places, 1] = crop.patches // self.grid[1]
+            table[crop.places, 2] = crop.patches % self.grid[1]
+            if crop.cls is not None:
+                table[crop.cls] = torch.tensor([number, CLS, CLS])
+        return table
+
+    def shrunk(self, grid: tuple[int, int]) -> "Arrangement":
+        """The same picture with coarser crops; only where every crop gives all its patches."""
+        if self.temporal:
+            return frames(len(self.crops), *grid)
+        return single(*grid) if self.tiles is None else stitched(self.tiles, grid, newline=False)
+
+    def left(self, count: int, order: Tensor) -> "Arrangement":
+        """The run of what merging inside the tower left.
+
+        Args:
+            count: tokens of each crop.
+            order: [crops * count] int64, the tokens, one crop after another, in the order of the new run.
+        """
+        places = order.argsort()
+        crops = tuple(Crop(1, count, torch.arange(count), part) for part in places.split(count))
+        return replace(self, crops=crops, newlines=self.newlines[:0], grid=(1, count))
+
+    def with_cls(self) -> "Arrangement":
+        """The same with the class token of every crop: the first crop's in front, those of tiles behind all patches,
+        those of frames in front of their frames."""
+        if self.crops[0].cls is not None:
+            return self
+        crops, tail = [], self.tokens + 1
+        for number, crop in enumerate(self.crops):
+            if self.temporal:
+                crops.append(replace(crop, places=crop.places + number + 1, cls=int(crop.places[0]) + number))
+            else:
+                place = 0 if number == 0 else tail + number - 1
+                crops.append(replace(crop, places=crop.places + 1, cls=place))
+        return replace(self, crops=tuple(crops), newlines=self.newlines + 1)
+
+
+def _crop(rows: int, columns: int, start: int) -> Crop:
+    patches = torch.arange(rows * columns)
+    return Crop(rows, columns, patches, patches + start)
+
+
+@lru_cache(maxsize=256)
+def single(rows: int, columns: int) -> Arrangement:
+    """One crop with all its patches."""
+    return Arrangement((_crop(rows, columns, 0),), torch.tensor([], dtype=torch.long), (rows, columns))
+
+
+@lru_cache(maxsize=64)
+def frames(count: int, rows: int, columns: int) -> Arrangement:
+    """`count` frames one behind another, class tokens apart."""
+    crops = tuple(_crop(rows, columns, number * rows * columns) for number in range(count))
+    return Arrangement(crops, torch.tensor([], dtype=torch.long), (rows, columns), temporal=True)
+
+
+@lru_cache(maxsize=4096)
+def stitched(
+    tiles: tuple[int, int], grid: tuple[int, int], kept: tuple[int, int, int, int] | None = None, newline: bool = True
+) -> Arrangement:
+    """LLaVA-NeXT: the whole picture as the first crop, then tiles that are stitched and read row by row.
+
+    Args:
+        tiles: rows and columns of tiles.
+        grid: rows and columns of patches of a crop.
+        kept: rows from, to and columns from, to of the stitched patches that unpadding leaves; None leaves all.
+        newline: a newline token at the end of every stitched row.
+    """
+    rows, columns = tiles[0] * grid[0], tiles[1] * grid[1]
+    top, bottom, left, right = kept or (0, rows, 0, columns)
+    base = grid[0] * grid[1]
+    width = right - left + newline
+    crops = [_crop(*grid, 0)]
+    for tile_row in range(tiles[0]):
+        for tile_column in range(tiles[1]):
+            row = _part(tile_row * grid[0], grid[0], top, bottom)
+            column = _part(tile_column * grid[1], grid[1], left, right)
+            patches = (row[:, None] - tile_row * grid[0]) * grid[1] + column - tile_column * grid[1]
+            places = base + (row[:, None] - top) * width + column - left
+            crops.append(Crop(len(row), len(column), patches.flatten(), places.flatten()))
+    ends = base + torch.arange(1, bottom - top + 1) * width - 1 if newline else torch.tensor([], dtype=torch.long)
+    return Arrangement(tuple(crops), ends, grid, tiles)
+
+
+def _part(start: int, length: int, low: int, high: int) -> Tensor:
+    """The numbers from start on, `length` of them, that lie in [low, high)."""
+    return torch.arange(max(start, low), max(max(start, low), min(start + length, high)))
