@@ -19,7 +19,8 @@ from attnmix.release import released_count, released_tokens
 from llava.errors import UserError
 from llava.reduction import Reduction
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import ModelFacts, PromptState, Reducer, option, options_of
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import PromptState, Reducer, option, options_of
 from llava.reduction.registry import register
 from llava.reduction.scores import Signal
 from llava.reduction.states import text_spans
@@ -83,10 +84,11 @@ class AttnMix(Reducer):
     def signals(self) -> tuple[Signal, ...]:
         return () if self.mix == "t2i" else (Signal("cls_attention", self.block),)
 
+    def keeps_all(self, tokens: int) -> bool:
+        return super().keeps_all(tokens) and not self.official
+
     def prompt(self, state: PromptState) -> Reduction | None:
         tokens, crops = state.tokens.shape[1], state.layout.crops
-        if self.budget >= tokens and not self.official:
-            return None
         no_say = torch.zeros(state.tokens.shape[:2], device=state.tokens.device)
         text = no_say if self.mix == "cls" else self._text_scores(state)
         saliency = no_say if self.mix == "t2i" else state.signals[self.signals()[0]]

@@ -14,7 +14,8 @@ from typing import ClassVar
 from llava.errors import UserError
 from llava.reduction import Reduction
 from llava.reduction.layer_schedule import entering_layers, largest_within, refuse_budget, scaled_layers
-from llava.reduction.reducer import ModelFacts, Reducer, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import Reducer, option
 from llava.reduction.states import DecoderState
 
 REFERENCE = 32  # decoder layers of the papers' models

@@ -90,8 +90,6 @@ class CDPruner(Reducer):
 
     def prompt(self, state: PromptState) -> Reduction | None:
         total = state.tokens.shape[1]
-        if self.budget >= total:
-            return None
         long = "cut" if self.official else "frame"
         similarity = text_similarity(state, state.questions, cosine=True, long=long)
         relevance = unit_interval(signed(similarity, self.relevance, state.clip))

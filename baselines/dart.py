@@ -21,7 +21,8 @@ from llava.errors import UserError
 from llava.pipeline.sequence import Sequence
 from llava.reduction import Reduction, gather_tokens
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import ModelFacts, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import option
 from llava.reduction.registry import register
 from llava.reduction.states import DecoderState, row_index
 

@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from llava.errors import UserError
 from llava.reduction.metadata import Card
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts, Reducer, option
+from llava.reduction.reducer import Reducer, option
 from llava.reduction.registry import register
 
 WIDEST = 2.0  # most a patch may be stretched

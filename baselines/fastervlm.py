@@ -36,6 +36,4 @@ class FasterVLM(Reducer):
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         tokens = state.features.shape[1]
-        if self.budget >= tokens:
-            return None
         return Reduction(keep_top(state.signals[Signal("cls_attention")], self.budget), tokens)

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from llava.errors import UserError
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import ModelFacts, Reducer
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import Reducer
 from llava.reduction.registry import register
 
 

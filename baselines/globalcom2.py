@@ -25,7 +25,8 @@ from llava.errors import UserError
 from llava.reduction import Reduction, keep_top
 from llava.reduction.crop_budget import covered, deal
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import NEWLINES, EncoderState, ModelFacts, Reducer, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import NEWLINES, EncoderState, Reducer, option
 from llava.reduction.registry import register
 from llava.reduction.scores import Signal
 from llava.reduction.token_layout import Arrangement
@@ -123,7 +124,5 @@ class GlobalCom2(Reducer):
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         tokens = state.features.shape[1]
-        if self.budget >= tokens:
-            return None
         score = F.normalize(state.signals[SCORE], dim=-1) + F.normalize(state.thumbnail(SCORE), dim=-1)
         return Reduction(keep_top(score, self.budget), tokens)

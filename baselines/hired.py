@@ -22,7 +22,8 @@ from llava.errors import UserError
 from llava.reduction import keep_top
 from llava.reduction.crop_budget import covered, deal
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import SPLITS, ModelFacts, Reducer, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import SPLITS, Reducer, option
 from llava.reduction.registry import register
 from llava.reduction.scores import Signal
 from llava.reduction.token_layout import Arrangement

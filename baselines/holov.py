@@ -18,7 +18,8 @@ from torch import Tensor
 from llava.errors import UserError
 from llava.reduction import Reduction
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import ModelFacts, PromptState, Reducer, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import PromptState, Reducer, option
 from llava.reduction.registry import register
 from llava.reduction.scores import Signal
 
@@ -149,8 +150,6 @@ class HoloV(Reducer):
 
     def prompt(self, state: PromptState) -> Reduction | None:
         tokens = state.tokens.shape[1]
-        if self.budget >= tokens:
-            return None
         attention = state.signals[Signal("cls_attention")]
         chunks = fitting(self.chunks, tokens)
         score = token_scores(state.tokens, attention, chunks, self.alpha, state.matmul)

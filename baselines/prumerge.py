@@ -20,7 +20,8 @@ from torch import Tensor
 from llava.errors import UserError
 from llava.reduction import Reduction, gather_tokens, keep_top
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import EncoderState, ModelFacts, Reducer, Reductions, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import EncoderState, Reducer, Reductions, option
 from llava.reduction.registry import register
 from llava.reduction.scores import Signal
 
@@ -120,14 +121,15 @@ class PruMerge(Reducer):
     def signals(self) -> tuple[Signal, ...]:
         return Signal("fused_cls_attention", -1), Signal("whole_keys", -1)
 
+    def keeps_all(self, tokens: int) -> bool:
+        return super().keeps_all(tokens) and not self.adaptive
+
     def encoder(self, state: EncoderState) -> Reductions:
         attention, keys = (state.signals[signal] for signal in self.signals())
         if self.adaptive:
             # The picture decides the length of its sequence, so this method has to look at the device once.
             rows = zip(attention.split(1), keys.split(1), outliers(attention).tolist(), strict=True)
             return [self._merge(self.keep_adaptively(row, count), row, key, state) for row, key, count in rows]
-        if self.budget >= attention.shape[1]:
-            return None
         kept = self.keep_as_released(attention) if self.official else self.keep(attention)
         return self._merge(kept, attention, keys, state)
 

@@ -19,7 +19,8 @@ from consensusdrop.merging import others
 from llava.errors import UserError
 from llava.reduction import keep_top
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import ModelFacts, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import option
 from llava.reduction.registry import register
 
 

@@ -14,7 +14,8 @@ from llava.errors import UserError
 from llava.reduction import Reduction, keep_top
 from llava.reduction.layer_schedule import entering_layers, proportional
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import ModelFacts, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import option
 from llava.reduction.registry import register
 from llava.reduction.states import DecoderState
 

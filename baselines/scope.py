@@ -85,8 +85,6 @@ class Scope(Reducer):
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         tokens = state.features.shape[1]
-        if self.budget >= tokens:
-            return None
         # Over heads the release sums; the mean differs by a factor, which no argmax sees.
         weight = state.signals[Signal("cls_attention")].pow(self.alpha)
         chosen = cover_greedily(state.features, weight, self.budget, state.matmul)

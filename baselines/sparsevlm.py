@@ -17,10 +17,12 @@ from torch import Tensor
 from baselines._recycling import keep_and_recycle, recycled, text_raters
 from baselines._staged import SCHEDULE, Staged
 from llava.errors import UserError
-from llava.reduction import Reduction, gather_tokens, keep_top, rotary
+from llava.reduction import Reduction, gather_tokens, keep_top
+from llava.reduction.decoder_attention import rotary_angles
 from llava.reduction.layer_schedule import proportional
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import ModelFacts, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import option
 from llava.reduction.registry import register
 from llava.reduction.states import DecoderState, row_index
 
@@ -136,7 +138,7 @@ def rotary_scores(state: DecoderState) -> Tensor:
     """
     entered = state.entered
     index, _ = row_index(entered, entered.behind)
-    cos, sin = rotary.angles(state.llm, entered.hidden, entered.position)
+    cos, sin = rotary_angles(state.llm, entered.hidden, entered.position)
     angles = torch.cat([cos, sin], -1).float()
     visual = entered.take(angles, entered.images)
     return state.matmul(gather_tokens(angles, index), visual.transpose(1, 2)) * cos.shape[-1] ** -0.5

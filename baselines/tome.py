@@ -19,7 +19,8 @@ from torch import Tensor
 from llava.reduction import Reduction
 from llava.reduction.layer_schedule import refuse_budget
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import BlockState, EncoderState, ModelFacts, Reducer, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import BlockState, EncoderState, Reducer, option
 from llava.reduction.registry import register
 
 
@@ -110,6 +111,9 @@ class ToMe(Reducer):
         # The plan for what is left of the tower is the rest of the plan for all of it.
         count = removals(patches, self.budget, blocks)[0] if blocks > 0 and patches > self.budget else 0
         return merge_most_similar(state.keys, state.sizes, count, state.matmul) if count else None
+
+    def keeps_all(self, tokens: int) -> bool:
+        return False  # the encoder stage only orders what the tower has merged
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         if state.merged is None or self.order == "release":

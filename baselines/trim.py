@@ -17,7 +17,8 @@ from torch import Tensor
 from llava.model.multimodal_encoder.clip_text_encoder import RELEVANCE, signed, text_similarity
 from llava.reduction import Reduction, keep_top
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import EncoderState, ModelFacts, Reducer, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import EncoderState, Reducer, option
 from llava.reduction.registry import register
 
 
@@ -72,10 +73,11 @@ class TRIM(Reducer):
             return None
         return (min(self.budget + self.official, facts.visual_tokens),) * facts.layers
 
+    def keeps_all(self, tokens: int) -> bool:
+        return super().keeps_all(tokens) and not self.adaptive
+
     def encoder(self, state: EncoderState) -> Reduction | list[Reduction] | None:
         total = state.features.shape[1]
-        if self.budget >= total and not self.adaptive:
-            return None
         texts, long = (state.messages, "truncate") if self.official else (state.questions, "frame")
         similarity = text_similarity(state, texts, cosine=False, long=long)
         score = signed(similarity, self.relevance, state.clip).softmax(-1)

@@ -76,8 +76,6 @@ class VisPruner(Reducer):
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         tokens = state.features.shape[1]
-        if self.budget >= tokens:
-            return None
         order = state.signals[Signal("cls_attention")].argsort(dim=1, descending=True, stable=True)
         important = int(self.budget * self.important)
         kept, rest = order[:, :important], order[:, important:]

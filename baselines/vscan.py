@@ -22,8 +22,9 @@ from llava.reduction import Reduction, keep_top
 from llava.reduction.crop_budget import planned
 from llava.reduction.layer_schedule import entering_layers, scaled_layers
 from llava.reduction.metadata import Card
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import DecoderState, ModelFacts, PromptState, Reducer, option
+from llava.reduction.reducer import DecoderState, PromptState, Reducer, option
 from llava.reduction.registry import register
 from llava.reduction.scores import Signal
 

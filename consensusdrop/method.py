@@ -15,7 +15,8 @@ from consensusdrop.merging import ANCHORS, WEIGHTS, behind_cls, merge_flops, mer
 from llava.errors import UserError
 from llava.reduction import Reduction, keep_top
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import ModelFacts, PromptState, Reducer, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import PromptState, Reducer, option
 from llava.reduction.registry import register
 from llava.reduction.scores import Signal
 
@@ -119,8 +120,6 @@ class ConsensusDrop(Reducer):
         return self.fusion == "gate" or self.alpha < 1
 
     def prompt(self, state: PromptState) -> Reduction | None:
-        if self.budget >= state.tokens.shape[1]:
-            return None  # everything stays
         saliency, keys = (state.signals[signal] for signal in self.signals())
         cross = self._cross_saliency(state) if self.reads_question else None
         plan, merged = self._plan(saliency, cross, keys), self._merged()

@@ -22,10 +22,12 @@ from eval.judging.choice import check_judge, score_answers
 from eval.results import cost, provenance, report, tracking
 from eval.settings import Reducer, build_reducer, default_output, device_name, store_settings
 from llava.errors import UserError
+from llava.pipeline.generate import generate
 from llava.reduction.crop_budget import require
 
 if TYPE_CHECKING:
-    from llava.processing.sample import Batch, Sample
+    from llava.processing.sample import Sample
+from llava.pipeline.answer import Batch
 
 # What a method may be off its budget if it does not document its own rounding, in tokens per layer.
 ROUNDING = 0.5
@@ -121,7 +123,7 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
     standard = reducer
     if reducer is None:
         reducer = build_reducer(config, model.visual_tokens)
-        require(reducer, model.facts())
+        require(reducer, model.facts)
         plain = dataclasses.replace(config, options={}, seed=0, budget=reducer.budget)
         standard = build_reducer(plain, model.visual_tokens)
     seed_everything(config.seed)
@@ -178,7 +180,7 @@ def answer_questions(job: Job, store: AnswerStore, tracker: tracking.Tracker) ->
     with bar:
         for number, questions in enumerate(batched(pending, job.config.batch_size)):
             samples = [job.data.sample(question) for question in questions]
-            batch = job.model.answer(samples, job.reducer, max_new_tokens=job.max_new_tokens)
+            batch = generate(job.model, samples, job.reducer, max_new_tokens=job.max_new_tokens)
             if [answer.id for answer in batch.answers] != [question.id for question in questions]:
                 raise AssertionError("the model's answers are not in the order of the samples")
             lines = answer_lines(samples, batch, job.model.name, seal)

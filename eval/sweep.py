@@ -21,10 +21,10 @@ from tqdm import tqdm
 from eval import benchmarks
 from eval.config import RunConfig
 from eval.run import prepare, run
+from llava.model.encoded_image import Picture, picture_of
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder.clip_encoder import Encoded, encode
-from llava.pipeline.encoded_images import Picture, picture_of
 from llava.reduction import registry
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import Signal
@@ -74,12 +74,13 @@ class Remembering(Llava):
             self._signals |= dict.fromkeys(wanted)
             self._seen.clear()
 
-    def encode_images(self, pictures, keys, reducer) -> list[Picture]:
+    def encode_images(self, pictures, keys, reducer, timer) -> list[Picture]:
         if reducer.acts("tower") or reducer.acts("input_grid"):
-            return super().encode_images(pictures, keys, reducer)
+            return super().encode_images(pictures, keys, reducer, timer)
         self.expect([reducer])
         new = [i for i, name in enumerate(keys) if name not in self._seen]
         views = {i: self.views(pictures[i]) for i in new}
+        timer.mark("preprocess")
         for temporal in {full.temporal for _, full in views.values()}:
             rows = [i for i in new if views[i][1].temporal == temporal]
             pixels = torch.cat([views[i][0] for i in rows]).to(self.device)

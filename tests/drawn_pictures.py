@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import torch
 
+from llava.model.encoded_image import Picture, picture_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded
-from llava.pipeline.encoded_images import Picture, picture_of
 from llava.pipeline.views import parts_of, shared_fields
 from llava.processing.anyres import AnyresProcessor
 from llava.processing.sample import Sample
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import EncoderState, ModelFacts, Reducer
+from llava.reduction.reducer import EncoderState, Reducer
 from llava.reduction.scores import Signal
 from llava.reduction.token_layout import NEWLINE, Arrangement
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from llava.pipeline.audit import Audit
-from llava.processing.sample import Answer, Batch, Sample, Timing
+from llava.pipeline.accounting import Audit
+from llava.pipeline.answer import Answer, Batch, Timing
+from llava.processing.sample import Sample
 from llava.reduction import Reduction, Step
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts
 
 SUFFIX = "Answer the question using a single word or phrase."
 WORDS = ("yes", "no", "red", "blue")

@@ -14,8 +14,7 @@ import torch
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.processing.sample import Sample
 from llava.reduction import registry
 from tests.conftest import QUESTIONS, picture
@@ -36,11 +35,11 @@ def kept(model: Llava, name: str, budget: int, options: dict[str, str]) -> list[
     """[case][step] -> anchors; None where the method refuses."""
     reducer = registry.build(name, budget, options)
     try:
-        reducer.check(model.facts())
+        reducer.check(model.facts)
     except UserError:
         return None
     batch = [Sample(f"g{i}", QUESTIONS[i % len(QUESTIONS)], image=picture(1000 + i)) for i in range(CASES)]
-    _, record = Pipeline(model, reducer).prepare(batch, Clock(model.device))
+    _, record = prefill(model, batch, reducer)
     return [[step.reduction.anchor[0].tolist() for step in steps] for steps in record.steps]
 
 

@@ -11,6 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 from eval import benchmarks
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from llava.model.builder import load
+from llava.pipeline.generate import generate
 from llava.reduction import registry
 from tests.test_model import transformers_inputs
 
@@ -56,18 +57,17 @@ def test_the_benchmark_has_its_splits(dataset):
 def test_the_embedded_model_answers(embedded, dataset, method, budget, least):
     """Every 40th question: a broken checkpoint, prompt or preprocessing falls to chance, about 30 %."""
     questions = dataset.questions[::40]
-    batch = embedded.answer([dataset.sample(q) for q in questions], registry.build(method, budget), max_new_tokens=4)
+    batch = generate(embedded, [dataset.sample(q) for q in questions], registry.build(method, budget), max_new_tokens=4)
     credits = [dataset.judge(q, a.text) for q, a in zip(questions, batch.answers, strict=True)]
     assert sum(credits) / len(credits) >= least
 
 
 def test_the_transformers_class_gives_the_same_logits(embedded, dataset):
     """The shipped files are a checkpoint of the transformers layout: its class agrees with the staged forward."""
-    from llava.pipeline.accounting import Clock
-    from llava.pipeline.prefill import Pipeline
+    from llava.pipeline.prefill import prefill
 
     sample = dataset.sample(dataset.questions[3])
-    state, _ = Pipeline(embedded, registry.build("full", 576)).prepare([sample], Clock(embedded.device))
+    state, _ = prefill(embedded, [sample], registry.build("full", 576))
     with torch.inference_mode():
         theirs = embedded.container(**transformers_inputs(embedded, sample)).logits[:, -1]
     torch.testing.assert_close(embedded.logits(state.hidden), theirs[:, : embedded.vocabulary], atol=1e-4, rtol=0)

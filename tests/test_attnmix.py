@@ -10,12 +10,12 @@ from attnmix.method import AttnMix
 from attnmix.mixture import adaptive_count, best_split, crop_pool, forced_count, mix, ordered, text_scores
 from attnmix.release import released_tokens
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.pipeline.sequence import assemble
 from llava.reduction import registry
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts, PromptState
+from llava.reduction.reducer import PromptState
 from llava.reduction.scores import Signal
 from tests.conftest import samples
 
@@ -268,11 +268,11 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
 def test_every_option_runs_at_its_budget_and_in_batches(tiny, options):
-    batch, pipeline = samples(), Pipeline(tiny, registry.build("attnmix", 7, options))
-    start, record = pipeline.prepare(batch, Clock(tiny.device))
-    assert [audit.mean for audit in pipeline.audits(start, record)] == [7, 7, 7, 0, 7]
+    batch, reducer = samples(), registry.build("attnmix", 7, options)
+    start, record = prefill(tiny, batch, reducer)
+    assert [audit.mean for audit in record.audits(start)] == [7, 7, 7, 0, 7]
     for i, sample in enumerate(batch):
-        single, alone = pipeline.prepare([sample], Clock(tiny.device))
+        single, alone = prefill(tiny, [sample], reducer)
         torch.testing.assert_close(tiny.logits(start.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)
         for a, b in zip(record.steps[i], alone.steps[0], strict=True):
             assert a.reduction.anchor.tolist() == b.reduction.anchor.tolist()
@@ -283,8 +283,8 @@ def test_the_question_decides_and_saliency_alone_does_not_ask(tiny):
     other = dataclasses.replace(one, question="how many black dog are near the tree?")
 
     def kept(sample, name):
-        pipeline = Pipeline(tiny, registry.build("attnmix", 7, {"mix": name}))
-        return pipeline.prepare([sample], Clock(tiny.device))[1].steps[0][0].reduction.anchor.tolist()
+        reducer = registry.build("attnmix", 7, {"mix": name})
+        return prefill(tiny, [sample], reducer)[1].steps[0][0].reduction.anchor.tolist()
 
     assert kept(one, "cls") == kept(other, "cls")
     assert kept(one, "t2i") != kept(other, "t2i")

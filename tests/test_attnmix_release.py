@@ -10,8 +10,7 @@ from attnmix.method import AttnMix
 from attnmix.mixture import adaptive_count, best_split, forced_count, mix, ordered
 from attnmix.release import released_count, released_tokens
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.patch_grid import Layout
 from tests.conftest import samples
@@ -162,10 +161,10 @@ def test_b6_b8_a_batch_of_any_prompts_is_as_good_as_one(tiny):
     """The release takes one image behind exactly 35 (or 10) tokens, and stops at names that it does not know."""
     batch = samples()
     batch[1] = dataclasses.replace(batch[1], history=((batch[0].question, "red"),))
-    pipeline = Pipeline(tiny, registry.build("attnmix", 7, {"official": "true"}))
-    _, together = pipeline.prepare(batch, Clock(tiny.device))
+    reducer = registry.build("attnmix", 7, {"official": "true"})
+    _, together = prefill(tiny, batch, reducer)
     for i, sample in enumerate(batch):
-        _, alone = pipeline.prepare([sample], Clock(tiny.device))
+        _, alone = prefill(tiny, [sample], reducer)
         for a, b in zip(together.steps[i], alone.steps[0], strict=True):
             assert a.reduction.anchor.tolist() == b.reduction.anchor.tolist()
             assert a.reduction.anchor.shape == (1, 6)
@@ -189,11 +188,11 @@ def test_split_is_that_of_the_release(monkeypatch):
 
 @pytest.mark.parametrize(("mix_name", "count"), [("adaptive", 6), ("t2i", 7), ("cls", 6)])
 def test_official_audit_is_the_nominal_count(tiny, mix_name, count):
-    pipeline = Pipeline(tiny, registry.build("attnmix", 7, {"official": "true", "mix": mix_name}))
-    start, record = pipeline.prepare(samples(), Clock(tiny.device))
-    planned = pipeline.reducer.entering(tiny.facts())
+    reducer = registry.build("attnmix", 7, {"official": "true", "mix": mix_name})
+    start, record = prefill(tiny, samples(), reducer)
+    planned = reducer.entering(tiny.facts)
     assert planned == (count,) * 4
-    assert [audit.entering for audit in pipeline.audits(start, record)] == [*[planned] * 3, (0,) * 4, planned]
+    assert [audit.entering for audit in record.audits(start)] == [*[planned] * 3, (0,) * 4, planned]
 
 
 @pytest.mark.parametrize(("crops", "mix_name", "least"), [(1, "adaptive", 2), (3, "cls", 6), (5, "t2i", 5)])

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from baselines.cdpruner import CDPruner, greedy_map, unit_interval
 from llava.errors import UserError
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts, PromptState
+from llava.reduction.reducer import PromptState
 from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw
 

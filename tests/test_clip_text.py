@@ -185,14 +185,14 @@ def test_cut_texts_equal_the_transformers_model(configured):
 def test_a_checkpoint_without_one_says_what_to_do(tmp_path, model):
     save_transformers_layout(tmp_path, model)
     loaded = load(tmp_path, device="cpu")
-    assert not loaded.facts().has_text_tower
+    assert not loaded.facts.has_text_tower
     with pytest.raises(UserError, match=r"text_tower/ .*mm_vision_tower"):
-        registry.build("trim", 8).check(loaded.facts())
+        registry.build("trim", 8).check(loaded.facts)
 
 
 def test_beside_the_weights(tiny):
     """Read only when asked for, and once."""
-    assert tiny.facts().has_text_tower and tiny.text_tower.name == "text_tower"
+    assert tiny.facts.has_text_tower and tiny.text_tower.name == "text_tower"
     assert tiny.clip is tiny.clip and not tiny.clip.training
     assert {weight.dtype for weight in tiny.clip.parameters()} == {torch.float32}
     assert not any(weight.requires_grad for weight in tiny.clip.parameters())
@@ -207,7 +207,7 @@ def test_in_the_clip_that_an_original_checkpoint_names(tmp_path, model, safetens
         file.unlink() if file.name != "preprocessor_config.json" else None
     clip = save_clip(tmp_path / "llava" / "clip", model, safetensors=safetensors)
     loaded = load(tmp_path / "llava", device="cpu")
-    assert loaded.facts().has_text_tower
+    assert loaded.facts.has_text_tower
     torch.testing.assert_close(loaded.clip.text(QUESTIONS)[0][:, 0], end_states(clip, QUESTIONS), atol=1e-5, rtol=0)
 
 
@@ -221,7 +221,7 @@ def test_the_official_clip_is_named_without_fetching_it(tmp_path, model, monkeyp
     monkeypatch.setattr("llava.model.checkpoint.load.CLIP_L_336", model.config.vision_config.to_dict())
     save_original_layout(tmp_path / "llava", model, tower_in_shards=True, mm_vision_tower=CLIP_L_336_NAME)
     loaded = load(tmp_path / "llava", device="cpu")
-    assert loaded.facts().has_text_tower and loaded.text_tower == CLIP_L_336_NAME
+    assert loaded.facts.has_text_tower and loaded.text_tower == CLIP_L_336_NAME
     with pytest.raises(UserError, match=r"CLIP text tower .*could not be fetched"):
         loaded.clip
     save_clip(tmp_path / "hub", model)
@@ -235,7 +235,7 @@ def test_a_user_names_one(tmp_path, model):
     save_transformers_layout(tmp_path / "llava", model)
     save_clip(tmp_path / "clip", model)
     loaded = load(tmp_path / "llava", device="cpu", text_tower=tmp_path / "clip")
-    assert loaded.facts().has_text_tower and loaded.clip.length == LENGTH
+    assert loaded.facts.has_text_tower and loaded.clip.length == LENGTH
     with pytest.raises(UserError, match="no CLIP folder"):
         load(tmp_path / "llava", device="cpu", text_tower=tmp_path / "nowhere")
 

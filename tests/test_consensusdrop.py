@@ -10,8 +10,7 @@ from consensusdrop.fusion import FUSIONS, fuse, rank01
 from consensusdrop.merging import ANCHORS, WEIGHTS, choose_anchors, merge_plan, others
 from consensusdrop.method import ConsensusDrop, pool_attention
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.reduction import keep_top, registry
 from llava.reduction.patch_grid import Layout
 from llava.reduction.reducer import PromptState
@@ -234,11 +233,10 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
 def test_every_option_runs_at_its_budget_and_in_batches(tiny, options):
     batch, reducer = samples(), registry.build("consensusdrop", 7, options)
-    pipeline = Pipeline(tiny, reducer)
-    state, record = pipeline.prepare(batch, Clock(tiny.device))
-    assert [audit.mean for audit in pipeline.audits(state, record)] == [7, 7, 7, 0, 7]
+    state, record = prefill(tiny, batch, reducer)
+    assert [audit.mean for audit in record.audits(state)] == [7, 7, 7, 0, 7]
     for i, sample in enumerate(batch):
-        single, alone = pipeline.prepare([sample], Clock(tiny.device))
+        single, alone = prefill(tiny, [sample], reducer)
         torch.testing.assert_close(tiny.logits(state.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)
         for a, b in zip(record.steps[i], alone.steps[0], strict=True):
             assert a.reduction.anchor.tolist() == b.reduction.anchor.tolist()
@@ -249,9 +247,9 @@ def test_encoder_alone_does_not_run_the_probe(tiny, monkeypatch):
         raise RuntimeError("probed")
 
     monkeypatch.setattr(PromptState, "text_attention", probe)
-    Pipeline(tiny, registry.build("consensusdrop", 7, {"alpha": "1"})).prepare(samples(1), Clock(tiny.device))
+    prefill(tiny, samples(1), registry.build("consensusdrop", 7, {"alpha": "1"}))
     with pytest.raises(RuntimeError, match="probed"):
-        Pipeline(tiny, registry.build("consensusdrop", 7)).prepare(samples(1), Clock(tiny.device))
+        prefill(tiny, samples(1), registry.build("consensusdrop", 7))
 
 
 def test_the_probe_depends_on_the_question_and_the_encoder_does_not(tiny):
@@ -260,7 +258,7 @@ def test_the_probe_depends_on_the_question_and_the_encoder_does_not(tiny):
 
     def kept(sample, alpha):
         reducer = registry.build("consensusdrop", 7, {"alpha": alpha, "merged_share": "0"})
-        return Pipeline(tiny, reducer).prepare([sample], Clock(tiny.device))[1].steps[0][0].reduction.anchor.tolist()
+        return prefill(tiny, [sample], reducer)[1].steps[0][0].reduction.anchor.tolist()
 
     assert kept(one, "1") == kept(other, "1")
     assert kept(one, "0") != kept(other, "0")
@@ -273,7 +271,7 @@ def test_a_second_turn_reduces_again_for_its_own_question(tiny):
     reducer = registry.build("consensusdrop", 7, {"merged_share": "0"})
 
     def kept(sample):
-        return Pipeline(tiny, reducer).prepare([sample], Clock(tiny.device))[1].steps[0][0].reduction.anchor.tolist()
+        return prefill(tiny, [sample], reducer)[1].steps[0][0].reduction.anchor.tolist()
 
     assert kept(turn) != kept(first)
     assert kept(turn) == kept(dataclasses.replace(turn, history=()))
@@ -281,7 +279,7 @@ def test_a_second_turn_reduces_again_for_its_own_question(tiny):
 
 def test_cls_token_is_the_first_of_the_budget(tiny):
     reducer = registry.build("consensusdrop", 7, {"cls_token": "true"})
-    _, record = Pipeline(tiny, reducer).prepare(samples(1), Clock(tiny.device))
+    _, record = prefill(tiny, samples(1), reducer)
     reduction = record.steps[0][0].reduction
     assert reduction.anchor[0, 0] == 0 and reduction.inputs == 17 and reduction.anchor.shape == (1, 7)
 
@@ -308,4 +306,4 @@ def test_bad_options_get_one_sentence(options, said):
 
 def test_probe_layer_must_exist(tiny):
     with pytest.raises(UserError, match="below 4"):
-        registry.build("consensusdrop", 8, {"probe_layer": "4"}).check(tiny.facts())
+        registry.build("consensusdrop", 8, {"probe_layer": "4"}).check(tiny.facts)

@@ -9,11 +9,10 @@ from torch import nn
 
 from baselines.dart import Dart, hash_order, highest, pick_different, shares
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.pipeline.sequence import Sequence
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts
 from llava.reduction.states import DecoderState
 from tests.conftest import samples
 
@@ -142,7 +141,7 @@ def test_keys_and_hidden_states_of_the_model_decide(tiny):
             return seen[-1][1]
 
     with torch.inference_mode():
-        Pipeline(tiny, Watch(budget=10)).prepare(batch, Clock(tiny.device))
+        prefill(tiny, batch, Watch(budget=10))
         state, reduction = seen[0]
         layer, entered = tiny.llm.layers[0], state.entered
         (start, stop), words = state.sequence.images[0], range(*state.sequence.behind[0])

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from baselines.divprune import DivPrune, farthest_apart
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts, PromptState
+from llava.reduction.reducer import PromptState
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 

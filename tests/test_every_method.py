@@ -10,8 +10,8 @@ from torch import nn
 
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.generate import generate
+from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from tests.conftest import picture, samples
 
@@ -29,7 +29,7 @@ def possible(name: str, tiny: Llava, budgets=BUDGETS):
     for budget in budgets:
         reducer = registry.build(name, budget)
         try:
-            reducer.check(tiny.facts())
+            reducer.check(tiny.facts)
         except UserError:
             continue
         yield reducer
@@ -41,9 +41,8 @@ def reducing(name: str, tiny: Llava):
 
 
 def run(tiny, batch, reducer):
-    pipeline = Pipeline(tiny, reducer)
-    state, record = pipeline.prepare(batch, Clock(tiny.device))
-    return tiny.logits(state.hidden), pipeline.audits(state, record), record
+    state, record = prefill(tiny, batch, reducer)
+    return tiny.logits(state.hidden), record.audits(state), record
 
 
 def same_steps(first, second) -> bool:
@@ -60,7 +59,7 @@ def test_accepts_some_budget_below_full(name, tiny):
 
 def test_audited_tokens_are_the_planned_ones_and_their_mean_is_the_budget(name, tiny):
     for reducer in possible(name, tiny):
-        planned = reducer.entering(tiny.facts())
+        planned = reducer.entering(tiny.facts)
         assert planned is not None, "by default a method keeps a budget"
         assert abs(sum(planned) / len(planned) - reducer.budget) <= reducer.rounding, (reducer, planned)
         _, audits, _ = run(tiny, samples(), reducer)
@@ -137,7 +136,7 @@ def test_full_budget_changes_nothing(name, tiny):
 def test_a_second_image_is_reduced_on_its_own(name, tiny):
     """Two images in one prompt: each meets the budget, and the first one's features do not depend on the second."""
     reducer = reducing(name, tiny)
-    planned = reducer.entering(tiny.facts())
+    planned = reducer.entering(tiny.facts)
     both = dataclasses.replace(samples(1)[0], image=(picture(0), picture(5)))
     _, audits, record = run(tiny, [both, *samples(2)], reducer)
     assert audits[0].images == 2 and audits[0].entering == tuple(2 * count for count in planned)
@@ -177,7 +176,7 @@ def test_order_of_the_batch_makes_no_difference(name, tiny):
 
 def test_runs_are_deterministic(name, tiny):
     reducer = reducing(name, tiny)
-    first, second = (tiny.answer(samples(), reducer, max_new_tokens=4) for _ in range(2))
+    first, second = (generate(tiny, samples(), reducer, max_new_tokens=4) for _ in range(2))
     assert [a.token_ids for a in first.answers] == [a.token_ids for a in second.answers]
 
 
@@ -242,7 +241,7 @@ def test_no_method_asks_for_attention_maps(name, tiny, monkeypatch):
 def test_is_refused_exactly_where_a_need_is_not_met(name, tiny):
     """What the card says a method needs is what it refuses to run without, with the reason."""
     reducer, needs = reducing(name, tiny), registry.method(name).card.needs
-    facts = dataclasses.replace(tiny.facts(), has_text_tower=True)
+    facts = dataclasses.replace(tiny.facts, has_text_tower=True)
     without = {
         "CLS": (dataclasses.replace(facts, has_cls=False), "CLS"),
         "text tower": (dataclasses.replace(facts, has_text_tower=False), "text tower"),
@@ -276,7 +275,7 @@ def test_a_planted_answer_is_looked_for(name):
 @pytest.mark.parametrize("budget", [0, -1, ALL + 1])
 def test_impossible_budgets_are_refused(name, tiny, budget):
     with pytest.raises(UserError, match="budget"):
-        registry.build(name, budget).check(tiny.facts())
+        registry.build(name, budget).check(tiny.facts)
 
 
 def test_unknown_option_is_refused_with_a_suggestion(name):

@@ -5,8 +5,7 @@ import torch
 
 from llava.model.builder import load
 from llava.pipeline import positions as mrope
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.processing.prompt import IMAGE_TOKEN_INDEX
 from llava.processing.sample import Sample
 from llava.processing.video import Video
@@ -22,13 +21,14 @@ from tests.tiny_checkpoints_families import (
     save_video_original,
     save_video_transformers,
 )
+from tests.watch import watched
 
 VIDEO = Video(tuple(picture(frame, (70, 50)) for frame in range(8)))
 
 
 def logits(model, samples, name="full", budget=None):
     reducer = registry.build(name, budget or model.visual_tokens)
-    state, _ = Pipeline(model, reducer).prepare(samples, Clock(model.device))
+    state, _ = prefill(model, samples, reducer)
     return model.logits(state.hidden)
 
 
@@ -130,10 +130,9 @@ def test_qwen_batches_pictures_of_different_shapes(tmp_path):
     batch = ask(picture(0, (200, 120)), picture(1, (90, 160)), None)
     for name, options in (("divprune", {"positions": "original"}), ("fastv", {"schedule": "kept"}), ("random", {})):
         reducer = registry.build(name, 12, options)
-        pipeline = Pipeline(model, reducer)
-        together = model.logits(pipeline.prepare(batch, Clock(model.device))[0].hidden)
+        together = model.logits(prefill(model, batch, reducer)[0].hidden)
         for i, sample in enumerate(batch):
-            alone = model.logits(pipeline.prepare([sample], Clock(model.device))[0].hidden)
+            alone = model.logits(prefill(model, [sample], reducer)[0].hidden)
             torch.testing.assert_close(together[i], alone[0], atol=2e-4, rtol=0)
 
 
@@ -143,7 +142,7 @@ def test_methods_act_per_frame_or_over_all_frames(tmp_path):
     model = load(tmp_path, device="cpu")
     frame = model.views(VIDEO)[1].origins()
     for name, budget, counts in (("fastervlm", 40, [5] * 8), ("visionzip", 40, [5] * 8), ("attnmix", 40, None)):
-        _, record = Pipeline(model, registry.build(name, budget)).prepare(ask(VIDEO), Clock(model.device))
+        _, record = prefill(model, ask(VIDEO), registry.build(name, budget))
         kept = frame[record.steps[0][0].reduction.anchor[0]]
         found = torch.bincount(kept[:, 0], minlength=8).tolist()
         assert sum(found) == budget and (counts is None or found == counts)
@@ -153,23 +152,19 @@ def test_methods_act_per_frame_or_over_all_frames(tmp_path):
 def test_assembled_positions_are_those_of_whole_prompts(tmp_path):
     """Text, pictures of different shapes and padding, against the positions written down prompt by prompt."""
     save_qwen_transformers(tmp_path, make_tiny_qwen())
-    model, found = load(tmp_path, device="cpu"), {}
+    model = load(tmp_path, device="cpu")
     batch = ask((picture(0, (200, 120)), picture(1, (90, 160))), picture(2, (150, 150)), None)
 
-    class Watch(Pipeline):
-        def _assemble(self, prompts, seen):
-            found["seen"], found["sequence"] = seen, super()._assemble(prompts, seen)
-            return found["sequence"]
-
-    Watch(model, registry.build("full", model.visual_tokens)).prepare(batch, Clock(model.device))
+    with watched() as found:
+        prefill(model, batch, registry.build("full", model.visual_tokens))
     prompts = []
     for i, sample in enumerate(batch):
         parts, number = [0], 0
         for token in model.prompt(sample).ids:
             if token == IMAGE_TOKEN_INDEX:
-                parts += [model.groups(found["seen"].of((i, number))), 0]
+                parts += [model.groups(found.images.of((i, number))), 0]
                 number += 1
             else:
                 parts[-1] += 1
         prompts.append(parts)
-    assert torch.equal(found["sequence"].position, mrope.positions(prompts))
+    assert torch.equal(found.sequences["embedded"].position, mrope.positions(prompts))

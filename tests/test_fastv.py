@@ -7,12 +7,12 @@ import torch
 
 from baselines.fastv import FastV
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.audit import mean_visual_tokens
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.accounting import mean_visual_tokens
+from llava.pipeline.generate import generate
+from llava.pipeline.prefill import prefill
 from llava.reduction import registry
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 
@@ -21,7 +21,7 @@ EMBEDDED = ModelFacts(576, 8, Layout(24, 24), 6)
 
 
 def run(tiny, reducer, batch):
-    return Pipeline(tiny, reducer).prepare(batch, Clock(tiny.device))
+    return prefill(tiny, batch, reducer)
 
 
 def fastv_by_the_book(whole: torch.Tensor, start: int, stop: int, keep: int) -> list[int]:
@@ -94,7 +94,7 @@ def test_prunes_in_the_prefill_only(tiny):
     """The release without a cache prunes again at every generated token; its README says that answers then differ."""
     _, record = run(tiny, FastV(budget=7), samples(1))
     before = list(record.steps[0])
-    answer = tiny.answer(samples(1), FastV(budget=7), max_new_tokens=4).answers[0]
+    answer = generate(tiny, samples(1), FastV(budget=7), max_new_tokens=4).answers[0]
     assert len(before) == 1 and [step.place for step in answer.trace] == [step.place for step in before]
 
 

@@ -10,14 +10,13 @@ from baselines.globalcom2 import SCORE, GlobalCom2, adjustment, equal_parts, spl
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.multimodal_encoder.clip_encoder import encode
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
-from llava.pipeline.views import facts_of, overview
+from llava.pipeline.prefill import prefill
+from llava.pipeline.views import overview
 from llava.processing.sample import Sample
 from llava.reduction import registry
 from llava.reduction.crop_budget import planned
+from llava.reduction.model_spec import ModelFacts, facts_of
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts
 from llava.reduction.scores import Signal
 from llava.reduction.token_layout import frames, single, stitched
 from tests.conftest import QUESTIONS, picture
@@ -248,15 +247,14 @@ def test_through_the_model(tmp_path):
     run = model.views(sample.image)[1]
     for official in ("false", "true"):
         reducer = registry.build("globalcom2", 30, {"official": official})
-        pipeline = Pipeline(model, reducer)
-        state, record = pipeline.prepare([sample], Clock(model.device))
-        (audit,) = pipeline.audits(state, record)
+        state, record = prefill(model, [sample], reducer)
+        (audit,) = record.audits(state)
         seen[official] = record.steps[0][0].reduction.anchor[0]
         assert torch.isin(run.newlines, seen[official]).all()
         if official == "false":
-            assert audit.entering == planned(reducer, facts_of(model.facts(), run)) == (30,) * 4
+            assert audit.entering == planned(reducer, facts_of(model.facts, run)) == (30,) * 4
         else:
-            assert planned(reducer, facts_of(model.facts(), run)) is None
+            assert planned(reducer, facts_of(model.facts, run)) is None
             assert 30 + len(run.newlines) - 5 < audit.mean <= 30 + len(run.newlines)
     with torch.inference_mode():
         pixels = model.views(sample.image)[0]

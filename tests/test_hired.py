@@ -6,14 +6,13 @@ import torch
 from baselines.hired import EARLY, LATE, HiRED, crop_budgets, crop_budgets_as_released, salient_patches
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
-from llava.pipeline.views import facts_of
+from llava.pipeline.prefill import prefill
 from llava.processing.sample import Sample
 from llava.reduction import registry
 from llava.reduction.crop_budget import planned
+from llava.reduction.model_spec import ModelFacts, facts_of
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import EncoderState, ModelFacts
+from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import Signal
 from llava.reduction.token_layout import frames, stitched
 from tests.conftest import QUESTIONS, picture
@@ -189,12 +188,11 @@ def test_through_the_model(tmp_path):
     """The default meets its plan to the token; the release's counts depend on the picture, so it has no plan."""
     model = load(save_and_name(tmp_path), device="cpu")
     sample = Sample("a", QUESTIONS[0], image=picture(3, (60, 100)))
-    full = facts_of(model.facts(), model.views(sample.image)[1])
+    full = facts_of(model.facts, model.views(sample.image)[1])
     for official in ("false", "true"):
         reducer = registry.build("hired", 30, {"official": official})
-        pipeline = Pipeline(model, reducer)
-        state, record = pipeline.prepare([sample], Clock(model.device))
-        (audit,) = pipeline.audits(state, record)
+        state, record = prefill(model, [sample], reducer)
+        (audit,) = record.audits(state)
         if official == "false":
             assert audit.entering == planned(reducer, full) == (30,) * 4
         else:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from baselines.holov import HoloV, deal, deal_as_released, keep_dealt, reduction_as_released, token_scores
 from llava.errors import UserError
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts, PromptState
+from llava.reduction.reducer import PromptState
 from llava.reduction.scores import Signal
 
 LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)

@@ -8,8 +8,8 @@ import torch
 from baselines.full import Full
 from llava import conversation
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.generate import generate
+from llava.pipeline.prefill import prefill
 from llava.processing.prompt import IMAGE_TOKEN_INDEX
 from llava.processing.sample import Sample
 from llava.reduction import Reduction, keep_top
@@ -38,7 +38,7 @@ class EveryOther(Reducer):
 
 def logits(model, batch, reducer):
     """First-token logits, per sample."""
-    state, record = Pipeline(model, reducer).prepare(batch, Clock(model.device))
+    state, record = prefill(model, batch, reducer)
     return model.logits(state.hidden), state, record
 
 
@@ -70,7 +70,7 @@ def test_full_tokens_equal_the_transformers_class(tiny, index):
         )
     new = generated[0, inputs["input_ids"].shape[1] :].tolist()
     until_end = new[: next((i for i, token in enumerate(new) if token in tiny.end_ids), len(new))]
-    assert list(tiny.answer([sample], FULL, max_new_tokens=12).answers[0].token_ids) == until_end
+    assert list(generate(tiny, [sample], FULL, max_new_tokens=12).answers[0].token_ids) == until_end
 
 
 @pytest.mark.parametrize("reducer", [FULL, EveryOther(budget=16), EveryOther(budget=16, positions="original")])
@@ -78,21 +78,21 @@ def test_batch_equals_single(tiny, reducer):
     """Different prompts, pictures and a text-only prompt in one batch, left-padded."""
     batch = samples()
     together, state, record = logits(tiny, batch, reducer)
-    audits = Pipeline(tiny, reducer).audits(state, record)
-    answers = tiny.answer(batch, reducer, max_new_tokens=8).answers
+    audits = record.audits(state)
+    answers = generate(tiny, batch, reducer, max_new_tokens=8).answers
     for i, sample in enumerate(batch):
         alone, single, single_record = logits(tiny, [sample], reducer)
         torch.testing.assert_close(together[i], alone[0], atol=1e-4, rtol=0)
-        assert Pipeline(tiny, reducer).audits(single, single_record) == [audits[i]]
+        assert single_record.audits(single) == [audits[i]]
         for ours, theirs in zip(record.steps[i], single_record.steps[0], strict=True):
             assert ours.place == theirs.place
             assert ours.reduction.anchor.tolist() == theirs.reduction.anchor.tolist()
-        assert tiny.answer([sample], reducer, max_new_tokens=8).answers[0].token_ids == answers[i].token_ids
+        assert generate(tiny, [sample], reducer, max_new_tokens=8).answers[0].token_ids == answers[i].token_ids
 
 
 def test_key_value_length_per_layer(tiny):
     _, state, record = logits(tiny, samples(), EveryOther(budget=16))
-    assert [audit.entering for audit in Pipeline(tiny, FULL).audits(state, record)] == [
+    assert [audit.entering for audit in record.audits(state)] == [
         (0,) * 4 if i == 3 else (16, 8, 8, 4) for i in range(5)
     ]
     widths = [layer.keys.shape[-2] for layer in state.cache.layers]
@@ -102,7 +102,7 @@ def test_key_value_length_per_layer(tiny):
 def test_kv_bytes_are_those_of_the_cache(tiny):
     """One sample without padding: the account equals the tensors' own size."""
     _, state, record = logits(tiny, samples(1), EveryOther(budget=16))
-    assert Pipeline(tiny, FULL).audits(state, record)[0].kv_bytes == state.kv_bytes_held()
+    assert record.audits(state)[0].kv_bytes == state.kv_bytes_held
 
 
 @pytest.mark.parametrize("positions", ["original", "renumber"])
@@ -113,7 +113,7 @@ def test_decoding_after_reduction_equals_one_long_prefill(tiny, positions):
     of PyramidDrop and SparseVLM.
     """
     sample, reducer = samples(1)[0], EveryOther(budget=16, positions=positions)
-    answer = tiny.answer([sample], reducer, max_new_tokens=6).answers[0]
+    answer = generate(tiny, [sample], reducer, max_new_tokens=6).answers[0]
 
     class Longer:
         """The same model, whose prompt ends in the first tokens of the answer."""
@@ -161,16 +161,18 @@ def test_questions_about_one_picture_share_the_tower(tiny, monkeypatch):
 def test_stop_string_ends_the_answer(tiny, monkeypatch):
     """A stop string that is not the end token is searched in the decoded text and cut off."""
     sample = samples(1)[0]
-    plain = tiny.answer([sample], FULL, max_new_tokens=8).answers[0]
+    plain = generate(tiny, [sample], FULL, max_new_tokens=8).answers[0]
     words = plain.text.split()
     assert len(words) > 3
     monkeypatch.setattr(conversation, "stop_string", lambda mode: words[2])
-    stopped = tiny.answer([sample], FULL, max_new_tokens=8).answers[0]
+    stopped = generate(tiny, [sample], FULL, max_new_tokens=8).answers[0]
     assert stopped.text.split() == words[:2]
     assert len(stopped.token_ids) < len(plain.token_ids)
 
 
-@pytest.mark.parametrize("call", [lambda m: m.answer([], FULL), lambda m: m.answer(samples(1), FULL, max_new_tokens=0)])
+@pytest.mark.parametrize(
+    "call", [lambda m: generate(m, [], FULL), lambda m: generate(m, samples(1), FULL, max_new_tokens=0)]
+)
 def test_nothing_to_do_is_an_error(tiny, call):
     with pytest.raises(UserError):
         call(tiny)
@@ -183,4 +185,4 @@ def test_a_second_turn_reads_its_own_question(tiny):
     ids, (start, stop) = tiny.prompt(second).ids, tiny.prompt(second).question
     assert tiny.decode(ids[start:stop]).split() == ["what", "color", "is", "it"]
     assert IMAGE_TOKEN_INDEX in ids[:start]
-    assert tiny.answer([second], FULL, max_new_tokens=4).answers[0].audit.entering == (16,) * 4
+    assert generate(tiny, [second], FULL, max_new_tokens=4).answers[0].audit.entering == (16,) * 4

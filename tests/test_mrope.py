@@ -5,8 +5,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from llava.pipeline import positions as mrope
-from llava.reduction.decoder_attention import attention_rows, layer_keys
-from llava.reduction.rotary import angles
+from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles
 
 PROMPTS = [
     [7],
@@ -176,7 +175,7 @@ def test_two_reductions_equal_one():
 def test_angles_take_each_frequency_from_its_axis(model):
     """Sections 1, 2, 1 of the four frequencies of a head: frame, row, row, column."""
     llm, place = model.language_model, mrope.positions(PROMPTS)
-    cos, sin = angles(llm, torch.zeros(1), place)
+    cos, sin = rotary_angles(llm, torch.zeros(1), place)
     frequency = 100.0 ** (-torch.arange(0, 8, 2) / 8)
     axis = place[..., [0, 1, 1, 2]] * frequency
     torch.testing.assert_close(cos, torch.cat([axis, axis], -1).cos())
@@ -190,7 +189,7 @@ def test_rows_of_the_decoders_attention_equal_its_own_maps(model):
     hidden = torch.randn(1, place.shape[1], 32)
     with torch.inference_mode():
         expected = llm(inputs_embeds=hidden, position_ids=place.permute(2, 0, 1), output_attentions=True).attentions[0]
-        rotary = angles(llm, hidden, place)
+        rotary = rotary_angles(llm, hidden, place)
         layer, rows = llm.layers[0], [4, 20, -1]
         allowed = torch.ones(expected.shape[-2:], dtype=torch.bool).tril()[rows][None]
         found = attention_rows(

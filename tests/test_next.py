@@ -7,16 +7,16 @@ import torch
 
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
-from llava.pipeline.views import facts_of
+from llava.pipeline.prefill import prefill
 from llava.processing.sample import Sample
 from llava.reduction import registry
 from llava.reduction.crop_budget import planned, require
+from llava.reduction.model_spec import facts_of
 from llava.reduction.reducer import options_of
 from tests.conftest import QUESTIONS, picture
 from tests.tiny_checkpoints import save_text_tower
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
+from tests.watch import watched
 
 # Tiles of 56 pixels: one above the other, side by side, two by two; with and without padding.
 SIZES = ((60, 110), (120, 50), (112, 112), (70, 112))
@@ -42,16 +42,15 @@ def batch(sizes=SIZES) -> list[Sample]:
 
 
 def run(model, samples, reducer):
-    pipeline = Pipeline(model, reducer)
-    state, record = pipeline.prepare(samples, Clock(model.device))
-    return model.logits(state.hidden), pipeline.audits(state, record), record
+    state, record = prefill(model, samples, reducer)
+    return model.logits(state.hidden), record.audits(state), record
 
 
 def accepted(name: str, model, budgets=(32, 30, 20)):
     for budget in budgets:
         reducer = registry.build(name, budget)
         try:
-            require(reducer, model.facts())
+            require(reducer, model.facts)
         except UserError:
             continue
         yield reducer
@@ -77,7 +76,7 @@ def test_every_method_meets_its_budget_over_crops(name, model):
                 assert audit.entering == (0,) * 4
                 continue
             full = model.views(sample.image)[1]
-            assert audit.entering == planned(reducer, facts_of(model.facts(), full)), (reducer, full.tokens)
+            assert audit.entering == planned(reducer, facts_of(model.facts, full)), (reducer, full.tokens)
             # PyramidDrop's stages keep fixed shares, so it cannot keep nearly all of a small picture.
             if reducer.budget < full.patches * (0.5 if name == "pyramiddrop" else 1):
                 assert abs(audit.mean - reducer.budget) <= reducer.rounding
@@ -111,7 +110,7 @@ def test_every_other_split_meets_the_budget_too(name, model):
     choices = options_of(registry.method(name))["crops"].metadata["choices"]
     for crops in choices[1:] if name not in ("hired", "globalcom2") else choices:
         reducer = registry.build(name, 24, {"crops": crops})
-        require(reducer, model.facts())
+        require(reducer, model.facts)
         _, audits, record = run(model, batch()[1:3], reducer)
         assert [audit.mean for audit in audits] == [24, 24]
         for steps in record.steps:
@@ -145,13 +144,10 @@ def test_kept_tokens_are_the_full_run_at_these_places(path):
     """What reaches the decoder is a selection of the unreduced run: tiles, newlines and projection in place."""
     model, seen = load(path, device="cpu"), {}
 
-    class Watch(Pipeline):
-        def _assemble(self, prompts, pictures):
-            seen[self.reducer.name] = pictures.tokens
-            return super()._assemble(prompts, pictures)
-
     for reducer in (registry.build("full", model.visual_tokens), registry.build("fastervlm", 30, {"newlines": "keep"})):
-        _, record = Watch(model, reducer).prepare(batch(), Clock(model.device))
+        with watched() as found:
+            _, record = prefill(model, batch(), reducer)
+        seen[reducer.name] = found.images.tokens
     for image, tokens in seen["fastervlm"].items():
         whole = seen["full"][image]
         anchors = record.steps[image[0]][0].reduction.anchor[0] if record.steps[image[0]] else torch.arange(len(whole))
@@ -165,8 +161,8 @@ def test_other_splits_follow_saliency(path, crops, counts):
     reducer = registry.build("fastervlm", 20, {"crops": crops})
     real = model.encode_images
 
-    def planted(pictures, keys, method):
-        found = real(pictures, keys, method)
+    def planted(pictures, keys, method, timer):
+        found = real(pictures, keys, method, timer)
         for one in found:
             for values in one.encoded.signals.values():
                 values[:] = 1e-6
@@ -194,17 +190,13 @@ def test_merged_tokens_stay_inside_their_crop(path):
 
 
 def test_original_positions_are_places_in_the_whole_run(path):
-    model, found = load(path, device="cpu"), {}
-
-    class Watch(Pipeline):
-        def _assemble(self, prompts, pictures):
-            found["sequence"] = super()._assemble(prompts, pictures)
-            return found["sequence"]
+    model = load(path, device="cpu")
 
     sample = batch()[2]
     reducer = registry.build("fastervlm", 30, {"positions": "original"})
-    _, record = Watch(model, reducer).prepare([sample], Clock(model.device))
-    sequence = found["sequence"]
+    with watched() as found:
+        _, record = prefill(model, [sample], reducer)
+    sequence = found.sequences["embedded"]
     ((start, stop),) = sequence.visual[0]
     anchors = record.steps[0][0].reduction.anchor[0]
     assert torch.equal(sequence.position[0, start:stop], anchors + start)
@@ -218,14 +210,14 @@ def test_wrong_choices_are_refused(path, tiny_path):
         load(tiny_path, device="cpu", merge="spatial")
     model = load(path, device="cpu")
     with pytest.raises(UserError, match="at least"):
-        require(registry.build("fastervlm", 3), model.facts())
+        require(registry.build("fastervlm", 3), model.facts)
     with pytest.raises(UserError, match=f"1 to {model.visual_tokens}"):
-        require(registry.build("fastervlm", model.visual_tokens + 1), model.facts())
+        require(registry.build("fastervlm", model.visual_tokens + 1), model.facts)
 
 
 def test_budgets_of_different_methods_agree(model):
     """The same plan for every method that keeps a constant number of tokens."""
-    facts = dataclasses.replace(model.facts())
+    facts = dataclasses.replace(model.facts)
     plans = {planned(registry.build(name, 30), facts) for name in ("fastervlm", "consensusdrop", "attnmix", "divprune")}
     assert plans == {(30,) * 4}
 
@@ -236,8 +228,8 @@ def test_a_budget_below_the_newline_tokens_of_some_picture_is_refused(path):
     most = max(len(model.anyres.arrange(size).newlines) for size in model.anyres.pinpoints)
     assert most > len(model.largest.newlines)
     with pytest.raises(UserError, match="newlines=drop"):
-        require(registry.build("fastervlm", most, {"newlines": "keep"}), model.facts())
+        require(registry.build("fastervlm", most, {"newlines": "keep"}), model.facts)
     reducer = registry.build("fastervlm", most + 5, {"newlines": "keep"})
-    require(reducer, model.facts())
+    require(reducer, model.facts)
     _, (audit,), _ = run(model, [Sample("tall", "where is it", image=picture(0, (56, 168)))], reducer)
     assert audit.mean == min(most + 5, audit.visual_tokens)

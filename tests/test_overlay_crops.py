@@ -7,8 +7,9 @@ from PIL import Image
 
 from eval.figures.overlay import DARK
 from eval.figures.overlay_tiles import GAP, draw_answer, draw_crops
-from llava.pipeline.audit import Audit
-from llava.processing.sample import Answer, Sample
+from llava.pipeline.accounting import Audit
+from llava.pipeline.answer import Answer
+from llava.processing.sample import Sample
 from llava.processing.video import Video
 from llava.reduction import Reduction, Step
 from llava.reduction.token_layout import frames, stitched

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from baselines.prumerge import PruMerge, left_over, outliers, shares
 from baselines.prumerge_plus import PruMergePlus, fixed_grid, released_budgets, released_grid, spread
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import EncoderState, ModelFacts
+from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import Signal
 from tests.conftest import samples
 
@@ -189,9 +189,9 @@ def test_fixed_branch_knows_its_budgets():
 
 @pytest.mark.parametrize("cls", METHODS)
 def test_official_runs_through_the_model_with_a_count_of_its_own_per_picture(cls, tiny):
-    pipeline = Pipeline(tiny, cls(budget=8, official=True))
-    state, record = pipeline.prepare(samples(), Clock(tiny.device))
-    for i, audit in enumerate(pipeline.audits(state, record)):
+    reducer = cls(budget=8, official=True)
+    state, record = prefill(tiny, samples(), reducer)
+    for i, audit in enumerate(record.audits(state)):
         tokens = record.steps[i][0].reduction.anchor.shape[1] if i != 3 else 0
         assert audit.entering == (tokens,) * 4
 

@@ -7,10 +7,9 @@ import torch
 
 from baselines.pyramiddrop import PyramidDrop
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 
@@ -18,7 +17,7 @@ LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24)
 
 
 def run(tiny, reducer, batch):
-    return Pipeline(tiny, reducer).prepare(batch, Clock(tiny.device))
+    return prefill(tiny, batch, reducer)
 
 
 class FirstStages(PyramidDrop):
@@ -34,8 +33,8 @@ class FirstStages(PyramidDrop):
 def test_each_stage_keeps_what_the_map_of_the_next_layer_says(tiny, done):
     """On the tiny model the stages are layers 1, 2 and 3; the maps are of a run that stops in front of a stage."""
     batch, whole = samples(), PyramidDrop(budget=8)
-    assert whole.entering(tiny.facts()) == (16, 9, 4, 2)
-    keep = whole.entering(tiny.facts())[done + 1]
+    assert whole.entering(tiny.facts) == (16, 9, 4, 2)
+    keep = whole.entering(tiny.facts)[done + 1]
     partial = type("Partial", (FirstStages,), {"stages_run": done})(budget=8)
     _, record = run(tiny, whole, batch)
     with eager_maps(tiny) as maps:

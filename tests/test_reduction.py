@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llava.pipeline.audit import mean_visual_tokens
+from llava.pipeline.accounting import mean_visual_tokens
 from llava.pipeline.sequence import assemble
 from llava.reduction import Reduction, keep_top
 

@@ -6,8 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.scores import Signal
 from tests.conftest import samples
@@ -104,7 +103,7 @@ def test_contextual_rows_equal_the_models_own_attention(eager, layer):
             for rows in ("question", "last"):
                 seen[rows] = state.text_attention(layer, rows, rotary=True, contextual=True)
 
-    Pipeline(eager, Probe(budget=7)).prepare(batch, Clock(eager.device))
+    prefill(eager, batch, Probe(budget=7))
     for i, sample in enumerate(batch):
         prompt = eager.prompt(sample)
         slot = prompt.ids.index(-200)
@@ -142,10 +141,10 @@ def test_flops_equal_what_torch_counts(eager, method, budget):
     """One sample, eager attention, so that every product is a matmul that torch's counter sees."""
     reducer = registry.build(method, budget)
     try:
-        reducer.check(eager.facts())
+        reducer.check(eager.facts)
     except UserError:
         return  # a budget that this method's structure cannot meet on so small a model
     with FlopCounterMode(display=False) as counter:
-        state, record = Pipeline(eager, reducer).prepare(samples(1), Clock(eager.device))
+        state, record = prefill(eager, samples(1), reducer)
         eager.next_token(state.hidden)
     assert counter.get_total_flops() == record.flops

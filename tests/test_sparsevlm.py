@@ -12,11 +12,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from baselines._recycling import density_peaks, keep_and_recycle, recycled, text_raters
 from baselines.sparsevlm import TABLES, SparseVLM
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.reduction import keep_top, registry
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 
@@ -24,7 +23,7 @@ LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24)
 
 
 def run(tiny, reducer, batch):
-    return Pipeline(tiny, reducer).prepare(batch, Clock(tiny.device))
+    return prefill(tiny, batch, reducer)
 
 
 # -- from the definition, one picture, plain loops --------------------------------------------------------------------

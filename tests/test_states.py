@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from llava.pipeline.accounting import Clock
 from llava.pipeline.decoder import step
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.reduction import Reduction
 from llava.reduction.reducer import Reducer
 from llava.reduction.states import text_spans
@@ -38,7 +37,7 @@ def probe(look, drop_at: int | None = None, positions: str = "renumber") -> Redu
 
 
 def run(tiny, reducer, batch):
-    return Pipeline(tiny, reducer).prepare(batch, Clock(tiny.device))
+    return prefill(tiny, batch, reducer)
 
 
 @pytest.mark.parametrize("drop_at", [None, 0, 1])

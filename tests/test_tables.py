@@ -16,6 +16,7 @@ from eval.tables.papers import PAPERS
 from eval.tables.plots import accuracy_plot
 from llava.errors import UserError
 from llava.model.checkpoint.original_layout import CLIP_L_336
+from llava.pipeline.generate import generate
 from llava.reduction import registry
 from tests.conftest import picture, samples
 from tests.eval_fakes import write_gqa
@@ -28,9 +29,9 @@ def test_remembered_features_give_the_same_answers(tiny):
     reducers = [registry.build(name, 7, options) for name, options in settings]
     remembering.expect(reducers)
     for reducer in reducers:
-        expected = tiny.answer(batch, reducer, max_new_tokens=4)
+        expected = generate(tiny, batch, reducer, max_new_tokens=4)
         for _ in range(2):  # the second time nothing is encoded
-            found = remembering.answer(batch, reducer, max_new_tokens=4)
+            found = generate(remembering, batch, reducer, max_new_tokens=4)
             assert [a.token_ids for a in found.answers] == [a.token_ids for a in expected.answers]
             assert found.flops == expected.flops
     assert len(remembering._seen) == 4
@@ -137,7 +138,7 @@ def test_random_model_has_the_real_shape(monkeypatch):
     assert len({layer.mlp.up_proj.weight.data_ptr() for layer in layers}) == 3
     for method in ("full", "trim"):
         reducer = registry.build(method, 576 if method == "full" else 64)
-        answers = model.answer(samples(1), reducer, max_new_tokens=2).answers
+        answers = generate(model, samples(1), reducer, max_new_tokens=2).answers
         assert answers[0].audit.mean == reducer.budget
 
 
@@ -159,7 +160,7 @@ def test_random_next_has_tiles_and_as_many_layers_as_asked(monkeypatch):
     monkeypatch.setitem(SHAPES, "small", small)
     model = random_llava("small", None, "float32", 2, merge="spatial", force=(672, 672))
     assert len(model.llm.layers) == 2 and model.visual_tokens == 2880
-    (answer,) = model.answer(samples(1), registry.build("fastervlm", 320), max_new_tokens=1).answers
+    (answer,) = generate(model, samples(1), registry.build("fastervlm", 320), max_new_tokens=1).answers
     assert answer.audit.mean == 320 and answer.audit.visual_tokens == 2880
 
 

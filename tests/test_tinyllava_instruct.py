@@ -15,6 +15,7 @@ from eval.benchmarks import mmvet
 from eval.config import DEFAULT_MODEL, ROOT
 from eval.prompts import LETTER, LETTER_CN, SHORT, VIZ, split_suffix
 from llava.model.builder import load
+from llava.pipeline.generate import generate
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, build_prompt
 from llava.processing.sample import Sample
 from llava.reduction import registry
@@ -404,7 +405,7 @@ def test_the_shipped_text_tower_reads_new_words_and_keeps_old_ones(shipped):
     drawn = scene("val", 300, False)
     exchange = compose(drawn.things, "letters", rng)
     sample = Sample("q", exchange.question, exchange.suffix, Image.fromarray(drawn.image))
-    shipped.answer([sample], registry.build("cdpruner", 64), max_new_tokens=4)
+    generate(shipped, [sample], registry.build("cdpruner", 64), max_new_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +419,7 @@ def test_the_shipped_model_answers_in_the_format(shipped, names, least):
         drawn = scene("val", 300 + index, index % 2 == 1)
         asked = [exchange for name in names if (exchange := compose(drawn.things, name, rng))]
         samples = [Sample(str(k), e.question, e.suffix, Image.fromarray(drawn.image)) for k, e in enumerate(asked)]
-        batch = shipped.answer(samples, registry.build("full", 576), max_new_tokens=8)
+        batch = generate(shipped, samples, registry.build("full", 576), max_new_tokens=8)
         right += sum(a.text.strip() == e.answer for a, e in zip(batch.answers, asked, strict=True))
         total += len(asked)
     assert right / total >= least
@@ -428,5 +429,5 @@ def test_the_shipped_model_reads_a_context_without_a_picture(shipped):
     rng = np.random.default_rng(0)
     asked = [compose(things, "context_text", rng) for things in SCENES]
     samples = [Sample(str(k), e.question, e.suffix, None) for k, e in enumerate(asked)]
-    batch = shipped.answer(samples, registry.build("full", 576), max_new_tokens=8)
+    batch = generate(shipped, samples, registry.build("full", 576), max_new_tokens=8)
     assert sum(a.text.strip() == e.answer for a, e in zip(batch.answers, asked, strict=True)) >= 14

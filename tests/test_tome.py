@@ -5,10 +5,9 @@ import torch
 
 from baselines.tome import ToMe, merge_most_similar, removals, smallest_budget
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts
 from tests.conftest import samples
 from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw
@@ -108,8 +107,8 @@ def test_every_budget_that_halving_can_reach_is_met_exactly(patches, blocks):
 def test_too_small_budgets_are_refused(tiny):
     """Two blocks in front of the features: 16 patches become 8, then 4."""
     with pytest.raises(UserError, match=r"tome cannot reach .* 3 .*at most half .*reaches 4 to 16"):
-        ToMe(budget=3).check(tiny.facts())
-    ToMe(budget=4).check(tiny.facts())
+        ToMe(budget=3).check(tiny.facts)
+    ToMe(budget=4).check(tiny.facts)
     ToMe(budget=1).check(LLAVA_15)
     assert ToMe(budget=64).entering(LLAVA_15) == (64,) * 32
 
@@ -161,7 +160,7 @@ def test_raster_order_is_restored(tiny):
     """The release leaves the even half of the last matching in front of the odd one."""
     anchors = {}
     for order in ("raster", "release"):
-        _, record = Pipeline(tiny, ToMe(budget=9, order=order)).prepare(samples(1), Clock(tiny.device))
+        _, record = prefill(tiny, samples(1), ToMe(budget=9, order=order))
         place = torch.arange(16)
         for step in record.steps[0]:
             place = place[step.reduction.anchor[0]]

@@ -5,10 +5,10 @@ import torch
 
 from baselines.trim import TRIM, keep_and_average, outliers
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import EncoderState, ModelFacts
+from llava.reduction.reducer import EncoderState
 from tests.conftest import samples
 
 LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24, has_text_tower=True)
@@ -69,9 +69,8 @@ def test_the_mean_counts(tiny):
     assert TRIM(budget=64, official=True).entering(LLAVA_15) == (65,) * 32
     for official in (False, True):
         reducer = TRIM(budget=8, official=official)
-        pipeline = Pipeline(tiny, reducer)
-        state, record = pipeline.prepare(samples(3), Clock(tiny.device))
-        assert {a.entering for a in pipeline.audits(state, record)} == {reducer.entering(tiny.facts())}
+        state, record = prefill(tiny, samples(3), reducer)
+        assert {a.entering for a in record.audits(state)} == {reducer.entering(tiny.facts)}
 
 
 @torch.inference_mode()

@@ -9,11 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava.errors import UserError
 from llava.pipeline import decoder
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.reduction import registry
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts
 from llava.reduction.scores import Signal
 from llava.reduction.states import EncoderState
 from tests.conftest import picture, samples
@@ -223,12 +222,11 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
 def test_every_option_keeps_its_budget_alone_and_in_batches(tiny, options):
     batch, reducer = samples(), registry.build("visiondrop", 6, options)
-    reducer.check(tiny.facts())
-    pipeline = Pipeline(tiny, reducer)
-    state, record = pipeline.prepare(batch, Clock(tiny.device))
-    assert [audit.mean for audit in pipeline.audits(state, record)] == [6, 6, 6, 0, 6]
+    reducer.check(tiny.facts)
+    state, record = prefill(tiny, batch, reducer)
+    assert [audit.mean for audit in record.audits(state)] == [6, 6, 6, 0, 6]
     for i, sample in enumerate(batch):
-        single, alone = pipeline.prepare([sample], Clock(tiny.device))
+        single, alone = prefill(tiny, [sample], reducer)
         torch.testing.assert_close(tiny.logits(state.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)
         for a, b in zip(record.steps[i], alone.steps[0], strict=True):
             assert a.reduction.anchor.tolist() == b.reduction.anchor.tolist()
@@ -241,9 +239,7 @@ def test_every_option_books_its_operations(tiny, options):
         config._attn_implementation = "eager"
     try:
         with FlopCounterMode(display=False) as counter:
-            state, record = Pipeline(tiny, registry.build("visiondrop", 6, options)).prepare(
-                samples(1), Clock(tiny.device)
-            )
+            state, record = prefill(tiny, samples(1), registry.build("visiondrop", 6, options))
             tiny.next_token(state.hidden)
     finally:
         for config in configs:
@@ -258,7 +254,7 @@ def test_decoding_in_a_batch_equals_decoding_alone(tiny, positions):
 
     def decode(batch):
         with torch.inference_mode():
-            state, _ = Pipeline(tiny, reducer).prepare(batch, Clock(tiny.device))
+            state, _ = prefill(tiny, batch, reducer)
             token = tiny.llm.embed_tokens(torch.full((len(batch), 1), 7))
             hidden = [decoder.step(tiny.llm, state, token) for _ in range(3)][-1]
         return tiny.logits(hidden)
@@ -272,20 +268,20 @@ def test_decoding_in_a_batch_equals_decoding_alone(tiny, positions):
 def test_every_image_of_a_prompt_is_reduced(tiny):
     """The release reduces the first image alone and leaves the second at what the encoder stage gave."""
     both = dataclasses.replace(samples(1)[0], image=(picture(0), picture(5)))
-    pipeline = Pipeline(tiny, VisionDrop(budget=6, official=True))
-    state, record = pipeline.prepare([both], Clock(tiny.device))
-    assert pipeline.audits(state, record)[0].entering == (18, 14, 10, 6)
+    reducer = VisionDrop(budget=6, official=True)
+    state, record = prefill(tiny, [both], reducer)
+    assert record.audits(state)[0].entering == (18, 14, 10, 6)
     places = [step.place for step in record.steps[0]]
     assert places.count("layer 3") == places.count("layer 3 #2") == 1
 
 
 def test_caches_keep_what_entered_each_layer(tiny):
     """Nothing is evicted later, and a generated token follows the prompt as each layer knows it."""
-    state, _ = Pipeline(tiny, VisionDrop(budget=6)).prepare(samples(1), Clock(tiny.device))
+    state, _ = prefill(tiny, samples(1), VisionDrop(budget=6))
     text = state.lengths[0][0] - 9
     assert [layer.keys.shape[-2] for layer in state.cache.layers] == [text + k for k in (9, 7, 5, 3)]
     assert [int(place) for place in state.next_position] == [text + k for k in (9, 7, 5, 3)]
-    kept, _ = Pipeline(tiny, VisionDrop(budget=6, positions="original")).prepare(samples(1), Clock(tiny.device))
+    kept, _ = prefill(tiny, samples(1), VisionDrop(budget=6, positions="original"))
     assert {int(place) for place in kept.next_position} == {text + 17}  # CLS is one of the 17
 
 

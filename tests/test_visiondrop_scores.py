@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import visiondrop.scoring
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from tests.conftest import samples
 from visiondrop.method import VisionDrop
 from visiondrop.scoring import Look, look, merge_metric, received_attention, viewers, visual_scores
@@ -28,7 +27,7 @@ def decoder_states(tiny, layer=2, batch=None) -> list:
             states.append(state)
 
     with torch.inference_mode():
-        Pipeline(tiny, Probe(budget=16)).prepare(batch or samples(3), Clock(tiny.device))
+        prefill(tiny, batch or samples(3), Probe(budget=16))
     return states
 
 
@@ -115,7 +114,7 @@ def test_the_decoder_stage_keeps_the_best_and_merges_by_keys(tiny):
     """Dominant tokens in raster order, then the targets at their stride; every other joins the most similar one."""
     (state,) = decoder_states(tiny)
     reducer = VisionDrop(budget=8, ratio=2)
-    dominant, contextual = reducer.stages(tiny.facts())[2]
+    dominant, contextual = reducer.stages(tiny.facts)[2]
     with torch.inference_mode():
         found = reducer.decoder(state)
         seen = look(state, "causal")

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from baselines.visionzip import VisionZip, zip_tokens
 from llava.errors import UserError
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import EncoderState, ModelFacts
+from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import Signal
 
 LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)

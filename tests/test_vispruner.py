@@ -7,8 +7,9 @@ import torch
 from baselines.vispruner import VisPruner, distinct
 from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import EncoderState, ModelFacts
+from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import Signal
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 from baselines.vscan import DEEP, SHALLOW, VScan, keep_top_of_windows, merge_into_kept, windows
 from llava.errors import UserError
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.reduction import registry
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts, PromptState
+from llava.reduction.reducer import PromptState
 from tests.conftest import samples
 
 LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24)
@@ -140,7 +140,7 @@ def test_the_second_stage_ranks_by_the_last_tokens_attention(tiny):
             seen.append((reduction.anchor[0], weights[0, :, -1, start:stop].mean(0)))
             return reduction
 
-    Pipeline(tiny, Probe(budget=8)).prepare(samples(1), Clock(tiny.device))
+    prefill(tiny, samples(1), Probe(budget=8))
     ((kept, attention),) = seen
     assert len(attention) == 12 and kept.tolist() == sorted(attention.topk(4).indices.tolist())
 
@@ -171,6 +171,6 @@ def test_options_are_checked(options, message):
 
 def test_models_that_cannot_be_served(tiny):
     with pytest.raises(UserError, match=r"must be below 4 \(decoder layers\), got 4"):
-        VScan(budget=8, layers=(4,)).check(tiny.facts())
+        VScan(budget=8, layers=(4,)).check(tiny.facts)
     with pytest.raises(UserError, match="CLS token"):
         VScan(budget=8).check(ModelFacts(576, 32, GRID, 24, has_cls=False))

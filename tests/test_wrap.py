@@ -8,7 +8,8 @@ import torch
 
 from llava import load, reduce
 from llava.errors import UserError
-from llava.pipeline.audit import Audit
+from llava.pipeline.accounting import Audit
+from llava.pipeline.generate import generate
 from llava.processing.anyres import best_resolution
 from llava.processing.sample import Sample
 from llava.reduction import registry
@@ -137,7 +138,7 @@ def test_generates_what_our_own_model_answers(case, tmp_path, request):
     names |= {"sparsevlm": {"schedule": "kept"}} if family.startswith("qwen") else {"attnmix": {}, "consensusdrop": {}}
     for name, options in names.items():
         budget = 8 if name != "full" else ours.visual_tokens
-        (answer,) = ours.answer([sample], registry.build(name, budget, options), max_new_tokens=8).answers
+        (answer,) = generate(ours, [sample], registry.build(name, budget, options), max_new_tokens=8).answers
         with reduce(case.model, name, budget, questions=[sample.question], tokenizer=case.tokenizer, **options) as done:
             ids = case.generate(inputs, **free)[0].tolist()
         assert tuple(ids) == answer.token_ids and len(ids) == 8, name
@@ -230,5 +231,5 @@ def test_a_window_that_is_not_applied_forgets_no_keys(tmp_path):
         model = load(tmp_path / str(window), device="cpu")
         sample = Sample("q", QUESTIONS[0], image=picture(0, (60, 110)))
         reducer = registry.build("full", model.visual_tokens)
-        answers.append(model.answer([sample], reducer, max_new_tokens=8).answers[0])
+        answers.append(generate(model, [sample], reducer, max_new_tokens=8).answers[0])
     assert answers[0].token_ids == answers[1].token_ids and answers[0].audit == answers[1].audit

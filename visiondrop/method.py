@@ -20,7 +20,8 @@ from llava.reduction import Reduction, keep_top
 from llava.reduction.crop_budget import over_crops, planned
 from llava.reduction.layer_schedule import entering_layers, refuse_budget, scaled_layers
 from llava.reduction.metadata import Card
-from llava.reduction.reducer import ModelFacts, Reducer, option
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import Reducer, option
 from llava.reduction.registry import register
 from llava.reduction.scores import Signal
 from llava.reduction.states import DecoderState, EncoderState, State

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from llava.reduction import gather_tokens
-from llava.reduction.decoder_attention import attention_rows, layer_keys
+from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles
 from llava.reduction.flops import linear_flops
-from llava.reduction.rotary import angles
 from llava.reduction.states import DecoderState, row_index
 
 ATTENTIONS = ("causal", "visual", "bidirectional")
@@ -57,7 +56,7 @@ def look(state: DecoderState, attention: str) -> Look:
     """
     sequence, layer = state.sequence, state.llm.layers[state.layer]
     columns, _ = row_index(sequence, sequence.images)
-    cos, sin = angles(state.llm, sequence.hidden, sequence.position)
+    cos, sin = rotary_angles(state.llm, sequence.hidden, sequence.position)
     rotary = gather_tokens(cos, columns), gather_tokens(sin, columns)
     # Causality: nothing behind the last visual token is seen, so text behind the picture needs no key.
     width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))

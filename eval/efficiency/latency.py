@@ -26,8 +26,8 @@ from eval.results.provenance import hardware
 from llava.errors import UserError, unknown
 from llava.model.builder import load, parse
 from llava.model.llava_arch import Llava
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.accounting import Timer
+from llava.pipeline.prefill import prefill
 from llava.processing.sample import Sample
 from llava.reduction import registry
 from llava.reduction.crop_budget import require
@@ -65,15 +65,15 @@ def measure(
 
 def once(model: Llava, reducer: Reducer, samples: list[Sample]) -> dict[str, Any]:
     """One prefill: seconds by part, bytes of the cache, operations, peak memory."""
-    clock = Clock(model.device)
+    timer = Timer(model.device)
     start_peak(model.device)
-    state, record = Pipeline(model, reducer).prepare(samples, clock)
-    model.next_token(state.hidden)
-    clock.lap("prefill")
+    state, record = prefill(model, samples, reducer, timer)
+    model.logits(state.hidden).argmax(-1)
+    timer.mark("prefill")
     return {
-        "seconds": {part: clock.seconds.get(part, 0.0) for part in PARTS},
-        "kv_bytes": state.kv_bytes_held(),
-        "flops": record.flops,
+        "seconds": {part: timer.seconds.get(part, 0.0) for part in PARTS},
+        "kv_bytes": state.kv_bytes_held,
+        "flops": record.operations.total,
         "peak_bytes": read_peak(model.device),
     }
 
@@ -111,7 +111,7 @@ def reducers_of(names: list[str], budget: int, options: dict[str, str], model: L
     for name in [n for n in registry.names() if n != "full"] if everything else names:
         reducer = registry.build(name, budget, {} if everything else options)
         try:
-            require(reducer, model.facts())
+            require(reducer, model.facts)
         except UserError as error:
             if not everything:
                 raise

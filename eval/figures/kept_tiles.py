@@ -13,6 +13,7 @@ from eval import benchmarks
 from eval.config import ROOT
 from eval.figures.overlay_tiles import draw_answer
 from llava.model.builder import load
+from llava.pipeline.generate import generate
 from llava.reduction import registry
 
 IMAGES = ROOT / "docs" / "images"
@@ -66,7 +67,7 @@ def sheet(figure: Figure) -> Image.Image:
     rows = []
     for name, options in {"full": {}, **figure.methods}.items():
         budget = model.visual_tokens if name == "full" else figure.budget
-        answer = model.answer([sample], registry.build(name, budget, options), max_new_tokens=8).answers[0]
+        answer = generate(model, [sample], registry.build(name, budget, options), max_new_tokens=8).answers[0]
         (drawn,) = draw_answer(sample, answer)
         right = data.judge(question, answer.text) == 1
         rows.append((f"{name}, {answer.audit.mean:.0f} tokens: ", answer.text, right, drawn))

@@ -14,6 +14,7 @@ from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.figures.overlay import draw_overlay
 from llava.errors import UserError
 from llava.model.builder import load
+from llava.pipeline.generate import generate
 from llava.reduction import registry
 
 # (caption, method, options)
@@ -41,7 +42,7 @@ def draw(model, questions, data, budget: int) -> Image.Image:
         reducers = [registry.build("full", model.visual_tokens)]
         reducers += [registry.build(method, budget, options) for _, method, options in COLUMNS]
         for column, reducer in enumerate(reducers):
-            answer = model.answer([sample], reducer, max_new_tokens=8).answers[0]
+            answer = generate(model, [sample], reducer, max_new_tokens=8).answers[0]
             picture = draw_overlay(sample.image, answer.trace, upscale=3).resize((SIDE, SIDE), Image.LANCZOS)
             left = GAP + column * (SIDE + GAP)
             sheet.paste(picture, (left, top))

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eval.figures.overlay import DARK, Fate, compose, draw_overlay, paints
-from llava.processing.sample import Answer, Sample
+from llava.pipeline.answer import Answer
+from llava.processing.sample import Sample
 from llava.processing.video import Video
 from llava.reduction import Step
 from llava.reduction.token_layout import Arrangement

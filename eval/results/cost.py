@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from llava.errors import UserError
 
 if TYPE_CHECKING:
-    from llava.pipeline.audit import Audit
-    from llava.processing.sample import Batch
+    from llava.pipeline.accounting import Audit
+    from llava.pipeline.answer import Batch
 
 PHASES = ("vision", "selection", "prefill", "ttft", "decode")
 

@@ -15,7 +15,8 @@ from urllib.parse import urlparse
 from eval.answers import flatten
 
 if TYPE_CHECKING:
-    from llava.processing.sample import Batch, Sample
+    from llava.processing.sample import Sample
+from llava.pipeline.answer import Batch
 
 PROJECT = "visual-token-reduction"
 TABLE_ROWS = 200

@@ -13,8 +13,9 @@ from eval.tables.page import insert
 from llava.errors import UserError
 from llava.reduction import crop_budget as crops
 from llava.reduction import registry
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts, Reducer, options_of
+from llava.reduction.reducer import Reducer, options_of
 
 PAGE = ROOT / "docs" / "methods.md"
 MODELS = ROOT / "docs" / "models.md"

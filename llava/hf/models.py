@@ -25,12 +25,12 @@ from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
-from llava.pipeline.views import facts_of
 from llava.processing.clip_image import ImageProcessor
 from llava.processing.prompt import Prompt
 from llava.processing.qwen_image import Grid, QwenImageProcessor
+from llava.reduction.model_spec import ModelFacts, facts_of
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts, Reducer
+from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import Arrangement, frames, single
 
 ATTENTION = ("sdpa", "eager")
@@ -75,7 +75,7 @@ class Stock:
 
     def candidates(self, reducer: Reducer) -> list[ModelFacts]:
         """The facts of pictures that a budget may be meant for; it must be possible for one of them."""
-        return [self.facts()]
+        return [self.facts]
 
 
 class StockLlava(Stock, Llava):
@@ -119,8 +119,8 @@ class StockVideo(Stock, VideoLlava):
         return found
 
     def candidates(self, reducer: Reducer) -> list[ModelFacts]:
-        picture = facts_of(self.facts(), single(self.layout.rows, self.layout.columns))
-        return [self.facts(), picture]
+        picture = facts_of(self.facts, single(self.layout.rows, self.layout.columns))
+        return [self.facts, picture]
 
 
 class StockQwen(Stock, QwenVL):
@@ -146,7 +146,7 @@ class StockQwen(Stock, QwenVL):
     def candidates(self, reducer: Reducer) -> list[ModelFacts]:
         # The processor alone knows how large pictures are: each is held against the budget when it comes.
         tokens = reducer.budget
-        return [replace(self.facts(), visual_tokens=tokens, layout=Layout(1, tokens))]
+        return [replace(self.facts, visual_tokens=tokens, layout=Layout(1, tokens))]
 
 
 def _pixels(given: Mapping[str, Any], axes: int, name: str = "pixel_values") -> Tensor:

@@ -32,9 +32,8 @@ from llava.hf.cache import ReducedCache
 from llava.hf.inputs import samples
 from llava.hf.models import Stock, family_of, stock_runtime
 from llava.model.checkpoint.identify import QWEN, Family
-from llava.pipeline.accounting import Clock
-from llava.pipeline.audit import Audit
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.accounting import Audit
+from llava.pipeline.prefill import prefill
 from llava.reduction.crop_budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Trace
@@ -193,9 +192,8 @@ class Reduced:
             None if given.get(name) is None else given[name][::copies] for name in ("input_ids", "attention_mask")
         )
         batch = samples(ids, mask, runtime.ready(given), self.questions, runtime.tokenizer)
-        pipeline = Pipeline(runtime, self.reducer)
-        state, record = pipeline.prepare(batch, Untimed(runtime.device))
-        self.audits = pipeline.audits(state, record)
+        state, record = prefill(runtime, batch, self.reducer)
+        self.audits = record.audits(state)
         self.traces = [tuple(steps) for steps in record.steps]
         held = ReducedCache.holding(state, cache)
         if copies > 1:
@@ -226,16 +224,6 @@ class Reduced:
             logits = self._runtime.head(llm.norm(hidden))
         # A copy made outside of inference mode may be changed in place, as logits often are.
         return OUTPUTS[self._family](logits=logits.clone(), past_key_values=cache)
-
-
-class Untimed(Clock):
-    """Measures nothing, and so never waits for the device."""
-
-    def __init__(self, device: torch.device):
-        self.seconds = {}
-
-    def lap(self, name: str) -> None:
-        pass
 
 
 def _require(runtime: Stock, reducer: Reducer) -> None:

@@ -1,31 +1,38 @@
-"""A loaded LLaVA: the modules the staged forward runs over, and the two calls a user needs, `load` and `answer`."""
+"""A loaded LLaVA: its modules, its preprocessing, and images through its vision tower.
+
+Questions are answered by `llava.pipeline.generate.generate`.
+"""
 
 import hashlib
 import json
+from collections.abc import Callable
 from collections.abc import Sequence as Samples
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from llava import conversation
 from llava.errors import UserError
+from llava.model.encoded_image import Picture, picture_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded, encode, patch_grid
-from llava.pipeline.encoded_images import Picture, picture_of
-from llava.pipeline.generate import generate
-from llava.pipeline.positions import Groups
 from llava.processing.prompt import Prompt, build_prompt
-from llava.processing.sample import Batch, Sample
-from llava.reduction.crop_budget import in_tower, require
+from llava.processing.sample import Sample
+from llava.reduction.crop_budget import in_tower
 from llava.reduction.flops import linear_flops, tower_flops
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts, Reducer
+from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Reduction
-from llava.reduction.scores import Signal, signal_flops
+from llava.reduction.scores import signal_flops
 from llava.reduction.states import BlockState
 from llava.reduction.token_layout import Arrangement, single
+
+if TYPE_CHECKING:
+    from llava.pipeline.accounting import Operations, Timer
 
 
 class Llava:
@@ -63,6 +70,9 @@ class Llava:
     # Positions have three axes: frame, row and column.
     axes: bool = False
 
+    # Samples may hold llava.processing.video.Video in place of an image.
+    takes_videos: bool = False
+
     # The learned vector behind every row of stitched tiles; a picture of one crop has none.
     newline: Tensor | None = None
 
@@ -84,6 +94,12 @@ class Llava:
         ids |= set(configured) if isinstance(configured, list) else {configured}
         return frozenset(i for i in ids if i is not None)
 
+    @property
+    def stop(self) -> str | None:
+        """The text that ends an answer; None where it is the end token, which needs no search in the decoded text."""
+        stop = conversation.stop_string(self.conversation)
+        return None if stop == self.tokenizer.eos_token else stop
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of configuration and weights; two checkpoints that answer differently never share one."""
@@ -102,14 +118,18 @@ class Llava:
             digest.update(name.encode() + sampled(tensor))
         return digest.hexdigest()
 
+    @cached_property
     def facts(self) -> ModelFacts:
-        return self._facts(len(self.tower.encoder.layers))
+        """What methods may know of the model; of the largest image where images differ in size."""
+        return ModelFacts(
+            self.layout.tokens,
+            len(self.llm.layers),
+            self.layout,
+            len(self.tower.encoder.layers),
+            has_text_tower=self.text_tower is not None,
+        )
 
-    def _facts(self, depth: int) -> ModelFacts:
-        known = self.text_tower is not None
-        return ModelFacts(self.layout.tokens, len(self.llm.layers), self.layout, depth, has_text_tower=known)
-
-    def groups(self, picture: Picture) -> Groups | None:
+    def groups(self, picture: Picture) -> tuple[int, int, int] | None:
         """Frames, rows and columns of a picture's tokens, where positions have these axes."""
         return None
 
@@ -128,30 +148,43 @@ class Llava:
         """What the tower sees of a picture: pixels [C, 3, S, S], and the run of tokens that its C crops become."""
         return self.image_processor(picture)[None], single(self.layout.rows, self.layout.columns)
 
-    def encode_images(self, pictures: Samples, keys: Samples, reducer: Reducer) -> list[Picture]:
-        """Preprocess pictures and run the tower on them, all crops at once.
+    def refuse_images(self, samples: Samples[Sample]) -> None:
+        """Raise UserError for videos, unless the model takes them."""
+        for sample in samples:
+            for image in sample.images:
+                if not self.takes_videos and not isinstance(image, Image.Image):
+                    kind = type(image).__name__
+                    raise UserError(f"{self.name} takes images only, got a {kind}; choose a Video-LLaVA for videos.")
+
+    def encode_images(
+        self, pictures: Samples[Any], keys: Samples[object], reducer: Reducer, timer: "Timer"
+    ) -> list[Picture]:
+        """Preprocess images and run the tower on them, all tiles at once.
 
         Args:
             pictures: PIL images.
-            keys: one hashable name per picture; here unused, a sweep over methods remembers pictures by them.
+            keys: one hashable name per image; here unused, a sweep over methods remembers images by them.
+            timer: marked when preprocessing ends.
         """
-        seen = [self.views(picture) for picture in pictures]
-        found: list[Picture] = [None] * len(seen)
+        views = [self.views(picture) for picture in pictures]
+        timer.mark("preprocess")
+        found: dict[int, Picture] = {}
         groups: dict[tuple[Reducer, bool, bool], list[int]] = {}
-        for index, (_, full) in enumerate(seen):
+        for index, (_, full) in enumerate(views):
             groups.setdefault((in_tower(reducer, full), full.temporal, full.tiles is not None), []).append(index)
         for (sized, temporal, tiled), rows in groups.items():
             grid = sized.input_grid(self.layout)
-            pixels = torch.cat([seen[index][0] for index in rows]).to(self.device)
+            pixels = torch.cat([views[index][0] for index in rows]).to(self.device)
             encoded, done = self.encode_crops(pixels, sized, grid, temporal, tiled), 0
             for index in rows:
-                crops, full = seen[index]
-                found[index] = picture_of(encoded.rows(slice(done, done + len(crops))), full, reducer.keep_cls, grid)
+                crops, full = views[index]
+                own = encoded if len(crops) == len(pixels) else encoded.rows(slice(done, done + len(crops)))
+                found[index] = picture_of(own, full, reducer.keep_cls, grid)
                 done += len(crops)
-        return found
+        return [found[index] for index in range(len(views))]
 
     def tower_of(self, temporal: bool) -> nn.Module:
-        """The vision tower for pictures, or for the frames of videos."""
+        """The vision tower for images, or for the frames of videos."""
         return self.tower
 
     def encode_crops(
@@ -162,43 +195,32 @@ class Llava:
         temporal: bool = False,
         tiled: bool = False,
     ) -> Encoded:
-        """Run a tower on [B, 3, S, S] pixels, with the method's signals and its merging inside.
+        """Run a tower on [B, 3, S, S] pixels, with the method's scores and its merging inside.
 
         Args:
             temporal: the pixels are frames of videos, whose class tokens are visual tokens.
-            tiled: the pictures have tiles.
+            tiled: the images have tiles.
         """
         tower, keep_cls = self.tower_of(temporal), reducer.keep_cls or temporal
-        names, facts = tuple(map(str, range(len(pixels)))), self.facts()
-        spent = 0
-
-        def merge_at(hidden: Tensor, keys: Tensor, sizes: Tensor, block: int) -> Reduction | None:
-            nonlocal spent
-            state = BlockState(ids=names, facts=facts, tokens=hidden, keys=keys, sizes=sizes, block=block)
-            reduction = reducer.tower(state)
-            projection = tower.encoder.layers[block].self_attn.k_proj
-            spent += state.flops // len(pixels) + linear_flops(projection, hidden.shape[1])
-            return reduction
-
         merging = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
-        encoded = encode(
-            tower, pixels, self.select_layer, reducer.tower_signals(tiled), grid, keep_cls, merging, merge_at
-        )
-        return replace(encoded, spent=spent)
+        merger = TowerMerger(reducer, self.facts, tower, len(pixels)) if merging else None
+        scores = reducer.tower_signals(tiled)
+        encoded = encode(tower, pixels, self.select_layer, scores, grid, keep_cls, merging, merger)
+        return replace(encoded, spent=merger.flops) if merger else encoded
 
-    def tower_flops(self, picture: Picture, signals: tuple[Signal, ...]) -> tuple[int, int]:
-        """Operations of the tower on all crops of one picture, and of the signals and merging beside it."""
+    def count_tower(self, operations: "Operations", picture: Picture, reducer: Reducer, images: int) -> None:
+        """Count the operations of the tower on all tiles of one image, and of scores and merging beside it.
+
+        Args:
+            images: of the batch that share this pass of the tower.
+        """
         encoded, tower = picture.encoded, self.tower_of(picture.full.temporal)
-        blocks, patches = tower.encoder.layers, encoded.grid[0] * encoded.grid[1]
-        beside = encoded.spent
-        for signal in signals:
-            beside += signal_flops(signal, blocks[signal.index(len(blocks))], patches)
-        crops = len(encoded.features)
-        return crops * tower_flops(tower, patches, encoded.tokens), crops * beside
-
-    def next_token(self, hidden: Tensor) -> Tensor:
-        """Greedy choice [B] from the last hidden state [B, 1, D]; ties go to the lower id."""
-        return self.logits(hidden).argmax(-1)
+        tiles, patches = len(encoded.features), encoded.grid[0] * encoded.grid[1]
+        operations.add("tower", tiles_flops, tiles, tower_flops, tower, patches, encoded.tokens, images=images)
+        operations.add("selection", int, tiles * encoded.spent, images=images)
+        for score in reducer.tower_signals(picture.full.tiles is not None):
+            block = tower.encoder.layers[score.index(len(tower.encoder.layers))]
+            operations.add("selection", tiles_flops, tiles, signal_flops, score, block, patches, images=images)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, 1, D] before the final norm -> [B, vocabulary] float32, without the padding rows of the head."""
@@ -208,21 +230,26 @@ class Llava:
     def decode(self, ids: Samples[int], special: bool = False) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
 
-    def answer(self, samples: Samples[Sample], reducer: Reducer, max_new_tokens: int = 128) -> Batch:
-        """Answer a batch of questions under a method.
 
-        Raises:
-            UserError: the method cannot run on this model at its budget, or there is nothing to answer.
-        """
-        if not samples:
-            raise UserError("There is no question in this batch.")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-        require(reducer, self.facts())
-        stop = conversation.stop_string(self.conversation)
-        # A stop string that is the end token needs no search in the decoded text.
-        searched = () if stop is None or stop == self.tokenizer.eos_token else (stop,)
-        return generate(self, samples, reducer, max_new_tokens, searched)
+class TowerMerger:
+    """Asks a method what to merge inside a block of the tower, and counts what it spends per tile."""
+
+    def __init__(self, reducer: Reducer, facts: ModelFacts, tower: nn.Module, tiles: int):
+        self.reducer, self.facts, self.tower = reducer, facts, tower
+        self.names = tuple(map(str, range(tiles)))
+        self.flops = 0
+
+    def __call__(self, hidden: Tensor, keys: Tensor, sizes: Tensor, block: int) -> Reduction | None:
+        state = BlockState(ids=self.names, facts=self.facts, tokens=hidden, keys=keys, sizes=sizes, block=block)
+        reduction = self.reducer.tower(state)
+        projection = self.tower.encoder.layers[block].self_attn.k_proj
+        self.flops += state.flops // len(self.names) + linear_flops(projection, hidden.shape[1])
+        return reduction
+
+
+def tiles_flops(tiles: int, function: Callable[..., int], *arguments: Any) -> int:
+    """Operations of all tiles of an image."""
+    return tiles * function(*arguments)
 
 
 def sampled(tensor: Tensor) -> bytes:

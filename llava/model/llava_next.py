@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from llava.model.llava_arch import Llava
-from llava.pipeline.views import facts_of
 from llava.processing.anyres import AnyresProcessor
-from llava.reduction.reducer import ModelFacts
+from llava.reduction.model_spec import ModelFacts, facts_of
 from llava.reduction.token_layout import Arrangement
 
 
@@ -70,8 +69,9 @@ class LlavaNext(Llava):
         sizes = [self.anyres.force] if self.anyres.force else self.anyres.pinpoints
         return max((self.anyres.arrange(size) for size in sizes), key=lambda run: run.tokens)
 
+    @cached_property
     def facts(self) -> ModelFacts:
         rows = self.anyres.force[1] if self.anyres.force else max(height for _, height in self.anyres.pinpoints)
         newline = self.anyres.merge == "spatial_unpad"
         most = newline * rows // self.anyres.tile * self.layout.rows
-        return replace(facts_of(super().facts(), self.largest), most_newlines=most)
+        return replace(facts_of(super().facts, self.largest), most_newlines=most)

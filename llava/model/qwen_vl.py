@@ -10,23 +10,26 @@ Differs from it: the same prompts and positions; videos are not read.
 
 from collections.abc import Sequence as Samples
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from llava.errors import UserError
+from llava.model.encoded_image import Picture, picture_of
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_encoder import Encoded
 from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, project, signal_flops, tower_flops
-from llava.pipeline.encoded_images import Picture, picture_of
-from llava.pipeline.positions import Groups
 from llava.processing.clip_image import as_rgb
 from llava.processing.qwen_image import Grid
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts, Reducer
-from llava.reduction.scores import Signal
+from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import single
+
+if TYPE_CHECKING:
+    from llava.pipeline.accounting import Operations, Timer
 
 
 class Merger(nn.Module):
@@ -79,20 +82,25 @@ class QwenVL(Llava):
         """Visual tokens of the largest picture before any reduction."""
         return self.image_processor.max_pixels // self._edge**2
 
+    @cached_property
     def facts(self) -> ModelFacts:
-        return replace(self._facts(len(self.tower.blocks)), visual_tokens=self.visual_tokens, has_cls=False)
+        layers, blocks, known = len(self.llm.layers), len(self.tower.blocks), self.text_tower is not None
+        return ModelFacts(self.visual_tokens, layers, self.layout, blocks, has_cls=False, has_text_tower=known)
 
     def patches(self, pictures: Samples) -> tuple[Tensor, tuple[Grid, ...]]:
         """Flattened patches of all pictures, one behind another, and the grid of each."""
         return self.image_processor([as_rgb(picture) for picture in pictures])
 
-    def encode_images(self, pictures: Samples, keys: Samples, reducer: Reducer) -> list[Picture]:
+    def encode_images(
+        self, pictures: Samples[Any], keys: Samples[object], reducer: Reducer, timer: "Timer"
+    ) -> list[Picture]:
         if reducer.acts("tower") or reducer.acts("input_grid"):
             raise UserError(
                 f"{reducer.name} acts on pixels or inside a CLIP tower; {self.name} has a tower of another kind. "
                 "Choose a method that acts behind the tower."
             )
         patches, grids = self.patches(pictures)
+        timer.mark("preprocess")
         encoded = encode_qwen(self.tower, patches.to(self.device), grids, reducer.tower_signals(tiled=False))
         found = []
         for one in encoded:
@@ -101,11 +109,13 @@ class QwenVL(Llava):
             found.append(picture_of(tower, single(one.rows, one.columns), keep_cls=False))
         return found
 
-    def tower_flops(self, picture: Picture, signals: tuple[Signal, ...]) -> tuple[int, int]:
+    def count_tower(self, operations: "Operations", picture: Picture, reducer: Reducer, images: int) -> None:
         merge = self.image_processor.merge
         grid = 1, picture.encoded.grid[0] * merge, picture.encoded.grid[1] * merge
-        return tower_flops(self.tower, grid), sum(signal_flops(self.tower, signal, grid) for signal in signals)
+        operations.add("tower", tower_flops, self.tower, grid, images=images)
+        for score in reducer.tower_signals(tiled=False):
+            operations.add("selection", signal_flops, self.tower, score, grid, images=images)
 
-    def groups(self, picture: Picture) -> Groups:
+    def groups(self, picture: Picture) -> tuple[int, int, int]:
         """Frames, rows and columns of a picture's tokens, from which their positions follow."""
         return 1, *picture.encoded.grid

@@ -7,6 +7,7 @@ Official code read: PKU-YuanGroup/Video-LLaVA@984e65b, videollava/model/llava_ar
 Differs from it: one slot stands for the eight "<image>" of a video, which have nothing between them; no random flip.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,11 +15,10 @@ from torch import Tensor, nn
 
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
-from llava.pipeline.views import facts_of
 from llava.processing.prompt import Prompt, build_prompt
 from llava.processing.sample import Sample
 from llava.processing.video import LanguageBindImageProcessor, Video, VideoProcessor
-from llava.reduction.reducer import ModelFacts
+from llava.reduction.model_spec import ModelFacts, facts_of
 from llava.reduction.token_layout import Arrangement, frames
 
 
@@ -43,6 +43,8 @@ class VideoLlava(Llava):
             self.image_processor = LanguageBindImageProcessor(
                 size=clip.size, crop=clip.crop, mean=clip.mean, std=clip.std
             )
+
+    takes_videos = True
 
     @property
     def conventions(self) -> dict[str, Any]:
@@ -78,5 +80,6 @@ class VideoLlava(Llava):
         """Visual tokens of a video before any reduction; a picture has as many as a frame without its class token."""
         return self._run().tokens
 
+    @cached_property
     def facts(self) -> ModelFacts:
-        return facts_of(super().facts(), self._run())
+        return facts_of(super().facts, self._run())

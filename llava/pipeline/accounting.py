@@ -1,67 +1,197 @@
-"""What is written down while a batch is on its way to the first token: times, operations, reductions."""
+"""What is recorded while a batch is processed: seconds, operations, reductions, and visual tokens entering each layer.
+
+Nothing here waits for the device or works anything out while the model runs: operations are counted, and reductions
+copied to the host, when they are read.
+"""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava.pipeline.sequence import Row
-from llava.reduction.reduction import Reduction, Step
+from llava.reduction.reduction import Reduction, Step, Trace
 from llava.reduction.token_layout import Arrangement
 
+if TYPE_CHECKING:
+    from llava.pipeline.decoder import Prefilled
+    from llava.pipeline.sequence import Row
 
-class Clock:
-    """Adds up seconds by name, with the device synchronised at both ends of every interval."""
+
+class Timer:
+    """Seconds by stage of one batch.
+
+    `mark(stage)` adds the time since the previous mark to a stage. On a CUDA device a mark records an event and returns
+    at once; reading `seconds` waits for the last event. On other devices a mark reads the monotonic clock.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds: dict[str, float] = {}
-        self._last = self._now()
+        self._stages: list[str] = []
+        self._marks = [self._now()]
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap under `name`."""
-        now = self._now()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
+    def mark(self, stage: str) -> None:
+        """End an interval that belongs to `stage`."""
+        self._stages.append(stage)
+        self._marks.append(self._now())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage so far."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            self._marks[-1].synchronize()
+        found: dict[str, float] = {}
+        for stage, before, after in zip(self._stages, self._marks[:-1], self._marks[1:], strict=True):
+            passed = before.elapsed_time(after) / 1000 if cuda else after - before
+            found[stage] = found.get(stage, 0.0) + passed
+        return found
+
+
+class Operations:
+    """Floating point operations of a batch: what to count, counted when `total` or `alone` is first read."""
+
+    def __init__(self) -> None:
+        self._counts: list[tuple[str, int, Callable[..., int], tuple[Any, ...]]] = []
+
+    def add(self, part: str, function: Callable[..., int], *arguments: Any, images: int = 1) -> None:
+        """Count `function(*arguments)` operations; arguments hold modules and whole numbers, never tensors.
+
+        Args:
+            part: "tower", "projector", "selection" or "prefill".
+            images: of the batch that share what was computed; questions asked alone would compute it once for each.
+        """
+        self._counts.append((part, images, function, arguments))
+
+    @cached_property
+    def _counted(self) -> list[tuple[str, int, int]]:
+        return [(part, images, function(*arguments)) for part, images, function, arguments in self._counts]
+
+    @property
+    def total(self) -> int:
+        """Operations of the batch."""
+        return sum(amount for _, _, amount in self._counted)
+
+    @property
+    def alone(self) -> dict[str, int]:
+        """Operations by part if every question were asked alone."""
+        found: dict[str, int] = {}
+        for part, images, amount in self._counted:
+            found[part] = found.get(part, 0) + images * amount
+        return found
+
+
+def mean_visual_tokens(entering: Sequence[int]) -> float:
+    """Mean over decoder layers of the visual tokens that enter each layer.
+
+    Papers disagree: SparseVLM counts a layer that prunes on its way out as already pruned, DART
+    counts only the layers after pruning. We count what each layer computes on.
+    """
+    return sum(entering) / len(entering)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Visual tokens and cache bytes of one sample, read from what was computed.
+
+    Attributes:
+        entering: visual tokens that enter each decoder layer.
+        visual_tokens: visual tokens before any reduction.
+        images: images of the sample; the budget holds for each.
+        merged: tokens among those entering layer 0 that are averages of several input tokens.
+        kv_bytes: bytes of this sample's keys and values in the cache after prefill, padding left out.
+        planned: mean visual tokens per layer and image that the method plans for these very images at its budget; None
+            where an image decides.
+    """
+
+    entering: tuple[int, ...]
+    visual_tokens: int
+    merged: int
+    kv_bytes: int
+    images: int = 1
+    planned: float | None = None
+
+    @property
+    def mean(self) -> float:
+        """Mean visual tokens per layer and image, the number that is compared with the budget."""
+        return mean_visual_tokens(self.entering) / max(1, self.images)
+
+
+@dataclass
+class Applied:
+    """One reduction of one image, where the device has it."""
+
+    place: str
+    number: int
+    reduction: Reduction
+    row: int
 
 
 @dataclass
 class Record:
-    """What happened to the samples of one batch on their way to the first token.
+    """What happened to the samples of one batch up to the first token.
 
     Attributes:
         inputs: visual tokens of each sample before any reduction, all images together.
-        runs: the unreduced run of every image.
-        planned: visual tokens planned to enter each layer, all images together; None where a picture decides.
-        merged: visual tokens made of several, by image, after the last reduction that merged.
+        planned: visual tokens planned to enter each layer, all images together; None where an image decides.
+        runs: the layout of the unreduced visual tokens of every image.
+        operations: floating point operations.
     """
 
-    steps: list[list[Step]]
     inputs: list[int]
-    images: list[int]
-    merged: list[dict[int, int]]
     planned: list[tuple[int, ...] | None]
     runs: list[list[Arrangement]]
-    flops: int = 0
-    cost: dict[str, int] = field(default_factory=dict)
+    applied_: list[list[Applied]]
+    operations: Operations = field(default_factory=Operations)
 
-    def spend(self, part: str, amount: int) -> None:
-        self.cost[part] = self.cost.get(part, 0) + amount
-        self.flops += amount
+    @classmethod
+    def of(cls, samples: int, layers: int) -> "Record":
+        nothing = (0,) * layers
+        return cls([0] * samples, [nothing] * samples, [[] for _ in range(samples)], [[] for _ in range(samples)])
 
-    def plan(self, sample: int, entering: tuple[int, ...] | None) -> None:
-        """Add what is planned for one more image."""
+    def image(self, sample: int, run: Arrangement, inputs: int, planned: tuple[int, ...] | None) -> None:
+        """Enter one more image of a sample."""
         known = self.planned[sample]
-        both = known is not None and entering is not None
-        self.planned[sample] = tuple(a + b for a, b in zip(known, entering, strict=True)) if both else None
+        both = known is not None and planned is not None
+        self.planned[sample] = tuple(a + b for a, b in zip(known, planned, strict=True)) if both else None
+        self.inputs[sample] += inputs
+        self.runs[sample].append(run)
 
-    def applied(self, image: Row, place: str, reduction: Reduction, row: int = 0) -> None:
+    def applied(self, image: "Row", place: str, reduction: Reduction, row: int = 0) -> None:
         sample, number = image
-        one = reduction.row(row)
-        self.steps[sample].append(Step(place if number == 0 else f"{place} #{number + 1}", one))
-        self.merged[sample][number] = int(one.merged_count()[0])
+        self.applied_[sample].append(Applied(place, number, reduction, row))
+
+    @cached_property
+    def steps(self) -> list[Trace]:
+        """The reductions of each sample, in order, copied to the host."""
+        return [
+            tuple(
+                Step(a.place if a.number == 0 else f"{a.place} #{a.number + 1}", a.reduction.row(a.row))
+                for a in applied
+            )
+            for applied in self.applied_
+        ]
+
+    def merged(self, sample: int) -> int:
+        """Visual tokens of a sample made of several, after the last reduction of each image."""
+        last = {a.number: step.reduction for a, step in zip(self.applied_[sample], self.steps[sample], strict=True)}
+        return sum(int(reduction.merged_count()[0]) for reduction in last.values() if reduction.merges)
+
+    def audits(self, prefilled: "Prefilled") -> list[Audit]:
+        """One account per sample."""
+        found = []
+        for sample, (inputs, planned, runs) in enumerate(zip(self.inputs, self.planned, self.runs, strict=True)):
+            images = max(1, len(runs))
+            mean = None if planned is None else mean_visual_tokens(planned) / images
+            entering = tuple(layer[sample] for layer in prefilled.visual)
+            found.append(Audit(entering, inputs, self.merged(sample), prefilled.kv_bytes[sample], images, mean))
+        return found

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llava.pipeline.positions import next_position
 from llava.pipeline.sequence import Sequence
-from llava.reduction.rotary import angles, next_position
+from llava.reduction.decoder_attention import rotary_angles
 
 # (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
 ReduceAt = Callable[[Sequence, int, Sequence, Tensor], Sequence]
@@ -42,6 +43,8 @@ class Prefilled:
             as that layer knows it, so that decoding equals one longer prefill; layers of equal length share one tensor.
         lengths: per layer, the real length of each sample.
         visual: per layer, the visual tokens of each sample.
+        kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens.
+        kv_bytes_held: bytes of all key and value tensors after prefill, padding included.
     """
 
     hidden: Tensor
@@ -50,18 +53,8 @@ class Prefilled:
     next_position: list[Tensor]
     lengths: list[tuple[int, ...]] = field(default_factory=list)
     visual: list[tuple[int, ...]] = field(default_factory=list)
-
-    def kv_bytes_held(self) -> int:
-        """Bytes of all key and value tensors, padding included."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
-
-    def kv_bytes(self, sample: int) -> int:
-        """Bytes that hold this sample's real tokens, read off the cache's own tensors."""
-        total = 0
-        for layer, lengths in zip(self.cache.layers, self.lengths, strict=True):
-            held = layer.keys[0].nbytes + layer.values[0].nbytes
-            total += held * lengths[sample] // layer.keys.shape[-2]
-        return total
+    kv_bytes: list[int] = field(default_factory=list)
+    kv_bytes_held: int = 0
 
 
 def _mask_of(sequence: Sequence, eager: bool) -> Tensor | None:
@@ -91,7 +84,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
         if index in stages:
             sequence, rotary = reduce_at(sequence, index, entered, cache.layers[index - 1].keys), None
         if rotary is None:
-            rotary = angles(llm, sequence.hidden, sequence.position)
+            rotary = rotary_angles(llm, sequence.hidden, sequence.position)
             mask = _mask_of(sequence, eager)
             known = sequence.valid() if sequence.padded else None
             place = next_position(sequence.position)
@@ -103,13 +96,21 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
         valid.append(known)
         behind.append(place)
         lengths.append(sequence.lengths)
-        visual.append(tuple(map(sequence.visual_count, range(len(sequence.lengths)))))
-    return Prefilled(sequence.hidden[:, -1:], cache, valid, behind, lengths, visual)
+        visual.append(sequence.visual_counts)
+    # Read from the cache's own tensors now, because decoding makes them longer.
+    held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    token_bytes = [
+        total // (len(lengths[0]) * layer.keys.shape[-2]) for total, layer in zip(held, cache.layers, strict=True)
+    ]
+    used = [
+        sum(own * size for own, size in zip(sample, token_bytes, strict=True)) for sample in zip(*lengths, strict=True)
+    ]
+    return Prefilled(sequence.hidden[:, -1:], cache, valid, behind, lengths, visual, used, sum(held))
 
 
 def run_layers(llm: nn.Module, sequence: Sequence, count: int) -> Tensor:
     """Hidden states [B, L, D] after the first `count` layers, nothing cached; for contextual probes."""
-    rotary, mask = angles(llm, sequence.hidden, sequence.position), _mask_of(sequence, _is_eager(llm))
+    rotary, mask = rotary_angles(llm, sequence.hidden, sequence.position), _mask_of(sequence, _is_eager(llm))
     hidden = sequence.hidden
     for layer in llm.layers[:count]:
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
@@ -120,7 +121,7 @@ def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
     """Feed one embedded token per sample, [B, 1, D] -> [B, 1, D], growing every layer's cache by one."""
     eager = _is_eager(llm)
     places = {id(place): place for place in state.next_position}
-    rotary = {key: angles(llm, token, place) for key, place in places.items()}
+    rotary = {key: rotary_angles(llm, token, place) for key, place in places.items()}
     grown: dict[int, tuple[Tensor, Tensor]] = {}
     hidden = token
     for index, layer in enumerate(llm.layers):

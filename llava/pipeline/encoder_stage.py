@@ -1,34 +1,38 @@
-"""Stage 1: pictures through the tower, and reduced before the projector."""
+"""Stage 1: images through the vision tower, reduced before the projector, and projected."""
 
+from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as Samples
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llava.pipeline.accounting import Clock, Record
-from llava.pipeline.encoded_images import Picture, Seen, grouped
+from llava.model.encoded_image import Picture
+from llava.pipeline import tile_stages
+from llava.pipeline.accounting import Record, Timer
+from llava.pipeline.image_batch import ImageBatch
 from llava.pipeline.sequence import Row
-from llava.pipeline.views import facts_of, parts_of, rest_of, shared_fields
 from llava.processing.sample import Sample
-from llava.reduction import flops
 from llava.reduction.crop_budget import planned, untouched
-from llava.reduction.joining import Piece, join
+from llava.reduction.flops import projector_flops
+from llava.reduction.joining import stack
+from llava.reduction.model_spec import ModelFacts, facts_of
 from llava.reduction.reducer import Reducer, by_row
-from llava.reduction.reduction import Reduction
 from llava.reduction.states import EncoderState
 
+if TYPE_CHECKING:
+    from llava.model.llava_arch import Llava
 
-def see(model, reducer: Reducer, samples: Samples[Sample], record: Record, clock: Clock) -> Seen | None:
-    """All images of the batch through tower, encoder stage and projector; None without any.
 
-    Args:
-        model: a llava.model.llava_arch.Llava.
-    """
+def encode_images(
+    model: "Llava", reducer: Reducer, samples: Samples[Sample], record: Record, timer: Timer
+) -> ImageBatch | None:
+    """Encode, reduce and project all images of a batch; None without any."""
     rows = [(i, number) for i, sample in enumerate(samples) for number in range(len(sample.images))]
     if not rows:
         return None
-    # Questions about the same picture share one pass of the tower.
+    # Questions about the same image share one pass of the tower.
     numbers: dict[object, int] = {}
     pictures, owner = [], {}
     for i, number in rows:
@@ -37,119 +41,135 @@ def see(model, reducer: Reducer, samples: Samples[Sample], record: Record, clock
             numbers[key] = len(numbers)
             pictures.append(samples[i].images[number])
         owner[i, number] = numbers[key]
-    seen = Seen(model.encode_images(pictures, list(numbers), reducer), owner)
-    for picture in seen.pictures:
-        tower, signals = model.tower_flops(picture, reducer.tower_signals(picture.full.tiles is not None))
-        record.spend("vision", tower)
-        record.spend("selection", signals)
-    clock.lap("vision")
+    images = ImageBatch(model.encode_images(pictures, list(numbers), reducer, timer), owner)
+    users = Counter(owner.values())
+    for number, picture in enumerate(images.pictures):
+        model.count_tower(record.operations, picture, reducer, users[number])
+    timer.mark("vision")
     for image in rows:
-        picture = seen.of(image)
-        facts = facts_of(model.facts(), picture.full)
-        seen.inputs[image] = picture.full.tokens if untouched(reducer, facts) else picture.inputs
-        record.inputs[image[0]] += seen.inputs[image]
-        record.plan(image[0], planned(reducer, facts))
-        record.runs[image[0]].append(picture.full)
-        seen.places[image] = None
-        if picture.step is not None:
-            place, reduction = picture.step
-            record.applied(image, place, reduction)
-            seen.places[image] = reduction.anchor[0]
-    runs: dict[Row, Run] = {}
+        _enter(model.facts, reducer, image, images, record)
+    features: dict[Row, tile_stages.Features] = {}
     if reducer.acts("encoder"):
-        runs = _reduce(model, reducer, samples, seen, record)
-        clock.lap("selection")
-    _project(model, reducer, seen, runs, record)
-    clock.lap("vision")
-    return seen
+        features = _reduce(model, reducer, samples, images, record)
+        timer.mark("selection")
+    _project(model, reducer, images, features, record)
+    timer.mark("vision")
+    return images
 
 
-@dataclass(frozen=True)
-class Run:
-    """What is left of a run of visual tokens.
+def _enter(facts: ModelFacts, reducer: Reducer, image: Row, images: ImageBatch, record: Record) -> None:
+    """Note an image as it enters the stages: its tokens, its plan, and what the tower has reduced already."""
+    picture = images.of(image)
+    own = facts_of(facts, picture.full)
+    images.inputs[image] = picture.full.tokens if untouched(reducer, own) else picture.inputs
+    images.kept[image] = None
+    record.image(image[0], picture.full, images.inputs[image], planned(reducer, own))
+    if picture.step is not None:
+        place, reduction = picture.step
+        record.applied(image, place, reduction)
+        images.kept[image] = reduction.anchor[0]
 
-    Attributes:
-        features: [k, D] of the patches and class tokens.
-        order: [N] which of these, and of the newline tokens behind them, each token of the run is; None for all k as
-            they are.
-    """
 
-    features: Tensor
-    order: Tensor | None = None
-
-
-def _reduce(model, reducer: Reducer, samples: Samples[Sample], seen: Seen, record: Record) -> dict[Row, Run]:
-    """Ask the method about every part, and put the parts of each image together."""
-    facts = model.facts()
-    open_ = [image for image in seen.owner if not untouched(reducer, facts_of(facts, seen.of(image).full))]
-    found: dict[Row, list[tuple[Piece, Tensor]]] = {image: [] for image in open_}
-    for group in grouped([part for image in open_ for part in parts_of(model, reducer, image, seen.of(image))]):
-        features = torch.stack([part.features for part in group])
-        state = EncoderState(features=features, **shared_fields(model, samples, group))
-        reductions = by_row(group[0].reducer.encoder(state), len(group))
-        record.spend("selection", state.flops)
-        if reductions is None and group[0].picture.whole:
-            continue  # nothing happened to these images
+def _reduce(
+    model: "Llava", reducer: Reducer, samples: Samples[Sample], images: ImageBatch, record: Record
+) -> dict[Row, tile_stages.Features]:
+    """Features that are left of every image that the method reduces."""
+    found: dict[Row, tile_stages.Features] = {}
+    tiled = [image for image in images.owner if not images.of(image).whole]
+    for method, facts, rows in whole_groups(model.facts, reducer, images):
+        features = torch.cat([images.of(row).encoded.features for row in rows])
+        if method.keeps_all(features.shape[1]):
+            continue
+        state = EncoderState(features=features, **state_fields(model, method, samples, images, rows, facts))
+        reductions = by_row(method.encoder(state), len(rows))
+        record.operations.add("selection", int, state.flops)
         if reductions is None:
-            everything = torch.arange(features.shape[1], device=model.device).expand(len(group), -1)
-            reductions = by_row(Reduction(everything, features.shape[1]), len(group))
+            continue
         shared = reductions[0][0] is reductions[-1][0]
         values = reductions[0][0].apply(features) if shared else None
-        for row, (part, (reduction, index)) in enumerate(zip(group, reductions, strict=True)):
-            record.spend("selection", reduction.apply_flops(features.shape[-1]))
-            value = values[row] if shared else reduction.apply(features[row : row + 1])[0]
-            piece = Piece(part.places.to(model.device), reduction.only(index), part.block)
-            found[part.image].append((piece, value))
-    runs = {}
-    for image, pieces in found.items():
-        if not pieces:
-            continue
-        picture, order = seen.of(image), None
-        reduction = pieces[0][0].reduction
-        if not picture.whole:
-            every = [piece for piece, _ in pieces] + rest_of(reducer, picture, model.device)
-            reduction, order = join(every, picture.arrangement.tokens)
-        runs[image] = Run(torch.cat([value for _, value in pieces]), order)
-        before = seen.places[image]
-        seen.places[image] = reduction.anchor[0] if before is None else before[reduction.anchor[0]]
-        record.applied(image, "encoder", reduction)
-    return runs
+        for row, (image, (reduction, index)) in enumerate(zip(rows, reductions, strict=True)):
+            if reduction.mix is not None:
+                record.operations.add("selection", int, reduction.apply_flops(features.shape[-1]))
+            value = values[row] if values is not None else reduction.apply(features[row : row + 1])[0]
+            found[image] = tile_stages.Features(value)
+            before, kept = images.kept[image], reduction.anchor[index]
+            images.kept[image] = kept if before is None else before[kept]
+            record.applied(image, "encoder", reduction, index)
+    if tiled:
+        found |= tile_stages.reduce_features(model, reducer, samples, images, tiled, record)
+    # In the order of the images, so that they are projected in that order.
+    return {image: found[image] for image in images.owner if image in found}
 
 
-def _everything(picture: Picture, plain: bool) -> Run:
-    """The run as the tower gave it.
+def whole_groups(
+    facts: ModelFacts, reducer: Reducer, images: ImageBatch
+) -> Iterable[tuple[Reducer, ModelFacts, list[Row]]]:
+    """Images of one tile, grouped so that a method gets dense tensors: the method at their budget, and their rows."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for image in images.owner:
+        picture = images.of(image)
+        if picture.whole:
+            own = facts_of(facts, picture.full)
+            shape = picture.arrangement.layout, picture.arrangement.tokens
+            groups.setdefault((reducer.for_picture(own), own, shape), []).append(image)
+    return [(method, own, rows) for (method, own, _), rows in groups.items()]
 
-    Args:
-        plain: leave out class tokens that only the method wanted.
-    """
-    if picture.whole:
-        return Run(picture.encoded.features[0])
-    arrangement, plain = picture.arrangement, plain and picture.extra_cls
-    features = [picture.crop_features(number, not plain) for number in range(len(arrangement.crops))]
-    places = [crop.places if plain else crop.all_places for crop in arrangement.crops]
-    order = torch.cat([*places, arrangement.newlines]).argsort()
-    return Run(torch.cat(features), order.to(features[0].device))
+
+def state_fields(
+    model: "Llava",
+    method: Reducer,
+    samples: Samples[Sample],
+    images: ImageBatch,
+    rows: list[Row],
+    facts: ModelFacts,
+) -> dict[str, Any]:
+    """What the states of stages 1 and 2 have in common, for images of one tile."""
+    encoded = [images.of(row).encoded for row in rows]
+    scores = {score: torch.cat([one.signals[score] for one in encoded]) for score in encoded[0].signals}
+    layout = images.of(rows[0]).arrangement.layout
+    return {
+        "ids": tuple(name_of(samples, row) for row in rows),
+        "facts": facts,
+        "layout": layout,
+        "signals": scores,
+        "merged": None if encoded[0].merged is None else stack([one.merged for one in encoded]),
+        "questions": tuple(samples[sample].question for sample, _ in rows),
+        "messages": tuple(samples[sample].message for sample, _ in rows),
+        "clip": model.clip if method.needs_text_tower else None,
+        "thumbnail": scores.__getitem__,
+    }
 
 
-def _project(model, reducer: Reducer, seen: Seen, runs: dict[Row, Run], record: Record) -> None:
-    """Project what is left, all images at once, and put newline tokens where they belong."""
-    # What nothing happened to is projected once for all images that share the picture.
-    slots: dict[object, Run] = dict(runs)
+def name_of(samples: Samples[Sample], image: Row) -> str:
+    """The sample's id, numbered from its second image on; it seeds methods that draw random numbers."""
+    sample, number = image
+    return samples[sample].id if number == 0 else f"{samples[sample].id}#{number + 1}"
+
+
+def _project(
+    model: "Llava", reducer: Reducer, images: ImageBatch, reduced: dict[Row, tile_stages.Features], record: Record
+) -> None:
+    """Project what is left, all images at once; an image that is not reduced once for all questions about it."""
+    slots: dict[object, tile_stages.Features] = dict(reduced)
     slot_of: dict[Row, object] = {}
-    for image, number in seen.owner.items():
-        slot_of[image] = image if image in runs else number
+    for image, number in images.owner.items():
+        slot_of[image] = image if image in reduced else number
         if slot_of[image] not in slots:
-            picture = seen.pictures[number]
-            slots[number] = _everything(picture, untouched(reducer, facts_of(model.facts(), picture.full)))
-    lengths = [len(run.features) for run in slots.values()]
-    for length in lengths:
-        record.spend("vision", flops.projector_flops(model.projector, length))
-    projected = model.projector(torch.cat([run.features for run in slots.values()])[None])[0].split(lengths)
-    for (slot, run), tokens in zip(list(slots.items()), projected, strict=True):
-        if run.order is not None:
-            extra = len(run.order) - len(tokens)
-            newlines = [model.newline.to(tokens.dtype).expand(extra, -1)] if extra else []
-            tokens = torch.cat([tokens, *newlines])[run.order]
-        slots[slot] = tokens
-    for image, slot in slot_of.items():
-        seen.tokens[image] = slots[slot]
+            slots[number] = _everything(model.facts, reducer, images.pictures[number])
+    users = Counter(slot_of.values())
+    lengths = [len(features.values) for features in slots.values()]
+    for slot, length in zip(slots, lengths, strict=True):
+        record.operations.add("projector", projector_flops, model.projector, length, images=users[slot])
+    projected = model.projector(torch.cat([features.values for features in slots.values()])[None])[0].split(lengths)
+    tokens: dict[object, Tensor] = {}
+    for (slot, features), values in zip(slots.items(), projected, strict=True):
+        in_place = features.order is None
+        tokens[slot] = values if in_place else tile_stages.with_newlines(values, features.order, model.newline)
+    images.tokens = {image: tokens[slot] for image, slot in slot_of.items()}
+
+
+def _everything(facts: ModelFacts, reducer: Reducer, picture: Picture) -> tile_stages.Features:
+    """All features of an image that is not reduced."""
+    if picture.whole:
+        return tile_stages.Features(picture.encoded.features[0])
+    return tile_stages.everything(picture, untouched(reducer, facts_of(facts, picture.full)))

@@ -1,61 +1,93 @@
-"""Greedy decoding after a prefill, with end token and stop strings."""
+"""Answer questions: prefill, then greedy decoding with end token and stop strings."""
 
 from collections.abc import Sequence as Samples
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from llava.errors import UserError
 from llava.pipeline import decoder
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
-from llava.processing.sample import Answer, Batch, Sample, Timing
+from llava.pipeline.accounting import Timer
+from llava.pipeline.answer import Answer, Batch, Timing
+from llava.pipeline.prefill import prefill
+from llava.processing.sample import Sample
+from llava.reduction.crop_budget import require
 from llava.reduction.reducer import Reducer
+
+if TYPE_CHECKING:
+    from llava.model.llava_arch import Llava
+
+NOT_FINITE = -1  # in place of a token id
 
 
 @torch.inference_mode()
-def generate(model, samples: Samples[Sample], reducer: Reducer, max_new_tokens: int, stop: tuple[str, ...]) -> Batch:
-    """Answer a batch greedily.
+def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new_tokens: int = 128) -> Batch:
+    """Answer a batch of questions under a method.
 
     Every sample gets what it would get alone: padding is masked, reductions are per sample, and a finished sample's
     further tokens are thrown away.
+
+    Raises:
+        UserError: the method cannot run on this model at its budget, there is nothing to answer, or the logits are not
+            finite.
     """
-    clock = Clock(model.device)
-    pipeline = Pipeline(model, reducer)
-    state, record = pipeline.prepare(samples, clock)
-    audits, held = pipeline.audits(state, record), state.kv_bytes_held()
-    clock.lap("accounts")
+    if not samples:
+        raise UserError("There is no question in this batch.")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    model.refuse_images(samples)
+    require(reducer, model.facts)
+    timer, stop = Timer(model.device), model.stop
+    state, record = prefill(model, samples, reducer, timer)
     written: list[list[int]] = [[] for _ in samples]
     running = set(range(len(samples)))
-    token = model.next_token(state.hidden)
-    clock.lap("prefill")
+    token, checked = choose(model, state.hidden)
+    timer.mark("prefill")
     steps = 0
     for position in range(max_new_tokens):
         # One transfer per step, not per layer: the host must know which samples have ended.
-        for sample, value in enumerate(token.tolist()):
+        for sample, value in enumerate(checked.tolist()):
             if sample not in running:
                 continue
+            if value == NOT_FINITE:
+                raise UserError(
+                    f"The logits for question {samples[sample].id} are not finite: the weights or the configuration of "
+                    f"{model.name} hold NaN or infinite values, or the dtype is too narrow for them; check the "
+                    "checkpoint, or use another --dtype."
+                )
             if value in model.end_ids:
                 running.discard(sample)
                 continue
             written[sample].append(value)
-            if stop and any(mark in model.decode(written[sample], special=True) for mark in stop):
+            if stop and stop in model.decode(written[sample], special=True):
                 running.discard(sample)
         if not running or position + 1 == max_new_tokens:
             break
         hidden = decoder.step(model.llm, state, model.llm.embed_tokens(token[:, None]))
-        token = model.next_token(hidden)
+        token, checked = choose(model, hidden)
         steps += 1
-    clock.lap("decode")
+    timer.mark("decode")
+    texts = [model.decode(ids) for ids in written]
     answers = tuple(
-        Answer(sample.id, _text(model, ids, stop), tuple(ids), audit, tuple(trace), tuple(runs))
-        for sample, ids, audit, trace, runs in zip(samples, written, audits, record.steps, record.runs, strict=True)
+        Answer(sample.id, (text.split(stop, 1)[0] if stop else text).strip(), tuple(ids), audit, trace, tuple(runs))
+        for sample, text, ids, audit, trace, runs in zip(
+            samples, texts, written, record.audits(state), record.steps, record.runs, strict=True
+        )
     )
-    seconds = {name: clock.seconds.get(name, 0.0) for name in ("vision", "selection", "prefill", "decode")}
-    return Batch(answers, Timing(**seconds), held, record.flops, steps)
+    spent = timer.seconds
+    timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
+    images = sum(map(len, record.runs))
+    return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images)
 
 
-def _text(model, ids: list[int], stop: tuple[str, ...]) -> str:
-    """Decoded answer up to the first stop string."""
-    text = model.decode(ids)
-    for mark in stop:
-        text = text.split(mark, 1)[0]
-    return text.strip()
+def choose(model: "Llava", hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy choice [B], and the same for the host, with NOT_FINITE where the logits hold NaN or infinity.
+
+    The check travels with the token ids, which the host waits for in any case.
+    """
+    logits = model.logits(hidden)
+    token = logits.argmax(-1)
+    # A sum is finite only if all its terms are: one kernel in place of four.
+    return token, token.where(logits.sum(-1).isfinite(), NOT_FINITE)

@@ -110,5 +110,7 @@ def _rank(keys: Tensor) -> Tensor:
 
 
 def next_position(position: Tensor) -> Tensor:
-    """[B, 1, 3], where the first generated token stands: behind the largest number of its prompt, on all axes."""
+    """[B, 1] or [B, 1, 3], where the first generated token stands: after the prompt, or after its largest number."""
+    if position.dim() == 2:
+        return position[:, -1:] + 1
     return (position.amax((1, 2)) + 1)[:, None, None].expand(-1, 1, 3)

@@ -5,6 +5,7 @@ device.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,8 +64,10 @@ class Sequence:
         """The run of every sample, for a sequence made by `rows`, which has one each."""
         return [run for (run,) in self.visual]
 
-    def visual_count(self, sample: int) -> int:
-        return sum(stop - start for start, stop in self.visual[sample])
+    @cached_property
+    def visual_counts(self) -> tuple[int, ...]:
+        """Visual tokens of each sample."""
+        return tuple(sum(stop - start for start, stop in runs) for runs in self.visual)
 
     def by_visual_count(self) -> dict[int, list[Row]]:
         """Images grouped by how many visual tokens they have now."""

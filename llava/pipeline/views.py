@@ -1,59 +1,102 @@
-"""What a method is handed of a batch: parts of pictures with budgets, and what all states have in common."""
+"""Views: what a method is given of an image that the tower sees in several tiles, one tile or all of them together."""
 
 from collections.abc import Sequence as Samples
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.pipeline.encoded_images import Part, Picture
+from llava.model.encoded_image import Picture
 from llava.pipeline.sequence import Row
 from llava.processing.sample import Sample
 from llava.reduction.crop_budget import divided, over_crops, shares
-from llava.reduction.joining import Piece
+from llava.reduction.joining import Piece, stack
+from llava.reduction.model_spec import ModelFacts, facts_of
 from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import ModelFacts, Reducer
+from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import Signal
-from llava.reduction.token_layout import Arrangement
+
+if TYPE_CHECKING:
+    pass
 
 
-class _Alike:
-    """Equal for arrangements that are alike, for the cache."""
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a method sees as one picture: a crop, or all crops together.
 
-    def __init__(self, arrangement: Arrangement):
-        self.arrangement = arrangement
+    Attributes:
+        image: whose part it is.
+        picture: the picture behind the tower.
+        numbers: the crops.
+        reducer: the method at the part's budget.
+        facts: the model as if the part were the whole picture.
+    """
 
-    def __hash__(self) -> int:
-        return hash(self.arrangement.key)
+    image: Row
+    picture: Picture
+    numbers: tuple[int, ...]
+    reducer: Reducer
+    facts: ModelFacts
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Alike) and self.arrangement.key == other.arrangement.key
+    @cached_property
+    def layout(self) -> Layout:
+        layout = self.picture.arrangement.layout
+        if len(self.numbers) == 1:
+            layout = self.picture.arrangement.crops[self.numbers[0]].layout
+        return replace(layout, has_cls=layout.has_cls and self.with_cls)
+
+    @property
+    def with_cls(self) -> bool:
+        """The method wants class tokens; otherwise those that the model takes are not among its tokens."""
+        return self.reducer.keep_cls
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[n] places of its tokens in the run."""
+        crops = self.picture.arrangement.crops
+        return _joined([crops[n].all_places if self.with_cls else crops[n].places for n in self.numbers])
+
+    @property
+    def block(self) -> int:
+        """Order of parts in the run: the small copy of a tiled picture in front of its tiles, frames by time."""
+        if len(self.numbers) > 1:
+            return 0
+        number = self.numbers[0]
+        return number if self.picture.arrangement.temporal else min(number, 1)
+
+    @cached_property
+    def features(self) -> Tensor:
+        """[n, D]"""
+        return _joined([self.picture.crop_features(number, self.with_cls) for number in self.numbers])
+
+    def signals(self) -> dict[Signal, Tensor]:
+        """[patches, ...] of every signal."""
+        return {
+            signal: _joined([self.picture.crop_signal(signal, number) for number in self.numbers])
+            for signal in self.picture.encoded.signals
+        }
+
+    @property
+    def group(self) -> tuple:
+        """Parts of one group have tokens of the same shape and are handed to the method together."""
+        return self.reducer, self.facts, self.layout, self.picture.whole, len(self.places)
 
 
-def facts_of(facts: ModelFacts, arrangement: Arrangement) -> ModelFacts:
-    """The model's facts with one picture's own tokens and crops."""
-    return _facts_of(facts, _Alike(arrangement))
-
-
-@lru_cache(maxsize=1024)
-def _facts_of(facts: ModelFacts, alike: _Alike) -> ModelFacts:
-    arrangement = alike.arrangement
-    several = len(arrangement.crops) > 1
-    return replace(
-        facts,
-        visual_tokens=arrangement.tokens,
-        layout=replace(arrangement.layout, has_cls=False),
-        crops=tuple(Layout(crop.rows, crop.columns) for crop in arrangement.crops) if several else (),
-        newlines=len(arrangement.newlines),
-    )
+def grouped(parts: list[Part]) -> list[list[Part]]:
+    """Parts in groups of the same shape."""
+    groups: dict[tuple, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(part.group, []).append(part)
+    return list(groups.values())
 
 
 def parts_of(model, reducer: Reducer, image: Row, picture: Picture) -> list[Part]:
     """What a method sees of one image; crops that may keep nothing are left out."""
-    facts, count = facts_of(model.facts(), picture.full), len(picture.arrangement.crops)
+    facts, count = facts_of(model.facts, picture.full), len(picture.arrangement.crops)
     reducer = reducer.for_picture(facts)
     if divided(reducer, count):
         given = shares(reducer, picture.full, picture.encoded.signals)
@@ -96,7 +139,9 @@ def shared_fields(model, samples: Samples[Sample], parts: list[Part]) -> dict:
         "facts": first.facts,
         "layout": first.layout,
         "signals": {signal: torch.stack([row[signal] for row in signals]) for signal in signals[0]},
-        "merged": None if merged[0] is None else _stacked(merged, [part.numbers[0] for part in parts]),
+        "merged": None
+        if merged[0] is None
+        else stack([one.only(part.numbers[0]) for one, part in zip(merged, parts, strict=True)]),
         "questions": tuple(samples[part.image[0]].question for part in parts),
         "messages": tuple(samples[part.image[0]].message for part in parts),
         "clip": model.clip if first.reducer.needs_text_tower else None,
@@ -126,8 +171,5 @@ def overview(picture: Picture, number: int, signal: Signal) -> Tensor:
     return whole[top : top + tiles[number - 1].rows, left : left + tiles[number - 1].columns].flatten()
 
 
-def _stacked(merged: list[Reduction], rows: list[int]) -> Reduction:
-    """Row `rows[i]` of `merged[i]`, together; all merge by owner."""
-    ones = [reduction.only(row) for reduction, row in zip(merged, rows, strict=True)]
-    cat = lambda name: torch.cat([getattr(one, name) for one in ones])  # noqa: E731
-    return Reduction(cat("anchor"), ones[0].inputs, cat("owner"), cat("weight"))
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from llava.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import DEFAULT_MODE, Turn, conversation, render
 from llava.errors import UserError
 from llava.processing.sample import Sample
-
-IMAGE_PLACEHOLDER = "<image>"
-IMAGE_TOKEN_INDEX = -200  # outside every vocabulary: an image slot can never be taken for a word
 
 HOLE = "\x00"  # stands for the last user message while its place in the template is looked up
 

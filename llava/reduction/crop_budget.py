@@ -16,7 +16,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from llava.errors import UserError
-from llava.reduction.reducer import ModelFacts, Reducer
+from llava.reduction.model_spec import ModelFacts
+from llava.reduction.reducer import Reducer
 from llava.reduction.scores import Signal
 from llava.reduction.token_layout import Arrangement
 

@@ -77,3 +77,14 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rotary_angles(llm: nn.Module, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of a decoder at given positions, two tensors [B, L, d].
+
+    Args:
+        llm: a module with rotary_emb.
+        hidden: gives dtype and device.
+        position: [B, L], or [B, L, 3] for a decoder whose positions have a frame, a row and a column.
+    """
+    return llm.rotary_emb(hidden, position if position.dim() == 2 else position.permute(2, 0, 1))

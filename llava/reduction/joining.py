@@ -72,3 +72,9 @@ def _dense(reduction: Reduction) -> Tensor:
     """[K, n] shares of a reduction with owners."""
     outputs = torch.arange(reduction.anchor.shape[1], device=reduction.anchor.device)
     return (reduction.owner[0][None] == outputs[:, None]) * reduction.weight[0]
+
+
+def stack(reductions: list[Reduction]) -> Reduction:
+    """Reductions of one image each [1, K] as one of a batch [B, K]; all merge by owner, to equally many tokens."""
+    cat = lambda name: torch.cat([getattr(one, name) for one in reductions])  # noqa: E731
+    return Reduction(cat("anchor"), reductions[0].inputs, cat("owner"), cat("weight"))

@@ -12,6 +12,7 @@ import torch
 
 from llava.errors import UserError, unknown
 from llava.reduction.metadata import Card
+from llava.reduction.model_spec import ModelFacts
 from llava.reduction.patch_grid import Layout
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import Signal
@@ -29,43 +30,6 @@ CLS_SIGNALS = ("cls_attention", "fused_cls_attention", "cls_logits")
 def option(default: Any, doc: str, choices: tuple[str, ...] | None = None) -> Any:
     """A configuration field with a sentence for `--list` and, for strings, the values it may take."""
     return field(default=default, metadata={"doc": doc, "choices": choices})
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a method may need to know before it agrees to run.
-
-    Attributes:
-        visual_tokens: of one image, before any reduction.
-        layers: decoder layers.
-        layout: origin of the visual tokens.
-        tower_blocks: blocks of the vision tower.
-        has_cls: the tower has a CLS token.
-        has_text_tower: the CLIP text tower that belongs to the vision tower can be had.
-        crops: patch grids of the crops of a picture that the tower sees in several, without class tokens.
-        newlines: newline tokens among the visual tokens.
-        most_newlines: of any picture that this model may see.
-    """
-
-    visual_tokens: int
-    layers: int
-    layout: Layout
-    tower_blocks: int
-    has_cls: bool = True
-    has_text_tower: bool = False
-    crops: tuple[Layout, ...] = ()
-    newlines: int = 0
-    most_newlines: int = 0
-
-    @property
-    def patches(self) -> int:
-        """The visual tokens that a method before the decoder chooses from: no class tokens, no newline tokens."""
-        return sum(crop.tokens for crop in self.crops) if self.crops else self.visual_tokens - self.newlines
-
-    def crop(self, number: int) -> "ModelFacts":
-        """The facts for one crop, as if it were the whole picture."""
-        layout = self.crops[number]
-        return replace(self, visual_tokens=layout.tokens, layout=layout, crops=(), newlines=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +167,10 @@ class Reducer:
     def decoder(self, state: DecoderState) -> Reductions:
         """Reduce visual tokens in front of decoder layer `state.layer`."""
         return None
+
+    def keeps_all(self, tokens: int) -> bool:
+        """Whether a stage before the decoder leaves an image of so many tokens as it is, without asking the method."""
+        return self.budget >= tokens
 
     def acts(self, stage: str) -> bool:
         """Whether the method overrides a stage at all."""

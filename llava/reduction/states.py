@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import unknown
-from llava.reduction.decoder_attention import attention_rows, layer_keys, text_to_visual_attention
+from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles, text_to_visual_attention
 from llava.reduction.flops import linear_flops
 from llava.reduction.patch_grid import Layout
 from llava.reduction.reduction import Reduction
-from llava.reduction.rotary import angles as angles_at
 from llava.reduction.scores import Signal
 
 if TYPE_CHECKING:
     from llava.pipeline.sequence import Sequence, Span
-    from llava.reduction.reducer import ModelFacts
+    from llava.reduction.model_spec import ModelFacts
 
 
 @dataclass(kw_only=True)
@@ -147,7 +146,7 @@ class PromptState(EncoderState):
         visual = self.visual(hidden)
         angles: tuple = (None, None)
         if rotary:
-            cos, sin = angles_at(self.llm, hidden, sequence.position)
+            cos, sin = rotary_angles(self.llm, hidden, sequence.position)
             pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
             angles = ((pick(cos), pick(sin)), (self.visual(cos), self.visual(sin)))
         block = self.llm.layers[layer]
@@ -242,7 +241,7 @@ class DecoderState(State):
         source = sequence if at == "next" else self.entered
         layer = self.llm.layers[self.layer - (at == "previous")]
         pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
-        cos, sin = angles_at(self.llm, source.hidden, source.position)
+        cos, sin = rotary_angles(self.llm, source.hidden, source.position)
         if at == "next":
             angles = (cos[:, :width], sin[:, :width]) if rotary else None
             keys = layer_keys(layer, source.hidden[:, :width], angles)

@@ -84,6 +84,16 @@ class Arrangement:
         shapes = tuple((rows, columns, *first, cls) for rows, columns, first, cls in shapes)
         return (*shapes, self.grid, self.tiles, len(self.newlines))
 
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Arrangement) and self.key == other.key)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    @cached_property
+    def hash(self) -> int:
+        return hash(self.key)
+
     def tile_sides(self) -> tuple[list[int], list[int]]:
         """Patches along the height of every row of tiles, and along the width of every column, without padding."""
         (down, across), tiles = self.tiles, self.crops[1:]

@@ -19,12 +19,12 @@ from llava.model.checkpoint.original_layout import to_transformers_key, tower_to
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
 from llava.pipeline import decoder
-from llava.pipeline.accounting import Clock
-from llava.pipeline.prefill import Pipeline
+from llava.pipeline.prefill import prefill
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt
 from llava.processing.sample import Sample
 from llava.reduction import Step, registry
 from tests.parity import model as recipe
+from tests.watch import watched
 
 FOLDER = Path(__file__).parent.parent / "data" / "parity"
 CLS, EXTRA, NOTHING = -1, -2, -9  # values of `kept` that are no patch
@@ -87,39 +87,20 @@ class Ours:
     step: Tensor
 
 
-class RecordingPipeline(Pipeline):
-    """Also remembers the visual tokens behind every stage."""
-
-    def _assemble(self, prompts, seen):
-        sequence = super()._assemble(prompts, seen)
-        self.tokens = {"tokens": self._visual(sequence)}
-        return sequence
-
-    def _reduce_prompt(self, *args):
-        sequence = super()._reduce_prompt(*args)
-        self.tokens["tokens"] = self._visual(sequence)
-        return sequence
-
-    def _reduce_decoder(self, samples, sequence, layer, *args):
-        sequence = super()._reduce_decoder(samples, sequence, layer, *args)
-        self.tokens[f"tokens_{layer}"] = self._visual(sequence)
-        return sequence
-
-    @staticmethod
-    def _visual(sequence) -> Tensor:
-        return sequence.take(sequence.hidden, sequence.images)[0]
-
-
 @torch.inference_mode()
 def run_case(model: ParityLlava, reducer, number: int) -> Ours:
-    pipeline = RecordingPipeline(model, reducer)
     clip = " ".join(map(str, recipe.case(number).clip[1:-1]))  # framed by the text tower itself
     sample = Sample(str(number), clip, image=recipe.case(number).pixels)
-    state, record = pipeline.prepare([sample], Clock(model.device))
-    entering = pipeline.audits(state, record)[0].entering
+    with watched() as seen:
+        state, record = prefill(model, [sample], reducer)
+    tokens = {}
+    for stage, sequence in seen.sequences.items():
+        name = f"tokens_{stage.removeprefix('layer ')}" if stage.startswith("layer") else "tokens"
+        tokens[name] = sequence.take(sequence.hidden, sequence.images)[0]
+    entering = record.audits(state)[0].entering
     logits = model.logits(state.hidden)[0]
     hidden = decoder.step(model.llm, state, model.llm.embed_tokens(torch.tensor([[STEP_TOKEN]])))
-    return Ours(record.steps[0], entering, pipeline.tokens, logits, model.logits(hidden)[0])
+    return Ours(record.steps[0], entering, tokens, logits, model.logits(hidden)[0])
 
 
 @dataclass(frozen=True)
@@ -166,7 +147,7 @@ def check(path: Path, cases: int | None = None) -> Agreement:
     meta, arrays = recording(path)
     model = parity_model()
     reducer = registry.build(meta["method"], meta["budget"], meta["options"])
-    reducer.check(model.facts())
+    reducer.check(model.facts)
     numbers = arrays["cases"][:cases]
     stable = arrays.get("stable", np.ones(len(numbers), dtype=int))[: len(numbers)].astype(bool)
     same, same_stable, entering, shared, total = 0, 0, 0, 0, 0

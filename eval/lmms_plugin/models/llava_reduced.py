@@ -18,6 +18,7 @@ from eval.results.cost import audit_record, check_budget_kept, summarise_audit
 from eval.run import ROUNDING, load_model, seed_everything
 from eval.settings import build_reducer
 from llava.errors import UserError
+from llava.pipeline.generate import generate
 from llava.processing.clip_image import as_rgb
 from llava.processing.sample import Sample
 from llava.processing.video import read_video
@@ -53,7 +54,7 @@ class LlavaReduced(lmms):
         self.config = config
         self.model = load_model(config)
         self.reducer = build_reducer(config, self.model.visual_tokens)
-        require(self.reducer, self.model.facts())
+        require(self.reducer, self.model.facts)
         seed_everything(config.seed)
 
     @property
@@ -77,7 +78,7 @@ class LlavaReduced(lmms):
                 for start in range(0, len(places), self.batch_size):
                     chunk = places[start : start + self.batch_size]
                     samples = [self.sample(requests[place]) for place in chunk]
-                    batch = self.model.answer(samples, self.reducer, max_new_tokens=length)
+                    batch = generate(self.model, samples, self.reducer, max_new_tokens=length)
                     for place, answer in zip(chunk, batch.answers, strict=True):
                         texts[place] = answer.text
                         self.cache_hook.add_partial("generate_until", requests[place].args[:2], answer.text)

@@ -1,0 +1,93 @@
+"""Stage 3: visual tokens reduced between two decoder layers."""
+
+from collections.abc import Sequence as Samples
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from llava.pipeline.accounting import Record, Timer
+from llava.pipeline.encoder_stage import name_of
+from llava.pipeline.image_batch import ImageBatch
+from llava.pipeline.prompt_stage import values_of
+from llava.pipeline.sequence import Row, Sequence
+from llava.processing.sample import Sample
+from llava.reduction.model_spec import ModelFacts, facts_of
+from llava.reduction.reducer import Reducer, by_row
+from llava.reduction.reduction import Reduction
+from llava.reduction.states import DecoderState
+
+if TYPE_CHECKING:
+    from llava.model.llava_arch import Llava
+
+
+class DecoderStage:
+    """Called before the decoder layers that a method names.
+
+    Args:
+        start: the prompts as they entered layer 0.
+    """
+
+    def __init__(
+        self,
+        model: "Llava",
+        reducer: Reducer,
+        samples: Samples[Sample],
+        start: Sequence,
+        images: ImageBatch | None,
+        record: Record,
+        timer: Timer,
+    ):
+        self.model, self.reducer, self.samples, self.start = model, reducer, samples, start
+        self.images, self.record, self.timer = images, record, timer
+
+    def __call__(self, sequence: Sequence, layer: int, entered: Sequence, keys: Tensor) -> Sequence:
+        """The prompts before decoder layer `layer`, reduced.
+
+        Args:
+            sequence: the prompts as they are now.
+            entered: the prompts as they entered the layer before.
+            keys: [B, Hkv, L, d] rotated keys of that layer.
+        """
+        self.timer.mark("prefill")
+        if self.images is None:
+            return sequence
+        applied: dict[Row, tuple[Reduction, int]] = {}
+        values: dict[Row, Tensor] = {}
+        for facts, rows in self._groups(sequence):
+            part = sequence.rows(rows)
+            state = DecoderState(
+                ids=tuple(name_of(self.samples, row) for row in rows),
+                facts=facts,
+                tokens=part.take(part.hidden, part.images),
+                sequence=part,
+                llm=self.model.llm,
+                layer=layer,
+                entered=entered.rows(rows),
+                keys=keys[[sample for sample, _ in rows]][:, :, -part.hidden.shape[1] :],
+                start=self.start.rows(rows),
+            )
+            reductions = by_row(self.reducer.for_picture(facts).decoder(state), len(rows))
+            self.record.operations.add("selection", int, state.flops)
+            if reductions is None:
+                continue
+            shared = reductions[0][0] is reductions[-1][0]
+            together = values_of(reductions[0][0], state, slice(None), self.record) if shared else None
+            for row, (image, (reduction, index)) in enumerate(zip(rows, reductions, strict=True)):
+                own = together if shared else values_of(reduction, state, slice(row, row + 1), self.record)
+                applied[image] = reduction, index
+                self.record.applied(image, f"layer {layer}", reduction, index)
+                if own is not None:
+                    values[image] = own[index].to(state.tokens.dtype)
+        if applied:
+            sequence = sequence.reduce(applied, values, self.reducer.positions == "renumber")
+        self.timer.mark("selection")
+        return sequence
+
+    def _groups(self, sequence: Sequence) -> list[tuple[ModelFacts, list[Row]]]:
+        """Images with equally many visual tokens, now and at the start."""
+        groups: dict[tuple[int, ModelFacts], list[Row]] = {}
+        for sample, spans in enumerate(sequence.visual):
+            for number, (start, stop) in enumerate(spans):
+                own = facts_of(self.model.facts, self.images.of((sample, number)).full)
+                groups.setdefault((stop - start, own), []).append((sample, number))
+        return [(own, rows) for (_, own), rows in groups.items()]

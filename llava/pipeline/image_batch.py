@@ -1,0 +1,30 @@
+"""The images of a batch after the vision tower, and the visual tokens of each so far."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from llava.model.encoded_image import Picture
+from llava.pipeline.sequence import Row
+
+
+@dataclass
+class ImageBatch:
+    """Images of a batch by (sample, number of the image in its prompt).
+
+    Attributes:
+        pictures: distinct images; questions about the same image share one.
+        owner: image -> index of its picture.
+        tokens: image -> [N, H] projected visual tokens.
+        kept: image -> [N] indices of these among the unreduced tokens, after a reduction; None before one.
+        inputs: image -> visual tokens before any reduction.
+    """
+
+    pictures: list[Picture]
+    owner: dict[Row, int]
+    tokens: dict[Row, Tensor] = field(default_factory=dict)
+    kept: dict[Row, Tensor | None] = field(default_factory=dict)
+    inputs: dict[Row, int] = field(default_factory=dict)
+
+    def of(self, image: Row) -> Picture:
+        return self.pictures[self.owner[image]]

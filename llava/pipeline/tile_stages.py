@@ -1,0 +1,171 @@
+"""Stages 1 and 2 for images that the tower sees in several tiles: LLaVA-NeXT's tiles and the frames of a video.
+
+A method sees every tile as an image with its own part of the budget, or all tiles together as one image. What it keeps
+of the tiles is joined into one reduction of the image's visual tokens. Images of one tile never come here.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Samples
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llava.model.encoded_image import Picture
+from llava.pipeline.accounting import Record
+from llava.pipeline.image_batch import ImageBatch
+from llava.pipeline.sequence import Row, Sequence
+from llava.pipeline.views import Part, grouped, parts_of, rest_of, shared_fields
+from llava.processing.sample import Sample
+from llava.reduction.crop_budget import untouched
+from llava.reduction.joining import Piece, join
+from llava.reduction.model_spec import facts_of
+from llava.reduction.reducer import Reducer, by_row
+from llava.reduction.reduction import Reduction
+from llava.reduction.states import EncoderState, PromptState
+
+if TYPE_CHECKING:
+    from llava.model.llava_arch import Llava
+
+# From a group of views to their state, and from a reduction to the values of merged tokens (None without any).
+MakeState = Callable[[list[Part]], PromptState]
+MergedValues = Callable[[Reduction, PromptState, slice], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is left of an image before the projector.
+
+    Attributes:
+        values: [k, D] of patches and class tokens.
+        order: [N] which of these, and of the newline tokens after them, each visual token is; None for all k in order.
+    """
+
+    values: Tensor
+    order: Tensor | None = None
+
+
+def everything(picture: Picture, plain: bool) -> Features:
+    """The image as the tower gave it.
+
+    Args:
+        plain: leave out class tokens that only the method wanted.
+    """
+    arrangement, plain = picture.arrangement, plain and picture.extra_cls
+    features = [picture.crop_features(number, not plain) for number in range(len(arrangement.crops))]
+    places = [crop.places if plain else crop.all_places for crop in arrangement.crops]
+    order = torch.cat([*places, arrangement.newlines]).argsort()
+    return Features(torch.cat(features), order.to(features[0].device))
+
+
+def with_newlines(values: Tensor, order: Tensor, newline: Tensor | None) -> Tensor:
+    """Projected tokens [k, H] and newline tokens, in order."""
+    extra = len(order) - len(values)
+    newlines = [] if newline is None or not extra else [newline.to(values.dtype).expand(extra, -1)]
+    return torch.cat([values, *newlines])[order]
+
+
+def reduce_features(
+    model: "Llava", reducer: Reducer, samples: Samples[Sample], images: ImageBatch, rows: list[Row], record: Record
+) -> dict[Row, Features]:
+    """Ask the method about every view before the projector, and join the views of each image."""
+    open_ = [image for image in rows if not untouched(reducer, facts_of(model.facts, images.of(image).full))]
+    found: dict[Row, list[tuple[Piece, Tensor]]] = {image: [] for image in open_}
+    for group in grouped([part for image in open_ for part in parts_of(model, reducer, image, images.of(image))]):
+        features = torch.stack([part.features for part in group])
+        state = EncoderState(features=features, **shared_fields(model, samples, group))
+        reductions = by_row(_asked(group, "encoder", state, features.shape[1]), len(group))
+        record.operations.add("selection", int, state.flops)
+        shared = reductions[0][0] is reductions[-1][0]
+        values = reductions[0][0].apply(features) if shared else None
+        for row, (part, (reduction, index)) in enumerate(zip(group, reductions, strict=True)):
+            if reduction.mix is not None:
+                record.operations.add("selection", int, reduction.apply_flops(features.shape[-1]))
+            value = values[row] if shared else reduction.apply(features[row : row + 1])[0]
+            piece = Piece(part.places.to(model.device), reduction.only(index), part.block)
+            found[part.image].append((piece, value))
+    left = {}
+    for image, pieces in found.items():
+        if not pieces:
+            continue
+        picture = images.of(image)
+        every = [piece for piece, _ in pieces] + rest_of(reducer, picture, model.device)
+        reduction, order = join(every, picture.arrangement.tokens)
+        left[image] = Features(torch.cat([value for _, value in pieces]), order)
+        before = images.kept[image]
+        images.kept[image] = reduction.anchor[0] if before is None else before[reduction.anchor[0]]
+        record.applied(image, "encoder", reduction)
+    return left
+
+
+def _asked(group: list[Part], stage: str, state: EncoderState, tokens: int) -> Reduction | list[Reduction]:
+    """The method's reductions of the views of a group; a view that it leaves alone keeps everything."""
+    method = group[0].reducer
+    reductions = None if method.keeps_all(tokens) else getattr(method, stage)(state)
+    if reductions is not None:
+        return reductions
+    return Reduction(torch.arange(tokens, device=state.features.device).expand(len(group), -1), tokens)
+
+
+def reduce_prompts(
+    model: "Llava",
+    reducer: Reducer,
+    samples: Samples[Sample],
+    sequence: Sequence,
+    images: ImageBatch,
+    rows: list[Row],
+    record: Record,
+    state_of: Callable[..., PromptState],
+    merged_values: MergedValues,
+) -> tuple[dict[Row, Reduction], dict[Row, Tensor]]:
+    """Ask the method about every view before decoder layer 0, and join the views of each image.
+
+    Args:
+        state_of: (method, rows, fields of the state, indices of the views' tokens) -> state.
+
+    Returns:
+        the reduction of every image that is reduced, and the values [K, H] of its tokens where some are merged.
+    """
+    open_ = [image for image in rows if not untouched(reducer, facts_of(model.facts, images.of(image).full))]
+    found: dict[Row, list[tuple[Piece, Tensor | None]]] = {image: [] for image in open_}
+    for group in grouped([part for image in open_ for part in parts_of(model, reducer, image, images.of(image))]):
+        members = torch.stack([part.places for part in group]).to(model.device)
+        fields = shared_fields(model, samples, group)
+        features = torch.stack([part.features for part in group])
+        state = state_of([part.image for part in group], features, fields, members)
+        reductions = by_row(_asked(group, "prompt", state, members.shape[1]), len(group))
+        record.operations.add("selection", int, state.flops)
+        shared = reductions[0][0] is reductions[-1][0]
+        together = merged_values(reductions[0][0], state, slice(None)) if shared else None
+        for row, (part, (reduction, index)) in enumerate(zip(group, reductions, strict=True)):
+            own = together if shared else merged_values(reduction, state, slice(row, row + 1))
+            piece = Piece(part.places.to(model.device), reduction.only(index), part.block)
+            found[part.image].append((piece, None if own is None else own[index].to(state.tokens.dtype)))
+    applied: dict[Row, Reduction] = {}
+    values: dict[Row, Tensor] = {}
+    for image, pieces in found.items():
+        if not pieces:
+            continue
+        picture = images.of(image)
+        every = [piece for piece, _ in pieces] + rest_of(reducer, picture, pieces[0][0].places.device)
+        applied[image], order = join(every, picture.arrangement.tokens)
+        if any(value is not None for _, value in pieces):
+            values[image] = _values(sequence, image, picture, every, [value for _, value in pieces])[order]
+    return applied, values
+
+
+def _values(
+    sequence: Sequence, image: Row, picture: Picture, pieces: list[Piece], merged: list[Tensor | None]
+) -> Tensor:
+    """[K, H] values of the pieces' outputs, one piece after another; newline tokens are the last piece."""
+    sample, number = image
+    start = sequence.padding(sample) + sequence.visual[sample][number][0]
+    run = sequence.hidden[sample, start : start + picture.arrangement.tokens]
+    known = merged + [None] * (len(pieces) - len(merged))
+    return torch.cat(
+        [
+            run[piece.places[piece.reduction.anchor[0]]] if value is None else value
+            for piece, value in zip(pieces, known, strict=True)
+        ]
+    )

@@ -1,0 +1,57 @@
+"""What a method may know of the model before it sees an image."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from llava.reduction.patch_grid import Layout
+from llava.reduction.token_layout import Arrangement
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model as a method sees it, for the images that budgets are meant for or for one image.
+
+    Attributes:
+        visual_tokens: of one image, before any reduction.
+        layers: decoder layers.
+        layout: origin of the visual tokens.
+        tower_blocks: blocks of the vision tower.
+        has_cls: the tower has a class token.
+        has_text_tower: the CLIP text tower that belongs to the vision tower is available.
+        crops: patch grids of the tiles of an image that the tower sees in several, without class tokens.
+        newlines: newline tokens among the visual tokens.
+        most_newlines: of any image that this model may see.
+    """
+
+    visual_tokens: int
+    layers: int
+    layout: Layout
+    tower_blocks: int
+    has_cls: bool = True
+    has_text_tower: bool = False
+    crops: tuple[Layout, ...] = ()
+    newlines: int = 0
+    most_newlines: int = 0
+
+    @property
+    def patches(self) -> int:
+        """The visual tokens that a method before the decoder chooses from: no class tokens, no newline tokens."""
+        return sum(crop.tokens for crop in self.crops) if self.crops else self.visual_tokens - self.newlines
+
+    def crop(self, number: int) -> "ModelFacts":
+        """The model as if one tile were the whole image."""
+        layout = self.crops[number]
+        return replace(self, visual_tokens=layout.tokens, layout=layout, crops=(), newlines=0)
+
+
+@lru_cache(maxsize=1024)
+def facts_of(facts: ModelFacts, arrangement: Arrangement) -> ModelFacts:
+    """The same with the tokens and tiles of one image."""
+    several = len(arrangement.crops) > 1
+    return replace(
+        facts,
+        visual_tokens=arrangement.tokens,
+        layout=replace(arrangement.layout, has_cls=False),
+        crops=tuple(Layout(crop.rows, crop.columns) for crop in arrangement.crops) if several else (),
+        newlines=len(arrangement.newlines),
+    )
