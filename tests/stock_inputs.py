@@ -1,7 +1,7 @@
-"""Tiny model objects of transformers and the inputs that their own processors make, for tests of `reduce`.
+"""Tiny Hugging Face models and the inputs that their own processors return, for tests of `reduce`.
 
-LLaVA's and LLaVA-NeXT's processors are the library's. Those of Video-LLaVA and Qwen-VL need torchvision, which tests do
-without: their image processors are the library's, and the text is expanded here as they expand it.
+LLaVA and LLaVA-NeXT use the processors of transformers. Those of Video-LLaVA and Qwen-VL need torchvision, which is not
+installed: their image processors are those of transformers, and the placeholder tokens are repeated here as they do it.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ from tests.tiny_checkpoints_families import (
 FAMILIES = ("llava", "next", "video", "qwen2.5", "qwen2")
 Inputs = dict[str, Tensor]
 
-# Two pictures side by side, one in the middle, none, and a picture in front: of different lengths and shapes.
+# Two images side by side, one in the middle, none, and one at the start; of different lengths and shapes.
 TEXTS = (
     "USER: <image><image> what color is the small cat on the left of the tree? ASSISTANT:",
     "USER: is there <image> a star? ASSISTANT:",
@@ -48,10 +48,10 @@ SIZES = ((60, 110), (120, 50), (112, 112), (40, 90))
 
 @dataclass
 class Stock:
-    """A model object and what prepares its inputs.
+    """A model and the function that prepares its inputs.
 
     Attributes:
-        prepare: texts with "<image>" (and "<video>"), pictures, videos -> arguments of forward.
+        prepare: texts with "<image>" (and "<video>"), images, videos -> arguments of forward.
     """
 
     model: PreTrainedModel
@@ -64,7 +64,7 @@ class Stock:
         return self.prepare(texts, [picture(seed, size) for seed, size in enumerate(sizes[:count])])
 
     def text_tokens(self, inputs: Inputs) -> list[int]:
-        """Of every row, tokens that are neither padding nor stand for a picture."""
+        """The number of tokens of every row that are neither padding nor image tokens."""
         text = inputs["attention_mask"].bool() & (inputs["input_ids"] != self.model.config.image_token_id)
         return text.sum(1).tolist()
 
@@ -98,7 +98,7 @@ def stock(family: str) -> Stock:
 
 
 def with_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The same with a generation config that has a padding and an end token."""
+    """The same model with the padding and end token of the tokenizer in its generation config."""
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model

@@ -1,39 +1,40 @@
-"""The lines of code that the README promises run as they stand there."""
+"""The examples of the README run as they are printed."""
 
 import re
 from pathlib import Path
 
-from tests.conftest import picture
-from tests.stock_inputs import stock
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "assets" / "tinyllava"
+IMAGE = ROOT / "assets" / "eval" / "pope" / "val2014" / "test00042d.jpg"  # of the first question of its POPE
 
 
 def block(mark: str) -> str:
     """The Python block of the README that contains `mark`."""
-    found = [code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if mark in code]
+    found = [
+        code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if mark in code
+    ]
     assert len(found) == 1
     return found[0]
 
 
-def test_reduce_runs_around_a_model_of_transformers(capsys):
-    """On a tiny model of 16 visual tokens; only the budget is another than in the README."""
-    tiny = stock("llava")
-
-    class Processor:
-        """The library's processor behind the call that the README shows."""
-
-        def __call__(self, images, text, return_tensors):
-            assert return_tensors == "pt"
-            return Inputs(tiny.prepare([text], [images]))
-
-    class Inputs(dict):
-        def to(self, device):
-            return self
-
+def test_the_reduce_example_runs_on_the_toy_model(capsys):
+    """From disk, with AutoProcessor: the toy model once shipped no processor_config.json, and the example failed."""
     code = block("from llava import reduce")
     assert len(code.strip().splitlines()) <= 10 and "budget=64" in code
-    names = {"model": tiny.model, "processor": Processor(), "image": picture(0), "prompt": "USER: <image> where is it"}
-    exec(code.replace("budget=64", "budget=6"), names)
-    assert capsys.readouterr().out.strip() == str((6,) * 4)
-    assert names["output"].shape[0] == 1 and names["reduced"].audits[0].visual_tokens == 16
+    names = {
+        "model": LlavaForConditionalGeneration.from_pretrained(TOY, dtype=torch.float32),
+        "processor": AutoProcessor.from_pretrained(TOY),
+        "image": Image.open(IMAGE),
+        "prompt": "USER: <image>\nIs there a pink square in the image?\n"
+        "Answer the question using a single word or phrase. ASSISTANT:",
+    }
+    exec(code, names)
+    (audit,), output = names["reduced"].audits, names["output"][0]
+    assert capsys.readouterr().out.strip() == str(audit.entering)
+    assert audit.visual_tokens == 576 and audit.mean == 64
+    answer = names["processor"].decode(output, skip_special_tokens=True).rpartition("ASSISTANT:")[2]
+    assert answer.strip().lower() in ("yes", "no")

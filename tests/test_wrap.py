@@ -1,4 +1,4 @@
-"""`reduce` around model objects of transformers: nothing changes at full budget, and tokens are gone below it."""
+"""`reduce` on Hugging Face models: at full budget nothing changes; below it tokens are gone from every layer."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What `generate` can do works on reduced prompts, and behind the block the model is what it was."""
+"""The options of `generate` work on reduced prompts, and the model is restored after the block."""
 
 import copy
 import functools

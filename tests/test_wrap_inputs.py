@@ -59,9 +59,9 @@ def test_runs_become_slots_and_padding_goes():
     "row, counts, words",
     [
         ([7, A, A, A, 8], (2,), "more image tokens"),
-        ([7, A, A, A, 8], (4,), "gives 4 visual tokens, its prompt has room for 3"),
-        ([7, A, A], (2, 2), "room for 1 of 2 pictures"),
-        ([7, A, 8, A], (2,), "room for 1;"),
+        ([7, A, A, A, 8], (4,), "has 4 visual tokens, but its prompt 3 image tokens"),
+        ([7, A, A], (2, 2), "image tokens for 1 of 2 images"),
+        ([7, A, 8, A], (2,), "its prompt 1 image tokens"),
     ],
 )
 def test_prompts_and_pictures_that_do_not_fit(row, counts, words):
@@ -144,6 +144,7 @@ def test_models_that_cannot_be_reduced(llava, qwen):
     changes = [
         (model, "training", True, "call model.eval"),
         (model.config, "vision_feature_layer", [-2, -3], "from one tower layer"),
+        (model.config, "vision_feature_layer", 99, "to 3 for a tower of 3 layers, got 99"),
         (model.config, "vision_feature_select_strategy", "full", "without the class token"),
         (text, "_attn_implementation", "flash_attention_2", "got 'flash_attention_2'"),
     ]
@@ -228,8 +229,10 @@ def test_caches_that_cannot_hold_a_reduced_prompt(llava):
             llava.pipeline.generate(inputs, cache_implementation="static")
         held = llava.model(**inputs).past_key_values
         for more in ({"input_ids": torch.tensor([[5, 6]])}, {**inputs}):
-            with pytest.raises(UserError, match="one by one"):
+            with pytest.raises(UserError, match="one token per prompt"):
                 llava.model(**more, past_key_values=held)
+        with pytest.raises(UserError, match="holds 1 reduced prompts, got input_ids for 2"):
+            llava.model(input_ids=torch.tensor([[5], [6]]), past_key_values=held)
         with pytest.raises(UserError, match="prompt lookup"):
             llava.pipeline.generate(inputs, prompt_lookup_num_tokens=3)
 
@@ -248,7 +251,7 @@ def test_inputs_that_a_family_needs(qwen):
             qwen.model(**{**inputs, "image_grid_thw": None})
         with pytest.raises(UserError, match="counts"):
             qwen.model(**{**inputs, "pixel_values": inputs["pixel_values"][:-4]})
-        with pytest.raises(UserError, match="as pictures"):
+        with pytest.raises(UserError, match="as images"):
             qwen.model(**inputs, pixel_values_videos=inputs["pixel_values"])
     with reduce(qwen.model, "tome", 6), pytest.raises(UserError, match="behind the tower"):
         qwen.model(**inputs)

@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessorPil, GenerationConfig
 
 from tinyllava import vision
 from tinyllava.language import build_llava
+from tinyllava.processor_config import write_processor_config
 from tinyllava.scenes import SIDE
 from tinyllava.vocabulary import BOS, EOS, PAD, ids, tokenizer
 
@@ -44,6 +45,7 @@ def main() -> None:
         bos_token_id=ids()[BOS], eos_token_id=ids()[EOS], pad_token_id=ids()[PAD], do_sample=False
     )
     llava.half().save_pretrained(args.output)
+    write_processor_config(llava.config, args.output)
     tokenizer().save_pretrained(args.output)
     CLIPImageProcessorPil(
         size={"shortest_edge": SIDE},

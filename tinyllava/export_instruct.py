@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration
 from tinyllava.export_next import generation_config, load_parts, read_arguments
 from tinyllava.instruct_model import build_instruct, grown_table
 from tinyllava.instruct_vocabulary import ids, tokenizer, words
+from tinyllava.processor_config import write_processor_config
 from tinyllava.vocabulary import EOS
 
 TEXT_TABLE = "text_model.embeddings.token_embedding.weight"
@@ -38,6 +39,7 @@ def main() -> None:
     trained = load_trained(args.folder, args.model)
     trained.generation_config = generation_config(ids()[EOS])
     trained.half().save_pretrained(args.output)
+    write_processor_config(trained.config, args.output)
     tokenizer().save_pretrained(args.output)
     CLIPImageProcessorPil.from_pretrained(args.model).save_pretrained(args.output)
     write_text_tower(Path(args.model) / "text_tower", args.output / "text_tower")

@@ -19,6 +19,7 @@ from transformers import (
 
 from eval.config import DEFAULT_MODEL
 from tinyllava.longer import load_embedded
+from tinyllava.processor_config import write_processor_config
 from tinyllava.scenes import SIDE
 from tinyllava.tiles import PINPOINTS
 from tinyllava.vocabulary import BOS, EOS, PAD, ids, tokenizer
@@ -82,6 +83,7 @@ def main() -> None:
     trained = load_trained(args.folder, args.model)
     trained.generation_config = generation_config(ids()[EOS])
     trained.half().save_pretrained(args.output)
+    write_processor_config(trained.config, args.output)
     tokenizer(longest=LONGEST).save_pretrained(args.output)
     clip = CLIPImageProcessorPil.from_pretrained(args.model)
     LlavaNextImageProcessorPil(

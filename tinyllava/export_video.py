@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessorPil, VideoLlavaForConditionalGenerati
 
 from tinyllava.export_next import generation_config, load_parts, read_arguments
 from tinyllava.longer import load_embedded
+from tinyllava.processor_config import write_processor_config
 from tinyllava.video_model import build_video_llava
 from tinyllava.video_scenes import SIDE
 from tinyllava.video_vocabulary import ids, tokenizer
@@ -28,6 +29,7 @@ def main() -> None:
     trained = load_trained(args.folder, args.model)
     trained.generation_config = generation_config(ids()[EOS])
     trained.half().save_pretrained(args.output)
+    write_processor_config(trained.config, args.output)
     tokenizer().save_pretrained(args.output)
     clip = CLIPImageProcessorPil.from_pretrained(args.model)
     CLIPImageProcessorPil(

@@ -1,9 +1,10 @@
-"""The cache of reduced prompts as `generate` handles it: rows are reordered with all that belongs to them.
+"""The cache of reduced prompts, in the form that `generate` of transformers can reorder, repeat and crop.
 
 Read: transformers 5.23.0, cache_utils.py and generation/utils.py
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,12 @@ from llava.pipeline.decoder import Prefilled, step
 
 
 class ReducedCache(DynamicCache):
-    """Keys and values with a length of their own in every layer.
+    """Keys and values of which each layer may hold a different number.
 
     Attributes:
-        valid: per layer [B, keys] bool, or None where no row is padded; layers of equal length share one tensor.
-        next_position: per layer [B, 1] or [B, 1, 3], where the next token stands; shared in the same way.
+        valid: per layer [B, keys] bool, False in the padding, or None if no row is padded; layers of equal length share
+            one tensor.
+        next_position: per layer [B, 1] or [B, 1, 3], position ids of the next token; shared in the same way.
     """
 
     valid: list[Tensor | None]
@@ -29,24 +31,29 @@ class ReducedCache(DynamicCache):
         """The cache of a prefill.
 
         Args:
-            given: an empty cache that the caller holds; it is filled, as the models of transformers do.
+            given: an empty cache of the caller, which is filled; None for a new one.
         """
-        cache = state.cache if given is None else given
-        # Only the class knows that masks and positions belong to the rows, so a cache that was given must become one.
+        cache: Any = state.cache if given is None else given
+        # The caller's cache changes its class: a DynamicCache would not reorder masks and positions with its rows.
         cache.__class__ = cls
         cache.layers, cache.layer_class_to_replicate = state.cache.layers, None
         cache.valid, cache.next_position = list(state.valid), list(state.next_position)
         return cache
 
+    @property
+    def rows(self) -> int:
+        """B, of which beams and samples are part."""
+        return len(self.next_position[0])
+
     def extend(self, llm: torch.nn.Module, token: Tensor) -> Tensor:
-        """Feed one embedded token per row, [B, 1, D] -> [B, 1, D] before the final norm; every layer grows by one."""
+        """Run one embedded token per row through all layers: [B, 1, D] -> [B, 1, D] before the final norm."""
         state = Prefilled(token, self, self.valid, self.next_position)
         hidden = step(llm, state, token)
         self.valid, self.next_position = state.valid, state.next_position
         return hidden
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # a LongTensor is a Tensor of integers
         self._change(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -67,14 +74,14 @@ class ReducedCache(DynamicCache):
         self.valid, self.next_position = [], []
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """The models of transformers ask this and know nothing of `valid` and `next_position`."""
+        """Refuse: a model's own forward asks this, but cannot use `valid` and `next_position`."""
         raise UserError(
-            "This cache belongs to prompts that were reduced; continue it inside the `with reduce(...)` block that "
-            "made it, or start again with the whole prompt and no cache."
+            "This cache holds reduced prompts; continue it inside the `with reduce(...)` block that made it, or start "
+            "again with the whole prompt and no cache."
         )
 
     def _change(self, mask: Callable[[Tensor], Tensor], place: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Apply to masks and positions once for all layers that share them."""
+        """Change masks and positions, once for all layers that share a tensor."""
         masks = {id(rows): mask(rows) for rows in self.valid if rows is not None}
         places = {id(rows): (place or mask)(rows) for rows in self.next_position}
         self.valid = [None if rows is None else masks[id(rows)] for rows in self.valid]

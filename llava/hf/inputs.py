@@ -1,7 +1,8 @@
-"""From the token ids of a processor of transformers back to prompts with one slot per picture.
+"""From the token ids of a Hugging Face processor back to prompts with one placeholder per image.
 
-A processor writes the image token once per visual token. How many a picture has is known, so runs become slots again,
-also where two of them touch; padding goes; and a question is found in its prompt by what the tokens spell.
+A processor writes the image token once per visual token. The number of visual tokens of each image is known, so each
+run of image tokens becomes one placeholder again, also where two images stand side by side. Padding is removed. A
+question is found in its prompt by comparing decoded text.
 
 Read: transformers 5.23.0, processing of llava, llava_next, video_llava, qwen2_vl and qwen2_5_vl
 """
@@ -22,8 +23,9 @@ from llava.processing.sample import Sample
 
 @dataclass(frozen=True)
 class StockSample(Sample):
-    """A question whose prompt is tokens already, about pictures that are Ready."""
+    """A question whose prompt is tokenized and whose images are prepared."""
 
+    image: tuple[Ready, ...] | None = None  # type: ignore[assignment]  # prepared, in place of a PIL image
     prompt: Prompt | None = None
 
 
@@ -34,18 +36,18 @@ def samples(
     questions: Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[StockSample]:
-    """The rows of a batch.
+    """One sample per row of a batch.
 
     Args:
         ids: [B, L].
-        mask: [B, L], 0 where there is padding, on either side; None for none.
-        ready: pictures of the whole batch in order, by the token that stands for them.
-        questions: the bare question of every row, for methods that look at it; without them all text behind the last
-            picture is the question.
+        mask: [B, L], 0 in the padding, on either side; None for no padding.
+        ready: images of the whole batch in order, by the id of their placeholder token.
+        questions: the question of every row without template, for methods that read it; without `questions`, all text
+            after the last image is the question.
         tokenizer: needed with `questions`.
 
     Raises:
-        UserError: prompts and pictures do not fit, or a question is not in its prompt.
+        UserError: prompts and images do not fit, or a question is not in its prompt.
     """
     rows = _without_padding(ids, mask)
     if questions is not None and len(questions) != len(rows):
@@ -54,13 +56,13 @@ def samples(
     cut = [_with_slots(row, waiting) for row in rows]
     used, count = sum(len(pictures) for _, pictures in cut), sum(map(len, ready.values()))
     if used < count:
-        raise UserError(f"The prompts have room for {used} of {count} pictures; {ONE_CALL}")
+        raise UserError(f"The prompts have image tokens for {used} of {count} images; {ONE_CALL}")
     found = []
     for number, (row, pictures) in enumerate(cut):
-        question, span = "" if questions is None else questions[number], _behind(row)
-        if questions is not None and pictures:
+        question, span = "" if questions is None else questions[number], _after_images(row)
+        if questions is not None and tokenizer is not None and pictures:
             span = question_span(row, question, tokenizer)
-        # A name that depends on the prompt alone, so that random choices do not change with the batch.
+        # The name depends only on the prompt, so that random choices do not change with the batch.
         name = hashlib.blake2b(str(row).encode(), digest_size=8).hexdigest()
         prompt = Prompt(tuple(row), question=span, instruction=span, text="")
         found.append(StockSample(name, question, image=tuple(pictures) or None, prompt=prompt))
@@ -68,12 +70,12 @@ def samples(
 
 
 def question_span(ids: Sequence[int], question: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """[start, stop) of the tokens that hold a question; the last place where it stands, whatever its white space.
+    """[start, stop) of the tokens of a question, at its last occurrence; white space is not compared.
 
     Args:
-        ids: with IMAGE_TOKEN_INDEX where pictures stand.
+        ids: with IMAGE_TOKEN_INDEX in place of images.
     """
-    # There and back, so that what the tokenizer does not know looks as it does in the prompt.
+    # Encoded and decoded, so that unknown words look the same here and in the prompt.
     wanted = _spelled(tokenizer(question, add_special_tokens=False).input_ids, tokenizer)
     stop = len(ids)
     while wanted and stop > 0:
@@ -85,7 +87,7 @@ def question_span(ids: Sequence[int], question: str, tokenizer: PreTrainedTokeni
             return start + span[0], start + span[1]
         stop = start - 1
     raise UserError(
-        f"The question {question!r} is not in its prompt, or pictures stand inside it; give it as it was written there."
+        f"The question {question!r} is not in its prompt, or has an image inside; give it as it is written there."
     )
 
 
@@ -100,7 +102,7 @@ def _without_padding(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
 
 
 def _with_slots(row: list[int], waiting: dict[int, Iterator[Ready]]) -> tuple[list[int], list[Ready]]:
-    """A prompt with one slot per picture, and its pictures."""
+    """A prompt with one placeholder per image, and its images."""
     ids, pictures, place = [], [], 0
     while place < len(row):
         token = row[place]
@@ -110,26 +112,26 @@ def _with_slots(row: list[int], waiting: dict[int, Iterator[Ready]]) -> tuple[li
             continue
         picture = next(waiting[token], None)
         if picture is None:
-            raise UserError(f"The prompts have more image tokens than the pictures have visual tokens; {ONE_CALL}")
-        # The length of each run is known, so neighbouring pictures are told apart.
+            raise UserError(f"The prompts have more image tokens than the images have visual tokens; {ONE_CALL}")
+        # The length of each run is known, so images side by side are told apart.
         count = picture.arrangement.tokens
         if row[place : place + count] != [token] * count:
             room = next((n for n, other in enumerate(row[place:]) if other != token), len(row) - place)
-            raise UserError(f"A picture gives {count} visual tokens, its prompt has room for {room}; {ONE_CALL}")
+            raise UserError(f"An image has {count} visual tokens, but its prompt {room} image tokens; {ONE_CALL}")
         ids.append(IMAGE_TOKEN_INDEX)
         pictures.append(picture)
         place += count
     return ids, pictures
 
 
-def _behind(ids: Sequence[int]) -> tuple[int, int]:
-    """All text behind the last picture; everything without one."""
+def _after_images(ids: Sequence[int]) -> tuple[int, int]:
+    """[start, stop) of all text after the last image; everything without one."""
     slots = [place for place, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
     return (slots[-1] + 1 if slots else 0), len(ids)
 
 
 def _find(ids: Sequence[int], wanted: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:
-    """The tokens that hold a text without white space, or None; found in a few decodings, by bisection."""
+    """[start, stop) of the tokens of a text without white space, or None; found by bisection over decoded prefixes."""
 
     def length(count: int) -> int:
         return len(_spelled(ids[:count], tokenizer))
@@ -141,5 +143,6 @@ def _find(ids: Sequence[int], wanted: str, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _spelled(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tokens spell, without white space."""
-    return "".join(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).split())
+    """The decoded text without white space."""
+    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    return "".join(str(text).split())

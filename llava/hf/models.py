@@ -1,7 +1,7 @@
-"""The runtimes around model objects of transformers, whose pictures their own processors have prepared.
+"""Wrappers around Hugging Face models, for images that their own processors have prepared.
 
-Pixels that are resized, cut and normalised enter the tower as they are; only how they become a run of visual tokens is
-worked out again.
+The processor has resized, cropped and normalised the images. The wrappers take these pixels as they are and work out
+only the token layout: which visual tokens an image becomes, in which order.
 
 Read: transformers 5.23.0, processing and modeling of llava, llava_next, video_llava, qwen2_vl and qwen2_5_vl
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.conversation import DEFAULT_MODE
@@ -39,12 +39,12 @@ ONE_CALL = "take input_ids and pixels from one call of the model's own processor
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """One picture or video as a processor left it.
+    """One image or video, as the processor returned it.
 
     Attributes:
-        pixels: [C, 3, S, S]; of Qwen [n, patch] flattened patches.
-        arrangement: the run of visual tokens that it becomes.
-        grid: frames, rows and columns of patches, of Qwen.
+        pixels: [C, 3, S, S]; for Qwen-VL [n, patch] flattened patches.
+        arrangement: its token layout.
+        grid: frames, rows and columns of patches, for Qwen-VL.
     """
 
     pixels: Tensor
@@ -52,8 +52,8 @@ class Ready:
     grid: Grid | None = None
 
 
-class Stock:
-    """What a family's runtime does with prepared pictures and prompts."""
+class Stock(Llava):
+    """What all families do with prepared images and prompts; comes before the family's own model wrapper."""
 
     def prompt(self, sample) -> Prompt:
         return sample.prompt
@@ -62,28 +62,28 @@ class Stock:
         return picture.pixels, picture.arrangement
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
-        """Pictures in order, by the token that stands for them.
+        """The images of a call in order, by the id of their placeholder token.
 
         Args:
             given: arguments of the model's forward, by name.
 
         Raises:
-            UserError: they are not what the model's processor makes.
+            UserError: the arguments are not what the model's processor returns.
         """
         pixels, run = _pixels(given, 4), single(self.layout.rows, self.layout.columns)
         return {self.container.config.image_token_id: [Ready(one[None], run) for one in pixels]}
 
     def candidates(self, reducer: Reducer) -> list[ModelFacts]:
-        """The facts of pictures that a budget may be meant for; it must be possible for one of them."""
+        """Model facts for each kind of image or video that a budget can be meant for; one of them must allow it."""
         return [self.facts]
 
 
 class StockLlava(Stock, Llava):
-    """LLaVA-1.5: one crop per picture, however the processor cut or padded it."""
+    """LLaVA-1.5: one square of pixels per image, whether the processor cropped or padded it."""
 
 
 class StockNext(Stock, LlavaNext):
-    """LLaVA-NeXT: crops chosen by the processor's reading, filled up to as many as the batch's largest picture has."""
+    """LLaVA-NeXT: a base image and tiles, chosen as the processor does; `pixel_values` may be padded to a batch."""
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
         if given.get("image_sizes") is None:
@@ -98,18 +98,18 @@ class StockNext(Stock, LlavaNext):
             crops = list(pixels)
         else:
             shape = tuple(pixels.shape)
-            raise UserError(f"{len(sizes)} pictures of {counts} crops do not fit pixel_values of {shape}; {ONE_CALL}")
+            raise UserError(f"{len(sizes)} images of {counts} tiles do not fit pixel_values of {shape}; {ONE_CALL}")
         runs = [self.anyres.arrange(size) for size in sizes]
         pictures = [Ready(crop[: len(run.crops)], run) for crop, run in zip(crops, runs, strict=True)]
         return {self.container.config.image_token_id: pictures}
 
 
 class StockVideo(Stock, VideoLlava):
-    """Video-LLaVA: pictures, and videos whose frames keep their class tokens."""
+    """Video-LLaVA: images, and videos whose frames keep their class tokens."""
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
         config, found = self.container.config, {}
-        for name in ("pixel_values", "pixel_values_images"):  # two names of the same
+        for name in ("pixel_values", "pixel_values_images"):  # two names of one argument
             if given.get(name) is not None:
                 found = super().ready({"pixel_values": given[name]})
         if given.get("pixel_values_videos") is not None:
@@ -124,13 +124,14 @@ class StockVideo(Stock, VideoLlava):
 
 
 class StockQwen(Stock, QwenVL):
-    """Qwen-VL: patches of pictures of any shape, one picture behind another."""
+    """Qwen-VL: patches of images of any shape, one image after another."""
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
         if given.get("pixel_values_videos") is not None:
-            raise UserError("Videos are not reduced in Qwen-VL; give its frames as pictures.")
+            raise UserError("reduce() does not support videos in Qwen-VL; give the frames as images.")
         if given.get("image_grid_thw") is None:
             raise UserError(f"Qwen-VL needs image_grid_thw beside pixel_values; {ONE_CALL}")
+        self._require_token_types(given)
         pixels, merge = _pixels(given, 2), self.image_processor.merge
         grids = [tuple(grid) for grid in torch.as_tensor(given["image_grid_thw"]).tolist()]
         counts = [frames * rows * columns for frames, rows, columns in grids]
@@ -140,11 +141,20 @@ class StockQwen(Stock, QwenVL):
         parts = zip(pixels.split(counts), runs, grids, strict=True)
         return {self.container.config.image_token_id: [Ready(*part) for part in parts]}
 
+    def _require_token_types(self, given: Mapping[str, Any]) -> None:
+        """Without mm_token_type_ids transformers gives image tokens the positions of text, which nobody wants."""
+        types, ids = given.get("mm_token_type_ids"), given["input_ids"]
+        if types is None:
+            raise UserError(f"Qwen-VL needs mm_token_type_ids, from which its positions follow; {ONE_CALL}")
+        if types.shape != ids.shape or not torch.equal(types == 1, ids == self.container.config.image_token_id):
+            raise UserError(f"mm_token_type_ids must be 1 exactly where input_ids has the image token; {ONE_CALL}")
+
     def patches(self, pictures: Samples[Ready]) -> tuple[Tensor, tuple[Grid, ...]]:
-        return torch.cat([picture.pixels for picture in pictures]), tuple(picture.grid for picture in pictures)
+        grids = tuple(picture.grid for picture in pictures if picture.grid is not None)
+        return torch.cat([picture.pixels for picture in pictures]), grids
 
     def candidates(self, reducer: Reducer) -> list[ModelFacts]:
-        # The processor alone knows how large pictures are: each is held against the budget when it comes.
+        # Only the processor knows how large images are; the budget is checked for each image when it is encoded.
         tokens = reducer.budget
         return [replace(self.facts, visual_tokens=tokens, layout=Layout(1, tokens))]
 
@@ -157,8 +167,6 @@ def _pixels(given: Mapping[str, Any], axes: int, name: str = "pixel_values") -> 
     return pixels
 
 
-# Around a model object
-
 RUNTIMES: dict[Family, type[Stock]] = {
     "llava": StockLlava,
     "llava_next": StockNext,
@@ -169,12 +177,12 @@ RUNTIMES: dict[Family, type[Stock]] = {
 
 
 def family_of(model: Any) -> Family:
-    """The family of a model object, by its class."""
+    """The family of a Hugging Face model, by its class."""
     for family, container in CONTAINERS.items():
         if isinstance(model, container):
             return family
     names = ", ".join(container.__name__ for container in CONTAINERS.values())
-    raise UserError(f"reduce() takes a model object of transformers, one of {names}; got {type(model).__name__}.")
+    raise UserError(f"reduce() takes a Hugging Face model, one of {names}; got {type(model).__name__}.")
 
 
 def stock_runtime(
@@ -182,26 +190,30 @@ def stock_runtime(
     tokenizer: PreTrainedTokenizerBase | None = None,
     text_tower: str | Path | None = None,
 ) -> Stock:
-    """The runtime of its family around a model object.
+    """The wrapper around a Hugging Face model.
 
     Raises:
-        UserError: the staged forward does not know a part of the model, or its state.
+        UserError: the staged forward does not support a part or the state of the model.
     """
     family = family_of(model)
     _refuse_unfit(model, family)
-    config, vision, conventions, pinpoints, count = model.config, model.config.vision_config, {}, (), 0
+    config, vision, count = model.config, model.config.vision_config, 0
+    conventions: dict[str, str] = {}
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    processor: ImageProcessor | QwenImageProcessor
     if family in QWEN:
         edges = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         processor = QwenImageProcessor(patch=edges[0], merge=edges[1], temporal=edges[2])
     else:
         processor = ImageProcessor(size=vision.image_size, crop=vision.image_size)
     if family == "llava_next":
-        pinpoints, conventions = tuple(map(tuple, config.image_grid_pinpoints)), {"reading": "transformers"}
+        pinpoints = tuple((height, width) for height, width in config.image_grid_pinpoints)
+        conventions = {"reading": "transformers"}
     if family == "video_llava":
         count = max(1, config.video_seq_length // ((vision.image_size // vision.patch_size) ** 2 + 1))
     checkpoint = Checkpoint(
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer,  # type: ignore[arg-type]  # None where no question is searched for
         image_processor=processor,
         conversation=DEFAULT_MODE,
         name=type(model).__name__,
@@ -217,6 +229,22 @@ def stock_runtime(
     return RUNTIMES[family](checkpoint, model.device, **conventions)
 
 
+def state_of(model: Any) -> tuple[Any, ...]:
+    """What a wrapper is built from: if this changes, a new wrapper is needed."""
+    inner, config = model.model, model.config
+    parts = (inner, *model.children(), *inner.children(), *inner.parameters(recurse=False))
+    features = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
+    return (*map(id, parts), model.device, *features, inner.language_model.config._attn_implementation)
+
+
+def refuse_training(*modules: nn.Module) -> None:
+    """Raise UserError for a module in training mode, in which dropout is on."""
+    for module in modules:
+        if module.training:
+            name = type(module).__name__
+            raise UserError(f"The model ({name}) is in training mode; call model.eval(), reduction is for inference.")
+
+
 def _refuse_unfit(model: PreTrainedModel, family: Family) -> None:
     config, name = model.config, type(model).__name__
     identify(config.to_dict(), Path(name))
@@ -227,12 +255,16 @@ def _refuse_unfit(model: PreTrainedModel, family: Family) -> None:
                 f"{name} must take its features from one tower layer, without the class token; this one has "
                 f"vision_feature_layer {layer} and vision_feature_select_strategy {strategy!r}."
             )
-    if model.training:
-        raise UserError("The model is in training mode; call model.eval() first, reduction is for inference.")
+        depth = config.vision_config.num_hidden_layers
+        if not -depth - 1 <= layer <= depth:
+            raise UserError(
+                f"vision_feature_layer must be {-depth - 1} to {depth} for a tower of {depth} layers, got {layer}."
+            )
+    refuse_training(*model.modules())
     used = model.model.language_model.config._attn_implementation
     if used not in ATTENTION:
         raise UserError(f"Load the model with attn_implementation='sdpa' (or 'eager'), got {used!r}.")
     devices = {weight.device for weight in model.parameters()}
     if len(devices) > 1 or torch.device("meta") in devices:
         places = ", ".join(sorted(map(str, devices)))
-        raise UserError(f"The model must lie on one device as a whole, it is on {places}; load it without device_map.")
+        raise UserError(f"The model must be on one device as a whole, it is on {places}; load it without device_map.")

@@ -1,20 +1,21 @@
-"""Reduce visual tokens of a model object of transformers, without any script of this repository.
+"""`reduce`: run a method on a Hugging Face LLaVA or Qwen-VL model.
 
     with reduce(model, "visiondrop", budget=64) as reduced:
         output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
     reduced.audits[0].entering  # visual tokens that entered each decoder layer
 
-Inside the block a call with pixels goes through the staged forward: dropped tokens are neither computed nor cached.
-Calls without pixels go to the model's own forward. Behind the block the model is what it was, also after an error.
+Inside the context, a call of the model with pixels runs the staged forward: dropped tokens are neither computed nor
+cached. A call without pixels runs the model's own forward. `Reduced` says what is patched; the model is restored when
+the context exits, also after an error. What cannot be done on a reduced prompt is refused with a UserError.
 
 Read: transformers 5.23.0, generation/utils.py and the models of llava, llava_next, video_llava, qwen2_vl, qwen2_5_vl
-Differs from it: a prefill gives the logits of the last token only; prompts padded on the right are answered like
-others; a prompt is prefilled once however many beams or answers are asked for.
+Differs from it: a prefill returns the logits of the last token only; prompts padded on the right give what prompts
+padded on the left give; a prompt is prefilled once for all its beams or samples.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from transformers.models.video_llava.modeling_video_llava import VideoLlavaCausa
 from transformers.utils import ModelOutput
 
 from llava.errors import UserError
+from llava.hf.arguments import COPIES, VISUAL, by_name, has_pixels, refuse_arguments, refuse_prefill_arguments
 from llava.hf.cache import ReducedCache
 from llava.hf.inputs import samples
-from llava.hf.models import Stock, family_of, stock_runtime
+from llava.hf.models import Stock, family_of, refuse_training, state_of, stock_runtime
+from llava.hf.override import Override, hooks_must_run
 from llava.model.checkpoint.identify import QWEN, Family
 from llava.pipeline.accounting import Audit
 from llava.pipeline.prefill import prefill
@@ -46,22 +49,6 @@ OUTPUTS: dict[Family, type[ModelOutput]] = {
     "qwen2_5_vl": CausalLMOutputWithPast,
     "qwen2_vl": CausalLMOutputWithPast,
 }
-# Methods of the model that are replaced inside the block.
-REPLACED = ("forward", "_expand_inputs_for_generation")
-
-PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
-# Arguments that come in one piece per picture and not in one row per prompt.
-VISUAL = (*PIXELS, "image_sizes", "image_grid_thw")
-COPIES = "rows_per_prompt"  # how `generate` tells forward that it has repeated every prompt
-
-# Arguments that a reduced prompt cannot serve.
-REFUSED = {
-    "labels": "gives no loss: its tokens are not those of the labels",
-    "output_hidden_states": "gives no hidden states: every layer has a length of its own",
-    "output_attentions": "gives no attention maps: every layer has a length of its own",
-    "inputs_embeds": "needs input_ids, in which the places of pictures are found",
-    "mm_encoder_outputs": "needs pixels: methods look into the vision tower",
-}
 
 
 def reduce(
@@ -74,31 +61,38 @@ def reduce(
     text_tower: str | Path | None = None,
     **options: Any,
 ) -> "Reduced":
-    """A context in which a model of transformers runs under a method.
+    """A context in which a Hugging Face model runs under a method.
 
     Args:
         model: a Llava-, LlavaNext-, VideoLlava-, Qwen2VL- or Qwen2_5_VLForConditionalGeneration in evaluation mode.
         method: a name of `llava.reduction.registry.names`.
-        budget: visual tokens per picture or video, mean over decoder layers; None for as many as there are.
-        questions: the bare question of each prompt of the calls inside, for methods that look at it; without them all
-            text behind the last picture is taken for it, template and all.
+        budget: visual tokens per image or video, mean over decoder layers; None for all of them, or with `share`.
+        questions: the question of each prompt of the calls inside, without template, for methods that read it. Without
+            `questions`, all text after the last image is taken for the question, template included.
         tokenizer: the model's tokenizer or processor, needed with `questions`.
         text_tower: folder or hub id of the CLIP that the vision tower comes from, for methods that need its text half.
         options: of the method, as `official=True`.
 
     Raises:
-        UserError: the model, the method, an option or the budget cannot be had.
+        UserError: the model, the method, an option or the budget is not supported.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if questions is not None and (isinstance(questions, str) or tokenizer is None):
         raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
+    if budget is not None and "share" in options:
+        raise UserError(
+            f"Give budget or share, not both: budget={budget!r} is a number of visual tokens, "
+            f"share={options['share']!r} is a share of each image's tokens."
+        )
     runtime = stock_runtime(model, tokenizer, text_tower)
     reducer = build(method, runtime.visual_tokens if budget is None else budget, options)
     if reducer.needs_text_tower and family_of(model) in QWEN:
-        raise UserError(f"{method} needs the CLIP that the vision tower comes from; that of {runtime.name} is no CLIP.")
+        raise UserError(
+            f"{method} needs a CLIP vision tower and its text half; the tower of {runtime.name} is no CLIP."
+        )
     if reducer.needs_text_tower and (text_tower is None or questions is None):
         raise UserError(
-            f"{method} compares questions with pictures in CLIP's space: give reduce() `questions`, `tokenizer`, and "
+            f"{method} compares questions with images in CLIP's space: give reduce() `questions`, `tokenizer`, and "
             "`text_tower`, the folder or hub id of the CLIP that the vision tower comes from."
         )
     _require(runtime, reducer)
@@ -106,11 +100,22 @@ def reduce(
 
 
 class Reduced:
-    """What `reduce` returns: enter it to switch the method on.
+    """What `reduce` returns; entering it patches the model, leaving it restores the model.
+
+    Patched, as attributes of this one model object (`llava.hf.override`):
+        model.forward: calls with pixels, and calls that continue them, run the staged forward.
+        model.model.forward: refuses pixels, because the logits and the cache of a reduced prompt come from `model`.
+        model._expand_inputs_for_generation: beams and samples repeat the prompt after its prefill, not before.
+        model._prepare_position_ids_for_generation: gives none for prompts with pixels, so that position ids that
+            arrive in forward are the caller's own, which are refused.
+        model._get_candidate_generator: refuses assisted decoding of prompts with pixels.
+
+    The context belongs to the thread that entered it; in another thread, calls with pixels are refused. To stream from
+    a thread, enter the context inside the function that the thread runs.
 
     Attributes:
         reducer: the method.
-        questions: may be set anew in front of a call with other prompts.
+        questions: may be replaced before a call with other prompts.
         audits: one per prompt of the last prefill.
         traces: the reductions that were applied to each of these prompts, in order.
     """
@@ -121,113 +126,168 @@ class Reduced:
         self.reducer, self.questions = reducer, questions
         self.audits: list[Audit] = []
         self.traces: list[Trace] = []
-        self._model, self._runtime, self._family = model, runtime, family_of(model)
-        self._before: dict[str, Any] = {}
+        # Any: the modules of the model are found by attributes that PreTrainedModel does not declare.
+        self._model: Any = model
+        self._runtime, self._state, self._family = runtime, state_of(model), family_of(model)
+        self._overrides: list[Override] = []
 
     def __enter__(self) -> "Reduced":
         model = self._model
-        if hasattr(model.forward, "reduced"):
+        if isinstance(model.forward, Override) or isinstance(model.model.forward, Override):
             raise UserError("This model is being reduced already; leave the other `with reduce(...)` block first.")
-        self._before = {name: vars(model)[name] for name in REPLACED if name in vars(model)}
-        self._rope_deltas = getattr(model.model, "rope_deltas", None)
-        model.forward, model._expand_inputs_for_generation = self._forward(), self._expand()
+        self._thread = threading.get_ident()
+        self._inner, self._rope_deltas = model.model, getattr(model.model, "rope_deltas", None)
+        self._signature, self._inner_signature = map(inspect.signature, (model.forward, model.model.forward))
+        # generate() encodes images itself if forward takes "mm_encoder_outputs"; methods need the pixels.
+        shown = [known for name, known in self._signature.parameters.items() if name != "mm_encoder_outputs"]
+        self._overrides = [
+            Override(model, "forward", self._forward, self._signature.replace(parameters=shown)),
+            Override(model.model, "forward", self._forward_inner),
+            Override(model, "_expand_inputs_for_generation", self._expand),
+            Override(model, "_prepare_position_ids_for_generation", self._prepare_position_ids),
+            Override(model, "_get_candidate_generator", self._candidate_generator),
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in REPLACED:
-            delattr(self._model, name)
-        for name, value in self._before.items():
-            setattr(self._model, name, value)
+        for override in self._overrides:
+            override.restore()
         if self._family in QWEN:
-            # generate leaves the offsets of its last prompts on the model; no later call may find ours.
-            self._model.model.rope_deltas = self._rope_deltas
+            # generate() stores the position offsets of its last prompts on the model; later calls must not use these.
+            self._inner.rope_deltas = self._rope_deltas
 
-    def _forward(self) -> Callable[..., Any]:
-        """The model's forward, with calls that have pixels and what follows on them taken out."""
-        original = self._model.forward
-        signature = inspect.signature(original)
-        # generate encodes pictures itself where forward takes "mm_encoder_outputs"; methods need the pixels.
-        shown = [known for name, known in signature.parameters.items() if name != "mm_encoder_outputs"]
+    # What runs in place of the model's own methods
 
-        @wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            given = _by_name(signature, args, kwargs)
-            cache, seen = given.get("past_key_values"), _has_pixels(given)
-            if isinstance(cache, ReducedCache) and cache.get_seq_length():
-                output = self._continue(given, cache)
-            elif seen:
-                output = self._prefill(given, cache)
-            else:
-                return original(*args, **kwargs)
-            return output.to_tuple() if given.get("return_dict") is False else output
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(self._signature, args, kwargs)
+        cache = given.get("past_key_values")
+        continued = cache if isinstance(cache, ReducedCache) and cache.get_seq_length() else None
+        if continued is None and not has_pixels(given) and not given.get("mm_encoder_outputs"):
+            return original(*args, **kwargs)
+        self._refuse_other_thread()
+        refuse_training(self._model)
+        refuse_arguments(given, self._model.config)
+        output = self._prefill(given, cache) if continued is None else self._continue(given, continued)
+        as_dict = given.get("return_dict")
+        if as_dict is None:
+            as_dict = getattr(self._model.config, "return_dict", True)
+        return output if as_dict else output.to_tuple()
 
-        forward.__signature__ = signature.replace(parameters=shown)
-        forward.reduced = self
-        return forward
+    def _forward_inner(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if has_pixels(by_name(self._inner_signature, args, kwargs)):
+            raise UserError(
+                f"Inside `with reduce(...)`, call the {type(self._model).__name__} itself: its inner `.model` gives "
+                "hidden states of every token, which a reduced prompt does not have."
+            )
+        return original(*args, **kwargs)
 
-    def _expand(self) -> Callable[..., Any]:
-        """generate's step that repeats prompts for beams: pictures stay as they are, rows are repeated behind them."""
-        original = self._model._expand_inputs_for_generation
+    def _expand(
+        self,
+        original: Callable[..., Any],
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Repeat rows for beams and samples, but not images: the prefill runs once per prompt."""
+        if expand_size == 1 or not has_pixels(kwargs):
+            return original(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        images = {name: kwargs.pop(name) for name in VISUAL if name in kwargs}
+        ids, rest = original(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, {**rest, **images, COPIES: expand_size}
 
-        @wraps(original)
-        def expand(expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **kwargs: Any) -> Any:
-            if not _has_pixels(kwargs):
-                return original(expand_size, is_encoder_decoder, input_ids, **kwargs)
-            apart = {name: kwargs.pop(name) for name in VISUAL if name in kwargs}
-            ids, rest = original(expand_size, is_encoder_decoder, input_ids, **kwargs)
-            return ids, {**rest, **apart, COPIES: expand_size}
+    def _prepare_position_ids(
+        self, original: Callable[..., Any], inputs: Tensor, given: Mapping[str, Any]
+    ) -> Tensor | None:
+        return None if has_pixels(given) else original(inputs, given)
 
-        return expand
+    def _candidate_generator(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(inspect.signature(original), args, kwargs)
+        if has_pixels(given["model_kwargs"]):
+            raise UserError(
+                "A reduced prompt cannot be decoded with an assistant model or prompt lookup: they need the logits of "
+                "several tokens at once; leave out assistant_model and prompt_lookup_num_tokens."
+            )
+        return original(*args, **kwargs)
+
+    # The staged forward
 
     def _prefill(self, given: Mapping[str, Any], cache: Any) -> ModelOutput:
-        """[B, 1, V] logits behind the prompts, and the shortened cache."""
-        _refuse_arguments(given)
+        """[B, 1, V] logits of the last token of each prompt, and the reduced cache."""
+        refuse_prefill_arguments(given)
         if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length()):
             raise UserError(
-                "A prompt with pictures is reduced from its beginning, into a cache of its own; give the whole prompt, "
+                "A prompt with images is reduced from its beginning, into a cache of its own; give the whole prompt, "
                 f"and leave out cache_implementation and past_key_values (got a {type(cache).__name__})."
             )
-        copies, runtime = given.get(COPIES, 1), self._runtime
-        ids, mask = (
-            None if given.get(name) is None else given[name][::copies] for name in ("input_ids", "attention_mask")
-        )
+        modules = list(self._model.modules())[1:]
+        refuse_training(*modules)
+        runtime, copies = self._refresh(), given.get(COPIES, 1)
+        ids, mask = given["input_ids"][::copies], given.get("attention_mask")
+        mask = None if mask is None else mask[::copies]
         batch = samples(ids, mask, runtime.ready(given), self.questions, runtime.tokenizer)
-        state, record = prefill(runtime, batch, self.reducer)
+        with hooks_must_run(self._model, modules):
+            state, record = prefill(runtime, batch, self.reducer)
+            held = ReducedCache.holding(state, cache)
+            if copies > 1:
+                held.batch_repeat_interleave(copies)
+            output = self._output(state.hidden.repeat_interleave(copies, 0), held)
         self.audits = record.audits(state)
-        self.traces = [tuple(steps) for steps in record.steps]
-        held = ReducedCache.holding(state, cache)
-        if copies > 1:
-            held.batch_repeat_interleave(copies)
-        return self._output(state.hidden.repeat_interleave(copies, 0), held)
+        self.traces = record.steps
+        return output
 
     def _continue(self, given: Mapping[str, Any], cache: ReducedCache) -> ModelOutput:
+        """[B, 1, V] logits of one more token per prompt."""
         ids = given.get("input_ids")
-        if _has_pixels(given) or ids is None or ids.shape[1] != 1:
+        if has_pixels(given) or ids is None or ids.shape[1] != 1:
             raise UserError(
-                "Behind a reduced prompt input_ids come one by one and without pictures; for another turn give the "
-                "whole conversation and all its pictures, without past_key_values."
+                "After a reduced prompt, input_ids must be one token per prompt and without images; for another turn "
+                "give the whole conversation and all its images, without past_key_values."
             )
-        llm = self._runtime.llm
-        with torch.inference_mode():
-            hidden = cache.extend(llm, llm.embed_tokens(ids.to(self._runtime.device)))
+        if len(ids) != cache.rows:
+            raise UserError(
+                f"The cache holds {cache.rows} reduced prompts, got input_ids for {len(ids)}; give one token each."
+            )
+        llm = self._model.model.language_model
+        with torch.inference_mode(), hooks_must_run(self._model, (self._model.model, llm)):
+            hidden = cache.extend(llm, llm.embed_tokens(ids.to(self._model.device)))
         return self._output(hidden, cache)
 
     def _output(self, hidden: Tensor, cache: ReducedCache) -> ModelOutput:
-        llm, length = self._runtime.llm, cache.get_seq_length()
+        llm, head, length = self._model.model.language_model, self._model.lm_head, cache.get_seq_length()
         window = getattr(llm.config, "sliding_window", None)
         if window is not None and length > window:
             raise UserError(
                 f"This model attends within a sliding window of {window} tokens, which is not applied to reduced "
-                f"prompts; with its answer this one has {length}, so lower the budget or shorten the text."
+                f"prompts; this one has {length} tokens with its answer, so lower the budget or shorten the text."
             )
         with torch.inference_mode():
-            logits = self._runtime.head(llm.norm(hidden))
-        # A copy made outside of inference mode may be changed in place, as logits often are.
+            logits = head(llm.norm(hidden))
+        # A copy made outside of inference mode can be changed in place, as callers often do with logits.
         return OUTPUTS[self._family](logits=logits.clone(), past_key_values=cache)
+
+    def _refresh(self) -> Stock:
+        """The wrapper around the modules that the model has now; one may have been replaced or moved in the context."""
+        before, state = self._runtime, state_of(self._model)
+        if state == self._state:
+            return before
+        now = stock_runtime(self._model, before.tokenizer, before.text_tower)
+        if "clip" in vars(before) and now.tower is before.tower and now.device == before.device:
+            now.clip = before.clip  # the text tower is read from its files only once
+        _require(now, self.reducer)
+        self._runtime, self._state = now, state
+        return now
+
+    def _refuse_other_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise UserError(
+                "Another thread reduces this model: enter `with reduce(...)` in the thread that calls the model, and "
+                "give each thread a model of its own (copy.deepcopy before the block)."
+            )
 
 
 def _require(runtime: Stock, reducer: Reducer) -> None:
-    """Raise UserError if no picture that the model takes can be reduced to the budget."""
+    """Raise UserError if no image or video that the model takes can be reduced to the budget."""
     errors = []
     for facts in runtime.candidates(reducer):
         try:
@@ -235,31 +295,3 @@ def _require(runtime: Stock, reducer: Reducer) -> None:
         except UserError as error:
             errors.append(error)
     raise errors[0]
-
-
-def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, however they were given."""
-    given = dict(signature.bind(*args, **kwargs).arguments)
-    return {**given, **given.pop("kwargs", {})}
-
-
-def _has_pixels(given: Mapping[str, Any]) -> bool:
-    """An empty tensor of pixels, as processors may give for prompts without pictures, counts as none."""
-    return any(given.get(name) is not None and len(given[name]) for name in PIXELS)
-
-
-def _refuse_arguments(given: Mapping[str, Any]) -> None:
-    for name, reason in REFUSED.items():
-        value = given.get(name)
-        if value is not None and value is not False:
-            raise UserError(f"{name} cannot be used here: a reduced prompt {reason}.")
-    if given.get("input_ids") is None:
-        raise UserError("A prompt with pictures needs input_ids; take them from the model's own processor.")
-    if given.get("use_cache") is False:
-        raise UserError("Reduced prompts are continued from their cache; leave use_cache on.")
-    keep = given.get("logits_to_keep", 0)
-    if isinstance(keep, Tensor) or keep > 1:
-        raise UserError(
-            "A reduced prompt gives the logits of its last token only; leave logits_to_keep out, and decode without an "
-            "assistant or prompt lookup."
-        )
