@@ -3,16 +3,16 @@
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, ParamSpec
 
 from eval import benchmarks
 from eval.config import DEFAULT_DATA
 from eval.dataset import PROFILES, SOURCES, Dataset
 from llava.errors import UserError
 
-Main = Callable[[Sequence[str] | None], int]
+P = ParamSpec("P")
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,22 +30,25 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def make_parser(module: str, documentation: str | None) -> Parser:
-    """The parser of `python -m MODULE`, described by the first line of its documentation."""
+    """The parser of `python -m MODULE`, described by the first line of its documentation.
+
+    Its usage line names the `vtr` command where that is how the module was started.
+    """
     return Parser(
-        prog=f"python -m {module}",
+        prog=sys.argv[0] if sys.argv[0].startswith("vtr ") else f"python -m {module}",
         description=(documentation or "").partition("\n")[0],
         formatter_class=Help,
         allow_abbrev=False,
     )
 
 
-def ends_in_a_sentence(main: Main) -> Main:
+def ends_in_a_sentence(main: Callable[P, int]) -> Callable[P, int]:
     """The command line whose user errors are printed alone and become exit code 2."""
 
     @functools.wraps(main)
-    def guarded(arguments: Sequence[str] | None = None) -> int:
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            return main(arguments)
+            return main(*args, **kwargs)
         except UserError as error:
             print(error, file=sys.stderr)
             return 2

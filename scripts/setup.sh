@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv and installs requirements.txt; does nothing when that is already done. Sourced by every other script:
+# Makes .venv, installs requirements.txt and the console command vtr; does nothing when that is already done. Sourced by every other script:
 #   source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 # Afterwards the working directory is the repository root and `python` is .venv's.
 # PYTHON=/path/to/python3.11 chooses the interpreter; VENV=/path puts the environment elsewhere.
@@ -17,6 +17,7 @@ if [ ! -x "$venv/bin/python" ] || [ "$(cat "$stamp" 2>/dev/null || true)" != "$w
   echo "Setting up $venv (once; about two minutes and 2 GB with the CPU build of torch, more with CUDA) ..." >&2
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt >&2
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable . >&2
   echo "$wanted" > "$stamp"
 fi
 # A relative VENV must still be found after a later cd.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style (ruff) and tests (pytest).
+# Style (ruff), types (mypy) and tests (pytest).
 # Usage: bash scripts/test.sh [--slow] [pytest arguments]
 #   --slow   also the tests that take more than a minute each
 set -euo pipefail
@@ -8,4 +8,5 @@ which='not slow'
 if [ "${1:-}" = --slow ]; then which='slow or not slow'; shift; fi
 ruff check .
 ruff format --check .
+mypy
 python -m pytest -m "$which" "$@"

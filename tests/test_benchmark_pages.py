@@ -1,4 +1,4 @@
-"""Every benchmark has its script, its row in the README and its place in docs/evaluation.md."""
+"""Every benchmark has its script, its row in docs/benchmarks.md and its section in docs/evaluation.md."""
 
 import subprocess
 
@@ -24,9 +24,9 @@ def test_there_is_no_script_without_a_benchmark():
     assert scripts == set(NAMES)
 
 
-def test_pages_say_what_the_benchmarks_say_of_themselves():
-    assert pages.overview() in pages.README.read_text(), "run `python -m eval.tables.benchmarks pages`"
-    assert pages.data_sections() in pages.PAGE.read_text(), "run `python -m eval.tables.benchmarks pages`"
+def test_pages_are_up_to_date():
+    assert pages.overview() in pages.OVERVIEW.read_text(), "run `vtr tables benchmarks pages`"
+    assert pages.data_sections() in pages.PAGE.read_text(), "run `vtr tables benchmarks pages`"
 
 
 @pytest.mark.parametrize("name", benchmarks.names())

@@ -52,7 +52,7 @@ def test_tables_are_written_and_read_well(tmp_path, monkeypatch):
     text = page.read_text()
     assert "| uniform | 80.0 | 80.0 | 80.0 | 80.0 |" in text and "| fastv ‡ |" in text
     assert "| uniform | 80.0 [79.0, 81.0] | 83.3 % | 64.0 | 20 ms | 0.80 MB | 2.00 | 1 / 0 **top** |" in text
-    assert "1 of 1 pairs differ significantly. Beaten by none: uniform." in text
+    assert "1 of 1 pairs differ significantly. No method is significantly better than: uniform." in text
     assert "| random | n/a | n/a | n/a | n/a |" in text
     assert (tmp_path / "embedded_cost.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "tables" / "embedded_main.csv").read_text().splitlines()) == 2 + 2 * len(embedded.BUDGETS)

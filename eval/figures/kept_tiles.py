@@ -3,6 +3,7 @@
 python -m eval.figures.kept_tiles
 """
 
+import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ def sheet(figure: Figure) -> Image.Image:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for figure in FIGURES:
         # 256 colours are plenty here and keep the file small.
         sheet(figure).quantize(256).save(IMAGES / figure.file, optimize=True)

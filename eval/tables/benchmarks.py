@@ -1,9 +1,9 @@
-"""What the README and docs/evaluation.md say of the benchmarks, and the embedded models' scores on all of them.
+"""Write the table of benchmarks, their data sources, and the toy models' scores on all of them.
 
-    python -m eval.tables.benchmarks pages      # from what the benchmarks say of themselves
+    python -m eval.tables.benchmarks pages      # from the benchmarks' own metadata
     python -m eval.tables.benchmarks scores     # from finished runs of scripts/tables/embedded_benchmarks.sh
 
-Writes between markers of README.md and docs/evaluation.md, and docs/tables/embedded_benchmarks.csv.
+Writes between markers of docs/benchmarks.md and docs/evaluation.md, and docs/tables/embedded_benchmarks.csv.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from eval.tables.ablation import TABLES, write_csv
 from eval.tables.page import insert, markdown
 from llava.errors import UserError
 
-README = ROOT / "README.md"
+OVERVIEW = ROOT / "docs" / "benchmarks.md"
 PAGE = ROOT / "docs" / "evaluation.md"
 RESULTS = ROOT / "results" / "benchmarks"
 OURS = ("video_qa",)  # sets of this repository alone, which no paper reports
@@ -33,12 +33,12 @@ def reported() -> list[Benchmark]:
 
 
 def overview() -> str:
-    """One row per benchmark, for the README."""
+    """One row per benchmark, for docs/benchmarks.md."""
     rows = [
-        [f"[`{b.name}`](scripts/eval/{b.name}.sh)", b.summary, b.published or "n/a", " ".join(b.profiles)]
+        [f"[`{b.name}`](../scripts/eval/{b.name}.sh)", b.summary, b.published or "n/a", " ".join(b.profiles)]
         for b in reported()
     ]
-    return left_aligned(markdown(["benchmark", "what is asked, what counts", "published, 7B", "profiles"], rows))
+    return left_aligned(markdown(["benchmark", "task and score", "published, 7B", "profiles"], rows))
 
 
 def left_aligned(table: str) -> str:
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     if args.step == "pages":
-        insert(README, "benchmarks", overview())
+        insert(OVERVIEW, "benchmarks", overview())
         insert(PAGE, "data", data_sections())
     else:
         header = ["benchmark", "metric", "questions", "full", "consensusdrop", "tokens per layer"]

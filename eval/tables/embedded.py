@@ -163,8 +163,8 @@ def sentences(cells: dict[int, dict[str, Cell]], pairs: dict[int, dict]) -> str:
         clear = sum(comparison.p < 0.05 for comparison in found.values())
         top = [name for name in cells[budget] if not standing(name, found)[1]]
         top.sort(key=lambda name: -cells[budget][name].accuracy.mean)
-        told = f"{clear} of {len(found)} pairs differ significantly. Beaten by none: {', '.join(top)}."
-        lines.append(f"* **{budget} tokens**: {told}")
+        told = f"{clear} of {len(found)} pairs differ significantly. "
+        lines.append(f"* **{budget} tokens**: {told}No method is significantly better than: {', '.join(top)}.")
     return "\n".join(lines)
 
 

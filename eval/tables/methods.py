@@ -1,9 +1,11 @@
-"""The tables of methods in docs/methods.md and docs/models.md, written from what the methods say of themselves.
+"""Write the tables of methods in docs/methods.md and docs/models.md from the metadata of the methods.
 
 python -m eval.tables.methods
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -21,25 +23,26 @@ PAGE = ROOT / "docs" / "methods.md"
 MODELS = ROOT / "docs" / "models.md"
 LLAVA_15_7B = ModelFacts(576, 32, Layout(24, 24), tower_blocks=24, has_text_tower=True)
 BUDGETS = (192, 128, 64)
-# The papers' convention: five crops of 576 patches, neither unpadding nor newline tokens.
+# The papers' convention: a base image and four tiles of 576 patches each, neither unpadding nor newline tokens.
 CROP = Layout(24, 24)
 LLAVA_NEXT_7B = replace(LLAVA_15_7B, visual_tokens=2880, layout=replace(CROP, crops=5), crops=(CROP,) * 5)
 NEXT_BUDGETS = (640, 320, 160)
 
 
 def source_of(cls: type[Reducer]) -> str:
+    """A link to the method's file."""
     path = Path(*cls.__module__.split(".")).with_suffix(".py")
     return f"[{path.name}](../{path})"
 
 
-def runs(entering: tuple[int, ...]) -> str:
-    """Tokens per layer in words: 576 x2, 166 x30."""
-    parts = [(count, len(list(group))) for count, group in groupby(entering)]
+def in_groups(tokens_per_layer: tuple[int, ...]) -> str:
+    """Equal neighbouring layers together: "576 ×2, 166 ×30"."""
+    parts = [(count, len(list(group))) for count, group in groupby(tokens_per_layer)]
     return ", ".join(f"{count} ×{layers}" for count, layers in parts)
 
 
 def budget_cell(name: str, budget: int, facts: ModelFacts = LLAVA_15_7B) -> str:
-    """What enters the 32 layers of a model at this budget, and its mean."""
+    """Visual tokens per decoder layer at this budget, and their mean."""
     try:
         reducer = registry.build(name, budget)
         crops.require(reducer, facts)
@@ -47,13 +50,14 @@ def budget_cell(name: str, budget: int, facts: ModelFacts = LLAVA_15_7B) -> str:
     except UserError:
         return "n/a"
     if planned is None:
-        return "by picture"
+        return "by image"
     mean = sum(planned) / len(planned)
-    return f"{mean:g}" if len(set(planned)) == 1 else f"{runs(planned)} = {mean:.1f}"
+    return f"{mean:g}" if len(set(planned)) == 1 else f"{in_groups(planned)} = {mean:.1f}"
 
 
 def table() -> str:
-    head = ["method", "acts", "score", "the rest is", "order; positions", "needs", "paper", "official code read"]
+    """One row per method, from its metadata."""
+    head = ["method", "acts", "score", "other tokens", "order; positions", "needs", "paper", "official code read"]
     lines = ["| " + " | ".join([*head, "source"]) + " |", "|" + "---|" * (len(head) + 1)]
     for name in registry.names():
         cls, card = registry.method(name), registry.method(name).card
@@ -65,6 +69,7 @@ def table() -> str:
 
 
 def budgets() -> str:
+    """Tokens per layer on LLaVA-1.5-7B at the standard budgets."""
     lines = ["| method | " + " | ".join(map(str, BUDGETS)) + " |", "|---|" + "---|" * len(BUDGETS)]
     for name in registry.names():
         if name != "full":
@@ -73,9 +78,9 @@ def budgets() -> str:
 
 
 def splits() -> str:
-    """How every method splits its budget over crops, and what that makes of LLaVA-NeXT's budgets."""
+    """How every method splits its budget over tiles, and tokens per layer on LLaVA-NeXT-7B."""
     lines = [
-        "| method | crops | " + " | ".join(map(str, NEXT_BUDGETS)) + " |",
+        "| method | split over tiles | " + " | ".join(map(str, NEXT_BUDGETS)) + " |",
         "|---|---|" + "---|" * len(NEXT_BUDGETS),
     ]
     for name in registry.names():
@@ -89,16 +94,18 @@ def splits() -> str:
     return "\n".join(lines)
 
 
-def quirks() -> str:
-    """What departs from the contract, in the methods' own words."""
+def known_deviations() -> str:
+    """Where a method departs from the contract tests, as its class says."""
     found = [(name, registry.method(name).quirks) for name in registry.names()]
     return "\n".join(f"* `{name}`: {text}" for name, known in found for text in known.values())
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args(arguments)
     insert(PAGE, "methods", table())
     insert(PAGE, "budgets", budgets())
-    insert(PAGE, "quirks", quirks())
+    insert(PAGE, "known deviations", known_deviations())
     insert(MODELS, "crops", splits())
     print(f"Tables are in {MODELS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}.")
     return 0

@@ -1,0 +1,144 @@
+"""The console command `vtr`: one name for every command line of the repository.
+
+    vtr eval --method consensusdrop --budget 64
+    vtr show methods
+
+`pip install -e .` installs it; `python -m eval.cli` is the same. A command's module is imported only when the command
+runs, so that help and typing mistakes cost no time.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module, metadata
+
+PROGRAM = "vtr"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command.
+
+    Attributes:
+        module: has `main()`, which reads `sys.argv` and returns the exit code.
+        summary: the command's line in `vtr --help`.
+        arguments: stand before those of the user.
+    """
+
+    module: str
+    summary: str
+    arguments: tuple[str, ...] = ()
+
+
+# The words after `vtr` and the module that they run. The first command of a group is its default: `vtr bench`.
+COMMANDS = {
+    "eval": Command("eval.__main__", "evaluate one method at one budget on one benchmark"),
+    "score": Command("eval.score", "score a file of answers, without a model"),
+    "compare": Command("eval.compare", "paired test between two runs or files of answers"),
+    "check-data": Command("eval.check_data", "report which benchmarks a data folder holds and what is missing"),
+    "show methods": Command(
+        "eval.show", "list the methods, or one method's options: vtr show methods NAME", ("methods",)
+    ),
+    "show benchmarks": Command("eval.show", "list the benchmarks, with their splits and profiles", ("benchmarks",)),
+    "show models": Command("eval.show", "list the bundled toy models", ("models",)),
+    "bench latency": Command("eval.efficiency.latency", "time to first token, operations and memory beside the full
+    model"),
+    "figures tokens": Command("eval.figures.kept_tokens", "draw the kept tokens of a picture (README)"),
+    "figures tiles": Command("eval.figures.kept_tiles", "draw the kept tokens of tiles and videos (docs/models.md)"),
+    "tables embedded": Command("eval.tables.embedded", "all methods on the toy benchmark (docs/embedded.md)"),
+    "tables families": Command("eval.tables.families", "all methods on the toy tiles and videos (docs/models.md)"),
+    "tables consensusdrop": Command("eval.tables.consensusdrop", "ablation and claims (docs/consensusdrop.md)"),
+    "tables papers": Command("eval.tables.papers", "ablations of VisionDrop and AttnMix (their pages)"),
+    "tables methods": Command("eval.tables.methods", "what the methods say of themselves (docs/methods.md)"),
+    "tables benchmarks": Command("eval.tables.benchmarks", "benchmarks, and the toy models' scores on them"),
+}
+DEFAULTS = {"bench": "latency"}  # groups whose second word may be left out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    try:
+        return dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except BrokenPipeError:  # `vtr show methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def dispatch(words: list[str]) -> int:
+    """Find the command that the words begin with, and run it."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"{PROGRAM} {version()}")
+        return 0
+    first, rest = words[0], words[1:]
+    if first in COMMANDS:
+        return run(first, rest)
+    if group := subcommands(first):
+        return run_group(first, group, rest)
+    return refuse(f"{PROGRAM} has no command {first!r}.", first, [name.partition(" ")[0] for name in COMMANDS])
+
+
+def run_group(first: str, group: dict[str, Command], rest: list[str]) -> int:
+    """A command of two words, such as `tables methods`."""
+    second = rest[0] if rest else ""
+    if second in group:
+        return run(f"{first} {second}", rest[1:])
+    if second in ("-h", "--help"):
+        print(listing(f"Usage: {PROGRAM} {first} COMMAND [arguments]; COMMAND --help says more.", group))
+        return 0
+    if first in DEFAULTS and (not second or second.startswith("-")):
+        return run(f"{first} {DEFAULTS[first]}", rest)
+    if not second or second.startswith("-"):
+        print(f"{PROGRAM} {first} needs one of: {', '.join(group)}.", file=sys.stderr)
+        return 2
+    return refuse(f"{PROGRAM} {first} has no command {second!r}.", second, list(group))
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Call the module's `main` as if it had been started under the command's name."""
+    command = COMMANDS[name]
+    sys.argv = [f"{PROGRAM} {name}", *command.arguments, *arguments]
+    return import_module(command.module).main()
+
+
+def subcommands(group: str) -> dict[str, Command]:
+    """Second word -> command, of the commands whose first word is `group`."""
+    pairs = (name.partition(" ") for name in COMMANDS)
+    return {second: COMMANDS[f"{first} {second}"] for first, _, second in pairs if first == group and second}
+
+
+def refuse(sentence: str, word: str, known: list[str]) -> int:
+    """Print the error with the nearest name that exists; returns the exit code."""
+    close = get_close_matches(word, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    print(f"{sentence}{hint} Available: {', '.join(dict.fromkeys(known))}.", file=sys.stderr)
+    return 2
+
+
+def usage() -> str:
+    """The text of `vtr --help`."""
+    head = f"Usage: {PROGRAM} COMMAND [arguments]\n\nVisual token reduction. `{PROGRAM} COMMAND --help` says more.\n"
+    return listing(head, COMMANDS)
+
+
+def listing(head: str, commands: dict[str, Command]) -> str:
+    """Commands with their summaries in two columns."""
+    width = max(map(len, commands))
+    return "\n".join([head, *(f"  {name:{width}s}  {command.summary}" for name, command in commands.items())])
+
+
+def version() -> str:
+    """The installed version of the package."""
+    try:
+        return metadata.version("visual-token-reduction")
+    except metadata.PackageNotFoundError:
+        return "(not installed; pip install -e . in the repository)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The console command `vtr`: every command line under one name."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from eval import cli, show
+from eval.config import ROOT
+
+
+@pytest.fixture(autouse=True)
+def own_arguments(monkeypatch):
+    """The commands replace `sys.argv`."""
+    monkeypatch.setattr(sys, "argv", ["vtr"])
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_every_command_names_the_command_and_runs_nothing(name, capsys):
+    """`python -m eval.tables.methods --help` used to rewrite the pages, because it read no arguments."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*name.split(), "--help"])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert stopped.value.code == 0 and first.startswith(f"usage: vtr {name.split()[0]}")
+
+
+def test_every_module_that_users_start_has_a_command():
+    """A command line added to eval/ must be reachable through `vtr`."""
+    started = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "eval").rglob("*.py")
+        if '__name__ == "__main__"' in path.read_text() and "def main(" in path.read_text()
+    }
+    assert started - {"eval.cli"} == {command.module for command in cli.COMMANDS.values()}
+
+
+def test_arguments_and_exit_code_pass_through(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("eval.score"), "main", lambda: (print(sys.argv), 7)[1])
+    assert cli.main(["score", "gqa", "--answers", "a b"]) == 7
+    assert sys.argv == ["vtr score", "gqa", "--answers", "a b"]
+
+
+@pytest.mark.parametrize("second", ([], ["latency"]))
+def test_bench_is_short_for_bench_latency(monkeypatch, second):
+    monkeypatch.setattr(importlib.import_module("eval.efficiency.latency"), "main", lambda: 0)
+    assert cli.main(["bench", *second, "--budget", "64"]) == 0
+    assert sys.argv == ["vtr bench latency", "--budget", "64"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["evl"], "vtr has no command 'evl'. Did you mean 'eval'? Available: "),
+        (["tables", "metods"], "vtr tables has no command 'metods'. Did you mean 'methods'? Available: "),
+        (["tables"], "vtr tables needs one of: embedded, "),
+        (["tables", "--budget"], "vtr tables needs one of: embedded, "),
+    ],
+)
+def test_unknown_commands_end_in_a_sentence_with_a_suggestion(words, expected, capsys):
+    assert cli.main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(expected) and not printed.out
+
+
+def test_errors_of_a_command_keep_their_sentence_and_exit_code(capsys):
+    assert cli.main(["score", "gqb", "--answers", "missing"]) == 2
+    assert "Did you mean 'gqa'" in capsys.readouterr().err
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom eval.cli import COMMANDS, main\nassert main(['--help']) == 0\n"
+        "assert not {'torch', 'numpy', 'argparse', 'eval.config'} & sys.modules.keys(), 'a heavy import'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name} " in done.stdout and command.summary in done.stdout
+
+
+@pytest.mark.parametrize("words", ("--help", "show benchmarks"))
+def test_a_closed_pipe_is_no_traceback(words):
+    """`vtr show benchmarks | head -1` printed a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-u", "-m", "eval.cli", *words.split()]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", show.KINDS)
+def test_show_lists_what_there_is(kind, capsys):
+    assert cli.main(["show", kind, "--json"]) == 0
+    names = [entry["name"] for entry in json.loads(capsys.readouterr().out)]
+    assert cli.main(["show", kind]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names
+    assert {"methods": "consensusdrop", "benchmarks": "gqa"}.get(kind, names[0]) in names
+
+
+def test_show_one_method_lists_its_options(capsys):
+    assert cli.main(["show", "methods", "consensusdrop"]) == 0
+    assert "    alpha = " in capsys.readouterr().out
+    assert cli.main(["show", "methods", "consensusdrip"]) == 2
+    assert "Unknown method 'consensusdrip'. Did you mean 'consensusdrop'?" in capsys.readouterr().err
+
+
+def test_a_wheel_has_no_toy_models_and_says_so(monkeypatch, capsys, tmp_path):
+    """Only the repository holds assets/; the list was an empty maximum, hence a traceback."""
+    monkeypatch.setattr(importlib.import_module("eval.__main__"), "ROOT", tmp_path)
+    assert cli.main(["show", "models"]) == 2
+    assert "not in its wheel" in capsys.readouterr().err
