@@ -16,18 +16,8 @@ from eval.dataset import Dataset
 from eval.jsonl import read_json, write_json
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.judging.choice import check_judge, score_answers
-from eval.metrics import Score, Terms, ratio_terms
-from eval.results.statistics import compare_terms
+from eval.results import statistics
 from llava.errors import UserError
-
-
-def terms_of(score: Score, data: Dataset) -> Terms:
-    """What is drawn anew: the metric's own units, or questions that are drawn together when they share a picture."""
-    if score.terms is not None:
-        return score.terms
-    pictures = {question.id: question.image for question in data.questions}
-    names = sorted(score.correct)
-    return ratio_terms({name: score.correct[name] for name in names}, pictures, "image")
 
 
 def compare(
@@ -47,10 +37,14 @@ def compare(
     ]
     main = scores[0].main
     if scores[1].main != main:
-        raise UserError(f"A has verdicts of a judge and B has none, or the other way round ({main}, {scores[1].main}).")
+        raise UserError(
+            f"A was scored with {main} and B with {scores[1].main}; score both files with the same --judge."
+        )
     if any(score.values.get(main) is None for score in scores):
         raise UserError(f"{data.title} has no score to compare here: {'; '.join(scores[0].notes)}.")
-    found = compare_terms(*(terms_of(score, data) for score in scores), seed=seed)
+    images = {question.id: question.image for question in data.questions}
+    a_terms, b_terms = (statistics.terms_of(score, images) for score in scores)
+    found = statistics.compare(a_terms, b_terms, seed=seed)
     return {
         "title": data.title,
         "main": main,
@@ -58,21 +52,24 @@ def compare(
         "a": scores[0].values[main],
         "b": scores[1].values[main],
         **dataclasses.asdict(found),
+        "drawn": a_terms.unit,
         "unit": "" if main in scores[0].points else "%",
         "notes": notes,
     }
 
 
 def lines(record: Mapping[str, Any]) -> list[str]:
-    """A comparison as a person reads it."""
+    """The comparison as lines of text."""
     unit = f" {record['unit']}" if record["unit"] else ""
-    verdict = "significant at 5 %" if record["p"] < 0.05 else "not significant at 5 %"
+    verdict = "significant at 5 %" if record["p"] <= 1 - statistics.LEVEL else "not significant at 5 %"
+    low, high = record["low"], record["high"]
+    sure = record["note"] if low is None else f"{low:+.2f} to {high:+.2f}"
     return [
         f"{record['title']}, {record['main']} over {record['questions']:,} questions",
         f"A  {record['a']:.2f}{unit}",
         f"B  {record['b']:.2f}{unit}",
-        f"A - B  {record['difference']:+.2f} (95 % CI {record['low']:+.2f} to {record['high']:+.2f})",
-        f"p  {record['p']:.4f}, paired permutation test: {verdict}",
+        f"A - B  {record['difference']:+.2f} (95 % CI {sure})",
+        f"p  {record['p']:.4f}, paired permutation test by {record['drawn']}: {verdict}",
         *(f"note: {note}" for note in record["notes"]),
     ]
 
@@ -104,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name is None:
         raise UserError("--benchmark is missing; only output folders of `python -m eval` say what they answer.")
     data = open_dataset(args.benchmark or name, args.data, args.split or split, args.profile or profile, args.source)
-    files = [path / "answers.jsonl" if path in folders else path for path in paths]
-    record = compare(*files, data, args.partial, args.judge)
+    a, b = (path / "answers.jsonl" if path in folders else path for path in paths)
+    record = compare(a, b, data, args.partial, args.judge)
     print("\n".join(lines(record)))
     if args.json:
         write_json(Path(args.json), record)

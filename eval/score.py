@@ -22,7 +22,7 @@ from eval.results.report import score_lines, scored
 
 
 def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "auto") -> dict[str, Any]:
-    """The record of an answer file's score, as it stands in JSON; verdicts of a judge are kept beside the file."""
+    """Score an answer file; returns the record for JSON. Verdicts of an LLM judge are stored beside the file."""
     check_judge(data, judge)
     answers = read_answers(path, data, partial)
     asked = [question for question in data.questions if question.id in answers.texts]
@@ -33,7 +33,7 @@ def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "a
 
 
 def score_alone(path: Path, benchmark: Benchmark) -> dict[str, Any] | None:
-    """The record of a file that holds its references; None if it does not, or the benchmark has no such format."""
+    """Score a file that contains its own references; None if it does not, or the benchmark has no such format."""
     score = benchmark.score_alone(path) if benchmark.score_alone is not None else None
     if score is None:
         return None

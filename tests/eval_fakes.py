@@ -92,7 +92,10 @@ def fake_text(name: str) -> str:
 
 
 def write_gqa(folder: Path, count: int = 40, images: int = 5, split: str = "testdev") -> Path:
-    """`count` questions in the official layout, every second one answered right by the fake model."""
+    """`count` questions in the official layout, every second one answered right by the fake model.
+
+    The images hold different shares of right answers, so that scores vary between resamples.
+    """
     data = folder / "gqa" / "data"
     (data / "images").mkdir(parents=True, exist_ok=True)
     for number in range(images):
@@ -104,7 +107,7 @@ def write_gqa(folder: Path, count: int = 40, images: int = 5, split: str = "test
         records[name] = {
             "question": f"Is thing {number} there?",
             "answer": right if number % 2 == 0 else "something else",
-            "imageId": f"n{number % images}",
+            "imageId": f"n{number % 7 % images}",
             "isBalanced": True,
             "types": {"structural": "query" if number % 3 else "verify", "semantic": "obj", "detailed": "x"},
             "semantic": [{"operation": "select", "argument": "thing (1)"}],
@@ -112,7 +115,7 @@ def write_gqa(folder: Path, count: int = 40, images: int = 5, split: str = "test
             "entailed": [],
         }
         text = f"{records[name]['question']}\n{SUFFIX}"
-        lines.append({"question_id": name, "image": f"n{number % images}.jpg", "text": text, "category": "default"})
+        lines.append({"question_id": name, "image": f"n{number % 7 % images}.jpg", "text": text, "category": "default"})
     (data / f"{split}_balanced_questions.json").write_text(json.dumps(records))
     jsonl = folder / "gqa" / f"llava_gqa_{split}_balanced.jsonl"
     jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines))

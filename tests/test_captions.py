@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -25,7 +27,7 @@ def synthetic() -> dict:
 
 @pytest.fixture(scope="module")
 def score(synthetic):
-    return captions.score(synthetic["references"], synthetic["captions"], engine="own")
+    return captions.score(synthetic["references"], synthetic["captions"], java=False)
 
 
 def test_every_string_is_tokenized_as_by_the_official_program():
@@ -54,18 +56,31 @@ def test_the_headline_is_its_terms(score):
     assert score.values["cider"] == score.terms.value(score.terms.sums.sum(0))
 
 
-@pytest.mark.skipif(coco_captions.available() == "own", reason="pycocoevalcap or Java is not installed")
-def test_the_package_gives_the_recorded_numbers(synthetic, score):
-    official = captions.score(synthetic["references"], synthetic["captions"], engine="pycocoevalcap")
+@pytest.mark.skipif(not coco_captions.has_java(), reason="Java is not installed")
+def test_java_gives_the_same_numbers_and_meteor(synthetic, score):
+    official = captions.score(synthetic["references"], synthetic["captions"], java=True)
     assert official.values["meteor"] == pytest.approx(100 * synthetic["expected"]["METEOR"], rel=1e-9)
     rest = {name: value for name, value in official.values.items() if name != "meteor"}
     assert rest == pytest.approx({name: score.values[name] for name in rest}, rel=1e-9)
+    assert not any("METEOR" in note for note in official.notes)
 
 
-def test_without_the_package_its_engine_is_refused_in_a_sentence(monkeypatch):
-    monkeypatch.setattr(coco_captions, "available", lambda: "own")
-    with pytest.raises(UserError, match="pycocoevalcap or Java is not installed"):
-        captions.score({"1": ["a dog"]}, {"1": "a dog"}, engine="pycocoevalcap")
+def test_a_missing_package_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(coco_captions.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install pycocoevalcap==1\.2"):
+        captions.score({"1": ["a dog"]}, {"1": "a dog"})
+
+
+def test_the_package_is_not_imported_before_captions_are_scored():
+    """pycocoevalcap.eval imports METEOR and SPICE, which are Java programs; most runs score no captions at all."""
+    code = "import sys, eval.captioning; print([name for name in sys.modules if name.startswith('pycocoevalcap')])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+    code = "import eval.metrics.captions as c; c.score({'1': ['a']}, {'1': 'a'}, java=False); " + code.replace(
+        "startswith('pycocoevalcap')", "endswith(('meteor', 'spice'))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_brackets_stay_as_words_because_the_official_list_has_them_in_capitals():
@@ -76,31 +91,33 @@ def test_brackets_stay_as_words_because_the_official_list_has_them_in_capitals()
 def test_a_line_break_does_not_shift_the_captions_of_other_images(mark):
     """The package's tokenizer reads captions as lines of a file."""
     references = {"1": ["a dog runs on grass"], "2": ["two cats sleep on a bed"]}
-    broken = captions.score(references, {"1": f"a dog{mark}runs", "2": "two cats sleep"}, engine="own")
-    whole = captions.score(references, {"1": "a dog runs", "2": "two cats sleep"}, engine="own")
+    broken = captions.score(references, {"1": f"a dog{mark}runs", "2": "two cats sleep"}, java=False)
+    whole = captions.score(references, {"1": "a dog runs", "2": "two cats sleep"}, java=False)
     assert broken.values == whole.values
 
 
 def test_cider_by_the_formula():
     """Two images, one word each: idf is log 2, all longer n-grams are absent, so the mean over four lengths is 1/4."""
-    found = captions.cider({"1": ["dog"], "2": ["cat"]}, {"1": "dog", "2": "dog"})
+    found = coco_captions.cider({"1": ["dog"], "2": ["cat"]}, {"1": ["dog"], "2": ["dog"]})
     assert found == pytest.approx({"1": 2.5, "2": 0.0})
 
 
 def test_words_that_all_images_share_weigh_nothing():
-    assert captions.cider({"1": ["dog"], "2": ["dog"]}, {"1": "dog", "2": "dog"}) == {"1": 0.0, "2": 0.0}
+    assert coco_captions.cider({"1": ["dog"], "2": ["dog"]}, {"1": ["dog"], "2": ["dog"]}) == {"1": 0.0, "2": 0.0}
 
 
 def test_bleu_counts_the_shorter_of_two_equally_close_references():
-    longer = captions.bleu({"1": ["a b c d", "a b c d e f"]}, {"1": "a b c d e"})
+    longer = coco_captions.bleu({"1": ["a b c d", "a b c d e f"]}, {"1": ["a b c d e"]})
     assert longer[0] == pytest.approx(1.0)
-    brief = captions.bleu({"1": ["a b c d e f"]}, {"1": "a b c"})
+    brief = coco_captions.bleu({"1": ["a b c d e f"]}, {"1": ["a b c"]})
     assert brief[0] == pytest.approx(math.exp(1 - 6 / 3))
 
 
 def test_an_empty_caption_scores_nothing_and_breaks_nothing():
-    found = captions.score({"1": ["a dog"], "2": ["a cat"]}, {"1": "", "2": ""}, engine="own")
+    found = captions.score({"1": ["a dog"], "2": ["a cat"]}, {"1": "", "2": ""}, java=False)
     assert {name: value for name, value in found.values.items() if value} == {}
+    wordless = captions.score({"1": ["..."], "2": ["!"]}, {"1": "a dog", "2": "a cat"}, java=False)
+    assert wordless.values["cider"] == 0 and wordless.values["rouge_l"] == 0
 
 
 def test_a_caption_of_an_image_without_references_is_named():
@@ -109,9 +126,9 @@ def test_a_caption_of_an_image_without_references_is_named():
 
 
 @pytest.fixture
-def own_engine(monkeypatch):
-    """Also where Java is there: starting it several times takes longer than everything else here."""
-    monkeypatch.setattr(coco_captions, "available", lambda: "own")
+def no_java(monkeypatch):
+    """Also where Java is installed: starting it several times takes longer than all other tests of this file."""
+    monkeypatch.setattr(coco_captions, "has_java", lambda: False)
 
 
 SENTENCES = [["A dog runs.", "The dog is running."], ["Two cats sleep.", "Cats on a bed."], ["A red car.", "One car"]]
@@ -132,7 +149,7 @@ def mirror(data: Path, owner: str, split: str, rows: list[dict]) -> Path:
     return data
 
 
-def test_flickr30k_from_the_mirror(tmp_path, own_engine):
+def test_flickr30k_from_the_mirror(tmp_path, no_java):
     encoded = {"bytes": picture(tmp_path).read_bytes()}
     rows = [{"image": encoded, "caption": c, "img_id": str(70 + n)} for n, c in enumerate(SENTENCES)]
     mirror(tmp_path, "lmms-lab/flickr30k", "test", rows)
@@ -182,7 +199,7 @@ def nocaps(tmp_path) -> Path:
     return tmp_path
 
 
-def test_nocaps_from_the_official_file_by_domain(nocaps, own_engine):
+def test_nocaps_from_the_official_file_by_domain(nocaps, no_java):
     data = benchmarks.get("nocaps").load(nocaps, "validation", "lmms", "auto")
     data.check_images(data.questions)
     texts = {"0": "a dog runs", "1": "two cats", "2": "a red car"}
@@ -201,7 +218,7 @@ def test_nocaps_test_has_no_score_but_a_file_to_upload(nocaps):
     assert set(data.submission({"0": "a dog"})) == {"nocaps_test_results.json"}
 
 
-def test_nocaps_from_the_mirror_has_no_domains(tmp_path, own_engine):
+def test_nocaps_from_the_mirror_has_no_domains(tmp_path, no_java):
     encoded = {"bytes": picture(tmp_path).read_bytes()}
     rows = [{"image": encoded, "image_id": n, "annotations_captions": texts} for n, texts in enumerate(SENTENCES)]
     mirror(tmp_path, "lmms-lab-encoder/NoCaps", "validation", rows)

@@ -42,6 +42,11 @@ def server():
             content = {"model": "judge-0613", "choices": [{"message": {"content": reply}}]}
             payload = json.dumps(content).encode() if status == 200 else f"no: {reply}".encode()
             self.send_response(status)
+            if status == 200 and served.body is not None:
+                payload = served.body.encode()
+            self.send_header("Content-Type", "application/json")
+            if status == 429:
+                self.send_header("Retry-After", "7")
             if status == 302:
                 self.send_header("Location", "http://127.0.0.1:9/elsewhere")
             self.send_header("Content-Length", str(len(payload)))
@@ -52,7 +57,7 @@ def server():
             pass
 
     served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.calls, served.answer = [], lambda number, body: (200, body["messages"][0]["content"])
+    served.calls, served.answer, served.body = [], lambda number, body: (200, body["messages"][0]["content"]), None
     served.url = f"http://127.0.0.1:{served.server_port}/v1"
     thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -88,10 +93,17 @@ def data_with(how: Judging | None) -> Dataset:
 
 
 def at(server, **changes) -> Endpoint:
-    return Endpoint("judge", f"{server.url}/chat/completions", KEY, **({"workers": 1, "sleep": waits.append} | changes))
+    return Endpoint(**({"name": "judge", "url": server.url, "key": KEY, "workers": 1} | changes))
 
 
-waits: list[float] = []
+@pytest.fixture(autouse=True)
+def waits(monkeypatch) -> list[float]:
+    """The seconds that the client waits between tries, which tests do not wait for."""
+    from openai import _base_client
+
+    found: list[float] = []
+    monkeypatch.setattr(_base_client.time, "sleep", found.append)
+    return found
 
 
 def run(judge, how, folder, texts=TEXTS):
@@ -117,24 +129,23 @@ def test_every_answer_is_asked_about_once_and_kept(server, tmp_path, capsys):
     assert len(server.calls) == 3
 
 
-def test_a_busy_server_is_asked_again_ever_more_slowly(server, tmp_path):
-    waits.clear()
+def test_a_busy_server_is_asked_again_ever_more_slowly(server, waits):
     server.answer = lambda number, body: (500 if number < 4 else 200, "1")
     assert at(server).reply(Request("a", ({"role": "user", "content": "x"},))) == ("1", "judge-0613")
-    assert waits == [1, 2, 4]
+    assert len(server.calls) == 4 and waits == sorted(waits) and 0.3 < waits[0] < waits[2] / 2
     assert "temperature" not in server.calls[0] and "max_tokens" not in server.calls[0]
 
 
 def test_a_server_that_stays_down_ends_the_run_and_keeps_the_verdicts(server, tmp_path):
     server.answer = lambda number, body: (200, "1") if number == 1 else (503, KEY)
     with pytest.raises(
-        UserError, match=r"did not answer in 6 tries \(HTTP 503: no: \*\*\*\); the verdicts so far"
+        UserError, match=r"did not answer in 8 tries \(HTTP 503: no: \*\*\*\); the verdicts so far"
     ) as e:
         run(at(server), judging(), tmp_path)
     assert KEY not in str(e.value)
     server.answer = lambda number, body: (200, "1")
     assert len(run(at(server), judging(), tmp_path)) == 3
-    assert sum(call["messages"][0]["content"] == "1" for call in server.calls[7:]) == 1  # "a" was not asked again
+    assert sum(call["messages"][0]["content"] == "1" for call in server.calls[9:]) == 1  # "a" was not asked again
 
 
 def test_a_refusal_is_not_repeated_and_a_redirect_not_followed(server):
@@ -149,8 +160,44 @@ def test_a_refusal_is_not_repeated_and_a_redirect_not_followed(server):
 
 def test_no_answer_at_all_is_said(server):
     server.server_close()
-    with pytest.raises(UserError, match="did not answer in 6 tries"):
+    with pytest.raises(UserError, match="did not answer in 8 tries"):
         at(server).reply(Request("a", ()))
+
+
+def test_a_slow_server_is_asked_again_after_the_timeout(server):
+    late = threading.Event()
+    server.answer = lambda number, body: (late.wait(30 if number == 1 else 0), (200, "1"))[1]
+    assert at(server, timeout=0.3).reply(Request("a", ({"role": "user", "content": "x"},)))[0] == "1"
+    late.set()
+    assert len(server.calls) == 2
+
+
+def test_a_server_that_says_when_is_asked_then(server, waits):
+    server.answer = lambda number, body: (429 if number == 1 else 200, "1")
+    at(server).reply(Request("a", ({"role": "user", "content": "x"},)))
+    assert waits == [7]
+
+
+def test_without_a_key_none_is_sent(server):
+    assert at(server, key=None).reply(Request("a", ({"role": "user", "content": "x"},)))[0] == "x"
+    assert server.calls[0]["key"] is None
+
+
+@pytest.mark.parametrize("content", ["<html>", "[]", '{"choices": []}', '{"choices": [{"message": null}]}', "[" * 9999])
+def test_something_that_is_no_chat_endpoint_is_a_sentence(server, content):
+    server.body = content
+    with pytest.raises(UserError, match="does not answer as a chat endpoint does; it sent"):
+        at(server).reply(Request("a", ({"role": "user", "content": "x"},)))
+
+
+def test_the_key_is_in_no_log(server, caplog):
+    """The client logs its requests at the level "debug"."""
+    caplog.set_level("DEBUG")
+    server.answer = lambda number, body: (401, f"bad {KEY}")
+    with pytest.raises(UserError) as error:
+        at(server).reply(Request("a", ({"role": "user", "content": "x"},)))
+    assert KEY not in str(error.value) and KEY not in caplog.text
+    assert "HTTP request" in caplog.text
 
 
 def test_unreadable_replies_are_asked_for_again_with_a_cap(server, tmp_path):
@@ -204,7 +251,8 @@ def test_many_workers_give_the_same_verdicts(server, tmp_path):
 def test_the_endpoint_comes_from_the_environment():
     given = {"JUDGE_MODEL": "m", "OPENAI_BASE_URL": "https://host/v1/", "OPENAI_API_KEY": f" {KEY}\n"}
     found = endpoint(given)
-    assert (found.url, found.name, found.key) == ("https://host/v1/chat/completions", "m", KEY)
+    assert (found.url, found.name, found.key) == ("https://host/v1", "m", KEY)
+    assert endpoint(given | {"OPENAI_BASE_URL": "https://host/v1/chat/completions"}).url == found.url
     assert KEY not in repr(found) and found.workers == 4 and found.cost(10, 10) is None
     assert configured(given) and not configured(given | {"OPENAI_API_KEY": ""}) and not configured({})
     priced = endpoint(given | {"JUDGE_PRICE_IN": "30", "JUDGE_PRICE_OUT": "60"})
@@ -214,6 +262,8 @@ def test_the_endpoint_comes_from_the_environment():
     for wrong, sentence in [
         ({"JUDGE_MODEL": ""}, "needs the environment variable JUDGE_MODEL."),
         ({"JUDGE_URL": "file:///etc/passwd"}, "JUDGE_URL should be an address"),
+        ({"JUDGE_URL": "http://host:port/v1"}, "JUDGE_URL should be an address"),
+        ({"JUDGE_URL": "http://[host/v1"}, "JUDGE_URL should be an address"),
         ({"OPENAI_API_KEY": "a\nb"}, "holds characters that no key has"),
         ({"JUDGE_WORKERS": "0"}, "JUDGE_WORKERS should be a whole number"),
         ({"JUDGE_PRICE_IN": "cheap"}, "should be prices per million tokens, got 'cheap'"),

@@ -1,69 +1,14 @@
-"""Intervals and paired tests of numbers that are functions of sums, and the comparison of two answer files."""
+"""The comparison of two answer files, and p-values where nothing differs."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from eval import compare
-from eval.metrics import Terms, ratio_terms
-from eval.results.statistics import bootstrap, compare_terms, interval_of
-from llava.errors import UserError
+from eval.metrics import ratio_terms
+from eval.results.statistics import compare as compare_terms
 from tests.eval_fakes import fake_text, write_gqa
-
-
-def f1_terms(rng, count: int = 200) -> Terms:
-    """(true positives, predicted, actual) of yes/no questions, four to a picture; F1 is no mean of anything."""
-    actual = rng.random(count) < 0.5
-    said = np.where(rng.random(count) < 0.8, actual, ~actual)
-    sums = np.stack([actual & said, said, actual], 1).astype(float)
-    names = tuple(map(str, range(count)))
-    return Terms(
-        "question",
-        names,
-        tuple(str(i // 4) for i in range(count)),
-        sums,
-        lambda s: 200 * s[..., 0] / (s[..., 1] + s[..., 2]),
-    )
-
-
-def test_a_mean_has_the_interval_of_the_plain_bootstrap():
-    credits = {str(i): float(i % 3 == 0) for i in range(400)}
-    ours, plain = interval_of(ratio_terms(credits)), bootstrap([100 * value for value in credits.values()])
-    assert ours.mean == pytest.approx(plain.mean)
-    assert ours.low == pytest.approx(plain.low, abs=0.6) and ours.high == pytest.approx(plain.high, abs=0.6)
-
-
-def test_interval_of_f1_is_that_of_drawing_pictures_by_hand():
-    terms = f1_terms(np.random.default_rng(0))
-    draw, values = np.random.default_rng(1), []
-    for _ in range(3000):
-        rows = (draw.integers(50, size=50)[:, None] * 4 + np.arange(4)).ravel()
-        true, said, actual = terms.sums[rows].sum(0)
-        values.append(200 * true / (said + actual))
-    found = interval_of(terms)
-    assert found.low == pytest.approx(np.quantile(values, 0.025), abs=0.5)
-    assert found.high == pytest.approx(np.quantile(values, 0.975), abs=0.5)
-    alone = interval_of(dataclasses.replace(terms, clusters=terms.names))
-    assert alone.mean == found.mean
-
-
-def test_paired_test_finds_a_difference_that_unpaired_intervals_hide():
-    rng = np.random.default_rng(3)
-    a = {str(i): float(rng.random() < 0.5) for i in range(400)}
-    better = dict(a)
-    for name in [name for name, credit in a.items() if not credit][:12]:
-        better[name] = 1.0
-    found = compare_terms(ratio_terms(better), ratio_terms(a))
-    assert found.difference == pytest.approx(3) and found.p < 0.01 and found.low > 0
-    assert interval_of(ratio_terms(better)).low < interval_of(ratio_terms(a)).high
-
-
-def test_equal_files_do_not_differ():
-    terms = f1_terms(np.random.default_rng(5))
-    found = compare_terms(terms, terms)
-    assert found.difference == found.low == found.high == 0 and found.p == 1
 
 
 def test_null_p_values_are_not_small_too_often():
@@ -76,14 +21,9 @@ def test_null_p_values_are_not_small_too_often():
     assert small <= 14
 
 
-def test_other_units_are_refused():
-    with pytest.raises(UserError, match="same questions"):
-        compare_terms(ratio_terms({"a": 1.0}), ratio_terms({"b": 1.0}))
-
-
 @pytest.fixture
 def files(tmp_path):
-    data = write_gqa(tmp_path / "data")
+    data = write_gqa(tmp_path / "data", images=7)
     records = json.loads((data / "gqa" / "data" / "testdev_balanced_questions.json").read_text())
 
     def write(name: str, right: int) -> str:
@@ -104,8 +44,18 @@ def test_command_compares_two_files(files, tmp_path, capsys):
     arguments = [write("a", 40), write("b", 20), "--benchmark", "gqa", "--data", str(data), "--json", str(out)]
     assert compare.main(arguments) == 0
     record, text = json.loads(out.read_text()), capsys.readouterr().out
-    assert record["difference"] == 50 and record["p"] < 0.1 and record["low"] > 0
-    assert "A - B  +50.00" in text and "GQA testdev, accuracy over 40 questions" in text
+    assert record["difference"] == 50 and record["p"] == 2 / 2**7 and record["low"] > 0 and record["drawn"] == "image"
+    assert "A - B  +50.00 (95 % CI +45" in text and "GQA testdev, accuracy over 40 questions" in text
+    assert "p  0.0156, paired permutation test by image: significant at 5 %" in text
+
+
+def test_command_says_why_there_is_no_interval(files, capsys):
+    data, write = files
+    name = write("a", 30)
+    assert compare.main([name, name, "--benchmark", "gqa", "--data", str(data)]) == 0
+    shown = capsys.readouterr().out
+    assert "A - B  +0.00 (95 % CI n/a: the difference is the same for every image)" in shown
+    assert "p  1.0000, paired permutation test by image: not significant at 5 %" in shown
 
 
 def test_command_compares_what_both_answer_only_when_told(files, tmp_path, capsys):

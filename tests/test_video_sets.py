@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from eval.metrics import activitynet, video_judge
-from eval.results.statistics import interval_of
+from eval.results.statistics import interval
 from llava.errors import UserError
 from tests.judged_files import judged, load, write_json
 
@@ -43,7 +43,7 @@ def test_video_aggregation_equals_the_official_script(tmp_path):
     assert f"Accuracy: {found.values['accuracy'] / 100}" == expected[2]
     assert f"Average score: {found.values['score']}" == expected[3]
     assert found.terms.sums.sum(0).tolist() == [5, 9] and found.main == "accuracy" and found.points == {"score"}
-    assert interval_of(found.terms, resamples=50).mean == pytest.approx(found.values["accuracy"])
+    assert interval(found.terms, resamples=50).mean == pytest.approx(found.values["accuracy"])
 
 
 def test_video_judgements_are_read_from_a_folder_too(tmp_path):

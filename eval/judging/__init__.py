@@ -1,7 +1,7 @@
-"""Benchmarks whose answers a language model judges: what it is asked, how its reply is read, what verdicts add up to.
+"""Benchmarks whose answers an LLM judge grades.
 
-A benchmark gives a `Judging`; eval/judging/choice.py picks the judge that the user named, an endpoint, a local model,
-verdicts on disk, or the word match that needs none of them.
+A benchmark defines a `Judging`: what the judge is asked, how its reply is read, and the score of its verdicts.
+eval/judging/choice.py picks the judge that --judge names: an endpoint, a local model, stored verdicts or a word match.
 """
 
 import hashlib

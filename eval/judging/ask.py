@@ -1,4 +1,4 @@
-"""Ask a judge about every answer that has no verdict yet."""
+"""Ask an LLM judge about every answer that has no verdict yet."""
 
 import math
 import sys
@@ -19,15 +19,17 @@ USUAL_REPLY = 64
 
 
 class Judge(Protocol):
-    """A chat model that judges.
+    """A chat model that judges answers."""
 
-    Attributes:
-        name: of the model, as it stands in results.
-        workers: requests in flight at once.
-    """
+    @property
+    def name(self) -> str:
+        """Of the model, as written to results."""
+        ...
 
-    name: str
-    workers: int
+    @property
+    def workers(self) -> int:
+        """Requests in flight at once."""
+        ...
 
     def reply(self, request: Request) -> tuple[str, str]:
         """The reply's text and the model that the judge says it is."""
@@ -39,9 +41,9 @@ class Judge(Protocol):
 
 
 def ask(judge: Judge, judging: Judging, requests: Sequence[Request], store: Store) -> None:
-    """Fill the store, in as many runs as it takes: what is in it is not asked again.
+    """Ask about all requests without a stored verdict, and store each verdict as it arrives.
 
-    The estimate is printed before the first request, because requests cost money.
+    Prints an estimate before the first request, because requests cost money.
     """
     pending = [request for request in requests if store.find(request) is None]
     if not pending:
@@ -67,7 +69,7 @@ def ask(judge: Judge, judging: Judging, requests: Sequence[Request], store: Stor
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 keep(done, store, bar)
         except BaseException:
-            # Replies under way are paid for.
+            # Requests in flight have been paid for.
             keep([future for future in running if future.exception() is None], store, bar)
             raise
 

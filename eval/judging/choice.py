@@ -1,4 +1,4 @@
-"""The --judge flag: which judge scores the answers of a run, and what a reader must know about it."""
+"""The --judge flag: which LLM judge scores the answers of a run, and the notes on it in the result."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ Scored = tuple[Score, dict[str, Any]]
 
 
 def check_judge(data: Dataset, judge: str) -> None:
-    """Say before a run what would stop its scoring."""
+    """Raise before a run what would stop its scoring."""
     if data.judging is None:
         if judge != "auto":
             raise UserError(f"{data.title} is scored without a judge; leave --judge {judge} out.")

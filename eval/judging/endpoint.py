@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible address.
+"""An LLM judge at an OpenAI-compatible address, through the `openai` client.
 
     JUDGE_MODEL    name of the model
     JUDGE_URL      base address such as https://api.openai.com/v1, or OPENAI_BASE_URL
@@ -6,36 +6,28 @@
     JUDGE_WORKERS  requests in flight at once, 4 if not set
     JUDGE_PRICE_IN, JUDGE_PRICE_OUT  price per million tokens, for the estimate
 
-They come from the environment alone: a command line ends up in logs and shell histories, a key must not.
+They are read from the environment only: command lines end up in logs and shell histories, and a key must not.
 """
 
-import http.client
 import json
 import os
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from eval.config import whole_number
 from eval.judging import Request
 from llava.errors import UserError
 
-TRIES = 6
-TIMEOUT = 120
-LONGEST_WAIT = 60.0
-# What a server says when it is busy or broken for the moment.
-PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+if TYPE_CHECKING:
+    from openai import OpenAI
 
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
+# The client waits between tries, 0.5 to 8 s each and 31 s in all, or as long as the server's Retry-After says.
+TRIES = 8
+TIMEOUT = 120.0
+PATH = "/chat/completions"
 
 
 @dataclass(frozen=True)
@@ -43,9 +35,10 @@ class Endpoint:
     """A chat model at an address.
 
     Attributes:
+        url: base address, without the path of the request.
         key: never printed and no part of repr.
         prices: per million tokens in and out.
-        sleep: waits between tries; tests replace it.
+        timeout: seconds until a request without an answer is sent again.
     """
 
     name: str
@@ -53,53 +46,67 @@ class Endpoint:
     key: str | None = field(repr=False)
     workers: int = 4
     prices: tuple[float, float] | None = None
-    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+    timeout: float = TIMEOUT
+
+    @cached_property
+    def client(self) -> "OpenAI":
+        """The connection; all threads share it."""
+        from openai import DefaultHttpxClient, OpenAI
+
+        return OpenAI(
+            api_key=self.key or "none",
+            base_url=self.url,
+            max_retries=TRIES - 1,
+            timeout=self.timeout,
+            # A redirect would carry the key to another host.
+            http_client=DefaultHttpxClient(follow_redirects=False),
+        )
 
     def reply(self, request: Request) -> tuple[str, str]:
-        """The reply and the model's name as the server gives it; busy servers are asked again, ever more slowly."""
-        for attempt in range(TRIES):
-            try:
-                return self._post(request)
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {self._clean(error.read(300).decode(errors='replace'))}"
-                if error.code not in PASSING:
-                    raise UserError(f"The judge at {self.url} refused a request ({problem}).") from None
-                wait = _seconds(error.headers.get("Retry-After"), 2.0**attempt)
-            except (OSError, http.client.HTTPException) as error:
-                problem = self._clean(str(getattr(error, "reason", None) or error))
-                wait = 2.0**attempt
-            if attempt + 1 < TRIES:
-                self.sleep(min(wait, LONGEST_WAIT))
-        raise UserError(
-            f"The judge at {self.url} did not answer in {TRIES} tries ({problem}); the verdicts so far are kept, "
-            "the same command goes on."
-        )
+        """The reply, and the model's name as the server gives it; busy servers are asked again after a while."""
+        import openai
+
+        body: dict[str, Any] = {
+            "model": self.name,
+            "messages": list(request.messages),
+            "temperature": openai.omit if request.temperature is None else request.temperature,
+            "max_tokens": openai.omit if request.max_tokens is None else request.max_tokens,
+            "extra_headers": None if self.key else {"Authorization": openai.Omit()},
+        }
+        try:
+            answer = self.client.chat.completions.with_raw_response.create(**body)
+        except openai.APIStatusError as error:
+            problem = f"HTTP {error.status_code}: {self._clean(error.response.text[:300])}"
+            if error.status_code in (408, 409, 429) or error.status_code >= 500:
+                raise self._unanswered(problem) from None
+            raise UserError(f"The judge at {self.url} refused a request ({problem}).") from None
+        except openai.APIConnectionError as error:
+            raise self._unanswered(self._clean(str(error.__cause__ or error))) from None
+        except openai.OpenAIError as error:
+            raise UserError(f"The judge at {self.url} cannot be asked ({self._clean(str(error))}).") from None
+        return self._read(answer.text)
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
         """In the currency of the prices."""
         return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6 if self.prices else None
 
-    def _post(self, request: Request) -> tuple[str, str]:
-        body: dict[str, Any] = {"model": self.name, "messages": list(request.messages)}
-        if request.temperature is not None:
-            body["temperature"] = request.temperature
-        if request.max_tokens is not None:
-            body["max_tokens"] = request.max_tokens
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        call = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        opener = urllib.request.build_opener(_NoRedirect)
-        with opener.open(call, timeout=TIMEOUT) as response:
-            content = response.read()
+    def _read(self, text: str) -> tuple[str, str]:
         try:
-            answer = json.loads(content)
-            # A reply of nothing, as filters give it, is null.
+            answer = json.loads(text)
+            # An empty reply, as content filters give it, is null.
             return answer["choices"][0]["message"]["content"] or "", str(answer.get("model") or self.name)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            shown = self._clean(content[:200].decode(errors="replace"))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            shown = self._clean(text[:200])
             raise UserError(f"{self.url} does not answer as a chat endpoint does; it sent {shown!r}.") from None
 
+    def _unanswered(self, problem: str) -> UserError:
+        return UserError(
+            f"The judge at {self.url} did not answer in {TRIES} tries ({problem}); the verdicts so far are kept, "
+            "run the same command to continue."
+        )
+
     def _clean(self, text: str) -> str:
-        """Some servers repeat the key in their errors."""
+        """One line without the key, which some servers repeat in their errors."""
         text = " ".join(text.split())
         return text.replace(self.key, "***") if self.key else text
 
@@ -115,10 +122,10 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
     """The endpoint that the environment describes."""
     model = environment.get("JUDGE_MODEL")
     url = environment.get("JUDGE_URL") or environment.get("OPENAI_BASE_URL")
-    lost = [name for name, value in (("JUDGE_MODEL", model), ("JUDGE_URL (or OPENAI_BASE_URL)", url)) if not value]
-    if lost:
+    if not model or not url:
+        lost = [name for name, value in (("JUDGE_MODEL", model), ("JUDGE_URL (or OPENAI_BASE_URL)", url)) if not value]
         raise UserError(f"--judge endpoint needs the environment variable {' and '.join(lost)}.")
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+    if not is_address(url):
         raise UserError(f"JUDGE_URL should be an address such as https://api.openai.com/v1, got {url!r}.")
     url = url.rstrip("/")
     key = (environment.get("JUDGE_KEY") or environment.get("OPENAI_API_KEY") or "").strip()
@@ -127,11 +134,20 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
         raise UserError("JUDGE_KEY (or OPENAI_API_KEY) holds characters that no key has; copy it again.")
     return Endpoint(
         model,
-        url if url.endswith("/chat/completions") else f"{url}/chat/completions",
+        url.removesuffix(PATH),
         key or None,
-        workers=whole_number("JUDGE_WORKERS", environment.get("JUDGE_WORKERS") or "4"),
+        workers=whole_number("JUDGE_WORKERS", environment.get("JUDGE_WORKERS") or "4") or 4,
         prices=_prices(environment),
     )
+
+
+def is_address(url: str) -> bool:
+    """Whether a text is an http address; ports that are no numbers and open brackets are errors of urlsplit."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
 
 
 def _prices(environment: Mapping[str, str]) -> tuple[float, float] | None:
@@ -145,8 +161,3 @@ def _prices(environment: Mapping[str, str]) -> tuple[float, float] | None:
             f"JUDGE_PRICE_IN and JUDGE_PRICE_OUT should be prices per million tokens, got {texts[0]!r}, {texts[1]!r}."
         ) from None
     return given[0], given[1]
-
-
-def _seconds(text: str | None, otherwise: float) -> float:
-    """A Retry-After header; dates, which few servers send, are not read."""
-    return float(text) if text is not None and text.isdigit() else otherwise

@@ -48,7 +48,7 @@ def video_judging(
     def videos(names: Mapping[str, Any]) -> dict[str, str]:
         return {name: questions[name].image for name in names}
 
-    ids = {question.official or question.id: question.id for question in reversed(questions.values())}
+    ids = {question.official or question.id: question.id for question in reversed(list(questions.values()))}
     return Judging(
         benchmark=benchmark,
         official=OFFICIAL,

@@ -22,6 +22,8 @@ class Terms:
         clusters: [units] label of what has to be drawn together, mostly the picture.
         sums: [units, terms].
         value: sums [..., terms] -> the number [...], vectorised over the leading dimensions.
+        proportion: whether the number is 100 times a mean of sample scores in [0, 1], a row of `sums` being (sample
+            score, 1). Its interval is exact at 0 and 100 %.
     """
 
     unit: str
@@ -29,6 +31,7 @@ class Terms:
     clusters: tuple[str, ...]
     sums: Array
     value: Callable[[Array], Array]
+    proportion: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,13 @@ class Score:
 
 
 def ratio_terms(
-    credits: Mapping[str, float], clusters: Mapping[str, str] | None = None, unit: str = "question", scale: float = 100
+    credits: Mapping[str, float],
+    clusters: Mapping[str, str] | None = None,
+    unit: str = "question",
+    scale: float = 100,
+    proportion: bool = False,
 ) -> Terms:
-    """Terms of `scale` times the mean credit."""
+    """Terms of `scale` times the mean credit; `proportion` says that credits are sample scores in [0, 1]."""
     names = tuple(credits)
     return Terms(
         unit,
@@ -65,6 +72,7 @@ def ratio_terms(
         tuple(clusters[name] for name in names) if clusters is not None else names,
         np.array([(credits[name], 1.0) for name in names]).reshape(-1, 2),
         lambda sums: scale * divide(sums[..., 0], sums[..., 1]),
+        proportion,
     )
 
 

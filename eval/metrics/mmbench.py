@@ -151,7 +151,7 @@ def score(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = infe
         correct,
         tuple(notes),
         points=frozenset({"unmatched"}),
-        terms=ratio_terms(hits, unit="group"),
+        terms=ratio_terms(hits, unit="group", proportion=True),
     )
 
 

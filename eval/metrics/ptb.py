@@ -2,8 +2,9 @@
 
 The official scores (pycocoevalcap) run the Java class edu.stanford.nlp.process.PTBTokenizer of CoreNLP 3.4.1 with
 -preserveLines -lowerCase and then drop a list of punctuation marks. This file gives the same strings without Java for
-text as it occurs in captions; it was written from that program's output, not from its source. What captions do not
-contain (phone numbers in brackets, mark-up with blanks inside, most emoticons) is not reproduced.
+text as it occurs in captions; it was written from that program's output, not from its source. It is used where Java is
+not installed. What captions do not contain (phone numbers in brackets, mark-up with blanks inside, most emoticons) is
+not reproduced.
 
 Kept as they are, because the scores depend on them:
   - brackets become words ("-lrb-"): the official list of marks to drop has them in capitals only;

@@ -99,5 +99,5 @@ def score(
         tuple(notes),
         main="img_accuracy",
         points=frozenset({"failed"}),
-        terms=ratio_terms(shown),
+        terms=ratio_terms(shown, proportion=True),
     )

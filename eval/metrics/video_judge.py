@@ -72,7 +72,7 @@ def score(
         names[0]: float(accuracy(rows.sum(0))) if rows[:, 1].any() else None,
         names[1]: sum(points for points, _ in read.values()) / len(read) if read else None,
     }
-    terms = Terms("video", tuple(read), tuple(videos[name] for name in read), rows, accuracy)
+    terms = Terms("video", tuple(read), tuple(videos[name] for name in read), rows, accuracy, proportion=True)
     correct = {name: float(found is True) for name, (_, found) in read.items()}
     groups = {"type": by_type(read, types)} if types else {}
     return Score(values, groups, correct, notes, names[0], frozenset({names[1]}), terms)

@@ -6,19 +6,19 @@ from typing import Any
 
 from eval.dataset import Question
 from eval.metrics import Score
-from eval.results.statistics import bootstrap, interval_of
+from eval.results.statistics import LEVEL, interval, terms_of
 
 LOWER_IS_BETTER = {"distribution"}
 
 
 def scored(score: Score, questions: Iterable[Question], seed: int = 0) -> dict[str, Any]:
-    """The score in JSON types, with 95 % intervals of its main number."""
+    """The score in JSON types, with the 95 % confidence interval of its main number."""
     return {
         "questions": len(score.correct) or len(list(questions)),
         "main": score.main,
         "metrics": score.values,
         "points": sorted(score.points),
-        "confidence": {"level": 0.95, **intervals(score, questions, seed)},
+        "confidence": {"level": LEVEL, **confidence(score, questions, seed)},
         "groups": {
             name: {group: {"percent": share, "questions": count} for group, (share, count) in table.items()}
             for name, table in score.groups.items()
@@ -27,29 +27,26 @@ def scored(score: Score, questions: Iterable[Question], seed: int = 0) -> dict[s
     }
 
 
-def intervals(score: Score, questions: Iterable[Question], seed: int) -> dict[str, Any]:
-    """By question and by image for a mean of credits, by its own unit for every other number."""
+def confidence(score: Score, questions: Iterable[Question], seed: int) -> dict[str, Any]:
+    """The interval of the main number and the unit that was resampled; nothing where there is no number."""
     if score.values.get(score.main) is None:
         return {}
-    if score.terms is not None:
-        return {score.main: {**dataclasses.asdict(interval_of(score.terms, seed=seed)), "unit": score.terms.unit}}
-    images = {question.id: question.image for question in questions}
-    credits = [100 * credit for credit in score.correct.values()]
-    by_image = bootstrap(credits, [images[name] for name in score.correct], seed=seed)
-    return {
-        score.main: dataclasses.asdict(bootstrap(credits, seed=seed)),
-        f"{score.main}_by_image": dataclasses.asdict(by_image),
-    }
+    terms = terms_of(score, {question.id: question.image for question in questions})
+    return {score.main: {**dataclasses.asdict(interval(terms, seed=seed)), "unit": terms.unit}}
+
+
+def interval_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The interval in a result; older results hold one by question and one by image, which is the one to print."""
+    main, known = record["main"], record["confidence"]
+    return known.get(f"{main}_by_image") or known.get(main)
 
 
 def score_lines(record: Mapping[str, Any]) -> list[str]:
     """A `scored` record as the lines a person reads, numbers with the official two decimals."""
     points, main = set(record["points"]), record["main"]
     lines = [f"{name:14s} {metric_text(name, value, points)}" for name, value in record["metrics"].items()]
-    for key, interval in record["confidence"].items():
-        if isinstance(interval, dict):
-            unit = "image" if key == f"{main}_by_image" else interval.get("unit", "question")
-            lines.append(f"{main}, 95 % CI by {unit}: {interval['low']:.2f} to {interval['high']:.2f}")
+    if (found := interval_of(record)) is not None:
+        lines.append(f"{main}, 95 % CI by {found.get('unit', 'image')}: {ends(found, 2)}")
     for name, table in ((name, table) for name, table in record["groups"].items() if table):
         mark = "" if name in points else " %"
         lines.append(f"{main} / {name}" if main == "accuracy" else name)
@@ -103,11 +100,18 @@ def sentence(result: Mapping[str, Any]) -> str:
 def headline(result: Mapping[str, Any]) -> str:
     """The main number with its interval, or that there is none yet."""
     main = result["main"]
-    value, interval = result["metrics"].get(main), result["confidence"].get(main)
+    value, found = result["metrics"].get(main), interval_of(result)
     if value is None:
         return "answers written, no score"
-    sure = f" (95 % CI {interval['low']:.1f} to {interval['high']:.1f})" if interval else ""
+    sure = f" (95 % CI {ends(found, 1)})" if found else ""
     return f"{value:.1f}{'' if main in result['points'] else ' %'} {main.replace('_', ' ')}{sure}"
+
+
+def ends(found: Mapping[str, Any], digits: int) -> str:
+    """An interval's two ends, or why there is none."""
+    if found["low"] is None:
+        return str(found["method"])
+    return f"{found['low']:.{digits}f} to {found['high']:.{digits}f}"
 
 
 def number(value: float) -> str:

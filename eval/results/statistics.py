@@ -1,115 +1,186 @@
-"""How sure an accuracy is: bootstrap intervals, by question or by image, and paired comparisons.
+"""Confidence intervals of a score, and paired tests between two scores on the same questions.
 
-Questions about one image are not independent: a picture the model misreads costs several of them. Clusters by image
-resample whole images; the interval by question is the one most papers would print.
+Every score is a function of sums over units (`Terms`, the sufficient statistics of the metric), and units that share a
+cluster label, mostly a picture, are drawn together: answers about one picture are not independent. There is one
+function for intervals, `interval`, and one for differences, `compare`; reports, tables and sweeps use these two.
+docs/evaluation.md states the rules for readers.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
-from eval.metrics import Array, Terms
+from eval.metrics import Array, Score, Terms, ratio_terms
+from eval.permutation import Exchanges
 from llava.errors import UserError
 
+LEVEL = 0.95
 RESAMPLES = 10_000
-# Drawn indices held in memory at once: 4 M int64 are 32 MB.
-DRAWS_AT_ONCE = 4_000_000
+# Random numbers held in memory at once: 2 M float64 are 16 MB.
+DRAWS_AT_ONCE = 2_000_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % percentile interval, in the unit of the values."""
+    """A score and its 95 % confidence interval, in the unit of the score.
+
+    Attributes:
+        low, high: None where the units cannot tell how far the score may be off; `method` says why.
+        method: "bootstrap", "exact" (Clopper-Pearson), or the reason why there is no interval.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    method: str = "bootstrap"
+
+    @property
+    def bars(self) -> tuple[float, float]:
+        """Distances to the two ends, for error bars; zero where there is no interval."""
+        return (0.0, 0.0) if self.low is None or self.high is None else (self.mean - self.low, self.high - self.mean)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """a minus b over the same questions.
+    """Score a minus score b over the same units.
 
     Attributes:
-        p: two-sided bootstrap p-value of "no difference"; never 0, its floor is set by the number of resamples.
+        low, high: 95 % confidence interval; it holds 0 exactly if `p` is above 0.05. None where there is none.
+        p: two-sided p-value of a paired permutation test of "no difference".
+        note: why there is no interval, or "".
     """
 
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
+    note: str = ""
 
 
-def bootstrap(
-    values: Sequence[float], clusters: Sequence[Hashable] | None = None, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    """95 % interval of the mean of `values`.
+def interval(terms: Terms, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """95 % confidence interval of a score.
 
-    Args:
-        clusters: one label per value; values with equal labels are drawn together. None draws each alone.
+    Percentile bootstrap over clusters (`scipy.stats.bootstrap`). Two cases of a proportion (`terms.proportion`) get the
+    exact binomial interval instead, because resampling does not see what was not observed: one right-or-wrong question
+    per cluster, and scores of 0 or 100 %, where the bootstrap returns a single point. The number of trials is the
+    number of clusters. For other scores that do not vary between resamples there is no interval.
+
+    Takes 0.1 s for 400 pictures and about 5 s for the 40,504 pictures of VQAv2 val (one core).
     """
-    total, size = cluster_sums(values, clusters)
-    means = resampled_means(total, size, resamples, seed)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(total.sum() / size.sum()), float(low), float(high))
+    rows = summed_by_cluster(terms)
+    mean = float(terms.value(rows.sum(0)))
+    if terms.proportion and (ends := exact_interval(rows)) is not None:
+        return Interval(mean, *ends, method="exact")
+    if len(rows) < 2:
+        return Interval(mean, None, None, f"n/a: one {terms.unit} shows no spread")
+    columns = np.ascontiguousarray(rows.T)
+
+    def resampled(index: Array, axis: int = -1) -> Array:
+        """The score of drawn clusters; scipy hands over their numbers, [..., clusters]."""
+        sums = np.stack([column.take(index).sum(axis) for column in columns], axis=-1)
+        return terms.value(sums)
+
+    found = stats.bootstrap(
+        (np.arange(len(rows)),),
+        resampled,
+        n_resamples=resamples,
+        batch=max(1, DRAWS_AT_ONCE // len(rows)),
+        vectorized=True,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    if np.ptp(found.bootstrap_distribution) <= 1e-9 * max(1.0, abs(mean)):
+        return Interval(mean, None, None, f"n/a: all {len(rows):,} {plural(terms.unit)} give the same number")
+    low, high = found.confidence_interval
+    return Interval(mean, float(low), float(high))
 
 
-def paired_bootstrap(
-    a: Mapping[str, float],
-    b: Mapping[str, float],
-    clusters: Mapping[str, Hashable] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Comparison:
-    """Compare two methods on the same questions.
+def exact_interval(rows: Array) -> tuple[float, float] | None:
+    """Clopper-Pearson interval of a proportion in percent; None where the clusters are no binomial trials.
+
+    A cluster counts as one trial. With several questions per cluster this is possible only if all of them are right or
+    all are wrong; the bound is then that of the share of clusters without an error, which is at most the accuracy.
 
     Args:
-        a, b: question id -> credit, over the same ids.
-        clusters: question id -> label, as in `bootstrap`.
+        rows: [clusters, 2], sum of the sample scores and number of questions.
+    """
+    right, asked = rows.sum(0)
+    single = bool((rows[:, 1] == 1).all() and np.isin(rows[:, 0], (0, 1)).all())
+    if single:
+        trials, hits = len(rows), int(right)
+    elif right in (0, asked):
+        trials = int((rows[:, 1] > 0).sum())
+        hits = trials if right else 0
+    else:
+        return None
+    if not trials:
+        return None
+    found = stats.binomtest(hits, trials).proportion_ci(LEVEL, method="exact")
+    return 100 * float(found.low), 100 * float(found.high)
+
+
+def compare(a: Terms, b: Terms, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+    """Score a minus score b over the same units, with a p-value and an interval from one paired permutation test.
+
+    If there is no difference, the answers of a and b about a cluster can be exchanged. The test statistic is the
+    difference divided by its standard error, both recomputed in every exchange. p is the share of exchanges that are at
+    least as far from zero as the observed value; the interval is the difference plus or minus its standard error times
+    the critical value of the same test. Hence the interval excludes 0 exactly if p is at most 0.05.
+
+    Up to 13 clusters all exchanges are enumerated (`scipy.stats.permutation_test`), above that `resamples` of them are
+    drawn (`scipy.stats.monte_carlo_test`, because `permutation_test` needs minutes for 40,000 clusters).
+    """
+    if a.names != b.names or a.clusters != b.clusters:
+        raise UserError("Both answer sets must cover the same questions in the same version of the data.")
+    exchanges = Exchanges(summed_by_cluster(a), summed_by_cluster(b), a.value, b.value)
+    p, critical = exchanges.test(1 - LEVEL, resamples, DRAWS_AT_ONCE, seed)
+    difference, error = exchanges.difference, exchanges.standard_error
+    if error == 0:
+        note = f"n/a: the difference is the same for every {a.unit}"
+    elif not np.isfinite(critical * error):
+        note = f"n/a: {exchanges.clusters} {plural(a.unit, exchanges.clusters)} cannot show a difference"
+    else:
+        # 0 + removes the sign of a zero.
+        low, high = (0.0 + round(difference + side * critical * error, 9) for side in (-1, 1))
+        return Comparison(difference, low, high, p)
+    return Comparison(difference, None, None, p, note)
+
+
+def compare_scores(
+    a: Mapping[str, float], b: Mapping[str, float], clusters: Mapping[str, str], resamples: int = RESAMPLES
+) -> Comparison:
+    """`compare` of two accuracies in percent.
+
+    Args:
+        a, b: question id -> sample score in [0, 1], over the same ids.
+        clusters: question id -> label of what is drawn together.
     """
     if a.keys() != b.keys():
         raise UserError(
             f"Both answer sets must cover the same questions; {len(a.keys() - b.keys()):,} are only in the first and "
             f"{len(b.keys() - a.keys()):,} only in the second."
         )
-    names = sorted(a)
-    labels = None if clusters is None else [clusters[name] for name in names]
-    total, size = cluster_sums([a[name] - b[name] for name in names], labels)
-    means = resampled_means(total, size, resamples, seed)
-    low, high = np.quantile(means, (0.025, 0.975))
-    tail = min((means <= 0).sum(), (means >= 0).sum())
-    p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
-    return Comparison(float(total.sum() / size.sum()), float(low), float(high), p)
+    return compare(accuracy_terms(a, clusters), accuracy_terms(b, clusters), resamples)
 
 
-def interval_of(terms: Terms, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """95 % interval of a number that is a function of sums over units: clusters are drawn with replacement."""
-    sums = summed_by_cluster(terms)
-    values = np.concatenate([terms.value(drawn @ sums) for drawn in multiplicities(len(sums), resamples, seed)])
-    low, high = np.quantile(values, (0.025, 0.975))
-    return Interval(float(terms.value(sums.sum(0))), float(low), float(high))
+def accuracy_terms(scores: Mapping[str, float], clusters: Mapping[str, str], unit: str = "image") -> Terms:
+    """The sufficient statistics of an accuracy: question id -> sample score, drawn by cluster."""
+    return ratio_terms({name: scores[name] for name in sorted(scores)}, clusters, unit, proportion=True)
 
 
-def compare_terms(a: Terms, b: Terms, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
-    """a minus b over the same units.
+def terms_of(score: Score, images: Mapping[str, str]) -> Terms:
+    """What is drawn for a score: the metric's own units, otherwise the images that its questions are about.
 
-    The interval draws clusters, the p-value is that of a permutation test: without a difference, what both answered
-    about a cluster could as well be exchanged.
+    Args:
+        images: question id -> image, or the id itself for a question without one.
     """
-    if a.names != b.names or a.clusters != b.clusters:
-        raise UserError("Both answer sets must cover the same questions in the same version of the data.")
-    first, second = summed_by_cluster(a), summed_by_cluster(b)
-    gaps = [a.value(drawn @ first) - b.value(drawn @ second) for drawn in multiplicities(len(first), resamples, seed)]
-    low, high = np.quantile(np.concatenate(gaps), (0.025, 0.975))
-    seen = float(a.value(first.sum(0)) - b.value(second.sum(0)))
-    random, beyond = np.random.default_rng(seed), 0
-    rows = max(1, DRAWS_AT_ONCE // len(first))
-    for start in range(0, resamples, rows):
-        keep = random.integers(2, size=(min(rows, resamples - start), len(first))).astype(np.float64)
-        moved = keep @ (first - second)
-        gap = a.value(second.sum(0) + moved) - b.value(first.sum(0) - moved)
-        beyond += int((np.abs(gap) >= abs(seen) - 1e-9).sum())
-    return Comparison(seen, float(low), float(high), (beyond + 1) / (resamples + 1))
+    if score.terms is not None:
+        return score.terms
+    clusters = {name: images[name] for name in score.correct}
+    return accuracy_terms(score.correct, clusters, "question" if set(clusters) == set(clusters.values()) else "image")
 
 
 def summed_by_cluster(terms: Terms) -> Array:
@@ -123,39 +194,9 @@ def summed_by_cluster(terms: Terms) -> Array:
     return sums
 
 
-def multiplicities(clusters: int, resamples: int, seed: int) -> Iterator[Array]:
-    """How often each cluster is drawn, [rows, clusters] at a time."""
-    random = np.random.default_rng(seed)
-    rows = max(1, DRAWS_AT_ONCE // clusters)
-    for start in range(0, resamples, rows):
-        size = min(rows, resamples - start)
-        yield random.multinomial(clusters, np.full(clusters, 1 / clusters), size=size).astype(np.float64)
-
-
-def cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] | None) -> tuple[Array, Array]:
-    """Sum and number of the values of each cluster, clusters in order of first appearance."""
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
-        raise UserError("There is nothing to resample: no questions were scored.")
-    if clusters is None:
-        return array, np.ones_like(array)
-    if len(clusters) != len(array):
-        raise ValueError(f"one cluster label per value is needed, got {len(clusters)} for {len(array)}")
-    number: dict[Hashable, int] = {}
-    index = np.array([number.setdefault(label, len(number)) for label in clusters])
-    return np.bincount(index, array), np.bincount(index).astype(np.float64)
-
-
-def resampled_means(total: Array, size: Array, resamples: int, seed: int) -> Array:
-    """[resamples]: mean over as many clusters as there are, drawn with replacement."""
-    random = np.random.default_rng(seed)
-    count = len(total)
-    rows = max(1, DRAWS_AT_ONCE // count)
-    means = []
-    for start in range(0, resamples, rows):
-        drawn = random.integers(count, size=(min(rows, resamples - start), count))
-        means.append(total[drawn].sum(1) / size[drawn].sum(1))
-    return np.concatenate(means)
+def plural(unit: str, count: int = 2) -> str:
+    """ "image" -> "images"."""
+    return unit if count == 1 else f"{unit}s"
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -169,44 +210,31 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def all_pairs(
-    credits: Mapping[str, Mapping[str, float]],
-    clusters: Mapping[str, Hashable],
+    scores: Mapping[str, Mapping[str, float]],
+    clusters: Mapping[str, str],
     resamples: int = 5 * RESAMPLES,  # the smallest p must stay small when it is multiplied by the number of pairs
-    seed: int = 0,
 ) -> dict[tuple[str, str], Comparison]:
-    """Every method against every other on the same questions, p-values corrected by Holm over all pairs.
+    """`compare` of every method with every other on the same questions; p-values corrected by Holm over all pairs.
 
-    The p-value is that of a sign-flip test over clusters: if two methods are equally good, the difference on an image
-    is as likely to be the other way round. Unlike a bootstrap's its floor does not depend on how clear a case is.
+    The intervals are those of single comparisons, without the correction.
 
     Args:
-        credits: method -> question id -> credit.
+        scores: method -> question id -> sample score.
         clusters: question id -> label.
 
     Returns:
-        (a, b) -> a minus b, for a before b in `credits`.
+        (a, b) -> a minus b in points of accuracy, for a before b in `scores`.
     """
-    methods = list(credits)
-    names = sorted(credits[methods[0]])
-    if any(sorted(credits[method]) != names for method in methods):
+    methods = list(scores)
+    if any(scores[method].keys() != scores[methods[0]].keys() for method in methods):
         raise UserError("All methods must have answered the same questions.")
-    labels = [clusters[name] for name in names]
-    sums = np.stack([cluster_sums([credits[m][n] for n in names], labels)[0] for m in methods])
-    size = cluster_sums([0.0] * len(names), labels)[1]
-    pairs = [(i, j) for i in range(len(methods)) for j in range(i + 1, len(methods))]
-    gaps = np.stack([sums[i] - sums[j] for i, j in pairs])  # [pairs, clusters]
-    seen = np.abs(gaps.sum(1))
-    random = np.random.default_rng(seed)
-    beyond, means = np.zeros(len(pairs)), []
-    for _ in range(0, resamples, 500):
-        flips = random.choice([-1.0, 1.0], size=(500, len(size)))
-        beyond += (np.abs(flips @ gaps.T) >= seen - 1e-9).sum(0)
-        drawn = random.multinomial(len(size), np.full(len(size), 1 / len(size)), size=500)
-        means.append((drawn @ gaps.T) / (drawn @ size)[:, None])
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975), axis=0)
-    total = 500 * len(means)
-    p = holm([float((count + 1) / (total + 1)) for count in beyond])
+    found = {
+        (a, b): compare_scores(scores[a], scores[b], clusters, resamples)
+        for place, a in enumerate(methods)
+        for b in methods[place + 1 :]
+    }
+    corrected = holm([comparison.p for comparison in found.values()])
     return {
-        (methods[i], methods[j]): Comparison(float(gaps[k].sum() / size.sum()), float(low[k]), float(high[k]), p[k])
-        for k, (i, j) in enumerate(pairs)
+        pair: Comparison(one.difference, one.low, one.high, p, one.note)
+        for (pair, one), p in zip(found.items(), corrected, strict=True)
     }

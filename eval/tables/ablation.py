@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.config import DEFAULT_DATA, ROOT
-from eval.results.statistics import Interval, bootstrap, paired_bootstrap
+from eval.results import statistics
 from eval.sweep import Credits, Setting, describe, sweep
-from eval.tables.page import insert, markdown
+from eval.tables.page import csv_numbers, difference_text, insert, markdown
 from llava.errors import UserError
 from llava.reduction import registry
 from llava.reduction.crop_budget import require
@@ -112,18 +112,16 @@ def compare(
     mean = 100 * sum(credit.values()) / len(credit)
     if default:
         return [f"{mean:.1f}", "default"], [f"{mean:.2f}", "0", "0", "0"]
-    found = paired_bootstrap(credit, base, groups)
-    values = [100 * value for value in (found.difference, found.low, found.high)]
+    found = statistics.compare_scores(credit, base, groups)
     return (
-        [f"{mean:.1f}", f"{values[0]:+.1f} [{values[1]:+.1f}, {values[2]:+.1f}]"],
-        [f"{mean:.2f}", *(f"{value:.2f}" for value in values)],
+        [f"{mean:.1f}", difference_text(found)],
+        csv_numbers(mean, found.difference, found.low, found.high),
     )
 
 
-def interval(credit: Credits, groups: dict[str, str]) -> Interval:
-    """Accuracy in percent with its interval over images."""
-    names = sorted(credit)
-    return bootstrap([100 * credit[n] for n in names], [groups[n] for n in names])
+def interval(credit: Credits, groups: dict[str, str]) -> statistics.Interval:
+    """Accuracy in percent with its confidence interval over images."""
+    return statistics.interval(statistics.accuracy_terms(credit, groups))
 
 
 def image_of(split: str) -> dict[str, str]:

@@ -17,8 +17,9 @@ from eval import benchmarks
 from eval.command import ends_in_a_sentence
 from eval.config import ROOT
 from eval.dataset import Benchmark, Need
+from eval.results.report import interval_of
 from eval.tables.ablation import TABLES, write_csv
-from eval.tables.page import insert, markdown
+from eval.tables.page import insert, interval_text, markdown
 from llava.errors import UserError
 
 OVERVIEW = ROOT / "docs" / "benchmarks.md"
@@ -94,10 +95,10 @@ def score_rows(results: Path) -> list[list[str]]:
 
 def number(result: dict[str, Any]) -> str:
     """Main metric with its interval."""
-    value, interval = result["metrics"][result["main"]], result["confidence"].get(result["main"])
-    if value is None:
+    value, found = result["metrics"][result["main"]], interval_of(result)
+    if value is None or found is None:
         return "graded by its server"
-    return f"{value:.1f} [{interval['low']:.1f}, {interval['high']:.1f}]"
+    return f"{value:.1f} {interval_text(found['low'], found['high'])}"
 
 
 @ends_in_a_sentence

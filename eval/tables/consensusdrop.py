@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.results.statistics import paired_bootstrap
+from eval.results.statistics import LEVEL, Comparison, compare_scores
 from eval.sweep import Credits, Remembering, Setting, describe, sweep
 from eval.tables.ablation import TABLES, Ablation, ablate, changed, defaults, image_of, interval, write_csv
-from eval.tables.page import insert, markdown
+from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
 from llava.errors import UserError
 from llava.model.builder import load
 
@@ -112,14 +112,14 @@ def claims(model, budgets: Sequence[int], output: Path) -> None:
 
 def budget_table(full: Credits, curve: dict, budgets: Sequence[int], groups) -> None:
     everything = interval(full, groups)
-    rows = [["full (576)", *[f"{everything.mean:.1f} [{everything.low:.1f}, {everything.high:.1f}]"] * len(budgets)]]
-    numbers = [["full", 576, *(f"{v:.2f}" for v in (everything.mean, everything.low, everything.high))]]
+    rows = [["full (576)", *[score_text(everything)] * len(budgets)]]
+    numbers = [["full", 576, *csv_numbers(everything.mean, everything.low, everything.high)]]
     for name, _, _ in CURVES:
         cells = []
         for budget in budgets:
             found = interval(curve[name, budget], groups)
-            cells.append(f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]")
-            numbers.append([name, budget, f"{found.mean:.2f}", f"{found.low:.2f}", f"{found.high:.2f}"])
+            cells.append(score_text(found))
+            numbers.append([name, budget, *csv_numbers(found.mean, found.low, found.high)])
         rows.append([name, *cells])
     insert(PAGE, "budgets", markdown(["method", *(f"{b} tokens" for b in budgets)], rows))
     write_csv(TABLES / "consensusdrop_budgets.csv", ["method", "budget", "accuracy", "low", "high"], numbers)
@@ -130,23 +130,23 @@ def claim_table(pairs: dict, budgets: Sequence[int], groups) -> None:
     for claim, _, _ in CLAIMS:
         cells = []
         for budget in budgets:
-            found = paired_bootstrap(*pairs[claim, budget], groups)
-            verdict = "holds" if found.low > 0 else "fails" if found.high < 0 else "open"
-            cells.append(f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] {verdict}")
-            numbers.append(
-                [
-                    claim,
-                    budget,
-                    *(f"{100 * v:.2f}" for v in (found.difference, found.low, found.high)),
-                    f"{found.p:.4f}",
-                    verdict,
-                ]
-            )
+            found = compare_scores(*pairs[claim, budget], groups)
+            verdict = verdict_of(found)
+            cells.append(f"{difference_text(found)} {verdict}")
+            values = csv_numbers(found.difference, found.low, found.high)
+            numbers.append([claim, budget, *values, f"{found.p:.4f}", verdict])
         rows.append([claim, *cells])
     insert(PAGE, "claims", markdown(["claim", *(f"{b} tokens" for b in budgets)], rows))
     write_csv(
         TABLES / "consensusdrop_claims.csv", ["claim", "budget", "difference", "low", "high", "p", "verdict"], numbers
     )
+
+
+def verdict_of(found: Comparison) -> str:
+    """Whether a claim of "better" is shown, refuted, or neither, at the level of the interval."""
+    if found.p > 1 - LEVEL:
+        return "open"
+    return "holds" if found.difference > 0 else "fails"
 
 
 def family_table(full: Credits, curve: dict, groups) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.efficiency.latency import QUESTION, measure, noise
-from eval.results.statistics import Comparison, Interval, all_pairs
+from eval.results.statistics import LEVEL, Comparison, Interval, all_pairs
 from eval.sweep import Credits, Remembering, Setting, credits_of, name_of, sweep
 from eval.tables.ablation import TABLES, fits, image_of, interval, write_csv
-from eval.tables.page import insert, latex, markdown
+from eval.tables.page import csv_numbers, insert, latex, markdown, score_text
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.processing.sample import Sample
@@ -108,10 +108,11 @@ def verdicts(cells: dict[str, Cell], groups: dict[str, str]) -> dict[tuple[str, 
 
 
 def standing(name: str, pairs: dict[tuple[str, str], Comparison]) -> tuple[list[str], list[str]]:
-    """Methods that `name` beats significantly, and those that beat it."""
-    beats, beaten = [], []
+    """Methods significantly worse than `name`, and those significantly better."""
+    beats: list[str] = []
+    beaten: list[str] = []
     for (a, b), found in pairs.items():
-        if name in (a, b) and found.p < 0.05:
+        if name in (a, b) and found.p <= 1 - LEVEL:
             winner = a if found.difference > 0 else b
             (beats if winner == name else beaten).append(b if name == a else a)
     return beats, beaten
@@ -132,7 +133,7 @@ def _row(label: str, cell: Cell, full: Cell, verdict: str) -> list[str]:
     found = cell.accuracy
     return [
         label,
-        f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]",
+        score_text(found),
         f"{100 * found.mean / full.accuracy.mean:.1f} %",
         f"{cell.tokens:.1f}",
         f"{1000 * cell.ttft:.0f} ms",
@@ -160,7 +161,7 @@ def sentences(cells: dict[int, dict[str, Cell]], pairs: dict[int, dict]) -> str:
     lines = []
     for budget in BUDGETS:
         found = pairs[budget]
-        clear = sum(comparison.p < 0.05 for comparison in found.values())
+        clear = sum(comparison.p <= 1 - LEVEL for comparison in found.values())
         top = [name for name in cells[budget] if not standing(name, found)[1]]
         top.sort(key=lambda name: -cells[budget][name].accuracy.mean)
         told = f"{clear} of {len(found)} pairs differ significantly. "
@@ -184,7 +185,7 @@ def write(full: Cell, cells: dict[int, dict[str, Cell]], groups: dict[str, str])
     lines += [_numbers(name, b, cell, full) for b in cells for name, cell in cells[b].items()]
     write_csv(TABLES / "embedded_main.csv", [*columns, "flops", "counts_kept_tokens"], lines)
     compared = [
-        [b, one, two, *(f"{100 * v:.2f}" for v in (c.difference, c.low, c.high)), f"{c.p:.4f}"]
+        [b, one, two, *csv_numbers(c.difference, c.low, c.high), f"{c.p:.4f}"]
         for b in pairs
         for (one, two), c in pairs[b].items()
     ]
@@ -202,7 +203,7 @@ def _numbers(name: str, budget: int, cell: Cell, full: Cell) -> list:
     return [
         name,
         budget,
-        *(f"{v:.2f}" for v in (found.mean, found.low, found.high, 100 * found.mean / full.accuracy.mean, cell.tokens)),
+        *csv_numbers(found.mean, found.low, found.high, 100 * found.mean / full.accuracy.mean, cell.tokens),
         f"{1000 * cell.ttft:.2f}",
         f"{cell.kv_bytes:.0f}",
         f"{cell.flops:.0f}",

@@ -18,11 +18,11 @@ from pathlib import Path
 from eval import benchmarks
 from eval.command import ends_in_a_sentence
 from eval.config import ROOT
-from eval.results.statistics import Interval, bootstrap, paired_bootstrap
+from eval.results.statistics import Interval, compare_scores
 from eval.sweep import Credits, Remembering, Setting, credits_of, name_of, sweep
-from eval.tables.ablation import TABLES, write_csv
+from eval.tables.ablation import TABLES, interval, write_csv
 from eval.tables.embedded import BY_KEPT, MARK, setting_of
-from eval.tables.page import insert, markdown
+from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
 from llava.errors import UserError, unknown
 from llava.model.builder import load
 from llava.reduction import registry
@@ -90,8 +90,8 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
     methods = dict.fromkeys(method for method, _ in found)
     mean = {key: sum(credit.values()) / len(credit) for key, (_, credit, _) in found.items()}
     order = sorted(methods, key=lambda method: -mean.get((method, first), 0.0))
-    rows = [[f"`full` ({tokens:.0f} tokens)", *([shown(accuracy(full, groups))] * len(budgets)), ""]]
-    lines = [["full", "", f"{tokens:.1f}", *numbers(accuracy(full, groups))]]
+    rows = [[f"`full` ({tokens:.0f} tokens)", *([score_text(interval(full, groups))] * len(budgets)), ""]]
+    lines = [["full", "", f"{tokens:.1f}", *numbers(interval(full, groups))]]
     best = found[order[0], first][1]
     for method in order:
         cells = []
@@ -100,12 +100,11 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
                 cells.append("n/a")
                 continue
             setting, credit, kept = found[method, budget]
-            cells.append(shown(accuracy(credit, groups)) + (MARK if setting.options == BY_KEPT else ""))
-            lines.append([method, budget, f"{kept:.1f}", *numbers(accuracy(credit, groups))])
+            cells.append(score_text(interval(credit, groups)) + (MARK if setting.options == BY_KEPT else ""))
+            lines.append([method, budget, f"{kept:.1f}", *numbers(interval(credit, groups))])
         against = ""
         if method != order[0] and (method, first) in found:
-            gap = paired_bootstrap(found[method, first][1], best, groups)
-            against = f"{100 * gap.difference:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+            against = difference_text(compare_scores(found[method, first][1], best, groups))
         rows.append([f"`{method}`", *cells, against])
     header = ["method", *(f"{budget} tokens" for budget in budgets), f"against the best at {first}"]
     pictures = f"{len(set(groups.values())):,} {data.pictures.noun}"
@@ -114,17 +113,8 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
     write_csv(TABLES / f"embedded_{name}.csv", ["method", "budget", "tokens", "accuracy", "low", "high"], lines)
 
 
-def accuracy(credit: Credits, groups: dict[str, str]) -> Interval:
-    names = sorted(credit)
-    return bootstrap([100 * credit[n] for n in names], [groups[n] for n in names])
-
-
-def shown(found: Interval) -> str:
-    return f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]"
-
-
 def numbers(found: Interval) -> list[str]:
-    return [f"{value:.2f}" for value in (found.mean, found.low, found.high)]
+    return csv_numbers(found.mean, found.low, found.high)
 
 
 @ends_in_a_sentence

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.results.statistics import paired_bootstrap
+from eval.results.statistics import compare_scores
 from eval.sweep import Remembering, Setting, sweep
 from eval.tables.ablation import TABLES, Ablation, Factors, ablate, fits, image_of, interval, write_csv
-from eval.tables.page import insert, markdown
+from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
 from llava.errors import UserError
 from llava.model.builder import load
 
@@ -112,13 +112,13 @@ def budget_table(name: str, paper: Paper, model, budgets: Sequence[int], output:
                 cells.append("n/a")
                 continue
             score = interval(credit, groups)
-            text, line = f"{score.mean:.1f} [{score.low:.1f}, {score.high:.1f}]", ["0", "0", "0"]
+            text, line = score_text(score), ["0", "0", "0"]
             if label != name:
-                gap = paired_bootstrap(credit, base, groups)
-                text += f"; {100 * gap.difference:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
-                line = [f"{100 * value:.2f}" for value in (gap.difference, gap.low, gap.high)]
+                gap = compare_scores(credit, base, groups)
+                text += f"; {difference_text(gap)}"
+                line = csv_numbers(gap.difference, gap.low, gap.high)
             cells.append(text)
-            numbers.append([label, budget, *(f"{v:.2f}" for v in (score.mean, score.low, score.high)), *line])
+            numbers.append([label, budget, *csv_numbers(score.mean, score.low, score.high), *line])
         rows.append([label, *cells])
     insert(page_of(name), "budgets", markdown(["row", *(f"{b} tokens" for b in budgets)], rows))
     header = ["row", "budget", "accuracy", "low", "high", "difference", "difference_low", "difference_high"]

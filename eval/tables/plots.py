@@ -21,14 +21,15 @@ def accuracy_plot(
 
     figure, axes = plt.subplots(figsize=(8.6, 4.4), dpi=150)
     axes.axhline(full.mean, color="black", linewidth=1, linestyle="--")
-    axes.fill_between([0, 2 * tokens], full.low, full.high, color="black", alpha=0.08, linewidth=0)
+    below, above = full.bars
+    axes.fill_between([0, 2 * tokens], full.mean - below, full.mean + above, color="black", alpha=0.08, linewidth=0)
     budgets = sorted({budget for points in curves.values() for budget in points})
     for index, (name, points) in enumerate(curves.items()):
         places = sorted(points)
         # A small shift keeps overlapping intervals apart on the logarithmic axis.
         shifted = [place * (1 + 0.012 * (index - len(curves) / 2)) for place in places]
         means = [points[place].mean for place in places]
-        spread = [[points[p].mean - points[p].low for p in places], [points[p].high - points[p].mean for p in places]]
+        spread = list(zip(*(points[place].bars for place in places), strict=True))
         colour = COLOURS[index % len(COLOURS)]
         axes.errorbar(
             shifted, means, yerr=spread, label=name, color=colour, marker=MARKERS[index % len(MARKERS)], markersize=5,
@@ -73,7 +74,7 @@ def cost_plot(path: Path, full: tuple[float, Interval], points: Mapping[str, Seq
                 panel.plot([x for x, _ in line], [y.mean for _, y in line], color="#dddddd", linewidth=1, zorder=1)
         for index, name in enumerate(name for name in names if points.get(name)):
             x, y = [x for x, _ in points[name]], [y for _, y in points[name]]
-            spread = [[v.mean - v.low for v in y], [v.high - v.mean for v in y]]
+            spread = list(zip(*(v.bars for v in y), strict=True))
             panel.errorbar(
                 x, [v.mean for v in y], yerr=spread, label=name, color=COLOURS[index], marker=MARKERS[index],
                 markersize=5, linewidth=1.6, capsize=2, elinewidth=0.7, zorder=3,
