@@ -1,12 +1,13 @@
 """The prompt templates of the LLaVA and Qwen-VL checkpoints.
 
-Templates are data: a checkpoint was trained on these characters, so they have to match to the letter. The texts are
-those of the official code; the rendering is checked against it in tests/test_prompt.py.
+Templates are data: a checkpoint was trained on these characters, so every character must match. The texts are those of
+the official code; tests/test_conversation.py compares the rendered prompts.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/conversation.py; chat_template of Qwen/Qwen2-VL-7B-Instruct, which
-Qwen2.5-VL has word for word
-Differs from it: the pre-training templates ("plain", "v0_plain") do not exist here, they cannot ask a question;
-stop_string of the [INST] templates is "</s>" (theirs is the separator in front of a turn).
+Qwen2.5-VL has word for word; LLaVA-VL/LLaVA-NeXT, llava/conversation.py (llava_llama_3), which renders with the
+chat_template of meta-llama/Meta-Llama-3-8B-Instruct
+Differs from it: the pre-training templates ("plain", "v0_plain") are left out, since they cannot ask a question;
+stop_string of the [INST] templates is "</s>" (theirs is the separator before a turn).
 """
 
 from collections.abc import Sequence
@@ -23,13 +24,14 @@ class Conversation:
     """One template.
 
     Attributes:
-        style: "colon" is "ROLE: text" (the official SINGLE and TWO), "chatml" is role and text with nothing between
-            (MPT), "inst" wraps the user message in [INST] (LLAMA_2).
+        style: "colon" is "ROLE: text" (the official SINGLE and TWO), "chatml" is role and text with nothing in between
+            (MPT and LLAMA_3), "inst" wraps the user message in [INST] (LLAMA_2).
         user, assistant: role names.
-        after_user, after_assistant: what closes a message; an "inst" answer stands between two spaces.
-        stop: what ends an answer.
-        slot: a picture in front of the first message; "<image>" in it is where the visual tokens go.
-        examples: turns in front of every conversation.
+        after_user, after_assistant: text after a message; an "inst" answer stands between two spaces.
+        stop: text that ends an answer.
+        slot: text of an image before the first message; the visual tokens replace "<image>" in it.
+        trim: spaces and line ends at both ends of a message are removed.
+        examples: turns before every conversation.
     """
 
     system: str
@@ -40,6 +42,7 @@ class Conversation:
     user: str = "USER"
     assistant: str = "ASSISTANT"
     slot: str = "<image>\n"
+    trim: bool = False
     examples: tuple[tuple[str, str], ...] = ()
 
 
@@ -84,18 +87,30 @@ QWEN2_VL = Conversation(
     stop="<|im_end|>",
     user="<|im_start|>user\n",
     assistant="<|im_start|>assistant\n",
-    # In the place of <|image_pad|>, of which there is one for every visual token.
+    # "<image>" replaces <|image_pad|>, which is repeated for every visual token.
     slot="<|vision_start|><image><|vision_end|>",
 )
+HELPFUL_VISION = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
 LLAVA_LLAMA_2 = Conversation(
-    system=(
-        "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-        "provides, and assist the user with a variety of tasks using natural language."
-    ),
+    system=HELPFUL_VISION,
     style="inst",
     after_user="",
     after_assistant="</s><s>",
     stop="</s>",
+)
+# The text begins with the BOS token and the tokenizer adds another one, as in the official code.
+LLAVA_LLAMA_3 = Conversation(
+    system=f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{HELPFUL_VISION}<|eot_id|>",
+    style="chatml",
+    after_user="<|eot_id|>",
+    after_assistant="<|eot_id|>",
+    stop="<|eot_id|>",
+    user="<|start_header_id|>user<|end_header_id|>\n\n",
+    assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    trim=True,
 )
 
 ENERGY = (
@@ -141,6 +156,7 @@ MODES: dict[str, Conversation] = {
     # LLaVA-1.6 mistral
     "mistral_instruct": replace(LLAVA_LLAMA_2, system="", after_assistant="</s>"),
     "llava_llama_2": LLAVA_LLAMA_2,
+    "llava_llama_3": LLAVA_LLAMA_3,  # LLaVA-NeXT with a Llama-3 decoder
     "llama_2": replace(
         LLAVA_LLAMA_2,
         system=(
@@ -163,23 +179,25 @@ def conversation(mode: str) -> Conversation:
 
 
 def stop_string(mode: str) -> str:
-    """The text that ends an answer; cut it off where the tokenizer does not know it as a special token."""
+    """Return the text that ends an answer. Cut it off if it is no special token of the tokenizer."""
     return conversation(mode).stop
 
 
 def render(mode: str, turns: Sequence[Turn]) -> str:
-    """The prompt text of a conversation. The last turn has the answer None: the prompt ends where the model goes on."""
+    """Return the prompt text of a conversation. With None as the last answer it ends where the model continues."""
     if not turns or any(answer is None for _, answer in turns[:-1]):
         raise ValueError("a conversation needs at least one turn, and only its last answer may be None")
     template = conversation(mode)
     turns = (*template.examples, *turns)
+    if template.trim:
+        turns = tuple((message.strip(), answer and answer.strip()) for message, answer in turns)
     if template.style == "inst":
         return _render_inst(template, turns)
     between = ": " if template.style == "colon" else ""
     text = template.system
     for message, answer in turns:
         text += template.user + between + message + template.after_user
-        # No space after the last role: the answer begins with one, and it belongs to the answer's first token.
+        # No space after the last role: the answer's first token begins with it.
         text += template.assistant + between.rstrip()
         if answer is not None:
             text += between[1:] + answer + template.after_assistant

@@ -15,6 +15,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from llava.errors import UserError
 from llava.processing.anyres import AnyresProcessor, best_resolution, cut, fitted, on_canvas, parse_pinpoints, unpadded
 from llava.processing.clip_image import CLIP_MEAN, CLIP_STD, ImageProcessor
+from tests.resizing import old_pillow
 
 VECTORS = json.loads((Path(__file__).parent / "data/llava_preproc/anyres_token_counts.json").read_text())
 PINPOINTS = tuple(map(tuple, VECTORS["pinpoints_wh"]))
@@ -169,7 +170,9 @@ def test_pixels_are_those_of_transformers(size, reading):
     ours, arrangement = AnyresProcessor(SMALL_CLIP, SMALL_GRID, reading=reading)(noise(*size))
     pinpoints = [[w, h] if reading == "transformers" else [h, w] for w, h in SMALL]
     edges = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
-    theirs = LlavaNextImageProcessorPil(**edges, image_grid_pinpoints=pinpoints)(noise(*size), return_tensors="pt")
+    official = LlavaNextImageProcessorPil(**edges, image_grid_pinpoints=pinpoints)
+    with old_pillow():
+        theirs = official(noise(*size), return_tensors="pt")
     assert ours.dtype == torch.float32
     assert ours.shape == (len(arrangement.crops), 3, 28, 28)
     assert ours.equal(theirs["pixel_values"][0, : len(ours)].float())
@@ -282,3 +285,14 @@ def test_unknown_reading_of_the_functions():
 def test_an_empty_picture_is_refused():
     with pytest.raises(UserError, match="1 to 65535 pixels on each side, got 0 x 4"):
         AnyresProcessor(CLIP, GRID)(Image.new("RGB", (0, 4)))
+
+
+@pytest.mark.parametrize(
+    "pinpoints",
+    ["[" * 50_000, "(1x1),...,(100000x100000)", f"({'9' * 5000}x1)", f"[[{'9' * 5000}, 336]]", "[[336, 336]"],
+)
+def test_pinpoints_as_text_that_cannot_be_read(pinpoints):
+    """They ended in a RecursionError or a ValueError, or filled the memory."""
+    with pytest.raises(UserError, match="image_grid_pinpoints must be pairs") as caught:
+        parse_pinpoints(pinpoints, 336)
+    assert len(str(caught.value)) < 600

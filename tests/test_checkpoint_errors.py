@@ -121,10 +121,10 @@ def test_a_bin_that_is_no_state_dict(tmp_path, model):
         (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights \(model\.safetensors or"),
         (lambda folder: edit(folder / "config.json", conversation="vicuna"), "Unknown conversation mode 'vicuna'"),
         (lambda folder: edit(folder / "config.json", quantization_config={"a": 1}), "quantised with an unnamed method"),
-        (lambda folder: edit(folder / "config.json", image_seq_length="many"), "describes no LLaVA model"),
+        (lambda folder: edit(folder / "config.json", image_seq_length="many"), "image_seq_length is 'many'"),
         (
             lambda folder: edit(folder / "preprocessor_config.json", crop_size={"height": 28, "width": 28}),
-            "images are cut to 28 pixels, but the tower expects 56",
+            "images are cropped to 28 pixels, but the tower expects 56",
         ),
     ],
 )
@@ -150,7 +150,7 @@ def test_partial_checkpoints_say_what_to_do(tmp_path, model, name):
         ({"mm_projector_type": "linear"}, "projector type 'linear' is not supported: .* exactly two linear layers"),
         ({"mm_projector_type": "mlp3x_gelu"}, "projector type 'mlp3x_gelu' is not supported"),
         ({"mm_use_im_start_end": True}, "image start and end tokens are not supported"),
-        ({"mm_vision_select_feature": "cls"}, "is 'cls'; expected one of cls_patch, patch"),
+        ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature is 'cls'; only 'patch' is supported"),
         ({"hidden_size": ..., "vocab_size": ...}, r"config\.json lacks hidden_size, vocab_size"),
     ],
 )

@@ -246,9 +246,8 @@ def test_a_conversion_with_another_activation_is_noted(tmp_path):
     assert "quick_gelu" not in " ".join(load_checkpoint(tmp_path).notes)
     config = make_tiny_video().config.vision_config.to_dict()
     edit(tmp_path / "config.json", vision_config={**config, "hidden_act": "quick_gelu"})
-    assert (
-        load_checkpoint(tmp_path).notes[-1] == "The towers run with quick_gelu; LanguageBind's were trained with gelu."
-    )
+    note = load_checkpoint(tmp_path).notes[-1]
+    assert note == "The towers use the activation quick_gelu; LanguageBind's were trained with gelu."
 
 
 def test_templates_of_videos_can_be_chosen(tmp_path):
@@ -271,7 +270,7 @@ def test_towers_that_differ(tmp_path):
         tmp_path / "video" / "config.json", vision_config={**config, "hidden_act": "quick_gelu", "num_hidden_layers": 9}
     )
     with pytest.raises(
-        UserError, match="towers image and video differ in num_hidden_layers, hidden_act; Video-LLaVA's"
+        UserError, match="towers image and video differ in num_hidden_layers, hidden_act; the two towers"
     ):
         load_checkpoint(tmp_path)
 

@@ -249,7 +249,7 @@ def reload(folder, model: Llava) -> ClipText:
 
 def test_a_clip_of_another_tower_is_refused(tmp_path, tiny):
     save_clip(tmp_path, make_tiny_llava(vision_hidden=40))
-    with pytest.raises(UserError, match=r"does not complete this vision tower \(32 channels\).*visual_projection"):
+    with pytest.raises(UserError, match=r"does not fit this vision tower \(32 channels\).*visual_projection"):
         reload(tmp_path, tiny)
 
 
@@ -268,7 +268,7 @@ def test_missing_weights_are_named(tmp_path, tiny, model):
 
 def test_a_vision_half_alone_is_refused(tmp_path, tiny, model):
     model.config.vision_config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no text half"):
+    with pytest.raises(UserError, match="no text tower"):
         reload(tmp_path, tiny)
 
 
@@ -278,7 +278,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, tiny, model):
     with pytest.raises(UserError, match=r"has no tokenizer \(tokenizer\.json or vocab\.json\)"):
         reload(tmp_path / "own", tiny)
     save_text_tower(tmp_path / "few", model, vocab_size=50)
-    with pytest.raises(UserError, match=r"knows .* tokens, it 50"):
+    with pytest.raises(UserError, match=r"has 111 tokens, but the tower has 50"):
         reload(tmp_path / "few", tiny)
 
 
@@ -360,3 +360,14 @@ def test_an_unknown_sign_is_refused(tmp_path, model):
     (tmp_path / "config.json").write_text(json.dumps(config | {"patch_similarity": "upside down"}))
     with pytest.raises(UserError, match="must be negated or plain, got 'upside down'"):
         load_clip_text(tmp_path, model.model.vision_tower, make_tokenizer(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("field", "value"), [("layer_norm_eps", float("nan")), ("num_attention_heads", 0)])
+def test_impossible_values_of_a_text_tower(tmp_path, tiny, model, field, value):
+    save_text_tower(tmp_path, model)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"][field] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"config\.json has impossible values: text_config\.{field}"):
+        reload(tmp_path, tiny)

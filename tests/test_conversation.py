@@ -22,7 +22,7 @@ def test_templates_equal_the_official_ones(mode):
 
 
 def test_no_template_without_an_official_counterpart():
-    assert sorted(MODES) == sorted([*RENDERED, "qwen2_vl"])
+    assert sorted(MODES) == sorted([*RENDERED, "qwen2_vl", "llava_llama_3"])
     assert DEFAULT_MODE == "vicuna_v1"
 
 
@@ -82,3 +82,25 @@ def test_qwen_renders_what_its_chat_template_renders():
 )
 def test_the_templates_of_the_other_checkpoints_letter_by_letter(mode, rendered):
     assert render(mode, [("Q", None)]) == rendered
+
+
+LLAMA_3 = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You "
+    "are able to understand the visual content that the user provides, and assist the user with a variety of tasks using "
+    "natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+)
+LLAMA_3_ANSWER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+LLAMA_3_USER = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+
+
+def test_llama_3_renders_what_its_chat_template_renders():
+    """A LLaVA-NeXT with a Llama-3 decoder was loaded with vicuna_v1 and stop string "</s>", without a word.
+
+    Written out by hand from LLaVA-VL/LLaVA-NeXT's llava_llama_3 (system text, roles, style LLAMA_3) and the
+    chat_template
+    of meta-llama/Meta-Llama-3-8B-Instruct: header, two line ends, trimmed message, <|eot_id|>.
+    """
+    assert render("llava_llama_3", [("<image>\nQ1", None)]) == f"{LLAMA_3}<image>\nQ1{LLAMA_3_ANSWER}"
+    two = render("llava_llama_3", [("<image>\n Q1 \n", " A1 "), (" Q2\n", None)])
+    assert two == f"{LLAMA_3}<image>\n Q1{LLAMA_3_ANSWER}A1{LLAMA_3_USER}Q2{LLAMA_3_ANSWER}"
+    assert stop_string("llava_llama_3") == "<|eot_id|>"

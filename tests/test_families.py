@@ -55,9 +55,10 @@ def test_both_layouts_of_next_answer_alike(tmp_path):
         batch = ask(picture(0, (60, 110)), picture(1, (112, 112)), None)
         assert ours.layout_name == "original" and theirs.layout_name == "transformers"
         assert ours.largest.tokens == theirs.largest.tokens
-        torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), atol=0, rtol=0)
+        # The heads have another number of rows, which changes how the CPU sums.
+        torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), atol=1e-6, rtol=0)
         own, hub = (logits(model, batch, "fastervlm", 20) for model in (ours, theirs))
-        torch.testing.assert_close(own, hub, atol=0, rtol=0)
+        torch.testing.assert_close(own, hub, atol=1e-6, rtol=0)
 
 
 @torch.inference_mode()

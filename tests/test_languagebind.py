@@ -206,7 +206,7 @@ def test_operations_are_those_that_torch_counts():
 
 
 def test_frames_that_make_no_whole_videos_are_refused(tower):
-    with pytest.raises(UserError, match="takes 4 frames of each video, but got 6"):
+    with pytest.raises(UserError, match="takes 4 frames per video, but got 6 frames in total"):
         encode(tower, pixels(1, 6), -2)
     with pytest.raises(UserError, match="at least one frame, got 0"):
         LanguageBindVideoTower(config(), 0)

@@ -2,17 +2,21 @@
 
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 from PIL import Image
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from llava.conversation import MODES, render
 from llava.errors import UserError
+from llava.model.checkpoint.processors import read_tokenizer
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, build_prompt, tokenize
 from llava.processing.sample import Sample
 from tests.tiny_checkpoints import make_tokenizer
@@ -121,12 +125,9 @@ def tokenizers(corpus, llama) -> dict[str, PreTrainedTokenizerFast]:
 
 
 def test_llama_ids_are_those_of_sentencepiece(llama, corpus):
-    """The reference is the slow tokenizer, which transformers 5 no longer has: ask sentencepiece itself.
-
-    They differ where a text begins with a space: no dummy space is put before it. No piece of a prompt does, see below.
-    """
+    """The reference is the slow tokenizer, which transformers 5 no longer has: ask sentencepiece itself."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(corpus.parent / "llama" / "tokenizer.model"))
-    for text in (*QUESTIONS, render("vicuna_v1", [("Q", None)]), "USER: ", "\n", "a  b", "", "漢字"):
+    for text in (*QUESTIONS, render("vicuna_v1", [("Q", None)]), "USER: ", "\n", "a  b", "", "漢字", " a", "  a"):
         assert tokenize(text, llama) == [model.bos_id(), *model.encode(text)], text
 
 
@@ -141,6 +142,74 @@ def test_llama_puts_a_dummy_space_on_both_sides_of_the_image(llama):
     assert around == ["▁", "▁", "<0x0A>"]
     assert ours.count(llama.bos_token_id) == 1
     assert ours[0] == llama.bos_token_id
+
+
+SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
+LITERALS = [
+    "What does </s> mean?",
+    "What does</s>mean?",
+    "</s>What",
+    "</s> What",
+    "<s>What <s> is</s></s> this",
+    "What is this </s>",
+    " What </s>  is",
+    "a <unk> cat",
+    render("vicuna_v1", [("Q1", "A1"), ("What </s> is", None)]),
+    render("llava_llama_2", [("Q1", "A1"), ("Q2", None)]),
+]
+
+
+def slow_llama_ids(text: str, path: Path, legacy: bool) -> list[int]:
+    """LlamaTokenizer (use_fast=False) of transformers 4.37.2, written from its rules.
+
+    Special tokens are cut out of the text. In legacy mode sentencepiece puts its dummy space in front of every part;
+    otherwise the text gets one space at the front, and the parts are encoded as they are.
+    """
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    proto.normalizer_spec.add_dummy_prefix = legacy
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    unknown = len(model.encode("<unk>"))
+    text = text if legacy else "▁" + text.replace("▁", " ")
+    ids: list[int] = []
+    for part in filter(None, re.split("(<unk>|<s>|</s>)", text)):
+        if part in SPECIAL:
+            if not legacy and ids == [model.piece_to_id("▁")]:
+                ids = []
+            ids.append(SPECIAL[part])
+        elif not legacy and part.startswith(("▁", " ")):
+            ids += model.encode("<unk>" + part)[unknown:]
+        else:
+            ids += model.encode(part)
+    return [model.bos_id(), *ids]
+
+
+@pytest.mark.parametrize("stated", [True, False, None])
+@pytest.mark.parametrize("files", ["tokenizer.model", "tokenizer.json"])
+def test_literal_special_tokens_are_those_of_the_slow_tokenizer(llama, corpus, tmp_path, stated, files):
+    """Text behind a literal "</s>" got other ids than in the original: a missing "legacy" was read as False, not True.
+
+    In legacy mode a dummy space was also missing in front of a space. The same holds for the "</s>" of earlier turns.
+    """
+    path = corpus.parent / "llama" / "tokenizer.model"
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    config |= {} if stated is None else {"legacy": stated}
+    shutil.copy(path, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = read_tokenizer(tmp_path, SimpleNamespace(text_config=LlamaConfig()))
+    if files == "tokenizer.json":
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "tokenizer.model").unlink()
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = read_tokenizer(tmp_path, SimpleNamespace(text_config=LlamaConfig()))
+    for text in LITERALS:
+        assert tokenize(text, tokenizer) == slow_llama_ids(text, path, stated is not False), text
+
+
+@pytest.mark.parametrize("question", LITERALS[:8])
+def test_ranges_of_questions_with_literal_special_tokens(llama, question):
+    prompt = build_prompt(sample(question, SUFFIX), llama)
+    asked = llama.decode(prompt.ids[slice(*prompt.question)])
+    assert "".join(asked.split()) == "".join(question.split())
 
 
 @pytest.mark.parametrize("mode", RENDERED)
@@ -253,3 +322,38 @@ def test_a_placeholder_in_the_text_is_refused(given, image):
     """It would take the place of an image that is not there, or shift the one that is."""
     with pytest.raises(UserError, match="sample 'q1' contains '<image>'"):
         build_prompt(sample(**given, image=image), make_tokenizer())
+
+
+@pytest.mark.parametrize("given", [{"question": "a \ud800 b"}, {"suffix": "\udfff"}, {"history": (("a", "\ud800"),)}])
+def test_a_lone_surrogate_is_refused(given):
+    """It ended in a traceback of the tokenizer (UnicodeEncodeError)."""
+    with pytest.raises(UserError, match=r"sample 'q1' contains a lone surrogate \(U\+D[8F]"):
+        build_prompt(sample(**given), make_tokenizer())
+
+
+def test_a_text_beyond_the_positions_of_the_decoder_is_refused():
+    """40,000 words asked for 38 GB of memory."""
+    with pytest.raises(UserError, match=r"sample 'q1' has 40\d\d\d tokens, .* positions for 3520 tokens of text"):
+        build_prompt(sample("what " * 40_000), make_tokenizer(), longest=3520)
+    length = len(build_prompt(sample("what is red"), make_tokenizer()).ids) - 1
+    assert build_prompt(sample("what is red"), make_tokenizer(), longest=length)
+    with pytest.raises(UserError, match=f"has {length} tokens"):
+        build_prompt(sample("what is red"), make_tokenizer(), longest=length - 1)
+
+
+@pytest.mark.parametrize("question", ["what is red", "  what is red\n", "what"])
+@pytest.mark.parametrize("suffix", ["", "answer yes "])
+@pytest.mark.parametrize("history", [(), (("is it", "yes"),)])
+@pytest.mark.parametrize("image", [WHITE, None])
+def test_ranges_in_a_template_that_trims_messages(question, suffix, history, image):
+    tokenizer = make_tokenizer()
+    prompt = build_prompt(sample(question, suffix, image, history), tokenizer, "llava_llama_3")
+    assert tokenizer.decode(prompt.ids[slice(*prompt.question)]).split() == question.split()
+    assert tokenizer.decode(prompt.ids[slice(*prompt.instruction)]).split() == [*question.split(), *suffix.split()]
+
+
+def test_the_model_says_how_long_a_question_may_be(tiny):
+    """4,096 positions, 16 of them for the image."""
+    assert tiny.longest_text == 4080
+    with pytest.raises(UserError, match=r"positions for 4080 tokens of text; shorten the question"):
+        tiny.prompt(sample("what " * 5_000))

@@ -12,6 +12,7 @@ from llava.errors import UserError
 from llava.processing.clip_image import CLIP_MEAN, CLIP_STD
 from llava.processing.qwen_image import QwenImageProcessor
 from tests.conftest import picture
+from tests.resizing import old_pillow
 
 SIZES = [(60, 44), (1, 1), (3, 400), (300, 90), (84, 56), (500, 499)]  # width, height
 
@@ -32,7 +33,8 @@ def grid_by_the_book(width: int, height: int, low: int, high: int) -> tuple[int,
 def test_pictures_of_all_sizes_equal_the_official_class(bounds):
     images = [picture(i, size) for i, size in enumerate(SIZES)]
     patches, grids = QwenImageProcessor(**bounds)(images)
-    official = Qwen2VLImageProcessorPil(**bounds)(images=images, return_tensors="pt")
+    with old_pillow():
+        official = Qwen2VLImageProcessorPil(**bounds)(images=images, return_tensors="pt")
     assert [list(grid) for grid in grids] == official["image_grid_thw"].tolist()
     assert torch.equal(patches, official["pixel_values"])
     assert patches.dtype == torch.float32
@@ -41,7 +43,8 @@ def test_pictures_of_all_sizes_equal_the_official_class(bounds):
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_other_colour_modes_are_taken_as_the_official_class_takes_them(mode):
     image = picture(1).convert(mode)
-    official = Qwen2VLImageProcessorPil()(images=[image], return_tensors="pt")["pixel_values"]
+    with old_pillow():
+        official = Qwen2VLImageProcessorPil()(images=[image], return_tensors="pt")["pixel_values"]
     assert torch.equal(QwenImageProcessor()([image])[0], official)
 
 
@@ -102,3 +105,22 @@ def test_incomplete_preprocessing_and_crossed_bounds_are_refused():
         QwenImageProcessor.from_config({"do_normalize": False})
     with pytest.raises(UserError, match="got 5000 and 4000"):
         QwenImageProcessor(min_pixels=5000, max_pixels=4000)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_std": [0.2, 0, 0.2]},
+        {"image_mean": [float("nan"), 0.5, 0.5]},
+        {"patch_size": 0},
+        {"merge_size": "2"},
+        {"min_pixels": -1},
+        {"max_pixels": 10.5},
+        {"size": {"shortest_edge": "56"}},
+        {"size": 56},
+    ],
+)
+def test_impossible_values_of_a_preprocessor(change):
+    """They ended in tracebacks or in infinite pixels."""
+    with pytest.raises(UserError, match=next(iter(change))):
+        QwenImageProcessor.from_config(change)

@@ -121,8 +121,8 @@ def test_quarter_turns_of_the_metadata_are_applied(tmp_path, turn):
         (lambda path: path.write_bytes(b""), r"Cannot read the video .*clip.mp4.*damaged or no video"),
         (lambda path: path.write_text("no video " * 400), r"Cannot read the video .*\(Invalid data found.*no video"),
         (lambda path: path.write_text("ffconcat version 1.0\nfile other.mp4"), r"Cannot read the video .*no video"),
-        (lambda path: write(path, 7), r"has 7 frames, but 8 are taken"),
-        (lambda path: write(path, 1), r"has 1 frames, but 8 are taken"),
+        (lambda path: write(path, 7), r"has 7 frames, but 8 are needed"),
+        (lambda path: write(path, 1), r"has 1 frames, but 8 are needed"),
         (lambda path: shorten(write(path, 20)), r"Cannot read the video .*damaged"),
     ],
     ids=["missing", "folder", "empty", "text", "list", "seven frames", "one frame", "cut off"],
@@ -335,7 +335,7 @@ def test_settings_from_a_preprocessor_config():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: VideoProcessor()(clip(30, 30, frames=16)), "takes 8 frames of each video, but this one has 16"),
+        (lambda: VideoProcessor()(clip(30, 30, frames=16)), "takes 8 frames per video, but this one has 16"),
         (lambda: VideoProcessor(reading="orginal"), "Did you mean 'original'"),
         (lambda: VideoProcessor(size=200, crop=224), "at most as large as the size"),
         (lambda: VideoProcessor(reading="transformers", flip=0), "leave flip at None"),

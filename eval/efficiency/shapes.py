@@ -1,4 +1,4 @@
-"""Models of real size with random weights, for timing. Their answers mean nothing."""
+"""Models of real size with random weights, to measure latency. Their answers are meaningless."""
 
 import copy
 from functools import cached_property
@@ -69,13 +69,13 @@ CLIP_L_TEXT = {
 def random_llava(
     shape: str, distinct: int | None = None, dtype: str = "bfloat16", layers: int | None = None, **conventions: Any
 ) -> Llava:
-    """A LLaVA of a known shape with random weights, on the CPU.
+    """Build a LLaVA of a known shape with random weights, on the CPU.
 
     Args:
-        distinct: decoder layers with weights of their own; the others take turns in sharing them, so that a model of
-            full depth fits into a small memory and still does all its work. None gives every layer its own.
+        distinct: decoder layers with their own weights; the other layers reuse them in turn, so that a model of full
+            depth needs little memory and computes the same number of operations. None gives every layer its own.
         layers: decoder layers; None for the full depth.
-        conventions: of llava.model.llava_next.LlavaNext.
+        conventions: image options of llava.model.llava_next.LlavaNext.
     """
     sizes = SHAPES[shape]
     layers = layers or sizes["text"]["num_hidden_layers"]
@@ -93,7 +93,7 @@ def random_llava(
             model = (LlavaNextForConditionalGeneration if of_next else LlavaForConditionalGeneration)(config).eval()
     finally:
         torch.set_default_dtype(before)
-    # One block of noise, tiled: filling a billion weights one by one takes a minute.
+    # One repeated block of noise: drawing a billion weights takes a minute.
     block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(DTYPES[dtype])
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -122,7 +122,7 @@ def random_llava(
 
 
 class RandomClip:
-    """Its CLIP text tower has the shape of CLIP-L's and random weights."""
+    """Adds a CLIP text tower of CLIP-L's shape with random weights."""
 
     @cached_property
     def clip(self) -> ClipText:
@@ -142,11 +142,11 @@ class RandomNext(RandomClip, LlavaNext):
 
 
 def share_layers(llm: nn.Module, layers: int) -> None:
-    """Lengthen a decoder by layers that share the weights of those it has, each with an index of its own."""
+    """Add layers to a decoder that share the weights of its layers, each with its own index."""
     own = len(llm.layers)
     for index in range(own, layers):
         source = llm.layers[index % own]
-        # Parameters are put into the memo, so that everything is copied but them.
+        # Parameters in the memo are shared; everything else is copied.
         shared = copy.deepcopy(source, {id(weight): weight for weight in source.parameters()})
         shared.self_attn.layer_idx = index
         llm.layers.append(shared)
@@ -154,7 +154,7 @@ def share_layers(llm: nn.Module, layers: int) -> None:
 
 
 def _letters() -> PreTrainedTokenizerFast:
-    """A tokenizer of single words that knows none: every word is one token, about what a real prompt needs."""
+    """A tokenizer with one unknown token per word, about as many tokens as a real prompt has."""
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

@@ -142,7 +142,13 @@ class Llava:
         return load_clip_text(self.text_tower, self.tower, self.tokenizer, self.device)
 
     def prompt(self, sample: Sample) -> Prompt:
-        return build_prompt(sample, self.tokenizer, self.conversation)
+        return build_prompt(sample, self.tokenizer, self.conversation, self.longest_text)
+
+    @property
+    def longest_text(self) -> int | None:
+        """Text tokens that the decoder has positions for beside the visual tokens of one tile or frame."""
+        room = self.container.config.get_text_config().max_position_embeddings - self.layout.tokens
+        return room if room > 0 else None
 
     def views(self, picture) -> tuple[Tensor, Arrangement]:
         """What the tower sees of a picture: pixels [C, 3, S, S], and the run of tokens that its C crops become."""

@@ -60,7 +60,9 @@ class VideoLlava(Llava):
 
     def prompt(self, sample: Sample) -> Prompt:
         video = any(isinstance(picture, Video) for picture in sample.images)
-        return build_prompt(sample, self.tokenizer, self.video_conversation if video else self.conversation)
+        return build_prompt(
+            sample, self.tokenizer, self.video_conversation if video else self.conversation, self.longest_text
+        )
 
     def views(self, picture) -> tuple[Tensor, Arrangement]:
         if not isinstance(picture, Video):

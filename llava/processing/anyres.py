@@ -1,12 +1,14 @@
-"""LLaVA-NeXT's picture: a small copy of the whole and the tiles of the resolution that suits it best.
+"""LLaVA-NeXT's anyres preprocessing: the base image (the whole image, small) and the tiles of the best resolution.
 
-Read: haotian-liu/LLaVA@c121f04, mm_utils.process_anyres_image and llava_arch; LLaVA-VL/LLaVA-NeXT@df17966; transformers
-5.23, models/llava_next. Theia-4869/CDPruner@9541616 for the resolution that papers force.
+Official code read: haotian-liu/LLaVA@c121f04, mm_utils.process_anyres_image and llava_arch;
+LLaVA-VL/LLaVA-NeXT@df17966; transformers 5.23, models/llava_next; Theia-4869/CDPruner@9541616 for the resolution that
+papers force
+Differs from it: tiles whose patches are all removed by unpadding are not computed.
 
-Two readings of the same configuration exist. The original takes the resolutions ("pinpoints") as (width, height),
-transformers as (height, width) in the same order, so small pictures, for which several are equally good, get other
-tiles; and transformers rounds to seven decimals where the original cuts, which can leave one more row or column.
-Sizes are (width, height) throughout, grids (rows, columns).
+There are two anyres conventions for one configuration. The original takes the resolutions ("pinpoints") as (width,
+height), transformers as (height, width) in the same order; small images, for which several are equally good, therefore
+get other tiles. And transformers rounds to seven decimals where the original truncates, which can leave one more row or
+column. Sizes are (width, height), grids (rows, columns).
 """
 
 import ast
@@ -20,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava.errors import UserError, unknown
-from llava.processing.clip_image import ImageProcessor, as_rgb
+from llava.processing.clip_image import ImageProcessor, as_rgb, resize
 from llava.reduction.token_layout import Arrangement, stitched
 
 READINGS = ("original", "transformers")
@@ -31,7 +33,7 @@ Size = tuple[int, int]
 
 
 def parse_pinpoints(pinpoints: Any, tile: int) -> tuple[Size, ...]:
-    """The resolutions of a configuration, in their order.
+    """Return the resolutions of a configuration, in their order.
 
     Args:
         pinpoints: pairs of pixels, the same as text ("[[336, 672], ...]"), or a range of tiles "(1x1),...,(6x6)", which
@@ -40,27 +42,31 @@ def parse_pinpoints(pinpoints: Any, tile: int) -> tuple[Size, ...]:
     """
     pairs = pinpoints
     if isinstance(pinpoints, str):
-        counts = [(int(first), int(second)) for first, second in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
-        if counts:
-            (low, left), (high, right) = counts[0], counts[-1]
+        counts = re.findall(r"\((\d+)x(\d+)\)", pinpoints)
+        if any(len(number) > 2 for pair in counts for number in pair):
+            pairs = None  # more than 99 tiles along a side
+        elif counts:
+            (low, left), (high, right) = (tuple(map(int, pair)) for pair in (counts[0], counts[-1]))
             pairs = [(i * tile, j * tile) for i in range(low, high + 1) for j in range(left, right + 1)]
         else:
             pairs = _literal(pinpoints)
     if not isinstance(pairs, Sequence) or not pairs or not all(_is_resolution(pair, tile) for pair in pairs):
+        got = repr(pinpoints)
         raise UserError(
             f"image_grid_pinpoints must be pairs of positive multiples of the tile side {tile}, such as "
-            f"[[{tile}, {2 * tile}], [{2 * tile}, {tile}]], got {pinpoints!r}; take those of the checkpoint's config."
+            f"[[{tile}, {2 * tile}], [{2 * tile}, {tile}]], got {got if len(got) <= 200 else got[:197] + '...'}; take "
+            "those of the checkpoint's config.json."
         )
     return tuple((first, second) for first, second in pairs)
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size], reading: str = "original") -> Size:
-    """The (width, height) that keeps most of the picture's pixels; of equals the smallest, of these the first.
+    """Return the (width, height) that keeps most of the image's pixels; of equals the smallest, then the first.
 
     Args:
-        size: width and height of the picture.
-        pinpoints: resolutions to choose from, (width, height) pairs under reading "original" and (height, width) under
-            "transformers".
+        size: width and height of the image.
+        pinpoints: resolutions to choose from, (width, height) pairs for the convention "original" and (height, width)
+            for "transformers".
     """
     if reading not in READINGS:
         raise unknown("reading of the resolutions", reading, READINGS)
@@ -68,7 +74,7 @@ def best_resolution(size: Size, pinpoints: Sequence[Size], reading: str = "origi
 
     def kept_and_wasted(resolution: Size) -> tuple[int, int]:
         scale = min(resolution[0] / width, resolution[1] / height)
-        # Enlarging adds no pixels: more than the picture has cannot be kept.
+        # Enlarging adds no pixels: no more than the image has can be kept.
         kept = min(int(width * scale) * int(height * scale), width * height)
         return kept, kept - resolution[0] * resolution[1]
 
@@ -77,7 +83,7 @@ def best_resolution(size: Size, pinpoints: Sequence[Size], reading: str = "origi
 
 
 def fitted(size: Size, resolution: Size) -> Size:
-    """Width and height of the picture once it is as large as `resolution` allows, its shape kept."""
+    """Return the largest width and height within `resolution` that keep the image's aspect ratio."""
     across, down = resolution[0] / size[0], resolution[1] / size[1]
     if across < down:
         return resolution[0], min(math.ceil(size[1] * across), resolution[1])
@@ -85,18 +91,15 @@ def fitted(size: Size, resolution: Size) -> Size:
 
 
 def on_canvas(image: Image.Image, resolution: Size) -> Image.Image:
-    """Resize (bicubic) and centre on black; an odd remainder goes right or below."""
+    """Resize and centre on a black canvas; an odd remainder goes right or below."""
     inner = fitted(image.size, resolution)
     canvas = Image.new("RGB", resolution)
-    canvas.paste(
-        image.resize(inner, Image.Resampling.BICUBIC),
-        ((resolution[0] - inner[0]) // 2, (resolution[1] - inner[1]) // 2),
-    )
+    canvas.paste(resize(image, inner), ((resolution[0] - inner[0]) // 2, (resolution[1] - inner[1]) // 2))
     return canvas
 
 
 def cut(canvas: Image.Image, tile: int) -> list[Image.Image]:
-    """Square tiles, row by row."""
+    """Split a canvas into square tiles, row by row."""
     width, height = canvas.size
     corners = [(left, top) for top in range(0, height, tile) for left in range(0, width, tile)]
     return [canvas.crop((left, top, left + tile, top + tile)) for left, top in corners]
@@ -105,20 +108,20 @@ def cut(canvas: Image.Image, tile: int) -> list[Image.Image]:
 def unpadded(
     size: Size, tiles: tuple[int, int], grid: tuple[int, int], reading: str = "original"
 ) -> tuple[int, int, int, int]:
-    """Which stitched patches show the picture and not the canvas: rows from, to and columns from, to.
+    """Return the rows (from, to) and columns (from, to) of stitched patches that are not padding.
 
-    As much goes on both sides, so an odd remainder keeps one row or column of padding. Of a picture so long that it
-    fills no row or column of patches (300 x 10 pixels on 336 x 672) none is kept.
+    Both sides lose the same number, so an odd remainder keeps one row or column of padding. No patch is kept of a very
+    long image that fills no row or column of patches (300 x 10 pixels on 336 x 672).
 
     Args:
-        size: width and height of the picture as it was.
+        size: width and height of the original image.
         tiles: rows and columns of tiles.
         grid: rows and columns of patches of a tile.
     """
     if reading not in READINGS:
         raise unknown("reading of the resolutions", reading, READINGS)
     (width, height), rows, columns = size, tiles[0] * grid[0], tiles[1] * grid[1]
-    # Factor first, then product: another order of the same floats ends one row off on exact ties.
+    # The quotient first, then the product: another order of these floats gives one row more or less on exact ties.
     if width / height > columns / rows:
         margin = (rows - _whole(height * (columns / width), reading)) // 2
         return margin, rows - margin, 0, columns
@@ -128,17 +131,17 @@ def unpadded(
 
 @dataclass(frozen=True)
 class AnyresProcessor:
-    """Picture -> pixels of its crops and the arrangement of their patches.
+    """Image -> pixels of its base image and tiles, and the token layout of their patches.
 
     Attributes:
-        clip: size, mean and deviation of the crops; its padding is not used, each crop being square.
-        grid: rows and columns of patches of a crop.
+        clip: size, mean and deviation of a tile; its padding is not used, since every tile is square.
+        grid: rows and columns of patches of a tile.
         pinpoints: resolutions to choose from, in any form that `parse_pinpoints` reads; None takes SHAPES.
-        reading: "original" or "transformers", see the head of this file.
-        merge: "spatial_unpad", the checkpoints' own: padding is taken off and a newline token ends every row of
-            stitched patches. "spatial": neither, all patches of every crop; the tables of most papers are made so.
-        force: (width, height) for every picture whatever its shape, padded to it like any other. Papers that print
-            2,880 tokens take 672 x 672 and "spatial": always five crops.
+        reading: the anyres convention, "original" or "transformers", see the head of this file.
+        merge: "spatial_unpad", the checkpoints' own: padding is removed and a newline token ends every row of stitched
+            patches. "spatial": neither, all patches of every tile, as in the tables of most papers.
+        force: (width, height) for every image whatever its shape, with padding. Papers with 2,880 tokens take
+            672 x 672 and "spatial": always the base image and four tiles.
     """
 
     clip: ImageProcessor
@@ -155,7 +158,7 @@ class AnyresProcessor:
             raise unknown("merge of the tiles", self.merge, MERGES)
         if self.force is not None and not _is_resolution(self.force, self.tile):
             raise UserError(
-                f"A forced resolution must be (width, height) in positive multiples of the tile side {self.tile}, got "
+                f"A forced resolution must be (width, height), positive multiples of the tile side {self.tile}, got "
                 f"{self.force!r}; give ({2 * self.tile}, {2 * self.tile}) for two by two tiles."
             )
         pinpoints = self.pinpoints
@@ -165,19 +168,19 @@ class AnyresProcessor:
 
     @property
     def tile(self) -> int:
-        """Side of a tile and of the small copy, in pixels: what the tower sees."""
+        """Side of a tile and of the base image, in pixels."""
         return self.clip.crop
 
     def resolution(self, size: Size) -> Size:
-        """(width, height) of the canvas for a picture of this size."""
+        """Return (width, height) of the canvas for an image of this size."""
         return self.force or best_resolution(size, self.pinpoints, self.reading)
 
     def arrange(self, size: Size) -> Arrangement:
-        """The run of visual tokens of a picture of this (width, height).
+        """Return the token layout of an image of this (width, height).
 
-        Where unpadding leaves no stitched patch there is the small copy alone and no tile is cut: the original runs the
-        tower on tiles too and keeps nothing of them. Newlines stay: a picture so narrow that no column is left still
-        has one for each of its empty rows, as in the original.
+        If unpadding leaves no stitched patch, only the base image is computed; the original also runs the tower on the
+        tiles and keeps nothing of them. Newline tokens stay: an image so narrow that no column is left still has one
+        for each of its empty rows, as in the original.
         """
         width, height = self.resolution(size)
         tiles = height // self.tile, width // self.tile
@@ -188,13 +191,13 @@ class AnyresProcessor:
         return replace(run, crops=run.crops[:1], tiles=None) if empty else run
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Arrangement]:
-        """[1 + tiles, 3, S, S] float32 pixels, the small copy first, and how the patches make up the run.
+        """Return [1 + tiles, 3, S, S] float32 pixels, the base image first, and the token layout.
 
-        Any mode of picture; EXIF rotation is ignored, as in `llava.processing.clip_image.open_image`.
+        The image may have any mode; EXIF rotation is ignored, as in `llava.processing.clip_image.open_image`.
         """
         image = as_rgb(image)
         arrangement = self.arrange(image.size)
-        crops = [image.resize((self.clip.size, self.clip.size), Image.Resampling.BICUBIC)]
+        crops = [resize(image, (self.clip.size, self.clip.size))]
         if arrangement.tiles:
             crops += cut(on_canvas(image, self.resolution(image.size)), self.tile)
         return self.clip.crops(crops), arrangement
@@ -213,5 +216,5 @@ def _is_resolution(pair: Any, tile: int) -> bool:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return None

@@ -1,7 +1,7 @@
-"""From a picture to the pixels of the vision tower: pad to a square, resize, crop, normalise.
+"""CLIP preprocessing of images: pad to a square, resize, crop, normalise.
 
-The LLaVA-1.5 benchmark numbers are made with padding. The transformers processor crops the sides instead and gives
-other answers (LLaVA issue 591), so "pad" is the default here for every checkpoint, those of the hub included.
+LLaVA-1.5's benchmark numbers were made with padding. The transformers processor crops the sides instead and gives
+other answers (LLaVA issue 591), so "pad" is the default for every checkpoint, including those of the hub.
 """
 
 import struct
@@ -12,36 +12,58 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from llava.errors import UserError, unknown
+from llava.processing.config_schema import LARGEST_SIDE, PreprocessorConfig, checked
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 ASPECTS = ("pad", "crop")
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+# Raster formats only: for EPS, whatever the file's name, Pillow would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
 
 MAX_SIDE = 65_535  # pixels, the longest that JPEG can hold
 STRIP = 2**22  # pixels of the square canvas that exist at once
 
 
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize an RGB image to (width, height): bicubic, the width first, then the height, 8 bits in between.
+
+    Every image of a CLIP or Qwen tower is resized here. Pillow up to 12.3, with which the published results were made,
+    always works in this order; Pillow 13 resizes some portraits the other way round, which moves 5 to 25 % of their
+    values. Two calls fix the order for every version.
+    """
+    wide = image.resize((size[0], image.height), Image.Resampling.BICUBIC)
+    return wide.resize(size, Image.Resampling.BICUBIC)
+
+
 def open_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read the whole picture as RGB. EXIF rotation is ignored, as in the official benchmark scripts.
+    """Read a whole image file as RGB. EXIF rotation is ignored, as in the official benchmark scripts.
 
     Args:
         path: or the file's bytes as an open file.
-        name: what errors call it; its path if left out.
+        name: how errors call the image; its path if left out.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it has none of FORMATS.
     """
     name = name or str(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(
+            f"Cannot read the image {name} (expected one of {', '.join(FORMATS)}); the file is damaged, empty or of "
+            "another format, fetch it again or convert it."
+        ) from error
     except FileNotFoundError as error:
         raise UserError(f"No image at {name}; check the path and the image folder.") from error
-    # Pillow reports a broken file with any of these, depending on the format and on where the damage is.
+    # Pillow raises any of these for a broken file, depending on the format and on the place of the damage.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(
             f"Cannot read the image {name} ({_first_line(error)}); the file is damaged or no image, fetch it again."
@@ -49,12 +71,13 @@ def open_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Im
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture as RGB, the way the official scripts convert it, which is Pillow's.
+    """Convert an image to RGB as Pillow does, which is what the official scripts do.
 
-    Grey and palette take their colours, CMYK is converted without a profile, transparency is dropped (what is hidden
-    under it shows), 16-bit grey is cut at 255. EXIF rotation stays ignored.
+    CMYK is converted without a profile, an alpha channel is dropped (hidden colours become visible), 16-bit grey is
+    clipped at 255. EXIF rotation stays ignored.
 
-    Raises UserError without any pixel and above MAX_SIDE.
+    Raises:
+        UserError: a side has no pixel or more than MAX_SIDE.
     """
     width, height = image.size
     if not 1 <= min(width, height) <= max(width, height) <= MAX_SIDE:
@@ -65,11 +88,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int], size: int) -> Image.Image:
-    """Centre an RGB image on a square canvas as large as its longer side, and resize that to `size` (bicubic).
+    """Centre an RGB image on a square canvas as large as its longer side, and resize the canvas to `size`.
 
-    An odd remainder goes right or below. Pillow resizes rows first and columns then, with bytes in between; doing the
-    same in two steps gives the same pixels, and the canvas (1.6 GB for 20000 x 10 pixels) never exists as a whole. It
-    takes time still: some seconds for 10 x 20000 pixels, whose every row is as wide as the picture is high.
+    An odd remainder goes right or below. The canvas is resized strip by strip in the order of `resize`, so that it
+    never exists as a whole (1.6 GB for 20000 x 10 pixels). An image of 10 x 20000 pixels takes some seconds.
     """
     width, height = image.size
     side = max(width, height)
@@ -80,8 +102,8 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int], size: int) -
         stop = min(start + step, height)
         rows = Image.new("RGB", (side, stop - start), colour)
         rows.paste(image.crop((0, start, width, stop)), (left, 0))
-        columns.paste(rows.resize((size, stop - start), Image.Resampling.BICUBIC), (0, top + start))
-    return columns.resize((size, size), Image.Resampling.BICUBIC)
+        columns.paste(resize(rows, (size, stop - start)), (0, top + start))
+    return resize(columns, (size, size))
 
 
 @dataclass(frozen=True)
@@ -89,10 +111,10 @@ class ImageProcessor:
     """RGB image -> [3, S, S] float32 pixels.
 
     Attributes:
-        size: the shorter edge after resizing (bicubic, antialiased).
-        crop: S, the side of the centred crop that the tower sees.
+        size: the shorter side after resizing (see `resize`).
+        crop: S, the side of the centre crop that is the tower's input.
         mean, std: per channel, on pixels in 0..1.
-        aspect: "pad" to a square of the mean colour first, or "crop": what sticks out of the square is lost.
+        aspect: "pad" to a square of the mean colour first, or "crop" the longer side.
     """
 
     size: int
@@ -107,17 +129,18 @@ class ImageProcessor:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], aspect: Literal["pad", "crop"] = "pad") -> "ImageProcessor":
-        """Read a CLIP preprocessor_config.json. A step switched off there is refused: the tower expects all of them."""
+        """Read a CLIP preprocessor_config.json. Switched-off steps are refused: the tower needs all of them."""
+        values = checked(PreprocessorConfig, config, "The image preprocessor's configuration")
         off = [step for step in STEPS if not config.get(step, True)]
         if off:
             raise UserError(
-                f"The image preprocessor switches off {', '.join(off)}; only full CLIP preprocessing is known."
+                f"The image preprocessor switches off {', '.join(off)}; only full CLIP preprocessing is supported."
             )
         return cls(
             size=_side(config.get("size", 224), "shortest_edge", "size"),
             crop=_side(config.get("crop_size", 224), "height", "crop_size"),
-            mean=tuple(config.get("image_mean", CLIP_MEAN)),
-            std=tuple(config.get("image_std", CLIP_STD)),
+            mean=values.image_mean or CLIP_MEAN,
+            std=values.image_std or CLIP_STD,
             aspect=aspect,
         )
 
@@ -126,7 +149,6 @@ class ImageProcessor:
         if self.aspect == "pad":
             image = pad_to_square(image, self.padding_colour, self.size)
         elif self.size * max(image.size) > MAX_SIDE * min(image.size):
-            # Only the centre of the long side would be kept, but all of it is resized first.
             raise UserError(
                 f"An image of {image.width} x {image.height} pixels is too long to be cropped (over {MAX_SIDE} pixels "
                 f"when its shorter side is resized to {self.size}); use padding."
@@ -134,21 +156,28 @@ class ImageProcessor:
         return self.crops([image])[0]
 
     def crops(self, images: Sequence[Image.Image]) -> Tensor:
-        """[n, 3, S, S] float32, one for each RGB image, which is cropped and never padded."""
-        return self._clip(list(images), return_tensors="pt")["pixel_values"].to(torch.float32)
+        """Resize RGB images by their shorter side and crop the centre, without padding: [n, 3, S, S] float32."""
+        resized = [resize(image, self._shorter_side(image.size)) for image in images]
+        return self._clip(resized, return_tensors="pt")["pixel_values"].to(torch.float32)
+
+    def _shorter_side(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height once the shorter side is `self.size`; the longer one is rounded down."""
+        width, height = size
+        short = min(size)
+        return int(self.size * width / short), int(self.size * height / short)
 
     @property
     def padding_colour(self) -> tuple[int, int, int]:
-        """The mean, rounded down: (122, 116, 104) for CLIP. It is close to zero after normalisation."""
+        """The mean rounded down, (122, 116, 104) for CLIP, which is about zero after normalisation."""
         red, green, blue = (int(255 * value) for value in self.mean)
         return red, green, blue
 
-    # The Pil class by name: the torchvision one differs by up to 0.03 in a pixel, and which one "auto" takes
-    # would depend on what else is installed.
+    # The Pil class by name: the torchvision class differs by up to 0.03 per value, and the automatic choice depends on
+    # the installed packages.
     @cached_property
     def _clip(self) -> CLIPImageProcessorPil:
         return CLIPImageProcessorPil(
-            size={"shortest_edge": self.size},
+            do_resize=False,
             crop_size={"height": self.crop, "width": self.crop},
             image_mean=list(self.mean),
             image_std=list(self.std),
@@ -156,13 +185,14 @@ class ImageProcessor:
 
 
 def _side(value: Any, key: str, field: str) -> int:
-    """An edge length, written either as a number or as {"shortest_edge": n} / {"height": n, "width": n}."""
+    """A side length, written as a number or as {"shortest_edge": n} / {"height": n, "width": n}."""
     if isinstance(value, Mapping):
         square = value.get("height") == value.get("width")
         value = value.get(key) if key in value and square else None
-    if not isinstance(value, int):
+    if type(value) is not int or not 1 <= value <= LARGEST_SIDE:
         raise UserError(
-            f"The image preprocessor has no {key} in its {field}; a CLIP preprocessor_config.json was expected."
+            f"The image preprocessor has no {key} of 1 to {LARGEST_SIDE} pixels in its {field}; a CLIP "
+            "preprocessor_config.json was expected."
         )
     return value
 

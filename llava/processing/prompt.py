@@ -1,31 +1,33 @@
-"""From a question to token ids with a slot for every image, and where in them the question stands.
+"""Build the prompt of a sample: token ids with a placeholder per image, and the token range of the question.
 
-Official code read: haotian-liu/LLaVA@c121f04, llava/mm_utils.py, tokenizer_image_token
-Differs from it: the ranges of the question's tokens are ours. The ids are the same except, with the Llama tokenizer of
-transformers 5, for a piece that begins with a space (no dummy space is put before it); no prompt built here has one.
+Official code read: haotian-liu/LLaVA@c121f04, llava/mm_utils.py, tokenizer_image_token, and the slow Llama tokenizer of
+transformers 4.37.2, which it runs with
+Differs from it: the ranges of the question's tokens are ours.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
 from llava.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import DEFAULT_MODE, Turn, conversation, render
 from llava.errors import UserError
 from llava.processing.sample import Sample
 
-HOLE = "\x00"  # stands for the last user message while its place in the template is looked up
+HOLE = "\x00"  # stands for the last user message to find its position in the template
+SPACES = (" ", "\u2581")  # sentencepiece writes a space as the second
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, ready to be embedded.
+    """One prompt as token ids.
 
     Attributes:
-        ids: token ids, with IMAGE_TOKEN_INDEX where the visual tokens go.
-        question: [start, stop) in ids, the tokens that hold any of the last user turn's bare question: no template,
-            no image slot, no answer-format suffix.
+        ids: token ids, with one IMAGE_TOKEN_INDEX in the place of each image's visual tokens.
+        question: [start, stop) in ids, the tokens with any character of the last user turn's question; not the
+            template, the image placeholder and the answer-format suffix.
         instruction: the same with the suffix.
         text: the prompt as text, with "<image>".
     """
@@ -37,12 +39,12 @@ class Prompt:
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt, one IMAGE_TOKEN_INDEX per "<image>", a BOS only at the very front.
+    """Return the token ids of a prompt, with one IMAGE_TOKEN_INDEX per "<image>" and a BOS at the front only.
 
-    The pieces between images are tokenised one by one: a Llama tokenizer puts its dummy space in front of each of them,
-    and the checkpoints were trained with that.
+    The pieces between images are tokenised separately: a Llama tokenizer puts a dummy space in front of each, and the
+    checkpoints were trained with that. A literal "</s>" or "<s>" in the text is a special token, as in the original.
     """
-    pieces = [list(tokenizer(piece).input_ids) for piece in text.split(IMAGE_PLACEHOLDER)]
+    pieces = [list(tokenizer(_dummy_spaces(piece, tokenizer)).input_ids) for piece in text.split(IMAGE_PLACEHOLDER)]
     has_bos = bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id
     ids = pieces[0]
     for piece in pieces[1:]:
@@ -50,22 +52,55 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
-def build_prompt(sample: Sample, tokenizer: PreTrainedTokenizerBase, mode: str = DEFAULT_MODE) -> Prompt:
-    """The prompt of a sample. Its images stand in front of the first user message, before any history."""
-    _refuse_placeholders(sample)
+def _dummy_spaces(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Add the dummy space of the slow Llama tokenizer where transformers 5 leaves it out: before a space.
+
+    The slow tokenizer puts a dummy space in front of the text and, in its "legacy" mode, behind every special token.
+    """
+    if not isinstance(tokenizer, LlamaTokenizer) or tokenizer.add_prefix_space is False:
+        return text
+    if tokenizer.legacy:
+        special = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
+        text = re.sub(rf"({special})(?=[{''.join(SPACES)}])", r"\1 ", text) if special else text
+    return f" {text}" if text.startswith(SPACES) else text
+
+
+def build_prompt(
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, mode: str = DEFAULT_MODE, longest: int | None = None
+) -> Prompt:
+    """Build the prompt of a sample. Its images come before the first user message, also with a history.
+
+    Args:
+        longest: text tokens that the decoder has positions for; None does not limit them.
+
+    Raises:
+        UserError: the text contains "<image>" or a lone surrogate, or is longer than `longest`.
+    """
+    _check_text(sample)
     slot = conversation(mode).slot * len(sample.images)
     turns: list[Turn] = [*sample.history, (sample.message, None)]
     turns[0] = (slot + turns[0][0], turns[0][1])
     text = render(mode, turns)
     ids = tokenize(text, tokenizer)
+    length = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
+    if longest is not None and length > longest:
+        raise UserError(
+            f"The text of sample {sample.id!r} has {length} tokens, but beside an image this model has positions for "
+            f"{longest} tokens of text; shorten the question."
+        )
 
     start = render(mode, [*turns[:-1], (HOLE, None)]).rindex(HOLE)
-    if not sample.history:
-        start += len(slot)
+    before, message, cut = "" if sample.history else slot, sample.message, 0
+    if conversation(mode).trim:  # spaces at the ends of a turn are not in the text
+        message = message.rstrip()
+        cut = 0 if before else len(message) - len(message.lstrip())
+        before = before if message else before.rstrip()
+    start += len(before)
+    stop = start + len(message) - cut
     return Prompt(
         ids=tuple(ids),
-        question=_token_range(text, ids, tokenizer, start, start + len(sample.question)),
-        instruction=_token_range(text, ids, tokenizer, start, start + len(sample.message)),
+        question=_token_range(text, ids, tokenizer, start, min(stop, start + max(0, len(sample.question) - cut))),
+        instruction=_token_range(text, ids, tokenizer, start, stop),
         text=text,
     )
 
@@ -73,11 +108,10 @@ def build_prompt(sample: Sample, tokenizer: PreTrainedTokenizerBase, mode: str =
 def _token_range(
     text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, start: int, stop: int
 ) -> tuple[int, int]:
-    """[start, stop) in characters of `text` -> [start, stop) in `ids`: every token that holds one of the characters.
+    """Turn a range of characters of `text` into the range of `ids` with any of these characters.
 
-    Without offsets, which a sentencepiece tokenizer does not give: where the ids of a beginning of the text are the
-    beginning of the ids, a token ends. Tokens that straddle a border are found by moving away from the range until
-    that is so.
+    Works without offsets, which a sentencepiece tokenizer does not give: a token ends after a prefix of the text if the
+    prefix's ids are a prefix of `ids`. For tokens across a border, the border moves outwards until that holds.
     """
     first = next((n for end in range(start, -1, -1) if (n := _clean_cut(text[:end], ids, tokenizer)) is not None), 0)
     ends = (n for end in range(stop, len(text)) if (n := _clean_cut(text[:end], ids, tokenizer)) is not None)
@@ -85,15 +119,23 @@ def _token_range(
 
 
 def _clean_cut(beginning: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The number of tokens in a beginning of the text, or None if its end lies inside a token."""
+    """Return the number of tokens in a prefix of the text, or None if it ends inside a token."""
     head = tokenize(beginning, tokenizer)
     return len(head) if head == list(ids[: len(head)]) else None
 
 
-def _refuse_placeholders(sample: Sample) -> None:
+def _check_text(sample: Sample) -> None:
     texts = [sample.message, *(text for turn in sample.history for text in turn)]
     if any(IMAGE_PLACEHOLDER in text for text in texts):
         raise UserError(
-            f"The text of sample {sample.id!r} contains {IMAGE_PLACEHOLDER!r}, which would add an image slot; "
-            "remove it from the question: the image comes from the sample's image field."
+            f"The text of sample {sample.id!r} contains {IMAGE_PLACEHOLDER!r}, which would add an image; remove it "
+            "from the question: images are given in the sample's image field."
         )
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"The text of sample {sample.id!r} contains a lone surrogate (U+{ord(text[error.start]):04X} at "
+                f"character {error.start}), which is no character; correct the text."
+            ) from error

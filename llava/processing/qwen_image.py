@@ -1,11 +1,12 @@
-"""From pictures to the patches of Qwen's vision transformer: every picture keeps its shape and gives its own number.
+"""Qwen-VL's preprocessing: images keep their aspect ratio and become flattened patches, as many as their size gives.
 
-A picture is resized to whole merge groups (28 x 28 pixels, one visual token each) and to a number of pixels between two
-bounds, normalised, and cut into patches of 14 x 14 pixels that are flattened, the patches of a group one behind
-another. A picture is a film of two equal frames to the patch embedding.
+An image is resized to whole merge groups (28 x 28 pixels, one visual token each) with a number of pixels between two
+bounds, normalised, and split into patches of 14 x 14 pixels, which are flattened; the patches of a group follow one
+another. The patch embedding takes two equal frames of an image.
 
-Official code read: transformers 5.23.0, models/qwen2_vl/image_processing_pil_qwen2_vl.py, which is run as a library.
-Differs from it: a picture that it refuses is a UserError. The torchvision variant differs by up to 0.03 in a pixel.
+Official code read: transformers 5.23.0, models/qwen2_vl/image_processing_pil_qwen2_vl.py, which is run as a library
+Differs from it: images that it refuses are a UserError; the width is resized before the height whatever the Pillow
+version. The torchvision variant differs by up to 0.03 per value.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,25 +20,26 @@ from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from llava.errors import UserError
-from llava.processing.clip_image import CLIP_MEAN, CLIP_STD
+from llava.processing.clip_image import CLIP_MEAN, CLIP_STD, as_rgb, resize
+from llava.processing.config_schema import PixelBounds, PreprocessorConfig, checked
 
 Grid = tuple[int, int, int]  # frames, rows and columns of patches
 
-ELONGATION = 200  # longer over shorter edge that the official code still takes
+ELONGATION = 200  # largest ratio of the longer to the shorter side that the official code accepts
 STEPS = ("do_resize", "do_rescale", "do_normalize")
 
 
 @dataclass(frozen=True)
 class QwenImageProcessor:
-    """RGB pictures -> flattened patches.
+    """RGB images -> flattened patches.
 
     Attributes:
-        min_pixels, max_pixels: bounds of width * height after resizing. A smaller picture is enlarged and a larger one
-            shrunk, its shape kept as far as whole groups allow; no edge is shorter than a group.
+        min_pixels, max_pixels: bounds of width * height after resizing. Smaller images are enlarged and larger ones
+            reduced, with their aspect ratio as far as whole groups allow; no side is shorter than a group.
         mean, std: per channel, on pixels in 0..1.
-        patch: edge of a patch in pixels.
-        merge: edge of a merge group in patches.
-        temporal: frames that the patch embedding takes at once.
+        patch: side of a patch in pixels.
+        merge: side of a merge group in patches.
+        temporal: frames of one patch embedding.
     """
 
     min_pixels: int = 56 * 56
@@ -56,58 +58,62 @@ class QwenImageProcessor:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "QwenImageProcessor":
-        """Read a Qwen2-VL preprocessor_config.json. A step switched off there is refused: the tower expects all.
+        """Read a Qwen2-VL preprocessor_config.json. Switched-off steps are refused: the tower needs all of them.
 
-        The bounds are written as min_pixels and max_pixels, in newer files as size: {shortest_edge, longest_edge},
-        which are numbers of pixels all the same.
+        The bounds are min_pixels and max_pixels or, in newer files, size: {shortest_edge, longest_edge}, which are
+        numbers of pixels, too.
         """
+        values = checked(PreprocessorConfig, config, "The image preprocessor's configuration")
         off = [step for step in STEPS if not config.get(step, True)]
         if off:
             raise UserError(
-                f"The image preprocessor switches off {', '.join(off)}; only full Qwen2-VL preprocessing is known."
+                f"The image preprocessor switches off {', '.join(off)}; only full Qwen2-VL preprocessing is supported."
             )
-        size = config.get("size") or {}
-        bounds = {
-            "min_pixels": config.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": config.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge"),
+        size = checked(PixelBounds, config.get("size") or {}, "size of the image preprocessor's configuration")
+        given: dict[str, Any] = {
+            "min_pixels": values.min_pixels or size.min_pixels or size.shortest_edge,
+            "max_pixels": values.max_pixels or size.max_pixels or size.longest_edge,
+            "patch": values.patch_size,
+            "merge": values.merge_size,
+            "temporal": values.temporal_patch_size,
+            "mean": values.image_mean,
+            "std": values.image_std,
         }
-        edges = {"patch": "patch_size", "merge": "merge_size", "temporal": "temporal_patch_size"}
-        return cls(
-            mean=tuple(config.get("image_mean") or CLIP_MEAN),
-            std=tuple(config.get("image_std") or CLIP_STD),
-            **{name: value for name, value in bounds.items() if value is not None},
-            **{name: config[key] for name, key in edges.items() if key in config},
-        )
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def grid(self, size: tuple[int, int]) -> Grid:
-        """The grid of a picture of so many pixels (width, height), without reading any.
+        """Return the grid of an image of this (width, height).
 
         Raises:
-            UserError: the picture is more than 200 times as long as wide.
+            UserError: a side is more than 200 times as long as the other.
         """
         width, height = size
         if max(size) > ELONGATION * min(size):
             raise UserError(
-                f"Qwen takes pictures up to {ELONGATION} times as long as wide, this one has {width} x {height} "
-                "pixels; cut it."
+                f"Qwen takes images up to {ELONGATION} times as long as wide, this one has {width} x {height} pixels; "
+                "crop it."
             )
         rows, columns = smart_resize(height, width, self.patch * self.merge, self.min_pixels, self.max_pixels)
         return 1, rows // self.patch, columns // self.patch
 
     def __call__(self, images: Sequence[Image.Image]) -> tuple[Tensor, tuple[Grid, ...]]:
-        """Pictures of any sizes, one behind another.
+        """Preprocess images of any sizes.
 
         Returns:
-            [n, 3 * temporal * patch * patch] float32, the patches of all pictures: group after group in raster order,
-            in each its patches in raster order. And the grid of every picture, as host integers.
+            [n, 3 * temporal * patch * patch] float32, the patches of all images in order: groups in raster order, and
+            within a group its patches in raster order. And the grid of every image, as Python integers.
         """
         grids = tuple(self.grid(image.size) for image in images)
-        return self._official(images=list(images), return_tensors="pt")["pixel_values"], grids
+        resized = [
+            resize(as_rgb(image), (columns * self.patch, rows * self.patch))
+            for image, (_, rows, columns) in zip(images, grids, strict=True)
+        ]
+        return self._official(images=resized, return_tensors="pt")["pixel_values"], grids
 
     @cached_property
     def _official(self) -> Qwen2VLImageProcessorPil:
         return Qwen2VLImageProcessorPil(
-            size={"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+            do_resize=False,
             image_mean=list(self.mean),
             image_std=list(self.std),
             patch_size=self.patch,

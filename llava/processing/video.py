@@ -1,7 +1,8 @@
-"""Videos for Video-LLaVA: eight frames of a file, and from frames or pictures to the pixels of the towers.
+"""Video-LLaVA's preprocessing: read eight frames of a video file, and prepare frames and images for the towers.
 
-Source: PKU-YuanGroup/Video-LLaVA @ 984e65b (Apache-2.0), languagebind/{video,image}/processing_*.py, with the versions
-that it pins: torchvision 0.15.2, and pytorchvideo's ShortSideScale. Frames are decoded with PyAV instead of decord.
+Official code read: PKU-YuanGroup/Video-LLaVA @ 984e65b (Apache-2.0), languagebind/{video,image}/processing_*.py, with
+the versions that it pins: torchvision 0.15.2, and pytorchvideo's ShortSideScale
+Differs from it: frames are decoded with PyAV instead of decord.
 """
 
 import math
@@ -28,16 +29,16 @@ from llava.processing.clip_image import CLIP_MEAN, CLIP_STD, ImageProcessor, as_
 FRAMES = 8
 READINGS = ("original", "transformers")
 
-# Quarter turns counter-clockwise -> how Pillow names them.
+# Quarter turns counter-clockwise -> Pillow's names.
 TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
 
 
 @dataclass(frozen=True)
 class Video:
-    """The frames of a video that the model sees; stands in a Sample where a picture would.
+    """The frames of a video that the model takes; used in a Sample in the place of an image.
 
     Attributes:
-        frames: in order of time, all of one size.
+        frames: in temporal order, all of one size.
     """
 
     frames: tuple[Image.Image, ...]
@@ -47,39 +48,38 @@ class Video:
         if len(sizes) != 1:
             raise UserError(
                 f"A video is one or more frames of one size, got {len(self.frames)} frames of sizes {sorted(sizes)}; "
-                "bring the frames to one size first."
+                "resize the frames to one size first."
             )
 
 
 def frame_indices(count: int, frames: int = FRAMES) -> list[int]:
-    """Which of `count` frames are taken: evenly spread from the first to the last, rounded down.
+    """Return the indices of `frames` of `count` frames: evenly spaced from the first to the last, rounded down.
 
-    The official rule is an int-truncated linspace, first and last frame included; NumPy's own is called because its
-    rounding decides where the spacing is no whole number.
+    The official rule is NumPy's linspace truncated to integers. NumPy is called since its rounding decides if the
+    spacing is not an integer.
     """
     return np.linspace(0, count - 1, frames, dtype=int).tolist()
 
 
 def read_video(path: str | Path, frames: int = FRAMES) -> Video:
-    """Decode `frames` evenly spread frames of a video file, as RGB.
+    """Decode `frames` evenly spaced frames of a video file, as RGB.
 
-    What a container says about its length can be wrong. Frames are therefore counted as decord counts them, by the
-    packets of the stream, and the count is confirmed by the decoding itself, which goes through the whole stream and
-    keeps only the chosen frames. Where another number of frames comes out, that number holds and the stream is decoded
-    a second time. A file that ends early between two frames is as long as what is left of it.
+    The length in a file's header can be wrong. Like decord, this counts the packets of the stream. The whole stream is
+    decoded and only the chosen frames are kept; if decoding gives another number of frames, that number counts and the
+    stream is decoded again. A file that ends early between two frames is as long as the part that is left.
 
-    A rotation by quarter turns in the metadata is applied, as decord does; other angles, mirroring and pixels that are
-    not square are ignored, as decord does too. Frames have equalled those of decord 0.6.0 in every pixel (MPEG-4,
-    H.264 with B frames, VP9; BT.601 and BT.709, 4:2:0 and 4:4:4, turned).
+    A rotation by quarter turns in the metadata is applied; other angles, mirroring and non-square pixels are ignored;
+    decord does the same. Frames were equal to decord 0.6.0's in every pixel (MPEG-4, H.264 with B frames, VP9; BT.601
+    and BT.709, 4:2:0 and 4:4:4, rotated).
 
     Args:
-        path: any file that FFmpeg decodes; of several video streams the one that FFmpeg takes for the best.
-        frames: how many; Video-LLaVA takes 8.
+        path: any file that FFmpeg decodes; of several video streams the one that FFmpeg considers best.
+        frames: number of frames; Video-LLaVA takes 8.
 
     Raises:
         UserError: there is no such file, it is no video, it has no video stream, it is damaged (the decoder stops, or
-            marks a chosen frame as incomplete), or it is shorter. Decord repeats frames of a shorter video and puts a
-            neighbour in the place of a frame that does not come; neither happens here.
+            marks a chosen frame as incomplete), or it has fewer frames. Decord repeats frames of a shorter video and
+            replaces missing frames by their neighbours; this function does neither.
     """
     if frames < 1:
         raise UserError(f"Cannot take {frames} frames of a video; ask for 1 or more.")
@@ -90,29 +90,29 @@ def read_video(path: str | Path, frames: int = FRAMES) -> Video:
         chosen, count = _decode(path, frame_indices(count, frames))
     if count < frames:
         raise UserError(
-            f"The video {path} has {count} frames, but {frames} are taken of each; leave it out or use a longer one."
+            f"The video {path} has {count} frames, but {frames} are needed; leave it out or use a longer one."
         )
     return Video(tuple(chosen))
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its best video stream; every error of reading inside becomes a UserError."""
+    """Open a file and its best video stream; errors of reading it inside the block become a UserError."""
     try:
-        # A file object, and no other protocol: FFmpeg takes some names for addresses, and follows lists of files.
+        # A file object and no protocol: FFmpeg treats some names as addresses, and opens the files of playlists.
         with path.open("rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
             stream = container.streams.best("video")
-            if container.format.name == "tty":  # what FFmpeg takes a .txt file for, frames and all
+            if container.format.name == "tty":  # FFmpeg renders the text of a .txt file as frames
                 raise _damaged(path, "it is text")
             if stream is None:
-                raise UserError(f"The file {path} has no video stream; name a file with moving pictures, not cut off.")
+                raise UserError(f"The file {path} has no video stream; give a complete video file.")
             stream.thread_type = "AUTO"
             yield container, stream
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserError(f"No video at {path}; check the path and the video folder.") from error
-    # PyAV mixes its own errors with built-in ones, depending on where FFmpeg gives up.
+    # PyAV raises its own errors or built-in ones, depending on the place of the damage.
     except (av.FFmpegError, OSError, ValueError, EOFError) as error:
         raise _damaged(path, getattr(error, "strerror", None) or str(error)) from error
 
@@ -122,18 +122,18 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def _count_packets(path: Path) -> int:
-    """Frames by the packets of the stream, without decoding."""
+    """Count frames by the packets of the stream, without decoding."""
     count = 0
     with _opened(path) as (container, stream):
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise _damaged(path, f"packet {count} is incomplete")
-            count += packet.size > 0  # the last one is empty: it empties the decoder
+            count += packet.size > 0  # the last packet is empty and flushes the decoder
     return count
 
 
 def _decode(path: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int]:
-    """The frames at `indices`, as far as there are any, and how many there are in all."""
+    """Return the frames at `indices`, as far as they exist, and the number of all frames."""
     chosen: dict[int, Image.Image] = {}
     count = 0
     with _opened(path) as (container, stream):
@@ -147,7 +147,7 @@ def _decode(path: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int]
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:
-    """RGB, turned the way the metadata says it is to be shown."""
+    """Return a frame as RGB, rotated as its metadata says."""
     image = frame.to_image()
     turn = TURNS.get(round(frame.rotation / 90) % 4)
     return image if turn is None else image.transpose(turn)
@@ -158,17 +158,18 @@ class VideoProcessor:
     """Video -> [F, 3, S, S] float32 pixels.
 
     Attributes:
-        size: the shorter edge after resizing.
-        crop: S, the side of the centred crop that the tower sees.
+        size: the shorter side after resizing.
+        crop: S, the side of the centre crop that is the tower's input.
         frames: F; a video with another number of frames is refused.
         mean, std: per channel, on pixels in 0..1.
         reading: "original": scale to 0..1, normalise, resize (bilinear, not antialiased), crop. "transformers": resize
-            (bicubic, antialiased, to 8 bits), crop, scale, normalise, as the transformers conversion is run; with
-            Pillow, from which the processor that needs torchvision differs by a step of 8 bits in a few pixels.
+            (see llava.processing.clip_image.resize), crop, scale, normalise, as for the transformers conversion; its
+            torchvision
+            processor differs by one 8-bit step in a few pixels.
         flip: None, or a seed. The official code leaves a training step on at inference: it mirrors all frames of a
-            video where a draw of Python's unseeded generator is below 0.5, so that its answers cannot be reproduced.
-            With a seed, the k-th call of this object goes by the k-th draw of `random.Random(flip)`, as the official
-            code would after `random.seed(flip)`. The order of the videos then matters.
+            video if a draw of Python's unseeded generator is below 0.5, so its answers cannot be reproduced. With a
+            seed, the k-th call of this object uses the k-th draw of `random.Random(flip)`, as the official code would
+            after `random.seed(flip)`. The order of the videos then matters.
     """
 
     size: int = 224
@@ -184,8 +185,8 @@ class VideoProcessor:
             raise unknown("video reading", self.reading, READINGS)
         if self.crop > self.size:
             raise UserError(
-                f"A crop of {self.crop} pixels was asked from frames whose shorter edge is {self.size}; "
-                "make the crop at most as large as the size."
+                f"The crop must be at most as large as the size {self.size} of the frames' shorter side, got "
+                f"{self.crop}; correct crop_size in the preprocessor's configuration."
             )
         if self.flip is not None and self.reading != "original":
             raise UserError(
@@ -203,7 +204,7 @@ class VideoProcessor:
     def __call__(self, video: Video) -> Tensor:
         if len(video.frames) != self.frames:
             raise UserError(
-                f"The model takes {self.frames} frames of each video, but this one has {len(video.frames)}; "
+                f"The model takes {self.frames} frames per video, but this one has {len(video.frames)}; "
                 f"read it with frames={self.frames}."
             )
         frames = [as_rgb(frame) for frame in video.frames]
@@ -232,11 +233,11 @@ class VideoProcessor:
 
 @dataclass(frozen=True)
 class LanguageBindImageProcessor(ImageProcessor):
-    """RGB image -> [3, S, S] float32 pixels, as the original Video-LLaVA prepares pictures.
+    """RGB image -> [3, S, S] float32 pixels, as the original Video-LLaVA prepares images.
 
-    Padding and sizes are those of LLaVA-1.5; the resizing is not. It runs on tensors, where the pinned torchvision
-    0.15.2 does no antialiasing unless told to (bicubic, a = -0.75), and nothing is clamped to 0..1. A picture that is
-    shrunk much comes out rougher than by Pillow. For the transformers conversion use ImageProcessor.
+    Padding and sizes are those of LLaVA-1.5, but tensors are resized, for which the pinned torchvision 0.15.2 does no
+    antialiasing by default (bicubic, a = -0.75), without clamping to 0..1. Strongly reduced images are rougher than
+    with Pillow. Use ImageProcessor for the transformers conversion.
     """
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -246,7 +247,7 @@ class LanguageBindImageProcessor(ImageProcessor):
         return _normalise(_centre(square, self.crop), self.mean, self.std)[0]
 
     def crops(self, images: Sequence[Image.Image]) -> Tensor:
-        """[n, 3, S, S] float32, one for each RGB image, which is cropped and never padded."""
+        """Resize RGB images by their shorter side and crop the centre, without padding: [n, 3, S, S] float32."""
         return torch.cat([self._middle(_planes([image])) for image in images])
 
     def _middle(self, pixels: Tensor) -> Tensor:
@@ -258,9 +259,9 @@ class LanguageBindImageProcessor(ImageProcessor):
 
 
 def _square(pixels: Tensor, colour: Sequence[int], size: int) -> Tensor:
-    """[1, 3, H, W] centred on a square of `colour` and resized to `size`; an odd remainder goes right or below.
+    """Centre [1, 3, H, W] on a square of `colour` and resize it to `size`; an odd remainder goes right or below.
 
-    The longer edge is resized first: rows of one colour stay what they are, and the canvas never exists as a whole.
+    The longer side is resized first: rows of one colour do not change, so the whole canvas never exists.
     """
     height, width = pixels.shape[-2:]
     if height > width:
@@ -286,6 +287,6 @@ def _normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 def _centre(pixels: Tensor, side: int) -> Tensor:
-    """The middle square; half a pixel is rounded to the even side, as Python's round does in torchvision."""
+    """Crop the centre square; half pixels are rounded to even, as by Python's round in torchvision."""
     top, left = (round((edge - side) / 2) for edge in pixels.shape[-2:])
     return pixels[..., top : top + side, left : left + side]

@@ -1,8 +1,8 @@
-"""Files of checkpoints: find or fetch them, read them without running anything that is in them."""
+"""Files of checkpoints: find or download them, and read them without running any code that they contain."""
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,22 +13,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava.errors import UserError
+from llava.processing.config_schema import WeightIndex, checked
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 SMALL_FILES = ("*.json", "tokenizer.model", "text_tower/*")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order of preference, each also with an index
 
-# Tables that the modules compute for themselves; old checkpoints store them, to no effect.
+# Buffers that the modules compute themselves; old checkpoints store them without effect.
 IGNORED_KEYS = (".inv_freq", ".position_ids")
-NAMED = 5  # keys spelled out in an error, the rest is counted
+NAMED = 5  # names listed in an error; the others are counted
+NESTING = 64  # levels of a JSON file
 
 
 def locate(source: str | Path, what: str, weights: bool = True) -> Path:
-    """The folder of a model; one of the hub is fetched, small files first, then only the weights that are used.
+    """Return the folder of a model. A model of the hub is downloaded: small files first, then only the weights used.
 
     Args:
         what: the model in words, for errors.
-        weights: False fetches none.
+        weights: False downloads no weights.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -47,7 +49,7 @@ def locate(source: str | Path, what: str, weights: bool = True) -> Path:
 def _download(hub_id: str, patterns: Iterable[str], what: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
-    # The hub's client passes on the errors of several layers (its own, HTTP, sockets); all mean the same to the user.
+    # The hub's client raises errors of several layers (its own, HTTP, sockets); all mean the same to the user.
     except Exception as error:
         raise UserError(
             f"The {what} {hub_id!r} is no folder here and could not be fetched from the Hugging Face hub "
@@ -56,22 +58,55 @@ def _download(hub_id: str, patterns: Iterable[str], what: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a regular file.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, it is no JSON object, a name appears twice in an object, or
+            it is nested deeper than NESTING levels.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+            raise UserError(f"{path} is no regular file; put the checkpoint's {path.name} there.")
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}); check its permissions or fetch it again.") from error
+    except RecursionError as error:
+        raise _too_deep(path) from error
+    except _DuplicateError as error:
+        raise UserError(f"{path} contains {error} twice; remove one of the two or fetch the file again.") from error
+    except ValueError as error:  # JSON, UTF-8, and numbers of more than 4,300 digits
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; fetch it again.")
+    level: Sequence[Any] = [content]
+    for _ in range(NESTING):
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+    if level:
+        raise _too_deep(path)
     return content
 
 
+class _DuplicateError(Exception):
+    """A name that appears twice in a JSON object; Python's reader would keep the last value silently."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateError(repr(next(name for name in content if names.count(name) > 1)))
+    return content
+
+
+def _too_deep(path: Path) -> UserError:
+    return UserError(f"{path} is nested deeper than {NESTING} levels; a checkpoint's files are not, fetch it again.")
+
+
 def _index_shards(index: Path) -> list[str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map; fetch it again.")
-    return sorted(set(weight_map.values()))
+    return sorted(set(checked(WeightIndex, read_json(index), index).weight_map.values()))
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -96,10 +131,15 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All weights of a folder as memory-mapped tensors under the names in the files."""
+    """Return all weights of a folder as memory-mapped tensors, by their names in the files."""
     weights: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
     for path in _weight_files(directory):
-        weights.update(_open_weights(path))
+        shard = _open_weights(path)
+        for key in weights.keys() & shard.keys():
+            raise UserError(f"The weight {key} is in two files of {directory}, {owner[key]} and {path.name}; keep one.")
+        weights.update(shard)
+        owner.update(dict.fromkeys(shard, path.name))
     return {key: tensor for key, tensor in weights.items() if not key.endswith(IGNORED_KEYS)}
 
 

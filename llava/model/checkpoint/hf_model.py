@@ -1,9 +1,9 @@
-"""The transformers model that holds a checkpoint's weights, and how it is filled.
+"""The transformers model (HF model) of a checkpoint, and how it is filled with the weights.
 
-The container is built without memory; every weight goes from its mapped file into its place, in the dtype and on the
-device asked for, so that there is never a second copy of the model. A weight that is in the right dtype already stays
-mapped. Loading 1.4 GB of float16 as bfloat16, anonymous memory peaked at 1.001 times the model, in both layouts and
-from .safetensors as from .bin; loading it as float16, at 0.001 times.
+The model is built without memory. Each weight is read from its mapped file in the requested dtype and on the requested
+device, so there is never a second copy of the model; a weight that has the right dtype already stays mapped. Loading
+1.4 GB of float16 as bfloat16, anonymous memory peaked at 1.001 times the model, in both layouts and from .safetensors
+and .bin; loading it as float16, at 0.001 times.
 """
 
 import re
@@ -30,6 +30,7 @@ from transformers.utils import logging
 from llava.errors import UserError
 from llava.model.checkpoint.files import listed
 from llava.model.checkpoint.identify import NAMES, Family, Kind
+from llava.model.checkpoint.limits import check_depth, check_feature_layer, check_memory
 from llava.model.checkpoint.quantization import quantised_loading
 from llava.model.multimodal_encoder.languagebind import LanguageBindVideoTower
 
@@ -41,7 +42,7 @@ CONTAINERS: dict[Family, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
 }
 
-# What must be among the weights, named before anything is read: a table of 391 missing keys explains nothing.
+# Parts that the weights must contain. They are checked first: a list of 391 missing keys explains nothing.
 TOWERS: dict[Family, dict[str, str]] = {
     "llava": {"model.vision_tower.": "the vision tower"},
     "llava_next": {"model.vision_tower.": "the vision tower", "model.image_newline": "image_newline"},
@@ -50,7 +51,7 @@ TOWERS: dict[Family, dict[str, str]] = {
     "qwen2_vl": {"model.visual.": "the vision tower"},
 }
 
-# Names of the files on the hub -> paths in the container of transformers 5. Names that fit already stay as they are.
+# Names in the files of the hub -> names in the HF model of transformers 5. Names that fit already do not change.
 _TOWER = r"(vision_tower|image_tower|video_tower)"
 HUB_KEYS = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
@@ -67,7 +68,7 @@ HUB_NAMES = re.compile(rf"^(?:(?:model\.)?(?:language_model|multi_modal_projecto
 
 
 class VideoLlavaWithTime(VideoLlavaForConditionalGeneration):
-    """Video-LLaVA as it was trained: its video tower attends over time, which the library's has lost."""
+    """Video-LLaVA as it was trained: with the video tower's attention over time, which transformers leaves out."""
 
     def __init__(self, config: VideoLlavaConfig, frames: int):
         super().__init__(config)
@@ -75,7 +76,7 @@ class VideoLlavaWithTime(VideoLlavaForConditionalGeneration):
 
 
 def hub_to_container_key(key: str, family: Family) -> str:
-    """The path of a weight of a transformers checkpoint, old or new, inside its container."""
+    """Return the name in the HF model of a weight of a transformers checkpoint, old or new."""
     for pattern, replacement in QWEN_KEYS if family.startswith("qwen") else HUB_KEYS:
         if pattern.match(key):
             return pattern.sub(replacement, key, count=1)
@@ -83,7 +84,7 @@ def hub_to_container_key(key: str, family: Family) -> str:
 
 
 def refuse_other_names(keys: Mapping[str, Any], kind: Kind, directory: Path) -> None:
-    """Raise UserError if weights have the names of the layout that config.json is not of."""
+    """Raise UserError if weights are named as in the other layout than config.json."""
     other, foreign = ("transformers", HUB_NAMES) if kind.layout == "original" else ("original", ORIGINAL_NAMES)
     found = next((key for key in keys if foreign.match(key)), None)
     if found is not None:
@@ -94,7 +95,7 @@ def refuse_other_names(keys: Mapping[str, Any], kind: Kind, directory: Path) -> 
 
 
 def refuse_missing_towers(keys: Mapping[str, Any], family: Family, directory: Path) -> None:
-    """Raise UserError if a whole part of the model is not among the weights."""
+    """Raise UserError if the weights lack a whole part of the model."""
     for prefix, name in TOWERS[family].items():
         if not any(key.startswith(prefix) for key in keys):
             raise UserError(
@@ -104,17 +105,19 @@ def refuse_missing_towers(keys: Mapping[str, Any], family: Family, directory: Pa
 
 
 def container_config(config: Mapping[str, Any], family: Family, directory: Path) -> PretrainedConfig:
-    """The container's configuration from the arguments that a config.json holds."""
+    """Build the HF model's configuration from the fields of a config.json, which its schema has checked."""
     try:
-        return CONTAINERS[family].config_class.from_dict(dict(config))
-    except (StrictDataclassError, TypeError, ValueError) as error:
+        made = CONTAINERS[family].config_class.from_dict(dict(config))
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{directory}/config.json describes no {NAMES[family]} model: {' '.join(str(error).split())}"
         ) from error
+    check_feature_layer(made, family, directory)
+    return made
 
 
 def video_frames(weights: Mapping[str, Tensor]) -> int | None:
-    """Frames of a video tower with temporal attention; None for one without."""
+    """Return the frames of a video tower with temporal attention; None for a tower without."""
     name = next((key for key in weights if re.match(r"model\.video_tower\..*\.temporal_embedding$", key)), None)
     return None if name is None else weights[name].shape[1]
 
@@ -128,19 +131,21 @@ def fill(
     directory: Path,
     quantization: str | None = None,
 ) -> PreTrainedModel:
-    """Build the container and give it every weight, no more and no less.
+    """Build the HF model and load exactly these weights into it.
 
     Args:
-        weights: memory-mapped, by path in the container.
-        directory: where they came from, for errors.
+        weights: memory-mapped, by their names in the HF model.
+        directory: of the checkpoint, for errors.
         quantization: "8bit" or "4bit" to quantise the decoder while it is loaded.
 
     Raises:
-        UserError: weights and configuration do not fit.
+        UserError: weights and configuration do not fit, or the memory is too small.
     """
     device, frames = torch.device(device), video_frames(weights)
     build, extra = (CONTAINERS[kind.family], ()) if frames is None else (VideoLlavaWithTime, (frames,))
     loading = quantised_loading(config, quantization, dtype, directory)
+    check_depth(config, weights, directory)
+    check_memory(config, weights, dtype, device, bool(loading), directory)
     with errors_only(), _quantiser_errors(directory if loading else None):
         model, report = build.from_pretrained(
             None,
@@ -150,7 +155,7 @@ def fill(
             dtype=dtype,
             attn_implementation="sdpa",
             device_map=None if device.type == "cpu" and not loading else {"": device},
-            # Reported like missing ones below, with names; the library would stop at a table of all.
+            # Reported below with names, like missing weights; the library would print a table of all.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **loading,
@@ -172,7 +177,7 @@ def fill(
 
 @contextmanager
 def _quantiser_errors(directory: Path | None) -> Iterator[None]:
-    """What a quantiser misses (its package, a device that it can use) as one sentence; None: there is no quantiser."""
+    """Turn errors of a quantiser, such as a missing package or GPU, into a UserError. None: no quantiser is used."""
     try:
         yield
     except (ImportError, RuntimeError, ValueError) as error:
@@ -183,7 +188,7 @@ def _quantiser_errors(directory: Path | None) -> Iterator[None]:
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Keep the library's own report off the screen: the same facts are in our error, in one sentence."""
+    """Silence the library's own report; our error says the same in one sentence."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,7 +1,7 @@
-"""Which model a config.json describes: its family, its layout, its decoder and the template it was trained with.
+"""Identify the model of a config.json: its family, its layout, its decoder and its prompt template.
 
-Decided by the fields that are there. The name in model_type alone says too little: "llava" is used by LLaVA-1.5,
-LLaVA-NeXT and Video-LLaVA in the original layout and by LLaVA-1.5 in transformers'.
+The fields of config.json decide. model_type alone is ambiguous: "llava" stands for LLaVA-1.5, LLaVA-NeXT and
+Video-LLaVA in the original layout and for LLaVA-1.5 in the transformers layout.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py; PKU-YuanGroup/Video-LLaVA@984e65b,
 videollava/model/llava_arch.py
@@ -26,7 +26,8 @@ NAMES: dict[Family, str] = {
 }
 SUPPORTED = (
     "this version reads LLaVA-1.5, LLaVA-NeXT and Video-LLaVA (CLIP towers, an mlp2x_gelu projector, a Llama or "
-    "Mistral decoder) in the transformers and in the original layout, and Qwen2-VL and Qwen2.5-VL in transformers'"
+    "Mistral decoder) in the transformers and the original layout, and Qwen2-VL and Qwen2.5-VL in the transformers "
+    "layout"
 )
 QWEN: tuple[Family, ...] = ("qwen2_5_vl", "qwen2_vl")
 
@@ -35,14 +36,15 @@ PARTS = ("text_config", "vision_config")
 # Fields of vision_config that only one of the two Qwens has.
 QWEN_FIELDS = {"qwen2_5_vl": ("fullatt_block_indexes", "window_size"), "qwen2_vl": ("embed_dim", "mlp_ratio")}
 
-ORIGINAL_CLASSES = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
-ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+ORIGINAL_CLASSES: dict[str, Decoder] = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
+ORIGINAL_TYPES: dict[str, Decoder] = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+LLAMA_3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
 class Kind(NamedTuple):
-    """What a config.json says it is."""
+    """Family, layout and decoder of a config.json."""
 
     family: Family
     layout: Layout
@@ -50,7 +52,7 @@ class Kind(NamedTuple):
 
 
 def identify(config: Mapping[str, Any], where: Path) -> Kind:
-    """Family, layout and decoder.
+    """Return family, layout and decoder.
 
     Args:
         config: config.json.
@@ -73,16 +75,18 @@ def identify(config: Mapping[str, Any], where: Path) -> Kind:
 
 
 def default_mode(kind: Kind, vocabulary: Mapping[str, int]) -> str:
-    """The template that benchmark scripts ask a checkpoint's pictures with.
+    """Return the prompt template that benchmark scripts use for a checkpoint's images.
 
     Args:
-        vocabulary: of the tokenizer. One that has ChatML's tokens belongs to a decoder that was trained on ChatML, as
-            that of LLaVA-1.6-34B (Nous-Hermes-2-Yi); Vicuna's and Mistral's have not.
+        vocabulary: of the tokenizer. ChatML's tokens are in the one of LLaVA-1.6-34B (Nous-Hermes-2-Yi), Llama-3's in
+            those of LLaVA-NeXT with a Llama-3 decoder; Vicuna's and Mistral's have neither.
     """
     if kind.family in QWEN:
         return "qwen2_vl"
     if all(token in vocabulary for token in CHATML_TOKENS):
         return "chatml_direct"
+    if all(token in vocabulary for token in LLAMA_3_TOKENS):
+        return "llava_llama_3"
     return "mistral_instruct" if kind.decoder == "mistral" else "vicuna_v1"
 
 
@@ -124,7 +128,7 @@ def _transformers(config: Mapping[str, Any], where: Path) -> Kind:
 
 
 def _qwen(config: Mapping[str, Any]) -> bool:
-    """A Qwen-VL: on the hub flat but for its vision_config, with token ids for where a picture begins and ends."""
+    """Whether this is a Qwen-VL. On the hub only vision_config is nested; token ids mark begin and end of an image."""
     return "vision_start_token_id" in config or config.get("model_type") in QWEN
 
 

@@ -1,12 +1,12 @@
-"""Read a checkpoint, in the transformers or in the original layout, into one container.
+"""Load a checkpoint, in the transformers or the original layout, into one transformers model (the HF model).
 
-The weights stay memory-mapped on disk until the container takes them over one by one, in the dtype and on the device
-asked for, so that no second copy of the model exists. Nothing is unpickled and no code from a checkpoint is run.
+The weights stay memory-mapped on disk until they are copied into the HF model one by one, in the requested dtype and on
+the requested device, so no second copy of the model exists. No pickle and no code of a checkpoint is executed.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py; PKU-YuanGroup/Video-LLaVA@984e65b,
 videollava/model/builder.py
-Differs from it: missing and unexpected weights are errors; one tokenizer class (transformers 5 has only one for Llama,
-whose ids are those of sentencepiece, see tests/test_prompt.py).
+Differs from it: missing and unexpected weights are errors; the tokenizer is transformers 5's, with the ids of the slow
+Llama tokenizer (see tests/test_prompt.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import CLIPVisionConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CLIPVisionConfig as HfClipVisionConfig
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.conversation import DEFAULT_MODE, conversation
 from llava.errors import UserError
@@ -46,9 +48,10 @@ from llava.model.checkpoint.quantization import Quantization, check_quantization
 from llava.model.multimodal_encoder.languagebind import VIDEO_FRAMES
 from llava.processing.anyres import parse_pinpoints
 from llava.processing.clip_image import ImageProcessor
+from llava.processing.config_schema import ClipConfig, ClipVisionConfig, Identity, checked, schema_of
 from llava.processing.qwen_image import QwenImageProcessor
 
-# What two towers in one container have in common.
+# Fields that the two towers of Video-LLaVA share.
 SHARED_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -63,29 +66,29 @@ SHARED_FIELDS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model with all that is needed to ask it questions.
+    """A loaded model with its tokenizer, its preprocessing and its prompt template.
 
     Attributes:
-        model: the transformers container of its family, in evaluation mode, attention by SDPA. LLaVA-NeXT's newline is
-            model.model.image_newline, Video-LLaVA's towers are model.model.image_tower and model.model.video_tower.
-        image_processor: pads to a square, whatever the checkpoint's own configuration says. Of LLaVA-NeXT it is what
-            every crop goes through; of Qwen it keeps the picture's shape.
-        conversation: prompt template of pictures, a name of llava.conversation.MODES.
+        model: the HF model of its family, in evaluation mode, with SDPA attention. LLaVA-NeXT's newline is
+            model.model.image_newline; Video-LLaVA's towers are model.model.image_tower and model.model.video_tower.
+        image_processor: pads to a square, whatever the checkpoint's own configuration says. LLaVA-NeXT applies it to
+            every tile; Qwen's keeps the shape of the image.
+        conversation: prompt template of images, a name of llava.conversation.MODES.
         name: hub id or folder name.
-        layout: how the files were written.
+        layout: layout of the files.
         vision_tower_source: where the tower's weights came from, in words.
         text_tower: the CLIP text tower that belongs to the vision tower, if one is known: a folder, or the hub id of a
-            whole CLIP. Nothing of it has been read or fetched; llava.model.multimodal_encoder.clip_text_encoder does
-            when a method first asks.
-        notes: what a reader of the results should know about the loading.
-        vocabulary: tokens that can be answered. Rows above are padding or the image placeholder; mask their logits.
+            whole CLIP. It is not read here; llava.model.multimodal_encoder.clip_text_encoder reads it when a method
+            first needs it.
+        notes: plain sentences about the loading that a reader of the results should know.
+        vocabulary: number of tokens that can be answered. Logits above it are padding or placeholders; mask them.
         family: which model it is.
-        pinpoints: resolutions that LLaVA-NeXT chooses from, pairs in the order of config.json; empty for others.
-        aspect: "anyres" where pictures are cut into crops, "native" for Qwen, else "pad".
-        merge: how the crops of "anyres" are put together, one of llava.processing.anyres.MERGES; None for others.
-        video_conversation: prompt template of videos; None for a model that takes none here.
-        frames: of a video; 0 for a model that takes none here. The class token of every frame is a visual token.
-        temporal: the video tower has its attention over time.
+        pinpoints: resolutions of LLaVA-NeXT's tilings, pairs in the order of config.json; empty for other families.
+        aspect: "anyres" if images are cut into tiles, "native" for Qwen, else "pad".
+        merge: how the tiles of "anyres" are merged, one of llava.processing.anyres.MERGES; None for other families.
+        video_conversation: prompt template of videos; None if the model takes no videos here.
+        frames: frames per video; 0 if the model takes no videos here. The class token of every frame is a visual token.
+        temporal: the video tower has attention over time.
     """
 
     model: PreTrainedModel
@@ -116,13 +119,13 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint from a folder or from the Hugging Face hub.
 
-    The prompt template is the one of the benchmark scripts unless config.json names another as "conversation" (and for
+    The prompt template is that of the benchmark scripts, unless config.json names another one as "conversation" (for
     videos "video_conversation").
 
     Args:
-        text_tower: folder or hub id of the whole CLIP model that the vision tower was taken from, for checkpoints that
-            name none; needed only by methods that compare text and picture in CLIP's space.
-        quantization: hold the decoder in 8 or 4 bits; needs bitsandbytes.
+        text_tower: folder or hub id of the whole CLIP model that the vision tower comes from, for checkpoints that name
+            none; only methods that compare text and image in CLIP's space need it.
+        quantization: quantise the decoder to 8 or 4 bits; needs bitsandbytes.
 
     Raises:
         UserError: the checkpoint is incomplete, damaged, contradicts itself, or is of a family that is not supported.
@@ -130,7 +133,10 @@ def load_checkpoint(
     check_quantization(quantization)
     directory = locate(source, "checkpoint")
     raw = read_json(directory / "config.json")
+    checked(Identity, raw, directory / "config.json")
     kind = identify(raw, directory)
+    schema = schema_of(raw, original=kind.layout == "original", qwen=kind.family in QWEN)
+    checked(schema, raw, directory / "config.json")
     known_text_tower = _named_text_tower(text_tower)
     for field in ("conversation", "video_conversation"):
         conversation(raw.get(field) or DEFAULT_MODE)
@@ -138,7 +144,7 @@ def load_checkpoint(
     config = container_config(files.config, kind.family, directory)
     refuse_missing_towers(files.weights, kind.family, directory)
     processor, image_notes = read_image_processor(files.images, kind.family, config.vision_config)
-    # Before the weights: a missing tokenizer should not cost a minute of loading.
+    # Before the weights, which may take a minute: a missing tokenizer is reported at once.
     tokenizer = read_tokenizer(directory, config)
     pinpoints = ()
     if files.aspect == "anyres":
@@ -169,10 +175,10 @@ def load_checkpoint(
 def real_vocabulary(
     tokenizer: PreTrainedTokenizerBase, rows: int, image_token: int, video_token: int | None = None
 ) -> int:
-    """How many of the `rows` of the embedding are tokens that can be answered.
+    """Return how many of the embedding's `rows` are tokens that can be answered.
 
-    The checkpoints of the hub have 32064 rows for 32000 tokens: one for "<image>", one for padding, with videos one
-    for "<video>", the others to round the size up. None of them was trained, so none may ever win an argmax.
+    The checkpoints of the hub have 32064 rows for 32000 tokens: one for "<image>", one for padding, one for "<video>"
+    with videos, and the others round the size up. They are untrained and must never be chosen.
     """
     count = min(rows, len(tokenizer))
     placeholders = {image_token, video_token, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
@@ -189,8 +195,8 @@ class _Tower:
     """A vision tower of the original layout.
 
     Attributes:
-        name: as config.json names it, a folder or a hub id.
-        folder: where it was found, or None for an official one that was not fetched.
+        name: folder or hub id in config.json.
+        folder: its folder; None for an official tower that was not downloaded.
         config: a CLIPVisionConfig as a dictionary.
         inside: its weights are in the checkpoint's shards.
     """
@@ -203,10 +209,10 @@ class _Tower:
 
 @dataclass(frozen=True)
 class _Files:
-    """What was read of a checkpoint, in transformers' terms.
+    """The files of a checkpoint, translated to the transformers layout.
 
     Attributes:
-        weights: memory-mapped, by path in the container.
+        weights: memory-mapped, by their names in the HF model.
         images: folder of the image preprocessing.
     """
 
@@ -240,7 +246,7 @@ def _read_original(directory: Path, config: Mapping[str, Any], kind: Kind) -> _F
         aspect, merge = "anyres", merge_type(config)
     elif asked != "pad":
         notes.append(f"The checkpoint asks for image_aspect_ratio {asked!r}; images are padded all the same.")
-    if merge == "spatial":  # only "unpad" has a newline token; the container has a place for one all the same
+    if merge == "spatial":  # only "spatial_unpad" has a newline token, but the HF model needs the weight
         weights.setdefault("model.image_newline", torch.zeros(config.get("hidden_size", 0)))
     fields = [field for field in TOWER_MODULES if config.get(field) is not None]
     towers = tuple(_tower(directory, field, config[field], weights, notes) for field in fields)
@@ -254,7 +260,7 @@ def _read_original(directory: Path, config: Mapping[str, Any], kind: Kind) -> _F
 
 
 def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], notes: list[str]) -> _Tower:
-    """Find a tower; where the shards do not hold its weights, add those of its own folder to `weights`."""
+    """Find a tower. If the shards do not contain its weights, add those of its own folder to `weights`."""
     module = TOWER_MODULES[field]
     inside = any(key.startswith(f"model.{module}.") for key in weights)
     official = {CLIP_L_336_NAME: CLIP_L_336, **dict.fromkeys(LANGUAGEBIND_NAMES, LANGUAGEBIND)}
@@ -272,26 +278,43 @@ def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], n
 
 
 def _vision_config(tower: Path) -> dict[str, Any]:
-    """The vision half of a CLIP folder, which may hold a whole CLIPModel or the vision model alone."""
-    config = read_json(tower / "config.json")
-    config = config.get("vision_config", config)
+    """Return the vision config of a CLIP folder, which may contain a whole CLIP or the vision tower alone."""
+    whole = read_json(tower / "config.json")
+    parts = checked(ClipConfig, whole, tower / "config.json")
+    config = whole if parts.vision_config is None else whole["vision_config"]
+    checked(ClipVisionConfig, config, tower / "config.json")
     family = config.get("model_type", "clip_vision_model")
     if family != "clip_vision_model":
         raise UserError(f"The vision tower {tower} is a {family}; only CLIP towers are supported.")
-    return CLIPVisionConfig.from_dict(config).to_dict()
+    return _complete(config, tower)
+
+
+def _complete(config: Mapping[str, Any], tower: Path) -> dict[str, Any]:
+    """Complete a tower's configuration with the library's defaults.
+
+    Raises:
+        UserError: the library refuses it.
+    """
+    try:
+        return HfClipVisionConfig.from_dict(dict(config)).to_dict()
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{tower}/config.json describes no CLIP vision tower: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _refuse_different(one: _Tower, two: _Tower) -> None:
-    configs = [CLIPVisionConfig.from_dict(dict(tower.config)) for tower in (one, two)]
+    configs = [HfClipVisionConfig.from_dict(dict(tower.config)) for tower in (one, two)]
     differ = [field for field in SHARED_FIELDS if len({getattr(config, field) for config in configs}) > 1]
     if differ:
         raise UserError(
-            f"The towers {one.name} and {two.name} differ in {', '.join(differ)}; Video-LLaVA's are alike but for time."
+            f"The towers {one.name} and {two.name} differ in {', '.join(differ)}; the two towers of "
+            "Video-LLaVA have the same sizes."
         )
 
 
 def _named_text_tower(source: str | Path | None) -> Path | str | None:
-    """The CLIP a user names, checked as far as that costs nothing."""
+    """Return the CLIP that a user named, as a folder or a hub id."""
     if source is None or Path(source).is_dir():
         return source and Path(source)
     if not HUB_ID.match(str(source)):
@@ -300,10 +323,10 @@ def _named_text_tower(source: str | Path | None) -> Path | str | None:
 
 
 def _text_tower(directory: Path, towers: Sequence[_Tower]) -> Path | str | None:
-    """Where the text half of the vision tower's CLIP is: beside the weights, or in the CLIP that the checkpoint names.
+    """Return the CLIP text tower beside the weights, or the CLIP that the checkpoint names; None if there is neither.
 
     Args:
-        towers: none in the transformers layout, whose config describes the vision half only and names no CLIP.
+        towers: empty for the transformers layout, whose config names no CLIP.
     """
     beside = directory / "text_tower"
     if beside.is_dir():
@@ -320,7 +343,7 @@ def _text_tower(directory: Path, towers: Sequence[_Tower]) -> Path | str | None:
 
 
 def _video(config: Mapping[str, Any], kind: Kind, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of a Checkpoint that only a model for videos has."""
+    """Return the fields of a Checkpoint that only a model for videos has."""
     if kind.family != "video_llava":
         return {}
     frames = video_frames(weights)
@@ -333,19 +356,20 @@ def _notes(kind: Kind, config: PretrainedConfig, temporal: bool, quantization: s
     window = getattr(config.text_config, "sliding_window", None)
     if window is not None:
         notes.append(
-            f"The decoder's sliding window of {window} tokens is not applied: longer prompts are attended as a whole."
+            f"The decoder's sliding window of {window} tokens is not applied: every token attends to all earlier ones."
         )
     if kind.family == "video_llava":
         notes.append(
-            "The video tower attends over time, as it was trained."
+            "The video tower has attention over time, as it was trained."
             if temporal
-            else "The video tower has no attention over time, which is missing in conversions to transformers: answers "
+            else "The video tower has no attention over time, because the conversion to transformers drops it: answers "
             "about videos differ from those of the original checkpoint."
         )
         activation = config.vision_config.hidden_act
         if activation != LANGUAGEBIND["hidden_act"]:
             notes.append(
-                f"The towers run with {activation}; LanguageBind's were trained with {LANGUAGEBIND['hidden_act']}."
+                f"The towers use the activation {activation}; LanguageBind's were trained with "
+                f"{LANGUAGEBIND['hidden_act']}."
             )
     stored = stored_method(config)
     if stored is not None:

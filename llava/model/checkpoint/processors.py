@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's weights: the preprocessing of its images and its tokenizer."""
+"""Read the image preprocessing and the tokenizer of a checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -15,18 +15,20 @@ from llava.processing.clip_image import ImageProcessor
 from llava.processing.qwen_image import QwenImageProcessor
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-SPACE = "\u2581"  # how sentencepiece writes a space
+SPACE = "\u2581"  # sentencepiece's character for a space
 
 
 def read_image_processor(
     directory: Path | None, family: Family, vision: PretrainedConfig
 ) -> tuple[ImageProcessor | QwenImageProcessor, tuple[str, ...]]:
-    """A folder's image preprocessing and notes about it; LLaVA's always pads."""
+    """Return a folder's image preprocessing and notes about it. LLaVA's always pads, whatever the files say."""
     config: dict[str, Any] = {}
     if directory is not None and (directory / "preprocessor_config.json").is_file():
         config = read_json(directory / "preprocessor_config.json")
     elif directory is not None and (directory / "processor_config.json").is_file():
-        config = read_json(directory / "processor_config.json").get("image_processor", {})
+        config = read_json(directory / "processor_config.json").get("image_processor") or {}
+        if not isinstance(config, dict):
+            raise UserError(f"image_processor in {directory}/processor_config.json is no JSON object; fetch it again.")
     if family in QWEN:
         return _qwen_processor(config, vision, directory)
     size = vision.image_size
@@ -35,7 +37,7 @@ def read_image_processor(
         return ImageProcessor(size=size, crop=size), (note,)
     processor = ImageProcessor.from_config(config)
     if processor.crop != size:
-        raise UserError(f"{directory}: images are cut to {processor.crop} pixels, but the tower expects {size}.")
+        raise UserError(f"{directory}: images are cropped to {processor.crop} pixels, but the tower expects {size}.")
     return processor, ()
 
 
@@ -48,7 +50,8 @@ def _qwen_processor(
     found = processor.patch, processor.merge, processor.temporal
     if found != expected:
         raise UserError(
-            f"{directory}: images are cut into patches, groups and frames of {found}, but the tower expects {expected}."
+            f"{directory}: images are split into patches, groups and frames of {found}, but the tower expects "
+            f"{expected}; take both from one checkpoint."
         )
     if not config:
         bounds = f"{processor.min_pixels} to {processor.max_pixels} pixels"
@@ -57,16 +60,16 @@ def _qwen_processor(
 
 
 def read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, whose ids are those of its sentencepiece model where it has one.
+    """Return the tokenizer of a checkpoint. If it has a sentencepiece model, the ids are that model's.
 
     Args:
-        config: of the container.
+        config: of the HF model.
     """
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{directory} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy it from the base model.")
     decoder = config.text_config
-    # Where tokenizer_config.json leaves it open, the config decides on the class; the original config.json is of a type
-    # that transformers does not know. Under Mistral's it drops the space that sentencepiece puts in front of a text.
+    # If tokenizer_config.json names no class, the config decides; transformers does not know the original config.json's
+    # type. Under Mistral's config it leaves out the space that sentencepiece puts in front of a text.
     known = LlamaConfig() if decoder.model_type in ("llama", "mistral") else decoder
     try:
         return AutoTokenizer.from_pretrained(directory, config=known, trust_remote_code=False, **_spacing(directory))
@@ -78,24 +81,37 @@ def read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToken
 
 
 def _spacing(directory: Path) -> dict[str, bool]:
-    """Tell the library's Llama tokenizer, which always puts a space in front of a text, where the files do not (Yi's).
+    """Return the arguments of the library's Llama tokenizer that place its dummy spaces as the slow tokenizer did.
 
-    The sentencepiece model decides: tokenizer.json has been wrong about it (transformers issue 29774).
+    add_prefix_space: the library always puts a space in front of a text; some models do not (Yi's). The sentencepiece
+    model decides: tokenizer.json has been wrong about it (transformers issue 29774).
+
+    legacy: a dummy space also follows every special token. If tokenizer_config.json does not say, transformers 4 took
+    True and transformers 5 takes False.
     """
+    settings = directory / "tokenizer_config.json"
+    stated = read_json(settings).get("legacy") if settings.is_file() else None
     if (directory / "tokenizer.model").is_file():
         model = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-        return {} if model.encode("a", out_type=str)[0].startswith(SPACE) else {"add_prefix_space": False}
+        if not model.encode("a", out_type=str)[0].startswith(SPACE):
+            return {"add_prefix_space": False}
+        return {"legacy": True} if stated is None else {}
     steps = _steps(json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")))
     replaces = [step for step in steps if step.get("type") == "Replace" and step.get("content") == SPACE]
     metaspaces = [step for step in steps if step.get("type") == "Metaspace"]
     prefix = any(step.get("type") == "Prepend" for step in steps) or any(
         step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True) for step in metaspaces
     )
-    return {"add_prefix_space": False} if (replaces or metaspaces) and not prefix else {}
+    if not (replaces or metaspaces):
+        return {}
+    if not prefix:
+        return {"add_prefix_space": False}
+    first = any(step.get("prepend_scheme") == "first" for step in metaspaces)
+    return {"legacy": True} if stated is None and not first else {}
 
 
 def _steps(tokenizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What a tokenizer.json does to a text before it is cut into tokens."""
+    """Return the normalisation and pre-tokenisation steps of a tokenizer.json."""
     steps = [tokenizer.get(part) or {} for part in ("normalizer", "pre_tokenizer")]
     inner = [step.get("normalizers") or step.get("pretokenizers") or () for step in steps]
     return [*steps, *(step for several in inner for step in several)]

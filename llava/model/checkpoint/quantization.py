@@ -1,10 +1,10 @@
-"""Weights of 8 or 4 bits: passed on to bitsandbytes through transformers.
+"""Quantise the decoder to 8 or 4 bits while it is loaded, with bitsandbytes through transformers.
 
-Only the decoder is quantised while it is loaded. Towers, projector and head stay in the dtype asked for: methods rank
-tokens by what the tower computes, and the tower is a thirtieth of the weights.
+Towers, projector and head keep the requested dtype: methods rank tokens by what the tower computes, and the tower is a
+thirtieth of the weights.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py (NF4 with double quantisation for 4 bits)
-Differs from it: the projector is not quantised; computing is in the dtype asked for, not always in float16.
+Differs from it: the projector is not quantised; the requested dtype is used to compute, not always float16.
 """
 
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from llava.errors import UserError, unknown
 Quantization = Literal["8bit", "4bit"]
 CHOICES: tuple[Quantization, ...] = ("8bit", "4bit")
 
-# Paths in the container of what stays as it is.
+# Modules of the HF model that are not quantised.
 KEPT = (
     "model.vision_tower",
     "model.image_tower",
@@ -32,7 +32,7 @@ KEPT = (
 
 
 def check_quantization(choice: str | None) -> None:
-    """Raise UserError for a choice that does not exist or a package that is not there, before anything is read."""
+    """Raise UserError for an unknown choice or a missing package, before anything is read."""
     if choice is None:
         return
     if choice not in CHOICES:
@@ -43,12 +43,12 @@ def check_quantization(choice: str | None) -> None:
 def quantised_loading(
     config: PretrainedConfig, choice: str | None, dtype: torch.dtype, directory: Path
 ) -> dict[str, Any]:
-    """Further arguments of from_pretrained; empty for a model that is not quantised.
+    """Return further arguments of from_pretrained; empty for a model that is not quantised.
 
     Args:
-        config: of the container. Where it says that the files are quantised already, transformers reads how from it.
+        config: of the HF model. If the files are quantised already, transformers reads from it how.
         choice: "8bit", "4bit" or None.
-        dtype: in which a layer of 4 bits computes.
+        dtype: in which a 4-bit layer computes.
         directory: of the checkpoint, for errors.
     """
     check_quantization(choice)
@@ -56,12 +56,12 @@ def quantised_loading(
     if method is not None:
         if choice is not None:
             raise UserError(f"{directory} is quantised already; load it without quantization {choice!r}.")
-        # The library would ignore what it does not know and read the quantised weights as if they were plain.
+        # The library would ignore an unknown method and read the quantised weights as if they were plain.
         if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             raise UserError(f"{directory} is quantised with {method}, which is not supported; take it unquantised.")
         if method.startswith("bitsandbytes"):
             _require_bitsandbytes(f"{directory}, which is quantised with bitsandbytes,")
-        return {"quantization_config": None}  # transformers takes the files' own
+        return {"quantization_config": None}  # transformers uses that of config.json
     if choice is None:
         return {}
     if choice == "8bit":
@@ -78,7 +78,7 @@ def quantised_loading(
 
 
 def stored_method(config: PretrainedConfig) -> str | None:
-    """How the files are quantised, by the name under which transformers knows the method; None: they are not."""
+    """Return transformers' name of the method with which the files are quantised; None if they are not."""
     parts = config, config.get_text_config(decoder=True)
     found = next((part.quantization_config for part in parts if getattr(part, "quantization_config", None)), None)
     if found is None:

@@ -1,7 +1,7 @@
-"""The CLIP text tower that belongs to LLaVA's vision tower: questions and patches in CLIP's common space.
+"""The CLIP text tower that belongs to LLaVA's vision tower, to compare questions and patches in CLIP's common space.
 
-A LLaVA checkpoint leaves out CLIP's text half and both projections. They are read when a method first asks, from the
-folder or hub repository that `llava.model.checkpoint.load` names, and are kept in float32.
+A LLaVA checkpoint lacks CLIP's text tower and both projections. They are read when a method first needs them, from the
+folder or hub repository that `llava.model.checkpoint.load` names, and kept in float32.
 
 Official code read: Theia-4869/CDPruner@9541616 and FreedomIntelligence/TRIM@f5a232d, both
 llava/model/multimodal_encoder/clip_encoder.py
@@ -15,29 +15,31 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from llava.errors import UserError
 from llava.model.checkpoint.files import listed, locate, read_json, read_weights
+from llava.processing.config_schema import ClipConfig, checked
 from llava.reduction.flops import linear_flops
 from llava.reduction.states import EncoderState
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PARTS = ("text_model.", "text_projection.", "visual_projection.")
-# How patches of the thing that a text names lie: far from the text in a CLIP that was trained on its CLS token alone
-# (CDPruner issue 14, TRIM issue 3), near to it in one whose config.json says `"patch_similarity": "plain"`.
+# Sign of the similarity of a text to the patches that show it: negative in a CLIP that was trained on its CLS token
+# alone (CDPruner issue 14, TRIM issue 3), positive in one whose config.json has `"patch_similarity": "plain"`.
 NEGATED, PLAIN = "negated", "plain"
 RELEVANCE = ("tower", NEGATED, PLAIN)
-# Configurations older than transformers PR 24773 say 2, whatever the tokenizer's end token is.
+# Configurations older than transformers PR 24773 have 2, whatever the tokenizer's end token is.
 OLD_END_ID = 2
 
 
 class ClipText(nn.Module):
-    """Text half and projections of a CLIP.
+    """Text tower and projections of a CLIP.
 
     Args:
-        config: of the text half.
+        config: of the text tower.
         channels: D, of the vision tower.
         post_layernorm: the vision tower's own, which LLaVA never runs.
         words: text -> token ids without the ids that begin and end a text.
@@ -65,12 +67,12 @@ class ClipText(nn.Module):
         self.length: int = config.max_position_embeddings
 
     def chunks(self, text: str, long: str = "frame") -> list[list[int]]:
-        """A text as token ids, and what to do if it is longer than the tower can read.
+        """Split a text into chunks of token ids that the tower can read.
 
         Args:
-            long: "frame" cuts the words into chunks and puts begin and end around each. "truncate" takes the first of
-                them, as CLIP's tokenizers do. "cut" frames the text and then cuts it, as CDPruner does: only the first
-                chunk begins with the begin token, only the last one ends with the end token.
+            long: treatment of longer texts. "frame" puts the begin and end tokens around each chunk. "truncate" returns
+                the first of these chunks only, as CLIP's tokenizers do. "cut" adds the two tokens to the whole text and
+                then splits it, as CDPruner does: only the first chunk has a begin token, only the last an end token.
         """
         ids = self.words(text)
         if long == "cut":
@@ -81,10 +83,10 @@ class ClipText(nn.Module):
         return found[:1] if long == "truncate" else found
 
     def _pooled(self, chunk: list[int]) -> int:
-        """Place of the token that stands for a chunk: its end token, which is last."""
+        """Return the index of the token whose hidden state represents a chunk: its end token, which is last."""
         if chunk[-1] == self.end:
             return len(chunk) - 1
-        # transformers' rule, made for texts with an end token: it falls on the begin token or on any word.
+        # transformers' rule, meant for texts with an end token; without one it selects the begin token or any word.
         configured = self.text_model.config.eos_token_id
         mark = max(chunk) if configured == OLD_END_ID else configured
         return chunk.index(mark) if mark in chunk else 0
@@ -98,7 +100,7 @@ class ClipText(nn.Module):
         chunks = [self.chunks(text, long) for text in texts]
         rows = [chunk for own in chunks for chunk in own]
         longest = max(map(len, rows))
-        # Padding behind a chunk: attention is causal, so the pooled token does not see it.
+        # Padding comes after a chunk; attention is causal, so it does not change the pooled token.
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         pooled = torch.tensor([self._pooled(row) for row in rows])
         most = max(map(len, chunks))
@@ -122,7 +124,7 @@ class ClipText(nn.Module):
     def image(self, features: Tensor) -> tuple[Tensor, int]:
         """Patch features [B, N, D] -> [B, N, P] float32, through the tower's last norm and CLIP's projection.
 
-        CLIP was trained so only for the CLS token of the last block: patches need not lie near the text they show.
+        CLIP was trained this way for the CLS token of the last block only; patches need not be similar to their text.
         """
         (norm,) = self._post_layernorm
         normed = F.layer_norm(features.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
@@ -130,11 +132,11 @@ class ClipText(nn.Module):
 
 
 def text_similarity(state: EncoderState, texts: Sequence[str], cosine: bool, long: str = "frame") -> Tensor:
-    """Similarity of each patch to its image's text, mean over the chunks of the text.
+    """Return the similarity of each patch to its image's text, averaged over the chunks of the text.
 
     Args:
-        state: tower features, the CLIP, and the account of operations.
-        cosine: of unit vectors; otherwise plain dot products.
+        state: tower features, the CLIP, and the count of operations, which is increased.
+        cosine: cosine similarity; otherwise dot products.
         long: see `ClipText.chunks`.
 
     Returns:
@@ -150,25 +152,32 @@ def text_similarity(state: EncoderState, texts: Sequence[str], cosine: bool, lon
 
 
 def signed(similarity: Tensor, choice: str, clip: ClipText) -> Tensor:
-    """Similarity as relevance, higher is more relevant; `choice` is one of RELEVANCE, "tower": as the tower says."""
+    """Return relevance from similarity, higher is more relevant.
+
+    Args:
+        choice: one of RELEVANCE; "tower" takes the sign from the text tower's config.json.
+    """
     return -similarity if (clip.relevance if choice == "tower" else choice) == NEGATED else similarity
 
 
 def load_clip_text(
     source: str | Path, tower: nn.Module, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> ClipText:
-    """Read the text half of a CLIP.
+    """Load the text tower of a CLIP.
 
     Args:
-        source: folder or hub id; it may hold a whole CLIP or only what a LLaVA leaves out.
+        source: folder or hub id; it may contain a whole CLIP or only the parts that a LLaVA checkpoint lacks.
         tower: LLaVA's vision tower.
-        tokenizer: LLaVA's, which serves where the folder has none and the tower was trained with it.
+        tokenizer: LLaVA's tokenizer, used if the folder has none and the text tower was trained with it.
     """
     folder = locate(source, "CLIP text tower")
     raw = read_json(folder / "config.json")
-    if "text_config" not in raw:
-        raise UserError(f"{folder}/config.json describes no text half (no text_config); give a whole CLIP model.")
-    config = CLIPConfig.from_dict(raw).text_config
+    if checked(ClipConfig, raw, folder / "config.json").text_config is None:
+        raise UserError(f"{folder}/config.json describes no text tower (no text_config); give a whole CLIP model.")
+    try:
+        config = CLIPConfig.from_dict(raw).text_config
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}/config.json describes no CLIP: {' '.join(str(error).split())}") from error
     channels = tower.config.hidden_size
     words, begin, end = _tokens(folder, config, tokenizer)
     clip = ClipText(config, channels, tower.post_layernorm, words, begin, end)
@@ -182,8 +191,8 @@ def load_clip_text(
     wrong = [key for key in {*expected, *weights} if key not in weights or expected.get(key) != weights[key].shape]
     if wrong:
         raise UserError(
-            f"The CLIP in {folder} does not complete this vision tower ({channels} channels); {len(wrong)} weights are "
-            f"missing, unexpected or of another shape: {listed(wrong)}. Take the CLIP that the tower comes from."
+            f"The CLIP in {folder} does not fit this vision tower ({channels} channels); {len(wrong)} weights are "
+            f"missing, unexpected or of another shape: {listed(wrong)}. Use the CLIP that the tower comes from."
         )
     clip.load_state_dict(weights)
     return clip.float().to(device).eval().requires_grad_(False)
@@ -192,7 +201,7 @@ def load_clip_text(
 def _tokens(
     folder: Path, config: CLIPTextConfig, shared: PreTrainedTokenizerBase
 ) -> tuple[Callable[[str], list[int]], int, int]:
-    """Text -> ids, and the ids that frame a text: by the folder's own tokenizer, else by LLaVA's if it fits."""
+    """Return a function from text to ids, and the begin and end ids: the folder's own or, if they fit, LLaVA's."""
     own = shared
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         try:
@@ -205,7 +214,10 @@ def _tokens(
             "LLaVA's; copy the tokenizer files of its CLIP there."
         )
     if len(own) > config.vocab_size:
-        raise UserError(f"The tokenizer of the text tower in {folder} knows {len(own)} tokens, it {config.vocab_size}.")
+        raise UserError(
+            f"The tokenizer of the text tower in {folder} has {len(own)} tokens, but the tower has "
+            f"{config.vocab_size}; take both from one CLIP."
+        )
     return (
         lambda text: own(text, add_special_tokens=False, verbose=False).input_ids,
         own.bos_token_id,
