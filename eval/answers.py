@@ -20,7 +20,7 @@ from eval.jsonl import DurableLines, read_json, sync_folder, write_json
 from llava.errors import UserError
 
 # The order in which --restart moves them: timing without answers would claim questions that are not there.
-FILES = ("result.json", "predictions.json", "timing.jsonl", "answers.jsonl", "settings.json")
+FILES = ("result.json", "predictions.json", "timing.jsonl", "answers.jsonl", "settings.json", "wandb_id")
 
 
 class AnswerStore:

@@ -83,7 +83,7 @@ def run(config: RunConfig, model: Any = None, reducer: Reducer | None = None) ->
     job = prepare(config, model, reducer)
     known = [question.id for question in job.data.questions]
     with AnswerStore(job.output, job.settings, known, config.restart) as store:
-        tracker = tracking.start(config.wandb, job.output, job.settings)
+        tracker = tracking.start_evaluation(config, job.output, job.settings)
         finished = False
         try:
             answer_questions(job, store, tracker)
@@ -91,7 +91,7 @@ def run(config: RunConfig, model: Any = None, reducer: Reducer | None = None) ->
             write_json(job.output / "result.json", result)
             for name, content in job.data.submission(texts(job, store)).items():
                 write_file(job.output / name, content)
-            tracker.finish(result, sample_table(job, store))
+            tracker.finish(result, lambda: sample_table(job, store))
             finished = True
         except KeyboardInterrupt:
             done = sum(question.id in store.answers for question in job.planned)
@@ -246,7 +246,7 @@ def summarise(job: Job, store: AnswerStore) -> dict[str, Any]:
     asked = [question.id for question in job.planned]
     answers = job.output / "answers.jsonl"
     score, judged = score_answers(job.data, job.config.judge, asked, texts(job, store), answers)
-    timing = cost.summarise_timing(store.timing, job.started)
+    flops = cost.summarise_flops(store.timing)
     result = {
         "title": job.data.title,
         "facts": {**job.data.facts, **judged},
@@ -258,8 +258,9 @@ def summarise(job: Job, store: AnswerStore) -> dict[str, Any]:
         "partial": len(job.planned) < len(job.data.questions),
         **report.scored(score, job.planned, job.config.seed),
         "audit": cost.summarise_audit([line["metadata"]["audit"] for line in lines]),
-        "timing": timing,
-        "flops_per_question": timing["flops"],
+        "timing": cost.summarise_timing(store.timing, job.started),
+        "flops": flops,
+        "flops_per_question": flops["per_question"],
         "settings": job.settings,
         "limit": job.config.limit,
         "remarks": cost.notes(store.timing),
@@ -280,9 +281,10 @@ def texts(job: Job, store: AnswerStore) -> dict[str, str]:
 def sample_table(job: Job, store: AnswerStore) -> list[list[Any]]:
     """Rows of tracking.COLUMNS for the first questions."""
     rows = []
-    for question in job.planned[: tracking.TABLE_ROWS]:
+    for number, question in enumerate(job.planned[: tracking.TABLE_ROWS]):
         line = store.answers[question.id]
         mean = line["metadata"]["audit"]["mean"]
         credit = job.data.judge(question, line["text"]) if job.data.judge is not None else None
-        rows.append([question.id, question.question, question.answer, line["text"], credit, mean])
+        picture = job.data.sample(question).image if number < tracking.TABLE_PICTURES else None
+        rows.append([question.id, picture, None, question.question, question.answer, line["text"], credit, mean])
     return rows

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from eval import benchmarks
 from eval.config import RunConfig
+from eval.results import tracking
 from eval.run import prepare, run
 from llava.model.encoded_image import Picture, picture_of
 from llava.model.llava_arch import Llava
@@ -115,14 +116,17 @@ def sweep(
     batch_size: int = 48,
     benchmark: str = "gqa",
     limit: int | None = None,
+    wandb: str = "auto",
 ) -> list[Credits]:
-    """Run every setting on the first `limit` questions, or all; question id -> credit, in the order of `settings`."""
-    results = []
+    """Run every setting on the first `limit` questions, or all; question id -> credit, in the order of `settings`.
+
+    The sweep is one W&B run with a table of all settings.
+    """
+    results, folders = [], [output / split / name_of(setting, model.visual_tokens) for setting in settings]
     model.expect([registry.build(s.method, s.budget or model.visual_tokens, s.options) for s in settings])
     bar = tqdm(settings, desc=f"sweep {split}", unit="setting")
-    for setting in bar:
+    for setting, folder in zip(bar, folders, strict=True):
         bar.set_postfix_str(f"{setting.method} {setting.budget or ''} {describe(setting)}")
-        folder = output / split / name_of(setting, model.visual_tokens)
         config = RunConfig(
             setting.method,
             setting.budget,
@@ -140,7 +144,31 @@ def sweep(
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 run(config, model=model)
         results.append(credits_of(folder, data, split, benchmark, limit))
+    log_table(wandb, settings, folders, {"benchmark": benchmark, "split": split, "model": model.name, "limit": limit})
     return results
+
+
+def log_table(wandb: str, settings: Sequence[Setting], folders: Sequence[Path], about: dict[str, object]) -> None:
+    """Log a finished sweep as one W&B run; the same sweep in the same folder continues its run."""
+    if not folders:
+        return
+    found = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    digest = hashlib.sha256(json.dumps([folder.name for folder in folders]).encode()).hexdigest()[:8]
+    config = about | {"settings": len(settings), "methods": sorted({setting.method for setting in settings})}
+    tracker = tracking.start(
+        wandb,
+        folders[0].parent,
+        config,
+        job_type="sweep",
+        tags=["sweep", about["benchmark"], about["split"], about["model"]],
+        id_file=f"wandb_id-{digest}",
+    )
+    rows = [
+        (setting.method, result["budget"], describe(setting), *tracking.headline(result, folder))
+        for setting, result, folder in zip(settings, found, folders, strict=True)
+    ]
+    tracker.table("settings", ("method", "budget", "options", *tracking.HEADLINE), rows)
+    tracker.close(failed=False)
 
 
 def is_finished(config: RunConfig, model: Llava) -> bool:

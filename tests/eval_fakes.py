@@ -8,13 +8,14 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
 
 import eval.run
-from llava.pipeline.accounting import Audit, Operations
+from llava.pipeline.accounting import Audit
 from llava.pipeline.answer import Answer, Batch, Timing
 from llava.processing.sample import Sample
 from llava.reduction import Reduction, Step
@@ -71,10 +72,17 @@ class FakeLlava:
             )
             answers.append(Answer(sample.id, fake_text(sample.id), (1,), audit, (step,)))
         count = len(samples)
-        timing = Timing(0.001 * count, 0.0005 * count, 0.002 * count, 0.004 * count)
-        operations = Operations()
-        operations.add("prefill", int, 10**9 * count)
-        return Batch(tuple(answers), timing, kv_bytes=1100 * kept * count, operations=operations, decode_steps=1)
+        timing = Timing(0.001 * count, 0.0005 * count, 0.002 * count, 0.004 * count, preprocess=0.003 * count)
+        images = sum(len(sample.images) for sample in samples)
+        alone = {"tower": 7 * 10**8 * images, "projector": 10**8 * count, "prefill": 2 * 10**8 * count}
+        return Batch(
+            tuple(answers),
+            timing,
+            kv_bytes=1100 * kept * count,
+            operations=SimpleNamespace(total=9 * 10**8 * count, alone=alone),
+            decode_steps=1,
+            images=images,
+        )
 
 
 def generate(model: Any, *arguments: Any, **options: Any) -> Batch:

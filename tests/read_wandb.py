@@ -24,8 +24,10 @@ class OfflineRun:
     """Everything a run told W&B.
 
     Attributes:
+        name: the id of the run.
         history: one dict per `run.log`.
         files: names of media and other files, relative to `folder / "files"`.
+        artifacts: name -> path in the artifact -> file on the disk.
     """
 
     folder: Path
@@ -34,14 +36,23 @@ class OfflineRun:
     history: list[dict[str, Any]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     exit_code: int | None = None
+    name: str = ""
+    job_type: str = ""
+    group: str = ""
+    tags: tuple[str, ...] = ()
+    artifacts: dict[str, dict[str, Path]] = field(default_factory=dict)
 
     def last(self, key: str) -> Any:
         """The last value logged under `key`."""
         return next(row[key] for row in reversed(self.history) if key in row)
 
     def table(self, key: str) -> dict[str, Any]:
-        """The content of a logged table: columns and data."""
-        return json.loads((self.folder / "files" / self.last(key)["path"]).read_text())
+        """The content of a logged table: columns and data, pictures as `_type` and `path` in `table_files`."""
+        return json.loads(self.table_files(key)[f"{key}.table.json"].read_text())
+
+    def table_files(self, key: str) -> dict[str, Path]:
+        """The artifact that the server shows a table from."""
+        return self.artifacts[f"run-{self.name}-{key}"]
 
 
 def read_fragments(data: bytes) -> Iterator[bytes]:
@@ -82,9 +93,14 @@ def read_run(folder: Path) -> OfflineRun:
         record = Record.FromString(fragment)
         match record.WhichOneof("record_type"):
             case "run":
+                run.name, run.job_type, run.group = record.run.run_id, record.run.job_type, record.run.run_group
+                run.tags = tuple(record.run.tags)
                 run.config |= items(record.run.config.update)
             case "config":
                 run.config |= items(record.config.update)
+            case "artifact":
+                entries = record.artifact.manifest.contents
+                run.artifacts[record.artifact.name] = {entry.path: Path(entry.local_path) for entry in entries}
             case "history":
                 run.history.append(items(record.history.item))
             case "summary":

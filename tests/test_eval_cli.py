@@ -51,8 +51,8 @@ def test_the_last_line_is_the_result_in_words(main, tmp_path):
     code, out, _ = main("--method", "uniform", "--budget", "16")
     assert code == 0
     assert out.splitlines()[-1] == (
-        "uniform at 16 of 64 visual tokens: 50.0 % accuracy (95 % CI 46.7 to 53.3) on 40 GQA testdev questions; "
-        "16.0 tokens per layer, KV 0.016 MB, TTFT 3.5 ms per question."
+        "uniform at 16 of 64 visual tokens: 50.0 % accuracy (95 % CI 35.0 to 65.0) on 40 GQA testdev questions; "
+        "16.0 tokens per layer, KV 0.016 MB, TTFT 28 ms for a batch of 8."
     )
     folder = tmp_path / "results" / "gqa-testdev" / "fake" / "uniform-16"
     result = json.loads((folder / "result.json").read_text())
@@ -61,9 +61,10 @@ def test_the_last_line_is_the_result_in_words(main, tmp_path):
     assert result["confidence"]["accuracy"]["low"] < 50 < result["confidence"]["accuracy"]["high"]
     assert result["audit"]["entering_per_layer"] == [16, 16, 16]
     assert result["audit"]["kv_bytes_per_sample"] == 16000
-    expected = {"vision": 1, "selection": 0.5, "prefill": 2, "ttft": 3.5, "decode": 4}
-    assert result["timing"]["mean_ms"] == pytest.approx(expected)
-    assert result["timing"]["median_ms"] == pytest.approx(expected)
+    per_question = {"preprocess": 3, "vision": 1, "selection": 0.5, "prefill": 2, "decode": 4}
+    per_batch = {name: 8 * value for name, value in per_question.items()} | {"ttft": 28}
+    assert result["timing"]["ms_per_question"] == pytest.approx(per_question)
+    assert result["timing"]["batch"]["median_ms"] == pytest.approx(per_batch)
     assert result["timing"]["kv_bytes_padded"] == 17600 and result["flops_per_question"] == 10**9
     assert result["conditions"]["batch_size"] == 8 and result["conditions"]["threads"] >= 1
     assert result["settings"]["config"]["budget"] == 16

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from eval.figures.overlay import DARK
-from eval.figures.overlay_tiles import GAP, draw_answer, draw_crops
+from eval.figures.overlay_tiles import GAP, draw_answer, draw_crops, draw_original
 from llava.pipeline.accounting import Audit
 from llava.pipeline.answer import Answer
 from llava.processing.sample import Sample
@@ -63,3 +63,15 @@ def test_every_image_of_a_sample_is_drawn_with_its_own_steps(images):
     for number, picture in enumerate(drawn):
         clear = np.asarray(picture)[:32, : 2 * 64, 0] == 255
         assert clear[0, 32 * number] and clear.sum() == 2 * 16 * 2 * 8
+
+
+def test_originals_are_drawn_as_large_as_their_overlays():
+    """The original beside an overlay: enlarged alike, the frames of a video in the same two rows."""
+    run = frames(4, 2, 2).with_cls()
+    video = Video(tuple(Image.new("RGB", (20, 20), (60 * number, 0, 0)) for number in range(4)))
+    answer = Answer("a", "yes", (1,), Audit((1,), run.tokens, 0, 0), (step([16], run.tokens),), (run,))
+    original, (overlay,) = draw_original(video), draw_answer(Sample("a", "there?", image=video), answer)
+    assert original.size == overlay.size == (2 * 40 + GAP, 2 * 40 + GAP)
+    corners = [original.getpixel(place)[0] for place in ((0, 0), (83, 0), (0, 83), (83, 83))]
+    assert corners == [0, 60, 120, 180]
+    assert draw_original(WHITE).size == (128, 64)

@@ -3,9 +3,10 @@
 import argparse
 
 import pytest
+import torch
 
-from eval.efficiency.laps import Laps
-from eval.efficiency.latency import Measured, ratios, run, table
+from eval.efficiency import latency
+from eval.efficiency.latency import Measured, Measurements, options_by_method, ratios, run, table
 from eval.efficiency.shapes import SHAPES, random_llava
 from eval.results.statistics import Interval
 from eval.sweep import Remembering, Setting, sweep
@@ -41,12 +42,12 @@ def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):
     """A sweep goes on where it stopped; a run of other settings in the same folder would still be refused."""
     data = write_gqa(tmp_path / "data", count=6, images=2)
     settings = [Setting("uniform", 4), Setting("consensusdrop", 4, {"alpha": "0.25"})]
-    first = sweep(settings, Remembering(tiny), data, "testdev", tmp_path / "out")
+    first = sweep(settings, Remembering(tiny), data, "testdev", tmp_path / "out", wandb="disabled")
     assert [len(credits) for credits in first] == [6, 6]
     assert len({folder.name for folder in (tmp_path / "out" / "testdev").iterdir()}) == 2
     again = Remembering(tiny)
     monkeypatch.setattr(again, "answer", None)
-    assert sweep(settings, again, data, "testdev", tmp_path / "out") == first
+    assert sweep(settings, again, data, "testdev", tmp_path / "out", wandb="disabled") == first
 
 
 def _named(sample, index):
@@ -106,7 +107,7 @@ def test_signals_in_the_tower_count_as_selection():
 def test_latency_compares_with_full_in_one_process(tiny_path):
     args = argparse.Namespace(
         method="consensusdrop", budget=4, set=[], model=str(tiny_path), shape=None, distinct=4, dtype="float32",
-        device="cpu", batch_size=2, repeats=2, threads=0, laps=None, layers=None, picture=[],
+        device="cpu", batch_size=2, repeats=2, threads=0, measurements=None, layers=None, picture=[],
     )  # fmt: skip
     result = run(args)
     # Per layer 4 of 16 visual tokens; both hold the same text.
@@ -164,12 +165,77 @@ def test_random_next_has_tiles_and_as_many_layers_as_asked(monkeypatch):
     assert answer.audit.mean == 320 and answer.audit.visual_tokens == 2880
 
 
-def test_laps_are_kept_and_belong_to_their_settings(tmp_path):
-    """An interrupted benchmark goes on from its file; a file of other settings is refused and left as it is."""
-    path, row = tmp_path / "laps.jsonl", {"seconds": {"prefill": 1.0}}
-    Laps(path, {"budget": 64}).add(0, "full", row)
-    assert Laps(path, {"budget": 64}).found == {(0, "full"): row}
+def test_measurements_are_kept_and_belong_to_their_settings(tmp_path):
+    """An interrupted benchmark continues from its file; a file under other settings is refused and left as it is."""
+    path, row = tmp_path / "measured.jsonl", {"seconds": {"prefill": 1.0}}
+    Measurements(path, {"budget": 64}).add(0, "full", row)
+    assert Measurements(path, {"budget": 64}).found == {(0, "full"): row}
     before = path.read_text()
     with pytest.raises(UserError, match="other settings"):
-        Laps(path, {"budget": 32})
+        Measurements(path, {"budget": 32})
     assert path.read_text() == before
+
+
+def test_latency_takes_options_with_and_without_the_method():
+    """`python -m eval` takes --set METHOD.KEY=VALUE; eval.efficiency.latency took KEY=VALUE alone and refused the other form."""
+    one = {"consensusdrop": {"alpha": "0.5"}}
+    assert options_by_method(["alpha=0.5"], ["consensusdrop"]) == one
+    assert options_by_method(["consensusdrop.alpha=0.5"], ["consensusdrop"]) == one
+    assert options_by_method(["consensusdrop.alpha=0.5"], ["all"]) == one
+    assert options_by_method(["consensusdrop.alpha=0.5"], ["consensusdrop", "visionzip"]) == one
+    both = {"fastv": {"layer": "3"}, "dart": {"layer": "3"}}
+    assert options_by_method(["layer=3"], ["fastv", "dart"]) == both
+
+
+@pytest.mark.parametrize(
+    ("settings", "methods", "message"),
+    [
+        (["alpha=1"], ["all"], "names no method"),
+        (["visionzip.alpha=1"], ["consensusdrop"], "for method 'visionzip'"),
+        (["alpha=1", "consensusdrop.alpha=2"], ["consensusdrop"], "given twice"),
+        (["alpha"], ["consensusdrop"], "should look like"),
+    ],
+)
+def test_latency_refuses_options_that_would_go_nowhere(settings, methods, message):
+    """With --method all, options were silently dropped."""
+    with pytest.raises(UserError, match=message):
+        options_by_method(settings, methods)
+
+
+def test_latency_puts_random_weights_on_the_device(monkeypatch):
+    """`--shape ... --device cuda` ignored the device and timed the CPU."""
+    placed = []
+
+    def build(*_, device, **__):
+        placed.append(device)
+        raise UserError("built")
+
+    monkeypatch.setattr(latency, "random_llava", build)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    arguments = ["--method", "full", "--budget", "64", "--shape", "llava-1.5-7b", "--device"]
+    assert latency.main([*arguments, "cuda"]) == 2
+    assert [device.type for device in placed] == ["cuda"]
+
+
+def test_latency_refuses_a_device_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["--method", "full", "--budget", "64", "--shape", "llava-1.5-7b", "--device"]
+    assert latency.main([*arguments, "cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert latency.main([*arguments, "gpu0"]) == 2
+    assert "got 'gpu0'" in capsys.readouterr().err
+
+
+def test_random_weights_are_on_their_device(monkeypatch):
+    """Shared decoder layers stay shared after the model has moved; "meta" stands for another device here."""
+    text = {**SHAPES["llava-1.5-7b"]["text"], "hidden_size": 64, "intermediate_size": 96}
+    small = {
+        "family": "llava",
+        "vision": {**CLIP_L_336, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64},
+        "text": {**text, "num_attention_heads": 2, "num_key_value_heads": 2},
+    }
+    monkeypatch.setitem(SHAPES, "small", small)
+    model = random_llava("small", 2, "float32", 5, device=torch.device("meta"))
+    assert {weight.device.type for weight in model.container.parameters()} == {"meta"} == {model.device.type}
+    assert len({id(layer.mlp.up_proj.weight) for layer in model.llm.layers}) == 2

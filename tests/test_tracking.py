@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from eval import baseline
 from eval.config import RunConfig
 from eval.figures.overlay import compose, draw_overlay, group_colour
+from eval.figures.overlay_tiles import GAP
 from eval.results import tracking
 from eval.run import run
+from eval.sweep import Remembering, Setting, sweep
 from llava.reduction import Reduction, Step
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import find_runs, read_run
@@ -52,20 +56,125 @@ def test_offline_run_reads_back_whole(tmp_path, capsys):
 
     assert f"wandb sync {folder}" in printed.out and str(tmp_path / "out") in str(folder)
     assert printed.out.splitlines()[-1] == result["sentence"]
-    for key, value in result["settings"].items():
-        assert logged.config[key] == value
     assert logged.config["versions"] == result["versions"]
     for name in ("accuracy", "binary", "open"):
-        assert logged.last(f"metrics/{name}") == result["metrics"][name] == logged.summary[f"metrics/{name}"]
-    assert logged.last("audit/mean_tokens_per_layer") == 16
-    assert [logged.last(f"audit/entering/layer {layer}") for layer in range(3)] == [16, 16, 16]
-    assert logged.last("audit/kv_bytes_per_sample") == 16000
-    assert logged.last("timing/mean_ms/ttft") == pytest.approx(3.5)
-    assert logged.last("confidence/accuracy/low") == result["confidence"]["accuracy"]["low"]
+        assert logged.summary[f"metrics/{name}"] == result["metrics"][name]
+    assert logged.summary["audit/mean_tokens_per_layer"] == 16
+    assert [logged.summary[f"audit/entering/layer {layer}"] for layer in range(3)] == [16, 16, 16]
+    assert logged.summary["audit/kv_bytes_per_sample"] == 16000
+    assert logged.summary["timing/batch/median_ms/ttft"] == pytest.approx(28)
+    assert logged.summary["flops/language_model_per_question"] == 3 * 10**8
+    assert logged.summary["confidence/accuracy/low"] == result["confidence"]["accuracy"]["low"]
     assert [row["progress/answered"] for row in logged.history if "progress/answered" in row] == [8, 16, 24, 32, 40]
     assert logged.last("progress/accuracy") == result["metrics"]["accuracy"]
     assert logged.summary["sentence"] == result["sentence"]
     assert logged.exit_code == 0
+
+
+def test_final_numbers_are_a_summary_and_no_charts(tmp_path):
+    """Fifty final numbers were logged as history, which W&B draws as fifty charts of one point."""
+    run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
+    logged = read_run(find_runs(tmp_path / "out")[0])
+    charts = {key for row in logged.history for key in row if not key.startswith("_")}
+    assert charts == {
+        "progress/answered", "progress/accuracy", "progress/batch_size", "progress/batch_ttft_ms",
+        "progress/batch_decode_ms", "samples", "kept tokens",
+    }  # fmt: skip
+
+
+def test_settings_are_flat_and_complete(tmp_path):
+    """The budget was at config.config.budget; profile, source and limit were nowhere."""
+    result = run(config(tmp_path, wandb="offline", limit=8), FakeLlava(), FakeReducer())
+    found = read_run(find_runs(tmp_path / "out")[0]).config
+    for key, value in result["settings"].items():
+        assert key == "config" or found[key] == value
+    expected = {"budget": 16, "alpha": 0.5, "profile": "llava", "source": "auto", "limit": 8, "batch_size": 8}
+    assert {key: found[key] for key in expected} == expected and "config" not in found
+    assert found["hardware"] == result["conditions"]["hardware"]
+
+
+def test_an_option_never_hides_a_setting():
+    settings = {"seed": 0, "method": "random", "config": {"budget": 16, "seed": 7}}
+    found = tracking.flat(settings, limit=None)
+    assert found == {"seed": 0, "method": "random", "limit": None, "budget": 16, "option.seed": 7}
+    assert tracking.flat(settings | {"seed": 7})["seed"] == 7
+
+
+def test_a_run_can_be_found_by_tag_job_type_and_group(tmp_path):
+    run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
+    logged = read_run(find_runs(tmp_path / "out")[0])
+    assert set(logged.tags) == {"gqa", "testdev", "fake", "first", "llava", "budget 16"}
+    assert (logged.job_type, logged.group) == ("evaluation", "gqa-testdev")
+
+
+def test_a_continued_run_continues_its_wandb_run(tmp_path, capsys):
+    """Every process made a new W&B run, also over the same answer store."""
+    run(config(tmp_path, wandb="offline", limit=16), FakeLlava(), FakeReducer())
+    capsys.readouterr()
+    run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
+    first, second = map(read_run, find_runs(tmp_path / "out"))
+    assert first.name == second.name == (tmp_path / "out" / "wandb_id").read_text().strip()
+    steps = [row["_step"] for one in (first, second) for row in one.history if "progress/answered" in row]
+    assert steps == [8, 16, 24, 32, 40]
+    assert f"wandb sync {tmp_path}/out/wandb/*run-*-{first.name}" in capsys.readouterr().out
+    run(config(tmp_path, wandb="offline", restart=True), FakeLlava(), FakeReducer())
+    assert read_run(find_runs(tmp_path / "out")[2]).name != first.name
+
+
+def test_looking_at_the_first_questions_again_leaves_the_numbers_of_all(tmp_path):
+    run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
+    run(config(tmp_path, wandb="offline", limit=8), FakeLlava(), FakeReducer())
+    first, second = map(read_run, find_runs(tmp_path / "out"))
+    assert first.summary["questions"] == 40
+    assert "questions" not in second.summary and "score" not in second.summary
+    assert not [row for row in second.history if "samples" in row]
+
+
+def test_score_and_percent_of_full_are_under_the_same_names_everywhere(tmp_path):
+    """No two benchmarks had a summary number in common."""
+
+    @dataclass(frozen=True)
+    class Full(FakeReducer):
+        name = "full"
+
+    whole = config(tmp_path, wandb="offline")
+    run(replace(whole, output=tmp_path / "a", limit=8), FakeLlava(), Full())
+    run(replace(whole, output=tmp_path / "b"), FakeLlava(), FakeReducer())
+    run(replace(whole, output=tmp_path / "c", limit=8), FakeLlava(), FakeReducer())
+    summaries = {name: read_run(find_runs(tmp_path / name)[0]).summary for name in "abc"}
+    assert summaries["a"]["percent_of_full"] == 100
+    assert summaries["b"]["score"] == summaries["b"]["metrics/accuracy"]
+    assert "percent_of_full" not in summaries["b"], "the result of full is on other questions"
+    assert summaries["c"]["percent_of_full"] == 100 and summaries["c"]["metric"] == "accuracy"
+
+
+def test_percent_of_full_needs_the_same_settings(tmp_path):
+    def result(method, score, **changes):
+        settings = {"method": method, "dtype": "float32", "config": {}} | changes
+        return {"method": method, "main": "f1", "metrics": {"f1": score}, "asked": 3, "settings": settings}
+
+    for name, content in (("x", result("full", 80.0)), ("y", result("full", 50.0, dtype="float16"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(content))
+    assert baseline.percent_of_full(result("first", 60.0), tmp_path / "z") == 75
+    assert baseline.percent_of_full(result("first", 60.0, dtype="float16"), tmp_path / "z") == 120
+    assert baseline.percent_of_full(result("first", 60.0, dtype="bfloat16"), tmp_path / "z") is None
+    assert baseline.percent_of_full(result("first", None), tmp_path / "z") is None
+
+
+def test_a_sweep_is_one_run_with_a_row_per_setting(tiny, tmp_path, monkeypatch):
+    """Sweeps and tables never logged."""
+    data = write_gqa(tmp_path / "data", count=4, images=2)
+    settings = [Setting("full", None), Setting("uniform", 4)]
+    for _ in range(2):  # the second time everything is there
+        sweep(settings, Remembering(tiny), data, "testdev", tmp_path / "out", wandb="offline")
+    first, second = map(read_run, find_runs(tmp_path / "out" / "testdev"))
+    assert first.name == second.name and first.job_type == "sweep"
+    table = second.table("settings")
+    assert table["columns"] == ["method", "budget", "options", *tracking.HEADLINE]
+    assert [row[:2] for row in table["data"]] == [["full", 16], ["uniform", 4]]
+    score, of_full = zip(*(row[3:5] for row in table["data"]), strict=True)
+    assert of_full[0] is None or of_full == (100, pytest.approx(100 * score[1] / score[0]))
 
 
 def test_offline_run_holds_the_samples_and_the_pictures(tmp_path):
@@ -75,17 +184,27 @@ def test_offline_run_holds_the_samples_and_the_pictures(tmp_path):
     assert table["columns"] == list(tracking.COLUMNS)
     assert len(table["data"]) == 40
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
-    assert [row[3] for row in table["data"]] == [answer["text"] for answer in answers]
-    assert table["data"][1][1:] == ["Is thing 1 there?", "something else", answers[1]["text"], 0, 16]
+    assert [row[5] for row in table["data"]] == [answer["text"] for answer in answers]
+    assert table["data"][1][3:] == ["Is thing 1 there?", "something else", answers[1]["text"], 0, 16]
+    for number, row in enumerate(table["data"]):
+        drawn = number < tracking.TABLE_PICTURES
+        assert [cell is not None for cell in row[1:3]] == [drawn, drawn], "the table had no picture at all"
+    files = logged.table_files("samples")
+    original, kept = (Image.open(files[cell["path"]]) for cell in table["data"][1][1:3])
+    assert original.size == kept.size == (64, 64)
+    assert np.asarray(original).mean() > 1.5 * np.asarray(kept).mean()
 
     pictures = logged.last("kept tokens")
     assert pictures["count"] == tracking.PICTURES
     assert "right, 16 of 64 tokens" in pictures["captions"][0]
     files = [logged.folder / "files" / name for name in pictures["filenames"]]
     first = np.asarray(Image.open(files[0]).convert("RGB")).astype(int)
-    assert first.shape == (64, 64, 3)  # 32 x 32 enlarged twice
+    # 32 x 32 enlarged twice, the unreduced original in front of the overlay.
+    assert first.shape == (64, 2 * 64 + GAP, 3)
+    assert (first[:, :64] == first[0, 0]).all()
     # 64 tokens are 8 x 8; the first 16 patches are the upper quarter.
-    assert first[:16].mean() > 3 * first[16:].mean()
+    overlay = first[:, 64 + GAP :]
+    assert overlay[:16].mean() > 3 * overlay[16:].mean()
 
 
 def test_disabled_leaves_no_trace(tmp_path, monkeypatch, capsys):
@@ -157,9 +276,9 @@ def test_a_failure_of_wandb_never_loses_the_result(tmp_path, monkeypatch, capsys
     import wandb
 
     class Run:
-        offline, dir, url, config, summary = True, str(tmp_path / "x" / "files"), None, {}, {}
+        offline, dir, url, summary = True, str(tmp_path / "x" / "files"), None, {}
 
-        def log(self, _):
+        def log(self, _, step=None):
             if broken == "log":
                 raise OSError("disk")
 

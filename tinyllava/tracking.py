@@ -10,4 +10,6 @@ from eval.results.tracking import Tracker, start
 def start_tracking(stage: str, folder: Path, settings: Mapping[str, Any]) -> Tracker:
     """A tracker for one stage; W&B's files go below `folder`."""
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    return start("auto", folder, {"benchmark": "tinyllava", "split": stage, **plain})
+    # Stages share a folder, and each is a run of its own.
+    about = {"benchmark": "tinyllava", "split": stage, **plain}
+    return start("auto", folder, about, tags=["tinyllava", stage], id_file=f"{stage}.wandb_id")

@@ -67,16 +67,23 @@ CLIP_L_TEXT = {
 
 
 def random_llava(
-    shape: str, distinct: int | None = None, dtype: str = "bfloat16", layers: int | None = None, **conventions: Any
+    shape: str,
+    distinct: int | None = None,
+    dtype: str = "bfloat16",
+    layers: int | None = None,
+    device: torch.device | None = None,
+    **conventions: Any,
 ) -> Llava:
-    """Build a LLaVA of a known shape with random weights, on the CPU.
+    """A LLaVA of a known shape with random weights.
 
     Args:
         distinct: decoder layers with their own weights; the other layers reuse them in turn, so that a model of full
             depth needs little memory and computes the same number of operations. None gives every layer its own.
         layers: decoder layers; None for the full depth.
-        conventions: image options of llava.model.llava_next.LlavaNext.
+        device: None for the CPU.
+        conventions: of llava.model.llava_next.LlavaNext.
     """
+    device = device or torch.device("cpu")
     sizes = SHAPES[shape]
     layers = layers or sizes["text"]["num_hidden_layers"]
     of_next = sizes["family"] == "llava_next"
@@ -104,6 +111,7 @@ def random_llava(
             for start in range(0, flat.numel(), block.numel()):
                 part = flat[start : start + block.numel()]
                 part.copy_(block[: part.numel()])
+    model.to(device)
     share_layers(model.model.language_model, layers)
     checkpoint = Checkpoint(
         model=model,
@@ -118,7 +126,7 @@ def random_llava(
         vocabulary=32000,
         family=sizes["family"],
     )
-    return (RandomNext if of_next else RandomLlava)(checkpoint, torch.device("cpu"), **conventions)
+    return (RandomNext if of_next else RandomLlava)(checkpoint, device, **conventions)
 
 
 class RandomClip:

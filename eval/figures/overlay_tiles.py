@@ -1,4 +1,4 @@
-"""Overlays of pictures that the tower saw in several crops: the small copy beside the stitched tiles, or all frames."""
+"""Overlays of whole samples: one panel per picture, base image and tiles side by side, or all frames of a video."""
 
 from collections.abc import Sequence
 
@@ -23,14 +23,34 @@ def draw_answer(sample: Sample, answer: Answer) -> list[Image.Image]:
     for number, picture in enumerate(sample.images):
         mark = "" if number == 0 else f" #{number + 1}"
         trace = [step for step in answer.trace if mark == step.place[step.place.find(" #") :] * (" #" in step.place)]
-        first = picture.frames[0] if isinstance(picture, Video) else picture
-        upscale = 2 if max(first.size) < 400 else 1
+        upscale = upscale_of(picture)
         run = answer.runs[number] if answer.runs else None
         if run is not None and (len(run.crops) > 1 or len(run.newlines) or run.grid[0] != run.grid[1]):
             drawn.append(draw_crops(picture, trace, run, upscale))
         else:
             drawn.append(draw_overlay(picture, trace, upscale=upscale))
     return drawn
+
+
+def draw_original(picture: Image.Image | Video) -> Image.Image:
+    """The picture without an overlay, enlarged as `draw_answer` does it; of a video its frames in two rows."""
+    frames = [frame.convert("RGB") for frame in (picture.frames if isinstance(picture, Video) else [picture])]
+    upscale = upscale_of(picture)
+    return frame_sheet(
+        [frame.resize((frame.width * upscale, frame.height * upscale), Image.Resampling.NEAREST) for frame in frames]
+    )
+
+
+def upscale_of(picture: Image.Image | Video) -> int:
+    """Small pictures are drawn twice as large."""
+    first = picture.frames[0] if isinstance(picture, Video) else picture
+    return 2 if max(first.size) < 400 else 1
+
+
+def frame_sheet(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels in two rows; one panel stays as it is."""
+    half = -(-len(panels) // 2)
+    return panels[0] if len(panels) == 1 else _stacked([beside(panels[:half]), beside(panels[half:])])
 
 
 def draw_crops(
@@ -52,12 +72,11 @@ def draw_crops(
     fate = compose(trace, run.tokens)
     if isinstance(picture, Video):
         panels = [_panel(frame, _grid_of(run, number), fate, upscale) for number, frame in enumerate(picture.frames)]
-        half = -(-len(panels) // 2)
-        return _stacked([_beside(panels[:half]), _beside(panels[half:])])
+        return frame_sheet(panels)
     panels = [_panel(picture, _grid_of(run, 0), fate, upscale)]
     if run.tiles is not None:
         panels.append(_panel(picture, _stitched_grid(run), fate, upscale))
-    return _beside(panels)
+    return beside(panels)
 
 
 def _grid_of(run: Arrangement, number: int) -> NDArray[np.int64]:
@@ -91,7 +110,8 @@ def _panel(image: Image.Image, grid: NDArray[np.int64], fate: Fate, upscale: int
     return Image.fromarray((pixels * (1 - tint) + colour[token] * tint).round().astype(np.uint8))
 
 
-def _beside(panels: Sequence[Image.Image]) -> Image.Image:
+def beside(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels from left to right on white."""
     width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
     sheet, left = Image.new("RGB", (width, max(panel.height for panel in panels)), "white"), 0
     for panel in panels:

@@ -1,5 +1,6 @@
-"""What answers cost: the audit of tokens and bytes per sample, and the time and FLOPs per batch."""
+"""What answers cost: visual tokens and bytes per sample, time per batch, floating point operations per question."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,9 @@ if TYPE_CHECKING:
     from llava.pipeline.accounting import Audit
     from llava.pipeline.answer import Batch
 
-PHASES = ("vision", "selection", "prefill", "ttft", "decode")
+STAGES = ("preprocess", "vision", "selection", "prefill", "decode")
+LATENCIES = (*STAGES, "ttft")
+PARTS = ("tower", "projector", "selection", "prefill")
 
 
 def audit_record(audit: "Audit") -> dict[str, Any]:
@@ -29,10 +32,12 @@ def timing_record(batch: "Batch", conditions: Mapping[str, Any]) -> dict[str, An
     """One batch's line in timing.jsonl: seconds for the batch as a whole, and what they were measured under."""
     return {
         "questions": len(batch.answers),
-        **{phase: getattr(batch.timing, phase) for phase in PHASES},
+        "images": batch.images,
+        **{name: getattr(batch.timing, name) for name in LATENCIES},
         "decode_steps": batch.decode_steps,
         "kv_bytes": batch.kv_bytes,
         "flops": batch.flops,
+        "flops_alone": dict(batch.flops_alone),
         "notes": list(batch.notes),
         **conditions,
     }
@@ -74,45 +79,90 @@ def check_budget_kept(records: Sequence[Mapping[str, Any]], rounding: float) -> 
 
 
 def summarise_timing(lines: Sequence[Mapping[str, Any]], this_run: str) -> dict[str, Any]:
-    """Cost per question over every timed batch, and apart from it over the batches of this run.
-
-    A batch's seconds are divided by its questions, so these are costs and not latencies unless the batch size is 1.
+    """Time over every timed batch, and apart from it over the batches of this run.
 
     Args:
         this_run: the `run` of the lines that belong to this process.
     """
     return {
-        **per_question(lines),
-        "this_run": per_question([line for line in lines if line.get("run") == this_run]),
+        **times(lines),
+        "this_run": times([line for line in lines if line.get("run") == this_run]),
         "runs": len({line.get("run") for line in lines}),
         "conditions": [dict(pairs) for pairs in sorted({conditions(line) for line in lines}, key=str)],
     }
 
 
-def per_question(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Milliseconds, FLOPs, key/value bytes with padding and decode steps per question; numbers None without lines."""
+def times(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Milliseconds of a batch, and milliseconds, key/value bytes and decode steps per question; None without lines.
+
+    `ms_per_question` is a batch's time divided by its questions: a cost, not a latency. It has no "ttft", because every
+    question waits for the whole batch; that time is in `batch`.
+    """
     count = sum(line["questions"] for line in lines)
-
-    def mean(key: str) -> float | None:
-        return sum(line[key] for line in lines) / count if count else None
-
-    def milliseconds(key: str) -> float | None:
-        seconds = mean(key)
-        return None if seconds is None else 1000 * seconds
-
+    spent = {stage: total(lines, stage) for stage in STAGES}
     return {
         "questions": count,
-        "mean_ms": {phase: milliseconds(phase) for phase in PHASES},
-        # The first batch pays for warm-up: the median over batches does not.
-        "median_ms": {
-            phase: 1000 * median(line[phase] / line["questions"] for line in lines) if lines else None
-            for phase in PHASES
-        },
-        "flops": mean("flops"),
-        "kv_bytes_padded": mean("kv_bytes"),
         "batches": len(lines),
+        "batch": batch_latency(lines),
+        "ms_per_question": {stage: None if value is None else 1000 * value / count for stage, value in spent.items()},
+        "kv_bytes_padded": total(lines, "kv_bytes") / count if count else None,
         "decode_steps_per_batch": fmean(line["decode_steps"] for line in lines) if lines else None,
     }
+
+
+def total(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """Sum over the batches; None without any, and where a batch of an earlier version was not asked for this."""
+    return sum(line[key] for line in lines) if lines and all(key in line for line in lines) else None
+
+
+def batch_latency(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Median milliseconds over the batches of one size, the most frequent one and the larger of equals.
+
+    The median, because the first batch pays for warm-up. "ttft" is the time from prepared pixels and token ids to the
+    first token: vision, selection and prefill.
+    """
+    if not lines:
+        return None
+    sizes = Counter(line["questions"] for line in lines)
+    size = max(sizes, key=lambda questions: (sizes[questions], questions))
+    same = [line for line in lines if line["questions"] == size]
+    known = {name: [line[name] for line in same if name in line] for name in LATENCIES}
+    return {
+        "questions": size,
+        "batches": len(same),
+        "median_ms": {name: 1000 * median(values) if values else None for name, values in known.items()},
+    }
+
+
+def summarise_flops(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Floating point operations up to the first token, the vision tower apart.
+
+    Questions of a batch share the tower's pass over their image, so what a batch really computes depends on its size.
+    All numbers but the last are of questions asked alone and do not, apart from padding where a method scores questions
+    of different lengths together.
+
+    Returns:
+        tower_per_image, language_model_per_question (projector, selection and prefill), by_part (per question),
+        per_question (everything) and as_batched_per_question; None where batches were counted by an earlier version.
+    """
+    count = sum(line["questions"] for line in lines)
+    alone = [line["flops_alone"] for line in lines if line.get("flops_alone")]
+    found: dict[str, Any] = dict.fromkeys(("tower_per_image", "language_model_per_question", "by_part", "per_question"))
+    if lines and len(alone) == len(lines):
+        parts = {part: sum(batch.get(part, 0) for batch in alone) for part in PARTS}
+        images = total(lines, "images")
+        found = {
+            "tower_per_image": parts["tower"] / images if images else None,
+            "language_model_per_question": sum(parts[part] for part in PARTS if part != "tower") / count,
+            "by_part": {part: amount / count for part, amount in parts.items()},
+            "per_question": sum(parts.values()) / count,
+        }
+    return found | {"as_batched_per_question": total(lines, "flops") / count if count else None}
+
+
+def flops_as_batched(result: Mapping[str, Any]) -> float:
+    """Operations per question of a finished run as its batches computed them, from result files of any version."""
+    return result["flops"]["as_batched_per_question"] if "flops" in result else result["flops_per_question"]
 
 
 def conditions(line: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -121,5 +171,12 @@ def conditions(line: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every distinct remark of the model, in order of first appearance."""
-    return list(dict.fromkeys(note for line in lines for note in line.get("notes", ())))
+    """Every distinct remark of the model, in order of first appearance, and what to know about the times."""
+    found = list(dict.fromkeys(note for line in lines for note in line.get("notes", ())))
+    if old := sum("preprocess" not in line for line in lines):
+        found.append(f"Vision and TTFT of {old:,} of {len(lines):,} batches include preprocessing (earlier version).")
+    if kept := sum(bool(line.get("remembered_features")) for line in lines):
+        found.append(
+            f"Vision and TTFT of {kept:,} of {len(lines):,} batches leave out pictures encoded in an earlier run."
+        )
+    return found

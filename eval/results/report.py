@@ -69,16 +69,43 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
         f"{audit['merged_tokens']:.1f} of them merged, {number(audit['visual_tokens_before'])} before reduction)",
         f"key/value cache: {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB per question",
     ]
-    if timing["questions"]:
-        spent = ", ".join(f"{phase} {value:.1f}" for phase, value in timing["mean_ms"].items())
-        lines.append(f"ms per question: {spent}; {timing['flops'] / 1e9:.2f} GFLOP")
-        lines.append(
-            f"timed: {timing['questions']:,} questions in {timing['runs']} {'run' if timing['runs'] == 1 else 'runs'}, "
-            f"{timing['this_run']['questions']:,} of them in this one"
-        )
-        for entry in timing["conditions"]:
-            lines.append("measured with " + ", ".join(f"{key} {value}" for key, value in entry.items()))
+    lines += time_lines(timing) + flops_lines(result["flops"])
     return lines
+
+
+def time_lines(timing: Mapping[str, Any]) -> list[str]:
+    """Milliseconds of a batch and per question, and what they were measured under."""
+    if not timing["questions"]:
+        return []
+    batch = timing["batch"]
+    lines = [
+        f"ms of {batch_text(batch['questions'])}, median of {batch['batches']:,}: {milliseconds(batch['median_ms'])}",
+        f"ms per question, the batch's time divided by its questions: {milliseconds(timing['ms_per_question'])}",
+        f"timed: {timing['questions']:,} questions in {timing['runs']} {'run' if timing['runs'] == 1 else 'runs'}, "
+        f"{timing['this_run']['questions']:,} of them in this one",
+    ]
+    for entry in timing["conditions"]:
+        lines.append("measured with " + ", ".join(f"{key} {value}" for key, value in entry.items()))
+    return lines
+
+
+def flops_lines(flops: Mapping[str, Any]) -> list[str]:
+    """Operations of the tower per image, and of the language model per question."""
+    if flops["language_model_per_question"] is None:
+        return []
+    model = f"{flops['language_model_per_question'] / 1e9:.2f} GFLOP per question after the tower"
+    if flops["tower_per_image"] is None:
+        return [model]
+    return [f"vision tower: {flops['tower_per_image'] / 1e9:.2f} GFLOP per image; {model}"]
+
+
+def milliseconds(values: Mapping[str, float | None]) -> str:
+    """ "vision 12.0, prefill 30.1"; what was not measured is left out."""
+    return ", ".join(f"{name} {value:.1f}" for name, value in values.items() if value is not None)
+
+
+def batch_text(questions: int) -> str:
+    return "one question" if questions == 1 else f"a batch of {questions}"
 
 
 def sentence(result: Mapping[str, Any]) -> str:
@@ -87,13 +114,15 @@ def sentence(result: Mapping[str, Any]) -> str:
     asked = f"{result['asked']:,}"
     if result["partial"]:
         asked = f"the first {asked} of {result['available']:,}"
-    ttft = timing["mean_ms"]["ttft"]
-    wait = "n/a" if ttft is None else f"{short(ttft, 10)} ms"
+    batch = timing["batch"]
+    wait = "n/a"
+    if batch is not None:
+        wait = f"{short(batch['median_ms']['ttft'], 10)} ms for {batch_text(batch['questions'])}"
     return (
         f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: "
         f"{headline(result)} "
         f"on {asked} {result['title']} questions; {audit['mean_tokens_per_layer']:.1f} tokens per layer, "
-        f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait} per question."
+        f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}."
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.efficiency.latency import QUESTION, measure, noise
+from eval.results import cost
 from eval.results.statistics import LEVEL, Comparison, Interval, all_pairs
 from eval.sweep import Credits, Remembering, Setting, credits_of, name_of, sweep
 from eval.tables.ablation import TABLES, fits, image_of, interval, write_csv
@@ -41,7 +42,7 @@ class Cell:
     Attributes:
         tokens: visual tokens that entered a layer, mean over layers.
         kv_bytes: per question.
-        flops: per question, tower to first token.
+        flops: per question, tower to first token, as the batches of the sweep computed them.
         ttft: seconds on the embedded model, batch size 1; None before it was measured.
         by_kept: the budget counts tokens kept behind the pruning layer, not the mean.
     """
@@ -89,7 +90,7 @@ def read_cell(setting: Setting, model, output: Path, groups: dict[str, str]) -> 
         interval(credit, groups),
         audit["mean_tokens_per_layer"],
         audit["kv_bytes_per_sample"],
-        result["flops_per_question"],
+        cost.flops_as_batched(result),
         setting.options == BY_KEPT,
     )
 

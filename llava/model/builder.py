@@ -85,10 +85,26 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"Device {device!r} was asked for, but this machine has no CUDA device; use --device cpu.")
-    place = torch.device(device)
+    place = device_of(device)
     checkpoint = load_checkpoint(source or EMBEDDED, DTYPES[dtype], place, text_tower, quantization)
     return runtime(checkpoint, place, conventions)
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device of a name; "auto" is CUDA where there is any.
+
+    Raises:
+        UserError: the machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device should be a torch device such as cpu, cuda or cuda:1, got {name!r}.") from error
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise UserError(
+            f"Device {name!r} was asked for, but this machine has {there or 'no'} CUDA device; see --device."
+        )
+    return device

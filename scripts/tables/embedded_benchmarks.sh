@@ -12,7 +12,7 @@ python -c 'from eval.tables.benchmarks import reported; print(*(b.name for b in 
   for method in full consensusdrop; do
     echo "== $name, $method" >&2
     python -m eval --benchmark "$name" --method "$method" $([ $method = full ] || echo "--budget $budget") \
-      --output "results/benchmarks/$name/$method" --wandb disabled "$@" </dev/null
+      --output "results/benchmarks/$name/$method" "$@" </dev/null
   done
 done
 python -m eval.tables.benchmarks scores

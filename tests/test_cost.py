@@ -1,0 +1,144 @@
+"""What a run says of its time and operations, and the timer behind it."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eval.results import cost, report
+from llava.pipeline import accounting as record
+from llava.pipeline.accounting import Timer
+from llava.pipeline.generate import generate
+from llava.reduction import registry
+from tests.conftest import picture, samples
+
+# -- the timer -----------------------------------------------------------------------------------------------------
+
+
+def test_a_timer_adds_up_by_stage(monkeypatch):
+    moments = iter([10.0, 11.0, 13.0, 13.5])
+    monkeypatch.setattr(record.time, "perf_counter", lambda: next(moments))
+    timer = Timer(torch.device("cpu"))
+    for stage in ("vision", "prefill", "vision"):
+        timer.mark(stage)
+    assert timer.seconds == {"vision": 1.5, "prefill": 2.0}
+
+
+def test_a_timer_never_waits_for_the_device_before_it_is_read(monkeypatch):
+    """The device was synchronised at the end of every stage, twice per reduced decoder layer."""
+    waits, moments = [], iter([0.0, 4.0, 10.0])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            assert stream == "stream"
+            self.moment = next(moments)
+
+        def synchronize(self):
+            waits.append(self.moment)
+
+        def elapsed_time(self, later):
+            return 1000 * (later.moment - self.moment)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waits.append("all"))
+    timer = Timer(torch.device("cuda"))
+    timer.mark("vision")
+    timer.mark("prefill")
+    assert waits == []
+    assert timer.seconds == {"vision": 4.0, "prefill": 6.0} and waits == [10.0]
+
+
+# -- one batch -----------------------------------------------------------------------------------------------------
+
+
+def test_preprocessing_is_neither_vision_nor_ttft(tiny, monkeypatch):
+    """A sleep of 0.25 s while pictures are resized made vision and TTFT 0.26 s longer."""
+    views = tiny.views
+
+    def slow(one):
+        time.sleep(0.25)
+        return views(one)
+
+    generate(tiny, samples(1), registry.build("consensusdrop", 7), max_new_tokens=1)  # warm-up
+    monkeypatch.setattr(tiny, "views", slow)
+    timing = generate(tiny, samples(1), registry.build("consensusdrop", 7), max_new_tokens=1).timing
+    assert timing.preprocess >= 0.25
+    assert timing.vision < 0.2 and timing.ttft < 0.25
+
+
+@pytest.mark.parametrize("method", sorted(set(registry.names())))
+def test_operations_per_question_do_not_depend_on_the_batch_size(tiny, method):
+    """2.50 GFLOP per question at batch size 1 were 0.79 at 8, because a batch shares the tower's pass over a picture.
+
+    All questions are equally long: scores of shorter ones are computed with padding, which is counted.
+    """
+    asked = [replace(samples(1)[0], id=f"q{i}", image=picture(0), image_id="same") for i in range(4)]
+    reducer = registry.build(method, tiny.visual_tokens if method == "full" else 8)
+
+    def lines(size):
+        batches = [asked[i : i + size] for i in range(0, 4, size)]
+        return [cost.timing_record(generate(tiny, batch, reducer, max_new_tokens=1), {}) for batch in batches]
+
+    alone, together = cost.summarise_flops(lines(1)), cost.summarise_flops(lines(4))
+    shared, realised = together.pop("as_batched_per_question"), alone.pop("as_batched_per_question")
+    assert together == alone
+    assert realised == alone["per_question"] > shared
+    difference = alone["per_question"] - alone["language_model_per_question"]
+    assert difference == alone["tower_per_image"]  # one image per question
+
+
+# -- what is said --------------------------------------------------------------------------------------------------
+
+
+def line(questions: int, seconds: float, **changes) -> dict:
+    found = {"questions": questions, "images": questions, **dict.fromkeys(cost.LATENCIES, seconds), "run": "a"}
+    found |= {"decode_steps": 1, "kv_bytes": 10, "flops": 100, "flops_alone": {"tower": 100, "prefill": 20}}
+    return found | changes
+
+
+def test_ttft_is_that_of_a_batch_and_says_its_size():
+    """TTFT "per question" was the batch's time divided by its size: 12, 30 and 40 ms on three pages."""
+    timing = cost.summarise_timing([line(8, 0.9), line(8, 0.1), line(8, 0.098), line(3, 0.05)], "a")
+    assert timing["batch"]["questions"] == 8 and timing["batch"]["batches"] == 3
+    assert timing["batch"]["median_ms"]["ttft"] == pytest.approx(100)
+    assert "ttft" not in timing["ms_per_question"]
+    assert timing["ms_per_question"]["vision"] == pytest.approx(1000 * (0.9 + 0.1 + 0.098 + 0.05) / 27)
+    spoken = "\n".join(report.time_lines(timing))
+    assert "ms of a batch of 8, median of 3: " in spoken and "ttft 100.0" in spoken
+    assert report.batch_text(1) == "one question"
+
+
+def test_batches_of_an_earlier_version_are_read_and_told():
+    """Their vision time includes preprocessing, and their operations cannot be told by part."""
+    old = line(8, 0.1, run="before")
+    for key in ("preprocess", "images", "flops_alone"):
+        del old[key]
+    lines = [old, line(8, 0.2)]
+    timing, flops = cost.summarise_timing(lines, "a"), cost.summarise_flops(lines)
+    assert timing["ms_per_question"]["preprocess"] is None and timing["ms_per_question"]["vision"] is not None
+    assert timing["batch"]["median_ms"]["ttft"] == pytest.approx(150)
+    assert flops["per_question"] is None and flops["as_batched_per_question"] == 200 / 16
+    assert cost.notes(lines) == ["Vision and TTFT of 1 of 2 batches include preprocessing (earlier version)."]
+    assert report.flops_lines(flops) == []
+
+
+def test_operations_of_result_files_of_both_versions():
+    assert cost.flops_as_batched({"flops_per_question": 7.0}) == 7.0
+    new = {"flops_per_question": 9.0, "flops": {"as_batched_per_question": 7.0}}
+    assert cost.flops_as_batched(new) == 7.0
+
+
+def test_kept_tower_features_are_told():
+    found = cost.notes([line(8, 0.1, remembered_features=True)])
+    assert found == ["Vision and TTFT of 1 of 1 batches leave out pictures encoded in an earlier run."]
+
+
+def test_nothing_timed_is_no_number():
+    timing, flops = cost.summarise_timing([], "a"), cost.summarise_flops([])
+    assert timing["batch"] is None and timing["ms_per_question"]["vision"] is None
+    assert report.time_lines(timing) == [] and set(flops.values()) == {None}
