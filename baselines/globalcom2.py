@@ -107,8 +107,8 @@ class GlobalCom2(Reducer):
         return None if self.official else super().entering(facts)
 
     def for_picture(self, facts: ModelFacts) -> Reducer:
-        if self.share and self.official:  # the release's retention ratio is one of patches
-            return self.sized(max(1, int(self.share * facts.patches + 0.5)))
+        if self.retention_ratio and self.official:  # the release's retention ratio is one of patches
+            return self.sized(max(1, int(self.retention_ratio * facts.patches + 0.5)))
         return super().for_picture(facts)
 
     def signals(self) -> tuple[Signal, ...]:

@@ -100,8 +100,8 @@ class HiRED(FasterVLM):
         return None if self.official and self.crops == "content" else super().entering(facts)
 
     def for_picture(self, facts: ModelFacts) -> Reducer:
-        if self.share and self.official and facts.crops:  # the release's rate is one of whole crops
-            return self.sized(max(1, int(len(facts.crops) * facts.crops[0].tokens * self.share)))
+        if self.retention_ratio and self.official and facts.crops:  # the release's rate is one of whole crops
+            return self.sized(max(1, int(len(facts.crops) * facts.crops[0].tokens * self.retention_ratio)))
         return super().for_picture(facts)
 
     def split_signals(self) -> tuple[Signal, ...]:

@@ -12,31 +12,56 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval import benchmarks
-from eval.command import Parser, add_data_flags, ends_in_a_sentence, make_parser
+from eval.command import Parser, add_data_flags, ends_in_a_sentence, make_parser, value
 from eval.config import (
     ROOT,
     RunConfig,
-    count_or_share,
+    budget_of,
+    count,
+    count_or_ratio,
     embedded_model,
     method_options,
     pairs,
-    whole_number,
+    path_name,
+    ratio,
 )
 from eval.judging.choice import HELP as JUDGE_HELP
 from llava.errors import UserError
+from llava.reduction.option_names import RETENTION_RATIO, with_current_names
+
+# More questions than any benchmark has.
+LARGEST_BATCH = 1_000_000
 
 
 def parser() -> Parser:
     p = make_parser("eval", __doc__)
     p.add_argument("--method", help="name of the method; see --list")
-    p.add_argument("--budget", help="visual tokens to keep per image, or a share such as 1/9; not needed for 'full'")
-    p.add_argument("--set", action="append", default=[], metavar="METHOD.KEY=VALUE", help="option of the method")
+    p.add_argument(
+        "--budget",
+        type=value(count_or_ratio),
+        help="visual tokens to keep per image, or a retention ratio such as 1/9; not needed for 'full'",
+    )
+    p.add_argument(
+        "--retention",
+        type=value(ratio),
+        metavar="RATIO",
+        help="in place of --budget: ratio of each image's visual tokens to keep, as 1/9 or 0.25",
+    )
+    p.add_argument("--set", action="append", default=[], metavar="[METHOD.]KEY=VALUE", help="option of the method")
     p.add_argument("--benchmark", default="gqa", help="benchmark; see --list")
     add_data_flags(p)
-    p.add_argument("--model", help="folder or hub name of a checkpoint; default: the embedded one for the benchmark")
-    p.add_argument("--output", help="default: results/BENCHMARK-SPLIT/MODEL/METHOD-BUDGET")
-    p.add_argument("--batch-size", default="8", help="questions answered at once")
-    p.add_argument("--limit", help="ask the first LIMIT questions only")
+    p.add_argument(
+        "--model",
+        type=value(path_name),
+        help="folder or hub name of a checkpoint; default: the embedded one for the benchmark",
+    )
+    p.add_argument("--output", type=value(path_name), help="default: results/BENCHMARK-SPLIT/MODEL/METHOD-BUDGET")
+    p.add_argument(
+        "--batch-size", type=value(count, maximum=LARGEST_BATCH), default=8, help="questions answered at once"
+    )
+    p.add_argument(
+        "--limit", type=value(count), help="ask the first LIMIT questions only; its result goes to OUTPUT/limitLIMIT"
+    )
     p.add_argument(
         "--picture",
         action="append",
@@ -50,10 +75,19 @@ def parser() -> Parser:
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     p.add_argument("--device", default="auto", help="torch device")
     p.add_argument(
-        "--text-tower", help="the CLIP that the vision tower comes from, for methods that read its text half"
+        "--text-tower",
+        type=value(path_name),
+        help="the CLIP that the vision tower comes from, for methods that read its text half",
     )
-    p.add_argument("--max-new-tokens", help="longest answer; default: what the benchmark's profile says")
-    p.add_argument("--seed", default="0", help="for methods that draw random numbers, and for the intervals")
+    p.add_argument(
+        "--max-new-tokens", type=value(count), help="longest answer; default: what the benchmark's profile says"
+    )
+    p.add_argument(
+        "--seed",
+        type=value(count, minimum=0, maximum=2**32 - 1),
+        default=0,
+        help="for methods that draw random numbers, and for the intervals",
+    )
     p.add_argument("--wandb", default="auto", choices=("auto", "online", "offline", "disabled"), help="W&B logging")
     p.add_argument("--restart", action="store_true", help="move an earlier run in the output folder aside")
     p.add_argument("--list", action="store_true", help="print the methods, benchmarks and models there are")
@@ -85,10 +119,7 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         raise UserError("--json goes with --list; a run writes result.json to its output folder.")
     if not args.method:
         raise UserError("--method is missing; --list prints the methods there are.")
-    budget, share = count_or_share("--budget", args.budget)
-    options = method_options(args.method, args.set)
-    if share is not None and "share" in options:
-        raise UserError(f"--budget {args.budget} and --set {args.method}.share are both given; leave one out.")
+    budget, options = chosen_budget(args, with_current_names(method_options(args.method, args.set)))
     benchmark = benchmarks.get(args.benchmark)
     benchmarks.check_split(benchmark, args.split)
     benchmarks.check_profile(benchmark, args.profile)
@@ -103,19 +134,32 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         judge=args.judge,
         data=Path(args.data),
         output=Path(args.output) if args.output else None,
-        batch_size=whole_number("--batch-size", args.batch_size),
-        limit=whole_number("--limit", args.limit),
-        options=options if share is None else {**options, "share": repr(share)},
+        batch_size=args.batch_size,
+        limit=args.limit,
+        options=options,
         picture=pairs("--picture", args.picture),
         quantization=args.quantization,
         dtype=args.dtype,
         text_tower=args.text_tower,
         device=args.device,
-        max_new_tokens=whole_number("--max-new-tokens", args.max_new_tokens),
-        seed=whole_number("--seed", args.seed, minimum=0, maximum=2**32 - 1),
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
         wandb=args.wandb,
         restart=args.restart,
     )
+
+
+def chosen_budget(args: argparse.Namespace, options: dict[str, str]) -> tuple[int | None, dict[str, str]]:
+    """The budget, and the method's options with the retention ratio that --budget or --retention stands for."""
+    budget, chosen = budget_of(args.budget)
+    if args.retention is not None:
+        if args.budget is not None:
+            raise UserError("--budget and --retention are both given; leave one out.")
+        chosen = {RETENTION_RATIO: repr(args.retention)}
+    if chosen and RETENTION_RATIO in options:
+        flag = "--retention" if args.retention is not None else "--budget as a ratio"
+        raise UserError(f"{flag} and --set {args.method}.{RETENTION_RATIO} are both given; leave one out.")
+    return budget, options | chosen
 
 
 def print_list(as_json: bool) -> None:

@@ -2,23 +2,28 @@
 
 import argparse
 import functools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 from eval import benchmarks
-from eval.config import DEFAULT_DATA
+from eval.config import DEFAULT_DATA, path_name
 from eval.dataset import PROFILES, SOURCES, Dataset
 from llava.errors import UserError
 
 P = ParamSpec("P")
+# What argparse says where a function made by `value` has raised.
+VALUE_ERROR = re.compile(r"argument (?P<flag>\S+): (?P<problem>should .*)", re.DOTALL)
 
 
 class Parser(argparse.ArgumentParser):
     """Wrong flags end in one sentence, as every other mistake does."""
 
     def error(self, message: str) -> NoReturn:
+        if found := VALUE_ERROR.fullmatch(message):
+            raise UserError(f"{found['flag']} {found['problem']}.")
         raise UserError(f"{message[:1].upper()}{message[1:]}; see --help.")
 
 
@@ -42,6 +47,18 @@ def make_parser(module: str, documentation: str | None) -> Parser:
     )
 
 
+def value(read: Callable[..., Any], **limits: Any) -> Callable[[str], Any]:
+    """A reader of eval.config as argparse's `type`: its ValueError becomes the sentence after the flag's name."""
+
+    def checked(text: str) -> Any:
+        try:
+            return read(text, **limits)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return checked
+
+
 def ends_in_a_sentence(main: Callable[P, int]) -> Callable[P, int]:
     """The command line whose user errors are printed alone and become exit code 2."""
 
@@ -58,7 +75,12 @@ def ends_in_a_sentence(main: Callable[P, int]) -> Callable[P, int]:
 
 def add_data_flags(p: argparse.ArgumentParser) -> None:
     """--data, --split, --profile and --source, as `open_dataset` reads them."""
-    p.add_argument("--data", default=str(DEFAULT_DATA), help="folder that holds the benchmarks, one folder each")
+    p.add_argument(
+        "--data",
+        type=value(path_name),
+        default=str(DEFAULT_DATA),
+        help="folder that holds the benchmarks, one folder each",
+    )
     p.add_argument("--split", help="split of the benchmark; its first one there is if left out")
     p.add_argument(
         "--profile", choices=PROFILES, help="as LLaVA's scripts or as lmms-eval ask and score; default: llava"

@@ -1,10 +1,11 @@
-"""One run's configuration, and the sentences for flags that cannot be right."""
+"""One run's configuration, and the readers of values from the command line. Needs no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava.errors import UserError
+from llava.reduction.option_names import RETENTION_RATIO, with_current_names
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = str(ROOT / "assets" / "tinyllava")
@@ -25,11 +26,11 @@ class RunConfig:
     """What the user asked for.
 
     Attributes:
-        budget: visual tokens per image; None only for the method "full".
+        budget: visual tokens per image; None for the method "full", and where `options` hold a retention ratio.
         split: None for the benchmark's default.
         output: None for results/<benchmark>-<split>/<model>/<method>-<budget>.
         limit: ask the first `limit` questions only. Not part of what a store depends on.
-        options: the method's own fields, as text; the registry parses them.
+        options: the method's own fields, as text; the registry parses them. Former names are replaced.
         restart: move an earlier run in the output folder aside.
         text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
         picture: how pictures are read, where the model's family leaves a choice; llava.model.builder parses the texts.
@@ -64,32 +65,90 @@ class RunConfig:
     judge: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.budget is None and self.method != FULL and "share" not in self.options:
-            raise UserError(f"Method {self.method} needs --budget, the number of visual tokens to keep.")
+        object.__setattr__(self, "options", with_current_names(self.options))
+        ratio = self.retention_ratio
+        if ratio is not None and self.method == FULL:
+            raise UserError(f"full keeps all visual tokens; leave the retention ratio {ratio:g} out.")
+        if ratio is not None and self.budget is not None:
+            raise UserError(
+                f"A budget ({self.budget}) and a retention ratio ({ratio:g}) are both given for {self.method}; "
+                "leave one out."
+            )
+        if ratio is None and self.budget is None and self.method != FULL:
+            raise UserError(
+                f"Method {self.method} needs --budget, the number of visual tokens to keep, or --retention, the ratio "
+                "of each image's visual tokens to keep."
+            )
+
+    @property
+    def retention_ratio(self) -> float | None:
+        """Ratio of each image's visual tokens to keep; None where a budget says how many."""
+        text = self.options.get(RETENTION_RATIO, "0")
+        try:
+            return float(text) or None
+        except ValueError:
+            raise UserError(f"{self.method}.{RETENTION_RATIO} must be a number, got {text!r}.") from None
 
 
-def whole_number(flag: str, text: str | None, minimum: int = 1, maximum: int | None = None) -> int | None:
-    """A count from the command line; None stays None."""
-    if text is None:
-        return None
+def count(text: str, minimum: int = 1, maximum: int | None = None) -> int:
+    """A whole number; ValueError with what was expected."""
     try:
         number = int(text)
     except ValueError:
         number = None
     if number is None or number < minimum or (maximum is not None and number > maximum):
         span = f"{minimum} or more" if maximum is None else f"{minimum} to {maximum}"
-        raise UserError(f"{flag} should be a whole number, {span}, got {text!r}.")
+        raise ValueError(f"should be a whole number, {span}, got {shortened(text)!r}")
     return number
 
 
-def count_or_share(flag: str, text: str | None) -> tuple[int | None, float | None]:
-    """A number of tokens, or a share of each picture's tokens written as a fraction: "64" or "1/9"."""
-    if text is None or "/" not in text:
-        return whole_number(flag, text), None
-    above, _, below = text.partition("/")
-    if not (above.isdigit() and below.isdigit() and 0 < int(above) <= int(below)):
-        raise UserError(f"{flag} should be a number of visual tokens or a share such as 1/9, got {text!r}.")
-    return None, int(above) / int(below)
+def whole_number(flag: str, text: str | None, minimum: int = 1, maximum: int | None = None) -> int | None:
+    """A count from the environment or from another program's arguments; None stays None."""
+    try:
+        return None if text is None else count(text, minimum, maximum)
+    except ValueError as error:
+        raise UserError(f"{flag} {error}.") from None
+
+
+def ratio(text: str) -> float:
+    """A retention ratio written as a fraction or as a decimal number: "1/9", "0.25"; ValueError for anything else."""
+    above, slash, below = text.partition("/")
+    try:
+        value = int(above) / int(below) if slash else float(text)
+    except (ValueError, ArithmeticError):
+        value = 0.0
+    if not 0 < value <= 1:
+        raise ValueError(f"should be a ratio above 0 and up to 1 such as 1/9 or 0.25, got {shortened(text)!r}")
+    return value
+
+
+def count_or_ratio(text: str) -> int | float:
+    """A budget in visual tokens ("64"), or a retention ratio written as a fraction ("1/9")."""
+    if "/" not in text:
+        return count(text)
+    try:
+        return ratio(text)
+    except ValueError:
+        expected = "should be a number of visual tokens or a ratio such as 1/9"
+        raise ValueError(f"{expected}, got {shortened(text)!r}") from None
+
+
+def budget_of(value: int | float | None) -> tuple[int | None, dict[str, str]]:
+    """A budget flag as (budget, method options)."""
+    return (None, {RETENTION_RATIO: repr(value)}) if isinstance(value, float) else (value, {})
+
+
+def path_name(text: str) -> str:
+    """The name of a file or folder that a file system can hold; ValueError for others."""
+    if "\0" in text or len(text.encode("utf-8", "replace")) > 4095:
+        raise ValueError(f"should be a path of at most 4,095 bytes without NUL, got {shortened(text)!r}")
+    if any(len(part.encode("utf-8", "replace")) > 255 for part in Path(text).parts):
+        raise ValueError(f"should be a path whose names have at most 255 bytes each, got {shortened(text)!r}")
+    return text
+
+
+def shortened(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def pairs(flag: str, settings: Sequence[str]) -> dict[str, str]:
@@ -106,16 +165,30 @@ def pairs(flag: str, settings: Sequence[str]) -> dict[str, str]:
 
 
 def method_options(method: str, settings: Sequence[str]) -> dict[str, str]:
-    """["consensusdrop.alpha=0.5"] -> {"alpha": "0.5"}; the prefix guards against settings of another method."""
-    options: dict[str, str] = {}
+    """["consensusdrop.alpha=0.5"] or ["alpha=0.5"] -> {"alpha": "0.5"}, for one method."""
+    return options_by_method([method], settings)[method]
+
+
+def options_by_method(methods: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Options from --set: METHOD.KEY=VALUE for one method, KEY=VALUE for all of `methods`.
+
+    Returns:
+        Method -> option -> text; every method is there.
+
+    Raises:
+        UserError: a setting is of another form, for a method that does not run, or given twice.
+    """
+    options: dict[str, dict[str, str]] = {method: {} for method in methods}
     for setting in settings:
         name, equals, value = setting.partition("=")
-        prefix, dot, key = name.partition(".")
-        if not (equals and dot and key):
-            raise UserError(f"--set should look like {method}.key=value, got {setting!r}.")
-        if prefix != method:
-            raise UserError(f"--set {setting} is for method {prefix!r}, but this run is of {method!r}.")
-        if key in options:
-            raise UserError(f"--set {method}.{key} is given twice.")
-        options[key] = value
+        prefix, dot, key = name.rpartition(".")
+        if not (equals and key) or (dot and not prefix):
+            example = " or ".join(f"{form}=value" for form in (f"{methods[0]}.key", "key"))
+            raise UserError(f"--set should look like {example}, got {setting!r}.")
+        if dot and prefix not in options:
+            raise UserError(f"--set {setting} is for method {prefix!r}, but this run is of {', '.join(methods)!r}.")
+        for method in [prefix] if dot else methods:
+            if key in options[method]:
+                raise UserError(f"--set {method}.{key} is given twice.")
+            options[method][key] = value
     return options

@@ -1,8 +1,10 @@
 """Where a benchmark's pictures and videos come from: a folder, bytes inside a table, a data set of the hub."""
 
+import hashlib
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,6 +35,10 @@ class Pictures(Protocol):
         """One picture as RGB, or the frames of a video."""
         ...
 
+    def digest(self, name: str) -> str:
+        """Hash of the encoded file: other content, other hash."""
+        ...
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -53,6 +59,14 @@ class Folder:
         from llava.processing.clip_image import open_image
 
         return open_image(self.root / name)
+
+    def digest(self, name: str) -> str:
+        path = self.root / name
+        try:
+            state = path.stat()
+            return file_digest(path, state.st_mtime_ns, state.st_size)
+        except OSError as error:
+            raise UserError(f"Cannot read {path}: {error.strerror}.") from error
 
 
 class Videos(Folder):
@@ -87,6 +101,29 @@ class Inline:
         from llava.processing.clip_image import open_image
 
         return open_image(io.BytesIO(self.fetch(name)), f"{name} in {self.where}")
+
+    def digest(self, name: str) -> str:
+        return hashlib.sha256(self.fetch(name)).hexdigest()[:12]
+
+
+@lru_cache(maxsize=200_000)
+def file_digest(path: Path, modified: int, size: int) -> str:
+    """Hash of a file's content.
+
+    Args:
+        modified, size: of the file; the result is remembered until one of them changes.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def digest_of(pictures: Pictures, names: Iterable[str]) -> str:
+    """Hashes of the pictures of one question, in its order; "" for a question without pictures.
+
+    The store keeps it with every answer and compares it before the answer is used again. Hashing a file takes a few
+    hundredths of the time that decoding it takes.
+    """
+    return " ".join(pictures.digest(name) for name in names)
 
 
 def image_name(name: str, where: str) -> str:

@@ -14,20 +14,24 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from eval import benchmarks
-from eval.answers import AnswerStore
+from eval.answers import AnswerStore, result_folder
 from eval.config import RunConfig
 from eval.dataset import Dataset, Question
 from eval.jsonl import write_file, write_json
 from eval.judging.choice import check_judge, score_answers
+from eval.pictures import digest_of
 from eval.results import cost, provenance, report, tracking
-from eval.settings import Reducer, build_reducer, default_output, device_name, store_settings
+from eval.reuse import check_reuse
+from eval.settings import build_reducer, default_output, device_name, flat_config, store_settings
+from eval.source_hash import answer_sources, combined
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.reduction.crop_budget import require
 
 if TYPE_CHECKING:
+    from llava.pipeline.answer import Batch
     from llava.processing.sample import Sample
-from llava.pipeline.answer import Batch
+    from llava.reduction.reducer import Reducer
 
 # What a method may be off its budget if it does not document its own rounding, in tokens per layer.
 ROUNDING = 0.5
@@ -44,6 +48,7 @@ class Job:
     Attributes:
         planned: the questions of this run, answered already or not.
         settings: what the answers depend on.
+        sources: source file that the answers depend on -> hash of its code.
         started: ISO time; the name of this process in timing.jsonl.
     """
 
@@ -51,14 +56,20 @@ class Job:
     data: Dataset
     planned: tuple[Question, ...]
     model: Any
-    reducer: Reducer
+    reducer: "Reducer"
     settings: dict[str, Any]
+    sources: dict[str, str]
     output: Path
     started: str
 
     @property
     def max_new_tokens(self) -> int:
         return self.config.max_new_tokens or self.data.max_new_tokens
+
+    @property
+    def results(self) -> Path:
+        """Folder of the result and the submission files."""
+        return result_folder(self.output, len(self.planned), len(self.data.questions))
 
     def credits(self, questions: Sequence[Question], texts: Sequence[str]) -> list[float]:
         """What each answer is worth; nothing where the benchmark has no credit for a single answer."""
@@ -70,7 +81,7 @@ class Job:
         cost.check_budget_kept(audits, getattr(self.reducer, "rounding", ROUNDING))
 
 
-def run(config: RunConfig, model: Any = None, reducer: Reducer | None = None) -> dict[str, Any]:
+def run(config: RunConfig, model: Any = None, reducer: "Reducer | None" = None) -> dict[str, Any]:
     """Run or continue an evaluation.
 
     Args:
@@ -82,15 +93,25 @@ def run(config: RunConfig, model: Any = None, reducer: Reducer | None = None) ->
     """
     job = prepare(config, model, reducer)
     known = [question.id for question in job.data.questions]
-    with AnswerStore(job.output, job.settings, known, config.restart) as store:
-        tracker = tracking.start_evaluation(config, job.output, job.settings)
+    process = {
+        "run": job.started,
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+        "code": combined(job.sources),
+    }
+    with AnswerStore(job.output, job.settings, known, config.restart, job.sources, process) as store:
+        unknown_pictures = check_reuse(job.data, job.planned, store.answers, job.output)
+        job.results.mkdir(exist_ok=True)
+        flat = flat_config(config, job.settings, job.data, job.reducer)
+        tracker = tracking.start_evaluation(config, job.results, job.settings, flat)
         finished = False
         try:
             answer_questions(job, store, tracker)
-            result = summarise(job, store)
-            write_json(job.output / "result.json", result)
-            for name, content in job.data.submission(texts(job, store)).items():
-                write_file(job.output / name, content)
+            files = job.data.submission(texts(job, store))
+            result = {**summarise(job, store, unknown_pictures), "config": flat, "submission": list(files)}
+            write_json(job.results / "result.json", result)
+            for name, content in files.items():
+                write_file(job.results / name, content)
             tracker.finish(result, lambda: sample_table(job, store))
             finished = True
         except KeyboardInterrupt:
@@ -101,18 +122,21 @@ def run(config: RunConfig, model: Any = None, reducer: Reducer | None = None) ->
             ) from None
         finally:
             tracker.close(failed=not finished)
-    print("\n".join([*report.score_lines(result), *report.cost_lines(result)]))
-    print(f"result: {job.output / 'result.json'}")
+    remarks = [f"note: {remark}" for remark in result["remarks"]]
+    print("\n".join([*report.score_lines(result), *remarks, *report.cost_lines(result)]))
+    print(f"result: {job.results / 'result.json'}")
     print(result["sentence"], flush=True)
     return result
 
 
-def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
+def prepare(config: RunConfig, model: Any, reducer: "Reducer | None") -> Job:
     """Read and check everything that can be wrong, the cheapest first and the weights last."""
     benchmark = benchmarks.get(config.benchmark)
     split = benchmarks.check_split(benchmark, config.split, Path(config.data))
     if reducer is None:
         build_reducer(config, visual_tokens=None)
+    if model is None:
+        check_device(config.device)
     profile = benchmarks.check_profile(benchmark, config.profile)
     data = benchmark.load(Path(config.data), split, profile, config.source)
     check_judge(data, config.judge)
@@ -120,12 +144,18 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
     data.check_images(planned)
     if model is None:
         model = load_model(config)
-    standard = reducer
+    if data.pictures.noun == "videos" and not getattr(model, "takes_videos", True):
+        raise UserError(
+            f"{data.title} asks about videos, and {model.name} takes images only; choose a Video-LLaVA with --model, "
+            "or leave --model out for the bundled toy model."
+        )
     if reducer is None:
         reducer = build_reducer(config, model.visual_tokens)
         require(reducer, model.facts)
         plain = dataclasses.replace(config, options={}, seed=0, budget=reducer.budget)
         standard = build_reducer(plain, model.visual_tokens)
+    else:
+        standard = reducer
     seed_everything(config.seed)
     return Job(
         config=config,
@@ -134,9 +164,17 @@ def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
         model=model,
         reducer=reducer,
         settings=store_settings(config, split, data, model, reducer),
+        sources=answer_sources(model, reducer),
         output=Path(config.output or default_output(config, split, model, reducer, standard)),
         started=datetime.now(UTC).isoformat(),
     )
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not there before any file is read."""
+    from llava.model.llava_arch import device_of
+
+    device_of(name)
 
 
 def load_model(config: RunConfig) -> Any:
@@ -179,12 +217,13 @@ def answer_questions(job: Job, store: AnswerStore, tracker: tracking.Tracker) ->
     )
     with bar:
         for number, questions in enumerate(batched(pending, job.config.batch_size)):
+            pictures = [digest_of(job.data.pictures, question.images) for question in questions]
             samples = [job.data.sample(question) for question in questions]
-            batch = generate(job.model, samples, job.reducer, max_new_tokens=job.max_new_tokens)
+            batch = answer_batch(job, samples)
             if [answer.id for answer in batch.answers] != [question.id for question in questions]:
                 raise AssertionError("the model's answers are not in the order of the samples")
-            lines = answer_lines(samples, batch, job.model.name, seal)
-            store.add(lines, cost.timing_record(batch, conditions))
+            lines = answer_lines(samples, batch, pictures, job.model.name, seal)
+            store.add(lines, cost.timing_record(batch, conditions | {"first": len(store.answers)}))
             if number == 0:
                 warn_off_budget(job, lines)
             fresh = job.credits(questions, [answer.text for answer in batch.answers])
@@ -192,6 +231,20 @@ def answer_questions(job: Job, store: AnswerStore, tracker: tracking.Tracker) ->
             bar.update(len(questions))
             accuracy = 100 * sum(credits) / len(credits) if credits else None
             tracker.batch(samples, batch, fresh, answered=int(bar.n), accuracy=accuracy)
+
+
+def answer_batch(job: Job, samples: Sequence["Sample"]) -> "Batch":
+    """One batch through the model; a batch that does not fit into memory is the user's to make smaller."""
+    import torch
+
+    try:
+        return generate(job.model, samples, job.reducer, max_new_tokens=job.max_new_tokens)
+    except torch.OutOfMemoryError as error:
+        first = str(error).split(". ")[0].splitlines()[0]
+        raise UserError(
+            f"A batch of {len(samples)} questions does not fit into memory ({first}); everything before it is kept, "
+            "so run the same command again with a smaller --batch-size."
+        ) from error
 
 
 def batched(questions: Sequence[Question], size: int) -> Iterator[tuple[Question, ...]]:
@@ -216,8 +269,15 @@ def measured_under(job: Job) -> dict[str, Any]:
     }
 
 
-def answer_lines(samples: Sequence["Sample"], batch: "Batch", model: str, seal: str) -> list[dict[str, Any]]:
-    """LLaVA's answer lines. The answer id depends on question and settings, so equal runs write equal files."""
+def answer_lines(
+    samples: Sequence["Sample"], batch: "Batch", pictures: Sequence[str], model: str, seal: str
+) -> list[dict[str, Any]]:
+    """LLaVA's answer lines. The answer id depends on question and settings, so equal runs write equal files.
+
+    Args:
+        pictures: hash of the pictures of each sample.
+        seal: hash of the settings.
+    """
     return [
         {
             "question_id": sample.id,
@@ -225,9 +285,9 @@ def answer_lines(samples: Sequence["Sample"], batch: "Batch", model: str, seal: 
             "text": answer.text,
             "answer_id": hashlib.sha256(f"{seal} {sample.id}".encode()).hexdigest()[:22],
             "model_id": model,
-            "metadata": {"audit": cost.audit_record(answer.audit)},
+            "metadata": {"audit": cost.audit_record(answer.audit), "pictures": digest},
         }
-        for sample, answer in zip(samples, batch.answers, strict=True)
+        for sample, answer, digest in zip(samples, batch.answers, pictures, strict=True)
     ]
 
 
@@ -239,14 +299,26 @@ def warn_off_budget(job: Job, lines: Sequence[dict[str, Any]]) -> None:
         print(f"Warning, first batch: {error}", file=sys.stderr)
 
 
-def summarise(job: Job, store: AnswerStore) -> dict[str, Any]:
-    """The result of all answers to the planned questions, whichever process gave them."""
+def summarise(job: Job, store: AnswerStore, unknown_pictures: int = 0) -> dict[str, Any]:
+    """The result of all answers to the planned questions, whichever process gave them.
+
+    Args:
+        unknown_pictures: answers that were stored without a hash of their pictures.
+    """
     lines = [store.answers[question.id] for question in job.planned]
     job.check_budget(lines)
     asked = [question.id for question in job.planned]
     answers = job.output / "answers.jsonl"
     score, judged = score_answers(job.data, job.config.judge, asked, texts(job, store), answers)
-    flops = cost.summarise_flops(store.timing)
+    timed = store.timing_of(asked)
+    flops = cost.summarise_flops(timed)
+    made = provenance.made_by(store.origins(asked))
+    remarks = [*getattr(job.model, "notes", ()), *made.pop("notes"), *cost.notes(timed)]
+    if unknown_pictures:
+        remarks.append(
+            f"{unknown_pictures:,} answers were stored by a former version without a hash of their "
+            f"{job.data.pictures.noun}: whether these have changed is not known"
+        )
     result = {
         "title": job.data.title,
         "facts": {**job.data.facts, **judged},
@@ -258,15 +330,15 @@ def summarise(job: Job, store: AnswerStore) -> dict[str, Any]:
         "partial": len(job.planned) < len(job.data.questions),
         **report.scored(score, job.planned, job.config.seed),
         "audit": cost.summarise_audit([line["metadata"]["audit"] for line in lines]),
-        "timing": cost.summarise_timing(store.timing, job.started),
+        "timing": cost.summarise_timing(timed, job.started),
         "flops": flops,
         "flops_per_question": flops["per_question"],
         "settings": job.settings,
         "limit": job.config.limit,
-        "remarks": cost.notes(store.timing),
+        "remarks": remarks,
         "conditions": measured_under(job),
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
+        **made,
+        "scored_with": {"commit": provenance.commit(), "versions": provenance.versions()},
         "started": job.started,
         "finished": datetime.now(UTC).isoformat(),
     }

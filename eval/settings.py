@@ -5,23 +5,19 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from eval.answers import flatten
 from eval.config import FULL, RunConfig
 from eval.dataset import Dataset
 from llava.errors import UserError, unknown
+from llava.reduction.option_names import with_former_names
+
+if TYPE_CHECKING:
+    from llava.reduction.reducer import Reducer
 
 
-class Reducer(Protocol):
-    """What a run needs to know of a method; the rest is between it and the model."""
-
-    name: str
-    budget: int
-    version: str
-
-
-def build_reducer(config: RunConfig, visual_tokens: int | None) -> Reducer:
+def build_reducer(config: RunConfig, visual_tokens: int | None) -> "Reducer":
     """The method of this run.
 
     Args:
@@ -32,17 +28,20 @@ def build_reducer(config: RunConfig, visual_tokens: int | None) -> Reducer:
     registry.load_all()
     if config.method not in registry.names():
         raise unknown("method", config.method, registry.names())
-    budget = config.budget
-    if visual_tokens is not None:
-        budget = check_budget(config, visual_tokens)
-    return registry.build(config.method, budget or 1, with_seed(config, registry.describe()))
+    options = with_seed(config, registry.describe())
+    if config.retention_ratio is not None:
+        return registry.build(config.method, None, options, visual_tokens)
+    budget = config.budget if visual_tokens is None else check_budget(config, visual_tokens)
+    return registry.build(config.method, budget or 1, options)
 
 
 def with_seed(config: RunConfig, methods: list[dict[str, Any]]) -> dict[str, str]:
     """The options, with --seed for methods that draw random numbers and were not given a seed of their own."""
     if config.seed == 0 or "seed" in config.options:
         return config.options
-    options = next((method["options"] for method in methods if method["name"] == config.method), [])
+    options: list[dict[str, Any]] = next(
+        (method["options"] for method in methods if method["name"] == config.method), []
+    )
     takes_seed = any(option["name"] == "seed" for option in options)
     return {**config.options, "seed": str(config.seed)} if takes_seed else config.options
 
@@ -53,19 +52,17 @@ def check_budget(config: RunConfig, visual_tokens: int) -> int:
         if config.budget not in (None, visual_tokens):
             raise UserError(f"full keeps all {visual_tokens} visual tokens; leave the budget {config.budget} out.")
         return visual_tokens
-    if config.budget is None and "share" in config.options:
-        return max(1, int(float(config.options["share"]) * visual_tokens + 0.5))
     if config.budget is None or config.budget > visual_tokens:
         raise UserError(f"--budget should be 1 to {visual_tokens} (this model's visual tokens), got {config.budget}.")
     return config.budget
 
 
-def plain(reducer: Reducer) -> dict[str, Any]:
+def plain(reducer: "Reducer") -> dict[str, Any]:
     """The method's full configuration in JSON types."""
     return json.loads(json.dumps(dataclasses.asdict(reducer), default=str))
 
 
-def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, reducer: Reducer) -> dict[str, Any]:
+def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, reducer: "Reducer") -> dict[str, Any]:
     """Everything an answer depends on. Batch size and limit are not here: answers do not depend on them."""
     text_tower = {"text_tower": model.text_tower_fingerprint} if getattr(reducer, "needs_text_tower", False) else {}
     return {
@@ -91,17 +88,42 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
     }
 
 
+def flat_config(config: RunConfig, settings: dict[str, Any], data: Dataset, reducer: "Reducer") -> dict[str, Any]:
+    """What a run was asked to do, under names that stay the same: `config` of result.json and of W&B.
+
+    Everything is resolved: `profile` and `source` are those that were used, not "auto".
+    """
+    return {
+        "benchmark": config.benchmark,
+        "split": settings["split"],
+        "profile": data.facts.get("profile") or config.profile or "llava",
+        "source": data.facts.get("source") or config.source,
+        "limit": config.limit,
+        "model": settings["model"],
+        "method": reducer.name,
+        "budget": reducer.budget,
+        "retention_ratio": getattr(reducer, "retention_ratio", 0.0) or None,
+        "options": {key: value for key, value in settings["config"].items() if key != "budget"},
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "batch_size": config.batch_size,
+        "max_new_tokens": settings["max_new_tokens"],
+        "judge": config.judge,
+    }
+
+
 def device_name(model: Any) -> str:
     return str(getattr(model, "device", "unknown"))
 
 
-def default_output(config: RunConfig, split: str, model: Any, reducer: Reducer, standard: Reducer) -> Path:
+def default_output(config: RunConfig, split: str, model: Any, reducer: "Reducer", standard: "Reducer") -> Path:
     """results/gqa-testdev/<model>/<method>-<budget>[-<hash of what differs from the defaults>].
 
     Args:
         standard: the method at the same budget without options.
     """
-    here, usual = flatten(plain(reducer)), flatten(plain(standard))
+    # Former names, so that a run goes on in the folder that it began in.
+    here, usual = flatten(with_former_names(plain(reducer))), flatten(with_former_names(plain(standard)))
     changed: dict[str, Any] = {key: value for key, value in here.items() if usual.get(key) != value}
     changed |= {
         field.name: getattr(config, field.name)

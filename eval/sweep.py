@@ -14,19 +14,27 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from eval import benchmarks
+from eval.answers import current_settings
 from eval.config import RunConfig
+from eval.dataset import Dataset
+from eval.jsonl import read_jsonl
 from eval.results import tracking
+from eval.reuse import check_reuse
 from eval.run import prepare, run
+from eval.source_hash import combined
+from llava.errors import UserError
 from llava.model.encoded_image import Picture, picture_of
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder.clip_encoder import Encoded, encode
 from llava.reduction import registry
+from llava.reduction.option_names import with_former_names
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import Signal
 from llava.reduction.token_layout import Arrangement
@@ -91,7 +99,8 @@ class Remembering(Llava):
                 crops, full = views[i]
                 self._seen[keys[i]] = fresh.rows(slice(done, done + len(crops))), full
                 done += len(crops)
-        depth = len(self.tower.encoder.layers)
+        for_images: Any = self.tower
+        depth = len(for_images.encoder.layers)
         found = []
         for name in keys:
             encoded, full = self._seen[name]
@@ -172,13 +181,26 @@ def log_table(wandb: str, settings: Sequence[Setting], folders: Sequence[Path], 
 
 
 def is_finished(config: RunConfig, model: Llava) -> bool:
-    """Whether this very run is complete in its folder: same model, data, method and configuration, its questions."""
-    path = Path(config.output) / "result.json"
+    """Whether this very run is complete in its folder: same settings, code, prompts and pictures, all its questions.
+
+    Raises:
+        UserError: its answers belong to other prompts or pictures.
+    """
+    folder = Path(config.output or "")
+    if not (folder / "settings.json").is_file():
+        return False
+    job = prepare(config, model, None)
+    path = job.results / "result.json"
     if not path.is_file():
         return False
     result = json.loads(path.read_text())
-    enough = not result["partial"] or (config.limit is not None and result["asked"] >= config.limit)
-    return enough and result["settings"] == prepare(config, model, None).settings
+    if result["asked"] < len(job.planned) or current_settings(result["settings"]) != job.settings:
+        return False
+    if result.get("code") != combined(job.sources) or result.get("code_unknown"):
+        return False
+    answers = {row["question_id"]: row for _, row in read_jsonl(folder / "answers.jsonl")}
+    check_reuse(job.data, job.planned, answers, folder)
+    return True
 
 
 def describe(setting: Setting) -> str:
@@ -188,7 +210,8 @@ def describe(setting: Setting) -> str:
 def name_of(setting: Setting, tokens: int) -> str:
     """A folder name that tells the setting, and by a hash the whole configuration: defaults may change in between."""
     reducer = registry.build(setting.method, setting.budget or tokens, setting.options)
-    whole = json.dumps(dataclasses.asdict(reducer), sort_keys=True) + reducer.version
+    # Former names, so that a sweep finds the folders of earlier ones.
+    whole = json.dumps(with_former_names(dataclasses.asdict(reducer)), sort_keys=True) + reducer.version
     tail = "".join(f",{key}={value}" for key, value in sorted(setting.options.items()))
     return f"{setting.method}-{reducer.budget}{tail}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
@@ -198,17 +221,22 @@ def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa", lim
     questions = {question.id: question for question in _dataset(benchmark, data, split).questions[:limit]}
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     judge = _dataset(benchmark, data, split).judge
+    if judge is None:
+        raise UserError(
+            f"{benchmark} has no score for a single answer, which a sweep compares; take another benchmark."
+        )
     asked = [line for line in lines if line["question_id"] in questions]
     return {line["question_id"]: judge(questions[line["question_id"]], line["text"]) for line in asked}
 
 
-_DATASETS: dict[tuple, object] = {}
+_DATASETS: dict[tuple[str, Path, str], Dataset] = {}
 
 
-def _dataset(benchmark: str, data: Path, split: str):
+def _dataset(benchmark: str, data: Path, split: str) -> Dataset:
     key = (benchmark, data, split)
     if key not in _DATASETS:
-        _DATASETS[key] = benchmarks.get(benchmark).load(data, split)
+        found = benchmarks.get(benchmark)
+        _DATASETS[key] = found.load(data, split, benchmarks.check_profile(found, None), "auto")
     return _DATASETS[key]
 
 

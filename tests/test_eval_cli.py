@@ -1,7 +1,9 @@
 """The command lines `python -m eval` and `python -m eval.score`, and the reader of GQA's files."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,15 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from eval import __main__ as cli
 from eval import benchmarks, score
 from eval import run as run_module
-from eval.config import RunConfig, method_options
+from eval.config import RunConfig, method_options, options_by_method
+from eval.efficiency.latency import reducers_of
 from eval.prompts import LETTER, SHORT, VIZ, split_suffix
 from eval.results import cost, provenance
 from eval.run import run
 from llava.errors import UserError
+from llava.pipeline.generate import generate
+from llava.processing.sample import Sample
+from llava.processing.video import Video
+from llava.reduction import registry
 from tests.eval_fakes import FakeLlava, FakeReducer, fake_text, write_gqa
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,10 +80,11 @@ def test_the_last_line_is_the_result_in_words(main, tmp_path):
     assert {"python", "torch"} <= result["versions"].keys()
 
 
-def test_answers_are_in_llavas_fields(main, tmp_path):
+def test_answers_are_in_llavas_fields(main, data, tmp_path):
     main("--method", "uniform", "--budget", "16", "--output", "o")
     lines = [json.loads(line) for line in (tmp_path / "o" / "answers.jsonl").read_text().splitlines()]
     first = dict(lines[0])
+    picture = data / "gqa" / "data" / "images" / "n0.jpg"
     assert len(first.pop("answer_id")) == 22 and len({line["answer_id"] for line in lines}) == 40
     assert first == {
         "question_id": "1000",
@@ -89,7 +99,8 @@ def test_answers_are_in_llavas_fields(main, tmp_path):
                 "visual_tokens": 64,
                 "merged": 0,
                 "kv_bytes": 16000,
-            }
+            },
+            "pictures": hashlib.sha256(picture.read_bytes()).hexdigest()[:12],
         },
     }
     predictions = json.loads((tmp_path / "o" / "predictions.json").read_text())
@@ -99,7 +110,7 @@ def test_answers_are_in_llavas_fields(main, tmp_path):
 def test_limit_is_said_everywhere(main, tmp_path):
     code, out, _ = main("--method", "uniform", "--budget", "16", "--limit", "10", "--output", "o")
     assert code == 0 and "on the first 10 of 40 GQA testdev questions" in out
-    result = json.loads((tmp_path / "o" / "result.json").read_text())
+    result = json.loads((tmp_path / "o" / "limit10" / "result.json").read_text())
     assert result["partial"] and result["limit"] == 10 and result["questions"] == 10
 
 
@@ -156,7 +167,7 @@ def test_the_real_model_goes_all_the_way(tiny_path, tmp_path, data, capsys):
         texts.append([json.loads(line)["text"] for line in lines])
         assert "uniform at 4 of 16 visual tokens" in capsys.readouterr().out.splitlines()[-1]
     assert texts[0] == texts[1] and len(texts[0]) == 10
-    result = json.loads((tmp_path / "7" / "result.json").read_text())
+    result = json.loads((tmp_path / "7" / "limit10" / "result.json").read_text())
     assert result["audit"]["entering_per_layer"] == [4] * 4 and result["flops_per_question"] > 0
 
 
@@ -188,11 +199,24 @@ def test_the_real_model_goes_all_the_way(tiny_path, tmp_path, data, capsys):
             "is for method 'random', but this run is of",
         ),
         (["--method", "uniform", "--budget", "8", "--set", "uniform.alpah=1"], "Unknown option of uniform 'alpah'."),
-        (["--method", "uniform", "--budget", "8", "--set", "seed"], "--set should look like uniform.key=value"),
+        (["--method", "uniform", "--budget", "8", "--set", "seed"], "--set should look like uniform.key=value or key="),
+        (["--method", "uniform", "--budget", "8", "--set", "alpah=1"], "Unknown option of uniform 'alpah'."),
         (["--method", "random", "--budget", "8", "--set", "random.seed=x"], "random.seed must be a whole number"),
         (["--method", "uniform", "--budget", "8", "--frobnicate"], "Unrecognized arguments: --frobnicate; see --help."),
         (["--method", "uniform", "--budget", "8", "--wandb", "maybe"], "Argument --wandb: invalid choice"),
         (["--method", "uniform", "--budget", "8", "--json"], "--json goes with --list"),
+        # These ended in tracebacks.
+        (["--method", "uniform", "--budget", "8", "--batch-size", "1" + 19 * "0"], "1 to 1000000, got '1000000000"),
+        (["--method", "uniform", "--budget", "8", "--output", "a\0b"], "--output should be a path of at most"),
+        (["--method", "uniform", "--budget", "8", "--output", "é" * 128], "names have at most 255 bytes each, got 'éé"),
+        (["--method", "uniform", "--budget", "8", "--output", "a/" * 2100], "--output should be a path of at most"),
+        (["--method", "uniform", "--budget", "8", "--data", "x" * 256], "--data should be a path whose names have"),
+        (["--method", "uniform", "--budget", "8", "--model", "x" * 256], "--model should be a path whose names have"),
+        (["--method", "uniform", "--retention", "1.5"], "--retention should be a ratio above 0 and up to 1"),
+        (["--method", "uniform", "--retention", "nan"], "--retention should be a ratio above 0 and up to 1"),
+        (["--method", "uniform", "--retention", "1/0"], "--retention should be a ratio above 0 and up to 1"),
+        (["--method", "full", "--retention", "0.5"], "full keeps all visual tokens"),
+        (["--method", "uniform", "--set", "share=x"], "uniform.retention_ratio must be a number, got 'x'."),
         (["--method", "uniform", "--budget", "8", "--data", "/nowhere"], "--data should be the folder that holds gqa/"),
     ],
 )
@@ -251,6 +275,62 @@ def test_method_options_refuse_a_key_given_twice():
     assert method_options("m", ["m.a=1", "m.b=x=y", "m.c="]) == {"a": "1", "b": "x=y", "c": ""}
     with pytest.raises(UserError, match=r"m\.a is given twice"):
         method_options("m", ["m.a=1", "m.a=2"])
+
+
+def test_options_are_read_with_and_without_the_method_in_front():
+    """`--set METHOD.KEY=VALUE` in eval and `--set KEY=VALUE` in latency: each refused the other's form."""
+    assert method_options("m", ["a=0.5", "m.b=1"]) == {"a": "0.5", "b": "1"}
+    with pytest.raises(UserError, match=r"m\.a is given twice"):
+        method_options("m", ["a=1", "m.a=2"])
+    found = options_by_method(["m", "n"], ["a=0.5", "n.b=1"])
+    assert found == {"m": {"a": "0.5"}, "n": {"a": "0.5", "b": "1"}}
+    for wrong in ("a", "=1", "m.=1", ".a=1"):
+        with pytest.raises(UserError, match=r"should look like m\.key=value or key=value"):
+            options_by_method(["m", "n"], [wrong])
+    with pytest.raises(UserError, match="is for method 'k', but this run is of 'm, n'"):
+        options_by_method(["m", "n"], ["k.a=1"])
+
+
+@pytest.mark.parametrize("setting", ["alpha=0.25", "consensusdrop.alpha=0.25"])
+def test_latency_reads_options_as_eval_does(tiny, setting):
+    """`--set METHOD.KEY=VALUE` of eval was "Unknown option" in latency."""
+    reducers = reducers_of(["consensusdrop"], 4, options_by_method(["consensusdrop"], [setting]), tiny)
+    assert reducers["consensusdrop"].alpha == 0.25 and reducers["full"].budget == 16
+
+
+@pytest.mark.parametrize("device", ["foo", "", "meta", "mps", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there_ends_in_a_sentence(data, tmp_path, capsys, device):
+    """`--device foo`, `meta`, `mps` and an empty name ended in tracebacks, some after the weights were read."""
+    arguments = ["--method", "full", "--data", str(data), "--output", str(tmp_path / "o"), "--device", device]
+    assert cli.main([*arguments, "--model", "/nowhere", "--wandb", "disabled"]) == 2
+    err = capsys.readouterr().err
+    assert re.match(r"The device should be|Device '.*' was asked for", err) and repr(device) in err
+    assert err.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
+def test_a_model_for_images_is_not_asked_about_videos(main, monkeypatch, tiny):
+    """`msvd_qa.sh --model` with an image-only model ended in "'Video' object has no attribute 'size'"."""
+    model = FakeLlava()
+    model.takes_videos = False
+    monkeypatch.setattr(run_module, "load_model", lambda config: model)
+    data = str(ROOT / "assets" / "eval")
+    code, out, err = main("--method", "uniform", "--budget", "8", "--benchmark", "msvd_qa", "--data", data)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "asks about videos, and fake takes images only; choose a Video-LLaVA" in err
+    frames = Video((Image.new("RGB", (32, 32)),) * 8)
+    with pytest.raises(UserError, match="tiny-llava takes images only, got a video"):
+        generate(tiny, [Sample("q", "what", image=frames)], registry.build("full", tiny.visual_tokens))
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_a_sentence(data, tmp_path):
+    def full(number: int) -> None:
+        if number == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has")
+
+    config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled")
+    with pytest.raises(UserError, match=r"A batch of 8 questions .* \(CUDA out of memory\); .* a smaller --batch-size"):
+        run(config, FakeLlava(full), FakeReducer())
+    assert (tmp_path / "o" / "answers.jsonl").read_text().count("\n") == 16
 
 
 # -- what there is ---------------------------------------------------------------------------------------------------

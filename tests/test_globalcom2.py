@@ -267,8 +267,8 @@ def test_through_the_model(tmp_path):
 
 def test_ratio_of_the_release_is_one_of_patches():
     facts = facts_of(ModelFacts(576, 32, Layout(24, 24), 24), arranged((672, 672)))
-    assert GlobalCom2(budget=1, share=0.25, official=True).for_picture(facts).budget == 720
-    assert GlobalCom2(budget=1, share=0.25).for_picture(facts).budget == 732  # newline tokens are tokens
+    assert GlobalCom2(budget=1, retention_ratio=0.25, official=True).for_picture(facts).budget == 720
+    assert GlobalCom2(budget=1, retention_ratio=0.25).for_picture(facts).budget == 732  # newline tokens are tokens
 
 
 def test_wrong_choices_are_refused():

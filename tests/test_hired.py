@@ -180,8 +180,8 @@ def test_frames_of_a_video_have_even_shares():
 
 def test_rate_of_the_release_is_one_of_whole_crops():
     facts = facts_of(LLAVA, arranged((640, 480)))
-    assert HiRED(budget=1, share=0.2, official=True).for_picture(facts).budget == 576
-    assert HiRED(budget=1, share=0.2).for_picture(facts).budget == round(0.2 * facts.visual_tokens)
+    assert HiRED(budget=1, retention_ratio=0.2, official=True).for_picture(facts).budget == 576
+    assert HiRED(budget=1, retention_ratio=0.2).for_picture(facts).budget == round(0.2 * facts.visual_tokens)
 
 
 def test_through_the_model(tmp_path):

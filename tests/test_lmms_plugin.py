@@ -53,8 +53,8 @@ def test_arguments_are_those_of_our_own_command_line():
     )
 
 
-def test_a_share_is_a_budget():
-    assert float(configuration({"method": "fastv", "budget": "1/9"}).options["share"]) == pytest.approx(1 / 9)
+def test_a_ratio_is_a_budget():
+    assert float(configuration({"method": "fastv", "budget": "1/9"}).options["retention_ratio"]) == pytest.approx(1 / 9)
 
 
 @pytest.mark.parametrize(

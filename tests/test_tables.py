@@ -5,8 +5,9 @@ import argparse
 import pytest
 import torch
 
+from eval import run as run_module
 from eval.efficiency import latency
-from eval.efficiency.latency import Measured, Measurements, options_by_method, ratios, run, table
+from eval.efficiency.latency import Measured, Measurements, chosen_options, ratios, run, table
 from eval.efficiency.shapes import SHAPES, random_llava
 from eval.results.statistics import Interval
 from eval.sweep import Remembering, Setting, sweep
@@ -48,6 +49,25 @@ def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):
     again = Remembering(tiny)
     monkeypatch.setattr(again, "answer", None)
     assert sweep(settings, again, data, "testdev", tmp_path / "out", wandb="disabled") == first
+
+
+def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, tmp_path, monkeypatch):
+    """A sweep took finished settings by their configuration alone."""
+    data = write_gqa(tmp_path / "data", count=6, images=2)
+    settings, out = [Setting("uniform", 4)], tmp_path / "out"
+    sweep(settings, Remembering(tiny), data, "testdev", out, limit=4)
+    (folder,) = (out / "testdev").iterdir()
+    assert (folder / "limit4" / "result.json").is_file() and not (folder / "result.json").exists()
+    real = run_module.answer_sources
+    monkeypatch.setattr(
+        run_module, "answer_sources", lambda *objects: real(*objects) | {"llava/pipeline/decoder.py": "edited"}
+    )
+    with pytest.raises(UserError, match=r"made by other code: llava/decoder\.py changed"):
+        sweep(settings, Remembering(tiny), data, "testdev", out, limit=4)
+    monkeypatch.undo()
+    picture(9, (32, 32)).save(data / "gqa" / "data" / "images" / "n1.jpg")
+    with pytest.raises(UserError, match=r"holds 2 answers to other images"):
+        sweep(settings, Remembering(tiny), data, "testdev", out, limit=4)
 
 
 def _named(sample, index):
@@ -179,12 +199,12 @@ def test_measurements_are_kept_and_belong_to_their_settings(tmp_path):
 def test_latency_takes_options_with_and_without_the_method():
     """`python -m eval` takes --set METHOD.KEY=VALUE; eval.efficiency.latency took KEY=VALUE alone and refused the other form."""
     one = {"consensusdrop": {"alpha": "0.5"}}
-    assert options_by_method(["alpha=0.5"], ["consensusdrop"]) == one
-    assert options_by_method(["consensusdrop.alpha=0.5"], ["consensusdrop"]) == one
-    assert options_by_method(["consensusdrop.alpha=0.5"], ["all"]) == one
-    assert options_by_method(["consensusdrop.alpha=0.5"], ["consensusdrop", "visionzip"]) == one
+    assert chosen_options(["alpha=0.5"], ["consensusdrop"]) == one
+    assert chosen_options(["consensusdrop.alpha=0.5"], ["consensusdrop"]) == one
+    assert chosen_options(["consensusdrop.alpha=0.5"], ["all"]) == one
+    assert chosen_options(["consensusdrop.alpha=0.5"], ["consensusdrop", "visionzip"]) == one
     both = {"fastv": {"layer": "3"}, "dart": {"layer": "3"}}
-    assert options_by_method(["layer=3"], ["fastv", "dart"]) == both
+    assert chosen_options(["layer=3"], ["fastv", "dart"]) == both
 
 
 @pytest.mark.parametrize(
@@ -199,7 +219,7 @@ def test_latency_takes_options_with_and_without_the_method():
 def test_latency_refuses_options_that_would_go_nowhere(settings, methods, message):
     """With --method all, options were silently dropped."""
     with pytest.raises(UserError, match=message):
-        options_by_method(settings, methods)
+        chosen_options(settings, methods)
 
 
 def test_latency_puts_random_weights_on_the_device(monkeypatch):

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from eval.command import ends_in_a_sentence, make_parser
-from eval.config import DEFAULT_MODEL, pairs
+from eval.config import DEFAULT_MODEL, options_by_method, pairs
 from eval.efficiency.shapes import SHAPES, random_llava
 from eval.results.provenance import hardware
 from llava.errors import UserError, unknown
@@ -148,30 +148,18 @@ def read_peak(device: torch.device) -> int:
     return int(line.split()[1]) * 1024
 
 
-def options_by_method(settings: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
+def chosen_options(settings: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
     """Options of --set by method: METHOD.KEY=VALUE for one method, KEY=VALUE for each that is named.
 
     Args:
         names: the measured methods, or "all".
     """
     everything = list(names) == ["all"]
-    known = registry.names() if everything else names
-    found: dict[str, dict[str, str]] = {}
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        method, dot, key = name.rpartition(".")
-        if not (equals and key) or (dot and not method):
-            raise UserError(f"--set should look like METHOD.KEY=VALUE or KEY=VALUE, got {setting!r}.")
-        if everything and not dot:
+        if everything and "." not in setting.partition("=")[0]:
             raise UserError(f"--set {setting} names no method; with --method all write METHOD.{setting}.")
-        if dot and method not in known:
-            raise UserError(f"--set {setting} is for method {method!r}, but this run measures {', '.join(names)}.")
-        for one in [method] if dot else known:
-            options = found.setdefault(one, {})
-            if key in options:
-                raise UserError(f"--set {one}.{key} is given twice.")
-            options[key] = value
-    return found
+    found = options_by_method(registry.names() if everything else names, settings)
+    return {method: options for method, options in found.items() if options}
 
 
 def reducers_of(
@@ -205,7 +193,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.shape and args.shape not in SHAPES:
         raise unknown("shape", args.shape, SHAPES)
     names = args.method.split(",")
-    options = options_by_method(args.set, names)
+    options = chosen_options(args.set, names)
     picture = {key: parse(key, value) for key, value in pairs("--picture", args.picture).items()}
     if args.shape:
         device = device_of(args.device)

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eval.config import DEFAULT_MODEL, RunConfig, count_or_share, whole_number
+from eval.config import DEFAULT_MODEL, RunConfig, budget_of, count_or_ratio, whole_number
 from llava.errors import UserError, unknown
+from llava.reduction.option_names import FORMER_NAMES, RETENTION_RATIO
 
 # Those of lmms-eval's own flags (--batch_size, --max_batch_size, --device) are handed over with --model_args.
 PLAIN = (
@@ -41,14 +42,17 @@ def configuration(arguments: Mapping[str, Any]) -> RunConfig:
         else:
             raise unknown("model argument", key, (*PLAIN, *(f"{name}.KEY" for name in GROUPS)))
     options = grouped["set"]
-    budget, share = count_or_share("budget", plain.get("budget"))
-    if share is not None and "share" in options:
-        raise UserError("budget as a share and set.share are both given; leave one out.")
+    try:
+        budget, chosen = budget_of(count_or_ratio(plain["budget"]) if "budget" in plain else None)
+    except ValueError as error:
+        raise UserError(f"budget {error}.") from None
+    if chosen and any(FORMER_NAMES.get(name, name) == RETENTION_RATIO for name in options):
+        raise UserError(f"A budget of {plain['budget']} and set.{RETENTION_RATIO} are both given; leave one out.")
     return RunConfig(
         method=plain.get("method", "full"),
         budget=budget,
         model=plain.get("pretrained", DEFAULT_MODEL),
-        options=options if share is None else {**options, "share": repr(share)},
+        options=options | chosen,
         picture=grouped["picture"],
         quantization=plain.get("quantization"),
         text_tower=plain.get("text_tower"),

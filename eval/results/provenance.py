@@ -1,9 +1,11 @@
-"""Which code and which libraries made a result."""
+"""Which code and which libraries made the answers of a result."""
 
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from eval.config import ROOT
 
@@ -38,6 +40,41 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str, Any]:
+    """Commit, library versions and source hash of the answers, and notes where not all of them have the same.
+
+    Args:
+        origins: see AnswerStore.origins.
+    """
+    total = sum(number for _, number in origins)
+    notes = []
+    if unknown := sum(number for run, number in origins if run is None):
+        notes.append(
+            f"the code of {unknown:,} of {total:,} answers is unknown: a former version stored them without a hash of "
+            "the source; --restart asks those questions again"
+        )
+    commits: dict[str, int] = {}
+    libraries: dict[str, int] = {}
+    for run, number in origins:
+        name = "unknown" if run is None else run["commit"]
+        commits[name] = commits.get(name, 0) + number
+        if run is not None:
+            words = ", ".join(f"{library} {release}" for library, release in sorted(run["versions"].items()))
+            libraries[words] = libraries.get(words, 0) + number
+    for what, found in (("commits", commits), ("library versions", libraries)):
+        if len(found) > 1:
+            parts = "; ".join(f"{name}: {number:,} answers" for name, number in found.items())
+            notes.append(f"the answers were made with different {what} ({parts})")
+    runs = [run for run, _ in origins if run is not None]
+    return {
+        "commit": " and ".join(commits) if commits else "unknown",
+        "versions": dict(runs[-1]["versions"]) if runs else {},
+        "code": runs[-1]["code"] if runs else "unknown",
+        "code_unknown": unknown,
+        "notes": notes,
+    }
 
 
 def hardware(device: str) -> str:

@@ -213,17 +213,17 @@ class WandbTracker(Tracker):
             self._run = None
 
 
-def start_evaluation(config: RunConfig, output: Path, settings: Mapping[str, Any]) -> Tracker:
+def start_evaluation(
+    config: RunConfig, output: Path, settings: Mapping[str, Any], resolved: Mapping[str, Any]
+) -> Tracker:
     """Begin logging an evaluation.
 
     Args:
         settings: what its answers depend on.
+        resolved: what the run was asked to do, under the names of result.json's `config`.
     """
-    profile = config.profile
-    with contextlib.suppress(UserError):  # a benchmark that is not registered
-        profile = benchmarks.check_profile(benchmarks.get(config.benchmark), config.profile)
-    about = flat(settings, profile=profile, source=config.source, limit=config.limit, judge=config.judge)
-    about |= {"batch_size": config.batch_size, "checkpoint": str(config.model)}
+    about = flat(settings) | {name: value for name, value in resolved.items() if name != "options"}
+    about |= {"checkpoint": str(config.model)}
     tags = [about.get(key) for key in ("benchmark", "split", "model", "method", "profile")]
     tags.append(f"budget {about.get('budget')}")
     return start(config.wandb, output, about, job_type="evaluation", tags=tags)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval import benchmarks
+from eval.answers import result_folder
 from eval.command import ends_in_a_sentence
 from eval.config import ROOT
 from eval.results.statistics import Interval, compare_scores
@@ -76,9 +77,10 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
 
     def read(setting: Setting) -> tuple[Credits, float]:
         folder = output / name / family.split / name_of(setting, model.visual_tokens)
-        if not (folder / "result.json").is_file():
+        path = result_folder(folder, len(groups), len(data.questions)) / "result.json"
+        if not path.is_file():
             raise UserError(f"{folder} holds no result; run `python -m eval.tables.families {name} answers` first.")
-        audit = json.loads((folder / "result.json").read_text())["audit"]
+        audit = json.loads(path.read_text())["audit"]
         credits = credits_of(folder, family.data, family.split, family.benchmark, limit)
         if len(credits) < len(groups):
             raise UserError(f"{folder} answers {len(credits):,} of {len(groups):,} questions; run the answers first.")

@@ -38,6 +38,7 @@ from llava.model.checkpoint.identify import QWEN, Family
 from llava.pipeline.accounting import Audit
 from llava.pipeline.prefill import prefill
 from llava.reduction.crop_budget import require
+from llava.reduction.option_names import RETENTION_RATIO, with_current_names
 from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Trace
 from llava.reduction.registry import build
@@ -66,7 +67,8 @@ def reduce(
     Args:
         model: a Llava-, LlavaNext-, VideoLlava-, Qwen2VL- or Qwen2_5_VLForConditionalGeneration in evaluation mode.
         method: a name of `llava.reduction.registry.names`.
-        budget: visual tokens per image or video, mean over decoder layers; None for all of them, or with `share`.
+        budget: visual tokens per image or video, mean over decoder layers; None for all of them, or with
+            `retention_ratio`, the ratio of each image's tokens to keep.
         questions: the question of each prompt of the calls inside, without template, for methods that read it. Without
             `questions`, all text after the last image is taken for the question, template included.
         tokenizer: the model's tokenizer or processor, needed with `questions`.
@@ -79,13 +81,11 @@ def reduce(
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if questions is not None and (isinstance(questions, str) or tokenizer is None):
         raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
-    if budget is not None and "share" in options:
-        raise UserError(
-            f"Give budget or share, not both: budget={budget!r} is a number of visual tokens, "
-            f"share={options['share']!r} is a share of each image's tokens."
-        )
     runtime = stock_runtime(model, tokenizer, text_tower)
-    reducer = build(method, runtime.visual_tokens if budget is None else budget, options)
+    tokens = runtime.visual_tokens
+    if budget is None and not with_current_names(options).get(RETENTION_RATIO):
+        budget = tokens
+    reducer = build(method, budget, options, tokens)
     if reducer.needs_text_tower and family_of(model) in QWEN:
         raise UserError(
             f"{method} needs a CLIP vision tower and its text half; the tower of {runtime.name} is no CLIP."

@@ -91,20 +91,25 @@ def load(
 
 
 def device_of(name: str) -> torch.device:
-    """The torch device of a name; "auto" is CUDA where there is any.
+    """A device of this machine: "cpu", "cuda", "cuda:1", "mps", or "auto" for CUDA where there is some.
 
     Raises:
-        UserError: the machine has no such device.
+        UserError: no such device.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device should be a torch device such as cpu, cuda or cuda:1, got {name!r}.") from error
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= there:
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"The device should be auto, cpu, cuda, cuda:NUMBER or mps, got {name!r}.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"Device {name!r} was asked for, but this machine has no MPS device; use --device cpu.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"Device {name!r} was asked for, but this machine has no CUDA device; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"Device {name!r} was asked for, but this machine has {there or 'no'} CUDA device; see --device."
+            f"Device {name!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices."
         )
     return device

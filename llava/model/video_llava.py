@@ -29,6 +29,8 @@ class VideoLlava(Llava):
         flip: None, or a seed for the official code's random mirroring of whole videos, see VideoProcessor.
     """
 
+    takes_videos = True
+
     def __init__(self, checkpoint, device: torch.device, flip: int | None = None):
         super().__init__(checkpoint, device)
         reading = "original" if checkpoint.layout == "original" else "transformers"

@@ -13,6 +13,7 @@ import torch
 from llava.errors import UserError, unknown
 from llava.reduction.metadata import Card
 from llava.reduction.model_spec import ModelFacts
+from llava.reduction.option_names import with_current_names
 from llava.reduction.patch_grid import Layout
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import Signal
@@ -53,8 +54,8 @@ class Reducer:
         crops: how the budget of a picture in several crops is split, see llava/reduction/crop_budget.py. A method
         that acts only in the
             decoder ranks all tokens together.
-        share: where pictures differ in size, budgets are often shares of what there is (1/9); then `budget` is that
-            of the largest picture. 0 for the same number of tokens everywhere.
+        retention_ratio: ratio of each image's visual tokens to keep, for images that differ in size; `budget` is then
+            that of the largest image. 0 for the same number of tokens everywhere. Formerly `share`.
         newlines: what becomes of the newline tokens of LLaVA-NeXT where a method chooses among patches.
     """
 
@@ -71,15 +72,15 @@ class Reducer:
     positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))
 
     crops: str = option("each", "the budget over crops: even, by the first crop's attention, or all together", SPLITS)
-    share: float = option(0.0, "share of each picture's tokens instead of the budget, where pictures differ in size")
+    retention_ratio: float = option(0.0, "ratio of each image's visual tokens to keep, in place of a budget")
     newlines: str = option("drop", "newline tokens where patches are chosen: drop, or keep and count", NEWLINES)
 
     def __post_init__(self) -> None:
         """Reject values outside the choices of a field."""
         for known in fields(self):
             choices, value = known.metadata.get("choices"), getattr(self, known.name)
-            if known.name == "share" and not 0 <= value <= 1:
-                raise UserError(f"{self.name}.share must be between 0 and 1, got {value:g}.")
+            if known.name == "retention_ratio" and not 0 <= value <= 1:
+                raise UserError(f"{self.name}.retention_ratio must be between 0 and 1, got {value:g}.")
             if choices and value not in choices:
                 raise UserError(f"{self.name}.{known.name} must be one of {', '.join(choices)}, got {value!r}.")
 
@@ -109,12 +110,13 @@ class Reducer:
 
     def sized(self, budget: int) -> "Reducer":
         """The same method at another budget."""
-        return self if budget == self.budget and not self.share else replace(self, budget=budget, share=0.0)
+        unchanged = budget == self.budget and not self.retention_ratio
+        return self if unchanged else replace(self, budget=budget, retention_ratio=0.0)
 
     def for_picture(self, facts: ModelFacts) -> "Reducer":
         """The same method at the budget of one picture."""
-        if self.share:
-            return self.sized(max(1, int(self.share * facts.visual_tokens + 0.5)))
+        if self.retention_ratio:
+            return self.sized(max(1, int(self.retention_ratio * facts.visual_tokens + 0.5)))
         return self
 
     def crop_shares(
@@ -199,10 +201,13 @@ def options_of(cls: type[Reducer]) -> dict[str, Field]:
 
 
 def parse_options(cls: type[Reducer], options: dict[str, str]) -> dict[str, Any]:
-    """Turn `--set` texts into values of the fields' types; unknown keys are errors with a suggestion."""
+    """Turn `--set` texts into values of the fields' types; unknown keys are errors with a suggestion.
+
+    Former names of options are read as well.
+    """
     known = options_of(cls)
     values: dict[str, Any] = {}
-    for key, text in options.items():
+    for key, text in with_current_names(options).items():
         if key not in known:
             raise unknown(f"option of {cls.name}", key, known)
         values[key] = _parse(f"{cls.name}.{key}", text, type(known[key].default))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava.errors import UserError, unknown
+from llava.reduction.option_names import RETENTION_RATIO
 from llava.reduction.reducer import Reducer, options_of, parse_options
 
 METHODS: dict[str, type[Reducer]] = {}
@@ -51,17 +52,33 @@ def method(name: str) -> type[Reducer]:
     return METHODS[name]
 
 
-def build(name: str, budget: int, options: dict[str, Any] | None = None) -> Reducer:
+def build(
+    name: str, budget: int | None, options: dict[str, Any] | None = None, visual_tokens: int | None = None
+) -> Reducer:
     """A configured method.
 
     Args:
-        budget: visual tokens per image.
+        budget: visual tokens per image; None where `options` hold a retention ratio.
         options: field -> value, texts are parsed by the field's type.
+        visual_tokens: of the model's largest image, to say what a retention ratio comes to; None if not known yet.
+
+    Raises:
+        UserError: an unknown name or option, a wrong value, or both a budget and a retention ratio.
     """
     cls = method(name)
+    values = parse_options(cls, options or {})
+    ratio = values.get(RETENTION_RATIO, 0.0)
+    if ratio and budget is not None:
+        raise UserError(
+            f"A budget ({budget}) and a {RETENTION_RATIO} ({ratio:g}) are both given for {name}; leave one out."
+        )
+    if ratio:
+        if name == "full":
+            raise UserError(f"full keeps all visual tokens; leave {RETENTION_RATIO} out.")
+        budget = max(1, int(ratio * (visual_tokens or 0) + 0.5))
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise UserError(f"The budget must be a whole number of visual tokens of at least 1, got {budget!r}.")
-    return cls(budget=budget, **parse_options(cls, options or {}))
+    return cls(budget=budget, **values)
 
 
 def describe() -> list[dict[str, Any]]:

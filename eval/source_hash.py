@@ -1,0 +1,146 @@
+"""Hashes of the source that answers depend on: the model, the method, and every project module that they import.
+
+A stored answer is only valid for the code that made it. `answer_sources` follows the import statements of the modules
+of model and method, so that editing one method leaves the stored answers of all others valid. Files are parsed before
+they are hashed: comments, docstrings, formatting and the Python version do not matter.
+
+Modules of `eval` are not followed. What they contribute to an answer is its prompt and its pictures, and the answer
+store compares both for every question.
+"""
+
+import ast
+import hashlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from eval.config import ROOT
+
+# Imports from this package are not followed, see above.
+NOT_FOLLOWED = "eval"
+PIPELINE = "llava/pipeline/generate.py"  # what runs model and method; neither imports it
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def answer_sources(*objects: Any, root: Path = ROOT) -> dict[str, str]:
+    """File -> hash of its code, for the classes of `objects` and all project modules that they import.
+
+    Args:
+        objects: model and method.
+        root: folder of the project. Files outside of it are hashed under their name, and their imports are followed
+            into the project.
+    """
+    found: dict[Path, str] = {}
+    waiting = [path for thing in objects for path in class_files(type(thing), root)]
+    waiting += [path for path in [root / PIPELINE] if path.is_file()]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        state = path.stat()
+        found[path], imported = read_source(path, root, state.st_mtime_ns, state.st_size)
+        waiting += imported
+    return dict(sorted((file_name(path, root), digest) for path, digest in found.items()))
+
+
+def combined(files: Mapping[str, str]) -> str:
+    """One hash for all files."""
+    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:16]
+
+
+def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """Files whose code differs, each with what happened to it."""
+    return [
+        name if name in old and name in new else f"{name} ({'new' if name in new else 'gone'})"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def class_files(cls: type, root: Path) -> Iterator[Path]:
+    """Source files of a class and its bases, as far as they belong to the project or to the user's own code."""
+    for base in cls.__mro__:
+        try:
+            source = inspect.getsourcefile(base)
+        except (TypeError, OSError):  # built in, or typed at a prompt
+            continue
+        path = Path(source or "").resolve()
+        if path.is_file() and (base is cls or path.is_relative_to(root)):
+            yield path
+
+
+def file_name(path: Path, root: Path) -> str:
+    """The path below the project's root, or the bare name of a file elsewhere."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
+
+@lru_cache(maxsize=4096)
+def read_source(path: Path, root: Path, modified: int, size: int) -> tuple[str, tuple[Path, ...]]:
+    """Hash of a file's code, and the project files that it imports.
+
+    Args:
+        modified, size: of the file; the result is remembered until one of them changes.
+    """
+    tree = ast.parse(path.read_bytes())
+    imported = tuple(dict.fromkeys(project_files(tree, path, root)))
+    digest = hashlib.sha256("\0".join(canonical(tree)).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return digest, imported
+
+
+def canonical(node: Any) -> Iterator[str]:
+    """The code as words, without docstrings, positions, and fields that are empty (they vary with Python's version)."""
+    if isinstance(node, list):
+        yield "["
+        for item in node:
+            yield from canonical(item)
+        yield "]"
+    elif isinstance(node, ast.AST):
+        yield type(node).__name__
+        for name, value in ast.iter_fields(node):
+            if name == "body" and isinstance(node, DOCUMENTED):
+                value = without_docstring(value)
+            if value is not None and value != [] and not (name == "kind" and isinstance(node, ast.Constant)):
+                yield name
+                yield from canonical(value)
+        yield ";"
+    else:
+        yield f"{type(node).__name__} {node!r}"
+
+
+def without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+    first = body[0] if body else None
+    documented = (
+        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    )
+    return body[1:] if documented else body
+
+
+def project_files(tree: ast.Module, path: Path, root: Path) -> Iterator[Path]:
+    """Project files that are imported anywhere in a module, inside functions as well; `eval` is left out."""
+    package = path.relative_to(root).parent.parts if path.is_relative_to(root) else ()
+    for node in ast.walk(tree):
+        names: Iterable[tuple[str, ...]] = ()
+        if isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = (*above, *(node.module.split(".") if node.module else ()))
+            names = [(*base, alias.name) for alias in node.names]
+        for parts in names:
+            file = module_file(parts, root)
+            if file is not None and parts[0] != NOT_FOLLOWED:
+                yield file
+
+
+def module_file(parts: tuple[str, ...], root: Path) -> Path | None:
+    """The file behind a dotted name: a module, or for a name in a module that module; None outside the project."""
+    for length in (len(parts), len(parts) - 1):
+        if length < 1:
+            break
+        place = root.joinpath(*parts[:length])
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            if file.is_file():
+                return file
+    return None

@@ -1,0 +1,375 @@
+"""Stored answers are used again only where code, prompts and pictures are those that they were made with."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eval import run as run_module
+from eval.config import RunConfig
+from eval.run import run
+from eval.source_hash import answer_sources, changed_files, read_source
+from llava.errors import UserError
+from llava.reduction import registry
+from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
+
+METHOD = '''
+"""A method."""
+from dataclasses import dataclass
+from tests.eval_fakes import FakeReducer
+
+@dataclass(frozen=True)
+class Mine(FakeReducer):
+    """Documented."""
+
+    def rank(self, scores):
+        """Larger is better."""
+        return {sign}scores
+'''
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_gqa(tmp_path / "data")
+
+
+def config(data: Path, output: Path, **changes) -> RunConfig:
+    return RunConfig(method="first", budget=16, data=data, output=output, batch_size=4, wandb="disabled", **changes)
+
+
+def method_from(path: Path, source: str):
+    """An instance of the class `Mine` of a file with this source."""
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("mine", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mine"] = module
+    spec.loader.exec_module(module)
+    return module.Mine()
+
+
+def lines_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+
+
+def as_former_version_wrote_it(output: Path) -> None:
+    """A store without hashes of sources and pictures, and without runs.jsonl."""
+    (output / "runs.jsonl").unlink()
+    settings = json.loads((output / "settings.json").read_text())
+    del settings["sources"]
+    (output / "settings.json").write_text(json.dumps(settings))
+    lines = lines_of(output)
+    for line in lines:
+        del line["metadata"]["pictures"]
+    (output / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# -- code ----------------------------------------------------------------------------------------------------------
+
+
+def test_edited_code_does_not_return_old_scores(data, tmp_path):
+    """With the ranking of a method negated, the same command printed the old score, or a mixture of both."""
+    path = tmp_path / "mine.py"
+    run(config(data, tmp_path / "o", limit=8), FakeLlava(), method_from(path, METHOD.format(sign="")))
+    model, edited = FakeLlava(), method_from(path, METHOD.format(sign="-"))
+    with pytest.raises(UserError, match=r"answers made by other code: mine\.py changed since then; .* --restart"):
+        run(config(data, tmp_path / "o"), model, edited)
+    assert model.asked == [] and len(lines_of(tmp_path / "o")) == 8
+    assert run(config(data, tmp_path / "o", restart=True), model, edited)["asked"] == 40 == len(model.asked)
+    # The old code is there again, as is its store.
+    with pytest.raises(UserError, match=r"mine\.py changed"):
+        run(config(data, tmp_path / "o"), FakeLlava(), method_from(path, METHOD.format(sign="")))
+
+
+def test_comments_docstrings_and_formatting_are_no_edits(data, tmp_path):
+    path = tmp_path / "mine.py"
+    source = METHOD.format(sign="")
+    run(config(data, tmp_path / "o"), FakeLlava(), method_from(path, source))
+    other = source.replace("Larger is better.", "Smaller is worse.").replace('"""Documented."""', "pass  # nothing")
+    other = other.replace("\n    pass", '\n    """New."""').replace("(self, scores)", "(\n  self, scores,\n )")
+    model = FakeLlava()
+    run(config(data, tmp_path / "o"), model, method_from(path, other))
+    assert model.asked == []
+
+
+def test_the_sources_of_a_method_are_its_own_and_the_models(tiny):
+    """Editing one method must not invalidate the answers of all others."""
+    found = answer_sources(tiny, registry.build("consensusdrop", 4))
+    assert {
+        "consensusdrop/method.py",
+        "consensusdrop/fusion.py",
+        "llava/model/llava_arch.py",
+        "llava/pipeline/prefill.py",
+    } <= found.keys()
+    assert {"llava/model/checkpoint/load.py", "llava/reduction/reduction.py"} <= found.keys(), (
+        "imports inside functions count"
+    )
+    folders = {name.split("/")[0] for name in found}
+    assert folders == {"consensusdrop", "llava"}
+    assert "llava/hf/reduce.py" not in found, "nothing of an evaluation runs there"
+
+
+def write_project(root: Path, **files: str) -> None:
+    for name, source in files.items():
+        path = root / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(source))
+
+
+def test_imports_are_followed_through_the_project(tmp_path):
+    write_project(
+        tmp_path,
+        a__one="import b.two as two\nfrom . import near\nfrom .near import f\nimport os, json",
+        a__near="def f(): from c import three",
+        b__two="from b import CONSTANT",
+        c__three="import eval.run",
+        eval__run="",
+        unused="",
+    )
+    (tmp_path / "b" / "__init__.py").write_text("CONSTANT = 1")
+    waiting, seen = [tmp_path / "a" / "one.py"], set()
+    while waiting:
+        path = waiting.pop()
+        if path not in seen:
+            seen.add(path)
+            waiting += read_source(path, tmp_path, 0, 0)[1]
+    assert {p.relative_to(tmp_path).as_posix() for p in seen} == {
+        "a/one.py", "a/near.py", "b/two.py", "b/__init__.py", "c/three.py"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [
+        ("x = 1", "x = 1  # why", True),
+        ("x = 1", "x = 2", False),
+        ("x = 1", "x = True", False),
+        ("x = 1", "x = 1.0", False),
+        ("x = 'a'", "x = b'a'", False),
+        ("f(a, b)", "f(b, a)", False),
+        ("x = -y", "x = y", False),
+        ("a - (b - c)", "(a - b) - c", False),
+        ("if a:\n    b\nc", "if a:\n    b\n    c", False),
+        ("def f():\n    'text'\n    return 1", "def f(): return 1", True),
+        ("def f(x=1): pass", "def f(x=2): pass", False),
+        ("def f(*, x): pass", "def f(x): pass", False),
+        ("x = 'text'", "x = 'other'", False),
+        ("f'{x:.2f}'", "f'{x:.3f}'", False),
+    ],
+)
+def test_what_counts_as_an_edit(tmp_path, one, two, same):
+    paths = [tmp_path / "one.py", tmp_path / "two.py"]
+    for path, source in zip(paths, (one, two), strict=True):
+        path.write_text(source)
+    assert (read_source(paths[0], tmp_path, 0, 0) == read_source(paths[1], tmp_path, 0, 0)) is same
+
+
+def test_changes_are_named():
+    assert changed_files({"a": "1", "b": "1", "c": "1"}, {"a": "1", "b": "2", "d": "1"}) == ["b", "c (gone)", "d (new)"]
+
+
+def test_a_store_of_a_former_version_is_read_and_its_code_stays_unknown(data, tmp_path, capsys):
+    """Answers without a recorded commit were given the commit of the run that scored them."""
+    output = tmp_path / "o"
+    run(config(data, output), FakeLlava(), FakeReducer())
+    as_former_version_wrote_it(output)
+    for _ in range(2):  # scoring alone must not write today's hashes beside yesterday's answers
+        model = FakeLlava()
+        result = run(config(data, output), model, FakeReducer())
+        assert model.asked == [] and result["commit"] == "unknown" and result["code"] == "unknown"
+        assert result["code_unknown"] == 40 and result["scored_with"]["commit"] != ""
+        assert "sources" not in json.loads((output / "settings.json").read_text())
+    out = capsys.readouterr().out
+    assert "note: the code of 40 of 40 answers is unknown" in out
+    assert "note: 40 answers were stored by a former version without a hash of their images" in out
+
+
+def test_a_store_of_a_former_version_is_completed_with_a_note(data, tmp_path, monkeypatch):
+    output = tmp_path / "o"
+    run(config(data, output, limit=12), FakeLlava(), FakeReducer())
+    as_former_version_wrote_it(output)
+    result = run(config(data, output), FakeLlava(), FakeReducer())
+    assert result["code_unknown"] == 12 and any("12 of 40 answers is unknown" in note for note in result["remarks"])
+    assert result["commit"].startswith("unknown and ")
+    # From now on the code is known, and another one is refused.
+    monkeypatch.setattr(run_module, "answer_sources", lambda *objects: {"llava/model/llava_arch.py": "edited"})
+    with pytest.raises(UserError, match=r"made by other code: .*llava/.* changed"):
+        run(config(data, output), FakeLlava(), FakeReducer())
+
+
+def test_the_result_names_the_commit_of_its_answers(data, tmp_path, monkeypatch):
+    """A finished run that was scored again was stamped with the commit of the day."""
+    monkeypatch.setattr(run_module.provenance, "commit", lambda: "old")
+    run(config(data, tmp_path / "o", limit=8), FakeLlava(), FakeReducer())
+    monkeypatch.setattr(run_module.provenance, "commit", lambda: "new")
+    again = run(config(data, tmp_path / "o", limit=8), FakeLlava(), FakeReducer())
+    assert again["commit"] == "old" and again["scored_with"]["commit"] == "new"
+    grown = run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+    assert grown["commit"] == "old and new"
+    assert "the answers were made with different commits (old: 8 answers; new: 32 answers)" in grown["remarks"]
+
+
+# -- pictures and prompts ------------------------------------------------------------------------------------------
+
+
+def test_changed_pictures_do_not_return_old_scores(data, tmp_path):
+    """A copy of POPE with noise in place of its pictures still scored 100.0, with no question asked."""
+    run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+    Image.effect_noise((32, 32), 90).convert("RGB").save(data / "gqa" / "data" / "images" / "n3.jpg")
+    model = FakeLlava()
+    with pytest.raises(UserError, match=r"holds 8 answers to other images .* \(questions 1003, 1008, 1013, \.\.\.\)"):
+        run(config(data, tmp_path / "o"), model, FakeReducer())
+    # Questions about the other pictures are not touched by it.
+    assert run(config(data, tmp_path / "o", limit=3), model, FakeReducer())["asked"] == 3
+    assert model.asked == []
+
+
+def test_the_same_pictures_elsewhere_are_the_same(data, tmp_path):
+    run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+    other = write_gqa(tmp_path / "copy")
+    model = FakeLlava()
+    run(config(other, tmp_path / "o"), model, FakeReducer())
+    assert model.asked == []
+
+
+def test_a_picture_that_changes_back_is_accepted(data, tmp_path):
+    """The digest is remembered for as long as size and time of a file stay."""
+    run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+    picture = data / "gqa" / "data" / "images" / "n0.jpg"
+    content = picture.read_bytes()
+    picture.write_bytes(content + b"x")
+    with pytest.raises(UserError, match="other images"):
+        run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+    picture.write_bytes(content)
+    run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+
+
+def test_a_changed_prompt_is_seen(data, tmp_path):
+    """The prompt is made by the benchmark's code, which no other setting covers."""
+    run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+    lines = lines_of(tmp_path / "o")
+    lines[5]["prompt"] = "Is there a thing?"
+    (tmp_path / "o" / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"holds 1 answers to other prompts .* \(questions 1005\)"):
+        run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
+
+
+# -- partial results -----------------------------------------------------------------------------------------------
+
+
+def test_a_limit_after_a_full_run_leaves_the_complete_result_alone(data, tmp_path):
+    """`--limit 50` overwrote result.json and the submission with 50 questions, and timed all of them."""
+    output = tmp_path / "o"
+    run(config(data, output), FakeLlava(), FakeReducer())
+    before = {name: (output / name).read_bytes() for name in ("result.json", "predictions.json")}
+    part = run(config(data, output, limit=10), FakeLlava(), FakeReducer())
+    assert before == {name: (output / name).read_bytes() for name in before}
+    assert json.loads((output / "limit10" / "result.json").read_text())["asked"] == 10
+    assert len(json.loads((output / "limit10" / "predictions.json").read_text())) == 10
+    assert part["timing"]["questions"] == 8, "the third batch holds questions 11 and 12 as well"
+    whole = run(config(data, output, limit=40), FakeLlava(), FakeReducer())
+    assert not whole["partial"] and whole["timing"]["questions"] == 40
+
+
+def test_timing_without_positions_is_counted_by_order(data, tmp_path):
+    """Former versions did not write where a batch begins."""
+    output = tmp_path / "o"
+    run(config(data, output), FakeLlava(), FakeReducer())
+    lines = [json.loads(line) for line in (output / "timing.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["first"]
+    (output / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(config(data, output, limit=10), FakeLlava(), FakeReducer())["timing"]["questions"] == 8
+
+
+def test_restart_moves_partial_results_and_submissions(data, tmp_path):
+    output = tmp_path / "o"
+    run(config(data, output), FakeLlava(), FakeReducer())
+    run(config(data, output, limit=10), FakeLlava(), FakeReducer())
+    (output / "mine.txt").write_text("not of a run")
+    run(config(data, output, restart=True, limit=4), FakeLlava(), FakeReducer())
+    moved = {path.name for path in (output / "replaced-1").iterdir()}
+    assert moved == {
+        "result.json", "predictions.json", "limit10", "answers.jsonl", "timing.jsonl", "runs.jsonl", "settings.json"
+    }  # fmt: skip
+    left = {path.name for path in output.iterdir()}
+    assert left == {
+        "replaced-1", "limit4", "mine.txt", "lock", "answers.jsonl", "timing.jsonl", "runs.jsonl", "settings.json"
+    }  # fmt: skip
+
+
+# -- what the result says ------------------------------------------------------------------------------------------
+
+
+def test_notes_of_the_loading_reach_the_result(data, tmp_path, capsys):
+    """Sliding window, quantisation, missing temporal attention: the notes of the checkpoint were read by nobody."""
+    model = FakeLlava()
+    model.notes = ("The decoder's sliding window of 4 tokens is not applied.",)
+    result = run(config(data, tmp_path / "o"), model, FakeReducer())
+    assert result["remarks"][0] == model.notes[0]
+    assert json.loads((tmp_path / "o" / "result.json").read_text())["remarks"] == result["remarks"]
+    assert capsys.readouterr().out.count(model.notes[0]) == 1
+
+
+def test_the_configuration_is_flat_and_resolved(data, tmp_path):
+    """W&B had the budget at `config.config.budget`, and neither profile nor source nor limit."""
+    result = run(config(data, tmp_path / "o", limit=8), FakeLlava(), FakeReducer())
+    written = json.loads((tmp_path / "o" / "limit8" / "result.json").read_text())["config"]
+    assert written == result["config"]
+    expected = {
+        "benchmark": "gqa",
+        "split": "testdev",
+        "profile": "llava",
+        "limit": 8,
+        "model": "fake",
+        "method": "first",
+        "budget": 16,
+        "retention_ratio": None,
+        "seed": 0,
+        "options": {"alpha": 0.5},
+    }
+    assert {key: written[key] for key in expected} == expected
+    assert written["source"] not in ("auto", None, "")
+    assert result["settings"]["config"]["budget"] == 16, "where readers of former versions find it"
+
+
+def test_logging_gets_the_flat_configuration_and_a_name_of_its_own(data, tmp_path, monkeypatch):
+    """A run of 50 questions and the full run had the same name and the same configuration in W&B."""
+    seen = []
+
+    def start(mode, output, settings):
+        seen.append((output, settings))
+        return run_module.tracking.Tracker()
+
+    monkeypatch.setattr(run_module.tracking, "start", start)
+    for limit in (8, None):
+        run(config(data, tmp_path / "o", limit=limit), FakeLlava(), FakeReducer())
+    assert [output for output, _ in seen] == [tmp_path / "o" / "limit8", tmp_path / "o"]
+    assert [settings["limit"] for _, settings in seen] == [8, None]
+    for _, settings in seen:
+        assert settings["budget"] == settings["config"]["budget"] == 16
+        assert {"profile", "source", "method", "benchmark", "model", "retention_ratio", "seed"} <= settings.keys()
+
+
+# -- litter --------------------------------------------------------------------------------------------------------
+
+
+def test_temporary_files_of_killed_runs_are_removed(data, tmp_path):
+    """`.predictions.json.PID` stayed behind for ever after a kill."""
+    output = tmp_path / "o"
+    run(config(data, output), FakeLlava(), FakeReducer())
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (output / "limit5").mkdir()
+    litter = [output / f".predictions.json.{dead.pid}", output / "limit5" / f".result.json.{dead.pid}"]
+    litter.append(output / f".result.json.{os.getpid()}")
+    kept = [output / f".result.json.{os.getppid()}", output / ".notes.txt", output / ".settings.1"]
+    for path in litter + kept:
+        path.write_text("half")
+    run(config(data, output), FakeLlava(), FakeReducer())
+    assert not any(path.exists() for path in litter) and all(path.exists() for path in kept)
