@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval import benchmarks
+from eval.answers.jsonl import write_json
+from eval.benchmarks.base import Benchmark, Need
+from eval.benchmarks.hub import local_copy
 from eval.command import ends_in_a_sentence, make_parser
 from eval.config import DEFAULT_DATA
-from eval.dataset import Benchmark, Need
-from eval.hub import local_copy
-from eval.jsonl import write_json
 from llava.errors import UserError
 
 COMPLETE, INCOMPLETE, ABSENT = "complete", "incomplete", "absent"

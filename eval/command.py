@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
 from eval import benchmarks
+from eval.benchmarks.base import PROFILES, SOURCES, Dataset
 from eval.config import DEFAULT_DATA, path_name
-from eval.dataset import PROFILES, SOURCES, Dataset
 from llava.errors import UserError
 
 P = ParamSpec("P")

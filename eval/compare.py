@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.answer_file import read_answers
+from eval.answers.jsonl import read_json, write_json
+from eval.answers.reading import read_answers
+from eval.benchmarks.base import Dataset
 from eval.command import add_data_flags, ends_in_a_sentence, make_parser, open_dataset
-from eval.dataset import Dataset
-from eval.jsonl import read_json, write_json
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.judging.choice import check_judge, score_answers
 from eval.results import statistics

@@ -36,8 +36,8 @@ class RunConfig:
         picture: how pictures are read, where the model's family leaves a choice; llava.model.builder parses the texts.
         quantization: "8bit" or "4bit".
         max_new_tokens: None for what the benchmark's profile says.
-        profile: how questions are asked and answers read, eval.dataset.PROFILES; None for the benchmark's default.
-        source: which files the questions come from, eval.dataset.SOURCES.
+        profile: how questions are asked and answers read, eval.benchmarks.base.PROFILES; None for the default one.
+        source: which files the questions come from, eval.benchmarks.base.SOURCES.
         judge: who scores answers that a model has to judge; see eval/judging/choice.py. Answers do not depend on it.
     """
 

@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from eval import benchmarks
 from eval.answers import AnswerStore, result_folder
+from eval.answers.jsonl import write_file, write_json
+from eval.answers.reuse import check_reuse
+from eval.answers.source_hash import answer_sources, combined
+from eval.benchmarks.base import Dataset, Question
+from eval.benchmarks.media import digest_of
 from eval.config import RunConfig
-from eval.dataset import Dataset, Question
-from eval.jsonl import write_file, write_json
 from eval.judging.choice import check_judge, score_answers
-from eval.pictures import digest_of
 from eval.results import cost, provenance, report, tracking
-from eval.reuse import check_reuse
 from eval.settings import build_reducer, default_output, device_name, flat_config, store_settings
-from eval.source_hash import answer_sources, combined
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.reduction.crop_budget import require
@@ -73,7 +73,7 @@ class Job:
 
     def credits(self, questions: Sequence[Question], texts: Sequence[str]) -> list[float]:
         """What each answer is worth; nothing where the benchmark has no credit for a single answer."""
-        judge = self.data.judge
+        judge = self.data.sample_score
         return [] if judge is None else [judge(q, text) for q, text in zip(questions, texts, strict=True)]
 
     def check_budget(self, lines: Sequence[dict[str, Any]]) -> None:
@@ -356,7 +356,7 @@ def sample_table(job: Job, store: AnswerStore) -> list[list[Any]]:
     for number, question in enumerate(job.planned[: tracking.TABLE_ROWS]):
         line = store.answers[question.id]
         mean = line["metadata"]["audit"]["mean"]
-        credit = job.data.judge(question, line["text"]) if job.data.judge is not None else None
         picture = job.data.sample(question).image if number < tracking.TABLE_PICTURES else None
+        credit = job.data.sample_score(question, line["text"]) if job.data.sample_score is not None else None
         rows.append([question.id, picture, None, question.question, question.answer, line["text"], credit, mean])
     return rows

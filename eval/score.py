@@ -2,7 +2,7 @@
 
 python -m eval.score gqa --answers merge.jsonl --data playground/data/eval
 
-Files of LLaVA's scripts, of lmms-eval (samples_*.jsonl) and of this repository are read; see eval/answer_file.py.
+Files of LLaVA's scripts, of lmms-eval (samples_*.jsonl) and of this repository are read; see eval/answers/reading.py.
 """
 
 import sys
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
-from eval.answer_file import read_answers
+from eval.answers.jsonl import write_json
+from eval.answers.reading import read_answers
+from eval.benchmarks.base import Benchmark, Dataset, Question
 from eval.command import add_data_flags, ends_in_a_sentence, make_parser, open_dataset
 from eval.config import DEFAULT_DATA
-from eval.dataset import Benchmark, Dataset, Question
-from eval.jsonl import write_json
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.judging.choice import check_judge, score_answers
 from eval.results.report import score_lines, scored
@@ -32,9 +32,9 @@ def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "a
     return {"title": data.title, "facts": {**data.facts, **judged}, "available": len(data.questions), **record}
 
 
-def score_alone(path: Path, benchmark: Benchmark) -> dict[str, Any] | None:
-    """Score a file that contains its own references; None if it does not, or the benchmark has no such format."""
-    score = benchmark.score_alone(path) if benchmark.score_alone is not None else None
+def score_alone(path: Path, benchmark: Benchmark, partial: bool = False) -> dict[str, Any] | None:
+    """The record of a file that holds its references; None if it does not, or the benchmark has no such format."""
+    score = benchmark.score_alone(path, partial) if benchmark.score_alone is not None else None
     if score is None:
         return None
     record = scored(score, [Question(name, "", "", (), "") for name in score.correct])
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = p.parse_args(arguments)
     path, benchmark = Path(args.answers), benchmarks.get(args.benchmark)
     has_data = args.data != str(DEFAULT_DATA) and benchmark.is_in(Path(args.data))
-    record = None if has_data else score_alone(path, benchmark)
+    record = None if has_data else score_alone(path, benchmark, args.partial)
     if record is None:
         data = open_dataset(args.benchmark, args.data, args.split, args.profile, args.source)
         record = score_file(path, data, args.partial, args.judge)

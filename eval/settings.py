@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.answers import flatten
+from eval.benchmarks.base import Dataset
 from eval.config import FULL, RunConfig
-from eval.dataset import Dataset
 from llava.errors import UserError, unknown
 from llava.reduction.option_names import with_former_names
 

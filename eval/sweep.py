@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from eval import benchmarks
 from eval.answers import current_settings
+from eval.answers.jsonl import read_jsonl
+from eval.answers.reuse import check_reuse
+from eval.answers.source_hash import combined
+from eval.benchmarks.base import Dataset
 from eval.config import RunConfig
-from eval.dataset import Dataset
-from eval.jsonl import read_jsonl
 from eval.results import tracking
-from eval.reuse import check_reuse
 from eval.run import prepare, run
-from eval.source_hash import combined
 from llava.errors import UserError
 from llava.model.encoded_image import Picture, picture_of
 from llava.model.llava_arch import Llava
@@ -220,7 +220,7 @@ def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa", lim
     """Question id -> credit, from a finished run's answers to the first `limit` questions, or all."""
     questions = {question.id: question for question in _dataset(benchmark, data, split).questions[:limit]}
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    judge = _dataset(benchmark, data, split).judge
+    judge = _dataset(benchmark, data, split).sample_score
     if judge is None:
         raise UserError(
             f"{benchmark} has no score for a single answer, which a sweep compares; take another benchmark."

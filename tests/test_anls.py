@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.metrics import anls
+from eval.benchmarks.documents import metric as anls
 
 TABLE = json.loads((Path(__file__).parent / "data" / "anls" / "table.json").read_text())
 
@@ -46,3 +46,9 @@ def test_the_score_is_the_mean_and_a_question_counts_in_each_of_its_kinds():
     assert score.values == {"anls": 87.5, "anls_m4c": 87.5} and score.main == "anls"
     assert score.groups == {"question type": {"form": (87.5, 2), "table/list": (100.0, 1)}}
     assert score.correct == {"1": 1.0, "2": 0.75}
+
+
+def test_lengths_are_those_of_upper_case_texts():
+    """The official script divides by len(text.upper()): "ß" is two letters there, the ligature "ﬁ" too."""
+    assert anls.anls("gasse", ["gaße"]) == pytest.approx(1 - 2 / 5)
+    assert anls.anls("straße x", ["straße"]) == pytest.approx(1 - 2 / 9)

@@ -1,14 +1,16 @@
 """Answer files of others: every naming is read, and nothing that does not fit is scored in silence."""
 
+import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from eval.answer_file import read_answers
-from eval.dataset import Dataset, Question
+from eval.answers.reading import read_answers
+from eval.benchmarks.base import Dataset, Question
+from eval.benchmarks.media import Folder
 from eval.metrics import Score
-from eval.pictures import Folder
 from llava.errors import UserError
 
 PICTURE_IDS = ("p1", "p1", "p2")
@@ -141,3 +143,70 @@ def test_picture_ids_without_a_prompt_are_not_guessed(tmp_path):
     rows = [{"question_id": p, "text": "a"} for p in PICTURE_IDS]
     with pytest.raises(UserError, match=r"2 questions without a prediction"):
         read_answers(written(tmp_path, *rows), dataset())
+
+
+def test_prompts_of_other_questions_are_refused(tmp_path):
+    """Answers to another benchmark with the same ids got a score; a few other prompts are noted."""
+    rows = [
+        {"question_id": f"{p}#{n}", "text": "t", "prompt": f"Count the birds {n}"} for n, p in enumerate(PICTURE_IDS)
+    ]
+    with pytest.raises(UserError, match=r"3 of 3 recorded prompts .* p1#0 was asked 'Count the birds 0'"):
+        read_answers(written(tmp_path, *rows), dataset(), partial=True)
+    rows[1:] = [row | {"prompt": f"what is  THING {n}?\nOther words."} for n, row in enumerate(rows[1:], start=1)]
+    assert read_answers(written(tmp_path, *rows), dataset()).notes == (
+        "1 of 3 recorded prompts do not hold their question (p1#0)",
+    )
+
+
+def test_rows_of_another_lmms_eval_task_are_refused(tmp_path):
+    """Rows are numbers: samples of AI2D were scored as LLaVA-Bench."""
+    rows = [row | {"doc": {"question": f"Which planet is number {row['doc_id']}"}} for row in LMMS]
+    with pytest.raises(UserError, match="answers other questions than those of a set"):
+        read_answers(written(tmp_path, *rows), dataset())
+
+
+def test_a_store_of_another_benchmark_is_refused_where_all_prompts_are_alike(tmp_path):
+    """Captions are all asked in the same words: answers to Flickr30k were scored as NoCaps."""
+    questions = tuple(Question(str(n), "Describe it.", "", (f"{n}.jpg",), "x") for n in range(3))
+    data = dataclasses.replace(dataset(benchmark="nocaps"), questions=questions)
+    path = written(tmp_path, *({"question_id": str(n), "prompt": "Describe it.", "text": "a"} for n in range(3)))
+    assert len(read_answers(path, data).texts) == 3
+    (tmp_path / "settings.json").write_text(json.dumps({"benchmark": "flickr30k"}))
+    with pytest.raises(UserError, match=r"holds answers to flickr30k, as .*settings\.json says, not to nocaps"):
+        read_answers(path, data)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": ' * 100_000, "nested too deeply"),
+        (b'[{"question_id": "a", "text": "x"}]'.replace(b"[", b"[" * 100_000), "nested too deeply"),
+        (b'{"question_id": "a", "text": "x", "text": "y"}\n', "the key 'text' stands twice"),
+        (b'{\n"p1#0": "a",\n"p1#0": "b"}', "the key 'p1#0' stands twice"),
+        (rb'{"question_id": "p1#0", "text": "\ud83d"}', "half of a surrogate pair"),
+        (b'{"question_id": ' + b"9" * 5000 + b', "text": "a"}\n{}', "a number with too many digits"),
+    ],
+)
+def test_json_that_python_reads_in_silence_or_not_at_all_is_refused(tmp_path, content, message):
+    """Deep nesting was a RecursionError, of two equal keys the last won, half a character failed when written."""
+    path = tmp_path / "answers.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_answers(path, dataset())
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    """A pipe hung, a folder was a traceback, and a broken link in the place of an optional file was "no such file"."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name, message in (
+        ("pipe", "should be a regular file, not a pipe"),
+        (".", "should be a regular file, not a folder"),
+        ("loop", "Too many levels of symbolic links"),
+        ("broken", "a link to .*nowhere, which does not exist"),
+        ("x" * 300, "File name too long"),
+        ("absent", "No such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_answers(tmp_path / name, dataset())

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from eval.answers import AnswerStore
+from eval.answers.jsonl import DurableLines, write_json
 from eval.config import RunConfig
-from eval.jsonl import DurableLines, write_json
 from eval.run import run
 from llava.errors import UserError
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa

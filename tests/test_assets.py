@@ -58,7 +58,7 @@ def test_the_embedded_model_answers(embedded, dataset, method, budget, least):
     """Every 40th question: a broken checkpoint, prompt or preprocessing falls to chance, about 30 %."""
     questions = dataset.questions[::40]
     batch = generate(embedded, [dataset.sample(q) for q in questions], registry.build(method, budget), max_new_tokens=4)
-    credits = [dataset.judge(q, a.text) for q, a in zip(questions, batch.answers, strict=True)]
+    credits = [dataset.sample_score(q, a.text) for q, a in zip(questions, batch.answers, strict=True)]
     assert sum(credits) / len(credits) >= least
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.metrics import chartqa
+from eval.benchmarks.chartqa import metric as chartqa
 
 TABLE = json.loads((Path(__file__).parent / "data" / "chartqa" / "table.json").read_text())
 

@@ -23,9 +23,9 @@ def test_a_mean_out_of_reach_is_counted_by_kept_tokens(tiny):
 
 
 def cell(name, mean, by_kept=False, budget=64):
-    credit = {f"q{i}": float(i < mean) for i in range(100)}
+    sample_score = {f"q{i}": float(i < mean) for i in range(100)}
     return embedded.Cell(
-        Setting(name, budget), credit, Interval(mean, mean - 1, mean + 1), 64.0, 8e5, 2e9, by_kept, 0.02
+        Setting(name, budget), sample_score, Interval(mean, mean - 1, mean + 1), 64.0, 8e5, 2e9, by_kept, 0.02
     )
 
 

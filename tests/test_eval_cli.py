@@ -17,9 +17,9 @@ from PIL import Image
 from eval import __main__ as cli
 from eval import benchmarks, score
 from eval import run as run_module
+from eval.benchmarks.prompts import LETTER, SHORT, VIZ, split_suffix
 from eval.config import RunConfig, method_options, options_by_method
 from eval.efficiency.latency import reducers_of
-from eval.prompts import LETTER, SHORT, VIZ, split_suffix
 from eval.results import cost, provenance
 from eval.run import run
 from llava.errors import UserError

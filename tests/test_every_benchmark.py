@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from eval import benchmarks
+from eval.answers.jsonl import write_file
+from eval.benchmarks.base import Dataset
+from eval.benchmarks.media import Videos
 from eval.config import ROOT
-from eval.dataset import Dataset
-from eval.jsonl import write_file
-from eval.pictures import Videos
 from eval.results.report import intervals
 from eval.score import score_file
 from llava.errors import UserError
@@ -125,9 +125,22 @@ def test_questions_and_pictures_are_there(case):
 
 def test_credit_of_one_answer_agrees_with_the_score(case):
     data, texts = case
-    if data.judge is None:
+    if data.sample_score is None:
         return
     score = data.score(list(texts), texts)
     for question in data.questions[:20]:
         if question.id in score.correct:
-            assert data.judge(question, texts[question.id]) == pytest.approx(score.correct[question.id])
+            assert data.sample_score(question, texts[question.id]) == pytest.approx(score.correct[question.id])
+
+
+def test_lmms_evals_profile_strips_answers_before_scoring(case):
+    """lmms-eval strips every answer: with a newline after each, ChartQA fell from 100 to 29.49, GQA to 0."""
+    data, texts = case
+    if data.facts.get("profile") != "lmms" or data.benchmark in ("nocaps", "flickr30k"):
+        return
+    spaced = {name: f" {text}\n" for name, text in texts.items()}
+    assert data.score(list(texts), spaced).values == data.score(list(texts), texts).values
+    assert data.submission(spaced) == data.submission(texts)
+    if data.sample_score is not None:
+        question = data.questions[0]
+        assert data.sample_score(question, spaced[question.id]) == data.sample_score(question, texts[question.id])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.metrics import gqa
+from eval.benchmarks.gqa import metric as gqa
+from eval.metrics import accuracy
 from llava.errors import UserError
 
 VECTORS = Path(__file__).parent / "data" / "gqa"
@@ -28,7 +29,7 @@ def choices() -> dict:
 @pytest.fixture(scope="module")
 def predictions() -> dict:
     lines = [json.loads(line) for line in (VECTORS / "synthetic_answers.jsonl").read_text().splitlines()]
-    return gqa.by_question((line["question_id"], gqa.normalise(line["text"])) for line in lines)
+    return gqa.by_question((line["question_id"], accuracy.normalise(line["text"])) for line in lines)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_accuracy_is_the_mean_of_the_credits(score):
     ],
 )
 def test_normalise_strips_final_full_stops_and_nothing_else(text, expected):
-    assert gqa.normalise(text) == expected
+    assert accuracy.normalise(text) == expected
 
 
 def test_without_choices_and_all_questions_the_rest_is_unchanged(questions, predictions, score):

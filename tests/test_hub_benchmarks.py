@@ -11,10 +11,12 @@ import openpyxl
 import pytest
 
 from eval import benchmarks, check_data
-from eval.answer_file import read_answers
-from eval.dataset import Dataset
-from eval.metrics import letters, mmstar, ocrbench
-from eval.prompts import LETTER, SHORT
+from eval.answers.reading import read_answers
+from eval.benchmarks.base import Dataset
+from eval.benchmarks.mmstar import metric as mmstar
+from eval.benchmarks.ocrbench import metric as ocrbench
+from eval.benchmarks.prompts import LETTER, SHORT
+from eval.metrics import letters
 from llava.errors import UserError
 from tests.hub_copies import picture, write
 
@@ -46,7 +48,7 @@ def score(data: Dataset, *texts: str):
     [("B", 1), ("b", 1), ("B.", 1), ("(B)", 1), (" B. the dog", 1), ("B the dog", 0), ("b. the dog", 0), ("B: x", 0)],
 )
 def test_ai2d_reads_a_leading_capital_with_full_stop_or_the_whole_answer(text, expected):
-    assert letters.ai2d_credit(text, "B") == expected
+    assert letters.ai2d_score(text, "B") == expected
 
 
 @pytest.mark.parametrize(
@@ -69,9 +71,9 @@ def test_extractor_ranks_forms_before_places(text, expected):
 
 
 def test_realworldqa_reads_letters_and_words_differently():
-    assert letters.realworldqa_credit("The answer is B", "B") == 1
-    assert letters.realworldqa_credit("Downhill.", "downhill") == 1
-    assert letters.realworldqa_credit("It is downhill", "Downhill") == 0
+    assert letters.realworldqa_score("The answer is B", "B") == 1
+    assert letters.realworldqa_score("Downhill.", "downhill") == 1
+    assert letters.realworldqa_score("It is downhill", "Downhill") == 0
 
 
 # -- AI2D, ChartQA, RealWorldQA --------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def test_ai2d(tmp_path):
     assert found.main == "exact_match" and found.values["exact_match"] == pytest.approx(200 / 3)
     assert found.notes == ("the data set has 3 questions, published numbers are about 3,088",)
     assert data.max_new_tokens == 16 and data.facts["data_set"] == "lmms-lab/ai2d"
-    assert data.judge is not None and data.judge(data.questions[0], "b") == 1
+    assert data.sample_score is not None and data.sample_score(data.questions[0], "b") == 1
 
 
 def test_the_new_owner_is_preferred_and_a_missing_copy_is_explained(tmp_path):
@@ -109,7 +111,7 @@ def test_the_new_owner_is_preferred_and_a_missing_copy_is_explained(tmp_path):
 
 def test_ai2d_refuses_an_index_beyond_the_options(tmp_path):
     write(tmp_path, "lmms-lab/ai2d", "test", [{**ai2d_rows()[0], "answer": "3"}])
-    with pytest.raises(UserError, match=r"Row 0 of .* has answer '3', expected an index of its 3 options"):
+    with pytest.raises(UserError, match=r"row 0 has answer '3', expected an index of its 3 options"):
         load(tmp_path, "ai2d")
 
 
@@ -181,7 +183,7 @@ def test_docvqa_test_is_a_file_for_the_server(tmp_path):
     write(tmp_path, "lmms-lab/DocVQA", "test", document_rows([None, None]), "DocVQA")
     data = load(tmp_path, "docvqa", split="test")
     found = score(data, "1996", "12")
-    assert found.values == {"anls": None} and not found.correct and data.judge is None
+    assert found.values == {"anls": None} and not found.correct and data.sample_score is None
     assert "docvqa_test_for_submission.json" in found.notes[0]
     assert data.submission({"337": "1996", "338": "12"}) == {
         "docvqa_test_for_submission.json": [{"questionId": 337, "answer": "1996"}, {"questionId": 338, "answer": "12"}]
@@ -232,7 +234,7 @@ def test_ocrbench_in_lmms_eval_has_no_instruction_and_folds_full_width_ascii(tmp
 
 
 def test_ocrbench_folds_nothing_in_formulas():
-    assert not ocrbench.credit("x=1", ocrbench.Item(["x=１"], "HME100k", ocrbench.TYPES[-1]), fold=True)
+    assert not ocrbench.sample_score("x=1", ocrbench.Item(["x=１"], "HME100k", ocrbench.TYPES[-1]), fold=True)
 
 
 def test_a_thousand_questions_are_points_alone():
@@ -267,7 +269,7 @@ def test_an_unknown_type_is_named(tmp_path):
     ],
 )
 def test_mmstar_looks_at_first_characters(text, expected):
-    assert mmstar.official_credit(text, "B") == expected
+    assert mmstar.official_sample_score(text, "B") == expected
 
 
 def star_rows() -> list[dict[str, Any]]:

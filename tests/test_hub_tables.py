@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from eval import benchmarks, check_data
-from eval.hub import open_table
+from eval.benchmarks.hub import open_table
+from eval.benchmarks.records import NotRequired, TypedDict
 from llava.errors import UserError
 from tests.eval_fakes import write_gqa
 
@@ -31,10 +32,19 @@ def write_table(data, name: str, rows: list[dict], split: str = "test", images: 
     table.to_parquet(path / f"{split}-00000-of-00001.parquet")
 
 
+class Row(TypedDict):
+    q: str
+    z: NotRequired[str]
+
+
+class Answered(Row):
+    answer: str
+
+
 def test_rows_and_pictures(tmp_path):
     write_table(tmp_path, "new/X", [{"q": "a", "image": png("red")}, {"q": "b", "image": png("blue")}])
     table = open_table(tmp_path, ("new/X", "old/X"), None, "test")
-    assert table.id == "new/X" and table.records(("q",), optional=("z",)) == [{"q": "a"}, {"q": "b"}]
+    assert table.id == "new/X" and table.records(Row) == [{"q": "a"}, {"q": "b"}]
     pictures = table.pictures()
     assert pictures.missing(["0/image", "2/image"]) == ["2/image"]
     assert pictures.open("1/image").getpixel((0, 0)) == (0, 0, 255)
@@ -51,7 +61,7 @@ def test_missing_copies_columns_and_splits_are_named(tmp_path):
         open_table(tmp_path, ("new/X", "old/X"), None, "test")
     write_table(tmp_path, "new/X", [{"q": "a", "image": png("red")}])
     with pytest.raises(UserError, match="has no column answer; it has q, image"):
-        open_table(tmp_path, ("new/X",), None, "test").records(("q", "answer"))
+        open_table(tmp_path, ("new/X",), None, "test").records(Answered)
     with pytest.raises(UserError, match="Cannot read split val of"):
         open_table(tmp_path, ("new/X",), None, "val")
 

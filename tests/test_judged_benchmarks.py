@@ -7,9 +7,10 @@ import datasets
 import numpy as np
 import pytest
 
-from eval.benchmarks import llava_bench as llava_bench_set
-from eval.benchmarks import mmvet as mmvet_set
-from eval.metrics import llava_bench, mmvet
+from eval.benchmarks.llava_bench import data as llava_bench_set
+from eval.benchmarks.llava_bench import metric as llava_bench
+from eval.benchmarks.mmvet import data as mmvet_set
+from eval.benchmarks.mmvet import metric as mmvet
 from llava.errors import UserError
 from tests.judged_files import judged, load, write_json, write_lines
 
@@ -127,7 +128,7 @@ def test_mmvet_replies(reply, expected):
 
 
 @pytest.mark.parametrize(
-    ("answer", "text", "credit"),
+    ("answer", "text", "sample_score"),
     [
         ("-1<AND>-5", "x = -1 or x = -5", 1),
         ("-1<AND>-5", "x = 1 or x = -5", 0.5),
@@ -138,8 +139,8 @@ def test_mmvet_replies(reply, expected):
         ("1,000", "about 1000 people", 1),
     ],
 )
-def test_mmvet_word_match(answer, text, credit):
-    assert mmvet.match(text, answer) == credit
+def test_mmvet_word_match(answer, text, sample_score):
+    assert mmvet.match(text, answer) == sample_score
 
 
 def write_mmvet(data: Path, folder="mm-vet", with_prompts=True) -> Path:

@@ -7,15 +7,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from eval import score as score_module
-from eval.dataset import Dataset, Question
-from eval.jsonl import read_jsonl
-from eval.judging import Judging, Request, prompts
+from eval.answers.jsonl import read_jsonl
+from eval.benchmarks.base import Dataset, Question
+from eval.benchmarks.media import Folder
+from eval.judging import Judging, Request, choice, prompts
 from eval.judging.ask import ask, count_tokens, estimate
 from eval.judging.choice import check_judge, score_answers, unjudged
 from eval.judging.endpoint import Endpoint, configured, endpoint
 from eval.judging.store import Store, line
 from eval.metrics import Score
-from eval.pictures import Folder
 from llava.errors import UserError
 
 KEY = "sk-very-secret"
@@ -438,3 +438,13 @@ def test_scoring_a_file_keeps_the_verdicts_beside_it(server, tmp_path, monkeypat
     assert score_module.main([*arguments, "--judge", "match"]) == 0
     assert "score_match    50.00" in capsys.readouterr().out
     assert score_module.main([*arguments, "--judge", "nowhere.json"]) == 2
+
+
+def test_judges_without_a_name_or_version_are_not_said_to_be_others():
+    """LLaVA's own grade files name the model "gpt-4", its reviews none: both were called incomparable."""
+    how = judging(official="gpt-4-0613")
+    assert choice._about(how, ["gpt-4-0613"]) == "judged by gpt-4-0613, as the published numbers"
+    assert "a name without a version" in choice._about(how, ["gpt-4"])
+    assert "the file does not name its judge" in choice._about(how, [])
+    assert "cannot be compared" in choice._about(how, ["gpt-4o"])
+    assert (choice.as_list("gpt-4"), choice.as_list(["a", "b"]), choice.as_list(None)) == (["gpt-4"], ["a", "b"], [])

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from eval import benchmarks
+from eval.benchmarks.hub import open_table
 from eval.config import ROOT
-from eval.hub import open_table
 from tinyllava.formats import LETTERS
 from tinyllava.minis import judged, mme, pope, videos
 from tinyllava.minis.__main__ import size

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from eval import benchmarks
-from eval.metrics import mmbench
-from eval.mmbench_tsv import read_tsv
-from eval.prompts import LETTER, LETTER_CN
+from eval.benchmarks.mmbench import metric as mmbench
+from eval.benchmarks.mmbench.tsv import read_tsv
+from eval.benchmarks.prompts import LETTER, LETTER_CN
+from eval.benchmarks.spreadsheet import read_xlsx, write_xlsx
 from eval.score import score_file
-from eval.spreadsheet import read_xlsx, write_xlsx
 from llava.errors import UserError
 
 TABLE = json.loads((Path(__file__).parent / "data" / "mmbench" / "infer_table.json").read_text())
@@ -161,7 +161,7 @@ def test_pictures_stay_in_the_file_until_they_are_opened(data):
 
 
 def test_the_fingerprint_is_that_of_the_file(data):
-    from eval.dataset import fingerprint
+    from eval.benchmarks.base import fingerprint
 
     path = data / "mmbench" / "mmbench_dev_20230712.tsv"
     assert load(data).fingerprint == fingerprint([path])
@@ -291,7 +291,7 @@ def test_a_split_without_answers_is_for_the_server(tmp_path):
     write_tsv(tmp_path / "mmbench" / "mmbench_test_20230712.tsv", answers=False, split="test")
     dataset = load(tmp_path, split="test")
     score = dataset.score(["7"], {"7": "A"})
-    assert score.values == {"accuracy": None} and dataset.judge is None
+    assert score.values == {"accuracy": None} and dataset.sample_score is None
     assert any("upload mmbench_test_20230712.xlsx" in note for note in score.notes)
     assert sheet(dataset, {})[0] == ["index", "question", "A", "B", "C", "D", "prediction", "split"]
 
@@ -324,7 +324,7 @@ def test_a_damaged_picture_is_named(data):
     path = data / "mmbench" / "mmbench_dev_20230712.tsv"
     path.write_text(path.read_text().replace("iVBOR", "iVB*R"))
     dataset = load(data)
-    with pytest.raises(UserError, match="no readable picture at byte"):
+    with pytest.raises(UserError, match="index 7, has no readable picture"):
         dataset.sample(dataset.questions[0])
 
 
@@ -337,3 +337,51 @@ def test_excel_files_of_something_else_are_refused(tmp_path):
     assert [(row.id, row.text) for row in read_xlsx(path)] == [("1", "A"), ("2", "")]
     (tmp_path / "a.jsonl").write_text("{}")
     assert read_xlsx(tmp_path / "a.jsonl") is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("\tB\tidentity", "\tZ\tidentity", "should have a letter from A to E as answer, got 'Z'"),
+        ("\tB\tidentity", "\tb\tidentity", "should have a letter from A to E as answer, got 'b'"),
+        ("\tB\tidentity", "\tD\tidentity", "has the answer D, which is an empty option"),
+        ("\tB\tidentity", "\t\tidentity", "rows with and rows without an answer"),
+        ("\n8\t", f"\n{'9' * 5000}\t", "should be a whole number of at most 18 digits"),
+    ],
+)
+def test_answers_that_no_model_can_give_are_refused(data, old, new, message):
+    """Rows whose answer is Z, in lower case or an empty option scored 0 % without a word."""
+    path = data / "mmbench" / "mmbench_dev_20230712.tsv"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        load(data)
+
+
+def test_a_right_option_that_pandas_reads_as_empty_is_said(data):
+    """An option "None" is no option to the official tools, so its row is wrong whatever the answer is."""
+    path = data / "mmbench" / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("\tA\tplace", "\tC\tplace", 1))
+    notes = load(data).score(["7", "8"], {"7": "B", "8": "C"}).notes
+    assert any("the right option of 1 rows (8) is a word" in note for note in notes)
+
+
+def test_answers_to_the_english_set_are_not_scored_as_chinese(data, tmp_path):
+    """Both editions share their ids, and the recorded prompts were not looked at."""
+    english = load(data)
+    path = tmp_path / "answers.jsonl"
+    lines = ({"question_id": q.id, "prompt": q.message, "text": q.answer} for q in english.questions)
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert score_file(path, english)["metrics"]["accuracy"] == 100
+    root = Path(__file__).parents[1] / "assets" / "eval"
+    toy, chinese = load(root), load(root, "mmbench_cn")
+    assert {q.id for q in toy.questions} == {q.id for q in chinese.questions}
+    lines = ({"question_id": q.id, "prompt": q.message, "text": q.answer} for q in toy.questions)
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match="answers other questions than those of MMBench-CN"):
+        score_file(path, chinese)
+    sheet_path = tmp_path / "upload.xlsx"
+    (content,) = toy.submission({q.id: q.answer for q in toy.questions}).values()
+    sheet_path.write_bytes(content)
+    with pytest.raises(UserError, match="answers other questions"):
+        score_file(sheet_path, chinese)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.metrics import mmmu
+from eval.benchmarks.mmmu import metric as mmmu
 
 TABLE = json.loads((Path(__file__).parent / "data" / "mmmu" / "parse_table.json").read_text())
 OPTIONS = TABLE["options"]
@@ -28,7 +28,7 @@ def test_open_answers_equal_the_authors(row):
 
 @pytest.mark.parametrize("row", TABLE["eval_open"], ids=lambda row: row["response"])
 def test_credit_of_open_answers_equals_the_authors(row):
-    assert mmmu.open_credit(row["response"], row["gold"]) == row["correct"]
+    assert mmmu.open_score(row["response"], row["gold"]) == row["correct"]
 
 
 def test_two_rows_of_the_table_are_drawn():

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from eval import benchmarks, score
-from eval.answer_file import read_answers
-from eval.metrics import pope
-from eval.metrics.pope import Item
-from eval.prompts import SHORT
+from eval.answers.reading import read_answers
+from eval.benchmarks.pope import metric as pope
+from eval.benchmarks.pope.metric import Item
+from eval.benchmarks.prompts import SHORT
 from llava.errors import UserError
 
 VECTORS = Path(__file__).parent / "data" / "pope"
@@ -313,14 +313,20 @@ def test_lmms_samples_are_joined_by_their_row(tmp_path):
     assert scored(dataset, read_answers(path, dataset).texts).values["f1"] == 100
 
 
+LABEL = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"}
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
         (lambda pope: (pope / "llava_pope_test.jsonl").unlink(), "No POPE questions at .*eval.zip"),
         (lambda pope: (pope / "coco" / "coco_pope_popular.json").unlink(), "No POPE labels at .*popular.*e3e39262"),
-        (lambda pope: write_lines(pope / "coco" / "coco_pope_random.json", [{"label": "yes"}]), "1 labels for 8 quest"),
-        (lambda pope: write_lines(pope / "coco" / "coco_pope_random.json", [{"label": "ja"}]), "yes or no, got 'ja'"),
-        (lambda pope: edit_first(pope, category="randon"), "line 1 'randon'. Did you mean 'random'"),
+        (lambda pope: write_lines(pope / "coco" / "coco_pope_random.json", [LABEL]), "1 labels for 8 quest"),
+        (
+            lambda pope: write_lines(pope / "coco" / "coco_pope_random.json", [{**LABEL, "label": "ja"}]),
+            "line 1 should have 'yes' or 'no' as label, got 'ja'",
+        ),
+        (lambda pope: edit_first(pope, category="randon"), "line 1 should have 'random', .* as category, got 'randon'"),
         (lambda pope: edit_first(pope, image="../x.jpg"), "not inside the image folder"),
         (lambda pope: edit_first(pope, question_id=2), "line 2 asks question 2 a second time"),
         (lambda pope: edit_first(pope, text=""), "line 1 has no text"),
@@ -336,3 +342,17 @@ def edit_first(folder: Path, **changes) -> None:
     path = folder / "llava_pope_test.jsonl"
     first, *rest = lines(path)
     write_lines(path, [{**first, **changes}, *rest])
+
+
+@pytest.mark.parametrize("text", ["", "banana", "yesterday"])
+def test_gibberish_counts_as_yes_with_a_note(data, text):
+    """Answers that say neither yes nor no gave an F1 of 66.7 without a word."""
+    dataset = load(data)
+    names = [question.id for question in dataset.questions]
+    found = dataset.score(names, dict.fromkeys(names, text))
+    assert (
+        f"{len(names)} of {len(names)} answers say neither yes nor no: the official script counts them as yes"
+        in found.notes
+    )
+    for said in ("Yes", "no", "Yes, there is a dog."):
+        assert not any("neither yes nor no" in n for n in dataset.score(names, dict.fromkeys(names, said)).notes)

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from eval import run as run_module
+from eval.answers.source_hash import answer_sources, changed_files, read_source
 from eval.config import RunConfig
 from eval.run import run
-from eval.source_hash import answer_sources, changed_files, read_source
 from llava.errors import UserError
 from llava.reduction import registry
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa

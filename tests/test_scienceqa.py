@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from eval import benchmarks
-from eval.metrics import scienceqa
+from eval.benchmarks.scienceqa import metric as scienceqa
 from eval.score import score_file
 from llava.errors import UserError
 
@@ -30,7 +30,7 @@ def test_the_letter_is_the_official_scripts(name):
 
 def test_both_accuracies_are_the_official_scripts():
     score = scienceqa.score(PROBLEMS, TEXTS, SHOWN)
-    right = [name for name, credit in score.correct.items() if credit]
+    right = [name for name, sample_score in score.correct.items() if sample_score]
     printed = (
         f"Total: {len(score.correct)}, Correct: {len(right)}, Accuracy: {score.values['accuracy']:.2f}%, "
         f"IMG-Accuracy: {score.values['img_accuracy']:.2f}%"
@@ -165,7 +165,7 @@ def test_scoring_a_file_and_the_official_scorers_input(tmp_path):
     prompts = {row["question_id"]: row["prompt"] for row in map(json.loads, lines.splitlines())}
     assert prompts["7"].startswith("<image>\nContext: Look.") and prompts["7"].endswith(LETTER)
     assert "<image>" not in prompts["4"]
-    assert [data.judge(question, texts[question.id]) for question in data.questions] == [0, 1]
+    assert [data.sample_score(question, texts[question.id]) for question in data.questions] == [0, 1]
 
 
 def test_bad_files_are_named(tmp_path):
@@ -179,8 +179,8 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"lacks questions of the official split, 1 in all: 9\."):
         load(tmp_path)
     (folder / "llava_test_CQM-A.json").write_text(json.dumps([{"id": "4"}]))
-    with pytest.raises(UserError, match=r"entry 1 should have an id and a conversation"):
+    with pytest.raises(UserError, match=r"entry 1 has no conversations"):
         load(tmp_path)
     (folder / "problems.json").write_text(json.dumps({"4": PROSE | {"answer": 3}, "7": PICTURE, "9": PROSE}))
-    with pytest.raises(UserError, match=r"Problem 4 in .* the index of the right one, got 3\."):
+    with pytest.raises(UserError, match=r"Problem 4 in .* the index of one of its 3 choices as answer, got 3\."):
         load(tmp_path)

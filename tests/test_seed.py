@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from eval import benchmarks
-from eval.metrics import seed
-from eval.prompts import LETTER
+from eval.benchmarks.prompts import LETTER
+from eval.benchmarks.seed import metric as seed
 from eval.score import score_file
 from llava.errors import UserError
 
@@ -193,5 +193,5 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"lacks 2 of the questions in .*, the first is 49#1"):
         load(tmp_path)
     (folder / "SEED-Bench.json").write_text(json.dumps({"questions": [records()[0] | {"data_type": "text"}]}))
-    with pytest.raises(UserError, match=r"Question 49 in .* data_type image or video, got 'text'"):
+    with pytest.raises(UserError, match=r"entry 1 should have 'image' or 'video' as data_type, got 'text'"):
         load(tmp_path)

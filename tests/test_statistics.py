@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.metrics import Score, Terms, divide, ratio_terms
-from eval.permutation import Exchanges
+from eval.metrics import Score, SufficientStatistics, divide, ratio_terms
 from eval.results import statistics
+from eval.results.permutation import Exchanges
 from eval.results.report import interval_of, score_lines, scored
 from eval.results.statistics import accuracy_terms, compare, compare_scores, interval, terms_of
 from eval.tables import ablation
@@ -27,13 +27,13 @@ def f1(sums):
     return 200 * divide(sums[..., 0], sums[..., 1] + sums[..., 2])
 
 
-def f1_terms(rng, count: int = 200, right: float = 0.8) -> Terms:
+def f1_terms(rng, count: int = 200, right: float = 0.8) -> SufficientStatistics:
     """(true positives, predicted, actual) of yes/no questions, four to a picture; F1 is no mean of anything."""
     actual = rng.random(count) < 0.5
     said = np.where(rng.random(count) < right, actual, ~actual)
     sums = np.stack([actual & said, said, actual], 1).astype(float)
     names = tuple(map(str, range(count)))
-    return Terms("question", names, tuple(str(i // 4) for i in range(count)), sums, f1)
+    return SufficientStatistics("question", names, tuple(str(i // 4) for i in range(count)), sums, f1)
 
 
 # -- intervals -----------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_one_error_does_not_narrow_an_interval():
 
 def test_a_perfect_score_that_is_no_proportion_has_no_interval():
     names = tuple("abcd")
-    found = interval(Terms("image", names, names, np.tile([1.0, 1.0, 1.0], (4, 1)), f1))
+    found = interval(SufficientStatistics("image", names, names, np.tile([1.0, 1.0, 1.0], (4, 1)), f1))
     assert (found.mean, found.low, found.high) == (100, None, None)
     assert found.method == "n/a: all 4 images give the same number" and found.bars == (0, 0)
     alone = interval(ratio_terms({"a": 0.3}, unit="image", proportion=True))
@@ -139,7 +139,7 @@ def test_a_perfect_score_that_is_no_proportion_has_no_interval():
 
 def test_the_report_prints_the_interval_of_the_unit_that_was_drawn():
     """The sentence had the interval by question where the documentation promises the one by picture."""
-    from eval.dataset import Question
+    from eval.benchmarks.base import Question
 
     credits = {str(i): float(i // 10 < 3) for i in range(50)}
     questions = [Question(name, "", "", (f"{int(name) // 10}.jpg",), "") for name in credits]
@@ -186,9 +186,9 @@ def accuracy(sums):
     return 100 * sums[..., 0] / sums[..., 1]
 
 
-def terms(rows) -> Terms:
+def terms(rows) -> SufficientStatistics:
     names = tuple(map(str, range(len(rows))))
-    return Terms("image", names, names, rows, accuracy)
+    return SufficientStatistics("image", names, names, rows, accuracy)
 
 
 def test_paired_comparison_sees_what_two_intervals_would_miss():

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from eval.benchmarks import mmvet
+from eval.benchmarks.mmvet import data as mmvet
+from eval.benchmarks.prompts import LETTER, LETTER_CN, SHORT, VIZ, split_suffix
 from eval.config import DEFAULT_MODEL, ROOT
-from eval.prompts import LETTER, LETTER_CN, SHORT, VIZ, split_suffix
 from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, build_prompt

@@ -13,11 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import baseline
 from eval.config import RunConfig
 from eval.figures.overlay import compose, draw_overlay, group_colour
 from eval.figures.overlay_tiles import GAP
-from eval.results import tracking
+from eval.results import baseline, tracking
 from eval.run import run
 from eval.sweep import Remembering, Setting, sweep
 from llava.reduction import Reduction, Step

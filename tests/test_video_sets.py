@@ -6,7 +6,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from eval.metrics import activitynet, video_judge
+from eval.benchmarks.video import activitynet_metric as activitynet
+from eval.benchmarks.video import metric as video_judge
 from eval.results.statistics import interval
 from llava.errors import UserError
 from tests.judged_files import judged, load, write_json

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from eval import benchmarks
-from eval.answer_file import read_answers
-from eval.metrics import vqa
-from eval.metrics.evalai import process
-from eval.prompts import SHORT, VIZ
+from eval.answers.reading import read_answers
+from eval.benchmarks.prompts import SHORT, VIZ
+from eval.benchmarks.vqa import metric as vqa
+from eval.benchmarks.vqa.evalai import process
 from eval.score import score_file
 from llava.errors import UserError
 
@@ -92,7 +92,7 @@ def test_vqav2_uploads_the_whole_test_list_in_its_order(vqav2):
 def test_vqav2_test_splits_have_no_local_score(vqav2):
     for split in ("testdev", "test"):
         data = load("vqav2", vqav2, split)
-        assert data.judge is None
+        assert data.sample_score is None
         score = scored(data, {"1000": "yes"})
         assert score.values == {"accuracy": None} and score.correct == {}
         assert "answers_upload.json" in score.notes[0] and "830" in score.notes[0]
@@ -126,7 +126,7 @@ def test_vqav2_val_is_the_official_toolkit_behind_the_answer_processor(vqav2):
     # More than the raw predictions' 59.40: the toolkit compares strings where all people agree.
     assert record["metrics"]["accuracy"] > 59.41 and record["questions"] == 200
     assert set(record["groups"]) == {"answer type", "question type"}
-    assert data.judge(data.questions[1], "Yes.") == 1
+    assert data.sample_score(data.questions[1], "Yes.") == 1
     assert data.submission({"1000": "Yes."}) == {"predictions.json": [{"question_id": 1000, "answer": "yes"}]}
 
 
@@ -196,7 +196,7 @@ def test_textvqa_ids_prompts_and_pictures(textvqa):
     assert last.question == "What brand is it?\nReference OCR token: COKE, 5c" and last.suffix == SHORT
     assert last.message == textvqa_prompt(TEXTVQA[0]) and last.answer == "pepsi"
     assert data.facts["ocr_tokens"] == "on" and data.max_new_tokens == 128
-    assert data.judge(last, "Coke.") == 0.6 and data.judge(data.questions[0], "Yes") == 1
+    assert data.sample_score(last, "Coke.") == 0.6 and data.sample_score(data.questions[0], "Yes") == 1
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_vizwiz_val_is_scored_here(vizwiz, tmp_path):
     record = score_file(write(tmp_path / "upload.json", upload["answers_upload.json"]), data)
     assert record["metrics"]["accuracy"] == pytest.approx(100 * (0.6 + 1) / 2)
     assert record["groups"]["answer type"]["yes/no"] == {"percent": 100, "questions": 1}
-    assert data.judge(data.questions[0], "Coke") == 0.6
+    assert data.sample_score(data.questions[0], "Coke") == 0.6
 
 
 def test_vizwiz_from_the_mirror(tmp_path):
@@ -370,9 +370,12 @@ def test_broken_question_files_are_refused(vqav2, rows, message):
     ("content", "message"),
     [
         ({}, "should hold a list under 'data'"),
-        ({"data": [{"question_id": 1}]}, "entry 1 has no question, answers, image_id"),
-        ({"data": ["x"]}, "entry 1 has no fields"),
-        ({"data": [{**TEXTVQA[0], "answers": [1] * 10}]}, "answers that are no texts"),
+        ({"data": [{"question_id": 1}]}, "entry 1 has no question and no answers and no image_id"),
+        ({"data": ["x"]}, "entry 1 should be an object with fields, got 'x'"),
+        (
+            {"data": [{**TEXTVQA[0], "answers": [1] * 10}]},
+            r"entry 1 should have text or an object as answers\[0\], got 1",
+        ),
     ],
 )
 def test_broken_annotation_files_are_refused(textvqa, content, message):

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.metrics import evalai, vqa, vqa_words
+from eval.benchmarks.vqa import evalai
+from eval.benchmarks.vqa import metric as vqa
+from eval.benchmarks.vqa import words as vqa_words
 from llava.errors import UserError
 
 VECTORS = Path(__file__).parent / "data" / "vqa"
@@ -79,7 +81,7 @@ def test_official_toolkit_overall_per_type_and_per_question(annotations, answers
         kind: {group: round(share, 2) for group, (share, _) in table.items()} for kind, table in score.groups.items()
     }
     assert printed == {"answer_type": expected["perAnswerType"], "question_type": expected["perQuestionType"]}
-    credits = {name: round(100 * credit, 2) for name, credit in score.correct.items()}
+    credits = {name: round(100 * sample_score, 2) for name, sample_score in score.correct.items()}
     assert credits == expected["per_question_percent"] and len(credits) == 200
 
 
@@ -91,9 +93,9 @@ def test_m4c_overall_and_per_question(answers, predictions):
     assert score.correct == pytest.approx(expected["per_question"], abs=1e-12) and len(score.correct) == 200
 
 
-@pytest.mark.parametrize(("same", "credit"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
-def test_credit_by_number_of_people_who_said_the_same(same, credit):
-    assert vqa.leave_one_out("cat", ["cat"] * same + ["dog"] * (10 - same)) == credit
+@pytest.mark.parametrize(("same", "sample_score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_credit_by_number_of_people_who_said_the_same(same, sample_score):
+    assert vqa.leave_one_out("cat", ["cat"] * same + ["dog"] * (10 - same)) == sample_score
 
 
 def test_the_rules_differ_where_all_people_agree():

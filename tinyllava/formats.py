@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from eval.prompts import LETTER, LETTER_CN, SHORT, VIZ
+from eval.benchmarks.prompts import LETTER, LETTER_CN, SHORT, VIZ
 from tinyllava.chinese import in_chinese
 from tinyllava.questions import FAMILIES, Question, Retry
 from tinyllava.scenes import Thing

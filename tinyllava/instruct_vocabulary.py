@@ -6,7 +6,7 @@ option, "a" an article.
 
 from functools import cache
 
-from eval.prompts import LETTER, LETTER_CN, VIZ
+from eval.benchmarks.prompts import LETTER, LETTER_CN, VIZ
 from tinyllava import vocabulary
 from tinyllava.chinese import PARTICLES, WORDS
 from tinyllava.formats import (

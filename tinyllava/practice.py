@@ -4,7 +4,7 @@ Without it a model of this size guesses letters for many hundred steps: it has t
 which letter stands beside that word.
 """
 
-from eval.prompts import LETTER, LETTER_CN
+from eval.benchmarks.prompts import LETTER, LETTER_CN
 from tinyllava.chinese import translate
 from tinyllava.formats import (
     FORMATS,

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from eval.answers.jsonl import read_json
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.jsonl import read_json
 from eval.sweep import Remembering, Setting, sweep
 from eval.tables.page import insert, markdown
 from llava.model.builder import load

@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+from eval.answers.jsonl import read_json
 from eval.config import DEFAULT_MODEL, ROOT
-from eval.jsonl import read_json
 from eval.tables.page import insert, markdown
 from llava.processing.clip_image import ImageProcessor, pad_to_square
 from tinyllava.benchmark_next import draw_large

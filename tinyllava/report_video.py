@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 from transformers import VideoLlavaForConditionalGeneration
 
+from eval.answers.jsonl import read_json
 from eval.config import ROOT
-from eval.jsonl import read_json
 from eval.tables.page import insert, markdown
 from llava.processing.video import read_video
 from tinyllava.longer import Visuals, forward

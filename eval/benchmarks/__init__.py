@@ -1,29 +1,40 @@
-"""The benchmarks. A new one is one file in this folder that defines BENCHMARK; nothing else changes."""
+"""The benchmarks. A new one is a file or folder here that defines BENCHMARK or BENCHMARKS; nothing else changes."""
 
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
-from eval.dataset import Benchmark
+from eval.answers.jsonl import is_file
+from eval.benchmarks.base import Benchmark
 from llava.errors import unknown
+
+
+@cache
+def registry() -> dict[str, Benchmark]:
+    """Every benchmark by name, sorted. Modules of this folder that define none are what the others share."""
+    found: list[Benchmark] = []
+    for module in map(import_module, (f"{__name__}.{entry.name}" for entry in iter_modules(__path__))):
+        found += getattr(module, "BENCHMARKS", (module.BENCHMARK,) if hasattr(module, "BENCHMARK") else ())
+    return {benchmark.name: benchmark for benchmark in sorted(found, key=lambda benchmark: benchmark.name)}
 
 
 def names() -> list[str]:
     """Every benchmark there is, sorted."""
-    return sorted(module.name for module in iter_modules(__path__))
+    return list(registry())
 
 
 def get(name: str) -> Benchmark:
     """The benchmark called `name`."""
-    if name not in names():
+    if name not in registry():
         raise unknown("benchmark", name, names())
-    return import_module(f"{__name__}.{name}").BENCHMARK
+    return registry()[name]
 
 
 def check_split(benchmark: Benchmark, split: str | None, data: Path | None = None) -> str:
     """`split`, or for None the first one whose question file is in the data folder."""
     if split is None:
-        there = (s for s, file in benchmark.split_files.items() if data is not None and (data / file).is_file())
+        there = (s for s, file in benchmark.split_files.items() if data is not None and is_file(data / file))
         return next(there, benchmark.splits[0])
     if split not in benchmark.splits:
         raise unknown(f"split of {benchmark.name}", split, benchmark.splits)

@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval.dataset import Benchmark, Dataset, Question
-from eval.hub_set import check_answers, dataset_of, open_split, picture_hashes, picture_names
+from eval.benchmarks.base import Benchmark, Dataset, Question
+from eval.benchmarks.hub import check_answers, dataset_of, open_split, picture_hashes, picture_names
+from eval.benchmarks.records import Filled, TypedDict
 from eval.metrics import Score
 from eval.metrics import letters as metric
 
@@ -21,22 +22,29 @@ EXPECTED = 765
 INSTRUCTION = re.compile(r"(.*)\n(Please answer directly with [^\n]*)", re.DOTALL)
 
 
+class Row(TypedDict):
+    """A row of the table."""
+
+    question: Filled
+    answer: Filled
+
+
 def load(data: Path, split: str, profile: str = "lmms", source: str = "auto") -> Dataset:
     """Read the split; rows have no id, so theirs is their number, as in lmms-eval's samples."""
     table = open_split(data, IDS, None, split, source)
     pictures = picture_names(picture_hashes(table))
     questions = tuple(
         Question(str(number), *split_instruction(record["question"].strip()), (pictures[number],), record["answer"])
-        for number, record in enumerate(table.records(COLUMNS))
+        for number, record in enumerate(table.records(Row))
     )
     answers = {question.id: question.answer for question in questions}
     check_answers(table.where, answers)
     types = {name: answer_type(answer) for name, answer in answers.items()}
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        return metric.score({name: answers[name] for name in asked}, texts, metric.realworldqa_credit, types)
+        return metric.score({name: answers[name] for name in asked}, texts, metric.realworldqa_score, types)
 
-    return dataset_of(f"RealWorldQA {split}", table, COLUMNS, questions, score, judge, profile, EXPECTED, 16)
+    return dataset_of(f"RealWorldQA {split}", table, COLUMNS, questions, score, sample_score, profile, EXPECTED, 16)
 
 
 def split_instruction(text: str) -> tuple[str, str]:
@@ -50,16 +58,16 @@ def answer_type(answer: str) -> str:
     return "letter" if answer.strip().upper() in ("A", "B", "C", "D") else "word"
 
 
-def judge(question: Question, text: str) -> float:
+def sample_score(question: Question, text: str) -> float:
     """1 if the text is right."""
-    return metric.realworldqa_credit(text, question.answer)
+    return metric.realworldqa_score(text, question.answer)
 
 
 BENCHMARK = Benchmark(
     name="realworldqa",
     summary="Questions about photographs of streets and other everyday scenes; letters and short answers.",
     splits=("test",),
-    load=load,
+    read=load,
     profiles=("lmms",),
     published="about 55 exact match †",
     published_by="LLaVA-1.5-7B, from memory",

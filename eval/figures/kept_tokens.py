@@ -46,7 +46,7 @@ def draw(model, questions, data, budget: int) -> Image.Image:
             picture = draw_overlay(sample.image, answer.trace, upscale=3).resize((SIDE, SIDE), Image.LANCZOS)
             left = GAP + column * (SIDE + GAP)
             sheet.paste(picture, (left, top))
-            right = data.judge(question, answer.text) == 1
+            right = data.sample_score(question, answer.text) == 1
             pen.text((left, top + SIDE + 4), answer.text, fill="#1a7f37" if right else "#b42318", font=bold)
         pen.text((GAP, top + SIDE + LINE), f"{question.question}  (answer: {question.answer})", fill="black", font=font)
     return sheet

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eval.jsonl import read_json
+from eval.answers.jsonl import read_json
 from eval.metrics import Score
 
 # What a judge said about one answer, in JSON types. Its fields are the benchmark's own.

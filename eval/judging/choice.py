@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.dataset import Dataset
+from eval.benchmarks.base import Dataset
 from eval.judging import Judging, Verdict
 from eval.judging.ask import Judge, ask
 from eval.judging.endpoint import configured, endpoint
@@ -144,10 +144,19 @@ def _of_lines(judging: Judging, asked: Sequence[str], lines: Mapping[str, Line],
 def _about(judging: Judging, models: Sequence[str]) -> str:
     if list(models) == [judging.official]:
         return f"judged by {judging.official}, as the published numbers"
-    who = ", ".join(models) if models else "a model that the file does not name"
+    if not models:
+        return (
+            f"the file does not name its judge; published numbers are of {judging.official}, compare with them only if "
+            "these verdicts are of the same model"
+        )
+    if len(models) == 1 and judging.official.startswith(f"{models[0]}-"):
+        return (
+            f"judged by {models[0]}, a name without a version; published numbers are of {judging.official}, compare "
+            "with them only if it was that version"
+        )
     return (
-        f"judged by {who}; published numbers are of {judging.official} and cannot be compared with these, "
-        "the judge's version alone moves results by points"
+        f"judged by {', '.join(models)}; published numbers are of {judging.official} and cannot be compared with "
+        "these, the judge's version alone moves results by points"
     )
 
 
@@ -170,12 +179,17 @@ def _from_disk(judging: Judging, path: Path, asked: Sequence[str], texts: Mappin
             f"{path} judges other answers to {len(other):,} of {len(asked):,} questions ({first_names(other)}); "
             "it belongs to another answer file."
         )
-    models = sorted({str(model) for name in asked for model in verdicts[name].get("model") or ()})
+    models = sorted({str(model) for name in asked for model in as_list(verdicts[name].get("model"))})
     notes = [_about(judging, models)]
     if any(text is None for text in about.values()):
         notes.append(f"{path} does not hold the judged answers: that it belongs to this answer file is not checked")
     score = judging.score(asked, {name: verdicts[name] for name in asked})
     return dataclasses.replace(score, notes=(*score.notes, *notes)), _facts(judging, models, path)
+
+
+def as_list(models: Any) -> list[Any]:
+    """The "model" of an official verdict: absent, one name, or one for each run."""
+    return models if isinstance(models, list) else [] if models is None else [models]
 
 
 def _check_cover(path: Path, asked: Sequence[str], found: Mapping[str, Verdict], what: str = "") -> None:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.dataset import Question
-from eval.jsonl import read_json
+from eval.answers.jsonl import read_json
+from eval.benchmarks.base import Question
+from eval.benchmarks.video import metric as video_judge
 from eval.judging import Judging, Request, Verdict, prompts
-from eval.metrics import Score, video_judge
+from eval.metrics import Score
 from llava.errors import UserError
 
 OFFICIAL = "gpt-3.5-turbo"

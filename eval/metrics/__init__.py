@@ -10,7 +10,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Terms:
+class SufficientStatistics:
     """A headline number as a function of sums over units, so that intervals and paired tests can draw units anew.
 
     Every official metric here has this form: an accuracy is (right, all) -> right / all, an F1 is a function of summed
@@ -41,7 +41,7 @@ class Score:
     Attributes:
         values: name -> number in the unit the official script prints; None if it cannot be computed.
         groups: breakdown name -> group -> (number in that unit, count of what it is a mean of).
-        correct: question id -> credit in [0, 1], for intervals and tables; empty where questions have none.
+        correct: question id -> sample score in [0, 1], for intervals and tables; empty where questions have none.
         notes: what the reader must know about these numbers.
         main: the key in `values` of the number that papers print.
         points: keys of `values` and `groups` that are no percentages.
@@ -54,23 +54,23 @@ class Score:
     notes: tuple[str, ...] = field(default=())
     main: str = "accuracy"
     points: frozenset[str] = frozenset()
-    terms: Terms | None = None
+    terms: SufficientStatistics | None = None
 
 
 def ratio_terms(
-    credits: Mapping[str, float],
+    sample_scores: Mapping[str, float],
     clusters: Mapping[str, str] | None = None,
     unit: str = "question",
     scale: float = 100,
     proportion: bool = False,
-) -> Terms:
-    """Terms of `scale` times the mean credit; `proportion` says that credits are sample scores in [0, 1]."""
-    names = tuple(credits)
-    return Terms(
+) -> SufficientStatistics:
+    """SufficientStatistics of `scale` times the mean sample score; `proportion` says that these are sample scores in [0, 1]."""
+    names = tuple(sample_scores)
+    return SufficientStatistics(
         unit,
         names,
         tuple(clusters[name] for name in names) if clusters is not None else names,
-        np.array([(credits[name], 1.0) for name in names]).reshape(-1, 2),
+        np.array([(sample_scores[name], 1.0) for name in names]).reshape(-1, 2),
         lambda sums: scale * divide(sums[..., 0], sums[..., 1]),
         proportion,
     )

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from eval.metrics import Score, coco_captions, first_names, ratio_terms
-from eval.metrics.gqa import grouped
+from eval.metrics.accuracy import grouped
 from llava.errors import UserError
 
 LINE_BREAKS = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")

@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 
 from eval.metrics import Score
-from eval.metrics.gqa import check_coverage, grouped, percent
+from eval.metrics.accuracy import check_coverage, grouped, percent
 
 FIRST_LETTER = re.compile(r"\s*([A-Z])\.")
 
@@ -37,7 +37,7 @@ def same_word(text: str, answer: str) -> bool:
     return text.strip().lower().translate(unmarked) == answer.lower().translate(unmarked)
 
 
-def ai2d_credit(text: str, answer: str) -> float:
+def ai2d_score(text: str, answer: str) -> float:
     """1 if the text is the letter."""
     return float(same_word(leading_letter(text), answer))
 
@@ -76,7 +76,7 @@ def after_phrases(text: str, letter: str) -> list[int]:
     return [place for place in places if place >= 0]
 
 
-def realworldqa_credit(text: str, answer: str) -> float:
+def realworldqa_score(text: str, answer: str) -> float:
     """1 if the text is right: by letter for letters A to D, else the same text but for case and final full stops."""
     answer = answer.strip()
     if answer.upper() in ("A", "B", "C", "D"):
@@ -87,7 +87,7 @@ def realworldqa_credit(text: str, answer: str) -> float:
 def score(
     answers: Mapping[str, str],
     texts: Mapping[str, str],
-    credit: Callable[[str, str], float],
+    sample_score: Callable[[str, str], float],
     types: Mapping[str, str] | None = None,
 ) -> Score:
     """Percent of right answers.
@@ -95,10 +95,10 @@ def score(
     Args:
         answers: question id -> reference, of the questions that were asked.
         texts: question id -> the model's text; one for every question.
-        credit: (text, reference) -> 0 or 1.
+        sample score: (text, reference) -> 0 or 1.
         types: question id -> its group in the breakdown.
     """
     check_coverage(answers, texts, set(answers))
-    correct = {name: credit(texts[name], answer) for name, answer in answers.items()}
+    correct = {name: sample_score(texts[name], answer) for name, answer in answers.items()}
     groups = {"answer type": grouped(correct, types)} if types else {}
     return Score({"exact_match": percent(correct.values())}, groups, correct, main="exact_match")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from eval.dataset import Question
+from eval.benchmarks.base import Question
 from eval.metrics import Score
 from eval.results.statistics import LEVEL, interval, terms_of
 

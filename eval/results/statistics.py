@@ -1,6 +1,6 @@
 """Confidence intervals of a score, and paired tests between two scores on the same questions.
 
-Every score is a function of sums over units (`Terms`, the sufficient statistics of the metric), and units that share a
+Every score is a function of sums over units (`SufficientStatistics`, the sufficient statistics of the metric), and units that share a
 cluster label, mostly a picture, are drawn together: answers about one picture are not independent. There is one
 function for intervals, `interval`, and one for differences, `compare`; reports, tables and sweeps use these two.
 docs/evaluation.md states the rules for readers.
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from eval.metrics import Array, Score, Terms, ratio_terms
-from eval.permutation import Exchanges
+from eval.metrics import Array, Score, SufficientStatistics, ratio_terms
+from eval.results.permutation import Exchanges
 from llava.errors import UserError
 
 LEVEL = 0.95
@@ -59,7 +59,7 @@ class Comparison:
     note: str = ""
 
 
-def interval(terms: Terms, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+def interval(terms: SufficientStatistics, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """95 % confidence interval of a score.
 
     Percentile bootstrap over clusters (`scipy.stats.bootstrap`). Two cases of a proportion (`terms.proportion`) get the
@@ -122,7 +122,7 @@ def exact_interval(rows: Array) -> tuple[float, float] | None:
     return 100 * float(found.low), 100 * float(found.high)
 
 
-def compare(a: Terms, b: Terms, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+def compare(a: SufficientStatistics, b: SufficientStatistics, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
     """Score a minus score b over the same units, with a p-value and an interval from one paired permutation test.
 
     If there is no difference, the answers of a and b about a cluster can be exchanged. The test statistic is the
@@ -166,12 +166,12 @@ def compare_scores(
     return compare(accuracy_terms(a, clusters), accuracy_terms(b, clusters), resamples)
 
 
-def accuracy_terms(scores: Mapping[str, float], clusters: Mapping[str, str], unit: str = "image") -> Terms:
+def accuracy_terms(scores: Mapping[str, float], clusters: Mapping[str, str], unit: str = "image") -> SufficientStatistics:
     """The sufficient statistics of an accuracy: question id -> sample score, drawn by cluster."""
     return ratio_terms({name: scores[name] for name in sorted(scores)}, clusters, unit, proportion=True)
 
 
-def terms_of(score: Score, images: Mapping[str, str]) -> Terms:
+def terms_of(score: Score, images: Mapping[str, str]) -> SufficientStatistics:
     """What is drawn for a score: the metric's own units, otherwise the images that its questions are about.
 
     Args:
@@ -183,7 +183,7 @@ def terms_of(score: Score, images: Mapping[str, str]) -> Terms:
     return accuracy_terms(score.correct, clusters, "question" if set(clusters) == set(clusters.values()) else "image")
 
 
-def summed_by_cluster(terms: Terms) -> Array:
+def summed_by_cluster(terms: SufficientStatistics) -> Array:
     """[clusters, terms], clusters in order of first appearance."""
     if not len(terms.names):
         raise UserError("There is nothing to resample: no questions were scored.")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from eval import baseline, benchmarks
+from eval import benchmarks
+from eval.results import baseline
 from eval.answers import flatten
 from eval.config import RunConfig
 from llava.errors import UserError

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
+from eval.benchmarks.base import Benchmark, Need
 from eval.command import ends_in_a_sentence
 from eval.config import ROOT
-from eval.dataset import Benchmark, Need
 from eval.results.report import interval_of
 from eval.tables.ablation import TABLES, write_csv
 from eval.tables.page import insert, interval_text, markdown

@@ -151,7 +151,7 @@ def verdict_of(found: Comparison) -> str:
 
 def family_table(full: Credits, curve: dict, groups) -> None:
     """Accuracy by question family and kind of scene at 64 tokens."""
-    from eval.jsonl import read_json
+    from eval.answers.jsonl import read_json
 
     records = read_json(DEFAULT_DATA / "gqa" / "data" / "testdev_balanced_questions.json")
     families = list(dict.fromkeys(record["types"]["detailed"] for record in records.values()))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.prompts import LETTER
+from eval.benchmarks.prompts import LETTER
 from tinyllava.chinese import in_chinese
 from tinyllava.formats import LETTERS, TOLD, Exchange, distractors, draw
 from tinyllava.minis.asking import MANY, PAIRS, generator, lettered, lettered_set

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.prompts import SHORT
+from eval.benchmarks.prompts import SHORT
 from tinyllava.formats import claim, distractors, draw, pick
 from tinyllava.minis.asking import generator
 from tinyllava.minis.files import fresh, write_bytes, write_jsonl, write_text

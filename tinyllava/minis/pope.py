@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.prompts import SHORT
+from eval.benchmarks.prompts import SHORT
 from tinyllava.minis.asking import generator
 from tinyllava.minis.files import IMAGE, STRING, fresh, link, write_card, write_jsonl, write_table
 from tinyllava.minis.pictures import LINKED, Picture, images, linked, small

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from eval.prompts import SHORT, VIZ
+from eval.benchmarks.prompts import SHORT, VIZ
 from tinyllava.formats import OCR_TOKENS, UNANSWERABLE, VIZ_FAMILIES
 from tinyllava.minis.asking import ALL, about, answer_type, generator, rotation, ten_answers
 from tinyllava.minis.files import fresh, link, write_json, write_jsonl

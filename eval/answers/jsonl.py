@@ -1,0 +1,218 @@
+"""JSON files: readers whose errors name the file and line, and writers that survive kill -9 and a full disk."""
+
+import contextlib
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llava.errors import UserError
+
+# An escape that may be half of a surrogate pair: JSON can write one alone, UTF-8 cannot.
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file; UserError if something else has its name.
+
+    A folder, a pipe or a broken link in the place of an optional file must not count as "no such file".
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            goal = os.readlink(path)
+            raise UserError(f"Cannot read {path}: it is a link to {goal}, which does not exist.") from error
+        return False
+    except NotADirectoryError:
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"Cannot read {path}: it should be a regular file, not a {kind_of(mode)}.")
+    return True
+
+
+def kind_of(mode: int) -> str:
+    """What a path that is no regular file is, for an error."""
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file."""
+    if not is_file(path):
+        raise UserError(f"Cannot read {path}: No such file or directory.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def read_json(path: Path) -> Any:
+    """One JSON document."""
+    return parse_json(read_bytes(path), str(path))
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """A JSON document, refused if Python would read it in silence as something else than it says.
+
+    Args:
+        where: file, or file and line, for the error.
+    """
+    try:
+        document = json.loads(content.decode(json.detect_encoding(content)), object_pairs_hook=unique_keys)
+        if SURROGATE.search(content):
+            json.dumps(document, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise UserError(f"{where} is not valid JSON (nested too deeply).") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is not valid JSON (it holds half of a surrogate pair, which is no text).") from error
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, a number with thousands of digits, a double key
+        reason = "a number with too many digits" if "integer string conversion" in str(error) else error
+        raise UserError(f"{where} is not valid JSON ({reason}).") from error
+    return document
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON document; json.loads alone would keep the last of two entries with the same key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {repeated[:80]!r} stands twice in one object")
+    return found
+
+
+def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """One line of a JSON-lines file: it must be an object."""
+    row = parse_json(line, f"{path} line {number}")
+    if not isinstance(row, dict):
+        raise UserError(f"{path} line {number} should be a JSON object, got {type(row).__name__}.")
+    return row
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) for every line that is not blank."""
+    # Split on the newline byte only: str.splitlines would also break inside a text at U+2028.
+    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
+        if line.strip():
+            yield number, parse_line(path, number, line)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace `path` by one JSON document."""
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_file(path: Path, content: Any) -> None:
+    """Replace `path`: bytes and text as they are, everything else as JSON. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        write_bytes(path, content)
+    elif isinstance(content, str):
+        write_bytes(path, content.encode())
+    else:
+        write_json(path, content)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` in one step: a reader, or a crash, sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in `folder` durable; a file system that cannot do it is left alone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+class DurableLines:
+    """An append-only JSON-lines file in which every line that was ever acknowledged stays readable.
+
+    A process can only die in the middle of the last line, so opening cuts that line and nothing else.
+
+    Attributes:
+        rows: every line there is, in file order.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"Cannot open {path}: {error.strerror}.") from error
+        try:
+            self.rows = self._recover()
+        except BaseException:
+            self.close()
+            raise
+
+    def _recover(self) -> list[dict[str, Any]]:
+        content = read_bytes(self.path)
+        end = content.rfind(b"\n") + 1
+        rows = [parse_line(self.path, n, line) for n, line in enumerate(content[:end].split(b"\n"), 1) if line.strip()]
+        self._end = end
+        if end == len(content):
+            return rows
+        try:
+            # Cut exactly before the newline: the answer is whole, only its end mark is missing.
+            last = parse_line(self.path, len(rows) + 1, content[end:])
+        except UserError:
+            self._cut()
+            return rows
+        self._cut()
+        self._write([last])
+        return [*rows, last]
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write `rows` and return when they are on the disk."""
+        rows = list(rows)
+        self._write(rows)
+        self.rows.extend(rows)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        try:
+            os.lseek(self._descriptor, self._end, os.SEEK_SET)
+            left = memoryview(data)
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._cut()
+            raise UserError(
+                f"Cannot write {self.path}: {error.strerror}; everything before this batch is kept, "
+                "so make room and run the same command again."
+            ) from error
+        self._end += len(data)
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):  # if this fails too, the next start cuts the torn line
+            os.ftruncate(self._descriptor, self._end)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

@@ -1,0 +1,230 @@
+"""Answer files of LLaVA's scripts, of lmms-eval and of this repository, read and joined with a benchmark's questions.
+
+A file is never trusted: answers that are missing, foreign, repeated or out of order are named and counted, and either
+refused or, with `partial`, left out and noted in the result.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval.answers.asked import check_prompts
+from eval.answers.jsonl import parse_json, parse_line, read_bytes, read_json
+from eval.benchmarks.base import Dataset, Question
+from eval.metrics import first_names
+from llava.errors import UserError
+
+# The names that id and text have in LLaVA's answer files, in official prediction files, in lmms-eval's samples and in
+# Video-LLaVA's (whose "answer" is the reference: the prediction's names come first).
+IDS = ("question_id", "questionId", "id", "index", "image")
+TEXTS = ("text", "prediction", "pred", "filtered_resps", "resps", "answer")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer as a file has it.
+
+    Attributes:
+        where: file and line, for errors.
+        id: None where the file names none.
+        text: the model's raw text.
+        prompt: what the model was asked, if the file says it.
+        asked: the question as the data set has it, where the file holds that.
+        number: row of the data set, which lmms-eval's files give instead of an id.
+        fields: the whole record.
+    """
+
+    where: str
+    id: str | None
+    text: str
+    prompt: str | None = None
+    number: int | None = None
+    asked: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Texts by our question ids in file order, and what the reader of a score must know about the file."""
+
+    texts: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def read_answers(path: Path, data: Dataset, partial: bool = False) -> Answers:
+    """The answers of a file to the questions of a data set.
+
+    Args:
+        partial: go on with what fits instead of refusing the file.
+    """
+    rows = data.read(path) if data.read is not None else None
+    notes: list[str] = []
+    if rows is None:
+        rows, notes = read_rows(path, partial)
+    found = join(path, rows, data, partial)
+    return Answers(found.texts, (*notes, *found.notes))
+
+
+def read_rows(path: Path, partial: bool = False) -> tuple[list[Row], list[str]]:
+    """Records of a JSON-lines file, of a JSON list of records, or of a JSON map from id to text."""
+    content = read_bytes(path)
+    start = content.lstrip()[:1]
+    if start == b"[" or (start == b"{" and b"\n" in content.strip() and not _is_record(content)):
+        document = read_json(path)
+        if isinstance(document, dict):
+            wrong = [name for name, text in document.items() if not isinstance(text, str)]
+            if wrong:
+                raise UserError(f"{path} should map question ids to texts; {first_names(wrong)} have none.")
+            return [Row(f"{path} entry {name}", name, text) for name, text in document.items()], []
+        return [read_row(row, f"{path} entry {number}") for number, row in enumerate(document, start=1)], []
+    lines = content.split(b"\n")
+    rows, notes = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_line(path, number, line)
+        except UserError as error:
+            if number < len(lines) or not rows:
+                raise
+            # Only a file's end can be torn, by a full disk or a process that was killed.
+            torn = f"{path} line {number}, the last one, is cut off"
+            if not partial:
+                raise UserError(f"{torn}; repair the file, or score the rest of it with --partial.") from error
+            notes.append(f"{torn} and was left out")
+            continue
+        if number == 1 and len(lines) <= 2 and "question_id" not in record and _is_map(record):
+            return [Row(f"{path} entry {name}", name, text) for name, text in record.items()], []
+        rows.append(read_row(record, f"{path} line {number}"))
+    return rows, notes
+
+
+def _is_record(content: bytes) -> bool:
+    """Whether the first line is a whole JSON object: JSON lines rather than one document over many lines."""
+    try:
+        return isinstance(parse_json(content.lstrip().split(b"\n")[0], "line 1"), dict)
+    except UserError:
+        return False
+
+
+def _is_map(record: Mapping[str, Any]) -> bool:
+    return not any(key in record for key in TEXTS) and all(isinstance(text, str) for text in record.values())
+
+
+def read_row(record: Any, where: str) -> Row:
+    """One answer in any of the namings."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where} should be a JSON object, got {type(record).__name__}.")
+    doc = record.get("doc") if isinstance(record.get("doc"), dict) else {}
+    ids = [source[key] for source in (record, doc) for key in IDS if isinstance(source.get(key), str | int)]
+    texts = [text for key in TEXTS if (text := plain_text(record.get(key))) is not None]
+    number = record.get("doc_id") if isinstance(record.get("doc_id"), int) else None
+    if not texts or (not ids and number is None):
+        raise UserError(f"{where} should have an id ({', '.join(IDS)}) and a text ({', '.join(TEXTS)}).")
+    prompt, asked = record.get("prompt"), doc.get("question")
+    return Row(
+        where,
+        str(ids[0]) if ids else None,
+        texts[0],
+        prompt if isinstance(prompt, str) else None,
+        number,
+        asked if isinstance(asked, str) else None,
+        record,
+    )
+
+
+def plain_text(value: Any) -> str | None:
+    """A text, or the first of lmms-eval's nested lists of them."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, str) else None
+
+
+def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) -> Answers:
+    """Texts by our ids."""
+    known = {question.id: question for question in data.questions}
+    official: dict[str, list[Question]] = defaultdict(list)
+    for question in data.questions:
+        official[question.official or question.id].append(question)
+    texts: dict[str, str] = {}
+    answered: list[tuple[Question, Row]] = []
+    foreign, repeated, changed = [], [], []
+    if data.facts.get("source") == "official" and any(row.id is None for row in rows):
+        raise UserError(
+            f"{path} names questions by their row in lmms-eval's data set, and {data.title} was read from the official "
+            "files, whose order may be another; add --source mirror."
+        )
+    for row in rows:
+        name = name_of(row, known, official, data.questions)
+        if name is None and row.id in data.accepts:
+            name = row.id
+        if name is None:
+            foreign.append(str(row.id if row.id is not None else row.number))
+        elif name in texts:
+            (repeated if texts[name] == row.text else changed).append(name)
+        else:
+            texts[name] = row.text
+            if name in known:
+                answered.append((known[name], row))
+    total, title = len(data.questions), data.title
+    if not rows:
+        raise UserError(f"{path} holds no answers.")
+    if not texts:
+        raise UserError(
+            f"None of the {len(rows):,} answers in {path} belongs to {title}, whose ids look like "
+            f"{data.questions[0].official or data.questions[0].id}; check the benchmark's name and split."
+        )
+    if changed:
+        raise UserError(
+            f"{counted(len(changed), 'question')} answered more than once in {path}: {first_names(changed)}; "
+            "nobody can say which answer counts, so remove all but one."
+        )
+    prompt_notes = check_prompts(path, answered, data)
+    missing = [name for name in known if name not in texts and name not in data.accepts]
+    problems = []
+    if missing:
+        problems.append(f"{counted(len(missing), 'question')} without a prediction ({first_names(missing)})")
+    if foreign:
+        problems.append(
+            f"{counted(len(foreign), 'prediction')} for questions that are not in the question file "
+            f"({first_names(foreign)})"
+        )
+    if repeated:
+        problems.append(f"{counted(len(repeated), 'answer')} given twice in the same words ({first_names(repeated)})")
+    if problems and not partial:
+        raise UserError(
+            f"{path} does not fit {title} with its {total:,} questions: {'; '.join(problems)}. Is it another version "
+            "of the data? Score what fits with --partial."
+        )
+    notes = [*prompt_notes, *(f"the answer file has {problem}: left out" for problem in problems)]
+    if [name for name in texts if name in known] != [name for name in known if name in texts]:
+        notes.append("the answers are not in the order of the question file")
+    return Answers(texts, tuple(notes))
+
+
+def name_of(
+    row: Row, known: Mapping[str, Question], official: Mapping[str, Sequence[Question]], questions: Sequence[Question]
+) -> str | None:
+    """Our id of the question that a row answers; None if there is no such question."""
+    if row.id is None:
+        return questions[row.number].id if row.number is not None and 0 <= row.number < len(questions) else None
+    if row.id in known:
+        return row.id
+    candidates = official.get(row.id, ())
+    if len(candidates) > 1 and row.prompt is not None:
+        # Image ids that stand for several questions: the prompt decides.
+        prompt = row.prompt.strip()
+        candidates = [q for q in candidates if prompt in (q.message.strip(), q.question.strip())] or [
+            q for q in candidates if q.question.strip() in prompt
+        ]
+    if len(candidates) > 1 and row.number is not None:
+        there = questions[row.number].id if 0 <= row.number < len(questions) else None
+        candidates = [q for q in candidates if q.id == there]
+    return candidates[0].id if len(candidates) == 1 else None
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 question", "2,000 questions"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,0 +1,212 @@
+"""What a benchmark gives to a run: questions, their pictures, and a way to score predictions."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.answers.jsonl import read_bytes
+from eval.benchmarks.media import Pictures
+from eval.metrics import Score
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.answers.reading import Row
+    from llava.processing.sample import Sample
+
+# How questions are asked and answers read: as LLaVA's evaluation scripts do it, or as lmms-eval does.
+PROFILES = ("llava", "lmms")
+# Where questions come from: the official files, or the data set on the hub that lmms-eval reads.
+SOURCES = ("auto", "official", "mirror")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark, its pictures still names.
+
+    Attributes:
+        id: unique within the benchmark.
+        question: without the answer-format instruction, which query-aware methods must not look at.
+        images: names in the benchmark's pictures; () for a question of text alone.
+        answer: the reference, for tables.
+        official: the benchmark's own id, where that is not unique or not a string.
+        about: what questions about the same picture share, where the pictures' names do not say it.
+    """
+
+    id: str
+    question: str
+    suffix: str
+    images: tuple[str, ...]
+    answer: str
+    official: str = ""
+    about: str = ""
+
+    @property
+    def image(self) -> str:
+        """What questions about the same picture share: its name, or the question's id where there is none."""
+        return self.about or (self.images[0] if self.images else self.id)
+
+    @property
+    def message(self) -> str:
+        """The user turn."""
+        return f"{self.question}\n{self.suffix}" if self.suffix else self.question
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a benchmark, read and checked.
+
+    Attributes:
+        title: for sentences, "GQA testdev".
+        questions: in the order of the official file, which is the order they are asked in.
+        fingerprint: hash of the question files. The images are not in it, hashing them would take longer than
+            answering on some benchmarks.
+        score: (ids that were asked, raw text by id, in the order of the answer file) -> the official metric over those.
+        sample_score: (question, raw text) -> score of one answer in [0, 1], for the progress bar and the sample table;
+            None where one answer has none of its own.
+        submission: raw text by id -> file name -> what the official scorer or server reads: JSON types, text or bytes.
+        max_new_tokens: longest answer in this profile.
+        facts: what a reader must know of the data beside a number: source, versions, counts.
+        read: reader of answer files in a format of this benchmark alone; None from it leaves the file to
+            eval.answers.reading.
+        accepts: ids that an answer file may hold or lack.
+        judging: how an LLM judge is asked, eval.judging.Judging, for benchmarks that need one.
+        benchmark: name in the registry; "" where a data set was not loaded through it.
+    """
+
+    title: str
+    questions: tuple[Question, ...]
+    pictures: Pictures
+    fingerprint: str
+    score: Callable[[Sequence[str], Mapping[str, str]], Score]
+    sample_score: Callable[[Question, str], float] | None
+    submission: Callable[[Mapping[str, str]], Mapping[str, Any]]
+    max_new_tokens: int = 128
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    read: "Callable[[Path], Sequence[Row] | None] | None" = None
+    accepts: frozenset[str] = frozenset()
+    judging: Any = None
+    benchmark: str = ""
+
+    def check_images(self, questions: Iterable[Question]) -> None:
+        """Fail before the run starts, not at question 9,000."""
+        names = dict.fromkeys(name for question in questions for name in question.images)
+        missing = self.pictures.missing(names)
+        if missing:
+            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            noun, where = self.pictures.noun, self.pictures.where
+            raise UserError(f"{len(missing):,} of {len(names):,} {noun} are not in {where}: {shown}.")
+
+    def sample(self, question: Question) -> "Sample":
+        """The question with its pictures opened."""
+        from llava.processing.sample import Sample
+
+        opened = tuple(self.pictures.open(name) for name in question.images)
+        return Sample(
+            id=question.id,
+            question=question.question,
+            suffix=question.suffix,
+            image=opened[0] if len(opened) == 1 else opened or None,
+            image_id=" ".join(question.images) or None,
+        )
+
+
+@dataclass(frozen=True)
+class Need:
+    """A file or folder of a benchmark, for `python -m eval.check_data`.
+
+    Attributes:
+        path: below the data folder.
+        source: where to get it, a URL or a sentence.
+        count: how many files the folder should hold, where that is known.
+        optional: the benchmark runs without it.
+        others: further paths that do as well.
+    """
+
+    path: str
+    source: str
+    count: int | None = None
+    optional: bool = False
+    others: tuple[str, ...] = ()
+
+    def found(self, data: Path) -> Path | None:
+        """Where it lies below a data folder."""
+        return next((data / path for path in (self.path, *self.others) if (data / path).exists()), None)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An entry of the benchmark registry.
+
+    Attributes:
+        splits: the first whose question file is in the data folder is the default.
+        read: (data folder, split, profile, source) -> the questions; call `load`, which returns them ready for use.
+        profiles: those it has; the first is the default.
+        model: the embedded checkpoint in assets/ that was trained on its format.
+        published: what a 7B model reaches, with the metric's name; † marks numbers quoted from memory.
+        published_by: which model, and who says so.
+        needs: the official files of the default split.
+        mirror: repositories on the hub, the newest id first.
+        licence: of the data.
+        score_alone: (answer file or folder, --partial) -> its score, where its format holds the references too and the
+            data are not needed; None for files of another format.
+        split_files: split -> its question file below the data folder, where users often have one split only.
+    """
+
+    name: str
+    summary: str
+    splits: tuple[str, ...]
+    read: Callable[[Path, str, str, str], Dataset]
+    profiles: tuple[str, ...] = PROFILES
+    model: str = "tinyllava_instruct"
+    published: str = ""
+    published_by: str = ""
+    needs: tuple[Need, ...] = ()
+    mirror: tuple[str, ...] = ()
+    licence: str = ""
+    score_alone: Callable[[Path, bool], Score | None] | None = None
+    split_files: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self, data: Path, split: str, profile: str | None = None, source: str = "auto") -> Dataset:
+        """The questions of a split, checked; in the first profile if none is named."""
+        profile = profile or self.profiles[0]
+        found = replace(self.read(data, split, profile, source), benchmark=self.name)
+        return with_stripped_answers(found) if profile == "lmms" else found
+
+    def is_in(self, data: Path) -> bool:
+        """Whether the official files that it cannot do without are in a data folder."""
+        required = [need for need in self.needs if not need.optional]
+        return bool(required) and all(need.found(data) for need in required)
+
+
+def with_stripped_answers(data: Dataset) -> Dataset:
+    """The data set as lmms-eval scores it, which strips every answer first (ConfigurableTask.process_results)."""
+
+    def over(function: Callable[[Sequence[str], Mapping[str, str]], Any]) -> Callable[..., Any]:
+        return lambda asked, texts: function(asked, stripped(texts))
+
+    sample_score, judging = data.sample_score, data.judging
+    if judging is not None:
+        extra = over(judging.extra) if judging.extra is not None else None
+        judging = replace(judging, requests=over(judging.requests), match=over(judging.match), extra=extra)
+    return replace(
+        data,
+        score=over(data.score),
+        sample_score=None if sample_score is None else lambda question, text: sample_score(question, text.strip()),
+        submission=lambda texts: data.submission(stripped(texts)),
+        judging=judging,
+    )
+
+
+def stripped(texts: Mapping[str, str]) -> dict[str, str]:
+    """The answers without white space around them."""
+    return {name: text.strip() for name, text in texts.items()}
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Hash of the contents of `files`, in the order given."""
+    total = hashlib.sha256()
+    for file in files:
+        total.update(hashlib.sha256(read_bytes(file)).digest())
+    return total.hexdigest()[:16]

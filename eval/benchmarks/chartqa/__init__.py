@@ -1,0 +1,5 @@
+"""ChartQA."""
+
+from eval.benchmarks.chartqa.data import BENCHMARK
+
+BENCHMARKS = (BENCHMARK,)

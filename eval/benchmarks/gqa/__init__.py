@@ -1,0 +1,5 @@
+"""GQA."""
+
+from eval.benchmarks.gqa.data import BENCHMARK
+
+BENCHMARKS = (BENCHMARK,)

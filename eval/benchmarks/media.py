@@ -1,0 +1,146 @@
+"""Where a benchmark's pictures and videos come from: a folder, bytes inside a table, a data set of the hub."""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Protocol
+
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from llava.processing.video import Video
+
+
+# Longer names of files do not exist on the usual file systems.
+LONGEST_NAME = 255
+
+
+class Pictures(Protocol):
+    """Pictures by name.
+
+    Attributes:
+        noun: what they are, for sentences.
+        where: the folder or table, for sentences.
+    """
+
+    @property
+    def noun(self) -> str: ...
+
+    @property
+    def where(self) -> str: ...
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that are not there, found without decoding anything."""
+        ...
+
+    def open(self, name: str) -> "Image.Image | Video":
+        """One picture as RGB, or the frames of a video."""
+        ...
+
+    def digest(self, name: str) -> str:
+        """Hash of the encoded file: other content, other hash."""
+        ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Image files below one folder."""
+
+    root: Path
+    noun = "images"
+
+    @property
+    def where(self) -> str:
+        return str(self.root)
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if not (self.root / name).is_file()]
+
+    def open(self, name: str) -> "Image.Image":
+        # torch comes with this: a benchmark can be scored without it.
+        from llava.processing.clip_image import open_image
+
+        return open_image(self.root / name)
+
+    def digest(self, name: str) -> str:
+        path = self.root / name
+        try:
+            state = path.stat()
+            return file_digest(path, state.st_mtime_ns, state.st_size)
+        except OSError as error:
+            raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+class Videos(Folder):
+    """Video files below one folder."""
+
+    noun = "videos"
+
+    def open(self, name: str) -> "Video":
+        from llava.processing.video import read_video
+
+        return read_video(self.root / name)
+
+
+@dataclass(frozen=True)
+class Inline:
+    """Encoded pictures that stand in a table.
+
+    Attributes:
+        names: those there are.
+        fetch: name -> the bytes of an image file.
+    """
+
+    where: str
+    names: frozenset[str]
+    fetch: Callable[[str], bytes]
+    noun = "images"
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name not in self.names]
+
+    def open(self, name: str) -> "Image.Image":
+        from llava.processing.clip_image import open_image
+
+        return open_image(io.BytesIO(self.fetch(name)), f"{name} in {self.where}")
+
+    def digest(self, name: str) -> str:
+        return hashlib.sha256(self.fetch(name)).hexdigest()[:12]
+
+
+@lru_cache(maxsize=200_000)
+def file_digest(path: Path, modified: int, size: int) -> str:
+    """Hash of a file's content.
+
+    Args:
+        modified, size: of the file; the result is remembered until one of them changes.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def digest_of(pictures: Pictures, names: Iterable[str]) -> str:
+    """Hashes of the pictures of one question, in its order; "" for a question without pictures.
+
+    The store keeps it with every answer and compares it before the answer is used again. Hashing a file takes a few
+    hundredths of the time that decoding it takes.
+    """
+    return " ".join(pictures.digest(name) for name in names)
+
+
+def image_name(name: str, where: str) -> str:
+    """A file name from a question file, refused if it points out of the image folder.
+
+    Links inside the folder are followed: their owner put them there, the question file's author did not.
+    """
+    path = PurePosixPath(name)
+    if any(len(part.encode()) > LONGEST_NAME for part in path.parts):
+        raise UserError(f"{where} names an image with more than {LONGEST_NAME} characters: {name[:40]!r}...")
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise UserError(f"{where} names the image {name!r}, which is not inside the image folder.")
+    return name

@@ -1,0 +1,5 @@
+"""MME."""
+
+from eval.benchmarks.mme.data import BENCHMARK
+
+BENCHMARKS = (BENCHMARK,)

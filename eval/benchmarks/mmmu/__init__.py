@@ -1,0 +1,5 @@
+"""MMMU."""
+
+from eval.benchmarks.mmmu.data import BENCHMARK
+
+BENCHMARKS = (BENCHMARK,)

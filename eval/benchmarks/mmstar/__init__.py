@@ -1,0 +1,5 @@
+"""MMStar."""
+
+from eval.benchmarks.mmstar.data import BENCHMARK
+
+BENCHMARKS = (BENCHMARK,)

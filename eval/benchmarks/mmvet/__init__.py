@@ -1,0 +1,5 @@
+"""MM-Vet."""
+
+from eval.benchmarks.mmvet.data import BENCHMARK
+
+BENCHMARKS = (BENCHMARK,)

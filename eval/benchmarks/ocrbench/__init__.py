@@ -1,0 +1,5 @@
+"""OCRBench."""
+
+from eval.benchmarks.ocrbench.data import BENCHMARK
+
+BENCHMARKS = (BENCHMARK,)

@@ -1,0 +1,5 @@
+"""POPE."""
+
+from eval.benchmarks.pope.data import BENCHMARK
+
+BENCHMARKS = (BENCHMARK,)

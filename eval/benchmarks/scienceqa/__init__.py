@@ -1,0 +1,5 @@
+"""ScienceQA."""
+
+from eval.benchmarks.scienceqa.data import BENCHMARK
+
+BENCHMARKS = (BENCHMARK,)

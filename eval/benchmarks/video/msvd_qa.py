@@ -1,0 +1,30 @@
+"""MSVD-QA in Video-LLaVA's layout; see eval/benchmarks/video/sets.py. Answers are judged, see eval/judging/."""
+
+from pathlib import Path
+
+from eval.benchmarks.base import Benchmark, Dataset
+from eval.benchmarks.video.sets import VideoSet, load_official
+
+SET = VideoSet("msvd_qa", "MSVD-QA", "MSVD_Zero_Shot_QA", "videos", count=13157)
+
+
+def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
+    """The test split from its official files; no mirror is known."""
+    return load_official(SET, data, source)
+
+
+BENCHMARK = Benchmark(
+    name="msvd_qa",
+    summary="Questions about short videos of everyday scenes; judged by GPT-3.5.",
+    splits=("test",),
+    read=load,
+    profiles=("llava",),
+    model="tinyllava_video",
+    published="70.7 accuracy, 3.9 score",
+    published_by=(
+        "Video-LLaVA-7B's paper, judged by gpt-3.5-turbo; 69.8 in re-runs of papers on token reduction, whose"
+        " judge was another version"
+    ),
+    needs=SET.needs,
+    licence="the authors of MSVD name none for the videos",
+)

@@ -1,0 +1,45 @@
+"""The score without reduction on the same questions, which "percent of full" is measured against."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.answers.jsonl import read_json
+from eval.config import FULL
+from llava.errors import UserError
+
+# Settings in which a method may differ from `full` and still answer the same questions under the same conditions.
+OF_THE_METHOD = ("method", "version", "config", "seed", "text_tower")
+
+
+def percent_of_full(result: Mapping[str, Any], output: Path) -> float | None:
+    """Main score in percent of that of `full`; None where either is missing or `full` scores 0.
+
+    Args:
+        output: the run's folder; the result of `full` is looked for in the folders beside it.
+    """
+    score = result["metrics"].get(result["main"])
+    full = full_score(result, output)
+    return 100 * score / full if score is not None and full else None
+
+
+def full_score(result: Mapping[str, Any], output: Path) -> float | None:
+    """Main score of a run of `full` that asked the same questions under the same settings."""
+    if result["method"] == FULL:
+        return result["metrics"].get(result["main"])
+    found = output.resolve().parent.glob("*/result.json")
+    # Folders of `full` usually say so; a sweep has hundreds of others.
+    for path in sorted(found, key=lambda path: (not path.parent.name.startswith(FULL), path)):
+        try:
+            other = read_json(path)
+        except UserError:
+            continue  # a damaged file is an error of the run that it belongs to
+        if other.get("method") == FULL and all(task(other)[key] == value for key, value in task(result).items()):
+            return other["metrics"].get(other["main"])
+    return None
+
+
+def task(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What two results must agree on to be comparable."""
+    settings = {key: value for key, value in result["settings"].items() if key not in OF_THE_METHOD}
+    return {"settings": settings} | {key: result.get(key) for key in ("asked", "main", "facts")}
