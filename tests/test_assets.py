@@ -1,4 +1,4 @@
-"""What the repository ships: the embedded checkpoint and benchmark, their sizes, and that the model really answers."""
+"""What the repository ships: the toy model and toy benchmark, their sizes, and that the model really answers."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ MODEL = ROOT / "assets" / "tinyllava"
 
 
 @pytest.fixture(scope="module")
-def embedded():
+def toy():
     return load(device="cpu")
 
 
@@ -37,10 +37,10 @@ def test_assets_keep_their_size_limits():
     assert size(MODEL) <= 20 and size(DEFAULT_DATA) <= 15
 
 
-def test_the_architecture_is_llava_in_small(embedded):
-    assert embedded.visual_tokens == 576 and len(embedded.llm.layers) >= 8
-    assert embedded.conversation == "vicuna_v1" and embedded.select_layer == -2
-    assert embedded.end_ids == {embedded.tokenizer.eos_token_id} == {len(embedded.tokenizer) - 1}
+def test_the_architecture_is_llava_in_small(toy):
+    assert toy.visual_tokens == 576 and len(toy.llm.layers) >= 8
+    assert toy.conversation == "vicuna_v1" and toy.select_layer == -2
+    assert toy.end_ids == {toy.tokenizer.eos_token_id} == {len(toy.tokenizer) - 1}
 
 
 def test_the_benchmark_has_its_splits(dataset):
@@ -54,37 +54,38 @@ def test_the_benchmark_has_its_splits(dataset):
 
 
 @pytest.mark.parametrize(("method", "budget", "least"), [("full", 576, 0.85), ("consensusdrop", 64, 0.75)])
-def test_the_embedded_model_answers(embedded, dataset, method, budget, least):
+def test_the_toy_model_answers(toy, dataset, method, budget, least):
     """Every 40th question: a broken checkpoint, prompt or preprocessing falls to chance, about 30 %."""
     questions = dataset.questions[::40]
-    batch = generate(embedded, [dataset.sample(q) for q in questions], registry.build(method, budget), max_new_tokens=4)
+    batch = generate(toy, [dataset.sample(q) for q in questions], registry.build(method, budget), max_new_tokens=4)
     credits = [dataset.sample_score(q, a.text) for q, a in zip(questions, batch.answers, strict=True)]
     assert sum(credits) / len(credits) >= least
 
 
-def test_the_transformers_class_gives_the_same_logits(embedded, dataset):
+def test_the_transformers_class_gives_the_same_logits(toy, dataset):
     """The shipped files are a checkpoint of the transformers layout: its class agrees with the staged forward."""
     from llava.pipeline.prefill import prefill
 
     sample = dataset.sample(dataset.questions[3])
-    state, _ = prefill(embedded, [sample], registry.build("full", 576))
+    state, _ = prefill(toy, [sample], registry.build("full", 576))
     with torch.inference_mode():
-        theirs = embedded.container(**transformers_inputs(embedded, sample)).logits[:, -1]
-    torch.testing.assert_close(embedded.logits(state.hidden), theirs[:, : embedded.vocabulary], atol=1e-4, rtol=0)
+        theirs = toy.container(**transformers_inputs(toy, sample)).logits[:, -1]
+    torch.testing.assert_close(toy.logits(state.hidden), theirs[:, : toy.vocabulary], atol=1e-4, rtol=0)
 
 
-def test_the_text_tower_completes_the_clip_model(embedded, dataset):
+def test_the_text_tower_completes_the_clip_model(toy, dataset):
     """Vision tower of the checkpoint plus `text_tower/` is a whole CLIPModel, and it knows what is in a picture."""
     weights = load_file(MODEL / "text_tower" / "model.safetensors")
     clip = CLIPModel(CLIPConfig.from_pretrained(MODEL / "text_tower"))
-    vision = {f"vision_model.{name}": tensor for name, tensor in embedded.tower.state_dict().items()}
+    vision = {f"vision_model.{name}": tensor for name, tensor in toy.tower.state_dict().items()}
     missing, unexpected = clip.load_state_dict({**weights, **vision}, strict=False)
     assert not unexpected and all(name.endswith("position_ids") for name in missing)
-    from tinyllava.scenes import scene
-    from tinyllava.vocabulary import BOS, EOS, PATTERNS, encode, ids
+    from toy.data.scenes import scene
+    from toy.data.vocabulary import BOS, EOS, PATTERNS, TOY_WORDS
 
     phrases = [f"a {pattern} panel" for pattern in PATTERNS]
-    tokens = torch.tensor([[ids()[BOS], *encode(phrase), ids()[EOS]] for phrase in phrases])
+    ids = TOY_WORDS.ids
+    tokens = torch.tensor([[ids[BOS], *TOY_WORDS.encode(phrase), ids[EOS]] for phrase in phrases])
     right = total = 0
     with torch.inference_mode():
         for index in range(16):
@@ -93,7 +94,7 @@ def test_the_text_tower_completes_the_clip_model(embedded, dataset):
                 continue
             name = f"test{index:05d}n.jpg"
             question = next(q for q in dataset.questions if q.image == name)
-            pixels = embedded.image_processor(dataset.sample(question).image)[None]
+            pixels = toy.image_processor(dataset.sample(question).image)[None]
             similarity = clip(input_ids=tokens, pixel_values=pixels).logits_per_image[0]
             right += int(similarity.argmax()) in patterns
             total += 1

@@ -27,8 +27,8 @@ from tests.tiny_checkpoints import (
     save_text_tower,
     save_transformers_layout,
 )
-from tinyllava.scenes import scene
-from tinyllava.vocabulary import COLOR_NAMES, SHAPES
+from toy.data.scenes import scene
+from toy.data.vocabulary import COLOR_NAMES, SHAPES
 
 QUESTIONS = ("is there a star ?", "what color is the small cat on the left of the tree ?", "")
 LENGTH = 20  # tokens that the tiny text tower can read

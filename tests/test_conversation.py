@@ -85,9 +85,9 @@ def test_the_templates_of_the_other_checkpoints_letter_by_letter(mode, rendered)
 
 
 LLAMA_3 = (
-    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You "
-    "are able to understand the visual content that the user provides, and assist the user with a variety of tasks using "
-    "natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, and assist the user with a variety of tasks "
+    "using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
 )
 LLAMA_3_ANSWER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 LLAMA_3_USER = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"

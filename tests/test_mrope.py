@@ -183,7 +183,7 @@ def test_angles_take_each_frequency_from_its_axis(model):
 
 
 def test_rows_of_the_decoders_attention_equal_its_own_maps(model):
-    """The signals of llava.reduction.scores run over Qwen's layers as they are, given these angles: same rotation, same rows."""
+    """The scores of llava.reduction run over Qwen's layers unchanged, given these angles: same rotation, same rows."""
     llm, place = model.language_model, mrope.positions([PROMPTS[2]])
     hidden = torch.randn(1, place.shape[1], 32)
     with torch.inference_mode():

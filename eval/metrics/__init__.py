@@ -64,7 +64,7 @@ def ratio_terms(
     scale: float = 100,
     proportion: bool = False,
 ) -> SufficientStatistics:
-    """SufficientStatistics of `scale` times the mean sample score; `proportion` says that these are sample scores in [0, 1]."""
+    """Those of `scale` times the mean sample score; `proportion` says that sample scores are in [0, 1]."""
     names = tuple(sample_scores)
     return SufficientStatistics(
         unit,

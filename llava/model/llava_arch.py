@@ -135,7 +135,7 @@ class Llava:
 
     @cached_property
     def clip(self):
-        """The CLIP text tower (llava.model.multimodal_encoder.clip_text_encoder.ClipText), read from its files when a method first asks for it."""
+        """The CLIP text tower, read from its files when a method first asks for it."""
         from llava.model.multimodal_encoder.clip_text_encoder import load_clip_text
 
         return load_clip_text(self.text_tower, self.tower, self.tokenizer, self.device)

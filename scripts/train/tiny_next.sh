@@ -4,12 +4,11 @@
 # questions about them, then checkpoint, benchmark and report are written.
 # About half an hour of one free core (estimated; 44 minutes of training on a busy one), 1 GB of disk. Interrupted, the
 # same command goes on.
-# Usage: bash scripts/train/tiny_next.sh [FOLDER for features, checkpoints and logs; default runs/next]
-set -euo pipefail
-folder=${1:-runs/next}
-[[ $folder = /* ]] || folder=$PWD/$folder
-source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-[ -f "$folder/next.pt" ] || python -m tinyllava.train_next --folder "$folder"
-python -m tinyllava.export_next --folder "$folder" --output assets/tinyllava_next
-python -m tinyllava.benchmark_next --output assets/eval_next
-python -m tinyllava.report_next --folder "$folder"
+# Usage: bash scripts/train/tiny_next.sh [FOLDER for features, checkpoints and logs; default runs/next] [--quick]
+# --quick: a few steps on a few pictures, to see that everything works; writes FOLDER/assets. About two minutes.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+setup runs/next "$@"
+train next 1
+python -m toy.export next --folder "$folder" --output "$assets/tinyllava_next"
+[ -n "$quick" ] || python -m toy.benchmarks --output "$assets/eval_next" --only large_gqa
+python -m toy.report next --folder "$folder" --model "$assets/tinyllava_next" "${measure[@]}"

@@ -4,12 +4,11 @@
 # questions about them, then checkpoint, benchmark and report are written.
 # About 45 minutes of one free core (estimated; 70 minutes of training on a busy one), 1 GB of disk. Interrupted, the
 # same command goes on.
-# Usage: bash scripts/train/tiny_video.sh [FOLDER for features, checkpoints and logs; default runs/video]
-set -euo pipefail
-folder=${1:-runs/video}
-[[ $folder = /* ]] || folder=$PWD/$folder
-source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-[ -f "$folder/video.pt" ] || python -m tinyllava.train_video --folder "$folder"
-python -m tinyllava.export_video --folder "$folder" --output assets/tinyllava_video
-python -m tinyllava.benchmark_video --output assets/eval_video
-python -m tinyllava.report_video --folder "$folder"
+# Usage: bash scripts/train/tiny_video.sh [FOLDER for features, checkpoints and logs; default runs/video] [--quick]
+# --quick: a few steps on a few videos, to see that everything works; writes FOLDER/assets. About two minutes.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+setup runs/video "$@"
+train video 1
+python -m toy.export video --folder "$folder" --output "$assets/tinyllava_video"
+[ -n "$quick" ] || python -m toy.benchmarks --output "$assets/eval_video" --only video_qa
+python -m toy.report video --folder "$folder" --model "$assets/tinyllava_video" "${measure[@]}"

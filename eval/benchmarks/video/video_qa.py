@@ -98,9 +98,9 @@ BENCHMARK = Benchmark(
     read=load,
     model="tinyllava_video",
     needs=(
-        Need("video_qa/test_q.json", "made by `python -m tinyllava.benchmark_video`"),
-        Need("video_qa/test_a.json", "made by `python -m tinyllava.benchmark_video`"),
-        Need("video_qa/videos", "made by `python -m tinyllava.benchmark_video`"),
+        Need("video_qa/test_q.json", "made by `python -m toy.benchmarks --only video_qa`"),
+        Need("video_qa/test_a.json", "made by `python -m toy.benchmarks --only video_qa`"),
+        Need("video_qa/videos", "made by `python -m toy.benchmarks --only video_qa`"),
     ),
     licence="Apache-2.0, as this repository",
 )

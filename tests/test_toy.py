@@ -1,0 +1,331 @@
+"""How the toy model is made: scenes, questions, vocabulary, packed training, resuming."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from llava.errors import UserError
+from toy.data import vocabulary
+from toy.data.corpus import Corpus, render
+from toy.data.questions import FAMILIES, ask
+from toy.data.scenes import DENSE_OFFSET, SEEDS, handwritten_digits, scene
+from toy.data.vocabulary import TOY_WORDS
+from toy.export import trained_weights
+from toy.model.clip import build_clip, patchify, vision_states
+from toy.model.clip_losses import phrase_targets, phrases
+from toy.model.decoder import answer_logits, forward
+from toy.model.llava import Trainee, build_llava
+from toy.optimizer import schedule
+from toy.packing import Text, Visuals, attention_mask, position_ids, whole
+from toy.stages.base import QUESTION_LENGTH, Recipe, Settings, Stage, ask_questions
+from toy.text_only import TextOnly
+from toy.train import train
+
+SCENES = [scene("val", index, dense) for index, dense in itertools.product(range(12), (False, True))]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    render(folder, "train", 6)
+    return Corpus(folder)
+
+
+def test_scenes_are_functions_of_their_seed():
+    again = scene("val", 0, False)
+    assert again.jpeg == SCENES[0].jpeg and again.things == SCENES[0].things
+    assert scene("test", 0, False).jpeg != again.jpeg
+
+
+def test_splits_share_neither_scenes_nor_digits():
+    starts = sorted(first + offset for first in SEEDS.values() for offset in (0, DENSE_OFFSET))
+    assert min(b - a for a, b in itertools.pairwise(starts)) >= DENSE_OFFSET
+    parts = [{image.tobytes() for image in handwritten_digits(split)[0]} for split in SEEDS]
+    assert sum(map(len, parts)) > 1700
+    assert not any(a & b for a, b in itertools.combinations(parts, 2))
+
+
+def test_dense_scenes_hold_more_than_a_budget_of_64():
+    """Patches of askable things: a natural scene fits the budget of 64 nearly, a dense one does not."""
+    natural, dense = (np.mean([asked_patches(s) for s in SCENES[start::2]]) for start in (0, 1))
+    assert natural < dense and dense > 100
+
+
+def asked_patches(one) -> int:
+    return sum(int((one.owner == i).sum()) for i, thing in enumerate(one.things) if thing.kind != "panel")
+
+
+def test_every_word_is_in_the_vocabulary_and_both_tokenizers_agree():
+    tokenizer = TOY_WORDS.tokenizer
+    rng = np.random.default_rng(0)
+    for drawn, family in itertools.product(SCENES, FAMILIES):
+        question = ask(drawn.things, family, rng)
+        if question:
+            assert tokenizer(question.text).input_ids[1:] == TOY_WORDS.encode(question.text)
+            assert tokenizer.decode(TOY_WORDS.encode(question.answer)) == question.answer
+            assert len(TOY_WORDS.encode(question.text)) + 3 <= QUESTION_LENGTH
+
+
+def test_the_prompt_of_training_is_the_prompt_of_the_pipeline():
+    """Training packs ids by hand; the evaluation renders vicuna_v1 and tokenises text. They must be the same ids."""
+    from llava.processing.prompt import IMAGE_TOKEN_INDEX, build_prompt
+    from llava.processing.sample import Sample
+
+    sample = Sample("q", "What color is the small star?", vocabulary.SHORT_ANSWER, image=object())
+    ids = list(build_prompt(sample, TOY_WORDS.tokenizer, "vicuna_v1").ids)
+    tail = [TOY_WORDS.ids[word] for word in (vocabulary.SHORT_ANSWER, vocabulary.ASSISTANT)]
+    assert ids == [*TOY_WORDS.prefix, IMAGE_TOKEN_INDEX, *TOY_WORDS.encode(sample.question), *tail]
+
+
+def test_clip_finds_the_end_token_at_the_last_id():
+    assert TOY_WORDS.words[-1] == vocabulary.EOS and TOY_WORDS.ids[vocabulary.EOS] != 2
+
+
+def test_answers_are_right_by_an_independent_reading():
+    """Read the question's words again and answer from the list of things."""
+    rng = np.random.default_rng(1)
+    seen = dict.fromkeys(FAMILIES, 0)
+    for drawn in SCENES:
+        for family in FAMILIES:
+            question = ask(drawn.things, family, rng)
+            if question is not None:
+                assert reader(drawn.things, family, question.text) == question.answer, question
+                seen[family] += 1
+    assert min(seen.values()) >= 10, seen
+
+
+def described(things, words: list[str]):
+    """Things that fit a list of words such as ["small", "red", "star"]."""
+    found = [t for t in things if t.kind == "shape"]
+    for word in words:
+        if word in vocabulary.COLORS:
+            found = [t for t in found if vocabulary.COLOR_NAMES[t.color] == word]
+        elif word in vocabulary.SIZES:
+            found = [t for t in found if vocabulary.SIZES[t.big] == word]
+        elif word not in ("object", "objects"):
+            name = next(s for s in vocabulary.SHAPES if word in (s, vocabulary.PLURALS[s]))
+            found = [t for t in found if vocabulary.SHAPES[t.shape] == name]
+    return found
+
+
+NAMES = {*vocabulary.COLORS, *vocabulary.SIZES, *vocabulary.SHAPES, *vocabulary.PLURALS.values(), "object", "objects"}
+
+
+def reader(things, family: str, text: str) -> str:
+    words = text.lower().replace("?", "").split()
+    named = [word for word in words if word in NAMES]
+    if family == "digit":
+        color = next(word for word in words if word in vocabulary.COLORS)
+        frame = [t for t in things if t.kind == "frame" and vocabulary.COLOR_NAMES[t.color] == color]
+        assert len(frame) == 1
+        return str(frame[0].digit)
+    if family == "exist" and "panel" in words:
+        return "yes" if any(t.pattern >= 0 and vocabulary.PATTERNS[t.pattern] in words for t in things) else "no"
+    if family == "exist":
+        return "yes" if described(things, named) else "no"
+    if family == "count":
+        return str(len(described(things, named)))
+    if family in ("verify", "choose", "relate"):
+        relation = next(w for w in ("left", "right", "above", "below") if w in words)
+        at = words.index(relation)
+        a = described(things, [w for w in words[:at] if w in NAMES])
+        (b,) = described(things, [w for w in words[at:] if w in NAMES])
+        side = {
+            "left": lambda t: t.x < b.x, "right": lambda t: t.x > b.x,
+            "above": lambda t: t.y < b.y, "below": lambda t: t.y > b.y,
+        }  # fmt: skip
+        if family == "relate":
+            (target,) = [t for t in a if t is not b and side[relation](t)]
+            return vocabulary.COLOR_NAMES[target.color]
+        assert len(a) == 1
+        if family == "verify":
+            return "yes" if side[relation](a[0]) else "no"
+        other = {"left": "right", "above": "below"}[relation]
+        return relation if side[relation](a[0]) else other
+    (target,) = described(things, named)
+    if family == "color":
+        return vocabulary.COLOR_NAMES[target.color]
+    if family == "shape":
+        return vocabulary.SHAPES[target.shape]
+    if "left" in words:
+        return "left" if target.x < 96 else "right"
+    return "top" if target.y < 96 else "bottom"
+
+
+def test_labels_follow_the_things(corpus):
+    labels = corpus.patch_labels(np.arange(6))
+    for row in range(6):
+        owner = corpus.owners[row].flatten()
+        for patch in (0, 100, 300, 575):
+            expected = corpus.things[row][owner[patch]] if owner[patch] >= 0 else np.zeros(9)
+            assert labels[row, patch].tolist() == expected.tolist()
+    things = corpus.list_things(1)
+    assert things == scene("train", 1, dense=True).things
+
+
+def test_phrases_that_only_small_things_make_true_count_less(corpus):
+    targets, weights = phrase_targets(np.asarray(corpus.things[:6]))
+    keys = list(phrases())
+    for row in range(6):
+        shapes = [t for t in corpus.list_things(row) if t.kind == "shape"]
+        for column, key in enumerate(keys):
+            if key[0] == "shape":
+                mine = [t for t in shapes if t.shape == key[1]]
+                assert targets[row, column] == float(bool(mine))
+                assert weights[row, column] == (0.15 if mine and not any(t.big == 1 for t in mine) else 1.0)
+
+
+def test_patchwise_tower_equals_the_transformers_tower(corpus):
+    torch.manual_seed(0)
+    clip = build_clip(width=32, layers=3).eval()
+    patches = patchify(corpus.images[:2])
+    pixels = patches.view(2, 24, 24, 3, 8, 8).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 192, 192)
+    with torch.inference_mode():
+        penultimate, final = vision_states(clip.vision_model, patches)
+        reported = clip.vision_model(pixels, output_hidden_states=True)
+    torch.testing.assert_close(penultimate, reported.hidden_states[-2], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(final, reported.hidden_states[-1], atol=1e-5, rtol=1e-4)
+    keep = torch.tensor([[0, 7, 575], [3, 4, 5]])
+    assert vision_states(clip.vision_model, patches.gather(1, keep[..., None].expand(-1, -1, 192)), keep)[0].shape == (
+        2,
+        4,
+        32,
+    )
+
+
+def test_packed_questions_equal_separate_prompts(corpus):
+    """Ten questions behind one picture are ten prompts: same logits for each, whatever the others ask."""
+    torch.manual_seed(0)
+    clip = build_clip(width=32, layers=3)
+    llava = build_llava(clip.config.vision_config, width=64, layers=2).eval()
+    rng = np.random.default_rng(0)
+    questions = ask_questions(corpus, np.arange(2), [list(FAMILIES)[:4]] * 2, rng)
+    parts = Trainee(llava)
+    with torch.inference_mode():
+        decoded = forward(parts, TOY_WORDS.prefix, whole(torch.randn(2, 576, 32)), questions.text)
+        packed, visual = answer_logits(parts, decoded, questions), decoded.visual
+        table = llava.model.language_model.embed_tokens
+        for i, j in itertools.product(range(2), range(4)):
+            if questions.answer[i, j] == -100:
+                continue
+            until = int(questions.ask_at[i, j]) + 1
+            embeds = [table(torch.tensor(TOY_WORDS.prefix)), visual[i], table(questions.ids[i, j, :until])]
+            alone = llava.model.language_model(inputs_embeds=torch.cat(embeds)[None]).last_hidden_state[0, -1]
+            torch.testing.assert_close(packed[i, j, 0], llava.lm_head(alone), atol=1e-4, rtol=1e-3)
+
+
+def test_packed_mask_lets_no_question_see_another():
+    count, length = 3, 4
+    owner, place = torch.arange(count).repeat_interleave(length), torch.arange(length).repeat(count)
+    text = Text(torch.zeros(1, count * length), owner[None], place[None])
+    mask = attention_mask(whole(torch.zeros(1, 5, 8)), text, prefix=3)[0, 0]
+    prefix = 3 + 5
+    second = prefix + length
+    assert mask[second, :prefix].all() and not mask[second, prefix:second].any() and mask[second, second]
+
+
+class TwoLayers(Stage):
+    """Two linear layers that learn to copy their input."""
+
+    name = "copy"
+    recipe = Recipe(lr=0.02, adam_lr=0.01, clip=1.0, decay=0.6, save_every=4)
+    at_once = 1
+
+    def __init__(self, stop_at=None, steps=12):
+        super().__init__(None, Settings(steps, 4, 4, validation=1, watched=1, final=1, keep=1), None)
+        torch.manual_seed(0)
+        self.trainee, self.stop_at = torch.nn.Module(), stop_at
+        self.trainee.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
+
+    @staticmethod
+    def is_hidden(name):
+        return name.startswith("layers.0")
+
+    def loss(self, step, rng):
+        if step == self.stop_at:
+            raise KeyboardInterrupt
+        x = torch.tensor(rng.normal(size=(4, 8)), dtype=torch.bfloat16)
+        noise = torch.randn(4, 8, dtype=torch.bfloat16)
+        layers = self.trainee.layers
+        return (layers[1](layers[0](x)) - x - 0.1 * noise).float().square().mean(), {}
+
+    def validate(self, rows):
+        return {"rows": len(rows)}
+
+
+def toy_training(folder, stop_at=None, steps=12):
+    folder.mkdir(exist_ok=True)
+    return train(TwoLayers(stop_at, steps), folder).masters
+
+
+def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
+    expected = toy_training(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        toy_training(tmp_path / "cut", stop_at=7)
+    resumed = toy_training(tmp_path / "cut")
+    for name, weight in expected.items():
+        assert torch.equal(weight, resumed[name]), name
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    """Once a run with another number of steps went on from it, in the middle of another learning-rate schedule."""
+    with pytest.raises(KeyboardInterrupt):
+        toy_training(tmp_path, stop_at=7)
+    with pytest.raises(UserError, match="other settings"):
+        toy_training(tmp_path, steps=20)
+    checkpoint = tmp_path / "copy.checkpoint.pt"
+    saved = torch.load(checkpoint, weights_only=True)
+    del saved["settings"]  # as the former trainers saved it
+    torch.save(saved, checkpoint)
+    with pytest.raises(UserError, match="not recorded"):
+        toy_training(tmp_path)
+
+
+def test_renumbered_positions_skip_what_is_not_there():
+    visuals = Visuals(torch.zeros(1, 2, 4), torch.tensor([[3, 9]]), torch.tensor([20]))
+    text = Text(torch.zeros(1, 2), torch.zeros(1, 2).long(), torch.arange(2)[None])
+    assert position_ids(visuals, text, 1, False).tolist() == [[0, 4, 10, 21, 22]]
+    assert position_ids(visuals, text, 1, True).tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_rendering_resumes(tmp_path, monkeypatch):
+    render(tmp_path, "train", 3)
+    done = np.load(tmp_path / "done.npy", mmap_mode="r+")
+    done[1:] = 0
+    del done
+    drawn = []
+    monkeypatch.setattr("toy.data.corpus.scene", lambda *a, **k: drawn.append(a) or scene(*a, **k))
+    render(tmp_path, "train", 3)
+    assert [index for _, index in drawn] == [1, 2]
+
+
+def test_schedule_warms_up_stays_flat_and_ends_near_zero():
+    values = [schedule(step, 1000, warmup=10, decay=0.5) for step in range(1000)]
+    assert values[0] == 0.1 and values[10:500] == [1.0] * 490 and values[-1] < 0.01
+
+
+def test_text_only_baseline_looks_up_then_falls_back():
+    lookup = TextOnly(
+        [
+            ("color", "q1", "red"),
+            ("color", "q1", "blue"),
+            ("color", "q1", "blue"),
+            ("color", "q2", "red"),
+            ("color", "q3", "red"),
+        ]
+    )
+    assert lookup.answer("color", "q1") == "blue"
+    assert lookup.answer("color", "never asked") == "red"
+
+
+def test_an_export_without_a_training_says_so(tmp_path):
+    """Once a traceback of torch.load."""
+    with pytest.raises(UserError, match=r"neither next\.pt nor next\.checkpoint\.pt"):
+        trained_weights(tmp_path, "next")
+
+
+def test_an_unfinished_stage_is_exported_from_its_last_checkpoint(tmp_path):
+    masters = toy_training(tmp_path)
+    assert all(torch.equal(weight, masters[name]) for name, weight in trained_weights(tmp_path, "copy").items())

@@ -1,0 +1,214 @@
+"""The toy benchmarks: written twice the same, read by every benchmark's reader, right answers, links, size."""
+
+import io
+import json
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval import benchmarks
+from eval.benchmarks.hub import open_table
+from eval.config import ROOT
+from toy.benchmarks import judged, mme, pope, videos
+from toy.benchmarks.__main__ import main, size
+from toy.benchmarks.asking import ALL, about, generator, ten_answers
+from toy.benchmarks.choices import ROUND, ROW_QUALITY
+from toy.benchmarks.files import STRING, write_card, write_table
+from toy.benchmarks.pictures import LINKED, Picture, linked
+from toy.data.formats import LETTERS
+from toy.data.vocabulary import COLOR_NAMES, COLORS
+
+DATA = ROOT / "assets" / "eval"
+
+# Benchmark -> the questions of its default split that there are at least.
+LEAST = {
+    "activitynet_qa": 40,
+    "ai2d": 60,
+    "chartqa": 60,
+    "docvqa": 40,
+    "flickr30k": 20,
+    "infovqa": 40,
+    "llava_bench": 60,
+    "mmbench": 100,
+    "mmbench_cn": 100,
+    "mme": 140,
+    "mmmu": 60,
+    "mmstar": 72,
+    "mmvet": 90,
+    "msrvtt_qa": 100,
+    "msvd_qa": 100,
+    "nocaps": 20,
+    "ocrbench": 100,
+    "pope": 280,
+    "realworldqa": 60,
+    "scienceqa": 40,
+    "seed": 150,
+    "seed_img": 140,
+    "textvqa": 200,
+    "tgif_qa": 200,
+    "vizwiz": 150,
+    "vqav2": 150,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Tables are not read from what another run left in the user's cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def load(name: str, split: str = "", profile: str = "", source: str = "auto"):
+    benchmark = benchmarks.get(name)
+    return benchmark.load(DATA, split or benchmark.splits[0], profile or benchmark.profiles[0], source)
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_every_split_and_profile_loads_complete(name):
+    benchmark = benchmarks.get(name)
+    for split in benchmark.splits:
+        for profile in benchmark.profiles:
+            dataset = load(name, split, profile)
+            dataset.check_images(dataset.questions)
+            assert dataset.questions and len({question.id for question in dataset.questions}) == len(dataset.questions)
+            if (split, profile) == (benchmark.splits[0], benchmark.profiles[0]):
+                assert len(dataset.questions) >= LEAST[name]
+
+
+def test_writing_again_gives_the_same_bytes(tmp_path):
+    judged.write_mmvet(tmp_path)
+    videos.write(tmp_path, ROOT / "assets" / "eval_video" / "video_qa")
+    files = [file for file in tmp_path.rglob("*.json*") if file.is_file()]
+    assert len(files) == 10
+    for file in files:
+        assert file.read_bytes() == (DATA / file.relative_to(tmp_path)).read_bytes(), file
+
+
+def test_sets_that_link_to_gqa_are_refused_without_it(tmp_path, capsys):
+    assert main(["--output", str(tmp_path), "--only", "pope"]) == 2
+    assert "--only gqa" in capsys.readouterr().err
+
+
+def test_a_changed_table_is_read_again(tmp_path):
+    """datasets 5.2 gives what it read first from a folder whose README.md lists its files."""
+    folder = tmp_path / "hub" / "me" / "set"
+    for count in (2, 3):
+        write_table(folder / "all.parquet", {"x": STRING}, [{"x": "a"}] * count)
+        write_card(folder, {"default": {"test": "all.parquet"}})
+        assert len(open_table(tmp_path, ["me/set"], None, "test")) == count
+
+
+def test_size_and_links_stay_in_their_limits():
+    assert size(DATA) < 15_000_000
+    links = [path for path in DATA.rglob("*") if path.is_symlink()]
+    assert len(links) > 10
+    for path in links:
+        assert not path.readlink().is_absolute() and path.exists(), path
+        assert path.resolve().is_relative_to((ROOT / "assets").resolve()), path
+
+
+@pytest.mark.parametrize("name", ["ai2d", "mmbench", "mmbench_cn", "mmstar", "seed_img"])
+def test_each_letter_is_right_about_equally_often(name):
+    answers = Counter(question.answer for question in load(name).questions)
+    assert set(answers) == set(LETTERS[:4])
+    assert max(answers.values()) <= 1.25 * min(answers.values())
+
+
+def test_pope_and_mme_have_as_many_yes_as_no():
+    for name in ("pope", "mme"):
+        answers = Counter(question.answer.lower() for question in load(name).questions)
+        assert answers["yes"] == answers["no"] == sum(answers.values()) / 2
+
+
+def test_pope_objects_are_there_or_not():
+    asked = defaultdict(set)
+    pictures = {picture.file: picture for picture in linked(300)}
+    for category in pope.CATEGORIES:
+        for line in (DATA / "pope" / "coco" / f"coco_pope_{category}.json").read_text().splitlines():
+            row = json.loads(line)
+            name = row["text"].removeprefix("Is there a ").removesuffix(" in the image?")
+            assert (name in pope.objects(pictures[row["image"]])) == (row["label"] == "yes"), row
+            asked[category, row["image"]].add(name)
+    # The rules differ: what is common is not what goes together with the objects of an image.
+    images = {image for _, image in asked}
+    assert any(asked["popular", image] != asked["adversarial", image] for image in images)
+
+
+def test_pope_mirror_asks_what_the_official_files_ask():
+    official, mirror = (load("pope", source=source) for source in ("official", "mirror"))
+    assert [(q.question, q.answer) for q in official.questions] == [(q.question, q.answer) for q in mirror.questions]
+    first = [np.asarray(dataset.pictures.open(dataset.questions[0].image)) for dataset in (official, mirror)]
+    assert (first[0] == first[1]).all()
+
+
+def test_mme_asks_a_right_and_a_wrong_question_about_every_image():
+    release = DATA / "MME" / "MME_Benchmark_release_version"
+    for task in mme.TASKS:
+        folder = release / task / "questions_answers_YN" if task in mme.IN_FOLDERS else release / task
+        files = sorted(folder.glob("*.txt"))
+        assert len(files) == mme.IMAGES_EACH, task
+        for file in files:
+            questions, answers = zip(*(line.split("\t") for line in file.read_text().splitlines()), strict=True)
+            assert answers == ("Yes", "No") and questions[0] != questions[1]
+            assert all(question.endswith(f" {mme.INSTRUCTION}") for question in questions)
+
+
+@pytest.mark.parametrize("name", ["mmbench", "mmbench_cn"])
+def test_mmbench_rows_are_shifts_of_one_another(name):
+    groups = defaultdict(list)
+    for question in load(name).questions:
+        first, *options = question.question.split("\n")[-5:] if "\nD. " in question.question else ["", "", ""]
+        groups[int(question.official or question.id) % ROUND].append((first, options, question.answer))
+    assert sum(len(rows) == 4 for rows in groups.values()) >= 25
+    for rows in (rows for rows in groups.values() if len(rows) == 4):
+        texts = {options[LETTERS.index(answer)].partition(". ")[2] for _, options, answer in rows}
+        assert len(texts) == 1 and {answer for _, _, answer in rows} == set("ABCD")
+
+
+def test_small_copies_keep_the_colours_of_small_things():
+    """A palette by median cut once turned a blue cross grey."""
+    names = np.array(list(COLORS.values()))
+    for picture in (Picture("", LINKED + row, dense) for row in range(4) for dense in (False, True)):
+        for file in (picture.compressed(ROW_QUALITY), picture.png):
+            pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(int)
+            for thing in (thing for thing in picture.things if thing.kind == "shape"):
+                reach = thing.side // 2
+                rows, columns = (slice(max(0, int(c) - reach), int(c) + reach) for c in (thing.y, thing.x))
+                near = ((pixels[rows, columns, None] - names) ** 2).sum(-1)
+                # Some of the thing's pixels are nearly of its own colour.
+                assert (near.argmin(-1)[near.min(-1) < 60**2] == thing.color).any(), COLOR_NAMES[thing.color]
+
+
+def test_ten_people_mostly_agree():
+    rng = generator("test")
+    for answer in ("red", "3", "no", "unanswerable"):
+        given = ten_answers(answer, rng)
+        assert len(given) == 10 and sum(word in (answer, "three") for word in given) >= 7
+
+
+def test_no_question_twice_about_a_picture():
+    for picture in linked(6):
+        texts = [pair.question.split("\n")[0] for pair in about(picture, "ocr", generator("x"), ALL * 2)]
+        assert len(texts) == len(set(texts)) > 3
+
+
+@pytest.mark.parametrize("name", ["vqav2", "vizwiz"])
+def test_test_splits_have_no_answers(name):
+    assert not any(question.answer for question in load(name).questions)
+
+
+def test_right_answers_score_full():
+    """Short answers that people agree on are right in the metric of the set."""
+    for name, split in (("textvqa", "val"), ("vizwiz", "val"), ("vqav2", "val"), ("docvqa", "val")):
+        dataset = load(name, split)
+        texts = {question.id: question.answer for question in dataset.questions}
+        score = dataset.score(list(texts), texts)
+        assert score.values[score.main] == pytest.approx(100), name
+
+
+def test_only_the_folders_of_the_readme_are_there():
+    told = (DATA / "README.md").read_text()
+    for folder in (path for path in DATA.iterdir() if path.is_dir()):
+        assert f"`{folder.name}/" in told, folder
+    assert not list(DATA.rglob(".*"))

@@ -1,0 +1,459 @@
+"""The toy model of all formats: question-answer pairs that are right by construction, their tokens, packed training."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+from eval.benchmarks.mmvet import data as mmvet
+from eval.benchmarks.prompts import LETTER, LETTER_CN, SHORT, VIZ, split_suffix
+from eval.config import DEFAULT_MODEL, ROOT
+from llava.model.builder import load
+from llava.pipeline.generate import generate
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, build_prompt
+from llava.processing.sample import Sample
+from llava.reduction import registry
+from tests.test_toy import described, reader
+from toy.data import vocabulary
+from toy.data.auxiliary_tasks import BLIND, TRAINED
+from toy.data.chinese import SINGULAR, WORDS
+from toy.data.formats import (
+    FORMATS,
+    LETTERS,
+    MARK,
+    OCR_TOKENS,
+    UNANSWERABLE,
+    Pair,
+    caption_references,
+    captioned,
+    compose,
+    lmms_wording,
+)
+from toy.data.instruct_vocabulary import INSTRUCT_WORDS
+from toy.data.questions import FAMILIES, Retry
+from toy.data.scenes import Thing, scene
+from toy.data.vocabulary import TOY_WORDS
+from toy.model.clip import build_clip
+from toy.model.decoder import forward
+from toy.model.instruct import build_instruct, instruct_table
+from toy.model.llava import Trainee, build_llava
+from toy.packing import Visuals
+from toy.pair_packing import READ_AT, Line, as_line, ask_lines, pack_lines, pair_accuracy, pair_loss, predictions
+
+SCENES = [scene("val", index, dense).things for index, dense in itertools.product(range(10), (False, True))]
+LETTERED = ("letters", "several", "parens", "mmstar", "realworld", "context")
+ENGLISH = {chinese: english for english, chinese in WORDS.items()}
+NAMED = {*vocabulary.COLORS, *vocabulary.SHAPES, *vocabulary.SIZES, "object"}
+
+
+def pairs(name: str, seed: int = 0, rounds: int = 4):
+    """(things, pair) of a format over all scenes."""
+    rng = np.random.default_rng(seed)
+    for things in SCENES * rounds:
+        pair = compose(things, name, rng, formats=TRAINED)
+        if pair is not None:
+            yield things, pair
+
+
+def bare_text(pair: Pair) -> str:
+    """The line of a message that is the question itself."""
+    lines = [line for line in pair.question.splitlines() if not line.startswith("Context:")]
+    return lines[0].removeprefix(f"{MARK} ").removesuffix(" There are several options:")
+
+
+@pytest.mark.parametrize("name", ["short", "single_word", "bare", "ocr"])
+def test_words_are_right_by_an_independent_reading(name):
+    found = list(pairs(name))
+    assert len(found) >= 60
+    for things, pair in found:
+        assert reader(things, pair.family, bare_text(pair)) == pair.answer, pair
+
+
+@pytest.mark.parametrize("name", LETTERED)
+def test_the_letter_is_that_of_the_only_right_option(name):
+    letters = []
+    for things, pair in pairs(name):
+        truth = reader(things, pair.family, bare_text(pair))
+        if not pair.options:
+            assert name in ("realworld", "parens") and pair.answer == truth
+            continue
+        assert pair.options[LETTERS.index(pair.answer)] == truth, pair
+        assert len(set(pair.options)) == len(pair.options) >= 2
+        letters.append((len(pair.options), pair.answer))
+    for count in (2, 4):
+        said = [letter for many, letter in letters if many == count]
+        assert {*LETTERS[:count]} == {*said}
+
+
+def test_chinese_options_are_the_english_ones_word_for_word():
+    rng = np.random.default_rng(0)
+    for things in SCENES:
+        for family in FAMILIES:
+            state = rng.bit_generator.state
+            pair = compose(things, "letters_cn", rng, tries=1, family=family)
+            rng.bit_generator.state = state
+            english = compose(things, "letters", rng, tries=1, family=family)
+            assert (pair is None) == (english is None)
+            if pair:
+                assert tuple(ENGLISH.get(option, option) for option in pair.options) == english.options
+                assert pair.answer == english.answer and pair.suffix == LETTER_CN
+                said = [SINGULAR.get(word, word) for word in bare_text(english).lower().replace("?", " ").split()]
+                translated = [
+                    ENGLISH.get(INSTRUCT_WORDS.words[word])
+                    for word in INSTRUCT_WORDS.encode(pair.question.splitlines()[0])
+                ]
+                assert sorted(word for word in said if word in NAMED) == sorted(w for w in translated if w in NAMED)
+
+
+def test_claims_are_true_where_the_answer_is_yes():
+    families = set()
+    for things, pair in pairs("yes_no", rounds=8):
+        assert pair.suffix == SHORT and pair.answer in ("yes", "no")
+        families.add(pair.family)
+        text = pair.question.lower().rstrip("?")
+        if pair.family in ("exist", "verify"):
+            assert reader(things, pair.family, pair.question) == pair.answer
+        elif pair.family == "count":
+            _, _, number, *name, _, _, _ = text.split()
+            assert (len(described(things, name)) == int(number)) == (pair.answer == "yes")
+        elif pair.family == "color":
+            *name, color = text.removeprefix("is the ").split()
+            (target,) = described(things, name)
+            assert (vocabulary.COLOR_NAMES[target.color] == color) == (pair.answer == "yes")
+        elif pair.family == "digit":
+            *_, color, _, digit = text.split()
+            (frame,) = [t for t in things if t.kind == "frame" and vocabulary.COLOR_NAMES[t.color] == color]
+            assert (str(frame.digit) == digit) == (pair.answer == "yes")
+        else:
+            *name, _, _, side, _ = text.removeprefix("is the ").split()
+            (target,) = described(things, name)
+            offset = target.x - 96 if side in ("left", "right") else target.y - 96
+            assert ((offset < 0) == (side in ("left", "top"))) == (pair.answer == "yes")
+    assert families == {"exist", "verify", "color", "count", "side", "digit"}
+
+
+def test_half_of_the_questions_to_vizwiz_ask_for_what_is_not_there():
+    found = list(pairs("viz", rounds=10))
+    unanswerable = [(things, e) for things, e in found if e.answer == UNANSWERABLE]
+    assert 0.35 < len(unanswerable) / len(found) < 0.65
+    for things, pair in unanswerable:
+        named = [word for word in pair.question.lower().replace("?", "").split() if word in NAMED]
+        if pair.family == "digit":
+            frames = [t for t in things if t.kind == "frame" and vocabulary.COLOR_NAMES[t.color] == named[0]]
+            assert not frames
+        else:
+            assert not described(things, named), pair
+    for things, pair in found:
+        if pair.answer != UNANSWERABLE:
+            assert reader(things, pair.family, pair.question) == pair.answer
+
+
+def test_reference_tokens_are_the_digits_of_the_scene_but_for_some():
+    whole, wrong, empty = 0, 0, 0
+    for things, pair in pairs("ocr", rounds=8):
+        line = pair.question.splitlines()[1]
+        assert line.startswith(OCR_TOKENS) and len(pair.question.splitlines()) == 2
+        tokens = line.removeprefix(OCR_TOKENS).replace(",", "").split()
+        digits = sorted(str(thing.digit) for thing in things if thing.kind == "frame")
+        whole += sorted(tokens) == digits
+        empty += not tokens
+        wrong += bool(tokens) and sorted(tokens) != digits
+    assert whole > wrong > 0 and empty > 0
+
+
+def test_a_context_without_a_picture_says_the_answer():
+    for _, pair in pairs("context_text"):
+        context, text, *_ = pair.question.splitlines()
+        truth = pair.options[LETTERS.index(pair.answer)]
+        facts = context.removeprefix("Context: The ").removesuffix(".").split(". The ")
+        name = {
+            "color": lambda fact: fact.rsplit(" is ", 1),
+            "shape": lambda fact: fact.rsplit(" is a ", 1),
+            "digit": lambda fact: fact.rsplit(" says ", 1),
+        }[pair.family]
+        told = dict(name(fact) for fact in facts if len(name(fact)) == 2)
+        matching = [said for what, said in told.items() if f"the {what} " in f"{text.lower().replace('?', ' ')} "]
+        assert matching == [truth], pair
+
+
+def test_auxiliary_tasks_give_the_answer_and_ask_for_its_letter():
+    for name in ("match", "recite"):
+        for _, pair in pairs(name):
+            said = pair.question.splitlines()[0].removeprefix("Context: ").split()
+            letters = [LETTERS[pair.options.index(word)] for word in said]
+            if name == "match":
+                assert [pair.answer] == letters
+            else:
+                assert pair.answer == " ".join(f"{word} {x}" for word, x in zip(said, letters, strict=True))
+
+
+def test_captions_name_what_is_big_from_left_to_right():
+    for things, pair in pairs("caption"):
+        shapes = captioned(things)
+        big = [thing for thing in things if thing.kind == "shape" and thing.big]
+        assert {thing for thing in shapes if thing.big} <= set(big) and len(shapes) == max(2, min(3, len(big)))
+        assert pair.answer.count("big") == min(3, len(big)) and pair.answer == caption_references(things)[0]
+        assert [thing.x for thing in shapes if thing.big] == sorted(thing.x for thing in shapes if thing.big)
+        assert len(set(caption_references(things))) == 5
+
+
+def test_captions_need_an_order_that_can_be_seen():
+    two = tuple(Thing("shape", 50.0 + k, 60.0, 40, shape=k, color=k, big=1) for k in range(2))
+    with pytest.raises(Retry):
+        FORMATS["caption"](two, np.random.default_rng(0), "")
+    assert compose(two, "caption", np.random.default_rng(0)) is None
+
+
+def test_messages_are_those_of_the_benchmarks():
+    rng = np.random.default_rng(0)
+    things = SCENES[0]
+    shown = {name: compose(things, name, rng, family="digit") for name in FORMATS}
+    while not shown["parens"].options:
+        shown["parens"] = compose(things, "parens", rng, family="digit")
+    a, b = (shown[name].options for name in ("parens", "letters"))
+    text = bare_text(shown["parens"])
+    listed = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, a, strict=False))
+    assert shown["parens"].message == f"<image 1> {text}\n{listed}\n{LETTER}"
+    text = bare_text(shown["letters"])
+    listed = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, b, strict=False))
+    assert shown["letters"].message == f"{text}\n{listed}{LETTER}"
+    options = ", ".join(f"{x}: {y}" for x, y in zip(LETTERS, shown["mmstar"].options, strict=False))
+    assert shown["mmstar"].message == f"{bare_text(shown['mmstar'])}\nOptions: {options}\n{LETTER}"
+    assert shown["viz"].message == f"{shown['viz'].question}\n{VIZ}"
+    assert lmms_wording("bare", shown["bare"]).message == f"{mmvet.STEP_BY_STEP}{shown['bare'].question}"
+    for name in ("short", "viz", "letters", "letters_cn", "parens"):
+        pair = shown[name]
+        assert split_suffix(pair.message) == (pair.question, pair.suffix)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_word_of_every_format_is_in_the_vocabulary(name):
+    tokenizer, unknown = INSTRUCT_WORDS.tokenizer, INSTRUCT_WORDS.ids[vocabulary.UNKNOWN]
+    for _, pair in pairs(name):
+        assert unknown not in INSTRUCT_WORDS.encode(pair.message), pair.message
+        assert unknown not in INSTRUCT_WORDS.encode(lmms_wording(name, pair).message)
+        assert tokenizer.decode(INSTRUCT_WORDS.encode(pair.answer)) == pair.answer
+        sample = Sample("q", pair.question, pair.suffix, None if name in BLIND else object())
+        image = [] if name in BLIND else [IMAGE_TOKEN_INDEX]
+        expected = [
+            *INSTRUCT_WORDS.prefix,
+            *image,
+            *INSTRUCT_WORDS.encode(pair.message),
+            INSTRUCT_WORDS.ids[vocabulary.ASSISTANT],
+        ]
+        assert list(build_prompt(sample, tokenizer, "vicuna_v1").ids) == expected
+
+
+def test_letters_are_not_articles_and_old_words_keep_their_ids():
+    assert (
+        len(
+            {
+                *INSTRUCT_WORDS.encode("A"),
+                *INSTRUCT_WORDS.encode("a"),
+                *INSTRUCT_WORDS.encode("Answer with a star")[2:3],
+            }
+        )
+        == 2
+    )
+    assert INSTRUCT_WORDS.tokenizer.decode(INSTRUCT_WORDS.encode("A")) == "A"
+    assert all(INSTRUCT_WORDS.ids[word] == place for word, place in TOY_WORDS.ids.items() if word != vocabulary.EOS)
+    assert INSTRUCT_WORDS.words[-1] == vocabulary.EOS and len(set(INSTRUCT_WORDS.words)) == len(
+        INSTRUCT_WORDS.words
+    ) == len(INSTRUCT_WORDS.tokenizer)
+
+
+def test_what_the_toy_model_is_told_keeps_its_ids():
+    rng = np.random.default_rng(3)
+    for things in SCENES:
+        pair = compose(things, "short", rng)
+        assert INSTRUCT_WORDS.encode(pair.question) == TOY_WORDS.encode(pair.question)
+
+
+def test_new_rows_start_from_words_of_like_use():
+    table = torch.arange(float(len(TOY_WORDS.words)))[:, None].expand(-1, 4).contiguous()
+    grown = instruct_table(table, 0.0, seed=0)
+    assert grown[INSTRUCT_WORDS.ids["红色"], 0] == TOY_WORDS.ids["red"]
+    assert grown[INSTRUCT_WORDS.ids[LETTER], 0] == TOY_WORDS.ids[SHORT]
+    assert grown[INSTRUCT_WORDS.ids[vocabulary.EOS], 0] == len(table) - 1
+    assert grown[INSTRUCT_WORDS.ids["red"], 0] == TOY_WORDS.ids["red"]
+
+
+class Scenes:
+    """Two scenes as a corpus."""
+
+    def list_things(self, row: int):
+        return SCENES[row]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small untrained model with the new vocabulary."""
+    torch.manual_seed(0)
+    llava = build_llava(build_clip(width=32, layers=3).config.vision_config, width=64, layers=6).eval()
+    llava.resize_token_embeddings(len(INSTRUCT_WORDS.words))
+    return llava, Trainee(llava)
+
+
+@pytest.mark.parametrize(("visual", "renumber"), [(576, False), (20, False), (20, True)])
+def test_packed_pairs_equal_separate_prompts(small, visual, renumber):
+    """Same logits for every word of every answer as in a prompt of its own; text-only ones see no picture."""
+    llava, parts = small
+    names = [["short", "describe", "context_text", "letters"], ["context_text", "caption", "viz", "describe"]]
+    lines = ask_lines(Scenes(), [0, 3], names, np.random.default_rng(0))
+    features = torch.randn(2, visual, 32)
+    kept = torch.stack([torch.randperm(576)[:visual].sort().values for _ in range(2)])
+    with torch.inference_mode():
+        visuals = Visuals(features, kept, torch.full((2,), 576))
+        decoded = forward(parts, INSTRUCT_WORDS.prefix, visuals, lines.text, renumber, READ_AT)
+        logits, read = predictions(parts, decoded, lines)
+        expected = []
+        for i, formats in enumerate(lines.formats):
+            for j, name in enumerate(formats):
+                mine = lines.text.owner[i] == j
+                expected.append(alone(llava, parts, features[i], kept[i], lines, i, mine, name, renumber))
+    torch.testing.assert_close(logits, torch.cat(expected), atol=1e-4, rtol=1e-3)
+    assert len(read) == int((lines.meant != -100).sum()) >= 1
+    assert lines.text.blind.any() and "describe" in lines.formats[0] and min(map(len, lines.formats)) >= 3
+
+
+def alone(llava, parts, features, kept, lines, row, mine, name, renumber):
+    """Logits of one pair from the decoder's own forward."""
+    table, start = parts.language_model.embed_tokens, torch.arange(3)
+    text, picture = table(lines.text.ids[row][mine]), parts.projector(features)
+    if name in BLIND:
+        embeds, places = [text], [3 + torch.arange(len(text))]
+    else:
+        behind = 3 + (len(kept) if renumber else 576)
+        embeds = [picture, text]
+        places = [3 + (torch.arange(len(kept)) if renumber else kept), behind + torch.arange(len(text))]
+    embeds, places = torch.cat([table(torch.tensor(INSTRUCT_WORDS.prefix)), *embeds]), torch.cat([start, *places])
+    states = parts.language_model(inputs_embeds=embeds[None], position_ids=places[None]).last_hidden_state[0]
+    return llava.lm_head(states[-len(text) :][lines.target[row][mine] != -100])
+
+
+def test_the_loss_counts_every_word_of_an_answer_and_the_accuracy_whole_answers():
+    pair = Pair("Is there a red star in the image?", SHORT, "yes", "exist")
+    long = as_line("caption", Pair("Describe this image in detail.", "", "a big red star", "caption"))
+    lines = pack_lines([[as_line("short", pair), long], [as_line("short", pair)]])
+    targets = lines.target[lines.target != -100]
+    assert [INSTRUCT_WORDS.words[k] for k in targets] == [
+        "yes",
+        "</s>",
+        "a",
+        "big",
+        "red",
+        "star",
+        "</s>",
+        "yes",
+        "</s>",
+    ]
+    assert lines.weight[lines.target != -100].tolist() == pytest.approx([1, 0.1, *[0.4] * 5, 1, 0.1])
+    right = 50.0 * torch.nn.functional.one_hot(targets, len(INSTRUCT_WORDS.words)).float()
+    none = torch.zeros(0, len(INSTRUCT_WORDS.words))
+    assert pair_loss(right, none, lines) < 1e-4
+    assert pair_accuracy(right, lines) == {"all": 1.0, "short": 1.0, "caption": 1.0}
+    right[5] = right[0]  # "a big red yes"
+    assert pair_accuracy(right, lines) == {"all": pytest.approx(2 / 3), "short": 1.0, "caption": 0.0}
+
+
+def test_a_letter_stands_for_a_word_of_its_own_option():
+    for name in ("letters", "letters_cn", "match"):
+        for _, pair in pairs(name, rounds=1):
+            meant = INSTRUCT_WORDS.words[as_line(name, pair).meant]
+            assert meant == pair.options[LETTERS.index(pair.answer)]
+    lines = pack_lines([[as_line("short", next(pairs("short"))[1]), as_line("letters", next(pairs("letters"))[1])]])
+    (place,) = (lines.meant[0] != -100).nonzero()
+    assert (
+        INSTRUCT_WORDS.words[lines.target[0, place]] in LETTERS
+        and lines.text.ids[0, place] == INSTRUCT_WORDS.ids[vocabulary.ASSISTANT]
+    )
+    read = 50.0 * torch.nn.functional.one_hot(lines.meant[lines.meant != -100], len(INSTRUCT_WORDS.words)).float()
+    said = 50.0 * torch.nn.functional.one_hot(lines.target[lines.target != -100], len(INSTRUCT_WORDS.words)).float()
+    assert pair_loss(said, read, lines) < 1e-4 < 1 < pair_loss(said, -read, lines)
+
+
+def test_a_line_is_the_prompt_its_answer_and_the_end():
+    line = Line("short", (5, 6), (7, 8))
+    assert line.ids == [5, 6, INSTRUCT_WORDS.ids[vocabulary.ASSISTANT], 7, 8, INSTRUCT_WORDS.ids[vocabulary.EOS]]
+
+
+def test_training_starts_from_the_toy_model():
+    """The old words' logits for an old question are the toy model's but for what new words add to the softmax."""
+    old = LlavaForConditionalGeneration.from_pretrained(DEFAULT_MODEL, dtype=torch.float32).eval()
+    new = build_instruct(DEFAULT_MODEL)
+    text = INSTRUCT_WORDS.encode("What color is the small star?")
+    with torch.inference_mode():
+        a = old(input_ids=torch.tensor([[1, *text]])).logits[0, -1]
+        b = new(input_ids=torch.tensor([[1, *text]])).logits[0, -1]
+    torch.testing.assert_close(a[:-1], b[: len(a) - 1], atol=1e-5, rtol=0)
+    assert new.config.text_config.eos_token_id == len(INSTRUCT_WORDS.words) - 1 == INSTRUCT_WORDS.ids[vocabulary.EOS]
+
+
+MODEL = ROOT / "assets" / "tinyllava_instruct"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load(str(MODEL), device="cpu")
+
+
+def test_the_shipped_model_is_small_and_sees_as_the_toy_model_does():
+    assert sum(file.stat().st_size for file in MODEL.rglob("*") if file.is_file()) <= 9e6
+    old, new = (load_file(folder / "model.safetensors") for folder in (Path(DEFAULT_MODEL), MODEL))
+    tower = [name for name in old if "vision_tower" in name]
+    assert tower and all(torch.equal(old[name], new[name]) for name in tower)
+    assert {name for name in old if old[name].shape != new[name].shape} == {
+        name for name in old if name.endswith("embed_tokens.weight")
+    }
+
+
+def test_the_shipped_tokenizer_is_that_of_training(shipped):
+    for name in FORMATS:
+        _, pair = next(pairs(name))
+        assert shipped.tokenizer(pair.message).input_ids[1:] == INSTRUCT_WORDS.encode(pair.message)
+    assert shipped.end_ids == {INSTRUCT_WORDS.ids[vocabulary.EOS]} == {len(shipped.tokenizer) - 1}
+
+
+def test_the_shipped_text_tower_reads_new_words_and_keeps_old_ones(shipped):
+    new, old = (load_file(Path(folder) / "text_tower" / "model.safetensors") for folder in (MODEL, DEFAULT_MODEL))
+    name = "text_model.embeddings.token_embedding.weight"
+    assert len(new[name]) == len(INSTRUCT_WORDS.words)
+    assert all(
+        torch.equal(new[name][INSTRUCT_WORDS.ids[word]], old[name][place]) for word, place in TOY_WORDS.ids.items()
+    )
+    assert all(torch.equal(new[other], old[other]) for other in old if other != name)
+    rng = np.random.default_rng(0)
+    drawn = scene("val", 300, False)
+    pair = compose(drawn.things, "letters", rng)
+    sample = Sample("q", pair.question, pair.suffix, Image.fromarray(drawn.image))
+    generate(shipped, [sample], registry.build("cdpruner", 64), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("names", "least"),
+    [(("short", "yes_no", "bare", "single_word"), 0.8), (("letters", "letters_cn", "parens", "mmstar"), 0.6)],
+)
+def test_the_shipped_model_answers_in_the_format(shipped, names, least):
+    """A broken tokenizer, prompt or checkpoint falls to chance, about a third."""
+    rng, right, total = np.random.default_rng(0), 0, 0
+    for index in range(8):
+        drawn = scene("val", 300 + index, index % 2 == 1)
+        asked = [pair for name in names if (pair := compose(drawn.things, name, rng))]
+        samples = [Sample(str(k), e.question, e.suffix, Image.fromarray(drawn.image)) for k, e in enumerate(asked)]
+        batch = generate(shipped, samples, registry.build("full", 576), max_new_tokens=8)
+        right += sum(a.text.strip() == e.answer for a, e in zip(batch.answers, asked, strict=True))
+        total += len(asked)
+    assert right / total >= least
+
+
+def test_the_shipped_model_reads_a_context_without_a_picture(shipped):
+    rng = np.random.default_rng(0)
+    asked = [compose(things, "context_text", rng) for things in SCENES]
+    samples = [Sample(str(k), e.question, e.suffix, None) for k, e in enumerate(asked)]
+    batch = generate(shipped, samples, registry.build("full", 576), max_new_tokens=8)
+    assert sum(a.text.strip() == e.answer for a, e in zip(batch.answers, asked, strict=True)) >= 14

@@ -1,0 +1,327 @@
+"""The toy LLaVA-NeXT: large pictures, their tiles and token layouts, packed training; and what is shipped."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionModel
+
+from eval import benchmarks
+from eval.config import ROOT
+from llava.processing.anyres import best_resolution
+from tests.test_toy import reader
+from toy.benchmarks.gqa import LARGE_SPLITS as SPLITS
+from toy.benchmarks.gqa import draw_large
+from toy.data.corpus import patch_owners
+from toy.data.large_corpus import LargeCorpus, encode_pictures
+from toy.data.large_scenes import DENSE_OFFSET, SEEDS, centred, large_scene
+from toy.data.questions import FAMILIES, ask
+from toy.data.scenes import DENSE_OFFSET as SMALL_OFFSET
+from toy.data.scenes import SEEDS as SMALL_SEEDS
+from toy.data.tiles import PATCHES, PINPOINTS, arrange, crops, owner_crops, run_sources
+from toy.data.vocabulary import ASSISTANT, COLOR_NAMES, IMAGE, NEXT_WORDS, PAD, SHAPES, SHORT_ANSWER, TOY_WORDS
+from toy.model.clip import build_clip
+from toy.model.decoder import answer_logits, forward
+from toy.model.llava import Trainee, build_llava
+from toy.packing import Asked, Text, Visuals, pack, position_ids
+from toy.report import tiled, trained_parts
+from toy.stages.base import QUESTION_LENGTH, ask_questions
+from toy.stages.large_tokens import anywhere, centres, things_first, visuals, whole_sequence
+
+DATA, MODEL = ROOT / "assets" / "eval_next", ROOT / "assets" / "tinyllava_next"
+SCENES = [large_scene("val", index, dense) for index, dense in itertools.product(range(10), (False, True))]
+
+
+def tiny_tower() -> CLIPVisionModel:
+    torch.manual_seed(0)
+    return build_clip(width=32, layers=2).vision_model.eval()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large")
+    encode_pictures(folder, "train", 4, tiny_tower())
+    return LargeCorpus(folder)
+
+
+def test_large_scenes_are_functions_of_their_seed():
+    again = large_scene("val", 0, False)
+    assert again.jpeg == SCENES[0].jpeg and again.things == SCENES[0].things
+    assert large_scene("test", 0, False).jpeg != again.jpeg
+
+
+def test_no_range_of_seeds_meets_another():
+    large = [first + offset for first in SEEDS.values() for offset in (0, DENSE_OFFSET)]
+    small = [first + offset for first in SMALL_SEEDS.values() for offset in (0, SMALL_OFFSET)]
+    starts = sorted(large + small)
+    assert min(b - a for a, b in itertools.pairwise(starts)) >= DENSE_OFFSET
+    assert all(first + count < DENSE_OFFSET for _, first, count in SPLITS.values())
+
+
+def test_pictures_have_many_shapes_and_their_things_lie_inside():
+    sizes = {scene.image.shape[:2] for scene in SCENES}
+    ratios = {round(width / height, 1) for height, width in sizes}
+    assert len(sizes) >= 5 and min(ratios) < 0.8 and max(ratios) > 1.2
+    resolutions = {best_resolution((s.image.shape[1], s.image.shape[0]), PINPOINTS) for s in SCENES}
+    assert len(resolutions) >= 3
+    for drawn in SCENES:
+        height, width = drawn.image.shape[:2]
+        for thing in drawn.things:
+            assert thing.side / 2 <= thing.x <= width - thing.side / 2
+            assert thing.side / 2 <= thing.y <= height - thing.side / 2
+
+
+def test_answers_are_right_by_an_independent_reading():
+    """The reader of test_toy judges sides by the centre (96, 96); the things are moved there."""
+    rng = np.random.default_rng(1)
+    seen = dict.fromkeys(FAMILIES, 0)
+    for drawn in SCENES:
+        things = centred(drawn.things, drawn.image.shape[1], drawn.image.shape[0])
+        for family in FAMILIES:
+            question = ask(things, family, rng)
+            if question is not None:
+                assert reader(things, family, question.text) == question.answer, question
+                seen[family] += 1
+    assert min(seen.values()) >= 8, seen
+
+
+def test_sides_are_those_of_the_picture():
+    """Independent of `centred`: the thing's own place against the middle of the file."""
+    rng, asked = np.random.default_rng(2), 0
+    for drawn in SCENES:
+        height, width = drawn.image.shape[:2]
+        question = ask(centred(drawn.things, width, height), "side", rng)
+        if question is None:
+            continue
+        color, shape = question.program[0][1].split()
+        (thing,) = [t for t in drawn.things if t.kind == "shape" and named(t) == (color, shape)]
+        expected = {
+            "left": thing.x < width / 2, "right": thing.x > width / 2,
+            "top": thing.y < height / 2, "bottom": thing.y > height / 2,
+        }  # fmt: skip
+        assert expected[question.answer]
+        asked += 1
+    assert asked >= 15
+
+
+def named(thing) -> tuple[str, str]:
+    return COLOR_NAMES[thing.color], SHAPES[thing.shape]
+
+
+def test_crops_are_the_thumbnail_and_the_picture_cut_in_tiles():
+    image = np.random.default_rng(0).integers(0, 256, (384, 384, 3), dtype=np.uint8)
+    seen = crops(image)
+    assert seen.shape == (5, 192, 192, 3)
+    assert np.array_equal(seen[1], image[:192, :192]) and np.array_equal(seen[4], image[192:, 192:])
+    assert np.array_equal(seen[0], np.asarray(Image.fromarray(image).resize((192, 192), Image.Resampling.BICUBIC)))
+
+
+def test_runs_are_as_long_as_the_formula_says():
+    """576 + R * C + R, R rows of C stitched patches without padding; 2,928 for a square of 2 x 2 tiles."""
+    assert arrange((384, 384)).tokens == 2928
+    assert arrange((384, 192)).tokens == 576 + 24 * 48 + 24
+    assert arrange((192, 576)).tokens == 576 + 72 * 24 + 72
+    # 300 x 384: 42 pixels of padding on each side, 5.25 patches, of which 5 go.
+    assert arrange((300, 384)).tokens == 576 + 48 * 38 + 48
+
+
+def test_sources_follow_the_picture_row_by_row():
+    """A picture whose patches are painted with their own number: reading the run gives the numbers in order."""
+    numbers = np.arange(48 * 48).reshape(48, 48)
+    painted = np.repeat(np.repeat(numbers, 8, 0), 8, 1)
+    tiles = painted.reshape(2, 192, 2, 192).transpose(0, 2, 1, 3).reshape(4, 192, 192)
+    patches = tiles[:, ::8, ::8].reshape(4, 576)
+    sources = run_sources(arrange((384, 384)))
+    assert sources[:576].tolist() == list(range(576))
+    behind = sources[576:].reshape(48, 49)
+    assert (behind[:, 48] == -1).all()
+    crop, patch = behind[:, :48] // 576 - 1, behind[:, :48] % 576
+    assert np.array_equal(patches[crop, patch], numbers)
+
+
+def test_patch_owners_against_counting_pixels():
+    drawn = SCENES[3]
+    planes = owner_crops(drawn.owner)
+    owners = patch_owners(planes)
+    rng = np.random.default_rng(0)
+    for crop, patch in zip(rng.integers(0, len(planes), 200), rng.integers(0, PATCHES, 200), strict=True):
+        row, column = divmod(int(patch), 24)
+        pixels = planes[crop, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8].ravel().tolist()
+        counts = {thing: pixels.count(thing) for thing in sorted(set(pixels) - {-1})}
+        best = max(counts, key=counts.get, default=None)
+        expected = best if best is not None and counts[best] >= 8 else -1
+        assert owners[crop, patch] == expected
+
+
+def test_an_interrupted_encoding_goes_on_and_a_resized_one_starts_anew(tmp_path, corpus):
+    encode_pictures(tmp_path, "train", 2, tiny_tower())
+    first = np.array(np.load(tmp_path / "features.npy"))
+    done = np.load(tmp_path / "done.npy", mmap_mode="r+")
+    done[1] = 0
+    del done
+    encode_pictures(tmp_path, "train", 2, tiny_tower())
+    assert np.array_equal(np.load(tmp_path / "features.npy"), first)
+    # A larger corpus replaces the files, so what was marked as done must go with them.
+    encode_pictures(tmp_path, "train", 3, tiny_tower())
+    again = LargeCorpus(tmp_path)
+    assert (again.sizes > 0).all() and np.array_equal(again.features[:2], first)
+    assert np.array_equal(again.features[2], corpus.features[2])
+
+
+def test_chosen_tokens_keep_their_places(corpus):
+    rng = np.random.default_rng(0)
+    for row, pick in itertools.product(range(4), (things_first, anywhere)):
+        chosen, whole = pick(corpus, row, 240, rng), whole_sequence(corpus, row)
+        assert (
+            len(chosen.positions) == 240 == len(set(chosen.positions.tolist()))
+            and (np.diff(chosen.positions) > 0).all()
+        )
+        assert np.array_equal(chosen.sources, whole.sources[chosen.positions])
+        assert (chosen.sources < 0).sum() == (whole.sources < 0).sum()
+    without = things_first(corpus, 0, 240, rng, newlines=False)
+    assert len(without.positions) == 240 and (without.sources >= 0).all()
+
+
+def test_things_come_before_background(corpus):
+    rng = np.random.default_rng(0)
+    owned = lambda chosen, row: (corpus.owners[row].reshape(-1)[chosen.sources[chosen.sources >= 0]] >= 0).mean()  # noqa: E731
+    for row in range(4):
+        assert owned(things_first(corpus, row, 240, rng), row) > 2 * owned(anywhere(corpus, row, 240, rng), row)
+
+
+def test_visuals_hold_the_features_of_their_places(corpus):
+    rows = [0, 1]
+    chosen = [whole_sequence(corpus, 0), things_first(corpus, 1, 240, np.random.default_rng(0))]
+    seen = visuals(corpus, rows, chosen)
+    assert seen.total.tolist() == [one.total for one in chosen]
+    assert seen.present.sum(1).tolist() == [len(one.positions) for one in chosen]
+    table = torch.from_numpy(np.array(corpus.features[1]).reshape(-1, 32)).view(torch.bfloat16)
+    for column in range(0, 240, 7):
+        source = int(chosen[1].sources[column])
+        assert bool(seen.newline[1, column]) == (source < 0)
+        if source >= 0:
+            assert torch.equal(seen.features[1, column], table[source])
+
+
+def test_centres_are_the_place_in_the_picture(corpus):
+    row = 0
+    seen = visuals(corpus, [row], [whole_sequence(corpus, row)])
+    where = centres(corpus, [row], seen)[0]
+    arrangement = corpus.arrangement(row)
+    tall = len(arrangement.newlines)
+    wide = (arrangement.tokens - 576) // tall - 1
+    fifth = 576 + 5 * (wide + 1)
+    for place, (x, y) in (
+        (0, (0.5 / 24, 0.5 / 24)),
+        (575, (23.5 / 24, 23.5 / 24)),
+        (577, (1.5 / wide, 0.5 / tall)),
+        (fifth, (0.5 / wide, 5.5 / tall)),
+        (fifth + wide - 1, (1 - 0.5 / wide, 5.5 / tall)),
+    ):
+        assert where[place].tolist() == pytest.approx([2 * x - 1, 2 * y - 1])
+    assert where[arrangement.newlines].isnan().all()
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    llava = build_llava(build_clip(width=32, layers=2).config.vision_config, width=64, layers=2).eval()
+    return llava, Trainee(llava, newline=True, probe=2).eval()
+
+
+def test_packed_runs_equal_separate_prompts(corpus, small):
+    """Padding, sharing and skipping of tokens change no logit: every question alone, its positions written out."""
+    llava, trainee = small
+    rng = np.random.default_rng(0)
+    questions = ask_questions(corpus, np.arange(2), [list(FAMILIES)[:3]] * 2, rng)
+    chosen = [things_first(corpus, 0, 200, rng), things_first(corpus, 1, 230, rng)]
+    seen = visuals(corpus, [0, 1], chosen)
+    table, prefix = llava.model.language_model.embed_tokens, TOY_WORDS.prefix
+    with torch.inference_mode():
+        decoded = forward(trainee, prefix, seen, questions.text, early_at=1)
+        logits = answer_logits(trainee, decoded, questions)
+        assert decoded.early.shape == (2, 230, 2)
+        for i, j in itertools.product(range(2), range(3)):
+            if questions.answer[i, j] == -100:
+                continue
+            count, until = len(chosen[i].positions), int(questions.ask_at[i, j]) + 1
+            visual = trainee.projector(seen.features[i, :count].float())
+            visual = torch.where(torch.from_numpy(chosen[i].sources < 0)[:, None], trainee.newline, visual)
+            embeds = torch.cat([table(torch.tensor(prefix)), visual, table(questions.ids[i, j, :until])])
+            places = [*range(3), *(3 + chosen[i].positions), *(3 + chosen[i].total + k for k in range(until))]
+            alone = llava.model.language_model(inputs_embeds=embeds[None], position_ids=torch.tensor([places]))
+            expected = llava.lm_head(alone.last_hidden_state[0, -1])
+            torch.testing.assert_close(logits[i, j, 0], expected, atol=1e-4, rtol=1e-3)
+
+
+def test_renumbered_positions_have_no_holes():
+    present = torch.tensor([[True, True, True], [True, True, False]])
+    seen = Visuals(
+        torch.zeros(2, 3, 4), torch.tensor([[5, 9, 40], [0, 7, 0]]), torch.tensor([50, 60]), ~present, present
+    )
+    text = Text(torch.zeros(2, 4), torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 0, 1]]))
+    assert position_ids(seen, text, 2, False)[0].tolist() == [0, 1, 7, 11, 42, 52, 53, 52, 53]
+    renumbered = position_ids(seen, text, 2, True)
+    assert renumbered[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6] and renumbered[1].tolist()[5:7] == [4, 5]
+
+
+def test_the_benchmark_is_what_the_generator_draws():
+    """Every 25th picture again; sizes, splits and the reading of the official files."""
+    assert sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file()) <= 15e6
+    test, val = (benchmarks.get("gqa").load(DATA, split) for split in ("testdev", "val"))
+    assert 1000 <= len(test.questions) <= 1500 and len(val.questions) >= 400
+    for name, (split, first, count) in SPLITS.items():
+        for index in range(first, first + count, 25):
+            file = DATA / "gqa" / "data" / "images" / f"{split}{index:05d}d.jpg"
+            assert file.read_bytes() == draw_large(split, index, True)[0], name
+    images = {q.image for q in test.questions}, {q.image for q in val.questions}
+    assert not images[0] & images[1] and len(images[0]) == 150
+    test.check_images(test.questions)
+    val.check_images(val.questions)
+
+
+def test_both_readings_of_the_resolutions_agree_on_every_picture():
+    """The original takes (width, height) and transformers (height, width): they differ on ties, and none is here."""
+    for file in sorted((DATA / "gqa" / "data" / "images").glob("*.jpg")):
+        with Image.open(file) as image:
+            assert best_resolution(image.size, PINPOINTS) == best_resolution(image.size, PINPOINTS, "transformers")
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    from transformers import LlavaNextForConditionalGeneration
+
+    return LlavaNextForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+def test_the_checkpoint_is_a_llava_next_in_small(shipped):
+    assert sum(f.stat().st_size for f in MODEL.rglob("*") if f.is_file()) <= 20e6
+    config = json.loads((MODEL / "config.json").read_text())
+    assert config["model_type"] == "llava_next"
+    assert [tuple(pair) for pair in config["image_grid_pinpoints"]] == list(PINPOINTS)
+    assert shipped.model.image_newline.abs().sum() > 0
+
+
+def test_transformers_gives_the_logits_of_training(shipped):
+    """Its class and its own preprocessing on a shipped picture, against our tiles, run and packed forward."""
+    from transformers import AutoTokenizer, LlavaNextImageProcessorPil
+
+    dataset = benchmarks.get("gqa").load(DATA, "testdev")
+    question = next(q for q in dataset.questions if q.image == "test00000d.jpg")
+    image = np.asarray(dataset.pictures.open(question.image))
+    ids = NEXT_WORDS.ids
+    words, tail = NEXT_WORDS.encode(question.question), [ids[SHORT_ANSWER], ids[ASSISTANT]]
+    assert AutoTokenizer.from_pretrained(MODEL)(question.question).input_ids[1:] == words
+    packed = pack([[Asked("", words, 0)]], tail, QUESTION_LENGTH, ids[PAD])
+    parts = trained_parts(shipped)
+    prepared = LlavaNextImageProcessorPil.from_pretrained(MODEL)(images=Image.fromarray(image), return_tensors="pt")
+    with torch.inference_mode():
+        seen = tiled(image, shipped.model.vision_tower)
+        decoded = forward(parts, NEXT_WORDS.prefix, seen, packed.text)
+        ours = answer_logits(parts, decoded, packed)[0, 0, 0]
+        line = [*NEXT_WORDS.prefix, *[ids[IMAGE]] * int(seen.total), *words, *tail]
+        theirs = shipped(input_ids=torch.tensor([line]), **prepared).logits[0, -1]
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)

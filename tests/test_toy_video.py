@@ -1,0 +1,345 @@
+"""The toy Video-LLaVA: drawn videos, questions about them, token sequences; and what is shipped."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from eval import benchmarks
+from eval.config import DEFAULT_MODEL, ROOT
+from eval.metrics import exact_match
+from llava.errors import UserError
+from llava.processing.video import frame_indices, read_video
+from toy.benchmarks.video_qa import SPLITS, video_questions
+from toy.data import vocabulary
+from toy.data.large_scenes import SEEDS as LARGE_SEEDS
+from toy.data.scenes import SEEDS as SMALL_SEEDS
+from toy.data.video_corpus import FRAME_TOKENS, RUN, VideoCorpus, encode_videos
+from toy.data.video_questions import FAMILIES, ask_video
+from toy.data.video_scenes import SEEDS, SEEN, SIDE, draw_video, encode_video, plan_video
+from toy.data.vocabulary import COLOR_NAMES, SHAPES, TOY_WORDS, VIDEO_WORDS
+from toy.model.clip import build_clip
+from toy.model.decoder import answer_logits, forward
+from toy.model.llava import load_toy
+from toy.model.video import build_video_llava, crop_tower
+from toy.packing import Asked, pack
+from toy.report import all_frames, trained_parts
+from toy.stages.video_tokens import (
+    QUESTION_LENGTH,
+    STATES,
+    anywhere,
+    ask_videos,
+    frames_and_states,
+    things_first,
+    visuals,
+    whole_video,
+)
+
+DATA, MODEL = ROOT / "assets" / "eval_video", ROOT / "assets" / "tinyllava_video"
+PLANS = [plan_video("val", index) for index in range(120)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("videos")
+    encode_videos(folder, "train", 3, crop_tower(build_clip(width=32, layers=2).vision_model))
+    return VideoCorpus(folder, "train")
+
+
+def test_videos_are_functions_of_their_seed():
+    assert plan_video("val", 3) == PLANS[3] != plan_video("test", 3)
+    first, second = draw_video(PLANS[3]), draw_video(PLANS[3])
+    assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
+
+
+def test_no_range_of_seeds_meets_another():
+    starts = sorted([*SEEDS.values(), *LARGE_SEEDS.values(), *SMALL_SEEDS.values()])
+    assert min(b - a for a, b in itertools.pairwise(starts)) >= 1_000_000
+    assert all(first + count < 1_000_000 for first, count in SPLITS.values())
+
+
+def test_shapes_and_colours_are_unique_in_a_video():
+    for plan in PLANS:
+        shapes = [actor.shape for actor in plan.actors]
+        colors = [color for actor in plan.actors for color in set(actor.colors)]
+        assert len(set(shapes)) == len(shapes) and len(set(colors)) == len(colors)
+        onsets = [actor.visible.index(True) for actor in plan.actors if actor.action == "appear"]
+        assert len(set(onsets)) == len(onsets) and 0 not in onsets
+
+
+def test_what_is_planned_is_what_the_eight_frames_show():
+    """Read the drawn owners at the eight frames: visibility, direction and colour of every actor."""
+    for plan in PLANS[:25]:
+        video, owners = draw_video(plan)
+        assert video.shape == (plan.frames, SIDE, SIDE, 3) and 16 <= plan.frames <= 24
+        shown, owned = video[frame_indices(plan.frames)], owners[frame_indices(plan.frames)]
+        for number, actor in enumerate(plan.actors):
+            masks = owned == number
+            assert tuple(masks.any((1, 2)).tolist()) == actor.visible
+            centres = [np.argwhere(mask).mean(0) for mask in masks if mask.any()]
+            down, across = centres[-1] - centres[0]
+            moved = {"left": -across, "right": across, "up": -down, "down": down}
+            if actor.action == "move":
+                assert moved[actor.direction] >= 38 and sum(abs(value) > 3 for value in (down, across)) == 1
+            else:
+                assert abs(down) < 1 and abs(across) < 1
+            for frame in np.flatnonzero(actor.visible):
+                seen = shown[frame][masks[frame]].astype(float).mean(0)
+                nearest = min(vocabulary.COLORS, key=lambda name: np.abs(seen - vocabulary.COLORS[name]).sum())
+                assert nearest == COLOR_NAMES[actor.colors[frame]]
+
+
+def test_answers_are_right_by_an_independent_reading():
+    rng, asked = np.random.default_rng(0), dict.fromkeys(FAMILIES, 0)
+    for plan in PLANS:
+        for family in FAMILIES:
+            question = ask_video(plan, family, rng)
+            if question is not None:
+                assert read_answer(plan, question.text) == question.answer, question
+                asked[family] += 1
+    assert min(asked.values()) >= 20, asked
+
+
+def read_answer(plan, text: str) -> str:
+    """Answer from the plan's raw tables of places, visibility and colours alone; names of actions are not looked at."""
+    words = text.lower().replace("?", "").split()
+    spells = lambda a: sum(1 for shown, _ in itertools.groupby(a.visible) if shown)  # noqa: E731
+    verbs = {
+        "move": lambda a: a.start != a.end,
+        "appear": lambda a: not a.visible[0] and a.visible[-1],
+        "disappear": lambda a: a.visible[0] and not a.visible[-1],
+    }
+    if words[0] == "how" and words[2] == "times":
+        return str(spells(fitting(plan, words)))
+    if words[0] == "how":
+        return str(sum(map(verbs[words[-1]], plan.actors)))
+    if words[0] == "is":
+        return "yes" if fitting(plan, words) else "no"
+    if words[0] == "does":
+        return "yes" if verbs["move"](fitting(plan, words)) else "no"
+    if words[0] == "where":
+        return direction(fitting(plan, words))
+    if "that" not in words:
+        target = fitting(plan, words)
+        return COLOR_NAMES[target.colors[-1 if words[-1] == "end" else 0]]
+    clause = words[words.index("that") + 1 :]
+    found = [a for a in plan.actors if verbs[clause[0].removesuffix("s")](a)]
+    if clause[-1] in ("first", "last"):
+        found = sorted(found, key=lambda a: a.visible.index(True))[:: 1 if clause[-1] == "first" else -1][:1]
+    elif len(clause) == 2:
+        found = [a for a in found if direction(a) == clause[1]]
+    (target,) = found
+    return COLOR_NAMES[target.color] if words[1] == "color" else SHAPES[target.shape]
+
+
+def fitting(plan, words):
+    """The one actor that the words name, or None."""
+    colors = [w for w in words if w in COLOR_NAMES]
+    shapes = [w for w in words if w in SHAPES]
+    found = [
+        a
+        for a in plan.actors
+        if all(COLOR_NAMES[a.color] == c for c in colors) and all(SHAPES[a.shape] == s for s in shapes)
+    ]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def direction(actor) -> str:
+    across, down = actor.end[0] - actor.start[0], actor.end[1] - actor.start[1]
+    if abs(across) > abs(down):
+        return "right" if across > 0 else "left"
+    return "down" if down > 0 else "up"
+
+
+def test_every_word_is_in_the_vocabulary_and_both_tokenizers_agree():
+    tokenizer, rng = VIDEO_WORDS.tokenizer, np.random.default_rng(0)
+    for plan, family in itertools.product(PLANS[:40], FAMILIES):
+        question = ask_video(plan, family, rng)
+        if question:
+            assert tokenizer(question.text).input_ids[1:] == VIDEO_WORDS.encode(question.text)
+            assert tokenizer.decode(VIDEO_WORDS.encode(question.answer)) == question.answer
+            assert len(VIDEO_WORDS.encode(question.text)) + 2 < QUESTION_LENGTH
+
+
+def test_the_vocabulary_grows_behind_the_old_one():
+    old, new = TOY_WORDS.words, VIDEO_WORDS.words
+    assert new[: len(old) - 1] == old[:-1] and new[-1] == old[-1] == vocabulary.EOS and len(set(new)) == len(new)
+
+
+def test_the_prompt_of_training_is_the_prompt_of_llava_v1():
+    from llava.conversation import render
+
+    text = render("llava_v1", [("<image>\nWhere does the star move?", None)])
+    before, behind = text.split("<image>\n")
+    tokenizer = VIDEO_WORDS.tokenizer
+    assert tokenizer(before).input_ids == VIDEO_WORDS.prefix
+    tail = [VIDEO_WORDS.ids[vocabulary.ASSISTANT]]
+    assert tokenizer(behind).input_ids[1:] == [*VIDEO_WORDS.encode("Where does the star move ?"), *tail]
+
+
+def test_files_decode_to_what_was_drawn(tmp_path):
+    video, _ = draw_video(PLANS[0])
+    path = tmp_path / "video.mp4"
+    path.write_bytes(encode_video(video))
+    frames = read_video(path, SEEN).frames
+    expected = video[frame_indices(len(video))].astype(float)
+    difference = np.abs(np.stack([np.asarray(frame) for frame in frames]) - expected)
+    assert difference.mean() < 4
+
+
+def test_runs_hold_a_cls_in_front_of_every_frame(corpus):
+    assert whole_video().tolist() == list(range(RUN)) and RUN == 2056
+    seen = visuals(corpus, [1], [whole_video()])
+    table = torch.from_numpy(np.array(corpus.features[1])).view(torch.bfloat16)
+    assert torch.equal(seen.features[0].view(SEEN, FRAME_TOKENS, -1), table) and seen.total.tolist() == [RUN]
+    rng = np.random.default_rng(0)
+    for pick in (lambda: things_first(corpus, 1, 208, rng), lambda: anywhere(208, rng)):
+        places = pick()
+        assert len(set(places.tolist())) == 208 and (np.diff(places) > 0).all()
+    firsts = things_first(corpus, 1, 208, rng)
+    assert set(range(0, RUN, FRAME_TOKENS)) <= set(firsts.tolist())
+
+
+def test_every_thing_is_seen_in_every_frame_of_a_step(corpus):
+    rng = np.random.default_rng(0)
+    for row in range(3):
+        places = things_first(corpus, row, 208, rng)
+        owners = corpus.owners[row]
+        for frame in range(SEEN):
+            patches = places[places // FRAME_TOKENS == frame] % FRAME_TOKENS - 1
+            seen = set(owners[frame][patches[patches >= 0]].tolist())
+            assert set(owners[frame].tolist()) - {-1} <= seen
+
+
+def test_the_reader_is_told_frames_and_states(corpus):
+    seen = visuals(corpus, [0], [whole_video()])
+    frame, states = frames_and_states(corpus, [0], seen)
+    assert frame[0, 0] == -1 and frame[0, -1] == 1 and frame[0, FRAME_TOKENS].item() == pytest.approx(2 / 7 - 1)
+    states = states[0].view(SEEN, FRAME_TOKENS)
+    assert (states[:2] == -100).all() and (states[:, 0] == -100).all()
+    for number, actor in enumerate(corpus.plan(0).actors):
+        for late in range(2, SEEN):
+            mine = states[late, 1:][torch.from_numpy(corpus.owners[0, late] == number)]
+            assert (mine >= 0).all() and len(set(mine.tolist())) <= 1
+            for state in {STATES[value] for value in mine.tolist()}:
+                assert state in ({actor.direction} if actor.action == "move" else {"still", "appear", "change"})
+                assert (state == "appear") == (not actor.visible[0])
+                assert (state == "change") == (actor.colors[late] != actor.colors[0])
+
+
+def test_questions_carry_their_answers(corpus):
+    packed = ask_videos(corpus, [0, 1], [list(FAMILIES)] * 2, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    for i, plan in enumerate((corpus.plan(0), corpus.plan(1))):
+        for j, family in enumerate(FAMILIES):
+            question = ask_video(plan, family, rng, tries=12)
+            if question is None:
+                assert packed.answer[i, j] == -100
+                continue
+            line = [*VIDEO_WORDS.encode(question.text), VIDEO_WORDS.ids[vocabulary.ASSISTANT]]
+            assert packed.ids[i, j, : len(line)].tolist() == line and packed.ask_at[i, j] == len(line) - 1
+            assert packed.answer[i, j] == VIDEO_WORDS.encode(question.answer)[0]
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return build_video_llava(load_toy(DEFAULT_MODEL)), load_toy(DEFAULT_MODEL)
+
+
+def test_the_towers_keep_the_middle_of_the_position_table(untrained):
+    video, base = untrained
+    table = base.model.vision_tower.embeddings.position_embedding.weight
+    for tower in (video.model.video_tower, video.model.image_tower):
+        mine = tower.embeddings.position_embedding.weight
+        assert torch.equal(mine[0], table[0])
+        for row, column in ((0, 0), (3, 9), (15, 15)):
+            assert torch.equal(mine[1 + row * 16 + column], table[1 + (row + 4) * 24 + column + 4])
+
+
+def test_old_words_keep_their_vectors(untrained):
+    video, base = untrained
+    new, old = (m.model.language_model.embed_tokens.weight for m in (video, base))
+    for word in ("star", "left", vocabulary.EOS, vocabulary.USER):
+        assert torch.equal(new[VIDEO_WORDS.ids[word]], old[TOY_WORDS.ids[word]])
+    assert len(new.unique(dim=0)) == len(new)
+
+
+def test_the_benchmark_is_what_the_generator_draws():
+    assert sum(f.stat().st_size for f in DATA.rglob("*") if f.is_file()) <= 15e6
+    for split, (first, count) in SPLITS.items():
+        data = benchmarks.get("video_qa").load(DATA, split)
+        data.check_images(data.questions)
+        expected = [
+            (f"{split}{index:05d}.mp4", q.text, q.answer)
+            for index in range(first, first + count)
+            for q in video_questions(split, index, plan_video(split, index))
+        ]
+        assert [(q.image, q.question, q.answer) for q in data.questions] == expected
+    video, _ = draw_video(plan_video("test", 7))
+    frames = read_video(DATA / "video_qa" / "videos" / "test00007.mp4").frames
+    shown = video[frame_indices(len(video))].astype(float)
+    assert np.abs(np.stack([np.asarray(frame) for frame in frames]) - shown).mean() < 4
+    sample = data.sample(data.questions[0])
+    assert len(sample.images[0].frames) == SEEN and sample.question == data.questions[0].question
+
+
+def test_exact_match_by_type():
+    score = exact_match.score(
+        {"1": "red", "2": "up", "3": "2"}, {"1": " Red.", "2": "down", "3": "2"}, {"1": "a", "2": "a"}
+    )
+    assert score.values["accuracy"] == pytest.approx(200 / 3)
+    assert score.groups == {"type": {"a": (50.0, 2)}} and score.correct == {"1": 1.0, "2": 0.0, "3": 1.0}
+    with pytest.raises(UserError, match="without a prediction"):
+        exact_match.score({"1": "red"}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"video_name": "v", "question": "q"}, "no question_id"),
+        ({"video_name": "v", "question": "q", "question_id": 2}, "no answer in"),
+        ({"video_name": "../v", "question": "q", "question_id": 1}, "not inside"),
+        (None, "at least one"),
+    ],
+)
+def test_wrong_files_are_refused_in_a_sentence(tmp_path, row, words):
+    folder = tmp_path / "video_qa"
+    folder.mkdir()
+    (folder / "test_q.json").write_text(json.dumps([row] if row else []))
+    (folder / "test_a.json").write_text(json.dumps([{"answer": "a", "question_id": 1}]))
+    with pytest.raises(UserError, match=words):
+        benchmarks.get("video_qa").load(tmp_path, "test")
+
+
+def test_the_checkpoint_is_a_video_llava_in_small():
+    assert sum(f.stat().st_size for f in MODEL.rglob("*") if f.is_file()) <= 20e6
+    config = json.loads((MODEL / "config.json").read_text())
+    assert config["model_type"] == "video_llava" and config["video_seq_length"] == RUN
+
+
+def test_transformers_gives_the_logits_of_training():
+    """Its class on a shipped video, whole prompt and frames, against our run and packed forward."""
+    from transformers import VideoLlavaForConditionalGeneration
+
+    from llava.processing.video import VideoProcessor
+
+    model = VideoLlavaForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
+    data = benchmarks.get("video_qa").load(DATA, "test")
+    question = data.questions[5]
+    ids = VIDEO_WORDS.ids
+    words, tail = VIDEO_WORDS.encode(question.question), [ids[vocabulary.ASSISTANT]]
+    packed = pack([[Asked("", words, 0)]], tail, QUESTION_LENGTH, ids[vocabulary.PAD])
+    video = data.pictures.open(question.image)
+    parts = trained_parts(model)
+    with torch.inference_mode():
+        seen = all_frames(np.stack([np.asarray(frame) for frame in video.frames]), model.model.video_tower)
+        decoded = forward(parts, VIDEO_WORDS.prefix, seen, packed.text)
+        ours = answer_logits(parts, decoded, packed)[0, 0, 0]
+        line = [*VIDEO_WORDS.prefix, *[ids[vocabulary.VIDEO]] * RUN, *words, *tail]
+        pixels = VideoProcessor(SIDE, SIDE)(video)[None]
+        theirs = model(input_ids=torch.tensor([line]), pixel_values_videos=pixels).logits[0, -1]
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)

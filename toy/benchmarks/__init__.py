@@ -1,0 +1,1 @@
+"""Writers of the toy benchmarks, one module per group of sets."""

@@ -1,0 +1,65 @@
+"""Write the toy benchmarks in the file layouts of the real ones.
+
+    python -m toy.benchmarks --output assets/eval
+    python -m toy.benchmarks --output assets/eval --only pope mme
+    python -m toy.benchmarks --output assets/eval_next --only large_gqa
+    python -m toy.benchmarks --output assets/eval_video --only video_qa
+
+Pictures are test scenes of `toy.data.scenes`, questions those of `toy.data.formats`, all from fixed seeds. Without
+`--only` everything of assets/eval is written. All groups but gqa link to the images of OUTPUT/gqa; `videos` links to
+the videos of OUTPUT/../eval_video.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from eval.command import ends_in_a_sentence
+from llava.errors import UserError
+from toy.benchmarks import captions, choices, gqa, judged, mme, mmmu, pope, tables, video_qa, videos, vqa
+from toy.benchmarks.pictures import images
+
+# Name of a group of sets -> what writes it below the output folder.
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "gqa": gqa.write,
+    "pope": pope.write,
+    "mme": mme.write,
+    "vqa": vqa.write,
+    "choices": choices.write,
+    "judged": judged.write,
+    "tables": tables.write,
+    "mmmu": mmmu.write,
+    "captions": captions.write,
+    "videos": lambda root: videos.write(root, root.parent / "eval_video" / "video_qa"),
+}
+# Groups with a folder of their own, and that need no other group.
+ALONE: dict[str, Callable[[Path], None]] = {"large_gqa": gqa.write_large, "video_qa": video_qa.write}
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files below a folder, links not followed."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+
+
+@ends_in_a_sentence
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=[*WRITERS, *ALONE], default=list(WRITERS), metavar="GROUP")
+    args = parser.parse_args(arguments)
+    for name in args.only:
+        linked = name in WRITERS and name != "gqa"
+        if linked and not images(args.output).is_dir():
+            raise UserError(
+                f"{name} links to {images(args.output)}, which is not there; "
+                f"`python -m toy.benchmarks --output {args.output} --only gqa` writes it."
+            )
+        {**WRITERS, **ALONE}[name](args.output)
+    print(f"Wrote {', '.join(args.only)}; {args.output} holds {size(args.output) / 1e6:.1f} MB.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The words of the toy models, and their tokenizers in the transformers format.
+
+One token per word. The fixed sentences of a conversation (system sentence, roles, answer-format suffix) are single
+tokens: the prompt text is that of a 7B model, and takes only a few tokens.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+COLORS = {
+    "red": (214, 38, 36),
+    "green": (44, 162, 62),
+    "blue": (42, 78, 222),
+    "yellow": (238, 218, 44),
+    "purple": (134, 48, 172),
+    "orange": (248, 138, 28),
+    "cyan": (52, 208, 222),
+    "pink": (248, 122, 188),
+}
+COLOR_NAMES = tuple(COLORS)
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
+PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+PATTERNS = ("striped", "checkered", "dotted")
+SIZES = ("small", "big")
+DIGITS = tuple(str(digit) for digit in range(10))
+
+PAD, BOS, UNKNOWN, IMAGE, EOS = "<pad>", "<s>", "<unk>", "<image>", "</s>"
+VIDEO = "<video>"
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# The system sentence of `llava_v1`, the conversation of Video-LLaVA.
+VIDEO_SYSTEM = SYSTEM.replace("curious user", "curious human").replace("the user's", "the human's")
+USER, ASSISTANT = "USER:", "ASSISTANT:"
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+
+_FUNCTION_WORDS = """
+what color is the ? of has which shape how many are there in image a number frame digit written does say contain
+object objects panel left right above below or on side top bottom half yes no
+"""
+_VIDEO_WORDS = """
+move moves appear appears disappear disappears first last start end at that times up down where go video
+"""
+
+
+class Vocabulary:
+    """The words of one toy model.
+
+    Args:
+        words: all tokens in id order.
+        system: the system sentence of the conversation.
+        phrases: sentences that are single tokens, beside those of the conversation `vicuna_v1`.
+        special: further special tokens.
+        longest: tokens of the longest prompt, visual tokens included.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        system: str = SYSTEM,
+        phrases: Sequence[str] = (),
+        special: Sequence[str] = (),
+        longest: int = 1024,
+    ):
+        self.words = tuple(words)
+        self.ids = {word: index for index, word in enumerate(self.words)}
+        self.system, self.phrases, self.special, self.longest = system, tuple(phrases), tuple(special), longest
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @property
+    def prefix(self) -> list[int]:
+        """The ids of the prompt before the image or video."""
+        return [self.ids[token] for token in (BOS, self.system, USER)]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of lower-case words split at spaces; raises KeyError for a word that is not in the vocabulary."""
+        return [self.ids[word] for word in text.lower().replace("?", " ?").split()]
+
+    @cached_property
+    def tokenizer(self):
+        """The same vocabulary as a transformers tokenizer, which puts BOS before every text as Llama's does."""
+        from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        backend = Tokenizer(models.WordLevel(self.ids, unk_token=UNKNOWN))
+        backend.normalizer = normalizers.Lowercase()
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        start = [(BOS, self.ids[BOS])]
+        backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=start)
+        sentences = (SYSTEM, USER, ASSISTANT, SHORT_ANSWER, *self.phrases)
+        backend.add_tokens([AddedToken(sentence, normalized=False) for sentence in sentences])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            pad_token=PAD,
+            bos_token=BOS,
+            eos_token=EOS,
+            unk_token=UNKNOWN,
+            additional_special_tokens=[IMAGE, *self.special],
+            padding_side="left",
+            model_max_length=self.longest,
+        )
+
+
+def grown(words: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
+    """A vocabulary with new words: old words keep their ids, except the end token, which stays the last one."""
+    return (*words[:-1], *new, words[-1])
+
+
+_PLAIN = sorted({*_FUNCTION_WORDS.split(), *COLOR_NAMES, *SHAPES, *PLURALS.values(), *PATTERNS, *SIZES, *DIGITS})
+# The end token is the last one: CLIP's text tower finds it by the largest id.
+_WORDS = (PAD, BOS, UNKNOWN, IMAGE, SYSTEM, USER, ASSISTANT, SHORT_ANSWER, *_PLAIN, EOS)
+LONG = 4096  # tokens of the longest prompt of the models with tiles or frames
+
+TOY_WORDS = Vocabulary(_WORDS)
+NEXT_WORDS = Vocabulary(_WORDS, longest=LONG)
+VIDEO_WORDS = Vocabulary(
+    grown(_WORDS, (VIDEO, VIDEO_SYSTEM, *_VIDEO_WORDS.split())),
+    system=VIDEO_SYSTEM,
+    phrases=(VIDEO_SYSTEM,),
+    special=(VIDEO,),
+    longest=LONG,
+)

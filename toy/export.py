@@ -1,0 +1,196 @@
+"""Write what a stage trained as a checkpoint of the transformers layout, with its CLIP text tower beside it.
+
+    python -m toy.export language --folder runs/tiny --output assets/tinyllava
+    python -m toy.export next --folder runs/next --output assets/tinyllava_next
+
+The last checkpoint of a stage that is not finished is exported too.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPModel,
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    VideoLlavaForConditionalGeneration,
+)
+
+from eval.command import ends_in_a_sentence
+from eval.config import DEFAULT_MODEL
+from llava.errors import UserError
+from toy.data.instruct_vocabulary import INSTRUCT_WORDS
+from toy.data.scenes import SIDE
+from toy.data.tiles import PINPOINTS
+from toy.data.video_scenes import SIDE as VIDEO_SIDE
+from toy.data.vocabulary import BOS, EOS, NEXT_WORDS, PAD, TOY_WORDS, VIDEO_WORDS, Vocabulary
+from toy.model.clip import MEAN, STD, load_clip
+from toy.model.instruct import build_instruct, instruct_table
+from toy.model.llava import build_llava, load_parts, load_toy
+from toy.model.next import build_next
+from toy.model.video import build_video_llava
+from toy.processor_config import write_processor_config
+
+TEXT_TABLE = "text_model.embeddings.token_embedding.weight"
+
+
+def trained_weights(folder: Path, stage: str) -> Mapping[str, Tensor]:
+    """The weights that a stage left in `folder`, or those of its last checkpoint."""
+    done, checkpoint = folder / f"{stage}.pt", folder / f"{stage}.checkpoint.pt"
+    if done.exists():
+        return torch.load(done, weights_only=True)
+    if checkpoint.exists():
+        return torch.load(checkpoint, weights_only=True)["optimizer"]["masters"]
+    raise UserError(f"{folder} has neither {done.name} nor {checkpoint.name}; train the stage {stage!r} there first.")
+
+
+def load_language(folder: Path, model: Path) -> LlavaForConditionalGeneration:
+    """The toy LLaVA of a training folder, float32. `model` is not used: this stage starts from nothing."""
+    clip = load_clip(folder)
+    llava = build_llava(clip.config.vision_config)
+    load_parts(llava, trained_weights(folder, "language"))
+    llava.model.vision_tower.load_state_dict(clip.vision_model.state_dict(), strict=True)
+    return llava.eval()
+
+
+def load_next(folder: Path, model: Path) -> LlavaNextForConditionalGeneration:
+    """The toy LLaVA-NeXT of a training folder, float32; its tower is that of the toy model."""
+    saved, trained = trained_weights(folder, "next"), build_next(load_toy(model))
+    load_parts(trained, saved)
+    with torch.no_grad():
+        trained.model.image_newline.copy_(saved["newline"])
+    return trained.eval()
+
+
+def load_video(folder: Path, model: Path) -> VideoLlavaForConditionalGeneration:
+    """The toy Video-LLaVA of a training folder, float32; its towers are cut from that of the toy model."""
+    trained = build_video_llava(load_toy(model))
+    load_parts(trained, trained_weights(folder, "video"))
+    return trained.eval()
+
+
+def load_instruct(folder: Path, model: Path) -> LlavaForConditionalGeneration:
+    """The toy LLaVA of all answer formats of a training folder, float32; its tower is that of the toy model."""
+    trained = build_instruct(model)
+    load_parts(trained, trained_weights(folder, "instruct"))
+    return trained.eval()
+
+
+def write_text_tower(clip: CLIPModel, output: Path) -> None:
+    """The parts of the CLIP model that a LLaVA checkpoint leaves out, under their CLIPModel names, and its config."""
+    keep = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+    weights = {name: w.half().contiguous() for name, w in clip.state_dict().items() if name.startswith(keep)}
+    # Patches were trained to lie near the phrases that name them, see toy/model/clip_losses.py.
+    write_tower_files(weights, clip.config.to_diff_dict() | {"patch_similarity": "plain"}, output)
+
+
+def grow_text_tower(source: Path, output: Path) -> None:
+    """The toy model's text tower with rows for the new words: a like word's, or the mean of all. Not trained."""
+    weights = load_file(source / "model.safetensors")
+    weights[TEXT_TABLE] = instruct_table(weights[TEXT_TABLE].float(), 0.0).half()
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"] |= {"vocab_size": len(INSTRUCT_WORDS), "eos_token_id": INSTRUCT_WORDS.ids[EOS]}
+    write_tower_files(weights, config, output)
+
+
+def write_tower_files(weights: dict[str, Tensor], config: dict, output: Path) -> None:
+    """Weights and config of a text tower."""
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    (output / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def no_text_tower(source: Path, output: Path) -> None:
+    """Video-LLaVA's towers are no CLIP towers, so there is no text half that fits."""
+
+
+def image_processor(side: int) -> CLIPImageProcessorPil:
+    """Resize and crop to `side` pixels, normalise as CLIP."""
+    crop = {"height": side, "width": side}
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop, image_mean=MEAN, image_std=STD)
+
+
+def tile_processor() -> LlavaNextImageProcessorPil:
+    """The same for the tiles of a large picture."""
+    return LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=MEAN,
+        image_std=STD,
+        image_grid_pinpoints=[list(pair) for pair in PINPOINTS],
+    )
+
+
+@dataclass(frozen=True)
+class Export:
+    """How the checkpoint of a stage is made.
+
+    Attributes:
+        load: (training folder, toy model) -> the trained model.
+        text_tower: (text tower of the toy model, output folder); None to take it from the training folder.
+    """
+
+    load: Callable[[Path, Path], nn.Module]
+    words: Vocabulary
+    processor: Callable[[], CLIPImageProcessorPil | LlavaNextImageProcessorPil]
+    text_tower: Callable[[Path, Path], object] | None
+
+
+def copy_text_tower(source: Path, output: Path) -> None:
+    """The tower is the toy model's, so its text half fits."""
+    shutil.copytree(source, output, dirs_exist_ok=True)
+
+
+EXPORTS = {
+    "language": Export(load_language, TOY_WORDS, lambda: image_processor(SIDE), None),
+    "next": Export(load_next, NEXT_WORDS, tile_processor, copy_text_tower),
+    "video": Export(load_video, VIDEO_WORDS, lambda: image_processor(VIDEO_SIDE), no_text_tower),
+    "instruct": Export(load_instruct, INSTRUCT_WORDS, lambda: image_processor(SIDE), grow_text_tower),
+}
+
+
+def export(stage: str, folder: Path, model: Path, output: Path) -> None:
+    """Write the checkpoint of a stage: float16 weights, configs, tokenizer, processors, text tower."""
+    how = EXPORTS[stage]
+    trained, ids = how.load(folder, model), how.words.ids
+    trained.generation_config = GenerationConfig(
+        bos_token_id=ids[BOS], eos_token_id=ids[EOS], pad_token_id=ids[PAD], do_sample=False
+    )
+    trained.half().save_pretrained(output)
+    write_processor_config(trained.config, output)
+    how.words.tokenizer.save_pretrained(output)
+    how.processor().save_pretrained(output)
+    if how.text_tower is None:
+        write_text_tower(load_clip(folder), output / "text_tower")
+    else:
+        how.text_tower(model / "text_tower", output / "text_tower")
+
+
+@ends_in_a_sentence
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=EXPORTS)
+    parser.add_argument("--folder", type=Path, required=True, help="the training folder")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the toy model it was fine-tuned from")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    export(args.stage, args.folder, Path(args.model), args.output)
+    size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())
+    print(f"Wrote {args.output}: {size / 1e6:.1f} MB.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The architectures of the toy models, and their forward passes in training."""

@@ -1,0 +1,349 @@
+"""Measure the toy model of a stage on the toy benchmarks and fill in its model card.
+
+    python -m toy.report language --folder runs/tiny
+    python -m toy.report next --folder runs/next
+
+Accuracy by question family with all visual tokens, beside references: a lookup that sees no image (the text-only
+baseline), and for tiles and frames the same model with less to see. For `instruct` also accuracy by answer format.
+The tables are printed, and replace those of README.md in the model's folder where there is one.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    VideoLlavaForConditionalGeneration,
+)
+
+from eval.answers.jsonl import read_json
+from eval.command import ends_in_a_sentence
+from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
+from eval.sweep import Remembering, Setting, sweep
+from eval.tables.page import insert, markdown
+from llava.model.builder import load
+from llava.processing.clip_image import ImageProcessor, pad_to_square
+from llava.processing.video import read_video
+from toy.benchmarks.gqa import draw_large
+from toy.data.corpus import Corpus, tower_states
+from toy.data.formats import FORMATS, WITHOUT_IMAGE
+from toy.data.instruct_vocabulary import INSTRUCT_WORDS
+from toy.data.scenes import SIDE
+from toy.data.tiles import arrange, crops, run_sources
+from toy.data.video_questions import FAMILIES as VIDEO_FAMILIES
+from toy.data.video_questions import STATIC, ask_video
+from toy.data.video_scenes import SEEN, plan_video
+from toy.data.vocabulary import ASSISTANT, PAD, SHORT_ANSWER, TOY_WORDS, VIDEO_WORDS
+from toy.model.decoder import answer_logits, forward
+from toy.model.llava import Trainee
+from toy.packing import Asked, Questions, Visuals, pack, whole
+from toy.pair_packing import READ_AT, Lines, ask_lines, predictions, right_answers
+from toy.stages.base import QUESTION_LENGTH
+from toy.stages.video_tokens import QUESTION_LENGTH as VIDEO_QUESTION_LENGTH
+from toy.text_only import TextOnly, training_questions
+
+HARD = 20.0  # points above the text-only baseline below which a family is marked
+# Validation scenes of the formats, after those that training watches.
+FIRST, SCENES, AT_ONCE = 100, 300, 10
+# Training scenes, pictures and videos whose questions the text-only baseline counts.
+COUNTED = {"language": 6000, "next": 3000, "video": 6000}
+MODELS = {
+    "language": Path(DEFAULT_MODEL),
+    "next": ROOT / "assets" / "tinyllava_next",
+    "video": ROOT / "assets" / "tinyllava_video",
+    "instruct": ROOT / "assets" / "tinyllava_instruct",
+}
+
+Credits = Mapping[str, float]  # question id -> 1 where the answer is right, else 0
+Tables = dict[str, str]  # name of a marked part of the model card -> its table
+
+
+def report_language(args: argparse.Namespace) -> Tables:
+    """The toy model on the toy GQA, all scenes and by kind of scene."""
+    credits = gqa_credits(args.model, args)
+    records = gqa_records(args.data or DEFAULT_DATA, credits)
+    counted = min(COUNTED["language"], args.limit or COUNTED["language"])
+    lookup = TextOnly(training_questions(Corpus(args.folder / "train"), counted))
+    kinds = {
+        kind: {name: credits[name] for name, record in records.items() if record["groups"]["global"] == kind}
+        for kind in ("natural", "dense")
+    }
+    columns = {"576 tokens": credits, **{f"{kind} scenes": part for kind, part in kinds.items()}}
+    columns["text only"] = blind(records, lookup)
+    groups = by_family({name: family_of(record) for name, record in records.items()}) | {"**all**": list(records)}
+    stages = [stage for stage in ("vision", "language") if log_of(args.folder, stage).exists()]
+    return {"families": family_table(groups, columns), "training": training_table(args.folder, stages, False)}
+
+
+def report_next(args: argparse.Namespace) -> Tables:
+    """The toy LLaVA-NeXT on large pictures; without tiles; and the toy model, which sees 192 x 192 pixels."""
+    data = args.data or ROOT / "assets" / "eval_next"
+    records = dict(itertools.islice(gqa_records(data).items(), args.limit))
+    after = LlavaNextForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
+    before = LlavaForConditionalGeneration.from_pretrained(DEFAULT_MODEL, dtype=torch.float32).eval()
+    tower, images = after.model.vision_tower, data / "gqa" / "data" / "images"  # the tower is the same in both
+
+    class Drawn:
+        """Training pictures, of which the text-only baseline needs the things."""
+
+        def __len__(self) -> int:
+            return min(COUNTED["next"], args.limit or COUNTED["next"])
+
+        def list_things(self, row: int):
+            return draw_large("train", row, row % 2 == 1)[1]
+
+    columns = {
+        "all tokens": picture_credits(records, images, after, lambda image: tiled(image, tower)),
+        "thumbnail only": picture_credits(records, images, after, lambda image: one_crop(crops(image)[0], tower)),
+        "toy model": picture_credits(records, images, before, lambda image: one_crop(padded(image), tower)),
+        "text only": blind(records, TextOnly(training_questions(Drawn(), COUNTED["next"]))),
+    }
+    groups = dict(sorted(by_family({name: family_of(record) for name, record in records.items()}).items()))
+    for kind in ("natural", "dense"):
+        groups[f"*{kind} scenes*"] = [n for n, record in records.items() if record["groups"]["global"] == kind]
+    groups["**all**"] = list(records)
+    return {"families": family_table(groups, columns), "training": training_table(args.folder, ["next"])}
+
+
+def report_video(args: argparse.Namespace) -> Tables:
+    """The toy Video-LLaVA with all eight frames, and with one frame shown eight times."""
+    folder = (args.data or ROOT / "assets" / "eval_video") / "video_qa"
+    answers = {row["question_id"]: row for row in read_json(folder / "test_a.json")}
+    rows = [row | answers[row["question_id"]] for row in read_json(folder / "test_q.json")][: args.limit]
+    records = {row["question_id"]: row for row in rows}
+    model = VideoLlavaForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
+    rng, pairs = np.random.default_rng(0), []
+    for row in range(min(COUNTED["video"], args.limit or COUNTED["video"])):
+        plan = plan_video("train", row)
+        found = (ask_video(plan, family, rng, tries=12) for family in VIDEO_FAMILIES)
+        pairs += [(q.family, q.text, q.answer) for q in found if q is not None]
+    lookup = TextOnly(pairs)
+    columns = {
+        "eight frames": video_credits(records, folder / "videos", model, range(SEEN)),
+        "first frame": video_credits(records, folder / "videos", model, [0] * SEEN),
+        "last frame": video_credits(records, folder / "videos", model, [SEEN - 1] * SEEN),
+        "text only": {n: float(lookup.answer(r["type"], r["question"]) == r["answer"]) for n, r in records.items()},
+    }
+    found_families = by_family({name: record["type"] for name, record in records.items()})
+    groups = {family: found_families[family] for family in VIDEO_FAMILIES if family in found_families}
+    groups["*asking for change*"] = [name for name, record in records.items() if record["type"] not in STATIC]
+    groups["**all**"] = list(records)
+    return {"families": family_table(groups, columns), "training": training_table(args.folder, ["video"])}
+
+
+def report_instruct(args: argparse.Namespace) -> Tables:
+    """The model of all answer formats by format, and beside the toy model on the toy GQA."""
+    count = min(SCENES, args.limit or SCENES)
+    scenes = Corpus(args.folder / "val")
+    formats = format_table(*format_credits(args.model, scenes, min(FIRST, len(scenes) - count), count))
+    columns = {"this model": gqa_credits(args.model, args), "toy model": gqa_credits(Path(DEFAULT_MODEL), args)}
+    records = gqa_records(DEFAULT_DATA, columns["this model"])
+    groups = by_family({name: family_of(record) for name, record in records.items()}) | {"**all**": list(records)}
+    families = family_table(groups, columns, hard=False)
+    return {"training": training_table(args.folder, ["instruct"]), "formats": formats, "families": families}
+
+
+REPORTS: dict[str, Callable[[argparse.Namespace], Tables]] = {
+    "language": report_language,
+    "next": report_next,
+    "video": report_video,
+    "instruct": report_instruct,
+}
+
+
+def gqa_credits(folder: Path, args: argparse.Namespace) -> Credits:
+    """Credit of each question of the toy GQA; the answers of each model are kept in a folder of its own."""
+    bundled = folder.resolve() == Path(DEFAULT_MODEL).resolve()
+    output = args.output if bundled else args.output / folder.name
+    model = Remembering(load(DEFAULT_MODEL if bundled else str(folder)))
+    return sweep([Setting("full", None)], model, args.data or DEFAULT_DATA, "testdev", output, limit=args.limit)[0]
+
+
+def gqa_records(data: Path, only: Credits | None = None) -> dict[str, dict]:
+    """Annotations of the test questions, or of some of them."""
+    records = read_json(data / "gqa" / "data" / "testdev_balanced_questions.json")
+    return {name: record for name, record in records.items() if only is None or name in only}
+
+
+def family_of(record: dict) -> str:
+    """Question family of an annotation."""
+    return record["types"]["detailed"]
+
+
+def by_family(families: Mapping[str, str]) -> dict[str, list[str]]:
+    """Question ids by family, in the order in which the families first occur."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, family in families.items():
+        groups[family].append(name)
+    return dict(groups)
+
+
+def blind(records: Mapping[str, dict], lookup: TextOnly) -> Credits:
+    """Credits of the text-only baseline."""
+    return {name: float(lookup.answer(family_of(r), r["question"]) == r["answer"]) for name, r in records.items()}
+
+
+def trained_parts(llava: nn.Module) -> Trainee:
+    """Language model, projector and newline vector of a loaded checkpoint."""
+    parts = Trainee(llava)
+    parts.newline = getattr(llava.model, "image_newline", None)
+    return parts
+
+
+def first_words(parts: Trainee, prefix: list[int], visuals: Visuals, questions: Questions) -> list[float]:
+    """1 for every question about one image whose answer word the model puts first, 0 for the others."""
+    logits = answer_logits(parts, forward(parts, prefix, visuals, questions.text), questions)
+    return (logits[0, :, 0].argmax(-1) == questions.answer[0]).float().tolist()
+
+
+@torch.inference_mode()
+def picture_credits(
+    records: Mapping[str, dict], images: Path, model: nn.Module, look: Callable[[np.ndarray], Visuals]
+) -> Credits:
+    """Credits of a model that sees what `look` makes of a picture's pixels."""
+    parts, credits, ids = trained_parts(model), {}, TOY_WORDS.ids
+    by_picture = itertools.groupby(records.items(), key=lambda item: item[1]["imageId"])
+    for image, group in tqdm(by_picture, desc="questions by picture"):
+        names, asked = zip(*group, strict=True)
+        lines = [Asked(family_of(r), TOY_WORDS.encode(r["question"]), TOY_WORDS.encode(r["answer"])[0]) for r in asked]
+        questions = pack([lines], [ids[SHORT_ANSWER], ids[ASSISTANT]], QUESTION_LENGTH, ids[PAD])
+        visuals = look(np.asarray(Image.open(images / f"{image}.jpg")))
+        credits |= dict(zip(names, first_words(parts, TOY_WORDS.prefix, visuals, questions), strict=True))
+    return credits
+
+
+def tiled(image: np.ndarray, tower: nn.Module) -> Visuals:
+    """All visual tokens of a picture: thumbnail, tiles, newlines."""
+    features = tower_states(tower, crops(image))[:, 1:].flatten(0, 1)
+    sources = torch.from_numpy(run_sources(arrange((image.shape[1], image.shape[0]))))
+    return whole(features[sources.clamp(min=0)][None], sources[None] < 0)
+
+
+def one_crop(image: np.ndarray, tower: nn.Module) -> Visuals:
+    """The 576 tokens of [192, 192, 3] pixels."""
+    return whole(tower_states(tower, image[None])[:, 1:])
+
+
+def padded(image: np.ndarray) -> np.ndarray:
+    """What a LLaVA-1.5 makes of the picture."""
+    colour = ImageProcessor(SIDE, SIDE).padding_colour
+    return np.asarray(pad_to_square(Image.fromarray(image), colour, SIDE))
+
+
+@torch.inference_mode()
+def video_credits(records: Mapping[str, dict], videos: Path, model: nn.Module, shown: Sequence[int]) -> Credits:
+    """Credits of a model that is given the frames `shown` of the eight frames, in its eight places."""
+    parts, credits, ids = trained_parts(model), {}, VIDEO_WORDS.ids
+    by_video = itertools.groupby(records.items(), key=lambda item: item[1]["video_name"])
+    for video, group in tqdm(by_video, desc="questions by video"):
+        names, asked = zip(*group, strict=True)
+        lines = [Asked(r["type"], VIDEO_WORDS.encode(r["question"]), VIDEO_WORDS.encode(r["answer"])[0]) for r in asked]
+        questions = pack([lines], [ids[ASSISTANT]], VIDEO_QUESTION_LENGTH, ids[PAD])
+        frames = [np.asarray(frame) for frame in read_video(videos / f"{video}.mp4", SEEN).frames]
+        visuals = all_frames(np.stack([frames[number] for number in shown]), model.model.video_tower)
+        credits |= dict(zip(names, first_words(parts, VIDEO_WORDS.prefix, visuals, questions), strict=True))
+    return credits
+
+
+def all_frames(frames: np.ndarray, tower: nn.Module) -> Visuals:
+    """[8, 128, 128, 3] uint8 -> all visual tokens, 257 per frame."""
+    return whole(tower_states(tower, frames).flatten(0, 1)[None])
+
+
+@torch.inference_mode()
+def format_credits(
+    folder: Path, scenes: Corpus, first: int, count: int
+) -> tuple[dict[str, list[bool]], dict[str, list[bool]]]:
+    """Right or wrong by format, with the whole image and without any; the scenes' pairs are the same."""
+    llava = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    parts, rng = trained_parts(llava), np.random.default_rng(7)
+    seen: dict[str, list[bool]] = defaultdict(list)
+    unseen: dict[str, list[bool]] = defaultdict(list)
+    for start in tqdm(range(first, first + count, AT_ONCE), desc="formats"):
+        rows = np.arange(start, min(start + AT_ONCE, first + count))
+        lines = ask_lines(scenes, rows, [list(FORMATS)] * len(rows), rng)
+        features = tower_states(llava.model.vision_tower, scenes.images[rows])[:, 1:]
+        collect(seen, parts, whole(features), lines)
+        collect(unseen, parts, whole(features[:, :0]), lines)
+    return seen, unseen
+
+
+def collect(credits: dict[str, list[bool]], parts: Trainee, visuals: Visuals, lines: Lines) -> None:
+    """Add right or wrong by format."""
+    decoded = forward(parts, INSTRUCT_WORDS.prefix, visuals, lines.text, early_at=READ_AT)
+    for name, right in right_answers(predictions(parts, decoded, lines)[0], lines):
+        credits[name].append(right)
+
+
+def format_table(seen: dict[str, list[bool]], unseen: dict[str, list[bool]]) -> str:
+    """Accuracy by format; "-" without an image where there never is one."""
+    rows = []
+    for name in (name for name in FORMATS if name in seen):
+        without = "-" if name in WITHOUT_IMAGE else f"{100 * np.mean(unseen[name]):.1f}"
+        rows.append([name, f"{len(seen[name]):,}", f"{100 * np.mean(seen[name]):.1f}", without])
+    return markdown(["format", "question-answer pairs", "576 tokens", "no picture"], rows)
+
+
+def family_table(groups: Mapping[str, list[str]], columns: Mapping[str, Credits], hard: bool = True) -> str:
+    """Percent right by group of questions; with `hard`, families near the last column, the text-only baseline, are
+    marked. A column may hold a part of the questions.
+    """
+    rows = []
+    for label, names in groups.items():
+        parts = [[column[name] for name in names if name in column] for column in columns.values()]
+        values = [100 * float(np.mean(part)) if part else float("nan") for part in parts]
+        near = hard and not label.startswith("*") and values[0] - values[-1] < HARD
+        title = f"{label} (hard)" if near else label
+        rows.append([title, f"{len(names):,}", *(f"{value:.1f}" for value in values)])
+    return markdown(["family", "questions", *columns], rows)
+
+
+def log_of(folder: Path, stage: str) -> Path:
+    """The log of a stage."""
+    return folder / f"{stage}.log.jsonl"
+
+
+def training_table(folder: Path, stages: Sequence[str], accuracy: bool = True) -> str:
+    """Steps, wall time and the numbers at the end of each stage, as the logs have them."""
+    rows = []
+    for stage in stages:
+        last = json.loads(log_of(folder, stage).read_text().splitlines()[-1])
+        row = [f"{last['step']:,}", f"{last['seconds'] / 60:.0f}", f"{last['loss']:.3f}"]
+        rows.append([*row, f"{100 * last['all']:.1f}"] if accuracy else [stage, *row])
+    names = ["steps", "minutes", "running loss at the end"]
+    return markdown([*names, "running accuracy at the end"] if accuracy else ["stage", *names], rows)
+
+
+@ends_in_a_sentence
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=REPORTS)
+    parser.add_argument("--folder", type=Path, required=True, help="the training folder")
+    parser.add_argument("--model", type=Path, help="the exported checkpoint; default: the shipped one")
+    parser.add_argument("--data", type=Path, help="the toy benchmarks; default: the shipped ones")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "sweep", help="where answers are kept")
+    parser.add_argument("--limit", type=int, help="measure the first N questions only")
+    args = parser.parse_args(arguments)
+    args.model = args.model or MODELS[args.stage]
+    card = args.model / "README.md"
+    for name, table in REPORTS[args.stage](args).items():
+        print(f"{name}\n{table}\n")
+        if card.exists():
+            insert(card, name, table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
