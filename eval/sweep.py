@@ -84,7 +84,7 @@ class Remembering(Llava):
             self._seen.clear()
 
     def encode_images(self, pictures, keys, reducer, timer) -> list[Picture]:
-        if reducer.acts("tower") or reducer.acts("input_grid"):
+        if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
             return super().encode_images(pictures, keys, reducer, timer)
         self.expect([reducer])
         new = [i for i, name in enumerate(keys) if name not in self._seen]

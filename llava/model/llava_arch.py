@@ -175,10 +175,12 @@ class Llava:
         timer.mark("preprocess")
         found: dict[int, Picture] = {}
         groups: dict[tuple[Reducer, bool, bool], list[int]] = {}
+        inside = not reducer.acts_in.isdisjoint(("tower", "input_grid"))
         for index, (_, full) in enumerate(views):
-            groups.setdefault((in_tower(reducer, full), full.temporal, full.tiles is not None), []).append(index)
+            sized = in_tower(reducer, full) if inside else reducer
+            groups.setdefault((sized, full.temporal, full.tiles is not None), []).append(index)
         for (sized, temporal, tiled), rows in groups.items():
-            grid = sized.input_grid(self.layout)
+            grid = sized.input_grid(self.layout) if inside else None
             pixels = torch.cat([views[index][0] for index in rows]).to(self.device)
             encoded, done = self.encode_crops(pixels, sized, grid, temporal, tiled), 0
             for index in rows:
@@ -207,7 +209,9 @@ class Llava:
             tiled: the images have tiles.
         """
         tower, keep_cls = self.tower_of(temporal), reducer.keep_cls or temporal
-        merging = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
+        merging: tuple[int, ...] = ()
+        if "tower" in reducer.acts_in:
+            merging = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
         merger = TowerMerger(reducer, self.facts, tower, len(pixels)) if merging else None
         scores = reducer.tower_signals(tiled)
         encoded = encode(tower, pixels, self.select_layer, scores, grid, keep_cls, merging, merger)
@@ -222,7 +226,8 @@ class Llava:
         encoded, tower = picture.encoded, self.tower_of(picture.full.temporal)
         tiles, patches = len(encoded.features), encoded.grid[0] * encoded.grid[1]
         operations.add("tower", tiles_flops, tiles, tower_flops, tower, patches, encoded.tokens, images=images)
-        operations.add("selection", int, tiles * encoded.spent, images=images)
+        if encoded.spent:
+            operations.add("selection", int, tiles * encoded.spent, images=images)
         for score in reducer.tower_signals(picture.full.tiles is not None):
             block = tower.encoder.layers[score.index(len(tower.encoder.layers))]
             operations.add("selection", tiles_flops, tiles, signal_flops, score, block, patches, images=images)

@@ -94,7 +94,7 @@ class QwenVL(Llava):
     def encode_images(
         self, pictures: Samples[Any], keys: Samples[object], reducer: Reducer, timer: "Timer"
     ) -> list[Picture]:
-        if reducer.acts("tower") or reducer.acts("input_grid"):
+        if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
             raise UserError(
                 f"{reducer.name} acts on pixels or inside a CLIP tower; {self.name} has a tower of another kind. "
                 "Choose a method that acts behind the tower."

@@ -29,12 +29,11 @@ class Timer:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self._now: Callable[[], Any] = self._event if device.type == "cuda" else time.perf_counter
         self._stages: list[str] = []
         self._marks = [self._now()]
 
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
+    def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -57,11 +56,11 @@ class Timer:
         return found
 
 
+@dataclass
 class Operations:
     """Floating point operations of a batch: what to count, counted when `total` or `alone` is first read."""
 
-    def __init__(self) -> None:
-        self._counts: list[tuple[str, int, Callable[..., int], tuple[Any, ...]]] = []
+    _counts: list[tuple[str, int, Callable[..., int], tuple[Any, ...]]] = field(default_factory=list)
 
     def add(self, part: str, function: Callable[..., int], *arguments: Any, images: int = 1) -> None:
         """Count `function(*arguments)` operations; arguments hold modules and whole numbers, never tensors.
@@ -181,11 +180,6 @@ class Record:
             for applied in self.applied_
         ]
 
-    def merged(self, sample: int) -> int:
-        """Visual tokens of a sample made of several, after the last reduction of each image."""
-        last = {a.number: step.reduction for a, step in zip(self.applied_[sample], self.steps[sample], strict=True)}
-        return sum(int(reduction.merged_count()[0]) for reduction in last.values() if reduction.merges)
-
     def audits(self, prefilled: "Prefilled") -> list[Audit]:
         """One account per sample."""
         found = []
@@ -193,5 +187,10 @@ class Record:
             images = max(1, len(runs))
             mean = None if planned is None else mean_visual_tokens(planned) / images
             entering = tuple(layer[sample] for layer in prefilled.visual)
-            found.append(Audit(entering, inputs, self.merged(sample), prefilled.kv_bytes[sample], images, mean))
+            # Visual tokens made of several, after the last reduction of each image.
+            last = {a.number: step.reduction for a, step in zip(self.applied_[sample], self.steps[sample], strict=True)}
+            merged = sum(
+                int(one.merged_count()[0]) for one in last.values() if one.owner is not None or one.mix is not None
+            )
+            found.append(Audit(entering, inputs, merged, prefilled.kv_bytes[sample], images, mean))
         return found

@@ -68,7 +68,7 @@ def _is_eager(llm: nn.Module) -> bool:
     return llm.config._attn_implementation == "eager"
 
 
-def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_at: ReduceAt) -> Prefilled:
+def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_at: ReduceAt | None) -> Prefilled:
     """Run all layers on the prompts.
 
     Args:
@@ -81,7 +81,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
     valid, lengths, visual, behind = [], [], [], []
     rotary = mask = known = entered = place = None
     for index, layer in enumerate(llm.layers):
-        if index in stages:
+        if reduce_at is not None and index in stages:
             sequence, rotary = reduce_at(sequence, index, entered, cache.layers[index - 1].keys), None
         if rotary is None:
             rotary = rotary_angles(llm, sequence.hidden, sequence.position)

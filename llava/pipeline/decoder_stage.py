@@ -33,7 +33,7 @@ class DecoderStage:
         reducer: Reducer,
         samples: Samples[Sample],
         start: Sequence,
-        images: ImageBatch | None,
+        images: ImageBatch,
         record: Record,
         timer: Timer,
     ):
@@ -49,8 +49,6 @@ class DecoderStage:
             keys: [B, Hkv, L, d] rotated keys of that layer.
         """
         self.timer.mark("prefill")
-        if self.images is None:
-            return sequence
         applied: dict[Row, tuple[Reduction, int]] = {}
         values: dict[Row, Tensor] = {}
         for facts, rows in self._groups(sequence):
@@ -88,6 +86,6 @@ class DecoderStage:
         groups: dict[tuple[int, ModelFacts], list[Row]] = {}
         for sample, spans in enumerate(sequence.visual):
             for number, (start, stop) in enumerate(spans):
-                own = facts_of(self.model.facts, self.images.of((sample, number)).full)
+                own = facts_of(self.model.facts, self.images.pictures[self.images.owner[sample, number]].full)
                 groups.setdefault((stop - start, own), []).append((sample, number))
         return [(own, rows) for (_, own), rows in groups.items()]

@@ -49,7 +49,7 @@ def encode_images(
     for image in rows:
         _enter(model.facts, reducer, image, images, record)
     features: dict[Row, tile_stages.Features] = {}
-    if reducer.acts("encoder"):
+    if "encoder" in reducer.acts_in:
         features = _reduce(model, reducer, samples, images, record)
         timer.mark("selection")
     _project(model, reducer, images, features, record)
@@ -59,11 +59,17 @@ def encode_images(
 
 def _enter(facts: ModelFacts, reducer: Reducer, image: Row, images: ImageBatch, record: Record) -> None:
     """Note an image as it enters the stages: its tokens, its plan, and what the tower has reduced already."""
-    picture = images.of(image)
+    picture = images.pictures[images.owner[image]]
     own = facts_of(facts, picture.full)
-    images.inputs[image] = picture.full.tokens if untouched(reducer, own) else picture.inputs
-    images.kept[image] = None
-    record.image(image[0], picture.full, images.inputs[image], planned(reducer, own))
+    images.inputs[image], images.kept[image] = picture.inputs, None
+    if own.crops or own.newlines:
+        plan = planned(reducer, own)
+        if untouched(reducer, own):
+            images.inputs[image] = picture.full.tokens
+    else:
+        method = reducer.for_picture(own)
+        plan = method.sized(min(method.budget, own.visual_tokens)).entering(own)
+    record.image(image[0], picture.full, images.inputs[image], plan)
     if picture.step is not None:
         place, reduction = picture.step
         record.applied(image, place, reduction)
@@ -75,14 +81,15 @@ def _reduce(
 ) -> dict[Row, tile_stages.Features]:
     """Features that are left of every image that the method reduces."""
     found: dict[Row, tile_stages.Features] = {}
-    tiled = [image for image in images.owner if not images.of(image).whole]
+    tiled = [image for image, number in images.owner.items() if not images.pictures[number].whole]
     for method, facts, rows in whole_groups(model.facts, reducer, images):
-        features = torch.cat([images.of(row).encoded.features for row in rows])
+        features = torch.cat([images.pictures[images.owner[row]].encoded.features for row in rows])
         if method.keeps_all(features.shape[1]):
             continue
         state = EncoderState(features=features, **state_fields(model, method, samples, images, rows, facts))
         reductions = by_row(method.encoder(state), len(rows))
-        record.operations.add("selection", int, state.flops)
+        if state.flops:
+            record.operations.add("selection", int, state.flops)
         if reductions is None:
             continue
         shared = reductions[0][0] is reductions[-1][0]
@@ -106,8 +113,8 @@ def whole_groups(
 ) -> Iterable[tuple[Reducer, ModelFacts, list[Row]]]:
     """Images of one tile, grouped so that a method gets dense tensors: the method at their budget, and their rows."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for image in images.owner:
-        picture = images.of(image)
+    for image, number in images.owner.items():
+        picture = images.pictures[number]
         if picture.whole:
             own = facts_of(facts, picture.full)
             shape = picture.arrangement.layout, picture.arrangement.tokens
@@ -124,9 +131,10 @@ def state_fields(
     facts: ModelFacts,
 ) -> dict[str, Any]:
     """What the states of stages 1 and 2 have in common, for images of one tile."""
-    encoded = [images.of(row).encoded for row in rows]
+    pictures = [images.pictures[images.owner[row]] for row in rows]
+    encoded = [picture.encoded for picture in pictures]
     scores = {score: torch.cat([one.signals[score] for one in encoded]) for score in encoded[0].signals}
-    layout = images.of(rows[0]).arrangement.layout
+    layout = pictures[0].arrangement.layout
     return {
         "ids": tuple(name_of(samples, row) for row in rows),
         "facts": facts,

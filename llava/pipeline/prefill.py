@@ -46,11 +46,12 @@ def prefill(
     images = encode_images(model, reducer, samples, record, timer)
     sequence = embed(model, reducer, prompts, images)
     timer.mark("prefill")
-    if images is not None and reducer.acts("prompt"):
+    if images is not None and "prompt" in reducer.acts_in:
         sequence = reduce_prompt(model, reducer, samples, sequence, images, record)
         timer.mark("selection")
-    stage = DecoderStage(model, reducer, samples, sequence, images, record, timer)
-    prefilled = decoder.prefill(model.llm, sequence, reducer.decoder_layers(len(model.llm.layers)), stage)
+    layers = reducer.decoder_layers(len(model.llm.layers)) if images is not None else ()
+    stage = DecoderStage(model, reducer, samples, sequence, images, record, timer) if layers else None
+    prefilled = decoder.prefill(model.llm, sequence, layers, stage)
     timer.mark("prefill")
     for lengths in zip(*prefilled.lengths, strict=True):
         record.operations.add("prefill", prefill_flops, model.llm.layers, lengths, model.head)
@@ -59,13 +60,13 @@ def prefill(
 
 def embed(model: "Llava", reducer: Reducer, prompts: list[Prompt], images: ImageBatch | None) -> Sequence:
     """Embed the text of every prompt and put visual tokens where "<image>" stands."""
-    table = model.llm.embed_tokens
+    table, device = model.llm.embed_tokens, model.device
     texts, slots, tokens, kept, inputs, groups = [], [], [], [], [], []
     for sample, prompt in enumerate(prompts):
         found = [place for place, token in enumerate(prompt.ids) if token == IMAGE_TOKEN_INDEX]
         ids = [token for token in prompt.ids if token != IMAGE_TOKEN_INDEX]
         rows = [(sample, number) for number in range(len(found))]
-        texts.append(table(torch.tensor(ids, device=model.device)))
+        texts.append(table(torch.tensor(ids, device=device)))
         slots.append([place - earlier for earlier, place in enumerate(found)])
         tokens.append([images.tokens[row] for row in rows] if images else [])
         kept.append([images.kept[row] for row in rows] if images else [])

@@ -1,6 +1,7 @@
 """Stage 2: visual tokens reduced before decoder layer 0, with the text available."""
 
 from collections.abc import Sequence as Samples
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +57,7 @@ def reduce_prompt(
         return values_of(reduction, state, rows, record, model.projector)
 
     for method, facts, rows in whole_groups(model.facts, reducer, images):
-        features = torch.cat([images.of(row).encoded.features for row in rows])
+        features = torch.cat([images.pictures[images.owner[row]].encoded.features for row in rows])
         state = state_of(rows, features, state_fields(model, method, samples, images, rows, facts))
         if method.keeps_all(state.tokens.shape[1]):
             continue
@@ -72,7 +73,7 @@ def reduce_prompt(
             record.applied(image, "prompt", reduction, index)
             if own is not None:
                 values[image] = own[index].to(state.tokens.dtype)
-    tiled = [image for image in images.owner if not images.of(image).whole]
+    tiled = [image for image, number in images.owner.items() if not images.pictures[number].whole]
     if tiled:
         joined, more = tile_stages.reduce_prompts(
             model, reducer, samples, sequence, images, tiled, record, state_of, merged_values
@@ -84,12 +85,14 @@ def reduce_prompt(
     return sequence.reduce(applied, values, reducer.positions == "renumber") if applied else sequence
 
 
+@dataclass
 class Probe:
     """Hidden states after the first decoder layers, computed once for all images of a batch."""
 
-    def __init__(self, llm: nn.Module, sequence: Sequence, record: Record):
-        self.llm, self.sequence, self.record = llm, sequence, record
-        self._known: dict[int, Tensor] = {}
+    llm: nn.Module
+    sequence: Sequence
+    record: Record
+    _known: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, count: int, rows: list[Row], width: int) -> Tensor:
         """[B, width, D] after `count` layers, one row per image."""

@@ -87,6 +87,10 @@ class Sequence:
 
         Padding is cut to what these prompts need.
         """
+        if rows == [(sample, 0) for sample, runs in enumerate(self.visual) if len(runs) == 1] and len(rows) == len(
+            self.lengths
+        ):
+            return self
         samples = [sample for sample, _ in rows]
         lengths = tuple(self.lengths[s] for s in samples)
         width = max(lengths)
@@ -137,7 +141,7 @@ class Sequence:
         reduced = replace(
             self,
             hidden=hidden,
-            position=_gather(self.position, index),
+            position=self.position.gather(1, index) if self.position.dim() == 2 else mrope.keep(self.position, index),
             lengths=lengths,
             visual=runs,
             question=self._shift(self.question, gone),
@@ -242,11 +246,6 @@ def assemble(
         hidden[sample, width - len(row) :] = row
         position[sample, width - len(row) :] = ids
     return Sequence(hidden, position, tuple(lengths), tuple(runs), tuple(moved[0]), tuple(moved[1]), tuple(behind))
-
-
-def _gather(position: Tensor, index: Tensor) -> Tensor:
-    """[B, L] or [B, L, 3] at columns [B, K]."""
-    return position.gather(1, index) if position.dim() == 2 else mrope.keep(position, index)
 
 
 def _text_positions(start: int, count: int, groups: list | None, device: torch.device) -> Tensor:

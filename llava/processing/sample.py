@@ -1,6 +1,7 @@
 """One question about no, one or several images."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from PIL import Image
 
@@ -27,14 +28,14 @@ class Sample:
     image_id: str | None = None
     history: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @cached_property
     def images(self) -> tuple[Image.Image, ...]:
         """All images, in the order in which they stand in front of the question."""
         if self.image is None:
             return ()
         return self.image if isinstance(self.image, tuple) else (self.image,)
 
-    @property
+    @cached_property
     def message(self) -> str:
         """The user turn as the benchmark scripts write it."""
         return f"{self.question}\n{self.suffix}" if self.suffix else self.question

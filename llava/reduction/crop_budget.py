@@ -12,6 +12,7 @@ take are not among the patches a method chooses from; newline tokens can be kept
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from llava.reduction.token_layout import Arrangement
 
 def chooses_patches(reducer: Reducer) -> bool:
     """Whether the method acts before the decoder, where there are crops."""
-    return any(reducer.acts(stage) for stage in ("input_grid", "tower", "encoder", "prompt"))
+    return not reducer.acts_in.isdisjoint(("input_grid", "tower", "encoder", "prompt"))
 
 
 def divided(reducer: Reducer, crops: int) -> bool:
@@ -66,6 +67,7 @@ def planned(reducer: Reducer, facts: ModelFacts) -> tuple[int, ...] | None:
     return tuple(kept + sum(layer) for layer in zip(*plans, strict=True))
 
 
+@lru_cache(maxsize=256)
 def require(reducer: Reducer, facts: ModelFacts) -> None:
     """Raise UserError if the method cannot run on this model at its budget."""
     reducer = reducer.for_picture(facts)
@@ -83,7 +85,7 @@ def require(reducer: Reducer, facts: ModelFacts) -> None:
             f"{reducer.name} needs a budget of at least {least} here, got {reducer.budget}: one token for each of "
             f"{parts} crops, and all newline tokens where they are kept ({reducer.name}.newlines=drop leaves them out)."
         )
-    if reducer.acts("tower") or reducer.acts("input_grid"):
+    if not reducer.acts_in.isdisjoint(("tower", "input_grid")):
         refuse_unequal_crops(reducer, parts, not facts.newlines and len(set(facts.crops)) == 1)
     for sized, part in set(over_crops(reducer, facts)):
         sized.check(part)
@@ -95,7 +97,7 @@ def in_tower(reducer: Reducer, arrangement: Arrangement) -> Reducer:
     Raises:
         UserError: the crops would not all be reduced alike.
     """
-    if not reducer.acts("tower") and not reducer.acts("input_grid"):
+    if reducer.acts_in.isdisjoint(("tower", "input_grid")):
         return reducer
     count = len(arrangement.crops)
     if count == 1 and not len(arrangement.newlines):

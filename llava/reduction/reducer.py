@@ -23,6 +23,7 @@ from llava.reduction.token_layout import Arrangement
 # One reduction for all images of a state, or one for each where they keep different numbers of tokens.
 Reductions = Reduction | list[Reduction] | None
 
+STAGES = ("input_grid", "tower", "encoder", "prompt", "decoder")
 SPLITS = ("each", "thumbnail", "global")
 NEWLINES = ("drop", "keep")
 CLS_SIGNALS = ("cls_attention", "fused_cls_attention", "cls_logits")
@@ -38,6 +39,7 @@ class Reducer:
     """A method. Subclasses register themselves, add fields with `option`, and override the stages they act in.
 
     Class attributes:
+        acts_in: those of "input_grid", "tower", "encoder", "prompt" and "decoder" that the class overrides.
         summary: one line for `--list`.
         version: part of every result; raise it when answers change.
         card: the method's row in docs/methods.md.
@@ -60,6 +62,7 @@ class Reducer:
     """
 
     name: ClassVar[str] = ""
+    acts_in: ClassVar[frozenset[str]] = frozenset()
     summary: ClassVar[str] = ""
     version: ClassVar[str] = "1"
     card: ClassVar[Card] = Card(acts="")
@@ -74,6 +77,10 @@ class Reducer:
     crops: str = option("each", "the budget over crops: even, by the first crop's attention, or all together", SPLITS)
     retention_ratio: float = option(0.0, "ratio of each image's visual tokens to keep, in place of a budget")
     newlines: str = option("drop", "newline tokens where patches are chosen: drop, or keep and count", NEWLINES)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.acts_in = frozenset(name for name in STAGES if getattr(cls, name) is not getattr(Reducer, name))
 
     def __post_init__(self) -> None:
         """Reject values outside the choices of a field."""
@@ -173,10 +180,6 @@ class Reducer:
     def keeps_all(self, tokens: int) -> bool:
         """Whether a stage before the decoder leaves an image of so many tokens as it is, without asking the method."""
         return self.budget >= tokens
-
-    def acts(self, stage: str) -> bool:
-        """Whether the method overrides a stage at all."""
-        return getattr(type(self), stage) is not getattr(Reducer, stage)
 
 
 def by_row(reductions: Reductions, count: int) -> list[tuple[Reduction, int]] | None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from llava.errors import unknown
 from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles, text_to_visual_attention
-from llava.reduction.flops import linear_flops
 from llava.reduction.patch_grid import Layout
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import Signal
@@ -152,7 +151,7 @@ class PromptState(EncoderState):
         block = self.llm.layers[layer]
         weights = text_to_visual_attention(block, text, visual, *angles)
         batch, count = text.shape[:2]
-        self.flops += batch * (_query_flops(block, count, visual.shape[1]) + _key_flops(block, visual.shape[1]))
+        self.flops += batch * attention_flops(block, count, visual.shape[1], visual.shape[1])
         return weights, mask
 
 
@@ -188,13 +187,11 @@ def row_index(sequence: Sequence, spans: list[Span]) -> tuple[Tensor, Tensor]:
     return torch.tensor(index).to(device, non_blocking=True), torch.tensor(mask).to(device, non_blocking=True)
 
 
-def _query_flops(layer: nn.Module, rows: int, keys: int) -> int:
-    attention = layer.self_attn
-    return linear_flops(attention.q_proj, rows) + 2 * rows * keys * attention.q_proj.out_features
-
-
-def _key_flops(layer: nn.Module, keys: int) -> int:
-    return linear_flops(layer.self_attn.k_proj, keys)
+def attention_flops(layer: nn.Module, rows: int, keys: int, projected: int) -> int:
+    """Operations of the attention of `rows` queries to `keys` keys, of which `projected` are projected for it."""
+    query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
+    queries = 2 * rows * query.out_features * (query.in_features + keys)
+    return queries + 2 * projected * key.in_features * key.out_features
 
 
 @dataclass(kw_only=True)
@@ -245,12 +242,11 @@ class DecoderState(State):
         if at == "next":
             angles = (cos[:, :width], sin[:, :width]) if rotary else None
             keys = layer_keys(layer, source.hidden[:, :width], angles)
-            self.flops += len(keys) * _key_flops(layer, width)
         else:
             keys = self.keys[:, :, :width]
         place = torch.arange(width, device=index.device)
         allowed = (place <= index[..., None]) & sequence.valid()[:, None, :width]
         weights = attention_rows(layer, pick(source.hidden), keys, allowed, (pick(cos), pick(sin)) if rotary else None)
-        self.flops += len(weights) * _query_flops(layer, index.shape[1], width)
+        self.flops += len(weights) * attention_flops(layer, index.shape[1], width, width if at == "next" else 0)
         columns = [(sequence.padding(s) + a, sequence.padding(s) + b) for s, (a, b) in enumerate(sequence.images)]
         return torch.stack([weights[s, :, :, a:b] for s, (a, b) in enumerate(columns)]), mask
