@@ -27,7 +27,7 @@ from eval.config import (
 )
 from eval.judging.choice import HELP as JUDGE_HELP
 from llava.errors import UserError
-from llava.reduction.option_names import RETENTION_RATIO, with_current_names
+from llava.option_names import RETENTION_RATIO, with_current_names
 
 # More questions than any benchmark has.
 LARGEST_BATCH = 1_000_000

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava.errors import UserError
-from llava.reduction.option_names import RETENTION_RATIO, with_current_names
+from llava.option_names import RETENTION_RATIO, with_current_names
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = str(ROOT / "assets" / "tinyllava")

@@ -172,7 +172,7 @@ def prepare(config: RunConfig, model: Any, reducer: "Reducer | None") -> Job:
 
 def check_device(name: str) -> None:
     """Refuse a device that is not there before any file is read."""
-    from llava.model.llava_arch import device_of
+    from llava.model.builder import device_of
 
     device_of(name)
 

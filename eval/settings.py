@@ -11,7 +11,7 @@ from eval.answers import flatten
 from eval.benchmarks.base import Dataset
 from eval.config import FULL, RunConfig
 from llava.errors import UserError, unknown
-from llava.reduction.option_names import with_former_names
+from llava.option_names import with_former_names
 
 if TYPE_CHECKING:
     from llava.reduction.reducer import Reducer

@@ -34,7 +34,7 @@ from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder.clip_encoder import Encoded, encode
 from llava.reduction import registry
-from llava.reduction.option_names import with_former_names
+from llava.option_names import with_former_names
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import Signal
 from llava.reduction.token_layout import Arrangement

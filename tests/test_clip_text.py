@@ -213,7 +213,7 @@ def test_in_the_clip_that_an_original_checkpoint_names(tmp_path, model, safetens
 
 def test_a_tower_alone_is_no_clip(tmp_path, model):
     save_original_layout(tmp_path, model)
-    assert not load(tmp_path, device="cpu").facts().has_text_tower
+    assert not load(tmp_path, device="cpu").facts.has_text_tower
 
 
 def test_the_official_clip_is_named_without_fetching_it(tmp_path, model, monkeypatch):

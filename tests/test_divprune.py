@@ -87,4 +87,4 @@ def test_order_of_choice_is_that_of_the_release():
 def test_budget_holds_in_every_layer():
     """The paper's own ratio of 0.098 is 56 tokens."""
     assert all(DivPrune(budget=budget).entering(LLAVA) == (budget,) * 32 for budget in (192, 128, 64, 56))
-    assert DivPrune(budget=9).prompt(state(torch.randn(1, 9, 4))) is None
+    assert DivPrune(budget=9).keeps_all(9) and not DivPrune(budget=8).keeps_all(9)

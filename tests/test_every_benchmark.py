@@ -11,7 +11,7 @@ from eval.answers.jsonl import write_file
 from eval.benchmarks.base import Dataset
 from eval.benchmarks.media import Videos
 from eval.config import ROOT
-from eval.results.report import intervals
+from eval.results.report import confidence
 from eval.score import score_file
 from llava.errors import UserError
 
@@ -108,7 +108,10 @@ def test_the_headline_is_the_value_of_its_terms_and_lies_in_its_interval(case):
         assert len(terms.names) == len(terms.clusters) == len(terms.sums)
     else:
         assert 100 * np.mean(list(score.correct.values())) == pytest.approx(value, abs=0.01)
-    found = intervals(score, data.questions, seed=0)[score.main]
+    found = confidence(score, data.questions, seed=0)[score.main]
+    if found["low"] is None:
+        assert len(texts) < 20 and found["method"].startswith("n/a"), "only few units may leave no interval"
+        return
     assert found["low"] <= value + 1e-6 and value - 1e-6 <= found["high"]
     assert found["low"] < found["high"] or len(texts) < 20, "nothing was drawn"
 

@@ -52,4 +52,4 @@ def test_its_budgets_hold_in_every_layer():
 
 
 def test_a_full_budget_keeps_everything():
-    assert FasterVLM(budget=36).encoder(state(torch.rand(1, 36))) is None
+    assert FasterVLM(budget=36).keeps_all(36) and not FasterVLM(budget=35).keeps_all(36)

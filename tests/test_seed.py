@@ -173,7 +173,7 @@ def test_the_mirror_shows_the_middle_frame_to_llava_and_all_to_lmms_eval(tmp_pat
     llava, lmms = load(data), load(data, profile="lmms")
     assert [question.images for question in llava.questions] == [("0/image/0",), ("0/image/0",), ("2/image/1",)]
     assert lmms.questions[2].images == ("2/image/0", "2/image/1", "2/image/2")
-    assert llava.processing.sample(llava.questions[2]).image.getpixel((0, 0)) == (0, 128, 0)
+    assert llava.sample(llava.questions[2]).image.getpixel((0, 0)) == (0, 128, 0)
     assert llava.questions[0].message == f"How many?\nA. one\nB. two\nC. three\nD. four\n{LETTER}"
     assert llava.facts["source"] == "lmms-lab/SEED-Bench"
     texts = {"49#1": "b.", "49#2": "A", "v0": "D"}

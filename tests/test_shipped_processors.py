@@ -1,8 +1,7 @@
 """The bundled toy checkpoints are complete for `AutoProcessor` of transformers, and their exports write all of it."""
 
-import importlib
 import json
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +9,13 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.video_llava.processing_video_llava import VideoLlavaProcessor
 
-from eval.config import ROOT
+from eval.config import DEFAULT_MODEL, ROOT
 from llava import load, reduce
 from llava.pipeline.generate import generate
 from llava.processing.prompt import IMAGE_TOKEN_INDEX
 from llava.processing.sample import Sample
 from llava.reduction import registry
+from toy.export import EXPORTS, export
 
 ASSETS = ROOT / "assets"
 QUESTION = "Is there a pink square in the image?\nAnswer the question using a single word or phrase."
@@ -65,19 +65,22 @@ def test_the_toy_video_processor_counts_tokens_as_the_model_does():
     assert {fields["image_token"], fields["video_token"]} == set(tokenizer["extra_special_tokens"])
 
 
-@pytest.mark.parametrize("export", ["export", "export_instruct", "export_next", "export_video"])
-def test_an_export_writes_every_file_that_is_shipped(export, tmp_path, monkeypatch):
+STAGES = {
+    "language": "tinyllava",
+    "instruct": "tinyllava_instruct",
+    "next": "tinyllava_next",
+    "video": "tinyllava_video",
+}
+
+
+@pytest.mark.parametrize("stage", EXPORTS)
+def test_an_export_writes_every_file_that_is_shipped(stage, tmp_path, monkeypatch):
     """The exports wrote no processor_config.json. The model is the shipped one, nothing is trained."""
-    name = {"export": "tinyllava"}.get(export, export.replace("export", "tinyllava"))
-    module = importlib.import_module(f"tinyllava.{export}")
-    model = AutoModelForImageTextToText.from_pretrained(ASSETS / name)
-    monkeypatch.setattr(module, "load_trained", lambda *_: (None, model) if export == "export" else model)
-    if export == "export":
-        monkeypatch.setattr(module, "write_text_tower", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["export", "--folder", str(tmp_path), "--output", str(tmp_path)])
-    module.main()
-    shipped = {file.name for file in (ASSETS / name).iterdir()} - {"README.md"}
+    shipped = ASSETS / STAGES[stage]
+    model = AutoModelForImageTextToText.from_pretrained(shipped)
+    monkeypatch.setitem(EXPORTS, stage, replace(EXPORTS[stage], load=lambda *_: model, text_tower=lambda *_: None))
+    export(stage, tmp_path, DEFAULT_MODEL, tmp_path)
     written = {file.name for file in tmp_path.iterdir()}
-    assert written | ({"text_tower"} if export == "export" else set()) == shipped
+    assert written == {file.name for file in shipped.iterdir()} - {"README.md", "text_tower"}
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / file).read_text() == (ASSETS / name / file).read_text(), file
+        assert (tmp_path / file).read_text() == (shipped / file).read_text(), file

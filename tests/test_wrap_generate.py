@@ -121,7 +121,7 @@ def test_a_forward_that_was_replaced_before_comes_back(llava):
     llava.model.forward = counted
     try:
         with reduce(llava.model, "visiondrop", budget=6):
-            llava.pipeline.generate(inputs)
+            llava.generate(inputs)
         assert llava.model.forward is counted and not calls
     finally:
         del llava.model.forward
@@ -143,10 +143,10 @@ def test_streamers_and_logits_processors(llava):
             return scores
 
     with reduce(llava.model, "visiondrop", budget=6):
-        ids = llava.pipeline.generate(inputs, streamer=Streamer())[0].tolist()
+        ids = llava.generate(inputs, streamer=Streamer())[0].tolist()
         assert heard[inputs["input_ids"].shape[1] :] == [*ids, "end"]
         banned = ids[2]
-        others = llava.pipeline.generate(inputs, logits_processor=LogitsProcessorList([Never()]))[0].tolist()
+        others = llava.generate(inputs, logits_processor=LogitsProcessorList([Never()]))[0].tolist()
     assert banned not in others and others[:2] == ids[:2]
 
 
@@ -224,6 +224,6 @@ def test_beams_and_one_picture_for_two_prompts(llava):
     seen, inputs = [], llava.prepare(TEXTS[1:2] * 2, [picture(0), picture(0)])
     handle = llava.model.model.vision_tower.embeddings.register_forward_hook(lambda m, i, o: seen.append(len(o)))
     with reduce(llava.model, "visiondrop", budget=6):
-        rows = llava.pipeline.generate(inputs, num_beams=4)
+        rows = llava.generate(inputs, num_beams=4)
     handle.remove()
     assert seen == [2] and torch.equal(rows[0], rows[1])

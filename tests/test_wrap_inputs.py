@@ -226,7 +226,7 @@ def test_caches_that_cannot_hold_a_reduced_prompt(llava):
             with pytest.raises(UserError, match=f"got a {type(cache).__name__}"):
                 llava.model(**inputs, past_key_values=cache)
         with pytest.raises(UserError, match="got a StaticCache"):
-            llava.pipeline.generate(inputs, cache_implementation="static")
+            llava.generate(inputs, cache_implementation="static")
         held = llava.model(**inputs).past_key_values
         for more in ({"input_ids": torch.tensor([[5, 6]])}, {**inputs}):
             with pytest.raises(UserError, match="one token per prompt"):
@@ -234,7 +234,7 @@ def test_caches_that_cannot_hold_a_reduced_prompt(llava):
         with pytest.raises(UserError, match="holds 1 reduced prompts, got input_ids for 2"):
             llava.model(input_ids=torch.tensor([[5], [6]]), past_key_values=held)
         with pytest.raises(UserError, match="prompt lookup"):
-            llava.pipeline.generate(inputs, prompt_lookup_num_tokens=3)
+            llava.generate(inputs, prompt_lookup_num_tokens=3)
 
 
 def test_inputs_that_a_family_needs(qwen):

@@ -173,12 +173,12 @@ def test_a_budget_and_a_share_are_refused_together(llava):
 def test_an_assistant_model_is_refused(llava, own):
     """transformers said that `rows_per_prompt`, an argument of ours, is not used by the model."""
     inputs, text = llava.batch(TEXTS[1:2]), llava.prepare(TEXTS[2:3], [])
-    plain = llava.pipeline.generate(text, assistant_model=own.model)
+    plain = llava.generate(text, assistant_model=own.model)
     with reduce(llava.model, "visiondrop", budget=6):
         for asked in ({"assistant_model": own.model}, {"prompt_lookup_num_tokens": 3}):
             with pytest.raises(UserError, match="assistant model or prompt lookup"):
-                llava.pipeline.generate(inputs, **asked)
-        assert torch.equal(llava.pipeline.generate(text, assistant_model=own.model), plain)
+                llava.generate(inputs, **asked)
+        assert torch.equal(llava.generate(text, assistant_model=own.model), plain)
 
 
 # The state of the model
@@ -334,18 +334,18 @@ def test_another_thread_is_not_reduced_in_silence(llava):
         held = llava.model(**inputs).past_key_values
         for run in (
             lambda: llava.model(**inputs),
-            lambda: llava.pipeline.generate(inputs, num_beams=2),
+            lambda: llava.generate(inputs, num_beams=2),
             lambda: llava.model(input_ids=torch.tensor([[5]]), past_key_values=held),
         ):
             error = in_thread(run)
             assert isinstance(error, UserError) and "Another thread reduces this model" in str(error)
         assert torch.equal(in_thread(lambda: llava.model(**text).logits), plain)
-        ids = llava.pipeline.generate(inputs)
+        ids = llava.generate(inputs)
         assert len(reduced.audits) == 1
 
     def entered_there():
         with reduce(llava.model, "visiondrop", budget=6):
-            return llava.pipeline.generate(inputs)
+            return llava.generate(inputs)
 
     assert torch.equal(in_thread(entered_there), ids)
 
@@ -358,7 +358,7 @@ def test_streaming_from_a_thread_that_enters_the_block(llava):
 
     def answer():
         with reduce(llava.model, "visiondrop", budget=6):
-            done.ids = llava.pipeline.generate(inputs, streamer=streamer)[0]
+            done.ids = llava.generate(inputs, streamer=streamer)[0]
 
     thread = threading.Thread(target=answer)
     thread.start()

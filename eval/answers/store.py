@@ -26,7 +26,7 @@ from eval.answers.folder_lock import lock_folder, remove_unfinished
 from eval.answers.jsonl import DurableLines, read_json, sync_folder, write_json
 from eval.answers.source_hash import changed_files
 from llava.errors import UserError
-from llava.reduction.option_names import with_current_names
+from llava.option_names import with_current_names
 
 # The order in which --restart moves them: timing without answers would claim questions that are not there.
 FILES = (

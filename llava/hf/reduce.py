@@ -38,7 +38,7 @@ from llava.model.checkpoint.identify import QWEN, Family
 from llava.pipeline.accounting import Audit
 from llava.pipeline.prefill import prefill
 from llava.reduction.crop_budget import require
-from llava.reduction.option_names import RETENTION_RATIO, with_current_names
+from llava.option_names import RETENTION_RATIO, with_current_names
 from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Trace
 from llava.reduction.registry import build

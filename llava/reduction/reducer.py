@@ -13,7 +13,7 @@ import torch
 from llava.errors import UserError, unknown
 from llava.reduction.metadata import Card
 from llava.reduction.model_spec import ModelFacts
-from llava.reduction.option_names import with_current_names
+from llava.option_names import with_current_names
 from llava.reduction.patch_grid import Layout
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import Signal

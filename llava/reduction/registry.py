@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava.errors import UserError, unknown
-from llava.reduction.option_names import RETENTION_RATIO
+from llava.option_names import RETENTION_RATIO
 from llava.reduction.reducer import Reducer, options_of, parse_options
 
 METHODS: dict[str, type[Reducer]] = {}
