@@ -16,14 +16,19 @@ from torch import Tensor
 
 from attnmix.mixture import adaptive_count, crop_pool, mix, ordered, text_scores
 from attnmix.release import released_count, released_tokens
-from llava.errors import UserError
-from llava.reduction import Reduction
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import PromptState, Reducer, option, options_of
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
-from llava.reduction.states import text_spans
+from llava.reduction import (
+    MethodMetadata,
+    ModelSpec,
+    PromptState,
+    Reducer,
+    Reduction,
+    TowerScore,
+    UserError,
+    option,
+    options_of,
+    register,
+    text_spans,
+)
 
 RELEASED = {"text": "after", "pool": "crop"}  # what `official` makes of these options
 
@@ -34,7 +39,7 @@ class AttnMix(Reducer):
     """Reads the words as they are embedded, so no decoder layer and no text tower has to run."""
 
     summary: ClassVar[str] = "what the question's words resemble and what CLS looks at, split by their geometric mean"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 0",
         score="cosine to word embeddings, and CLS attention, block −2",
         needs="CLS token",
@@ -69,20 +74,20 @@ class AttnMix(Reducer):
             if self.official and getattr(self, name) not in (usual[name].default, released):
                 raise UserError(f"attnmix.official takes {name}={released}; leave out attnmix.{name}.")
 
-    def check(self, facts: ModelFacts) -> None:
-        super().check(facts)
-        if self.official and not self._kept(facts.layout.crops):
-            least = facts.layout.crops * (1 if self.mix == "t2i" else 2)
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        if self.official and not self._kept(spec.layout.crops):
+            least = spec.layout.crops * (1 if self.mix == "t2i" else 2)
             raise UserError(
                 f"The budget must be at least {least} with attnmix.official: the release rounds it down to a multiple "
                 f"of {least}, got {self.budget}."
             )
 
-    def entering(self, facts: ModelFacts) -> tuple[int, ...]:
-        return (self._kept(facts.layout.crops),) * facts.layers
+    def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...]:
+        return (self._kept(spec.layout.crops),) * spec.layers
 
-    def signals(self) -> tuple[Signal, ...]:
-        return () if self.mix == "t2i" else (Signal("cls_attention", self.block),)
+    def scores(self) -> tuple[TowerScore, ...]:
+        return () if self.mix == "t2i" else (TowerScore("cls_attention", self.block),)
 
     def keeps_all(self, tokens: int) -> bool:
         return super().keeps_all(tokens) and not self.official
@@ -91,7 +96,7 @@ class AttnMix(Reducer):
         tokens, crops = state.tokens.shape[1], state.layout.crops
         no_say = torch.zeros(state.tokens.shape[:2], device=state.tokens.device)
         text = no_say if self.mix == "cls" else self._text_scores(state)
-        saliency = no_say if self.mix == "t2i" else state.signals[self.signals()[0]]
+        saliency = no_say if self.mix == "t2i" else state.scores[self.scores()[0]]
         if self.official:
             return Reduction(released_tokens(text, saliency, crops, self.budget, self.floor, self.mix), tokens)
         if self.pool == "crop":

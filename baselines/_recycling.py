@@ -6,8 +6,7 @@ Shapes: B images, N visual tokens, T words, M recycled tokens, D channels.
 import torch
 from torch import Tensor
 
-from consensusdrop.merging import others
-from llava.reduction import Reduction, gather_tokens, keep_top
+from llava.reduction import Reduction, gather_tokens, keep_top, others
 
 
 def text_raters(relation: Tensor, exists: Tensor) -> Tensor:

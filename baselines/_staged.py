@@ -4,26 +4,34 @@ A schedule is a family with one number, the tokens that the first stage keeps; e
 number is fitted so that the tokens entering a layer have the budget as their mean.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import ClassVar
 
-from llava.errors import UserError
-from llava.reduction import Reduction
-from llava.reduction.layer_schedule import entering_layers, largest_within, refuse_budget, scaled_layers
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import Reducer, option
-from llava.reduction.states import DecoderState
+from torch import Tensor
+
+from llava.reduction import (
+    DecoderState,
+    ModelSpec,
+    Reducer,
+    Reduction,
+    UserError,
+    keep_top,
+    largest_within,
+    option,
+    refuse_budget,
+    scaled_layers,
+    tokens_by_layer,
+)
 
 REFERENCE = 32  # decoder layers of the papers' models
 SCHEDULE = "mean: the budget is the mean over all layers; kept: over the layers behind the first stage"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Staged(Reducer, ABC):
+class Staged(Reducer):
     """Drops visual tokens in front of a few decoder layers.
 
     Class attributes:
@@ -39,15 +47,19 @@ class Staged(Reducer, ABC):
         """Layers of this very model that the user chose; () for the published ones in proportion to the depth."""
         return ()
 
-    @abstractmethod
+    def score(self, state: DecoderState) -> Tensor:
+        """[B, N], higher is kept."""
+        raise TypeError(f"{type(self).__name__} must define score() or reduce()")
+
     def reduce(self, state: DecoderState, keep: int) -> Reduction | None:
         """The reduction that keeps `keep` of the visual tokens, fewer than there are."""
+        return Reduction(keep_top(self.score(state), keep), state.tokens.shape[1])
 
     def keeps(self, first: int, tokens: int) -> tuple[int, ...]:
         """Tokens that each stage keeps of a picture with `tokens` if the first stage keeps `first`."""
         return (first,)
 
-    def fixed(self, facts: ModelFacts) -> tuple[int, ...] | None:
+    def fixed(self, spec: ModelSpec) -> tuple[int, ...] | None:
         """Tokens that each stage keeps under a schedule that is not fitted to the budget."""
         return None
 
@@ -70,23 +82,23 @@ class Staged(Reducer, ABC):
             raise UserError(f"{self.name} acts in front of layer {stages[-1]}; this decoder has {layers} layers.")
         return stages
 
-    def check(self, facts: ModelFacts) -> None:
-        super().check(facts)
-        plan(self, facts, exact=True)
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        plan(self, spec, exact=True)
 
-    def entering(self, facts: ModelFacts) -> tuple[int, ...]:
-        counts = self.counts(plan(self, facts), facts.visual_tokens)
-        return entering_layers(facts.visual_tokens, self.decoder_layers(facts.layers), counts, facts.layers)
+    def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...]:
+        counts = self.counts(plan(self, spec), spec.visual_tokens)
+        return tokens_by_layer(spec.visual_tokens, self.decoder_layers(spec.layers), counts, spec.layers)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        keep = plan(self, state.facts)[self.decoder_layers(state.facts.layers).index(state.layer)]
+        keep = plan(self, state.spec)[self.decoder_layers(state.spec.layers).index(state.layer)]
         if keep >= state.tokens.shape[1]:
             return None  # this stage has nothing to do
         return self.reduce(state, keep)
 
 
 @lru_cache(maxsize=256)
-def plan(method: Staged, facts: ModelFacts, exact: bool = False) -> tuple[int, ...]:
+def plan(method: Staged, spec: ModelSpec, exact: bool = False) -> tuple[int, ...]:
     """Tokens that each stage keeps.
 
     A picture that is so small that even the largest member of the method's family stays below the budget gets that one.
@@ -97,17 +109,17 @@ def plan(method: Staged, facts: ModelFacts, exact: bool = False) -> tuple[int, .
     Raises:
         UserError: no member of the method's family has the budget as its mean.
     """
-    stages, tokens, depth = method.decoder_layers(facts.layers), facts.visual_tokens, facts.layers
+    stages, tokens, depth = method.decoder_layers(spec.layers), spec.visual_tokens, spec.layers
     if method.budget >= tokens:
         return (tokens,) * len(stages)
-    fixed = method.fixed(facts)
+    fixed = method.fixed(spec)
     if fixed is not None:
         return fixed
     start = stages[0] if method.schedule == "kept" else 0
 
     def total_of(first: int, method: Staged = method) -> int:
         counts = method.counts(method.keeps(first, tokens), tokens)
-        return sum(entering_layers(tokens, stages, counts, depth)[start:])
+        return sum(tokens_by_layer(tokens, stages, counts, depth)[start:])
 
     first = largest_within(method.budget, tokens, total_of, depth - start)
     if first is not None:

@@ -18,11 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.model.multimodal_encoder.clip_text_encoder import RELEVANCE, signed, text_similarity
-from llava.reduction import Reduction
-from llava.reduction.metadata import Card
-from llava.reduction.reducer import PromptState, Reducer, option
-from llava.reduction.registry import register
+from llava.reduction import (
+    RELEVANCE,
+    MethodMetadata,
+    PromptState,
+    Reducer,
+    Reduction,
+    option,
+    register,
+    signed,
+    text_similarity,
+)
 
 # A token whose remaining volume is below this share of its own is spanned by the chosen ones, to float32 accuracy.
 SPANNED = 1e-6
@@ -74,7 +80,7 @@ class CDPruner(Reducer):
 
     summary: ClassVar[str] = "a diverse subset by a determinantal point process, weighted by relevance to the question"
     needs_text_tower: ClassVar[bool] = True
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 0",
         score="greedy determinant of the cosine kernel, scaled by (negated) CLIP similarity to the question",
         needs="CLIP text tower",

@@ -17,14 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines._staged import Staged
-from llava.errors import UserError
 from llava.pipeline.sequence import Sequence
-from llava.reduction import Reduction, gather_tokens
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import option
-from llava.reduction.registry import register
-from llava.reduction.states import DecoderState, row_index
+from llava.reduction import (
+    DecoderState,
+    MethodMetadata,
+    ModelSpec,
+    Reduction,
+    UserError,
+    gather_tokens,
+    option,
+    register,
+    row_index,
+)
 
 PIVOTS = 4  # of the image, and as many of the text
 
@@ -76,7 +80,7 @@ class Dart(Staged):
     """Needs keys and hidden states, no attention."""
 
     summary: ClassVar[str] = "keep pivots with large keys and the tokens that resemble them least"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 2 of 32",
         score="least cosine similarity to 4 image and 4 text pivots of the largest keys",
         paper="DART, 2502.11494",
@@ -92,9 +96,9 @@ class Dart(Staged):
     def stages(self) -> tuple[int, ...]:
         return (self.layer,) if self.layer else ()
 
-    def fixed(self, facts: ModelFacts) -> tuple[int, ...] | None:
+    def fixed(self, spec: ModelSpec) -> tuple[int, ...] | None:
         turns = 2 * PIVOTS
-        return (min(self.budget // turns * turns + PIVOTS, facts.visual_tokens),) if self.official else None
+        return (min(self.budget // turns * turns + PIVOTS, spec.visual_tokens),) if self.official else None
 
     def reduce(self, state: DecoderState, keep: int) -> Reduction:
         image, columns = self._pivots(state, min(PIVOTS, keep))

@@ -14,10 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.reduction import Reduction
-from llava.reduction.metadata import Card
-from llava.reduction.reducer import PromptState, Reducer, option
-from llava.reduction.registry import register
+from llava.reduction import MethodMetadata, PromptState, Reducer, Reduction, option, register
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,7 +43,7 @@ class DivPrune(Reducer):
     """Compares projected tokens, so it acts behind the projector."""
 
     summary: ClassVar[str] = "the most diverse tokens: greedily the one farthest from all chosen"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 0",
         score="largest cosine distance of projected tokens to the nearest chosen one",
         paper="DivPrune, 2503.02175",

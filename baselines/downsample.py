@@ -8,17 +8,12 @@ Differs from it: nothing known.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava.errors import UserError
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import Reducer, option
-from llava.reduction.registry import register
+from llava.reduction import MethodMetadata, ModelSpec, PatchGrid, Reducer, UserError, option, register
 
 WIDEST = 2.0  # most a patch may be stretched
 
 
-def grid_of(layout: Layout, budget: int) -> tuple[int, int] | None:
+def grid_of(layout: PatchGrid, budget: int) -> tuple[int, int] | None:
     """rows x columns = budget with the least stretched patches, or None if that would stretch them too much."""
     best = None
     for rows in range(1, min(layout.rows, budget) + 1):
@@ -39,19 +34,19 @@ class Downsample(Reducer):
     """Pixels are resized (bicubic, antialiased), the tower's position table is interpolated."""
 
     summary: ClassVar[str] = "a smaller image with budget patches"
-    card: ClassVar[Card] = Card(acts="before the tower", rest="averaged by resizing")
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before the tower", rest="averaged by resizing")
 
     crops: str = option("each", "every crop is shrunk alike", ("each",))
 
-    def check(self, facts: ModelFacts) -> None:
-        super().check(facts)
-        if grid_of(facts.layout, self.budget) is None:
-            possible = [b for b in range(1, facts.visual_tokens + 1) if grid_of(facts.layout, b)]
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        if grid_of(spec.layout, self.budget) is None:
+            possible = [b for b in range(1, spec.visual_tokens + 1) if grid_of(spec.layout, b)]
             near = sorted(sorted(possible, key=lambda b: abs(b - self.budget))[:4])
             raise UserError(
                 f"downsample needs a budget that is rows x columns of a grid stretched at most {WIDEST:g} times, "
                 f"got {self.budget}; near it are {', '.join(map(str, near))}."
             )
 
-    def input_grid(self, layout: Layout) -> tuple[int, int] | None:
+    def input_grid(self, layout: PatchGrid) -> tuple[int, int] | None:
         return grid_of(layout, self.budget)

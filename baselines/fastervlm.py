@@ -9,20 +9,18 @@ Differs from it: attention is ranked in float32 (theirs is in the model's float1
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava.reduction import Reduction, keep_top
-from llava.reduction.metadata import Card
-from llava.reduction.reducer import EncoderState, Reducer
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
+from torch import Tensor
+
+from llava.reduction import EncoderState, MethodMetadata, Scorer, TowerScore, register
 
 
 @register("fastervlm")
 @dataclass(frozen=True, kw_only=True)
-class FasterVLM(Reducer):
+class FasterVLM(Scorer):
     """The simplest use of the CLS token; the question plays no part."""
 
     summary: ClassVar[str] = "highest CLS attention"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
         score="CLS attention, block −2",
         needs="CLS token",
@@ -31,9 +29,8 @@ class FasterVLM(Reducer):
         code="Theia-4869/FasterVLM@f5d5f12",
     )
 
-    def signals(self) -> tuple[Signal, ...]:
-        return (Signal("cls_attention"),)
+    def scores(self) -> tuple[TowerScore, ...]:
+        return (TowerScore("cls_attention"),)
 
-    def encoder(self, state: EncoderState) -> Reduction | None:
-        tokens = state.features.shape[1]
-        return Reduction(keep_top(state.signals[Signal("cls_attention")], self.budget), tokens)
+    def score(self, state: EncoderState) -> Tensor:
+        return state.scores[TowerScore("cls_attention")]

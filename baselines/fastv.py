@@ -9,12 +9,10 @@ tokens, image span and depth. The budget is a mean over layers; `schedule=kept` 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from baselines._staged import Staged
-from llava.reduction import Reduction, keep_top
-from llava.reduction.metadata import Card
-from llava.reduction.reducer import option
-from llava.reduction.registry import register
-from llava.reduction.states import DecoderState
+from llava.reduction import DecoderState, MethodMetadata, option, register
 
 
 @register("fastv")
@@ -23,7 +21,7 @@ class FastV(Staged):
     """Prunes once, in the prefill; the cache of the layers in front keeps every token."""
 
     summary: ClassVar[str] = "rank by the last prompt token's attention in an early decoder layer, prune once"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 2 of 32",
         score="attention of the last prompt token in the layer before",
         paper="FastV, 2403.06764",
@@ -38,6 +36,6 @@ class FastV(Staged):
     def stages(self) -> tuple[int, ...]:
         return (self.layer,) if self.layer else ()
 
-    def reduce(self, state: DecoderState, keep: int) -> Reduction:
+    def score(self, state: DecoderState) -> Tensor:
         weights, _ = state.attention("last", at="previous")  # [B, H, 1, N]
-        return Reduction(keep_top(weights[:, :, 0].mean(1), keep), state.tokens.shape[1])
+        return weights[:, :, 0].mean(1)

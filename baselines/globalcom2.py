@@ -21,17 +21,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.errors import UserError
-from llava.reduction import Reduction, keep_top
-from llava.reduction.crop_budget import covered, deal
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import NEWLINES, EncoderState, Reducer, option
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
-from llava.reduction.token_layout import Arrangement
+from llava.reduction import (
+    NEWLINES,
+    EncoderState,
+    MethodMetadata,
+    ModelSpec,
+    Reducer,
+    Reduction,
+    TokenLayout,
+    TowerScore,
+    UserError,
+    covered,
+    deal,
+    keep_top,
+    option,
+    register,
+)
 
-SCORE = Signal("cls_logits", -1)
+SCORE = TowerScore("cls_logits", -1)
 EPS = 1e-8
 
 
@@ -54,7 +61,7 @@ def equal_parts(score: Tensor, grid: tuple[int, int], tiles: tuple[int, int]) ->
     return torch.zeros(tiles[0] * tiles[1], dtype=torch.double).scatter_add_(0, part, score.double()).tolist()
 
 
-def split(score: Tensor, arrangement: Arrangement, temperature: float, budget: int) -> list[int]:
+def split(score: Tensor, arrangement: TokenLayout, temperature: float, budget: int) -> list[int]:
     """`budget` over the crops of a picture: the small copy at the ratio of all, tiles above or below it by richness.
 
     Args:
@@ -68,7 +75,7 @@ def split(score: Tensor, arrangement: Arrangement, temperature: float, budget: i
     return [first, *deal(budget - first, sizes[1:], weights)]
 
 
-def split_as_released(score: Tensor, arrangement: Arrangement, temperature: float, ratio: float) -> list[int]:
+def split_as_released(score: Tensor, arrangement: TokenLayout, temperature: float, ratio: float) -> list[int]:
     """Every crop keeps its own share of its own patches, rounded down."""
     factors = adjustment(equal_parts(score, arrangement.grid, arrangement.tiles), temperature)
     ratios = [ratio, *(min(ratio * factor, 1.0) for factor in factors)]
@@ -81,7 +88,7 @@ class GlobalCom2(Reducer):
     """With one crop, or frames of a video, there is no small copy: each crop keeps its own best patches."""
 
     summary: ClassVar[str] = "CLS logits of tiles and of the small copy, which also splits the budget"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
         score="CLS logits in front of the softmax, block −1, of a tile and of the small copy at the same place",
         needs="CLS token",
@@ -103,26 +110,26 @@ class GlobalCom2(Reducer):
         if not self.temperature > 0:
             raise UserError(f"{self.name}.temperature must be above 0, got {self.temperature:g}.")
 
-    def entering(self, facts: ModelFacts) -> tuple[int, ...] | None:
-        return None if self.official else super().entering(facts)
+    def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
+        return None if self.official else super().tokens_per_layer(spec)
 
-    def for_picture(self, facts: ModelFacts) -> Reducer:
+    def for_picture(self, spec: ModelSpec) -> Reducer:
         if self.retention_ratio and self.official:  # the release's retention ratio is one of patches
-            return self.sized(max(1, int(self.retention_ratio * facts.patches + 0.5)))
-        return super().for_picture(facts)
+            return self.sized(max(1, int(self.retention_ratio * spec.patches + 0.5)))
+        return super().for_picture(spec)
 
-    def signals(self) -> tuple[Signal, ...]:
+    def scores(self) -> tuple[TowerScore, ...]:
         return (SCORE,)
 
-    def crop_shares(self, arrangement: Arrangement, signals: dict[Signal, Tensor], budget: int) -> list[int] | None:
+    def crop_shares(self, arrangement: TokenLayout, scores: dict[TowerScore, Tensor], budget: int) -> list[int] | None:
         if self.crops != "adaptive" or arrangement.tiles is None:
             return None
-        score = signals[SCORE][0].cpu()  # the only look at the device: shares are shapes
+        score = scores[SCORE][0].cpu()  # the only look at the device: shares are shapes
         if self.official:
             return split_as_released(score, arrangement, self.temperature, min(1.0, self.budget / arrangement.patches))
         return split(score, arrangement, self.temperature, budget)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         tokens = state.features.shape[1]
-        score = F.normalize(state.signals[SCORE], dim=-1) + F.normalize(state.thumbnail(SCORE), dim=-1)
+        score = F.normalize(state.scores[SCORE], dim=-1) + F.normalize(state.thumbnail(SCORE), dim=-1)
         return Reduction(keep_top(score, self.budget), tokens)

@@ -17,18 +17,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from baselines.fastervlm import FasterVLM
-from llava.errors import UserError
-from llava.reduction import keep_top
-from llava.reduction.crop_budget import covered, deal
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import SPLITS, Reducer, option
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
-from llava.reduction.token_layout import Arrangement
+from llava.reduction import (
+    SPLITS,
+    EncoderState,
+    MethodMetadata,
+    ModelSpec,
+    Reducer,
+    Scorer,
+    TokenLayout,
+    TowerScore,
+    UserError,
+    covered,
+    deal,
+    keep_top,
+    option,
+    register,
+)
 
-LATE, EARLY = Signal("cls_attention"), Signal("cls_attention", 0)
+LATE, EARLY = TowerScore("cls_attention"), TowerScore("cls_attention", 0)
 
 
 def salient_patches(early: Tensor, count: int) -> Tensor:
@@ -36,7 +42,7 @@ def salient_patches(early: Tensor, count: int) -> Tensor:
     return torch.zeros_like(early).scatter_(0, keep_top(early[None], count)[0], 1.0)
 
 
-def crop_budgets(salient: Tensor, arrangement: Arrangement, budget: int) -> list[int]:
+def crop_budgets(salient: Tensor, arrangement: TokenLayout, budget: int) -> list[int]:
     """Split a budget over the tiles of a picture, in proportion to the salient patches under each.
 
     Args:
@@ -57,7 +63,7 @@ def crop_budgets_as_released(salient: Tensor, tiles: int, budget: int) -> list[i
     return (runs / runs.sum().clamp(min=1) * budget).int().clamp(max=len(salient)).tolist()
 
 
-def behind_unpadding(given: list[int], attention: Tensor, arrangement: Arrangement) -> list[int]:
+def behind_unpadding(given: list[int], attention: Tensor, arrangement: TokenLayout) -> list[int]:
     """How many of the `given` best patches of each whole crop are left once the padding is cut off.
 
     They are the best of those that are left, so the numbers are enough.
@@ -72,11 +78,11 @@ def behind_unpadding(given: list[int], attention: Tensor, arrangement: Arrangeme
 
 @register("hired")
 @dataclass(frozen=True, kw_only=True)
-class HiRED(FasterVLM):
+class HiRED(Scorer):
     """With one crop there is nothing to split: the ranking of FasterVLM. Frames of a video get even shares."""
 
     summary: ClassVar[str] = "highest CLS attention, the budget of tiles by early attention"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
         score="CLS attention, block −2; tiles by that of block 0 in the small copy",
         needs="CLS token",
@@ -96,26 +102,32 @@ class HiRED(FasterVLM):
         if not 0 <= self.alpha <= 1:
             raise UserError(f"{self.name}.alpha must be between 0 and 1, got {self.alpha:g}.")
 
-    def entering(self, facts: ModelFacts) -> tuple[int, ...] | None:
-        return None if self.official and self.crops == "content" else super().entering(facts)
+    def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
+        return None if self.official and self.crops == "content" else super().tokens_per_layer(spec)
 
-    def for_picture(self, facts: ModelFacts) -> Reducer:
-        if self.retention_ratio and self.official and facts.crops:  # the release's rate is one of whole crops
-            return self.sized(max(1, int(len(facts.crops) * facts.crops[0].tokens * self.retention_ratio)))
-        return super().for_picture(facts)
+    def for_picture(self, spec: ModelSpec) -> Reducer:
+        if self.retention_ratio and self.official and spec.crops:  # the release's rate is one of whole crops
+            return self.sized(max(1, int(len(spec.crops) * spec.crops[0].tokens * self.retention_ratio)))
+        return super().for_picture(spec)
 
-    def split_signals(self) -> tuple[Signal, ...]:
-        return (*super().split_signals(), *((EARLY,) if self.crops == "content" else ()))
+    def scores(self) -> tuple[TowerScore, ...]:
+        return (LATE,)
 
-    def crop_shares(self, arrangement: Arrangement, signals: dict[Signal, Tensor], budget: int) -> list[int] | None:
+    def score(self, state: EncoderState) -> Tensor:
+        return state.scores[LATE]
+
+    def split_scores(self) -> tuple[TowerScore, ...]:
+        return (*super().split_scores(), *((EARLY,) if self.crops == "content" else ()))
+
+    def crop_shares(self, arrangement: TokenLayout, scores: dict[TowerScore, Tensor], budget: int) -> list[int] | None:
         if self.crops != "content" or arrangement.tiles is None:
             return None
         first = min(int(budget * self.alpha), len(arrangement.crops[0].patches))
-        early = signals[EARLY][0]
+        early = scores[EARLY][0]
         salient = salient_patches(early, int(len(early) * (1 - self.alpha))).cpu()  # shares are shapes
         if not self.official:
             return [first, *crop_budgets(salient, arrangement, budget - first)]
         tiles = len(arrangement.crops) - 1
         rest = min(budget - first, tiles * len(salient))
         given = [first, *crop_budgets_as_released(salient, tiles, rest)]
-        return behind_unpadding(given, signals[LATE].cpu(), arrangement)
+        return behind_unpadding(given, scores[LATE].cpu(), arrangement)

@@ -15,13 +15,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.errors import UserError
-from llava.reduction import Reduction
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import PromptState, Reducer, option
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
+from llava.reduction import (
+    MethodMetadata,
+    ModelSpec,
+    PromptState,
+    Reducer,
+    Reduction,
+    TowerScore,
+    UserError,
+    option,
+    register,
+)
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 ATTENTION_SCALE = 1e3
@@ -122,7 +126,7 @@ class HoloV(Reducer):
     """Scores projected tokens, so it acts behind the projector."""
 
     summary: ClassVar[str] = "budget dealt over chunks by attention and variety"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 0",
         score="CLS attention, block −2, and variance of cosines, inside chunks",
         needs="CLS token",
@@ -135,9 +139,9 @@ class HoloV(Reducer):
     alpha: float = option(0.09, "weight of the variance beside the attention")
     official: bool = option(False, "rank by attention alone, its order, and zero vectors on overflow, as the release")
 
-    def check(self, facts: ModelFacts) -> None:
-        super().check(facts)
-        tokens = facts.visual_tokens
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        tokens = spec.visual_tokens
         if not 1 <= self.chunks <= tokens or tokens % self.chunks:
             possible = [count for count in range(1, tokens + 1) if tokens % count == 0]
             raise UserError(
@@ -145,12 +149,12 @@ class HoloV(Reducer):
                 f"({', '.join(map(str, possible))}), got {self.chunks}."
             )
 
-    def signals(self) -> tuple[Signal, ...]:
-        return (Signal("cls_attention"),)
+    def scores(self) -> tuple[TowerScore, ...]:
+        return (TowerScore("cls_attention"),)
 
     def prompt(self, state: PromptState) -> Reduction | None:
         tokens = state.tokens.shape[1]
-        attention = state.signals[Signal("cls_attention")]
+        attention = state.scores[TowerScore("cls_attention")]
         chunks = fitting(self.chunks, tokens)
         score = token_scores(state.tokens, attention, chunks, self.alpha, state.matmul)
         if self.official:

@@ -17,13 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.errors import UserError
-from llava.reduction import Reduction, gather_tokens, keep_top
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import EncoderState, Reducer, Reductions, option
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
+from llava.reduction import (
+    EncoderState,
+    MethodMetadata,
+    ModelSpec,
+    Reducer,
+    Reduction,
+    Reductions,
+    TowerScore,
+    UserError,
+    gather_tokens,
+    keep_top,
+    option,
+    register,
+)
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 NEIGHBOURS = 32
@@ -87,7 +94,7 @@ class PruMerge(Reducer):
     """The queries and keys are those of the tower's last block, all heads taken as one."""
 
     summary: ClassVar[str] = "highest CLS attention, supplemented by near keys, and one token for the rest"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
         score="CLS attention, block −1, heads taken as one",
         rest="the 32 nearest keys added to each kept token by attention; all others averaged into one token",
@@ -97,7 +104,7 @@ class PruMerge(Reducer):
         url="https://arxiv.org/abs/2403.15388",
         code="42Shawn/LLaVA-PruMerge@097c041",
     )
-    quirks: ClassVar[dict[str, str]] = {"appended": "the token made of all that were not kept stands last"}
+    known_deviations: ClassVar[dict[str, str]] = {"appended": "the token made of all that were not kept stands last"}
 
     neighbours: int = option(NEIGHBOURS, "nearest keys that each kept token is supplemented by")
     official: bool = option(False, "as the release: as many tokens as outliers, their order, weights not normalised")
@@ -115,17 +122,17 @@ class PruMerge(Reducer):
         """The picture decides how many tokens stay, whatever the budget."""
         return self.official and not self.fixed
 
-    def entering(self, facts: ModelFacts) -> tuple[int, ...] | None:
-        return None if self.adaptive else super().entering(facts)
+    def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
+        return None if self.adaptive else super().tokens_per_layer(spec)
 
-    def signals(self) -> tuple[Signal, ...]:
-        return Signal("fused_cls_attention", -1), Signal("whole_keys", -1)
+    def scores(self) -> tuple[TowerScore, ...]:
+        return TowerScore("fused_cls_attention", -1), TowerScore("whole_keys", -1)
 
     def keeps_all(self, tokens: int) -> bool:
         return super().keeps_all(tokens) and not self.adaptive
 
     def encoder(self, state: EncoderState) -> Reductions:
-        attention, keys = (state.signals[signal] for signal in self.signals())
+        attention, keys = (state.scores[score] for score in self.scores())
         if self.adaptive:
             # The picture decides the length of its sequence, so this method has to look at the device once.
             rows = zip(attention.split(1), keys.split(1), outliers(attention).tolist(), strict=True)
@@ -157,4 +164,4 @@ class PruMerge(Reducer):
             # The floor keeps attention that underflows to zero from becoming 0/0.
             mix = shares(kept, attention.clamp(min=1e-12), keys, self.neighbours, state.matmul)
             mix = mix / mix.sum(-1, keepdim=True)
-        return Reduction(anchor, attention.shape[1], mix=mix, appended=1)
+        return Reduction(anchor, attention.shape[1], merge_matrix=mix, appended=1)

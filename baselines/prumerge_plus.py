@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 
 from baselines.prumerge import PruMerge, by_attention
-from consensusdrop.merging import others
-from llava.errors import UserError
-from llava.reduction import keep_top
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import option
-from llava.reduction.registry import register
+from llava.reduction import MethodMetadata, ModelSpec, UserError, keep_top, option, others, register
 
 
 def spread(taken: Tensor, total: int, count: int) -> Tensor:
@@ -55,8 +49,8 @@ class PruMergePlus(PruMerge):
     """Spatial tokens are supplemented by their neighbours like the others."""
 
     summary: ClassVar[str] = "PruMerge with tokens spread over the picture"
-    card: ClassVar[Card] = replace(
-        PruMerge.card, score="CLS attention, block −1, heads taken as one; three quarters spread evenly"
+    metadata: ClassVar[MethodMetadata] = replace(
+        PruMerge.metadata, score="CLS attention, block −1, heads taken as one; three quarters spread evenly"
     )
 
     spatial: float = option(0.75, "share of the kept tokens that are spread over the picture")
@@ -66,9 +60,9 @@ class PruMergePlus(PruMerge):
         if not 0 <= self.spatial <= 1:
             raise UserError(f"prumerge_plus.spatial must be between 0 and 1, got {self.spatial}.")
 
-    def check(self, facts: ModelFacts) -> None:
-        super().check(facts)
-        fitting = released_budgets(facts.visual_tokens)
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        fitting = released_budgets(spec.visual_tokens)
         if self.fixed and self.budget not in fitting:
             near = sorted(sorted(fitting, key=lambda budget: abs(budget - self.budget))[:4])
             raise UserError(

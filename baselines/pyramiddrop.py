@@ -9,15 +9,19 @@ front of layers 2, 10 and 20 are halved exactly, at whatever fits the budget; `s
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from baselines._staged import SCHEDULE, Staged
-from llava.errors import UserError
-from llava.reduction import Reduction, keep_top
-from llava.reduction.layer_schedule import entering_layers, proportional
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import option
-from llava.reduction.registry import register
-from llava.reduction.states import DecoderState
+from llava.reduction import (
+    DecoderState,
+    MethodMetadata,
+    ModelSpec,
+    UserError,
+    option,
+    proportional,
+    register,
+    tokens_by_layer,
+)
 
 HALVING = (4, 2, 1)
 # Schedules that are shares of all visual tokens: (decoder layers of 32, share behind each).
@@ -34,7 +38,7 @@ class PyramidDrop(Staged):
     """Each stage ranks with the weights of the layer that comes next, on the tokens that are left."""
 
     summary: ClassVar[str] = "rank by the last prompt token's attention in three decoder stages, halve at each"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layers 2, 10 and 20 of 32",
         score="attention of the last prompt token in the next layer",
         paper="PyramidDrop, 2410.17247",
@@ -59,12 +63,12 @@ class PyramidDrop(Staged):
     def keeps(self, first: int, tokens: int) -> tuple[int, ...]:
         return proportional(first, HALVING)
 
-    def fixed(self, facts: ModelFacts) -> tuple[int, ...] | None:
+    def fixed(self, spec: ModelSpec) -> tuple[int, ...] | None:
         if self.schedule not in SHARES:
             return None
-        keeps = tuple(max(1, int(facts.visual_tokens * share)) for share in SHARES[self.schedule][1])
-        stages = self.decoder_layers(facts.layers)
-        mean = sum(entering_layers(facts.visual_tokens, stages, keeps, facts.layers)) / facts.layers
+        keeps = tuple(max(1, int(spec.visual_tokens * share)) for share in SHARES[self.schedule][1])
+        stages = self.decoder_layers(spec.layers)
+        mean = sum(tokens_by_layer(spec.visual_tokens, stages, keeps, spec.layers)) / spec.layers
         if abs(mean - self.budget) > self.rounding:
             raise UserError(
                 f"pyramiddrop.schedule={self.schedule} has a mean of {mean:.4g} visual tokens per layer on this model "
@@ -72,6 +76,6 @@ class PyramidDrop(Staged):
             )
         return keeps
 
-    def reduce(self, state: DecoderState, keep: int) -> Reduction:
+    def score(self, state: DecoderState) -> Tensor:
         weights, _ = state.attention("last")  # [B, H, 1, N]
-        return Reduction(keep_top(weights[:, :, 0].mean(1), keep), state.tokens.shape[1])
+        return weights[:, :, 0].mean(1)

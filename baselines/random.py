@@ -10,10 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.reduction import Reduction
-from llava.reduction.metadata import Card
-from llava.reduction.reducer import PromptState, Reducer, option, seed_of
-from llava.reduction.registry import register
+from llava.reduction import MethodMetadata, PromptState, Reducer, Reduction, option, register, seed_of
 
 
 @register("random")
@@ -22,7 +19,7 @@ class Random(Reducer):
     """Seeded by the sample's id, so that batch, order and process make no difference."""
 
     summary: ClassVar[str] = "tokens drawn at random, seeded per question"
-    card: ClassVar[Card] = Card(acts="before decoder layer 0", score="a seed per question")
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before decoder layer 0", score="a seed per question")
     seed: int = option(0, "another draw")
 
     def prompt(self, state: PromptState) -> Reduction:

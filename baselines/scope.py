@@ -13,12 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.errors import UserError
-from llava.reduction import Reduction
-from llava.reduction.metadata import Card
-from llava.reduction.reducer import EncoderState, Reducer, option
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
+from llava.reduction import EncoderState, MethodMetadata, Reducer, Reduction, TowerScore, UserError, option, register
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
 # Similarities gone over at a time: 8 MB, which stay in a processor's cache from step to step (7 times faster than 48
@@ -64,7 +59,7 @@ class Scope(Reducer):
     """Saliency and coverage in one greedy choice."""
 
     summary: ClassVar[str] = "greedy gain in coverage, weighted by CLS attention"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
         score="gain in cosine coverage × CLS attention, block −2",
         needs="CLS token",
@@ -80,12 +75,12 @@ class Scope(Reducer):
         if self.alpha < 0:
             raise UserError(f"scope.alpha must be at least 0, got {self.alpha}.")
 
-    def signals(self) -> tuple[Signal, ...]:
-        return (Signal("cls_attention"),)
+    def scores(self) -> tuple[TowerScore, ...]:
+        return (TowerScore("cls_attention"),)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         tokens = state.features.shape[1]
         # Over heads the release sums; the mean differs by a factor, which no argmax sees.
-        weight = state.signals[Signal("cls_attention")].pow(self.alpha)
+        weight = state.scores[TowerScore("cls_attention")].pow(self.alpha)
         chosen = cover_greedily(state.features, weight, self.budget, state.matmul)
         return Reduction(chosen.sort(dim=1).values, tokens)

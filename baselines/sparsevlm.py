@@ -16,15 +16,20 @@ from torch import Tensor
 
 from baselines._recycling import keep_and_recycle, recycled, text_raters
 from baselines._staged import SCHEDULE, Staged
-from llava.errors import UserError
-from llava.reduction import Reduction, gather_tokens, keep_top
-from llava.reduction.decoder_attention import rotary_angles
-from llava.reduction.layer_schedule import proportional
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import option
-from llava.reduction.registry import register
-from llava.reduction.states import DecoderState, row_index
+from llava.reduction import (
+    DecoderState,
+    MethodMetadata,
+    ModelSpec,
+    Reduction,
+    UserError,
+    gather_tokens,
+    keep_top,
+    option,
+    proportional,
+    register,
+    rotary_angles,
+    row_index,
+)
 
 # Budget -> tokens that the three stages keep, recycled ones not counted.
 TABLES = {
@@ -42,7 +47,7 @@ class SparseVLM(Staged):
     summary: ClassVar[str] = (
         "rank by the attention of words about the picture in three decoder stages; recycle the rest"
     )
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layers 3, 7 and 16 of 32",
         score="attention of the text raters in the layer before",
         rest="three tenths averaged into clusters, a tenth as many",
@@ -51,7 +56,9 @@ class SparseVLM(Staged):
         url="https://arxiv.org/abs/2410.04417",
         code="Gumpest/SparseVLMs@26a5f48",
     )
-    quirks: ClassVar[dict[str, str]] = {"appended": "as in the release, recycled clusters follow the kept tokens"}
+    known_deviations: ClassVar[dict[str, str]] = {
+        "appended": "as in the release, recycled clusters follow the kept tokens"
+    }
     published: ClassVar[tuple[int, ...]] = (3, 7, 16)  # "after" layers 2, 6 and 15
 
     positions: str = option(
@@ -82,10 +89,10 @@ class SparseVLM(Staged):
         nearest = min(tables, key=lambda known: abs(known / TOKENS - self.budget / tokens))
         return proportional(first, tables[nearest])
 
-    def fixed(self, facts: ModelFacts) -> tuple[int, ...] | None:
+    def fixed(self, spec: ModelSpec) -> tuple[int, ...] | None:
         if self.schedule != "release":
             return None
-        tables, left, keeps = TABLES[self.variant], facts.visual_tokens, []
+        tables, left, keeps = TABLES[self.variant], spec.visual_tokens, []
         if self.budget not in tables:
             raise UserError(
                 f"sparsevlm.schedule=release knows budgets of {', '.join(map(str, tables))}, got {self.budget}; "
@@ -93,7 +100,7 @@ class SparseVLM(Staged):
             )
         for keep in tables[self.budget]:
             keeps.append(min(keep, left - 1))
-            left = self.counts(keeps, facts.visual_tokens)[-1]
+            left = self.counts(keeps, spec.visual_tokens)[-1]
         return tuple(keeps)
 
     def counts(self, keeps: Sequence[int], tokens: int) -> tuple[int, ...]:

@@ -16,12 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.reduction import Reduction
-from llava.reduction.layer_schedule import refuse_budget
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import BlockState, EncoderState, Reducer, option
-from llava.reduction.registry import register
+from llava.reduction import (
+    BlockState,
+    EncoderState,
+    MethodMetadata,
+    ModelSpec,
+    Reducer,
+    Reduction,
+    option,
+    refuse_budget,
+    register,
+)
 
 
 def removals(patches: int, budget: int, blocks: int) -> tuple[int, ...]:
@@ -83,7 +88,7 @@ class ToMe(Reducer):
     """Acts in every block in front of the features, between attention and MLP; attention is weighted by token sizes."""
 
     summary: ClassVar[str] = "merge the most similar pairs of tokens in every block of the vision tower"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="inside the tower, in every block",
         score="cosine of keys (mean over heads) between even and odd tokens",
         rest="averaged into the most similar token, weighted by size",
@@ -95,19 +100,19 @@ class ToMe(Reducer):
     crops: str = option("each", "every crop is merged alike inside the tower", ("each",))
     order: str = option("raster", "order of the tokens behind the tower", ("raster", "release"))
 
-    def check(self, facts: ModelFacts) -> None:
-        super().check(facts)
-        blocks = facts.tower_blocks - 1  # LLaVA takes the output of the last block but one
-        least = smallest_budget(facts.visual_tokens, blocks)
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        blocks = spec.tower_blocks - 1  # LLaVA takes the output of the last block but one
+        least = smallest_budget(spec.visual_tokens, blocks)
         if self.budget < least:
             why = f"each of the {blocks} blocks in front of the features can merge at most half of the tokens"
-            raise refuse_budget(self.name, self.budget, least, facts.visual_tokens, why)
+            raise refuse_budget(self.name, self.budget, least, spec.visual_tokens, why)
 
     def merging_blocks(self, selected: int) -> tuple[int, ...]:
         return tuple(range(selected))
 
     def tower(self, state: BlockState) -> Reduction | None:
-        patches, blocks = state.tokens.shape[1] - 1, state.facts.tower_blocks - 1 - state.block
+        patches, blocks = state.tokens.shape[1] - 1, state.spec.tower_blocks - 1 - state.block
         # The plan for what is left of the tower is the rest of the plan for all of it.
         count = removals(patches, self.budget, blocks)[0] if blocks > 0 and patches > self.budget else 0
         return merge_most_similar(state.keys, state.sizes, count, state.matmul) if count else None
@@ -118,4 +123,4 @@ class ToMe(Reducer):
     def encoder(self, state: EncoderState) -> Reduction | None:
         if state.merged is None or self.order == "release":
             return None
-        return Reduction(state.merged.anchor.argsort(1), state.features.shape[1])
+        return Reduction(state.merged.kept.argsort(1), state.features.shape[1])

@@ -14,12 +14,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.model.multimodal_encoder.clip_text_encoder import RELEVANCE, signed, text_similarity
-from llava.reduction import Reduction, keep_top
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import EncoderState, Reducer, option
-from llava.reduction.registry import register
+from llava.reduction import (
+    RELEVANCE,
+    EncoderState,
+    MethodMetadata,
+    ModelSpec,
+    Reducer,
+    Reduction,
+    keep_top,
+    option,
+    register,
+    signed,
+    text_similarity,
+)
 
 
 def keep_and_average(kept: Tensor, total: int) -> Reduction:
@@ -50,8 +57,8 @@ class TRIM(Reducer):
 
     summary: ClassVar[str] = "rank by CLIP similarity to the question, average the rest into one token"
     needs_text_tower: ClassVar[bool] = True
-    quirks: ClassVar[dict[str, str]] = {"appended": "the mean of the rest stands for no place and comes last"}
-    card: ClassVar[Card] = Card(
+    known_deviations: ClassVar[dict[str, str]] = {"appended": "the mean of the rest stands for no place and comes last"}
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
         score="(negated) CLIP similarity to the question",
         rest="one mean token",
@@ -68,10 +75,10 @@ class TRIM(Reducer):
     adaptive: bool = option(False, "keep the outliers of the score, however many they are, whatever the budget")
     official: bool = option(False, "budget + 1 tokens, and the whole message as text, as the release has it")
 
-    def entering(self, facts: ModelFacts) -> tuple[int, ...] | None:
+    def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         if self.adaptive:
             return None
-        return (min(self.budget + self.official, facts.visual_tokens),) * facts.layers
+        return (min(self.budget + self.official, spec.visual_tokens),) * spec.layers
 
     def keeps_all(self, tokens: int) -> bool:
         return super().keeps_all(tokens) and not self.adaptive

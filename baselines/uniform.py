@@ -12,14 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.reduction import Reduction
-from llava.reduction.metadata import Card
-from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import PromptState, Reducer, option
-from llava.reduction.registry import register
+from llava.reduction import MethodMetadata, PatchGrid, PromptState, Reducer, Reduction, option, register
 
 
-def even_grid(layout: Layout, budget: int) -> Tensor:
+def even_grid(layout: PatchGrid, budget: int) -> Tensor:
     """Positions [budget] int64, ascending, as even as the budget allows.
 
     The budget is dealt to evenly spaced rows, and each row's share is spaced evenly along it. A square budget gives a
@@ -41,7 +37,7 @@ class Uniform(Reducer):
     """The same positions in every picture."""
 
     summary: ClassVar[str] = "an even grid of tokens"
-    card: ClassVar[Card] = Card(acts="before decoder layer 0", score="an even grid")
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before decoder layer 0", score="an even grid")
 
     crops: str = option("each", "the budget over crops: even, or by the first crop's attention", ("each", "thumbnail"))
 

@@ -12,13 +12,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from consensusdrop.merging import behind_cls, merge_flops, merge_plan
-from llava.errors import UserError
-from llava.reduction import Reduction, keep_top
-from llava.reduction.metadata import Card
-from llava.reduction.reducer import EncoderState, Reducer, option
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
+from llava.reduction import (
+    EncoderState,
+    MethodMetadata,
+    Reducer,
+    Reduction,
+    TowerScore,
+    UserError,
+    keep_top,
+    merge_flops,
+    merge_plan,
+    option,
+    register,
+    with_cls,
+)
 
 CONTEXTUAL_SHARE = 10 / 64  # 54 + 10, 108 + 20 and 162 + 30 in the release, CLS among the first
 
@@ -34,7 +41,7 @@ def zip_tokens(saliency: Tensor, keys: Tensor, dominant: int, contextual: int, w
         weights: "mean" (a group is averaged) or "anchor_plus_mean" (the mean of the others is added to the target).
     """
     kept = keep_top(saliency, dominant - 1)
-    return behind_cls(merge_plan(kept, contextual, saliency, keys, "stride", weights, appended=True))
+    return with_cls(merge_plan(kept, contextual, saliency, keys, "stride", weights, appended=True))
 
 
 @register("visionzip")
@@ -43,7 +50,7 @@ class VisionZip(Reducer):
     """The CLS token is one of the tokens that the decoder sees."""
 
     summary: ClassVar[str] = "CLS, the tokens it looks at, and averages of the rest around evenly spaced targets"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
         score="CLS attention, block −2",
         rest="averaged into 10 of 64 tokens, each joins the target with the most similar key",
@@ -54,7 +61,7 @@ class VisionZip(Reducer):
         code="dvlab-research/VisionZip@3151f6d",
     )
     keep_cls: ClassVar[bool] = True
-    quirks: ClassVar[dict[str, str]] = {"appended": "contextual tokens stand behind the dominant ones"}
+    known_deviations: ClassVar[dict[str, str]] = {"appended": "contextual tokens stand behind the dominant ones"}
 
     # Every crop has a class token of its own to keep, so there is nothing to rank together.
     crops: str = option("each", "the budget over crops: even, or by the first crop's attention", ("each", "thumbnail"))
@@ -71,11 +78,11 @@ class VisionZip(Reducer):
         contextual = min(round(self.budget * self.contextual), self.budget - 1)
         return self.budget - contextual, contextual
 
-    def signals(self) -> tuple[Signal, ...]:
-        return Signal("cls_attention"), Signal("keys")
+    def scores(self) -> tuple[TowerScore, ...]:
+        return TowerScore("cls_attention"), TowerScore("keys")
 
     def encoder(self, state: EncoderState) -> Reduction:
-        saliency, keys = (state.signals[signal] for signal in self.signals())
+        saliency, keys = (state.scores[score] for score in self.scores())
         patches = saliency.shape[1]
         if self.budget >= patches:
             everything = torch.arange(1, patches + 1, device=saliency.device)

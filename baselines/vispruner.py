@@ -13,12 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.errors import UserError
-from llava.reduction import Reduction, gather_tokens
-from llava.reduction.metadata import Card
-from llava.reduction.reducer import EncoderState, Reducer, option
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
+from llava.reduction import (
+    EncoderState,
+    MethodMetadata,
+    Reducer,
+    Reduction,
+    TowerScore,
+    UserError,
+    gather_tokens,
+    option,
+    register,
+)
 
 ROUND = 8  # near-duplicates removed at a time
 
@@ -55,7 +60,7 @@ class VisPruner(Reducer):
     """Important tokens and diverse tokens; the question plays no part."""
 
     summary: ClassVar[str] = "highest CLS attention, then what is left without near-duplicates"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
         score="half by CLS attention, block −2, half by removing the closest cosines of features",
         needs="CLS token",
@@ -71,12 +76,12 @@ class VisPruner(Reducer):
         if not 0 <= self.important <= 1:
             raise UserError(f"vispruner.important must be between 0 and 1, got {self.important:g}.")
 
-    def signals(self) -> tuple[Signal, ...]:
-        return (Signal("cls_attention"),)
+    def scores(self) -> tuple[TowerScore, ...]:
+        return (TowerScore("cls_attention"),)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         tokens = state.features.shape[1]
-        order = state.signals[Signal("cls_attention")].argsort(dim=1, descending=True, stable=True)
+        order = state.scores[TowerScore("cls_attention")].argsort(dim=1, descending=True, stable=True)
         important = int(self.budget * self.important)
         kept, rest = order[:, :important], order[:, important:]
         if important < self.budget:

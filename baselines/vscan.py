@@ -16,23 +16,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consensusdrop.merging import assign, member_weights, merge_flops, others
-from llava.errors import UserError
-from llava.reduction import Reduction, keep_top
-from llava.reduction.crop_budget import planned
-from llava.reduction.layer_schedule import entering_layers, scaled_layers
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import DecoderState, PromptState, Reducer, option
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
+from llava.reduction import (
+    DecoderState,
+    MethodMetadata,
+    ModelSpec,
+    PatchGrid,
+    PromptState,
+    Reducer,
+    Reduction,
+    TowerScore,
+    UserError,
+    assign,
+    keep_top,
+    member_weights,
+    merge_flops,
+    option,
+    others,
+    planned,
+    register,
+    scaled_layers,
+    tokens_by_layer,
+)
 
-SHALLOW = Signal("cls_attention", 5, depth=24)
-DEEP = Signal("cls_attention", -2)
+SHALLOW = TowerScore("cls_attention", 5, depth=24)
+DEEP = TowerScore("cls_attention", -2)
 
 
-def windows(layout: Layout, side: int) -> tuple[Tensor, int]:
+def windows(layout: PatchGrid, side: int) -> tuple[Tensor, int]:
     """[N] int64, the window that each patch lies in, and how many windows there are; border windows may be smaller."""
     across = -(-layout.columns // side)
     row = torch.arange(layout.rows) // side
@@ -73,7 +83,7 @@ class VScan(Reducer):
     """Two stages: projected tokens in front of the decoder, hidden states in front of its middle layer."""
 
     summary: ClassVar[str] = "CLS attention in windows and overall, merge the rest; then the last token's attention"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layers 0 and 16 of 32",
         score="half by CLS attention of block 5 in 6 x 6 windows, half by that of block 22; then attention of the last "
         "prompt token in the next layer",
@@ -101,44 +111,44 @@ class VScan(Reducer):
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
         return self.layers or scaled_layers((16,), 32, layers)
 
-    def counts(self, facts: ModelFacts) -> tuple[int, int, int]:
+    def counts(self, spec: ModelSpec) -> tuple[int, int, int]:
         """Tokens taken from the windows, tokens kept by both choices of the first stage, and by the second stage."""
-        (stage,), depth = self.decoder_layers(facts.layers), facts.layers
+        (stage,), depth = self.decoder_layers(spec.layers), spec.layers
         # 3 : 1 as 96 : 32, less at the borders: the second stage keeps at least one token, the first at most all.
-        first = min(3 * self.budget // 2, (depth * self.budget - (depth - stage)) // stage, facts.visual_tokens)
+        first = min(3 * self.budget // 2, (depth * self.budget - (depth - stage)) // stage, spec.visual_tokens)
         second = int((depth * self.budget - stage * first) / (depth - stage) + 0.5)
         local = first // 2
-        if self.official and first < facts.visual_tokens:
-            lacking = local % windows(facts.layout, self.window)[1]
+        if self.official and first < spec.visual_tokens:
+            lacking = local % windows(spec.layout, self.window)[1]
             local, first = local - lacking, first - lacking
         return local, first, min(second, first)
 
-    def check(self, facts: ModelFacts) -> None:
-        super().check(facts)
-        (stage,) = self.decoder_layers(facts.layers)
-        if stage >= facts.layers:
-            raise UserError(f"vscan.layers must be below {facts.layers} (decoder layers), got {stage}.")
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        (stage,) = self.decoder_layers(spec.layers)
+        if stage >= spec.layers:
+            raise UserError(f"vscan.layers must be below {spec.layers} (decoder layers), got {stage}.")
 
-    def entering(self, facts: ModelFacts) -> tuple[int, ...]:
-        _, first, second = self.counts(facts)
-        return entering_layers(first, self.decoder_layers(facts.layers), (second,), facts.layers)
+    def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...]:
+        _, first, second = self.counts(spec)
+        return tokens_by_layer(first, self.decoder_layers(spec.layers), (second,), spec.layers)
 
-    def signals(self) -> tuple[Signal, ...]:
+    def scores(self) -> tuple[TowerScore, ...]:
         return SHALLOW, DEEP
 
     def prompt(self, state: PromptState) -> Reduction | None:
-        local, first, _ = self.counts(state.facts)
+        local, first, _ = self.counts(state.spec)
         total = state.tokens.shape[1]
         if first >= total:
             return None
         window, count = windows(state.layout, self.window)
-        near = keep_top_of_windows(state.signals[SHALLOW], window.to(state.tokens.device), local, count)
-        far = keep_top(state.signals[DEEP].scatter(1, near, -torch.inf), first - local)
+        near = keep_top_of_windows(state.scores[SHALLOW], window.to(state.tokens.device), local, count)
+        far = keep_top(state.scores[DEEP].scatter(1, near, -torch.inf), first - local)
         state.flops += len(near) * merge_flops("", total, first, 0, state.tokens.shape[-1], True)
         return merge_into_kept(state.tokens, torch.cat([near, far], 1).sort(1).values)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        second, total = planned(self, state.facts)[state.layer], state.tokens.shape[1]
+        second, total = planned(self, state.spec)[state.layer], state.tokens.shape[1]
         if second >= total:
             return None
         weights, _ = state.attention("last", at="next")

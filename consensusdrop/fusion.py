@@ -9,9 +9,12 @@ do. Throughout, `alpha` is the encoder's say: 1 is encoder only, 0 is cross-moda
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+from llava.reduction import ranks
 
 TINY = 1e-12
 
@@ -20,18 +23,23 @@ def rank01(score: Tensor, top: int = 0) -> Tensor:
     """Ranks scaled to [0, 1], 1 for the highest score; equal scores rank by lower index.
 
     Args:
-        top: rank only the `top` highest, all others get 0 (a sparse signal's tail is noise); 0 ranks all.
+        top: rank only the `top` highest, all others get 0 (a sparse score's tail is noise); 0 ranks all.
     """
     total = score.shape[1]
-    order = score.float().argsort(dim=1, descending=True, stable=True)
     counted = top or total
-    steps = (1 - torch.arange(total, device=score.device) / max(counted - 1, 1)).clamp(min=0)
-    return torch.empty_like(score, dtype=torch.float32).scatter_(1, order, steps.expand_as(order))
+    return (1 - ranks(score) / max(counted - 1, 1)).clamp(min=0)
 
 
 def _rank(v: Tensor, c: Tensor, alpha: float, cross_top: int, **_) -> Tensor:
-    """F1: convex combination of ranks."""
-    return alpha * rank01(v) + (1 - alpha) * rank01(c, cross_top)
+    """F1: convex combination of ranks, times a common denominator.
+
+    Returns:
+        [B, N] int64: whole numbers, so that equal sums of ranks are equal and the lower index is kept on every device.
+    """
+    share = Fraction(alpha).limit_denominator(1_000_000)
+    last, last_cross = v.shape[1] - 1, max((cross_top or v.shape[1]) - 1, 1)
+    encoder, cross = last - ranks(v), (last_cross - ranks(c)).clamp(min=0)
+    return share.numerator * last_cross * encoder + (share.denominator - share.numerator) * max(last, 1) * cross
 
 
 def _raw(v: Tensor, c: Tensor, alpha: float, **_) -> Tensor:

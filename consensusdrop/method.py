@@ -11,14 +11,23 @@ from typing import ClassVar
 from torch import Tensor
 
 from consensusdrop.fusion import FUSIONS, fuse
-from consensusdrop.merging import ANCHORS, WEIGHTS, behind_cls, merge_flops, merge_plan
-from llava.errors import UserError
-from llava.reduction import Reduction, keep_top
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import PromptState, Reducer, option
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
+from llava.reduction import (
+    ANCHORS,
+    WEIGHTS,
+    MethodMetadata,
+    ModelSpec,
+    PromptState,
+    Reducer,
+    Reduction,
+    TowerScore,
+    UserError,
+    keep_top,
+    merge_flops,
+    merge_plan,
+    option,
+    register,
+    with_cls,
+)
 
 # Anchors and their share were chosen on the embedded validation split, see docs/consensusdrop.md. VisionZip's split is
 # 10/64 (54 + 10, 108 + 20, 162 + 30) with stride anchors.
@@ -51,7 +60,7 @@ class ConsensusDrop(Reducer):
     """Acts before decoder layer 0, when the question is known and no decoder layer has run yet."""
 
     summary: ClassVar[str] = "rank by encoder saliency and question attention together, merge the rest"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 0",
         score="CLS attention and question attention, as ranks",
         rest="merged by encoder keys into half of the budget",
@@ -104,30 +113,30 @@ class ConsensusDrop(Reducer):
     def keep_cls(self) -> bool:
         return self.cls_token
 
-    def check(self, facts: ModelFacts) -> None:
-        super().check(facts)
-        if not 0 <= self.probe_layer < facts.layers:
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        if not 0 <= self.probe_layer < spec.layers:
             raise UserError(
-                f"consensusdrop.probe_layer must be below {facts.layers} (decoder layers), got {self.probe_layer}."
+                f"consensusdrop.probe_layer must be below {spec.layers} (decoder layers), got {self.probe_layer}."
             )
 
-    def signals(self) -> tuple[Signal, ...]:
-        return Signal("cls_attention", self.block), Signal("keys", self.block)
+    def scores(self) -> tuple[TowerScore, ...]:
+        return TowerScore("cls_attention", self.block), TowerScore("keys", self.block)
 
     @property
     def reads_question(self) -> bool:
-        """False when the cross-modal signal has no say and need not be computed."""
+        """False when the cross-modal score has no say and need not be computed."""
         return self.fusion == "gate" or self.alpha < 1
 
     def prompt(self, state: PromptState) -> Reduction | None:
-        saliency, keys = (state.signals[signal] for signal in self.signals())
+        saliency, keys = (state.scores[score] for score in self.scores())
         cross = self._cross_saliency(state) if self.reads_question else None
         plan, merged = self._plan(saliency, cross, keys), self._merged()
-        keep = plan.anchor.shape[1] - merged
+        keep = plan.kept.shape[1] - merged
         cost = merge_flops(self.anchors, plan.inputs, keep, merged, keys.shape[-1], plan.merges)
-        state.flops += len(plan.anchor) * cost
+        state.flops += len(plan.kept) * cost
         if self.cls_token:
-            plan = behind_cls(plan)
+            plan = with_cls(plan)
         return replace(plan, encoder_space=self.merge_space == "encoder")
 
     def _cross_saliency(self, state: PromptState) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval import benchmarks
-from eval.command import Parser, add_data_flags, ends_in_a_sentence, make_parser, value
+from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, value
 from eval.config import (
     ROOT,
     RunConfig,
@@ -95,7 +95,7 @@ def parser() -> Parser:
     return p
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:

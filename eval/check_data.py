@@ -16,7 +16,7 @@ from eval import benchmarks
 from eval.answers.jsonl import write_json
 from eval.benchmarks.base import Benchmark, Need
 from eval.benchmarks.hub import local_copy
-from eval.command import ends_in_a_sentence, make_parser
+from eval.command import exit_on_user_error, make_parser
 from eval.config import DEFAULT_DATA
 from llava.errors import UserError
 
@@ -102,7 +102,7 @@ def lines(findings: Iterable[Finding]) -> list[str]:
     return text
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 0 if nothing is incomplete, 1 if something is, 2 for a wrong call."""
     p = make_parser("eval.check_data", __doc__)

@@ -59,7 +59,7 @@ def value(read: Callable[..., Any], **limits: Any) -> Callable[[str], Any]:
     return checked
 
 
-def ends_in_a_sentence(main: Callable[P, int]) -> Callable[P, int]:
+def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
     """The command line whose user errors are printed alone and become exit code 2."""
 
     @functools.wraps(main)

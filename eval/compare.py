@@ -13,7 +13,7 @@ from typing import Any
 from eval.answers.jsonl import read_json, write_json
 from eval.answers.reading import read_answers
 from eval.benchmarks.base import Dataset
-from eval.command import add_data_flags, ends_in_a_sentence, make_parser, open_dataset
+from eval.command import add_data_flags, exit_on_user_error, make_parser, open_dataset
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.judging.choice import check_judge, score_answers
 from eval.results import statistics
@@ -80,7 +80,7 @@ def run_folder(path: Path) -> tuple[str, str, str | None]:
     return settings["benchmark"], settings["split"], settings.get("profile")
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     p = make_parser("eval.compare", __doc__)

@@ -151,7 +151,7 @@ def prepare(config: RunConfig, model: Any, reducer: "Reducer | None") -> Job:
         )
     if reducer is None:
         reducer = build_reducer(config, model.visual_tokens)
-        require(reducer, model.facts)
+        require(reducer, model.spec)
         plain = dataclasses.replace(config, options={}, seed=0, budget=reducer.budget)
         standard = build_reducer(plain, model.visual_tokens)
     else:

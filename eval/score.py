@@ -14,7 +14,7 @@ from eval import benchmarks
 from eval.answers.jsonl import write_json
 from eval.answers.reading import read_answers
 from eval.benchmarks.base import Benchmark, Dataset, Question
-from eval.command import add_data_flags, ends_in_a_sentence, make_parser, open_dataset
+from eval.command import add_data_flags, exit_on_user_error, make_parser, open_dataset
 from eval.config import DEFAULT_DATA
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.judging.choice import check_judge, score_answers
@@ -42,7 +42,7 @@ def score_alone(path: Path, benchmark: Benchmark, partial: bool = False) -> dict
     return {"title": benchmark.name, "facts": {"source": "answer file"}, "available": record["questions"], **record}
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     p = make_parser("eval.score", __doc__)

@@ -14,7 +14,7 @@ from typing import Any
 
 from eval import benchmarks
 from eval.__main__ import models
-from eval.command import ends_in_a_sentence
+from eval.command import exit_on_user_error
 from llava.errors import UserError, unknown
 
 KINDS = ("methods", "benchmarks", "models")
@@ -65,7 +65,7 @@ def option_line(option: dict[str, Any]) -> str:
     return textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="        ")
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     p = argparse.ArgumentParser(prog="vtr show", description=(__doc__ or "").partition("\n")[0])

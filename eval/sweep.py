@@ -29,15 +29,15 @@ from eval.config import RunConfig
 from eval.results import tracking
 from eval.run import prepare, run
 from llava.errors import UserError
-from llava.model.encoded_image import Picture, picture_of
+from llava.model.encoded_image import EncodedImage, encoded_image_of
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder.clip_encoder import Encoded, encode
-from llava.reduction import registry
 from llava.option_names import with_former_names
+from llava.reduction import registry
 from llava.reduction.reducer import Reducer
-from llava.reduction.scores import Signal
-from llava.reduction.token_layout import Arrangement
+from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import TokenLayout
 
 Credits = dict[str, float]
 
@@ -51,7 +51,7 @@ class Setting:
     options: dict[str, str] = field(default_factory=dict)
 
 
-class Remembering(Llava):
+class CachingLlava(Llava):
     """A LLaVA that keeps the tower's output for every picture it has seen, in the memory of this process.
 
     CLS and every signal asked for so far are kept for each picture, so that methods share one pass of the tower; what a
@@ -60,30 +60,27 @@ class Remembering(Llava):
 
     remembers_features = True
 
-    def __new__(cls, model: Llava) -> "Remembering":
+    def __new__(cls, model: Llava) -> "CachingLlava":
         """Of the model's own family: what this class leaves alone is done as that family does it."""
         own = cls if type(model) is Llava else type(f"{cls.__name__}{type(model).__name__}", (cls, type(model)), {})
         return object.__new__(own)
 
     def __init__(self, model: Llava):
         self.__dict__.update(model.__dict__)
-        self._signals: dict[Signal, None] = {}
+        self._signals: dict[TowerScore, None] = {}
         self.tiled = isinstance(model, LlavaNext)
-        self._seen: dict[object, tuple[Encoded, Arrangement]] = {}
+        self._seen: dict[object, tuple[Encoded, TokenLayout]] = {}
 
     def expect(self, reducers: Sequence[Reducer]) -> None:
         """Compute the signals of all these methods from the start; one more signal means all pictures anew."""
         wanted = [
-            signal
-            for reducer in reducers
-            for signal in reducer.tower_signals(self.tiled)
-            if signal not in self._signals
+            signal for reducer in reducers for signal in reducer.tower_scores(self.tiled) if signal not in self._signals
         ]
         if wanted:
             self._signals |= dict.fromkeys(wanted)
             self._seen.clear()
 
-    def encode_images(self, pictures, keys, reducer, timer) -> list[Picture]:
+    def encode_images(self, pictures, keys, reducer, timer) -> list[EncodedImage]:
         if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
             return super().encode_images(pictures, keys, reducer, timer)
         self.expect([reducer])
@@ -104,21 +101,21 @@ class Remembering(Llava):
         found = []
         for name in keys:
             encoded, full = self._seen[name]
-            wanted = reducer.tower_signals(full.tiles is not None)
+            wanted = reducer.tower_scores(full.tiles is not None)
             run = max([self.select_layer % (depth + 1), *(signal.block % depth for signal in wanted)])
             own = replace(
                 encoded,
                 features=encoded.features if reducer.keep_cls or full.temporal else encoded.features[:, 1:],
-                signals={signal: encoded.signals[signal] for signal in wanted},
+                signals={signal: encoded.scores[signal] for signal in wanted},
                 tokens=encoded.tokens[:run],
             )
-            found.append(picture_of(own, full, reducer.keep_cls))
+            found.append(encoded_image_of(own, full, reducer.keep_cls))
         return found
 
 
 def sweep(
     settings: Sequence[Setting],
-    model: Remembering,
+    model: CachingLlava,
     data: Path,
     split: str,
     output: Path,

@@ -4,29 +4,31 @@ from types import SimpleNamespace
 
 import torch
 
-from llava.model.encoded_image import Picture, picture_of
+from llava.model.encoded_image import EncodedImage, encoded_image_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded
 from llava.pipeline.views import parts_of, shared_fields
 from llava.processing.anyres import AnyresProcessor
 from llava.processing.sample import Sample
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState, Reducer
-from llava.reduction.scores import Signal
-from llava.reduction.token_layout import NEWLINE, Arrangement
+from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import NEWLINE, TokenLayout
 
-Signals = dict[Signal, torch.Tensor]
+Signals = dict[TowerScore, torch.Tensor]
 
 
-def arranged(size: tuple[int, int], merge: str = "spatial_unpad") -> Arrangement:
+def arranged(size: tuple[int, int], merge: str = "spatial_unpad") -> TokenLayout:
     """How LLaVA-NeXT's 24 x 24 patches per crop make up the run of a picture of this (width, height)."""
     return AnyresProcessor(SimpleNamespace(crop=336), (24, 24), merge=merge).arrange(size)
 
 
-def picture_with(arrangement: Arrangement, signals: Signals) -> Picture:
+def picture_with(arrangement: TokenLayout, signals: Signals) -> EncodedImage:
     """Signals [crops, P] over whole crops; features are all zero."""
     crops, patches = next(iter(signals.values())).shape
-    return picture_of(Encoded(torch.zeros(crops, patches, 1), signals, arrangement.grid), arrangement, keep_cls=False)
+    return encoded_image_of(
+        Encoded(torch.zeros(crops, patches, 1), signals, arrangement.grid), arrangement, keep_cls=False
+    )
 
 
 def state_of(part) -> EncoderState:
@@ -34,24 +36,24 @@ def state_of(part) -> EncoderState:
     return EncoderState(features=part.features[None], **shared_fields(None, [Sample("a", "?")], [part]))
 
 
-def parts_with(reducer: Reducer, arrangement: Arrangement, signals: Signals) -> list:
-    layout = Layout(*arrangement.grid)
-    model = SimpleNamespace(facts=lambda: ModelFacts(layout.tokens, 4, layout, 24))
+def parts_with(reducer: Reducer, arrangement: TokenLayout, signals: Signals) -> list:
+    layout = PatchGrid(*arrangement.grid)
+    model = SimpleNamespace(spec=lambda: ModelSpec(layout.tokens, 4, layout, 24))
     return parts_of(model, reducer, (0, 0), picture_with(arrangement, signals))
 
 
-def kept_of(reducer: Reducer, arrangement: Arrangement, signals: Signals) -> list[int]:
+def kept_of(reducer: Reducer, arrangement: TokenLayout, signals: Signals) -> list[int]:
     """crop * P + patch of what is kept, in the order of the run; -1 for a newline token."""
     places = [arrangement.newlines] if reducer.newlines == "keep" else []
     for part in parts_with(reducer, arrangement, signals):
         reduction = part.reducer.encoder(state_of(part))
-        places.append(part.places if reduction is None else part.places[reduction.anchor[0]])
+        places.append(part.indices if reduction is None else part.indices[reduction.kept[0]])
     crop, row, column = arrangement.origins()[torch.cat(places).sort().values].unbind(1)
     rows, columns = arrangement.grid
     return torch.where(crop == NEWLINE, -1, (crop * rows + row) * columns + column).tolist()
 
 
-def counts_of(codes: list[int], arrangement: Arrangement) -> list[int]:
+def counts_of(codes: list[int], arrangement: TokenLayout) -> list[int]:
     """Kept patches of each crop."""
     patches = arrangement.grid[0] * arrangement.grid[1]
     crops = torch.tensor([code // patches for code in codes if code >= 0])

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 import eval.run
-from llava.pipeline.accounting import Audit
+from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.answer import Answer, Batch, Timing
 from llava.processing.sample import Sample
 from llava.reduction import Reduction, Step
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 
 SUFFIX = "Answer the question using a single word or phrase."
 WORDS = ("yes", "no", "red", "blue")
@@ -36,8 +36,8 @@ class FakeReducer:
     name = "first"
     version = "1"
 
-    def entering(self, facts: ModelFacts) -> tuple[int, ...]:
-        return (self.budget,) * facts.layers
+    def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...]:
+        return (self.budget,) * spec.layers
 
 
 class FakeLlava:
@@ -56,8 +56,8 @@ class FakeLlava:
         self.asked: list[str] = []
 
     @property
-    def facts(self) -> ModelFacts:
-        return ModelFacts(self.visual_tokens, LAYERS, Layout(8, 8), tower_blocks=2)
+    def spec(self) -> ModelSpec:
+        return ModelSpec(self.visual_tokens, LAYERS, PatchGrid(8, 8), tower_blocks=2)
 
     def answer(self, samples: Sequence[Sample], reducer: FakeReducer, max_new_tokens: int = 128) -> Batch:
         self.before_answer(self.batches)
@@ -67,7 +67,7 @@ class FakeLlava:
         answers = []
         for sample in samples:
             step = Step("prompt", Reduction(torch.arange(kept)[None], self.visual_tokens))
-            audit = Audit(
+            audit = TokenAccounting(
                 (kept,) * LAYERS, self.visual_tokens, merged=0, kv_bytes=1000 * kept, planned=float(reducer.budget)
             )
             answers.append(Answer(sample.id, fake_text(sample.id), (1,), audit, (step,)))

@@ -35,12 +35,12 @@ def kept(model: Llava, name: str, budget: int, options: dict[str, str]) -> list[
     """[case][step] -> anchors; None where the method refuses."""
     reducer = registry.build(name, budget, options)
     try:
-        reducer.check(model.facts)
+        reducer.check(model.spec)
     except UserError:
         return None
     batch = [Sample(f"g{i}", QUESTIONS[i % len(QUESTIONS)], image=picture(1000 + i)) for i in range(CASES)]
     _, record = prefill(model, batch, reducer)
-    return [[step.reduction.anchor[0].tolist() for step in steps] for steps in record.steps]
+    return [[step.reduction.kept[0].tolist() for step in steps] for steps in record.steps]
 
 
 def all_kept(model: Llava, name: str) -> dict[str, list]:

@@ -48,12 +48,12 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def run_of(arrangement, patches: int) -> list[int]:
     """Per token of the run: crop * patches + place in the crop; -1 for a newline. Every place is given once."""
-    given = [crop.places for crop in arrangement.crops] + [arrangement.newlines]
+    given = [crop.indices for crop in arrangement.crops] + [arrangement.newlines]
     assert torch.cat(given).sort().values.equal(torch.arange(arrangement.tokens))
     run = torch.full((arrangement.tokens,), -1)
     for number, crop in enumerate(arrangement.crops):
         assert len(crop.patches) == crop.rows * crop.columns
-        run[crop.places] = number * patches + crop.patches
+        run[crop.indices] = number * patches + crop.patches
     return run.tolist()
 
 

@@ -13,14 +13,14 @@ from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.pipeline.sequence import assemble
 from llava.reduction import registry
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import PromptState
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 from tests.conftest import samples
 
-LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)
-CLS = Signal("cls_attention")
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
+CLS = TowerScore("cls_attention")
 
 
 def row(values: list[float]) -> torch.Tensor:
@@ -170,8 +170,8 @@ def state(visual, saliency, crops=1, before=(4,), question=(0,), behind=(2, 3)) 
     return PromptState(
         ids=tuple(f"s{i}" for i in range(count)),
         features=visual,
-        signals={CLS: saliency},
-        layout=Layout(4, visual.shape[1] // 4 // crops, crops=crops),
+        scores={CLS: saliency},
+        layout=PatchGrid(4, visual.shape[1] // 4 // crops, crops=crops),
         tokens=visual,
         sequence=sequence,
     )
@@ -190,7 +190,7 @@ def planted() -> tuple[torch.Tensor, torch.Tensor]:
 def test_keeps_planted_tokens_of_both_kinds():
     """Text behind the image counts as far as the option says, text in front of it never."""
     visual, saliency = planted()
-    kept = lambda **options: AttnMix(budget=4, **options).prompt(state(visual, saliency)).anchor[0].tolist()  # noqa: E731
+    kept = lambda **options: AttnMix(budget=4, **options).prompt(state(visual, saliency)).kept[0].tolist()  # noqa: E731
     assert kept() == [0, 3, 9, 12]
     assert kept(mix="half") == [0, 3, 9, 12]
     assert 6 in kept(text="instruction") and 6 in kept(text="after")
@@ -203,11 +203,11 @@ def test_single_rankings_are_what_they_say():
     visual, saliency = torch.randn(3, 16, 8), torch.rand(3, 16)
     given = state(visual, saliency)
     text = text_scores(*given.text("question"), visual, 0.01)
-    by_text = AttnMix(budget=5, mix="t2i").prompt(dataclasses.replace(given, signals={}))
+    by_text = AttnMix(budget=5, mix="t2i").prompt(dataclasses.replace(given, scores={}))
     by_cls = AttnMix(budget=5, mix="cls").prompt(dataclasses.replace(given, sequence=None))
     for b in range(3):
-        assert by_text.anchor[b].tolist() == sorted(best(text[b].tolist())[:5])
-        assert by_cls.anchor[b].tolist() == sorted(best(saliency[b].tolist())[:5])
+        assert by_text.kept[b].tolist() == sorted(best(text[b].tolist())[:5])
+        assert by_cls.kept[b].tolist() == sorted(best(saliency[b].tolist())[:5])
 
 
 @pytest.mark.parametrize("budget", [8, 9])
@@ -225,7 +225,7 @@ def test_temperature_sharpens_the_text():
     shares = []
     for temperature in (0.02, 1.0):
         text = text_scores(*given.text("question"), given.tokens, temperature)
-        shares.append(adaptive_count(ordered(text)[0], ordered(given.signals[CLS])[0], 40, 0.25))
+        shares.append(adaptive_count(ordered(text)[0], ordered(given.scores[CLS])[0], 40, 0.25))
     assert (shares[0] < shares[1]).all()
 
 
@@ -236,7 +236,7 @@ def test_a_pool_per_crop_lets_no_crop_take_all():
     """Saliency is in crop 0 alone: over all crops it takes everything, with a pool of each crop it cannot."""
     saliency = torch.cat([torch.linspace(1.0, 0.9, 16), torch.full((32,), 0.001)])[None]
     given = state(torch.ones(1, 48, 8), saliency, crops=3)
-    kept = {p: AttnMix(budget=12, mix="cls", pool=p).prompt(given).anchor[0] // 16 for p in ("global", "crop")}
+    kept = {p: AttnMix(budget=12, mix="cls", pool=p).prompt(given).kept[0] // 16 for p in ("global", "crop")}
     assert torch.bincount(kept["global"], minlength=3).tolist() == [12, 0, 0]
     assert torch.bincount(kept["crop"], minlength=3).tolist() == [4, 4, 4]
     assert crop_pool(saliency, 3, 2).nonzero()[:, 1].tolist() == [0, 1, 16, 17, 32, 33]
@@ -275,7 +275,7 @@ def test_every_option_runs_at_its_budget_and_in_batches(tiny, options):
         single, alone = prefill(tiny, [sample], reducer)
         torch.testing.assert_close(tiny.logits(start.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)
         for a, b in zip(record.steps[i], alone.steps[0], strict=True):
-            assert a.reduction.anchor.tolist() == b.reduction.anchor.tolist()
+            assert a.reduction.kept.tolist() == b.reduction.kept.tolist()
 
 
 def test_the_question_decides_and_saliency_alone_does_not_ask(tiny):
@@ -284,7 +284,7 @@ def test_the_question_decides_and_saliency_alone_does_not_ask(tiny):
 
     def kept(sample, name):
         reducer = registry.build("attnmix", 7, {"mix": name})
-        return prefill(tiny, [sample], reducer)[1].steps[0][0].reduction.anchor.tolist()
+        return prefill(tiny, [sample], reducer)[1].steps[0][0].reduction.kept.tolist()
 
     assert kept(one, "cls") == kept(other, "cls")
     assert kept(one, "t2i") != kept(other, "t2i")
@@ -302,14 +302,14 @@ def test_a_question_without_words_is_refused():
     visual, saliency = planted()
     with pytest.raises(UserError, match="'s0', which is empty"):
         AttnMix(budget=4).prompt(state(visual, saliency, question=()))
-    assert AttnMix(budget=4, text="after").prompt(state(visual, saliency, question=())).anchor.shape == (1, 4)
+    assert AttnMix(budget=4, text="after").prompt(state(visual, saliency, question=())).kept.shape == (1, 4)
 
 
 def test_text_alone_needs_no_cls_token():
-    facts = dataclasses.replace(LLAVA, has_cls=False)
-    AttnMix(budget=8, mix="t2i").check(facts)
+    spec = dataclasses.replace(LLAVA, has_cls=False)
+    AttnMix(budget=8, mix="t2i").check(spec)
     with pytest.raises(UserError, match="CLS"):
-        AttnMix(budget=8).check(facts)
+        AttnMix(budget=8).check(spec)
 
 
 @pytest.mark.parametrize(

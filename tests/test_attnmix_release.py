@@ -12,7 +12,7 @@ from attnmix.release import released_count, released_tokens
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.patch_grid import Layout
+from llava.reduction.patch_grid import PatchGrid
 from tests.conftest import samples
 from tests.parity.harness import FOLDER, parity_model, recording, run_case
 from tests.test_attnmix import LLAVA, best, planted, row, scores, split_by_the_book, state
@@ -78,8 +78,8 @@ def test_release_equals_its_definition(tokens, crops, budget):
 def test_all_text_behind_the_planted_picture_is_read():
     """The release compares the picture with the suffix and the template too: token 6 resembles a word of them."""
     visual, saliency = planted()
-    assert 6 not in AttnMix(budget=4).prompt(state(visual, saliency)).anchor[0].tolist()
-    kept = AttnMix(budget=4, official=True).prompt(state(visual, saliency)).anchor[0].tolist()
+    assert 6 not in AttnMix(budget=4).prompt(state(visual, saliency)).kept[0].tolist()
+    kept = AttnMix(budget=4, official=True).prompt(state(visual, saliency)).kept[0].tolist()
     assert 6 in kept and 5 not in kept
 
 
@@ -88,8 +88,8 @@ def test_b1_salient_tokens_are_looked_up_in_their_own_crop():
     text, saliency = torch.full((1, 24), 0.01), torch.full((1, 24), 0.01)
     saliency[0, [16 + 3, 16 + 6]] = 0.5  # third crop of 8
     visual = torch.ones(1, 24, 8)
-    ours = AttnMix(budget=6, mix="cls").prompt(state(visual, saliency, crops=3)).anchor
-    theirs = AttnMix(budget=6, mix="cls", official=True).prompt(state(visual, saliency, crops=3)).anchor
+    ours = AttnMix(budget=6, mix="cls").prompt(state(visual, saliency, crops=3)).kept
+    theirs = AttnMix(budget=6, mix="cls", official=True).prompt(state(visual, saliency, crops=3)).kept
     assert {19, 22} <= set(ours[0].tolist())
     assert {3 + 2, 6 + 2} <= set(theirs[0].tolist()) and theirs.max() < 8 + 2
     assert released_tokens(text, saliency, 3, 6, 0.25, "cls", stride=8)[0].tolist() == [0, 1, 8, 9, 19, 22]
@@ -115,7 +115,7 @@ def test_b2_saliency_comes_in_the_order_of_the_tokens():
     assert {23, 42} <= set(right) and not {23, 42} <= {order[place] for place in right}
     wrong = released_tokens(saliency, saliency, 5, 20, 0.25, "cls")[0].tolist()
     assert wrong == sorted(order[place] for place in wrong)
-    ours = AttnMix(budget=20, mix="cls").prompt(state(torch.ones(1, 80, 8), saliency, crops=5)).anchor
+    ours = AttnMix(budget=20, mix="cls").prompt(state(torch.ones(1, 80, 8), saliency, crops=5)).kept
     assert {23, 42} <= set(ours[0].tolist())
 
 
@@ -151,9 +151,9 @@ def test_b4_a_token_chosen_twice_counts_once():
 )
 def test_b5_only_the_release_rounds_the_budget(budget, crops, count):
     assert released_count(budget, crops, "adaptive") == count
-    facts = dataclasses.replace(LLAVA, visual_tokens=576 * crops, layout=Layout(24, 24, crops))
-    assert AttnMix(budget=budget, official=True).entering(facts) == (count,) * 32
-    assert AttnMix(budget=budget).entering(facts) == (budget,) * 32
+    spec = dataclasses.replace(LLAVA, visual_tokens=576 * crops, layout=PatchGrid(24, 24, crops))
+    assert AttnMix(budget=budget, official=True).tokens_per_layer(spec) == (count,) * 32
+    assert AttnMix(budget=budget).tokens_per_layer(spec) == (budget,) * 32
     assert {144: 36, 58: 14, 28: 7}.get(count, count // 4) == forced_count(count, 0.25)
 
 
@@ -166,8 +166,8 @@ def test_b6_b8_a_batch_of_any_prompts_is_as_good_as_one(tiny):
     for i, sample in enumerate(batch):
         _, alone = prefill(tiny, [sample], reducer)
         for a, b in zip(together.steps[i], alone.steps[0], strict=True):
-            assert a.reduction.anchor.tolist() == b.reduction.anchor.tolist()
-            assert a.reduction.anchor.shape == (1, 6)
+            assert a.reduction.kept.tolist() == b.reduction.kept.tolist()
+            assert a.reduction.kept.shape == (1, 6)
 
 
 def test_split_is_that_of_the_release(monkeypatch):
@@ -190,15 +190,15 @@ def test_split_is_that_of_the_release(monkeypatch):
 def test_official_audit_is_the_nominal_count(tiny, mix_name, count):
     reducer = registry.build("attnmix", 7, {"official": "true", "mix": mix_name})
     start, record = prefill(tiny, samples(), reducer)
-    planned = reducer.entering(tiny.facts)
+    planned = reducer.tokens_per_layer(tiny.spec)
     assert planned == (count,) * 4
     assert [audit.entering for audit in record.audits(start)] == [*[planned] * 3, (0,) * 4, planned]
 
 
 @pytest.mark.parametrize(("crops", "mix_name", "least"), [(1, "adaptive", 2), (3, "cls", 6), (5, "t2i", 5)])
 def test_budgets_that_the_release_rounds_to_nothing_are_refused(crops, mix_name, least):
-    facts = dataclasses.replace(LLAVA, visual_tokens=576 * crops, layout=Layout(24, 24, crops))
+    spec = dataclasses.replace(LLAVA, visual_tokens=576 * crops, layout=PatchGrid(24, 24, crops))
     with pytest.raises(UserError, match=f"at least {least}"):
-        AttnMix(budget=least - 1, mix=mix_name, official=True).check(facts)
-    AttnMix(budget=least, mix=mix_name, official=True).check(facts)
-    AttnMix(budget=1, mix=mix_name).check(facts)
+        AttnMix(budget=least - 1, merge_matrix=mix_name, official=True).check(spec)
+    AttnMix(budget=least, merge_matrix=mix_name, official=True).check(spec)
+    AttnMix(budget=1, merge_matrix=mix_name).check(spec)

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 
 from baselines.cdpruner import CDPruner, greedy_map, unit_interval
 from llava.errors import UserError
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import PromptState
 from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw
 
-LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24, has_text_tower=True)
+LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24, has_text_tower=True)
 
 
 def greedy_by_the_book(kernel: torch.Tensor, budget: int) -> list[int]:
@@ -32,7 +32,7 @@ def state_of(tiny, batch: int = 2, seed: int = 0, **changes) -> PromptState:
         "ids": tuple("abcdef"[:batch]),
         "features": torch.randn(batch, 16, 32, generator=generator),
         "tokens": torch.randn(batch, 16, 64, generator=generator),
-        "signals": {},
+        "scores": {},
         "layout": tiny.layout,
         "questions": ("is there a star ?", "what color is the cat ?", "where is it")[:batch],
         "clip": tiny.clip,
@@ -64,7 +64,7 @@ def test_greedy_map_equals_the_definition(tokens, width, budget):
 @pytest.mark.parametrize("sign", ["negated", "plain"])
 def test_the_method_equals_the_definition(tiny, sign):
     state = state_of(tiny)
-    kept = CDPruner(budget=6, relevance=sign).prompt(state).anchor
+    kept = CDPruner(budget=6, relevance=sign).prompt(state).kept
     for row in range(2):
         worth = relevance_of(state, row) * (-1 if sign == "negated" else 1)
         worth = (worth - worth.min() + 1e-6) / (worth.max() - worth.min())
@@ -85,8 +85,8 @@ def test_planted_relevant_tokens_are_kept(tiny):
     features = toward.expand(1, 16, -1) + 0.01 * torch.randn(1, 16, 32)
     features[0, [2, 7, 8, 13]] -= 2 * toward
     state = state_of(tiny, 1, features=features, tokens=torch.eye(16, 64)[None])
-    assert CDPruner(budget=4).prompt(state).anchor.tolist() == [[2, 7, 8, 13]]
-    assert not {2, 7, 8, 13} & set(CDPruner(budget=4, relevance="plain").prompt(state).anchor[0].tolist())
+    assert CDPruner(budget=4).prompt(state).kept.tolist() == [[2, 7, 8, 13]]
+    assert not {2, 7, 8, 13} & set(CDPruner(budget=4, relevance="plain").prompt(state).kept[0].tolist())
 
 
 def test_planted_duplicates_are_not_kept():
@@ -124,7 +124,7 @@ def test_relevance_is_scaled_over_one_image(tiny):
     """The release takes minimum and maximum over its whole batch of crops, which couples them."""
     alone, batch = state_of(tiny), state_of(tiny)
     batch.features = torch.cat([batch.features[:1], 100 * batch.features[1:]])
-    first, second = (CDPruner(budget=5).prompt(state).anchor[0] for state in (alone, batch))
+    first, second = (CDPruner(budget=5).prompt(state).kept[0] for state in (alone, batch))
     assert torch.equal(first, second)
     values = torch.tensor([[0.0, 1.0, 2.0], [10.0, 30.0, 20.0]])
     expected = torch.tensor([[0.0, 0.5, 1.0], [0.0, 1.0, 0.5]])
@@ -134,7 +134,7 @@ def test_relevance_is_scaled_over_one_image(tiny):
 @torch.inference_mode()
 def test_the_question_decides(tiny):
     kept = [
-        CDPruner(budget=5).prompt(state_of(tiny, 1, questions=(question,))).anchor.tolist()
+        CDPruner(budget=5).prompt(state_of(tiny, 1, questions=(question,))).kept.tolist()
         for question in ("is there a star ?", "what color is the small cat on the left of the tree ?")
     ]
     assert kept[0] != kept[1]
@@ -145,7 +145,7 @@ def test_only_texts_too_long_for_clip_differ_in_the_release(tiny):
     """Inside its chunks without an end token, the release reads off the begin token or any word."""
     short, long = ("is there a star ?",), ("is there a star near the red cat ? " * 6,)
     both = [
-        [CDPruner(budget=5, official=flag).prompt(state_of(tiny, 1, questions=text)).anchor for flag in (False, True)]
+        [CDPruner(budget=5, official=flag).prompt(state_of(tiny, 1, questions=text)).kept for flag in (False, True)]
         for text in (short, long)
     ]
     assert torch.equal(*both[0]) and not torch.equal(*both[1])
@@ -164,8 +164,8 @@ def test_recorded_choices_of_the_release():
 
 
 def test_budgets_and_what_is_missing(tiny):
-    assert CDPruner(budget=64).entering(LLAVA_15) == (64,) * 32
+    assert CDPruner(budget=64).tokens_per_layer(LLAVA_15) == (64,) * 32
     with pytest.raises(UserError, match=r"cdpruner .* needs the CLIP text tower"):
-        CDPruner(budget=64).check(ModelFacts(576, 32, Layout(24, 24), 24))
+        CDPruner(budget=64).check(ModelSpec(576, 32, PatchGrid(24, 24), 24))
     with pytest.raises(UserError, match=r"cdpruner.relevance must be one of tower, negated, plain, got 'positive'"):
         CDPruner(budget=64, relevance="positive")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llava.model.checkpoint.hf_model import CONTAINERS, VideoLlavaWithTime, hub_to_container_key, video_frames
+from llava.model.checkpoint.hf_model import HF_CLASSES, VideoLlavaWithTime, hub_to_container_key, video_frames
 from llava.model.checkpoint.identify import Kind
 from llava.model.checkpoint.original_layout import (
     CLIP_L_336,
@@ -76,7 +76,7 @@ def keys_of(model: str) -> list[dict]:
 
 def container_of(kind: Kind, vision: dict, **config) -> PreTrainedModel:
     """Built without memory."""
-    build = CONTAINERS[kind.family]
+    build = HF_CLASSES[kind.family]
     config = to_transformers_config({**LLAVA_7B, "image_grid_pinpoints": PINPOINTS, **config}, vision, kind)
     with torch.device("meta"):
         return build(build.config_class.from_dict(config))

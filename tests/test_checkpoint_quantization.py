@@ -54,7 +54,7 @@ def given(monkeypatch) -> dict:
 
         monkeypatch.setattr(build, "from_pretrained", classmethod(from_pretrained))
 
-    for build in llava.model.checkpoint.hf_model.CONTAINERS.values():
+    for build in llava.model.checkpoint.hf_model.HF_CLASSES.values():
         watch(build)
     return seen
 
@@ -111,7 +111,7 @@ def test_files_that_are_quantised_reach_transformers(tmp_path, installed, monkey
         seen.update(kwargs)
         raise ImportError("stop here")
 
-    monkeypatch.setattr(llava.model.checkpoint.hf_model.CONTAINERS["llava"], "from_pretrained", from_pretrained)
+    monkeypatch.setattr(llava.model.checkpoint.hf_model.HF_CLASSES["llava"], "from_pretrained", from_pretrained)
     with pytest.raises(UserError, match=r"Cannot load .* quantised here: stop here"):
         load_checkpoint(tmp_path)
     assert seen["config"].quantization_config == STORED
@@ -146,7 +146,7 @@ def test_errors_of_a_plain_model_are_not_blamed_on_quantisation(tmp_path, monkey
     def from_pretrained(*_args, **_kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(llava.model.checkpoint.hf_model.CONTAINERS["llava"], "from_pretrained", from_pretrained)
+    monkeypatch.setattr(llava.model.checkpoint.hf_model.HF_CLASSES["llava"], "from_pretrained", from_pretrained)
     with pytest.raises(RuntimeError, match="out of memory"):
         load_checkpoint(tmp_path)
 

@@ -15,9 +15,10 @@ from llava.model.builder import load
 from llava.model.checkpoint.original_layout import CLIP_L_336_NAME
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_encoder import encode
-from llava.model.multimodal_encoder.clip_text_encoder import ClipText, load_clip_text, signed, text_similarity
+from llava.model.multimodal_encoder.clip_text_encoder import ClipText, load_clip_text
 from llava.reduction import registry
 from llava.reduction.reducer import EncoderState
+from llava.reduction.text_similarity import signed, text_similarity
 from tests.conftest import samples
 from tests.tiny_checkpoints import (
     make_tiny_clip,
@@ -94,7 +95,7 @@ def test_patches_go_through_the_towers_last_norm_and_the_projection(tiny, model)
 def test_similarity_is_the_mean_over_chunks(tiny, cosine):
     """A short text beside one of three chunks: chunks that do not exist must not count."""
     texts = ("is there a star ?", " ".join(["cat dog tree"] * 15))
-    state = EncoderState(ids=("a", "b"), features=torch.randn(2, 16, 32), signals={}, layout=tiny.layout)
+    state = EncoderState(ids=("a", "b"), features=torch.randn(2, 16, 32), scores={}, layout=tiny.layout)
     state.clip = tiny.clip
     found = text_similarity(state, texts, cosine)
     for row, text in enumerate(texts):
@@ -185,14 +186,14 @@ def test_cut_texts_equal_the_transformers_model(configured):
 def test_a_checkpoint_without_one_says_what_to_do(tmp_path, model):
     save_transformers_layout(tmp_path, model)
     loaded = load(tmp_path, device="cpu")
-    assert not loaded.facts.has_text_tower
+    assert not loaded.spec.has_text_tower
     with pytest.raises(UserError, match=r"text_tower/ .*mm_vision_tower"):
-        registry.build("trim", 8).check(loaded.facts)
+        registry.build("trim", 8).check(loaded.spec)
 
 
 def test_beside_the_weights(tiny):
     """Read only when asked for, and once."""
-    assert tiny.facts.has_text_tower and tiny.text_tower.name == "text_tower"
+    assert tiny.spec.has_text_tower and tiny.text_tower.name == "text_tower"
     assert tiny.clip is tiny.clip and not tiny.clip.training
     assert {weight.dtype for weight in tiny.clip.parameters()} == {torch.float32}
     assert not any(weight.requires_grad for weight in tiny.clip.parameters())
@@ -207,13 +208,13 @@ def test_in_the_clip_that_an_original_checkpoint_names(tmp_path, model, safetens
         file.unlink() if file.name != "preprocessor_config.json" else None
     clip = save_clip(tmp_path / "llava" / "clip", model, safetensors=safetensors)
     loaded = load(tmp_path / "llava", device="cpu")
-    assert loaded.facts.has_text_tower
+    assert loaded.spec.has_text_tower
     torch.testing.assert_close(loaded.clip.text(QUESTIONS)[0][:, 0], end_states(clip, QUESTIONS), atol=1e-5, rtol=0)
 
 
 def test_a_tower_alone_is_no_clip(tmp_path, model):
     save_original_layout(tmp_path, model)
-    assert not load(tmp_path, device="cpu").facts.has_text_tower
+    assert not load(tmp_path, device="cpu").spec.has_text_tower
 
 
 def test_the_official_clip_is_named_without_fetching_it(tmp_path, model, monkeypatch):
@@ -221,7 +222,7 @@ def test_the_official_clip_is_named_without_fetching_it(tmp_path, model, monkeyp
     monkeypatch.setattr("llava.model.checkpoint.load.CLIP_L_336", model.config.vision_config.to_dict())
     save_original_layout(tmp_path / "llava", model, tower_in_shards=True, mm_vision_tower=CLIP_L_336_NAME)
     loaded = load(tmp_path / "llava", device="cpu")
-    assert loaded.facts.has_text_tower and loaded.text_tower == CLIP_L_336_NAME
+    assert loaded.spec.has_text_tower and loaded.text_tower == CLIP_L_336_NAME
     with pytest.raises(UserError, match=r"CLIP text tower .*could not be fetched"):
         loaded.clip
     save_clip(tmp_path / "hub", model)
@@ -235,7 +236,7 @@ def test_a_user_names_one(tmp_path, model):
     save_transformers_layout(tmp_path / "llava", model)
     save_clip(tmp_path / "clip", model)
     loaded = load(tmp_path / "llava", device="cpu", text_tower=tmp_path / "clip")
-    assert loaded.facts.has_text_tower and loaded.clip.length == LENGTH
+    assert loaded.spec.has_text_tower and loaded.clip.length == LENGTH
     with pytest.raises(UserError, match="no CLIP folder"):
         load(tmp_path / "llava", device="cpu", text_tower=tmp_path / "nowhere")
 
@@ -330,10 +331,10 @@ def test_the_embedded_tower_finds_what_is_asked_about():
         pixels = model.image_processor(Image.fromarray(drawn.image))[None]
         features = encode(model.tower, pixels, model.select_layer).features.expand(len(things), -1, -1)
         asked = [f"Is there a {COLOR_NAMES[t.color]} {SHAPES[t.shape]} in the image?" for _, t in things]
-        state = EncoderState(ids=tuple(asked), features=features, signals={}, layout=model.layout, clip=model.clip)
+        state = EncoderState(ids=tuple(asked), features=features, scores={}, layout=model.layout, clip=model.clip)
         similarity = text_similarity(state, asked, cosine=True)
         for row, (place, _) in zip(similarity, things, strict=True):
-            inside = torch.from_numpy(drawn.owner == place).flatten()
+            inside = torch.from_numpy(drawn.assignment == place).flatten()
             # Share of pairs (patch of the thing, other patch) in the right order; 0.5 is chance.
             ahead += (row[inside][:, None] > row[~inside]).float().mean().item()
             count += 1

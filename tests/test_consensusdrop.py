@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from consensusdrop.fusion import FUSIONS, fuse, rank01
-from consensusdrop.merging import ANCHORS, WEIGHTS, choose_anchors, merge_plan, others
 from consensusdrop.method import ConsensusDrop, pool_attention
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import keep_top, registry
-from llava.reduction.patch_grid import Layout
+from llava.reduction.merging import ANCHORS, WEIGHTS, choose_anchors, merge_plan, others
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import PromptState
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 from tests.conftest import samples
 
 CHOICES = {"alpha": 0.3, "cross_top": 0, "temperature": 0.5, "rrf_k": 60.0, "gate_beta": 2.0}
@@ -167,7 +167,7 @@ def test_merging_equals_its_definition(anchors, weights):
 def test_appended_tokens_come_last():
     saliency, keys = torch.rand(1, 12), torch.randn(1, 12, 4)
     plan = merge_plan(torch.tensor([[6, 7, 8]]), 2, saliency, keys, "saliency", "mean", appended=True)
-    assert plan.anchor[0, :3].tolist() == [6, 7, 8] and plan.anchor.shape == (1, 5)
+    assert plan.kept[0, :3].tolist() == [6, 7, 8] and plan.kept.shape == (1, 5)
     torch.testing.assert_close(plan.apply(torch.ones(1, 12, 1)), torch.ones(1, 5, 1))
 
 
@@ -191,9 +191,9 @@ def test_sharp_heads_are_those_of_low_entropy():
 
 def planted_state(v, c_values):
     state = PromptState(
-        features=torch.zeros(1, 16, 4), signals={}, layout=Layout(4, 4), ids=("s",), tokens=torch.randn(1, 16, 8)
+        features=torch.zeros(1, 16, 4), scores={}, layout=PatchGrid(4, 4), ids=("s",), tokens=torch.randn(1, 16, 8)
     )
-    state.signals = {Signal("cls_attention", -2): v, Signal("keys", -2): torch.randn(1, 16, 4)}
+    state.scores = {TowerScore("cls_attention", -2): v, TowerScore("keys", -2): torch.randn(1, 16, 4)}
     state.text_attention = lambda *_: (c_values[:, None, None], torch.ones(1, 1, dtype=torch.bool))
     return state
 
@@ -204,7 +204,7 @@ def test_keeps_what_both_signals_point_at(rule):
     v, c = torch.linspace(0.01, 0.02, 16)[None].clone(), torch.linspace(0.02, 0.01, 16)[None].clone()
     v[0, [3, 9]] = c[0, [3, 9]] = 0.9
     reducer = ConsensusDrop(budget=2, fusion=rule, merged_share=0.0)
-    assert reducer.prompt(planted_state(v, c)).anchor.tolist() == [[3, 9]]
+    assert reducer.prompt(planted_state(v, c)).kept.tolist() == [[3, 9]]
 
 
 OPTIONS = [
@@ -239,7 +239,7 @@ def test_every_option_runs_at_its_budget_and_in_batches(tiny, options):
         single, alone = prefill(tiny, [sample], reducer)
         torch.testing.assert_close(tiny.logits(state.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)
         for a, b in zip(record.steps[i], alone.steps[0], strict=True):
-            assert a.reduction.anchor.tolist() == b.reduction.anchor.tolist()
+            assert a.reduction.kept.tolist() == b.reduction.kept.tolist()
 
 
 def test_encoder_alone_does_not_run_the_probe(tiny, monkeypatch):
@@ -258,7 +258,7 @@ def test_the_probe_depends_on_the_question_and_the_encoder_does_not(tiny):
 
     def kept(sample, alpha):
         reducer = registry.build("consensusdrop", 7, {"alpha": alpha, "merged_share": "0"})
-        return prefill(tiny, [sample], reducer)[1].steps[0][0].reduction.anchor.tolist()
+        return prefill(tiny, [sample], reducer)[1].steps[0][0].reduction.kept.tolist()
 
     assert kept(one, "1") == kept(other, "1")
     assert kept(one, "0") != kept(other, "0")
@@ -271,7 +271,7 @@ def test_a_second_turn_reduces_again_for_its_own_question(tiny):
     reducer = registry.build("consensusdrop", 7, {"merged_share": "0"})
 
     def kept(sample):
-        return prefill(tiny, [sample], reducer)[1].steps[0][0].reduction.anchor.tolist()
+        return prefill(tiny, [sample], reducer)[1].steps[0][0].reduction.kept.tolist()
 
     assert kept(turn) != kept(first)
     assert kept(turn) == kept(dataclasses.replace(turn, history=()))
@@ -281,7 +281,7 @@ def test_cls_token_is_the_first_of_the_budget(tiny):
     reducer = registry.build("consensusdrop", 7, {"cls_token": "true"})
     _, record = prefill(tiny, samples(1), reducer)
     reduction = record.steps[0][0].reduction
-    assert reduction.anchor[0, 0] == 0 and reduction.inputs == 17 and reduction.anchor.shape == (1, 7)
+    assert reduction.kept[0, 0] == 0 and reduction.inputs == 17 and reduction.kept.shape == (1, 7)
 
 
 @pytest.mark.parametrize(
@@ -306,4 +306,4 @@ def test_bad_options_get_one_sentence(options, said):
 
 def test_probe_layer_must_exist(tiny):
     with pytest.raises(UserError, match="below 4"):
-        registry.build("consensusdrop", 8, {"probe_layer": "4"}).check(tiny.facts)
+        registry.build("consensusdrop", 8, {"probe_layer": "4"}).check(tiny.spec)

@@ -11,12 +11,12 @@ from baselines.dart import Dart, hash_order, highest, pick_different, shares
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.pipeline.sequence import Sequence
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.states import DecoderState
 from tests.conftest import samples
 
-LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24)
+LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 
 
 def dart_by_the_book(similarity: torch.Tensor, pivots: list[int], picks: tuple[int, ...]) -> list[int]:
@@ -68,7 +68,7 @@ def planted_state(text: int = 6) -> DecoderState:
 
 def test_planted_outsiders_are_kept_beside_the_pivots():
     """Plant the answer: pivots by the largest keys, and the two tokens that are unlike them."""
-    assert Dart(budget=6).reduce(planted_state(), 6).anchor.tolist() == [[0, 1, 3, 5, 8, 9]] * 2
+    assert Dart(budget=6).reduce(planted_state(), 6).kept.tolist() == [[0, 1, 3, 5, 8, 9]] * 2
 
 
 def test_planted_outsiders_are_those_behind_the_final_norm():
@@ -77,12 +77,12 @@ def test_planted_outsiders_are_those_behind_the_final_norm():
     state.sequence.hidden[..., 2] = 0.1
     state.sequence.hidden[:, [2 + 4, 2 + 7], 2] = -0.1
     state.llm.norm = lambda hidden: hidden * torch.tensor([0.0, 0, 1, 1])
-    assert Dart(budget=6).reduce(state, 6).anchor.tolist() == [[0, 1, 4, 7, 8, 9]] * 2
+    assert Dart(budget=6).reduce(state, 6).kept.tolist() == [[0, 1, 4, 7, 8, 9]] * 2
 
 
 def test_fewer_tokens_than_pivots_are_the_best_pivots():
-    assert Dart(budget=3).reduce(planted_state(), 3).anchor.tolist() == [[0, 1, 9]] * 2
-    assert Dart(budget=1).reduce(planted_state(), 1).anchor.tolist() == [[9]] * 2
+    assert Dart(budget=3).reduce(planted_state(), 3).kept.tolist() == [[0, 1, 9]] * 2
+    assert Dart(budget=1).reduce(planted_state(), 1).kept.tolist() == [[9]] * 2
 
 
 def test_pivots_take_turns_by_falling_key_norm_image_first():
@@ -108,7 +108,7 @@ def test_official_pivots_come_in_the_order_of_a_set():
 def test_official_keeps_up_to_four_more():
     """It takes T // 8 tokens for each of its eight pivots, and the four image pivots beside."""
     for budget, keep in ((192, 196), (128, 132), (64, 68), (70, 68), (7, 4)):
-        assert Dart(budget=budget, official=True).entering(LLAVA_15) == (576,) * 2 + (keep,) * 30
+        assert Dart(budget=budget, official=True).tokens_per_layer(LLAVA_15) == (576,) * 2 + (keep,) * 30
 
 
 def test_equal_scores_go_to_the_lower_index():
@@ -126,9 +126,9 @@ def test_shares_add_up(tokens, expected):
 @pytest.mark.parametrize(("budget", "keep"), [(192, 166), (128, 98), (64, 30)])
 def test_keeps_exactly_what_the_budget_asks(budget, keep):
     """The original keeps 8 * (T // 8) + 4: at 192 tokens behind layer 2 it is 196, a mean of 219.75."""
-    assert Dart(budget=budget).entering(LLAVA_15) == (576,) * 2 + (keep,) * 30
-    assert Dart(budget=budget, schedule="kept").entering(LLAVA_15) == (576,) * 2 + (budget,) * 30
-    assert sum(Dart(budget=196, schedule="kept").entering(LLAVA_15)) / 32 == 219.75
+    assert Dart(budget=budget).tokens_per_layer(LLAVA_15) == (576,) * 2 + (keep,) * 30
+    assert Dart(budget=budget, schedule="kept").tokens_per_layer(LLAVA_15) == (576,) * 2 + (budget,) * 30
+    assert sum(Dart(budget=196, schedule="kept").tokens_per_layer(LLAVA_15)) / 32 == 219.75
 
 
 def test_keys_and_hidden_states_of_the_model_decide(tiny):
@@ -159,9 +159,9 @@ def test_keys_and_hidden_states_of_the_model_decide(tiny):
         text = sorted(words, key=lambda place: -size[place])[:4]
         final = tiny.llm.norm(state.sequence.hidden[0])
         similarity = torch.stack([torch.cosine_similarity(final[p], final[start:stop], dim=-1) for p in image + text])
-        keep = reduction.anchor.shape[1]
+        keep = reduction.kept.shape[1]
         expected = dart_by_the_book(similarity, [place - start for place in image], shares(keep - 4, 8))
-    assert reduction.anchor[0].tolist() == expected
+    assert reduction.kept[0].tolist() == expected
 
 
 def test_too_little_text_is_refused():

@@ -4,19 +4,19 @@ import pytest
 import torch
 
 from baselines.divprune import DivPrune, farthest_apart
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import PromptState
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 
-LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 
 
 def state(tokens: torch.Tensor) -> PromptState:
     images, count = tokens.shape[:2]
     return PromptState(
-        ids=tuple(map(str, range(images))), features=tokens, signals={}, layout=Layout(1, count), tokens=tokens
+        ids=tuple(map(str, range(images))), features=tokens, scores={}, layout=PatchGrid(1, count), tokens=tokens
     )
 
 
@@ -37,7 +37,7 @@ def test_equals_its_definition(tokens, budget):
     features = torch.randn(3, tokens, 5)
     expected = [by_the_book(features[b], budget) for b in range(3)]
     assert farthest_apart(features, budget).tolist() == expected
-    assert DivPrune(budget=budget).prompt(state(features)).anchor.tolist() == [sorted(order) for order in expected]
+    assert DivPrune(budget=budget).prompt(state(features)).kept.tolist() == [sorted(order) for order in expected]
 
 
 def test_finds_the_planted_loners():
@@ -45,7 +45,7 @@ def test_finds_the_planted_loners():
     tokens = torch.tensor([1.0, 0, 0, 0]) + 0.01 * torch.randn(2, 20, 4)
     tokens[0, 3], tokens[0, 11], tokens[0, 17] = torch.eye(4)[1], 100 * torch.eye(4)[2], 0.01 * torch.eye(4)[3]
     tokens[1, 0], tokens[1, 1], tokens[1, 19] = torch.eye(4)[1], -torch.eye(4)[0], torch.eye(4)[3]
-    kept = DivPrune(budget=4).prompt(state(tokens)).anchor.tolist()
+    kept = DivPrune(budget=4).prompt(state(tokens)).kept.tolist()
     assert {3, 11, 17} < set(kept[0]) and {0, 1, 19} < set(kept[1])
 
 
@@ -86,5 +86,5 @@ def test_order_of_choice_is_that_of_the_release():
 
 def test_budget_holds_in_every_layer():
     """The paper's own ratio of 0.098 is 56 tokens."""
-    assert all(DivPrune(budget=budget).entering(LLAVA) == (budget,) * 32 for budget in (192, 128, 64, 56))
+    assert all(DivPrune(budget=budget).tokens_per_layer(LLAVA) == (budget,) * 32 for budget in (192, 128, 64, 56))
     assert DivPrune(budget=9).keeps_all(9) and not DivPrune(budget=8).keeps_all(9)

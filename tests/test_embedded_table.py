@@ -13,7 +13,7 @@ def test_every_method_is_asked_at_every_budget_it_can_meet(tiny):
     names = {setting.method for setting in found}
     assert names == set(registry.names()) - {"full"}
     for setting in found:
-        registry.build(setting.method, setting.budget, setting.options).check(tiny.facts)
+        registry.build(setting.method, setting.budget, setting.options).check(tiny.spec)
 
 
 def test_a_mean_out_of_reach_is_counted_by_kept_tokens(tiny):

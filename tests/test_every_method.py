@@ -29,7 +29,7 @@ def possible(name: str, tiny: Llava, budgets=BUDGETS):
     for budget in budgets:
         reducer = registry.build(name, budget)
         try:
-            reducer.check(tiny.facts)
+            reducer.check(tiny.spec)
         except UserError:
             continue
         yield reducer
@@ -47,7 +47,7 @@ def run(tiny, batch, reducer):
 
 def same_steps(first, second) -> bool:
     return len(first) == len(second) and all(
-        a.place == b.place and torch.equal(a.reduction.anchor, b.reduction.anchor)
+        a.place == b.place and torch.equal(a.reduction.kept, b.reduction.kept)
         for a, b in zip(first, second, strict=True)
     )
 
@@ -59,7 +59,7 @@ def test_accepts_some_budget_below_full(name, tiny):
 
 def test_audited_tokens_are_the_planned_ones_and_their_mean_is_the_budget(name, tiny):
     for reducer in possible(name, tiny):
-        planned = reducer.entering(tiny.facts)
+        planned = reducer.tokens_per_layer(tiny.spec)
         assert planned is not None, "by default a method keeps a budget"
         assert abs(sum(planned) / len(planned) - reducer.budget) <= reducer.rounding, (reducer, planned)
         _, audits, _ = run(tiny, samples(), reducer)
@@ -73,14 +73,14 @@ def standing(steps) -> torch.Tensor:
     merged = torch.zeros(len(place), dtype=torch.bool)
     for step in steps:
         reduction = step.reduction
-        own = torch.zeros(reduction.anchor.shape[1], dtype=torch.bool)
-        if reduction.mix is not None:
-            own = (reduction.mix[0] != 0).sum(-1) > 1
-        elif reduction.owner is not None:
-            used = (reduction.owner[0] >= 0) & (reduction.weight[0] != 0)
-            own = torch.bincount(reduction.owner[0][used], minlength=len(own)) > 1
-        merged = merged[reduction.anchor[0]] | own
-        place = place[reduction.anchor[0]]
+        own = torch.zeros(reduction.kept.shape[1], dtype=torch.bool)
+        if reduction.merge_matrix is not None:
+            own = (reduction.merge_matrix[0] != 0).sum(-1) > 1
+        elif reduction.assignment is not None:
+            used = (reduction.assignment[0] >= 0) & (reduction.merge_weight[0] != 0)
+            own = torch.bincount(reduction.assignment[0][used], minlength=len(own)) > 1
+        merged = merged[reduction.kept[0]] | own
+        place = place[reduction.kept[0]]
     return place, merged
 
 
@@ -91,9 +91,9 @@ def test_anchors_are_ascending_and_unique(name, tiny):
         for steps in filter(None, record.steps):
             place, merged = standing(steps)
             assert place.min() >= 0 and place.max() < steps[0].reduction.inputs
-            if "duplicates" not in reducer.quirks:
+            if "duplicates" not in reducer.known_deviations:
                 assert len(place.unique()) == len(place)
-            if "appended" in reducer.quirks:
+            if "appended" in reducer.known_deviations:
                 # A target that nothing joined looks like a kept token; then there are two ascending runs.
                 kept = place[~merged]
                 assert (kept.diff() > 0).all() or (place.diff() <= 0).sum() == 1
@@ -104,24 +104,24 @@ def test_anchors_are_ascending_and_unique(name, tiny):
 def test_merge_weights_are_averages(name, tiny):
     """Every output token's shares add up to 1, so merging does not change the scale of features."""
     for reducer in possible(name, tiny):
-        if "scale" in reducer.quirks:
+        if "scale" in reducer.known_deviations:
             continue
         _, _, record = run(tiny, samples(), reducer)
         for step in (step for steps in record.steps for step in steps):
             reduction = step.reduction
             if reduction.merges:
                 ones = torch.ones(1, reduction.inputs, 1)
-                torch.testing.assert_close(reduction.apply(ones), torch.ones(1, reduction.anchor.shape[1], 1))
+                torch.testing.assert_close(reduction.apply(ones), torch.ones(1, reduction.kept.shape[1], 1))
 
 
 def test_quirks_are_told(name):
     """Whatever is excused above is said in words, and only known excuses exist."""
-    quirks = registry.method(name).quirks
-    assert set(quirks) <= {"appended", "scale", "duplicates"} and all(quirks.values())
+    known_deviations = registry.method(name).known_deviations
+    assert set(known_deviations) <= {"appended", "scale", "duplicates"} and all(known_deviations.values())
 
 
 def test_card_is_filled_in(name):
-    card = registry.method(name).card
+    card = registry.method(name).metadata
     assert card.acts and (card.score or name in ("full", "random", "uniform", "downsample"))
     assert bool(card.paper) == bool(card.url)
 
@@ -136,7 +136,7 @@ def test_full_budget_changes_nothing(name, tiny):
 def test_a_second_image_is_reduced_on_its_own(name, tiny):
     """Two images in one prompt: each meets the budget, and the first one's features do not depend on the second."""
     reducer = reducing(name, tiny)
-    planned = reducer.entering(tiny.facts)
+    planned = reducer.tokens_per_layer(tiny.spec)
     both = dataclasses.replace(samples(1)[0], image=(picture(0), picture(5)))
     _, audits, record = run(tiny, [both, *samples(2)], reducer)
     assert audits[0].images == 2 and audits[0].entering == tuple(2 * count for count in planned)
@@ -240,11 +240,11 @@ def test_no_method_asks_for_attention_maps(name, tiny, monkeypatch):
 
 def test_is_refused_exactly_where_a_need_is_not_met(name, tiny):
     """What the card says a method needs is what it refuses to run without, with the reason."""
-    reducer, needs = reducing(name, tiny), registry.method(name).card.needs
-    facts = dataclasses.replace(tiny.facts, has_text_tower=True)
+    reducer, needs = reducing(name, tiny), registry.method(name).metadata.needs
+    spec = dataclasses.replace(tiny.spec, has_text_tower=True)
     without = {
-        "CLS": (dataclasses.replace(facts, has_cls=False), "CLS"),
-        "text tower": (dataclasses.replace(facts, has_text_tower=False), "text tower"),
+        "CLS": (dataclasses.replace(spec, has_cls=False), "CLS"),
+        "text tower": (dataclasses.replace(spec, has_text_tower=False), "text tower"),
     }
     for need, (poorer, reason) in without.items():
         if need in needs:
@@ -252,7 +252,7 @@ def test_is_refused_exactly_where_a_need_is_not_met(name, tiny):
                 reducer.check(poorer)
         else:
             reducer.check(poorer)
-    shallow = dataclasses.replace(facts, layers=1)
+    shallow = dataclasses.replace(spec, layers=1)
     if "decoder" in reducer.acts_in:
         with pytest.raises(UserError, match="layer"):
             reducer.check(shallow)
@@ -275,7 +275,7 @@ def test_a_planted_answer_is_looked_for(name):
 @pytest.mark.parametrize("budget", [0, -1, ALL + 1])
 def test_impossible_budgets_are_refused(name, tiny, budget):
     with pytest.raises(UserError, match="budget"):
-        registry.build(name, budget).check(tiny.facts)
+        registry.build(name, budget).check(tiny.spec)
 
 
 def test_unknown_option_is_refused_with_a_suggestion(name):

@@ -144,7 +144,7 @@ def test_methods_act_per_frame_or_over_all_frames(tmp_path):
     frame = model.views(VIDEO)[1].origins()
     for name, budget, counts in (("fastervlm", 40, [5] * 8), ("visionzip", 40, [5] * 8), ("attnmix", 40, None)):
         _, record = prefill(model, ask(VIDEO), registry.build(name, budget))
-        kept = frame[record.steps[0][0].reduction.anchor[0]]
+        kept = frame[record.steps[0][0].reduction.kept[0]]
         found = torch.bincount(kept[:, 0], minlength=8).tolist()
         assert sum(found) == budget and (counts is None or found == counts)
         assert (kept[:, 1] == -1).sum() == (8 if name == "visionzip" else 0)

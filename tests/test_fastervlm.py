@@ -3,12 +3,12 @@
 import torch
 
 from baselines.fastervlm import FasterVLM
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 
-LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 
 
 def state(attention: torch.Tensor) -> EncoderState:
@@ -16,15 +16,15 @@ def state(attention: torch.Tensor) -> EncoderState:
     return EncoderState(
         ids=tuple(map(str, range(images))),
         features=torch.randn(images, tokens, 8),
-        signals={Signal("cls_attention"): attention},
-        layout=Layout(1, tokens),
+        scores={TowerScore("cls_attention"): attention},
+        layout=PatchGrid(1, tokens),
     )
 
 
 def test_keeps_the_planted_patches_that_cls_looks_at():
     attention = torch.full((2, 36), 0.001)
     attention[0, [4, 20, 33]] = attention[1, [0, 1, 35]] = 0.3
-    assert FasterVLM(budget=3).encoder(state(attention)).anchor.tolist() == [[4, 20, 33], [0, 1, 35]]
+    assert FasterVLM(budget=3).encoder(state(attention)).kept.tolist() == [[4, 20, 33], [0, 1, 35]]
 
 
 def test_equals_its_definition():
@@ -33,7 +33,7 @@ def test_equals_its_definition():
         plan = FasterVLM(budget=budget).encoder(state(attention))
         for row, scores in enumerate(attention.tolist()):
             best = sorted(range(50), key=lambda i: (-scores[i], i))[:budget]
-            assert plan.anchor[row].tolist() == sorted(best)
+            assert plan.kept[row].tolist() == sorted(best)
 
 
 def test_attention_is_not_rounded_to_half_precision():
@@ -41,13 +41,13 @@ def test_attention_is_not_rounded_to_half_precision():
     attention = torch.full((1, 8), 1e-4)
     attention[0, 2], attention[0, 5] = 0.5, 0.5 + 1e-5
     assert attention.half()[0, 2] == attention.half()[0, 5]
-    assert FasterVLM(budget=1).encoder(state(attention)).anchor.tolist() == [[5]]
+    assert FasterVLM(budget=1).encoder(state(attention)).kept.tolist() == [[5]]
 
 
 def test_its_budgets_hold_in_every_layer():
     """144, 58 and 29 tokens are the paper's 75, 90 and 95 %."""
     for budget, share in ((144, 0.75), (58, 0.9), (29, 0.95)):
-        assert FasterVLM(budget=budget).entering(LLAVA) == (budget,) * 32
+        assert FasterVLM(budget=budget).tokens_per_layer(LLAVA) == (budget,) * 32
         assert round(1 - budget / 576, 2) == share
 
 

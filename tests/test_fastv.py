@@ -11,13 +11,13 @@ from llava.pipeline.accounting import mean_visual_tokens
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 
-LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24)
-EMBEDDED = ModelFacts(576, 8, Layout(24, 24), 6)
+LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)
+EMBEDDED = ModelSpec(576, 8, PatchGrid(24, 24), 6)
 
 
 def run(tiny, reducer, batch):
@@ -43,7 +43,7 @@ def test_keeps_what_the_map_of_the_layer_before_says(tiny, layer, budget):
         (step,) = record.steps[i]
         assert step.place == f"layer {layer}"
         whole = real(maps, layer - 1, i, length)
-        assert step.reduction.anchor[0].tolist() == fastv_by_the_book(whole, start, start + 16, budget)
+        assert step.reduction.kept[0].tolist() == fastv_by_the_book(whole, start, start + 16, budget)
 
 
 def test_planted_tokens_are_kept():
@@ -55,25 +55,25 @@ def test_planted_tokens_are_kept():
     state = SimpleNamespace(
         tokens=torch.zeros(2, 12, 4), attention=lambda rows, at: asked.append((rows, at)) or (weights, None)
     )
-    assert FastV(budget=3).reduce(state, 3).anchor.tolist() == [[2, 5, 11], [0, 1, 7]]
+    assert FastV(budget=3).reduce(state, 3).kept.tolist() == [[2, 5, 11], [0, 1, 7]]
     assert asked == [("last", "previous")]
 
 
 @pytest.mark.parametrize(("budget", "keep"), [(192, 166), (128, 98), (64, 30)])
 def test_equal_means_on_llava_15(budget, keep):
-    assert FastV(budget=budget).entering(LLAVA_15) == (576,) * 2 + (keep,) * 30
+    assert FastV(budget=budget).tokens_per_layer(LLAVA_15) == (576,) * 2 + (keep,) * 30
 
 
 @pytest.mark.parametrize(("budget", "mean"), [(192, 216), (128, 156), (64, 96), (144, 171)])
 def test_kept_tokens_are_not_the_mean(budget, mean):
     """SparseVLMs issue 12: K=2 with 144 kept tokens is 171 tokens per layer, not 144; tables mix the two counts."""
-    planned = FastV(budget=budget, schedule="kept").entering(LLAVA_15)
+    planned = FastV(budget=budget, schedule="kept").tokens_per_layer(LLAVA_15)
     assert planned == (576,) * 2 + (budget,) * 30 and mean_visual_tokens(planned) == mean
 
 
 def test_the_published_half_at_layer_three():
     """Of the README: K=3, R=50 %."""
-    assert FastV(budget=288, layer=3, schedule="kept").entering(LLAVA_15) == (576,) * 3 + (288,) * 29
+    assert FastV(budget=288, layer=3, schedule="kept").tokens_per_layer(LLAVA_15) == (576,) * 3 + (288,) * 29
 
 
 def test_the_layer_in_front_is_run_and_cached_once(tiny):

@@ -15,9 +15,9 @@ from llava.pipeline.views import overview
 from llava.processing.sample import Sample
 from llava.reduction import registry
 from llava.reduction.crop_budget import planned
-from llava.reduction.model_spec import ModelFacts, facts_of
-from llava.reduction.patch_grid import Layout
-from llava.reduction.scores import Signal
+from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import frames, single, stitched
 from tests.conftest import QUESTIONS, picture
 from tests.drawn_pictures import arranged, counts_of, kept_of, parts_with, picture_with, state_of
@@ -157,7 +157,7 @@ def test_ranking_equals_its_definition():
         copy = overview(part.picture, number, SCORE).double()
         total = own / own.square().sum().sqrt() + copy / copy.square().sum().sqrt()
         order = sorted(range(len(own)), key=lambda i: -total[i].item())[: part.reducer.budget]
-        assert part.reducer.encoder(state_of(part)).anchor[0].tolist() == sorted(order)
+        assert part.reducer.encoder(state_of(part)).kept[0].tolist() == sorted(order)
 
 
 def test_the_small_copy_has_a_planted_say_in_every_tile():
@@ -218,7 +218,7 @@ def test_logits_are_those_of_the_release():
     pixels = torch.stack([recipe.case(number).pixels for number in (0, 1)])
     with torch.inference_mode():
         encoded = encode(parity_model().tower, pixels, -2, [SCORE])
-    torch.testing.assert_close(encoded.signals[SCORE], torch.from_numpy(arrays["logits"]), atol=2e-4, rtol=0)
+    torch.testing.assert_close(encoded.scores[SCORE], torch.from_numpy(arrays["logits"]), atol=2e-4, rtol=0)
 
 
 def test_a_picture_in_one_crop_is_its_own_small_copy():
@@ -235,7 +235,7 @@ def test_other_splits_stay_possible(crops):
     attention = torch.zeros(5, 576)
     attention[0].view(24, 24)[:12, :12] = 1.0
     reducer = GlobalCom2(budget=100, crops=crops)
-    counts = counts_of(kept_of(reducer, run, {SCORE: values, Signal("cls_attention"): attention}), run)
+    counts = counts_of(kept_of(reducer, run, {SCORE: values, TowerScore("cls_attention"): attention}), run)
     assert counts == ([20] * 5 if crops == "each" else [20, 80, 0, 0, 0])
 
 
@@ -249,16 +249,16 @@ def test_through_the_model(tmp_path):
         reducer = registry.build("globalcom2", 30, {"official": official})
         state, record = prefill(model, [sample], reducer)
         (audit,) = record.audits(state)
-        seen[official] = record.steps[0][0].reduction.anchor[0]
+        seen[official] = record.steps[0][0].reduction.kept[0]
         assert torch.isin(run.newlines, seen[official]).all()
         if official == "false":
-            assert audit.entering == planned(reducer, facts_of(model.facts, run)) == (30,) * 4
+            assert audit.entering == planned(reducer, spec_of(model.spec, run)) == (30,) * 4
         else:
-            assert planned(reducer, facts_of(model.facts, run)) is None
+            assert planned(reducer, spec_of(model.spec, run)) is None
             assert 30 + len(run.newlines) - 5 < audit.mean <= 30 + len(run.newlines)
     with torch.inference_mode():
         pixels = model.views(sample.image)[0]
-        signals = encode(model.tower, pixels, model.select_layer, [SCORE]).signals
+        signals = encode(model.tower, pixels, model.select_layer, [SCORE]).scores
     assert len(kept_of(GlobalCom2(budget=30), run, signals)) == 30
     places = torch.tensor(kept_of(GlobalCom2(budget=30), run, signals))
     crop, row, column = run.origins()[seen["false"]].unbind(1)
@@ -266,9 +266,9 @@ def test_through_the_model(tmp_path):
 
 
 def test_ratio_of_the_release_is_one_of_patches():
-    facts = facts_of(ModelFacts(576, 32, Layout(24, 24), 24), arranged((672, 672)))
-    assert GlobalCom2(budget=1, retention_ratio=0.25, official=True).for_picture(facts).budget == 720
-    assert GlobalCom2(budget=1, retention_ratio=0.25).for_picture(facts).budget == 732  # newline tokens are tokens
+    spec = spec_of(ModelSpec(576, 32, PatchGrid(24, 24), 24), arranged((672, 672)))
+    assert GlobalCom2(budget=1, retention_ratio=0.25, official=True).for_picture(spec).budget == 720
+    assert GlobalCom2(budget=1, retention_ratio=0.25).for_picture(spec).budget == 732  # newline tokens are tokens
 
 
 def test_wrong_choices_are_refused():

@@ -10,10 +10,10 @@ from llava.pipeline.prefill import prefill
 from llava.processing.sample import Sample
 from llava.reduction import registry
 from llava.reduction.crop_budget import planned
-from llava.reduction.model_spec import ModelFacts, facts_of
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import frames, stitched
 from tests.conftest import QUESTIONS, picture
 from tests.drawn_pictures import arranged, counts_of, kept_of
@@ -21,14 +21,14 @@ from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
 
-LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 
 
 def encode(attention, budget):
-    signals = {Signal("cls_attention"): attention}
+    signals = {TowerScore("cls_attention"): attention}
     batch, tokens = attention.shape
     state = EncoderState(
-        ids=("a",) * batch, features=torch.zeros(batch, tokens, 2), signals=signals, layout=Layout(4, 4)
+        ids=("a",) * batch, features=torch.zeros(batch, tokens, 2), scores=signals, layout=PatchGrid(4, 4)
     )
     return HiRED(budget=budget).encoder(state)
 
@@ -37,17 +37,17 @@ def encode(attention, budget):
 def test_equals_its_definition(budget):
     attention = torch.rand(3, 16)
     expected = [sorted(sorted(range(16), key=lambda i: -row[i])[:budget]) for row in attention.tolist()]
-    assert encode(attention, budget).anchor.tolist() == expected
+    assert encode(attention, budget).kept.tolist() == expected
 
 
 def test_planted_patches_are_kept():
     attention = torch.full((2, 16), 0.01)
     attention[0, [4, 9, 15]] = attention[1, [0, 1, 2]] = 0.2
-    assert encode(attention, 3).anchor.tolist() == [[4, 9, 15], [0, 1, 2]]
+    assert encode(attention, 3).kept.tolist() == [[4, 9, 15], [0, 1, 2]]
 
 
 def test_llava_15_keeps_its_budget_in_every_layer():
-    assert HiRED(budget=64).entering(LLAVA) == (64,) * 32
+    assert HiRED(budget=64).tokens_per_layer(LLAVA) == (64,) * 32
     assert encode(torch.rand(1, 16), 16) is None
 
 
@@ -122,7 +122,7 @@ def test_nothing_is_lost_by_rounding():
     assert crop_budgets_as_released(salient, 3, 8) == [2, 2, 2]
 
 
-def drawn(row: int, arrays) -> dict[Signal, torch.Tensor]:
+def drawn(row: int, arrays) -> dict[TowerScore, torch.Tensor]:
     case, count = int(arrays["cases"][row]), len(arranged(tuple(arrays["sizes"][row])).crops)
     early = draw(f"hired-early-{case}", (count, 4, 576)).abs()
     early[0, :, :200] *= 1 + case % 3 / 4
@@ -167,7 +167,7 @@ def test_other_splits_stay_possible(crops, first):
     late = torch.linspace(1, 2, 576).repeat(5, 1)
     late[0, :75], late[0, 75:] = 3.0, 0.0
     run, reducer = arranged((672, 672), "spatial"), HiRED(budget=80, crops=crops)
-    assert (EARLY in reducer.tower_signals(tiled=True)) == (crops == "content")
+    assert (EARLY in reducer.tower_scores(tiled=True)) == (crops == "content")
     counts = counts_of(kept_of(reducer, run, {LATE: late, EARLY: late}), run)
     assert counts[0] == first and sum(counts) == 80
 
@@ -179,16 +179,16 @@ def test_frames_of_a_video_have_even_shares():
 
 
 def test_rate_of_the_release_is_one_of_whole_crops():
-    facts = facts_of(LLAVA, arranged((640, 480)))
-    assert HiRED(budget=1, retention_ratio=0.2, official=True).for_picture(facts).budget == 576
-    assert HiRED(budget=1, retention_ratio=0.2).for_picture(facts).budget == round(0.2 * facts.visual_tokens)
+    spec = spec_of(LLAVA, arranged((640, 480)))
+    assert HiRED(budget=1, retention_ratio=0.2, official=True).for_picture(spec).budget == 576
+    assert HiRED(budget=1, retention_ratio=0.2).for_picture(spec).budget == round(0.2 * spec.visual_tokens)
 
 
 def test_through_the_model(tmp_path):
     """The default meets its plan to the token; the release's counts depend on the picture, so it has no plan."""
     model = load(save_and_name(tmp_path), device="cpu")
     sample = Sample("a", QUESTIONS[0], image=picture(3, (60, 100)))
-    full = facts_of(model.facts, model.views(sample.image)[1])
+    full = spec_of(model.spec, model.views(sample.image)[1])
     for official in ("false", "true"):
         reducer = registry.build("hired", 30, {"official": official})
         state, record = prefill(model, [sample], reducer)

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 from baselines.holov import HoloV, deal, deal_as_released, keep_dealt, reduction_as_released, token_scores
 from llava.errors import UserError
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import PromptState
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 
-LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 
 
 def scores_by_the_book(tokens, attention, alpha):
@@ -95,7 +95,7 @@ def test_official_order_and_zero_vectors_equal_their_definition(power):
     for i, merged in enumerate(plan.apply(values)):
         kept = release_by_the_book(attention[i], given[i].tolist())
         short += len(kept) < 20
-        assert plan.anchor[i, : len(kept)].tolist() == kept
+        assert plan.kept[i, : len(kept)].tolist() == kept
         expected = torch.cat([values[i, kept], torch.zeros(20 - len(kept), 3)])
         torch.testing.assert_close(merged, expected)
     assert short > 0 or power == 1
@@ -106,8 +106,8 @@ def prompt(reducer, tokens, attention):
         ids=("a",) * len(tokens),
         features=tokens,
         tokens=tokens,
-        signals={Signal("cls_attention"): attention},
-        layout=Layout(4, 4),
+        scores={TowerScore("cls_attention"): attention},
+        layout=PatchGrid(4, 4),
     )
     return reducer.prompt(state)
 
@@ -118,7 +118,7 @@ def test_planted_attention_draws_the_budget_to_its_chunk():
     attention[0, 4:8] = 0.2
     attention[0, [1, 9, 15]] = 0.004
     plan = prompt(HoloV(budget=7, chunks=4, alpha=0.0), torch.randn(1, 16, 5), attention)
-    assert plan.anchor.tolist() == [[1, 4, 5, 6, 7, 9, 15]]
+    assert plan.kept.tolist() == [[1, 4, 5, 6, 7, 9, 15]]
 
 
 def test_overflow_goes_to_other_chunks_and_not_into_zero_vectors():
@@ -128,9 +128,9 @@ def test_overflow_goes_to_other_chunks_and_not_into_zero_vectors():
     tokens = torch.ones(1, 16, 5)
     release = prompt(HoloV(budget=8, chunks=4, official=True), tokens, attention)
     assert (release.apply(tokens)[0] == 0).all(-1).sum() == 4
-    assert len(set(release.anchor[0].tolist())) == 8
+    assert len(set(release.kept[0].tolist())) == 8
     plan = prompt(HoloV(budget=8, chunks=4), tokens, attention)
-    assert (plan.apply(tokens) == 1).all() and plan.anchor.shape == (1, 8)
+    assert (plan.apply(tokens) == 1).all() and plan.kept.shape == (1, 8)
 
 
 def test_variety_has_a_say_inside_a_chunk():
@@ -141,7 +141,7 @@ def test_variety_has_a_say_inside_a_chunk():
     first, last = [0, 4, 8, 12], [3, 7, 11, 15]
     for official, alpha, kept in ((False, 0.0, last), (False, 5.0, first), (True, 0.0, last), (True, 5.0, last)):
         plan = prompt(HoloV(budget=4, chunks=4, alpha=alpha, official=official), tokens, attention)
-        assert plan.anchor.tolist() == [kept]
+        assert plan.kept.tolist() == [kept]
 
 
 def test_tokens_stay_in_raster_order():
@@ -150,8 +150,8 @@ def test_tokens_stay_in_raster_order():
     tokens = torch.randn(1, 16, 5)
     release = prompt(HoloV(budget=8, chunks=4, alpha=0.0, official=True), tokens, attention)
     plan = prompt(HoloV(budget=8, chunks=4, alpha=0.0), tokens, attention)
-    assert plan.anchor.tolist() == [sorted(release.anchor[0].tolist())]
-    assert release.anchor.tolist() == [[7, 11, 10, 9, 12, 13, 14, 15]]
+    assert plan.kept.tolist() == [sorted(release.kept[0].tolist())]
+    assert release.kept.tolist() == [[7, 11, 10, 9, 12, 13, 14, 15]]
 
 
 def test_keeping_takes_what_was_dealt():

@@ -13,7 +13,7 @@ from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.model.multimodal_encoder.languagebind import LanguageBindVideoTower
 from llava.reduction.flops import tower_flops
-from llava.reduction.scores import TOWER_SIGNALS, Signal
+from llava.reduction.scores import TOWER_SCORES, TowerScore
 
 FRAMES = 4
 RECORDED = Path(__file__).parent / "data" / "video_llava" / "tower.npz"
@@ -184,17 +184,17 @@ def test_a_token_reaches_its_own_position_in_its_own_video_only(tower):
 @pytest.mark.parametrize("block", [0, 2, -2])
 def test_signals_are_those_of_the_spatial_attention(tower, block):
     """This catches signals computed from the block's input, in front of the attention over time."""
-    wanted = [Signal(kind, block) for kind in TOWER_SIGNALS]
+    wanted = [TowerScore(kind, block) for kind in TOWER_SCORES]
     images = pixels()
     layer = tower.encoder.layers[block]
     with torch.inference_mode():
-        found = encode(tower, images, -2, wanted).signals
+        found = encode(tower, images, -2, wanted).scores
         hidden = encode(tower, images, block % 3, keep_cls=True).features
         seen = torch.from_numpy(time_by_the_book(array(hidden), layer, FRAMES)).float()
         for signal in wanted:
-            expected = TOWER_SIGNALS[signal.kind](layer, seen)
+            expected = TOWER_SCORES[signal.kind](layer, seen)
             torch.testing.assert_close(found[signal], expected, atol=2e-5, rtol=1e-4)
-            assert (found[signal] - TOWER_SIGNALS[signal.kind](layer, hidden)).abs().max() > 1e-3
+            assert (found[signal] - TOWER_SCORES[signal.kind](layer, hidden)).abs().max() > 1e-3
 
 
 def test_operations_are_those_that_torch_counts():

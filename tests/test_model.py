@@ -25,7 +25,7 @@ class EveryOther(Reducer):
 
     layers: tuple = (1, 3)
 
-    def check(self, facts) -> None:
+    def check(self, spec) -> None:
         pass
 
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ def test_batch_equals_single(tiny, reducer):
         assert single_record.audits(single) == [audits[i]]
         for ours, theirs in zip(record.steps[i], single_record.steps[0], strict=True):
             assert ours.place == theirs.place
-            assert ours.reduction.anchor.tolist() == theirs.reduction.anchor.tolist()
+            assert ours.reduction.kept.tolist() == theirs.reduction.kept.tolist()
         assert generate(tiny, [sample], reducer, max_new_tokens=8).answers[0].token_ids == answers[i].token_ids
 
 

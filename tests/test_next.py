@@ -11,8 +11,8 @@ from llava.pipeline.prefill import prefill
 from llava.processing.sample import Sample
 from llava.reduction import registry
 from llava.reduction.crop_budget import planned, require
-from llava.reduction.model_spec import facts_of
-from llava.reduction.reducer import options_of
+from llava.reduction.model_spec import spec_of
+from llava.reduction.options import options_of
 from tests.conftest import QUESTIONS, picture
 from tests.tiny_checkpoints import save_text_tower
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
@@ -50,7 +50,7 @@ def accepted(name: str, model, budgets=(32, 30, 20)):
     for budget in budgets:
         reducer = registry.build(name, budget)
         try:
-            require(reducer, model.facts)
+            require(reducer, model.spec)
         except UserError:
             continue
         yield reducer
@@ -76,7 +76,7 @@ def test_every_method_meets_its_budget_over_crops(name, model):
                 assert audit.entering == (0,) * 4
                 continue
             full = model.views(sample.image)[1]
-            assert audit.entering == planned(reducer, facts_of(model.facts, full)), (reducer, full.tokens)
+            assert audit.entering == planned(reducer, spec_of(model.spec, full)), (reducer, full.tokens)
             # PyramidDrop's stages keep fixed shares, so it cannot keep nearly all of a small picture.
             if reducer.budget < full.patches * (0.5 if name == "pyramiddrop" else 1):
                 assert abs(audit.mean - reducer.budget) <= reducer.rounding
@@ -94,7 +94,7 @@ def test_every_method_takes_batches_as_single_pictures(name, model):
         torch.testing.assert_close(logits[i], alone[0], atol=2e-4, rtol=0)
         assert audit == audits[i]
         for ours, theirs in zip(record.steps[i], single.steps[0], strict=True):
-            assert torch.equal(ours.reduction.anchor, theirs.reduction.anchor)
+            assert torch.equal(ours.reduction.kept, theirs.reduction.kept)
 
 
 def test_a_budget_of_all_tokens_changes_nothing(name, model):
@@ -110,11 +110,11 @@ def test_every_other_split_meets_the_budget_too(name, model):
     choices = options_of(registry.method(name))["crops"].metadata["choices"]
     for crops in choices[1:] if name not in ("hired", "globalcom2") else choices:
         reducer = registry.build(name, 24, {"crops": crops})
-        require(reducer, model.facts)
+        require(reducer, model.spec)
         _, audits, record = run(model, batch()[1:3], reducer)
         assert [audit.mean for audit in audits] == [24, 24]
         for steps in record.steps:
-            anchors = steps[0].reduction.anchor[0]
+            anchors = steps[0].reduction.kept[0]
             assert len(anchors.unique()) == len(anchors)
 
 
@@ -125,7 +125,7 @@ def test_even_shares_over_crops(path):
     _, _, record = run(model, batch(), registry.build("fastervlm", 20))
     crop = model.views(picture(0))[1].origins()[:, 0]
     for steps in record.steps[:-1]:
-        counts = torch.bincount(crop[steps[0].reduction.anchor[0]], minlength=5)
+        counts = torch.bincount(crop[steps[0].reduction.kept[0]], minlength=5)
         assert counts.tolist() == [4] * 5
 
 
@@ -135,7 +135,7 @@ def test_newline_tokens_are_dropped_or_kept_and_counted(path):
     ends = model.views(sample.image)[1].newlines
     for newlines in ("drop", "keep"):
         _, (audit,), record = run(model, [sample], registry.build("fastervlm", 30, {"newlines": newlines}))
-        kept = record.steps[0][0].reduction.anchor[0]
+        kept = record.steps[0][0].reduction.kept[0]
         assert torch.isin(ends, kept).all() == (newlines == "keep") and audit.mean == 30
         assert torch.isin(ends, kept).any() == (newlines == "keep")
 
@@ -150,7 +150,7 @@ def test_kept_tokens_are_the_full_run_at_these_places(path):
         seen[reducer.name] = found.images.tokens
     for image, tokens in seen["fastervlm"].items():
         whole = seen["full"][image]
-        anchors = record.steps[image[0]][0].reduction.anchor[0] if record.steps[image[0]] else torch.arange(len(whole))
+        anchors = record.steps[image[0]][0].reduction.kept[0] if record.steps[image[0]] else torch.arange(len(whole))
         torch.testing.assert_close(tokens, whole[anchors])
 
 
@@ -164,7 +164,7 @@ def test_other_splits_follow_saliency(path, crops, counts):
     def planted(*arguments):
         found = real(*arguments)
         for one in found:
-            for values in one.encoded.signals.values():
+            for values in one.encoded.scores.values():
                 values[:] = 1e-6
                 values[4] = torch.linspace(1, 2, 16)
                 values[0].view(4, 4)[2:, 2:] = 1.0
@@ -173,7 +173,7 @@ def test_other_splits_follow_saliency(path, crops, counts):
     model.encode_images = planted
     _, _, record = run(model, batch()[:1], reducer)
     crop = model.views(picture(0))[1].origins()[:, 0]
-    kept = torch.bincount(crop[record.steps[0][0].reduction.anchor[0]], minlength=5).tolist()
+    kept = torch.bincount(crop[record.steps[0][0].reduction.kept[0]], minlength=5).tolist()
     assert kept == counts
 
 
@@ -183,9 +183,9 @@ def test_merged_tokens_stay_inside_their_crop(path):
     for name in ("consensusdrop", "visionzip"):
         _, _, record = run(model, batch()[:1], registry.build(name, 40))
         reduction = record.steps[0][0].reduction
-        used = reduction.owner[0] >= 0
+        used = reduction.assignment[0] >= 0
         origins = crop if reduction.inputs == 80 else model.views(picture(0))[1].with_cls().origins()[:, 0]
-        assert torch.equal(origins[reduction.anchor[0]][reduction.owner[0][used]], origins[used])
+        assert torch.equal(origins[reduction.kept[0]][reduction.assignment[0][used]], origins[used])
         assert torch.allclose(reduction.apply(torch.ones(1, reduction.inputs, 1)), torch.ones(1, 40, 1))
 
 
@@ -198,7 +198,7 @@ def test_original_positions_are_places_in_the_whole_run(path):
         _, record = prefill(model, [sample], reducer)
     sequence = found.sequences["embedded"]
     ((start, stop),) = sequence.visual[0]
-    anchors = record.steps[0][0].reduction.anchor[0]
+    anchors = record.steps[0][0].reduction.kept[0]
     assert torch.equal(sequence.position[0, start:stop], anchors + start)
     assert int(sequence.position[0, stop]) == start + model.views(sample.image)[1].tokens
 
@@ -210,15 +210,15 @@ def test_wrong_choices_are_refused(path, tiny_path):
         load(tiny_path, device="cpu", merge="spatial")
     model = load(path, device="cpu")
     with pytest.raises(UserError, match="at least"):
-        require(registry.build("fastervlm", 3), model.facts)
+        require(registry.build("fastervlm", 3), model.spec)
     with pytest.raises(UserError, match=f"1 to {model.visual_tokens}"):
-        require(registry.build("fastervlm", model.visual_tokens + 1), model.facts)
+        require(registry.build("fastervlm", model.visual_tokens + 1), model.spec)
 
 
 def test_budgets_of_different_methods_agree(model):
     """The same plan for every method that keeps a constant number of tokens."""
-    facts = dataclasses.replace(model.facts)
-    plans = {planned(registry.build(name, 30), facts) for name in ("fastervlm", "consensusdrop", "attnmix", "divprune")}
+    spec = dataclasses.replace(model.spec)
+    plans = {planned(registry.build(name, 30), spec) for name in ("fastervlm", "consensusdrop", "attnmix", "divprune")}
     assert plans == {(30,) * 4}
 
 
@@ -228,8 +228,8 @@ def test_a_budget_below_the_newline_tokens_of_some_picture_is_refused(path):
     most = max(len(model.anyres.arrange(size).newlines) for size in model.anyres.pinpoints)
     assert most > len(model.largest.newlines)
     with pytest.raises(UserError, match="newlines=drop"):
-        require(registry.build("fastervlm", most, {"newlines": "keep"}), model.facts)
+        require(registry.build("fastervlm", most, {"newlines": "keep"}), model.spec)
     reducer = registry.build("fastervlm", most + 5, {"newlines": "keep"})
-    require(reducer, model.facts)
+    require(reducer, model.spec)
     _, (audit,), _ = run(model, [Sample("tall", "where is it", image=picture(0, (56, 168)))], reducer)
     assert audit.mean == min(most + 5, audit.visual_tokens)

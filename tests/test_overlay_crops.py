@@ -7,7 +7,7 @@ from PIL import Image
 
 from eval.figures.overlay import DARK
 from eval.figures.overlay_tiles import GAP, draw_answer, draw_crops, draw_original
-from llava.pipeline.accounting import Audit
+from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.answer import Answer
 from llava.processing.sample import Sample
 from llava.processing.video import Video
@@ -38,7 +38,7 @@ def test_kept_patches_of_both_views_are_clear_and_all_others_dark():
 
 def test_a_run_with_class_tokens_is_understood():
     run = stitched((1, 1), (2, 2), newline=False)
-    place = int(run.with_cls().crops[1].places[3])
+    place = int(run.with_cls().crops[1].indices[3])
     drawn = np.asarray(draw_crops(WHITE, [step([place], run.tokens + 2)], run))[..., 0]
     assert (drawn[16:, 64 + GAP + 32 :] == 255).all() and (drawn[:, :64] < 255).all()
 
@@ -56,7 +56,7 @@ def test_frames_of_a_video_stand_in_two_rows():
 def test_every_image_of_a_sample_is_drawn_with_its_own_steps(images):
     run = stitched((1, 2), (4, 4))
     trace = tuple(step([n], run.tokens, "encoder" if n == 0 else f"encoder #{n + 1}") for n in range(images))
-    audit = Audit((1,), run.tokens, 0, 0)
+    audit = TokenAccounting((1,), run.tokens, 0, 0)
     answer = Answer("a", "yes", (1,), audit, trace, (run,) * images)
     drawn = draw_answer(Sample("a", "there?", image=(WHITE,) * images), answer)
     assert len(drawn) == images
@@ -69,7 +69,7 @@ def test_originals_are_drawn_as_large_as_their_overlays():
     """The original beside an overlay: enlarged alike, the frames of a video in the same two rows."""
     run = frames(4, 2, 2).with_cls()
     video = Video(tuple(Image.new("RGB", (20, 20), (60 * number, 0, 0)) for number in range(4)))
-    answer = Answer("a", "yes", (1,), Audit((1,), run.tokens, 0, 0), (step([16], run.tokens),), (run,))
+    answer = Answer("a", "yes", (1,), TokenAccounting((1,), run.tokens, 0, 0), (step([16], run.tokens),), (run,))
     original, (overlay,) = draw_original(video), draw_answer(Sample("a", "there?", image=video), answer)
     assert original.size == overlay.size == (2 * 40 + GAP, 2 * 40 + GAP)
     corners = [original.getpixel(place)[0] for place in ((0, 0), (83, 0), (0, 83), (83, 83))]

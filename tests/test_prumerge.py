@@ -9,13 +9,13 @@ from baselines.prumerge import PruMerge, left_over, outliers, shares
 from baselines.prumerge_plus import PruMergePlus, fixed_grid, released_budgets, released_grid, spread
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 from tests.conftest import samples
 
-LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 METHODS = (PruMerge, PruMergePlus)
 
 
@@ -42,11 +42,11 @@ def test_merging_equals_its_definition(tokens, count, neighbours):
 
 def encode(reducer, attention, keys=None, features=None):
     batch, tokens = attention.shape
-    first, second = reducer.signals()
+    first, second = reducer.scores()
     signals = {first: attention, second: torch.randn(batch, tokens, 6) if keys is None else keys}
     features = torch.zeros(batch, tokens, 2) if features is None else features
     ids = tuple(map(str, range(batch)))
-    return reducer.encoder(EncoderState(ids=ids, features=features, signals=signals, layout=Layout(1, tokens)))
+    return reducer.encoder(EncoderState(ids=ids, features=features, scores=signals, layout=PatchGrid(1, tokens)))
 
 
 @pytest.mark.parametrize("cls", METHODS)
@@ -56,8 +56,8 @@ def test_default_is_the_releases_sum_divided_by_its_weights_in_raster_order(cls)
     merged, ones = plan.apply(features), plan.apply(torch.ones(2, 40, 1))
     torch.testing.assert_close(ones, torch.ones(2, 11, 1))
     for i in range(2):
-        kept = plan.anchor[i, :-1].tolist()
-        assert kept == sorted(set(kept)) and plan.anchor[i, -1].item() not in kept
+        kept = plan.kept[i, :-1].tolist()
+        assert kept == sorted(set(kept)) and plan.kept[i, -1].item() not in kept
         book = lambda x, i=i, kept=kept: merge_by_the_book(x, kept, attention[i], keys[i], 32)  # noqa: E731
         torch.testing.assert_close(merged[i], book(features[i]) / book(torch.ones(40, 1)), atol=1e-5, rtol=1e-5)
 
@@ -71,7 +71,7 @@ def test_planted_tokens_are_kept_and_supplemented_by_their_twins():
     features = torch.eye(10)[None]
     plan = encode(PruMerge(budget=3, neighbours=1), attention, keys[None], features)
     merged = plan.apply(features)[0]
-    assert plan.anchor[0, :2].tolist() == [2, 7]
+    assert plan.kept[0, :2].tolist() == [2, 7]
     for row, own, twin in ((0, 2, 3), (1, 7, 8)):
         assert merged[row, own] == pytest.approx(1 / 1.05) and merged[row, twin] == pytest.approx(0.05 / 1.05)
     assert merged[2, [0, 1, 3, 4, 5, 6, 8, 9]].tolist() == pytest.approx([1 / 8] * 8) and merged[2, [2, 7]].sum() == 0
@@ -81,8 +81,8 @@ def test_planted_tokens_are_kept_and_supplemented_by_their_twins():
 def test_default_meets_the_budget_extra_token_included(budget):
     attention = torch.rand(2, 576)
     for cls in METHODS:
-        assert encode(cls(budget=budget), attention).anchor.shape == (2, budget)
-        assert cls(budget=budget).entering(LLAVA) == (budget,) * 32
+        assert encode(cls(budget=budget), attention).kept.shape == (2, budget)
+        assert cls(budget=budget).tokens_per_layer(LLAVA) == (budget,) * 32
 
 
 def test_planted_attention_takes_a_quarter_of_plus_and_the_rest_is_spread():
@@ -90,7 +90,7 @@ def test_planted_attention_takes_a_quarter_of_plus_and_the_rest_is_spread():
     attention = torch.full((1, 30), 0.01)
     attention[0, [4, 5, 6]] = 0.2
     plan = encode(PruMergePlus(budget=13), attention)
-    assert plan.anchor[0, :-1].tolist() == [0, 3, 4, 5, 6, 9, 12, 15, 18, 21, 24, 27]
+    assert plan.kept[0, :-1].tolist() == [0, 3, 4, 5, 6, 9, 12, 15, 18, 21, 24, 27]
 
 
 def test_spread_tokens_are_every_nth_of_what_is_left():
@@ -118,9 +118,9 @@ def test_official_count_is_the_pictures_and_not_the_budgets():
     reducer = PruMerge(budget=64, official=True)
     attention = torch.cat([peaked(30), peaked(7)])
     first, second = encode(reducer, attention)
-    assert [first.anchor.shape, second.anchor.shape] == [(1, 31), (1, 8)]
-    assert first.anchor[0, :-1].tolist() == list(range(100, 130)), "in the order of attention"
-    assert reducer.entering(LLAVA) is None
+    assert [first.kept.shape, second.kept.shape] == [(1, 31), (1, 8)]
+    assert first.kept[0, :-1].tolist() == list(range(100, 130)), "in the order of attention"
+    assert reducer.tokens_per_layer(LLAVA) is None
 
 
 def test_official_weights_are_attention_as_it_is():
@@ -128,7 +128,7 @@ def test_official_weights_are_attention_as_it_is():
     attention, keys, features = torch.rand(1, 40) / 40, torch.randn(1, 40, 6), torch.randn(1, 40, 4)
     plan = encode(PruMerge(budget=9, official=True, fixed=True), attention, keys, features)
     kept = sorted(range(40), key=lambda i: -attention[0, i])[:8]
-    assert plan.anchor[0, :-1].tolist() == kept
+    assert plan.kept[0, :-1].tolist() == kept
     expected = merge_by_the_book(features[0], kept, attention[0], keys[0], 32)
     torch.testing.assert_close(plan.apply(features)[0], expected, atol=1e-5, rtol=1e-5)
 
@@ -137,8 +137,8 @@ def test_official_weights_are_attention_as_it_is():
 def test_official_plus_keeps_about_four_times_the_outliers(share, about):
     """The counts that the release gives for these shares of outliers; how many of the grid are outliers varies."""
     (plan,) = encode(PruMergePlus(budget=64, official=True), peaked(int(576 * share)))
-    assert abs(plan.anchor.shape[1] - about) <= 6
-    kept = plan.anchor[0, :-1].tolist()
+    assert abs(plan.kept.shape[1] - about) <= 6
+    kept = plan.kept[0, :-1].tolist()
     assert len(set(kept)) == len(kept)
 
 
@@ -146,7 +146,7 @@ def test_official_plus_survives_a_picture_without_outliers():
     """The release divides by zero."""
     attention = torch.linspace(0.001, 0.0011, 576)[None]
     (plan,) = encode(PruMergePlus(budget=64, official=True), attention)
-    assert outliers(attention).tolist() == [0] and plan.anchor.tolist() == [[0, 575]]
+    assert outliers(attention).tolist() == [0] and plan.kept.tolist() == [[0, 575]]
 
 
 def test_official_plus_survives_more_than_a_third_of_outliers():
@@ -174,9 +174,9 @@ def test_fixed_branch_repeats_tokens_and_forgets_as_many():
     assert reducer.keep_as_released(attention).tolist() == [[4, 1, 20, 4, 12, 20]]
     assert left_over(torch.tensor([[4, 1, 20, 4, 12, 20]]), 24)[0, 0] == 3, "0 and 2 are forgotten"
     plan = encode(reducer, attention, torch.eye(24)[None])
-    assert (plan.mix[0, -1, [0, 2]] == 0).all() and (plan.mix[0, -1, 3] > 0).all()
+    assert (plan.merge_matrix[0, -1, [0, 2]] == 0).all() and (plan.merge_matrix[0, -1, 3] > 0).all()
     # The other copy is the nearest of a token that is there twice: its share is 1 + its own attention.
-    assert plan.mix[0, 0, 4] == pytest.approx(1.3) and plan.mix[0, 3, 4] == pytest.approx(1.3)
+    assert plan.merge_matrix[0, 0, 4] == pytest.approx(1.3) and plan.merge_matrix[0, 3, 4] == pytest.approx(1.3)
 
 
 def test_fixed_branch_knows_its_budgets():
@@ -192,7 +192,7 @@ def test_official_runs_through_the_model_with_a_count_of_its_own_per_picture(cls
     reducer = cls(budget=8, official=True)
     state, record = prefill(tiny, samples(), reducer)
     for i, audit in enumerate(record.audits(state)):
-        tokens = record.steps[i][0].reduction.anchor.shape[1] if i != 3 else 0
+        tokens = record.steps[i][0].reduction.kept.shape[1] if i != 3 else 0
         assert audit.entering == (tokens,) * 4
 
 
@@ -207,4 +207,4 @@ def test_impossible_options_are_refused(cls):
 
 
 def test_signals_are_those_of_the_last_block():
-    assert PruMerge(budget=8).signals() == (Signal("fused_cls_attention", -1), Signal("whole_keys", -1))
+    assert PruMerge(budget=8).scores() == (TowerScore("fused_cls_attention", -1), TowerScore("whole_keys", -1))

@@ -8,12 +8,12 @@ import torch
 from baselines.pyramiddrop import PyramidDrop
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 
-LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24)
+LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 
 
 def run(tiny, reducer, batch):
@@ -33,8 +33,8 @@ class FirstStages(PyramidDrop):
 def test_each_stage_keeps_what_the_map_of_the_next_layer_says(tiny, done):
     """On the tiny model the stages are layers 1, 2 and 3; the maps are of a run that stops in front of a stage."""
     batch, whole = samples(), PyramidDrop(budget=8)
-    assert whole.entering(tiny.facts) == (16, 9, 4, 2)
-    keep = whole.entering(tiny.facts)[done + 1]
+    assert whole.tokens_per_layer(tiny.spec) == (16, 9, 4, 2)
+    keep = whole.tokens_per_layer(tiny.spec)[done + 1]
     partial = type("Partial", (FirstStages,), {"stages_run": done})(budget=8)
     _, record = run(tiny, whole, batch)
     with eager_maps(tiny) as maps:
@@ -46,7 +46,7 @@ def test_each_stage_keeps_what_the_map_of_the_next_layer_says(tiny, done):
         score = [sum(weights[h, -1, start + token].item() for h in range(4)) for token in range(count)]
         best = sorted(sorted(range(count), key=lambda token: -score[token])[:keep])
         assert record.steps[i][done].place == f"layer {done + 1}"
-        assert record.steps[i][done].reduction.anchor[0].tolist() == best
+        assert record.steps[i][done].reduction.kept[0].tolist() == best
 
 
 def test_planted_tokens_are_kept():
@@ -55,19 +55,19 @@ def test_planted_tokens_are_kept():
     weights[0, 0, 0, 4] = weights[0, 1, 0, 1] = 0.6
     asked = []
     state = SimpleNamespace(tokens=torch.zeros(1, 6, 4), attention=lambda rows: asked.append(rows) or (weights, None))
-    assert PyramidDrop(budget=2).reduce(state, 2).anchor.tolist() == [[1, 4]] and asked == ["last"]
+    assert PyramidDrop(budget=2).reduce(state, 2).kept.tolist() == [[1, 4]] and asked == ["last"]
 
 
 @pytest.mark.parametrize(("budget", "first"), [(192, 312), (128, 184), (64, 56)])
 def test_exact_halving_meets_the_mean_on_llava_15(budget, first):
-    planned = PyramidDrop(budget=budget).entering(LLAVA_15)
+    planned = PyramidDrop(budget=budget).tokens_per_layer(LLAVA_15)
     assert planned == (576,) * 2 + (first,) * 8 + (first // 2,) * 10 + (first // 4,) * 12
     assert sum(planned) == 32 * budget
 
 
 def test_the_published_schedule_has_a_mean_of_270():
     """PyramidDrop issues 10 and 27 ask for schedules of 192, 128 and 64 tokens; only this one is published."""
-    planned = PyramidDrop(budget=270, schedule="paper").entering(LLAVA_15)
+    planned = PyramidDrop(budget=270, schedule="paper").tokens_per_layer(LLAVA_15)
     assert planned == (576,) * 8 + (288,) * 8 + (144,) * 8 + (72,) * 8 and sum(planned) == 32 * 270
     with pytest.raises(UserError, match=r"schedule=paper has a mean of 270 .* ask for a budget of 270"):
         PyramidDrop(budget=192, schedule="paper").check(LLAVA_15)
@@ -75,7 +75,7 @@ def test_the_published_schedule_has_a_mean_of_270():
 
 def test_the_third_partys_128_is_rounded_down():
     """576 * .32 is 184.3; with it the shares .32, .16, .08 are the same as exact halving at 128 tokens."""
-    third, ours = (PyramidDrop(budget=128, schedule=s).entering(LLAVA_15) for s in ("third_party", "mean"))
+    third, ours = (PyramidDrop(budget=128, schedule=s).tokens_per_layer(LLAVA_15) for s in ("third_party", "mean"))
     assert third == ours and third[2] == 184
 
 
@@ -107,5 +107,5 @@ def test_out_of_reach_budgets_are_refused_with_the_range(budget, reason):
 
 
 def test_kept_counts_the_layers_behind_the_first_stage():
-    planned = PyramidDrop(budget=30, schedule="kept").entering(LLAVA_15)
+    planned = PyramidDrop(budget=30, schedule="kept").tokens_per_layer(LLAVA_15)
     assert abs(sum(planned[2:]) / 30 - 30) <= 0.5 and planned[:2] == (576, 576)

@@ -15,7 +15,7 @@ from llava.model.multimodal_encoder import qwen_encoder as qwen_vision
 from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, project, signal_block
 from llava.processing.qwen_image import QwenImageProcessor
 from llava.reduction import flops
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 from tests.conftest import picture
 
 # Rows and columns that windows divide and that they do not, one picture within a window, a film, two of one size.
@@ -96,27 +96,27 @@ def test_the_official_sizes_and_real_pictures():
 
 def test_half_precision_loses_no_more_than_the_official_forward(visual):
     patches, grids = some_patches(), torch.tensor(GRIDS)
-    wanted = Signal("received_attention")
+    wanted = TowerScore("received_attention")
     with torch.inference_mode():
         exact = visual(patches, grids).pooler_output
         visual.to(torch.bfloat16)
         official = visual(patches, grids).pooler_output
         pictures = encode_qwen(visual, patches, GRIDS, [wanted])
         ours = torch.cat([project(visual, one.features) for one in pictures])
-    assert ours.dtype == torch.bfloat16 and pictures[0].signals[wanted].dtype == torch.float32
+    assert ours.dtype == torch.bfloat16 and pictures[0].scores[wanted].dtype == torch.float32
     assert (ours - exact).abs().mean() <= 1.2 * (official - exact).abs().mean()
 
 
 def test_a_picture_does_not_depend_on_its_company(visual):
     patches = some_patches()
-    wanted = [Signal("received_attention"), Signal("keys")]
+    wanted = [TowerScore("received_attention"), TowerScore("keys")]
     start = GRIDS[0][1] * GRIDS[0][2] + 16
     with torch.inference_mode():
         together = encode_qwen(visual, patches, GRIDS, wanted)[2]
         (alone,) = encode_qwen(visual, patches[start : start + 60], GRIDS[2:3], wanted)
     torch.testing.assert_close(alone.features, together.features, atol=1e-5, rtol=1e-5)
     for signal in wanted:
-        torch.testing.assert_close(alone.signals[signal], together.signals[signal], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(alone.scores[signal], together.scores[signal], atol=1e-5, rtol=1e-5)
 
 
 def test_the_projector_takes_any_number_of_groups(visual):
@@ -186,15 +186,15 @@ def signals_by_the_book(visual, index: int, patches: torch.Tensor):
 def test_signals_equal_the_definition(visual, block, monkeypatch):
     monkeypatch.setattr(qwen_vision, "QUERY_ROWS", 7)  # slices that do not divide the patches
     patches = some_patches()
-    wanted = [Signal(kind, block) for kind in ("received_attention", "keys", "whole_keys")]
+    wanted = [TowerScore(kind, block) for kind in ("received_attention", "keys", "whole_keys")]
     with torch.inference_mode():
         expected = signals_by_the_book(visual, block, patches)
         pictures = encode_qwen(visual, patches, GRIDS, wanted)
     for signal, values in zip(wanted, expected, strict=True):
-        found = torch.cat([one.signals[signal] for one in pictures])
+        found = torch.cat([one.scores[signal] for one in pictures])
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, values, atol=1e-6 if values.dim() == 1 else 1e-5, rtol=1e-4)
-    received = pictures[0].signals[wanted[0]]
+    received = pictures[0].scores[wanted[0]]
     torch.testing.assert_close(received.sum(), torch.tensor(0.25), atol=1e-6, rtol=0)
     assert received.max() > 1.5 * received.min(), "attention is flat, the comparison would show nothing"
 
@@ -203,7 +203,7 @@ def test_signals_leave_the_features_alone(visual):
     patches = some_patches()
     with torch.inference_mode():
         plain = encode_qwen(visual, patches, GRIDS)
-        asked = encode_qwen(visual, patches, GRIDS, [Signal("received_attention", 0), Signal("keys")])
+        asked = encode_qwen(visual, patches, GRIDS, [TowerScore("received_attention", 0), TowerScore("keys")])
     for one, other in zip(plain, asked, strict=True):
         assert torch.equal(one.features, other.features)
 
@@ -215,21 +215,21 @@ def test_no_full_attention_map_is_held(visual, monkeypatch):
     monkeypatch.setattr(qwen_vision, "QUERY_ROWS", 5)
     monkeypatch.setattr(qwen_vision, "SCORES", 2000)
     with torch.inference_mode():
-        encode_qwen(visual, some_patches(), GRIDS, [Signal("received_attention")])
+        encode_qwen(visual, some_patches(), GRIDS, [TowerScore("received_attention")])
     assert max(scores.shape[2] for scores in seen) <= 5
     assert all(scores.numel() <= 2000 or scores.shape[2] == 1 for scores in seen)
 
 
 def test_signals_move_to_a_block_that_sees_the_whole_picture():
     windowed, whole = tower("2.5"), tower("2")
-    assert [signal_block(windowed, Signal("keys", block)) for block in (0, 1, 2, 3, -1, -2, -3, -4)] == [
+    assert [signal_block(windowed, TowerScore("keys", block)) for block in (0, 1, 2, 3, -1, -2, -3, -4)] == [
         *(1, 1, 3, 3),
         *(3, 3, 1, 1),
     ]
-    assert [signal_block(whole, Signal("keys", block)) for block in (0, 2, -2)] == [0, 2, 2]
-    assert signal_block(windowed, Signal("keys", 5, depth=24)) == 1
+    assert [signal_block(whole, TowerScore("keys", block)) for block in (0, 2, -2)] == [0, 2, 2]
+    assert signal_block(windowed, TowerScore("keys", 5, depth=24)) == 1
     windowed.config.fullatt_block_indexes = [0, 1]
-    assert signal_block(windowed, Signal("keys")) == 1, "no such block behind it: the last one there is"
+    assert signal_block(windowed, TowerScore("keys")) == 1, "no such block behind it: the last one there is"
 
 
 def test_the_default_of_a_signal_is_the_last_block_of_the_official_depth():
@@ -238,20 +238,20 @@ def test_the_default_of_a_signal_is_the_last_block_of_the_official_depth():
             Qwen2_5_VLVisionConfig(hidden_size=1280, out_hidden_size=3584)
         )
     assert qwen_vision.full_blocks(visual) == (7, 15, 23, 31)
-    assert signal_block(visual, Signal("received_attention")) == 31
+    assert signal_block(visual, TowerScore("received_attention")) == 31
 
 
 def test_signals_that_cannot_be_had_are_refused():
     visual = tower("2.5")
     with pytest.raises(UserError, match="needs a CLS token"):
-        encode_qwen(visual, some_patches(), GRIDS, [Signal("cls_attention")])
+        encode_qwen(visual, some_patches(), GRIDS, [TowerScore("cls_attention")])
     with pytest.raises(UserError, match="Did you mean 'received_attention'"):
-        signal_block(visual, Signal("recieved_attention"))
+        signal_block(visual, TowerScore("recieved_attention"))
     with pytest.raises(UserError, match="has 4 blocks"):
-        signal_block(visual, Signal("keys", -5))
+        signal_block(visual, TowerScore("keys", -5))
     visual.config.fullatt_block_indexes = []
     with pytest.raises(UserError, match="has none"):
-        signal_block(visual, Signal("keys"))
+        signal_block(visual, TowerScore("keys"))
 
 
 # Operations
@@ -261,11 +261,11 @@ def test_signals_that_cannot_be_had_are_refused():
 @pytest.mark.parametrize("kind", ["received_attention", "keys"])
 def test_flops_equal_what_torch_counts(visual, grid, kind):
     """Attention by plain matrix products, which torch's counter sees on every machine."""
-    signal, patches = Signal(kind), some_patches([grid])
+    signal, patches = TowerScore(kind), some_patches([grid])
     with sdpa_kernel(SDPBackend.MATH), torch.inference_mode(), FlopCounterMode(display=False) as counter:
         (one,) = encode_qwen(visual, patches, [grid], [signal])
         tower_and_signal = counter.get_total_flops()
         project(visual, one.features)
-    expected = qwen_vision.tower_flops(visual, grid) + qwen_vision.signal_flops(visual, signal, grid)
+    expected = qwen_vision.tower_flops(visual, grid) + qwen_vision.score_flops(visual, signal, grid)
     assert tower_and_signal == expected
     assert counter.get_total_flops() - expected == flops.projector_flops(visual.merger, len(one.features))

@@ -3,7 +3,7 @@
 import pytest
 
 from llava.errors import UserError
-from llava.reduction.layer_schedule import entering_layers, largest_within, proportional, refuse_budget, scaled_layers
+from llava.reduction.layer_schedule import largest_within, proportional, refuse_budget, scaled_layers, tokens_by_layer
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def test_a_decoder_too_shallow_for_three_stages_is_refused(depth):
 
 
 def test_counts_hold_from_their_stage_on():
-    assert entering_layers(16, (1, 3), (9, 4), 5) == (16, 9, 9, 4, 4)
-    assert entering_layers(16, (), (), 3) == (16, 16, 16)
+    assert tokens_by_layer(16, (1, 3), (9, 4), 5) == (16, 9, 9, 4, 4)
+    assert tokens_by_layer(16, (), (), 3) == (16, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def by_the_book(budget, most, total_of, depth):
 @pytest.mark.parametrize("budget", [37, 38, 64, 100, 128, 192, 300, 323, 324, 325, 576])
 def test_the_fitted_count_is_the_nearest(budget):
     def total_of(x):
-        return sum(entering_layers(576, (2, 10, 20), proportional(x, (4, 2, 1)), 32))
+        return sum(tokens_by_layer(576, (2, 10, 20), proportional(x, (4, 2, 1)), 32))
 
     found = largest_within(budget, 576, total_of, 32)
     assert found == by_the_book(budget, 576, total_of, 32)

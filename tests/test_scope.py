@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from baselines.scope import Scope, cover_greedily
 from llava.errors import UserError
-from llava.reduction.patch_grid import Layout
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 
 
 def scope_by_the_book(features, weight, budget):
@@ -35,9 +35,9 @@ def test_equals_its_definition(tokens, width, budget):
 
 
 def encode(reducer, features, attention):
-    signals = {Signal("cls_attention"): attention}
+    signals = {TowerScore("cls_attention"): attention}
     ids = tuple(map(str, range(len(features))))
-    return reducer.encoder(EncoderState(ids=ids, features=features, signals=signals, layout=Layout(3, 4)))
+    return reducer.encoder(EncoderState(ids=ids, features=features, scores=signals, layout=PatchGrid(3, 4)))
 
 
 def test_planted_groups_give_one_token_each_the_one_that_cls_looks_at():
@@ -45,7 +45,7 @@ def test_planted_groups_give_one_token_each_the_one_that_cls_looks_at():
     features = torch.eye(3).repeat_interleave(4, dim=0)[None]
     attention = torch.full((1, 12), 0.01)
     attention[0, [1, 2, 7, 8]] = torch.tensor([0.3, 0.2, 0.02, 0.05])
-    assert encode(Scope(budget=3), features, attention).anchor.tolist() == [[1, 7, 8]]
+    assert encode(Scope(budget=3), features, attention).kept.tolist() == [[1, 7, 8]]
 
 
 def test_without_attention_coverage_decides():
@@ -53,14 +53,14 @@ def test_without_attention_coverage_decides():
     features = torch.eye(3)[torch.tensor([0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0])][None]
     attention = torch.zeros(1, 12)
     attention[0, 0] = 1.0
-    assert encode(Scope(budget=2, alpha=0.0), features, attention).anchor.tolist() == [[2, 7]]
-    assert encode(Scope(budget=1), features, attention).anchor.tolist() == [[0]]
+    assert encode(Scope(budget=2, alpha=0.0), features, attention).kept.tolist() == [[2, 7]]
+    assert encode(Scope(budget=1), features, attention).kept.tolist() == [[0]]
 
 
 def test_tokens_without_any_gain_are_still_chosen_once():
     """Identical tokens: the first covers all, then ties go to the lower index."""
     plan = encode(Scope(budget=5), torch.ones(2, 12, 4), torch.full((2, 12), 0.1))
-    assert plan.anchor.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert plan.kept.tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 def test_negative_alpha_is_refused():

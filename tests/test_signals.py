@@ -8,7 +8,7 @@ from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 from tests.conftest import samples
 
 
@@ -31,28 +31,28 @@ def pixels(tiny, count=3):
 @pytest.mark.parametrize("block", [-3, -2, -1, 0])
 def test_tower_signals_equal_eager_attention(eager, block):
     images = pixels(eager)
-    wanted = [Signal(kind, block) for kind in ("cls_attention", "received_attention", "keys")]
+    wanted = [TowerScore(kind, block) for kind in ("cls_attention", "received_attention", "keys")]
     with torch.inference_mode():
         encoded = encode(eager.tower, images, -2, wanted)
         reported = eager.tower(images, output_attentions=True, output_hidden_states=True)
         attention = reported.attentions[block]
-        torch.testing.assert_close(encoded.signals[wanted[0]], attention[:, :, 0, 1:].mean(1), atol=1e-6, rtol=0)
+        torch.testing.assert_close(encoded.scores[wanted[0]], attention[:, :, 0, 1:].mean(1), atol=1e-6, rtol=0)
         received = attention[:, :, 1:, 1:].mean((1, 2))
-        torch.testing.assert_close(encoded.signals[wanted[1]], received, atol=1e-6, rtol=0)
+        torch.testing.assert_close(encoded.scores[wanted[1]], received, atol=1e-6, rtol=0)
         layer = eager.tower.encoder.layers[block]
         hidden = reported.hidden_states[:-1][block]
         keys = layer.self_attn.k_proj(layer.layer_norm1(hidden))[:, 1:]
         heads = layer.self_attn.num_heads
-        torch.testing.assert_close(encoded.signals[wanted[2]], keys.unflatten(-1, (heads, -1)).mean(2))
+        torch.testing.assert_close(encoded.scores[wanted[2]], keys.unflatten(-1, (heads, -1)).mean(2))
         torch.testing.assert_close(encoded.features, reported.hidden_states[-2][:, 1:])
 
 
 @pytest.mark.parametrize("block", [-2, -1])
 def test_cls_logits_are_eager_attention_before_its_softmax(eager, block):
     """Up to a constant per head the logarithm of a row of attention; and the definition, head by head."""
-    images, wanted = pixels(eager), Signal("cls_logits", block)
+    images, wanted = pixels(eager), TowerScore("cls_logits", block)
     with torch.inference_mode():
-        found = encode(eager.tower, images, -2, [wanted]).signals[wanted]
+        found = encode(eager.tower, images, -2, [wanted]).scores[wanted]
         reported = eager.tower(images, output_attentions=True, output_hidden_states=True)
         log = reported.attentions[block][:, :, 0, 1:].log().mean(1)
         centred = [rows - rows.mean(1, keepdim=True) for rows in (found, log)]
@@ -79,7 +79,7 @@ def test_blocks_behind_the_features_run_only_for_a_signal(tiny, monkeypatch):
 
 def test_a_block_the_tower_lacks_is_refused(tiny):
     with pytest.raises(UserError, match="has 3 blocks"):
-        encode(tiny.tower, pixels(tiny), -2, [Signal("keys", -4)])
+        encode(tiny.tower, pixels(tiny), -2, [TowerScore("keys", -4)])
 
 
 def test_smaller_grid_equals_a_smaller_tower(tiny):
@@ -141,7 +141,7 @@ def test_flops_equal_what_torch_counts(eager, method, budget):
     """One sample, eager attention, so that every product is a matmul that torch's counter sees."""
     reducer = registry.build(method, budget)
     try:
-        reducer.check(eager.facts)
+        reducer.check(eager.spec)
     except UserError:
         return  # a budget that this method's structure cannot meet on so small a model
     with FlopCounterMode(display=False) as counter:

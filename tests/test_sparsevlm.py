@@ -14,12 +14,12 @@ from baselines.sparsevlm import TABLES, SparseVLM
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import keep_top, registry
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 
-LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24)
+LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 
 
 def run(tiny, reducer, batch):
@@ -114,7 +114,7 @@ def test_recycling_is_the_one_of_the_definition(tokens, keep):
     merged = reduction.apply(points)
     for row in range(2):
         kept, clusters = recycle_by_the_book(score[row].tolist(), points[row].double(), keep)
-        assert reduction.anchor[row].tolist() == kept + [members[0] for members in clusters]
+        assert reduction.kept[row].tolist() == kept + [members[0] for members in clusters]
         torch.testing.assert_close(merged[row, :keep], points[row, kept])
         for place, members in enumerate(clusters):
             torch.testing.assert_close(merged[row, keep + place], points[row, members].mean(0))
@@ -126,15 +126,15 @@ def test_planted_tokens_are_kept_and_the_next_best_recycled():
     score = torch.arange(12, 0, -1).float()[None].repeat(2, 1)
     score[:, 11] = 100
     reduction = keep_and_recycle(score, torch.zeros(2, 12, 3), 2)
-    assert reduction.anchor.tolist() == [[0, 11, 1]] * 2
-    assert reduction.owner.tolist() == [[0, 2, 2, 2, 2, -1, -1, -1, -1, -1, -1, 1]] * 2
-    assert reduction.weight[0, 1:5].tolist() == [0.25] * 4
+    assert reduction.kept.tolist() == [[0, 11, 1]] * 2
+    assert reduction.assignment.tolist() == [[0, 2, 2, 2, 2, -1, -1, -1, -1, -1, -1, 1]] * 2
+    assert reduction.merge_weight[0, 1:5].tolist() == [0.25] * 4
 
 
 def test_a_cluster_of_one_stays_in_its_place():
     """Three dropped tokens or fewer leave one to recycle. The release would put that very token behind the others."""
     reduction = keep_and_recycle(torch.tensor([[5.0, 1, 4, 3, 2]]), torch.randn(1, 5, 2), 2)
-    assert reduction.anchor.tolist() == [[0, 2, 3]] and not reduction.merges
+    assert reduction.kept.tolist() == [[0, 2, 3]] and not reduction.merges
 
 
 # -- in the decoder ---------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_each_stage_keeps_what_the_map_of_the_layer_before_says(tiny, variant):
                     expected = kept + [members[0] for members in clusters]
                 else:
                     expected = keep_top(torch.tensor([score]), keep + (variant == "v1"))[0].tolist()
-                assert reduction.anchor[row].tolist() == expected
+                assert reduction.kept[row].tolist() == expected
 
 
 def test_planted_heads_are_listened_to():
@@ -205,7 +205,7 @@ def test_planted_heads_are_listened_to():
         attention=lambda rows, at: (weights, torch.ones(1, 3, dtype=torch.bool)),
         matmul=torch.matmul,
     )
-    assert SparseVLM(budget=2, variant="v2").reduce(state, 2).anchor.tolist() == [[2, 5]]
+    assert SparseVLM(budget=2, variant="v2").reduce(state, 2).kept.tolist() == [[2, 5]]
 
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
@@ -244,7 +244,7 @@ def test_positions_follow_the_variant(tiny, variant, stays):
 )
 def test_the_release_counts_layers_as_pruned_that_are_not(budget, counts, mean):
     """SparseVLMs issue 35: layers 2, 6 and 15 run on everything and are counted as shortened; what enters is more."""
-    planned = SparseVLM(budget=budget, schedule="release").entering(LLAVA_15)
+    planned = SparseVLM(budget=budget, schedule="release").tokens_per_layer(LLAVA_15)
     assert planned == (576,) * 3 + (counts[0],) * 4 + (counts[1],) * 9 + (counts[2],) * 16
     assert sum(planned) / 32 == mean
     theirs = (576,) * 2 + (counts[0],) * 4 + (counts[1],) * 9 + (counts[2],) * 17
@@ -253,7 +253,7 @@ def test_the_release_counts_layers_as_pruned_that_are_not(budget, counts, mean):
 
 @pytest.mark.parametrize("budget", [192, 128, 64])
 def test_plus_has_tables_of_its_own_and_no_clusters(budget):
-    planned = SparseVLM(budget=budget, schedule="release", variant="v2").entering(LLAVA_15)
+    planned = SparseVLM(budget=budget, schedule="release", variant="v2").tokens_per_layer(LLAVA_15)
     first, second, third = TABLES["v2"][budget]
     assert planned == (576,) * 3 + (first,) * 4 + (second,) * 9 + (third,) * 16
 
@@ -262,7 +262,7 @@ def test_plus_has_tables_of_its_own_and_no_clusters(budget):
 @pytest.mark.parametrize("budget", [64, 96, 100, 128, 160, 192, 270])
 def test_fitted_budgets_meet_the_mean_and_keep_the_proportions(budget, variant):
     method = SparseVLM(budget=budget, variant=variant)
-    planned = method.entering(LLAVA_15)
+    planned = method.tokens_per_layer(LLAVA_15)
     assert abs(sum(planned) / 32 - budget) <= method.rounding
     assert planned[:3] == (576,) * 3 and planned[3] > planned[7] > planned[16] == planned[31]
     nearest = min(TABLES[variant], key=lambda known: abs(known - budget))

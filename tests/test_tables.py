@@ -10,7 +10,7 @@ from eval.efficiency import latency
 from eval.efficiency.latency import Measured, Measurements, chosen_options, ratios, run, table
 from eval.efficiency.shapes import SHAPES, random_llava
 from eval.results.statistics import Interval
-from eval.sweep import Remembering, Setting, sweep
+from eval.sweep import CachingLlava, Setting, sweep
 from eval.tables.ablation import changed, defaults, is_default
 from eval.tables.consensusdrop import FACTORS
 from eval.tables.page import insert, latex, markdown
@@ -26,27 +26,27 @@ from tests.eval_fakes import write_gqa
 
 def test_remembered_features_give_the_same_answers(tiny):
     batch = [sample if sample.image is None else _named(sample, i) for i, sample in enumerate(samples())]
-    remembering = Remembering(tiny)
+    caching = CachingLlava(tiny)
     settings = (("consensusdrop", {}), ("uniform", {}), ("consensusdrop", {"block": "-1", "cls_token": "true"}))
     reducers = [registry.build(name, 7, options) for name, options in settings]
-    remembering.expect(reducers)
+    caching.expect(reducers)
     for reducer in reducers:
         expected = generate(tiny, batch, reducer, max_new_tokens=4)
         for _ in range(2):  # the second time nothing is encoded
-            found = generate(remembering, batch, reducer, max_new_tokens=4)
+            found = generate(caching, batch, reducer, max_new_tokens=4)
             assert [a.token_ids for a in found.answers] == [a.token_ids for a in expected.answers]
             assert found.flops == expected.flops
-    assert len(remembering._seen) == 4
+    assert len(caching._seen) == 4
 
 
 def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):
     """A sweep goes on where it stopped; a run of other settings in the same folder would still be refused."""
     data = write_gqa(tmp_path / "data", count=6, images=2)
     settings = [Setting("uniform", 4), Setting("consensusdrop", 4, {"alpha": "0.25"})]
-    first = sweep(settings, Remembering(tiny), data, "testdev", tmp_path / "out", wandb="disabled")
+    first = sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="disabled")
     assert [len(credits) for credits in first] == [6, 6]
     assert len({folder.name for folder in (tmp_path / "out" / "testdev").iterdir()}) == 2
-    again = Remembering(tiny)
+    again = CachingLlava(tiny)
     monkeypatch.setattr(again, "answer", None)
     assert sweep(settings, again, data, "testdev", tmp_path / "out", wandb="disabled") == first
 
@@ -55,7 +55,7 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
     """A sweep took finished settings by their configuration alone."""
     data = write_gqa(tmp_path / "data", count=6, images=2)
     settings, out = [Setting("uniform", 4)], tmp_path / "out"
-    sweep(settings, Remembering(tiny), data, "testdev", out, limit=4)
+    sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4)
     (folder,) = (out / "testdev").iterdir()
     assert (folder / "limit4" / "result.json").is_file() and not (folder / "result.json").exists()
     real = run_module.answer_sources
@@ -63,11 +63,11 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
         run_module, "answer_sources", lambda *objects: real(*objects) | {"llava/pipeline/decoder.py": "edited"}
     )
     with pytest.raises(UserError, match=r"made by other code: llava/decoder\.py changed"):
-        sweep(settings, Remembering(tiny), data, "testdev", out, limit=4)
+        sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4)
     monkeypatch.undo()
     picture(9, (32, 32)).save(data / "gqa" / "data" / "images" / "n1.jpg")
     with pytest.raises(UserError, match=r"holds 2 answers to other images"):
-        sweep(settings, Remembering(tiny), data, "testdev", out, limit=4)
+        sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4)
 
 
 def _named(sample, index):

@@ -6,13 +6,13 @@ import torch
 from baselines.tome import ToMe, merge_most_similar, removals, smallest_budget
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from tests.conftest import samples
 from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw
 
-LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24)
+LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 
 
 def matching_by_the_book(keys, groups: list[list[int]], count: int) -> list[list[int]]:
@@ -38,11 +38,11 @@ def test_matching_equals_the_definition(tokens, count):
     keys, sizes, values = torch.randn(3, tokens, 8), torch.rand(3, tokens) + 1, torch.randn(3, tokens, 5)
     reduction = merge_most_similar(keys, sizes, count)
     outputs = reduction.apply(values)
-    assert reduction.anchor.shape == (3, tokens - count)
+    assert reduction.kept.shape == (3, tokens - count)
     for row in range(3):
         groups = matching_by_the_book(keys[row], [[i] for i in range(tokens)], count)
         found = [[] for _ in groups]
-        for token, output in enumerate(reduction.owner[row].tolist()):
+        for token, output in enumerate(reduction.assignment[row].tolist()):
             found[output].append(token)
         assert [sorted(group) for group in groups] == found
         for group, output in zip(groups, outputs[row], strict=True):
@@ -55,9 +55,9 @@ def test_planted_pairs_are_merged():
     keys = torch.eye(10)[[0, 0, 1, 2, 3, 4, 5, 6, 7, 8]]
     keys[4], keys[8] = keys[3], keys[9]
     reduction = merge_most_similar(keys[None], torch.ones(1, 10), 2)
-    assert reduction.anchor.tolist() == [[0, 2, 6, 1, 3, 5, 7, 9]]
-    assert reduction.owner[0, [4, 8]].tolist() == [4, 7], "into tokens 3 and 9"
-    assert reduction.owner[0, :2].tolist() == [0, 3], "CLS and its twin stay two tokens"
+    assert reduction.kept.tolist() == [[0, 2, 6, 1, 3, 5, 7, 9]]
+    assert reduction.assignment[0, [4, 8]].tolist() == [4, 7], "into tokens 3 and 9"
+    assert reduction.assignment[0, :2].tolist() == [0, 3], "CLS and its twin stay two tokens"
 
 
 def test_recorded_merges_of_the_release():
@@ -72,7 +72,7 @@ def test_recorded_merges_of_the_release():
         values = draw(case["x"], (1, tokens, case["x_width"]))
         sizes = 1 + draw(case["size"], (1, tokens, 1)).abs()[..., 0]
         reduction = merge_most_similar(keys, sizes, case["r"])
-        assert reduction.owner[0].tolist() == arrays[f"assign_{number}"].tolist()
+        assert reduction.assignment[0].tolist() == arrays[f"assign_{number}"].tolist()
         expected = torch.from_numpy(arrays[f"out_{number}"])
         torch.testing.assert_close(reduction.apply(values)[0], expected, atol=2e-6, rtol=0)
         compared += 1
@@ -107,10 +107,10 @@ def test_every_budget_that_halving_can_reach_is_met_exactly(patches, blocks):
 def test_too_small_budgets_are_refused(tiny):
     """Two blocks in front of the features: 16 patches become 8, then 4."""
     with pytest.raises(UserError, match=r"tome cannot reach .* 3 .*at most half .*reaches 4 to 16"):
-        ToMe(budget=3).check(tiny.facts)
-    ToMe(budget=4).check(tiny.facts)
+        ToMe(budget=3).check(tiny.spec)
+    ToMe(budget=4).check(tiny.spec)
     ToMe(budget=1).check(LLAVA_15)
-    assert ToMe(budget=64).entering(LLAVA_15) == (64,) * 32
+    assert ToMe(budget=64).tokens_per_layer(LLAVA_15) == (64,) * 32
 
 
 # In the tower
@@ -150,7 +150,7 @@ def test_the_tower_equals_a_plain_loop(tiny, budget):
         expected, groups = tower_by_the_book(tiny.tower, pixels[row], removals(16, budget, 2))
         assert groups[0] == [0], "CLS stays alone"
         torch.testing.assert_close(encoded.features[row], expected[1:], atol=1e-5, rtol=0)
-        owner = encoded.merged.owner[row].tolist()
+        owner = encoded.merged.assignment[row].tolist()
         assert [[i + 1 for i, o in enumerate(owner) if o == k] for k in range(budget)] == [
             sorted(group) for group in groups[1:]
         ]
@@ -163,6 +163,6 @@ def test_raster_order_is_restored(tiny):
         _, record = prefill(tiny, samples(1), ToMe(budget=9, order=order))
         place = torch.arange(16)
         for step in record.steps[0]:
-            place = place[step.reduction.anchor[0]]
+            place = place[step.reduction.kept[0]]
         anchors[order] = place.tolist()
     assert anchors["raster"] == sorted(anchors["release"]) != anchors["release"]

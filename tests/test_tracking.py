@@ -18,7 +18,7 @@ from eval.figures.overlay import compose, draw_overlay, group_colour
 from eval.figures.overlay_tiles import GAP
 from eval.results import baseline, tracking
 from eval.run import run
-from eval.sweep import Remembering, Setting, sweep
+from eval.sweep import CachingLlava, Setting, sweep
 from llava.reduction import Reduction, Step
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import find_runs, read_run
@@ -166,7 +166,7 @@ def test_a_sweep_is_one_run_with_a_row_per_setting(tiny, tmp_path, monkeypatch):
     data = write_gqa(tmp_path / "data", count=4, images=2)
     settings = [Setting("full", None), Setting("uniform", 4)]
     for _ in range(2):  # the second time everything is there
-        sweep(settings, Remembering(tiny), data, "testdev", tmp_path / "out", wandb="offline")
+        sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="offline")
     first, second = map(read_run, find_runs(tmp_path / "out" / "testdev"))
     assert first.name == second.name and first.job_type == "sweep"
     table = second.table("settings")
@@ -373,13 +373,13 @@ def test_kept_clear_dropped_dark_merged_in_the_colour_of_their_group():
 def test_steps_compose_by_the_positions_of_the_step_before():
     """Keep 1, 3, 6, 8 of nine patches, then the outputs 0 and 2 of those: patches 1 and 6."""
     fate = compose([prune([1, 3, 6, 8], 9), prune([0, 2], 4, "layer 2")], 9)
-    assert fate.anchor.tolist() == [1, 6]
+    assert fate.kept.tolist() == [1, 6]
     assert fate.owner.tolist() == [-1, 0, -1, -1, -1, -1, 1, -1, -1]
 
 
 def test_pruning_a_merged_token_drops_all_that_went_into_it():
     fate = compose([merge([0, 2], [0, 0, 1, 1]), prune([1], 2, "layer 1")], 4)
-    assert fate.owner.tolist() == [-1, -1, 0, 0] and fate.anchor.tolist() == [2]
+    assert fate.owner.tolist() == [-1, -1, 0, 0] and fate.kept.tolist() == [2]
 
 
 def test_a_share_of_zero_is_no_share():

@@ -6,12 +6,12 @@ import torch
 from baselines.trim import TRIM, keep_and_average, outliers
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
 from tests.conftest import samples
 
-LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24, has_text_tower=True)
+LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24, has_text_tower=True)
 
 
 def state_of(tiny, batch: int = 2, tokens: int = 16, **changes) -> EncoderState:
@@ -19,7 +19,7 @@ def state_of(tiny, batch: int = 2, tokens: int = 16, **changes) -> EncoderState:
     known = {
         "ids": tuple("abcdef"[:batch]),
         "features": torch.randn(batch, tokens, 32, generator=torch.Generator().manual_seed(tokens)),
-        "signals": {},
+        "scores": {},
         "layout": tiny.layout,
         "questions": questions,
         "messages": tuple(f"{question} answer with one word" for question in questions),
@@ -47,7 +47,7 @@ def test_the_method_equals_the_definition(tiny, budget, sign):
     for row, question in enumerate(state.questions):
         number = -1 if sign == "negated" else 1
         kept, expected = trim_by_the_book(tiny, state.features[row], question, budget - 1, number)
-        assert reduction.anchor[row, :-1].tolist() == kept
+        assert reduction.kept[row, :-1].tolist() == kept
         torch.testing.assert_close(outputs[row], expected)
 
 
@@ -59,18 +59,18 @@ def test_planted_patches_are_kept(tiny):
     features = toward.expand(1, 16, -1) + 0.01 * torch.randn(1, 16, 32)
     features[0, [2, 7, 8, 13]] -= 2 * toward
     state = state_of(tiny, 1, features=features)
-    assert TRIM(budget=5).encoder(state).anchor[:, :4].tolist() == [[2, 7, 8, 13]]
-    assert not {2, 7, 8, 13} & set(TRIM(budget=5, relevance="plain").encoder(state).anchor[0, :4].tolist())
+    assert TRIM(budget=5).encoder(state).kept[:, :4].tolist() == [[2, 7, 8, 13]]
+    assert not {2, 7, 8, 13} & set(TRIM(budget=5, relevance="plain").encoder(state).kept[0, :4].tolist())
 
 
 def test_the_mean_counts(tiny):
     """The release keeps T tokens and adds one: T + 1 where other methods have T."""
-    assert TRIM(budget=64).entering(LLAVA_15) == (64,) * 32
-    assert TRIM(budget=64, official=True).entering(LLAVA_15) == (65,) * 32
+    assert TRIM(budget=64).tokens_per_layer(LLAVA_15) == (64,) * 32
+    assert TRIM(budget=64, official=True).tokens_per_layer(LLAVA_15) == (65,) * 32
     for official in (False, True):
         reducer = TRIM(budget=8, official=official)
         state, record = prefill(tiny, samples(3), reducer)
-        assert {a.entering for a in record.audits(state)} == {reducer.entering(tiny.facts)}
+        assert {a.entering for a in record.audits(state)} == {reducer.tokens_per_layer(tiny.spec)}
 
 
 @torch.inference_mode()
@@ -80,17 +80,17 @@ def test_the_release_reads_the_whole_message_up_to_clips_length(tiny):
     state = state_of(tiny, 1, messages=(message,))
     kept, expected = trim_by_the_book(tiny, state.features[0], message, 8)
     reduction = TRIM(budget=8, official=True).encoder(state)
-    assert reduction.anchor[0, :-1].tolist() == kept
+    assert reduction.kept[0, :-1].tolist() == kept
     torch.testing.assert_close(reduction.apply(state.features)[0], expected)
-    assert TRIM(budget=9).encoder(state).anchor[0, :-1].tolist() != kept, "the question alone says something else"
+    assert TRIM(budget=9).encoder(state).kept[0, :-1].tolist() != kept, "the question alone says something else"
 
 
 def test_the_mean_has_equal_shares_and_stands_last():
     kept = torch.tensor([[0, 4], [1, 2]])
     reduction = keep_and_average(kept, 5)
-    assert reduction.anchor.tolist() == [[0, 4, 3], [1, 2, 4]]
-    assert reduction.owner.tolist() == [[0, 2, 2, 2, 1], [2, 0, 1, 2, 2]]
-    torch.testing.assert_close(reduction.weight[0], torch.tensor([1, 1 / 3, 1 / 3, 1 / 3, 1]))
+    assert reduction.kept.tolist() == [[0, 4, 3], [1, 2, 4]]
+    assert reduction.assignment.tolist() == [[0, 2, 2, 2, 1], [2, 0, 1, 2, 2]]
+    torch.testing.assert_close(reduction.merge_weight[0], torch.tensor([1, 1 / 3, 1 / 3, 1 / 3, 1]))
 
 
 @torch.inference_mode()
@@ -112,15 +112,15 @@ def test_outliers_are_counted_by_the_interquartile_range(tiny):
 
     reducer, state = TRIM(budget=8, adaptive=True), state_of(tiny, 3)
     found = reducer.encoder(state)
-    assert reducer.entering(LLAVA_15) is None and len(found) == 3
+    assert reducer.tokens_per_layer(LLAVA_15) is None and len(found) == 3
     texts = tiny.clip.text(state.questions)[0]  # [B, 1, P]
     similarity = (tiny.clip.image(state.features)[0] @ texts.transpose(1, 2)).squeeze(2)
     counts = outliers((-similarity).softmax(-1)).tolist()
-    assert [reduction.anchor.shape[1] for reduction in found] == [count + 1 for count in counts]
+    assert [reduction.kept.shape[1] for reduction in found] == [count + 1 for count in counts]
 
 
 def test_what_is_missing():
     with pytest.raises(UserError, match=r"trim .* needs the CLIP text tower"):
-        TRIM(budget=64).check(ModelFacts(576, 32, Layout(24, 24), 24))
+        TRIM(budget=64).check(ModelSpec(576, 32, PatchGrid(24, 24), 24))
     with pytest.raises(UserError, match=r"trim.relevance must be one of tower, negated, plain"):
         TRIM(budget=64, relevance="up")

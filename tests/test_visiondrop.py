@@ -11,16 +11,16 @@ from llava.errors import UserError
 from llava.pipeline import decoder
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
-from llava.reduction.scores import Signal
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.scores import TowerScore
 from llava.reduction.states import EncoderState
 from tests.conftest import picture, samples
 from visiondrop.method import VisionDrop
 from visiondrop.schedule import geometric, geometric_means, plan, segment_widths, split
 
-LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)
-TINY = ModelFacts(16, 4, Layout(4, 4), 3)
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
+TINY = ModelSpec(16, 4, PatchGrid(4, 4), 3)
 QUARTERS = (8, 8, 8, 8)
 
 
@@ -34,7 +34,7 @@ def test_default_schedule_is_a_multiple_of_the_published_one(times, budget):
     pairs = {0: (42, 6), 8: (30, 5), 16: (22, 4), 24: (16, 3)}
     assert reducer.stages(LLAVA) == {layer: (times * d, times * c) for layer, (d, c) in pairs.items()}
     expected = [times * total for total in (48, 35, 26, 19) for _ in range(8)]
-    assert list(reducer.entering(LLAVA)) == expected and sum(expected) == 32 * budget
+    assert list(reducer.tokens_per_layer(LLAVA)) == expected and sum(expected) == 32 * budget
 
 
 @pytest.mark.parametrize(
@@ -88,26 +88,26 @@ def test_stages_move_with_the_depth():
     deep = dataclasses.replace(LLAVA, layers=40)
     reducer = registry.build("visiondrop", 64)
     assert reducer.decoder_layers(40) == (10, 20, 30) and reducer.decoder_layers(8) == (2, 4, 6)
-    assert reducer.entering(deep) == tuple(total for total in (96, 70, 52, 38) for _ in range(10))
+    assert reducer.tokens_per_layer(deep) == tuple(total for total in (96, 70, 52, 38) for _ in range(10))
     odd = dataclasses.replace(LLAVA, layers=22)
     assert segment_widths(reducer.decoder_layers(22), 22) == (6, 5, 6, 5)
-    assert sum(reducer.entering(odd)) == 64 * 22
+    assert sum(reducer.tokens_per_layer(odd)) == 64 * 22
     early = registry.build("visiondrop", 64, {"layers": "2,16"})
-    assert early.decoder_layers(32) == (2, 16) and sum(early.entering(LLAVA)) == 64 * 32
+    assert early.decoder_layers(32) == (2, 16) and sum(early.tokens_per_layer(LLAVA)) == 64 * 32
     once = registry.build("visiondrop", 64, {"start": "1"})
-    assert once.entering(LLAVA) == (64,) * 32
+    assert once.tokens_per_layer(LLAVA) == (64,) * 32
 
 
 # -- the encoder stage ------------------------------------------------------------------------------------------------
 
 
-def encoder_state(images=3, facts=TINY, seed=0, kind="cls_attention", cls=True) -> EncoderState:
+def encoder_state(images=3, spec=TINY, seed=0, kind="cls_attention", cls=True) -> EncoderState:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    count = facts.visual_tokens
-    signals = {Signal(kind): draw(images, count).exp(), Signal("keys"): draw(images, count, 5)}
+    count = spec.visual_tokens
+    signals = {TowerScore(kind): draw(images, count).exp(), TowerScore("keys"): draw(images, count, 5)}
     features, ids = draw(images, count + cls, 6), tuple(map(str, range(images)))
-    return EncoderState(ids=ids, facts=facts, features=features, signals=signals, layout=facts.layout)
+    return EncoderState(ids=ids, spec=spec, features=features, scores=signals, layout=spec.layout)
 
 
 def reduce_by_the_book(tokens, score, metric, dominant, contextual, merge, fixed=()) -> tuple[list[int], list]:
@@ -146,29 +146,29 @@ def test_encoder_stage_equals_its_definition(merge, budget, keep_cls):
     reducer = VisionDrop(budget=budget, merge=merge, keep_cls=keep_cls, ratio=3)
     found = reducer.encoder(state)
     values = found.apply(state.features)
-    score, keys = (state.signals[signal].tolist() for signal in reducer.signals())
+    score, keys = (state.scores[signal].tolist() for signal in reducer.scores())
     for b in range(3):
         scores, metric = ([0.0, *score[b]], [[1.0] * 5, *keys[b]]) if keep_cls else (score[b], keys[b])
         pair, fixed = reducer.stages(TINY)[0], (0,) if keep_cls else ()
         position, expected = reduce_by_the_book(state.features[b].tolist(), scores, metric, *pair, merge, fixed)
-        assert found.anchor[b].tolist() == position
+        assert found.kept[b].tolist() == position
         torch.testing.assert_close(values[b], torch.tensor(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_planted_patches_are_dominant_and_cls_comes_first():
     """Plant the answer: CLS looks at patches 3 and 9, everything else is merged."""
     state = encoder_state(images=1)
-    state.signals[Signal("cls_attention")] = torch.full((1, 16), 0.01)
-    state.signals[Signal("cls_attention")][0, [3, 9]] = 0.4
+    state.scores[TowerScore("cls_attention")] = torch.full((1, 16), 0.01)
+    state.scores[TowerScore("cls_attention")][0, [3, 9]] = 0.4
     reducer = VisionDrop(budget=3, ratio=3)  # the first segment gets 5 tokens: 3 dominant, 2 contextual
     assert reducer.stages(TINY)[0] == (3, 2)
-    assert reducer.encoder(state).anchor[0, :3].tolist() == [0, 4, 10]
+    assert reducer.encoder(state).kept[0, :3].tolist() == [0, 4, 10]
     without = VisionDrop(budget=3, ratio=3, keep_cls=False).encoder(encoder_state(images=1, cls=False))
     assert without.inputs == 16
 
 
 def test_a_first_segment_as_long_as_the_image_keeps_every_patch_and_no_cls():
-    assert VisionDrop(budget=13).encoder(encoder_state()).anchor.tolist() == [list(range(1, 17))] * 3
+    assert VisionDrop(budget=13).encoder(encoder_state()).kept.tolist() == [list(range(1, 17))] * 3
     assert VisionDrop(budget=13, keep_cls=False).encoder(encoder_state(cls=False)) is None
 
 
@@ -176,8 +176,8 @@ def test_raster_order_is_that_of_the_targets():
     state = encoder_state()
     raster = VisionDrop(budget=6, order="raster").encoder(state)
     behind = VisionDrop(budget=6).encoder(state)
-    assert raster.anchor.tolist() == behind.anchor.sort(1).values.tolist()
-    place = behind.anchor.argsort(1)[..., None].expand(-1, -1, 6)
+    assert raster.kept.tolist() == behind.kept.sort(1).values.tolist()
+    place = behind.kept.argsort(1)[..., None].expand(-1, -1, 6)
     torch.testing.assert_close(raster.apply(state.features), behind.apply(state.features).gather(1, place))
 
 
@@ -222,14 +222,14 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
 def test_every_option_keeps_its_budget_alone_and_in_batches(tiny, options):
     batch, reducer = samples(), registry.build("visiondrop", 6, options)
-    reducer.check(tiny.facts)
+    reducer.check(tiny.spec)
     state, record = prefill(tiny, batch, reducer)
     assert [audit.mean for audit in record.audits(state)] == [6, 6, 6, 0, 6]
     for i, sample in enumerate(batch):
         single, alone = prefill(tiny, [sample], reducer)
         torch.testing.assert_close(tiny.logits(state.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)
         for a, b in zip(record.steps[i], alone.steps[0], strict=True):
-            assert a.reduction.anchor.tolist() == b.reduction.anchor.tolist()
+            assert a.reduction.kept.tolist() == b.reduction.kept.tolist()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
@@ -316,13 +316,13 @@ def test_what_a_model_cannot_do_is_refused():
 
 def test_a_tower_without_cls_needs_received_attention():
     """The paper ranks by attention from all patches where there is no CLS, as in SigLIP; the release cannot."""
-    facts = dataclasses.replace(TINY, has_cls=False)
+    spec = dataclasses.replace(TINY, has_cls=False)
     for wrong in ({}, {"encoder_score": "received"}, {"keep_cls": False}):
         with pytest.raises(UserError, match="encoder_score=received"):
-            VisionDrop(budget=6, **wrong).check(facts)
+            VisionDrop(budget=6, **wrong).check(spec)
     reducer = VisionDrop(budget=6, encoder_score="received", keep_cls=False)
-    reducer.check(facts)
+    reducer.check(spec)
     state = encoder_state(kind="received_attention", cls=False)
-    dominant, _ = reducer.stages(facts)[0]
-    best = state.signals[Signal("received_attention")].topk(dominant).indices.sort().values
-    assert reducer.encoder(state).anchor[:, :dominant].tolist() == best.tolist()
+    dominant, _ = reducer.stages(spec)[0]
+    best = state.scores[TowerScore("received_attention")].topk(dominant).indices.sort().values
+    assert reducer.encoder(state).kept[:, :dominant].tolist() == best.tolist()

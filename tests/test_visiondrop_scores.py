@@ -114,7 +114,7 @@ def test_the_decoder_stage_keeps_the_best_and_merges_by_keys(tiny):
     """Dominant tokens in raster order, then the targets at their stride; every other joins the most similar one."""
     (state,) = decoder_states(tiny)
     reducer = VisionDrop(budget=8, ratio=2)
-    dominant, contextual = reducer.stages(tiny.facts)[2]
+    dominant, contextual = reducer.stages(tiny.spec)[2]
     with torch.inference_mode():
         found = reducer.decoder(state)
         seen = look(state, "causal")
@@ -124,10 +124,10 @@ def test_the_decoder_stage_keeps_the_best_and_merges_by_keys(tiny):
     for b, kept in enumerate(best):
         rest = [i for i in range(16) if i not in kept]
         targets = [rest[0], rest[len(rest) // 2]]
-        assert found.anchor[b].tolist() == kept + targets
+        assert found.kept[b].tolist() == kept + targets
         for i in set(rest) - set(targets):
             nearest = int((key[b, targets] @ key[b, i]).argmax())
-            assert found.owner[b, i] == dominant + nearest
+            assert found.assignment[b, i] == dominant + nearest
 
 
 @pytest.mark.parametrize("limit", [1, 300, 2000])

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 
 from baselines.visionzip import VisionZip, zip_tokens
 from llava.errors import UserError
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 
-LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 
 
 def zip_by_the_book(features, saliency, keys, dominant, contextual, added):
@@ -43,13 +43,13 @@ def test_equals_its_definition(tokens, dominant, contextual, weights):
         expected, places = zip_by_the_book(
             features[i], saliency[i], keys[i], dominant, contextual, weights == "anchor_plus_mean"
         )
-        assert plan.anchor[i].tolist() == places
+        assert plan.kept[i].tolist() == places
         torch.testing.assert_close(merged, expected)
 
 
 def state(saliency, keys, features):
-    signals = {Signal("cls_attention"): saliency, Signal("keys"): keys}
-    return EncoderState(ids=("a",), features=features, signals=signals, layout=Layout(4, 4, has_cls=True))
+    signals = {TowerScore("cls_attention"): saliency, TowerScore("keys"): keys}
+    return EncoderState(ids=("a",), features=features, scores=signals, layout=PatchGrid(4, 4, has_cls=True))
 
 
 def test_planted_tokens_are_kept_and_planted_twins_are_merged():
@@ -62,7 +62,7 @@ def test_planted_tokens_are_kept_and_planted_twins_are_merged():
     reducer = VisionZip(budget=5, contextual=0.4)
     plan = reducer.encoder(state(saliency, keys, features))
     # The rest is 0 1 2 4 .. 11 13 14 15; every seventh of it is a target: 0 and 8.
-    assert plan.anchor.tolist() == [[0, 4, 13, 1, 9]]
+    assert plan.kept.tolist() == [[0, 4, 13, 1, 9]]
     first, second = [0, 1, 2, 4, 5, 6, 7], [8, 9, 10, 11, 13, 14, 15]
     expected = [0, 4, 13, *(sum(i + 1 for i in group) / 7 for group in (first, second))]
     torch.testing.assert_close(plan.apply(features).flatten(), torch.tensor(expected))
@@ -73,7 +73,7 @@ def test_budgets_are_split_as_in_the_release():
     splits = {192: (162, 30), 128: (108, 20), 64: (54, 10), 32: (27, 5)}
     assert {budget: VisionZip(budget=budget).split() for budget in splits} == splits
     assert all(VisionZip(budget=budget, contextual=0.99).split()[0] >= 1 for budget in range(1, 577))
-    assert VisionZip(budget=64).entering(LLAVA) == (64,) * 32
+    assert VisionZip(budget=64).tokens_per_layer(LLAVA) == (64,) * 32
 
 
 def test_the_release_adds_where_the_paper_averages():

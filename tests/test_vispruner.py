@@ -7,21 +7,21 @@ import torch
 from baselines.vispruner import VisPruner, distinct
 from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 
-LLAVA = ModelFacts(576, 32, Layout(24, 24), 24)
-CLS = Signal("cls_attention")
+LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
+CLS = TowerScore("cls_attention")
 
 
 def state(features: torch.Tensor, attention: torch.Tensor) -> EncoderState:
     images, tokens = attention.shape
     return EncoderState(
-        ids=tuple(map(str, range(images))), features=features, signals={CLS: attention}, layout=Layout(1, tokens)
+        ids=tuple(map(str, range(images))), features=features, scores={CLS: attention}, layout=PatchGrid(1, tokens)
     )
 
 
@@ -55,7 +55,7 @@ def by_the_book(features: torch.Tensor, attention: torch.Tensor, budget: int, im
 def test_equals_its_definition(tokens, budget, important):
     features, attention = drawn(tokens + budget, 3, tokens)
     plan = VisPruner(budget=budget, important=important).encoder(state(features, attention))
-    assert plan.anchor.tolist() == [by_the_book(features[b], attention[b], budget, important) for b in range(3)]
+    assert plan.kept.tolist() == [by_the_book(features[b], attention[b], budget, important) for b in range(3)]
 
 
 @pytest.mark.parametrize("budget", [58, 30, 14])
@@ -64,8 +64,8 @@ def test_an_odd_number_of_important_tokens(budget):
     assert int(budget * 0.5) % 2
     features, attention = drawn(budget, 2, 576)
     plan = VisPruner(budget=budget).encoder(state(features, attention))
-    assert plan.anchor.shape == (2, budget) and (plan.anchor.diff() > 0).all()
-    assert plan.anchor[0].tolist() == by_the_book(features[0], attention[0], budget, 0.5)
+    assert plan.kept.shape == (2, budget) and (plan.kept.diff() > 0).all()
+    assert plan.kept[0].tolist() == by_the_book(features[0], attention[0], budget, 0.5)
 
 
 @pytest.mark.parametrize("budget", range(1, 17))
@@ -73,7 +73,7 @@ def test_a_list_shorter_than_a_round(budget):
     """Below 16 entries fewer than eight stand at even places; the release asks for a list of negative length."""
     features, attention = drawn(budget, 2, 17)
     plan = VisPruner(budget=budget).encoder(state(features, attention))
-    assert plan.anchor.shape == (2, budget) and (plan.anchor.diff() > 0).all()
+    assert plan.kept.shape == (2, budget) and (plan.kept.diff() > 0).all()
 
 
 def test_planted_duplicates_go_and_planted_singles_stay():
@@ -84,7 +84,7 @@ def test_planted_duplicates_go_and_planted_singles_stay():
     features[0, alone] = torch.eye(6)[2:]
     attention = torch.linspace(0.01, 0.005, 42)[None].clone()
     attention[0, :2] = 0.4
-    kept = VisPruner(budget=26, important=2 / 26).encoder(state(features, attention)).anchor[0].tolist()
+    kept = VisPruner(budget=26, important=2 / 26).encoder(state(features, attention)).kept[0].tolist()
     assert kept[:2] == [0, 1] and set(alone) <= set(kept)
 
 
@@ -113,7 +113,7 @@ def test_selects_what_the_release_selects_of_drawn_numbers(variant):
     features = torch.stack([recipe.draw(f"vispruner-features-{i}", (576, 64)) for i in cases])
     attention = torch.stack([recipe.draw(f"vispruner-attention-{i}", (4, 576)).abs().mean(0) for i in cases])
     plan = VisPruner(budget=meta["budget"]).encoder(state(features, attention))
-    np.testing.assert_array_equal(plan.anchor.numpy(), arrays["kept"])
+    np.testing.assert_array_equal(plan.kept.numpy(), arrays["kept"])
 
 
 def test_important_tokens_are_those_of_the_release():
@@ -124,13 +124,13 @@ def test_important_tokens_are_those_of_the_release():
         with torch.inference_mode():
             encoded = encode(model.tower, recipe.case(int(arrays["cases"][row])).pixels[None], -2, [CLS])
         # A budget of only important tokens is the important half of twice the budget.
-        kept = VisPruner(budget=32, important=1.0).encoder(state(encoded.features, encoded.signals[CLS]))
-        assert kept.anchor[0].tolist() == sorted(arrays["important"][row].tolist())
+        kept = VisPruner(budget=32, important=1.0).encoder(state(encoded.features, encoded.scores[CLS]))
+        assert kept.kept[0].tolist() == sorted(arrays["important"][row].tolist())
         assert set(arrays["important"][row]) <= set(arrays["kept"][row])
 
 
 def test_budget_holds_in_every_layer():
-    assert all(VisPruner(budget=budget).entering(LLAVA) == (budget,) * 32 for budget in (192, 128, 64, 58))
+    assert all(VisPruner(budget=budget).tokens_per_layer(LLAVA) == (budget,) * 32 for budget in (192, 128, 64, 58))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])

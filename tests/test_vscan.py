@@ -8,13 +8,13 @@ from baselines.vscan import DEEP, SHALLOW, VScan, keep_top_of_windows, merge_int
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import PromptState
 from tests.conftest import samples
 
-LLAVA_15 = ModelFacts(576, 32, Layout(24, 24), 24)
-GRID = Layout(24, 24)
+LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)
+GRID = PatchGrid(24, 24)
 
 
 def stage_one_by_the_book(shallow, deep, first: int, side: int = 6) -> list[int]:
@@ -40,10 +40,10 @@ def merge_by_the_book(tokens, kept: list[int]) -> torch.Tensor:
 def state_of(batch: int = 2, width: int = 12, **changes) -> PromptState:
     known = {
         "ids": tuple("abc"[:batch]),
-        "facts": LLAVA_15,
+        "spec": LLAVA_15,
         "features": torch.randn(batch, 576, 8),
         "tokens": torch.randn(batch, 576, width),
-        "signals": {SHALLOW: torch.rand(batch, 576), DEEP: torch.rand(batch, 576)},
+        "scores": {SHALLOW: torch.rand(batch, 576), DEEP: torch.rand(batch, 576)},
         "layout": GRID,
     }
     return PromptState(**{**known, **changes})
@@ -55,8 +55,8 @@ def test_the_first_stage_equals_the_definition(budget):
     reduction = VScan(budget=budget).prompt(state)
     outputs = reduction.apply(state.tokens)
     for row in range(2):
-        kept = stage_one_by_the_book(state.signals[SHALLOW][row], state.signals[DEEP][row], 3 * budget // 2)
-        assert reduction.anchor[row].tolist() == kept
+        kept = stage_one_by_the_book(state.scores[SHALLOW][row], state.scores[DEEP][row], 3 * budget // 2)
+        assert reduction.kept[row].tolist() == kept
         torch.testing.assert_close(outputs[row], merge_by_the_book(state.tokens[row], kept), atol=1e-5, rtol=1e-5)
 
 
@@ -66,20 +66,20 @@ def test_planted_patches_are_kept():
     local = [(6 * row + row) * 24 + 6 * column + 5 - column for row in range(4) for column in range(4)]
     corner = [0, 1, 2, 3, 24, 25, 26, 27, 48, 49, 50, 51, 72, 73, 74, 75]
     shallow[0, local], deep[0, corner] = 1.0, 1.0
-    state = state_of(1, signals={SHALLOW: shallow, DEEP: deep})
-    kept = set(VScan(budget=22).prompt(state).anchor[0].tolist())  # 33 in the first stage: 16 + 17
+    state = state_of(1, scores={SHALLOW: shallow, DEEP: deep})
+    kept = set(VScan(budget=22).prompt(state).kept[0].tolist())  # 33 in the first stage: 16 + 17
     assert set(local) | set(corner) <= kept and len(kept) == 33
 
 
 def test_a_patch_is_not_chosen_twice():
     """Both blocks look at the same patches: the second half must go to others."""
     loud = torch.rand(1, 576)
-    state = state_of(1, signals={SHALLOW: loud, DEEP: loud})
-    assert len(set(VScan(budget=64).prompt(state).anchor[0].tolist())) == 96
+    state = state_of(1, scores={SHALLOW: loud, DEEP: loud})
+    assert len(set(VScan(budget=64).prompt(state).kept[0].tolist())) == 96
 
 
 def test_windows_of_grids_that_do_not_divide():
-    window, count = windows(Layout(4, 5), 3)
+    window, count = windows(PatchGrid(4, 5), 3)
     assert window.view(4, 5).tolist() == [[0, 0, 0, 1, 1]] * 3 + [[2, 2, 2, 3, 3]] and count == 4
     assert windows(GRID, 6)[1] == 16
 
@@ -98,28 +98,28 @@ def test_published_schedule(budget, first, second):
     """96 tokens, from layer 16 on 32, is what the release calls 64; others in proportion."""
     for official in ("false", "true"):
         reducer = registry.build("vscan", budget, {"official": official})
-        assert reducer.entering(LLAVA_15) == (first,) * 16 + (second,) * 16
+        assert reducer.tokens_per_layer(LLAVA_15) == (first,) * 16 + (second,) * 16
 
 
 def test_every_budget_is_met():
-    for facts in (LLAVA_15, ModelFacts(576, 40, GRID, 24), ModelFacts(16, 5, Layout(4, 4), 3)):
-        for budget in range(1, facts.visual_tokens + 1):
+    for spec in (LLAVA_15, ModelSpec(576, 40, GRID, 24), ModelSpec(16, 5, PatchGrid(4, 4), 3)):
+        for budget in range(1, spec.visual_tokens + 1):
             reducer = VScan(budget=budget)
-            reducer.check(facts)
-            entering = reducer.entering(facts)
-            assert min(entering) >= 1 and max(entering) <= facts.visual_tokens
-            assert abs(sum(entering) / len(entering) - budget) <= 0.5, (facts, budget, entering)
+            reducer.check(spec)
+            entering = reducer.tokens_per_layer(spec)
+            assert min(entering) >= 1 and max(entering) <= spec.visual_tokens
+            assert abs(sum(entering) / len(entering) - budget) <= 0.5, (spec, budget, entering)
 
 
 @pytest.mark.parametrize(("budget", "lacking"), [(50, 5), (60, 13), (64, 0), (70, 4)])
 def test_the_release_lacks_tokens_where_the_windows_do_not_divide(budget, lacking):
     """37 local tokens over 16 windows are 2 each: 5 are never chosen."""
     ours, theirs = VScan(budget=budget), VScan(budget=budget, official=True)
-    assert ours.entering(LLAVA_15)[0] - theirs.entering(LLAVA_15)[0] == lacking
+    assert ours.tokens_per_layer(LLAVA_15)[0] - theirs.tokens_per_layer(LLAVA_15)[0] == lacking
     state = state_of(1)
-    kept = theirs.prompt(state).anchor[0].tolist()
-    assert kept == stage_one_by_the_book(state.signals[SHALLOW][0], state.signals[DEEP][0], 3 * budget // 2)
-    assert len(ours.prompt(state).anchor[0]) == 3 * budget // 2
+    kept = theirs.prompt(state).kept[0].tolist()
+    assert kept == stage_one_by_the_book(state.scores[SHALLOW][0], state.scores[DEEP][0], 3 * budget // 2)
+    assert len(ours.prompt(state).kept[0]) == 3 * budget // 2
 
 
 @torch.inference_mode()
@@ -137,7 +137,7 @@ def test_the_second_stage_ranks_by_the_last_tokens_attention(tiny):
             weights = layer.self_attn(layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask)[1]
             layer.self_attn.config._attn_implementation = "sdpa"
             start, stop = state.sequence.images[0]
-            seen.append((reduction.anchor[0], weights[0, :, -1, start:stop].mean(0)))
+            seen.append((reduction.kept[0], weights[0, :, -1, start:stop].mean(0)))
             return reduction
 
     prefill(tiny, samples(1), Probe(budget=8))
@@ -171,6 +171,6 @@ def test_options_are_checked(options, message):
 
 def test_models_that_cannot_be_served(tiny):
     with pytest.raises(UserError, match=r"must be below 4 \(decoder layers\), got 4"):
-        VScan(budget=8, layers=(4,)).check(tiny.facts)
+        VScan(budget=8, layers=(4,)).check(tiny.spec)
     with pytest.raises(UserError, match="CLS token"):
-        VScan(budget=8).check(ModelFacts(576, 32, GRID, 24, has_cls=False))
+        VScan(budget=8).check(ModelSpec(576, 32, GRID, 24, has_cls=False))

@@ -8,7 +8,7 @@ import torch
 
 from llava import load, reduce
 from llava.errors import UserError
-from llava.pipeline.accounting import Audit
+from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.generate import generate
 from llava.processing.anyres import best_resolution
 from llava.processing.sample import Sample
@@ -94,7 +94,7 @@ def test_tokens_are_gone_from_every_layers_cache(case):
             assert out.past_key_values.valid[layer].sum(1).tolist() == lengths
         assert entering[0] < 16 and max(lengths) < inputs["input_ids"].shape[1]
         assert [len(trace) > 0 for trace in reduced.traces] == [True, True, False, True]
-        assert all(isinstance(audit, Audit) and audit.planned == audit.mean for audit in reduced.audits)
+        assert all(isinstance(audit, TokenAccounting) and audit.planned == audit.mean for audit in reduced.audits)
 
 
 def test_a_row_of_a_batch_is_the_same_alone(case):
@@ -114,7 +114,7 @@ def test_a_random_choice_does_not_change_with_the_batch(case):
         case.model(**inputs)
         ((step,),) = reduced.traces[1:2]
         case.model(**case.prepare(TEXTS[1:2], [picture(2, (112, 112))]))
-        assert torch.equal(reduced.traces[0][0].reduction.anchor, step.reduction.anchor)
+        assert torch.equal(reduced.traces[0][0].reduction.kept, step.reduction.kept)
 
 
 def test_generates_what_our_own_model_answers(case, tmp_path, request):
@@ -144,7 +144,7 @@ def test_generates_what_our_own_model_answers(case, tmp_path, request):
         assert tuple(ids) == answer.token_ids and len(ids) == 8, name
         assert done.audits == [answer.audit]
         for ours_step, theirs in zip(answer.trace, done.traces[0], strict=True):
-            assert torch.equal(ours_step.reduction.anchor, theirs.reduction.anchor)
+            assert torch.equal(ours_step.reduction.kept, theirs.reduction.kept)
 
 
 def test_videos_keep_the_class_token_of_every_frame():
@@ -198,7 +198,7 @@ def test_a_method_that_needs_the_text_tower(tmp_path):
         assert torch.equal(case.model(**inputs).logits, first)
         reduced.questions = ["color", *questions[1:]]
         case.model(**inputs)
-        assert not torch.equal(reduced.traces[0][0].reduction.anchor, traces[0][0].reduction.anchor)
+        assert not torch.equal(reduced.traces[0][0].reduction.kept, traces[0][0].reduction.kept)
     with pytest.raises(UserError, match="text_tower"):
         reduce(case.model, "cdpruner", 5)
     qwen = stock("qwen2.5")

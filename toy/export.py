@@ -27,7 +27,7 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
-from eval.command import ends_in_a_sentence
+from eval.command import exit_on_user_error
 from eval.config import DEFAULT_MODEL
 from llava.errors import UserError
 from toy.data.instruct_vocabulary import INSTRUCT_WORDS
@@ -177,7 +177,7 @@ def export(stage: str, folder: Path, model: Path, output: Path) -> None:
         how.text_tower(model / "text_tower", output / "text_tower")
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from eval.answers.jsonl import read_json
-from eval.command import ends_in_a_sentence
+from eval.command import exit_on_user_error
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.sweep import Remembering, Setting, sweep
+from eval.sweep import CachingLlava, Setting, sweep
 from eval.tables.page import insert, markdown
 from llava.model.builder import load
 from llava.processing.clip_image import ImageProcessor, pad_to_square
@@ -166,7 +166,7 @@ def gqa_credits(folder: Path, args: argparse.Namespace) -> Credits:
     """Credit of each question of the toy GQA; the answers of each model are kept in a folder of its own."""
     bundled = folder.resolve() == Path(DEFAULT_MODEL).resolve()
     output = args.output if bundled else args.output / folder.name
-    model = Remembering(load(DEFAULT_MODEL if bundled else str(folder)))
+    model = CachingLlava(load(DEFAULT_MODEL if bundled else str(folder)))
     return sweep([Setting("full", None)], model, args.data or DEFAULT_DATA, "testdev", output, limit=args.limit)[0]
 
 
@@ -325,7 +325,7 @@ def training_table(folder: Path, stages: Sequence[str], accuracy: bool = True) -
     return markdown([*names, "running accuracy at the end"] if accuracy else ["stage", *names], rows)
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

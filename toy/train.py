@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.command import ends_in_a_sentence
+from eval.command import exit_on_user_error
 from eval.config import DEFAULT_MODEL
 from eval.results.tracking import Tracker, start
 from llava.errors import UserError
@@ -122,7 +122,7 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = read_arguments(arguments)

@@ -14,17 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from consensusdrop.merging import merge_flops, merge_plan
-from llava.errors import UserError
-from llava.reduction import Reduction, keep_top
-from llava.reduction.crop_budget import over_crops, planned
-from llava.reduction.layer_schedule import entering_layers, refuse_budget, scaled_layers
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.reducer import Reducer, option
-from llava.reduction.registry import register
-from llava.reduction.scores import Signal
-from llava.reduction.states import DecoderState, EncoderState, State
+from llava.reduction import (
+    DecoderState,
+    EncoderState,
+    MethodMetadata,
+    ModelSpec,
+    Reducer,
+    Reduction,
+    State,
+    TowerScore,
+    UserError,
+    keep_top,
+    merge_flops,
+    merge_plan,
+    option,
+    over_crops,
+    planned,
+    refuse_budget,
+    register,
+    scaled_layers,
+    tokens_by_layer,
+)
 from visiondrop.schedule import PUBLISHED_RATIO, PUBLISHED_START, plan, segment_widths
 from visiondrop.scoring import ATTENTIONS, AVERAGES, METRICS, look, merge_metric, visual_scores
 
@@ -40,7 +50,7 @@ class VisionDrop(Reducer):
     """Acts before the projector and in front of three decoder layers; no stage reads the question."""
 
     summary: ClassVar[str] = "rank by visual attention in stages, encoder first, then decoder layers; merge the rest"
-    card: ClassVar[Card] = Card(
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower, before decoder layers 8, 16 and 24 of 32",
         score="CLS attention, then attention received from visual tokens",
         rest="merged by keys into an eighth of the tokens",
@@ -50,7 +60,9 @@ class VisionDrop(Reducer):
         url="https://arxiv.org/abs/2506.22283",
         code="Ruixxxx/VisionDrop@f7a9444",
     )
-    quirks: ClassVar[dict[str, str]] = {"appended": "as in the release, contextual tokens follow the dominant ones"}
+    known_deviations: ClassVar[dict[str, str]] = {
+        "appended": "as in the release, contextual tokens follow the dominant ones"
+    }
 
     crops: str = option(
         "each", "the encoder stage splits the budget evenly over crops, the decoder ranks all together", ("each",)
@@ -89,25 +101,25 @@ class VisionDrop(Reducer):
         if self.official and changed:
             raise UserError(f"visiondrop.official is the release as it is; leave out {', '.join(changed)}.")
 
-    def check(self, facts: ModelFacts) -> None:
-        if not facts.has_cls and (self.keep_cls or self.encoder_score == "cls"):
+    def check(self, spec: ModelSpec) -> None:
+        if not spec.has_cls and (self.keep_cls or self.encoder_score == "cls"):
             raise UserError(
                 "visiondrop ranks by the CLS token and keeps it; this vision tower has none. Set "
                 "visiondrop.encoder_score=received and visiondrop.keep_cls=false."
             )
-        super().check(facts)
-        first = self.decoder_layers(facts.layers)[0]
-        if self.start * first >= facts.layers:
+        super().check(spec)
+        first = self.decoder_layers(spec.layers)[0]
+        if self.start * first >= spec.layers:
             raise UserError(
-                f"visiondrop.start={self.start:g} spends the whole budget on the first {first} of {facts.layers} "
-                f"layers; it must be below {facts.layers / first:g}."
+                f"visiondrop.start={self.start:g} spends the whole budget on the first {first} of {spec.layers} "
+                f"layers; it must be below {spec.layers / first:g}."
             )
-        mean = sum(self.entering(facts)) / facts.layers
+        mean = sum(self.tokens_per_layer(spec)) / spec.layers
         if abs(mean - self.budget) > self.rounding:
-            raise refuse_budget(self.name, self.budget, mean, facts.visual_tokens, "its segments forbid it")
+            raise refuse_budget(self.name, self.budget, mean, spec.visual_tokens, "its segments forbid it")
 
-    def signals(self) -> tuple[Signal, ...]:
-        return Signal(ENCODER_SCORES[self.encoder_score]), Signal("keys")
+    def scores(self) -> tuple[TowerScore, ...]:
+        return TowerScore(ENCODER_SCORES[self.encoder_score]), TowerScore("keys")
 
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
         stages = self.layers or scaled_layers(STAGES, REFERENCE, layers)
@@ -115,36 +127,36 @@ class VisionDrop(Reducer):
             raise UserError(f"visiondrop.layers must be below {layers} (decoder layers), got {stages[-1]}.")
         return stages
 
-    def stages(self, facts: ModelFacts) -> dict[int, tuple[int, int]]:
+    def stages(self, spec: ModelSpec) -> dict[int, tuple[int, int]]:
         """(dominant, contextual) tokens from each layer on: layer 0 gets what the encoder stage leaves."""
-        layers = self.decoder_layers(facts.layers)
-        widths = segment_widths(layers, facts.layers)
-        pairs = plan(self.budget, widths, facts.visual_tokens, self.schedule, self.start, self.ratio)
+        layers = self.decoder_layers(spec.layers)
+        widths = segment_widths(layers, spec.layers)
+        pairs = plan(self.budget, widths, spec.visual_tokens, self.schedule, self.start, self.ratio)
         return dict(zip((0, *layers), pairs, strict=True))
 
-    def entering(self, facts: ModelFacts) -> tuple[int, ...]:
-        if self.budget >= facts.visual_tokens:
-            return (facts.visual_tokens,) * facts.layers
-        layers, (first, *counts) = self.decoder_layers(facts.layers), map(sum, self.stages(facts).values())
-        return entering_layers(first, layers, counts, facts.layers)
+    def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...]:
+        if self.budget >= spec.visual_tokens:
+            return (spec.visual_tokens,) * spec.layers
+        layers, (first, *counts) = self.decoder_layers(spec.layers), map(sum, self.stages(spec).values())
+        return tokens_by_layer(first, layers, counts, spec.layers)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
-        score, keys = (state.signals[signal] for signal in self.signals())
+        score, keys = (state.scores[score] for score in self.scores())
         patches = score.shape[1]
-        if self.entering(state.facts)[0] >= patches:
+        if self.tokens_per_layer(state.spec)[0] >= patches:
             return _drop_cls(state.features) if self.keep_cls else None
         if self.keep_cls:
             # CLS is the best token by definition, so it is never merged and its key never compared.
             score, keys = F.pad(score, (1, 0), value=float("inf")), F.pad(keys, (0, 0, 1, 0))
-        return self._reduce(state, score, keys, *self.stages(state.facts)[0])
+        return self._reduce(state, score, keys, *self.stages(state.spec)[0])
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        if planned(self, state.facts)[state.layer] >= state.tokens.shape[1]:
+        if planned(self, state.spec)[state.layer] >= state.tokens.shape[1]:
             return None  # this stage has nothing to do
         seen = look(state, self.attention)
         score = visual_scores(state, seen, self.attention, self.average, self.diagonal)
         # Of a picture in crops, as many as the stage would leave of every crop, all ranked together.
-        pairs = [sized.stages(part)[state.layer] for sized, part in over_crops(self, state.facts)]
+        pairs = [sized.stages(part)[state.layer] for sized, part in over_crops(self, state.spec)]
         pair = sum(dominant for dominant, _ in pairs), sum(contextual for _, contextual in pairs)
         return self._reduce(state, score, merge_metric(state, seen, self.metric), *pair)
 

@@ -12,10 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llava.reduction import gather_tokens
-from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles
-from llava.reduction.flops import linear_flops
-from llava.reduction.states import DecoderState, row_index
+from llava.reduction import (
+    DecoderState,
+    attention_rows,
+    gather_tokens,
+    layer_keys,
+    linear_flops,
+    rotary_angles,
+    row_index,
+)
 
 ATTENTIONS = ("causal", "visual", "bidirectional")
 AVERAGES = ("all", "viewers")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.command import ends_in_a_sentence, make_parser
+from eval.command import exit_on_user_error, make_parser
 from eval.config import DEFAULT_MODEL, options_by_method, pairs
 from eval.efficiency.shapes import SHAPES, random_llava
 from eval.results.provenance import hardware
@@ -176,7 +176,7 @@ def reducers_of(
     for name in [n for n in registry.names() if n != "full"] if everything else names:
         reducer = registry.build(name, model.visual_tokens if name == "full" else budget, options.get(name, {}))
         try:
-            require(reducer, model.facts)
+            require(reducer, model.spec)
         except UserError as error:
             if not everything:
                 raise
@@ -281,7 +281,7 @@ def sentence(name: str, budget: int, found: dict[str, float]) -> str:
     )
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = make_parser("eval.efficiency.latency", __doc__)

@@ -43,23 +43,23 @@ def compose(trace: Sequence[Step], patches: int) -> Fate:
             raise ValueError(f"step at {step.place} takes {step.reduction.inputs} tokens, {len(anchor)} are there")
         moved = step_owner(step, patches)
         owner = np.where(owner >= 0, moved[owner], -1)
-        anchor = anchor[step.reduction.anchor[0].cpu().numpy()]
+        anchor = anchor[step.reduction.kept[0].cpu().numpy()]
     return Fate(owner, anchor)
 
 
 def step_owner(step: Step, patches: int) -> Ints:
     """[inputs]: the output token each input of one step goes into, -1 if it goes nowhere."""
     reduction: Reduction = step.reduction
-    anchor = reduction.anchor[0].cpu().numpy()
-    if reduction.mix is not None:
+    anchor = reduction.kept[0].cpu().numpy()
+    if reduction.merge_matrix is not None:
         # Groups overlap: a patch is drawn with the token it has the largest share in, a kept one with its own.
-        share = reduction.mix[0].cpu().numpy()
+        share = reduction.merge_matrix[0].cpu().numpy()
         owner = np.where(share.max(0) > 0, share.argmax(0), -1)
         owner[anchor] = np.arange(len(anchor))
         return owner
-    if reduction.owner is not None:
-        owner = reduction.owner[0].cpu().numpy()
-        share = reduction.weight[0].cpu().numpy() if reduction.weight is not None else np.ones(len(owner))
+    if reduction.assignment is not None:
+        owner = reduction.assignment[0].cpu().numpy()
+        share = reduction.merge_weight[0].cpu().numpy() if reduction.merge_weight is not None else np.ones(len(owner))
         owner = np.where(share != 0, owner, -1)
         owner[anchor] = np.where(owner[anchor] < 0, np.arange(len(anchor)), owner[anchor])
         return owner
@@ -90,7 +90,7 @@ def grid_of(tokens: int) -> tuple[int, int]:
 
 def without_cls(fate: Fate) -> Fate:
     """Leave out the class token at position 0; a token that stands at it has its anchor outside the image, at -1."""
-    return Fate(fate.owner[1:], fate.anchor - 1)
+    return Fate(fate.assignment[1:], fate.kept - 1)
 
 
 def draw_overlay(
@@ -140,13 +140,13 @@ def draw_overlay(
 
 def paints(fate: Fate) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """Per patch: brightness [N], group colour [N, 3], and how much of the colour is mixed in [N]."""
-    patches = np.arange(len(fate.owner))
-    dropped = fate.owner < 0
-    is_anchor = np.isin(patches, fate.anchor)
+    patches = np.arange(len(fate.assignment))
+    dropped = fate.assignment < 0
+    is_anchor = np.isin(patches, fate.kept)
     shade = np.where(dropped, DARK, 1).astype(np.float32)
     tint = np.where(dropped | is_anchor, 0, TINT).astype(np.float32)
-    palette = np.array([group_colour(index) for index in range(len(fate.anchor))] or [(0, 0, 0)], dtype=np.float32)
-    return shade, palette[np.maximum(fate.owner, 0)], tint
+    palette = np.array([group_colour(index) for index in range(len(fate.kept))] or [(0, 0, 0)], dtype=np.float32)
+    return shade, palette[np.maximum(fate.assignment, 0)], tint
 
 
 def group_colour(index: int) -> tuple[float, float, float]:
@@ -164,9 +164,9 @@ def frame_anchors(
     offset: tuple[int, int],
 ) -> None:
     """A frame in the group's colour around each anchor that other patches were averaged into."""
-    members = np.bincount(fate.owner[fate.owner >= 0], minlength=len(fate.anchor))
+    members = np.bincount(fate.assignment[fate.assignment >= 0], minlength=len(fate.kept))
     draw = ImageDraw.Draw(picture)
-    for token, patch in enumerate(fate.anchor):
+    for token, patch in enumerate(fate.kept):
         if members[token] < 2 or patch < 0:
             continue
         row, column = divmod(int(patch), grid[1])

@@ -11,7 +11,7 @@ from llava.pipeline.answer import Answer
 from llava.processing.sample import Sample
 from llava.processing.video import Video
 from llava.reduction import Step
-from llava.reduction.token_layout import Arrangement
+from llava.reduction.token_layout import TokenLayout
 
 GAP = 4  # pixels between panels
 NONE = -1  # no visual token shows this pixel
@@ -54,7 +54,7 @@ def frame_sheet(panels: Sequence[Image.Image]) -> Image.Image:
 
 
 def draw_crops(
-    picture: Image.Image | Video, trace: Sequence[Step], arrangement: Arrangement, upscale: int = 1
+    picture: Image.Image | Video, trace: Sequence[Step], arrangement: TokenLayout, upscale: int = 1
 ) -> Image.Image:
     """Draw the fate of every patch, one panel per view of the picture.
 
@@ -79,15 +79,15 @@ def draw_crops(
     return beside(panels)
 
 
-def _grid_of(run: Arrangement, number: int) -> NDArray[np.int64]:
+def _grid_of(run: TokenLayout, number: int) -> NDArray[np.int64]:
     """[rows, columns] place in the run of every patch of a crop."""
     table = np.full(run.grid[0] * run.grid[1], NONE)
     crop = run.crops[number]
-    table[crop.patches.numpy()] = crop.places.numpy()
+    table[crop.patches.numpy()] = crop.indices.numpy()
     return table.reshape(run.grid)
 
 
-def _stitched_grid(run: Arrangement) -> NDArray[np.int64]:
+def _stitched_grid(run: TokenLayout) -> NDArray[np.int64]:
     """The same of all tiles together, without the rows and columns that unpadding took off."""
     down, across = run.tiles
     rows = [np.concatenate([_grid_of(run, 1 + row * across + i) for i in range(across)], 1) for row in range(down)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llava.errors import UserError
 
 if TYPE_CHECKING:
-    from llava.pipeline.accounting import Audit
+    from llava.pipeline.accounting import TokenAccounting
     from llava.pipeline.answer import Batch
 
 STAGES = ("preprocess", "vision", "selection", "prefill", "decode")
@@ -16,7 +16,7 @@ LATENCIES = (*STAGES, "ttft")
 PARTS = ("tower", "projector", "selection", "prefill")
 
 
-def audit_record(audit: "Audit") -> dict[str, Any]:
+def audit_record(audit: "TokenAccounting") -> dict[str, Any]:
     """One sample's audit as it stands in the answer file."""
     return {
         "entering": list(audit.entering),

@@ -97,7 +97,7 @@ def ablate(ablation: Ablation, model, budgets: Sequence[int], output: Path) -> N
 def fits(setting: Setting, model) -> bool:
     """Whether the method can run so on this model at this budget."""
     try:
-        require(registry.build(setting.method, setting.budget, setting.options), model.facts)
+        require(registry.build(setting.method, setting.budget, setting.options), model.spec)
     except UserError:
         return False
     return True

@@ -15,7 +15,7 @@ from typing import Any
 
 from eval import benchmarks
 from eval.benchmarks.base import Benchmark, Need
-from eval.command import ends_in_a_sentence
+from eval.command import exit_on_user_error
 from eval.config import ROOT
 from eval.results.report import interval_of
 from eval.tables.ablation import TABLES, write_csv
@@ -101,7 +101,7 @@ def number(result: dict[str, Any]) -> str:
     return f"{value:.1f} {interval_text(found['low'], found['high'])}"
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("pages", "scores"))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.results.statistics import LEVEL, Comparison, compare_scores
-from eval.sweep import Credits, Remembering, Setting, describe, sweep
+from eval.sweep import CachingLlava, Credits, Setting, describe, sweep
 from eval.tables.ablation import TABLES, Ablation, ablate, changed, defaults, image_of, interval, write_csv
 from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
 from llava.errors import UserError
@@ -177,7 +177,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "sweep")
     args = parser.parse_args()
     try:
-        model = Remembering(load(args.model, device=args.device))
+        model = CachingLlava(load(args.model, device=args.device))
         if args.part == "ablation":
             budgets = tuple(map(int, args.budgets.split(","))) if args.budgets else ABLATION_BUDGETS
             ablate(Ablation("consensusdrop", FACTORS, PAGE), model, budgets, args.output)

@@ -18,7 +18,7 @@ from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.efficiency.latency import QUESTION, measure, noise
 from eval.results import cost
 from eval.results.statistics import LEVEL, Comparison, Interval, all_pairs
-from eval.sweep import Credits, Remembering, Setting, credits_of, name_of, sweep
+from eval.sweep import CachingLlava, Credits, Setting, credits_of, name_of, sweep
 from eval.tables.ablation import TABLES, fits, image_of, interval, write_csv
 from eval.tables.page import csv_numbers, insert, latex, markdown, score_text
 from llava.errors import UserError
@@ -226,7 +226,7 @@ def main() -> int:
         if args.part == "answers":
             budgets = tuple(map(int, args.budgets.split(","))) if args.budgets else BUDGETS
             wanted = [*([] if args.budgets else [Setting("full", None)]), *settings(budgets, model)]
-            sweep(wanted, Remembering(model), DEFAULT_DATA, SPLIT, args.output)
+            sweep(wanted, CachingLlava(model), DEFAULT_DATA, SPLIT, args.output)
             return 0
         build_tables(model, args.output, args.repeats)
     except UserError as error:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from eval import benchmarks
 from eval.answers import result_folder
-from eval.command import ends_in_a_sentence
+from eval.command import exit_on_user_error
 from eval.config import ROOT
 from eval.results.statistics import Interval, compare_scores
-from eval.sweep import Credits, Remembering, Setting, credits_of, name_of, sweep
+from eval.sweep import CachingLlava, Credits, Setting, credits_of, name_of, sweep
 from eval.tables.ablation import TABLES, interval, write_csv
 from eval.tables.embedded import BY_KEPT, MARK, setting_of
 from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
@@ -64,14 +64,14 @@ def settings(family: Family, budgets: Sequence[int], model) -> list[Setting]:
 
 def answers(name: str, budgets: Sequence[int], limit: int | None, output: Path) -> None:
     """Run what is not there yet."""
-    family, model = FAMILIES[name], Remembering(load(FAMILIES[name].model))
+    family, model = FAMILIES[name], CachingLlava(load(FAMILIES[name].model))
     wanted = [*settings(family, budgets, model), Setting("full", None)]
     sweep(wanted, model, family.data, family.split, output / name, family.batch_size, family.benchmark, limit)
 
 
 def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -> None:
     """The table of docs/models.md, methods by their accuracy at the first budget."""
-    family, model = FAMILIES[name], Remembering(load(FAMILIES[name].model))
+    family, model = FAMILIES[name], CachingLlava(load(FAMILIES[name].model))
     data = benchmarks.get(family.benchmark).load(family.data, family.split)
     groups = {question.id: question.image for question in data.questions[:limit]}
 
@@ -119,7 +119,7 @@ def numbers(found: Interval) -> list[str]:
     return csv_numbers(found.mean, found.low, found.high)
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", help=", ".join(FAMILIES))

@@ -15,16 +15,17 @@ from eval.tables.page import insert
 from llava.errors import UserError
 from llava.reduction import crop_budget as crops
 from llava.reduction import registry
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
-from llava.reduction.reducer import Reducer, options_of
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.options import options_of
+from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.reducer import Reducer
 
 PAGE = ROOT / "docs" / "methods.md"
 MODELS = ROOT / "docs" / "models.md"
-LLAVA_15_7B = ModelFacts(576, 32, Layout(24, 24), tower_blocks=24, has_text_tower=True)
+LLAVA_15_7B = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24, has_text_tower=True)
 BUDGETS = (192, 128, 64)
 # The papers' convention: a base image and four tiles of 576 patches each, neither unpadding nor newline tokens.
-CROP = Layout(24, 24)
+CROP = PatchGrid(24, 24)
 LLAVA_NEXT_7B = replace(LLAVA_15_7B, visual_tokens=2880, layout=replace(CROP, crops=5), crops=(CROP,) * 5)
 NEXT_BUDGETS = (640, 320, 160)
 
@@ -41,7 +42,7 @@ def in_groups(tokens_per_layer: tuple[int, ...]) -> str:
     return ", ".join(f"{count} ×{layers}" for count, layers in parts)
 
 
-def budget_cell(name: str, budget: int, facts: ModelFacts = LLAVA_15_7B) -> str:
+def budget_cell(name: str, budget: int, facts: ModelSpec = LLAVA_15_7B) -> str:
     """Visual tokens per decoder layer at this budget, and their mean."""
     try:
         reducer = registry.build(name, budget)
@@ -96,7 +97,7 @@ def splits() -> str:
 
 def known_deviations() -> str:
     """Where a method departs from the contract tests, as its class says."""
-    found = [(name, registry.method(name).quirks) for name in registry.names()]
+    found = [(name, registry.method(name).known_deviations) for name in registry.names()]
     return "\n".join(f"* `{name}`: {text}" for name, known in found for text in known.values())
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.results.statistics import compare_scores
-from eval.sweep import Remembering, Setting, sweep
+from eval.sweep import CachingLlava, Setting, sweep
 from eval.tables.ablation import TABLES, Ablation, Factors, ablate, fits, image_of, interval, write_csv
 from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
 from llava.errors import UserError
@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "sweep")
     args = parser.parse_args()
     try:
-        model, paper = Remembering(load(args.model, device=args.device)), PAPERS[args.method]
+        model, paper = CachingLlava(load(args.model, device=args.device)), PAPERS[args.method]
         ablate(Ablation(args.method, paper.factors, page_of(args.method)), model, ABLATION_BUDGETS, args.output)
         budget_table(args.method, paper, model, BUDGETS, args.output)
     except UserError as error:

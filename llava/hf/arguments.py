@@ -26,7 +26,7 @@ USED = frozenset(
         "input_ids",
         "attention_mask",
         "mm_token_type_ids",
-        "video_grid_thw",  # videos are refused with their pixels, see llava.hf.models.StockQwen
+        "video_grid_thw",  # videos are refused with their pixels, see llava.hf.models.WrappedQwen
         "second_per_grid_ts",
         "past_key_values",
         "use_cache",

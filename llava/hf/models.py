@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.conversation import DEFAULT_MODE
 from llava.errors import UserError
-from llava.model.checkpoint.hf_model import CONTAINERS
+from llava.model.checkpoint.hf_model import HF_CLASSES
 from llava.model.checkpoint.identify import QWEN, Family, identify
 from llava.model.checkpoint.load import Checkpoint
 from llava.model.llava_arch import Llava
@@ -28,10 +28,10 @@ from llava.model.video_llava import VideoLlava
 from llava.processing.clip_image import ImageProcessor
 from llava.processing.prompt import Prompt
 from llava.processing.qwen_image import Grid, QwenImageProcessor
-from llava.reduction.model_spec import ModelFacts, facts_of
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import Arrangement, frames, single
+from llava.reduction.token_layout import TokenLayout, frames, single
 
 ATTENTION = ("sdpa", "eager")
 ONE_CALL = "take input_ids and pixels from one call of the model's own processor."
@@ -48,7 +48,7 @@ class Ready:
     """
 
     pixels: Tensor
-    arrangement: Arrangement
+    arrangement: TokenLayout
     grid: Grid | None = None
 
 
@@ -58,7 +58,7 @@ class Stock(Llava):
     def prompt(self, sample) -> Prompt:
         return sample.prompt
 
-    def views(self, picture: Ready) -> tuple[Tensor, Arrangement]:
+    def views(self, picture: Ready) -> tuple[Tensor, TokenLayout]:
         return picture.pixels, picture.arrangement
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
@@ -73,16 +73,16 @@ class Stock(Llava):
         pixels, run = _pixels(given, 4), single(self.layout.rows, self.layout.columns)
         return {self.container.config.image_token_id: [Ready(one[None], run) for one in pixels]}
 
-    def candidates(self, reducer: Reducer) -> list[ModelFacts]:
-        """Model facts for each kind of image or video that a budget can be meant for; one of them must allow it."""
-        return [self.facts]
+    def candidates(self, reducer: Reducer) -> list[ModelSpec]:
+        """Model spec for each kind of image or video that a budget can be meant for; one of them must allow it."""
+        return [self.spec]
 
 
-class StockLlava(Stock, Llava):
+class WrappedLlava(Stock, Llava):
     """LLaVA-1.5: one square of pixels per image, whether the processor cropped or padded it."""
 
 
-class StockNext(Stock, LlavaNext):
+class WrappedNext(Stock, LlavaNext):
     """LLaVA-NeXT: a base image and tiles, chosen as the processor does; `pixel_values` may be padded to a batch."""
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
@@ -104,7 +104,7 @@ class StockNext(Stock, LlavaNext):
         return {self.container.config.image_token_id: pictures}
 
 
-class StockVideo(Stock, VideoLlava):
+class WrappedVideo(Stock, VideoLlava):
     """Video-LLaVA: images, and videos whose frames keep their class tokens."""
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
@@ -118,12 +118,12 @@ class StockVideo(Stock, VideoLlava):
             found[config.video_token_id] = [Ready(video, run) for video in videos]
         return found
 
-    def candidates(self, reducer: Reducer) -> list[ModelFacts]:
-        picture = facts_of(self.facts, single(self.layout.rows, self.layout.columns))
-        return [self.facts, picture]
+    def candidates(self, reducer: Reducer) -> list[ModelSpec]:
+        picture = spec_of(self.spec, single(self.layout.rows, self.layout.columns))
+        return [self.spec, picture]
 
 
-class StockQwen(Stock, QwenVL):
+class WrappedQwen(Stock, QwenVL):
     """Qwen-VL: patches of images of any shape, one image after another."""
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
@@ -153,10 +153,10 @@ class StockQwen(Stock, QwenVL):
         grids = tuple(picture.grid for picture in pictures if picture.grid is not None)
         return torch.cat([picture.pixels for picture in pictures]), grids
 
-    def candidates(self, reducer: Reducer) -> list[ModelFacts]:
+    def candidates(self, reducer: Reducer) -> list[ModelSpec]:
         # Only the processor knows how large images are; the budget is checked for each image when it is encoded.
         tokens = reducer.budget
-        return [replace(self.facts, visual_tokens=tokens, layout=Layout(1, tokens))]
+        return [replace(self.spec, visual_tokens=tokens, layout=PatchGrid(1, tokens))]
 
 
 def _pixels(given: Mapping[str, Any], axes: int, name: str = "pixel_values") -> Tensor:
@@ -167,25 +167,25 @@ def _pixels(given: Mapping[str, Any], axes: int, name: str = "pixel_values") -> 
     return pixels
 
 
-RUNTIMES: dict[Family, type[Stock]] = {
-    "llava": StockLlava,
-    "llava_next": StockNext,
-    "video_llava": StockVideo,
-    "qwen2_5_vl": StockQwen,
-    "qwen2_vl": StockQwen,
+WRAPPERS: dict[Family, type[Stock]] = {
+    "llava": WrappedLlava,
+    "llava_next": WrappedNext,
+    "video_llava": WrappedVideo,
+    "qwen2_5_vl": WrappedQwen,
+    "qwen2_vl": WrappedQwen,
 }
 
 
 def family_of(model: Any) -> Family:
     """The family of a Hugging Face model, by its class."""
-    for family, container in CONTAINERS.items():
+    for family, container in HF_CLASSES.items():
         if isinstance(model, container):
             return family
-    names = ", ".join(container.__name__ for container in CONTAINERS.values())
+    names = ", ".join(container.__name__ for container in HF_CLASSES.values())
     raise UserError(f"reduce() takes a Hugging Face model, one of {names}; got {type(model).__name__}.")
 
 
-def stock_runtime(
+def wrap_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     text_tower: str | Path | None = None,
@@ -226,7 +226,7 @@ def stock_runtime(
         pinpoints=pinpoints,
         frames=count,
     )
-    return RUNTIMES[family](checkpoint, model.device, **conventions)
+    return WRAPPERS[family](checkpoint, model.device, **conventions)
 
 
 def state_of(model: Any) -> tuple[Any, ...]:

@@ -32,13 +32,13 @@ from llava.errors import UserError
 from llava.hf.arguments import COPIES, VISUAL, by_name, has_pixels, refuse_arguments, refuse_prefill_arguments
 from llava.hf.cache import ReducedCache
 from llava.hf.inputs import samples
-from llava.hf.models import Stock, family_of, refuse_training, state_of, stock_runtime
+from llava.hf.models import Stock, family_of, refuse_training, state_of, wrap_model
 from llava.hf.override import Override, hooks_must_run
 from llava.model.checkpoint.identify import QWEN, Family
-from llava.pipeline.accounting import Audit
+from llava.option_names import RETENTION_RATIO, with_current_names
+from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.prefill import prefill
 from llava.reduction.crop_budget import require
-from llava.option_names import RETENTION_RATIO, with_current_names
 from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Trace
 from llava.reduction.registry import build
@@ -81,7 +81,7 @@ def reduce(
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if questions is not None and (isinstance(questions, str) or tokenizer is None):
         raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
-    runtime = stock_runtime(model, tokenizer, text_tower)
+    runtime = wrap_model(model, tokenizer, text_tower)
     tokens = runtime.visual_tokens
     if budget is None and not with_current_names(options).get(RETENTION_RATIO):
         budget = tokens
@@ -124,7 +124,7 @@ class Reduced:
         self, model: PreTrainedModel, runtime: Stock, reducer: Reducer, questions: Sequence[str] | None = None
     ):
         self.reducer, self.questions = reducer, questions
-        self.audits: list[Audit] = []
+        self.audits: list[TokenAccounting] = []
         self.traces: list[Trace] = []
         # Any: the modules of the model are found by attributes that PreTrainedModel does not declare.
         self._model: Any = model
@@ -271,7 +271,7 @@ class Reduced:
         before, state = self._runtime, state_of(self._model)
         if state == self._state:
             return before
-        now = stock_runtime(self._model, before.tokenizer, before.text_tower)
+        now = wrap_model(self._model, before.tokenizer, before.text_tower)
         if "clip" in vars(before) and now.tower is before.tower and now.device == before.device:
             now.clip = before.clip  # the text tower is read from its files only once
         _require(now, self.reducer)
@@ -289,9 +289,9 @@ class Reduced:
 def _require(runtime: Stock, reducer: Reducer) -> None:
     """Raise UserError if no image or video that the model takes can be reduced to the budget."""
     errors = []
-    for facts in runtime.candidates(reducer):
+    for spec in runtime.candidates(reducer):
         try:
-            return require(reducer, facts)
+            return require(reducer, spec)
         except UserError as error:
             errors.append(error)
     raise errors[0]

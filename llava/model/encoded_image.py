@@ -7,19 +7,18 @@ import torch
 from torch import Tensor
 
 from llava.model.multimodal_encoder.clip_encoder import Encoded
-from llava.reduction.joining import Piece, join
-from llava.reduction.patch_grid import Layout
-from llava.reduction.reduction import Reduction
-from llava.reduction.scores import Signal
-from llava.reduction.token_layout import Arrangement, single
+from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.reduction import Reduction, ViewReduction, join
+from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import TokenLayout, single
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class EncodedImage:
     """One picture or video behind the tower.
 
     Attributes:
-        encoded: of its crops: features [C, n, D], signals [C, P, ...].
+        encoded: of its crops: features [C, n, D], scores [C, P, ...].
         arrangement: of what the tower gave, class tokens among it where the method keeps them.
         full: of what the model takes without any reduction.
         inputs: tokens that the method starts from, those that it reduces inside the tower among them.
@@ -27,8 +26,8 @@ class Picture:
     """
 
     encoded: Encoded
-    arrangement: Arrangement
-    full: Arrangement
+    arrangement: TokenLayout
+    full: TokenLayout
     inputs: int
     step: tuple[str, Reduction] | None = None
 
@@ -51,13 +50,15 @@ class Picture:
             patches = patches[crop.patches.to(features.device)]
         return torch.cat([features[:cls], patches]) if with_cls and cls else patches
 
-    def crop_signal(self, signal: Signal, number: int) -> Tensor:
-        """[n, ...] values of a signal at a crop's patches."""
-        values, patches = self.encoded.signals[signal][number], self.arrangement.crops[number].patches
+    def tile_score(self, score: TowerScore, number: int) -> Tensor:
+        """[n, ...] values of a score at a crop's patches."""
+        values, patches = self.encoded.scores[score][number], self.arrangement.crops[number].patches
         return values if len(values) == len(patches) else values[patches.to(values.device)]
 
 
-def picture_of(encoded: Encoded, full: Arrangement, keep_cls: bool, grid: tuple[int, int] | None = None) -> Picture:
+def encoded_image_of(
+    encoded: Encoded, full: TokenLayout, keep_cls: bool, grid: tuple[int, int] | None = None
+) -> EncodedImage:
     """What the tower gave for the crops of one picture, as a run.
 
     Args:
@@ -67,24 +68,25 @@ def picture_of(encoded: Encoded, full: Arrangement, keep_cls: bool, grid: tuple[
     """
     start = full.with_cls() if keep_cls else full
     if grid is not None and grid != full.grid:
-        pieces = [Piece(crop.places, coarse(crop.layout, grid)) for crop in full.crops]
+        pieces = [ViewReduction(crop.indices, coarse(crop.layout, grid)) for crop in full.crops]
         whole = len(pieces) == 1
         step = ("input", pieces[0].reduction if whole else join(pieces, full.tokens)[0])
-        return Picture(encoded, full.shrunk(grid), full, start.tokens, step)
+        return EncodedImage(encoded, full.shrunk(grid), full, start.tokens, step)
     merged = encoded.merged
     if merged is None:
-        return Picture(encoded, start, full, start.tokens)
+        return EncodedImage(encoded, start, full, start.tokens)
     if len(full.crops) == 1:
-        left = single(1, merged.anchor.shape[1])
-        return Picture(encoded, left, full, start.tokens, ("tower", merged))
+        left = single(1, merged.kept.shape[1])
+        return EncodedImage(encoded, left, full, start.tokens, ("tower", merged))
     pieces = [
-        Piece(crop.places.to(merged.anchor.device), merged.only(number)) for number, crop in enumerate(full.crops)
+        ViewReduction(crop.indices.to(merged.kept.device), merged.only(number))
+        for number, crop in enumerate(full.crops)
     ]
     reduction, order = join(pieces, full.tokens)
-    return Picture(encoded, full.left(merged.anchor.shape[1], order.cpu()), full, start.tokens, ("tower", reduction))
+    return EncodedImage(encoded, full.left(merged.kept.shape[1], order.cpu()), full, start.tokens, ("tower", reduction))
 
 
-def coarse(layout: Layout, grid: tuple[int, int]) -> Reduction:
+def coarse(layout: PatchGrid, grid: tuple[int, int]) -> Reduction:
     """The record of a smaller image: every original patch is averaged into the coarse patch that covers it."""
     rows, columns = grid
     row = torch.arange(layout.rows) * rows // layout.rows

@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 from llava import conversation
 from llava.errors import UserError
-from llava.model.encoded_image import Picture, picture_of
+from llava.model.encoded_image import EncodedImage, encoded_image_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded, encode, patch_grid
 from llava.processing.prompt import Prompt, build_prompt
 from llava.processing.sample import Sample
 from llava.reduction.crop_budget import in_tower
 from llava.reduction.flops import linear_flops, tower_flops
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Reduction
-from llava.reduction.scores import signal_flops
+from llava.reduction.scores import score_flops
 from llava.reduction.states import BlockState
-from llava.reduction.token_layout import Arrangement, single
+from llava.reduction.token_layout import TokenLayout, single
 
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Operations, Timer
@@ -65,7 +65,7 @@ class Llava:
         self.tower: nn.Module = inner.image_tower if hasattr(inner, "image_tower") else inner.vision_tower
         self.projector: nn.Module = inner.multi_modal_projector
         self.select_layer: int = self.container.config.vision_feature_layer
-        self.layout = Layout(*patch_grid(self.tower))
+        self.layout = PatchGrid(*patch_grid(self.tower))
 
     # Positions have three axes: frame, row and column.
     axes: bool = False
@@ -119,9 +119,9 @@ class Llava:
         return digest.hexdigest()
 
     @cached_property
-    def facts(self) -> ModelFacts:
+    def spec(self) -> ModelSpec:
         """What methods may know of the model; of the largest image where images differ in size."""
-        return ModelFacts(
+        return ModelSpec(
             self.layout.tokens,
             len(self.llm.layers),
             self.layout,
@@ -129,7 +129,7 @@ class Llava:
             has_text_tower=self.text_tower is not None,
         )
 
-    def groups(self, picture: Picture) -> tuple[int, int, int] | None:
+    def groups(self, picture: EncodedImage) -> tuple[int, int, int] | None:
         """Frames, rows and columns of a picture's tokens, where positions have these axes."""
         return None
 
@@ -149,7 +149,7 @@ class Llava:
         room = self.container.config.get_text_config().max_position_embeddings - self.layout.tokens
         return room if room > 0 else None
 
-    def views(self, picture) -> tuple[Tensor, Arrangement]:
+    def views(self, picture) -> tuple[Tensor, TokenLayout]:
         """What the tower sees of a picture: pixels [C, 3, S, S], and the run of tokens that its C crops become."""
         return self.image_processor(picture)[None], single(self.layout.rows, self.layout.columns)
 
@@ -163,7 +163,7 @@ class Llava:
 
     def encode_images(
         self, pictures: Samples[Any], keys: Samples[object], reducer: Reducer, timer: "Timer"
-    ) -> list[Picture]:
+    ) -> list[EncodedImage]:
         """Preprocess images and run the tower on them, all tiles at once.
 
         Args:
@@ -173,7 +173,7 @@ class Llava:
         """
         views = [self.views(picture) for picture in pictures]
         timer.mark("preprocess")
-        found: dict[int, Picture] = {}
+        found: dict[int, EncodedImage] = {}
         groups: dict[tuple[Reducer, bool, bool], list[int]] = {}
         inside = not reducer.acts_in.isdisjoint(("tower", "input_grid"))
         for index, (_, full) in enumerate(views):
@@ -186,7 +186,7 @@ class Llava:
             for index in rows:
                 crops, full = views[index]
                 own = encoded if len(crops) == len(pixels) else encoded.rows(slice(done, done + len(crops)))
-                found[index] = picture_of(own, full, reducer.keep_cls, grid)
+                found[index] = encoded_image_of(own, full, reducer.keep_cls, grid)
                 done += len(crops)
         return [found[index] for index in range(len(views))]
 
@@ -212,12 +212,12 @@ class Llava:
         merging: tuple[int, ...] = ()
         if "tower" in reducer.acts_in:
             merging = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
-        merger = TowerMerger(reducer, self.facts, tower, len(pixels)) if merging else None
-        scores = reducer.tower_signals(tiled)
+        merger = TowerMerger(reducer, self.spec, tower, len(pixels)) if merging else None
+        scores = reducer.tower_scores(tiled)
         encoded = encode(tower, pixels, self.select_layer, scores, grid, keep_cls, merging, merger)
         return replace(encoded, spent=merger.flops) if merger else encoded
 
-    def count_tower(self, operations: "Operations", picture: Picture, reducer: Reducer, images: int) -> None:
+    def count_tower(self, operations: "Operations", picture: EncodedImage, reducer: Reducer, images: int) -> None:
         """Count the operations of the tower on all tiles of one image, and of scores and merging beside it.
 
         Args:
@@ -228,9 +228,9 @@ class Llava:
         operations.add("tower", tiles_flops, tiles, tower_flops, tower, patches, encoded.tokens, images=images)
         if encoded.spent:
             operations.add("selection", int, tiles * encoded.spent, images=images)
-        for score in reducer.tower_signals(picture.full.tiles is not None):
+        for score in reducer.tower_scores(picture.full.tiles is not None):
             block = tower.encoder.layers[score.index(len(tower.encoder.layers))]
-            operations.add("selection", tiles_flops, tiles, signal_flops, score, block, patches, images=images)
+            operations.add("selection", tiles_flops, tiles, score_flops, score, block, patches, images=images)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, 1, D] before the final norm -> [B, vocabulary] float32, without the padding rows of the head."""
@@ -244,13 +244,13 @@ class Llava:
 class TowerMerger:
     """Asks a method what to merge inside a block of the tower, and counts what it spends per tile."""
 
-    def __init__(self, reducer: Reducer, facts: ModelFacts, tower: nn.Module, tiles: int):
-        self.reducer, self.facts, self.tower = reducer, facts, tower
+    def __init__(self, reducer: Reducer, spec: ModelSpec, tower: nn.Module, tiles: int):
+        self.reducer, self.spec, self.tower = reducer, spec, tower
         self.names = tuple(map(str, range(tiles)))
         self.flops = 0
 
     def __call__(self, hidden: Tensor, keys: Tensor, sizes: Tensor, block: int) -> Reduction | None:
-        state = BlockState(ids=self.names, facts=self.facts, tokens=hidden, keys=keys, sizes=sizes, block=block)
+        state = BlockState(ids=self.names, spec=self.spec, tokens=hidden, keys=keys, sizes=sizes, block=block)
         reduction = self.reducer.tower(state)
         projection = self.tower.encoder.layers[block].self_attn.k_proj
         self.flops += state.flops // len(self.names) + linear_flops(projection, hidden.shape[1])

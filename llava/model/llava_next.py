@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llava.model.llava_arch import Llava
 from llava.processing.anyres import AnyresProcessor
-from llava.reduction.model_spec import ModelFacts, facts_of
-from llava.reduction.token_layout import Arrangement
+from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.reduction.token_layout import TokenLayout
 
 
 class LlavaNext(Llava):
@@ -55,7 +55,7 @@ class LlavaNext(Llava):
             "tiles": "x".join(map(str, anyres.force)) if anyres.force else "best",
         }
 
-    def views(self, picture) -> tuple[Tensor, Arrangement]:
+    def views(self, picture) -> tuple[Tensor, TokenLayout]:
         return self.anyres(picture)
 
     @property
@@ -64,14 +64,14 @@ class LlavaNext(Llava):
         return self.largest.tokens
 
     @cached_property
-    def largest(self) -> Arrangement:
+    def largest(self) -> TokenLayout:
         """The longest run that a picture can become."""
         sizes = [self.anyres.force] if self.anyres.force else self.anyres.pinpoints
         return max((self.anyres.arrange(size) for size in sizes), key=lambda run: run.tokens)
 
     @cached_property
-    def facts(self) -> ModelFacts:
+    def spec(self) -> ModelSpec:
         rows = self.anyres.force[1] if self.anyres.force else max(height for _, height in self.anyres.pinpoints)
         newline = self.anyres.merge == "spatial_unpad"
         most = newline * rows // self.anyres.tile * self.layout.rows
-        return replace(facts_of(super().facts, self.largest), most_newlines=most)
+        return replace(spec_of(super().spec, self.largest), most_newlines=most)

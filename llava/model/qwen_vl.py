@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from llava.errors import UserError
-from llava.model.encoded_image import Picture, picture_of
+from llava.model.encoded_image import EncodedImage, encoded_image_of
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_encoder import Encoded
-from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, project, signal_flops, tower_flops
+from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, project, score_flops, tower_flops
 from llava.processing.clip_image import as_rgb
 from llava.processing.qwen_image import Grid
-from llava.reduction.model_spec import ModelFacts
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import single
 
@@ -70,7 +70,7 @@ class QwenVL(Llava):
         self.select_layer = -1
         # The largest square picture.
         side = max(1, int(self.image_processor.max_pixels**0.5) // self._edge)
-        self.layout = Layout(side, side)
+        self.layout = PatchGrid(side, side)
 
     @property
     def _edge(self) -> int:
@@ -83,9 +83,9 @@ class QwenVL(Llava):
         return self.image_processor.max_pixels // self._edge**2
 
     @cached_property
-    def facts(self) -> ModelFacts:
+    def spec(self) -> ModelSpec:
         layers, blocks, known = len(self.llm.layers), len(self.tower.blocks), self.text_tower is not None
-        return ModelFacts(self.visual_tokens, layers, self.layout, blocks, has_cls=False, has_text_tower=known)
+        return ModelSpec(self.visual_tokens, layers, self.layout, blocks, has_cls=False, has_text_tower=known)
 
     def patches(self, pictures: Samples) -> tuple[Tensor, tuple[Grid, ...]]:
         """Flattened patches of all pictures, one behind another, and the grid of each."""
@@ -93,7 +93,7 @@ class QwenVL(Llava):
 
     def encode_images(
         self, pictures: Samples[Any], keys: Samples[object], reducer: Reducer, timer: "Timer"
-    ) -> list[Picture]:
+    ) -> list[EncodedImage]:
         if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
             raise UserError(
                 f"{reducer.name} acts on pixels or inside a CLIP tower; {self.name} has a tower of another kind. "
@@ -101,21 +101,21 @@ class QwenVL(Llava):
             )
         patches, grids = self.patches(pictures)
         timer.mark("preprocess")
-        encoded = encode_qwen(self.tower, patches.to(self.device), grids, reducer.tower_signals(tiled=False))
+        encoded = encode_qwen(self.tower, patches.to(self.device), grids, reducer.tower_scores(tiled=False))
         found = []
         for one in encoded:
-            signals = {signal: values[None] for signal, values in one.signals.items()}
-            tower = Encoded(one.features[None], signals, one.grid)
-            found.append(picture_of(tower, single(one.rows, one.columns), keep_cls=False))
+            scores = {score: values[None] for score, values in one.scores.items()}
+            tower = Encoded(one.features[None], scores, one.grid)
+            found.append(encoded_image_of(tower, single(one.rows, one.columns), keep_cls=False))
         return found
 
-    def count_tower(self, operations: "Operations", picture: Picture, reducer: Reducer, images: int) -> None:
+    def count_tower(self, operations: "Operations", picture: EncodedImage, reducer: Reducer, images: int) -> None:
         merge = self.image_processor.merge
         grid = 1, picture.encoded.grid[0] * merge, picture.encoded.grid[1] * merge
         operations.add("tower", tower_flops, self.tower, grid, images=images)
-        for score in reducer.tower_signals(tiled=False):
-            operations.add("selection", signal_flops, self.tower, score, grid, images=images)
+        for score in reducer.tower_scores(tiled=False):
+            operations.add("selection", score_flops, self.tower, score, grid, images=images)
 
-    def groups(self, picture: Picture) -> tuple[int, int, int]:
+    def groups(self, picture: EncodedImage) -> tuple[int, int, int]:
         """Frames, rows and columns of a picture's tokens, from which their positions follow."""
         return 1, *picture.encoded.grid

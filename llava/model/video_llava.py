@@ -18,8 +18,8 @@ from llava.model.llava_arch import Llava
 from llava.processing.prompt import Prompt, build_prompt
 from llava.processing.sample import Sample
 from llava.processing.video import LanguageBindImageProcessor, Video, VideoProcessor
-from llava.reduction.model_spec import ModelFacts, facts_of
-from llava.reduction.token_layout import Arrangement, frames
+from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.reduction.token_layout import TokenLayout, frames
 
 
 class VideoLlava(Llava):
@@ -66,7 +66,7 @@ class VideoLlava(Llava):
             sample, self.tokenizer, self.video_conversation if video else self.conversation, self.longest_text
         )
 
-    def views(self, picture) -> tuple[Tensor, Arrangement]:
+    def views(self, picture) -> tuple[Tensor, TokenLayout]:
         if not isinstance(picture, Video):
             return super().views(picture)
         if len(picture.frames) != self.frames:
@@ -76,7 +76,7 @@ class VideoLlava(Llava):
             )
         return self.video_processor(picture), self._run()
 
-    def _run(self) -> Arrangement:
+    def _run(self) -> TokenLayout:
         return frames(self.frames, self.layout.rows, self.layout.columns).with_cls()
 
     @property
@@ -85,5 +85,5 @@ class VideoLlava(Llava):
         return self._run().tokens
 
     @cached_property
-    def facts(self) -> ModelFacts:
-        return facts_of(super().facts, self._run())
+    def spec(self) -> ModelSpec:
+        return spec_of(super().spec, self._run())

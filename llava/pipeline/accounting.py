@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llava.reduction.reduction import Reduction, Step, Trace
-from llava.reduction.token_layout import Arrangement
+from llava.reduction.token_layout import TokenLayout
 
 if TYPE_CHECKING:
     from llava.pipeline.decoder import Prefilled
@@ -99,7 +99,7 @@ def mean_visual_tokens(entering: Sequence[int]) -> float:
 
 
 @dataclass(frozen=True)
-class Audit:
+class TokenAccounting:
     """Visual tokens and cache bytes of one sample, read from what was computed.
 
     Attributes:
@@ -148,7 +148,7 @@ class Record:
 
     inputs: list[int]
     planned: list[tuple[int, ...] | None]
-    runs: list[list[Arrangement]]
+    runs: list[list[TokenLayout]]
     applied_: list[list[Applied]]
     operations: Operations = field(default_factory=Operations)
 
@@ -157,7 +157,7 @@ class Record:
         nothing = (0,) * layers
         return cls([0] * samples, [nothing] * samples, [[] for _ in range(samples)], [[] for _ in range(samples)])
 
-    def image(self, sample: int, run: Arrangement, inputs: int, planned: tuple[int, ...] | None) -> None:
+    def image(self, sample: int, run: TokenLayout, inputs: int, planned: tuple[int, ...] | None) -> None:
         """Enter one more image of a sample."""
         known = self.planned[sample]
         both = known is not None and planned is not None
@@ -180,7 +180,7 @@ class Record:
             for applied in self.applied_
         ]
 
-    def audits(self, prefilled: "Prefilled") -> list[Audit]:
+    def audits(self, prefilled: "Prefilled") -> list[TokenAccounting]:
         """One account per sample."""
         found = []
         for sample, (inputs, planned, runs) in enumerate(zip(self.inputs, self.planned, self.runs, strict=True)):
@@ -190,7 +190,9 @@ class Record:
             # Visual tokens made of several, after the last reduction of each image.
             last = {a.number: step.reduction for a, step in zip(self.applied_[sample], self.steps[sample], strict=True)}
             merged = sum(
-                int(one.merged_count()[0]) for one in last.values() if one.owner is not None or one.mix is not None
+                int(one.merged_count()[0])
+                for one in last.values()
+                if one.assignment is not None or one.merge_matrix is not None
             )
-            found.append(Audit(entering, inputs, merged, prefilled.kv_bytes[sample], images, mean))
+            found.append(TokenAccounting(entering, inputs, merged, prefilled.kv_bytes[sample], images, mean))
         return found

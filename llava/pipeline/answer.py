@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llava.pipeline.accounting import Audit, Operations
+from llava.pipeline.accounting import Operations, TokenAccounting
 from llava.reduction.reduction import Trace
-from llava.reduction.token_layout import Arrangement
+from llava.reduction.token_layout import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Answer:
     id: str
     text: str
     token_ids: tuple[int, ...]
-    audit: Audit
+    audit: TokenAccounting
     trace: Trace
-    runs: tuple[Arrangement, ...] = ()
+    runs: tuple[TokenLayout, ...] = ()
 
 
 @dataclass(frozen=True)

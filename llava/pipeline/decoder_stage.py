@@ -11,7 +11,7 @@ from llava.pipeline.image_batch import ImageBatch
 from llava.pipeline.prompt_stage import values_of
 from llava.pipeline.sequence import Row, Sequence
 from llava.processing.sample import Sample
-from llava.reduction.model_spec import ModelFacts, facts_of
+from llava.reduction.model_spec import ModelSpec, spec_of
 from llava.reduction.reducer import Reducer, by_row
 from llava.reduction.reduction import Reduction
 from llava.reduction.states import DecoderState
@@ -51,11 +51,11 @@ class DecoderStage:
         self.timer.mark("prefill")
         applied: dict[Row, tuple[Reduction, int]] = {}
         values: dict[Row, Tensor] = {}
-        for facts, rows in self._groups(sequence):
+        for spec, rows in self._groups(sequence):
             part = sequence.rows(rows)
             state = DecoderState(
                 ids=tuple(name_of(self.samples, row) for row in rows),
-                facts=facts,
+                spec=spec,
                 tokens=part.take(part.hidden, part.images),
                 sequence=part,
                 llm=self.model.llm,
@@ -64,7 +64,7 @@ class DecoderStage:
                 keys=keys[[sample for sample, _ in rows]][:, :, -part.hidden.shape[1] :],
                 start=self.start.rows(rows),
             )
-            reductions = by_row(self.reducer.for_picture(facts).decoder(state), len(rows))
+            reductions = by_row(self.reducer.for_picture(spec).decoder(state), len(rows))
             self.record.operations.add("selection", int, state.flops)
             if reductions is None:
                 continue
@@ -81,11 +81,11 @@ class DecoderStage:
         self.timer.mark("selection")
         return sequence
 
-    def _groups(self, sequence: Sequence) -> list[tuple[ModelFacts, list[Row]]]:
+    def _groups(self, sequence: Sequence) -> list[tuple[ModelSpec, list[Row]]]:
         """Images with equally many visual tokens, now and at the start."""
-        groups: dict[tuple[int, ModelFacts], list[Row]] = {}
+        groups: dict[tuple[int, ModelSpec], list[Row]] = {}
         for sample, spans in enumerate(sequence.visual):
             for number, (start, stop) in enumerate(spans):
-                own = facts_of(self.model.facts, self.images.pictures[self.images.owner[sample, number]].full)
+                own = spec_of(self.model.spec, self.images.pictures[self.images.owner[sample, number]].full)
                 groups.setdefault((stop - start, own), []).append((sample, number))
         return [(own, rows) for (_, own), rows in groups.items()]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llava.model.encoded_image import Picture
+from llava.model.encoded_image import EncodedImage
 from llava.pipeline import tile_stages
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.image_batch import ImageBatch
@@ -16,9 +16,9 @@ from llava.pipeline.sequence import Row
 from llava.processing.sample import Sample
 from llava.reduction.crop_budget import planned, untouched
 from llava.reduction.flops import projector_flops
-from llava.reduction.joining import stack
-from llava.reduction.model_spec import ModelFacts, facts_of
+from llava.reduction.model_spec import ModelSpec, spec_of
 from llava.reduction.reducer import Reducer, by_row
+from llava.reduction.reduction import stack
 from llava.reduction.states import EncoderState
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def encode_images(
         model.count_tower(record.operations, picture, reducer, users[number])
     timer.mark("vision")
     for image in rows:
-        _enter(model.facts, reducer, image, images, record)
+        _enter(model.spec, reducer, image, images, record)
     features: dict[Row, tile_stages.Features] = {}
     if "encoder" in reducer.acts_in:
         features = _reduce(model, reducer, samples, images, record)
@@ -57,10 +57,10 @@ def encode_images(
     return images
 
 
-def _enter(facts: ModelFacts, reducer: Reducer, image: Row, images: ImageBatch, record: Record) -> None:
+def _enter(spec: ModelSpec, reducer: Reducer, image: Row, images: ImageBatch, record: Record) -> None:
     """Note an image as it enters the stages: its tokens, its plan, and what the tower has reduced already."""
     picture = images.pictures[images.owner[image]]
-    own = facts_of(facts, picture.full)
+    own = spec_of(spec, picture.full)
     images.inputs[image], images.kept[image] = picture.inputs, None
     if own.crops or own.newlines:
         plan = planned(reducer, own)
@@ -68,12 +68,12 @@ def _enter(facts: ModelFacts, reducer: Reducer, image: Row, images: ImageBatch, 
             images.inputs[image] = picture.full.tokens
     else:
         method = reducer.for_picture(own)
-        plan = method.sized(min(method.budget, own.visual_tokens)).entering(own)
+        plan = method.sized(min(method.budget, own.visual_tokens)).tokens_per_layer(own)
     record.image(image[0], picture.full, images.inputs[image], plan)
     if picture.step is not None:
         place, reduction = picture.step
         record.applied(image, place, reduction)
-        images.kept[image] = reduction.anchor[0]
+        images.kept[image] = reduction.kept[0]
 
 
 def _reduce(
@@ -82,11 +82,11 @@ def _reduce(
     """Features that are left of every image that the method reduces."""
     found: dict[Row, tile_stages.Features] = {}
     tiled = [image for image, number in images.owner.items() if not images.pictures[number].whole]
-    for method, facts, rows in whole_groups(model.facts, reducer, images):
+    for method, spec, rows in whole_groups(model.spec, reducer, images):
         features = torch.cat([images.pictures[images.owner[row]].encoded.features for row in rows])
         if method.keeps_all(features.shape[1]):
             continue
-        state = EncoderState(features=features, **state_fields(model, method, samples, images, rows, facts))
+        state = EncoderState(features=features, **state_fields(model, method, samples, images, rows, spec))
         reductions = by_row(method.encoder(state), len(rows))
         if state.flops:
             record.operations.add("selection", int, state.flops)
@@ -95,11 +95,11 @@ def _reduce(
         shared = reductions[0][0] is reductions[-1][0]
         values = reductions[0][0].apply(features) if shared else None
         for row, (image, (reduction, index)) in enumerate(zip(rows, reductions, strict=True)):
-            if reduction.mix is not None:
+            if reduction.merge_matrix is not None:
                 record.operations.add("selection", int, reduction.apply_flops(features.shape[-1]))
             value = values[row] if values is not None else reduction.apply(features[row : row + 1])[0]
             found[image] = tile_stages.Features(value)
-            before, kept = images.kept[image], reduction.anchor[index]
+            before, kept = images.kept[image], reduction.kept[index]
             images.kept[image] = kept if before is None else before[kept]
             record.applied(image, "encoder", reduction, index)
     if tiled:
@@ -109,14 +109,14 @@ def _reduce(
 
 
 def whole_groups(
-    facts: ModelFacts, reducer: Reducer, images: ImageBatch
-) -> Iterable[tuple[Reducer, ModelFacts, list[Row]]]:
+    spec: ModelSpec, reducer: Reducer, images: ImageBatch
+) -> Iterable[tuple[Reducer, ModelSpec, list[Row]]]:
     """Images of one tile, grouped so that a method gets dense tensors: the method at their budget, and their rows."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for image, number in images.owner.items():
         picture = images.pictures[number]
         if picture.whole:
-            own = facts_of(facts, picture.full)
+            own = spec_of(spec, picture.full)
             shape = picture.arrangement.layout, picture.arrangement.tokens
             groups.setdefault((reducer.for_picture(own), own, shape), []).append(image)
     return [(method, own, rows) for (method, own, _), rows in groups.items()]
@@ -128,18 +128,18 @@ def state_fields(
     samples: Samples[Sample],
     images: ImageBatch,
     rows: list[Row],
-    facts: ModelFacts,
+    spec: ModelSpec,
 ) -> dict[str, Any]:
     """What the states of stages 1 and 2 have in common, for images of one tile."""
     pictures = [images.pictures[images.owner[row]] for row in rows]
     encoded = [picture.encoded for picture in pictures]
-    scores = {score: torch.cat([one.signals[score] for one in encoded]) for score in encoded[0].signals}
+    scores = {score: torch.cat([one.scores[score] for one in encoded]) for score in encoded[0].scores}
     layout = pictures[0].arrangement.layout
     return {
         "ids": tuple(name_of(samples, row) for row in rows),
-        "facts": facts,
+        "spec": spec,
         "layout": layout,
-        "signals": scores,
+        "scores": scores,
         "merged": None if encoded[0].merged is None else stack([one.merged for one in encoded]),
         "questions": tuple(samples[sample].question for sample, _ in rows),
         "messages": tuple(samples[sample].message for sample, _ in rows),
@@ -163,7 +163,7 @@ def _project(
     for image, number in images.owner.items():
         slot_of[image] = image if image in reduced else number
         if slot_of[image] not in slots:
-            slots[number] = _everything(model.facts, reducer, images.pictures[number])
+            slots[number] = _everything(model.spec, reducer, images.pictures[number])
     users = Counter(slot_of.values())
     lengths = [len(features.values) for features in slots.values()]
     for slot, length in zip(slots, lengths, strict=True):
@@ -176,8 +176,8 @@ def _project(
     images.tokens = {image: tokens[slot] for image, slot in slot_of.items()}
 
 
-def _everything(facts: ModelFacts, reducer: Reducer, picture: Picture) -> tile_stages.Features:
+def _everything(spec: ModelSpec, reducer: Reducer, picture: EncodedImage) -> tile_stages.Features:
     """All features of an image that is not reduced."""
     if picture.whole:
         return tile_stages.Features(picture.encoded.features[0])
-    return tile_stages.everything(picture, untouched(reducer, facts_of(facts, picture.full)))
+    return tile_stages.everything(picture, untouched(reducer, spec_of(spec, picture.full)))

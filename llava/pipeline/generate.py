@@ -38,7 +38,7 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     model.refuse_images(samples)
-    require(reducer, model.facts)
+    require(reducer, model.spec)
     timer, stop = Timer(model.device), model.stop
     state, record = prefill(model, samples, reducer, timer)
     written: list[list[int]] = [[] for _ in samples]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from llava.model.encoded_image import Picture
+from llava.model.encoded_image import EncodedImage
 from llava.pipeline.sequence import Row
 
 
@@ -20,11 +20,11 @@ class ImageBatch:
         inputs: image -> visual tokens before any reduction.
     """
 
-    pictures: list[Picture]
+    pictures: list[EncodedImage]
     owner: dict[Row, int]
     tokens: dict[Row, Tensor] = field(default_factory=dict)
     kept: dict[Row, Tensor | None] = field(default_factory=dict)
     inputs: dict[Row, int] = field(default_factory=dict)
 
-    def of(self, image: Row) -> Picture:
+    def of(self, image: Row) -> EncodedImage:
         return self.pictures[self.owner[image]]

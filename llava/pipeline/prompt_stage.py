@@ -56,9 +56,9 @@ def reduce_prompt(
     def merged_values(reduction: Reduction, state: PromptState, rows: slice) -> Tensor | None:
         return values_of(reduction, state, rows, record, model.projector)
 
-    for method, facts, rows in whole_groups(model.facts, reducer, images):
+    for method, spec, rows in whole_groups(model.spec, reducer, images):
         features = torch.cat([images.pictures[images.owner[row]].encoded.features for row in rows])
-        state = state_of(rows, features, state_fields(model, method, samples, images, rows, facts))
+        state = state_of(rows, features, state_fields(model, method, samples, images, rows, spec))
         if method.keeps_all(state.tokens.shape[1]):
             continue
         reductions = by_row(method.prompt(state), len(rows))
@@ -121,6 +121,6 @@ def values_of(
         merged = values = reduction.apply(state.tokens[rows])
     else:
         return None
-    if reduction.mix is not None:
+    if reduction.merge_matrix is not None:
         record.operations.add("selection", int, len(merged) * reduction.apply_flops(merged.shape[-1]))
     return values

@@ -130,7 +130,7 @@ class Sequence:
                 if (sample, number) in reductions:
                     reduction, row = reductions[sample, number]
                     pieces.append(torch.arange(pad + done, pad + start, device=device))
-                    pieces.append(reduction.anchor[row] + (pad + start))
+                    pieces.append(reduction.kept[row] + (pad + start))
                     done = stop
             pieces.append(torch.arange(pad + done, self.hidden.shape[1], device=device))
             index[sample, width - length :] = torch.cat(pieces)
@@ -162,7 +162,7 @@ class Sequence:
         for number, (start, stop) in enumerate(self.visual[sample]):
             count = stop - start
             if (sample, number) in reductions:
-                count = reductions[sample, number][0].anchor.shape[1]
+                count = reductions[sample, number][0].kept.shape[1]
             runs.append((start - cut, start - cut + count))
             cut += (stop - start) - count
         return tuple(runs)

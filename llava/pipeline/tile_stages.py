@@ -12,24 +12,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llava.model.encoded_image import Picture
+from llava.model.encoded_image import EncodedImage
 from llava.pipeline.accounting import Record
 from llava.pipeline.image_batch import ImageBatch
 from llava.pipeline.sequence import Row, Sequence
-from llava.pipeline.views import Part, grouped, parts_of, rest_of, shared_fields
+from llava.pipeline.views import View, grouped, parts_of, rest_of, shared_fields
 from llava.processing.sample import Sample
 from llava.reduction.crop_budget import untouched
-from llava.reduction.joining import Piece, join
-from llava.reduction.model_spec import facts_of
+from llava.reduction.model_spec import spec_of
 from llava.reduction.reducer import Reducer, by_row
-from llava.reduction.reduction import Reduction
+from llava.reduction.reduction import Reduction, ViewReduction, join
 from llava.reduction.states import EncoderState, PromptState
 
 if TYPE_CHECKING:
     from llava.model.llava_arch import Llava
 
 # From a group of views to their state, and from a reduction to the values of merged tokens (None without any).
-MakeState = Callable[[list[Part]], PromptState]
+MakeState = Callable[[list[View]], PromptState]
 MergedValues = Callable[[Reduction, PromptState, slice], Tensor | None]
 
 
@@ -46,7 +45,7 @@ class Features:
     order: Tensor | None = None
 
 
-def everything(picture: Picture, plain: bool) -> Features:
+def everything(picture: EncodedImage, plain: bool) -> Features:
     """The image as the tower gave it.
 
     Args:
@@ -54,7 +53,7 @@ def everything(picture: Picture, plain: bool) -> Features:
     """
     arrangement, plain = picture.arrangement, plain and picture.extra_cls
     features = [picture.crop_features(number, not plain) for number in range(len(arrangement.crops))]
-    places = [crop.places if plain else crop.all_places for crop in arrangement.crops]
+    places = [crop.indices if plain else crop.all_indices for crop in arrangement.crops]
     order = torch.cat([*places, arrangement.newlines]).argsort()
     return Features(torch.cat(features), order.to(features[0].device))
 
@@ -70,8 +69,8 @@ def reduce_features(
     model: "Llava", reducer: Reducer, samples: Samples[Sample], images: ImageBatch, rows: list[Row], record: Record
 ) -> dict[Row, Features]:
     """Ask the method about every view before the projector, and join the views of each image."""
-    open_ = [image for image in rows if not untouched(reducer, facts_of(model.facts, images.of(image).full))]
-    found: dict[Row, list[tuple[Piece, Tensor]]] = {image: [] for image in open_}
+    open_ = [image for image in rows if not untouched(reducer, spec_of(model.spec, images.of(image).full))]
+    found: dict[Row, list[tuple[ViewReduction, Tensor]]] = {image: [] for image in open_}
     for group in grouped([part for image in open_ for part in parts_of(model, reducer, image, images.of(image))]):
         features = torch.stack([part.features for part in group])
         state = EncoderState(features=features, **shared_fields(model, samples, group))
@@ -80,10 +79,10 @@ def reduce_features(
         shared = reductions[0][0] is reductions[-1][0]
         values = reductions[0][0].apply(features) if shared else None
         for row, (part, (reduction, index)) in enumerate(zip(group, reductions, strict=True)):
-            if reduction.mix is not None:
+            if reduction.merge_matrix is not None:
                 record.operations.add("selection", int, reduction.apply_flops(features.shape[-1]))
             value = values[row] if shared else reduction.apply(features[row : row + 1])[0]
-            piece = Piece(part.places.to(model.device), reduction.only(index), part.block)
+            piece = ViewReduction(part.indices.to(model.device), reduction.only(index), part.block)
             found[part.image].append((piece, value))
     left = {}
     for image, pieces in found.items():
@@ -94,12 +93,12 @@ def reduce_features(
         reduction, order = join(every, picture.arrangement.tokens)
         left[image] = Features(torch.cat([value for _, value in pieces]), order)
         before = images.kept[image]
-        images.kept[image] = reduction.anchor[0] if before is None else before[reduction.anchor[0]]
+        images.kept[image] = reduction.kept[0] if before is None else before[reduction.kept[0]]
         record.applied(image, "encoder", reduction)
     return left
 
 
-def _asked(group: list[Part], stage: str, state: EncoderState, tokens: int) -> Reduction | list[Reduction]:
+def _asked(group: list[View], stage: str, state: EncoderState, tokens: int) -> Reduction | list[Reduction]:
     """The method's reductions of the views of a group; a view that it leaves alone keeps everything."""
     method = group[0].reducer
     reductions = None if method.keeps_all(tokens) else getattr(method, stage)(state)
@@ -127,10 +126,10 @@ def reduce_prompts(
     Returns:
         the reduction of every image that is reduced, and the values [K, H] of its tokens where some are merged.
     """
-    open_ = [image for image in rows if not untouched(reducer, facts_of(model.facts, images.of(image).full))]
-    found: dict[Row, list[tuple[Piece, Tensor | None]]] = {image: [] for image in open_}
+    open_ = [image for image in rows if not untouched(reducer, spec_of(model.spec, images.of(image).full))]
+    found: dict[Row, list[tuple[ViewReduction, Tensor | None]]] = {image: [] for image in open_}
     for group in grouped([part for image in open_ for part in parts_of(model, reducer, image, images.of(image))]):
-        members = torch.stack([part.places for part in group]).to(model.device)
+        members = torch.stack([part.indices for part in group]).to(model.device)
         fields = shared_fields(model, samples, group)
         features = torch.stack([part.features for part in group])
         state = state_of([part.image for part in group], features, fields, members)
@@ -140,7 +139,7 @@ def reduce_prompts(
         together = merged_values(reductions[0][0], state, slice(None)) if shared else None
         for row, (part, (reduction, index)) in enumerate(zip(group, reductions, strict=True)):
             own = together if shared else merged_values(reduction, state, slice(row, row + 1))
-            piece = Piece(part.places.to(model.device), reduction.only(index), part.block)
+            piece = ViewReduction(part.indices.to(model.device), reduction.only(index), part.block)
             found[part.image].append((piece, None if own is None else own[index].to(state.tokens.dtype)))
     applied: dict[Row, Reduction] = {}
     values: dict[Row, Tensor] = {}
@@ -156,7 +155,7 @@ def reduce_prompts(
 
 
 def _values(
-    sequence: Sequence, image: Row, picture: Picture, pieces: list[Piece], merged: list[Tensor | None]
+    sequence: Sequence, image: Row, picture: EncodedImage, pieces: list[ViewReduction], merged: list[Tensor | None]
 ) -> Tensor:
     """[K, H] values of the pieces' outputs, one piece after another; newline tokens are the last piece."""
     sample, number = image
@@ -165,7 +164,7 @@ def _values(
     known = merged + [None] * (len(pieces) - len(merged))
     return torch.cat(
         [
-            run[piece.places[piece.reduction.anchor[0]]] if value is None else value
+            run[piece.indices[piece.reduction.kept[0]]] if value is None else value
             for piece, value in zip(pieces, known, strict=True)
         ]
     )

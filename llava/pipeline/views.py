@@ -9,23 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.model.encoded_image import Picture
+from llava.model.encoded_image import EncodedImage
 from llava.pipeline.sequence import Row
 from llava.processing.sample import Sample
 from llava.reduction.crop_budget import divided, over_crops, shares
-from llava.reduction.joining import Piece, stack
-from llava.reduction.model_spec import ModelFacts, facts_of
-from llava.reduction.patch_grid import Layout
+from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import Reducer
-from llava.reduction.reduction import Reduction
-from llava.reduction.scores import Signal
+from llava.reduction.reduction import Reduction, ViewReduction, stack
+from llava.reduction.scores import TowerScore
 
 if TYPE_CHECKING:
     pass
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class View:
     """What a method sees as one picture: a crop, or all crops together.
 
     Attributes:
@@ -33,17 +32,17 @@ class Part:
         picture: the picture behind the tower.
         numbers: the crops.
         reducer: the method at the part's budget.
-        facts: the model as if the part were the whole picture.
+        spec: the model as if the part were the whole picture.
     """
 
     image: Row
-    picture: Picture
+    picture: EncodedImage
     numbers: tuple[int, ...]
     reducer: Reducer
-    facts: ModelFacts
+    spec: ModelSpec
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> PatchGrid:
         layout = self.picture.arrangement.layout
         if len(self.numbers) == 1:
             layout = self.picture.arrangement.crops[self.numbers[0]].layout
@@ -55,10 +54,10 @@ class Part:
         return self.reducer.keep_cls
 
     @cached_property
-    def places(self) -> Tensor:
+    def indices(self) -> Tensor:
         """[n] places of its tokens in the run."""
         crops = self.picture.arrangement.crops
-        return _joined([crops[n].all_places if self.with_cls else crops[n].places for n in self.numbers])
+        return _joined([crops[n].all_indices if self.with_cls else crops[n].indices for n in self.numbers])
 
     @property
     def block(self) -> int:
@@ -73,52 +72,52 @@ class Part:
         """[n, D]"""
         return _joined([self.picture.crop_features(number, self.with_cls) for number in self.numbers])
 
-    def signals(self) -> dict[Signal, Tensor]:
+    def scores(self) -> dict[TowerScore, Tensor]:
         """[patches, ...] of every signal."""
         return {
-            signal: _joined([self.picture.crop_signal(signal, number) for number in self.numbers])
-            for signal in self.picture.encoded.signals
+            score: _joined([self.picture.tile_score(score, number) for number in self.numbers])
+            for score in self.picture.encoded.scores
         }
 
     @property
     def group(self) -> tuple:
         """Parts of one group have tokens of the same shape and are handed to the method together."""
-        return self.reducer, self.facts, self.layout, self.picture.whole, len(self.places)
+        return self.reducer, self.spec, self.layout, self.picture.whole, len(self.indices)
 
 
-def grouped(parts: list[Part]) -> list[list[Part]]:
+def grouped(parts: list[View]) -> list[list[View]]:
     """Parts in groups of the same shape."""
-    groups: dict[tuple, list[Part]] = {}
+    groups: dict[tuple, list[View]] = {}
     for part in parts:
         groups.setdefault(part.group, []).append(part)
     return list(groups.values())
 
 
-def parts_of(model, reducer: Reducer, image: Row, picture: Picture) -> list[Part]:
+def parts_of(model, reducer: Reducer, image: Row, picture: EncodedImage) -> list[View]:
     """What a method sees of one image; crops that may keep nothing are left out."""
-    facts, count = facts_of(model.facts, picture.full), len(picture.arrangement.crops)
-    reducer = reducer.for_picture(facts)
+    spec, count = spec_of(model.spec, picture.full), len(picture.arrangement.crops)
+    reducer = reducer.for_picture(spec)
     if divided(reducer, count):
-        given = shares(reducer, picture.full, picture.encoded.signals)
+        given = shares(reducer, picture.full, picture.encoded.scores)
         return [
-            Part(image, picture, (number,), reducer.sized(share), facts.crop(number))
+            View(image, picture, (number,), reducer.sized(share), spec.crop(number))
             for number, share in enumerate(given)
             if share
         ]
-    ((sized, facts),) = over_crops(reducer, facts)
-    return [Part(image, picture, tuple(range(count)), sized, facts)]
+    ((sized, spec),) = over_crops(reducer, spec)
+    return [View(image, picture, tuple(range(count)), sized, spec)]
 
 
-def rest_of(reducer: Reducer, picture: Picture, device: torch.device) -> list[Piece]:
+def rest_of(reducer: Reducer, picture: EncodedImage, device: torch.device) -> list[ViewReduction]:
     """The newline tokens of a picture, where the method keeps them."""
     places = picture.arrangement.newlines.to(device)
     if reducer.newlines == "drop" or not len(places):
         return []
     last = len(picture.arrangement.crops) if picture.arrangement.temporal else 1
-    return [Piece(places, Reduction(torch.arange(len(places), device=device)[None], len(places)), last)]
+    return [ViewReduction(places, Reduction(torch.arange(len(places), device=device)[None], len(places)), last)]
 
 
-def names_of(samples: Samples[Sample], parts: Samples[Part]) -> tuple[str, ...]:
+def names_of(samples: Samples[Sample], parts: Samples[View]) -> tuple[str, ...]:
     """One name per part: the sample's own, numbered from the second image on, and by crop."""
     names = []
     for part in parts:
@@ -129,41 +128,41 @@ def names_of(samples: Samples[Sample], parts: Samples[Part]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def shared_fields(model, samples: Samples[Sample], parts: list[Part]) -> dict:
+def shared_fields(model, samples: Samples[Sample], parts: list[View]) -> dict:
     """What the states of stages 1 and 2 have in common; all parts are of one group."""
     first = parts[0]
-    signals = [part.signals() for part in parts]
+    scores = [part.scores() for part in parts]
     merged = [part.picture.encoded.merged for part in parts]
     return {
         "ids": names_of(samples, parts),
-        "facts": first.facts,
+        "spec": first.spec,
         "layout": first.layout,
-        "signals": {signal: torch.stack([row[signal] for row in signals]) for signal in signals[0]},
+        "scores": {score: torch.stack([row[score] for row in scores]) for score in scores[0]},
         "merged": None
         if merged[0] is None
         else stack([one.only(part.numbers[0]) for one, part in zip(merged, parts, strict=True)]),
         "questions": tuple(samples[part.image[0]].question for part in parts),
         "messages": tuple(samples[part.image[0]].message for part in parts),
         "clip": model.clip if first.reducer.needs_text_tower else None,
-        "thumbnail": lambda signal: torch.stack([_overviews(part, signal) for part in parts]),
+        "thumbnail": lambda score: torch.stack([_overviews(part, score) for part in parts]),
     }
 
 
-def _overviews(part: Part, signal: Signal) -> Tensor:
-    return torch.cat([overview(part.picture, number, signal) for number in part.numbers])
+def _overviews(part: View, score: TowerScore) -> Tensor:
+    return torch.cat([overview(part.picture, number, score) for number in part.numbers])
 
 
-def overview(picture: Picture, number: int, signal: Signal) -> Tensor:
-    """[n] values that the first crop's signal [P] has at the patches of crop `number`, between its patches bilinear.
+def overview(picture: EncodedImage, number: int, score: TowerScore) -> Tensor:
+    """[n] values that the first crop's score [P] has at the patches of crop `number`, between its patches bilinear.
 
     The first crop is the whole picture, stretched over its grid; the stitched tiles without their padding are the same.
     Without tiles, and for the first crop itself, the crop's own values.
     """
     arrangement = picture.arrangement
     if number == 0 or arrangement.tiles is None:
-        return picture.crop_signal(signal, number)
+        return picture.tile_score(score, number)
     tiles, (heights, widths) = arrangement.crops[1:], arrangement.tile_sides()
-    table = picture.encoded.signals[signal][0].unflatten(0, arrangement.grid)
+    table = picture.encoded.scores[score][0].unflatten(0, arrangement.grid)
     size = (sum(heights), sum(widths))
     whole = F.interpolate(table[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
     row, column = divmod(number - 1, len(widths))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llava.errors import UserError, unknown
 from llava.processing.clip_image import ImageProcessor, as_rgb, resize
-from llava.reduction.token_layout import Arrangement, stitched
+from llava.reduction.token_layout import TokenLayout, stitched
 
 READINGS = ("original", "transformers")
 MERGES = ("spatial_unpad", "spatial")
@@ -175,7 +175,7 @@ class AnyresProcessor:
         """Return (width, height) of the canvas for an image of this size."""
         return self.force or best_resolution(size, self.pinpoints, self.reading)
 
-    def arrange(self, size: Size) -> Arrangement:
+    def arrange(self, size: Size) -> TokenLayout:
         """Return the token layout of an image of this (width, height).
 
         If unpadding leaves no stitched patch, only the base image is computed; the original also runs the tower on the
@@ -190,7 +190,7 @@ class AnyresProcessor:
         empty = run.patches == len(run.crops[0].patches)
         return replace(run, crops=run.crops[:1], tiles=None) if empty else run
 
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Arrangement]:
+    def __call__(self, image: Image.Image) -> tuple[Tensor, TokenLayout]:
         """Return [1 + tiles, 3, S, S] float32 pixels, the base image first, and the token layout.
 
         The image may have any mode; EXIF rotation is ignored, as in `llava.processing.clip_image.open_image`.

@@ -1,6 +1,102 @@
-"""What a method imports: the base class, the states it is given, reductions, scores and the registry."""
+"""What a method imports: the base class, the states it is given, reductions, scores, rankings and the registry."""
 
-from llava.reduction.reducer import Reducer, option
-from llava.reduction.reduction import Reduction, Step, Trace, gather_tokens, keep_top
+from llava.errors import UserError
+from llava.reduction.crop_budget import covered, deal, over_crops, planned
+from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles, text_to_visual_attention
+from llava.reduction.flops import linear_flops
+from llava.reduction.layer_schedule import (
+    largest_within,
+    proportional,
+    refuse_budget,
+    scaled_layers,
+    tokens_by_layer,
+)
+from llava.reduction.merging import (
+    ANCHORS,
+    WEIGHTS,
+    assign,
+    choose_anchors,
+    member_weights,
+    merge_flops,
+    merge_plan,
+    with_cls,
+)
+from llava.reduction.metadata import MethodMetadata
+from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.reduction.options import option, options_of
+from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.ranking import gather_tokens, keep_top, others, ranking, ranks
+from llava.reduction.reducer import NEWLINES, SPLITS, Reducer, Reductions, Scorer, seed_of
+from llava.reduction.reduction import Reduction, Step, Trace
+from llava.reduction.registry import register
+from llava.reduction.scores import TowerScore
+from llava.reduction.states import (
+    BlockState,
+    DecoderState,
+    EncoderState,
+    PromptState,
+    State,
+    row_index,
+    text_spans,
+)
+from llava.reduction.text_similarity import RELEVANCE, signed, text_similarity
+from llava.reduction.token_layout import TokenLayout
 
-__all__ = ["Reducer", "Reduction", "Step", "Trace", "gather_tokens", "keep_top", "option"]
+__all__ = [
+    "ANCHORS",
+    "NEWLINES",
+    "RELEVANCE",
+    "SPLITS",
+    "WEIGHTS",
+    "BlockState",
+    "DecoderState",
+    "EncoderState",
+    "MethodMetadata",
+    "ModelSpec",
+    "PatchGrid",
+    "PromptState",
+    "Reducer",
+    "Reduction",
+    "Reductions",
+    "Scorer",
+    "State",
+    "Step",
+    "TokenLayout",
+    "TowerScore",
+    "Trace",
+    "UserError",
+    "assign",
+    "attention_rows",
+    "choose_anchors",
+    "covered",
+    "deal",
+    "gather_tokens",
+    "keep_top",
+    "largest_within",
+    "layer_keys",
+    "linear_flops",
+    "member_weights",
+    "merge_flops",
+    "merge_plan",
+    "option",
+    "options_of",
+    "others",
+    "over_crops",
+    "planned",
+    "proportional",
+    "ranking",
+    "ranks",
+    "refuse_budget",
+    "register",
+    "rotary_angles",
+    "row_index",
+    "scaled_layers",
+    "seed_of",
+    "signed",
+    "spec_of",
+    "text_similarity",
+    "text_spans",
+    "text_to_visual_attention",
+    "tokens_by_layer",
+    "with_cls",
+]

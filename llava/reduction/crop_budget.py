@@ -17,10 +17,10 @@ from functools import lru_cache
 from torch import Tensor
 
 from llava.errors import UserError
-from llava.reduction.model_spec import ModelFacts
+from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import Reducer
-from llava.reduction.scores import Signal
-from llava.reduction.token_layout import Arrangement
+from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import TokenLayout
 
 
 def chooses_patches(reducer: Reducer) -> bool:
@@ -33,10 +33,10 @@ def divided(reducer: Reducer, crops: int) -> bool:
     return crops > 1 and reducer.crops != "global" and chooses_patches(reducer)
 
 
-def untouched(reducer: Reducer, facts: ModelFacts) -> bool:
+def untouched(reducer: Reducer, spec: ModelSpec) -> bool:
     """Whether a picture in crops is small enough to keep all it has."""
-    several = bool(facts.crops or facts.newlines)
-    return several and reducer.for_picture(facts).budget >= facts.visual_tokens
+    several = bool(spec.crops or spec.newlines)
+    return several and reducer.for_picture(spec).budget >= spec.visual_tokens
 
 
 def for_patches(reducer: Reducer, newlines: int) -> int:
@@ -44,54 +44,54 @@ def for_patches(reducer: Reducer, newlines: int) -> int:
     return reducer.budget - (newlines if reducer.newlines == "keep" else 0)
 
 
-def over_crops(reducer: Reducer, facts: ModelFacts) -> list[tuple[Reducer, ModelFacts]]:
+def over_crops(reducer: Reducer, spec: ModelSpec) -> list[tuple[Reducer, ModelSpec]]:
     """The method at the budget of every part it sees, as far as that is known before the picture is: evenly."""
-    reducer = reducer.for_picture(facts)
-    if divided(reducer, len(facts.crops)):
-        given = deal(for_patches(reducer, facts.newlines), [crop.tokens for crop in facts.crops])
-        return [(reducer.sized(share), facts.crop(number)) for number, share in enumerate(given) if share]
-    if chooses_patches(reducer) and facts.patches < facts.visual_tokens:
-        facts = replace(facts, visual_tokens=facts.patches)
-        return [(reducer.sized(min(for_patches(reducer, facts.newlines), facts.patches)), facts)]
-    return [(reducer.sized(min(reducer.budget, facts.visual_tokens)), facts)]
+    reducer = reducer.for_picture(spec)
+    if divided(reducer, len(spec.crops)):
+        given = deal(for_patches(reducer, spec.newlines), [crop.tokens for crop in spec.crops])
+        return [(reducer.sized(share), spec.crop(number)) for number, share in enumerate(given) if share]
+    if chooses_patches(reducer) and spec.patches < spec.visual_tokens:
+        spec = replace(spec, visual_tokens=spec.patches)
+        return [(reducer.sized(min(for_patches(reducer, spec.newlines), spec.patches)), spec)]
+    return [(reducer.sized(min(reducer.budget, spec.visual_tokens)), spec)]
 
 
-def planned(reducer: Reducer, facts: ModelFacts) -> tuple[int, ...] | None:
+def planned(reducer: Reducer, spec: ModelSpec) -> tuple[int, ...] | None:
     """Visual tokens of one image that are planned to enter each layer; None where the picture decides."""
-    if untouched(reducer, facts):
-        return (facts.visual_tokens,) * facts.layers
-    plans = [sized.entering(part) for sized, part in over_crops(reducer, facts)]
+    if untouched(reducer, spec):
+        return (spec.visual_tokens,) * spec.layers
+    plans = [sized.tokens_per_layer(part) for sized, part in over_crops(reducer, spec)]
     if any(plan is None for plan in plans):
         return None
-    kept = facts.newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0
+    kept = spec.newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0
     return tuple(kept + sum(layer) for layer in zip(*plans, strict=True))
 
 
 @lru_cache(maxsize=256)
-def require(reducer: Reducer, facts: ModelFacts) -> None:
+def require(reducer: Reducer, spec: ModelSpec) -> None:
     """Raise UserError if the method cannot run on this model at its budget."""
-    reducer = reducer.for_picture(facts)
-    if not facts.crops and not facts.newlines:
-        reducer.check(facts)
+    reducer = reducer.for_picture(spec)
+    if not spec.crops and not spec.newlines:
+        reducer.check(spec)
         return
-    if not 1 <= reducer.budget <= facts.visual_tokens:
+    if not 1 <= reducer.budget <= spec.visual_tokens:
         raise UserError(
-            f"The budget must be 1 to {facts.visual_tokens} (visual tokens of this model), got {reducer.budget}."
+            f"The budget must be 1 to {spec.visual_tokens} (visual tokens of this model), got {reducer.budget}."
         )
-    parts = len(facts.crops) if divided(reducer, len(facts.crops)) else 1
-    least = parts + (facts.most_newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0)
+    parts = len(spec.crops) if divided(reducer, len(spec.crops)) else 1
+    least = parts + (spec.most_newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0)
     if reducer.budget < least:
         raise UserError(
             f"{reducer.name} needs a budget of at least {least} here, got {reducer.budget}: one token for each of "
             f"{parts} crops, and all newline tokens where they are kept ({reducer.name}.newlines=drop leaves them out)."
         )
     if not reducer.acts_in.isdisjoint(("tower", "input_grid")):
-        refuse_unequal_crops(reducer, parts, not facts.newlines and len(set(facts.crops)) == 1)
-    for sized, part in set(over_crops(reducer, facts)):
+        refuse_unequal_crops(reducer, parts, not spec.newlines and len(set(spec.crops)) == 1)
+    for sized, part in set(over_crops(reducer, spec)):
         sized.check(part)
 
 
-def in_tower(reducer: Reducer, arrangement: Arrangement) -> Reducer:
+def in_tower(reducer: Reducer, arrangement: TokenLayout) -> Reducer:
     """The method as it acts on the pixels or inside the tower, at the budget of one crop.
 
     Raises:
@@ -115,21 +115,21 @@ def refuse_unequal_crops(reducer: Reducer, crops: int, whole: bool) -> None:
         )
 
 
-def shares(reducer: Reducer, arrangement: Arrangement, signals: dict[Signal, Tensor]) -> list[int]:
+def shares(reducer: Reducer, arrangement: TokenLayout, scores: dict[TowerScore, Tensor]) -> list[int]:
     """Tokens for each crop of one picture.
 
     Args:
-        signals: those of `tower_signals`, [crops, P, ...] over whole crops.
+        scores: those of `tower_scores`, [crops, P, ...] over whole crops.
     """
     sizes = [len(crop.patches) for crop in arrangement.crops]
     budget = for_patches(reducer, len(arrangement.newlines))
-    own = reducer.crop_shares(arrangement, signals, budget)
+    own = reducer.crop_shares(arrangement, scores, budget)
     if own is not None:
         return own
     if reducer.crops == "each" or arrangement.tiles is None:
         return deal(budget, sizes)
     first = deal(budget, sizes)[0]
-    seen = covered(arrangement, signals[Signal("cls_attention")][0])
+    seen = covered(arrangement, scores[TowerScore("cls_attention")][0])
     return [first, *deal(budget - first, sizes[1:], seen)]
 
 
@@ -160,7 +160,7 @@ def deal(budget: int, sizes: Sequence[int], weights: Sequence[float] | None = No
     return given
 
 
-def covered(arrangement: Arrangement, score: Tensor) -> list[float]:
+def covered(arrangement: TokenLayout, score: Tensor) -> list[float]:
     """Sum of the first crop's scores [P] over the part of the picture that each tile shows.
 
     The first crop is the whole picture, stretched over its grid; the stitched tiles without their padding are the same.

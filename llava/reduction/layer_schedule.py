@@ -27,7 +27,7 @@ def scaled_layers(stages: Sequence[int], reference: int, depth: int) -> tuple[in
     return tuple(found)
 
 
-def entering_layers(before: int, stages: Sequence[int], counts: Sequence[int], depth: int) -> tuple[int, ...]:
+def tokens_by_layer(before: int, stages: Sequence[int], counts: Sequence[int], depth: int) -> tuple[int, ...]:
     """Visual tokens entering each layer: `before` in front of the first stage, then `counts[i]` from `stages[i]` on."""
     tokens, place = [], before
     changes = dict(zip(stages, counts, strict=True))

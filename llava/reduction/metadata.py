@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Card:
+class MethodMetadata:
     """One method in the table of methods.
 
     Attributes:

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from llava.reduction.patch_grid import Layout
-from llava.reduction.token_layout import Arrangement
+from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.token_layout import TokenLayout
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelSpec:
     """The model as a method sees it, for the images that budgets are meant for or for one image.
 
     Attributes:
@@ -25,11 +25,11 @@ class ModelFacts:
 
     visual_tokens: int
     layers: int
-    layout: Layout
+    layout: PatchGrid
     tower_blocks: int
     has_cls: bool = True
     has_text_tower: bool = False
-    crops: tuple[Layout, ...] = ()
+    crops: tuple[PatchGrid, ...] = ()
     newlines: int = 0
     most_newlines: int = 0
 
@@ -38,20 +38,20 @@ class ModelFacts:
         """The visual tokens that a method before the decoder chooses from: no class tokens, no newline tokens."""
         return sum(crop.tokens for crop in self.crops) if self.crops else self.visual_tokens - self.newlines
 
-    def crop(self, number: int) -> "ModelFacts":
+    def crop(self, number: int) -> "ModelSpec":
         """The model as if one tile were the whole image."""
         layout = self.crops[number]
         return replace(self, visual_tokens=layout.tokens, layout=layout, crops=(), newlines=0)
 
 
 @lru_cache(maxsize=1024)
-def facts_of(facts: ModelFacts, arrangement: Arrangement) -> ModelFacts:
+def spec_of(spec: ModelSpec, arrangement: TokenLayout) -> ModelSpec:
     """The same with the tokens and tiles of one image."""
     several = len(arrangement.crops) > 1
     return replace(
-        facts,
+        spec,
         visual_tokens=arrangement.tokens,
         layout=replace(arrangement.layout, has_cls=False),
-        crops=tuple(Layout(crop.rows, crop.columns) for crop in arrangement.crops) if several else (),
+        crops=tuple(PatchGrid(crop.rows, crop.columns) for crop in arrangement.crops) if several else (),
         newlines=len(arrangement.newlines),
     )

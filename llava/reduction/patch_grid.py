@@ -6,7 +6,7 @@ CLS = -1  # row and column of a class token
 
 
 @dataclass(frozen=True)
-class Layout:
+class PatchGrid:
     """Origin of the N visual tokens of one image, in the order of the sequence.
 
     Attributes:

@@ -1,24 +1,27 @@
 """The base class of all methods: a frozen configuration and up to four functions, one per stage.
 
-A method never touches the model. It states which tower signals it needs, is handed states, and returns reductions;
+A method never touches the model. It states which tower scores it needs, is handed states, and returns reductions;
 the pipeline computes, applies, counts and places them.
 """
 
 import hashlib
-from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from llava.errors import UserError, unknown
-from llava.reduction.metadata import Card
-from llava.reduction.model_spec import ModelFacts
-from llava.option_names import with_current_names
-from llava.reduction.patch_grid import Layout
+from llava.errors import UserError
+from llava.reduction.metadata import MethodMetadata
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.options import option
+from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.ranking import keep_top
 from llava.reduction.reduction import Reduction
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState
-from llava.reduction.token_layout import Arrangement
+from llava.reduction.token_layout import TokenLayout
 
 # One reduction for all images of a state, or one for each where they keep different numbers of tokens.
 Reductions = Reduction | list[Reduction] | None
@@ -26,12 +29,7 @@ Reductions = Reduction | list[Reduction] | None
 STAGES = ("input_grid", "tower", "encoder", "prompt", "decoder")
 SPLITS = ("each", "thumbnail", "global")
 NEWLINES = ("drop", "keep")
-CLS_SIGNALS = ("cls_attention", "fused_cls_attention", "cls_logits")
-
-
-def option(default: Any, doc: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A configuration field with a sentence for `--list` and, for strings, the values it may take."""
-    return field(default=default, metadata={"doc": doc, "choices": choices})
+CLS_SCORES = ("cls_attention", "fused_cls_attention", "cls_logits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +40,20 @@ class Reducer:
         acts_in: those of "input_grid", "tower", "encoder", "prompt" and "decoder" that the class overrides.
         summary: one line for `--list`.
         version: part of every result; raise it when answers change.
-        card: the method's row in docs/methods.md.
+        metadata: the method's row in docs/methods.md.
         rounding: how far the mean over layers may be off the budget, in tokens.
         keep_cls: the encoder stage sees the CLS token as token 0.
         needs_text_tower: states carry the CLIP text tower.
-        quirks: where the method by its own definition departs from the contract of tests/test_every_method.py; keys
-            are "appended" (merged tokens stand behind the kept ones), "scale" (shares do not sum to 1), "duplicates".
+        known_deviations: where the method by its own definition departs from the contract of
+            tests/test_every_method.py; keys are "appended" (merged tokens stand after the kept ones), "scale" (merge
+            weights do not sum to 1), "duplicates".
 
     Attributes:
         budget: visual tokens per image, mean over decoder layers, merged ones included.
         positions: "renumber" gives the shortened sequence contiguous position ids, as LLaVA does; "original" lets
             every token keep the position id it had.
-        crops: how the budget of a picture in several crops is split, see llava/reduction/crop_budget.py. A method
-        that acts only in the
-            decoder ranks all tokens together.
+        crops: how the budget of an image in several tiles is split over them, see llava/reduction/crop_budget.py. A
+            method that acts only in the decoder ranks all tokens together.
         retention_ratio: ratio of each image's visual tokens to keep, for images that differ in size; `budget` is then
             that of the largest image. 0 for the same number of tokens everywhere. Formerly `share`.
         newlines: what becomes of the newline tokens of LLaVA-NeXT where a method chooses among patches.
@@ -65,11 +63,11 @@ class Reducer:
     acts_in: ClassVar[frozenset[str]] = frozenset()
     summary: ClassVar[str] = ""
     version: ClassVar[str] = "1"
-    card: ClassVar[Card] = Card(acts="")
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="")
     rounding: ClassVar[float] = 0.5
     keep_cls: ClassVar[bool] = False
     needs_text_tower: ClassVar[bool] = False
-    quirks: ClassVar[dict[str, str]] = {}
+    known_deviations: ClassVar[dict[str, str]] = {}
 
     budget: int
     positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))
@@ -91,65 +89,65 @@ class Reducer:
             if choices and value not in choices:
                 raise UserError(f"{self.name}.{known.name} must be one of {', '.join(choices)}, got {value!r}.")
 
-    def check(self, facts: ModelFacts) -> None:
+    def check(self, spec: ModelSpec) -> None:
         """Raise UserError if this method cannot run on this model at this budget."""
-        if not 1 <= self.budget <= facts.visual_tokens:
+        if not 1 <= self.budget <= spec.visual_tokens:
             raise UserError(
-                f"The budget must be 1 to {facts.visual_tokens} (visual tokens of this model), got {self.budget}."
+                f"The budget must be 1 to {spec.visual_tokens} (visual tokens of this model), got {self.budget}."
             )
-        if self.needs_text_tower and not facts.has_text_tower:
+        if self.needs_text_tower and not spec.has_text_tower:
             raise UserError(
                 f"{self.name} compares the question with the picture in CLIP's space and needs the CLIP text tower "
                 "that belongs to the vision tower; this checkpoint names none. Put it into a folder text_tower/ "
                 "beside the weights (a CLIPModel's text half with both projections), or take a checkpoint whose "
                 "mm_vision_tower is a whole CLIP."
             )
-        if not facts.has_cls and (self.keep_cls or any(s.kind in CLS_SIGNALS for s in self.signals())):
+        if not spec.has_cls and (self.keep_cls or any(s.kind in CLS_SCORES for s in self.scores())):
             raise UserError(f"{self.name} ranks by the CLS token of the vision tower; this tower has none.")
 
-    def entering(self, facts: ModelFacts) -> tuple[int, ...] | None:
+    def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         """Visual tokens of one image that are planned to enter each layer; None where the picture decides.
 
         For a picture in crops this is asked crop by crop, with a budget of its own;
         llava.reduction.crop_budget.planned adds up.
         """
-        return (self.budget,) * facts.layers
+        return (self.budget,) * spec.layers
 
     def sized(self, budget: int) -> "Reducer":
         """The same method at another budget."""
         unchanged = budget == self.budget and not self.retention_ratio
         return self if unchanged else replace(self, budget=budget, retention_ratio=0.0)
 
-    def for_picture(self, facts: ModelFacts) -> "Reducer":
+    def for_picture(self, spec: ModelSpec) -> "Reducer":
         """The same method at the budget of one picture."""
         if self.retention_ratio:
-            return self.sized(max(1, int(self.retention_ratio * facts.visual_tokens + 0.5)))
+            return self.sized(max(1, int(self.retention_ratio * spec.visual_tokens + 0.5)))
         return self
 
     def crop_shares(
-        self, arrangement: Arrangement, signals: dict[Signal, torch.Tensor], budget: int
+        self, arrangement: TokenLayout, scores: dict[TowerScore, torch.Tensor], budget: int
     ) -> list[int] | None:
         """The method's own rule for the tokens of each crop of a picture; None for the rule of `crops`.
 
         Args:
-            signals: [crops, P, ...] over whole crops.
+            scores: [crops, P, ...] over whole crops.
             budget: patches that all crops may keep together.
         """
         return None
 
-    def split_signals(self) -> tuple[Signal, ...]:
-        """What `crops` needs to split a budget over tiles, beside the method's own signals."""
-        return (Signal("cls_attention"),) if self.crops == "thumbnail" else ()
+    def split_scores(self) -> tuple[TowerScore, ...]:
+        """What `crops` needs to split a budget over tiles, beside the method's own scores."""
+        return (TowerScore("cls_attention"),) if self.crops == "thumbnail" else ()
 
-    def tower_signals(self, tiled: bool) -> tuple[Signal, ...]:
-        """All tower signals to compute for pictures with or without tiles."""
-        return tuple(dict.fromkeys((*self.signals(), *(self.split_signals() if tiled else ()))))
+    def tower_scores(self, tiled: bool) -> tuple[TowerScore, ...]:
+        """All tower scores to compute for pictures with or without tiles."""
+        return tuple(dict.fromkeys((*self.scores(), *(self.split_scores() if tiled else ()))))
 
-    def signals(self) -> tuple[Signal, ...]:
-        """Tower signals to compute."""
+    def scores(self) -> tuple[TowerScore, ...]:
+        """Tower scores to compute."""
         return ()
 
-    def input_grid(self, layout: Layout) -> tuple[int, int] | None:
+    def input_grid(self, layout: PatchGrid) -> tuple[int, int] | None:
         """Patch grid to shrink the image to before the tower, or None."""
         return None
 
@@ -182,6 +180,35 @@ class Reducer:
         return self.budget >= tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scorer(Reducer, ABC):
+    """A method that only ranks: it keeps the tokens with the highest scores, in raster order.
+
+    Class attributes:
+        stage: "encoder" or "prompt", where tokens are dropped.
+    """
+
+    stage: ClassVar[str] = "encoder"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.acts_in = frozenset({cls.stage})
+
+    @abstractmethod
+    def score(self, state: EncoderState) -> Tensor:
+        """[B, N], higher is kept; equal scores go to the lower index. The state of stage "prompt" is a PromptState."""
+
+    def encoder(self, state: EncoderState) -> Reduction:
+        return self._keep(state)
+
+    def prompt(self, state: PromptState) -> Reduction:
+        return self._keep(state)
+
+    def _keep(self, state: EncoderState) -> Reduction:
+        score = self.score(state)
+        return Reduction(keep_top(score, self.budget), score.shape[1])
+
+
 def by_row(reductions: Reductions, count: int) -> list[tuple[Reduction, int]] | None:
     """(reduction, row in it) of every image, whether they share one reduction or have one each."""
     if reductions is None:
@@ -196,39 +223,3 @@ def by_row(reductions: Reductions, count: int) -> list[tuple[Reduction, int]] | 
 def seed_of(*parts: object) -> int:
     """A seed that depends on the parts alone, not on process, order or batch."""
     return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
-
-
-def options_of(cls: type[Reducer]) -> dict[str, Field]:
-    """The configuration fields of a method by name, the budget apart."""
-    return {known.name: known for known in fields(cls) if known.name != "budget"}
-
-
-def parse_options(cls: type[Reducer], options: dict[str, str]) -> dict[str, Any]:
-    """Turn `--set` texts into values of the fields' types; unknown keys are errors with a suggestion.
-
-    Former names of options are read as well.
-    """
-    known = options_of(cls)
-    values: dict[str, Any] = {}
-    for key, text in with_current_names(options).items():
-        if key not in known:
-            raise unknown(f"option of {cls.name}", key, known)
-        values[key] = _parse(f"{cls.name}.{key}", text, type(known[key].default))
-    return values
-
-
-def _parse(name: str, text: Any, kind: type) -> Any:
-    if not isinstance(text, str):
-        return text
-    if kind is bool:
-        table = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() not in table:
-            raise UserError(f"{name} must be true or false, got {text!r}.")
-        return table[text.lower()]
-    try:
-        if kind is tuple:
-            return tuple(int(part) for part in text.split(",") if part)
-        return kind(text)
-    except ValueError:
-        word = {int: "a whole number", float: "a number", tuple: "whole numbers separated by commas"}[kind]
-        raise UserError(f"{name} must be {word}, got {text!r}.") from None

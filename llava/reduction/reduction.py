@@ -1,9 +1,12 @@
 """A reduction as data: which output tokens exist, and what each is made of."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from llava.reduction.ranking import gather_tokens
 
 
 @dataclass(frozen=True)
@@ -13,125 +16,191 @@ class Reduction:
     B images, N input tokens, K output tokens.
 
     Attributes:
-        anchor: [B, K] int64, the input position each output token stands at. It gives order and
+        kept: [B, K] int64, the index of the input token at which each output token stands. It gives order and
             position ids. Ascending and unique unless a method documents otherwise.
-        owner: [B, N] int64, the output token each input token is averaged into, -1 if dropped.
-            None means pruning: every output token is its anchor, unchanged.
-        weight: [B, N] float32, share of each input token in its output token. None with owner.
-        mix: [B, K, N] float32, shares of all input tokens in every output token, for the methods whose groups overlap;
-            instead of owner and weight.
         inputs: N.
+        assignment: [B, N] int64, the output token into which each input token is averaged, -1 if dropped. None means
+            pruning: every output token is the kept input token, unchanged.
+        merge_weight: [B, N] float32, weight of each input token in its output token. None without assignment.
         encoder_space: apply to encoder features and project again, instead of to projected tokens.
-        appended: so many outputs at the end stand behind the others, out of raster order.
+        merge_matrix: [B, K, N] float32, weights of all input tokens in every output token, for methods whose groups
+            overlap; in place of assignment and merge_weight.
+        appended: number of outputs at the end that stand after the others, out of raster order.
     """
 
-    anchor: Tensor
+    kept: Tensor
     inputs: int
-    owner: Tensor | None = None
-    weight: Tensor | None = None
+    assignment: Tensor | None = None
+    merge_weight: Tensor | None = None
     encoder_space: bool = False
-    mix: Tensor | None = None
+    merge_matrix: Tensor | None = None
     appended: int = 0
 
     @property
     def merges(self) -> bool:
-        return self.owner is not None or self.mix is not None
+        return self.assignment is not None or self.merge_matrix is not None
 
     def row(self, index: int) -> "Reduction":
-        """The reduction of one image, on the CPU, still with a batch axis of 1."""
-        one = self.only(index)
-        move = lambda t: None if t is None else t.cpu()  # noqa: E731
-        return replace(one, anchor=move(one.anchor), owner=move(one.owner), weight=move(one.weight), mix=move(one.mix))
+        """The reduction of one image, on the CPU, with a batch axis of 1."""
+        return self._each(lambda tensor: tensor[index : index + 1].cpu())
 
     def only(self, index: int) -> "Reduction":
-        """The same of one image, where it is."""
-        cut = lambda t: None if t is None else t[index : index + 1]  # noqa: E731
-        return replace(self, anchor=cut(self.anchor), owner=cut(self.owner), weight=cut(self.weight), mix=cut(self.mix))
+        """The reduction of one image, on its device, with a batch axis of 1."""
+        return self._each(lambda tensor: tensor[index : index + 1])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Reduction":
+        changed = {name: change(value) for name in TENSORS if (value := getattr(self, name)) is not None}
+        return replace(self, **changed)
 
     def apply(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] tokens -> [B, K, D], sums in float32, result in the dtype of `tokens`."""
-        if self.mix is not None:
-            return (self.mix @ tokens.float()).to(tokens.dtype)
-        if self.owner is None:
-            return gather_tokens(tokens, self.anchor)
+        """[B, N, D] tokens -> [B, K, D]; sums in float32, result in the dtype of `tokens`."""
+        if self.merge_matrix is not None:
+            return (self.merge_matrix @ tokens.float()).to(tokens.dtype)
+        if self.assignment is None or self.merge_weight is None:
+            return gather_tokens(tokens, self.kept)
         batch, _, channels = tokens.shape
-        out = tokens.new_zeros(batch, self.anchor.shape[1] + 1, channels, dtype=torch.float32)
-        # Dropped tokens go to an extra last row that is cut off: no data-dependent shape, no host sync.
-        target = torch.where(self.owner < 0, self.anchor.shape[1], self.owner)
-        shares = tokens.float() * self.weight.unsqueeze(-1)
-        out.scatter_add_(1, target.unsqueeze(-1).expand_as(shares), shares)
+        out = tokens.new_zeros(batch, self.kept.shape[1] + 1, channels, dtype=torch.float32)
+        # Dropped tokens go to an extra last row that is cut off: no data-dependent shape, no wait for the device.
+        target = torch.where(self.assignment < 0, self.kept.shape[1], self.assignment)
+        weighted = tokens.float() * self.merge_weight.unsqueeze(-1)
+        out.scatter_add_(1, target.unsqueeze(-1).expand_as(weighted), weighted)
         return out[:, :-1].to(tokens.dtype)
 
     def merged_count(self) -> Tensor:
         """[B] int64, output tokens made of two or more input tokens."""
-        batch, outputs = self.anchor.shape
-        if self.mix is not None:
-            return ((self.mix != 0).sum(2) > 1).sum(1)
-        if self.owner is None:
-            return self.anchor.new_zeros(batch)
-        members = self.anchor.new_zeros(batch, outputs + 1)
-        target = torch.where(self.owner < 0, outputs, self.owner)
-        members.scatter_add_(1, target, (self.weight != 0).long())
+        batch, outputs = self.kept.shape
+        if self.merge_matrix is not None:
+            return ((self.merge_matrix != 0).sum(2) > 1).sum(1)
+        if self.assignment is None or self.merge_weight is None:
+            return self.kept.new_zeros(batch)
+        members = self.kept.new_zeros(batch, outputs + 1)
+        target = torch.where(self.assignment < 0, outputs, self.assignment)
+        members.scatter_add_(1, target, (self.merge_weight != 0).long())
         return (members[:, :-1] > 1).sum(1)
 
     def apply_flops(self, channels: int) -> int:
         """Operations of `apply` on one image of `channels` wide tokens, matrix products only."""
-        return 0 if self.mix is None else 2 * self.mix[0].numel() * channels
+        return 0 if self.merge_matrix is None else 2 * self.merge_matrix[0].numel() * channels
 
     def after(self, first: "Reduction") -> "Reduction":
-        """The reduction that does `first` and then this one, for owner and weight reductions.
+        """The reduction that does `first` and then this one, for reductions without merge matrix.
 
         Args:
             first: its outputs are the inputs of this one.
         """
-        outputs, device = self.anchor.shape[1], self.anchor.device
-        one, two = first.explicit(), self.explicit()
-        # An extra last entry stands for "dropped", in front of and behind the second reduction.
-        owner = torch.cat([two.owner, torch.full((len(two.owner), 1), -1, device=device)], 1)
-        weight = torch.cat([two.weight, two.weight.new_zeros(len(two.weight), 1)], 1)
-        slot = torch.where(one.owner < 0, self.inputs, one.owner)
-        anchor = first.anchor.gather(1, self.anchor)
-        assert anchor.shape[1] == outputs
-        return Reduction(anchor, first.inputs, owner.gather(1, slot), one.weight * weight.gather(1, slot))
+        device = self.kept.device
+        assignment_1, weight_1 = first.explicit()
+        assignment_2, weight_2 = self.explicit()
+        # An extra last entry stands for "dropped", before and after the second reduction.
+        assignment = torch.cat([assignment_2, torch.full((len(assignment_2), 1), -1, device=device)], 1)
+        weight = torch.cat([weight_2, weight_2.new_zeros(len(weight_2), 1)], 1)
+        slot = torch.where(assignment_1 < 0, self.inputs, assignment_1)
+        kept = first.kept.gather(1, self.kept)
+        return Reduction(kept, first.inputs, assignment.gather(1, slot), weight_1 * weight.gather(1, slot))
 
-    def explicit(self) -> "Reduction":
-        """The same with owner and weight spelled out, also when it only drops tokens."""
-        if self.mix is not None:
-            raise ValueError("a reduction with overlapping groups has no owner per token")
-        if self.owner is not None:
-            return self
-        outputs = torch.arange(self.anchor.shape[1], device=self.anchor.device).expand_as(self.anchor)
-        owner = torch.full((len(self.anchor), self.inputs), -1, device=self.anchor.device)
-        owner = owner.scatter(1, self.anchor, outputs)
-        return replace(self, owner=owner, weight=(owner >= 0).float())
+    def explicit(self) -> tuple[Tensor, Tensor]:
+        """Assignment and merge weight [B, N], also where the reduction only drops tokens."""
+        if self.merge_matrix is not None:
+            raise ValueError("a reduction with overlapping groups assigns no token to one output")
+        if self.assignment is not None and self.merge_weight is not None:
+            return self.assignment, self.merge_weight
+        outputs = torch.arange(self.kept.shape[1], device=self.kept.device).expand_as(self.kept)
+        assignment = torch.full((len(self.kept), self.inputs), -1, device=self.kept.device)
+        assignment = assignment.scatter(1, self.kept, outputs)
+        return assignment, (assignment >= 0).float()
+
+
+TENSORS = ("kept", "assignment", "merge_weight", "merge_matrix")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One applied reduction: where it happened and what it did to one sample."""
+    """One applied reduction of one image.
 
-    place: str  # "input", "tower", "encoder", "prompt" or "layer N"; " #2" behind it for a second image
+    Attributes:
+        place: "input", "tower", "encoder", "prompt" or "layer N"; " #2" after it for a second image.
+    """
+
+    place: str
     reduction: Reduction
 
 
 Trace = tuple[Step, ...]
 
 
-def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
-    """[B, N, D] tokens, [B, K] positions -> [B, K, D]."""
-    return tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+@dataclass(frozen=True)
+class ViewReduction:
+    """What is kept of one view (a tile, a frame, or newline tokens) of an image.
+
+    Attributes:
+        indices: [n] int64, indices of the view's tokens among the image's visual tokens.
+        reduction: of these n tokens, for one image.
+        block: views of a lower block come first, whatever stands after their kept tokens.
+    """
+
+    indices: Tensor
+    reduction: Reduction
+    block: int = 0
 
 
-def keep_top(score: Tensor, budget: int) -> Tensor:
-    """Positions of the `budget` highest scores, in raster order; equal scores go to the lower index.
+def join(views: list[ViewReduction], inputs: int) -> tuple[Reduction, Tensor]:
+    """One reduction of an image's visual tokens from those of its views; tokens of no view are dropped.
+
+    Kept tokens are in the order of the image's tokens. Tokens that a method appends (`Reduction.appended`) come after
+    those of all views of the block.
 
     Args:
-        score: [B, N], higher means more important; compared in float32.
-        budget: 1 <= budget <= N.
+        inputs: visual tokens of the image.
 
     Returns:
-        [B, budget] int64, ascending.
+        the reduction, and [K] int64: which of the views' outputs, one view after another, each output is.
     """
-    # stable: the same tie goes to the same index on every device.
-    order = score.float().argsort(dim=-1, descending=True, stable=True)
-    return order[:, :budget].sort(dim=-1).values
+    device = views[0].indices.device
+    kept = torch.cat([view.indices[view.reduction.kept[0]] for view in views])
+    keys = []
+    for view in views:
+        count, tail = view.reduction.kept.shape[1], view.reduction.appended
+        is_tail = torch.arange(count, device=device) >= count - tail
+        keys.append((2 * view.block + is_tail.long()) * inputs)
+    order = (torch.cat(keys) + kept).argsort(stable=True)
+    appended = sum(view.reduction.appended for view in views if view.block == max(v.block for v in views))
+    encoder_space = any(view.reduction.encoder_space for view in views)
+    plain = Reduction(kept[order][None], inputs, encoder_space=encoder_space, appended=appended)
+    if not any(view.reduction.merges for view in views):
+        return plain, order
+    if any(view.reduction.merge_matrix is not None for view in views):
+        return replace(plain, merge_matrix=_joined_matrix(views, inputs)[order][None]), order
+    slot = order.argsort()
+    assignment = torch.full((inputs,), -1, device=device)
+    weight = torch.zeros(inputs, device=device)
+    done = 0
+    for view in views:
+        own, own_weight = view.reduction.explicit()
+        assignment[view.indices] = torch.where(own[0] < 0, -1, slot[(own[0] + done).clamp(min=0)])
+        weight[view.indices] = own_weight[0]
+        done += view.reduction.kept.shape[1]
+    return replace(plain, assignment=assignment[None], merge_weight=weight[None]), order
+
+
+def stack(reductions: list[Reduction]) -> Reduction:
+    """Reductions of one image each [1, K] as one of a batch [B, K]; all merge by assignment, to equally many tokens."""
+    assignments, weights = zip(*(one.explicit() for one in reductions), strict=True)
+    kept = torch.cat([one.kept for one in reductions])
+    return Reduction(kept, reductions[0].inputs, torch.cat(assignments), torch.cat(weights))
+
+
+def _joined_matrix(views: list[ViewReduction], inputs: int) -> Tensor:
+    """[K, inputs] weights of the views' outputs, one view after another."""
+    rows = []
+    for view in views:
+        matrix = view.reduction.merge_matrix
+        own = _matrix(view.reduction) if matrix is None else matrix[0]
+        rows.append(own.new_zeros(len(own), inputs).index_copy(1, view.indices, own))
+    return torch.cat(rows)
+
+
+def _matrix(reduction: Reduction) -> Tensor:
+    """[K, n] weights of a reduction without merge matrix, for one image."""
+    assignment, weight = reduction.explicit()
+    outputs = torch.arange(reduction.kept.shape[1], device=reduction.kept.device)
+    return (assignment[0][None] == outputs[:, None]) * weight[0]

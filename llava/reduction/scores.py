@@ -14,11 +14,11 @@ from llava.reduction.flops import linear_flops
 
 
 @dataclass(frozen=True)
-class Signal:
-    """A request for a tower signal.
+class TowerScore:
+    """A request for a tower score.
 
     Attributes:
-        kind: a key of TOWER_SIGNALS.
+        kind: a key of TOWER_SCORES.
         block: tower block, counted as a Python index; -2 is the block whose output LLaVA takes.
         depth: number of blocks of the tower that `block` was chosen for; a tower of another depth gives the block at
             the same share of it. 0 takes `block` as it is.
@@ -122,7 +122,7 @@ def whole_keys(block: nn.Module, hidden: Tensor) -> Tensor:
     return block.self_attn.k_proj(block.layer_norm1(hidden[:, 1:])).float()
 
 
-TOWER_SIGNALS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+TOWER_SCORES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "cls_attention": cls_attention,
     "cls_logits": cls_logits,
     "received_attention": received_attention,
@@ -132,22 +132,22 @@ TOWER_SIGNALS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
-def tower_signal(signal: Signal, block: nn.Module, hidden: Tensor) -> Tensor:
-    """Compute one requested signal from the input of its block."""
-    if signal.kind not in TOWER_SIGNALS:
-        raise unknown("tower signal", signal.kind, TOWER_SIGNALS)
-    return TOWER_SIGNALS[signal.kind](block, hidden)
+def tower_score(score: TowerScore, block: nn.Module, hidden: Tensor) -> Tensor:
+    """Compute one requested score from the input of its block."""
+    if score.kind not in TOWER_SCORES:
+        raise unknown("tower score", score.kind, TOWER_SCORES)
+    return TOWER_SCORES[score.kind](block, hidden)
 
 
-def signal_flops(signal: Signal, block: nn.Module, patches: int) -> int:
-    """Operations of one requested signal for one image, matrix products only."""
+def score_flops(score: TowerScore, block: nn.Module, patches: int) -> int:
+    """Operations of one requested score for one image, matrix products only."""
     attention = block.self_attn
     key, width = attention.k_proj, attention.q_proj.out_features
-    if signal.kind in ("keys", "whole_keys"):
+    if score.kind in ("keys", "whole_keys"):
         return linear_flops(key, patches)
-    if signal.kind == "cls_logits":
+    if score.kind == "cls_logits":
         return linear_flops(attention.q_proj, 1) + linear_flops(key, patches) + 2 * patches * width
-    queries = patches if signal.kind == "received_attention" else 1
+    queries = patches if score.kind == "received_attention" else 1
     return (
         linear_flops(attention.q_proj, queries) + linear_flops(key, patches + 1) + 2 * queries * (patches + 1) * width
     )

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from llava.errors import unknown
 from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles, text_to_visual_attention
-from llava.reduction.patch_grid import Layout
+from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reduction import Reduction
-from llava.reduction.scores import Signal
+from llava.reduction.scores import TowerScore
 
 if TYPE_CHECKING:
     from llava.pipeline.sequence import Sequence, Span
-    from llava.reduction.model_spec import ModelFacts
+    from llava.reduction.model_spec import ModelSpec
 
 
 @dataclass(kw_only=True)
@@ -31,12 +31,12 @@ class State:
         ids: one name per image, for seeds.
         flops: operations that the method spent beside the main path. `matmul` adds to it; products made in other
             ways must be added by hand.
-        facts: the model, for methods whose counts follow from its depth.
+        spec: the model, for methods whose counts follow from its depth.
     """
 
     ids: tuple[str, ...]
     flops: int = 0
-    facts: ModelFacts | None = None
+    spec: ModelSpec | None = None
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, booked."""
@@ -68,24 +68,24 @@ class EncoderState(State):
 
     Attributes:
         features: [B, N, D] tower features; with `keep_cls` token 0 is CLS.
-        signals: what `Reducer.signals` asked for, over patches only, float32.
+        scores: what `Reducer.scores` asked for, over patches only, float32.
         layout: origin of the N tokens.
         merged: what was merged inside the tower, if anything was; then its outputs are the N tokens.
         questions: the bare question of each image's prompt.
         messages: the same with its answer-format instruction.
         clip: the CLIP text tower, for methods with `needs_text_tower`.
-        thumbnail: signal -> [B, patches], what the small copy of the whole picture says of the same places, where the
+        thumbnail: score -> [B, patches], what the small copy of the whole picture says of the same places, where the
             tokens are tiles of LLaVA-NeXT (llava.pipeline.views.overview); elsewhere the tokens' own values.
     """
 
     features: Tensor
-    signals: dict[Signal, Tensor]
-    layout: Layout
+    scores: dict[TowerScore, Tensor]
+    layout: PatchGrid
     merged: Reduction | None = None
     questions: tuple[str, ...] = ()
     messages: tuple[str, ...] = ()
     clip: Any = None
-    thumbnail: Callable[[Signal], Tensor] | None = None
+    thumbnail: Callable[[TowerScore], Tensor] | None = None
 
 
 @dataclass(kw_only=True)

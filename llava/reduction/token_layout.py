@@ -11,40 +11,40 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from llava.reduction.patch_grid import CLS, Layout
+from llava.reduction.patch_grid import CLS, PatchGrid
 
 NEWLINE = -2  # crop, row and column of a newline token
 
 
 @dataclass(frozen=True, eq=False)
-class Crop:
+class Tile:
     """What one crop gives to the run.
 
     Attributes:
         rows, columns: the rectangle of patches that is left after unpadding.
         patches: [rows * columns] int64, places in the raster of the whole crop, ascending.
-        places: [rows * columns] int64, the places of the same patches in the run.
+        indices: [rows * columns] int64, the places of the same patches in the run.
         cls: place of the crop's class token in the run, or None.
     """
 
     rows: int
     columns: int
     patches: Tensor
-    places: Tensor
+    indices: Tensor
     cls: int | None = None
 
     @property
-    def all_places(self) -> Tensor:
+    def all_indices(self) -> Tensor:
         """Places of all tokens of the crop, CLS first."""
-        return self.places if self.cls is None else torch.cat([torch.tensor([self.cls]), self.places])
+        return self.indices if self.cls is None else torch.cat([torch.tensor([self.cls]), self.indices])
 
     @property
-    def layout(self) -> Layout:
-        return Layout(self.rows, self.columns, has_cls=self.cls is not None)
+    def layout(self) -> PatchGrid:
+        return PatchGrid(self.rows, self.columns, has_cls=self.cls is not None)
 
 
 @dataclass(frozen=True, eq=False)
-class Arrangement:
+class TokenLayout:
     """The run of visual tokens of one picture or video.
 
     Attributes:
@@ -55,7 +55,7 @@ class Arrangement:
         temporal: the crops are the frames of a video.
     """
 
-    crops: tuple[Crop, ...]
+    crops: tuple[Tile, ...]
     newlines: Tensor
     grid: tuple[int, int]
     tiles: tuple[int, int] | None = None
@@ -85,7 +85,7 @@ class Arrangement:
         return (*shapes, self.grid, self.tiles, len(self.newlines))
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Arrangement) and self.key == other.key)
+        return self is other or (isinstance(other, TokenLayout) and self.key == other.key)
 
     def __hash__(self) -> int:
         return self.hash
@@ -102,13 +102,13 @@ class Arrangement:
         return heights, widths
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> PatchGrid:
         """Of all tokens together, crop after crop; one long row where the crops have different shapes."""
         has_cls = self.crops[0].cls is not None
         shapes = {(crop.rows, crop.columns) for crop in self.crops}
         if len(shapes) == 1:
-            return Layout(*shapes.pop(), crops=len(self.crops), has_cls=has_cls)
-        return Layout(1, self.patches + has_cls * len(self.crops))
+            return PatchGrid(*shapes.pop(), crops=len(self.crops), has_cls=has_cls)
+        return PatchGrid(1, self.patches + has_cls * len(self.crops))
 
     def origins(self) -> Tensor:
         """[N, 3] int64: crop, row and column in the crop's own grid of every token.
@@ -117,20 +117,20 @@ class Arrangement:
         """
         table = torch.full((self.tokens, 3), NEWLINE)
         for number, crop in enumerate(self.crops):
-            table[crop.places, 0] = number
-            table[crop.places, 1] = crop.patches // self.grid[1]
-            table[crop.places, 2] = crop.patches % self.grid[1]
+            table[crop.indices, 0] = number
+            table[crop.indices, 1] = crop.patches // self.grid[1]
+            table[crop.indices, 2] = crop.patches % self.grid[1]
             if crop.cls is not None:
                 table[crop.cls] = torch.tensor([number, CLS, CLS])
         return table
 
-    def shrunk(self, grid: tuple[int, int]) -> "Arrangement":
+    def shrunk(self, grid: tuple[int, int]) -> "TokenLayout":
         """The same picture with coarser crops; only where every crop gives all its patches."""
         if self.temporal:
             return frames(len(self.crops), *grid)
         return single(*grid) if self.tiles is None else stitched(self.tiles, grid, newline=False)
 
-    def left(self, count: int, order: Tensor) -> "Arrangement":
+    def left(self, count: int, order: Tensor) -> "TokenLayout":
         """The run of what merging inside the tower left.
 
         Args:
@@ -138,10 +138,10 @@ class Arrangement:
             order: [crops * count] int64, the tokens, one crop after another, in the order of the new run.
         """
         places = order.argsort()
-        crops = tuple(Crop(1, count, torch.arange(count), part) for part in places.split(count))
+        crops = tuple(Tile(1, count, torch.arange(count), part) for part in places.split(count))
         return replace(self, crops=crops, newlines=self.newlines[:0], grid=(1, count))
 
-    def with_cls(self) -> "Arrangement":
+    def with_cls(self) -> "TokenLayout":
         """The same with the class token of every crop: the first crop's in front, those of tiles behind all patches,
         those of frames in front of their frames."""
         if self.crops[0].cls is not None:
@@ -149,35 +149,35 @@ class Arrangement:
         crops, tail = [], self.tokens + 1
         for number, crop in enumerate(self.crops):
             if self.temporal:
-                crops.append(replace(crop, places=crop.places + number + 1, cls=int(crop.places[0]) + number))
+                crops.append(replace(crop, indices=crop.indices + number + 1, cls=int(crop.indices[0]) + number))
             else:
                 place = 0 if number == 0 else tail + number - 1
-                crops.append(replace(crop, places=crop.places + 1, cls=place))
+                crops.append(replace(crop, indices=crop.indices + 1, cls=place))
         return replace(self, crops=tuple(crops), newlines=self.newlines + 1)
 
 
-def _crop(rows: int, columns: int, start: int) -> Crop:
+def _crop(rows: int, columns: int, start: int) -> Tile:
     patches = torch.arange(rows * columns)
-    return Crop(rows, columns, patches, patches + start)
+    return Tile(rows, columns, patches, patches + start)
 
 
 @lru_cache(maxsize=256)
-def single(rows: int, columns: int) -> Arrangement:
+def single(rows: int, columns: int) -> TokenLayout:
     """One crop with all its patches."""
-    return Arrangement((_crop(rows, columns, 0),), torch.tensor([], dtype=torch.long), (rows, columns))
+    return TokenLayout((_crop(rows, columns, 0),), torch.tensor([], dtype=torch.long), (rows, columns))
 
 
 @lru_cache(maxsize=64)
-def frames(count: int, rows: int, columns: int) -> Arrangement:
+def frames(count: int, rows: int, columns: int) -> TokenLayout:
     """`count` frames one behind another, class tokens apart."""
     crops = tuple(_crop(rows, columns, number * rows * columns) for number in range(count))
-    return Arrangement(crops, torch.tensor([], dtype=torch.long), (rows, columns), temporal=True)
+    return TokenLayout(crops, torch.tensor([], dtype=torch.long), (rows, columns), temporal=True)
 
 
 @lru_cache(maxsize=4096)
 def stitched(
     tiles: tuple[int, int], grid: tuple[int, int], kept: tuple[int, int, int, int] | None = None, newline: bool = True
-) -> Arrangement:
+) -> TokenLayout:
     """LLaVA-NeXT: the whole picture as the first crop, then tiles that are stitched and read row by row.
 
     Args:
@@ -197,9 +197,9 @@ def stitched(
             column = _part(tile_column * grid[1], grid[1], left, right)
             patches = (row[:, None] - tile_row * grid[0]) * grid[1] + column - tile_column * grid[1]
             places = base + (row[:, None] - top) * width + column - left
-            crops.append(Crop(len(row), len(column), patches.flatten(), places.flatten()))
+            crops.append(Tile(len(row), len(column), patches.flatten(), places.flatten()))
     ends = base + torch.arange(1, bottom - top + 1) * width - 1 if newline else torch.tensor([], dtype=torch.long)
-    return Arrangement(tuple(crops), ends, grid, tiles)
+    return TokenLayout(tuple(crops), ends, grid, tiles)
 
 
 def _part(start: int, length: int, low: int, high: int) -> Tensor:

@@ -147,7 +147,7 @@ def check(path: Path, cases: int | None = None) -> Agreement:
     meta, arrays = recording(path)
     model = parity_model()
     reducer = registry.build(meta["method"], meta["budget"], meta["options"])
-    reducer.check(model.facts)
+    reducer.check(model.spec)
     numbers = arrays["cases"][:cases]
     stable = arrays.get("stable", np.ones(len(numbers), dtype=int))[: len(numbers)].astype(bool)
     same, same_stable, entering, shared, total = 0, 0, 0, 0, 0
@@ -187,10 +187,10 @@ def kept_places(ours: Ours, name: str) -> np.ndarray:
             return np.arange(recipe.PATCHES)
         place = torch.arange(steps[0].reduction.inputs) - int(steps[0].reduction.inputs == recipe.PATCHES + 1)
         for step in steps:
-            place = place[step.reduction.anchor[0]]
+            place = place[step.reduction.kept[0]]
         return place.numpy()
     layer = name.removeprefix("kept_")
-    found = [step.reduction.anchor[0].numpy() for step in ours.steps if step.place == f"layer {layer}"]
+    found = [step.reduction.kept[0].numpy() for step in ours.steps if step.place == f"layer {layer}"]
     return found[0] if found else np.zeros(0, dtype=int)
 
 

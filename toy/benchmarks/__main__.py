@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eval.command import ends_in_a_sentence
+from eval.command import exit_on_user_error
 from llava.errors import UserError
 from toy.benchmarks import captions, choices, gqa, judged, mme, mmmu, pope, tables, video_qa, videos, vqa
 from toy.benchmarks.pictures import images
@@ -42,7 +42,7 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
 
 
-@ends_in_a_sentence
+@exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from llava.processing.anyres import best_resolution, cut, fitted, on_canvas, unpadded
-from llava.reduction.token_layout import Arrangement, stitched
+from llava.reduction.token_layout import TokenLayout, stitched
 from toy.data.scenes import GRID, SIDE
 
 # (width, height), in the order of the official list.
@@ -13,7 +13,7 @@ MAX_CROPS = 5
 PATCHES = GRID * GRID
 
 
-def arrange(size: tuple[int, int]) -> Arrangement:
+def arrange(size: tuple[int, int]) -> TokenLayout:
     """The token layout of a picture of this (width, height)."""
     width, height = best_resolution(size, PINPOINTS)
     tiles = height // SIDE, width // SIDE
@@ -40,9 +40,9 @@ def owner_crops(owner: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(crop, np.int16) for crop in (small, *cut(canvas, SIDE))]) - 1
 
 
-def run_sources(arrangement: Arrangement) -> np.ndarray:
+def run_sources(arrangement: TokenLayout) -> np.ndarray:
     """[N] int64: crop * 576 + patch of every token of the run, -1 for a newline."""
     sources = np.full(arrangement.tokens, -1)
     for number, crop in enumerate(arrangement.crops):
-        sources[crop.places.numpy()] = number * PATCHES + crop.patches.numpy()
+        sources[crop.indices.numpy()] = number * PATCHES + crop.patches.numpy()
     return sources

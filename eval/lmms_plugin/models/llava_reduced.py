@@ -54,7 +54,7 @@ class LlavaReduced(lmms):
         self.config = config
         self.model = load_model(config)
         self.reducer = build_reducer(config, self.model.visual_tokens)
-        require(self.reducer, self.model.facts)
+        require(self.reducer, self.model.spec)
         seed_everything(config.seed)
 
     @property

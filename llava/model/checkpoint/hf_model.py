@@ -34,7 +34,7 @@ from llava.model.checkpoint.limits import check_depth, check_feature_layer, chec
 from llava.model.checkpoint.quantization import quantised_loading
 from llava.model.multimodal_encoder.languagebind import LanguageBindVideoTower
 
-CONTAINERS: dict[Family, type[PreTrainedModel]] = {
+HF_CLASSES: dict[Family, type[PreTrainedModel]] = {
     "llava": LlavaForConditionalGeneration,
     "llava_next": LlavaNextForConditionalGeneration,
     "video_llava": VideoLlavaForConditionalGeneration,
@@ -107,7 +107,7 @@ def refuse_missing_towers(keys: Mapping[str, Any], family: Family, directory: Pa
 def container_config(config: Mapping[str, Any], family: Family, directory: Path) -> PretrainedConfig:
     """Build the HF model's configuration from the fields of a config.json, which its schema has checked."""
     try:
-        made = CONTAINERS[family].config_class.from_dict(dict(config))
+        made = HF_CLASSES[family].config_class.from_dict(dict(config))
     except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{directory}/config.json describes no {NAMES[family]} model: {' '.join(str(error).split())}"
@@ -142,7 +142,7 @@ def fill(
         UserError: weights and configuration do not fit, or the memory is too small.
     """
     device, frames = torch.device(device), video_frames(weights)
-    build, extra = (CONTAINERS[kind.family], ()) if frames is None else (VideoLlavaWithTime, (frames,))
+    build, extra = (HF_CLASSES[kind.family], ()) if frames is None else (VideoLlavaWithTime, (frames,))
     loading = quantised_loading(config, quantization, dtype, directory)
     check_depth(config, weights, directory)
     check_memory(config, weights, dtype, device, bool(loading), directory)

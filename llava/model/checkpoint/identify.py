@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from llava.errors import UserError
 
 Family = Literal["llava", "llava_next", "video_llava", "qwen2_5_vl", "qwen2_vl"]
-Layout = Literal["transformers", "original"]
+PatchGrid = Literal["transformers", "original"]
 Decoder = Literal["llama", "mistral", "qwen2"]
 
 NAMES: dict[Family, str] = {
@@ -47,7 +47,7 @@ class Kind(NamedTuple):
     """Family, layout and decoder of a config.json."""
 
     family: Family
-    layout: Layout
+    layout: PatchGrid
     decoder: Decoder
 
 

@@ -31,7 +31,7 @@ from llava.model.checkpoint.hf_model import (
     refuse_other_names,
     video_frames,
 )
-from llava.model.checkpoint.identify import QWEN, Family, Kind, Layout, default_mode, identify
+from llava.model.checkpoint.identify import QWEN, Family, Kind, PatchGrid, default_mode, identify
 from llava.model.checkpoint.original_layout import (
     CLIP_L_336,
     CLIP_L_336_NAME,
@@ -96,7 +96,7 @@ class Checkpoint:
     image_processor: ImageProcessor | QwenImageProcessor
     conversation: str
     name: str
-    layout: Layout
+    layout: PatchGrid
     vision_tower_source: str
     text_tower: Path | str | None
     notes: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The vision tower, block by block: patch features, and only the signals that were asked for."""
+"""The vision tower, block by block: patch features, and only the scores that were asked for."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llava.errors import UserError
 from llava.reduction.reduction import Reduction
-from llava.reduction.scores import Signal, mean_keys, tower_signal
+from llava.reduction.scores import TowerScore, mean_keys, tower_score
 
 # (hidden [B, n, D], keys [B, n, d], sizes [B, n], block) -> what to merge inside the block
 MergeAt = Callable[[Tensor, Tensor, Tensor, int], Reduction | None]
@@ -21,7 +21,7 @@ class Encoded:
 
     Attributes:
         features: [B, N, D] patch features of the selected layer; [B, 1+N, D] when CLS was kept.
-        signals: one tensor per requested signal, patches only.
+        scores: one tensor per requested score, patches only.
         grid: rows and columns of patches.
         merged: what was merged inside the tower, over patches; N is then what is left of them.
         tokens: CLS and patches that enter attention and MLP of every block that was run.
@@ -29,7 +29,7 @@ class Encoded:
     """
 
     features: Tensor
-    signals: dict[Signal, Tensor]
+    scores: dict[TowerScore, Tensor]
     grid: tuple[int, int]
     merged: Reduction | None = None
     tokens: tuple[tuple[int, int], ...] = ()
@@ -39,9 +39,9 @@ class Encoded:
         """The same for some of the images."""
         merged = self.merged
         if merged is not None:
-            merged = Reduction(merged.anchor[index], merged.inputs, merged.owner[index], merged.weight[index])
-        signals = {signal: values[index] for signal, values in self.signals.items()}
-        return Encoded(self.features[index], signals, self.grid, merged, self.tokens, self.spent)
+            merged = Reduction(merged.kept[index], merged.inputs, merged.assignment[index], merged.merge_weight[index])
+        scores = {score: values[index] for score, values in self.scores.items()}
+        return Encoded(self.features[index], scores, self.grid, merged, self.tokens, self.spent)
 
 
 def patch_grid(tower: nn.Module) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def encode(
     tower: nn.Module,
     pixels: Tensor,
     select_layer: int,
-    signals: Sequence[Signal] = (),
+    scores: Sequence[TowerScore] = (),
     grid: tuple[int, int] | None = None,
     keep_cls: bool = False,
     merging: Sequence[int] = (),
@@ -66,36 +66,36 @@ def encode(
         tower: a transformers CLIPVisionModel (embeddings, pre_layrnorm, encoder.layers).
         pixels: [B, 3, S, S], normalised.
         select_layer: index into hidden_states, -2 for LLaVA: the output of the last block but one.
-        signals: signals to compute beside the main path.
+        scores: scores to compute beside the main path.
         grid: shrink the image to rows x columns patches first (the `downsample` control); None keeps it.
         keep_cls: leave the CLS token in front of the patch features.
         merging: blocks inside which `merge_at` is called, between attention and MLP.
 
-    Blocks behind the selected layer run only when a signal asks for them.
+    Blocks behind the selected layer run only when a score asks for them.
     """
     blocks = tower.encoder.layers
     hidden = tower.pre_layrnorm(_embed(tower, pixels, grid))
     depth = len(blocks)
     selected = select_layer % (depth + 1)  # hidden_states has depth + 1 entries
-    wanted: dict[int, list[Signal]] = {}
-    for signal in signals:
-        index = signal.index(depth)
+    wanted: dict[int, list[TowerScore]] = {}
+    for score in scores:
+        index = score.index(depth)
         if not -depth <= index < depth:
-            raise UserError(f"Signal {signal.kind} needs tower block {index}, but the tower has {depth} blocks.")
-        wanted.setdefault(index % depth, []).append(signal)
+            raise UserError(f"TowerScore {score.kind} needs tower block {index}, but the tower has {depth} blocks.")
+        wanted.setdefault(index % depth, []).append(score)
     if merging and hasattr(blocks[0], "before_space"):
         raise UserError(
             "A method that merges in the tower cannot run on a video tower: its attention over time needs the same "
             "positions in every frame; choose a method that acts behind the tower."
         )
     if merging and wanted:
-        raise UserError("Tower signals are over all patches; a method that merges in the tower cannot ask for them.")
+        raise UserError("Tower scores are over all patches; a method that merges in the tower cannot ask for them.")
     features, found, merged, tokens = hidden, {}, None, []
     for index in range(max(selected, max(wanted, default=-1) + 1)):
         if index in wanted:
             seen = _before_space(blocks[index], hidden)
-            for signal in wanted[index]:
-                found[signal] = tower_signal(signal, blocks[index], seen)
+            for score in wanted[index]:
+                found[score] = tower_score(score, blocks[index], seen)
         if index < selected or any(later > index for later in wanted):
             before = hidden.shape[1]
             if index in merging or merged is not None:
@@ -137,7 +137,9 @@ def _merging_block(
 
 def _patches_only(merged: Reduction) -> Reduction:
     """The same without token 0, which is CLS and stays alone."""
-    return Reduction(merged.anchor[:, 1:] - 1, merged.inputs - 1, merged.owner[:, 1:] - 1, merged.weight[:, 1:])
+    return Reduction(
+        merged.kept[:, 1:] - 1, merged.inputs - 1, merged.assignment[:, 1:] - 1, merged.merge_weight[:, 1:]
+    )
 
 
 def _sizes(hidden: Tensor, merged: Reduction | None) -> Tensor:
@@ -145,7 +147,7 @@ def _sizes(hidden: Tensor, merged: Reduction | None) -> Tensor:
     if merged is None:
         return hidden.new_ones(hidden.shape[:2], dtype=torch.float32)
     counts = torch.zeros(hidden.shape[:2], device=hidden.device)
-    return counts.scatter_add_(1, merged.owner, torch.ones_like(merged.weight))
+    return counts.scatter_add_(1, merged.assignment, torch.ones_like(merged.merge_weight))
 
 
 def _embed(tower: nn.Module, pixels: Tensor, grid: tuple[int, int] | None) -> Tensor:

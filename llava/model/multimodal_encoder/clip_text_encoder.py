@@ -23,14 +23,10 @@ from llava.errors import UserError
 from llava.model.checkpoint.files import listed, locate, read_json, read_weights
 from llava.processing.config_schema import ClipConfig, checked
 from llava.reduction.flops import linear_flops
-from llava.reduction.states import EncoderState
+from llava.reduction.text_similarity import NEGATED, PLAIN
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PARTS = ("text_model.", "text_projection.", "visual_projection.")
-# Sign of the similarity of a text to the patches that show it: negative in a CLIP that was trained on its CLS token
-# alone (CDPruner issue 14, TRIM issue 3), positive in one whose config.json has `"patch_similarity": "plain"`.
-NEGATED, PLAIN = "negated", "plain"
-RELEVANCE = ("tower", NEGATED, PLAIN)
 # Configurations older than transformers PR 24773 have 2, whatever the tokenizer's end token is.
 OLD_END_ID = 2
 
@@ -129,35 +125,6 @@ class ClipText(nn.Module):
         (norm,) = self._post_layernorm
         normed = F.layer_norm(features.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
         return self.visual_projection(normed), linear_flops(self.visual_projection, normed[..., 0].numel())
-
-
-def text_similarity(state: EncoderState, texts: Sequence[str], cosine: bool, long: str = "frame") -> Tensor:
-    """Return the similarity of each patch to its image's text, averaged over the chunks of the text.
-
-    Args:
-        state: tower features, the CLIP, and the count of operations, which is increased.
-        cosine: cosine similarity; otherwise dot products.
-        long: see `ClipText.chunks`.
-
-    Returns:
-        [B, N] float32.
-    """
-    text, mask, text_flops = state.clip.text(texts, long)
-    image, image_flops = state.clip.image(state.features)
-    state.flops += text_flops + image_flops
-    if cosine:
-        text, image = F.normalize(text, dim=-1), F.normalize(image, dim=-1)
-    similarity = state.matmul(image, text.transpose(1, 2))  # [B, N, C]
-    return (similarity * mask[:, None]).sum(-1) / mask.sum(-1, keepdim=True)
-
-
-def signed(similarity: Tensor, choice: str, clip: ClipText) -> Tensor:
-    """Return relevance from similarity, higher is more relevant.
-
-    Args:
-        choice: one of RELEVANCE; "tower" takes the sign from the text tower's config.json.
-    """
-    return -similarity if (clip.relevance if choice == "tower" else choice) == NEGATED else similarity
 
 
 def load_clip_text(

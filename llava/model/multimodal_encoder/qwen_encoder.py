@@ -1,4 +1,4 @@
-"""Qwen's vision transformer, block by block: features of merge groups, and only the signals that were asked for.
+"""Qwen's vision transformer, block by block: features of merge groups, and only the scores that were asked for.
 
 A merge group is a square of 2 x 2 patches that becomes one visual token, so everything is kept and reduced by groups:
 G groups of all pictures, n of one picture, U = 4 patches in a group, D channels, H heads of d channels. Most blocks
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from llava.errors import UserError, unknown
 from llava.processing.qwen_image import Grid
 from llava.reduction.flops import linear_flops
-from llava.reduction.patch_grid import Layout
-from llava.reduction.scores import TOWER_SIGNALS, Signal
+from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.scores import TOWER_SCORES, TowerScore
 
 HAS_CLS = False  # there is no class token; `received_attention` is the saliency without one
 QUERY_ROWS = 64  # query rows of the attention map held at once, fewer where a picture is so large that
@@ -35,12 +35,12 @@ class EncodedPicture:
     Attributes:
         features: [n, U * D] output of the last block, before the merger, groups in raster order, the patches of a group
             side by side. `project` makes visual tokens of them.
-        signals: [n] or [n, d] float32, one tensor per requested signal.
+        scores: [n] or [n, d] float32, one tensor per requested score.
         frames, rows, columns: of groups; n is their product. A picture has one frame.
     """
 
     features: Tensor
-    signals: dict[Signal, Tensor]
+    scores: dict[TowerScore, Tensor]
     frames: int
     rows: int
     columns: int
@@ -50,12 +50,12 @@ class EncodedPicture:
         return self.rows, self.columns
 
     @property
-    def layout(self) -> Layout:
-        return Layout(self.rows, self.columns, crops=self.frames, has_cls=HAS_CLS)
+    def layout(self) -> PatchGrid:
+        return PatchGrid(self.rows, self.columns, crops=self.frames, has_cls=HAS_CLS)
 
 
 def encode_qwen(
-    visual: nn.Module, patches: Tensor, grids: Sequence[Grid], signals: Sequence[Signal] = ()
+    visual: nn.Module, patches: Tensor, grids: Sequence[Grid], scores: Sequence[TowerScore] = ()
 ) -> list[EncodedPicture]:
     """Run the vision transformer on pictures of any sizes.
 
@@ -63,11 +63,11 @@ def encode_qwen(
         visual: `model.visual` of a transformers Qwen2.5-VL or Qwen2-VL.
         patches: [sum of frames * rows * columns, 3 * temporal * patch * patch], as QwenImageProcessor gives them.
         grids: frames, rows and columns of patches of each picture.
-        signals: of the kinds in SIGNALS, which are defined there; each is taken at `signal_block`.
+        scores: of the kinds in SIGNALS, which are defined there; each is taken at `signal_block`.
     """
-    wanted: dict[int, list[Signal]] = {}
-    for signal in signals:
-        wanted.setdefault(signal_block(visual, signal), []).append(signal)
+    wanted: dict[int, list[TowerScore]] = {}
+    for score in scores:
+        wanted.setdefault(signal_block(visual, score), []).append(score)
     shapes = [_group_shape(visual, grid) for grid in grids]
     whole, windows = _orders(visual, shapes, patches.device)
     embedding = visual.patch_embed.proj.weight.flatten(1)
@@ -78,15 +78,15 @@ def encode_qwen(
         if here is not order:
             hidden, order = hidden[order.inverse[here.index]], here
         heads = _heads(block, hidden, order)
-        for signal in wanted.get(index, ()):
-            found[signal] = SIGNALS[signal.kind](heads)[order.inverse]
+        for score in wanted.get(index, ()):
+            found[score] = SIGNALS[score.kind](heads)[order.inverse]
         hidden = hidden + block.attn.proj(heads.attend(hidden.dtype))
         hidden = hidden + block.mlp(block.norm2(hidden))
     counts = [frames * rows * columns for frames, rows, columns in shapes]
     features = hidden[order.inverse].flatten(1).split(counts)
-    parts = {signal: values.split(counts) for signal, values in found.items()}
+    parts = {score: values.split(counts) for score, values in found.items()}
     return [
-        EncodedPicture(features[i], {signal: values[i] for signal, values in parts.items()}, *shape)
+        EncodedPicture(features[i], {score: values[i] for score, values in parts.items()}, *shape)
         for i, shape in enumerate(shapes)
     ]
 
@@ -174,7 +174,7 @@ def _gathered(segment: Tensor) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
     return index, tuple(zip(count.tolist(), size.tolist(), strict=True))
 
 
-# Attention and signals
+# Attention and scores
 
 
 @dataclass(frozen=True)
@@ -275,26 +275,26 @@ def full_blocks(visual: nn.Module) -> tuple[int, ...]:
     return tuple(index for index in range(len(visual.blocks)) if named is None or index in named)
 
 
-def signal_block(visual: nn.Module, signal: Signal) -> int:
-    """The block a signal is taken at: the one asked for, or the next behind it that attends within whole pictures.
+def signal_block(visual: nn.Module, score: TowerScore) -> int:
+    """The block a score is taken at: the one asked for, or the next behind it that attends within whole pictures.
 
     In a windowed block a patch is compared with its window alone, and what it receives cannot be compared between
     windows. The default, the last block but one, becomes the last full-attention block of Qwen2.5-VL. It is the last
     block of all, and its output is what is projected, as the output of the default block is in LLaVA.
 
     Raises:
-        UserError: there is no such signal, or no such block.
+        UserError: there is no such score, or no such block.
     """
-    if signal.kind not in SIGNALS:
-        if signal.kind in TOWER_SIGNALS:
-            raise UserError(f"Signal {signal.kind} needs a CLS token, and Qwen's vision transformer has none.")
-        raise unknown("tower signal", signal.kind, SIGNALS)
+    if score.kind not in SIGNALS:
+        if score.kind in TOWER_SCORES:
+            raise UserError(f"TowerScore {score.kind} needs a CLS token, and Qwen's vision transformer has none.")
+        raise unknown("tower score", score.kind, SIGNALS)
     depth, full = len(visual.blocks), full_blocks(visual)
-    index = signal.index(depth)
+    index = score.index(depth)
     if not -depth <= index < depth:
-        raise UserError(f"Signal {signal.kind} needs tower block {index}, but the tower has {depth} blocks.")
+        raise UserError(f"TowerScore {score.kind} needs tower block {index}, but the tower has {depth} blocks.")
     if not full:
-        raise UserError(f"Signal {signal.kind} needs a block that attends whole pictures; this tower has none.")
+        raise UserError(f"TowerScore {score.kind} needs a block that attends whole pictures; this tower has none.")
     return next((block for block in full if block >= index % depth), full[-1])
 
 
@@ -320,10 +320,10 @@ def _squares(length: int, edge: int) -> int:
     return length // edge * edge**2 + (length % edge) ** 2
 
 
-def signal_flops(visual: nn.Module, signal: Signal, grid: Grid) -> int:
-    """One signal beside the main path, whose own queries and keys it uses."""
-    if signal.kind != "received_attention":
+def score_flops(visual: nn.Module, score: TowerScore, grid: Grid) -> int:
+    """One score beside the main path, whose own queries and keys it uses."""
+    if score.kind != "received_attention":
         return 0
     frames, rows, columns = grid
-    width = visual.blocks[signal_block(visual, signal)].attn.proj.in_features
+    width = visual.blocks[signal_block(visual, score)].attn.proj.in_features
     return 2 * frames * (rows * columns) ** 2 * width

@@ -1,5 +1,7 @@
 """Encoder-guided merging: what is not retained is averaged into a few tokens, or into the retained ones.
 
+Used by ConsensusDrop, VisionDrop, VisionZip and VScan.
+
 Paper: https://arxiv.org/abs/2602.00946 (abstract: "the remainder is compressed by encoder-guided token merging")
 Official code read: none was released; dvlab-research/VisionZip@3151f6d for the stride anchors and its sum.
 Differs from it: anchors and weights are named choices.
@@ -11,17 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.reduction import Reduction, gather_tokens, keep_top
+from llava.reduction.ranking import gather_tokens, keep_top, others
+from llava.reduction.reduction import Reduction
 
 ANCHORS = ("saliency", "stride", "farthest", "retained")
 WEIGHTS = ("saliency", "mean", "anchor_plus_mean", "none")
-
-
-def others(kept: Tensor, total: int) -> Tensor:
-    """[B, R] positions -> the [B, N-R] positions that are not among them, ascending."""
-    taken = torch.zeros(kept.shape[0], total, dtype=torch.uint8, device=kept.device)
-    taken.scatter_(1, kept, 1)
-    return taken.argsort(dim=1, stable=True)[:, : total - kept.shape[1]]
 
 
 def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, keys: Tensor, count: int) -> Tensor:
@@ -70,29 +66,29 @@ def merge_flops(rule: str, total: int, retained: int, merged: int, channels: int
     return choosing + assigning
 
 
-def member_weights(rule: str, owner: Tensor, anchor: Tensor, saliency: Tensor) -> Tensor:
-    """[B, N] share of each token in its output token.
+def member_weights(rule: str, assignment: Tensor, kept: Tensor, saliency: Tensor) -> Tensor:
+    """[B, N] weight of each token in its output token.
 
     Args:
         rule: "saliency" (W1, average weighted by saliency), "mean" (W2) or "anchor_plus_mean" (W3, the anchor plus the
             unweighted mean of its members: a sum, as VisionZip's code does).
-        owner: [B, N] output index or -1.
-        anchor: [B, K] position of each output token.
+        assignment: [B, N] output index or -1.
+        kept: [B, K] index of each output token.
     """
-    outputs = anchor.shape[1]
-    used = owner >= 0
-    slot = torch.where(used, owner, outputs)
+    outputs = kept.shape[1]
+    used = assignment >= 0
+    slot = torch.where(used, assignment, outputs)
 
     def per_output(values: Tensor) -> Tensor:
-        """Sum over the members of each output token, handed back to every member."""
+        """Sum over the members of each output token, given to every member."""
         return values.new_zeros(len(values), outputs + 1).scatter_add_(1, slot, values).gather(1, slot)
 
     if rule == "anchor_plus_mean":
-        member = used.float().scatter(1, anchor, 0.0)
-        return (member / per_output(member).clamp(min=1)).scatter(1, anchor, 1.0)
+        member = used.float().scatter(1, kept, 0.0)
+        return (member / per_output(member).clamp(min=1)).scatter(1, kept, 1.0)
     # A floor keeps a group whose saliency underflows to zero an average instead of 0/0.
-    share = torch.where(used, saliency.float().clamp(min=1e-12) if rule == "saliency" else 1.0, 0.0)
-    return share / per_output(share).clamp(min=1e-30)
+    weight = torch.where(used, saliency.float().clamp(min=1e-12) if rule == "saliency" else 1.0, 0.0)
+    return weight / per_output(weight).clamp(min=1e-30)
 
 
 def merge_plan(
@@ -101,39 +97,39 @@ def merge_plan(
     """The reduction that keeps `retained` and compresses the rest.
 
     Args:
-        retained: [B, R] positions, ascending.
+        retained: [B, R] indices, ascending.
         merged: M, how many tokens the rest becomes; with "retained" anchors it is 0 and the rest joins the retained.
         saliency: [B, N] encoder saliency.
         keys: [B, N, D] encoder keys.
-        anchors, weights: the choices above; weights "none" drops the members and keeps the bare anchors.
-        appended: put merged tokens behind the retained ones instead of in raster order.
+        anchors, weights: the rules above; weights "none" drops the members and keeps the anchors unchanged.
+        appended: put merged tokens after the retained ones instead of in raster order.
     """
     total = saliency.shape[1]
     rest = others(retained, total)
     centres = retained if anchors == "retained" else retained[:, :0]
-    anchor = retained
+    kept = retained
     if merged:
         centres = choose_anchors(anchors, rest, saliency, keys, merged)
-        anchor = torch.cat([retained, centres], dim=1)
+        kept = torch.cat([retained, centres], dim=1)
     tail = merged if appended else 0
     if not appended:
-        anchor = anchor.sort(dim=1).values
+        kept = kept.sort(dim=1).values
     if weights == "none" or not centres.shape[1] or not rest.shape[1]:
-        return Reduction(anchor, total, appended=tail)
-    outputs = torch.arange(anchor.shape[1], device=anchor.device).expand_as(anchor)
-    owner = torch.full((len(anchor), total), -1, device=anchor.device).scatter_(1, anchor, outputs)
-    members = others(anchor, total)
+        return Reduction(kept, total, appended=tail)
+    outputs = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    assignment = torch.full((len(kept), total), -1, device=kept.device).scatter_(1, kept, outputs)
+    members = others(kept, total)
     home = centres.gather(1, assign(members, centres, keys))
-    owner = owner.scatter(1, members, owner.gather(1, home))
-    return Reduction(anchor, total, owner, member_weights(weights, owner, anchor, saliency), appended=tail)
+    assignment = assignment.scatter(1, members, assignment.gather(1, home))
+    return Reduction(kept, total, assignment, member_weights(weights, assignment, kept, saliency), appended=tail)
 
 
-def behind_cls(plan: Reduction) -> Reduction:
-    """A reduction of N patches -> the same of CLS and patches [1 + N], with CLS kept in front."""
-    cls = plan.anchor.new_zeros(len(plan.anchor), 1)
-    anchor = torch.cat([cls, plan.anchor + 1], 1)
-    if plan.owner is None:
-        return Reduction(anchor, plan.inputs + 1, appended=plan.appended)
-    owner = torch.cat([cls, torch.where(plan.owner < 0, plan.owner, plan.owner + 1)], 1)
-    weight = torch.cat([plan.weight.new_ones(len(cls), 1), plan.weight], 1)
-    return Reduction(anchor, plan.inputs + 1, owner, weight, appended=plan.appended)
+def with_cls(plan: Reduction) -> Reduction:
+    """A reduction of N patches -> the same of CLS and patches [1 + N], with CLS kept first."""
+    cls = plan.kept.new_zeros(len(plan.kept), 1)
+    kept = torch.cat([cls, plan.kept + 1], 1)
+    if plan.assignment is None or plan.merge_weight is None:
+        return Reduction(kept, plan.inputs + 1, appended=plan.appended)
+    assignment = torch.cat([cls, torch.where(plan.assignment < 0, plan.assignment, plan.assignment + 1)], 1)
+    weight = torch.cat([plan.merge_weight.new_ones(len(cls), 1), plan.merge_weight], 1)
+    return Reduction(kept, plan.inputs + 1, assignment, weight, appended=plan.appended)

@@ -1,0 +1,52 @@
+"""Options of methods: configuration fields with a sentence and choices, and their values from the command line."""
+
+from collections.abc import Mapping
+from dataclasses import Field, field, fields
+from typing import TYPE_CHECKING, Any
+
+from llava.errors import UserError, unknown
+from llava.option_names import with_current_names
+
+if TYPE_CHECKING:
+    from llava.reduction.reducer import Reducer
+
+
+def option(default: Any, doc: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A configuration field with a sentence for `--list` and, for strings, the values it may take."""
+    return field(default=default, metadata={"doc": doc, "choices": choices})
+
+
+def options_of(cls: "type[Reducer]") -> dict[str, Field]:
+    """The configuration fields of a method by name, the budget apart."""
+    return {known.name: known for known in fields(cls) if known.name != "budget"}
+
+
+def parse_options(cls: "type[Reducer]", options: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn `--set` texts into values of the fields' types; unknown keys are errors with a suggestion.
+
+    Former names of options are read as well.
+    """
+    known = options_of(cls)
+    values: dict[str, Any] = {}
+    for key, text in with_current_names(options).items():
+        if key not in known:
+            raise unknown(f"option of {cls.name}", key, known)
+        values[key] = _parse(f"{cls.name}.{key}", text, type(known[key].default))
+    return values
+
+
+def _parse(name: str, text: Any, kind: type) -> Any:
+    if not isinstance(text, str):
+        return text
+    if kind is bool:
+        table = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in table:
+            raise UserError(f"{name} must be true or false, got {text!r}.")
+        return table[text.lower()]
+    try:
+        if kind is tuple:
+            return tuple(int(part) for part in text.split(",") if part)
+        return kind(text)
+    except ValueError:
+        word = {int: "a whole number", float: "a number", tuple: "whole numbers separated by commas"}[kind]
+        raise UserError(f"{name} must be {word}, got {text!r}.") from None

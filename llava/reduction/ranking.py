@@ -1,0 +1,46 @@
+"""Rank tokens by score: equal scores always go to the lower index, on every device.
+
+Shapes: B images, N tokens, K kept tokens, D channels.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
+    """[B, N, D] tokens, [B, K] indices -> [B, K, D]."""
+    return tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def ranking(score: Tensor) -> Tensor:
+    """[B, N] indices, the highest score first; whole numbers are compared exactly, others in float32."""
+    # stable: the same tie goes to the same index on every device.
+    values = score.float() if score.is_floating_point() else score
+    return values.argsort(dim=-1, descending=True, stable=True)
+
+
+def ranks(score: Tensor) -> Tensor:
+    """[B, N] int64: 0 for the highest score, N - 1 for the lowest."""
+    order = ranking(score)
+    places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def keep_top(score: Tensor, budget: int) -> Tensor:
+    """Indices of the `budget` highest scores, in raster order.
+
+    Args:
+        score: [B, N], higher means more important.
+        budget: 1 <= budget <= N.
+
+    Returns:
+        [B, budget] int64, ascending.
+    """
+    return ranking(score)[:, :budget].sort(dim=-1).values
+
+
+def others(kept: Tensor, total: int) -> Tensor:
+    """[B, K] indices -> the [B, N-K] indices that are not among them, ascending."""
+    taken = torch.zeros(kept.shape[0], total, dtype=torch.uint8, device=kept.device)
+    taken.scatter_(1, kept, 1)
+    return taken.argsort(dim=1, stable=True)[:, : total - kept.shape[1]]
