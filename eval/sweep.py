@@ -54,7 +54,7 @@ class Setting:
 class CachingLlava(Llava):
     """A LLaVA that keeps the tower's output for every picture it has seen, in the memory of this process.
 
-    CLS and every signal asked for so far are kept for each picture, so that methods share one pass of the tower; what a
+    CLS and every score asked for so far are kept for each picture, so that methods share one pass of the tower; what a
     method is handed, and the operations booked for it, are those of a run of its own.
     """
 
@@ -67,17 +67,17 @@ class CachingLlava(Llava):
 
     def __init__(self, model: Llava):
         self.__dict__.update(model.__dict__)
-        self._signals: dict[TowerScore, None] = {}
+        self._scores: dict[TowerScore, None] = {}
         self.tiled = isinstance(model, LlavaNext)
         self._seen: dict[object, tuple[Encoded, TokenLayout]] = {}
 
     def expect(self, reducers: Sequence[Reducer]) -> None:
-        """Compute the signals of all these methods from the start; one more signal means all pictures anew."""
+        """Compute the scores of all these methods from the start; one more score means all pictures anew."""
         wanted = [
-            signal for reducer in reducers for signal in reducer.tower_scores(self.tiled) if signal not in self._signals
+            score for reducer in reducers for score in reducer.tower_scores(self.tiled) if score not in self._scores
         ]
         if wanted:
-            self._signals |= dict.fromkeys(wanted)
+            self._scores |= dict.fromkeys(wanted)
             self._seen.clear()
 
     def encode_images(self, pictures, keys, reducer, timer) -> list[EncodedImage]:
@@ -91,7 +91,7 @@ class CachingLlava(Llava):
             rows = [i for i in new if views[i][1].temporal == temporal]
             pixels = torch.cat([views[i][0] for i in rows]).to(self.device)
             tower, done = self.tower_of(temporal), 0
-            fresh = encode(tower, pixels, self.select_layer, tuple(self._signals), keep_cls=True)
+            fresh = encode(tower, pixels, self.select_layer, tuple(self._scores), keep_cls=True)
             for i in rows:
                 crops, full = views[i]
                 self._seen[keys[i]] = fresh.rows(slice(done, done + len(crops))), full
@@ -102,11 +102,11 @@ class CachingLlava(Llava):
         for name in keys:
             encoded, full = self._seen[name]
             wanted = reducer.tower_scores(full.tiles is not None)
-            run = max([self.select_layer % (depth + 1), *(signal.block % depth for signal in wanted)])
+            run = max([self.select_layer % (depth + 1), *(score.block % depth for score in wanted)])
             own = replace(
                 encoded,
                 features=encoded.features if reducer.keep_cls or full.temporal else encoded.features[:, 1:],
-                signals={signal: encoded.scores[signal] for signal in wanted},
+                scores={score: encoded.scores[score] for score in wanted},
                 tokens=encoded.tokens[:run],
             )
             found.append(encoded_image_of(own, full, reducer.keep_cls))

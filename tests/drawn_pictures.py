@@ -38,7 +38,7 @@ def state_of(part) -> EncoderState:
 
 def parts_with(reducer: Reducer, arrangement: TokenLayout, signals: Signals) -> list:
     layout = PatchGrid(*arrangement.grid)
-    model = SimpleNamespace(spec=lambda: ModelSpec(layout.tokens, 4, layout, 24))
+    model = SimpleNamespace(spec=ModelSpec(layout.tokens, 4, layout, 24))
     return parts_of(model, reducer, (0, 0), picture_with(arrangement, signals))
 
 
@@ -46,7 +46,7 @@ def kept_of(reducer: Reducer, arrangement: TokenLayout, signals: Signals) -> lis
     """crop * P + patch of what is kept, in the order of the run; -1 for a newline token."""
     places = [arrangement.newlines] if reducer.newlines == "keep" else []
     for part in parts_with(reducer, arrangement, signals):
-        reduction = part.reducer.encoder(state_of(part))
+        reduction = None if part.reducer.keeps_all(len(part.indices)) else part.reducer.encoder(state_of(part))
         places.append(part.indices if reduction is None else part.indices[reduction.kept[0]])
     crop, row, column = arrangement.origins()[torch.cat(places).sort().values].unbind(1)
     rows, columns = arrangement.grid

@@ -73,7 +73,7 @@ def test_a_missing_package_is_a_sentence(monkeypatch):
 
 def test_the_package_is_not_imported_before_captions_are_scored():
     """pycocoevalcap.eval imports METEOR and SPICE, which are Java programs; most runs score no captions at all."""
-    code = "import sys, eval.benchmarks.captions; print([name for name in sys.modules if name.startswith('pycocoevalcap')])"
+    code = "import sys, eval.benchmarks.captions; print([m for m in sys.modules if m.startswith('pycocoevalcap')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
     code = "import eval.metrics.captions as c; c.score({'1': ['a']}, {'1': 'a'}, java=False); " + code.replace(

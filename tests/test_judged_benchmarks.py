@@ -1,4 +1,4 @@
-"""MM-Vet and LLaVA-Bench: official numbers, formats and known_deviations, on small files in their layouts."""
+"""MM-Vet and LLaVA-Bench: official numbers, formats and quirks, on small files in their layouts."""
 
 import json
 from pathlib import Path

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
+from eval import run as run_module
 from eval.config import RunConfig
 from eval.run import run
 from llava.errors import UserError
 from llava.model.builder import load
+from llava.pipeline.generate import generate
 from llava.reduction import registry
 from tests.conftest import samples
 from tests.eval_fakes import write_gqa
@@ -35,7 +37,7 @@ def test_one_value_that_is_not_finite_ends_the_batch(own, part, value):
     with torch.no_grad():
         PARTS[part](own).view(-1)[0] = value
     with pytest.raises(UserError, match=r"The logits for question q\d are not finite: the weights .* of tiny-llava"):
-        own.answer(samples(2, text_only=()), registry.build("full", own.visual_tokens), max_new_tokens=2)
+        generate(own, samples(2, text_only=()), registry.build("full", own.visual_tokens), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -45,7 +47,7 @@ def test_no_method_hides_a_broken_tower(own, name):
         PARTS["tower"](own)[0] = float("nan")
     reducer = registry.build(name, own.visual_tokens if name == "full" else 8)
     with pytest.raises(UserError, match="are not finite"):
-        own.answer(samples(2, text_only=()), reducer, max_new_tokens=2)
+        generate(own, samples(2, text_only=()), reducer, max_new_tokens=2)
 
 
 def test_what_breaks_after_the_first_token_is_found_too(own, monkeypatch):
@@ -59,7 +61,7 @@ def test_what_breaks_after_the_first_token_is_found_too(own, monkeypatch):
     monkeypatch.setattr(own, "logits", logits)
     monkeypatch.setattr(own, "end_ids", frozenset(), raising=False)
     with pytest.raises(UserError, match="not finite"):
-        own.answer(samples(1), registry.build("full", own.visual_tokens), max_new_tokens=8)
+        generate(own, samples(1), registry.build("full", own.visual_tokens), max_new_tokens=8)
     assert len(calls) == 3
 
 
@@ -79,7 +81,7 @@ def test_a_finished_sample_is_not_checked(own, monkeypatch):
         return found
 
     monkeypatch.setattr(own, "logits", logits)
-    batch = own.answer(samples(2, text_only=()), registry.build("full", own.visual_tokens), max_new_tokens=4)
+    batch = generate(own, samples(2, text_only=()), registry.build("full", own.visual_tokens), max_new_tokens=4)
     assert batch.answers[0].token_ids == () and len(batch.answers[1].token_ids) == 4
 
 
@@ -88,7 +90,7 @@ def test_a_run_ends_with_a_sentence_and_keeps_what_was_sound(own, tmp_path, monk
     config = RunConfig(
         "full", data=data, output=tmp_path / "o", limit=8, batch_size=4, max_new_tokens=2, wandb="disabled"
     )
-    real = own.answer
+    real = run_module.generate
 
     def answer(*arguments, **named):
         batch = real(*arguments, **named)
@@ -96,7 +98,7 @@ def test_a_run_ends_with_a_sentence_and_keeps_what_was_sound(own, tmp_path, monk
             own.head.weight[0] = float("nan")
         return batch
 
-    monkeypatch.setattr(own, "answer", answer)
+    monkeypatch.setattr(run_module, "generate", answer)
     with pytest.raises(UserError, match="The logits for question 1004 are not finite"):
         run(config, own)
     lines = (tmp_path / "o" / "answers.jsonl").read_text().splitlines()

@@ -17,7 +17,7 @@ from eval.config import RunConfig
 from eval.figures.overlay import compose, draw_overlay, group_colour
 from eval.figures.overlay_tiles import GAP
 from eval.results import baseline, tracking
-from eval.run import run
+from eval.run import Interrupted, run
 from eval.sweep import CachingLlava, Setting, sweep
 from llava.reduction import Reduction, Step
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
@@ -84,10 +84,11 @@ def test_final_numbers_are_a_summary_and_no_charts(tmp_path):
 def test_settings_are_flat_and_complete(tmp_path):
     """The budget was at config.config.budget; profile, source and limit were nowhere."""
     result = run(config(tmp_path, wandb="offline", limit=8), FakeLlava(), FakeReducer())
-    found = read_run(find_runs(tmp_path / "out")[0]).config
+    found = read_run(find_runs(tmp_path / "out" / "limit8")[0]).config
     for key, value in result["settings"].items():
         assert key == "config" or found[key] == value
-    expected = {"budget": 16, "alpha": 0.5, "profile": "llava", "source": "auto", "limit": 8, "batch_size": 8}
+    expected = {"budget": 16, "alpha": 0.5, "profile": "llava", "limit": 8, "batch_size": 8}
+    expected |= {"source": result["config"]["source"]}
     assert {key: found[key] for key in expected} == expected and "config" not in found
     assert found["hardware"] == result["conditions"]["hardware"]
 
@@ -108,7 +109,13 @@ def test_a_run_can_be_found_by_tag_job_type_and_group(tmp_path):
 
 def test_a_continued_run_continues_its_wandb_run(tmp_path, capsys):
     """Every process made a new W&B run, also over the same answer store."""
-    run(config(tmp_path, wandb="offline", limit=16), FakeLlava(), FakeReducer())
+
+    def stop(batch: int) -> None:
+        if batch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(config(tmp_path, wandb="offline"), FakeLlava(stop), FakeReducer())
     capsys.readouterr()
     run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
     first, second = map(read_run, find_runs(tmp_path / "out"))
@@ -123,10 +130,9 @@ def test_a_continued_run_continues_its_wandb_run(tmp_path, capsys):
 def test_looking_at_the_first_questions_again_leaves_the_numbers_of_all(tmp_path):
     run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
     run(config(tmp_path, wandb="offline", limit=8), FakeLlava(), FakeReducer())
-    first, second = map(read_run, find_runs(tmp_path / "out"))
-    assert first.summary["questions"] == 40
-    assert "questions" not in second.summary and "score" not in second.summary
-    assert not [row for row in second.history if "samples" in row]
+    (whole,), (part,) = (map(read_run, find_runs(folder)) for folder in (tmp_path / "out", tmp_path / "out" / "limit8"))
+    assert whole.summary["questions"] == 40 and part.summary["questions"] == 8
+    assert whole.name != part.name
 
 
 def test_score_and_percent_of_full_are_under_the_same_names_everywhere(tmp_path):
@@ -140,7 +146,8 @@ def test_score_and_percent_of_full_are_under_the_same_names_everywhere(tmp_path)
     run(replace(whole, output=tmp_path / "a", limit=8), FakeLlava(), Full())
     run(replace(whole, output=tmp_path / "b"), FakeLlava(), FakeReducer())
     run(replace(whole, output=tmp_path / "c", limit=8), FakeLlava(), FakeReducer())
-    summaries = {name: read_run(find_runs(tmp_path / name)[0]).summary for name in "abc"}
+    folders = {"a": tmp_path / "a/limit8", "b": tmp_path / "b", "c": tmp_path / "c/limit8"}
+    summaries = {name: read_run(find_runs(folder)[0]).summary for name, folder in folders.items()}
     assert summaries["a"]["percent_of_full"] == 100
     assert summaries["b"]["score"] == summaries["b"]["metrics/accuracy"]
     assert "percent_of_full" not in summaries["b"], "the result of full is on other questions"
@@ -374,25 +381,25 @@ def test_steps_compose_by_the_positions_of_the_step_before():
     """Keep 1, 3, 6, 8 of nine patches, then the outputs 0 and 2 of those: patches 1 and 6."""
     fate = compose([prune([1, 3, 6, 8], 9), prune([0, 2], 4, "layer 2")], 9)
     assert fate.kept.tolist() == [1, 6]
-    assert fate.owner.tolist() == [-1, 0, -1, -1, -1, -1, 1, -1, -1]
+    assert fate.assignment.tolist() == [-1, 0, -1, -1, -1, -1, 1, -1, -1]
 
 
 def test_pruning_a_merged_token_drops_all_that_went_into_it():
     fate = compose([merge([0, 2], [0, 0, 1, 1]), prune([1], 2, "layer 1")], 4)
-    assert fate.owner.tolist() == [-1, -1, 0, 0] and fate.kept.tolist() == [2]
+    assert fate.assignment.tolist() == [-1, -1, 0, 0] and fate.kept.tolist() == [2]
 
 
 def test_a_share_of_zero_is_no_share():
-    assert compose([merge([0], [0, 0, 0, -1], weight=[0.5, 0.0, 0.5, 0.0])], 4).owner.tolist() == [0, -1, 0, -1]
+    assert compose([merge([0], [0, 0, 0, -1], weight=[0.5, 0.0, 0.5, 0.0])], 4).assignment.tolist() == [0, -1, 0, -1]
 
 
 def test_a_smaller_picture_drops_nothing():
     """4 x 4 shrunk to 2 x 2: every patch is part of the nearest coarse one."""
     step = prune([5, 7, 13, 15], 16, "input")
     fate = compose([step], 16)
-    assert (fate.owner >= 0).all()
-    assert fate.owner[[0, 5]].tolist() == [0, 0] and fate.owner[[3, 7]].tolist() == [1, 1]
-    assert fate.owner[15] == 3
+    assert (fate.assignment >= 0).all()
+    assert fate.assignment[[0, 5]].tolist() == [0, 0] and fate.assignment[[3, 7]].tolist() == [1, 1]
+    assert fate.assignment[15] == 3
     cells = patches_of(draw_overlay(WHITE, [step], 4), 4)
     assert cells[1, 1].tolist() == [200, 200, 200] and cells[0, 0].tolist() != [44, 44, 44]
 

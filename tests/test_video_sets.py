@@ -1,4 +1,4 @@
-"""The video sets: official aggregation of verdicts, layouts, known_deviations; ActivityNet-QA's own metric and its mirror."""
+"""The video sets: official aggregation of verdicts, layouts, quirks; ActivityNet-QA's own metric and its mirror."""
 
 import json
 from pathlib import Path

@@ -23,19 +23,19 @@ TINT = 0.5  # share of the group colour in a merged patch
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What became of N patches after every step; K tokens are left.
+class PatchAssignment:
+    """Where N patches are after every step; K tokens are left.
 
     Attributes:
-        owner: [N], the token a patch went into, -1 if it was dropped.
-        anchor: [K], the patch each token stands at.
+        assignment: [N], the token into which a patch was merged, -1 if it was dropped.
+        kept: [K], the patch at which each token stands.
     """
 
-    owner: Ints
-    anchor: Ints
+    assignment: Ints
+    kept: Ints
 
 
-def compose(trace: Sequence[Step], patches: int) -> Fate:
+def compose(trace: Sequence[Step], patches: int) -> PatchAssignment:
     """Follow every patch through the steps of one sample; positions of a step count the previous step's outputs."""
     owner = anchor = np.arange(patches)
     for step in trace:
@@ -44,7 +44,7 @@ def compose(trace: Sequence[Step], patches: int) -> Fate:
         moved = step_owner(step, patches)
         owner = np.where(owner >= 0, moved[owner], -1)
         anchor = anchor[step.reduction.kept[0].cpu().numpy()]
-    return Fate(owner, anchor)
+    return PatchAssignment(owner, anchor)
 
 
 def step_owner(step: Step, patches: int) -> Ints:
@@ -88,9 +88,9 @@ def grid_of(tokens: int) -> tuple[int, int]:
     raise UserError(f"{tokens} tokens are no square grid of patches; an overlay needs the grid of the image.")
 
 
-def without_cls(fate: Fate) -> Fate:
+def without_cls(fate: PatchAssignment) -> PatchAssignment:
     """Leave out the class token at position 0; a token that stands at it has its anchor outside the image, at -1."""
-    return Fate(fate.assignment[1:], fate.kept - 1)
+    return PatchAssignment(fate.assignment[1:], fate.kept - 1)
 
 
 def draw_overlay(
@@ -138,7 +138,7 @@ def draw_overlay(
     return picture
 
 
-def paints(fate: Fate) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+def paints(fate: PatchAssignment) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """Per patch: brightness [N], group colour [N, 3], and how much of the colour is mixed in [N]."""
     patches = np.arange(len(fate.assignment))
     dropped = fate.assignment < 0
@@ -157,7 +157,7 @@ def group_colour(index: int) -> tuple[float, float, float]:
 
 def frame_anchors(
     picture: Image.Image,
-    fate: Fate,
+    fate: PatchAssignment,
     colour: NDArray[np.float32],
     grid: tuple[int, int],
     canvas: tuple[int, int],

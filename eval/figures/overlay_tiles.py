@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval.figures.overlay import DARK, Fate, compose, draw_overlay, paints
+from eval.figures.overlay import DARK, PatchAssignment, compose, draw_overlay, paints
 from llava.pipeline.answer import Answer
 from llava.processing.sample import Sample
 from llava.processing.video import Video
@@ -96,7 +96,7 @@ def _stitched_grid(run: TokenLayout) -> NDArray[np.int64]:
     return table[used.any(1)][:, used.any(0)] if used.any() else table
 
 
-def _panel(image: Image.Image, grid: NDArray[np.int64], fate: Fate, upscale: int) -> Image.Image:
+def _panel(image: Image.Image, grid: NDArray[np.int64], fate: PatchAssignment, upscale: int) -> Image.Image:
     """The picture with every cell of the grid stretched over it and painted by the fate of its token."""
     image = image.convert("RGB")
     image = image.resize((image.width * upscale, image.height * upscale), Image.Resampling.NEAREST)

@@ -1,5 +1,6 @@
 """The score without reduction on the same questions, which "percent of full" is measured against."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from eval.answers.jsonl import read_json
 from eval.config import FULL
 from llava.errors import UserError
+
+PARTIAL = re.compile(r"limit\d+")
 
 # Settings in which a method may differ from `full` and still answer the same questions under the same conditions.
 OF_THE_METHOD = ("method", "version", "config", "seed", "text_tower")
@@ -27,9 +30,11 @@ def full_score(result: Mapping[str, Any], output: Path) -> float | None:
     """Main score of a run of `full` that asked the same questions under the same settings."""
     if result["method"] == FULL:
         return result["metrics"].get(result["main"])
-    found = output.resolve().parent.glob("*/result.json")
+    folder = output.resolve()
+    run = folder.parent if PARTIAL.fullmatch(folder.name) else folder  # results of the first questions are in limitN/
+    found = [*run.parent.glob("*/result.json"), *run.parent.glob("*/limit*/result.json")]
     # Folders of `full` usually say so; a sweep has hundreds of others.
-    for path in sorted(found, key=lambda path: (not path.parent.name.startswith(FULL), path)):
+    for path in sorted(found, key=lambda path: (not path.relative_to(run.parent).parts[0].startswith(FULL), path)):
         try:
             other = read_json(path)
         except UserError:

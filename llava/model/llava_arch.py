@@ -158,7 +158,7 @@ class Llava:
         for sample in samples:
             for image in sample.images:
                 if not self.takes_videos and not isinstance(image, Image.Image):
-                    kind = type(image).__name__
+                    kind = type(image).__name__.lower()
                     raise UserError(f"{self.name} takes images only, got a {kind}; choose a Video-LLaVA for videos.")
 
     def encode_images(
