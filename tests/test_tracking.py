@@ -124,7 +124,7 @@ def test_a_continued_run_continues_its_wandb_run(tmp_path, capsys):
     assert steps == [8, 16, 24, 32, 40]
     assert f"wandb sync {tmp_path}/out/wandb/*run-*-{first.name}" in capsys.readouterr().out
     run(config(tmp_path, wandb="offline", restart=True), FakeLlava(), FakeReducer())
-    assert read_run(find_runs(tmp_path / "out")[2]).name != first.name
+    assert len({read_run(folder).name for folder in find_runs(tmp_path / "out")}) == 2
 
 
 def test_looking_at_the_first_questions_again_leaves_the_numbers_of_all(tmp_path):

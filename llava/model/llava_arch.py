@@ -143,7 +143,7 @@ class Llava:
     def prompt(self, sample: Sample) -> Prompt:
         return build_prompt(sample, self.tokenizer, self.conversation, self.longest_text)
 
-    @property
+    @cached_property
     def longest_text(self) -> int | None:
         """Text tokens that the decoder has positions for beside the visual tokens of one tile or frame."""
         room = self.container.config.get_text_config().max_position_embeddings - self.layout.tokens
@@ -217,7 +217,7 @@ class Llava:
         encoded = encode(tower, pixels, self.select_layer, scores, grid, keep_cls, merging, merger)
         return replace(encoded, spent=merger.flops) if merger else encoded
 
-    def count_tower(self, operations: "Operations", picture: EncodedImage, reducer: Reducer, images: int) -> None:
+    def count_tower(self, operations: "Operations", picture: EncodedImage, images: int) -> None:
         """Count the operations of the tower on all tiles of one image, and of scores and merging beside it.
 
         Args:
@@ -228,7 +228,7 @@ class Llava:
         operations.add("tower", tiles_flops, tiles, tower_flops, tower, patches, encoded.tokens, images=images)
         if encoded.spent:
             operations.add("selection", int, tiles * encoded.spent, images=images)
-        for score in reducer.tower_scores(picture.full.tiles is not None):
+        for score in encoded.scores:
             block = tower.encoder.layers[score.index(len(tower.encoder.layers))]
             operations.add("selection", tiles_flops, tiles, score_flops, score, block, patches, images=images)
 

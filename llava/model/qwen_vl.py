@@ -109,11 +109,11 @@ class QwenVL(Llava):
             found.append(encoded_image_of(tower, single(one.rows, one.columns), keep_cls=False))
         return found
 
-    def count_tower(self, operations: "Operations", picture: EncodedImage, reducer: Reducer, images: int) -> None:
+    def count_tower(self, operations: "Operations", picture: EncodedImage, images: int) -> None:
         merge = self.image_processor.merge
         grid = 1, picture.encoded.grid[0] * merge, picture.encoded.grid[1] * merge
         operations.add("tower", tower_flops, self.tower, grid, images=images)
-        for score in reducer.tower_scores(tiled=False):
+        for score in picture.encoded.scores:
             operations.add("selection", score_flops, self.tower, score, grid, images=images)
 
     def groups(self, picture: EncodedImage) -> tuple[int, int, int]:

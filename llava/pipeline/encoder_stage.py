@@ -44,7 +44,7 @@ def encode_images(
     images = ImageBatch(model.encode_images(pictures, list(numbers), reducer, timer), owner)
     users = Counter(owner.values())
     for number, picture in enumerate(images.pictures):
-        model.count_tower(record.operations, picture, reducer, users[number])
+        model.count_tower(record.operations, picture, users[number])
     timer.mark("vision")
     for image in rows:
         _enter(model.spec, reducer, image, images, record)
