@@ -10,14 +10,13 @@ behind the layer). `official` does both as they do.
 
 from collections.abc import Sequence as Counts
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from baselines._staged import Staged
-from llava.pipeline.sequence import Sequence
 from llava.reduction import (
     DecoderState,
     MethodMetadata,
@@ -29,6 +28,9 @@ from llava.reduction import (
     register,
     row_index,
 )
+
+if TYPE_CHECKING:
+    from llava.pipeline.sequence import Sequence
 
 PIVOTS = 4  # of the image, and as many of the text
 
@@ -62,7 +64,7 @@ def pick_different(similarity: Tensor, pivots: Tensor, picks: Counts[int]) -> Te
     return torch.cat(chosen, 1).sort(1).values
 
 
-def hash_order(columns: Tensor, sequence: Sequence) -> Tensor:
+def hash_order(columns: Tensor, sequence: "Sequence") -> Tensor:
     """[B, P] columns of the padded sequence in the order in which a Python set of their positions is run through.
 
     The order is that of integer hashes, so the host must know the numbers and waits for the device.

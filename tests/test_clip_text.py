@@ -17,8 +17,8 @@ from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText, load_clip_text
 from llava.reduction import registry
+from llava.reduction.clip_similarity import signed, text_similarity
 from llava.reduction.reducer import EncoderState
-from llava.reduction.text_similarity import signed, text_similarity
 from tests.conftest import samples
 from tests.tiny_checkpoints import (
     make_tiny_clip,

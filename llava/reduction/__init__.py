@@ -1,6 +1,7 @@
 """What a method imports: the base class, the states it is given, reductions, scores, rankings and the registry."""
 
 from llava.errors import UserError
+from llava.reduction.clip_similarity import RELEVANCE, signed, text_similarity
 from llava.reduction.crop_budget import covered, deal, over_crops, planned
 from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles, text_to_visual_attention
 from llava.reduction.flops import linear_flops
@@ -25,7 +26,7 @@ from llava.reduction.metadata import MethodMetadata
 from llava.reduction.model_spec import ModelSpec, spec_of
 from llava.reduction.options import option, options_of
 from llava.reduction.patch_grid import PatchGrid
-from llava.reduction.ranking import gather_tokens, keep_top, others, ranking, ranks
+from llava.reduction.ranking import descending_order, gather_tokens, keep_top, others, ranks
 from llava.reduction.reducer import NEWLINES, SPLITS, Reducer, Reductions, Scorer, seed_of
 from llava.reduction.reduction import Reduction, Step, Trace
 from llava.reduction.registry import register
@@ -39,7 +40,6 @@ from llava.reduction.states import (
     row_index,
     text_spans,
 )
-from llava.reduction.text_similarity import RELEVANCE, signed, text_similarity
 from llava.reduction.token_layout import TokenLayout
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "choose_anchors",
     "covered",
     "deal",
+    "descending_order",
     "gather_tokens",
     "keep_top",
     "largest_within",
@@ -84,7 +85,6 @@ __all__ = [
     "over_crops",
     "planned",
     "proportional",
-    "ranking",
     "ranks",
     "refuse_budget",
     "register",

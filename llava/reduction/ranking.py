@@ -12,7 +12,7 @@ def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
     return tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def ranking(score: Tensor) -> Tensor:
+def descending_order(score: Tensor) -> Tensor:
     """[B, N] indices, the highest score first; whole numbers are compared exactly, others in float32."""
     # stable: the same tie goes to the same index on every device.
     values = score.float() if score.is_floating_point() else score
@@ -21,7 +21,7 @@ def ranking(score: Tensor) -> Tensor:
 
 def ranks(score: Tensor) -> Tensor:
     """[B, N] int64: 0 for the highest score, N - 1 for the lowest."""
-    order = ranking(score)
+    order = descending_order(score)
     places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
 
@@ -36,7 +36,7 @@ def keep_top(score: Tensor, budget: int) -> Tensor:
     Returns:
         [B, budget] int64, ascending.
     """
-    return ranking(score)[:, :budget].sort(dim=-1).values
+    return descending_order(score)[:, :budget].sort(dim=-1).values
 
 
 def others(kept: Tensor, total: int) -> Tensor:

@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPTextConfig, CLIPTextMode
 from llava.errors import UserError
 from llava.model.checkpoint.files import listed, locate, read_json, read_weights
 from llava.processing.config_schema import ClipConfig, checked
+from llava.reduction.clip_similarity import NEGATED, PLAIN
 from llava.reduction.flops import linear_flops
-from llava.reduction.text_similarity import NEGATED, PLAIN
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PARTS = ("text_model.", "text_projection.", "visual_projection.")
