@@ -158,7 +158,7 @@ def log_table(wandb: str, settings: Sequence[Setting], folders: Sequence[Path], 
     """Log a finished sweep as one W&B run; the same sweep in the same folder continues its run."""
     if not folders:
         return
-    found = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    found = [json.loads(newest_result(folder).read_text()) for folder in folders]
     digest = hashlib.sha256(json.dumps([folder.name for folder in folders]).encode()).hexdigest()[:8]
     config = about | {"settings": len(settings), "methods": sorted({setting.method for setting in settings})}
     tracker = tracking.start(
@@ -175,6 +175,13 @@ def log_table(wandb: str, settings: Sequence[Setting], folders: Sequence[Path], 
     ]
     tracker.table("settings", ("method", "budget", "options", *tracking.HEADLINE), rows)
     tracker.close(failed=False)
+
+
+def newest_result(folder: Path) -> Path:
+    """The result that was written last in a run's folder, of all questions or of the first (in limitN/)."""
+    return max(
+        [*folder.glob("result.json"), *folder.glob("limit*/result.json")], key=lambda path: path.stat().st_mtime_ns
+    )
 
 
 def is_finished(config: RunConfig, model: Llava) -> bool:

@@ -67,8 +67,8 @@ def test_lmms_evals_row_number_tells_questions_about_one_picture_apart(tmp_path)
 
 def test_row_numbers_of_the_mirror_are_not_joined_with_official_files(tmp_path):
     with pytest.raises(UserError, match=r"add --source mirror"):
-        read_answers(written(tmp_path, *LMMS), dataset(spec={"source": "official"}))
-    assert read_answers(written(tmp_path, *LMMS), dataset(spec={"source": "lmms-lab/X"})).texts == EXPECTED
+        read_answers(written(tmp_path, *LMMS), dataset(facts={"source": "official"}))
+    assert read_answers(written(tmp_path, *LMMS), dataset(facts={"source": "lmms-lab/X"})).texts == EXPECTED
 
 
 def test_lists_and_maps_are_read(tmp_path):

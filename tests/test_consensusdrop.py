@@ -63,6 +63,8 @@ def fuse_by_the_book(v: list[float], c: list[float], rule: str, keep: int) -> li
 def test_fusion_equals_its_definition(rule):
     v, c = saliencies()
     actual = fuse(v, c, rule, keep=7, **CHOICES)
+    if rule == "rank":  # whole numbers: times the denominators of alpha and of both ranks
+        actual = (actual.double() / (10 * (v.shape[1] - 1) ** 2)).float()
     for i in range(len(v)):
         expected = torch.tensor(fuse_by_the_book(v[i].tolist(), c[i].tolist(), rule, 7))
         torch.testing.assert_close(actual[i], expected, atol=2e-5, rtol=1e-4)
@@ -75,6 +77,20 @@ def test_alpha_ends_are_the_single_signals(rule):
     for alpha, signal in ((1.0, v), (0.0, c)):
         fused = fuse(v, c, rule, keep=6, **{**CHOICES, "alpha": alpha})
         assert keep_top(fused, 6).tolist() == keep_top(signal, 6).tolist()
+
+
+def test_equal_sums_of_ranks_are_equal():
+    """Ranks were divided in float32: equal sums came out unequal, and not the lower index was kept."""
+    for tokens in (16, 24, 576):
+        v = torch.arange(tokens, 0, -1).float()[None]
+        for alpha in (0.5, 0.3):
+            choices = CHOICES | {"alpha": alpha}
+            equal = fuse(v, v.flip(1), "rank", keep=7, **(choices | {"alpha": 0.5}))
+            assert equal.unique().numel() == 1
+            assert keep_top(equal, 7).tolist() == [list(range(7))]
+            # 7 ranks of one score weigh as much as 3 of the other at alpha 0.3.
+            score = fuse(v, v, "rank", keep=7, **choices)
+            assert keep_top(score, 7).tolist() == [list(range(7))] and not score.is_floating_point()
 
 
 def test_rank_ties_go_to_the_lower_index_and_a_truncated_tail_counts_nothing():

@@ -47,7 +47,7 @@ def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):
     assert [len(credits) for credits in first] == [6, 6]
     assert len({folder.name for folder in (tmp_path / "out" / "testdev").iterdir()}) == 2
     again = CachingLlava(tiny)
-    monkeypatch.setattr(again, "answer", None)
+    monkeypatch.setattr(run_module, "generate", None)
     assert sweep(settings, again, data, "testdev", tmp_path / "out", wandb="disabled") == first
 
 
@@ -55,14 +55,14 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
     """A sweep took finished settings by their configuration alone."""
     data = write_gqa(tmp_path / "data", count=6, images=2)
     settings, out = [Setting("uniform", 4)], tmp_path / "out"
-    sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4)
+    sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4, wandb="disabled")
     (folder,) = (out / "testdev").iterdir()
     assert (folder / "limit4" / "result.json").is_file() and not (folder / "result.json").exists()
     real = run_module.answer_sources
     monkeypatch.setattr(
         run_module, "answer_sources", lambda *objects: real(*objects) | {"llava/pipeline/decoder.py": "edited"}
     )
-    with pytest.raises(UserError, match=r"made by other code: llava/decoder\.py changed"):
+    with pytest.raises(UserError, match=r"made by other code: llava/pipeline/decoder\.py changed"):
         sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4)
     monkeypatch.undo()
     picture(9, (32, 32)).save(data / "gqa" / "data" / "images" / "n1.jpg")

@@ -20,7 +20,8 @@ from eval.config import ROOT
 
 # Imports from this package are not followed, see above.
 NOT_FOLLOWED = "eval"
-PIPELINE = "llava/pipeline/generate.py"  # what runs model and method; neither imports it
+# What loads a model and what runs it under a method; neither is imported by model or method.
+ENTRIES = ("llava/model/checkpoint/load.py", "llava/pipeline/generate.py")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -34,7 +35,7 @@ def answer_sources(*objects: Any, root: Path = ROOT) -> dict[str, str]:
     """
     found: dict[Path, str] = {}
     waiting = [path for thing in objects for path in class_files(type(thing), root)]
-    waiting += [path for path in [root / PIPELINE] if path.is_file()]
+    waiting += [path for name in ENTRIES if (path := root / name).is_file()]
     while waiting:
         path = waiting.pop()
         if path in found:

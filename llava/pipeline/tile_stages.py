@@ -147,7 +147,7 @@ def reduce_prompts(
         if not pieces:
             continue
         picture = images.of(image)
-        every = [piece for piece, _ in pieces] + rest_of(reducer, picture, pieces[0][0].places.device)
+        every = [piece for piece, _ in pieces] + rest_of(reducer, picture, pieces[0][0].indices.device)
         applied[image], order = join(every, picture.arrangement.tokens)
         if any(value is not None for _, value in pieces):
             values[image] = _values(sequence, image, picture, every, [value for _, value in pieces])[order]

@@ -4,7 +4,13 @@ Shapes: B images, T text rows, N visual tokens, L prompt tokens, H heads, d chan
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+
+
+def heads_first(projected: Tensor, head_dim: int) -> Tensor:
+    """[B, L, H*d] -> [B, H, L, d]."""
+    return rearrange(projected, "b l (h d) -> b h l d", d=head_dim)
 
 
 def text_to_visual_attention(
@@ -29,8 +35,8 @@ def text_to_visual_attention(
         [B, H, T, N] float32, each row sums to 1.
     """
     attention = layer.self_attn
-    query = attention.q_proj(layer.input_layernorm(text)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    key = attention.k_proj(layer.input_layernorm(visual)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    query = heads_first(attention.q_proj(layer.input_layernorm(text)), attention.head_dim)
+    key = heads_first(attention.k_proj(layer.input_layernorm(visual)), attention.head_dim)
     query, key = query.float(), key.float()
     if text_rotary is not None:
         query, key = _rotate(query, *text_rotary), _rotate(key, *visual_rotary)
@@ -58,7 +64,7 @@ def attention_rows(
         [B, H, T, L] float32; rows sum to 1 over the allowed keys.
     """
     attention = layer.self_attn
-    query = attention.q_proj(layer.input_layernorm(rows)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    query = heads_first(attention.q_proj(layer.input_layernorm(rows)), attention.head_dim)
     query = query.float() if row_rotary is None else _rotate(query.float(), *row_rotary)
     keys = keys.float().repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     scores = query @ keys.transpose(-1, -2) * attention.scaling
@@ -68,7 +74,7 @@ def attention_rows(
 def layer_keys(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     """Keys [B, Hkv, L, d] float32 of a decoder layer from its inputs [B, L, D], rotated unless `rotary` is None."""
     attention = layer.self_attn
-    keys = attention.k_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    keys = heads_first(attention.k_proj(layer.input_layernorm(hidden)), attention.head_dim)
     return keys.float() if rotary is None else _rotate(keys.float(), *rotary)
 
 

@@ -7,6 +7,7 @@ fused attention kernel. Shapes: B images, N patches, D channels, H heads, T text
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from llava.errors import unknown
@@ -35,7 +36,7 @@ class TowerScore:
 
 def _heads(projected: Tensor, heads: int) -> Tensor:
     """[B, N, H*d] -> [B, H, N, d]."""
-    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return rearrange(projected, "b n (h d) -> b h n d", h=heads)
 
 
 def cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from llava.errors import UserError
@@ -159,10 +160,10 @@ def _embed(tower: nn.Module, pixels: Tensor, grid: tuple[int, int] | None) -> Te
     patch = tower.config.patch_size
     size = (grid[0] * patch, grid[1] * patch)
     small = F.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True).to(pixels.dtype)
-    patches = embeddings.patch_embedding(small).flatten(2).transpose(1, 2)
+    patches = rearrange(embeddings.patch_embedding(small), "b d rows columns -> b (rows columns) d")
     table = embeddings.position_embedding.weight
-    square = table[1:].float().unflatten(0, patch_grid(tower)).permute(2, 0, 1)[None]
+    square = rearrange(table[1:].float(), "(rows columns) d -> 1 d rows columns", rows=patch_grid(tower)[0])
     resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=True)
-    positions = resized[0].flatten(1).T.to(table.dtype)
+    positions = rearrange(resized[0], "d rows columns -> (rows columns) d").to(table.dtype)
     cls = (embeddings.class_embedding + table[0]).expand(len(patches), 1, -1)
     return torch.cat([cls, patches + positions], dim=1)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from llava.errors import UserError, unknown
@@ -196,21 +197,24 @@ class _Heads:
     def split(self, tensor: Tensor) -> list[Tensor]:
         """[G, U, H, d] -> [segments, H, patches, d] of each run."""
         parts = tensor.split([segments * groups for segments, groups in self.runs])
-        cut = (part.unflatten(0, run).flatten(1, 2) for part, run in zip(parts, self.runs, strict=True))
-        return [part.transpose(1, 2) for part in cut]
+        return [
+            rearrange(part, "(segments groups) unit head d -> segments head (groups unit) d", segments=segments)
+            for part, (segments, _) in zip(parts, self.runs, strict=True)
+        ]
 
     def attend(self, dtype: torch.dtype) -> Tensor:
         """[G, U, D], every patch having looked at its segment."""
         states = (self.split(states.to(dtype)) for states in (self.query, self.key, self.value))
         seen = [F.scaled_dot_product_attention(*one, scale=self.scale) for one in zip(*states, strict=True)]
-        unit, width = self.value.shape[1], self.value[0, 0].numel()
-        return torch.cat([part.transpose(1, 2).reshape(-1, unit, width) for part in seen])
+        unit = self.value.shape[1]
+        folded = "segments head (groups unit) d -> (segments groups) unit (head d)"
+        return torch.cat([rearrange(part, folded, unit=unit) for part in seen])
 
 
 def _heads(block: nn.Module, hidden: Tensor, order: _Order) -> _Heads:
     attention = block.attn
-    states = attention.qkv(block.norm1(hidden)).unflatten(-1, (3, attention.num_heads, -1))
-    query, key, value = states.unbind(-3)
+    states = attention.qkv(block.norm1(hidden))
+    query, key, value = rearrange(states, "g u (three h d) -> three g u h d", three=3, h=attention.num_heads)
     turned = (_turn(part.float(), order.cos, order.sin) for part in (query, key))
     return _Heads(*turned, key, value, attention.scaling, order.runs)
 
