@@ -199,6 +199,6 @@ def test_official_audit_is_the_nominal_count(tiny, mix_name, count):
 def test_budgets_that_the_release_rounds_to_nothing_are_refused(crops, mix_name, least):
     spec = dataclasses.replace(LLAVA, visual_tokens=576 * crops, layout=PatchGrid(24, 24, crops))
     with pytest.raises(UserError, match=f"at least {least}"):
-        AttnMix(budget=least - 1, merge_matrix=mix_name, official=True).check(spec)
-    AttnMix(budget=least, merge_matrix=mix_name, official=True).check(spec)
-    AttnMix(budget=1, merge_matrix=mix_name).check(spec)
+        AttnMix(budget=least - 1, mix=mix_name, official=True).check(spec)
+    AttnMix(budget=least, mix=mix_name, official=True).check(spec)
+    AttnMix(budget=1, mix=mix_name).check(spec)

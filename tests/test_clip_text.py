@@ -334,7 +334,7 @@ def test_the_embedded_tower_finds_what_is_asked_about():
         state = EncoderState(ids=tuple(asked), features=features, scores={}, layout=model.layout, clip=model.clip)
         similarity = text_similarity(state, asked, cosine=True)
         for row, (place, _) in zip(similarity, things, strict=True):
-            inside = torch.from_numpy(drawn.assignment == place).flatten()
+            inside = torch.from_numpy(drawn.owner == place).flatten()
             # Share of pairs (patch of the thing, other patch) in the right order; 0.5 is chance.
             ahead += (row[inside][:, None] > row[~inside]).float().mean().item()
             count += 1

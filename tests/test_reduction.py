@@ -5,7 +5,9 @@ import torch
 
 from llava.pipeline.accounting import mean_visual_tokens
 from llava.pipeline.sequence import assemble
-from llava.reduction import Reduction, keep_top
+from llava.reduction import PatchGrid, Reduction, keep_top
+from llava.reduction.patch_grid import CLS
+from llava.reduction.reducer import by_row
 
 
 def test_keep_top_finds_planted_tokens():
@@ -105,3 +107,20 @@ def test_reduce_allows_a_token_twice():
 def test_mean_counts_what_each_layer_computes_on():
     """SparseVLMs issue 12: two layers at 576 and thirty at 144 are 171 tokens per layer, not 144."""
     assert mean_visual_tokens([576] * 2 + [144] * 30) == 171
+
+
+def test_coordinates_of_tokens_are_those_of_their_tile():
+    grid = PatchGrid(3, 2, crops=2, has_cls=True)
+    found = grid.coordinates()
+    assert found.shape == (grid.tokens, 2)
+    for token in range(grid.tokens):
+        _, row, column = grid.place(token)
+        expected = [0.0, 0.0] if row == CLS else [row - 1.0, 2.0 * column - 1]
+        assert found[token].tolist() == expected
+    assert PatchGrid(1, 1).coordinates().tolist() == [[0, 0]]
+
+
+def test_a_reduction_of_other_tokens_is_refused():
+    """The README's example ranked the patches of one tile where it was given those of all: 16 tokens in place of 24."""
+    with pytest.raises(ValueError, match="of 16 tokens, but each image has 80"):
+        by_row(Reduction(torch.arange(4)[None], 16), 1, 80)

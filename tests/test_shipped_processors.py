@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_an_export_writes_every_file_that_is_shipped(stage, tmp_path, monkeypatc
     shipped = ASSETS / STAGES[stage]
     model = AutoModelForImageTextToText.from_pretrained(shipped)
     monkeypatch.setitem(EXPORTS, stage, replace(EXPORTS[stage], load=lambda *_: model, text_tower=lambda *_: None))
-    export(stage, tmp_path, DEFAULT_MODEL, tmp_path)
+    export(stage, tmp_path, Path(DEFAULT_MODEL), tmp_path)
     written = {file.name for file in tmp_path.iterdir()}
     assert written == {file.name for file in shipped.iterdir()} - {"README.md", "text_tower"}
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):

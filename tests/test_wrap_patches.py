@@ -163,7 +163,7 @@ def test_qwen_needs_the_token_types_that_its_positions_follow_from(family):
 def test_a_budget_and_a_share_are_refused_together(llava):
     """The share won in silence: budget 8 with share 0.5 kept 16 tokens."""
     for share in (0.5, "0.5"):
-        with pytest.raises(UserError, match="budget or share, not both"):
+        with pytest.raises(UserError, match="are both given for random; leave one out"):
             reduce(llava.model, "random", budget=8, share=share)
     with reduce(llava.model, "random", share=0.5) as reduced:
         llava.model(**llava.batch(TEXTS[1:2]))

@@ -61,11 +61,19 @@ def table() -> str:
     head = ["method", "acts", "score", "other tokens", "order; positions", "needs", "paper", "official code read"]
     lines = ["| " + " | ".join([*head, "source"]) + " |", "|" + "---|" * (len(head) + 1)]
     for name in registry.names():
-        cls, card = registry.method(name), registry.method(name).card
+        cls = registry.method(name)
+        about = cls.metadata
         positions = registry.build(name, BUDGETS[0]).positions
-        paper = f"[{card.paper}]({card.url})" if card.paper else "control"
-        cells = [f"`{name}`", card.acts, card.score or "–", card.rest, f"{card.order}; {positions}", card.needs or "–"]
-        lines.append("| " + " | ".join([*cells, paper, card.code or "–", source_of(cls)]) + " |")
+        paper = f"[{about.paper}]({about.url})" if about.paper else "control"
+        cells = [
+            f"`{name}`",
+            about.acts,
+            about.score or "–",
+            about.rest,
+            f"{about.order}; {positions}",
+            about.needs or "–",
+        ]
+        lines.append("| " + " | ".join([*cells, paper, about.code or "–", source_of(cls)]) + " |")
     return "\n".join(lines)
 
 

@@ -64,7 +64,7 @@ class DecoderStage:
                 keys=keys[[sample for sample, _ in rows]][:, :, -part.hidden.shape[1] :],
                 start=self.start.rows(rows),
             )
-            reductions = by_row(self.reducer.for_picture(spec).decoder(state), len(rows))
+            reductions = by_row(self.reducer.for_picture(spec).decoder(state), len(rows), state.tokens.shape[1])
             self.record.operations.add("selection", int, state.flops)
             if reductions is None:
                 continue

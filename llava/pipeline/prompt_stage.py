@@ -61,7 +61,7 @@ def reduce_prompt(
         state = state_of(rows, features, state_fields(model, method, samples, images, rows, spec))
         if method.keeps_all(state.tokens.shape[1]):
             continue
-        reductions = by_row(method.prompt(state), len(rows))
+        reductions = by_row(method.prompt(state), len(rows), state.tokens.shape[1])
         record.operations.add("selection", int, state.flops)
         if reductions is None:
             continue

@@ -74,7 +74,7 @@ def reduce_features(
     for group in grouped([part for image in open_ for part in parts_of(model, reducer, image, images.of(image))]):
         features = torch.stack([part.features for part in group])
         state = EncoderState(features=features, **shared_fields(model, samples, group))
-        reductions = by_row(_asked(group, "encoder", state, features.shape[1]), len(group))
+        reductions = by_row(_asked(group, "encoder", state, features.shape[1]), len(group), features.shape[1])
         record.operations.add("selection", int, state.flops)
         shared = reductions[0][0] is reductions[-1][0]
         values = reductions[0][0].apply(features) if shared else None
@@ -133,7 +133,7 @@ def reduce_prompts(
         fields = shared_fields(model, samples, group)
         features = torch.stack([part.features for part in group])
         state = state_of([part.image for part in group], features, fields, members)
-        reductions = by_row(_asked(group, "prompt", state, members.shape[1]), len(group))
+        reductions = by_row(_asked(group, "prompt", state, members.shape[1]), len(group), members.shape[1])
         record.operations.add("selection", int, state.flops)
         shared = reductions[0][0] is reductions[-1][0]
         together = merged_values(reductions[0][0], state, slice(None)) if shared else None

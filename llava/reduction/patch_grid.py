@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 CLS = -1  # row and column of a class token
 
 
@@ -27,6 +30,20 @@ class PatchGrid:
     @property
     def tokens(self) -> int:
         return self.crops * self.tokens_per_crop
+
+    def coordinates(self, device: torch.device | str = "cpu") -> Tensor:
+        """[N, 2] float32: row and column of each token in its own tile, from -1 (first) to 1 (last), 0 in the middle.
+
+        Class tokens are in the middle.
+        """
+        axes = [
+            torch.linspace(-1, 1, count, device=device) if count > 1 else torch.zeros(1, device=device)
+            for count in (self.rows, self.columns)
+        ]
+        tile = torch.cartesian_prod(*axes)
+        if self.has_cls:
+            tile = torch.cat([tile.new_zeros(1, 2), tile])
+        return tile.repeat(self.crops, 1)
 
     def place(self, token: int) -> tuple[int, int, int]:
         """(crop, row, column) of a token; row and column are CLS for a class token."""

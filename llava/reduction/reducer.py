@@ -209,10 +209,18 @@ class Scorer(Reducer, ABC):
         return Reduction(keep_top(score, self.budget), score.shape[1])
 
 
-def by_row(reductions: Reductions, count: int) -> list[tuple[Reduction, int]] | None:
-    """(reduction, row in it) of every image, whether they share one reduction or have one each."""
+def by_row(reductions: Reductions, count: int, tokens: int) -> list[tuple[Reduction, int]] | None:
+    """(reduction, row in it) of every image, whether they share one reduction or have one each.
+
+    Args:
+        count: images.
+        tokens: of each image; a reduction of another number comes from scores of other tokens.
+    """
     if reductions is None:
         return None
+    first = reductions if isinstance(reductions, Reduction) else reductions[0]
+    if first.inputs != tokens:
+        raise ValueError(f"the reduction is of {first.inputs} tokens, but each image has {tokens} here")
     if isinstance(reductions, Reduction):
         return [(reductions, row) for row in range(count)]
     if len(reductions) != count:
