@@ -69,7 +69,7 @@ def test_the_transformers_class_gives_the_same_logits(toy, dataset):
     sample = dataset.sample(dataset.questions[3])
     state, _ = prefill(toy, [sample], registry.build("full", 576))
     with torch.inference_mode():
-        theirs = toy.container(**transformers_inputs(toy, sample)).logits[:, -1]
+        theirs = toy.hf_model(**transformers_inputs(toy, sample)).logits[:, -1]
     torch.testing.assert_close(toy.logits(state.hidden), theirs[:, : toy.vocabulary], atol=1e-4, rtol=0)
 
 

@@ -196,7 +196,7 @@ def test_nothing_stays_attached(name, tiny, monkeypatch):
     def count(module: nn.Module) -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 
-    before = count(tiny.container)
+    before = count(tiny.hf_model)
 
     def fail(*args, **kwargs):
         raise RuntimeError("planted")
@@ -205,7 +205,7 @@ def test_nothing_stays_attached(name, tiny, monkeypatch):
         patch.setattr(tiny.llm.layers[2], "forward", fail)
         with pytest.raises(RuntimeError, match="planted"):
             run(tiny, batch, reducer)
-    assert count(tiny.container) == before
+    assert count(tiny.hf_model) == before
     actual, _, _ = run(tiny, batch, reducer)
     torch.testing.assert_close(actual, expected, atol=0, rtol=0)
 

@@ -38,9 +38,9 @@ def ask(*pictures) -> list[Sample]:
 
 def expanded(model, sample, counts) -> torch.Tensor:
     """[1, L] ids as the stock processors write them: the image token once per visual token."""
-    ids, token, counts = [], model.container.config.image_token_id, iter(counts)
+    ids, token, counts = [], model.hf_model.config.image_token_id, iter(counts)
     if any(isinstance(image, Video) for image in sample.images):
-        token = model.container.config.video_token_id
+        token = model.hf_model.config.video_token_id
     for number in model.prompt(sample).ids:
         ids += [token] * next(counts) if number == IMAGE_TOKEN_INDEX else [number]
     return torch.tensor([ids])
@@ -70,7 +70,7 @@ def test_next_agrees_with_the_transformers_class(tmp_path, size):
     (sample,) = ask(picture(3, size))
     pixels, run = model.views(sample.image)
     sizes = torch.tensor([[size[1], size[0]]])
-    out = model.container(input_ids=expanded(model, sample, [run.tokens]), pixel_values=pixels[None], image_sizes=sizes)
+    out = model.hf_model(input_ids=expanded(model, sample, [run.tokens]), pixel_values=pixels[None], image_sizes=sizes)
     expected = out.logits[:, -1, : model.vocabulary]
     torch.testing.assert_close(logits(model, [sample]), expected, atol=2e-4, rtol=0)
 
@@ -83,7 +83,7 @@ def test_video_agrees_with_the_transformers_class(tmp_path):
     for sample in ask(VIDEO, picture(2)):
         pixels, run = model.views(sample.image)
         values = {"pixel_values_videos": pixels[None]} if run.temporal else {"pixel_values_images": pixels}
-        out = model.container(input_ids=expanded(model, sample, [run.tokens]), **values)
+        out = model.hf_model(input_ids=expanded(model, sample, [run.tokens]), **values)
         torch.testing.assert_close(logits(model, [sample]), out.logits[:, -1, : model.vocabulary], atol=2e-4, rtol=0)
 
 
@@ -120,8 +120,8 @@ def test_qwen_agrees_with_the_transformers_class(tmp_path, version):
             values = {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
             counts = [rows * columns // 4 for _, rows, columns in grids]
         ids = expanded(model, sample, counts)
-        kinds = (ids == model.container.config.image_token_id).long()
-        out = model.container(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **values)
+        kinds = (ids == model.hf_model.config.image_token_id).long()
+        out = model.hf_model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **values)
         torch.testing.assert_close(logits(model, [sample]), out.logits[:, -1, : model.vocabulary], atol=2e-4, rtol=0)
 
 

@@ -17,7 +17,7 @@ from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 
 LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)
-EMBEDDED = ModelSpec(576, 8, PatchGrid(24, 24), 6)
+TOY_MODEL = ModelSpec(576, 8, PatchGrid(24, 24), 6)
 
 
 def run(tiny, reducer, batch):
@@ -106,9 +106,9 @@ def test_full_budget_is_the_dense_model_to_the_bit(tiny):
 
 def test_a_budget_below_what_the_first_layer_costs_is_refused():
     with pytest.raises(UserError, match=r"mean of 64 .* reaches 72.88 to 576. Set fastv.schedule=kept"):
-        FastV(budget=64).check(EMBEDDED)
-    FastV(budget=64, schedule="kept").check(EMBEDDED)
-    FastV(budget=73).check(EMBEDDED)
+        FastV(budget=64).check(TOY_MODEL)
+    FastV(budget=64, schedule="kept").check(TOY_MODEL)
+    FastV(budget=73).check(TOY_MODEL)
 
 
 @pytest.mark.parametrize(("layer", "message"), [(-1, "ascend from 1"), (32, "32 layers"), (40, "32 layers")])

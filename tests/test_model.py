@@ -47,7 +47,7 @@ def transformers_inputs(model, sample):
     if IMAGE_TOKEN_INDEX not in ids:
         return {"input_ids": torch.tensor([ids])}
     slot = ids.index(IMAGE_TOKEN_INDEX)
-    ids[slot : slot + 1] = [model.container.config.image_token_index] * model.visual_tokens
+    ids[slot : slot + 1] = [model.hf_model.config.image_token_index] * model.visual_tokens
     return {"input_ids": torch.tensor([ids]), "pixel_values": model.image_processor(sample.image)[None]}
 
 
@@ -57,10 +57,10 @@ def test_full_tokens_equal_the_transformers_class(tiny, index):
     ours, _, _ = logits(tiny, [sample], FULL)
     inputs = transformers_inputs(tiny, sample)
     with torch.inference_mode():
-        theirs = tiny.container(**inputs).logits[:, -1, : tiny.vocabulary]
+        theirs = tiny.hf_model(**inputs).logits[:, -1, : tiny.vocabulary]
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
         # An explicit mask: transformers would take every <unk> of the prompt for padding.
-        generated = tiny.container.generate(
+        generated = tiny.hf_model.generate(
             **inputs,
             attention_mask=torch.ones_like(inputs["input_ids"]),
             max_new_tokens=12,

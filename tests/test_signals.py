@@ -15,7 +15,7 @@ from tests.conftest import samples
 @pytest.fixture
 def eager(tiny):
     """The tiny model with eager attention everywhere, so that transformers returns its attention maps."""
-    configs = (tiny.container.config, tiny.llm.config, tiny.tower.config)
+    configs = (tiny.hf_model.config, tiny.llm.config, tiny.tower.config)
     before = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation = "eager"
@@ -107,9 +107,9 @@ def test_contextual_rows_equal_the_models_own_attention(eager, layer):
     for i, sample in enumerate(batch):
         prompt = eager.prompt(sample)
         slot = prompt.ids.index(-200)
-        ids = [*prompt.ids[:slot], *[eager.container.config.image_token_index] * 16, *prompt.ids[slot + 1 :]]
+        ids = [*prompt.ids[:slot], *[eager.hf_model.config.image_token_index] * 16, *prompt.ids[slot + 1 :]]
         with torch.inference_mode():
-            maps = eager.container(
+            maps = eager.hf_model(
                 input_ids=torch.tensor([ids]),
                 pixel_values=eager.image_processor(sample.image)[None],
                 output_attentions=True,

@@ -210,7 +210,7 @@ def test_planted_heads_are_listened_to():
 
 @pytest.mark.parametrize("variant", ["v1", "v2"])
 def test_flops_of_both_variants_are_what_torch_counts(tiny, variant):
-    configs = (tiny.container.config, tiny.llm.config, tiny.tower.config)
+    configs = (tiny.hf_model.config, tiny.llm.config, tiny.tower.config)
     for config in configs:
         config._attn_implementation = "eager"
     try:

@@ -257,5 +257,5 @@ def test_random_weights_are_on_their_device(monkeypatch):
     }
     monkeypatch.setitem(SHAPES, "small", small)
     model = random_llava("small", 2, "float32", 5, device=torch.device("meta"))
-    assert {weight.device.type for weight in model.container.parameters()} == {"meta"} == {model.device.type}
+    assert {weight.device.type for weight in model.hf_model.parameters()} == {"meta"} == {model.device.type}
     assert len({id(layer.mlp.up_proj.weight) for layer in model.llm.layers}) == 2

@@ -234,7 +234,7 @@ def test_every_option_keeps_its_budget_alone_and_in_batches(tiny, options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()))
 def test_every_option_books_its_operations(tiny, options):
-    configs = (tiny.container.config, tiny.llm.config, tiny.tower.config)
+    configs = (tiny.hf_model.config, tiny.llm.config, tiny.tower.config)
     for config in configs:
         config._attn_implementation = "eager"
     try:

@@ -94,7 +94,7 @@ def test_causal_scores_are_column_means_of_the_models_own_map(tiny):
     """Against the map that transformers reports: text in front takes its share, the upper triangle counts as zeros."""
     (state,) = decoder_states(tiny, batch=samples(1))
     (start, stop) = state.sequence.images[0]
-    configs = (tiny.llm.config, tiny.container.config)
+    configs = (tiny.llm.config, tiny.hf_model.config)
     for config in configs:
         config._attn_implementation = "eager"
     try:

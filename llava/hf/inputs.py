@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llava.errors import UserError
-from llava.hf.models import ONE_CALL, Ready
+from llava.hf.models import ONE_CALL, PreparedImage
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt
 from llava.processing.sample import Sample
 
@@ -25,14 +25,14 @@ from llava.processing.sample import Sample
 class StockSample(Sample):
     """A question whose prompt is tokenized and whose images are prepared."""
 
-    image: tuple[Ready, ...] | None = None  # type: ignore[assignment]  # prepared, in place of a PIL image
+    image: tuple[PreparedImage, ...] | None = None  # type: ignore[assignment]  # prepared, in place of a PIL image
     prompt: Prompt | None = None
 
 
 def samples(
     ids: Tensor,
     mask: Tensor | None,
-    ready: Mapping[int, Sequence[Ready]],
+    ready: Mapping[int, Sequence[PreparedImage]],
     questions: Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[StockSample]:
@@ -101,7 +101,7 @@ def _without_padding(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     return [[token for token, keep in zip(*row, strict=True) if keep] for row in zip(rows, kept, strict=True)]
 
 
-def _with_slots(row: list[int], waiting: dict[int, Iterator[Ready]]) -> tuple[list[int], list[Ready]]:
+def _with_slots(row: list[int], waiting: dict[int, Iterator[PreparedImage]]) -> tuple[list[int], list[PreparedImage]]:
     """A prompt with one placeholder per image, and its images."""
     ids, pictures, place = [], [], 0
     while place < len(row):

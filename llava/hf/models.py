@@ -38,7 +38,7 @@ ONE_CALL = "take input_ids and pixels from one call of the model's own processor
 
 
 @dataclass(frozen=True, eq=False)
-class Ready:
+class PreparedImage:
     """One image or video, as the processor returned it.
 
     Attributes:
@@ -52,16 +52,16 @@ class Ready:
     grid: Grid | None = None
 
 
-class Stock(Llava):
+class HFWrapper(Llava):
     """What all families do with prepared images and prompts; comes before the family's own model wrapper."""
 
     def prompt(self, sample) -> Prompt:
         return sample.prompt
 
-    def views(self, picture: Ready) -> tuple[Tensor, TokenLayout]:
+    def views(self, picture: PreparedImage) -> tuple[Tensor, TokenLayout]:
         return picture.pixels, picture.arrangement
 
-    def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
+    def ready(self, given: Mapping[str, Any]) -> dict[int, list[PreparedImage]]:
         """The images of a call in order, by the id of their placeholder token.
 
         Args:
@@ -71,21 +71,21 @@ class Stock(Llava):
             UserError: the arguments are not what the model's processor returns.
         """
         pixels, run = _pixels(given, 4), single(self.layout.rows, self.layout.columns)
-        return {self.container.config.image_token_id: [Ready(one[None], run) for one in pixels]}
+        return {self.hf_model.config.image_token_id: [PreparedImage(one[None], run) for one in pixels]}
 
     def candidates(self, reducer: Reducer) -> list[ModelSpec]:
         """Model spec for each kind of image or video that a budget can be meant for; one of them must allow it."""
         return [self.spec]
 
 
-class WrappedLlava(Stock, Llava):
+class WrappedLlava(HFWrapper, Llava):
     """LLaVA-1.5: one square of pixels per image, whether the processor cropped or padded it."""
 
 
-class WrappedNext(Stock, LlavaNext):
+class WrappedNext(HFWrapper, LlavaNext):
     """LLaVA-NeXT: a base image and tiles, chosen as the processor does; `pixel_values` may be padded to a batch."""
 
-    def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
+    def ready(self, given: Mapping[str, Any]) -> dict[int, list[PreparedImage]]:
         if given.get("image_sizes") is None:
             raise UserError(f"LLaVA-NeXT needs image_sizes beside pixel_values; {ONE_CALL}")
         sizes = [(width, height) for height, width in torch.as_tensor(given["image_sizes"]).tolist()]
@@ -100,22 +100,22 @@ class WrappedNext(Stock, LlavaNext):
             shape = tuple(pixels.shape)
             raise UserError(f"{len(sizes)} images of {counts} tiles do not fit pixel_values of {shape}; {ONE_CALL}")
         runs = [self.anyres.arrange(size) for size in sizes]
-        pictures = [Ready(crop[: len(run.crops)], run) for crop, run in zip(crops, runs, strict=True)]
-        return {self.container.config.image_token_id: pictures}
+        pictures = [PreparedImage(crop[: len(run.crops)], run) for crop, run in zip(crops, runs, strict=True)]
+        return {self.hf_model.config.image_token_id: pictures}
 
 
-class WrappedVideo(Stock, VideoLlava):
+class WrappedVideo(HFWrapper, VideoLlava):
     """Video-LLaVA: images, and videos whose frames keep their class tokens."""
 
-    def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
-        config, found = self.container.config, {}
+    def ready(self, given: Mapping[str, Any]) -> dict[int, list[PreparedImage]]:
+        config, found = self.hf_model.config, {}
         for name in ("pixel_values", "pixel_values_images"):  # two names of one argument
             if given.get(name) is not None:
                 found = super().ready({"pixel_values": given[name]})
         if given.get("pixel_values_videos") is not None:
             videos = _pixels(given, 5, "pixel_values_videos")
             run = frames(videos.shape[1], self.layout.rows, self.layout.columns).with_cls()
-            found[config.video_token_id] = [Ready(video, run) for video in videos]
+            found[config.video_token_id] = [PreparedImage(video, run) for video in videos]
         return found
 
     def candidates(self, reducer: Reducer) -> list[ModelSpec]:
@@ -123,10 +123,10 @@ class WrappedVideo(Stock, VideoLlava):
         return [self.spec, picture]
 
 
-class WrappedQwen(Stock, QwenVL):
+class WrappedQwen(HFWrapper, QwenVL):
     """Qwen-VL: patches of images of any shape, one image after another."""
 
-    def ready(self, given: Mapping[str, Any]) -> dict[int, list[Ready]]:
+    def ready(self, given: Mapping[str, Any]) -> dict[int, list[PreparedImage]]:
         if given.get("pixel_values_videos") is not None:
             raise UserError("reduce() does not support videos in Qwen-VL; give the frames as images.")
         if given.get("image_grid_thw") is None:
@@ -139,17 +139,17 @@ class WrappedQwen(Stock, QwenVL):
             raise UserError(f"image_grid_thw counts {sum(counts)} patches, got {len(pixels)}; {ONE_CALL}")
         runs = [single(rows // merge, columns // merge) for _, rows, columns in grids]
         parts = zip(pixels.split(counts), runs, grids, strict=True)
-        return {self.container.config.image_token_id: [Ready(*part) for part in parts]}
+        return {self.hf_model.config.image_token_id: [PreparedImage(*part) for part in parts]}
 
     def _require_token_types(self, given: Mapping[str, Any]) -> None:
         """Without mm_token_type_ids transformers gives image tokens the positions of text, which nobody wants."""
         types, ids = given.get("mm_token_type_ids"), given["input_ids"]
         if types is None:
             raise UserError(f"Qwen-VL needs mm_token_type_ids, from which its positions follow; {ONE_CALL}")
-        if types.shape != ids.shape or not torch.equal(types == 1, ids == self.container.config.image_token_id):
+        if types.shape != ids.shape or not torch.equal(types == 1, ids == self.hf_model.config.image_token_id):
             raise UserError(f"mm_token_type_ids must be 1 exactly where input_ids has the image token; {ONE_CALL}")
 
-    def patches(self, pictures: Samples[Ready]) -> tuple[Tensor, tuple[Grid, ...]]:
+    def patches(self, pictures: Samples[PreparedImage]) -> tuple[Tensor, tuple[Grid, ...]]:
         grids = tuple(picture.grid for picture in pictures if picture.grid is not None)
         return torch.cat([picture.pixels for picture in pictures]), grids
 
@@ -167,7 +167,7 @@ def _pixels(given: Mapping[str, Any], axes: int, name: str = "pixel_values") -> 
     return pixels
 
 
-WRAPPERS: dict[Family, type[Stock]] = {
+WRAPPERS: dict[Family, type[HFWrapper]] = {
     "llava": WrappedLlava,
     "llava_next": WrappedNext,
     "video_llava": WrappedVideo,
@@ -189,7 +189,7 @@ def wrap_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     text_tower: str | Path | None = None,
-) -> Stock:
+) -> HFWrapper:
     """The wrapper around a Hugging Face model.
 
     Raises:

@@ -32,7 +32,7 @@ from llava.errors import UserError
 from llava.hf.arguments import COPIES, VISUAL, by_name, has_pixels, refuse_arguments, refuse_prefill_arguments
 from llava.hf.cache import ReducedCache
 from llava.hf.inputs import samples
-from llava.hf.models import Stock, family_of, refuse_training, state_of, wrap_model
+from llava.hf.models import HFWrapper, family_of, refuse_training, state_of, wrap_model
 from llava.hf.override import Override, hooks_must_run
 from llava.model.checkpoint.identify import QWEN, Family
 from llava.option_names import RETENTION_RATIO, with_current_names
@@ -121,7 +121,7 @@ class Reduced:
     """
 
     def __init__(
-        self, model: PreTrainedModel, runtime: Stock, reducer: Reducer, questions: Sequence[str] | None = None
+        self, model: PreTrainedModel, runtime: HFWrapper, reducer: Reducer, questions: Sequence[str] | None = None
     ):
         self.reducer, self.questions = reducer, questions
         self.audits: list[TokenAccounting] = []
@@ -266,7 +266,7 @@ class Reduced:
         # A copy made outside of inference mode can be changed in place, as callers often do with logits.
         return OUTPUTS[self._family](logits=logits.clone(), past_key_values=cache)
 
-    def _refresh(self) -> Stock:
+    def _refresh(self) -> HFWrapper:
         """The wrapper around the modules that the model has now; one may have been replaced or moved in the context."""
         before, state = self._runtime, state_of(self._model)
         if state == self._state:
@@ -286,7 +286,7 @@ class Reduced:
             )
 
 
-def _require(runtime: Stock, reducer: Reducer) -> None:
+def _require(runtime: HFWrapper, reducer: Reducer) -> None:
     """Raise UserError if no image or video that the model takes can be reduced to the budget."""
     errors = []
     for spec in runtime.candidates(reducer):

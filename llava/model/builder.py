@@ -1,4 +1,4 @@
-"""Which class runs a checkpoint, by its family, and the choices that a family leaves in reading pictures."""
+"""Which class runs a checkpoint, by its family, and the choices that a family leaves in reading images."""
 
 import inspect
 from pathlib import Path
@@ -13,7 +13,7 @@ from llava.model.llava_next import LlavaNext
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
 
-EMBEDDED = Path(__file__).resolve().parents[2] / "assets" / "tinyllava"
+TOY_MODEL = Path(__file__).resolve().parents[2] / "assets" / "tinyllava"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 FAMILIES: dict[str, type[Llava]] = {
@@ -75,18 +75,18 @@ def load(
     """Load a checkpoint of any family.
 
     Args:
-        source: directory or hub id, transformers or original layout; None for the embedded model.
+        source: directory or hub id, transformers or original layout; None for the bundled toy model.
         dtype: float32, bfloat16 or float16.
         device: "cpu", "cuda", "cuda:1", or "auto".
         text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
         quantization: "8bit" or "4bit", by bitsandbytes where it is installed.
-        conventions: how pictures are read, where a family leaves a choice: `merge`, `reading` and `force` of
+        conventions: how images are read, where a family leaves a choice: `merge`, `reading` and `force` of
             llava.model.llava_next.LlavaNext, `flip` of llava.model.video_llava.VideoLlava.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     place = device_of(device)
-    checkpoint = load_checkpoint(source or EMBEDDED, DTYPES[dtype], place, text_tower, quantization)
+    checkpoint = load_checkpoint(source or TOY_MODEL, DTYPES[dtype], place, text_tower, quantization)
     return runtime(checkpoint, place, conventions)
 
 

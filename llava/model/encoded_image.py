@@ -15,7 +15,7 @@ from llava.reduction.token_layout import TokenLayout, single
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """One picture or video behind the tower.
+    """One image or video after the tower.
 
     Attributes:
         encoded: of its crops: features [C, n, D], scores [C, P, ...].
@@ -42,7 +42,7 @@ class EncodedImage:
         return self.arrangement.crops[0].cls is not None and self.full.crops[0].cls is None
 
     def crop_features(self, number: int, with_cls: bool) -> Tensor:
-        """[n, D] features of a crop's patches, behind its class token if that is wanted."""
+        """[n, D] features of a crop's patches, after its class token if that is wanted."""
         crop, features = self.arrangement.crops[number], self.encoded.features[number]
         cls = int(crop.cls is not None)
         patches = features[cls:]
@@ -59,7 +59,7 @@ class EncodedImage:
 def encoded_image_of(
     encoded: Encoded, full: TokenLayout, keep_cls: bool, grid: tuple[int, int] | None = None
 ) -> EncodedImage:
-    """What the tower gave for the crops of one picture, as a run.
+    """What the tower gave for the crops of one image, as a run.
 
     Args:
         full: the run that the model takes without any reduction.

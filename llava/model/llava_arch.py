@@ -45,7 +45,7 @@ class Llava:
 
     def __init__(self, checkpoint, device: torch.device):
         container = checkpoint.model
-        self.container = container
+        self.hf_model = container
         self.device = device
         self.tokenizer = checkpoint.tokenizer
         self.image_processor = checkpoint.image_processor
@@ -61,10 +61,10 @@ class Llava:
 
     def _read_tower(self) -> None:
         """Find the vision tower and the projector in the container, and the patches of one crop."""
-        inner = self.container.model
+        inner = self.hf_model.model
         self.tower: nn.Module = inner.image_tower if hasattr(inner, "image_tower") else inner.vision_tower
         self.projector: nn.Module = inner.multi_modal_projector
-        self.select_layer: int = self.container.config.vision_feature_layer
+        self.select_layer: int = self.hf_model.config.vision_feature_layer
         self.layout = PatchGrid(*patch_grid(self.tower))
 
     # Positions have three axes: frame, row and column.
@@ -73,12 +73,12 @@ class Llava:
     # Samples may hold llava.processing.video.Video in place of an image.
     takes_videos: bool = False
 
-    # The learned vector behind every row of stitched tiles; a picture of one crop has none.
+    # The learned vector after every row of stitched tiles; an image of one crop has none.
     newline: Tensor | None = None
 
     @property
     def conventions(self) -> dict[str, Any]:
-        """Choices of reading a picture that answers depend on; part of every result."""
+        """Choices of reading an image that answers depend on; part of every result."""
         return {}
 
     @property
@@ -90,7 +90,7 @@ class Llava:
     def end_ids(self) -> frozenset[int]:
         """Ids that end an answer: the tokenizer's, and the generation config's where there is one."""
         ids = {self.tokenizer.eos_token_id}
-        configured = getattr(self.container.generation_config, "eos_token_id", None)
+        configured = getattr(self.hf_model.generation_config, "eos_token_id", None)
         ids |= set(configured) if isinstance(configured, list) else {configured}
         return frozenset(i for i in ids if i is not None)
 
@@ -104,8 +104,8 @@ class Llava:
     def fingerprint(self) -> str:
         """A hash of configuration and weights; two checkpoints that answer differently never share one."""
         digest = hashlib.blake2b(digest_size=12)
-        digest.update(json.dumps(self.container.config.to_dict(), sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.container.state_dict().items()):
+        digest.update(json.dumps(self.hf_model.config.to_dict(), sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.hf_model.state_dict().items()):
             digest.update(name.encode() + sampled(tensor))
         return digest.hexdigest()
 
@@ -130,7 +130,7 @@ class Llava:
         )
 
     def groups(self, picture: EncodedImage) -> tuple[int, int, int] | None:
-        """Frames, rows and columns of a picture's tokens, where positions have these axes."""
+        """Frames, rows and columns of an image's tokens, where positions have these axes."""
         return None
 
     @cached_property
@@ -146,11 +146,11 @@ class Llava:
     @cached_property
     def longest_text(self) -> int | None:
         """Text tokens that the decoder has positions for beside the visual tokens of one tile or frame."""
-        room = self.container.config.get_text_config().max_position_embeddings - self.layout.tokens
+        room = self.hf_model.config.get_text_config().max_position_embeddings - self.layout.tokens
         return room if room > 0 else None
 
     def views(self, picture) -> tuple[Tensor, TokenLayout]:
-        """What the tower sees of a picture: pixels [C, 3, S, S], and the run of tokens that its C crops become."""
+        """What the tower sees of an image: pixels [C, 3, S, S], and the run of tokens that its C crops become."""
         return self.image_processor(picture)[None], single(self.layout.rows, self.layout.columns)
 
     def refuse_images(self, samples: Samples[Sample]) -> None:

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (1.6) at run time: a picture is seen as a small copy of itself and as tiles.
+"""LLaVA-NeXT (1.6) at run time: an image is seen as a base image and as tiles.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/model/llava_arch.py and llava/mm_utils.py
 Differs from it: only patches that unpadding leaves are projected; the papers' "spatial" convention is a switch.
@@ -18,13 +18,13 @@ from llava.reduction.token_layout import TokenLayout
 
 
 class LlavaNext(Llava):
-    """A LLaVA whose pictures become several crops.
+    """A LLaVA whose images become several crops.
 
     Args:
         merge: "spatial_unpad" or "spatial"; None takes the checkpoint's own.
         reading: of the resolutions, "original" or "transformers".
-        force: (width, height) that every picture is put on; the tables of most papers: twice the tower's side, and
-            "spatial", which is 2,880 tokens for each picture.
+        force: (width, height) that every image is put on; the tables of most papers: twice the tower's side, and
+            "spatial", which is 2,880 tokens for each image.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LlavaNext(Llava):
             merge or checkpoint.merge or "spatial_unpad",
             force,
         )
-        self.newline: Tensor = self.container.model.image_newline
+        self.newline: Tensor = self.hf_model.model.image_newline
 
     @property
     def conventions(self) -> dict[str, Any]:
@@ -60,12 +60,12 @@ class LlavaNext(Llava):
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of the largest picture before any reduction; most have fewer."""
+        """Visual tokens of the largest image before any reduction; most have fewer."""
         return self.largest.tokens
 
     @cached_property
     def largest(self) -> TokenLayout:
-        """The longest run that a picture can become."""
+        """The longest run that an image can become."""
         sizes = [self.anyres.force] if self.anyres.force else self.anyres.pinpoints
         return max((self.anyres.arrange(size) for size in sizes), key=lambda run: run.tokens)
 

@@ -1,7 +1,7 @@
-"""Qwen2.5-VL and Qwen2-VL at run time: pictures keep their shape, tokens stand at rows and columns.
+"""Qwen2.5-VL and Qwen2-VL at run time: images keep their shape, tokens stand at rows and columns.
 
 The tower has no class token: methods that rank by CLS refuse to run, those with a choice take received attention. A
-picture's tokens are merge groups of 2 x 2 patches; the merger is the projector.
+image's tokens are merge groups of 2 x 2 patches; the merger is the projector.
 
 Paper: https://arxiv.org/abs/2502.13923, https://arxiv.org/abs/2409.12191
 Official code read: transformers 5.23.0, models/qwen2_5_vl and models/qwen2_vl
@@ -49,7 +49,7 @@ class QwenVL(Llava):
     """Qwen2.5-VL or Qwen2-VL.
 
     Args:
-        min_pixels, max_pixels: bounds of a picture after resizing; None takes the checkpoint's.
+        min_pixels, max_pixels: bounds of an image after resizing; None takes the checkpoint's.
     """
 
     axes = True
@@ -65,10 +65,10 @@ class QwenVL(Llava):
         return {"min_pixels": self.image_processor.min_pixels, "max_pixels": self.image_processor.max_pixels}
 
     def _read_tower(self) -> None:
-        self.tower = self.container.model.visual
+        self.tower = self.hf_model.model.visual
         self.projector = Merger(self.tower)
         self.select_layer = -1
-        # The largest square picture.
+        # The largest square image.
         side = max(1, int(self.image_processor.max_pixels**0.5) // self._edge)
         self.layout = PatchGrid(side, side)
 
@@ -79,7 +79,7 @@ class QwenVL(Llava):
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of the largest picture before any reduction."""
+        """Visual tokens of the largest image before any reduction."""
         return self.image_processor.max_pixels // self._edge**2
 
     @cached_property
@@ -88,7 +88,7 @@ class QwenVL(Llava):
         return ModelSpec(self.visual_tokens, layers, self.layout, blocks, has_cls=False, has_text_tower=known)
 
     def patches(self, pictures: Samples) -> tuple[Tensor, tuple[Grid, ...]]:
-        """Flattened patches of all pictures, one behind another, and the grid of each."""
+        """Flattened patches of all images, one after another, and the grid of each."""
         return self.image_processor([as_rgb(picture) for picture in pictures])
 
     def encode_images(
@@ -117,5 +117,5 @@ class QwenVL(Llava):
             operations.add("selection", score_flops, self.tower, score, grid, images=images)
 
     def groups(self, picture: EncodedImage) -> tuple[int, int, int]:
-        """Frames, rows and columns of a picture's tokens, from which their positions follow."""
+        """Frames, rows and columns of an image's tokens, from which their positions follow."""
         return 1, *picture.encoded.grid

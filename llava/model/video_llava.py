@@ -1,4 +1,4 @@
-"""Video-LLaVA at run time: pictures go through one tower, videos frame by frame through another.
+"""Video-LLaVA at run time: images go through one tower, videos frame by frame through another.
 
 Every frame gives its class token and its patches, 8 x 257 = 2,056 visual tokens. Methods that choose patches choose
 among 8 x 256 and leave class tokens out unless they keep them on purpose, as the papers count.
@@ -23,7 +23,7 @@ from llava.reduction.token_layout import TokenLayout, frames
 
 
 class VideoLlava(Llava):
-    """A LLaVA that takes llava.processing.video.Video in place of a picture.
+    """A LLaVA that takes llava.processing.video.Video in place of an image.
 
     Args:
         flip: None, or a seed for the official code's random mirroring of whole videos, see VideoProcessor.
@@ -55,7 +55,7 @@ class VideoLlava(Llava):
 
     def _read_tower(self) -> None:
         super()._read_tower()
-        self.video_tower: nn.Module = self.container.model.video_tower
+        self.video_tower: nn.Module = self.hf_model.model.video_tower
 
     def tower_of(self, temporal: bool) -> nn.Module:
         return self.video_tower if temporal else self.tower
@@ -81,7 +81,7 @@ class VideoLlava(Llava):
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of a video before any reduction; a picture has as many as a frame without its class token."""
+        """Visual tokens of a video before any reduction; an image has as many as a frame without its class token."""
         return self._run().tokens
 
     @cached_property

@@ -41,7 +41,7 @@ class Prompt:
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids of a prompt, with one IMAGE_TOKEN_INDEX per "<image>" and a BOS at the front only.
 
-    The pieces between images are tokenised separately: a Llama tokenizer puts a dummy space in front of each, and the
+    The pieces between images are tokenised separately: a Llama tokenizer puts a dummy space before each, and the
     checkpoints were trained with that. A literal "</s>" or "<s>" in the text is a special token, as in the original.
     """
     pieces = [list(tokenizer(_dummy_spaces(piece, tokenizer)).input_ids) for piece in text.split(IMAGE_PLACEHOLDER)]
@@ -55,7 +55,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _dummy_spaces(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Add the dummy space of the slow Llama tokenizer where transformers 5 leaves it out: before a space.
 
-    The slow tokenizer puts a dummy space in front of the text and, in its "legacy" mode, behind every special token.
+    The slow tokenizer puts a dummy space before the text and, in its "legacy" mode, after every special token.
     """
     if not isinstance(tokenizer, LlamaTokenizer) or tokenizer.add_prefix_space is False:
         return text

@@ -30,7 +30,7 @@ class Sample:
 
     @cached_property
     def images(self) -> tuple[Image.Image, ...]:
-        """All images, in the order in which they stand in front of the question."""
+        """All images, in the order in which they stand before the question."""
         if self.image is None:
             return ()
         return self.image if isinstance(self.image, tuple) else (self.image,)

@@ -69,7 +69,7 @@ def read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToken
         raise UserError(f"{directory} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy it from the base model.")
     decoder = config.text_config
     # If tokenizer_config.json names no class, the config decides; transformers does not know the original config.json's
-    # type. Under Mistral's config it leaves out the space that sentencepiece puts in front of a text.
+    # type. Under Mistral's config it leaves out the space that sentencepiece puts before a text.
     known = LlamaConfig() if decoder.model_type in ("llama", "mistral") else decoder
     try:
         return AutoTokenizer.from_pretrained(directory, config=known, trust_remote_code=False, **_spacing(directory))
@@ -83,7 +83,7 @@ def read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedToken
 def _spacing(directory: Path) -> dict[str, bool]:
     """Return the arguments of the library's Llama tokenizer that place its dummy spaces as the slow tokenizer did.
 
-    add_prefix_space: the library always puts a space in front of a text; some models do not (Yi's). The sentencepiece
+    add_prefix_space: the library always puts a space before a text; some models do not (Yi's). The sentencepiece
     model decides: tokenizer.json has been wrong about it (transformers issue 29774).
 
     legacy: a dummy space also follows every special token. If tokenizer_config.json does not say, transformers 4 took

@@ -69,10 +69,10 @@ def encode(
         select_layer: index into hidden_states, -2 for LLaVA: the output of the last block but one.
         scores: scores to compute beside the main path.
         grid: shrink the image to rows x columns patches first (the `downsample` control); None keeps it.
-        keep_cls: leave the CLS token in front of the patch features.
+        keep_cls: leave the CLS token before the patch features.
         merging: blocks inside which `merge_at` is called, between attention and MLP.
 
-    Blocks behind the selected layer run only when a score asks for them.
+    Blocks after the selected layer run only when a score asks for them.
     """
     blocks = tower.encoder.layers
     hidden = tower.pre_layrnorm(_embed(tower, pixels, grid))

@@ -1,9 +1,9 @@
 """Qwen's vision transformer, block by block: features of merge groups, and only the scores that were asked for.
 
 A merge group is a square of 2 x 2 patches that becomes one visual token, so everything is kept and reduced by groups:
-G groups of all pictures, n of one picture, U = 4 patches in a group, D channels, H heads of d channels. Most blocks
-attend within windows of 8 x 8 patches, every eighth within whole pictures (Qwen2-VL: all). Windows of equal size go
-through one kernel call together, whichever picture they are from.
+G groups of all images, n of one image, U = 4 patches in a group, D channels, H heads of d channels. Most blocks
+attend within windows of 8 x 8 patches, every eighth within whole images (Qwen2-VL: all). Windows of equal size go
+through one kernel call together, whichever image they are from.
 
 Official code read: transformers 5.23.0, models/qwen2_5_vl/modeling_qwen2_5_vl.py, models/qwen2_vl/modeling_qwen2_vl.py
 Differs from it: another order of windows, which attention does not see; patches are embedded by a matrix product, which
@@ -25,19 +25,19 @@ from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.scores import TOWER_SCORES, TowerScore
 
 HAS_CLS = False  # there is no class token; `received_attention` is the saliency without one
-QUERY_ROWS = 64  # query rows of the attention map held at once, fewer where a picture is so large that
+QUERY_ROWS = 64  # query rows of the attention map held at once, fewer where an image is so large that
 SCORES = 1 << 24  # more scores than these would be
 
 
 @dataclass(frozen=True)
 class EncodedPicture:
-    """What the tower gives for one picture.
+    """What the tower gives for one image.
 
     Attributes:
         features: [n, U * D] output of the last block, before the merger, groups in raster order, the patches of a group
             side by side. `project` makes visual tokens of them.
         scores: [n] or [n, d] float32, one tensor per requested score.
-        frames, rows, columns: of groups; n is their product. A picture has one frame.
+        frames, rows, columns: of groups; n is their product. An image has one frame.
     """
 
     features: Tensor
@@ -58,12 +58,12 @@ class EncodedPicture:
 def encode_qwen(
     visual: nn.Module, patches: Tensor, grids: Sequence[Grid], scores: Sequence[TowerScore] = ()
 ) -> list[EncodedPicture]:
-    """Run the vision transformer on pictures of any sizes.
+    """Run the vision transformer on images of any sizes.
 
     Args:
         visual: `model.visual` of a transformers Qwen2.5-VL or Qwen2-VL.
         patches: [sum of frames * rows * columns, 3 * temporal * patch * patch], as QwenImageProcessor gives them.
-        grids: frames, rows and columns of patches of each picture.
+        grids: frames, rows and columns of patches of each image.
         scores: of the kinds in SIGNALS, which are defined there; each is taken at `signal_block`.
     """
     wanted: dict[int, list[TowerScore]] = {}
@@ -108,7 +108,7 @@ class _Order:
     Attributes:
         index: [G] int64, the group at each place, in the processor's numbering.
         inverse: [G] int64, the place of each group.
-        runs: (segments, groups in each) of equally large segments, one run behind another.
+        runs: (segments, groups in each) of equally large segments, one run after another.
         cos, sin: [G, U, 1, d] in this order.
     """
 
@@ -137,7 +137,7 @@ def _window_side(visual: nn.Module) -> int:
 
 
 def _orders(visual: nn.Module, shapes: Sequence[Grid], device: torch.device) -> tuple[_Order, _Order | None]:
-    """By whole pictures and, for a tower that has them, by windows. Made on the host, so that run lengths are known."""
+    """By whole images and, for a tower that has them, by windows. Made on the host, so that run lengths are known."""
     merge = visual.config.spatial_merge_size
     groups = [torch.cartesian_prod(*map(torch.arange, shape)) for shape in shapes]  # [n, 3] frame, row, column
     inside = torch.cartesian_prod(torch.arange(merge), torch.arange(merge))
@@ -226,11 +226,11 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def received_attention(heads: _Heads) -> Tensor:
-    """Average attention that a group receives from its picture: a saliency without CLS.
+    """Average attention that a group receives from its image: a saliency without CLS.
 
-    For patch j of a picture with p patches: the mean over heads and over all patches i of softmax_j(q_i k_j / sqrt(d)),
+    For patch j of an image with p patches: the mean over heads and over all patches i of softmax_j(q_i k_j / sqrt(d)),
     queries and keys turned by their places, so that it is the block's own attention. Then the mean over the patches of
-    the group. The groups of a picture sum to 1 / U. In a film every frame counts as a picture.
+    the group. The groups of an image sum to 1 / U. In a film every frame counts as an image.
 
     Returns:
         [G] float32. Query rows go through in slices, so no full attention map is ever held.
@@ -274,13 +274,13 @@ SIGNALS: dict[str, Callable[[_Heads], Tensor]] = {
 
 
 def full_blocks(visual: nn.Module) -> tuple[int, ...]:
-    """Blocks that attend within whole pictures, ascending; Qwen2-VL names none because all do."""
+    """Blocks that attend within whole images, ascending; Qwen2-VL names none because all do."""
     named = getattr(visual.config, "fullatt_block_indexes", None)
     return tuple(index for index in range(len(visual.blocks)) if named is None or index in named)
 
 
 def signal_block(visual: nn.Module, score: TowerScore) -> int:
-    """The block a score is taken at: the one asked for, or the next behind it that attends within whole pictures.
+    """The block a score is taken at: the one asked for, or the next after it that attends within whole images.
 
     In a windowed block a patch is compared with its window alone, and what it receives cannot be compared between
     windows. The default, the last block but one, becomes the last full-attention block of Qwen2.5-VL. It is the last
@@ -302,7 +302,7 @@ def signal_block(visual: nn.Module, score: TowerScore) -> int:
     return next((block for block in full if block >= index % depth), full[-1])
 
 
-# Operations of one picture; those of the merger are llava.reduction.flops.projector_flops(visual.merger, tokens).
+# Operations of one image; those of the merger are llava.reduction.flops.projector_flops(visual.merger, tokens).
 
 
 def tower_flops(visual: nn.Module, grid: Grid) -> int:
