@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -38,6 +38,9 @@ from llava.reduction import registry
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import TokenLayout
+
+if TYPE_CHECKING:
+    from llava.pipeline.accounting import Timer
 
 Credits = dict[str, float]
 
@@ -80,7 +83,9 @@ class CachingLlava(Llava):
             self._scores |= dict.fromkeys(wanted)
             self._seen.clear()
 
-    def encode_images(self, pictures, keys, reducer, timer) -> list[EncodedImage]:
+    def encode_images(
+        self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
+    ) -> list[EncodedImage]:
         if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
             return super().encode_images(pictures, keys, reducer, timer)
         self.expect([reducer])

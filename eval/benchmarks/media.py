@@ -48,11 +48,10 @@ class Pictures(Protocol):
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Image files below one folder."""
+class Files:
+    """Files below one folder."""
 
     root: Path
-    noun = "images"
 
     @property
     def where(self) -> str:
@@ -60,12 +59,6 @@ class Folder:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if not (self.root / name).is_file()]
-
-    def open(self, name: str) -> "Image.Image":
-        # torch comes with this: a benchmark can be scored without it.
-        from llava.processing.clip_image import open_image
-
-        return open_image(self.root / name)
 
     def digest(self, name: str) -> str:
         path = self.root / name
@@ -76,7 +69,19 @@ class Folder:
             raise UserError(f"Cannot read {path}: {error.strerror}.") from error
 
 
-class Videos(Folder):
+class Folder(Files):
+    """Image files below one folder."""
+
+    noun = "images"
+
+    def open(self, name: str) -> "Image.Image":
+        # torch comes with this: a benchmark can be scored without it.
+        from llava.processing.clip_image import open_image
+
+        return open_image(self.root / name)
+
+
+class Videos(Files):
     """Video files below one folder."""
 
     noun = "videos"

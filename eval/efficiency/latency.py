@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from eval.command import exit_on_user_error, make_parser
@@ -206,7 +208,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "budget": args.budget,
         "model": args.shape or args.model,
         "distinct_layers": args.distinct if args.shape else None,
-        "layers": len(model.llm.layers),
+        "layers": model.spec.layers,
         "picture": model.conventions,
         "dtype": args.dtype,
         "batch_size": args.batch_size,
@@ -244,11 +246,8 @@ def ratios(full: Measured, ours: Measured) -> dict[str, float]:
     }
 
 
-def noise(seed: int):
+def noise(seed: int) -> Image.Image:
     """A picture without meaning: timing does not depend on what is in it."""
-    import numpy as np
-    from PIL import Image
-
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (336, 336, 3), dtype=np.uint8))
 
 

@@ -63,6 +63,7 @@ FIGURES = (
 def sheet(figure: Figure) -> Image.Image:
     """Methods below each other, each with what it keeps of the set's first question and what the model then answers."""
     data = benchmarks.get(figure.benchmark).load(figure.data, figure.split)
+    assert data.sample_score is not None  # the benchmarks of FIGURES have one
     question = data.questions[0]
     model, sample = load(figure.model), data.sample(question)
     rows = []

@@ -28,6 +28,7 @@ def draw_answer(sample: Sample, answer: Answer) -> list[Image.Image]:
         if run is not None and (len(run.crops) > 1 or len(run.newlines) or run.grid[0] != run.grid[1]):
             drawn.append(draw_crops(picture, trace, run, upscale))
         else:
+            assert isinstance(picture, Image.Image)  # the layout of a video has several frames
             drawn.append(draw_overlay(picture, trace, upscale=upscale))
     return drawn
 
@@ -75,7 +76,7 @@ def draw_crops(
         return frame_sheet(panels)
     panels = [_panel(picture, _grid_of(run, 0), fate, upscale)]
     if run.tiles is not None:
-        panels.append(_panel(picture, _stitched_grid(run), fate, upscale))
+        panels.append(_panel(picture, _stitched_grid(run, run.tiles), fate, upscale))
     return beside(panels)
 
 
@@ -87,9 +88,9 @@ def _grid_of(run: TokenLayout, number: int) -> NDArray[np.int64]:
     return table.reshape(run.grid)
 
 
-def _stitched_grid(run: TokenLayout) -> NDArray[np.int64]:
+def _stitched_grid(run: TokenLayout, tiles: tuple[int, int]) -> NDArray[np.int64]:
     """The same of all tiles together, without the rows and columns that unpadding took off."""
-    down, across = run.tiles
+    down, across = tiles
     rows = [np.concatenate([_grid_of(run, 1 + row * across + i) for i in range(across)], 1) for row in range(down)]
     table = np.concatenate(rows)
     used = table != NONE

@@ -26,6 +26,7 @@ from eval.tables.embedded import BY_KEPT, MARK, setting_of
 from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
 from llava.errors import UserError, unknown
 from llava.model.builder import load
+from llava.model.llava_arch import Llava
 from llava.reduction import registry
 
 PAGE = ROOT / "docs" / "models.md"
@@ -54,7 +55,7 @@ FAMILIES = {
 }
 
 
-def settings(family: Family, budgets: Sequence[int], model) -> list[Setting]:
+def settings(family: Family, budgets: Sequence[int], model: Llava) -> list[Setting]:
     """Every method at every budget that it can meet, by kept tokens where the mean is out of reach."""
     names = [name for name in registry.names() if name != "full"]
     found = [setting_of(name, budget, model) for budget in budgets for name in names]
@@ -93,7 +94,7 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
     mean = {key: sum(credit.values()) / len(credit) for key, (_, credit, _) in found.items()}
     order = sorted(methods, key=lambda method: -mean.get((method, first), 0.0))
     rows = [[f"`full` ({tokens:.0f} tokens)", *([score_text(interval(full, groups))] * len(budgets)), ""]]
-    lines = [["full", "", f"{tokens:.1f}", *numbers(interval(full, groups))]]
+    lines: list[list[object]] = [["full", "", f"{tokens:.1f}", *numbers(interval(full, groups))]]
     best = found[order[0], first][1]
     for method in order:
         cells = []

@@ -111,9 +111,9 @@ def read_item(record: Row, where: str, lmms: bool) -> metric.Item:
     if options is not None and not options:
         raise UserError(f"Question {record['id']} in {where} is multiple choice but has no options.")
     answer: str | list[str] = record["answer"]
-    if not choice and not lmms and answer.startswith("["):
+    if not choice and not lmms and record["answer"].startswith("["):
         # Several accepted answers. lmms-eval takes the list's text for the answer, which no model gives.
-        answer = as_list(answer, f"The answer of {record['id']} in {where}")
+        answer = as_list(record["answer"], f"The answer of {record['id']} in {where}")
     return metric.Item(answer, found.group(1), options)
 
 
@@ -137,7 +137,7 @@ def ask(name: str, record: Row, item: metric.Item, lmms: bool, pictures: tuple[s
     """
     text = record["question"]
     if item.options is not None:
-        # The newline at the end and the one in front of the suffix make the blank line.
+        # The newline at the end and the one before the suffix make the blank line.
         text = f"{text}\n{option_lines(item.options, '{}. {}' if lmms else '({}) {}')}\n"
     elif lmms:
         text += "\n"

@@ -238,7 +238,8 @@ def read_item(record: Record) -> seed.Item:
 
 def ask(name: str, record: Record, images: Sequence[str]) -> Question:
     """Question and choices as in LLaVA's file; lmms-eval words them alike."""
-    text = f"{record['question']}\n{option_lines(letters([str(record[choice]) for choice in CHOICES]))}"
+    choices = (record["choice_a"], record["choice_b"], record["choice_c"], record["choice_d"])
+    text = f"{record['question']}\n{option_lines(letters([str(choice) for choice in choices]))}"
     return Question(name, text, LETTER, tuple(images), record["answer"], str(record["question_id"]))
 
 

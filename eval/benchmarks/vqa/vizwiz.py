@@ -95,8 +95,17 @@ def read_mirror(data: Path, split: str, download: bool) -> Found:
     """A table of the hub."""
     table = open_table(data, MIRROR, None, split, download)
     columns = ("question_id", "question", *(["answers"] if split == "val" else []))
-    records = table.records(MirrorAnswered if split == "val" else MirrorRow)
-    questions = unique((from_mirror(record, row) for row, record in enumerate(records)), table.where)
+    records: Sequence[MirrorRow]
+    if split == "val":
+        answered = table.records(MirrorAnswered)
+        records, answers = answered, [most_common(people_said(record["answers"])) for record in answered]
+    else:
+        records = table.records(MirrorRow)
+        answers = [""] * len(records)
+    questions = unique(
+        (from_mirror(record, row, answers[row]) for row, record in enumerate(records)),
+        table.where,
+    )
     return Found(table.id, records, questions, table.pictures(), table.fingerprint(columns))
 
 
@@ -114,10 +123,9 @@ def from_annotation(record: Official, where: str) -> Question:
     return Question(PurePosixPath(image).stem, record["question"].capitalize(), VIZ, (image,), answer, image)
 
 
-def from_mirror(record: MirrorRow | MirrorAnswered, row: int) -> Question:
-    """A row of the mirror, whose question_id is the picture's name without its ending."""
+def from_mirror(record: MirrorRow, row: int, answer: str) -> Question:
+    """A row of the mirror, whose question_id is the image's name without its ending."""
     name = str(record["question_id"])
-    answer = most_common(people_said(record.get("answers", ())))
     return Question(name, record["question"].capitalize(), VIZ, (f"{row}/image",), answer, f"{name}.jpg")
 
 
@@ -128,7 +136,7 @@ def val_metric(
     by_id = {question.id: record for question, record in zip(found.questions, found.records, strict=True)}
     given = {name: people_said(record["answers"]) for name, record in by_id.items()}
     # The official file and the mirror name it differently.
-    kind = {name: record.get("answer_type") or record.get("category") for name, record in by_id.items()}
+    kind = {name: str(record.get("answer_type") or record.get("category") or "") for name, record in by_id.items()}
     kinds = {"answer type": kind} if all(kind.values()) else {}
     sample_score = vqa.m4c if profile == "lmms" else vqa.after_processor(vqa.vizwiz)
 

@@ -97,6 +97,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         "size": size(len(found.questions), PUBLISHED_SIZES[split]),
     }
     accepts: frozenset[str] = frozenset()
+    submission: Callable[[Mapping[str, str]], Mapping[str, Any]]
     if split == "val":
         score, sample_score = val_metric(found, profile)
         submission = val_submission
