@@ -1,4 +1,4 @@
-"""The pictures of kept tokens in docs/models.md: one question about a tiled picture and one about a video.
+"""The figures of kept tokens in docs/models.md: one question about a tiled image and one about a video.
 
 python -m eval.figures.kept_tiles
 """
@@ -23,7 +23,7 @@ GAP, LINE = 12, 24
 
 @dataclass(frozen=True)
 class Figure:
-    """One sheet: what several methods keep of one picture.
+    """One sheet: what several methods keep of one image.
 
     Attributes:
         methods: name -> options, at `budget`; "full" comes first by itself.

@@ -1,4 +1,4 @@
-"""The picture of kept tokens in the README: one question, the same budget, several rankings.
+"""The figure of kept tokens in the README: one question, the same budget, several rankings.
 
 python -m eval.figures.kept_tokens --output docs/images/kept_tokens.png
 """
@@ -31,7 +31,7 @@ SIDE, GAP, LINE = 288, 12, 26
 
 
 def draw(model: Llava, questions: Sequence[Question], data: Dataset, budget: int) -> Image.Image:
-    """A row per question: the picture, then what each method keeps and answers."""
+    """A row per question: the image, then what each method keeps and answers."""
     width = (len(COLUMNS) + 1) * (SIDE + GAP) + GAP
     height = len(questions) * (SIDE + 3 * LINE) + LINE + GAP
     sheet = Image.new("RGB", (width, height), "white")

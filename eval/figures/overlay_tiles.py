@@ -1,4 +1,4 @@
-"""Overlays of whole samples: one panel per picture, base image and tiles side by side, or all frames of a video."""
+"""Overlays of whole samples: one panel per image, base image and tiles side by side, or all frames of a video."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ def draw_answer(sample: Sample, answer: Answer) -> list[Image.Image]:
 
 
 def draw_original(picture: Image.Image | Video) -> Image.Image:
-    """The picture without an overlay, enlarged as `draw_answer` does it; of a video its frames in two rows."""
+    """The image without an overlay, enlarged as `draw_answer` does it; of a video its frames in two rows."""
     frames = [frame.convert("RGB") for frame in (picture.frames if isinstance(picture, Video) else [picture])]
     upscale = upscale_of(picture)
     return frame_sheet(
@@ -43,7 +43,7 @@ def draw_original(picture: Image.Image | Video) -> Image.Image:
 
 
 def upscale_of(picture: Image.Image | Video) -> int:
-    """Small pictures are drawn twice as large."""
+    """Small images are drawn twice as large."""
     first = picture.frames[0] if isinstance(picture, Video) else picture
     return 2 if max(first.size) < 400 else 1
 
@@ -57,15 +57,15 @@ def frame_sheet(panels: Sequence[Image.Image]) -> Image.Image:
 def draw_crops(
     picture: Image.Image | Video, trace: Sequence[Step], arrangement: TokenLayout, upscale: int = 1
 ) -> Image.Image:
-    """Draw the fate of every patch, one panel per view of the picture.
+    """Draw which patches were kept, merged and dropped, one panel per view of the image.
 
     Args:
-        trace: the steps of this picture, in order.
-        arrangement: the run that the model takes without reduction.
+        trace: the steps of this image, in order.
+        arrangement: layout of the tokens that the model takes without reduction.
 
     Returns:
-        RGB. Of a tiled picture: the whole picture as the small copy shows it, and as the tiles show it; where no tile
-        patch survives unpadding the picture is dark. Of a video: its frames in two rows.
+        RGB. Of a tiled image: one panel for the base image and one for the tiles, which is dark where unpadding left no
+        tile patch. Of a video: its frames in two rows.
     """
     run = arrangement
     if trace and trace[0].reduction.inputs != run.tokens:
@@ -81,7 +81,7 @@ def draw_crops(
 
 
 def _grid_of(run: TokenLayout, number: int) -> NDArray[np.int64]:
-    """[rows, columns] place in the run of every patch of a crop."""
+    """[rows, columns]: index of the token of every patch of a tile."""
     table = np.full(run.grid[0] * run.grid[1], NONE)
     crop = run.crops[number]
     table[crop.patches.numpy()] = crop.indices.numpy()
@@ -98,7 +98,7 @@ def _stitched_grid(run: TokenLayout, tiles: tuple[int, int]) -> NDArray[np.int64
 
 
 def _panel(image: Image.Image, grid: NDArray[np.int64], fate: PatchAssignment, upscale: int) -> Image.Image:
-    """The picture with every cell of the grid stretched over it and painted by the fate of its token."""
+    """The image under the grid; each cell is painted by what became of its token."""
     image = image.convert("RGB")
     image = image.resize((image.width * upscale, image.height * upscale), Image.Resampling.NEAREST)
     row = np.arange(image.height) * grid.shape[0] // image.height

@@ -1,4 +1,4 @@
-"""One factor at a time around a method's defaults, on the embedded validation split.
+"""One factor at a time around a method's defaults, on the validation split of the toy GQA benchmark.
 
 Defaults are chosen here, never on `testdev`. Each page of a paper has a module beside this one that lists its factors.
 """
@@ -42,7 +42,7 @@ def defaults(method: str) -> dict[str, str]:
 
 
 def text_of(value: object) -> str:
-    """An option's value as it is typed behind `--set`."""
+    """An option's value as it is typed after `--set`."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
 
@@ -127,7 +127,7 @@ def interval(credit: Credits, groups: dict[str, str]) -> statistics.Interval:
 
 
 def image_of(split: str) -> dict[str, str]:
-    """Question id -> image: questions about one picture are resampled together."""
+    """Question id -> image: questions about one image are resampled together."""
     from eval import benchmarks
 
     return {q.id: q.image for q in benchmarks.get("gqa").load(DEFAULT_DATA, split).questions}

@@ -1,4 +1,4 @@
-"""ConsensusDrop on the embedded benchmark: the ablation on `val`, the claims and the budget table on `testdev`.
+"""ConsensusDrop on the toy benchmark: the ablation on `val`, the claims and the budget table on `testdev`.
 
     python -m eval.tables.consensusdrop ablation     # choose defaults here, never on testdev
     python -m eval.tables.consensusdrop claims       # report here

@@ -1,4 +1,4 @@
-"""All methods at equal budgets on the embedded GQA test split: accuracy, cost, and which differences are significant.
+"""All methods at equal budgets on the toy GQA test split: accuracy, cost, and which differences are significant.
 
     python -m eval.tables.embedded answers [--budgets 64,32]   # runs; several processes may share the budgets
     python -m eval.tables.embedded tables                      # needs all answers; measures the time to first token

@@ -1,4 +1,4 @@
-"""All methods on the embedded LLaVA-NeXT and the embedded Video-LLaVA: accuracy at a few budgets.
+"""All methods on the bundled toy LLaVA-NeXT and toy Video-LLaVA: accuracy at a few budgets.
 
     python -m eval.tables.families next answers [--budgets 320]   # several processes may share the budgets
     python -m eval.tables.families next tables                    # needs all answers
@@ -34,10 +34,10 @@ PAGE = ROOT / "docs" / "models.md"
 
 @dataclass(frozen=True)
 class Family:
-    """One embedded model and its benchmark.
+    """One bundled toy model and its benchmark.
 
     Attributes:
-        budgets: visual tokens per picture or video; tables are sorted by the first.
+        budgets: visual tokens per image or video; tables are sorted by the first.
         batch_size: questions at once; unreduced runs are long.
     """
 
@@ -59,7 +59,7 @@ def settings(family: Family, budgets: Sequence[int], model: Llava) -> list[Setti
     """Every method at every budget that it can meet, by kept tokens where the mean is out of reach."""
     names = [name for name in registry.names() if name != "full"]
     found = [setting_of(name, budget, model) for budget in budgets for name in names]
-    # Reducing inside the tower needs whole crops, which unpadding leaves nowhere.
+    # Reducing inside the tower needs whole tiles, and unpadding cuts them.
     return [s for s in found if s is not None and s.method not in ("tome", "downsample")]
 
 

@@ -1,4 +1,4 @@
-"""MMStar, 1,500 multiple-choice questions that cannot be answered without their picture.
+"""MMStar, 1,500 multiple-choice questions that cannot be answered without their image.
 
 Read from DATA/hub/Lin-Chen/MMStar: index, question (with its options), answer, category, l2_category, image.
 
@@ -115,7 +115,7 @@ def workbook(records: Mapping[str, Row], texts: Mapping[str, str]) -> bytes:
 
 BENCHMARK = Benchmark(
     name="mmstar",
-    summary="Multiple choice that needs the picture, in six categories.",
+    summary="Multiple choice that needs the image, in six categories.",
     splits=("val",),
     read=load,
     published="30.3 accuracy †",

@@ -2,10 +2,10 @@
 
     llava_textvqa_val_v051_ocr.jsonl    LLaVA's question file: image id as question_id, text with OCR tokens and suffix
     TextVQA_0.5.1_val.json              official questions with ten answers each
-    train_images/                       official pictures of training and validation
+    train_images/                       official images of training and validation
 
 The profiles ask different things. llava: each question is followed by a line "Reference OCR token: ..." with the words
-an OCR system read in the picture. It counts as part of the question, so query-aware methods look at it as the model
+an OCR system read in the image. It counts as part of the question, so query-aware methods look at it as the model
 does. lmms: no OCR tokens, which costs LLaVA-1.5-7B about 12 points. `facts` says which it was.
 
 Image ids stand for several questions. A question's id here is TextVQA's own question_id; answers in LLaVA's files are
@@ -237,7 +237,7 @@ def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
 
 BENCHMARK = Benchmark(
     name="textvqa",
-    summary="Questions about text in pictures; accuracy against ten people.",
+    summary="Questions about text in images; accuracy against ten people.",
     splits=("val",),
     read=load,
     published="58.2 accuracy",
@@ -248,5 +248,5 @@ BENCHMARK = Benchmark(
         Need("textvqa/train_images", "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip", count=3_166),
     ),
     mirror=MIRROR,
-    licence="annotations CC BY 4.0; OpenImages' pictures CC BY 2.0",
+    licence="annotations CC BY 4.0; OpenImages' images CC BY 2.0",
 )

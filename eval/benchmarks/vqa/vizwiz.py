@@ -1,9 +1,9 @@
 """VizWiz VQA in the official layout, read from DATA/vizwiz.
 
     llava_test.jsonl    LLaVA's question file of split test, ids are row numbers
-    test/               official pictures of split test
+    test/               official images of split test
     val.json            official questions of split val with ten answers each
-    val/                official pictures of split val
+    val/                official images of split val
 
 Only a server can score test: answers_upload.json is for it, in the order of the question file. It wants an answer to
 every question. The split val is scored here, per answer type too. LLaVA has no question file for it: its questions are
@@ -117,7 +117,7 @@ def from_prompts(path: Path) -> tuple[Question, ...]:
 
 
 def from_annotation(record: Official, where: str) -> Question:
-    """A question of the official file, whose only id is the picture's name."""
+    """A question of the official file, whose only id is the image's name."""
     image = image_name(record["image"], where)
     answer = most_common(people_said(record["answers"]))
     return Question(PurePosixPath(image).stem, record["question"].capitalize(), VIZ, (image,), answer, image)
@@ -159,7 +159,7 @@ def server_only(total: int) -> Callable[[Sequence[str], Mapping[str, str]], Scor
 
 
 def submission(questions: Sequence[Question]) -> Callable[[Mapping[str, str]], dict[str, list[dict[str, str]]]]:
-    """The server's format: picture name and processed answer, in the order of the question file."""
+    """The server's format: image name and processed answer, in the order of the question file."""
 
     def convert(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
         asked = (question for question in questions if question.id in texts)
@@ -170,7 +170,7 @@ def submission(questions: Sequence[Question]) -> Callable[[Mapping[str, str]], d
 
 BENCHMARK = Benchmark(
     name="vizwiz",
-    summary="Questions of blind people about their pictures; accuracy against ten people, from a server but for val.",
+    summary="Questions of blind people about their images; accuracy against ten people, from a server but for val.",
     splits=("test", "val"),
     read=load,
     published="50.0 accuracy",

@@ -127,7 +127,7 @@ def max_new_tokens(settings: Mapping[str, Any], task: str) -> int:
 
 
 def opened(visual: object, name: str) -> Image.Image | Video:
-    """A picture as RGB, or the frames of a video that is given as a path."""
+    """An image as RGB, or the frames of a video that is given as a path."""
     if isinstance(visual, Image.Image):
         return as_rgb(visual)
     if isinstance(visual, str | os.PathLike):
