@@ -6,7 +6,6 @@ on standard error and changes neither the run nor its files.
 A folder's W&B run has a fixed id, kept in its file `wandb_id`: continuing the folder continues the W&B run.
 """
 
-import contextlib
 import netrc
 import os
 import secrets
@@ -16,11 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from eval import benchmarks
-from eval.results import baseline
 from eval.answers import flatten
 from eval.config import RunConfig
-from llava.errors import UserError
+from eval.results import baseline
 
 if TYPE_CHECKING:
     from llava.processing.sample import Sample
