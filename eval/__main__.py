@@ -53,7 +53,7 @@ def parser() -> Parser:
     p.add_argument(
         "--model",
         type=value(path_name),
-        help="folder or hub name of a checkpoint; default: the embedded one for the benchmark",
+        help="folder or hub name of a checkpoint; default: the bundled toy model for the benchmark",
     )
     p.add_argument("--output", type=value(path_name), help="default: results/BENCHMARK-SPLIT/MODEL/METHOD-BUDGET")
     p.add_argument(
@@ -67,7 +67,7 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="how pictures are read, where the model's family leaves a choice: merge=spatial, reading=transformers, "
+        help="how images are read, where the model's family leaves a choice: merge=spatial, reading=transformers, "
         "force=672x672 (LLaVA-NeXT), flip=SEED (Video-LLaVA), min_pixels=N, max_pixels=N (Qwen)",
     )
     p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)

@@ -3,7 +3,7 @@
 python -m eval.check_data playground/data/eval
 python -m eval.check_data DATA pope textvqa --json report.json
 
-A benchmark counts as complete when its own reader accepts the files and every picture it names is there.
+A benchmark counts as complete when its own reader accepts the files and every image it names is there.
 """
 
 import dataclasses

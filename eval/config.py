@@ -13,7 +13,7 @@ DEFAULT_DATA = ROOT / "assets" / "eval"
 
 
 def embedded_model(name: str) -> str:
-    """Folder of an embedded checkpoint."""
+    """Folder of a bundled toy model."""
     return str(ROOT / "assets" / name)
 
 
@@ -33,7 +33,7 @@ class RunConfig:
         options: the method's own fields, as text; the registry parses them. Former names are replaced.
         restart: move an earlier run in the output folder aside.
         text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
-        picture: how pictures are read, where the model's family leaves a choice; llava.model.builder parses the texts.
+        picture: how images are read, where the model's family leaves a choice; llava.model.builder parses the texts.
         quantization: "8bit" or "4bit".
         max_new_tokens: None for what the benchmark's profile says.
         profile: how questions are asked and answers read, eval.benchmarks.base.PROFILES; None for the default one.

@@ -72,7 +72,7 @@ class Job:
         return result_folder(self.output, len(self.planned), len(self.data.questions))
 
     def credits(self, questions: Sequence[Question], texts: Sequence[str]) -> list[float]:
-        """What each answer is worth; nothing where the benchmark has no credit for a single answer."""
+        """What each answer is worth; nothing where the benchmark has no sample score for a single answer."""
         judge = self.data.sample_score
         return [] if judge is None else [judge(q, text) for q, text in zip(questions, texts, strict=True)]
 
@@ -275,7 +275,7 @@ def answer_lines(
     """LLaVA's answer lines. The answer id depends on question and settings, so equal runs write equal files.
 
     Args:
-        pictures: hash of the pictures of each sample.
+        pictures: hash of the images of each sample.
         seal: hash of the settings.
     """
     return [
@@ -303,7 +303,7 @@ def summarise(job: Job, store: AnswerStore, unknown_pictures: int = 0) -> dict[s
     """The result of all answers to the planned questions, whichever process gave them.
 
     Args:
-        unknown_pictures: answers that were stored without a hash of their pictures.
+        unknown_pictures: answers that were stored without a hash of their images.
     """
     lines = [store.answers[question.id] for question in job.planned]
     job.check_budget(lines)

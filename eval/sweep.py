@@ -1,4 +1,4 @@
-"""Many settings over the same questions: one loaded model, tower features computed once per picture.
+"""Many settings over the same questions: one loaded model, tower features computed once per image.
 
 Every setting is an ordinary run with its own answer store, so a sweep can be interrupted and continued, and two sweeps
 share the runs they have in common. Times are not comparable with single runs, because the tower's work is remembered;
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -39,6 +39,9 @@ from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import TokenLayout
 
+if TYPE_CHECKING:
+    from llava.pipeline.accounting import Timer
+
 Credits = dict[str, float]
 
 
@@ -52,10 +55,10 @@ class Setting:
 
 
 class CachingLlava(Llava):
-    """A LLaVA that keeps the tower's output for every picture it has seen, in the memory of this process.
+    """A LLaVA that keeps the tower's output for every image it has seen, in the memory of this process.
 
-    CLS and every score asked for so far are kept for each picture, so that methods share one pass of the tower; what a
-    method is handed, and the operations booked for it, are those of a run of its own.
+    CLS and every score asked for so far are kept for each image, so that methods share one pass of the tower; what a
+    method is given, and the operations counted for it, are those of a run of its own.
     """
 
     remembers_features = True
@@ -72,7 +75,7 @@ class CachingLlava(Llava):
         self._seen: dict[object, tuple[Encoded, TokenLayout]] = {}
 
     def expect(self, reducers: Sequence[Reducer]) -> None:
-        """Compute the scores of all these methods from the start; one more score means all pictures anew."""
+        """Compute the scores of all these methods from the start; one more score means all images anew."""
         wanted = [
             score for reducer in reducers for score in reducer.tower_scores(self.tiled) if score not in self._scores
         ]
@@ -80,7 +83,9 @@ class CachingLlava(Llava):
             self._scores |= dict.fromkeys(wanted)
             self._seen.clear()
 
-    def encode_images(self, pictures, keys, reducer, timer) -> list[EncodedImage]:
+    def encode_images(
+        self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
+    ) -> list[EncodedImage]:
         if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
             return super().encode_images(pictures, keys, reducer, timer)
         self.expect([reducer])
@@ -124,9 +129,12 @@ def sweep(
     limit: int | None = None,
     wandb: str = "auto",
 ) -> list[Credits]:
-    """Run every setting on the first `limit` questions, or all; question id -> credit, in the order of `settings`.
+    """Run every setting on the first `limit` questions, or all.
 
     The sweep is one W&B run with a table of all settings.
+
+    Returns:
+        Question id -> sample score, in the order of `settings`.
     """
     results, folders = [], [output / split / name_of(setting, model.visual_tokens) for setting in settings]
     model.expect([registry.build(s.method, s.budget or model.visual_tokens, s.options) for s in settings])
@@ -185,10 +193,10 @@ def newest_result(folder: Path) -> Path:
 
 
 def is_finished(config: RunConfig, model: Llava) -> bool:
-    """Whether this very run is complete in its folder: same settings, code, prompts and pictures, all its questions.
+    """Whether this very run is complete in its folder: same settings, code, prompts and images, all its questions.
 
     Raises:
-        UserError: its answers belong to other prompts or pictures.
+        UserError: its answers belong to other prompts or images.
     """
     folder = Path(config.output or "")
     if not (folder / "settings.json").is_file():
@@ -221,7 +229,7 @@ def name_of(setting: Setting, tokens: int) -> str:
 
 
 def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa", limit: int | None = None) -> Credits:
-    """Question id -> credit, from a finished run's answers to the first `limit` questions, or all."""
+    """Question id -> sample score, from a finished run's answers to the first `limit` questions, or all."""
     questions = {question.id: question for question in _dataset(benchmark, data, split).questions[:limit]}
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     judge = _dataset(benchmark, data, split).sample_score

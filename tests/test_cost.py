@@ -135,7 +135,7 @@ def test_operations_of_result_files_of_both_versions():
 
 def test_kept_tower_features_are_told():
     found = cost.notes([line(8, 0.1, remembered_features=True)])
-    assert found == ["Vision and TTFT of 1 of 1 batches leave out pictures encoded in an earlier run."]
+    assert found == ["Vision and TTFT of 1 of 1 batches leave out images encoded in an earlier run."]
 
 
 def test_nothing_timed_is_no_number():

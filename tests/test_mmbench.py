@@ -311,7 +311,7 @@ def test_bad_tables_are_named(tmp_path):
         (good.replace("\n1000008\t", "\neight\t"), "the index 'eight'"),
         (good.rsplit("\t", 1)[0] + "\n", "13 cells, the first line names 14 columns"),
         (good.split("\n")[0] + "\n", "has no rows"),
-        (good.replace("\t8\ts\t", "\t99\ts\t"), "the picture of row '99', which has none"),
+        (good.replace("\t8\ts\t", "\t99\ts\t"), "the image of row '99', which has none"),
     ]:
         path.write_text(bad)
         with pytest.raises(UserError, match=message):
@@ -324,7 +324,7 @@ def test_a_damaged_picture_is_named(data):
     path = data / "mmbench" / "mmbench_dev_20230712.tsv"
     path.write_text(path.read_text().replace("iVBOR", "iVB*R"))
     dataset = load(data)
-    with pytest.raises(UserError, match="index 7, has no readable picture"):
+    with pytest.raises(UserError, match="index 7, has no readable image"):
         dataset.sample(dataset.questions[0])
 
 

@@ -21,7 +21,7 @@ REFUSED = 0.5
 
 
 def plain(text: str) -> str:
-    """A text without the differences that profiles make: case, white space and the place of a picture."""
+    """A text without the differences that profiles make: case, white space and the place of an image."""
     return " ".join(text.replace("<image>", " ").lower().split())
 
 

@@ -80,7 +80,8 @@ def read_rows(path: Path, partial: bool = False) -> tuple[list[Row], list[str]]:
             return [Row(f"{path} entry {name}", name, text) for name, text in document.items()], []
         return [read_row(row, f"{path} entry {number}") for number, row in enumerate(document, start=1)], []
     lines = content.split(b"\n")
-    rows, notes = [], []
+    rows: list[Row] = []
+    notes: list[str] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -117,7 +118,8 @@ def read_row(record: Any, where: str) -> Row:
     """One answer in any of the namings."""
     if not isinstance(record, dict):
         raise UserError(f"{where} should be a JSON object, got {type(record).__name__}.")
-    doc = record.get("doc") if isinstance(record.get("doc"), dict) else {}
+    found = record.get("doc")
+    doc: Mapping[str, Any] = found if isinstance(found, dict) else {}
     ids = [source[key] for source in (record, doc) for key in IDS if isinstance(source.get(key), str | int)]
     texts = [text for key in TEXTS if (text := plain_text(record.get(key))) is not None]
     number = record.get("doc_id") if isinstance(record.get("doc_id"), int) else None
@@ -150,7 +152,9 @@ def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) 
         official[question.official or question.id].append(question)
     texts: dict[str, str] = {}
     answered: list[tuple[Question, Row]] = []
-    foreign, repeated, changed = [], [], []
+    foreign: list[str] = []
+    repeated: list[str] = []
+    changed: list[str] = []
     if data.facts.get("source") == "official" and any(row.id is None for row in rows):
         raise UserError(
             f"{path} names questions by their row in lmms-eval's data set, and {data.title} was read from the official "

@@ -1,4 +1,4 @@
-"""Whether stored answers still belong to the questions: same prompt, same pictures."""
+"""Whether stored answers still belong to the questions: same prompt, same images."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ SHOWN = 3
 
 
 def check_reuse(data: Dataset, questions: Iterable[Question], answers: Mapping[str, Any], folder: Path) -> int:
-    """Compare stored answers with the prompts and pictures that their questions have now.
+    """Compare stored answers with the prompts and images that their questions have now.
 
     Args:
         questions: those of this run; the ones without an answer are passed over.
@@ -21,10 +21,10 @@ def check_reuse(data: Dataset, questions: Iterable[Question], answers: Mapping[s
         folder: of the store, for the error.
 
     Returns:
-        How many answers were stored by a former version, without a hash of their pictures.
+        How many answers were stored by a former version, without a hash of their images.
 
     Raises:
-        UserError: an answer was given to another prompt or to other pictures.
+        UserError: an answer was given to another prompt or to other images.
     """
     prompts, pictures, unknown = [], [], 0
     for question in questions:

@@ -4,7 +4,7 @@ A stored answer is only valid for the code that made it. `answer_sources` follow
 of model and method, so that editing one method leaves the stored answers of all others valid. Files are parsed before
 they are hashed: comments, docstrings, formatting and the Python version do not matter.
 
-Modules of `eval` are not followed. What they contribute to an answer is its prompt and its pictures, and the answer
+Modules of `eval` are not followed. What they contribute to an answer is its prompt and its images, and the answer
 store compares both for every question.
 """
 
@@ -136,7 +136,7 @@ def project_files(tree: ast.Module, path: Path, root: Path) -> Iterator[Path]:
 
 
 def module_file(parts: tuple[str, ...], root: Path) -> Path | None:
-    """The file behind a dotted name: a module, or for a name in a module that module; None outside the project."""
+    """The file of a dotted name: a module, or for a name in a module that module; None outside the project."""
     for length in (len(parts), len(parts) - 1):
         if length < 1:
             break

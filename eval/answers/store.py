@@ -1,6 +1,6 @@
 """The answer store: one folder per run, one line per answer, safe against kill -9, two writers and a full disk.
 
-    answers.jsonl   one line per question, in LLaVA's fields, with a hash of the question's pictures
+    answers.jsonl   one line per question, in LLaVA's fields, with a hash of the question's images
     timing.jsonl    one line per batch: seconds, FLOPs and the conditions they were measured under
     runs.jsonl      one line per process that added answers: commit, library versions, number of the first answer
     settings.json   what the answers depend on, with a hash of every source file; a run with others is refused
@@ -11,8 +11,8 @@
 The number of questions asked (--limit) is not a setting: a store holds the answers to some of the benchmark's
 questions, and growing the limit continues it.
 
-Stores of former versions have no hashes of source files, no hashes of pictures and no runs.jsonl. They are read and
-completed; the result then says how many answers were made by unknown code or from pictures that cannot be compared.
+Stores of former versions have no hashes of source files, no hashes of images and no runs.jsonl. They are read and
+completed; the result then says how many answers were made by unknown code or from images that cannot be compared.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a benchmark gives to a run: questions, their pictures, and a way to score predictions."""
+"""What a benchmark gives to a run: questions, their images, and a way to score predictions."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,15 +23,15 @@ SOURCES = ("auto", "official", "mirror")
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a benchmark, its pictures still names.
+    """One question of a benchmark, its images still names.
 
     Attributes:
         id: unique within the benchmark.
         question: without the answer-format instruction, which query-aware methods must not look at.
-        images: names in the benchmark's pictures; () for a question of text alone.
+        images: names in the data set's `pictures`; () for a question of text alone.
         answer: the reference, for tables.
         official: the benchmark's own id, where that is not unique or not a string.
-        about: what questions about the same picture share, where the pictures' names do not say it.
+        about: what questions about the same image share, where the images' names do not say it.
     """
 
     id: str
@@ -44,7 +44,7 @@ class Question:
 
     @property
     def image(self) -> str:
-        """What questions about the same picture share: its name, or the question's id where there is none."""
+        """What questions about the same image share: its name, or the question's id where there is none."""
         return self.about or (self.images[0] if self.images else self.id)
 
     @property
@@ -99,7 +99,7 @@ class Dataset:
             raise UserError(f"{len(missing):,} of {len(names):,} {noun} are not in {where}: {shown}.")
 
     def sample(self, question: Question) -> "Sample":
-        """The question with its pictures opened."""
+        """The question with its images opened."""
         from llava.processing.sample import Sample
 
         opened = tuple(self.pictures.open(name) for name in question.images)
@@ -143,7 +143,7 @@ class Benchmark:
         splits: the first whose question file is in the data folder is the default.
         read: (data folder, split, profile, source) -> the questions; call `load`, which returns them ready for use.
         profiles: those it has; the first is the default.
-        model: the embedded checkpoint in assets/ that was trained on its format.
+        model: the bundled toy model in assets/ that was trained on its format.
         published: what a 7B model reaches, with the metric's name; † marks numbers quoted from memory.
         published_by: which model, and who says so.
         needs: the official files of the default split.

@@ -3,7 +3,7 @@
     DATA/hub/lmms-lab/POPE/...   as `hf download lmms-lab/POPE --repo-type dataset --local-dir DATA/hub/lmms-lab/POPE`
 
 The sets moved from one owner to another in 2026; copies under either name are found. Nothing of a data set is
-executed: its tables are read by the `datasets` library, its pictures as bytes.
+executed: its tables are read by the `datasets` library, its images as bytes.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Table:
     Attributes:
         id: of the repository, "lmms-lab/POPE".
         where: the local copy or the hub's address, for sentences.
-        rows: datasets.Dataset whose pictures are not decoded.
+        rows: datasets.Dataset whose images are not decoded.
     """
 
     id: str
@@ -40,7 +40,7 @@ class Table:
         return len(self.rows)
 
     def records(self, schema: type[Record]) -> list[Record]:
-        """The rows without their pictures, checked.
+        """The rows without their images, checked.
 
         Args:
             schema: its required fields are the columns that have to be there, its optional ones are left out of the
@@ -64,7 +64,7 @@ class Table:
         return self.rows.select_columns(list(columns)).to_list()
 
     def pictures(self, columns: Sequence[str] = ("image",)) -> Inline:
-        """Pictures named "ROW/COLUMN", or "ROW/COLUMN/NUMBER" where a cell is a list of them."""
+        """Images named "ROW/COLUMN", or "ROW/COLUMN/NUMBER" where a cell is a list of them."""
         names: set[str] = set()
         for column in (name for name in columns if name in self.rows.column_names):
             names |= cell_names(self.rows.data.column(column), column)
@@ -76,12 +76,12 @@ class Table:
         if number:
             cell = cell[int(number[0])]
         if not isinstance(cell, dict) or not cell.get("bytes"):
-            raise UserError(f"Picture {name} in {self.where} has no bytes; fetch the data set again.")
+            raise UserError(f"Image {name} in {self.where} has no bytes; fetch the data set again.")
         return cell["bytes"]
 
 
 def cell_names(cells: Any, column: str) -> set[str]:
-    """Names of the pictures in an Arrow column, without touching their bytes: a split may hold many gigabytes."""
+    """Names of the images in an Arrow column, without touching their bytes: a split may hold many gigabytes."""
     import pyarrow
     import pyarrow.compute
 
@@ -152,7 +152,7 @@ def _cache(folder: Path) -> Path:
 
 
 def undecoded(rows: Any) -> Any:
-    """The same rows with pictures as bytes: decoding is done once, by the one function that opens pictures here."""
+    """The same rows with images as bytes: decoding is done once, by the one function that opens images here."""
     import datasets
 
     for column, feature in rows.features.items():
@@ -271,16 +271,16 @@ def unique_ids(names: Iterable[Any]) -> list[str]:
 
 
 def picture_names(keys: Iterable[Hashable], column: str = "image") -> list[str]:
-    """Per row the picture's name in Table.pictures; rows with the same key share the first one's.
+    """Per row the image's name in Table.pictures; rows with the same key share the first one's.
 
-    Rows about one picture then share one pass of the vision tower, and intervals can draw pictures.
+    Rows about one image then share one pass of the vision tower, and intervals can draw images.
     """
     first: dict[Hashable, int] = {}
     return [f"{first.setdefault(key, row)}/{column}" for row, key in enumerate(keys)]
 
 
 def picture_hashes(table: Table, column: str = "image") -> list[Hashable]:
-    """Per row a hash of the encoded picture, where no column says which rows are about the same one."""
+    """Per row a hash of the encoded image, where no column says which rows are about the same one."""
     cells = enumerate(table.rows[column])
     return [hashlib.sha256(cell["bytes"]).digest() if cell and cell.get("bytes") else row for row, cell in cells]
 

@@ -1,4 +1,4 @@
-"""Where a benchmark's pictures and videos come from: a folder, bytes inside a table, a data set of the hub."""
+"""Where a benchmark's images and videos come from: a folder, bytes inside a table, a data set of the hub."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ LONGEST_NAME = 255
 
 
 class Pictures(Protocol):
-    """Pictures by name.
+    """Images by name.
 
     Attributes:
         noun: what they are, for sentences.
@@ -39,7 +39,7 @@ class Pictures(Protocol):
         ...
 
     def open(self, name: str) -> "Image.Image | Video":
-        """One picture as RGB, or the frames of a video."""
+        """One image as RGB, or the frames of a video."""
         ...
 
     def digest(self, name: str) -> str:
@@ -48,11 +48,10 @@ class Pictures(Protocol):
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Image files below one folder."""
+class Files:
+    """Files below one folder."""
 
     root: Path
-    noun = "images"
 
     @property
     def where(self) -> str:
@@ -60,12 +59,6 @@ class Folder:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if not (self.root / name).is_file()]
-
-    def open(self, name: str) -> "Image.Image":
-        # torch comes with this: a benchmark can be scored without it.
-        from llava.processing.clip_image import open_image
-
-        return open_image(self.root / name)
 
     def digest(self, name: str) -> str:
         path = self.root / name
@@ -76,7 +69,19 @@ class Folder:
             raise UserError(f"Cannot read {path}: {error.strerror}.") from error
 
 
-class Videos(Folder):
+class Folder(Files):
+    """Image files below one folder."""
+
+    noun = "images"
+
+    def open(self, name: str) -> "Image.Image":
+        # torch comes with this: a benchmark can be scored without it.
+        from llava.processing.clip_image import open_image
+
+        return open_image(self.root / name)
+
+
+class Videos(Files):
     """Video files below one folder."""
 
     noun = "videos"
@@ -89,7 +94,7 @@ class Videos(Folder):
 
 @dataclass(frozen=True)
 class Inline:
-    """Encoded pictures that stand in a table.
+    """Encoded images that stand in a table.
 
     Attributes:
         names: those there are.
@@ -125,7 +130,7 @@ def file_digest(path: Path, modified: int, size: int) -> str:
 
 
 def digest_of(pictures: Pictures, names: Iterable[str]) -> str:
-    """Hashes of the pictures of one question, in its order; "" for a question without pictures.
+    """Hashes of the images of one question, in its order; "" for a question without images.
 
     The store keeps it with every answer and compares it before the answer is used again. Hashing a file takes a few
     hundredths of the time that decoding it takes.

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from eval.command import exit_on_user_error, make_parser
@@ -77,7 +79,7 @@ class Measured:
 
     Attributes:
         seconds: vision, selection and prefill, whose sum is the time to the first token.
-        preprocess: seconds of tokenizing and of preparing pictures on the CPU, before that time starts.
+        preprocess: seconds of tokenizing and of preparing images on the CPU, before that time starts.
     """
 
     seconds: dict[str, float]
@@ -206,7 +208,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "budget": args.budget,
         "model": args.shape or args.model,
         "distinct_layers": args.distinct if args.shape else None,
-        "layers": len(model.llm.layers),
+        "layers": model.spec.layers,
         "picture": model.conventions,
         "dtype": args.dtype,
         "batch_size": args.batch_size,
@@ -244,11 +246,8 @@ def ratios(full: Measured, ours: Measured) -> dict[str, float]:
     }
 
 
-def noise(seed: int):
-    """A picture without meaning: timing does not depend on what is in it."""
-    import numpy as np
-    from PIL import Image
-
+def noise(seed: int) -> Image.Image:
+    """An image without meaning: timing does not depend on what is in it."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (336, 336, 3), dtype=np.uint8))
 
 
@@ -298,10 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", help=f"random weights in the shape of: {', '.join(SHAPES)}")
     parser.add_argument("--distinct", type=int, default=4, help="with --shape: decoder layers with their own weights")
     parser.add_argument("--layers", type=int, help="with --shape: so many decoder layers instead of all")
-    parser.add_argument("--picture", action="append", default=[], metavar="KEY=VALUE", help="how pictures are read")
+    parser.add_argument("--picture", action="append", default=[], metavar="KEY=VALUE", help="how images are read")
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of the weights")
     parser.add_argument("--device", default="auto", help="torch device")
-    parser.add_argument("--batch-size", type=int, default=1, help="questions in the batch, each about its own picture")
+    parser.add_argument("--batch-size", type=int, default=1, help="questions in the batch, each about its own image")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each method after one warm-up")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 leaves torch's choice")
     parser.add_argument(

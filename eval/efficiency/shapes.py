@@ -2,13 +2,13 @@
 
 import copy
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 from transformers import (
     CLIPTextConfig,
+    LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llava.model.builder import DTYPES
 from llava.model.checkpoint.load import Checkpoint
@@ -54,7 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-CLIP_L_TEXT = {
+CLIP_L_TEXT: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -87,17 +88,19 @@ def random_llava(
     sizes = SHAPES[shape]
     layers = layers or sizes["text"]["num_hidden_layers"]
     of_next = sizes["family"] == "llava_next"
-    config = (LlavaNextConfig if of_next else LlavaConfig)(
-        text_config={**sizes["text"], "num_hidden_layers": min(distinct or layers, layers)},
-        vision_config=sizes.get("vision", CLIP_L_336),
-        image_token_index=32000,
-    )
+    vision = sizes.get("vision", CLIP_L_336)
+    settings: dict[str, Any] = {
+        "text_config": {**sizes["text"], "num_hidden_layers": min(distinct or layers, layers)},
+        "vision_config": vision,
+        "image_token_index": 32000,
+    }
+    config = LlavaNextConfig(**settings) if of_next else LlavaConfig(**settings)
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
     try:
         with no_init_weights():
-            model = (LlavaNextForConditionalGeneration if of_next else LlavaForConditionalGeneration)(config).eval()
+            model = container(config).eval()
     finally:
         torch.set_default_dtype(before)
     # One repeated block of noise: drawing a billion weights takes a minute.
@@ -116,7 +119,7 @@ def random_llava(
     checkpoint = Checkpoint(
         model=model,
         tokenizer=_letters(),
-        image_processor=ImageProcessor(config.vision_config.image_size, config.vision_config.image_size),
+        image_processor=ImageProcessor(vision["image_size"], vision["image_size"]),
         conversation="vicuna_v1",
         name=f"random {shape}",
         layout="transformers",
@@ -129,19 +132,31 @@ def random_llava(
     return (RandomNext if of_next else RandomLlava)(checkpoint, device, **conventions)
 
 
-class RandomClip:
+def container(
+    config: LlavaConfig | LlavaNextConfig,
+) -> LlavaForConditionalGeneration | LlavaNextForConditionalGeneration:
+    """The HF model of a configuration."""
+    if isinstance(config, LlavaNextConfig):
+        return LlavaNextForConditionalGeneration(config)
+    return LlavaForConditionalGeneration(config)
+
+
+class RandomClip(Llava):
     """Adds a CLIP text tower of CLIP-L's shape with random weights."""
 
     @cached_property
     def clip(self) -> ClipText:
-        words = lambda text: [1 + place for place, _ in enumerate(text.split())]  # noqa: E731
+        def words(text: str) -> list[int]:
+            return [1 + place for place, _ in enumerate(text.split())]
+
+        vision: Any = self.tower
         config = CLIPTextConfig(**CLIP_L_TEXT)
         last = config.vocab_size - 1
-        tower = ClipText(config, self.tower.config.hidden_size, self.tower.post_layernorm, words, last - 1, last)
+        tower = ClipText(config, vision.config.hidden_size, vision.post_layernorm, words, last - 1, last)
         return tower.to(self.device).eval().requires_grad_(False)
 
 
-class RandomLlava(RandomClip, Llava):
+class RandomLlava(RandomClip):
     pass
 
 
@@ -149,11 +164,11 @@ class RandomNext(RandomClip, LlavaNext):
     pass
 
 
-def share_layers(llm: nn.Module, layers: int) -> None:
+def share_layers(llm: LlamaModel, layers: int) -> None:
     """Add layers to a decoder that share the weights of its layers, each with its own index."""
     own = len(llm.layers)
     for index in range(own, layers):
-        source = llm.layers[index % own]
+        source = cast(LlamaDecoderLayer, llm.layers[index % own])
         # Parameters in the memo are shared; everything else is copied.
         shared = copy.deepcopy(source, {id(weight): weight for weight in source.parameters()})
         shared.self_attn.layer_idx = index

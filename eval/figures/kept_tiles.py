@@ -1,4 +1,4 @@
-"""The pictures of kept tokens in docs/models.md: one question about a tiled picture and one about a video.
+"""The figures of kept tokens in docs/models.md: one question about a tiled image and one about a video.
 
 python -m eval.figures.kept_tiles
 """
@@ -23,7 +23,7 @@ GAP, LINE = 12, 24
 
 @dataclass(frozen=True)
 class Figure:
-    """One sheet: what several methods keep of one picture.
+    """One sheet: what several methods keep of one image.
 
     Attributes:
         methods: name -> options, at `budget`; "full" comes first by itself.
@@ -63,6 +63,7 @@ FIGURES = (
 def sheet(figure: Figure) -> Image.Image:
     """Methods below each other, each with what it keeps of the set's first question and what the model then answers."""
     data = benchmarks.get(figure.benchmark).load(figure.data, figure.split)
+    assert data.sample_score is not None  # the benchmarks of FIGURES have one
     question = data.questions[0]
     model, sample = load(figure.model), data.sample(question)
     rows = []

@@ -1,24 +1,27 @@
-"""The picture of kept tokens in the README: one question, the same budget, several rankings.
+"""The figure of kept tokens in the README: one question, the same budget, several rankings.
 
 python -m eval.figures.kept_tokens --output docs/images/kept_tokens.png
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from eval import benchmarks
+from eval.benchmarks.base import Dataset, Question
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.figures.overlay import draw_overlay
 from llava.errors import UserError
 from llava.model.builder import load
+from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
 from llava.reduction import registry
 
 # (caption, method, options)
-COLUMNS = (
+COLUMNS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("encoder only", "consensusdrop", {"alpha": "1"}),
     ("question only", "consensusdrop", {"alpha": "0"}),
     ("consensusdrop", "consensusdrop", {}),
@@ -27,8 +30,8 @@ COLUMNS = (
 SIDE, GAP, LINE = 288, 12, 26
 
 
-def draw(model, questions, data, budget: int) -> Image.Image:
-    """A row per question: the picture, then what each method keeps and answers."""
+def draw(model: Llava, questions: Sequence[Question], data: Dataset, budget: int) -> Image.Image:
+    """A row per question: the image, then what each method keeps and answers."""
     width = (len(COLUMNS) + 1) * (SIDE + GAP) + GAP
     height = len(questions) * (SIDE + 3 * LINE) + LINE + GAP
     sheet = Image.new("RGB", (width, height), "white")
@@ -38,14 +41,16 @@ def draw(model, questions, data, budget: int) -> Image.Image:
         pen.text((GAP + column * (SIDE + GAP), 6), caption, fill="black", font=bold)
     for row, question in enumerate(questions):
         sample = data.sample(question)
+        (image,) = sample.images
+        assert isinstance(image, Image.Image) and data.sample_score is not None  # GQA has images and sample scores
         top = LINE + GAP + row * (SIDE + 3 * LINE)
         reducers = [registry.build("full", model.visual_tokens)]
         reducers += [registry.build(method, budget, options) for _, method, options in COLUMNS]
         for column, reducer in enumerate(reducers):
             answer = generate(model, [sample], reducer, max_new_tokens=8).answers[0]
-            picture = draw_overlay(sample.image, answer.trace, upscale=3).resize((SIDE, SIDE), Image.LANCZOS)
+            overlay = draw_overlay(image, answer.trace, upscale=3).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             left = GAP + column * (SIDE + GAP)
-            sheet.paste(picture, (left, top))
+            sheet.paste(overlay, (left, top))
             right = data.sample_score(question, answer.text) == 1
             pen.text((left, top + SIDE + 4), answer.text, fill="#1a7f37" if right else "#b42318", font=bold)
         pen.text((GAP, top + SIDE + LINE), f"{question.question}  (answer: {question.answer})", fill="black", font=font)

@@ -1,4 +1,4 @@
-"""Which parts of a picture the model kept: the reductions of one sample drawn on its image.
+"""Which parts of an image the model kept: the reductions of one sample drawn on it.
 
 Kept patches are clear, patches that were averaged into another one carry the colour of their group, dropped patches
 are dark. The anchor of a group stays clear inside a frame of the group's colour.
@@ -64,7 +64,7 @@ def step_owner(step: Step, patches: int) -> Ints:
         owner[anchor] = np.where(owner[anchor] < 0, np.arange(len(anchor)), owner[anchor])
         return owner
     if step.place == "input":
-        # A smaller picture: no patch is dropped, each is part of the nearest token.
+        # A smaller image: no patch is dropped, each is part of the nearest token.
         return nearest(anchor, grid_of(reduction.inputs))
     owner = np.full(reduction.inputs, -1)
     owner[anchor] = np.arange(len(anchor))
@@ -105,7 +105,7 @@ def draw_overlay(
     Args:
         trace: the steps of one sample, in order; without steps everything was kept.
         grid: rows and columns of the vision tower's patches; a number for a square, None to take it from the trace.
-        upscale: enlarge the picture by this whole factor, small pictures are easier to read so.
+        upscale: enlarge the image by this whole factor, small images are easier to read so.
         padded: the grid covers the image padded to a square, as LLaVA-1.5 sees it. False: it covers the image.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Overlays of whole samples: one panel per picture, base image and tiles side by side, or all frames of a video."""
+"""Overlays of whole samples: one panel per image, base image and tiles side by side, or all frames of a video."""
 
 from collections.abc import Sequence
 
@@ -28,12 +28,13 @@ def draw_answer(sample: Sample, answer: Answer) -> list[Image.Image]:
         if run is not None and (len(run.crops) > 1 or len(run.newlines) or run.grid[0] != run.grid[1]):
             drawn.append(draw_crops(picture, trace, run, upscale))
         else:
+            assert isinstance(picture, Image.Image)  # the layout of a video has several frames
             drawn.append(draw_overlay(picture, trace, upscale=upscale))
     return drawn
 
 
 def draw_original(picture: Image.Image | Video) -> Image.Image:
-    """The picture without an overlay, enlarged as `draw_answer` does it; of a video its frames in two rows."""
+    """The image without an overlay, enlarged as `draw_answer` does it; of a video its frames in two rows."""
     frames = [frame.convert("RGB") for frame in (picture.frames if isinstance(picture, Video) else [picture])]
     upscale = upscale_of(picture)
     return frame_sheet(
@@ -42,7 +43,7 @@ def draw_original(picture: Image.Image | Video) -> Image.Image:
 
 
 def upscale_of(picture: Image.Image | Video) -> int:
-    """Small pictures are drawn twice as large."""
+    """Small images are drawn twice as large."""
     first = picture.frames[0] if isinstance(picture, Video) else picture
     return 2 if max(first.size) < 400 else 1
 
@@ -56,15 +57,15 @@ def frame_sheet(panels: Sequence[Image.Image]) -> Image.Image:
 def draw_crops(
     picture: Image.Image | Video, trace: Sequence[Step], arrangement: TokenLayout, upscale: int = 1
 ) -> Image.Image:
-    """Draw the fate of every patch, one panel per view of the picture.
+    """Draw which patches were kept, merged and dropped, one panel per view of the image.
 
     Args:
-        trace: the steps of this picture, in order.
-        arrangement: the run that the model takes without reduction.
+        trace: the steps of this image, in order.
+        arrangement: layout of the tokens that the model takes without reduction.
 
     Returns:
-        RGB. Of a tiled picture: the whole picture as the small copy shows it, and as the tiles show it; where no tile
-        patch survives unpadding the picture is dark. Of a video: its frames in two rows.
+        RGB. Of a tiled image: one panel for the base image and one for the tiles, which is dark where unpadding left no
+        tile patch. Of a video: its frames in two rows.
     """
     run = arrangement
     if trace and trace[0].reduction.inputs != run.tokens:
@@ -75,21 +76,21 @@ def draw_crops(
         return frame_sheet(panels)
     panels = [_panel(picture, _grid_of(run, 0), fate, upscale)]
     if run.tiles is not None:
-        panels.append(_panel(picture, _stitched_grid(run), fate, upscale))
+        panels.append(_panel(picture, _stitched_grid(run, run.tiles), fate, upscale))
     return beside(panels)
 
 
 def _grid_of(run: TokenLayout, number: int) -> NDArray[np.int64]:
-    """[rows, columns] place in the run of every patch of a crop."""
+    """[rows, columns]: index of the token of every patch of a tile."""
     table = np.full(run.grid[0] * run.grid[1], NONE)
     crop = run.crops[number]
     table[crop.patches.numpy()] = crop.indices.numpy()
     return table.reshape(run.grid)
 
 
-def _stitched_grid(run: TokenLayout) -> NDArray[np.int64]:
+def _stitched_grid(run: TokenLayout, tiles: tuple[int, int]) -> NDArray[np.int64]:
     """The same of all tiles together, without the rows and columns that unpadding took off."""
-    down, across = run.tiles
+    down, across = tiles
     rows = [np.concatenate([_grid_of(run, 1 + row * across + i) for i in range(across)], 1) for row in range(down)]
     table = np.concatenate(rows)
     used = table != NONE
@@ -97,7 +98,7 @@ def _stitched_grid(run: TokenLayout) -> NDArray[np.int64]:
 
 
 def _panel(image: Image.Image, grid: NDArray[np.int64], fate: PatchAssignment, upscale: int) -> Image.Image:
-    """The picture with every cell of the grid stretched over it and painted by the fate of its token."""
+    """The image under the grid; each cell is painted by what became of its token."""
     image = image.convert("RGB")
     image = image.resize((image.width * upscale, image.height * upscale), Image.Resampling.NEAREST)
     row = np.arange(image.height) * grid.shape[0] // image.height

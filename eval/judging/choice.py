@@ -173,7 +173,7 @@ def _from_disk(judging: Judging, path: Path, asked: Sequence[str], texts: Mappin
     verdicts = judging.read(path)
     _check_cover(path, asked, verdicts)
     about = {name: judging.text(verdicts[name]) for name in asked}
-    other = [name for name in asked if about[name] is not None and about[name].strip() != texts[name].strip()]
+    other = [name for name in asked if (text := about[name]) is not None and text.strip() != texts[name].strip()]
     if other:
         raise UserError(
             f"{path} judges other answers to {len(other):,} of {len(asked):,} questions ({first_names(other)}); "

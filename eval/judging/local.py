@@ -3,10 +3,13 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from eval.judging import Request
 from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
 
 # For judges without a limit on the reply; a verdict of these is one line.
 LONGEST_REPLY = 256
@@ -53,19 +56,23 @@ class LocalModel:
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             )
         fresh = output[0, inputs["input_ids"].shape[1] :]
-        return self.tokenizer.decode(fresh, skip_special_tokens=True).strip(), self.name
+        # transformers types the text of one sequence and the texts of a batch alike.
+        text = cast(str, self.tokenizer.decode(fresh, skip_special_tokens=True))
+        return text.strip(), self.name
 
     def cost(self, tokens_in: int, tokens_out: int) -> None:
         """Time, no money."""
         return None
 
-    def _inputs(self, messages: Sequence[Mapping[str, str]]) -> Any:
+    def _inputs(self, messages: Sequence[Mapping[str, str]]) -> "BatchEncoding":
         from jinja2.exceptions import TemplateError
 
-        def apply(turns: Sequence[Mapping[str, str]]) -> Any:
-            return self.tokenizer.apply_chat_template(
-                list(turns), add_generation_prompt=True, return_tensors="pt", return_dict=True
-            ).to(self.model.device)
+        def apply(turns: Sequence[Mapping[str, str]]) -> "BatchEncoding":
+            found = self.tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            # transformers types every result of apply_chat_template alike; with return_dict it is this one.
+            return cast("BatchEncoding", found).to(self.model.device)
 
         try:
             return apply(messages)

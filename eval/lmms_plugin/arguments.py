@@ -20,7 +20,7 @@ PLAIN = (
     "quantization",
     "text_tower",
 )
-# "set.alpha=0.5" is an option of the method, "picture.merge=spatial" a choice of reading pictures.
+# "set.alpha=0.5" is an option of the method, "picture.merge=spatial" a choice of reading images.
 GROUPS = ("set", "picture")
 DTYPES = ("float32", "bfloat16", "float16")
 

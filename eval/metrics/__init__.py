@@ -19,7 +19,7 @@ class SufficientStatistics:
     Attributes:
         unit: what one row is, for sentences: "question", "image pair", "group".
         names: [units] stable ids, the same for every answer file of a benchmark.
-        clusters: [units] label of what has to be drawn together, mostly the picture.
+        clusters: [units] label of what has to be drawn together, mostly the image.
         sums: [units, terms].
         value: sums [..., terms] -> the number [...], vectorised over the leading dimensions.
         proportion: whether the number is 100 times a mean of sample scores in [0, 1], a row of `sums` being (sample

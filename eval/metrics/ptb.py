@@ -9,7 +9,7 @@ not reproduced.
 Kept as they are, because the scores depend on them:
   - brackets become words ("-lrb-"): the official list of marks to drop has them in capitals only;
   - "!?" and the like are one mark that is on no list, so they stay;
-  - a full stop after a word stays with it in front of "," ";" or ":" ("dog., man" -> "dog. man").
+  - a full stop after a word stays with it before "," ";" or ":" ("dog., man" -> "dog. man").
 """
 
 import re
@@ -37,7 +37,7 @@ SHORTENED = """
 """
 # These only with a capital letter, as without it they are words.
 STATES = ("Ark", "Az", "Del", "Ill", "La", "Mass", "Miss", "Ore", "Pa", "Tex", "Wash")
-# These only in front of a number.
+# These only before a number.
 NUMBERED = ("ca", "no", "nos", "op", "pp", "art", "fig", "figs", "prop")
 
 # Letters and digits of words; fractions and raised digits stand alone although Unicode counts them as word characters.

@@ -44,7 +44,7 @@ def timing_record(batch: "Batch", conditions: Mapping[str, Any]) -> dict[str, An
 
 
 def summarise_audit(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means of what was really computed, over the samples that have a picture: the others have no visual tokens."""
+    """Means of what was really computed, over the samples that have an image: the others have no visual tokens."""
     total, records = len(records), [record for record in records if record["visual_tokens"]] or records
     depth = min(len(record["entering"]) for record in records)
     return {
@@ -62,10 +62,10 @@ def check_budget_kept(records: Sequence[Mapping[str, Any]], rounding: float) -> 
     """An audited mean that is not the planned one is an error, not a footnote.
 
     Args:
-        records: audits; samples whose pictures decide how many tokens stay have no plan and are left out.
+        records: audits; samples whose images decide how many tokens stay have no plan and are left out.
         rounding: how far the method may be off by its own documentation.
     """
-    # Questions without a picture have nothing to keep: they would only water a deviation down.
+    # Questions without an image have nothing to keep: they would only water a deviation down.
     bound = [record for record in records if record["planned"] is not None and record["visual_tokens"]]
     if not bound:
         return
@@ -177,6 +177,6 @@ def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         found.append(f"Vision and TTFT of {old:,} of {len(lines):,} batches include preprocessing (earlier version).")
     if kept := sum(bool(line.get("remembered_features")) for line in lines):
         found.append(
-            f"Vision and TTFT of {kept:,} of {len(lines):,} batches leave out pictures encoded in an earlier run."
+            f"Vision and TTFT of {kept:,} of {len(lines):,} batches leave out images encoded in an earlier run."
         )
     return found

@@ -78,7 +78,7 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
 
 
 def hardware(device: str) -> str:
-    """The name of the chip behind a torch device; timings mean nothing without it."""
+    """The name of the chip of a torch device; timings mean nothing without it."""
     if device.startswith("cuda"):
         import torch
 

@@ -1,8 +1,8 @@
 """Confidence intervals of a score, and paired tests between two scores on the same questions.
 
-Every score is a function of sums over units (`SufficientStatistics`, the sufficient statistics of the metric), and units that share a
-cluster label, mostly a picture, are drawn together: answers about one picture are not independent. There is one
-function for intervals, `interval`, and one for differences, `compare`; reports, tables and sweeps use these two.
+Every score is a function of sums over units, the metric's `SufficientStatistics`. Units that share a cluster label,
+mostly an image, are drawn together: answers about one image are not independent. There is one function for intervals,
+`interval`, and one for differences, `compare`; reports, tables and sweeps use these two.
 docs/evaluation.md states the rules for readers.
 """
 
@@ -67,7 +67,7 @@ def interval(terms: SufficientStatistics, resamples: int = RESAMPLES, seed: int 
     per cluster, and scores of 0 or 100 %, where the bootstrap returns a single point. The number of trials is the
     number of clusters. For other scores that do not vary between resamples there is no interval.
 
-    Takes 0.1 s for 400 pictures and about 5 s for the 40,504 pictures of VQAv2 val (one core).
+    Takes 0.1 s for 400 images and about 5 s for the 40,504 images of VQAv2 val (one core).
     """
     rows = summed_by_cluster(terms)
     mean = float(terms.value(rows.sum(0)))
@@ -166,7 +166,9 @@ def compare_scores(
     return compare(accuracy_terms(a, clusters), accuracy_terms(b, clusters), resamples)
 
 
-def accuracy_terms(scores: Mapping[str, float], clusters: Mapping[str, str], unit: str = "image") -> SufficientStatistics:
+def accuracy_terms(
+    scores: Mapping[str, float], clusters: Mapping[str, str], unit: str = "image"
+) -> SufficientStatistics:
     """The sufficient statistics of an accuracy: question id -> sample score, drawn by cluster."""
     return ratio_terms({name: scores[name] for name in sorted(scores)}, clusters, unit, proportion=True)
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: settings, progress, final numbers, a table of samples and pictures of kept tokens.
+"""Weights & Biases: settings, progress, final numbers, a table of samples and overlays of kept tokens.
 
 Logging never asks a question, never waits long, and works without network or home folder. A failure of W&B is reported
 on standard error and changes neither the run nor its files.
@@ -6,7 +6,6 @@ on standard error and changes neither the run nor its files.
 A folder's W&B run has a fixed id, kept in its file `wandb_id`: continuing the folder continues the W&B run.
 """
 
-import contextlib
 import netrc
 import os
 import secrets
@@ -16,11 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from eval import benchmarks
-from eval.results import baseline
 from eval.answers import flatten
 from eval.config import RunConfig
-from llava.errors import UserError
+from eval.results import baseline
 
 if TYPE_CHECKING:
     from llava.processing.sample import Sample
@@ -29,9 +26,9 @@ from llava.pipeline.answer import Answer, Batch
 PROJECT = "visual-token-reduction"
 ID_FILE = "wandb_id"
 TABLE_ROWS = 200
-TABLE_PICTURES = 32  # rows of the sample table with pictures
+TABLE_PICTURES = 32  # rows of the sample table with images
 PICTURES = 8
-SIDE = 448  # longest side of a picture in the sample table
+SIDE = 448  # longest side of an image in the sample table
 COLUMNS = (
     "question_id",
     "picture",
@@ -58,7 +55,7 @@ class Tracker:
         answered: int,
         accuracy: float | None,
     ) -> None:
-        """One batch is stored; `accuracy` (percent) is over all `answered` questions so far, None without credits."""
+        """One batch is stored; `accuracy` (percent) is over all `answered` questions so far, or None."""
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Numbers of a training step."""
@@ -67,7 +64,7 @@ class Tracker:
         """The run is complete.
 
         Args:
-            rows: returns the sample table in the order of COLUMNS, the picture or None and None for the kept tokens.
+            rows: returns the sample table in the order of COLUMNS, the image or None and None for the kept tokens.
         """
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -152,7 +149,7 @@ class WandbTracker(Tracker):
         self._run.log({"samples": self._wandb.Table(columns=list(COLUMNS), data=data)}, step=self._answered)
 
     def _thumbnails(self, pictures: Sequence[Any]) -> Any:
-        """Pictures side by side, small enough for a table."""
+        """Images side by side, small enough for a table."""
         from eval.figures.overlay_tiles import beside
 
         picture = beside(pictures)
@@ -160,7 +157,7 @@ class WandbTracker(Tracker):
         return self._wandb.Image(picture, file_type="jpg")
 
     def _log_pictures(self) -> None:
-        """The first pictures of this process, each beside the tokens that were kept of it."""
+        """The first images of this process, each beside the tokens that were kept of it."""
         from eval.figures.overlay_tiles import beside, draw_answer, draw_original
 
         pictures = []
@@ -383,7 +380,7 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def images_of(picture: Any) -> tuple[Any, ...]:
-    """The pictures of a sample, of which there may be several."""
+    """The images of a sample, of which there may be several."""
     return picture if isinstance(picture, tuple) else (picture,)
 
 

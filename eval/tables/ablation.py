@@ -1,4 +1,4 @@
-"""One factor at a time around a method's defaults, on the embedded validation split.
+"""One factor at a time around a method's defaults, on the validation split of the toy GQA benchmark.
 
 Defaults are chosen here, never on `testdev`. Each page of a paper has a module beside this one that lists its factors.
 """
@@ -10,9 +10,10 @@ from pathlib import Path
 
 from eval.config import DEFAULT_DATA, ROOT
 from eval.results import statistics
-from eval.sweep import Credits, Setting, describe, sweep
+from eval.sweep import CachingLlava, Credits, Setting, describe, sweep
 from eval.tables.page import csv_numbers, difference_text, insert, markdown
 from llava.errors import UserError
+from llava.model.llava_arch import Llava
 from llava.reduction import registry
 from llava.reduction.crop_budget import require
 
@@ -41,7 +42,7 @@ def defaults(method: str) -> dict[str, str]:
 
 
 def text_of(value: object) -> str:
-    """An option's value as it is typed behind `--set`."""
+    """An option's value as it is typed after `--set`."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
 
@@ -61,7 +62,7 @@ def changed(options: dict[str, str], usual: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in options.items() if not same(value, usual[key])}
 
 
-def ablate(ablation: Ablation, model, budgets: Sequence[int], output: Path) -> None:
+def ablate(ablation: Ablation, model: CachingLlava, budgets: Sequence[int], output: Path) -> None:
     """Run every factor at every budget; write the page's table and docs/tables/<method>_ablation.csv."""
     usual = defaults(ablation.method)
     entries = [(title, options) for title, group in ablation.factors for options in group]
@@ -74,7 +75,8 @@ def ablate(ablation: Ablation, model, budgets: Sequence[int], output: Path) -> N
     scores = sweep(settings, model, DEFAULT_DATA, "val", output)
     credits = {(s.budget, describe(s)): credit for s, credit in zip(settings, scores, strict=True)}
     groups = image_of("val")
-    rows, numbers = [], []
+    rows: list[list[str]] = []
+    numbers: list[list[object]] = []
     for title, options in entries:
         label = ", ".join(f"{key} {value}" for key, value in options.items())
         cells = []
@@ -94,10 +96,10 @@ def ablate(ablation: Ablation, model, budgets: Sequence[int], output: Path) -> N
     )
 
 
-def fits(setting: Setting, model) -> bool:
+def fits(setting: Setting, model: Llava) -> bool:
     """Whether the method can run so on this model at this budget."""
     try:
-        require(registry.build(setting.method, setting.budget, setting.options), model.spec)
+        require(registry.build(setting.method, setting.budget or model.visual_tokens, setting.options), model.spec)
     except UserError:
         return False
     return True
@@ -125,13 +127,13 @@ def interval(credit: Credits, groups: dict[str, str]) -> statistics.Interval:
 
 
 def image_of(split: str) -> dict[str, str]:
-    """Question id -> image: questions about one picture are resampled together."""
+    """Question id -> image: questions about one image are resampled together."""
     from eval import benchmarks
 
     return {q.id: q.image for q in benchmarks.get("gqa").load(DEFAULT_DATA, split).questions}
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])

@@ -75,7 +75,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 def score_rows(results: Path) -> list[list[str]]:
-    """Main metric of the embedded models with and without reduction, on the same questions."""
+    """Main metric of the bundled toy models with and without reduction, on the same questions."""
     rows = []
     for benchmark in reported():
         full = result_of(results / benchmark.name / "full")

@@ -1,4 +1,4 @@
-"""ConsensusDrop on the embedded benchmark: the ablation on `val`, the claims and the budget table on `testdev`.
+"""ConsensusDrop on the toy benchmark: the ablation on `val`, the claims and the budget table on `testdev`.
 
     python -m eval.tables.consensusdrop ablation     # choose defaults here, never on testdev
     python -m eval.tables.consensusdrop claims       # report here
@@ -59,7 +59,8 @@ FACTORS: tuple[tuple[str, Sequence[dict[str, str]]], ...] = (
     ("position ids", [{"positions": p} for p in ("renumber", "original")]),
 )
 
-CLAIMS = (
+# (claim, options of the first setting, options of the second)
+CLAIMS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
     ("fused beats encoder only", {}, {"alpha": "1"}),
     ("fused beats cross-modal only", {}, {"alpha": "0"}),
     ("rank fusion beats the raw average", {}, {"fusion": "raw"}),
@@ -67,7 +68,8 @@ CLAIMS = (
     ("merging beats bare anchors (same tokens, members dropped)", {}, {"weights": "none"}),
 )
 
-CURVES = (
+# (label, method, options)
+CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("consensusdrop", "consensusdrop", {}),
     ("encoder only", "consensusdrop", {"alpha": "1"}),
     ("cross-modal only", "consensusdrop", {"alpha": "0"}),
@@ -76,8 +78,11 @@ CURVES = (
     ("downsample", "downsample", {}),
 )
 
+# (label of CURVES, budget) -> sample scores
+Curve = dict[tuple[str, int], Credits]
 
-def claims(model, budgets: Sequence[int], output: Path) -> None:
+
+def claims(model: CachingLlava, budgets: Sequence[int], output: Path) -> None:
     """The paper's claims and the budget table, on the test split, defaults as they are."""
     usual = defaults("consensusdrop")
     full = Setting("full", None)
@@ -99,7 +104,10 @@ def claims(model, budgets: Sequence[int], output: Path) -> None:
         (s.method, s.budget, describe(s)): c
         for s, c in zip(settings, sweep(settings, model, DEFAULT_DATA, "testdev", output), strict=True)
     }
-    find = lambda s: scores[s.method, s.budget, describe(s)]  # noqa: E731
+
+    def find(setting: Setting) -> Credits:
+        return scores[setting.method, setting.budget, describe(setting)]
+
     groups = image_of("testdev")
     budget_table(find(full), {key: find(s) for key, s in curve.items()}, budgets, groups)
     claim_table({key: (find(a), find(b)) for key, (a, b) in pairs.items()}, budgets, groups)
@@ -110,10 +118,10 @@ def claims(model, budgets: Sequence[int], output: Path) -> None:
     accuracy_plot(IMAGES / "accuracy.png", interval(find(full), groups), points, model.visual_tokens)
 
 
-def budget_table(full: Credits, curve: dict, budgets: Sequence[int], groups) -> None:
+def budget_table(full: Credits, curve: Curve, budgets: Sequence[int], groups: dict[str, str]) -> None:
     everything = interval(full, groups)
     rows = [["full (576)", *[score_text(everything)] * len(budgets)]]
-    numbers = [["full", 576, *csv_numbers(everything.mean, everything.low, everything.high)]]
+    numbers: list[list[object]] = [["full", 576, *csv_numbers(everything.mean, everything.low, everything.high)]]
     for name, _, _ in CURVES:
         cells = []
         for budget in budgets:
@@ -125,8 +133,11 @@ def budget_table(full: Credits, curve: dict, budgets: Sequence[int], groups) -> 
     write_csv(TABLES / "consensusdrop_budgets.csv", ["method", "budget", "accuracy", "low", "high"], numbers)
 
 
-def claim_table(pairs: dict, budgets: Sequence[int], groups) -> None:
-    rows, numbers = [], []
+def claim_table(
+    pairs: dict[tuple[str, int], tuple[Credits, Credits]], budgets: Sequence[int], groups: dict[str, str]
+) -> None:
+    rows: list[list[str]] = []
+    numbers: list[list[object]] = []
     for claim, _, _ in CLAIMS:
         cells = []
         for budget in budgets:
@@ -149,7 +160,7 @@ def verdict_of(found: Comparison) -> str:
     return "holds" if found.difference > 0 else "fails"
 
 
-def family_table(full: Credits, curve: dict, groups) -> None:
+def family_table(full: Credits, curve: Curve, groups: dict[str, str]) -> None:
     """Accuracy by question family and kind of scene at 64 tokens."""
     from eval.answers.jsonl import read_json
 

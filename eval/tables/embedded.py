@@ -1,4 +1,4 @@
-"""All methods at equal budgets on the embedded GQA test split: accuracy, cost, and which differences are significant.
+"""All methods at equal budgets on the toy GQA test split: accuracy, cost, and which differences are significant.
 
     python -m eval.tables.embedded answers [--budgets 64,32]   # runs; several processes may share the budgets
     python -m eval.tables.embedded tables                      # needs all answers; measures the time to first token
@@ -9,6 +9,7 @@ docs/images/embedded_cost.png.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from eval.tables.ablation import TABLES, fits, image_of, interval, write_csv
 from eval.tables.page import csv_numbers, insert, latex, markdown, score_text
 from llava.errors import UserError
 from llava.model.builder import load
+from llava.model.llava_arch import Llava
 from llava.processing.sample import Sample
 from llava.reduction import registry
 
@@ -43,8 +45,8 @@ class Cell:
         tokens: visual tokens that entered a layer, mean over layers.
         kv_bytes: per question.
         flops: per question, tower to first token, as the batches of the sweep computed them.
-        ttft: seconds on the embedded model, batch size 1; None before it was measured.
-        by_kept: the budget counts tokens kept behind the pruning layer, not the mean.
+        ttft: seconds on the bundled toy model, batch size 1; NaN before it was measured.
+        by_kept: the budget counts tokens kept after the pruning layer, not the mean.
     """
 
     setting: Setting
@@ -54,12 +56,12 @@ class Cell:
     kv_bytes: float
     flops: float
     by_kept: bool
-    ttft: float | None = None
+    ttft: float = math.nan
 
 
-def setting_of(name: str, budget: int, model) -> Setting | None:
+def setting_of(name: str, budget: int, model: Llava) -> Setting | None:
     """The method at this budget; by kept tokens if the mean is out of reach; None if it cannot run at all."""
-    options = [{}, BY_KEPT] if "schedule" in registry.options_of(registry.method(name)) else [{}]
+    options: list[dict[str, str]] = [{}, BY_KEPT] if "schedule" in registry.options_of(registry.method(name)) else [{}]
     for choice in options:
         setting = Setting(name, budget, choice)
         try:
@@ -70,14 +72,14 @@ def setting_of(name: str, budget: int, model) -> Setting | None:
     return None
 
 
-def settings(budgets: Sequence[int], model) -> list[Setting]:
+def settings(budgets: Sequence[int], model: Llava) -> list[Setting]:
     names = [name for name in registry.names() if name != "full"]
     found = [setting_of(name, budget, model) for budget in budgets for name in names]
     return [setting for setting in found if setting is not None]
 
 
-def read_cell(setting: Setting, model, output: Path, groups: dict[str, str]) -> Cell:
-    """What a finished run left behind."""
+def read_cell(setting: Setting, model: Llava, output: Path, groups: dict[str, str]) -> Cell:
+    """The numbers of a finished run."""
     folder = output / SPLIT / name_of(setting, model.visual_tokens)
     if not (folder / "result.json").is_file():
         raise UserError(f"{folder} holds no result; run `python -m eval.tables.embedded answers` first.")
@@ -95,7 +97,7 @@ def read_cell(setting: Setting, model, output: Path, groups: dict[str, str]) -> 
     )
 
 
-def times(found: Sequence[Setting], model, repeats: int) -> list[float]:
+def times(found: Sequence[Setting], model: Llava, repeats: int) -> list[float]:
     """Seconds to the first token, all settings in turns in one process, tower included."""
     reducers = {
         str(i): registry.build(s.method, s.budget or model.visual_tokens, s.options) for i, s in enumerate(found)
@@ -157,7 +159,7 @@ def overview(full: Cell, cells: dict[int, dict[str, Cell]]) -> tuple[list[str], 
     return ["method", *(f"{b} tokens" for b in BUDGETS)], rows
 
 
-def sentences(cells: dict[int, dict[str, Cell]], pairs: dict[int, dict]) -> str:
+def sentences(cells: dict[int, dict[str, Cell]], pairs: dict[int, dict[tuple[str, str], Comparison]]) -> str:
     """In words, what is significant at each budget."""
     lines = []
     for budget in BUDGETS:
@@ -199,7 +201,7 @@ def write(full: Cell, cells: dict[int, dict[str, Cell]], groups: dict[str, str])
     cost_plot(IMAGES / "embedded_cost.png", (full.flops / 1e9, full.accuracy), points)
 
 
-def _numbers(name: str, budget: int, cell: Cell, full: Cell) -> list:
+def _numbers(name: str, budget: int, cell: Cell, full: Cell) -> list[object]:
     found = cell.accuracy
     return [
         name,
@@ -236,7 +238,7 @@ def main() -> int:
     return 0
 
 
-def build_tables(model, output: Path, repeats: int) -> None:
+def build_tables(model: Llava, output: Path, repeats: int) -> None:
     """Read all runs, time them, write everything."""
     from dataclasses import replace
 

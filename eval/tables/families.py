@@ -1,4 +1,4 @@
-"""All methods on the embedded LLaVA-NeXT and the embedded Video-LLaVA: accuracy at a few budgets.
+"""All methods on the bundled toy LLaVA-NeXT and toy Video-LLaVA: accuracy at a few budgets.
 
     python -m eval.tables.families next answers [--budgets 320]   # several processes may share the budgets
     python -m eval.tables.families next tables                    # needs all answers
@@ -26,6 +26,7 @@ from eval.tables.embedded import BY_KEPT, MARK, setting_of
 from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
 from llava.errors import UserError, unknown
 from llava.model.builder import load
+from llava.model.llava_arch import Llava
 from llava.reduction import registry
 
 PAGE = ROOT / "docs" / "models.md"
@@ -33,10 +34,10 @@ PAGE = ROOT / "docs" / "models.md"
 
 @dataclass(frozen=True)
 class Family:
-    """One embedded model and its benchmark.
+    """One bundled toy model and its benchmark.
 
     Attributes:
-        budgets: visual tokens per picture or video; tables are sorted by the first.
+        budgets: visual tokens per image or video; tables are sorted by the first.
         batch_size: questions at once; unreduced runs are long.
     """
 
@@ -54,11 +55,11 @@ FAMILIES = {
 }
 
 
-def settings(family: Family, budgets: Sequence[int], model) -> list[Setting]:
+def settings(family: Family, budgets: Sequence[int], model: Llava) -> list[Setting]:
     """Every method at every budget that it can meet, by kept tokens where the mean is out of reach."""
     names = [name for name in registry.names() if name != "full"]
     found = [setting_of(name, budget, model) for budget in budgets for name in names]
-    # Reducing inside the tower needs whole crops, which unpadding leaves nowhere.
+    # Reducing inside the tower needs whole tiles, and unpadding cuts them.
     return [s for s in found if s is not None and s.method not in ("tome", "downsample")]
 
 
@@ -93,7 +94,7 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
     mean = {key: sum(credit.values()) / len(credit) for key, (_, credit, _) in found.items()}
     order = sorted(methods, key=lambda method: -mean.get((method, first), 0.0))
     rows = [[f"`full` ({tokens:.0f} tokens)", *([score_text(interval(full, groups))] * len(budgets)), ""]]
-    lines = [["full", "", f"{tokens:.1f}", *numbers(interval(full, groups))]]
+    lines: list[list[object]] = [["full", "", f"{tokens:.1f}", *numbers(interval(full, groups))]]
     best = found[order[0], first][1]
     for method in order:
         cells = []

@@ -63,7 +63,7 @@ PAPERS = {
             ("place of contextual tokens", choices("order", "appended", "raster")),
             ("dominant for one contextual", choices("ratio", "0", "1", "3", "7", "15")),
             ("first stage, times the budget; 1: encoder alone", choices("start", "1", "1.25", "1.5", "2", "3")),
-            ("decoder stages in front of layers", choices("layers", "", "1,3,5", "2,4", "4")),
+            ("decoder stages before layers", choices("layers", "", "1,3,5", "2,4", "4")),
             ("the release", choices("official", "false", "true")),
         ),
         rows={
@@ -97,13 +97,14 @@ PAPERS = {
 }
 
 
-def budget_table(name: str, paper: Paper, model, budgets: Sequence[int], output: Path) -> None:
+def budget_table(name: str, paper: Paper, model: CachingLlava, budgets: Sequence[int], output: Path) -> None:
     """Accuracy of every row at every budget, and its difference to the first row."""
     wanted = {(label, b): Setting(method, b, o) for label, (method, o) in paper.rows.items() for b in budgets}
     wanted = {key: setting for key, setting in wanted.items() if fits(setting, model)}
     found = dict(zip(wanted, sweep(list(wanted.values()), model, DEFAULT_DATA, "testdev", output), strict=True))
     groups = image_of("testdev")
-    rows, numbers = [], []
+    rows: list[list[str]] = []
+    numbers: list[list[object]] = []
     for label in paper.rows:
         cells = []
         for budget in budgets:

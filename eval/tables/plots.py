@@ -42,7 +42,7 @@ def accuracy_plot(
     axes.set_xlim(budgets[0] * 0.88, budgets[-1] * 1.14)
     axes.set_xlabel("visual tokens per image that enter the language model")
     axes.set_ylabel("accuracy, %")
-    axes.set_title(title or "Embedded GQA test set, embedded model (95 % intervals over images)", fontsize=10)
+    axes.set_title(title or "Toy GQA test set, bundled toy model (95 % intervals over images)", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
@@ -54,14 +54,14 @@ def accuracy_plot(
 # Panels of the cost plot; what is in none of them goes into the last.
 FAMILIES = (
     ("the three papers and controls", ("consensusdrop", "visiondrop", "attnmix", "random", "uniform", "downsample")),
-    ("by saliency, behind the tower", ("fastervlm", "visionzip", "hired", "holov", "prumerge", "prumerge_plus")),
-    ("by diversity or question, behind the tower", ("vispruner", "divprune", "scope", "cdpruner", "trim", "tome")),
+    ("by saliency, after the tower", ("fastervlm", "visionzip", "hired", "holov", "prumerge", "prumerge_plus")),
+    ("by diversity or question, after the tower", ("vispruner", "divprune", "scope", "cdpruner", "trim", "tome")),
     ("inside the language model", ("fastv", "pyramiddrop", "sparsevlm", "dart", "vscan")),
 )
 
 
 def cost_plot(path: Path, full: tuple[float, Interval], points: Mapping[str, Sequence[tuple[float, Interval]]]) -> None:
-    """Accuracy against operations to the first token, one panel per family, all other methods in grey behind."""
+    """Accuracy against operations to the first token, one panel per family, all other methods in grey."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,7 +91,7 @@ def cost_plot(path: Path, full: tuple[float, Interval], points: Mapping[str, Seq
         panel.set_xlabel("GFLOP per question, tower to first token")
     for panel in axes[:, 0]:
         panel.set_ylabel("accuracy, %")
-    figure.suptitle("Embedded GQA test split, embedded model, budgets 192, 128, 64, 32; star: full", fontsize=11)
+    figure.suptitle("Toy GQA test split, bundled toy model, budgets 192, 128, 64, 32; star: full", fontsize=11)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

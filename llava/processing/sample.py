@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from llava.processing.video import Video
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,12 @@ class Sample:
     id: str
     question: str
     suffix: str = ""
-    image: Image.Image | tuple[Image.Image, ...] | None = None
+    image: "Image.Image | Video | tuple[Image.Image | Video, ...] | None" = None
     image_id: str | None = None
     history: tuple[tuple[str, str], ...] = ()
 
     @cached_property
-    def images(self) -> tuple[Image.Image, ...]:
+    def images(self) -> "tuple[Image.Image | Video, ...]":
         """All images, in the order in which they stand before the question."""
         if self.image is None:
             return ()

@@ -32,7 +32,7 @@ def dataset(
     """A caption data set.
 
     Args:
-        images: image id -> name among the pictures, in the order they are asked in.
+        images: image id -> name in `pictures`, in the order they are asked in.
         references: image id -> captions; empty for a split that a server scores.
         domains: image id -> part of the set.
         server: what scores a split without references.

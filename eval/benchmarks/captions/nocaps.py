@@ -11,6 +11,7 @@ a column "domain", CIDEr is broken down by it as for the official file.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,12 +87,16 @@ def from_mirror(data: Path, split: str, source: str) -> Dataset:
     images: dict[str, str] = {}
     references: dict[str, list[str]] = {}
     domains: dict[str, str] = {}
-    records: list[TestRow] | list[ValidationRow] = table.records(ValidationRow if scored else TestRow)
+    records: Sequence[TestRow]
+    if scored:
+        captioned = table.records(ValidationRow)
+        references = {str(record["image_id"]): record["annotations_captions"] for record in captioned}
+        records = captioned
+    else:
+        records = table.records(TestRow)
     for row, record in enumerate(records):
         name = str(record["image_id"])
         captioning.add(images, name, f"{row}/image", table.where)
-        if scored:
-            references[name] = record["annotations_captions"]
         if domain := record.get("domain"):
             domains[name] = domain
     return finish(

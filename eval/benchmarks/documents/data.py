@@ -43,7 +43,7 @@ class Documents:
         title: for sentences.
         config: its configuration on the hub.
         kinds: optional column with the groups a question belongs to, and the breakdown's name.
-        picture: optional columns that together name the picture, which several questions share.
+        picture: optional columns that together name the image, which several questions share.
         submission: name of the file that the server reads.
         expected: questions of each split.
     """
@@ -100,7 +100,7 @@ def load(documents: Documents, data: Path, split: str, profile: str, source: str
 
 
 def picture_key(record: Mapping[str, Any], columns: Sequence[str], row: int) -> Any:
-    """What names a row's picture; the row where the table does not say it."""
+    """What names a row's image; the row where the table does not say it."""
     key = tuple(record.get(column) for column in columns)
     return row if any(part in (None, "") for part in key) else key
 

@@ -7,7 +7,7 @@
     data/testdev_all_questions.json         optional, for consistency
 
 The split `val` has the same names with `val` for `testdev`. Without LLaVA's file the questions are asked in the order
-of the official one, with LLaVA's suffix. The mirror has two tables for a split, one of questions and one of pictures.
+of the official one, with LLaVA's suffix. The mirror has two tables for a split, one of questions and one of images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,7 +84,7 @@ class MirrorQuestion(TypedDict):
 
 
 class MirrorPicture(TypedDict):
-    """What is read of a row of the mirror's table of pictures."""
+    """What is read of a row of the mirror's table of images."""
 
     id: Id
 
@@ -135,7 +135,7 @@ def from_official(folder: Path, split: str, profile: str) -> Dataset:
 
 
 def from_mirror(data: Path, split: str, profile: str, download: bool) -> Dataset:
-    """The tables of the hub: question, answer and imageId of each question; id and image of each picture."""
+    """The tables of the hub: question, answer and imageId of each question; id and encoded bytes of each image."""
     table = open_table(data, MIRROR, f"{split}_balanced_instructions", split, download)
     shown = open_table(data, MIRROR, f"{split}_balanced_images", split, download)
     row_of = {str(record["id"]): row for row, record in enumerate(shown.records(MirrorPicture))}
@@ -255,5 +255,5 @@ BENCHMARK = Benchmark(
         Need("gqa/llava_gqa_testdev_balanced.jsonl", "eval.zip of LLaVA's docs/Evaluation.md", optional=True),
     ),
     mirror=MIRROR,
-    licence="annotations CC BY 4.0; pictures of COCO and Flickr under their own terms",
+    licence="annotations CC BY 4.0; images of COCO and Flickr under their own terms",
 )

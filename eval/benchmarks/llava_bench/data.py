@@ -1,7 +1,7 @@
 """LLaVA-Bench-in-the-Wild, read from DATA/llava-bench-in-the-wild or from lmms-eval's mirror.
 
     questions.jsonl       question_id, image, text, category (conv, detail, complex)
-    context.jsonl         image, caption: what the judge knows of the picture
+    context.jsonl         image, caption: what the judge knows of the image
     answers_gpt4.jsonl    question_id, text: the reference answers
     images/
 
@@ -135,12 +135,12 @@ def read_official(folder: Path) -> tuple[dict[str, Entry], str]:
 
 
 def caption_text(caption: str | Sequence[str]) -> str:
-    """Captions of one picture, a line each."""
+    """Captions of one image, a line each."""
     return caption if isinstance(caption, str) else "\n".join(caption)
 
 
 def read_mirror(data: Path, download: bool) -> tuple[dict[str, Entry], Pictures, str, str]:
-    """Entries, pictures, hash and place of the table; its rows are numbered where it has no ids."""
+    """Entries, images, hash and place of the table; its rows are numbered where it has no ids."""
     table = open_table(data, MIRROR, None, "train", download)
     entries: dict[str, Entry] = {}
     for number, row in enumerate(table.records(MirrorRow)):
@@ -215,7 +215,7 @@ def read_reviews(path: Path) -> dict[str, Verdict]:
 
 BENCHMARK = Benchmark(
     name="llava_bench",
-    summary="Conversations, descriptions and reasoning about pictures from the wild; judged by GPT-4.",
+    summary="Conversations, descriptions and reasoning about images from the wild; judged by GPT-4.",
     splits=("test",),
     read=load,
     published="65.4 relative score",

@@ -55,7 +55,7 @@ def score(
     Args:
         categories: question id -> conv, detail or complex, of every question that was asked.
         pairs: question id -> scores of the reference and of the model.
-        images: question id -> its picture; questions about one are drawn together in intervals.
+        images: question id -> its image; questions about one are drawn together in intervals.
         tail: of the numbers' names, for pairs that no judge gave.
     """
     rows = np.array([(*pairs[name], 1.0) for name in categories]).reshape(-1, 3)

@@ -34,7 +34,14 @@ MirrorRow = TypedDict(
         "question": Filled,
         "A": Cell,
         "B": Cell,
-        **dict.fromkeys(("hint", "C", "D", "E", "answer", "category", "source", "split"), NotRequired[Cell]),
+        "hint": NotRequired[Cell],
+        "C": NotRequired[Cell],
+        "D": NotRequired[Cell],
+        "E": NotRequired[Cell],
+        "answer": NotRequired[Cell],
+        "category": NotRequired[Cell],
+        "source": NotRequired[Cell],
+        "split": NotRequired[Cell],
         "L2-category": NotRequired[Cell],
     },
 )
@@ -271,7 +278,8 @@ def submission(table: Table, texts: Mapping[str, str]) -> bytes:
 
 def submission_lmms(table: Table, texts: Mapping[str, str]) -> bytes:
     """The file of lmms-eval: the rows that were asked."""
-    asked = [{"E": "nan"} | row for row in table.rows if row["index"] in texts]
+    no_option_e: Row = {"E": "nan"}
+    asked = [no_option_e | row for row in table.rows if row["index"] in texts]
     rows = (row | {"prediction": texts[str(row["index"])].strip()} for row in asked)
     names = [*COLUMNS_LMMS, *OPTIONS]
     keys = [name if name in OPTIONS else name.lower() for name in names]

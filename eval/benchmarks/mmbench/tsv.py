@@ -1,4 +1,4 @@
-"""MMBench's .tsv files: rows of text, and base64 pictures that are decoded when they are asked for."""
+"""MMBench's .tsv files: rows of text, and base64 images that are decoded when they are asked for."""
 
 import base64
 import binascii
@@ -26,7 +26,7 @@ EMPTY = frozenset(
     ("", "nan", "NaN", "-nan", "-NaN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", "#NA", "#N/A", "#N/A N/A")
 ) | {"1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
 REQUIRED = ("index", "question", "A", "B", "image")
-# A shorter picture is the index of another row that shows the same one.
+# A shorter image is the index of another row that shows the same one.
 SHORTEST_PICTURE = 64
 LONGEST_CELL = 1 << 30
 LONGEST_INDEX = 18
@@ -38,7 +38,7 @@ class Tsv:
 
     Attributes:
         columns: as the file names and orders them.
-        rows: without the picture; empty cells are None, words like "None" are kept. "picture" names what `pictures`
+        rows: without the image; empty cells are None, words like "None" are kept. "picture" names what `pictures`
             opens.
         fingerprint: hash of the file, as eval.benchmarks.base.fingerprint has it.
     """
@@ -102,7 +102,7 @@ def read_table(path: Path) -> "pandas.DataFrame":
 
 
 def read_row(columns: tuple[str, ...], cells: tuple[object, ...], where: str) -> tuple[Row, str]:
-    """The row without its picture, and the picture as it stands in the file."""
+    """The row without its image, and the image as it stands in the file."""
     there = sum(isinstance(cell, str) for cell in cells)
     if there != len(columns):
         raise UserError(f"{where} has {there} cells, the first line names {len(columns)} columns.")
@@ -119,10 +119,10 @@ def read_row(columns: tuple[str, ...], cells: tuple[object, ...], where: str) ->
 
 
 def find_picture(name: str, shared: Mapping[str, str], encoded: Mapping[str, str], path: Path) -> str:
-    """Index of the row that holds the picture of row `name`."""
+    """Index of the row that holds the image of row `name`."""
     picture = shared.get(name, name)
     if picture not in encoded:
-        raise UserError(f"Row {name} in {path} shows the picture of row {picture!r}, which has none.")
+        raise UserError(f"Row {name} in {path} shows the image of row {picture!r}, which has none.")
     return picture
 
 
@@ -131,4 +131,4 @@ def decode(text: str, where: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise UserError(f"{where} has no readable picture ({error}); get the file again.") from error
+        raise UserError(f"{where} has no readable image ({error}); get the file again.") from error

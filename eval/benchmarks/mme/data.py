@@ -1,7 +1,7 @@
-"""MME: two yes-or-no questions about each picture, in 14 tasks. Read from DATA/MME.
+"""MME: two yes-or-no questions about each image, in 14 tasks. Read from DATA/MME.
 
     llava_mme.jsonl                             LLaVA's question file: question_id, image, text with suffix
-    MME_Benchmark_release_version/TASK/         pictures with a text file each, which holds questions and answers
+    MME_Benchmark_release_version/TASK/         images with a text file each, which holds questions and answers
     MME_Benchmark_release_version/TASK/images/  and questions_answers_YN/ beside it, in five of the tasks
 
 Answers may also be a folder of result files, one per task, as MME's eval_tool reads them.
@@ -105,7 +105,7 @@ class Truths:
 
 
 def read_entry(prompt: Prompt, truths: Truths, seen: Counter[str], profile: str) -> Entry:
-    """One line of LLaVA's file. Its ids are pictures: the k-th question about one is called ID#k."""
+    """One line of LLaVA's file. Its ids are images: the k-th question about one is called ID#k."""
     where, text = prompt.where, prompt.question.strip()
     official = image_name(str(prompt.id), where)
     task, file = official.split("/")[0], f"{stem(official)}.txt"
@@ -143,7 +143,7 @@ def from_mirror(data: Path, split: str, profile: str, download: bool) -> Dataset
         if truth.lower() not in ("yes", "no"):
             raise UserError(f"{where} should have the answer Yes or No, got {truth!r}.")
         seen[official] += 1
-        # The picture stands in the table once for each question about it.
+        # The image stands in the table once for each question about it.
         image = f"{first.setdefault(official, row)}/image"
         text = lmms_text(asked) if profile == "lmms" else lmms_text(asked).strip()
         question = Question(f"{official}#{seen[official]}", text, SHORT, (image,), truth.lower(), official)
@@ -200,7 +200,7 @@ def result_files(texts: Mapping[str, str], known: Mapping[str, Entry]) -> dict[s
 
 
 def read_folder(folder: Path, entries: Iterable[Entry]) -> list[Row]:
-    """Answers from result files; a line belongs to the question with its task, its picture and its words."""
+    """Answers from result files; a line belongs to the question with its task, its image and its words."""
     known = {entry.result.key: entry for entry in entries}
     rows = []
     for results in read_results(folder).values():
@@ -220,7 +220,7 @@ SOURCE = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tr
 
 BENCHMARK = Benchmark(
     name="mme",
-    summary="Two yes-or-no questions per picture in 14 tasks; points for accuracy and for both being right.",
+    summary="Two yes-or-no questions per image in 14 tasks; points for accuracy and for both being right.",
     splits=("test",),
     read=load,
     score_alone=lambda path, partial: score_folder(path, partial) if path.is_dir() else None,
@@ -234,5 +234,5 @@ BENCHMARK = Benchmark(
         Need("MME/MME_Benchmark_release_version", SOURCE),
     ),
     mirror=MIRROR,
-    licence="no licence file; for academic research, pictures under the terms of their sources",
+    licence="no licence file; for academic research, images under the terms of their sources",
 )

@@ -1,7 +1,7 @@
 """Files of MME: the questions with answers of its release, and the result files that its eval_tool reads.
 
 MME_Benchmark_release_version/existence/0001.txt                          two lines, question TAB answer
-MME_Benchmark_release_version/artwork/questions_answers_YN/0001.txt       the same where pictures are in images/
+MME_Benchmark_release_version/artwork/questions_answers_YN/0001.txt       the same where the images are in images/
 eval_tool/answers/MODEL/existence.txt                                     file TAB question TAB answer TAB prediction
 """
 
@@ -35,7 +35,7 @@ class Result:
 
     Attributes:
         where: file and line, for errors.
-        file: name of the picture or of its text file, which differ in their suffix only.
+        file: name of the image or of its text file, which differ in their suffix only.
     """
 
     where: str
@@ -47,7 +47,7 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Task, picture and question, the same for every spelling in use."""
+        """Task, image and question, the same for every spelling in use."""
         return self.task, stem(self.file), plain(self.question)
 
 
@@ -72,7 +72,7 @@ def answer_folder(release: Path, task: str) -> Path:
 
 
 def read_truth(file: Path) -> dict[str, str]:
-    """Question -> answer of one picture's text file; {} if there is none."""
+    """Question -> answer of one image's text file; {} if there is none."""
     if not is_file(file):
         return {}
     answers = {}
@@ -111,7 +111,7 @@ def read_result_file(task: str, file: Path) -> list[Result]:
 
 
 def score_folder(folder: Path, partial: bool = False) -> Score:
-    """The official score of result files, which hold all it takes: no questions or pictures are needed.
+    """The official score of result files, which hold all it takes: no questions or images are needed.
 
     As in the official script every two lines are one image, whatever the file names.
 

@@ -45,7 +45,7 @@ class Line:
 
     Attributes:
         id: unique over all tasks.
-        image: name of the picture, unique over all tasks.
+        image: name of the image, unique over all tasks.
         truth: "yes" or "no" in any case.
         text: the model's raw text.
     """

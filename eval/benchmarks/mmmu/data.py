@@ -3,12 +3,12 @@
 Read from DATA/hub/lmms-lab-encoder/MMMU or its older name lmms-lab/MMMU, which hold all subjects in one table: id,
 question, options (a Python list as text), answer, question_type, image_1 to image_7.
 
-Profile llava: prompt, picture and parser of the authors' script for LLaVA (mmmu/run_llava.py). Answers are greedy, as
-its configuration says, although its code samples from beams. It shows image_1 alone, in front of a text that still says
-"<image 1>". Questions with several pictures among their options get none: the script has that rule, but looks for the
-pictures letter by letter in the options' text, so that on this data set it never finds them; here the rule is applied
+Profile llava: prompt, image and parser of the authors' script for LLaVA (mmmu/run_llava.py). Answers are greedy, as
+its configuration says, although its code samples from beams. It shows image_1 alone, before a text that still says
+"<image 1>". Questions with several images among their options get none: the script has that rule, but looks for the
+images letter by letter in the options' text, so that on this data set it never finds them; here the rule is applied
 as meant, and `facts` says to how many questions.
-Profile lmms: lmms-eval 0.7.3, with all pictures that the prompt names.
+Profile lmms: lmms-eval 0.7.3, with all images that the prompt names.
 """
 
 import ast
@@ -111,9 +111,9 @@ def read_item(record: Row, where: str, lmms: bool) -> metric.Item:
     if options is not None and not options:
         raise UserError(f"Question {record['id']} in {where} is multiple choice but has no options.")
     answer: str | list[str] = record["answer"]
-    if not choice and not lmms and answer.startswith("["):
+    if not choice and not lmms and record["answer"].startswith("["):
         # Several accepted answers. lmms-eval takes the list's text for the answer, which no model gives.
-        answer = as_list(answer, f"The answer of {record['id']} in {where}")
+        answer = as_list(record["answer"], f"The answer of {record['id']} in {where}")
     return metric.Item(answer, found.group(1), options)
 
 
@@ -137,7 +137,7 @@ def ask(name: str, record: Row, item: metric.Item, lmms: bool, pictures: tuple[s
     """
     text = record["question"]
     if item.options is not None:
-        # The newline at the end and the one in front of the suffix make the blank line.
+        # The newline at the end and the one before the suffix make the blank line.
         text = f"{text}\n{option_lines(item.options, '{}. {}' if lmms else '({}) {}')}\n"
     elif lmms:
         text += "\n"
@@ -146,20 +146,20 @@ def ask(name: str, record: Row, item: metric.Item, lmms: bool, pictures: tuple[s
 
 
 def official_pictures(row: int, record: Row, item: metric.Item, pictures: Inline) -> tuple[str, ...]:
-    """The first picture, or none for questions whose options hold several."""
+    """The first image, or none for questions whose options hold several."""
     name = f"{row}/image_1"
     return () if several_in_options(item) or name not in pictures.names else (name,)
 
 
 def lmms_pictures(row: int, record: Row, item: metric.Item, pictures: Inline) -> tuple[str, ...]:
-    """Every picture that question or options name, in the order of their numbers."""
+    """Every image that question or options name, in the order of their numbers."""
     text = "\n".join([record["question"], *(item.options or {}).values()])
     named = {name.strip("<>").replace(" ", "_") for name in PICTURE.findall(text)}
     return tuple(f"{row}/{column}" for column in IMAGES if column in named and f"{row}/{column}" in pictures.names)
 
 
 def several_in_options(item: metric.Item) -> bool:
-    """Whether the options name more than one picture."""
+    """Whether the options name more than one image."""
     return len(PICTURE.findall("\n".join((item.options or {}).values()))) > 1
 
 
@@ -171,7 +171,7 @@ def parsed(name: str, item: metric.Item, text: str, forms: Sequence[str]) -> str
 
 
 def mmmu_facts(table: Table, profile: str, expected: int, items: Mapping[str, metric.Item]) -> dict[str, Any]:
-    """Counts, subjects that the table lacks, and questions the llava profile shows no picture for."""
+    """Counts, subjects that the table lacks, and questions the llava profile shows no image for."""
     there = {item.subject for item in items.values()}
     lost = [subject for subject in metric.DOMAIN_OF if subject not in there]
     more: dict[str, Any] = {"absent_subjects": lost} if lost else {}

@@ -1,4 +1,4 @@
-"""MMStar, 1,500 multiple-choice questions that cannot be answered without their picture.
+"""MMStar, 1,500 multiple-choice questions that cannot be answered without their image.
 
 Read from DATA/hub/Lin-Chen/MMStar: index, question (with its options), answer, category, l2_category, image.
 
@@ -103,7 +103,11 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
 def workbook(records: Mapping[str, Row], texts: Mapping[str, str]) -> bytes:
     """The input of the authors' script: one row per answer, with the set a question was taken from as "bench"."""
     rows = (
-        [*(r[column] for column in COLUMNS), (r.get("meta_info") or {}).get("source", ""), texts[name]]
+        [
+            *(r["index"], r["question"], r["answer"], r["category"], r["l2_category"]),  # as COLUMNS
+            (r.get("meta_info") or {}).get("source", ""),
+            texts[name],
+        ]
         for name, r in records.items()
     )
     return write_xlsx([*COLUMNS, "bench", "prediction"], rows)
@@ -111,7 +115,7 @@ def workbook(records: Mapping[str, Row], texts: Mapping[str, str]) -> bytes:
 
 BENCHMARK = Benchmark(
     name="mmstar",
-    summary="Multiple choice that needs the picture, in six categories.",
+    summary="Multiple choice that needs the image, in six categories.",
     splits=("val",),
     read=load,
     published="30.3 accuracy †",

@@ -71,7 +71,7 @@ class Entry:
     """One question with what the judge is told.
 
     Attributes:
-        image: its name among the pictures.
+        image: its name in the data set's `pictures`.
         text: what LLaVA's profile asks.
         question: as the benchmark words it, which is what the judge sees.
     """
@@ -154,7 +154,7 @@ def entry(name: str, record: Official, path: Path) -> Entry:
 
 
 def read_mirror(data: Path, download: bool) -> tuple[Entries, Pictures, str, str]:
-    """Entries, pictures, hash and place of the table."""
+    """Entries, images, hash and place of the table."""
     table = open_table(data, MIRROR, None, "test", download)
     entries: Entries = {}
     for number, row in enumerate(table.records(MirrorRow)):

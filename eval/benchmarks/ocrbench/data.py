@@ -1,4 +1,4 @@
-"""OCRBench, reading text in pictures, 1,000 questions of ten types.
+"""OCRBench, reading text in images, 1,000 questions of ten types.
 
 Read from DATA/hub/echo840/OCRBench: dataset, question, question_type, answer (a list), image.
 
@@ -80,7 +80,7 @@ def read_item(record: Row) -> metric.Item:
 
 BENCHMARK = Benchmark(
     name="ocrbench",
-    summary="Reading text in pictures, from single words to forms and formulas; points out of 1,000.",
+    summary="Reading text in images, from single words to forms and formulas; points out of 1,000.",
     splits=("test",),
     read=load,
     published="297 points †",

@@ -1,8 +1,8 @@
-"""POPE: is there an object in the picture, asked about random, popular and adversarial objects. Read from DATA/pope.
+"""POPE: is there an object in the image, asked about random, popular and adversarial objects. Read from DATA/pope.
 
     llava_pope_test.jsonl           LLaVA's question file: question_id, image, text with suffix, category
     coco/coco_pope_random.json      official questions with labels, one object per line; also popular and adversarial
-    val2014/                        pictures of COCO
+    val2014/                        images of COCO
 
 The splits `random`, `popular` and `adversarial` are the questions of one category. Published numbers are over the 2,910
 random questions of POPE @ e3e39262; its later versions and the mirror have 3,000.
@@ -131,7 +131,7 @@ def check_counts(rows: Sequence[Prompt], labels: Labels, files: Mapping[str, Pat
 
 
 def join(rows: Iterable[Prompt], labels: Labels) -> tuple[list[Question], dict[str, pope.Item]]:
-    """Questions with the labels of the lines that ask the same about the same picture."""
+    """Questions with the labels of the lines that ask the same about the same image."""
     lines: dict[tuple[str, str, str], list[Label]] = defaultdict(list)
     for category, found in labels.items():
         for line in found:
@@ -234,7 +234,7 @@ def answer_lines(texts: Mapping[str, str], questions: Iterable[Question], items:
 
 BENCHMARK = Benchmark(
     name="pope",
-    summary="Is an object in the picture: yes or no; F1, the mean of random, popular and adversarial objects.",
+    summary="Is an object in the image: yes or no; F1, the mean of random, popular and adversarial objects.",
     splits=("test", *pope.CATEGORIES),
     read=load,
     published="85.9 F1",
@@ -248,8 +248,8 @@ BENCHMARK = Benchmark(
             Need(f"pope/coco/coco_pope_{category}.json", "output/coco of https://github.com/AoiDragon/POPE at e3e39262")
             for category in pope.CATEGORIES
         ),
-        Need("pope/val2014", "val2014.zip of https://cocodataset.org, of which 500 pictures are used"),
+        Need("pope/val2014", "val2014.zip of https://cocodataset.org, of which 500 images are used"),
     ),
     mirror=MIRROR,
-    licence="POPE MIT; pictures of COCO under their own terms",
+    licence="POPE MIT; images of COCO under their own terms",
 )

@@ -67,11 +67,11 @@ def score(items: Mapping[str, Item], labels: Mapping[str, Sequence[str]], texts:
     said = {name: parse(text) for name, text in texts.items()}
     by_position = labels_by_position(items, labels, texts)
     known = {name: item for name, item in items.items() if item.label is not None}
-    own = by_position | {name: item.label for name, item in known.items()}
+    own = by_position | {name: item.label for name, item in known.items() if item.label is not None}
     present = categories_of(items)
     counts = tally(items, present, said, by_position)
     table = {name: 100 * value for name, value in measures(counts.sum(0)).items()}
-    values = {name: float(value.mean()) for name, value in table.items()}
+    values: dict[str, float | None] = {name: float(value.mean()) for name, value in table.items()}
     notes = [*category_notes(present), *empty_notes(present, counts.sum(0)), *unread_notes(texts)]
     if unknown := len(items) - len(known):
         notes.append(
@@ -113,7 +113,7 @@ def score_lmms(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score:
     counts = tally(items, present, said, own)
     pooled = counts.sum((0, 1))
     table = {name: 100 * value for name, value in measures(counts.sum(0)).items()}
-    values = {name: float(100 * value) for name, value in measures(pooled).items()}
+    values: dict[str, float | None] = {name: float(100 * value) for name, value in measures(pooled).items()}
     positive = pooled[TP] + pooled[FN] + pooled[OTHER_YES]
     values["yes_ratio_lmms"] = float(100 * divide(positive, pooled.sum()))
     values["f1_mean_of_categories"] = float(table["f1"].mean())

@@ -45,7 +45,7 @@ class Record(TypedDict):
 
 
 class MirrorRow(TypedDict):
-    """A row of the mirror, without its picture."""
+    """A row of the mirror, without its image."""
 
     question: Filled
     choices: Texts

@@ -205,7 +205,7 @@ def pick(prompt: Prompt, names: Sequence[str], records: Mapping[str, Record]) ->
 
 
 def from_mirror(table: Table, every_frame: bool) -> Found:
-    """The hub's table, whose pictures are lists: one image, or frames of a video.
+    """The hub's table, whose images are lists: one image, or frames of a video.
 
     Args:
         every_frame: show all frames of a video as lmms-eval does, not the middle one as LLaVA.
@@ -226,7 +226,7 @@ def from_mirror(table: Table, every_frame: bool) -> Found:
         about = record.get("data_id") if record["data_type"] == "image" else None
         shown = frames[first.setdefault(about, row) if about is not None else row]
         if not shown:
-            raise UserError(f"Question {name} in {table.where} has no picture; fetch the data set again.")
+            raise UserError(f"Question {name} in {table.where} has no image; fetch the data set again.")
         questions.append(ask(name, record, shown if every_frame else shown[len(shown) // 2 :][:1]))
     return Found(table.id, tuple(questions), items, pictures, table.fingerprint(COLUMNS))
 
@@ -238,12 +238,13 @@ def read_item(record: Record) -> seed.Item:
 
 def ask(name: str, record: Record, images: Sequence[str]) -> Question:
     """Question and choices as in LLaVA's file; lmms-eval words them alike."""
-    text = f"{record['question']}\n{option_lines(letters([str(record[choice]) for choice in CHOICES]))}"
+    choices = (record["choice_a"], record["choice_b"], record["choice_c"], record["choice_d"])
+    text = f"{record['question']}\n{option_lines(letters([str(choice) for choice in choices]))}"
     return Question(name, text, LETTER, tuple(images), record["answer"], str(record["question_id"]))
 
 
 def official_image(record: Record, where: str) -> str:
-    """The picture's place below seed_bench/, where LLaVA's question file does not say it."""
+    """The image's place below seed_bench/, where LLaVA's question file does not say it."""
     kind = record["data_type"]
     needed = "data_id" if kind == "image" else "question_type_id"
     if record.get(needed) is None:

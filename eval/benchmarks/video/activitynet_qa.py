@@ -5,7 +5,7 @@ all_test/ of that folder or at the official place. Beside the judged numbers sta
 equality, which sentences as answers never reach.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from eval.answers.jsonl import is_file
@@ -47,21 +47,25 @@ def as_lmms_asks(question: str) -> str:
     return f"{question.capitalize()}? {SHORT}"
 
 
-ASKED = {"llava": (str, MAX_NEW_TOKENS), "lmms": (as_lmms_asks, LMMS_NEW_TOKENS)}
+# Profile -> how a question is asked, and the longest answer.
+ASKED: dict[str, tuple[Callable[[str], str], int]] = {
+    "llava": (str, MAX_NEW_TOKENS),
+    "lmms": (as_lmms_asks, LMMS_NEW_TOKENS),
+}
 
 
 def own_metric(entries: Sequence[Entry]) -> Extra | None:
     """ActivityNet-QA's metric over these entries; None if they have no types or others than it knows."""
     kinds = {str(number) for number in range(len(activitynet.TYPES))}
-    if any(entry.type not in kinds for entry in entries):
+    types = {entry.id: int(entry.type) for entry in entries if entry.type in kinds}
+    if len(types) < len(entries):
         return None
-    by_id = {entry.id: entry for entry in entries}
+    answers = {entry.id: entry.answer for entry in entries}
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
         among = set(asked)
-        counted = {name: entry for name, entry in by_id.items() if name in among}
-        answers = {name: entry.answer for name, entry in counted.items()}
-        return activitynet.score(answers, {name: int(entry.type) for name, entry in counted.items()}, texts)
+        counted = {name: answer for name, answer in answers.items() if name in among}
+        return activitynet.score(counted, {name: types[name] for name in counted}, texts)
 
     return score
 

@@ -2,10 +2,10 @@
 
     llava_textvqa_val_v051_ocr.jsonl    LLaVA's question file: image id as question_id, text with OCR tokens and suffix
     TextVQA_0.5.1_val.json              official questions with ten answers each
-    train_images/                       official pictures of training and validation
+    train_images/                       official images of training and validation
 
 The profiles ask different things. llava: each question is followed by a line "Reference OCR token: ..." with the words
-an OCR system read in the picture. It counts as part of the question, so query-aware methods look at it as the model
+an OCR system read in the image. It counts as part of the question, so query-aware methods look at it as the model
 does. lmms: no OCR tokens, which costs LLaVA-1.5-7B about 12 points. `facts` says which it was.
 
 Image ids stand for several questions. A question's id here is TextVQA's own question_id; answers in LLaVA's files are
@@ -75,7 +75,7 @@ class Official(TypedDict):
     image_id: Id
 
 
-Record = MirrorRow | MirrorWithOcr | Official
+Record = MirrorRow | Official
 
 
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
@@ -120,7 +120,7 @@ def read_official(path: Path, title: str, with_ocr: bool) -> Found:
         questions = from_prompts(path, annotations, records)
     else:
         images = [image_name(f"{record['image_id']}.jpg", str(annotations)) for record in records]
-        questions = from_records(records, images, with_ocr, str(annotations))
+        questions = from_records(records, images, str(annotations))
     # One file where no OCR tokens are wanted.
     mark = fingerprint(dict.fromkeys([path, annotations]))
     return Found("official", records, questions, Folder(path.parent / "train_images"), mark)
@@ -130,9 +130,15 @@ def read_mirror(data: Path, with_ocr: bool, download: bool) -> Found:
     """The table of the hub."""
     table = open_table(data, MIRROR, None, "validation", download)
     columns = (*COLUMNS, "ocr_tokens") if with_ocr else COLUMNS
-    records = table.records(MirrorWithOcr if with_ocr else MirrorRow)
+    records: Sequence[MirrorRow]
+    ocr: list[list[str]] | None = None
+    if with_ocr:
+        read = table.records(MirrorWithOcr)
+        records, ocr = read, [record["ocr_tokens"] for record in read]
+    else:
+        records = table.records(MirrorRow)
     images = [f"{row}/image" for row in range(len(records))]
-    questions = from_records(records, images, with_ocr, table.where)
+    questions = from_records(records, images, table.where, ocr)
     return Found(table.id, records, questions, table.pictures(), table.fingerprint(columns))
 
 
@@ -159,13 +165,19 @@ def from_prompts(path: Path, annotations: Path, records: Sequence[Record]) -> tu
     return unique(questions, str(path))
 
 
-def from_records(records: Sequence[Record], images: Sequence[str], with_ocr: bool, where: str) -> tuple[Question, ...]:
-    """Questions of the official file or the mirror, with a capital at the start only, as both profiles ask them."""
+def from_records(
+    records: Sequence[Record], images: Sequence[str], where: str, ocr: Sequence[Sequence[str]] | None = None
+) -> tuple[Question, ...]:
+    """Questions of the official file or the mirror, with a capital at the start only, as both profiles ask them.
+
+    Args:
+        ocr: the OCR tokens of each image; None asks without them.
+    """
     questions = []
-    for record, image in zip(records, images, strict=True):
+    for row, (record, image) in enumerate(zip(records, images, strict=True)):
         text = record["question"].capitalize()
-        if with_ocr:
-            text += f"\n{OCR}{', '.join(record['ocr_tokens'])}"
+        if ocr is not None:
+            text += f"\n{OCR}{', '.join(ocr[row])}"
         name, official = str(record["question_id"]), str(record.get("image_id") or "")
         questions.append(
             Question(name, text, SHORT, (image,), most_common(people_said(record["answers"])), official, official)
@@ -173,7 +185,7 @@ def from_records(records: Sequence[Record], images: Sequence[str], with_ocr: boo
     return unique(questions, where)
 
 
-def key_of(record: Record) -> tuple[str, str]:
+def key_of(record: Mapping[str, Any]) -> tuple[str, str]:
     """What answers are joined by."""
     return str(record.get("image_id") or ""), record["question"].lower()
 
@@ -190,7 +202,7 @@ def asked_in(prompt: str) -> str | None:
     return lines[0].lower() if len(lines) == 2 else None
 
 
-def reader(records: Sequence[Record]) -> Callable[[Path], list[Row] | None]:
+def reader(records: Sequence[Mapping[str, Any]]) -> Callable[[Path], list[Row] | None]:
     """A reader of answer files that puts our ids where LLaVA has image ids."""
     names = {key_of(record): str(record["question_id"]) for record in records if record.get("image_id")}
 
@@ -225,7 +237,7 @@ def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
 
 BENCHMARK = Benchmark(
     name="textvqa",
-    summary="Questions about text in pictures; accuracy against ten people.",
+    summary="Questions about text in images; accuracy against ten people.",
     splits=("val",),
     read=load,
     published="58.2 accuracy",
@@ -236,5 +248,5 @@ BENCHMARK = Benchmark(
         Need("textvqa/train_images", "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip", count=3_166),
     ),
     mirror=MIRROR,
-    licence="annotations CC BY 4.0; OpenImages' pictures CC BY 2.0",
+    licence="annotations CC BY 4.0; OpenImages' images CC BY 2.0",
 )

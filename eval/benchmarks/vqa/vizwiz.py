@@ -1,9 +1,9 @@
 """VizWiz VQA in the official layout, read from DATA/vizwiz.
 
     llava_test.jsonl    LLaVA's question file of split test, ids are row numbers
-    test/               official pictures of split test
+    test/               official images of split test
     val.json            official questions of split val with ten answers each
-    val/                official pictures of split val
+    val/                official images of split val
 
 Only a server can score test: answers_upload.json is for it, in the order of the question file. It wants an answer to
 every question. The split val is scored here, per answer type too. LLaVA has no question file for it: its questions are
@@ -95,8 +95,17 @@ def read_mirror(data: Path, split: str, download: bool) -> Found:
     """A table of the hub."""
     table = open_table(data, MIRROR, None, split, download)
     columns = ("question_id", "question", *(["answers"] if split == "val" else []))
-    records = table.records(MirrorAnswered if split == "val" else MirrorRow)
-    questions = unique((from_mirror(record, row) for row, record in enumerate(records)), table.where)
+    records: Sequence[MirrorRow]
+    if split == "val":
+        answered = table.records(MirrorAnswered)
+        records, answers = answered, [most_common(people_said(record["answers"])) for record in answered]
+    else:
+        records = table.records(MirrorRow)
+        answers = [""] * len(records)
+    questions = unique(
+        (from_mirror(record, row, answers[row]) for row, record in enumerate(records)),
+        table.where,
+    )
     return Found(table.id, records, questions, table.pictures(), table.fingerprint(columns))
 
 
@@ -108,16 +117,15 @@ def from_prompts(path: Path) -> tuple[Question, ...]:
 
 
 def from_annotation(record: Official, where: str) -> Question:
-    """A question of the official file, whose only id is the picture's name."""
+    """A question of the official file, whose only id is the image's name."""
     image = image_name(record["image"], where)
     answer = most_common(people_said(record["answers"]))
     return Question(PurePosixPath(image).stem, record["question"].capitalize(), VIZ, (image,), answer, image)
 
 
-def from_mirror(record: MirrorRow | MirrorAnswered, row: int) -> Question:
-    """A row of the mirror, whose question_id is the picture's name without its ending."""
+def from_mirror(record: MirrorRow, row: int, answer: str) -> Question:
+    """A row of the mirror, whose question_id is the image's name without its ending."""
     name = str(record["question_id"])
-    answer = most_common(people_said(record.get("answers", ())))
     return Question(name, record["question"].capitalize(), VIZ, (f"{row}/image",), answer, f"{name}.jpg")
 
 
@@ -128,7 +136,7 @@ def val_metric(
     by_id = {question.id: record for question, record in zip(found.questions, found.records, strict=True)}
     given = {name: people_said(record["answers"]) for name, record in by_id.items()}
     # The official file and the mirror name it differently.
-    kind = {name: record.get("answer_type") or record.get("category") for name, record in by_id.items()}
+    kind = {name: str(record.get("answer_type") or record.get("category") or "") for name, record in by_id.items()}
     kinds = {"answer type": kind} if all(kind.values()) else {}
     sample_score = vqa.m4c if profile == "lmms" else vqa.after_processor(vqa.vizwiz)
 
@@ -151,7 +159,7 @@ def server_only(total: int) -> Callable[[Sequence[str], Mapping[str, str]], Scor
 
 
 def submission(questions: Sequence[Question]) -> Callable[[Mapping[str, str]], dict[str, list[dict[str, str]]]]:
-    """The server's format: picture name and processed answer, in the order of the question file."""
+    """The server's format: image name and processed answer, in the order of the question file."""
 
     def convert(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
         asked = (question for question in questions if question.id in texts)
@@ -162,7 +170,7 @@ def submission(questions: Sequence[Question]) -> Callable[[Mapping[str, str]], d
 
 BENCHMARK = Benchmark(
     name="vizwiz",
-    summary="Questions of blind people about their pictures; accuracy against ten people, from a server but for val.",
+    summary="Questions of blind people about their images; accuracy against ten people, from a server but for val.",
     splits=("test", "val"),
     read=load,
     published="50.0 accuracy",

@@ -2,10 +2,10 @@
 
     llava_vqav2_mscoco_test-dev2015.jsonl             LLaVA's question file of split testdev
     llava_vqav2_mscoco_test2015.jsonl                 of split test, and the list of ids that the server wants
-    test2015/                                         COCO test2015 pictures, of both
+    test2015/                                         COCO test2015 images, of both
     v2_OpenEnded_mscoco_val2014_questions.json        official questions of split val
     v2_mscoco_val2014_annotations.json                and their answers
-    val2014/                                          COCO val2014 pictures
+    val2014/                                          COCO val2014 images
 
 Only a server can score testdev and test: answers_upload.json is for it, one entry per test2015 question, with an empty
 answer for those that were not asked. The split val is scored here by the official rule. LLaVA has no question file for
@@ -97,6 +97,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         "size": size(len(found.questions), PUBLISHED_SIZES[split]),
     }
     accepts: frozenset[str] = frozenset()
+    submission: Callable[[Mapping[str, str]], Mapping[str, Any]]
     if split == "val":
         score, sample_score = val_metric(found, profile)
         submission = val_submission
@@ -179,7 +180,7 @@ def join_annotations(questions: Path, annotations: Path) -> list[Record]:
 
 
 def coco_name(record: Record) -> str:
-    """File name of a question's picture in val2014."""
+    """File name of a question's image in val2014."""
     return f"COCO_val2014_{str(record['image_id']).zfill(12)}.jpg"
 
 
@@ -243,7 +244,7 @@ def server_submission(ids: Sequence[str]) -> Callable[[Mapping[str, str]], dict[
 
 BENCHMARK = Benchmark(
     name="vqav2",
-    summary="Short answers about COCO pictures; accuracy against ten people, from a server but for val.",
+    summary="Short answers about COCO images; accuracy against ten people, from a server but for val.",
     splits=("testdev", "test", "val"),
     read=load,
     published="78.5 accuracy",
@@ -257,6 +258,6 @@ BENCHMARK = Benchmark(
         Need("vqav2/val2014", "http://images.cocodataset.org/zips/val2014.zip", count=40_504, optional=True),
     ),
     mirror=MIRROR,
-    licence="annotations CC BY 4.0; COCO's pictures under Flickr's terms",
+    licence="annotations CC BY 4.0; COCO's images under Flickr's terms",
     split_files={"val": f"vqav2/{ANNOTATIONS}", **{split: f"vqav2/{file}" for split, file in PROMPTS.items()}},
 )

@@ -21,7 +21,7 @@ from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.processing.clip_image import as_rgb
 from llava.processing.sample import Sample
-from llava.processing.video import read_video
+from llava.processing.video import Video, read_video
 from llava.reduction.crop_budget import require
 
 try:
@@ -126,10 +126,10 @@ def max_new_tokens(settings: Mapping[str, Any], task: str) -> int:
     return int(settings.get("max_new_tokens") or LONGEST)
 
 
-def opened(visual: Any, name: str) -> Any:
-    """A picture as RGB, or the frames of a video that is given as a path."""
+def opened(visual: object, name: str) -> Image.Image | Video:
+    """An image as RGB, or the frames of a video that is given as a path."""
     if isinstance(visual, Image.Image):
         return as_rgb(visual)
     if isinstance(visual, str | os.PathLike):
-        return read_video(visual)
+        return read_video(os.fspath(visual))
     raise UserError(f"{name} comes with a {type(visual).__name__}; llava_reduced takes images and paths of videos.")
