@@ -108,6 +108,7 @@ class AttnMix(Reducer):
         return released_count(self.budget, crops, self.mix) if self.official else self.budget
 
     def _text_scores(self, state: PromptState) -> Tensor:
+        assert state.sequence is not None  # the pipeline sets it
         rows = RELEASED["text"] if self.official else self.text
         for name, (start, stop) in zip(state.ids, text_spans(state.sequence, rows), strict=True):
             if start == stop:

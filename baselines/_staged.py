@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,16 +31,15 @@ SCHEDULE = "mean: the budget is the mean over all layers; kept: over the layers 
 
 @dataclass(frozen=True, kw_only=True)
 class Staged(Reducer):
-    """Drops visual tokens in front of a few decoder layers.
-
-    Class attributes:
-        published: decoder layers of the stages in a model of 32.
-    """
-
-    published: ClassVar[tuple[int, ...]] = ()
+    """Drops visual tokens before a few decoder layers."""
 
     crops: str = option("global", "ranks the tokens of all crops together", ("global",))
     schedule: str = option("mean", SCHEDULE, ("mean", "kept"))
+
+    @property
+    def published(self) -> tuple[int, ...]:
+        """Decoder layers of the stages in a model of 32; a method with one schedule makes it a class attribute."""
+        return ()
 
     def stages(self) -> tuple[int, ...]:
         """Layers of this very model that the user chose; () for the published ones in proportion to the depth."""
@@ -91,6 +89,7 @@ class Staged(Reducer):
         return tokens_by_layer(spec.visual_tokens, self.decoder_layers(spec.layers), counts, spec.layers)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
+        assert state.spec is not None  # the pipeline sets it
         keep = plan(self, state.spec)[self.decoder_layers(state.spec.layers).index(state.layer)]
         if keep >= state.tokens.shape[1]:
             return None  # this stage has nothing to do

@@ -15,7 +15,7 @@ Differs from it: newline tokens count (theirs come on top of the budget); a tile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,7 @@ def split(score: Tensor, arrangement: TokenLayout, temperature: float, budget: i
 
 def split_as_released(score: Tensor, arrangement: TokenLayout, temperature: float, ratio: float) -> list[int]:
     """Every crop keeps its own share of its own patches, rounded down."""
+    assert arrangement.tiles is not None  # crop_shares leaves images without tiles out
     factors = adjustment(equal_parts(score, arrangement.grid, arrangement.tiles), temperature)
     ratios = [ratio, *(min(ratio * factor, 1.0) for factor in factors)]
     return [int(len(crop.patches) * own) for crop, own in zip(arrangement.crops, ratios, strict=True)]
@@ -113,7 +114,7 @@ class GlobalCom2(Reducer):
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         return None if self.official else super().tokens_per_layer(spec)
 
-    def for_picture(self, spec: ModelSpec) -> Reducer:
+    def for_picture(self, spec: ModelSpec) -> Self:
         if self.retention_ratio and self.official:  # the release's retention ratio is one of patches
             return self.sized(max(1, int(self.retention_ratio * spec.patches + 0.5)))
         return super().for_picture(spec)
@@ -130,6 +131,7 @@ class GlobalCom2(Reducer):
         return split(score, arrangement, self.temperature, budget)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
+        assert state.thumbnail is not None  # the pipeline sets it
         tokens = state.features.shape[1]
         score = F.normalize(state.scores[SCORE], dim=-1) + F.normalize(state.thumbnail(SCORE), dim=-1)
         return Reduction(keep_top(score, self.budget), tokens)

@@ -12,7 +12,7 @@ Differs from it: nothing known for one crop, the form of LLaVA-1.5. With tiles, 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from llava.reduction import (
     EncoderState,
     MethodMetadata,
     ModelSpec,
-    Reducer,
     Scorer,
     TokenLayout,
     TowerScore,
@@ -105,7 +104,7 @@ class HiRED(Scorer):
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         return None if self.official and self.crops == "content" else super().tokens_per_layer(spec)
 
-    def for_picture(self, spec: ModelSpec) -> Reducer:
+    def for_picture(self, spec: ModelSpec) -> Self:
         if self.retention_ratio and self.official and spec.crops:  # the release's rate is one of whole crops
             return self.sized(max(1, int(len(spec.crops) * spec.crops[0].tokens * self.retention_ratio)))
         return super().for_picture(spec)

@@ -112,6 +112,7 @@ class ToMe(Reducer):
         return tuple(range(selected))
 
     def tower(self, state: BlockState) -> Reduction | None:
+        assert state.spec is not None  # the pipeline sets it
         patches, blocks = state.tokens.shape[1] - 1, state.spec.tower_blocks - 1 - state.block
         # The plan for what is left of the tower is the rest of the plan for all of it.
         count = removals(patches, self.budget, blocks)[0] if blocks > 0 and patches > self.budget else 0

@@ -137,6 +137,7 @@ class VScan(Reducer):
         return SHALLOW, DEEP
 
     def prompt(self, state: PromptState) -> Reduction | None:
+        assert state.spec is not None  # the pipeline sets it
         local, first, _ = self.counts(state.spec)
         total = state.tokens.shape[1]
         if first >= total:
@@ -148,7 +149,10 @@ class VScan(Reducer):
         return merge_into_kept(state.tokens, torch.cat([near, far], 1).sort(1).values)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        second, total = planned(self, state.spec)[state.layer], state.tokens.shape[1]
+        assert state.spec is not None  # the pipeline sets it
+        tokens = planned(self, state.spec)
+        assert tokens is not None  # no image decides
+        second, total = tokens[state.layer], state.tokens.shape[1]
         if second >= total:
             return None
         weights, _ = state.attention("last", at="next")

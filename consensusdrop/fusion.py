@@ -30,7 +30,7 @@ def rank01(score: Tensor, top: int = 0) -> Tensor:
     return (1 - ranks(score) / max(counted - 1, 1)).clamp(min=0)
 
 
-def _rank(v: Tensor, c: Tensor, alpha: float, cross_top: int, **_) -> Tensor:
+def _rank(v: Tensor, c: Tensor, alpha: float, cross_top: int, **_: object) -> Tensor:
     """F1: convex combination of ranks, times a common denominator.
 
     Returns:
@@ -42,12 +42,12 @@ def _rank(v: Tensor, c: Tensor, alpha: float, cross_top: int, **_) -> Tensor:
     return share.numerator * last_cross * encoder + (share.denominator - share.numerator) * max(last, 1) * cross
 
 
-def _raw(v: Tensor, c: Tensor, alpha: float, **_) -> Tensor:
+def _raw(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
     """Naive fusion, the control: the raw values averaged as they are."""
     return alpha * v + (1 - alpha) * c
 
 
-def _minmax(v: Tensor, c: Tensor, alpha: float, **_) -> Tensor:
+def _minmax(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
     """F2: each score stretched to [0, 1]."""
 
     def stretch(score: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _minmax(v: Tensor, c: Tensor, alpha: float, **_) -> Tensor:
     return alpha * stretch(v) + (1 - alpha) * stretch(c)
 
 
-def _zscore(v: Tensor, c: Tensor, alpha: float, **_) -> Tensor:
+def _zscore(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
     """F3: each score with mean 0 and deviation 1."""
 
     def standard(score: Tensor) -> Tensor:
@@ -67,13 +67,13 @@ def _zscore(v: Tensor, c: Tensor, alpha: float, **_) -> Tensor:
     return alpha * standard(v) + (1 - alpha) * standard(c)
 
 
-def _log(v: Tensor, c: Tensor, alpha: float, temperature: float, **_) -> Tensor:
+def _log(v: Tensor, c: Tensor, alpha: float, temperature: float, **_: object) -> Tensor:
     """F4: weighted product of the two distributions, the cross-modal one sharpened by `temperature` < 1."""
     normal = lambda score: (score / score.sum(1, keepdim=True).clamp(min=TINY)).clamp(min=TINY)  # noqa: E731
     return alpha * normal(v).log() + (1 - alpha) * normal(c).log() / temperature
 
 
-def _rrf(v: Tensor, c: Tensor, alpha: float, rrf_k: float, **_) -> Tensor:
+def _rrf(v: Tensor, c: Tensor, alpha: float, rrf_k: float, **_: object) -> Tensor:
     """F5: reciprocal rank fusion, 1 / (k + rank)."""
     total = v.shape[1]
 
@@ -84,14 +84,14 @@ def _rrf(v: Tensor, c: Tensor, alpha: float, rrf_k: float, **_) -> Tensor:
     return alpha * reciprocal(v) + (1 - alpha) * reciprocal(c)
 
 
-def _cross_first(v: Tensor, c: Tensor, alpha: float, keep: int, **_) -> Tensor:
+def _cross_first(v: Tensor, c: Tensor, alpha: float, keep: int, **_: object) -> Tensor:
     """F6: the cross-modal head first, then the encoder fills up to `keep`."""
     head = round((1 - alpha) * keep)
     chosen = rank01(c) > 1 - (head - 0.5) / max(c.shape[1] - 1, 1) if head else torch.zeros_like(c, dtype=torch.bool)
     return rank01(v) + 2 * chosen.float()
 
 
-def _gate(v: Tensor, c: Tensor, gate_beta: float, **_) -> Tensor:
+def _gate(v: Tensor, c: Tensor, gate_beta: float, **_: object) -> Tensor:
     """F7: the encoder's score, raised where the text looks. `alpha` plays no part."""
     return v * (1 + gate_beta * c / c.mean(1, keepdim=True).clamp(min=TINY))
 
@@ -108,7 +108,7 @@ FUSIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def fuse(v: Tensor, c: Tensor | None, rule: str, keep: int, **choices) -> Tensor:
+def fuse(v: Tensor, c: Tensor | None, rule: str, keep: int, **choices: float) -> Tensor:
     """Consensus score, higher is kept.
 
     Args:

@@ -141,6 +141,7 @@ class VisionDrop(Reducer):
         return tokens_by_layer(first, layers, counts, spec.layers)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
+        assert state.spec is not None  # the pipeline sets it
         score, keys = (state.scores[score] for score in self.scores())
         patches = score.shape[1]
         if self.tokens_per_layer(state.spec)[0] >= patches:
@@ -151,7 +152,10 @@ class VisionDrop(Reducer):
         return self._reduce(state, score, keys, *self.stages(state.spec)[0])
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        if planned(self, state.spec)[state.layer] >= state.tokens.shape[1]:
+        assert state.spec is not None  # the pipeline sets it
+        tokens = planned(self, state.spec)
+        assert tokens is not None  # no image decides
+        if tokens[state.layer] >= state.tokens.shape[1]:
             return None  # this stage has nothing to do
         seen = look(state, self.attention)
         score = visual_scores(state, seen, self.attention, self.average, self.diagonal)

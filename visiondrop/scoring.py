@@ -10,9 +10,10 @@ Shapes: B images, n visual tokens, W keys up to the last visual token, H heads o
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.reduction import (
+    DecoderLayer,
     DecoderState,
     attention_rows,
     gather_tokens,
@@ -77,7 +78,7 @@ def look(state: DecoderState, attention: str) -> Look:
     return Look(state.tokens, rotary, keys, allowed, columns)
 
 
-def received_attention(layer: nn.Module, seen: Look, diagonal: bool) -> Tensor:
+def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tensor:
     """Attention that each visual token receives: mean over heads, sum over visual tokens.
 
     Args:
@@ -94,8 +95,8 @@ def received_attention(layer: nn.Module, seen: Look, diagonal: bool) -> Tensor:
     total = torch.zeros(batch, count, device=seen.rows.device)
     for start in range(0, count, step):
         part = slice(start, start + step)
-        angles = tuple(angle[:, part] for angle in seen.rotary)
-        weights = attention_rows(layer, seen.rows[:, part], seen.keys, seen.allowed[:, part], angles).mean(1)
+        cos, sin = (angle[:, part] for angle in seen.rotary)
+        weights = attention_rows(layer, seen.rows[:, part], seen.keys, seen.allowed[:, part], (cos, sin)).mean(1)
         weights = weights.gather(2, seen.columns[:, None].expand(-1, weights.shape[1], -1))
         total += (weights if diagonal else weights.masked_fill(own[part], 0)).sum(1)
     return total

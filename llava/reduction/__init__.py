@@ -24,6 +24,7 @@ from llava.reduction.merging import (
 )
 from llava.reduction.metadata import MethodMetadata
 from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.reduction.modules import DecoderLayer
 from llava.reduction.options import option, options_of
 from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.ranking import descending_order, gather_tokens, keep_top, others, ranks
@@ -49,6 +50,7 @@ __all__ = [
     "SPLITS",
     "WEIGHTS",
     "BlockState",
+    "DecoderLayer",
     "DecoderState",
     "EncoderState",
     "MethodMetadata",

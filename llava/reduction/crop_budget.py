@@ -13,6 +13,7 @@ take are not among the patches a method chooses from; newline tokens can be kept
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import TokenLayout
+
+AnyReducer = TypeVar("AnyReducer", bound=Reducer)
 
 
 def chooses_patches(reducer: Reducer) -> bool:
@@ -44,7 +47,7 @@ def for_patches(reducer: Reducer, newlines: int) -> int:
     return reducer.budget - (newlines if reducer.newlines == "keep" else 0)
 
 
-def over_crops(reducer: Reducer, spec: ModelSpec) -> list[tuple[Reducer, ModelSpec]]:
+def over_crops(reducer: AnyReducer, spec: ModelSpec) -> list[tuple[AnyReducer, ModelSpec]]:
     """The method at the budget of every part it sees, as far as that is known before the picture is: evenly."""
     reducer = reducer.for_picture(spec)
     if divided(reducer, len(spec.crops)):
@@ -61,10 +64,11 @@ def planned(reducer: Reducer, spec: ModelSpec) -> tuple[int, ...] | None:
     if untouched(reducer, spec):
         return (spec.visual_tokens,) * spec.layers
     plans = [sized.tokens_per_layer(part) for sized, part in over_crops(reducer, spec)]
-    if any(plan is None for plan in plans):
+    known = [plan for plan in plans if plan is not None]
+    if len(known) < len(plans):
         return None
     kept = spec.newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0
-    return tuple(kept + sum(layer) for layer in zip(*plans, strict=True))
+    return tuple(kept + sum(layer) for layer in zip(*known, strict=True))
 
 
 @lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ the pipeline computes, applies, counts and places them.
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -42,7 +42,6 @@ class Reducer:
         version: part of every result; raise it when answers change.
         metadata: the method's row in docs/methods.md.
         rounding: how far the mean over layers may be off the budget, in tokens.
-        keep_cls: the encoder stage sees the CLS token as token 0.
         needs_text_tower: states carry the CLIP text tower.
         known_deviations: where the method by its own definition departs from the contract of
             tests/test_every_method.py; keys are "appended" (merged tokens stand after the kept ones), "scale" (merge
@@ -65,7 +64,6 @@ class Reducer:
     version: ClassVar[str] = "1"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="")
     rounding: ClassVar[float] = 0.5
-    keep_cls: ClassVar[bool] = False
     needs_text_tower: ClassVar[bool] = False
     known_deviations: ClassVar[dict[str, str]] = {}
 
@@ -88,6 +86,11 @@ class Reducer:
                 raise UserError(f"{self.name}.retention_ratio must be between 0 and 1, got {value:g}.")
             if choices and value not in choices:
                 raise UserError(f"{self.name}.{known.name} must be one of {', '.join(choices)}, got {value!r}.")
+
+    @property
+    def keep_cls(self) -> bool:
+        """Whether the encoder stage sees the CLS token as token 0; a class attribute or an option may replace this."""
+        return False
 
     def check(self, spec: ModelSpec) -> None:
         """Raise UserError if this method cannot run on this model at this budget."""
@@ -113,12 +116,12 @@ class Reducer:
         """
         return (self.budget,) * spec.layers
 
-    def sized(self, budget: int) -> "Reducer":
+    def sized(self, budget: int) -> Self:
         """The same method at another budget."""
         unchanged = budget == self.budget and not self.retention_ratio
         return self if unchanged else replace(self, budget=budget, retention_ratio=0.0)
 
-    def for_picture(self, spec: ModelSpec) -> "Reducer":
+    def for_picture(self, spec: ModelSpec) -> Self:
         """The same method at the budget of one picture."""
         if self.retention_ratio:
             return self.sized(max(1, int(self.retention_ratio * spec.visual_tokens + 0.5)))

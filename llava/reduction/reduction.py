@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,9 @@ class Reduction:
         return self._each(lambda tensor: tensor[index : index + 1])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Reduction":
-        changed = {name: change(value) for name in TENSORS if (value := getattr(self, name)) is not None}
+        changed: dict[str, Any] = {
+            name: change(value) for name in TENSORS if (value := getattr(self, name)) is not None
+        }
         return replace(self, **changed)
 
     def apply(self, tokens: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.errors import unknown
 from llava.reduction.flops import linear_flops
+from llava.reduction.modules import VisionBlock
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def _heads(projected: Tensor, heads: int) -> Tensor:
     return rearrange(projected, "b n (h d) -> b h n d", h=heads)
 
 
-def cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+def cls_attention(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Attention of the CLS token to the patches, mean over heads.
 
     Args:
@@ -57,7 +58,7 @@ def cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
     return weights[:, :, 0, 1:].mean(1)
 
 
-def cls_logits(block: nn.Module, hidden: Tensor) -> Tensor:
+def cls_logits(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Products of the CLS query with the patches' keys, scaled as in attention but in front of its softmax, mean over
     heads.
 
@@ -71,7 +72,7 @@ def cls_logits(block: nn.Module, hidden: Tensor) -> Tensor:
     return (query @ key.transpose(-1, -2))[:, 0] * (attention.scale / attention.num_heads)
 
 
-def received_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+def received_attention(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Average attention each patch receives from all patches, mean over heads: a saliency without CLS.
 
     Returns:
@@ -87,7 +88,7 @@ def received_attention(block: nn.Module, hidden: Tensor) -> Tensor:
     return received[:, 1:] / (query.shape[1] * query.shape[2])
 
 
-def keys(block: nn.Module, hidden: Tensor) -> Tensor:
+def keys(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Keys of the patches, mean over heads: the similarity space of VisionZip-like merging.
 
     Returns:
@@ -96,13 +97,13 @@ def keys(block: nn.Module, hidden: Tensor) -> Tensor:
     return mean_keys(block, block.layer_norm1(hidden[:, 1:]))
 
 
-def mean_keys(block: nn.Module, normed: Tensor) -> Tensor:
+def mean_keys(block: VisionBlock, normed: Tensor) -> Tensor:
     """[B, n, D] normed inputs of a block's attention -> keys [B, n, d] float32, mean over heads."""
     attention = block.self_attn
     return _heads(attention.k_proj(normed), attention.num_heads).float().mean(1)
 
 
-def fused_cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+def fused_cls_attention(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Attention of the CLS token to the patches with all heads taken as one: softmax(q k / sqrt(D)), as PruMerge does.
 
     Returns:
@@ -114,7 +115,7 @@ def fused_cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
     return (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
 
 
-def whole_keys(block: nn.Module, hidden: Tensor) -> Tensor:
+def whole_keys(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Keys of the patches, all heads side by side.
 
     Returns:
@@ -123,7 +124,7 @@ def whole_keys(block: nn.Module, hidden: Tensor) -> Tensor:
     return block.self_attn.k_proj(block.layer_norm1(hidden[:, 1:])).float()
 
 
-TOWER_SCORES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+TOWER_SCORES: dict[str, Callable[[VisionBlock, Tensor], Tensor]] = {
     "cls_attention": cls_attention,
     "cls_logits": cls_logits,
     "received_attention": received_attention,
@@ -133,14 +134,14 @@ TOWER_SCORES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
-def tower_score(score: TowerScore, block: nn.Module, hidden: Tensor) -> Tensor:
+def tower_score(score: TowerScore, block: VisionBlock, hidden: Tensor) -> Tensor:
     """Compute one requested score from the input of its block."""
     if score.kind not in TOWER_SCORES:
         raise unknown("tower score", score.kind, TOWER_SCORES)
     return TOWER_SCORES[score.kind](block, hidden)
 
 
-def score_flops(score: TowerScore, block: nn.Module, patches: int) -> int:
+def score_flops(score: TowerScore, block: VisionBlock, patches: int) -> int:
     """Operations of one requested score for one image, matrix products only."""
     attention = block.self_attn
     key, width = attention.k_proj, attention.q_proj.out_features

@@ -5,15 +5,16 @@ The pipeline groups images by their number of visual tokens, so a method never s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.errors import unknown
 from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles, text_to_visual_attention
+from llava.reduction.modules import Decoder, DecoderLayer
 from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import TowerScore
@@ -100,17 +101,22 @@ class PromptState(EncoderState):
         members: [B, N] places of the visual tokens in their image's run, where they are only a part of it.
     """
 
-    tokens: Tensor | None = None
+    tokens: Tensor
     sequence: Sequence | None = None
-    llm: nn.Module | None = None
+    llm: Decoder | None = None
     run_layers: Callable[[int], Tensor] | None = None
     members: Tensor | None = None
+
+    def _prompts(self) -> Sequence:
+        """`sequence`; a state made for a method that reads no text may lack it."""
+        assert self.sequence is not None
+        return self.sequence
 
     def visual(self, tensor: Tensor) -> Tensor:
         """[B, N, ...] rows of `tensor` [B, L, ...] at the visual tokens."""
         if self.members is None:
-            return self.sequence.take(tensor, self.sequence.images)
-        return at_members(tensor, self.sequence, self.members)
+            return self._prompts().take(tensor, self._prompts().images)
+        return at_members(tensor, self._prompts(), self.members)
 
     def text(self, rows: str) -> tuple[Tensor, Tensor]:
         """Embeddings of text tokens.
@@ -122,8 +128,9 @@ class PromptState(EncoderState):
         Returns:
             [B, T, H] embeddings and a mask [B, T] of the rows that exist.
         """
-        index, mask = row_index(self.sequence, text_spans(self.sequence, rows))
-        hidden = self.sequence.hidden
+        sequence = self._prompts()
+        index, mask = row_index(sequence, text_spans(sequence, rows))
+        hidden = sequence.hidden
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])), mask
 
     def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor]:
@@ -138,17 +145,18 @@ class PromptState(EncoderState):
         Returns:
             weights [B, H, T, N] float32 and a mask [B, T] of the rows that exist.
         """
-        sequence = self.sequence
-        hidden = self.run_layers(layer) if contextual else sequence.hidden
+        sequence, llm, run_layers = self._prompts(), self.llm, self.run_layers
+        assert llm is not None and run_layers is not None  # the pipeline sets them
+        hidden = run_layers(layer) if contextual else sequence.hidden
         index, mask = row_index(sequence, text_spans(sequence, rows))
         text = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
         visual = self.visual(hidden)
         angles: tuple = (None, None)
         if rotary:
-            cos, sin = rotary_angles(self.llm, hidden, sequence.position)
+            cos, sin = rotary_angles(llm, hidden, sequence.position)
             pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
             angles = ((pick(cos), pick(sin)), (self.visual(cos), self.visual(sin)))
-        block = self.llm.layers[layer]
+        block = llm.layers[layer]
         weights = text_to_visual_attention(block, text, visual, *angles)
         batch, count = text.shape[:2]
         self.flops += batch * attention_flops(block, count, visual.shape[1], visual.shape[1])
@@ -175,7 +183,7 @@ def text_spans(sequence: Sequence, rows: str) -> list[Span]:
     raise unknown("text rows", rows, ("question", "instruction", "after", "last", "visual"))
 
 
-def row_index(sequence: Sequence, spans: list[Span]) -> tuple[Tensor, Tensor]:
+def row_index(sequence: Sequence, spans: Collection[Span]) -> tuple[Tensor, Tensor]:
     """Padded positions [B, T] of spans of different length, and which of them are real."""
     longest = max(1, max(stop - start for start, stop in spans))
     index, mask = [], []
@@ -187,7 +195,7 @@ def row_index(sequence: Sequence, spans: list[Span]) -> tuple[Tensor, Tensor]:
     return torch.tensor(index).to(device, non_blocking=True), torch.tensor(mask).to(device, non_blocking=True)
 
 
-def attention_flops(layer: nn.Module, rows: int, keys: int, projected: int) -> int:
+def attention_flops(layer: DecoderLayer, rows: int, keys: int, projected: int) -> int:
     """Operations of the attention of `rows` queries to `keys` keys, of which `projected` are projected for it."""
     query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
     queries = 2 * rows * query.out_features * (query.in_features + keys)
@@ -210,7 +218,7 @@ class DecoderState(State):
 
     tokens: Tensor
     sequence: Sequence
-    llm: nn.Module
+    llm: Decoder
     layer: int
     entered: Sequence
     keys: Tensor

@@ -96,6 +96,7 @@ class TokenLayout:
 
     def tile_sides(self) -> tuple[list[int], list[int]]:
         """Patches along the height of every row of tiles, and along the width of every column, without padding."""
+        assert self.tiles is not None  # only for images with tiles
         (down, across), tiles = self.tiles, self.crops[1:]
         heights = [max(tile.rows for tile in tiles[row * across : (row + 1) * across]) for row in range(down)]
         widths = [max(tile.columns for tile in tiles[column::across]) for column in range(across)]
