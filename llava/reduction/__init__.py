@@ -1,4 +1,4 @@
-"""What a method imports: the base class, the states it is given, reductions, scores, rankings and the registry."""
+"""What a method imports: base class, states, reductions, scores, rankings and the registry."""
 
 from llava.errors import UserError
 from llava.reduction.clip_similarity import RELEVANCE, signed, text_similarity

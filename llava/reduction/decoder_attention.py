@@ -25,7 +25,7 @@ def text_to_visual_attention(
     """Attention of text rows to the visual tokens through one decoder layer's own norm and projections.
 
     The softmax runs over the visual keys alone. With layer 0, its input embeddings and rotary angles this equals the
-    layer's real attention up to the softmax denominator; without angles it has no preference for late tokens.
+    layer's real attention up to the softmax denominator; without angles it does not depend on distance.
 
     Args:
         layer: a LlamaDecoderLayer; grouped-query heads are repeated.

@@ -1,4 +1,4 @@
-"""Floating point operations of what was really computed, from module shapes and audited lengths.
+"""Floating point operations of what was computed, from module shapes and counted tokens.
 
 Matrix products only, 2 operations per multiply-add, attention counted over all key positions that the kernel is given
 (no discount for the causal half). Checked against torch.utils.flop_counter in the tests.
@@ -23,7 +23,7 @@ def tower_flops(tower: VisionTower, patches: int, tokens: Sequence[tuple[int, in
     """One image of `patches` patches through patch embedding and blocks.
 
     Args:
-        tokens: tokens that enter attention and MLP of every block that is run.
+        tokens: for every block that is run, the tokens that enter its attention and its MLP.
     """
     kernel = tower.embeddings.patch_embedding.weight
     total = 2 * patches * kernel.numel()

@@ -1,7 +1,7 @@
-"""Signals: tensors with a fixed definition that methods rank tokens by.
+"""Tower scores: importance scores and keys that methods read from blocks of the vision tower.
 
-Each is computed from the few query rows it needs, in float32, beside the main path, which therefore always runs the
-fused attention kernel. Shapes: B images, N patches, D channels, H heads, T text rows.
+Each is computed from the query rows it needs, in float32, apart from the forward pass, which can therefore always use
+the fused attention kernel. Shapes: B images, N patches, D channels, H heads, T text rows.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ class TowerScore:
 
     Attributes:
         kind: a key of TOWER_SCORES.
-        block: tower block, counted as a Python index; -2 is the block whose output LLaVA takes.
-        depth: number of blocks of the tower that `block` was chosen for; a tower of another depth gives the block at
-            the same share of it. 0 takes `block` as it is.
+        block: tower block as a Python index; -2 is the block whose output LLaVA uses.
+        depth: number of blocks of the tower that `block` was chosen for; `block` is scaled to a tower of another
+            depth. 0 uses `block` as it is.
     """
 
     kind: str
@@ -31,7 +31,7 @@ class TowerScore:
     depth: int = 0
 
     def index(self, blocks: int) -> int:
-        """The block in a tower with so many."""
+        """The block in a tower of `blocks` blocks."""
         return min(int(self.block * blocks / self.depth + 0.5), blocks - 1) if self.depth else self.block
 
 
@@ -59,8 +59,7 @@ def cls_attention(block: VisionBlock, hidden: Tensor) -> Tensor:
 
 
 def cls_logits(block: VisionBlock, hidden: Tensor) -> Tensor:
-    """Products of the CLS query with the patches' keys, scaled as in attention but in front of its softmax, mean over
-    heads.
+    """Products of the CLS query with the patches' keys, scaled as in attention, before the softmax, mean over heads.
 
     Returns:
         [B, N] float32, of any sign.
@@ -76,7 +75,7 @@ def received_attention(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Average attention each patch receives from all patches, mean over heads: a saliency without CLS.
 
     Returns:
-        [B, N] float32. Query rows go through in slices, so no full attention map is ever held.
+        [B, N] float32. Query rows are processed in slices, so the full attention map is never held.
     """
     attention = block.self_attn
     normed = block.layer_norm1(hidden)
