@@ -1,11 +1,11 @@
-"""Consensus ranking: two saliencies of different nature become one score.
+"""Consensus ranking: fuse encoder saliency and cross-modal saliency into one score.
 
 Paper: https://arxiv.org/abs/2602.00946 (abstract only)
 Official code read: none was released.
 Differs from it: unknown; the rule is a named choice, `docs/consensusdrop.md` compares them.
 
-The encoder saliency `v` is dense and the cross-modal saliency `c` is sparse, so their raw values do not compare: ranks
-do. Throughout, `alpha` is the encoder's say: 1 is encoder only, 0 is cross-modal only. Shapes: [B, N] float32.
+The encoder saliency `v` is dense and the cross-modal saliency `c` is sparse, so their values are not on one scale, but
+their ranks are. `alpha` is the weight of the encoder: 1 is encoder only, 0 is cross-modal only. Shapes: [B, N] float32.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def rank01(score: Tensor, top: int = 0) -> Tensor:
     """Ranks scaled to [0, 1], 1 for the highest score; equal scores rank by lower index.
 
     Args:
-        top: rank only the `top` highest, all others get 0 (a sparse score's tail is noise); 0 ranks all.
+        top: rank only the `top` highest, all others get 0 (the low values of a sparse score are noise); 0 ranks all.
     """
     total = score.shape[1]
     counted = top or total
@@ -43,12 +43,12 @@ def _rank(v: Tensor, c: Tensor, alpha: float, cross_top: int, **_: object) -> Te
 
 
 def _raw(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
-    """Naive fusion, the control: the raw values averaged as they are."""
+    """Control: weighted mean of the raw values."""
     return alpha * v + (1 - alpha) * c
 
 
 def _minmax(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
-    """F2: each score stretched to [0, 1]."""
+    """F2: weighted mean of the scores scaled to [0, 1]."""
 
     def stretch(score: Tensor) -> Tensor:
         low, high = score.amin(1, keepdim=True), score.amax(1, keepdim=True)
@@ -58,7 +58,7 @@ def _minmax(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
 
 
 def _zscore(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
-    """F3: each score with mean 0 and deviation 1."""
+    """F3: weighted mean of the scores scaled to mean 0 and standard deviation 1."""
 
     def standard(score: Tensor) -> Tensor:
         centred = score - score.mean(1, keepdim=True)
@@ -85,14 +85,14 @@ def _rrf(v: Tensor, c: Tensor, alpha: float, rrf_k: float, **_: object) -> Tenso
 
 
 def _cross_first(v: Tensor, c: Tensor, alpha: float, keep: int, **_: object) -> Tensor:
-    """F6: the cross-modal head first, then the encoder fills up to `keep`."""
+    """F6: the tokens with the highest cross-modal saliency first, then the encoder's, up to `keep` tokens."""
     head = round((1 - alpha) * keep)
     chosen = rank01(c) > 1 - (head - 0.5) / max(c.shape[1] - 1, 1) if head else torch.zeros_like(c, dtype=torch.bool)
     return rank01(v) + 2 * chosen.float()
 
 
 def _gate(v: Tensor, c: Tensor, gate_beta: float, **_: object) -> Tensor:
-    """F7: the encoder's score, raised where the text looks. `alpha` plays no part."""
+    """F7: the encoder's score times 1 + gate_beta * (cross-modal saliency / its mean). `alpha` is not used."""
     return v * (1 + gate_beta * c / c.mean(1, keepdim=True).clamp(min=TINY))
 
 

@@ -31,7 +31,7 @@ SLICE = 2**24  # attention weights held at a time: 64 MB in float32
 
 @dataclass
 class Look:
-    """The visual tokens of a state, ready to look at each other through the next layer.
+    """Hidden states, keys and mask for the attention among the visual tokens in the next layer.
 
     Attributes:
         rows: [B, n, D] hidden states of the visual tokens.
@@ -54,17 +54,17 @@ class Look:
 
 
 def look(state: DecoderState, attention: str) -> Look:
-    """What a kind of attention needs of a state; books the keys.
+    """Prepare a kind of attention; the operations of its keys are counted in `state.flops`.
 
     Args:
-        attention: "causal", the layer's own: every visual token sees the text and images in front of it, and visual
+        attention: "causal", the layer's own: every visual token sees the text and images before it, and visual
             tokens up to itself. "visual": only the latter. "bidirectional": all visual tokens of its image.
     """
     sequence, layer = state.sequence, state.llm.layers[state.layer]
     columns, _ = row_index(sequence, sequence.images)
     cos, sin = rotary_angles(state.llm, sequence.hidden, sequence.position)
     rotary = gather_tokens(cos, columns), gather_tokens(sin, columns)
-    # Causality: nothing behind the last visual token is seen, so text behind the picture needs no key.
+    # Causality: no visual token sees the text after the image, so that text needs no keys.
     width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))
     if attention == "causal":
         keys = layer_keys(layer, sequence.hidden[:, :width], (cos[:, :width], sin[:, :width]))
@@ -83,10 +83,10 @@ def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tenso
 
     Args:
         layer: a LlamaDecoderLayer.
-        diagonal: count what a token gives to itself.
+        diagonal: count the attention of a token to itself.
 
     Returns:
-        [B, n] float32. Rows go through in slices, so no full map of all heads is held for long prompts.
+        [B, n] float32. Rows are processed in slices, so the full attention map is never held.
     """
     batch, count, width = seen.allowed.shape
     heads = layer.self_attn.q_proj.out_features // layer.self_attn.head_dim
@@ -103,7 +103,7 @@ def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tenso
 
 
 def viewers(count: int, attention: str, diagonal: bool, device: torch.device) -> Tensor:
-    """[n] float32, how many visual tokens may see each; at least 1, so that it can divide."""
+    """[n] float32, the number of visual tokens that may see each one; at least 1, as it is used as a divisor."""
     if attention == "bidirectional":
         number = torch.full((count,), float(count), device=device)
     else:
@@ -112,10 +112,12 @@ def viewers(count: int, attention: str, diagonal: bool, device: torch.device) ->
 
 
 def visual_scores(state: DecoderState, seen: Look, attention: str, average: str, diagonal: bool) -> Tensor:
-    """[B, n] float32, mean attention received by every visual token, higher is more important; books the rows.
+    """[B, n] float32, mean attention received by every visual token, higher is more important.
+
+    The operations are counted in `state.flops`.
 
     Args:
-        average: over "all" visual tokens, those that cannot see the token counting as zeros, or over its "viewers".
+        average: mean over "all" visual tokens, with zeros from those that cannot see the token, or over its "viewers".
     """
     layer, count = state.llm.layers[state.layer], seen.allowed.shape[1]
     received = received_attention(layer, seen, diagonal)
@@ -127,7 +129,7 @@ def visual_scores(state: DecoderState, seen: Look, attention: str, average: str,
 
 
 def merge_metric(state: DecoderState, seen: Look, metric: str) -> Tensor:
-    """[B, n, d] (or [B, n, D]) float32 vectors whose cosine says which tokens are alike.
+    """[B, n, d] (or [B, n, D]) float32 vectors; merging compares tokens by their cosine.
 
     Args:
         metric: keys of the next layer, mean over heads, "rotated" by position or "unrotated"; or the "hidden" states.
