@@ -70,7 +70,7 @@ class AttnMix(Reducer):
         if self.temperature <= 0:
             raise UserError(f"attnmix.temperature must be above 0, got {self.temperature:g}.")
         if self.official and self.mix == "half":
-            raise UserError("attnmix.mix=half is not in the release; leave out attnmix.official.")
+            raise UserError("attnmix.mix=half is in no release; leave out attnmix.official.")
         usual = options_of(type(self))
         for name, released in RELEASED.items():
             if self.official and getattr(self, name) not in (usual[name].default, released):

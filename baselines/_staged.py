@@ -128,7 +128,7 @@ def plan(method: Staged, spec: ModelSpec, exact: bool = False) -> tuple[int, ...
     if method.budget > largest and not exact:
         return replace(method, budget=tokens).keeps(tokens, tokens)
     if method.budget > largest:
-        why, instead = "its stages keep fixed ratios of one another", ""
+        why, instead = "its stages keep fixed shares of one another", ""
     else:
         first_layers = f"{stages[0]} of {depth} layers" if stages[0] > 1 else f"of {depth} layers"
         why = f"all {tokens} enter the first {first_layers}"

@@ -73,7 +73,7 @@ class PyramidDrop(Staged):
         if abs(mean - self.budget) > self.rounding:
             raise UserError(
                 f"pyramiddrop.schedule={self.schedule} has a mean of {mean:.4g} visual tokens per layer on this model "
-                f"at any budget; set the budget to {mean:.0f}, or schedule=mean, which is fitted to the budget."
+                f"at any budget; ask for a budget of {mean:.0f}, or for schedule=mean, which is fitted to the budget."
             )
         return keeps
 
