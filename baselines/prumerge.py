@@ -104,7 +104,7 @@ class PruMerge(Reducer):
         url="https://arxiv.org/abs/2403.15388",
         code="42Shawn/LLaVA-PruMerge@097c041",
     )
-    known_deviations: ClassVar[dict[str, str]] = {"appended": "the token for the others comes last"}
+    known_deviations: ClassVar[dict[str, str]] = {"appended": "the average of the tokens that are not kept comes last"}
 
     neighbours: int = option(NEIGHBOURS, "nearest tokens by key that are merged into each kept token")
     official: bool = option(False, "as the release: as many tokens as outliers, their order, weights not normalised")
