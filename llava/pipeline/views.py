@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Samples
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from llava.reduction.reduction import Reduction, ViewReduction, stack
 from llava.reduction.scores import TowerScore
 
 if TYPE_CHECKING:
-    pass
+    from llava.model.llava_arch import Llava
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ def grouped(parts: list[View]) -> list[list[View]]:
     return list(groups.values())
 
 
-def parts_of(model, reducer: Reducer, image: Row, picture: EncodedImage) -> list[View]:
+def parts_of(model: "Llava", reducer: Reducer, image: Row, picture: EncodedImage) -> list[View]:
     """The views of one image; tiles with a budget of 0 are left out."""
     spec, count = spec_of(model.spec, picture.full), len(picture.arrangement.crops)
     reducer = reducer.for_picture(spec)
@@ -128,7 +128,7 @@ def names_of(samples: Samples[Sample], parts: Samples[View]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def shared_fields(model, samples: Samples[Sample], parts: list[View]) -> dict:
+def shared_fields(model: "Llava", samples: Samples[Sample], parts: list[View]) -> dict[str, Any]:
     """Fields that the states of stages 1 and 2 share; all views are of one group."""
     first = parts[0]
     scores = [part.scores() for part in parts]
