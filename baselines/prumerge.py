@@ -60,7 +60,7 @@ def shares(kept: Tensor, attention: Tensor, keys: Tensor, neighbours: int, matmu
     """[B, K+1, N] float32 merge matrix: K kept tokens, then the one for the others.
 
     A kept token has weight 1 and each of its nearest tokens, kept or not, the weight of its attention. In the last
-    output token, every other token has the weight of its attention.
+    output token, each of the others has the weight of its attention.
 
     Args:
         kept: [B, K] indices.

@@ -68,7 +68,7 @@ def keep_top_of_windows(score: Tensor, window: Tensor, count: int, windows: int)
 
 
 def merge_into_kept(tokens: Tensor, kept: Tensor) -> Reduction:
-    """Average every other token into the most similar kept one (cosine of tokens [B, N, D]), with equal weights."""
+    """Average each token that is not kept into the most similar kept one (cosine of tokens [B, N, D])."""
     total = tokens.shape[1]
     rest = others(kept, total)
     slots = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
@@ -151,7 +151,7 @@ class VScan(Reducer):
     def decoder(self, state: DecoderState) -> Reduction | None:
         assert state.spec is not None  # the pipeline sets it
         tokens = planned(self, state.spec)
-        assert tokens is not None  # no image decides
+        assert tokens is not None  # it never depends on the image
         second, total = tokens[state.layer], state.tokens.shape[1]
         if second >= total:
             return None

@@ -160,7 +160,7 @@ class VisionDrop(Reducer):
     def decoder(self, state: DecoderState) -> Reduction | None:
         assert state.spec is not None  # the pipeline sets it
         tokens = planned(self, state.spec)
-        assert tokens is not None  # no image decides
+        assert tokens is not None  # it never depends on the image
         if tokens[state.layer] >= state.tokens.shape[1]:
             return None  # this stage has nothing to do
         seen = look(state, self.attention)

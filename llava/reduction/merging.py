@@ -53,10 +53,10 @@ def assign(members: Tensor, anchors: Tensor, keys: Tensor) -> Tensor:
 
 
 def merge_flops(rule: str, total: int, retained: int, merged: int, channels: int, assigned: bool) -> int:
-    """Operations of choosing anchors and assigning the other tokens for one image, matrix products only.
+    """Operations of choosing anchors and assigning the remaining tokens for one image, matrix products only.
 
     Args:
-        rule: how anchors are chosen; "farthest" compares every other token with each anchor but the last.
+        rule: how anchors are chosen; "farthest" compares each remaining token with each anchor but the last.
         merged: M; 0 if the other tokens are merged into the retained ones.
         assigned: False if the other tokens are dropped.
     """
