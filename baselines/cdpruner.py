@@ -90,7 +90,7 @@ class CDPruner(Reducer):
     )
 
     relevance: str = option(
-        "tower", "CLIP similarity as relevance: negated (the release), plain, or as the text tower says", RELEVANCE
+        "tower", "CLIP similarity as relevance: negated (the release), plain, or by the text tower's config", RELEVANCE
     )
     official: bool = option(False, "cut texts that are too long for CLIP as the release does")
 
