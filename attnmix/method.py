@@ -1,10 +1,10 @@
-"""AttnMix (AdaFV, AdaV): tokens that the question's words resemble and tokens that CLS looks at, in a mix of its own.
+"""AttnMix (AdaFV, AdaV): keep the tokens most similar to the question and those with the highest CLS attention.
 
 Paper: https://arxiv.org/abs/2501.09532 and https://aclanthology.org/2025.findings-acl.258 (the equations of neither
     were available)
 Official code read: JiayiV/AdaV@58d1f8d, llava/model/language_model/llava_llama.py, generate
-Differs from it: a token that both rankings choose counts once and the budget is met; saliency is ranked over all crops
-    together, in the order of the tokens; the text is the question. With `official` all is as in the release.
+Differs from it: a token that both rankings choose counts once and the budget is met; saliency is ranked over all tiles
+    together, in the order of the tokens; the text is the question. `official` does as the release in all of these.
     docs/attnmix.md explains each difference.
 """
 
@@ -30,15 +30,17 @@ from llava.reduction import (
     text_spans,
 )
 
-RELEASED = {"text": "after", "pool": "crop"}  # what `official` makes of these options
+RELEASED = {"text": "after", "pool": "crop"}  # these options under `official`
 
 
 @register("attnmix")
 @dataclass(frozen=True, kw_only=True)
 class AttnMix(Reducer):
-    """Reads the words as they are embedded, so no decoder layer and no text tower has to run."""
+    """Compares visual tokens with word embeddings, so it needs no text tower and runs no decoder layer."""
 
-    summary: ClassVar[str] = "what the question's words resemble and what CLS looks at, split by their geometric mean"
+    summary: ClassVar[str] = (
+        "highest similarity to the question's words and highest CLS attention, split by their geometric mean"
+    )
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 0",
         score="cosine to word embeddings, and CLS attention, block −2",
@@ -48,18 +50,18 @@ class AttnMix(Reducer):
         code="JiayiV/AdaV@58d1f8d",
     )
 
-    crops: str = option("global", "ranks the tokens of all crops together", ("global",))
+    crops: str = option("global", "ranks the tokens of all tiles together", ("global",))
     mix: str = option(
         "adaptive",
         "split by the geometric mean, text to image only, CLS only, or half of the budget each",
         ("adaptive", "t2i", "cls", "half"),
     )
-    floor: float = option(0.25, "adaptive: share of the budget that each ranking gets in any case")
-    temperature: float = option(0.01, "of the softmax that spreads a text token over the picture")
-    text: str = option("question", "text that is compared with the picture", ("question", "instruction", "after"))
-    pool: str = option("global", "rank saliency over all crops, or over the best of each crop", ("global", "crop"))
+    floor: float = option(0.25, "adaptive: least share of the budget for each ranking")
+    temperature: float = option(0.01, "of the softmax of a text token over the visual tokens")
+    text: str = option("question", "text that is compared with the image", ("question", "instruction", "after"))
+    pool: str = option("global", "rank saliency over all tiles, or over the best of each tile", ("global", "crop"))
     block: int = option(-2, "tower block whose CLS attention is the saliency")
-    official: bool = option(False, "the release to the bit: duplicates, rounding, crops and all text behind the image")
+    official: bool = option(False, "exactly as released: duplicates, rounding, tiles and all text after the image")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,9 +96,9 @@ class AttnMix(Reducer):
 
     def prompt(self, state: PromptState) -> Reduction | None:
         tokens, crops = state.tokens.shape[1], state.layout.crops
-        no_say = torch.zeros(state.tokens.shape[:2], device=state.tokens.device)
-        text = no_say if self.mix == "cls" else self._text_scores(state)
-        saliency = no_say if self.mix == "t2i" else state.scores[self.scores()[0]]
+        zeros = torch.zeros(state.tokens.shape[:2], device=state.tokens.device)
+        text = zeros if self.mix == "cls" else self._text_scores(state)
+        saliency = zeros if self.mix == "t2i" else state.scores[self.scores()[0]]
         if self.official:
             return Reduction(released_tokens(text, saliency, crops, self.budget, self.floor, self.mix), tokens)
         if self.pool == "crop":
@@ -108,12 +110,13 @@ class AttnMix(Reducer):
         return released_count(self.budget, crops, self.mix) if self.official else self.budget
 
     def _text_scores(self, state: PromptState) -> Tensor:
+        assert state.sequence is not None  # the pipeline sets it
         rows = RELEASED["text"] if self.official else self.text
         for name, (start, stop) in zip(state.ids, text_spans(state.sequence, rows), strict=True):
             if start == stop:
                 raise UserError(
-                    f"attnmix compares the picture with the {rows} of sample {name!r}, which is empty; "
-                    "set attnmix.text=after to take the whole text behind the image."
+                    f"attnmix compares the image with the {rows} of sample {name!r}, which is empty; "
+                    "set attnmix.text=after to take the whole text after the image."
                 )
         return text_scores(*state.text(rows), state.tokens, self.temperature, state.matmul)
 

@@ -1,10 +1,10 @@
 """Two rankings of the visual tokens, by the text and by the vision tower, and how a budget is split between them.
 
-Paper: https://arxiv.org/abs/2501.09532 (its equations were not available; docs/attnmix.md tells what is known)
+Paper: https://arxiv.org/abs/2501.09532 (its equations were not available; docs/attnmix.md lists what is known)
 Official code read: JiayiV/AdaV@58d1f8d, llava/model/language_model/llava_llama.py
-Differs from it: see `release.py`, which has the other half of each difference.
+Differs from it: see `release.py`, which has the released form of each difference.
 
-Shapes: B images, N visual tokens (all crops of an image together), T text tokens, D channels of the decoder.
+Shapes: B images, N visual tokens (all tiles of an image together), T text tokens, D channels of the decoder.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,9 @@ MatMul = Callable[[Tensor, Tensor], Tensor]
 def text_scores(
     text: Tensor, exists: Tensor, visual: Tensor, temperature: float, matmul: MatMul = torch.matmul
 ) -> Tensor:
-    """[B, N] float32, how much of the picture's similarity to some text token falls on each visual token.
+    """[B, N] float32, text score of each visual token: its largest weight over the text tokens.
 
-    Every text token spreads a softmax of cosine / temperature over all visual tokens; a visual token gets the highest
-    share that any text token gives it.
+    The weights of a text token are the softmax of cosine / temperature over all visual tokens.
 
     Args:
         text: [B, T, D] word embeddings, as they enter the decoder.
@@ -37,21 +36,20 @@ def text_scores(
 
 
 def ordered(score: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, N] scores in float32 -> the same in descending order, and their positions; ties in the order they had."""
+    """[B, N] scores -> the same in float32 in descending order, and their indices; ties to the lower index."""
     return score.float().sort(dim=1, descending=True, stable=True)
 
 
 def best_split(first: Tensor, second: Tensor) -> Tensor:
     """[B] int64, how many of K tokens go to the first of two rankings so that the kept masses balance.
 
-    Of all splits the one with the largest geometric mean of the two masses (so of their product); on a tie the first
-    ranking gets fewer. The scale of either ranking makes no difference. A peaked ranking gets few tokens, a flat one
-    many.
+    The split has the largest product (and so geometric mean) of the two masses; on a tie the first ranking gets fewer
+    tokens. The scale of either ranking has no effect. A peaked ranking gets few tokens, a flat one many.
 
     Args:
         first, second: [B, K] scores in descending order, at least 0.
     """
-    # Mass of the best k of either, k = 0 .. K. Flipped, the second list holds the mass of the best K - k.
+    # Mass of the best k of each ranking, k = 0 .. K. Flipped, the second has the mass of its best K - k.
     mass = [F.pad(scores.cumsum(1), (1, 0)) for scores in (first, second)]
     return (mass[0] * mass[1].flip(1)).argmax(1)
 
@@ -62,11 +60,11 @@ def forced_count(budget: int, floor: float) -> int:
 
 
 def adaptive_count(text: Tensor, saliency: Tensor, budget: int, floor: float) -> Tensor:
-    """[B] int64, how many tokens the text chooses: its forced ones and its part of the split of the rest.
+    """[B] int64, tokens that are chosen by text: its least share and its part of the rest.
 
     Args:
         text, saliency: [B, at least budget] scores in descending order.
-        floor: share of the budget that each of the two gets in any case, 0 to 0.5.
+        floor: least share of the budget for each ranking, 0 to 0.5.
     """
     forced = forced_count(budget, floor)
     rest = slice(forced, budget - forced)
@@ -74,14 +72,14 @@ def adaptive_count(text: Tensor, saliency: Tensor, budget: int, floor: float) ->
 
 
 def crop_pool(saliency: Tensor, crops: int, size: int) -> Tensor:
-    """[B, N] bool, the `size` most salient tokens of every crop."""
+    """[B, N] bool, the `size` most salient tokens of every tile."""
     inside = saliency.unflatten(1, (crops, -1))
     place = inside.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
     return (place < size).flatten(1)
 
 
 def mix(text: Tensor, saliency: Tensor, count: Tensor, budget: int) -> Tensor:
-    """[B, budget] positions, ascending: the best `count` by text, filled up with the most salient others.
+    """[B, budget] indices, ascending: the best `count` by text, then the most salient of the others.
 
     Args:
         text, saliency: [B, N] scores.

@@ -1,10 +1,10 @@
-"""The mixture as the released code runs it, with what is taken for its faults (B1 to B5 in docs/attnmix.md).
+"""The mixture as in the released code, with its apparent errors (B1 to B5 in docs/attnmix.md).
 
 Paper: https://arxiv.org/abs/2501.09532
 Official code read: JiayiV/AdaV@58d1f8d, llava/model/language_model/llava_llama.py, generate
 Differs from it: float32 (theirs: float16), batches, ties to the lower index.
 
-Shapes: B images, N visual tokens in C crops of n, V tokens of the result.
+Shapes: B images, N visual tokens in C tiles of n, V output tokens.
 """
 
 import torch
@@ -13,25 +13,25 @@ from torch import Tensor
 from attnmix.mixture import adaptive_count, forced_count, ordered
 from llava.reduction import keep_top
 
-# How far the positions of two crops are apart. It should be n: with 1 all salient tokens are looked up in crop 0 (B1).
+# Distance of the indices of two neighbouring tiles. It should be n; with 1 all salient indices point into tile 0 (B1).
 STRIDE = 1
 
 
 def released_count(budget: int, crops: int, mix: str) -> int:
-    """V, the tokens that a budget becomes: the same number from every crop, and an even one for two rankings (B5)."""
+    """V, the tokens kept at a budget: equally many of every tile, and an even number for two rankings (B5)."""
     return budget // crops * crops if mix == "t2i" else 2 * (budget // 2 // crops) * crops
 
 
 def salient_by_crop(saliency: Tensor, crops: int, size: int, stride: int) -> tuple[Tensor, Tensor]:
-    """The most salient tokens crop after crop, in descending order inside each crop only.
+    """The most salient tokens tile after tile, in descending order inside each tile only.
 
     Args:
         saliency: [B, N].
-        size: tokens taken of each crop.
+        size: tokens taken of each tile.
         stride: see STRIDE.
 
     Returns:
-        Scores [B, C * size] and positions, int64.
+        Scores [B, C * size] and their indices, int64.
     """
     inside = saliency.float().unflatten(1, (crops, -1))
     score, place = inside.sort(dim=2, descending=True, stable=True)
@@ -42,12 +42,12 @@ def salient_by_crop(saliency: Tensor, crops: int, size: int, stride: int) -> tup
 def released_tokens(
     text: Tensor, saliency: Tensor, crops: int, budget: int, floor: float, mix: str = "adaptive", stride: int = STRIDE
 ) -> Tensor:
-    """[B, V] positions, ascending, a token that both rankings choose twice (B4).
+    """[B, V] indices, ascending; a token that both rankings choose is in it twice (B4).
 
     Args:
         text: [B, N] scores by text; unused with "cls".
         saliency: [B, N]; unused with "t2i".
-        floor: share of V forced from each ranking; for saliency these come from the first crops, not the best (B3).
+        floor: share of V forced from each ranking; for saliency these come from the first tiles, not the best (B3).
         mix: "adaptive", "t2i" or "cls".
     """
     total = released_count(budget, crops, mix)
@@ -63,7 +63,7 @@ def released_tokens(
     text_value, text_place = ordered(text)
     count = adaptive_count(text_value, value, total, floor).unsqueeze(1)
     rank = torch.arange(total, device=place.device)
-    # What is not chosen is numbered behind all tokens, so that sorting moves it out of the first V.
+    # Tokens that are not chosen get an index after all tokens, so that sorting moves them out of the first V.
     nothing = text.shape[1]
     chosen = torch.cat(
         [

@@ -1,4 +1,4 @@
-"""SparseVLM's arithmetic: which words rate the visual tokens, and how some of the dropped tokens are recycled.
+"""SparseVLM: choose the words that rate the visual tokens, and recycle some of the dropped tokens.
 
 Shapes: B images, N visual tokens, T words, M recycled tokens, D channels.
 """
@@ -10,14 +10,15 @@ from llava.reduction import Reduction, gather_tokens, keep_top, others
 
 
 def text_raters(relation: Tensor, exists: Tensor) -> Tensor:
-    """Which words are about the picture.
+    """Choose the words that rate the visual tokens (the text raters).
 
     Args:
         relation: [B, N, T] products of visual and text embeddings.
         exists: [B, T], False for padding.
 
     Returns:
-        [B, T] bool: the words that get more than their share of the visual tokens' softmax over words.
+        [B, T] bool: the words with more than the mean weight in the visual tokens' softmax over words; all words if
+        there is none.
     """
     gained = relation.float().masked_fill(~exists[:, None], -torch.inf).softmax(-1).mean(1)
     above = (gained > gained.sum(1, keepdim=True) / exists.sum(1, keepdim=True)) & exists
@@ -25,24 +26,24 @@ def text_raters(relation: Tensor, exists: Tensor) -> Tensor:
 
 
 def recycled(dropped: int) -> tuple[int, int]:
-    """(tokens that are recycled, clusters they become) of so many dropped ones."""
+    """(tokens that are recycled, clusters they form) of `dropped` tokens."""
     tokens = int(dropped * 0.3) + 1
     return tokens, tokens // 10 + 1
 
 
 def density_peaks(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Cluster [B, M, D] tokens around density peaks: dense tokens that are far from every denser one.
+    """Cluster [B, M, D] tokens around density peaks: dense tokens that are far from every denser token.
 
     Returns:
-        [B, count] indices of the centres, best first, and [B, M] the centre that each token belongs to.
+        [B, count] indices of the centres, best first, and [B, M] the number of the cluster of each token.
     """
-    # Differences, not products: products of long vectors lose the small distances between neighbours.
+    # From differences: from products, small distances between long vectors would be lost to rounding.
     distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") / tokens.shape[-1] ** 0.5
     near = distance.topk(count, dim=-1, largest=False).values
     density = (-(near**2).mean(-1)).exp()
     mine, other = density[:, :, None], density[:, None, :]
     index = torch.arange(tokens.shape[1], device=tokens.device)
-    # Nearest neighbours of each other are equally dense; one of them must count as denser, or both become centres.
+    # Two mutual nearest neighbours are equally dense; the lower index counts as denser, or both would be centres.
     denser = (other > mine) | ((other == mine) & (index < index[:, None]))
     apart = torch.where(denser, distance, distance.amax((1, 2), keepdim=True)).amin(-1)
     centre = (apart * density).argsort(dim=1, descending=True, stable=True)[:, :count]
@@ -51,7 +52,7 @@ def density_peaks(tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def keep_and_recycle(score: Tensor, tokens: Tensor, keep: int) -> Reduction:
-    """Keep the best and average the best of the rest into clusters, which stand behind the kept tokens.
+    """Keep the best tokens and average the best of the rest into clusters, which come after the kept tokens.
 
     Args:
         score: [B, N].
@@ -60,7 +61,7 @@ def keep_and_recycle(score: Tensor, tokens: Tensor, keep: int) -> Reduction:
     """
     total = score.shape[1]
     used, clusters = recycled(total - keep)
-    if used == 1:  # a cluster of one is that token
+    if used == 1:  # a cluster of one token is that token
         return Reduction(keep_top(score, keep + 1), total)
     kept = keep_top(score, keep)
     rest = others(kept, total)
@@ -68,8 +69,8 @@ def keep_and_recycle(score: Tensor, tokens: Tensor, keep: int) -> Reduction:
     rest = rest.gather(1, order)
     centre, home = density_peaks(gather_tokens(tokens, rest).float(), clusters)
     size = torch.zeros_like(centre).scatter_add_(1, home, torch.ones_like(home))
-    anchor = torch.cat([kept, rest.gather(1, centre)], 1)
+    outputs = torch.cat([kept, rest.gather(1, centre)], 1)
     place = torch.arange(keep, device=kept.device).expand_as(kept)
-    owner = torch.full_like(score, -1, dtype=torch.long).scatter(1, kept, place).scatter(1, rest, home + keep)
+    assignment = torch.full_like(score, -1, dtype=torch.long).scatter(1, kept, place).scatter(1, rest, home + keep)
     weight = torch.zeros_like(score).scatter(1, kept, 1.0).scatter(1, rest, 1 / size.gather(1, home).float())
-    return Reduction(anchor, total, owner, weight)
+    return Reduction(outputs, total, assignment, weight)

@@ -1,14 +1,13 @@
-"""What the baselines that drop tokens between decoder layers share: where their stages stand and how many tokens stay.
+"""Base class of the baselines that drop tokens between decoder layers: layers of the stages, and tokens each keeps.
 
-A schedule is a family with one number, the tokens that the first stage keeps; everything behind follows from it. The
-number is fitted so that the tokens entering a layer have the budget as their mean.
+The tokens that the first stage keeps determine those of the later stages. They are chosen so that the mean over layers
+of the visual tokens that enter a layer equals the budget.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,24 +26,23 @@ from llava.reduction import (
 )
 
 REFERENCE = 32  # decoder layers of the papers' models
-SCHEDULE = "mean: the budget is the mean over all layers; kept: over the layers behind the first stage"
+SCHEDULE = "mean: the budget is the mean over all layers; kept: over the layers after the first stage"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Staged(Reducer):
-    """Drops visual tokens in front of a few decoder layers.
+    """Drops visual tokens before a few decoder layers."""
 
-    Class attributes:
-        published: decoder layers of the stages in a model of 32.
-    """
-
-    published: ClassVar[tuple[int, ...]] = ()
-
-    crops: str = option("global", "ranks the tokens of all crops together", ("global",))
+    crops: str = option("global", "ranks the tokens of all tiles together", ("global",))
     schedule: str = option("mean", SCHEDULE, ("mean", "kept"))
 
+    @property
+    def published(self) -> tuple[int, ...]:
+        """Decoder layers of the stages in a model of 32; a method with one schedule makes it a class attribute."""
+        return ()
+
     def stages(self) -> tuple[int, ...]:
-        """Layers of this very model that the user chose; () for the published ones in proportion to the depth."""
+        """Decoder layers that the user chose; () for the published ones in proportion to the depth."""
         return ()
 
     def score(self, state: DecoderState) -> Tensor:
@@ -56,15 +54,15 @@ class Staged(Reducer):
         return Reduction(keep_top(self.score(state), keep), state.tokens.shape[1])
 
     def keeps(self, first: int, tokens: int) -> tuple[int, ...]:
-        """Tokens that each stage keeps of a picture with `tokens` if the first stage keeps `first`."""
+        """Tokens that each stage keeps of an image with `tokens` if the first stage keeps `first`."""
         return (first,)
 
     def fixed(self, spec: ModelSpec) -> tuple[int, ...] | None:
-        """Tokens that each stage keeps under a schedule that is not fitted to the budget."""
+        """Tokens that each stage keeps under a schedule that is not fitted to the budget, else None."""
         return None
 
     def counts(self, keeps: Sequence[int], tokens: int) -> tuple[int, ...]:
-        """Visual tokens behind each stage, merged ones included, of a picture with `tokens`."""
+        """Visual tokens after each stage, merged ones included, of an image with `tokens`."""
         return tuple(keeps)
 
     def __post_init__(self) -> None:
@@ -79,7 +77,7 @@ class Staged(Reducer):
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
         stages = self.stages() or scaled_layers(self.published, REFERENCE, layers)
         if stages[-1] >= layers:
-            raise UserError(f"{self.name} acts in front of layer {stages[-1]}; this decoder has {layers} layers.")
+            raise UserError(f"{self.name} acts before layer {stages[-1]}; this decoder has {layers} layers.")
         return stages
 
     def check(self, spec: ModelSpec) -> None:
@@ -91,6 +89,7 @@ class Staged(Reducer):
         return tokens_by_layer(spec.visual_tokens, self.decoder_layers(spec.layers), counts, spec.layers)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
+        assert state.spec is not None  # the pipeline sets it
         keep = plan(self, state.spec)[self.decoder_layers(state.spec.layers).index(state.layer)]
         if keep >= state.tokens.shape[1]:
             return None  # this stage has nothing to do
@@ -101,13 +100,13 @@ class Staged(Reducer):
 def plan(method: Staged, spec: ModelSpec, exact: bool = False) -> tuple[int, ...]:
     """Tokens that each stage keeps.
 
-    A picture that is so small that even the largest member of the method's family stays below the budget gets that one.
+    If the image is so small that every schedule stays below the budget, the one with most tokens is used.
 
     Args:
-        exact: raise instead.
+        exact: raise in that case.
 
     Raises:
-        UserError: no member of the method's family has the budget as its mean.
+        UserError: no schedule has the budget as its mean.
     """
     stages, tokens, depth = method.decoder_layers(spec.layers), spec.visual_tokens, spec.layers
     if method.budget >= tokens:
@@ -124,7 +123,7 @@ def plan(method: Staged, spec: ModelSpec, exact: bool = False) -> tuple[int, ...
     first = largest_within(method.budget, tokens, total_of, depth - start)
     if first is not None:
         return method.keeps(first, tokens)
-    # The family itself may depend on the budget, so its ends are those of the lowest and the highest one.
+    # Schedules may depend on the budget, so the limits are those at the lowest and the highest budget.
     smallest, largest = (total_of(x, replace(method, budget=x)) / (depth - start) for x in (1, tokens))
     if method.budget > largest and not exact:
         return replace(method, budget=tokens).keeps(tokens, tokens)
@@ -133,5 +132,5 @@ def plan(method: Staged, spec: ModelSpec, exact: bool = False) -> tuple[int, ...
     else:
         first_layers = f"{stages[0]} of {depth} layers" if stages[0] > 1 else f"of {depth} layers"
         why = f"all {tokens} enter the first {first_layers}"
-        instead = f"Set {method.name}.schedule=kept to count only the layers behind." * (start == 0)
+        instead = f"Set {method.name}.schedule=kept to count only the layers after them." * (start == 0)
     raise refuse_budget(method.name, method.budget, smallest, largest, why, instead)

@@ -3,7 +3,7 @@
 Paper: https://arxiv.org/abs/2506.10967
 Official code read: Theia-4869/CDPruner@9541616, llava/model/llava_arch.py (encode_images) and
 llava/model/multimodal_encoder/clip_encoder.py
-Differs from it: relevance is scaled over one image (theirs over all crops of a batch: one in LLaVA-1.5); when the
+Differs from it: relevance is scaled over one image (theirs over all tiles of a batch: one in LLaVA-1.5); when the
 chosen tokens span all others, these follow by relevance (theirs divides by zero and repeats tokens); every chunk of a
 text too long for CLIP is a framed text (official=true: only the first has its begin, only the last its end token).
 
@@ -30,12 +30,12 @@ from llava.reduction import (
     text_similarity,
 )
 
-# A token whose remaining volume is below this share of its own is spanned by the chosen ones, to float32 accuracy.
+# A token whose residual is below this fraction of its kernel entry is spanned by the chosen ones, to float32 accuracy.
 SPANNED = 1e-6
 
 
 def unit_interval(relevance: Tensor) -> Tensor:
-    """[B, N] -> [B, N] between 0 and 1 in every row, the lowest just above 0, so that no token is worth nothing."""
+    """[B, N] -> [B, N] between 0 and 1 in every row, the lowest just above 0, so that no kernel row is zero."""
     low, high = relevance.amin(1, keepdim=True), relevance.amax(1, keepdim=True)
     return (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
 
@@ -49,11 +49,11 @@ def greedy_map(kernel: Tensor, budget: int, matmul: Callable[[Tensor, Tensor], T
         matmul: product of two batched matrices.
 
     Returns:
-        [B, K] int64 in the order of choice, without repetition, also behind the rank of the kernel.
+        [B, K] int64 in the order of choice, without repetition, also if K exceeds the rank of the kernel.
     """
     batch, total, _ = kernel.shape
     own = kernel.diagonal(dim1=1, dim2=2)
-    left = own.clone()  # what each token would multiply the determinant by
+    left = own.clone()  # the factor by which each token would multiply the determinant
     last = own - own.amax(1, keepdim=True) - 1  # below every `left`: the order of the spanned tokens
     factor = kernel.new_zeros(batch, budget, total)
     chosen = []
@@ -76,7 +76,7 @@ def greedy_map(kernel: Tensor, budget: int, matmul: Callable[[Tensor, Tensor], T
 @register("cdpruner")
 @dataclass(frozen=True, kw_only=True)
 class CDPruner(Reducer):
-    """Acts on projected tokens, whose similarity it takes; relevance comes from the tower's features."""
+    """Uses the similarity of projected tokens; relevance is computed from tower features."""
 
     summary: ClassVar[str] = "a diverse subset by a determinantal point process, weighted by relevance to the question"
     needs_text_tower: ClassVar[bool] = True
@@ -90,7 +90,7 @@ class CDPruner(Reducer):
     )
 
     relevance: str = option(
-        "tower", "CLIP similarity as relevance: negated (the release), plain, or as the text tower says", RELEVANCE
+        "tower", "CLIP similarity as relevance: negated (the release), plain, or by the text tower's config", RELEVANCE
     )
     official: bool = option(False, "cut texts that are too long for CLIP as the release does")
 

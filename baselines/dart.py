@@ -1,11 +1,11 @@
-"""DART: keep a few pivots, and the visual tokens that resemble them least.
+"""DART: keep a few pivots, and the visual tokens that are least similar to them.
 
 Paper: https://arxiv.org/abs/2502.11494
 Official code read: ModelTC/LightCompress@9701d03, llmc/compression/token_reduction/dart.py (a port; the authors'
 repository could not be had)
-Differs from it: pivots take their turns in a fixed order, image before text and by falling key norm (theirs in the
-order of a Python set, on which the greedy choice hangs); keeps exactly what the budget asks (theirs 8 * (T // 8) + 4
-behind the layer). `official` does both as they do.
+Differs from it: pivots choose in a fixed order, image before text and by descending key norm (theirs in the order
+of a Python set, which changes the greedy choice); keeps exactly the budget (theirs 8 * (T // 8) + 4 after the layer).
+`official` does both as they do.
 """
 
 from collections.abc import Sequence as Counts
@@ -46,7 +46,7 @@ def shares(tokens: int, pivots: int) -> tuple[int, ...]:
 
 
 def pick_different(similarity: Tensor, pivots: Tensor, picks: Counts[int]) -> Tensor:
-    """Pivots in turn pick the tokens that resemble them least, among those not taken yet.
+    """Each pivot in turn picks the tokens least similar to it among those that are not taken yet.
 
     Args:
         similarity: [B, P, N] of every pivot, in the order of their turns, to the N visual tokens.
@@ -65,9 +65,9 @@ def pick_different(similarity: Tensor, pivots: Tensor, picks: Counts[int]) -> Te
 
 
 def hash_order(columns: Tensor, sequence: "Sequence") -> Tensor:
-    """[B, P] columns of the padded sequence in the order in which a Python set of their positions is run through.
+    """[B, P] columns of the padded sequence in the iteration order of a Python set of their positions.
 
-    The order is that of integer hashes, so the host must know the numbers and waits for the device.
+    The order depends on integer hashes, so the host needs the values and waits for the device.
     """
     rows = []
     for sample, row in enumerate(columns.tolist()):
@@ -81,7 +81,7 @@ def hash_order(columns: Tensor, sequence: "Sequence") -> Tensor:
 class Dart(Staged):
     """Needs keys and hidden states, no attention."""
 
-    summary: ClassVar[str] = "keep pivots with large keys and the tokens that resemble them least"
+    summary: ClassVar[str] = "keep pivots with large keys and the tokens least similar to them"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 2 of 32",
         score="least cosine similarity to 4 image and 4 text pivots of the largest keys",
@@ -91,9 +91,9 @@ class Dart(Staged):
     )
     published: ClassVar[tuple[int, ...]] = (2,)
 
-    positions: str = option("original", "position ids behind the stage", ("renumber", "original"))
-    layer: int = option(0, "decoder layer in front of which tokens are dropped; 0 for 2 of 32 in proportion")
-    official: bool = option(False, "as released: keeps 8 * (budget // 8) + 4 behind the layer, pivots in hash order")
+    positions: str = option("original", "position ids after the stage", ("renumber", "original"))
+    layer: int = option(0, "decoder layer before which tokens are dropped; 0 for 2 of 32 in proportion")
+    official: bool = option(False, "as released: keeps 8 * (budget // 8) + 4 after the layer, pivots in hash order")
 
     def stages(self) -> tuple[int, ...]:
         return (self.layer,) if self.layer else ()
@@ -118,7 +118,7 @@ class Dart(Staged):
         shortest = min(stop - start for start, stop in sequence.behind)
         if shortest < PIVOTS:
             raise UserError(
-                f"dart takes {PIVOTS} pivots from the text behind the image; a prompt has {shortest} tokens."
+                f"dart takes {PIVOTS} pivots from the text after the image; a prompt has {shortest} tokens."
             )
         size = state.keys.float().abs().sum((1, 3))  # [B, L], L1 norm over all heads
         words, exists = row_index(sequence, sequence.behind)

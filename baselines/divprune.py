@@ -1,9 +1,9 @@
-"""divprune: the tokens that are farthest from each other, whatever the question and wherever CLS looks.
+"""divprune: the tokens that are farthest from each other; neither the question nor CLS attention is used.
 
 Paper: https://arxiv.org/abs/2503.02175
 Official code read: vbdi/divprune@799e2d9, LLaVA/llava/model/llava_arch.py, DivPrune
-Differs from it: distances are in float32 (theirs are in the model's float16, where rounding decides many choices), and
-    no token is chosen twice (theirs can repeat itself once only duplicates are left).
+Differs from it: distances are in float32 (theirs are in the model's float16, where many choices depend on rounding),
+    and no token is chosen twice (theirs can be, once only duplicates are left).
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ MatMul = Callable[[Tensor, Tensor], Tensor]
 
 
 def farthest_apart(tokens: Tensor, budget: int, matmul: MatMul = torch.matmul) -> Tensor:
-    """[B, budget] chosen positions of [B, N, D] tokens in the order of choice, by cosine distance.
+    """[B, budget] indices of the chosen tokens of [B, N, D] in the order of choice, by cosine distance.
 
-    First the token whose nearest other token is farthest away, then always the one farthest from all chosen.
+    First the token whose nearest other token is farthest away, then repeatedly the one farthest from all chosen.
     """
     unit = F.normalize(tokens.float(), dim=-1)
     distance = 1 - matmul(unit, unit.transpose(1, 2))  # [B, N, N]
@@ -40,7 +40,7 @@ def farthest_apart(tokens: Tensor, budget: int, matmul: MatMul = torch.matmul) -
 @register("divprune")
 @dataclass(frozen=True, kw_only=True)
 class DivPrune(Reducer):
-    """Compares projected tokens, so it acts behind the projector."""
+    """Compares projected tokens, so it acts after the projector."""
 
     summary: ClassVar[str] = "the most diverse tokens: greedily the one farthest from all chosen"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -53,7 +53,7 @@ class DivPrune(Reducer):
 
     crops: str = option(
         "global",
-        "all crops together as in the release, or the budget split over crops",
+        "all tiles together as in the release, or the budget split over tiles",
         ("global", "each", "thumbnail"),
     )
 

@@ -1,4 +1,4 @@
-"""downsample: a smaller picture with as many patches as the budget, the control that costs the tower less too.
+"""downsample: a smaller image with as many patches as the budget, a control that also makes the tower cheaper.
 
 Paper: none, a control.
 Official code read: none.
@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from llava.reduction import MethodMetadata, ModelSpec, PatchGrid, Reducer, UserError, option, register
 
-WIDEST = 2.0  # most a patch may be stretched
+WIDEST = 2.0  # largest stretch of a patch
 
 
 def grid_of(layout: PatchGrid, budget: int) -> tuple[int, int] | None:
@@ -22,7 +22,7 @@ def grid_of(layout: PatchGrid, budget: int) -> tuple[int, int] | None:
             continue
         across, along = layout.rows / rows, layout.columns / columns
         stretch = max(across / along, along / across)
-        # On a tie (8 x 16 or 16 x 8) the wider grid, as pictures are mostly wider than high.
+        # On a tie (8 x 16 or 16 x 8) the wider grid, as most images are wider than high.
         if stretch <= WIDEST and (best is None or stretch < best[0]):
             best = (stretch, (rows, columns))
     return best and best[1]
@@ -36,7 +36,7 @@ class Downsample(Reducer):
     summary: ClassVar[str] = "a smaller image with budget patches"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before the tower", rest="averaged by resizing")
 
-    crops: str = option("each", "every crop is shrunk alike", ("each",))
+    crops: str = option("each", "every tile is shrunk alike", ("each",))
 
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)

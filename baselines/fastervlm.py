@@ -1,4 +1,4 @@
-"""fastervlm: the patches that CLS looks at.
+"""fastervlm: keep the patches with the highest CLS attention.
 
 Paper: https://arxiv.org/abs/2412.01818v1 (version 1; version 3 of the same number is VisPruner)
 Official code read: Theia-4869/FasterVLM@f5d5f12, llava/model/llava_arch.py, encode_images
@@ -17,7 +17,7 @@ from llava.reduction import EncoderState, MethodMetadata, Scorer, TowerScore, re
 @register("fastervlm")
 @dataclass(frozen=True, kw_only=True)
 class FasterVLM(Scorer):
-    """The simplest use of the CLS token; the question plays no part."""
+    """Ranks by CLS attention alone; the question is not used."""
 
     summary: ClassVar[str] = "highest CLS attention"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(

@@ -1,4 +1,4 @@
-"""FastV: behind the first layers, keep the visual tokens that the last prompt token attends to.
+"""FastV: after the first layers, keep the visual tokens with the highest attention of the last prompt token.
 
 Paper: https://arxiv.org/abs/2403.06764
 Official code read: pkunlp-icler/FastV@d165972, src/FastV/lmms-eval/fastv_kvcache.py
@@ -18,7 +18,7 @@ from llava.reduction import DecoderState, MethodMetadata, option, register
 @register("fastv")
 @dataclass(frozen=True, kw_only=True)
 class FastV(Staged):
-    """Prunes once, in the prefill; the cache of the layers in front keeps every token."""
+    """Prunes once, in the prefill; the caches of earlier layers keep every token."""
 
     summary: ClassVar[str] = "rank by the last prompt token's attention in an early decoder layer, prune once"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -30,8 +30,8 @@ class FastV(Staged):
     )
     published: ClassVar[tuple[int, ...]] = (2,)
 
-    positions: str = option("original", "position ids behind the stage", ("renumber", "original"))
-    layer: int = option(0, "decoder layer in front of which tokens are dropped; 0 for 2 of 32 in proportion")
+    positions: str = option("original", "position ids after the stage", ("renumber", "original"))
+    layer: int = option(0, "decoder layer before which tokens are dropped; 0 for 2 of 32 in proportion")
 
     def stages(self) -> tuple[int, ...]:
         return (self.layer,) if self.layer else ()

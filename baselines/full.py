@@ -1,4 +1,4 @@
-"""full: every visual token goes through every layer; the reference of all tables.
+"""full: every visual token enters every layer; the reference of all tables.
 
 Paper: none, this is the model itself.
 Official code read: none.
@@ -14,7 +14,7 @@ from llava.reduction import MethodMetadata, ModelSpec, Reducer, UserError, regis
 @register("full")
 @dataclass(frozen=True, kw_only=True)
 class Full(Reducer):
-    """No reduction; its budget can only be the number of tokens there are."""
+    """No reduction; the budget can only be the number of visual tokens."""
 
     summary: ClassVar[str] = "no reduction, the reference of every table"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="nowhere", rest="nothing")

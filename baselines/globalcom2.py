@@ -1,21 +1,21 @@
-"""GlobalCom²: the small copy of a large picture says how much of each tile is kept, and has a voice in what.
+"""GlobalCom²: scores of the base image (thumbnail) split the budget over tiles and are added to the scores of tiles.
 
 Paper: https://arxiv.org/abs/2501.05179
 Official code read: xuyang-liu16/GlobalCom2@96b2d00, llava/model/llava_arch.py (generate_scale_for_crop_features,
     compress_thumbnail, compress_crops) and multimodal_encoder/apply_customvit.py
-Differs from it: newline tokens count (theirs come on top of the budget); a tile's richness is summed over the part of
-    the picture that it shows (theirs over equal parts of the small copy, whatever unpadding cuts off a tile); the
-    budget is met, with fractions and what a full tile cannot take given to other tiles (theirs are lost). `official`
-    does as the release in these three, at the ratio that the budget is of a picture's patches. In neither: kept tokens
-    are in raster order (theirs: the small copy's best first, and those of tiles with fewer columns after unpadding at
-    places of whole tiles), and rows that unpadding cuts off have no newline token (theirs keep it). A picture in one
-    crop is its own small copy (the release leaves it whole).
+Differs from it: newline tokens count (theirs come on top of the budget); a tile's richness is summed over the region
+    that it shows (theirs over equal parts of the base image, whatever unpadding cuts off a tile); the budget is met:
+    fractions and what a full tile cannot take go to other tiles (theirs are lost). `official` does as the release in
+    these three, with budget / patches of the image as ratio. In both: kept tokens are in raster order (theirs: the
+    base image's best first, and those of tiles with fewer columns after unpadding at indices of whole tiles), and rows
+    that unpadding cuts off have no newline token (theirs keep it). An image of one tile is its own base image (the
+    release does not reduce it).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ EPS = 1e-8
 
 
 def adjustment(richness: Sequence[float], temperature: float) -> list[float]:
-    """What the ratio of each tile is multiplied by: 1 + softmax(richness / temperature) - the mean of that softmax."""
+    """Factor of each tile's ratio: 1 + softmax(richness / temperature) - the mean of that softmax."""
     best = max(richness)
     powers = [exp((value - best) / temperature) for value in richness]
     weights = [power / (sum(powers) + EPS) for power in powers]
@@ -52,7 +52,7 @@ def adjustment(richness: Sequence[float], temperature: float) -> list[float]:
 
 
 def equal_parts(score: Tensor, grid: tuple[int, int], tiles: tuple[int, int]) -> list[float]:
-    """Sums of the small copy's scores [P] over as many equal parts as there are tiles; the last takes what is over."""
+    """Sums of the base image's scores [P] over equal parts, one for each tile; the last part takes the remainder."""
     row, column = (
         (torch.arange(length) // max(1, length // parts)).clamp(max=parts - 1)
         for length, parts in zip(grid, tiles, strict=True)
@@ -62,10 +62,10 @@ def equal_parts(score: Tensor, grid: tuple[int, int], tiles: tuple[int, int]) ->
 
 
 def split(score: Tensor, arrangement: TokenLayout, temperature: float, budget: int) -> list[int]:
-    """`budget` over the crops of a picture: the small copy at the ratio of all, tiles above or below it by richness.
+    """Split `budget`: the base image at the ratio of the whole image, each tile at a ratio adjusted by its richness.
 
     Args:
-        score: [P] of the small copy.
+        score: [P] of the base image.
     """
     sizes = [len(crop.patches) for crop in arrangement.crops]
     budget = min(budget, sum(sizes))
@@ -76,7 +76,8 @@ def split(score: Tensor, arrangement: TokenLayout, temperature: float, budget: i
 
 
 def split_as_released(score: Tensor, arrangement: TokenLayout, temperature: float, ratio: float) -> list[int]:
-    """Every crop keeps its own share of its own patches, rounded down."""
+    """Tokens of each tile: its own ratio of its own patches, rounded down."""
+    assert arrangement.tiles is not None  # crop_shares returns before this without tiles
     factors = adjustment(equal_parts(score, arrangement.grid, arrangement.tiles), temperature)
     ratios = [ratio, *(min(ratio * factor, 1.0) for factor in factors)]
     return [int(len(crop.patches) * own) for crop, own in zip(arrangement.crops, ratios, strict=True)]
@@ -85,24 +86,24 @@ def split_as_released(score: Tensor, arrangement: TokenLayout, temperature: floa
 @register("globalcom2")
 @dataclass(frozen=True, kw_only=True)
 class GlobalCom2(Reducer):
-    """With one crop, or frames of a video, there is no small copy: each crop keeps its own best patches."""
+    """Without a base image (one tile, or frames of a video) each tile keeps its own best patches."""
 
-    summary: ClassVar[str] = "CLS logits of tiles and of the small copy, which also splits the budget"
+    summary: ClassVar[str] = "CLS logits of tiles and of the base image, which also split the budget"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
-        score="CLS logits in front of the softmax, block −1, of a tile and of the small copy at the same place",
+        score="CLS logits before the softmax, block −1, of a tile and of the base image at the same place",
         needs="CLS token",
         paper="GlobalCom², 2501.05179",
         url="https://arxiv.org/abs/2501.05179",
         code="xuyang-liu16/GlobalCom2@96b2d00",
     )
 
-    # Not "global": scores are scaled crop by crop and say nothing about patches of different crops.
+    # Not "global": scores are normalised tile by tile, so they do not compare patches of different tiles.
     crops: str = option(
-        "adaptive", "the budget over crops: by the paper's rule, or others", ("adaptive", "each", "thumbnail")
+        "adaptive", "the budget over tiles: by the paper's rule, or others", ("adaptive", "each", "thumbnail")
     )
     newlines: str = option("keep", "newline tokens where patches are chosen: drop, or keep and count", NEWLINES)
-    temperature: float = option(10.0, "how little richness tells tiles apart")
+    temperature: float = option(10.0, "temperature of the softmax over richness: higher gives more equal ratios")
     official: bool = option(False, "newlines uncounted, equal parts and shares rounded down, as the release")
 
     def __post_init__(self) -> None:
@@ -113,8 +114,8 @@ class GlobalCom2(Reducer):
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         return None if self.official else super().tokens_per_layer(spec)
 
-    def for_picture(self, spec: ModelSpec) -> Reducer:
-        if self.retention_ratio and self.official:  # the release's retention ratio is one of patches
+    def for_picture(self, spec: ModelSpec) -> Self:
+        if self.retention_ratio and self.official:  # the release applies the ratio to patches
             return self.sized(max(1, int(self.retention_ratio * spec.patches + 0.5)))
         return super().for_picture(spec)
 
@@ -124,12 +125,13 @@ class GlobalCom2(Reducer):
     def crop_shares(self, arrangement: TokenLayout, scores: dict[TowerScore, Tensor], budget: int) -> list[int] | None:
         if self.crops != "adaptive" or arrangement.tiles is None:
             return None
-        score = scores[SCORE][0].cpu()  # the only look at the device: shares are shapes
+        score = scores[SCORE][0].cpu()  # the one wait for the device: token counts become shapes
         if self.official:
             return split_as_released(score, arrangement, self.temperature, min(1.0, self.budget / arrangement.patches))
         return split(score, arrangement, self.temperature, budget)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
+        assert state.thumbnail is not None  # the pipeline sets it
         tokens = state.features.shape[1]
         score = F.normalize(state.scores[SCORE], dim=-1) + F.normalize(state.thumbnail(SCORE), dim=-1)
         return Reduction(keep_top(score, self.budget), tokens)

@@ -1,18 +1,17 @@
-"""HiRED: the patches that CLS looks at; early attention splits the budget over the tiles of a large picture.
+"""HiRED: keep the patches with the highest CLS attention; attention of block 0 splits the budget over tiles.
 
 Paper: https://arxiv.org/abs/2408.10945
 Official code read: hasanar1f/HiRED@502d6dd, transformers/src/transformers/models/llava/modeling_llava.py and
     llava_next/modeling_llava_next.py, both under the same fork
-Differs from it: nothing known for one crop, the form of LLaVA-1.5. With tiles, salient patches are counted under the
-    part of the picture that each tile shows (the release cuts the flat map of 24 x 24 into as many runs as there are
-    tiles: strips of whole rows); fractions and what a full tile cannot take are given to others (lost in the release);
-    only patches that unpadding leaves are chosen from (the release chooses padding too and cuts it off afterwards).
-    `official` does as the release in these three. In neither: its fork stitches tiles that are not as many rows as
-    columns with the two swapped.
+Differs from it: nothing known for one tile, as in LLaVA-1.5. With tiles, salient patches are counted in the region that
+    each tile shows (the release cuts the flat map of 24 x 24 into one run per tile: strips of whole rows); fractions
+    and what a full tile cannot take go to other tiles (lost in the release); only patches that unpadding leaves can be
+    chosen (the release chooses padding too and cuts it off afterwards). `official` does as the release in these three.
+    Neither swaps rows and columns of tiles, as its fork does when their numbers differ.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from llava.reduction import (
     EncoderState,
     MethodMetadata,
     ModelSpec,
-    Reducer,
     Scorer,
     TokenLayout,
     TowerScore,
@@ -38,25 +36,25 @@ LATE, EARLY = TowerScore("cls_attention"), TowerScore("cls_attention", 0)
 
 
 def salient_patches(early: Tensor, count: int) -> Tensor:
-    """[P] float32: 1 for the `count` patches of the small copy with the highest early attention [P], else 0."""
+    """[P] float32: 1 for the `count` patches of the base image with the highest early attention [P], else 0."""
     return torch.zeros_like(early).scatter_(0, keep_top(early[None], count)[0], 1.0)
 
 
 def crop_budgets(salient: Tensor, arrangement: TokenLayout, budget: int) -> list[int]:
-    """Split a budget over the tiles of a picture, in proportion to the salient patches under each.
+    """Split a budget over the tiles of an image, in proportion to the salient patches in the region of each.
 
     Args:
-        salient: [P], 1 for every salient patch of the small copy.
+        salient: [P], 1 for every salient patch of the base image.
     """
     sizes = [len(tile.patches) for tile in arrangement.crops[1:]]
     return deal(budget, sizes, covered(arrangement, salient))
 
 
 def crop_budgets_as_released(salient: Tensor, tiles: int, budget: int) -> list[int]:
-    """The same over consecutive runs of the flat map, rounded down in float32; at most all patches of a whole tile."""
+    """Like `crop_budgets`, over consecutive runs of the flat map; rounded down in float32, at most a whole tile."""
     if len(salient) % tiles:
         raise UserError(
-            f"hired.official cuts the {len(salient)} patches of the small copy into equal runs, one for each tile, and "
+            f"hired.official cuts the {len(salient)} patches of the base image into equal runs, one for each tile, and "
             f"cannot do so for {tiles} tiles; leave it out."
         )
     runs = salient.long().reshape(tiles, -1).sum(1)
@@ -64,12 +62,12 @@ def crop_budgets_as_released(salient: Tensor, tiles: int, budget: int) -> list[i
 
 
 def behind_unpadding(given: list[int], attention: Tensor, arrangement: TokenLayout) -> list[int]:
-    """How many of the `given` best patches of each whole crop are left once the padding is cut off.
+    """How many of the `given` best patches of each whole tile are left after unpadding.
 
-    They are the best of those that are left, so the numbers are enough.
+    They are the best of the patches that are left, so the counts suffice.
 
     Args:
-        attention: [crops, P] over whole crops.
+        attention: [tiles, P], of whole tiles.
     """
     rank = attention.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     chosen = (rank < torch.tensor(given)[:, None]).long()
@@ -79,12 +77,12 @@ def behind_unpadding(given: list[int], attention: Tensor, arrangement: TokenLayo
 @register("hired")
 @dataclass(frozen=True, kw_only=True)
 class HiRED(Scorer):
-    """With one crop there is nothing to split: the ranking of FasterVLM. Frames of a video get even shares."""
+    """With one tile this is FasterVLM. Frames of a video get equal budgets."""
 
-    summary: ClassVar[str] = "highest CLS attention, the budget of tiles by early attention"
+    summary: ClassVar[str] = "highest CLS attention; the budget of tiles by early attention"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
-        score="CLS attention, block −2; tiles by that of block 0 in the small copy",
+        score="CLS attention, block −2; tiles by that of block 0 in the base image",
         needs="CLS token",
         paper="HiRED, 2408.10945",
         url="https://arxiv.org/abs/2408.10945",
@@ -92,10 +90,10 @@ class HiRED(Scorer):
     )
 
     crops: str = option(
-        "content", "the budget over crops: by the paper's visual content, or others", ("content", *SPLITS)
+        "content", "the budget over tiles: by the paper's visual content, or others", ("content", *SPLITS)
     )
-    alpha: float = option(0.5, "the small copy's share of the budget; of its patches, the rest are called salient")
-    official: bool = option(False, "salient patches by strips, shares rounded down, padding chosen, as the release")
+    alpha: float = option(0.5, "share of the budget for the base image; 1 - alpha of its patches count as salient")
+    official: bool = option(False, "as released: salient patches by strips, shares rounded down, padding chosen")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,8 +103,8 @@ class HiRED(Scorer):
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         return None if self.official and self.crops == "content" else super().tokens_per_layer(spec)
 
-    def for_picture(self, spec: ModelSpec) -> Reducer:
-        if self.retention_ratio and self.official and spec.crops:  # the release's rate is one of whole crops
+    def for_picture(self, spec: ModelSpec) -> Self:
+        if self.retention_ratio and self.official and spec.crops:  # the release applies the ratio to whole tiles
             return self.sized(max(1, int(len(spec.crops) * spec.crops[0].tokens * self.retention_ratio)))
         return super().for_picture(spec)
 
@@ -124,7 +122,7 @@ class HiRED(Scorer):
             return None
         first = min(int(budget * self.alpha), len(arrangement.crops[0].patches))
         early = scores[EARLY][0]
-        salient = salient_patches(early, int(len(early) * (1 - self.alpha))).cpu()  # shares are shapes
+        salient = salient_patches(early, int(len(early) * (1 - self.alpha))).cpu()  # token counts become shapes
         if not self.official:
             return [first, *crop_budgets(salient, arrangement, budget - first)]
         tiles = len(arrangement.crops) - 1

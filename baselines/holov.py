@@ -1,9 +1,9 @@
-"""HoloV: the budget is dealt out over chunks of the picture by attention and variety, so that no region is left out.
+"""HoloV: split the budget over chunks of the image by attention and variance, so that every region keeps tokens.
 
 Paper: https://arxiv.org/abs/2510.02912
 Official code read: obananas/HoloV@1d2e65e, llava/model/utils.py, HoloV
 Differs from it: inside a chunk tokens are ranked by the score that also ranks the chunk (the release ranks by attention
-    alone, so that variety never chooses a token); what a full chunk cannot take goes to the others in proportion to
+    alone, so that variance never chooses a token); what a full chunk cannot take goes to the others in proportion to
     their scores (the release appends zero vectors instead); tokens stay in raster order (the release: by attention
     inside each chunk). `official` does as the release in all three. Both need chunks of one size.
 """
@@ -31,15 +31,15 @@ MatMul = Callable[[Tensor, Tensor], Tensor]
 ATTENTION_SCALE = 1e3
 EPS = 1e-6
 
-# Shapes: B images, N tokens, P chunks of S = N / P tokens, D channels. A chunk is a run in raster order, 1.5 rows of
-# LLaVA-1.5's 24 x 24 patches with 16 chunks.
+# Shapes: B images, N tokens, P chunks of S = N / P tokens, D channels. A chunk is consecutive in raster order, 1.5 rows
+# of LLaVA-1.5's 24 x 24 patches with 16 chunks.
 
 
 def token_scores(tokens: Tensor, attention: Tensor, chunks: int, alpha: float, matmul: MatMul = torch.matmul) -> Tensor:
     """[B, P, S] float32: CLS attention plus `alpha` times the variance of a token's cosines to its chunk.
 
-    The variance is first scaled to the chunk's mean attention. As in the release it runs over S - 1 cosines and
-    includes the zero that stands for the token's cosine to itself.
+    The variance is first scaled to the chunk's mean attention. As in the release, the cosine of a token to itself is 0,
+    and sums are divided by S - 1.
 
     Args:
         tokens: [B, N, D].
@@ -60,17 +60,17 @@ def token_scores(tokens: Tensor, attention: Tensor, chunks: int, alpha: float, m
 
 
 def rank(score: Tensor) -> Tensor:
-    """Place of each entry among those of its last axis, 0 for the highest; ties go to the lower index."""
+    """Rank of each entry along the last axis, 0 for the highest; ties go to the lower index."""
     return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
 def fitting(chunks: int, tokens: int) -> int:
-    """The largest number of equal chunks that is at most `chunks`: unpadded crops have any number of patches."""
+    """The largest number of equal chunks, at most `chunks`: an unpadded tile can have any number of patches."""
     return next(count for count in range(chunks, 0, -1) if tokens % count == 0)
 
 
 def deal_as_released(score: Tensor, budget: int) -> Tensor:
-    """[B, P] chunk scores -> tokens of each chunk, in proportion; may be more than a chunk has."""
+    """[B, P] chunk scores -> tokens of each chunk, in proportion; may exceed the size of a chunk."""
     share = score / (score.sum(1, keepdim=True) + EPS)
     given = (share * budget).floor().long()
     left = budget - given.sum(1, keepdim=True)
@@ -78,15 +78,15 @@ def deal_as_released(score: Tensor, budget: int) -> Tensor:
 
 
 def deal(score: Tensor, size: int, budget: int) -> Tensor:
-    """[B, P] chunk scores -> [B, P] int64 tokens of each chunk, at most `size` each, `budget` together.
+    """[B, P] chunk scores -> [B, P] int64 tokens of each chunk, at most `size` each, `budget` in sum.
 
     In proportion to the scores; what a full chunk cannot take goes to the others in the same proportion. Fractions are
-    cut off, and the chunks with the highest scores get what is left over, one each.
+    cut off; the tokens that remain go one each to the chunks with the highest scores.
     """
-    score = score.clamp(min=EPS * EPS)  # a chunk without any attention still takes what no other chunk can
+    score = score.clamp(min=EPS * EPS)  # so that a chunk without attention can take tokens when all others are full
     quota = torch.zeros_like(score)
     full = torch.zeros_like(score, dtype=torch.bool)
-    # Every round finds a full chunk or changes nothing; a loop of fixed length needs no look at the device.
+    # Every round finds a full chunk or changes nothing; a loop of fixed length does not wait for the device.
     for _ in range(score.shape[1]):
         rest = budget - size * full.sum(1, keepdim=True)
         quota = score * (rest / score.masked_fill(full, 0).sum(1, keepdim=True).clamp(min=EPS * EPS))
@@ -97,13 +97,13 @@ def deal(score: Tensor, size: int, budget: int) -> Tensor:
 
 
 def keep_dealt(score: Tensor, given: Tensor, budget: int) -> Tensor:
-    """[B, budget] positions, ascending: of each chunk the `given` [B, P] tokens with the highest `score` [B, P, S]."""
+    """[B, budget] indices, ascending: of each chunk the `given` [B, P] tokens with the highest `score` [B, P, S]."""
     kept = (rank(score) < given.unsqueeze(-1)).flatten(1)
     return kept.byte().argsort(dim=1, descending=True, stable=True)[:, :budget]
 
 
 def reduction_as_released(attention: Tensor, given: Tensor, budget: int) -> Reduction:
-    """Chunk after chunk, best attention first, and zero vectors where the chunks had too few tokens.
+    """Tokens chunk after chunk, highest attention first, and zero vectors where chunks have too few tokens.
 
     Args:
         attention: [B, P, S].
@@ -114,18 +114,18 @@ def reduction_as_released(attention: Tensor, given: Tensor, budget: int) -> Redu
     order = torch.where((given >= size).unsqueeze(-1), place, rank(attention))
     count = given.clamp(min=0, max=size)
     slot = (count.cumsum(1) - count).unsqueeze(-1) + order
-    owner = torch.where(order < count.unsqueeze(-1), slot, -1).flatten(1)
-    # A zero vector stands at a token that was dropped and is made of none: kept tokens first, dropped ones behind.
-    anchor = torch.where(owner < 0, tokens, owner).argsort(dim=1, stable=True)[:, :budget]
-    return Reduction(anchor, tokens, owner, (owner >= 0).float())
+    assignment = torch.where(order < count.unsqueeze(-1), slot, -1).flatten(1)
+    # A zero vector has the index of a dropped token and no members: kept tokens first, then dropped ones.
+    kept = torch.where(assignment < 0, tokens, assignment).argsort(dim=1, stable=True)[:, :budget]
+    return Reduction(kept, tokens, assignment, (assignment >= 0).float())
 
 
 @register("holov")
 @dataclass(frozen=True, kw_only=True)
 class HoloV(Reducer):
-    """Scores projected tokens, so it acts behind the projector."""
+    """Scores projected tokens, so it acts after the projector."""
 
-    summary: ClassVar[str] = "budget dealt over chunks by attention and variety"
+    summary: ClassVar[str] = "budget split over chunks by attention and variance"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 0",
         score="CLS attention, block −2, and variance of cosines, inside chunks",
@@ -135,7 +135,7 @@ class HoloV(Reducer):
         code="obananas/HoloV@1d2e65e",
     )
 
-    chunks: int = option(16, "runs of patches in raster order that the budget is dealt over")
+    chunks: int = option(16, "number of chunks, consecutive in raster order, that the budget is split over")
     alpha: float = option(0.09, "weight of the variance beside the attention")
     official: bool = option(False, "rank by attention alone, its order, and zero vectors on overflow, as the release")
 

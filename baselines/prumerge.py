@@ -1,4 +1,4 @@
-"""PruMerge: patches that CLS looks at, each with a share of its nearest by key, and one token for all the others.
+"""PruMerge: patches with the highest CLS attention, merged with their nearest by key, and one token for the others.
 
 Paper: https://arxiv.org/abs/2403.15388
 Official code read: 42Shawn/LLaVA-PruMerge@097c041, llava/model/multimodal_encoder/clip_encoder.py,
@@ -37,35 +37,35 @@ NEIGHBOURS = 32
 
 
 def by_attention(attention: Tensor, count: int) -> Tensor:
-    """[B, N] -> [B, count] positions, highest first, ties to the lower index."""
+    """[B, N] -> [B, count] indices, highest first, ties to the lower index."""
     return attention.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def outliers(attention: Tensor) -> Tensor:
-    """[B, N] -> [B] int64, how many lie above the third quartile by more than 1.5 times the interquartile range."""
+    """[B, N] -> [B] int64, number of values more than 1.5 interquartile ranges above the third quartile."""
     low, high = torch.quantile(attention, torch.tensor([0.25, 0.75], device=attention.device), dim=1)
     return (attention > (high + 1.5 * (high - low)).unsqueeze(1)).sum(1)
 
 
 def left_over(kept: Tensor, total: int) -> Tensor:
-    """[B, K] positions -> [B, N-K] positions that are not among them, ascending.
+    """[B, K] indices -> the other [B, N-K] indices, ascending.
 
-    Where `kept` names a position twice, the lowest of the others are missing, as in the release.
+    If `kept` has an index twice, the lowest of the others is missing, as in the release.
     """
     places = torch.arange(total, device=kept.device).expand(len(kept), -1)
     return places.scatter(1, kept, -1).sort(dim=1).values[:, kept.shape[1] :]
 
 
 def shares(kept: Tensor, attention: Tensor, keys: Tensor, neighbours: int, matmul: MatMul = torch.matmul) -> Tensor:
-    """[B, K+1, N] float32, what each output token is made of: K kept tokens, then the one for the others.
+    """[B, K+1, N] float32 merge matrix: K kept tokens, then the one for the others.
 
-    A kept token counts 1 and each of its nearest, kept or not, its attention. In the last token all others count their
-    attention.
+    A kept token has weight 1 and each of its nearest tokens, kept or not, the weight of its attention. In the last
+    output token, each of the others has the weight of its attention.
 
     Args:
-        kept: [B, K] positions.
+        kept: [B, K] indices.
         attention: [B, N].
-        keys: [B, N, D]; nearest are those with the highest cosine.
+        keys: [B, N, D]; the nearest tokens are those with the highest cosine.
     """
     batch, total = attention.shape
     count, others = kept.shape[1], left_over(kept, total)
@@ -76,22 +76,22 @@ def shares(kept: Tensor, attention: Tensor, keys: Tensor, neighbours: int, matmu
     order = cosine.masked_fill(itself, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     per_kept = lambda values: values.unsqueeze(1).expand(-1, count, -1)  # noqa: E731
     nearest = per_kept(listed).gather(2, order[:, :, : min(neighbours, total - 1)])  # [B, K, neighbours]
-    mix = attention.new_zeros(batch, count + 1, total)
-    mix[:, :-1].scatter_add_(2, nearest, per_kept(attention).gather(2, nearest))
-    mix[:, :-1].scatter_add_(2, kept.unsqueeze(-1), mix.new_ones(batch, count, 1))
-    mix[:, -1].scatter_add_(1, others, attention.gather(1, others))
-    return mix
+    matrix = attention.new_zeros(batch, count + 1, total)
+    matrix[:, :-1].scatter_add_(2, nearest, per_kept(attention).gather(2, nearest))
+    matrix[:, :-1].scatter_add_(2, kept.unsqueeze(-1), matrix.new_ones(batch, count, 1))
+    matrix[:, -1].scatter_add_(1, others, attention.gather(1, others))
+    return matrix
 
 
 def place_of_others(kept: Tensor, attention: Tensor) -> Tensor:
-    """[B, 1] where the token for the others stands: the one of them with the highest attention."""
+    """[B, 1] index that the token for the others gets: the one of them with the highest attention."""
     return attention.scatter(1, kept, -1).argmax(1, keepdim=True)
 
 
 @register("prumerge")
 @dataclass(frozen=True, kw_only=True)
 class PruMerge(Reducer):
-    """The queries and keys are those of the tower's last block, all heads taken as one."""
+    """Queries and keys are those of the tower's last block, all heads taken as one."""
 
     summary: ClassVar[str] = "highest CLS attention, supplemented by near keys, and one token for the rest"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -104,11 +104,11 @@ class PruMerge(Reducer):
         url="https://arxiv.org/abs/2403.15388",
         code="42Shawn/LLaVA-PruMerge@097c041",
     )
-    known_deviations: ClassVar[dict[str, str]] = {"appended": "the token made of all that were not kept stands last"}
+    known_deviations: ClassVar[dict[str, str]] = {"appended": "the average of the tokens that are not kept comes last"}
 
-    neighbours: int = option(NEIGHBOURS, "nearest keys that each kept token is supplemented by")
+    neighbours: int = option(NEIGHBOURS, "nearest tokens by key that are merged into each kept token")
     official: bool = option(False, "as the release: as many tokens as outliers, their order, weights not normalised")
-    fixed: bool = option(False, "official: the release's other branch, which keeps to the budget")
+    fixed: bool = option(False, "official: the release's other branch, which keeps a given number of tokens")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +119,7 @@ class PruMerge(Reducer):
 
     @property
     def adaptive(self) -> bool:
-        """The picture decides how many tokens stay, whatever the budget."""
+        """Whether the number of kept tokens depends on the image and not on the budget."""
         return self.official and not self.fixed
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
@@ -134,34 +134,34 @@ class PruMerge(Reducer):
     def encoder(self, state: EncoderState) -> Reductions:
         attention, keys = (state.scores[score] for score in self.scores())
         if self.adaptive:
-            # The picture decides the length of its sequence, so this method has to look at the device once.
+            # The number of tokens depends on the image, so the host waits for the device once.
             rows = zip(attention.split(1), keys.split(1), outliers(attention).tolist(), strict=True)
             return [self._merge(self.keep_adaptively(row, count), row, key, state) for row, key, count in rows]
         kept = self.keep_as_released(attention) if self.official else self.keep(attention)
         return self._merge(kept, attention, keys, state)
 
     def keep(self, attention: Tensor) -> Tensor:
-        """[B, N] -> [B, budget - 1] positions, ascending."""
+        """[B, N] -> [B, budget - 1] indices, ascending."""
         return keep_top(attention, self.budget - 1)
 
     def keep_as_released(self, attention: Tensor) -> Tensor:
-        """[B, N] -> [B, budget - 1] positions in the release's order."""
+        """[B, N] -> [B, budget - 1] indices in the release's order."""
         return by_attention(attention, self.budget - 1)
 
     def keep_adaptively(self, attention: Tensor, count: int) -> Tensor:
-        """[1, N] -> [1, K] positions in the release's order.
+        """[1, N] -> [1, K] indices in the release's order.
 
         Args:
-            count: outliers of this picture.
+            count: outliers of this image.
         """
         return by_attention(attention, count)
 
     def _merge(self, kept: Tensor, attention: Tensor, keys: Tensor, state: EncoderState) -> Reduction:
-        anchor = torch.cat([kept, place_of_others(kept, attention)], 1)
+        outputs = torch.cat([kept, place_of_others(kept, attention)], 1)
         if self.official:
-            mix = shares(kept, attention, keys, self.neighbours, state.matmul)
+            matrix = shares(kept, attention, keys, self.neighbours, state.matmul)
         else:
-            # The floor keeps attention that underflows to zero from becoming 0/0.
-            mix = shares(kept, attention.clamp(min=1e-12), keys, self.neighbours, state.matmul)
-            mix = mix / mix.sum(-1, keepdim=True)
-        return Reduction(anchor, attention.shape[1], merge_matrix=mix, appended=1)
+            # A lower bound, so that attention that underflows to zero does not give 0/0.
+            matrix = shares(kept, attention.clamp(min=1e-12), keys, self.neighbours, state.matmul)
+            matrix = matrix / matrix.sum(-1, keepdim=True)
+        return Reduction(outputs, attention.shape[1], merge_matrix=matrix, appended=1)

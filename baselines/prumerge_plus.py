@@ -1,11 +1,11 @@
-"""PruMerge+: PruMerge with a quarter of its tokens chosen by attention and the rest spread over the picture.
+"""PruMerge+: PruMerge with a quarter of its tokens chosen by attention and the rest spread over the image.
 
 Paper: https://arxiv.org/abs/2403.15388
 Official code read: 42Shawn/LLaVA-PruMerge@097c041, llava/model/multimodal_encoder/clip_encoder.py,
     token_prune_merge_advanced_plus
-Differs from it: as prumerge does, and spreads tokens over what attention did not choose, so that their number is exact.
-    `official` fails neither on a picture without outliers nor on one with more than a third (the release divides by
-    zero, or steps by zero): the spread tokens are then the first one, or all.
+Differs from it: as prumerge does, and spreads tokens over those that attention did not choose, so that their number is
+    exact. `official` works for images without outliers and for images with more than a third of outliers (the release
+    divides by zero, or steps by zero): the spread tokens are then the first one, or all.
 """
 
 from dataclasses import dataclass, replace
@@ -19,41 +19,41 @@ from llava.reduction import MethodMetadata, ModelSpec, UserError, keep_top, opti
 
 
 def spread(taken: Tensor, total: int, count: int) -> Tensor:
-    """[B, count] positions, ascending, as even as can be among those that are not in `taken` [B, K]."""
+    """[B, count] indices, ascending, spread evenly over those that are not in `taken` [B, K]."""
     rest = others(taken, total)
     step = torch.arange(count, device=rest.device) * rest.shape[1] // max(count, 1)
     return rest[:, step]
 
 
 def released_grid(total: int, found: int) -> range:
-    """The positions that the release adds to `found` outliers: about three times as many, first position first."""
+    """The indices that the release adds to `found` outliers: about three times as many, from index 0 on."""
     if found == 0:
         return range(1)
     return range(0, total - 1, max(1, total // found // 3))
 
 
 def fixed_grid(total: int, count: int) -> range:
-    """Positions of the release's fixed branch: every n-th from the middle of the first step."""
+    """Indices of the release's fixed branch: every n-th from the middle of the first step."""
     step = total // count
     return range(step // 2, total - 1, step)
 
 
 def released_budgets(total: int) -> list[int]:
-    """Budgets whose fixed grid has as many positions as attention chooses; at others the release fails."""
+    """Budgets whose fixed grid has as many indices as attention chooses; at others the release fails."""
     return [2 * count + 1 for count in range(1, total // 2) if len(fixed_grid(total, count)) == count]
 
 
 @register("prumerge_plus")
 @dataclass(frozen=True, kw_only=True)
 class PruMergePlus(PruMerge):
-    """Spatial tokens are supplemented by their neighbours like the others."""
+    """Spread tokens are merged with their nearest tokens like the others."""
 
-    summary: ClassVar[str] = "PruMerge with tokens spread over the picture"
+    summary: ClassVar[str] = "PruMerge with tokens spread over the image"
     metadata: ClassVar[MethodMetadata] = replace(
         PruMerge.metadata, score="CLS attention, block −1, heads taken as one; three quarters spread evenly"
     )
 
-    spatial: float = option(0.75, "share of the kept tokens that are spread over the picture")
+    spatial: float = option(0.75, "share of the kept tokens that are spread over the image")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +76,7 @@ class PruMergePlus(PruMerge):
         return torch.cat([top, spread(top, attention.shape[1], count)], 1).sort(dim=1).values
 
     def keep_as_released(self, attention: Tensor) -> Tensor:
-        """As many by attention as on a grid, which may name a token that attention has named."""
+        """As many tokens by attention as on a grid; the grid may repeat a token."""
         half = (self.budget - 1) // 2
         grid = torch.tensor(fixed_grid(attention.shape[1], half), device=attention.device)
         return torch.cat([by_attention(attention, half), grid.expand(len(attention), -1)], 1)

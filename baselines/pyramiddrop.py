@@ -1,9 +1,10 @@
-"""PyramidDrop: in stages, keep the visual tokens that the last instruction token attends to.
+"""PyramidDrop: in stages, keep the visual tokens with the highest attention of the last instruction token.
 
 Paper: https://arxiv.org/abs/2410.17247
 Official code read: Cooperx521/PyramidDrop@6444f30, llava/model/modeling_llama_pdrop.py
-Differs from it: the paper's stages have a mean of 270 tokens and nothing is published for less, so by default stages in
-front of layers 2, 10 and 20 are halved exactly, at whatever fits the budget; `schedule` has the published ones.
+Differs from it: the paper's stages have a mean of 270 tokens and no other mean is published. By default the stages
+before layers 2, 10 and 20 halve the tokens, with the first count fitted to the budget; `schedule` has the published
+ones.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from llava.reduction import (
 )
 
 HALVING = (4, 2, 1)
-# Schedules that are shares of all visual tokens: (decoder layers of 32, share behind each).
+# Schedules as ratios of all visual tokens: (decoder layers of 32, ratio kept after each).
 SHARES = {
     "paper": ((8, 16, 24), (0.5, 0.25, 0.125)),
     # In the evaluation scripts of other projects, as "PyramidDrop at 128 tokens".
@@ -35,7 +36,7 @@ SHARES = {
 @register("pyramiddrop")
 @dataclass(frozen=True, kw_only=True)
 class PyramidDrop(Staged):
-    """Each stage ranks with the weights of the layer that comes next, on the tokens that are left."""
+    """Each stage ranks the remaining tokens by their attention in the next layer."""
 
     summary: ClassVar[str] = "rank by the last prompt token's attention in three decoder stages, halve at each"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -51,7 +52,7 @@ class PyramidDrop(Staged):
         f"{SCHEDULE}; paper: 1/2, 1/4, 1/8 at layers 8, 16, 24 (mean 270); third_party: .32, .16, .08 at 2, 10, 20",
         ("mean", "kept", *SHARES),
     )
-    layers: tuple = option((), "decoder layers to drop in front of; empty for the schedule's own in proportion")
+    layers: tuple = option((), "decoder layers before which to drop; empty for those of the schedule in proportion")
 
     @property
     def published(self) -> tuple[int, ...]:
@@ -72,7 +73,7 @@ class PyramidDrop(Staged):
         if abs(mean - self.budget) > self.rounding:
             raise UserError(
                 f"pyramiddrop.schedule={self.schedule} has a mean of {mean:.4g} visual tokens per layer on this model "
-                f"whatever the budget; ask for a budget of {mean:.0f}, or for schedule=mean, which is fitted to it."
+                f"at any budget; ask for a budget of {mean:.0f}, or for schedule=mean, which is fitted to the budget."
             )
         return keeps
 

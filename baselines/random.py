@@ -1,4 +1,4 @@
-"""random: visual tokens drawn without replacement, the floor that a method must beat.
+"""random: visual tokens drawn without replacement, the baseline that every method should beat.
 
 Paper: none, a control.
 Official code read: none.
@@ -16,11 +16,11 @@ from llava.reduction import MethodMetadata, PromptState, Reducer, Reduction, opt
 @register("random")
 @dataclass(frozen=True, kw_only=True)
 class Random(Reducer):
-    """Seeded by the sample's id, so that batch, order and process make no difference."""
+    """Seeded by the sample's id, so the draw does not depend on batch, order or process."""
 
     summary: ClassVar[str] = "tokens drawn at random, seeded per question"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before decoder layer 0", score="a seed per question")
-    seed: int = option(0, "another draw")
+    seed: int = option(0, "seed of the draw")
 
     def prompt(self, state: PromptState) -> Reduction:
         total = state.tokens.shape[1]

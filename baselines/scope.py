@@ -1,4 +1,4 @@
-"""SCOPE: greedily the token that CLS looks at and that covers most of what no chosen token resembles yet.
+"""SCOPE: greedily keep the token with the largest gain in coverage times CLS attention.
 
 Paper: https://arxiv.org/abs/2510.24214
 Official code read: kinredon/SCOPE@6bf7306, scope/clip_encoder.py, SCOPE
@@ -16,16 +16,16 @@ from torch import Tensor
 from llava.reduction import EncoderState, MethodMetadata, Reducer, Reduction, TowerScore, UserError, option, register
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
-# Similarities gone over at a time: 8 MB, which stay in a processor's cache from step to step (7 times faster than 48
-# images of 576 tokens at once).
+# Similarities processed at a time: 8 MB, which fit into a processor's cache (7 times faster than 48 images of 576
+# tokens at once).
 SLICE = 2**21
 
 
 def cover_greedily(features: Tensor, weight: Tensor, budget: int, matmul: MatMul = torch.matmul) -> Tensor:
-    """[B, budget] chosen positions in the order of choice.
+    """[B, budget] indices of the chosen tokens in the order of choice.
 
-    A set covers token j by its highest cosine to j, or by 0 while nothing is chosen. Each step takes the token whose
-    gain in coverage, summed over all tokens, times its weight is highest.
+    The coverage of token j is its highest cosine to a chosen token, at least 0. Each step takes the token with the
+    highest product of its weight and its gain in coverage, summed over all tokens.
 
     Args:
         features: [B, N, D].
@@ -39,7 +39,7 @@ def cover_greedily(features: Tensor, weight: Tensor, budget: int, matmul: MatMul
 
 
 def _cover(similarity: Tensor, weight: Tensor, budget: int) -> Tensor:
-    """The same for a few images, [B, N, N] and [B, N]: every step goes over all of `similarity`."""
+    """`cover_greedily` for a few images, from similarities [B, N, N] and weights [B, N]."""
     rows = torch.arange(len(similarity), device=similarity.device)
     covered = torch.zeros_like(weight)
     free = torch.zeros_like(weight)  # -inf once a token is chosen
@@ -56,7 +56,7 @@ def _cover(similarity: Tensor, weight: Tensor, budget: int) -> Tensor:
 @register("scope")
 @dataclass(frozen=True, kw_only=True)
 class Scope(Reducer):
-    """Saliency and coverage in one greedy choice."""
+    """Chooses by saliency and coverage together; the question is not used."""
 
     summary: ClassVar[str] = "greedy gain in coverage, weighted by CLS attention"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -80,7 +80,7 @@ class Scope(Reducer):
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         tokens = state.features.shape[1]
-        # Over heads the release sums; the mean differs by a factor, which no argmax sees.
+        # The release sums over heads; the mean differs by a constant factor, so the choices are the same.
         weight = state.scores[TowerScore("cls_attention")].pow(self.alpha)
         chosen = cover_greedily(state.features, weight, self.budget, state.matmul)
         return Reduction(chosen.sort(dim=1).values, tokens)

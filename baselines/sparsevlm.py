@@ -1,10 +1,10 @@
-"""SparseVLM: in stages, keep the visual tokens that words about the picture attend to, and recycle some of the rest.
+"""SparseVLM: in stages, keep the visual tokens with the highest attention of the text raters, and recycle some others.
 
 Paper: https://arxiv.org/abs/2410.04417
 Official code read: Gumpest/SparseVLMs@26a5f48, llava/model/language_model/modelling_sparse_llama.py, score.py, utils.py
 Differs from it: of equally dense tokens the higher-scored one counts as denser (theirs adds random noise of 1e-6); a
-lone recycled token stays in its place; without a rater all words rate. The release has four tables and counts a layer
-that prunes behind itself as pruned; by default its proportions are fitted to the tokens that enter the layers.
+single recycled token stays in its place; if no word is a rater, all words are. The release has four tables and counts a
+layer that prunes its own output as pruned; by default its proportions are fitted to the tokens that enter the layers.
 """
 
 from collections.abc import Sequence
@@ -36,22 +36,22 @@ TABLES = {
     "v1": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
     "v2": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
 }
-TOKENS, HEADS, SHARP = 576, 32, 14  # the tables' visual tokens; heads of the model, and how many of them v2 listens to
+TOKENS, HEADS, SHARP = 576, 32, 14  # the tables' visual tokens; heads of the model, and how many v2 uses
 
 
 @register("sparsevlm")
 @dataclass(frozen=True, kw_only=True)
 class SparseVLM(Staged):
-    """The layer in front of each stage runs on all tokens; its attention ranks them."""
+    """The layer before each stage runs on all its tokens; its attention ranks them."""
 
     summary: ClassVar[str] = (
-        "rank by the attention of words about the picture in three decoder stages; recycle the rest"
+        "rank by the attention of the text raters in three decoder stages; recycle some of the rest"
     )
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layers 3, 7 and 16 of 32",
         score="attention of the text raters in the layer before",
         rest="three tenths averaged into clusters, a tenth as many",
-        order="raster, clusters behind",
+        order="raster, clusters last",
         paper="SparseVLM, 2410.04417",
         url="https://arxiv.org/abs/2410.04417",
         code="Gumpest/SparseVLMs@26a5f48",
@@ -63,18 +63,20 @@ class SparseVLM(Staged):
 
     positions: str = option(
         "variant",
-        "position ids behind a stage; variant: renumber for v1, original for v2",
+        "position ids after a stage; variant: renumber for v1, original for v2",
         ("variant", "renumber", "original"),
     )
     variant: str = option(
-        "v1", "v1; v2 is SparseVLM+: no recycling, attention freed of distance, only the heads that look", tuple(TABLES)
+        "v1",
+        "v1; v2 is SparseVLM+: no recycling, attention corrected for distance, heads of most attention",
+        tuple(TABLES),
     )
     schedule: str = option(
         "mean",
         f"{SCHEDULE}; release: the release's tables, for budgets of 192, 128, 96 and 64",
         ("mean", "kept", "release"),
     )
-    layers: tuple = option((), "decoder layers to reduce in front of; empty for 3, 7, 16 of 32 in proportion")
+    layers: tuple = option((), "decoder layers before which to reduce; empty for 3, 7, 16 of 32 in proportion")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +97,7 @@ class SparseVLM(Staged):
         tables, left, keeps = TABLES[self.variant], spec.visual_tokens, []
         if self.budget not in tables:
             raise UserError(
-                f"sparsevlm.schedule=release knows budgets of {', '.join(map(str, tables))}, got {self.budget}; "
+                f"sparsevlm.schedule=release has the budgets {', '.join(map(str, tables))}, got {self.budget}; "
                 "schedule=mean is fitted to the budget."
             )
         for keep in tables[self.budget]:
@@ -118,9 +120,9 @@ class SparseVLM(Staged):
         return Reduction(keep_top(score, keep), state.tokens.shape[1])
 
     def _score(self, state: DecoderState) -> Tensor:
-        """[B, N], the attention that the raters give in the layer before."""
+        """[B, N], attention of the raters in the layer before."""
         raters = self._raters(state)
-        # Rows of all words: which of them rate is known on the device only, and asking would make the host wait.
+        # Rows of all words: only the device knows which of them are raters, and the host should not wait for it.
         weights, _ = state.attention("after", at="previous")  # [B, H, T, N]
         if self.variant == "v2":
             weights = weights / rotary_scores(state)[:, None]
@@ -138,10 +140,9 @@ class SparseVLM(Staged):
 
 
 def rotary_scores(state: DecoderState) -> Tensor:
-    """[B, T, N], what the layer's scores between words and visual tokens would be if queries and keys were all ones.
+    """[B, T, N], attention scores between words and visual tokens with all queries and keys equal to ones.
 
-    Rotated ones at positions p and r have the product 2 sum(cos p cos r + sin p sin r) over frequencies, which falls
-    with their distance.
+    At positions p and r the score is 2 sum(cos p cos r + sin p sin r) over frequencies, which falls with distance.
     """
     entered = state.entered
     index, _ = row_index(entered, entered.behind)

@@ -3,7 +3,7 @@
 Paper: https://arxiv.org/abs/2210.09461
 Official code read: facebookresearch/ToMe@af95e4b, tome/merge.py and tome/patch/timm.py
 Differs from it: it runs in CLIP; the number of tokens to merge is planned block by block so that the budget is met
-exactly; raster order is restored behind the tower (order=release leaves the order of the last matching).
+exactly; raster order is restored after the tower (order=release keeps the order of the last matching).
 
 Shapes: B images, n tokens in a block, CLS first, d channels of the keys.
 """
@@ -30,12 +30,12 @@ from llava.reduction import (
 
 
 def removals(patches: int, budget: int, blocks: int) -> tuple[int, ...]:
-    """How many patches each block merges away so that `budget` are left: as equal as can be, earlier blocks more.
+    """Patches that each block merges away so that `budget` are left: as equal as possible, earlier blocks more.
 
     A block can merge at most half of its patches, which limits the last blocks of a small budget.
 
     Returns:
-        one number per block; their sum falls short of patches - budget if so few cannot be reached.
+        one number per block; their sum is less than patches - budget if the budget cannot be reached.
     """
     plan, left, remaining = [], budget, patches - budget
     for block in reversed(range(blocks)):
@@ -46,7 +46,7 @@ def removals(patches: int, budget: int, blocks: int) -> tuple[int, ...]:
 
 
 def smallest_budget(patches: int, blocks: int) -> int:
-    """What is left when every block merges all it can."""
+    """Patches that are left if every block merges as many as it can."""
     for _ in range(blocks):
         patches -= patches // 2
     return patches
@@ -55,15 +55,16 @@ def smallest_budget(patches: int, blocks: int) -> int:
 def merge_most_similar(
     keys: Tensor, sizes: Tensor, count: int, matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul
 ) -> Reduction:
-    """Bipartite soft matching: tokens at even places look for the most similar one at an odd place.
+    """Bipartite soft matching: each token at an even index is paired with the most similar one at an odd index.
 
     Args:
-        keys: [B, n, d] what similarity is the cosine of.
-        sizes: [B, n] how many patches each token stands for.
-        count: how many pairs to merge, those of highest similarity, at most half of the tokens but CLS, which stays.
+        keys: [B, n, d]; similarity is their cosine.
+        sizes: [B, n] number of patches merged into each token.
+        count: number of pairs to merge, those of highest similarity; at most half of the tokens. CLS is not merged.
 
     Returns:
-        the unmerged even tokens in their order, CLS first, then all odd ones; averages are weighted by size.
+        a reduction whose outputs are the unmerged even tokens in order, CLS first, then all odd ones; averages are
+        weighted by size.
     """
     count = min(count, (keys.shape[1] - 1) // 2)
     unit = F.normalize(keys, dim=-1)
@@ -75,17 +76,17 @@ def merge_most_similar(
     merged, alone = order[:, :count], order[:, count:].sort(1).values
     odd = torch.arange(1, keys.shape[1], 2, device=keys.device).expand(len(keys), -1)
     slots = torch.arange(alone.shape[1] + odd.shape[1], device=keys.device).expand(len(keys), -1)
-    anchor = torch.cat([2 * alone, odd], 1)
-    owner = torch.empty(sizes.shape, dtype=torch.int64, device=keys.device).scatter(1, anchor, slots)
-    owner = owner.scatter(1, 2 * merged, alone.shape[1] + nearest.gather(1, merged))
-    whole = sizes.new_zeros(slots.shape).scatter_add(1, owner, sizes)
-    return Reduction(anchor, keys.shape[1], owner, sizes / whole.gather(1, owner))
+    kept = torch.cat([2 * alone, odd], 1)
+    assignment = torch.empty(sizes.shape, dtype=torch.int64, device=keys.device).scatter(1, kept, slots)
+    assignment = assignment.scatter(1, 2 * merged, alone.shape[1] + nearest.gather(1, merged))
+    whole = sizes.new_zeros(slots.shape).scatter_add(1, assignment, sizes)
+    return Reduction(kept, keys.shape[1], assignment, sizes / whole.gather(1, assignment))
 
 
 @register("tome")
 @dataclass(frozen=True, kw_only=True)
 class ToMe(Reducer):
-    """Acts in every block in front of the features, between attention and MLP; attention is weighted by token sizes."""
+    """Acts in every block up to the features, between attention and MLP; attention is weighted by token sizes."""
 
     summary: ClassVar[str] = "merge the most similar pairs of tokens in every block of the vision tower"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -97,28 +98,29 @@ class ToMe(Reducer):
         code="facebookresearch/ToMe@af95e4b",
     )
 
-    crops: str = option("each", "every crop is merged alike inside the tower", ("each",))
-    order: str = option("raster", "order of the tokens behind the tower", ("raster", "release"))
+    crops: str = option("each", "every tile is merged alike inside the tower", ("each",))
+    order: str = option("raster", "order of the tokens after the tower", ("raster", "release"))
 
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)
         blocks = spec.tower_blocks - 1  # LLaVA takes the output of the last block but one
         least = smallest_budget(spec.visual_tokens, blocks)
         if self.budget < least:
-            why = f"each of the {blocks} blocks in front of the features can merge at most half of the tokens"
+            why = f"each of the {blocks} blocks up to the features can merge at most half of the tokens"
             raise refuse_budget(self.name, self.budget, least, spec.visual_tokens, why)
 
     def merging_blocks(self, selected: int) -> tuple[int, ...]:
         return tuple(range(selected))
 
     def tower(self, state: BlockState) -> Reduction | None:
+        assert state.spec is not None  # the pipeline sets it
         patches, blocks = state.tokens.shape[1] - 1, state.spec.tower_blocks - 1 - state.block
-        # The plan for what is left of the tower is the rest of the plan for all of it.
+        # The plan for the remaining blocks equals the end of the plan for all blocks.
         count = removals(patches, self.budget, blocks)[0] if blocks > 0 and patches > self.budget else 0
         return merge_most_similar(state.keys, state.sizes, count, state.matmul) if count else None
 
     def keeps_all(self, tokens: int) -> bool:
-        return False  # the encoder stage only orders what the tower has merged
+        return False  # the encoder stage restores raster order
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         if state.merged is None or self.order == "release":

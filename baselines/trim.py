@@ -1,4 +1,4 @@
-"""TRIM: keep what CLIP finds in the question, and one mean of everything else.
+"""TRIM: keep the tokens most similar to the question in CLIP's space, and the mean of all others as one token.
 
 Paper: https://arxiv.org/abs/2409.10994
 Official code read: FreedomIntelligence/TRIM@f5a232d, llava/model/multimodal_encoder/clip_encoder.py
@@ -30,22 +30,22 @@ from llava.reduction import (
 
 
 def keep_and_average(kept: Tensor, total: int) -> Reduction:
-    """Tokens `kept` [B, K-1] as they are, and behind them the plain mean of all others.
+    """Keep tokens `kept` [B, K-1] unchanged and append the plain mean of all others.
 
-    The mean has no place of its own; it is recorded at the last token that went into it.
+    The mean gets the index of the last token that was averaged.
     """
     batch, count = kept.shape
     slots = torch.arange(count, device=kept.device).expand(batch, -1)
-    owner = torch.full((batch, total), count, device=kept.device).scatter(1, kept, slots)
-    rest = owner == count
+    assignment = torch.full((batch, total), count, device=kept.device).scatter(1, kept, slots)
+    rest = assignment == count
     weight = torch.where(rest, 1 / (total - count), 1.0)
     places = torch.arange(total, device=kept.device)
     end = torch.where(rest, places, -1).amax(1, keepdim=True)
-    return Reduction(torch.cat([kept, end], 1), total, owner, weight, appended=1)
+    return Reduction(torch.cat([kept, end], 1), total, assignment, weight, appended=1)
 
 
 def outliers(score: Tensor) -> Tensor:
-    """[B, N] float32 -> [B] int64, scores above the third quartile by more than 1.5 interquartile ranges."""
+    """[B, N] float32 -> [B] int64, number of scores more than 1.5 interquartile ranges above the third quartile."""
     low, high = score.quantile(torch.tensor([0.25, 0.75], device=score.device), dim=1, keepdim=True)
     return (score > high + 1.5 * (high - low)).sum(1)
 
@@ -53,11 +53,13 @@ def outliers(score: Tensor) -> Tensor:
 @register("trim")
 @dataclass(frozen=True, kw_only=True)
 class TRIM(Reducer):
-    """Acts before the projector: what is averaged are tower features."""
+    """Acts before the projector and averages tower features."""
 
     summary: ClassVar[str] = "rank by CLIP similarity to the question, average the rest into one token"
     needs_text_tower: ClassVar[bool] = True
-    known_deviations: ClassVar[dict[str, str]] = {"appended": "the mean of the rest stands for no place and comes last"}
+    known_deviations: ClassVar[dict[str, str]] = {
+        "appended": "the mean of the rest has no position of its own and comes last"
+    }
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
         score="(negated) CLIP similarity to the question",
@@ -70,10 +72,10 @@ class TRIM(Reducer):
     )
 
     relevance: str = option(
-        "tower", "CLIP similarity as relevance: negated (the release), plain, or as the text tower says", RELEVANCE
+        "tower", "CLIP similarity as relevance: negated (the release), plain, or by the text tower's config", RELEVANCE
     )
-    adaptive: bool = option(False, "keep the outliers of the score, however many they are, whatever the budget")
-    official: bool = option(False, "budget + 1 tokens, and the whole message as text, as the release has it")
+    adaptive: bool = option(False, "keep the outliers of the score, whose number does not depend on the budget")
+    official: bool = option(False, "budget + 1 tokens, and the whole message as text, as the release does")
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         if self.adaptive:

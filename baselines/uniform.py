@@ -1,4 +1,4 @@
-"""uniform: tokens spread evenly over the picture, whatever is in it.
+"""uniform: tokens spread evenly over the image, independent of its content.
 
 Paper: none, a control.
 Official code read: none.
@@ -16,9 +16,9 @@ from llava.reduction import MethodMetadata, PatchGrid, PromptState, Reducer, Red
 
 
 def even_grid(layout: PatchGrid, budget: int) -> Tensor:
-    """Positions [budget] int64, ascending, as even as the budget allows.
+    """[budget] int64 indices, ascending, spaced as evenly as the budget allows.
 
-    The budget is dealt to evenly spaced rows, and each row's share is spaced evenly along it. A square budget gives a
+    The budget is split over evenly spaced rows, and each row's share is spaced evenly along it. A square budget gives a
     square grid.
     """
     used = max(1, min(layout.rows, round(math.sqrt(budget * layout.rows / layout.columns))))
@@ -34,13 +34,13 @@ def even_grid(layout: PatchGrid, budget: int) -> Tensor:
 @register("uniform")
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Reducer):
-    """The same positions in every picture."""
+    """The same indices in every image."""
 
     summary: ClassVar[str] = "an even grid of tokens"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before decoder layer 0", score="an even grid")
 
-    crops: str = option("each", "the budget over crops: even, or by the first crop's attention", ("each", "thumbnail"))
+    crops: str = option("each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail"))
 
     def prompt(self, state: PromptState) -> Reduction:
-        anchor = even_grid(state.layout, self.budget).to(state.tokens.device)
-        return Reduction(anchor.expand(len(state.tokens), -1), state.tokens.shape[1])
+        kept = even_grid(state.layout, self.budget).to(state.tokens.device)
+        return Reduction(kept.expand(len(state.tokens), -1), state.tokens.shape[1])

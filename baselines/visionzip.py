@@ -1,9 +1,9 @@
-"""VisionZip: the tokens that CLS looks at, and the rest averaged around evenly spaced targets.
+"""VisionZip: keep the tokens with the highest CLS attention, and average the rest around evenly spaced targets.
 
 Paper: https://arxiv.org/abs/2412.04467
 Official code read: dvlab-research/VisionZip@3151f6d, visionzip/clip_encoder.py and visionzip/utils.py
 Differs from it: contextual tokens are averages, as in the paper; the release, and `official` here, adds the mean of the
-    members to their target, which nearly doubles a token's norm. One budget is split in the release's own proportion.
+    members to their target, which nearly doubles a token's norm. A budget is split in the release's proportion.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,9 @@ def zip_tokens(saliency: Tensor, keys: Tensor, dominant: int, contextual: int, w
 class VisionZip(Reducer):
     """The CLS token is one of the tokens that the decoder sees."""
 
-    summary: ClassVar[str] = "CLS, the tokens it looks at, and averages of the rest around evenly spaced targets"
+    summary: ClassVar[str] = (
+        "CLS, the tokens with its highest attention, and averages of the rest around evenly spaced targets"
+    )
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
         score="CLS attention, block −2",
@@ -61,10 +63,10 @@ class VisionZip(Reducer):
         code="dvlab-research/VisionZip@3151f6d",
     )
     keep_cls: ClassVar[bool] = True
-    known_deviations: ClassVar[dict[str, str]] = {"appended": "contextual tokens stand behind the dominant ones"}
+    known_deviations: ClassVar[dict[str, str]] = {"appended": "contextual tokens come after the dominant ones"}
 
-    # Every crop has a class token of its own to keep, so there is nothing to rank together.
-    crops: str = option("each", "the budget over crops: even, or by the first crop's attention", ("each", "thumbnail"))
+    # Every tile keeps its own class token, so tokens of all tiles are not ranked together.
+    crops: str = option("each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail"))
     contextual: float = option(CONTEXTUAL_SHARE, "share of the budget that contextual tokens take")
     official: bool = option(False, "contextual token = target + mean of its members, as in the release")
 

@@ -1,9 +1,9 @@
-"""vispruner: half of the budget for the patches that CLS looks at, half for what is left when near-duplicates go.
+"""vispruner: half of the budget by CLS attention, half from the rest by removing near-duplicates.
 
 Paper: https://arxiv.org/abs/2412.01818 (version 3)
 Official code read: Theia-4869/VisPruner@aefa01a, llava/model/llava_arch.py, encode_images
 Differs from it: works with an odd number of important tokens and at tiny budgets (theirs raises IndexError); scores are
-    in float32 and ties go to the front of the list; all cosines are computed once, not once per round.
+    in float32 and ties go to the earlier entry; all cosines are computed once, not once per round.
 """
 
 from dataclasses import dataclass
@@ -29,25 +29,25 @@ ROUND = 8  # near-duplicates removed at a time
 
 
 def distinct(similarity: Tensor, count: int) -> Tensor:
-    """What is left of a list when near-duplicates are removed, round by round.
+    """Remove near-duplicates from a list in rounds until `count` entries are left.
 
-    A round compares the entries at even places of the list with those at odd places, and removes up to ROUND even ones,
-    those with the closest match. The even ones that are left, closest match first, and then the odd ones are the
-    list of the next round: its order decides who meets whom, so it is kept exactly.
+    A round compares the entries at even indices of the list with those at odd indices, and removes up to ROUND even
+    ones, those with the closest match. The remaining even ones, closest match first, and then the odd ones are the list
+    of the next round: its order decides which entries are compared, so it is kept exactly.
 
     Args:
         similarity: [B, R, R] of the entries, in the order of the list.
-        count: how many to leave, 1 <= count <= R.
+        count: entries to keep, 1 <= count <= R.
 
     Returns:
-        [B, count] int64 places in the first list, in the order of the last one.
+        [B, count] int64 indices into the first list, in the order of the last one.
     """
     batch, length = similarity.shape[:2]
     rows = torch.arange(batch, device=similarity.device)[:, None, None]
     places = torch.arange(length, device=similarity.device).expand(batch, -1)
     while places.shape[1] > count:  # lengths are host integers: no round waits for the device
         even, odd = places[:, ::2], places[:, 1::2]
-        gone = min(ROUND, places.shape[1] - count)  # or all even ones, where they are fewer
+        gone = min(ROUND, places.shape[1] - count)  # or all even ones, if they are fewer
         closest = similarity[rows, even.unsqueeze(2), odd.unsqueeze(1)].amax(2)
         order = closest.argsort(dim=1, descending=True, stable=True)
         places = torch.cat([even.gather(1, order[:, gone:]), odd], 1)
@@ -57,9 +57,9 @@ def distinct(similarity: Tensor, count: int) -> Tensor:
 @register("vispruner")
 @dataclass(frozen=True, kw_only=True)
 class VisPruner(Reducer):
-    """Important tokens and diverse tokens; the question plays no part."""
+    """Keeps important tokens and diverse tokens; the question is not used."""
 
-    summary: ClassVar[str] = "highest CLS attention, then what is left without near-duplicates"
+    summary: ClassVar[str] = "highest CLS attention, then the rest without near-duplicates"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
         score="half by CLS attention, block −2, half by removing the closest cosines of features",

@@ -1,10 +1,10 @@
-"""VScan: keep what CLS looks at, window by window and overall; halfway through the decoder, what the text looks at.
+"""VScan: keep tokens by CLS attention, per window and overall; in the middle decoder layer, by attention of the text.
 
 Paper: https://arxiv.org/abs/2505.22654
 Official code read: Tencent/SelfEvolvingAgent@a82450e, VScan/llava/model/llava_arch.py (encode_images, token_merging),
 VScan/llava/model/modeling_llama_x.py (layer_prune)
-Differs from it: tokens that do not divide evenly over the windows go to the windows with the best ones left
-(official=true: they are missing); other budgets than its 64 keep the proportion of its stages, 96 and 32.
+Differs from it: tokens that do not divide evenly over the windows go to the windows with the best tokens left
+(official=true: they are missing); budgets other than its 64 keep the proportion of its stages, 96 and 32.
 
 Shapes: B images, N visual tokens, K of them kept.
 """
@@ -43,7 +43,7 @@ DEEP = TowerScore("cls_attention", -2)
 
 
 def windows(layout: PatchGrid, side: int) -> tuple[Tensor, int]:
-    """[N] int64, the window that each patch lies in, and how many windows there are; border windows may be smaller."""
+    """[N] int64 window of each patch, and the number of windows; windows at the border may be smaller."""
     across = -(-layout.columns // side)
     row = torch.arange(layout.rows) // side
     column = torch.arange(layout.columns) // side
@@ -58,8 +58,8 @@ def keep_top_of_windows(score: Tensor, window: Tensor, count: int, windows: int)
         window: [N] window of each token, below `windows`.
 
     Returns:
-        [B, count] int64: the best of every window, then the second best of every window and so on; of the last rank,
-        which may not fit whole, those of highest score.
+        [B, count] int64: the best of every window, then the second best of every window, and so on; of the last rank,
+        if not all fit, those with the highest score.
     """
     order = score.float().argsort(dim=1, descending=True, stable=True)
     home = window[order]
@@ -68,19 +68,19 @@ def keep_top_of_windows(score: Tensor, window: Tensor, count: int, windows: int)
 
 
 def merge_into_kept(tokens: Tensor, kept: Tensor) -> Reduction:
-    """Every dropped token joins the most similar kept one (cosine of tokens [B, N, D]); groups are plain averages."""
+    """Average each token that is not kept into the most similar kept one (cosine of tokens [B, N, D])."""
     total = tokens.shape[1]
     rest = others(kept, total)
     slots = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    owner = torch.empty(tokens.shape[:2], dtype=torch.int64, device=kept.device).scatter(1, kept, slots)
-    owner = owner.scatter(1, rest, assign(rest, kept, tokens))
-    return Reduction(kept, total, owner, member_weights("mean", owner, kept, owner))
+    assignment = torch.empty(tokens.shape[:2], dtype=torch.int64, device=kept.device).scatter(1, kept, slots)
+    assignment = assignment.scatter(1, rest, assign(rest, kept, tokens))
+    return Reduction(kept, total, assignment, member_weights("mean", assignment, kept, assignment))
 
 
 @register("vscan")
 @dataclass(frozen=True, kw_only=True)
 class VScan(Reducer):
-    """Two stages: projected tokens in front of the decoder, hidden states in front of its middle layer."""
+    """Two stages: projected tokens before the decoder, hidden states before its middle layer."""
 
     summary: ClassVar[str] = "CLS attention in windows and overall, merge the rest; then the last token's attention"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
@@ -95,11 +95,11 @@ class VScan(Reducer):
     )
 
     crops: str = option(
-        "each", "the first stage splits the budget evenly over crops, the second ranks all together", ("each",)
+        "each", "the first stage splits the budget evenly over tiles, the second ranks all together", ("each",)
     )
     window: int = option(6, "side of a window in patches")
-    layers: tuple = option((), "decoder layer in front of which the second stage acts; empty for the middle")
-    official: bool = option(False, "leave out what does not divide evenly over the windows")
+    layers: tuple = option((), "decoder layer before which the second stage acts; empty for the middle")
+    official: bool = option(False, "leave out tokens that do not divide evenly over the windows")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +112,7 @@ class VScan(Reducer):
         return self.layers or scaled_layers((16,), 32, layers)
 
     def counts(self, spec: ModelSpec) -> tuple[int, int, int]:
-        """Tokens taken from the windows, tokens kept by both choices of the first stage, and by the second stage."""
+        """Tokens chosen in the windows, all tokens kept by the first stage, and tokens kept by the second stage."""
         (stage,), depth = self.decoder_layers(spec.layers), spec.layers
         # 3 : 1 as 96 : 32, less at the borders: the second stage keeps at least one token, the first at most all.
         first = min(3 * self.budget // 2, (depth * self.budget - (depth - stage)) // stage, spec.visual_tokens)
@@ -137,6 +137,7 @@ class VScan(Reducer):
         return SHALLOW, DEEP
 
     def prompt(self, state: PromptState) -> Reduction | None:
+        assert state.spec is not None  # the pipeline sets it
         local, first, _ = self.counts(state.spec)
         total = state.tokens.shape[1]
         if first >= total:
@@ -148,7 +149,10 @@ class VScan(Reducer):
         return merge_into_kept(state.tokens, torch.cat([near, far], 1).sort(1).values)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        second, total = planned(self, state.spec)[state.layer], state.tokens.shape[1]
+        assert state.spec is not None  # the pipeline sets it
+        tokens = planned(self, state.spec)
+        assert tokens is not None  # it never depends on the image
+        second, total = tokens[state.layer], state.tokens.shape[1]
         if second >= total:
             return None
         weights, _ = state.attention("last", at="next")

@@ -1,11 +1,11 @@
-"""Consensus ranking: two saliencies of different nature become one score.
+"""Consensus ranking: fuse encoder saliency and cross-modal saliency into one score.
 
 Paper: https://arxiv.org/abs/2602.00946 (abstract only)
 Official code read: none was released.
 Differs from it: unknown; the rule is a named choice, `docs/consensusdrop.md` compares them.
 
-The encoder saliency `v` is dense and the cross-modal saliency `c` is sparse, so their raw values do not compare: ranks
-do. Throughout, `alpha` is the encoder's say: 1 is encoder only, 0 is cross-modal only. Shapes: [B, N] float32.
+The encoder saliency `v` is dense and the cross-modal saliency `c` is sparse, so their values are not on one scale, but
+their ranks are. `alpha` is the weight of the encoder: 1 is encoder only, 0 is cross-modal only. Shapes: [B, N] float32.
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ def rank01(score: Tensor, top: int = 0) -> Tensor:
     """Ranks scaled to [0, 1], 1 for the highest score; equal scores rank by lower index.
 
     Args:
-        top: rank only the `top` highest, all others get 0 (a sparse score's tail is noise); 0 ranks all.
+        top: rank only the `top` highest, all others get 0 (the low values of a sparse score are noise); 0 ranks all.
     """
     total = score.shape[1]
     counted = top or total
     return (1 - ranks(score) / max(counted - 1, 1)).clamp(min=0)
 
 
-def _rank(v: Tensor, c: Tensor, alpha: float, cross_top: int, **_) -> Tensor:
+def _rank(v: Tensor, c: Tensor, alpha: float, cross_top: int, **_: object) -> Tensor:
     """F1: convex combination of ranks, times a common denominator.
 
     Returns:
@@ -42,13 +42,13 @@ def _rank(v: Tensor, c: Tensor, alpha: float, cross_top: int, **_) -> Tensor:
     return share.numerator * last_cross * encoder + (share.denominator - share.numerator) * max(last, 1) * cross
 
 
-def _raw(v: Tensor, c: Tensor, alpha: float, **_) -> Tensor:
-    """Naive fusion, the control: the raw values averaged as they are."""
+def _raw(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
+    """Control: weighted mean of the raw values."""
     return alpha * v + (1 - alpha) * c
 
 
-def _minmax(v: Tensor, c: Tensor, alpha: float, **_) -> Tensor:
-    """F2: each score stretched to [0, 1]."""
+def _minmax(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
+    """F2: weighted mean of the scores scaled to [0, 1]."""
 
     def stretch(score: Tensor) -> Tensor:
         low, high = score.amin(1, keepdim=True), score.amax(1, keepdim=True)
@@ -57,8 +57,8 @@ def _minmax(v: Tensor, c: Tensor, alpha: float, **_) -> Tensor:
     return alpha * stretch(v) + (1 - alpha) * stretch(c)
 
 
-def _zscore(v: Tensor, c: Tensor, alpha: float, **_) -> Tensor:
-    """F3: each score with mean 0 and deviation 1."""
+def _zscore(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
+    """F3: weighted mean of the scores scaled to mean 0 and standard deviation 1."""
 
     def standard(score: Tensor) -> Tensor:
         centred = score - score.mean(1, keepdim=True)
@@ -67,13 +67,13 @@ def _zscore(v: Tensor, c: Tensor, alpha: float, **_) -> Tensor:
     return alpha * standard(v) + (1 - alpha) * standard(c)
 
 
-def _log(v: Tensor, c: Tensor, alpha: float, temperature: float, **_) -> Tensor:
+def _log(v: Tensor, c: Tensor, alpha: float, temperature: float, **_: object) -> Tensor:
     """F4: weighted product of the two distributions, the cross-modal one sharpened by `temperature` < 1."""
     normal = lambda score: (score / score.sum(1, keepdim=True).clamp(min=TINY)).clamp(min=TINY)  # noqa: E731
     return alpha * normal(v).log() + (1 - alpha) * normal(c).log() / temperature
 
 
-def _rrf(v: Tensor, c: Tensor, alpha: float, rrf_k: float, **_) -> Tensor:
+def _rrf(v: Tensor, c: Tensor, alpha: float, rrf_k: float, **_: object) -> Tensor:
     """F5: reciprocal rank fusion, 1 / (k + rank)."""
     total = v.shape[1]
 
@@ -84,15 +84,15 @@ def _rrf(v: Tensor, c: Tensor, alpha: float, rrf_k: float, **_) -> Tensor:
     return alpha * reciprocal(v) + (1 - alpha) * reciprocal(c)
 
 
-def _cross_first(v: Tensor, c: Tensor, alpha: float, keep: int, **_) -> Tensor:
-    """F6: the cross-modal head first, then the encoder fills up to `keep`."""
+def _cross_first(v: Tensor, c: Tensor, alpha: float, keep: int, **_: object) -> Tensor:
+    """F6: the tokens with the highest cross-modal saliency first, then the encoder's, up to `keep` tokens."""
     head = round((1 - alpha) * keep)
     chosen = rank01(c) > 1 - (head - 0.5) / max(c.shape[1] - 1, 1) if head else torch.zeros_like(c, dtype=torch.bool)
     return rank01(v) + 2 * chosen.float()
 
 
-def _gate(v: Tensor, c: Tensor, gate_beta: float, **_) -> Tensor:
-    """F7: the encoder's score, raised where the text looks. `alpha` plays no part."""
+def _gate(v: Tensor, c: Tensor, gate_beta: float, **_: object) -> Tensor:
+    """F7: the encoder's score times 1 + gate_beta * (cross-modal saliency / its mean). `alpha` is not used."""
     return v * (1 + gate_beta * c / c.mean(1, keepdim=True).clamp(min=TINY))
 
 
@@ -108,7 +108,7 @@ FUSIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def fuse(v: Tensor, c: Tensor | None, rule: str, keep: int, **choices) -> Tensor:
+def fuse(v: Tensor, c: Tensor | None, rule: str, keep: int, **choices: float) -> Tensor:
     """Consensus score, higher is kept.
 
     Args:

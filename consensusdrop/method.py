@@ -2,7 +2,7 @@
 
 Paper: https://arxiv.org/abs/2602.00946 (abstract only)
 Official code read: none was released.
-Differs from it: unknown. Facts and reconstruction are told apart in docs/consensusdrop.md.
+Differs from it: unknown. docs/consensusdrop.md separates fact from reconstruction.
 """
 
 from dataclasses import dataclass, replace
@@ -29,8 +29,8 @@ from llava.reduction import (
     with_cls,
 )
 
-# Anchors and their share were chosen on the embedded validation split, see docs/consensusdrop.md. VisionZip's split is
-# 10/64 (54 + 10, 108 + 20, 162 + 30) with stride anchors.
+# Anchors and their share were chosen on the toy validation split, see docs/consensusdrop.md. VisionZip merges into
+# 10/64 of its tokens (54 + 10, 108 + 20, 162 + 30) with stride anchors.
 MERGED_SHARE = 0.5
 
 
@@ -38,8 +38,8 @@ def pool_attention(weights: Tensor, rows: Tensor, heads: str, pooling: str) -> T
     """Cross-modal saliency c [B, N] from attention [B, H, T, N] of the rows [B, T] that exist.
 
     Args:
-        heads: "mean" over all heads, or "sharp" for the half of the heads with the lowest entropy (the others look
-            everywhere).
+        heads: "mean" over all heads, or "sharp" for the half of the heads with the lowest entropy (attention of
+            the others is spread over the whole image).
         pooling: "mean" or "max" over rows.
     """
     exists = rows[:, None, :, None]
@@ -69,22 +69,24 @@ class ConsensusDrop(Reducer):
         url="https://arxiv.org/abs/2602.00946",
     )
 
-    alpha: float = option(0.5, "encoder's say in the ranking: 1 encoder only, 0 cross-modal only")
-    fusion: str = option("rank", "rule that makes one ranking of two", tuple(FUSIONS))
+    alpha: float = option(0.5, "weight of the encoder in the ranking: 1 encoder only, 0 cross-modal only")
+    fusion: str = option("rank", "rule that fuses the two rankings", tuple(FUSIONS))
     cross_top: int = option(0, "rank fusion: rank only so many of the cross-modal scores, 0 for all")
     temperature: float = option(1.0, "log fusion: sharpen the cross-modal distribution")
     rrf_k: float = option(60.0, "reciprocal rank fusion: the constant k")
     gate_beta: float = option(1.0, "gate fusion: how strongly the text raises the encoder's score")
     probe: str = option("static", "inputs of the probe: embeddings, or real layer inputs", ("static", "contextual"))
     probe_layer: int = option(0, "decoder layer whose norm and projections the probe uses")
-    query: str = option("question", "text rows that look at the picture", ("question", "instruction", "last"))
+    query: str = option(
+        "question", "text rows whose attention to the image is used", ("question", "instruction", "last")
+    )
     pooling: str = option("mean", "over text rows", ("mean", "max"))
     heads: str = option("mean", "all heads, or the sharper half", ("mean", "sharp"))
     rope: bool = option(False, "rotate the probe's queries and keys by their positions")
     block: int = option(-2, "tower block that gives saliency and keys")
     merged_share: float = option(MERGED_SHARE, "share of the budget that merged tokens take")
-    anchors: str = option("farthest", "what leftovers are merged into", ANCHORS)
-    weights: str = option("saliency", "how a merged token is averaged; none drops leftovers", WEIGHTS)
+    anchors: str = option("farthest", "the tokens that the rest is merged into", ANCHORS)
+    weights: str = option("saliency", "how a merged token is averaged; none drops the rest", WEIGHTS)
     merge_space: str = option("projected", "merge projected tokens or tower features", ("projected", "encoder"))
     cls_token: bool = option(False, "keep the CLS token as one of the budget")
     order: str = option("raster", "place of merged tokens", ("raster", "appended"))
@@ -96,7 +98,7 @@ class ConsensusDrop(Reducer):
         if not 0 <= self.merged_share < 1:
             raise UserError(f"consensusdrop.merged_share must be at least 0 and below 1, got {self.merged_share}.")
         if self.cls_token and self.crops == "global":
-            raise UserError("consensusdrop.cls_token keeps a token of every crop; it needs consensusdrop.crops=each.")
+            raise UserError("consensusdrop.cls_token keeps a token of every tile; it needs consensusdrop.crops=each.")
         if self.temperature <= 0:
             raise UserError(f"consensusdrop.temperature must be above 0, got {self.temperature}.")
         if self.probe == "static" and self.query == "last":
@@ -125,7 +127,7 @@ class ConsensusDrop(Reducer):
 
     @property
     def reads_question(self) -> bool:
-        """False when the cross-modal score has no say and need not be computed."""
+        """False if the cross-modal saliency has weight 0 and need not be computed."""
         return self.fusion == "gate" or self.alpha < 1
 
     def prompt(self, state: PromptState) -> Reduction | None:

@@ -165,12 +165,12 @@ def test_keys_and_hidden_states_of_the_model_decide(tiny):
 
 
 def test_too_little_text_is_refused():
-    with pytest.raises(UserError, match="4 pivots from the text behind the image; a prompt has 3"):
+    with pytest.raises(UserError, match="4 pivots from the text after the image; a prompt has 3"):
         Dart(budget=6).reduce(planted_state(text=3), 6)
 
 
 def test_out_of_reach_budgets_name_the_way_out():
     with pytest.raises(UserError, match=r"36.94 to 576. Set dart.schedule=kept"):
         Dart(budget=36).check(LLAVA_15)
-    with pytest.raises(UserError, match="acts in front of layer 9"):
+    with pytest.raises(UserError, match="acts before layer 9"):
         Dart(budget=100, layer=9).check(dataclasses.replace(LLAVA_15, layers=8))

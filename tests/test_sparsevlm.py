@@ -283,7 +283,7 @@ def test_recycling_is_three_tenths_and_a_tenth_of_them():
 def test_out_of_reach_budgets_are_refused():
     with pytest.raises(UserError, match=r"all 576 enter the first 3 of 32 layers.*schedule=kept"):
         SparseVLM(budget=50).check(LLAVA_15)
-    with pytest.raises(UserError, match="knows budgets of 192, 128, 96, 64, got 100"):
+    with pytest.raises(UserError, match="has the budgets 192, 128, 96, 64, got 100"):
         SparseVLM(budget=100, schedule="release").check(LLAVA_15)
     with pytest.raises(UserError, match="do not fit into 3 decoder layers"):
         SparseVLM(budget=300).check(dataclasses.replace(LLAVA_15, layers=3))

@@ -1,9 +1,9 @@
-"""VisionDrop: in stages, keep what visual tokens look at and merge the rest, in the encoder and inside the decoder.
+"""VisionDrop: rank tokens by visual attention in stages, in the encoder and inside the decoder, and merge the rest.
 
 Paper: https://arxiv.org/abs/2506.22283
 Official code read: Ruixxxx/VisionDrop@f7a9444, llava/visionzip and llava/model/modeling_llama_visiondrop.py
-Differs from it: merged tokens are means (theirs adds the mean to a whole token, `official` does too); batches, several
-images, grouped-query heads, any budget and depth.
+Differs from it: merged tokens are means (theirs adds the mean to the target token, as `official` does); batches,
+several images, grouped-query heads, any budget and depth.
 """
 
 from dataclasses import dataclass, fields
@@ -41,20 +41,20 @@ from visiondrop.scoring import ATTENTIONS, AVERAGES, METRICS, look, merge_metric
 STAGES, REFERENCE = (8, 16, 24), 32
 ENCODER_SCORES = {"cls": "cls_attention", "received": "received_attention"}
 MERGES = {"mean": "mean", "target_plus_mean": "anchor_plus_mean", "none": "none"}
-FREE = ("budget", "official", "layers", "schedule", "start", "ratio")  # what the release takes as arguments
+FREE = ("budget", "official", "layers", "schedule", "start", "ratio")  # arguments of the release
 
 
 @register("visiondrop")
 @dataclass(frozen=True, kw_only=True)
 class VisionDrop(Reducer):
-    """Acts before the projector and in front of three decoder layers; no stage reads the question."""
+    """Acts before the projector and before three decoder layers; no stage reads the question."""
 
     summary: ClassVar[str] = "rank by visual attention in stages, encoder first, then decoder layers; merge the rest"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower, before decoder layers 8, 16 and 24 of 32",
         score="CLS attention, then attention received from visual tokens",
         rest="merged by keys into an eighth of the tokens",
-        order="raster, merged ones behind",
+        order="raster, merged ones last",
         needs="CLS token",
         paper="VisionDrop, 2506.22283",
         url="https://arxiv.org/abs/2506.22283",
@@ -65,18 +65,18 @@ class VisionDrop(Reducer):
     }
 
     crops: str = option(
-        "each", "the encoder stage splits the budget evenly over crops, the decoder ranks all together", ("each",)
+        "each", "the encoder stage splits the budget evenly over tiles, the decoder ranks all together", ("each",)
     )
-    official: bool = option(False, "the release to the bit: a merged token is its target plus the mean of the others")
-    layers: tuple = option((), "decoder layers to reduce in front of; empty for 8, 16, 24 of 32 in proportion")
+    official: bool = option(False, "exactly as released: a merged token is its target plus the mean of the others")
+    layers: tuple = option((), "decoder layers before which to reduce; empty for 8, 16, 24 of 32 in proportion")
     schedule: str = option(
         "published",
         "multiples of the released 48/35/26/19 where budget and segments allow, else geometric; or always geometric",
         ("published", "geometric"),
     )
-    start: float = option(PUBLISHED_START, "tokens behind the encoder stage, as a multiple of the budget; 3 for video")
-    ratio: int = option(PUBLISHED_RATIO, "dominant tokens for one contextual; 0 keeps dominant ones only")
-    keep_cls: bool = option(True, "CLS is the first dominant token behind the encoder stage")
+    start: float = option(PUBLISHED_START, "tokens after the encoder stage, as a multiple of the budget; 3 for video")
+    ratio: int = option(PUBLISHED_RATIO, "dominant tokens per contextual token; 0 for dominant tokens only")
+    keep_cls: bool = option(True, "CLS is the first dominant token after the encoder stage")
     encoder_score: str = option(
         "cls", "rank patches by the attention of CLS, or received from all patches", tuple(ENCODER_SCORES)
     )
@@ -84,7 +84,7 @@ class VisionDrop(Reducer):
         "causal", "decoder score: the layer's own rows, over visual keys only, or without causality", ATTENTIONS
     )
     average: str = option("all", "decoder score: mean over all visual tokens, or over those that see it", AVERAGES)
-    diagonal: bool = option(True, "decoder score: count what a token gives to itself")
+    diagonal: bool = option(True, "decoder score: count the attention of a token to itself")
     metric: str = option("rotated", "decoder: what is compared in merging, keys or hidden states", METRICS)
     merge: str = option("mean", "a merged token: mean, target plus mean of the others, or its target", tuple(MERGES))
     order: str = option("appended", "place of contextual tokens", ("appended", "raster"))
@@ -116,7 +116,13 @@ class VisionDrop(Reducer):
             )
         mean = sum(self.tokens_per_layer(spec)) / spec.layers
         if abs(mean - self.budget) > self.rounding:
-            raise refuse_budget(self.name, self.budget, mean, spec.visual_tokens, "its segments forbid it")
+            raise refuse_budget(
+                self.name,
+                self.budget,
+                mean,
+                spec.visual_tokens,
+                "the number of layers in its segments does not allow it",
+            )
 
     def scores(self) -> tuple[TowerScore, ...]:
         return TowerScore(ENCODER_SCORES[self.encoder_score]), TowerScore("keys")
@@ -128,7 +134,7 @@ class VisionDrop(Reducer):
         return stages
 
     def stages(self, spec: ModelSpec) -> dict[int, tuple[int, int]]:
-        """(dominant, contextual) tokens from each layer on: layer 0 gets what the encoder stage leaves."""
+        """(dominant, contextual) tokens from each stage's layer on; layer 0 is for the encoder stage."""
         layers = self.decoder_layers(spec.layers)
         widths = segment_widths(layers, spec.layers)
         pairs = plan(self.budget, widths, spec.visual_tokens, self.schedule, self.start, self.ratio)
@@ -141,21 +147,25 @@ class VisionDrop(Reducer):
         return tokens_by_layer(first, layers, counts, spec.layers)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
+        assert state.spec is not None  # the pipeline sets it
         score, keys = (state.scores[score] for score in self.scores())
         patches = score.shape[1]
         if self.tokens_per_layer(state.spec)[0] >= patches:
             return _drop_cls(state.features) if self.keep_cls else None
         if self.keep_cls:
-            # CLS is the best token by definition, so it is never merged and its key never compared.
+            # CLS gets the highest score, so it is kept and its key is never compared.
             score, keys = F.pad(score, (1, 0), value=float("inf")), F.pad(keys, (0, 0, 1, 0))
         return self._reduce(state, score, keys, *self.stages(state.spec)[0])
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        if planned(self, state.spec)[state.layer] >= state.tokens.shape[1]:
+        assert state.spec is not None  # the pipeline sets it
+        tokens = planned(self, state.spec)
+        assert tokens is not None  # it never depends on the image
+        if tokens[state.layer] >= state.tokens.shape[1]:
             return None  # this stage has nothing to do
         seen = look(state, self.attention)
         score = visual_scores(state, seen, self.attention, self.average, self.diagonal)
-        # Of a picture in crops, as many as the stage would leave of every crop, all ranked together.
+        # For an image with tiles, the sum of what the stage would keep of each tile; all tokens are ranked together.
         pairs = [sized.stages(part)[state.layer] for sized, part in over_crops(self, state.spec)]
         pair = sum(dominant for dominant, _ in pairs), sum(contextual for _, contextual in pairs)
         return self._reduce(state, score, merge_metric(state, seen, self.metric), *pair)
@@ -171,6 +181,6 @@ class VisionDrop(Reducer):
 
 
 def _drop_cls(features: Tensor) -> Reduction:
-    """All patches and no CLS: what LLaVA takes where nothing is to be reduced."""
+    """Keep all patches and drop CLS, as LLaVA does without reduction."""
     count = features.shape[1]
     return Reduction(torch.arange(1, count, device=features.device).expand(len(features), -1), count)

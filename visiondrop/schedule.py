@@ -1,10 +1,10 @@
-"""How many tokens each stage of VisionDrop leaves: the released schedule, and the rule behind it for any other budget.
+"""How many tokens each stage of VisionDrop keeps: the released schedule, and a geometric rule for other budgets.
 
 Paper: https://arxiv.org/abs/2506.22283
 Official code read: Ruixxxx/VisionDrop@f7a9444, README.md and scripts/v1_5/visiondrop_eval
-Differs from it: only an average of 32 is published; the rule that continues it is ours, see docs/visiondrop.md.
+Differs from it: only an average of 32 is published; the rule for other budgets is ours, see docs/visiondrop.md.
 
-A decoder with stages is cut into segments; the first one starts at layer 0 and gets what the encoder stage leaves.
+Stages cut the decoder into segments; the first starts at layer 0 with the tokens that the encoder stage keeps.
 """
 
 import math
@@ -19,7 +19,7 @@ REACH = 3  # how far a count may move from the geometric value to make the mean 
 
 
 def segment_widths(stages: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Layers in each segment, for stages in front of the layers `stages`."""
+    """Layers in each segment, for stages before the layers `stages`."""
     edges = (0, *stages, depth)
     return tuple(stop - start for start, stop in pairwise(edges))
 
@@ -30,7 +30,7 @@ def split(total: int, ratio: int) -> tuple[int, int]:
     Args:
         ratio: dominant tokens for one contextual; 0 makes all of them dominant.
 
-    With 7 this gives the published pairs: a contextual token for every begun group of eight. One token stays dominant.
+    Ratio 7 gives the published pairs: ceil(total / 8) contextual tokens. At least one token is dominant.
     """
     contextual = min(-(-total // (ratio + 1)), total - 1) if ratio else 0
     return total - contextual, contextual
@@ -45,7 +45,7 @@ def plan(
         budget: mean tokens per layer, below `most`.
         widths: layers in each segment.
         most: tokens of the unreduced image.
-        rule: "published" takes a multiple of the released schedule where there is one, else the geometric rule.
+        rule: "published" uses a multiple of the released schedule where there is one, else the geometric rule.
         start: tokens of the first segment as a multiple of the budget.
         ratio: dominant tokens for one contextual.
     """
@@ -65,18 +65,18 @@ def has_published(budget: int, widths: tuple[int, ...], most: int) -> bool:
 def geometric_means(budget: int, widths: tuple[int, ...], most: int, start: float) -> tuple[float, ...]:
     """Tokens of every segment before rounding: first * lambda^k, at least 1, with the mean `budget` over layers.
 
-    The first segment gets `start` times the budget, or less where the image has fewer tokens, or where later layers
-    would be left without any.
+    The first segment gets `start` times the budget, or less if the image has fewer tokens or if no token would be left
+    for later layers.
     """
     layers = sum(widths)
-    spare = 1 + (budget - 1) * layers / widths[0]  # all other layers run on a single token
+    spare = 1 + (budget - 1) * layers / widths[0]  # then every other layer has one token
     first = min(start * budget, most, spare)
 
     def values(factor: float) -> tuple[float, ...]:
         return tuple(max(1.0, first * factor**k) for k in range(len(widths)))
 
     low, high = 0.0, 1.0
-    for _ in range(100):  # halving: the mean grows with the factor
+    for _ in range(100):  # bisection: the mean grows with the factor
         middle = (low + high) / 2
         mean = sum(width * value for width, value in zip(widths, values(middle), strict=True)) / layers
         low, high = (middle, high) if mean < budget else (low, middle)
@@ -85,10 +85,10 @@ def geometric_means(budget: int, widths: tuple[int, ...], most: int, start: floa
 
 @lru_cache
 def geometric(budget: int, widths: tuple[int, ...], most: int, start: float) -> tuple[int, ...]:
-    """The whole numbers nearest to `geometric_means`, never growing, whose mean over layers is the budget.
+    """The non-increasing integers nearest to `geometric_means` whose mean over layers is the budget.
 
-    Of all counts within REACH of the geometric values those with the best mean are taken, and of these the nearest by
-    squared distance. The mean is exact unless the widths of the segments forbid it.
+    Among all counts within REACH of the geometric values, those with the mean nearest to the budget, and among these
+    the ones with the least squared distance. The mean is exact unless the segment widths make that impossible.
     """
     ideal = geometric_means(budget, widths, most, start)
     # (tokens over all layers so far, last count) -> (squared distance, counts)

@@ -10,9 +10,10 @@ Shapes: B images, n visual tokens, W keys up to the last visual token, H heads o
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.reduction import (
+    DecoderLayer,
     DecoderState,
     attention_rows,
     gather_tokens,
@@ -30,7 +31,7 @@ SLICE = 2**24  # attention weights held at a time: 64 MB in float32
 
 @dataclass
 class Look:
-    """The visual tokens of a state, ready to look at each other through the next layer.
+    """Hidden states, keys and mask for the attention among the visual tokens in the next layer.
 
     Attributes:
         rows: [B, n, D] hidden states of the visual tokens.
@@ -53,17 +54,17 @@ class Look:
 
 
 def look(state: DecoderState, attention: str) -> Look:
-    """What a kind of attention needs of a state; books the keys.
+    """Prepare a kind of attention; the operations of its keys are counted in `state.flops`.
 
     Args:
-        attention: "causal", the layer's own: every visual token sees the text and images in front of it, and visual
+        attention: "causal", the layer's own: every visual token sees the text and images before it, and visual
             tokens up to itself. "visual": only the latter. "bidirectional": all visual tokens of its image.
     """
     sequence, layer = state.sequence, state.llm.layers[state.layer]
     columns, _ = row_index(sequence, sequence.images)
     cos, sin = rotary_angles(state.llm, sequence.hidden, sequence.position)
     rotary = gather_tokens(cos, columns), gather_tokens(sin, columns)
-    # Causality: nothing behind the last visual token is seen, so text behind the picture needs no key.
+    # Causality: no visual token sees the text after the image, so that text needs no keys.
     width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))
     if attention == "causal":
         keys = layer_keys(layer, sequence.hidden[:, :width], (cos[:, :width], sin[:, :width]))
@@ -77,15 +78,15 @@ def look(state: DecoderState, attention: str) -> Look:
     return Look(state.tokens, rotary, keys, allowed, columns)
 
 
-def received_attention(layer: nn.Module, seen: Look, diagonal: bool) -> Tensor:
+def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tensor:
     """Attention that each visual token receives: mean over heads, sum over visual tokens.
 
     Args:
         layer: a LlamaDecoderLayer.
-        diagonal: count what a token gives to itself.
+        diagonal: count the attention of a token to itself.
 
     Returns:
-        [B, n] float32. Rows go through in slices, so no full map of all heads is held for long prompts.
+        [B, n] float32. Rows are processed in slices, so the full attention map is never held.
     """
     batch, count, width = seen.allowed.shape
     heads = layer.self_attn.q_proj.out_features // layer.self_attn.head_dim
@@ -94,15 +95,15 @@ def received_attention(layer: nn.Module, seen: Look, diagonal: bool) -> Tensor:
     total = torch.zeros(batch, count, device=seen.rows.device)
     for start in range(0, count, step):
         part = slice(start, start + step)
-        angles = tuple(angle[:, part] for angle in seen.rotary)
-        weights = attention_rows(layer, seen.rows[:, part], seen.keys, seen.allowed[:, part], angles).mean(1)
+        cos, sin = (angle[:, part] for angle in seen.rotary)
+        weights = attention_rows(layer, seen.rows[:, part], seen.keys, seen.allowed[:, part], (cos, sin)).mean(1)
         weights = weights.gather(2, seen.columns[:, None].expand(-1, weights.shape[1], -1))
         total += (weights if diagonal else weights.masked_fill(own[part], 0)).sum(1)
     return total
 
 
 def viewers(count: int, attention: str, diagonal: bool, device: torch.device) -> Tensor:
-    """[n] float32, how many visual tokens may see each; at least 1, so that it can divide."""
+    """[n] float32, the number of visual tokens that may see each one; at least 1, as it is used as a divisor."""
     if attention == "bidirectional":
         number = torch.full((count,), float(count), device=device)
     else:
@@ -111,10 +112,12 @@ def viewers(count: int, attention: str, diagonal: bool, device: torch.device) ->
 
 
 def visual_scores(state: DecoderState, seen: Look, attention: str, average: str, diagonal: bool) -> Tensor:
-    """[B, n] float32, mean attention received by every visual token, higher is more important; books the rows.
+    """[B, n] float32, mean attention received by every visual token, higher is more important.
+
+    The operations are counted in `state.flops`.
 
     Args:
-        average: over "all" visual tokens, those that cannot see the token counting as zeros, or over its "viewers".
+        average: mean over "all" visual tokens, with zeros from those that cannot see the token, or over its "viewers".
     """
     layer, count = state.llm.layers[state.layer], seen.allowed.shape[1]
     received = received_attention(layer, seen, diagonal)
@@ -126,7 +129,7 @@ def visual_scores(state: DecoderState, seen: Look, attention: str, average: str,
 
 
 def merge_metric(state: DecoderState, seen: Look, metric: str) -> Tensor:
-    """[B, n, d] (or [B, n, D]) float32 vectors whose cosine says which tokens are alike.
+    """[B, n, d] (or [B, n, D]) float32 vectors; merging compares tokens by their cosine.
 
     Args:
         metric: keys of the next layer, mean over heads, "rotated" by position or "unrotated"; or the "hidden" states.

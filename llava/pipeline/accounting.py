@@ -1,7 +1,7 @@
-"""What is recorded while a batch is processed: seconds, operations, reductions, and visual tokens entering each layer.
+"""Token accounting of a batch: seconds, operations, reductions, and visual tokens that enter each layer.
 
-Nothing here waits for the device or works anything out while the model runs: operations are counted, and reductions
-copied to the host, when they are read.
+Nothing here waits for the device or computes while the model runs: operations are counted, and reductions copied to the
+host, when they are read.
 """
 
 import time
@@ -67,7 +67,7 @@ class Operations:
 
         Args:
             part: "tower", "projector", "selection" or "prefill".
-            images: of the batch that share what was computed; questions asked alone would compute it once for each.
+            images: number of images in the batch that share these operations; if asked alone, each would need them.
         """
         self._counts.append((part, images, function, arguments))
 
@@ -82,7 +82,7 @@ class Operations:
 
     @property
     def alone(self) -> dict[str, int]:
-        """Operations by part if every question were asked alone."""
+        """Operations by part, summed over the questions as if each were asked alone."""
         found: dict[str, int] = {}
         for part, images, amount in self._counted:
             found[part] = found.get(part, 0) + images * amount
@@ -100,7 +100,7 @@ def mean_visual_tokens(entering: Sequence[int]) -> float:
 
 @dataclass(frozen=True)
 class TokenAccounting:
-    """Visual tokens and cache bytes of one sample, read from what was computed.
+    """Visual tokens and cache bytes of one sample, counted on the tensors that were computed.
 
     Attributes:
         entering: visual tokens that enter each decoder layer.
@@ -108,8 +108,8 @@ class TokenAccounting:
         images: images of the sample; the budget holds for each.
         merged: tokens among those entering layer 0 that are averages of several input tokens.
         kv_bytes: bytes of this sample's keys and values in the cache after prefill, padding left out.
-        planned: mean visual tokens per layer and image that the method plans for these very images at its budget; None
-            where an image decides.
+        planned: mean visual tokens per layer and image that the method plans for these images at its budget; None if
+            that depends on the image.
     """
 
     entering: tuple[int, ...]
@@ -121,13 +121,13 @@ class TokenAccounting:
 
     @property
     def mean(self) -> float:
-        """Mean visual tokens per layer and image, the number that is compared with the budget."""
+        """Mean visual tokens per layer and image, which is compared with the budget."""
         return mean_visual_tokens(self.entering) / max(1, self.images)
 
 
 @dataclass
 class Applied:
-    """One reduction of one image, where the device has it."""
+    """One reduction of one image, on the device."""
 
     place: str
     number: int
@@ -141,7 +141,7 @@ class Record:
 
     Attributes:
         inputs: visual tokens of each sample before any reduction, all images together.
-        planned: visual tokens planned to enter each layer, all images together; None where an image decides.
+        planned: visual tokens planned to enter each layer, all images together; None if that depends on an image.
         runs: the layout of the unreduced visual tokens of every image.
         operations: floating point operations.
     """
@@ -158,7 +158,7 @@ class Record:
         return cls([0] * samples, [nothing] * samples, [[] for _ in range(samples)], [[] for _ in range(samples)])
 
     def image(self, sample: int, run: TokenLayout, inputs: int, planned: tuple[int, ...] | None) -> None:
-        """Enter one more image of a sample."""
+        """Add an image to a sample."""
         known = self.planned[sample]
         both = known is not None and planned is not None
         self.planned[sample] = tuple(a + b for a, b in zip(known, planned, strict=True)) if both else None
@@ -181,13 +181,13 @@ class Record:
         ]
 
     def audits(self, prefilled: "Prefilled") -> list[TokenAccounting]:
-        """One account per sample."""
+        """Token accounting of each sample."""
         found = []
         for sample, (inputs, planned, runs) in enumerate(zip(self.inputs, self.planned, self.runs, strict=True)):
             images = max(1, len(runs))
             mean = None if planned is None else mean_visual_tokens(planned) / images
             entering = tuple(layer[sample] for layer in prefilled.visual)
-            # Visual tokens made of several, after the last reduction of each image.
+            # Tokens that are averages of several, after the last reduction of each image.
             last = {a.number: step.reduction for a, step in zip(self.applied_[sample], self.steps[sample], strict=True)}
             merged = sum(
                 int(one.merged_count()[0])

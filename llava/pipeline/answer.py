@@ -1,4 +1,4 @@
-"""What comes out of the model: one answer, one batch of answers, and what the batch cost."""
+"""Results of the model: one answer, a batch of answers, and the cost of the batch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from llava.reduction.token_layout import TokenLayout
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and what was really computed for it.
+    """One answer and its token accounting.
 
     Attributes:
         text: decoded answer, special tokens and stop string removed, stripped.
@@ -54,13 +54,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Batch:
-    """Answers in the order of the samples, and what the batch cost as a whole.
+    """Answers in the order of the samples, and the cost of the whole batch.
 
     Attributes:
         kv_bytes: bytes of the key/value tensors held after prefill, padding included.
         operations: floating point operations of tower, projector, selection and prefill.
         decode_steps: forward passes after the first token.
-        images: images of all questions, one that several questions share counted for each.
+        images: images of all questions; one that several questions share counts once for each.
     """
 
     answers: tuple[Answer, ...]
@@ -78,5 +78,5 @@ class Batch:
 
     @property
     def flops_alone(self) -> Mapping[str, int]:
-        """Operations by part ("tower", "projector", "selection", "prefill") if every question were asked alone."""
+        """Operations by part ("tower", "projector", "selection", "prefill") as if every question were asked alone."""
         return self.operations.alone

@@ -1,6 +1,6 @@
-"""The decoder loop: prefill with reductions in front of any layer, then one token at a time.
+"""The decoder loop: prefill with reductions before any layer, then one token at a time.
 
-Each layer keeps its own key/value length, and the validity mask that goes with it.
+Each layer has its own key/value length and its own mask of valid keys.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,9 @@ class Prefilled:
         hidden: [B, 1, D] last hidden state of the last prompt token, before the final norm.
         cache: keys and values, one length per layer.
         valid: per layer [B, keys] bool, or None where no sample is padded; layers of equal length share one tensor.
-        next_position: per layer [B, 1] or [B, 1, 3], position id of the first generated token: one behind the prompt
-            as that layer knows it, so that decoding equals one longer prefill; layers of equal length share one tensor.
+        next_position: per layer [B, 1] or [B, 1, 3], position id of the first generated token: one after the last
+            position of that layer's prompt, so that decoding equals a longer prefill; layers of equal length share one
+            tensor.
         lengths: per layer, the real length of each sample.
         visual: per layer, the visual tokens of each sample.
         kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens.
@@ -58,7 +59,7 @@ class Prefilled:
 
 
 def _mask_of(sequence: Sequence, eager: bool) -> Tensor | None:
-    """None lets the kernel use its own causal path; only padding or eager attention needs a mask."""
+    """Attention mask; None, for the kernel's own causal mask, unless there is padding or attention is eager."""
     if not sequence.padded and not eager:
         return None
     return causal_mask(sequence.valid(), sequence.hidden.shape[1], sequence.hidden.dtype, eager)
@@ -73,12 +74,12 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
 
     Args:
         llm: layers and rotary_emb (a LlamaModel).
-        stages: layers in front of which `reduce_at` is called; layer 0 is not one of them.
+        stages: layers before which `reduce_at` is called; layer 0 is not one of them.
     """
-    # No configuration: it could name a sliding window, which is not applied; see the notes of
+    # Without the configuration, which could set a sliding window; it is not applied, see the notes of
     # llava.model.checkpoint.load.
     cache, eager = DynamicCache(), _is_eager(llm)
-    valid, lengths, visual, behind = [], [], [], []
+    valid, lengths, visual, following = [], [], [], []
     rotary = mask = known = entered = place = None
     for index, layer in enumerate(llm.layers):
         if reduce_at is not None and index in stages:
@@ -94,10 +95,10 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
         )
         sequence = replace(sequence, hidden=hidden)
         valid.append(known)
-        behind.append(place)
+        following.append(place)
         lengths.append(sequence.lengths)
         visual.append(sequence.visual_counts)
-    # Read from the cache's own tensors now, because decoding makes them longer.
+    # Read now, because decoding makes the cache longer.
     held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
     token_bytes = [
         total // (len(lengths[0]) * layer.keys.shape[-2]) for total, layer in zip(held, cache.layers, strict=True)
@@ -105,11 +106,11 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
     used = [
         sum(own * size for own, size in zip(sample, token_bytes, strict=True)) for sample in zip(*lengths, strict=True)
     ]
-    return Prefilled(sequence.hidden[:, -1:], cache, valid, behind, lengths, visual, used, sum(held))
+    return Prefilled(sequence.hidden[:, -1:], cache, valid, following, lengths, visual, used, sum(held))
 
 
 def run_layers(llm: nn.Module, sequence: Sequence, count: int) -> Tensor:
-    """Hidden states [B, L, D] after the first `count` layers, nothing cached; for contextual probes."""
+    """Hidden states [B, L, D] after the first `count` layers, without a cache; for contextual text attention."""
     rotary, mask = rotary_angles(llm, sequence.hidden, sequence.position), _mask_of(sequence, _is_eager(llm))
     hidden = sequence.hidden
     for layer in llm.layers[:count]:

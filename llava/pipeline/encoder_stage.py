@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def encode_images(
     model: "Llava", reducer: Reducer, samples: Samples[Sample], record: Record, timer: Timer
 ) -> ImageBatch | None:
-    """Encode, reduce and project all images of a batch; None without any."""
+    """Encode, reduce and project all images of a batch; None if there are no images."""
     rows = [(i, number) for i, sample in enumerate(samples) for number in range(len(sample.images))]
     if not rows:
         return None
@@ -58,7 +58,7 @@ def encode_images(
 
 
 def _enter(spec: ModelSpec, reducer: Reducer, image: Row, images: ImageBatch, record: Record) -> None:
-    """Note an image as it enters the stages: its tokens, its plan, and what the tower has reduced already."""
+    """Record an image before the stages: its tokens, the planned tokens per layer, the reduction inside the tower."""
     picture = images.pictures[images.owner[image]]
     own = spec_of(spec, picture.full)
     images.inputs[image], images.kept[image] = picture.inputs, None
@@ -79,7 +79,7 @@ def _enter(spec: ModelSpec, reducer: Reducer, image: Row, images: ImageBatch, re
 def _reduce(
     model: "Llava", reducer: Reducer, samples: Samples[Sample], images: ImageBatch, record: Record
 ) -> dict[Row, tile_stages.Features]:
-    """Features that are left of every image that the method reduces."""
+    """Features of every image that the method reduces, after the reduction."""
     found: dict[Row, tile_stages.Features] = {}
     tiled = [image for image, number in images.owner.items() if not images.pictures[number].whole]
     for method, spec, rows in whole_groups(model.spec, reducer, images):
@@ -104,14 +104,14 @@ def _reduce(
             record.applied(image, "encoder", reduction, index)
     if tiled:
         found |= tile_stages.reduce_features(model, reducer, samples, images, tiled, record)
-    # In the order of the images, so that they are projected in that order.
+    # In the order of the images, because they are projected in this order.
     return {image: found[image] for image in images.owner if image in found}
 
 
 def whole_groups(
     spec: ModelSpec, reducer: Reducer, images: ImageBatch
 ) -> Iterable[tuple[Reducer, ModelSpec, list[Row]]]:
-    """Images of one tile, grouped so that a method gets dense tensors: the method at their budget, and their rows."""
+    """Images of one tile, grouped to dense tensors: the method at their budget, their model spec, and their rows."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for image, number in images.owner.items():
         picture = images.pictures[number]
@@ -130,7 +130,7 @@ def state_fields(
     rows: list[Row],
     spec: ModelSpec,
 ) -> dict[str, Any]:
-    """What the states of stages 1 and 2 have in common, for images of one tile."""
+    """Fields that the states of stages 1 and 2 share, for images of one tile."""
     pictures = [images.pictures[images.owner[row]] for row in rows]
     encoded = [picture.encoded for picture in pictures]
     scores = {score: torch.cat([one.scores[score] for one in encoded]) for score in encoded[0].scores}
@@ -149,7 +149,7 @@ def state_fields(
 
 
 def name_of(samples: Samples[Sample], image: Row) -> str:
-    """The sample's id, numbered from its second image on; it seeds methods that draw random numbers."""
+    """The sample's id, with a number from its second image on; methods that draw random numbers use it as seed."""
     sample, number = image
     return samples[sample].id if number == 0 else f"{samples[sample].id}#{number + 1}"
 
@@ -157,7 +157,7 @@ def name_of(samples: Samples[Sample], image: Row) -> str:
 def _project(
     model: "Llava", reducer: Reducer, images: ImageBatch, reduced: dict[Row, tile_stages.Features], record: Record
 ) -> None:
-    """Project what is left, all images at once; an image that is not reduced once for all questions about it."""
+    """Project the remaining features of all images at once; an image that is not reduced is projected only once."""
     slots: dict[object, tile_stages.Features] = dict(reduced)
     slot_of: dict[Row, object] = {}
     for image, number in images.owner.items():

@@ -26,8 +26,8 @@ NOT_FINITE = -1  # in place of a token id
 def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new_tokens: int = 128) -> Batch:
     """Answer a batch of questions under a method.
 
-    Every sample gets what it would get alone: padding is masked, reductions are per sample, and a finished sample's
-    further tokens are thrown away.
+    Every answer is the same as without the other samples: padding is masked, reductions are per sample, and tokens
+    after the end of an answer are dropped.
 
     Raises:
         UserError: the method cannot run on this model at its budget, there is nothing to answer, or the logits are not
@@ -47,7 +47,7 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
     timer.mark("prefill")
     steps = 0
     for position in range(max_new_tokens):
-        # One transfer per step, not per layer: the host must know which samples have ended.
+        # One transfer per step: the host must know which samples have ended.
         for sample, value in enumerate(checked.tolist()):
             if sample not in running:
                 continue
@@ -83,11 +83,11 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
 
 
 def choose(model: "Llava", hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Greedy choice [B], and the same for the host, with NOT_FINITE where the logits hold NaN or infinity.
+    """Greedy tokens [B], and the same with NOT_FINITE where the logits have NaN or infinity.
 
-    The check travels with the token ids, which the host waits for in any case.
+    The host reads the second with the token ids, so the check costs no further wait.
     """
     logits = model.logits(hidden)
     token = logits.argmax(-1)
-    # A sum is finite only if all its terms are: one kernel in place of four.
+    # A sum is finite only if all its terms are; this takes one kernel instead of four.
     return token, token.where(logits.sum(-1).isfinite(), NOT_FINITE)

@@ -10,13 +10,13 @@ from llava.pipeline.sequence import Row
 
 @dataclass
 class ImageBatch:
-    """Images of a batch by (sample, number of the image in its prompt).
+    """Images of a batch; the key of an image is (sample, number of the image in its prompt).
 
     Attributes:
-        pictures: distinct images; questions about the same image share one.
-        owner: image -> index of its picture.
+        pictures: distinct encoded images; questions about the same image share one.
+        owner: image -> index in `pictures`.
         tokens: image -> [N, H] projected visual tokens.
-        kept: image -> [N] indices of these among the unreduced tokens, after a reduction; None before one.
+        kept: image -> [N] indices of its tokens among the unreduced ones; None if it is not reduced.
         inputs: image -> visual tokens before any reduction.
     """
 

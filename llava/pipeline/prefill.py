@@ -1,4 +1,4 @@
-"""Everything up to the first token: prompts and images in, the decoder's state after the last prompt token out.
+"""Prefill: from prompts and images to the decoder's state after the last prompt token.
 
 stage 0  tower    merge inside blocks of the vision tower (llava/model/multimodal_encoder/clip_encoder.py)
 stage 1  encoder  reduce features before the projector    (encoder_stage.py)

@@ -30,7 +30,7 @@ def reduce_prompt(
     images: ImageBatch,
     record: Record,
 ) -> Sequence:
-    """Ask the method about every image, and shorten the prompts."""
+    """Let the method reduce every image, and shorten the prompts."""
     probe = Probe(model.llm, sequence, record)
     applied: dict[Row, tuple[Reduction, int]] = {}
     values: dict[Row, Tensor] = {}
@@ -113,7 +113,7 @@ def values_of(
 ) -> Tensor | None:
     """Output tokens [B, K, H] of a merging reduction; None where they are the kept tokens, unchanged."""
     if reduction.encoder_space:
-        # Merge tower features and project them again: what a merge before the projector means.
+        # A merge before the projector: merge tower features and project them again.
         merged = reduction.apply(state.features[rows])
         values = projector(merged)
         record.operations.add("selection", projector_flops, projector, values.shape[0] * values.shape[1])

@@ -1,7 +1,6 @@
-"""A batch of prompts as the decoder sees it: left-padded, with one run of visual tokens per image.
+"""A batch of prompts in the decoder: left-padded, with one span of visual tokens per image.
 
-All lengths are host integers, known before any tensor is, so that reducing, masking and padding never wait for the
-device.
+All lengths are host integers, so that reducing, masking and padding never wait for the device.
 """
 
 from dataclasses import dataclass, replace
@@ -29,10 +28,10 @@ class Sequence:
         position: [B, L] int64 position ids, or [B, L, 3] where they have three axes (llava/pipeline/positions.py); 0
         in the padding.
         lengths: real length of each sample.
-        visual: runs of visual tokens of each sample, one per image in order; () for a text-only prompt.
+        visual: spans of visual tokens of each sample, one per image in order; () for a text-only prompt.
         question: span of the last question's tokens.
         instruction: the same with the answer-format suffix.
-        behind: span of all text behind the last image; of a text-only prompt, everything.
+        behind: span of all text after the last image; the whole prompt if it is text only.
     """
 
     hidden: Tensor
@@ -61,7 +60,7 @@ class Sequence:
 
     @property
     def images(self) -> list[Span]:
-        """The run of every sample, for a sequence made by `rows`, which has one each."""
+        """The span of visual tokens of every sample, for a sequence made by `rows`, with one span each."""
         return [run for (run,) in self.visual]
 
     @cached_property
@@ -83,9 +82,9 @@ class Sequence:
         return torch.stack([tensor[s, start:stop] for s, (start, stop) in enumerate(cut)])
 
     def rows(self, rows: list[Row]) -> "Sequence":
-        """One prompt per image: a method sees each image with its whole prompt, and no other run of it as visual.
+        """One row per image: its whole prompt, with only this image's span as visual tokens.
 
-        Padding is cut to what these prompts need.
+        Padding is cut to the longest of these prompts.
         """
         if rows == [(sample, 0) for sample, runs in enumerate(self.visual) if len(runs) == 1] and len(rows) == len(
             self.lengths
@@ -112,7 +111,7 @@ class Sequence:
 
         Args:
             reductions: image -> (reduction, row of that image in it); images left out keep everything.
-            merged: image -> [K, D] values of the output tokens where they are not just the anchors' values.
+            merged: image -> [K, D] values of the output tokens, if they differ from the kept tokens.
             renumber: contiguous position ids afterwards; else every token keeps its own.
         """
         device = self.hidden.device
@@ -168,7 +167,7 @@ class Sequence:
         return tuple(runs)
 
     def _shift(self, spans: tuple[Span, ...], gone: list[list[int]]) -> tuple[Span, ...]:
-        """Text spans move forward by what was cut in front of them."""
+        """Move text spans forward by the number of tokens dropped before them."""
         moved = []
         for (start, stop), runs, cuts in zip(spans, self.visual, gone, strict=True):
             cut = sum(c for (_, end), c in zip(runs, cuts, strict=True) if start >= end)
@@ -176,10 +175,9 @@ class Sequence:
         return tuple(moved)
 
     def renumbered(self) -> "Sequence":
-        """Position ids 0, 1, 2, ... over the real tokens, as LLaVA gives them to a shortened sequence.
+        """Position ids 0, 1, 2, ... over the real tokens, as LLaVA numbers a shortened sequence.
 
-        With three axes, the rows and columns that are left of every picture move together
-        (llava.pipeline.positions.renumber).
+        With three axes see llava.pipeline.positions.renumber.
         """
         if self.position.dim() == 3:
             return replace(self, position=mrope.renumber(self.position, self.lengths, self.visual))
@@ -204,7 +202,7 @@ def assemble(
         slots: for every image, the index in the text at which its visual tokens go; ascending.
         visuals: [K, D] visual tokens of every image.
         places: [K] input positions of the visual tokens, for the position ids; None means 0 .. K-1.
-        inputs: visual tokens of every image before any reduction; text behind an image is numbered after all of them.
+        inputs: visual tokens of every image before any reduction; text after an image is numbered after all of them.
         questions, instructions: spans in token ids where every slot counts as one id.
         groups: frames, rows and columns of every image, for a decoder whose positions have three axes.
     """

@@ -1,7 +1,7 @@
 """Stages 1 and 2 for images that the tower sees in several tiles: LLaVA-NeXT's tiles and the frames of a video.
 
-A method sees every tile as an image with its own part of the budget, or all tiles together as one image. What it keeps
-of the tiles is joined into one reduction of the image's visual tokens. Images of one tile never come here.
+A method reduces every tile as an image with its own part of the budget, or all tiles together as one image. The
+reductions of the tiles are joined into one reduction of the image's visual tokens. Images of one tile skip this module.
 """
 
 from collections.abc import Callable
@@ -34,11 +34,12 @@ MergedValues = Callable[[Reduction, PromptState, slice], Tensor | None]
 
 @dataclass(frozen=True)
 class Features:
-    """What is left of an image before the projector.
+    """The features of an image that are projected.
 
     Attributes:
         values: [k, D] of patches and class tokens.
-        order: [N] which of these, and of the newline tokens after them, each visual token is; None for all k in order.
+        order: [N] index of each visual token among the k projected tokens followed by the newline tokens; None for all
+            k in order.
     """
 
     values: Tensor
@@ -46,10 +47,10 @@ class Features:
 
 
 def everything(picture: EncodedImage, plain: bool) -> Features:
-    """The image as the tower gave it.
+    """All features of an image that is not reduced.
 
     Args:
-        plain: leave out class tokens that only the method wanted.
+        plain: leave out class tokens that only the method uses.
     """
     arrangement, plain = picture.arrangement, plain and picture.extra_cls
     features = [picture.crop_features(number, not plain) for number in range(len(arrangement.crops))]
@@ -68,7 +69,7 @@ def with_newlines(values: Tensor, order: Tensor, newline: Tensor | None) -> Tens
 def reduce_features(
     model: "Llava", reducer: Reducer, samples: Samples[Sample], images: ImageBatch, rows: list[Row], record: Record
 ) -> dict[Row, Features]:
-    """Ask the method about every view before the projector, and join the views of each image."""
+    """Reduce every view before the projector, and join the views of each image."""
     open_ = [image for image in rows if not untouched(reducer, spec_of(model.spec, images.of(image).full))]
     found: dict[Row, list[tuple[ViewReduction, Tensor]]] = {image: [] for image in open_}
     for group in grouped([part for image in open_ for part in parts_of(model, reducer, image, images.of(image))]):
@@ -99,7 +100,7 @@ def reduce_features(
 
 
 def _asked(group: list[View], stage: str, state: EncoderState, tokens: int) -> Reduction | list[Reduction]:
-    """The method's reductions of the views of a group; a view that it leaves alone keeps everything."""
+    """The method's reductions of a group of views; one that keeps everything if the method does not reduce them."""
     method = group[0].reducer
     reductions = None if method.keeps_all(tokens) else getattr(method, stage)(state)
     if reductions is not None:
@@ -118,7 +119,7 @@ def reduce_prompts(
     state_of: Callable[..., PromptState],
     merged_values: MergedValues,
 ) -> tuple[dict[Row, Reduction], dict[Row, Tensor]]:
-    """Ask the method about every view before decoder layer 0, and join the views of each image.
+    """Reduce every view before decoder layer 0, and join the views of each image.
 
     Args:
         state_of: (method, rows, fields of the state, indices of the views' tokens) -> state.
@@ -157,7 +158,7 @@ def reduce_prompts(
 def _values(
     sequence: Sequence, image: Row, picture: EncodedImage, pieces: list[ViewReduction], merged: list[Tensor | None]
 ) -> Tensor:
-    """[K, H] values of the pieces' outputs, one piece after another; newline tokens are the last piece."""
+    """[K, H] values of the output tokens of all views, one view after another, newline tokens last."""
     sample, number = image
     start = sequence.padding(sample) + sequence.visual[sample][number][0]
     run = sequence.hidden[sample, start : start + picture.arrangement.tokens]

@@ -1,9 +1,9 @@
-"""Views: what a method is given of an image that the tower sees in several tiles, one tile or all of them together."""
+"""Views: the parts of an image with tiles that a method receives, either one tile each or all tiles together."""
 
 from collections.abc import Sequence as Samples
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +20,19 @@ from llava.reduction.reduction import Reduction, ViewReduction, stack
 from llava.reduction.scores import TowerScore
 
 if TYPE_CHECKING:
-    pass
+    from llava.model.llava_arch import Llava
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What a method sees as one picture: a crop, or all crops together.
+    """One tile of an image, or all its tiles together.
 
     Attributes:
-        image: whose part it is.
-        picture: the picture behind the tower.
-        numbers: the crops.
-        reducer: the method at the part's budget.
-        spec: the model as if the part were the whole picture.
+        image: sample and number of the image.
+        picture: the encoded image.
+        numbers: the tiles.
+        reducer: the method at the view's budget.
+        spec: the model as if the view were the whole image.
     """
 
     image: Row
@@ -50,18 +50,18 @@ class View:
 
     @property
     def with_cls(self) -> bool:
-        """The method wants class tokens; otherwise those that the model takes are not among its tokens."""
+        """Whether class tokens are among the view's tokens: only if the method uses them."""
         return self.reducer.keep_cls
 
     @cached_property
     def indices(self) -> Tensor:
-        """[n] places of its tokens in the run."""
+        """[n] indices of its tokens among the image's visual tokens."""
         crops = self.picture.arrangement.crops
         return _joined([crops[n].all_indices if self.with_cls else crops[n].indices for n in self.numbers])
 
     @property
     def block(self) -> int:
-        """Order of parts in the run: the small copy of a tiled picture in front of its tiles, frames by time."""
+        """Order of the view in the image: the base image before tiles, frames by time."""
         if len(self.numbers) > 1:
             return 0
         number = self.numbers[0]
@@ -69,11 +69,11 @@ class View:
 
     @cached_property
     def features(self) -> Tensor:
-        """[n, D]"""
+        """[n, D] tower features."""
         return _joined([self.picture.crop_features(number, self.with_cls) for number in self.numbers])
 
     def scores(self) -> dict[TowerScore, Tensor]:
-        """[patches, ...] of every signal."""
+        """[patches, ...] of every tower score."""
         return {
             score: _joined([self.picture.tile_score(score, number) for number in self.numbers])
             for score in self.picture.encoded.scores
@@ -81,20 +81,20 @@ class View:
 
     @property
     def group(self) -> tuple:
-        """Parts of one group have tokens of the same shape and are handed to the method together."""
+        """Views of one group have tokens of the same shape and are passed to the method together."""
         return self.reducer, self.spec, self.layout, self.picture.whole, len(self.indices)
 
 
 def grouped(parts: list[View]) -> list[list[View]]:
-    """Parts in groups of the same shape."""
+    """Views in groups of the same shape."""
     groups: dict[tuple, list[View]] = {}
     for part in parts:
         groups.setdefault(part.group, []).append(part)
     return list(groups.values())
 
 
-def parts_of(model, reducer: Reducer, image: Row, picture: EncodedImage) -> list[View]:
-    """What a method sees of one image; crops that may keep nothing are left out."""
+def parts_of(model: "Llava", reducer: Reducer, image: Row, picture: EncodedImage) -> list[View]:
+    """The views of one image; tiles with a budget of 0 are left out."""
     spec, count = spec_of(model.spec, picture.full), len(picture.arrangement.crops)
     reducer = reducer.for_picture(spec)
     if divided(reducer, count):
@@ -109,7 +109,7 @@ def parts_of(model, reducer: Reducer, image: Row, picture: EncodedImage) -> list
 
 
 def rest_of(reducer: Reducer, picture: EncodedImage, device: torch.device) -> list[ViewReduction]:
-    """The newline tokens of a picture, where the method keeps them."""
+    """The newline tokens of an image as a view that keeps all, if the method keeps them."""
     places = picture.arrangement.newlines.to(device)
     if reducer.newlines == "drop" or not len(places):
         return []
@@ -118,7 +118,7 @@ def rest_of(reducer: Reducer, picture: EncodedImage, device: torch.device) -> li
 
 
 def names_of(samples: Samples[Sample], parts: Samples[View]) -> tuple[str, ...]:
-    """One name per part: the sample's own, numbered from the second image on, and by crop."""
+    """One name per view: the sample's id, with a number from the second image on, and the tile."""
     names = []
     for part in parts:
         sample, number = part.image
@@ -128,8 +128,8 @@ def names_of(samples: Samples[Sample], parts: Samples[View]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def shared_fields(model, samples: Samples[Sample], parts: list[View]) -> dict:
-    """What the states of stages 1 and 2 have in common; all parts are of one group."""
+def shared_fields(model: "Llava", samples: Samples[Sample], parts: list[View]) -> dict[str, Any]:
+    """Fields that the states of stages 1 and 2 share; all views are of one group."""
     first = parts[0]
     scores = [part.scores() for part in parts]
     merged = [part.picture.encoded.merged for part in parts]
@@ -153,10 +153,10 @@ def _overviews(part: View, score: TowerScore) -> Tensor:
 
 
 def overview(picture: EncodedImage, number: int, score: TowerScore) -> Tensor:
-    """[n] values that the first crop's score [P] has at the patches of crop `number`, between its patches bilinear.
+    """[n] values of the base image's score at the patches of tile `number`, by bilinear interpolation.
 
-    The first crop is the whole picture, stretched over its grid; the stitched tiles without their padding are the same.
-    Without tiles, and for the first crop itself, the crop's own values.
+    The base image and the stitched, unpadded tiles show the same image, each stretched over its own grid. For the base
+    image itself, and without tiles, the tile's own values.
     """
     arrangement = picture.arrangement
     if number == 0 or arrangement.tiles is None:

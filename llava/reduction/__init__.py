@@ -1,4 +1,4 @@
-"""What a method imports: the base class, the states it is given, reductions, scores, rankings and the registry."""
+"""What a method imports: base class, states, reductions, scores, rankings and the registry."""
 
 from llava.errors import UserError
 from llava.reduction.clip_similarity import RELEVANCE, signed, text_similarity
@@ -24,6 +24,7 @@ from llava.reduction.merging import (
 )
 from llava.reduction.metadata import MethodMetadata
 from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.reduction.modules import DecoderLayer
 from llava.reduction.options import option, options_of
 from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.ranking import descending_order, gather_tokens, keep_top, others, ranks
@@ -49,6 +50,7 @@ __all__ = [
     "SPLITS",
     "WEIGHTS",
     "BlockState",
+    "DecoderLayer",
     "DecoderState",
     "EncoderState",
     "MethodMetadata",

@@ -18,7 +18,7 @@ def text_similarity(state: EncoderState, texts: Sequence[str], cosine: bool, lon
     """Return the similarity of each patch to its image's text, averaged over the chunks of the text.
 
     Args:
-        state: tower features, the CLIP, and the count of operations, which is increased.
+        state: tower features and CLIP; its `flops` are increased.
         cosine: cosine similarity; otherwise dot products.
         long: see `ClipText.chunks`.
 

@@ -1,18 +1,21 @@
-"""How the budget of a picture that the tower sees in several crops is split over them.
+"""Split the budget of an image over its tiles (the base image and the tiles of LLaVA-NeXT, or the frames of a video).
 
-* "each": evenly, the convention of most papers (640 tokens are 128 for each of five crops). A crop with fewer patches
-  than its share gives the rest to the others, so that the picture's budget is met exactly.
-* "thumbnail": the first crop, which shows the whole picture, gets its even share; the others share the rest in
-  proportion to the CLS attention that the first crop pays to the part of the picture they show.
+The option `crops` names the rule:
+
+* "each": evenly, the convention of most papers (640 tokens are 128 for each of five tiles). What a tile with too few
+  patches cannot take goes to the others, so that the image's budget is met exactly.
+* "thumbnail": the base image gets its even share; the tiles share the rest in proportion to the CLS attention of the
+  base image to the region that each tile shows.
 * "global": all patches are ranked together.
 
-A picture that has no more tokens than the budget is left as it is. Class tokens and newline tokens that the model would
-take are not among the patches a method chooses from; newline tokens can be kept, and count then.
+An image with no more tokens than the budget is not reduced. A method chooses among patches only: class tokens and
+newline tokens are dropped, or, with newlines=keep, newline tokens are kept and counted.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -22,30 +25,32 @@ from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import TokenLayout
 
+AnyReducer = TypeVar("AnyReducer", bound=Reducer)
+
 
 def chooses_patches(reducer: Reducer) -> bool:
-    """Whether the method acts before the decoder, where there are crops."""
+    """Whether the method acts before the decoder, where tiles can be told apart."""
     return not reducer.acts_in.isdisjoint(("input_grid", "tower", "encoder", "prompt"))
 
 
 def divided(reducer: Reducer, crops: int) -> bool:
-    """Whether a picture in so many crops is reduced crop by crop."""
+    """Whether an image of so many tiles is reduced tile by tile."""
     return crops > 1 and reducer.crops != "global" and chooses_patches(reducer)
 
 
 def untouched(reducer: Reducer, spec: ModelSpec) -> bool:
-    """Whether a picture in crops is small enough to keep all it has."""
+    """Whether an image with tiles or newline tokens has no more tokens than its budget, and is not reduced."""
     several = bool(spec.crops or spec.newlines)
     return several and reducer.for_picture(spec).budget >= spec.visual_tokens
 
 
 def for_patches(reducer: Reducer, newlines: int) -> int:
-    """What of the budget is left for patches."""
+    """The part of the budget that is left for patches."""
     return reducer.budget - (newlines if reducer.newlines == "keep" else 0)
 
 
-def over_crops(reducer: Reducer, spec: ModelSpec) -> list[tuple[Reducer, ModelSpec]]:
-    """The method at the budget of every part it sees, as far as that is known before the picture is: evenly."""
+def over_crops(reducer: AnyReducer, spec: ModelSpec) -> list[tuple[AnyReducer, ModelSpec]]:
+    """The method and the model spec for each tile, or for all tiles together; the budget is split evenly."""
     reducer = reducer.for_picture(spec)
     if divided(reducer, len(spec.crops)):
         given = deal(for_patches(reducer, spec.newlines), [crop.tokens for crop in spec.crops])
@@ -57,14 +62,15 @@ def over_crops(reducer: Reducer, spec: ModelSpec) -> list[tuple[Reducer, ModelSp
 
 
 def planned(reducer: Reducer, spec: ModelSpec) -> tuple[int, ...] | None:
-    """Visual tokens of one image that are planned to enter each layer; None where the picture decides."""
+    """Visual tokens of one image that are planned to enter each layer; None if that depends on the image."""
     if untouched(reducer, spec):
         return (spec.visual_tokens,) * spec.layers
     plans = [sized.tokens_per_layer(part) for sized, part in over_crops(reducer, spec)]
-    if any(plan is None for plan in plans):
+    known = [plan for plan in plans if plan is not None]
+    if len(known) < len(plans):
         return None
     kept = spec.newlines if chooses_patches(reducer) and reducer.newlines == "keep" else 0
-    return tuple(kept + sum(layer) for layer in zip(*plans, strict=True))
+    return tuple(kept + sum(layer) for layer in zip(*known, strict=True))
 
 
 @lru_cache(maxsize=256)
@@ -83,7 +89,7 @@ def require(reducer: Reducer, spec: ModelSpec) -> None:
     if reducer.budget < least:
         raise UserError(
             f"{reducer.name} needs a budget of at least {least} here, got {reducer.budget}: one token for each of "
-            f"{parts} crops, and all newline tokens where they are kept ({reducer.name}.newlines=drop leaves them out)."
+            f"{parts} tiles, and all newline tokens where they are kept ({reducer.name}.newlines=drop leaves them out)."
         )
     if not reducer.acts_in.isdisjoint(("tower", "input_grid")):
         refuse_unequal_crops(reducer, parts, not spec.newlines and len(set(spec.crops)) == 1)
@@ -92,10 +98,10 @@ def require(reducer: Reducer, spec: ModelSpec) -> None:
 
 
 def in_tower(reducer: Reducer, arrangement: TokenLayout) -> Reducer:
-    """The method as it acts on the pixels or inside the tower, at the budget of one crop.
+    """The method as it acts on the pixels or inside the tower, at the budget of one tile.
 
     Raises:
-        UserError: the crops would not all be reduced alike.
+        UserError: the tiles would not all be reduced alike.
     """
     if reducer.acts_in.isdisjoint(("tower", "input_grid")):
         return reducer
@@ -107,19 +113,19 @@ def in_tower(reducer: Reducer, arrangement: TokenLayout) -> Reducer:
 
 
 def refuse_unequal_crops(reducer: Reducer, crops: int, whole: bool) -> None:
-    """Raise UserError where a method that acts on pixels or inside the tower cannot treat all crops alike."""
+    """Raise UserError where a method that acts on pixels or inside the tower cannot treat all tiles alike."""
     if not whole or reducer.budget % crops:
         raise UserError(
-            f"{reducer.name} reduces every crop alike inside the tower: it needs whole crops without newline tokens "
-            f"(merge=spatial) and a budget that {crops} crops divide, got {reducer.budget}."
+            f"{reducer.name} reduces every tile alike inside the tower: it needs whole tiles without newline tokens "
+            f"(merge=spatial) and a budget divisible by {crops} tiles, got {reducer.budget}."
         )
 
 
 def shares(reducer: Reducer, arrangement: TokenLayout, scores: dict[TowerScore, Tensor]) -> list[int]:
-    """Tokens for each crop of one picture.
+    """Tokens for each tile of one image.
 
     Args:
-        scores: those of `tower_scores`, [crops, P, ...] over whole crops.
+        scores: those of `tower_scores`, [tiles, P, ...], of whole tiles before unpadding.
     """
     sizes = [len(crop.patches) for crop in arrangement.crops]
     budget = for_patches(reducer, len(arrangement.newlines))
@@ -134,10 +140,10 @@ def shares(reducer: Reducer, arrangement: TokenLayout, scores: dict[TowerScore, 
 
 
 def deal(budget: int, sizes: Sequence[int], weights: Sequence[float] | None = None) -> list[int]:
-    """`budget` dealt in proportion to `weights` (equal if None), at most sizes[i] to each.
+    """Split `budget` in proportion to `weights` (equal if None), at most sizes[i] to each.
 
-    What one cannot take goes to the others in the same proportion; fractions are cut off, and what is left over goes
-    one each to the largest fractions, the first of equals first.
+    What one cannot take goes to the others in the same proportion. Fractions are cut off; the tokens that remain go
+    one each to the largest fractions, on a tie to the first.
     """
     weights = [1.0] * len(sizes) if weights is None else list(weights)
     left, given = min(budget, sum(sizes)), [0] * len(sizes)
@@ -161,12 +167,12 @@ def deal(budget: int, sizes: Sequence[int], weights: Sequence[float] | None = No
 
 
 def covered(arrangement: TokenLayout, score: Tensor) -> list[float]:
-    """Sum of the first crop's scores [P] over the part of the picture that each tile shows.
+    """Sum of the base image's scores [P] over the region that each tile shows.
 
-    The first crop is the whole picture, stretched over its grid; the stitched tiles without their padding are the same.
+    The base image and the stitched, unpadded tiles show the same image, each stretched over its own grid.
     """
     rows, columns = arrangement.grid
-    # Shares are lengths, so this is the one look at the device.
+    # Shares become tensor lengths, so the host needs them: the one wait for the device.
     table = score.float().cpu().unflatten(0, (rows, columns))
     heights, widths = arrangement.tile_sides()
     sums = [
@@ -178,6 +184,6 @@ def covered(arrangement: TokenLayout, score: Tensor) -> list[float]:
 
 
 def _part(sizes: Sequence[int], index: int, length: int) -> slice:
-    """The part of `length` that belongs to the index-th of neighbours of these sizes."""
+    """The slice of `length` that corresponds to the index-th of adjacent parts of these sizes."""
     before, total = sum(sizes[:index]), max(1, sum(sizes))
     return slice(before * length // total, (before + sizes[index]) * length // total)

@@ -5,7 +5,9 @@ Shapes: B images, T text rows, N visual tokens, L prompt tokens, H heads, d chan
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
+
+from llava.reduction.modules import Decoder, DecoderLayer
 
 
 def heads_first(projected: Tensor, head_dim: int) -> Tensor:
@@ -14,7 +16,7 @@ def heads_first(projected: Tensor, head_dim: int) -> Tensor:
 
 
 def text_to_visual_attention(
-    layer: nn.Module,
+    layer: DecoderLayer,
     text: Tensor,
     visual: Tensor,
     text_rotary: tuple[Tensor, Tensor] | None = None,
@@ -23,7 +25,7 @@ def text_to_visual_attention(
     """Attention of text rows to the visual tokens through one decoder layer's own norm and projections.
 
     The softmax runs over the visual keys alone. With layer 0, its input embeddings and rotary angles this equals the
-    layer's real attention up to the softmax denominator; without angles it has no preference for late tokens.
+    layer's real attention up to the softmax denominator; without angles it does not depend on distance.
 
     Args:
         layer: a LlamaDecoderLayer; grouped-query heads are repeated.
@@ -38,14 +40,14 @@ def text_to_visual_attention(
     query = heads_first(attention.q_proj(layer.input_layernorm(text)), attention.head_dim)
     key = heads_first(attention.k_proj(layer.input_layernorm(visual)), attention.head_dim)
     query, key = query.float(), key.float()
-    if text_rotary is not None:
+    if text_rotary is not None and visual_rotary is not None:
         query, key = _rotate(query, *text_rotary), _rotate(key, *visual_rotary)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     return (query @ key.transpose(-1, -2) * attention.scaling).softmax(-1)
 
 
 def attention_rows(
-    layer: nn.Module,
+    layer: DecoderLayer,
     rows: Tensor,
     keys: Tensor,
     allowed: Tensor,
@@ -71,7 +73,7 @@ def attention_rows(
     return scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min).softmax(-1)
 
 
-def layer_keys(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+def layer_keys(layer: DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     """Keys [B, Hkv, L, d] float32 of a decoder layer from its inputs [B, L, D], rotated unless `rotary` is None."""
     attention = layer.self_attn
     keys = heads_first(attention.k_proj(layer.input_layernorm(hidden)), attention.head_dim)
@@ -85,7 +87,7 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def rotary_angles(llm: nn.Module, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_angles(llm: Decoder, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of a decoder at given positions, two tensors [B, L, d].
 
     Args:

@@ -1,4 +1,4 @@
-"""Floating point operations of what was really computed, from module shapes and audited lengths.
+"""Floating point operations of what was computed, from module shapes and counted tokens.
 
 Matrix products only, 2 operations per multiply-add, attention counted over all key positions that the kernel is given
 (no discount for the causal half). Checked against torch.utils.flop_counter in the tests.
@@ -8,20 +8,22 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from llava.reduction.modules import DecoderLayer, Module, VisionTower
+
 
 def linear_flops(layer: nn.Linear, rows: int) -> int:
     return 2 * rows * layer.in_features * layer.out_features
 
 
-def _linears(module: nn.Module) -> list[nn.Linear]:
+def _linears(module: Module) -> list[nn.Linear]:
     return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
-def tower_flops(tower: nn.Module, patches: int, tokens: Sequence[tuple[int, int]]) -> int:
+def tower_flops(tower: VisionTower, patches: int, tokens: Sequence[tuple[int, int]]) -> int:
     """One image of `patches` patches through patch embedding and blocks.
 
     Args:
-        tokens: tokens that enter attention and MLP of every block that is run.
+        tokens: for every block that is run, the tokens that enter its attention and its MLP.
     """
     kernel = tower.embeddings.patch_embedding.weight
     total = 2 * patches * kernel.numel()
@@ -29,7 +31,7 @@ def tower_flops(tower: nn.Module, patches: int, tokens: Sequence[tuple[int, int]
         total += sum(linear_flops(linear, attended) for linear in _linears(block.self_attn))
         total += sum(linear_flops(linear, kept) for linear in _linears(block.mlp))
         total += 4 * attended * attended * block.self_attn.q_proj.out_features
-        if hasattr(block, "temporal_attn"):
+        if hasattr(block, "temporal_attn") and hasattr(block, "frames"):
             total += sum(linear_flops(linear, attended) for linear in _linears(block.temporal_attn))
             total += 4 * attended * block.frames * block.temporal_attn.q_proj.out_features
     return total
@@ -39,13 +41,13 @@ def projector_flops(projector: nn.Module, tokens: int) -> int:
     return sum(linear_flops(linear, tokens) for linear in _linears(projector))
 
 
-def layer_flops(layer: nn.Module, queries: int, keys: int) -> int:
+def layer_flops(layer: DecoderLayer, queries: int, keys: int) -> int:
     """One decoder layer on `queries` new tokens that attend `keys` tokens."""
     linears = sum(linear_flops(linear, queries) for linear in _linears(layer))
     return linears + 4 * queries * keys * layer.self_attn.q_proj.out_features
 
 
-def prefill_flops(layers: Sequence[nn.Module], lengths: Sequence[int], head: nn.Linear) -> int:
+def prefill_flops(layers: Sequence[DecoderLayer], lengths: Sequence[int], head: nn.Linear) -> int:
     """Prefill with `lengths[i]` tokens entering layer i, and the head on the last token."""
     total = sum(layer_flops(layer, length, length) for layer, length in zip(layers, lengths, strict=True))
     return total + linear_flops(head, 1)

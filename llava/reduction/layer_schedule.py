@@ -1,7 +1,7 @@
 """Budgets of methods that reduce between decoder layers: how many visual tokens enter each layer.
 
-A budget is the mean over layers of the visual tokens that enter a layer. Papers state stages for a decoder of 32 (or
-40) layers; another depth gets them in proportion.
+The budget is the mean over layers of the visual tokens that enter a layer. Papers give stages for a decoder of 32 (or
+40) layers; they are scaled in proportion to another depth.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from llava.errors import UserError
 
 
 def scaled_layers(stages: Sequence[int], reference: int, depth: int) -> tuple[int, ...]:
-    """Stage layers of a decoder with `reference` layers, moved to one with `depth`: at least 1, strictly increasing.
+    """Scale stages from a decoder of `reference` layers to one of `depth`: at least 1, strictly increasing.
 
     Raises:
         UserError: the decoder has too few layers for that many stages.
@@ -21,14 +21,14 @@ def scaled_layers(stages: Sequence[int], reference: int, depth: int) -> tuple[in
         found.append(max(place, found[-1] + 1) if found else place)
     if found and found[-1] >= depth:
         raise UserError(
-            f"Stages in front of layers {', '.join(map(str, stages))} of {reference} do not fit into {depth} decoder "
+            f"Stages before layers {', '.join(map(str, stages))} of {reference} do not fit into {depth} decoder "
             "layers; name layers of this model with the method's `layers` option."
         )
     return tuple(found)
 
 
 def tokens_by_layer(before: int, stages: Sequence[int], counts: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Visual tokens entering each layer: `before` in front of the first stage, then `counts[i]` from `stages[i]` on."""
+    """Visual tokens entering each layer: `before` up to the first stage, then `counts[i]` from `stages[i]` on."""
     tokens, place = [], before
     changes = dict(zip(stages, counts, strict=True))
     for layer in range(depth):
@@ -38,9 +38,9 @@ def tokens_by_layer(before: int, stages: Sequence[int], counts: Sequence[int], d
 
 
 def proportional(first: int, parts: Sequence[int]) -> tuple[int, ...]:
-    """`first` tokens and, in proportion to `parts`, those of the later stages: rounded down, at least 1 each.
+    """Tokens of each stage in proportion to `parts`, `first` at the first stage: rounded down, at least 1.
 
-    Parts 4, 2, 1 are exact halving.
+    Parts 4, 2, 1 halve the tokens at each stage.
     """
     return tuple(max(1, first * part // parts[0]) for part in parts)
 

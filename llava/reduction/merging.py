@@ -1,10 +1,10 @@
-"""Encoder-guided merging: what is not retained is averaged into a few tokens, or into the retained ones.
+"""Encoder-guided merging: average the tokens that are not retained into a few tokens, or into the retained ones.
 
 Used by ConsensusDrop, VisionDrop, VisionZip and VScan.
 
 Paper: https://arxiv.org/abs/2602.00946 (abstract: "the remainder is compressed by encoder-guided token merging")
 Official code read: none was released; dvlab-research/VisionZip@3151f6d for the stride anchors and its sum.
-Differs from it: anchors and weights are named choices.
+Differs from it: anchors and weights are named choices. An anchor is a token that others are merged into.
 
 Shapes: B images, N tokens, R retained, M anchors, D channels of the encoder keys.
 """
@@ -21,7 +21,7 @@ WEIGHTS = ("saliency", "mean", "anchor_plus_mean", "none")
 
 
 def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, keys: Tensor, count: int) -> Tensor:
-    """[B, M] anchors among the positions `rest`, ascending.
+    """[B, M] indices of anchors among the indices `rest`, ascending.
 
     Args:
         rule: "saliency" (D1, the most salient), "stride" (D2, every n-th, as VisionZip) or "farthest" (D3,
@@ -40,7 +40,7 @@ def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, keys: Tensor, coun
     for _ in range(count - 1):
         distance = 1 - (unit @ unit[rows, chosen[-1]].unsqueeze(-1)).squeeze(-1)
         nearest = torch.minimum(nearest, distance)
-        # A chosen token must not come again, not even among identical ones.
+        # A chosen token must not be chosen again, not even if all tokens are identical.
         nearest = nearest.scatter(1, chosen[-1].unsqueeze(1), -torch.inf)
         chosen.append(nearest.argmax(1))
     return rest.gather(1, torch.stack(chosen, 1).sort(1).values)
@@ -53,12 +53,12 @@ def assign(members: Tensor, anchors: Tensor, keys: Tensor) -> Tensor:
 
 
 def merge_flops(rule: str, total: int, retained: int, merged: int, channels: int, assigned: bool) -> int:
-    """Operations of choosing anchors and assigning leftovers for one image, matrix products only.
+    """Operations of choosing anchors and assigning the remaining tokens for one image, matrix products only.
 
     Args:
-        rule: how anchors are chosen; "farthest" compares every leftover with each anchor but the last.
-        merged: M; 0 when leftovers join the retained tokens.
-        assigned: False when leftovers are dropped.
+        rule: how anchors are chosen; "farthest" compares each remaining token with each anchor but the last.
+        merged: M; 0 if the other tokens are merged into the retained ones.
+        assigned: False if the other tokens are dropped.
     """
     rest = total - retained
     choosing = 2 * rest * (merged - 1) * channels if rule == "farthest" and merged else 0
@@ -80,13 +80,13 @@ def member_weights(rule: str, assignment: Tensor, kept: Tensor, saliency: Tensor
     slot = torch.where(used, assignment, outputs)
 
     def per_output(values: Tensor) -> Tensor:
-        """Sum over the members of each output token, given to every member."""
+        """Sum over the members of each output token, repeated for every member."""
         return values.new_zeros(len(values), outputs + 1).scatter_add_(1, slot, values).gather(1, slot)
 
     if rule == "anchor_plus_mean":
         member = used.float().scatter(1, kept, 0.0)
         return (member / per_output(member).clamp(min=1)).scatter(1, kept, 1.0)
-    # A floor keeps a group whose saliency underflows to zero an average instead of 0/0.
+    # A lower bound, so that a group whose saliency underflows to zero is averaged instead of giving 0/0.
     weight = torch.where(used, saliency.float().clamp(min=1e-12) if rule == "saliency" else 1.0, 0.0)
     return weight / per_output(weight).clamp(min=1e-30)
 
@@ -98,7 +98,7 @@ def merge_plan(
 
     Args:
         retained: [B, R] indices, ascending.
-        merged: M, how many tokens the rest becomes; with "retained" anchors it is 0 and the rest joins the retained.
+        merged: M, the tokens that the rest is merged into; 0 with "retained" anchors.
         saliency: [B, N] encoder saliency.
         keys: [B, N, D] encoder keys.
         anchors, weights: the rules above; weights "none" drops the members and keeps the anchors unchanged.
@@ -125,7 +125,7 @@ def merge_plan(
 
 
 def with_cls(plan: Reduction) -> Reduction:
-    """A reduction of N patches -> the same of CLS and patches [1 + N], with CLS kept first."""
+    """Extend a reduction of N patches to CLS and N patches; CLS is kept as the first output token."""
     cls = plan.kept.new_zeros(len(plan.kept), 1)
     kept = torch.cat([cls, plan.kept + 1], 1)
     if plan.assignment is None or plan.merge_weight is None:

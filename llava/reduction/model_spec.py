@@ -1,4 +1,4 @@
-"""What a method may know of the model before it sees an image."""
+"""What a method knows about the model before any image is processed."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -9,18 +9,18 @@ from llava.reduction.token_layout import TokenLayout
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The model as a method sees it, for the images that budgets are meant for or for one image.
+    """Sizes of the model, for its reference image size or, by `spec_of`, for one image.
 
     Attributes:
-        visual_tokens: of one image, before any reduction.
+        visual_tokens: visual tokens of one image before any reduction.
         layers: decoder layers.
-        layout: origin of the visual tokens.
+        layout: patch grid of the visual tokens.
         tower_blocks: blocks of the vision tower.
         has_cls: the tower has a class token.
         has_text_tower: the CLIP text tower that belongs to the vision tower is available.
-        crops: patch grids of the tiles of an image that the tower sees in several, without class tokens.
+        crops: patch grid of each tile of an image with several tiles, without class tokens.
         newlines: newline tokens among the visual tokens.
-        most_newlines: of any image that this model may see.
+        most_newlines: the most newline tokens that an image can have in this model.
     """
 
     visual_tokens: int
@@ -35,7 +35,7 @@ class ModelSpec:
 
     @property
     def patches(self) -> int:
-        """The visual tokens that a method before the decoder chooses from: no class tokens, no newline tokens."""
+        """The visual tokens that a method before the decoder chooses among: no class tokens, no newline tokens."""
         return sum(crop.tokens for crop in self.crops) if self.crops else self.visual_tokens - self.newlines
 
     def crop(self, number: int) -> "ModelSpec":
@@ -46,7 +46,7 @@ class ModelSpec:
 
 @lru_cache(maxsize=1024)
 def spec_of(spec: ModelSpec, arrangement: TokenLayout) -> ModelSpec:
-    """The same with the tokens and tiles of one image."""
+    """The model spec with the tokens and tiles of one image."""
     several = len(arrangement.crops) > 1
     return replace(
         spec,

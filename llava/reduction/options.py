@@ -1,4 +1,4 @@
-"""Options of methods: configuration fields with a sentence and choices, and their values from the command line."""
+"""Options of methods: dataclass fields with a description and choices, and their values from the command line."""
 
 from collections.abc import Mapping
 from dataclasses import Field, field, fields
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def option(default: Any, doc: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A configuration field with a sentence for `--list` and, for strings, the values it may take."""
+    """A configuration field with a description for `--list` and, for strings, the allowed values."""
     return field(default=default, metadata={"doc": doc, "choices": choices})
 
 
 def options_of(cls: "type[Reducer]") -> dict[str, Field]:
-    """The configuration fields of a method by name, the budget apart."""
+    """The configuration fields of a method by name, without the budget."""
     return {known.name: known for known in fields(cls) if known.name != "budget"}
 
 

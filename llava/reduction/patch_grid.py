@@ -1,4 +1,4 @@
-"""Where each visual token comes from."""
+"""Tile, row and column of each visual token."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ class PatchGrid:
     """Origin of the N visual tokens of one image, in the order of the sequence.
 
     Attributes:
-        crops: number of crops the tower saw (1 for LLaVA-1.5).
-        rows, columns: patch grid of one crop.
-        has_cls: token 0 of each crop is its class token, in front of rows * columns patches.
+        crops: number of tiles (1 for LLaVA-1.5).
+        rows, columns: patch grid of one tile.
+        has_cls: token 0 of each tile is its class token, before rows * columns patches.
     """
 
     rows: int
@@ -46,7 +46,7 @@ class PatchGrid:
         return tile.repeat(self.crops, 1)
 
     def place(self, token: int) -> tuple[int, int, int]:
-        """(crop, row, column) of a token; row and column are CLS for a class token."""
+        """(tile, row, column) of a token; row and column are CLS for a class token."""
         crop, inside = divmod(token, self.tokens_per_crop)
         inside -= self.has_cls
         return (crop, CLS, CLS) if inside < 0 else (crop, inside // self.columns, inside % self.columns)

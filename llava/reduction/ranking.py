@@ -14,7 +14,7 @@ def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
 
 def descending_order(score: Tensor) -> Tensor:
     """[B, N] indices, the highest score first; whole numbers are compared exactly, others in float32."""
-    # stable: the same tie goes to the same index on every device.
+    # stable: equal scores are ordered by index on every device.
     values = score.float() if score.is_floating_point() else score
     return values.argsort(dim=-1, descending=True, stable=True)
 
@@ -40,7 +40,7 @@ def keep_top(score: Tensor, budget: int) -> Tensor:
 
 
 def others(kept: Tensor, total: int) -> Tensor:
-    """[B, K] indices -> the [B, N-K] indices that are not among them, ascending."""
+    """[B, K] indices -> the other [B, N-K] indices, ascending."""
     taken = torch.zeros(kept.shape[0], total, dtype=torch.uint8, device=kept.device)
     taken.scatter_(1, kept, 1)
     return taken.argsort(dim=1, stable=True)[:, : total - kept.shape[1]]

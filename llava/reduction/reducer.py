@@ -1,13 +1,13 @@
-"""The base class of all methods: a frozen configuration and up to four functions, one per stage.
+"""The base class of all methods: a frozen configuration and one function per stage that the method acts in.
 
-A method never touches the model. It states which tower scores it needs, is handed states, and returns reductions;
-the pipeline computes, applies, counts and places them.
+A method never changes the model. It names the tower scores it needs, receives states and returns reductions; the
+pipeline computes the scores, applies the reductions and counts tokens.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -41,22 +41,21 @@ class Reducer:
         summary: one line for `--list`.
         version: part of every result; raise it when answers change.
         metadata: the method's row in docs/methods.md.
-        rounding: how far the mean over layers may be off the budget, in tokens.
-        keep_cls: the encoder stage sees the CLS token as token 0.
+        rounding: the largest difference between the mean over layers and the budget, in tokens.
         needs_text_tower: states carry the CLIP text tower.
-        known_deviations: where the method by its own definition departs from the contract of
-            tests/test_every_method.py; keys are "appended" (merged tokens stand after the kept ones), "scale" (merge
+        known_deviations: where the method, by its definition, does not meet the contract of
+            tests/test_every_method.py; keys are "appended" (merged tokens come after the kept ones), "scale" (merge
             weights do not sum to 1), "duplicates".
 
     Attributes:
-        budget: visual tokens per image, mean over decoder layers, merged ones included.
+        budget: visual tokens per image, as a mean over decoder layers; merged tokens count.
         positions: "renumber" gives the shortened sequence contiguous position ids, as LLaVA does; "original" lets
             every token keep the position id it had.
-        crops: how the budget of an image in several tiles is split over them, see llava/reduction/crop_budget.py. A
-            method that acts only in the decoder ranks all tokens together.
+        crops: how the budget of an image is split over its tiles, see llava/reduction/crop_budget.py. A method that
+            acts only in the decoder ranks all tokens together.
         retention_ratio: ratio of each image's visual tokens to keep, for images that differ in size; `budget` is then
             that of the largest image. 0 for the same number of tokens everywhere. Formerly `share`.
-        newlines: what becomes of the newline tokens of LLaVA-NeXT where a method chooses among patches.
+        newlines: whether the newline tokens of LLaVA-NeXT are kept where a method chooses among patches.
     """
 
     name: ClassVar[str] = ""
@@ -65,14 +64,13 @@ class Reducer:
     version: ClassVar[str] = "1"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="")
     rounding: ClassVar[float] = 0.5
-    keep_cls: ClassVar[bool] = False
     needs_text_tower: ClassVar[bool] = False
     known_deviations: ClassVar[dict[str, str]] = {}
 
     budget: int
     positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))
 
-    crops: str = option("each", "the budget over crops: even, by the first crop's attention, or all together", SPLITS)
+    crops: str = option("each", "the budget over tiles: even, by the base image's attention, or all together", SPLITS)
     retention_ratio: float = option(0.0, "ratio of each image's visual tokens to keep, in place of a budget")
     newlines: str = option("drop", "newline tokens where patches are chosen: drop, or keep and count", NEWLINES)
 
@@ -89,6 +87,11 @@ class Reducer:
             if choices and value not in choices:
                 raise UserError(f"{self.name}.{known.name} must be one of {', '.join(choices)}, got {value!r}.")
 
+    @property
+    def keep_cls(self) -> bool:
+        """Whether the encoder stage sees the CLS token as token 0; a class attribute or an option may replace this."""
+        return False
+
     def check(self, spec: ModelSpec) -> None:
         """Raise UserError if this method cannot run on this model at this budget."""
         if not 1 <= self.budget <= spec.visual_tokens:
@@ -97,7 +100,7 @@ class Reducer:
             )
         if self.needs_text_tower and not spec.has_text_tower:
             raise UserError(
-                f"{self.name} compares the question with the picture in CLIP's space and needs the CLIP text tower "
+                f"{self.name} compares the question with the image in CLIP's space and needs the CLIP text tower "
                 "that belongs to the vision tower; this checkpoint names none. Put it into a folder text_tower/ "
                 "beside the weights (a CLIPModel's text half with both projections), or take a checkpoint whose "
                 "mm_vision_tower is a whole CLIP."
@@ -106,20 +109,20 @@ class Reducer:
             raise UserError(f"{self.name} ranks by the CLS token of the vision tower; this tower has none.")
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
-        """Visual tokens of one image that are planned to enter each layer; None where the picture decides.
+        """Visual tokens of one image that are planned to enter each layer; None if that depends on the image.
 
-        For a picture in crops this is asked crop by crop, with a budget of its own;
-        llava.reduction.crop_budget.planned adds up.
+        For an image with tiles, llava.reduction.crop_budget.planned calls this for each tile at the tile's budget
+        and adds the results.
         """
         return (self.budget,) * spec.layers
 
-    def sized(self, budget: int) -> "Reducer":
+    def sized(self, budget: int) -> Self:
         """The same method at another budget."""
         unchanged = budget == self.budget and not self.retention_ratio
         return self if unchanged else replace(self, budget=budget, retention_ratio=0.0)
 
-    def for_picture(self, spec: ModelSpec) -> "Reducer":
-        """The same method at the budget of one picture."""
+    def for_picture(self, spec: ModelSpec) -> Self:
+        """The same method at the budget of one image."""
         if self.retention_ratio:
             return self.sized(max(1, int(self.retention_ratio * spec.visual_tokens + 0.5)))
         return self
@@ -127,20 +130,20 @@ class Reducer:
     def crop_shares(
         self, arrangement: TokenLayout, scores: dict[TowerScore, torch.Tensor], budget: int
     ) -> list[int] | None:
-        """The method's own rule for the tokens of each crop of a picture; None for the rule of `crops`.
+        """The method's own rule for the tokens of each tile of an image; None for the rule of `crops`.
 
         Args:
-            scores: [crops, P, ...] over whole crops.
-            budget: patches that all crops may keep together.
+            scores: [tiles, P, ...], of whole tiles before unpadding.
+            budget: patches that all tiles together may keep.
         """
         return None
 
     def split_scores(self) -> tuple[TowerScore, ...]:
-        """What `crops` needs to split a budget over tiles, beside the method's own scores."""
+        """Tower scores needed to split the budget over tiles, besides the method's own."""
         return (TowerScore("cls_attention"),) if self.crops == "thumbnail" else ()
 
     def tower_scores(self, tiled: bool) -> tuple[TowerScore, ...]:
-        """All tower scores to compute for pictures with or without tiles."""
+        """All tower scores to compute for images with or without tiles."""
         return tuple(dict.fromkeys((*self.scores(), *(self.split_scores() if tiled else ()))))
 
     def scores(self) -> tuple[TowerScore, ...]:
@@ -152,7 +155,7 @@ class Reducer:
         return None
 
     def merging_blocks(self, selected: int) -> tuple[int, ...]:
-        """Tower blocks inside which `tower` is called; `selected` blocks are run in front of the features."""
+        """Tower blocks inside which `tower` is called; the features are the output of the first `selected` blocks."""
         return ()
 
     def tower(self, state: BlockState) -> Reduction | None:
@@ -168,15 +171,15 @@ class Reducer:
         return None
 
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
-        """Decoder layers in front of which `decoder` is called."""
+        """Decoder layers before which `decoder` is called."""
         return ()
 
     def decoder(self, state: DecoderState) -> Reductions:
-        """Reduce visual tokens in front of decoder layer `state.layer`."""
+        """Reduce visual tokens before decoder layer `state.layer`."""
         return None
 
     def keeps_all(self, tokens: int) -> bool:
-        """Whether a stage before the decoder leaves an image of so many tokens as it is, without asking the method."""
+        """Whether an image of so many tokens is not reduced before the decoder, and the method is not called for it."""
         return self.budget >= tokens
 
 

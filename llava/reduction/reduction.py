@@ -1,7 +1,8 @@
-"""A reduction as data: which output tokens exist, and what each is made of."""
+"""A reduction as data: the output tokens, and the input tokens that are averaged into each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ class Reduction:
     B images, N input tokens, K output tokens.
 
     Attributes:
-        kept: [B, K] int64, the index of the input token at which each output token stands. It gives order and
-            position ids. Ascending and unique unless a method documents otherwise.
+        kept: [B, K] int64, for each output token the index of the input token whose position id it has. Ascending and
+            unique unless a method documents otherwise.
         inputs: N.
         assignment: [B, N] int64, the output token into which each input token is averaged, -1 if dropped. None means
             pruning: every output token is the kept input token, unchanged.
@@ -25,7 +26,7 @@ class Reduction:
         encoder_space: apply to encoder features and project again, instead of to projected tokens.
         merge_matrix: [B, K, N] float32, weights of all input tokens in every output token, for methods whose groups
             overlap; in place of assignment and merge_weight.
-        appended: number of outputs at the end that stand after the others, out of raster order.
+        appended: number of output tokens at the end that are not in raster order.
     """
 
     kept: Tensor
@@ -49,7 +50,9 @@ class Reduction:
         return self._each(lambda tensor: tensor[index : index + 1])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Reduction":
-        changed = {name: change(value) for name in TENSORS if (value := getattr(self, name)) is not None}
+        changed: dict[str, Any] = {
+            name: change(value) for name in TENSORS if (value := getattr(self, name)) is not None
+        }
         return replace(self, **changed)
 
     def apply(self, tokens: Tensor) -> Tensor:
@@ -79,11 +82,11 @@ class Reduction:
         return (members[:, :-1] > 1).sum(1)
 
     def apply_flops(self, channels: int) -> int:
-        """Operations of `apply` on one image of `channels` wide tokens, matrix products only."""
+        """Operations of `apply` on one image with tokens of `channels` channels, matrix products only."""
         return 0 if self.merge_matrix is None else 2 * self.merge_matrix[0].numel() * channels
 
     def after(self, first: "Reduction") -> "Reduction":
-        """The reduction that does `first` and then this one, for reductions without merge matrix.
+        """Composition: `first`, then this reduction; neither may have a merge matrix.
 
         Args:
             first: its outputs are the inputs of this one.
@@ -91,7 +94,7 @@ class Reduction:
         device = self.kept.device
         assignment_1, weight_1 = first.explicit()
         assignment_2, weight_2 = self.explicit()
-        # An extra last entry stands for "dropped", before and after the second reduction.
+        # An extra last entry is used for dropped tokens, before and after the second reduction.
         assignment = torch.cat([assignment_2, torch.full((len(assignment_2), 1), -1, device=device)], 1)
         weight = torch.cat([weight_2, weight_2.new_zeros(len(weight_2), 1)], 1)
         slot = torch.where(assignment_1 < 0, self.inputs, assignment_1)
@@ -101,7 +104,7 @@ class Reduction:
     def explicit(self) -> tuple[Tensor, Tensor]:
         """Assignment and merge weight [B, N], also where the reduction only drops tokens."""
         if self.merge_matrix is not None:
-            raise ValueError("a reduction with overlapping groups assigns no token to one output")
+            raise ValueError("a reduction with a merge matrix has no assignment: its groups overlap")
         if self.assignment is not None and self.merge_weight is not None:
             return self.assignment, self.merge_weight
         outputs = torch.arange(self.kept.shape[1], device=self.kept.device).expand_as(self.kept)
@@ -135,7 +138,7 @@ class ViewReduction:
     Attributes:
         indices: [n] int64, indices of the view's tokens among the image's visual tokens.
         reduction: of these n tokens, for one image.
-        block: views of a lower block come first, whatever stands after their kept tokens.
+        block: the output tokens of a lower block come before those of a higher one.
     """
 
     indices: Tensor
@@ -144,7 +147,7 @@ class ViewReduction:
 
 
 def join(views: list[ViewReduction], inputs: int) -> tuple[Reduction, Tensor]:
-    """One reduction of an image's visual tokens from those of its views; tokens of no view are dropped.
+    """Join the reductions of an image's views into one reduction; tokens of no view are dropped.
 
     Kept tokens are in the order of the image's tokens. Tokens that a method appends (`Reduction.appended`) come after
     those of all views of the block.
@@ -153,7 +156,7 @@ def join(views: list[ViewReduction], inputs: int) -> tuple[Reduction, Tensor]:
         inputs: visual tokens of the image.
 
     Returns:
-        the reduction, and [K] int64: which of the views' outputs, one view after another, each output is.
+        the reduction, and [K] int64: for each output token its index among the views' outputs, one view after another.
     """
     device = views[0].indices.device
     kept = torch.cat([view.indices[view.reduction.kept[0]] for view in views])
@@ -183,7 +186,7 @@ def join(views: list[ViewReduction], inputs: int) -> tuple[Reduction, Tensor]:
 
 
 def stack(reductions: list[Reduction]) -> Reduction:
-    """Reductions of one image each [1, K] as one of a batch [B, K]; all merge by assignment, to equally many tokens."""
+    """Stack reductions of one image each [1, K] into one of a batch [B, K]; all merge by assignment."""
     assignments, weights = zip(*(one.explicit() for one in reductions), strict=True)
     kept = torch.cat([one.kept for one in reductions])
     return Reduction(kept, reductions[0].inputs, torch.cat(assignments), torch.cat(weights))

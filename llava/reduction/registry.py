@@ -1,4 +1,4 @@
-"""Methods by name. The registry holds classes; every run builds its own frozen instance."""
+"""Methods by name. The registry holds classes; `build` makes a frozen instance."""
 
 import importlib
 import importlib.util
@@ -13,7 +13,7 @@ from llava.reduction.reducer import Reducer
 
 METHODS: dict[str, type[Reducer]] = {}
 
-# A package per paper, and one with a file per baseline. A folder that is not there yet is skipped by `load_all`.
+# One package per paper, and one with a file per baseline. `load_all` skips a package that is not installed.
 PACKAGES = ("baselines", "consensusdrop", "visiondrop", "attnmix")
 
 
@@ -61,7 +61,8 @@ def build(
     Args:
         budget: visual tokens per image; None where `options` hold a retention ratio.
         options: field -> value, texts are parsed by the field's type.
-        visual_tokens: of the model's largest image, to say what a retention ratio comes to; None if not known yet.
+        visual_tokens: visual tokens of the model's largest image, to turn a retention ratio into a budget; None if not
+            known yet.
 
     Raises:
         UserError: an unknown name or option, a wrong value, or both a budget and a retention ratio.

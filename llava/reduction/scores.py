@@ -1,17 +1,18 @@
-"""Signals: tensors with a fixed definition that methods rank tokens by.
+"""Tower scores: importance scores and keys that methods read from blocks of the vision tower.
 
-Each is computed from the few query rows it needs, in float32, beside the main path, which therefore always runs the
-fused attention kernel. Shapes: B images, N patches, D channels, H heads, T text rows.
+Each is computed from the query rows it needs, in float32, apart from the forward pass, which can therefore always use
+the fused attention kernel. Shapes: B images, N patches, D channels, H heads, T text rows.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.errors import unknown
 from llava.reduction.flops import linear_flops
+from llava.reduction.modules import VisionBlock
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class TowerScore:
 
     Attributes:
         kind: a key of TOWER_SCORES.
-        block: tower block, counted as a Python index; -2 is the block whose output LLaVA takes.
-        depth: number of blocks of the tower that `block` was chosen for; a tower of another depth gives the block at
-            the same share of it. 0 takes `block` as it is.
+        block: tower block as a Python index; -2 is the block whose output LLaVA uses.
+        depth: number of blocks of the tower that `block` was chosen for; `block` is scaled to a tower of another
+            depth. 0 uses `block` as it is.
     """
 
     kind: str
@@ -30,7 +31,7 @@ class TowerScore:
     depth: int = 0
 
     def index(self, blocks: int) -> int:
-        """The block in a tower with so many."""
+        """The block in a tower of `blocks` blocks."""
         return min(int(self.block * blocks / self.depth + 0.5), blocks - 1) if self.depth else self.block
 
 
@@ -39,7 +40,7 @@ def _heads(projected: Tensor, heads: int) -> Tensor:
     return rearrange(projected, "b n (h d) -> b h n d", h=heads)
 
 
-def cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+def cls_attention(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Attention of the CLS token to the patches, mean over heads.
 
     Args:
@@ -57,9 +58,8 @@ def cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
     return weights[:, :, 0, 1:].mean(1)
 
 
-def cls_logits(block: nn.Module, hidden: Tensor) -> Tensor:
-    """Products of the CLS query with the patches' keys, scaled as in attention but in front of its softmax, mean over
-    heads.
+def cls_logits(block: VisionBlock, hidden: Tensor) -> Tensor:
+    """Products of the CLS query with the patches' keys, scaled as in attention, before the softmax, mean over heads.
 
     Returns:
         [B, N] float32, of any sign.
@@ -71,11 +71,11 @@ def cls_logits(block: nn.Module, hidden: Tensor) -> Tensor:
     return (query @ key.transpose(-1, -2))[:, 0] * (attention.scale / attention.num_heads)
 
 
-def received_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+def received_attention(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Average attention each patch receives from all patches, mean over heads: a saliency without CLS.
 
     Returns:
-        [B, N] float32. Query rows go through in slices, so no full attention map is ever held.
+        [B, N] float32. Query rows are processed in slices, so the full attention map is never held.
     """
     attention = block.self_attn
     normed = block.layer_norm1(hidden)
@@ -87,7 +87,7 @@ def received_attention(block: nn.Module, hidden: Tensor) -> Tensor:
     return received[:, 1:] / (query.shape[1] * query.shape[2])
 
 
-def keys(block: nn.Module, hidden: Tensor) -> Tensor:
+def keys(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Keys of the patches, mean over heads: the similarity space of VisionZip-like merging.
 
     Returns:
@@ -96,13 +96,13 @@ def keys(block: nn.Module, hidden: Tensor) -> Tensor:
     return mean_keys(block, block.layer_norm1(hidden[:, 1:]))
 
 
-def mean_keys(block: nn.Module, normed: Tensor) -> Tensor:
+def mean_keys(block: VisionBlock, normed: Tensor) -> Tensor:
     """[B, n, D] normed inputs of a block's attention -> keys [B, n, d] float32, mean over heads."""
     attention = block.self_attn
     return _heads(attention.k_proj(normed), attention.num_heads).float().mean(1)
 
 
-def fused_cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
+def fused_cls_attention(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Attention of the CLS token to the patches with all heads taken as one: softmax(q k / sqrt(D)), as PruMerge does.
 
     Returns:
@@ -114,7 +114,7 @@ def fused_cls_attention(block: nn.Module, hidden: Tensor) -> Tensor:
     return (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
 
 
-def whole_keys(block: nn.Module, hidden: Tensor) -> Tensor:
+def whole_keys(block: VisionBlock, hidden: Tensor) -> Tensor:
     """Keys of the patches, all heads side by side.
 
     Returns:
@@ -123,7 +123,7 @@ def whole_keys(block: nn.Module, hidden: Tensor) -> Tensor:
     return block.self_attn.k_proj(block.layer_norm1(hidden[:, 1:])).float()
 
 
-TOWER_SCORES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+TOWER_SCORES: dict[str, Callable[[VisionBlock, Tensor], Tensor]] = {
     "cls_attention": cls_attention,
     "cls_logits": cls_logits,
     "received_attention": received_attention,
@@ -133,14 +133,14 @@ TOWER_SCORES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
-def tower_score(score: TowerScore, block: nn.Module, hidden: Tensor) -> Tensor:
+def tower_score(score: TowerScore, block: VisionBlock, hidden: Tensor) -> Tensor:
     """Compute one requested score from the input of its block."""
     if score.kind not in TOWER_SCORES:
         raise unknown("tower score", score.kind, TOWER_SCORES)
     return TOWER_SCORES[score.kind](block, hidden)
 
 
-def score_flops(score: TowerScore, block: nn.Module, patches: int) -> int:
+def score_flops(score: TowerScore, block: VisionBlock, patches: int) -> int:
     """Operations of one requested score for one image, matrix products only."""
     attention = block.self_attn
     key, width = attention.k_proj, attention.q_proj.out_features

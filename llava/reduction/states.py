@@ -1,19 +1,20 @@
-"""What a method is handed at each stage: dense tensors of equally many tokens, and the few ways to look at the text.
+"""What a method receives at each stage: dense tensors of images with equally many tokens, and access to the text.
 
-The pipeline groups images by their number of visual tokens, so a method never sees padding among visual tokens.
+The pipeline groups images by their number of visual tokens, so there is no padding among visual tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.errors import unknown
 from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles, text_to_visual_attention
+from llava.reduction.modules import Decoder, DecoderLayer
 from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import TowerScore
@@ -25,13 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class State:
-    """What all states share: whose tokens they are, and the account of operations.
+    """What all states share.
 
     Attributes:
         ids: one name per image, for seeds.
-        flops: operations that the method spent beside the main path. `matmul` adds to it; products made in other
-            ways must be added by hand.
-        spec: the model, for methods whose counts follow from its depth.
+        flops: operations that the method itself spent. `matmul` adds to it; a method must add other matrix products.
+        spec: sizes of the model, for methods whose token counts depend on its depth. The pipeline always sets it.
     """
 
     ids: tuple[str, ...]
@@ -39,7 +39,7 @@ class State:
     spec: ModelSpec | None = None
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b, booked."""
+        """a @ b, counted in `flops`."""
         out = a @ b
         self.flops += 2 * out.numel() * a.shape[-1]
         return out
@@ -47,12 +47,12 @@ class State:
 
 @dataclass(kw_only=True)
 class BlockState(State):
-    """Inside a tower block, between attention and MLP. B images, n tokens left of CLS and patches.
+    """Inside a tower block, between attention and MLP. B images, n tokens, CLS and patches, left by earlier blocks.
 
     Attributes:
         tokens: [B, n, D] hidden states after the attention's residual, CLS first.
         keys: [B, n, d] keys of this block, mean over heads, float32.
-        sizes: [B, n] float32, how many patches each token stands for.
+        sizes: [B, n] float32, number of patches merged into each token.
         block: index of the block.
     """
 
@@ -68,14 +68,14 @@ class EncoderState(State):
 
     Attributes:
         features: [B, N, D] tower features; with `keep_cls` token 0 is CLS.
-        scores: what `Reducer.scores` asked for, over patches only, float32.
-        layout: origin of the N tokens.
-        merged: what was merged inside the tower, if anything was; then its outputs are the N tokens.
-        questions: the bare question of each image's prompt.
-        messages: the same with its answer-format instruction.
+        scores: the tower scores that `Reducer.scores` names, of patches only, float32.
+        layout: patch grid of the N tokens.
+        merged: the reduction made inside the tower, None without one; its outputs are the N tokens.
+        questions: the question in each image's prompt, without instruction.
+        messages: the question with its answer-format instruction.
         clip: the CLIP text tower, for methods with `needs_text_tower`.
-        thumbnail: score -> [B, patches], what the small copy of the whole picture says of the same places, where the
-            tokens are tiles of LLaVA-NeXT (llava.pipeline.views.overview); elsewhere the tokens' own values.
+        thumbnail: score -> [B, patches], for tiles of LLaVA-NeXT the base image's score at the same places
+            (llava.pipeline.views.overview); otherwise the tokens' own score.
     """
 
     features: Tensor
@@ -90,40 +90,46 @@ class EncoderState(State):
 
 @dataclass(kw_only=True)
 class PromptState(EncoderState):
-    """Before decoder layer 0, with the text in sight.
+    """Before decoder layer 0, where the text is known.
 
     Attributes:
         tokens: [B, N, H] projected visual tokens.
-        sequence: the B full prompts, visual tokens in place; `sequence.images` are their spans.
+        sequence: the B whole prompts with visual tokens; `sequence.images` are the spans of the visual tokens.
         llm: the decoder (layers, norm, rotary_emb).
-        run_layers: k -> hidden states [B, L, H] of `sequence` behind the first k decoder layers, for probes.
-        members: [B, N] places of the visual tokens in their image's run, where they are only a part of it.
+        run_layers: k -> hidden states [B, L, H] of `sequence` after the first k decoder layers.
+        members: [B, N] indices of the tokens among their image's visual tokens; None if they are all of them.
     """
 
-    tokens: Tensor | None = None
+    tokens: Tensor
     sequence: Sequence | None = None
-    llm: nn.Module | None = None
+    llm: Decoder | None = None
     run_layers: Callable[[int], Tensor] | None = None
     members: Tensor | None = None
+
+    def _prompts(self) -> Sequence:
+        """`sequence`, which the pipeline always sets."""
+        assert self.sequence is not None
+        return self.sequence
 
     def visual(self, tensor: Tensor) -> Tensor:
         """[B, N, ...] rows of `tensor` [B, L, ...] at the visual tokens."""
         if self.members is None:
-            return self.sequence.take(tensor, self.sequence.images)
-        return at_members(tensor, self.sequence, self.members)
+            return self._prompts().take(tensor, self._prompts().images)
+        return at_members(tensor, self._prompts(), self.members)
 
     def text(self, rows: str) -> tuple[Tensor, Tensor]:
         """Embeddings of text tokens.
 
         Args:
-            rows: "question" (bare question), "instruction" (with suffix), "after" (all text behind the last image) or
+            rows: "question" (bare question), "instruction" (with suffix), "after" (all text after the last image) or
                 "last" (last prompt token).
 
         Returns:
             [B, T, H] embeddings and a mask [B, T] of the rows that exist.
         """
-        index, mask = row_index(self.sequence, text_spans(self.sequence, rows))
-        hidden = self.sequence.hidden
+        sequence = self._prompts()
+        index, mask = row_index(sequence, text_spans(sequence, rows))
+        hidden = sequence.hidden
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])), mask
 
     def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor]:
@@ -133,22 +139,23 @@ class PromptState(EncoderState):
             layer: decoder layer whose norm and projections are used.
             rows: as in `text`.
             rotary: rotate queries and keys by their positions.
-            contextual: take the layer's real inputs, running all earlier layers once; else input embeddings.
+            contextual: use the layer's real inputs, for which all earlier layers are run once; else input embeddings.
 
         Returns:
             weights [B, H, T, N] float32 and a mask [B, T] of the rows that exist.
         """
-        sequence = self.sequence
-        hidden = self.run_layers(layer) if contextual else sequence.hidden
+        sequence, llm, run_layers = self._prompts(), self.llm, self.run_layers
+        assert llm is not None and run_layers is not None  # the pipeline sets them
+        hidden = run_layers(layer) if contextual else sequence.hidden
         index, mask = row_index(sequence, text_spans(sequence, rows))
         text = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
         visual = self.visual(hidden)
         angles: tuple = (None, None)
         if rotary:
-            cos, sin = rotary_angles(self.llm, hidden, sequence.position)
+            cos, sin = rotary_angles(llm, hidden, sequence.position)
             pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
             angles = ((pick(cos), pick(sin)), (self.visual(cos), self.visual(sin)))
-        block = self.llm.layers[layer]
+        block = llm.layers[layer]
         weights = text_to_visual_attention(block, text, visual, *angles)
         batch, count = text.shape[:2]
         self.flops += batch * attention_flops(block, count, visual.shape[1], visual.shape[1])
@@ -156,7 +163,7 @@ class PromptState(EncoderState):
 
 
 def at_members(tensor: Tensor, sequence: Sequence, members: Tensor) -> Tensor:
-    """[B, N, ...] rows of `tensor` [B, L, ...] at places [B, N] of the visual run of each prompt."""
+    """[B, N, ...] rows of `tensor` [B, L, ...] at indices [B, N] among the visual tokens of each prompt."""
     starts = [sequence.padding(row) + start for row, (start, _) in enumerate(sequence.images)]
     columns = members + torch.tensor(starts).to(members.device, non_blocking=True)[:, None]
     return tensor.gather(1, columns[..., None].expand(-1, -1, tensor.shape[-1]))
@@ -175,8 +182,8 @@ def text_spans(sequence: Sequence, rows: str) -> list[Span]:
     raise unknown("text rows", rows, ("question", "instruction", "after", "last", "visual"))
 
 
-def row_index(sequence: Sequence, spans: list[Span]) -> tuple[Tensor, Tensor]:
-    """Padded positions [B, T] of spans of different length, and which of them are real."""
+def row_index(sequence: Sequence, spans: Collection[Span]) -> tuple[Tensor, Tensor]:
+    """Columns [B, T] of spans of different length in the padded sequence, and a mask [B, T] of those that exist."""
     longest = max(1, max(stop - start for start, stop in spans))
     index, mask = [], []
     for sample, (start, stop) in enumerate(spans):
@@ -187,7 +194,7 @@ def row_index(sequence: Sequence, spans: list[Span]) -> tuple[Tensor, Tensor]:
     return torch.tensor(index).to(device, non_blocking=True), torch.tensor(mask).to(device, non_blocking=True)
 
 
-def attention_flops(layer: nn.Module, rows: int, keys: int, projected: int) -> int:
+def attention_flops(layer: DecoderLayer, rows: int, keys: int, projected: int) -> int:
     """Operations of the attention of `rows` queries to `keys` keys, of which `projected` are projected for it."""
     query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
     queries = 2 * rows * query.out_features * (query.in_features + keys)
@@ -210,29 +217,29 @@ class DecoderState(State):
 
     tokens: Tensor
     sequence: Sequence
-    llm: nn.Module
+    llm: Decoder
     layer: int
     entered: Sequence
     keys: Tensor
     start: Sequence
 
     def attention(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> tuple[Tensor, Tensor]:
-        """Rows of real causal attention, the columns of the visual tokens.
+        """Causal attention of some rows of a decoder layer to the visual tokens.
 
         Args:
             rows: "visual", one of the names of `text_spans`, or one span per prompt in `sequence`'s coordinates.
-            at: "next" for layer `layer` on the present hidden states, "previous" for the layer that has just run (its
-                keys come from the cache).
-            rotary: False leaves the rotation by positions out; only with "next".
+            at: "next" for layer `layer` on the current hidden states, "previous" for the layer before it, which has
+                already run (its keys are read from the cache).
+            rotary: False leaves out rotary embedding; only with "next".
 
         Returns:
-            weights [B, H, T, N] float32, the softmax taken over every token that the row may see, so that a row sums
-            to the share it gives to the image; and a mask [B, T] of the rows that exist.
+            weights [B, H, T, N] float32, with the softmax over all tokens that the row may see, so a row sums to the
+            part of its attention that goes to the image; and a mask [B, T] of the rows that exist.
         """
         sequence = self.sequence
         spans = text_spans(sequence, rows) if isinstance(rows, str) else rows
         index, mask = row_index(sequence, spans)
-        # Causality: no row sees anything behind the last row. Columns behind it are wanted all the same, as zeros.
+        # Causality: no row sees a key after the last row. Visual tokens after it are still returned, as zeros.
         ends = [max(stop, image) for (_, stop), (_, image) in zip(spans, sequence.images, strict=True)]
         width = max(sequence.padding(s) + end for s, end in enumerate(ends))
         source = sequence if at == "next" else self.entered

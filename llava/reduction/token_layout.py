@@ -1,8 +1,8 @@
-"""How the crops that the tower sees become one run of visual tokens: which crop, row and column each token is from.
+"""Token layout: the order of an image's visual tokens, and the tile, row and column each token comes from.
 
-A picture of LLaVA-1.5 is one crop. LLaVA-NeXT puts a small copy of the whole picture in front of tiles that are
-stitched row by row; a video is one crop per frame. Methods see one crop at a time (or all together) and the pipeline
-puts what they keep back into the order of the run.
+An image of LLaVA-1.5 is one tile. LLaVA-NeXT puts the base image (thumbnail) before tiles that are stitched row by row;
+a video has one tile per frame. A method receives one tile at a time, or all together; the pipeline restores the order
+of the tokens that are kept.
 """
 
 from dataclasses import dataclass, replace
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from llava.reduction.patch_grid import CLS, PatchGrid
 
-NEWLINE = -2  # crop, row and column of a newline token
+NEWLINE = -2  # tile, row and column of a newline token
 
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """What one crop gives to the run.
+    """The visual tokens of one tile.
 
     Attributes:
         rows, columns: the rectangle of patches that is left after unpadding.
-        patches: [rows * columns] int64, places in the raster of the whole crop, ascending.
-        indices: [rows * columns] int64, the places of the same patches in the run.
-        cls: place of the crop's class token in the run, or None.
+        patches: [rows * columns] int64, raster indices in the whole tile, ascending.
+        indices: [rows * columns] int64, indices of the same patches among the image's visual tokens.
+        cls: index of the tile's class token among the image's visual tokens, or None.
     """
 
     rows: int
@@ -35,7 +35,7 @@ class Tile:
 
     @property
     def all_indices(self) -> Tensor:
-        """Places of all tokens of the crop, CLS first."""
+        """Indices of all tokens of the tile, CLS first."""
         return self.indices if self.cls is None else torch.cat([torch.tensor([self.cls]), self.indices])
 
     @property
@@ -45,14 +45,14 @@ class Tile:
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """The run of visual tokens of one picture or video.
+    """The visual tokens of one image or video.
 
     Attributes:
-        crops: in the order in which the tower sees them.
-        newlines: [r] int64, places of newline tokens in the run, ascending.
-        grid: rows and columns of patches of a whole crop.
-        tiles: rows and columns of the tiles behind the first crop; None without tiles.
-        temporal: the crops are the frames of a video.
+        crops: the base image and the tiles, or the frames, in the order of the tower's batch.
+        newlines: [r] int64, indices of newline tokens, ascending.
+        grid: rows and columns of patches of a whole tile.
+        tiles: rows and columns of the tiles that follow the base image; None without them.
+        temporal: `crops` are the frames of a video.
     """
 
     crops: tuple[Tile, ...]
@@ -63,23 +63,23 @@ class TokenLayout:
 
     @cached_property
     def tokens(self) -> int:
-        """N, all tokens of the run."""
+        """N, all visual tokens of the image."""
         return self.patches + len(self.newlines) + sum(crop.cls is not None for crop in self.crops)
 
     @cached_property
     def patches(self) -> int:
-        """The patches among them, the tokens a method chooses from before the decoder."""
+        """The patches among them, which a method before the decoder chooses among."""
         return sum(len(crop.patches) for crop in self.crops)
 
     @cached_property
     def whole(self) -> bool:
-        """Every crop gives all its patches and there are no newline tokens."""
+        """Whether every tile keeps all its patches and there are no newline tokens."""
         full = self.grid[0] * self.grid[1]
         return not len(self.newlines) and all(len(crop.patches) == full for crop in self.crops)
 
     @cached_property
     def key(self) -> tuple:
-        """Equal for arrangements that are alike."""
+        """Equal for equal layouts."""
         shapes = tuple((crop.rows, crop.columns, crop.patches[:1].tolist(), crop.cls) for crop in self.crops)
         shapes = tuple((rows, columns, *first, cls) for rows, columns, first, cls in shapes)
         return (*shapes, self.grid, self.tiles, len(self.newlines))
@@ -96,6 +96,7 @@ class TokenLayout:
 
     def tile_sides(self) -> tuple[list[int], list[int]]:
         """Patches along the height of every row of tiles, and along the width of every column, without padding."""
+        assert self.tiles is not None  # only for images with tiles
         (down, across), tiles = self.tiles, self.crops[1:]
         heights = [max(tile.rows for tile in tiles[row * across : (row + 1) * across]) for row in range(down)]
         widths = [max(tile.columns for tile in tiles[column::across]) for column in range(across)]
@@ -103,7 +104,7 @@ class TokenLayout:
 
     @property
     def layout(self) -> PatchGrid:
-        """Of all tokens together, crop after crop; one long row where the crops have different shapes."""
+        """Patch grid of all tokens, tile after tile; one row if the tiles have different shapes."""
         has_cls = self.crops[0].cls is not None
         shapes = {(crop.rows, crop.columns) for crop in self.crops}
         if len(shapes) == 1:
@@ -111,7 +112,7 @@ class TokenLayout:
         return PatchGrid(1, self.patches + has_cls * len(self.crops))
 
     def origins(self) -> Tensor:
-        """[N, 3] int64: crop, row and column in the crop's own grid of every token.
+        """[N, 3] int64: tile, row and column in the tile's own grid of every token.
 
         Row and column are CLS for a class token; all three are NEWLINE for a newline token.
         """
@@ -125,25 +126,25 @@ class TokenLayout:
         return table
 
     def shrunk(self, grid: tuple[int, int]) -> "TokenLayout":
-        """The same picture with coarser crops; only where every crop gives all its patches."""
+        """The same image with another patch grid per tile; only where every tile keeps all its patches."""
         if self.temporal:
             return frames(len(self.crops), *grid)
         return single(*grid) if self.tiles is None else stitched(self.tiles, grid, newline=False)
 
     def left(self, count: int, order: Tensor) -> "TokenLayout":
-        """The run of what merging inside the tower left.
+        """The layout after merging inside the tower.
 
         Args:
-            count: tokens of each crop.
-            order: [crops * count] int64, the tokens, one crop after another, in the order of the new run.
+            count: tokens of each tile.
+            order: [tiles * count] int64, the tokens, numbered tile after tile, in their new order.
         """
         places = order.argsort()
         crops = tuple(Tile(1, count, torch.arange(count), part) for part in places.split(count))
         return replace(self, crops=crops, newlines=self.newlines[:0], grid=(1, count))
 
     def with_cls(self) -> "TokenLayout":
-        """The same with the class token of every crop: the first crop's in front, those of tiles behind all patches,
-        those of frames in front of their frames."""
+        """The layout with the class token of every tile: the base image's first, those of the other tiles after all
+        patches, those of frames before their frames."""
         if self.crops[0].cls is not None:
             return self
         crops, tail = [], self.tokens + 1
@@ -163,13 +164,13 @@ def _crop(rows: int, columns: int, start: int) -> Tile:
 
 @lru_cache(maxsize=256)
 def single(rows: int, columns: int) -> TokenLayout:
-    """One crop with all its patches."""
+    """One tile with all its patches."""
     return TokenLayout((_crop(rows, columns, 0),), torch.tensor([], dtype=torch.long), (rows, columns))
 
 
 @lru_cache(maxsize=64)
 def frames(count: int, rows: int, columns: int) -> TokenLayout:
-    """`count` frames one behind another, class tokens apart."""
+    """`count` frames one after another, without class tokens."""
     crops = tuple(_crop(rows, columns, number * rows * columns) for number in range(count))
     return TokenLayout(crops, torch.tensor([], dtype=torch.long), (rows, columns), temporal=True)
 
@@ -178,12 +179,13 @@ def frames(count: int, rows: int, columns: int) -> TokenLayout:
 def stitched(
     tiles: tuple[int, int], grid: tuple[int, int], kept: tuple[int, int, int, int] | None = None, newline: bool = True
 ) -> TokenLayout:
-    """LLaVA-NeXT: the whole picture as the first crop, then tiles that are stitched and read row by row.
+    """LLaVA-NeXT: the base image, then tiles that are stitched and read row by row.
 
     Args:
         tiles: rows and columns of tiles.
-        grid: rows and columns of patches of a crop.
-        kept: rows from, to and columns from, to of the stitched patches that unpadding leaves; None leaves all.
+        grid: rows and columns of patches of a tile.
+        kept: first row, end row, first column and end column of the stitched patches that unpadding leaves; None for
+            all.
         newline: a newline token at the end of every stitched row.
     """
     rows, columns = tiles[0] * grid[0], tiles[1] * grid[1]
@@ -203,5 +205,5 @@ def stitched(
 
 
 def _part(start: int, length: int, low: int, high: int) -> Tensor:
-    """The numbers from start on, `length` of them, that lie in [low, high)."""
+    """The integers of [start, start + length) that lie in [low, high)."""
     return torch.arange(max(start, low), max(max(start, low), min(start + length, high)))

@@ -1,0 +1,77 @@
+"""The parts of a model that tower scores, decoder attention and the count of operations read, as Protocols.
+
+CLIP's and Qwen's vision blocks and the decoders of the Llama and Qwen families have them; a type checker needs them,
+because the attribute of an `nn.Module` may be a tensor or a module.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Module(Protocol):
+    """What every `nn.Module` can do: list the modules inside it."""
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+class VisionAttention(Module, Protocol):
+    """Self-attention of a vision block."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    num_heads: int
+    scale: float
+
+
+class VisionBlock(Module, Protocol):
+    """A block of the vision tower (CLIPEncoderLayer)."""
+
+    layer_norm1: nn.Module
+    self_attn: VisionAttention
+    mlp: nn.Module
+
+
+class VisionEmbeddings(Protocol):
+    """Patch embedding of the vision tower."""
+
+    patch_embedding: nn.Conv2d
+
+
+class VisionEncoder(Protocol):
+    """Blocks of the vision tower."""
+
+    layers: Sequence[VisionBlock]
+
+
+class VisionTower(Protocol):
+    """A vision tower (CLIPVisionTransformer)."""
+
+    embeddings: VisionEmbeddings
+    encoder: VisionEncoder
+
+
+class DecoderAttention(Module, Protocol):
+    """Self-attention of a decoder layer, with grouped-query heads or without."""
+
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    head_dim: int
+    scaling: float
+
+
+class DecoderLayer(Module, Protocol):
+    """A decoder layer (LlamaDecoderLayer)."""
+
+    input_layernorm: nn.Module
+    self_attn: DecoderAttention
+
+
+class Decoder(Protocol):
+    """A decoder (LlamaModel)."""
+
+    layers: Sequence[DecoderLayer]
+    norm: nn.Module
+
+    def rotary_emb(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]: ...
