@@ -115,13 +115,13 @@ class Dart(Staged):
     def _pivots(self, state: DecoderState, images: int) -> tuple[Tensor, Tensor]:
         """Image pivots [B, images] among the visual tokens; all pivots [B, images + 4] as columns of the sequence."""
         sequence = state.sequence
-        shortest = min(stop - start for start, stop in sequence.behind)
+        shortest = min(stop - start for start, stop in sequence.after)
         if shortest < PIVOTS:
             raise UserError(
                 f"dart takes {PIVOTS} pivots from the text after the image; a prompt has {shortest} tokens."
             )
         size = state.keys.float().abs().sum((1, 3))  # [B, L], L1 norm over all heads
-        words, exists = row_index(sequence, sequence.behind)
+        words, exists = row_index(sequence, sequence.after)
         visual, _ = row_index(sequence, sequence.images)
         text = highest(size.gather(1, words).masked_fill(~exists, -torch.inf), PIVOTS)
         image = highest(size.gather(1, visual), images)

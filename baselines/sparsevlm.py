@@ -134,7 +134,7 @@ class SparseVLM(Staged):
 
     def _raters(self, state: DecoderState) -> Tensor:
         start = state.start
-        index, exists = row_index(start, start.behind)
+        index, exists = row_index(start, start.after)
         words, visual = gather_tokens(start.hidden, index).float(), start.take(start.hidden, start.images).float()
         return text_raters(state.matmul(visual, words.transpose(1, 2)), exists)
 
@@ -145,7 +145,7 @@ def rotary_scores(state: DecoderState) -> Tensor:
     At positions p and r the score is 2 sum(cos p cos r + sin p sin r) over frequencies, which falls with distance.
     """
     entered = state.entered
-    index, _ = row_index(entered, entered.behind)
+    index, _ = row_index(entered, entered.after)
     cos, sin = rotary_angles(state.llm, entered.hidden, entered.position)
     angles = torch.cat([cos, sin], -1).float()
     visual = entered.take(angles, entered.images)

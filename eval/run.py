@@ -285,7 +285,7 @@ def answer_lines(
             "text": answer.text,
             "answer_id": hashlib.sha256(f"{seal} {sample.id}".encode()).hexdigest()[:22],
             "model_id": model,
-            "metadata": {"audit": cost.audit_record(answer.audit), "pictures": digest},
+            "metadata": {"audit": cost.audit_record(answer.accounting), "pictures": digest},
         }
         for sample, answer, digest in zip(samples, batch.answers, pictures, strict=True)
     ]

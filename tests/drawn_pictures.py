@@ -10,10 +10,9 @@ from llava.pipeline.views import parts_of, shared_fields
 from llava.processing.anyres import AnyresProcessor
 from llava.processing.sample import Sample
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState, Reducer
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import NEWLINE, TokenLayout
+from llava.reduction.token_layout import NEWLINE, PatchGrid, TokenLayout
 
 Signals = dict[TowerScore, torch.Tensor]
 

@@ -20,7 +20,7 @@ from llava.pipeline.answer import Answer, Batch, Timing
 from llava.processing.sample import Sample
 from llava.reduction import Reduction, Step
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.token_layout import PatchGrid
 
 SUFFIX = "Answer the question using a single word or phrase."
 WORDS = ("yes", "no", "red", "blue")

@@ -14,9 +14,9 @@ from llava.pipeline.prefill import prefill
 from llava.pipeline.sequence import assemble
 from llava.reduction import registry
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import PatchGrid
 from tests.conftest import samples
 
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
@@ -270,7 +270,7 @@ OPTIONS = [
 def test_every_option_runs_at_its_budget_and_in_batches(tiny, options):
     batch, reducer = samples(), registry.build("attnmix", 7, options)
     start, record = prefill(tiny, batch, reducer)
-    assert [audit.mean for audit in record.audits(start)] == [7, 7, 7, 0, 7]
+    assert [audit.mean for audit in record.accounting(start)] == [7, 7, 7, 0, 7]
     for i, sample in enumerate(batch):
         single, alone = prefill(tiny, [sample], reducer)
         torch.testing.assert_close(tiny.logits(start.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)

@@ -12,7 +12,7 @@ from attnmix.release import released_count, released_tokens
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.token_layout import PatchGrid
 from tests.conftest import samples
 from tests.parity.harness import FOLDER, parity_model, recording, run_case
 from tests.test_attnmix import LLAVA, best, planted, row, scores, split_by_the_book, state
@@ -192,7 +192,7 @@ def test_official_audit_is_the_nominal_count(tiny, mix_name, count):
     start, record = prefill(tiny, samples(), reducer)
     planned = reducer.tokens_per_layer(tiny.spec)
     assert planned == (count,) * 4
-    assert [audit.entering for audit in record.audits(start)] == [*[planned] * 3, (0,) * 4, planned]
+    assert [audit.tokens_per_layer for audit in record.accounting(start)] == [*[planned] * 3, (0,) * 4, planned]
 
 
 @pytest.mark.parametrize(("crops", "mix_name", "least"), [(1, "adaptive", 2), (3, "cls", 6), (5, "t2i", 5)])

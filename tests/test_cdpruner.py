@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from baselines.cdpruner import CDPruner, greedy_map, unit_interval
 from llava.errors import UserError
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import PromptState
+from llava.reduction.token_layout import PatchGrid
 from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw
 

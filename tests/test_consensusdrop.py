@@ -12,9 +12,9 @@ from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import keep_top, registry
 from llava.reduction.merging import ANCHORS, WEIGHTS, choose_anchors, merge_plan, others
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import PatchGrid
 from tests.conftest import samples
 
 CHOICES = {"alpha": 0.3, "cross_top": 0, "temperature": 0.5, "rrf_k": 60.0, "gate_beta": 2.0}
@@ -250,7 +250,7 @@ OPTIONS = [
 def test_every_option_runs_at_its_budget_and_in_batches(tiny, options):
     batch, reducer = samples(), registry.build("consensusdrop", 7, options)
     state, record = prefill(tiny, batch, reducer)
-    assert [audit.mean for audit in record.audits(state)] == [7, 7, 7, 0, 7]
+    assert [audit.mean for audit in record.accounting(state)] == [7, 7, 7, 0, 7]
     for i, sample in enumerate(batch):
         single, alone = prefill(tiny, [sample], reducer)
         torch.testing.assert_close(tiny.logits(state.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)

@@ -12,8 +12,8 @@ from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.pipeline.sequence import Sequence
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.states import DecoderState
+from llava.reduction.token_layout import PatchGrid
 from tests.conftest import samples
 
 LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)
@@ -144,7 +144,7 @@ def test_keys_and_hidden_states_of_the_model_decide(tiny):
         prefill(tiny, batch, Watch(budget=10))
         state, reduction = seen[0]
         layer, entered = tiny.llm.layers[0], state.entered
-        (start, stop), words = state.sequence.images[0], range(*state.sequence.behind[0])
+        (start, stop), words = state.sequence.images[0], range(*state.sequence.after[0])
         keys = layer.self_attn.k_proj(layer.input_layernorm(entered.hidden[0]))
         cos, sin = tiny.llm.rotary_emb(entered.hidden, entered.position)
         size = []

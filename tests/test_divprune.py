@@ -5,8 +5,8 @@ import torch
 
 from baselines.divprune import DivPrune, farthest_apart
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import PromptState
+from llava.reduction.token_layout import PatchGrid
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 

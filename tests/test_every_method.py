@@ -42,7 +42,7 @@ def reducing(name: str, tiny: Llava):
 
 def run(tiny, batch, reducer):
     state, record = prefill(tiny, batch, reducer)
-    return tiny.logits(state.hidden), record.audits(state), record
+    return tiny.logits(state.hidden), record.accounting(state), record
 
 
 def same_steps(first, second) -> bool:
@@ -64,7 +64,7 @@ def test_audited_tokens_are_the_planned_ones_and_their_mean_is_the_budget(name, 
         assert abs(sum(planned) / len(planned) - reducer.budget) <= reducer.rounding, (reducer, planned)
         _, audits, _ = run(tiny, samples(), reducer)
         for i, audit in enumerate(audits):
-            assert audit.entering == ((0,) * len(planned) if i == 3 else planned), (reducer, audit)
+            assert audit.tokens_per_layer == ((0,) * len(planned) if i == 3 else planned), (reducer, audit)
 
 
 def standing(steps) -> torch.Tensor:
@@ -139,7 +139,7 @@ def test_a_second_image_is_reduced_on_its_own(name, tiny):
     planned = reducer.tokens_per_layer(tiny.spec)
     both = dataclasses.replace(samples(1)[0], image=(picture(0), picture(5)))
     _, audits, record = run(tiny, [both, *samples(2)], reducer)
-    assert audits[0].images == 2 and audits[0].entering == tuple(2 * count for count in planned)
+    assert audits[0].images == 2 and audits[0].tokens_per_layer == tuple(2 * count for count in planned)
     for number in ("", " #2"):
         steps = [s for s in record.steps[0] if s.place.endswith("#2") == bool(number)]
         assert len(steps) == len(record.steps[1])

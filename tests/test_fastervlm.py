@@ -4,9 +4,9 @@ import torch
 
 from baselines.fastervlm import FasterVLM
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import PatchGrid
 
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 

@@ -12,7 +12,7 @@ from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.token_layout import PatchGrid
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 

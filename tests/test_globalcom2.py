@@ -16,9 +16,8 @@ from llava.processing.sample import Sample
 from llava.reduction import registry
 from llava.reduction.crop_budget import planned
 from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import frames, single, stitched
+from llava.reduction.token_layout import PatchGrid, frames, single, stitched
 from tests.conftest import QUESTIONS, picture
 from tests.drawn_pictures import arranged, counts_of, kept_of, parts_with, picture_with, state_of
 from tests.parity import model as recipe
@@ -248,11 +247,11 @@ def test_through_the_model(tmp_path):
     for official in ("false", "true"):
         reducer = registry.build("globalcom2", 30, {"official": official})
         state, record = prefill(model, [sample], reducer)
-        (audit,) = record.audits(state)
+        (audit,) = record.accounting(state)
         seen[official] = record.steps[0][0].reduction.kept[0]
         assert torch.isin(run.newlines, seen[official]).all()
         if official == "false":
-            assert audit.entering == planned(reducer, spec_of(model.spec, run)) == (30,) * 4
+            assert audit.tokens_per_layer == planned(reducer, spec_of(model.spec, run)) == (30,) * 4
         else:
             assert planned(reducer, spec_of(model.spec, run)) is None
             assert 30 + len(run.newlines) - 5 < audit.mean <= 30 + len(run.newlines)

@@ -11,10 +11,9 @@ from llava.processing.sample import Sample
 from llava.reduction import registry
 from llava.reduction.crop_budget import planned
 from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import frames, stitched
+from llava.reduction.token_layout import PatchGrid, frames, stitched
 from tests.conftest import QUESTIONS, picture
 from tests.drawn_pictures import arranged, counts_of, kept_of
 from tests.parity.harness import FOLDER, recording
@@ -192,9 +191,9 @@ def test_through_the_model(tmp_path):
     for official in ("false", "true"):
         reducer = registry.build("hired", 30, {"official": official})
         state, record = prefill(model, [sample], reducer)
-        (audit,) = record.audits(state)
+        (audit,) = record.accounting(state)
         if official == "false":
-            assert audit.entering == planned(reducer, full) == (30,) * 4
+            assert audit.tokens_per_layer == planned(reducer, full) == (30,) * 4
         else:
             assert planned(reducer, full) is None and 20 < audit.mean < 30
 

@@ -78,12 +78,12 @@ def test_batch_equals_single(tiny, reducer):
     """Different prompts, pictures and a text-only prompt in one batch, left-padded."""
     batch = samples()
     together, state, record = logits(tiny, batch, reducer)
-    audits = record.audits(state)
+    audits = record.accounting(state)
     answers = generate(tiny, batch, reducer, max_new_tokens=8).answers
     for i, sample in enumerate(batch):
         alone, single, single_record = logits(tiny, [sample], reducer)
         torch.testing.assert_close(together[i], alone[0], atol=1e-4, rtol=0)
-        assert single_record.audits(single) == [audits[i]]
+        assert single_record.accounting(single) == [audits[i]]
         for ours, theirs in zip(record.steps[i], single_record.steps[0], strict=True):
             assert ours.place == theirs.place
             assert ours.reduction.kept.tolist() == theirs.reduction.kept.tolist()
@@ -92,7 +92,7 @@ def test_batch_equals_single(tiny, reducer):
 
 def test_key_value_length_per_layer(tiny):
     _, state, record = logits(tiny, samples(), EveryOther(budget=16))
-    assert [audit.entering for audit in record.audits(state)] == [
+    assert [audit.tokens_per_layer for audit in record.accounting(state)] == [
         (0,) * 4 if i == 3 else (16, 8, 8, 4) for i in range(5)
     ]
     widths = [layer.keys.shape[-2] for layer in state.cache.layers]
@@ -102,7 +102,7 @@ def test_key_value_length_per_layer(tiny):
 def test_kv_bytes_are_those_of_the_cache(tiny):
     """One sample without padding: the account equals the tensors' own size."""
     _, state, record = logits(tiny, samples(1), EveryOther(budget=16))
-    assert record.audits(state)[0].kv_bytes == state.kv_bytes_held
+    assert record.accounting(state)[0].kv_bytes == state.kv_bytes_held
 
 
 @pytest.mark.parametrize("positions", ["original", "renumber"])
@@ -185,4 +185,4 @@ def test_a_second_turn_reads_its_own_question(tiny):
     ids, (start, stop) = tiny.prompt(second).ids, tiny.prompt(second).question
     assert tiny.decode(ids[start:stop]).split() == ["what", "color", "is", "it"]
     assert IMAGE_TOKEN_INDEX in ids[:start]
-    assert generate(tiny, [second], FULL, max_new_tokens=4).answers[0].audit.entering == (16,) * 4
+    assert generate(tiny, [second], FULL, max_new_tokens=4).answers[0].accounting.tokens_per_layer == (16,) * 4

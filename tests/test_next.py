@@ -43,7 +43,7 @@ def batch(sizes=SIZES) -> list[Sample]:
 
 def run(model, samples, reducer):
     state, record = prefill(model, samples, reducer)
-    return model.logits(state.hidden), record.audits(state), record
+    return model.logits(state.hidden), record.accounting(state), record
 
 
 def accepted(name: str, model, budgets=(32, 30, 20)):
@@ -73,10 +73,10 @@ def test_every_method_meets_its_budget_over_crops(name, model):
         _, audits, _ = run(model, batch(), reducer)
         for sample, audit in zip(batch(), audits, strict=True):
             if sample.image is None:
-                assert audit.entering == (0,) * 4
+                assert audit.tokens_per_layer == (0,) * 4
                 continue
             full = model.views(sample.image)[1]
-            assert audit.entering == planned(reducer, spec_of(model.spec, full)), (reducer, full.tokens)
+            assert audit.tokens_per_layer == planned(reducer, spec_of(model.spec, full)), (reducer, full.tokens)
             # PyramidDrop's stages keep fixed shares, so it cannot keep nearly all of a small picture.
             if reducer.budget < full.patches * (0.5 if name == "pyramiddrop" else 1):
                 assert abs(audit.mean - reducer.budget) <= reducer.rounding

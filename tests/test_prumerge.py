@@ -10,9 +10,9 @@ from baselines.prumerge_plus import PruMergePlus, fixed_grid, released_budgets, 
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import PatchGrid
 from tests.conftest import samples
 
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
@@ -191,9 +191,9 @@ def test_fixed_branch_knows_its_budgets():
 def test_official_runs_through_the_model_with_a_count_of_its_own_per_picture(cls, tiny):
     reducer = cls(budget=8, official=True)
     state, record = prefill(tiny, samples(), reducer)
-    for i, audit in enumerate(record.audits(state)):
+    for i, audit in enumerate(record.accounting(state)):
         tokens = record.steps[i][0].reduction.kept.shape[1] if i != 3 else 0
-        assert audit.entering == (tokens,) * 4
+        assert audit.tokens_per_layer == (tokens,) * 4
 
 
 @pytest.mark.parametrize("cls", METHODS)

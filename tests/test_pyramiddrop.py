@@ -9,7 +9,7 @@ from baselines.pyramiddrop import PyramidDrop
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.token_layout import PatchGrid
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 

@@ -6,8 +6,8 @@ import torch
 from llava.pipeline.accounting import mean_visual_tokens
 from llava.pipeline.sequence import assemble
 from llava.reduction import PatchGrid, Reduction, keep_top
-from llava.reduction.patch_grid import CLS
 from llava.reduction.reducer import by_row
+from llava.reduction.token_layout import CLS
 
 
 def test_keep_top_finds_planted_tokens():

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from baselines.scope import Scope, cover_greedily
 from llava.errors import UserError
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import PatchGrid
 
 
 def scope_by_the_book(features, weight, budget):

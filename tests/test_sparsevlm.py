@@ -15,7 +15,7 @@ from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import keep_top, registry
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.token_layout import PatchGrid
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 

@@ -182,7 +182,7 @@ def test_random_next_has_tiles_and_as_many_layers_as_asked(monkeypatch):
     model = random_llava("small", None, "float32", 2, merge="spatial", force=(672, 672))
     assert len(model.llm.layers) == 2 and model.visual_tokens == 2880
     (answer,) = generate(model, samples(1), registry.build("fastervlm", 320), max_new_tokens=1).answers
-    assert answer.audit.mean == 320 and answer.audit.visual_tokens == 2880
+    assert answer.accounting.mean == 320 and answer.accounting.visual_tokens == 2880
 
 
 def test_measurements_are_kept_and_belong_to_their_settings(tmp_path):

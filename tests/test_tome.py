@@ -7,7 +7,7 @@ from baselines.tome import ToMe, merge_most_similar, removals, smallest_budget
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
+from llava.reduction.token_layout import PatchGrid
 from tests.conftest import samples
 from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw

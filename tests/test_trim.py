@@ -7,8 +7,8 @@ from baselines.trim import TRIM, keep_and_average, outliers
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
+from llava.reduction.token_layout import PatchGrid
 from tests.conftest import samples
 
 LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24, has_text_tower=True)
@@ -70,7 +70,7 @@ def test_the_mean_counts(tiny):
     for official in (False, True):
         reducer = TRIM(budget=8, official=official)
         state, record = prefill(tiny, samples(3), reducer)
-        assert {a.entering for a in record.audits(state)} == {reducer.tokens_per_layer(tiny.spec)}
+        assert {a.tokens_per_layer for a in record.accounting(state)} == {reducer.tokens_per_layer(tiny.spec)}
 
 
 @torch.inference_mode()

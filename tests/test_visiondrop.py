@@ -12,9 +12,9 @@ from llava.pipeline import decoder
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import EncoderState
+from llava.reduction.token_layout import PatchGrid
 from tests.conftest import picture, samples
 from visiondrop.method import VisionDrop
 from visiondrop.schedule import geometric, geometric_means, plan, segment_widths, split
@@ -224,7 +224,7 @@ def test_every_option_keeps_its_budget_alone_and_in_batches(tiny, options):
     batch, reducer = samples(), registry.build("visiondrop", 6, options)
     reducer.check(tiny.spec)
     state, record = prefill(tiny, batch, reducer)
-    assert [audit.mean for audit in record.audits(state)] == [6, 6, 6, 0, 6]
+    assert [audit.mean for audit in record.accounting(state)] == [6, 6, 6, 0, 6]
     for i, sample in enumerate(batch):
         single, alone = prefill(tiny, [sample], reducer)
         torch.testing.assert_close(tiny.logits(state.hidden)[i], tiny.logits(single.hidden)[0], atol=1e-4, rtol=0)
@@ -270,7 +270,7 @@ def test_every_image_of_a_prompt_is_reduced(tiny):
     both = dataclasses.replace(samples(1)[0], image=(picture(0), picture(5)))
     reducer = VisionDrop(budget=6, official=True)
     state, record = prefill(tiny, [both], reducer)
-    assert record.audits(state)[0].entering == (18, 14, 10, 6)
+    assert record.accounting(state)[0].tokens_per_layer == (18, 14, 10, 6)
     places = [step.place for step in record.steps[0]]
     assert places.count("layer 3") == places.count("layer 3 #2") == 1
 

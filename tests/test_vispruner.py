@@ -8,9 +8,9 @@ from baselines.vispruner import VisPruner, distinct
 from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import PatchGrid
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 

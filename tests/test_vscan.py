@@ -9,8 +9,8 @@ from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import PromptState
+from llava.reduction.token_layout import PatchGrid
 from tests.conftest import samples
 
 LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)

@@ -64,8 +64,8 @@ def test_full_budget_gives_the_models_own_logits_and_ids(case):
     with reduce(case.model, "full") as reduced:
         torch.testing.assert_close(case.model(**inputs).logits, plain, atol=2e-4, rtol=0)
         assert torch.equal(case.generate(inputs), ids)
-    assert [audit.images for audit in reduced.audits] == [2, 1, 1, 1]
-    assert reduced.audits[2].entering == (0,) * 4
+    assert [audit.images for audit in reduced.accounting] == [2, 1, 1, 1]
+    assert reduced.accounting[2].tokens_per_layer == (0,) * 4
 
 
 def test_padding_on_the_right_is_no_different(case):
@@ -87,14 +87,14 @@ def test_tokens_are_gone_from_every_layers_cache(case):
                 **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
             )
         for layer, held in enumerate(out.past_key_values.layers):
-            entering = [audit.entering[layer] for audit in reduced.audits]
+            entering = [audit.tokens_per_layer[layer] for audit in reduced.accounting]
             # Two of the three new tokens were fed.
             lengths = [text + count + 2 for text, count in zip(case.text_tokens(inputs), entering, strict=True)]
             assert held.keys.shape[-2] == max(lengths)
             assert out.past_key_values.valid[layer].sum(1).tolist() == lengths
         assert entering[0] < 16 and max(lengths) < inputs["input_ids"].shape[1]
         assert [len(trace) > 0 for trace in reduced.traces] == [True, True, False, True]
-        assert all(isinstance(audit, TokenAccounting) and audit.planned == audit.mean for audit in reduced.audits)
+        assert all(isinstance(audit, TokenAccounting) and audit.planned == audit.mean for audit in reduced.accounting)
 
 
 def test_a_row_of_a_batch_is_the_same_alone(case):
@@ -102,10 +102,10 @@ def test_a_row_of_a_batch_is_the_same_alone(case):
     for name, options in methods(case).items():
         with reduce(case.model, name, budget=6, **options) as reduced:
             together = case.generate(inputs)
-            audits = reduced.audits
+            audits = reduced.accounting
             alone = case.prepare(TEXTS[1:2], [picture(2, (112, 112))])
             assert torch.equal(case.generate(alone)[0], together[1])
-            assert reduced.audits == [audits[1]]
+            assert reduced.accounting == [audits[1]]
 
 
 def test_a_random_choice_does_not_change_with_the_batch(case):
@@ -142,7 +142,7 @@ def test_generates_what_our_own_model_answers(case, tmp_path, request):
         with reduce(case.model, name, budget, questions=[sample.question], tokenizer=case.tokenizer, **options) as done:
             ids = case.generate(inputs, **free)[0].tolist()
         assert tuple(ids) == answer.token_ids and len(ids) == 8, name
-        assert done.audits == [answer.audit]
+        assert done.accounting == [answer.accounting]
         for ours_step, theirs in zip(answer.trace, done.traces[0], strict=True):
             assert torch.equal(ours_step.reduction.kept, theirs.reduction.kept)
 
@@ -156,12 +156,12 @@ def test_videos_keep_the_class_token_of_every_frame():
     with reduce(case.model, "full") as reduced:
         torch.testing.assert_close(case.model(**inputs).logits, plain, atol=2e-4, rtol=0)
         assert torch.equal(case.generate(inputs), ids)
-        assert [audit.visual_tokens for audit in reduced.audits] == [FRAMES * 17, 16, 0]
+        assert [audit.visual_tokens for audit in reduced.accounting] == [FRAMES * 17, 16, 0]
     # The newer name of the same pixels.
     inputs["pixel_values"] = inputs.pop("pixel_values_images")
     with reduce(case.model, "fastervlm", budget=8) as reduced:
         case.model(**inputs)
-        assert [audit.entering for audit in reduced.audits] == [(8,) * 4, (8,) * 4, (0,) * 4]
+        assert [audit.tokens_per_layer for audit in reduced.accounting] == [(8,) * 4, (8,) * 4, (0,) * 4]
 
 
 def test_tiles_are_those_of_the_processor():
@@ -220,7 +220,7 @@ def test_a_sliding_window_holds_as_far_as_it_reaches():
                 with pytest.raises(UserError, match="sliding window of 70"):
                     case.generate(inputs)
         with reduce(case.model, "fastervlm", budget=20) as reduced:
-            assert case.generate(inputs).shape == (1, 8) and reduced.audits[0].mean == 20
+            assert case.generate(inputs).shape == (1, 8) and reduced.accounting[0].mean == 20
 
 
 def test_a_window_that_is_not_applied_forgets_no_keys(tmp_path):
@@ -243,5 +243,5 @@ def test_a_retention_ratio_takes_the_place_of_a_budget(name):
         reduce(case.model, "random", budget=8, **{name: 0.5})
     with reduce(case.model, "random", **{name: 0.5}) as reduced:
         last_logits(case.model, case.prepare(TEXTS[1:2], [picture(0)]))
-    (audit,) = reduced.audits
+    (audit,) = reduced.accounting
     assert audit.mean == audit.visual_tokens / 2 == reduced.reducer.budget

@@ -45,7 +45,7 @@ def test_beams_at_full_budget_are_the_models_own(case):
         ours = beams(case, inputs)
     assert torch.equal(ours.sequences, plain.sequences)
     torch.testing.assert_close(ours.sequences_scores, plain.sequences_scores, atol=2e-4, rtol=0)
-    assert len(reduced.audits) == 4  # one per prompt, not per beam
+    assert len(reduced.accounting) == 4  # one per prompt, not per beam
 
 
 def test_the_score_of_a_beam_is_that_of_its_tokens(case):
@@ -86,7 +86,7 @@ def test_prompts_without_pictures_go_to_the_models_own_forward(case):
         assert torch.equal(case.generate(inputs), plain)
         assert torch.equal(case.model(**inputs).logits, logits) and logits.shape[1] > 1
         assert torch.equal(beams(case, inputs).sequences, found)
-        assert reduced.audits == []
+        assert reduced.accounting == []
 
 
 def test_the_model_is_what_it_was(case):

@@ -179,10 +179,10 @@ def test_one_block_at_a_time(llava):
         with pytest.raises(UserError, match="reduced already"), reduce(llava.model, "uniform", 6):
             pass
         llava.model(**llava.batch())
-        assert first.audits[0].mean == 6
+        assert first.accounting[0].mean == 6
     with first:  # and again
         llava.model(**llava.batch(TEXTS[1:2]))
-        assert len(first.audits) == 1
+        assert len(first.accounting) == 1
 
 
 @pytest.mark.parametrize(
@@ -263,6 +263,6 @@ def test_a_budget_that_pictures_alone_can_meet():
     inputs = case.batch(TEXTS[1:2])
     with reduce(case.model, "fastervlm", 5) as reduced:
         case.model(**inputs)
-        assert reduced.audits[0].mean == 5
+        assert reduced.accounting[0].mean == 5
     with pytest.raises(UserError, match="1 to 136"):
         reduce(case.model, "fastervlm", 137)

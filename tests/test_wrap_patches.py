@@ -167,7 +167,7 @@ def test_a_budget_and_a_share_are_refused_together(llava):
             reduce(llava.model, "random", budget=8, share=share)
     with reduce(llava.model, "random", share=0.5) as reduced:
         llava.model(**llava.batch(TEXTS[1:2]))
-    assert reduced.audits[0].entering == (8,) * 4
+    assert reduced.accounting[0].tokens_per_layer == (8,) * 4
 
 
 def test_an_assistant_model_is_refused(llava, own):
@@ -300,7 +300,7 @@ def test_the_hooks_of_transformers_itself_are_no_obstacle(own):
     assert any(module._forward_hooks for module in own.model.modules())
     with reduce(own.model, "visiondrop", budget=6) as reduced:
         own.generate(inputs)
-    assert reduced.audits[0].mean == 6
+    assert reduced.accounting[0].mean == 6
 
 
 # Other ways to the model
@@ -341,7 +341,7 @@ def test_another_thread_is_not_reduced_in_silence(llava):
             assert isinstance(error, UserError) and "Another thread reduces this model" in str(error)
         assert torch.equal(in_thread(lambda: llava.model(**text).logits), plain)
         ids = llava.generate(inputs)
-        assert len(reduced.audits) == 1
+        assert len(reduced.accounting) == 1
 
     def entered_there():
         with reduce(llava.model, "visiondrop", budget=6):

@@ -72,7 +72,7 @@ def sheet(figure: Figure) -> Image.Image:
         answer = generate(model, [sample], registry.build(name, budget, options), max_new_tokens=8).answers[0]
         (drawn,) = draw_answer(sample, answer)
         right = data.sample_score(question, answer.text) == 1
-        rows.append((f"{name}, {answer.audit.mean:.0f} tokens: ", answer.text, right, drawn))
+        rows.append((f"{name}, {answer.accounting.mean:.0f} tokens: ", answer.text, right, drawn))
     width = max(drawn.width for *_, drawn in rows) + 2 * GAP
     height = LINE + GAP + sum(drawn.height + LINE + GAP for *_, drawn in rows)
     page = Image.new("RGB", (width, height), "white")

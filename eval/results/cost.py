@@ -19,7 +19,7 @@ PARTS = ("tower", "projector", "selection", "prefill")
 def audit_record(audit: "TokenAccounting") -> dict[str, Any]:
     """One sample's audit as it stands in the answer file."""
     return {
-        "entering": list(audit.entering),
+        "entering": list(audit.tokens_per_layer),
         "mean": audit.mean,
         "planned": audit.planned,
         "visual_tokens": audit.visual_tokens,

@@ -162,7 +162,7 @@ class WandbTracker(Tracker):
 
         pictures = []
         for sample, answer, credit in list(self._drawn.values())[:PICTURES]:
-            tokens = f"{answer.audit.mean:.0f} of {answer.audit.visual_tokens} tokens"
+            tokens = f"{answer.accounting.mean:.0f} of {answer.accounting.visual_tokens} tokens"
             verdict = "" if credit is None else "right, " if credit == 1 else "wrong, "
             caption = f"{sample.question} {answer.text} ({verdict}{tokens})"
             for original, overlay in zip(sample.images, draw_answer(sample, answer), strict=True):

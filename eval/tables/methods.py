@@ -17,8 +17,8 @@ from llava.reduction import crop_budget as crops
 from llava.reduction import registry
 from llava.reduction.model_spec import ModelSpec
 from llava.reduction.options import options_of
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import Reducer
+from llava.reduction.token_layout import PatchGrid
 
 PAGE = ROOT / "docs" / "methods.md"
 MODELS = ROOT / "docs" / "models.md"

@@ -29,9 +29,8 @@ from llava.processing.clip_image import ImageProcessor
 from llava.processing.prompt import Prompt
 from llava.processing.qwen_image import Grid, QwenImageProcessor
 from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import TokenLayout, frames, single
+from llava.reduction.token_layout import PatchGrid, TokenLayout, frames, single
 
 ATTENTION = ("sdpa", "eager")
 ONE_CALL = "take input_ids and pixels from one call of the model's own processor."

@@ -2,7 +2,7 @@
 
     with reduce(model, "visiondrop", budget=64) as reduced:
         output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
-    reduced.audits[0].entering  # visual tokens that entered each decoder layer
+    reduced.accounting[0].tokens_per_layer  # visual tokens that entered each decoder layer
 
 Inside the context, a call of the model with pixels runs the staged forward: dropped tokens are neither computed nor
 cached. A call without pixels runs the model's own forward. `Reduced` says what is patched; the model is restored when
@@ -116,7 +116,7 @@ class Reduced:
     Attributes:
         reducer: the method.
         questions: may be replaced before a call with other prompts.
-        audits: one per prompt of the last prefill.
+        accounting: one per prompt of the last prefill.
         traces: the reductions that were applied to each of these prompts, in order.
     """
 
@@ -124,7 +124,7 @@ class Reduced:
         self, model: PreTrainedModel, runtime: HFWrapper, reducer: Reducer, questions: Sequence[str] | None = None
     ):
         self.reducer, self.questions = reducer, questions
-        self.audits: list[TokenAccounting] = []
+        self.accounting: list[TokenAccounting] = []
         self.traces: list[Trace] = []
         # Any: the modules of the model are found by attributes that PreTrainedModel does not declare.
         self._model: Any = model
@@ -232,7 +232,7 @@ class Reduced:
             if copies > 1:
                 held.batch_repeat_interleave(copies)
             output = self._output(state.hidden.repeat_interleave(copies, 0), held)
-        self.audits = record.audits(state)
+        self.accounting = record.accounting(state)
         self.traces = record.steps
         return output
 

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from llava.model.multimodal_encoder.clip_encoder import Encoded
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reduction import Reduction, ViewReduction, join
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import TokenLayout, single
+from llava.reduction.token_layout import PatchGrid, TokenLayout, single
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,12 +24,11 @@ from llava.processing.sample import Sample
 from llava.reduction.crop_budget import in_tower
 from llava.reduction.flops import linear_flops, tower_flops
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import score_flops
 from llava.reduction.states import BlockState
-from llava.reduction.token_layout import TokenLayout, single
+from llava.reduction.token_layout import PatchGrid, TokenLayout, single
 
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Operations, Timer

@@ -24,9 +24,8 @@ from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, project, sc
 from llava.processing.clip_image import as_rgb
 from llava.processing.qwen_image import Grid
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import single
+from llava.reduction.token_layout import PatchGrid, single
 
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Operations, Timer

@@ -89,13 +89,13 @@ class Operations:
         return found
 
 
-def mean_visual_tokens(entering: Sequence[int]) -> float:
+def mean_visual_tokens(tokens_per_layer: Sequence[int]) -> float:
     """Mean over decoder layers of the visual tokens that enter each layer.
 
     Papers disagree: SparseVLM counts a layer that prunes on its way out as already pruned, DART
     counts only the layers after pruning. We count what each layer computes on.
     """
-    return sum(entering) / len(entering)
+    return sum(tokens_per_layer) / len(tokens_per_layer)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class TokenAccounting:
     """Visual tokens and cache bytes of one sample, counted on the tensors that were computed.
 
     Attributes:
-        entering: visual tokens that enter each decoder layer.
+        tokens_per_layer: visual tokens that enter each decoder layer.
         visual_tokens: visual tokens before any reduction.
         images: images of the sample; the budget holds for each.
         merged: tokens among those entering layer 0 that are averages of several input tokens.
@@ -112,7 +112,7 @@ class TokenAccounting:
             that depends on the image.
     """
 
-    entering: tuple[int, ...]
+    tokens_per_layer: tuple[int, ...]
     visual_tokens: int
     merged: int
     kv_bytes: int
@@ -122,7 +122,7 @@ class TokenAccounting:
     @property
     def mean(self) -> float:
         """Mean visual tokens per layer and image, which is compared with the budget."""
-        return mean_visual_tokens(self.entering) / max(1, self.images)
+        return mean_visual_tokens(self.tokens_per_layer) / max(1, self.images)
 
 
 @dataclass
@@ -180,7 +180,7 @@ class Record:
             for applied in self.applied_
         ]
 
-    def audits(self, prefilled: "Prefilled") -> list[TokenAccounting]:
+    def accounting(self, prefilled: "Prefilled") -> list[TokenAccounting]:
         """Token accounting of each sample."""
         found = []
         for sample, (inputs, planned, runs) in enumerate(zip(self.inputs, self.planned, self.runs, strict=True)):

@@ -15,7 +15,7 @@ class Answer:
     Attributes:
         text: decoded answer, special tokens and stop string removed, stripped.
         token_ids: generated ids, end token excluded.
-        audit: visual tokens entering each decoder layer, merged tokens, key/value bytes.
+        accounting: visual tokens entering each decoder layer, merged tokens, key/value bytes.
         trace: the reductions that were applied, in order, on the CPU.
         runs: the layout of the unreduced visual tokens of every image.
     """
@@ -23,7 +23,7 @@ class Answer:
     id: str
     text: str
     token_ids: tuple[int, ...]
-    audit: TokenAccounting
+    accounting: TokenAccounting
     trace: Trace
     runs: tuple[TokenLayout, ...] = ()
 

@@ -71,9 +71,9 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
     timer.mark("decode")
     texts = [model.decode(ids) for ids in written]
     answers = tuple(
-        Answer(sample.id, (text.split(stop, 1)[0] if stop else text).strip(), tuple(ids), audit, trace, tuple(runs))
-        for sample, text, ids, audit, trace, runs in zip(
-            samples, texts, written, record.audits(state), record.steps, record.runs, strict=True
+        Answer(sample.id, (text.split(stop, 1)[0] if stop else text).strip(), tuple(ids), account, trace, tuple(runs))
+        for sample, text, ids, account, trace, runs in zip(
+            samples, texts, written, record.accounting(state), record.steps, record.runs, strict=True
         )
     )
     spent = timer.seconds

@@ -31,7 +31,7 @@ class Sequence:
         visual: spans of visual tokens of each sample, one per image in order; () for a text-only prompt.
         question: span of the last question's tokens.
         instruction: the same with the answer-format suffix.
-        behind: span of all text after the last image; the whole prompt if it is text only.
+        after: span of all text after the last image; the whole prompt if it is text only.
     """
 
     hidden: Tensor
@@ -40,7 +40,7 @@ class Sequence:
     visual: tuple[tuple[Span, ...], ...]
     question: tuple[Span, ...]
     instruction: tuple[Span, ...]
-    behind: tuple[Span, ...]
+    after: tuple[Span, ...]
 
     @property
     def padded(self) -> bool:
@@ -101,7 +101,7 @@ class Sequence:
             tuple((self.visual[s][number],) for s, number in rows),
             pick(self.question),
             pick(self.instruction),
-            pick(self.behind),
+            pick(self.after),
         )
 
     def reduce(
@@ -145,7 +145,7 @@ class Sequence:
             visual=runs,
             question=self._shift(self.question, gone),
             instruction=self._shift(self.instruction, gone),
-            behind=self._shift(self.behind, gone),
+            after=self._shift(self.after, gone),
         )
         blank = ~reduced.valid()[..., None] if reduced.padded else None
         if blank is not None:
@@ -206,7 +206,7 @@ def assemble(
         questions, instructions: spans in token ids where every slot counts as one id.
         groups: frames, rows and columns of every image, for a decoder whose positions have three axes.
     """
-    rows, positions, lengths, runs, behind = [], [], [], [], []
+    rows, positions, lengths, runs, after = [], [], [], [], []
     moved: list[list[Span]] = [[], []]
     samples = zip(texts, slots, visuals, places, inputs, questions, instructions, strict=True)
     for sample, (text, cuts, images, seats, before_each, *ranges) in enumerate(samples):
@@ -232,7 +232,7 @@ def assemble(
         positions.append(torch.cat(ids))
         runs.append(tuple(spans))
         lengths.append(len(rows[-1]))
-        behind.append((length, lengths[-1]))
+        after.append((length, lengths[-1]))
         for target, (start, stop) in zip(moved, ranges, strict=True):
             # The i-th slot is id number slots[i] + i.
             ahead = [len(v) - 1 for i, (slot, v) in enumerate(zip(cuts, images, strict=True)) if slot + i < start]
@@ -243,7 +243,7 @@ def assemble(
     for sample, (row, ids) in enumerate(zip(rows, positions, strict=True)):
         hidden[sample, width - len(row) :] = row
         position[sample, width - len(row) :] = ids
-    return Sequence(hidden, position, tuple(lengths), tuple(runs), tuple(moved[0]), tuple(moved[1]), tuple(behind))
+    return Sequence(hidden, position, tuple(lengths), tuple(runs), tuple(moved[0]), tuple(moved[1]), tuple(after))
 
 
 def _text_positions(start: int, count: int, groups: list | None, device: torch.device) -> Tensor:

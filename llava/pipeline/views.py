@@ -14,10 +14,10 @@ from llava.pipeline.sequence import Row
 from llava.processing.sample import Sample
 from llava.reduction.crop_budget import divided, over_crops, shares
 from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Reduction, ViewReduction, stack
 from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import PatchGrid
 
 if TYPE_CHECKING:
     from llava.model.llava_arch import Llava

@@ -22,13 +22,11 @@ from llava.reduction.merging import (
     merge_plan,
     with_cls,
 )
-from llava.reduction.metadata import MethodMetadata
 from llava.reduction.model_spec import ModelSpec, spec_of
 from llava.reduction.modules import DecoderLayer
 from llava.reduction.options import option, options_of
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.ranking import descending_order, gather_tokens, keep_top, others, ranks
-from llava.reduction.reducer import NEWLINES, SPLITS, Reducer, Reductions, Scorer, seed_of
+from llava.reduction.reducer import NEWLINES, SPLITS, MethodMetadata, Reducer, Reductions, Scorer, seed_of
 from llava.reduction.reduction import Reduction, Step, Trace
 from llava.reduction.registry import register
 from llava.reduction.scores import TowerScore
@@ -41,7 +39,7 @@ from llava.reduction.states import (
     row_index,
     text_spans,
 )
-from llava.reduction.token_layout import TokenLayout
+from llava.reduction.token_layout import PatchGrid, TokenLayout
 
 __all__ = [
     "ANCHORS",

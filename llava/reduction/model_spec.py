@@ -3,8 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from llava.reduction.patch_grid import PatchGrid
-from llava.reduction.token_layout import TokenLayout
+from llava.reduction.token_layout import PatchGrid, TokenLayout
 
 
 @dataclass(frozen=True)

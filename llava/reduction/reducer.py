@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from llava.errors import UserError
-from llava.reduction.metadata import MethodMetadata
 from llava.reduction.model_spec import ModelSpec
 from llava.reduction.options import option
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.ranking import keep_top
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState
-from llava.reduction.token_layout import TokenLayout
+from llava.reduction.token_layout import PatchGrid, TokenLayout
 
 # One reduction for all images of a state, or one for each where they keep different numbers of tokens.
 Reductions = Reduction | list[Reduction] | None
@@ -30,6 +28,31 @@ STAGES = ("input_grid", "tower", "encoder", "prompt", "decoder")
 SPLITS = ("each", "thumbnail", "global")
 NEWLINES = ("drop", "keep")
 CLS_SCORES = ("cls_attention", "fused_cls_attention", "cls_logits")
+
+
+@dataclass(frozen=True)
+class MethodMetadata:
+    """One row of the table of methods.
+
+    Attributes:
+        acts: where tokens are reduced ("after the tower", "before decoder layer 2", ...).
+        score: what tokens are ranked by.
+        rest: what is done with the tokens that are not kept.
+        order: order of the kept tokens.
+        needs: what it needs besides pixels and prompt ("CLS token", "CLIP text tower", ...), "" for nothing.
+        paper: title and identifier, "" for a control.
+        url: address of the paper.
+        code: owner/name@commit of the official code that was read, "" where there is none.
+    """
+
+    acts: str
+    score: str = ""
+    rest: str = "dropped"
+    order: str = "raster"
+    needs: str = ""
+    paper: str = ""
+    url: str = ""
+    code: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

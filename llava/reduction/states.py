@@ -15,9 +15,9 @@ from torch import Tensor
 from llava.errors import unknown
 from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles, text_to_visual_attention
 from llava.reduction.modules import Decoder, DecoderLayer
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import PatchGrid
 
 if TYPE_CHECKING:
     from llava.pipeline.sequence import Sequence, Span
@@ -178,7 +178,7 @@ def text_spans(sequence: Sequence, rows: str) -> list[Span]:
     if rows == "last":
         return [(length - 1, length) for length in sequence.lengths]
     if rows == "after":
-        return list(sequence.behind)
+        return list(sequence.after)
     raise unknown("text rows", rows, ("question", "instruction", "after", "last", "visual"))
 
 

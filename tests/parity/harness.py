@@ -97,7 +97,7 @@ def run_case(model: ParityLlava, reducer, number: int) -> Ours:
     for stage, sequence in seen.sequences.items():
         name = f"tokens_{stage.removeprefix('layer ')}" if stage.startswith("layer") else "tokens"
         tokens[name] = sequence.take(sequence.hidden, sequence.images)[0]
-    entering = record.audits(state)[0].entering
+    entering = record.accounting(state)[0].tokens_per_layer
     logits = model.logits(state.hidden)[0]
     hidden = decoder.step(model.llm, state, model.llm.embed_tokens(torch.tensor([[STEP_TOKEN]])))
     return Ours(record.steps[0], entering, tokens, logits, model.logits(hidden)[0])
@@ -154,7 +154,7 @@ def check(path: Path, cases: int | None = None) -> Agreement:
     worst: dict[str, float] = {}
     for row, number in enumerate(numbers):
         ours = run_case(model, reducer, int(number))
-        entering += list(ours.entering) == arrays["entering"][row].tolist()
+        entering += list(ours.tokens_per_layer) == arrays["entering"][row].tolist()
         stages = [compare_kept(ours, name, arrays[name][row]) for name in arrays if name.split("_")[0] == "kept"]
         shared += sum(found for found, _, _ in stages)
         total += sum(count for _, count, _ in stages)

@@ -82,7 +82,7 @@ class LlavaReduced(lmms):
                     for place, answer in zip(chunk, batch.answers, strict=True):
                         texts[place] = answer.text
                         self.cache_hook.add_partial("generate_until", requests[place].args[:2], answer.text)
-                    audits += [audit_record(answer.audit) for answer in batch.answers]
+                    audits += [audit_record(answer.accounting) for answer in batch.answers]
                     bar.update(len(chunk))
         if audits:
             check_budget_kept(audits, getattr(self.reducer, "rounding", ROUNDING))

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from llava.errors import UserError, unknown
 from llava.processing.qwen_image import Grid
 from llava.reduction.flops import linear_flops
-from llava.reduction.patch_grid import PatchGrid
 from llava.reduction.scores import TOWER_SCORES, TowerScore
+from llava.reduction.token_layout import PatchGrid
 
 HAS_CLS = False  # there is no class token; `received_attention` is the saliency without one
 QUERY_ROWS = 64  # query rows of the attention map held at once, fewer where an image is so large that
