@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One method on AI2D, with the embedded model and data unless MODEL and DATA say otherwise.
+# One method on AI2D, with the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/ai2d.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/ai2d.sh consensusdrop 64

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One method on ChartQA: relaxed accuracy, with the embedded model and data unless MODEL and DATA say otherwise.
+# One method on ChartQA: relaxed accuracy, with the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/chartqa.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/chartqa.sh consensusdrop 64

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One method on captions of Flickr30k: CIDEr, with the embedded model and data unless MODEL and DATA say otherwise.
+# One method on captions of Flickr30k: CIDEr, with the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/flickr30k.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/flickr30k.sh consensusdrop 64

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Accuracy and cost of one method on GQA, on the embedded model and data unless MODEL and DATA say otherwise.
+# Accuracy and cost of one method on GQA, on the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/gqa.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/gqa.sh consensusdrop 64

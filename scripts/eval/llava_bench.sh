@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One method on LLaVA-Bench-in-the-Wild, graded by a judge, with the embedded model and data unless MODEL and DATA say otherwise.
+# One method on LLaVA-Bench-in-the-Wild, graded by a judge, with the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/llava_bench.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/llava_bench.sh consensusdrop 64

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One method on MM-Vet, graded by a judge, with the embedded model and data unless MODEL and DATA say otherwise.
+# One method on MM-Vet, graded by a judge, with the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/mmvet.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/mmvet.sh consensusdrop 64

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One method on OCRBench: points out of 1,000, with the embedded model and data unless MODEL and DATA say otherwise.
+# One method on OCRBench: points out of 1,000, with the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/ocrbench.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/ocrbench.sh consensusdrop 64

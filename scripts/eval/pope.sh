@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One method on POPE: F1 over random, popular and adversarial objects, with the embedded model and data unless MODEL and DATA say otherwise.
+# One method on POPE: F1 over random, popular and adversarial objects, with the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/pope.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/pope.sh consensusdrop 64

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One method on ScienceQA, and the part of it with images, with the embedded model and data unless MODEL and DATA say otherwise.
+# One method on ScienceQA, and the part of it with images, with the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/scienceqa.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/scienceqa.sh consensusdrop 64

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One method on SEED-Bench, images and middle frames of videos, with the embedded model and data unless MODEL and DATA say otherwise.
+# One method on SEED-Bench, images and middle frames of videos, with the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/seed.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/seed.sh consensusdrop 64

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One method on SEED-IMG, the image part of SEED-Bench, with the embedded model and data unless MODEL and DATA say otherwise.
+# One method on SEED-IMG, the image part of SEED-Bench, with the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/seed_img.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/seed_img.sh consensusdrop 64

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One method on VQAv2, with the embedded model and data unless MODEL and DATA say otherwise.
+# One method on VQAv2, with the toy model and toy benchmark unless MODEL and DATA say otherwise.
 #
 #   bash scripts/eval/vqav2.sh METHOD [BUDGET] [further arguments of python -m eval]
 #   bash scripts/eval/vqav2.sh consensusdrop 64

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All methods on the embedded LLaVA-NeXT (320, 640 and 160 tokens of up to 2,928) or the embedded Video-LLaVA (136 and 256 of 2,056).
+# All methods on the toy LLaVA-NeXT (320, 640 and 160 tokens of up to 2,928) or the toy Video-LLaVA (136 and 256 of 2,056).
 # Interrupted, the same command goes on. Some hours of one core for all budgets and questions; the two families can run side by side.
 # Writes tables of docs/models.md and docs/tables/embedded_*.csv.
 # Usage: bash scripts/tables/embedded_families.sh next|video [--budgets 320] [--limit 300]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All methods at 192, 128, 64 and 32 of 576 visual tokens on the embedded GQA test split: accuracy with 95 % intervals, relative
+# All methods at 192, 128, 64 and 32 of 576 visual tokens on the toy GQA test split: accuracy with 95 % intervals, relative
 # to full, visual tokens per layer, time to first token, key/value bytes, significance of every difference, and the plot.
 # Two processes share the budgets; interrupted, the same command goes on. About half an hour on two cores.
 # Writes docs/embedded.md, docs/tables/embedded_*, docs/images/embedded_cost.png.
