@@ -26,8 +26,8 @@ def test_the_reduce_example_runs_on_the_toy_model(capsys):
     question = "Is there a pink square in the image?\\nAnswer the question using a single word or phrase."
     names = {"image": Image.open(IMAGE)}
     exec(code.replace(hub, str(TOY)).replace("What is this?", question), names)
-    (audit,), output = names["reduced"].audits, names["output"][0]
-    assert capsys.readouterr().out.strip() == str(audit.tokens_per_layer)
-    assert audit.visual_tokens == 576 and audit.mean == 64
+    (account,), output = names["reduced"].accounting, names["output"][0]
+    assert capsys.readouterr().out.strip() == str(account.tokens_per_layer)
+    assert account.visual_tokens == 576 and account.mean == 64
     answer = names["processor"].decode(output, skip_special_tokens=True).rpartition("ASSISTANT:")[2]
     assert answer.strip().lower() in ("yes", "no")

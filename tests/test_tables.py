@@ -160,7 +160,7 @@ def test_random_model_has_the_real_shape(monkeypatch):
     for method in ("full", "trim"):
         reducer = registry.build(method, 576 if method == "full" else 64)
         answers = generate(model, samples(1), reducer, max_new_tokens=2).answers
-        assert answers[0].audit.mean == reducer.budget
+        assert answers[0].accounting.mean == reducer.budget
 
 
 def test_random_next_has_tiles_and_as_many_layers_as_asked(monkeypatch):

@@ -232,7 +232,7 @@ def test_a_window_that_is_not_applied_forgets_no_keys(tmp_path):
         sample = Sample("q", QUESTIONS[0], image=picture(0, (60, 110)))
         reducer = registry.build("full", model.visual_tokens)
         answers.append(generate(model, [sample], reducer, max_new_tokens=8).answers[0])
-    assert answers[0].token_ids == answers[1].token_ids and answers[0].audit == answers[1].audit
+    assert answers[0].token_ids == answers[1].token_ids and answers[0].accounting == answers[1].accounting
 
 
 @pytest.mark.parametrize("name", ["retention_ratio", "share"])

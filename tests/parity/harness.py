@@ -81,7 +81,7 @@ class Ours:
     """What our code did with one case."""
 
     steps: list[Step]
-    entering: tuple[int, ...]
+    tokens_per_layer: tuple[int, ...]
     tokens: dict[str, Tensor]
     logits: Tensor
     step: Tensor
@@ -114,7 +114,7 @@ class Agreement:
         kept: cases in which every stage keeps the very same tokens in the same order.
         kept_stable: those among the stable ones.
         overlap: share of the recorded tokens that ours keeps too, all stages together.
-        entering: cases with the same number of tokens entering every layer.
+        tokens_per_layer: cases with the same number of tokens entering every layer.
         tokens, logits, step: largest difference of merged tokens, prefill logits and logits after one decode step,
             over the stable cases whose kept tokens are the same; None where nothing was recorded.
     """
@@ -124,7 +124,7 @@ class Agreement:
     kept: int
     kept_stable: int
     overlap: float
-    entering: int
+    tokens_per_layer: int
     tokens: float | None
     logits: float | None
     step: float | None
