@@ -59,6 +59,7 @@ def pool_attention(weights: Tensor, rows: Tensor, heads: str, pooling: str) -> T
 class ConsensusDrop(Reducer):
     """Acts before decoder layer 0, when the question is known and no decoder layer has run yet."""
 
+    version: ClassVar[str] = "2"  # 2: equal sums of ranks keep the lower index
     summary: ClassVar[str] = "rank by encoder saliency and question attention together, merge the rest"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="before decoder layer 0",

@@ -49,7 +49,7 @@ def test_a_planted_rich_tile_keeps_more():
 
 
 def split_by_the_book(score, run, budget):
-    """Loops over the small copy's patches; exact fractions, no tile full."""
+    """Loops over the base image's patches; exact fractions, no tile full."""
     (rows, columns), across, tiles = run.grid, run.tiles[1], run.crops[1:]
     heights, widths = [tile.rows for tile in tiles[::across]], [tile.columns for tile in tiles[:across]]
     richness = []
@@ -160,7 +160,7 @@ def test_ranking_equals_its_definition():
 
 
 def test_the_small_copy_has_a_planted_say_in_every_tile():
-    """Tiles without an opinion of their own keep what the small copy looks at: the centre of the picture."""
+    """Tiles without an opinion of their own keep what the base image looks at: the centre of the picture."""
     run, values = stitched((2, 2), (24, 24), newline=False), torch.full((5, 576), 1.0)
     values[0].view(24, 24)[9:15, 9:15] = 9.0
     kept = [code for code in kept_of(GlobalCom2(budget=180), run, {SCORE: values}) if code >= 576]
@@ -188,7 +188,7 @@ def test_newlines_are_in_the_budget_and_the_release_adds_them():
 
 
 def test_official_selects_what_the_release_selects():
-    """The official functions on drawn scores: the very same tokens. Also in the same order, but for the small copy's,
+    """The official functions on drawn scores: the very same tokens. Also in the same order, but for the base image's,
     which the release has best first, and where unpadding cuts columns: there the release takes the number of a patch
     among those that are left for its place in the whole tile. Rows that were cut off have a newline token there."""
     meta, arrays = recording(FOLDER / "globalcom2-drawn.npz")
@@ -279,7 +279,7 @@ def test_wrong_choices_are_refused():
 
 
 def test_normalisation_needs_no_positive_scores():
-    """Logits have any sign; only their order in a crop and their size beside the small copy's count."""
+    """Logits have any sign; only their order in a crop and their size beside the base image's count."""
     run, values = arranged((672, 672)), -5 - scores(arranged((672, 672))).abs()
     kept = kept_of(GlobalCom2(budget=200), run, {SCORE: values})
     total = F.normalize(values[0], dim=0)

@@ -101,7 +101,7 @@ def test_planted_tile_gets_the_budget_and_not_a_strip_of_the_picture():
 
 
 def test_planted_tile_of_a_picture_whose_padding_was_cut_off():
-    """Half as wide as high: each tile shows twelve columns, and still half of the small copy's width."""
+    """Half as wide as high: each tile shows twelve columns, and still half of the base image's width."""
     narrow = stitched((2, 2), (24, 24), (0, 48, 12, 36))
     assert [crop.columns for crop in narrow.crops[1:]] == [12] * 4
     assert crop_budgets(salient_patches(strange(), 144), narrow, 100) == [0, 100, 0, 0]
@@ -156,7 +156,7 @@ def test_the_default_keeps_the_whole_budget_where_the_release_does_not():
     assert len(kept_of(HiRED(budget=576), run, signals)) == 576
     assert len(kept_of(HiRED(budget=576, official=True), run, signals)) == 507
     assert counts_of(kept_of(HiRED(budget=576, alpha=0.25), run, signals), run)[0] == 144
-    # The small copy has no more than it has; the rest of its half is for the tiles.
+    # The base image has no more than it has; the rest of its half is for the tiles.
     counts = counts_of(kept_of(HiRED(budget=1500), run, signals), run)
     assert counts[0] == 576 and sum(counts) == 1500
 

@@ -9,7 +9,7 @@ from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.prefill import prefill
 from llava.processing.sample import Sample
-from llava.reduction import registry
+from llava.reduction import PatchGrid, registry
 from llava.reduction.crop_budget import planned, require
 from llava.reduction.model_spec import spec_of
 from llava.reduction.options import options_of
@@ -156,7 +156,7 @@ def test_kept_tokens_are_the_full_run_at_these_places(path):
 
 @pytest.mark.parametrize(("crops", "counts"), [("thumbnail", [4, 0, 0, 0, 16]), ("global", [4, 0, 0, 0, 16])])
 def test_other_splits_follow_saliency(path, crops, counts):
-    """A planted tile: CLS attention lies in the last tile, and in the quarter of the small copy that it shows."""
+    """A planted tile: CLS attention lies in the last tile, and in the quarter of the base image that it shows."""
     model = load(path, device="cpu", merge="spatial", force=(112, 112))
     reducer = registry.build("fastervlm", 20, {"crops": crops})
     real = model.encode_images
@@ -233,3 +233,24 @@ def test_a_budget_below_the_newline_tokens_of_some_picture_is_refused(path):
     require(reducer, model.spec)
     _, (audit,), _ = run(model, [Sample("tall", "where is it", image=picture(0, (56, 168)))], reducer)
     assert audit.mean == min(most + 5, audit.visual_tokens)
+
+
+def test_coordinates_are_those_of_each_tile_also_when_tiles_are_ranked_together(path):
+    """Tiles of different shapes are one long row to a method; their tokens still know where they are in their tile."""
+    model, found = load(path, device="cpu"), []
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Look(registry.method("uniform")):
+        crops: str = "global"
+
+        def prompt(self, state):
+            found.append((state.coordinates(), state.tokens.shape[1]))
+            return None
+
+    _, record = prefill(model, batch()[1:2], Look(budget=20, crops="global"))
+    (layout,) = record.runs[0]
+    ((place, tokens),) = found
+    grids = [(tile.rows, tile.columns) for tile in layout.crops if len(tile.patches)]
+    assert len(set(grids)) > 1 and place.shape == (tokens, 2)
+    expected = torch.cat([PatchGrid(*grid).coordinates() for grid in grids])
+    assert torch.equal(place, expected)

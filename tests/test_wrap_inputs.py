@@ -17,7 +17,7 @@ from transformers import (
 from llava import reduce
 from llava.errors import UserError
 from llava.hf.inputs import question_span, samples
-from llava.hf.models import Ready
+from llava.hf.models import PreparedImage
 from llava.processing.prompt import IMAGE_TOKEN_INDEX
 from llava.reduction.token_layout import single
 from tests.stock_inputs import TEXTS, stock
@@ -27,8 +27,8 @@ A, B = 90, 91  # two tokens that stand for pictures
 SLOT = IMAGE_TOKEN_INDEX
 
 
-def ready(*counts: int) -> list[Ready]:
-    return [Ready(torch.zeros(1, 3, 1, 1), single(1, count)) for count in counts]
+def ready(*counts: int) -> list[PreparedImage]:
+    return [PreparedImage(torch.zeros(1, 3, 1, 1), single(1, count)) for count in counts]
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,14 @@ class View:
         return replace(layout, has_cls=layout.has_cls and self.with_cls)
 
     @property
+    def tiles(self) -> tuple[PatchGrid, ...]:
+        """Patch grids of the tiles, where the view is several of them."""
+        if len(self.numbers) == 1:
+            return ()
+        tiles = self.picture.arrangement.crops
+        return tuple(replace(tiles[n].layout, has_cls=tiles[n].cls is not None and self.with_cls) for n in self.numbers)
+
+    @property
     def with_cls(self) -> bool:
         """Whether class tokens are among the view's tokens: only if the method uses them."""
         return self.reducer.keep_cls
@@ -137,6 +145,7 @@ def shared_fields(model: "Llava", samples: Samples[Sample], parts: list[View]) -
         "ids": names_of(samples, parts),
         "spec": first.spec,
         "layout": first.layout,
+        "tiles": first.tiles,
         "scores": {score: torch.stack([row[score] for row in scores]) for score in scores[0]},
         "merged": None
         if merged[0] is None

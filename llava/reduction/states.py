@@ -69,7 +69,8 @@ class EncoderState(State):
     Attributes:
         features: [B, N, D] tower features; with `keep_cls` token 0 is CLS.
         scores: the tower scores that `Reducer.scores` names, of patches only, float32.
-        layout: patch grid of the N tokens.
+        layout: patch grid of the N tokens; one long row for tiles of different shapes.
+        tiles: patch grid of each tile, where the N tokens are several tiles ranked together; () otherwise.
         merged: the reduction made inside the tower, None without one; its outputs are the N tokens.
         questions: the question in each image's prompt, without instruction.
         messages: the question with its answer-format instruction.
@@ -86,6 +87,11 @@ class EncoderState(State):
     messages: tuple[str, ...] = ()
     clip: Any = None
     thumbnail: Callable[[TowerScore], Tensor] | None = None
+    tiles: tuple[PatchGrid, ...] = ()
+
+    def coordinates(self) -> Tensor:
+        """[N, 2] float32: row and column of each token in its own tile, from -1 (first) to 1 (last)."""
+        return torch.cat([tile.coordinates(self.features.device) for tile in self.tiles or (self.layout,)])
 
 
 @dataclass(kw_only=True)
