@@ -19,6 +19,7 @@ from llava import conversation
 from llava.errors import UserError
 from llava.model.encoded_image import EncodedImage, encoded_image_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded, encode, patch_grid
+from llava.model.multimodal_projector import projector_of
 from llava.processing.prompt import Prompt, build_prompt
 from llava.processing.sample import Sample
 from llava.reduction.crop_budget import in_tower
@@ -62,7 +63,7 @@ class Llava:
         """Find the vision tower and the projector in the container, and the patches of one crop."""
         inner = self.hf_model.model
         self.tower: nn.Module = inner.image_tower if hasattr(inner, "image_tower") else inner.vision_tower
-        self.projector: nn.Module = inner.multi_modal_projector
+        self.projector: nn.Module = projector_of(inner)
         self.select_layer: int = self.hf_model.config.vision_feature_layer
         self.layout = PatchGrid(*patch_grid(self.tower))
 

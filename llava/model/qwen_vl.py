@@ -14,13 +14,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.errors import UserError
 from llava.model.encoded_image import EncodedImage, encoded_image_of
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_encoder import Encoded
-from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, project, score_flops, tower_flops
+from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, score_flops, tower_flops
+from llava.model.multimodal_projector import projector_of
 from llava.processing.clip_image import as_rgb
 from llava.processing.qwen_image import Grid
 from llava.reduction.model_spec import ModelSpec
@@ -29,19 +30,6 @@ from llava.reduction.token_layout import PatchGrid, single
 
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Operations, Timer
-
-
-class Merger(nn.Module):
-    """The projector: [1, n, 4 D] features of merge groups -> [1, n, H] visual tokens."""
-
-    def __init__(self, visual: nn.Module):
-        super().__init__()
-        self.merger = visual.merger
-        # Not a submodule: the blocks of the tower are no part of the projector.
-        object.__setattr__(self, "visual", visual)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return project(self.visual, features)
 
 
 class QwenVL(Llava):
@@ -65,7 +53,7 @@ class QwenVL(Llava):
 
     def _read_tower(self) -> None:
         self.tower = self.hf_model.model.visual
-        self.projector = Merger(self.tower)
+        self.projector = projector_of(self.hf_model.model)
         self.select_layer = -1
         # The largest square image.
         side = max(1, int(self.image_processor.max_pixels**0.5) // self._edge)
