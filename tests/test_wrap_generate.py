@@ -197,7 +197,8 @@ def test_rows_move_with_their_masks_and_positions(llava):
     for change in ("reorder_cache", "batch_select_indices"):
         moved = copy.deepcopy(cache)
         getattr(moved, change)(order)
-        assert torch.equal(step(llava, moved, [8, 6, 5, 7]), expected[order])
+        # A kernel may sum in another order when rows lie elsewhere in memory; another row differs by far more.
+        torch.testing.assert_close(step(llava, moved, [8, 6, 5, 7]), expected[order], atol=1e-5, rtol=0)
         # Layers of equal length still share their tensors, so that a step makes each mask once.
         assert len({id(rows) for rows in moved.next_position}) == len({id(rows) for rows in cache.next_position})
     cache.batch_repeat_interleave(2)
