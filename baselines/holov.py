@@ -24,6 +24,7 @@ from llava.reduction import (
     TowerScore,
     UserError,
     option,
+    ranks,
     register,
 )
 
@@ -59,11 +60,6 @@ def token_scores(tokens: Tensor, attention: Tensor, chunks: int, alpha: float, m
     return attention + alpha * (variance * scale)
 
 
-def rank(score: Tensor) -> Tensor:
-    """Rank of each entry along the last axis, 0 for the highest; ties go to the lower index."""
-    return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-
-
 def fitting(chunks: int, tokens: int) -> int:
     """The largest number of equal chunks, at most `chunks`: an unpadded tile can have any number of patches."""
     return next(count for count in range(chunks, 0, -1) if tokens % count == 0)
@@ -74,7 +70,7 @@ def deal_as_released(score: Tensor, budget: int) -> Tensor:
     share = score / (score.sum(1, keepdim=True) + EPS)
     given = (share * budget).floor().long()
     left = budget - given.sum(1, keepdim=True)
-    return given + (rank(share) < left)
+    return given + (ranks(share) < left)
 
 
 def deal(score: Tensor, size: int, budget: int) -> Tensor:
@@ -93,12 +89,12 @@ def deal(score: Tensor, size: int, budget: int) -> Tensor:
         full = full | (quota >= size)
     given = torch.where(full, size, quota.floor().long())
     left = budget - given.sum(1, keepdim=True)
-    return given + (rank(score.masked_fill(full, -1)) < left)
+    return given + (ranks(score.masked_fill(full, -1)) < left)
 
 
 def keep_dealt(score: Tensor, given: Tensor, budget: int) -> Tensor:
     """[B, budget] indices, ascending: of each chunk the `given` [B, P] tokens with the highest `score` [B, P, S]."""
-    kept = (rank(score) < given.unsqueeze(-1)).flatten(1)
+    kept = (ranks(score) < given.unsqueeze(-1)).flatten(1)
     return kept.byte().argsort(dim=1, descending=True, stable=True)[:, :budget]
 
 
@@ -111,7 +107,7 @@ def reduction_as_released(attention: Tensor, given: Tensor, budget: int) -> Redu
     """
     size, tokens = attention.shape[-1], attention[0].numel()
     place = torch.arange(size, device=attention.device)
-    order = torch.where((given >= size).unsqueeze(-1), place, rank(attention))
+    order = torch.where((given >= size).unsqueeze(-1), place, ranks(attention))
     count = given.clamp(min=0, max=size)
     slot = (count.cumsum(1) - count).unsqueeze(-1) + order
     assignment = torch.where(order < count.unsqueeze(-1), slot, -1).flatten(1)

@@ -149,7 +149,7 @@ class Record:
     inputs: list[int]
     planned: list[tuple[int, ...] | None]
     runs: list[list[TokenLayout]]
-    applied_: list[list[Applied]]
+    reductions: list[list[Applied]]
     operations: Operations = field(default_factory=Operations)
 
     @classmethod
@@ -167,7 +167,7 @@ class Record:
 
     def applied(self, image: "Row", place: str, reduction: Reduction, row: int = 0) -> None:
         sample, number = image
-        self.applied_[sample].append(Applied(place, number, reduction, row))
+        self.reductions[sample].append(Applied(place, number, reduction, row))
 
     @cached_property
     def steps(self) -> list[Trace]:
@@ -177,7 +177,7 @@ class Record:
                 Step(a.place if a.number == 0 else f"{a.place} #{a.number + 1}", a.reduction.row(a.row))
                 for a in applied
             )
-            for applied in self.applied_
+            for applied in self.reductions
         ]
 
     def accounting(self, prefilled: "Prefilled") -> list[TokenAccounting]:
@@ -188,7 +188,8 @@ class Record:
             mean = None if planned is None else mean_visual_tokens(planned) / images
             entering = tuple(layer[sample] for layer in prefilled.visual)
             # Tokens that are averages of several, after the last reduction of each image.
-            last = {a.number: step.reduction for a, step in zip(self.applied_[sample], self.steps[sample], strict=True)}
+            pairs = zip(self.reductions[sample], self.steps[sample], strict=True)
+            last = {a.number: step.reduction for a, step in pairs}
             merged = sum(
                 int(one.merged_count()[0])
                 for one in last.values()

@@ -18,9 +18,8 @@ class Sample:
         id: stable name of the question; seeds the methods that draw random numbers.
         question: the question alone, the text whose tokens query-aware methods look at.
         suffix: answer-format instruction, appended on a new line (GQA's asks for a single word or phrase).
-        image: RGB image, a video (llava.processing.video.Video), a tuple of them, or None for a text-only prompt. The
-        budget holds
-            for each.
+        image: RGB image, a video (llava.processing.video.Video), a tuple of them, or None for a text-only prompt.
+            The budget holds for each.
         image_id: samples of a batch with the same image_id share one pass of the vision tower.
         history: earlier turns about the same images as (user message, answer).
     """
