@@ -19,8 +19,14 @@ from llava.errors import UserError
 from llava.model.checkpoint.files import WEIGHT_FILES, locate, read_json
 from llava.model.checkpoint.hf_model import HF_CLASSES, VideoLlavaWithTime, container_config, hub_to_container_key
 from llava.model.checkpoint.identify import QWEN, Kind, default_mode, identify
-from llava.model.checkpoint.load import Checkpoint, _named_text_tower, _text_tower, _Tower, _vision_config
-from llava.model.checkpoint.load import real_vocabulary
+from llava.model.checkpoint.load import (
+    Checkpoint,
+    _named_text_tower,
+    _text_tower,
+    _Tower,
+    _vision_config,
+    real_vocabulary,
+)
 from llava.model.checkpoint.original_layout import (
     CLIP_L_336,
     CLIP_L_336_NAME,
