@@ -7,12 +7,14 @@ python -m eval --list
 
 import argparse
 import json
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval import benchmarks
-from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, value
+from eval.command import Parser, Terminated, add_data_flags, exit_on_user_error, make_parser, terminate, value
 from eval.config import (
     ROOT,
     RunConfig,
@@ -26,11 +28,14 @@ from eval.config import (
     ratio,
 )
 from eval.judging.choice import HELP as JUDGE_HELP
+from eval.parallel import placement, ranks
 from llava.errors import UserError
 from llava.option_names import RETENTION_RATIO, with_current_names
 
 # More questions than any benchmark has.
 LARGEST_BATCH = 1_000_000
+# Exit code of a run that has a result, but not for all questions.
+SOME_FAILED = 3
 
 
 def parser() -> Parser:
@@ -89,6 +94,26 @@ def parser() -> Parser:
         help="for methods that draw random numbers, and for the intervals",
     )
     p.add_argument("--wandb", default="auto", choices=("auto", "online", "offline", "disabled"), help="W&B logging")
+    p.add_argument(
+        "--tensor-parallel",
+        type=value(count),
+        default=1,
+        metavar="N",
+        help="split one model over N ranks; GPUS, RANKS or HOSTFILE in the environment say how many there are",
+    )
+    p.add_argument(
+        "--zero",
+        metavar="PLACE",
+        help="ZeRO-Inference: keep the decoder in 'cpu' memory or on 'nvme=/FOLDER', and fetch it layer by layer",
+    )
+    p.add_argument(
+        "--timeout",
+        type=value(count),
+        default=1800,
+        metavar="SECONDS",
+        help="with several ranks: end the run when one takes longer for a batch, or for loading",
+    )
+    p.add_argument("--retry-failed", action="store_true", help="ask only the questions that failed in an earlier run")
     p.add_argument("--restart", action="store_true", help="move an earlier run in the output folder aside")
     p.add_argument("--list", action="store_true", help="print the methods, benchmarks and models there are")
     p.add_argument("--json", action="store_true", help="with --list: as JSON")
@@ -98,19 +123,38 @@ def parser() -> Parser:
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        args = parser().parse_args(arguments)
+        if ranks.current().alone and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)
+        args = parser().parse_args(words)
         if args.list:
             print_list(args.json)
             return 0
         config = configuration(args)
+        if (place := placement.here(config.tensor_parallel, config.device)) is not None:
+            return on_ranks(words, config, place, args.timeout)
         from eval.run import run
 
-        run(config)
+        result = run(config)
     except KeyboardInterrupt as stop:
+        if not ranks.current().alone:
+            raise
         print(f"\n{stop or 'Stopped before the first answer; run the same command again.'}", file=sys.stderr)
-        return 130
-    return 0
+        return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
+    return SOME_FAILED if result.get("failed") else 0
+
+
+def on_ranks(words: Sequence[str], config: RunConfig, place: placement.Placement, timeout: float) -> int:
+    """The same command on every rank; returns the exit code."""
+    from eval.job import read_questions
+    from eval.parallel.launch import launch
+
+    data, _ = read_questions(config)
+    planned = data.questions[: config.limit]
+    place = place.at_most(-(-len(planned) // config.batch_size))
+    print(f"{data.title}: {len(planned):,} questions on {place.describe()}", file=sys.stderr)
+    return launch("eval.__main__", words, place, timeout)
 
 
 def configuration(args: argparse.Namespace) -> RunConfig:
@@ -146,6 +190,9 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         seed=args.seed,
         wandb=args.wandb,
         restart=args.restart,
+        retry_failed=args.retry_failed,
+        tensor_parallel=args.tensor_parallel,
+        zero=args.zero,
     )
 
 

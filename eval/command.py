@@ -3,6 +3,7 @@
 import argparse
 import functools
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NoReturn, ParamSpec
 from eval import benchmarks
 from eval.benchmarks.base import PROFILES, SOURCES, Dataset
 from eval.config import DEFAULT_DATA, path_name
+from eval.parallel import ranks
 from llava.errors import UserError
 
 P = ParamSpec("P")
@@ -59,6 +61,16 @@ def value(read: Callable[..., Any], **limits: Any) -> Callable[[str], Any]:
     return checked
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+def terminate(number: int, frame: object) -> NoReturn:
+    """A handler of SIGTERM: the first one ends the command in order, further ones are ignored."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
 def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
     """The command line whose user errors are printed alone and become exit code 2."""
 
@@ -67,7 +79,11 @@ def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(error, file=sys.stderr)
+            rank = ranks.current()
+            if rank.alone:
+                print(error, file=sys.stderr)
+            else:  # the parent process prints it once
+                rank.report(ranks.FAILED, reason=str(error), code=2)
             return 2
 
     return guarded

@@ -38,6 +38,9 @@ class RunConfig:
         max_new_tokens: None for what the benchmark's profile says.
         profile: how questions are asked and answers read, eval.benchmarks.base.PROFILES; None for the default one.
         source: which files the questions come from, eval.benchmarks.base.SOURCES.
+        retry_failed: ask the questions that failed before, and no others.
+        tensor_parallel: ranks that hold one model together.
+        zero: hold the decoder's weights by ZeRO-Inference, see llava.model.builder.load.
         judge: who scores answers that a model has to judge; see eval/judging/choice.py. Answers do not depend on it.
     """
 
@@ -63,6 +66,9 @@ class RunConfig:
     profile: str | None = None
     source: str = "auto"
     judge: str = "auto"
+    retry_failed: bool = False
+    tensor_parallel: int = 1
+    zero: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", with_current_names(self.options))

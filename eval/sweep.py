@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
-import sys
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,14 +21,23 @@ from tqdm import tqdm
 
 from eval import benchmarks
 from eval.answers import current_settings
-from eval.answers.jsonl import read_jsonl
+from eval.answers.jsonl import read_json, read_jsonl, write_json
 from eval.answers.reuse import check_reuse
 from eval.answers.source_hash import combined
 from eval.benchmarks.base import Dataset
+from eval.command import exit_on_user_error
 from eval.config import RunConfig
+from eval.job import prepare
+from eval.parallel import placement, ranks
+from eval.parallel.control import Control
+from eval.parallel.launch import launch
+from eval.parallel.placement import Placement
+from eval.parallel.ranks import Rank
 from eval.results import tracking
-from eval.run import prepare, run
+from eval.run import run
+from eval.settings import build_reducer
 from llava.errors import UserError
+from llava.model.builder import load
 from llava.model.encoded_image import EncodedImage, encoded_image_of
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
@@ -43,6 +52,7 @@ if TYPE_CHECKING:
     from llava.pipeline.accounting import Timer
 
 Credits = dict[str, float]
+CELL_SECONDS = 24 * 3600  # a setting is a whole run
 
 
 @dataclass(frozen=True)
@@ -136,12 +146,10 @@ def sweep(
     Returns:
         Question id -> sample score, in the order of `settings`.
     """
-    results, folders = [], [output / split / name_of(setting, model.visual_tokens) for setting in settings]
+    folders = [output / split / name_of(setting, model.visual_tokens) for setting in settings]
     model.expect([registry.build(s.method, s.budget or model.visual_tokens, s.options) for s in settings])
-    bar = tqdm(settings, desc=f"sweep {split}", unit="setting")
-    for setting, folder in zip(bar, folders, strict=True):
-        bar.set_postfix_str(f"{setting.method} {setting.budget or ''} {describe(setting)}")
-        config = RunConfig(
+    configs = [
+        RunConfig(
             setting.method,
             setting.budget,
             benchmark,
@@ -154,12 +162,81 @@ def sweep(
             limit=limit,
             wandb="disabled",
         )
-        if not is_finished(config, model):
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                run(config, model=model)
-        results.append(credits_of(folder, data, split, benchmark, limit))
+        for setting, folder in zip(settings, folders, strict=True)
+    ]
+    missing = [config for config in configs if not is_finished(config, model)]
+    place = placement.here() if len(missing) > 1 else None
+    if place is not None:
+        fill_on_ranks(missing, model, output / split, place)
+        missing = []
+    for config in tqdm(missing, desc=f"sweep {split}", unit="setting"):
+        fill(config, model)
+    results = [credits_of(folder, data, split, benchmark, limit) for folder in folders]
     log_table(wandb, settings, folders, {"benchmark": benchmark, "split": split, "model": model.name, "limit": limit})
     return results
+
+
+def fill(config: RunConfig, model: CachingLlava) -> None:
+    """Run one setting, and ask again what failed before.
+
+    Raises:
+        UserError: some questions have no answer; a table must not hold their score.
+    """
+    result: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        if (Path(config.output or "") / "failures.jsonl").is_file():
+            run(replace(config, retry_failed=True), model=model, rank=Rank())
+        result = run(config, model=model, rank=Rank())
+    if result["failed"]:
+        first = result["failed"][0]
+        raise UserError(
+            f"{len(result['failed'])} questions have no answer in {config.output} (question {first['question_id']}: "
+            f"{first['reason']}); run the same command again to retry them."
+        )
+
+
+def fill_on_ranks(configs: Sequence[RunConfig], model: CachingLlava, folder: Path, place: Placement) -> None:
+    """Run settings on several ranks, each of which takes the next one when it is ready; `main` is what they do.
+
+    Raises:
+        SystemExit: a rank did not finish; the sentence is printed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"sweep-{os.getpid()}.json"
+    write_json(file, {"model": model.loaded_with, "runs": [plain_config(config) for config in configs]})
+    place = place.at_most(len(configs))
+    try:
+        with tqdm(total=len(configs), desc=f"{folder.name} on {place.describe()}", unit="setting") as bar:
+
+            def show(control: Control) -> None:
+                bar.update(control.count("finished", 0) - bar.n)
+
+            code = launch("eval.sweep", [str(file.resolve())], place, CELL_SECONDS, show)
+            if code == 0:
+                bar.update(len(configs) - bar.n)
+    finally:
+        file.unlink(missing_ok=True)
+    if code:
+        raise SystemExit(code)
+
+
+def plain_config(config: RunConfig) -> dict[str, Any]:
+    """A configuration in JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+@exit_on_user_error
+def main(words: Sequence[str]) -> int:
+    """What a rank does: load the model, then run one setting of the file after the other."""
+    rank, content = ranks.current(), read_json(Path(words[0]))
+    model = CachingLlava(load(**content["model"]))
+    configs = [RunConfig(**{**entry, "data": Path(entry["data"])}) for entry in content["runs"]]
+    model.expect([build_reducer(config, model.visual_tokens) for config in configs])
+    while (number := rank.claim("settings")) < len(configs):
+        rank.report(ranks.ASKING, [f"of {configs[number].output}"])
+        fill(configs[number], model)
+        rank.count("finished")
+    return 0
 
 
 def log_table(wandb: str, settings: Sequence[Setting], folders: Sequence[Path], about: dict[str, object]) -> None:
@@ -250,7 +327,3 @@ def _dataset(benchmark: str, data: Path, split: str) -> Dataset:
         found = benchmarks.get(benchmark)
         _DATASETS[key] = found.load(data, split, benchmarks.check_profile(found, None), "auto")
     return _DATASETS[key]
-
-
-if __name__ == "__main__":
-    sys.exit("eval.sweep is used by the table modules in eval/tables; see scripts/tables/.")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-import eval.run
+import eval.outcomes
 from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.answer import Answer, Batch, Timing
 from llava.processing.sample import Sample
@@ -86,12 +86,12 @@ class FakeLlava:
 
 
 def generate(model: Any, *arguments: Any, **options: Any) -> Batch:
-    """In place of the real function in eval.run: the fake model answers by itself."""
+    """In place of the real function in eval.outcomes: the fake model answers by itself."""
     own = isinstance(model, FakeLlava)
     return model.answer(*arguments, **options) if own else real_generate(model, *arguments, **options)
 
 
-real_generate, eval.run.generate = eval.run.generate, generate
+real_generate, eval.outcomes.generate = eval.outcomes.generate, generate
 
 
 def fake_text(name: str) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from eval.answers import AnswerStore
-from eval.answers.jsonl import DurableLines, write_json
+from eval.answers.durable import DurableLines
+from eval.answers.jsonl import write_json
 from eval.config import RunConfig
 from eval.run import run
 from llava.errors import UserError
@@ -46,7 +47,7 @@ def test_answers_come_back_in_order(tmp_path):
     with open_store(tmp_path) as store:
         assert list(store.answers) == ["3", "1", "2"]
         assert store.answers["3"]["text"] == "a\u2028b\n"
-        assert store.timing == [{"questions": 2}, {"questions": 1}]
+        assert store.timing == [{"questions": 2, "first": 0}, {"questions": 1, "first": 2}]
 
 
 @pytest.mark.parametrize("cut", range(1, 40))
@@ -82,7 +83,7 @@ def test_a_torn_timing_line_is_cut_too(tmp_path):
     with open(tmp_path / "timing.jsonl", "ab") as file:
         file.write(b'{"questions": 1, "vis')
     with open_store(tmp_path) as store:
-        assert store.timing == [{"questions": 1}]
+        assert store.timing == [{"questions": 1, "first": 0}]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_answers_without_settings_are_refused(tmp_path):
     with open_store(tmp_path) as store:
         store.add([line("1")], {})
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(UserError, match=r"no settings\.json beside it"):
+    with pytest.raises(UserError, match=r"no settings\.json beside them"):
         open_store(tmp_path)
 
 
@@ -152,7 +153,7 @@ def test_a_second_writer_is_refused(tmp_path):
         )
         command = [sys.executable, "-c", script, str(tmp_path)]
         other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert f"in use by another run (process {os.getpid()})" in other.stderr
+        assert f"in use by another run (process {os.getpid()} on host {os.uname().nodename})" in other.stderr
         with pytest.raises(UserError, match="in use by another run"):
             open_store(tmp_path, restart=True)
     assert [row["question_id"] for row in read(tmp_path)] == ["1"]
@@ -190,7 +191,7 @@ def test_full_disk_leaves_a_valid_store(tmp_path, monkeypatch):
         store.add([line("3")], {"questions": 1})
     with open_store(tmp_path) as store:
         assert list(store.answers) == ["1", "2", "3"]
-        assert store.timing == [{"questions": 2}, {"questions": 1}]
+        assert store.timing == [{"questions": 2, "first": 0}, {"questions": 1, "first": 2}]
 
 
 def test_a_file_size_limit_of_the_system_is_survived_as_well(tmp_path):

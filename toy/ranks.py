@@ -10,7 +10,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start() -> None:
-    """Join the group that `torchrun` made; alone, use every core."""
+    """Join the group that the launcher made; alone, use every core."""
     if WORLD > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORLD))
         dist.init_process_group("gloo")

@@ -1,7 +1,7 @@
 """Train one stage of a toy model: step-based, seeded, resumable, with a bar, a log and W&B.
 
     python -m toy.train next --folder runs/next
-    torchrun --standalone --nproc-per-node 2 -m toy.train vision --folder runs/tiny
+    RANKS=2 python -m toy.train vision --folder runs/tiny
 
 FOLDER holds corpora, features, checkpoints and logs; the trained weights end up in FOLDER/STAGE.pt. The same command
 continues an interrupted run. `--quick` takes a few steps on a few scenes, to see that everything works.
@@ -21,6 +21,9 @@ from tqdm import tqdm
 
 from eval.command import exit_on_user_error
 from eval.config import DEFAULT_MODEL
+from eval.parallel import placement
+from eval.parallel import ranks as own
+from eval.parallel.launch import launch
 from eval.results.tracking import Tracker, start
 from llava.errors import UserError
 from toy import ranks
@@ -92,7 +95,7 @@ def resume(optimizer: MasterOptimizer, checkpoint: Path, settings: Settings) -> 
 
 
 def run(name: str, folder: Path, settings: Settings, model: Path) -> None:
-    """Train a stage from its data to FOLDER/STAGE.pt, on all ranks that `torchrun` started."""
+    """Train a stage from its data to FOLDER/STAGE.pt, on all ranks."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     stage = STAGES[name](folder, settings, model)
@@ -125,10 +128,14 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = read_arguments(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args = read_arguments(words)
+    if (place := placement.here(device="cpu")) is not None:
+        return launch("toy.train", words, place, timeout=600)
     stage = STAGES[args.stage]
     given = {field.name: value for field in options(stage.defaults) if (value := getattr(args, field.name)) is not None}
     settings = dataclasses.replace(stage.quick if args.quick else stage.defaults, **given)
+    own.current().report(own.TRAINING)
     ranks.start()
     run(args.stage, args.folder, settings, args.model)
     ranks.stop()

@@ -1,14 +1,15 @@
 """Answers: the store of a run, and the files that other programs write."""
 
+from eval.answers.files import answer_id, seal_of
+from eval.answers.restart import FILES, move_aside
+from eval.answers.shards import Shard
 from eval.answers.store import (
     ADVICE,
-    FILES,
     AnswerStore,
     current_settings,
     differences,
     flatten,
     index_answers,
-    move_aside,
     result_folder,
 )
 
@@ -16,10 +17,13 @@ __all__ = [
     "ADVICE",
     "FILES",
     "AnswerStore",
+    "Shard",
+    "answer_id",
     "current_settings",
     "differences",
     "flatten",
     "index_answers",
     "move_aside",
     "result_folder",
+    "seal_of",
 ]

@@ -9,15 +9,18 @@ from filelock import FileLock, Timeout
 
 from llava.errors import UserError
 
-# Files that `eval.jsonl.write_bytes` had not renamed yet when its process (the number) was killed.
-UNFINISHED = re.compile(r"\..+\.\w+\.(\d+)")
+# Files that `eval.answers.jsonl.write_bytes` had not renamed yet when its process (the number) was killed.
+UNFINISHED = re.compile(r"\..+\.\w+\.\d+")
 
 
-def lock_folder(folder: Path) -> FileLock | None:
+def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
     """Take the folder for this process until `release()`, or until the process ends, however it ends.
 
+    The file `lock` names the host and the process that took the folder last; it stays in the folder.
+
     Returns:
-        None on a file system without locks: unprotected is better than unusable.
+        (lock, None), or on a file system without locks (None, a sentence that says so): unprotected is better than
+        unusable.
 
     Raises:
         UserError: another process holds the folder, or it cannot be written to.
@@ -29,34 +32,38 @@ def lock_folder(folder: Path) -> FileLock | None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"Cannot write to the output folder {folder}: {reason}.") from error
-    lock = FileLock(path, timeout=0, thread_local=False)
+    # No fallback to a lock by the existence of a file: a process that is killed would leave the folder locked.
+    lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as error:
-        owner = path.read_text(errors="replace").strip()
-        name = f" (process {owner})" if owner.isdigit() else ""
-        raise UserError(f"{folder} is in use by another run{name}; wait for it or choose another --output.") from error
-    except OSError:
-        return None
-    with contextlib.suppress(OSError):  # the number only helps to read the message above
-        path.write_text(f"{os.getpid()}\n")
-    return lock
+        raise UserError(
+            f"{folder} is in use by another run{owner(path)}; wait for it or choose another --output."
+        ) from error
+    except OSError as error:
+        return None, (
+            f"the file system of {folder} has no locks ({error.strerror}): a second run that writes to this folder at "
+            "the same time would not have been noticed"
+        )
+    with contextlib.suppress(OSError):  # the name only helps to read the message above
+        path.write_text(f"{os.uname().nodename} {os.getpid()}\n")
+    return lock, None
+
+
+def owner(path: Path) -> str:
+    """Who holds a lock, for an error; empty if its file does not say it."""
+    words = path.read_text(errors="replace").split()
+    if not words or not words[-1].isdigit():
+        return ""
+    host = f" on host {words[0]}" if len(words) > 1 else ""  # former versions wrote the number only
+    return f" (process {words[-1]}{host})"
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete temporary files of processes that were killed while they wrote; the folder must be locked."""
-    for path in [*folder.glob(".*"), *folder.glob("*/.*")]:
-        found = UNFINISHED.fullmatch(path.name)
-        # In a container an earlier process often had this process's number.
-        if found and path.is_file() and (int(found[1]) == os.getpid() or not is_running(int(found[1]))):
+    """Delete temporary files of processes that were killed while they wrote, in a run's folder and its limitN/.
+
+    The folder must be locked: then no other process writes there, whatever its number.
+    """
+    for path in [*folder.glob(".*"), *folder.glob("limit*/.*")]:
+        if UNFINISHED.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True

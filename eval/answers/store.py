@@ -1,12 +1,23 @@
 """The answer store: one folder per run, one line per answer, safe against kill -9, two writers and a full disk.
 
-    answers.jsonl   one line per question, in LLaVA's fields, with a hash of the question's images
-    timing.jsonl    one line per batch: seconds, FLOPs and the conditions they were measured under
-    runs.jsonl      one line per process that added answers: commit, library versions, number of the first answer
-    settings.json   what the answers depend on, with a hash of every source file; a run with others is refused
-    result.json     the result of all questions, beside the benchmark's submission files
-    limit50/        the result and the submission files of a run with --limit 50
-    lock            held by the process that writes
+    answers.jsonl    one line per question, in LLaVA's fields, with a hash of the question's images
+    timing.jsonl     one line per batch: seconds, FLOPs and the conditions they were measured under
+    runs.jsonl       one line per process that added answers: commit, library versions, number of the first answer
+    failures.jsonl   one line per failed try to answer a question, with the reason; only if there was one
+    conflicts.jsonl  answers that a rank gave to a question with another answer; only if there was one
+    settings.json    what the answers depend on, with a hash of every source file; a run with others is refused
+    result.json      the result of all questions, beside the benchmark's submission files
+    limit50/         the result and the submission files of a run with --limit 50
+    replaced-1/      what --restart moved aside
+    lock             host and process that took the folder last; the lock ends with the process, the file stays
+
+While several ranks answer, and after all of them were killed, there are also:
+
+    shards/          answers of the ranks that are not merged yet, see eval.answers.shards
+    merge.json       a merge that goes on, see eval.answers.merge
+
+The next run in the folder merges what is left there. It also deletes temporary files (.NAME.PROCESS) of processes that
+were killed while they replaced a file, so after it the folder holds what the first list names.
 
 The number of questions asked (--limit) is not a setting: a store holds the answers to some of the benchmark's
 questions, and growing the limit continues it.
@@ -15,37 +26,30 @@ Stores of former versions have no hashes of source files, no hashes of images an
 completed; the result then says how many answers were made by unknown code or from images that cannot be compared.
 """
 
-import json
-import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from eval.answers.files import ANSWERS, FAILURES, RUNS, TIMING, AnswerFiles, answer_problem, failure_problem, seal_of
 from eval.answers.folder_lock import lock_folder, remove_unfinished
-from eval.answers.jsonl import DurableLines, read_json, sync_folder, write_json
-from eval.answers.source_hash import changed_files
+from eval.answers.jsonl import garbage_collection_paused, is_file, read_json, write_json
+from eval.answers.merge import CONFLICTS, Merge, conflict_remarks, recover
+from eval.answers.restart import move_aside
+from eval.answers.shards import holds_lines, shard_folders
+from eval.answers.source_hash import changed_files, combined
 from llava.errors import UserError
 from llava.option_names import with_current_names
 
-# The order in which --restart moves them: timing without answers would claim questions that are not there.
-FILES = (
-    "result.json",
-    "predictions.json",
-    "timing.jsonl",
-    "runs.jsonl",
-    "answers.jsonl",
-    "settings.json",
-    "wandb_id",
-)
 ADVICE = "choose another --output, or --restart to move them aside"
 
 
-class AnswerStore:
+class AnswerStore(AnswerFiles):
     """The answers of one run, open for writing by this process alone.
 
     Attributes:
         answers: question id -> line, in the order they were written.
+        failures: question id -> line of the latest failure, of the questions without an answer.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class AnswerStore:
         sources: Mapping[str, str] | None = None,
         run: Mapping[str, Any] | None = None,
     ):
-        """Open or create the store.
+        """Open or create the store, and merge the shards that ranks of an earlier start have left.
 
         Args:
             folder: made if it is not there.
@@ -66,39 +70,66 @@ class AnswerStore:
             restart: move what is there into a numbered sub-folder first.
             sources: source file -> hash, see eval.answers.source_hash; None to compare no code.
             run: what runs.jsonl says about this process if it adds answers.
+
+        Raises:
+            UserError: another process has the folder, its lines do not belong to these settings or questions, or it
+                cannot be written to.
         """
-        self.folder = folder
-        self._settings, self._sources, self._run = settings, sources, run
-        self._files: list[DurableLines] = []
-        self._lock = lock_folder(folder)
+        super().__init__(folder, run)
+        self._settings, self._sources, self._known = settings, sources, frozenset(known)
+        self._lock, unlocked = lock_folder(folder)
+        self._remarks = [] if unlocked is None else [unlocked]
         try:
-            remove_unfinished(folder)
+            if self._lock is not None:
+                remove_unfinished(folder)
+            recover(folder)
             if restart:
                 move_aside(folder)
-            self._answers = self._open("answers.jsonl")
-            self._timing = self._open("timing.jsonl")
-            self._runs = self._open("runs.jsonl")
-            self.answers = index_answers(self._answers.path, self._answers.rows, known)
+            answers = self._open(ANSWERS)
+            with garbage_collection_paused():
+                self.answers = index_answers(answers.path, answers.rows, self._known)
+            answers.forget_rows()
+            self._drop_unanswered()
+            self.failures = self._index_failures()
             self._agree()
+            self.merge()
         except BaseException:
             self.close()
             raise
 
-    def _open(self, name: str) -> DurableLines:
-        lines = DurableLines(self.folder / name)
-        self._files.append(lines)
-        return lines
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of the result must know about the store: no locks, shards left out, unequal answers."""
+        return [*self._remarks, *conflict_remarks(self.folder)]
+
+    def _drop_unanswered(self) -> None:
+        """Cut timing and runs of answers that a power failure took: the order of files on the disk is not ours."""
+        timing, runs, count = self._open(TIMING), self._open(RUNS), len(self.answers)
+        for number, (first, line) in enumerate(self._placed(timing.rows)):
+            if first + line.get("questions", 0) > count:
+                timing.keep_first(number)
+                break
+        runs.keep_first(sum(line["first"] <= count for line in runs.rows))
+
+    def _index_failures(self) -> dict[str, dict[str, Any]]:
+        if not is_file(self.folder / FAILURES):
+            return {}
+        lines = self._open(FAILURES)
+        for number, row in enumerate(lines.rows, start=1):
+            if problem := failure_problem(row, self._known):
+                raise UserError(f"{lines.path} line {number} {problem}.")
+        return {row["question_id"]: row for row in lines.rows if row["question_id"] not in self.answers}
 
     def _agree(self) -> None:
         """Refuse answers that were made under other settings or by other code."""
         path = self.folder / "settings.json"
-        if not self.answers:
+        if not self.answers and not self.failures and not any(map(holds_lines, shard_folders(self.folder))):
             self._write_settings(self._sources)
             return
         if not path.exists():
             raise UserError(
-                f"{self._answers.path} has answers but no settings.json beside it, so nobody knows how they were "
-                f"made; {ADVICE}."
+                f"{self.folder} has answers but no settings.json beside them, so nobody knows how they were made; "
+                f"{ADVICE}."
             )
         old = current_settings(read_json(path))
         made_by = old.pop("sources", None)
@@ -119,10 +150,75 @@ class AnswerStore:
         write_json(self.folder / "settings.json", content)
         self._sealed = sources is not None or self._sources is None
 
+    def merge(self) -> int:
+        """Merge all shards into the store, in one step for a reader of answers.jsonl, and delete them.
+
+        A kill at any moment loses no answer and repeats none: the next opening of the store merges again. Of two
+        answers to a question the first counts; if their texts differ, `remarks` says so and conflicts.jsonl keeps the
+        other. Ranks must have closed their shards or have ended.
+
+        Returns:
+            How many answers were taken.
+
+        Raises:
+            UserError: a shard holds lines that do not belong, or the disk is full. The shards are kept, and the store
+                is closed and as it was.
+        """
+        if not shard_folders(self.folder):
+            return 0
+        code = None if self._sources is None else combined(self._sources)
+        merge = Merge(self.folder, self.answers, self._known, seal_of(self._settings), code)
+        try:
+            merge.read()
+            if not merge.shards:
+                return 0
+            if merge.answers and not self._sealed:
+                self._write_settings(self._sources)
+            present = {name: self._open(name) for name in (ANSWERS, TIMING, RUNS)}
+            optional = {
+                name: self._open(name) if is_file(self.folder / name) else None for name in (FAILURES, CONFLICTS)
+            }
+            merge.write({**present, **optional})
+        except BaseException:
+            self._abandon(merge)
+            raise
+        finally:
+            self._remarks += [remark for remark in merge.remarks if remark not in self._remarks]
+        self.answers.update(merge.answers)
+        for line in merge.failures:
+            self.failures[line["question_id"]] = line
+        self._end_failures(self.failures.keys() & self.answers.keys())
+        if merge.answers:
+            # Answers that this process adds later come after those of the ranks: runs.jsonl says so again.
+            self._run_written = False
+        return len(merge.answers)
+
+    def _abandon(self, merge: Merge) -> None:
+        """Leave the folder as it was before a merge that failed; the next opening does what is not possible now."""
+        with contextlib.suppress(OSError, UserError):
+            AnswerFiles.close(self)
+        with contextlib.suppress(OSError, UserError):
+            merge.discard()
+            recover(self.folder)
+        self.close()
+
+    def _end_failures(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.failures.pop(name, None)
+
     @property
     def timing(self) -> list[dict[str, Any]]:
         """Every batch that was timed, of this run and of the runs it continues."""
-        return self._timing.rows
+        return self._open(TIMING).rows
+
+    def _placed(self, lines: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(place of its first answer, line) of batches."""
+        position = 0
+        for line in lines:
+            # Former versions wrote no `first`: their batches follow one another unless a crash lost one.
+            first = line.get("first", position)
+            position = first + line.get("questions", 0)
+            yield first, line
 
     def timing_of(self, names: Collection[str]) -> list[dict[str, Any]]:
         """The batches all of whose questions are among `names`."""
@@ -130,94 +226,76 @@ class AnswerStore:
         wanted = set(names)
         if wanted.issuperset(order):
             return self.timing
-        found, position = [], 0
-        for line in self.timing:
-            # Former versions wrote no `first`: their batches follow one another unless a crash lost one.
-            first = line.get("first", position)
-            position = first + line["questions"]
-            if wanted.issuperset(order[first:position]):
-                found.append(line)
-        return found
+        return [
+            line
+            for first, line in self._placed(self.timing)
+            if wanted.issuperset(order[first : first + line["questions"]])
+        ]
 
     def origins(self, names: Iterable[str]) -> list[tuple[dict[str, Any] | None, int]]:
         """Which processes answered these questions: (line of runs.jsonl, number of answers), None for not recorded."""
         wanted = set(names)
         counts: dict[int, int] = {}
+        runs = self._open(RUNS).rows
         number = -1
         for place, name in enumerate(self.answers):
-            while number + 1 < len(self._runs.rows) and self._runs.rows[number + 1]["first"] <= place:
+            while number + 1 < len(runs) and runs[number + 1]["first"] <= place:
                 number += 1
             if name in wanted:
                 counts[number] = counts.get(number, 0) + 1
-        return [(self._runs.rows[number] if number >= 0 else None, count) for number, count in counts.items()]
+        return [
+            # A rank that was started without a description has a line of these fields only.
+            (runs[number] if number >= 0 and runs[number].keys() - {"first", "rank"} else None, count)
+            for number, count in counts.items()
+        ]
 
-    def add(self, answers: Sequence[dict[str, Any]], timing: dict[str, Any]) -> None:
-        """Write one batch; on return it is on the disk.
+    def add(self, answers: Sequence[dict[str, Any]], timing: Mapping[str, Any]) -> None:
+        """Write one batch; on return it survives the end of this process.
 
-        Answers go first: a crash between the two leaves a batch without timing, which the result reports, and
-        never timing for questions that have no answer.
+        Args:
+            timing: line of timing.jsonl; `first`, the place of the batch's first answer, is set here.
         """
         fresh = {row["question_id"]: row for row in answers}
         if len(fresh) < len(answers) or not self.answers.keys().isdisjoint(fresh):
             raise AssertionError("a question was answered twice")
         if not self._sealed:
             self._write_settings(self._sources)
-        if self._run is not None:
-            self._runs.append([{"first": len(self.answers), **self._run}])
-            self._run = None
-        self._answers.append(answers)
-        self.answers.update(fresh)
-        self._timing.append([timing])
+        try:
+            self._write_batch(answers, timing)
+        finally:
+            # Answers that are in the file count, with their timing or without.
+            if self._open(ANSWERS).count > len(self.answers):
+                self.answers.update(fresh)
+                self._end_failures(fresh)
+        self._sync_now_and_then()
+
+    def fail(self, failures: Sequence[Mapping[str, Any]]) -> None:
+        """Write questions that could not be answered; on return the lines survive the end of this process.
+
+        Args:
+            failures: {"question_id", "reason": one sentence, "kind": one of eval.answers.files.KINDS}, with the "run"
+                of this process if it is not given.
+        """
+        for line in failures:
+            if line["question_id"] not in self._known or line["question_id"] in self.answers:
+                raise AssertionError(f"question {line['question_id']} is unknown or answered, so it cannot fail")
+        for line in self._write_failures(failures):
+            self.failures[line["question_id"]] = line
+        self._sync_now_and_then()
 
     def close(self) -> None:
-        for file in self._files:
-            file.close()
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        """Sync and close the files and give the folder back; further calls do nothing."""
+        try:
+            super().close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
 
 def result_folder(output: Path, asked: int, available: int) -> Path:
     """Where result and submission of a run go: a partial result never replaces the complete one."""
     return output if asked >= available else output / f"limit{asked}"
-
-
-def move_aside(folder: Path) -> None:
-    """Move an earlier run's files to the first free `replaced-N`; nothing is deleted."""
-    partial = [path.name for path in folder.glob("limit*") if path.name.removeprefix("limit").isdecimal()]
-    names = dict.fromkeys([*partial, *submission_files(folder / "result.json"), *FILES])
-    present = [name for name in names if (folder / name).exists()]
-    if not present:
-        return
-    number = 1
-    while (folder / f"replaced-{number}").exists():
-        number += 1
-    target = folder / f"replaced-{number}"
-    try:
-        target.mkdir()
-        for name in present:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(folder / name, target / name)
-    except OSError as error:
-        raise UserError(f"Cannot move the earlier run to {target}: {error.strerror}.") from error
-    sync_folder(folder)
-
-
-def submission_files(result: Path) -> list[str]:
-    """Names of the files that were written beside a result; none for a result that does not say it."""
-    try:
-        names = json.loads(result.read_bytes()).get("submission", [])
-    except (OSError, ValueError, AttributeError):
-        return []
-    return [name for name in names if isinstance(name, str) and ".." not in Path(name).parts]
 
 
 def current_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -228,14 +306,12 @@ def current_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def index_answers(path: Path, rows: Sequence[dict[str, Any]], known: Collection[str]) -> dict[str, dict[str, Any]]:
     """Lines by question id; a store is refused if a line is incomplete, foreign or repeated."""
-    known = set(known)
+    known = frozenset(known)
     answers: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows, start=1):
-        name = row.get("question_id")
-        if not isinstance(name, str) or not isinstance(row.get("text"), str):
-            raise UserError(f"{path} line {number} needs question_id and text, both strings.")
-        if name not in known:
-            raise UserError(f"{path} line {number} answers question {name}, which this benchmark does not have.")
+        if problem := answer_problem(row, known):
+            raise UserError(f"{path} line {number} {problem}.")
+        name = row["question_id"]
         if name in answers:
             raise UserError(f"{path} line {number} answers question {name} a second time.")
         answers[name] = row

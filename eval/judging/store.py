@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.answers.jsonl import DurableLines, read_jsonl
+from eval.answers.durable import DurableLines
+from eval.answers.jsonl import read_jsonl
 from eval.judging import Request, Verdict
 from llava.errors import UserError
 

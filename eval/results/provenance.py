@@ -5,9 +5,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.config import ROOT
+
+if TYPE_CHECKING:
+    from eval.parallel.ranks import Rank
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "wandb")
 
@@ -75,6 +78,15 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
         "code_unknown": unknown,
         "notes": notes,
     }
+
+
+def command_began(rank: "Rank") -> float:
+    """When the user's command started, in seconds since 1970: this process, or the one that started the ranks."""
+    if rank.control is not None:
+        return rank.get("command began")
+    import psutil
+
+    return psutil.Process().create_time()
 
 
 def hardware(device: str) -> str:

@@ -69,8 +69,30 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
         f"{audit['merged_tokens']:.1f} of them merged, {number(audit['visual_tokens_before'])} before reduction)",
         f"key/value cache: {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB per question",
     ]
-    lines += time_lines(timing) + flops_lines(result["flops"])
+    lines += time_lines(timing) + throughput_lines(result.get("throughput")) + flops_lines(result["flops"])
     return lines
+
+
+def throughput_lines(throughput: Mapping[str, Any] | None) -> list[str]:
+    """Questions per second of this run, and of each rank where there were several."""
+    if not throughput or not throughput["questions"]:
+        return []
+    rate, ranks = throughput["questions_per_second"], throughput["ranks"]
+    line = f"asked {throughput['questions']:,} questions in {throughput['seconds']:.1f} s, {rate:.1f} per second"
+    if len(ranks) > 1:
+        parts = [f"rank {part['rank']} {part['questions_per_second']:.1f}" for part in ranks]
+        line += f" ({', '.join(parts)})"
+    return [line]
+
+
+def failed_lines(result: Mapping[str, Any], shown: int = 5) -> list[str]:
+    """The questions without an answer, with the reason of the first ones, and what to do."""
+    failed = result.get("failed", ())
+    if not failed:
+        return []
+    lines = [f"failed: question {line['question_id']}: {line['reason']}" for line in failed[:shown]]
+    more = f" ({len(failed) - shown:,} more are in failures.jsonl)" if len(failed) > shown else ""
+    return [*lines, f"{len(failed):,} questions have no answer{more}; --retry-failed asks them again."]
 
 
 def time_lines(timing: Mapping[str, Any]) -> list[str]:
@@ -118,10 +140,11 @@ def sentence(result: Mapping[str, Any]) -> str:
     wait = "n/a"
     if batch is not None:
         wait = f"{short(batch['median_ms']['ttft'], 10)} ms for {batch_text(batch['questions'])}"
+    failed = f" ({len(result['failed']):,} more failed)" if result.get("failed") else ""
     return (
         f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: "
         f"{headline(result)} "
-        f"on {asked} {result['title']} questions; {audit['mean_tokens_per_layer']:.1f} tokens per layer, "
+        f"on {asked} {result['title']} questions{failed}; {audit['mean_tokens_per_layer']:.1f} tokens per layer, "
         f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}."
     )
 

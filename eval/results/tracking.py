@@ -374,6 +374,13 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
         for name, value in flatten(tree).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+    throughput = result.get("throughput") or {}
+    for name in ("questions_per_second", "start_seconds"):
+        if throughput.get(name) is not None:
+            numbers[f"throughput/{name}"] = throughput[name]
+    for part in throughput.get("ranks", ()):
+        numbers[f"throughput/rank {part['rank']}/questions_per_second"] = part["questions_per_second"]
+    numbers["failed"] = len(result.get("failed", ()))
     for layer, tokens in enumerate(result["audit"]["entering_per_layer"]):
         numbers[f"audit/entering/layer {layer}"] = tokens
     return numbers

@@ -87,7 +87,16 @@ def load(
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     place = device_of(device)
     checkpoint = load_checkpoint(source or TOY_MODEL, DTYPES[dtype], place, text_tower, quantization)
-    return runtime(checkpoint, place, conventions)
+    model = runtime(checkpoint, place, conventions)
+    # Another process can load the same model by this; the device is its own.
+    model.loaded_with = {
+        "source": str(source or TOY_MODEL),
+        "dtype": dtype,
+        "text_tower": None if text_tower is None else str(text_tower),
+        "quantization": quantization,
+        **conventions,
+    }
+    return model
 
 
 def device_of(name: str) -> torch.device:

@@ -67,6 +67,9 @@ class Llava:
         self.select_layer: int = self.hf_model.config.vision_feature_layer
         self.layout = PatchGrid(*patch_grid(self.tower))
 
+    # Keyword arguments of llava.model.builder.load that this model was loaded with.
+    loaded_with: dict[str, Any]
+
     # Positions have three axes: frame, row and column.
     axes: bool = False
 

@@ -20,14 +20,8 @@ setup() {
   fi
 }
 
-# train STAGE PROCESSES: trains a stage that is not finished; two one-thread processes share the cores of a small CPU.
+# train STAGE RANKS: trains a stage that is not finished; two ranks share the cores of a small CPU, DeepSpeed starts them.
 train() {
   [ -f "$folder/$1.pt" ] && return
-  local ranks=$(( $(nproc) < $2 ? 1 : $2 ))
-  if [ "$ranks" = 1 ]; then
-    python -m toy.train "$1" --folder "$folder" $quick
-  else
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / ranks ))} \
-      torchrun --standalone --nproc-per-node "$ranks" -m toy.train "$1" --folder "$folder" $quick
-  fi
+  RANKS=$(( $(nproc) < $2 ? 1 : $2 )) python -m toy.train "$1" --folder "$folder" $quick
 }

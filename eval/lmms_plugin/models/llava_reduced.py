@@ -13,9 +13,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.benchmarks.prompts import split_suffix
+from eval.job import ROUNDING, load_model, seed_everything
 from eval.lmms_plugin.arguments import configuration
 from eval.results.cost import audit_record, check_budget_kept, summarise_audit
-from eval.run import ROUNDING, load_model, seed_everything
 from eval.settings import build_reducer
 from llava.errors import UserError
 from llava.pipeline.generate import generate

@@ -1,0 +1,198 @@
+"""Ask the questions of a run batch by batch, and store every batch before the next one starts."""
+
+import hashlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tqdm import tqdm
+
+from eval.benchmarks.base import Question
+from eval.job import Job, measured_under
+from eval.outcomes import Answered, Failure, Room, chunks, outcomes
+from eval.parallel.ranks import ASKING, Rank
+from eval.results import cost, tracking
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from llava.pipeline.answer import Batch
+
+# As long as nothing is answered, so many failures per replica mean that the run is wrong, not the questions.
+FAILURES_AT_START = 8
+MICRO = 1_000_000  # the counters that ranks share hold whole numbers
+
+
+class Sink(Protocol):
+    """Where answers go: the answer store, or this rank's shard of it."""
+
+    def add(self, answers: Sequence[dict[str, Any]], timing: dict[str, Any]) -> None: ...
+
+    def fail(self, failures: Sequence[dict[str, Any]]) -> None: ...
+
+
+class Progress:
+    """The bar, W&B, and how far all replicas are together.
+
+    Args:
+        credits: sample scores of the questions that were answered before; empty where the benchmark has none.
+        before: their number.
+        planned: questions of the run.
+    """
+
+    def __init__(
+        self, job: Job, rank: Rank, tracker: tracking.Tracker, credits: list[float], before: int, planned: int
+    ):
+        self._job, self._rank, self._tracker = job, rank, tracker
+        self._points, self.before, self.answered = sum(credits), before, 0
+        self.began = time.time()
+        self.bar = tqdm(
+            total=planned,
+            initial=before,
+            desc=f"{job.reducer.name} {job.reducer.budget}",
+            unit="question",
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no line per batch
+            disable=not rank.first,
+        )
+
+    def add(self, questions: Sequence[Question], batch: "Batch", samples: Sequence[Any]) -> None:
+        """A batch of this replica is stored."""
+        self.answered += len(questions)
+        if not self._rank.leads:
+            return
+        credits = self._job.credits(questions, [answer.text for answer in batch.answers])
+        everyone = self.before + self._rank.count("answered", len(questions))
+        points = self._points + self._rank.count("points", round(MICRO * sum(credits))) / MICRO
+        self.bar.update(everyone - self.bar.n)
+        accuracy = 100 * points / everyone if credits else None
+        self._tracker.batch(samples, batch, credits, answered=everyone, accuracy=accuracy)
+
+    def nothing_yet(self) -> bool:
+        """Whether no question of the run has an answer, from any rank."""
+        return self.before + self._rank.count("answered", 0) == 0
+
+    def throughput(self) -> dict[str, Any]:
+        """What this replica has done since it began."""
+        seconds = time.time() - self.began
+        rate = self.answered / seconds
+        return {"began": self.began, "questions": self.answered, "seconds": seconds, "questions_per_second": rate}
+
+
+class Failures:
+    """Failed questions on their way to the store.
+
+    They wait until some question of the run is answered: before that, it is not known whether the run works at all.
+    """
+
+    def __init__(self, sink: Sink, rank: Rank, started: str):
+        self._sink, self._rank, self._started = sink, rank, started
+        self._waiting: list[Failure] = []
+
+    def add(self, failure: Failure, nothing_yet: bool) -> None:
+        self._waiting.append(failure)
+        everyone = self._rank.count("failed")
+        if nothing_yet and everyone >= FAILURES_AT_START * self._rank.replicas:
+            raise self._waiting[0].error
+        self.release(nothing_yet)
+
+    def release(self, nothing_yet: bool = False) -> None:
+        """Write those that wait."""
+        if nothing_yet or not self._waiting:
+            return
+        lines = [
+            {"question_id": one.question, "reason": one.reason, "kind": one.kind, "run": self._started}
+            for one in self._waiting
+        ]
+        for one in self._waiting:
+            tqdm.write(f"Question {one.question} failed: {one.reason}", file=sys.stderr)
+            if not isinstance(one.error, UserError):
+                traceback.print_exception(one.error)
+        if self._rank.leads:
+            self._sink.fail(lines)
+        self._waiting.clear()
+
+    def finish(self, nothing_yet: bool) -> None:
+        """The last question was asked: failures are no exceptions if nothing at all was answered."""
+        if nothing_yet and self._waiting:
+            raise self._waiting[0].error
+        self.release()
+
+
+def ask(job: Job, sink: Sink, pending: Sequence[Question], progress: Progress, rank: Rank) -> None:
+    """Answer this replica's part of the pending questions.
+
+    Args:
+        pending: the same list on every rank; its batches go to the replicas one by one, as they ask for them.
+
+    Raises:
+        UserError, or what the model raised: nothing can be answered at all.
+    """
+    seal = seal_of(job)
+    conditions = measured_under(job) | {"run": job.started, "rank": rank.number}
+    room, failures = Room(), Failures(sink, rank, job.started)
+    with progress.bar:
+        for questions in claimed(pending, job.config.batch_size, rank):
+            rank.report(ASKING, [question.id for question in questions])
+            for outcome in outcomes(job, questions, room, divide=rank.size == 1):
+                if isinstance(outcome, Failure):
+                    failures.add(outcome, progress.nothing_yet())
+                    continue
+                lines = answer_lines(outcome, job.model.name, seal)
+                record = cost.timing_record(outcome.batch, conditions)
+                record["notes"] += room.notes
+                if rank.leads:
+                    sink.add(lines, record)
+                if progress.answered == 0:
+                    warn_off_budget(job, lines)
+                asked = [part.question for part in outcome.parts]
+                progress.add(asked, outcome.batch, [part.sample for part in outcome.parts])
+                failures.release()
+        failures.finish(progress.nothing_yet())
+
+
+def claimed(pending: Sequence[Question], size: int, rank: Rank) -> Iterator[Sequence[Question]]:
+    """The batches that this replica gets.
+
+    Batches are cut before they are dealt, so each is the same whatever the number of ranks. They keep the benchmark's
+    order, in which questions about one image stand together; a replica takes the next one when it is ready, so all end
+    within one batch of each other.
+    """
+    batches = list(chunks(pending, size))
+    while (number := rank.claim("batches")) < len(batches):
+        yield batches[number]
+
+
+def seal_of(job: Job) -> str:
+    """Hash of what the answers depend on."""
+    return hashlib.sha256(json.dumps(job.settings, sort_keys=True).encode()).hexdigest()
+
+
+def answer_lines(answered: Answered, model: str, seal: str) -> list[dict[str, Any]]:
+    """LLaVA's answer lines. The answer id depends on question and settings, so equal runs write equal files.
+
+    Args:
+        seal: hash of the settings.
+    """
+    if [answer.id for answer in answered.batch.answers] != [part.sample.id for part in answered.parts]:
+        raise AssertionError("the model's answers are not in the order of the samples")
+    return [
+        {
+            "question_id": part.sample.id,
+            "prompt": part.sample.message,
+            "text": answer.text,
+            "answer_id": hashlib.sha256(f"{seal} {part.sample.id}".encode()).hexdigest()[:22],
+            "model_id": model,
+            "metadata": {"audit": cost.audit_record(answer.accounting), "pictures": part.digest},
+        }
+        for part, answer in zip(answered.parts, answered.batch.answers, strict=True)
+    ]
+
+
+def warn_off_budget(job: Job, lines: Sequence[dict[str, Any]]) -> None:
+    """Say after the first batch what will be an error after the last: that may be hours later."""
+    try:
+        job.check_budget(lines)
+    except UserError as error:
+        print(f"Warning, first batch: {error}", file=sys.stderr)

@@ -1,0 +1,232 @@
+"""Which machines and accelerators a command uses, from the environment. Needs no torch.
+
+RANKS=2              two processes on this machine, on whatever it has; for machines without accelerators
+GPUS=4, GPUS=0,2     so many, or these, accelerators of this machine
+HOSTFILE=hosts.txt   lines "HOST slots=8", as DeepSpeed and MPI read them
+(Slurm)              an allocation of several nodes
+(none of these)      all accelerators of this machine
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llava.errors import UserError
+
+VARIABLES = ("RANKS", "GPUS", "HOSTFILE")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+HOST_LINE = re.compile(r"(?P<host>\S+)\s+slots\s*=\s*(?P<slots>\d+)")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The ranks of a command.
+
+    Attributes:
+        hosts: name of each machine and the accelerators to use there, one rank each.
+        size: ranks of a replica; the ranks of a replica are on one machine.
+        launcher: "local", "slurm" (one DeepSpeed launcher per node, started by srun) or "hostfile" (by DeepSpeed's own
+            runner, over ssh).
+        hostfile: the file, for "hostfile".
+    """
+
+    hosts: tuple[tuple[str, tuple[int, ...]], ...]
+    size: int = 1
+    launcher: str = "local"
+    hostfile: Path | None = None
+
+    def __post_init__(self) -> None:
+        for host, devices in self.hosts:
+            if len(devices) % self.size:
+                raise UserError(
+                    f"{len(devices)} ranks on {host} cannot be divided into models of {self.size} ranks each; change "
+                    "TP or the number of ranks."
+                )
+
+    @property
+    def ranks(self) -> int:
+        return sum(len(devices) for _, devices in self.hosts)
+
+    @property
+    def replicas(self) -> int:
+        return self.ranks // self.size
+
+    def at_most(self, replicas: int) -> "Placement":
+        """With no more replicas than there is work for; machines of a hostfile or an allocation are not left out."""
+        if self.launcher != "local" or self.replicas <= max(1, replicas):
+            return self
+        host, devices = self.hosts[0]
+        return replace(self, hosts=((host, devices[: max(1, replicas) * self.size]),))
+
+    def describe(self) -> str:
+        """ "2 ranks", "16 ranks on 2 machines, 2 for each model"."""
+        places = f" on {len(self.hosts)} machines" if len(self.hosts) > 1 else ""
+        return f"{self.ranks} ranks{places}" + (f", {self.size} for each model" if self.size > 1 else "")
+
+
+def detect(
+    environment: Mapping[str, str],
+    accelerators: Callable[[], int],
+    size: int = 1,
+    device: str = "auto",
+    nodes: Callable[[str], list[str]] | None = None,
+) -> Placement | None:
+    """The placement that the environment asks for; None for one process.
+
+    Args:
+        accelerators: counts those of this machine; called only if it matters.
+        size: ranks of a replica.
+        device: of the command; one that is named keeps the command in one process.
+        nodes: names of a Slurm node list; scontrol if left out.
+
+    Raises:
+        UserError: variables contradict each other, hold nonsense, or the command was started by a launcher.
+    """
+    refuse_launchers(environment)
+    given = [name for name in VARIABLES if environment.get(name)]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are both set; leave one out.")
+    named = given[0] if given else None
+    if device not in ("auto", "cpu") and named:
+        raise UserError(f"{named} starts one rank per accelerator, so --device {device} has no meaning; leave one out.")
+    if named == "HOSTFILE":
+        return read_hostfile(Path(environment["HOSTFILE"]), size)
+    if named == "RANKS":
+        there = 0 if device == "cpu" else accelerators()
+        count = whole("RANKS", environment["RANKS"])
+        if there and count > there:
+            raise UserError(
+                f"RANKS={count}, but this machine has {there} accelerators, one for each rank; set RANKS to at most "
+                f"{there}, or add --device cpu."
+            )
+        devices = visible(environment, there)[:count] if there else tuple(range(count))
+    elif named == "GPUS":
+        devices = chosen_gpus(environment, accelerators())
+    elif device == "auto" and slurm_nodes(environment) > 1:
+        return slurm(environment, accelerators(), size, nodes or expand_node_list)
+    else:
+        devices = visible(environment, accelerators()) if device == "auto" else ()
+    if len(devices) < size:
+        raise UserError(
+            f"A model over {size} ranks was asked for, and there {'is' if len(devices) == 1 else 'are'} "
+            f"{len(devices)} on this machine; set RANKS={size} to use its processor, or lower TP."
+        )
+    if len(devices) <= 1 and size == 1 and "," not in environment.get("GPUS", ""):  # "GPUS=3," is the fourth one
+        return None
+    return Placement((("localhost", devices),), size)
+
+
+def refuse_launchers(environment: Mapping[str, str]) -> None:
+    """Raise UserError for a process that torchrun, deepspeed or srun has started several times."""
+    if whole_or(environment.get("WORLD_SIZE"), 1) > 1:
+        raise UserError(
+            "This command was started by a launcher (WORLD_SIZE is set). Start it once, without deepspeed or torchrun: "
+            "it starts one rank per accelerator itself; GPUS, HOSTFILE or RANKS choose which."
+        )
+    if "SLURM_STEP_ID" in environment and whole_or(environment.get("SLURM_STEP_NUM_TASKS"), 1) > 1:
+        raise UserError(
+            "This command was started several times by srun. Start it once in the job, without srun: it starts the "
+            "ranks on all nodes of the allocation itself; see scripts/slurm/eval.sbatch."
+        )
+
+
+def chosen_gpus(environment: Mapping[str, str], there: int) -> tuple[int, ...]:
+    """Accelerators that GPUS names: a number of them, or their indices."""
+    text, known = environment["GPUS"], visible(environment, there)
+    if "," not in text:
+        count = whole("GPUS", text)
+        if count > there:
+            raise UserError(
+                f"GPUS={text}, but this machine has {there} accelerators; RANKS={count} uses its processor."
+            )
+        return known[:count]
+    places = [whole("GPUS", part.strip(), minimum=0) for part in text.split(",") if part.strip()]
+    if wrong := [place for place in places if place >= there]:
+        raise UserError(f"GPUS={text} names accelerator {wrong[0]}, but this machine has {there}, from 0.")
+    if len(set(places)) < len(places):
+        raise UserError(f"GPUS={text} names an accelerator twice.")
+    return tuple(known[place] for place in places)
+
+
+def visible(environment: Mapping[str, str], there: int) -> tuple[int, ...]:
+    """Indices of the accelerators as the launcher wants them: CUDA_VISIBLE_DEVICES has already chosen some."""
+    text = environment.get(VISIBLE, "").strip()
+    if not text or not there:
+        return tuple(range(there))
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise UserError(f"{VISIBLE}={text} should hold indices such as 0,1 to start several ranks.")
+    return tuple(map(int, parts))[:there]
+
+
+def read_hostfile(path: Path, size: int = 1) -> Placement:
+    """The machines of a hostfile; one machine is enough."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"Cannot read HOSTFILE={path}: {reason}.") from error
+    hosts: dict[str, tuple[int, ...]] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = HOST_LINE.fullmatch(text)
+        if found is None or found["slots"] == "0":
+            raise UserError(f"{path} line {number} should look like 'node1 slots=8', got {text!r}.")
+        if found["host"] in hosts:
+            raise UserError(f"{path} line {number} names {found['host']} a second time.")
+        hosts[found["host"]] = tuple(range(int(found["slots"])))
+    if not hosts:
+        raise UserError(f"{path} names no machine; lines look like 'node1 slots=8'.")
+    return Placement(tuple(hosts.items()), size, "hostfile", path.resolve())
+
+
+def slurm_nodes(environment: Mapping[str, str]) -> int:
+    return whole_or(environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES"), 1)
+
+
+def slurm(environment: Mapping[str, str], there: int, size: int, nodes: Callable[[str], list[str]]) -> Placement:
+    """All nodes of the allocation, with as many ranks on each as this node has accelerators, or one."""
+    names = nodes(environment.get("SLURM_JOB_NODELIST") or environment.get("SLURM_NODELIST", ""))
+    per_node = there or max(1, size)
+    return Placement(tuple((name, tuple(range(per_node))) for name in names), size, "slurm")
+
+
+def expand_node_list(text: str) -> list[str]:
+    """ "node[1-2]" -> ["node1", "node2"], by Slurm itself."""
+    command = ["scontrol", "show", "hostnames", text]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"This job has several nodes, but '{' '.join(command)}' fails ({error}); give a HOSTFILE, or set GPUS to "
+            "use this node alone."
+        ) from error
+
+
+def accelerators() -> int:
+    """Accelerators of this machine that a rank can have for itself."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def here(size: int = 1, device: str = "auto") -> Placement | None:
+    """The placement that this process's environment asks for; None inside a rank and for one process."""
+    from eval.parallel import ranks
+
+    return None if not ranks.current().alone else detect(os.environ, accelerators, size, device)
+
+
+def whole(name: str, text: str, minimum: int = 1) -> int:
+    if not text.strip().isdigit() or int(text) < minimum:
+        raise UserError(f"{name} should be a whole number, {minimum} or more, got {text!r}.")
+    return int(text)
+
+
+def whole_or(text: str | None, otherwise: int) -> int:
+    return int(text) if text and text.isdigit() else otherwise
