@@ -7,23 +7,22 @@ measured to reach, without preprocessing on the CPU, a method's own functions, l
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import CLIPConfig
 
-from eval import benchmarks
-from eval.benchmarks.base import Dataset, Question
 from eval.config import FULL, RunConfig
 from eval.efficiency import memory
 from eval.efficiency.memory import QuestionShape
+from eval.efficiency.quantities import duration, listed, size_text
 from eval.efficiency.rates import Rates, measure_rates
+from eval.efficiency.workload import Workload, workload
+from eval.job import read_questions
+from eval.parallel.placement import Placement
 from eval.settings import build_reducer
 from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, runtime
@@ -33,51 +32,29 @@ from llava.model.checkpoint.outline import outline_checkpoint
 from llava.model.checkpoint.quantization import stored_method
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
-from llava.processing.sample import Sample
-from llava.processing.video import Video
 from llava.reduction import registry
 from llava.reduction.crop_budget import require
 from llava.reduction.reducer import Reducer
 
-GIB = 2**30
-SAMPLED = 64  # questions whose prompts and images are read
 SPLITS = (2, 4, 8)
 QUANTIZATIONS = ("8bit", "4bit")
 
 
 @dataclass(frozen=True)
-class Placement:
+class Spread:
     """How a run is spread over devices.
 
     Attributes:
         replicas: groups of ranks that hold one model each and share the questions.
         sharing: ranks that share the memory and the cores of one device: all ranks of a machine on CPUs, else 1.
         tensor_parallel: ranks over which one model is split.
-        zero: where ZeRO keeps decoder and head, such as "cpu"; None without ZeRO.
+        zero: where ZeRO-Inference keeps decoder and head, as --zero says; None without it.
     """
 
     replicas: int = 1
     sharing: int = 1
     tensor_parallel: int = 1
     zero: str | None = None
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The questions of a run, by a sample of them.
-
-    Attributes:
-        shapes: sampled questions.
-        steps: decoding steps of a batch after the first token, if answers are as long as the references; 0 where there
-            are no references.
-        questions: all questions of the run.
-        passes: images that the vision tower sees in the whole run; questions of a batch about one image share it.
-    """
-
-    shapes: tuple[QuestionShape, ...]
-    steps: float
-    questions: int
-    passes: int
 
 
 @dataclass(frozen=True)
@@ -97,7 +74,7 @@ class Estimate:
     max_new_tokens: int
     dtype: torch.dtype
     quantization: str | None = None
-    placement: Placement = Placement()
+    spread: Spread = Spread()
     text_tower: int = 0
     rates: Rates | None = None
     free: int | None = None
@@ -116,15 +93,14 @@ class Estimate:
 
     @cached_property
     def weights(self) -> memory.Weights:
-        offloaded = self.placement.zero not in (None, "none")
-        split = self.placement.tensor_parallel
-        size = self.dtype.itemsize
-        return memory.weights(self.model, size, self.quantization, split, offloaded, self.text_tower)
+        place, size = self.spread, self.dtype.itemsize
+        found = memory.weights(self.model, size, self.quantization, place.tensor_parallel, self.text_tower)
+        return found if place.zero is None else memory.partitioned(self.model, size, found, place.zero)
 
     def kv(self, reducer: Reducer, new_tokens: int) -> int:
         """Bytes of the key/value cache of `batch` under a method after so many decoded tokens."""
         prompts = [memory.lengths(self.model, reducer, shape) for shape in self.batch]
-        split = self.placement.tensor_parallel
+        split = self.spread.tensor_parallel
         return memory.kv_bytes(self.model, prompts, self.dtype.itemsize, new_tokens, split)
 
     @cached_property
@@ -133,21 +109,20 @@ class Estimate:
         return self.kv(self.reducer, self.max_new_tokens - 1)
 
     @cached_property
-    def activations(self) -> dict[str, int]:
-        split = self.placement.tensor_parallel
+    def activations(self) -> memory.Activations:
+        split = self.spread.tensor_parallel
         return memory.activations(self.model, self.reducer, self.batch, self.dtype.itemsize, split)
 
     @cached_property
     def peak(self) -> int:
         """Bytes that a rank needs on its device at the most."""
         found = self.activations
-        stages = (found["vision"], found["prefill"] + self.kv(self.reducer, 0), found["decode"] + self.kv_bytes)
-        return self.weights.total + max(stages)
+        return self.weights.total + max(found.vision, found.prefill_with_cache, found.decode + self.kv_bytes)
 
     @property
     def fits(self) -> bool | None:
         """Whether the ranks of a device fit into its free memory; None where that is not known."""
-        return None if self.free is None else self.peak * self.placement.sharing <= self.free
+        return None if self.free is None else self.peak * self.spread.sharing <= self.free
 
     def remedies(self) -> list[str]:
         """Changes that would make the run fit, each alone."""
@@ -157,20 +132,20 @@ class Estimate:
             smaller //= 2
         if smaller < self.batch_size and self._with(batch_size=smaller).fits:
             found.append(f"--batch-size {smaller}")
-        if self.placement.sharing > 1 and self._with(placement=dataclasses.replace(self.placement, sharing=1)).fits:
+        if self.spread.sharing > 1 and self._with(spread=dataclasses.replace(self.spread, sharing=1)).fits:
             found.append("RANKS=1")
         if self.dtype.itemsize > 2 and self._with(dtype=torch.bfloat16).fits:
             found.append("--dtype bfloat16")
-        plain = self.quantization is None and self.placement.zero is None and self.placement.tensor_parallel == 1
+        plain = self.quantization is None and self.spread.zero is None and self.spread.tensor_parallel == 1
         llm: Any = self.model.llm
         heads = llm.config.num_attention_heads, llm.config.num_key_value_heads
-        for count in SPLITS if plain and self.placement.sharing == 1 else ():
-            split = dataclasses.replace(self.placement, tensor_parallel=count)
-            if all(number % count == 0 for number in heads) and self._with(placement=split).fits:
+        for count in SPLITS if plain and self.spread.sharing == 1 else ():
+            split = dataclasses.replace(self.spread, tensor_parallel=count)
+            if all(number % count == 0 for number in heads) and self._with(spread=split).fits:
                 found.append(f"TP={count}")
                 break
         if plain and self.device != "cpu":
-            if self._with(placement=dataclasses.replace(self.placement, zero="cpu")).fits:
+            if self._with(spread=dataclasses.replace(self.spread, zero="cpu")).fits:
                 found.append("--zero cpu")
             bits = next((name for name in QUANTIZATIONS if self._with(quantization=name).fits), None)
             found += [f"--quantization {bits}"] if bits else []
@@ -202,7 +177,7 @@ class Estimate:
             ]
             vision = passes * sum(spent) / len(spent)
         prompts = [memory.lengths(model, reducer, shape) for shape in shapes]
-        split = self.placement.tensor_parallel
+        split = self.spread.tensor_parallel
         mean = count / len(prompts) / split
         prefill = mean * sum(memory.decoder_operations(model, prompt) for prompt in prompts)
         step = mean * sum(memory.step_operations(model, prompt) for prompt in prompts)
@@ -215,8 +190,8 @@ class Estimate:
         Ranks that share a device share its rates.
         """
         assert self.rates is not None
-        rate = self.rates.operations / self.placement.sharing
-        bandwidth = self.rates.bandwidth / self.placement.sharing
+        rate = self.rates.operations / self.spread.sharing
+        bandwidth = self.rates.bandwidth / self.spread.sharing
         parts, work = self.weights.device | self.weights.host, self.operations
         decoder = parts["decoder"] + parts["head"]
         # A product reads its weights once: whichever of the two takes longer.
@@ -231,7 +206,7 @@ class Estimate:
     @property
     def run_seconds(self) -> float:
         """Seconds of the whole run, at least."""
-        return ceil(self.batches / self.placement.replicas) * self.seconds["batch"]
+        return ceil(self.batches / self.spread.replicas) * self.seconds["batch"]
 
     # Output
 
@@ -240,7 +215,7 @@ class Estimate:
         outside = sum(self.weights.host.values())
         lines = [f"weights {listed(self.weights.device)}{self._placed()}"]
         if outside:
-            lines.append(f"kept in {self.placement.zero}: {size_text(outside)} (decoder and head), shared by the ranks")
+            lines.append(f"kept in {self.spread.zero}: {size_text(outside)} (decoder and head)")
         budget, full = self.reducer.budget, self.model.visual_tokens
         unreduced = registry.build(FULL, full)
         kept = f"all {full}" if budget >= full else f"{budget} of {full}"
@@ -248,13 +223,15 @@ class Estimate:
             f"KV cache {size_text(self.kv_bytes)} for {len(self.batch)} questions at {kept} visual tokens and "
             f"{self.max_new_tokens} new tokens (full: {size_text(self.kv(unreduced, self.max_new_tokens - 1))})"
         )
-        lines.append(f"activations about {listed(self.activations, max(self.activations.values()))}")
+        stages = dataclasses.asdict(self.activations)
+        del stages["prefill_with_cache"]
+        lines.append(f"activations about {listed(stages, max(stages.values()))}")
         lines += [f"note: {note}" for note in self.notes]
         lines.append(self._verdict())
         return lines + self._times()
 
     def _placed(self) -> str:
-        place = self.placement
+        place = self.spread
         if place.tensor_parallel > 1:
             return f" on each of the {place.tensor_parallel} ranks of a replica"
         return ""
@@ -263,7 +240,7 @@ class Estimate:
         need = f"about {size_text(self.peak)} on {self.device} for each rank"
         if self.free is None:
             return f"{need}; how much is free there is not known"
-        share = f", {self.placement.sharing} ranks share it" if self.placement.sharing > 1 else ""
+        share = f", {self.spread.sharing} ranks share it" if self.spread.sharing > 1 else ""
         room = f"{size_text(self.free)} are free{share}"
         if self.fits:
             return f"fits: {need}, {room}"
@@ -274,7 +251,7 @@ class Estimate:
     def _times(self) -> list[str]:
         if self.rates is None:
             return []
-        seconds, count = self.seconds, self.placement.replicas
+        seconds, count = self.seconds, self.spread.replicas
         answers = f"{self.work.steps:.1f} more tokens, as in the reference answers" if self.work.steps else "one token"
         each = seconds["ttft"] + (self.max_new_tokens - 1) * seconds["step"]
         worst = ceil(self.batches / count) * each
@@ -295,14 +272,14 @@ class Estimate:
             "weights": self.weights.device,
             "weights_outside_device": self.weights.host,
             "kv_bytes": self.kv_bytes,
-            "activations": self.activations,
+            "activations": dataclasses.asdict(self.activations),
             "peak_bytes": self.peak,
             "free_bytes": self.free,
             "fits": self.fits,
             "remedies": [] if self.fits is not False else self.remedies(),
             "device": self.device,
             "notes": list(self.notes),
-            "placement": dataclasses.asdict(self.placement),
+            "spread": dataclasses.asdict(self.spread),
             "questions": self.work.questions,
             "batches": self.batches,
             "steps_per_batch": self.work.steps,
@@ -312,31 +289,25 @@ class Estimate:
         }
 
 
-def estimate(config: RunConfig, placement: Placement | None = None) -> Estimate:
+def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
     """The estimate of a run.
 
     Args:
-        placement: None for what `config` says, on one replica.
+        place: the ranks of the run; None for one process.
 
     Raises:
         UserError: the run could not start: an unknown method, a budget that the model cannot meet, missing files.
     """
-    place = placement or Placement(
-        tensor_parallel=getattr(config, "tensor_parallel", 1) or 1, zero=getattr(config, "zero", None)
-    )
-    benchmark = benchmarks.get(config.benchmark)
-    build_reducer(config, visual_tokens=None)
-    device = device_of(config.device)
-    split = benchmarks.check_split(benchmark, config.split, Path(config.data))
-    profile = benchmarks.check_profile(benchmark, config.profile)
-    data = benchmark.load(Path(config.data), split, profile, config.source)
-    planned = data.questions[: config.limit]
+    data, _ = read_questions(config)
+    planned, device = data.questions[: config.limit], device_of(config.device)
     checkpoint = outline_checkpoint(config.model, config.text_tower)
     model = runtime(checkpoint, torch.device("meta"), dict(config.picture))
     if data.pictures.noun == "videos" and not model.takes_videos:
         raise UserError(f"{data.title} asks about videos, and {model.name} takes images only; choose a Video-LLaVA.")
     reducer = build_reducer(config, model.visual_tokens)
     require(reducer, model.spec)
+    here = len(place.hosts[0][1]) if place is not None and device.type == "cpu" else 1
+    spread = Spread(1 if place is None else place.replicas, here, config.tensor_parallel, config.zero)
     longest = config.max_new_tokens or data.max_new_tokens
     work = workload(model, data, planned, config.batch_size, longest)
     dtype = DTYPES[config.dtype]
@@ -353,7 +324,7 @@ def estimate(config: RunConfig, placement: Placement | None = None) -> Estimate:
         max_new_tokens=longest,
         dtype=dtype,
         quantization=config.quantization or bits,
-        placement=place,
+        spread=spread,
         text_tower=text_tower_numbers(model) if needs_text else 0,
         rates=rates,
         free=free_memory(device),
@@ -371,51 +342,9 @@ def stored_bits(model: Llava) -> tuple[str | None, tuple[str, ...]]:
     return None, (f"the files are quantised with {method}; the sizes are those of weights that are not",)
 
 
-def report(config: RunConfig, placement: Placement | None = None) -> list[str]:
+def report(config: RunConfig, place: Placement | None = None) -> list[str]:
     """The lines of `--dry-run`."""
-    return estimate(config, placement).lines()
-
-
-def workload(
-    model: Llava, data: Dataset, planned: Sequence[Question], batch_size: int, max_new_tokens: int
-) -> Workload:
-    """Prompts and images of evenly spaced questions, and the length of their reference answers."""
-    if not planned:
-        raise UserError(f"{data.title} has no question to estimate; raise --limit.")
-    stride = max(1, len(planned) // SAMPLED)
-    chosen = planned[::stride][:SAMPLED]
-    shapes = tuple(shape_of(model, data, question) for question in chosen)
-    answers = [len(model.tokenizer(q.answer, add_special_tokens=False).input_ids) for q in chosen if q.answer]
-    groups = [answers[i : i + batch_size] for i in range(0, len(answers), batch_size)]
-    steps = sum(min(max(group), max_new_tokens - 1) for group in groups) / len(groups) if groups else 0.0
-    passes = 0
-    for start in range(0, len(planned), batch_size):
-        batch = planned[start : start + batch_size]
-        passes += sum(map(len, {question.images: question.images for question in batch}))
-    return Workload(shapes, steps, len(planned), passes)
-
-
-def shape_of(model: Llava, data: Dataset, question: Question) -> QuestionShape:
-    """What memory and time depend on in a question. An image is opened only where its size matters."""
-    video = data.pictures.noun == "videos"
-    blank = Image.new("RGB", (1, 1))
-    stand_in = Video((blank,)) if video else blank
-    prompt = model.prompt(
-        Sample(question.id, question.question, question.suffix, tuple(stand_in for _ in question.images) or None)
-    )
-    by_size = not video and (hasattr(model, "anyres") or model.axes)
-    sizes = [_size(data, name) if by_size else None for name in question.images]
-    images = tuple(memory.layout_of(model, size, video) for size in sizes)
-    return QuestionShape(sum(token >= 0 for token in prompt.ids), images, " ".join(question.images))
-
-
-def _size(data: Dataset, name: str) -> tuple[int, int] | None:
-    """(width, height) of an image; None, which stands for the largest, where it cannot be read here."""
-    try:
-        opened: Any = data.pictures.open(name)
-    except (UserError, OSError):
-        return None
-    return opened.size
+    return estimate(config, place).lines()
 
 
 def text_tower_numbers(model: Llava) -> int:
@@ -426,30 +355,3 @@ def text_tower_numbers(model: Llava) -> int:
     with torch.device("meta"):
         clip = ClipText(config, tower.config.hidden_size, tower.post_layernorm, lambda text: [], 0, 0)
     return sum(weight.numel() for weight in clip.parameters())
-
-
-def size_text(size: float) -> str:
-    """Bytes in words: "13.1 GiB", "14.5 MiB"."""
-    name, unit = ("GiB", GIB) if size >= 0.1 * GIB else ("MiB", GIB / 1024)
-    return f"{figures(size / unit)} {name}"
-
-
-def listed(parts: Mapping[str, int], total: int | None = None) -> str:
-    """The sum (or `total`) and its parts in one unit: "13.1 GiB (vision tower 0.57, decoder 12.3)"."""
-    total = sum(parts.values()) if total is None else total
-    unit = GIB if total >= 0.1 * GIB else GIB / 1024
-    inside = ", ".join(f"{name} {figures(size / unit)}" for name, size in parts.items() if size)
-    return f"{size_text(total)} ({inside})"
-
-
-def figures(value: float) -> str:
-    """Three figures, or two of a small number."""
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: "3.1 ms", "12 s", "5.0 min", "2.1 h"."""
-    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
-    return f"{1000 * seconds:.3g} ms"

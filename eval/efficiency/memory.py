@@ -92,8 +92,8 @@ class Weights:
     """Bytes of weights by part: "vision tower", "projector", "decoder", "head", and "text tower" where it is read.
 
     Attributes:
-        device: held by the accelerator of one rank.
-        host: held by the memory of the machine, or by a file, for one rank (ZeRO).
+        device: held by the device of one rank. "gathered" is what ZeRO-Inference fetches for the layer that computes.
+        host: held in the memory of the machine or in files, for one rank (ZeRO-Inference).
     """
 
     device: dict[str, int]
@@ -105,20 +105,14 @@ class Weights:
 
 
 def weights(
-    model: Llava,
-    itemsize: int,
-    quantization: str | None = None,
-    split: int = 1,
-    offloaded: bool = False,
-    text_tower: int = 0,
+    model: Llava, itemsize: int, quantization: str | None = None, split: int = 1, text_tower: int = 0
 ) -> Weights:
     """Bytes of the weights of one rank.
 
     Args:
         itemsize: bytes of a weight that is not quantised.
         quantization: "8bit" or "4bit" for the linear layers of the decoder.
-        split: ranks over which the linear layers of the decoder are split (tensor parallelism).
-        offloaded: decoder and head stay in the memory of the machine, and the device holds their largest module.
+        split: ranks over which the linear layers of the decoder and the head are split (tensor parallelism).
         text_tower: weights of the CLIP text tower if the method reads it, in float32.
     """
     inner: Any = model.hf_model.model
@@ -129,18 +123,38 @@ def weights(
         "projector": sum(p.numel() for p in merger) or _numbers(inner.multi_modal_projector),
     }
     found = {part: count * itemsize for part, count in sizes.items()}
-    decoder = _decoder_bytes(model, itemsize, quantization, split)
-    if hasattr(inner, "image_newline"):
-        decoder += inner.image_newline.numel() * itemsize
-    tied = model.head.weight is inner.language_model.embed_tokens.weight
-    head = {"decoder": decoder, "head": 0 if tied else _numbers(model.head) * itemsize}
     if text_tower:
         found["text tower"] = text_tower * FLOAT32
-    if not offloaded:
-        return Weights(found | head, {})
-    layer = max(_numbers(one) for one in inner.language_model.layers)
-    largest = max(layer, _numbers(inner.language_model.embed_tokens), _numbers(model.head)) * itemsize
-    return Weights(found | {"gathered module of the decoder": largest}, head)
+    found["decoder"] = _decoder_bytes(model, itemsize, quantization, split)
+    if hasattr(inner, "image_newline"):
+        found["decoder"] += inner.image_newline.numel() * itemsize
+    found["head"] = 0 if tied(model) else -(-_numbers(model.head) // split) * itemsize
+    return Weights(found, {})
+
+
+def tied(model: Llava) -> bool:
+    """Whether head and embeddings are one weight."""
+    llm: Any = model.llm
+    return model.head.weight is llm.embed_tokens.weight
+
+
+def partitioned(model: Llava, itemsize: int, whole: Weights, place: str) -> Weights:
+    """The weights of one rank under ZeRO-Inference in a group of one.
+
+    Args:
+        place: "cpu" or "nvme=FOLDER", where the matrices of the decoder and the head are kept, or "none".
+    """
+    llm: Any = model.llm
+    matrices = [weight.numel() for layer in llm.layers for weight in layer.parameters() if weight.dim() > 1]
+    head = whole.device["head"]
+    outside = {"decoder": sum(matrices) * itemsize, "head": head}
+    layer = sum(weight.numel() for weight in llm.layers[0].parameters())
+    # Two layers and the largest matrix are gathered at the most, see llava/model/parallel/zero.py.
+    gathered = (2 * layer + max([*matrices, head // itemsize])) * itemsize
+    if place == "none":
+        return Weights(whole.device | {"gathered": gathered}, {})
+    kept = {part: size - outside.get(part, 0) for part, size in whole.device.items()}
+    return Weights(kept | {"gathered": gathered}, outside)
 
 
 TOWERS = ("vision_tower", "image_tower", "video_tower")
@@ -157,7 +171,7 @@ def _decoder_bytes(model: Llava, itemsize: int, quantization: str | None, split:
     for layer in llm.layers:
         for linear in (part for part in layer.modules() if isinstance(part, nn.Linear)):
             count = linear.weight.numel()
-            held = count * itemsize // split
+            held = -(-count // split) * itemsize
             if quantization == "8bit":
                 held = int(count * BITS_8) + linear.out_features * FLOAT32
             elif quantization == "4bit":
@@ -178,41 +192,71 @@ def kv_bytes(model: Llava, prompts: Sequence[Sequence[int]], itemsize: int, new_
     """
     llm: Any = model.llm
     longest = [max(layer) + new_tokens for layer in zip(*prompts, strict=True)]
-    widths = [layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features for layer in llm.layers]
-    rows = sum(length * width for length, width in zip(longest, widths, strict=True))
+    rows = sum(length * _key_value_width(layer) for length, layer in zip(longest, llm.layers, strict=True))
     return len(prompts) * rows * itemsize // split
+
+
+def _key_value_width(layer: Any) -> int:
+    """Numbers that a token leaves in the cache of a layer."""
+    return layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features
 
 
 # Activations
 
 
+@dataclass(frozen=True)
+class Activations:
+    """Bytes at the peak of each stage.
+
+    Attributes:
+        vision: the tower on all images of the batch.
+        prefill: the decoder on the prompts; without the cache.
+        decode: one further token per question; without the cache.
+        prefill_with_cache: prefill, and the keys and values that exist by then: the longest prompts and the largest
+            cache need not meet in one layer.
+    """
+
+    vision: int
+    prefill: int
+    decode: int
+    prefill_with_cache: int
+
+
 def activations(
     model: Llava, reducer: Reducer, questions: Sequence[QuestionShape], itemsize: int, split: int = 1
-) -> dict[str, int]:
-    """Bytes of the tensors alive at the peak of each stage: "vision", "prefill" and "decode"."""
-    images = list(
-        {(q.names or str(i), n): image for i, q in enumerate(questions) for n, image in enumerate(q.images)}.values()
-    )
-    prompts = [lengths(model, reducer, question) for question in questions]
+) -> Activations:
+    """Bytes of the tensors that are alive together at the peak of each stage."""
     llm: Any = model.llm
+    images = {
+        (question.names or str(number), place): image
+        for number, question in enumerate(questions)
+        for place, image in enumerate(question.images)
+    }
+    prompts = [lengths(model, reducer, question) for question in questions]
+    longest = [max(layer) for layer in zip(*prompts, strict=True)]
     width = llm.embed_tokens.embedding_dim
-    longest = max(map(max, prompts))
-    if reducer.acts_in & {"prompt", "decoder"}:  # the whole prompts are assembled first
-        longest = max(q.text + sum(image.tokens for image in q.images) for q in questions)
-    if "prompt" in reducer.acts_in and getattr(reducer, "probe", None) != "contextual":
-        entering = max(map(max, prompts))
-    else:
-        entering = longest
+    # A method that acts before layer 0 finds the prompts assembled with all visual tokens.
+    assembled = longest[0]
+    if "prompt" in reducer.acts_in:
+        assembled = max(question.text + sum(image.tokens for image in question.images) for question in questions)
     # Kept until the prefill ends: the tower's features, the visual tokens made of them, the embedded prompts.
-    features = sum(_features(model, image) for image in images) * itemsize
-    kept = features + len(questions) * longest * width * itemsize
-    visual = max((max(lengths(model, reducer, q)) - q.text for q in questions), default=0)
-    kept += len(questions) * visual * width * itemsize
-    tower = _tower_peak(model, images, itemsize)
-    layer = _layer_peak(model, len(questions), entering, itemsize, split)
-    head = len(questions) * (width + model.head.out_features) * itemsize + len(questions) * model.vocabulary * FLOAT32
-    step = _layer_peak(model, len(questions), 1, itemsize, split)
-    return {"vision": tower, "prefill": kept + max(layer, head), "decode": max(step, head)}
+    visual = assembled - min(question.text for question in questions)
+    kept = sum(_features(model, image) for image in images.values()) * itemsize
+    kept += len(questions) * (assembled + visual) * width * itemsize
+    layers = [_layer_peak(model, len(questions), length, itemsize, split) for length in longest]
+    cached, with_cache = 0, []
+    for layer, length, peak in zip(llm.layers, longest, layers, strict=True):
+        cached += len(questions) * length * _key_value_width(layer) * itemsize // split
+        with_cache.append(cached + peak)
+    if getattr(reducer, "probe", None) == "contextual":  # whole prompts through some layers first
+        layers.append(_layer_peak(model, len(questions), assembled, itemsize, split))
+    head = len(questions) * ((width + model.head.out_features) * itemsize + model.vocabulary * FLOAT32)
+    return Activations(
+        vision=_tower_peak(model, list(images.values()), itemsize),
+        prefill=kept + max(*layers, head),
+        decode=max(_layer_peak(model, len(questions), 1, itemsize, split), head),
+        prefill_with_cache=kept + max(*with_cache, layers[-1], cached + head),
+    )
 
 
 def _features(model: Llava, image: TokenLayout) -> int:

@@ -1,6 +1,7 @@
 """How fast a device multiplies and copies, measured in about a second: what a lower bound of a run's time needs."""
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ import torch
 
 from eval.results.provenance import hardware
 
-SPENT = 0.5  # seconds of copying, and ten times the seconds of products of one size
+SPENT = 0.5  # seconds of each measurement
 LONGEST = 0.2  # seconds of one product
+REPEATS = 3  # of every measurement, at the least
 FEWEST = 16  # rows of the first product
 COPIED = 1 << 28  # bytes
 
@@ -38,14 +40,17 @@ def measure_rates(device: torch.device, dtype: torch.dtype, rows: int, width: in
     Fewer rows are tried first: a product that would last longer than LONGEST seconds is not made.
     """
     right = torch.randn(width, inner, device=device).to(dtype)
-    operations, count = 0.0, min(FEWEST, rows)
+    operations, count, began = 0.0, min(FEWEST, rows), time.perf_counter()
     while True:
         left = torch.randn(count, width, device=device).to(dtype)
         spent = fastest(device, functools.partial(torch.matmul, left, right), SPENT / 10)
         operations = max(operations, 2 * count * width * inner / spent)
-        if count == rows or 2 * spent > LONGEST:
+        over = time.perf_counter() - began
+        # A product can be slow because the machine is busy for a moment: others of the size are tried for a while.
+        if over > 2 * SPENT or (over > SPENT and (count == rows or 2 * spent > LONGEST)):
             break
-        count = min(2 * count, rows)
+        if 2 * spent <= LONGEST:
+            count = min(2 * count, rows)
     source, target = (torch.empty(COPIED, dtype=torch.uint8, device=device).fill_(1) for _ in range(2))
     copied = 2 * COPIED / fastest(device, lambda: target.copy_(source), SPENT)
     bus = copied / 2
@@ -59,10 +64,12 @@ def measure_rates(device: torch.device, dtype: torch.dtype, rows: int, width: in
 
 
 def fastest(device: torch.device, call: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest call, after one that does not count; at least one, and more until `seconds` are spent."""
+    """Seconds of the fastest call, after one that does not count; REPEATS, and more until `seconds` are spent."""
     call()
     found, stop = float("inf"), time.perf_counter() + seconds
-    while found == float("inf") or time.perf_counter() < stop:
+    for call_number in itertools.count():
+        if call_number >= REPEATS and time.perf_counter() > stop:
+            break
         _wait(device)
         start = time.perf_counter()
         call()
