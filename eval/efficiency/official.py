@@ -56,7 +56,8 @@ def official(name: str) -> Llava:
     """An official model on the meta device, without tokenizer. LLaVA-NeXT reads images as the tables of papers do, with
     2,880 visual tokens for each; Qwen takes images of at most 1,280 visual tokens."""
     family, fields = MODELS[name]
-    config = HF_CLASSES[family].config_class(**fields)
+    config_class: Any = HF_CLASSES[family].config_class
+    config = config_class(**fields)
     video = family == "video_llava"
     qwen = family == "qwen2_5_vl"
     size = None if qwen else config.vision_config.image_size
