@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eval import job as job_module
 from eval import run as run_module
 from eval.answers.source_hash import answer_sources, changed_files, read_source
 from eval.config import RunConfig
@@ -197,7 +198,7 @@ def test_a_store_of_a_former_version_is_completed_with_a_note(data, tmp_path, mo
     assert result["code_unknown"] == 12 and any("12 of 40 answers is unknown" in note for note in result["remarks"])
     assert result["commit"].startswith("unknown and ")
     # From now on the code is known, and another one is refused.
-    monkeypatch.setattr(run_module, "answer_sources", lambda *objects: {"llava/model/llava_arch.py": "edited"})
+    monkeypatch.setattr(job_module, "answer_sources", lambda *objects: {"llava/model/llava_arch.py": "edited"})
     with pytest.raises(UserError, match=r"made by other code: .*llava/.* changed"):
         run(config(data, output), FakeLlava(), FakeReducer())
 
@@ -367,8 +368,8 @@ def test_temporary_files_of_killed_runs_are_removed(data, tmp_path):
     dead.wait()
     (output / "limit5").mkdir()
     litter = [output / f".predictions.json.{dead.pid}", output / "limit5" / f".result.json.{dead.pid}"]
-    litter.append(output / f".result.json.{os.getpid()}")
-    kept = [output / f".result.json.{os.getppid()}", output / ".notes.txt", output / ".settings.1"]
+    litter += [output / f".result.json.{os.getpid()}", output / f".result.json.{os.getppid()}"]
+    kept = [output / ".notes.txt", output / ".settings.1"]
     for path in litter + kept:
         path.write_text("half")
     run(config(data, output), FakeLlava(), FakeReducer())
