@@ -148,9 +148,10 @@ class Merge:
         # Numbers of the shard's answers that the store does not take; all others get consecutive places.
         skipped: list[int] = []
         count = 0
-        for number, line, row in read_appended(shard / ANSWERS):
+        path = shard / ANSWERS
+        for number, line, row in read_appended(path):
             if row is not None:
-                if not self._take(shard / ANSWERS, number, line, row):
+                if not self._take(path, number, line, row):
                     skipped.append(count)
                 count += 1
 
@@ -205,7 +206,7 @@ class Merge:
         """
         answers = files[ANSWERS]
         assert answers is not None
-        journal = {
+        journal: dict[str, Any] = {
             "sizes": {name: None if file is None else file.size for name, file in files.items()},
             "answers": self.temporary.stat().st_size if self.answers else answers.size,
             "shards": [shard.name for shard in self.shards],
