@@ -20,8 +20,8 @@ from llava.errors import UserError
 if TYPE_CHECKING:
     from llava.pipeline.answer import Batch
 
-# As long as nothing is answered, so many failures per replica mean that the run is wrong, not the questions.
-FAILURES_AT_START = 8
+# So many errors of the model, one after the other, end a run.
+ERRORS_IN_A_ROW = 16
 MICRO = 1_000_000  # the counters that ranks share hold whole numbers
 
 
@@ -69,7 +69,7 @@ class Progress:
         accuracy = 100 * points / everyone if credits else None
         self._tracker.batch(samples, batch, credits, answered=everyone, accuracy=accuracy)
 
-    def nothing_yet(self) -> bool:
+    def nothing_answered(self) -> bool:
         """Whether no question of the run has an answer, from any rank."""
         return self.before + self._rank.count("answered", 0) == 0
 
@@ -83,41 +83,42 @@ class Progress:
 class Failures:
     """Failed questions on their way to the store.
 
-    They wait until some question of the run is answered: before that, it is not known whether the run works at all.
+    Unreadable images are written at once. Errors of the model wait for the next answer: many in a row mean that the run
+    is broken (a bug, an accelerator that is gone), not the questions, and end it without being recorded.
     """
 
     def __init__(self, sink: Sink, rank: Rank, started: str):
         self._sink, self._rank, self._started = sink, rank, started
         self._waiting: list[Failure] = []
 
-    def add(self, failure: Failure, nothing_yet: bool) -> None:
-        self._waiting.append(failure)
-        everyone = self._rank.count("failed")
-        if nothing_yet and everyone >= FAILURES_AT_START * self._rank.replicas:
-            raise self._waiting[0].error
-        self.release(nothing_yet)
-
-    def release(self, nothing_yet: bool = False) -> None:
-        """Write those that wait."""
-        if nothing_yet or not self._waiting:
+    def add(self, failure: Failure) -> None:
+        if failure.kind == "image":
+            self._write([failure])
             return
-        lines = [
-            {"question_id": one.question, "reason": one.reason, "kind": one.kind, "run": self._started}
-            for one in self._waiting
-        ]
-        for one in self._waiting:
+        self._waiting.append(failure)
+        if len(self._waiting) >= ERRORS_IN_A_ROW:
+            raise self._waiting[0].error
+
+    def release(self) -> None:
+        """A question was answered after those that wait."""
+        self._write(self._waiting)
+        self._waiting = []
+
+    def finish(self, nothing_answered: bool) -> None:
+        """The last question was asked."""
+        if nothing_answered and self._waiting:
+            raise self._waiting[0].error
+        self.release()
+
+    def _write(self, failures: Sequence[Failure]) -> None:
+        for one in failures:
             tqdm.write(f"Question {one.question} failed: {one.reason}", file=sys.stderr)
             if not isinstance(one.error, UserError):
                 traceback.print_exception(one.error)
-        if self._rank.leads:
-            self._sink.fail(lines)
-        self._waiting.clear()
-
-    def finish(self, nothing_yet: bool) -> None:
-        """The last question was asked: failures are no exceptions if nothing at all was answered."""
-        if nothing_yet and self._waiting:
-            raise self._waiting[0].error
-        self.release()
+        if failures and self._rank.leads:
+            common = {"run": self._started}
+            lines = [{"question_id": one.question, "reason": one.reason, "kind": one.kind} for one in failures]
+            self._sink.fail([line | common for line in lines])
 
 
 def ask(job: Job, sink: Sink, pending: Sequence[Question], progress: Progress, rank: Rank) -> None:
@@ -137,7 +138,7 @@ def ask(job: Job, sink: Sink, pending: Sequence[Question], progress: Progress, r
             rank.report(ASKING, [question.id for question in questions])
             for outcome in outcomes(job, questions, room, divide=rank.size == 1):
                 if isinstance(outcome, Failure):
-                    failures.add(outcome, progress.nothing_yet())
+                    failures.add(outcome)
                     continue
                 lines = answer_lines(outcome, job.model.name, seal)
                 record = cost.timing_record(outcome.batch, conditions)
@@ -149,7 +150,7 @@ def ask(job: Job, sink: Sink, pending: Sequence[Question], progress: Progress, r
                 asked = [part.question for part in outcome.parts]
                 progress.add(asked, outcome.batch, [part.sample for part in outcome.parts])
                 failures.release()
-        failures.finish(progress.nothing_yet())
+        failures.finish(progress.nothing_answered())
 
 
 def claimed(pending: Sequence[Question], size: int, rank: Rank) -> Iterator[Sequence[Question]]:

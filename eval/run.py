@@ -204,7 +204,13 @@ def summarise(job: Job, store: AnswerStore, unknown_pictures: int, throughput: d
         throughput: of this process, or of the ranks.
     """
     answered = [question for question in job.planned if question.id in store.answers]
-    failed = [store.failures[question.id] for question in job.planned if question.id not in store.answers]
+    missing = [question.id for question in job.planned if question.id not in store.answers]
+    failed = [store.failures[name] for name in missing if name in store.failures]
+    if len(failed) < len(missing):
+        raise UserError(
+            f"{len(missing) - len(failed):,} of {len(job.planned):,} questions were not asked yet; run the same "
+            "command without --retry-failed."
+        )
     lines = [store.answers[question.id] for question in answered]
     if not lines:
         raise UserError(

@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from eval import __main__ as cli
 from eval import benchmarks, score
-from eval import run as run_module
+from eval import job as job_module
 from eval.benchmarks.prompts import LETTER, SHORT, VIZ, split_suffix
 from eval.config import RunConfig, method_options, options_by_method
 from eval.efficiency.latency import reducers_of
@@ -42,7 +41,7 @@ def data(tmp_path) -> Path:
 def main(tmp_path, data, monkeypatch, capsys):
     """`main(...)` -> (exit code, stdout, stderr), with the fake model and the small GQA unless told otherwise."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_module, "load_model", lambda config: FakeLlava())
+    monkeypatch.setattr(job_module, "load_model", lambda config: FakeLlava())
 
     def call(*arguments: str) -> tuple[int, str, str]:
         standard = [] if "--data" in arguments or "--list" in arguments else ["--data", str(data)]
@@ -148,7 +147,7 @@ def test_full_needs_no_budget(monkeypatch, main):
         def answer(self, samples, reducer, max_new_tokens=128):
             return super().answer(samples, FakeReducer(self.visual_tokens), max_new_tokens)
 
-    monkeypatch.setattr(run_module, "load_model", lambda config: Whole())
+    monkeypatch.setattr(job_module, "load_model", lambda config: Whole())
     code, out, _ = main("--method", "full")
     assert code == 0 and out.splitlines()[-1].startswith("full at 64 of 64 visual tokens: ")
     assert main("--method", "full", "--budget", "64")[0] == 0
@@ -255,11 +254,11 @@ def test_ctrl_c_says_how_to_go_on(main, monkeypatch, tmp_path):
         if number == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "load_model", lambda config: FakeLlava(stop))
+    monkeypatch.setattr(job_module, "load_model", lambda config: FakeLlava(stop))
     code, _, err = main("--method", "uniform", "--budget", "16", "--output", "o")
     assert code == 130
     assert err.endswith("Stopped. 16 of 40 answers are kept in o; run the same command again to go on.\n")
-    monkeypatch.setattr(run_module, "load_model", lambda config: FakeLlava())
+    monkeypatch.setattr(job_module, "load_model", lambda config: FakeLlava())
     assert main("--method", "uniform", "--budget", "16", "--output", "o")[0] == 0
 
 
@@ -312,7 +311,7 @@ def test_a_model_for_images_is_not_asked_about_videos(main, monkeypatch, tiny):
     """`msvd_qa.sh --model` with an image-only model ended in "'Video' object has no attribute 'size'"."""
     model = FakeLlava()
     model.takes_videos = False
-    monkeypatch.setattr(run_module, "load_model", lambda config: model)
+    monkeypatch.setattr(job_module, "load_model", lambda config: model)
     data = str(ROOT / "assets" / "eval")
     code, out, err = main("--method", "uniform", "--budget", "8", "--benchmark", "msvd_qa", "--data", data)
     assert code == 2 and out == "" and err.count("\n") == 1
@@ -320,17 +319,6 @@ def test_a_model_for_images_is_not_asked_about_videos(main, monkeypatch, tiny):
     frames = Video((Image.new("RGB", (32, 32)),) * 8)
     with pytest.raises(UserError, match="tiny-llava takes images only, got a video"):
         generate(tiny, [Sample("q", "what", image=frames)], registry.build("full", tiny.visual_tokens))
-
-
-def test_a_batch_that_does_not_fit_into_memory_is_a_sentence(data, tmp_path):
-    def full(number: int) -> None:
-        if number == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has")
-
-    config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled")
-    with pytest.raises(UserError, match=r"A batch of 8 questions .* \(CUDA out of memory\); .* a smaller --batch-size"):
-        run(config, FakeLlava(full), FakeReducer())
-    assert (tmp_path / "o" / "answers.jsonl").read_text().count("\n") == 16
 
 
 # -- what there is ---------------------------------------------------------------------------------------------------

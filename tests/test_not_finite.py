@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from eval import run as run_module
+from eval import outcomes
 from eval.config import RunConfig
 from eval.run import run
 from llava.errors import UserError
@@ -88,9 +88,9 @@ def test_a_finished_sample_is_not_checked(own, monkeypatch):
 def test_a_run_ends_with_a_sentence_and_keeps_what_was_sound(own, tmp_path, monkeypatch):
     data = write_gqa(tmp_path / "data")
     config = RunConfig(
-        "full", data=data, output=tmp_path / "o", limit=8, batch_size=4, max_new_tokens=2, wandb="disabled"
+        "full", data=data, output=tmp_path / "o", limit=24, batch_size=4, max_new_tokens=2, wandb="disabled"
     )
-    real = run_module.generate
+    real = outcomes.generate
 
     def answer(*arguments, **named):
         batch = real(*arguments, **named)
@@ -98,7 +98,7 @@ def test_a_run_ends_with_a_sentence_and_keeps_what_was_sound(own, tmp_path, monk
             own.head.weight[0] = float("nan")
         return batch
 
-    monkeypatch.setattr(run_module, "generate", answer)
+    monkeypatch.setattr(outcomes, "generate", answer)
     with pytest.raises(UserError, match="The logits for question 1004 are not finite"):
         run(config, own)
     lines = (tmp_path / "o" / "answers.jsonl").read_text().splitlines()

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eval import job as job_module
 from eval import run as run_module
 from eval.answers.source_hash import answer_sources, changed_files, read_source
 from eval.config import RunConfig
@@ -197,7 +197,7 @@ def test_a_store_of_a_former_version_is_completed_with_a_note(data, tmp_path, mo
     assert result["code_unknown"] == 12 and any("12 of 40 answers is unknown" in note for note in result["remarks"])
     assert result["commit"].startswith("unknown and ")
     # From now on the code is known, and another one is refused.
-    monkeypatch.setattr(run_module, "answer_sources", lambda *objects: {"llava/model/llava_arch.py": "edited"})
+    monkeypatch.setattr(job_module, "answer_sources", lambda *objects: {"llava/model/llava_arch.py": "edited"})
     with pytest.raises(UserError, match=r"made by other code: .*llava/.* changed"):
         run(config(data, output), FakeLlava(), FakeReducer())
 
@@ -363,13 +363,15 @@ def test_temporary_files_of_killed_runs_are_removed(data, tmp_path):
     """`.predictions.json.PID` stayed behind for ever after a kill."""
     output = tmp_path / "o"
     run(config(data, output), FakeLlava(), FakeReducer())
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    (output / "limit5").mkdir()
-    litter = [output / f".predictions.json.{dead.pid}", output / "limit5" / f".result.json.{dead.pid}"]
-    litter.append(output / f".result.json.{os.getpid()}")
-    kept = [output / f".result.json.{os.getppid()}", output / ".notes.txt", output / ".settings.1"]
+    # The folder is locked, so whatever process has the number now, it does not write here.
+    alive, dead = os.getppid(), 4194305
+    names = (f".predictions.json.{dead}", f".answers.jsonl.{alive}", f"limit5/.result.json.{dead}")
+    litter = [output / name for name in (*names, f"limit5/mme_results/.OCR.txt.{alive}")]
+    # Not a temporary file, moved aside, or in the folder of another run.
+    names = (".notes.txt", ".settings.1", f"replaced-1/.result.json.{dead}", "other/lock", f"other/.result.json.{dead}")
+    kept = [output / name for name in names]
     for path in litter + kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
     run(config(data, output), FakeLlava(), FakeReducer())
     assert not any(path.exists() for path in litter) and all(path.exists() for path in kept)

@@ -5,7 +5,8 @@ import argparse
 import pytest
 import torch
 
-from eval import run as run_module
+from eval import job as job_module
+from eval import outcomes
 from eval.efficiency import latency
 from eval.efficiency.latency import Measured, Measurements, chosen_options, ratios, run, table
 from eval.efficiency.shapes import SHAPES, random_llava
@@ -47,7 +48,7 @@ def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):
     assert [len(credits) for credits in first] == [6, 6]
     assert len({folder.name for folder in (tmp_path / "out" / "testdev").iterdir()}) == 2
     again = CachingLlava(tiny)
-    monkeypatch.setattr(run_module, "generate", None)
+    monkeypatch.setattr(outcomes, "generate", None)
     assert sweep(settings, again, data, "testdev", tmp_path / "out", wandb="disabled") == first
 
 
@@ -58,9 +59,9 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
     sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4, wandb="disabled")
     (folder,) = (out / "testdev").iterdir()
     assert (folder / "limit4" / "result.json").is_file() and not (folder / "result.json").exists()
-    real = run_module.answer_sources
+    real = job_module.answer_sources
     monkeypatch.setattr(
-        run_module, "answer_sources", lambda *objects: real(*objects) | {"llava/pipeline/decoder.py": "edited"}
+        job_module, "answer_sources", lambda *objects: real(*objects) | {"llava/pipeline/decoder.py": "edited"}
     )
     with pytest.raises(UserError, match=r"made by other code: llava/pipeline/decoder\.py changed"):
         sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4)

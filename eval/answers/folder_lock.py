@@ -12,6 +12,11 @@ from llava.errors import UserError
 # Files that `eval.answers.jsonl.write_bytes` had not renamed yet when its process (the number) was killed.
 UNFINISHED = re.compile(r"\..+\.\w+\.\d+")
 
+# Sub-folders that a run does not write its own files to.
+SEPARATE = re.compile(r"replaced-\d+|wandb|shards")
+# limit50/mme_results/ is the deepest folder that a run writes to.
+DEPTH = 2
+
 
 def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
     """Take the folder for this process until `release()`, or until the process ends, however it ends.
@@ -60,10 +65,15 @@ def owner(path: Path) -> str:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete temporary files of processes that were killed while they wrote, in a run's folder and its limitN/.
+    """Delete temporary files of processes that were killed while they wrote, in a run's folder and its sub-folders.
 
-    The folder must be locked: then no other process writes there, whatever its number.
+    The folder must be locked: then no other process writes there, whatever its number. Sub-folders that are runs of
+    their own, or that --restart made, are left alone.
     """
-    for path in [*folder.glob(".*"), *folder.glob("limit*/.*")]:
-        if UNFINISHED.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+    for path, folders, files in os.walk(folder):
+        place = Path(path)
+        folders[:] = [name for name in folders if not SEPARATE.fullmatch(name) and not (place / name / "lock").exists()]
+        if len(place.relative_to(folder).parts) >= DEPTH:
+            folders.clear()
+        for name in filter(UNFINISHED.fullmatch, files):
+            (place / name).unlink(missing_ok=True)

@@ -1,13 +1,13 @@
 """Merging shards into their store, all of them or none, whatever kills the process.
 
-Every file of a store is only ever appended to, so a merge that did not finish is undone by cutting the files to the
-sizes they had. `merge.json` holds those sizes while a merge goes on:
+Every file of a store is only ever appended to, so a merge that did not finish is undone by cutting files to the sizes
+they had. `merge.json` holds those sizes while a merge goes on:
 
 1. The shards are read and checked. Answers go to a copy of answers.jsonl that nobody else sees.
-2. merge.json is written with the sizes of the files: from here on, a kill undoes the merge.
-3. The copy replaces answers.jsonl in one step; the other files are appended to.
-4. merge.json is replaced by the names of the shards: from here on, a kill finishes the merge.
-5. The shards are deleted, then merge.json.
+2. merge.json is written with the sizes of the files now, and the size of the copy.
+3. Timing, runs, failures and conflicts are appended to their files: a kill until here undoes the merge.
+4. The copy replaces answers.jsonl: from here on a kill finishes the merge, so a reader never sees an answer vanish.
+5. merge.json is replaced by the names of the shards, the shards are deleted, then merge.json.
 """
 
 import contextlib
@@ -42,8 +42,9 @@ def recover(folder: Path) -> None:
         return
     journal = read_json(path)
     try:
-        if "merged" in journal:
-            delete_shards(folder, journal["merged"])
+        before, after = journal["sizes"][ANSWERS], journal["answers"]
+        if journal["done"] or (after > before and (folder / ANSWERS).stat().st_size >= after):
+            delete_shards(folder, journal["shards"])
         else:
             for name, size in journal["sizes"].items():
                 cut(folder / name, size)
@@ -147,9 +148,10 @@ class Merge:
         # Numbers of the shard's answers that the store does not take; all others get consecutive places.
         skipped: list[int] = []
         count = 0
-        for number, line, row in read_appended(shard / ANSWERS):
+        path = shard / ANSWERS
+        for number, line, row in read_appended(path):
             if row is not None:
-                if not self._take(shard / ANSWERS, number, line, row):
+                if not self._take(path, number, line, row):
                     skipped.append(count)
                 count += 1
 
@@ -202,26 +204,32 @@ class Merge:
         Raises:
             UserError: the disk is full or fails. `recover` then leaves the store as it was.
         """
-        sizes = {name: None if file is None else file.size for name, file in files.items()}
-        write_json(self.folder / JOURNAL, {"sizes": sizes})
+        answers = files[ANSWERS]
+        assert answers is not None
+        journal: dict[str, Any] = {
+            "sizes": {name: None if file is None else file.size for name, file in files.items()},
+            "answers": self.temporary.stat().st_size if self.answers else answers.size,
+            "shards": [shard.name for shard in self.shards],
+            "done": False,
+        }
+        write_json(self.folder / JOURNAL, journal)
+        lines = {TIMING: self.timing, RUNS: self.runs, FAILURES: self.failures, CONFLICTS: self.conflicts}
+        for name, rows in lines.items():
+            if rows:
+                file = files[name] or DurableLines(self.folder / name)
+                file.append(rows)
+                if files[name] is None:
+                    file.close()
         try:
-            answers = files[ANSWERS]
-            assert answers is not None
+            sync_folder(self.folder)
             if self.answers:
                 answers.replace(self.temporary, list(self.answers.values()))
-            lines = {TIMING: self.timing, RUNS: self.runs, FAILURES: self.failures, CONFLICTS: self.conflicts}
-            for name, rows in lines.items():
-                if rows:
-                    file = files[name] or DurableLines(self.folder / name)
-                    file.append(rows)
-                    if files[name] is None:
-                        file.close()
             sync_folder(self.folder)
         except OSError as error:
             raise self._failed(error) from error
-        names = [shard.name for shard in self.shards]
-        write_json(self.folder / JOURNAL, {"merged": names})
-        delete_shards(self.folder, names)
+        # Without new answers, this and not the replaced file says that the lines above are whole.
+        write_json(self.folder / JOURNAL, journal | {"done": True})
+        delete_shards(self.folder, journal["shards"])
         (self.folder / JOURNAL).unlink()
         sync_folder(self.folder)
 

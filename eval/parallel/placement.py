@@ -109,10 +109,10 @@ def detect(
         return slurm(environment, accelerators(), size, nodes or expand_node_list)
     else:
         devices = visible(environment, accelerators()) if device == "auto" else ()
-    if len(devices) < size:
+    if size > max(1, len(devices)):
         raise UserError(
-            f"A model over {size} ranks was asked for, and there {'is' if len(devices) == 1 else 'are'} "
-            f"{len(devices)} on this machine; set RANKS={size} to use its processor, or lower TP."
+            f"A model over {size} ranks was asked for, but this machine has {len(devices)} accelerators; set "
+            f"RANKS={size} to use its processor, or lower TP."
         )
     if len(devices) <= 1 and size == 1 and "," not in environment.get("GPUS", ""):  # "GPUS=3," is the fourth one
         return None

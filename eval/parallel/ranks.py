@@ -113,8 +113,8 @@ class Rank:
     @property
     def ended(self) -> bool:
         """Whether the last report was the last word."""
-        report = self.control and self.control.peek(f"rank{self.number}")
-        return bool(report) and report["phase"] in ENDED
+        report = None if self.control is None else self.control.peek(f"rank{self.number}")
+        return report is not None and report["phase"] in ENDED
 
 
 _current = Rank()

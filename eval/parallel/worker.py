@@ -23,7 +23,7 @@ from eval.parallel.ranks import FAILED, FINISHED, LOADING, STOPPED, Rank
 BEAT_SECONDS = 2
 
 
-def main(words: Sequence[str]) -> int:
+def work(words: Sequence[str]) -> int:
     """Take this process's place among the ranks, and run the command."""
     address, name, size, module, *arguments = words
     control = Control.connect(address)
@@ -99,4 +99,4 @@ def follow(control: Control) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(work(sys.argv[1:]))

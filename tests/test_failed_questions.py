@@ -1,0 +1,175 @@
+"""Questions that cannot be answered: they are recorded with the reason, the rest goes on, and the result says so."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from eval import __main__ as command
+from eval import job
+from eval.asking import ERRORS_IN_A_ROW
+from eval.config import RunConfig
+from eval.run import run
+from llava.errors import UserError
+from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_gqa(tmp_path / "data")
+
+
+def config(tmp_path, data, **more) -> RunConfig:
+    return RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled", **more)
+
+
+class Picky(FakeLlava):
+    """Cannot answer some questions, alone or in a batch."""
+
+    def __init__(self, *names: str, error: Exception | None = None):
+        super().__init__()
+        self.names, self.error = names, error or RuntimeError("no such colour")
+
+    def answer(self, samples, reducer, max_new_tokens=128):
+        if any(sample.id in self.names for sample in samples):
+            raise self.error
+        return super().answer(samples, reducer, max_new_tokens)
+
+
+class Small(FakeLlava):
+    """Has memory for a few questions at once."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def answer(self, samples, reducer, max_new_tokens=128):
+        if len(samples) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has")
+        return super().answer(samples, reducer, max_new_tokens)
+
+
+def answers(tmp_path) -> dict[str, dict]:
+    lines = (tmp_path / "o" / "answers.jsonl").read_text().splitlines()
+    return {line["question_id"]: line for line in map(json.loads, lines)}
+
+
+def failures(tmp_path) -> list[dict]:
+    return [json.loads(line) for line in (tmp_path / "o" / "failures.jsonl").read_text().splitlines()]
+
+
+def test_one_question_that_fails_leaves_the_others_alone(tmp_path, data, capsys):
+    """An exception in one question ended the whole run."""
+    result = run(config(tmp_path, data), Picky("1003", "1017"), FakeReducer())
+    assert len(answers(tmp_path)) == 38 and result["asked"] == 38 and result["available"] == 40
+    assert [(line["question_id"], line["kind"], line["reason"]) for line in failures(tmp_path)] == [
+        ("1003", "error", "RuntimeError: no such colour"),
+        ("1017", "error", "RuntimeError: no such colour"),
+    ]
+    assert [line["question_id"] for line in result["failed"]] == ["1003", "1017"]
+    assert "on 38 GQA testdev questions (2 more failed)" in result["sentence"]
+    out = capsys.readouterr().out
+    assert "failed: question 1003: RuntimeError: no such colour" in out
+    assert "2 questions have no answer; --retry-failed asks them again." in out
+
+
+def test_the_other_answers_are_those_of_an_undisturbed_run(tmp_path, data):
+    run(config(tmp_path, data), Picky("1003"), FakeReducer())
+    disturbed = answers(tmp_path)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    run(config(whole, data), FakeLlava(), FakeReducer())
+    assert disturbed == {name: line for name, line in answers(whole).items() if name != "1003"}
+
+
+def test_a_corrupt_image_fails_its_own_questions_only(tmp_path, data):
+    image = data / "gqa" / "data" / "images" / "n3.jpg"
+    image.write_bytes(image.read_bytes()[:100])
+    result = run(config(tmp_path, data), FakeLlava(), FakeReducer())
+    lost = {line["question_id"] for line in failures(tmp_path)}
+    # Every seventh question asks about the fourth image.
+    assert lost == {str(1000 + number) for number in range(3, 40, 7)} and result["asked"] == 40 - len(lost)
+    assert {line["kind"] for line in failures(tmp_path)} == {"image"}
+    assert all("n3.jpg" in line["reason"] for line in failures(tmp_path))
+
+
+def test_failed_questions_are_asked_again_only_on_demand(tmp_path, data):
+    run(config(tmp_path, data), Picky("1003", "1017"), FakeReducer())
+    second = Picky()
+    result = run(config(tmp_path, data), second, FakeReducer())
+    assert second.asked == [] and len(result["failed"]) == 2
+    third = Picky()
+    result = run(config(tmp_path, data, retry_failed=True), third, FakeReducer())
+    assert sorted(third.asked) == ["1003", "1017"] and result["failed"] == [] and result["asked"] == 40
+    assert "failed" not in result["sentence"]
+
+
+def test_retrying_asks_no_other_question(tmp_path, data):
+    run(config(tmp_path, data, limit=8), Picky("1003"), FakeReducer())
+    model = Picky()
+    with pytest.raises(UserError, match="32 of 40 questions were not asked yet"):
+        run(config(tmp_path, data, retry_failed=True), model, FakeReducer())
+    assert model.asked == ["1003"] and len(answers(tmp_path)) == 8
+
+
+def test_a_model_that_fails_every_time_ends_the_run(tmp_path, data):
+    """A bug or a lost accelerator must not become thousands of failed questions."""
+    model = Picky(*(str(number) for number in range(1008, 1040)))
+    with pytest.raises(RuntimeError, match="no such colour"):
+        run(config(tmp_path, data), model, FakeReducer())
+    assert len(answers(tmp_path)) == 8 and not (tmp_path / "o" / "failures.jsonl").exists()
+    assert not (tmp_path / "o" / "result.json").exists()
+    result = run(config(tmp_path, data), Picky(), FakeReducer())
+    assert result["asked"] == 40 and result["failed"] == []
+
+
+def test_a_run_without_any_answer_ends_with_its_error(tmp_path, data):
+    assert ERRORS_IN_A_ROW > 8
+    with pytest.raises(ValueError, match="nothing works"):
+        model = Picky(*map(str, range(1000, 1008)), error=ValueError("nothing works"))
+        run(config(tmp_path, data, limit=8), model, FakeReducer())
+
+
+def test_every_image_unreadable_is_a_sentence(tmp_path, data):
+    for image in (data / "gqa" / "data" / "images").iterdir():
+        image.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"All 40 questions failed, the first one with: .*--retry-failed"):
+        run(config(tmp_path, data), FakeLlava(), FakeReducer())
+
+
+@pytest.mark.parametrize("room", [1, 3, 5])
+def test_a_batch_that_does_not_fit_into_memory_is_divided(tmp_path, data, room):
+    """A batch that was too large ended the run."""
+    result = run(config(tmp_path, data), Small(room), FakeReducer())
+    assert result["asked"] == 40 and result["failed"] == []
+    notes = [remark for remark in result["remarks"] if "did not fit into memory" in remark]
+    sizes = {1: [8, 4, 2], 3: [8, 4], 5: [8]}[room]
+    assert notes == [
+        f"A batch of {size} questions did not fit into memory; smaller ones were asked from there on." for size in sizes
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "o" / "timing.jsonl").read_text().splitlines()]
+    assert max(line["questions"] for line in lines) <= room and sum(line["questions"] for line in lines) == 40
+
+
+def test_a_single_question_that_does_not_fit_fails(tmp_path, data):
+    class Hungry(FakeLlava):
+        def answer(self, samples, reducer, max_new_tokens=128):
+            if any(sample.id == "1009" for sample in samples):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+            return super().answer(samples, reducer, max_new_tokens)
+
+    result = run(config(tmp_path, data), Hungry(), FakeReducer())
+    (line,) = failures(tmp_path)
+    assert line["question_id"] == "1009" and line["kind"] == "memory" and "9.00 GiB" in line["reason"]
+    assert result["asked"] == 39
+
+
+def test_exit_code_and_summary_say_that_questions_failed(tmp_path, data, monkeypatch, capsys):
+    monkeypatch.setattr(job, "load_model", lambda config: Picky("1003"))
+    words = ["--method", "uniform", "--budget", "16", "--data", str(data), "--output", str(tmp_path / "o")]
+    assert command.main([*words, "--wandb", "disabled"]) == command.SOME_FAILED == 3
+    assert "1 questions have no answer" in capsys.readouterr().out
+    monkeypatch.setattr(job, "load_model", lambda config: Picky())
+    assert command.main([*words, "--wandb", "disabled", "--retry-failed"]) == 0
+    assert os.path.getsize(tmp_path / "o" / "result.json") > 0

@@ -1,0 +1,421 @@
+"""Shards of ranks: merging takes every answer once, whatever kills the process, and refuses what does not belong."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eval.answers import Shard
+from llava.errors import UserError
+from tests.shard_worker import BROKEN, KNOWN, SETTINGS, describe, line, open_store, work
+
+ROOT = Path(__file__).resolve().parent.parent
+# Everything that eval/answers/store.py names, for a store whose ranks met broken images.
+NAMED = {"answers.jsonl", "timing.jsonl", "runs.jsonl", "failures.jsonl", "settings.json", "lock"}
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_shard(folder: Path, world: str, rank: int, *batches: str, **changes) -> None:
+    """A shard with one batch per text of question numbers."""
+    with Shard(folder, world, rank, describe(world, rank) | changes) as shard:
+        for batch in batches:
+            lines = [line(f"q{int(number):03}") for number in batch.split()]
+            shard.add(lines, {"questions": len(lines), "run": shard._run["run"]})
+
+
+def names(numbers: str) -> list[str]:
+    return [f"q{int(number):03}" for number in numbers.split()]
+
+
+# -- merging -------------------------------------------------------------------------------------------------------
+
+
+def test_merging_takes_every_answer_with_its_timing_and_its_process(tmp_path):
+    with open_store(tmp_path) as store:
+        store.add([line("q000")], {"questions": 1, "run": "own"})
+        write_shard(tmp_path, "w", 0, "1 2", "5")
+        write_shard(tmp_path, "w", 1, "3", "4 6")
+        assert store.merge() == 6
+        assert list(store.answers) == names("0 1 2 5 3 4 6")
+        assert [(t["first"], t["questions"], t.get("rank")) for t in store.timing] == [
+            (0, 1, None), (1, 2, 0), (3, 1, 0), (4, 1, 1), (5, 2, 1)
+        ]  # fmt: skip
+        assert store.timing_of(names("1 2 4 6 3 9")) == [store.timing[n] for n in (1, 3, 4)]
+        store.add([line("q007")], {"questions": 1})
+        made = {run["run"] if run else None: count for run, count in store.origins(KNOWN)}
+        assert made["start w 0"] == made["start w 1"] == 3
+        assert [(run["run"], count) for run, count in store.origins(names("2 4 7"))] == [
+            ("start w 0", 1), ("start w 1", 1), ("start single 0", 1)
+        ]  # fmt: skip
+        assert store.merge() == 0
+    assert {path.name for path in tmp_path.iterdir()} == NAMED - {"failures.jsonl"}
+    with open_store(tmp_path) as again:
+        assert list(again.answers) == names("0 1 2 5 3 4 6 7") and again.remarks == []
+        assert [t["first"] for t in again.timing] == [0, 1, 3, 4, 5, 7]
+
+
+def test_a_store_of_a_former_version_is_continued_by_ranks(tmp_path):
+    """Its timing has no `first`, and nobody knows the code of its answers."""
+    with open_store(tmp_path) as store:
+        store.add([line("q000"), line("q001")], {"questions": 2})
+        store.add([line("q002")], {"questions": 1})
+    (tmp_path / "runs.jsonl").unlink()
+    (tmp_path / "timing.jsonl").write_text('{"questions": 2}\n{"questions": 1}\n')
+    write_shard(tmp_path, "w", 1, "5 4")
+    with open_store(tmp_path) as store:
+        assert list(store.answers) == names("0 1 2 5 4")
+        assert store.timing_of(names("2 4 5")) == store.timing[1:]
+        assert [(run and run["run"], n) for run, n in store.origins(KNOWN)] == [(None, 3), ("start w 1", 2)]
+
+
+def test_any_number_of_ranks_continues_any_other(tmp_path):
+    write_shard(tmp_path, "a", 0, "0 1")
+    write_shard(tmp_path, "a", 1, "2")
+    shutil.copytree(tmp_path / "shards", tmp_path / "kept")
+    with pytest.raises(UserError, match=r"no settings\.json beside them"):
+        open_store(tmp_path)
+    with open_store(tmp_path, restart=True):
+        pass
+    assert sorted(path.name for path in (tmp_path / "replaced-1" / "shards").iterdir()) == ["a-rank0", "a-rank1"]
+    shutil.copytree(tmp_path / "kept", tmp_path / "shards")
+    with open_store(tmp_path) as store:
+        assert list(store.answers) == names("0 1 2")
+        for rank in range(5):
+            write_shard(tmp_path, "b", rank, str(10 + rank))
+    with open_store(tmp_path) as store:
+        assert list(store.answers) == names("0 1 2 10 11 12 13 14")
+
+
+def test_other_settings_are_refused_when_only_shards_hold_answers(tmp_path):
+    with open_store(tmp_path):
+        pass
+    write_shard(tmp_path, "a", 0, "0 1")
+    with pytest.raises(UserError, match=r"other settings \(dtype: float32, now float16\)"):
+        open_store(tmp_path, settings=SETTINGS | {"dtype": "float16"})
+    with open_store(tmp_path) as store:
+        assert list(store.answers) == names("0 1")
+
+
+def test_shards_without_an_answer_leave_nothing_behind(tmp_path):
+    with open_store(tmp_path):
+        Shard(tmp_path, "a", 0, describe("a")).close()
+    with open_store(tmp_path, settings={"model": "other"}) as store:
+        assert not store.answers and not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"settings": {"model": "x"}}, "they were made under other settings"), ({"code": "old"}, "by other code")],
+)
+def test_a_shard_of_other_settings_or_code_is_left_out_and_said(tmp_path, change, reason):
+    """A rank that outlived --restart wrote its first answer into the new store."""
+    sources = {"a.py": "1"}
+    with open_store(tmp_path, **({"settings": change["settings"]} if "settings" in change else {"sources": sources})):
+        write_shard(tmp_path, "a", 0, "0 1", code=change.get("code", "code"))
+    options = {"settings": change["settings"]} if "settings" in change else {"sources": sources}
+    (tmp_path / "settings.json").write_text(
+        json.dumps(options.get("settings", SETTINGS) | ({"sources": sources} if "sources" in options else {}))
+    )
+    with open_store(tmp_path, **options) as store:
+        assert not store.answers
+        assert len(store.remarks) == 1 and reason in store.remarks[0] and "shards/a-rank0" in store.remarks[0]
+        store.merge()
+        assert len(store.remarks) == 1
+    assert len(rows(tmp_path / "shards" / "a-rank0" / "answers.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (line("q001") | {"answer_id": "0" * 22}, "line 2 was made under other settings than the first line"),
+        (line("q001") | {"question_id": "900"}, "line 2 answers question 900, which this benchmark does not have"),
+        ({"question_id": "q001"}, "line 2 needs question_id and text"),
+        ([1], "line 2 should be a JSON object"),
+    ],
+)
+def test_lines_that_do_not_belong_are_refused_and_nothing_is_merged(tmp_path, extra, message):
+    with open_store(tmp_path):
+        write_shard(tmp_path, "a", 0, "0")
+        write_shard(tmp_path, "b", 0, "2")
+    with open(tmp_path / "shards" / "b-rank0" / "answers.jsonl", "a") as file:
+        file.write(json.dumps(extra) + "\n")
+    with pytest.raises(UserError, match=message):
+        open_store(tmp_path)
+    assert rows(tmp_path / "answers.jsonl") == []
+    assert {path.name for path in tmp_path.iterdir()} == (NAMED - {"failures.jsonl"}) | {"shards"}
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30])
+def test_a_torn_line_of_a_killed_rank_is_cut_and_nothing_else(tmp_path, cut):
+    with open_store(tmp_path):
+        write_shard(tmp_path, "a", 0, "0 1", "2 8")
+    path = tmp_path / "shards" / "a-rank0" / "answers.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    with open_store(tmp_path) as store:
+        # Without its newline only, the last answer is whole and stays.
+        assert list(store.answers) == names("0 1 2 8" if cut == 1 else "0 1 2")
+        # The seconds of half a batch are not known.
+        assert len(store.timing) == (2 if cut == 1 else 1)
+    text = (tmp_path / "answers.jsonl").read_bytes()
+    assert text.endswith(b"\n") and (text == whole if cut == 1 else whole.startswith(text))
+
+
+def test_a_question_that_two_ranks_answered_counts_once(tmp_path):
+    """A process of an earlier start went on while its question was dealt again."""
+    with open_store(tmp_path) as store:
+        store.add([line("q000")], {"questions": 1})
+        write_shard(tmp_path, "a", 0, "0 1 2", "3", "4")
+        write_shard(tmp_path, "b", 0, "5", "2 6", "7")
+        assert store.merge() == 7 and store.remarks == []
+        assert list(store.answers) == names("0 1 2 3 4 5 6 7")
+        # Batches of which an answer was not taken have no timing; the places of the others are right.
+        assert [(t["first"], t["questions"]) for t in store.timing] == [(0, 1), (3, 1), (4, 1), (5, 1), (7, 1)]
+        assert [(r["run"], n) for r, n in store.origins(names("1 2 3 4"))] == [("start a 0", 4)]
+        assert [(r["run"], n) for r, n in store.origins(names("5 6 7"))] == [("start b 0", 3)]
+
+
+def test_different_answers_to_one_question_are_kept_and_said(tmp_path):
+    with open_store(tmp_path) as store:
+        for world, text in (("a", "yes"), ("b", "no")):
+            with Shard(tmp_path, world, 0, describe(world)) as shard:
+                shard.add([line("q001", text)], {"questions": 1})
+        assert store.merge() == 1
+        assert store.answers["q001"]["text"] == "yes"
+    with open_store(tmp_path) as store:
+        assert store.answers["q001"]["text"] == "yes"
+        assert store.remarks == [
+            "1 question was answered by two ranks in different words (q001); the first answer counts, and the other is "
+            "in conflicts.jsonl"
+        ]
+    assert [row["text"] for row in rows(tmp_path / "conflicts.jsonl")] == ["no"]
+
+
+def test_a_process_of_an_earlier_start_stops_after_its_shard_was_merged(tmp_path):
+    with open_store(tmp_path):
+        late = Shard(tmp_path, "a", 0, describe("a"))
+        late.add([line("q000")], {"questions": 1})
+    with open_store(tmp_path) as store:
+        assert list(store.answers) == ["q000"]
+        with pytest.raises(UserError, match="was merged by a later start of ranks and deleted"):
+            late.add([line("q001")], {"questions": 1})
+    late.close()
+
+
+# -- kills ---------------------------------------------------------------------------------------------------------
+
+
+def content(folder: Path) -> dict[str, object]:
+    """What a merged store says, without the order of the answers and the names of the processes."""
+    with open_store(folder) as store:
+        order = list(store.answers)
+        timed = [name for t in store.timing for name in t["names"]]
+        assert len(timed) == len(set(timed)), "a batch was timed twice"
+        for batch in store.timing:
+            assert order[batch["first"] : batch["first"] + batch["questions"]] == batch["names"]
+            runs = store.origins(batch["names"])
+            assert [(run["run"], count) for run, count in runs] == [(batch["run"], batch["questions"])]
+        return {
+            "answers": sorted((folder / "answers.jsonl").read_bytes().splitlines()),
+            "failures": sorted(store.failures),
+            "remarks": store.remarks,
+        }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    work(folder, "w")
+    found = content(folder)
+    assert len(found["answers"]) == len(KNOWN) - len(BROKEN) and found["failures"] == sorted(BROKEN)
+    return found
+
+
+def start(folder: Path, world: str, pause: float) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.shard_worker", str(folder), world, str(pause)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    return process
+
+
+def test_a_store_survives_kills_at_random_moments(tmp_path, undisturbed):
+    """Answering and merging are killed again and again; what remains is what a run without kills leaves."""
+    draw = random.Random(0)
+    killed = stories = 0
+    while killed < 60:
+        stories += 1
+        folder = tmp_path / str(stories)
+        seen: set[str] = set()
+        for attempt in range(40):
+            process = start(folder, f"w{attempt}", 0.005)
+            try:
+                process.wait(timeout=draw.uniform(0, 0.04))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                killed += process.wait() == -signal.SIGKILL
+            else:
+                assert process.returncode == 0, process.stderr.read()
+                break
+            finally:
+                process.stderr.close()
+                process.stdout.close()
+            if (folder / "answers.jsonl").exists():
+                present = {row["question_id"] for row in rows(folder / "answers.jsonl")}
+                assert present >= seen
+                seen = present
+        work(folder, "last")
+        assert content(folder) == undisturbed
+        assert {path.name for path in folder.iterdir()} == NAMED
+        assert stories < 60, "hardly any process is killed in time"
+
+
+def test_a_merge_survives_a_kill_in_every_system_call(tmp_path):
+    """And so does the repair after it: nothing is lost, repeated, or left behind."""
+    whole = tmp_path / "whole"
+    with open_store(whole) as store:
+        store.add([line("q000")], {"questions": 1, "run": describe("single")["run"], "names": ["q000"]})
+        for rank in range(2):
+            with Shard(whole, "a", rank, describe("a", rank)) as shard:
+                for first in (1 + rank, 11 + rank):
+                    batch = [f"q{number:03}" for number in range(first, first + 10, 2)]
+                    run = {"run": describe("a", rank)["run"]}
+                    shard.add([line(name) for name in batch], {"questions": len(batch), "names": batch} | run)
+                shard.fail([{"question_id": f"q05{rank}", "reason": "the image cannot be read", "kind": "image"}])
+        # The same question again, in other words.
+        with Shard(whole, "b", 0, describe("b")) as shard:
+            shard.add([line("q003", "something else")], {"questions": 1, "names": ["q003"]})
+    subprocess.run([sys.executable, "-m", "tests.shard_worker", str(tmp_path), "every call"], cwd=ROOT, check=True)
+    copies = sorted(path for path in tmp_path.iterdir() if path.name != "whole")
+    assert len(copies) > 40
+    expected = content(copies[-1])
+    assert len(expected["answers"]) == 21 and expected["failures"] == ["q050", "q051"] and expected["remarks"]
+    for copy in copies:
+        assert content(copy) == expected, copy
+        for name, count in (("timing.jsonl", 5), ("runs.jsonl", 3), ("failures.jsonl", 2), ("conflicts.jsonl", 1)):
+            assert len(rows(copy / name)) == count, (copy, name)
+        assert {path.name for path in copy.iterdir()} == NAMED | {"conflicts.jsonl"}
+
+
+def test_a_reader_sees_the_answers_before_a_merge_or_after_it(tmp_path, monkeypatch):
+    with open_store(tmp_path) as store:
+        store.add([line("q000")], {"questions": 1})
+        write_shard(tmp_path, "w", 0, "1 2", "3")
+        seen = set()
+        for name in ("fsync", "write", "replace", "unlink", "open"):
+            real = getattr(os, name)
+
+            def look(*arguments, real=real, **options):
+                seen.add((tmp_path / "answers.jsonl").read_bytes().count(b"\n"))
+                return real(*arguments, **options)
+
+            monkeypatch.setattr(os, name, look)
+        store.merge()
+        monkeypatch.undo()
+    assert seen == {1, 4}
+
+
+# -- full disks ----------------------------------------------------------------------------------------------------
+
+FULL_DISK = """
+import os, sys
+from pathlib import Path
+from eval.answers import Shard
+from eval.answers.jsonl import write_json
+from llava.errors import UserError
+from tests.shard_worker import KNOWN, describe, line, open_store
+
+def long(name):
+    return line(name, "long " * 150)
+
+disk = Path(sys.argv[1])
+where = sys.argv[2]
+store = open_store(disk / "o")
+writer = Shard(disk / "o", "w", 0, describe("w")) if where != "store" else store
+good = 0
+ballast = disk / "ballast"
+try:
+    if where in ("merge", "result"):
+        for name in KNOWN[:20]:
+            writer.add([long(name)], {"questions": 1})
+        writer.close()
+        good = 20
+        # Fill the disk but for a few kB.
+        with open(ballast, "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                file.truncate(max(0, file.tell() - 3 * 4096))
+        if where == "result":
+            write_json(disk / "o" / "result.json", ["x" * 100] * 1000)
+        store.merge()
+    for name in KNOWN:
+        writer.add([long(name)], {"questions": 1})
+        good += 1
+except UserError as error:
+    print(error)
+else:
+    sys.exit("the disk was not full")
+writer.close()
+store.close()
+names = sorted(str(path.relative_to(disk / "o")) for path in (disk / "o").rglob("*") if path.is_file())
+ballast.unlink(missing_ok=True)
+os.truncate(disk / "ballast0", 0)
+with open_store(disk / "o") as store:
+    assert len(store.answers) == good and all(row["text"] == "long " * 150 for row in store.answers.values())
+    assert [t["first"] for t in store.timing] == list(range(good)) or len(store.timing) == good - 1
+    for name in KNOWN:
+        if name not in store.answers:
+            store.add([long(name)], {"questions": 1})
+print(*names)
+"""
+
+
+@pytest.mark.parametrize("where", ["store", "shard", "merge", "result"])
+def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(tmp_path, where):
+    """On a file system of 160 kB, in a mount namespace of its own."""
+    mount = 'mount -t tmpfs -o size=160k tmpfs "$0" && dd if=/dev/zero of="$0/ballast0" bs=4k count=28 2>/dev/null'
+    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', str(tmp_path)]
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a file system")
+    run = [*command, sys.executable, "-c", FULL_DISK, str(tmp_path), where]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sentence, names = done.stdout.splitlines()
+    assert sentence.startswith("Cannot ") and "No space left on device" in sentence
+    if where != "result":
+        assert "is kept" in sentence or "are kept" in sentence
+    # No temporary file, no journal.
+    assert not [name for name in names.split() if "/." in f"/{name}" or "merge.json" in name]
+
+
+def test_a_merge_that_fails_half_way_is_undone(tmp_path, monkeypatch):
+    """The disk takes the answers, and then not the timing."""
+    with open_store(tmp_path) as store:
+        store.add([line("q000")], {"questions": 1})
+        write_shard(tmp_path, "w", 0, "1 2")
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+        real = os.write
+
+        def full(descriptor: int, data) -> int:
+            if b"questions" in bytes(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(descriptor, data)
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(UserError, match=r"timing\.jsonl: No space left on device; everything before"):
+            store.merge()
+        monkeypatch.undo()
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    with open_store(tmp_path) as store:
+        assert list(store.answers) == names("0 1 2") and len(store.timing) == 2
