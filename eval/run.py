@@ -17,7 +17,7 @@ from eval.config import RunConfig
 from eval.job import Job, measured_under, prepare
 from eval.judging.choice import score_answers
 from eval.parallel import ranks
-from eval.parallel.ranks import MERGING, WAITING, Rank
+from eval.parallel.ranks import MERGING, SCORING, WAITING, Rank
 from eval.results import cost, provenance, report, tracking
 from eval.settings import device_name, flat_config
 from llava.errors import UserError
@@ -129,6 +129,7 @@ def answer_questions(
         parts = [rank.get(f"part{replica}") for replica in range(rank.replicas)]
         rank.report(MERGING)
         store.merge()
+    rank.report(SCORING)
     seconds = max(part["seconds"] for part in parts)
     questions = sum(part["questions"] for part in parts)
     return {
@@ -146,6 +147,7 @@ def answer_part(job: Job, rank: Rank) -> None:
     Raises:
         UserError: its questions or its model are not those of the first rank.
     """
+    rank.report(WAITING)
     plan = rank.get("run")
     if plan["seal"] != seal_of(job) or plan["planned"] != len(job.planned):
         raise UserError(
