@@ -185,6 +185,16 @@ def test_a_question_that_two_ranks_answered_counts_once(tmp_path):
         assert [(r["run"], n) for r, n in store.origins(names("5 6 7"))] == [("start b 0", 3)]
 
 
+def test_the_answer_of_the_earlier_start_counts(tmp_path):
+    """Names of worlds are random: their order says nothing."""
+    with open_store(tmp_path) as store:
+        for world, begun in (("a", "2026-11-22T10:00"), ("z", "2026-11-22T09:00")):
+            with Shard(tmp_path, world, 0, describe(world) | {"run": begun}) as shard:
+                shard.add([line("q001", begun)], {"questions": 1})
+        store.merge()
+        assert store.answers["q001"]["text"] == "2026-11-22T09:00"
+
+
 def test_different_answers_to_one_question_are_kept_and_said(tmp_path):
     with open_store(tmp_path) as store:
         for world, text in (("a", "yes"), ("b", "no")):
