@@ -15,6 +15,10 @@ from typing import Any
 
 from eval.config import ROOT
 
+# One thread each: results of matrix products depend on their number. Large blocks go back to the system when they are
+# freed, so that memory can be measured.
+OPTIONS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "MALLOC_MMAP_THRESHOLD_": "100000"}
+
 
 def free_port() -> int:
     with socket.socket() as found:
@@ -24,8 +28,7 @@ def free_port() -> int:
 
 def start(function: str, folder: Path, size: int = 2, rank: int = 0, port: int = 0) -> subprocess.Popen:
     """Start one rank, which calls `function` ("module:name") with the folder and writes what it returns there."""
-    # One thread each: results of matrix products depend on their number.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **OPTIONS, "PYTHONPATH": str(ROOT)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "tests.two_ranks", function, str(rank), str(size), str(port), str(folder)]

@@ -55,6 +55,8 @@ class Llava:
         self.notes = checkpoint.notes
         self.vocabulary = checkpoint.vocabulary
         self._whole_weights = checkpoint.whole_weights
+        # The decoder is spread over the ranks of a process group, which all answer the same questions.
+        self.spread: bool = checkpoint.whole_weights is not None
         self.text_tower = checkpoint.text_tower
         self.llm: nn.Module = container.model.language_model
         self.head: nn.Linear = container.lm_head

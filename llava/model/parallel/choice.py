@@ -47,13 +47,13 @@ def parallel_of(tensor_parallel: int, zero: str | None, quantization: str | None
         return None
     if tensor_parallel > 1 and zero is not None:
         raise UserError(
-            f"tensor_parallel {tensor_parallel} and zero {zero!r} both spread the decoder's weights; choose one of them."
+            f"tensor_parallel {tensor_parallel} and zero {zero!r} both spread the decoder's weights; choose one."
         )
     if quantization is not None:
         chosen = f"tensor_parallel {tensor_parallel}" if zero is None else f"zero {zero!r}"
         raise UserError(
-            f"Quantization {quantization!r} cannot be combined with {chosen}, because a quantised weight cannot be cut; "
-            "leave one of them out."
+            f"Quantization {quantization!r} cannot be combined with {chosen}, because a quantised weight cannot be "
+            "cut; leave one of them out."
         )
     if zero is None:
         if group.size() != tensor_parallel:

@@ -4,6 +4,7 @@ Official code read: deepspeedai/DeepSpeed@v0.19.8, deepspeed/comm/comm.py and de
 Differs from it: no shared-memory kernel on the CPU, which DeepSpeed would compile for a minute when it is first used.
 """
 
+import hashlib
 import importlib
 import os
 import socket
@@ -138,3 +139,20 @@ def gather(part: Tensor, dim: int) -> Tensor:
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size())]
     dist.all_gather(parts, part.contiguous())
     return torch.cat(parts, dim)
+
+
+def require_agreement(what: str, content: object, device: torch.device) -> None:
+    """Raise UserError, on every rank, if the ranks of the group hold different contents.
+
+    Args:
+        what: the content belongs to, in words.
+        content: with a `repr` that says everything.
+        device: of the communication.
+    """
+    own = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
+    found = gather(torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device), 0).view(-1, 8)
+    if (found != found[0]).any():
+        raise UserError(
+            f"The {size()} ranks that share the model kept different visual tokens or wrote different words for "
+            f"{what}; run them on equal devices with equal software."
+        )
