@@ -152,6 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from eval.run import run
 
         result = run(config)
+        if config.tensor_parallel > 1 or config.zero is not None:
+            from llava.model.parallel.group import leave
+
+            leave()
     except KeyboardInterrupt as stop:
         if not ranks.current().alone:
             raise
