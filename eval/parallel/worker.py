@@ -49,12 +49,14 @@ def main(words: Sequence[str]) -> int:
         if rank.size > 1:
             join_replica(rank)
         code = import_module(command["module"]).main(command["arguments"])
-        if rank.size > 1:
-            leave_replica()
         if not rank.ended:
+            if rank.size > 1:
+                leave_replica()
             rank.report(FINISHED, code=code)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is said; the launcher may end the others
     except KeyboardInterrupt:
-        rank.report(STOPPED)
+        if not rank.ended:
+            rank.report(STOPPED)
         return 130
     except UserError:
         raise
