@@ -226,7 +226,7 @@ def test_lines_and_record_say_the_same(toy):
     assert record["kv_bytes"] == toy.kv_bytes and record["fits"] is True and record["questions"] == 2642
     text = "\n".join(toy.lines())
     assert f"KV cache {size_text(toy.kv_bytes)} for 8 questions at 64 of 576 visual tokens" in text
-    assert "expected: 2,642 questions in at least" in text and "on 1 replica (" in text
+    assert "expected: 2,642 questions in at least" in text and "on 1 replica with answers as long as" in text
     assert "on 2 replicas" in "\n".join(replace(toy, spread=estimate.Spread(replicas=2)).lines())
 
 
@@ -255,7 +255,7 @@ def test_report_of_a_configuration(monkeypatch):
 
 def test_without_reference_answers_the_bound_is_one_token(toy):
     none = replace(toy, work=Workload(toy.work.shapes, 0.0, 10, 10))
-    assert none.seconds["batch"] == none.seconds["ttft"] and "batches of one token" in "\n".join(none.lines())
+    assert none.seconds["batch"] == none.seconds["ttft"] and "with answers of one token" in "\n".join(none.lines())
 
 
 def test_rates_are_measured_quickly_and_are_plausible():
@@ -268,3 +268,10 @@ def test_quantities_in_words():
     assert (duration(0.0031), duration(12.4), duration(300), duration(7600)) == ("3.1 ms", "12 s", "5.0 min", "2.1 h")
     assert listed({"a": 2**30, "b": 2**29, "c": 0}) == "1.50 GiB (a 1.00, b 0.50)"
     assert size_text(3 * 2**20) == "3.00 MiB"
+
+
+def test_the_example_of_the_page_is_current(toy):
+    """Its lines that do not depend on the machine."""
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    for line in toy.lines()[:3]:
+        assert line in page, line

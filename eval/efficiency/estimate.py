@@ -252,17 +252,20 @@ class Estimate:
         if self.rates is None:
             return []
         seconds, count = self.seconds, self.spread.replicas
-        answers = f"{self.work.steps:.1f} more tokens, as in the reference answers" if self.work.steps else "one token"
         each = seconds["ttft"] + (self.max_new_tokens - 1) * seconds["step"]
-        worst = ceil(self.batches / count) * each
+        longest = ceil(self.batches / count) * each
+        answers = "of one token"
+        if self.work.steps:
+            answers = f"as long as the references ({self.work.steps:.3g} more tokens)"
         return [
             f"measured here: {self.rates.operations / 1e12:.3g} TFLOP/s and {self.rates.bandwidth / 1e9:.3g} GB/s on "
             f"{self.rates.device}",
             f"a batch: at least {duration(seconds['ttft'])} to the first token, {duration(seconds['step'])} for each "
             "further token",
             f"expected: {self.work.questions:,} questions in at least {duration(self.run_seconds)} on {count} "
-            f"replica{'s' if count > 1 else ''} (a lower bound: batches of {answers}; with {self.max_new_tokens} "
-            f"tokens each {duration(worst)}; preparing images, loading and the method's own functions come on top)",
+            f"replica{'s' if count > 1 else ''} with answers {answers}, {duration(longest)} if each has "
+            f"{self.max_new_tokens} tokens",
+            "not in these times: preparing images, the method's own functions, starting and loading",
         ]
 
     def record(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ PLOT = ROOT / "docs" / "images" / "scale.png"
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 QUESTIONS = (100, 10_000, 1_000_000)
-KINDS = ("measured", "extrapolated")
+KINDS = ("measured", "given", "extrapolated")
 
 # Parts of a batch that a replica spends its time on, in seconds per batch or per question.
 PER_BATCH = ("vision", "prefill", "decode")
@@ -63,7 +63,8 @@ class Constant:
 
     Attributes:
         unit: in words.
-        kind: "measured", or "extrapolated" where it was not measured on the hardware that it stands for.
+        kind: "measured"; "given" for a setting, or a number that is counted in the code; "extrapolated" where it was not
+            measured on the hardware that it stands for.
         how: command and machine, or what it is extrapolated from.
     """
 
@@ -199,7 +200,8 @@ def check_line(constants: Mapping[str, float]) -> str:
     return (
         f"Check on the machine that was measured, with the toy model: two ranks answer {questions:,} questions at "
         f"{questions / asked:.1f} questions per second on paper and at {measured:.1f} measured "
-        f"({100 * (questions / asked / measured - 1):+.0f} %)."
+        f"({100 * (questions / asked / measured - 1):+.0f} %). One rank with two threads answered "
+        f"{constants['check_two_threads']:.1f}."
     )
 
 

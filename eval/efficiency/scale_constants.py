@@ -68,7 +68,7 @@ def shared_constants(answers: int, here: str) -> dict[str, Constant]:
     """Dealing, storing, merging, scoring and logging."""
     merged, per_line = merge_seconds(answers)
     return {
-        "batch_size": Constant(BATCH, "questions", "measured", "chosen: the default of --batch-size"),
+        "batch_size": Constant(BATCH, "questions", "given", "the default of --batch-size"),
         "store": Constant(
             per_line, "s per question", "measured", f"{answers // 2:,} answers added in batches of {BATCH}; {here}"
         ),
@@ -76,7 +76,7 @@ def shared_constants(answers: int, here: str) -> dict[str, Constant]:
             operation_seconds(), "s", "measured", f"20,000 additions to a counter by one client over loopback; {here}"
         ),
         "operations_per_batch": Constant(
-            OPERATIONS_PER_BATCH, "operations", "measured", "counted in the code: a claim, a report, two counters"
+            OPERATIONS_PER_BATCH, "operations", "given", "counted in the code: a claim, a report, two counters"
         ),
         "polls_per_rank": Constant(
             POLLS_PER_RANK,
@@ -191,12 +191,12 @@ def toy_constants(questions: int, here: str) -> dict[str, Constant]:
         ),
         "start_alone": Constant(start_alone, "s", "measured", f"from the command to the first question; {how}"),
         "start_ranks": Constant(start_ranks, "s", "measured", f"from the command to the first question; {both}"),
-        "start_per_node": Constant(0.0, "s per further node", "measured", "one machine"),
-        "gpus_per_node": Constant(2, "ranks", "measured", "one machine"),
-        "weights": Constant(0.0, "bytes", "measured", "in the start, which includes loading the toy model"),
-        "read_per_node": Constant(1e9, "bytes/s", "measured", "without effect: see weights"),
-        "read_shared": Constant(1e9, "bytes/s", "measured", "without effect: see weights"),
-        "check_questions": Constant(questions, "questions", "measured", both),
+        "start_per_node": Constant(0.0, "s per further node", "given", "one machine"),
+        "gpus_per_node": Constant(2, "ranks", "given", "one machine"),
+        "weights": Constant(0.0, "bytes", "given", "in the start, which includes loading the toy model"),
+        "read_per_node": Constant(1e9, "bytes/s", "given", "without effect: see weights"),
+        "read_shared": Constant(1e9, "bytes/s", "given", "without effect: see weights"),
+        "check_questions": Constant(questions, "questions", "given", both),
         "check_two_ranks": Constant(speed["two"], "questions/s", "measured", both),
         "check_two_threads": Constant(
             speed["wide"],
@@ -261,7 +261,7 @@ def gpu_constants(toy: dict[str, Constant], here: str) -> dict[str, Constant]:
         ),
         "start_ranks": Constant(start.value, "s", "extrapolated", f"from two ranks on {here}; CUDA is not in it"),
         "start_per_node": Constant(0.5, "s per further node", "extrapolated", "assumed: srun or ssh to a further node"),
-        "gpus_per_node": Constant(8, "GPUs", "extrapolated", "assumed: the usual node"),
+        "gpus_per_node": Constant(8, "GPUs", "given", "the usual node"),
         "weights": Constant(
             model.weights.total, "bytes", "extrapolated", "from the shapes of LLaVA-1.5-7B in bfloat16"
         ),
