@@ -104,7 +104,15 @@ def parser() -> Parser:
     p.add_argument(
         "--zero",
         metavar="PLACE",
-        help="ZeRO-Inference: keep the decoder in 'cpu' memory or on 'nvme=/FOLDER', and fetch it layer by layer",
+        help="ZeRO-Inference: keep the decoder in 'cpu' memory or on 'nvme=/FOLDER' and fetch it layer by layer; "
+        "'none' divides it over the accelerators of --zero-ranks",
+    )
+    p.add_argument(
+        "--zero-ranks",
+        type=value(count),
+        default=1,
+        metavar="N",
+        help="with --zero: ranks that share one model's weights",
     )
     p.add_argument(
         "--timeout",
@@ -135,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_list(args.json)
             return 0
         config = configuration(args)
-        place = placement.here(config.tensor_parallel, config.device)
+        place = placement.here(config.ranks_per_model, config.device)
         if args.dry_run:
             print_estimate(config, place, args.json)
             return 0
@@ -144,6 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from eval.run import run
 
         result = run(config)
+        if config.tensor_parallel > 1 or config.zero is not None:
+            from llava.model.parallel.group import leave
+
+            leave()
     except KeyboardInterrupt as stop:
         if not ranks.current().alone:
             raise
@@ -208,6 +220,7 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         retry_failed=args.retry_failed,
         tensor_parallel=args.tensor_parallel,
         zero=args.zero,
+        zero_ranks=args.zero_ranks,
     )
 
 

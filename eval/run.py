@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from eval.answers import AnswerStore
+from eval.answers import AnswerStore, Shard, seal_of
 from eval.answers.jsonl import write_file, write_json
 from eval.answers.reuse import check_reuse
-from eval.answers.shards import Shard
 from eval.answers.source_hash import combined
-from eval.asking import Progress, ask, seal_of
+from eval.asking import Progress, ask
 from eval.benchmarks.base import Question
 from eval.config import RunConfig
 from eval.job import Job, measured_under, prepare
 from eval.judging.choice import score_answers
 from eval.parallel import ranks
-from eval.parallel.ranks import MERGING, WAITING, Rank
+from eval.parallel.ranks import MERGING, SCORING, WAITING, Rank
 from eval.results import cost, provenance, report, tracking
 from eval.settings import device_name, flat_config
 from llava.errors import UserError
@@ -111,7 +110,7 @@ def answer_questions(
             "before": len(done),
             "planned": len(job.planned),
             "started": job.started,
-            "seal": seal_of(job),
+            "seal": seal_of(job.settings),
             "pending": spans(wanted),
         },
     )
@@ -129,6 +128,7 @@ def answer_questions(
         parts = [rank.get(f"part{replica}") for replica in range(rank.replicas)]
         rank.report(MERGING)
         store.merge()
+    rank.report(SCORING)
     seconds = max(part["seconds"] for part in parts)
     questions = sum(part["questions"] for part in parts)
     return {
@@ -146,8 +146,9 @@ def answer_part(job: Job, rank: Rank) -> None:
     Raises:
         UserError: its questions or its model are not those of the first rank.
     """
+    rank.report(WAITING)
     plan = rank.get("run")
-    if plan["seal"] != seal_of(job) or plan["planned"] != len(job.planned):
+    if plan["seal"] != seal_of(job.settings) or plan["planned"] != len(job.planned):
         raise UserError(
             f"Rank {rank.number} on {socket.gethostname()} reads other questions or another model than the first rank; "
             "all machines must see the same files."

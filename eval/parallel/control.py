@@ -59,6 +59,8 @@ class Control:
         """
         host, _, port = address.rpartition(":")
         try:
+            # Refused at once where nobody listens; the store would try again until its time-out.
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
             store = TCPStore(
                 host,
                 int(port),
@@ -66,12 +68,20 @@ class Control:
                 wait_for_workers=False,
                 timeout=timedelta(seconds=CONNECT_SECONDS),
             )
-        except DistError as error:
+        except (DistError, OSError) as error:
             raise UserError(
                 f"The process that started the ranks does not answer at {address}; its port must be reachable from "
                 "every node."
             ) from error
         return cls(store, address)
+
+    def answers(self) -> bool:
+        """Whether the parent process still serves the store."""
+        try:
+            self.count("beats", 0)
+        except DistError:
+            return False
+        return True
 
     def count(self, key: str, amount: int = 1) -> int:
         """Add to a counter that all ranks share; returns its new value."""

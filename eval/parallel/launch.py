@@ -8,7 +8,10 @@ import base64
 import contextlib
 import json
 import os
+import re
 import secrets
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +24,7 @@ import psutil
 from eval.command import Terminated, terminate
 from eval.config import ROOT
 from eval.parallel.control import LOOPBACK, Control, free_port
-from eval.parallel.placement import Placement
+from eval.parallel.placement import Placement, accelerators
 from eval.parallel.watch import Problem, outcome, watch
 from llava.errors import UserError
 
@@ -29,6 +32,10 @@ WORKER = "eval.parallel.worker"
 # One launcher per node; srun sets the number of the node.
 ON_EACH_NODE = 'exec "$0" -u -m deepspeed.launcher.launch --node_rank="$SLURM_NODEID" "$@"'
 END_SECONDS = 10  # for the ranks to end by themselves once they are told to
+# What ranks on machines that pdsh reaches take over from this process's environment, by the start of the name. Keys and
+# tokens are not among them: they would stand on command lines that everybody on those machines can read.
+FORWARDED = ("HF_", "HUGGINGFACE_", "TORCH_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "NCCL_", "JUDGE_", "PYTHONPATH")
+SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
 
 
 def launch(
@@ -49,29 +56,35 @@ def launch(
     """
     control = Control.serve(LOOPBACK if placement.launcher == "local" else socket.gethostname())
     control.put("command began", psutil.Process().create_time())
-    worker = [WORKER, control.address, secrets.token_hex(4), str(placement.size), module, *arguments]
-    command = launcher_command(placement, worker)
+    own = {"module": module, "arguments": list(arguments), "size": placement.size, "name": secrets.token_hex(4)}
+    control.put("command", own)
+    environment = rank_environment(placement, os.environ)
+    command = launcher_command(placement, [WORKER, control.address], environment)
+    remote = placement.launcher != "local"
+    before, interrupted = signal.signal(signal.SIGTERM, terminate), signal.getsignal(signal.SIGINT)
+    process = None
     try:
-        # A session of its own: a Ctrl-C at the terminal comes to this process alone, which ends the ranks in order.
-        process = subprocess.Popen(command, env=rank_environment(placement, os.environ), start_new_session=True)
-    except OSError as error:
-        raise UserError(f"Cannot start the ranks with {command[0]}: {error.strerror}.") from error
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        watch(process, control, placement.ranks, timeout, progress)
-        end(process)
+        try:
+            # A session of its own: a Ctrl-C at the terminal comes to this process alone, which ends the ranks in order.
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
+        except OSError as error:
+            raise UserError(f"Cannot start the ranks with {command[0]}: {error.strerror}.") from error
+        watch(process, control, placement.ranks, timeout, progress, remote)
+        end(process, control, remote)
         return outcome(control, placement.ranks)
     except KeyboardInterrupt as stopped:
-        end(process)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing: ending takes seconds
+        end(process, control, remote)
         print(f"\nStopped. {kept(control) or 'No question was asked yet.'}", file=sys.stderr)
         return 143 if isinstance(stopped, Terminated) else 130
     except Problem as problem:
-        end(process)
+        end(process, control, remote)
         print(f"{problem} {kept(control)}".rstrip(), file=sys.stderr)
         return problem.code
     finally:
-        end(process)
+        end(process, control, remote)
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def kept(control: Control) -> str:
@@ -85,24 +98,47 @@ def kept(control: Control) -> str:
     )
 
 
-def launcher_command(placement: Placement, worker: Sequence[str]) -> list[str]:
-    """DeepSpeed's launcher for the placement, with the module and the arguments of every rank."""
-    python, quiet = sys.executable, "--log_level=critical"
-    options = [f"--master_port={free_port()}", quiet, "--no_local_rank", "--module"]
-    if placement.launcher == "hostfile":
-        # DeepSpeed's runner reaches the machines by pdsh, or by what DeepSpeed calls a launcher.
-        how = ["--launcher", os.environ.get("DS_LAUNCHER", "pdsh"), "--force_multi"]
-        first = placement.hosts[0][0]
-        runner = [python, "-m", "deepspeed.launcher.runner", f"--hostfile={placement.hostfile}", *how]
-        return [*runner, f"--master_addr={first}", *options, *worker]
+def launcher_command(placement: Placement, worker: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """DeepSpeed's launcher on every machine of the placement.
+
+    Args:
+        worker: module and arguments of every rank.
+        environment: of this process; the parts of it that ranks on other machines need are on pdsh's command line.
+    """
+    python, count = sys.executable, len(placement.hosts)
     world = base64.urlsafe_b64encode(json.dumps(dict(placement.hosts)).encode()).decode()
+    # Ranks find each other through the store, not at this address; the launcher wants one.
+    first = LOOPBACK if placement.launcher == "local" else placement.hosts[0][0]
+    options = [f"--world_info={world}", f"--master_addr={first}", f"--master_port={free_port()}"]
+    options += ["--log_level=critical", "--no_local_rank", "--module", *worker]
     if placement.launcher == "slurm":
-        first = placement.hosts[0][0]
-        srun = ["srun", f"--nodes={len(placement.hosts)}", f"--ntasks={len(placement.hosts)}", "--ntasks-per-node=1"]
-        options = [f"--world_info={world}", f"--master_addr={first}", *options]
-        return [*srun, "bash", "-c", ON_EACH_NODE, python, *options, *worker]
-    options = [f"--world_info={world}", f"--master_addr={LOOPBACK}", *options]
-    return [python, "-u", "-m", "deepspeed.launcher.launch", *options, *worker]
+        srun = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+        return [*srun, "bash", "-c", ON_EACH_NODE, python, *options]
+    launcher = [python, "-u", "-m", "deepspeed.launcher.launch"]
+    if placement.launcher == "local":
+        return [*launcher, *options]
+    # As DeepSpeed's own runner starts it, with three differences: the lines that ranks print are left as they are, the
+    # launchers' log is off, and Ctrl-C does not end the launchers of other commands (`pkill -f` ends all of them).
+    if shutil.which("pdsh") is None:
+        raise UserError("HOSTFILE needs pdsh to reach the machines; install it (apt-get install pdsh).")
+    settings = [
+        f"{name}={value}"
+        for name, value in environment.items()
+        if name.startswith(FORWARDED) and not SECRET.search(name)
+    ]
+    there = f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*settings, *launcher])} --node_rank=%n "
+    return [
+        "pdsh",
+        "-S",
+        "-N",
+        "-R",
+        "ssh",
+        "-f",
+        str(count),
+        "-w",
+        ",".join(dict(placement.hosts)),
+        there + shlex.join(options),
+    ]
 
 
 def rank_environment(placement: Placement, environment: Mapping[str, str]) -> dict[str, str]:
@@ -113,20 +149,33 @@ def rank_environment(placement: Placement, environment: Mapping[str, str]) -> di
     own.setdefault("TOKENIZERS_PARALLELISM", "false")
     # torch prints a stack of C++ frames when the parent process is gone; the rank says it in a sentence.
     own.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if placement.launcher == "local" and not accelerators():
+        own.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would say on standard output that it has chosen it
     own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [own.get("PYTHONPATH")])])
     return own
 
 
-def end(process: "subprocess.Popen[bytes]") -> None:
-    """End the launcher and every rank of this machine; those of other machines end when the store is gone."""
+def end(process: "subprocess.Popen[bytes] | None", control: Control, remote: bool) -> None:
+    """End the launchers and every rank; those of other machines that do not listen end when the store is gone."""
+    if process is None or not alive(process):
+        return
+    control.count("stop")
+    # pdsh and srun may drop the machines when they are ended: ranks hear of it from the store first.
+    if remote:
+        wait_for_end(process)
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if not alive(process):
-            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        limit = time.monotonic() + END_SECONDS
-        while alive(process) and time.monotonic() < limit:
-            time.sleep(0.05)
+        if wait_for_end(process):
+            return
+
+
+def wait_for_end(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether the launcher's group ends in time."""
+    limit = time.monotonic() + END_SECONDS
+    while alive(process) and time.monotonic() < limit:
+        time.sleep(0.05)
+    return not alive(process)
 
 
 def alive(process: "subprocess.Popen[bytes]") -> bool:
@@ -136,4 +185,13 @@ def alive(process: "subprocess.Popen[bytes]") -> bool:
         os.killpg(process.pid, 0)
     except ProcessLookupError:
         return False
-    return True
+    # In a container nobody may ever take note of the end of a process whose parent is gone.
+    return any(runs_in(process.pid, number) for number in psutil.pids())
+
+
+def runs_in(group: int, number: int) -> bool:
+    """Whether a process belongs to a group and has not ended."""
+    try:
+        return os.getpgid(number) == group and psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.Error):
+        return False

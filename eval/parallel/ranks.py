@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from eval.parallel.control import Control
 
 # What a rank does; the parent process reads it.
-LOADING, ASKING, WAITING, MERGING, TRAINING = "loading", "asking", "waiting", "merging", "training"
+LOADING, ASKING, MERGING = "loading", "asking", "merging"
+WAITING, SCORING, TRAINING = "waiting", "scoring", "training"
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
 # A rank must not be in one of these for longer than the time-out.
 WATCHED = (LOADING, ASKING, MERGING)
@@ -111,10 +112,15 @@ class Rank:
             self.control.put(f"rank{self.number}", report | place | more)
 
     @property
+    def phase(self) -> str | None:
+        """What this rank has reported last."""
+        report = None if self.control is None else self.control.peek(f"rank{self.number}")
+        return None if report is None else report["phase"]
+
+    @property
     def ended(self) -> bool:
         """Whether the last report was the last word."""
-        report = None if self.control is None else self.control.peek(f"rank{self.number}")
-        return report is not None and report["phase"] in ENDED
+        return self.phase in ENDED
 
 
 _current = Rank()

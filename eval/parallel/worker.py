@@ -1,8 +1,9 @@
 """A rank: what DeepSpeed's launcher runs on every accelerator.
 
-    python -m eval.parallel.worker ADDRESS NAME SIZE MODULE [arguments of the module's main]
+    python -m eval.parallel.worker ADDRESS
 
-Users do not start it; eval/parallel/launch.py does.
+The parent process, at ADDRESS, says which module to run with which arguments; so no shell on the way to another machine
+can change them. Users do not start this; eval/parallel/launch.py does.
 """
 
 import os
@@ -14,54 +15,68 @@ import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
-from eval.command import terminate
+from eval.command import exit_on_user_error, terminate
 from eval.parallel import ranks
 from eval.parallel.control import Control, free_port
 from eval.parallel.ranks import FAILED, FINISHED, LOADING, STOPPED, Rank
+from llava.errors import UserError
 
-BEAT_SECONDS = 2
+BEAT_SECONDS = 1
 
 
-def work(words: Sequence[str]) -> int:
-    """Take this process's place among the ranks, and run the command."""
-    address, name, size, module, *arguments = words
-    control = Control.connect(address)
-    rank = Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(size), name, control)
+@exit_on_user_error
+def main(words: Sequence[str]) -> int:
+    """Take this process's place among the ranks, and run the command.
+
+    Returns:
+        The exit code for the launcher: 0 for a rank that has finished, whatever its command returned, because any other
+        code makes the launcher end the ranks that have not finished yet.
+    """
+    control = Control.connect(words[0])
+    command = control.get("command")
+    number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = Rank(number, world, command["size"], command["name"], control)
     ranks.become(rank)
     signal.signal(signal.SIGTERM, terminate)
-    threading.Thread(target=follow, args=(control,), daemon=True).start()
+    threading.Thread(target=follow, args=(rank, control), daemon=True).start()
     try:
         rank.report(LOADING)
-        take_accelerator()
+        take_processor()
         if not rank.first:
             be_quiet()
         if rank.size > 1:
             join_replica(rank)
-        code = import_module(module).main(arguments)
-        if rank.size > 1:
-            leave_replica()
-    except KeyboardInterrupt:
-        rank.report(STOPPED)
-        code = 130
-    except Exception as error:
-        traceback.print_exc()
-        rank.report(
-            FAILED, reason=f"Rank {rank.number} of {rank.world} failed: {type(error).__name__}: {error}.", code=1
-        )
-        code = 1
-    else:
+        code = import_module(command["module"]).main(command["arguments"])
         if not rank.ended:
+            if rank.size > 1:
+                leave_replica()
             rank.report(FINISHED, code=code)
-    return code
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is said; the launcher may end the others
+    except KeyboardInterrupt:
+        if not rank.ended:
+            rank.report(STOPPED)
+        return 130
+    except UserError:
+        raise
+    except Exception as error:
+        if not control.answers():
+            end_without_parent(rank)
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}".rstrip(".: ")
+        rank.report(FAILED, reason=f"Rank {number} of {world} failed: {reason}.", code=1)
+    return 0 if rank.phase == FINISHED else 1
 
 
-def take_accelerator() -> None:
-    """The accelerator of this rank is the one that "cuda" means from now on."""
+def take_processor() -> None:
+    """The accelerator of this rank is the one that "cuda" means from now on; ranks share the processor's cores."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if "OMP_NUM_THREADS" not in os.environ:  # a rank on another machine than the parent process
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])))
 
 
 def be_quiet() -> None:
@@ -88,15 +103,30 @@ def leave_replica() -> None:
     leave()
 
 
-def follow(control: Control) -> None:
-    """End this process when the parent process is gone: nobody would read what it does, or stop it."""
+def follow(rank: Rank, control: Control) -> None:
+    """Show the parent process that this one lives; stop when it says so, and end when it is gone.
+
+    Without the parent process nobody would read what this one does, or stop it.
+    """
+    stopped = False
     while True:
         try:
-            control.count("beats", 0)
+            control.count(f"beat{rank.number}")
+            stop = control.count("stop", 0) > 0
         except Exception:
-            os._exit(1)
+            end_without_parent(rank)
+        if stop and not stopped:
+            stopped = True
+            os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(BEAT_SECONDS)
 
 
+def end_without_parent(rank: Rank) -> NoReturn:
+    """End this process at once, wherever its main thread is."""
+    if rank.first:
+        print("The process that started the ranks is gone, so they end; what was answered is kept.", file=sys.stderr)
+    os._exit(1)
+
+
 if __name__ == "__main__":
-    sys.exit(work(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))
