@@ -141,23 +141,24 @@ def tied(model: Llava) -> bool:
     return model.head.weight is llm.embed_tokens.weight
 
 
-def partitioned(model: Llava, itemsize: int, whole: Weights, place: str) -> Weights:
-    """The weights of one rank under ZeRO-Inference in a group of one.
+def partitioned(model: Llava, itemsize: int, whole: Weights, place: str, ranks: int = 1) -> Weights:
+    """The weights of one rank under ZeRO-Inference.
 
     Args:
         place: "cpu" or "nvme=FOLDER", where the matrices of the decoder and the head are kept, or "none".
+        ranks: each keeps a part of them.
     """
     llm: Any = model.llm
     matrices = [weight.numel() for layer in llm.layers for weight in layer.parameters() if weight.dim() > 1]
     head = whole.device["head"]
     outside = {"decoder": sum(matrices) * itemsize, "head": head}
+    own = {part: -(-size // ranks) for part, size in outside.items()}
     layer = sum(weight.numel() for weight in llm.layers[0].parameters())
     # Two layers and the largest matrix are gathered at the most, see llava/model/parallel/zero.py.
     gathered = (2 * layer + max([*matrices, head // itemsize])) * itemsize
-    if place == "none":
-        return Weights(whole.device | {"gathered": gathered}, {})
-    kept = {part: size - outside.get(part, 0) for part, size in whole.device.items()}
-    return Weights(kept | {"gathered": gathered}, outside)
+    stays = own if place == "none" else {}
+    kept = {part: size - outside.get(part, 0) + stays.get(part, 0) for part, size in whole.device.items()}
+    return Weights(kept | {"gathered": gathered}, {} if place == "none" else own)
 
 
 TOWERS = ("vision_tower", "image_tower", "video_tower")
