@@ -161,6 +161,8 @@ def partitioned(model: Llava, itemsize: int, whole: Weights, place: str, ranks: 
     return Weights(kept | {"gathered": gathered}, {} if place == "none" else own)
 
 
+# Their biases are added after the sum over ranks, and are whole on each.
+CUT_BY_INPUT = ("o_proj", "down_proj")
 TOWERS = ("vision_tower", "image_tower", "video_tower")
 
 
@@ -172,15 +174,18 @@ def _decoder_bytes(model: Llava, itemsize: int, quantization: str | None, split:
     """Bytes of embeddings, norms and layers; the linear layers are quantised or split."""
     llm: Any = model.llm
     total = _numbers(llm) * itemsize
-    for layer in llm.layers:
-        for linear in (part for part in layer.modules() if isinstance(part, nn.Linear)):
-            count = linear.weight.numel()
-            held = -(-count // split) * itemsize
-            if quantization == "8bit":
-                held = int(count * BITS_8) + linear.out_features * FLOAT32
-            elif quantization == "4bit":
-                held = int(count * BITS_4)
-            total += held - count * itemsize
+    for name, linear in llm.layers.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        count = linear.weight.numel()
+        held = -(-count // split) * itemsize
+        if quantization == "8bit":
+            held = int(count * BITS_8) + linear.out_features * FLOAT32
+        elif quantization == "4bit":
+            held = int(count * BITS_4)
+        total += held - count * itemsize
+        if linear.bias is not None and not name.endswith(CUT_BY_INPUT):
+            total -= (linear.out_features - -(-linear.out_features // split)) * itemsize
     return total
 
 
