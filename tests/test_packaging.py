@@ -19,7 +19,7 @@ PINS = {found.name: found for found in map(Requirement, filter(lambda line: line
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 INSTALLED = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
 DECLARED = [*INSTALLED, *(Requirement(text) for extra in EXTRAS.values() for text in extra)]
-NO_IMPORT = {"deepspeed"}  # pinned for transformers' integration, see requirements.txt
+NO_IMPORT: set[str] = set()  # pinned for transformers' integration, see requirements.txt
 # Packages that come with a declared one and are part of its interface.
 WITH = {"jinja2": "torch", "huggingface_hub": "transformers", "tokenizers": "transformers", "pyarrow": "datasets"}
 
