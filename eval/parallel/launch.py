@@ -34,7 +34,18 @@ ON_EACH_NODE = 'exec "$0" -u -m deepspeed.launcher.launch --node_rank="$SLURM_NO
 END_SECONDS = 10  # for the ranks to end by themselves once they are told to
 # What ranks on machines that pdsh reaches take over from this process's environment, by the start of the name. Keys and
 # tokens are not among them: they would stand on command lines that everybody on those machines can read.
-FORWARDED = ("HF_", "HUGGINGFACE_", "TORCH_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "NCCL_", "JUDGE_", "PYTHONPATH")
+FORWARDED = (
+    "DS_",
+    "HF_",
+    "HUGGINGFACE_",
+    "TORCH_",
+    "TRANSFORMERS_",
+    "TOKENIZERS_",
+    "WANDB_",
+    "NCCL_",
+    "JUDGE_",
+    "PYTHONPATH",
+)
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
 
 
