@@ -242,5 +242,5 @@ def zero_session(folder: Path) -> Rank:
         cpu = of_families(folder, ["llava"], zero="cpu")
     found = Rank(none, small, memory(folder, "float32", ZERO_LAYOUTS, zero="cpu"), cpu=cpu)
     if group.size() > 1:
-        found.repeated = repeated(folder)
+        found.repeated = repeated(folder, rounds=6)
     return found
