@@ -98,10 +98,10 @@ def test_a_rank_never_holds_the_whole_model(ranks, folder, layout):
         assert found.end < cut / 2 + kept + 6 * MB
 
 
-def sizes(folder) -> tuple[int, int, int]:
-    """Bytes in float32 of the decoder's layers and head, of everything else, and of one layer."""
-    model = load(folder / "transformers", dtype="float16", device="cpu").hf_model
-    bytes_of = lambda module: sum(4 * weight.numel() for weight in module.parameters())  # noqa: E731
+def sizes(folder, itemsize: int = 4) -> tuple[int, int, int]:
+    """Bytes of the decoder's layers and head, of everything else, and of one layer; by default in float32."""
+    model = load(folder / "transformers", dtype="bfloat16", device="cpu").hf_model
+    bytes_of = lambda module: sum(itemsize * weight.numel() for weight in module.parameters())  # noqa: E731
     layers = model.model.language_model.layers
     cut = bytes_of(layers) + bytes_of(model.lm_head)
     return cut, bytes_of(model) - cut, bytes_of(layers[0])
