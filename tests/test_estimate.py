@@ -241,6 +241,11 @@ def test_report_of_a_configuration(monkeypatch):
     )
     found = estimate.estimate(tiled)
     assert max(max(memory.lengths(found.model, found.reducer, shape)) for shape in found.batch) < 500
+    data, _ = read_questions(tiled)
+    tokens = [image.tokens for shape in found.work.shapes for image in shape.images]
+    real = load(tiled.model, device="cpu")
+    assert tokens == [real.views(data.sample(question).image)[1].tokens for question in data.questions[:4]]
+    assert min(tokens) < found.model.visual_tokens, "not every image is the largest"
     video = RunConfig(
         "full",
         model=embedded_model("tinyllava_video"),

@@ -20,7 +20,7 @@ def cluster(tmp_path) -> Path:
     (tmp_path / "scripts" / "eval").mkdir(parents=True)
     (tmp_path / "scripts" / "eval" / "gqa.sh").write_text(
         'echo "$@" > asked\n[[ $1 == fail ]] && exit 3\n[[ $1 == wait ]] || exit 0\n'
-        "trap 'exit 143' TERM\ntouch waiting\nwhile :; do sleep 0.05; done\n"
+        "trap 'sleep 0.5; touch ended; exit 143' TERM\ntouch waiting\nwhile :; do sleep 0.05; done\n"
     )
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin" / "scontrol"
@@ -82,6 +82,7 @@ def test_before_the_time_limit_the_run_is_stopped_and_goes_back_into_the_queue(c
         time.sleep(0.02)
     task.send_signal(signal.SIGTERM)
     assert task.wait(20) == 143
+    assert (cluster / "ended").exists(), "the task must wait for its run"
     assert (cluster / "requeued").exists() == back
     if back:
         assert (cluster / "requeued").read_text() == "requeue 77\n"

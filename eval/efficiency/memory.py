@@ -2,8 +2,8 @@
 
 Weights and cache are exact: they are those of the loaded model and of the run. Activations are the tensors that are
 alive together at the peak of the forward pass, from the shapes of each stage. What a kernel needs for itself, the CUDA
-context and the fragments of the allocator are not counted, and neither are a method's own tensors apart from the
-prompts it runs through decoder layers.
+context and the fragments of the allocator are not counted, and neither are a method's own tensors, apart from copies
+of the visual tokens before layer 0.
 
 Shapes: B questions, L tokens of the longest prompt, D channels, N visual tokens.
 """
@@ -30,6 +30,9 @@ from llava.reduction.token_layout import TokenLayout, frames, single
 # NF4 with a byte per 64 values and a float32 per 256 of these bytes).
 BITS_8, BITS_4 = 1.0, 0.5 + 1 / 64 + 4 / (64 * 256)
 FLOAT32 = 4
+# Methods that act before layer 0 compute in float32. With their normalised, rotated or multiplied copies of the visual
+# tokens they were measured to need two to four times the tokens in float32 (docs/log.md).
+FLOAT32_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -248,14 +251,18 @@ def activations(
     for layer, length, peak in zip(llm.layers, longest, layers, strict=True):
         cached += len(questions) * length * _key_value_width(layer) * itemsize // split
         with_cache.append(cached + peak)
-    if getattr(reducer, "probe", None) == "contextual":  # whole prompts through some layers first
-        layers.append(_layer_peak(model, len(questions), assembled, itemsize, split))
+    # Before layer 0: a method's copies of the visual tokens, or whole prompts through some layers.
+    ahead = 0
+    if "prompt" in reducer.acts_in:
+        ahead = FLOAT32_COPIES * len(questions) * visual * width * FLOAT32
+    if getattr(reducer, "probe", None) == "contextual":
+        ahead = max(ahead, _layer_peak(model, len(questions), assembled, itemsize, split))
     head = len(questions) * ((width + model.head.out_features) * itemsize + model.vocabulary * FLOAT32)
     return Activations(
         vision=_tower_peak(model, list(images.values()), itemsize),
-        prefill=kept + max(*layers, head),
+        prefill=kept + max(*layers, head, ahead),
         decode=max(_layer_peak(model, len(questions), 1, itemsize, split), head),
-        prefill_with_cache=kept + max(*with_cache, layers[-1], cached + head),
+        prefill_with_cache=kept + max(*with_cache, cached + head, ahead),
     )
 
 
@@ -300,7 +307,7 @@ def _layer_peak(model: Llava, questions: int, length: int, itemsize: int, split:
     keys = layer.self_attn.k_proj.out_features // split
     rows = questions * length
     mlp = (2 * wide + 3 * inner) * itemsize
-    attention = (2 * wide + 4 * queries + 4 * keys) * itemsize
+    attention = (2 * wide + 2 * queries + keys) * itemsize
     norm = 2 * wide * itemsize + 3 * wide * FLOAT32
     mask = questions * length * length * (1 + itemsize) if questions > 1 and length > 1 else 0
     return rows * max(mlp, attention, norm) + mask

@@ -63,8 +63,8 @@ class Constant:
 
     Attributes:
         unit: in words.
-        kind: "measured"; "given" for a setting, or a number that is counted in the code; "extrapolated" where it was
-            not measured on the hardware that it stands for.
+        kind: "measured"; "given" for a setting and for what is counted in the code; "extrapolated" where it was not
+            measured on the hardware that it stands for.
         how: command and machine, or what it is extrapolated from.
     """
 

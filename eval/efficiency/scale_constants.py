@@ -81,7 +81,7 @@ def shared_constants(answers: int, here: str) -> dict[str, Constant]:
         "polls_per_rank": Constant(
             POLLS_PER_RANK,
             "operations/s",
-            "measured",
+            "given",
             "counted in the code: the parent process looks ten times a second",
         ),
         "merge": Constant(
