@@ -46,7 +46,6 @@ COMMANDS = {
     "show models": Command("eval.show", "list the bundled toy models", ("models",)),
     "bench latency": Command("eval.efficiency.latency", "time to first token, operations and memory beside full"),
     "bench path": Command("eval.efficiency.code_path", "functions, files and file switches inside one answer"),
-    "bench scale": Command("eval.efficiency.scale", "questions per second against GPUs, on paper (docs/cluster.md)"),
     "figures tokens": Command("eval.figures.kept_tokens", "draw the kept tokens of an image (README)"),
     "figures tiles": Command("eval.figures.kept_tiles", "draw the kept tokens of tiles and videos (docs/models.md)"),
     "tables embedded": Command("eval.tables.embedded", "all methods on the toy benchmark (docs/embedded.md)"),

@@ -1,4 +1,7 @@
-"""Commands for real ranks in tests/test_ranks.py: each does what its first argument says."""
+"""Commands for real ranks in tests/test_ranks.py: each does what its first argument says.
+
+python -m tests.rank_commands TIMEOUT WHAT FOLDER [WORDS]    starts two ranks, or those that the environment asks for
+"""
 
 import json
 import os
@@ -8,9 +11,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from eval.command import exit_on_user_error
 from eval.parallel import ranks
-from eval.parallel.ranks import ASKING
+from eval.parallel.ranks import ASKING, LOADING, MERGING, SCORING, WAITING
 from llava.errors import UserError
 
 
@@ -20,38 +25,63 @@ def main(words: Sequence[str]) -> int:
     what, folder = words[0], Path(words[1])
     rank = ranks.current()
     if rank.first:
+        rank.count("answered", 3)
         rank.put("run", {"output": str(folder), "before": 0, "planned": 40})
+    rank.get("run")
+    if what == "claim":
+        return claim(folder, words)
     rank.report(ASKING, [f"q{rank.number}"])
     (folder / f"{rank.number}.pid").write_text(str(os.getpid()))
-    if what == "claim":
-        mine = []
-        while (number := rank.claim("batches")) < 40:
-            mine.append(number)
-            rank.count("answered")
-            time.sleep(0.01)
-        (folder / f"{rank.number}.json").write_text(json.dumps(mine))
-        print(f"hello from rank {rank.number}")
-        return 3 if rank.first else 0
-    if what == "refuse" and rank.number == 1:
+    if what == "refuse":
         raise UserError("The budget is wrong; choose another.")
-    if what == "crash" and rank.number == 1:
-        raise ValueError("seven is no colour")
-    if what == "die" and rank.number == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == "freeze" and rank.number == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if what in ("refuse", "crash", "die", "freeze", "wait"):
-        rank.count("answered", 3)
-        for _ in range(600):
-            time.sleep(0.1)
-            if rank.first:
-                rank.report(ASKING, ["q0"])
+    if rank.number == 1:
+        if what == "crash":
+            raise ValueError("seven is no colour.")
+        if what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+    silent = {"load": (1, LOADING), "merge": (0, MERGING), "score": (0, SCORING)}.get(what, (None, ""))
+    if rank.number == silent[0]:
+        rank.report(silent[1])
+        time.sleep(6 if what == "score" else 120)
+        return 0
+    for _ in range(60 if what == "score" else 1200):
+        time.sleep(0.1)
+        rank.report(ASKING, [f"q{rank.number}"])
     return 0
 
 
-if __name__ == "__main__":  # as the command that a user types
-    from eval.parallel.launch import launch
-    from eval.parallel.placement import Placement
+def claim(folder: Path, words: Sequence[str]) -> int:
+    """Take numbers until there are none; rank 0 ends before the other one does."""
+    rank = ranks.current()
+    mine = []
+    rank.report(WAITING)
+    rank.count("here")
+    while rank.count("here", 0) < 2:
+        time.sleep(0.01)
+    while (number := rank.claim("batches")) < 40:
+        mine.append(number)
+        time.sleep(0.01)
+    seen = {
+        "claimed": mine,
+        "words": list(words),
+        "mode": os.environ.get("WANDB_MODE"),
+        "lines": [" ".join(process.cmdline()) for process in psutil.Process().parents()],
+        "device": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
+    (folder / f"{rank.number}.json").write_text(json.dumps(seen))
+    print(f"hello from rank {rank.number}")
+    if not rank.first:
+        time.sleep(3)
+    return 3 if rank.first else 0
 
-    place = Placement((("localhost", (0, 1)),), size=1)
-    sys.exit(launch("tests.rank_commands", sys.argv[2:], place, timeout=float(sys.argv[1])))
+
+if __name__ == "__main__":  # as the command that a user types
+    from eval.parallel import launch, watch
+    from eval.parallel.placement import Placement, detect
+
+    launch.END_SECONDS = 4
+    watch.LOST_SECONDS = 8
+    place = detect(os.environ, lambda: 0) or Placement((("localhost", (0, 1)),))
+    sys.exit(launch.launch("tests.rank_commands", sys.argv[2:], place, timeout=float(sys.argv[1])))

@@ -104,6 +104,7 @@ def answers(model: Llava, methods: dict[str, dict[str, Any]], budget: int) -> di
     return {name: answer(model, name, budgets[name], options) for name, options in methods.items()}
 
 
+KINDS = ("fastervlm", "consensusdrop", "fastv", "visiondrop")
 ONE: dict[str, dict[str, Any]] = {"fastv": {}}
 FAMILIES = {
     "llava": (METHODS, 10),
@@ -125,11 +126,18 @@ def save_families(folder: Path) -> None:
     save_qwen_transformers(folder / "tied", make_tiny_qwen("2", tied=True))
 
 
-def of_families(folder: Path, families: Sequence[str] = tuple(FAMILIES), **spread: Any) -> dict[str, Any]:
-    """Fingerprint, and answers by method, of models that are loaded in the given way."""
+def of_families(
+    folder: Path, families: Sequence[str] = tuple(FAMILIES), only: Sequence[str] = (), **spread: Any
+) -> dict[str, Any]:
+    """Fingerprint, and answers by method, of models that are loaded in the given way.
+
+    Args:
+        only: methods; none for all of the family.
+    """
     found = {}
     for family in families:
         methods, budget = FAMILIES[family]
+        methods = {name: options for name, options in methods.items() if not only or name in only}
         model = load(folder / family, device="cpu", **spread)
         found[family] = model.fingerprint, answers(model, methods, budget)
     return found
@@ -140,7 +148,7 @@ def shapes(model: Llava) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in model.hf_model.named_parameters()}
 
 
-# Memory: 8 layers of 14 MB and a head of 0.3 MB in float16.
+# Memory: 8 layers of 14 MB and a head of 0.3 MB in bfloat16.
 HIDDEN, LAYERS = 768, 8
 LAYOUTS = {
     "transformers": lambda path, model: save_transformers_layout(path, model),
@@ -150,17 +158,20 @@ LAYOUTS = {
 }
 
 
+ZERO_FAMILIES, ZERO_LAYOUTS = ("llava", "next", "qwen", "tied"), ("transformers", "original")
+
+
 def save_large(folder: Path) -> None:
-    """The same float16 weights in both layouts and both kinds of file."""
-    model = make_tiny_llava(layers=LAYERS, hidden=HIDDEN, intermediate=2048, heads=12, kv_heads=12).half()
+    """The same bfloat16 weights in both layouts and both kinds of file."""
+    model = make_tiny_llava(layers=LAYERS, hidden=HIDDEN, intermediate=2048, heads=12, kv_heads=12).bfloat16()
     for name, save in LAYOUTS.items():
         save(folder / name, model)
 
 
-def memory(folder: Path, dtype: str, **spread: Any) -> dict[str, Grown]:
+def memory(folder: Path, dtype: str, layouts: Sequence[str] = tuple(LAYOUTS), **spread: Any) -> dict[str, Grown]:
     """Anonymous memory that loading takes, by layout."""
     found = {}
-    for name in LAYOUTS:
+    for name in layouts:
         with watched_memory() as found[name]:
             model = load(folder / name, dtype=dtype, device="cpu", **spread)
         del model
@@ -180,7 +191,7 @@ def repeated(folder: Path, rounds: int = 50) -> tuple[list[int], list[bool], lis
     for number in range(rounds):
         name = ("consensusdrop", "fastv", "full")[number % 3]
         asked = [Sample(id="q", question=QUESTIONS[0], image=picture(0))]
-        generate(model, asked, build(name, 16 if name == "full" else 10, METHODS[name]), max_new_tokens=4)
+        generate(model, asked, build(name, 16 if name == "full" else 10, METHODS[name]), max_new_tokens=3)
         modules.append(len(coordinator._PartitionedParameterCoordinator__submodule_order))
         complete.append(coordinator.is_complete_trace())
         gc.collect()
@@ -194,7 +205,7 @@ class Rank:
 
     Attributes:
         shapes: of the weights that it holds.
-        memory: of loading float16 files as float32.
+        memory: of loading bfloat16 files, split as float32, partitioned as they are.
         sentence: of the error when the ranks disagree.
     """
 
@@ -219,10 +230,17 @@ def split_session(folder: Path) -> Rank:
 
 def zero_session(folder: Path) -> Rank:
     model = load(folder / "llava", device="cpu", zero="none")
-    answer(model, "fastv", 10, {})
+    for name in ("fastv", "full"):  # a weight that fastv's scores read stayed whole
+        answers(model, {name: {}}, 10)
     small = shapes(model)
-    measured = memory(folder, "float32", zero="cpu")
-    found = Rank(of_families(folder, zero="none"), small, measured, cpu=of_families(folder, ["llava"], zero="cpu"))
+    # Everything on two ranks; on one, and with the other place of the partitions, one method of each kind.
     if group.size() > 1:
-        found.repeated = repeated(folder)
+        none = of_families(folder, ZERO_FAMILIES, zero="none")
+        cpu = of_families(folder, ["llava"], KINDS, zero="cpu")
+    else:
+        none = of_families(folder, ["llava"], KINDS, zero="none")
+        cpu = of_families(folder, ["llava"], zero="cpu")
+    found = Rank(none, small, memory(folder, "bfloat16", ZERO_LAYOUTS, zero="cpu"), cpu=cpu)
+    if group.size() > 1:
+        found.repeated = repeated(folder, rounds=6)
     return found

@@ -1,10 +1,14 @@
 """A model split over two real ranks answers as the whole one, and neither rank ever holds it whole."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from llava.errors import UserError
 from llava.model.builder import load
+from llava.model.checkpoint import limits
+from llava.model.llava_arch import sampled
 from llava.model.parallel import group
 from llava.model.parallel.choice import Parallel, check_heads, parallel_of
 from tests import spread_work, two_ranks
@@ -94,10 +98,10 @@ def test_a_rank_never_holds_the_whole_model(ranks, folder, layout):
         assert found.end < cut / 2 + kept + 6 * MB
 
 
-def sizes(folder) -> tuple[int, int, int]:
-    """Bytes in float32 of the decoder's layers and head, of everything else, and of one layer."""
-    model = load(folder / "transformers", dtype="float16", device="cpu").hf_model
-    bytes_of = lambda module: sum(4 * weight.numel() for weight in module.parameters())  # noqa: E731
+def sizes(folder, itemsize: int = 4) -> tuple[int, int, int]:
+    """Bytes of the decoder's layers and head, of everything else, and of one layer; by default in float32."""
+    model = load(folder / "transformers", dtype="bfloat16", device="cpu").hf_model
+    bytes_of = lambda module: sum(itemsize * weight.numel() for weight in module.parameters())  # noqa: E731
     layers = model.model.language_model.layers
     cut = bytes_of(layers) + bytes_of(model.lm_head)
     return cut, bytes_of(model) - cut, bytes_of(layers[0])
@@ -156,3 +160,38 @@ def test_a_rank_outside_the_group_is_refused():
 def test_without_a_group_there_is_one_rank():
     assert group.size() == 1
     group.leave()
+
+
+def test_the_fingerprint_reads_weights_in_the_dtype_of_the_model():
+    weight = torch.randn(300, 50)
+    assert sampled(weight, torch.bfloat16) == sampled(weight.bfloat16()) != sampled(weight)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "device", "ranks_here", "on_device", "on_host"),
+    [
+        # float16 files as float32 on the CPU: everything is copied, the split part once by both ranks together.
+        (Parallel(tensor=2), "cpu", 2, lambda cut, kept: 2 * kept + cut, None),
+        (Parallel(tensor=2), "cuda", 2, lambda cut, kept: kept + cut / 2, None),
+        (Parallel(offload="none"), "cuda", 1, lambda cut, kept: kept + cut, None),
+        (Parallel(offload="cpu"), "cuda", 1, lambda cut, kept: kept, lambda cut, kept: cut),
+        (Parallel(offload="nvme"), "cuda", 1, lambda cut, kept: kept, lambda cut, kept: 0),
+    ],
+)
+def test_the_memory_of_a_part_is_checked(monkeypatch, tiny, parallel, device, ranks_here, on_device, on_host):
+    weights = {name: weight.half() for name, weight in tiny.hf_model.state_dict().items()}
+    cut = sum(4 * weight.numel() for name, weight in weights.items() if name.startswith(limits.CUT))
+    kept = sum(4 * weight.numel() for weight in weights.values()) - cut
+    needed = {torch.device(device): on_device(cut, kept)}
+    if on_host is not None:
+        needed[torch.device("cpu")] = on_host(cut, kept)
+    monkeypatch.setenv("LOCAL_SIZE", str(ranks_here))
+    check = (tiny.hf_model.config, weights, torch.float32, torch.device(device), parallel, Path("here"))
+    free = dict(needed)
+    monkeypatch.setattr(limits, "free_memory", lambda place: free.get(place, 0))
+    limits.check_part(*check)
+    for place, bytes_needed in needed.items():
+        if bytes_needed:
+            free = {**needed, place: bytes_needed - 1}
+            with pytest.raises(UserError, match=rf"of memory on {place} in float32"):
+                limits.check_part(*check)

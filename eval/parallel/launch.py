@@ -34,7 +34,18 @@ ON_EACH_NODE = 'exec "$0" -u -m deepspeed.launcher.launch --node_rank="$SLURM_NO
 END_SECONDS = 10  # for the ranks to end by themselves once they are told to
 # What ranks on machines that pdsh reaches take over from this process's environment, by the start of the name. Keys and
 # tokens are not among them: they would stand on command lines that everybody on those machines can read.
-FORWARDED = ("HF_", "HUGGINGFACE_", "TORCH_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "NCCL_", "JUDGE_", "PYTHONPATH")
+FORWARDED = (
+    "DS_",
+    "HF_",
+    "HUGGINGFACE_",
+    "TORCH_",
+    "TRANSFORMERS_",
+    "TOKENIZERS_",
+    "WANDB_",
+    "NCCL_",
+    "JUDGE_",
+    "PYTHONPATH",
+)
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
 
 
@@ -73,7 +84,6 @@ def launch(
         end(process, control, remote)
         return outcome(control, placement.ranks)
     except KeyboardInterrupt as stopped:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing: ending takes seconds
         end(process, control, remote)
         print(f"\nStopped. {kept(control) or 'No question was asked yet.'}", file=sys.stderr)
         return 143 if isinstance(stopped, Terminated) else 130
@@ -159,6 +169,7 @@ def end(process: "subprocess.Popen[bytes] | None", control: Control, remote: boo
     """End the launchers and every rank; those of other machines that do not listen end when the store is gone."""
     if process is None or not alive(process):
         return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further Ctrl-C changes nothing: ending takes seconds
     control.count("stop")
     # pdsh and srun may drop the machines when they are ended: ranks hear of it from the store first.
     if remote:

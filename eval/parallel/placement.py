@@ -18,7 +18,7 @@ from llava.errors import UserError
 
 VARIABLES = ("RANKS", "GPUS", "HOSTFILE")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-HOST_LINE = re.compile(r"(?P<host>\S+)\s+slots\s*=\s*(?P<slots>\d+)")
+HOST_LINE = re.compile(r"(?P<host>\w[\w.:-]*)\s+slots\s*=\s*(?P<slots>\d+)")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def detect(
     named = given[0] if given else None
     if device not in ("auto", "cpu") and named:
         raise UserError(f"{named} starts one rank per accelerator, so --device {device} has no meaning; leave one out.")
+    if named == "GPUS" and device == "cpu":
+        raise UserError("GPUS starts one rank per accelerator, but --device cpu uses none; set RANKS in place of GPUS.")
     if named == "HOSTFILE":
         return read_hostfile(Path(environment["HOSTFILE"]), size)
     if named == "RANKS":
@@ -144,6 +146,8 @@ def chosen_gpus(environment: Mapping[str, str], there: int) -> tuple[int, ...]:
             )
         return known[:count]
     places = [whole("GPUS", part.strip(), minimum=0) for part in text.split(",") if part.strip()]
+    if not places:
+        raise UserError(f"GPUS={text} names no accelerator.")
     if wrong := [place for place in places if place >= there]:
         raise UserError(f"GPUS={text} names accelerator {wrong[0]}, but this machine has {there}, from 0.")
     if len(set(places)) < len(places):

@@ -67,7 +67,7 @@ def watch(
         for number, rank in enumerate(seen):
             report, beat = control.peek(f"rank{number}"), control.count(f"beat{number}", 0)
             if report != rank.report:
-                rank.report, rank.reported = report, clock
+                rank.report, rank.reported, rank.lived = report, clock, clock
             if beat != rank.beat:
                 rank.beat, rank.lived = beat, clock
             check(rank, number, ranks, clock, timeout, remote)

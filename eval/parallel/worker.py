@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -40,7 +39,9 @@ def main(words: Sequence[str]) -> int:
     rank = Rank(number, world, command["size"], command["name"], control)
     ranks.become(rank)
     signal.signal(signal.SIGTERM, terminate)
-    threading.Thread(target=follow, args=(rank, control), daemon=True).start()
+    ended = threading.Event()
+    follower = threading.Thread(target=follow, args=(rank, control, ended), daemon=True)
+    follower.start()
     try:
         rank.report(LOADING)
         take_processor()
@@ -66,6 +67,11 @@ def main(words: Sequence[str]) -> int:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}".rstrip(".: ")
         rank.report(FAILED, reason=f"Rank {number} of {world} failed: {reason}.", code=1)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is said
+        # A thread that talks to the store while Python ends would abort the process.
+        ended.set()
+        follower.join()
     return 0 if rank.phase == FINISHED else 1
 
 
@@ -103,13 +109,13 @@ def leave_replica() -> None:
     leave()
 
 
-def follow(rank: Rank, control: Control) -> None:
+def follow(rank: Rank, control: Control, ended: threading.Event) -> None:
     """Show the parent process that this one lives; stop when it says so, and end when it is gone.
 
     Without the parent process nobody would read what this one does, or stop it.
     """
     stopped = False
-    while True:
+    while not ended.wait(BEAT_SECONDS):
         try:
             control.count(f"beat{rank.number}")
             stop = control.count("stop", 0) > 0
@@ -118,7 +124,6 @@ def follow(rank: Rank, control: Control) -> None:
         if stop and not stopped:
             stopped = True
             os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(BEAT_SECONDS)
 
 
 def end_without_parent(rank: Rank) -> NoReturn:

@@ -124,6 +124,12 @@ def video_frames(weights: Mapping[str, Tensor]) -> int | None:
     return None if name is None else weights[name].shape[1]
 
 
+def hf_class(kind: Kind, weights: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], tuple[int, ...]]:
+    """Return the HF model's class, and its arguments after the configuration."""
+    frames = video_frames(weights)
+    return (HF_CLASSES[kind.family], ()) if frames is None else (VideoLlavaWithTime, (frames,))
+
+
 def fill(
     kind: Kind,
     config: PretrainedConfig,
@@ -148,8 +154,8 @@ def fill(
     Raises:
         UserError: weights and configuration do not fit, or the memory is too small.
     """
-    device, frames = torch.device(device), video_frames(weights)
-    build, extra = (HF_CLASSES[kind.family], ()) if frames is None else (VideoLlavaWithTime, (frames,))
+    device = torch.device(device)
+    build, extra = hf_class(kind, weights)
     loading = quantised_loading(config, quantization, dtype, directory)
     check_depth(config, weights, directory)
     if parallel is not None:

@@ -63,12 +63,31 @@ def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, de
     engine.eval()
     # Kept alive: an engine that is collected removes its hooks. Not a submodule, whose weights would count twice.
     model.__dict__["zero_engine"] = engine
-    coordinator = engine.optimizer.get_param_coordinator()
-    part.layers[0].register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
+    _start_passes_at_layer_0(part, engine)
     settle((weight for weight in model.parameters() if not hasattr(weight, "ds_id")), dtype, device)
     for owner in model.modules():
         for name, buffer in owner.named_buffers(recurse=False):
             setattr(owner, name, buffer.to(device))
+
+
+def _start_passes_at_layer_0(part: PartitionedPart, engine: Any) -> None:
+    """Tell DeepSpeed where a pass over the decoder begins: prefill, a decoding step, or layers run for a probe.
+
+    DeepSpeed resets its record of the order of modules in the forward of the module that it was given, which is never
+    called here: without this, nothing is fetched ahead. A pass that visits the modules in another order than the record
+    (a score between two layers, a probe of the first layers) discards the record, and the next one is recorded anew,
+    so decoding fetches ahead from its third step on, and the record never holds more than one pass.
+    """
+    coordinator = engine.optimizer.get_param_coordinator()
+    part.layers[0].register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
+
+    def released(module: nn.Module, _: int) -> set[int]:
+        return {weight.ds_id for weight in module.parameters(recurse=False) if not weight.ds_persist}
+
+    # DeepSpeed keeps a weight that its record uses again soon, and remembers that by module, also for later records: a
+    # weight that one pass uses for a score and in its layer would stay whole for ever. Here a weight is released after
+    # every use.
+    coordinator._PartitionedParameterCoordinator__params_to_release = released
 
 
 def zero_config(part: PartitionedPart, parallel: Parallel, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

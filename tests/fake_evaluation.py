@@ -1,0 +1,100 @@
+"""python -m eval with the fake model, on one process or on ranks, and with faults that the environment asks for.
+
+python -m tests.fake_evaluation FLAGS    FAULT holds a JSON object, read here and nowhere else:
+
+    rank      the rank that the fault is for; every one if left out
+    pause     seconds that a batch takes
+    call      die by SIGKILL in the system call of that number (from 0) that changes a file ...
+    during    ... counted from here: "open" (opening the store), "merge" or "result"
+    hang      stop for ever in "load", "merge" or the question with that id
+    disk      bytes that a file may have; more is an error, as on a full disk
+    room      questions for which there is memory
+    broken    ids of questions that raise an error
+"""
+
+import functools
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import eval.run
+from eval import __main__ as command
+from eval import job
+from eval.answers import AnswerStore
+from eval.parallel import launch, ranks
+from tests.eval_fakes import FakeLlava
+from tests.shard_worker import kill_before_call
+
+
+class Disturbed(FakeLlava):
+    """The fake model with the faults that concern questions."""
+
+    def __init__(self, fault: dict[str, Any]):
+        super().__init__()
+        self.fault = fault
+
+    def answer(self, samples, reducer, max_new_tokens=128):
+        names = {sample.id for sample in samples}
+        if self.fault.get("hang") in names:
+            time.sleep(1000)
+        if names & set(self.fault.get("broken", ())):
+            raise RuntimeError("no such colour")
+        if len(samples) > self.fault.get("room", len(samples)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        time.sleep(self.fault.get("pause", 0))
+        return super().answer(samples, reducer, max_new_tokens)
+
+
+def main(words: Sequence[str]) -> int:
+    """Returns the exit code."""
+    rank, fault = ranks.current(), json.loads(os.environ.get("FAULT", "{}"))
+    if fault.get("rank", rank.number) != rank.number:
+        fault = {"pause": fault.get("pause", 0)}
+    job.load_model = functools.partial(load, fault)
+    # The command line starts ranks of this module in place of eval.__main__.
+    launch.launch = functools.partial(start_ranks, launch.launch)
+    if "disk" in fault:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["disk"], fault["disk"]))
+    if "call" in fault or fault.get("hang") == "merge":
+        holder, name = {"open": (AnswerStore, "__init__"), "result": (eval.run, "write_json")}.get(
+            fault.get("during"), (AnswerStore, "merge")
+        )
+        setattr(holder, name, first(fault, getattr(holder, name)))
+    return command.main(words)
+
+
+def start_ranks(real: Callable[..., int], module: str, *more: Any, **options: Any) -> int:
+    return real("tests.fake_evaluation", *more, **options)
+
+
+def load(fault: dict[str, Any], config: Any) -> FakeLlava:
+    if fault.get("hang") == "load":
+        time.sleep(1000)
+    return Disturbed(fault)
+
+
+def first(fault: dict[str, Any], real: Callable) -> Callable:
+    """The function, which hangs or will be killed once there is something to do."""
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        # Opening an empty store merges nothing.
+        if fault.get("during", "merge") != "merge" or (arguments[0].folder / "shards").exists():
+            if "call" not in fault:
+                time.sleep(1000)
+            kill_before_call(fault["call"])
+        return real(*arguments, **options)
+
+    return called
+
+
+if __name__ == "__main__":
+    launch.END_SECONDS = 4
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,124 @@
+"""Start commands with several ranks in tests, disturb them, and see that no process of theirs is left."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "TEST_OF_RANKS"
+# A start takes seconds on an idle machine; a busy one may be ten times slower.
+PATIENCE = 300
+
+
+@dataclass
+class Start:
+    """A command that starts ranks.
+
+    Every process of it inherits a mark in its environment, by which it is found wherever it is.
+    """
+
+    process: "subprocess.Popen[bytes]"
+    mark: str
+    folder: Path
+    began: float = field(default_factory=time.monotonic)
+
+    def living(self) -> list[psutil.Process]:
+        """Every process of the command, the first one too."""
+        return [process for process in psutil.process_iter() if belongs(process, self.mark)]
+
+    def workers(self) -> list[psutil.Process]:
+        """The ranks."""
+        return [process for process in self.living() if "eval.parallel.worker" in words(process)]
+
+    def until(self, ready: Callable[[], bool]) -> bool:
+        """Wait for a moment of the command; False if it has ended before."""
+        limit = time.monotonic() + PATIENCE
+        while not ready():
+            if self.process.poll() is not None:
+                return ready()
+            assert time.monotonic() < limit, "the moment did not come"
+            time.sleep(0.005)
+        return True
+
+    def kill_all(self) -> None:
+        """SIGKILL to every process, again until none is left: one may have started another meanwhile."""
+        while living := self.living():
+            for process in living:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.02)
+
+    def end(self, wait: float = 15) -> "Ended":
+        """Wait for the command and then for its last process, at most `wait` seconds."""
+        code = self.process.wait(PATIENCE)
+        ended = time.monotonic()
+        while (left := self.living()) and time.monotonic() < ended + wait:
+            time.sleep(0.05)
+        texts = [" ".join(words(process)) for process in left]
+        self.kill_all()
+        out, err = (Path(f"{self.folder}.{name}").read_text() for name in ("out", "err"))
+        return Ended(code, out, err, texts, time.monotonic() - self.began, self.folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill_all()
+        self.process.wait()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended.
+
+    Attributes:
+        left: command lines of its processes that have not ended.
+        seconds: from start to end.
+    """
+
+    code: int
+    out: str
+    err: str
+    left: list[str]
+    seconds: float
+    folder: Path
+
+
+def start(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Start:
+    """Start `python -m ARGUMENTS` with its output in files beside the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex
+    own = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", **(environment or {})}
+    command = [sys.executable, "-m", *arguments]
+    with open(f"{folder}.out", "w") as out, open(f"{folder}.err", "w") as err:
+        process = subprocess.Popen(command, cwd=ROOT, env=own, stdout=out, stderr=err, start_new_session=True)
+    return Start(process, mark, folder)
+
+
+def belongs(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):
+        return False
+
+
+def words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def send(start: Start, number: signal.Signals) -> None:
+    """A signal to the process that the user has started, as `kill` or Ctrl-C sends it."""
+    start.process.send_signal(number)

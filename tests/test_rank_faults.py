@@ -1,0 +1,341 @@
+"""Evaluations with several ranks that are disturbed: no answer is lost, repeated or mixed up; the result is the same.
+
+Every run has real processes and a real store; the model is fake.
+"""
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import fake_evaluation
+from tests.eval_fakes import write_gqa
+from tests.forked_ranks import Ended, Evaluation
+
+QUESTIONS, BATCH = 120, 3
+PAUSE = 0.04  # seconds of a batch
+SEED = 12
+# What eval/answers/store.py names, for a run that has ended.
+FILES = {"answers.jsonl", "timing.jsonl", "runs.jsonl", "settings.json", "lock", "result.json", "predictions.json"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_gqa(tmp_path_factory.mktemp("data"), QUESTIONS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undisturbed(data, tmp_path_factory) -> Path:
+    """A run in this process: it also imports what every rank needs."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.parallel.launch.launch", None)
+        patch.setattr("eval.job.load_model", None)
+        patch.setenv("RANKS", "1")
+        assert fake_evaluation.main(flags(data, folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def run(data, tmp_path) -> Callable[..., Evaluation]:
+    """Start a run in the folder "store"."""
+
+    def start(ranks: int = 2, *more: str, folder: Path = tmp_path / "store", batch: int = BATCH, **fault) -> Evaluation:
+        return Evaluation(folder, flags(data, folder, *more, batch=batch), ranks, {"pause": PAUSE} | fault)
+
+    return start
+
+
+def flags(data: Path, folder: Path, *more: str, batch: int = BATCH) -> list[str]:
+    words = ["--method", "uniform", "--budget", "16", "--data", str(data), "--output", str(folder)]
+    return [*words, "--batch-size", str(batch), "--wandb", "disabled", *more]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def sorted_answers(folder: Path) -> list[bytes]:
+    return sorted((folder / "answers.jsonl").read_bytes().splitlines())
+
+
+def check_whole(folder: Path, undisturbed: Path, files: set[str] = FILES) -> None:
+    """A store whose run has ended holds what the undisturbed one holds, and nothing else."""
+    assert sorted_answers(folder) == sorted_answers(undisturbed)
+    assert {path.name for path in folder.iterdir()} == files
+    assert (folder / "predictions.json").read_bytes() == (undisturbed / "predictions.json").read_bytes()
+    result, expected = (json.loads((place / "result.json").read_text()) for place in (folder, undisturbed))
+    for key in ("main", "metrics", "confidence", "groups", "asked", "failed", "settings", "audit", "code_unknown"):
+        assert result[key] == expected[key], key
+    check_records(folder)
+
+
+def check_records(folder: Path) -> None:
+    """Every question is timed at most once, and every answer has the process that gave it."""
+    answers = [row["question_id"] for row in rows(folder / "answers.jsonl")]
+    assert len(set(answers)) == len(answers)
+    end = 0
+    for line in sorted(rows(folder / "timing.jsonl"), key=lambda line: line["first"]):
+        assert end <= line["first"]
+        end = line["first"] + line["questions"]
+    assert end <= len(answers)
+    runs = rows(folder / "runs.jsonl")
+    assert runs[0]["first"] == 0 and all(line["first"] < len(answers) for line in runs)
+
+
+def sentence(own: Ended) -> str:
+    """What the command says at its end, without the progress bar."""
+    return own.err.splitlines()[-1].rpartition("\r")[2]
+
+
+def finish(run, undisturbed: Path, tmp_path: Path, ranks: int, *more: str) -> Ended:
+    """Continue without a fault."""
+    with run(ranks, *more, pause=0) as last:
+        own = last.end()
+    assert (own.code, own.orphans) == (0, False), own.err
+    check_whole(tmp_path / "store", undisturbed)
+    return own
+
+
+# -- nothing goes wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_answers_do_not_depend_on_ranks_and_batches(run, undisturbed, tmp_path, ranks, batch):
+    with run(ranks, batch=batch, pause=0.002) as one:
+        own = one.end()
+    assert (own.code, own.orphans) == (0, False), own.err
+    check_whole(tmp_path / "store", undisturbed)
+    result = json.loads((tmp_path / "store" / "result.json").read_text())
+    parts = result["throughput"]["ranks"]
+    assert len(parts) == ranks and sum(part["questions"] for part in parts) == QUESTIONS
+    assert sum(row["questions"] for row in rows(tmp_path / "store" / "timing.jsonl")) == QUESTIONS
+
+
+# -- kills ---------------------------------------------------------------------------------------------------------
+
+
+def kill_one(own: Evaluation, draw: random.Random) -> None:
+    own.kill(draw.choice(("rank0", "rank1")))
+
+
+def kill_all(own: Evaluation, draw: random.Random) -> None:
+    own.kill_all()
+
+
+def kill_command(own: Evaluation, draw: random.Random) -> None:
+    own.kill("command")
+
+
+def kill_launcher(own: Evaluation, draw: random.Random) -> None:
+    own.kill("launcher")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("number", range(3))
+def test_kills_while_questions_are_asked(run, undisturbed, tmp_path, number, ranks):
+    """Four kills in one store, each at a random moment of what the last one has left, then to the end."""
+    draw = random.Random(SEED + number)
+    print("seed", SEED + number)
+    kinds = [kill_one, kill_all, kill_command, kill_launcher]
+    draw.shuffle(kinds)
+    before: set[bytes] = set()
+    for kill in kinds:
+        with run(2) as one:
+            target = len(before) + draw.randrange(QUESTIONS // 6)
+            assert one.until(lambda one=one, target=target: one.answered() >= target and one.pid("rank1"))
+            time.sleep(draw.random() * PAUSE)
+            kill(one, draw)
+            own = one.end()
+        assert own.code != 0 and not own.orphans, (kill.__name__, own.err)
+        kept = stored(tmp_path / "store")
+        assert kept >= before, kill.__name__
+        before = kept
+    finish(run, undisturbed, tmp_path, ranks)
+
+
+def stored(folder: Path) -> set[bytes]:
+    """All whole lines of answers on the disk."""
+    paths = [folder / "answers.jsonl", *folder.glob("shards/*/answers.jsonl")]
+    return {
+        line for path in paths if path.exists() for line in path.read_bytes().splitlines(True) if line[-1:] == b"\n"
+    }
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_kills_of_rank_0_while_it_merges(run, undisturbed, tmp_path, number):
+    """It dies in a random system call of the merge, and once more in one of the repair."""
+    draw = random.Random(SEED + number)
+    calls = draw.randrange(40), draw.randrange(40)
+    print("seed", SEED + number, "calls", calls)
+    with run(2, pause=0, rank=0, call=calls[0], during="merge") as one:
+        own = one.end()
+    assert own.code == 1 and not own.orphans and "died while it was merging" in sentence(own), own.err
+    assert len(stored(tmp_path / "store")) == QUESTIONS
+    with run(draw.choice((1, 2)), pause=0, rank=0, call=calls[1], during="open") as two:
+        two.end()
+    assert len(stored(tmp_path / "store")) == QUESTIONS
+    finish(run, undisturbed, tmp_path, draw.choice((1, 2, 4)))
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_kills_while_the_result_is_written(run, undisturbed, tmp_path, number):
+    with run(2, pause=0, rank=0, call=number, during="result") as one:
+        own = one.end()
+    assert own.code == 1 and "died while it was scoring" in sentence(own), own.err
+    finish(run, undisturbed, tmp_path, 1)
+
+
+# -- signals, disks, and runs beside each other --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_the_middle(run, undisturbed, tmp_path, number, code):
+    with run() as one:
+        assert one.until(lambda: one.answered() > 20)
+        one.send(number)
+        own = one.end()
+    kept = len(stored(tmp_path / "store"))
+    assert (own.code, own.orphans, kept < QUESTIONS) == (code, False, True)
+    assert sentence(own) == (
+        f"Stopped. {kept} of {QUESTIONS} answers are kept in {tmp_path / 'store'}; run the same command again to go on."
+    )
+    assert "Traceback" not in own.err
+    finish(run, undisturbed, tmp_path, 4)
+
+
+def test_a_signal_before_the_first_question(run, undisturbed, tmp_path):
+    with run(hang="load", rank=1) as one:
+        assert one.until(lambda: one.pid("rank1"))
+        one.send(signal.SIGINT)
+        own = one.end()
+    assert (own.code, own.orphans) == (130, False) and "Stopped." in sentence(own)
+    finish(run, undisturbed, tmp_path, 2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_in_one_rank(run, undisturbed, tmp_path, rank):
+    with run(rank=rank, disk=8_000) as one:
+        own = one.end()
+    assert (own.code, own.orphans) == (2, False)
+    assert "Traceback" not in own.err and own.err.count("File too large") == 1
+    assert "everything before this batch is kept" in sentence(own)
+    assert 0 < len(stored(tmp_path / "store")) < QUESTIONS
+    finish(run, undisturbed, tmp_path, 2)
+
+
+def test_a_full_disk_while_answers_are_merged(run, undisturbed, tmp_path):
+    # A shard of one rank fits, the answers of both do not.
+    size = (undisturbed / "answers.jsonl").stat().st_size
+    with run(4, pause=0.01, rank=0, disk=size * 3 // 4) as one:
+        own = one.end()
+    assert (own.code, own.orphans) == (2, False), own.err
+    assert "Cannot merge the answers of the ranks" in sentence(own) and "Traceback" not in own.err
+    assert len(stored(tmp_path / "store")) == QUESTIONS
+    finish(run, undisturbed, tmp_path, 2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_run_on_the_same_store(run, undisturbed, tmp_path, data, ranks):
+    with run() as one:
+        assert one.until(lambda: one.answered() > 5)
+        (tmp_path / "second").mkdir()
+        words = flags(data, tmp_path / "store")
+        with Evaluation(tmp_path / "second" / "printed", words, ranks) as two:
+            refused = two.end()
+        own = one.end()
+    assert (refused.code, refused.orphans) == (2, False) and "is in use by another run" in sentence(refused)
+    assert refused.err.count("in use") == 1 and "Traceback" not in refused.err
+    assert (own.code, own.orphans) == (0, False), own.err
+    check_whole(tmp_path / "store", undisturbed)
+
+
+# -- hangs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_hangs_in_a_question(run, undisturbed, tmp_path):
+    name = json.loads(sorted_answers(undisturbed)[50])["question_id"]
+    with run(2, "--timeout", "2", hang=name) as one:
+        own = one.end()
+    assert (own.code, own.orphans) == (1, False)
+    assert " hung while it was asking questions " in sentence(own) and name in sentence(own), own.err
+    assert " for 2 s, so all ranks were stopped. " in sentence(own)
+    finish(run, undisturbed, tmp_path, 2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_while_it_loads(run, undisturbed, tmp_path, rank):
+    """The other rank waits for it, and must not be named in its place."""
+    with run(2, "--timeout", "2", rank=rank, hang="load") as one:
+        own = one.end()
+    assert (own.code, own.orphans) == (1, False)
+    assert f"Rank {rank} of 2 " in sentence(own) and "hung while it was loading for 2 s" in sentence(own), own.err
+    finish(run, undisturbed, tmp_path, 2)
+
+
+def test_rank_0_hangs_in_the_merge(run, undisturbed, tmp_path):
+    with run(2, "--timeout", "2", rank=0, hang="merge", pause=0) as one:
+        own = one.end()
+    assert (own.code, own.orphans) == (1, False)
+    assert "Rank 0 of 2 " in sentence(own) and "hung while it was merging for 2 s" in sentence(own), own.err
+    assert f"{QUESTIONS} of {QUESTIONS} answers are kept" in sentence(own)
+    finish(run, undisturbed, tmp_path, 1)
+
+
+# -- questions that cannot be answered -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corrupt(data) -> Path:
+    """An image that cannot be read; every seventh question asks about it."""
+    path = data / "gqa" / "data" / "images" / "n3.jpg"
+    content = path.read_bytes()
+    path.write_bytes(content[:100])
+    yield path
+    path.write_bytes(content)
+
+
+def test_questions_that_fail_are_recorded_once_and_retried_alone(run, undisturbed, tmp_path, corrupt):
+    lost = {str(1000 + number) for number in range(3, QUESTIONS, 7)}
+    with run(pause=0.01, broken=["1001", "1060"]) as one:
+        own = one.end()
+    failures = rows(tmp_path / "store" / "failures.jsonl")
+    assert (own.code, own.orphans) == (3, False), own.err
+    assert sorted(line["question_id"] for line in failures) == sorted(lost | {"1001", "1060"})
+    assert {line["kind"] for line in failures if line["question_id"] in lost} == {"image"}
+    assert "19 questions have no answer (14 more are in failures.jsonl); --retry-failed asks them again." in own.out
+    # The same command asks none of them again.
+    with run(pause=0) as two:
+        own = two.end()
+    assert own.code == 3 and rows(tmp_path / "store" / "failures.jsonl") == failures
+    before = sorted_answers(tmp_path / "store")
+    # The image is still broken, the rest is mended.
+    with run(2, "--retry-failed", pause=0) as three:
+        own = three.end()
+    assert own.code == 3, own.err
+    added = set(sorted_answers(tmp_path / "store")) - set(before)
+    assert {json.loads(line)["question_id"] for line in added} == {"1001", "1060"}
+
+
+def test_failed_questions_are_answered_later(run, undisturbed, tmp_path):
+    with run(pause=0.01, broken=["1001", "1060"]) as one:
+        assert one.end().code == 3
+    with run(2, "--retry-failed", pause=0) as two:
+        own = two.end()
+    assert (own.code, own.orphans) == (0, False), own.err
+    check_whole(tmp_path / "store", undisturbed, FILES | {"failures.jsonl"})
+
+
+def test_batches_that_do_not_fit_into_memory(run, undisturbed, tmp_path):
+    with run(2, batch=8, pause=0.002, room=3, rank=1) as one:
+        own = one.end()
+    assert (own.code, own.orphans) == (0, False), own.err
+    check_whole(tmp_path / "store", undisturbed)
+    result = json.loads((tmp_path / "store" / "result.json").read_text())
+    notes = [remark for remark in result["remarks"] if "did not fit into memory" in remark]
+    assert [note.split()[3] for note in notes] == ["8", "4"], notes
