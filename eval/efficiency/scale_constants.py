@@ -171,9 +171,12 @@ def wandb_seconds() -> float:
 
 def toy_constants(questions: int, here: str) -> dict[str, Constant]:
     """Times of one rank with one thread, and what two such ranks and one rank with two threads do."""
-    one, start_alone = fastest_run(questions, {"OMP_NUM_THREADS": "1"})
-    two, start_ranks = fastest_run(questions, {"OMP_NUM_THREADS": "1", "RANKS": "2"})
-    wide, _ = fastest_run(questions, {"OMP_NUM_THREADS": "2"})
+    settings = (
+        {"OMP_NUM_THREADS": "1"},
+        {"OMP_NUM_THREADS": "1", "RANKS": "2"},
+        {"OMP_NUM_THREADS": "2"},
+    )
+    (one, start_alone), (two, start_ranks), (wide, _) = fastest_runs(questions, settings)
     per_question = {name: value / 1000 for name, value in one["timing"]["ms_per_question"].items()}
     whole = one["throughput"]["seconds"] / one["throughput"]["questions"]
     model = {
@@ -182,7 +185,6 @@ def toy_constants(questions: int, here: str) -> dict[str, Constant]:
         "decode": per_question["decode"],
     }
     how = f"{COMMAND} --limit {questions}, one thread; {here}"
-    speed = {name: run["throughput"]["questions_per_second"] for name, run in (("two", two), ("wide", wide))}
     both = f"RANKS=2 {COMMAND} --limit {questions}, one thread each; {here}"
     return {
         **{name: Constant(BATCH * value, "s per batch", "measured", how) for name, value in model.items()},
@@ -197,7 +199,7 @@ def toy_constants(questions: int, here: str) -> dict[str, Constant]:
         "read_per_node": Constant(1e9, "bytes/s", "given", "without effect: see weights"),
         "read_shared": Constant(1e9, "bytes/s", "given", "without effect: see weights"),
         "check_questions": Constant(questions, "questions", "given", both),
-        "check_two_ranks": Constant(speed["two"], "questions/s", "measured", both),
+        "check_two_ranks": Constant(rate(two), "questions/s", "measured", both),
         "check_two_threads": Constant(
             speed["wide"],
             "questions/s",
@@ -207,14 +209,21 @@ def toy_constants(questions: int, here: str) -> dict[str, Constant]:
     }
 
 
-def fastest_run(questions: int, environment: dict[str, str]) -> tuple[dict[str, Any], float]:
-    """The result of the run with the highest throughput of REPEATS, and the shortest start in seconds."""
-    found, starts = [], []
+def fastest_runs(questions: int, settings: Sequence[dict[str, str]]) -> list[tuple[dict[str, Any], float]]:
+    """For each environment the result of its run with the highest throughput, and its shortest start in seconds.
+
+    They take turns, so that other work on the machine disturbs all of them.
+    """
+    found: list[list[tuple[dict[str, Any], float]]] = [[] for _ in settings]
     for _ in range(REPEATS):
-        result, start = run(questions, environment)
-        found.append(result)
-        starts.append(start)
-    return max(found, key=lambda result: result["throughput"]["questions_per_second"]), min(starts)
+        for runs, environment in zip(found, settings, strict=True):
+            runs.append(run(questions, environment))
+    return [(max((result for result, _ in runs), key=rate), min(start for _, start in runs)) for runs in found]
+
+
+def rate(result: dict[str, Any]) -> float:
+    """Questions per second of a run."""
+    return result["throughput"]["questions_per_second"]
 
 
 def run(questions: int, environment: dict[str, str]) -> tuple[dict[str, Any], float]:
