@@ -7,6 +7,8 @@ questions, so they run equally many forwards, which gathering over ranks require
 
 Every weight is cast and partitioned layer by layer; a rank never holds more than its partition and one layer. Nothing
 outside DeepSpeed's hooks reads a partitioned `weight`: probe and scores call the layer's own norm and projections.
+Partitions on devices and on the host are tested; those in files ("nvme") follow DeepSpeed's documentation and have not
+been run.
 
 Paper: https://arxiv.org/abs/1910.02054 (ZeRO), https://arxiv.org/abs/2207.00032 (DeepSpeed Inference)
 Official code read: deepspeedai/DeepSpeed@v0.19.8, deepspeed/runtime/zero/partition_parameters.py,
