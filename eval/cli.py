@@ -45,7 +45,6 @@ COMMANDS = {
     "show benchmarks": Command("eval.show", "list the benchmarks, with their splits and profiles", ("benchmarks",)),
     "show models": Command("eval.show", "list the bundled toy models", ("models",)),
     "bench latency": Command("eval.efficiency.latency", "time to first token, operations and memory beside full"),
-    "bench scale": Command("eval.efficiency.scale", "throughput against GPUs on paper, from measured constants"),
     "bench path": Command("eval.efficiency.code_path", "functions, files and file switches inside one answer"),
     "figures tokens": Command("eval.figures.kept_tokens", "draw the kept tokens of an image (README)"),
     "figures tiles": Command("eval.figures.kept_tiles", "draw the kept tokens of tiles and videos (docs/models.md)"),

@@ -194,7 +194,12 @@ def test_zero_keeps_the_decoder_outside_the_device(toy):
     gathered = cpu.weights.device["gathered"]
     assert outside and cpu.weights.total + outside - gathered == toy.weights.total
     assert cpu.seconds["step"] > toy.seconds["step"], "the decoder comes over the bus for every token"
-    assert replace(toy, spread=estimate.Spread(zero="none")).weights.total == toy.weights.total + gathered
+    alone = replace(toy, spread=estimate.Spread(zero="none"))
+    assert alone.weights.total == toy.weights.total + gathered, "nothing is saved on one rank"
+    halves = replace(toy, spread=estimate.Spread(zero="none", zero_ranks=2))
+    assert halves.weights.total == toy.weights.total + gathered - outside // 2
+    shared = replace(toy, spread=estimate.Spread(zero="cpu", zero_ranks=2))
+    assert sum(shared.weights.host.values()) == outside // 2 and "for each rank" in shared.lines()[1]
 
 
 def test_quantised_weights_are_smaller(toy):

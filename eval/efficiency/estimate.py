@@ -49,12 +49,14 @@ class Spread:
         sharing: ranks that share the memory and the cores of one device: all ranks of a machine on CPUs, else 1.
         tensor_parallel: ranks over which one model is split.
         zero: where ZeRO-Inference keeps decoder and head, as --zero says; None without it.
+        zero_ranks: ranks that each keep a part of them.
     """
 
     replicas: int = 1
     sharing: int = 1
     tensor_parallel: int = 1
     zero: str | None = None
+    zero_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,18 @@ class Estimate:
         return tuple(dataclasses.replace(row, names=f"{i}") for i, row in enumerate(rows))
 
     @cached_property
+    def whole(self) -> memory.Weights:
+        """The weights of a rank without ZeRO-Inference."""
+        split = self.spread.tensor_parallel
+        return memory.weights(self.model, self.dtype.itemsize, self.quantization, split, self.text_tower)
+
+    @cached_property
     def weights(self) -> memory.Weights:
-        place, size = self.spread, self.dtype.itemsize
-        found = memory.weights(self.model, size, self.quantization, place.tensor_parallel, self.text_tower)
-        return found if place.zero is None else memory.partitioned(self.model, size, found, place.zero)
+        """The weights of a rank."""
+        place, ranks = self.spread.zero, self.spread.zero_ranks
+        if place is None:
+            return self.whole
+        return memory.partitioned(self.model, self.dtype.itemsize, self.whole, place, ranks)
 
     def kv(self, reducer: Reducer, new_tokens: int) -> int:
         """Bytes of the key/value cache of `batch` under a method after so many decoded tokens."""
@@ -192,13 +202,11 @@ class Estimate:
         assert self.rates is not None
         rate = self.rates.operations / self.spread.sharing
         bandwidth = self.rates.bandwidth / self.spread.sharing
-        parts, work = self.weights.device | self.weights.host, self.operations
+        parts, work = self.whole.device, self.operations
         decoder = parts["decoder"] + parts["head"]
         # A product reads its weights once: whichever of the two takes longer.
         vision = max(work["vision"] / rate, (parts["vision tower"] + parts["projector"]) / bandwidth)
-        read = decoder / bandwidth
-        if self.weights.host:
-            read = decoder / self.rates.bus
+        read = max(decoder / bandwidth, sum(self.weights.host.values()) / self.rates.bus)
         prefill = max(work["prefill"] / rate, read)
         step = max(work["step"] / rate, read + self.kv(self.reducer, 0) / bandwidth)
         return {"ttft": vision + prefill, "step": step, "batch": vision + prefill + self.work.steps * step}
@@ -215,7 +223,8 @@ class Estimate:
         outside = sum(self.weights.host.values())
         lines = [f"weights {listed(self.weights.device)}{self._placed()}"]
         if outside:
-            lines.append(f"kept in {self.spread.zero}: {size_text(outside)} (decoder and head)")
+            each = " for each rank" if self.spread.zero_ranks > 1 else ""
+            lines.append(f"kept in {self.spread.zero}: {size_text(outside)} of decoder and head{each}")
         budget, full = self.reducer.budget, self.model.visual_tokens
         unreduced = registry.build(FULL, full)
         kept = f"all {full}" if budget >= full else f"{budget} of {full}"
@@ -310,7 +319,9 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
     reducer = build_reducer(config, model.visual_tokens)
     require(reducer, model.spec)
     here = len(place.hosts[0][1]) if place is not None and device.type == "cpu" else 1
-    spread = Spread(1 if place is None else place.replicas, here, config.tensor_parallel, config.zero)
+    spread = Spread(
+        1 if place is None else place.replicas, here, config.tensor_parallel, config.zero, config.zero_ranks
+    )
     longest = config.max_new_tokens or data.max_new_tokens
     work = workload(model, data, planned, config.batch_size, longest)
     dtype = DTYPES[config.dtype]

@@ -141,25 +141,28 @@ def tied(model: Llava) -> bool:
     return model.head.weight is llm.embed_tokens.weight
 
 
-def partitioned(model: Llava, itemsize: int, whole: Weights, place: str) -> Weights:
-    """The weights of one rank under ZeRO-Inference in a group of one.
+def partitioned(model: Llava, itemsize: int, whole: Weights, place: str, ranks: int = 1) -> Weights:
+    """The weights of one rank under ZeRO-Inference.
 
     Args:
         place: "cpu" or "nvme=FOLDER", where the matrices of the decoder and the head are kept, or "none".
+        ranks: each keeps a part of them.
     """
     llm: Any = model.llm
     matrices = [weight.numel() for layer in llm.layers for weight in layer.parameters() if weight.dim() > 1]
     head = whole.device["head"]
     outside = {"decoder": sum(matrices) * itemsize, "head": head}
+    own = {part: -(-size // ranks) for part, size in outside.items()}
     layer = sum(weight.numel() for weight in llm.layers[0].parameters())
     # Two layers and the largest matrix are gathered at the most, see llava/model/parallel/zero.py.
     gathered = (2 * layer + max([*matrices, head // itemsize])) * itemsize
-    if place == "none":
-        return Weights(whole.device | {"gathered": gathered}, {})
-    kept = {part: size - outside.get(part, 0) for part, size in whole.device.items()}
-    return Weights(kept | {"gathered": gathered}, outside)
+    stays = own if place == "none" else {}
+    kept = {part: size - outside.get(part, 0) + stays.get(part, 0) for part, size in whole.device.items()}
+    return Weights(kept | {"gathered": gathered}, {} if place == "none" else own)
 
 
+# Their biases are added after the sum over ranks, and are whole on each.
+CUT_BY_INPUT = ("o_proj", "down_proj")
 TOWERS = ("vision_tower", "image_tower", "video_tower")
 
 
@@ -171,15 +174,18 @@ def _decoder_bytes(model: Llava, itemsize: int, quantization: str | None, split:
     """Bytes of embeddings, norms and layers; the linear layers are quantised or split."""
     llm: Any = model.llm
     total = _numbers(llm) * itemsize
-    for layer in llm.layers:
-        for linear in (part for part in layer.modules() if isinstance(part, nn.Linear)):
-            count = linear.weight.numel()
-            held = -(-count // split) * itemsize
-            if quantization == "8bit":
-                held = int(count * BITS_8) + linear.out_features * FLOAT32
-            elif quantization == "4bit":
-                held = int(count * BITS_4)
-            total += held - count * itemsize
+    for name, linear in llm.layers.named_modules():
+        if not isinstance(linear, nn.Linear):
+            continue
+        count = linear.weight.numel()
+        held = -(-count // split) * itemsize
+        if quantization == "8bit":
+            held = int(count * BITS_8) + linear.out_features * FLOAT32
+        elif quantization == "4bit":
+            held = int(count * BITS_4)
+        total += held - count * itemsize
+        if linear.bias is not None and not name.endswith(CUT_BY_INPUT):
+            total -= (linear.out_features - -(-linear.out_features // split)) * itemsize
     return total
 
 
