@@ -1,19 +1,24 @@
 """A model split over two real ranks answers as the whole one, and neither rank ever holds it whole."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.checkpoint import limits
+from llava.model.checkpoint.files import read_json
 from llava.model.llava_arch import sampled
 from llava.model.parallel import group
 from llava.model.parallel.choice import Parallel, check_heads, parallel_of
+from llava.model.parallel.tensor import split
 from tests import spread_work, two_ranks
 from tests.anonymous_memory import MB
 from tests.spread_work import FAMILIES, LAYOUTS, Rank
+from tests.tiny_checkpoints import save_transformers_layout, write_json
 
 CASES = [(family, method) for family, (methods, _) in FAMILIES.items() for method in methods]
 
@@ -195,3 +200,19 @@ def test_the_memory_of_a_part_is_checked(monkeypatch, tiny, parallel, device, ra
             free = {**needed, place: bytes_needed - 1}
             with pytest.raises(UserError, match=rf"of memory on {place} in float32"):
                 limits.check_part(*check)
+
+
+def test_quantised_files_are_refused(tmp_path):
+    save_transformers_layout(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    with pytest.raises(UserError, match="is quantised, and a quantised weight cannot be cut"):
+        load(tmp_path, device="cpu", zero="none")
+    assert group.size() == 1, "the process has joined no group"
+
+
+def test_a_decoder_without_a_policy_is_refused():
+    llm = SimpleNamespace(layers=[torch.nn.Identity()])
+    model = SimpleNamespace(model=SimpleNamespace(language_model=llm))
+    with pytest.raises(UserError, match=r"knows the decoder layers LlamaDecoderLayer, .* got Identity"):
+        split(model, 2, torch.float32, torch.device(get_accelerator().device_name()))

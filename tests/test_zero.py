@@ -1,7 +1,10 @@
 """ZeRO-Inference: a decoder in pieces answers as the whole one, on one rank and on two."""
 
+import os
+
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel
 
 from llava.errors import UserError
@@ -10,6 +13,7 @@ from llava.model.checkpoint.files import read_json
 from llava.model.checkpoint.hf_model import container_config, hf_class
 from llava.model.checkpoint.identify import identify
 from llava.model.checkpoint.load import _read_original, _read_transformers
+from llava.model.parallel import group
 from llava.model.parallel.mapped import mapped_model
 from tests import spread_work, two_ranks
 from tests.anonymous_memory import MB
@@ -108,15 +112,49 @@ def test_memory_does_not_grow(folder, size):
         assert held[-1] - held[len(held) // 2] < 1.5 * MB
 
 
-def test_partitions_in_files_need_asynchronous_reading(tmp_path, monkeypatch, folder):
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+@pytest.fixture
+def alone(monkeypatch):
+    """This process may join a group on the CPU, and has left it afterwards."""
+    if get_accelerator().device_name() != "cpu":
+        pytest.skip("DeepSpeed computes on another device in this process")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    yield
+    group.leave()
+    assert group.size() == 1
 
-    from llava.model.parallel import group
+
+def test_partitions_in_files_need_asynchronous_reading(tmp_path, monkeypatch, folder, alone):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
     with pytest.raises(UserError, match="libaio-dev, or choose zero cpu"):
         load(folder / "llava", device="cpu", zero=f"nvme={tmp_path}")
+
+
+def test_a_dtype_that_deepspeed_does_not_know_is_refused(monkeypatch, folder, alone):
+    monkeypatch.setattr(type(get_accelerator()), "supported_dtypes", lambda _: [torch.float32])
+    with pytest.raises(UserError, match=r"on cpu in float32, got bfloat16; choose another --dtype"):
+        load(folder / "llava", dtype="bfloat16", device="cpu", zero="cpu")
+
+
+def test_a_process_joins_one_group_at_a_time(alone):
+    group.join_alone(torch.device("cpu"))
+    assert group.size() == 1 and os.environ["WORLD_SIZE"] == "1"
+    group.join_alone(torch.device("cpu"))  # it is in one already
+    with pytest.raises(UserError, match="already rank 0 of a group of 1"):
+        group.join(1, 2, "127.0.0.1", 1, "cpu")
     group.leave()
+    group.join_alone(torch.device("cpu"))
+    kept = torch.arange(6).view(2, 3)
+    assert torch.equal(group.gather(kept, 1), kept)
+
+
+def test_deepspeed_for_another_device_is_refused():
+    found = get_accelerator().device_name()
+    other = "cuda" if found == "cpu" else "cpu"
+    with pytest.raises(UserError, match=f"run on {other}, but DeepSpeed computes on {found}"):
+        group.import_deepspeed(other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -89,7 +89,8 @@ def launch(
         return 143 if isinstance(stopped, Terminated) else 130
     except Problem as problem:
         end(process, control, remote)
-        print(f"{problem} {kept(control)}".rstrip(), file=sys.stderr)
+        # A user's error says itself what to do before the next start.
+        print(f"{problem} {kept(control, advice=problem.code == 1)}".rstrip(), file=sys.stderr)
         return problem.code
     finally:
         end(process, control, remote)
@@ -97,15 +98,18 @@ def launch(
         signal.signal(signal.SIGINT, interrupted)
 
 
-def kept(control: Control) -> str:
-    """What a user needs to know after a run that did not finish; nothing before it has begun."""
+def kept(control: Control, advice: bool = True) -> str:
+    """What a user needs to know after a run that did not finish; nothing before it has begun.
+
+    Args:
+        advice: say how to go on.
+    """
     run = control.peek("run")
     if run is None:
         return ""
     answers = run["before"] + control.count("answered", 0)
-    return (
-        f"{answers:,} of {run['planned']:,} answers are kept in {run['output']}; run the same command again to go on."
-    )
+    sentence = f"{answers:,} of {run['planned']:,} answers are kept in {run['output']}"
+    return f"{sentence}; run the same command again to go on." if advice else f"{sentence}."
 
 
 def launcher_command(placement: Placement, worker: Sequence[str], environment: Mapping[str, str]) -> list[str]:

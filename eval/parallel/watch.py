@@ -76,7 +76,7 @@ def watch(
         if any(rank.report and rank.report["phase"] in (FAILED, STOPPED) for rank in seen):
             return
         progress(control)
-        time.sleep(POLL_SECONDS)
+        time.sleep(max(POLL_SECONDS, ranks * POLL_SECONDS / 10))  # many ranks would keep this process busy
 
 
 def check(rank: Seen, number: int, ranks: int, clock: float, timeout: float, remote: bool) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from torch.distributed import DistError
+
 from eval.command import exit_on_user_error, terminate
 from eval.parallel import ranks
 from eval.parallel.control import Control, free_port
@@ -43,36 +45,43 @@ def main(words: Sequence[str]) -> int:
     follower = threading.Thread(target=follow, args=(rank, control, ended), daemon=True)
     follower.start()
     try:
+        work(rank, command["module"], command["arguments"])
+        return 0 if rank.phase == FINISHED else 1
+    except DistError:
+        if not control.answers():
+            end_without_parent(rank)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is said
+        # A thread that talks to the store while Python ends would abort the process.
+        ended.set()
+        follower.join()
+
+
+def work(rank: Rank, module: str, arguments: Sequence[str]) -> None:
+    """Run `main(arguments)` of a module, and report how it ended; errors that are not the user's are printed."""
+    try:
         rank.report(LOADING)
         take_processor()
         if not rank.first:
             be_quiet()
         if rank.size > 1:
             join_replica(rank)
-        code = import_module(command["module"]).main(command["arguments"])
+        code = import_module(module).main(arguments)
         if not rank.ended:
             if rank.size > 1:
                 leave_replica()
             rank.report(FINISHED, code=code)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is said; the launcher may end the others
     except KeyboardInterrupt:
         if not rank.ended:
             rank.report(STOPPED)
-        return 130
     except UserError:
         raise
     except Exception as error:
-        if not control.answers():
-            end_without_parent(rank)
+        rank.count("failed")  # raises DistError without the parent process: that is the reason then
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}".rstrip(".: ")
-        rank.report(FAILED, reason=f"Rank {number} of {world} failed: {reason}.", code=1)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is said
-        # A thread that talks to the store while Python ends would abort the process.
-        ended.set()
-        follower.join()
-    return 0 if rank.phase == FINISHED else 1
+        rank.report(FAILED, reason=f"Rank {rank.number} of {rank.world} failed: {reason}.", code=1)
 
 
 def take_processor() -> None:

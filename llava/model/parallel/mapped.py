@@ -4,7 +4,7 @@ transformers' own loading casts every weight of the model to the requested dtype
 before the first weight is cut. Here a weight keeps the dtype of its file; what a rank keeps is cast afterwards.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,8 +61,15 @@ def _build(build, extra: tuple[Any, ...], config: PretrainedConfig, dtype: torch
         torch.set_default_dtype(before)
 
 
-def settle(parameters: Iterable[nn.Parameter], dtype: torch.dtype, device: torch.device) -> None:
-    """Cast parameters and move them to the device one by one, so that only one exists twice at a time."""
-    for parameter in parameters:
-        parameter.data = parameter.data.to(device=device, dtype=dtype)
-        parameter.requires_grad = False
+def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Cast the weights that this rank has kept and move them to the device, one at a time; buffers keep their dtype.
+
+    Weights that DeepSpeed has partitioned are left alone.
+    """
+    for weight in model.parameters():
+        if not hasattr(weight, "ds_id"):
+            weight.data = weight.data.to(device=device, dtype=dtype)
+            weight.requires_grad = False
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

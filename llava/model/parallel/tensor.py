@@ -103,7 +103,4 @@ def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.
     for layer in llm.layers:
         layer.self_attn.gather = group.gather
     llm.ranks = ranks
-    settle(model.parameters(), dtype, device)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+    settle(model, dtype, device)

@@ -7,8 +7,10 @@ questions, so they run equally many forwards, which gathering over ranks require
 
 Every weight is cast and partitioned layer by layer; a rank never holds more than its partition and one layer. Nothing
 outside DeepSpeed's hooks reads a partitioned `weight`: probe and scores call the layer's own norm and projections.
+Partitions on devices and on the host are tested; those in files ("nvme") follow DeepSpeed's documentation and have not
+been run.
 
-Paper: https://arxiv.org/abs/2206.01861 (ZeRO-Inference is of https://arxiv.org/abs/2207.00032)
+Paper: https://arxiv.org/abs/1910.02054 (ZeRO), https://arxiv.org/abs/2207.00032 (DeepSpeed Inference)
 Official code read: deepspeedai/DeepSpeed@v0.19.8, deepspeed/runtime/zero/partition_parameters.py,
 parameter_offload.py and partitioned_param_coordinator.py
 Differs from it: decoder and head are partitioned, not the whole model; linear layers keep torch's own kernel.
@@ -43,9 +45,11 @@ def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, de
         dtype, device: in and on which the modules compute.
 
     Raises:
-        UserError: NVMe is asked for and DeepSpeed cannot read files asynchronously here.
+        UserError: NVMe is asked for and DeepSpeed cannot read files asynchronously here, or it does not know the dtype
+            on this device.
     """
     deepspeed = group.import_deepspeed(device.type)
+    _require_dtype(dtype, device)
     if parallel.offload == "nvme":
         _require_async_io()
     llm, head = model.model.language_model, model.lm_head
@@ -64,10 +68,7 @@ def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, de
     # Kept alive: an engine that is collected removes its hooks. Not a submodule, whose weights would count twice.
     model.__dict__["zero_engine"] = engine
     _start_passes_at_layer_0(part, engine)
-    settle((weight for weight in model.parameters() if not hasattr(weight, "ds_id")), dtype, device)
-    for owner in model.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            setattr(owner, name, buffer.to(device))
+    settle(model, dtype, device)
 
 
 def _start_passes_at_layer_0(part: PartitionedPart, engine: Any) -> None:
@@ -122,6 +123,18 @@ def zero_config(part: PartitionedPart, parallel: Parallel, dtype: torch.dtype, d
         "fp16": {"enabled": dtype == torch.float16},
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
+
+
+def _require_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    known = get_accelerator().supported_dtypes()
+    if dtype not in known:
+        names = ", ".join(str(one).removeprefix("torch.") for one in known)
+        raise UserError(
+            f"DeepSpeed partitions weights on {device} in {names}, got {str(dtype).removeprefix('torch.')}; choose "
+            "another --dtype."
+        )
 
 
 def _require_async_io() -> None:

@@ -1,0 +1,170 @@
+"""What the parent process makes of its ranks' reports, with its clock in the test's hand."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from eval.parallel import watch
+from eval.parallel.control import Control, wait_until
+from eval.parallel.ranks import ASKING, FAILED, FINISHED, LOADING, SCORING, STOPPED, WAITING, Rank
+from llava.errors import UserError
+
+
+@pytest.fixture
+def control() -> Control:
+    return Control.serve()
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """time.monotonic and time.sleep of the watch; `events` are called when their second has come."""
+    clock = SimpleNamespace(now=0.0, events={})
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+        for second in [second for second in clock.events if second <= clock.now]:
+            clock.events.pop(second)()
+
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    return clock
+
+
+def ends_at(clock, second: float) -> SimpleNamespace:
+    """A launcher that ends by itself."""
+    return SimpleNamespace(poll=lambda: 0 if clock.now >= second else None)
+
+
+def ranks(control: Control, count: int = 2) -> list[Rank]:
+    return [Rank(number, count, name="x", control=control) for number in range(count)]
+
+
+def see(control, clock, seconds: float = 10_000, timeout: float = 60, **options) -> str:
+    """The sentence of the problem; empty if there is none until the launcher ends."""
+    try:
+        watch.watch(ends_at(clock, seconds), control, 2, timeout, **options)
+    except watch.Problem as problem:
+        return str(problem)
+    return ""
+
+
+@pytest.mark.parametrize("phase", [LOADING, ASKING])
+def test_time_without_a_report_ends_in_a_sentence(control, clock, phase):
+    first, second = ranks(control)
+    first.report(WAITING)
+    second.report(phase, ["7"] if phase == ASKING else [])
+    doing = "asking question 7" if phase == ASKING else "loading"
+    assert f"Rank 1 of 2 ({os.uname().nodename}, process {os.getpid()}) hung while it was {doing} for 60 s" in see(
+        control, clock
+    )
+    assert 60 < clock.now < 62
+
+
+@pytest.mark.parametrize("phase", [WAITING, SCORING, FINISHED])
+def test_waiting_and_scoring_may_take_long(control, clock, phase):
+    for rank in ranks(control):
+        rank.report(phase)
+    assert see(control, clock, 200) == ""
+
+
+def test_a_report_starts_the_time_again(control, clock):
+    first, second = ranks(control)
+    first.report(WAITING)
+    second.report(ASKING, ["1"])
+    clock.events = {50.0: lambda: second.report(ASKING, ["1"])}
+    assert "hung" in see(control, clock)
+    assert 110 < clock.now < 112
+
+
+def test_a_start_may_take_ten_minutes(control, clock):
+    ranks(control)[0].report(WAITING)
+    assert see(control, clock, timeout=5).startswith("Rank 1 of 2 has not started within 600 s")
+    clock.now = 0.0
+    assert see(control, clock, timeout=900).startswith("Rank 1 of 2 has not started within 900 s")
+
+
+def test_a_rank_on_another_machine_that_is_silent_is_lost(control, clock):
+    """pdsh says nothing about a machine as long as another one works."""
+    first, second = ranks(control)
+    first.report(WAITING)
+    second.report(ASKING, ["7"])
+    clock.events = {float(second): lambda: control.count("beat0") for second in range(1, 400)}
+    assert "Rank 1 of 2" in (sentence := see(control, clock, timeout=10_000, remote=True)) and "was lost" in sentence
+    assert 120 < clock.now < 122
+
+
+def test_a_stopped_parent_does_not_count_its_own_absence(control, clock):
+    """After Ctrl-Z and an hour, no rank has reported anything: they waited for the store."""
+    first, second = ranks(control)
+    first.report(WAITING)
+    second.report(ASKING, ["7"])
+
+    def an_hour_later() -> None:
+        clock.now += 3600
+
+    clock.events = {5.0: an_hour_later, 3610.0: lambda: second.report(FINISHED, code=0)}
+    assert see(control, clock, 3700) == ""
+
+
+@pytest.mark.parametrize("phase", [FAILED, STOPPED])
+def test_the_end_of_one_rank_ends_the_watch(control, clock, phase):
+    for rank, now in zip(ranks(control), (ASKING, phase), strict=True):
+        rank.report(now)
+    assert see(control, clock) == "" and clock.now < 1
+
+
+def test_the_first_failure_is_the_one_that_is_told(control):
+    first, second = ranks(control)
+    second.report(FAILED, reason="The second.", code=2)
+    first.report(FAILED, reason="The first.", code=1)
+    with pytest.raises(watch.Problem, match=r"The second\.") as caught:
+        watch.outcome(control, 2)
+    assert caught.value.code == 2
+
+
+def test_the_worst_exit_code_counts(control):
+    for rank, code in zip(ranks(control), (3, 0), strict=True):
+        rank.report(FINISHED, code=code)
+    assert watch.outcome(control, 2) == 3
+
+
+def test_nothing_started(control):
+    with pytest.raises(watch.Problem, match="None of the 2 ranks has started"):
+        watch.outcome(control, 2)
+
+
+def test_long_batches_name_three_questions(control):
+    rank = ranks(control)[0]
+    rank.report(ASKING, list("abcde"))
+    assert watch.describe(0, 2, control.peek("rank0")).endswith("asking questions a, b, c and 2 more")
+
+
+def test_the_store_holds_counters_and_values(control):
+    other = Control.connect(control.address)
+    assert [control.count("n"), other.count("n", 5), control.count("n", 0)] == [1, 6, 6]
+    assert other.peek("v") is None
+    control.put("v", {"ä": [1, None]})
+    assert other.get("v") == other.peek("v") == {"ä": [1, None]}
+
+
+def test_a_store_that_other_machines_reach():
+    host = os.uname().nodename
+    assert Control.serve(host).address.startswith(f"{host}:")
+
+
+def test_nobody_serves_the_store():
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"does not answer at 127\.0\.0\.1:9;"):
+        Control.connect("127.0.0.1:9")
+    assert time.monotonic() - began < 10
+    wait_until(lambda: True)
+
+
+def test_ranks_of_a_replica_claim_the_same(control):
+    first, follower, other = (Rank(number, 4, 2, "x", control) for number in (0, 1, 2))
+    assert [first.claim("b"), other.claim("b"), first.claim("b")] == [0, 1, 2]
+    assert [follower.claim("b"), follower.claim("b")] == [0, 2]
+    assert [Rank().claim("b")] == [0]
+    alone = Rank()
+    assert [alone.claim("b"), alone.claim("b"), alone.count("n"), alone.count("n")] == [0, 1, 1, 2]
