@@ -201,7 +201,7 @@ def toy_constants(questions: int, here: str) -> dict[str, Constant]:
         "check_questions": Constant(questions, "questions", "given", both),
         "check_two_ranks": Constant(rate(two), "questions/s", "measured", both),
         "check_two_threads": Constant(
-            speed["wide"],
+            rate(wide),
             "questions/s",
             "measured",
             f"one rank with two threads; {COMMAND} --limit {questions}; {here}",
