@@ -104,7 +104,15 @@ def parser() -> Parser:
     p.add_argument(
         "--zero",
         metavar="PLACE",
-        help="ZeRO-Inference: keep the decoder in 'cpu' memory or on 'nvme=/FOLDER', and fetch it layer by layer",
+        help="ZeRO-Inference: keep the decoder in 'cpu' memory or on 'nvme=/FOLDER' and fetch it layer by layer; "
+        "'none' divides it over the accelerators of --zero-ranks",
+    )
+    p.add_argument(
+        "--zero-ranks",
+        type=value(count),
+        default=1,
+        metavar="N",
+        help="with --zero: ranks that share one model's weights",
     )
     p.add_argument(
         "--timeout",
@@ -115,8 +123,11 @@ def parser() -> Parser:
     )
     p.add_argument("--retry-failed", action="store_true", help="ask only the questions that failed in an earlier run")
     p.add_argument("--restart", action="store_true", help="move an earlier run in the output folder aside")
+    p.add_argument(
+        "--dry-run", action="store_true", help="print expected memory and time, without reading weights or asking"
+    )
     p.add_argument("--list", action="store_true", help="print the methods, benchmarks and models there are")
-    p.add_argument("--json", action="store_true", help="with --list: as JSON")
+    p.add_argument("--json", action="store_true", help="with --list or --dry-run: as JSON")
     return p
 
 
@@ -132,17 +143,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_list(args.json)
             return 0
         config = configuration(args)
-        if (place := placement.here(config.tensor_parallel, config.device)) is not None:
+        place = placement.here(config.ranks_per_model, config.device)
+        if args.dry_run:
+            print_estimate(config, place, args.json)
+            return 0
+        if place is not None:
             return on_ranks(words, config, place, args.timeout)
         from eval.run import run
 
         result = run(config)
+        if config.tensor_parallel > 1 or config.zero is not None:
+            from llava.model.parallel.group import leave
+
+            leave()
     except KeyboardInterrupt as stop:
         if not ranks.current().alone:
             raise
         print(f"\n{stop or 'Stopped before the first answer; run the same command again.'}", file=sys.stderr)
         return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
     return SOME_FAILED if result.get("failed") else 0
+
+
+def print_estimate(config: RunConfig, place: placement.Placement | None, as_json: bool) -> None:
+    """Expected memory and time of a run."""
+    from eval.efficiency.estimate import estimate
+
+    found = estimate(config, place)
+    print(json.dumps(found.record(), indent=1) if as_json else "\n".join(found.lines()))
 
 
 def on_ranks(words: Sequence[str], config: RunConfig, place: placement.Placement, timeout: float) -> int:
@@ -159,8 +186,8 @@ def on_ranks(words: Sequence[str], config: RunConfig, place: placement.Placement
 
 def configuration(args: argparse.Namespace) -> RunConfig:
     """Flags to a checked configuration."""
-    if args.json:
-        raise UserError("--json goes with --list; a run writes result.json to its output folder.")
+    if args.json and not args.dry_run:
+        raise UserError("--json goes with --list and --dry-run; a run writes result.json to its output folder.")
     if not args.method:
         raise UserError("--method is missing; --list prints the methods there are.")
     budget, options = chosen_budget(args, with_current_names(method_options(args.method, args.set)))
@@ -193,6 +220,7 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         retry_failed=args.retry_failed,
         tensor_parallel=args.tensor_parallel,
         zero=args.zero,
+        zero_ranks=args.zero_ranks,
     )
 
 

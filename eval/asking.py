@@ -1,7 +1,5 @@
 """Ask the questions of a run batch by batch, and store every batch before the next one starts."""
 
-import hashlib
-import json
 import sys
 import time
 import traceback
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
+from eval.answers import answer_id, seal_of
 from eval.benchmarks.base import Question
 from eval.job import Job, measured_under
 from eval.outcomes import Answered, Failure, Room, chunks, outcomes
@@ -130,7 +129,7 @@ def ask(job: Job, sink: Sink, pending: Sequence[Question], progress: Progress, r
     Raises:
         UserError, or what the model raised: nothing can be answered at all.
     """
-    seal = seal_of(job)
+    seal = seal_of(job.settings)
     conditions = measured_under(job) | {"run": job.started, "rank": rank.number}
     room, failures = Room(), Failures(sink, rank, job.started)
     with progress.bar:
@@ -165,11 +164,6 @@ def claimed(pending: Sequence[Question], size: int, rank: Rank) -> Iterator[Sequ
         yield batches[number]
 
 
-def seal_of(job: Job) -> str:
-    """Hash of what the answers depend on."""
-    return hashlib.sha256(json.dumps(job.settings, sort_keys=True).encode()).hexdigest()
-
-
 def answer_lines(answered: Answered, model: str, seal: str) -> list[dict[str, Any]]:
     """LLaVA's answer lines. The answer id depends on question and settings, so equal runs write equal files.
 
@@ -183,7 +177,7 @@ def answer_lines(answered: Answered, model: str, seal: str) -> list[dict[str, An
             "question_id": part.sample.id,
             "prompt": part.sample.message,
             "text": answer.text,
-            "answer_id": hashlib.sha256(f"{seal} {part.sample.id}".encode()).hexdigest()[:22],
+            "answer_id": answer_id(seal, part.sample.id),
             "model_id": model,
             "metadata": {"audit": cost.audit_record(answer.accounting), "pictures": part.digest},
         }

@@ -45,6 +45,7 @@ COMMANDS = {
     "show benchmarks": Command("eval.show", "list the benchmarks, with their splits and profiles", ("benchmarks",)),
     "show models": Command("eval.show", "list the bundled toy models", ("models",)),
     "bench latency": Command("eval.efficiency.latency", "time to first token, operations and memory beside full"),
+    "bench scale": Command("eval.efficiency.scale", "questions per second against GPUs, on paper (docs/cluster.md)"),
     "bench path": Command("eval.efficiency.code_path", "functions, files and file switches inside one answer"),
     "figures tokens": Command("eval.figures.kept_tokens", "draw the kept tokens of an image (README)"),
     "figures tiles": Command("eval.figures.kept_tiles", "draw the kept tokens of tiles and videos (docs/models.md)"),
@@ -52,6 +53,7 @@ COMMANDS = {
     "tables families": Command("eval.tables.families", "all methods on the toy tiles and videos (docs/models.md)"),
     "tables consensusdrop": Command("eval.tables.consensusdrop", "ablation and claims (docs/consensusdrop.md)"),
     "tables papers": Command("eval.tables.papers", "ablations of VisionDrop and AttnMix (their pages)"),
+    "tables memory": Command("eval.tables.memory", "expected memory of the official models (docs/cluster.md)"),
     "tables methods": Command("eval.tables.methods", "what the methods say of themselves (docs/methods.md)"),
     "tables benchmarks": Command("eval.tables.benchmarks", "benchmarks, and the toy models' scores on them"),
 }

@@ -40,7 +40,7 @@ class RunConfig:
         source: which files the questions come from, eval.benchmarks.base.SOURCES.
         retry_failed: ask the questions that failed before, and no others.
         tensor_parallel: ranks that hold one model together.
-        zero: hold the decoder's weights by ZeRO-Inference, see llava.model.builder.load.
+        zero: hold the decoder's weights by ZeRO-Inference, see llava.model.builder.load; `zero_ranks` ranks share them.
         judge: who scores answers that a model has to judge; see eval/judging/choice.py. Answers do not depend on it.
     """
 
@@ -69,6 +69,7 @@ class RunConfig:
     retry_failed: bool = False
     tensor_parallel: int = 1
     zero: str | None = None
+    zero_ranks: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", with_current_names(self.options))
@@ -80,11 +81,18 @@ class RunConfig:
                 f"A budget ({self.budget}) and a retention ratio ({ratio:g}) are both given for {self.method}; "
                 "leave one out."
             )
+        if self.zero_ranks > 1 and self.zero is None:
+            raise UserError(f"--zero-ranks {self.zero_ranks} needs --zero, which says where the weights are kept.")
         if ratio is None and self.budget is None and self.method != FULL:
             raise UserError(
                 f"Method {self.method} needs --budget, the number of visual tokens to keep, or --retention, the ratio "
                 "of each image's visual tokens to keep."
             )
+
+    @property
+    def ranks_per_model(self) -> int:
+        """Ranks of a replica."""
+        return max(self.tensor_parallel, self.zero_ranks)
 
     @property
     def retention_ratio(self) -> float | None:

@@ -132,8 +132,8 @@ def load_model(config: RunConfig) -> Any:
         device=config.device,
         text_tower=config.text_tower,
         quantization=config.quantization,
-        **({"tensor_parallel": config.tensor_parallel} if config.tensor_parallel > 1 else {}),
-        **({"zero": config.zero} if config.zero else {}),
+        tensor_parallel=config.tensor_parallel,
+        zero=config.zero,
         **config.picture,
     )
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from eval.answers import AnswerStore
+from eval.answers import AnswerStore, Shard, seal_of
 from eval.answers.jsonl import write_file, write_json
 from eval.answers.reuse import check_reuse
-from eval.answers.shards import Shard
 from eval.answers.source_hash import combined
-from eval.asking import Progress, ask, seal_of
+from eval.asking import Progress, ask
 from eval.benchmarks.base import Question
 from eval.config import RunConfig
 from eval.job import Job, measured_under, prepare
@@ -111,7 +110,7 @@ def answer_questions(
             "before": len(done),
             "planned": len(job.planned),
             "started": job.started,
-            "seal": seal_of(job),
+            "seal": seal_of(job.settings),
             "pending": spans(wanted),
         },
     )
@@ -149,7 +148,7 @@ def answer_part(job: Job, rank: Rank) -> None:
     """
     rank.report(WAITING)
     plan = rank.get("run")
-    if plan["seal"] != seal_of(job) or plan["planned"] != len(job.planned):
+    if plan["seal"] != seal_of(job.settings) or plan["planned"] != len(job.planned):
         raise UserError(
             f"Rank {rank.number} on {socket.gethostname()} reads other questions or another model than the first rank; "
             "all machines must see the same files."

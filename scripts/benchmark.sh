@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What the scripts in scripts/eval/ have in common: set up, then ask one method the questions of one benchmark.
 #   bash scripts/benchmark.sh BENCHMARK METHOD [BUDGET] [further arguments of python -m eval]
-# MODEL and DATA from the environment choose the checkpoint and the data folder.
+# From the environment: MODEL and DATA, the checkpoint and the data folder; GPUS, RANKS or HOSTFILE, the accelerators, one
+# rank each (none: all of this machine, or of the Slurm job); TP, over how many ranks a model is split.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 name=${1:?name of a benchmark}
@@ -21,7 +22,7 @@ if [[ $# -gt 0 && $1 != --* ]]; then
   arguments+=(--budget="$1")
   shift
 fi
-arguments+=(${MODEL:+--model="$MODEL"} ${DATA:+--data="$DATA"} "$@")
+arguments+=(${MODEL:+--model="$MODEL"} ${DATA:+--data="$DATA"} ${TP:+--tensor-parallel="$TP"} "$@")
 
 here=$PWD
 source "$root/scripts/setup.sh"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.answers import AnswerStore
+from eval.answers import AnswerStore, answer_id, seal_of
 from eval.answers.durable import DurableLines
 from eval.answers.jsonl import write_json
 from eval.config import RunConfig
@@ -287,6 +287,8 @@ def test_killed_run_goes_on_and_equals_an_uninterrupted_one(tmp_path, where):
     # Two thirds of a batch of four are two whole lines and a torn one.
     safe = {"between batches": 12, "inside a line": 10, "before the timing": 12}[where]
     assert not (output / "result.json").exists()
+    # As a kill inside the replacement of a file leaves it; the system has given the number to another process since.
+    (output / f".predictions.json.{os.getppid()}").write_text("half")
 
     model = FakeLlava()
     resumed = run(config(data, output), model, FakeReducer())
@@ -295,10 +297,22 @@ def test_killed_run_goes_on_and_equals_an_uninterrupted_one(tmp_path, where):
     assert (output / "answers.jsonl").read_bytes() == (tmp_path / "whole" / "answers.jsonl").read_bytes()
     for part in ("metrics", "confidence", "groups", "audit", "settings"):
         assert resumed[part] == whole[part]
+    assert {path.name for path in output.iterdir()} == {
+        "answers.jsonl", "timing.jsonl", "runs.jsonl", "settings.json", "result.json", "predictions.json", "lock"
+    }  # fmt: skip
     timed = {"between batches": 40, "inside a line": 38, "before the timing": 36}[where]
     assert resumed["timing"]["questions"] == timed
     assert resumed["timing"]["this_run"]["questions"] == 40 - safe
     assert resumed["timing"]["runs"] == 2 and whole["timing"]["runs"] == 1
+
+
+def test_answer_ids_of_a_run_are_those_that_merging_expects(tmp_path):
+    data = write_gqa(tmp_path / "data")
+    result = run(config(data, tmp_path / "o", limit=4), FakeLlava(), FakeReducer())
+    seal = seal_of(result["settings"])
+    assert [row["answer_id"] for row in read(tmp_path / "o")] == [
+        answer_id(seal, row["question_id"]) for row in read(tmp_path / "o")
+    ]
 
 
 def test_growing_the_limit_continues_and_shrinking_it_scores_fewer(tmp_path):

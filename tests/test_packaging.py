@@ -19,7 +19,7 @@ PINS = {found.name: found for found in map(Requirement, filter(lambda line: line
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 INSTALLED = [Requirement(text) for text in PROJECT["project"]["dependencies"]]
 DECLARED = [*INSTALLED, *(Requirement(text) for extra in EXTRAS.values() for text in extra)]
-NO_IMPORT = {"deepspeed"}  # pinned for transformers' integration, see requirements.txt
+
 # Packages that come with a declared one and are part of its interface.
 WITH = {"jinja2": "torch", "huggingface_hub": "transformers", "tokenizers": "transformers", "pyarrow": "datasets"}
 
@@ -65,7 +65,7 @@ def test_the_pinned_version_satisfies_pyproject(needed):
 
 def test_every_pin_is_exact_and_declared():
     assert {name for name, pin in PINS.items() if not str(pin.specifier).startswith("==")} == set()
-    assert PINS.keys() - NO_IMPORT == {needed.name for needed in DECLARED}
+    assert PINS.keys() == {needed.name for needed in DECLARED}
 
 
 def test_dev_has_what_the_tests_of_the_toy_models_need():

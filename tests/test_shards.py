@@ -185,6 +185,16 @@ def test_a_question_that_two_ranks_answered_counts_once(tmp_path):
         assert [(r["run"], n) for r, n in store.origins(names("5 6 7"))] == [("start b 0", 3)]
 
 
+def test_the_answer_of_the_earlier_start_counts(tmp_path):
+    """Names of worlds are random: their order says nothing."""
+    with open_store(tmp_path) as store:
+        for world, begun in (("a", "2026-11-22T10:00"), ("z", "2026-11-22T09:00")):
+            with Shard(tmp_path, world, 0, describe(world) | {"run": begun}) as shard:
+                shard.add([line("q001", begun)], {"questions": 1})
+        store.merge()
+        assert store.answers["q001"]["text"] == "2026-11-22T09:00"
+
+
 def test_different_answers_to_one_question_are_kept_and_said(tmp_path):
     with open_store(tmp_path) as store:
         for world, text in (("a", "yes"), ("b", "no")):
@@ -294,8 +304,7 @@ def test_a_merge_survives_a_kill_in_every_system_call(tmp_path):
         # The same question again, in other words.
         with Shard(whole, "b", 0, describe("b")) as shard:
             shard.add([line("q003", "something else")], {"questions": 1, "names": ["q003"]})
-    subprocess.run([sys.executable, "-m", "tests.shard_worker", str(tmp_path), "every call"], cwd=ROOT, check=True)
-    copies = sorted(path for path in tmp_path.iterdir() if path.name != "whole")
+    copies = killed_in_every_call(tmp_path)
     assert len(copies) > 40
     expected = content(copies[-1])
     assert len(expected["answers"]) == 21 and expected["failures"] == ["q050", "q051"] and expected["remarks"]
@@ -304,6 +313,25 @@ def test_a_merge_survives_a_kill_in_every_system_call(tmp_path):
         for name, count in (("timing.jsonl", 5), ("runs.jsonl", 3), ("failures.jsonl", 2), ("conflicts.jsonl", 1)):
             assert len(rows(copy / name)) == count, (copy, name)
         assert {path.name for path in copy.iterdir()} == NAMED | {"conflicts.jsonl"}
+
+
+def test_a_merge_of_failures_alone_survives_a_kill_in_every_system_call(tmp_path):
+    """Without new answers, the size of answers.jsonl does not tell whether the lines of the other files are whole."""
+    with open_store(tmp_path / "whole") as store:
+        store.add([line("q000")], {"questions": 1, "run": describe("single")["run"], "names": ["q000"]})
+        for rank in range(2):
+            with Shard(tmp_path / "whole", "a", rank, describe("a", rank)) as shard:
+                shard.fail([{"question_id": f"q05{rank}", "reason": "the image cannot be read", "kind": "image"}])
+    for copy in killed_in_every_call(tmp_path):
+        assert content(copy)["failures"] == ["q050", "q051"], copy
+        assert len(rows(copy / "failures.jsonl")) == 2
+        assert {path.name for path in copy.iterdir()} == NAMED
+
+
+def killed_in_every_call(folder: Path) -> list[Path]:
+    """Copies of folder/whole, each after a merge that was killed in another system call, and a second kill."""
+    subprocess.run([sys.executable, "-m", "tests.shard_worker", str(folder), "every call"], cwd=ROOT, check=True)
+    return sorted(path for path in folder.iterdir() if path.name != "whole")
 
 
 def test_a_reader_sees_the_answers_before_a_merge_or_after_it(tmp_path, monkeypatch):

@@ -310,6 +310,16 @@ def test_wandb_missing_is_no_obstacle(tmp_path, monkeypatch, capsys):
     assert "W&B is not available" in capsys.readouterr().err
 
 
+def test_throughput_is_logged_for_every_rank(tmp_path):
+    result = run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
+    logged = read_run(find_runs(tmp_path / "out")[0])
+    (part,) = result["throughput"]["ranks"]
+    assert part["rank"] == 0 and part["questions"] == 40 and part["host"]
+    rate = logged.summary["throughput/rank 0/questions_per_second"]
+    assert rate == pytest.approx(part["questions_per_second"]) and logged.summary["failed"] == 0
+    assert logged.summary["throughput/questions_per_second"] == pytest.approx(rate, rel=0.2)
+
+
 def test_a_failed_run_is_marked_as_failed(tmp_path):
     def fail(number: int) -> None:
         if number >= 2:

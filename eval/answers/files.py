@@ -16,7 +16,7 @@ ANSWERS, TIMING, RUNS, FAILURES = "answers.jsonl", "timing.jsonl", "runs.jsonl",
 KINDS = ("image", "error", "memory")
 # Largest part of the time that goes into waiting for the disk. A sync takes 0.2 ms on a local disk and 50 ms on a busy
 # shared one; twice after every question, that would be a tenth of the run.
-SYNC_SHARE = 0.005
+SYNC_SHARE = 0.0025
 
 
 class AnswerFiles:

@@ -68,12 +68,13 @@ def work(rank: Rank, module: str, arguments: Sequence[str]) -> None:
         if rank.size > 1:
             join_replica(rank)
         code = import_module(module).main(arguments)
-        if rank.size > 1:
-            leave_replica()
         if not rank.ended:
+            if rank.size > 1:
+                leave_replica()
             rank.report(FINISHED, code=code)
     except KeyboardInterrupt:
-        rank.report(STOPPED)
+        if not rank.ended:
+            rank.report(STOPPED)
     except UserError:
         raise
     except Exception as error:

@@ -1,6 +1,6 @@
 """All methods at equal budgets on the toy GQA test split: accuracy, cost, and which differences are significant.
 
-    python -m eval.tables.embedded answers [--budgets 64,32]   # runs; several processes may share the budgets
+    python -m eval.tables.embedded answers [--budgets 64,32]   # runs, spread over the ranks
     python -m eval.tables.embedded tables                      # needs all answers; measures the time to first token
 
 Writes docs/embedded.md, docs/tables/embedded_main.{csv,tex}, docs/tables/embedded_pairs.csv and

@@ -1,6 +1,6 @@
 """All methods on the bundled toy LLaVA-NeXT and toy Video-LLaVA: accuracy at a few budgets.
 
-    python -m eval.tables.families next answers [--budgets 320]   # several processes may share the budgets
+    python -m eval.tables.families next answers [--budgets 320]   # runs, spread over the ranks
     python -m eval.tables.families next tables                    # needs all answers
 
 Both take --budgets and --limit, the number of questions; a table says which it is of.

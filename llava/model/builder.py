@@ -10,6 +10,8 @@ from llava.errors import UserError, unknown
 from llava.model.checkpoint.load import load_checkpoint
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
+from llava.model.parallel import group
+from llava.model.parallel.choice import parallel_of
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
 
@@ -70,6 +72,8 @@ def load(
     device: str = "auto",
     text_tower: str | Path | None = None,
     quantization: str | None = None,
+    tensor_parallel: int = 1,
+    zero: str | None = None,
     **conventions: Any,
 ) -> Llava:
     """Load a checkpoint of any family.
@@ -80,13 +84,21 @@ def load(
         device: "cpu", "cuda", "cuda:1", or "auto".
         text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
         quantization: "8bit" or "4bit", by bitsandbytes where it is installed.
+        tensor_parallel: ranks that each hold a part of every decoder layer. More than 1 needs a process group of that
+            size, see `llava.model.parallel.group.join`; all its ranks load the model and answer the same questions.
+        zero: ZeRO-Inference, for a decoder that does not fit one device: its weights are partitioned over the ranks of
+            the group (without one, a group of one is joined) and fetched layer by layer from "cpu", from
+            "nvme=FOLDER", or, with "none", from the devices of the others.
         conventions: how images are read, where a family leaves a choice: `merge`, `reading` and `force` of
             llava.model.llava_next.LlavaNext, `flip` of llava.model.video_llava.VideoLlava.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     place = device_of(device)
-    checkpoint = load_checkpoint(source or TOY_MODEL, DTYPES[dtype], place, text_tower, quantization)
+    parallel = parallel_of(tensor_parallel, zero, quantization)
+    if parallel is not None:
+        place = group.device_of_rank(place)
+    checkpoint = load_checkpoint(source or TOY_MODEL, DTYPES[dtype], place, text_tower, quantization, parallel)
     model = runtime(checkpoint, place, conventions)
     # Another process can load the same model by this; the device is its own.
     model.loaded_with = {
@@ -94,6 +106,8 @@ def load(
         "dtype": dtype,
         "text_tower": None if text_tower is None else str(text_tower),
         "quantization": quantization,
+        "tensor_parallel": tensor_parallel,
+        "zero": zero,
         **conventions,
     }
     return model

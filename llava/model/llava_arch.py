@@ -54,6 +54,9 @@ class Llava:
         self.layout_name = checkpoint.layout
         self.notes = checkpoint.notes
         self.vocabulary = checkpoint.vocabulary
+        self._whole_weights = checkpoint.whole_weights
+        # The decoder is spread over the ranks of a process group, which all answer the same questions.
+        self.spread: bool = checkpoint.whole_weights is not None
         self.text_tower = checkpoint.text_tower
         self.llm: nn.Module = container.model.language_model
         self.head: nn.Linear = container.lm_head
@@ -108,8 +111,10 @@ class Llava:
         """A hash of configuration and weights; two checkpoints that answer differently never share one."""
         digest = hashlib.blake2b(digest_size=12)
         digest.update(json.dumps(self.hf_model.config.to_dict(), sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.hf_model.state_dict().items()):
-            digest.update(name.encode() + sampled(tensor))
+        # A model spread over ranks has the hash of the whole one: it is read from the mapped files.
+        weights, dtype = self._whole_weights or self.hf_model.state_dict(), self.hf_model.config.dtype
+        for name, tensor in sorted(weights.items()):
+            digest.update(name.encode() + sampled(tensor, dtype if self._whole_weights else None))
         return digest.hexdigest()
 
     @cached_property
@@ -265,7 +270,11 @@ def tiles_flops(tiles: int, function: Callable[..., int], *arguments: Any) -> in
     return tiles * function(*arguments)
 
 
-def sampled(tensor: Tensor) -> bytes:
-    """Up to about 4,096 evenly spaced values: enough to tell checkpoints apart, cheap at 13 billion weights."""
+def sampled(tensor: Tensor, dtype: torch.dtype | None = None) -> bytes:
+    """Up to about 4,096 evenly spaced values: enough to tell checkpoints apart, cheap at 13 billion weights.
+
+    Args:
+        dtype: that the values are cast to first; None for that of the tensor.
+    """
     flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous().numpy().tobytes()
+    return flat[:: max(1, flat.numel() // 4096)].to(dtype).float().cpu().contiguous().numpy().tobytes()

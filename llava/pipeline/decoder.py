@@ -44,8 +44,8 @@ class Prefilled:
             tensor.
         lengths: per layer, the real length of each sample.
         visual: per layer, the visual tokens of each sample.
-        kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens.
-        kv_bytes_held: bytes of all key and value tensors after prefill, padding included.
+        kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens, on all ranks together.
+        kv_bytes_held: bytes of all key and value tensors after prefill, padding included, on all ranks together.
     """
 
     hidden: Tensor
@@ -98,8 +98,9 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
         following.append(place)
         lengths.append(sequence.lengths)
         visual.append(sequence.visual_counts)
-    # Read now, because decoding makes the cache longer.
-    held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    # Read now, because decoding makes the cache longer. Where heads are split over ranks, each holds as many.
+    ranks = getattr(llm, "ranks", 1)
+    held = [ranks * (layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers]
     token_bytes = [
         total // (len(lengths[0]) * layer.keys.shape[-2]) for total, layer in zip(held, cache.layers, strict=True)
     ]

@@ -11,6 +11,7 @@ from llava.pipeline.image_batch import ImageBatch
 from llava.pipeline.prompt_stage import values_of
 from llava.pipeline.sequence import Row, Sequence
 from llava.processing.sample import Sample
+from llava.reduction.decoder_attention import whole_heads
 from llava.reduction.model_spec import ModelSpec, spec_of
 from llava.reduction.reducer import Reducer, by_row
 from llava.reduction.reduction import Reduction
@@ -46,9 +47,10 @@ class DecoderStage:
         Args:
             sequence: the prompts as they are now.
             entered: the prompts as they entered the layer before.
-            keys: [B, Hkv, L, d] rotated keys of that layer.
+            keys: [B, Hkv, L, d] rotated keys of that layer; of this rank's heads where it is split.
         """
         self.timer.mark("prefill")
+        keys = whole_heads(self.model.llm.layers[layer - 1], keys, 1)
         applied: dict[Row, tuple[Reduction, int]] = {}
         values: dict[Row, Tensor] = {}
         for spec, rows in self._groups(sequence):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llava.errors import UserError
+from llava.model.parallel.group import require_agreement
 from llava.pipeline import decoder
 from llava.pipeline.accounting import Timer
 from llava.pipeline.answer import Answer, Batch, Timing
@@ -30,8 +31,8 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
     after the end of an answer are dropped.
 
     Raises:
-        UserError: the method cannot run on this model at its budget, there is nothing to answer, or the logits are not
-            finite.
+        UserError: the method cannot run on this model at its budget, there is nothing to answer, the logits are not
+            finite, or the ranks that share the decoder do not agree.
     """
     if not samples:
         raise UserError("There is no question in this batch.")
@@ -76,6 +77,10 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
             samples, texts, written, record.accounting(state), record.steps, record.runs, strict=True
         )
     )
+    if model.spread:
+        for answer in answers:
+            kept = [step.reduction.kept.tolist() for step in answer.trace]
+            require_agreement(f"question {answer.id}", (answer.token_ids, kept), model.device)
     spent = timer.seconds
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, record.runs))

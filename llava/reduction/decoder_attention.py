@@ -5,14 +5,29 @@ Shapes: B images, T text rows, N visual tokens, L prompt tokens, H heads, d chan
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.reduction.modules import Decoder, DecoderLayer
 
 
-def heads_first(projected: Tensor, head_dim: int) -> Tensor:
-    """[B, L, H*d] -> [B, H, L, d]."""
-    return rearrange(projected, "b l (h d) -> b h l d", d=head_dim)
+def whole_heads(layer: DecoderLayer, part: Tensor, dim: int) -> Tensor:
+    """Queries, keys or values of all heads of a decoder layer.
+
+    Where the layer is split over ranks, each has some of the heads; they are gathered in the order of heads, so that
+    all ranks rank by the same numbers. A layer that one process holds whole returns its tensor as it is.
+
+    Args:
+        part: the heads of this rank.
+        dim: the dimension of the heads.
+    """
+    gather = getattr(layer.self_attn, "gather", None)
+    return part if gather is None else gather(part, dim)
+
+
+def project(layer: DecoderLayer, projection: nn.Linear, hidden: Tensor) -> Tensor:
+    """Queries or keys [B, H, L, d] of a decoder layer from its inputs [B, L, D], not rotated, in the model's dtype."""
+    projected = whole_heads(layer, projection(layer.input_layernorm(hidden)), -1)
+    return rearrange(projected, "b l (h d) -> b h l d", d=layer.self_attn.head_dim)
 
 
 def text_to_visual_attention(
@@ -37,9 +52,8 @@ def text_to_visual_attention(
         [B, H, T, N] float32, each row sums to 1.
     """
     attention = layer.self_attn
-    query = heads_first(attention.q_proj(layer.input_layernorm(text)), attention.head_dim)
-    key = heads_first(attention.k_proj(layer.input_layernorm(visual)), attention.head_dim)
-    query, key = query.float(), key.float()
+    query = project(layer, attention.q_proj, text).float()
+    key = project(layer, attention.k_proj, visual).float()
     if text_rotary is not None and visual_rotary is not None:
         query, key = _rotate(query, *text_rotary), _rotate(key, *visual_rotary)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -66,8 +80,8 @@ def attention_rows(
         [B, H, T, L] float32; rows sum to 1 over the allowed keys.
     """
     attention = layer.self_attn
-    query = heads_first(attention.q_proj(layer.input_layernorm(rows)), attention.head_dim)
-    query = query.float() if row_rotary is None else _rotate(query.float(), *row_rotary)
+    query = project(layer, attention.q_proj, rows).float()
+    query = query if row_rotary is None else _rotate(query, *row_rotary)
     keys = keys.float().repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     scores = query @ keys.transpose(-1, -2) * attention.scaling
     return scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min).softmax(-1)
@@ -75,9 +89,8 @@ def attention_rows(
 
 def layer_keys(layer: DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     """Keys [B, Hkv, L, d] float32 of a decoder layer from its inputs [B, L, D], rotated unless `rotary` is None."""
-    attention = layer.self_attn
-    keys = heads_first(attention.k_proj(layer.input_layernorm(hidden)), attention.head_dim)
-    return keys.float() if rotary is None else _rotate(keys.float(), *rotary)
+    keys = project(layer, layer.self_attn.k_proj, hidden).float()
+    return keys if rotary is None else _rotate(keys, *rotary)
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

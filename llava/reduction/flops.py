@@ -5,6 +5,7 @@ Matrix products only, 2 operations per multiply-add, attention counted over all 
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 
@@ -16,7 +17,8 @@ def linear_flops(layer: nn.Linear, rows: int) -> int:
 
 
 def _linears(module: Module) -> list[nn.Linear]:
-    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+    """Linear layers by what is counted of them: DeepSpeed's split layers, which have the sizes of the whole, too."""
+    return [cast(nn.Linear, part) for part in module.modules() if hasattr(part, "in_features")]
 
 
 def tower_flops(tower: VisionTower, patches: int, tokens: Sequence[tuple[int, int]]) -> int:

@@ -53,7 +53,12 @@ class VisionTower(Protocol):
 
 
 class DecoderAttention(Module, Protocol):
-    """Self-attention of a decoder layer, with grouped-query heads or without."""
+    """Self-attention of a decoder layer, with grouped-query heads or without.
+
+    Where the layer is split over ranks, the projections compute this rank's heads, but `in_features` and `out_features`
+    are those of the whole layer, and the module has a function `gather(part, dim)`; see
+    `llava.reduction.decoder_attention.whole_heads`.
+    """
 
     q_proj: nn.Linear
     k_proj: nn.Linear

@@ -7,4 +7,5 @@
 #   MODEL=liuhaotian/llava-v1.5-7b DATA=/data/eval bash scripts/eval/gqa.sh consensusdrop 64 --dtype float16
 #
 # An interrupted run goes on where it stopped when the same command is given again.
+# It uses all accelerators of the machine; GPUS, RANKS, HOSTFILE and TP choose others: docs/cluster.md.
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../benchmark.sh" gqa "$@"

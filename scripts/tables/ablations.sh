@@ -4,6 +4,7 @@
 # Interrupted, it goes on where it stopped. Writes docs/visiondrop.md, docs/attnmix.md, docs/tables/.
 # Usage: bash scripts/tables/ablations.sh
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../ranks.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 for method in visiondrop attnmix; do
   python -m eval.tables.papers "$method" "$@"

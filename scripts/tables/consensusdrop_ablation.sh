@@ -4,6 +4,7 @@
 # Interrupted, it goes on where it stopped. Writes docs/consensusdrop.md, docs/tables/, docs/images/.
 # Usage: bash scripts/tables/consensusdrop_ablation.sh
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../ranks.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 python -m eval.tables.consensusdrop ablation "$@"
 python -m eval.tables.consensusdrop claims "$@"

@@ -71,6 +71,7 @@ def parity_model() -> ParityLlava:
         layout="original",
         notes=(),
         vocabulary=recipe.WORDS,
+        whole_weights=None,
         text_tower="tests.parity.model.text_tower_weights",
     )
     return ParityLlava(checkpoint, torch.device("cpu"))

@@ -30,9 +30,11 @@ from transformers.utils import logging
 from llava.errors import UserError
 from llava.model.checkpoint.files import listed
 from llava.model.checkpoint.identify import NAMES, Family, Kind
-from llava.model.checkpoint.limits import check_depth, check_feature_layer, check_memory
-from llava.model.checkpoint.quantization import quantised_loading
+from llava.model.checkpoint.limits import check_depth, check_feature_layer, check_memory, check_part
+from llava.model.checkpoint.quantization import quantised_loading, stored_method
 from llava.model.multimodal_encoder.languagebind import LanguageBindVideoTower
+from llava.model.parallel import group
+from llava.model.parallel.choice import Parallel, check_heads
 
 HF_CLASSES: dict[Family, type[PreTrainedModel]] = {
     "llava": LlavaForConditionalGeneration,
@@ -122,6 +124,12 @@ def video_frames(weights: Mapping[str, Tensor]) -> int | None:
     return None if name is None else weights[name].shape[1]
 
 
+def hf_class(kind: Kind, weights: Mapping[str, Tensor]) -> tuple[type[PreTrainedModel], tuple[int, ...]]:
+    """Return the HF model's class, and its arguments after the configuration."""
+    frames = video_frames(weights)
+    return (HF_CLASSES[kind.family], ()) if frames is None else (VideoLlavaWithTime, (frames,))
+
+
 def fill(
     kind: Kind,
     config: PretrainedConfig,
@@ -130,21 +138,28 @@ def fill(
     device: str | torch.device,
     directory: Path,
     quantization: str | None = None,
-) -> PreTrainedModel:
+    parallel: Parallel | None = None,
+) -> tuple[PreTrainedModel, Mapping[str, Tensor] | None]:
     """Build the HF model and load exactly these weights into it.
 
     Args:
         weights: memory-mapped, by their names in the HF model.
         directory: of the checkpoint, for errors.
         quantization: "8bit" or "4bit" to quantise the decoder while it is loaded.
+        parallel: how the decoder is spread over ranks; None to hold it whole.
+
+    Returns:
+        The model; and, where it is spread over ranks, the mapped weights of the whole.
 
     Raises:
         UserError: weights and configuration do not fit, or the memory is too small.
     """
-    device, frames = torch.device(device), video_frames(weights)
-    build, extra = (HF_CLASSES[kind.family], ()) if frames is None else (VideoLlavaWithTime, (frames,))
+    device = torch.device(device)
+    build, extra = hf_class(kind, weights)
     loading = quantised_loading(config, quantization, dtype, directory)
     check_depth(config, weights, directory)
+    if parallel is not None:
+        return _fill_spread(build, extra, config, weights, dtype, device, directory, parallel)
     check_memory(config, weights, dtype, device, bool(loading), directory)
     with errors_only(), _quantiser_errors(directory if loading else None):
         model, report = build.from_pretrained(
@@ -160,6 +175,46 @@ def fill(
             output_loading_info=True,
             **loading,
         )
+    _refuse_problems(report, directory)
+    return model.eval(), None
+
+
+def _fill_spread(
+    build: type[PreTrainedModel],
+    extra: tuple[int, ...],
+    config: PretrainedConfig,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    directory: Path,
+    parallel: Parallel,
+) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+    """Load the part of the model that this rank holds; see `fill`."""
+    from llava.model.parallel.mapped import mapped_model  # only here: a whole model needs no DeepSpeed
+
+    if stored_method(config) is not None:
+        raise UserError(f"{directory} is quantised, and a quantised weight cannot be cut; take it unquantised.")
+    check_heads(config, parallel.tensor, directory.name)
+    if parallel.offload is not None:
+        group.join_alone(device)
+    check_part(config, weights, dtype, device, parallel, directory)
+    with errors_only():
+        model, report = mapped_model(build, extra, config, weights, dtype)
+    _refuse_problems(report, directory)
+    whole = model.state_dict()
+    if parallel.offload is None:
+        from llava.model.parallel.tensor import split
+
+        split(model, parallel.tensor, dtype, device)
+    else:
+        from llava.model.parallel.zero import partition
+
+        partition(model, parallel, dtype, device)
+    return model.eval(), whole
+
+
+def _refuse_problems(report: Mapping[str, Any], directory: Path) -> None:
+    """Raise UserError if weights are missing, unexpected or of another shape."""
     problems = [
         f"{len(keys)} {fault}: {listed(keys)}"
         for fault, keys in (("missing", report["missing_keys"]), ("unexpected", report["unexpected_keys"]))
@@ -172,7 +227,6 @@ def fill(
         problems.append(f"{len(shapes)} of another shape: {listed(shapes)}")
     if problems:
         raise UserError(f"The weights in {directory} do not fit its config.json, {'; '.join(problems)}.")
-    return model.eval()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Checks of a whole configuration: its parts against one another, against the weights and against the free memory."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,10 @@ from transformers import PretrainedConfig
 
 from llava.errors import UserError
 from llava.model.checkpoint.identify import QWEN, Family
+from llava.model.parallel.choice import Parallel
 
 LAYER = re.compile(r"^model\.language_model\.layers\.(\d+)\.")
+CUT = ("model.language_model.layers.", "lm_head.")  # what several ranks share
 GIB = 2**30
 PACKED = 8  # 4-bit values in one element of a quantised file, at most
 
@@ -70,6 +73,42 @@ def check_memory(
         needed = missing + held * size
     else:
         needed = missing + sum(tensor.numel() for tensor in weights.values() if tensor.dtype != dtype) * size
+    _refuse_above_free(needed, dtype, device, directory)
+
+
+def check_part(
+    config: PretrainedConfig,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    parallel: Parallel,
+    directory: Path,
+) -> None:
+    """Raise UserError if one rank's part of the model does not fit into the free memory.
+
+    Decoder layers and head are cut into as many parts as there are ranks, and everything else is whole. Ranks on one
+    CPU share its memory.
+    """
+    cut = sum(tensor.numel() for name, tensor in weights.items() if name.startswith(CUT))
+    moved = [tensor for name, tensor in weights.items() if not name.startswith(CUT)]
+    if device.type == "cpu":
+        moved = [tensor for tensor in moved if tensor.dtype != dtype]
+    missing = max(0, parameters(config) - sum(tensor.numel() for tensor in weights.values()))
+    whole = (missing + sum(tensor.numel() for tensor in moved)) * dtype.itemsize
+    part = -(-cut // parallel.ranks) * dtype.itemsize
+    here = int(os.environ.get("LOCAL_SIZE", "1"))
+    on_device, on_host = whole, 0
+    if parallel.offload in (None, "none"):
+        on_device += part
+    elif parallel.offload == "cpu":
+        on_host = part
+    if device.type == "cpu":
+        on_device, on_host = (on_device + on_host) * here, 0
+    _refuse_above_free(on_device, dtype, device, directory)
+    _refuse_above_free(on_host * here, dtype, torch.device("cpu"), directory)
+
+
+def _refuse_above_free(needed: int, dtype: torch.dtype, device: torch.device, directory: Path) -> None:
     free = free_memory(device)
     if needed > free:
         name = str(dtype).removeprefix("torch.")

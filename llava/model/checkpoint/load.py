@@ -46,6 +46,7 @@ from llava.model.checkpoint.original_layout import (
 from llava.model.checkpoint.processors import read_image_processor, read_tokenizer
 from llava.model.checkpoint.quantization import Quantization, check_quantization, stored_method
 from llava.model.multimodal_encoder.languagebind import VIDEO_FRAMES
+from llava.model.parallel.choice import Parallel
 from llava.processing.anyres import parse_pinpoints
 from llava.processing.clip_image import ImageProcessor
 from llava.processing.config_schema import ClipConfig, ClipVisionConfig, Identity, checked, schema_of
@@ -89,6 +90,8 @@ class Checkpoint:
         video_conversation: prompt template of videos; None if the model takes no videos here.
         frames: frames per video; 0 if the model takes no videos here. The class token of every frame is a visual token.
         temporal: the video tower has attention over time.
+        whole_weights: of a model that is spread over ranks, the mapped weights of the whole, by their names in the HF
+            model; None where the model has them.
     """
 
     model: PreTrainedModel
@@ -108,6 +111,7 @@ class Checkpoint:
     video_conversation: str | None = None
     frames: int = 0
     temporal: bool = False
+    whole_weights: Mapping[str, Tensor] | None = None
 
 
 def load_checkpoint(
@@ -116,6 +120,7 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     text_tower: str | Path | None = None,
     quantization: Quantization | None = None,
+    parallel: Parallel | None = None,
 ) -> Checkpoint:
     """Load a checkpoint from a folder or from the Hugging Face hub.
 
@@ -126,6 +131,7 @@ def load_checkpoint(
         text_tower: folder or hub id of the whole CLIP model that the vision tower comes from, for checkpoints that name
             none; only methods that compare text and image in CLIP's space need it.
         quantization: quantise the decoder to 8 or 4 bits; needs bitsandbytes.
+        parallel: spread the decoder over the ranks of this process's replica.
 
     Raises:
         UserError: the checkpoint is incomplete, damaged, contradicts itself, or is of a family that is not supported.
@@ -150,7 +156,7 @@ def load_checkpoint(
     if files.aspect == "anyres":
         pinpoints = parse_pinpoints(config.image_grid_pinpoints, config.vision_config.image_size)
     video = _video(raw, kind, files.weights)
-    model = fill(kind, config, files.weights, dtype, device, directory, quantization)
+    model, whole = fill(kind, config, files.weights, dtype, device, directory, quantization, parallel)
     return Checkpoint(
         model=model,
         tokenizer=tokenizer,
@@ -168,6 +174,7 @@ def load_checkpoint(
         pinpoints=pinpoints,
         aspect=files.aspect,
         merge=files.merge,
+        whole_weights=whole,
         **video,
     )
 

@@ -1,0 +1,371 @@
+"""Expected memory and time of a run, before any weight is read: `python -m eval ... --dry-run`.
+
+Reads config.json, the tokenizer and the questions, and the sizes of some images where the number of visual tokens
+depends on them. Weights and key/value cache are exact for the batch that is described; activations are derived from
+shapes (eval/efficiency/memory.py). The time is a lower bound: operations and bytes over the rates that the device was
+measured to reach, without preprocessing on the CPU, a method's own functions, launches of kernels, and loading.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from typing import Any
+
+import torch
+from transformers import CLIPConfig
+
+from eval.config import FULL, RunConfig
+from eval.efficiency import memory
+from eval.efficiency.memory import QuestionShape
+from eval.efficiency.quantities import duration, listed, size_text
+from eval.efficiency.rates import Rates, measure_rates
+from eval.efficiency.workload import Workload, workload
+from eval.job import read_questions
+from eval.parallel.placement import Placement
+from eval.settings import build_reducer
+from llava.errors import UserError
+from llava.model.builder import DTYPES, device_of, runtime
+from llava.model.checkpoint.files import locate, read_json
+from llava.model.checkpoint.limits import free_memory
+from llava.model.checkpoint.outline import outline_checkpoint
+from llava.model.checkpoint.quantization import stored_method
+from llava.model.llava_arch import Llava
+from llava.model.multimodal_encoder.clip_text_encoder import ClipText
+from llava.reduction import registry
+from llava.reduction.crop_budget import require
+from llava.reduction.reducer import Reducer
+
+SPLITS = (2, 4, 8)
+QUANTIZATIONS = ("8bit", "4bit")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a run is spread over devices.
+
+    Attributes:
+        replicas: groups of ranks that hold one model each and share the questions.
+        sharing: ranks that share the memory and the cores of one device: all ranks of a machine on CPUs, else 1.
+        tensor_parallel: ranks over which one model is split.
+        zero: where ZeRO-Inference keeps decoder and head, as --zero says; None without it.
+        zero_ranks: ranks that each keep a part of them.
+    """
+
+    replicas: int = 1
+    sharing: int = 1
+    tensor_parallel: int = 1
+    zero: str | None = None
+    zero_ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need.
+
+    Attributes:
+        rates: what the device was measured to reach; None leaves the times out.
+        free: bytes free on the device of a rank; None where the device is not there.
+        notes: what a reader should know of these numbers.
+    """
+
+    model: Llava
+    reducer: Reducer
+    work: Workload
+    batch_size: int
+    max_new_tokens: int
+    dtype: torch.dtype
+    quantization: str | None = None
+    spread: Spread = Spread()
+    text_tower: int = 0
+    rates: Rates | None = None
+    free: int | None = None
+    device: str = "cpu"
+    notes: tuple[str, ...] = ()
+
+    # Memory of one rank
+
+    @cached_property
+    def batch(self) -> tuple[QuestionShape, ...]:
+        """A batch of the longest sampled prompts."""
+        count = min(self.batch_size, max(1, self.work.questions))
+        order = sorted(self.work.shapes, key=lambda shape: -max(memory.lengths(self.model, self.reducer, shape)))
+        rows = [order[i % len(order)] for i in range(count)]
+        return tuple(dataclasses.replace(row, names=f"{i}") for i, row in enumerate(rows))
+
+    @cached_property
+    def whole(self) -> memory.Weights:
+        """The weights of a rank without ZeRO-Inference."""
+        split = self.spread.tensor_parallel
+        return memory.weights(self.model, self.dtype.itemsize, self.quantization, split, self.text_tower)
+
+    @cached_property
+    def weights(self) -> memory.Weights:
+        """The weights of a rank."""
+        place, ranks = self.spread.zero, self.spread.zero_ranks
+        if place is None:
+            return self.whole
+        return memory.partitioned(self.model, self.dtype.itemsize, self.whole, place, ranks)
+
+    def kv(self, reducer: Reducer, new_tokens: int) -> int:
+        """Bytes of the key/value cache of `batch` under a method after so many decoded tokens."""
+        prompts = [memory.lengths(self.model, reducer, shape) for shape in self.batch]
+        split = self.spread.tensor_parallel
+        return memory.kv_bytes(self.model, prompts, self.dtype.itemsize, new_tokens, split)
+
+    @cached_property
+    def kv_bytes(self) -> int:
+        """The cache of the longest answer."""
+        return self.kv(self.reducer, self.max_new_tokens - 1)
+
+    @cached_property
+    def activations(self) -> memory.Activations:
+        split = self.spread.tensor_parallel
+        return memory.activations(self.model, self.reducer, self.batch, self.dtype.itemsize, split)
+
+    @cached_property
+    def peak(self) -> int:
+        """Bytes that a rank needs on its device at the most."""
+        found = self.activations
+        return self.weights.total + max(found.vision, found.prefill_with_cache, found.decode + self.kv_bytes)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the ranks of a device fit into its free memory; None where that is not known."""
+        return None if self.free is None else self.peak * self.spread.sharing <= self.free
+
+    def remedies(self) -> list[str]:
+        """Changes that would make the run fit, each alone."""
+        found = []
+        smaller = 1 << (len(self.batch).bit_length() - 1)  # a power of two
+        while smaller > 1 and not self._with(batch_size=smaller).fits:
+            smaller //= 2
+        if smaller < self.batch_size and self._with(batch_size=smaller).fits:
+            found.append(f"--batch-size {smaller}")
+        if self.spread.sharing > 1 and self._with(spread=dataclasses.replace(self.spread, sharing=1)).fits:
+            found.append("RANKS=1")
+        if self.dtype.itemsize > 2 and self._with(dtype=torch.bfloat16).fits:
+            found.append("--dtype bfloat16")
+        plain = self.quantization is None and self.spread.zero is None and self.spread.tensor_parallel == 1
+        llm: Any = self.model.llm
+        heads = llm.config.num_attention_heads, llm.config.num_key_value_heads
+        for count in SPLITS if plain and self.spread.sharing == 1 else ():
+            split = dataclasses.replace(self.spread, tensor_parallel=count)
+            if all(number % count == 0 for number in heads) and self._with(spread=split).fits:
+                found.append(f"TP={count}")
+                break
+        if plain and self.device != "cpu":
+            if self._with(spread=dataclasses.replace(self.spread, zero="cpu")).fits:
+                found.append("--zero cpu")
+            bits = next((name for name in QUANTIZATIONS if self._with(quantization=name).fits), None)
+            found += [f"--quantization {bits}"] if bits else []
+        return found
+
+    def _with(self, **changes: Any) -> "Estimate":
+        return dataclasses.replace(self, **changes)
+
+    # Time
+
+    @cached_property
+    def batches(self) -> int:
+        return ceil(self.work.questions / self.batch_size)
+
+    @cached_property
+    def operations(self) -> dict[str, float]:
+        """Operations of an average batch: "vision", "prefill" and one decoding "step"."""
+        model, reducer, shapes = self.model, self.reducer, self.work.shapes
+        count = self.work.questions / self.batches
+        images = [image for shape in shapes for image in shape.images]
+        passes = self.work.passes / self.batches
+        early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
+        vision = 0.0
+        if images:
+            seen = [memory.visual_plan(model, reducer, image)[0] if early else image.patches for image in images]
+            spent = [
+                memory.tower_operations(model, reducer, image) + memory.projector_operations(model, tokens)
+                for image, tokens in zip(images, seen, strict=True)
+            ]
+            vision = passes * sum(spent) / len(spent)
+        prompts = [memory.lengths(model, reducer, shape) for shape in shapes]
+        split = self.spread.tensor_parallel
+        mean = count / len(prompts) / split
+        prefill = mean * sum(memory.decoder_operations(model, prompt) for prompt in prompts)
+        step = mean * sum(memory.step_operations(model, prompt) for prompt in prompts)
+        return {"vision": vision, "prefill": prefill, "step": step}
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of an average batch on one replica, at least: "ttft", one decoding "step", and "batch".
+
+        Ranks that share a device share its rates.
+        """
+        assert self.rates is not None
+        rate = self.rates.operations / self.spread.sharing
+        bandwidth = self.rates.bandwidth / self.spread.sharing
+        parts, work = self.whole.device, self.operations
+        decoder = parts["decoder"] + parts["head"]
+        # A product reads its weights once: whichever of the two takes longer.
+        vision = max(work["vision"] / rate, (parts["vision tower"] + parts["projector"]) / bandwidth)
+        read = max(decoder / bandwidth, sum(self.weights.host.values()) / self.rates.bus)
+        prefill = max(work["prefill"] / rate, read)
+        step = max(work["step"] / rate, read + self.kv(self.reducer, 0) / bandwidth)
+        return {"ttft": vision + prefill, "step": step, "batch": vision + prefill + self.work.steps * step}
+
+    @property
+    def run_seconds(self) -> float:
+        """Seconds of the whole run, at least."""
+        return ceil(self.batches / self.spread.replicas) * self.seconds["batch"]
+
+    # Output
+
+    def lines(self) -> list[str]:
+        """The estimate in words."""
+        outside = sum(self.weights.host.values())
+        lines = [f"weights {listed(self.weights.device)}{self._placed()}"]
+        if outside:
+            each = " for each rank" if self.spread.zero_ranks > 1 else ""
+            lines.append(f"kept in {self.spread.zero}: {size_text(outside)} of decoder and head{each}")
+        budget, full = self.reducer.budget, self.model.visual_tokens
+        unreduced = registry.build(FULL, full)
+        kept = f"all {full}" if budget >= full else f"{budget} of {full}"
+        lines.append(
+            f"KV cache {size_text(self.kv_bytes)} for {len(self.batch)} questions at {kept} visual tokens and "
+            f"{self.max_new_tokens} new tokens (full: {size_text(self.kv(unreduced, self.max_new_tokens - 1))})"
+        )
+        stages = dataclasses.asdict(self.activations)
+        del stages["prefill_with_cache"]
+        lines.append(f"activations about {listed(stages, max(stages.values()))}")
+        lines += [f"note: {note}" for note in self.notes]
+        lines.append(self._verdict())
+        return lines + self._times()
+
+    def _placed(self) -> str:
+        place = self.spread
+        if place.tensor_parallel > 1:
+            return f" on each of the {place.tensor_parallel} ranks of a replica"
+        return ""
+
+    def _verdict(self) -> str:
+        need = f"about {size_text(self.peak)} on {self.device} for each rank"
+        if self.free is None:
+            return f"{need}; how much is free there is not known"
+        share = f", {self.spread.sharing} ranks share it" if self.spread.sharing > 1 else ""
+        room = f"{size_text(self.free)} are free{share}"
+        if self.fits:
+            return f"fits: {need}, {room}"
+        remedies = self.remedies()
+        advice = f"it would fit with {' or '.join(remedies)}" if remedies else "take a larger device or more of them"
+        return f"does not fit: {need}, {room}; {advice}"
+
+    def _times(self) -> list[str]:
+        if self.rates is None:
+            return []
+        seconds, count = self.seconds, self.spread.replicas
+        each = seconds["ttft"] + (self.max_new_tokens - 1) * seconds["step"]
+        longest = ceil(self.batches / count) * each
+        answers = "of one token"
+        if self.work.steps:
+            answers = f"as long as the references ({self.work.steps:.3g} more tokens)"
+        return [
+            f"measured here: {self.rates.operations / 1e12:.3g} TFLOP/s and {self.rates.bandwidth / 1e9:.3g} GB/s on "
+            f"{self.rates.device}",
+            f"a batch: at least {duration(seconds['ttft'])} to the first token, {duration(seconds['step'])} for each "
+            "further token",
+            f"expected: {self.work.questions:,} questions in at least {duration(self.run_seconds)} on {count} "
+            f"replica{'s' if count > 1 else ''} with answers {answers}, {duration(longest)} if each has "
+            f"{self.max_new_tokens} tokens",
+            "not in these times: preparing images, the method's own functions, starting and loading",
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """The estimate as JSON types; bytes and seconds."""
+        timed = {"seconds": self.seconds, "run_seconds": self.run_seconds} if self.rates else {}
+        return {
+            "weights": self.weights.device,
+            "weights_outside_device": self.weights.host,
+            "kv_bytes": self.kv_bytes,
+            "activations": dataclasses.asdict(self.activations),
+            "peak_bytes": self.peak,
+            "free_bytes": self.free,
+            "fits": self.fits,
+            "remedies": [] if self.fits is not False else self.remedies(),
+            "device": self.device,
+            "notes": list(self.notes),
+            "spread": dataclasses.asdict(self.spread),
+            "questions": self.work.questions,
+            "batches": self.batches,
+            "steps_per_batch": self.work.steps,
+            "operations": self.operations,
+            "rates": None if self.rates is None else dataclasses.asdict(self.rates),
+            **timed,
+        }
+
+
+def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
+    """The estimate of a run.
+
+    Args:
+        place: the ranks of the run; None for one process.
+
+    Raises:
+        UserError: the run could not start: an unknown method, a budget that the model cannot meet, missing files.
+    """
+    data, _ = read_questions(config)
+    planned, device = data.questions[: config.limit], device_of(config.device)
+    checkpoint = outline_checkpoint(config.model, config.text_tower)
+    model = runtime(checkpoint, torch.device("meta"), dict(config.picture))
+    if data.pictures.noun == "videos" and not model.takes_videos:
+        raise UserError(f"{data.title} asks about videos, and {model.name} takes images only; choose a Video-LLaVA.")
+    reducer = build_reducer(config, model.visual_tokens)
+    require(reducer, model.spec)
+    here = len(place.hosts[0][1]) if place is not None and device.type == "cpu" else 1
+    spread = Spread(
+        1 if place is None else place.replicas, here, config.tensor_parallel, config.zero, config.zero_ranks
+    )
+    longest = config.max_new_tokens or data.max_new_tokens
+    work = workload(model, data, planned, config.batch_size, longest)
+    dtype = DTYPES[config.dtype]
+    llm: Any = model.llm
+    rows = sum(max(memory.lengths(model, reducer, shape)) for shape in work.shapes[: config.batch_size])
+    rates = measure_rates(device, dtype, max(1, rows), llm.embed_tokens.embedding_dim, llm.config.intermediate_size)
+    needs_text = reducer.needs_text_tower and model.text_tower is not None
+    bits, notes = stored_bits(model)
+    return Estimate(
+        model=model,
+        reducer=reducer,
+        work=work,
+        batch_size=config.batch_size,
+        max_new_tokens=longest,
+        dtype=dtype,
+        quantization=config.quantization or bits,
+        spread=spread,
+        text_tower=text_tower_numbers(model) if needs_text else 0,
+        rates=rates,
+        free=free_memory(device),
+        device=str(device),
+        notes=notes,
+    )
+
+
+def stored_bits(model: Llava) -> tuple[str | None, tuple[str, ...]]:
+    """The quantization of files that are quantised already, and a note where their sizes are not known."""
+    method = stored_method(model.hf_model.config)
+    bits = next((name for name in QUANTIZATIONS if method == f"bitsandbytes_{name}"), None)
+    if method is None or bits is not None:
+        return bits, ()
+    return None, (f"the files are quantised with {method}; the sizes are those of weights that are not",)
+
+
+def report(config: RunConfig, place: Placement | None = None) -> list[str]:
+    """The lines of `--dry-run`."""
+    return estimate(config, place).lines()
+
+
+def text_tower_numbers(model: Llava) -> int:
+    """Weights of the CLIP text tower that belongs to the vision tower, from its config.json."""
+    folder = locate(model.text_tower, "CLIP text tower", weights=False)
+    config: Any = CLIPConfig.from_dict(read_json(folder / "config.json")).text_config
+    tower: Any = model.tower
+    with torch.device("meta"):
+        clip = ClipText(config, tower.config.hidden_size, tower.post_layernorm, lambda text: [], 0, 0)
+    return sum(weight.numel() for weight in clip.parameters())

@@ -1,0 +1,76 @@
+"""The questions of a run as memory and time see them: lengths of prompts, layouts of images, lengths of answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from eval.benchmarks.base import Dataset, Question
+from eval.efficiency.memory import QuestionShape, layout_of
+from llava.errors import UserError
+from llava.model.llava_arch import Llava
+from llava.processing.sample import Sample
+from llava.processing.video import Video
+
+SAMPLED = 64  # questions whose prompts and images are read
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The questions of a run, by a sample of them.
+
+    Attributes:
+        shapes: sampled questions.
+        steps: decoding steps of a batch after the first token, if answers are as long as the references; 0 where there
+            are no references.
+        questions: all questions of the run.
+        passes: images that the vision tower sees in the whole run; questions of a batch about one image share it.
+    """
+
+    shapes: tuple[QuestionShape, ...]
+    steps: float
+    questions: int
+    passes: int
+
+
+def workload(
+    model: Llava, data: Dataset, planned: Sequence[Question], batch_size: int, max_new_tokens: int
+) -> Workload:
+    """Prompts and images of evenly spaced questions, and the length of their reference answers."""
+    if not planned:
+        raise UserError(f"{data.title} has no question to estimate; raise --limit.")
+    stride = max(1, len(planned) // SAMPLED)
+    chosen = planned[::stride][:SAMPLED]
+    shapes = tuple(shape_of(model, data, question) for question in chosen)
+    answers = [len(model.tokenizer(q.answer, add_special_tokens=False).input_ids) for q in chosen if q.answer]
+    groups = [answers[i : i + batch_size] for i in range(0, len(answers), batch_size)]
+    steps = sum(min(max(group), max_new_tokens - 1) for group in groups) / len(groups) if groups else 0.0
+    passes = 0
+    for start in range(0, len(planned), batch_size):
+        batch = planned[start : start + batch_size]
+        passes += sum(map(len, {question.images: question.images for question in batch}))
+    return Workload(shapes, steps, len(planned), passes)
+
+
+def shape_of(model: Llava, data: Dataset, question: Question) -> QuestionShape:
+    """What memory and time depend on in a question. An image is opened only where its size matters."""
+    video = data.pictures.noun == "videos"
+    blank = Image.new("RGB", (1, 1))
+    stand_in = Video((blank,)) if video else blank
+    prompt = model.prompt(
+        Sample(question.id, question.question, question.suffix, tuple(stand_in for _ in question.images) or None)
+    )
+    by_size = not video and (hasattr(model, "anyres") or model.axes)
+    sizes = [_size(data, name) if by_size else None for name in question.images]
+    images = tuple(layout_of(model, size, video) for size in sizes)
+    return QuestionShape(sum(token >= 0 for token in prompt.ids), images, " ".join(question.images))
+
+
+def _size(data: Dataset, name: str) -> tuple[int, int] | None:
+    """(width, height) of an image; None, which stands for the largest, where it cannot be read here."""
+    try:
+        opened: Any = data.pictures.open(name)
+    except (UserError, OSError):
+        return None
+    return opened.size

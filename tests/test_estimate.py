@@ -1,0 +1,287 @@
+"""Expected memory and time before a run, against loaded models, real caches and measured allocations."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from eval.config import ROOT, RunConfig, embedded_model
+from eval.efficiency import estimate, memory
+from eval.efficiency.quantities import duration, listed, size_text
+from eval.efficiency.rates import Rates, measure_rates
+from eval.efficiency.workload import Workload
+from eval.job import read_questions
+from eval.parallel.placement import Placement
+from llava.errors import UserError
+from llava.model.builder import load, runtime
+from llava.model.checkpoint import files
+from llava.model.checkpoint.outline import outline_checkpoint
+from llava.pipeline.generate import generate
+from llava.processing.video import Video
+from llava.reduction import registry
+from tests.allocations import peak_bytes
+from tests.conftest import picture, samples
+from tests.test_checkpoint_memory import SAVERS
+from tests.tiny_checkpoints import make_tiny_llava, save_transformers_layout
+from tests.tiny_checkpoints_families import (
+    make_tiny_next,
+    make_tiny_qwen,
+    make_tiny_video,
+    save_next_transformers,
+    save_qwen_transformers,
+    save_video_transformers,
+)
+
+META = torch.device("meta")
+ALL = {
+    **SAVERS,
+    "tied": lambda path: save_transformers_layout(path, make_tiny_llava(tied=True)),
+    "next, transformers": lambda path: save_next_transformers(path, make_tiny_next("mistral")),
+    "video, transformers": lambda path: save_video_transformers(path, make_tiny_video(temporal=False)),
+    "qwen 2": lambda path: save_qwen_transformers(path, make_tiny_qwen("2")),
+}
+SPEED = Rates("a test", 1e12, 1e11, 1e10)
+
+
+def outline(path):
+    return runtime(outline_checkpoint(path), META, {})
+
+
+def bytes_of(module) -> int:
+    return sum(weight.nbytes for weight in module.parameters())
+
+
+def shape_of(model, sample) -> memory.QuestionShape:
+    video = any(isinstance(image, Video) for image in sample.images)
+    images = [memory.layout_of(model, None if video else image.size, video) for image in sample.images]
+    return memory.QuestionShape(sum(token >= 0 for token in model.prompt(sample).ids), tuple(images), sample.id)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_weights_are_those_of_the_loaded_model(tmp_path, name):
+    """Every family in every layout, to the byte, without opening a weight."""
+    ALL[name](tmp_path)
+    expected, real = outline(tmp_path), load(tmp_path, device="cpu", dtype="bfloat16")
+    found = memory.weights(expected, 2)
+    assert found.total == bytes_of(real.hf_model) and not found.host
+    inner = real.hf_model.model
+    towers = [getattr(inner, part) for part in memory.TOWERS if hasattr(inner, part)] or [inner.visual]
+    assert found.device["projector"] == bytes_of(real.projector)
+    merger = bytes_of(inner.visual.merger) if hasattr(inner, "visual") else 0
+    assert found.device["vision tower"] == sum(map(bytes_of, towers)) - merger
+    assert found.device["head"] == (0 if name == "tied" else bytes_of(real.head))
+    assert expected.spec == real.spec and expected.vocabulary == real.vocabulary
+    assert (expected.conversation, expected.conventions) == (real.conversation, real.conventions)
+
+
+def test_no_weight_is_read(tmp_path, monkeypatch):
+    """Names come from the index or the header; a folder without any weights will do."""
+    for name in ("original", "qwen"):
+        SAVERS[name](tmp_path / name)
+        whole = memory.weights(outline(tmp_path / name), 4)
+        for file in (tmp_path / name).glob("*.safetensors"):
+            file.unlink()
+        for file in (tmp_path / name).glob("*.bin"):
+            file.write_bytes(b"no weights")
+        monkeypatch.setattr(files, "read_weights", None)
+        assert memory.weights(outline(tmp_path / name), 4) == whole
+
+
+@pytest.mark.parametrize("name", ["full", "fastervlm", "consensusdrop", "fastv", "pyramiddrop"])
+@pytest.mark.parametrize(("family", "budget"), [("llava", 6), ("next", 30), ("video", 40), ("qwen", 12)])
+def test_cache_and_operations_are_those_of_the_run(tmp_path, family, name, budget):
+    ALL[family](tmp_path)
+    real = load(tmp_path, device="cpu")
+    if family == "qwen":  # without a class token
+        name = {"fastervlm": "uniform", "consensusdrop": "divprune"}.get(name, name)
+    batch = samples(4)
+    if family == "video":
+        batch[0] = replace(batch[0], image=Video(tuple(picture(frame, (70, 50)) for frame in range(8))))
+    if family in ("next", "qwen"):
+        batch[1] = replace(batch[1], image=picture(9, (160, 60)))
+    by_kept = {"schedule": "kept"} if name in ("fastv", "pyramiddrop") else {}
+    reducer = registry.build(name, real.visual_tokens if name == "full" else budget, by_kept)
+    answered = generate(real, batch, reducer, max_new_tokens=3)
+    empty = outline(tmp_path)
+    shapes = [shape_of(empty, sample) for sample in batch]
+    prompts = [memory.lengths(empty, reducer, shape) for shape in shapes]
+    assert memory.kv_bytes(empty, prompts, 4) == answered.kv_bytes
+    assert sum(memory.decoder_operations(empty, prompt) for prompt in prompts) == answered.flops_alone["prefill"]
+    towers = sum(memory.tower_operations(empty, reducer, image) for shape in shapes for image in shape.images)
+    assert towers == answered.flops_alone["tower"]
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"), [("full", None), ("fastervlm", 64), ("consensusdrop", 64), ("pyramiddrop", 192)]
+)
+def test_activations_of_the_toy_model_are_near_the_measured(name, budget):
+    """Within a quarter, for the tower's peak (few tokens kept) and the decoder's (all kept)."""
+    model = load(device="cpu")
+    batch = [replace(sample, image=picture(i, (300, 200)), image_id=None) for i, sample in enumerate(samples(6, ()))]
+    reducer = registry.build(name, budget or model.visual_tokens)
+    answer = partial(generate, model, batch, reducer, max_new_tokens=4)
+    steps = answer().decode_steps
+    measured = peak_bytes(answer)
+    shapes = [shape_of(model, sample) for sample in batch]
+    prompts = [memory.lengths(model, reducer, shape) for shape in shapes]
+    found = memory.activations(model, reducer, shapes, 4)
+    cache = memory.kv_bytes(model, prompts, 4, steps)
+    expected = max(found.vision, found.prefill_with_cache, found.decode + cache)
+    assert 0.75 < measured / expected < 1.25, (measured, expected)
+
+
+@pytest.fixture(scope="module")
+def toy() -> estimate.Estimate:
+    """The bundled toy model at 64 of 576 tokens on a device that was not measured."""
+    config = RunConfig("consensusdrop", 64)
+    data, _ = read_questions(config)
+    model = outline(config.model)
+    work = estimate.workload(model, data, data.questions, 8, 128)
+    return estimate.Estimate(model, registry.build("consensusdrop", 64), work, 8, 128, torch.float32, rates=SPEED)
+
+
+def test_budget_batch_and_dtype_move_the_numbers(toy):
+    other = replace(toy, reducer=registry.build("consensusdrop", 128))
+    assert other.kv_bytes > toy.kv_bytes and other.operations["prefill"] > toy.operations["prefill"]
+    assert other.weights == toy.weights and other.run_seconds > toy.run_seconds
+    larger = replace(toy, batch_size=16)
+    assert larger.kv_bytes == 2 * toy.kv_bytes and larger.peak > toy.peak and larger.batches < toy.batches
+    assert replace(toy, dtype=torch.bfloat16).weights.total == toy.weights.total / 2
+    assert replace(toy, max_new_tokens=256).kv_bytes > toy.kv_bytes
+    early = replace(toy, reducer=registry.build("fastervlm", 64))
+    assert early.activations.prefill < toy.activations.prefill, "no whole prompts are assembled"
+
+
+def test_the_workload_is_counted_on_the_real_questions(toy):
+    config = RunConfig("full")
+    data, _ = read_questions(config)
+    assert toy.work.questions == len(data.questions)
+    images = {"passes": 0}
+    for batch in batches(data.questions, 8):
+        images["passes"] += len({question.images for question in batch})
+    assert toy.work.passes == images["passes"] < len(data.questions)
+    assert toy.work.steps == 1, "the toy benchmark's answers are single words, and the end token follows"
+
+
+def batches(questions, size):
+    return [questions[start : start + size] for start in range(0, len(questions), size)]
+
+
+def test_replicas_share_the_questions_and_ranks_of_one_processor_its_speed(toy):
+    two = replace(toy, spread=estimate.Spread(replicas=2))
+    assert two.run_seconds == pytest.approx(toy.run_seconds / 2, rel=0.01)
+    same = replace(toy, spread=estimate.Spread(replicas=2, sharing=2))
+    assert same.run_seconds == pytest.approx(toy.run_seconds, rel=0.01)
+    one = replace(toy, work=replace(toy.work, questions=5, passes=5), spread=estimate.Spread(replicas=4))
+    assert one.run_seconds == one.seconds["batch"], "one batch is not divided"
+
+
+def test_tensor_parallelism_divides_the_decoder_and_its_cache(toy):
+    two = replace(toy, spread=estimate.Spread(tensor_parallel=2))
+    whole, part = toy.weights.device, two.weights.device
+    assert part["vision tower"] == whole["vision tower"] and part["projector"] == whole["projector"]
+    assert part["decoder"] < whole["decoder"] and 2 * two.kv_bytes == toy.kv_bytes
+    llm = toy.model.llm
+    kept = sum(weight.numel() for name, weight in llm.named_parameters() if "proj" not in name) * 4
+    assert part["decoder"] - kept == (whole["decoder"] - kept) / 2, "embeddings and norms are whole on every rank"
+
+
+def test_zero_keeps_the_decoder_outside_the_device(toy):
+    cpu = replace(toy, spread=estimate.Spread(zero="cpu"))
+    outside = sum(cpu.weights.host.values())
+    gathered = cpu.weights.device["gathered"]
+    assert outside and cpu.weights.total + outside - gathered == toy.weights.total
+    assert cpu.seconds["step"] > toy.seconds["step"], "the decoder comes over the bus for every token"
+    alone = replace(toy, spread=estimate.Spread(zero="none"))
+    assert alone.weights.total == toy.weights.total + gathered, "nothing is saved on one rank"
+    halves = replace(toy, spread=estimate.Spread(zero="none", zero_ranks=2))
+    assert halves.weights.total == toy.weights.total + gathered - outside // 2
+    shared = replace(toy, spread=estimate.Spread(zero="cpu", zero_ranks=2))
+    assert sum(shared.weights.host.values()) == outside // 2 and "for each rank" in shared.lines()[1]
+
+
+def test_quantised_weights_are_smaller(toy):
+    sizes = [replace(toy, quantization=bits).weights.device for bits in (None, "8bit", "4bit")]
+    decoder = [size["decoder"] for size in sizes]
+    assert decoder[0] > 2 * decoder[1] > 2 * decoder[2]
+    assert len({size["vision tower"] for size in sizes}) == 1
+
+
+def test_what_does_not_fit_comes_with_what_would(toy):
+    tight = replace(toy, batch_size=64, free=toy.peak * 2, device="cuda:0")
+    assert tight.fits is False
+    advice = tight.remedies()
+    assert "--batch-size 8" in advice or "--batch-size 16" in advice
+    line = next(line for line in tight.lines() if line.startswith("does not fit"))
+    assert all(change in line for change in advice)
+    for change in advice:
+        if change.startswith("--batch-size"):
+            assert replace(tight, batch_size=int(change.split()[1])).fits
+    hopeless = replace(toy, free=10)
+    assert hopeless.remedies() == [] and "take a larger device" in " ".join(hopeless.lines())
+    assert replace(toy, free=10**12).lines()[3].startswith("fits: ")
+    shared = replace(toy, free=int(1.5 * toy.peak), spread=estimate.Spread(replicas=2, sharing=2))
+    assert shared.fits is False and "RANKS=1" in shared.remedies()
+
+
+def test_lines_and_record_say_the_same(toy):
+    record = json.loads(json.dumps(replace(toy, free=10**12).record()))
+    assert record["kv_bytes"] == toy.kv_bytes and record["fits"] is True and record["questions"] == 2642
+    text = "\n".join(toy.lines())
+    assert f"KV cache {size_text(toy.kv_bytes)} for 8 questions at 64 of 576 visual tokens" in text
+    assert "expected: 2,642 questions in at least" in text and "on 1 replica with answers as long as" in text
+    assert "on 2 replicas" in "\n".join(replace(toy, spread=estimate.Spread(replicas=2)).lines())
+
+
+def test_report_of_a_configuration(monkeypatch):
+    """The whole way from flags to lines, on each bundled model; rates are measured in the tests below."""
+    monkeypatch.setattr(estimate, "measure_rates", lambda *_: SPEED)
+    ranks = Placement((("localhost", (0, 1)),))
+    lines = estimate.report(RunConfig("cdpruner", 64), ranks)
+    assert lines[0].startswith("weights ") and "text tower" in lines[0] and "2 ranks share it" in "\n".join(lines)
+    tiled = RunConfig(
+        "fastervlm", 320, model=embedded_model("tinyllava_next"), data=ROOT / "assets" / "eval_next", limit=4
+    )
+    found = estimate.estimate(tiled)
+    assert max(max(memory.lengths(found.model, found.reducer, shape)) for shape in found.batch) < 500
+    data, _ = read_questions(tiled)
+    tokens = [image.tokens for shape in found.work.shapes for image in shape.images]
+    real = load(tiled.model, device="cpu")
+    assert tokens == [real.views(data.sample(question).image)[1].tokens for question in data.questions[:4]]
+    assert min(tokens) < found.model.visual_tokens, "not every image is the largest"
+    video = RunConfig(
+        "full",
+        model=embedded_model("tinyllava_video"),
+        benchmark="video_qa",
+        data=ROOT / "assets" / "eval_video",
+        limit=4,
+    )
+    assert "at all 2056 visual tokens" in "\n".join(estimate.report(video))
+    with pytest.raises(UserError, match="takes images only"):
+        estimate.report(replace(video, model=embedded_model("tinyllava")))
+
+
+def test_without_reference_answers_the_bound_is_one_token(toy):
+    none = replace(toy, work=Workload(toy.work.shapes, 0.0, 10, 10))
+    assert none.seconds["batch"] == none.seconds["ttft"] and "with answers of one token" in "\n".join(none.lines())
+
+
+def test_rates_are_measured_quickly_and_are_plausible():
+    rates = measure_rates(torch.device("cpu"), torch.float32, 512, 256, 512)
+    assert 1e8 < rates.operations < 1e15 and 1e8 < rates.bandwidth < 1e13
+    assert "threads" in rates.device
+
+
+def test_quantities_in_words():
+    assert (duration(0.0031), duration(12.4), duration(300), duration(7600)) == ("3.1 ms", "12 s", "5.0 min", "2.1 h")
+    assert listed({"a": 2**30, "b": 2**29, "c": 0}) == "1.50 GiB (a 1.00, b 0.50)"
+    assert size_text(3 * 2**20) == "3.00 MiB"
+
+
+def test_the_example_of_the_page_is_current(toy):
+    """Its lines that do not depend on the machine."""
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    for line in toy.lines()[:3]:
+        assert line in page, line
