@@ -3,13 +3,13 @@
 python -m tests.fake_evaluation FLAGS    FAULT holds a JSON object, read here and nowhere else:
 
     rank      the rank that the fault is for; every one if left out
-    pause     seconds that a batch takes
+    pause     seconds that a batch takes, on every rank
+    broken    ids of questions that raise an error, on every rank
     call      die by SIGKILL in the system call of that number (from 0) that changes a file ...
     during    ... counted from here: "open" (opening the store), "merge" or "result"
     hang      stop for ever in "load", "merge" or the question with that id
     disk      bytes that a file may have; more is an error, as on a full disk
     room      questions for which there is memory
-    broken    ids of questions that raise an error
 """
 
 import functools
@@ -31,6 +31,8 @@ from eval.answers import AnswerStore
 from eval.parallel import launch, ranks
 from tests.eval_fakes import FakeLlava
 from tests.shard_worker import kill_before_call
+
+EVERYWHERE = ("pause", "broken")
 
 
 class Disturbed(FakeLlava):
@@ -56,7 +58,7 @@ def main(words: Sequence[str]) -> int:
     """Returns the exit code."""
     rank, fault = ranks.current(), json.loads(os.environ.get("FAULT", "{}"))
     if fault.get("rank", rank.number) != rank.number:
-        fault = {"pause": fault.get("pause", 0)}
+        fault = {name: fault[name] for name in EVERYWHERE if name in fault}
     job.load_model = functools.partial(load, fault)
     # The command line starts ranks of this module in place of eval.__main__.
     launch.launch = functools.partial(start_ranks, launch.launch)

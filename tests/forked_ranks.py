@@ -3,6 +3,9 @@
 The processes are those of a real run: the one that the user starts (tests/fake_evaluation.py), a launcher that does
 what DeepSpeed's does (it starts the ranks, and ends all of them when one has failed), and the ranks.
 tests/test_ranks.py starts DeepSpeed's own launcher.
+
+They are forked by a process of its own, `python -m tests.forked_ranks`, that has imported everything and runs no
+threads: a process with threads cannot be forked safely.
 """
 
 import base64
@@ -11,6 +14,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, Self
 
-from eval.parallel import launch, worker
-from tests import fake_evaluation
-
+ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120
 
 
@@ -39,10 +41,31 @@ class Ended:
     orphans: bool
 
 
+class ForkServer:
+    """The process that forks evaluations."""
+
+    def __init__(self) -> None:
+        own = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        command = [sys.executable, "-m", "tests.forked_ranks"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, cwd=ROOT, env=own, **pipes)
+
+    def ask(self, **request: Any) -> Any:
+        """Send a request of `serve` and return its answer."""
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
 class Evaluation:
     """A command that runs; all its processes end with the context."""
 
-    def __init__(self, folder: Path, words: Sequence[str], ranks: int, fault: Mapping[str, Any] | None = None):
+    def __init__(
+        self, server: ForkServer, folder: Path, words: Sequence[str], ranks: int, fault: Mapping[str, Any] | None = None
+    ):
         """
         Args:
             folder: of the store; files beside it hold what the command prints and the numbers of its processes.
@@ -50,50 +73,19 @@ class Evaluation:
             fault: see tests/fake_evaluation.py.
         """
         self.folder = folder
-        self._processes = Path(f"{folder}.processes")
-        for path in self._files():
-            path.write_text("")
+        for name in FILES:
+            Path(f"{folder}.{name}").write_text("")
         # Every process inherits the end for writing: the other end is at its end once all of them have ended.
-        self._end, inherited = os.pipe()
-        self.process = os.fork()
-        if self.process == 0:
-            self._become_the_command(words, ranks, fault or {}, inherited)
-        os.close(inherited)
-        self._code: int | None = None
-
-    def _files(self) -> list[Path]:
-        return [self._processes, Path(f"{self.folder}.out"), Path(f"{self.folder}.err")]
-
-    def _become_the_command(
-        self, words: Sequence[str], ranks: int, fault: Mapping[str, Any], inherited: int
-    ) -> NoReturn:
-        code = 70
-        try:
-            os.setsid()
-            for number, path in enumerate(self._files()[1:], start=1):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-            # Line by line: what is still in a buffer would be printed again by every process that is forked later.
-            sys.stdout = open(1, "w", 1, closefd=False)  # noqa: SIM115
-            sys.stderr = open(2, "w", 1, closefd=False)  # noqa: SIM115
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.environ.update({"RANKS": str(ranks), "FAULT": json.dumps(fault), "OMP_NUM_THREADS": "1"})
-            launch.END_SECONDS = 4
-            launch.subprocess = SimpleNamespace(Popen=lambda *a, **k: Launcher(self._note, inherited, *a, **k))
-            code = fake_evaluation.main(words)
-        except SystemExit as error:
-            code = error.code
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-    def _note(self, role: str) -> None:
-        with open(self._processes, "a") as file:
-            file.write(f"{role} {os.getpid()}\n")
+        fifo = Path(f"{folder}.end")
+        fifo.unlink(missing_ok=True)
+        os.mkfifo(fifo)
+        self._end = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        self._server, self._code = server, None
+        self.process: int = server.ask(start=list(words), folder=str(folder), ranks=ranks, fault=dict(fault or {}))
 
     def pid(self, role: str) -> int | None:
         """Number of a process: "launcher" or "rank1"; None before it was started."""
-        return dict(line.split() for line in self._processes.read_text().splitlines()).get(role)
+        return dict(line.split() for line in Path(f"{self.folder}.processes").read_text().splitlines()).get(role)
 
     def until(self, ready: Callable[[], bool]) -> bool:
         """Wait for a moment of the run; False if the run ends before."""
@@ -139,14 +131,12 @@ class Evaluation:
             assert time.monotonic() < limit, "the command does not end"
             time.sleep(0.01)
         orphans = not self._gone(wait)
-        out, err = (path.read_text() for path in self._files()[1:])
+        out, err = (Path(f"{self.folder}.{name}").read_text() for name in ("out", "err"))
         return Ended(self._code, out, err, orphans)
 
     def _ended(self) -> bool:
         if self._code is None:
-            number, status = os.waitpid(self.process, os.WNOHANG)
-            if number:
-                self._code = os.waitstatus_to_exitcode(status)
+            self._code = self._server.ask(poll=self.process)
         return self._code is not None
 
     def _gone(self, wait: float) -> bool:
@@ -161,19 +151,80 @@ class Evaluation:
         os.close(self._end)
 
 
+# What stands beside the folder of a store: numbers of processes, and what the command prints.
+FILES = ("processes", "out", "err")
+
+
+def serve() -> None:
+    """Answer requests, one JSON object a line, until the input ends.
+
+    here    flags: run an evaluation in this process, so that all is imported; answers its exit code
+    start   flags, with folder, ranks and fault: fork an evaluation; answers its process number
+    poll    process number: answers its exit code, null while it runs
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "here" in request:
+            answer = evaluate(request["here"], 1, {})
+        elif "poll" in request:
+            number, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if number else None
+        else:
+            inherited = os.open(f"{request['folder']}.end", os.O_WRONLY)
+            answer = os.fork()
+            if answer == 0:
+                become_the_command(request, inherited)
+            os.close(inherited)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def evaluate(words: Sequence[str], ranks: int, fault: Mapping[str, Any]) -> int:
+    """Run the command line in this process; returns the exit code."""
+    from tests import fake_evaluation
+
+    os.environ.update({"RANKS": str(ranks), "FAULT": json.dumps(fault)})
+    return fake_evaluation.main(words)
+
+
+def become_the_command(request: dict[str, Any], inherited: int) -> NoReturn:
+    from eval.parallel import launch
+
+    code, folder = 70, request["folder"]
+    try:
+        os.setsid()
+        for number, name in enumerate(("out", "err"), start=1):
+            os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_APPEND), number)
+        # Line by line: what is still in a buffer would be printed again by every process that is forked later.
+        sys.stdout = open(1, "w", 1, closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", 1, closefd=False)  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        launch.END_SECONDS = 4
+        fork = SimpleNamespace(Popen=lambda *a, **k: Launcher(Path(f"{folder}.processes"), inherited, *a, **k))
+        launch.subprocess = fork
+        code = evaluate(request["start"], request["ranks"], request["fault"])
+    except SystemExit as error:
+        code = error.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 class Launcher:
     """In place of subprocess.Popen for DeepSpeed's launcher: forks the ranks."""
 
     def __init__(
         self,
-        note: Callable[[str], None],
+        processes: Path,
         inherited: int,
         command: Sequence[str],
         env: Mapping[str, str],
         start_new_session: bool,
     ):
         (world,) = [word.removeprefix("--world_info=") for word in command if word.startswith("--world_info=")]
-        self._note, self._children, self._code = note, {}, None
+        self._processes, self._children, self._code = processes, {}, None
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
@@ -183,6 +234,10 @@ class Launcher:
             os.environ.update(env)
             (devices,) = json.loads(base64.urlsafe_b64decode(world)).values()
             self._start(len(devices), command[-1])
+
+    def _note(self, role: str) -> None:
+        with open(self._processes, "a") as file:
+            file.write(f"{role} {os.getpid()}\n")
 
     def _start(self, world: int, address: str) -> NoReturn:
         self._note("launcher")
@@ -212,6 +267,8 @@ class Launcher:
         os._exit(1)
 
     def _become_a_rank(self, number: int, world: int, address: str) -> NoReturn:
+        from eval.parallel import worker
+
         code = 70
         try:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -230,3 +287,7 @@ class Launcher:
             if number:
                 self._code = os.waitstatus_to_exitcode(status)
         return self._code
+
+
+if __name__ == "__main__":
+    serve()

@@ -36,9 +36,14 @@ class Start:
         """Every process of the command, the first one too."""
         return [process for process in psutil.process_iter() if belongs(process, self.mark)]
 
-    def workers(self) -> list[psutil.Process]:
-        """The ranks."""
-        return [process for process in self.living() if "eval.parallel.worker" in words(process)]
+    def rank(self, number: int) -> psutil.Process:
+        """A rank that runs."""
+        (found,) = [
+            process
+            for process in self.living()
+            if words(process)[2:4] == ["-m", "eval.parallel.worker"] and process.environ()["RANK"] == str(number)
+        ]
+        return found
 
     def until(self, ready: Callable[[], bool]) -> bool:
         """Wait for a moment of the command; False if it has ended before."""

@@ -7,15 +7,16 @@ import json
 import random
 import re
 import signal
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import fake_evaluation
 from tests.eval_fakes import write_gqa
-from tests.forked_ranks import Ended, Evaluation
+from tests.forked_ranks import Ended, Evaluation, ForkServer
+from tests.rank_starts import start
 
 QUESTIONS, BATCH = 120, 3
 PAUSE = 0.04  # seconds of a batch
@@ -29,26 +30,30 @@ def data(tmp_path_factory) -> Path:
     return write_gqa(tmp_path_factory.mktemp("data"), QUESTIONS)
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def undisturbed(data, tmp_path_factory) -> Path:
-    """A run in this process: it also imports what every rank needs."""
+def undisturbed(server, data, tmp_path_factory) -> Path:
+    """The store of a run in one process; afterwards the server has imported what every rank needs."""
     folder = tmp_path_factory.mktemp("undisturbed") / "store"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.parallel.launch.launch", None)
-        patch.setattr("eval.job.load_model", None)
-        patch.setenv("RANKS", "1")
-        assert fake_evaluation.main(flags(data, folder)) == 0
+    assert server.ask(here=flags(data, folder)) == 0
     return folder
 
 
 @pytest.fixture
-def run(data, tmp_path) -> Callable[..., Evaluation]:
+def run(server, data, tmp_path) -> Callable[..., Evaluation]:
     """Start a run in the folder "store"."""
 
-    def start(ranks: int = 2, *more: str, folder: Path = tmp_path / "store", batch: int = BATCH, **fault) -> Evaluation:
-        return Evaluation(folder, flags(data, folder, *more, batch=batch), ranks, {"pause": PAUSE} | fault)
+    def fork(ranks: int = 2, *more: str, batch: int = BATCH, **fault) -> Evaluation:
+        words = flags(data, tmp_path / "store", *more, batch=batch)
+        return Evaluation(server, tmp_path / "store", words, ranks, {"pause": PAUSE} | fault)
 
-    return start
+    return fork
 
 
 def flags(data: Path, folder: Path, *more: str, batch: int = BATCH) -> list[str]:
@@ -170,18 +175,24 @@ def stored(folder: Path) -> set[bytes]:
 
 @pytest.mark.parametrize("number", range(12))
 def test_kills_of_rank_0_while_it_merges(run, undisturbed, tmp_path, number):
-    """It dies in a random system call of the merge, and once more in one of the repair."""
+    """It dies in a random system call of the merge, and once more in one of the repair; one question has failed."""
     draw = random.Random(SEED + number)
-    calls = draw.randrange(40), draw.randrange(40)
+    calls, store, failing = (draw.randrange(40), draw.randrange(40)), tmp_path / "store", {"broken": ["1060"]}
     print("seed", SEED + number, "calls", calls)
-    with run(2, pause=0, rank=0, call=calls[0], during="merge") as one:
+    with run(2, pause=0, rank=0, call=calls[0], during="merge", **failing) as one:
         own = one.end()
     assert own.code == 1 and not own.orphans and "died while it was merging" in sentence(own), own.err
-    assert len(stored(tmp_path / "store")) == QUESTIONS
+    assert len(stored(store)) == QUESTIONS - 1
     with run(draw.choice((1, 2)), pause=0, rank=0, call=calls[1], during="open") as two:
         two.end()
-    assert len(stored(tmp_path / "store")) == QUESTIONS
-    finish(run, undisturbed, tmp_path, draw.choice((1, 2, 4)))
+    assert len(stored(store)) == QUESTIONS - 1
+    with run(draw.choice((1, 2, 4)), pause=0) as three:
+        own = three.end()
+    assert (own.code, own.orphans) == (3, False), own.err
+    assert [line["question_id"] for line in rows(store / "failures.jsonl")] == ["1060"]
+    with run(draw.choice((1, 2)), "--retry-failed", pause=0) as last:
+        assert last.end().code == 0
+    check_whole(store, undisturbed, FILES | {"failures.jsonl"})
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -190,6 +201,32 @@ def test_kills_while_the_result_is_written(run, undisturbed, tmp_path, number):
         own = one.end()
     assert own.code == 1 and "died while it was scoring" in sentence(own), own.err
     finish(run, undisturbed, tmp_path, 1)
+
+
+def test_the_command_is_killed_while_a_rank_hangs(run, undisturbed, tmp_path):
+    """The rank's main thread will never look whether anybody waits for it."""
+    name = json.loads(sorted_answers(undisturbed)[50])["question_id"]
+    with run(hang=name) as one:
+        assert one.until(lambda: one.answered() == QUESTIONS - BATCH)
+        one.kill("command")
+        own = one.end()
+    assert (own.code, own.orphans) == (-signal.SIGKILL, False)
+    finish(run, undisturbed, tmp_path, 2)
+
+
+def test_ranks_of_deepspeeds_launcher(run, undisturbed, tmp_path, data):
+    """As all the others, but nothing is forked."""
+    fault = {"RANKS": "2", "FAULT": json.dumps({"pause": 0.3})}
+    words = ["tests.fake_evaluation", *flags(data, tmp_path / "store")]
+    with start(tmp_path / "store", *words, environment=fault) as one:
+        assert one.until(lambda: len(stored(tmp_path / "store")) > 20)
+        second = one.rank(1)
+        second.kill()
+        own = one.end()
+    assert own.code == 1 and own.left == []
+    assert f"Rank 1 of 2 ({socket.gethostname()}, process {second.pid}) died while it was asking questions" in own.err
+    assert "Traceback" not in own.err and "frame #" not in own.err and own.out == ""
+    finish(run, undisturbed, tmp_path, 2)
 
 
 # -- signals, disks, and runs beside each other --------------------------------------------------------------------
@@ -243,12 +280,12 @@ def test_a_full_disk_while_answers_are_merged(run, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_second_run_on_the_same_store(run, undisturbed, tmp_path, data, ranks):
+def test_a_second_run_on_the_same_store(run, server, undisturbed, tmp_path, data, ranks):
     with run() as one:
         assert one.until(lambda: one.answered() > 5)
         (tmp_path / "second").mkdir()
         words = flags(data, tmp_path / "store")
-        with Evaluation(tmp_path / "second" / "printed", words, ranks) as two:
+        with Evaluation(server, tmp_path / "second" / "printed", words, ranks) as two:
             refused = two.end()
         own = one.end()
     assert (refused.code, refused.orphans) == (2, False) and "is in use by another run" in sentence(refused)

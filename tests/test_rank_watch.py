@@ -1,6 +1,7 @@
 """What the parent process makes of its ranks' reports, with its clock in the test's hand."""
 
 import os
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -92,6 +93,19 @@ def test_a_rank_on_another_machine_that_is_silent_is_lost(control, clock):
     clock.events = {float(second): lambda: control.count("beat0") for second in range(1, 400)}
     assert "Rank 1 of 2" in (sentence := see(control, clock, timeout=10_000, remote=True)) and "was lost" in sentence
     assert 120 < clock.now < 122
+
+
+def test_a_rank_that_is_gone_is_named_before_its_launcher_ends(control, clock):
+    first, second = ranks(control)
+    first.report(WAITING)
+    second.report(ASKING, ["7"])
+    child = subprocess.Popen(["true"])
+    control.put("rank1", control.peek("rank1") | {"process": child.pid})
+    sentence = f"process {child.pid}) died while it was asking question 7, so all ranks were stopped."
+    assert see(control, clock).endswith(sentence)
+    assert clock.now < 1
+    child.wait()
+    assert see(control, clock).endswith(sentence)
 
 
 def test_a_stopped_parent_does_not_count_its_own_absence(control, clock):
