@@ -95,7 +95,9 @@ def check_records(folder: Path) -> None:
 
 def sentence(own: Ended) -> str:
     """What the command says at its end, without the progress bar."""
-    return own.err.splitlines()[-1].rpartition("\r")[2]
+    last = own.err.splitlines()[-1]
+    assert "question/s" not in last, "the sentence follows the progress bar on its line"
+    return last
 
 
 def finish(run, undisturbed: Path, tmp_path: Path, ranks: int, *more: str) -> Ended:
@@ -116,6 +118,7 @@ def test_answers_do_not_depend_on_ranks_and_batches(run, undisturbed, tmp_path, 
     with run(ranks, batch=batch, pause=0.002) as one:
         own = one.end()
     assert (own.code, own.orphans) == (0, False), own.err
+    assert f"100%|██████████| {QUESTIONS}/{QUESTIONS}" in own.err
     check_whole(tmp_path / "store", undisturbed)
     result = json.loads((tmp_path / "store" / "result.json").read_text())
     parts = result["throughput"]["ranks"]
