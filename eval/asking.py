@@ -64,9 +64,14 @@ class Progress:
         credits = self._job.credits(questions, [answer.text for answer in batch.answers])
         everyone = self.before + self._rank.count("answered", len(questions))
         points = self._points + self._rank.count("points", round(MICRO * sum(credits))) / MICRO
-        self.bar.update(everyone - self.bar.n)
+        self.show(everyone)
         accuracy = 100 * points / everyone if credits else None
         self._tracker.batch(samples, batch, credits, answered=everyone, accuracy=accuracy)
+
+    def show(self, everyone: int | None = None) -> None:
+        """Move the bar to the number of answers; to that of all replicas if it is left out."""
+        answers = self.before + self._rank.count("answered", 0) if everyone is None else everyone
+        self.bar.update(answers - self.bar.n)
 
     def nothing_answered(self) -> bool:
         """Whether no question of the run has an answer, from any rank."""
@@ -132,24 +137,23 @@ def ask(job: Job, sink: Sink, pending: Sequence[Question], progress: Progress, r
     seal = seal_of(job.settings)
     conditions = measured_under(job) | {"run": job.started, "rank": rank.number}
     room, failures = Room(), Failures(sink, rank, job.started)
-    with progress.bar:
-        for questions in claimed(pending, job.config.batch_size, rank):
-            rank.report(ASKING, [question.id for question in questions])
-            for outcome in outcomes(job, questions, room, divide=rank.size == 1):
-                if isinstance(outcome, Failure):
-                    failures.add(outcome)
-                    continue
-                lines = answer_lines(outcome, job.model.name, seal)
-                record = cost.timing_record(outcome.batch, conditions)
-                record["notes"] += room.notes
-                if rank.leads:
-                    sink.add(lines, record)
-                if progress.answered == 0:
-                    warn_off_budget(job, lines)
-                asked = [part.question for part in outcome.parts]
-                progress.add(asked, outcome.batch, [part.sample for part in outcome.parts])
-                failures.release()
-        failures.finish(progress.nothing_answered())
+    for questions in claimed(pending, job.config.batch_size, rank):
+        rank.report(ASKING, [question.id for question in questions])
+        for outcome in outcomes(job, questions, room, divide=rank.size == 1):
+            if isinstance(outcome, Failure):
+                failures.add(outcome)
+                continue
+            lines = answer_lines(outcome, job.model.name, seal)
+            record = cost.timing_record(outcome.batch, conditions)
+            record["notes"] += room.notes
+            if rank.leads:
+                sink.add(lines, record)
+            if progress.answered == 0:
+                warn_off_budget(job, lines)
+            asked = [part.question for part in outcome.parts]
+            progress.add(asked, outcome.batch, [part.sample for part in outcome.parts])
+            failures.release()
+    failures.finish(progress.nothing_answered())
 
 
 def claimed(pending: Sequence[Question], size: int, rank: Rank) -> Iterator[Sequence[Question]]:

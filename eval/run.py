@@ -118,14 +118,17 @@ def answer_questions(
     credits = job.credits(done, [store.answers[question.id]["text"] for question in done])
     progress = Progress(job, rank, tracker, credits, len(done), len(job.planned))
     if rank.alone:
-        ask(job, store, pending, progress, rank)
+        with progress.bar:
+            ask(job, store, pending, progress, rank)
         parts = [part_of(job, progress, rank)]
     else:
-        with Shard(job.output, rank.name, rank.number, process_of(job, rank)) as shard:
-            ask(job, shard, pending, progress, rank)
-        rank.put(f"part{rank.replica}", part_of(job, progress, rank))
-        rank.report(WAITING)
-        parts = [rank.get(f"part{replica}") for replica in range(rank.replicas)]
+        with progress.bar:
+            with Shard(job.output, rank.name, rank.number, process_of(job, rank)) as shard:
+                ask(job, shard, pending, progress, rank)
+            rank.put(f"part{rank.replica}", part_of(job, progress, rank))
+            rank.report(WAITING)
+            parts = [rank.get(f"part{replica}") for replica in range(rank.replicas)]
+            progress.show()
         rank.report(MERGING)
         store.merge()
     rank.report(SCORING)

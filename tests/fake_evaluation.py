@@ -7,7 +7,7 @@ python -m tests.fake_evaluation FLAGS    FAULT holds a JSON object, read here an
     broken    ids of questions that raise an error, on every rank
     call      die by SIGKILL in the system call of that number (from 0) that changes a file ...
     during    ... counted from here: "open" (opening the store), "merge" or "result"
-    hang      stop for ever in "load", "merge" or the question with that id
+    hang      stop for ever in "load", "merge" or the questions with these ids
     disk      bytes that a file may have; more is an error, as on a full disk
     room      questions for which there is memory
 """
@@ -44,7 +44,7 @@ class Disturbed(FakeLlava):
 
     def answer(self, samples, reducer, max_new_tokens=128):
         names = {sample.id for sample in samples}
-        if self.fault.get("hang") in names:
+        if names & set(self.fault.get("hang", "").split()):
             time.sleep(1000)
         if names & set(self.fault.get("broken", ())):
             raise RuntimeError("no such colour")

@@ -142,7 +142,7 @@ def test_the_first_rank_prints_and_its_exit_code_counts(ended, name):
 def test_an_error_of_the_user_is_printed_once(ended, name):
     own = ended(name)
     assert (own.code, own.out) == (2, "")
-    assert own.err.startswith("The budget is wrong; choose another.") and own.err.count("\n") == 1
+    assert own.err.strip().startswith("The budget is wrong; choose another.") and own.err.count("\n") == 2
 
 
 @cases("crash", "pdsh crash")
@@ -156,7 +156,7 @@ def test_a_crash_shows_its_traceback_and_one_sentence(ended, name):
 def test_a_rank_that_dies_is_named(ended, name):
     own, verb = ended(name), "died" if name == "die" else "was lost"
     sentence = f"{called(own, 1)} {verb} while it was asking question q1, so all ranks were stopped. {kept(own)}\n"
-    assert (own.code, own.err) == (1, sentence)
+    assert (own.code, own.err) == (1, f"\n{sentence}")
 
 
 def called(own: Ended, number: int) -> str:
@@ -173,7 +173,7 @@ def kept(own: Ended) -> str:
 def test_a_rank_that_dies_ends_the_slurm_step(ended, name):
     own = ended(name)
     assert own.code == 1
-    assert own.err.startswith(f"{called(own, 1)} died while it was asking question q1") and own.err.count("\n") == 1
+    assert own.err.startswith(f"\n{called(own, 1)} died while it was asking question q1") and own.err.count("\n") == 2
 
 
 @cases("freeze", "load", "merge")
@@ -181,7 +181,7 @@ def test_a_rank_that_hangs_is_named_with_what_it_does(ended, name):
     own = ended(name)
     number, doing = {"freeze": (1, "asking question q1"), "load": (1, "loading"), "merge": (0, "merging")}[name]
     sentence = f"{called(own, number)} hung while it was {doing} for {SECONDS} s, so all ranks were stopped."
-    assert (own.code, own.err) == (1, f"{sentence} {kept(own)}\n")
+    assert (own.code, own.err) == (1, f"\n{sentence} {kept(own)}\n")
 
 
 @cases("score")
@@ -199,7 +199,7 @@ def test_signals_end_all_ranks_with_one_sentence(ended, name):
 
 @cases("end of one rank")
 def test_the_end_of_one_rank_from_outside_ends_all(ended, name):
-    assert (ended(name).code, ended(name).err) == (1, f"The ranks were stopped from outside. {kept(ended(name))}\n")
+    assert (ended(name).code, ended(name).err) == (1, f"\nThe ranks were stopped from outside. {kept(ended(name))}\n")
 
 
 @cases("death of the parent", "pdsh death of the parent")
@@ -212,5 +212,4 @@ def test_ranks_end_when_their_parent_is_killed(ended, name):
 @cases("death of the launcher")
 def test_ranks_end_when_their_launcher_is_killed(ended, name):
     own = ended(name)
-    print(own.err)
-    assert own.code == 1 and own.err.count("\n") == 1
+    assert own.code == 1 and own.err.endswith(f" {kept(own)}\n") and own.err.count("\n") == 2

@@ -2,6 +2,7 @@
 
     placement.py  which machines and accelerators: GPUS, RANKS, HOSTFILE, a Slurm allocation
     launch.py     the command that the user typed: starts the ranks, watches them, ends them together
+    watch.py      what the user's process sees of the ranks: one that hangs, died or is lost
     worker.py     what the launcher runs on every accelerator
     ranks.py      the place of this process among the ranks
     control.py    the key-value store that they share

@@ -90,7 +90,9 @@ def launch(
     except Problem as problem:
         end(process, control, remote)
         # A user's error says itself what to do before the next start.
-        print(f"{problem} {kept(control, advice=problem.code == 1)}".rstrip(), file=sys.stderr)
+        sentence = kept(control, advice=problem.code == 1)
+        # The progress bar of a rank that was killed has no end of line.
+        print(f"\n{problem} {sentence}" if sentence else problem, file=sys.stderr)
         return problem.code
     finally:
         end(process, control, remote)

@@ -28,8 +28,8 @@ class Placement:
     Attributes:
         hosts: name of each machine and the accelerators to use there, one rank each.
         size: ranks of a replica; the ranks of a replica are on one machine.
-        launcher: "local", "slurm" (one DeepSpeed launcher per node, started by srun) or "hostfile" (by DeepSpeed's own
-            runner, over ssh).
+        launcher: "local", or how DeepSpeed's launcher is started on every machine: "slurm" (by srun) or "hostfile" (by
+            pdsh).
         hostfile: the file, for "hostfile".
     """
 
