@@ -2,12 +2,15 @@
 
 import base64
 import json
+import os
 import sys
+from dataclasses import replace
 
 import pytest
 
 from eval.parallel import launch, placement
 from eval.parallel.placement import Placement, detect
+from eval.parallel.worker import take_device
 from llava.errors import UserError
 
 
@@ -43,7 +46,7 @@ def test_accelerators_are_not_counted_where_they_do_not_matter():
         raise AssertionError("counted")
 
     assert detect({}, count, device="cpu") is None
-    assert detect({"RANKS": "2"}, count, device="cpu") == local(0, 1)
+    assert detect({"RANKS": "2"}, count, device="cpu") == replace(local(0, 1), processor=True)
 
 
 def test_cuda_visible_devices_chooses_first():
@@ -90,7 +93,7 @@ def test_ranks_share_the_processor_where_there_is_no_accelerator():
     assert found(0, RANKS="2") == local(0, 1)
     assert found(0, RANKS="1") is None
     assert found(4, RANKS="2") == local(0, 1)
-    assert found(1, RANKS="3", device="cpu") == local(0, 1, 2)
+    assert found(1, RANKS="3", device="cpu") == replace(local(0, 1, 2), processor=True)
 
 
 def test_wrong_ranks_are_sentences():
@@ -294,3 +297,19 @@ def test_ranks_share_the_cores_of_this_machine(monkeypatch):
 def test_ranks_import_this_repository():
     path = launch.rank_environment(local(0, 1), {"PYTHONPATH": "/elsewhere"})["PYTHONPATH"]
     assert path == f"{launch.ROOT}:/elsewhere"
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_ranks_on_the_processor_leave_accelerators_alone(device):
+    """With more ranks than accelerators, a rank asked for an accelerator that is not there."""
+    place = detect({"RANKS": "2"}, lambda: 0 if device == "auto" else 1, device=device)
+    assert place is not None and place.ranks == 2 and place.processor == (device == "cpu")
+
+
+def test_a_rank_on_the_processor_sees_no_accelerator(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: pytest.fail("it looked for accelerators"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "cuda")
+    take_device(processor=True)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and os.environ["DS_ACCELERATOR"] == "cpu"

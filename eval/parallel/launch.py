@@ -67,7 +67,8 @@ def launch(
     """
     control = Control.serve(LOOPBACK if placement.launcher == "local" else socket.gethostname())
     control.put("command began", psutil.Process().create_time())
-    own = {"module": module, "arguments": list(arguments), "size": placement.size, "name": secrets.token_hex(4)}
+    own = {"module": module, "arguments": list(arguments), "size": placement.size}
+    own |= {"name": secrets.token_hex(4), "processor": placement.processor}
     control.put("command", own)
     environment = rank_environment(placement, os.environ)
     command = launcher_command(placement, [WORKER, control.address], environment)

@@ -31,12 +31,14 @@ class Placement:
         launcher: "local", or how DeepSpeed's launcher is started on every machine: "slurm" (by srun) or "hostfile" (by
             pdsh).
         hostfile: the file, for "hostfile".
+        processor: the ranks leave accelerators alone (--device cpu).
     """
 
     hosts: tuple[tuple[str, tuple[int, ...]], ...]
     size: int = 1
     launcher: str = "local"
     hostfile: Path | None = None
+    processor: bool = False
 
     def __post_init__(self) -> None:
         for host, devices in self.hosts:
@@ -95,7 +97,7 @@ def detect(
     if named == "GPUS" and device == "cpu":
         raise UserError("GPUS starts one rank per accelerator, but --device cpu uses none; set RANKS in place of GPUS.")
     if named == "HOSTFILE":
-        return read_hostfile(Path(environment["HOSTFILE"]), size)
+        return replace(read_hostfile(Path(environment["HOSTFILE"]), size), processor=device == "cpu")
     if named == "RANKS":
         there = 0 if device == "cpu" else accelerators()
         count = whole("RANKS", environment["RANKS"])
@@ -118,7 +120,7 @@ def detect(
         )
     if len(devices) <= 1 and size == 1 and "," not in environment.get("GPUS", ""):  # "GPUS=3," is the fourth one
         return None
-    return Placement((("localhost", devices),), size)
+    return Placement((("localhost", devices),), size, processor=device == "cpu")
 
 
 def refuse_launchers(environment: Mapping[str, str]) -> None:

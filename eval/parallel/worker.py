@@ -45,7 +45,7 @@ def main(words: Sequence[str]) -> int:
     follower = threading.Thread(target=follow, args=(rank, control, ended), daemon=True)
     follower.start()
     try:
-        work(rank, command["module"], command["arguments"])
+        work(rank, command["module"], command["arguments"], command["processor"])
         return 0 if rank.phase == FINISHED else 1
     except DistError:
         if not control.answers():
@@ -58,11 +58,15 @@ def main(words: Sequence[str]) -> int:
         follower.join()
 
 
-def work(rank: Rank, module: str, arguments: Sequence[str]) -> None:
-    """Run `main(arguments)` of a module, and report how it ended; errors that are not the user's are printed."""
+def work(rank: Rank, module: str, arguments: Sequence[str], processor: bool) -> None:
+    """Run `main(arguments)` of a module, and report how it ended; errors that are not the user's are printed.
+
+    Args:
+        processor: leave accelerators alone.
+    """
     try:
         rank.report(LOADING)
-        take_processor()
+        take_device(processor)
         if not rank.first:
             be_quiet()
         if rank.size > 1:
@@ -84,11 +88,13 @@ def work(rank: Rank, module: str, arguments: Sequence[str]) -> None:
         rank.report(FAILED, reason=f"Rank {rank.number} of {rank.world} failed: {reason}.", code=1)
 
 
-def take_processor() -> None:
+def take_device(processor: bool) -> None:
     """The accelerator of this rank is the one that "cuda" means from now on; ranks share the processor's cores."""
     import torch
 
-    if torch.cuda.is_available():
+    if processor:  # torch has not looked for accelerators yet
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    elif torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if "OMP_NUM_THREADS" not in os.environ:  # a rank on another machine than the parent process
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])))
