@@ -153,7 +153,8 @@ def ask(job: Job, sink: Sink, pending: Sequence[Question], progress: Progress, r
             asked = [part.question for part in outcome.parts]
             progress.add(asked, outcome.batch, [part.sample for part in outcome.parts])
             failures.release()
-    failures.finish(progress.nothing_answered())
+    # Another rank may answer later: then these are failures, and if none does, the first rank says that all failed.
+    failures.finish(rank.alone and progress.nothing_answered())
 
 
 def claimed(pending: Sequence[Question], size: int, rank: Rank) -> Iterator[Sequence[Question]]:

@@ -2,14 +2,17 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from eval import __main__ as command
 from eval import job
-from eval.asking import ERRORS_IN_A_ROW
+from eval.asking import ERRORS_IN_A_ROW, Progress, ask
 from eval.config import RunConfig
+from eval.parallel.ranks import Rank
+from eval.results.tracking import Tracker
 from eval.run import run
 from llava.errors import UserError
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
@@ -173,3 +176,27 @@ def test_exit_code_and_summary_say_that_questions_failed(tmp_path, data, monkeyp
     monkeypatch.setattr(job, "load_model", lambda config: Picky())
     assert command.main([*words, "--wandb", "disabled", "--retry-failed"]) == 0
     assert os.path.getsize(tmp_path / "o" / "result.json") > 0
+
+
+def test_a_rank_whose_questions_all_fail_leaves_the_others_alone(tmp_path, data):
+    """With few batches, the rank that failed first ended the run of the others."""
+
+    class Shared:
+        """Another rank of two: nobody has answered yet."""
+
+        def count(self, key: str, amount: int = 1) -> int:
+            return 1 if key == "batches" and not claimed else 99 if key == "batches" else 0
+
+        def put(self, key, value):
+            claimed.append(key)
+
+        def peek(self, key):
+            return None
+
+    claimed: list[str] = []
+    rank = Rank(number=1, world=2, name="w", control=Shared())
+    one = job.prepare(config(tmp_path, data, limit=4), Picky(*map(str, range(1000, 1004))), FakeReducer())
+    lines: list[dict] = []
+    sink = SimpleNamespace(add=pytest.fail, fail=lines.extend)
+    ask(one, sink, one.planned, Progress(one, rank, Tracker(), [], 0, 4), rank)
+    assert [line["question_id"] for line in lines] == ["1000", "1001", "1002", "1003"]
