@@ -99,7 +99,9 @@ class Evaluation:
 
     def answered(self) -> int:
         """Answers on the disk."""
-        paths = [self.folder / "answers.jsonl", *self.folder.glob("shards/*/answers.jsonl")]
+        paths = [self.folder / "answers.jsonl"]
+        with contextlib.suppress(FileNotFoundError):  # the folder goes with its last shard
+            paths += self.folder.glob("shards/*/answers.jsonl")
         count = 0
         for path in paths:
             with contextlib.suppress(FileNotFoundError):  # a merge may end meanwhile
