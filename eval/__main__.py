@@ -217,7 +217,7 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         seed=args.seed,
         wandb=args.wandb,
         restart=args.restart,
-        retry_failed=args.retry_failed,
+        failed="only" if args.retry_failed else "skip",
         tensor_parallel=args.tensor_parallel,
         zero=args.zero,
         zero_ranks=args.zero_ranks,

@@ -38,7 +38,7 @@ class RunConfig:
         max_new_tokens: None for what the benchmark's profile says.
         profile: how questions are asked and answers read, eval.benchmarks.base.PROFILES; None for the default one.
         source: which files the questions come from, eval.benchmarks.base.SOURCES.
-        retry_failed: ask the questions that failed before, and no others.
+        failed: questions that failed before: "skip", "again" (ask them with the others) or "only" (ask no others).
         tensor_parallel: ranks that hold one model together.
         zero: hold the decoder's weights by ZeRO-Inference, see llava.model.builder.load; `zero_ranks` ranks share them.
         judge: who scores answers that a model has to judge; see eval/judging/choice.py. Answers do not depend on it.
@@ -66,7 +66,7 @@ class RunConfig:
     profile: str | None = None
     source: str = "auto"
     judge: str = "auto"
-    retry_failed: bool = False
+    failed: str = "skip"
     tensor_parallel: int = 1
     zero: str | None = None
     zero_ranks: int = 1

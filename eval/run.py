@@ -184,9 +184,9 @@ def part_of(job: Job, progress: Progress, rank: Rank) -> dict[str, Any]:
 
 
 def is_wanted(job: Job, store: AnswerStore, question: Question) -> bool:
-    """Whether this run asks the question: it has no answer, and failed before only if failed ones are retried."""
-    failed = question.id in store.failures
-    return question.id not in store.answers and failed == job.config.retry_failed
+    """Whether this run asks the question: it has no answer, and the configuration wants those that failed, or not."""
+    wanted = ("again", "only") if question.id in store.failures else ("skip", "again")
+    return question.id not in store.answers and job.config.failed in wanted
 
 
 def spans(places: Sequence[int]) -> list[tuple[int, int]]:

@@ -161,6 +161,7 @@ def sweep(
             max_new_tokens=8,
             limit=limit,
             wandb="disabled",
+            failed="again",
         )
         for setting, folder in zip(settings, folders, strict=True)
     ]
@@ -177,15 +178,12 @@ def sweep(
 
 
 def fill(config: RunConfig, model: CachingLlava) -> None:
-    """Run one setting, and ask again what failed before.
+    """Run one setting; its configuration asks again what failed before.
 
     Raises:
         UserError: some questions have no answer; a table must not hold their score.
     """
-    result: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        if (Path(config.output or "") / "failures.jsonl").is_file():
-            run(replace(config, retry_failed=True), model=model, rank=Rank())
         result = run(config, model=model, rank=Rank())
     if result["failed"]:
         first = result["failed"][0]

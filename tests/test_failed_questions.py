@@ -103,7 +103,7 @@ def test_failed_questions_are_asked_again_only_on_demand(tmp_path, data):
     result = run(config(tmp_path, data), second, FakeReducer())
     assert second.asked == [] and len(result["failed"]) == 2
     third = Picky()
-    result = run(config(tmp_path, data, retry_failed=True), third, FakeReducer())
+    result = run(config(tmp_path, data, failed="only"), third, FakeReducer())
     assert sorted(third.asked) == ["1003", "1017"] and result["failed"] == [] and result["asked"] == 40
     assert "failed" not in result["sentence"]
 
@@ -112,7 +112,7 @@ def test_retrying_asks_no_other_question(tmp_path, data):
     run(config(tmp_path, data, limit=8), Picky("1003"), FakeReducer())
     model = Picky()
     with pytest.raises(UserError, match="32 of 40 questions were not asked yet"):
-        run(config(tmp_path, data, retry_failed=True), model, FakeReducer())
+        run(config(tmp_path, data, failed="only"), model, FakeReducer())
     assert model.asked == ["1003"] and len(answers(tmp_path)) == 8
 
 

@@ -260,3 +260,16 @@ def test_random_weights_are_on_their_device(monkeypatch):
     model = random_llava("small", 2, "float32", 5, device=torch.device("meta"))
     assert {weight.device.type for weight in model.hf_model.parameters()} == {"meta"} == {model.device.type}
     assert len({id(layer.mlp.up_proj.weight) for layer in model.llm.layers}) == 2
+
+
+def test_a_setting_that_was_interrupted_after_a_failure_goes_on(tiny, tmp_path):
+    """The sweep asked the failed questions alone, and ended because the others had not been asked."""
+    data = write_gqa(tmp_path / "data", count=6)
+    image = data / "gqa" / "data" / "images" / "n0.jpg"
+    whole, setting, out = image.read_bytes(), Setting("uniform", 4), tmp_path / "out"
+    image.write_bytes(whole[:100])
+    with pytest.raises(UserError, match="1 questions have no answer"):
+        sweep([setting], CachingLlava(tiny), data, "testdev", out, limit=3, wandb="disabled")
+    image.write_bytes(whole)
+    (found,) = sweep([setting], CachingLlava(tiny), data, "testdev", out, wandb="disabled")
+    assert len(found) == 6
