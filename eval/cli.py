@@ -45,6 +45,7 @@ COMMANDS = {
     "show benchmarks": Command("eval.show", "list the benchmarks, with their splits and profiles", ("benchmarks",)),
     "show models": Command("eval.show", "list the bundled toy models", ("models",)),
     "bench latency": Command("eval.efficiency.latency", "time to first token, operations and memory beside full"),
+    "bench store": Command("eval.efficiency.store_cost", "what the answer store costs a run, without a model"),
     "bench scale": Command("eval.efficiency.scale", "questions per second against GPUs, on paper (docs/cluster.md)"),
     "bench path": Command("eval.efficiency.code_path", "functions, files and file switches inside one answer"),
     "figures tokens": Command("eval.figures.kept_tokens", "draw the kept tokens of an image (README)"),

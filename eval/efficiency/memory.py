@@ -31,7 +31,7 @@ from llava.reduction.token_layout import TokenLayout, frames, single
 BITS_8, BITS_4 = 1.0, 0.5 + 1 / 64 + 4 / (64 * 256)
 FLOAT32 = 4
 # Methods that act before layer 0 compute in float32. With their normalised, rotated or multiplied copies of the visual
-# tokens they were measured to need two to four times the tokens in float32 (docs/log.md).
+# tokens they were measured to need two to four times the tokens in float32.
 FLOAT32_COPIES = 3
 
 
