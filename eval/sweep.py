@@ -158,7 +158,6 @@ def sweep(
             output=folder,
             options=setting.options,
             batch_size=batch_size,
-            max_new_tokens=8,
             limit=limit,
             wandb="disabled",
             failed="again",
