@@ -1,0 +1,28 @@
+"""The frame of every HTML page: one self-contained file with the shared style and script inside."""
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def environment(*folders: Path) -> Environment:
+    """Templates of a page's own folders and the shared ones; every value is escaped unless marked safe."""
+    return Environment(
+        loader=FileSystemLoader([*folders, ASSETS]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def asset(name: str) -> str:
+    """The text of a shared style or script file."""
+    return (ASSETS / name).read_text()
+
+
+def inline_json(text: str) -> str:
+    """JSON that is safe between <script> tags: "</script>" and "<!--" cannot end or hide it."""
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
