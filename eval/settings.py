@@ -133,5 +133,10 @@ def default_output(config: RunConfig, split: str, model: Any, reducer: "Reducer"
     }
     text = json.dumps(changed, sort_keys=True)
     tail = "-" + hashlib.sha256(text.encode()).hexdigest()[:8] if changed else ""
-    name = re.sub(r"[^\w.-]+", "-", model.name).strip("-.") or "model"
+    name = folder_name(model.name)
     return Path("results") / f"{config.benchmark}-{split}" / name / f"{reducer.name}-{reducer.budget}{tail}"
+
+
+def folder_name(model: str) -> str:
+    """A model's name as the name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"

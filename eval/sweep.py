@@ -11,12 +11,11 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from eval import benchmarks
@@ -27,6 +26,7 @@ from eval.answers.source_hash import combined
 from eval.benchmarks.base import Dataset
 from eval.command import exit_on_user_error
 from eval.config import RunConfig
+from eval.feature_cache import CachingLlava
 from eval.job import prepare
 from eval.parallel import placement, ranks
 from eval.parallel.control import Control
@@ -35,21 +35,12 @@ from eval.parallel.placement import Placement
 from eval.parallel.ranks import Rank
 from eval.results import tracking
 from eval.run import run
-from eval.settings import build_reducer
+from eval.settings import build_reducer, folder_name
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.model.encoded_image import EncodedImage, encoded_image_of
 from llava.model.llava_arch import Llava
-from llava.model.llava_next import LlavaNext
-from llava.model.multimodal_encoder.clip_encoder import Encoded, encode
 from llava.option_names import with_former_names
 from llava.reduction import registry
-from llava.reduction.reducer import Reducer
-from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import TokenLayout
-
-if TYPE_CHECKING:
-    from llava.pipeline.accounting import Timer
 
 Credits = dict[str, float]
 CELL_SECONDS = 24 * 3600  # a setting is a whole run
@@ -62,70 +53,6 @@ class Setting:
     method: str
     budget: int | None
     options: dict[str, str] = field(default_factory=dict)
-
-
-class CachingLlava(Llava):
-    """A LLaVA that keeps the tower's output for every image it has seen, in the memory of this process.
-
-    CLS and every score asked for so far are kept for each image, so that methods share one pass of the tower; what a
-    method is given, and the operations counted for it, are those of a run of its own.
-    """
-
-    remembers_features = True
-
-    def __new__(cls, model: Llava) -> "CachingLlava":
-        """Of the model's own family: what this class leaves alone is done as that family does it."""
-        own = cls if type(model) is Llava else type(f"{cls.__name__}{type(model).__name__}", (cls, type(model)), {})
-        return object.__new__(own)
-
-    def __init__(self, model: Llava):
-        self.__dict__.update(model.__dict__)
-        self._scores: dict[TowerScore, None] = {}
-        self.tiled = isinstance(model, LlavaNext)
-        self._seen: dict[object, tuple[Encoded, TokenLayout]] = {}
-
-    def expect(self, reducers: Sequence[Reducer]) -> None:
-        """Compute the scores of all these methods from the start; one more score means all images anew."""
-        wanted = [
-            score for reducer in reducers for score in reducer.tower_scores(self.tiled) if score not in self._scores
-        ]
-        if wanted:
-            self._scores |= dict.fromkeys(wanted)
-            self._seen.clear()
-
-    def encode_images(
-        self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
-    ) -> list[EncodedImage]:
-        if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
-            return super().encode_images(pictures, keys, reducer, timer)
-        self.expect([reducer])
-        new = [i for i, name in enumerate(keys) if name not in self._seen]
-        views = {i: self.views(pictures[i]) for i in new}
-        timer.mark("preprocess")
-        for temporal in {full.temporal for _, full in views.values()}:
-            rows = [i for i in new if views[i][1].temporal == temporal]
-            pixels = torch.cat([views[i][0] for i in rows]).to(self.device)
-            tower, done = self.tower_of(temporal), 0
-            fresh = encode(tower, pixels, self.select_layer, tuple(self._scores), keep_cls=True)
-            for i in rows:
-                crops, full = views[i]
-                self._seen[keys[i]] = fresh.rows(slice(done, done + len(crops))), full
-                done += len(crops)
-        for_images: Any = self.tower
-        depth = len(for_images.encoder.layers)
-        found = []
-        for name in keys:
-            encoded, full = self._seen[name]
-            wanted = reducer.tower_scores(full.tiles is not None)
-            run = max([self.select_layer % (depth + 1), *(score.block % depth for score in wanted)])
-            own = replace(
-                encoded,
-                features=encoded.features if reducer.keep_cls or full.temporal else encoded.features[:, 1:],
-                scores={score: encoded.scores[score] for score in wanted},
-                tokens=encoded.tokens[:run],
-            )
-            found.append(encoded_image_of(own, full, reducer.keep_cls))
-        return found
 
 
 def sweep(
@@ -146,7 +73,7 @@ def sweep(
     Returns:
         Question id -> sample score, in the order of `settings`.
     """
-    folders = [output / split / name_of(setting, model.visual_tokens) for setting in settings]
+    folders = [folder_of(output, model, benchmark, split, setting) for setting in settings]
     model.expect([registry.build(s.method, s.budget or model.visual_tokens, s.options) for s in settings])
     configs = [
         RunConfig(
@@ -167,7 +94,7 @@ def sweep(
     missing = [config for config in configs if not is_finished(config, model)]
     place = placement.here() if len(missing) > 1 else None
     if place is not None:
-        fill_on_ranks(missing, model, output / split, place)
+        fill_on_ranks(missing, model.loaded_with, folders[0].parent, place)
         missing = []
     for config in tqdm(missing, desc=f"sweep {split}", unit="setting"):
         fill(config, model)
@@ -192,15 +119,19 @@ def fill(config: RunConfig, model: CachingLlava) -> None:
         )
 
 
-def fill_on_ranks(configs: Sequence[RunConfig], model: CachingLlava, folder: Path, place: Placement) -> None:
+def fill_on_ranks(configs: Sequence[RunConfig], loaded_with: Mapping[str, Any], folder: Path, place: Placement) -> None:
     """Run settings on several ranks, each of which takes the next one when it is ready; `main` is what they do.
+
+    Args:
+        loaded_with: arguments of llava.model.builder.load, for the model of every rank.
+        folder: for the list of settings while it runs.
 
     Raises:
         SystemExit: a rank did not finish; the sentence is printed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"sweep-{os.getpid()}.json"
-    write_json(file, {"model": model.loaded_with, "runs": [plain_config(config) for config in configs]})
+    write_json(file, {"model": dict(loaded_with), "runs": [plain_config(config) for config in configs]})
     place = place.at_most(len(configs))
     try:
         with tqdm(total=len(configs), desc=f"{folder.name} on {place.describe()}", unit="setting") as bar:
@@ -231,7 +162,8 @@ def main(words: Sequence[str]) -> int:
     model.expect([build_reducer(config, model.visual_tokens) for config in configs])
     while (number := rank.claim("settings")) < len(configs):
         rank.report(ranks.ASKING, [f"of {configs[number].output}"])
-        fill(configs[number], model)
+        if not is_finished(configs[number], model):
+            fill(configs[number], model)
         rank.count("finished")
     return 0
 
@@ -291,6 +223,11 @@ def is_finished(config: RunConfig, model: Llava) -> bool:
 
 def describe(setting: Setting) -> str:
     return ", ".join(f"{key}={value}" for key, value in setting.options.items())
+
+
+def folder_of(output: Path, model: Llava, benchmark: str, split: str, setting: Setting) -> Path:
+    """Where the answers of a setting are: OUTPUT/MODEL/BENCHMARK-SPLIT/SETTING, the same for every table and sweep."""
+    return output / folder_name(model.name) / f"{benchmark}-{split}" / name_of(setting, model.visual_tokens)
 
 
 def name_of(setting: Setting, tokens: int) -> str:

@@ -30,7 +30,9 @@ def both(tiny_path, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RANKS", ranks)
             output = folder / f"out{ranks}"
-            found.append((sweep(SETTINGS, model, data, "testdev", output, wandb="disabled"), output / "testdev"))
+            found.append(
+                (sweep(SETTINGS, model, data, "testdev", output, wandb="disabled"), output / model.name / "gqa-testdev")
+            )
     return model, data, found
 
 
@@ -58,5 +60,5 @@ def test_a_finished_sweep_starts_no_rank(both, monkeypatch):
     model, data, (_, (spread, output)) = both
     monkeypatch.setenv("RANKS", "2")
     monkeypatch.setattr("eval.sweep.launch", None)
-    assert sweep(SETTINGS, model, data, "testdev", output.parent, wandb="disabled") == spread
+    assert sweep(SETTINGS, model, data, "testdev", output.parent.parent, wandb="disabled") == spread
     assert os.environ["RANKS"] == "2"

@@ -46,7 +46,7 @@ def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):
     settings = [Setting("uniform", 4), Setting("consensusdrop", 4, {"alpha": "0.25"})]
     first = sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="disabled")
     assert [len(credits) for credits in first] == [6, 6]
-    assert len({folder.name for folder in (tmp_path / "out" / "testdev").iterdir()}) == 2
+    assert len({folder.name for folder in (tmp_path / "out" / tiny.name / "gqa-testdev").iterdir()}) == 2
     again = CachingLlava(tiny)
     monkeypatch.setattr(outcomes, "generate", None)
     assert sweep(settings, again, data, "testdev", tmp_path / "out", wandb="disabled") == first
@@ -57,7 +57,7 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
     data = write_gqa(tmp_path / "data", count=6, images=2)
     settings, out = [Setting("uniform", 4)], tmp_path / "out"
     sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4, wandb="disabled")
-    (folder,) = (out / "testdev").iterdir()
+    (folder,) = (out / tiny.name / "gqa-testdev").iterdir()
     assert (folder / "limit4" / "result.json").is_file() and not (folder / "result.json").exists()
     real = job_module.answer_sources
     monkeypatch.setattr(
@@ -69,6 +69,27 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
     picture(9, (32, 32)).save(data / "gqa" / "data" / "images" / "n1.jpg")
     with pytest.raises(UserError, match=r"holds 2 answers to other images"):
         sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4)
+
+
+def test_remembered_features_stay_within_their_memory(tiny):
+    """Every image's features were kept: 1.2 MB each at 7B, 48 GB for VQAv2's images."""
+    from eval.feature_cache import bytes_of
+    from llava.pipeline.generate import generate
+    from llava.reduction import registry
+
+    whole, small = CachingLlava(tiny), CachingLlava(tiny)
+    reducer = registry.build("consensusdrop", 4)
+    asked = [_named(sample, index) for index, sample in enumerate(samples(6, text_only=()))]
+    expected = [generate(whole, [sample], reducer, max_new_tokens=2).answers[0].text for sample in asked]
+    one = bytes_of(next(iter(whole._seen.values()))[0])
+    small.cache_bytes = 2 * one
+    assert [generate(small, [sample], reducer, max_new_tokens=2).answers[0].text for sample in asked] == expected
+    assert [name for name, _ in small._seen] == ["p4", "p5"] and small._bytes == 2 * one
+    assert len(whole._seen) == 6 and whole._bytes == 6 * one
+    # More images in one batch than fit are encoded and forgotten.
+    small.cache_bytes = 0
+    assert [answer.text for answer in generate(small, asked, reducer, max_new_tokens=2).answers] == expected
+    assert not small._seen and small._bytes == 0
 
 
 def _named(sample, index):

@@ -174,7 +174,7 @@ def test_a_sweep_is_one_run_with_a_row_per_setting(tiny, tmp_path, monkeypatch):
     settings = [Setting("full", None), Setting("uniform", 4)]
     for _ in range(2):  # the second time everything is there
         sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="offline")
-    first, second = map(read_run, find_runs(tmp_path / "out" / "testdev"))
+    first, second = map(read_run, find_runs(tmp_path / "out" / tiny.name / "gqa-testdev"))
     assert first.name == second.name and first.job_type == "sweep"
     table = second.table("settings")
     assert table["columns"] == ["method", "budget", "options", *tracking.HEADLINE]

@@ -19,7 +19,7 @@ from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.efficiency.latency import QUESTION, measure, noise
 from eval.results import cost
 from eval.results.statistics import LEVEL, Comparison, Interval, all_pairs
-from eval.sweep import CachingLlava, Credits, Setting, credits_of, name_of, sweep
+from eval.sweep import CachingLlava, Credits, Setting, credits_of, folder_of, sweep
 from eval.tables.ablation import TABLES, fits, image_of, interval, write_csv
 from eval.tables.page import csv_numbers, insert, latex, markdown, score_text
 from llava.errors import UserError
@@ -80,7 +80,7 @@ def settings(budgets: Sequence[int], model: Llava) -> list[Setting]:
 
 def read_cell(setting: Setting, model: Llava, output: Path, groups: dict[str, str]) -> Cell:
     """The numbers of a finished run."""
-    folder = output / SPLIT / name_of(setting, model.visual_tokens)
+    folder = folder_of(output, model, "gqa", SPLIT, setting)
     if not (folder / "result.json").is_file():
         raise UserError(f"{folder} holds no result; run `python -m eval.tables.embedded answers` first.")
     result = json.loads((folder / "result.json").read_text())

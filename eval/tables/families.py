@@ -20,7 +20,7 @@ from eval.answers import result_folder
 from eval.command import exit_on_user_error
 from eval.config import ROOT
 from eval.results.statistics import Interval, compare_scores
-from eval.sweep import CachingLlava, Credits, Setting, credits_of, name_of, sweep
+from eval.sweep import CachingLlava, Credits, Setting, credits_of, folder_of, sweep
 from eval.tables.ablation import TABLES, interval, write_csv
 from eval.tables.embedded import BY_KEPT, MARK, setting_of
 from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
@@ -67,7 +67,7 @@ def answers(name: str, budgets: Sequence[int], limit: int | None, output: Path) 
     """Run what is not there yet."""
     family, model = FAMILIES[name], CachingLlava(load(FAMILIES[name].model))
     wanted = [*settings(family, budgets, model), Setting("full", None)]
-    sweep(wanted, model, family.data, family.split, output / name, family.batch_size, family.benchmark, limit)
+    sweep(wanted, model, family.data, family.split, output, family.batch_size, family.benchmark, limit)
 
 
 def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -> None:
@@ -77,7 +77,7 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
     groups = {question.id: question.image for question in data.questions[:limit]}
 
     def read(setting: Setting) -> tuple[Credits, float]:
-        folder = output / name / family.split / name_of(setting, model.visual_tokens)
+        folder = folder_of(output, model, family.benchmark, family.split, setting)
         path = result_folder(folder, len(groups), len(data.questions)) / "result.json"
         if not path.is_file():
             raise UserError(f"{folder} holds no result; run `python -m eval.tables.families {name} answers` first.")
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("step", choices=("answers", "tables"))
     parser.add_argument("--budgets", help="some of the family's budgets, separated by commas; all if left out")
     parser.add_argument("--limit", type=int, help="the first LIMIT questions; all if left out")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "families")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "sweep")
     args = parser.parse_args(arguments)
     if args.family not in FAMILIES:
         raise unknown("family", args.family, FAMILIES)

@@ -1,0 +1,110 @@
+"""A LLaVA that remembers what its vision tower gave for an image, for runs of many methods on the same images."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llava.model.encoded_image import EncodedImage, encoded_image_of
+from llava.model.llava_arch import Llava
+from llava.model.llava_next import LlavaNext
+from llava.model.multimodal_encoder.clip_encoder import Encoded, encode
+from llava.reduction.reducer import Reducer
+from llava.reduction.scores import TowerScore
+from llava.reduction.token_layout import TokenLayout
+
+if TYPE_CHECKING:
+    from llava.pipeline.accounting import Timer
+
+CACHE_BYTES = 4 << 30  # of remembered features; the images seen first are forgotten first
+
+
+class CachingLlava(Llava):
+    """A LLaVA that keeps the tower's output for the images it has seen, in the memory of this process.
+
+    CLS and every score asked for so far are kept for each image, so that methods share one pass of the tower; what a
+    method is given, and the operations counted for it, are those of a run of its own.
+
+    Attributes:
+        cache_bytes: of features and scores to keep at most.
+    """
+
+    remembers_features = True
+    cache_bytes = CACHE_BYTES
+
+    def __new__(cls, model: Llava) -> "CachingLlava":
+        """Of the model's own family: what this class leaves alone is done as that family does it."""
+        own = cls if type(model) is Llava else type(f"{cls.__name__}{type(model).__name__}", (cls, type(model)), {})
+        return object.__new__(own)
+
+    def __init__(self, model: Llava):
+        self.__dict__.update(model.__dict__)
+        self._scores: dict[TowerScore, None] = {}
+        self.tiled = isinstance(model, LlavaNext)
+        self._seen: dict[object, tuple[Encoded, TokenLayout]] = {}
+        self._bytes = 0
+
+    def expect(self, reducers: Sequence[Reducer]) -> None:
+        """Compute the scores of all these methods from the start; one more score means all images anew."""
+        wanted = [
+            score for reducer in reducers for score in reducer.tower_scores(self.tiled) if score not in self._scores
+        ]
+        if wanted:
+            self._scores |= dict.fromkeys(wanted)
+            self._seen.clear()
+            self._bytes = 0
+
+    def encode_images(
+        self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
+    ) -> list[EncodedImage]:
+        if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
+            return super().encode_images(pictures, keys, reducer, timer)
+        self.expect([reducer])
+        new = [i for i, name in enumerate(keys) if name not in self._seen]
+        views = {i: self.views(pictures[i]) for i in new}
+        timer.mark("preprocess")
+        for temporal in {full.temporal for _, full in views.values()}:
+            rows = [i for i in new if views[i][1].temporal == temporal]
+            pixels = torch.cat([views[i][0] for i in rows]).to(self.device)
+            tower, done = self.tower_of(temporal), 0
+            fresh = encode(tower, pixels, self.select_layer, tuple(self._scores), keep_cls=True)
+            for i in rows:
+                crops, full = views[i]
+                rows_of_image = with_own_memory(fresh.rows(slice(done, done + len(crops))))
+                self._seen[keys[i]] = rows_of_image, full
+                self._bytes += bytes_of(rows_of_image)
+                done += len(crops)
+        for_images: Any = self.tower
+        depth = len(for_images.encoder.layers)
+        found = []
+        for name in keys:
+            encoded, full = self._seen[name]
+            wanted = reducer.tower_scores(full.tiles is not None)
+            run = max([self.select_layer % (depth + 1), *(score.block % depth for score in wanted)])
+            own = replace(
+                encoded,
+                features=encoded.features if reducer.keep_cls or full.temporal else encoded.features[:, 1:],
+                scores={score: encoded.scores[score] for score in wanted},
+                tokens=encoded.tokens[:run],
+            )
+            found.append(encoded_image_of(own, full, reducer.keep_cls))
+        self._forget()
+        return found
+
+    def _forget(self) -> None:
+        """Drop the images that were seen first until the rest fits."""
+        while self._bytes > self.cache_bytes:
+            encoded, _ = self._seen.pop(next(iter(self._seen)))
+            self._bytes -= bytes_of(encoded)
+
+
+def with_own_memory(encoded: Encoded) -> Encoded:
+    """A copy; a view of a batch keeps all of the batch alive."""
+    scores = {score: values.clone() for score, values in encoded.scores.items()}
+    return replace(encoded, features=encoded.features.clone(), scores=scores)
+
+
+def bytes_of(encoded: Encoded) -> int:
+    """Memory of the features and scores."""
+    return sum(tensor.nbytes for tensor in (encoded.features, *encoded.scores.values()))
