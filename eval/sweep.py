@@ -39,8 +39,9 @@ from eval.settings import build_reducer, folder_name
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
-from llava.option_names import with_former_names
+from llava.option_names import RETENTION_RATIO, with_former_names
 from llava.reduction import registry
+from llava.reduction.reducer import Reducer
 
 Credits = dict[str, float]
 CELL_SECONDS = 24 * 3600  # a setting is a whole run
@@ -74,7 +75,7 @@ def sweep(
         Question id -> sample score, in the order of `settings`.
     """
     folders = [folder_of(output, model, benchmark, split, setting) for setting in settings]
-    model.expect([registry.build(s.method, s.budget or model.visual_tokens, s.options) for s in settings])
+    model.expect([reducer_of(setting, model.visual_tokens) for setting in settings])
     configs = [
         RunConfig(
             setting.method,
@@ -157,7 +158,8 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
 def main(words: Sequence[str]) -> int:
     """What a rank does: load the model, then run one setting of the file after the other."""
     rank, content = ranks.current(), read_json(Path(words[0]))
-    model = CachingLlava(load(**content["model"]))
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in content["model"].items()}
+    model = CachingLlava(load(**arguments))
     configs = [RunConfig(**{**entry, "data": Path(entry["data"])}) for entry in content["runs"]]
     model.expect([build_reducer(config, model.visual_tokens) for config in configs])
     while (number := rank.claim("settings")) < len(configs):
@@ -198,8 +200,11 @@ def newest_result(folder: Path) -> Path:
     )
 
 
-def is_finished(config: RunConfig, model: Llava) -> bool:
+def is_finished(config: RunConfig, model: Llava, device: str | None = None) -> bool:
     """Whether this very run is complete in its folder: same settings, code, prompts and images, all its questions.
+
+    Args:
+        device: "cpu" or "cuda", where the answers are made by another process than the one that holds `model`.
 
     Raises:
         UserError: its answers belong to other prompts or images.
@@ -212,7 +217,8 @@ def is_finished(config: RunConfig, model: Llava) -> bool:
     if not path.is_file():
         return False
     result = json.loads(path.read_text())
-    if result["asked"] < len(job.planned) or current_settings(result["settings"]) != job.settings:
+    expected = job.settings | ({"device": device} if device else {})
+    if result["asked"] < len(job.planned) or current_settings(result["settings"]) != expected:
         return False
     if result.get("code") != combined(job.sources) or result.get("code_unknown"):
         return False
@@ -225,6 +231,12 @@ def describe(setting: Setting) -> str:
     return ", ".join(f"{key}={value}" for key, value in setting.options.items())
 
 
+def reducer_of(setting: Setting, tokens: int) -> Reducer:
+    """The method of a setting; `tokens` are the model's visual tokens, the budget of `full`."""
+    has_ratio = RETENTION_RATIO in setting.options
+    return registry.build(setting.method, setting.budget or (None if has_ratio else tokens), setting.options, tokens)
+
+
 def folder_of(output: Path, model: Llava, benchmark: str, split: str, setting: Setting) -> Path:
     """Where the answers of a setting are: OUTPUT/MODEL/BENCHMARK-SPLIT/SETTING, the same for every table and sweep."""
     return output / folder_name(model.name) / f"{benchmark}-{split}" / name_of(setting, model.visual_tokens)
@@ -232,7 +244,7 @@ def folder_of(output: Path, model: Llava, benchmark: str, split: str, setting: S
 
 def name_of(setting: Setting, tokens: int) -> str:
     """A folder name that tells the setting, and by a hash the whole configuration: defaults may change in between."""
-    reducer = registry.build(setting.method, setting.budget or tokens, setting.options)
+    reducer = reducer_of(setting, tokens)
     # Former names, so that a sweep finds the folders of earlier ones.
     whole = json.dumps(with_former_names(dataclasses.asdict(reducer)), sort_keys=True) + reducer.version
     tail = "".join(f",{key}={value}" for key, value in sorted(setting.options.items()))
@@ -241,9 +253,9 @@ def name_of(setting: Setting, tokens: int) -> str:
 
 def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa", limit: int | None = None) -> Credits:
     """Question id -> sample score, from a finished run's answers to the first `limit` questions, or all."""
-    questions = {question.id: question for question in _dataset(benchmark, data, split).questions[:limit]}
+    questions = {question.id: question for question in dataset(benchmark, data, split).questions[:limit]}
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    judge = _dataset(benchmark, data, split).sample_score
+    judge = dataset(benchmark, data, split).sample_score
     if judge is None:
         raise UserError(
             f"{benchmark} has no score for a single answer, which a sweep compares; take another benchmark."
@@ -255,7 +267,8 @@ def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa", lim
 _DATASETS: dict[tuple[str, Path, str], Dataset] = {}
 
 
-def _dataset(benchmark: str, data: Path, split: str) -> Dataset:
+def dataset(benchmark: str, data: Path, split: str) -> Dataset:
+    """A benchmark's questions in its default profile, read once in a process."""
     key = (benchmark, data, split)
     if key not in _DATASETS:
         found = benchmarks.get(benchmark)

@@ -1,0 +1,1 @@
+"""Tables of the papers: declarative specs (scripts/<paper>/*.yaml), published values, one runner, several formats."""

@@ -1,0 +1,194 @@
+"""The cells of a table, read from the results of finished runs."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval.answers import result_folder
+from eval.answers.jsonl import read_json, read_jsonl
+from eval.config import ROOT
+from eval.judging.choice import score_answers
+from eval.metrics import Score, SufficientStatistics
+from eval.papers.plan import Line, Where, config_of
+from eval.papers.spec import Column
+from eval.results.cost import flops_as_batched
+from eval.results.report import interval_of
+from eval.results.statistics import terms_of
+from eval.sweep import dataset
+from llava.errors import UserError
+from llava.model.llava_arch import Llava
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget on one benchmark.
+
+    Attributes:
+        value: the column's metric, in percent or points.
+        low, high: 95 % interval of `value`; None where there is none, and `note` says why.
+        metric: name of the metric that `value` is; the benchmark's main one where the column's is missing here.
+        tokens: visual tokens that entered a decoder layer, mean over layers and samples.
+        merged: how many of them stand for several.
+        kv_bytes, flops: per question.
+        answers_sha256: over the sorted answers to the questions that were asked.
+        terms: sums by unit of the benchmark's main metric, for tests; texts: question id -> answer.
+        command: asks these questions alone.
+    """
+
+    line: Line
+    column: Column
+    value: float
+    low: float | None
+    high: float | None
+    note: str
+    metric: str
+    points: bool
+    questions: int
+    available: int
+    tokens: float
+    merged: float
+    kv_bytes: float
+    flops: float | None
+    folder: Path
+    command: str
+    commit: str
+    finished: str
+    answers_sha256: str
+    score: Score = field(repr=False, compare=False)
+    terms: SufficientStatistics = field(repr=False, compare=False)
+    texts: Mapping[str, str] = field(repr=False, compare=False)
+
+    @property
+    def run(self) -> str:
+        """Folder of the run, from the repository's root where it is inside."""
+        return str(self.folder.relative_to(ROOT)) if self.folder.is_relative_to(ROOT) else str(self.folder)
+
+
+def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell:
+    """A finished run.
+
+    Raises:
+        UserError: there is no result of these questions.
+    """
+    config = config_of(line, column, where, model)
+    assert config.output is not None and config.split is not None
+    data = dataset(column.benchmark, where.data, config.split)
+    asked = [question.id for question in data.questions[: where.limit]]
+    folder = Path(config.output)
+    path = result_folder(folder, len(asked), len(data.questions)) / "result.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no result of {len(asked):,} questions; run the table without --render first.")
+    result = read_json(path)
+    wanted = set(asked)
+    lines = (row for _, row in read_jsonl(folder / "answers.jsonl"))
+    texts = {row["question_id"]: row["text"] for row in lines if row["question_id"] in wanted}
+    score, _ = score_answers(data, config.judge, asked, texts, folder / "answers.jsonl")
+    metric, value = metric_of(column, result)
+    found = interval_of(result) if metric == result["main"] else None
+    audit = result["audit"]
+    return Cell(
+        line,
+        column,
+        value,
+        found["low"] if found else None,
+        found["high"] if found else None,
+        "" if found else f"n/a: intervals are of {result['main']}",
+        metric,
+        metric in result["points"],
+        len(asked),
+        len(data.questions),
+        audit["mean_tokens_per_layer"],
+        audit["merged_tokens"],
+        audit["kv_bytes_per_sample"],
+        flops_as_batched(result) if result["flops"]["per_question"] is not None else None,
+        folder,
+        command_of(line, column, where),
+        result["commit"] or "",
+        result["finished"],
+        digest(texts),
+        score,
+        terms_of(score, {question.id: question.image for question in data.questions}),
+        texts,
+    )
+
+
+def metric_of(column: Column, result: Mapping[str, Any]) -> tuple[str, float]:
+    """The column's metric; the benchmark's main one where these data do not give it."""
+    metrics = result["metrics"]
+    if column.metric and column.metric not in metrics:
+        raise UserError(f"{column.benchmark} has no metric {column.metric!r}; it has: {', '.join(metrics)}.")
+    name = column.metric if column.metric and metrics[column.metric] is not None else result["main"]
+    if metrics[name] is None:
+        raise UserError(f"{column.benchmark} gives no score here: {'; '.join(result['notes'])}.")
+    return name, float(metrics[name])
+
+
+def digest(texts: Mapping[str, str]) -> str:
+    """sha256 over the answers, sorted by question."""
+    return hashlib.sha256("".join(f"{name}\t{texts[name]}\n" for name in sorted(texts)).encode()).hexdigest()
+
+
+def command_of(line: Line, column: Column, where: Where) -> str:
+    """The command that asks the questions of a cell outside the table."""
+    assert line.setting is not None
+    place = where.place
+    data = relative(where.data)
+    words = [f"MODEL={relative(place.model)}", *([] if data == "assets/eval" else [f"DATA={data}"])]
+    words += [f"bash scripts/eval/{column.benchmark}.sh {line.method}"]
+    options = dict(line.setting.options)
+    ratio = options.pop("retention_ratio", None)
+    if line.setting.budget is not None:
+        words.append(str(line.setting.budget))
+    if ratio is not None:
+        words.append(f"--retention {line.budget}")
+    words += [f"--split {column.split}"] if column.split else []
+    words += [f"--set {key}={value}" for key, value in options.items()]
+    words += [f"--picture {key}={value}" for key, value in place.picture.items()]
+    words += [f"--dtype {place.dtype}"] if place.dtype != "float32" else []
+    words += [f"--limit {where.limit}"] if where.limit else []
+    return " ".join(words)
+
+
+def relative(path: str | os.PathLike[str]) -> str:
+    """A path below the repository's root from there; others as they are."""
+    found = Path(path)
+    return str(found.relative_to(ROOT)) if found.is_absolute() and found.is_relative_to(ROOT) else str(path)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All cells of a table that were run.
+
+    Attributes:
+        cells: by (index of the line, benchmark).
+    """
+
+    lines: Sequence[Line]
+    columns: Sequence[Column]
+    cells: Mapping[tuple[int, str], Cell]
+
+    def row(self, index: int) -> dict[str, Cell]:
+        """Benchmark -> cell of a line; empty where the method cannot run."""
+        found = ((column.benchmark, self.cells.get((index, column.benchmark))) for column in self.columns)
+        return {name: cell for name, cell in found if cell is not None}
+
+    def of_full(self, index: int) -> float | None:
+        """Mean over the benchmarks of score / score of full, in percent; the papers' average."""
+        row, full = self.row(index), self.row(0)
+        if not row or any(full[name].value == 0 for name in row):
+            return None
+        return sum(100 * cell.value / full[name].value for name, cell in row.items()) / len(row)
+
+
+def read_cells(lines: Sequence[Line], columns: Sequence[Column], where: Where, model: Llava) -> Measured:
+    """Every cell of the table."""
+    cells = {
+        (index, column.benchmark): read_cell(line, column, where, model)
+        for index, line in enumerate(lines)
+        for column in columns
+        if line.setting is not None
+    }
+    return Measured(lines, columns, cells)

@@ -1,0 +1,249 @@
+"""What a table of a paper is made of: the YAML file beside each script of scripts/<paper>/.
+
+`read` checks a file before anything runs: unknown keys, methods, options and benchmarks are errors.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eval import benchmarks
+from eval.config import FULL, ROOT, ratio
+from llava.errors import UserError
+from llava.reduction import registry
+
+SCRIPTS = ROOT / "scripts"
+PAPERS = ("consensusdrop", "visiondrop", "attnmix")
+
+
+def known_benchmark(name: str) -> str:
+    benchmarks.get(name)
+    return name
+
+
+def known_method(name: str) -> str:
+    registry.method(name)
+    return name
+
+
+def budget_text(value: str | int) -> str | int:
+    """A number of tokens, or a ratio such as "1/9"."""
+    if isinstance(value, str):
+        ratio(value)
+    elif value < 1:
+        raise ValueError(f"a budget is 1 or more visual tokens, got {value}")
+    return value
+
+
+Budget = Annotated[int | str, AfterValidator(budget_text)]
+
+
+class Part(BaseModel):
+    """A part of a spec: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Place(Part):
+    """A model and its data.
+
+    Attributes:
+        model: hub id of the checkpoint, or folder of a bundled toy model.
+        data: folder of a bundled toy data set; empty for real data, whose folder the user names.
+        benchmarks: the columns that it can fill; empty for all.
+        tokens: visual tokens of an image without reduction, as the paper counts them.
+        picture: image options, the paper's convention of tiles.
+        dtype: of the weights.
+        batch_size: questions asked at once.
+        questions: of each benchmark at most; None for all.
+    """
+
+    model: str
+    data: str = ""
+    benchmarks: tuple[str, ...] = ()
+    tokens: int = 576
+    picture: Mapping[str, str] = Field(default_factory=dict)
+    dtype: str = "float32"
+    batch_size: int = 8
+    questions: int | None = None
+
+
+class Column(Part):
+    """A benchmark as the paper reports it.
+
+    Attributes:
+        title: head of the column.
+        metric: name in the result's metrics; "" for the benchmark's main number.
+        published: name of the column in the published values; "" if no source has it.
+        tolerance: how far the unreduced model may be from the published baseline, in points of the metric.
+        split: "" for the benchmark's default.
+    """
+
+    benchmark: Annotated[str, AfterValidator(known_benchmark)]
+    title: str
+    metric: str = ""
+    published: str = ""
+    tolerance: float = 0.5
+    split: str = ""
+
+
+class Row(Part):
+    """A method of the table.
+
+    Attributes:
+        label: "" for the method's name.
+        published: name in the published values; "" for the method's name, "none" for a variant of our own.
+        group: heading above the first row of a group, for ablations the factor.
+    """
+
+    method: Annotated[str, AfterValidator(known_method)]
+    label: str = ""
+    options: Mapping[str, str] = Field(default_factory=dict)
+    published: str = ""
+    group: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.label or self.method
+
+    @property
+    def published_name(self) -> str:
+        return "" if self.published == "none" else self.published or self.method
+
+
+class Table(Part):
+    """One table of a paper.
+
+    Attributes:
+        title: heading of the page.
+        about: what the paper's table shows, and what is known about it.
+        paper: folder of scripts/ that the spec is in.
+        name: of the file.
+        kind: "scores": methods by benchmarks; "ablation": one method's options, compared with its defaults;
+            "efficiency": costs and times.
+        ours: the paper's method, which the others are compared with.
+        real: the checkpoint of the paper; toy: what stands in for it without downloads.
+        model_title: name of the paper's model.
+        published: file of eval/papers/published/; "" if there is none.
+        budgets: visual tokens, or retention ratios; toy_budgets where the toy model has other numbers of tokens.
+        notes: conventions and known deviations.
+    """
+
+    title: str
+    about: str
+    paper: Literal["consensusdrop", "visiondrop", "attnmix"]
+    name: str
+    kind: Literal["scores", "ablation", "efficiency"] = "scores"
+    ours: Annotated[str, AfterValidator(known_method)]
+    model_title: str
+    real: Place
+    toy: Place
+    published: str = ""
+    columns: tuple[Column, ...]
+    budgets: tuple[Budget, ...]
+    toy_budgets: tuple[Budget, ...] = ()
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def check(self) -> "Table":
+        """Options and names that only make sense together."""
+        names = [column.benchmark + column.split for column in self.columns]
+        if len(set(names)) < len(names):
+            raise ValueError("a benchmark is listed twice under columns")
+        for place in (self.real, self.toy):
+            if lost := [name for name in place.benchmarks if name not in {c.benchmark for c in self.columns}]:
+                raise ValueError(f"{place.model} lists benchmarks that are no column: {', '.join(lost)}")
+        if self.toy_budgets and len(self.toy_budgets) != len(self.budgets):
+            raise ValueError("toy_budgets has another number of entries than budgets")
+        for row in self.rows:
+            if row.method == FULL:
+                raise ValueError("full is always the first row; leave it out of rows")
+            registry.build(row.method, 1, dict(row.options))
+        keys = [(row.method, tuple(sorted(row.options.items()))) for row in self.rows]
+        if self.kind != "ablation" and len(set(keys)) < len(keys):
+            raise ValueError("a method with the same options is listed twice under rows")
+        return self
+
+    @property
+    def script(self) -> str:
+        return f"scripts/{self.paper}/{self.name}.sh"
+
+    @property
+    def identity(self) -> str:
+        """Name among all tables: "consensusdrop/llava15_7b"."""
+        return f"{self.paper}/{self.name}"
+
+
+def read(path: Path) -> Table:
+    """A spec, checked.
+
+    Raises:
+        UserError: no such file, no YAML, or something in it is wrong; the sentence names the place.
+    """
+    if not path.is_file():
+        near = get_close_matches(path.stem, [other.stem for other in paths()], n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"There is no table {path}.{hint} Tables: {', '.join(sorted(map(short, paths())))}.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should be a mapping of keys to values, got {type(content).__name__}.")
+    try:
+        return Table.model_validate({"paper": path.parent.name, "name": path.stem} | resolved(content, path.parent))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the table"
+        raise UserError(f"{path}: {place}: {first['msg'].removeprefix('Value error, ')}.") from None
+
+
+def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Lists that are named by the file that holds them: `rows: baselines.yaml` reads the list of that file."""
+    found = dict(content)
+    for key in ("rows", "columns"):
+        value = found.get(key)
+        parts = value if isinstance(value, list) else [value]
+        entries: list[Any] = []
+        for part in parts:
+            if isinstance(part, str):
+                file = (folder / part).resolve()
+                if not file.is_file() or SCRIPTS.resolve() not in file.parents:
+                    raise UserError(f"{key} names the file {part}, which is not in scripts/.")
+                entries += yaml.safe_load(file.read_text())
+            elif part is not None:
+                entries.append(part)
+        found[key] = entries
+    return found
+
+
+def paths() -> list[Path]:
+    """The specs of all tables."""
+    return sorted(path for paper in PAPERS for path in (SCRIPTS / paper).glob("*.yaml"))
+
+
+def short(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def find(name: str) -> Path:
+    """The spec that a command line names: a path, or "consensusdrop/llava15_7b"."""
+    path = Path(name)
+    return path if path.suffix == ".yaml" else SCRIPTS / path.with_suffix(".yaml")
+
+
+def chosen(entries: Sequence[Any], wanted: Sequence[str], what: str, names: Sequence[str]) -> Iterator[Any]:
+    """The entries whose name the user listed, all if none is listed; unknown names are errors."""
+    for name in wanted:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(f"The table has no {what} {name!r}.{hint} It has: {', '.join(dict.fromkeys(names))}.")
+    return (entry for entry, name in zip(entries, names, strict=True) if not wanted or name in wanted)

@@ -1,0 +1,252 @@
+"""Make one table of a paper: run the cells that are missing, check the baseline, write the table in four formats.
+
+    vtr tables paper consensusdrop/llava15_7b                          # toy model and data
+    vtr tables paper consensusdrop/llava15_7b --limit 20               # quick look
+    vtr tables paper consensusdrop/llava15_7b --data /data/eval        # the paper's model, downloaded by its id
+    vtr tables paper consensusdrop/llava15_7b --render                 # only write, from finished runs
+
+Without --data (or --model) the bundled toy model stands in, and the published columns are left out. Answers are kept in
+results/sweep, shared by all tables, so an interrupted table goes on where it stopped.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eval.answers.jsonl import write_file
+from eval.command import exit_on_user_error, make_parser
+from eval.config import ROOT, count_or_ratio
+from eval.papers import spec
+from eval.papers.spec import Budget, Column, Table
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.papers.document import Document
+    from eval.papers.gate import Check
+    from eval.papers.measured import Measured
+    from eval.papers.plan import Where
+
+FORMATS = ("md", "csv", "tex", "html")
+
+
+def where_of(table: Table, args: argparse.Namespace) -> "Where":
+    """The model and data: the paper's if the user names data or a model, the toy ones otherwise."""
+    from eval.papers.plan import Where
+
+    is_toy = args.model is None and args.data is None
+    place = table.toy if is_toy else table.real
+    changes = {"model": args.model, "dtype": args.dtype, "batch_size": args.batch_size}
+    place = place.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    if is_toy:
+        place = place.model_copy(update={"model": str(ROOT / place.model)})
+    if not is_toy and args.data is None:
+        raise UserError("--model also needs --data, the folder of the benchmarks (docs/evaluation.md).")
+    data = ROOT / table.toy.data if is_toy else Path(args.data)
+    if not data.is_dir():
+        raise UserError(f"The data folder {data} does not exist; see docs/reproduce.md.")
+    limit = min(filter(None, (args.limit, place.questions)), default=None)
+    return Where(place, is_toy, data, limit, args.device, args.judge)
+
+
+def narrowed(table: Table, args: argparse.Namespace, is_toy: bool) -> Table:
+    """The table with the rows, columns and budgets that the user asked for."""
+    rows = spec.chosen(table.rows, words(args.methods), "method", [row.method for row in table.rows])
+    columns = spec.chosen(table.columns, words(args.benchmarks), "benchmark", [c.benchmark for c in table.columns])
+    names = [str(budget) for budget in (table.toy_budgets if is_toy and table.toy_budgets else table.budgets)]
+    kept = [str(count_or_ratio(text)) and text for text in words(args.budgets)]
+    places = [names.index(name) for name in spec.chosen(names, kept, "budget", names)]
+
+    def pick(budgets: Sequence[Budget]) -> tuple[Budget, ...]:
+        return tuple(budgets[place] for place in places) if budgets else ()
+
+    chosen_columns = tuple(columns)
+    benchmarks = {column.benchmark for column in chosen_columns}
+
+    def fitting(place: spec.Place) -> spec.Place:
+        return place.model_copy(update={"benchmarks": tuple(b for b in place.benchmarks if b in benchmarks)})
+
+    return table.model_copy(
+        update={
+            "rows": tuple(rows),
+            "columns": chosen_columns,
+            "budgets": pick(table.budgets),
+            "toy_budgets": pick(table.toy_budgets),
+            "toy": fitting(table.toy),
+            "real": fitting(table.real),
+        }
+    )
+
+
+def words(text: str | None) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()] if text else []
+
+
+def make(table: Table, where: "Where", render_only: bool, stop_at_gate: bool, command: str) -> "Document":
+    """Fill what is missing, and say everything that the formats write."""
+    from eval.papers.fill import fill_cells, open_model
+    from eval.papers.measured import read_cells
+    from eval.papers.plan import columns_of, described, lines_of
+    from eval.parallel import placement
+
+    place = None if render_only else placement.here()
+    model = open_model(where, place)
+    columns, lines = columns_of(table, where), lines_of(table, where, model)
+    if not columns:
+        raise UserError(f"{where.place.model} can fill none of the chosen benchmarks; leave --benchmarks out.")
+    for reason in described(lines):
+        print(f"n/a: {reason}", file=sys.stderr)
+    if not render_only:
+        fill_cells(lines[:1], columns, where, model, place, f"{table.identity}, full")
+    checks = gate_of(table, where, read_cells(lines[:1], columns, where, model), stop_at_gate and not render_only)
+    if not render_only:
+        fill_cells(lines, columns, where, model, place, table.identity)
+    found = read_cells(lines, columns, where, model)
+    return document_of(table, where, found, checks, command)
+
+
+def gate_of(table: Table, where: "Where", full: "Measured", stop: bool) -> "list[Check]":
+    """Compare the unreduced model with the published baseline before anything else runs; nothing for the toy model.
+
+    Raises:
+        UserError: outside the tolerance, and the user asked to stop there.
+    """
+    from eval.papers import gate, published
+
+    if where.is_toy or not table.published:
+        return []
+    checks = gate.check(list(full.row(0).values()), published.load(table.published), where.place)
+    for line in gate.sentences(checks):
+        print(f"gate: {line}", file=sys.stderr)
+    if stop and gate.sentences(checks):
+        raise UserError("The unreduced model is not the published one, see above; --gate mark goes on regardless.")
+    return checks
+
+
+def document_of(table: Table, where: "Where", found: "Measured", checks: "Sequence[Check]", command: str) -> "Document":
+    """What the page says, by the kind of the table."""
+    from eval.papers import published
+    from eval.papers.document import Document, facts_of, notes_of
+    from eval.papers.gate import sentences
+    from eval.papers.rows import blocks, entries
+    from eval.papers.sections import sections_of
+
+    source = published.load(table.published) if table.published and not where.is_toy else None
+    return Document(
+        table,
+        facts_of(table, where, found, command),
+        [*heads(found.columns), "average"],
+        blocks(table, found) if table.kind == "scores" else (),
+        entries(found, source, where.place),
+        sections_of(table, where, found),
+        sentences(checks),
+        unchecked(where, checks),
+        notes_of(table, found),
+    )
+
+
+def heads(columns: Sequence[Column]) -> list[str]:
+    return [column.title for column in columns]
+
+
+def unchecked(where: "Where", checks: "Sequence[Check]") -> str:
+    """What the gate did not compare, and why."""
+    if where.is_toy:
+        return ""
+    lost = [one.cell.column.title for one in checks if one.difference is None]
+    if not lost:
+        return "within the tolerance of a published value on every benchmark."
+    return f"not compared with a published value on {', '.join(lost)} (no source, or not all questions were asked)."
+
+
+def write(document: "Document", folder: Path, is_toy: bool) -> list[Path]:
+    """The table in all formats; returns the files."""
+    from eval.papers.render import html, latex, markdown, numbers
+
+    texts = {
+        "md": markdown.page(document, is_toy),
+        "csv": numbers.text(document),
+        "tex": latex.text(document, is_toy) if document.blocks else "",
+        "html": html.text(document, is_toy),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for suffix, text in texts.items():
+        if text:
+            paths.append(folder / f"{document.table.name}.{suffix}")
+            write_file(paths[-1], text)
+    return paths
+
+
+def parser() -> argparse.ArgumentParser:
+    p = make_parser("tables paper", __doc__)
+    p.add_argument("table", help="paper/name, such as consensusdrop/llava15_7b, or a path to a .yaml")
+    p.add_argument("--model", help="checkpoint, hub id or folder; with --data the table's own if left out")
+    p.add_argument("--data", help="folder of the benchmarks; without it the toy model and toy data")
+    p.add_argument("--limit", type=int, metavar="N", help="ask the first N questions of each benchmark only")
+    p.add_argument("--methods", help="some of the table's methods, separated by commas")
+    p.add_argument("--budgets", help="some of the table's budgets")
+    p.add_argument("--benchmarks", help="some of the table's benchmarks")
+    p.add_argument("--dtype", help="of the weights; the table's own if left out")
+    p.add_argument("--batch-size", type=int, help="questions asked at once; the table's own if left out")
+    p.add_argument("--device", default="auto", help="torch device")
+    p.add_argument("--judge", default="auto", help="for judged benchmarks: docs/evaluation.md")
+    p.add_argument("--gate", choices=("mark", "stop"), default="mark", help="what a wrong baseline does to the table")
+    p.add_argument("--render", action="store_true", help="run nothing; write the table from finished runs")
+    p.add_argument("--output", type=Path, help="folder of the files; default results/tables/PAPER/MODEL[-limitN]")
+    p.add_argument("--wandb", default="auto", help="auto, online, offline or disabled: one run for the whole table")
+    return p
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = parser().parse_args(arguments)
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit should be 1 or more questions, got {args.limit}.")
+    table = spec.read(spec.find(args.table))
+    where = where_of(table, args)
+    table = narrowed(table, args, where.is_toy)
+    document = make(table, where, args.render, args.gate == "stop", command_line(table, args))
+    folder = args.output or default_folder(table, where, args)
+    files = write(document, folder, where.is_toy)
+    log(args.wandb, document, where, folder, files)
+    print(summary(document))
+    print(f"Table: {', '.join(str(file) for file in files)}")
+    return 0
+
+
+def command_line(table: Table, args: argparse.Namespace) -> str:
+    """The command that makes this table again."""
+    given = [f"MODEL={args.model}"] * bool(args.model) + [f"DATA={args.data}"] * bool(args.data)
+    options = {name: getattr(args, name) for name in ("limit", "methods", "budgets", "benchmarks", "dtype")}
+    flags = [f"--{name} {value}" for name, value in options.items() if value]
+    return " ".join([*given, f"bash {table.script}", *flags])
+
+
+def default_folder(table: Table, where: "Where", args: argparse.Namespace) -> Path:
+    """Parts of a table do not replace the whole one."""
+    from eval.settings import folder_name
+
+    narrow = [args.methods, args.budgets, args.benchmarks]
+    tail = f"-limit{args.limit}" * bool(args.limit) + "-part" * any(narrow)
+    return ROOT / "results" / "tables" / table.paper / (folder_name(Path(where.place.model).name) + tail)
+
+
+def summary(document: "Document") -> str:
+    """The wide table as it is printed on the terminal."""
+    from eval.papers.render.markdown import wide
+
+    lines = [document.table.title, *(f"MARKED: {line}" for line in document.marked)]
+    if document.blocks:
+        lines.append(wide(document.columns, document.blocks).replace("**", "").replace("<u>", "").replace("</u>", ""))
+    return "\n".join(lines)
+
+
+def log(mode: str, document: "Document", where: "Where", folder: Path, files: Sequence[Path]) -> None:
+    """One W&B run for the table."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
