@@ -1,0 +1,1 @@
+"""Tables of the papers: what they contain, and what has been published."""
