@@ -1,1 +1,1 @@
-"""Tables of the papers: what they contain, and what has been published."""
+"""Tables of the papers: declarative specs (scripts/<paper>/*.yaml), published values, one runner, several formats."""
