@@ -1,0 +1,343 @@
+"""Published scores of the official models, each with its source, and where the sources contradict each other.
+
+The numbers are in `published/<model>.yaml`. A row is one method at one budget in one source; its other keys are columns
+(`COLUMNS`). `disputed` says why a row, or one of its columns, should not be relied on.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+
+from eval.config import FULL
+from llava.errors import UserError, unknown
+
+FOLDER = Path(__file__).parent / "published"
+
+# Percent, except MME's points: perception alone, and perception and cognition together.
+BENCHMARKS = (
+    "vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mme_sum", "mmbench", "mmbench_cn", "mmvet",
+    "seed", "seed_img", "llava_bench", "mmmu", "tgif_qa", "msvd_qa", "msrvtt_qa", "activitynet_qa",
+)  # fmt: skip
+POINTS = ("mme", "mme_sum")
+# In percent of the source's own full model, as printed; sources average in two ways (`Source.average_of`).
+AVERAGE = "average"
+EFFICIENCY = ("tflops", "latency_ms", "speedup")
+COLUMNS = (*BENCHMARKS, AVERAGE, *EFFICIENCY)
+
+# Rows without a method of this repository.
+OTHER_METHODS = ("fitprune", "fsr", "trio", "trio-no-ve", "duet-vlm", "idpruner", "twigvlm", "text_only")
+
+Trust = Literal["high", "medium", "low"]
+Kind = Literal["authors", "copied", "secondary", "rerun"]
+AverageOf = Literal["ratios", "sums"]
+TRUST: tuple[Trust, ...] = ("high", "medium", "low")
+KINDS: dict[Kind, str] = {
+    "authors": "the authors, of their own method",
+    "rerun": "run again by others",
+    "copied": "copied from other papers, or not said",
+    "secondary": "a reader's notes",
+}
+
+MME_IN_SUMS = 20  # FSR adds MME's points to percentages as points / 20; every row of its four tables follows from that
+
+SAME_TOKENS = Fraction(1, 100)  # 10 % of 2,880 tokens is printed as 288 and as 290
+SAME_SCORE = 0.5  # points; two sources that differ by no more agree
+SAME_POINTS = 0.01  # of the score, for MME
+
+
+@dataclass(frozen=True)
+class Value:
+    """One published number.
+
+    Attributes:
+        value: in the unit of its column.
+        source: the key of the source in the file.
+        trust: "high" for authors in their own paper or code and for whole tables run again from official code,
+            "medium" for copies and pictures, "low" for notes of others.
+        disputed: why the number should not be relied on; None where nothing is known against it.
+        title: of the source.
+        where: address of the source.
+        kind: who obtained the number (`KINDS`).
+        tokens: as printed: a count, or a share such as "1/5" (Qwen).
+        note: what to know before comparing with it; empty where there is nothing.
+    """
+
+    value: float
+    source: str
+    trust: Trust
+    disputed: str | None
+    title: str
+    where: str
+    kind: Kind
+    tokens: int | str
+    note: str
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Published numbers that cannot all be right, or need an explanation.
+
+    Attributes:
+        kind: "sources" where two sources differ about one cell, "tokens" where a score falls although more tokens are
+            kept, within one source.
+        values: "sources": all values of the cell, the most trusted first. "tokens": at fewer tokens, then at more.
+    """
+
+    kind: Literal["sources", "tokens"]
+    method: str
+    column: str
+    values: tuple[Value, ...]
+
+    def __str__(self) -> str:
+        if self.kind == "tokens":
+            few, many = self.values
+            return (
+                f"{self.method}, {self.column}: {few.value:g} at {few.tokens} tokens but {many.value:g} at "
+                f"{many.tokens} ({few.title})"
+            )
+        found = "; ".join(f"{value.value:g} ({value.title})" for value in self.values)
+        return f"{self.method} at {self.values[0].tokens} tokens, {self.column}: {found}"
+
+
+class Source(BaseModel):
+    """Where rows come from.
+
+    Attributes:
+        average_of: how the printed average follows from the printed scores: "ratios" for the mean of a row's scores in
+            percent of the full model's, "sums" for the sum of a row's scores in percent of the full model's, with MME
+            divided by 20. None where the average is over benchmarks that are not all here.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    where: str
+    kind: Kind
+    trust: Trust
+    note: str = ""
+    average_of: AverageOf | None = None
+
+
+def numbers(value: Any) -> Any:
+    """Refuse text and truth values, which pydantic would turn into numbers."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+class Row(BaseModel):
+    """One method at one budget in one source. `kind`, `trust` and `note` take the place of the source's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    tokens: int | str
+    source: str
+    scores: dict[str, Annotated[float, BeforeValidator(numbers)]]
+    kind: Kind | None = None
+    trust: Trust | None = None
+    note: str | None = None
+    disputed: str | dict[str, str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def gather(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Put the columns, which stand beside the other keys in the file, into `scores`."""
+        rest = {key: value for key, value in data.items() if key not in COLUMNS}
+        return rest | {"scores": {key: data[key] for key in COLUMNS if key in data}}
+
+    @model_validator(mode="after")
+    def check(self) -> "Row":
+        share(self.tokens)
+        if not self.scores:
+            raise ValueError(f"the row of {self.method} has no column")
+        if isinstance(self.disputed, dict) and (wrong := set(self.disputed) - set(self.scores)):
+            raise ValueError(f"disputed names {', '.join(sorted(wrong))}, which the row does not have")
+        return self
+
+    @property
+    def share(self) -> Fraction:
+        """Tokens as a number; a share stays a share."""
+        return share(self.tokens)
+
+    def reason(self, column: str) -> str | None:
+        """Why the number of a column is disputed, if it is."""
+        return self.disputed.get(column) if isinstance(self.disputed, dict) else self.disputed
+
+
+class File(BaseModel):
+    """A file of published scores."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    sources: dict[str, Source]
+    rows: tuple[Row, ...]
+
+    @model_validator(mode="after")
+    def check(self) -> "File":
+        seen = set()
+        for row in self.rows:
+            if row.source not in self.sources:
+                raise ValueError(f"a row of {row.method} names the source {row.source}, which is not listed")
+            if (key := (row.method, row.share, row.source)) in seen:
+                raise ValueError(f"{row.source} has two rows of {row.method} at {row.tokens} tokens")
+            seen.add(key)
+        return self
+
+
+@dataclass(frozen=True)
+class Published:
+    """The published scores of one model.
+
+    Attributes:
+        name: of the file, such as "llava15_7b".
+        model: as papers call it.
+        sources: key -> source, in the order of the file.
+        rows: in the order of the file.
+    """
+
+    name: str
+    model: str
+    sources: Mapping[str, Source]
+    rows: tuple[Row, ...]
+
+    def values(self, method: str, tokens: int | str | None, column: str) -> list[Value]:
+        """All published numbers of a cell, the most trusted first, then in the order of the file.
+
+        Args:
+            method: name in the registry, or one of `OTHER_METHODS`.
+            tokens: visual tokens, or the share that is kept (Qwen, "1/5"); sources that print a count within 1 % of
+                it are included. None: any.
+            column: one of `COLUMNS`.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        if column not in COLUMNS:
+            raise unknown("column", column, COLUMNS)
+        wanted = None if tokens is None else share(tokens)
+        rows = [row for row in self.rows if row.method == method and column in row.scores]
+        found = [self.value(row, column) for row in rows if wanted is None or same_tokens(row.share, wanted)]
+        return sorted(found, key=lambda value: TRUST.index(value.trust))
+
+    def full(self, column: str) -> list[Value]:
+        """All published numbers of the model without reduction, the most trusted first."""
+        return self.values(FULL, None, column)
+
+    def value(self, row: Row, column: str) -> Value:
+        """The number of a row in a column that it has."""
+        source = self.sources[row.source]
+        return Value(
+            value=row.scores[column],
+            source=row.source,
+            trust=row.trust or source.trust,
+            disputed=row.reason(column),
+            title=source.title,
+            where=source.where,
+            kind=row.kind or source.kind,
+            tokens=row.tokens,
+            note=row.note if row.note is not None else source.note,
+        )
+
+    def computed_average(self, row: Row) -> float | None:
+        """The average in percent that follows from a row's benchmarks and from the full model in the same source; None
+        where the source does not have all benchmarks of its average, or no full model."""
+        rule = self.sources[row.source].average_of
+        full = next((other for other in self.rows if other.method == FULL and other.source == row.source), None)
+        if rule is None or full is None:
+            return None
+        columns = [column for column in BENCHMARKS if column in row.scores]
+        if rule == "ratios":
+            return sum(100 * row.scores[column] / full.scores[column] for column in columns) / len(columns)
+        weights = {column: 1 / MME_IN_SUMS if column in POINTS else 1.0 for column in columns}
+        sums = [sum(weights[column] * one.scores[column] for column in columns) for one in (row, full)]
+        return 100 * sums[0] / sums[1]
+
+
+@cache
+def load(model: str) -> Published:
+    """The published scores of a model.
+
+    Args:
+        model: the name of its file, one of `models()`.
+
+    Raises:
+        UserError: there is no such file, or it is not in the expected form.
+    """
+    if model not in models():
+        raise unknown("model with published scores", model, models())
+    path = FOLDER / f"{model}.yaml"
+    try:
+        file = File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise UserError(f"{path} is not a file of published scores: {' '.join(str(error).split())}.") from None
+    return Published(model, file.model, file.sources, file.rows)
+
+
+def models() -> list[str]:
+    """The models that have a file."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def share(tokens: int | str) -> Fraction:
+    """A count of tokens, or a share of them such as "1/5", as a number."""
+    try:
+        value = Fraction(tokens)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"Expected a number of tokens or a fraction such as 1/5, got {tokens!r}.") from None
+    return value
+
+
+def same_tokens(one: Fraction, other: Fraction) -> bool:
+    """Whether two sources mean the same budget."""
+    return abs(one - other) <= SAME_TOKENS * max(one, other)
+
+
+def contradictions(published: Published) -> list[Contradiction]:
+    """Cells whose sources differ by more than half a point (1 % for MME), then scores that fall by more than that
+    when more tokens are kept, within one source. Costs are left out."""
+    return [*between_sources(published), *against_tokens(published)]
+
+
+def between_sources(published: Published) -> Iterator[Contradiction]:
+    """Cells whose sources differ."""
+    cells = dict.fromkeys(
+        (row.method, row.share, column) for row in published.rows for column in row.scores if column not in EFFICIENCY
+    )
+    done: set[tuple[str, str, frozenset[Value]]] = set()
+    for method, tokens, column in cells:
+        values = published.values(method, str(tokens), column)
+        key = (method, column, frozenset(values))  # 288 and 290 tokens are one cell
+        numbers_found = [value.value for value in values]
+        if key not in done and differ(min(numbers_found), max(numbers_found), column):
+            yield Contradiction("sources", method, column, tuple(values))
+        done.add(key)
+
+
+def against_tokens(published: Published) -> Iterator[Contradiction]:
+    """Scores that are lower with more tokens, in one source."""
+    reduced = [row for row in published.rows if row.method != FULL]
+    for one, other in combinations(reduced, 2):
+        if (one.method, one.source) != (other.method, other.source):
+            continue
+        few, many = sorted((one, other), key=lambda row: row.share)
+        for column in few.scores:
+            if column in EFFICIENCY or column not in many.scores:
+                continue
+            if few.scores[column] > many.scores[column] and differ(few.scores[column], many.scores[column], column):
+                pair = (published.value(few, column), published.value(many, column))
+                yield Contradiction("tokens", few.method, column, pair)
+
+
+def differ(one: float, other: float, column: str) -> bool:
+    """Whether two scores of a column differ by more than sources that agree do; decimals as printed."""
+    allowed = SAME_POINTS * max(one, other) if column in POINTS else SAME_SCORE
+    return abs(one - other) > allowed + 1e-9

@@ -1,0 +1,230 @@
+"""Published scores: the files are sound, values are found by trust, and known contradictions are reported."""
+
+from itertools import product
+
+import pytest
+import yaml
+
+from eval.papers import published
+from eval.papers.published import AVERAGE, BENCHMARKS, EFFICIENCY, POINTS, contradictions, load, models
+from llava.errors import UserError
+from llava.reduction.registry import names
+
+MODELS = (
+    "llava15_13b",
+    "llava15_7b",
+    "llava_next_13b",
+    "llava_next_34b",
+    "llava_next_7b",
+    "qwen25_vl_7b",
+    "video_llava_7b",
+)
+RANGES = {"mme": (500, 2000), "mme_sum": (900, 2800), AVERAGE: (45, 105), "tflops": (0.1, 60), "latency_ms": (50, 1000)}
+ROUNDING = 0.1
+
+
+def rows():
+    return [(load(name), row) for name in models() for row in load(name).rows]
+
+
+def refused(tmp_path, monkeypatch, text):
+    """The message with which a file of this text is refused."""
+    (tmp_path / "model.yaml").write_text(text)
+    monkeypatch.setattr(published, "FOLDER", tmp_path)
+    load.cache_clear()
+    with pytest.raises(UserError) as error:
+        load("model")
+    load.cache_clear()
+    return str(error.value)
+
+
+def test_every_file_is_read():
+    assert tuple(models()) == MODELS
+    assert all(load(name).rows for name in models())
+
+
+def test_methods_are_ours_or_listed():
+    methods = {row.method for _, row in rows()}
+    assert methods <= {*names(), *published.OTHER_METHODS}
+    assert set(published.OTHER_METHODS) <= methods
+    assert not set(published.OTHER_METHODS) & set(names())
+
+
+def test_no_row_of_consensusdrop():
+    """Its tables are not available; the comment of every file says so."""
+    assert not [row for _, row in rows() if row.method == "consensusdrop"]
+    for name in models():
+        assert "ConsensusDrop's paper are not available" in (published.FOLDER / f"{name}.yaml").read_text()
+
+
+def test_values_are_in_range():
+    for file, row in rows():
+        for column, value in row.scores.items():
+            low, high = RANGES.get(column, (1, 100))
+            assert low <= value <= high, f"{file.name} {row.method} {row.tokens} {row.source} {column} {value}"
+
+
+def test_every_source_is_used_and_says_where():
+    for name in models():
+        file = load(name)
+        assert {row.source for row in file.rows} == set(file.sources)
+        assert all(source.where for source in file.sources.values())
+
+
+def test_notes_of_others_are_never_trusted():
+    for file, row in rows():
+        value = file.value(row, next(iter(row.scores)))
+        assert value.trust == "low" or value.kind != "secondary"
+        assert value.trust != "high" or value.kind in ("authors", "rerun")
+
+
+def test_printed_averages_follow_from_the_columns():
+    """A misread digit of one benchmark moves the average of its row; 168 rows agree with the rule of their source."""
+    agree = 0
+    for file, row in rows():
+        computed = file.computed_average(row)
+        if computed is None or AVERAGE not in row.scores or row.method == "full":
+            continue
+        fits = abs(computed - row.scores[AVERAGE]) <= ROUNDING
+        assert fits or row.reason(AVERAGE), f"{file.name} {row.method} {row.tokens} {row.source} {computed:.2f}"
+        agree += fits
+    assert agree == 168
+
+
+def test_two_rules_of_averaging_give_two_numbers():
+    """The mean of ratios of FSR's own row is 99.5; its table prints 99.1, which is the ratio of sums."""
+    file = load("llava15_7b")
+    row = next(row for row in file.rows if (row.source, row.method, row.tokens) == ("fsr", "fsr", 192))
+    full = next(row for row in file.rows if (row.source, row.method) == ("fsr", "full"))
+    ratios = [row.scores[name] / full.scores[name] for name in BENCHMARKS if name in row.scores]
+    assert 100 * sum(ratios) / len(ratios) == pytest.approx(99.53, abs=0.01)
+    assert file.computed_average(row) == pytest.approx(row.scores[AVERAGE], abs=0.05)
+
+
+def test_values_are_sorted_by_trust_then_by_file():
+    values = load("llava15_7b").values("fastv", 192, "gqa")
+    assert [(value.source, value.trust, value.value) for value in values] == [
+        ("restore", "high", 57.1),
+        ("trio", "medium", 52.7),
+        ("fsr", "medium", 52.7),
+        ("sparsevlm", "medium", 52.7),
+        ("visiondrop_notes", "low", 52.62),
+        ("twigvlm", "low", 56.5),
+    ]
+    assert "re-runs" in values[1].disputed and values[0].disputed is None
+
+
+def test_a_value_carries_its_source():
+    value = load("llava_next_7b").values("attnmix", 288, "gqa")[0]
+    assert (value.value, value.kind, value.trust, value.tokens) == (60.65, "authors", "high", 288)
+    assert "JiayiV/AdaV" in value.where and "README" in value.title and "280" in value.note
+
+
+def test_budgets_within_one_percent_are_one_budget():
+    file = load("llava_next_7b")
+    assert file.values("fastervlm", 288, "gqa") == file.values("fastervlm", 290, "gqa") != []
+    assert file.values("fastervlm", 300, "gqa") == []
+
+
+def test_shares_are_budgets_of_qwen():
+    file = load("qwen25_vl_7b")
+    assert [value.value for value in file.values("fastv", "1/10", AVERAGE)] == [78.3, 68.07]
+    assert file.values("fastv", "10/100", AVERAGE) == file.values("fastv", "1/10", AVERAGE)
+    assert "80 %" in file.values("fastv", "1/2", "gqa")[0].disputed
+
+
+def test_full_models():
+    file = load("llava15_7b")
+    assert file.full("gqa")[0].value == 62.0
+    assert "66.8" in file.full("scienceqa")[0].disputed
+    assert {value.value for value in file.full("scienceqa")[1:]} <= {69.5, 69.51, 69.6}
+    assert load("video_llava_7b").full("tgif_qa")[0].value == 47.1
+
+
+def test_a_disputed_column_leaves_the_others_alone():
+    file = load("llava15_7b")
+    assert "48.99" in next(v for v in file.values("sparsevlm", 58, "textvqa") if v.source == "adav").disputed
+    assert all(value.disputed is None for value in file.values("sparsevlm", 58, "gqa"))
+
+
+def test_known_contradictions_are_found():
+    found = contradictions(load("llava15_7b"))
+    holov = next(
+        c for c in found if (c.kind, c.method, c.column) == ("sources", "holov", AVERAGE) and c.values[0].tokens == 64
+    )
+    assert {value.value for value in holov.values} == {92.9, 94.4}
+    fastv = next(
+        c for c in found if c.kind == "tokens" and (c.method, c.column, c.values[0].source) == ("fastv", "vqav2", "fsr")
+    )
+    assert [(value.tokens, value.value) for value in fastv.values] == [(128, 71.0), (192, 67.1)]
+    assert str(fastv) == "fastv, vqav2: 71 at 128 tokens but 67.1 at 192 (FSR, Table 1)"
+    assert str(holov).startswith("holov at 64 tokens, average: ")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_contradictions_are_those_of_a_plain_search(name):
+    """Compared with a search over all pairs of rows, written from the definition."""
+    file = load(name)
+
+    def apart(one, other, column):
+        return abs(one - other) > (0.01 * max(one, other) if column in POINTS else 0.5) + 1e-9
+
+    sources, tokens = set(), set()
+    for one, other in product(file.rows, file.rows):
+        for column in set(one.scores) & set(other.scores) - set(EFFICIENCY):
+            first, second = one.scores[column], other.scores[column]
+            if one.method != other.method or not apart(first, second, column):
+                continue
+            if abs(one.share - other.share) <= max(one.share, other.share) / 100:
+                sources |= {(one.method, column, one.share)}
+            elif one.source == other.source and one.method != "full" and one.share < other.share and first > second:
+                tokens.add((one.method, column, one.source, one.tokens, other.tokens))
+    found = contradictions(file)
+    few_many = {
+        (c.method, c.column, *(v for v in (c.values[0].source, *(x.tokens for x in c.values))))
+        for c in found
+        if c.kind == "tokens"
+    }
+    cells = {
+        (c.method, c.column, published.share(value.tokens)) for c in found if c.kind == "sources" for value in c.values
+    }
+    assert few_many == tokens
+    assert cells >= sources and {cell[:2] for cell in cells} == {cell[:2] for cell in sources}
+    assert len([c for c in found if c.kind == "sources"]) <= len(sources)
+
+
+def test_errors_name_what_is_there():
+    with pytest.raises(UserError, match="llava15_7b"):
+        load("llava15")
+    with pytest.raises(UserError, match="gqa"):
+        load("llava15_7b").values("fastv", 64, "gqaa")
+    with pytest.raises(UserError, match="1/5"):
+        load("llava15_7b").values("fastv", "some", "gqa")
+
+
+SOURCE = {"a": {"title": "A", "where": "there", "kind": "copied", "trust": "low"}}
+ROW = {"method": "fastv", "tokens": 64, "source": "a", "gqa": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": [{**ROW, "gqq": 1.0}]}, "gqq"),
+        ({"rows": [{**ROW, "source": "b"}]}, "which is not listed"),
+        ({"rows": [ROW, ROW]}, "two rows of fastv at 64 tokens"),
+        ({"rows": [{**ROW, "gqa": "50"}]}, "expected a number"),
+        ({"rows": [{**ROW, "gqa": True}]}, "expected a number"),
+        ({"rows": [{**ROW, "tokens": "few"}]}, "fraction"),
+        ({"rows": [{key: ROW[key] for key in ("method", "tokens", "source")}]}, "has no column"),
+        ({"rows": [{**ROW, "disputed": {"pope": "why"}}]}, "pope, which the row does not have"),
+        ({"sources": {"a": {**SOURCE["a"], "trust": "some"}}}, "trust"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, monkeypatch, change, message):
+    content = {"model": "M", "sources": SOURCE, "rows": [ROW]} | change
+    assert message in refused(tmp_path, monkeypatch, yaml.safe_dump(content))
+
+
+def test_files_that_are_no_yaml_are_refused(tmp_path, monkeypatch):
+    assert "is not a file of published scores" in refused(tmp_path, monkeypatch, "model: [")
