@@ -1,12 +1,12 @@
-"""Overlays of tiled pictures and videos, pixel by pixel where a patch's fate is planted."""
+"""Overlays of tiled pictures and videos, pixel by pixel where a patch is kept or dropped."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from eval.figures.overlay import DARK
-from eval.figures.overlay_tiles import GAP, draw_answer, draw_crops, draw_original
+from eval.figures.overlay import DIM
+from eval.figures.overlay_tiles import GAP, draw_answer, draw_crops, draw_original, trace_of
 from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.answer import Answer
 from llava.processing.sample import Sample
@@ -21,7 +21,7 @@ def step(anchor: list[int], inputs: int, place: str = "encoder") -> Step:
     return Step(place, Reduction(torch.tensor([anchor]), inputs))
 
 
-def test_kept_patches_of_both_views_are_clear_and_all_others_dark():
+def test_kept_patches_of_both_views_are_clear_and_all_others_dim():
     """Tiles of 4 x 4 patches side by side, 2 rows left by unpadding: the run is 16, then 2 rows of 8 and a newline."""
     run = stitched((1, 2), (4, 4), (1, 3, 0, 8))
     kept_copy, kept_tile = 5, 16 + 9 + 6  # row 1, column 1 of the copy; second stitched row, seventh column
@@ -30,7 +30,7 @@ def test_kept_patches_of_both_views_are_clear_and_all_others_dark():
     copy, tiles = drawn[:, :64, 0], drawn[:, 64 + GAP :, 0]
     clear = np.zeros((32, 64), bool)
     clear[8:16, 16:32] = True
-    assert ((copy == 255) == clear).all() and (copy[~clear] == round(255 * DARK)).all()
+    assert ((copy == 255) == clear).all() and (copy[~clear] == round(255 * DIM)).all()
     clear = np.zeros((32, 64), bool)
     clear[16:, 48:56] = True
     assert ((tiles == 255) == clear).all()
@@ -75,3 +75,16 @@ def test_originals_are_drawn_as_large_as_their_overlays():
     corners = [original.getpixel(place)[0] for place in ((0, 0), (83, 0), (0, 83), (83, 83))]
     assert corners == [0, 60, 120, 180]
     assert draw_original(WHITE).size == (128, 64)
+
+
+def test_groups_of_frames_have_outlines_and_the_steps_of_another_image_are_not_its_own():
+    run = frames(2, 2, 2)
+    video = Video(tuple(Image.new("RGB", (48, 48), (200, 200, 200)) for _ in range(2)))
+    owner = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
+    merged = Step("prompt #2", Reduction(torch.tensor([[0, 4]]), 8, owner, torch.full((1, 8), 0.25)))
+    assert trace_of([step([0], 8), merged], 1) == [merged]
+    assert [one.place for one in trace_of([step([0], 8), merged], 0)] == ["encoder"]
+    drawn = np.asarray(draw_crops(video, [merged], run))
+    first, second = drawn[:48], drawn[48 + GAP :]
+    assert len(np.unique(first[24:].reshape(-1, 3), axis=0)) == 1, "one group fills a frame: no line inside"
+    assert not np.array_equal(first[40, 10], second[40, 10]), "the groups of two frames have their own colours"

@@ -1,4 +1,4 @@
-"""W&B offline, read back from its own file; what is drawn on pictures; and that logging never harms a run."""
+"""W&B offline, read back from its own file; and that logging never harms a run."""
 
 import json
 import os
@@ -10,16 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from eval.config import RunConfig
-from eval.figures.overlay import compose, draw_overlay, group_colour
 from eval.figures.overlay_tiles import GAP
 from eval.results import baseline, tracking
 from eval.run import Interrupted, run
 from eval.sweep import CachingLlava, Setting, sweep
-from llava.reduction import Reduction, Step
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import find_runs, read_run
 
@@ -210,7 +207,7 @@ def test_offline_run_holds_the_samples_and_the_pictures(tmp_path):
     assert (first[:, :64] == first[0, 0]).all()
     # 64 tokens are 8 x 8; the first 16 patches are the upper quarter.
     overlay = first[:, 64 + GAP :]
-    assert overlay[:16].mean() > 3 * overlay[16:].mean()
+    assert overlay[:16].mean() > 2 * overlay[16:].mean()
 
 
 def test_disabled_leaves_no_trace(tmp_path, monkeypatch, capsys):
@@ -354,92 +351,3 @@ def test_nothing_is_written_to_the_home_folder(tmp_path):
     assert time.monotonic() - start < 60
     assert list(home.rglob("*")) == []
     assert len(find_runs(tmp_path / "out")) == 1
-
-
-# -- pictures ------------------------------------------------------------------------------------------------------
-
-
-def prune(keep: list[int], inputs: int, place: str = "prompt") -> Step:
-    return Step(place, Reduction(torch.tensor([keep]), inputs))
-
-
-def merge(anchor: list[int], owner: list[int], place: str = "encoder", weight: list[float] | None = None) -> Step:
-    weights = torch.tensor([weight or [float(o >= 0) for o in owner]])
-    return Step(place, Reduction(torch.tensor([anchor]), len(owner), torch.tensor([owner]), weights))
-
-
-def patches_of(picture: Image.Image, grid: int) -> np.ndarray:
-    """[grid, grid, 3]: the middle pixel of every patch."""
-    pixels = np.asarray(picture).astype(int)
-    side = pixels.shape[0] // grid
-    return pixels[side // 2 :: side, side // 2 :: side]
-
-
-WHITE = Image.new("RGB", (32, 32), (200, 200, 200))
-
-
-def test_kept_clear_dropped_dark_merged_in_the_colour_of_their_group():
-    step = merge([0, 5], [0, 0, -1, -1, 1, 1, -1, -1, 1, *[-1] * 7])
-    cells = patches_of(draw_overlay(WHITE, [step], 4), 4)
-    assert cells[0, 0].tolist() == cells[1, 1].tolist() == [200, 200, 200]
-    assert cells[0, 2].tolist() == cells[3, 3].tolist() == [44, 44, 44]
-    for cell, group in ((cells[0, 1], 0), (cells[1, 0], 1), (cells[2, 0], 1)):
-        assert cell.tolist() == pytest.approx([100 + c / 2 for c in group_colour(group)], abs=1)
-
-
-def test_steps_compose_by_the_positions_of_the_step_before():
-    """Keep 1, 3, 6, 8 of nine patches, then the outputs 0 and 2 of those: patches 1 and 6."""
-    fate = compose([prune([1, 3, 6, 8], 9), prune([0, 2], 4, "layer 2")], 9)
-    assert fate.kept.tolist() == [1, 6]
-    assert fate.assignment.tolist() == [-1, 0, -1, -1, -1, -1, 1, -1, -1]
-
-
-def test_pruning_a_merged_token_drops_all_that_went_into_it():
-    fate = compose([merge([0, 2], [0, 0, 1, 1]), prune([1], 2, "layer 1")], 4)
-    assert fate.assignment.tolist() == [-1, -1, 0, 0] and fate.kept.tolist() == [2]
-
-
-def test_a_share_of_zero_is_no_share():
-    assert compose([merge([0], [0, 0, 0, -1], weight=[0.5, 0.0, 0.5, 0.0])], 4).assignment.tolist() == [0, -1, 0, -1]
-
-
-def test_a_smaller_picture_drops_nothing():
-    """4 x 4 shrunk to 2 x 2: every patch is part of the nearest coarse one."""
-    step = prune([5, 7, 13, 15], 16, "input")
-    fate = compose([step], 16)
-    assert (fate.assignment >= 0).all()
-    assert fate.assignment[[0, 5]].tolist() == [0, 0] and fate.assignment[[3, 7]].tolist() == [1, 1]
-    assert fate.assignment[15] == 3
-    cells = patches_of(draw_overlay(WHITE, [step], 4), 4)
-    assert cells[1, 1].tolist() == [200, 200, 200] and cells[0, 0].tolist() != [44, 44, 44]
-
-
-def test_a_class_token_in_front_shifts_nothing():
-    """17 inputs on a 4 x 4 grid: position 0 is the class token, 1 is the first patch."""
-    cells = patches_of(draw_overlay(WHITE, [prune([0, 1, 16], 17)]), 4)
-    clear = {(int(r), int(c)) for r, c in zip(*np.nonzero(cells[..., 0] == 200), strict=True)}
-    assert clear == {(0, 0), (3, 3)}
-
-
-def test_a_wide_picture_is_covered_as_the_padded_square():
-    """32 x 16 on a 4 x 4 grid: the picture lies on rows 1 and 2, rows 0 and 3 are padding."""
-    wide = Image.new("RGB", (32, 16), (200, 200, 200))
-    padded = np.asarray(draw_overlay(wide, [prune([4, 11], 16)], 4))
-    assert padded.shape == (16, 32, 3)
-    assert padded[4, 4].tolist() == [200] * 3 and padded[12, 28].tolist() == [200] * 3
-    assert padded[12, 4].tolist() == [44] * 3
-    stretched = np.asarray(draw_overlay(wide, [prune([4, 11], 16)], 4, padded=False))
-    assert stretched[6, 4].tolist() == [200] * 3 and stretched[2, 4].tolist() == [44] * 3
-
-
-def test_upscale_and_no_steps():
-    assert draw_overlay(WHITE, [], upscale=3).size == (96, 96)
-    big = draw_overlay(WHITE, [prune([0], 16)], upscale=2)
-    assert big.size == (64, 64) and patches_of(big, 4)[0, 0].tolist() == [200] * 3
-
-
-def test_a_trace_that_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="takes 9 tokens, 16 are there"):
-        draw_overlay(WHITE, [prune([0], 9)], 4)
-    with pytest.raises(ValueError, match="no square grid"):
-        draw_overlay(WHITE, [prune([0], 12)])

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eval import benchmarks
 from eval.config import ROOT
+from eval.figures.overlay import legend, save_small
 from eval.figures.overlay_tiles import draw_answer
 from llava.model.builder import load
 from llava.pipeline.generate import generate
@@ -74,7 +75,8 @@ def sheet(figure: Figure) -> Image.Image:
         right = data.sample_score(question, answer.text) == 1
         rows.append((f"{name}, {answer.accounting.mean:.0f} tokens: ", answer.text, right, drawn))
     width = max(drawn.width for *_, drawn in rows) + 2 * GAP
-    height = LINE + GAP + sum(drawn.height + LINE + GAP for *_, drawn in rows)
+    strip = legend()
+    height = LINE + GAP + sum(drawn.height + LINE + GAP for *_, drawn in rows) + strip.height + GAP
     page = Image.new("RGB", (width, height), "white")
     pen, font, bold = ImageDraw.Draw(page), ImageFont.load_default(14), ImageFont.load_default(15)
     pen.text((GAP, 4), f"{question.question}  (answer: {question.answer})", fill="black", font=font)
@@ -85,14 +87,14 @@ def sheet(figure: Figure) -> Image.Image:
         pen.text((place, top), text, fill="#1a7f37" if right else "#b42318", font=bold)
         page.paste(drawn, (GAP, top + LINE))
         top += drawn.height + LINE + GAP
+    page.paste(strip, (GAP, top))
     return page
 
 
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for figure in FIGURES:
-        # 256 colours are plenty here and keep the file small.
-        sheet(figure).quantize(256).save(IMAGES / figure.file, optimize=True)
+        save_small(sheet(figure), IMAGES / figure.file)
         print(f"Wrote {(IMAGES / figure.file).relative_to(ROOT)}.")
     return 0
 

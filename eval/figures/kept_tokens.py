@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from eval import benchmarks
 from eval.benchmarks.base import Dataset, Question
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.figures.overlay import draw_overlay
+from eval.figures.overlay import draw_overlay, legend, save_small
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
@@ -33,7 +33,7 @@ SIDE, GAP, LINE = 288, 12, 26
 def draw(model: Llava, questions: Sequence[Question], data: Dataset, budget: int) -> Image.Image:
     """A row per question: the image, then what each method keeps and answers."""
     width = (len(COLUMNS) + 1) * (SIDE + GAP) + GAP
-    height = len(questions) * (SIDE + 3 * LINE) + LINE + GAP
+    height = len(questions) * (SIDE + 3 * LINE) + 2 * LINE + GAP
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     font, bold = ImageFont.load_default(15), ImageFont.load_default(17)
@@ -48,12 +48,14 @@ def draw(model: Llava, questions: Sequence[Question], data: Dataset, budget: int
         reducers += [registry.build(method, budget, options) for _, method, options in COLUMNS]
         for column, reducer in enumerate(reducers):
             answer = generate(model, [sample], reducer, max_new_tokens=8).answers[0]
-            overlay = draw_overlay(image, answer.trace, upscale=3).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            overlay = draw_overlay(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), answer.trace)
             left = GAP + column * (SIDE + GAP)
             sheet.paste(overlay, (left, top))
             right = data.sample_score(question, answer.text) == 1
             pen.text((left, top + SIDE + 4), answer.text, fill="#1a7f37" if right else "#b42318", font=bold)
         pen.text((GAP, top + SIDE + LINE), f"{question.question}  (answer: {question.answer})", fill="black", font=font)
+    strip = legend()
+    sheet.paste(strip, (GAP, height - strip.height - GAP))
     return sheet
 
 
@@ -76,8 +78,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    # 256 colours are plenty here and keep the file small.
-    sheet.quantize(256).save(args.output, optimize=True)
+    save_small(sheet, args.output)
     print(f"Wrote {args.output}.")
     return 0
 

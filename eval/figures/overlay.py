@@ -1,96 +1,35 @@
 """Which parts of an image the model kept: the reductions of one sample drawn on it.
 
-Kept patches are clear, patches that were averaged into another one carry the colour of their group, dropped patches
-are dark. The anchor of a group stays clear inside a frame of the group's colour.
+Kept patches are the photograph itself. Merged patches are tinted faintly, and a thin line in the group's colour follows
+the border of every group; the patch at which the merged token stands has a frame. Dropped patches are dim and grey.
 """
 
-import colorsys
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from llava.errors import UserError
-from llava.reduction import Reduction, Step
+from eval.figures.panels import Panel
+from eval.figures.patches import (
+    NONE,
+    PALETTE,
+    Ints,
+    Mask,
+    PatchAssignment,
+    colour_groups,
+    compose,
+    grid_of,
+    without_cls,
+)
+from llava.reduction import Step
 
-Ints = NDArray[np.int64]
-
-DARK = 0.22  # brightness left to a dropped patch
-TINT = 0.5  # share of the group colour in a merged patch
-
-
-@dataclass(frozen=True)
-class PatchAssignment:
-    """Where N patches are after every step; K tokens are left.
-
-    Attributes:
-        assignment: [N], the token into which a patch was merged, -1 if it was dropped.
-        kept: [K], the patch at which each token stands.
-    """
-
-    assignment: Ints
-    kept: Ints
-
-
-def compose(trace: Sequence[Step], patches: int) -> PatchAssignment:
-    """Follow every patch through the steps of one sample; positions of a step count the previous step's outputs."""
-    owner = anchor = np.arange(patches)
-    for step in trace:
-        if step.reduction.inputs != len(anchor):
-            raise ValueError(f"step at {step.place} takes {step.reduction.inputs} tokens, {len(anchor)} are there")
-        moved = step_owner(step, patches)
-        owner = np.where(owner >= 0, moved[owner], -1)
-        anchor = anchor[step.reduction.kept[0].cpu().numpy()]
-    return PatchAssignment(owner, anchor)
-
-
-def step_owner(step: Step, patches: int) -> Ints:
-    """[inputs]: the output token each input of one step goes into, -1 if it goes nowhere."""
-    reduction: Reduction = step.reduction
-    anchor = reduction.kept[0].cpu().numpy()
-    if reduction.merge_matrix is not None:
-        # Groups overlap: a patch is drawn with the token it has the largest share in, a kept one with its own.
-        share = reduction.merge_matrix[0].cpu().numpy()
-        owner = np.where(share.max(0) > 0, share.argmax(0), -1)
-        owner[anchor] = np.arange(len(anchor))
-        return owner
-    if reduction.assignment is not None:
-        owner = reduction.assignment[0].cpu().numpy()
-        share = reduction.merge_weight[0].cpu().numpy() if reduction.merge_weight is not None else np.ones(len(owner))
-        owner = np.where(share != 0, owner, -1)
-        owner[anchor] = np.where(owner[anchor] < 0, np.arange(len(anchor)), owner[anchor])
-        return owner
-    if step.place == "input":
-        # A smaller image: no patch is dropped, each is part of the nearest token.
-        return nearest(anchor, grid_of(reduction.inputs))
-    owner = np.full(reduction.inputs, -1)
-    owner[anchor] = np.arange(len(anchor))
-    return owner
-
-
-def nearest(anchor: Ints, grid: tuple[int, int]) -> Ints:
-    """[N]: index of the anchor closest to each cell of the grid, the first of equals."""
-    columns = grid[1]
-    cells = np.arange(grid[0] * columns)
-    rows = (cells[:, None] // columns - anchor[None] // columns) ** 2
-    return (rows + (cells[:, None] % columns - anchor[None] % columns) ** 2).argmin(1)
-
-
-def grid_of(tokens: int) -> tuple[int, int]:
-    """The square grid of `tokens` patches, or of one less where the class token comes along."""
-    for patches in (tokens, tokens - 1):
-        side = math.isqrt(max(patches, 0))
-        if side > 0 and side * side == patches:
-            return side, side
-    raise UserError(f"{tokens} tokens are no square grid of patches; an overlay needs the grid of the image.")
-
-
-def without_cls(fate: PatchAssignment) -> PatchAssignment:
-    """Leave out the class token at position 0; a token that stands at it has its anchor outside the image, at -1."""
-    return PatchAssignment(fate.assignment[1:], fate.kept - 1)
+GREY = 0.7  # share of grey in a dropped patch
+DIM = 0.42  # brightness left to a dropped patch
+FADED = 0.35  # share of grey in a merged patch
+TINT = 0.16  # share of the group's colour in a merged patch
+LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 def draw_overlay(
@@ -100,7 +39,7 @@ def draw_overlay(
     upscale: int = 1,
     padded: bool = True,
 ) -> Image.Image:
-    """Draw the fate of every patch on the image.
+    """Draw what became of every patch on the image.
 
     Args:
         trace: the steps of one sample, in order; without steps everything was kept.
@@ -111,71 +50,128 @@ def draw_overlay(
     Returns:
         RGB, the size of the image times `upscale`.
     """
-    image = image.convert("RGB")
-    image = image.resize((image.width * upscale, image.height * upscale), Image.Resampling.NEAREST)
     if grid is None:
         if not trace:
-            return image
+            return enlarged(image, upscale)
         grid = grid_of(trace[0].reduction.inputs)
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     has_cls = bool(trace) and trace[0].reduction.inputs == rows * columns + 1
-    fate = compose(trace, rows * columns + has_cls)
+    patches = compose(trace, rows * columns + has_cls)
     if has_cls:
-        fate = without_cls(fate)
-
-    # The canvas that the grid covers, and where the image lies on it.
-    width, height = (max(image.size),) * 2 if padded else image.size
-    left, top = (width - image.width) // 2, (height - image.height) // 2
-    row = (np.arange(image.height) + top) * rows // height
-    column = (np.arange(image.width) + left) * columns // width
-    patch = row[:, None] * columns + column[None]  # [height, width], the patch of each pixel
-
-    shade, colour, tint = paints(fate)
-    pixels = np.asarray(image, dtype=np.float32) * shade[patch][..., None]
-    mixed = pixels * (1 - tint[patch][..., None]) + colour[patch] * tint[patch][..., None]
-    picture = Image.fromarray(mixed.round().astype(np.uint8))
-    frame_anchors(picture, fate, colour, (rows, columns), (width, height), (left, top))
-    return picture
+        patches = without_cls(patches)
+    panel = Panel("image", image, np.arange(rows * columns).reshape(rows, columns), padded)
+    return draw_panel(panel, patches, colour_groups(patches, [panel.grid]), upscale)
 
 
-def paints(fate: PatchAssignment) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Per patch: brightness [N], group colour [N, 3], and how much of the colour is mixed in [N]."""
-    patches = np.arange(len(fate.assignment))
-    dropped = fate.assignment < 0
-    is_anchor = np.isin(patches, fate.kept)
-    shade = np.where(dropped, DARK, 1).astype(np.float32)
-    tint = np.where(dropped | is_anchor, 0, TINT).astype(np.float32)
-    palette = np.array([group_colour(index) for index in range(len(fate.kept))] or [(0, 0, 0)], dtype=np.float32)
-    return shade, palette[np.maximum(fate.assignment, 0)], tint
+def enlarged(image: Image.Image, upscale: int) -> Image.Image:
+    """The image in RGB, every pixel repeated `upscale` times in both directions."""
+    return image.convert("RGB").resize((image.width * upscale, image.height * upscale), Image.Resampling.NEAREST)
 
 
-def group_colour(index: int) -> tuple[float, float, float]:
-    """A colour per group; the golden ratio keeps neighbours in the list far apart."""
-    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.85, 1)
-    return 255 * red, 255 * green, 255 * blue
+def draw_panel(panel: Panel, patches: PatchAssignment, colours: Ints, upscale: int = 1) -> Image.Image:
+    """The image of a panel with every patch shown as kept, merged or dropped.
+
+    Args:
+        patches: of the tokens whose indices the panel's grid holds.
+        colours: [K], index into PALETTE of every token, from `colour_groups`.
+    """
+    image = enlarged(panel.image, upscale)
+    cell = cells_of_pixels(panel, image.size)  # [height, width]
+    token = panel.grid.flatten()[cell]
+    known = token != NONE
+    dropped, merged = ~known | patches.dropped[token], known & patches.merged[token]
+
+    pixels = np.asarray(image, dtype=np.float32)
+    grey = (pixels @ LUMINANCE)[..., None]
+    paint = group_colours(patches, colours)[token]
+    faded = (pixels + (grey - pixels) * FADED) * (1 - TINT) + paint * TINT
+    dim = (pixels + (grey - pixels) * GREY) * DIM
+    drawn = np.where(dropped[..., None], dim, np.where(merged[..., None], faded, pixels))
+
+    thin = line_width(panel, image.size)
+    group = np.where(known & patches.grouped[token], patches.assignment[token], -1)
+    border = (group >= 0) & differs(group, thin)
+    frame = known & patches.target[token] & differs(cell, 2 * thin, outside=True)
+    drawn = np.where((border | frame)[..., None], paint, drawn)
+    return Image.fromarray(drawn.round().astype(np.uint8))
 
 
-def frame_anchors(
-    picture: Image.Image,
-    fate: PatchAssignment,
-    colour: NDArray[np.float32],
-    grid: tuple[int, int],
-    canvas: tuple[int, int],
-    offset: tuple[int, int],
-) -> None:
-    """A frame in the group's colour around each anchor that other patches were averaged into."""
-    members = np.bincount(fate.assignment[fate.assignment >= 0], minlength=len(fate.kept))
-    draw = ImageDraw.Draw(picture)
-    for token, patch in enumerate(fate.kept):
-        if members[token] < 2 or patch < 0:
-            continue
-        row, column = divmod(int(patch), grid[1])
-        # The smallest pixel whose cell is `column`: the cell of x is x * columns // width.
-        box = [
-            -(-column * canvas[0] // grid[1]) - offset[0],
-            -(-row * canvas[1] // grid[0]) - offset[1],
-            -(-(column + 1) * canvas[0] // grid[1]) - offset[0] - 1,
-            -(-(row + 1) * canvas[1] // grid[0]) - offset[1] - 1,
-        ]
-        if box[2] >= box[0] and box[3] >= box[1]:
-            draw.rectangle(box, outline=tuple(int(channel) for channel in colour[patch]))
+def save_small(image: Image.Image, path: Path) -> None:
+    """Write a PNG with 256 colours, chosen so that no colour of the image changes visibly."""
+    image.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3).save(path, optimize=True)
+
+
+def cells_of_pixels(panel: Panel, size: tuple[int, int]) -> Ints:
+    """[height, width]: the cell of the panel's grid, in raster order, that each pixel of the image lies in.
+
+    Args:
+        size: width and height at which the image is drawn.
+    """
+    (width, height), (rows, columns) = panel.canvas(size), panel.grid.shape
+    row = (np.arange(size[1]) + (height - size[1]) // 2) * rows // height
+    column = (np.arange(size[0]) + (width - size[0]) // 2) * columns // width
+    return row[:, None] * columns + column[None]
+
+
+def line_width(panel: Panel, size: tuple[int, int]) -> int:
+    """Pixels of a thin line: a twelfth of a patch, at least 1."""
+    (width, height), (rows, columns) = panel.canvas(size), panel.grid.shape
+    return max(1, round(min(width / columns, height / rows) / 12))
+
+
+def differs(values: Ints, distance: int, outside: bool = False) -> Mask:
+    """Same shape: a pixel with another value lies at most `distance` away, up, down, left or right.
+
+    Args:
+        outside: pixels beyond the image count as others.
+    """
+    found = np.zeros(values.shape, bool)
+    padded = np.pad(values, distance, constant_values=-2) if outside else np.pad(values, distance, mode="edge")
+    height, width = values.shape
+    for shift in range(2 * distance + 1):
+        found |= padded[shift : shift + height, distance : distance + width] != values
+        found |= padded[distance : distance + height, shift : shift + width] != values
+    return found
+
+
+def group_colours(patches: PatchAssignment, colours: Ints) -> NDArray[np.float32]:
+    """[N, 3]: the colour of every patch's group, 0 to 255; black without a group."""
+    palette = np.array([*map(ImageColor.getrgb, PALETTE), (0, 0, 0)], dtype=np.float32)
+    own = np.append(colours, -1)[patches.assignment]  # -1, a dropped patch, takes the last: no colour
+    return palette[own]
+
+
+def legend(scale: int = 1, merges: bool = True) -> Image.Image:
+    """A strip that explains the overlay: kept, merged, merge target and dropped patches, black on white.
+
+    Args:
+        merges: False leaves out the entries of merging.
+    """
+    side, gap = 14 * scale, 8 * scale
+    font = ImageFont.load_default(13 * scale)
+    kept, merged, target, dropped = (_swatch(side, number) for number in range(4))
+    entries = [("kept", kept)]
+    if merges:
+        entries += [("merged, in its group's outline", merged), ("patch at which a merged token stands", target)]
+    entries.append(("dropped", dropped))
+    widths = [side + gap // 2 + round(font.getlength(text)) + 2 * gap for text, _ in entries]
+    strip = Image.new("RGB", (sum(widths), side + gap), "white")
+    pen, left = ImageDraw.Draw(strip), 0
+    for (text, swatch), width in zip(entries, widths, strict=True):
+        strip.paste(swatch, (left, gap // 2))
+        pen.text((left + side + gap // 2, gap // 2 + side // 2), text, fill="black", font=font, anchor="lm")
+        left += width
+    return strip
+
+
+def _swatch(side: int, number: int) -> Image.Image:
+    """One patch of a small example, drawn as `draw_panel` draws it: kept, merged, merge target, dropped."""
+    # Four patches of a made-up photograph; patches 1 and 2 are one token, which stands at 2.
+    photo = np.array([[(196, 120, 84), (120, 168, 92)]], dtype=np.uint8).repeat(side, 0).repeat(side // 2, 1)
+    image = Image.fromarray(np.concatenate([photo] * 4, 1))
+    patches = PatchAssignment(np.array([0, 1, 1, -1]), np.array([0, 2]))
+    panel = Panel("", image, np.arange(4)[None])
+    drawn = draw_panel(panel, patches, np.array([-1, 4]))
+    if number == 1:  # a group's line runs around it, not between it and its own target
+        ImageDraw.Draw(drawn).rectangle((side, 0, 2 * side - 1, side - 1), outline=PALETTE[4])
+    return drawn.crop((number * side, 0, number * side + side, side))

@@ -1,0 +1,164 @@
+"""Overlays: where every patch is after the steps of an answer, and how that is drawn on the image."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageColor
+
+from eval.figures.overlay import DIM, TINT, draw_overlay, legend, save_small
+from eval.figures.patches import PALETTE, PatchAssignment, colour_groups, compose
+from llava.reduction import Reduction, Step
+
+
+def prune(keep: list[int], inputs: int, place: str = "prompt") -> Step:
+    return Step(place, Reduction(torch.tensor([keep]), inputs))
+
+
+def merge(anchor: list[int], owner: list[int], place: str = "encoder", weight: list[float] | None = None) -> Step:
+    weights = torch.tensor([weight or [float(o >= 0) for o in owner]])
+    return Step(place, Reduction(torch.tensor([anchor]), len(owner), torch.tensor([owner]), weights))
+
+
+def patches_of(picture: Image.Image, grid: int) -> np.ndarray:
+    """[grid, grid, 3]: the middle pixel of every patch."""
+    pixels = np.asarray(picture).astype(int)
+    side = pixels.shape[0] // grid
+    return pixels[side // 2 :: side, side // 2 :: side]
+
+
+GREY = Image.new("RGB", (32, 32), (200, 200, 200))
+
+
+def test_kept_patches_are_the_photograph_and_dropped_ones_dim_grey():
+    photo = Image.fromarray(np.random.default_rng(0).integers(60, 256, (48, 48, 3), dtype=np.uint8))
+    drawn = np.asarray(draw_overlay(photo, [prune([0, 5], 16)], 4)).astype(int)
+    original = np.asarray(photo).astype(int)
+    kept = np.zeros((48, 48), bool)
+    kept[:12, :12] = kept[12:24, 12:24] = True
+    assert (drawn[kept] == original[kept]).all()
+    dropped, before = drawn[~kept], original[~kept]
+    assert np.abs(dropped.mean(1) - DIM * before.mean(1)).max() < 25
+    assert np.ptp(dropped, 1).max() < 0.4 * np.ptp(before, 1).max(), "colours are muted, not gone"
+    assert np.corrcoef(dropped.mean(1), before.mean(1))[0, 1] > 0.9, "what was there can be recognised"
+
+
+def test_merged_patches_are_tinted_faintly_inside_the_outline_of_their_group():
+    """Two groups: patches 0, 1 stand at 0; 4, 5, 8 stand at 5. All others are dropped."""
+    step = merge([0, 5], [0, 0, -1, -1, 1, 1, -1, -1, 1, *[-1] * 7])
+    drawn = np.asarray(draw_overlay(GREY.resize((96, 96)), [step], 4)).astype(int)
+    cells = patches_of(Image.fromarray(drawn.astype(np.uint8)), 4)
+    assert cells[0, 0].tolist() == cells[1, 1].tolist() == [200, 200, 200]
+    assert cells[0, 2].tolist() == cells[3, 3].tolist() == [84, 84, 84]
+    colours = [np.array(ImageColor.getrgb(PALETTE[number])) for number in (0, 1)]
+    for cell, group in ((cells[0, 1], 0), (cells[1, 0], 1), (cells[2, 0], 1)):
+        assert cell.tolist() == pytest.approx((1 - TINT) * 200 + TINT * colours[group], abs=1)
+    # Lines are 2 of a patch's 24 pixels and run inside their own group: between groups and towards dropped patches.
+    assert (drawn[22:24, 24:48] == colours[0]).all() and (drawn[24:26, :24] == colours[1]).all()
+    assert (drawn[:24, 46:48] == colours[0]).all() and (drawn[:24, 48:50] == 84).all()
+    # Inside a group there is no line, but a frame of double width around the patch at which its token stands.
+    assert (drawn[28:44, 20:22] != colours[1]).any(-1).all()
+    assert (drawn[28:44, 24:28] == colours[1]).all() and (drawn[28:44, 28:44] == 200).all()
+    assert (drawn[:4, :24] == colours[0]).all(), "a frame is whole at the image's edge too"
+
+
+def test_groups_that_touch_have_different_colours():
+    """16 x 16 patches in 64 squares of 2 x 2, each a group, and every second row of squares shifted by one patch."""
+    row, column = np.divmod(np.arange(256), 16)
+    assignment = row // 2 * 8 + (column + row // 2 % 2) // 2 % 8
+    patches = PatchAssignment(assignment, np.array([np.flatnonzero(assignment == group)[0] for group in range(64)]))
+    grid = np.arange(256).reshape(16, 16)
+    colours = colour_groups(patches, [grid])
+    assert set(colours) <= set(range(len(PALETTE))) and len(set(colours)) > 3
+    drawn, groups = colours[assignment[grid]], assignment[grid]
+    for one, other in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        touching = groups[one] != groups[other]
+        assert (drawn[one] != drawn[other])[touching].all()
+
+
+def test_a_token_of_one_patch_has_no_colour():
+    patches = compose([merge([0, 2], [0, 0, 1, -1])], 4)
+    assert colour_groups(patches, [np.arange(4)[None]]).tolist() == [0, -1]
+    assert patches.merged.tolist() == [False, True, False, False] and patches.target.tolist() == [True, *[False] * 3]
+    assert patches.dropped.tolist() == [False, False, False, True]
+
+
+def test_colours_of_the_palette_differ_for_colour_blind_readers():
+    """Simulated as two cones: without the difference of red and green, colours still differ in the rest."""
+    rgb = np.array([ImageColor.getrgb(colour) for colour in PALETTE], dtype=float)
+    two_cones = np.stack([rgb @ [0.56, 0.44, 0.0], rgb @ [0.0, 0.24, 0.76]], 1)
+    distance = np.linalg.norm(two_cones[:, None] - two_cones[None], axis=-1)
+    assert distance[~np.eye(len(rgb), dtype=bool)].min() > 30
+
+
+def test_the_legend_shows_the_four_kinds_of_patches():
+    strip = legend()
+    assert legend(merges=False).width < strip.width and legend(2).height == 2 * strip.height
+    seen = {tuple(pixel) for pixel in np.asarray(strip).reshape(-1, 3).tolist()}
+    assert ImageColor.getrgb(PALETTE[4]) in seen and (196, 120, 84) in seen, "a group's line and a kept patch"
+
+
+def test_a_small_file_keeps_its_colours(tmp_path):
+    """Two colours of a few pixels in a noisy image: a palette of frequent colours painted a purple square pink."""
+    noise = np.random.default_rng(0).integers(100, 160, (200, 200, 3), dtype=np.uint8)
+    noise[10:18, 10:18], noise[30:34, 30:34] = (138, 51, 166), (214, 40, 40)
+    save_small(Image.fromarray(noise), tmp_path / "a.png")
+    saved = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    assert np.abs(saved[14, 14] - (138, 51, 166)).max() < 30 and np.abs(saved[32, 32] - (214, 40, 40)).max() < 30
+
+
+def test_steps_compose_by_the_positions_of_the_step_before():
+    """Keep 1, 3, 6, 8 of nine patches, then the outputs 0 and 2 of those: patches 1 and 6."""
+    patches = compose([prune([1, 3, 6, 8], 9), prune([0, 2], 4, "layer 2")], 9)
+    assert patches.kept.tolist() == [1, 6]
+    assert patches.assignment.tolist() == [-1, 0, -1, -1, -1, -1, 1, -1, -1]
+
+
+def test_pruning_a_merged_token_drops_all_that_went_into_it():
+    patches = compose([merge([0, 2], [0, 0, 1, 1]), prune([1], 2, "layer 1")], 4)
+    assert patches.assignment.tolist() == [-1, -1, 0, 0] and patches.kept.tolist() == [2]
+
+
+def test_a_share_of_zero_is_no_share():
+    assert compose([merge([0], [0, 0, 0, -1], weight=[0.5, 0.0, 0.5, 0.0])], 4).assignment.tolist() == [0, -1, 0, -1]
+
+
+def test_a_smaller_picture_drops_nothing():
+    """4 x 4 shrunk to 2 x 2: every patch is part of the nearest coarse one."""
+    step = prune([5, 7, 13, 15], 16, "input")
+    patches = compose([step], 16)
+    assert (patches.assignment >= 0).all()
+    assert patches.assignment[[0, 5]].tolist() == [0, 0] and patches.assignment[[3, 7]].tolist() == [1, 1]
+    assert patches.assignment[15] == 3
+    cells = patches_of(draw_overlay(GREY, [step], 4), 4)
+    assert cells[1, 1].tolist() == [200, 200, 200] and cells[0, 0].tolist() != [84, 84, 84]
+
+
+def test_a_class_token_in_front_shifts_nothing():
+    """17 inputs on a 4 x 4 grid: position 0 is the class token, 1 is the first patch."""
+    cells = patches_of(draw_overlay(GREY, [prune([0, 1, 16], 17)]), 4)
+    clear = {(int(r), int(c)) for r, c in zip(*np.nonzero(cells[..., 0] == 200), strict=True)}
+    assert clear == {(0, 0), (3, 3)}
+
+
+def test_a_wide_picture_is_covered_as_the_padded_square():
+    """32 x 16 on a 4 x 4 grid: the picture lies on rows 1 and 2, rows 0 and 3 are padding."""
+    wide = Image.new("RGB", (32, 16), (200, 200, 200))
+    padded = np.asarray(draw_overlay(wide, [prune([4, 11], 16)], 4))
+    assert padded.shape == (16, 32, 3)
+    assert padded[4, 4].tolist() == [200] * 3 and padded[12, 28].tolist() == [200] * 3
+    assert padded[12, 4].tolist() == [84] * 3
+    stretched = np.asarray(draw_overlay(wide, [prune([4, 11], 16)], 4, padded=False))
+    assert stretched[6, 4].tolist() == [200] * 3 and stretched[2, 4].tolist() == [84] * 3
+
+
+def test_upscale_and_no_steps():
+    assert draw_overlay(GREY, [], upscale=3).size == (96, 96)
+    big = draw_overlay(GREY, [prune([0], 16)], upscale=2)
+    assert big.size == (64, 64) and patches_of(big, 4)[0, 0].tolist() == [200] * 3
+
+
+def test_a_trace_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match="takes 9 tokens, 16 are there"):
+        draw_overlay(GREY, [prune([0], 9)], 4)
+    with pytest.raises(ValueError, match="no square grid"):
+        draw_overlay(GREY, [prune([0], 12)])
