@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from eval import tracking
 from eval.config import RunConfig
 from eval.figures.overlay import compose, draw_overlay, group_colour
 from eval.figures.overlay_tiles import GAP
-from eval.results import baseline, tracking
+from eval.results import baseline
 from eval.run import Interrupted, run
 from eval.sweep import CachingLlava, Setting, sweep
 from llava.reduction import Reduction, Step
