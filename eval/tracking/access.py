@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 from urllib.parse import urlparse
 
+# W&B's own server: its address since wandb 0.31, and the one under which older logins stored their key.
+HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")
+
 
 def resolve_mode(mode: str) -> str:
     """One of "online", "offline", "disabled"."""
@@ -22,10 +25,12 @@ def has_key() -> bool:
     """Whether W&B can log in without asking: on a terminal it would ask, and wait."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname
+    hosts = HOSTS if host in (None, *HOSTS) else (host,)
     file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
-        return netrc.netrc(str(file)).authenticators(host) is not None
+        found = netrc.netrc(str(file))
+        return any(found.authenticators(name) is not None for name in hosts)
     except (OSError, netrc.NetrcParseError):
         return False
 
