@@ -125,6 +125,14 @@ def test_a_table_needs_a_name_that_can_be_a_tag(name, capsys):
     assert capsys.readouterr().err.startswith("--table should be a name of 1 to 64 printable characters, got ")
 
 
+def test_the_key_is_in_no_file_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", key := "5ecret" * 7)
+    run(config(tmp_path, wandb="offline", limit=8), FakeLlava(), FakeReducer())
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(find_runs(tmp_path / "out" / "limit8")) == 1
+    assert not [path for path in files if key.encode() in path.read_bytes()]
+
+
 def test_the_key_is_never_printed(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "s3cret")
     assert one_line(ValueError("refused s3cret of s3cret\nmore")) == "ValueError: refused *** of ***"

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         upload(chosen)
-    except KeyboardInterrupt:  # without a network, W&B tries again for ever
+    except KeyboardInterrupt:  # without a network, W&B keeps trying
         print("\nStopped; run this command again for what is not uploaded.", file=sys.stderr)
     left = [run for run in chosen if not run.uploaded]
     print(f"{len(chosen) - len(left):,} of {len(chosen):,} runs are uploaded.")
