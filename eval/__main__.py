@@ -26,6 +26,7 @@ from eval.config import (
     pairs,
     path_name,
     ratio,
+    table_name,
 )
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.parallel import placement, ranks
@@ -94,6 +95,9 @@ def parser() -> Parser:
         help="for methods that draw random numbers, and for the intervals",
     )
     p.add_argument("--wandb", default="auto", choices=("auto", "online", "offline", "disabled"), help="W&B logging")
+    p.add_argument(
+        "--table", type=value(table_name), metavar="NAME", help="paper table that the run belongs to: its group in W&B"
+    )
     p.add_argument(
         "--tensor-parallel",
         type=value(count),
@@ -221,6 +225,7 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         tensor_parallel=args.tensor_parallel,
         zero=args.zero,
         zero_ranks=args.zero_ranks,
+        table=args.table,
     )
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
+from eval import tracking
 from eval.answers import answer_id, seal_of
 from eval.benchmarks.base import Question
 from eval.job import Job, measured_under
 from eval.outcomes import Answered, Failure, Room, chunks, outcomes
 from eval.parallel.ranks import ASKING, Rank
-from eval.results import cost, tracking
+from eval.results import cost
 from llava.errors import UserError
 
 if TYPE_CHECKING:

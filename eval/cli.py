@@ -57,6 +57,9 @@ COMMANDS = {
     "tables memory": Command("eval.tables.memory", "expected memory of the official models (docs/cluster.md)"),
     "tables methods": Command("eval.tables.methods", "what the methods say of themselves (docs/methods.md)"),
     "tables benchmarks": Command("eval.tables.benchmarks", "benchmarks, and the toy models' scores on them"),
+    "wandb sync": Command("eval.tracking.sync", "upload the offline W&B runs below a folder"),
+    "wandb workspace": Command("eval.tracking.workspace", "save a W&B workspace with the plots of these runs"),
+    "wandb report": Command("eval.tracking.report", "save a W&B report with the same panels"),
 }
 DEFAULTS = {"bench": "latency"}  # groups whose second word may be left out
 

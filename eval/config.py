@@ -42,6 +42,7 @@ class RunConfig:
         tensor_parallel: ranks that hold one model together.
         zero: hold the decoder's weights by ZeRO-Inference, see llava.model.builder.load; `zero_ranks` ranks share them.
         judge: who scores answers that a model has to judge; see eval/judging/choice.py. Answers do not depend on it.
+        table: the paper table that the run belongs to, for W&B only.
     """
 
     method: str
@@ -70,6 +71,7 @@ class RunConfig:
     tensor_parallel: int = 1
     zero: str | None = None
     zero_ranks: int = 1
+    table: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", with_current_names(self.options))
@@ -158,6 +160,13 @@ def path_name(text: str) -> str:
         raise ValueError(f"should be a path of at most 4,095 bytes without NUL, got {shortened(text)!r}")
     if any(len(part.encode("utf-8", "replace")) > 255 for part in Path(text).parts):
         raise ValueError(f"should be a path whose names have at most 255 bytes each, got {shortened(text)!r}")
+    return text
+
+
+def table_name(text: str) -> str:
+    """The name of a paper table, short enough for a tag of W&B; ValueError for others."""
+    if not text.strip() or not text.isprintable() or len(text) > 64:
+        raise ValueError(f"should be a name of 1 to 64 printable characters, got {shortened(text)!r}")
     return text
 
 

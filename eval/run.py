@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from eval import tracking
 from eval.answers import AnswerStore, Shard, seal_of
 from eval.answers.jsonl import write_file, write_json
 from eval.answers.reuse import check_reuse
@@ -17,7 +18,7 @@ from eval.job import Job, measured_under, prepare
 from eval.judging.choice import score_answers
 from eval.parallel import ranks
 from eval.parallel.ranks import MERGING, SCORING, WAITING, Rank
-from eval.results import cost, provenance, report, tracking
+from eval.results import cost, provenance, report
 from eval.settings import device_name, flat_config
 from llava.errors import UserError
 

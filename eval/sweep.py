@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eval import benchmarks
+from eval import benchmarks, tracking
 from eval.answers import current_settings
 from eval.answers.jsonl import read_json, read_jsonl, write_json
 from eval.answers.reuse import check_reuse
@@ -33,7 +33,6 @@ from eval.parallel.control import Control
 from eval.parallel.launch import launch
 from eval.parallel.placement import Placement
 from eval.parallel.ranks import Rank
-from eval.results import tracking
 from eval.run import run
 from eval.settings import build_reducer, folder_name
 from llava.errors import UserError

@@ -11,12 +11,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
 HEADER = 7
+# Variables that change what is logged, and where.
+VARIABLES = (
+    "API_KEY", "MODE", "DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "BASE_URL", "PROJECT", "ENTITY", "RUN_ID",
+    "RUN_GROUP", "JOB_TYPE", "NAME", "TAGS",
+)  # fmt: skip
 BLOCK = 32768
 FRAGMENT = struct.Struct("<IHB")
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def without_wandb(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """No key, no mode, no home: what a fresh machine has."""
+    for name in VARIABLES:
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("NETRC", raising=False)
+    # `eval.tracking` sets these for the process; monkeypatch takes them back after the test.
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
 
 
 @dataclass
@@ -28,6 +46,8 @@ class OfflineRun:
         history: one dict per `run.log`.
         files: names of media and other files, relative to `folder / "files"`.
         artifacts: name -> path in the artifact -> file on the disk.
+        artifact_types: name -> type.
+        metadata: name of an artifact -> its metadata.
     """
 
     folder: Path
@@ -40,7 +60,15 @@ class OfflineRun:
     job_type: str = ""
     group: str = ""
     tags: tuple[str, ...] = ()
+    display_name: str = ""
     artifacts: dict[str, dict[str, Path]] = field(default_factory=dict)
+    artifact_types: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> set[str]:
+        """Everything that a panel can show: keys of the history and of the summary."""
+        return {*self.summary, *(key for row in self.history for key in row)}
 
     def last(self, key: str) -> Any:
         """The last value logged under `key`."""
@@ -49,6 +77,10 @@ class OfflineRun:
     def table(self, key: str) -> dict[str, Any]:
         """The content of a logged table: columns and data, pictures as `_type` and `path` in `table_files`."""
         return json.loads(self.table_files(key)[f"{key}.table.json"].read_text())
+
+    def media(self, key: str) -> Path:
+        """The file that was logged under `key`, such as a plot."""
+        return self.folder / "files" / self.last(key)["path"]
 
     def table_files(self, key: str) -> dict[str, Path]:
         """The artifact that the server shows a table from."""
@@ -94,13 +126,16 @@ def read_run(folder: Path) -> OfflineRun:
         match record.WhichOneof("record_type"):
             case "run":
                 run.name, run.job_type, run.group = record.run.run_id, record.run.job_type, record.run.run_group
-                run.tags = tuple(record.run.tags)
+                run.tags, run.display_name = tuple(record.run.tags), record.run.display_name
                 run.config |= items(record.run.config.update)
             case "config":
                 run.config |= items(record.config.update)
             case "artifact":
                 entries = record.artifact.manifest.contents
-                run.artifacts[record.artifact.name] = {entry.path: Path(entry.local_path) for entry in entries}
+                name = record.artifact.name
+                run.artifacts[name] = {entry.path: Path(entry.local_path) for entry in entries}
+                run.artifact_types[name] = record.artifact.type
+                run.metadata[name] = json.loads(record.artifact.metadata or "{}")
             case "history":
                 run.history.append(items(record.history.item))
             case "summary":

@@ -12,8 +12,8 @@ from eval import job
 from eval.asking import ERRORS_IN_A_ROW, Progress, ask
 from eval.config import RunConfig
 from eval.parallel.ranks import Rank
-from eval.results.tracking import Tracker
 from eval.run import run
+from eval.tracking import Tracker
 from llava.errors import UserError
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 

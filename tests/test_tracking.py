@@ -12,28 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval import __main__ as command
+from eval import tracking
 from eval.config import RunConfig
 from eval.figures.overlay_tiles import GAP
-from eval.results import baseline, tracking
+from eval.results import baseline
 from eval.run import Interrupted, run
 from eval.sweep import CachingLlava, Setting, sweep
+from eval.tracking.access import one_line
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
-from tests.read_wandb import find_runs, read_run
-
-VARIABLES = ("API_KEY", "MODE", "DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "BASE_URL", "PROJECT", "ENTITY", "RUN_ID")
+from tests.read_wandb import find_runs, read_run, without_wandb
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
-    """No key, no mode, no home: what a fresh machine has."""
-    for name in VARIABLES:
-        monkeypatch.delenv(f"WANDB_{name}", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
-    monkeypatch.delenv("NETRC", raising=False)
-    # `tracking` sets these for the process; monkeypatch takes them back after the test.
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, "x")
-        monkeypatch.delenv(name)
+    without_wandb(monkeypatch, tmp_path / "nobody")
 
 
 def config(tmp_path: Path, **changes) -> RunConfig:
@@ -102,6 +95,44 @@ def test_a_run_can_be_found_by_tag_job_type_and_group(tmp_path):
     logged = read_run(find_runs(tmp_path / "out")[0])
     assert set(logged.tags) == {"gqa", "testdev", "fake", "first", "llava", "budget 16"}
     assert (logged.job_type, logged.group) == ("evaluation", "gqa-testdev")
+
+
+def test_runs_of_a_table_are_a_group_and_can_be_told_apart(tmp_path):
+    """A table of twenty methods and three budgets was sixty runs in the group of every run of its benchmark."""
+    run(config(tmp_path, wandb="offline", table="llava-1.5"), FakeLlava(), FakeReducer())
+    logged = read_run(find_runs(tmp_path / "out")[0])
+    assert (logged.group, logged.job_type, logged.config["table"]) == ("llava-1.5", "evaluation", "llava-1.5")
+    assert {"llava-1.5", "fake", "first", "budget 16"} <= set(logged.tags)
+    assert "table" not in json.loads((tmp_path / "out" / "settings.json").read_text()), "answers do not depend on it"
+
+
+def test_group_job_type_name_and_tags_of_the_environment_hold(tmp_path, monkeypatch):
+    """Arguments of wandb.init replace W&B's own variables, so these had no effect."""
+    for name, value in (("RUN_GROUP", "mine"), ("JOB_TYPE", "trial"), ("NAME", "monday"), ("TAGS", "a,b")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    run(config(tmp_path, wandb="offline", table="llava-1.5", limit=8), FakeLlava(), FakeReducer())
+    logged = read_run(find_runs(tmp_path / "out" / "limit8")[0])
+    assert (logged.group, logged.job_type, logged.display_name) == ("mine", "trial", "monday")
+    assert {"a", "b", "llava-1.5"} <= set(logged.tags) and logged.config["table"] == "llava-1.5"
+
+
+@pytest.mark.parametrize("name", ["", " ", "x" * 65, "two\nlines"])
+def test_a_table_needs_a_name_that_can_be_a_tag(name, capsys):
+    assert command.main(["--method", "full", "--table", name]) == 2
+    assert capsys.readouterr().err.startswith("--table should be a name of 1 to 64 printable characters, got ")
+
+
+def test_the_key_is_in_no_file_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", key := "5ecret" * 7)
+    run(config(tmp_path, wandb="offline", limit=8), FakeLlava(), FakeReducer())
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(find_runs(tmp_path / "out" / "limit8")) == 1
+    assert not [path for path in files if key.encode() in path.read_bytes()]
+
+
+def test_the_key_is_never_printed(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret")
+    assert one_line(ValueError("refused s3cret of s3cret\nmore")) == "ValueError: refused *** of ***"
 
 
 def test_a_continued_run_continues_its_wandb_run(tmp_path, capsys):
@@ -241,8 +272,9 @@ def test_a_netrc_counts_as_a_key_only_if_it_names_the_server(tmp_path, monkeypat
     assert not tracking.has_key()
     file.write_text("machine github.com login a password b\n")
     assert not tracking.has_key()
-    file.write_text("machine api.wandb.ai login user password k\n")
-    assert tracking.has_key()
+    for host in ("api.wandb.ai", "api.forge.coreweave.com"):  # `wandb login` of 0.31 writes the second one
+        file.write_text(f"machine {host} login user password k\n")
+        assert tracking.has_key()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
     assert not tracking.has_key()
 

@@ -24,7 +24,7 @@ from eval.config import DEFAULT_MODEL
 from eval.parallel import placement
 from eval.parallel import ranks as own
 from eval.parallel.launch import launch
-from eval.results.tracking import Tracker, start
+from eval.tracking import Tracker, start
 from llava.errors import UserError
 from toy import ranks
 from toy.optimizer import MasterOptimizer, schedule

@@ -1,0 +1,28 @@
+"""Weights & Biases: runs of evaluations, sweeps and tables; a workspace, a report and the upload of offline runs.
+
+Logging never asks a question, never waits long, and works without network or home folder. A failure of W&B is reported
+on standard error and changes neither the run nor its files. docs/wandb.md says what is logged.
+"""
+
+from eval.tracking.access import has_key, resolve_mode
+from eval.tracking.opening import start, start_evaluation
+from eval.tracking.samples import COLUMNS, PICTURES, TABLE_PICTURES, TABLE_ROWS
+from eval.tracking.summary import HEADLINE, flat, headline
+from eval.tracking.table_run import log_table_run
+from eval.tracking.tracker import Tracker
+
+__all__ = [
+    "COLUMNS",
+    "HEADLINE",
+    "PICTURES",
+    "TABLE_PICTURES",
+    "TABLE_ROWS",
+    "Tracker",
+    "flat",
+    "has_key",
+    "headline",
+    "log_table_run",
+    "resolve_mode",
+    "start",
+    "start_evaluation",
+]

@@ -1,0 +1,153 @@
+"""Upload the offline W&B runs below a folder that are not uploaded yet.
+
+vtr wandb sync
+vtr wandb sync results/gqa-testdev --dry-run
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.command import exit_on_user_error, make_parser, value
+from eval.config import path_name
+from eval.tracking.access import has_key
+from llava.errors import UserError
+
+# Runs per call of `wandb sync`: command lines have a largest length.
+RUNS_PER_CALL = 200
+REPLACED = re.compile(r"replaced-\d+")
+
+
+@dataclass(frozen=True)
+class OfflineRun:
+    """One W&B run as it lies on the disk.
+
+    Attributes:
+        name: its id.
+        parts: the folders `offline-run-...` of all its starts, oldest first.
+    """
+
+    name: str
+    parts: tuple[Path, ...]
+
+    @property
+    def uploaded(self) -> bool:
+        """Whether every part is: W&B leaves a file beside what it has uploaded."""
+        return all(any(part.glob("*.wandb.synced")) for part in self.parts)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether --restart moved its results aside."""
+        if any(REPLACED.fullmatch(name) for part in self.parts for name in part.parts):
+            return True
+        output = self.parts[-1].parent.parent
+        return any(file.read_text().strip() == self.name for file in output.glob("replaced-*/wandb_id*"))
+
+    @property
+    def running(self) -> bool:
+        """Whether a process still answers into its folder."""
+        output = self.parts[-1].parent.parent
+        return any(is_locked(folder / "lock") for folder in (output, output.parent))
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 1 if W&B did not upload all of them."""
+    p = make_parser("eval.tracking.sync", __doc__)
+    p.add_argument("folder", nargs="?", default="results", type=value(path_name), help="folder that holds the runs")
+    p.add_argument("--replaced", action="store_true", help="also runs whose results --restart moved aside")
+    p.add_argument("--dry-run", action="store_true", help="list the runs that would be uploaded")
+    args = p.parse_args(arguments)
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}; name the one that holds the results.")
+    runs = find_runs(folder)
+    pending = [run for run in runs if not run.uploaded]
+    chosen = [run for run in pending if (args.replaced or not run.replaced) and not run.running]
+    print(counted(runs, pending, chosen, folder))
+    if args.dry_run:
+        print("".join(f"{part}\n" for run in chosen for part in run.parts), end="")
+        return 0
+    if not chosen:
+        return 0
+    try:
+        upload(chosen)
+    except KeyboardInterrupt:  # without a network, W&B keeps trying
+        print("\nStopped; run this command again for what is not uploaded.", file=sys.stderr)
+    left = [run for run in chosen if not run.uploaded]
+    print(f"{len(chosen) - len(left):,} of {len(chosen):,} runs are uploaded.")
+    for run in left:
+        print(f"not uploaded: {run.parts[-1]}", file=sys.stderr)
+    return 1 if left else 0
+
+
+def counted(
+    runs: Sequence[OfflineRun], pending: Sequence[OfflineRun], chosen: Sequence[OfflineRun], folder: Path
+) -> str:
+    """How many runs there are, and why some are left out."""
+    left_out = [run for run in pending if run not in chosen]
+    running = sum(run.running for run in left_out)
+    reasons = (
+        (len(runs) - len(pending), "uploaded before"),
+        (running, "still running"),
+        (len(left_out) - running, "replaced by --restart"),
+    )
+    text = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
+    noun = "run" if len(runs) == 1 else "runs"
+    return f"{len(runs):,} offline {noun} below {folder}: {len(chosen):,} to upload" + (f", {text}." if text else ".")
+
+
+def find_runs(folder: Path) -> list[OfflineRun]:
+    """Offline runs at any depth, those of the same id in the same place as one."""
+    found: dict[tuple[Path, str], list[Path]] = {}
+    for file in sorted(folder.rglob("offline-run-*/run-*.wandb")):
+        key = (file.parent.parent, file.stem.removeprefix("run-"))
+        found.setdefault(key, []).append(file.parent)
+    return [OfflineRun(name, tuple(parts)) for (_, name), parts in found.items()]
+
+
+def upload(runs: Sequence[OfflineRun]) -> None:
+    """Call `wandb sync`.
+
+    Raises:
+        UserError: there is no key or no `wandb`, or it fails.
+    """
+    program = shutil.which("wandb")
+    if program is None:
+        raise UserError("The command wandb is not installed here; install it with: pip install wandb")
+    if not has_key():
+        raise UserError("W&B has no API key; run `wandb login` or set WANDB_API_KEY, then run this command again.")
+    with tempfile.TemporaryDirectory() as logs:  # otherwise W&B makes a folder for its logs where the command runs
+        environment = {"WANDB_DIR": logs} | os.environ
+        for start in range(0, len(runs), RUNS_PER_CALL):
+            # All parts of a run in one call, uploaded before or not: W&B joins them only then.
+            paths = [str(part) for run in runs[start : start + RUNS_PER_CALL] for part in run.parts]
+            command = [program, "sync", "--include-synced", *paths]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, env=environment)
+            if done.returncode:
+                raise UserError(
+                    f"wandb sync ended with code {done.returncode}; run this command again for what is not uploaded."
+                )
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock of eval.answers.folder_lock; the file is not changed."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(file, fcntl.LOCK_UN)
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
