@@ -27,6 +27,8 @@ class Where:
         is_toy: the bundled toy model; published values are left out then.
         data: data folder.
         limit: questions of each benchmark; None for all.
+        wandb: W&B mode of the cells' own runs; the table's run is another one.
+        table: the group of these runs.
     """
 
     place: Place
@@ -35,6 +37,8 @@ class Where:
     limit: int | None = None
     device: str = "auto"
     judge: str = "auto"
+    wandb: str = "disabled"
+    table: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ def config_of(line: Line, column: Column, where: Where, model: Llava) -> RunConf
         picture=dict(where.place.picture),
         judge=where.judge if is_judged(column, split, where) else "auto",
         failed="again",
+        wandb=where.wandb,
+        table=where.table,
     )
 
 

@@ -47,7 +47,14 @@ def where_of(table: Table, args: argparse.Namespace) -> "Where":
     if not data.is_dir():
         raise UserError(f"The data folder {data} does not exist; see docs/reproduce.md.")
     limit = min(filter(None, (args.limit, place.questions)), default=None)
-    return Where(place, is_toy, data, limit, args.device, args.judge)
+    return Where(place, is_toy, data, limit, args.device, args.judge, wandb_of_cells(args.wandb), table.identity)
+
+
+def wandb_of_cells(mode: str) -> str:
+    """Every cell is a W&B run of its own where W&B is online or asked for; hundreds of offline runs help nobody."""
+    from eval.tracking.access import has_key, resolve_mode
+
+    return "disabled" if mode == "auto" and not (has_key() and resolve_mode(mode) == "online") else mode
 
 
 def narrowed(table: Table, args: argparse.Namespace, is_toy: bool) -> Table:
@@ -245,7 +252,17 @@ def summary(document: "Document") -> str:
 
 
 def log(mode: str, document: "Document", where: "Where", folder: Path, files: Sequence[Path]) -> None:
-    """One W&B run for the table."""
+    """One W&B run for the table, with its files and what its plots show."""
+    from eval.tracking.table_run import log_table_run
+
+    header = ["method", "budget", "benchmark", "score", "low", "high", "tokens per layer", "answers sha256"]
+    cells = [entry.cell for entry in document.entries]
+    rows = [
+        [c.line.title, str(c.line.budget or "all"), c.column.title, c.value, c.low, c.high, c.tokens, c.answers_sha256]
+        for c in cells
+    ]
+    about = {"model": where.place.model, "paper": document.table.paper, "limit": where.limit, "toy": where.is_toy}
+    log_table_run(mode, folder, document.table.identity, about, header, rows, files, document.points)
 
 
 if __name__ == "__main__":
