@@ -73,6 +73,8 @@ class Dataset:
         accepts: ids that an answer file may hold or lack.
         judging: how an LLM judge is asked, eval.judging.Judging, for benchmarks that need one.
         benchmark: name in the registry; "" where a data set was not loaded through it.
+        normalise: text -> what the scorer compares with the references, to say whether two texts are the same answer;
+            None where it has no such form of a text alone.
     """
 
     title: str
@@ -88,6 +90,7 @@ class Dataset:
     accepts: frozenset[str] = frozenset()
     judging: Any = None
     benchmark: str = ""
+    normalise: Callable[[str], str] | None = None
 
     def check_images(self, questions: Iterable[Question]) -> None:
         """Fail before the run starts, not at question 9,000."""
@@ -186,7 +189,7 @@ def with_stripped_answers(data: Dataset) -> Dataset:
     def over(function: Callable[[Sequence[str], Mapping[str, str]], Any]) -> Callable[..., Any]:
         return lambda asked, texts: function(asked, stripped(texts))
 
-    sample_score, judging = data.sample_score, data.judging
+    sample_score, judging, normalise = data.sample_score, data.judging, data.normalise
     if judging is not None:
         extra = over(judging.extra) if judging.extra is not None else None
         judging = replace(judging, requests=over(judging.requests), match=over(judging.match), extra=extra)
@@ -196,6 +199,7 @@ def with_stripped_answers(data: Dataset) -> Dataset:
         sample_score=None if sample_score is None else lambda question, text: sample_score(question, text.strip()),
         submission=lambda texts: data.submission(stripped(texts)),
         judging=judging,
+        normalise=None if normalise is None else lambda text: normalise(text.strip()),
     )
 
 

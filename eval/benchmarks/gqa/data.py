@@ -130,6 +130,7 @@ def from_official(folder: Path, split: str, profile: str) -> Dataset:
         submission,
         facts={"source": "official", "profile": profile},
         accepts=frozenset(unbalanced),
+        normalise=accuracy.normalise,
     )
     return as_lmms(found) if profile == "lmms" else found
 
@@ -162,6 +163,7 @@ def from_mirror(data: Path, split: str, profile: str, download: bool) -> Dataset
         sample_score,
         submission,
         facts={"source": table.id, "profile": profile},
+        normalise=accuracy.normalise,
     )
     return as_lmms(found) if profile == "lmms" else found
 
@@ -176,7 +178,11 @@ def as_lmms(data: Dataset) -> Dataset:
         return exact_match.score(wanted, given, {}, sample_score=exact_match.loose_score)
 
     return replace(
-        data, score=score, sample_score=lambda q, text: exact_match.loose_score(text, q.answer), max_new_tokens=16
+        data,
+        score=score,
+        sample_score=lambda q, text: exact_match.loose_score(text, q.answer),
+        max_new_tokens=16,
+        normalise=exact_match.bare,
     )
 
 

@@ -215,7 +215,16 @@ def assemble(
     title = f"POPE {split}"
     # Both profiles leave the length to their default, which is 128 in LLaVA's loader and in lmms-eval's task.
     return Dataset(
-        title, questions, pictures, version, score, sample_score, submission, max_new_tokens=128, facts=facts
+        title,
+        questions,
+        pictures,
+        version,
+        score,
+        sample_score,
+        submission,
+        max_new_tokens=128,
+        facts=facts,
+        normalise=read,
     )
 
 

@@ -109,6 +109,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
             "ocr_tokens": "on" if with_ocr else "off",
         },
         read=reader(found.records),
+        normalise=process,
     )
 
 

@@ -76,6 +76,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         # LLaVA: model_vqa_loader.py's default. lmms-eval: no limit for this task, its LLaVA then takes 1,024.
         max_new_tokens=1024 if profile == "lmms" else 128,
         facts={"source": found.source, "profile": profile, "size": size(len(questions), PUBLISHED_SIZES[split])},
+        normalise=process,
     )
 
 

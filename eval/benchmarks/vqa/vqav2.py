@@ -119,6 +119,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         max_new_tokens=16 if profile == "lmms" else 128,  # LLaVA: model_vqa_loader.py's default
         facts=facts,
         accepts=accepts,
+        normalise=process,
     )
 
 
