@@ -1,6 +1,6 @@
 """Everything that a rendered table says, before it takes a format."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eval.papers.measured import Measured, relative
@@ -36,6 +36,7 @@ class Document:
         marked: the gate's findings; empty if it passed or was not asked.
         unchecked: why the gate says nothing; "" if it checked.
         facts: (name, text) lines under the title.
+        points: for plots, one per method and budget: tokens, ttft_ms and score, the mean of full in percent.
     """
 
     table: Table
@@ -47,6 +48,7 @@ class Document:
     marked: Sequence[str] = ()
     unchecked: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
+    points: Sequence[Mapping[str, object]] = field(default_factory=tuple)
 
     @property
     def has_published(self) -> bool:

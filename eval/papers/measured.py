@@ -11,12 +11,12 @@ from eval.answers import result_folder
 from eval.answers.jsonl import read_json, read_jsonl
 from eval.config import ROOT
 from eval.judging.choice import score_answers
-from eval.metrics import Score, SufficientStatistics
+from eval.metrics import SufficientStatistics
 from eval.papers.plan import Line, Where, config_of
 from eval.papers.spec import Column
-from eval.results.cost import flops_as_batched
 from eval.results.report import interval_of
 from eval.results.statistics import terms_of
+from eval.statistics.runs import sample_scores
 from eval.sweep import dataset
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
@@ -34,7 +34,8 @@ class Cell:
         merged: how many of them stand for several.
         kv_bytes, flops: per question.
         answers_sha256: over the sorted answers to the questions that were asked.
-        terms: sums by unit of the benchmark's main metric, for tests; texts: question id -> answer.
+        terms: sums by unit of the benchmark's main metric, for tests.
+        texts, credits, clusters: question id -> answer, sample score (empty where single answers have none), image.
         command: asks these questions alone.
     """
 
@@ -57,9 +58,10 @@ class Cell:
     commit: str
     finished: str
     answers_sha256: str
-    score: Score = field(repr=False, compare=False)
     terms: SufficientStatistics = field(repr=False, compare=False)
     texts: Mapping[str, str] = field(repr=False, compare=False)
+    credits: Mapping[str, float] = field(repr=False, compare=False)
+    clusters: Mapping[str, str] = field(repr=False, compare=False)
 
     @property
     def run(self) -> str:
@@ -86,6 +88,7 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell:
     lines = (row for _, row in read_jsonl(folder / "answers.jsonl"))
     texts = {row["question_id"]: row["text"] for row in lines if row["question_id"] in wanted}
     score, _ = score_answers(data, config.judge, asked, texts, folder / "answers.jsonl")
+    images = {question.id: question.image for question in data.questions}
     metric, value = metric_of(column, result)
     found = interval_of(result) if metric == result["main"] else None
     audit = result["audit"]
@@ -103,15 +106,16 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell:
         audit["mean_tokens_per_layer"],
         audit["merged_tokens"],
         audit["kv_bytes_per_sample"],
-        flops_as_batched(result) if result["flops"]["per_question"] is not None else None,
+        result["flops"]["per_question"],
         folder,
         command_of(line, column, where),
         result["commit"] or "",
         result["finished"],
         digest(texts),
-        score,
-        terms_of(score, {question.id: question.image for question in data.questions}),
+        terms_of(score, images),
         texts,
+        sample_scores(score, texts, data) or {},
+        {name: images[name] for name in asked},
     )
 
 

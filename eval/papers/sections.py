@@ -1,13 +1,233 @@
-"""The further sections of a table's page, by its kind."""
+"""The further tables of a page: costs, statistics over the benchmarks, and the paired tests of an ablation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from eval.papers.document import Section
-from eval.papers.measured import Measured
-from eval.papers.plan import Where
+from eval.papers.measured import Cell, Measured
 from eval.papers.spec import Table
+from eval.papers.timing import Time
+from eval.results.statistics import LEVEL, RESAMPLES, Interval, accuracy_terms, compare, holm, interval
+from eval.statistics.hard_questions import groups
+from eval.statistics.interquartile import relative_iqm, relative_mean
+from eval.statistics.loyalty import same_answers
+from eval.statistics.tokens_needed import tokens_needed
+from eval.tables.page import difference_text, score_text
+from llava.errors import UserError
+
+Times = Mapping[int, Time]
 
 
-def sections_of(table: Table, where: Where, found: Measured) -> Sequence[Section]:
-    """Statistics of a score table; the paired differences of an ablation."""
-    return ()
+def sections_of(table: Table, found: Measured, times: Times) -> list[Section]:
+    """Costs always; statistics of a score table; the differences of an ablation."""
+    if table.kind == "ablation":
+        return [ablation(found), costs(found, times)]
+    if table.kind == "efficiency":
+        return [costs(found, times)]
+    return [aggregates(table, found), needed(found), against(table, found), costs(found, times)]
+
+
+def costs(found: Measured, times: Times) -> Section:
+    """What one question costs, beside the unreduced model."""
+    rows = []
+    full = first(found, 0)
+    for index, line in enumerate(found.lines):
+        cell = first(found, index)
+        if cell is None or full is None:
+            continue
+        row = [line.title, str(line.budget or "all"), f"{cell.tokens:.1f}", f"{cell.kv_bytes / 1e6:.2f}"]
+        row += [f"{full.kv_bytes / cell.kv_bytes:.2f}x", *flops_cells(cell, full)]
+        time, base = times.get(index), times.get(0)
+        row += [f"{1000 * time.ttft:.1f}", f"{base.ttft / time.ttft:.2f}x"] if time and base else ["n/a", "n/a"]
+        rows.append(row)
+    about = (
+        f"Of {found.columns[0].title}: tokens that entered a layer (mean over layers), key/value cache, and operations "
+        "of a question asked alone, vision tower included. "
+    )
+    about += next(iter(times.values())).about if times else "Times were not measured in this run (--times)."
+    header = [
+        "method",
+        "budget",
+        "tokens",
+        "KV MB",
+        "KV smaller",
+        "GFLOP",
+        "fewer operations",
+        "TTFT ms",
+        "TTFT faster",
+    ]
+    return Section("Costs", about, header, rows)
+
+
+def flops_cells(cell: Cell, full: Cell) -> list[str]:
+    if cell.flops is None or full.flops is None:
+        return ["n/a", "n/a"]
+    return [f"{cell.flops / 1e9:.2f}", f"{full.flops / cell.flops:.2f}x"]
+
+
+def first(found: Measured, index: int) -> Cell | None:
+    """The cell of the first benchmark."""
+    return found.cells.get((index, found.columns[0].benchmark))
+
+
+def aggregates(table: Table, found: Measured) -> Section:
+    """Averages over the benchmarks with intervals, loyalty, and accuracy on the questions that downsampling loses."""
+    rows = []
+    full = found.row(0)
+    for index, line in enumerate(found.lines):
+        row = found.row(index)
+        if index == 0 or not row:
+            continue
+        pairs = {name: (cell.terms, full[name].terms) for name, cell in row.items()}
+        control = downsample_at(found, index)
+        rows.append(
+            [
+                line.title,
+                str(line.budget),
+                score_text(relative_mean(pairs)),
+                score_text(relative_iqm(pairs)),
+                score_text(pooled_loyalty(row, full)),
+                hard_text(row, full, control),
+            ]
+        )
+    about = (
+        "Mean and interquartile mean of the score in percent of full over the benchmarks; loyalty: questions with the "
+        "same answer as full; hard questions: right with full, wrong with the downsampled image of as many tokens "
+        "(group A of VTC-Bench). 95 % intervals in brackets. Definitions: docs/statistics.md."
+    )
+    header = ["method", "budget", "mean of full, %", "interquartile mean, %", "loyalty, %", "hard questions, %"]
+    return Section("Averages, loyalty and hard questions", about, header, rows)
+
+
+def downsample_at(found: Measured, index: int) -> dict[str, Cell]:
+    """The control's cells at the same budget."""
+    budget = found.lines[index].budget
+    return next(
+        (found.row(i) for i, line in enumerate(found.lines) if line.method == "downsample" and line.budget == budget),
+        {},
+    )
+
+
+def pooled_loyalty(row: Mapping[str, Cell], full: Mapping[str, Cell]) -> Interval:
+    """Over all questions of all benchmarks; images of different benchmarks are different units."""
+    same = {
+        f"{name} {key}": value
+        for name, cell in row.items()
+        for key, value in same_answers(cell.texts, full[name].texts).items()
+    }
+    return interval(accuracy_terms(same, clusters_of(row)))
+
+
+def clusters_of(row: Mapping[str, Cell]) -> dict[str, str]:
+    """Question of a benchmark -> image of that benchmark."""
+    return {f"{name} {key}": f"{name} {image}" for name, cell in row.items() for key, image in cell.clusters.items()}
+
+
+def hard_text(row: Mapping[str, Cell], full: Mapping[str, Cell], control: Mapping[str, Cell]) -> str:
+    """Accuracy on the hard questions of all benchmarks that score single answers, and how many these are."""
+    credits: dict[str, float] = {}
+    for name, cell in row.items():
+        if name in control and cell.credits and full[name].credits and control[name].credits:
+            hard = groups(full[name].credits, control[name].credits).a
+            credits |= {f"{name} {key}": cell.credits[key] for key in hard}
+    if not credits:
+        return "n/a"
+    return f"{score_text(interval(accuracy_terms(credits, clusters_of(row))))} of {len(credits):,}"
+
+
+def needed(found: Measured) -> Section:
+    """The smallest budget of each method at which 99 % of full are shown, for each benchmark."""
+    by_method: dict[str, dict[int, int]] = {}
+    for index, line in enumerate(found.lines):
+        if index and found.row(index):
+            cell = next(iter(found.row(index).values()))
+            by_method.setdefault(line.title, {})[round(cell.tokens)] = index
+    rows = [
+        [title, *(needed_text(found, budgets, column.benchmark) for column in found.columns)]
+        for title, budgets in by_method.items()
+    ]
+    about = (
+        "The smallest measured number of tokens from which on a one-sided non-inferiority test at 5 % shows more than "
+        "99 % of the unreduced score. Small sets show it for few methods. Definition: docs/statistics.md."
+    )
+    return Section("Tokens needed for 99 % of full", about, ["method", *(c.title for c in found.columns)], rows)
+
+
+def needed_text(found: Measured, budgets: Mapping[int, int], benchmark: str) -> str:
+    full = found.cells[0, benchmark].terms
+    try:
+        return tokens_needed(full, {b: found.cells[index, benchmark].terms for b, index in budgets.items()}).text
+    except UserError:
+        return "n/a"
+
+
+def against(table: Table, found: Measured) -> Section:
+    """On how many benchmarks the paper's method is significantly better and worse than each other method."""
+    rows = []
+    for index, line in enumerate(found.lines):
+        ours = ours_at(table, found, line.budget)
+        if index == 0 or ours is None or ours == index or not found.row(index):
+            continue
+        better, worse, texts = verdicts(found.row(ours), found.row(index))
+        rows.append([line.title, str(line.budget), str(better), str(worse), texts])
+    title = next((line.title for line in found.lines if line.method == table.ours), table.ours)
+    about = (
+        f"{title} minus each method at the same budget, paired permutation tests by image on every benchmark, p-values "
+        "corrected by Holm over the benchmarks of a row. Listed are the significant differences (5 %)."
+    )
+    header = ["method", "budget", f"{title} better on", "worse on", "significant differences [95 % interval]"]
+    return Section(f"{title} against each method", about, header, rows)
+
+
+def ours_at(table: Table, found: Measured, budget: object) -> int | None:
+    """The line of the paper's method, with its defaults, at a budget."""
+    for index, line in enumerate(found.lines):
+        if line.method == table.ours and line.budget == budget and line.row is not None and not line.row.options:
+            return index if found.row(index) else None
+    return None
+
+
+def verdicts(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> tuple[int, int, str]:
+    """Benchmarks on which ours is better, worse, and the differences in words."""
+    names = [name for name in ours if name in other]
+    found = [compare(ours[name].terms, other[name].terms, RESAMPLES // 2) for name in names]
+    clear = [
+        (ours[name].column.title, one)
+        for name, one, p in zip(names, found, holm([one.p for one in found]), strict=True)
+        if p <= 1 - LEVEL
+    ]
+    better = sum(one.difference > 0 for _, one in clear)
+    return better, len(clear) - better, "; ".join(f"{title} {difference_text(one)}" for title, one in clear) or "none"
+
+
+def ablation(found: Measured) -> Section:
+    """Every choice beside the method's defaults, paired over images."""
+    rows = []
+    for index, line in enumerate(found.lines):
+        if index == 0 or line.row is None:
+            continue
+        base = default_at(found, index)
+        label = f"{line.row.group}: {line.row.title}" if line.row.group else line.row.title
+        row = found.row(index)
+        cells = [label, str(line.budget)]
+        for column in found.columns:
+            cell = row.get(column.benchmark)
+            default = found.cells.get((base, column.benchmark)) if base is not None else None
+            if cell is None:
+                cells += ["n/a", "cannot run"]
+            elif base == index or default is None:
+                cells += [f"{cell.value:.1f}", "default" if base == index else "n/a"]
+            else:
+                cells += [f"{cell.value:.1f}", difference_text(compare(cell.terms, default.terms))]
+        rows.append(cells)
+    header = ["choice", "budget"]
+    header += [head for column in found.columns for head in (column.title, "against the default [95 % CI]")]
+    about = "One choice at a time around the method's defaults; the difference is paired over images."
+    return Section("One choice at a time", about, header, rows)
+
+
+def default_at(found: Measured, index: int) -> int | None:
+    """The line of the defaults at the same budget: the row without options."""
+    budget = found.lines[index].budget
+    return next(
+        (i for i, line in enumerate(found.lines) if line.budget == budget and line.row and not line.row.options), None
+    )

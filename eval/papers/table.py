@@ -11,7 +11,7 @@ results/sweep, shared by all tables, so an interrupted table goes on where it st
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from eval.papers.gate import Check
     from eval.papers.measured import Measured
     from eval.papers.plan import Where
+    from eval.papers.timing import Time
+    from llava.model.llava_arch import Llava
 
-FORMATS = ("md", "csv", "tex", "html")
+REPEATS = 5
 
 
 def where_of(table: Table, args: argparse.Namespace) -> "Where":
@@ -90,27 +92,38 @@ def words(text: str | None) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
 
 
-def make(table: Table, where: "Where", render_only: bool, stop_at_gate: bool, command: str) -> "Document":
+def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path) -> "Document":
     """Fill what is missing, and say everything that the formats write."""
     from eval.papers.fill import fill_cells, open_model
     from eval.papers.measured import read_cells
     from eval.papers.plan import columns_of, described, lines_of
+    from eval.papers.timing import times_of
     from eval.parallel import placement
 
-    place = None if render_only else placement.here()
+    place = None if args.render else placement.here()
     model = open_model(where, place)
     columns, lines = columns_of(table, where), lines_of(table, where, model)
     if not columns:
         raise UserError(f"{where.place.model} can fill none of the chosen benchmarks; leave --benchmarks out.")
     for reason in described(lines):
         print(f"n/a: {reason}", file=sys.stderr)
-    if not render_only:
+    if not args.render:
         fill_cells(lines[:1], columns, where, model, place, f"{table.identity}, full")
-    checks = gate_of(table, where, read_cells(lines[:1], columns, where, model), stop_at_gate and not render_only)
-    if not render_only:
+    checks = gate_of(table, where, read_cells(lines[:1], columns, where, model), args.gate == "stop")
+    if not args.render:
         fill_cells(lines, columns, where, model, place, table.identity)
-    found = read_cells(lines, columns, where, model)
-    return document_of(table, where, found, checks, command)
+    times = times_of(lines, columns[0], where, model, repeats_of(args, model, where), folder / "times.jsonl")
+    return document_of(table, where, read_cells(lines, columns, where, model), checks, times, command_line(table, args))
+
+
+def repeats_of(args: argparse.Namespace, model: "Llava", where: "Where") -> int:
+    """Prefills to time: the default is none for a quick look, and none on the wrong device."""
+    from llava.model.builder import device_of
+
+    if model.device.type != device_of(where.device).type:
+        print("Times are not measured: the ranks have the GPUs; run again with GPUS=0 for them.", file=sys.stderr)
+        return 0
+    return args.times if args.times is not None else 0 if args.limit else REPEATS
 
 
 def gate_of(table: Table, where: "Where", full: "Measured", stop: bool) -> "list[Check]":
@@ -131,7 +144,14 @@ def gate_of(table: Table, where: "Where", full: "Measured", stop: bool) -> "list
     return checks
 
 
-def document_of(table: Table, where: "Where", found: "Measured", checks: "Sequence[Check]", command: str) -> "Document":
+def document_of(
+    table: Table,
+    where: "Where",
+    found: "Measured",
+    checks: "Sequence[Check]",
+    times: "Mapping[int, Time]",
+    command: str,
+) -> "Document":
     """What the page says, by the kind of the table."""
     from eval.papers import published
     from eval.papers.document import Document, facts_of, notes_of
@@ -146,11 +166,26 @@ def document_of(table: Table, where: "Where", found: "Measured", checks: "Sequen
         [*heads(found.columns), "average"],
         blocks(table, found) if table.kind == "scores" else (),
         entries(found, source, where.place),
-        sections_of(table, where, found),
+        sections_of(table, found, times),
         sentences(checks),
         unchecked(where, checks),
         notes_of(table, found),
+        points_of(found, times),
     )
+
+
+def points_of(found: "Measured", times: "Mapping[int, Time]") -> list[dict[str, object]]:
+    """A point per line for plots: tokens and time against the mean of full."""
+    points: list[dict[str, object]] = []
+    for index, line in enumerate(found.lines):
+        row, time = found.row(index), times.get(index)
+        if row:
+            cost = {
+                "tokens": sum(cell.tokens for cell in row.values()) / len(row),
+                "ttft_ms": 1000 * time.ttft if time else None,
+            }
+            points.append({"method": line.title, "budget": line.budget, **cost, "score": found.of_full(index)})
+    return points
 
 
 def heads(columns: Sequence[Column]) -> list[str]:
@@ -202,6 +237,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gate", choices=("mark", "stop"), default="mark", help="what a wrong baseline does to the table")
     p.add_argument("--render", action="store_true", help="run nothing; write the table from finished runs")
     p.add_argument("--output", type=Path, help="folder of the files; default results/tables/PAPER/MODEL[-limitN]")
+    p.add_argument("--times", type=int, metavar="N", help="prefills per method to time; default 5, 0 with --limit")
     p.add_argument("--wandb", default="auto", help="auto, online, offline or disabled: one run for the whole table")
     return p
 
@@ -215,8 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = spec.read(spec.find(args.table))
     where = where_of(table, args)
     table = narrowed(table, args, where.is_toy)
-    document = make(table, where, args.render, args.gate == "stop", command_line(table, args))
     folder = args.output or default_folder(table, where, args)
+    document = make(table, where, args, folder)
     files = write(document, folder, where.is_toy)
     log(args.wandb, document, where, folder, files)
     print(summary(document))
