@@ -1,6 +1,6 @@
 """The further tables of a page: costs, statistics over the benchmarks, and the paired tests of an ablation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from eval.papers.document import Section
 from eval.papers.measured import Cell, Measured
@@ -8,7 +8,7 @@ from eval.papers.spec import Table
 from eval.papers.timing import Time
 from eval.results.statistics import LEVEL, RESAMPLES, Interval, accuracy_terms, compare, holm, interval
 from eval.statistics.hard_questions import groups
-from eval.statistics.interquartile import relative_iqm, relative_mean
+from eval.statistics.interquartile import Scores, relative_iqm, relative_mean
 from eval.statistics.loyalty import same_answers
 from eval.statistics.tokens_needed import tokens_needed
 from eval.tables.page import difference_text, score_text
@@ -83,8 +83,8 @@ def aggregates(table: Table, found: Measured) -> Section:
             [
                 line.title,
                 str(line.budget),
-                score_text(relative_mean(pairs)),
-                score_text(relative_iqm(pairs)),
+                relative_text(relative_mean, pairs),
+                relative_text(relative_iqm, pairs),
                 score_text(pooled_loyalty(row, full)),
                 hard_text(row, full, control),
             ]
@@ -96,6 +96,14 @@ def aggregates(table: Table, found: Measured) -> Section:
     )
     header = ["method", "budget", "mean of full, %", "interquartile mean, %", "loyalty, %", "hard questions, %"]
     return Section("Averages, loyalty and hard questions", about, header, rows)
+
+
+def relative_text(average: Callable[[Scores], Interval], pairs: Scores) -> str:
+    """An average with its interval; n/a where full scores 0 on a resample, as a few questions can make it."""
+    try:
+        return score_text(average(pairs))
+    except UserError:
+        return "n/a"
 
 
 def downsample_at(found: Measured, index: int) -> dict[str, Cell]:
