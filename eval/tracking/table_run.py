@@ -83,7 +83,7 @@ def slug(name: str) -> str:
 def earlier_parts(run: Any) -> int:
     """Starts of this run before this one, by the folders that W&B made: the step, which must not go back."""
     folder = Path(run.dir).parent
-    return max(0, len(list(folder.parent.glob(f"*run-*-{run.id}"))) - 1)
+    return sum(file.parent != folder for file in folder.parent.glob(f"*run-*/run-{run.id}.wandb"))
 
 
 def is_placed(point: Mapping[str, Any], key: str) -> bool:
