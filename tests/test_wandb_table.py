@@ -110,6 +110,15 @@ def test_switched_off_nothing_is_written(tmp_path):
     assert not (tmp_path / "t" / "wandb").exists() and not list((tmp_path / "t").glob("wandb_id*"))
 
 
+def test_scores_of_two_benchmarks_are_two_lines():
+    points = [point | {"benchmark": name} for point in POINTS for name in ("GQA", "POPE")]
+    lines = figure(points, "tokens", "tokens", "t").to_plotly_json()["data"]
+    assert [line["name"] for line in lines] == [
+        "full, GQA", "full, POPE", "consensusdrop, GQA", "consensusdrop, POPE"
+    ]  # fmt: skip
+    assert [len(line["x"]) for line in lines] == [1, 1, 2, 2]
+
+
 def test_plots_hold_plain_lists():
     """plotly writes arrays as base64, which older viewers draw as nothing."""
     assert "bdata" not in json.dumps(figure(POINTS, "tokens", "tokens", "t").to_plotly_json(), default=str)
