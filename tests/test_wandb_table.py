@@ -76,12 +76,12 @@ def test_a_table_reads_back_with_its_files_plots_and_pictures(tmp_path, capsys):
 
 
 def test_the_same_table_again_continues_its_run_with_a_later_step(tmp_path):
-    for _ in range(2):
+    for _ in range(3):  # in one second, too: W&B then adds -1 and so on to the folder's name
         log(tmp_path / "t")
-    first, second = read_all(tmp_path / "t")
-    assert first.name == second.name
-    steps = [[row["_step"] for row in one.history if TABLE in row] for one in (first, second)]
-    assert steps == [[0], [1]], "W&B drops rows whose step is not above the last one"
+    parts = read_all(tmp_path / "t")
+    assert len(parts) == 3 and len({one.name for one in parts}) == 1
+    steps = [[row["_step"] for row in one.history if TABLE in row] for one in parts]
+    assert sorted(steps) == [[0], [1], [2]], "W&B drops rows whose step is not above the last one"
 
 
 def test_two_tables_in_one_folder_are_two_runs(tmp_path):
@@ -108,6 +108,15 @@ def test_a_missing_file_is_one_line_and_no_error(tmp_path, capsys):
 def test_switched_off_nothing_is_written(tmp_path):
     log(tmp_path / "t", mode="disabled")
     assert not (tmp_path / "t" / "wandb").exists() and not list((tmp_path / "t").glob("wandb_id*"))
+
+
+def test_scores_of_two_benchmarks_are_two_lines():
+    points = [point | {"benchmark": name} for point in POINTS for name in ("GQA", "POPE")]
+    lines = figure(points, "tokens", "tokens", "t").to_plotly_json()["data"]
+    assert [line["name"] for line in lines] == [
+        "full, GQA", "full, POPE", "consensusdrop, GQA", "consensusdrop, POPE"
+    ]  # fmt: skip
+    assert [len(line["x"]) for line in lines] == [1, 1, 2, 2]
 
 
 def test_plots_hold_plain_lists():

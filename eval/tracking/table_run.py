@@ -43,8 +43,8 @@ def log_table_run(
         about: settings of the table, such as benchmark and model; the run's configuration and the artifact's metadata.
         columns, rows: the table.
         files: the table as it was written (md, csv, tex, html).
-        points: one per cell: `method`, `budget`, `tokens`, `ttft_ms` and `score`; those without the number of an axis
-            or without a score are left out of its plot.
+        points: one per cell: `method`, `budget`, `tokens`, `ttft_ms`, `score` and, in a table of several benchmarks,
+            `benchmark`; those without the number of an axis or without a score are left out of its plot.
         pictures: caption -> image file of kept tokens.
 
     A failure of W&B, or a file that is not there, is reported on standard error and changes nothing else.
@@ -83,7 +83,7 @@ def slug(name: str) -> str:
 def earlier_parts(run: Any) -> int:
     """Starts of this run before this one, by the folders that W&B made: the step, which must not go back."""
     folder = Path(run.dir).parent
-    return max(0, len(list(folder.parent.glob(f"*run-*-{run.id}"))) - 1)
+    return sum(file.parent != folder for file in folder.parent.glob(f"*run-*/run-{run.id}.wandb"))
 
 
 def is_placed(point: Mapping[str, Any], key: str) -> bool:
@@ -91,20 +91,25 @@ def is_placed(point: Mapping[str, Any], key: str) -> bool:
     return point.get(key) is not None and point.get("score") is not None
 
 
+def label_of(point: Mapping[str, Any]) -> str:
+    """The line of a plot that a point belongs to: scores of two benchmarks are never joined."""
+    return ", ".join(str(point[key]) for key in ("method", "benchmark") if point.get(key) is not None)
+
+
 def figure(points: Sequence[Mapping[str, Any]], key: str, axis: str, title: str) -> "go.Figure":
-    """Score against the number `key`: one line per method, one point per budget."""
+    """Score against the number `key`: one line per method and benchmark, one point per budget."""
     import plotly.graph_objects as go
 
     placed = [point for point in points if is_placed(point, key)]
     plot = go.Figure()
-    for number, method in enumerate(dict.fromkeys(point["method"] for point in placed)):
-        line = sorted((point for point in placed if point["method"] == method), key=lambda point: point[key])
+    for number, label in enumerate(dict.fromkeys(map(label_of, placed))):
+        line = sorted((point for point in placed if label_of(point) == label), key=lambda point: point[key])
         plot.add_scatter(
             # Lists of plain numbers: plotly writes arrays in a form that older viewers cannot read.
             x=[float(point[key]) for point in line],
             y=[float(point["score"]) for point in line],
             customdata=[[str(point["budget"])] for point in line],
-            name=str(method),
+            name=label,
             mode="lines+markers",
             marker={"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 9},
             hovertemplate="%{fullData.name}, budget %{customdata[0]}<br>%{x:.1f}, %{y:.2f}<extra></extra>",

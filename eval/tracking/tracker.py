@@ -130,7 +130,8 @@ class WandbTracker(Tracker):
     def _upload_command(self) -> str:
         """Of all parts of the run, where it was continued."""
         folder = folder_of(self._run)
-        return f"wandb sync {folder.parent}/*run-*-{self._run.id}" if self._resumed else f"wandb sync {folder}"
+        # Folders of parts that begin in the same second end in -1, -2.
+        return f"wandb sync {folder.parent}/*run-*-{self._run.id}*" if self._resumed else f"wandb sync {folder}"
 
     def _finish(self, code: int) -> None:
         try:
