@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Draws docs/images/kept_tokens.png, the picture in the README, and those of docs/models.md. The accuracy plot comes from the table script,
-# scripts/tables/consensusdrop_ablation.sh.
+# scripts/consensusdrop/claims.sh.
 # Usage: bash scripts/figures.sh [--questions ID,ID] [--budget B] [--output FILE]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

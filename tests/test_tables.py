@@ -10,12 +10,11 @@ from eval import outcomes
 from eval.efficiency import latency
 from eval.efficiency.latency import Measured, Measurements, chosen_options, ratios, run, table
 from eval.efficiency.shapes import SHAPES, random_llava
+from eval.papers import spec
 from eval.results.statistics import Interval
 from eval.sweep import CachingLlava, Setting, sweep
-from eval.tables.ablation import changed, defaults, is_default
-from eval.tables.consensusdrop import FACTORS
+from eval.tables.common import changed, defaults, is_default
 from eval.tables.page import insert, latex, markdown
-from eval.tables.papers import PAPERS
 from eval.tables.plots import accuracy_plot
 from llava.errors import UserError
 from llava.model.checkpoint.original_layout import CLIP_L_336
@@ -98,13 +97,12 @@ def _named(sample, index):
     return replace(sample, image_id=f"p{index}", image=picture(index))
 
 
-ABLATIONS = {"consensusdrop": FACTORS, **{name: paper.factors for name, paper in PAPERS.items()}}
-
-
-@pytest.mark.parametrize("method", ABLATIONS)
+@pytest.mark.parametrize("method", spec.PAPERS)
 def test_every_alternative_of_the_ablation_is_a_valid_setting(method):
     usual = defaults(method)
-    for title, group in ABLATIONS[method]:
+    rows = spec.read(spec.find(f"{method}/ablation")).rows
+    for title in {row.group for row in rows if row.group}:
+        group = [dict(row.options) for row in rows if row.group == title]
         built = [registry.build(method, 64, changed(options, usual)) for options in group]
         assert len(set(built)) == len(built), title
         assert sum(is_default(options, usual) for options in group) == 1, (

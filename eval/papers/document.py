@@ -51,6 +51,12 @@ class Document:
     points: Sequence[Mapping[str, object]] = field(default_factory=tuple)
 
     @property
+    def ours(self) -> str:
+        """Label of the paper's method."""
+        rows = self.table.rows
+        return next((row.title for row in rows if row.method == self.table.ours), self.table.ours)
+
+    @property
     def has_published(self) -> bool:
         return any(entry.published is not None for entry in self.entries)
 

@@ -8,6 +8,7 @@ from eval import benchmarks
 from eval.config import FULL, ROOT, RunConfig, budget_of, count_or_ratio
 from eval.papers.spec import Budget, Column, Place, Row, Table
 from eval.sweep import Setting, dataset, folder_of
+from eval.tables.common import changed, defaults
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.reduction import registry
@@ -87,9 +88,10 @@ def line_of(row: Row, budget: Budget, model: Llava) -> Line:
     """A row at a budget: by the mean over layers, else by kept tokens, else with the reason why it cannot run."""
     tokens, extra = budget_of(count_or_ratio(str(budget)))
     can_count_kept = "schedule" in registry.options_of(registry.method(row.method)) and "schedule" not in row.options
+    own = changed(dict(row.options), defaults(row.method))
     reason = ""
     for by_kept in (False, True) if can_count_kept else (False,):
-        options = {**row.options, **extra, **(BY_KEPT if by_kept else {})}
+        options = {**own, **extra, **(BY_KEPT if by_kept else {})}
         try:
             require(registry.build(row.method, tokens, options, model.visual_tokens), model.spec)
             return Line(row, budget, Setting(row.method, tokens, options), by_kept)

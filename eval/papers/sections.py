@@ -20,7 +20,7 @@ Times = Mapping[int, Time]
 def sections_of(table: Table, found: Measured, times: Times) -> list[Section]:
     """Costs always; statistics of a score table; the differences of an ablation."""
     if table.kind == "ablation":
-        return [ablation(found), costs(found, times)]
+        return [ablation(table, found), costs(found, times)]
     if table.kind == "efficiency":
         return [costs(found, times)]
     return [aggregates(table, found), needed(found), against(table, found), costs(found, times)]
@@ -207,35 +207,36 @@ def verdicts(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> tuple[int, 
     return better, len(clear) - better, "; ".join(f"{title} {difference_text(one)}" for title, one in clear) or "none"
 
 
-def ablation(found: Measured) -> Section:
-    """Every choice beside the method's defaults, paired over images."""
+def ablation(table: Table, found: Measured) -> Section:
+    """Every choice beside the method's defaults, paired over images; two columns per benchmark and budget."""
+    budgets = list(dict.fromkeys(line.budget for line in found.lines[1:]))
+    index_of = {(line.row, line.budget): index for index, line in enumerate(found.lines)}
+    default = next((row for row in table.rows if row.method == table.ours and not row.options), None)
     rows = []
-    for index, line in enumerate(found.lines):
-        if index == 0 or line.row is None:
-            continue
-        base = default_at(found, index)
-        label = f"{line.row.group}: {line.row.title}" if line.row.group else line.row.title
-        row = found.row(index)
-        cells = [label, str(line.budget)]
-        for column in found.columns:
-            cell = row.get(column.benchmark)
-            default = found.cells.get((base, column.benchmark)) if base is not None else None
-            if cell is None:
-                cells += ["n/a", "cannot run"]
-            elif base == index or default is None:
-                cells += [f"{cell.value:.1f}", "default" if base == index else "n/a"]
-            else:
-                cells += [f"{cell.value:.1f}", difference_text(compare(cell.terms, default.terms))]
+    for row in table.rows:
+        cells = [f"{row.group}: {row.title}" if row.group else row.title]
+        for budget in budgets:
+            base = index_of.get((default, budget))
+            cells += [
+                text
+                for column in found.columns
+                for text in compared(found, index_of[row, budget], base, column.benchmark)
+            ]
         rows.append(cells)
-    header = ["choice", "budget"]
-    header += [head for column in found.columns for head in (column.title, "against the default [95 % CI]")]
-    about = "One choice at a time around the method's defaults; the difference is paired over images."
+    heads = [f"{column.title}, {budget} tokens" for budget in budgets for column in found.columns]
+    header = ["choice", *(text for head in heads for text in (head, "against the default [95 % CI]"))]
+    about = "One choice at a time around the method's defaults; differences are paired over images."
     return Section("One choice at a time", about, header, rows)
 
 
-def default_at(found: Measured, index: int) -> int | None:
-    """The line of the defaults at the same budget: the row without options."""
-    budget = found.lines[index].budget
-    return next(
-        (i for i, line in enumerate(found.lines) if line.budget == budget and line.row and not line.row.options), None
-    )
+def compared(found: Measured, index: int, base: int | None, benchmark: str) -> list[str]:
+    """A score, and its difference to the defaults."""
+    cell = found.cells.get((index, benchmark))
+    default = None if base is None else found.cells.get((base, benchmark))
+    if cell is None:
+        return ["n/a", "cannot run"]
+    if base is None or default is None:
+        return [f"{cell.value:.1f}", "n/a"]
+    if found.lines[index].setting == found.lines[base].setting:
+        return [f"**{cell.value:.1f}**", "default"]
+    return [f"{cell.value:.1f}", difference_text(compare(cell.terms, default.terms))]

@@ -131,6 +131,7 @@ class Table(Part):
         published: file of eval/papers/published/; "" if there is none.
         budgets: visual tokens, or retention ratios; toy_budgets where the toy model has other numbers of tokens.
         notes: conventions and known deviations.
+        page, marker: an ablation also goes between these markers of a page of docs/, when it is of the whole toy table.
     """
 
     title: str
@@ -148,6 +149,8 @@ class Table(Part):
     toy_budgets: tuple[Budget, ...] = ()
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    page: str = ""
+    marker: str = ""
 
     @model_validator(mode="after")
     def check(self) -> "Table":
@@ -221,7 +224,27 @@ def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             elif part is not None:
                 entries.append(part)
         found[key] = entries
+    if "factors" in found:
+        found["rows"] = [*found["rows"], *rows_of_factors(str(found.get("ours", "")), found.pop("factors"))]
     return found
+
+
+def rows_of_factors(method: str, factors: Any) -> list[dict[str, Any]]:
+    """The rows of an ablation: the defaults, then every choice of every factor.
+
+    Args:
+        factors: title -> {option: [values]} or a list of {option: value}.
+    """
+    if not isinstance(factors, dict):
+        raise UserError("factors should map a title to the choices of an option.")
+    rows: list[dict[str, Any]] = [{"method": method, "label": "defaults", "published": "none"}]
+    for title, choices in factors.items():
+        if isinstance(choices, dict):
+            choices = [{option: value} for option, values in choices.items() for value in values]
+        for options in choices:
+            label = ", ".join(f"{option} {value}" for option, value in options.items())
+            rows.append({"method": method, "group": title, "label": label, "options": options, "published": "none"})
+    return rows
 
 
 def paths() -> list[Path]:

@@ -204,21 +204,37 @@ def unchecked(where: "Where", checks: "Sequence[Check]") -> str:
 
 def write(document: "Document", folder: Path, is_toy: bool) -> list[Path]:
     """The table in all formats; returns the files."""
+    from eval.papers import figure
     from eval.papers.render import html, latex, markdown, numbers
 
+    folder.mkdir(parents=True, exist_ok=True)
+    name = document.table.name
+    drawn = bool(document.blocks) and figure.draw(
+        folder / f"{name}.png", document.points, document.table.title + (", toy model" if is_toy else ""), document.ours
+    )
     texts = {
-        "md": markdown.page(document, is_toy),
+        "md": markdown.page(document, is_toy, f"{name}.png" if drawn else ""),
         "csv": numbers.text(document),
         "tex": latex.text(document, is_toy) if document.blocks else "",
         "html": html.text(document, is_toy),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    paths = [folder / f"{name}.png"] if drawn else []
     for suffix, text in texts.items():
         if text:
-            paths.append(folder / f"{document.table.name}.{suffix}")
+            paths.append(folder / f"{name}.{suffix}")
             write_file(paths[-1], text)
     return paths
+
+
+def update_page(document: "Document") -> None:
+    """Put the first section between the markers of the table's page."""
+    from eval.tables.page import insert, markdown
+
+    table = document.table
+    if not table.page:
+        raise UserError(f"{table.identity} has no page in docs/; leave --page out.")
+    section = document.sections[0]
+    insert(ROOT / table.page, table.marker, markdown(section.columns, section.rows))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -237,6 +253,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gate", choices=("mark", "stop"), default="mark", help="what a wrong baseline does to the table")
     p.add_argument("--render", action="store_true", help="run nothing; write the table from finished runs")
     p.add_argument("--output", type=Path, help="folder of the files; default results/tables/PAPER/MODEL[-limitN]")
+    p.add_argument("--page", action="store_true", help="also write an ablation into its page of docs/")
     p.add_argument("--times", type=int, metavar="N", help="prefills per method to time; default 5, 0 with --limit")
     p.add_argument("--wandb", default="auto", help="auto, online, offline or disabled: one run for the whole table")
     return p
@@ -254,6 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = args.output or default_folder(table, where, args)
     document = make(table, where, args, folder)
     files = write(document, folder, where.is_toy)
+    if args.page:
+        update_page(document)
     log(args.wandb, document, where, folder, files)
     print(summary(document))
     print(f"Table: {', '.join(str(file) for file in files)}")

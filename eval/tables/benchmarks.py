@@ -18,7 +18,7 @@ from eval.benchmarks.base import Benchmark, Need
 from eval.command import exit_on_user_error
 from eval.config import ROOT
 from eval.results.report import interval_of
-from eval.tables.ablation import TABLES, write_csv
+from eval.tables.common import TABLES, write_csv
 from eval.tables.page import insert, interval_text, markdown
 from llava.errors import UserError
 

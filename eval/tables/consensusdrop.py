@@ -1,7 +1,6 @@
-"""ConsensusDrop on the toy benchmark: the ablation on `val`, the claims and the budget table on `testdev`.
+"""ConsensusDrop on the toy benchmark: the paper's claims, and its budgets beside controls, on `testdev`.
 
-    python -m eval.tables.consensusdrop ablation     # choose defaults here, never on testdev
-    python -m eval.tables.consensusdrop claims       # report here
+    python -m eval.tables.consensusdrop
 
 Writes the tables into docs/consensusdrop.md, the numbers to docs/tables/, the plots to docs/images/. Answers are kept
 under results/sweep, so that an interrupted command goes on where it stopped.
@@ -15,7 +14,7 @@ from pathlib import Path
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.results.statistics import LEVEL, Comparison, compare_scores
 from eval.sweep import CachingLlava, Credits, Setting, describe, sweep
-from eval.tables.ablation import TABLES, Ablation, ablate, changed, defaults, image_of, interval, write_csv
+from eval.tables.common import TABLES, changed, defaults, image_of, interval, write_csv
 from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
 from llava.errors import UserError
 from llava.model.builder import load
@@ -23,41 +22,6 @@ from llava.model.builder import load
 PAGE = ROOT / "docs" / "consensusdrop.md"
 IMAGES = ROOT / "docs" / "images"
 BUDGETS = (192, 128, 64, 32)
-ABLATION_BUDGETS = (64, 32)
-
-# Every open choice of the reconstruction: (title, option -> texts). The default of each is added by `alternatives`.
-FACTORS: tuple[tuple[str, Sequence[dict[str, str]]], ...] = (
-    (
-        "weight of the encoder",
-        [{"alpha": a} for a in ("0", "0.2", "0.4", "0.5", "0.6", "0.8", "1")],
-    ),
-    ("fusion rule", [{"fusion": f} for f in ("rank", "raw", "minmax", "zscore", "log", "rrf", "cross_first", "gate")]),
-    ("cross-modal tail cut", [{"cross_top": t} for t in ("0", "64", "128", "192")]),
-    (
-        "probe",
-        [
-            {"probe": "static", "probe_layer": "0"},
-            {"probe": "static", "probe_layer": "1"},
-            {"probe": "static", "probe_layer": "2"},
-            {"probe": "contextual", "probe_layer": "1"},
-            {"probe": "contextual", "probe_layer": "2"},
-            {"probe": "contextual", "probe_layer": "2", "query": "last"},
-            {"probe": "contextual", "probe_layer": "3"},
-        ],
-    ),
-    ("query rows", [{"query": q} for q in ("question", "instruction")]),
-    ("pooling over rows", [{"pooling": p} for p in ("mean", "max")]),
-    ("heads", [{"heads": h} for h in ("mean", "sharp")]),
-    ("rotation in the probe", [{"rope": r} for r in ("false", "true")]),
-    ("share of merged tokens", [{"merged_share": s} for s in ("0", "0.15625", "0.3", "0.5", "0.7")]),
-    ("anchors", [{"anchors": a} for a in ("saliency", "stride", "farthest", "retained")]),
-    ("merge weights", [{"weights": w} for w in ("saliency", "mean", "anchor_plus_mean", "none")]),
-    ("merge space", [{"merge_space": s} for s in ("projected", "encoder")]),
-    ("CLS token", [{"cls_token": c} for c in ("false", "true")]),
-    ("tower block", [{"block": b} for b in ("-1", "-2", "-3")]),
-    ("order of merged tokens", [{"order": o} for o in ("raster", "appended")]),
-    ("position ids", [{"positions": p} for p in ("renumber", "original")]),
-)
 
 # (claim, options of the first setting, options of the second)
 CLAIMS: tuple[tuple[str, dict[str, str], dict[str, str]], ...] = (
@@ -179,22 +143,15 @@ def family_table(full: Credits, curve: Curve, groups: dict[str, str]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("ablation", "claims"))
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--budgets", help="comma-separated; default 64,32 for the ablation, 192,128,64,32 for the claims"
-    )
+    parser.add_argument("--budgets", help="comma-separated; default 192,128,64,32")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "sweep")
     args = parser.parse_args()
     try:
         model = CachingLlava(load(args.model, device=args.device))
-        if args.part == "ablation":
-            budgets = tuple(map(int, args.budgets.split(","))) if args.budgets else ABLATION_BUDGETS
-            ablate(Ablation("consensusdrop", FACTORS, PAGE), model, budgets, args.output)
-        else:
-            budgets = tuple(map(int, args.budgets.split(","))) if args.budgets else BUDGETS
-            claims(model, budgets, args.output)
+        budgets = tuple(map(int, args.budgets.split(","))) if args.budgets else BUDGETS
+        claims(model, budgets, args.output)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ from eval.efficiency.latency import QUESTION, measure, noise
 from eval.results import cost
 from eval.results.statistics import LEVEL, Comparison, Interval, all_pairs
 from eval.sweep import CachingLlava, Credits, Setting, credits_of, folder_of, sweep
-from eval.tables.ablation import TABLES, fits, image_of, interval, write_csv
+from eval.tables.common import TABLES, fits, image_of, interval, write_csv
 from eval.tables.page import csv_numbers, insert, latex, markdown, score_text
 from llava.errors import UserError
 from llava.model.builder import load

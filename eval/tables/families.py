@@ -21,7 +21,7 @@ from eval.command import exit_on_user_error
 from eval.config import ROOT
 from eval.results.statistics import Interval, compare_scores
 from eval.sweep import CachingLlava, Credits, Setting, credits_of, folder_of, sweep
-from eval.tables.ablation import TABLES, interval, write_csv
+from eval.tables.common import TABLES, interval, write_csv
 from eval.tables.embedded import BY_KEPT, MARK, setting_of
 from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
 from llava.errors import UserError, unknown

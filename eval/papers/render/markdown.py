@@ -12,8 +12,8 @@ LEGEND = (
 )
 
 
-def page(document: Document, is_toy: bool) -> str:
-    """The whole page."""
+def page(document: Document, is_toy: bool, picture: str = "") -> str:
+    """The whole page; `picture` is the file of its figure, if there is one."""
     table = document.table
     parts = [f"# {table.title}", table.about]
     if is_toy:
@@ -30,6 +30,8 @@ def page(document: Document, is_toy: bool) -> str:
     if document.blocks:
         parts.append(wide(document.columns, document.blocks))
         parts.append(LEGEND)
+    if picture:
+        parts.append(f"![Mean of full against tokens]({picture})")
     for section in document.sections:
         parts += [f"## {section.title}", section.about, markdown(section.columns, section.rows)]
     if document.notes:

@@ -1,0 +1,64 @@
+"""The figure of a score table: mean of full against visual tokens, and against time to first token if measured."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.tables.plots import COLOURS, MARKERS
+
+GREY = "#bbbbbb"
+BRIGHT = [colour for colour in COLOURS if colour != "#999999"]  # that one is taken for a grey line
+
+
+def draw(path: Path, points: Sequence[Mapping[str, Any]], title: str, ours: str) -> bool:
+    """Draw the points of a table; returns whether there was something to draw.
+
+    Args:
+        points: method, budget, tokens, ttft_ms (or None) and score of each line; the unreduced model has no budget.
+        ours: label of the paper's method, drawn on top.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    reduced = [point for point in points if point["budget"] is not None and point["score"] is not None]
+    if not reduced:
+        return False
+    axes_of = [("tokens", "visual tokens, mean over decoder layers")]
+    if any(point["ttft_ms"] for point in reduced):
+        axes_of.append(("ttft_ms", "time to first token, ms"))
+    size = (6.2 * len(axes_of), 4.6)
+    figure, panels = plt.subplots(1, len(axes_of), figsize=size, dpi=140, sharey=True, squeeze=False)
+    coloured = best(reduced, ours)
+    for panel, (key, label) in zip(panels[0], axes_of, strict=True):
+        for method in dict.fromkeys(point["method"] for point in reduced):
+            line = sorted((p[key], p["score"]) for p in reduced if p["method"] == method and p[key])
+            xs, ys = [x for x, _ in line], [y for _, y in line]
+            if method in coloured:
+                place = coloured.index(method)
+                style = {"color": BRIGHT[place], "marker": MARKERS[place], "label": method, "zorder": 10 - place}
+                panel.plot(xs, ys, linewidth=2.4 if method == ours else 1.3, markersize=5, **style)
+            else:
+                panel.plot(xs, ys, color=GREY, linewidth=0.9, marker=".", markersize=4, zorder=1)
+        panel.axhline(100, color="black", linewidth=1, linestyle="--")
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.25)
+    panels[0][0].set_ylabel("mean over benchmarks, % of full")
+    panels[0][0].plot([], [], color=GREY, marker=".", label="other methods")
+    panels[0][-1].legend(*panels[0][0].get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="lower right")
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return True
+
+
+def best(points: Sequence[Mapping[str, Any]], ours: str) -> list[str]:
+    """The methods that get a colour: the paper's own, then those with the highest score at the smallest budget."""
+    order = sorted(points, key=lambda point: (float(point["tokens"]), -point["score"]))
+    smallest = order[0]["budget"]
+    names = [p["method"] for p in sorted((p for p in points if p["budget"] == smallest), key=lambda p: -p["score"])]
+    return list(dict.fromkeys([ours, *names, *(p["method"] for p in order)]))[: len(BRIGHT)]
