@@ -267,6 +267,6 @@ def chosen(entries: Sequence[Any], wanted: Sequence[str], what: str, names: Sequ
     for name in wanted:
         if name not in names:
             near = get_close_matches(name, names, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UserError(f"The table has no {what} {name!r}.{hint} It has: {', '.join(dict.fromkeys(names))}.")
     return (entry for entry, name in zip(entries, names, strict=True) if not wanted or name in wanted)
