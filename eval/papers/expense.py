@@ -206,7 +206,7 @@ class Work:
 
 @lru_cache(maxsize=1024)
 def decoder_work(model: Llava, prompt: tuple[int, ...]) -> tuple[float, float, float]:
-    """Operations of the prefill and of one further token, and bytes of the cache, of a prompt by its tokens per layer."""
+    """Operations of the prefill and of one further token, and bytes of the cache; `prompt`: tokens in each layer."""
     cache_bytes = memory.kv_bytes(model, [prompt], BYTES)
     return memory.decoder_operations(model, prompt), memory.step_operations(model, prompt), cache_bytes
 

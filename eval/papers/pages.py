@@ -3,7 +3,7 @@
     vtr tables reproduce
 
 They come from the tables' specs, the published values, the data needs of the benchmarks and estimates; nothing is
-measured, downloaded or run. The text is in `reproduce.md.j2`. A test compares the committed pages with what this writes.
+measured, downloaded or run. The text is in `reproduce.md.j2`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from eval.papers.expense import (
 from eval.papers.gate import CAUSES, EVERYWHERE
 from eval.papers.plan import Where, columns_of
 from eval.papers.published import Published
-from eval.papers.sources import Sources, budget_title
+from eval.papers.sources import Sources, budget_title, number
 from eval.papers.spec import Column, Table
 from eval.tables.benchmarks import left_aligned, need_line
 from eval.tables.page import insert, markdown
@@ -170,7 +170,8 @@ def cause_table(columns: Sequence[Column], source: Published | None) -> str:
     rows = []
     for column in columns:
         values = [value.value for value in source.full(column.published)] if source and column.published else []
-        spread = f"{min(values):.6g} to {max(values):.6g}" if values else "n/a"
+        ends = [number(value, column.published) for value in (min(values), max(values))] if values else []
+        spread = " to ".join(dict.fromkeys(ends)) or "n/a"
         rows.append([column.title, spread, f"{column.tolerance:g}", CAUSES.get(column.benchmark, "")])
     return left_aligned(markdown(["benchmark", "full, published", "tolerance", "look at first"], rows))
 

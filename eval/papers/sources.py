@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from eval.config import FULL
-from eval.papers.published import AVERAGE, KINDS, Published, Row, contradictions, same_tokens, share
+from eval.papers.published import AVERAGE, KINDS, POINTS, Published, Row, contradictions, same_tokens, share
 from eval.papers.spec import Budget, Column, Table
 from eval.tables.page import markdown
 
@@ -13,6 +13,12 @@ DISPUTED = "?"
 def budget_title(budget: Budget) -> str:
     """ "192 tokens", or "1/3 of the tokens"."""
     return f"{budget:,} tokens" if isinstance(budget, int) else f"{budget} of the tokens"
+
+
+def number(value: float, column: str) -> str:
+    """As printed: at least one decimal, but for MME's points."""
+    text = f"{value:.6g}"
+    return text if "." in text or column in POINTS else f"{text}.0"
 
 
 class Sources:
@@ -53,7 +59,7 @@ class Sources:
         lines = []
         for key in dict.fromkeys(row.source for row in (*self._full, *self.rows)):
             source = self._published.sources[key]
-            note = f" {source.note}." if source.note else ""
+            note = f" {source.note[0].upper()}{source.note[1:]}." if source.note else ""
             lines.append(f"* {source.title} ({KINDS[source.kind]}; trust {source.trust}): {source.where}.{note}")
         return "\n".join(lines)
 
@@ -80,7 +86,8 @@ class Sources:
             about = self._published.value(row, next(iter(row.scores)))
             cells = [self._cell(row, column) for column in (*self._titles, AVERAGE)]
             body.append([self._label(row), *([str(row.tokens)] if tokens else []), about.title, about.trust, *cells])
-        return markdown(header, body) if body else ""
+        words = header.index("trust") + 1  # columns of words are aligned on the left
+        return markdown(header, body).replace(f"|---|{'---:|' * (words - 1)}", f"|{'---|' * words}", 1) if body else ""
 
     def _label(self, row: Row) -> str:
         return self._labels.get(row.method, row.method)
@@ -89,7 +96,7 @@ class Sources:
         """The number, marked if disputed; empty where the source has none."""
         if column not in row.scores:
             return ""
-        return f"{row.scores[column]:.6g}{DISPUTED if row.reason(column) else ''}"
+        return f"{number(row.scores[column], column)}{DISPUTED if row.reason(column) else ''}"
 
     def _reasons(self) -> list[str]:
         """Why numbers of the shown rows are disputed."""
