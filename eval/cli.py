@@ -57,6 +57,7 @@ COMMANDS = {
     "tables paper": Command("eval.papers.table", "one table of a paper (scripts/<paper>/): run, check, write"),
     "tables memory": Command("eval.tables.memory", "expected memory of the official models (docs/cluster.md)"),
     "tables methods": Command("eval.tables.methods", "what the methods say of themselves (docs/methods.md)"),
+    "tables reproduce": Command("eval.papers.pages", "how to reproduce the papers' tables (docs/reproduce.md)"),
     "tables benchmarks": Command("eval.tables.benchmarks", "benchmarks, and the toy models' scores on them"),
     "wandb sync": Command("eval.tracking.sync", "upload the offline W&B runs below a folder"),
     "wandb workspace": Command("eval.tracking.workspace", "save a W&B workspace with the plots of these runs"),

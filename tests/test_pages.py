@@ -12,7 +12,7 @@ from eval.config import ROOT
 PAGES = sorted(
     {
         *ROOT.glob("*.md"),
-        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "assets").glob("*/README.md"),
         *(ROOT / ".github").glob("*.md"),
     }

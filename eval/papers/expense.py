@@ -1,0 +1,238 @@
+"""What a table costs: downloads, disk, GPU memory and hours, estimated before anything is downloaded.
+
+Sizes and lengths are in `downloads.yaml`. Hours are estimated, not measured: operations and bytes of every cell
+(eval/efficiency/estimate.py) over the share of a GPU's data sheet that eval/efficiency/scale_constants.py assumes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from math import ceil
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from eval.config import FULL
+from eval.efficiency import memory
+from eval.efficiency.estimate import Estimate
+from eval.efficiency.memory import QuestionShape, layout_of
+from eval.efficiency.official import official
+from eval.efficiency.quantities import GIB
+from eval.efficiency.rates import Rates
+from eval.efficiency.scale import read_constants
+from eval.efficiency.workload import Workload
+from eval.papers.plan import Line, Where, columns_of, lines_of
+from eval.papers.spec import Table
+from eval.tables.memory import size_of
+from llava.errors import unknown
+from llava.model.llava_arch import Llava
+from llava.reduction import registry
+from llava.reduction.reducer import Reducer
+from llava.reduction.token_layout import TokenLayout
+
+FILE = Path(__file__).parent / "downloads.yaml"
+# Shares of the data sheet that are assumed to be reached, as in docs/cluster.md.
+OF_PEAK, OF_BANDWIDTH = 0.4, 0.6
+LONGEST_PROMPT, LONGEST_ANSWER = 160, 128  # text tokens, for the memory of a batch
+BYTES = 2  # of a weight
+CUDA_CONTEXT = 1.5 * GIB  # assumed: context, fragments and kernels' own memory, which the estimate leaves out
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its data sheet: dense bfloat16 operations and bytes per second, bytes of memory."""
+
+    name: str
+    operations: float
+    bandwidth: float
+    memory: float
+
+    @property
+    def rates(self) -> Rates:
+        """What is assumed to be reached."""
+        return Rates(self.name, OF_PEAK * self.operations, OF_BANDWIDTH * self.bandwidth, OF_BANDWIDTH * 64e9)
+
+
+GPUS = (
+    Gpu("RTX 4090, 24 GB", 165e12, 1.008e12, 24e9),
+    Gpu("A100, 80 GB", 312e12, 2.039e12, 80e9),
+    Gpu("H100 SXM, 80 GB", 989e12, 3.35e12, 80e9),
+)
+
+
+class Entry(BaseModel):
+    """A part of `downloads.yaml`: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Checkpoint(Entry):
+    """A repository of the hub: decimal gigabytes, what says so, and further repositories that it needs.
+
+    `shapes` is its name in eval/efficiency/official.py; "" for what is no LLaVA.
+    """
+
+    gb: float
+    shapes: str = ""
+    basis: str
+    also: tuple[str, ...] = ()
+
+
+class Load(Entry):
+    """A benchmark: size of its data and of its questions. See the comments of `downloads.yaml`."""
+
+    questions: int
+    text: int
+    steps: int
+    gb: float | None
+    basis: str
+    mirror: float | None
+
+
+class Downloads(Entry):
+    checkpoints: dict[str, Checkpoint]
+    benchmarks: dict[str, Load]
+
+
+@cache
+def downloads() -> Downloads:
+    """The file of sizes."""
+    return Downloads.model_validate(yaml.safe_load(FILE.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Expense:
+    """The costs of a table on its paper's model.
+
+    Attributes:
+        model: the official model without weights.
+        lines: rows of the table, the unreduced model first.
+        loads: benchmark -> its size, in the order of the columns; None where it is not known.
+    """
+
+    table: Table
+    model: Llava
+    lines: tuple[Line, ...]
+    loads: Mapping[str, Load | None]
+
+    @property
+    def runnable(self) -> list[Line]:
+        """The rows that can run."""
+        return [line for line in self.lines if line.setting is not None]
+
+    @property
+    def cells(self) -> int:
+        """Runs of the table."""
+        return len(self.runnable) * len(self.loads)
+
+    @property
+    def questions(self) -> int:
+        """Questions of all benchmarks whose size is known, once."""
+        return sum(load.questions for load in self.loads.values() if load)
+
+    @cached_property
+    def peak(self) -> float:
+        """Bytes on the GPU of a batch of the unreduced model, with what the estimate leaves out assumed."""
+        return self.estimate(self.lines[0], LONGEST_PROMPT, 1, LONGEST_ANSWER).peak + CUDA_CONTEXT
+
+    def gpu_hours(self, gpu: Gpu) -> float:
+        """Hours of one GPU for the whole table, at least; each cell as a run of its own, without loading."""
+        return sum(self.cell_seconds(line, name, gpu) for line in self.runnable for name in self.loads) / 3600
+
+    @property
+    def preparation_hours(self) -> float:
+        """Hours of one core for preparing the images of all cells, if none is remembered."""
+        return len(self.runnable) * self.questions * preprocess_seconds() / 3600
+
+    def cell_seconds(self, line: Line, benchmark: str, gpu: Gpu) -> float:
+        """Seconds of a GPU for the batches of one run, by the rule of `Estimate.seconds`."""
+        load = self.loads[benchmark]
+        if load is None:
+            return 0.0
+        count, rate, bandwidth = self.table.real.batch_size, gpu.rates.operations, gpu.rates.bandwidth
+        work, parts = self._work(line, load.text), self._weights
+        decoder = parts["decoder"] + parts["head"]
+        vision = max(count * work.vision / rate, (parts["vision tower"] + parts["projector"]) / bandwidth)
+        prefill = max(count * work.prefill / rate, decoder / bandwidth)
+        step = max(count * work.step / rate, (decoder + count * work.kv_bytes) / bandwidth)
+        return ceil(load.questions / count) * (vision + prefill + load.steps * step)
+
+    @cached_property
+    def _weights(self) -> Mapping[str, int]:
+        """Bytes of the weights by part."""
+        return memory.weights(self.model, BYTES).device
+
+    def _work(self, line: Line, text: int) -> "Work":
+        """Operations and cache of one question of a row."""
+        reducer, model, image = self._reducer(line), self.model, self._image
+        plan = memory.visual_plan(model, reducer, image)
+        early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
+        projected = plan[0] if early else image.patches
+        vision = memory.tower_operations(model, reducer, image) + memory.projector_operations(model, projected)
+        return Work(vision, *decoder_work(model, tuple(text + tokens for tokens in plan)))
+
+    @cached_property
+    def _image(self) -> TokenLayout:
+        """The layout of the largest image or of a video."""
+        name = checkpoint_of(self.table).shapes
+        return layout_of(self.model, size_of(name), video="Video" in name)
+
+    def _reducer(self, line: Line) -> Reducer:
+        setting, tokens = line.setting, self.model.visual_tokens
+        assert setting is not None
+        if line.row is None:
+            return registry.build(FULL, tokens)
+        return registry.build(setting.method, setting.budget, setting.options, tokens)
+
+    def estimate(self, line: Line, text: int, steps: int, new_tokens: int) -> Estimate:
+        """One batch of a row, as `--dry-run` estimates it."""
+        place = self.table.real
+        work = Workload((QuestionShape(text, (self._image,)),), steps, place.batch_size, place.batch_size)
+        reducer = self._reducer(line)
+        return Estimate(self.model, reducer, work, place.batch_size, new_tokens, torch.bfloat16, device="cuda")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one question: tower and projector, prefill, one further token; bytes of its cache after prefill."""
+
+    vision: float
+    prefill: float
+    step: float
+    kv_bytes: float
+
+
+@lru_cache(maxsize=1024)
+def decoder_work(model: Llava, prompt: tuple[int, ...]) -> tuple[float, float, float]:
+    """Operations of the prefill and of one further token, and bytes of the cache; `prompt`: tokens in each layer."""
+    cache_bytes = memory.kv_bytes(model, [prompt], BYTES)
+    return memory.decoder_operations(model, prompt), memory.step_operations(model, prompt), cache_bytes
+
+
+@cache
+def preprocess_seconds() -> float:
+    """Seconds of preparing one photograph on one core, as measured for docs/cluster.md."""
+    return read_constants()["gpu"]["preprocess"].value
+
+
+def expense(table: Table) -> Expense:
+    """The costs of a table with its paper's model and data."""
+    where = Where(table.real, False, Path("DATA"))
+    known = downloads().benchmarks
+    loads = {column.benchmark: known.get(column.benchmark) for column in columns_of(table, where)}
+    model = official(checkpoint_of(table).shapes)
+    return Expense(table, model, tuple(lines_of(table, where, model)), loads)
+
+
+def checkpoint_of(table: Table) -> Checkpoint:
+    """The size of the paper's checkpoint.
+
+    Raises:
+        UserError: `downloads.yaml` does not have it.
+    """
+    known = downloads().checkpoints
+    if table.real.model not in known:
+        raise unknown("checkpoint in eval/papers/downloads.yaml", table.real.model, known)
+    return known[table.real.model]

@@ -1,0 +1,119 @@
+"""The published rows that a table should be compared with, as Markdown, with their sources and what is disputed."""
+
+from collections.abc import Iterable, Sequence
+
+from eval.config import FULL
+from eval.papers.published import AVERAGE, KINDS, POINTS, Published, Row, contradictions, same_tokens, share
+from eval.papers.spec import Budget, Column, Table
+from eval.tables.page import markdown
+
+DISPUTED = "?"
+
+
+def budget_title(budget: Budget) -> str:
+    """ "192 tokens", or "1/3 of the tokens"."""
+    return f"{budget:,} tokens" if isinstance(budget, int) else f"{budget} of the tokens"
+
+
+def number(value: float, column: str) -> str:
+    """As printed: at least one decimal, but for MME's points."""
+    text = f"{value:.6g}"
+    return text if "." in text or column in POINTS else f"{text}.0"
+
+
+class Sources:
+    """The rows of a file of published scores that belong to a table.
+
+    Attributes:
+        rows: of the table's methods, in its order, at falling budgets.
+    """
+
+    def __init__(self, table: Table, columns: Sequence[Column], published: Published):
+        self._published, self._table = published, table
+        self._titles = {column.published: column.title for column in columns if column.published}
+        self._labels = {row.published_name: row.title for row in table.rows if row.published_name}
+        order = list(self._labels)
+        kept = [row for row in published.rows if row.method in self._labels and self._has_column(row)]
+        self.rows = sorted(kept, key=lambda row: (order.index(row.method), -row.share))
+        self._full = [row for row in published.rows if row.method == FULL and self._has_column(row)]
+
+    @property
+    def full(self) -> str:
+        """The unreduced model."""
+        return self._markdown(self._full)
+
+    @property
+    def budgets(self) -> list[tuple[str, str]]:
+        """(title, rows) of each budget of the table; empty text where there is no row."""
+        return [(budget_title(budget), self._markdown(self._at(budget))) for budget in self._table.budgets]
+
+    @property
+    def others(self) -> str:
+        """Rows at budgets that the table does not have."""
+        inside = [row for budget in self._table.budgets for row in self._at(budget)]
+        return self._markdown([row for row in self.rows if row not in inside], tokens=True)
+
+    @property
+    def sources(self) -> str:
+        """One line for each source of the rows."""
+        lines = []
+        for key in dict.fromkeys(row.source for row in (*self._full, *self.rows)):
+            source = self._published.sources[key]
+            note = f" {source.note[0].upper()}{source.note[1:]}." if source.note else ""
+            lines.append(f"* {source.title} ({KINDS[source.kind]}; trust {source.trust}): {source.where}.{note}")
+        return "\n".join(lines)
+
+    @property
+    def remarks(self) -> list[tuple[str, str]]:
+        """(title, lines) of what is disputed and of what contradicts; only those that there are."""
+        found = {
+            "Disputed numbers": self._reasons(),
+            "Cells whose sources differ, and scores that fall with more tokens": self._contradictions(),
+        }
+        return [(f"{title} ({len(lines)})", "\n".join(lines)) for title, lines in found.items() if lines]
+
+    def _has_column(self, row: Row) -> bool:
+        return any(column in row.scores for column in (*self._titles, AVERAGE))
+
+    def _at(self, budget: Budget) -> list[Row]:
+        return [row for row in self.rows if same_tokens(row.share, share(budget))]
+
+    def _markdown(self, rows: Iterable[Row], tokens: bool = False) -> str:
+        """Method, source, trust and scores; `tokens` adds the budget. Empty without rows."""
+        header = ["method", *(["tokens"] if tokens else []), "source", "trust", *self._titles.values(), "average"]
+        body = []
+        for row in rows:
+            about = self._published.value(row, next(iter(row.scores)))
+            cells = [self._cell(row, column) for column in (*self._titles, AVERAGE)]
+            body.append([self._label(row), *([str(row.tokens)] if tokens else []), about.title, about.trust, *cells])
+        words = header.index("trust") + 1  # columns of words are aligned on the left
+        return markdown(header, body).replace(f"|---|{'---:|' * (words - 1)}", f"|{'---|' * words}", 1) if body else ""
+
+    def _label(self, row: Row) -> str:
+        return self._labels.get(row.method, row.method)
+
+    def _cell(self, row: Row, column: str) -> str:
+        """The number, marked if disputed; empty where the source has none."""
+        if column not in row.scores:
+            return ""
+        return f"{number(row.scores[column], column)}{DISPUTED if row.reason(column) else ''}"
+
+    def _reasons(self) -> list[str]:
+        """Why numbers of the shown rows are disputed."""
+        lines = []
+        for row in (*self._full, *self.rows):
+            if isinstance(row.disputed, dict):
+                parts = (f"{self._titles.get(column, column)}: {why}" for column, why in row.disputed.items())
+                reason = "; ".join(parts)
+            else:
+                reason = row.disputed or ""
+            if reason:
+                title = self._published.sources[row.source].title
+                lines.append(f"* {title}, {self._label(row)} at {row.tokens}: {reason}.")
+        return lines
+
+    def _contradictions(self) -> list[str]:
+        """What the sources say against each other or themselves, for the shown methods and columns."""
+        methods, columns = {FULL, *self._labels}, {*self._titles, AVERAGE}
+        found = [one for one in contradictions(self._published) if one.method in methods and one.column in columns]
+        return [f"* {one}" for one in found]

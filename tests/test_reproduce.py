@@ -1,0 +1,142 @@
+"""The pages of docs/reproduce say what the specs, the published values and the estimates say."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from eval import benchmarks
+from eval.benchmarks.mmvet.data import COUNT as MMVET
+from eval.benchmarks.vqa import textvqa, vizwiz, vqav2
+from eval.config import ROOT
+from eval.efficiency.official import official
+from eval.papers import expense, pages, published
+from eval.papers.spec import find, read
+from eval.tables.memory import expected
+
+FLAGSHIP = "consensusdrop/llava15_7b"
+CLOSE = 0.03  # of a size: configuration files and rounding
+
+
+@pytest.fixture(scope="module")
+def cost():
+    return expense.expense(read(find(FLAGSHIP)))
+
+
+@pytest.fixture(scope="module")
+def flagship():
+    return (pages.FOLDER / pages.name_of(read(find(FLAGSHIP)))).read_text()
+
+
+def test_the_committed_pages_are_those_that_are_generated():
+    """`vtr tables reproduce` writes them again."""
+    written = pages.pages()
+    assert {path.name for path in pages.FOLDER.glob("*.md")} == set(written)
+    for name, text in written.items():
+        assert (pages.FOLDER / name).read_text() == text, name
+    assert pages.index(pages.tables()) in pages.INDEX.read_text()
+
+
+def test_sizes_from_shapes_are_those_of_the_modules():
+    checked = 0
+    for name, entry in expense.downloads().checkpoints.items():
+        if entry.shapes:
+            size = expected(entry.shapes).weights.total / 1e9
+            tower = 0.6 if name.startswith("liuhaotian/llava-v1.5") else 0.0  # in a repository of its own
+            assert entry.gb == pytest.approx(size - tower, rel=CLOSE), name
+            checked += 1
+    assert checked == 7
+
+
+def test_every_table_has_the_sizes_that_it_needs():
+    for table in pages.tables():
+        assert expense.checkpoint_of(table).gb > 0
+        assert {column.benchmark for column in table.columns} <= set(expense.downloads().benchmarks), table.identity
+
+
+def test_numbers_of_questions_are_those_of_the_benchmarks():
+    loads = expense.downloads().benchmarks
+    assert set(loads) <= set(benchmarks.names())
+    assert loads["vqav2"].questions == vqav2.PUBLISHED_SIZES["testdev"]
+    assert loads["vizwiz"].questions == vizwiz.PUBLISHED_SIZES["test"]
+    assert loads["textvqa"].questions == textvqa.PUBLISHED_SIZE
+    assert loads["mmvet"].questions == MMVET
+
+
+def test_seconds_are_those_of_the_dry_run(cost):
+    """Compared with the estimate of `--dry-run`, which computes each batch anew."""
+    wanted = {"full": None, "fastv": 192, "visionzip": 64, "tome": 64, "visiondrop": 128, "consensusdrop": 64}
+    lines = [line for line in cost.runnable if wanted.get(line.method, 0) == line.budget]
+    assert {line.method for line in lines} == set(wanted)
+    load, gpu = cost.loads["textvqa"], expense.GPUS[1]
+    batches = -(-load.questions // cost.table.real.batch_size)
+    for line in lines:
+        slow = replace(cost.estimate(line, load.text, load.steps, load.steps + 1), rates=gpu.rates)
+        assert cost.cell_seconds(line, "textvqa", gpu) == pytest.approx(batches * slow.seconds["batch"], rel=1e-6)
+
+
+def test_a_table_takes_the_sum_of_its_runs(cost):
+    gpu = expense.GPUS[0]
+    total = sum(cost.cell_seconds(line, name, gpu) for line in cost.runnable for name in cost.loads)
+    assert cost.gpu_hours(gpu) == pytest.approx(total / 3600)
+    assert cost.cells == len(cost.runnable) * len(cost.table.columns)
+    faster = expense.GPUS[2]
+    assert cost.gpu_hours(faster) < cost.gpu_hours(expense.GPUS[1]) < cost.gpu_hours(gpu)
+
+
+def test_a_model_that_does_not_fit_has_no_hours(cost):
+    small = replace(expense.GPUS[0], memory=1e9)
+    assert pages.hours(cost, small) == "n/a"
+    assert pages.hours(cost, expense.GPUS[1]).endswith(" h")
+
+
+def test_judged_and_server_graded_benchmarks_are_named():
+    """A table without a judge, or on a split of a server, holds no published metric."""
+    for table in pages.tables():
+        for name in {column.benchmark for column in table.columns}:
+            benchmark = benchmarks.get(name)
+            assert (name in pages.SERVER) == ("from a server" in benchmark.summary), name
+            data = benchmark.load(ROOT / table.toy.data, benchmarks.check_split(benchmark, None, ROOT / "assets/eval"))
+            assert (name in pages.JUDGED) == (data.judging is not None), name
+
+
+def test_the_page_holds_every_published_number_of_its_rows(flagship):
+    """Found in the tables by method, source and value; disputed ones are marked."""
+    table, file = read(find(FLAGSHIP)), published.load("llava15_7b")
+    labels = {row.published_name: row.title for row in table.rows} | {"full": "full"}
+    heads = [column.published for column in table.columns]
+    lines = [line.split(" | ") for line in flagship.splitlines() if line.startswith("| ")]
+    for row in file.rows:
+        if row.method in labels and any(head in row.scores for head in (*heads, published.AVERAGE)):
+            title = file.sources[row.source].title
+            cells = [line for line in lines if line[0] == f"| {labels[row.method]}" and title in line]
+            numbers = {re.sub(r"[ |]", "", cell) for line in cells for cell in line}
+            for head in heads:
+                if head in row.scores:
+                    text = f"{row.scores[head]:.6g}"
+                    text += "" if "." in text or head in published.POINTS else ".0"
+                    assert text + "?" * bool(row.reason(head)) in numbers, f"{row.method} {row.tokens} {title} {head}"
+
+
+def test_the_page_names_sources_disputes_and_contradictions(flagship):
+    assert "github.com/Theia-4869/FasterVLM at f5d5f12" in flagship
+    assert "re-runs with FastV's code score far higher" in flagship
+    assert "71 at 128 tokens but 67.1 at 192 (FSR, Table 1)" in flagship
+    assert "ConsensusDrop | " not in flagship.partition("## 4")[2].partition("## 5")[0]
+
+
+def test_commands_of_the_pages_exist():
+    for path in (*pages.FOLDER.glob("*.md"), pages.INDEX):
+        for script in re.findall(r"bash (scripts/\S+\.sh)", path.read_text()):
+            assert (ROOT / script).is_file(), f"{path.name}: {script}"
+
+
+def test_a_table_without_published_values_says_so():
+    table = read(find(FLAGSHIP)).model_copy(update={"published": ""})
+    text = pages.page(table)
+    assert "No source has numbers of this model." in text and "| full, published |" in text
+
+
+def test_all_official_models_have_a_checkpoint():
+    shapes = {entry.shapes for entry in expense.downloads().checkpoints.values() if entry.shapes}
+    assert all(official(name).visual_tokens for name in shapes)
