@@ -14,20 +14,9 @@ from eval.statistics.interquartile import interquartile_mean, relative_iqm, rela
 from eval.statistics.loyalty import loyalty, loyalty_parts, plain
 from eval.statistics.tokens_needed import TokensNeeded
 from llava.errors import UserError
+from tests.noninferiority_errors import simulated, terms
 
 needed = tokens_needed.tokens_needed
-
-
-def accuracy(sums):
-    return 100 * divide(sums[..., 0], sums[..., 1])
-
-
-def terms(right) -> SufficientStatistics:
-    """An accuracy from [clusters, questions] of right and wrong."""
-    right = np.asarray(right, float)
-    rows = np.stack([right.sum(1), np.full(len(right), right.shape[1])], 1)
-    names = tuple(map(str, range(len(right))))
-    return SufficientStatistics("image", names, names, rows.astype(float), accuracy, proportion=True)
 
 
 def lost(count: int, of: int) -> SufficientStatistics:
@@ -83,32 +72,12 @@ def test_p_is_the_share_of_draws_from_the_tilted_clusters():
     assert found == pytest.approx(np.mean(reached), abs=0.025) and 0.02 < found < 0.98
 
 
-def simulated(random, clusters: int, per: int, right: float, gained: float, together: float, share: float):
-    """Answers of full and of a method whose expected score is exactly the share of full's.
-
-    Args:
-        gained: probability that the method is right where full is wrong.
-        together: correlation of these events within a cluster.
-    """
-
-    def chance(p):
-        if not together or not p:
-            return np.full((clusters, 1), p)
-        return random.beta(p * (1 / together - 1), (1 - p) * (1 / together - 1), (clusters, 1))
-
-    full = random.random((clusters, per)) < chance(right)
-    lose = chance((1 - share) + gained * (1 - right) / right)
-    gain = chance(gained)
-    method = np.where(full, random.random(full.shape) >= lose, random.random(full.shape) < gain)
-    return method, full
-
-
 @pytest.mark.parametrize("setting", [(300, 1, 0.96, 0.05, 0.0), (150, 6, 0.9, 0.0, 0.2), (400, 6, 0.6, 0.2, 0.0)])
 def test_at_the_margin_the_test_passes_about_one_in_twenty(setting):
-    """A t-test passes 13 to 15 % of the first two; docs/statistics.md has 2,000 trials of ten settings."""
+    """The page docs/statistics.md has 2,000 trials of ten settings (tests/noninferiority_errors.py)."""
     random, trials, passed = np.random.default_rng(1), 200, 0
     for trial in range(trials):
-        method, full = simulated(random, *setting, 0.99)
+        method, full = simulated(random, *setting)
         found = pairs.pair(terms(method), terms(full))
         passed += noninferiority.p_value(found, 0.99, resamples=400, seed=trial) <= 0.05
     assert passed / trials <= 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5

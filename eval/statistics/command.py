@@ -33,7 +33,16 @@ from eval.statistics.runs import (
 from eval.statistics.tokens_needed import LEVEL, SHARE, tokens_needed
 from eval.tables.page import markdown, score_text
 
-COLUMNS = ("method", "budget", "of full", "loyalty", "loyalty, full right", "loyalty, full wrong", "group A", "group B")
+COLUMNS = (
+    "method",
+    "budget",
+    "of full (bound)",
+    "loyalty",
+    "loyalty, full right",
+    "loyalty, full wrong",
+    "group A",
+    "group B",
+)
 
 
 def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float = SHARE, level: float = LEVEL) -> Any:
