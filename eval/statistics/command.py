@@ -14,17 +14,35 @@ from typing import Any
 
 from eval.answers.jsonl import read_json, write_json
 from eval.benchmarks.base import Dataset
-from eval.command import add_data_flags, exit_on_user_error, make_parser, open_dataset
+from eval.command import add_data_flags, exit_on_user_error, make_parser, open_dataset, value
+from eval.config import shortened
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.results.statistics import Interval, interval
 from eval.statistics.hard_questions import accuracy_on, groups
 from eval.statistics.loyalty import loyalty, loyalty_parts, plain
-from eval.statistics.runs import DOWNSAMPLE, Run, by_method, check_comparable, check_full, read_run, results_folder
+from eval.statistics.runs import (
+    DOWNSAMPLE,
+    RESULT,
+    Run,
+    by_method,
+    check_comparable,
+    check_full,
+    read_run,
+    results_folder,
+)
 from eval.statistics.tokens_needed import LEVEL, SHARE, tokens_needed
 from eval.tables.page import markdown, score_text
-from llava.errors import UserError
 
-COLUMNS = ("method", "budget", "of full", "loyalty", "loyalty, full right", "loyalty, full wrong", "group A", "group B")
+COLUMNS = (
+    "method",
+    "budget",
+    "of full (bound)",
+    "loyalty",
+    "loyalty, full right",
+    "loyalty, full wrong",
+    "group A",
+    "group B",
+)
 
 
 def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float = SHARE, level: float = LEVEL) -> Any:
@@ -61,7 +79,7 @@ def row_of(run: Run, full: Run, control: Run | None, data: Dataset) -> dict[str,
     if full.sample_scores is None or run.sample_scores is None:
         found |= {"loyalty": loyalty(run.texts, full.texts, images, normalise)}
         found |= dict.fromkeys(("loyalty_right", "loyalty_wrong", "group_a", "group_b"))
-        return {name: plain_interval(value) for name, value in found.items()} | {"in_group_a": None, "in_group_b": None}
+        return {name: plain_interval(one) for name, one in found.items()} | {"in_group_a": None, "in_group_b": None}
     parts = loyalty_parts(run.texts, full.texts, full.sample_scores, images, normalise)
     found |= {"loyalty": parts.all, "loyalty_right": parts.right, "loyalty_wrong": parts.wrong}
     counts: dict[str, int | None] = {"in_group_a": None, "in_group_b": None}
@@ -70,7 +88,7 @@ def row_of(run: Run, full: Run, control: Run | None, data: Dataset) -> dict[str,
         hard = groups(full.sample_scores, control.sample_scores)
         found |= {name: accuracy_on(run.sample_scores, ids, images) for name, ids in hard.named().items()}
         counts = {f"in_{name}": len(ids) for name, ids in hard.named().items()}
-    return {name: plain_interval(value) for name, value in found.items()} | counts
+    return {name: plain_interval(one) for name, one in found.items()} | counts
 
 
 def plain_interval(found: Interval | None) -> dict[str, Any] | None:
@@ -128,13 +146,13 @@ def grouped_cell(row: Mapping[str, Any], name: str) -> str:
 
 
 def fraction(text: str) -> float:
-    """A number above 0 and below 1."""
+    """A number above 0 and below 1; ValueError for anything else."""
     try:
         number = float(text)
     except ValueError:
         number = 0.0
     if not 0 < number < 1:
-        raise UserError(f"--share and --level should be numbers between 0 and 1 such as 0.99, got {text!r}.")
+        raise ValueError(f"should be a number between 0 and 1 such as 0.99, got {shortened(text)!r}")
     return number
 
 
@@ -146,12 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("runs", type=Path, nargs="+", help="output folders of runs of the same benchmark")
     add_data_flags(p)
     p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
-    p.add_argument("--share", type=fraction, default=SHARE, help="of the score of full that tokens needed asks for")
-    p.add_argument("--level", type=fraction, default=LEVEL, help="of the one-sided tests")
+    p.add_argument(
+        "--share", type=value(fraction), default=SHARE, help="of the score of full that tokens needed asks for"
+    )
+    p.add_argument("--level", type=value(fraction), default=LEVEL, help="of the one-sided tests")
     p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     args = p.parse_args(arguments)
-    settings = read_json(results_folder(args.full) / "result.json")["settings"]
-    profile = args.profile or read_json(results_folder(args.full) / "result.json")["facts"].get("profile")
+    result = read_json(results_folder(args.full) / RESULT)
+    settings, profile = result["settings"], args.profile or result["facts"].get("profile")
     data = open_dataset(settings["benchmark"], args.data, args.split or settings["split"], profile, args.source)
     full = read_run(args.full, data, args.judge)
     check_full(full)

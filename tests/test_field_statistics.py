@@ -1,0 +1,265 @@
+"""Tokens needed, hard questions, loyalty and the interquartile mean, each against its definition."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from eval.metrics import SufficientStatistics, divide
+from eval.results.statistics import accuracy_terms
+from eval.statistics import noninferiority, pairs, tokens_needed
+from eval.statistics.hard_questions import accuracy_on, groups
+from eval.statistics.interquartile import interquartile_mean, relative_iqm, relative_mean
+from eval.statistics.loyalty import loyalty, loyalty_parts, plain
+from eval.statistics.tokens_needed import TokensNeeded
+from llava.errors import UserError
+from tests.noninferiority_errors import simulated, terms
+
+needed = tokens_needed.tokens_needed
+
+
+def lost(count: int, of: int) -> SufficientStatistics:
+    """Single questions of which the first are wrong."""
+    return terms((np.arange(of) >= count)[:, None])
+
+
+def f1_terms(answers) -> SufficientStatistics:
+    """F1 of yes/no answers to questions whose label is yes for every second one, four to an image."""
+    actual = np.arange(len(answers)) % 2 == 0
+    said = np.asarray(answers, bool)
+    sums = np.stack([actual & said, said, actual], 1).astype(float)
+    names = tuple(map(str, range(len(said))))
+    clusters = tuple(str(i // 4) for i in range(len(said)))
+    f1 = lambda sums: 200 * divide(sums[..., 0], sums[..., 1] + sums[..., 2])  # noqa: E731
+    return SufficientStatistics("question", names, clusters, sums, f1)
+
+
+# -- the non-inferiority test ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("losses", [0, 1, 2, 5])
+def test_single_questions_that_the_method_only_loses_give_the_binomial_test(losses):
+    """Where full is right everywhere, the null distribution loses each question with 1 %."""
+    found = noninferiority.p_value(pairs.pair(lost(losses, 500), lost(0, 500)), 0.99, resamples=20_000)
+    assert found == pytest.approx(stats.binom.cdf(losses, 500, 0.01), abs=0.01)
+
+
+def test_p_is_the_share_of_draws_from_the_tilted_clusters():
+    """The tilt by bisection in plain Python, the draws one cluster at a time."""
+    random = np.random.default_rng(0)
+    full = random.random((60, 3)) < 0.9
+    method = np.where(random.random((60, 3)) < 0.1, random.random((60, 3)) < 0.8, full)
+    share = 0.98
+    a = [(float(m.sum()), float(f.sum())) for m, f in zip(method, full, strict=True)]
+    worst = max(f - m for m, f in a)
+    a.append((3 - min(3.0, 2 * worst), 3.0))
+    mean = sum(m - share * f for m, f in a) / len(a)
+
+    def weights(tilt):
+        found = [math.exp(tilt * (m - share * f - mean)) for m, f in a]
+        return [w / sum(found) for w in found]
+
+    low, high = -20.0, 20.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        gap = sum(w * (m - share * f) for w, (m, f) in zip(weights(middle), a, strict=True))
+        low, high = (middle, high) if gap < 0 else (low, middle)
+    observed = sum(m - share * f for m, f in a[:-1])
+    drawn = [random.choice(len(a), size=60, p=weights(low)) for _ in range(4000)]
+    reached = [sum(a[i][0] - share * a[i][1] for i in row) >= observed - 1e-9 for row in drawn]
+    found = noninferiority.p_value(pairs.pair(terms(method), terms(full)), share)
+    assert found == pytest.approx(np.mean(reached), abs=0.025) and 0.02 < found < 0.98
+
+
+@pytest.mark.parametrize("setting", [(300, 1, 0.96, 0.05, 0.0), (150, 6, 0.9, 0.0, 0.2), (400, 6, 0.6, 0.2, 0.0)])
+def test_at_the_margin_the_test_passes_about_one_in_twenty(setting):
+    """The page docs/statistics.md has 2,000 trials of ten settings (tests/noninferiority_errors.py)."""
+    random, trials, passed = np.random.default_rng(1), 200, 0
+    for trial in range(trials):
+        method, full = simulated(random, *setting)
+        found = pairs.pair(terms(method), terms(full))
+        passed += noninferiority.p_value(found, 0.99, resamples=400, seed=trial) <= 0.05
+    assert passed / trials <= 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
+
+
+def test_a_method_that_keeps_every_answer_is_shown_to_do_so_by_enough_images():
+    """Without a lost question nothing varies; a test with a standard error has no answer then."""
+    for count, shown in ((200, False), (320, True)):
+        assert (needed(lost(10, count), {448: lost(10, count)}).tokens == 448) is shown
+
+
+def test_the_lower_bound_is_the_share_that_is_just_rejected():
+    found = pairs.pair(lost(25, 800), lost(10, 800))
+    low = noninferiority.lower_bound(found, 0.05)
+    assert 0.95 < low < 775 / 790
+    assert noninferiority.p_value(found, low - 0.002) <= 0.05 < noninferiority.p_value(found, low + 0.002)
+    assert noninferiority.lower_bound(pairs.pair(lost(800, 800), lost(10, 800)), 0.05) == 0
+
+
+def test_scores_that_are_no_proportion_are_tested_too():
+    right = np.arange(1600) % 2 == 0
+    full = right.copy()
+    full[:40] ^= True
+    worse = full.copy()
+    worse[60:160] ^= True
+    found = needed(f1_terms(full), {256: f1_terms(full), 64: f1_terms(worse)})
+    assert found.tokens == 256 and found.tests[64].p > 0.9
+    assert found.tests[256].of_full == 100 and 99 < found.tests[256].low < 100
+
+
+# -- tokens needed ---------------------------------------------------------------------------------------------------
+
+
+def test_the_smallest_budget_that_passes_with_all_larger_ones_is_named():
+    found = needed(lost(10, 1000), {32: lost(90, 1000), 64: lost(11, 1000), 128: lost(10, 1000)})
+    assert (found.tokens, found.text, list(found.tests)) == (64, "64", [128, 64, 32])
+    assert [test.passed for test in found.tests.values()] == [True, True, False]
+    assert found.tests[64].of_full == pytest.approx(100 * 989 / 990)
+    for test in found.tests.values():
+        assert (test.low >= 99) == test.passed and test.low < test.of_full
+
+
+def test_a_failure_ends_the_sequence_even_if_a_smaller_budget_is_better():
+    """A method that does better with fewer tokens is not shown to need few: the sequence began at the largest."""
+    found = needed(lost(10, 1000), {64: lost(10, 1000), 128: lost(60, 1000)})
+    assert (found.tokens, found.text) == (None, "more than 128")
+    assert found.tests[64].p < 0.05 and not found.tests[64].passed
+
+
+def test_tokens_needed_refuses_what_cannot_be_tested():
+    for full, by_budget, problem in (
+        (lost(1, 9), {}, "at least one measured budget"),
+        (lost(1, 9), {8: lost(1, 8)}, "same questions"),
+        (lost(9, 9), {8: lost(1, 9)}, "scores 0"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            needed(full, by_budget)
+    with pytest.raises(UserError, match="share should be"):
+        needed(lost(1, 9), {8: lost(1, 9)}, share=99)
+
+
+def test_same_seed_same_answer():
+    once = [needed(lost(10, 900), {64: lost(14, 900)}, seed=seed) for seed in (0, 0, 1)]
+    assert isinstance(once[0], TokensNeeded) and once[0] == once[1] != once[2]
+
+
+# -- hard questions --------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_what_downsampling_makes_of_the_questions_that_full_answers_right():
+    full = {"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.6, "e": 0.5}
+    small = {"a": 0.0, "b": 1.0, "c": 1.0, "d": 0.5, "e": 1.0}
+    found = groups(full, small)
+    assert (found.a, found.b, found.full_wrong) == (("a", "d"), ("b",), ("c", "e"))
+    with pytest.raises(UserError, match="1 have an answer of one of them only"):
+        groups(full, {name: small[name] for name in "abcd"})
+
+
+def test_accuracy_on_a_group_is_the_mean_of_its_scores():
+    scores, images = {"a": 1.0, "b": 0.0, "c": 0.3, "d": 1.0}, {name: name for name in "abcd"}
+    found = accuracy_on(scores, ("a", "c"), images)
+    assert found.mean == pytest.approx(65) and found.low < 65 < found.high
+    assert accuracy_on(scores, ("a", "b"), images).method == "exact"
+    empty = accuracy_on(scores, (), images)
+    assert math.isnan(empty.mean) and empty.low is None and empty.method == "n/a: no question is in the group"
+    with pytest.raises(UserError, match="have no score, the first is z"):
+        accuracy_on(scores, ("z",), images)
+
+
+# -- loyalty ---------------------------------------------------------------------------------------------------------
+
+
+def test_loyalty_is_the_share_of_equal_answers_in_normal_form():
+    full = {"a": "Red.", "b": "two", "c": "yes", "d": "no"}
+    texts = {"a": " red", "b": "2", "c": "no", "d": "No."}
+    images = {"a": "x", "b": "x", "c": "y", "d": "y"}
+    assert loyalty(texts, full, images).mean == 50
+    assert loyalty(texts, full, images, lambda text: {"two": "2"}.get(plain(text), plain(text))).mean == 75
+    parts = loyalty_parts(texts, full, {"a": 1.0, "b": 0.0, "c": 1.0, "d": 1.0}, images)
+    assert (parts.all.mean, parts.right.mean, parts.wrong.mean) == (50, pytest.approx(200 / 3), 0)
+    none = loyalty_parts(texts, full, dict.fromkeys(full, 1.0), images).wrong
+    assert math.isnan(none.mean) and none.low is None
+    with pytest.raises(UserError, match="same questions"):
+        loyalty({"a": "red"}, full, images)
+
+
+def test_equal_scores_can_hide_different_answers():
+    """One question lost and one gained: the accuracy is that of full, the loyalty is 0."""
+    assert loyalty({"a": "x", "b": "right"}, {"a": "right", "b": "x"}, {"a": "a", "b": "b"}).mean == 0
+
+
+# -- averages over benchmarks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [4, 8, 12])
+def test_interquartile_mean_is_scipys_where_a_quarter_is_a_whole_number(count):
+    values = np.random.default_rng(count).random((7, count))
+    assert interquartile_mean(values) == pytest.approx(stats.trim_mean(values, 0.25, axis=-1))
+
+
+def test_interquartile_mean_counts_values_at_the_edge_in_part():
+    """Against the mean of the middle half after every value is repeated four times."""
+    for count in (1, 2, 3, 5, 6, 7, 10, 11):
+        values = np.random.default_rng(count).random(count)
+        repeated = np.sort(np.repeat(values, 4))
+        assert interquartile_mean(values) == pytest.approx(repeated[count : 3 * count].mean())
+    assert interquartile_mean(np.array([0.0, 1, 2, 3, 100])) == pytest.approx((0.75 * 1 + 2 + 0.75 * 3) / 2.5)
+
+
+def suite(seed: int = 0):
+    """Five benchmarks of different size and difficulty: (method, full)."""
+    random, found = np.random.default_rng(seed), {}
+    for place, (clusters, per) in enumerate(((40, 1), (25, 4), (60, 2), (30, 3), (50, 1))):
+        full = random.random((clusters, per)) < 0.9 - 0.08 * place
+        method = full & (random.random(full.shape) < 0.95 - 0.1 * place)
+        found[f"b{place}"] = terms(method), terms(full)
+    return found
+
+
+@pytest.mark.parametrize("aggregate, average", [(relative_iqm, interquartile_mean), (relative_mean, np.mean)])
+def test_averages_over_benchmarks_are_those_of_the_definition(aggregate, average):
+    """Clusters are drawn with replacement in each benchmark, the same for the method and for full."""
+    scores, random, values = suite(), np.random.default_rng(3), []
+    for _ in range(3000):
+        ratios = []
+        for method, full in scores.values():
+            rows = random.integers(len(method.sums), size=len(method.sums))
+            ratios.append(100 * method.sums[rows, 0].sum() / full.sums[rows, 0].sum())
+        values.append(float(average(np.array(ratios))))
+    found = aggregate(scores)
+    observed = [100 * method.sums[:, 0].sum() / full.sums[:, 0].sum() for method, full in scores.values()]
+    assert found.mean == pytest.approx(float(average(np.array(observed))))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(values, (0.025, 0.975))), abs=0.8)
+
+
+def test_one_failed_benchmark_moves_the_mean_and_not_the_interquartile_mean():
+    scores = {f"b{i}": (lost(20, 400), lost(10, 400)) for i in range(8)}
+    broken = scores | {"b0": (lost(390, 400), lost(10, 400))}
+    assert relative_iqm(broken).mean == pytest.approx(relative_iqm(scores).mean)
+    assert relative_mean(broken).mean < relative_mean(scores).mean - 10
+
+
+def test_averages_do_not_depend_on_the_order_of_benchmarks():
+    scores = suite()
+    assert relative_iqm(scores) == relative_iqm(dict(reversed(scores.items())))
+    assert relative_iqm(scores) != relative_iqm(scores, seed=1)
+
+
+def test_averages_refuse_what_has_no_relative_score():
+    with pytest.raises(UserError, match="at least one benchmark"):
+        relative_iqm({})
+    with pytest.raises(UserError, match="few: the full model scores 0"):
+        relative_iqm({"few": (lost(0, 3), lost(2, 3))})
+    with pytest.raises(UserError, match="same questions"):
+        relative_mean({"x": (lost(0, 3), lost(0, 4))})
+    same = relative_iqm({"x": (lost(0, 30), lost(0, 30))})
+    assert (same.mean, same.low) == (100, None) and same.method.startswith("n/a")
+
+
+def test_sample_scores_keyed_by_question_give_the_same_test():
+    """Tables hold question id -> score and call `accuracy_terms`."""
+    full, method = {str(i): float(i >= 10) for i in range(600)}, {str(i): float(i >= 12) for i in range(600)}
+    images = {name: name for name in full}
+    found = needed(accuracy_terms(full, images), {64: accuracy_terms(method, images)})
+    assert found.tests[64].of_full == pytest.approx(100 * 588 / 590)

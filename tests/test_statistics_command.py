@@ -1,0 +1,152 @@
+"""`vtr stats` on run folders written by hand."""
+
+import json
+import sys
+
+import pytest
+
+from eval import benchmarks, cli
+from eval.benchmarks.base import with_stripped_answers
+from eval.statistics.command import main
+from eval.statistics.runs import read_run
+from llava.errors import UserError
+from tests.eval_fakes import write_gqa
+
+COUNT = 40
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_gqa(tmp_path / "data", COUNT)
+
+
+def write_run(folder, data, method, budget, wrong=(), limit=None, **changes):
+    """A finished run that answers every question right but those at the places in `wrong`."""
+    found = benchmarks.get("gqa").load(data, "testdev")
+    asked = found.questions[:limit]
+    results = folder if limit is None else folder / f"limit{limit}"
+    results.mkdir(parents=True)
+    rows = [
+        {"question_id": q.id, "prompt": q.message, "text": "wrong" if place in wrong else f"{q.answer.upper()}."}
+        for place, q in enumerate(asked)
+    ]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"benchmark": "gqa", "split": "testdev", "data": found.fingerprint, "device": "cpu", "method": method}
+    result = {
+        "method": method,
+        "budget": budget,
+        "asked": len(asked),
+        "partial": limit is not None,
+        "limit": limit,
+        "main": "accuracy",
+        "failed": [],
+        "facts": dict(found.facts),
+        "settings": settings | {"config": {"budget": budget, "alpha": 0.5}},
+        "config": {"retention_ratio": None},
+        "audit": {"mean_tokens_per_layer": float(budget)},
+    }
+    (results / "result.json").write_text(json.dumps(result | changes))
+    return str(folder)
+
+
+def run(data, *words, code=0):
+    assert main([*words, "--data", str(data)]) == code
+
+
+def test_the_table_has_every_statistic_of_every_run(data, tmp_path, capsys):
+    full = write_run(tmp_path / "full", data, "full", 576, wrong={0})
+    near = write_run(tmp_path / "m-64", data, "consensusdrop", 64, wrong={0, 1})
+    far = write_run(tmp_path / "m-8", data, "consensusdrop", 8, wrong=set(range(10)))
+    small = write_run(tmp_path / "d-64", data, "downsample", 64, wrong=set(range(20)))
+    run(data, full, far, near, small, "--json", str(tmp_path / "out.json"))
+    record = json.loads((tmp_path / "out.json").read_text())
+    rows = {(row["method"], row["budget"]): row for row in record["rows"]}
+    row = rows["consensusdrop", 64]
+    assert (record["title"], record["questions"], record["full"]["mean"]) == ("GQA testdev", 40, 97.5)
+    assert row["score"]["mean"] == pytest.approx(95) and row["test"]["of_full"] == pytest.approx(100 * 38 / 39)
+    assert row["loyalty"]["mean"] == pytest.approx(97.5)
+    assert row["loyalty_right"]["mean"] == pytest.approx(100 * 38 / 39) and row["loyalty_wrong"]["mean"] == 100
+    assert (row["in_group_a"], row["in_group_b"]) == (19, 20)
+    assert row["group_a"]["mean"] == pytest.approx(100 * 18 / 19) and row["group_b"]["mean"] == 100
+    assert rows["consensusdrop", 8]["group_a"] is None, "no run of downsample at this budget"
+    assert rows["downsample", 64]["group_a"]["mean"] == 0
+    assert record["tokens_needed"]["consensusdrop"]["tokens"] is None
+    printed = capsys.readouterr().out
+    assert printed.startswith("GQA testdev, 40 questions, 5 images\n")
+    assert "| full |  | 97.5 [" in printed and "| n/a | n/a |" in printed and "n=19 |" in printed
+    assert "consensusdrop needs more than 64 tokens to keep 99 % of full (one-sided test at 5 %" in printed
+
+
+def test_answers_are_compared_in_the_benchmarks_own_form(data, tmp_path):
+    """GQA's scorer drops the final full stop and the case."""
+    found = benchmarks.get("gqa").load(data, "testdev")
+    assert found.normalise("Red.") == "red" and found.normalise(" Red") == " red"
+    assert with_stripped_answers(found).normalise(" Red") == "red"
+
+
+def test_the_first_questions_of_a_run_are_read_from_its_limit_folder(data, tmp_path, capsys):
+    full = write_run(tmp_path / "full", data, "full", 576, limit=12)
+    method = write_run(tmp_path / "m", data, "consensusdrop", 64, limit=12)
+    run(data, full, f"{method}/limit12", "--share", "0.5")
+    assert capsys.readouterr().out.startswith("GQA testdev, 12 questions")
+    (tmp_path / "m" / "limit9").mkdir()
+    (tmp_path / "m" / "limit9" / "result.json").write_text("{}")
+    run(data, full, method, code=2)
+    assert "has several partial results; name one:" in capsys.readouterr().err
+
+
+def test_methods_with_other_options_are_rows_of_their_own(data, tmp_path, capsys):
+    full = write_run(tmp_path / "full", data, "full", 576)
+    settings = json.loads((tmp_path / "full" / "result.json").read_text())["settings"]
+    runs = [
+        write_run(
+            tmp_path / f"a{alpha}",
+            data,
+            "consensusdrop",
+            64,
+            settings=settings | {"method": "consensusdrop", "config": {"budget": 64, "alpha": alpha}},
+        )
+        for alpha in (0, 1)
+    ]
+    run(data, full, *runs)
+    assert "| consensusdrop alpha=0 | 64 |" in capsys.readouterr().out
+    run(data, full, runs[0], runs[0], code=2)
+    assert "are both consensusdrop at 64" in capsys.readouterr().err
+
+
+def test_a_retention_ratio_counts_as_its_mean_of_tokens(data, tmp_path, capsys):
+    full = write_run(tmp_path / "full", data, "full", 576)
+    ratio = {"config": {"retention_ratio": 0.11}, "audit": {"mean_tokens_per_layer": 63.7}}
+    run(data, full, write_run(tmp_path / "m", data, "consensusdrop", 64, **ratio))
+    assert "| consensusdrop | 64 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"failed": [{"question_id": "1"}]}, "1 questions have no answer in"),
+        ({"main": "f1"}, "differ in main; compare equal runs."),
+        ({"asked": 39}, "differ in asked"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(data, tmp_path, capsys, changes, problem):
+    full = write_run(tmp_path / "full", data, "full", 576)
+    run(data, full, write_run(tmp_path / "m", data, "consensusdrop", 64, **changes), code=2)
+    assert problem in capsys.readouterr().err
+
+
+def test_mistakes_end_in_a_sentence(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vtr"])
+    method = write_run(tmp_path / "m", data, "consensusdrop", 64)
+    for words, problem in (
+        ([method, method], "The first folder should be a run of full, got one of consensusdrop"),
+        ([str(tmp_path), method], "has no result.json; give the output folder of a finished run."),
+        ([method, method, "--share", "99"], "--share should be a number between 0 and 1 such as 0.99, got '99'."),
+    ):
+        assert cli.main(["stats", *words, "--data", str(data)]) == 2
+        assert problem in capsys.readouterr().err
+    found = benchmarks.get("gqa").load(write_gqa(tmp_path / "other", 6), "testdev")
+    with pytest.raises(UserError, match="was asked other questions than the data folder holds"):
+        read_run(tmp_path / "m", found)
+    (tmp_path / "m" / "answers.jsonl").write_text("")
+    run(data, method, method, code=2)
