@@ -1,0 +1,420 @@
+"""The gallery: what is collected of every method, its JSON, and the page in a browser."""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval import cli
+from eval.config import ROOT
+from eval.figures.overlay import DIM, draw_overlay
+from eval.figures.patches import NONE
+from eval.pages.gallery import __main__ as command
+from eval.pages.gallery.collect import cells_of, collect, position_of
+from eval.pages.gallery.encode import UNDEFINED, map_data, packed, page_data
+from eval.pages.gallery.page import render
+from eval.pages.gallery.score_maps import ScoreMap, score_maps
+from llava.errors import UserError
+from llava.model.builder import load
+from llava.pipeline.generate import generate
+from llava.processing.sample import Sample
+from llava.processing.video import Video
+from llava.reduction import registry
+from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
+from tests.conftest import QUESTIONS, picture
+from tests.tiny_checkpoints_families import (
+    make_tiny_next,
+    make_tiny_qwen,
+    make_tiny_video,
+    save_next_transformers,
+    save_qwen_transformers,
+    save_video_transformers,
+)
+
+METHODS = [name for name in registry.names() if name != "full"]
+SAMPLE = Sample("gallery", QUESTIONS[0], image=picture(0))
+HOSTILE = "is there a star?</script><script>window.broken = 1</script><b>&"
+
+
+@pytest.fixture(scope="module")
+def gallery(tiny):
+    return collect(tiny, SAMPLE, METHODS, (4, 8), max_new_tokens=3)
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers of the page's data."""
+    return np.frombuffer(base64.b64decode(text[1:]), {"s": "<i2", "l": "<i4"}[text[0]]).tolist()
+
+
+def followed(trace, cells: int) -> dict[int, int]:
+    """Slow reference: cell -> the token it ends in, following one patch after another; for steps without overlap."""
+    where = {cell: cell for cell in range(cells)}
+    for step in trace:
+        kept = step.reduction.kept[0].tolist()
+        if step.reduction.assignment is not None:
+            owner = step.reduction.assignment[0].tolist()
+            weight = step.reduction.merge_weight[0].tolist()
+            target = {i: o for i, (o, w) in enumerate(zip(owner, weight, strict=True)) if o >= 0 and w != 0}
+        else:
+            target = {i: order for order, i in enumerate(kept)}
+        for order, i in enumerate(kept):
+            target.setdefault(i, order)
+        where = {cell: target[token] for cell, token in where.items() if token in target}
+    return where
+
+
+# -- collecting ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_there_with_the_states_of_its_answer_or_a_reason(name, gallery, tiny):
+    data = {(row["method"], row["budget"]): row for row in json.loads(page_data(gallery))["results"]}
+    for budget in (8, 4):
+        if (name, budget) in gallery.unavailable:
+            assert (name, budget) not in data and gallery.unavailable[name, budget].endswith(".")
+            continue
+        row = data[name, budget]
+        answer = generate(tiny, [SAMPLE], registry.build(name, budget), 3).answers[0]
+        assert row["text"] == answer.text and row["perLayer"] == list(answer.accounting.tokens_per_layer)
+        assert len(row["at"]) == 1 + len(row["perLayer"]) and row["at"] == sorted(row["at"])
+        for position, index in enumerate(row["at"]):
+            state = row["states"][index]
+            kept = numbers(state["kept"])
+            if position:
+                assert len(kept) == row["perLayer"][position - 1], "the tokens that enter this layer"
+            trace = [step for step in answer.trace if position_of(step.place) <= position]
+            if any(step.reduction.merge_matrix is not None for step in trace) or (
+                trace and (trace[0].reduction.inputs != 16 or trace[0].place == "input")
+            ):
+                continue  # overlapping groups and class tokens: tests of compose
+            expected = followed(trace, 16)
+            token = numbers(state["assignment"]) if "assignment" in state else [-1] * 16
+            if "assignment" not in state:
+                for index, cell in enumerate(kept):
+                    token[cell] = index
+            assert {cell: one for cell, one in enumerate(token) if one >= 0} == expected
+
+
+def test_progressive_methods_have_several_states_and_others_one_step(gallery):
+    by_name = {(result.method, result.budget): result for result in gallery.results}
+    assert len(set(by_name["pyramiddrop", 8].at)) > 2
+    assert by_name["fastervlm", 8].at == (1,) * 5, "reduced after the encoder, before all layers"
+    assert by_name["consensusdrop", 8].at == (0, 1, 1, 1, 1), "reduced before layer 0"
+
+
+def test_full_comes_first_budgets_descend_and_a_method_is_asked_once(tiny):
+    found = collect(tiny, SAMPLE, ["uniform", "full", "uniform"], (2, 8, 2), 2)
+    assert found.methods == ("uniform",) and found.budgets == (8, 2)
+    assert [result.budget for result in found.results] == [8, 2]
+    assert found.full.tokens_per_layer == (16,) * 4 and found.full.mean == 16
+    assert collect(tiny, SAMPLE, ["uniform"], (), 2).budgets == (5, 4, 2, 1), "shares of the image's own tokens"
+
+
+def test_a_budget_out_of_reach_is_a_reason_and_the_rest_goes_on(tiny):
+    found = collect(tiny, SAMPLE, ["uniform", "random"], (8, 99), 2)
+    assert [(r.method, r.budget) for r in found.results] == [("uniform", 8), ("random", 8)]
+    assert "1 to 16" in found.unavailable["random", 99]
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        Sample("a", "two?", image=(picture(0), picture(1))),
+        Sample("a", "none?"),
+        Sample("a", "  ", image=picture(0)),
+    ],
+)
+def test_one_image_and_a_question_are_needed(tiny, sample):
+    with pytest.raises(UserError, match="one image or video and a question"):
+        collect(tiny, sample, ["uniform"], (8,))
+
+
+# -- score maps ----------------------------------------------------------------------------------------------------
+
+PLAIN = {"weights": "none", "merged_share": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "method", "options"),
+    [
+        ("cls", "fastervlm", {}),
+        ("cls", "consensusdrop", {"alpha": 1.0, **PLAIN}),
+        ("question", "consensusdrop", {"alpha": 0.0, **PLAIN}),
+        ("fused", "consensusdrop", PLAIN),
+        ("text", "attnmix", {"mix": "t2i"}),
+    ],
+)
+def test_the_highest_values_of_a_map_are_what_its_method_keeps(key, method, options, tiny):
+    maps, missing = score_maps(tiny, SAMPLE)
+    values = {one.key: one.values for one in maps}[key]
+    reducer = dataclasses.replace(registry.build(method, 5), **options)
+    (step,) = generate(tiny, [SAMPLE], reducer, 1).answers[0].trace
+    assert sorted(np.argsort(-values, kind="stable")[:5].tolist()) == step.reduction.kept[0].tolist()
+    assert not missing
+
+
+def test_the_fused_ranking_is_1_for_a_patch_that_is_first_in_both(tiny):
+    values = {one.key: one.values for one in score_maps(tiny, SAMPLE)[0]}
+    ranks = {key: np.argsort(np.argsort(-values[key], kind="stable")) for key in ("cls", "question")}
+    np.testing.assert_allclose(values["fused"], 1 - (ranks["cls"] + ranks["question"]) / 30, atol=1e-6)
+
+
+def test_a_few_high_values_do_not_darken_the_map():
+    """The scale ends at the 99th percentile; undefined places have their own number."""
+    values = np.linspace(0, 1, 500, dtype=np.float32)
+    values[-1], values[0] = 100, np.nan
+    data = map_data(ScoreMap("a", "A", "b", values))
+    steps = np.frombuffer(base64.b64decode(data["values"]), np.uint8)
+    assert data["most"] == 100 and data["high"] < 1 and data["low"] == pytest.approx(1 / 499)
+    assert steps[0] == UNDEFINED and steps[-1] == 254 and 120 < steps[250] < 135
+    flat = map_data(ScoreMap("a", "A", "b", np.full(4, 0.25, np.float32)))
+    assert set(np.frombuffer(base64.b64decode(flat["values"]), np.uint8)) == {0}
+
+
+def test_large_numbers_take_32_bits():
+    assert numbers(packed(np.array([-1, 70_000]))) == [-1, 70_000] and packed(np.array([-1, 70_000]))[0] == "l"
+    assert numbers(packed(np.array([], int))) == []
+
+
+# -- tiles, videos, towers without class token ---------------------------------------------------------------------
+
+
+def test_tiles_are_shown_beside_the_base_image(tmp_path):
+    save_next_transformers(tmp_path / "next", make_tiny_next("mistral"))
+    model = load(tmp_path / "next", device="cpu", merge="spatial_unpad")
+    sample = Sample("a", QUESTIONS[0], image=picture(0, (120, 50)))
+    found = collect(model, sample, ["consensusdrop", "attnmix", "fastv", "visiondrop"], (24,), 2)
+    assert [panel.name for panel in found.panels] == ["base image", "tiles"] and not found.unavailable
+    assert any("stand for no patch" in note for note in found.notes)
+    cells = cells_of(found.panels)
+    assert found.full.tokens_per_layer[0] == len(cells) + found.panels[1].grid.shape[0], "and a token for each row"
+    for one in found.maps:
+        assert one.values.shape == cells.shape and np.isfinite(one.values[cells != NONE]).all(), one.key
+    assert {one.key for one in found.maps} == {"cls", "question", "fused", "text"}
+    for result in found.results:
+        for position, index in enumerate(result.at[1:]):
+            assert len(result.states[index].patches.kept) == result.tokens_per_layer[position]
+    data = json.loads(page_data(found))
+    assert len(data["images"]) == 1 and [panel["image"] for panel in data["panels"]] == [0, 0]
+
+
+def test_frames_of_a_video_are_panels(tmp_path):
+    save_video_transformers(tmp_path / "video", make_tiny_video())
+    model = load(tmp_path / "video", device="cpu")
+    sample = Sample("a", QUESTIONS[0], image=Video(tuple(picture(number) for number in range(8))))
+    found = collect(model, sample, ["consensusdrop", "fastv"], (60,), 2)
+    assert [panel.name for panel in found.panels] == [f"frame {number}" for number in range(1, 9)]
+    assert len(json.loads(page_data(found))["images"]) == 8 and not found.unavailable
+    assert all(np.isfinite(one.values).all() for one in found.maps) and len(found.maps) == 4
+
+
+def test_a_tower_without_class_token_says_which_maps_it_lacks(tmp_path):
+    save_qwen_transformers(tmp_path / "qwen", make_tiny_qwen())
+    model = load(tmp_path / "qwen", device="cpu")
+    found = collect(model, Sample("a", QUESTIONS[0], image=picture(0, (112, 56))), ["visiondrop", "fastervlm"], (4,), 2)
+    assert [one.key for one in found.maps] == ["question", "text"]
+    assert [note.split(":")[0] for note in found.notes] == ["No CLS attention", "No fused ranking"]
+    assert "class token" in found.unavailable["fastervlm", 4] or "CLS" in found.unavailable["fastervlm", 4]
+    (panel,) = found.panels
+    assert not panel.square and panel.grid.shape[1] == 2 * panel.grid.shape[0]
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page_file(gallery, tmp_path_factory):
+    file = tmp_path_factory.mktemp("gallery") / "gallery.html"
+    hostile = dataclasses.replace(gallery, question=HOSTILE, instruction="<i>short</i>")
+    file.write_text(render(hostile, "vtr gallery '<x>'"))
+    return file
+
+
+def shown(page) -> list[str]:
+    """Names of the cards that are in sight, the full answer's first."""
+    return page.eval_on_selector_all(".card:not([hidden])", "cards => cards.map(card => card.dataset.method)")
+
+
+def drawn(page, method: str) -> str:
+    """The pixels of a card's first canvas, as text."""
+    return page.evaluate(f"""document.querySelector('[data-method="{method}"] canvas').toDataURL()""")
+
+
+def ready(page) -> None:
+    page.wait_for_selector("body[data-ready]", timeout=10_000)
+
+
+@needs_browser
+def test_the_sliders_change_what_is_drawn_by_keyboard_and_by_mouse(page_file):
+    with opened(page_file) as page:
+        ready(page)
+        assert page.locator("#budget-text").inner_text() == "8 of 16 tokens (50.0 %)"
+        before = drawn(page, "consensusdrop")
+        page.focus("#budget")
+        page.keyboard.press("ArrowRight")
+        assert page.locator("#budget-text").inner_text() == "4 of 16 tokens (25.0 %)"
+        after = drawn(page, "consensusdrop")
+        assert after != before
+        # Mouse: a click at the left end of the slider is the first budget again.
+        box = page.locator("#budget").bounding_box()
+        page.mouse.click(box["x"] + 4, box["y"] + box["height"] / 2)
+        assert page.locator("#budget-text").inner_text().startswith("8 of 16")
+        assert drawn(page, "consensusdrop") == before
+
+        assert page.locator("#layer-text").inner_text() == "before decoder layer 3"
+        last = drawn(page, "visiondrop")
+        page.focus("#layer")
+        page.keyboard.press("Home")
+        assert page.locator("#layer-text").inner_text() == "after the vision encoder"
+        first = drawn(page, "visiondrop")
+        assert first != last and "0 dropped" in page.locator('[data-method="attnmix"] .counts').inner_text()
+        box = page.locator("#layer").bounding_box()
+        page.mouse.click(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
+        assert drawn(page, "visiondrop") == last
+        assert page.locator("#layer").get_attribute("aria-valuetext") == "before decoder layer 3"
+        assert not page.errors
+
+
+@needs_browser
+def test_methods_are_chosen_and_the_layer_slider_needs_one_that_changes(page_file, gallery):
+    with opened(page_file) as page:
+        ready(page)
+        assert shown(page) == ["full", "attnmix", "consensusdrop", "visiondrop"]
+        page.click("summary")
+        page.click("#none")
+        assert shown(page) == ["full"]
+        page.check('input[value="fastervlm"]')
+        assert shown(page) == ["full", "fastervlm"] and page.is_disabled("#layer")
+        page.focus('input[value="pyramiddrop"]')
+        page.keyboard.press("Space")
+        assert shown(page) == ["full", "fastervlm", "pyramiddrop"] and page.is_enabled("#layer")
+        assert page.locator("#layer-why").inner_text() == "Changes: pyramiddrop."
+        page.click("#all")
+        assert len(shown(page)) == 1 + len(gallery.methods)
+        assert page.locator("#methods-text").inner_text() == f"{len(METHODS)} of {len(METHODS)} shown"
+        for (method, budget), reason in gallery.unavailable.items():
+            if budget == 8:
+                assert reason in page.locator(f'[data-method="{method}"] .reason').inner_text()
+        assert not page.errors
+
+
+@needs_browser
+def test_a_score_map_lies_on_the_image_and_on_request_on_the_methods_too(page_file):
+    with opened(page_file) as page:
+        ready(page)
+        plain, method = drawn(page, "full"), drawn(page, "attnmix")
+        assert not page.is_visible("#opacity") and not page.is_visible("#scale")
+        page.select_option("#map", "question")
+        coloured = drawn(page, "full")
+        assert coloured != plain and drawn(page, "attnmix") == method
+        assert "question attention" in page.locator("#map-meaning").inner_text() and page.is_visible("#scale")
+        page.focus("#opacity")
+        page.keyboard.press("Home")
+        assert page.locator("#opacity-text").inner_text() == "10 %" and drawn(page, "full") not in (plain, coloured)
+        page.check("#map-everywhere")
+        assert drawn(page, "attnmix") != method
+        page.select_option("#map", "")
+        assert drawn(page, "full") == plain and drawn(page, "attnmix") == method
+        assert not page.errors
+
+
+@needs_browser
+def test_canvases_show_what_the_overlay_of_the_figures_shows(tiny, tmp_path):
+    """One grey image, so that a pixel in the middle of a patch has one of the overlay's colours."""
+    grey = Image.new("RGB", (400, 400), (200, 200, 200))
+    sample = dataclasses.replace(SAMPLE, image=grey)
+    names = ["consensusdrop", "fastervlm", "visionzip", "tome", "pyramiddrop"]
+    found = collect(tiny, sample, names, (8,), 2)
+    (tmp_path / "page.html").write_text(render(found, "vtr gallery"))
+    with opened(tmp_path / "page.html") as page:
+        ready(page)
+        for result in found.results:
+            trace = generate(tiny, [sample], registry.build(result.method, 8), 2).answers[0].trace
+            wanted = np.asarray(draw_overlay(grey, trace, 4)).astype(int)
+            address = drawn(page, result.method)
+            made = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")
+            middle = [(2 * number + 1) / 8 for number in range(4)]
+            for row in middle:
+                for column in middle:
+                    pixel = made.getpixel((int(column * made.width), int(row * made.height)))
+                    assert pixel == pytest.approx(wanted[int(row * 400), int(column * 400)], abs=3), result.method
+        assert any(np.allclose(wanted[y, x], 200 * DIM, atol=1) for y in (50, 150) for x in (50, 150, 250, 350))
+
+
+@needs_browser
+@pytest.mark.parametrize(("size", "dark"), [(DESKTOP, False), (PHONE, True)], ids=["light desktop", "dark phone"])
+def test_texts_are_escaped_and_the_page_fits_in_light_and_dark(page_file, size, dark):
+    with opened(page_file, size, dark) as page:
+        ready(page)
+        assert page.evaluate("window.broken") is None and page.locator("h1").inner_text() == HOSTILE
+        assert "<i>short</i>" in page.locator("footer").inner_text()
+        assert overflow(page) == 0
+        for control in page.query_selector_all("input, select"):
+            assert control.evaluate("one => one.labels.length && one.labels[0].textContent.trim().length"), control
+        for canvas in page.query_selector_all(".card:not([hidden]) canvas"):
+            assert "kept" in canvas.get_attribute("aria-label")
+        page.click("#methods-text")  # an <output> there would swallow the click
+        page.click("#all")
+        page.select_option("#map", "cls")
+        assert overflow(page) == 0 and not page.errors
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        light = sum(int(part) for part in background.removeprefix("rgb(").rstrip(")").split(",")) > 3 * 128
+        assert light != dark
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_one_small_file_and_names_itself_in_it(tiny_path, tmp_path, capsys):
+    picture(0).save(tmp_path / "photo.png")
+    file = tmp_path / "new" / "page.html"
+    arguments = ["photo.png", "is there a star?", "--model", str(tiny_path), "--methods", "uniform,random"]
+    arguments[0] = str(tmp_path / "photo.png")
+    assert command.main([*arguments, "--budgets", "8,4", "--output", str(file), "--device", "cpu"]) == 0
+    text = file.read_text()
+    assert "2 methods at 2 budgets, 4 answers, 0 not possible" in capsys.readouterr().out
+    assert "vtr gallery" in text and "--methods uniform,random" in text and len(text) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["photo.jpg"], "Ask something about photo.jpg"),
+        (["missing.jpg", "a?"], "No image at missing.jpg"),
+        (["missing.mp4", "a?"], "missing.mp4"),
+        (["--methods", "consensusdrp"], "Did you mean 'consensusdrop'"),
+        (["--budgets", "64,x"], "--budgets should be a whole number, 1 or more, got 'x'"),
+        (["--output", "."], "is a folder"),
+    ],
+)
+def test_mistakes_end_in_a_sentence_before_a_model_is_loaded(arguments, sentence, capsys, monkeypatch):
+    monkeypatch.setattr("llava.model.builder.load", lambda *_: pytest.fail("loaded a model"))
+    monkeypatch.setattr(sys, "argv", ["vtr"])
+    assert cli.main(["gallery", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_script_passes_the_model_and_stays_in_the_caller_s_folder(tmp_path):
+    """With a python that prints how it was called."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$PYTHONPATH" "$@"\n')
+    python.chmod(0o755)
+    stamp = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()
+    (tmp_path / "venv" / "requirements.sha256").write_text(f"{stamp}\n")
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/show.sh"), "photo.jpg", "what is it?"],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv"), "MODEL": "some/model"},
+        capture_output=True,
+        text=True,
+    )
+    called = ["-m", "eval.cli", "gallery", "--model", "some/model", "photo.jpg", "what is it?"]
+    assert done.stdout.splitlines() == [str(tmp_path), str(ROOT), *called], done.stderr
