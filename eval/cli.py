@@ -39,6 +39,8 @@ COMMANDS = {
     "score": Command("eval.score", "score a file of answers, without a model"),
     "compare": Command("eval.compare", "paired test between two runs or files of answers"),
     "stats": Command("eval.statistics.command", "tokens needed, loyalty and hard questions of finished runs"),
+    "report": Command("eval.pages.report.__main__", "write a page with all results: plots and a sortable table"),
+    "demo": Command("eval.pages.demo.__main__", "start a web page: ask about an image, a method beside full"),
     "check-data": Command("eval.check_data", "report which benchmarks a data folder holds and what is missing"),
     "show methods": Command(
         "eval.show", "list the methods, or one method's options: vtr show methods NAME", ("methods",)

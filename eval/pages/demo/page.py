@@ -1,0 +1,185 @@
+"""The layout of the demo, in Gradio; what it shows comes from `compare`."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+
+from eval.config import method_options
+from eval.pages.demo.compare import REPEATS, Comparison, Side, answer_beside_full, methods
+from eval.pages.demo.examples import Example
+from eval.pages.skeleton import environment
+from eval.results.provenance import hardware
+from llava.errors import UserError
+from llava.model.llava_arch import Llava
+from llava.processing.clip_image import open_image
+
+METHOD, BUDGET = "consensusdrop", 64
+# No fonts from the network; the default colour of hints is too pale to read.
+THEME = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")).set(
+    block_info_text_color="*neutral_600"
+)
+CSS = (Path(__file__).parent / "demo.css").read_text()
+
+
+def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
+    """The page of one loaded model."""
+    summaries = dict(methods())
+    with gr.Blocks(title="Visual token reduction", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+        gr.Markdown(
+            f"# Visual token reduction\n{model.name}, {model.visual_tokens:,} visual tokens per image, "
+            f"{model.spec.layers} decoder layers. Ask about an image: the answer with all visual tokens and the answer "
+            "with a method, side by side."
+        )
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                image: Any = gr.Image(
+                    label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], elem_id="image"
+                )
+                # `ask` reads the file, so that a damaged one is an error with a sentence. Gradio has checked the path.
+                image.preprocess = lambda payload: payload and payload.path
+                question = gr.Textbox(label="Question", elem_id="question", max_length=10_000)
+                short = gr.Checkbox(True, label="Ask for a single word or phrase", elem_id="short")
+                method = gr.Dropdown(
+                    list(summaries),
+                    value=METHOD if METHOD in summaries else None,
+                    label="Method",
+                    info=summaries.get(METHOD),
+                    elem_id="method",
+                )
+                budget = gr.Slider(
+                    1,
+                    model.visual_tokens,
+                    value=min(BUDGET, model.visual_tokens),
+                    step=1,
+                    label="Budget: visual tokens per image, mean over decoder layers",
+                    elem_id="budget",
+                )
+                options = gr.Textbox(
+                    label="Options of the method",
+                    info="as after --set: name=value, separated by spaces; vtr show methods NAME lists them",
+                    elem_id="options",
+                )
+                button = gr.Button("Answer", variant="primary", elem_id="answer")
+            with gr.Column(scale=3, min_width=300):
+                problem = gr.Textbox(label="No answer", visible=False, elem_id="problem", lines=2)
+                with gr.Row():
+                    sides = [panel("full", "All visual tokens"), panel("reduced", "Method")]
+                gr.Markdown("Kept patches are clear, merged ones carry the tint of their group, dropped ones are dark.")
+                numbers = gr.HTML(elem_id="numbers")
+        if examples:
+            expected = gr.Textbox(label="Correct answer", visible=False)
+            gr.Examples(
+                [[str(example.image), example.question, example.answer] for example in examples],
+                [image, question, expected],
+                label="Test images of the toy benchmark, with a question and its correct answer",
+            )
+        outputs = [problem, *sides[0], *sides[1], numbers]
+
+        def ask(path: str | None, *entered: Any) -> list[Any]:
+            try:
+                return shown(answer(model, path, *entered), model)
+            except UserError as error:
+                sentence = str(error)
+            except Exception as error:
+                traceback.print_exc(file=sys.stderr)
+                sentence = f"The model failed ({type(error).__name__}); the terminal that runs the demo says where."
+            return [gr.update(value=sentence, visible=True), *[None] * (len(outputs) - 1)]
+
+        method.input(
+            lambda name: gr.update(info=summaries.get(name)), method, method, queue=False, api_visibility="private"
+        )
+        inputs = [image, question, short, method, budget, options]
+        gr.on([button.click, question.submit], ask, inputs, outputs, api_visibility="private", concurrency_id="model")
+    # One question at a time: times would mean nothing otherwise.
+    blocks.queue(default_concurrency_limit=1, max_size=16, api_open=False)
+    return blocks
+
+
+def panel(name: str, label: str) -> tuple[gr.Textbox, gr.Image]:
+    """Answer and overlay of one side."""
+    with gr.Column(min_width=200):
+        text = gr.Textbox(label=label, interactive=False, elem_id=f"{name}-answer", lines=1)
+        overlay = gr.Image(
+            label="Kept tokens",
+            interactive=False,
+            format="png",
+            buttons=["download", "fullscreen"],
+            elem_id=f"{name}-overlay",
+        )
+    return text, overlay
+
+
+def answer(
+    model: Llava, path: str | None, question: str, short: bool, method: str | None, budget: float, options: str
+) -> Comparison:
+    """Check what was entered, and ask.
+
+    Raises:
+        UserError: something is missing or wrong.
+    """
+    if path is None:
+        raise UserError("There is no image; drop one, or choose an example.")
+    if method is None:
+        raise UserError("There is no method; choose one.")
+    image = open_image(path, Path(path).name)
+    chosen = method_options(method, options.split())
+    return answer_beside_full(model, image, question, method, int(budget), chosen, short)
+
+
+def shown(comparison: Comparison, model: Llava) -> list[Any]:
+    """Values of the outputs, in their order."""
+    full, reduced = comparison.full, comparison.reduced
+    return [
+        gr.update(value="", visible=False),
+        gr.update(value=full.text, label=f"All visual tokens: {full.mean:,.0f}"),
+        full.overlay,
+        gr.update(value=reduced.text, label=f"{reduced.name}: {reduced.mean:,.1f} visual tokens"),
+        reduced.overlay,
+        table(comparison, model),
+    ]
+
+
+def table(comparison: Comparison, model: Llava) -> str:
+    """The costs of both sides as HTML."""
+    full, reduced = comparison.full, comparison.reduced
+
+    def row(label: str, text: Any, value: Any = None) -> dict[str, str]:
+        ratio = "" if value is None else f"{value(full) / value(reduced):.2f}"
+        return {"label": label, "full": text(full), "reduced": text(reduced), "ratio": ratio}
+
+    rows = [
+        row("Visual tokens per layer", lambda side: f"{side.mean:,.1f}", lambda side: side.mean),
+        row("TTFT, median", lambda side: f"{side.ttft:,.0f} ms", lambda side: side.ttft),
+        row("fastest to slowest", times),
+        row("KV cache", lambda side: f"{side.kv_bytes / 1e6:,.2f} MB", lambda side: side.kv_bytes),
+        row("Operations", lambda side: f"{side.gflop:,.2f} GFLOP", lambda side: side.gflop),
+    ]
+    layers = [f"{side.name} {runs(side.tokens_per_layer)}" for side in (full, reduced)]
+    template = environment(Path(__file__).parent).get_template("numbers.html.j2")
+    return template.render(rows=rows, reduced=reduced, layers=layers, repeats=REPEATS, machine=machine(model))
+
+
+def machine(model: Llava) -> str:
+    """What the times were measured on: "cpu (AMD EPYC, 2 threads), float32"."""
+    device, count = str(model.device), torch.get_num_threads()
+    threads = f", {count} thread{'' if count == 1 else 's'}" if device == "cpu" else ""
+    return f"{device} ({hardware(device)}{threads}), {model.loaded_with['dtype']}"
+
+
+def runs(tokens: Sequence[int]) -> str:
+    """ "576 in 2 layers, 64 in 6"."""
+    found = [(value, len(list(same))) for value, same in groupby(tokens)]
+    words = [f"{value:,} in {count}" for value, count in found]
+    words[0] += " layer" if found[0][1] == 1 else " layers"
+    return ", ".join(words)
+
+
+def times(side: Side) -> str:
+    """ "109 to 121 ms"."""
+    return f"{min(side.ttft_ms):,.0f} to {max(side.ttft_ms):,.0f} ms"

@@ -1,0 +1,1 @@
+"""The results page: every result.json below a folder in one sortable table and three plots."""

@@ -1,0 +1,303 @@
+"""Result files below a folder -> checked rows of the results page, and the files that are left out with the reason."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.answers.jsonl import read_json
+from eval.benchmarks.records import NotRequired, Number, TypedDict, check
+from eval.config import FULL
+from eval.results.baseline import task
+from eval.results.report import interval_of
+from llava.errors import UserError
+
+RESULT = "result.json"
+# Folders that `--restart` moves an earlier run to: their results are superseded.
+REPLACED = re.compile(r"replaced-\d+")
+# How eval.results.cost begins the remark that some of a run's times do not hold what those of other runs hold.
+OTHER_TIMES = "Vision and TTFT of "
+
+
+class Audit(TypedDict):
+    mean_tokens_per_layer: Number
+    kv_bytes_per_sample: Number
+
+
+class Settings(TypedDict):
+    benchmark: str
+    model: str
+    config: NotRequired[dict[str, Any]]
+
+
+class Result(TypedDict):
+    """The fields of result.json that the page cannot do without, and the types of those that it reads if present."""
+
+    method: str
+    budget: Number | None
+    asked: int
+    main: str
+    metrics: dict[str, Number | None]
+    confidence: dict[str, Any]
+    audit: Audit
+    settings: Settings
+    title: NotRequired[str]
+    available: NotRequired[int]
+    partial: NotRequired[bool]
+    points: NotRequired[list[str]]
+    failed: NotRequired[list[Any]]
+    remarks: NotRequired[list[str]]
+    commit: NotRequired[Any]
+    finished: NotRequired[str]
+    flops: NotRequired[dict[str, Any]]
+    timing: NotRequired[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result, in the units of the page.
+
+    Attributes:
+        options: the method's options that differ from their defaults, "alpha=1.0".
+        low, high: the ends of the 95 % confidence interval.
+        percent: main score in percent of that of `full` on the same questions under the same settings.
+        tokens: visual tokens per layer, mean over layers and samples.
+        ttft: median milliseconds of a batch of `batch` questions.
+        timed: what the time was measured under; results are compared in time only where it is the same.
+        kv: megabytes of key/value cache per question.
+        gflop: operations up to the first token, per question asked alone.
+        task: text that is equal for results that may be compared: same questions, same settings.
+        group: number of `task` among those of the page.
+        folder: of the result, relative to the folder that was searched.
+    """
+
+    method: str
+    options: str
+    budget: float | None
+    benchmark: str
+    model: str
+    metric: str
+    unit: str
+    score: float | None
+    low: float | None
+    high: float | None
+    interval: str
+    tokens: float
+    ttft: float | None
+    batch: int | None
+    timed: str | None
+    kv: float
+    gflop: float | None
+    questions: int
+    available: int
+    failed: int
+    partial: bool
+    commit: str
+    date: str
+    folder: str
+    task: str
+    percent: float | None = None
+    group: int = 0
+
+    @property
+    def series(self) -> str:
+        """What one line of a plot joins: the method with its options."""
+        return f"{self.method} ({self.options})" if self.options else self.method
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies below a folder.
+
+    Attributes:
+        groups: name of every group of comparable results, by `Row.group`.
+        damaged: one sentence for every file that cannot be read as a result.
+        replaced: number of results that `--restart` has moved aside; they are not on the page.
+    """
+
+    rows: Sequence[Row]
+    groups: Sequence[str]
+    damaged: Sequence[str] = ()
+    replaced: int = 0
+
+
+def collect(folder: Path) -> Found:
+    """All results below a folder.
+
+    Raises:
+        UserError: there is no such folder, or it holds no result that can be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; `vtr report FOLDER` takes the one that holds your runs.")
+    paths = sorted(folder.rglob(RESULT))
+    current = [path for path in paths if not any(REPLACED.fullmatch(part) for part in path.relative_to(folder).parts)]
+    rows, damaged = [], []
+    defaults = default_options()
+    for path in current:
+        try:
+            rows.append(row_of(check(Result, read_json(path), str(path)), path.parent.relative_to(folder), defaults))
+        except UserError as error:
+            damaged.append(str(error))
+    if not rows:
+        rest = f"; {len(damaged):,} cannot be read, the first one: {damaged[0]}" if damaged else "."
+        raise UserError(f"{folder} holds no result of `vtr eval` (a file {RESULT} per run){rest}")
+    ordered, groups = with_groups(rows)
+    return Found(ordered, groups, damaged, len(paths) - len(current))
+
+
+def default_options() -> dict[str, dict[str, Any]]:
+    """Method -> option -> default, of the registered methods."""
+    from llava.reduction import registry
+
+    methods = registry.describe()
+    return {method["name"]: {option["name"]: option["default"] for option in method["options"]} for method in methods}
+
+
+def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mapping[str, Any]]) -> Row:
+    """A checked result as a row.
+
+    Args:
+        folder: of the result, relative to the folder that was searched.
+        defaults: see `default_options`.
+    """
+    main, settings, audit = result["main"], result["settings"], result["audit"]
+    interval = interval_of(result) or {}
+    ttft, batch, timed = time_of(result)
+    available = result.get("available", result["asked"])
+    flops = (result.get("flops") or {}).get("per_question")  # earlier versions counted something else
+    return Row(
+        method=result["method"],
+        options=changed_options(result["method"], settings.get("config", {}), defaults),
+        budget=result["budget"],
+        benchmark=result.get("title") or settings["benchmark"],
+        model=settings["model"],
+        metric=main.replace("_", " "),
+        unit="points" if main in result.get("points", ()) else "%",
+        score=result["metrics"].get(main),
+        low=finite(interval.get("low")),
+        high=finite(interval.get("high")),
+        interval=str(interval.get("method", "")),
+        tokens=audit["mean_tokens_per_layer"],
+        ttft=ttft,
+        batch=batch,
+        timed=timed,
+        kv=audit["kv_bytes_per_sample"] / 1e6,
+        gflop=None if flops is None else flops / 1e9,
+        questions=result["asked"],
+        available=available,
+        failed=len(result.get("failed", ())),
+        partial=result.get("partial", result["asked"] < available),
+        commit=str(result.get("commit") or ""),
+        date=result.get("finished", ""),
+        folder=str(folder),
+        task=json.dumps(task(result), sort_keys=True),
+    )
+
+
+def finite(value: Any) -> float | None:
+    """A number that can be drawn; None for anything else."""
+    return value if isinstance(value, int | float) and abs(value) < float("inf") else None
+
+
+def changed_options(method: str, options: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]) -> str:
+    """ "alpha=1.0, merge=none": options that differ from their defaults; all of a method that is not registered."""
+    usual = defaults.get(method, {})
+    plain = {name: json.loads(json.dumps(value)) for name, value in usual.items()}
+    changed = {k: v for k, v in options.items() if k != "budget" and (k not in plain or plain[k] != v)}
+    return ", ".join(f"{name}={value}" for name, value in changed.items())
+
+
+def time_of(result: Mapping[str, Any]) -> tuple[float | None, int | None, str | None]:
+    """Median TTFT of a batch in milliseconds, the questions of the batch, and what it was measured under.
+
+    The last is None where a run's batches were timed under several conditions, or hold less than those of other runs.
+    """
+    timing = result.get("timing") or {}
+    batch = timing.get("batch") or {}
+    ttft = finite((batch.get("median_ms") or {}).get("ttft"))
+    conditions = timing.get("conditions") or []
+    mixed = len(conditions) != 1 or any(remark.startswith(OTHER_TIMES) for remark in result.get("remarks", ()))
+    if ttft is None or mixed:
+        return ttft, batch.get("questions"), None
+    known = {key: value for key, value in conditions[0].items() if key != "batch_size"}
+    words = [str(value) if key in ("device", "hardware", "dtype") else f"{key} {value}" for key, value in known.items()]
+    size = batch["questions"]
+    return ttft, size, ", ".join([*words, "one question at a time" if size == 1 else f"batches of {size}"])
+
+
+def with_groups(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows with `percent` and `group`, in the order of the table, and the names of the groups.
+
+    Returns:
+        Rows by group, in a group `full` first, then by method, options and budget; and one name per group.
+    """
+    same: dict[str, list[Row]] = {}
+    for row in rows:
+        same.setdefault(row.task, []).append(row)
+    groups = sorted(same.values(), key=lambda group: group_order(group[0]))
+    filled = []
+    for number, group in enumerate(groups):
+        group.sort(key=lambda row: (row.method != FULL, row.series, row.budget or 0, row.folder))
+        full = [row for row in group if row.method == FULL and row.score]
+        for row in group:
+            filled.append(dataclasses.replace(row, percent=percent_of(row, full), group=number))
+    return filled, list(group_names([group[0] for group in groups]))
+
+
+def group_order(row: Row) -> tuple[Any, ...]:
+    """Groups stand by benchmark and model, the one with most questions first."""
+    return row.benchmark, row.model, -row.questions, row.task
+
+
+def percent_of(row: Row, full: Sequence[Row]) -> float | None:
+    """Score in percent of that of `full`; of several the one whose folder is nearest to the row's.
+
+    Args:
+        full: results of `full` on the same task.
+    """
+    if row.score is None or not full:
+        return None
+    if row.method == FULL:
+        return 100.0
+    own = Path(row.folder).parts
+    score = max(full, key=lambda other: shared_parts(own, Path(other.folder).parts)).score
+    return 100 * row.score / score if score else None
+
+
+def shared_parts(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many parts two paths have in common from the top."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+def group_names(firsts: Sequence[Row]) -> Iterator[str]:
+    """Benchmark, model and number of questions of each group; of groups alike also the settings that differ.
+
+    Args:
+        firsts: one row of each group.
+    """
+    plain = [f"{row.benchmark} · {row.model} · {row.questions:,} questions" for row in firsts]
+    flats = [flat(json.loads(row.task)) for row in firsts]
+    for name, own in zip(plain, flats, strict=True):
+        alike = [other for other_name, other in zip(plain, flats, strict=True) if other_name == name]
+        differing = [key for key in own if any(other.get(key) != own[key] for other in alike)]
+        yield " · ".join([name, *(f"{key} {str(own[key])[:16]}" for key in differing)])
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"settings": {"dtype": "float32"}} -> {"dtype": "float32"}; deeper names are joined by dots."""
+    found: dict[str, Any] = {}
+    for key, entry in value.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(entry, Mapping):
+            found |= flat(entry, "" if name in ("settings", "facts") else name)
+        else:
+            found[name] = entry
+    return found

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Starts a web page on this machine: drop an image, ask, choose a method and a budget, and see answer, kept tokens and time beside `full`.
+# Usage: bash scripts/demo.sh [--model MODEL] [--port 7860] [further arguments of vtr demo]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+exec python -m eval.pages.demo "$@"

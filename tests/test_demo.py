@@ -1,0 +1,307 @@
+"""The demo: both answers and their costs without a web page, then the page in a browser, and how it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from eval import cli
+from eval.command import Terminated
+from eval.config import DEFAULT_MODEL, ROOT
+from eval.pages.demo import __main__ as command
+from eval.pages.demo import compare
+from eval.pages.demo.__main__ import main
+from eval.pages.demo.compare import SHORT, answer_beside_full
+from eval.pages.demo.examples import IDS, examples
+from llava.errors import UserError
+from llava.model.builder import load
+from llava.pipeline.generate import generate
+from llava.processing.clip_image import open_image
+from llava.processing.sample import Sample
+from llava.reduction import registry
+from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
+from tests.conftest import QUESTIONS, picture
+
+# -- both answers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["consensusdrop", "random", "visiondrop"])
+def test_both_answers_are_those_of_the_pipeline(tiny, method):
+    image = picture(1)
+    found = answer_beside_full(tiny, image, f"  {QUESTIONS[0]}\n", method, 8)
+    for side, name, budget in ((found.full, "full", 16), (found.reduced, method, 8)):
+        sample = Sample("demo", QUESTIONS[0], SHORT, image)
+        batch = generate(tiny, [sample], registry.build(name, budget), compare.MAX_NEW_TOKENS)
+        (answer,) = batch.answers
+        assert (side.name, side.text) == (name, answer.text)
+        assert side.tokens_per_layer == answer.accounting.tokens_per_layer and side.mean == pytest.approx(budget)
+        assert side.kv_bytes == answer.accounting.kv_bytes and side.gflop == pytest.approx(batch.flops / 1e9)
+        assert side.overlay.size == (2 * image.width, 2 * image.height)
+    assert found.full.overlay.tobytes() != found.reduced.overlay.tobytes()
+    assert found.reduced.kv_bytes < found.full.kv_bytes and found.reduced.gflop < found.full.gflop
+
+
+def test_the_short_answer_is_asked_for_only_if_wanted(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        compare, "generate", lambda m, samples, *a, **k: (asked.append(samples[0]), generate(m, samples, *a, **k))[1]
+    )
+    for short in (True, False):
+        answer_beside_full(tiny, picture(1), QUESTIONS[0], "random", 8, short=short, repeats=1)
+    assert {sample.message for sample in asked} == {QUESTIONS[0], f"{QUESTIONS[0]}\n{SHORT}"}
+
+
+def test_times_are_taken_in_turns_after_both_have_answered(tiny, monkeypatch):
+    """A busy minute would slow one method alone, and the first call of each pays for what is loaded then."""
+    calls = []
+
+    def spy(model, samples, reducer, max_new_tokens):
+        calls.append((reducer.name, max_new_tokens))
+        return generate(model, samples, reducer, max_new_tokens)
+
+    monkeypatch.setattr(compare, "generate", spy)
+    found = answer_beside_full(tiny, picture(1), QUESTIONS[0], "random", 8)
+    assert calls == [("full", 128), ("random", 128), *[("full", 1), ("random", 1)] * 3]
+    for side in (found.full, found.reduced):
+        assert len(side.ttft_ms) == 3 and side.ttft == sorted(side.ttft_ms)[1] > 0
+
+
+def test_options_reach_the_method(tiny):
+    plain, kept = (
+        answer_beside_full(tiny, picture(1), QUESTIONS[0], "fastv", 12, options, repeats=1).reduced
+        for options in ({}, {"schedule": "kept"})
+    )
+    assert plain.mean == pytest.approx(12, abs=0.5) and kept.mean > plain.mean
+
+
+@pytest.mark.parametrize(
+    ("question", "method", "budget", "options", "expected"),
+    [
+        ("", "random", 8, {}, "There is no question"),
+        (" \n ", "random", 8, {}, "There is no question"),
+        ("a" * 3000, "random", 8, {}, "2,000 characters, this one has 3,000"),
+        ("a?", "rondom", 8, {}, "Did you mean 'random'"),
+        ("a?", "random", 17, {}, "must be 1 to 16"),
+        ("a?", "random", 0, {}, "at least 1"),
+        ("a?", "fastv", 1, {}, "fastv cannot reach a mean of 1"),
+        ("a?", "random", 8, {"alpha": "1"}, "alpha"),
+    ],
+)
+def test_mistakes_are_one_sentence(tiny, question, method, budget, options, expected):
+    with pytest.raises(UserError, match=expected):
+        answer_beside_full(tiny, picture(1), question, method, budget, options)
+
+
+def test_too_little_memory_is_one_sentence(tiny, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compare, "generate", full)
+    with pytest.raises(UserError, match="does not fit into the accelerator's memory"):
+        answer_beside_full(tiny, picture(1), "a?", "random", 8)
+
+
+def test_tiles_have_overlays_too():
+    model = load(ROOT / "assets" / "tinyllava_next")
+    image = open_image(examples()[0].image)
+    found = answer_beside_full(model, image, examples()[0].question, "consensusdrop", 160, repeats=1)
+    assert found.full.overlay.size == found.reduced.overlay.size and found.full.overlay.width > 2 * image.width
+    assert found.reduced.mean < found.full.mean
+
+
+def test_every_method_but_full_is_offered():
+    names = [name for name, summary in compare.methods() if summary]
+    assert names == [name for name in registry.names() if name != "full"]
+
+
+def test_the_toy_model_answers_the_examples():
+    found = examples()
+    assert len(found) == len(IDS)
+    model = load(DEFAULT_MODEL)
+    for example in found:
+        compared = answer_beside_full(
+            model, open_image(example.image), example.question, "consensusdrop", 64, repeats=1
+        )
+        assert compared.full.text.lower() == example.answer, example
+
+
+def test_no_examples_without_the_toy_benchmarks(tmp_path):
+    assert examples(tmp_path) == []
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_model_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vtr"])
+    assert cli.main(["demo", "--model", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"), [("127.0.0.1", "in use"), ("192.0.2.1", "address"), ("no.such.host.invalid", "")]
+)
+def test_an_address_that_cannot_be_served_on_is_one_sentence(host, reason, capsys):
+    """It is found before the model is loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        assert main(["--host", host, "--port", str(port)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Cannot serve on {host}, port {port} (") and reason in line and "--port" in line
+
+
+def test_the_exit_code_names_the_signal(monkeypatch, capsys):
+    for stop, code in ((KeyboardInterrupt, 130), (Terminated, 143)):
+        monkeypatch.setattr(command, "serve", Mock(side_effect=stop))
+        assert main([]) == code and capsys.readouterr().err == "\nStopped.\n"
+
+
+# Prints every address that the process looks up or connects to and that is not this machine's.
+WATCHED = """
+import sys
+OWN = ("127.0.0.1", "::1", "localhost", None)
+def watch(event, args):
+    if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in OWN:
+        print("outside:", args[1], file=sys.stderr, flush=True)
+    if event == "socket.getaddrinfo" and args[0] not in OWN:
+        print("outside:", args[0], file=sys.stderr, flush=True)
+sys.addaudithook(watch)
+from eval.pages.demo.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Demo:
+    """The command in a process of its own, with the toy model."""
+
+    def __init__(self, folder: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "log"
+        # A proxy that nobody serves: neither the page nor Gradio may ask it.
+        away = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+        surroundings = os.environ | away | {"GRADIO_TEMP_DIR": str(folder / "gradio"), "NO_PROXY": "", "no_proxy": ""}
+        with self.log.open("w") as log:
+            words = [sys.executable, "-c", WATCHED, "--port", str(self.port)]
+            self.process = subprocess.Popen(words, cwd=ROOT, env=surroundings, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while "Open http" not in self.text:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text
+            time.sleep(0.2)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    started = Demo(tmp_path_factory.mktemp("demo"))
+    yield started
+    started.process.kill()
+    started.process.wait()
+
+
+def errors(page) -> list[str]:
+    """What went wrong, without the stream of events that the page closes itself when an answer is there."""
+    return [error for error in page.errors if "/gradio_api/queue/data" not in error and "/heartbeat/" not in error]
+
+
+def ask(page, question: str) -> None:
+    """Write the question and press the button."""
+    page.fill("#question textarea", question)
+    page.click("#answer")
+
+
+def wait_for_answer(page) -> tuple[str, str]:
+    page.wait_for_function("document.querySelector('#reduced-answer textarea').value !== ''", timeout=60_000)
+    page.wait_for_selector("#reduced-overlay img")
+    return page.input_value("#full-answer textarea"), page.input_value("#reduced-answer textarea")
+
+
+def wait_for_problem(page, start: str) -> str:
+    condition = "start => document.querySelector('#problem textarea')?.value.startsWith(start)"
+    page.wait_for_function(condition, arg=start, timeout=60_000)
+    return page.input_value("#problem textarea")
+
+
+@needs_browser
+def test_a_person_asks_about_an_image(demo):
+    """Upload, question, method, budget, button; both answers, both overlays, the numbers, and no request elsewhere."""
+    example = examples()[0]
+    with opened("about:blank") as page:
+        requests: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(demo.address)
+        page.wait_for_selector("#answer")
+        page.set_input_files("#image input[type=file]", example.image)
+        page.wait_for_selector("#image img")
+        page.click("#method input")
+        page.fill("#method input", "fastervlm")
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('#method').innerText.includes('highest CLS attention')")
+        page.fill("#budget input[type=number]", "128")
+        page.keyboard.press("Tab")
+        ask(page, example.question)
+        full, reduced = wait_for_answer(page)
+        expected = answer_beside_full(
+            load(DEFAULT_MODEL), open_image(example.image), example.question, "fastervlm", 128, repeats=1
+        )
+        assert (full, reduced) == (expected.full.text, expected.reduced.text)
+        numbers = page.inner_text("#numbers")
+        assert "fastervlm 128 in 8 layers" in numbers and "TTFT" in numbers and "GFLOP" in numbers
+        assert "fastervlm: 128.0 visual tokens" in page.inner_text("#reduced-answer")
+        hosts = {url.split("/")[2] for url in requests if url.startswith(("http", "ws"))}
+        assert hosts == {f"127.0.0.1:{demo.port}"}
+        for size in (DESKTOP, PHONE):
+            page.set_viewport_size({"width": size[0], "height": size[1]})
+            assert overflow(page) == 0
+        assert not errors(page)
+    assert "outside:" not in demo.text and "Traceback" not in demo.text
+
+
+@needs_browser
+def test_mistakes_are_shown_as_a_sentence_and_the_page_goes_on(demo, tmp_path):
+    damaged = tmp_path / "damaged.png"
+    damaged.write_text("no image")
+    with opened(demo.address, PHONE, dark=True) as page:
+        page.wait_for_selector("#answer")
+        ask(page, "Is there a red star?")
+        wait_for_problem(page, "There is no image")
+        page.set_input_files("#image input[type=file]", damaged)
+        page.wait_for_timeout(1000)
+        ask(page, "Is there a red star?")
+        assert str(tmp_path) not in wait_for_problem(page, "Cannot read the image damaged.png")
+        page.click("#image button[aria-label='Remove Image']")
+        page.click("text=What color is the ring below the cross?")  # an example
+        page.wait_for_selector("#image img")
+        ask(page, " ")
+        wait_for_problem(page, "There is no question")
+        page.fill("#options textarea, #options input", "alpha=<b>2</b>")
+        ask(page, "Is there a red star?")
+        wait_for_problem(page, "consensusdrop.alpha")
+        page.fill("#options textarea, #options input", "")
+        ask(page, "Is there a red star?")
+        wait_for_answer(page)
+        assert not page.locator("#problem").is_visible() and not errors(page)
+    assert "Traceback" not in demo.text
+
+
+@needs_browser
+def test_ctrl_c_ends_the_demo_while_a_page_is_open(demo):
+    """The last test with this process: it ends it."""
+    with opened(demo.address) as page:
+        page.wait_for_selector("#answer")
+        demo.process.send_signal(signal.SIGINT)
+        assert demo.process.wait(60) == 130
+    assert "Traceback" not in demo.text and demo.text.rstrip().endswith("Stopped.")
