@@ -1,0 +1,118 @@
+"""Answers under ConsensusDrop with one score, the other, or both, from a good to a useless probe; stored per arm."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from eval import benchmarks
+from eval.answers.jsonl import read_json, write_json
+from eval.answers.source_hash import answer_sources, combined
+from eval.config import DEFAULT_DATA
+from eval.findings import measures, scenes
+from eval.findings.degraded import Degraded
+from eval.sweep import CachingLlava
+from llava.pipeline.generate import generate
+
+BATCH = 48
+ALPHA = {"fused": 0.5, "encoder only": 1.0, "cross-modal only": 0.0}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting.
+
+    Attributes:
+        ranking: a key of ALPHA.
+        merged: half of the budget goes to farthest-point merge targets, as by default; else all of it to the ranking.
+        kind, noise: how the probe is made worse, see Degraded.
+    """
+
+    ranking: str
+    budget: int
+    merged: bool = True
+    kind: str = "white"
+    noise: float = 0.0
+
+    def reducer(self) -> Degraded:
+        share = {} if self.merged else {"merged_share": 0.0}
+        return Degraded(budget=self.budget, alpha=ALPHA[self.ranking], kind=self.kind, noise=self.noise, **share)
+
+    @property
+    def key(self) -> "Arm":
+        """The arm whose answers are the same: without the probe its handicap has no effect."""
+        same = self.ranking == "encoder only" or not self.noise
+        return Arm(self.ranking, self.budget, self.merged) if same else self
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Question id -> number, of all questions or of those that name something in the picture.
+
+    Attributes:
+        scores: sample score, 0 to 1.
+        auroc: how well the probe finds the named things; {} where it is not used.
+        recall: share of the patches of the named things that are kept, merge targets included.
+        hit: 1 if of every named thing at least one patch is kept, else 0.
+    """
+
+    scores: dict[str, float]
+    auroc: dict[str, float]
+    recall: dict[str, float]
+    hit: dict[str, float]
+
+
+def answer(model: CachingLlava, arms: Iterable[Arm], folder: Path, limit: int | None = None) -> dict[Arm, Answered]:
+    """Ask all questions of the test split, or the first `limit`, in every arm; finished arms are read from `folder`."""
+    keys = list(dict.fromkeys(arm.key for arm in arms))
+    model.expect([arm.reducer() for arm in keys])
+    found = {}
+    for arm in tqdm(keys, desc="arms", file=sys.stderr):
+        file = folder / f"arms-{digest(model, arm)}" / f"{name_of(arm)}{f'-{limit}' if limit else ''}.json"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, asdict(ask(model, arm, limit)))
+        found[arm] = Answered(**read_json(file))
+    return found
+
+
+def name_of(arm: Arm) -> str:
+    """A file name."""
+    return json.dumps(list(asdict(arm).values())).strip("[]").replace('"', "").replace(", ", "_").replace(" ", "-")
+
+
+def digest(model: CachingLlava, arm: Arm) -> str:
+    """Changes with the weights and with all code that the answers depend on."""
+    parts = [model.fingerprint, combined(answer_sources(model, arm.reducer()))]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
+
+
+def ask(model: CachingLlava, arm: Arm, limit: int | None) -> Answered:
+    """Ask the questions in one arm."""
+    data = benchmarks.get("gqa").load(DEFAULT_DATA, "testdev")
+    assert data.sample_score is not None
+    reducer, scores = arm.reducer(), {}
+    kept: dict[str, list[int]] = {}
+    asked = data.questions[:limit]
+    for start in range(0, len(asked), BATCH):
+        batch = asked[start : start + BATCH]
+        answers = generate(model, [data.sample(question) for question in batch], reducer, data.max_new_tokens).answers
+        for question, given in zip(batch, answers, strict=True):
+            scores[question.id] = data.sample_score(question, given.text)
+            kept[question.id] = given.trace[-1].reduction.kept[0].tolist()
+    found = Answered(scores, {}, {}, {})
+    for one in scenes.questions():
+        picture = scenes.redraw(one.picture)
+        mask = picture.patches(one.targets)
+        if one.id not in scores or not mask.any():
+            continue
+        if one.id in reducer.seen:
+            found.auroc[one.id] = float(measures.auroc(reducer.seen[one.id].double().numpy(), mask))
+        owners = picture.owner[kept[one.id]]
+        found.recall[one.id] = float(mask[kept[one.id]].sum() / mask.sum())
+        found.hit[one.id] = float({n for n in one.targets if n in picture.owner} <= set(owners.tolist()))
+    return found
