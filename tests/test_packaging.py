@@ -86,7 +86,9 @@ def test_imported_libraries_are_declared(folder):
             names = {text.lower().replace("_", "-") for text in modules.get(name, [name])}
             names |= {WITH.get(name, name)}
             own_extra = demo if "eval/pages/demo" in path.as_posix() else set()
-            assert names & (declared | own_extra), f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not list"
+            assert names & (declared | own_extra), (
+                f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not list"
+            )
 
 
 def imported(source: str) -> set[str]:

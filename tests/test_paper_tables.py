@@ -24,6 +24,7 @@ from llava.pipeline.generate import generate
 from llava.reduction import registry
 from tests.browser import PHONE, needs_browser, opened, overflow
 from tests.eval_fakes import write_gqa
+from tests.read_wandb import find_runs, read_run, without_wandb
 
 
 @pytest.mark.parametrize("path", spec.paths(), ids=spec.short)
@@ -220,6 +221,20 @@ def test_a_finished_table_asks_nothing_and_a_part_does_not_replace_it(made, monk
     args = table.parser().parse_args([*words, "--methods", "random", "--limit", "3"])
     found = spec.read(Path(words[0]))
     assert table.default_folder(found, table.where_of(found, args), args).name.endswith("-limit3-part")
+
+
+def test_the_table_is_one_offline_wandb_run_with_its_files_and_pictures(made, monkeypatch, tmp_path):
+    without_wandb(monkeypatch, tmp_path)
+    folder, words = made
+    assert table.main([*words, "--output", str(folder / "logged"), "--wandb", "offline"]) == 0
+    runs = [read_run(path) for path in find_runs(folder / "logged")]
+    (run,) = [run for run in runs if run.job_type == "table"]
+    assert run.group == "consensusdrop/small" and run.exit_code == 0
+    assert len(run.table("table")["data"]) == 9
+    (files,) = [files for name, files in run.artifacts.items() if name.startswith("table-")]
+    assert {"small.md", "small.csv", "small.tex", "small.html"} <= set(files)
+    assert len(run.last("kept tokens")["captions"]) == 5
+    assert run.last("accuracy against tokens") and run.last("accuracy against TTFT")
 
 
 @pytest.mark.parametrize(

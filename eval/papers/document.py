@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from eval.papers.measured import Measured, relative
 from eval.papers.plan import Where, described
@@ -37,6 +38,7 @@ class Document:
         unchecked: why the gate says nothing; "" if it checked.
         facts: (name, text) lines under the title.
         points: for plots, one per method and budget: tokens, ttft_ms and score, the mean of full in percent.
+        pictures: caption -> file, what each method keeps of one image.
     """
 
     table: Table
@@ -49,6 +51,7 @@ class Document:
     unchecked: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
     points: Sequence[Mapping[str, object]] = field(default_factory=tuple)
+    pictures: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def ours(self) -> str:

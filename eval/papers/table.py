@@ -10,6 +10,7 @@ results/sweep, shared by all tables, so an interrupted table goes on where it st
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,6 +97,7 @@ def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path) -
     """Fill what is missing, and say everything that the formats write."""
     from eval.papers.fill import fill_cells, open_model
     from eval.papers.measured import read_cells
+    from eval.papers.pictures import draw_kept
     from eval.papers.plan import columns_of, described, lines_of
     from eval.papers.timing import times_of
     from eval.parallel import placement
@@ -113,7 +115,11 @@ def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path) -
     if not args.render:
         fill_cells(lines, columns, where, model, place, table.identity)
     times = times_of(lines, columns[0], where, model, repeats_of(args, model, where), folder / "times.jsonl")
-    return document_of(table, where, read_cells(lines, columns, where, model), checks, times, command_line(table, args))
+    found = read_cells(lines, columns, where, model)
+    document = document_of(table, where, found, checks, times, command_line(table, args))
+    if args.wandb == "disabled" or args.render or not repeats_of(args, model, where):
+        return document
+    return dataclasses.replace(document, pictures=draw_kept(lines, columns[0], where, model, folder / "kept"))
 
 
 def repeats_of(args: argparse.Namespace, model: "Llava", where: "Where") -> int:
@@ -317,7 +323,7 @@ def log(mode: str, document: "Document", where: "Where", folder: Path, files: Se
         for c in cells
     ]
     about = {"model": where.place.model, "paper": document.table.paper, "limit": where.limit, "toy": where.is_toy}
-    log_table_run(mode, folder, document.table.identity, about, header, rows, files, document.points)
+    log_table_run(mode, folder, document.table.identity, about, header, rows, files, document.points, document.pictures)
 
 
 if __name__ == "__main__":
