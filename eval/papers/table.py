@@ -290,7 +290,9 @@ def command_line(table: Table, args: argparse.Namespace) -> str:
     given = [f"MODEL={args.model}"] * bool(args.model) + [f"DATA={args.data}"] * bool(args.data)
     options = {name: getattr(args, name) for name in ("limit", "methods", "budgets", "benchmarks", "dtype")}
     flags = [f"--{name} {value}" for name, value in options.items() if value]
-    return " ".join([*given, f"bash {table.script}", *flags])
+    path = spec.find(args.table).resolve()
+    own = path.is_relative_to(spec.SCRIPTS.resolve())
+    return " ".join([*given, f"bash {table.script}" if own else f"vtr tables paper {args.table}", *flags])
 
 
 def default_folder(table: Table, where: "Where", args: argparse.Namespace) -> Path:

@@ -20,7 +20,7 @@ def text(document: Document, is_toy: bool) -> str:
     r"""The file; needs \usepackage{booktabs}."""
     width = len(document.columns) + 1
     lines = [
-        f"% {document.table.title}. Made by: bash {document.table.script}",
+        f"% {document.table.title}. Made by: {dict(document.facts)['Command'].strip('`')}",
         *(["% Toy model: not numbers of the paper's model."] if is_toy else []),
         *(f"% MARKED, the unreduced model is not the published one: {line}" for line in document.marked),
         rf"\begin{{tabular}}{{l{'c' * (width - 1)}}}",
