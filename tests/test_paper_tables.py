@@ -135,7 +135,7 @@ def made(tiny, tiny_path, tmp_path_factory):
 def test_the_table_is_written_in_every_format(made):
     folder, _ = made
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
-        "small.csv", "small.html", "small.md", "small.png", "small.tex", "times.jsonl",
+        "small.csv", "small.html", "small.md", "small.png", "small.tex", "small.times.jsonl",
     ]  # fmt: skip
 
 

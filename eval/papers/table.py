@@ -114,12 +114,16 @@ def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path) -
     checks = gate_of(table, where, read_cells(lines[:1], columns, where, model), args.gate == "stop")
     if not args.render:
         fill_cells(lines, columns, where, model, place, table.identity)
-    times = times_of(lines, columns[0], where, model, repeats_of(args, model, where), folder / "times.jsonl")
+    times = times_of(
+        lines, columns[0], where, model, repeats_of(args, model, where), folder / f"{table.name}.times.jsonl"
+    )
     found = read_cells(lines, columns, where, model)
     document = document_of(table, where, found, checks, times, command_line(table, args))
     if args.wandb == "disabled" or args.render or not repeats_of(args, model, where):
         return document
-    return dataclasses.replace(document, pictures=draw_kept(lines, columns[0], where, model, folder / "kept"))
+    return dataclasses.replace(
+        document, pictures=draw_kept(lines, columns[0], where, model, folder / f"{table.name}-kept")
+    )
 
 
 def repeats_of(args: argparse.Namespace, model: "Llava", where: "Where") -> int:
