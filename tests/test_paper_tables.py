@@ -237,6 +237,19 @@ def test_the_table_is_one_offline_wandb_run_with_its_files_and_pictures(made, mo
     assert run.last("accuracy against tokens") and run.last("accuracy against TTFT")
 
 
+def test_cells_are_spread_over_ranks_and_are_those_of_one_process(made, monkeypatch):
+    folder, words = made
+    monkeypatch.setenv("RANKS", "2")
+    monkeypatch.setattr(plan, "SWEEPS", folder / "spread")
+    monkeypatch.setattr("eval.papers.fill.SWEEPS", folder / "spread")
+    assert table.main([*words, "--output", str(folder / "two"), "--wandb", "disabled"]) == 0
+    rows = [list(csv.DictReader((folder / name / "small.csv").open())) for name in ("out", "two")]
+    for alone, spread in zip(*rows, strict=True):
+        for key in ("method", "budget", "score", "low", "high", "tokens_per_layer", "answers_sha256"):
+            assert spread[key] == alone[key]
+    assert not list((folder / "spread").glob("sweep-*.json"))
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
