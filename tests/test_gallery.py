@@ -123,6 +123,15 @@ def test_a_budget_out_of_reach_is_a_reason_and_the_rest_goes_on(tiny):
     assert "1 to 16" in found.unavailable["random", 99]
 
 
+def test_options_are_used_and_named_and_a_wrong_one_is_an_error(tiny):
+    options = {"consensusdrop": {"weights": "none", "merged_share": "0"}}
+    found = collect(tiny, SAMPLE, ["consensusdrop"], (4,), 2, options)
+    assert not found.results[0].states[-1].patches.merged.any(), "by default it merges"
+    assert json.loads(page_data(found))["methods"][0]["options"] == options["consensusdrop"]
+    with pytest.raises(UserError, match="alpa"):
+        collect(tiny, SAMPLE, ["consensusdrop"], (4,), 2, {"consensusdrop": {"alpa": "1"}})
+
+
 @pytest.mark.parametrize(
     "sample",
     [
@@ -232,7 +241,12 @@ def test_a_tower_without_class_token_says_which_maps_it_lacks(tmp_path):
 @pytest.fixture(scope="module")
 def page_file(gallery, tmp_path_factory):
     file = tmp_path_factory.mktemp("gallery") / "gallery.html"
-    hostile = dataclasses.replace(gallery, question=HOSTILE, instruction="<i>short</i>")
+    hostile = dataclasses.replace(
+        gallery,
+        question=HOSTILE,
+        instruction="<i>short</i>",
+        full=dataclasses.replace(gallery.full, text=HOSTILE),
+    )
     file.write_text(render(hostile, "vtr gallery '<x>'"))
     return file
 
@@ -295,7 +309,7 @@ def test_methods_are_chosen_and_the_layer_slider_needs_one_that_changes(page_fil
         page.focus('input[value="pyramiddrop"]')
         page.keyboard.press("Space")
         assert shown(page) == ["full", "fastervlm", "pyramiddrop"] and page.is_enabled("#layer")
-        assert page.locator("#layer-why").inner_text() == "Changes: pyramiddrop."
+        assert page.locator("#layer-why").inner_text() == "The layer changes pyramiddrop."
         page.click("#all")
         assert len(shown(page)) == 1 + len(gallery.methods)
         assert page.locator("#methods-text").inner_text() == f"{len(METHODS)} of {len(METHODS)} shown"
@@ -327,12 +341,13 @@ def test_a_score_map_lies_on_the_image_and_on_request_on_the_methods_too(page_fi
 
 @needs_browser
 def test_canvases_show_what_the_overlay_of_the_figures_shows(tiny, tmp_path):
-    """One grey image, so that a pixel in the middle of a patch has one of the overlay's colours."""
-    grey = Image.new("RGB", (400, 400), (200, 200, 200))
+    """One grey image, so that a pixel in the middle of a patch has a colour of the overlay; a wide one is padded."""
+    grey = Image.new("RGB", (400, 280), (200, 200, 200))
     sample = dataclasses.replace(SAMPLE, image=grey)
     names = ["consensusdrop", "fastervlm", "visionzip", "tome", "pyramiddrop"]
     found = collect(tiny, sample, names, (8,), 2)
     (tmp_path / "page.html").write_text(render(found, "vtr gallery"))
+    seen = set()
     with opened(tmp_path / "page.html") as page:
         ready(page)
         for result in found.results:
@@ -340,12 +355,35 @@ def test_canvases_show_what_the_overlay_of_the_figures_shows(tiny, tmp_path):
             wanted = np.asarray(draw_overlay(grey, trace, 4)).astype(int)
             address = drawn(page, result.method)
             made = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")
-            middle = [(2 * number + 1) / 8 for number in range(4)]
-            for row in middle:
-                for column in middle:
-                    pixel = made.getpixel((int(column * made.width), int(row * made.height)))
-                    assert pixel == pytest.approx(wanted[int(row * 400), int(column * 400)], abs=3), result.method
-        assert any(np.allclose(wanted[y, x], 200 * DIM, atol=1) for y in (50, 150) for x in (50, 150, 250, 350))
+            for y in (20, 90, 190, 260):
+                for x in (50, 150, 250, 350):
+                    pixel = made.getpixel((x * made.width // 400, y * made.height // 280))
+                    assert pixel == pytest.approx(wanted[y, x], abs=3), (result.method, x, y)
+                    seen.add(pixel)
+        assert (200, 200, 200) in seen and (round(200 * DIM),) * 3 in seen and len(seen) > 3, "and two tints"
+
+
+@needs_browser
+def test_the_pointer_names_the_patch_and_its_score(page_file, gallery):
+    (result,) = [result for result in gallery.results if (result.method, result.budget) == ("fastervlm", 8)]
+    kept = set(result.states[-1].patches.kept.tolist())
+    with opened(page_file) as page:
+        ready(page)
+        page.click("#methods-text")
+        page.check('input[value="fastervlm"]')
+        page.select_option("#map", "cls")
+        canvas = page.locator('[data-method="fastervlm"] canvas')
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        # 60 x 44 pixels on a square of 60: rows 1 and 2 are whole, 8 pixels of padding are above.
+        for cell in range(4, 12):
+            row, column = divmod(cell, 4)
+            x, y = (column + 0.5) * 15 / 60, ((row + 0.5) * 15 - 8) / 44
+            page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+            title = canvas.get_attribute("title")
+            role = "kept" if cell in kept else "dropped"
+            assert title.startswith(f"row {row}, column {column}; {role}; CLS attention "), title
+        assert not page.errors
 
 
 @needs_browser
@@ -354,6 +392,7 @@ def test_texts_are_escaped_and_the_page_fits_in_light_and_dark(page_file, size, 
     with opened(page_file, size, dark) as page:
         ready(page)
         assert page.evaluate("window.broken") is None and page.locator("h1").inner_text() == HOSTILE
+        assert page.locator('[data-method="full"] .answer').inner_text() == HOSTILE
         assert "<i>short</i>" in page.locator("footer").inner_text()
         assert overflow(page) == 0
         for control in page.query_selector_all("input, select"):
@@ -390,6 +429,8 @@ def test_the_command_writes_one_small_file_and_names_itself_in_it(tiny_path, tmp
         (["missing.jpg", "a?"], "No image at missing.jpg"),
         (["missing.mp4", "a?"], "missing.mp4"),
         (["--methods", "consensusdrp"], "Did you mean 'consensusdrop'"),
+        (["--methods", ","], "names no method"),
+        (["--set", "consensusdrop.alpa=1"], "Did you mean 'alpha'"),
         (["--budgets", "64,x"], "--budgets should be a whole number, 1 or more, got 'x'"),
         (["--output", "."], "is a folder"),
     ],

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 from eval import benchmarks
 from eval.benchmarks.prompts import SHORT
 from eval.command import exit_on_user_error, make_parser, value
-from eval.config import DEFAULT_MODEL, ROOT, count, path_name
+from eval.config import DEFAULT_MODEL, ROOT, count, options_by_method, path_name
 from llava.errors import UserError
 
 if TYPE_CHECKING:
     from llava.model.llava_arch import Llava
     from llava.processing.sample import Sample
 
+LLAVA_TOKENS = 576
 VIDEO_FILES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".gif", ".m4v", ".mpg", ".mpeg")
 
 
@@ -37,6 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=value(counts),
         default=[],
         help="comma-separated visual tokens; 1/3, 2/9, 1/9 and 1/18 of the image's if left out",
+    )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[METHOD.]KEY=VALUE",
+        help="option of one method, or without METHOD of each that is named",
     )
     p.add_argument("--instruction", default=SHORT, help="answer format after the question; '' for none")
     p.add_argument("--max-new-tokens", type=value(count), default=16, help="longest answer, in tokens")
@@ -59,12 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods = words(args.methods)
     if args.methods == "all":  # those of this repository's papers first
         methods = [*SHOWN, *(name for name in registry.names() if name not in SHOWN)]
-    for name in methods:
-        registry.method(name)  # an unknown name is an error before the model is loaded
+    if not methods:
+        raise UserError("--methods names no method; see vtr show methods.")
+    options = options_by_method(methods, args.set)
+    for name in methods:  # unknown names and options are errors before the model is loaded
+        registry.build(name, max(args.budgets, default=LLAVA_TOKENS), options[name])
     own = sample_of(args.image, args.question, args.instruction) if args.image else None
     model = load(args.model, args.dtype, args.device)
     sample = own or toy_sample(model)
-    gallery = collect(model, sample, methods, args.budgets, args.max_new_tokens)
+    gallery = collect(model, sample, methods, args.budgets, args.max_new_tokens, options)
     given = [*sys.argv[1:]] if arguments is None else [*arguments]
     page = render(gallery, shlex.join(["vtr", "gallery", *given]))
     output.parent.mkdir(parents=True, exist_ok=True)

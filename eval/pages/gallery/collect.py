@@ -1,6 +1,6 @@
 """Ask one question without reduction and with every method at every budget, and note what became of every patch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,6 +72,7 @@ class Gallery:
     Attributes:
         budgets: descending.
         methods: in the order of the page.
+        options: of the methods that do not have their defaults.
         unavailable: (method, budget) -> why it did not run.
         maps: values by cell, as in `State`.
         notes: sentences about what is not shown.
@@ -85,6 +86,7 @@ class Gallery:
     full: Result
     budgets: tuple[int, ...]
     methods: tuple[str, ...]
+    options: dict[str, dict[str, str]]
     results: tuple[Result, ...]
     unavailable: dict[tuple[str, int], str]
     maps: tuple[ScoreMap, ...]
@@ -92,12 +94,18 @@ class Gallery:
 
 
 def collect(
-    model: "Llava", sample: Sample, methods: Sequence[str], budgets: Sequence[int] = (), max_new_tokens: int = 16
+    model: "Llava",
+    sample: Sample,
+    methods: Sequence[str],
+    budgets: Sequence[int] = (),
+    max_new_tokens: int = 16,
+    options: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Gallery:
     """Run every method at every budget on a sample with one image or video.
 
     Args:
         budgets: visual tokens; () for SHARES of the image's own.
+        options: method -> option -> text; a missing method has its defaults.
 
     Raises:
         UserError: the sample cannot be asked at all, or a method is not known. A method that cannot run at a budget is
@@ -106,7 +114,9 @@ def collect(
     if len(sample.images) != 1 or not sample.question.strip():
         raise UserError("The gallery shows one image or video and a question about it.")
     chosen = tuple(dict.fromkeys(name for name in methods if name != "full"))
-    known = {name: registry.method(name) for name in chosen}
+    settings = {name: dict((options or {}).get(name, {})) for name in chosen}
+    for name in chosen:  # a wrong name or option is an error, not a method that cannot run
+        registry.build(name, model.visual_tokens, settings[name])
     # The first run is slower than all later ones, whatever the method.
     full_reducer = registry.build("full", model.visual_tokens)
     generate(model, [sample], full_reducer, max_new_tokens)
@@ -118,10 +128,10 @@ def collect(
     results, unavailable = [], {}
     budgets = budgets or [max(1, round(share * layout.tokens)) for share in SHARES]
     budgets = tuple(sorted(set(budgets), reverse=True))
-    for name in progress(known):
+    for name in progress(chosen):
         for budget in budgets:
             try:
-                batch = generate(model, [sample], registry.build(name, budget), max_new_tokens)
+                batch = generate(model, [sample], registry.build(name, budget, settings[name]), max_new_tokens)
             except UserError as error:
                 unavailable[name, budget] = str(error)
             else:
@@ -140,6 +150,7 @@ def collect(
         full=full,
         budgets=budgets,
         methods=chosen,
+        options={name: found for name, found in settings.items() if found},
         results=tuple(results),
         unavailable=unavailable,
         maps=tuple(maps),

@@ -36,7 +36,10 @@ def page_data(gallery: Gallery) -> str:
         "maps": [map_data(one) for one in gallery.maps],
         "budgets": gallery.budgets,
         "tokens": gallery.full.tokens_per_layer[0],
-        "methods": [{"name": name, "summary": registry.method(name).summary} for name in gallery.methods],
+        "methods": [
+            {"name": name, "summary": registry.method(name).summary, "options": gallery.options.get(name, {})}
+            for name in gallery.methods
+        ],
         "full": result_data(gallery.full),
         "results": [result_data(result) for result in gallery.results],
         "unavailable": [

@@ -4,7 +4,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const get = (id) => document.getElementById(id);
   const layers = data.full.perLayer.length;
-  const starts = [];
+  const starts = []; // the first cell of every panel
   let cells = 0;
   for (const panel of data.panels) {
     starts.push(cells);
@@ -187,14 +187,17 @@
     return made;
   }
   const full = card("full", "The image without reduction; the score map is drawn here.");
-  const cards = data.methods.map((method) => card(method.name, method.summary));
+  const cards = data.methods.map((method) => {
+    const options = Object.entries(method.options).map(([name, value]) => `${name}=${value}`);
+    return card(method.name, [...options, method.summary].join(", "));
+  });
 
   function countsOf(state) {
     const parts = [`${state.alone} kept`];
     if (state.targets) parts.push(`${state.merged + state.targets} merged into ${state.targets}`);
     else if (state.merged) parts.push(`${state.merged} merged`);
     parts.push(`${state.dropped} dropped`);
-    if (state.outside) parts.push(`${state.outside} tokens at no patch`);
+    if (state.outside) parts.push(`${state.outside} token${state.outside > 1 ? "s" : ""} at no patch`);
     return parts.join(", ");
   }
 
@@ -208,13 +211,14 @@
     }
     const state = decode(result.states[result.at[position]]);
     const mean = result.perLayer.reduce((sum, count) => sum + count, 0) / layers;
-    one.tokens.textContent = `mean ${mean.toFixed(mean % 1 ? 1 : 0)} tokens`;
+    one.tokens.title = "mean over decoder layers";
+    one.tokens.textContent = `${mean.toFixed(mean % 1 ? 1 : 0)} tokens`;
     const same = one !== full && result.text === data.full.text;
     one.answer.textContent = result.text || "(nothing)";
     if (one !== full) one.answer.append(" ", element("span", same ? "good" : "bad", same ? "✓ same answer" : "≠ other answer"));
     one.counts.textContent = `Patches: ${countsOf(state)}. TTFT ${result.ms.toFixed(0)} ms.`;
     const ends = [...new Set([result.perLayer[0], result.perLayer[layers - 1]])].join(" to ");
-    one.caption.textContent = `Visual tokens entering decoder layers 0 to ${layers - 1}: ${ends}.`;
+    one.caption.textContent = `Tokens entering layers 0 to ${layers - 1}: ${ends}.`;
     if (one.bars.children.length !== layers) result.perLayer.forEach(() => one.bars.append(element("i")));
     result.perLayer.forEach((count, layer) => {
       const bar = one.bars.children[layer];
@@ -223,10 +227,46 @@
       bar.title = `decoder layer ${layer}: ${count} tokens`;
     });
     one.bars.setAttribute("aria-label", `Visual tokens entering each decoder layer: ${result.perLayer.join(", ")}`);
+    Object.assign(one, { state: one === full ? null : state, map: map ?? maps.get(get("map").value) });
     one.canvases.forEach((canvas, number) => {
       const panel = data.panels.length > 1 ? `, ${data.panels[number].name}` : "";
       canvas.setAttribute("aria-label", `${one.name}${panel}: ${countsOf(state)}`);
       draw(canvas, number, one === full ? null : state, map, opacity);
+    });
+  }
+
+  // ---- what is under the pointer ----
+  // The cell of a panel at a place of its canvas, both in CSS pixels; -1 beside the grid.
+  function cellAt(canvas, number, left, top) {
+    const { rows, columns, square } = data.panels[number];
+    const [width, height] = [canvas.clientWidth, canvas.clientHeight];
+    const [across, down] = square ? [Math.max(width, height), Math.max(width, height)] : [width, height];
+    const row = Math.floor(((top + (down - height) / 2) * rows) / down);
+    const column = Math.floor(((left + (across - width) / 2) * columns) / across);
+    return row < 0 || column < 0 || row >= rows || column >= columns ? -1 : starts[number] + row * columns + column;
+  }
+
+  function describe(one, number, cell) {
+    const { columns } = data.panels[number];
+    const at = cell - starts[number];
+    const words = [`row ${Math.floor(at / columns)}, column ${at % columns}`];
+    if (one.state) {
+      const members = one.state.members[one.state.token[cell]];
+      words.push(["dropped", "kept", `merged into a token of ${members} patches`, `${members} patches are merged here`][one.state.role[cell]]);
+    }
+    if (one.map && one.map.values[cell] !== 255) {
+      const { title, low, high, values } = one.map;
+      const end = values[cell] === 254 ? "at least " : "";
+      words.push(`${title} ${end}${short(low + ((high - low) * values[cell]) / 254)}`);
+    }
+    return words.join("; ");
+  }
+  for (const one of [full, ...cards]) {
+    one.canvases.forEach((canvas, number) => {
+      canvas.addEventListener("pointermove", (event) => {
+        const cell = cellAt(canvas, number, event.offsetX, event.offsetY);
+        canvas.title = cell < 0 ? "" : describe(one, number, cell);
+      });
     });
   }
 
@@ -255,7 +295,7 @@
     const more = moving.length > 5 ? ` and ${moving.length - 4} more` : "";
     const names = moving.slice(0, more ? 4 : 5).map((one) => one.name).join(", ") + more;
     get("layer-why").textContent = moving.length
-      ? `Changes: ${names}.`
+      ? `The layer changes ${names}.`
       : "All methods shown have reduced before this point; choose one that acts inside the decoder.";
 
     document.querySelector(".map-only").hidden = get("map-meaning").hidden = get("scale").hidden = !map;
