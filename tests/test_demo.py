@@ -194,7 +194,7 @@ class Demo:
         with self.log.open("w") as log:
             words = [sys.executable, "-c", WATCHED, "--port", str(self.port)]
             self.process = subprocess.Popen(words, cwd=ROOT, env=surroundings, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while "Open http" not in self.text:
             assert self.process.poll() is None and time.monotonic() < deadline, self.text
             time.sleep(0.2)

@@ -36,7 +36,7 @@ class Side:
         ttft_ms: every measured time to the first token, in milliseconds.
         kv_bytes: bytes of the key/value cache after prefill.
         gflop: operations up to the first token.
-        overlay: the image with kept patches clear, merged ones tinted, dropped ones dark.
+        overlay: the image with its kept, merged and dropped patches.
     """
 
     name: str

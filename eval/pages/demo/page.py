@@ -19,6 +19,11 @@ from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.processing.clip_image import open_image
 
+# The colours of eval.figures.overlay.
+LEGEND = (
+    "Kept patches are the photograph itself, merged ones are tinted inside the outline of their group, and dropped "
+    "ones are dim and grey."
+)
 METHOD, BUDGET = "consensusdrop", 64
 # No fonts from the network; the default colour of hints is too pale to read.
 THEME = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")).set(
@@ -70,7 +75,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                 problem = gr.Textbox(label="No answer", visible=False, elem_id="problem", lines=2)
                 with gr.Row():
                     sides = [panel("full", "All visual tokens"), panel("reduced", "Method")]
-                gr.Markdown("Kept patches are clear, merged ones carry the tint of their group, dropped ones are dark.")
+                gr.Markdown(LEGEND)
                 numbers = gr.HTML(elem_id="numbers")
         if examples:
             expected = gr.Textbox(label="Correct answer", visible=False)
