@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from consensusdrop.method import MERGED_SHARE
 from eval import benchmarks
 from eval.answers.jsonl import read_json, write_json
 from eval.answers.source_hash import answer_sources, combined
@@ -39,8 +40,13 @@ class Arm:
     noise: float = 0.0
 
     def reducer(self) -> Degraded:
-        share = {} if self.merged else {"merged_share": 0.0}
-        return Degraded(budget=self.budget, alpha=ALPHA[self.ranking], kind=self.kind, noise=self.noise, **share)
+        return Degraded(
+            budget=self.budget,
+            alpha=ALPHA[self.ranking],
+            merged_share=MERGED_SHARE if self.merged else 0.0,
+            kind=self.kind,
+            noise=self.noise,
+        )
 
     @property
     def key(self) -> "Arm":

@@ -85,8 +85,8 @@ def alignment(
         left.set_title("Does a word's embedding find its object?", fontsize=10)
         left.legend(frameon=False, fontsize=SMALL, loc="lower right")
         names = list(next(iter(late.values())))
-        for index, (condition, cells) in enumerate(late.items()):
-            known = [(place, cell) for place, name in enumerate(names) if (cell := cells[name]) is not None]
+        for index, (condition, by_score) in enumerate(late.items()):
+            known = [(place, cell) for place, name in enumerate(names) if (cell := by_score[name]) is not None]
             middle.errorbar(
                 [centre(cell) for _, cell in known], [place + 0.16 * (2 * index - 1) for place, _ in known],
                 xerr=bars([cell for _, cell in known]), fmt=MARKERS[index], color=COLOURS[index], capsize=2,
@@ -158,10 +158,12 @@ def gains(path: Path, found: Mapping[int, Mapping[str, Cells]], titles: Sequence
                     color=COLOURS[index], capsize=2, markersize=5, label=f"{budget} tokens",
                 )  # fmt: skip
             panel.axvline(0, color="black", linewidth=1, linestyle="--")
-            panel.set_xlabel(f"{title}, points of accuracy", fontsize=SMALL + 1)
+            budgets = " and ".join(map(str, found))
+            panel.set_xlabel(f"{title}, points of accuracy at {budgets} tokens", fontsize=SMALL + 1)
         axes[0].set_yticks(range(len(labels)), labels)
         axes[0].invert_yaxis()
-        axes[-1].legend(frameon=False, fontsize=SMALL, loc="lower right")
+        if len(found) > 1:
+            axes[-1].legend(frameon=False, fontsize=SMALL, loc="lower right")
 
 
 def quality(path: Path, curves: Mapping[tuple[int, bool, str], Mapping[float, Cells]]) -> None:
@@ -184,8 +186,9 @@ def quality(path: Path, curves: Mapping[tuple[int, bool, str], Mapping[float, Ce
             panel.set_ylabel("accuracy, %", fontsize=SMALL + 1)
             panel.legend(frameon=False, fontsize=SMALL, loc="lower left")
         low = min(panel.get_ylim()[0] for panel, _, _ in panels)
+        high = max(panel.get_ylim()[1] for panel, _, _ in panels)
         for panel, _, _ in panels:
-            panel.set_ylim(low, None)
+            panel.set_ylim(low, high)
         kept(axes[2], curves)
 
 

@@ -17,13 +17,14 @@ QUARTER = 671  # questions of the first 76 pictures
 BUDGETS: dict[int, int | None] = {32: None}
 # (budget, half of it for merge targets, kind of noise, levels) of the arms with a worse probe; QUARTER questions each.
 DEGRADED: tuple[tuple[int, bool, str, tuple[float, ...]], ...] = (
-    (64, False, "smooth", (0.0, 1.0, 2.0, INFINITE)),
+    (64, False, "smooth", (0.0, 1.0, 2.0, 4.0, INFINITE)),
     (64, False, "white", (0.0, 1.0, INFINITE)),
     (64, False, "late", (0.0, 2.0)),
     (32, True, "smooth", (0.0, INFINITE)),
     (32, True, "white", (0.0, INFINITE)),
 )
 OVER_ENCODER, OVER_CROSS = "fused − encoder only", "fused − cross-modal only"
+OVER_PROBE = "fused − fused with the probe as it is"
 
 
 def groups_of(salience: Values, limit: int | None = None) -> dict[str, set[str]]:
@@ -53,7 +54,7 @@ def gains(answered: Mapping[Arm, Answered], budget: int, groups: Mapping[str, se
     """Group -> points by which fusion beats each score alone."""
     pictures = {one.id: one.picture for one in scenes.questions()}
     fused, encoder, cross = (answered[Arm(ranking, budget)].scores for ranking in ALPHA)
-    found = {}
+    found: dict[str, dict[str, Cell]] = {}
     for label, ids in groups.items():
         part = lambda scores, ids=ids: {name: scores[name] for name in ids}  # noqa: E731
         found[label] = {
@@ -82,6 +83,9 @@ def degraded(
             cells[f"{title}, points"] = difference(
                 part(arms["fused"].scores), part(arms[ranking].scores), pictures, 100
             )
+        plain = answered[Arm("fused", budget, merged)]
+        if level:
+            cells[f"{OVER_PROBE}, points"] = difference(part(arms["fused"].scores), part(plain.scores), pictures, 100)
         found[level] = cells
     return found
 
@@ -118,14 +122,15 @@ def report(model: CachingLlava, folder: Path, salience: Values) -> None:
             "probe",
             "AUROC of the probe",
             *(f"{r}, %" for r in ALPHA),
-            *(f"{t}, points" for t in (OVER_ENCODER, OVER_CROSS)),
+            *(f"{t}, points" for t in (OVER_ENCODER, OVER_CROSS, OVER_PROBE)),
         ],
     )
     for setting in DEGRADED:
         budget, merged, kind, _ = setting
         curves[setting[:3]] = degraded(answered, *setting)
         for level, cells in curves[setting[:3]].items():
-            table.add(probe_label(budget, merged, kind, level), cells)
+            if level or kind == "smooth":  # without noise all kinds are one
+                table.add(probe_label(budget, merged, kind, level), cells)
     table.write()
     figures.quality(IMAGES / "findings_probe_quality.png", curves)
 
@@ -135,4 +140,5 @@ def probe_label(budget: int, merged: bool, kind: str, level: float) -> str:
     setting = f"{budget} tokens{', half merge targets' if merged else ', all ranked'}"
     if not level:
         return f"{setting}: as it is"
-    return f"{setting}: {kind} noise" + (" alone" if level == INFINITE else f" × {level:g}")
+    worse = {"late": "late preference"}.get(kind, f"{kind} noise")
+    return f"{setting}: {worse}" + (" alone" if level == INFINITE else f" × {level:g}")

@@ -72,7 +72,8 @@ def words_agree(drawn: Collected, layer: int) -> dict[str, float]:
 
 def claims(drawn: Collected, layers: Sequence[int]) -> dict[str, Cell]:
     """Text-guided minus visual-only attention of the same layer: which of the two finds the named things better."""
-    groups, found = drawn.picture_of, {}
+    groups = drawn.picture_of
+    found: dict[str, Cell] = {}
     for layer in layers:
         for kind in ("visual", "viewers"):
             a, b = f"last {layer}", f"{kind} {layer}"
