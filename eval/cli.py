@@ -54,6 +54,15 @@ COMMANDS = {
     "bench path": Command("eval.efficiency.code_path", "functions, files and file switches inside one answer"),
     "figures tokens": Command("eval.figures.kept_tokens", "draw the kept tokens of an image (README)"),
     "figures tiles": Command("eval.figures.kept_tiles", "draw the kept tokens of tiles and videos (docs/models.md)"),
+    "findings attnmix": Command(
+        "eval.findings.command", "do word embeddings find their objects (docs/findings.md)", ("attnmix",)
+    ),
+    "findings visiondrop": Command(
+        "eval.findings.command", "misalignment of text-guided attention (docs/findings.md)", ("visiondrop",)
+    ),
+    "findings consensusdrop": Command(
+        "eval.findings.command", "where fusing two scores gains (docs/findings.md)", ("consensusdrop",)
+    ),
     "tables embedded": Command("eval.tables.embedded", "all methods on the toy benchmark (docs/embedded.md)"),
     "tables families": Command("eval.tables.families", "all methods on the toy tiles and videos (docs/models.md)"),
     "tables consensusdrop": Command("eval.tables.consensusdrop", "the paper's claims, tested (docs/consensusdrop.md)"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from consensusdrop.method import MERGED_SHARE
 from eval import benchmarks
 from eval.answers.jsonl import read_json, write_json
 from eval.answers.source_hash import answer_sources, combined
@@ -39,8 +40,13 @@ class Arm:
     noise: float = 0.0
 
     def reducer(self) -> Degraded:
-        share = {} if self.merged else {"merged_share": 0.0}
-        return Degraded(budget=self.budget, alpha=ALPHA[self.ranking], kind=self.kind, noise=self.noise, **share)
+        return Degraded(
+            budget=self.budget,
+            alpha=ALPHA[self.ranking],
+            merged_share=MERGED_SHARE if self.merged else 0.0,
+            kind=self.kind,
+            noise=self.noise,
+        )
 
     @property
     def key(self) -> "Arm":
@@ -67,17 +73,35 @@ class Answered:
 
 
 def answer(model: CachingLlava, arms: Iterable[Arm], folder: Path, limit: int | None = None) -> dict[Arm, Answered]:
-    """Ask all questions of the test split, or the first `limit`, in every arm; finished arms are read from `folder`."""
+    """Ask all questions of the test split, or at least the first `limit`, in every arm.
+
+    Finished arms are read from `folder`.
+
+    Returns:
+        The arm's `key` -> its answers.
+    """
     keys = list(dict.fromkeys(arm.key for arm in arms))
     model.expect([arm.reducer() for arm in keys])
     found = {}
     for arm in tqdm(keys, desc="arms", file=sys.stderr):
-        file = folder / f"arms-{digest(model, arm)}" / f"{name_of(arm)}{f'-{limit}' if limit else ''}.json"
-        if not file.is_file():
+        home = folder / f"arms-{digest(model, arm)}"
+        file = stored(home, arm, limit)
+        if file is None:
+            file = home / f"{name_of(arm)}{'' if limit is None else f'-{limit}'}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, asdict(ask(model, arm, limit)))
         found[arm] = Answered(**read_json(file))
     return found
+
+
+def stored(home: Path, arm: Arm, limit: int | None) -> Path | None:
+    """The file with an arm's answers to at least the first `limit` questions, or all; None if there is none."""
+    name = name_of(arm)
+    if (whole := home / f"{name}.json").is_file():
+        return whole
+    known = {int(file.stem[len(name) + 1 :]): file for file in home.glob(f"{name}-*.json")}
+    enough = [count for count in known if limit is not None and count >= limit]
+    return known[min(enough)] if enough else None
 
 
 def name_of(arm: Arm) -> str:

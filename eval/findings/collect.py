@@ -109,7 +109,7 @@ def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path)
             samples = [data.sample(by_id[one.id]) for one in own]
             arrays = measure_picture(model, samples, own, condition)
             part = file.with_suffix(".part.npz")
-            np.savez(part, **arrays)
+            np.savez(part, **arrays)  # type: ignore[arg-type]
             part.replace(file)
         with np.load(file, allow_pickle=False) as stored:
             for key in stored.files:
@@ -117,7 +117,7 @@ def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path)
     order = {name: place for place, name in enumerate(pictures)}
     asked.sort(key=lambda one: order[one.picture])
     whole = {key: np.concatenate(parts) if key in ASKED else np.stack(parts) for key, parts in found.items()}
-    return Collected(score_names(len(model.llm.layers)), asked=tuple(asked), **whole)
+    return Collected(score_names(model.spec.layers), asked=tuple(asked), **whole)
 
 
 def digest(model: Llava) -> str:
@@ -154,7 +154,7 @@ def measure_picture(
         ]
     notes = observe(model, samples, reverse=condition == "read backwards")
     tokens = notes.pop("tokens")
-    names = score_names(len(model.llm.layers))
+    names = score_names(model.spec.layers)
     if moved:
         notes = {name: np.roll(score, HALF, axis=-1) for name, score in notes.items()}
         tokens = np.roll(tokens, HALF, axis=0)
@@ -248,7 +248,7 @@ def word_cosines(model: Llava, tokens: Array) -> Array:
     """[W, 576] cosine of the input embedding of each of WORDS with every projected visual token [576, D]."""
     ids = torch.tensor([model.tokenizer.convert_tokens_to_ids(word) for word in WORDS])
     with torch.inference_mode():
-        table = model.llm.embed_tokens(ids.to(model.device)).double().cpu().numpy()
+        table = model.hf_model.get_input_embeddings()(ids.to(model.device)).double().cpu().numpy()
     unit = [rows / np.linalg.norm(rows, axis=-1, keepdims=True) for rows in (table, tokens)]
     return unit[0] @ unit[1].T
 

@@ -108,7 +108,7 @@ def observe(model: Llava, samples: Sequence[Sample], reverse: bool = False) -> d
     Returns:
         The names of `score_names` -> [Q, 576]; and "tokens": [576, D] projected visual tokens.
     """
-    layers = len(model.llm.layers)
+    layers = len(model.llm.layers)  # type: ignore[arg-type]
     observer = Observer(budget=model.visual_tokens, reversed=reverse)
     prefill(model, samples, observer)
     notes = {name: tensor.double().numpy() for name, tensor in observer.notes.items() if name != "exists"}

@@ -1,0 +1,73 @@
+"""Repeat a paper's analysis on the toy model, and write its part of docs/findings.md with figure and CSV files.
+
+vtr findings attnmix
+vtr findings visiondrop
+vtr findings consensusdrop
+"""
+
+import sys
+from pathlib import Path
+
+from eval.command import exit_on_user_error, make_parser, value
+from eval.config import DEFAULT_MODEL, ROOT, count
+from eval.findings import scenes
+from llava.errors import UserError
+
+PAPERS = ("attnmix", "visiondrop", "consensusdrop")
+
+
+@exit_on_user_error
+def main() -> int:
+    parser = make_parser("eval.findings.command", __doc__)
+    parser.add_argument("paper", choices=PAPERS)
+    parser.add_argument(
+        "--pictures",
+        type=value(count, minimum=2, maximum=300),
+        default=100,
+        help="pictures of the test split that scores are measured on",
+    )
+    parser.add_argument(
+        "--exchanged",
+        type=value(count, minimum=2, maximum=300),
+        default=60,
+        help="of these, pictures that are also measured with their halves exchanged",
+    )
+    parser.add_argument(
+        "--backwards",
+        type=value(count, minimum=2, maximum=300),
+        default=20,
+        help="of these, pictures whose visual tokens are also read backwards",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / "results" / "findings",
+        help="where measurements are kept; an interrupted command goes on from there",
+    )
+    args = parser.parse_args()
+    for name in ("exchanged", "backwards"):
+        if getattr(args, name) > args.pictures:
+            raise UserError(
+                f"--{name} ({getattr(args, name)}) counts some of the --pictures ({args.pictures}); lower it."
+            )
+    from eval.findings import alignment, fusion, misalignment, saliency
+    from eval.findings.collect import CONDITIONS, collect
+    from eval.sweep import CachingLlava
+    from llava.model.builder import load
+
+    names = tuple(dict.fromkeys(one.picture for one in scenes.questions()))[: args.pictures]
+    model = load(DEFAULT_MODEL, device="cpu")
+    drawn = collect(model, CONDITIONS[0], names, args.folder)
+    if args.paper == "consensusdrop":
+        saliency.report(drawn)
+        fusion.report(CachingLlava(model), args.folder, drawn.of("encoder", "auroc"))
+    else:
+        exchanged = collect(model, CONDITIONS[1], names[: args.exchanged], args.folder)
+        backwards = collect(model, CONDITIONS[2], names[: args.backwards], args.folder)
+        (alignment if args.paper == "attnmix" else misalignment).report(drawn, exchanged, backwards)
+    print(f"The {args.paper} part of docs/findings.md, its figure and its tables are written.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

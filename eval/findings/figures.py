@@ -1,0 +1,209 @@
+"""The figures of docs/findings.md, drawn from measured numbers only."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.findings.summary import Cell
+from eval.results.statistics import Comparison
+from eval.tables.plots import COLOURS, MARKERS
+
+SMALL = 8
+Cells = Mapping[str, Cell]
+
+
+@contextmanager
+def sheet(path: Path, columns: int, width: float, height: float, **settings: Any) -> Iterator[Sequence[Any]]:
+    """Panels side by side; the file is written at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, columns, figsize=(width, height), dpi=140, squeeze=False, layout="constrained", **settings
+    )
+    for panel in axes[0]:
+        panel.grid(alpha=0.25)
+        panel.tick_params(labelsize=SMALL)
+        panel.spines[["top", "right"]].set_visible(False)
+    yield axes[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def centre(cell: Cell) -> float:
+    return cell.difference if isinstance(cell, Comparison) else cell.mean
+
+
+def bars(cells: Sequence[Cell]) -> NDArray[np.float64]:
+    """[2, n] distances to the ends of the intervals; 0 where there is none."""
+    ends = [(0.0, 0.0) if c.low is None or c.high is None else (centre(c) - c.low, c.high - centre(c)) for c in cells]
+    return np.array(ends).T.clip(min=0)
+
+
+def line(panel: Any, x: Sequence[float], cells: Sequence[Cell], index: int, label: str, **style: Any) -> None:
+    """A line with intervals in the colour and marker of an index."""
+    panel.errorbar(
+        x, [centre(cell) for cell in cells], yerr=bars(cells), label=label, color=COLOURS[index % len(COLOURS)],
+        marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.6, capsize=2, elinewidth=0.8, **style,
+    )  # fmt: skip
+
+
+def alignment(
+    path: Path,
+    words: Mapping[str, Cells],
+    late: Mapping[str, Mapping[str, Cell | None]],
+    profiles: Mapping[str, NDArray[np.float64]],
+) -> None:
+    """Three panels for AttnMix.
+
+    Args:
+        words: group of words -> what is compared -> AUROC.
+        late: condition -> score -> late preference in points, None where it is 0 by definition.
+        profiles: score -> [24] its share in every row of patches, 1 if even.
+    """
+    compared = list(next(iter(words.values())))
+    with sheet(path, 3, 15, 4.4, width_ratios=(1.1, 1.25, 1.1)) as (left, middle, right):
+        for index, (label, cells) in enumerate(words.items()):
+            found = list(cells.values())
+            places = np.arange(len(found)) + 0.12 * (2 * index - 1)
+            left.errorbar(
+                [centre(cell) for cell in found], places, xerr=bars(found), fmt=MARKERS[index], color=COLOURS[index],
+                capsize=2, label=label, markersize=6,
+            )  # fmt: skip
+        left.axvline(0.5, color="black", linewidth=1, linestyle="--")
+        left.set_yticks(range(len(compared)), compared)
+        left.invert_yaxis()
+        left.set_xlim(0.2, 1.03)
+        left.set_xlabel("AUROC of the cosine (0.5: chance)", fontsize=SMALL + 1)
+        left.set_title("Does a word's embedding find its object?", fontsize=10)
+        left.legend(frameon=False, fontsize=SMALL, loc="lower right")
+        names = list(next(iter(late.values())))
+        for index, (condition, by_score) in enumerate(late.items()):
+            known = [(place, cell) for place, name in enumerate(names) if (cell := by_score[name]) is not None]
+            middle.errorbar(
+                [centre(cell) for _, cell in known], [place + 0.16 * (2 * index - 1) for place, _ in known],
+                xerr=bars([cell for _, cell in known]), fmt=MARKERS[index], color=COLOURS[index], capsize=2,
+                label=condition,
+            )  # fmt: skip
+        middle.axvline(0, color="black", linewidth=1, linestyle="--")
+        middle.set_yticks(range(len(names)), names)
+        middle.invert_yaxis()
+        middle.set_xlabel("late preference, points (0: none)", fontsize=SMALL + 1)
+        middle.legend(frameon=False, fontsize=SMALL, loc="lower right")
+        middle.set_title("Does the same content score more when late?", fontsize=10)
+        for index, (label, rows) in enumerate(profiles.items()):
+            right.plot(
+                range(1, 25),
+                rows,
+                color=COLOURS[index],
+                label=label,
+                linewidth=1.8,
+                marker=MARKERS[index],
+                markersize=3,
+            )
+        right.axhline(1, color="black", linewidth=1, linestyle="--")
+        right.set_ylim(0, None)
+        right.set_xlabel("row of patches, top to bottom", fontsize=SMALL + 1)
+        right.set_ylabel("share of the score (1: even)", fontsize=SMALL + 1)
+        right.set_title("Score by row; each content once in each half", fontsize=10)
+        right.legend(frameon=False, fontsize=SMALL)
+
+
+def misalignment(
+    path: Path, found: Mapping[str, Cells], kinds: Mapping[str, str], panels: Sequence[tuple[str, str, float | None]]
+) -> None:
+    """Measures over decoder layers, a panel each.
+
+    Args:
+        found: score, such as "last 3" -> measure -> value; "encoder" is drawn as a level.
+        kinds: first word of a score -> label.
+        panels: title, measure, and the value by chance or None.
+    """
+    with sheet(path, len(panels), 17, 4.2) as axes:
+        for panel, (title, measure, chance) in zip(axes, panels, strict=True):
+            for index, (kind, label) in enumerate(kinds.items()):
+                known = {int(name.split()[1]): cells[measure] for name, cells in found.items() if is_of(name, kind)}
+                line(panel, list(known), list(known.values()), index, label)
+            panel.axhline(centre(found["encoder"][measure]), color=COLOURS[4], linewidth=1.5, label="CLS attention")
+            if chance is not None:
+                panel.axhline(chance, color="black", linewidth=1, linestyle="--", label="chance")
+            panel.set_title(title, fontsize=10)
+            panel.set_xlabel("decoder layer", fontsize=SMALL + 1)
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(handles, labels, frameon=False, fontsize=SMALL + 1, loc="outside lower center", ncols=6)
+
+
+def is_of(name: str, kind: str) -> bool:
+    """Whether a score such as "last 3" is of a kind such as "last"."""
+    return name.partition(" ")[0] == kind
+
+
+def gains(path: Path, found: Mapping[int, Mapping[str, Cells]], titles: Sequence[str]) -> None:
+    """Points that fusion gains over each score alone, by group of questions, a panel per comparison."""
+    labels = list(next(iter(found.values())))
+    with sheet(path, len(titles), 12, 5.6, sharey=True) as axes:
+        for panel, title in zip(axes, titles, strict=True):
+            for index, (budget, rows) in enumerate(found.items()):
+                cells = [rows[label][title] for label in labels]
+                places = np.arange(len(labels)) + 0.14 * (2 * index - 1)
+                panel.errorbar(
+                    [centre(cell) for cell in cells], places, xerr=bars(cells), fmt=MARKERS[index],
+                    color=COLOURS[index], capsize=2, markersize=5, label=f"{budget} tokens",
+                )  # fmt: skip
+            panel.axvline(0, color="black", linewidth=1, linestyle="--")
+            budgets = " and ".join(map(str, found))
+            panel.set_xlabel(f"{title}, points of accuracy at {budgets} tokens", fontsize=SMALL + 1)
+        axes[0].set_yticks(range(len(labels)), labels)
+        axes[0].invert_yaxis()
+        if len(found) > 1:
+            axes[-1].legend(frameon=False, fontsize=SMALL, loc="lower right")
+
+
+def quality(path: Path, curves: Mapping[tuple[int, bool, str], Mapping[float, Cells]]) -> None:
+    """Accuracy of the three rankings against how well the probe finds the named things; and against what is kept."""
+    with sheet(path, 3, 16, 4.6) as axes:
+        panels: tuple[tuple[Any, tuple[int, bool, str], str], ...] = (
+            (axes[0], (64, False, "smooth"), "64 tokens, all by rank; smooth noise"),
+            (axes[1], (64, False, "white"), "64 tokens, all by rank; white noise"),
+        )
+        for panel, key, title in panels:
+            rows = list(curves[key].values())
+            x = [centre(cells["AUROC of the probe"]) for cells in rows]
+            for index, ranking in enumerate(("fused", "cross-modal only", "encoder only")):
+                line(panel, x, [cells[f"{ranking}, %"] for cells in rows], index, ranking)
+            panel.invert_xaxis()
+            panel.set_title(title, fontsize=10)
+            panel.set_xlabel(
+                "AUROC of the probe on the named things\n(left: as it is, right: noise alone)", fontsize=SMALL + 1
+            )
+            panel.set_ylabel("accuracy, %", fontsize=SMALL + 1)
+            panel.legend(frameon=False, fontsize=SMALL, loc="lower left")
+        low = min(panel.get_ylim()[0] for panel, _, _ in panels)
+        high = max(panel.get_ylim()[1] for panel, _, _ in panels)
+        for panel, _, _ in panels:
+            panel.set_ylim(low, high)
+        kept(axes[2], curves)
+
+
+def kept(panel: Any, curves: Mapping[tuple[int, bool, str], Mapping[float, Cells]]) -> None:
+    """Accuracy against the share of questions of whose every named thing a patch is kept; 64 tokens, all by rank."""
+    kinds = {"smooth": "o", "white": "s", "late": "^"}
+    for index, ranking in enumerate(("fused", "cross-modal only", "encoder only")):
+        for (budget, merged, kind), rows in curves.items():
+            if (budget, merged) != (64, False):
+                continue
+            label = ranking if kind == "smooth" else None
+            x = [centre(cells[f"{ranking}: every named thing kept in part, %"]) for cells in rows.values()]
+            y = [centre(cells[f"{ranking}, %"]) for cells in rows.values()]
+            panel.scatter(x, y, color=COLOURS[index], marker=kinds[kind], s=26, label=label)
+    panel.set_xlabel("questions with at least one patch of every named thing, %", fontsize=SMALL + 1)
+    panel.set_ylabel("accuracy, %", fontsize=SMALL + 1)
+    panel.set_title("What accuracy follows (circle smooth, square white, triangle late)", fontsize=9)
+    panel.legend(frameon=False, fontsize=SMALL)

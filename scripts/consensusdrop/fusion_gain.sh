@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# ConsensusDrop's premise on the toy model: how broad and how alike the two scores are, where fusing them gains, and with how bad a probe.
+# Writes its part of docs/findings.md, docs/images/findings_{fusion_gain,probe_quality}.png and docs/tables/findings_{consensusdrop,fusion_gain,
+# probe_quality}.csv; about 15 CPU minutes. Interrupted, it goes on where it stopped (results/findings).
+# Usage: bash scripts/consensusdrop/fusion_gain.sh [--pictures N]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
+python -m eval.findings.command consensusdrop "$@"

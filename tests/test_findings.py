@@ -1,0 +1,334 @@
+"""The papers' analyses: masks of drawn scenes, measures against their definitions, noted scores, worse probes."""
+
+import shutil
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from eval import benchmarks, cli
+from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
+from eval.findings import arms, collect, degraded, fusion, measures, observe, scenes, summary
+from eval.findings.arms import Arm
+from eval.findings.scenes import COLOR_NAMES, SHAPES
+from eval.results.statistics import Interval
+from eval.sweep import CachingLlava
+from llava.errors import UserError
+from llava.model.builder import load
+from llava.pipeline.generate import generate
+from llava.reduction import registry
+from toy.data.paint import Thing
+
+NAME = "test00000n"
+
+
+@pytest.fixture(scope="module")
+def toy():
+    torch.set_num_threads(1)
+    return CachingLlava(load(DEFAULT_MODEL, device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def samples():
+    data = benchmarks.get("gqa").load(DEFAULT_DATA, "testdev")
+    return [data.sample(question) for question in data.questions[:3]]
+
+
+@pytest.fixture(scope="module")
+def notes(toy, samples):
+    return observe.observe(toy, samples)
+
+
+def noise(*shape):
+    return np.random.default_rng(0).random(shape)
+
+
+# Scenes
+
+
+def test_every_question_names_things_that_give_its_answer():
+    """A wrong mask would make every measure wrong in silence."""
+    for one in scenes.questions("val"):
+        picture = scenes.redraw(one.picture)
+        named = [picture.things[n] for n in one.targets]
+        if one.family == "count":
+            assert len(named) == int(one.answer), one
+        elif one.family == "exist":
+            assert bool(named) == (one.answer == "yes"), one
+        elif one.family == "digit":
+            assert [str(thing.digit) for thing in named] == [one.answer], one
+        elif one.family == "shape":
+            assert [SHAPES[thing.shape] for thing in named] == [one.answer], one
+        elif one.family == "color":
+            assert [COLOR_NAMES[thing.color] for thing in named] == [one.answer], one
+        elif one.family == "relate":
+            assert len(named) == 2 and one.answer in {COLOR_NAMES[thing.color] for thing in named}, one
+        else:
+            assert len(named) == (1 if one.family == "side" else 2), one
+
+
+def test_masks_cover_the_pixels_of_their_thing():
+    """A big shape of one colour: the patches of its mask are near that colour, their neighbours are grey."""
+    picture, drawn = scenes.redraw(NAME), np.asarray(_image(NAME), np.float64)
+    patches = drawn.reshape(24, 8, 24, 8, 3).mean((1, 3)).reshape(-1, 3)
+    number = next(n for n, thing in enumerate(picture.things) if thing.kind == "shape" and thing.big)
+    mask, centre = picture.patches([number]), picture.things[number]
+    rows, columns = np.divmod(np.flatnonzero(mask), 24)
+    assert abs(rows.mean() * 8 + 4 - centre.y) < 6 and abs(columns.mean() * 8 + 4 - centre.x) < 6
+    colourful = np.ptp(patches, axis=1)
+    assert colourful[mask].mean() > 2 * colourful[picture.owner == -1].mean()
+
+
+def _image(name):
+    from PIL import Image
+
+    return Image.open(DEFAULT_DATA / "gqa" / "data" / "images" / f"{name}.jpg")
+
+
+def test_a_picture_that_differs_from_the_drawing_is_refused(tmp_path):
+    folder = tmp_path / "gqa" / "data" / "images"
+    folder.mkdir(parents=True)
+    shutil.copy(DEFAULT_DATA / "gqa" / "data" / "images" / "test00001n.jpg", folder / f"{NAME}.jpg")
+    with pytest.raises(UserError, match=r"test00000n\.jpg is not what toy/data/scenes\.py draws"):
+        scenes.redraw(NAME, tmp_path)
+    with pytest.raises(UserError, match="named like test00012d, got 'photo'"):
+        scenes.redraw("photo")
+
+
+def test_noun_phrases():
+    red, small = COLOR_NAMES.index("red"), 0
+    star = Thing("shape", 0, 0, 10, shape=SHAPES.index("star"), color=red, big=small)
+    things = (star, replace(star, big=1), replace(star, kind="frame", shape=-1), Thing("panel", 0, 0, 9, pattern=0))
+    assert scenes.matching(things, "small red star") == (0,)
+    assert scenes.matching(things, "red stars") == (0, 1)
+    assert scenes.matching(things, "red objects") == (0, 1)
+    assert scenes.matching(things, "red frame") == (2,)
+    assert scenes.matching(things, "striped panel") == (3,)
+    with pytest.raises(UserError, match="'cat' names no thing"):
+        scenes.matching(things, "cat")
+    with pytest.raises(UserError, match="'tall' in 'tall star'"):
+        scenes.matching(things, "tall star")
+
+
+def test_content_words_of_a_question():
+    assert scenes.content_words("What color is the small star?") == [False, False, False, False, True, True, False]
+
+
+# Measures against their definitions
+
+
+def test_auroc_is_the_share_of_pairs_in_order():
+    scores, mask = np.round(noise(2, 30) * 8), noise(30) < 0.3
+    slow = [
+        np.mean([(a > b) + 0.5 * (a == b) for a in row[mask] for b in row[~mask]])  # ties count one half
+        for row in scores
+    ]
+    assert measures.auroc(scores, mask) == pytest.approx(slow)
+    among = np.arange(30) < 20
+    assert measures.auroc(scores, mask, among) == pytest.approx(measures.auroc(scores[:, :20], mask[:20]))
+
+
+def test_average_precision_and_recall():
+    scores, mask = noise(40), noise(40) < 0.2
+    order = np.argsort(-scores)
+    precision = [mask[order[: n + 1]].mean() for n in range(40)]
+    assert measures.average_precision(scores, mask) == pytest.approx(
+        np.mean([precision[n] for n in range(40) if mask[order[n]]])
+    )
+    assert measures.recall(scores, mask, 10) == pytest.approx(mask[order[:10]].sum() / mask.sum())
+    assert measures.chosen(np.zeros(5), 2).tolist() == [True, True, False, False, False]
+
+
+def test_breadth():
+    even, single = np.ones(50), np.eye(50)[3]
+    assert measures.effective_share(np.stack([even, single])) == pytest.approx([1, 1 / 50])
+    assert measures.gini(np.stack([even, single])) == pytest.approx([0, 49 / 50])
+    x = noise(20)
+    assert measures.gini(x) == pytest.approx(np.abs(x[:, None] - x).mean() / (2 * x.mean()))
+    assert measures.lift(even, np.arange(50) < 5) == pytest.approx(1)
+
+
+def test_agreement():
+    a, b = noise(2, 30)
+    assert measures.spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert measures.spearman(a, np.ones(30)) == 0
+    top = lambda x: set(np.argsort(-x)[:7])  # noqa: E731
+    assert measures.overlap(a, b, 7) == pytest.approx(len(top(a) & top(b)) / 7)
+    rows = noise(4, 30)
+    slow = [spearmanr(rows[i], rows[k]).statistic for i in range(4) for k in range(4) if i != k]
+    assert measures.mean_pairwise(rows) == pytest.approx(np.mean(slow))
+
+
+# Noted scores
+
+
+def test_an_observer_drops_nothing_and_notes_what_the_methods_rank_by(toy, samples, notes):
+    assert set(notes) == {*observe.score_names(len(toy.llm.layers)), "tokens"}
+    reducer = arms.Arm("fused", 64).reducer()
+    generate(toy, samples, reducer, 1)
+    seen = np.stack([reducer.seen[sample.id].numpy() for sample in samples])
+    assert notes["probe"] == pytest.approx(seen, rel=1e-4)
+    observer = observe.Observer(budget=toy.visual_tokens)
+    answers = [
+        [answer.token_ids for answer in generate(toy, samples, one, 4).answers]
+        for one in (observer, registry.build("full", None or toy.visual_tokens))
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_rows_of_a_question_are_its_content_and_function_words(samples, notes):
+    for row, sample in enumerate(samples):
+        share = np.mean(scenes.content_words(sample.question))
+        both = share * notes["content 3"][row] + (1 - share) * notes["function 3"][row]
+        assert notes["question 3"][row] == pytest.approx(both, rel=1e-4)
+
+
+def test_visual_attention_does_not_depend_on_the_question(toy, samples, notes):
+    other = observe.observe(toy, samples[1:2])
+    assert notes["visual 4"][0] == pytest.approx(other["visual 4"][0], rel=1e-3)
+    assert notes["last 4"][0] != pytest.approx(other["last 4"][0], rel=1e-2)
+
+
+def test_reading_backwards_changes_the_decoder_alone(toy, samples, notes):
+    """Scores stay in the order of the picture: the last token still looks at the named thing."""
+    backwards = observe.observe(toy, samples, reverse=True)
+    for name in ("encoder", "cosine", "probe"):
+        assert backwards[name] == pytest.approx(notes[name], rel=1e-4)
+    one = scenes.questions()[0]
+    mask = scenes.redraw(one.picture).patches(one.targets)
+    assert backwards["last 2"][0] != pytest.approx(notes["last 2"][0], rel=1e-2)
+    assert measures.auroc(backwards["last 2"][0], mask) > 0.9
+
+
+def test_halves_are_exchanged_patch_by_patch():
+    moved = np.asarray(collect.exchanged(_image(NAME)))
+    whole = np.asarray(_image(NAME))
+    assert (moved[:96] == whole[96:]).all() and (moved[96:] == whole[:96]).all()
+
+
+def test_measures_of_words():
+    """A cosine that is its word's mask has AUROC 1; a control word knows nothing of it."""
+    picture = scenes.redraw(NAME)
+    masks = np.stack([scenes.word_mask(picture, word) for word in scenes.WORDS])
+    found = collect.measure_words(masks.astype(float), picture)
+    there = masks.any(1)
+    assert (found[there, 0] == 1).all() and np.isnan(found[~there]).all()
+    assert found[there, 2] == pytest.approx(0.5)  # an absent word's cosine is 0 everywhere
+
+
+def test_late_preference_is_zero_for_content_and_one_half_for_place():
+    late = np.arange(576) >= 288
+    content, place = noise(576), late + 1e-9
+    asked = (scenes.Asked("q", "color", "", "", "p", (0,)),)
+
+    def one(score, where):
+        values = np.full((1, 1, len(collect.MEASURES)), np.nan)
+        values[0, 0, collect.MEASURES.index("late")] = measures.share(score)[where].sum()
+        empty = np.zeros((0,))
+        return collect.Collected(("s",), values, asked, empty, empty, empty, empty)
+
+    drawn, counterpart = one(content, late), one(content, ~late)
+    assert summary.late_preference(drawn, counterpart, "s")["q"] == pytest.approx(0)
+    drawn, counterpart = one(place, late), one(place[::-1], ~late)  # the score stays late when the content moves
+    assert summary.late_preference(drawn, counterpart, "s")["q"] == pytest.approx(0.5)
+
+
+def test_collected_numbers_are_kept(toy, tmp_path, monkeypatch):
+    first = collect.collect(toy, "as drawn", (NAME,), tmp_path)
+    monkeypatch.setattr(collect, "measure_picture", lambda *_: pytest.fail("measured twice"))
+    again = collect.collect(toy, "as drawn", (NAME,), tmp_path)
+    assert np.array_equal(first.values, again.values, equal_nan=True)
+    assert first.of("encoder", "auroc") and first.of("encoder", "spearman")[first.asked[0].id] == pytest.approx(1)
+    assert first.rows[0, 0].sum() == pytest.approx(1, rel=1e-4)
+
+
+# Worse probes
+
+
+def test_fields_of_noise():
+    white, smooth, late = (degraded.field_of(kind, "q", 24, 24) for kind in degraded.KINDS)
+    for one in (white, smooth, late):
+        assert float(one.mean()) == pytest.approx(0, abs=1e-5) and float(one.std()) == pytest.approx(1, rel=1e-4)
+
+    def neighbours(one):
+        return np.corrcoef(one.view(24, 24)[:, 1:].flatten(), one.view(24, 24)[:, :-1].flatten())[0, 1]
+
+    assert neighbours(smooth) > 0.9 and abs(neighbours(white)) < 0.15
+    assert (late.diff() > 0).all()
+    assert torch.equal(white, degraded.field_of("white", "q", 24, 24))
+    assert not torch.equal(white, degraded.field_of("white", "r", 24, 24))
+    with pytest.raises(UserError, match="smoth"):
+        degraded.field_of("smoth", "q", 24, 24)
+
+
+def test_a_degraded_probe(toy, samples):
+    def run(**changes):
+        reducer = degraded.Degraded(budget=32, alpha=0.0, **changes)
+        batch = generate(toy, samples, reducer, 4)
+        return reducer, [answer.trace[-1].reduction.kept[0].tolist() for answer in batch.answers]
+
+    plain, kept = run()
+    usual = generate(toy, samples, registry.build("consensusdrop", 32, {"alpha": "0"}), 4)
+    assert kept == [answer.trace[-1].reduction.kept[0].tolist() for answer in usual.answers]
+    name = samples[0].id
+    infinite, _ = run(noise=float("inf"))
+    assert spearmanr(infinite.seen[name], degraded.field_of("white", name, 24, 24)).statistic == pytest.approx(1)
+    agree = [spearmanr(plain.seen[name], run(noise=x)[0].seen[name]).statistic for x in (0.5, 4.0)]
+    assert 1 > agree[0] > agree[1] > 0
+
+
+def test_arms_are_asked_once_and_stored(toy, tmp_path, monkeypatch):
+    wanted = [Arm("encoder only", 32), Arm("encoder only", 32, True, "white", 1.0), Arm("fused", 32)]
+    first = arms.answer(toy, wanted, tmp_path, limit=4)
+    assert list(first) == [wanted[0], wanted[2]] and wanted[1].key == wanted[0]
+    assert len(first[wanted[2]].scores) == 4 and first[wanted[0]].auroc == {}
+    assert all(0 <= x <= 1 for x in first[wanted[2]].recall.values())
+    monkeypatch.setattr(arms, "ask", lambda *_: pytest.fail("asked twice"))
+    assert arms.answer(toy, wanted, tmp_path, limit=4) == first
+    assert len({arms.name_of(arm) for arm in {a.key for a in _plan()}}) == len({a.key for a in _plan()})
+
+
+def _plan():
+    return [Arm(r, b, m, k, x) for b, m, k, levels in fusion.DEGRADED for x in levels for r in arms.ALPHA]
+
+
+def test_groups_of_questions_by_size_and_salience():
+    names = [one.id for one in scenes.questions()[:200] if one.targets]
+    groups = fusion.groups_of({name: n / len(names) for n, name in enumerate(names)}, 200)
+    thirds = [groups[f"salience of the named things: {level}"] for level in ("low", "middle", "high")]
+    assert set().union(*thirds) == set(names) and sum(map(len, thirds)) == len(names)
+    assert max(map(len, thirds)) - min(map(len, thirds)) <= 2
+    families = [ids for label, ids in groups.items() if label.startswith("family")]
+    assert sum(map(len, families)) == len(groups["all"]) == 200
+
+
+# Page and command
+
+
+def test_cells_and_tables(tmp_path):
+    table = summary.Table("x", ["row", "a", "b, %", "c, points"])
+    table.add("r", {"a": Interval(0.5, 0.25, 0.75), "b, %": Interval(50, None, None), "c, points": Interval(3, 1, 5)})
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin x -->\n<!-- end x -->\n")
+    table.write(page, tmp_path)
+    assert "| r | 0.50 [0.25, 0.75] | 50.0 [n/a] | +3.0 [+1.0, +5.0] |" in page.read_text()
+    assert (tmp_path / "findings_x.csv").read_text().splitlines()[1] == "r,a,0.5000,0.2500,0.7500"
+
+
+def test_the_page_shows_figures_and_files_that_exist():
+    text = (ROOT / "docs" / "findings.md").read_text()
+    for kind in ("images/findings_*.png", "tables/findings_*.csv"):
+        found = sorted((ROOT / "docs").glob(kind))
+        assert found
+        for path in found:
+            assert path.relative_to(ROOT / "docs").as_posix() in text, path.name
+    assert "<!-- begin" in text and "-->\n<!-- end" not in text  # no table is empty
+
+
+def test_command_refuses_more_counterparts_than_pictures(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vtr"])
+    assert cli.main(["findings", "attnmix", "--pictures", "50", "--exchanged", "51"]) == 2
+    assert "--exchanged (51) counts some of the --pictures (50)" in capsys.readouterr().err
