@@ -157,7 +157,9 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
 def main(words: Sequence[str]) -> int:
     """What a rank does: load the model, then run one setting of the file after the other."""
     rank, content = ranks.current(), read_json(Path(words[0]))
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in content["model"].items()}
+    arguments: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in content["model"].items()
+    }
     model = CachingLlava(load(**arguments))
     configs = [RunConfig(**{**entry, "data": Path(entry["data"])}) for entry in content["runs"]]
     model.expect([build_reducer(config, model.visual_tokens) for config in configs])

@@ -8,7 +8,7 @@ from eval.config import ROOT
 from eval.findings.collect import Collected
 from eval.metrics import SufficientStatistics, ratio_terms
 from eval.results.statistics import Comparison, Interval, compare, interval
-from eval.tables.ablation import write_csv
+from eval.tables.common import write_csv
 from eval.tables.page import insert, markdown
 
 PAGE = ROOT / "docs" / "findings.md"
