@@ -139,6 +139,7 @@ def test_full_models():
     assert "66.8" in file.full("scienceqa")[0].disputed
     assert {value.value for value in file.full("scienceqa")[1:]} <= {69.5, 69.51, 69.6}
     assert load("video_llava_7b").full("tgif_qa")[0].value == 47.1
+    assert load("qwen25_vl_7b").values("full", 1280, "gqa")[0].value == 60.8  # "1/1" in the file
 
 
 def test_a_disputed_column_leaves_the_others_alone():

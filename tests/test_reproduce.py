@@ -15,12 +15,18 @@ from eval.papers.spec import find, read
 from eval.tables.memory import expected
 
 FLAGSHIP = "consensusdrop/llava15_7b"
+TOY = ROOT / "assets" / "eval"
 CLOSE = 0.03  # of a size: configuration files and rounding
 
 
 @pytest.fixture(scope="module")
-def cost():
-    return expense.expense(read(find(FLAGSHIP)))
+def costs():
+    return pages.all_costs()
+
+
+@pytest.fixture(scope="module")
+def cost(costs):
+    return next(cost for cost in costs if cost.table.identity == FLAGSHIP)
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +34,13 @@ def flagship():
     return (pages.FOLDER / pages.name_of(read(find(FLAGSHIP)))).read_text()
 
 
-def test_the_committed_pages_are_those_that_are_generated():
+def test_the_committed_pages_are_those_that_are_generated(costs):
     """`vtr tables reproduce` writes them again."""
-    written = pages.pages()
+    written = pages.pages(costs)
     assert {path.name for path in pages.FOLDER.glob("*.md")} == set(written)
     for name, text in written.items():
         assert (pages.FOLDER / name).read_text() == text, name
-    assert pages.index(pages.tables()) in pages.INDEX.read_text()
+    assert pages.index(costs) in pages.INDEX.read_text()
 
 
 def test_sizes_from_shapes_are_those_of_the_modules():
@@ -48,8 +54,8 @@ def test_sizes_from_shapes_are_those_of_the_modules():
     assert checked == 7
 
 
-def test_every_table_has_the_sizes_that_it_needs():
-    for table in pages.tables():
+def test_every_table_has_the_sizes_that_it_needs(costs):
+    for table in (cost.table for cost in costs):
         assert expense.checkpoint_of(table).gb > 0
         assert {column.benchmark for column in table.columns} <= set(expense.downloads().benchmarks), table.identity
 
@@ -90,14 +96,13 @@ def test_a_model_that_does_not_fit_has_no_hours(cost):
     assert pages.hours(cost, expense.GPUS[1]).endswith(" h")
 
 
-def test_judged_and_server_graded_benchmarks_are_named():
+def test_judged_and_server_graded_benchmarks_are_named(costs):
     """A table without a judge, or on a split of a server, holds no published metric."""
-    for table in pages.tables():
-        for name in {column.benchmark for column in table.columns}:
-            benchmark = benchmarks.get(name)
-            assert (name in pages.SERVER) == ("from a server" in benchmark.summary), name
-            data = benchmark.load(ROOT / table.toy.data, benchmarks.check_split(benchmark, None, ROOT / "assets/eval"))
-            assert (name in pages.JUDGED) == (data.judging is not None), name
+    for name in sorted({name for cost in costs for name in cost.loads}):
+        benchmark = benchmarks.get(name)
+        assert (name in pages.SERVER) == ("from a server" in benchmark.summary), name
+        data = benchmark.load(TOY, benchmarks.check_split(benchmark, None, TOY))
+        assert (name in pages.JUDGED) == (data.judging is not None), name
 
 
 def test_the_page_holds_every_published_number_of_its_rows(flagship):
@@ -131,9 +136,8 @@ def test_commands_of_the_pages_exist():
             assert (ROOT / script).is_file(), f"{path.name}: {script}"
 
 
-def test_a_table_without_published_values_says_so():
-    table = read(find(FLAGSHIP)).model_copy(update={"published": ""})
-    text = pages.page(table)
+def test_a_table_without_published_values_says_so(cost):
+    text = pages.page(replace(cost, table=cost.table.model_copy(update={"published": ""})))
     assert "No source has numbers of this model." in text and "| full, published |" in text
 
 

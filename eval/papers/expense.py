@@ -165,7 +165,17 @@ class Expense:
         return memory.weights(self.model, BYTES).device
 
     def _work(self, line: Line, text: int) -> "Work":
-        """Operations and cache of one question of a row."""
+        """Operations and cache of one question of a row; the same for all benchmarks with prompts of this length."""
+        key = (id(line), text)  # rows have no hash
+        if key not in self._known:
+            self._known[key] = self._compute(line, text)
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int], "Work"]:
+        return {}
+
+    def _compute(self, line: Line, text: int) -> "Work":
         reducer, model, image = self._reducer(line), self.model, self._image
         plan = memory.visual_plan(model, reducer, image)
         early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))

@@ -46,9 +46,9 @@ MANY = 8  # GPUs of the second column of hours
 INDEX_GPU = "A100, 80 GB"
 
 
-def page(table: Table) -> str:
+def page(cost: Expense) -> str:
     """The page of one table."""
-    cost = expense(table)
+    table = cost.table
     columns = columns_of(table, Where(table.real, False, Path("DATA")))
     source = published.load(table.published) if table.published else None
     names = [column.benchmark for column in columns]
@@ -176,12 +176,12 @@ def cause_table(columns: Sequence[Column], source: Published | None) -> str:
     return left_aligned(markdown(["benchmark", "full, published", "tolerance", "look at first"], rows))
 
 
-def index(tables: Sequence[Table]) -> str:
+def index(costs: Sequence[Expense]) -> str:
     """One row per table, for docs/reproduce.md."""
     gpu = next(gpu for gpu in GPUS if gpu.name == INDEX_GPU)
     rows = []
-    for table in tables:
-        cost = expense(table)
+    for cost in costs:
+        table = cost.table
         size = sum(downloads().checkpoints[name].gb for name in checkpoint_names(table))
         budgets = ", ".join(str(budget) for budget in table.budgets)
         link = f"[{table.title}](reproduce/{name_of(table)})"
@@ -189,27 +189,28 @@ def index(tables: Sequence[Table]) -> str:
     return markdown(["table", "budgets", "runs", "checkpoints", "GPU memory", f"one {INDEX_GPU}"], rows)
 
 
-def pages() -> dict[str, str]:
-    """File name below docs/reproduce -> text, of all tables with scores."""
-    return {name_of(table): page(table) for table in tables()}
+def pages(costs: Sequence[Expense]) -> dict[str, str]:
+    """File name below docs/reproduce -> text."""
+    return {name_of(cost.table): page(cost) for cost in costs}
 
 
-def tables() -> list[Table]:
-    """The tables that have a page."""
+def all_costs() -> list[Expense]:
+    """The costs of the tables that have a page: those of scores."""
     found = [spec.read(path) for path in spec.paths()]
-    return [table for table in found if table.kind == "scores"]
+    return [expense(table) for table in found if table.kind == "scores"]
 
 
 def write_all(folder: Path = FOLDER, index_page: Path = INDEX) -> None:
     """Write all pages and the index, and remove pages without a table."""
-    written = pages()
+    costs = all_costs()
+    written = pages(costs)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
         (folder / name).write_text(text, encoding="utf-8")
     for path in folder.glob("*.md"):
         if path.name not in written:
             path.unlink()
-    insert(index_page, "tables", index(tables()))
+    insert(index_page, "tables", index(costs))
 
 
 @exit_on_user_error

@@ -215,7 +215,7 @@ class Published:
         Args:
             method: name in the registry, or one of `OTHER_METHODS`.
             tokens: visual tokens, or the share that is kept (Qwen, "1/5"); sources that print a count within 1 % of
-                it are included. None: any.
+                it are included. None: any. The unreduced model is found at any.
             column: one of `COLUMNS`.
 
         Raises:
@@ -225,7 +225,9 @@ class Published:
             raise unknown("column", column, COLUMNS)
         wanted = None if tokens is None else share(tokens)
         rows = [row for row in self.rows if row.method == method and column in row.scores]
-        found = [self.value(row, column) for row in rows if wanted is None or same_tokens(row.share, wanted)]
+        if wanted is not None and method != FULL:
+            rows = [row for row in rows if same_tokens(row.share, wanted)]
+        found = [self.value(row, column) for row in rows]
         return sorted(found, key=lambda value: TRUST.index(value.trust))
 
     def full(self, column: str) -> list[Value]:
