@@ -94,11 +94,14 @@ def questions_text(columns: Sequence[Column], found: Measured, limit: int | None
     return ", ".join(parts) + (f" (the first {limit:,} of each)" if limit else "")
 
 
-def notes_of(table: Table, found: Measured) -> list[str]:
+def notes_of(table: Table, found: Measured, has_published: bool) -> list[str]:
     """What a reader must know about the numbers."""
     notes = list(table.notes)
     if any(line.by_kept and line.setting for line in found.lines):
         notes.append(f"{MARK} {MARK_TEXT}.")
+    splits = [f"{column.title} ({column.published_split})" for column in found.columns if column.published_split]
+    if has_published and splits:
+        notes.append(f"Published values are of splits that servers grade, ours of val: {', '.join(splits)}.")
     if lost := described(found.lines):
         notes.append("Cannot run: " + " ".join(lost))
     other = {

@@ -23,8 +23,10 @@ class Entry:
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the most trusted published value."""
-        return self.cell.value - self.published[0].value if self.published else None
+        """Ours minus the most trusted published value; None for another split."""
+        if not self.published or self.cell.column.published_split:
+            return None
+        return self.cell.value - self.published[0].value
 
 
 def entries(found: Measured, published: Published | None, place: Place) -> list[Entry]:

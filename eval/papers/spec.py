@@ -81,6 +81,7 @@ class Column(Part):
         published: name of the column in the published values; "" if no source has it.
         tolerance: how far the unreduced model may be from the published baseline, in points of the metric.
         split: "" for the benchmark's default.
+        published_split: the split of the published values where it is another one; no difference is shown then.
     """
 
     benchmark: Annotated[str, AfterValidator(known_benchmark)]
@@ -89,6 +90,7 @@ class Column(Part):
     published: str = ""
     tolerance: float = 0.5
     split: str = ""
+    published_split: str = ""
 
 
 class Row(Part):

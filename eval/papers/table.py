@@ -179,7 +179,7 @@ def document_of(
         sections_of(table, found, times),
         sentences(checks),
         unchecked(where, checks),
-        notes_of(table, found),
+        notes_of(table, found, source is not None),
         points_of(found, times),
     )
 
@@ -209,7 +209,8 @@ def unchecked(where: "Where", checks: "Sequence[Check]") -> str:
     lost = [one.cell.column.title for one in checks if one.difference is None]
     if not lost:
         return "within the tolerance of a published value on every benchmark."
-    return f"not compared with a published value on {', '.join(lost)} (no source, or not all questions were asked)."
+    reasons = "no source, another split, or not all questions were asked"
+    return f"not compared with a published value on {', '.join(lost)} ({reasons})."
 
 
 def write(document: "Document", folder: Path, is_toy: bool) -> list[Path]:
