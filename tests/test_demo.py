@@ -205,7 +205,9 @@ class Demo:
             self.process = subprocess.Popen(words, cwd=ROOT, env=surroundings, stdout=log, stderr=log)
         deadline = time.monotonic() + 300
         while "Open http" not in self.text:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.text
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                pytest.fail(f"The demo did not start: {self.text}")
             time.sleep(0.2)
 
     @property
