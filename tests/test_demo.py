@@ -136,10 +136,19 @@ def test_no_examples_without_the_toy_benchmarks(tmp_path):
     assert examples(tmp_path) == []
 
 
+@pytest.fixture
+def own_signals():
+    """`main` sets handlers, which would outlive the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 # -- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_model_is_one_sentence(tmp_path, capsys, monkeypatch):
+def test_a_wrong_model_is_one_sentence(tmp_path, capsys, monkeypatch, own_signals):
     monkeypatch.setattr(sys, "argv", ["vtr"])
     assert cli.main(["demo", "--model", str(tmp_path)]) == 2
     printed = capsys.readouterr()
@@ -149,7 +158,7 @@ def test_a_wrong_model_is_one_sentence(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("host", "reason"), [("127.0.0.1", "in use"), ("192.0.2.1", "address"), ("no.such.host.invalid", "")]
 )
-def test_an_address_that_cannot_be_served_on_is_one_sentence(host, reason, capsys):
+def test_an_address_that_cannot_be_served_on_is_one_sentence(host, reason, capsys, own_signals):
     """It is found before the model is loaded."""
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
@@ -158,7 +167,7 @@ def test_an_address_that_cannot_be_served_on_is_one_sentence(host, reason, capsy
     assert line.startswith(f"Cannot serve on {host}, port {port} (") and reason in line and "--port" in line
 
 
-def test_the_exit_code_names_the_signal(monkeypatch, capsys):
+def test_the_exit_code_names_the_signal(monkeypatch, capsys, own_signals):
     for stop, code in ((KeyboardInterrupt, 130), (Terminated, 143)):
         monkeypatch.setattr(command, "serve", Mock(side_effect=stop))
         assert main([]) == code and capsys.readouterr().err == "\nStopped.\n"
@@ -196,7 +205,9 @@ class Demo:
             self.process = subprocess.Popen(words, cwd=ROOT, env=surroundings, stdout=log, stderr=log)
         deadline = time.monotonic() + 300
         while "Open http" not in self.text:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.text
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                pytest.fail(f"The demo did not start: {self.text}")
             time.sleep(0.2)
 
     @property
