@@ -103,35 +103,46 @@ def sweep(
     return results
 
 
+class UnansweredQuestions(UserError):
+    """A run is over, but some questions failed."""
+
+
 def fill(config: RunConfig, model: CachingLlava) -> None:
     """Run one setting; its configuration asks again what failed before.
 
     Raises:
-        UserError: some questions have no answer; a table must not hold their score.
+        UnansweredQuestions: some questions have no answer; a table must not hold their score.
     """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         result = run(config, model=model, rank=Rank())
     if result["failed"]:
         first = result["failed"][0]
-        raise UserError(
+        raise UnansweredQuestions(
             f"{len(result['failed'])} questions have no answer in {config.output} (question {first['question_id']}: "
             f"{first['reason']}); run the same command again to retry them."
         )
 
 
-def fill_on_ranks(configs: Sequence[RunConfig], loaded_with: Mapping[str, Any], folder: Path, place: Placement) -> None:
+def fill_on_ranks(
+    configs: Sequence[RunConfig],
+    loaded_with: Mapping[str, Any],
+    folder: Path,
+    place: Placement,
+    go_on: bool = False,
+) -> None:
     """Run settings on several ranks, each of which takes the next one when it is ready; `main` is what they do.
 
     Args:
         loaded_with: arguments of llava.model.builder.load, for the model of every rank.
         folder: for the list of settings while it runs.
+        go_on: with the next setting when questions of one failed.
 
     Raises:
         SystemExit: a rank did not finish; the sentence is printed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"sweep-{os.getpid()}.json"
-    write_json(file, {"model": dict(loaded_with), "runs": [plain_config(config) for config in configs]})
+    write_json(file, {"model": dict(loaded_with), "go_on": go_on, "runs": [plain_config(config) for config in configs]})
     place = place.at_most(len(configs))
     try:
         with tqdm(total=len(configs), desc=f"{folder.name} on {place.describe()}", unit="setting") as bar:
@@ -166,7 +177,8 @@ def main(words: Sequence[str]) -> int:
     while (number := rank.claim("settings")) < len(configs):
         rank.report(ranks.ASKING, [f"of {configs[number].output}"])
         if not is_finished(configs[number], model):
-            fill(configs[number], model)
+            with contextlib.suppress(*([UnansweredQuestions] if content["go_on"] else [])):
+                fill(configs[number], model)
         rank.count("finished")
     return 0
 

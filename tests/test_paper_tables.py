@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval import benchmarks
+from eval import benchmarks, outcomes
 from eval.config import ROOT
 from eval.papers import gate, plan, spec, table
 from eval.papers.published import Published, Source
@@ -248,6 +248,29 @@ def test_cells_are_spread_over_ranks_and_are_those_of_one_process(made, monkeypa
         for key in ("method", "budget", "score", "low", "high", "tokens_per_layer", "answers_sha256"):
             assert spread[key] == alone[key]
     assert not list((folder / "spread").glob("sweep-*.json"))
+
+
+def test_a_method_that_fails_on_some_questions_has_no_score_and_the_table_goes_on(made, monkeypatch):
+    """DART refused the 11 shortest prompts of MM-Vet, and the table of 800 cells ended there."""
+    folder, words = made
+    monkeypatch.setattr(plan, "SWEEPS", folder / "failing")
+    monkeypatch.setattr("eval.papers.fill.SWEEPS", folder / "failing")
+    real = outcomes.generate
+
+    def failing(model, batch, reducer, *rest, **more):
+        if reducer.name == "random" and any(sample.id == "1003" for sample in batch):
+            raise UserError("random does not like this question")
+        return real(model, batch, reducer, *rest, **more)
+
+    monkeypatch.setattr(outcomes, "generate", failing)
+    one = ["--methods", "random,consensusdrop", "--budgets", "8", "--times", "0", "--wandb", "disabled"]
+    assert table.main([*words, *one, "--output", str(folder / "failed")]) == 0
+    text = (folder / "failed" / "small.md").read_text()
+    assert "| Random | n/a | n/a |" in text and "| Consensus_Drop | " in text
+    assert "n/a: Random at 8 on GQA: 1 of 12 questions failed, the first (1003) with: random does not like" in text
+    monkeypatch.setattr(outcomes, "generate", real)  # the next call asks it again
+    assert table.main([*words, *one, "--output", str(folder / "failed")]) == 0
+    assert "questions failed" not in (folder / "failed" / "small.md").read_text()
 
 
 @pytest.mark.parametrize(

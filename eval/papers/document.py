@@ -102,8 +102,8 @@ def notes_of(table: Table, found: Measured, has_published: bool) -> list[str]:
     splits = [f"{column.title} ({column.published_split})" for column in found.columns if column.published_split]
     if has_published and splits:
         notes.append(f"Published values are of splits that servers grade, ours of val: {', '.join(splits)}.")
-    if lost := described(found.lines):
-        notes.append("Cannot run: " + " ".join(lost))
+    notes += [f"Cannot run: {reason}" for reason in described(found.lines)]
+    notes += [f"n/a: {reason}." for reason in found.failed]
     other = {
         f"{cell.column.title}: {cell.metric}"
         for cell in found.cells.values()

@@ -1,5 +1,6 @@
 """Run the cells of a table that have no result yet, in one process or spread over the ranks of a node."""
 
+import contextlib
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -8,7 +9,7 @@ from eval.feature_cache import CachingLlava
 from eval.papers.plan import SWEEPS, Line, Where, config_of
 from eval.papers.spec import Column
 from eval.parallel.placement import Placement
-from eval.sweep import fill, fill_on_ranks, is_finished, reducer_of
+from eval.sweep import UnansweredQuestions, fill, fill_on_ranks, is_finished, reducer_of
 from llava.model.builder import device_of, load, parse
 
 
@@ -29,8 +30,9 @@ def fill_cells(
 ) -> None:
     """Run what is missing, one benchmark after the other, so that remembered features are of few images.
 
+    A cell with questions that failed has no score; the others go on, and the next call asks these questions again.
+
     Raises:
-        UserError: questions failed; a table must not hold their score.
         SystemExit: a rank did not finish.
     """
     runnable = [line for line in lines if line.setting is not None]
@@ -38,8 +40,9 @@ def fill_cells(
     kind = device_of(where.device).type
     missing = [config for config in tqdm(configs, desc="look", leave=False) if not is_finished(config, model, kind)]
     if place is not None and len(missing) > 1:
-        fill_on_ranks(missing, {**model.loaded_with, "device": where.device}, SWEEPS, place)
+        fill_on_ranks(missing, {**model.loaded_with, "device": where.device}, SWEEPS, place, go_on=True)
         return
     model.expect([reducer_of(line.setting, model.visual_tokens) for line in runnable if line.setting is not None])
     for config in tqdm(missing, desc=what, unit="cell", disable=not missing):
-        fill(config, model)
+        with contextlib.suppress(UnansweredQuestions):  # the cell is n/a, with the reason
+            fill(config, model)

@@ -69,8 +69,8 @@ class Cell:
         return str(self.folder.relative_to(ROOT)) if self.folder.is_relative_to(ROOT) else str(self.folder)
 
 
-def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell:
-    """A finished run.
+def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | str:
+    """A finished run; a sentence instead if some of its questions failed.
 
     Raises:
         UserError: there is no result of these questions.
@@ -84,6 +84,11 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell:
     if not path.is_file():
         raise UserError(f"{folder} holds no result of {len(asked):,} questions; run the table without --render first.")
     result = read_json(path)
+    if failed := result.get("failed"):
+        return (
+            f"{line.title} at {line.budget} on {column.title}: {len(failed):,} of {len(asked):,} questions failed, the "
+            f"first ({failed[0]['question_id']}) with: {failed[0]['reason']}"
+        )
     wanted = set(asked)
     lines = (row for _, row in read_jsonl(folder / "answers.jsonl"))
     texts = {row["question_id"]: row["text"] for row in lines if row["question_id"] in wanted}
@@ -168,11 +173,13 @@ class Measured:
 
     Attributes:
         cells: by (index of the line, benchmark).
+        failed: a sentence for each run in which questions failed; it has no cell.
     """
 
     lines: Sequence[Line]
     columns: Sequence[Column]
     cells: Mapping[tuple[int, str], Cell]
+    failed: Sequence[str] = ()
 
     def row(self, index: int) -> dict[str, Cell]:
         """Benchmark -> cell of a line; empty where the method cannot run."""
@@ -180,19 +187,24 @@ class Measured:
         return {name: cell for name, cell in found if cell is not None}
 
     def of_full(self, index: int) -> float | None:
-        """Mean over the benchmarks of score / score of full, in percent; the papers' average."""
+        """Mean over the benchmarks of score / score of full in percent, the papers' average; None if one is missing."""
         row, full = self.row(index), self.row(0)
-        if not row or any(full[name].value == 0 for name in row):
+        if not row or len(row) < len(full) or any(full[name].value == 0 for name in row):
             return None
         return sum(100 * cell.value / full[name].value for name, cell in row.items()) / len(row)
 
 
 def read_cells(lines: Sequence[Line], columns: Sequence[Column], where: Where, model: Llava) -> Measured:
     """Every cell of the table."""
-    cells = {
-        (index, column.benchmark): read_cell(line, column, where, model)
-        for index, line in enumerate(lines)
-        for column in columns
-        if line.setting is not None
-    }
-    return Measured(lines, columns, cells)
+    cells: dict[tuple[int, str], Cell] = {}
+    failed: list[str] = []
+    for index, line in enumerate(lines):
+        for column in columns if line.setting is not None else ():
+            found = read_cell(line, column, where, model)
+            if isinstance(found, str):
+                failed.append(found)
+            else:
+                cells[index, column.benchmark] = found
+    if lost := [column.title for column in columns if (0, column.benchmark) not in cells]:
+        raise UserError(f"The unreduced model has no result on {', '.join(lost)}: {'; '.join(failed)}.")
+    return Measured(lines, columns, cells, failed)

@@ -83,8 +83,8 @@ def aggregates(table: Table, found: Measured) -> Section:
             [
                 line.title,
                 str(line.budget),
-                relative_text(relative_mean, pairs),
-                relative_text(relative_iqm, pairs),
+                relative_text(relative_mean, pairs) if len(row) == len(full) else "n/a",
+                relative_text(relative_iqm, pairs) if len(row) == len(full) else "n/a",
                 score_text(pooled_loyalty(row, full)),
                 hard_text(row, full, control),
             ]
@@ -163,7 +163,8 @@ def needed(found: Measured) -> Section:
 def needed_text(found: Measured, budgets: Mapping[int, int], benchmark: str) -> str:
     full = found.cells[0, benchmark].terms
     try:
-        return tokens_needed(full, {b: found.cells[index, benchmark].terms for b, index in budgets.items()}).text
+        cells = {budget: found.cells.get((index, benchmark)) for budget, index in budgets.items()}
+        return tokens_needed(full, {budget: cell.terms for budget, cell in cells.items() if cell is not None}).text
     except UserError:
         return "n/a"
 
