@@ -47,6 +47,7 @@ def opened(place: Path | str, size: tuple[int, int] = DESKTOP, dark: bool = Fals
             offline=is_file,
         )
         try:
+            context.set_default_timeout(180_000)  # a busy machine is no failure
             page = context.new_page()
             page.errors = []
             page.on("console", lambda message: message.type == "error" and page.errors.append(message.text))

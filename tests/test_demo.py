@@ -235,14 +235,14 @@ def ask(page, question: str) -> None:
 
 
 def wait_for_answer(page) -> tuple[str, str]:
-    page.wait_for_function("document.querySelector('#reduced-answer textarea').value !== ''", timeout=60_000)
+    page.wait_for_function("document.querySelector('#reduced-answer textarea').value !== ''", timeout=180_000)
     page.wait_for_selector("#reduced-overlay img")
     return page.input_value("#full-answer textarea"), page.input_value("#reduced-answer textarea")
 
 
 def wait_for_problem(page, start: str) -> str:
     condition = "start => document.querySelector('#problem textarea')?.value.startsWith(start)"
-    page.wait_for_function(condition, arg=start, timeout=60_000)
+    page.wait_for_function(condition, arg=start, timeout=180_000)
     return page.input_value("#problem textarea")
 
 

@@ -262,7 +262,7 @@ def drawn(page, method: str) -> str:
 
 
 def ready(page) -> None:
-    page.wait_for_selector("body[data-ready]", timeout=10_000)
+    page.wait_for_selector("body[data-ready]", timeout=120_000)
 
 
 @needs_browser
