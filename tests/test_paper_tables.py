@@ -179,7 +179,11 @@ def test_csv_has_every_number_and_a_hash_of_the_answers(made):
     text = "".join(f"{name}\t{answers[name]}\n" for name in sorted(answers))
     assert full["answers_sha256"] == hashlib.sha256(text.encode()).hexdigest()
     kept = [row for row in rows if row["counts_kept_tokens"] == "true"]
-    assert {row["method"] for row in kept} <= {"FastV"}
+    assert [(row["method"], row["budget"]) for row in kept] == [("FastV", "4")]
+    # Such a row has more tokens than its block: it says how many, and is never marked best.
+    assert float(kept[0]["tokens_per_layer"]) > 4
+    page = (folder / "out" / "small.md").read_text()
+    assert re.search(r"^\| FastV ‡ \(\d+\) \| \d+\.\d \| \d+\.\d \|$", page, re.MULTILINE)
 
 
 def read_answers(folder: Path):

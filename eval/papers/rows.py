@@ -1,6 +1,6 @@
 """A table's cells in two shapes: methods by benchmarks as papers print them, and one row per cell."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eval.papers.measured import Cell, Measured
@@ -81,7 +81,10 @@ class Block:
 
 
 MARK = "‡"
-MARK_TEXT = "the budget counts the tokens kept after the pruning layer: the mean over layers cannot be that small"
+MARK_TEXT = (
+    "the budget counts the tokens kept after the pruning layer, because the mean over layers cannot be that small; the "
+    "mean is in parentheses, and the row is not compared with the others of its budget"
+)
 
 
 def blocks(table: Table, found: Measured) -> list[Block]:
@@ -94,13 +97,19 @@ def blocks(table: Table, found: Measured) -> list[Block]:
 
 def block(budget: object, indices: Sequence[int], found: Measured) -> Block:
     rows: list[tuple[str, Sequence[float | None]]] = []
+    unequal: list[bool] = []  # more tokens than the others of the block: not compared with them
     for index in indices:
         cells = found.row(index)
         values = [cells[c.benchmark].value if c.benchmark in cells else None for c in found.columns]
         line = found.lines[index]
-        rows.append((line.title + (f" {MARK}" if line.by_kept else ""), [*values, found.of_full(index)]))
+        mark = f" {MARK} ({mean_tokens(cells):.0f})" if line.by_kept and cells else ""
+        rows.append((line.title + mark, [*values, found.of_full(index)]))
+        unequal.append(line.by_kept)
     title = "" if budget is None else f"{budget} tokens" if isinstance(budget, int) else f"{budget} of the tokens"
-    ranks = [places([values[column] for _, values in rows]) for column in range(len(found.columns) + 1)]
+    ranks = [
+        places([None if more else values[column] for (_, values), more in zip(rows, unequal, strict=True)])
+        for column in range(len(found.columns) + 1)
+    ]
     compared = len(rows) > 1
     none: frozenset[int] = frozenset()
     return Block(
@@ -109,6 +118,11 @@ def block(budget: object, indices: Sequence[int], found: Measured) -> Block:
         [first if compared else none for first, _ in ranks],
         [second if compared else none for _, second in ranks],
     )
+
+
+def mean_tokens(cells: Mapping[str, Cell]) -> float:
+    """Visual tokens per layer, mean over the benchmarks."""
+    return sum(cell.tokens for cell in cells.values()) / len(cells)
 
 
 def places(values: Sequence[float | None]) -> tuple[frozenset[int], frozenset[int]]:

@@ -92,7 +92,8 @@ def aggregates(table: Table, found: Measured) -> Section:
     about = (
         "Mean and interquartile mean of the score in percent of full over the benchmarks; loyalty: questions with the "
         "same answer as full; hard questions: right with full, wrong with the downsampled image of as many tokens "
-        "(group A of VTC-Bench). 95 % intervals in brackets. Definitions: docs/statistics.md."
+        "(group A of VTC-Bench). 95 % intervals in brackets. Averages are of main metrics (MME: perception). "
+        "Definitions: docs/statistics.md."
     )
     header = ["method", "budget", "mean of full, %", "interquartile mean, %", "loyalty, %", "hard questions, %"]
     return Section("Averages, loyalty and hard questions", about, header, rows)
