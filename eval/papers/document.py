@@ -103,7 +103,7 @@ def notes_of(table: Table, found: Measured, has_published: bool) -> list[str]:
     if has_published and splits:
         notes.append(f"Published values are of splits that servers grade, ours of val: {', '.join(splits)}.")
     notes += [f"Cannot run: {reason}" for reason in described(found.lines)]
-    notes += [f"n/a: {reason}." for reason in found.failed]
+    notes += [f"n/a: {reason.rstrip('.')}." for reason in found.failed]
     other = {
         f"{cell.column.title}: {cell.metric}"
         for cell in found.cells.values()

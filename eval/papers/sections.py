@@ -165,7 +165,8 @@ def needed_text(found: Measured, budgets: Mapping[int, int], benchmark: str) -> 
     full = found.cells[0, benchmark].terms
     try:
         cells = {budget: found.cells.get((index, benchmark)) for budget, index in budgets.items()}
-        return tokens_needed(full, {budget: cell.terms for budget, cell in cells.items() if cell is not None}).text
+        known = {budget: cell.terms for budget, cell in cells.items() if cell is not None}
+        return tokens_needed(full, known).text.replace("more than", ">")
     except UserError:
         return "n/a"
 
