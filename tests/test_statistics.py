@@ -14,7 +14,7 @@ from eval.results import statistics
 from eval.results.permutation import Exchanges
 from eval.results.report import interval_of, score_lines, scored
 from eval.results.statistics import accuracy_terms, compare, compare_scores, interval, terms_of
-from eval.tables import ablation
+from eval.tables import common
 from llava.errors import UserError
 
 
@@ -98,7 +98,7 @@ def test_reports_and_tables_print_the_same_interval():
     random = np.random.default_rng(7)
     credits = {str(i): float(random.random() < 0.9) for i in range(300)}
     images = {name: str(int(name) // 3) for name in credits}
-    table = ablation.interval(credits, images)
+    table = common.interval(credits, images)
     report = interval(terms_of(Score({"accuracy": table.mean}, {}, credits), images))
     assert table == report and table.method == "bootstrap"
 
