@@ -17,8 +17,8 @@ QUARTER = 671  # questions of the first 76 pictures
 BUDGETS: dict[int, int | None] = {32: None}
 # (budget, half of it for merge targets, kind of noise, levels) of the arms with a worse probe; QUARTER questions each.
 DEGRADED: tuple[tuple[int, bool, str, tuple[float, ...]], ...] = (
-    (64, False, "smooth", (0.0, 1.0, 2.0, 4.0, INFINITE)),
-    (64, False, "white", (0.0, 1.0, 2.0, INFINITE)),
+    (64, False, "smooth", (0.0, 1.0, 2.0, INFINITE)),
+    (64, False, "white", (0.0, 1.0, INFINITE)),
     (64, False, "late", (0.0, 2.0)),
     (32, True, "smooth", (0.0, INFINITE)),
     (32, True, "white", (0.0, INFINITE)),
