@@ -1,6 +1,7 @@
 """The Excel files that MMBench's server, VLMEvalKit and MMStar's script read."""
 
 import io
+import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,7 +34,19 @@ def write_xlsx(columns: Sequence[str], rows: Iterable[Sequence[str | int | None]
         sheet.append([cell(value) for value in row])
     file = io.BytesIO()
     book.save(file)
-    return file.getvalue()
+    return without_times(file.getvalue())
+
+
+def without_times(data: bytes) -> bytes:
+    """The same file without the time at which it was written: equal answers are equal bytes."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name == "docProps/core.xml":
+                content = re.sub(rb"(<dcterms:\w+[^>]*>)[^<]*", rb"\g<1>2000-01-01T00:00:00Z", content)
+            target.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # ZipInfo's own date is 1980
+    return out.getvalue()
 
 
 def read_xlsx(path: Path) -> list[Row] | None:
