@@ -277,6 +277,31 @@ def test_a_method_that_fails_on_some_questions_has_no_score_and_the_table_goes_o
     assert "questions failed" not in (folder / "failed" / "small.md").read_text()
 
 
+def test_an_ablation_compares_every_choice_with_the_defaults(made, monkeypatch, tmp_path):
+    """The first ablation ended in a TypeError: its rows, which hold options, were keys of a dictionary."""
+    folder, words = made
+    path = written(
+        tmp_path,
+        kind="ablation",
+        budgets=[8, 4],
+        rows=None,
+        factors={"weight": {"alpha": ["0", "0.5", "1"]}, "both": [{"alpha": "0", "merged_share": "0"}]},
+    )
+    monkeypatch.setattr(plan, "SWEEPS", folder / "sweep")
+    again = [str(path), *words[1:], "--times", "0", "--output", str(tmp_path / "out"), "--wandb", "disabled"]
+    assert table.main(again) == 0
+    text = (tmp_path / "out" / "small.md").read_text()
+    assert "| choice | GQA, 8 tokens | against the default [95 % CI] | GQA, 4 tokens |" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| weight: ", "| both: ", "| defaults"))][:5]
+    assert [line.count("| default |") for line in rows] == [
+        2,
+        0,
+        0,
+        2,
+        0,
+    ]  # alpha 0.5 is the default; "both" is first by name
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

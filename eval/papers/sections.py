@@ -213,17 +213,18 @@ def verdicts(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> tuple[int, 
 def ablation(table: Table, found: Measured) -> Section:
     """Every choice beside the method's defaults, paired over images; two columns per benchmark and budget."""
     budgets = list(dict.fromkeys(line.budget for line in found.lines[1:]))
-    index_of = {(line.row, line.budget): index for index, line in enumerate(found.lines)}
-    default = next((row for row in table.rows if row.method == table.ours and not row.options), None)
+    place = {id(row): number for number, row in enumerate(table.rows)}
+    index_of = {(place[id(line.row)], line.budget): i for i, line in enumerate(found.lines) if line.row is not None}
+    default = next((n for n, row in enumerate(table.rows) if row.method == table.ours and not row.options), None)
     rows = []
-    for row in table.rows:
+    for number, row in enumerate(table.rows):
         cells = [f"{row.group}: {row.title}" if row.group else row.title]
         for budget in budgets:
-            base = index_of.get((default, budget))
+            base = None if default is None else index_of[default, budget]
             cells += [
                 text
                 for column in found.columns
-                for text in compared(found, index_of[row, budget], base, column.benchmark)
+                for text in compared(found, index_of[number, budget], base, column.benchmark)
             ]
         rows.append(cells)
     heads = [f"{column.title}, {budget} tokens" for budget in budgets for column in found.columns]
