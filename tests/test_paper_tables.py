@@ -302,6 +302,25 @@ def test_an_ablation_compares_every_choice_with_the_defaults(made, monkeypatch, 
     ]  # alpha 0.5 is the default; "both" is first by name
 
 
+def test_a_single_missing_cell_runs_on_a_rank_too(made, monkeypatch):
+    """It ran in the parent process, whose model is on the CPU where the ranks have the GPUs."""
+    folder, words = made
+    monkeypatch.setenv("RANKS", "2")
+    given = []
+    monkeypatch.setattr("eval.papers.fill.is_finished", lambda *_: False)
+    monkeypatch.setattr("eval.papers.fill.fill_on_ranks", lambda configs, *rest, **more: given.append(len(configs)))
+    monkeypatch.setattr("eval.papers.fill.fill", None)
+    one = ["--methods", "random", "--budgets", "8", "--times", "0", "--wandb", "disabled"]
+    assert table.main([*words, *one, "--output", str(folder / "single")]) == 0
+    assert given == [1, 2]  # full alone, then both rows
+
+
+def test_a_benchmark_that_the_toy_data_lack_is_refused(capsys):
+    """The toy tiles have GQA only; an empty choice was read as all."""
+    assert table.main(["consensusdrop/llava_next_7b", "--benchmarks", "pope", "--wandb", "disabled"]) == 2
+    assert "can fill none of the chosen benchmarks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

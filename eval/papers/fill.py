@@ -39,7 +39,7 @@ def fill_cells(
     configs = [config_of(line, column, where, model) for column in columns for line in runnable]
     kind = device_of(where.device).type
     missing = [config for config in tqdm(configs, desc="look", leave=False) if not is_finished(config, model, kind)]
-    if place is not None and len(missing) > 1:
+    if place is not None and missing:  # one cell too: this process holds its model on the CPU
         fill_on_ranks(missing, {**model.loaded_with, "device": where.device}, SWEEPS, place, go_on=True)
         return
     model.expect([reducer_of(line.setting, model.visual_tokens) for line in runnable if line.setting is not None])

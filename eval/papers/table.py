@@ -71,20 +71,12 @@ def narrowed(table: Table, args: argparse.Namespace, is_toy: bool) -> Table:
     def pick(budgets: Sequence[Budget]) -> tuple[Budget, ...]:
         return tuple(budgets[place] for place in places) if budgets else ()
 
-    chosen_columns = tuple(columns)
-    benchmarks = {column.benchmark for column in chosen_columns}
-
-    def fitting(place: spec.Place) -> spec.Place:
-        return place.model_copy(update={"benchmarks": tuple(b for b in place.benchmarks if b in benchmarks)})
-
     return table.model_copy(
         update={
             "rows": tuple(rows),
-            "columns": chosen_columns,
+            "columns": tuple(columns),
             "budgets": pick(table.budgets),
             "toy_budgets": pick(table.toy_budgets),
-            "toy": fitting(table.toy),
-            "real": fitting(table.real),
         }
     )
 

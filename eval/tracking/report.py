@@ -20,7 +20,7 @@ ABOUT = {
     "over batches, so compare runs of one device and batch size only.",
     "Percent of full": "The score as a percentage of the score with all visual tokens, on the same questions.",
     "Tables": "The tables as they were written, with their points.",
-    "Samples": "Dropped tokens are dark, merged tokens have the colour of their group.",
+    "Samples": "Dropped tokens are dim and grey, merged tokens lie in the outline of their group.",
 }
 
 
