@@ -1,7 +1,7 @@
 """Tensors that depend on sizes alone, made once and kept on the device.
 
-A short prefill is bound by the host, which issues one operation after the other. Indices such as 0, 1, 2, ... of a given
-length need not be issued again for every question.
+A short prefill is bound by the host, which issues one operation after the other. Indices such as 0, 1, 2, ... of a
+given length need not be issued again for every question.
 """
 
 from collections.abc import Callable

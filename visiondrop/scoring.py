@@ -18,7 +18,6 @@ from llava.reduction import (
     angles_of,
     at_spans,
     attention_rows,
-    gather_tokens,
     layer_keys,
     linear_flops,
     padded_spans,

@@ -9,7 +9,7 @@ prepared pixels to the first token, after one warm-up.
 
 * An operation is one call of an ATen function (`aten::...`), as in inference; a kernel is one that is no view.
 * A wait is a value that the host reads (`item`, `tolist`, `bool`, `cpu`, `numpy`), a shape that depends on values
-  (`nonzero`, a boolean mask as index), or a copy from the host that blocks. Copies are seen only where the host and the
+  (`nonzero`, a boolean mask as index), or a copy from the host that blocks. Waits are seen only where the host and the
   device are two: on a GPU, or on the "meta" device, which computes shapes alone and needs no hardware.
 """
 
@@ -40,8 +40,8 @@ from llava.reduction.crop_budget import planned, require
 from llava.reduction.reducer import Reducer
 
 PARTS = ("vision", "selection", "prefill")
-# The host reads values. On a CPU they pass below the dispatcher, so they are seen as Python calls.
-READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"}
+# The host reads values. (`cpu` and `tolist` are dispatched as a copy to the host.)
+READS = {"item", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"}
 # The size of the result depends on values.
 SIZES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
 
@@ -83,16 +83,17 @@ class Calls(TorchDispatchMode):
         self._open.append((source_line(sys._getframe(2)), name, kernel, waits))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kernel = function.overloadpacket.__name__, not function.is_view
+        if _sized_by_values(name, args) or _copied_to_host(args, kwargs or {}):
+            self.note(name, kernel, waits=True)  # before the call, which fails where there are no values
+            return function(*args, **(kwargs or {}))
         out = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__
-        blocks = _copies(args, out) and not (kwargs or {}).get("non_blocking")
-        waits = name in SIZES or name == "_local_scalar_dense" or _masked(name, args) or blocks
-        self.note(name, not function.is_view, waits)
+        self.note(name, kernel, _copies(args, out) and not (kwargs or {}).get("non_blocking"))
         return out
 
 
 class Reads(TorchFunctionMode):
-    """Notes the Python calls by which the host reads values of a tensor."""
+    """Notes the Python calls by which the host reads values of a tensor, or sends a list to the device."""
 
     def __init__(self, calls: Calls):
         super().__init__()
@@ -106,8 +107,12 @@ class Reads(TorchFunctionMode):
 
 
 def _reads(name: str, args: Sequence[Any]) -> bool:
-    """Whether the host reads values of a tensor that may be on the device."""
-    return name in READS and bool(args) and isinstance(args[0], Tensor)
+    """Whether the host reads values of a tensor on the device."""
+    return name in READS and bool(args) and _on_device(args[0])
+
+
+def _on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def _sends_list(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -117,21 +122,28 @@ def _sends_list(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     if name not in ("__getitem__", "__setitem__"):
         return False
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return any(isinstance(one, list) for one in index)
+    return _on_device(args[0]) and any(isinstance(one, list) for one in index)
+
+
+def _copied_to_host(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type == "cpu" and bool(args) and _on_device(args[0])
 
 
 def _copies(args: Iterable[Any], out: Any) -> bool:
-    """Whether a tensor of the host goes into an operation whose result is on another device; scalars are passed free."""
-    if not isinstance(out, Tensor) or out.device.type == "cpu":
+    """Whether a tensor of the host goes into an operation with a result on the device; scalars are passed free."""
+    if not _on_device(out):
         return False
     listed = [one for arg in args for one in (arg if isinstance(arg, list | tuple) else [arg])]
     return any(isinstance(one, Tensor) and one.device.type == "cpu" and one.dim() for one in listed)
 
 
-def _masked(name: str, args: Sequence[Any]) -> bool:
-    """Whether a tensor is read at the places where a mask is true, whose number the host must learn."""
-    masks = args[1] if name == "index" else ()
-    return any(isinstance(one, Tensor) and one.dtype == torch.bool for one in masks)
+def _sized_by_values(name: str, args: Sequence[Any]) -> bool:
+    """Whether the shape of the result depends on values on the device, such as the number of true ones in a mask."""
+    if not args or not _on_device(args[0]):
+        return False
+    masked = name == "index" and any(isinstance(one, Tensor) and one.dtype == torch.bool for one in args[1])
+    return masked or name in SIZES
 
 
 def source_line(frame: FrameType | None) -> str:
@@ -183,21 +195,22 @@ def waits_of(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call
         model: on a GPU, or without weights on the "meta" device (`on_meta`), where the first value that the host reads
             ends the prefill: then the waits up to that one are returned.
     """
+    _waits(model, reducer, samples)  # a text tower is read from its files at the first time
+    waits = [call for call in _waits(model, reducer, samples) if call.part != "preprocess"]
+    pixels = bool(waits) and waits[0].line.endswith(" encode_images")
+    return waits[pixels:]
+
+
+def _waits(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call]:
     calls = Calls()
     try:
         with torch.inference_mode(), Reads(calls), calls:
             first_token(model, reducer, samples, MarkedTimer(model.device, calls))
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, TypeError):
         calls.mark("unfinished")
-        if not (calls.found and calls.found[-1].waits):
+        if not any(call.waits for call in calls.found if call.part == "unfinished"):
             raise  # another error
-    waits = [call for call in calls.found if call.waits and call.part != "preprocess"]
-    return waits[_pixels(waits) :]
-
-
-def _pixels(waits: list[Call]) -> int:
-    """1 where the first wait is the copy of the pixels, which the tower cannot do without; else 0."""
-    return int(bool(waits) and waits[0].part == "vision" and waits[0].line.endswith(" encode_images"))
+    return [call for call in calls.found if call.waits]
 
 
 def on_meta(model: Llava) -> Llava:

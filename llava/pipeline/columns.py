@@ -45,9 +45,7 @@ def columns_of(spans: tuple[Span, ...], device: torch.device) -> Tensor:
 
 
 @made_once
-def sources(
-    lengths: tuple[int, ...], width: int, cuts: tuple[tuple[Cut, ...], ...], device: torch.device
-) -> Tensor:
+def sources(lengths: tuple[int, ...], width: int, cuts: tuple[tuple[Cut, ...], ...], device: torch.device) -> Tensor:
     """[B, shorter width] int64, where the tokens of shortened prompts come from.
 
     For a text token its column before, for a token of a reduced image the first column of that image, 0 in the padding.

@@ -4,7 +4,6 @@ from collections.abc import Sequence as Samples
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from llava.pipeline import decoder, tile_stages

@@ -3,7 +3,6 @@
 All lengths are host integers, so that reducing, masking and padding never wait for the device.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -193,10 +192,11 @@ class Sequence:
         if renumber and longer.position.dim() == 2:
             shorter = shorter.renumbered()
             return replace(shorter, rotary=shorter._same_angles(longer))
-        position = mrope.keep(longer.position, index) if longer.position.dim() == 3 else longer.position.gather(1, index)
+        axes = longer.position.dim() == 3
+        position = mrope.keep(longer.position, index) if axes else longer.position.gather(1, index)
         if shorter.padded:
             blank = ~shorter.valid()
-            position = position.masked_fill(blank[..., None] if position.dim() == 3 else blank, 0)
+            position = position.masked_fill(blank[..., None] if axes else blank, 0)
         shorter = replace(shorter, position=position, rotary=None)
         return shorter.renumbered() if renumber else shorter
 

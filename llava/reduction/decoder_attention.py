@@ -116,7 +116,7 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def angles_of(llm: Decoder, sequence: "Sequence") -> tuple[Tensor, Tensor]:
-    """Cosines and sines at the positions of prompts, [B, L, d] each; those that the layer before used, if it had the same."""
+    """Cosines and sines at the positions of prompts, [B, L, d] each; those of the layer before, if it had the same."""
     known = sequence.rotary
     if known is not None and known.position is sequence.position:
         return known.cos, known.sin
