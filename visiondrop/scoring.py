@@ -37,7 +37,7 @@ class Look:
     """Hidden states, keys and mask for the attention among the visual tokens in the next layer.
 
     Attributes:
-        rows: [B, n, D] hidden states of the visual tokens.
+        rows: [B, n, D] inputs of the layer at the visual tokens, after its norm.
         rotary: cosines and sines at their positions, each [B, n, d].
         keys: [B, Hkv, W, d] rotated keys.
         allowed: [B, n, W] bool, the keys that each row may see.
@@ -80,15 +80,17 @@ def look(state: DecoderState, attention: str) -> Look:
     # Causality: no visual token sees the text after the image, so that text needs no keys.
     width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))
     if attention == "causal":
-        keys = layer_keys(layer, sequence.hidden[:, :width], (cos[:, :width], sin[:, :width]))
-        allowed = visible(sequence, columns, width)
+        normed = layer.input_layernorm(sequence.hidden[:, :width])
+        keys = layer_keys(layer, normed, (cos[:, :width], sin[:, :width]))
+        rows, allowed = at_spans(normed, sequence, sequence.images), visible(sequence, sequence.images, width)
     else:
-        keys = layer_keys(layer, state.tokens, rotary)
+        rows = layer.input_layernorm(state.tokens)
+        keys = layer_keys(layer, rows, rotary)
         columns = places(*state.tokens.shape[:2], columns.device)
         allowed = (columns[:, None] <= columns[..., None]) | (attention == "bidirectional")
     state.flops += len(keys) * linear_flops(layer.self_attn.k_proj, keys.shape[2])
     spans = set(padded_spans(sequence, sequence.images)) if attention == "causal" else {(0, state.tokens.shape[1])}
-    return Look(state.tokens, rotary, keys, allowed, columns, spans.pop() if len(spans) == 1 else None)
+    return Look(rows, rotary, keys, allowed, columns, spans.pop() if len(spans) == 1 else None)
 
 
 def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tensor:
@@ -155,4 +157,4 @@ def merge_metric(state: DecoderState, seen: Look, metric: str) -> Tensor:
         return seen.visual_keys().mean(1)
     layer = state.llm.layers[state.layer]
     state.flops += len(state.tokens) * linear_flops(layer.self_attn.k_proj, state.tokens.shape[1])
-    return layer_keys(layer, state.tokens, None).mean(1)
+    return layer_keys(layer, seen.rows, None).mean(1)
