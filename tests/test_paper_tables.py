@@ -241,6 +241,16 @@ def test_the_table_is_one_offline_wandb_run_with_its_files_and_pictures(made, mo
     assert run.last("accuracy against tokens") and run.last("accuracy against TTFT")
 
 
+def test_why_times_are_not_measured_is_said_once(made, monkeypatch, tmp_path):
+    """It was decided twice, so the sentence about the ranks' GPUs was printed twice."""
+    without_wandb(monkeypatch, tmp_path)
+    folder, words = made
+    decided: list[int] = []
+    monkeypatch.setattr(table, "repeats_of", lambda *_: decided.append(1) or 1)
+    assert table.main([*words, "--output", str(folder / "once"), "--wandb", "offline"]) == 0
+    assert decided == [1]
+
+
 def test_cells_are_spread_over_ranks_and_are_those_of_one_process(made, monkeypatch):
     folder, words = made
     monkeypatch.setenv("RANKS", "2")
