@@ -202,6 +202,24 @@ def test_latex_is_booktabs_with_balanced_braces_and_escapes(made):
     assert latex.escaped("50 % & a_b # $ ‡") == r"50 \% \& a\_b \# \$ $^\ddagger$"
 
 
+def test_a_table_of_costs_shows_the_score_beside_them_and_is_latex_too(made, monkeypatch, tmp_path):
+    """Tables of costs and ablations were written without a LaTeX file."""
+    folder, words = made
+    path = written(tmp_path, kind="efficiency")
+    monkeypatch.setattr(plan, "SWEEPS", folder / "sweep")
+    again = [str(path), *words[1:], "--times", "1", "--output", str(tmp_path / "out"), "--wandb", "disabled"]
+    assert table.main(again) == 0
+    page = (tmp_path / "out" / "small.md").read_text()
+    assert "| TTFT faster | GQA |" in page and re.search(
+        r"^\| full \| all \| .*x \| \d+\.\d \[.*\] \|$", page, re.MULTILINE
+    )
+    text = (tmp_path / "out" / "small.tex").read_text()
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 10 and {line.count("&") for line in rows} == {9}
+    assert r"1.00$\times$" in text and r"\toprule" in text and r"\end{tabular}" in text
+    assert latex.styled("**81.0**") == r"\textbf{81.0}" and latex.styled("fix") == "fix"
+
+
 @needs_browser
 def test_the_html_page_sorts_and_needs_no_network(made):
     with opened(made[0] / "out" / "small.html") as page:

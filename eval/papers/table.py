@@ -217,14 +217,13 @@ def write(document: "Document", folder: Path, is_toy: bool) -> list[Path]:
     texts = {
         "md": markdown.page(document, is_toy, f"{name}.png" if drawn else ""),
         "csv": numbers.text(document),
-        "tex": latex.text(document, is_toy) if document.blocks else "",
+        "tex": latex.text(document, is_toy),
         "html": html.text(document, is_toy),
     }
     paths = [folder / f"{name}.png"] if drawn else []
     for suffix, text in texts.items():
-        if text:
-            paths.append(folder / f"{name}.{suffix}")
-            write_file(paths[-1], text)
+        paths.append(folder / f"{name}.{suffix}")
+        write_file(paths[-1], text)
     return paths
 
 
