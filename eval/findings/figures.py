@@ -137,6 +137,7 @@ def misalignment(
             panel.axhline(centre(found["encoder"][measure]), color=COLOURS[4], linewidth=1.5, label="CLS attention")
             if chance is not None:
                 panel.axhline(chance, color="black", linewidth=1, linestyle="--", label="chance")
+            panel.autoscale_view()  # a level just inside the old limits would lie on the panel's edge
             panel.set_title(title, fontsize=10)
             panel.set_xlabel("decoder layer", fontsize=SMALL + 1)
         handles, labels = axes[0].get_legend_handles_labels()

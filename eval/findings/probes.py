@@ -11,7 +11,7 @@ from eval.findings.summary import IMAGES, Cell, Table, difference, mean
 from eval.sweep import CachingLlava
 
 INFINITE = float("inf")
-HALF = 1317  # questions of the first 150 pictures, which is half of the pictures; asked in every arm
+ASKED = 671  # questions in every arm: those of the first 76 pictures
 # (budget, half of it for merge targets, kind of noise, levels) of the arms with a worse probe.
 NOISE: tuple[tuple[int, bool, str, tuple[float, ...]], ...] = (
     (64, False, "smooth", (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, INFINITE)),
@@ -50,9 +50,9 @@ def layer_arms() -> list[Arm]:
 
 
 def measured(answered: Mapping[Arm, Answered], arm: Arm) -> dict[str, Cell]:
-    """Accuracies, differences, and how good the probe is, over the first HALF questions."""
+    """Accuracies, differences, and how good the probe is, over the first ASKED questions."""
     pictures = {one.id: one.picture for one in scenes.questions()}
-    ids = {one.id for one in scenes.questions()[:HALF]}
+    ids = {one.id for one in scenes.questions()[:ASKED]}
     part = lambda values: {name: x for name, x in values.items() if name in ids}  # noqa: E731
     by_ranking = {ranking: answered[replace(arm, ranking=ranking).key] for ranking in ALPHA}
     cells: dict[str, Cell] = {"AUROC of the probe": mean(part(by_ranking["cross-modal only"].auroc), pictures)}
@@ -72,7 +72,7 @@ def report(model: CachingLlava, folder: Path) -> None:
     """Tables of noisy probes and of other layers' probes, and the figure of both."""
     noisy, layers = noisy_arms(), layer_arms()
     arms = [replace(arm, ranking=ranking) for arm in [*noisy, *layers] for ranking in ALPHA]
-    answered = answer(model, arms, folder, HALF)
+    answered = answer(model, arms, folder, ASKED)
     found = {arm: measured(answered, arm) for arm in dict.fromkeys([*noisy, *layers])}
     table = Table("probe_quality", ["probe", *COLUMNS])
     for arm in noisy:
