@@ -14,6 +14,7 @@ from eval.tables.plots import COLOURS, MARKERS
 
 SMALL = 8
 RANKINGS = ("fused", "cross-modal only", "encoder only")
+LABELS = {"late": "late preference", "other layers": "other layers, no noise"}  # of what changes the probe
 Cells = Mapping[str, Cell]
 
 
@@ -185,7 +186,7 @@ def quality(path: Path, noisy: Mapping[str, Sequence[Cells]], layers: Mapping[st
             panel.set_xlabel(
                 "AUROC of the probe on the named things (left: as it is, right: noise alone)", fontsize=SMALL + 1
             )
-        accuracies(by_layer, range(len(layers)), list(layers.values()), linestyle="none")
+        accuracies(by_layer, range(len(layers)), list(layers.values()), 0.1, linestyle="none")
         found = [f"{centre(cells['AUROC of the probe']):.2f}" for cells in layers.values()]
         by_layer.set_xticks(range(len(layers)), [f"{name}\n{x}" for name, x in zip(layers, found, strict=True)])
         by_layer.set_xlabel("inputs of the probe, its decoder layer, its AUROC", fontsize=SMALL + 1)
@@ -194,14 +195,24 @@ def quality(path: Path, noisy: Mapping[str, Sequence[Cells]], layers: Mapping[st
         for panel in (smooth, white):
             panel.set_ylim(low, high)
         kept(shares, {**noisy, "other layers": list(layers.values())})
+        handles, labels = smooth.get_legend_handles_labels()
+        smooth.figure.legend(handles, labels, frameon=False, fontsize=SMALL + 1, loc="outside lower center", ncols=3)
 
 
-def accuracies(panel: Any, x: Sequence[float], rows: Sequence[Cells], **style: Any) -> None:
-    """Accuracy of each ranking at places x."""
-    for index, ranking in enumerate(RANKINGS):
-        line(panel, x, [cells[f"{ranking}, %"] for cells in rows], index, ranking, **style)
+def accuracies(panel: Any, x: Sequence[float], rows: Sequence[Cells], apart: float = 0, **style: Any) -> None:
+    """Accuracy of each ranking at places x; the encoder's, which no probe changes, is a level with a band.
+
+    Args:
+        apart: by how much the rankings are moved to the left and right of their place.
+    """
+    for index, (ranking, side) in enumerate(zip(RANKINGS[:2], (-apart, apart), strict=True)):
+        line(panel, [place + side for place in x], [cells[f"{ranking}, %"] for cells in rows], index, ranking, **style)
+    level = rows[0][f"{RANKINGS[2]}, %"]
+    panel.axhline(centre(level), color=COLOURS[2], linewidth=1.6, label=f"{RANKINGS[2]} (band: 95 %)", zorder=1)
+    below, above = bars([level])[:, 0]
+    panel.axhspan(centre(level) - below, centre(level) + above, color=COLOURS[2], alpha=0.12, linewidth=0, zorder=0)
+    panel.autoscale_view()
     panel.set_ylabel("accuracy, %", fontsize=SMALL + 1)
-    panel.legend(frameon=False, fontsize=SMALL, loc="lower left")
 
 
 def kept(panel: Any, kinds: Mapping[str, Sequence[Cells]]) -> None:
@@ -211,9 +222,7 @@ def kept(panel: Any, kinds: Mapping[str, Sequence[Cells]]) -> None:
             x = [centre(cells[f"{ranking}: every named thing kept in part, %"]) for cells in rows]
             y = [centre(cells[f"{ranking}, %"]) for cells in rows]
             panel.scatter(x, y, color=COLOURS[index], marker=marker, s=26, alpha=0.8)
-        panel.scatter([], [], color="grey", marker=marker, s=26, label=kind)
-    for index, ranking in enumerate(RANKINGS):
-        panel.plot([], [], color=COLOURS[index], linewidth=3, label=ranking)
+        panel.scatter([], [], color="grey", marker=marker, s=26, label=LABELS.get(kind, f"{kind} noise"))
     panel.set_xlabel("questions with at least one patch of every named thing kept, %", fontsize=SMALL + 1)
     panel.set_ylabel("accuracy, %", fontsize=SMALL + 1)
     panel.set_title("What accuracy follows: all arms of 64 tokens", fontsize=10)
