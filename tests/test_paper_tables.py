@@ -13,7 +13,7 @@ import yaml
 
 from eval import benchmarks, outcomes
 from eval.config import ROOT
-from eval.papers import gate, plan, spec, table
+from eval.papers import figure, gate, plan, spec, table
 from eval.papers.published import Published, Source
 from eval.papers.published import Row as PublishedRow
 from eval.papers.render import latex
@@ -401,6 +401,22 @@ def test_the_gate_accepts_any_source_within_its_tolerance():
     assert [one.difference for one in gate.check([cell(10.0, 5)], known, place)] == [None]
     (sentence,) = gate.sentences(gate.check([cell(84.0)], known, place))
     assert "2,910 or 3,000 questions" in sentence
+
+
+def test_the_legend_has_other_methods_only_where_there_are_some(tmp_path, monkeypatch):
+    """Tables of few methods had a grey entry that stood for no line."""
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    for count, expected in ((3, False), (12, True)):
+        points = [
+            {"method": f"m{i}", "budget": 64, "tokens": 64, "ttft_ms": None, "score": 90 - i} for i in range(count)
+        ]
+        assert figure.draw(tmp_path / "plot.png", points, "title", "m0")
+        texts = [text.get_text() for text in pyplot.gcf().axes[0].get_legend().get_texts()]
+        assert ("other methods" in texts) == expected
+    monkeypatch.undo()
+    pyplot.close("all")
 
 
 def test_tokens_needed_is_na_where_full_scores_nothing():
