@@ -27,7 +27,7 @@ from llava.reduction.flops import linear_flops, tower_flops
 from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Reduction
-from llava.reduction.scores import score_flops
+from llava.reduction.scores import TowerScore, score_flops
 from llava.reduction.states import BlockState
 from llava.reduction.token_layout import PatchGrid, TokenLayout, single
 
@@ -236,9 +236,12 @@ class Llava:
         operations.add("tower", tiles_flops, tiles, tower_flops, tower, patches, encoded.tokens, images=images)
         if encoded.spent:
             operations.add("selection", int, tiles * encoded.spent, images=images)
+        by_block: dict[int, list[TowerScore]] = {}
         for score in encoded.scores:
-            block = tower.encoder.layers[score.index(len(tower.encoder.layers))]
-            operations.add("selection", tiles_flops, tiles, score_flops, score, block, patches, images=images)
+            by_block.setdefault(score.index(len(tower.encoder.layers)) % len(tower.encoder.layers), []).append(score)
+        for index, scores in by_block.items():
+            block = tower.encoder.layers[index]
+            operations.add("selection", tiles_flops, tiles, score_flops, scores, block, patches, images=images)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, 1, D] before the final norm -> [B, vocabulary] float32, without the padding rows of the head."""

@@ -3,11 +3,16 @@
 Shapes: B images, T text rows, N visual tokens, L prompt tokens, H heads, d channels per head, D channels.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from llava.reduction.modules import Decoder, DecoderLayer
+
+if TYPE_CHECKING:
+    from llava.pipeline.sequence import Sequence
 
 
 def whole_heads(layer: DecoderLayer, part: Tensor, dim: int) -> Tensor:
@@ -24,9 +29,13 @@ def whole_heads(layer: DecoderLayer, part: Tensor, dim: int) -> Tensor:
     return part if gather is None else gather(part, dim)
 
 
-def project(layer: DecoderLayer, projection: nn.Linear, hidden: Tensor) -> Tensor:
-    """Queries or keys [B, H, L, d] of a decoder layer from its inputs [B, L, D], not rotated, in the model's dtype."""
-    projected = whole_heads(layer, projection(layer.input_layernorm(hidden)), -1)
+def project(layer: DecoderLayer, projection: nn.Linear, normed: Tensor) -> Tensor:
+    """Queries or keys [B, H, L, d] of a decoder layer, not rotated, in the model's dtype.
+
+    Args:
+        normed: [B, L, D] inputs of the layer after its norm, which queries and keys share.
+    """
+    projected = whole_heads(layer, projection(normed), -1)
     return rearrange(projected, "b l (h d) -> b h l d", d=layer.self_attn.head_dim)
 
 
@@ -37,15 +46,15 @@ def text_to_visual_attention(
     text_rotary: tuple[Tensor, Tensor] | None = None,
     visual_rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of text rows to the visual tokens through one decoder layer's own norm and projections.
+    """Attention of text rows to the visual tokens through one decoder layer's own projections.
 
     The softmax runs over the visual keys alone. With layer 0, its input embeddings and rotary angles this equals the
     layer's real attention up to the softmax denominator; without angles it does not depend on distance.
 
     Args:
         layer: a LlamaDecoderLayer; grouped-query heads are repeated.
-        text: [B, T, D] inputs of the layer at the query rows.
-        visual: [B, N, D] inputs of the layer at the visual tokens.
+        text: [B, T, D] inputs of the layer at the query rows, after its norm.
+        visual: [B, N, D] inputs of the layer at the visual tokens, after its norm.
         text_rotary, visual_rotary: (cos, sin), each [B, T, d] and [B, N, d], or None for no rotation.
 
     Returns:
@@ -56,7 +65,7 @@ def text_to_visual_attention(
     key = project(layer, attention.k_proj, visual).float()
     if text_rotary is not None and visual_rotary is not None:
         query, key = _rotate(query, *text_rotary), _rotate(key, *visual_rotary)
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    key = _for_each_query(key, query.shape[1])
     return (query @ key.transpose(-1, -2) * attention.scaling).softmax(-1)
 
 
@@ -64,16 +73,16 @@ def attention_rows(
     layer: DecoderLayer,
     rows: Tensor,
     keys: Tensor,
-    allowed: Tensor,
+    allowed: Tensor | None,
     row_rotary: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Rows of a decoder layer's own attention, exactly as the layer computes them.
 
     Args:
         layer: a LlamaDecoderLayer.
-        rows: [B, T, D] inputs of the layer at the query rows.
+        rows: [B, T, D] inputs of the layer at the query rows, after its norm.
         keys: [B, Hkv, L, d] keys of that layer, rotated if the rows are; grouped-query heads are repeated.
-        allowed: [B, T, L] bool, the keys that each row may see.
+        allowed: [B, T, L] bool, the keys that each row may see; None for all.
         row_rotary: (cos, sin), each [B, T, d], or None for no rotation.
 
     Returns:
@@ -82,14 +91,25 @@ def attention_rows(
     attention = layer.self_attn
     query = project(layer, attention.q_proj, rows).float()
     query = query if row_rotary is None else _rotate(query, *row_rotary)
-    keys = keys.float().repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    keys = _for_each_query(keys.float(), query.shape[1])
     scores = query @ keys.transpose(-1, -2) * attention.scaling
-    return scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)
 
 
-def layer_keys(layer: DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Keys [B, Hkv, L, d] float32 of a decoder layer from its inputs [B, L, D], rotated unless `rotary` is None."""
-    keys = project(layer, layer.self_attn.k_proj, hidden).float()
+def _for_each_query(keys: Tensor, heads: int) -> Tensor:
+    """[B, Hkv, L, d] -> [B, heads, L, d]: grouped-query heads repeated; the keys themselves where there are as many."""
+    return keys if keys.shape[1] == heads else keys.repeat_interleave(heads // keys.shape[1], dim=1)
+
+
+def layer_keys(layer: DecoderLayer, normed: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Keys [B, Hkv, L, d] float32 of a decoder layer, rotated unless `rotary` is None.
+
+    Args:
+        normed: [B, L, D] inputs of the layer after its norm.
+    """
+    keys = project(layer, layer.self_attn.k_proj, normed).float()
     return keys if rotary is None else _rotate(keys, *rotary)
 
 
@@ -98,6 +118,19 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def angles_of(llm: Decoder, sequence: "Sequence") -> tuple[Tensor, Tensor]:
+    """Cosines and sines at the positions of prompts, [B, L, d] each; those of the layer before, if it had the same."""
+    known = sequence.rotary
+    if known is not None and known.position is sequence.position:
+        return known.cos, known.sin
+    return rotary_angles(llm, sequence.hidden, sequence.position)
+
+
+def follows_length(llm: Decoder) -> bool:
+    """Whether the angle of a position depends on how long the prompt is (dynamic scaling)."""
+    return getattr(llm.rotary_emb, "rope_type", "default") in ("dynamic", "longrope")
 
 
 def rotary_angles(llm: Decoder, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
