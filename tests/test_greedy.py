@@ -24,13 +24,13 @@ def cosine_of(tokens: torch.Tensor) -> torch.Tensor:
 CHOICES = {
     "farthest": (
         lambda tokens, weight, count, state: farthest.farthest_apart(tokens, count, state),
-        lambda cosine, weight, count: farthest._from_cosines(cosine, count),
+        lambda cosine, weight, count: farthest.reference(cosine, count),
     ),
-    "determinant": (determinant.largest_determinant, determinant._from_cosines),
-    "coverage": (coverage.cover_greedily, coverage._loop),
+    "determinant": (determinant.largest_determinant, determinant.reference),
+    "coverage": (coverage.cover_greedily, coverage.reference),
     "duplicates": (
         lambda tokens, weight, count, state: duplicates.distinct(tokens, count, state),
-        lambda cosine, weight, count: duplicates._loop(cosine, count),
+        lambda cosine, weight, count: duplicates.reference(cosine, count),
     ),
 }
 
@@ -143,7 +143,7 @@ def test_farthest_from_a_first_token_equals_its_reference(batch, total, channels
     unit = F.normalize(torch.randn(batch, total, channels), dim=-1)
     first = torch.randint(total, (batch,))
     chosen = farthest.farthest_from(unit, first, count)
-    assert torch.equal(chosen, farthest._from_tokens(unit, first, count))
+    assert torch.equal(chosen, farthest.from_tokens(unit, first, count))
     own = unit[0].double() @ unit[0].double().T
     assert chosen[0].tolist() == farthest_by_the_book(own, int(first[0]), count)
 
@@ -153,7 +153,7 @@ def test_a_list_of_near_entries_without_an_odd_one():
     tokens = torch.eye(12)[torch.arange(1200) % 12] + 0.01 * torch.randn(1200, 12)
     tokens[torch.arange(1200) % 2 == 0] += torch.tensor([3.0] + [0.0] * 11)
     assert duplicates.FEW < 1200 and duplicates.NEAREST < 600
-    expected = duplicates._loop(cosine_of(tokens[None]), 1100)
+    expected = duplicates.reference(cosine_of(tokens[None]), 1100)
     assert torch.equal(duplicates.distinct(tokens[None], 1100), expected)
 
 
@@ -229,7 +229,7 @@ def test_a_graph_is_recorded_at_the_second_run_of_a_shape():
     results = []
     for turn in range(4):
         cosine = cosine_of(torch.randn(1, 20 + 5 * (turn == 3), 6))
-        results.append((found.run(farthest._from_cosines, cosine, count=7), farthest._from_cosines(cosine, 7)))
+        results.append((found.run(farthest.reference, cosine, count=7), farthest.reference(cosine, 7)))
         assert len(made) == (0, 1, 1, 1)[turn]
     assert all(torch.equal(*pair) for pair in results), "a later replay must not change an earlier result"
 
@@ -237,7 +237,7 @@ def test_a_graph_is_recorded_at_the_second_run_of_a_shape():
 def test_another_count_is_another_graph():
     found, cosine = graphs(), cosine_of(torch.randn(1, 20, 6))
     for count in (5, 5, 9, 9, 5):
-        assert found.run(farthest._from_cosines, cosine, count=count).shape == (1, count)
+        assert found.run(farthest.reference, cosine, count=count).shape == (1, count)
 
 
 def test_a_loop_that_cannot_be_recorded_runs_as_it_is():
@@ -249,7 +249,7 @@ def test_a_loop_that_cannot_be_recorded_runs_as_it_is():
 
     found, cosine = graphs(record), cosine_of(torch.randn(1, 20, 6))
     for _ in range(4):
-        assert torch.equal(found.run(farthest._from_cosines, cosine, count=5), farthest._from_cosines(cosine, 5))
+        assert torch.equal(found.run(farthest.reference, cosine, count=5), farthest.reference(cosine, 5))
     assert len(tries) == 1
 
 
@@ -257,7 +257,7 @@ def test_few_graphs_are_kept():
     """LLaVA-NeXT has many shapes; each graph holds its inputs."""
     found = graphs()
     for total in [*range(10, 30), 29, 29]:
-        found.run(farthest._from_cosines, cosine_of(torch.randn(1, total, 6)), count=5)
+        found.run(farthest.reference, cosine_of(torch.randn(1, total, 6)), count=5)
     assert len(found.known) == cuda_graph.GRAPHS
     assert sum(graph is not None for graph in found.known.values()) == 1
 
@@ -266,8 +266,8 @@ def test_a_graph_of_inference_mode_is_replayed_outside_of_it():
     found, cosine = graphs(), cosine_of(torch.randn(1, 20, 6))
     with torch.inference_mode():
         for _ in range(2):
-            found.run(farthest._from_cosines, cosine.clone(), count=5)
-    assert not found.run(farthest._from_cosines, cosine, count=5).is_inference()
+            found.run(farthest.reference, cosine.clone(), count=5)
+    assert not found.run(farthest.reference, cosine, count=5).is_inference()
 
 
 def test_nothing_is_recorded_on_a_cpu():

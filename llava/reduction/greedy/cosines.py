@@ -86,13 +86,14 @@ def blocks(unit: Tensor, state: State) -> Iterator[tuple[int, Tensor]]:
 class Rows:
     """Rows of the cosines of one image, made when they are asked for.
 
-    Attributes:
+    Args:
         unit: [N, D].
         state: counts the operations.
     """
 
     def __init__(self, unit: Tensor, state: State):
-        self.unit, self.state = unit, state
+        unit = unit.contiguous()  # of other layouts `take` copies everything
+        self.state = state
         self._made: dict[int, Floats] = {}
         # Operands and result of every product: one operation of torch for several rows.
         some = min(TOGETHER, len(unit))

@@ -47,7 +47,7 @@ def cover_greedily(tokens: Tensor, weight: Tensor, count: int, state: State | No
         if on_host(cosine, weight):
             chosen.append(_by_cosines(cosine, weight[part], count))
         else:
-            chosen.append(run(_loop, cosine, weight[part], count=count))
+            chosen.append(run(reference, cosine, weight[part], count=count))
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
@@ -103,7 +103,8 @@ def _on_host(rows: Callable[[Indices], Floats], gain: Floats, weight: Floats, co
 # The reference.
 
 
-def _loop(cosine: Tensor, weight: Tensor, count: int) -> Tensor:
+def reference(cosine: Tensor, weight: Tensor, count: int) -> Tensor:
+    """`cover_greedily` in torch, from all cosines [B, N, N]."""
     images = max(1, SLICE // cosine[0].numel())
     pairs = zip(cosine.split(images), weight.split(images), strict=True)
     return torch.cat([_cover(part, share, count) for part, share in pairs])

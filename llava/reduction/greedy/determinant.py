@@ -44,11 +44,11 @@ def largest_determinant(tokens: Tensor, weight: Tensor, count: int, state: State
     state.flops += batch * total * count * (count - 1)  # products with the factor
     if not fits(total):
         state.flops += 2 * batch * total * channels * count
-        return run(_from_tokens, unit, weight, count=count)
+        return run(from_tokens, unit, weight, count=count)
     parts = []
     for part in slices(batch, total):
         cosine = state.matmul(unit[part], unit[part].transpose(1, 2))
-        parts.append(run(_from_cosines, cosine, weight[part], count=count))
+        parts.append(run(reference, cosine, weight[part], count=count))
     return torch.cat(parts)
 
 
@@ -95,7 +95,7 @@ def _on_host(unit: Tensor, weight: Tensor, count: int, state: State) -> Tensor:
 # The references.
 
 
-def _from_tokens(unit: Tensor, weight: Tensor, count: int) -> Tensor:
+def from_tokens(unit: Tensor, weight: Tensor, count: int) -> Tensor:
     images = torch.arange(len(unit), device=unit.device)
 
     def row(pick: Tensor) -> Tensor:
@@ -105,7 +105,8 @@ def _from_tokens(unit: Tensor, weight: Tensor, count: int) -> Tensor:
     return _loop(row, weight * unit.square().sum(-1) * weight, count)
 
 
-def _from_cosines(cosine: Tensor, weight: Tensor, count: int) -> Tensor:
+def reference(cosine: Tensor, weight: Tensor, count: int) -> Tensor:
+    """`largest_determinant` in torch, from all cosines [B, N, N]."""
     images = torch.arange(len(cosine), device=cosine.device)
     own = weight * cosine.diagonal(dim1=1, dim2=2) * weight
     return _loop(lambda pick: weight[images, pick].unsqueeze(1) * cosine[images, pick] * weight, own, count)

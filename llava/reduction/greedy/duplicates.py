@@ -50,7 +50,7 @@ def distinct(tokens: Tensor, count: int, state: State | None = None) -> Tensor:
             found = [_on_host(_look_up(image), total, count) for image in array(cosine)]
             chosen.append(torch.from_numpy(np.stack(found)))
         else:
-            chosen.append(run(_loop, cosine, count=count))
+            chosen.append(run(reference, cosine, count=count))
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
@@ -133,7 +133,8 @@ def _from_nearest(block: Block, places: Indices, total: int) -> Callable[[Indice
 # The reference.
 
 
-def _loop(cosine: Tensor, count: int) -> Tensor:
+def reference(cosine: Tensor, count: int) -> Tensor:
+    """`distinct` in torch, from all cosines [B, R, R]."""
     batch, length = cosine.shape[:2]
     rows = torch.arange(batch, device=cosine.device)[:, None, None]
     places = torch.arange(length, device=cosine.device).expand(batch, -1)

@@ -26,7 +26,7 @@ def farthest_from(unit: Tensor, first: Tensor, count: int) -> Tensor:
         first: [B], the first choice.
     """
     if not on_host(unit):
-        return run(_from_tokens, unit, first, count=count)
+        return run(from_tokens, unit, first, count=count)
     batch, total, channels = unit.shape
     numbers, images = array(unit), np.arange(batch)
     last, cosine = zeros(batch, channels, 1), zeros(batch, total, 1)
@@ -66,10 +66,10 @@ def _apart(unit: Tensor, count: int, state: State) -> Tensor:
             row = lambda token, nearest: rows.next(int(token[0]), nearest[0])  # noqa: E731
             return _on_host(row, array(first), total, count)
         state.flops += 2 * unit.numel() * (count - 1)
-        return run(_from_tokens, unit, first, count=count)
+        return run(from_tokens, unit, first, count=count)
     cosine = state.matmul(unit, unit.transpose(1, 2))
     if not on_host(cosine):
-        return run(_from_cosines, cosine, count=count)
+        return run(reference, cosine, count=count)
     numbers, images, every = array(cosine), np.arange(len(unit)), np.arange(total)
     numbers[:, every, every] = -np.inf  # a token is not its own neighbour
     first = (1 - numbers.max(2)).argmax(1)
@@ -99,12 +99,13 @@ def _on_host(row: Callable[[Indices, Floats], Floats], first: Indices, total: in
 # The references.
 
 
-def _from_tokens(unit: Tensor, first: Tensor, count: int) -> Tensor:
+def from_tokens(unit: Tensor, first: Tensor, count: int) -> Tensor:
     images = torch.arange(len(unit), device=unit.device)
     return _loop(lambda token: (unit @ unit[images, token].unsqueeze(-1)).squeeze(-1), first, count)
 
 
-def _from_cosines(cosine: Tensor, count: int) -> Tensor:
+def reference(cosine: Tensor, count: int) -> Tensor:
+    """`farthest_apart` in torch, from all cosines [B, N, N]."""
     images = torch.arange(len(cosine), device=cosine.device)
     itself = torch.eye(cosine.shape[1], dtype=torch.bool, device=cosine.device)
     first = (1 - cosine.masked_fill(itself, -torch.inf).amax(2)).argmax(1)
