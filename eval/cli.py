@@ -49,6 +49,7 @@ COMMANDS = {
     "show models": Command("eval.show", "list the bundled toy models", ("models",)),
     "gallery": Command("eval.pages.gallery.__main__", "an HTML page of what every method keeps of an image"),
     "bench latency": Command("eval.efficiency.latency", "time to first token, operations and memory beside full"),
+    "bench selection": Command("eval.efficiency.selection", "greedy choices beside their reference in torch"),
     "bench store": Command("eval.efficiency.store_cost", "what the answer store costs a run, without a model"),
     "bench scale": Command("eval.efficiency.scale", "questions per second against GPUs, on paper (docs/cluster.md)"),
     "bench ops": Command("eval.efficiency.dispatched", "operations and host waits up to the first token"),
