@@ -1,0 +1,134 @@
+"""The oracle: as many tokens as a method keeps, chosen for free.
+
+No method can be faster at the same tokens per layer, so what a method takes longer than its oracle is the price of its
+choice. The oracle drops at the stages of the method, at evenly spaced places that are computed once; it reads no score,
+merges nothing and computes nothing per question. It is no method and not in the registry: it knows nothing of the image.
+
+    oracle_of(reducer, spec)    the schedule of a method: as many tokens as it has in every decoder layer
+    flat_oracle(budget)         the physical limit of a budget: `budget` tokens in every layer, dropped after the tower
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from llava.errors import UserError
+from llava.reduction.crop_budget import planned
+from llava.reduction.model_spec import ModelSpec
+from llava.reduction.reducer import Reducer
+from llava.reduction.reduction import Reduction
+from llava.reduction.states import DecoderState, EncoderState, PromptState
+from llava.reduction.token_layout import PatchGrid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle(Reducer):
+    """Keeps evenly spaced tokens, as many as `method` plans to have in each decoder layer.
+
+    A method that merges inside the tower has its oracle after the tower: the oracle's tower runs on all patches. One
+    that takes a smaller image (`input_grid`) is its own oracle.
+
+    Attributes:
+        method: whose stages and tokens per layer are taken; None for the budget in every layer.
+    """
+
+    name: ClassVar[str] = "oracle"
+
+    method: Reducer | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        acts_in = frozenset({"encoder"}) if self.method is None else stages_of(self.method)
+        object.__setattr__(self, "acts_in", acts_in)
+
+    def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
+        return super().tokens_per_layer(spec) if self.method is None else self.method.tokens_per_layer(spec)
+
+    def sized(self, budget: int) -> Self:
+        if self.method is None:
+            return super().sized(budget)
+        method = self.method.sized(budget)
+        return replace(self, budget=budget, retention_ratio=method.retention_ratio, method=method)
+
+    def for_picture(self, spec: ModelSpec) -> Self:
+        if self.method is None:
+            return super().for_picture(spec)
+        method = self.method.for_picture(spec)
+        return replace(self, budget=method.budget, retention_ratio=method.retention_ratio, method=method)
+
+    def keeps_all(self, tokens: int) -> bool:
+        return super().keeps_all(tokens) if self.method is None else self.method.keeps_all(tokens)
+
+    def input_grid(self, layout: PatchGrid) -> tuple[int, int] | None:
+        return None if self.method is None else self.method.input_grid(layout)
+
+    def encoder(self, state: EncoderState) -> Reduction | None:
+        return self._before_decoder(state, state.features)
+
+    def prompt(self, state: PromptState) -> Reduction | None:
+        return self._before_decoder(state, state.tokens)
+
+    def decoder_layers(self, layers: int) -> tuple[int, ...]:
+        return () if self.method is None else self.method.decoder_layers(layers)
+
+    def decoder(self, state: DecoderState) -> Reduction | None:
+        assert state.spec is not None  # the pipeline sets it
+        plan = planned(self, state.spec)
+        assert plan is not None  # oracle_of refuses a method without a plan
+        return evenly(state.tokens, plan[state.layer])
+
+    def _before_decoder(self, state: EncoderState, tokens: Tensor) -> Reduction | None:
+        assert state.spec is not None  # the pipeline sets it
+        plan = self.tokens_per_layer(state.spec)
+        assert plan is not None  # oracle_of refuses a method without a plan
+        return evenly(tokens, plan[0])
+
+
+def oracle_of(reducer: Reducer, spec: ModelSpec) -> Oracle:
+    """The oracle with the stages and the tokens per layer of a configured method.
+
+    Args:
+        spec: sizes of the model.
+
+    Raises:
+        UserError: the method's tokens depend on the image, so there is no schedule to follow.
+    """
+    if planned(reducer.for_picture(spec), spec) is None:
+        raise UserError(
+            f"{reducer.name} keeps a number of tokens that depends on the image, so it has no oracle; "
+            "set its options so that it keeps a budget."
+        )
+    return Oracle(
+        budget=reducer.budget,
+        positions=reducer.positions,
+        # Shares by content would have to be computed: every tile gets as much.
+        crops="global" if reducer.crops == "global" else "each",
+        retention_ratio=reducer.retention_ratio,
+        newlines=reducer.newlines,
+        method=reducer,
+    )
+
+
+def flat_oracle(budget: int) -> Oracle:
+    """The oracle with `budget` tokens in every decoder layer, chosen after the tower."""
+    return Oracle(budget=budget)
+
+
+def stages_of(method: Reducer) -> frozenset[str]:
+    """Stages in which the oracle of a method acts: those of the method, after the tower where it acts inside."""
+    return frozenset("encoder" if stage == "tower" else stage for stage in method.acts_in)
+
+
+def evenly(tokens: Tensor, keep: int) -> Reduction | None:
+    """The reduction of [B, N, D] tokens to `keep` evenly spaced ones; None where there are no more than that."""
+    batch, total = tokens.shape[:2]
+    return None if keep >= total else Reduction(even_places(batch, total, keep, tokens.device), total)
+
+
+@lru_cache(maxsize=256)
+def even_places(batch: int, total: int, keep: int, device: torch.device) -> Tensor:
+    """[batch, keep] indices below `total`, ascending; made once, so that a prefill finds them on the device."""
+    return (torch.arange(keep, device=device) * total // keep).repeat(batch, 1)
