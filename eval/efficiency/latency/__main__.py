@@ -31,6 +31,11 @@ def counts(text: str) -> tuple[int, ...]:
     return tuple(count(part) for part in text.split(","))
 
 
+def lengths(text: str) -> tuple[int, ...]:
+    """ "1,16" as numbers; "0" for none."""
+    return () if text == "0" else counts(text)
+
+
 def share(text: str) -> float:
     """A share between 0 and 1."""
     try:
@@ -70,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--batch-size", type=value(counts), help="questions in a batch, each about its own image: 1, or 1,8,32"
     )
-    found.add_argument("--lengths", type=value(counts), help="tokens of the answers, of the scenario if left out: 1,16")
+    found.add_argument("--lengths", type=value(lengths), help="tokens of the answers: 1,16; 0 for the prefill alone")
     found.add_argument("--repeats", type=value(count), help="turns of each method after one warm-up")
     found.add_argument(
         "--clock",

@@ -7,7 +7,7 @@ fixed length: no end token and no stop string ends them.
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from eval.efficiency.latency.measurements import Measurements
 from eval.efficiency.latency.memory_peak import read_peak, start_peak
+from eval.efficiency.latency.noted import Noted
 from eval.efficiency.latency.stages import StageTimer
 from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
@@ -42,6 +43,7 @@ class Measured:
         decode: seconds per token after the first, median; None where no answer has a second token.
         end_to_end: output length -> seconds of every turn, from opened images to texts.
         ttfts: seconds to the first token of every turn.
+        attention: the attention kernels that ran.
     """
 
     seconds: dict[str, float]
@@ -52,6 +54,7 @@ class Measured:
     decode: float | None = None
     end_to_end: dict[int, tuple[float, ...]] = field(default_factory=dict)
     ttfts: tuple[float, ...] = ()
+    attention: tuple[str, ...] = ()
 
     @property
     def ttft(self) -> float:
@@ -86,15 +89,20 @@ def measure(
         if (turn, name, batch) in kept.found or name in too_large:
             continue
         try:
-            with ticking(clock):
+            # The warm-up is no time that counts, so that it can be watched.
+            with ticking(clock), Noted() if turn == 0 else nullcontext() as noted:
                 row = once(model, reducers[name], ask(turn), lengths)
         except torch.OutOfMemoryError:
             row = {}
             too_large.add(name)
+        if row and noted is not None:
+            row["attention"] = sorted(noted.attention)
         kept.add(turn, name, batch, row)
     turns = range(1, repeats + 1)
     return {
-        name: None if name in too_large else summary([kept.found[turn, name, batch] for turn in turns])
+        name: None
+        if name in too_large
+        else summary([kept.found[turn, name, batch] for turn in turns], kept.found[0, name, batch])
         for name in reducers
     }
 
@@ -142,7 +150,7 @@ def endless(model: Llava) -> Llava:
     return other
 
 
-def summary(rows: list[dict[str, Any]]) -> Measured:
+def summary(rows: list[dict[str, Any]], warm_up: dict[str, Any]) -> Measured:
     """Medians over turns."""
     last = rows[-1]
     seconds = {part: statistics.median(row["seconds"].get(part, 0.0) for row in rows) for part in PARTS}
@@ -156,6 +164,7 @@ def summary(rows: list[dict[str, Any]]) -> Measured:
         statistics.median(decodes) if decodes else None,
         {int(length): tuple(row["end_to_end"][length] for row in rows) for length in last.get("end_to_end", {})},
         tuple(sum(row["seconds"].values()) for row in rows),
+        tuple(warm_up.get("attention", ())),
     )
 
 

@@ -23,7 +23,6 @@ from llava.errors import UserError, unknown
 from llava.model.builder import device_of, load, parse
 from llava.model.llava_arch import Llava
 
-# How images are read where the command does not say: as the tables of papers do, 2,880 tokens for each.
 NEXT_READING = {"merge": "spatial", "force": "672x672"}
 TTFT = "vision, selection, merging and prefill of the batch, without preprocessing"
 
@@ -83,7 +82,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **settings,
         "commit": commit(),
-        "attention": sorted({kernel for one in counts.values() for kernel in one.attention}),
         "repeats": repeats,
         "gate": None if held is None else dataclasses.asdict(held),
         "batches": batches,
@@ -97,14 +95,17 @@ def models(args: argparse.Namespace) -> tuple[Llava, Llava | None]:
         return load(args.model, args.dtype, args.device, **picture), None
     if args.shape not in SHAPES:
         raise unknown("shape", args.shape, SHAPES)
-    texts = pairs("--picture", args.picture)
-    if SHAPES[args.shape]["family"] == "llava_next" and not texts:
-        texts = NEXT_READING
-    picture = {key: parse(key, value) for key, value in texts.items()}
+    picture = reading_of(args.shape, pairs("--picture", args.picture))
     placed = device_of(args.device)
     model = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=placed, **picture)
     meta = torch.device("meta")
     return model, random_llava(args.shape, 1, args.dtype, args.layers, device=meta, **picture) if args.counts else None
+
+
+def reading_of(shape: str, texts: dict[str, str]) -> dict[str, Any]:
+    """How a shape reads images: LLaVA-NeXT as the tables of papers do, 2,880 tokens each, unless `texts` say else."""
+    of_next = SHAPES[shape]["family"] == "llava_next"
+    return {key: parse(key, text) for key, text in (NEXT_READING if of_next and not texts else texts).items()}
 
 
 def batch_result(

@@ -31,14 +31,15 @@ def page(result: dict[str, Any]) -> str:
 
 def conditions(result: dict[str, Any]) -> str:
     """What was measured, where and how, in a sentence or two."""
-    kernels = ", ".join(result["attention"]) or "not counted"
+    rows = [row for batch in result["batches"] for row in batch["methods"].values() if row["fits"]]
+    kernels = " / ".join(sorted({", ".join(row["attention"]) for row in rows if row["attention"]})) or "unknown"
     distinct = f", {result['distinct_layers']} of them with their own weights" if result["distinct_layers"] else ""
     return (
         f"{result['model']}, budget {result['budget']}, {result['layers']} decoder layers{distinct}, "
         f"{result['dtype']}, {CLOCK_TEXT[result['clock']]}, "
         f"{result['device']} ({result['hardware']}), {result['threads']} threads; scenario {result['scenario']}: "
         f"{SCENARIOS[result['scenario']].summary}; median of {result['repeats']} turns after a warm-up, methods in "
-        f"turns; attention kernels of all rows, full among them: {kernels}."
+        f"turns; attention kernel of every row, full too: {kernels}."
     )
 
 
