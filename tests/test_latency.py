@@ -6,10 +6,12 @@ import time
 import pytest
 import torch
 
+from eval.efficiency.latency import fitting
 from eval.efficiency.latency import measure as measuring
 from eval.efficiency.latency import run as latency_run
 from eval.efficiency.latency.__main__ import main, parser
 from eval.efficiency.latency.accuracy import Gate, gate
+from eval.efficiency.latency.fitting import fits
 from eval.efficiency.latency.measure import Measured, endless, measure, once, percentile
 from eval.efficiency.latency.measurements import Measurements
 from eval.efficiency.latency.methods import chosen_options, oracles
@@ -105,6 +107,15 @@ def test_a_batch_that_does_not_fit_is_said_and_not_tried_again(tiny, monkeypatch
     assert measure(tiny, reducers, lambda turn: samples(1), 2, Measurements(path, {}), batch=4) == {"full": None}
     assert measure(tiny, reducers, lambda turn: samples(1), 2, Measurements(path, {}), batch=4) == {"full": None}
     assert tried == ["full"]
+
+
+def test_a_batch_beyond_the_free_memory_of_a_cpu_is_not_tried(tiny, monkeypatch):
+    """A CPU has no error for memory that is used up: the system ends the process."""
+    reducer = registry.build("full", 16)
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 30)
+    assert fits(tiny, reducer, samples(2), 4)
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 10)
+    assert not fits(tiny, reducer, samples(2), 4)
 
 
 def test_the_cpu_clock_does_not_run_while_the_process_waits(tiny, monkeypatch):

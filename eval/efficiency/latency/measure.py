@@ -92,7 +92,9 @@ def measure(
             # The warm-up is no time that counts, so that it can be watched.
             with ticking(clock), Noted() if turn == 0 else nullcontext() as noted:
                 row = once(model, reducers[name], ask(turn), lengths)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            error.with_traceback(None)  # its frames hold the tensors that fill the memory
+            torch.cuda.empty_cache()
             row = {}
             too_large.add(name)
         if row and noted is not None:
@@ -107,6 +109,7 @@ def measure(
     }
 
 
+@torch.inference_mode()
 def once(model: Llava, reducer: Reducer, samples: list[Sample], lengths: Sequence[int] = ()) -> dict[str, Any]:
     """One turn: a timed prefill, then one answer of every length."""
     start_peak(model.device)
