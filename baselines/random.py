@@ -28,4 +28,4 @@ class Random(Reducer):
         for name in state.ids:
             generator = torch.Generator().manual_seed(seed_of("random", self.seed, name))
             rows.append(torch.randperm(total, generator=generator)[: self.budget].sort().values)
-        return Reduction(torch.stack(rows).to(state.tokens.device), total)
+        return Reduction(torch.stack(rows).to(state.tokens.device, non_blocking=True), total)

@@ -22,12 +22,12 @@ from llava.reduction import (
     ModelSpec,
     Reduction,
     UserError,
+    angles_of,
     gather_tokens,
     keep_top,
     option,
     proportional,
     register,
-    rotary_angles,
     row_index,
 )
 
@@ -146,7 +146,7 @@ def rotary_scores(state: DecoderState) -> Tensor:
     """
     entered = state.entered
     index, _ = row_index(entered, entered.after)
-    cos, sin = rotary_angles(state.llm, entered.hidden, entered.position)
+    cos, sin = angles_of(state.llm, entered)
     angles = torch.cat([cos, sin], -1).float()
     visual = entered.take(angles, entered.images)
     return state.matmul(gather_tokens(angles, index), visual.transpose(1, 2)) * cos.shape[-1] ** -0.5

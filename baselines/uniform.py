@@ -42,5 +42,5 @@ class Uniform(Reducer):
     crops: str = option("each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail"))
 
     def prompt(self, state: PromptState) -> Reduction:
-        kept = even_grid(state.layout, self.budget).to(state.tokens.device)
+        kept = even_grid(state.layout, self.budget).to(state.tokens.device, non_blocking=True)
         return Reduction(kept.expand(len(state.tokens), -1), state.tokens.shape[1])

@@ -143,7 +143,8 @@ class VScan(Reducer):
         if first >= total:
             return None
         window, count = windows(state.layout, self.window)
-        near = keep_top_of_windows(state.scores[SHALLOW], window.to(state.tokens.device), local, count)
+        window = window.to(state.tokens.device, non_blocking=True)
+        near = keep_top_of_windows(state.scores[SHALLOW], window, local, count)
         far = keep_top(state.scores[DEEP].scatter(1, near, -torch.inf), first - local)
         state.flops += len(near) * merge_flops("", total, first, 0, state.tokens.shape[-1], True)
         return merge_into_kept(state.tokens, torch.cat([near, far], 1).sort(1).values)

@@ -120,4 +120,4 @@ def fuse(v: Tensor, c: Tensor | None, rule: str, keep: int, **choices: float) ->
     """
     if c is None:
         return rank01(v)
-    return FUSIONS[rule](v.float(), c.float(), keep=keep, **choices)
+    return FUSIONS[rule](v, c, keep=keep, **choices)

@@ -55,6 +55,7 @@ COMMANDS = {
     "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
     "bench store": Command("eval.efficiency.store_cost", "what the answer store costs a run, without a model"),
     "bench scale": Command("eval.efficiency.scale", "questions per second against GPUs, on paper (docs/cluster.md)"),
+    "bench ops": Command("eval.efficiency.dispatched", "operations and host waits up to the first token"),
     "bench path": Command("eval.efficiency.code_path", "functions, files and file switches inside one answer"),
     "figures tokens": Command("eval.figures.kept_tokens", "draw the kept tokens of an image (README)"),
     "figures tiles": Command("eval.figures.kept_tiles", "draw the kept tokens of tiles and videos (docs/models.md)"),

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from llava.pipeline.accounting import mean_visual_tokens
-from llava.pipeline.sequence import assemble
+from llava.pipeline.sequence import Reduced, assemble
 from llava.reduction import PatchGrid, Reduction, keep_top
-from llava.reduction.reducer import by_row
+from llava.reduction.reducer import by_images
 from llava.reduction.token_layout import CLS
 
 
@@ -71,7 +71,7 @@ def real(seq, sample, tensor):
 def test_reduce_by_the_book(renumber):
     seq = sequence()
     reduction = Reduction(torch.tensor([[1, 3], [0, 2]]), 4)
-    out = seq.reduce({(0, 0): (reduction, 0), (1, 0): (reduction, 1)}, {}, renumber)
+    out = seq.reduce([Reduced([(0, 0), (1, 0)], reduction)], renumber)
     expected = [
         [0, 1, 3, 5, 6, 7, 8],
         [100, 101, 103, 105, 106],
@@ -92,7 +92,7 @@ def test_reduce_by_the_book(renumber):
 def test_reduce_puts_merged_values_at_their_anchors():
     seq = sequence()
     reduction = Reduction(torch.tensor([[0, 3]]), 4)
-    out = seq.reduce({(1, 0): (reduction, 0)}, {(1, 0): torch.tensor([[-1.0], [-2.0]])}, True)
+    out = seq.reduce([Reduced([(1, 0)], reduction, torch.tensor([[[-1.0], [-2.0]]]))], True)
     assert real(out, 1, out.hidden) == [100, -1, -2, 105, 106]
     assert real(out, 0, out.hidden) == real(seq, 0, seq.hidden)
 
@@ -100,7 +100,7 @@ def test_reduce_puts_merged_values_at_their_anchors():
 def test_reduce_allows_a_token_twice():
     """Official AttnMix keeps some tokens twice; the seam must be able to reproduce that."""
     seq = sequence()
-    out = seq.reduce({(0, 0): (Reduction(torch.tensor([[2, 2, 0]]), 4), 0)}, {}, False)
+    out = seq.reduce([Reduced([(0, 0)], Reduction(torch.tensor([[2, 2, 0]]), 4))], False)
     assert real(out, 0, out.hidden)[2:5] == [4, 4, 2]
 
 
@@ -123,4 +123,4 @@ def test_coordinates_of_tokens_are_those_of_their_tile():
 def test_a_reduction_of_other_tokens_is_refused():
     """The README's example ranked the patches of one tile where it was given those of all: 16 tokens in place of 24."""
     with pytest.raises(ValueError, match="of 16 tokens, but each image has 80"):
-        by_row(Reduction(torch.arange(4)[None], 16), 1, 80)
+        by_images(Reduction(torch.arange(4)[None], 16), 1, 80)

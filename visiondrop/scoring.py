@@ -15,12 +15,15 @@ from torch import Tensor
 from llava.reduction import (
     DecoderLayer,
     DecoderState,
+    angles_of,
+    at_spans,
     attention_rows,
-    gather_tokens,
     layer_keys,
     linear_flops,
-    rotary_angles,
+    padded_spans,
+    places,
     row_index,
+    visible,
 )
 
 ATTENTIONS = ("causal", "visual", "bidirectional")
@@ -39,6 +42,7 @@ class Look:
         keys: [B, Hkv, W, d] rotated keys.
         allowed: [B, n, W] bool, the keys that each row may see.
         columns: [B, n] int64, which of the W keys are the visual tokens.
+        span: the same as [start, stop), where it is that of all images.
     """
 
     rows: Tensor
@@ -46,11 +50,20 @@ class Look:
     keys: Tensor
     allowed: Tensor
     columns: Tensor
+    span: tuple[int, int] | None = None
 
     def visual_keys(self) -> Tensor:
         """[B, Hkv, n, d] keys of the visual tokens."""
+        if self.span is not None:
+            return self.keys[:, :, slice(*self.span)]
         index = self.columns[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
         return self.keys.gather(2, index)
+
+    def to_visual(self, weights: Tensor) -> Tensor:
+        """[B, T, W] weights of rows -> [B, T, n], those of the visual tokens."""
+        if self.span is not None:
+            return weights[:, :, slice(*self.span)]
+        return weights.gather(2, self.columns[:, None].expand(-1, weights.shape[1], -1))
 
 
 def look(state: DecoderState, attention: str) -> Look:
@@ -62,20 +75,20 @@ def look(state: DecoderState, attention: str) -> Look:
     """
     sequence, layer = state.sequence, state.llm.layers[state.layer]
     columns, _ = row_index(sequence, sequence.images)
-    cos, sin = rotary_angles(state.llm, sequence.hidden, sequence.position)
-    rotary = gather_tokens(cos, columns), gather_tokens(sin, columns)
+    cos, sin = angles_of(state.llm, sequence)
+    rotary = at_spans(cos, sequence, sequence.images), at_spans(sin, sequence, sequence.images)
     # Causality: no visual token sees the text after the image, so that text needs no keys.
     width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))
     if attention == "causal":
         keys = layer_keys(layer, sequence.hidden[:, :width], (cos[:, :width], sin[:, :width]))
-        place = torch.arange(width, device=columns.device)
-        allowed = (place <= columns[..., None]) & sequence.valid()[:, None, :width]
+        allowed = visible(sequence, columns, width)
     else:
         keys = layer_keys(layer, state.tokens, rotary)
-        columns = torch.arange(state.tokens.shape[1], device=columns.device).expand_as(columns)
+        columns = places(*state.tokens.shape[:2], columns.device)
         allowed = (columns[:, None] <= columns[..., None]) | (attention == "bidirectional")
     state.flops += len(keys) * linear_flops(layer.self_attn.k_proj, keys.shape[2])
-    return Look(state.tokens, rotary, keys, allowed, columns)
+    spans = set(padded_spans(sequence, sequence.images)) if attention == "causal" else {(0, state.tokens.shape[1])}
+    return Look(state.tokens, rotary, keys, allowed, columns, spans.pop() if len(spans) == 1 else None)
 
 
 def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tensor:
@@ -91,15 +104,17 @@ def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tenso
     batch, count, width = seen.allowed.shape
     heads = layer.self_attn.q_proj.out_features // layer.self_attn.head_dim
     step = max(1, SLICE // (batch * heads * width))
-    own = torch.eye(count, dtype=torch.bool, device=seen.rows.device)
-    total = torch.zeros(batch, count, device=seen.rows.device)
+    received = []
     for start in range(0, count, step):
         part = slice(start, start + step)
         cos, sin = (angle[:, part] for angle in seen.rotary)
         weights = attention_rows(layer, seen.rows[:, part], seen.keys, seen.allowed[:, part], (cos, sin)).mean(1)
-        weights = weights.gather(2, seen.columns[:, None].expand(-1, weights.shape[1], -1))
-        total += (weights if diagonal else weights.masked_fill(own[part], 0)).sum(1)
-    return total
+        weights = seen.to_visual(weights)
+        if not diagonal:
+            own = torch.eye(count, dtype=torch.bool, device=weights.device)
+            weights = weights.masked_fill(own[part], 0)
+        received.append(weights.sum(1))
+    return sum(received[1:], received[0])
 
 
 def viewers(count: int, attention: str, diagonal: bool, device: torch.device) -> Tensor:

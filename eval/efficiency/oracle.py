@@ -1,8 +1,8 @@
 """The oracle: as many tokens as a method keeps, chosen for free.
 
 No method can be faster at the same tokens per layer, so what a method takes longer than its oracle is the price of its
-choice. The oracle drops at the stages of the method, at evenly spaced places that are computed once; it reads no score,
-merges nothing and computes nothing per question. It is no method and not in the registry: it knows nothing of the image.
+choice. The oracle drops at the stages of the method, at evenly spaced places that are computed once; it reads no
+score, merges nothing and computes nothing per question. It is no method and not in the registry.
 
     oracle_of(reducer, spec)    the schedule of a method: as many tokens as it has in every decoder layer
     flat_oracle(budget)         the physical limit of a budget: `budget` tokens in every layer, dropped after the tower

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from llava.pipeline.positions import next_position
-from llava.pipeline.sequence import Sequence
-from llava.reduction.decoder_attention import rotary_angles
+from llava.pipeline.sequence import Rotary, Sequence
+from llava.reduction.decoder_attention import angles_of, follows_length, rotary_angles
 
 # (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
 ReduceAt = Callable[[Sequence, int, Sequence, Tensor], Sequence]
@@ -85,7 +85,9 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
         if reduce_at is not None and index in stages:
             sequence, rotary = reduce_at(sequence, index, entered, cache.layers[index - 1].keys), None
         if rotary is None:
-            rotary = rotary_angles(llm, sequence.hidden, sequence.position)
+            rotary = angles_of(llm, sequence)
+            if sequence.position.dim() == 2 and not follows_length(llm):
+                sequence = replace(sequence, rotary=Rotary(sequence.position, *rotary))
             mask = _mask_of(sequence, eager)
             known = sequence.valid() if sequence.padded else None
             place = next_position(sequence.position)

@@ -9,12 +9,11 @@ from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.encoder_stage import name_of
 from llava.pipeline.image_batch import ImageBatch
 from llava.pipeline.prompt_stage import values_of
-from llava.pipeline.sequence import Row, Sequence
+from llava.pipeline.sequence import Reduced, Row, Sequence
 from llava.processing.sample import Sample
 from llava.reduction.decoder_attention import whole_heads
 from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.reducer import Reducer, by_row
-from llava.reduction.reduction import Reduction
+from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.states import DecoderState
 
 if TYPE_CHECKING:
@@ -51,8 +50,7 @@ class DecoderStage:
         """
         self.timer.mark("prefill")
         keys = whole_heads(self.model.llm.layers[layer - 1], keys, 1)
-        applied: dict[Row, tuple[Reduction, int]] = {}
-        values: dict[Row, Tensor] = {}
+        reduced: list[Reduced] = []
         for spec, rows in self._groups(sequence):
             part = sequence.rows(rows)
             state = DecoderState(
@@ -63,23 +61,18 @@ class DecoderStage:
                 llm=self.model.llm,
                 layer=layer,
                 entered=entered.rows(rows),
-                keys=keys[[sample for sample, _ in rows]][:, :, -part.hidden.shape[1] :],
+                keys=sequence.of_samples(keys, [sample for sample, _ in rows])[:, :, -part.hidden.shape[1] :],
                 start=self.start.rows(rows),
             )
-            reductions = by_row(self.reducer.for_picture(spec).decoder(state), len(rows), state.tokens.shape[1])
+            parts = by_images(self.reducer.for_picture(spec).decoder(state), len(rows), state.tokens.shape[1])
             self.record.operations.add("selection", int, state.flops)
-            if reductions is None:
-                continue
-            shared = reductions[0][0] is reductions[-1][0]
-            together = values_of(reductions[0][0], state, slice(None), self.record) if shared else None
-            for row, (image, (reduction, index)) in enumerate(zip(rows, reductions, strict=True)):
-                own = together if shared else values_of(reduction, state, slice(row, row + 1), self.record)
-                applied[image] = reduction, index
-                self.record.applied(image, f"layer {layer}", reduction, index)
-                if own is not None:
-                    values[image] = own[index].to(state.tokens.dtype)
-        if applied:
-            sequence = sequence.reduce(applied, values, self.reducer.positions == "renumber")
+            for reduction, own in parts:
+                values = values_of(reduction, state, own, self.record)
+                reduced.append(Reduced(rows[own.start : own.stop], reduction, values))
+                for row, image in enumerate(reduced[-1].images):
+                    self.record.applied(image, f"layer {layer}", reduction, row)
+        if reduced:
+            sequence = sequence.reduce(reduced, self.reducer.positions == "renumber")
         self.timer.mark("selection")
         return sequence
 

@@ -17,7 +17,7 @@ from llava.processing.sample import Sample
 from llava.reduction.crop_budget import planned, untouched
 from llava.reduction.flops import projector_flops
 from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.reducer import Reducer, by_row
+from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.reduction import stack
 from llava.reduction.states import EncoderState
 
@@ -83,25 +83,22 @@ def _reduce(
     found: dict[Row, tile_stages.Features] = {}
     tiled = [image for image, number in images.owner.items() if not images.pictures[number].whole]
     for method, spec, rows in whole_groups(model.spec, reducer, images):
-        features = torch.cat([images.pictures[images.owner[row]].encoded.features for row in rows])
+        features = features_of(images, rows)
         if method.keeps_all(features.shape[1]):
             continue
         state = EncoderState(features=features, **state_fields(model, method, samples, images, rows, spec))
-        reductions = by_row(method.encoder(state), len(rows), features.shape[1])
+        parts = by_images(method.encoder(state), len(rows), features.shape[1])
         if state.flops:
             record.operations.add("selection", int, state.flops)
-        if reductions is None:
-            continue
-        shared = reductions[0][0] is reductions[-1][0]
-        values = reductions[0][0].apply(features) if shared else None
-        for row, (image, (reduction, index)) in enumerate(zip(rows, reductions, strict=True)):
-            if reduction.merge_matrix is not None:
-                record.operations.add("selection", int, reduction.apply_flops(features.shape[-1]))
-            value = values[row] if values is not None else reduction.apply(features[row : row + 1])[0]
-            found[image] = tile_stages.Features(value)
-            before, kept = images.kept[image], reduction.kept[index]
-            images.kept[image] = kept if before is None else before[kept]
-            record.applied(image, "encoder", reduction, index)
+        for reduction, own in parts:
+            values = reduction.apply(of_images(features, own)).unbind()
+            for row, (image, value) in enumerate(zip(rows[own.start : own.stop], values, strict=True)):
+                if reduction.merge_matrix is not None:
+                    record.operations.add("selection", int, reduction.apply_flops(features.shape[-1]))
+                found[image] = tile_stages.Features(value)
+                before, kept = images.kept[image], reduction.kept[row]
+                images.kept[image] = kept if before is None else before[kept]
+                record.applied(image, "encoder", reduction, row)
     if tiled:
         found |= tile_stages.reduce_features(model, reducer, samples, images, tiled, record)
     # In the order of the images, because they are projected in this order.
@@ -122,6 +119,21 @@ def whole_groups(
     return [(method, own, rows) for (method, own, _), rows in groups.items()]
 
 
+def features_of(images: ImageBatch, rows: list[Row]) -> Tensor:
+    """[B, N, D] tower features of images of one tile."""
+    return joined([images.pictures[images.owner[row]].encoded.features for row in rows])
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The images of all parts in one tensor; nothing is copied where it is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def of_images(tensor: Tensor, images: range) -> Tensor:
+    """The rows of some images of a batch; the tensor itself where these are all."""
+    return tensor if len(images) == len(tensor) else tensor[images.start : images.stop]
+
+
 def state_fields(
     model: "Llava",
     method: Reducer,
@@ -133,7 +145,7 @@ def state_fields(
     """Fields that the states of stages 1 and 2 share, for images of one tile."""
     pictures = [images.pictures[images.owner[row]] for row in rows]
     encoded = [picture.encoded for picture in pictures]
-    scores = {score: torch.cat([one.scores[score] for one in encoded]) for score in encoded[0].scores}
+    scores = {score: joined([one.scores[score] for one in encoded]) for score in encoded[0].scores}
     layout = pictures[0].arrangement.layout
     return {
         "ids": tuple(name_of(samples, row) for row in rows),
@@ -168,7 +180,7 @@ def _project(
     lengths = [len(features.values) for features in slots.values()]
     for slot, length in zip(slots, lengths, strict=True):
         record.operations.add("projector", projector_flops, model.projector, length, images=users[slot])
-    projected = model.projector(torch.cat([features.values for features in slots.values()])[None])[0].split(lengths)
+    projected = model.projector(joined([features.values for features in slots.values()])[None])[0].split(lengths)
     tokens: dict[object, Tensor] = {}
     for (slot, features), values in zip(slots.items(), projected, strict=True):
         in_place = features.order is None

@@ -60,20 +60,23 @@ def prefill(
 
 def embed(model: "Llava", reducer: Reducer, prompts: list[Prompt], images: ImageBatch | None) -> Sequence:
     """Embed the text of every prompt and put visual tokens where "<image>" stands."""
-    table, device = model.llm.embed_tokens, model.device
-    texts, slots, tokens, kept, inputs, groups = [], [], [], [], [], []
+    slots, tokens, kept, inputs, groups = [], [], [], [], []
+    ids = [[token for token in prompt.ids if token != IMAGE_TOKEN_INDEX] for prompt in prompts]
+    # All texts at once: one copy to the device and one lookup.
+    line = torch.tensor([token for own in ids for token in own]).to(model.device, non_blocking=True)
+    texts = model.llm.embed_tokens(line).split([len(own) for own in ids])
+    # Numbered anew, text and visual tokens follow one another without gaps.
+    gaps = model.axes or reducer.positions == "original"
     for sample, prompt in enumerate(prompts):
         found = [place for place, token in enumerate(prompt.ids) if token == IMAGE_TOKEN_INDEX]
-        ids = [token for token in prompt.ids if token != IMAGE_TOKEN_INDEX]
-        rows = [(sample, number) for number in range(len(found))]
-        texts.append(table(torch.tensor(ids, device=device)))
+        rows = [(sample, number) for number in range(len(found))] if images else []
         slots.append([place - earlier for earlier, place in enumerate(found)])
         tokens.append([images.tokens[row] for row in rows] if images else [])
-        kept.append([images.kept[row] for row in rows] if images else [])
+        kept.append([images.kept[row] if gaps else None for row in rows] if images else [])
         # Text after an image keeps the position ids it would have with every visual token present.
-        inputs.append([images.inputs[row] for row in rows] if images else [])
+        inputs.append([images.inputs[row] if gaps else len(images.tokens[row]) for row in rows] if images else [])
         groups.append([model.groups(images.of(row)) for row in rows] if model.axes and images else [])
     questions, instructions = [prompt.question for prompt in prompts], [prompt.instruction for prompt in prompts]
     sequence = assemble(texts, slots, tokens, kept, inputs, questions, instructions, groups if model.axes else None)
     reduced = images is not None and any(indices is not None for indices in images.kept.values())
-    return sequence.renumbered() if reduced and reducer.positions == "renumber" else sequence
+    return sequence.renumbered() if gaps and reduced and reducer.positions == "renumber" else sequence

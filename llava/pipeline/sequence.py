@@ -3,18 +3,45 @@
 All lengths are host integers, so that reducing, masking and padding never wait for the device.
 """
 
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from llava.pipeline import columns
 from llava.pipeline import positions as mrope
 from llava.pipeline.positions import Groups
 from llava.reduction.reduction import Reduction
 
 Span = tuple[int, int]
 Row = tuple[int, int]  # (sample, number of the image in its prompt)
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines [B, L, d] at positions [B, L]."""
+
+    position: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Images with one reduction.
+
+    Attributes:
+        images: in the order of the rows of the reduction.
+        reduction: their output tokens.
+        values: [images, K, D] of the output tokens where these are merged; None where they are the kept tokens.
+    """
+
+    images: list[Row]
+    reduction: Reduction
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +59,7 @@ class Sequence:
         question: span of the last question's tokens.
         instruction: the same with the answer-format suffix.
         after: span of all text after the last image; the whole prompt if it is text only.
+        rotary: cosines and sines of the decoder's layers, once they are computed, and the positions that they are of.
     """
 
     hidden: Tensor
@@ -41,6 +69,7 @@ class Sequence:
     question: tuple[Span, ...]
     instruction: tuple[Span, ...]
     after: tuple[Span, ...]
+    rotary: Rotary | None = None
 
     @property
     def padded(self) -> bool:
@@ -49,14 +78,9 @@ class Sequence:
     def padding(self, sample: int) -> int:
         return self.hidden.shape[1] - self.lengths[sample]
 
-    def first(self) -> Tensor:
-        """[B] int64, column of each sample's first real token."""
-        width = self.hidden.shape[1]
-        return torch.tensor([width - length for length in self.lengths]).to(self.hidden.device, non_blocking=True)
-
     def valid(self) -> Tensor:
         """[B, L] bool, False in the padding."""
-        return torch.arange(self.hidden.shape[1], device=self.hidden.device) >= self.first()[:, None]
+        return columns.real_columns(self.lengths, self.hidden.shape[1], self.hidden.device)
 
     @property
     def images(self) -> list[Span]:
@@ -76,10 +100,13 @@ class Sequence:
                 groups.setdefault(stop - start, []).append((sample, number))
         return groups
 
-    def take(self, tensor: Tensor, spans: list[Span]) -> Tensor:
+    def take(self, tensor: Tensor, spans: Listed[Span]) -> Tensor:
         """[B, T, ...] rows of `tensor` [B, L, ...] in one span per sample, all of the same length T."""
-        cut = [(self.padding(s) + start, self.padding(s) + stop) for s, (start, stop) in enumerate(spans)]
-        return torch.stack([tensor[s, start:stop] for s, (start, stop) in enumerate(cut)])
+        cut = tuple((self.padding(s) + start, self.padding(s) + stop) for s, (start, stop) in enumerate(spans))
+        if len(set(cut)) == 1:
+            return tensor[:, slice(*cut[0])]
+        index = columns.columns_of(cut, tensor.device)
+        return tensor.gather(1, index.unflatten(1, (-1, *[1] * (tensor.dim() - 2))).expand(-1, -1, *tensor.shape[2:]))
 
     def rows(self, rows: list[Row]) -> "Sequence":
         """One row per image: its whole prompt, with only this image's span as visual tokens.
@@ -94,9 +121,10 @@ class Sequence:
         lengths = tuple(self.lengths[s] for s in samples)
         width = max(lengths)
         pick = lambda spans: tuple(spans[s] for s in samples)  # noqa: E731
+        cut = lambda tensor: self.of_samples(tensor, samples)[:, -width:]  # noqa: E731
         return Sequence(
-            self.hidden[samples][:, -width:],
-            self.position[samples][:, -width:],
+            cut(self.hidden),
+            cut(self.position),
             lengths,
             tuple((self.visual[s][number],) for s, number in rows),
             pick(self.question),
@@ -104,64 +132,100 @@ class Sequence:
             pick(self.after),
         )
 
-    def reduce(
-        self, reductions: dict[Row, tuple[Reduction, int]], merged: dict[Row, Tensor], renumber: bool
-    ) -> "Sequence":
+    def of_samples(self, tensor: Tensor, samples: list[int]) -> Tensor:
+        """The rows of some samples, in this order; the tensor itself where these are all."""
+        if samples == list(range(len(self.lengths))):
+            return tensor
+        return tensor.index_select(0, columns.rows_of(tuple(samples), tensor.device))
+
+    def reduce(self, reduced: list[Reduced], renumber: bool) -> "Sequence":
         """Replace the visual tokens of images by their reductions' output tokens.
 
         Args:
-            reductions: image -> (reduction, row of that image in it); images left out keep everything.
-            merged: image -> [K, D] values of the output tokens, if they differ from the kept tokens.
+            reduced: images left out keep everything.
             renumber: contiguous position ids afterwards; else every token keeps its own.
         """
-        device = self.hidden.device
-        runs = tuple(self._runs_after(sample, reductions) for sample in range(len(self.lengths)))
+        counts = {image: part.reduction.kept.shape[1] for part in reduced for image in part.images}
+        runs = tuple(self._runs_after(sample, counts) for sample in range(len(self.lengths)))
         gone = [
             [(b - a) - (d - c) for (a, b), (c, d) in zip(old, new, strict=True)]
             for old, new in zip(self.visual, runs, strict=True)
         ]
-        lengths = tuple(length - sum(cut) for length, cut in zip(self.lengths, gone, strict=True))
-        width = max(lengths)
-        index = torch.zeros(len(lengths), width, dtype=torch.long, device=device)
-        for sample, length in enumerate(lengths):
-            pad, pieces, done = self.padding(sample), [], 0
-            for number, (start, stop) in enumerate(self.visual[sample]):
-                if (sample, number) in reductions:
-                    reduction, row = reductions[sample, number]
-                    pieces.append(torch.arange(pad + done, pad + start, device=device))
-                    pieces.append(reduction.kept[row] + (pad + start))
-                    done = stop
-            pieces.append(torch.arange(pad + done, self.hidden.shape[1], device=device))
-            index[sample, width - length :] = torch.cat(pieces)
-        hidden = self.hidden.gather(1, index[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        for (sample, number), values in merged.items():
-            at = width - lengths[sample] + runs[sample][number][0]
-            hidden[sample, at : at + len(values)] = values
-        reduced = replace(
+        shorter = replace(
             self,
-            hidden=hidden,
-            position=self.position.gather(1, index) if self.position.dim() == 2 else mrope.keep(self.position, index),
-            lengths=lengths,
+            lengths=tuple(length - sum(cut) for length, cut in zip(self.lengths, gone, strict=True)),
             visual=runs,
             question=self._shift(self.question, gone),
             instruction=self._shift(self.instruction, gone),
             after=self._shift(self.after, gone),
         )
-        blank = ~reduced.valid()[..., None] if reduced.padded else None
-        if blank is not None:
-            reduced = replace(
-                reduced,
-                hidden=hidden.masked_fill(blank, 0),
-                position=reduced.position.masked_fill(blank if reduced.position.dim() == 3 else blank[..., 0], 0),
-            )
-        return reduced.renumbered() if renumber else reduced
+        return shorter._filled(self, reduced, self._cuts(counts), renumber)
 
-    def _runs_after(self, sample: int, reductions: dict[Row, tuple[Reduction, int]]) -> tuple[Span, ...]:
+    def _cuts(self, counts: dict[Row, int]) -> tuple[tuple[columns.Cut, ...], ...]:
+        """For each sample its reduced images in order: first column, tokens before and after."""
+        return tuple(
+            tuple(
+                (self.padding(sample) + start, stop - start, counts[sample, number])
+                for number, (start, stop) in enumerate(spans)
+                if (sample, number) in counts
+            )
+            for sample, spans in enumerate(self.visual)
+        )
+
+    def _filled(
+        self, longer: "Sequence", reduced: list[Reduced], cuts: tuple[tuple[columns.Cut, ...], ...], renumber: bool
+    ) -> "Sequence":
+        """The same lengths and spans, with the tensors of the prompts before the reduction."""
+        before, width, device = longer.hidden.shape[1], max(self.lengths), longer.hidden.device
+        index = columns.sources(longer.lengths, before, cuts, device).flatten()
+        slots = [columns.columns_of(self._places(part.images, width), device).flatten() for part in reduced]
+        for part, places in zip(reduced, slots, strict=True):
+            index = index.scatter_add(0, places, part.reduction.kept.flatten())
+        index = index.view(len(self.lengths), width)
+        hidden = longer.hidden.gather(1, index[..., None].expand(-1, -1, longer.hidden.shape[-1]))
+        for part, places in zip(reduced, slots, strict=True):
+            if part.values is not None:
+                hidden.flatten(0, 1).index_copy_(0, places, part.values.to(hidden.dtype).flatten(0, 1))
+        if min(self.lengths) < width:
+            hidden.masked_fill_(~columns.real_columns(self.lengths, width, device)[..., None], 0)
+        shorter = replace(self, hidden=hidden)
+        if renumber and longer.position.dim() == 2:
+            shorter = shorter.renumbered()
+            return replace(shorter, rotary=shorter._same_angles(longer))
+        axes = longer.position.dim() == 3
+        position = mrope.keep(longer.position, index) if axes else longer.position.gather(1, index)
+        if shorter.padded:
+            blank = ~shorter.valid()
+            position = position.masked_fill(blank[..., None] if axes else blank, 0)
+        shorter = replace(shorter, position=position, rotary=None)
+        return shorter.renumbered() if renumber else shorter
+
+    def _places(self, images: list[Row], width: int) -> tuple[Span, ...]:
+        """Spans of images in the batch of prompts written as one line."""
+        found = []
+        for sample, number in images:
+            first = sample * width + width - self.lengths[sample]
+            start, stop = self.visual[sample][number]
+            found.append((first + start, first + stop))
+        return tuple(found)
+
+    def _same_angles(self, longer: "Sequence") -> Rotary | None:
+        """Cosines and sines after contiguous prompts were all shortened by as much: the numbers are the first ones."""
+        width, before = self.hidden.shape[1], longer.hidden.shape[1]
+        alike = all(width - new == before - old for new, old in zip(self.lengths, longer.lengths, strict=True))
+        if longer.rotary is None or not alike or not longer._contiguous:
+            return None
+        return Rotary(self.position, longer.rotary.cos[:, :width], longer.rotary.sin[:, :width])
+
+    @property
+    def _contiguous(self) -> bool:
+        """Whether the position ids are 0, 1, 2, ...; no value is read."""
+        return self.position is columns.numbers_from_zero(self.lengths, self.hidden.shape[1], self.hidden.device)
+
+    def _runs_after(self, sample: int, counts: dict[Row, int]) -> tuple[Span, ...]:
         runs, cut = [], 0
         for number, (start, stop) in enumerate(self.visual[sample]):
-            count = stop - start
-            if (sample, number) in reductions:
-                count = reductions[sample, number][0].kept.shape[1]
+            count = counts.get((sample, number), stop - start)
             runs.append((start - cut, start - cut + count))
             cut += (stop - start) - count
         return tuple(runs)
@@ -181,8 +245,8 @@ class Sequence:
         """
         if self.position.dim() == 3:
             return replace(self, position=mrope.renumber(self.position, self.lengths, self.visual))
-        places = torch.arange(self.hidden.shape[1], device=self.hidden.device) - self.first()[:, None]
-        return replace(self, position=places.clamp(min=0))
+        numbers = columns.numbers_from_zero(self.lengths, self.hidden.shape[1], self.hidden.device)
+        return replace(self, position=numbers)
 
 
 def assemble(
@@ -206,16 +270,56 @@ def assemble(
         questions, instructions: spans in token ids where every slot counts as one id.
         groups: frames, rows and columns of every image, for a decoder whose positions have three axes.
     """
-    rows, positions, lengths, runs, after = [], [], [], [], []
+    lengths, runs, after, order = [], [], [], []
     moved: list[list[Span]] = [[], []]
-    samples = zip(texts, slots, visuals, places, inputs, questions, instructions, strict=True)
-    for sample, (text, cuts, images, seats, before_each, *ranges) in enumerate(samples):
-        device = text.device
-        pieces, ids, spans, done, length, number = [], [], [], 0, 0, 0
-        for image, (slot, visual, place, count) in enumerate(zip(cuts, images, seats, before_each, strict=True)):
-            pieces += [text[done:slot], visual.to(text.dtype)]
+    # Rows of the list of all texts, then of the list of all visual tokens behind them.
+    row, behind = 0, sum(map(len, texts))
+    for text, cuts, images, *ranges in zip(texts, slots, visuals, questions, instructions, strict=True):
+        pieces, spans, done, length = [], [], 0, 0
+        for slot, visual in zip(cuts, images, strict=True):
+            pieces += [(row + done, row + slot), (behind, behind + len(visual))]
+            behind += len(visual)
+            length += slot - done
+            spans.append((length, length + len(visual)))
+            length, done = length + len(visual), slot
+        order.append((*pieces, (row + done, row + len(text))))
+        row += len(text)
+        runs.append(tuple(spans))
+        lengths.append(length + len(text) - done)
+        after.append((length, lengths[-1]))
+        for target, (start, stop) in zip(moved, ranges, strict=True):
+            # The i-th slot is id number slots[i] + i.
+            ahead = [len(v) - 1 for i, (slot, v) in enumerate(zip(cuts, images, strict=True)) if slot + i < start]
+            target.append((start + sum(ahead), stop + sum(ahead)))
+    lines, width = tuple(lengths), max(lengths)
+    dtype, device = texts[0].dtype, texts[0].device
+    values = [one if one.dtype == dtype else one.to(dtype) for one in (*texts, *(v for vs in visuals for v in vs))]
+    hidden = torch.cat(values)[columns.assembled(lines, tuple(order), device)]
+    if min(lengths) < width:
+        hidden = hidden.masked_fill(~columns.real_columns(lines, width, device)[..., None], 0)
+    counts = [[len(visual) for visual in images] for images in visuals]
+    if groups is None and inputs == counts and all(place is None for seats in places for place in seats):
+        position = columns.numbers_from_zero(lines, width, device)
+    else:
+        position = _positions([len(text) for text in texts], slots, places, inputs, groups, device)
+    return Sequence(hidden, position, lines, tuple(runs), tuple(moved[0]), tuple(moved[1]), tuple(after))
+
+
+def _positions(
+    texts: list[int],
+    slots: list[list[int]],
+    places: list[list[Tensor | None]],
+    inputs: list[list[int]],
+    groups: list[list[Groups]] | None,
+    device: torch.device,
+) -> Tensor:
+    """[B, L] or [B, L, 3]: every token has the position id that it would have with every visual token present."""
+    rows = []
+    for sample, (text, cuts, seats, before_each) in enumerate(zip(texts, slots, places, inputs, strict=True)):
+        ids, done, number = [], 0, 0
+        for image, (slot, place, count) in enumerate(zip(cuts, seats, before_each, strict=True)):
             before = _text_positions(number, slot - done, groups, device)
-            number += slot - done
+            number, done = number + slot - done, slot
             if groups is None:
                 own = torch.arange(number, number + count, device=device)
                 number += count
@@ -223,27 +327,9 @@ def assemble(
                 own = mrope.picture_positions(groups[sample][image], number, device)
                 number += max(groups[sample][image])
             ids += [before, own if place is None else own[place]]
-            length += slot - done
-            spans.append((length, length + len(visual)))
-            length, done = length + len(visual), slot
-        pieces.append(text[done:])
-        ids.append(_text_positions(number, len(text) - done, groups, device))
-        rows.append(torch.cat(pieces))
-        positions.append(torch.cat(ids))
-        runs.append(tuple(spans))
-        lengths.append(len(rows[-1]))
-        after.append((length, lengths[-1]))
-        for target, (start, stop) in zip(moved, ranges, strict=True):
-            # The i-th slot is id number slots[i] + i.
-            ahead = [len(v) - 1 for i, (slot, v) in enumerate(zip(cuts, images, strict=True)) if slot + i < start]
-            target.append((start + sum(ahead), stop + sum(ahead)))
-    width = max(lengths)
-    hidden = rows[0].new_zeros(len(rows), width, rows[0].shape[-1])
-    position = positions[0].new_zeros(len(rows), width, *positions[0].shape[1:])
-    for sample, (row, ids) in enumerate(zip(rows, positions, strict=True)):
-        hidden[sample, width - len(row) :] = row
-        position[sample, width - len(row) :] = ids
-    return Sequence(hidden, position, tuple(lengths), tuple(runs), tuple(moved[0]), tuple(moved[1]), tuple(after))
+        rows.append(torch.cat([*ids, _text_positions(number, text - done, groups, device)]))
+    width = max(map(len, rows))
+    return torch.stack([F.pad(row, (*[0, 0] * (row.dim() - 1), width - len(row), 0)) for row in rows])
 
 
 def _text_positions(start: int, count: int, groups: list | None, device: torch.device) -> Tensor:

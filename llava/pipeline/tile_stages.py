@@ -15,12 +15,12 @@ from torch import Tensor
 from llava.model.encoded_image import EncodedImage
 from llava.pipeline.accounting import Record
 from llava.pipeline.image_batch import ImageBatch
-from llava.pipeline.sequence import Row, Sequence
+from llava.pipeline.sequence import Reduced, Row, Sequence
 from llava.pipeline.views import View, grouped, parts_of, rest_of, shared_fields
 from llava.processing.sample import Sample
 from llava.reduction.crop_budget import untouched
 from llava.reduction.model_spec import spec_of
-from llava.reduction.reducer import Reducer, by_row
+from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.reduction import Reduction, ViewReduction, join
 from llava.reduction.states import EncoderState, PromptState
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # From a group of views to their state, and from a reduction to the values of merged tokens (None without any).
 MakeState = Callable[[list[View]], PromptState]
-MergedValues = Callable[[Reduction, PromptState, slice], Tensor | None]
+MergedValues = Callable[[Reduction, PromptState, range], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,15 @@ def reduce_features(
     for group in grouped([part for image in open_ for part in parts_of(model, reducer, image, images.of(image))]):
         features = torch.stack([part.features for part in group])
         state = EncoderState(features=features, **shared_fields(model, samples, group))
-        reductions = by_row(_asked(group, "encoder", state, features.shape[1]), len(group), features.shape[1])
+        parts = by_images(_asked(group, "encoder", state, features.shape[1]), len(group), features.shape[1])
         record.operations.add("selection", int, state.flops)
-        shared = reductions[0][0] is reductions[-1][0]
-        values = reductions[0][0].apply(features) if shared else None
-        for row, (part, (reduction, index)) in enumerate(zip(group, reductions, strict=True)):
-            if reduction.merge_matrix is not None:
-                record.operations.add("selection", int, reduction.apply_flops(features.shape[-1]))
-            value = values[row] if shared else reduction.apply(features[row : row + 1])[0]
-            piece = ViewReduction(part.indices.to(model.device), reduction.only(index), part.block)
-            found[part.image].append((piece, value))
+        for reduction, own in parts:
+            values = reduction.apply(features[own.start : own.stop])
+            for row, part in enumerate(group[own.start : own.stop]):
+                if reduction.merge_matrix is not None:
+                    record.operations.add("selection", int, reduction.apply_flops(features.shape[-1]))
+                piece = ViewReduction(part.indices.to(model.device), reduction.only(row), part.block)
+                found[part.image].append((piece, values[row]))
     left = {}
     for image, pieces in found.items():
         if not pieces:
@@ -118,14 +117,14 @@ def reduce_prompts(
     record: Record,
     state_of: Callable[..., PromptState],
     merged_values: MergedValues,
-) -> tuple[dict[Row, Reduction], dict[Row, Tensor]]:
+) -> list[Reduced]:
     """Reduce every view before decoder layer 0, and join the views of each image.
 
     Args:
         state_of: (method, rows, fields of the state, indices of the views' tokens) -> state.
 
     Returns:
-        the reduction of every image that is reduced, and the values [K, H] of its tokens where some are merged.
+        the images that are reduced, one by one.
     """
     open_ = [image for image in rows if not untouched(reducer, spec_of(model.spec, images.of(image).full))]
     found: dict[Row, list[tuple[ViewReduction, Tensor | None]]] = {image: [] for image in open_}
@@ -134,25 +133,25 @@ def reduce_prompts(
         fields = shared_fields(model, samples, group)
         features = torch.stack([part.features for part in group])
         state = state_of([part.image for part in group], features, fields, members)
-        reductions = by_row(_asked(group, "prompt", state, members.shape[1]), len(group), members.shape[1])
+        parts = by_images(_asked(group, "prompt", state, members.shape[1]), len(group), members.shape[1])
         record.operations.add("selection", int, state.flops)
-        shared = reductions[0][0] is reductions[-1][0]
-        together = merged_values(reductions[0][0], state, slice(None)) if shared else None
-        for row, (part, (reduction, index)) in enumerate(zip(group, reductions, strict=True)):
-            own = together if shared else merged_values(reduction, state, slice(row, row + 1))
-            piece = ViewReduction(part.indices.to(model.device), reduction.only(index), part.block)
-            found[part.image].append((piece, None if own is None else own[index].to(state.tokens.dtype)))
-    applied: dict[Row, Reduction] = {}
-    values: dict[Row, Tensor] = {}
+        for reduction, own in parts:
+            values = merged_values(reduction, state, own)
+            for row, part in enumerate(group[own.start : own.stop]):
+                piece = ViewReduction(part.indices.to(model.device), reduction.only(row), part.block)
+                found[part.image].append((piece, None if values is None else values[row].to(state.tokens.dtype)))
+    reduced = []
     for image, pieces in found.items():
         if not pieces:
             continue
         picture = images.of(image)
         every = [piece for piece, _ in pieces] + rest_of(reducer, picture, pieces[0][0].indices.device)
-        applied[image], order = join(every, picture.arrangement.tokens)
+        reduction, order = join(every, picture.arrangement.tokens)
+        merged = None
         if any(value is not None for _, value in pieces):
-            values[image] = _values(sequence, image, picture, every, [value for _, value in pieces])[order]
-    return applied, values
+            merged = _values(sequence, image, picture, every, [value for _, value in pieces])[order][None]
+        reduced.append(Reduced([image], reduction, merged))
+    return reduced
 
 
 def _values(

@@ -3,7 +3,7 @@
 from llava.errors import UserError
 from llava.reduction.clip_similarity import RELEVANCE, signed, text_similarity
 from llava.reduction.crop_budget import covered, deal, over_crops, planned
-from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles, text_to_visual_attention
+from llava.reduction.decoder_attention import angles_of, attention_rows, layer_keys, text_to_visual_attention
 from llava.reduction.flops import linear_flops
 from llava.reduction.layer_schedule import (
     largest_within,
@@ -25,7 +25,7 @@ from llava.reduction.merging import (
 from llava.reduction.model_spec import ModelSpec, spec_of
 from llava.reduction.modules import DecoderLayer
 from llava.reduction.options import option, options_of
-from llava.reduction.ranking import descending_order, gather_tokens, keep_top, others, ranks
+from llava.reduction.ranking import descending_order, gather_tokens, keep_top, others, places, ranks
 from llava.reduction.reducer import NEWLINES, SPLITS, MethodMetadata, Reducer, Reductions, Scorer, seed_of
 from llava.reduction.reduction import Reduction, Step, Trace
 from llava.reduction.registry import register
@@ -36,8 +36,11 @@ from llava.reduction.states import (
     EncoderState,
     PromptState,
     State,
+    at_spans,
+    padded_spans,
     row_index,
     text_spans,
+    visible,
 )
 from llava.reduction.token_layout import PatchGrid, TokenLayout
 
@@ -65,7 +68,9 @@ __all__ = [
     "TowerScore",
     "Trace",
     "UserError",
+    "angles_of",
     "assign",
+    "at_spans",
     "attention_rows",
     "choose_anchors",
     "covered",
@@ -83,12 +88,13 @@ __all__ = [
     "options_of",
     "others",
     "over_crops",
+    "padded_spans",
+    "places",
     "planned",
     "proportional",
     "ranks",
     "refuse_budget",
     "register",
-    "rotary_angles",
     "row_index",
     "scaled_layers",
     "seed_of",
@@ -98,5 +104,6 @@ __all__ = [
     "text_spans",
     "text_to_visual_attention",
     "tokens_by_layer",
+    "visible",
     "with_cls",
 ]

@@ -3,11 +3,16 @@
 Shapes: B images, T text rows, N visual tokens, L prompt tokens, H heads, d channels per head, D channels.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from llava.reduction.modules import Decoder, DecoderLayer
+
+if TYPE_CHECKING:
+    from llava.pipeline.sequence import Sequence
 
 
 def whole_heads(layer: DecoderLayer, part: Tensor, dim: int) -> Tensor:
@@ -26,7 +31,12 @@ def whole_heads(layer: DecoderLayer, part: Tensor, dim: int) -> Tensor:
 
 def project(layer: DecoderLayer, projection: nn.Linear, hidden: Tensor) -> Tensor:
     """Queries or keys [B, H, L, d] of a decoder layer from its inputs [B, L, D], not rotated, in the model's dtype."""
-    projected = whole_heads(layer, projection(layer.input_layernorm(hidden)), -1)
+    return project_normed(layer, projection, layer.input_layernorm(hidden))
+
+
+def project_normed(layer: DecoderLayer, projection: nn.Linear, normed: Tensor) -> Tensor:
+    """The same from inputs that the layer's norm has been applied to."""
+    projected = whole_heads(layer, projection(normed), -1)
     return rearrange(projected, "b l (h d) -> b h l d", d=layer.self_attn.head_dim)
 
 
@@ -37,26 +47,26 @@ def text_to_visual_attention(
     text_rotary: tuple[Tensor, Tensor] | None = None,
     visual_rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of text rows to the visual tokens through one decoder layer's own norm and projections.
+    """Attention of text rows to the visual tokens through one decoder layer's own projections.
 
     The softmax runs over the visual keys alone. With layer 0, its input embeddings and rotary angles this equals the
     layer's real attention up to the softmax denominator; without angles it does not depend on distance.
 
     Args:
         layer: a LlamaDecoderLayer; grouped-query heads are repeated.
-        text: [B, T, D] inputs of the layer at the query rows.
-        visual: [B, N, D] inputs of the layer at the visual tokens.
+        text: [B, T, D] inputs of the layer at the query rows, after its norm.
+        visual: [B, N, D] inputs of the layer at the visual tokens, after its norm.
         text_rotary, visual_rotary: (cos, sin), each [B, T, d] and [B, N, d], or None for no rotation.
 
     Returns:
         [B, H, T, N] float32, each row sums to 1.
     """
     attention = layer.self_attn
-    query = project(layer, attention.q_proj, text).float()
-    key = project(layer, attention.k_proj, visual).float()
+    query = project_normed(layer, attention.q_proj, text).float()
+    key = project_normed(layer, attention.k_proj, visual).float()
     if text_rotary is not None and visual_rotary is not None:
         query, key = _rotate(query, *text_rotary), _rotate(key, *visual_rotary)
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    key = _for_each_query(key, query.shape[1])
     return (query @ key.transpose(-1, -2) * attention.scaling).softmax(-1)
 
 
@@ -82,9 +92,14 @@ def attention_rows(
     attention = layer.self_attn
     query = project(layer, attention.q_proj, rows).float()
     query = query if row_rotary is None else _rotate(query, *row_rotary)
-    keys = keys.float().repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    keys = _for_each_query(keys.float(), query.shape[1])
     scores = query @ keys.transpose(-1, -2) * attention.scaling
     return scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+
+
+def _for_each_query(keys: Tensor, heads: int) -> Tensor:
+    """[B, Hkv, L, d] -> [B, heads, L, d]: grouped-query heads repeated; the keys themselves where there are as many."""
+    return keys if keys.shape[1] == heads else keys.repeat_interleave(heads // keys.shape[1], dim=1)
 
 
 def layer_keys(layer: DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -98,6 +113,19 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def angles_of(llm: Decoder, sequence: "Sequence") -> tuple[Tensor, Tensor]:
+    """Cosines and sines at the positions of prompts, [B, L, d] each; those of the layer before, if it had the same."""
+    known = sequence.rotary
+    if known is not None and known.position is sequence.position:
+        return known.cos, known.sin
+    return rotary_angles(llm, sequence.hidden, sequence.position)
+
+
+def follows_length(llm: Decoder) -> bool:
+    """Whether the angle of a position depends on how long the prompt is (dynamic scaling)."""
+    return getattr(llm.rotary_emb, "rope_type", "default") in ("dynamic", "longrope")
 
 
 def rotary_angles(llm: Decoder, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.reduction.ranking import gather_tokens, keep_top, others
+from llava.reduction.ranking import gather_tokens, keep_top, others, places
 from llava.reduction.reduction import Reduction
 
 ANCHORS = ("saliency", "stride", "farthest", "retained")
@@ -106,21 +106,22 @@ def merge_plan(
     """
     total = saliency.shape[1]
     rest = others(retained, total)
-    centres = retained if anchors == "retained" else retained[:, :0]
-    kept = retained
+    kept, centres = retained, retained if anchors == "retained" else None
     if merged:
         centres = choose_anchors(anchors, rest, saliency, keys, merged)
         kept = torch.cat([retained, centres], dim=1)
     tail = merged if appended else 0
     if not appended:
         kept = kept.sort(dim=1).values
-    if weights == "none" or not centres.shape[1] or not rest.shape[1]:
+    if weights == "none" or centres is None or not rest.shape[1]:
         return Reduction(kept, total, appended=tail)
-    outputs = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    assignment = torch.full((len(kept), total), -1, device=kept.device).scatter_(1, kept, outputs)
-    members = others(kept, total)
-    home = centres.gather(1, assign(members, centres, keys))
-    assignment = assignment.scatter(1, members, assignment.gather(1, home))
+    slots = places(*kept.shape, kept.device)
+    assignment = torch.full((len(kept), total), -1, device=kept.device).scatter_(1, kept, slots)
+    members = others(kept, total) if merged else rest
+    nearest = assign(members, centres, keys)
+    # Appended centres are the last output tokens, in this order.
+    home = nearest + retained.shape[1] if merged and appended else assignment.gather(1, centres.gather(1, nearest))
+    assignment.scatter_(1, members, home)
     return Reduction(kept, total, assignment, member_weights(weights, assignment, kept, saliency), appended=tail)
 
 

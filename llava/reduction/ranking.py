@@ -6,6 +6,14 @@ Shapes: B images, N tokens, K kept tokens, D channels.
 import torch
 from torch import Tensor
 
+from llava.cached_tensors import made_once
+
+
+@made_once
+def places(batch: int, count: int, device: torch.device) -> Tensor:
+    """[B, N] int64: 0, 1, 2, ..., N - 1 in every row. Shared: it must not be written into."""
+    return torch.arange(count, device=device).repeat(batch, 1)
+
 
 def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
     """[B, N, D] tokens, [B, K] indices -> [B, K, D]."""
@@ -22,8 +30,8 @@ def descending_order(score: Tensor) -> Tensor:
 def ranks(score: Tensor) -> Tensor:
     """[B, N] int64: 0 for the highest score, N - 1 for the lowest."""
     order = descending_order(score)
-    places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
+    numbers = places(order[..., 0].numel(), order.shape[-1], order.device).view(order.shape)
+    return torch.empty_like(order).scatter_(-1, order, numbers)
 
 
 def keep_top(score: Tensor, budget: int) -> Tensor:

@@ -235,23 +235,23 @@ class Scorer(Reducer, ABC):
         return Reduction(keep_top(score, self.budget), score.shape[1])
 
 
-def by_row(reductions: Reductions, count: int, tokens: int) -> list[tuple[Reduction, int]] | None:
-    """(reduction, row in it) of every image, whether they share one reduction or have one each.
+def by_images(reductions: Reductions, count: int, tokens: int) -> list[tuple[Reduction, range]]:
+    """Each reduction and the images that it is of: all of them share one, or have one each; [] for None.
 
     Args:
         count: images.
         tokens: of each image; a reduction of another number comes from scores of other tokens.
     """
     if reductions is None:
-        return None
+        return []
     first = reductions if isinstance(reductions, Reduction) else reductions[0]
     if first.inputs != tokens:
         raise ValueError(f"the reduction is of {first.inputs} tokens, but each image has {tokens} here")
     if isinstance(reductions, Reduction):
-        return [(reductions, row) for row in range(count)]
+        return [(reductions, range(count))]
     if len(reductions) != count:
         raise ValueError(f"{count} images need as many reductions, got {len(reductions)}")
-    return [(reduction, 0) for reduction in reductions]
+    return [(reduction, range(row, row + 1)) for row, reduction in enumerate(reductions)]
 
 
 def seed_of(*parts: object) -> int:

@@ -5,16 +5,19 @@ The pipeline groups images by their number of visual tokens, so there is no padd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from llava.cached_tensors import made_once
 from llava.errors import unknown
-from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles, text_to_visual_attention
+from llava.reduction.decoder_attention import angles_of, attention_rows, layer_keys, text_to_visual_attention
 from llava.reduction.modules import Decoder, DecoderLayer
+from llava.reduction.ranking import places
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import PatchGrid
@@ -134,9 +137,8 @@ class PromptState(EncoderState):
             [B, T, H] embeddings and a mask [B, T] of the rows that exist.
         """
         sequence = self._prompts()
-        index, mask = row_index(sequence, text_spans(sequence, rows))
-        hidden = sequence.hidden
-        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])), mask
+        spans = text_spans(sequence, rows)
+        return at_spans(sequence.hidden, sequence, spans), row_index(sequence, spans)[1]
 
     def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor]:
         """Attention of text rows to the visual tokens at one decoder layer, softmax over the visual tokens alone.
@@ -153,15 +155,17 @@ class PromptState(EncoderState):
         sequence, llm, run_layers = self._prompts(), self.llm, self.run_layers
         assert llm is not None and run_layers is not None  # the pipeline sets them
         hidden = run_layers(layer) if contextual else sequence.hidden
-        index, mask = row_index(sequence, text_spans(sequence, rows))
-        text = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        visual = self.visual(hidden)
+        block, spans = llm.layers[layer], text_spans(sequence, rows)
+        normed = block.input_layernorm(hidden)
+        text, mask = at_spans(normed, sequence, spans), row_index(sequence, spans)[1]
+        visual = self.visual(normed)
         angles: tuple = (None, None)
         if rotary:
-            cos, sin = rotary_angles(llm, hidden, sequence.position)
-            pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
-            angles = ((pick(cos), pick(sin)), (self.visual(cos), self.visual(sin)))
-        block = llm.layers[layer]
+            cos, sin = angles_of(llm, sequence)
+            angles = (
+                (at_spans(cos, sequence, spans), at_spans(sin, sequence, spans)),
+                (self.visual(cos), self.visual(sin)),
+            )
         weights = text_to_visual_attention(block, text, visual, *angles)
         batch, count = text.shape[:2]
         self.flops += batch * attention_flops(block, count, visual.shape[1], visual.shape[1])
@@ -170,9 +174,23 @@ class PromptState(EncoderState):
 
 def at_members(tensor: Tensor, sequence: Sequence, members: Tensor) -> Tensor:
     """[B, N, ...] rows of `tensor` [B, L, ...] at indices [B, N] among the visual tokens of each prompt."""
-    starts = [sequence.padding(row) + start for row, (start, _) in enumerate(sequence.images)]
-    columns = members + torch.tensor(starts).to(members.device, non_blocking=True)[:, None]
+    first, _ = row_index(sequence, [(start, start + 1) for start, _ in sequence.images])
+    columns = members + first
     return tensor.gather(1, columns[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def at_spans(tensor: Tensor, sequence: Sequence, spans: Sequence_[Span]) -> Tensor:
+    """[B, T, ...] rows of `tensor` [B, L, ...] in one span per prompt; a shorter span ends with its last row again."""
+    (start, stop), *others = padded_spans(sequence, spans)
+    if start < stop and all(other == (start, stop) for other in others):
+        return tensor[:, start:stop]
+    index, _ = row_index(sequence, spans)
+    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def padded_spans(sequence: Sequence, spans: Sequence_[Span]) -> tuple[Span, ...]:
+    """The same spans as columns of the padded batch."""
+    return tuple((sequence.padding(s) + start, sequence.padding(s) + stop) for s, (start, stop) in enumerate(spans))
 
 
 def text_spans(sequence: Sequence, rows: str) -> list[Span]:
@@ -188,15 +206,17 @@ def text_spans(sequence: Sequence, rows: str) -> list[Span]:
     raise unknown("text rows", rows, ("question", "instruction", "after", "last", "visual"))
 
 
-def row_index(sequence: Sequence, spans: Collection[Span]) -> tuple[Tensor, Tensor]:
+def row_index(sequence: Sequence, spans: Sequence_[Span]) -> tuple[Tensor, Tensor]:
     """Columns [B, T] of spans of different length in the padded sequence, and a mask [B, T] of those that exist."""
+    return _padded_columns(padded_spans(sequence, spans), sequence.hidden.device)
+
+
+@made_once
+def _padded_columns(spans: tuple[Span, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Columns of spans, the last one again behind a shorter span, and a mask of those that exist."""
     longest = max(1, max(stop - start for start, stop in spans))
-    index, mask = [], []
-    for sample, (start, stop) in enumerate(spans):
-        first, count = sequence.padding(sample) + start, stop - start
-        index.append([first + min(i, max(count - 1, 0)) for i in range(longest)])
-        mask.append([i < count for i in range(longest)])
-    device = sequence.hidden.device
+    index = [[start + min(i, max(stop - start - 1, 0)) for i in range(longest)] for start, stop in spans]
+    mask = [[i < stop - start for i in range(longest)] for start, stop in spans]
     return torch.tensor(index).to(device, non_blocking=True), torch.tensor(mask).to(device, non_blocking=True)
 
 
@@ -250,16 +270,23 @@ class DecoderState(State):
         width = max(sequence.padding(s) + end for s, end in enumerate(ends))
         source = sequence if at == "next" else self.entered
         layer = self.llm.layers[self.layer - (at == "previous")]
-        pick = lambda t: t.gather(1, index[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
-        cos, sin = rotary_angles(self.llm, source.hidden, source.position)
+        angles = angles_of(self.llm, source) if rotary else None
         if at == "next":
-            angles = (cos[:, :width], sin[:, :width]) if rotary else None
-            keys = layer_keys(layer, source.hidden[:, :width], angles)
+            seen = None if angles is None else (angles[0][:, :width], angles[1][:, :width])
+            keys = layer_keys(layer, source.hidden[:, :width], seen)
         else:
             keys = self.keys[:, :, :width]
-        place = torch.arange(width, device=index.device)
-        allowed = (place <= index[..., None]) & sequence.valid()[:, None, :width]
-        weights = attention_rows(layer, pick(source.hidden), keys, allowed, (pick(cos), pick(sin)) if rotary else None)
+        own = None if angles is None else (at_spans(angles[0], sequence, spans), at_spans(angles[1], sequence, spans))
+        allowed = visible(sequence, index, width)
+        weights = attention_rows(layer, at_spans(source.hidden, sequence, spans), keys, allowed, own)
         self.flops += len(weights) * attention_flops(layer, index.shape[1], width, width if at == "next" else 0)
-        columns = [(sequence.padding(s) + a, sequence.padding(s) + b) for s, (a, b) in enumerate(sequence.images)]
+        columns = padded_spans(sequence, sequence.images)
+        if len(set(columns)) == 1:
+            return weights[..., slice(*columns[0])], mask
         return torch.stack([weights[s, :, :, a:b] for s, (a, b) in enumerate(columns)]), mask
+
+
+def visible(sequence: Sequence, index: Tensor, width: int) -> Tensor:
+    """[B, T, width] bool, the keys that rows at columns `index` [B, T] see: real tokens up to the row itself."""
+    upto = places(1, width, index.device) <= index[..., None]
+    return upto & sequence.valid()[:, None, :width] if sequence.padded else upto
