@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = {
         "scenario": args.scenario,
         "budget": args.budget,
-        "model": args.shape or args.model,
+        "model": args.shape or model.name,
         "distinct_layers": args.distinct if args.shape else None,
         "layers": model.spec.layers,
         "picture": model.conventions,

@@ -25,10 +25,10 @@ class Scenario:
 
 
 SCENARIOS = {
-    "latency": Scenario("the same question again, answers of 1, 16 and 128 tokens", (1, 16, 128), 5),
+    "latency": Scenario("the same question again", (1, 16, 128), 5),
     "single-stream": Scenario("one question after another, each about another image", (16,), 20, differ=True),
-    "offline": Scenario("all questions are there: the largest batch that fits", (16,), 3, largest=32),
-    "long-answer": Scenario("one question, an answer of 512 tokens", (512,), 3),
+    "offline": Scenario("growing batches, to the largest that fits", (16,), 3, largest=32),
+    "long-answer": Scenario("one question with a long answer", (512,), 3),
     "video": Scenario("one question about a video", (1, 16, 128), 5, video=True),
 }
 

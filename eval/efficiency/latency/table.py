@@ -33,12 +33,14 @@ def conditions(result: dict[str, Any]) -> str:
     """What was measured, where and how, in a sentence or two."""
     rows = [row for batch in result["batches"] for row in batch["methods"].values() if row["fits"]]
     kernels = " / ".join(sorted({", ".join(row["attention"]) for row in rows if row["attention"]})) or "unknown"
+    lengths = ", ".join(map(str, result["lengths"]))
+    answers = f"answers of {lengths} tokens" if lengths else "the prefill alone"
     distinct = f", {result['distinct_layers']} of them with their own weights" if result["distinct_layers"] else ""
     return (
         f"{result['model']}, budget {result['budget']}, {result['layers']} decoder layers{distinct}, "
         f"{result['dtype']}, {CLOCK_TEXT[result['clock']]}, "
         f"{result['device']} ({result['hardware']}), {result['threads']} threads; scenario {result['scenario']}: "
-        f"{SCENARIOS[result['scenario']].summary}; median of {result['repeats']} turns after a warm-up, methods in "
+        f"{SCENARIOS[result['scenario']].summary}, {answers}; median of {result['repeats']} turns after a warm-up, methods in "
         f"turns; attention kernel of every row, full too: {kernels}."
     )
 
