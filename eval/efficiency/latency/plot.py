@@ -26,9 +26,10 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         axes.barh(names, widths, left=left, color=colour, label=part, height=0.7)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, name in enumerate(names):
-        oracle = batch["methods"].get(rows[name]["oracle"] or "", {})
+        oracle, end = batch["methods"].get(rows[name]["oracle"] or "", {}), left[place]
         if oracle.get("fits"):
             label = "its oracle" if place == 0 or not axes.lines else None
+            end = max(end, 1000 * oracle["ttft"])
             axes.plot(
                 [1000 * oracle["ttft"]] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2, label=label
             )
@@ -36,7 +37,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         text = (
             "" if found is None or name == FULL else f" {found['ttft']:.2f}x, {100 * found['realised']:.0f} % realised"
         )
-        axes.text(left[place], place, text, va="center", fontsize=7.5)
+        axes.text(end, place, text, va="center", fontsize=7.5)
     axes.set_xlim(0, 1.3 * max(left))
     asked = "one question" if batch["batch_size"] == 1 else f"batches of {batch['batch_size']} questions"
     of = f"{result['model'].rpartition('/')[2]} at {result['budget']} tokens, {asked}"

@@ -40,8 +40,8 @@ def conditions(result: dict[str, Any]) -> str:
         f"{result['model']}, budget {result['budget']}, {result['layers']} decoder layers{distinct}, "
         f"{result['dtype']}, {CLOCK_TEXT[result['clock']]}, "
         f"{result['device']} ({result['hardware']}), {result['threads']} threads; scenario {result['scenario']}: "
-        f"{SCENARIOS[result['scenario']].summary}, {answers}; median of {result['repeats']} turns after a warm-up, methods in "
-        f"turns; attention kernel of every row, full too: {kernels}."
+        f"{SCENARIOS[result['scenario']].summary}, {answers}; median of {result['repeats']} turns after a warm-up, "
+        f"methods in turns; attention kernel of every row, full too: {kernels}."
     )
 
 
