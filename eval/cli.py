@@ -51,7 +51,7 @@ COMMANDS = {
     "bench latency": Command(
         "eval.efficiency.latency.__main__", "time, memory and operations of methods beside full (docs/efficiency.md)"
     ),
-    "bench growth": Command("eval.efficiency.growth", "how time and memory grow with visual tokens"),
+    "bench growth": Command("eval.efficiency.growth.__main__", "how time and memory grow with visual tokens"),
     "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
     "bench store": Command("eval.efficiency.store_cost", "what the answer store costs a run, without a model"),
     "bench scale": Command("eval.efficiency.scale", "questions per second against GPUs, on paper (docs/cluster.md)"),

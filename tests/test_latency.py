@@ -210,7 +210,14 @@ def test_the_result_counts_beside_the_oracle(result):
 
 def test_the_page_says_everything_and_json_can_hold_it(result):
     text = page(result)
-    for said in ("over oracle", "realised", "Batches of 2 questions", "beside oracle", "decode ms/token", "methods in"):
+    for said in (
+        "over oracle",
+        "realised",
+        "Batches of 2 questions",
+        "beside oracle",
+        "decode ms/token",
+        "methods in turns",
+    ):
         assert said in text
     json.dumps(result)
     assert runs([576, 576, 64]) == "576 x2, 64 x1" and runs([64, 64]) == "64"
