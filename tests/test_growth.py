@@ -48,14 +48,24 @@ def test_other_numbers_of_tokens_are_refused(tokens):
 
 
 def test_a_run_measures_fits_and_draws(tmp_path, capsys):
-    flags = ["--methods", "full,fastervlm", "--tokens", "256,512,768", "--batch-size", "1,2", "--budget", "32"]
+    """Also a method that takes tiles one by one only: `crops=global` was refused in the middle of a run."""
+    flags = [
+        "--methods",
+        "full,downsample,fastervlm",
+        "--tokens",
+        "256,512,768",
+        "--batch-size",
+        "1,2",
+        "--budget",
+        "32",
+    ]
     small = ["--width", "64", "--layers", "1", "--blocks", "2", "--repeats", "1", "--device", "cpu"]
     files = ["--json", str(tmp_path / "r" / "g.json"), "--plot", str(tmp_path / "r" / "g.png")]
     assert main([*flags, *small, *files]) == 0
     said = capsys.readouterr().out
     assert "quadratic at the end" in said and "batch 2" in said
     points = json.loads((tmp_path / "r" / "g.json").read_text())["points"]
-    assert [(p["method"], p["tokens"], p["batch"]) for p in points][-1] == ("fastervlm", 256, 2) and len(points) == 8
+    assert [(p["method"], p["tokens"], p["batch"]) for p in points][-1] == ("fastervlm", 256, 2) and len(points) == 12
     assert all(point["ttft"] > 0 for point in points)
     assert (tmp_path / "r" / "g.png").read_bytes().startswith(b"\x89PNG")
 

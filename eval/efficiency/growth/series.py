@@ -74,8 +74,12 @@ def model_of(tokens: int, size: Size, device: torch.device, dtype: str) -> Llava
 
 
 def reducer_of(name: str, budget: int, model: Llava) -> Reducer:
-    """The method with all tiles of an image as one view: it ranks all tokens together, its most expensive case."""
-    return registry.build(name, min(budget, model.visual_tokens), {"crops": "global"})
+    """The method with all tiles of an image as one view, its most expensive case, where it has that choice."""
+    keep = min(budget, model.visual_tokens)
+    try:
+        return registry.build(name, keep, {"crops": "global"})
+    except UserError:
+        return registry.build(name, keep)
 
 
 def measure_growth(
