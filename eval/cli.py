@@ -51,6 +51,7 @@ COMMANDS = {
     "bench latency": Command(
         "eval.efficiency.latency.__main__", "time, memory and operations of methods beside full (docs/efficiency.md)"
     ),
+    "bench peers": Command("eval.efficiency.peers.__main__", "this repository and another code in turns, and ratios"),
     "bench growth": Command("eval.efficiency.growth.__main__", "how time and memory grow with visual tokens"),
     "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
     "bench selection": Command("eval.efficiency.selection", "greedy choices beside their reference in torch"),
