@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llava.pipeline.kv_cache import ValidKeys, empty_cache
 from llava.pipeline.positions import next_position
 from llava.pipeline.sequence import Sequence
 from llava.reduction.decoder_attention import rotary_angles
@@ -31,6 +32,13 @@ def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, eager: bool) ->
     return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
+def step_mask(valid: Tensor, dtype: torch.dtype, eager: bool) -> Tensor:
+    """`causal_mask` for one query, the last key: [B, 1, 1, keys]. Nothing is computed unless attention is eager."""
+    if not eager:
+        return valid[:, None, None, :]
+    return causal_mask(valid, 1, dtype, eager)
+
+
 @dataclass
 class Prefilled:
     """State after prefill.
@@ -38,19 +46,21 @@ class Prefilled:
     Attributes:
         hidden: [B, 1, D] last hidden state of the last prompt token, before the final norm.
         cache: keys and values, one length per layer.
-        valid: per layer [B, keys] bool, or None where no sample is padded; layers of equal length share one tensor.
+        valid: per layer which keys are real, or None where no sample is padded; layers of equal length share one
+            object.
         next_position: per layer [B, 1] or [B, 1, 3], position id of the first generated token: one after the last
             position of that layer's prompt, so that decoding equals a longer prefill; layers of equal length share one
             tensor.
         lengths: per layer, the real length of each sample.
         visual: per layer, the visual tokens of each sample.
         kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens, on all ranks together.
-        kv_bytes_held: bytes of all key and value tensors after prefill, padding included, on all ranks together.
+        kv_bytes_held: bytes of the keys and values after prefill, padding included and the room for new tokens left out,
+            on all ranks together.
     """
 
     hidden: Tensor
     cache: DynamicCache
-    valid: list[Tensor | None]
+    valid: list[ValidKeys | None]
     next_position: list[Tensor]
     lengths: list[tuple[int, ...]] = field(default_factory=list)
     visual: list[tuple[int, ...]] = field(default_factory=list)
@@ -76,9 +86,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
         llm: layers and rotary_emb (a LlamaModel).
         stages: layers before which `reduce_at` is called; layer 0 is not one of them.
     """
-    # Without the configuration, which could set a sliding window; it is not applied, see the notes of
-    # llava.model.checkpoint.load.
-    cache, eager = DynamicCache(), _is_eager(llm)
+    cache, eager = empty_cache(), _is_eager(llm)
     valid, lengths, visual, following = [], [], [], []
     rotary = mask = known = entered = place = None
     for index, layer in enumerate(llm.layers):
@@ -87,7 +95,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
         if rotary is None:
             rotary = rotary_angles(llm, sequence.hidden, sequence.position)
             mask = _mask_of(sequence, eager)
-            known = sequence.valid() if sequence.padded else None
+            known = ValidKeys.of(sequence.valid()) if sequence.padded else None
             place = next_position(sequence.position)
         entered = sequence if index + 1 in stages else None
         hidden = layer(
@@ -124,18 +132,18 @@ def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
     eager = _is_eager(llm)
     places = {id(place): place for place in state.next_position}
     rotary = {key: rotary_angles(llm, token, place) for key, place in places.items()}
-    grown: dict[int, tuple[Tensor, Tensor]] = {}
+    masks: dict[int, Tensor] = {}
+    for known in {id(known): known for known in state.valid if known is not None}.values():
+        known.append()
+        masks[id(known)] = step_mask(known.columns, token.dtype, eager)
     hidden = token
     for index, layer in enumerate(llm.layers):
-        known, mask = state.valid[index], None
-        if known is not None:
-            if id(known) not in grown:
-                longer = torch.cat([known, known.new_ones(len(known), 1)], dim=1)
-                grown[id(known)] = (longer, causal_mask(longer, 1, hidden.dtype, eager))
-            state.valid[index], mask = grown[id(known)]
-        turned = rotary[id(state.next_position[index])]
         hidden = layer(
-            hidden, attention_mask=mask, position_embeddings=turned, past_key_values=state.cache, use_cache=True
+            hidden,
+            attention_mask=masks.get(id(state.valid[index])),
+            position_embeddings=rotary[id(state.next_position[index])],
+            past_key_values=state.cache,
+            use_cache=True,
         )
     moved = {key: place + 1 for key, place in places.items()}
     state.next_position = [moved[id(place)] for place in state.next_position]
