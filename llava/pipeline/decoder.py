@@ -54,8 +54,8 @@ class Prefilled:
         lengths: per layer, the real length of each sample.
         visual: per layer, the visual tokens of each sample.
         kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens, on all ranks together.
-        kv_bytes_held: bytes of the keys and values after prefill, padding included and the room for new tokens left out,
-            on all ranks together.
+        kv_bytes_held: bytes of all keys and values after prefill, with padding, without the room for new tokens, on
+            all ranks together.
     """
 
     hidden: Tensor

@@ -40,7 +40,8 @@ class RoomyLayer(DynamicLayer):
         stop = past + key_states.shape[-2]
         room = self._room
         if room is None or not self._fits(stop):
-            room = self._room = (self._larger(self.keys, key_states, past), self._larger(self.values, value_states, past))
+            keys, values = self._larger(self.keys, key_states, past), self._larger(self.values, value_states, past)
+            room = self._room = keys, values
         room[0].narrow(2, past, stop - past).copy_(key_states)
         room[1].narrow(2, past, stop - past).copy_(value_states)
         self._shown = room[0].narrow(2, 0, stop), room[1].narrow(2, 0, stop)
