@@ -140,6 +140,10 @@ def load_model(config: RunConfig) -> Any:
         zero=config.zero,
         **config.picture,
     )
+    if config.compile:
+        from llava.pipeline.compiled_step import CompiledStep
+
+        model.compiled_step = CompiledStep(model.llm)
     # With flip=SEED every question about a video draws anew whether it is mirrored.
     return model if "flip" in config.picture or not can_remember(model) else CachingLlava(model, RUN_BYTES)
 

@@ -79,6 +79,9 @@ class Llava:
     # Samples may hold llava.processing.video.Video in place of an image.
     takes_videos: bool = False
 
+    # llava.pipeline.compiled_step.CompiledStep, where decoding is compiled.
+    compiled_step: Callable[..., Tensor] | None = None
+
     # The learned vector after every row of stitched tiles; an image of one crop has none.
     newline: Tensor | None = None
 

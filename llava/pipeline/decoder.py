@@ -5,6 +5,7 @@ Each layer has its own key/value length and its own mask of valid keys.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ class Prefilled:
         kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens, on all ranks together.
         kv_bytes_held: bytes of all keys and values after prefill, with padding, without the room for new tokens, on
             all ranks together.
+        steps: tokens that `step` has fed.
+        fixed: the cache in rooms of fixed size, where decoding is compiled (llava/pipeline/compiled_step.py).
     """
 
     hidden: Tensor
@@ -66,6 +69,8 @@ class Prefilled:
     visual: list[tuple[int, ...]] = field(default_factory=list)
     kv_bytes: list[int] = field(default_factory=list)
     kv_bytes_held: int = 0
+    steps: int = 0
+    fixed: Any = None
 
 
 def _mask_of(sequence: Sequence, eager: bool) -> Tensor | None:
@@ -147,4 +152,5 @@ def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
         )
     moved = {key: place + 1 for key, place in places.items()}
     state.next_position = [moved[id(place)] for place in state.next_position]
+    state.steps += 1
     return hidden

@@ -42,6 +42,7 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
     model.refuse_images(samples)
     require(reducer, model.spec)
     timer, stop = Timer(model.device), model.stop
+    step = model.compiled_step or decoder.step
     state, record = prefill(model, samples, reducer, timer)
     written: list[list[int]] = [[] for _ in samples]
     ends = cache(partial(may_end_stop, model, stop))
@@ -68,7 +69,7 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
                 running.discard(sample)
         if not running or position + 1 == max_new_tokens:
             break
-        hidden = decoder.step(model.llm, state, model.llm.embed_tokens(token[:, None]))
+        hidden = step(model.llm, state, model.llm.embed_tokens(token[:, None]))
         token, checked = choose(model, hidden)
         steps += 1
     timer.mark("decode")
