@@ -140,8 +140,9 @@ def load_model(config: RunConfig) -> Any:
         zero=config.zero,
         **config.picture,
     )
+    model.shares_prefix = config.share_prefix
     if config.compile:
-        from llava.pipeline.compiled_step import CompiledStep
+        from llava.pipeline.faster.compiled_step import CompiledStep
 
         model.compiled_step = CompiledStep(model.llm)
     # With flip=SEED every question about a video draws anew whether it is mirrored.
@@ -169,6 +170,7 @@ def measured_under(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "batch_size": job.config.batch_size,
         "dtype": job.config.dtype,
+        **({"shared_prefix": True} if getattr(job.model, "shares_prefix", False) else {}),
         # The tower's output is kept between questions and, in a sweep, between runs; a batch says whether it used it.
         "remembered_features": getattr(job.model, "remembers_features", False),
     }

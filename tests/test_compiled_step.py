@@ -5,8 +5,9 @@ import torch
 
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.pipeline import compiled_step, decoder
-from llava.pipeline.compiled_step import CompiledStep
+from llava.pipeline import decoder
+from llava.pipeline.faster import compiled_step
+from llava.pipeline.faster.compiled_step import CompiledStep
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry

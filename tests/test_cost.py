@@ -140,6 +140,11 @@ def test_kept_tower_features_are_told():
     assert cost.notes([new]) == []
 
 
+def test_times_of_shared_beginnings_are_told():
+    (found,) = cost.notes([line(8, 0.1, shared_prefix=True), line(8, 0.1)])
+    assert found.startswith("Vision and TTFT of 1 of 2 batches are of prompts whose common beginning ran once")
+
+
 def test_ttft_is_of_batches_that_ran_the_tower():
     """A batch about images that are remembered has no vision time: its TTFT is nobody's."""
     known, new = line(8, 0.1, remembered_features=True), line(8, 0.3, remembered_features=False)

@@ -177,6 +177,11 @@ def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     found = list(dict.fromkeys(note for line in lines for note in line.get("notes", ())))
     if old := sum("preprocess" not in line for line in lines):
         found.append(f"Vision and TTFT of {old:,} of {len(lines):,} batches include preprocessing (earlier version).")
+    if shared := sum(bool(line.get("shared_prefix")) for line in lines):
+        found.append(
+            f"Vision and TTFT of {shared:,} of {len(lines):,} batches are of prompts whose common beginning ran once "
+            "(--share-prefix): no times of the method."
+        )
     if kept := sum(bool(line.get("remembered_features")) for line in lines):
         found.append(
             f"TTFT is of the {len(lines) - kept:,} of {len(lines):,} batches all of whose images were new."

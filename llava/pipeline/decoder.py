@@ -58,7 +58,7 @@ class Prefilled:
         kv_bytes_held: bytes of all keys and values after prefill, with padding, without the room for new tokens, on
             all ranks together.
         steps: tokens that `step` has fed.
-        fixed: the cache in rooms of fixed size, where decoding is compiled (llava/pipeline/compiled_step.py).
+        fixed: the cache in rooms of fixed size, where decoding is compiled (llava/pipeline/faster/compiled_step.py).
     """
 
     hidden: Tensor
@@ -80,7 +80,7 @@ def _mask_of(sequence: Sequence, eager: bool) -> Tensor | None:
     return causal_mask(sequence.valid(), sequence.hidden.shape[1], sequence.hidden.dtype, eager)
 
 
-def _is_eager(llm: nn.Module) -> bool:
+def is_eager(llm: nn.Module) -> bool:
     return llm.config._attn_implementation == "eager"
 
 
@@ -91,7 +91,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
         llm: layers and rotary_emb (a LlamaModel).
         stages: layers before which `reduce_at` is called; layer 0 is not one of them.
     """
-    cache, eager = empty_cache(), _is_eager(llm)
+    cache, eager = empty_cache(), is_eager(llm)
     valid, lengths, visual, following = [], [], [], []
     rotary = mask = known = entered = place = None
     for index, layer in enumerate(llm.layers):
@@ -125,7 +125,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
 
 def run_layers(llm: nn.Module, sequence: Sequence, count: int) -> Tensor:
     """Hidden states [B, L, D] after the first `count` layers, without a cache; for contextual text attention."""
-    rotary, mask = rotary_angles(llm, sequence.hidden, sequence.position), _mask_of(sequence, _is_eager(llm))
+    rotary, mask = rotary_angles(llm, sequence.hidden, sequence.position), _mask_of(sequence, is_eager(llm))
     hidden = sequence.hidden
     for layer in llm.layers[:count]:
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
@@ -134,7 +134,7 @@ def run_layers(llm: nn.Module, sequence: Sequence, count: int) -> Tensor:
 
 def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
     """Feed one embedded token per sample, [B, 1, D] -> [B, 1, D], growing every layer's cache by one."""
-    eager = _is_eager(llm)
+    eager = is_eager(llm)
     places = {id(place): place for place in state.next_position}
     rotary = {key: rotary_angles(llm, token, place) for key, place in places.items()}
     masks: dict[int, Tensor] = {}
