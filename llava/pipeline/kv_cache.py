@@ -8,6 +8,7 @@ Read: transformers 5.23.0, cache_utils.py (DynamicLayer, whose contract this kee
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 BLOCK = 32  # columns of room that are added at once
+CUT = 8  # columns that are cut out of the room at once
 
 
 class RoomyLayer(DynamicLayer):
@@ -29,47 +31,63 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self._room: tuple[Tensor, Tensor] | None = None
         self._shown: tuple[Tensor, Tensor] | None = None
+        self._columns: list[tuple[Tensor, Tensor]] = []  # of the next tokens, the last one first
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, Hkv, new, d]; returns those of all tokens."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             return super().update(key_states, value_states, *args, **kwargs)  # gradients forbid writing in place
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past = self.get_seq_length()
-        stop = past + key_states.shape[-2]
-        room = self._room
-        if room is None or not self._fits(stop):
-            keys, values = self._larger(self.keys, key_states, past), self._larger(self.values, value_states, past)
-            room = self._room = keys, values
-        room[0].narrow(2, past, stop - past).copy_(key_states)
-        room[1].narrow(2, past, stop - past).copy_(value_states)
-        self._shown = room[0].narrow(2, 0, stop), room[1].narrow(2, 0, stop)
-        self.keys, self.values = self._shown
+        past, new = self.get_seq_length(), key_states.shape[-2]
+        if new == 1 and self._fits(past):
+            key, value = self._columns.pop()
+            key.copy_(key_states)
+            value.copy_(value_states)
+        else:
+            self._room = with_room(self.keys, key_states, past), with_room(self.values, value_states, past)
+            self._columns = []
+        assert self._room is not None
+        self.keys, self.values = self._room[0].narrow(2, 0, past + new), self._room[1].narrow(2, 0, past + new)
+        self._shown = self.keys, self.values
         return self._shown
 
-    def _fits(self, stop: int) -> bool:
-        """Whether columns up to `stop` can be written where the others are.
+    def _fits(self, past: int) -> bool:
+        """Whether a column can be written behind `past` others, where they are; it is then among `_columns`.
 
-        They cannot after a call that replaced `keys` and `values` (a beam search reorders them), or outside of the
+        It cannot after a call that replaced `keys` and `values` (a beam search reorders them), or outside of the
         inference mode in which the memory was made.
         """
-        assert self._room is not None and self._shown is not None
-        own = self.keys is self._shown[0] and self.values is self._shown[1]
-        writable = torch.is_inference_mode_enabled() or not self._room[0].is_inference()
-        return own and writable and stop <= self._room[0].shape[2]
-
-    @staticmethod
-    def _larger(present: Tensor, new: Tensor, past: int) -> Tensor:
-        """Memory for the columns so far, the new ones and a block, with the columns so far in it."""
-        room = new.new_empty(*new.shape[:2], past + new.shape[2] + BLOCK, new.shape[3])
-        if past:
-            room.narrow(2, 0, past).copy_(present)
-        return room
+        if self._room is None or self._shown is None:
+            return False
+        keys, values = self._room
+        if self.keys is not self._shown[0] or self.values is not self._shown[1] or past == keys.shape[2]:
+            return False
+        if not torch.is_inference_mode_enabled() and keys.is_inference():
+            return False
+        if not self._columns:
+            # One call for several tokens: on a GPU short steps wait for the host.
+            count = min(CUT, keys.shape[2] - past)
+            ahead = [rows.narrow(2, past, count).split(1, 2) for rows in (keys, values)]
+            self._columns = list(zip(*ahead, strict=True))[::-1]
+        return True
 
     def reset(self) -> None:
         super().reset()
-        self._room = self._shown = None
+        self._room, self._shown, self._columns = None, None, []
+
+
+def with_room(present: Tensor, new: Tensor, past: int) -> Tensor:
+    """[B, Hkv, past + new + BLOCK, d]: the columns so far, the new ones, and room.
+
+    Args:
+        present: [B, Hkv, past, d], not read where `past` is 0.
+    """
+    room = new.new_empty(*new.shape[:2], past + new.shape[2] + BLOCK, new.shape[3])
+    if past:
+        room.narrow(2, 0, past).copy_(present)
+    room.narrow(2, past, new.shape[2]).copy_(new)
+    return room
 
 
 def empty_cache() -> DynamicCache:
