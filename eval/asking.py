@@ -139,7 +139,8 @@ def ask(job: Job, sink: Sink, pending: Sequence[Question], progress: Progress, r
     seal = seal_of(job.settings)
     conditions = measured_under(job) | {"run": job.started, "rank": rank.number}
     room, failures = Room(), Failures(sink, rank, job.started)
-    pending = asking_order(job.planned, pending, job.model)
+    reduced = bool(getattr(job.reducer, "acts_in", True))
+    pending = asking_order(job.planned, pending, job.model, reduced)
     with ReadAhead(job) as images:
         for questions, batch in images.batches(claimed(pending, job.config.batch_size, rank)):
             rank.report(ASKING, [question.id for question in questions])

@@ -25,15 +25,21 @@ READERS = 4  # threads that read images
 HELD_BYTES = 256 << 20  # of images that were read, beside those of the batches under way
 
 
-def asking_order(planned: "Sequence[Question]", pending: "Sequence[Question]", model: Any) -> "list[Question]":
+def asking_order(
+    planned: "Sequence[Question]", pending: "Sequence[Question]", model: Any, reduced: bool = True
+) -> "list[Question]":
     """The pending questions in the order in which they are asked.
 
     Args:
         planned: all questions of the run, whose windows are those of the benchmark.
         model: counts the tokens of a text. One without a tokenizer leaves the order as it is, and so does one that
             draws random numbers image by image (Video-LLaVA with flip=SEED).
+        reduced: the method acts on visual tokens. Where it does not, prompts that share their beginnings do so with
+            those about the same image, which stand together in the benchmark's order.
     """
     if getattr(getattr(model, "video_processor", None), "flip", None) is not None:
+        return list(pending)
+    if getattr(model, "shares_prefix", False) and not reduced:
         return list(pending)
     places = {question.id: place for place, question in enumerate(planned)}
     tokenizer = getattr(model, "tokenizer", None)

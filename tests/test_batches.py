@@ -65,6 +65,13 @@ def test_a_model_that_draws_per_image_is_asked_in_the_benchmarks_order():
     assert asking_order(planned, planned, model) == planned
 
 
+def test_prompts_that_share_whole_images_stay_with_their_image():
+    model, planned = Words(), questions([3, 1, 2])
+    model.shares_prefix = True
+    assert asking_order(planned, planned, model, reduced=False) == planned
+    assert names(asking_order(planned, planned, model)) == ["1", "2", "0"]
+
+
 class Counting(Folder):
     """Notes what is opened."""
 
@@ -161,6 +168,14 @@ def test_remembered_images_and_images_read_ahead_change_no_answer(toy, plain, tm
     result = run(config(tmp_path, batch_size=size), CachingLlava(toy))
     assert answers(tmp_path) == plain
     assert result["timing"]["batch"]["median_ms"]["vision"] > 0
+
+
+def test_shared_beginnings_change_no_answer(toy, plain, tmp_path):
+    model = CachingLlava(toy)
+    model.shares_prefix = True
+    result = run(config(tmp_path, batch_size=8), model)
+    assert answers(tmp_path) == plain
+    assert any("common beginning" in remark for remark in result["remarks"])
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(toy, plain, tmp_path, monkeypatch):
