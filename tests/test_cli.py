@@ -45,7 +45,7 @@ def test_arguments_and_exit_code_pass_through(monkeypatch):
 
 @pytest.mark.parametrize("second", ([], ["latency"]))
 def test_bench_is_short_for_bench_latency(monkeypatch, second):
-    monkeypatch.setattr(importlib.import_module("eval.efficiency.latency"), "main", lambda: 0)
+    monkeypatch.setattr(importlib.import_module("eval.efficiency.latency.__main__"), "main", lambda: 0)
     assert cli.main(["bench", *second, "--budget", "64"]) == 0
     assert sys.argv == ["vtr bench latency", "--budget", "64"]
 

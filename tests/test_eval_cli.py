@@ -18,7 +18,7 @@ from eval import benchmarks, score
 from eval import job as job_module
 from eval.benchmarks.prompts import LETTER, SHORT, VIZ, split_suffix
 from eval.config import RunConfig, method_options, options_by_method
-from eval.efficiency.latency import reducers_of
+from eval.efficiency.latency.methods import reducers_of
 from eval.results import cost, provenance
 from eval.run import run
 from llava.errors import UserError

@@ -1,15 +1,9 @@
-"""Sweeps, tables and the latency benchmark on the tiny random model."""
-
-import argparse
+"""Sweeps and tables on the tiny random model."""
 
 import pytest
-import torch
 
 from eval import job as job_module
 from eval import outcomes
-from eval.efficiency import latency
-from eval.efficiency.latency import Measured, Measurements, chosen_options, ratios, run, table
-from eval.efficiency.shapes import SHAPES, random_llava
 from eval.papers import spec
 from eval.results.statistics import Interval
 from eval.sweep import CachingLlava, Setting, sweep
@@ -17,7 +11,6 @@ from eval.tables.common import changed, defaults, is_default
 from eval.tables.page import insert, latex, markdown
 from eval.tables.plots import accuracy_plot
 from llava.errors import UserError
-from llava.model.checkpoint.original_layout import CLIP_L_336
 from llava.pipeline.generate import generate
 from llava.reduction import registry
 from tests.conftest import picture, samples
@@ -134,151 +127,6 @@ def test_the_plot_is_written(tmp_path):
     curves = {name: {64: Interval(80, 78, 82), 32: Interval(70, 68, 72)} for name in ("a", "b")}
     accuracy_plot(tmp_path / "p.png", Interval(90, 89, 91), curves, 576)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_signals_in_the_tower_count_as_selection():
-    full = Measured({"vision": 1.0, "selection": 0.0, "prefill": 8.0}, 400, 1500, 7)
-    ours = Measured({"vision": 1.5, "selection": 0.5, "prefill": 2.0}, 100, 500, 7)
-    found = ratios(full, ours)
-    assert (found["ttft"], found["prefill"], found["kv_bytes"], found["flops"]) == (9 / 4, 4, 4, 3)
-    assert found["selection share of ttft"] == 0.5 / 4 and found["selection and signals share of ttft"] == 1 / 4
-
-
-def test_latency_compares_with_full_in_one_process(tiny_path):
-    args = argparse.Namespace(
-        method="consensusdrop", budget=4, set=[], model=str(tiny_path), shape=None, distinct=4, dtype="float32",
-        device="cpu", batch_size=2, repeats=2, threads=0, measurements=None, layers=None, picture=[],
-    )  # fmt: skip
-    result = run(args)
-    # Per layer 4 of 16 visual tokens; both hold the same text.
-    full, reduced = result["methods"]["full"], result["methods"]["consensusdrop"]
-    text = full["kv_bytes"] - reduced["kv_bytes"]
-    assert text == 2 * 4 * 12 * 2 * 2 * 16 * 4, (
-        "samples x layers x dropped tokens x (keys, values) x heads x width x bytes"
-    )
-    assert reduced["flops"] < full["flops"]
-    assert "faster than full" in table(result)
-
-
-def test_random_model_has_the_real_shape(monkeypatch):
-    """Built here at a fraction of the size; the numbers in SHAPES are the official configuration's."""
-    assert SHAPES["llava-1.5-7b"]["text"]["intermediate_size"] == 11008
-    vision, text = CLIP_L_336, SHAPES["llava-1.5-7b"]["text"]
-    heads = {"num_attention_heads": 2}
-    small = {
-        "family": "llava",
-        "vision": {**vision, **heads, "hidden_size": 32, "intermediate_size": 64},
-        "text": {**text, **heads, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 96},
-    }
-    monkeypatch.setitem(SHAPES, "small", small)
-    model = random_llava("small", 3, "float32")
-    layers = model.llm.layers
-    assert model.visual_tokens == 576 and len(layers) == 32
-    # Full depth, three layers' weights: the others share them and keep their own place in the cache.
-    assert [layer.self_attn.layer_idx for layer in layers] == list(range(32))
-    assert len({layer.mlp.up_proj.weight.data_ptr() for layer in layers}) == 3
-    for method in ("full", "trim"):
-        reducer = registry.build(method, 576 if method == "full" else 64)
-        answers = generate(model, samples(1), reducer, max_new_tokens=2).answers
-        assert answers[0].accounting.mean == reducer.budget
-
-
-def test_random_next_has_tiles_and_as_many_layers_as_asked(monkeypatch):
-    """The shape of the speed benchmark at a fraction of the size: 2,880 tokens in the papers' convention."""
-    text = {**SHAPES["llava-next-mistral-7b"]["text"], "hidden_size": 64, "intermediate_size": 96}
-    vision = {
-        **CLIP_L_336,
-        "num_attention_heads": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-    }
-    small = {
-        "family": "llava_next",
-        "vision": vision,
-        "text": {**text, "num_attention_heads": 8, "num_key_value_heads": 2},
-    }
-    monkeypatch.setitem(SHAPES, "small", small)
-    model = random_llava("small", None, "float32", 2, merge="spatial", force=(672, 672))
-    assert len(model.llm.layers) == 2 and model.visual_tokens == 2880
-    (answer,) = generate(model, samples(1), registry.build("fastervlm", 320), max_new_tokens=1).answers
-    assert answer.accounting.mean == 320 and answer.accounting.visual_tokens == 2880
-
-
-def test_measurements_are_kept_and_belong_to_their_settings(tmp_path):
-    """An interrupted benchmark continues from its file; a file under other settings is refused and left as it is."""
-    path, row = tmp_path / "measured.jsonl", {"seconds": {"prefill": 1.0}}
-    Measurements(path, {"budget": 64}).add(0, "full", row)
-    assert Measurements(path, {"budget": 64}).found == {(0, "full"): row}
-    before = path.read_text()
-    with pytest.raises(UserError, match="other settings"):
-        Measurements(path, {"budget": 32})
-    assert path.read_text() == before
-
-
-def test_latency_takes_options_with_and_without_the_method():
-    """`python -m eval` takes --set METHOD.KEY=VALUE; latency once took KEY=VALUE alone."""
-    one = {"consensusdrop": {"alpha": "0.5"}}
-    assert chosen_options(["alpha=0.5"], ["consensusdrop"]) == one
-    assert chosen_options(["consensusdrop.alpha=0.5"], ["consensusdrop"]) == one
-    assert chosen_options(["consensusdrop.alpha=0.5"], ["all"]) == one
-    assert chosen_options(["consensusdrop.alpha=0.5"], ["consensusdrop", "visionzip"]) == one
-    both = {"fastv": {"layer": "3"}, "dart": {"layer": "3"}}
-    assert chosen_options(["layer=3"], ["fastv", "dart"]) == both
-
-
-@pytest.mark.parametrize(
-    ("settings", "methods", "message"),
-    [
-        (["alpha=1"], ["all"], "names no method"),
-        (["visionzip.alpha=1"], ["consensusdrop"], "for method 'visionzip'"),
-        (["alpha=1", "consensusdrop.alpha=2"], ["consensusdrop"], "given twice"),
-        (["alpha"], ["consensusdrop"], "should look like"),
-    ],
-)
-def test_latency_refuses_options_that_would_go_nowhere(settings, methods, message):
-    """With --method all, options were silently dropped."""
-    with pytest.raises(UserError, match=message):
-        chosen_options(settings, methods)
-
-
-def test_latency_puts_random_weights_on_the_device(monkeypatch):
-    """`--shape ... --device cuda` ignored the device and timed the CPU."""
-    placed = []
-
-    def build(*_, device, **__):
-        placed.append(device)
-        raise UserError("built")
-
-    monkeypatch.setattr(latency, "random_llava", build)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    arguments = ["--method", "full", "--budget", "64", "--shape", "llava-1.5-7b", "--device"]
-    assert latency.main([*arguments, "cuda"]) == 2
-    assert [device.type for device in placed] == ["cuda"]
-
-
-def test_latency_refuses_a_device_that_is_not_there(monkeypatch, capsys):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    arguments = ["--method", "full", "--budget", "64", "--shape", "llava-1.5-7b", "--device"]
-    assert latency.main([*arguments, "cuda"]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
-    assert latency.main([*arguments, "gpu0"]) == 2
-    assert "got 'gpu0'" in capsys.readouterr().err
-
-
-def test_random_weights_are_on_their_device(monkeypatch):
-    """Shared decoder layers stay shared after the model has moved; "meta" stands for another device here."""
-    text = {**SHAPES["llava-1.5-7b"]["text"], "hidden_size": 64, "intermediate_size": 96}
-    small = {
-        "family": "llava",
-        "vision": {**CLIP_L_336, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64},
-        "text": {**text, "num_attention_heads": 2, "num_key_value_heads": 2},
-    }
-    monkeypatch.setitem(SHAPES, "small", small)
-    model = random_llava("small", 2, "float32", 5, device=torch.device("meta"))
-    assert {weight.device.type for weight in model.hf_model.parameters()} == {"meta"} == {model.device.type}
-    assert len({id(layer.mlp.up_proj.weight) for layer in model.llm.layers}) == 2
 
 
 def test_a_setting_that_was_interrupted_after_a_failure_goes_on(tiny, tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from eval.efficiency.shapes import VICUNA_7B, VICUNA_13B, YI_34B
+from eval.efficiency.shapes import QWEN_25_7B, QWEN_25_VISION, VICUNA_7B, VICUNA_13B, YI_34B
 from llava.model.builder import FAMILIES
 from llava.model.checkpoint.hf_model import HF_CLASSES
 from llava.model.checkpoint.identify import Family, Kind
@@ -17,27 +17,6 @@ from llava.model.multimodal_encoder.languagebind import VIDEO_FRAMES
 from llava.processing.anyres import parse_pinpoints
 from llava.processing.clip_image import ImageProcessor
 from llava.processing.qwen_image import QwenImageProcessor
-
-QWEN_25_7B: dict[str, Any] = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "max_position_embeddings": 128000,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-}
-QWEN_25_VISION: dict[str, Any] = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "out_hidden_size": 3584,
-    "patch_size": 14,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
 
 # Family, and the parts of config.json that decide sizes, from the official files.
 MODELS: dict[str, tuple[Family, dict[str, Any]]] = {

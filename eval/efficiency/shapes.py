@@ -6,25 +6,22 @@ from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPTextConfig,
-    LlamaModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPTextConfig, LlamaModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llava.model.builder import DTYPES
+from llava.model.checkpoint.hf_model import HF_CLASSES, VideoLlavaWithTime
 from llava.model.checkpoint.load import Checkpoint
-from llava.model.checkpoint.original_layout import CLIP_L_336
+from llava.model.checkpoint.original_layout import CLIP_L_336, LANGUAGEBIND
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
+from llava.model.multimodal_encoder.languagebind import VIDEO_FRAMES
+from llava.model.qwen_vl import QwenVL
+from llava.model.video_llava import VideoLlava
 from llava.processing.clip_image import ImageProcessor
+from llava.processing.qwen_image import QwenImageProcessor
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, words: int = 32064) -> dict[str, Any]:
@@ -44,6 +41,27 @@ VICUNA_13B = _llama(5120, 13824, 40, 40, 40)
 MISTRAL_7B = _llama(4096, 14336, 32, 32, 8)
 YI_34B = _llama(7168, 20480, 60, 56, 8, 64064)
 
+QWEN_25_7B: dict[str, Any] = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 128000,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}
+QWEN_25_VISION: dict[str, Any] = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "patch_size": 14,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
 # Sizes from the official config.json files. Mistral's decoder is Llama's with fewer key heads.
 SHAPES: dict[str, dict[str, Any]] = {
     "llava-1.5-7b": {"family": "llava", "text": VICUNA_7B},
@@ -52,6 +70,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llava-next-mistral-7b": {"family": "llava_next", "text": MISTRAL_7B},
     "llava-next-13b": {"family": "llava_next", "text": VICUNA_13B},
     "llava-next-34b": {"family": "llava_next", "text": YI_34B},
+    "video-llava-7b": {"family": "video_llava", "text": VICUNA_7B, "vision": LANGUAGEBIND},
+    "qwen2.5-vl-7b": {"family": "qwen2_5_vl", "text": QWEN_25_7B, "vision": QWEN_25_VISION},
 }
 
 
@@ -86,27 +106,51 @@ def random_llava(
     """
     device = device or torch.device("cpu")
     sizes = SHAPES[shape]
+    family, vision = sizes["family"], sizes.get("vision", CLIP_L_336)
     layers = layers or sizes["text"]["num_hidden_layers"]
-    of_next = sizes["family"] == "llava_next"
-    vision = sizes.get("vision", CLIP_L_336)
-    settings: dict[str, Any] = {
-        "text_config": {**sizes["text"], "num_hidden_layers": min(distinct or layers, layers)},
-        "vision_config": vision,
-        "image_token_index": 32000,
-    }
-    config = LlavaNextConfig(**settings) if of_next else LlavaConfig(**settings)
+    text = {**sizes["text"], "num_hidden_layers": min(distinct or layers, layers)}
+    model = hf_model(family, {"text_config": text, "vision_config": vision}, DTYPES[dtype], device)
+    share_layers(model.model.language_model, layers)
+    video, qwen = family == "video_llava", family == "qwen2_5_vl"
+    checkpoint = Checkpoint(
+        model=model,
+        tokenizer=_letters(),
+        image_processor=QwenImageProcessor() if qwen else ImageProcessor(vision["image_size"], vision["image_size"]),
+        conversation="qwen2_vl" if qwen else "vicuna_v1",
+        name=f"random {shape}",
+        layout="original",
+        vision_tower_source="random weights",
+        text_tower=None if qwen else "random weights",
+        notes=(),
+        vocabulary=min(sizes["text"]["vocab_size"], 152000 if qwen else 32000),
+        family=family,
+        video_conversation="llava_v1" if video else None,
+        frames=VIDEO_FRAMES if video else 0,
+        temporal=video,
+    )
+    return RUNTIME[family](checkpoint, device, **conventions)
+
+
+def hf_model(family: str, parts: dict[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The HF model of a family with random weights.
+
+    Args:
+        parts: "text_config" and "vision_config", fields of config.json.
+    """
+    placeholder = {} if family == "qwen2_5_vl" else {"image_token_index": 32000}
+    config: PretrainedConfig = HF_CLASSES[family].config_class(**parts, **placeholder)
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype])
+    torch.set_default_dtype(dtype)
     try:
-        with no_init_weights():
-            model = container(config).eval()
+        with no_init_weights(), torch.device(device):
+            made = VideoLlavaWithTime(config, VIDEO_FRAMES) if family == "video_llava" else HF_CLASSES[family](config)
     finally:
         torch.set_default_dtype(before)
     # One repeated block of noise: drawing a billion weights takes a minute.
-    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(DTYPES[dtype])
+    block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in made.named_parameters():
             if weight.dim() == 1 and name.endswith("weight"):
                 weight.fill_(1.0)
                 continue
@@ -114,31 +158,7 @@ def random_llava(
             for start in range(0, flat.numel(), block.numel()):
                 part = flat[start : start + block.numel()]
                 part.copy_(block[: part.numel()])
-    model.to(device)
-    share_layers(model.model.language_model, layers)
-    checkpoint = Checkpoint(
-        model=model,
-        tokenizer=_letters(),
-        image_processor=ImageProcessor(vision["image_size"], vision["image_size"]),
-        conversation="vicuna_v1",
-        name=f"random {shape}",
-        layout="transformers",
-        vision_tower_source="random weights",
-        text_tower="random weights",
-        notes=(),
-        vocabulary=32000,
-        family=sizes["family"],
-    )
-    return (RandomNext if of_next else RandomLlava)(checkpoint, device, **conventions)
-
-
-def container(
-    config: LlavaConfig | LlavaNextConfig,
-) -> LlavaForConditionalGeneration | LlavaNextForConditionalGeneration:
-    """The HF model of a configuration."""
-    if isinstance(config, LlavaNextConfig):
-        return LlavaNextForConditionalGeneration(config)
-    return LlavaForConditionalGeneration(config)
+    return made.eval()
 
 
 class RandomClip(Llava):
@@ -162,6 +182,18 @@ class RandomLlava(RandomClip):
 
 class RandomNext(RandomClip, LlavaNext):
     pass
+
+
+class RandomVideo(RandomClip, VideoLlava):
+    pass
+
+
+RUNTIME: dict[str, type[Llava]] = {
+    "llava": RandomLlava,
+    "llava_next": RandomNext,
+    "video_llava": RandomVideo,
+    "qwen2_5_vl": QwenVL,
+}
 
 
 def share_layers(llm: LlamaModel, layers: int) -> None:

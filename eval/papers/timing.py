@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from eval.answers.source_hash import answer_sources, combined
-from eval.efficiency.latency import Measurements, measure
+from eval.efficiency.latency.measure import measure
+from eval.efficiency.latency.measurements import Measurements
 from eval.papers.plan import Line, Where, split_of
 from eval.papers.spec import Column
 from eval.results.provenance import hardware
@@ -60,12 +61,12 @@ def times_of(
     }
     if path.is_file() and json.loads(path.read_text().partition("\n")[0]) != settings:
         path.unlink()  # of another model, machine or code
-    found = measure(unwrapped(model), reducers, [sample], repeats, Measurements(path, settings))
+    found = measure(unwrapped(model), reducers, lambda turn: [sample], repeats, Measurements(path, settings))
     about = (
         f"TTFT: median of {repeats} prefills of one question after a warm-up, methods in turns in one process, "
         f"on {device} ({hardware(device)}), {where.place.dtype}."
     )
-    return {int(name): Time(one.ttft, about) for name, one in found.items()}
+    return {int(name): Time(one.ttft, about) for name, one in found.items() if one is not None}
 
 
 def unwrapped(model: Llava) -> Llava:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.efficiency.latency import QUESTION, measure, noise
+from eval.efficiency.latency.measure import measure
+from eval.efficiency.latency.questions import QUESTION, noise
 from eval.results import cost
 from eval.results.statistics import LEVEL, Comparison, Interval, all_pairs
 from eval.sweep import CachingLlava, Credits, Setting, credits_of, folder_of, sweep
@@ -102,8 +103,9 @@ def times(found: Sequence[Setting], model: Llava, repeats: int) -> list[float]:
     reducers = {
         str(i): registry.build(s.method, s.budget or model.visual_tokens, s.options) for i, s in enumerate(found)
     }
-    measured = measure(model, reducers, [Sample("s", QUESTION, image=noise(0))], repeats)
-    return [measured[str(i)].ttft for i in range(len(found))]
+    question = [Sample("s", QUESTION, image=noise(0))]
+    measured = measure(model, reducers, lambda turn: question, repeats)
+    return [math.nan if (one := measured[str(i)]) is None else one.ttft for i in range(len(found))]
 
 
 def verdicts(cells: dict[str, Cell], groups: dict[str, str]) -> dict[tuple[str, str], Comparison]:

@@ -79,6 +79,12 @@ class Llava:
     # Samples may hold llava.processing.video.Video in place of an image.
     takes_videos: bool = False
 
+    # llava.pipeline.faster.compiled_step.CompiledStep, where decoding is compiled.
+    compiled_step: Callable[..., Tensor] | None = None
+
+    # What the prompts of a batch have in common at their beginning runs once (llava/pipeline/faster/shared_prefix.py).
+    shares_prefix: bool = False
+
     # The learned vector after every row of stitched tiles; an image of one crop has none.
     newline: Tensor | None = None
 

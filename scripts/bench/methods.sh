@@ -8,4 +8,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 budget=${1:-64}
 [ $# -gt 0 ] && shift
 exec python -m eval.efficiency.latency --method all --budget "$budget" --shape llava-1.5-7b --dtype bfloat16 --repeats 3 \
-  --measurements "results/bench/methods-$budget.jsonl" "$@"
+  --lengths 0 --no-oracle --no-counts --measurements "results/bench/methods-$budget.jsonl" "$@"

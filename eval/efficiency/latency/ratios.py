@@ -1,0 +1,69 @@
+"""What a method gains and costs, beside `full` and beside its oracle."""
+
+from dataclasses import dataclass
+from statistics import median
+
+from eval.efficiency.latency.counts import Counts
+from eval.efficiency.latency.measure import Measured
+
+SPREAD = 1.25  # a quarter of the turns apart: the machine was busy
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """docs/efficiency.md defines each.
+
+    Attributes:
+        ttft: time to first token of full over that of the method.
+        decode: seconds per token, likewise; None without decoding.
+        end_to_end: output length -> seconds of full over those of the method.
+        flops: operations of full over those of the method.
+        realised: `ttft` / `flops`, the share of the theoretical speed-up that was measured.
+        over_oracle: time to first token over that of the oracle with the same tokens, less 1; the price of choosing.
+        selection: selection and merging as a share of the time to first token.
+        with_scores: the same with what the tower takes longer than for full, since scores are computed beside it.
+        kv_bytes: of full over those of the method.
+        peak: highest memory of the method over that of full.
+        calm: slowest over fastest turn is below 1.25 for the method and for full.
+    """
+
+    ttft: float
+    decode: float | None
+    end_to_end: dict[int, float]
+    flops: float
+    realised: float
+    over_oracle: float | None
+    selection: float
+    with_scores: float
+    kv_bytes: float
+    peak: float
+    calm: bool
+
+
+def ratios(
+    full: Measured,
+    ours: Measured,
+    counts: tuple[Counts, Counts] | None = None,
+    oracle: Measured | None = None,
+) -> Ratios:
+    """The ratios of a method.
+
+    Args:
+        counts: of full and of the method; without them operations are those of the closed formula.
+        oracle: measured in the same turns.
+    """
+    most, least = (counts[0].flops, counts[1].flops) if counts else (full.flops, ours.flops)
+    faster, choosing = full.ttft / ours.ttft, ours.seconds["selection"] + ours.seconds["merging"]
+    return Ratios(
+        ttft=faster,
+        decode=None if not (full.decode and ours.decode) else full.decode / ours.decode,
+        end_to_end={length: median(full.end_to_end[length]) / median(own) for length, own in ours.end_to_end.items()},
+        flops=most / least,
+        realised=faster * least / most,
+        over_oracle=None if oracle is None else ours.ttft / oracle.ttft - 1,
+        selection=choosing / ours.ttft,
+        with_scores=(choosing + max(0.0, ours.seconds["vision"] - full.seconds["vision"])) / ours.ttft,
+        kv_bytes=full.kv_bytes / ours.kv_bytes,
+        peak=ours.peak_bytes / full.peak_bytes,
+        calm=all(max(one.ttfts, default=1) < SPREAD * min(one.ttfts, default=1) for one in (full, ours)),
+    )

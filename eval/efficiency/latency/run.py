@@ -1,0 +1,134 @@
+"""One run of the protocol: measure, count, hold the gate, and put everything into one result."""
+
+import argparse
+import dataclasses
+from statistics import median
+from typing import Any
+
+import torch
+
+from eval.config import FULL, pairs
+from eval.efficiency.latency.accuracy import Gate, gate
+from eval.efficiency.latency.counts import Counts, count
+from eval.efficiency.latency.fitting import fits
+from eval.efficiency.latency.measure import Measured, measure
+from eval.efficiency.latency.measurements import Measurements
+from eval.efficiency.latency.methods import chosen_options, oracles, reducers_of
+from eval.efficiency.latency.questions import noise_batches
+from eval.efficiency.latency.ratios import ratios
+from eval.efficiency.latency.scenarios import SCENARIOS, doubled
+from eval.efficiency.shapes import SHAPES, random_llava
+from eval.results.provenance import commit, hardware
+from llava.errors import UserError, unknown
+from llava.model.builder import device_of, load, parse
+from llava.model.llava_arch import Llava
+
+NEXT_READING = {"merge": "spatial", "force": "672x672"}
+TTFT = "vision, selection, merging and prefill of the batch, without preprocessing"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and return what is printed and written."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    scenario = SCENARIOS[args.scenario]
+    lengths = args.lengths if args.lengths is not None else scenario.lengths
+    repeats = args.repeats or scenario.repeats
+    sizes = args.batch_size or (doubled(scenario.largest) if scenario.largest else (1,))
+    model, shapes = models(args)
+    if scenario.video and not model.takes_videos:
+        raise UserError(
+            f"The scenario video needs a model that takes videos, {model.name} takes images; use --shape "
+            "video-llava-7b or --model assets/tinyllava_video."
+        )
+    if args.gate and args.shape:
+        raise UserError("Random weights have no accuracy: leave --gate out, or measure a checkpoint with --model.")
+    if args.clock == "cpu" and model.device.type != "cpu":
+        raise UserError(f"--clock cpu leaves out the GPU's time, and the model is on {model.device}; use --clock wall.")
+    names = args.method.split(",")
+    options = chosen_options(args.set, names)
+    reducers = reducers_of(names, args.budget, options, model)
+    theirs, oracle_names = oracles(reducers, model.spec) if args.oracle else ({}, {})
+    settings = {
+        "scenario": args.scenario,
+        "budget": args.budget,
+        "model": args.shape or model.name,
+        "distinct_layers": args.distinct if args.shape else None,
+        "layers": model.spec.layers,
+        "picture": model.conventions,
+        "dtype": args.dtype,
+        "lengths": list(lengths),
+        "options": options,
+        "threads": torch.get_num_threads(),
+        "device": str(model.device),
+        "hardware": hardware(str(model.device)),
+        "clock": args.clock,
+        "ttft": TTFT,
+    }
+    everything = reducers | theirs
+    held = gate(model, reducers, args.gate_benchmark, args.data, args.gate, args.gate_share) if args.gate else None
+    kept = Measurements(args.measurements, settings)
+    small = noise_batches(model, 1, False)(0)
+    counts = {name: count(model, one, small, shapes) for name, one in everything.items()} if args.counts else {}
+    batches = []
+    for size in sizes:
+        ask = noise_batches(model, size, scenario.differ)
+        there = {name: one for name, one in everything.items() if fits(model, one, ask(0), max(lengths, default=1))}
+        found = measure(model, there, ask, repeats, kept, lengths, size, args.clock)
+        rows = {name: found.get(name) for name in everything}
+        batches.append(batch_result(size, rows, counts, oracle_names, held))
+        if not any(rows.values()):
+            break
+    return {
+        **settings,
+        "commit": commit(),
+        "repeats": repeats,
+        "gate": None if held is None else dataclasses.asdict(held),
+        "batches": batches,
+    }
+
+
+def models(args: argparse.Namespace) -> tuple[Llava, Llava | None]:
+    """The model, and for random weights the same on the meta device, where counting takes seconds."""
+    if not args.shape:
+        picture = {key: parse(key, value) for key, value in pairs("--picture", args.picture).items()}
+        return load(args.model, args.dtype, args.device, **picture), None
+    if args.shape not in SHAPES:
+        raise unknown("shape", args.shape, SHAPES)
+    picture = reading_of(args.shape, pairs("--picture", args.picture))
+    placed = device_of(args.device)
+    model = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=placed, **picture)
+    meta = torch.device("meta")
+    return model, random_llava(args.shape, 1, args.dtype, args.layers, device=meta, **picture) if args.counts else None
+
+
+def reading_of(shape: str, texts: dict[str, str]) -> dict[str, Any]:
+    """How a shape reads images: LLaVA-NeXT as the tables of papers do, 2,880 tokens each, unless `texts` say else."""
+    of_next = SHAPES[shape]["family"] == "llava_next"
+    return {key: parse(key, text) for key, text in (NEXT_READING if of_next and not texts else texts).items()}
+
+
+def batch_result(
+    size: int,
+    rows: dict[str, Measured | None],
+    counts: dict[str, Counts],
+    oracle_names: dict[str, str],
+    held: Gate | None,
+) -> dict[str, Any]:
+    """Measurements, counts and ratios of every method and oracle at one batch size."""
+    full, found = rows.get(FULL), {}
+    for name, ours in rows.items():
+        entry: dict[str, Any] = {"fits": ours is not None, "oracle": oracle_names.get(name)}
+        if name in counts:
+            entry["counts"] = dataclasses.asdict(counts[name])
+        if held is not None and name in held.accuracy:
+            entry["accuracy"], entry["passes_gate"] = held.accuracy[name], held.passes(name)
+        if ours is not None:
+            entry |= dataclasses.asdict(ours) | {"ttft": ours.ttft}
+            entry["throughput"] = {str(length): size / median(times) for length, times in ours.end_to_end.items()}
+        if ours is not None and full is not None:
+            pair = (counts[FULL], counts[name]) if name in counts else None
+            beside = rows.get(oracle_names.get(name, ""))
+            entry["ratios"] = dataclasses.asdict(ratios(full, ours, pair, beside))
+        found[name] = entry
+    return {"batch_size": size, "methods": found}

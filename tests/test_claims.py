@@ -1,0 +1,69 @@
+"""The ledger of published claims."""
+
+import pytest
+
+from eval.efficiency import claims
+from eval.efficiency.claims import CLAIMS, PAGE, Check, Claim, answer, ledger, read
+from eval.efficiency.latency.counts import Computed
+from llava.errors import UserError
+
+
+def test_every_claim_stands_on_the_page():
+    page = PAGE.read_text()
+    for claim in read():
+        line = next(line for line in page.splitlines() if line.startswith(f"| {claim.claim} |"))
+        assert f"| {claim.status} |" in line and claim.source in line
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"status": "empirical"},
+        {"status": "open", "ours": "2 times"},
+        {"status": "proven", "ours": "2 times"},
+        {"status": "empirical", "check": {"shape": "s", "method": "m", "budget": 1, "quantity": "joy"}},
+    ],
+)
+def test_a_claim_says_what_stands_behind_its_status(tmp_path, entry):
+    import yaml
+
+    path = tmp_path / "claims.yaml"
+    path.write_text(
+        yaml.safe_dump({"claims": [{"id": "a", "claim": "c", "source": "s", "trust": "low", "note": ""} | entry]})
+    )
+    with pytest.raises(UserError, match="is not a file of claims"):
+        read(path)
+
+
+def test_a_claim_is_named_once(tmp_path):
+    path = tmp_path / "claims.yaml"
+    path.write_text(CLAIMS.read_text() + CLAIMS.read_text().partition("claims:\n")[2])
+    with pytest.raises(UserError, match="twice"):
+        read(path)
+
+
+def test_quantities_are_ratios_of_what_was_counted(monkeypatch):
+    full, ours = (Computed(f, f, (1,), (kv, kv), 1) for f, kv in ((8 * 10**12, 30 * 10**6), (2 * 10**12, 5 * 10**6)))
+    monkeypatch.setattr(
+        claims, "computed_by", lambda shape, method, budget, options: full if method == "full" else ours
+    )
+    found = {quantity: answer(Check(shape="s", method="m", budget=1, quantity=quantity)) for quantity in claims.UNITS}
+    assert found == {
+        "flops": 4,
+        "flops_saved": 75,
+        "tflops": 2,
+        "tflops_full": 8,
+        "kv": 6,
+        "kv_mb": 10,
+        "kv_mb_full": 60,
+    }
+    claim = Claim(id="a", claim="c", source="s", trust="low", status="empirical", note="n", check=Check(
+        shape="s", method="m", budget=1, quantity="flops"))  # fmt: skip
+    assert "4.00 times fewer operations, counted | empirical" in ledger([claim])
+
+
+def test_visiondrop_at_320_of_2880_has_the_published_reduction_of_operations():
+    """6 times in the abstract; counted at full depth on the meta device."""
+    claim = next(claim for claim in read() if claim.id == "visiondrop-next-flops")
+    assert claim.check is not None and claim.published == 6.0
+    assert 6.0 <= answer(claim.check) < 7.0

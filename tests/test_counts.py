@@ -1,0 +1,117 @@
+"""Counts of one prefill against the textbook, and the largest tensor that a method makes."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from eval.efficiency.growth.narrow import narrow
+from eval.efficiency.growth.series import Size, model_of
+from eval.efficiency.latency.counts import computed, count, flop_counter
+from eval.efficiency.latency.noted import Noted
+from eval.efficiency.latency.questions import noise_batches
+from eval.efficiency.shapes import SHAPES, VICUNA_7B, random_llava
+from llava.errors import UserError
+from llava.model.checkpoint.original_layout import CLIP_L_336
+from llava.reduction import registry
+from llava.reduction.crop_budget import require
+from tests.conftest import samples
+from visiondrop.scoring import SLICE
+
+HEADS = 4
+
+
+@pytest.fixture(scope="module")
+def small():
+    """576 visual tokens, 4 layers of 128 channels; 3 tower blocks."""
+    with patch.dict(SHAPES, {"small": narrow("llava-1.5-7b", 128, 4)}):
+        return random_llava("small", None, "float32")
+
+
+def textbook(layers, length, patches):
+    """Operations of LLaVA-1.5-7B up to the first token, from the papers' formula: 2 per multiply-add."""
+    d, m, words = VICUNA_7B["hidden_size"], VICUNA_7B["intermediate_size"], VICUNA_7B["vocab_size"]
+    decoder = layers * (2 * length * (4 * d * d + 3 * d * m) + 4 * length * length * d)
+    v, w, blocks = CLIP_L_336["hidden_size"], CLIP_L_336["intermediate_size"], CLIP_L_336["num_hidden_layers"] - 1
+    seen = patches + 1  # the CLS token
+    tower = blocks * (2 * seen * (4 * v * v + 2 * v * w) + 4 * seen * seen * v) + 2 * patches * 3 * 14 * 14 * v
+    projector = 2 * patches * (v * d + d * d)
+    return decoder + tower + projector + 2 * d * words
+
+
+def test_counted_operations_are_those_of_the_papers_formula():
+    """Within 1 %, at the real width and full depth."""
+    model = random_llava("llava-1.5-7b", 1, device=torch.device("meta"))
+    asked = noise_batches(model, 1, False)(0)
+    text = sum(token >= 0 for token in model.prompt(asked[0]).ids)
+    found = computed(model, registry.build("full", 576), asked)
+    assert found.flops == pytest.approx(textbook(32, 576 + text, 576), rel=0.01)
+    assert found.flops == pytest.approx(found.formula, rel=0.01)
+    # 32 layers, keys and values, 32 heads of 128 channels, two bytes.
+    assert found.kv_bytes_per_layer == ((576 + text) * 2 * 4096 * 2,) * 32
+
+
+def runnable(method, budget, options, model):
+    """The method with these options, or None where it has no such choice or cannot meet the budget."""
+    try:
+        reducer = registry.build(method, budget, options)
+        require(reducer, model.spec)
+    except UserError:
+        return None
+    return reducer
+
+
+@pytest.mark.parametrize("method", sorted(set(registry.names()) - {"full"}))
+def test_counted_operations_are_those_of_the_closed_formula(small, method):
+    """Within 1 % for every method, its selection included, on the device that computes."""
+    reducer = runnable(method, 288, {}, small) or runnable(method, 288, {"schedule": "kept"}, small)
+    found = computed(small, reducer, noise_batches(small, 1, False)(0))
+    assert found.flops == pytest.approx(found.formula, rel=0.01)
+
+
+def test_the_fused_kernel_of_the_cpu_is_counted():
+    """torch's counter does not know it: half of a long prefill's operations were missing."""
+    query = torch.randn(1, HEADS, 96, 32)
+    with torch.inference_mode(), flop_counter() as counter, Noted() as noted:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert counter.get_total_flops() == 4 * HEADS * 96 * 96 * 32
+    assert noted.attention == {"scaled_dot_product_flash_attention_for_cpu"}
+    assert noted.largest == query.numel()
+
+
+def test_the_largest_tensor_is_noted():
+    with Noted() as noted:
+        tensor = torch.zeros(10)
+        tensor.expand(1000, 10)
+        assert noted.largest == 10, "a view is no new tensor"
+        tensor[:, None] * tensor
+    assert noted.largest == 100
+
+
+def test_a_method_that_reads_values_is_counted_where_there_are_some(tiny):
+    """The meta device computes shapes alone."""
+    asked, reducer = samples(1), registry.build("hired", 8)
+
+    class Readless:
+        def __getattr__(self, name):
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+    assert count(tiny, reducer, asked, Readless()).tokens_per_layer == (8,) * 4
+    with pytest.raises(NotImplementedError):
+        count(Readless(), reducer, asked)
+
+
+@pytest.mark.parametrize("method", sorted(set(registry.names()) - {"full"}))
+def test_no_method_makes_a_tensor_of_tokens_times_tokens_times_heads(method):
+    """2,560 visual tokens ranked together, 4 heads: an attention map would have 26 million elements. A table of pairs,
+    which methods of diversity use, has a quarter of that; VisionDrop's rows of attention come in slices."""
+    tokens = 2560
+    model = model_of(tokens, Size(width=64 * HEADS, layers=4, blocks=3), torch.device("cpu"), "float32")
+    reducer = next(
+        built
+        for options in ({"crops": "global"}, {"crops": "global", "schedule": "kept"}, {})
+        if (built := runnable(method, tokens // 2, options, model)) is not None
+    )
+    found = computed(model, reducer, noise_batches(model, 1, False)(0))
+    length = tokens + 128  # with the text
+    assert found.largest <= max(length * length, SLICE) < HEADS * tokens * tokens

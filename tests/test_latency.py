@@ -1,0 +1,324 @@
+"""The efficiency protocol on the tiny random model: what is timed, the ratios, the gate, the tables."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from eval.efficiency.latency import fitting
+from eval.efficiency.latency import measure as measuring
+from eval.efficiency.latency import run as latency_run
+from eval.efficiency.latency.__main__ import main, parser
+from eval.efficiency.latency.accuracy import Gate, gate
+from eval.efficiency.latency.fitting import fits
+from eval.efficiency.latency.measure import Measured, endless, measure, once, percentile
+from eval.efficiency.latency.measurements import Measurements
+from eval.efficiency.latency.methods import chosen_options, oracles
+from eval.efficiency.latency.ratios import ratios
+from eval.efficiency.latency.run import run
+from eval.efficiency.latency.stages import StageTimer
+from eval.efficiency.latency.table import page, runs
+from llava.errors import UserError
+from llava.pipeline.generate import generate
+from llava.pipeline.prefill import prefill
+from llava.reduction import registry
+from llava.reduction.reduction import Reduction
+from tests.conftest import samples
+from tests.eval_fakes import write_gqa
+
+# -- what is timed -------------------------------------------------------------------------------------------------
+
+
+def slow_apply(monkeypatch, seconds):
+    plain = Reduction.apply
+
+    def apply(reduction, tokens):
+        time.sleep(seconds)
+        return plain(reduction, tokens)
+
+    monkeypatch.setattr(Reduction, "apply", apply)
+
+
+@pytest.mark.parametrize(("method", "merges"), [("visionzip", True), ("fastervlm", False)])
+def test_merging_is_timed_apart_from_selection(tiny, monkeypatch, method, merges):
+    """Averages of tokens are merging; gathering the kept ones is selection. The sum is that of a plain timer."""
+    slow_apply(monkeypatch, 0.25)
+    spent = once(tiny, registry.build(method, 7), samples(1))["seconds"]
+    slow, fast = ("merging", "selection") if merges else ("selection", "merging")
+    assert spent[slow] >= 0.25 > spent[fast]
+
+
+def test_merging_in_the_tower_is_taken_out_of_vision(tiny, monkeypatch):
+    slow_apply(monkeypatch, 0.25)
+    timer = StageTimer(tiny.device)
+    began = time.perf_counter()
+    with timer.merging():
+        prefill(tiny, samples(1), registry.build("tome", 7), timer)
+    spent = timer.seconds
+    assert spent["merging"] >= 0.25 > spent["vision"]
+    assert sum(spent.values()) == pytest.approx(time.perf_counter() - began, abs=0.1)
+
+
+def test_answers_of_the_protocol_have_their_full_length(tiny):
+    """An end token in the middle of an answer would make a method look faster."""
+    reducer = registry.build("consensusdrop", 7)
+    tokens = generate(endless(tiny), samples(1), reducer, 6).answers[0].token_ids
+    assert len(tokens) == 6
+    stopping = generate(endless(tiny), samples(1), reducer, 6)
+    ended = dict(tiny.__dict__, end_ids=frozenset({tokens[2]}))
+    ending = object.__new__(type(tiny))
+    ending.__dict__.update(ended)
+    assert len(generate(ending, samples(1), reducer, 6).answers[0].token_ids) <= 2
+    assert len(generate(endless(ending), samples(1), reducer, 6).answers[0].token_ids) == 6
+    assert stopping.decode_steps == 5
+
+
+def test_methods_take_turns_and_every_turn_asks_its_own_question(tiny, monkeypatch):
+    asked = []
+
+    def noted(model, reducer, batch, lengths):
+        asked.append((batch[0].id, reducer.name))
+        return {"seconds": {"prefill": 1.0}, "preprocess": 0, "kv_bytes": 1, "flops": 1, "peak_bytes": 1}
+
+    monkeypatch.setattr(measuring, "once", noted)
+    reducers = {"full": registry.build("full", 16), "uniform": registry.build("uniform", 4)}
+    found = measure(tiny, reducers, lambda turn: [samples(3)[turn]], repeats=2)
+    assert asked == [
+        ("q0", "full"),
+        ("q0", "uniform"),
+        ("q1", "full"),
+        ("q1", "uniform"),
+        ("q2", "full"),
+        ("q2", "uniform"),
+    ]
+    assert found["uniform"].ttfts == (1.0, 1.0), "without the warm-up"
+
+
+def test_a_batch_that_does_not_fit_is_said_and_not_tried_again(tiny, monkeypatch, tmp_path):
+    tried = []
+
+    def too_large(model, reducer, batch, lengths):
+        tried.append(reducer.name)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(measuring, "once", too_large)
+    reducers, path = {"full": registry.build("full", 16)}, tmp_path / "kept.jsonl"
+    assert measure(tiny, reducers, lambda turn: samples(1), 2, Measurements(path, {}), batch=4) == {"full": None}
+    assert measure(tiny, reducers, lambda turn: samples(1), 2, Measurements(path, {}), batch=4) == {"full": None}
+    assert tried == ["full"]
+
+
+def test_a_batch_beyond_the_free_memory_of_a_cpu_is_not_tried(tiny, monkeypatch):
+    """A CPU has no error for memory that is used up: the system ends the process."""
+    reducer = registry.build("full", 16)
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 30)
+    assert fits(tiny, reducer, samples(2), 4)
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 10)
+    assert not fits(tiny, reducer, samples(2), 4)
+
+
+def test_the_cpu_clock_does_not_run_while_the_process_waits(tiny, monkeypatch):
+    plain = measuring.prefill
+
+    def waiting(*arguments):
+        time.sleep(0.3)
+        return plain(*arguments)
+
+    monkeypatch.setattr(measuring, "prefill", waiting)
+    reducers = {"full": registry.build("full", 16)}
+    wall, cpu = (measure(tiny, reducers, lambda turn: samples(1), 1, clock=c)["full"] for c in ("wall", "cpu"))
+    assert wall.preprocess + wall.ttft >= 0.3 > cpu.preprocess + cpu.ttft
+
+
+def test_percentiles_lie_between_their_neighbours():
+    assert [percentile([4, 1, 3, 2], share) for share in (0, 0.5, 0.9, 1)] == [1, 2.5, pytest.approx(3.7), 4]
+
+
+# -- ratios --------------------------------------------------------------------------------------------------------
+
+
+def measured(vision, selection, merging, prefill_seconds, kv=400, flops=1500, **more):
+    seconds = {"vision": vision, "selection": selection, "merging": merging, "prefill": prefill_seconds}
+    return Measured(seconds, kv, flops, 7, **more)
+
+
+def test_ratios_to_full_and_to_the_oracle():
+    full = measured(1.0, 0.0, 0.0, 8.0, decode=0.4, end_to_end={1: (9.0, 9.0), 3: (10.0, 12.0)}, ttfts=(9.0, 9.0))
+    ours = measured(1.5, 0.25, 0.25, 2.0, 100, 300, decode=0.1, end_to_end={1: (4.5,), 3: (5.5,)}, ttfts=(4.0, 4.9))
+    found = ratios(full, ours, oracle=measured(1.0, 0.0, 0.0, 2.2))
+    assert found.ttft == 9 / 4 and found.flops == 5 and found.realised == pytest.approx(9 / 4 / 5)
+    assert found.over_oracle == pytest.approx(4 / 3.2 - 1) and found.end_to_end == {1: 2, 3: 2} and found.decode == 4
+    assert found.selection == 0.5 / 4
+    assert found.with_scores == 1 / 4, "what the tower takes longer is the scores' part of selection"
+    assert found.kv_bytes == 4 and found.calm
+    assert not ratios(full, measured(1.0, 0.0, 0.0, 3.0, ttfts=(3.0, 4.0))).calm
+
+
+def test_methods_with_the_same_tokens_at_the_same_stages_share_an_oracle(tiny):
+    names = ("fastervlm", "divprune", "consensusdrop", "fastv", "full")
+    reducers = {name: registry.build(name, 16 if name == "full" else 8) for name in names}
+    found, named = oracles(reducers, tiny.spec)
+    assert named["fastervlm"] == "oracle of fastervlm" and "full" not in named
+    assert named["consensusdrop"] != named["fastervlm"], "it acts with the text, after the projector"
+    assert len(set(named.values())) == len(found) and named["fastv"] == "oracle of fastv"
+
+
+# -- the gate ------------------------------------------------------------------------------------------------------
+
+
+def test_the_gate_asks_the_first_questions_and_marks_what_falls_below(tiny, tmp_path):
+    data = write_gqa(tmp_path / "data", count=6, images=2)
+    reducers = {"full": registry.build("full", 16), "uniform": registry.build("uniform", 4)}
+    found = gate(tiny, reducers, "gqa", data, 4, 0.9)
+    assert found.questions == 4 and set(found.accuracy) == set(reducers)
+    known = Gate("GQA", 4, 0.9, {"full": 1.0, "good": 0.9, "bad": 0.89})
+    assert known.passes("good") and not known.passes("bad")
+
+
+# -- one run, from the flags to the tables -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def result(tiny_path):
+    flags = ["--method", "consensusdrop", "--budget", "4", "--model", str(tiny_path), "--device", "cpu"]
+    return run(parser().parse_args([*flags, "--batch-size", "1,2", "--repeats", "2", "--lengths", "1,3"]))
+
+
+def test_latency_compares_with_full_in_one_process(result):
+    assert [batch["batch_size"] for batch in result["batches"]] == [1, 2]
+    rows = result["batches"][1]["methods"]
+    assert set(rows) == {"full", "consensusdrop", "oracle of consensusdrop"}
+    # Per layer 4 of 16 visual tokens; both hold the same text.
+    text = rows["full"]["kv_bytes"] - rows["consensusdrop"]["kv_bytes"]
+    assert text == 2 * 4 * 12 * 2 * 2 * 16 * 4, (
+        "samples x layers x dropped tokens x (keys, values) x heads x width x bytes"
+    )
+    assert rows["consensusdrop"]["flops"] < rows["full"]["flops"]
+    assert rows["consensusdrop"]["throughput"]["3"] > 0
+
+
+def test_the_result_counts_beside_the_oracle(result):
+    rows = result["batches"][0]["methods"]
+    ours, oracle = rows["consensusdrop"]["counts"], rows["oracle of consensusdrop"]["counts"]
+    assert ours["tokens_per_layer"] == oracle["tokens_per_layer"] == (4, 4, 4, 4)
+    assert ours["operations"] > oracle["operations"] > 0
+    assert sum(ours["kv_bytes_per_layer"]) == rows["consensusdrop"]["kv_bytes"]
+    kernels = {row["attention"] for row in rows.values()}
+    assert kernels == {("scaled_dot_product_flash_attention_for_cpu",)}, "the dense baseline runs the same"
+
+
+def test_the_page_says_everything_and_json_can_hold_it(result):
+    text = page(result)
+    for said in (
+        "over oracle",
+        "realised",
+        "Batches of 2 questions",
+        "beside oracle",
+        "decode ms/token",
+        "methods in turns",
+    ):
+        assert said in text
+    json.dumps(result)
+    assert runs([576, 576, 64]) == "576 x2, 64 x1" and runs([64, 64]) == "64"
+
+
+def test_single_stream_asks_another_image_each_time(tiny_path, capsys, tmp_path):
+    flags = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--scenario", "single-stream"]
+    files = ["--json", str(tmp_path / "a" / "r.json"), "--plot", str(tmp_path / "a" / "p.png")]
+    more = ["--repeats", "2", "--lengths", "2", "--no-oracle", "--no-counts", "--clock", "cpu"]
+    assert main([*flags, *more, *files]) == 0
+    said = capsys.readouterr().out
+    assert "p90" in said and "oracle of" not in said and "faster than full" in said
+    kept = json.loads((tmp_path / "a" / "r.json").read_text())
+    assert len(kept["batches"][0]["methods"]["uniform"]["end_to_end"]["2"]) == 2
+    assert (tmp_path / "a" / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_offline_grows_the_batch(tiny_path, capsys):
+    flags = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--scenario", "offline", "--no-oracle"]
+    assert main([*flags, "--repeats", "1", "--lengths", "2", "--batch-size", "1,2", "--no-counts"]) == 0
+    assert "largest batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--scenario", "video"], "needs a model that takes videos"),
+        (["--shape", "nothing"], "Unknown shape"),
+        (["--batch-size", "1,x"], "--batch-size should be a whole number"),
+        (["--gate-share", "2"], "--gate-share should be a share"),
+        (["--gate", "4", "--shape", "llava-1.5-7b"], "Random weights have no accuracy"),
+    ],
+)
+def test_flags_that_make_no_sense_end_in_a_sentence(tiny_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(latency_run, "models", lambda args: (latency_run.load(str(tiny_path), device="cpu"), None))
+    if "nothing" in flags:
+        monkeypatch.undo()
+    assert main(["--method", "uniform", "--budget", "4", "--device", "cpu", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+# -- what was measured before, options, devices ---------------------------------------------------------------------
+
+
+def test_measurements_are_kept_and_belong_to_their_settings(tmp_path):
+    """An interrupted benchmark continues from its file; a file under other settings is refused and left as it is."""
+    path, row = tmp_path / "measured.jsonl", {"seconds": {"prefill": 1.0}}
+    Measurements(path, {"budget": 64}).add(0, "full", 8, row)
+    assert Measurements(path, {"budget": 64}).found == {(0, "full", 8): row}
+    before = path.read_text()
+    with pytest.raises(UserError, match="other settings"):
+        Measurements(path, {"budget": 32})
+    assert path.read_text() == before
+
+
+def test_latency_takes_options_with_and_without_the_method():
+    """`python -m eval` takes --set METHOD.KEY=VALUE; latency once took KEY=VALUE alone."""
+    one = {"consensusdrop": {"alpha": "0.5"}}
+    assert chosen_options(["alpha=0.5"], ["consensusdrop"]) == one
+    assert chosen_options(["consensusdrop.alpha=0.5"], ["consensusdrop"]) == one
+    assert chosen_options(["consensusdrop.alpha=0.5"], ["all"]) == one
+    assert chosen_options(["consensusdrop.alpha=0.5"], ["consensusdrop", "visionzip"]) == one
+    both = {"fastv": {"layer": "3"}, "dart": {"layer": "3"}}
+    assert chosen_options(["layer=3"], ["fastv", "dart"]) == both
+
+
+@pytest.mark.parametrize(
+    ("settings", "methods", "message"),
+    [
+        (["alpha=1"], ["all"], "names no method"),
+        (["visionzip.alpha=1"], ["consensusdrop"], "for method 'visionzip'"),
+        (["alpha=1", "consensusdrop.alpha=2"], ["consensusdrop"], "given twice"),
+        (["alpha"], ["consensusdrop"], "should look like"),
+    ],
+)
+def test_latency_refuses_options_that_would_go_nowhere(settings, methods, message):
+    """With --method all, options were silently dropped."""
+    with pytest.raises(UserError, match=message):
+        chosen_options(settings, methods)
+
+
+def test_latency_puts_random_weights_on_the_device(monkeypatch):
+    """`--shape ... --device cuda` ignored the device and timed the CPU."""
+    placed = []
+
+    def build(*_, device, **__):
+        placed.append(device)
+        raise UserError("built")
+
+    monkeypatch.setattr(latency_run, "random_llava", build)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    arguments = ["--method", "full", "--budget", "64", "--shape", "llava-1.5-7b", "--device"]
+    assert main([*arguments, "cuda"]) == 2
+    assert [device.type for device in placed] == ["cuda"]
+
+
+def test_latency_refuses_a_device_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["--method", "full", "--budget", "64", "--shape", "llava-1.5-7b", "--device"]
+    assert main([*arguments, "cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert main([*arguments, "gpu0"]) == 2
+    assert "got 'gpu0'" in capsys.readouterr().err
