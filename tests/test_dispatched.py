@@ -12,33 +12,33 @@ from llava.model.builder import load
 from llava.reduction import registry
 
 BUDGET = 128  # every method meets it on the bundled model
-# Operations above the oracle with the same tokens per layer: counted, and a little room.
+# Operations above the oracle with the same tokens per layer: counted, and room for three.
 LIMITS = {
     "attnmix": 65,
     "cdpruner": 3493,
-    "consensusdrop": 714,
+    "consensusdrop": 707,
     "dart": 101,
     "divprune": 655,
     "downsample": 0,
     "fastervlm": 24,
-    "fastv": 46,
+    "fastv": 41,
     "full": 0,
     "globalcom2": 27,
     "hired": 24,
-    "holov": 237,
-    "prumerge": 69,
-    "prumerge_plus": 79,
-    "pyramiddrop": 204,
+    "holov": 235,
+    "prumerge": 67,
+    "prumerge_plus": 77,
+    "pyramiddrop": 165,
     "random": 8,
     "scope": 1446,
     "sparsevlm": 429,
     "tome": 347,
     "trim": 154,
     "uniform": 7,
-    "visiondrop": 457,
-    "visionzip": 86,
+    "visiondrop": 431,
+    "visionzip": 84,
     "vispruner": 602,
-    "vscan": 177,
+    "vscan": 164,
 }
 
 

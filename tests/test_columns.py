@@ -1,0 +1,92 @@
+"""Index tensors of padded prompts against loops, and cosines and sines that are kept over a reduction."""
+
+import pytest
+import torch
+
+from llava.cached_tensors import made_once
+from llava.pipeline import columns
+from llava.pipeline.prefill import prefill
+from llava.reduction import Reducer, Reduction
+from llava.reduction.decoder_attention import angles_of, rotary_angles
+from tests.conftest import samples
+
+CPU = torch.device("cpu")
+LENGTHS, WIDTH = (7, 4, 9), 10
+
+
+def test_padding_and_numbers_by_the_book():
+    real, numbers = columns.real_columns(LENGTHS, WIDTH, CPU), columns.numbers_from_zero(LENGTHS, WIDTH, CPU)
+    for sample, length in enumerate(LENGTHS):
+        for column in range(WIDTH):
+            inside = column >= WIDTH - length
+            assert bool(real[sample, column]) == inside
+            assert int(numbers[sample, column]) == (column - (WIDTH - length) if inside else 0)
+
+
+def test_sources_of_shortened_prompts_by_the_book():
+    """Prompt 0 loses 2 of the 3 tokens from column 4 on, prompt 2 one image and a part of another, prompt 1 nothing."""
+    cuts = (((4, 3, 1),), (), ((2, 2, 0), (6, 3, 2)))
+    found = columns.sources(LENGTHS, WIDTH, cuts, CPU).view(3, -1).tolist()
+    expected = []
+    for length, images in zip(LENGTHS, cuts, strict=True):
+        row, column = [], WIDTH - length
+        while column < WIDTH:
+            image = next((cut for cut in images if cut[0] == column), None)
+            row += [column] if image is None else [column] * image[2]
+            column += 1 if image is None else image[1]
+        expected.append(row)
+    longest = max(map(len, expected))
+    assert found == [[0] * (longest - len(row)) + row for row in expected]
+
+
+def test_spans_by_the_book():
+    spans = ((3, 5), (0, 2), (7, 9))
+    assert columns.columns_of(spans, CPU).tolist() == [[3, 4], [0, 1], [7, 8]]
+    assert columns.line_of(spans, CPU).tolist() == [3, 4, 0, 1, 7, 8]
+    assert columns.assembled((3, 1), (((4, 6), (0, 1)), ((2, 3),)), CPU).tolist() == [[4, 5, 0], [0, 0, 2]]
+
+
+def test_made_once_and_no_inference_tensor():
+    """A tensor that was first asked for in inference mode could not be used where gradients are kept."""
+    calls = []
+
+    @made_once
+    def numbers(count: int) -> torch.Tensor:
+        calls.append(count)
+        return torch.arange(count)
+
+    with torch.inference_mode():
+        first = numbers(3)
+    assert numbers(3) is first and calls == [3] and not first.is_inference()
+
+
+class Probe(Reducer):
+    """Keeps fewer tokens before each layer, of every second image fewer still, and looks at the angles first."""
+
+    seen: list
+
+    def decoder_layers(self, layers):
+        return tuple(range(1, layers))
+
+    def decoder(self, state):
+        sequence = state.sequence
+        found, expected = (
+            angles_of(state.llm, sequence),
+            rotary_angles(state.llm, sequence.hidden, sequence.position),
+        )
+        same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        self.seen.append((same, sequence.rotary is not None))
+        total = state.tokens.shape[1]
+        drop = [2 if int(name[1:]) % 2 and self.crops == "each" else 1 for name in state.ids]
+        return [Reduction(torch.arange(count, total)[None], total) for count in drop]
+
+
+@pytest.mark.parametrize("positions", ["renumber", "original"])
+@pytest.mark.parametrize("crops", ["each", "global"])  # images lose different numbers of tokens, or as many
+def test_angles_that_are_kept_are_those_of_the_positions(tiny, positions, crops, monkeypatch):
+    monkeypatch.setattr(Probe, "seen", [], raising=False)
+    text_only = (3,) if crops == "each" else ()
+    prefill(tiny, samples(text_only=text_only), Probe(budget=8, positions=positions, crops=crops))
+    same, kept = zip(*Probe.seen, strict=True)
+    assert len(same) >= len(tiny.llm.layers) - 1 and all(same)
+    assert all(kept) == (crops == "global")
