@@ -10,12 +10,9 @@ text too long for CLIP is a framed text (official=true: only the first has its b
 Shapes: B images, N visual tokens, K of them kept.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llava.reduction import (
@@ -24,53 +21,18 @@ from llava.reduction import (
     PromptState,
     Reducer,
     Reduction,
+    largest_determinant,
     option,
     register,
     signed,
     text_similarity,
 )
 
-# A token whose residual is below this fraction of its kernel entry is spanned by the chosen ones, to float32 accuracy.
-SPANNED = 1e-6
-
 
 def unit_interval(relevance: Tensor) -> Tensor:
     """[B, N] -> [B, N] between 0 and 1 in every row, the lowest just above 0, so that no kernel row is zero."""
     low, high = relevance.amin(1, keepdim=True), relevance.amax(1, keepdim=True)
     return (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
-
-
-def greedy_map(kernel: Tensor, budget: int, matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> Tensor:
-    """Greedy maximum of the determinant of a submatrix, by an incremental Cholesky factor (Chen et al., 2018).
-
-    Args:
-        kernel: [B, N, N] float32, symmetric and positive semidefinite.
-        budget: K.
-        matmul: product of two batched matrices.
-
-    Returns:
-        [B, K] int64 in the order of choice, without repetition, also if K exceeds the rank of the kernel.
-    """
-    batch, total, _ = kernel.shape
-    own = kernel.diagonal(dim1=1, dim2=2)
-    left = own.clone()  # the factor by which each token would multiply the determinant
-    last = own - own.amax(1, keepdim=True) - 1  # below every `left`: the order of the spanned tokens
-    factor = kernel.new_zeros(batch, budget, total)
-    chosen = []
-    for step in range(budget):
-        free = left > SPANNED * own
-        pick = torch.where(free, left, last).argmax(1, keepdim=True)  # [B, 1]
-        at = pick.unsqueeze(-1)
-        past = factor[:, :step]
-        shared = matmul(past.gather(2, at.expand(-1, step, 1)).transpose(1, 2), past)
-        row = kernel.gather(1, at.expand(-1, 1, total)) - shared
-        pivot = left.gather(1, pick).clamp(min=torch.finfo(left.dtype).tiny).sqrt()
-        row = torch.where(free.gather(1, pick), row.squeeze(1) / pivot, 0.0)
-        factor[:, step] = row
-        left = (left - row.square()).scatter(1, pick, -torch.inf)
-        last = last.scatter(1, pick, -torch.inf)
-        chosen.append(pick)
-    return torch.cat(chosen, 1)
 
 
 @register("cdpruner")
@@ -99,6 +61,5 @@ class CDPruner(Reducer):
         long = "cut" if self.official else "frame"
         similarity = text_similarity(state, state.questions, cosine=True, long=long)
         relevance = unit_interval(signed(similarity, self.relevance, state.clip))
-        unit = F.normalize(state.tokens.float(), dim=-1)
-        kernel = relevance[:, :, None] * state.matmul(unit, unit.transpose(1, 2)) * relevance[:, None]
-        return Reduction(greedy_map(kernel, self.budget, state.matmul).sort(1).values, total)
+        chosen = largest_determinant(state.tokens, relevance, self.budget, state)
+        return Reduction(chosen.sort(1).values, total)

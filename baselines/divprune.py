@@ -6,35 +6,10 @@ Differs from it: distances are in float32 (theirs are in the model's float16, wh
     and no token is chosen twice (theirs can be, once only duplicates are left).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from llava.reduction import MethodMetadata, PromptState, Reducer, Reduction, option, register
-
-MatMul = Callable[[Tensor, Tensor], Tensor]
-
-
-def farthest_apart(tokens: Tensor, budget: int, matmul: MatMul = torch.matmul) -> Tensor:
-    """[B, budget] indices of the chosen tokens of [B, N, D] in the order of choice, by cosine distance.
-
-    First the token whose nearest other token is farthest away, then repeatedly the one farthest from all chosen.
-    """
-    unit = F.normalize(tokens.float(), dim=-1)
-    distance = 1 - matmul(unit, unit.transpose(1, 2))  # [B, N, N]
-    itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device)
-    rows = torch.arange(len(tokens), device=tokens.device)
-    chosen = [distance.masked_fill(itself, torch.inf).amin(2).argmax(1)]
-    nearest = torch.full_like(distance[:, 0], torch.inf)  # [B, N] distance to the chosen ones, -inf for themselves
-    for _ in range(budget - 1):
-        nearest = torch.minimum(nearest, distance[rows, chosen[-1]])
-        nearest = nearest.scatter(1, chosen[-1].unsqueeze(1), -torch.inf)
-        chosen.append(nearest.argmax(1))
-    return torch.stack(chosen, 1)
+from llava.reduction import MethodMetadata, PromptState, Reducer, Reduction, farthest_apart, option, register
 
 
 @register("divprune")
@@ -59,5 +34,5 @@ class DivPrune(Reducer):
 
     def prompt(self, state: PromptState) -> Reduction | None:
         tokens = state.tokens.shape[1]
-        chosen = farthest_apart(state.tokens, self.budget, state.matmul)
+        chosen = farthest_apart(state.tokens, self.budget, state)
         return Reduction(chosen.sort(dim=1).values, tokens)

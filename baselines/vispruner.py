@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from llava.reduction import (
     EncoderState,
@@ -20,38 +18,11 @@ from llava.reduction import (
     Reduction,
     TowerScore,
     UserError,
+    distinct,
     gather_tokens,
     option,
     register,
 )
-
-ROUND = 8  # near-duplicates removed at a time
-
-
-def distinct(similarity: Tensor, count: int) -> Tensor:
-    """Remove near-duplicates from a list in rounds until `count` entries are left.
-
-    A round compares the entries at even indices of the list with those at odd indices, and removes up to ROUND even
-    ones, those with the closest match. The remaining even ones, closest match first, and then the odd ones are the list
-    of the next round: its order decides which entries are compared, so it is kept exactly.
-
-    Args:
-        similarity: [B, R, R] of the entries, in the order of the list.
-        count: entries to keep, 1 <= count <= R.
-
-    Returns:
-        [B, count] int64 indices into the first list, in the order of the last one.
-    """
-    batch, length = similarity.shape[:2]
-    rows = torch.arange(batch, device=similarity.device)[:, None, None]
-    places = torch.arange(length, device=similarity.device).expand(batch, -1)
-    while places.shape[1] > count:  # lengths are host integers: no round waits for the device
-        even, odd = places[:, ::2], places[:, 1::2]
-        gone = min(ROUND, places.shape[1] - count)  # or all even ones, if they are fewer
-        closest = similarity[rows, even.unsqueeze(2), odd.unsqueeze(1)].amax(2)
-        order = closest.argsort(dim=1, descending=True, stable=True)
-        places = torch.cat([even.gather(1, order[:, gone:]), odd], 1)
-    return places[:, :count]
 
 
 @register("vispruner")
@@ -85,7 +56,6 @@ class VisPruner(Reducer):
         important = int(self.budget * self.important)
         kept, rest = order[:, :important], order[:, important:]
         if important < self.budget:
-            unit = F.normalize(gather_tokens(state.features, rest).float(), dim=-1)
-            similarity = state.matmul(unit, unit.transpose(1, 2))
-            kept = torch.cat([kept, rest.gather(1, distinct(similarity, self.budget - important))], 1)
+            diverse = distinct(gather_tokens(state.features, rest), self.budget - important, state)
+            kept = torch.cat([kept, rest.gather(1, diverse)], 1)
         return Reduction(kept.sort(dim=1).values, tokens)

@@ -38,7 +38,8 @@ def _rank(v: Tensor, c: Tensor, alpha: float, cross_top: int, **_: object) -> Te
     """
     share = Fraction(alpha).limit_denominator(1_000_000)
     last, last_cross = v.shape[1] - 1, max((cross_top or v.shape[1]) - 1, 1)
-    encoder, cross = last - ranks(v), (last_cross - ranks(c)).clamp(min=0)
+    rank, rank_cross = ranks(torch.stack([v, c])).unbind()
+    encoder, cross = last - rank, (last_cross - rank_cross).clamp(min=0)
     return share.numerator * last_cross * encoder + (share.denominator - share.numerator) * max(last, 1) * cross
 
 

@@ -78,6 +78,16 @@ def parser() -> Parser:
     )
     p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
     p.add_argument("--quantization", choices=("8bit", "4bit"), help="hold the decoder in 8 or 4 bits (bitsandbytes)")
+    p.add_argument(
+        "--compile",
+        action="store_true",
+        help="decode with torch.compile, on a GPU with CUDA graphs: for long answers; compiling takes minutes",
+    )
+    p.add_argument(
+        "--share-prefix",
+        action="store_true",
+        help="run the common beginning of a batch's prompts once: faster, but its times are not those of the method",
+    )
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     p.add_argument("--device", default="auto", help="torch device")
     p.add_argument(
@@ -226,6 +236,8 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         zero=args.zero,
         zero_ranks=args.zero_ranks,
         table=args.table,
+        compile=args.compile,
+        share_prefix=args.share_prefix,
     )
 
 

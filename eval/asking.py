@@ -3,16 +3,17 @@
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
 from eval import tracking
 from eval.answers import answer_id, seal_of
+from eval.batches import ReadAhead, asking_order, claimed
 from eval.benchmarks.base import Question
 from eval.job import Job, measured_under
-from eval.outcomes import Answered, Failure, Room, chunks, outcomes
+from eval.outcomes import Answered, Failure, Room, outcomes
 from eval.parallel.ranks import ASKING, Rank
 from eval.results import cost
 from llava.errors import UserError
@@ -138,36 +139,36 @@ def ask(job: Job, sink: Sink, pending: Sequence[Question], progress: Progress, r
     seal = seal_of(job.settings)
     conditions = measured_under(job) | {"run": job.started, "rank": rank.number}
     room, failures = Room(), Failures(sink, rank, job.started)
-    for questions in claimed(pending, job.config.batch_size, rank):
-        rank.report(ASKING, [question.id for question in questions])
-        for outcome in outcomes(job, questions, room, divide=rank.size == 1):
-            if isinstance(outcome, Failure):
-                failures.add(outcome)
-                continue
-            lines = answer_lines(outcome, job.model.name, seal)
-            record = cost.timing_record(outcome.batch, conditions)
-            record["notes"] += room.notes
-            if rank.leads:
-                sink.add(lines, record)
-            if progress.answered == 0:
-                warn_off_budget(job, lines)
-            asked = [part.question for part in outcome.parts]
-            progress.add(asked, outcome.batch, [part.sample for part in outcome.parts])
-            failures.release()
+    reduced = bool(getattr(job.reducer, "acts_in", True))
+    pending = asking_order(job.planned, pending, job.model, reduced)
+    with ReadAhead(job) as images:
+        for questions, batch in images.batches(claimed(pending, job.config.batch_size, rank)):
+            rank.report(ASKING, [question.id for question in questions])
+            for outcome in outcomes(job, batch, room, divide=rank.size == 1):
+                if isinstance(outcome, Failure):
+                    failures.add(outcome)
+                    continue
+                record = timing_line(job, outcome, conditions, room)
+                lines = answer_lines(outcome, job.model.name, seal)
+                if rank.leads:
+                    sink.add(lines, record)
+                if progress.answered == 0:
+                    warn_off_budget(job, lines)
+                asked = [part.question for part in outcome.parts]
+                progress.add(asked, outcome.batch, [part.sample for part in outcome.parts])
+                failures.release()
     # Another rank may answer later: then these are failures, and if none does, the first rank says that all failed.
     failures.finish(rank.alone and progress.nothing_answered())
 
 
-def claimed(pending: Sequence[Question], size: int, rank: Rank) -> Iterator[Sequence[Question]]:
-    """The batches that this replica gets.
-
-    Batches are cut before they are dealt, so each is the same whatever the number of ranks. They keep the benchmark's
-    order, in which questions about one image stand together; a replica takes the next one when it is ready, so all end
-    within one batch of each other.
-    """
-    batches = list(chunks(pending, size))
-    while (number := rank.claim("batches")) < len(batches):
-        yield batches[number]
+def timing_line(job: Job, answered: Answered, conditions: dict[str, Any], room: Room) -> dict[str, Any]:
+    """The batch's line of timing.jsonl. What was prepared ahead of the model counts as preprocessing."""
+    record = cost.timing_record(answered.batch, conditions)
+    record["preprocess"] += sum(part.seconds for part in answered.parts)
+    record["notes"] += room.notes
+    if getattr(job.model, "remembers_features", False):
+        record["remembered_features"] = job.model.remembered > 0
+    return record
 
 
 def answer_lines(answered: Answered, model: str, seal: str) -> list[dict[str, Any]]:

@@ -51,8 +51,10 @@ COMMANDS = {
     "bench latency": Command(
         "eval.efficiency.latency.__main__", "time, memory and operations of methods beside full (docs/efficiency.md)"
     ),
+    "bench peers": Command("eval.efficiency.peers.__main__", "this repository and another code in turns, and ratios"),
     "bench growth": Command("eval.efficiency.growth.__main__", "how time and memory grow with visual tokens"),
     "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
+    "bench selection": Command("eval.efficiency.selection", "greedy choices beside their reference in torch"),
     "bench store": Command("eval.efficiency.store_cost", "what the answer store costs a run, without a model"),
     "bench scale": Command("eval.efficiency.scale", "questions per second against GPUs, on paper (docs/cluster.md)"),
     "bench ops": Command("eval.efficiency.dispatched", "operations and host waits up to the first token"),

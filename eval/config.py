@@ -43,6 +43,9 @@ class RunConfig:
         zero: hold the decoder's weights by ZeRO-Inference, see llava.model.builder.load; `zero_ranks` ranks share them.
         judge: who scores answers that a model has to judge; see eval/judging/choice.py. Answers do not depend on it.
         table: the paper table that the run belongs to, for W&B only.
+        share_prefix: run what the prompts of a batch have in common once, see llava/pipeline/faster/shared_prefix.py.
+            Answers do not depend on it, as they do not depend on the batch.
+        compile: decode with one compiled graph per token, see llava/pipeline/faster/compiled_step.py.
     """
 
     method: str
@@ -72,6 +75,8 @@ class RunConfig:
     zero: str | None = None
     zero_ranks: int = 1
     table: str | None = None
+    compile: bool = False
+    share_prefix: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", with_current_names(self.options))

@@ -1,10 +1,11 @@
-"""A LLaVA that remembers what its vision tower gave for an image, for runs of many methods on the same images."""
+"""A LLaVA that remembers what its vision tower gave for an image, for many questions or many methods on one image."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from llava.model.encoded_image import EncodedImage, encoded_image_of
 from llava.model.llava_arch import Llava
@@ -17,7 +18,9 @@ from llava.reduction.token_layout import TokenLayout
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Timer
 
-CACHE_BYTES = 4 << 30  # of remembered features; the images seen first are forgotten first
+# Of remembered features; the images seen first are forgotten first.
+CACHE_BYTES = 4 << 30  # in a sweep, which comes back to every image
+RUN_BYTES = 512 << 20  # in a single run, whose questions about one image stand near each other
 
 
 class CachingLlava(Llava):
@@ -28,18 +31,24 @@ class CachingLlava(Llava):
 
     Attributes:
         cache_bytes: of features and scores to keep at most.
+        ready_views: id of an image of the next batch -> its views, where they were made ahead.
+        remembered: images of the last batch that did not go through the tower.
     """
 
     remembers_features = True
+    takes_views = True
     cache_bytes = CACHE_BYTES
+    remembered = 0
 
-    def __new__(cls, model: Llava) -> "CachingLlava":
+    def __new__(cls, model: Llava, cache_bytes: int = CACHE_BYTES) -> "CachingLlava":
         """Of the model's own family: what this class leaves alone is done as that family does it."""
         own = cls if type(model) is Llava else type(f"{cls.__name__}{type(model).__name__}", (cls, type(model)), {})
         return object.__new__(own)
 
-    def __init__(self, model: Llava):
+    def __init__(self, model: Llava, cache_bytes: int = CACHE_BYTES):
         self.__dict__.update(model.__dict__)
+        self.cache_bytes = cache_bytes
+        self.ready_views: dict[int, tuple[Tensor, TokenLayout]] = {}
         self._scores: dict[TowerScore, None] = {}
         self.tiled = isinstance(model, LlavaNext)
         self._seen: dict[object, tuple[Encoded, TokenLayout]] = {}
@@ -52,16 +61,30 @@ class CachingLlava(Llava):
         ]
         if wanted:
             self._scores |= dict.fromkeys(wanted)
-            self._seen.clear()
-            self._bytes = 0
+            self.forget()
+
+    def remembers(self, key: object) -> bool:
+        """Whether an image is remembered now; `key` is its (image_id, number in the prompt)."""
+        return key in self._seen
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._seen.clear()
+        self._bytes = 0
+
+    def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
+        ready = self.ready_views.get(id(picture))
+        return super().views(picture) if ready is None else ready
 
     def encode_images(
         self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
     ) -> list[EncodedImage]:
         if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
+            self.remembered = 0
             return super().encode_images(pictures, keys, reducer, timer)
         self.expect([reducer])
         new = [i for i, name in enumerate(keys) if name not in self._seen]
+        self.remembered = len(keys) - len(new)
         views = {i: self.views(pictures[i]) for i in new}
         timer.mark("preprocess")
         for temporal in {full.temporal for _, full in views.values()}:
@@ -97,6 +120,11 @@ class CachingLlava(Llava):
         while self._bytes > self.cache_bytes:
             encoded, _ = self._seen.pop(next(iter(self._seen)))
             self._bytes -= bytes_of(encoded)
+
+
+def can_remember(model: Llava) -> bool:
+    """Whether the images of a model go through a CLIP tower in the common way; Qwen's do not."""
+    return type(model).encode_images is Llava.encode_images
 
 
 def with_own_memory(encoded: Encoded) -> Encoded:

@@ -123,10 +123,14 @@ def check_device(name: str) -> None:
 
 
 def load_model(config: RunConfig) -> Any:
-    """The model of this run; its libraries are imported here so that every check before it is fast."""
+    """The model of this run; its libraries are imported here so that every check before it is fast.
+
+    It remembers the vision tower's output, which the questions about one image share.
+    """
+    from eval.feature_cache import RUN_BYTES, CachingLlava, can_remember
     from llava.model.builder import load
 
-    return load(
+    model = load(
         config.model,
         dtype=config.dtype,
         device=config.device,
@@ -136,6 +140,13 @@ def load_model(config: RunConfig) -> Any:
         zero=config.zero,
         **config.picture,
     )
+    model.shares_prefix = config.share_prefix
+    if config.compile:
+        from llava.pipeline.faster.compiled_step import CompiledStep
+
+        model.compiled_step = CompiledStep(model.llm)
+    # With flip=SEED every question about a video draws anew whether it is mirrored.
+    return model if "flip" in config.picture or not can_remember(model) else CachingLlava(model, RUN_BYTES)
 
 
 def seed_everything(seed: int) -> None:
@@ -159,6 +170,7 @@ def measured_under(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "batch_size": job.config.batch_size,
         "dtype": job.config.dtype,
-        # A sweep keeps the tower's output between runs: its vision times are not those of a single run.
+        **({"shared_prefix": True} if getattr(job.model, "shares_prefix", False) else {}),
+        # The tower's output is kept between questions and, in a sweep, between runs; a batch says whether it used it.
         "remembered_features": getattr(job.model, "remembers_features", False),
     }

@@ -1,11 +1,10 @@
 """A batch of questions through the model: the answers, or for each question without one the reason."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eval.benchmarks.base import Question
-from eval.benchmarks.media import digest_of
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 
@@ -24,11 +23,15 @@ class Ready:
 
     Attributes:
         digest: hash of the images.
+        views: id of an image -> what the model's tower sees of it, as far as that was made ahead.
+        seconds: that making these views took; 0 where an earlier question paid for them.
     """
 
     question: Question
     sample: "Sample"
     digest: str
+    views: Mapping[int, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,22 +83,18 @@ class Room:
 
 
 def outcomes(
-    job: "Job", questions: Sequence[Question], room: Room, divide: bool = True
+    job: "Job", batch: "Sequence[Ready | Failure]", room: Room, divide: bool = True
 ) -> Iterator[Answered | Failure]:
     """Answer a batch; what cannot be answered becomes a Failure and leaves the others alone.
 
     Args:
+        batch: questions whose images are read, and those whose images cannot be.
         room: is made smaller when a batch does not fit into memory.
         divide: False raises in place of asking a failed batch again in parts: the ranks that hold one model together
             must run the same batches, and not all of them may have failed.
     """
-    ready: list[Ready] = []
-    for question in questions:
-        try:
-            ready.append(Ready(question, job.data.sample(question), digest_of(job.data.pictures, question.images)))
-        except Exception as error:
-            yield Failure(question.id, "image", error)
-    yield from answered(job, ready, room, divide)
+    yield from (one for one in batch if isinstance(one, Failure))
+    yield from answered(job, [one for one in batch if isinstance(one, Ready)], room, divide)
 
 
 def answered(job: "Job", ready: Sequence[Ready], room: Room, divide: bool) -> Iterator[Answered | Failure]:
@@ -104,6 +103,8 @@ def answered(job: "Job", ready: Sequence[Ready], room: Room, divide: bool) -> It
 
     for parts in chunks(ready, room.size or max(1, len(ready))):
         samples = [part.sample for part in parts]
+        if getattr(job.model, "takes_views", False):
+            job.model.ready_views = {name: views for part in parts for name, views in part.views.items()}
         try:
             batch = generate(job.model, samples, job.reducer, max_new_tokens=job.max_new_tokens)
         except Exception as raised:
@@ -114,6 +115,8 @@ def answered(job: "Job", ready: Sequence[Ready], room: Room, divide: bool) -> It
         full = isinstance(error, torch.OutOfMemoryError)
         if full:
             error.with_traceback(None)  # its frames hold the tensors that fill the memory
+            if getattr(job.model, "remembers_features", False):
+                job.model.forget()
             torch.cuda.empty_cache()
         if not divide:
             raise UserError(

@@ -78,6 +78,7 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
         "dtype": config.dtype,
         **({"picture": model.conventions} if getattr(model, "conventions", None) else {}),
         **({"quantization": config.quantization} if config.quantization else {}),
+        **({"compile": True} if config.compile else {}),
         # Other kernels round otherwise; the index of the device does not matter.
         "device": device_name(model).split(":")[0],
         "max_new_tokens": config.max_new_tokens or data.max_new_tokens,
@@ -128,7 +129,7 @@ def default_output(config: RunConfig, split: str, model: Any, reducer: "Reducer"
     changed |= {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.name in ("dtype", "max_new_tokens", "seed", "picture", "quantization", "profile")
+        if field.name in ("dtype", "max_new_tokens", "seed", "picture", "quantization", "profile", "compile")
         and getattr(config, field.name) not in (field.default, {})
     }
     text = json.dumps(changed, sort_keys=True)

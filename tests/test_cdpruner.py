@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines.cdpruner import CDPruner, greedy_map, unit_interval
+from baselines.cdpruner import CDPruner, unit_interval
 from llava.errors import UserError
+from llava.reduction.greedy import largest_determinant
 from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import PromptState
 from llava.reduction.token_layout import PatchGrid
@@ -48,16 +49,17 @@ def relevance_of(state: PromptState, row: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("tokens", "width", "budget"), [(12, 16, 7), (20, 24, 20), (9, 30, 1)])
-def test_greedy_map_equals_the_definition(tokens, width, budget):
+def test_the_choice_equals_the_definition(tokens, width, budget):
     unit = F.normalize(torch.randn(3, tokens, width), dim=-1)
-    worth = torch.rand(3, tokens, 1) + 0.1
-    kernel = worth * (unit @ unit.transpose(1, 2)) * worth.transpose(1, 2)
+    worth = torch.rand(3, tokens) + 0.1
+    kernel = worth[:, :, None] * (unit @ unit.transpose(1, 2)) * worth[:, None]
+    chosen = largest_determinant(unit, worth, budget)
     expected = [greedy_by_the_book(image, budget) for image in kernel]
     if width < tokens:  # behind the rank only the set is defined
         expected = [sorted(chosen) for chosen in expected]
-        assert greedy_map(kernel, budget).sort(1).values.tolist() == expected
+        assert chosen.sort(1).values.tolist() == expected
     else:
-        assert greedy_map(kernel, budget).tolist() == expected
+        assert chosen.tolist() == expected
 
 
 @torch.inference_mode()
@@ -93,8 +95,7 @@ def test_planted_duplicates_are_not_kept():
     """Planted: five directions, each in several copies; the most relevant copy of each must be kept."""
     tokens = torch.eye(5, 8)[[0, 0, 0, 1, 1, 2, 3, 3, 4, 4]]
     worth = torch.tensor([0.5, 0.9, 0.7, 0.2, 0.3, 0.1, 0.8, 0.6, 0.4, 0.35])
-    kernel = (worth[:, None] * (tokens @ tokens.T) * worth)[None]
-    assert greedy_map(kernel, 5).tolist() == [[1, 6, 8, 4, 5]]
+    assert largest_determinant(tokens[None], worth[None], 5).tolist() == [[1, 6, 8, 4, 5]]
 
 
 @pytest.mark.parametrize("budget", [20, 40, 64])
@@ -105,7 +106,7 @@ def test_budgets_beyond_the_rank(budget):
     """
     unit = F.normalize(torch.randn(2, 64, 12), dim=-1)
     worth = torch.rand(2, 64) + 0.1
-    chosen = greedy_map(worth[:, :, None] * (unit @ unit.transpose(1, 2)) * worth[:, None], budget)
+    chosen = largest_determinant(unit, worth, budget)
     assert all(len(set(row)) == budget for row in chosen.tolist())
     for row, order in zip(worth, chosen[:, 12:], strict=True):
         assert (row[order].diff() <= 0).all(), "spanned tokens follow by relevance"
@@ -115,7 +116,7 @@ def test_budgets_beyond_the_rank(budget):
 def test_tokens_worth_the_same_are_kept_by_diversity_alone():
     """No spread of relevance: the release divides zero by zero."""
     assert torch.equal(unit_interval(torch.full((2, 5), 0.3)), torch.ones(2, 5))
-    chosen = greedy_map(torch.ones(1, 6, 6), 4)
+    chosen = largest_determinant(torch.ones(1, 6, 4), torch.ones(1, 6), 4)
     assert chosen.tolist() == [[0, 1, 2, 3]]
 
 
@@ -159,8 +160,7 @@ def test_recorded_choices_of_the_release():
         image = F.normalize(draw(f"cdpruner-image-{case}", (576, 64)), dim=-1)
         text = F.normalize(draw(f"cdpruner-text-{case}", (64,)), dim=-1)
         worth = unit_interval(-(image @ text)[None])
-        kernel = worth[:, :, None] * (tokens @ tokens.T) * worth[:, None]
-        assert greedy_map(kernel, 192)[0].tolist() == arrays["order"][row].tolist()
+        assert largest_determinant(tokens[None], worth, 192)[0].tolist() == arrays["order"][row].tolist()
 
 
 def test_budgets_and_what_is_missing(tiny):

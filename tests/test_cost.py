@@ -134,8 +134,23 @@ def test_operations_of_result_files_of_both_versions():
 
 
 def test_kept_tower_features_are_told():
-    found = cost.notes([line(8, 0.1, remembered_features=True)])
-    assert found == ["Vision and TTFT of 1 of 1 batches leave out images encoded in an earlier run."]
+    known, new = line(8, 0.1, remembered_features=True), line(8, 0.3, remembered_features=False)
+    assert cost.notes([known]) == ["Vision and TTFT of 1 of 1 batches leave out images encoded before."]
+    assert cost.notes([known, new]) == ["TTFT is of the 1 of 2 batches all of whose images were new."]
+    assert cost.notes([new]) == []
+
+
+def test_times_of_shared_beginnings_are_told():
+    (found,) = cost.notes([line(8, 0.1, shared_prefix=True), line(8, 0.1)])
+    assert found.startswith("Vision and TTFT of 1 of 2 batches are of prompts whose common beginning ran once")
+
+
+def test_ttft_is_of_batches_that_ran_the_tower():
+    """A batch about images that are remembered has no vision time: its TTFT is nobody's."""
+    known, new = line(8, 0.1, remembered_features=True), line(8, 0.3, remembered_features=False)
+    found = cost.batch_latency([known, known, new])
+    assert found["batches"] == 1 and found["median_ms"] == cost.batch_latency([new])["median_ms"]
+    assert cost.batch_latency([known])["median_ms"]["ttft"] is not None
 
 
 def test_nothing_timed_is_no_number():

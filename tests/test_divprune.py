@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from baselines.divprune import DivPrune, farthest_apart
+from baselines.divprune import DivPrune
+from llava.reduction.greedy import farthest_apart
 from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import PromptState
 from llava.reduction.token_layout import PatchGrid

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from eval import benchmarks, cli
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.findings import arms, collect, degraded, fusion, measures, observe, scenes, summary
+from eval.findings import arms, collect, degraded, fusion, measures, observe, probes, scenes, summary
 from eval.findings.arms import Arm
 from eval.findings.scenes import COLOR_NAMES, SHAPES
 from eval.results.statistics import Interval
@@ -288,11 +288,78 @@ def test_arms_are_asked_once_and_stored(toy, tmp_path, monkeypatch):
     assert all(0 <= x <= 1 for x in first[wanted[2]].recall.values())
     monkeypatch.setattr(arms, "ask", lambda *_: pytest.fail("asked twice"))
     assert arms.answer(toy, wanted, tmp_path, limit=4) == first
-    assert len({arms.name_of(arm) for arm in {a.key for a in _plan()}}) == len({a.key for a in _plan()})
 
 
-def _plan():
-    return [Arm(r, b, m, k, x) for b, m, k, levels in fusion.DEGRADED for x in levels for r in arms.ALPHA]
+def test_another_layers_probe_ranks_as_the_methods_own_option(toy, samples):
+    def kept(reducer):
+        return [answer.trace[-1].reduction.kept[0].tolist() for answer in generate(toy, samples, reducer, 1).answers]
+
+    arm = Arm("cross-modal only", 32, probe="contextual", layer=2)
+    usual = registry.build("consensusdrop", 32, {"alpha": "0", "probe": "contextual", "probe_layer": "2"})
+    assert kept(arm.reducer()) == kept(usual)
+    assert kept(arm.reducer()) != kept(replace(arm, layer=1).reducer()) != kept(Arm(arm.ranking, 32).reducer())
+
+
+def test_an_arm_is_one_with_another_only_if_its_answers_are():
+    probe = Arm("fused", 64, False, probe="contextual", layer=2)
+    assert replace(probe, kind="smooth").key == probe.key == probe
+    assert replace(probe, kind="smooth", noise=1.0).key == replace(probe, kind="smooth", noise=1.0)
+    assert replace(probe, ranking="encoder only", noise=1.0).key == Arm("encoder only", 64, False)
+    assert len({replace(probe, layer=3).key, replace(probe, probe="static").key, probe.key}) == 3
+
+
+def test_files_of_arms(tmp_path):
+    """Other probes have other files; those of the default probe keep the names that they had before."""
+    default = Arm("fused", 64, False)
+    assert arms.name_of(default) == "fused_64_false_white_0.0"
+    assert arms.name_of(replace(default, kind="smooth", noise=float("inf"))) == "fused_64_false_smooth_Infinity"
+    assert arms.name_of(replace(default, probe="contextual", layer=2)) == "fused_64_false_white_0.0_contextual_2"
+    keys = {replace(arm, ranking=r).key for arm in [*probes.noisy_arms(), *probes.layer_arms()] for r in arms.ALPHA}
+    assert len({arms.name_of(arm) for arm in keys}) == len(keys) > 40
+    (tmp_path / "fused_64_false_white_0.0_static_1-671.json").touch()
+    assert arms.stored(tmp_path, default, 671) is None
+    assert arms.stored(tmp_path, replace(default, layer=1), 671)
+    assert arms.stored(tmp_path, replace(default, layer=1), 672) is None
+
+
+def test_probes_are_compared_on_whole_pictures():
+    asked = scenes.questions()
+    first = {one.picture for one in asked[: probes.ASKED]}
+    assert len(first) == 76 and asked[probes.ASKED].picture not in first
+    ids = [one.id for one in asked]
+
+    def answered(right, auroc=None):
+        """The first `right` questions are answered rightly."""
+        scores = {name: float(n < right) for n, name in enumerate(ids)}
+        return arms.Answered(scores, {} if auroc is None else dict.fromkeys(ids, auroc), {ids[0]: 0.5}, {ids[0]: 1.0})
+
+    default, other = Arm("fused", 64, False), Arm("fused", 64, False, probe="contextual", layer=2)
+    known = {
+        default: answered(probes.ASKED, 0.9),
+        other: answered(600, 0.8),
+        replace(other, ranking="cross-modal only"): answered(500, 0.8),
+        replace(default, ranking="encoder only"): answered(400),
+    }
+    cells = probes.measured(known, other)
+    percent = 100 / probes.ASKED
+    assert cells["AUROC of the probe"].mean == pytest.approx(0.8)
+    assert cells["encoder only, %"].mean == pytest.approx(400 * percent)
+    differences = [cells[f"{title}, points"].difference for title in (fusion.OVER_ENCODER, fusion.OVER_CROSS)]
+    assert differences == pytest.approx([200 * percent, 100 * percent])
+    assert cells[f"{probes.OVER_PROBE}, points"].difference == pytest.approx((600 - probes.ASKED) * percent)
+    known[replace(default, ranking="cross-modal only")] = answered(1, 0.9)
+    assert f"{probes.OVER_PROBE}, points" not in probes.measured(known, default)
+
+
+def test_rows_of_probes():
+    labels = [*map(probes.noise_label, probes.noisy_arms()), *map(probes.layer_label, probes.layer_arms())]
+    assert len(set(labels)) == len(labels)
+    assert "64 tokens, all ranked: smooth noise × 0.5" in labels and "contextual, layer 1" in labels
+    assert [label for label in labels if "as it is" in label] == [
+        "64 tokens, all ranked: as it is",
+        "32 tokens, half merge targets: as it is",
+        "static, layer 0 (as it is)",
+    ]
 
 
 def test_groups_of_questions_by_size_and_salience():

@@ -13,7 +13,7 @@ from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.model.multimodal_encoder.languagebind import LanguageBindVideoTower
 from llava.reduction.flops import tower_flops
-from llava.reduction.scores import TOWER_SCORES, TowerScore
+from llava.reduction.scores import TOWER_SCORES, BlockInput, TowerScore, tower_score
 
 FRAMES = 4
 RECORDED = Path(__file__).parent / "data" / "video_llava" / "tower.npz"
@@ -192,9 +192,9 @@ def test_signals_are_those_of_the_spatial_attention(tower, block):
         hidden = encode(tower, images, block % 3, keep_cls=True).features
         seen = torch.from_numpy(time_by_the_book(array(hidden), layer, FRAMES)).float()
         for signal in wanted:
-            expected = TOWER_SCORES[signal.kind](layer, seen)
+            expected = tower_score(signal, BlockInput(layer, seen))
             torch.testing.assert_close(found[signal], expected, atol=2e-5, rtol=1e-4)
-            assert (found[signal] - TOWER_SCORES[signal.kind](layer, hidden)).abs().max() > 1e-3
+            assert (found[signal] - tower_score(signal, BlockInput(layer, hidden))).abs().max() > 1e-3
 
 
 def test_operations_are_those_that_torch_counts():

@@ -191,7 +191,8 @@ def test_rows_of_the_decoders_attention_equal_its_own_maps(model):
         rotary = rotary_angles(llm, hidden, place)
         layer, rows = llm.layers[0], [4, 20, -1]
         allowed = torch.ones(expected.shape[-2:], dtype=torch.bool).tril()[rows][None]
+        normed = layer.input_layernorm(hidden)
         found = attention_rows(
-            layer, hidden[:, rows], layer_keys(layer, hidden, rotary), allowed, tuple(part[:, rows] for part in rotary)
+            layer, normed[:, rows], layer_keys(layer, normed, rotary), allowed, tuple(part[:, rows] for part in rotary)
         )
     torch.testing.assert_close(found, expected[:, :, rows], atol=1e-6, rtol=1e-5)

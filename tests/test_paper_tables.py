@@ -13,7 +13,7 @@ import yaml
 
 from eval import benchmarks, outcomes
 from eval.config import ROOT
-from eval.papers import gate, plan, spec, table
+from eval.papers import figure, gate, plan, spec, table
 from eval.papers.published import Published, Source
 from eval.papers.published import Row as PublishedRow
 from eval.papers.render import latex
@@ -202,6 +202,24 @@ def test_latex_is_booktabs_with_balanced_braces_and_escapes(made):
     assert latex.escaped("50 % & a_b # $ ‡") == r"50 \% \& a\_b \# \$ $^\ddagger$"
 
 
+def test_a_table_of_costs_shows_the_score_beside_them_and_is_latex_too(made, monkeypatch, tmp_path):
+    """Tables of costs and ablations were written without a LaTeX file."""
+    folder, words = made
+    path = written(tmp_path, kind="efficiency")
+    monkeypatch.setattr(plan, "SWEEPS", folder / "sweep")
+    again = [str(path), *words[1:], "--times", "1", "--output", str(tmp_path / "out"), "--wandb", "disabled"]
+    assert table.main(again) == 0
+    page = (tmp_path / "out" / "small.md").read_text()
+    assert "| TTFT faster | GQA |" in page and re.search(
+        r"^\| full \| all \| .*x \| \d+\.\d \[.*\] \|$", page, re.MULTILINE
+    )
+    text = (tmp_path / "out" / "small.tex").read_text()
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 10 and {line.count("&") for line in rows} == {9}
+    assert r"1.00$\times$" in text and r"\toprule" in text and r"\end{tabular}" in text
+    assert latex.styled("**81.0**") == r"\textbf{81.0}" and latex.styled("fix") == "fix"
+
+
 @needs_browser
 def test_the_html_page_sorts_and_needs_no_network(made):
     with opened(made[0] / "out" / "small.html") as page:
@@ -239,6 +257,16 @@ def test_the_table_is_one_offline_wandb_run_with_its_files_and_pictures(made, mo
     assert {"small.md", "small.csv", "small.tex", "small.html"} <= set(files)
     assert len(run.last("kept tokens")["captions"]) == 5
     assert run.last("accuracy against tokens") and run.last("accuracy against TTFT")
+
+
+def test_why_times_are_not_measured_is_said_once(made, monkeypatch, tmp_path):
+    """It was decided twice, so the sentence about the ranks' GPUs was printed twice."""
+    without_wandb(monkeypatch, tmp_path)
+    folder, words = made
+    decided: list[int] = []
+    monkeypatch.setattr(table, "repeats_of", lambda *_: decided.append(1) or 1)
+    assert table.main([*words, "--output", str(folder / "once"), "--wandb", "offline"]) == 0
+    assert decided == [1]
 
 
 def test_cells_are_spread_over_ranks_and_are_those_of_one_process(made, monkeypatch):
@@ -373,6 +401,22 @@ def test_the_gate_accepts_any_source_within_its_tolerance():
     assert [one.difference for one in gate.check([cell(10.0, 5)], known, place)] == [None]
     (sentence,) = gate.sentences(gate.check([cell(84.0)], known, place))
     assert "2,910 or 3,000 questions" in sentence
+
+
+def test_the_legend_has_other_methods_only_where_there_are_some(tmp_path, monkeypatch):
+    """Tables of few methods had a grey entry that stood for no line."""
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    for count, expected in ((3, False), (12, True)):
+        points = [
+            {"method": f"m{i}", "budget": 64, "tokens": 64, "ttft_ms": None, "score": 90 - i} for i in range(count)
+        ]
+        assert figure.draw(tmp_path / "plot.png", points, "title", "m0")
+        texts = [text.get_text() for text in pyplot.gcf().axes[0].get_legend().get_texts()]
+        assert ("other methods" in texts) == expected
+    monkeypatch.undo()
+    pyplot.close("all")
 
 
 def test_tokens_needed_is_na_where_full_scores_nothing():

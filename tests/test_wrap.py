@@ -91,7 +91,7 @@ def test_tokens_are_gone_from_every_layers_cache(case):
             # Two of the three new tokens were fed.
             lengths = [text + count + 2 for text, count in zip(case.text_tokens(inputs), entering, strict=True)]
             assert held.keys.shape[-2] == max(lengths)
-            assert out.past_key_values.valid[layer].sum(1).tolist() == lengths
+            assert out.past_key_values.valid[layer].columns.sum(1).tolist() == lengths
         assert entering[0] < 16 and max(lengths) < inputs["input_ids"].shape[1]
         assert [len(trace) > 0 for trace in reduced.traces] == [True, True, False, True]
         assert all(isinstance(audit, TokenAccounting) and audit.planned == audit.mean for audit in reduced.accounting)

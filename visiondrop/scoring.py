@@ -37,10 +37,10 @@ class Look:
     """Hidden states, keys and mask for the attention among the visual tokens in the next layer.
 
     Attributes:
-        rows: [B, n, D] hidden states of the visual tokens.
+        rows: [B, n, D] inputs of the layer at the visual tokens, after its norm.
         rotary: cosines and sines at their positions, each [B, n, d].
         keys: [B, Hkv, W, d] rotated keys.
-        allowed: [B, n, W] bool, the keys that each row may see.
+        allowed: [B, n, W] bool, the keys that each row may see; None for all.
         columns: [B, n] int64, which of the W keys are the visual tokens.
         span: the same as [start, stop), where it is that of all images.
     """
@@ -48,7 +48,7 @@ class Look:
     rows: Tensor
     rotary: tuple[Tensor, Tensor]
     keys: Tensor
-    allowed: Tensor
+    allowed: Tensor | None
     columns: Tensor
     span: tuple[int, int] | None = None
 
@@ -80,15 +80,17 @@ def look(state: DecoderState, attention: str) -> Look:
     # Causality: no visual token sees the text after the image, so that text needs no keys.
     width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))
     if attention == "causal":
-        keys = layer_keys(layer, sequence.hidden[:, :width], (cos[:, :width], sin[:, :width]))
-        allowed = visible(sequence, columns, width)
+        normed = layer.input_layernorm(sequence.hidden[:, :width])
+        keys = layer_keys(layer, normed, (cos[:, :width], sin[:, :width]))
+        rows, allowed = at_spans(normed, sequence, sequence.images), visible(sequence, sequence.images, width)
     else:
-        keys = layer_keys(layer, state.tokens, rotary)
+        rows = layer.input_layernorm(state.tokens)
+        keys = layer_keys(layer, rows, rotary)
         columns = places(*state.tokens.shape[:2], columns.device)
         allowed = (columns[:, None] <= columns[..., None]) | (attention == "bidirectional")
     state.flops += len(keys) * linear_flops(layer.self_attn.k_proj, keys.shape[2])
     spans = set(padded_spans(sequence, sequence.images)) if attention == "causal" else {(0, state.tokens.shape[1])}
-    return Look(state.tokens, rotary, keys, allowed, columns, spans.pop() if len(spans) == 1 else None)
+    return Look(rows, rotary, keys, allowed, columns, spans.pop() if len(spans) == 1 else None)
 
 
 def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tensor:
@@ -101,14 +103,15 @@ def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tenso
     Returns:
         [B, n] float32. Rows are processed in slices, so the full attention map is never held.
     """
-    batch, count, width = seen.allowed.shape
+    batch, count, width = *seen.rows.shape[:2], seen.keys.shape[2]
     heads = layer.self_attn.q_proj.out_features // layer.self_attn.head_dim
     step = max(1, SLICE // (batch * heads * width))
     received = []
     for start in range(0, count, step):
         part = slice(start, start + step)
         cos, sin = (angle[:, part] for angle in seen.rotary)
-        weights = attention_rows(layer, seen.rows[:, part], seen.keys, seen.allowed[:, part], (cos, sin)).mean(1)
+        allowed = None if seen.allowed is None else seen.allowed[:, part]
+        weights = attention_rows(layer, seen.rows[:, part], seen.keys, allowed, (cos, sin)).mean(1)
         weights = seen.to_visual(weights)
         if not diagonal:
             own = torch.eye(count, dtype=torch.bool, device=weights.device)
@@ -134,10 +137,10 @@ def visual_scores(state: DecoderState, seen: Look, attention: str, average: str,
     Args:
         average: mean over "all" visual tokens, with zeros from those that cannot see the token, or over its "viewers".
     """
-    layer, count = state.llm.layers[state.layer], seen.allowed.shape[1]
+    layer, count, width = state.llm.layers[state.layer], seen.rows.shape[1], seen.keys.shape[2]
     received = received_attention(layer, seen, diagonal)
     query = layer.self_attn.q_proj
-    state.flops += len(received) * (linear_flops(query, count) + 2 * seen.allowed[0].numel() * query.out_features)
+    state.flops += len(received) * (linear_flops(query, count) + 2 * count * width * query.out_features)
     if average == "all":
         return received / count
     return received / viewers(count, attention, diagonal, received.device)
@@ -155,4 +158,4 @@ def merge_metric(state: DecoderState, seen: Look, metric: str) -> Tensor:
         return seen.visual_keys().mean(1)
     layer = state.llm.layers[state.layer]
     state.flops += len(state.tokens) * linear_flops(layer.self_attn.k_proj, state.tokens.shape[1])
-    return layer_keys(layer, state.tokens, None).mean(1)
+    return layer_keys(layer, seen.rows, None).mean(1)

@@ -103,16 +103,24 @@ class Dataset:
 
     def sample(self, question: Question) -> "Sample":
         """The question with its images opened."""
+        return self.with_images(question, [self.pictures.open(name) for name in question.images])
+
+    def with_images(self, question: Question, opened: Sequence[Any]) -> "Sample":
+        """The question with its images, which were opened before."""
         from llava.processing.sample import Sample
 
-        opened = tuple(self.pictures.open(name) for name in question.images)
         return Sample(
             id=question.id,
             question=question.question,
             suffix=question.suffix,
-            image=opened[0] if len(opened) == 1 else opened or None,
+            image=opened[0] if len(opened) == 1 else tuple(opened) or None,
             image_id=" ".join(question.images) or None,
         )
+
+    @staticmethod
+    def key(question: Question, number: int) -> tuple[str, int]:
+        """The name under which the pipeline knows an image of the question."""
+        return " ".join(question.images), number
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Calls(TorchDispatchMode):
     def note(self, name: str, kernel: bool = False, waits: bool = False) -> None:
         self._open.append((source_line(sys._getframe(2)), name, kernel, waits))
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kernel = function.overloadpacket.__name__, not function.is_view
         if _sized_by_values(name, args) or _copied_to_host(args, kwargs or {}):
             self.note(name, kernel, waits=True)  # before the call, which fails where there are no values
@@ -99,7 +99,7 @@ class Reads(TorchFunctionMode):
         super().__init__()
         self.calls = calls
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
         if _reads(name, args) or _sends_list(name, args, kwargs or {}):
             self.calls.note(name, waits=True)
@@ -245,7 +245,7 @@ class Beside:
         """One line of the table."""
         parts = Counter(call.part for call in self.calls)
         total, over = len(self.calls), "-" if self.schedule is None else f"{len(self.calls) - self.schedule:+d}"
-        cells = [total, sum(call.kernel for call in self.calls), *(parts[part] for part in PARTS)]
+        cells: list[int | str] = [total, sum(call.kernel for call in self.calls), *(parts[part] for part in PARTS)]
         cells += [f"{total - self.flat:+d}", over, len(self.waits)]
         return f"{name:16}" + "".join(f"{cell:>11}" for cell in cells)
 

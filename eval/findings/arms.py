@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,6 +31,7 @@ class Arm:
         ranking: a key of ALPHA.
         merged: half of the budget goes to farthest-point merge targets, as by default; else all of it to the ranking.
         kind, noise: how the probe is made worse, see Degraded.
+        probe, layer: the inputs of the probe and the decoder layer that it uses, see ConsensusDrop.
     """
 
     ranking: str
@@ -38,6 +39,8 @@ class Arm:
     merged: bool = True
     kind: str = "white"
     noise: float = 0.0
+    probe: str = "static"
+    layer: int = 0
 
     def reducer(self) -> Degraded:
         return Degraded(
@@ -46,13 +49,16 @@ class Arm:
             merged_share=MERGED_SHARE if self.merged else 0.0,
             kind=self.kind,
             noise=self.noise,
+            probe=self.probe,
+            probe_layer=self.layer,
         )
 
     @property
     def key(self) -> "Arm":
-        """The arm whose answers are the same: without the probe its handicap has no effect."""
-        same = self.ranking == "encoder only" or not self.noise
-        return Arm(self.ranking, self.budget, self.merged) if same else self
+        """The arm whose answers are the same: without noise its kind has no effect, without a probe nothing of it."""
+        if self.ranking == "encoder only":
+            return Arm(self.ranking, self.budget, self.merged)
+        return self if self.noise else replace(self, kind="white")
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,11 @@ def stored(home: Path, arm: Arm, limit: int | None) -> Path | None:
 
 
 def name_of(arm: Arm) -> str:
-    """A file name."""
-    return json.dumps(list(asdict(arm).values())).strip("[]").replace('"', "").replace(", ", "_").replace(" ", "-")
+    """A file name. The default probe is not part of it, so answers from before there were others stay valid."""
+    values = [value for name, value in asdict(arm).items() if name not in ("probe", "layer")]
+    if (arm.probe, arm.layer) != (Arm.probe, Arm.layer):
+        values += [arm.probe, arm.layer]
+    return json.dumps(values).strip("[]").replace('"', "").replace(", ", "_").replace(" ", "-")
 
 
 def digest(model: CachingLlava, arm: Arm) -> str:

@@ -50,7 +50,7 @@ def main() -> int:
             raise UserError(
                 f"--{name} ({getattr(args, name)}) counts some of the --pictures ({args.pictures}); lower it."
             )
-    from eval.findings import alignment, fusion, misalignment, saliency
+    from eval.findings import alignment, fusion, misalignment, probes, saliency
     from eval.findings.collect import CONDITIONS, collect
     from eval.sweep import CachingLlava
     from llava.model.builder import load
@@ -60,7 +60,9 @@ def main() -> int:
     drawn = collect(model, CONDITIONS[0], names, args.folder)
     if args.paper == "consensusdrop":
         saliency.report(drawn)
-        fusion.report(CachingLlava(model), args.folder, drawn.of("encoder", "auroc"))
+        caching = CachingLlava(model)
+        fusion.report(caching, args.folder, drawn.of("encoder", "auroc"))
+        probes.report(caching, args.folder)
     else:
         exchanged = collect(model, CONDITIONS[1], names[: args.exchanged], args.folder)
         backwards = collect(model, CONDITIONS[2], names[: args.backwards], args.folder)

@@ -13,25 +13,29 @@ from eval.results.statistics import Comparison
 from eval.tables.plots import COLOURS, MARKERS
 
 SMALL = 8
+RANKINGS = ("fused", "cross-modal only", "encoder only")
+LABELS = {"late": "late preference", "other layers": "other layers, no noise"}  # of what changes the probe
 Cells = Mapping[str, Cell]
 
 
 @contextmanager
-def sheet(path: Path, columns: int, width: float, height: float, **settings: Any) -> Iterator[Sequence[Any]]:
-    """Panels side by side; the file is written at the end."""
+def sheet(
+    path: Path, columns: int, width: float, height: float, rows: int = 1, **settings: Any
+) -> Iterator[Sequence[Any]]:
+    """Panels side by side, row after row; the file is written at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        1, columns, figsize=(width, height), dpi=140, squeeze=False, layout="constrained", **settings
+        rows, columns, figsize=(width, height), dpi=140, squeeze=False, layout="constrained", **settings
     )
-    for panel in axes[0]:
+    for panel in axes.flat:
         panel.grid(alpha=0.25)
         panel.tick_params(labelsize=SMALL)
         panel.spines[["top", "right"]].set_visible(False)
-    yield axes[0]
+    yield axes.flat
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
@@ -134,6 +138,7 @@ def misalignment(
             panel.axhline(centre(found["encoder"][measure]), color=COLOURS[4], linewidth=1.5, label="CLS attention")
             if chance is not None:
                 panel.axhline(chance, color="black", linewidth=1, linestyle="--", label="chance")
+            panel.autoscale_view()  # a level just inside the old limits would lie on the panel's edge
             panel.set_title(title, fontsize=10)
             panel.set_xlabel("decoder layer", fontsize=SMALL + 1)
         handles, labels = axes[0].get_legend_handles_labels()
@@ -152,7 +157,7 @@ def gains(path: Path, found: Mapping[int, Mapping[str, Cells]], titles: Sequence
         for panel, title in zip(axes, titles, strict=True):
             for index, (budget, rows) in enumerate(found.items()):
                 cells = [rows[label][title] for label in labels]
-                places = np.arange(len(labels)) + 0.14 * (2 * index - 1)
+                places = np.arange(len(labels)) + 0.14 * (2 * index + 1 - len(found))
                 panel.errorbar(
                     [centre(cell) for cell in cells], places, xerr=bars(cells), fmt=MARKERS[index],
                     color=COLOURS[index], capsize=2, markersize=5, label=f"{budget} tokens",
@@ -166,44 +171,59 @@ def gains(path: Path, found: Mapping[int, Mapping[str, Cells]], titles: Sequence
             axes[-1].legend(frameon=False, fontsize=SMALL, loc="lower right")
 
 
-def quality(path: Path, curves: Mapping[tuple[int, bool, str], Mapping[float, Cells]]) -> None:
-    """Accuracy of the three rankings against how well the probe finds the named things; and against what is kept."""
-    with sheet(path, 3, 16, 4.6) as axes:
-        panels: tuple[tuple[Any, tuple[int, bool, str], str], ...] = (
-            (axes[0], (64, False, "smooth"), "64 tokens, all by rank; smooth noise"),
-            (axes[1], (64, False, "white"), "64 tokens, all by rank; white noise"),
-        )
-        for panel, key, title in panels:
-            rows = list(curves[key].values())
-            x = [centre(cells["AUROC of the probe"]) for cells in rows]
-            for index, ranking in enumerate(("fused", "cross-modal only", "encoder only")):
-                line(panel, x, [cells[f"{ranking}, %"] for cells in rows], index, ranking)
+def quality(path: Path, noisy: Mapping[str, Sequence[Cells]], layers: Mapping[str, Cells]) -> None:
+    """Accuracy of the three rankings, by how well the probe finds the named things, by its layer, and by what is kept.
+
+    Args:
+        noisy: kind of noise -> cells, from the probe as it is to the most noise.
+        layers: probe -> cells.
+    """
+    with sheet(path, 2, 12, 9.2, rows=2) as (smooth, white, by_layer, shares):
+        for panel, kind in ((smooth, "smooth"), (white, "white")):
+            accuracies(panel, [centre(cells["AUROC of the probe"]) for cells in noisy[kind]], noisy[kind])
             panel.invert_xaxis()
-            panel.set_title(title, fontsize=10)
+            panel.set_title(f"A probe with {kind} noise, 64 tokens, all by rank", fontsize=10)
             panel.set_xlabel(
-                "AUROC of the probe on the named things\n(left: as it is, right: noise alone)", fontsize=SMALL + 1
+                "AUROC of the probe on the named things (left: as it is, right: noise alone)", fontsize=SMALL + 1
             )
-            panel.set_ylabel("accuracy, %", fontsize=SMALL + 1)
-            panel.legend(frameon=False, fontsize=SMALL, loc="lower left")
-        low = min(panel.get_ylim()[0] for panel, _, _ in panels)
-        high = max(panel.get_ylim()[1] for panel, _, _ in panels)
-        for panel, _, _ in panels:
+        accuracies(by_layer, range(len(layers)), list(layers.values()), 0.1, linestyle="none")
+        found = [f"{centre(cells['AUROC of the probe']):.2f}" for cells in layers.values()]
+        by_layer.set_xticks(range(len(layers)), [f"{name}\n{x}" for name, x in zip(layers, found, strict=True)])
+        by_layer.set_xlabel("inputs of the probe, its decoder layer, its AUROC", fontsize=SMALL + 1)
+        by_layer.set_title("Probes of other layers, no noise, 64 tokens, all by rank", fontsize=10)
+        low, high = smooth.get_ylim()[0], max(panel.get_ylim()[1] for panel in (smooth, white, by_layer))
+        for panel in (smooth, white):
             panel.set_ylim(low, high)
-        kept(axes[2], curves)
+        kept(shares, {**noisy, "other layers": list(layers.values())})
+        handles, labels = smooth.get_legend_handles_labels()
+        smooth.figure.legend(handles, labels, frameon=False, fontsize=SMALL + 1, loc="outside lower center", ncols=3)
 
 
-def kept(panel: Any, curves: Mapping[tuple[int, bool, str], Mapping[float, Cells]]) -> None:
-    """Accuracy against the share of questions of whose every named thing a patch is kept; 64 tokens, all by rank."""
-    kinds = {"smooth": "o", "white": "s", "late": "^"}
-    for index, ranking in enumerate(("fused", "cross-modal only", "encoder only")):
-        for (budget, merged, kind), rows in curves.items():
-            if (budget, merged) != (64, False):
-                continue
-            label = ranking if kind == "smooth" else None
-            x = [centre(cells[f"{ranking}: every named thing kept in part, %"]) for cells in rows.values()]
-            y = [centre(cells[f"{ranking}, %"]) for cells in rows.values()]
-            panel.scatter(x, y, color=COLOURS[index], marker=kinds[kind], s=26, label=label)
-    panel.set_xlabel("questions with at least one patch of every named thing, %", fontsize=SMALL + 1)
+def accuracies(panel: Any, x: Sequence[float], rows: Sequence[Cells], apart: float = 0, **style: Any) -> None:
+    """Accuracy of each ranking at places x; the encoder's, which no probe changes, is a level with a band.
+
+    Args:
+        apart: by how much the rankings are moved to the left and right of their place.
+    """
+    for index, (ranking, side) in enumerate(zip(RANKINGS[:2], (-apart, apart), strict=True)):
+        line(panel, [place + side for place in x], [cells[f"{ranking}, %"] for cells in rows], index, ranking, **style)
+    level = rows[0][f"{RANKINGS[2]}, %"]
+    panel.axhline(centre(level), color=COLOURS[2], linewidth=1.6, label=f"{RANKINGS[2]} (band: 95 %)", zorder=1)
+    below, above = bars([level])[:, 0]
+    panel.axhspan(centre(level) - below, centre(level) + above, color=COLOURS[2], alpha=0.12, linewidth=0, zorder=0)
+    panel.autoscale_view()
     panel.set_ylabel("accuracy, %", fontsize=SMALL + 1)
-    panel.set_title("What accuracy follows (circle smooth, square white, triangle late)", fontsize=9)
-    panel.legend(frameon=False, fontsize=SMALL)
+
+
+def kept(panel: Any, kinds: Mapping[str, Sequence[Cells]]) -> None:
+    """Accuracy against the share of questions of whose every named thing a patch is kept; a marker for each kind."""
+    for marker, (kind, rows) in zip("os^D", kinds.items(), strict=True):
+        for index, ranking in enumerate(RANKINGS):
+            x = [centre(cells[f"{ranking}: every named thing kept in part, %"]) for cells in rows]
+            y = [centre(cells[f"{ranking}, %"]) for cells in rows]
+            panel.scatter(x, y, color=COLOURS[index], marker=marker, s=26, alpha=0.8)
+        panel.scatter([], [], color="grey", marker=marker, s=26, label=LABELS.get(kind, f"{kind} noise"))
+    panel.set_xlabel("questions with at least one patch of every named thing kept, %", fontsize=SMALL + 1)
+    panel.set_ylabel("accuracy, %", fontsize=SMALL + 1)
+    panel.set_title("What accuracy follows: all arms of 64 tokens", fontsize=10)
+    panel.legend(frameon=False, fontsize=SMALL, loc="lower right")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from eval.papers.document import Section
 from eval.papers.measured import Cell, Measured
+from eval.papers.rows import ours_text
 from eval.papers.spec import Table
 from eval.papers.timing import Time
 from eval.results.statistics import LEVEL, RESAMPLES, Interval, accuracy_terms, compare, holm, interval
@@ -22,12 +23,16 @@ def sections_of(table: Table, found: Measured, times: Times) -> list[Section]:
     if table.kind == "ablation":
         return [ablation(table, found), costs(found, times)]
     if table.kind == "efficiency":
-        return [costs(found, times)]
+        return [costs(found, times, scored=True)]
     return [aggregates(table, found), needed(found), against(table, found), costs(found, times)]
 
 
-def costs(found: Measured, times: Times) -> Section:
-    """What one question costs, beside the unreduced model."""
+def costs(found: Measured, times: Times, scored: bool = False) -> Section:
+    """What one question costs, beside the unreduced model.
+
+    Args:
+        scored: also show what it scores, for a page that has no table of scores.
+    """
     rows = []
     full = first(found, 0)
     for index, line in enumerate(found.lines):
@@ -38,7 +43,7 @@ def costs(found: Measured, times: Times) -> Section:
         row += [f"{full.kv_bytes / cell.kv_bytes:.2f}x", *flops_cells(cell, full)]
         time, base = times.get(index), times.get(0)
         row += [f"{1000 * time.ttft:.1f}", f"{base.ttft / time.ttft:.2f}x"] if time and base else ["n/a", "n/a"]
-        rows.append(row)
+        rows.append([*row, *(ours_text(cell) for cell in found.row(index).values())] if scored else row)
     about = (
         f"Of {found.columns[0].title}: tokens that entered a layer (mean over layers), key/value cache, and operations "
         "of a question asked alone, vision tower included. "
@@ -54,6 +59,7 @@ def costs(found: Measured, times: Times) -> Section:
         "fewer operations",
         "TTFT ms",
         "TTFT faster",
+        *((column.title for column in found.columns) if scored else ()),
     ]
     return Section("Costs", about, header, rows)
 

@@ -106,12 +106,11 @@ def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path) -
     checks = gate_of(table, where, read_cells(lines[:1], columns, where, model), args.gate == "stop")
     if not args.render:
         fill_cells(lines, columns, where, model, place, table.identity)
-    times = times_of(
-        lines, columns[0], where, model, repeats_of(args, model, where), folder / f"{table.name}.times.jsonl"
-    )
+    repeats = repeats_of(args, model, where)
+    times = times_of(lines, columns[0], where, model, repeats, folder / f"{table.name}.times.jsonl")
     found = read_cells(lines, columns, where, model)
     document = document_of(table, where, found, checks, times, command_line(table, args))
-    if args.wandb == "disabled" or args.render or not repeats_of(args, model, where):
+    if args.wandb == "disabled" or args.render or not repeats:
         return document
     return dataclasses.replace(
         document, pictures=draw_kept(lines, columns[0], where, model, folder / f"{table.name}-kept")
@@ -218,14 +217,13 @@ def write(document: "Document", folder: Path, is_toy: bool) -> list[Path]:
     texts = {
         "md": markdown.page(document, is_toy, f"{name}.png" if drawn else ""),
         "csv": numbers.text(document),
-        "tex": latex.text(document, is_toy) if document.blocks else "",
+        "tex": latex.text(document, is_toy),
         "html": html.text(document, is_toy),
     }
     paths = [folder / f"{name}.png"] if drawn else []
     for suffix, text in texts.items():
-        if text:
-            paths.append(folder / f"{name}.{suffix}")
-            write_file(paths[-1], text)
+        paths.append(folder / f"{name}.{suffix}")
+        write_file(paths[-1], text)
     return paths
 
 

@@ -119,10 +119,12 @@ def batch_latency(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Median milliseconds over the batches of one size, the most frequent one and the larger of equals.
 
     The median, because the first batch pays for warm-up. "ttft" is the time from prepared pixels and token ids to the
-    first token: vision, selection and prefill.
+    first token: vision, selection and prefill. Batches all of whose images went through the tower are taken where there
+    are any: the others have no vision time of their own.
     """
     if not lines:
         return None
+    lines = [line for line in lines if not line.get("remembered_features")] or lines
     sizes = Counter(line["questions"] for line in lines)
     size = max(sizes, key=lambda questions: (sizes[questions], questions))
     same = [line for line in lines if line["questions"] == size]
@@ -175,8 +177,15 @@ def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     found = list(dict.fromkeys(note for line in lines for note in line.get("notes", ())))
     if old := sum("preprocess" not in line for line in lines):
         found.append(f"Vision and TTFT of {old:,} of {len(lines):,} batches include preprocessing (earlier version).")
+    if shared := sum(bool(line.get("shared_prefix")) for line in lines):
+        found.append(
+            f"Vision and TTFT of {shared:,} of {len(lines):,} batches are of prompts whose common beginning ran once "
+            "(--share-prefix): no times of the method."
+        )
     if kept := sum(bool(line.get("remembered_features")) for line in lines):
         found.append(
-            f"Vision and TTFT of {kept:,} of {len(lines):,} batches leave out images encoded in an earlier run."
+            f"TTFT is of the {len(lines) - kept:,} of {len(lines):,} batches all of whose images were new."
+            if kept < len(lines)
+            else f"Vision and TTFT of {kept:,} of {len(lines):,} batches leave out images encoded before."
         )
     return found

@@ -3,8 +3,8 @@
 Read: transformers 5.23.0, cache_utils.py and generation/utils.py
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,18 +12,20 @@ from transformers import DynamicCache
 
 from llava.errors import UserError
 from llava.pipeline.decoder import Prefilled, step
+from llava.pipeline.kv_cache import ValidKeys
+
+T = TypeVar("T")
 
 
 class ReducedCache(DynamicCache):
     """Keys and values of which each layer may hold a different number.
 
     Attributes:
-        valid: per layer [B, keys] bool, False in the padding, or None if no row is padded; layers of equal length share
-            one tensor.
+        valid: per layer which keys are real, or None if no row is padded; layers of equal length share one object.
         next_position: per layer [B, 1] or [B, 1, 3], position ids of the next token; shared in the same way.
     """
 
-    valid: list[Tensor | None]
+    valid: list[ValidKeys | None]
     next_position: list[Tensor]
 
     @classmethod
@@ -67,7 +69,9 @@ class ReducedCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         if tokens_to_remove:
-            self._change(lambda mask: mask[:, :tokens_to_remove], lambda place: place + tokens_to_remove)
+            for known in {id(known): known for known in self.valid if known is not None}.values():
+                known.remove(-tokens_to_remove)
+            self.next_position = shared_map(self.next_position, lambda place: place + tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()
@@ -80,9 +84,16 @@ class ReducedCache(DynamicCache):
             "again with the whole prompt and no cache."
         )
 
-    def _change(self, mask: Callable[[Tensor], Tensor], place: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Change masks and positions, once for all layers that share a tensor."""
-        masks = {id(rows): mask(rows) for rows in self.valid if rows is not None}
-        places = {id(rows): (place or mask)(rows) for rows in self.next_position}
-        self.valid = [None if rows is None else masks[id(rows)] for rows in self.valid]
-        self.next_position = [places[id(rows)] for rows in self.next_position]
+    def _change(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Choose other rows of masks and positions, once for all layers that share them."""
+        self.valid = shared_map(
+            self.valid, lambda known: None if known is None else ValidKeys(rows(known.room), known.length)
+        )
+        self.next_position = shared_map(self.next_position, rows)
+
+
+def shared_map(items: Sequence[T], function: Callable[[T], T]) -> list[T]:
+    """`function` of every item; of one that stands several times, once."""
+    found = {id(item): item for item in items}
+    results = {key: function(item) for key, item in found.items()}
+    return [results[id(item)] for item in items]

@@ -27,7 +27,7 @@ from llava.reduction.flops import linear_flops, tower_flops
 from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Reduction
-from llava.reduction.scores import score_flops
+from llava.reduction.scores import TowerScore, score_flops
 from llava.reduction.states import BlockState
 from llava.reduction.token_layout import PatchGrid, TokenLayout, single
 
@@ -78,6 +78,12 @@ class Llava:
 
     # Samples may hold llava.processing.video.Video in place of an image.
     takes_videos: bool = False
+
+    # llava.pipeline.faster.compiled_step.CompiledStep, where decoding is compiled.
+    compiled_step: Callable[..., Tensor] | None = None
+
+    # What the prompts of a batch have in common at their beginning runs once (llava/pipeline/faster/shared_prefix.py).
+    shares_prefix: bool = False
 
     # The learned vector after every row of stitched tiles; an image of one crop has none.
     newline: Tensor | None = None
@@ -236,9 +242,12 @@ class Llava:
         operations.add("tower", tiles_flops, tiles, tower_flops, tower, patches, encoded.tokens, images=images)
         if encoded.spent:
             operations.add("selection", int, tiles * encoded.spent, images=images)
+        by_block: dict[int, list[TowerScore]] = {}
         for score in encoded.scores:
-            block = tower.encoder.layers[score.index(len(tower.encoder.layers))]
-            operations.add("selection", tiles_flops, tiles, score_flops, score, block, patches, images=images)
+            by_block.setdefault(score.index(len(tower.encoder.layers)) % len(tower.encoder.layers), []).append(score)
+        for index, scores in by_block.items():
+            block = tower.encoder.layers[index]
+            operations.add("selection", tiles_flops, tiles, score_flops, scores, block, patches, images=images)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, 1, D] before the final norm -> [B, vocabulary] float32, without the padding rows of the head."""

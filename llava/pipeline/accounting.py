@@ -73,7 +73,10 @@ class Operations:
 
     @cached_property
     def _counted(self) -> list[tuple[str, int, int]]:
-        return [(part, images, function(*arguments)) for part, images, function, arguments in self._counts]
+        # Questions of equal length need equally many: each count is worked out once.
+        calls = {(function, arguments) for _, _, function, arguments in self._counts}
+        known = {(function, arguments): function(*arguments) for function, arguments in calls}
+        return [(part, images, known[function, arguments]) for part, images, function, arguments in self._counts]
 
     @property
     def total(self) -> int:

@@ -46,7 +46,7 @@ def columns_of(spans: tuple[Span, ...], device: torch.device) -> Tensor:
 
 @made_once
 def sources(lengths: tuple[int, ...], width: int, cuts: tuple[tuple[Cut, ...], ...], device: torch.device) -> Tensor:
-    """[B, shorter width] int64, where the tokens of shortened prompts come from.
+    """[B * shorter width] int64, where the tokens of shortened prompts come from, prompt by prompt.
 
     For a text token its column before, for a token of a reduced image the first column of that image, 0 in the padding.
 
@@ -62,7 +62,13 @@ def sources(lengths: tuple[int, ...], width: int, cuts: tuple[tuple[Cut, ...], .
             done = first + before
         rows.append(torch.cat([*pieces, torch.arange(done, width)]))
     shorter = max(map(len, rows))
-    return torch.stack([F.pad(row, (shorter - len(row), 0)) for row in rows]).to(device, non_blocking=True)
+    return torch.cat([F.pad(row, (shorter - len(row), 0)) for row in rows]).to(device, non_blocking=True)
+
+
+@made_once
+def line_of(spans: tuple[Span, ...], device: torch.device) -> Tensor:
+    """[n] int64, the places of spans one after the other."""
+    return torch.cat([torch.arange(start, stop) for start, stop in spans]).to(device, non_blocking=True)
 
 
 @made_once

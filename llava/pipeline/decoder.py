@@ -5,11 +5,13 @@ Each layer has its own key/value length and its own mask of valid keys.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llava.pipeline.kv_cache import ValidKeys, empty_cache
 from llava.pipeline.positions import next_position
 from llava.pipeline.sequence import Rotary, Sequence
 from llava.reduction.decoder_attention import angles_of, follows_length, rotary_angles
@@ -31,6 +33,13 @@ def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, eager: bool) ->
     return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
+def step_mask(valid: Tensor, dtype: torch.dtype, eager: bool) -> Tensor:
+    """`causal_mask` for one query, the last key: [B, 1, 1, keys]. Nothing is computed unless attention is eager."""
+    if not eager:
+        return valid[:, None, None, :]
+    return causal_mask(valid, 1, dtype, eager)
+
+
 @dataclass
 class Prefilled:
     """State after prefill.
@@ -38,24 +47,30 @@ class Prefilled:
     Attributes:
         hidden: [B, 1, D] last hidden state of the last prompt token, before the final norm.
         cache: keys and values, one length per layer.
-        valid: per layer [B, keys] bool, or None where no sample is padded; layers of equal length share one tensor.
+        valid: per layer which keys are real, or None where no sample is padded; layers of equal length share one
+            object.
         next_position: per layer [B, 1] or [B, 1, 3], position id of the first generated token: one after the last
             position of that layer's prompt, so that decoding equals a longer prefill; layers of equal length share one
             tensor.
         lengths: per layer, the real length of each sample.
         visual: per layer, the visual tokens of each sample.
         kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens, on all ranks together.
-        kv_bytes_held: bytes of all key and value tensors after prefill, padding included, on all ranks together.
+        kv_bytes_held: bytes of all keys and values after prefill, with padding, without the room for new tokens, on
+            all ranks together.
+        steps: tokens that `step` has fed.
+        fixed: the cache in rooms of fixed size, where decoding is compiled (llava/pipeline/faster/compiled_step.py).
     """
 
     hidden: Tensor
     cache: DynamicCache
-    valid: list[Tensor | None]
+    valid: list[ValidKeys | None]
     next_position: list[Tensor]
     lengths: list[tuple[int, ...]] = field(default_factory=list)
     visual: list[tuple[int, ...]] = field(default_factory=list)
     kv_bytes: list[int] = field(default_factory=list)
     kv_bytes_held: int = 0
+    steps: int = 0
+    fixed: Any = None
 
 
 def _mask_of(sequence: Sequence, eager: bool) -> Tensor | None:
@@ -65,7 +80,7 @@ def _mask_of(sequence: Sequence, eager: bool) -> Tensor | None:
     return causal_mask(sequence.valid(), sequence.hidden.shape[1], sequence.hidden.dtype, eager)
 
 
-def _is_eager(llm: nn.Module) -> bool:
+def is_eager(llm: nn.Module) -> bool:
     return llm.config._attn_implementation == "eager"
 
 
@@ -76,9 +91,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
         llm: layers and rotary_emb (a LlamaModel).
         stages: layers before which `reduce_at` is called; layer 0 is not one of them.
     """
-    # Without the configuration, which could set a sliding window; it is not applied, see the notes of
-    # llava.model.checkpoint.load.
-    cache, eager = DynamicCache(), _is_eager(llm)
+    cache, eager = empty_cache(), is_eager(llm)
     valid, lengths, visual, following = [], [], [], []
     rotary = mask = known = entered = place = None
     for index, layer in enumerate(llm.layers):
@@ -89,7 +102,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
             if sequence.position.dim() == 2 and not follows_length(llm):
                 sequence = replace(sequence, rotary=Rotary(sequence.position, *rotary))
             mask = _mask_of(sequence, eager)
-            known = sequence.valid() if sequence.padded else None
+            known = ValidKeys.of(sequence.valid()) if sequence.padded else None
             place = next_position(sequence.position)
         entered = sequence if index + 1 in stages else None
         hidden = layer(
@@ -114,7 +127,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
 
 def run_layers(llm: nn.Module, sequence: Sequence, count: int) -> Tensor:
     """Hidden states [B, L, D] after the first `count` layers, without a cache; for contextual text attention."""
-    rotary, mask = rotary_angles(llm, sequence.hidden, sequence.position), _mask_of(sequence, _is_eager(llm))
+    rotary, mask = rotary_angles(llm, sequence.hidden, sequence.position), _mask_of(sequence, is_eager(llm))
     hidden = sequence.hidden
     for layer in llm.layers[:count]:
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
@@ -123,22 +136,23 @@ def run_layers(llm: nn.Module, sequence: Sequence, count: int) -> Tensor:
 
 def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
     """Feed one embedded token per sample, [B, 1, D] -> [B, 1, D], growing every layer's cache by one."""
-    eager = _is_eager(llm)
+    eager = is_eager(llm)
     places = {id(place): place for place in state.next_position}
     rotary = {key: rotary_angles(llm, token, place) for key, place in places.items()}
-    grown: dict[int, tuple[Tensor, Tensor]] = {}
+    masks: dict[int, Tensor] = {}
+    for known in {id(known): known for known in state.valid if known is not None}.values():
+        known.append()
+        masks[id(known)] = step_mask(known.columns, token.dtype, eager)
     hidden = token
     for index, layer in enumerate(llm.layers):
-        known, mask = state.valid[index], None
-        if known is not None:
-            if id(known) not in grown:
-                longer = torch.cat([known, known.new_ones(len(known), 1)], dim=1)
-                grown[id(known)] = (longer, causal_mask(longer, 1, hidden.dtype, eager))
-            state.valid[index], mask = grown[id(known)]
-        turned = rotary[id(state.next_position[index])]
         hidden = layer(
-            hidden, attention_mask=mask, position_embeddings=turned, past_key_values=state.cache, use_cache=True
+            hidden,
+            attention_mask=masks.get(id(state.valid[index])),
+            position_embeddings=rotary[id(state.next_position[index])],
+            past_key_values=state.cache,
+            use_cache=True,
         )
     moved = {key: place + 1 for key, place in places.items()}
     state.next_position = [moved[id(place)] for place in state.next_position]
+    state.steps += 1
     return hidden

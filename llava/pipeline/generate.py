@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Samples
 from dataclasses import fields
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,8 +42,10 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
     model.refuse_images(samples)
     require(reducer, model.spec)
     timer, stop = Timer(model.device), model.stop
+    step = model.compiled_step or decoder.step
     state, record = prefill(model, samples, reducer, timer)
     written: list[list[int]] = [[] for _ in samples]
+    ends = cache(partial(may_end_stop, model, stop))
     running = set(range(len(samples)))
     token, checked = choose(model, state.hidden)
     timer.mark("prefill")
@@ -62,11 +65,11 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
                 running.discard(sample)
                 continue
             written[sample].append(value)
-            if stop and stop in model.decode(written[sample], special=True):
+            if ends(value) and stop in model.decode(written[sample], special=True):
                 running.discard(sample)
         if not running or position + 1 == max_new_tokens:
             break
-        hidden = decoder.step(model.llm, state, model.llm.embed_tokens(token[:, None]))
+        hidden = step(model.llm, state, model.llm.embed_tokens(token[:, None]))
         token, checked = choose(model, hidden)
         steps += 1
     timer.mark("decode")
@@ -85,6 +88,13 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, record.runs))
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images)
+
+
+def may_end_stop(model: "Llava", stop: str | None, token: int) -> bool:
+    """Whether the stop string can end in this token; the answer so far is decoded only then, not at every step."""
+    if not stop:
+        return False
+    return stop[-1].isspace() or stop[-1] in model.decode([token], special=True)
 
 
 def choose(model: "Llava", hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from llava.pipeline import decoder
 from llava.pipeline.accounting import Record, Timer
 from llava.pipeline.decoder_stage import DecoderStage
 from llava.pipeline.encoder_stage import encode_images
+from llava.pipeline.faster import shared_prefix
 from llava.pipeline.image_batch import ImageBatch
 from llava.pipeline.prompt_stage import reduce_prompt
 from llava.pipeline.sequence import Sequence, assemble
@@ -50,8 +51,11 @@ def prefill(
         sequence = reduce_prompt(model, reducer, samples, sequence, images, record)
         timer.mark("selection")
     layers = reducer.decoder_layers(len(model.llm.layers)) if images is not None else ()
-    stage = DecoderStage(model, reducer, samples, sequence, images, record, timer) if layers else None
-    prefilled = decoder.prefill(model.llm, sequence, layers, stage)
+    if model.shares_prefix and len(samples) > 1 and not layers:
+        prefilled = shared_prefix.prefill(model.llm, sequence, shared_prefix.beginnings(prompts, images, sequence))
+    else:
+        stage = DecoderStage(model, reducer, samples, sequence, images, record, timer) if layers else None
+        prefilled = decoder.prefill(model.llm, sequence, layers, stage)
     timer.mark("prefill")
     for lengths in zip(*prefilled.lengths, strict=True):
         record.operations.add("prefill", prefill_flops, model.llm.layers, lengths, model.head)

@@ -177,8 +177,8 @@ class Sequence:
     ) -> "Sequence":
         """The same lengths and spans, with the tensors of the prompts before the reduction."""
         before, width, device = longer.hidden.shape[1], max(self.lengths), longer.hidden.device
-        index = columns.sources(longer.lengths, before, cuts, device).flatten()
-        slots = [columns.columns_of(self._places(part.images, width), device).flatten() for part in reduced]
+        index = columns.sources(longer.lengths, before, cuts, device)
+        slots = [columns.line_of(self._places(part.images, width), device) for part in reduced]
         for part, places in zip(reduced, slots, strict=True):
             index = index.scatter_add(0, places, part.reduction.kept.flatten())
         index = index.view(len(self.lengths), width)

@@ -38,15 +38,23 @@ class Prompt:
     text: str
 
 
-def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, list[int]] | None = None) -> list[int]:
     """Return the token ids of a prompt, with one IMAGE_TOKEN_INDEX per "<image>" and a BOS at the front only.
 
     The pieces between images are tokenised separately: a Llama tokenizer puts a dummy space before each, and the
     checkpoints were trained with that. A literal "</s>" or "<s>" in the text is a special token, as in the original.
+
+    Args:
+        known: piece -> its ids, filled here, so that the pieces that texts share are tokenised once.
     """
-    pieces = [list(tokenizer(_dummy_spaces(piece, tokenizer)).input_ids) for piece in text.split(IMAGE_PLACEHOLDER)]
+    known = {} if known is None else known
+    words = text.split(IMAGE_PLACEHOLDER)
+    for piece in words:
+        if piece not in known:
+            known[piece] = list(tokenizer(_dummy_spaces(piece, tokenizer)).input_ids)
+    pieces = [known[piece] for piece in words]
     has_bos = bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id
-    ids = pieces[0]
+    ids = list(pieces[0])
     for piece in pieces[1:]:
         ids += [IMAGE_TOKEN_INDEX, *piece[has_bos:]]
     return ids
@@ -81,7 +89,8 @@ def build_prompt(
     turns: list[Turn] = [*sample.history, (sample.message, None)]
     turns[0] = (slot + turns[0][0], turns[0][1])
     text = render(mode, turns)
-    ids = tokenize(text, tokenizer)
+    known: dict[str, list[int]] = {}  # the beginnings tried below share pieces with the text
+    ids = tokenize(text, tokenizer, known)
     length = len(ids) - ids.count(IMAGE_TOKEN_INDEX)
     if longest is not None and length > longest:
         raise UserError(
@@ -99,28 +108,39 @@ def build_prompt(
     stop = start + len(message) - cut
     return Prompt(
         ids=tuple(ids),
-        question=_token_range(text, ids, tokenizer, start, min(stop, start + max(0, len(sample.question) - cut))),
-        instruction=_token_range(text, ids, tokenizer, start, stop),
+        question=_token_range(
+            text, ids, tokenizer, known, start, min(stop, start + max(0, len(sample.question) - cut))
+        ),
+        instruction=_token_range(text, ids, tokenizer, known, start, stop),
         text=text,
     )
 
 
 def _token_range(
-    text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, start: int, stop: int
+    text: str,
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    known: dict[str, list[int]],
+    start: int,
+    stop: int,
 ) -> tuple[int, int]:
     """Turn a range of characters of `text` into the range of `ids` with any of these characters.
 
     Works without offsets, which a sentencepiece tokenizer does not give: a token ends after a prefix of the text if the
     prefix's ids are a prefix of `ids`. For tokens across a border, the border moves outwards until that holds.
     """
-    first = next((n for end in range(start, -1, -1) if (n := _clean_cut(text[:end], ids, tokenizer)) is not None), 0)
-    ends = (n for end in range(stop, len(text)) if (n := _clean_cut(text[:end], ids, tokenizer)) is not None)
+    first = next(
+        (n for end in range(start, -1, -1) if (n := _clean_cut(text[:end], ids, tokenizer, known)) is not None), 0
+    )
+    ends = (n for end in range(stop, len(text)) if (n := _clean_cut(text[:end], ids, tokenizer, known)) is not None)
     return first, max(first, next(ends, len(ids)))
 
 
-def _clean_cut(beginning: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _clean_cut(
+    beginning: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, known: dict[str, list[int]]
+) -> int | None:
     """Return the number of tokens in a prefix of the text, or None if it ends inside a token."""
-    head = tokenize(beginning, tokenizer)
+    head = tokenize(beginning, tokenizer, known)
     return len(head) if head == list(ids[: len(head)]) else None
 
 

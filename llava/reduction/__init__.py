@@ -5,6 +5,7 @@ from llava.reduction.clip_similarity import RELEVANCE, signed, text_similarity
 from llava.reduction.crop_budget import covered, deal, over_crops, planned
 from llava.reduction.decoder_attention import angles_of, attention_rows, layer_keys, text_to_visual_attention
 from llava.reduction.flops import linear_flops
+from llava.reduction.greedy import cover_greedily, distinct, farthest_apart, largest_determinant
 from llava.reduction.layer_schedule import (
     largest_within,
     proportional,
@@ -73,11 +74,15 @@ __all__ = [
     "at_spans",
     "attention_rows",
     "choose_anchors",
+    "cover_greedily",
     "covered",
     "deal",
     "descending_order",
+    "distinct",
+    "farthest_apart",
     "gather_tokens",
     "keep_top",
+    "largest_determinant",
     "largest_within",
     "layer_keys",
     "linear_flops",

@@ -29,13 +29,12 @@ def whole_heads(layer: DecoderLayer, part: Tensor, dim: int) -> Tensor:
     return part if gather is None else gather(part, dim)
 
 
-def project(layer: DecoderLayer, projection: nn.Linear, hidden: Tensor) -> Tensor:
-    """Queries or keys [B, H, L, d] of a decoder layer from its inputs [B, L, D], not rotated, in the model's dtype."""
-    return project_normed(layer, projection, layer.input_layernorm(hidden))
+def project(layer: DecoderLayer, projection: nn.Linear, normed: Tensor) -> Tensor:
+    """Queries or keys [B, H, L, d] of a decoder layer, not rotated, in the model's dtype.
 
-
-def project_normed(layer: DecoderLayer, projection: nn.Linear, normed: Tensor) -> Tensor:
-    """The same from inputs that the layer's norm has been applied to."""
+    Args:
+        normed: [B, L, D] inputs of the layer after its norm, which queries and keys share.
+    """
     projected = whole_heads(layer, projection(normed), -1)
     return rearrange(projected, "b l (h d) -> b h l d", d=layer.self_attn.head_dim)
 
@@ -62,8 +61,8 @@ def text_to_visual_attention(
         [B, H, T, N] float32, each row sums to 1.
     """
     attention = layer.self_attn
-    query = project_normed(layer, attention.q_proj, text).float()
-    key = project_normed(layer, attention.k_proj, visual).float()
+    query = project(layer, attention.q_proj, text).float()
+    key = project(layer, attention.k_proj, visual).float()
     if text_rotary is not None and visual_rotary is not None:
         query, key = _rotate(query, *text_rotary), _rotate(key, *visual_rotary)
     key = _for_each_query(key, query.shape[1])
@@ -74,16 +73,16 @@ def attention_rows(
     layer: DecoderLayer,
     rows: Tensor,
     keys: Tensor,
-    allowed: Tensor,
+    allowed: Tensor | None,
     row_rotary: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Rows of a decoder layer's own attention, exactly as the layer computes them.
 
     Args:
         layer: a LlamaDecoderLayer.
-        rows: [B, T, D] inputs of the layer at the query rows.
+        rows: [B, T, D] inputs of the layer at the query rows, after its norm.
         keys: [B, Hkv, L, d] keys of that layer, rotated if the rows are; grouped-query heads are repeated.
-        allowed: [B, T, L] bool, the keys that each row may see.
+        allowed: [B, T, L] bool, the keys that each row may see; None for all.
         row_rotary: (cos, sin), each [B, T, d], or None for no rotation.
 
     Returns:
@@ -94,7 +93,9 @@ def attention_rows(
     query = query if row_rotary is None else _rotate(query, *row_rotary)
     keys = _for_each_query(keys.float(), query.shape[1])
     scores = query @ keys.transpose(-1, -2) * attention.scaling
-    return scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)
 
 
 def _for_each_query(keys: Tensor, heads: int) -> Tensor:
@@ -102,9 +103,13 @@ def _for_each_query(keys: Tensor, heads: int) -> Tensor:
     return keys if keys.shape[1] == heads else keys.repeat_interleave(heads // keys.shape[1], dim=1)
 
 
-def layer_keys(layer: DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Keys [B, Hkv, L, d] float32 of a decoder layer from its inputs [B, L, D], rotated unless `rotary` is None."""
-    keys = project(layer, layer.self_attn.k_proj, hidden).float()
+def layer_keys(layer: DecoderLayer, normed: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Keys [B, Hkv, L, d] float32 of a decoder layer, rotated unless `rotary` is None.
+
+    Args:
+        normed: [B, L, D] inputs of the layer after its norm.
+    """
+    keys = project(layer, layer.self_attn.k_proj, normed).float()
     return keys if rotary is None else _rotate(keys, *rotary)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava.reduction.greedy import farthest_from
 from llava.reduction.ranking import gather_tokens, keep_top, others, places
 from llava.reduction.reduction import Reduction
 
@@ -34,16 +35,7 @@ def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, keys: Tensor, coun
     if rule == "saliency":
         return rest.gather(1, keep_top(local, count))
     unit = F.normalize(gather_tokens(keys, rest), dim=-1)
-    rows = torch.arange(len(rest), device=rest.device)
-    chosen = [local.argmax(1)]
-    nearest = torch.full_like(local, torch.inf)
-    for _ in range(count - 1):
-        distance = 1 - (unit @ unit[rows, chosen[-1]].unsqueeze(-1)).squeeze(-1)
-        nearest = torch.minimum(nearest, distance)
-        # A chosen token must not be chosen again, not even if all tokens are identical.
-        nearest = nearest.scatter(1, chosen[-1].unsqueeze(1), -torch.inf)
-        chosen.append(nearest.argmax(1))
-    return rest.gather(1, torch.stack(chosen, 1).sort(1).values)
+    return rest.gather(1, farthest_from(unit, local.argmax(1), count).sort(1).values)
 
 
 def assign(members: Tensor, anchors: Tensor, keys: Tensor) -> Tensor:

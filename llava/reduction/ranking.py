@@ -30,7 +30,7 @@ def descending_order(score: Tensor) -> Tensor:
 def ranks(score: Tensor) -> Tensor:
     """[B, N] int64: 0 for the highest score, N - 1 for the lowest."""
     order = descending_order(score)
-    numbers = places(order[..., 0].numel(), order.shape[-1], order.device).view(order.shape)
+    numbers = places(1, order.shape[-1], order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, numbers)
 
 

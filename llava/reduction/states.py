@@ -273,12 +273,12 @@ class DecoderState(State):
         angles = angles_of(self.llm, source) if rotary else None
         if at == "next":
             seen = None if angles is None else (angles[0][:, :width], angles[1][:, :width])
-            keys = layer_keys(layer, source.hidden[:, :width], seen)
+            normed = layer.input_layernorm(source.hidden[:, :width])
+            keys, queries = layer_keys(layer, normed, seen), at_spans(normed, sequence, spans)
         else:
-            keys = self.keys[:, :, :width]
+            keys, queries = self.keys[:, :, :width], layer.input_layernorm(at_spans(source.hidden, sequence, spans))
         own = None if angles is None else (at_spans(angles[0], sequence, spans), at_spans(angles[1], sequence, spans))
-        allowed = visible(sequence, index, width)
-        weights = attention_rows(layer, at_spans(source.hidden, sequence, spans), keys, allowed, own)
+        weights = attention_rows(layer, queries, keys, visible(sequence, spans, width), own)
         self.flops += len(weights) * attention_flops(layer, index.shape[1], width, width if at == "next" else 0)
         columns = padded_spans(sequence, sequence.images)
         if len(set(columns)) == 1:
@@ -286,7 +286,10 @@ class DecoderState(State):
         return torch.stack([weights[s, :, :, a:b] for s, (a, b) in enumerate(columns)]), mask
 
 
-def visible(sequence: Sequence, index: Tensor, width: int) -> Tensor:
-    """[B, T, width] bool, the keys that rows at columns `index` [B, T] see: real tokens up to the row itself."""
+def visible(sequence: Sequence, spans: Sequence_[Span], width: int) -> Tensor | None:
+    """[B, T, width] bool, the keys that rows of spans see: real tokens up to the row itself; None where that is all."""
+    if not sequence.padded and all(span == (width - 1, width) for span in spans):
+        return None
+    index, _ = row_index(sequence, spans)
     upto = places(1, width, index.device) <= index[..., None]
     return upto & sequence.valid()[:, None, :width] if sequence.padded else upto

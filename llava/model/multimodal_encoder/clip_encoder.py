@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llava.errors import UserError
 from llava.reduction.reduction import Reduction
-from llava.reduction.scores import TowerScore, mean_keys, tower_score
+from llava.reduction.scores import BlockInput, TowerScore, mean_keys, tower_score
 
 # (hidden [B, n, D], keys [B, n, d], sizes [B, n], block) -> what to merge inside the block
 MergeAt = Callable[[Tensor, Tensor, Tensor, int], Reduction | None]
@@ -94,9 +94,9 @@ def encode(
     features, found, merged, tokens = hidden, {}, None, []
     for index in range(max(selected, max(wanted, default=-1) + 1)):
         if index in wanted:
-            seen = _before_space(blocks[index], hidden)
+            seen = BlockInput(blocks[index], _before_space(blocks[index], hidden))
             for score in wanted[index]:
-                found[score] = tower_score(score, blocks[index], seen)
+                found[score] = tower_score(score, seen)
         if index < selected or any(later > index for later in wanted):
             before = hidden.shape[1]
             if index in merging or merged is not None:

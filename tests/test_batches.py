@@ -1,0 +1,237 @@
+"""The order of asking, images read ahead of the model, and what is remembered between batches."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from eval import batches, feature_cache, outcomes
+from eval.batches import ReadAhead, asking_order
+from eval.benchmarks.base import Dataset, Question
+from eval.benchmarks.media import Folder
+from eval.config import DEFAULT_DATA, DEFAULT_MODEL, RunConfig
+from eval.feature_cache import CachingLlava
+from eval.job import prepare
+from eval.outcomes import Failure, Ready
+from eval.run import Interrupted, run
+from llava.model.builder import load
+from tests.conftest import picture
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return load(DEFAULT_MODEL, device="cpu")
+
+
+class Words:
+    """A model whose tokens are words."""
+
+    @staticmethod
+    def tokenizer(texts, add_special_tokens):
+        return SimpleNamespace(input_ids=[text.split() for text in texts])
+
+
+def questions(lengths):
+    return [Question(str(i), "word " * n, "", (f"{i // 3}.png",), "") for i, n in enumerate(lengths)]
+
+
+def names(items):
+    return [item.id for item in items]
+
+
+def test_questions_of_one_length_stand_together_inside_a_window(monkeypatch):
+    monkeypatch.setattr(batches, "WINDOW", 4)
+    planned = questions([3, 1, 3, 1, 2, 9, 1, 2])
+    assert names(asking_order(planned, planned, Words())) == ["1", "3", "0", "2", "6", "4", "7", "5"]
+
+
+@pytest.mark.parametrize("done", [1, 3, 6])
+def test_the_rest_of_an_interrupted_run_keeps_its_order(monkeypatch, done):
+    monkeypatch.setattr(batches, "WINDOW", 4)
+    planned = questions([3, 1, 3, 1, 2, 9, 1, 2])
+    whole = asking_order(planned, planned, Words())
+    left = set(names(whole[done:]))
+    pending = [question for question in planned if question.id in left]
+    assert asking_order(planned, pending, Words()) == whole[done:]
+
+
+def test_a_model_that_draws_per_image_is_asked_in_the_benchmarks_order():
+    model = Words()
+    model.video_processor = SimpleNamespace(flip=3)
+    planned = questions([3, 1, 2])
+    assert asking_order(planned, planned, model) == planned
+
+
+def test_prompts_that_share_whole_images_stay_with_their_image():
+    model, planned = Words(), questions([3, 1, 2])
+    model.shares_prefix = True
+    assert asking_order(planned, planned, model, reduced=False) == planned
+    assert names(asking_order(planned, planned, model)) == ["1", "2", "0"]
+
+
+class Counting(Folder):
+    """Notes what is opened."""
+
+    opened: list[str]
+
+    def open(self, name):
+        self.opened.append(name)
+        return super().open(name)
+
+
+@pytest.fixture
+def job(tmp_path):
+    for number in range(4):
+        picture(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    pictures = Counting(tmp_path)
+    object.__setattr__(pictures, "opened", [])
+    data = Dataset("test", (), pictures, "", lambda *_: None, None, lambda _: {})
+    return SimpleNamespace(data=data, model=SimpleNamespace())
+
+
+def test_an_unreadable_image_stays_with_its_questions(job):
+    asked = questions([1] * 12)
+    with ReadAhead(job) as images:
+        found = [one for _, batch in images.batches(iter([asked[:5], asked[5:]])) for one in batch]
+    assert [isinstance(one, Failure) for one in found] == [False] * 6 + [True] * 3 + [False] * 3
+    assert [one.question.id if isinstance(one, Ready) else one.question for one in found] == names(asked)
+    assert {one.kind for one in found if isinstance(one, Failure)} == {"image"}
+    right = [one for one in found if isinstance(one, Ready)]
+    assert all(one.sample.image.size == (60, 44) for one in right)
+    assert all(one.digest == job.data.pictures.digest(*one.question.images) for one in right)
+
+
+def test_an_image_is_read_once_for_its_questions(job):
+    asked = questions([1] * 6)
+    with ReadAhead(job) as images:
+        list(images.batches(iter([asked[:2], asked[2:4], asked[4:]])))
+    assert sorted(job.data.pictures.opened) == ["0.png", "1.png"]
+
+
+def test_images_that_take_too_much_memory_are_let_go(job, monkeypatch):
+    monkeypatch.setattr(batches, "HELD_BYTES", 0)
+    asked = questions([1] * 12)
+    order = [[asked[number]] for number in (0, 3, 9, 1)]  # images 0, 1, 3 and 0 again, when it is gone
+    with ReadAhead(job) as images:
+        list(images.batches(iter(order)))
+    assert sorted(job.data.pictures.opened) == ["0.png", "0.png", "1.png", "3.png"]
+
+
+def test_one_batch_is_read_ahead_and_no_more(job):
+    """Reading goes on while the model works, but a run of 10,000 questions does not fill the memory."""
+    asked = questions([1] * 6)
+    taken = []
+
+    def claims():
+        for question in asked:
+            taken.append(question.id)
+            yield [question]
+
+    with ReadAhead(job) as images:
+        stream = images.batches(claims())
+        next(stream)
+        assert taken == ["0", "1"]
+        next(stream)
+        assert taken == ["0", "1", "2"]
+
+
+def test_no_thread_is_left_after_an_interruption(job):
+    with pytest.raises(KeyboardInterrupt), ReadAhead(job) as images:
+        for _ in images.batches(iter([questions([1])] * 3)):
+            raise KeyboardInterrupt
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
+
+
+def answers(output):
+    return (output / "answers.jsonl").read_bytes()
+
+
+def config(output, **changes):
+    common = {"data": DEFAULT_DATA, "limit": COUNT, "output": output, "wandb": "disabled", "model": DEFAULT_MODEL}
+    return RunConfig("consensusdrop", 64, device="cpu", **{**common, **changes})
+
+
+@pytest.fixture(scope="module")
+def plain(toy, tmp_path_factory):
+    """Answers of a model that remembers nothing, one question at a time."""
+    output = tmp_path_factory.mktemp("plain") / "one"
+    run(config(output, batch_size=1), toy)
+    return answers(output)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_remembered_images_and_images_read_ahead_change_no_answer(toy, plain, tmp_path, size):
+    result = run(config(tmp_path, batch_size=size), CachingLlava(toy))
+    assert answers(tmp_path) == plain
+    assert result["timing"]["batch"]["median_ms"]["vision"] > 0
+
+
+def test_shared_beginnings_change_no_answer(toy, plain, tmp_path):
+    model = CachingLlava(toy)
+    model.shares_prefix = True
+    result = run(config(tmp_path, batch_size=8), model)
+    assert answers(tmp_path) == plain
+    assert any("common beginning" in remark for remark in result["remarks"])
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(toy, plain, tmp_path, monkeypatch):
+    real, calls = outcomes.generate, []
+
+    def stop(*given, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*given, **more)
+
+    monkeypatch.setattr(outcomes, "generate", stop)
+    with pytest.raises(Interrupted):
+        run(config(tmp_path, batch_size=7), CachingLlava(toy))
+    assert answers(tmp_path).count(b"\n") == 14
+    run(config(tmp_path, batch_size=7), CachingLlava(toy))
+    assert answers(tmp_path) == plain
+
+
+def test_the_tower_sees_every_image_once(toy, tmp_path, monkeypatch):
+    real, seen = feature_cache.encode, []
+
+    def counted(tower, pixels, *rest, **more):
+        seen.append(len(pixels))
+        return real(tower, pixels, *rest, **more)
+
+    monkeypatch.setattr(feature_cache, "encode", counted)
+    model = CachingLlava(toy)
+    job = prepare(config(tmp_path), model, None)
+    run(config(tmp_path, batch_size=8), model)
+    assert sum(seen) == len({question.images for question in job.planned}) < COUNT / 2
+
+
+def test_a_batch_that_does_not_fit_gives_the_remembered_images_back(toy, plain, tmp_path, monkeypatch):
+
+    model, real, held = CachingLlava(toy), outcomes.generate, []
+
+    def full(given, samples, *rest, **more):
+        if len(samples) > 4:
+            given.encode_images([samples[0].image], [("x", 0)], rest[0], SimpleNamespace(mark=lambda _: None))
+            held.append(model._bytes)
+            raise torch.OutOfMemoryError
+        if len(held) == 1:
+            held.append(model._bytes)
+        return real(given, samples, *rest, **more)
+
+    monkeypatch.setattr(outcomes, "generate", full)
+    run(config(tmp_path, batch_size=8), model)
+    assert held[0] > 0 == held[1]
+    assert answers(tmp_path) == plain
+
+
+def test_views_made_ahead_are_those_of_the_model(toy):
+    model = CachingLlava(toy)
+    image = picture(1)
+    own = toy.views(image)
+    model.ready_views = {id(image): (own[0] + 1, own[1])}
+    assert (model.views(image)[0] == own[0] + 1).all()
+    assert (model.views(picture(1))[0] == own[0]).all()

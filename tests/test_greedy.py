@@ -1,0 +1,283 @@
+"""Greedy choices: the form for the CPU against the reference in torch and against loops from the definition."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava.reduction.greedy import cosines, coverage, cuda_graph, determinant, duplicates, farthest
+from llava.reduction.states import State
+from tests.allocations import peak_bytes
+
+SHAPES = [(1, 1, 3, 1), (1, 2, 3, 1), (2, 5, 4, 3), (3, 30, 8, 12), (1, 40, 48, 40), (2, 300, 160, 150)]
+
+
+def cosine_of(tokens: torch.Tensor) -> torch.Tensor:
+    unit = F.normalize(tokens.float(), dim=-1)
+    return unit @ unit.transpose(1, 2)
+
+
+# name -> (the choice of tokens by weight, its reference in torch on all cosines)
+CHOICES = {
+    "farthest": (
+        lambda tokens, weight, count, state: farthest.farthest_apart(tokens, count, state),
+        lambda cosine, weight, count: farthest.reference(cosine, count),
+    ),
+    "determinant": (determinant.largest_determinant, determinant.reference),
+    "coverage": (coverage.cover_greedily, coverage.reference),
+    "duplicates": (
+        lambda tokens, weight, count, state: duplicates.distinct(tokens, count, state),
+        lambda cosine, weight, count: duplicates.reference(cosine, count),
+    ),
+}
+
+
+@pytest.fixture(params=["whole", "by rows"])
+def memory(request, monkeypatch):
+    """All cosines at once, and as for images whose cosines are too many to be held; lists of near entries in both."""
+    monkeypatch.setattr(duplicates, "FEW", 70)
+    if request.param == "by rows":
+        monkeypatch.setattr(cosines, "WHOLE", 3)
+        monkeypatch.setattr(cosines, "KEPT", 40)  # rows are forgotten and made again
+    return request.param
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(("batch", "total", "channels", "count"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_the_reference_on_drawn_tokens(name, batch, total, channels, count, dtype, memory):
+    choice, reference = CHOICES[name]
+    tokens, weight = torch.randn(batch, total, channels, dtype=dtype), torch.rand(batch, total) + 0.1
+    expected = reference(cosine_of(tokens), weight, count)
+    assert torch.equal(choice(tokens, weight, count, State(ids=())), expected)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize(("batch", "total", "channels", "count"), SHAPES)
+def test_equals_the_reference_where_tokens_are_equal(name, batch, total, channels, count, memory):
+    """Copies of a few directions, whose cosines are exactly 0 or 1, and weights that are equal: many ties."""
+    choice, reference = CHOICES[name]
+    directions = torch.randint(min(channels, 7), (batch, total))
+    tokens, weight = torch.eye(channels)[directions], torch.full((batch, total), 0.5)
+    weight[:, total // 2] = 0.25
+    expected = reference(cosine_of(tokens), weight, count)
+    chosen = choice(tokens, weight, count, State(ids=()))
+    assert torch.equal(chosen, expected)
+    assert all(len(set(row)) == count for row in chosen.tolist())
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_equal_tokens_are_chosen_by_index(name, memory):
+    """Nothing tells the tokens apart. (A list loses its even entries first, so another order is right there.)"""
+    choice, _ = CHOICES[name]
+    chosen = choice(torch.ones(2, 90, 4), torch.full((2, 90), 0.5), 30, State(ids=()))
+    if name == "duplicates":
+        assert chosen.tolist() == [removed_by_the_book([[1.0] * 90] * 90, 30)] * 2
+    else:
+        assert chosen.tolist() == [list(range(30))] * 2
+
+
+def removed_by_the_book(cosine: list[list[float]], count: int) -> list[int]:
+    """One image, plain loops."""
+    line = list(range(len(cosine)))
+    while len(line) > count:
+        even, odd = line[::2], line[1::2]
+        even.sort(key=lambda i: -max(cosine[i][j] for j in odd))
+        line = even[min(8, len(line) - count) :] + odd
+    return line[:count]
+
+
+def covered_by_the_book(cosine: torch.Tensor, weight: torch.Tensor, count: int) -> list[int]:
+    """One image in double precision."""
+    cosine, weight, chosen = cosine.double(), weight.double(), []
+    covered = torch.zeros(len(cosine), dtype=torch.double)
+    for _ in range(count):
+        gain = [(cosine[i] - covered).clamp(min=0).sum().item() * weight[i].item() for i in range(len(cosine))]
+        chosen.append(max((i for i in range(len(cosine)) if i not in chosen), key=lambda i: (gain[i], -i)))
+        covered = torch.maximum(covered, cosine[chosen[-1]])
+    return chosen
+
+
+def farthest_by_the_book(cosine: torch.Tensor, first: int, count: int) -> list[int]:
+    chosen = [first]
+    while len(chosen) < count:
+        left = [i for i in range(len(cosine)) if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(1 - cosine[i, j].item() for j in chosen)))
+    return chosen
+
+
+def volume_by_the_book(cosine: torch.Tensor, weight: torch.Tensor, count: int) -> list[int]:
+    kernel = (weight[:, None] * cosine * weight).double()
+    chosen: list[int] = []
+    for _ in range(count):
+        left = [i for i in range(len(kernel)) if i not in chosen]
+        volume = {i: torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]]).item() for i in left}
+        chosen.append(max(left, key=lambda i: volume[i]))
+    return chosen
+
+
+def test_equals_the_definition(memory):
+    """Clustered tokens, for which bounds, rows made ahead and lists of near entries are often wrong."""
+    centres = torch.randn(2, 6, 24)
+    tokens = centres[:, torch.randint(6, (110,))] + 0.3 * torch.randn(2, 110, 24)
+    weight = torch.rand(2, 110) ** 4 + 0.01
+    cosine = cosine_of(tokens.double()).double()
+    state = State(ids=())
+    apart = farthest.farthest_apart(tokens, 20, state)
+    volume = determinant.largest_determinant(tokens, weight, 12, state)
+    cover = coverage.cover_greedily(tokens, weight, 20, state)
+    left = duplicates.distinct(tokens, 20, state)
+    for image, own in enumerate(cosine):
+        nearest = own.clone().fill_diagonal_(-1).amax(1)
+        assert apart[image].tolist() == farthest_by_the_book(own, int((1 - nearest).argmax()), 20)
+        assert volume[image].tolist() == volume_by_the_book(own, weight[image], 12)
+        assert cover[image].tolist() == covered_by_the_book(own, weight[image], 20)
+        assert left[image].tolist() == removed_by_the_book(own.tolist(), 20)
+
+
+@pytest.mark.parametrize(("batch", "total", "channels", "count"), SHAPES)
+def test_farthest_from_a_first_token_equals_its_reference(batch, total, channels, count):
+    unit = F.normalize(torch.randn(batch, total, channels), dim=-1)
+    first = torch.randint(total, (batch,))
+    chosen = farthest.farthest_from(unit, first, count)
+    assert torch.equal(chosen, farthest.from_tokens(unit, first, count))
+    own = unit[0].double() @ unit[0].double().T
+    assert chosen[0].tolist() == farthest_by_the_book(own, int(first[0]), count)
+
+
+def test_a_list_of_near_entries_without_an_odd_one():
+    """Clusters longer than the lists: the nearest entries of an entry stand all at even places, as it does."""
+    tokens = torch.eye(12)[torch.arange(1200) % 12] + 0.01 * torch.randn(1200, 12)
+    tokens[torch.arange(1200) % 2 == 0] += torch.tensor([3.0] + [0.0] * 11)
+    assert duplicates.FEW < 1200 and duplicates.NEAREST < 600
+    expected = duplicates.reference(cosine_of(tokens[None]), 1100)
+    assert torch.equal(duplicates.distinct(tokens[None], 1100), expected)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_numbers_that_are_none_end_in_some_choice(name, memory):
+    """Weights of the model that are NaN are reported later; the loop must end before."""
+    choice, _ = CHOICES[name]
+    tokens, weight = torch.randn(1, 90, 4), torch.rand(1, 90)
+    tokens[0, 3], weight[0, 5] = torch.nan, torch.nan
+    chosen = choice(tokens, weight, 30, State(ids=()))
+    assert chosen.shape == (1, 30) and chosen.min() >= 0 and chosen.max() < 90
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_operations_are_counted(name, memory):
+    choice, _ = CHOICES[name]
+    tokens, weight, state = torch.randn(2, 100, 16), torch.rand(2, 100) + 0.1, State(ids=())
+    with FlopCounterMode(display=False) as counter:
+        choice(tokens, weight, 30, state)
+    assert state.flops == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_memory_is_linear_where_all_cosines_do_not_fit(name, monkeypatch):
+    """At 11,520 tokens 2.3 N x N floats were alive in DivPrune, 2.4 in CDPruner, 2.1 in SCOPE, 1.3 in VisPruner."""
+    choice, _ = CHOICES[name]
+    monkeypatch.setattr(cosines, "WHOLE", 3)
+    monkeypatch.setattr(cosines, "KEPT", 64)
+    for module in (cosines, duplicates):
+        monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(duplicates, "FEW", 100)
+    tokens, weight = torch.randn(1, 1024, 8), torch.rand(1, 1024) + 0.1
+    tracemalloc.start()  # numpy's memory; torch's is not in it
+    most = peak_bytes(lambda: choice(tokens, weight, 64, State(ids=())))
+    most += tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1024 * 1024 * 4 / 2
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_reference_never_waits_for_the_device(name):
+    """Tensors on the meta device hold no values, so whatever looks at one fails."""
+    choice, _ = CHOICES[name]
+    tokens, weight = torch.empty(2, 50, 8, device="meta"), torch.empty(2, 50, device="meta")
+    chosen = choice(tokens, weight, 20, State(ids=()))
+    assert chosen.shape == (2, 20) and chosen.device.type == "meta"
+
+
+# CUDA graphs, with a recording that works on the CPU.
+
+
+class Recording:
+    """What a CUDA graph does: it repeats the loop on the inputs that lie in its own memory."""
+
+    def __init__(self, loop, inputs, sizes):
+        self.inputs, self.loop, self.sizes = [given.clone() for given in inputs], loop, sizes
+        self.output = loop(*self.inputs, **sizes)
+
+    def replay(self, *inputs):
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.output.copy_(self.loop(*self.inputs, **self.sizes))
+        return self.output.clone()
+
+
+def graphs(record=Recording) -> cuda_graph.Graphs:
+    return cuda_graph.Graphs(record, possible=lambda device: True)
+
+
+def test_a_graph_is_recorded_at_the_second_run_of_a_shape():
+    made = []
+    found = graphs(lambda *given: made.append(given) or Recording(*given))
+    results = []
+    for turn in range(4):
+        cosine = cosine_of(torch.randn(1, 20 + 5 * (turn == 3), 6))
+        results.append((found.run(farthest.reference, cosine, count=7), farthest.reference(cosine, 7)))
+        assert len(made) == (0, 1, 1, 1)[turn]
+    assert all(torch.equal(*pair) for pair in results), "a later replay must not change an earlier result"
+
+
+def test_another_count_is_another_graph():
+    found, cosine = graphs(), cosine_of(torch.randn(1, 20, 6))
+    for count in (5, 5, 9, 9, 5):
+        assert found.run(farthest.reference, cosine, count=count).shape == (1, count)
+
+
+def test_a_loop_that_cannot_be_recorded_runs_as_it_is():
+    tries = []
+
+    def record(*given):
+        tries.append(given)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    found, cosine = graphs(record), cosine_of(torch.randn(1, 20, 6))
+    for _ in range(4):
+        assert torch.equal(found.run(farthest.reference, cosine, count=5), farthest.reference(cosine, 5))
+    assert len(tries) == 1
+
+
+def test_few_graphs_are_kept():
+    """LLaVA-NeXT has many shapes; each graph holds its inputs."""
+    found = graphs()
+    for total in [*range(10, 30), 29, 29]:
+        found.run(farthest.reference, cosine_of(torch.randn(1, total, 6)), count=5)
+    assert len(found.known) == cuda_graph.GRAPHS
+    assert sum(graph is not None for graph in found.known.values()) == 1
+
+
+def test_a_graph_of_inference_mode_is_replayed_outside_of_it():
+    found, cosine = graphs(), cosine_of(torch.randn(1, 20, 6))
+    with torch.inference_mode():
+        for _ in range(2):
+            found.run(farthest.reference, cosine.clone(), count=5)
+    assert not found.run(farthest.reference, cosine, count=5).is_inference()
+
+
+def test_nothing_is_recorded_on_a_cpu():
+    assert not cuda_graph.can_record(torch.device("cpu"))
+
+
+def test_rows_made_ahead_are_those_of_the_product():
+    unit = F.normalize(torch.randn(60, 8), dim=-1)
+    rows = cosines.Rows(unit, State(ids=()))
+    promise = np.zeros(60, np.float32)
+    for token in (3, 59, 3, 17):
+        assert np.array_equal(rows.next(token, promise), (unit @ unit.T)[token].numpy())
+        promise[token] = -np.inf

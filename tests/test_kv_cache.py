@@ -1,0 +1,142 @@
+"""Caches written in place give, bit for bit, what concatenating caches give."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from llava.model.builder import load
+from llava.pipeline import decoder, kv_cache
+from llava.pipeline.kv_cache import BLOCK, RoomyLayer, ValidKeys
+from llava.pipeline.prefill import prefill
+from llava.reduction import registry
+from tests.conftest import samples
+from tests.tiny_checkpoints_families import make_tiny_qwen, save_qwen_transformers
+
+STEPS = 2 * BLOCK + 5
+TOKEN = 7
+
+
+def decoded(model, batch, reducer, steps=STEPS):
+    """Hidden states [steps, B, D] of decoding one token again and again, and the state after it."""
+    with torch.inference_mode():
+        state, _ = prefill(model, batch, reducer)
+        token = model.llm.embed_tokens(torch.full((len(batch), 1), TOKEN))
+        return torch.stack([decoder.step(model.llm, state, token)[:, 0] for _ in range(steps)]), state
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["full", "consensusdrop", "visiondrop"])
+def test_decoding_equals_concatenated_caches(tiny, monkeypatch, method, attention):
+    """Padded prompts, one without an image; visiondrop leaves another length in every layer."""
+    reducer = registry.build(method, tiny.visual_tokens if method == "full" else 6)
+    config = tiny.llm.config
+    monkeypatch.setattr(config, "_attn_implementation", attention)
+    ours, state = decoded(tiny, samples(5), reducer)
+    monkeypatch.setattr(decoder, "empty_cache", DynamicCache)
+    theirs, expected = decoded(tiny, samples(5), reducer)
+    assert torch.equal(ours, theirs)
+    for one, other in zip(state.cache.layers, expected.cache.layers, strict=True):
+        assert isinstance(one, RoomyLayer) and not isinstance(other, RoomyLayer)
+        assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+    assert (state.kv_bytes, state.kv_bytes_held) == (expected.kv_bytes, expected.kv_bytes_held)
+
+
+def test_positions_with_three_axes(tmp_path, monkeypatch):
+    save_qwen_transformers(tmp_path, make_tiny_qwen("2"))
+    model = load(tmp_path, device="cpu")
+    reducer = registry.build("divprune", 8)
+    ours, _ = decoded(model, samples(3), reducer, BLOCK + 2)
+    monkeypatch.setattr(decoder, "empty_cache", DynamicCache)
+    theirs, _ = decoded(model, samples(3), reducer, BLOCK + 2)
+    assert torch.equal(ours, theirs)
+
+
+def random_rows(tokens):
+    return torch.randn(2, 3, tokens, 4), torch.randn(2, 3, tokens, 5)
+
+
+def both(layer, reference, tokens):
+    """Append the same columns to two layers; they must show the same."""
+    keys, values = random_rows(tokens)
+    for found, expected in zip(layer.update(keys, values), reference.update(keys, values), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_step_writes_in_place_until_the_block_is_full():
+    layer, reference = RoomyLayer(), DynamicCache().layer_class_to_replicate()
+    both(layer, reference, 6)
+    place = layer.keys.data_ptr(), layer.values.data_ptr()
+    for _ in range(BLOCK):
+        both(layer, reference, 1)
+        assert (layer.keys.data_ptr(), layer.values.data_ptr()) == place
+    both(layer, reference, 1)
+    assert layer.keys.data_ptr() != place[0] and layer.get_seq_length() == 7 + BLOCK
+
+
+def test_room_is_one_block_at_most():
+    """Room for 1,024 tokens is not taken before there are so many."""
+    layer = RoomyLayer()
+    for tokens in (6, *[1] * 100):
+        layer.update(*random_rows(tokens))
+        length = layer.get_seq_length()
+        columns = layer.keys.untyped_storage().nbytes() // layer.keys[:, :, :1].nbytes
+        assert length <= columns <= length + BLOCK
+
+
+def test_rows_that_were_reordered_repeated_or_cropped_go_on():
+    layer, reference = RoomyLayer(), DynamicCache().layer_class_to_replicate()
+    both(layer, reference, 6)
+    for change in (
+        lambda one: one.reorder_cache(torch.tensor([1, 1])),
+        lambda one: one.crop(-2),
+        lambda one: one.batch_select_indices(torch.tensor([1, 0])),
+        lambda one: one.reset(),
+    ):
+        change(layer)
+        change(reference)
+        both(layer, reference, 1)
+        both(layer, reference, 1)
+
+
+def test_a_copy_has_memory_of_its_own():
+    """A user who keeps the cache of a prompt and continues it twice."""
+    layer = RoomyLayer()
+    layer.update(*random_rows(6))
+    other = copy.deepcopy(layer)
+    layer.update(*random_rows(1))
+    kept = layer.keys.clone()
+    other.update(*random_rows(1))
+    assert torch.equal(layer.keys, kept) and not torch.equal(other.keys, kept)
+
+
+def test_memory_of_inference_mode_is_left_outside_of_it():
+    """torch refuses to write there; `generate` of transformers runs under no_grad."""
+    layer = RoomyLayer()
+    with torch.inference_mode():
+        layer.update(*random_rows(6))
+    with torch.no_grad():
+        found, _ = layer.update(*random_rows(1))
+        found, _ = layer.update(*random_rows(1))
+    assert found.shape[2] == 8 and not found.is_inference()
+
+
+def test_gradients_reach_every_step():
+    layer = RoomyLayer()
+    steps = [tuple(rows.requires_grad_() for rows in random_rows(1)) for _ in range(3)]
+    total = sum((keys.sum() + values.sum()) for keys, values in (layer.update(*step) for step in steps))
+    total.backward()
+    assert [keys.grad.max().item() for keys, _ in steps] == [3, 2, 1]
+
+
+def test_valid_keys_grow_in_place():
+    prompt = torch.tensor([[False, True, True], [True, True, True]])
+    known = ValidKeys.of(prompt)
+    expected = prompt
+    for _ in range(2 * kv_cache.BLOCK + 3):
+        known.append()
+        expected = torch.cat([expected, expected.new_ones(2, 1)], 1)
+        assert torch.equal(known.columns, expected)
+    known.remove(4)
+    assert torch.equal(known.columns, expected[:, :-4])

@@ -1,0 +1,225 @@
+"""This repository beside another code: the lines of a worker, the order of the turns, the ratios."""
+
+import json
+import random
+import sys
+from itertools import product
+
+import pytest
+import torch
+
+from eval.efficiency.peers import __main__ as command
+from eval.efficiency.peers import ours, stock
+from eval.efficiency.peers.alternate import compare
+from eval.efficiency.peers.protocol import Worker
+from eval.efficiency.peers.ratios import interval_rank, paired, table
+from llava.errors import UserError
+from llava.pipeline.prefill import prefill
+from llava.reduction import registry
+
+FAKE = """
+import pathlib, sys
+from eval.efficiency.peers.protocol import serve
+name, factor, folder = sys.argv[1], float(sys.argv[2]), pathlib.Path(sys.argv[3])
+print("loading", flush=True)
+
+def measure():
+    # The machine slows down: every turn takes 10 % longer than the one before, whoever's it is.
+    turn = len((folder / "log").read_text()) if (folder / "log").exists() else 0
+    with (folder / "log").open("a") as log:
+        log.write(name)
+    print("measuring", flush=True)
+    return {name: factor * 1.1 ** turn}
+
+serve({"ready": name}, measure)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """(name, factor) -> the command line of a worker that claims `factor` seconds and notes when it was asked."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    return lambda name, factor: f"{sys.executable} {tmp_path}/fake.py {name} {factor} {tmp_path}"
+
+
+def line(words: str) -> str:
+    """A worker that runs one line of Python."""
+    return f'{sys.executable} -c "{words}"'
+
+
+def test_workers_take_turns_forwards_and_backwards(fake, tmp_path):
+    result = compare("two", [fake("a", 2), fake("b", 3)], 4, 1)
+    assert (tmp_path / "log").read_text() == "ab" + "abba" * 2, "a warm-up of each, then rounds"
+    assert [list(row) for row in result["rounds"]] == [["a", "b"]] * 4
+    assert [worker["ready"] for worker in result["workers"]] == ["a", "b"]
+    assert len(result["load"]) == 5
+
+
+def test_a_drift_of_the_machine_cancels_over_two_rounds(fake):
+    rounds = compare("drift", [fake("a", 2), fake("b", 3)], 2, 1)["rounds"]
+    first, second = (row["b"] / row["a"] for row in rounds)
+    assert first == pytest.approx(1.5 * 1.1)
+    assert second == pytest.approx(1.5 / 1.1)
+
+
+def test_threads_reach_the_worker():
+    words = "import os, json; print(json.dumps({'ready': os.environ['OMP_NUM_THREADS']}))"
+    with Worker(line(words), 3) as worker:
+        assert worker.ready() == {"ready": "3"}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("raise SystemExit(5)", "ended with exit code 5"),
+        ("print('{broken')", "not JSON with 'ready'"),
+        ("print('{}')", "not JSON with 'ready'"),
+        ('print(\'{\\"ready\\": 1}\'); input(); print(\'{\\"seconds\\": {\\"a\\": 0}}\')', "not seconds above 0"),
+        ("print('{\\\"ready\\\": 1}'); input(); print('{\\\"seconds\\\": {}}')", "not seconds above 0"),
+        ("print('{\\\"ready\\\": 1}'); input(); print('{\\\"seconds\\\": 3}')", "not seconds above 0"),
+        ('print(\'{\\"ready\\": 1}\'); input(); print(\'{\\"seconds\\": {\\"a\\": NaN}}\')', "not seconds above 0"),
+    ],
+)
+def test_a_worker_that_fails_ends_in_a_sentence(words, sentence):
+    with pytest.raises(UserError, match=sentence), Worker(line(words), 1) as worker:
+        worker.ready()
+        worker.measure()
+
+
+def test_a_command_that_does_not_exist_ends_in_a_sentence():
+    with pytest.raises(UserError, match="cannot be started"):
+        Worker("no-such-command --at-all", 1)
+
+
+def test_two_workers_with_one_name_are_refused(fake):
+    with pytest.raises(UserError, match="a name may occur once"):
+        compare("same", [fake("a", 2), fake("a", 3)], 1, 1)
+
+
+def test_the_ratio_is_that_of_the_same_round():
+    """Medians of the columns would say 10 / 2 = 5; b takes twice the time of a in every round but one."""
+    rounds = [
+        {"a": 1.0, "b": 2.0},
+        {"a": 2.0, "b": 4.0},
+        {"a": 5.0, "b": 10.0},
+        {"a": 20.0, "b": 40.0},
+        {"a": 2, "b": 18},
+    ]
+    found = paired(rounds, "b", "a")
+    assert (found.median, found.low, found.high) == (2.0, 2.0, 9.0)
+
+
+@pytest.mark.parametrize("rounds", range(1, 13))
+def test_the_interval_spans_the_median_as_often_as_it_says(rounds):
+    """By counting: each ratio is below or above the median, all patterns are equally likely."""
+    rank = interval_rank(rounds)
+
+    def covered(left_out: int) -> float:
+        below = [sum(pattern) for pattern in product((0, 1), repeat=rounds)]
+        return sum(left_out < number < rounds - left_out for number in below) / 2**rounds
+
+    assert covered(rank) >= 0.95 or rank == 0
+    assert 2 * rank + 2 > rounds - 1 or covered(rank + 1) < 0.95, "a smaller interval would do"
+    if rounds >= 6:
+        assert covered(rank) >= 0.95
+
+
+def test_the_interval_covers_in_drawn_samples():
+    draw = random.Random(0)
+    hits = 0
+    for _ in range(2000):
+        rows = [{"a": 1.0, "b": draw.lognormvariate(0, 0.1)} for _ in range(9)]
+        found = paired(rows, "b", "a")
+        hits += found.low <= 1.0 <= found.high
+    assert interval_rank(9) == 1
+    assert hits / 2000 == pytest.approx(1 - 2 * (1 + 9) / 2**9, abs=0.02), "all but: at most 1 of 9 on one side"
+
+
+def test_the_table_has_a_row_for_everything_but_the_reference():
+    result = {"name": "pair", "rounds": [{"ours": 2.0, "oracle": 1.9, "theirs": 3.0}] * 7}
+    *_, oracle, theirs = table([result]).splitlines()
+    assert oracle == "| pair | 2.00 | oracle | 1.90 | 0.95 (0.95 to 0.95) | 7 |"
+    assert theirs == "| pair | 2.00 | theirs | 3.00 | 1.50 (1.50 to 1.50) | 7 |"
+
+
+def test_the_command_writes_a_result_that_it_reads_again(fake, tmp_path, capsys):
+    path = tmp_path / "new" / "pair.json"
+    words = ["measure", "--name", "pair", "--rounds", "3", "--threads", "1", "--json", str(path)]
+    assert command.main([*words, "--worker", fake("a", 2), "--worker", fake("b", 3)]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(path.read_text())["commands"] == [fake("a", 2), fake("b", 3)]
+    assert command.main(["table", str(path)]) == 0
+    assert capsys.readouterr().out == printed
+    assert "| pair |" in printed and "| b |" in printed
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "a", "rounds": []}'])
+def test_a_file_that_is_no_result_ends_in_a_sentence(text, tmp_path, capsys):
+    (tmp_path / "odd.json").write_text(text)
+    assert command.main(["table", str(tmp_path / "odd.json")]) == 2
+    assert "is no result of `measure`" in capsys.readouterr().err
+
+
+def test_no_round_is_refused(capsys):
+    assert command.main(["measure", "--name", "a", "--worker", "true", "--rounds", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_our_worker_measures_a_method_and_its_oracle_on_new_images(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ours, "build", lambda args: tiny)
+    monkeypatch.setattr(ours, "serve", lambda ready, measure: seen.extend([ready, measure(), measure()]))
+    asked, real = [], ours.first_token
+    monkeypatch.setattr(
+        ours,
+        "first_token",
+        lambda model, reducer, batch: (asked.append((reducer.name, batch[0].id)), real(model, reducer, batch))[1],
+    )
+    assert ours.main(["--method", "fastv", "--budget", "8", "--oracle"]) == 0
+    ready, first, second = seen
+    assert list(first) == list(second) == ["ours", "oracle"]
+    assert all(value > 0 for value in (first | second).values())
+    assert asked == [("fastv", "s0"), ("oracle", "s0"), ("oracle", "s1"), ("fastv", "s1")]
+    assert ready["visual tokens per layer"] == (16, 5, 5, 5)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_what_a_user_would_write_gives_our_logits(layer, tiny):
+    """The comparison is fair only if both compute the same: FastV's rule, by eager attention and by ours."""
+    reducer = registry.build("fastv", 5, {"layer": str(layer), "schedule": "kept"})
+    for turn in range(4):
+        ids, pixels = stock.inputs(tiny, turn)
+        theirs = stock.pruned(tiny.hf_model, ids, pixels, layer, 5)
+        state, _ = prefill(tiny, stock.noise_batches(tiny, 1, differ=True)(turn), reducer)
+        mine = tiny.logits(state.hidden)
+        torch.testing.assert_close(theirs[:, : mine.shape[1]], mine, atol=2e-5, rtol=1e-5)
+
+
+def test_stock_dense_gives_our_first_token(tiny):
+    for turn in range(4):
+        token = stock.dense(tiny.hf_model, *stock.inputs(tiny, turn))
+        full = registry.build("full", tiny.visual_tokens)
+        state, _ = prefill(tiny, stock.noise_batches(tiny, 1, differ=True)(turn), full)
+        assert token.tolist() == tiny.logits(state.hidden).argmax(-1).tolist()
+
+
+def test_eager_is_used_for_one_layer_only(tiny):
+    ids, pixels = stock.inputs(tiny, 0)
+    shared = tiny.hf_model.model.language_model.config
+    stock.pruned(tiny.hf_model, ids, pixels, 2, 5)
+    assert shared._attn_implementation == "sdpa"
+    assert all(block.self_attn.config is shared for block in tiny.hf_model.model.language_model.layers)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--layer", "2"], "belong together"),
+        (["--layer", "9", "--keep", "4"], "--layer should be 1 to 3"),
+        (["--layer", "2", "--keep", "99"], "--keep should be 1 to 16"),
+    ],
+)
+def test_flags_of_the_stock_worker_that_make_no_sense(words, sentence, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(stock, "build", lambda args: tiny)
+    assert stock.main(words) == 2
+    assert sentence in capsys.readouterr().err
