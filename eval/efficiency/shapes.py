@@ -6,12 +6,13 @@ from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPTextConfig, LlamaModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llava.model.builder import DTYPES
 from llava.model.checkpoint.hf_model import HF_CLASSES, VideoLlavaWithTime
+from llava.model.checkpoint.identify import Family
 from llava.model.checkpoint.load import Checkpoint
 from llava.model.checkpoint.original_layout import CLIP_L_336, LANGUAGEBIND
 from llava.model.llava_arch import Llava
@@ -131,20 +132,24 @@ def random_llava(
     return RUNTIME[family](checkpoint, device, **conventions)
 
 
-def hf_model(family: str, parts: dict[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def hf_model(family: Family, parts: dict[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The HF model of a family with random weights.
 
     Args:
         parts: "text_config" and "vision_config", fields of config.json.
     """
-    placeholder = {} if family == "qwen2_5_vl" else {"image_token_index": 32000}
-    config: PretrainedConfig = HF_CLASSES[family].config_class(**parts, **placeholder)
+    placeholder: dict[str, Any] = {} if family == "qwen2_5_vl" else {"image_token_index": 32000}
+    config_class: Any = HF_CLASSES[family].config_class
+    config = config_class(**parts, **placeholder)
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with no_init_weights(), torch.device(device):
-            made = VideoLlavaWithTime(config, VIDEO_FRAMES) if family == "video_llava" else HF_CLASSES[family](config)
+            if family == "video_llava":
+                made: PreTrainedModel = VideoLlavaWithTime(config, VIDEO_FRAMES)
+            else:
+                made = HF_CLASSES[family](config)
     finally:
         torch.set_default_dtype(before)
     # One repeated block of noise: drawing a billion weights takes a minute.

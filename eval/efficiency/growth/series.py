@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 from unittest.mock import patch
 
 import psutil
@@ -67,7 +68,9 @@ def model_of(tokens: int, size: Size, device: torch.device, dtype: str) -> Llava
     """A narrow model whose images have so many visual tokens: LLaVA-NeXT's tiles, or LLaVA-1.5 for one tile."""
     tiles = grid(tokens)
     shape = "llava-1.5-7b" if tiles is None else "llava-next-7b"
-    reading = {} if tiles is None else {"merge": "spatial", "force": (tiles[1] * SIDE, tiles[0] * SIDE)}
+    reading: dict[str, Any] = {}
+    if tiles is not None:
+        reading = {"merge": "spatial", "force": (tiles[1] * SIDE, tiles[0] * SIDE)}
     small = narrow(shape, size.width, size.layers, size.blocks, SIDE)
     with patch.dict(SHAPES, {"narrow": small}):
         return random_llava("narrow", None, dtype, device=device, **reading)

@@ -1,6 +1,7 @@
 """What one prefill computes and holds, counted once: nothing here depends on the speed of a machine."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -45,7 +46,7 @@ class Counts(Computed):
     waits: int
 
 
-def flash_on_cpu(query, key, value, *args, out_shape=None, **kwargs) -> int:
+def flash_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     """Operations of the CPU's fused attention, which torch's counter does not know; arguments are shapes."""
     return sdpa_flop_count(query, key, value)
 
@@ -87,10 +88,11 @@ def computed(model: Llava, reducer: Reducer, samples: list[Sample]) -> Computed:
     with counter, noted:
         state, record = prefill(model, samples, reducer)
         model.logits(state.hidden).argmax(-1)
+    layers: list[Any] = state.cache.layers
     return Computed(
         flops=counter.get_total_flops(),
         formula=record.operations.total,
         tokens_per_layer=tuple(layer[0] for layer in state.visual),
-        kv_bytes_per_layer=tuple(layer.keys.nbytes + layer.values.nbytes for layer in state.cache.layers),
+        kv_bytes_per_layer=tuple(layer.keys.nbytes + layer.values.nbytes for layer in layers),
         largest=noted.largest,
     )

@@ -1,5 +1,7 @@
 """Notes of the operations that a device is given: which attention kernels, and the largest tensor."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +24,9 @@ class Noted(TorchDispatchMode):
         self.attention: set[str] = set()
         self.largest = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if function is COMPOSITE:
             with self:
                 return function.decompose(*args, **(kwargs or {}))
