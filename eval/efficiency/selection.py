@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,12 @@ class Dispatched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Highest resident memory while a function runs, above that at its start."""
+def peak_bytes(call: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What a function returns, and the highest resident memory while it runs, above that at its start."""
     Path("/proc/self/clear_refs").write_text("5")
     start = _status("VmRSS")
-    call()
-    return max(0, _status("VmHWM") - start)
+    found = call()
+    return found, max(0, _status("VmHWM") - start)
 
 
 def _status(name: str) -> int:
@@ -126,12 +127,14 @@ def line(name: str, choice: Choice, total: int, images: int, repeats: int) -> st
     found, memory, operations = [], [], []
     for form in forms:
         with Dispatched() as dispatched:
-            memory.append(peak_bytes(lambda form=form: found.append(form(tokens, weight, budget))))
+            kept, peak = peak_bytes(partial(form, tokens, weight, budget))
+        found.append(kept)
+        memory.append(peak)
         operations.append(dispatched.count)
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for form, own in zip(forms, seconds, strict=True):
-            own.append(timed(lambda form=form: form(tokens, weight, budget)))
+            own.append(timed(partial(form, tokens, weight, budget)))
     ours, before = map(statistics.median, seconds)
     return (
         f"{name:14}{total:7,}{budget:7,}{images:7}{1000 * ours:12.1f}{1000 * before:12.1f}{before / ours:8.1f}x"

@@ -247,7 +247,7 @@ class Llava:
             by_block.setdefault(score.index(len(tower.encoder.layers)) % len(tower.encoder.layers), []).append(score)
         for index, scores in by_block.items():
             block = tower.encoder.layers[index]
-            operations.add("selection", tiles_flops, tiles, score_flops, scores, block, patches, images=images)
+            operations.add("selection", tiles_flops, tiles, score_flops, tuple(scores), block, patches, images=images)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, 1, D] before the final norm -> [B, vocabulary] float32, without the padding rows of the head."""
