@@ -67,12 +67,20 @@ def both(layer, reference, tokens):
 def test_a_step_writes_in_place_until_the_block_is_full():
     layer, reference = RoomyLayer(), DynamicCache().layer_class_to_replicate()
     both(layer, reference, 6)
+    both(layer, reference, 1)
     place = layer.keys.data_ptr(), layer.values.data_ptr()
     for _ in range(BLOCK):
         both(layer, reference, 1)
         assert (layer.keys.data_ptr(), layer.values.data_ptr()) == place
     both(layer, reference, 1)
-    assert layer.keys.data_ptr() != place[0] and layer.get_seq_length() == 7 + BLOCK
+    assert layer.keys.data_ptr() != place[0] and layer.get_seq_length() == 8 + BLOCK
+
+
+def test_a_prompt_is_kept_without_a_copy():
+    """Room was made during the prefill: eight more operations and a copy of the cache for each layer."""
+    layer, (keys, values) = RoomyLayer(), random_rows(6)
+    layer.update(keys, values)
+    assert layer.keys is keys and layer.values is values
 
 
 def test_room_is_one_block_at_most():

@@ -40,6 +40,10 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, new = self.get_seq_length(), key_states.shape[-2]
+        if not past:
+            # A prompt is kept as it is, without a copy; room is made when the first token is to be decoded.
+            self.keys, self.values, self._room = key_states, value_states, None
+            return key_states, value_states
         if new == 1 and self._fits(past):
             key, value = self._columns.pop()
             key.copy_(key_states)
@@ -81,11 +85,10 @@ def with_room(present: Tensor, new: Tensor, past: int) -> Tensor:
     """[B, Hkv, past + new + BLOCK, d]: the columns so far, the new ones, and room.
 
     Args:
-        present: [B, Hkv, past, d], not read where `past` is 0.
+        present: [B, Hkv, past, d].
     """
     room = new.new_empty(*new.shape[:2], past + new.shape[2] + BLOCK, new.shape[3])
-    if past:
-        room.narrow(2, 0, past).copy_(present)
+    room.narrow(2, 0, past).copy_(present)
     room.narrow(2, past, new.shape[2]).copy_(new)
     return room
 
