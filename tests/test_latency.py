@@ -315,6 +315,16 @@ def test_latency_puts_random_weights_on_the_device(monkeypatch):
     assert [device.type for device in placed] == ["cuda"]
 
 
+def test_no_more_layers_have_weights_of_their_own_than_there_are(monkeypatch, tiny, tmp_path):
+    """The page said "1 decoder layers, 32 of them with their own weights"."""
+    monkeypatch.setattr(latency_run, "random_llava", lambda *_, **__: tiny)
+    file = tmp_path / "found.json"
+    short = ["--method", "full", "--budget", "8", "--repeats", "1", "--lengths", "0", "--json", str(file)]
+    assert main([*short, "--shape", "llava-1.5-7b", "--distinct", "32"]) == 0
+    found = json.loads(file.read_text())
+    assert found["distinct_layers"] == found["layers"] == tiny.spec.layers
+
+
 def test_latency_refuses_a_device_that_is_not_there(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments = ["--method", "full", "--budget", "64", "--shape", "llava-1.5-7b", "--device"]

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "scenario": args.scenario,
         "budget": args.budget,
         "model": args.shape or model.name,
-        "distinct_layers": args.distinct if args.shape else None,
+        "distinct_layers": min(args.distinct, model.spec.layers) if args.shape else None,
         "layers": model.spec.layers,
         "picture": model.conventions,
         "dtype": args.dtype,
