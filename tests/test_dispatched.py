@@ -15,10 +15,10 @@ BUDGET = 128  # every method meets it on the bundled model
 # Operations above the oracle with the same tokens per layer: counted, and room for three.
 LIMITS = {
     "attnmix": 65,
-    "cdpruner": 3493,
-    "consensusdrop": 707,
+    "cdpruner": 456,
+    "consensusdrop": 213,
     "dart": 101,
-    "divprune": 655,
+    "divprune": 18,
     "downsample": 0,
     "fastervlm": 24,
     "fastv": 41,
@@ -30,14 +30,14 @@ LIMITS = {
     "prumerge_plus": 77,
     "pyramiddrop": 165,
     "random": 8,
-    "scope": 1446,
+    "scope": 280,
     "sparsevlm": 429,
     "tome": 347,
     "trim": 154,
     "uniform": 7,
     "visiondrop": 431,
     "visionzip": 84,
-    "vispruner": 602,
+    "vispruner": 44,
     "vscan": 164,
 }
 
