@@ -57,7 +57,7 @@ def test_a_run_measures_fits_and_draws(tmp_path, capsys):
         "--batch-size",
         "1,2",
         "--budget",
-        "32",
+        "48",
     ]
     small = ["--width", "64", "--layers", "1", "--blocks", "2", "--repeats", "1", "--device", "cpu"]
     files = ["--json", str(tmp_path / "r" / "g.json"), "--plot", str(tmp_path / "r" / "g.png")]

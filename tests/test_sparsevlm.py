@@ -194,7 +194,7 @@ def test_planted_heads_are_listened_to():
     weights = torch.full((1, 4, 3, 6), 1e-3)
     weights[0, 1, :, 2] = weights[0, 3, :, 5] = 0.4
     weights[0, 0, :, 0] = weights[0, 2, :, 1] = 0.05
-    words = SimpleNamespace(after=[(6, 9)], images=[(0, 6)], lengths=(9,), padding=lambda row: 0)
+    words = SimpleNamespace(after=[(6, 9)], images=[(0, 6)], lengths=(9,), padding=lambda row: 0, rotary=None)
     words.hidden, words.position = torch.zeros(1, 9, 4), torch.zeros(1, 9, dtype=torch.long)
     words.take = lambda tensor, spans: tensor[:, :6]
     state = SimpleNamespace(
