@@ -208,7 +208,8 @@ def test_kills_while_the_result_is_written(run, undisturbed, tmp_path, number):
 
 def test_the_command_is_killed_while_all_ranks_hang(run, undisturbed, tmp_path):
     """Their main threads will never look whether anybody waits for them."""
-    with run(hang="1000 1003") as one:  # in the first two batches
+    # One question in each of the first four batches: a rank claims its next batch while it asks the first.
+    with run(hang="1000 1003 1006 1009") as one:
         assert one.until(lambda: len(list((tmp_path / "store").glob("shards/*/answers.jsonl"))) == 2)
         time.sleep(0.3)
         one.kill("command")
