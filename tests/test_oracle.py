@@ -8,6 +8,7 @@ from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from tests.conftest import samples
+from tests.test_every_method import reducing
 
 
 def tokens_of(model, reducer, batch) -> list[tuple[int, ...]]:
@@ -15,27 +16,15 @@ def tokens_of(model, reducer, batch) -> list[tuple[int, ...]]:
     return [account.tokens_per_layer for account in record.accounting(state)]
 
 
-def configured(name: str, model):
-    """The method at the first of some budgets that it can meet."""
-    for budget in (8, 12, 4, model.visual_tokens):
-        reducer = registry.build(name, budget)
-        try:
-            reducer.check(model.spec)
-        except UserError:
-            continue
-        return reducer
-    raise AssertionError(f"{name} meets none of these budgets")
-
-
 @pytest.mark.parametrize("name", registry.names())
 def test_as_many_tokens_in_every_layer_as_the_method(name, tiny):
-    reducer = configured(name, tiny)
+    reducer = reducing(name, tiny)
     assert tokens_of(tiny, oracle_of(reducer, tiny.spec), samples()) == tokens_of(tiny, reducer, samples())
 
 
 @pytest.mark.parametrize("name", registry.names())
 def test_keeps_the_same_places_of_every_image(name, tiny):
-    oracle = oracle_of(configured(name, tiny), tiny.spec)
+    oracle = oracle_of(reducing(name, tiny), tiny.spec)
     _, record = prefill(tiny, samples(5, text_only=()), oracle)
     first, *others = [[step.reduction.kept.tolist() for step in steps] for steps in record.steps]
     assert all(kept == first for kept in others)

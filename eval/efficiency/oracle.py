@@ -9,12 +9,12 @@ score, merges nothing and computes nothing per question. It is no method and not
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from llava.cached_tensors import made_once
 from llava.errors import UserError
 from llava.reduction.crop_budget import planned
 from llava.reduction.model_spec import ModelSpec
@@ -128,7 +128,7 @@ def evenly(tokens: Tensor, keep: int) -> Reduction | None:
     return None if keep >= total else Reduction(even_places(batch, total, keep, tokens.device), total)
 
 
-@lru_cache(maxsize=256)
+@made_once
 def even_places(batch: int, total: int, keep: int, device: torch.device) -> Tensor:
     """[batch, keep] indices below `total`, ascending; made once, so that a prefill finds them on the device."""
     return (torch.arange(keep, device=device) * total // keep).repeat(batch, 1)

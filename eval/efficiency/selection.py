@@ -14,16 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import count
+from eval.efficiency.dispatched import Calls
+from eval.efficiency.latency.memory_peak import read_peak, start_peak
 from llava.reduction.greedy import coverage, determinant, duplicates, farthest
 
 SHARE = 0.11  # budget, about 64 of 576 tokens
@@ -87,29 +86,13 @@ def drawn(images: int, total: int, channels: int, seed: int = 0) -> tuple[Tensor
     return tokens.contiguous(), torch.rand(images, total, generator=generator) ** 4 + 1e-3
 
 
-class Dispatched(TorchDispatchMode):
-    """Counts the operations that torch dispatches while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 def peak_bytes(call: Callable[[], Tensor]) -> tuple[Tensor, int]:
     """What a function returns, and the highest resident memory while it runs, above that at its start."""
-    Path("/proc/self/clear_refs").write_text("5")
-    start = _status("VmRSS")
+    cpu = torch.device("cpu")
+    start_peak(cpu)
+    start = read_peak(cpu)
     found = call()
-    return found, max(0, _status("VmHWM") - start)
-
-
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    return found, read_peak(cpu) - start
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -126,11 +109,12 @@ def line(name: str, choice: Choice, total: int, images: int, repeats: int) -> st
     forms = (choice.ours, choice.reference)
     found, memory, operations = [], [], []
     for form in forms:
-        with Dispatched() as dispatched:
+        with Calls() as calls:
             kept, peak = peak_bytes(partial(form, tokens, weight, budget))
         found.append(kept)
         memory.append(peak)
-        operations.append(dispatched.count)
+        calls.mark("selection")
+        operations.append(len(calls.found))
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for form, own in zip(forms, seconds, strict=True):
