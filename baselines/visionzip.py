@@ -19,11 +19,11 @@ from llava.reduction import (
     Reduction,
     TowerScore,
     UserError,
-    keep_top,
     merge_flops,
     merge_plan,
     option,
     register,
+    split,
     with_cls,
 )
 
@@ -40,8 +40,8 @@ def zip_tokens(saliency: Tensor, keys: Tensor, dominant: int, contextual: int, w
         contextual: tokens that the rest is merged into; every n-th of the rest is a target.
         weights: "mean" (a group is averaged) or "anchor_plus_mean" (the mean of the others is added to the target).
     """
-    kept = keep_top(saliency, dominant - 1)
-    return with_cls(merge_plan(kept, contextual, saliency, keys, "stride", weights, appended=True))
+    kept, rest = split(saliency, dominant - 1)
+    return with_cls(merge_plan(kept, rest, contextual, saliency, keys, "stride", weights, appended=True))
 
 
 @register("visionzip")

@@ -36,6 +36,7 @@ from llava.reduction import (
     register,
     scaled_layers,
     tokens_by_layer,
+    unit_length,
 )
 
 SHALLOW = TowerScore("cls_attention", 5, depth=24)
@@ -73,8 +74,8 @@ def merge_into_kept(tokens: Tensor, kept: Tensor) -> Reduction:
     rest = others(kept, total)
     slots = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     assignment = torch.empty(tokens.shape[:2], dtype=torch.int64, device=kept.device).scatter(1, kept, slots)
-    assignment = assignment.scatter(1, rest, assign(rest, kept, tokens))
-    return Reduction(kept, total, assignment, member_weights("mean", assignment, kept, assignment))
+    assignment = assignment.scatter(1, rest, assign(rest, kept, unit_length(tokens)))
+    return Reduction(kept, total, assignment, member_weights("mean", assignment, kept, assignment), drops=False)
 
 
 @register("vscan")

@@ -21,11 +21,11 @@ from llava.reduction import (
     Reduction,
     TowerScore,
     UserError,
-    keep_top,
     merge_flops,
     merge_plan,
     option,
     register,
+    split,
     with_cls,
 )
 
@@ -154,5 +154,6 @@ class ConsensusDrop(Reducer):
         merged = self._merged()
         keep = self.budget - self.cls_token - merged
         choices = {name: getattr(self, name) for name in ("alpha", "cross_top", "temperature", "rrf_k", "gate_beta")}
-        retained = keep_top(fuse(saliency, cross, self.fusion, keep, **choices), keep)
-        return merge_plan(retained, merged, saliency, keys, self.anchors, self.weights, self.order == "appended")
+        retained, rest = split(fuse(saliency, cross, self.fusion, keep, **choices), keep)
+        appended = self.order == "appended"
+        return merge_plan(retained, rest, merged, saliency, keys, self.anchors, self.weights, appended)

@@ -11,7 +11,7 @@ from consensusdrop.method import ConsensusDrop, pool_attention
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import keep_top, registry
-from llava.reduction.merging import ANCHORS, WEIGHTS, choose_anchors, merge_plan, others
+from llava.reduction.merging import ANCHORS, WEIGHTS, choose_anchors, merge_plan, others, unit_length
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import PatchGrid
@@ -115,21 +115,25 @@ def farthest_by_the_book(rest, saliency, keys, count):
 def test_anchor_rules_equal_their_definitions():
     generator = torch.Generator().manual_seed(3)
     saliency, keys = torch.rand(2, 20, generator=generator), torch.randn(2, 20, 6, generator=generator)
-    rest = others(keep_top(saliency, 6), 20)
+    rest, unit = others(keep_top(saliency, 6), 20), unit_length(keys)
+    for rule in ("saliency", "stride", "farthest"):
+        anchors, members = choose_anchors(rule, rest, saliency, unit, 4)
+        for b in range(2):
+            assert members[b].tolist() == [i for i in rest[b].tolist() if i not in anchors[b].tolist()]
     for b in range(2):
         line = rest[b].tolist()
         value = saliency[b].tolist()
-        assert choose_anchors("saliency", rest, saliency, keys, 4)[b].tolist() == sorted(
+        assert choose_anchors("saliency", rest, saliency, unit, 4)[0][b].tolist() == sorted(
             sorted(line, key=lambda i: -value[i])[:4]
         )
-        assert choose_anchors("stride", rest, saliency, keys, 4)[b].tolist() == line[:: len(line) // 4][:4]
+        assert choose_anchors("stride", rest, saliency, unit, 4)[0][b].tolist() == line[:: len(line) // 4][:4]
         expected = farthest_by_the_book(line, value, keys[b], 4)
-        assert choose_anchors("farthest", rest, saliency, keys, 4)[b].tolist() == expected
+        assert choose_anchors("farthest", rest, saliency, unit, 4)[0][b].tolist() == expected
 
 
 def test_farthest_anchors_stay_unique_among_identical_tokens():
     saliency, keys = torch.rand(1, 12), torch.ones(1, 12, 4)
-    chosen = choose_anchors("farthest", torch.arange(12)[None], saliency, keys, 5)
+    chosen, _ = choose_anchors("farthest", torch.arange(12)[None], saliency, unit_length(keys), 5)
     assert len(set(chosen[0].tolist())) == 5
 
 
@@ -172,7 +176,7 @@ def test_merging_equals_its_definition(anchors, weights):
     tokens, keys = torch.randn(2, 24, 5, generator=generator), torch.randn(2, 24, 6, generator=generator)
     saliency = torch.rand(2, 24, generator=generator)
     retained, merged = keep_top(torch.rand(2, 24, generator=generator), 7), 0 if anchors == "retained" else 4
-    actual = merge_plan(retained, merged, saliency, keys, anchors, weights, appended=False).apply(tokens)
+    actual = merge_plan(retained, others(retained, 24), merged, saliency, keys, anchors, weights, appended=False).apply(tokens)
     for b in range(2):
         expected = plan_by_the_book(
             tokens[b], retained[b].tolist(), merged, saliency[b].tolist(), keys[b], anchors, weights
@@ -182,14 +186,17 @@ def test_merging_equals_its_definition(anchors, weights):
 
 def test_appended_tokens_come_last():
     saliency, keys = torch.rand(1, 12), torch.randn(1, 12, 4)
-    plan = merge_plan(torch.tensor([[6, 7, 8]]), 2, saliency, keys, "saliency", "mean", appended=True)
+    retained = torch.tensor([[6, 7, 8]])
+    plan = merge_plan(retained, others(retained, 12), 2, saliency, keys, "saliency", "mean", appended=True)
     assert plan.kept[0, :3].tolist() == [6, 7, 8] and plan.kept.shape == (1, 5)
     torch.testing.assert_close(plan.apply(torch.ones(1, 12, 1)), torch.ones(1, 5, 1))
 
 
 def test_a_group_without_any_saliency_is_still_an_average():
     """0/0 would make the merged token NaN when CLS attention underflows."""
-    plan = merge_plan(torch.tensor([[0]]), 1, torch.zeros(1, 6), torch.randn(1, 6, 3), "saliency", "saliency", False)
+    rest = torch.arange(1, 6)[None]
+    keys = torch.randn(1, 6, 3)
+    plan = merge_plan(torch.tensor([[0]]), rest, 1, torch.zeros(1, 6), keys, "saliency", "saliency", False)
     assert torch.isfinite(plan.apply(torch.ones(1, 6, 2))).all()
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from llava.pipeline import positions as mrope
-from llava.reduction.decoder_attention import attention_rows, layer_keys, rotary_angles
+from llava.reduction.decoder_attention import Angles, attention_rows, layer_keys, rotary_angles
 
 PROMPTS = [
     [7],
@@ -190,9 +190,9 @@ def test_rows_of_the_decoders_attention_equal_its_own_maps(model):
         expected = llm(inputs_embeds=hidden, position_ids=place.permute(2, 0, 1), output_attentions=True).attentions[0]
         rotary = rotary_angles(llm, hidden, place)
         layer, rows = llm.layers[0], [4, 20, -1]
-        allowed = torch.ones(expected.shape[-2:], dtype=torch.bool).tril()[rows][None]
+        unseen = torch.ones(expected.shape[-2:], dtype=torch.bool).triu(1)[rows][None, None]
         normed = layer.input_layernorm(hidden)
-        found = attention_rows(
-            layer, normed[:, rows], layer_keys(layer, normed, rotary), allowed, tuple(part[:, rows] for part in rotary)
-        )
+        keys = layer_keys(layer, normed, Angles.of(*rotary))
+        own = Angles.of(*(part[:, rows] for part in rotary))
+        found = attention_rows(layer, normed[:, rows], keys, unseen, own)
     torch.testing.assert_close(found, expected[:, :, rows], atol=1e-6, rtol=1e-5)

@@ -24,7 +24,6 @@ from llava.reduction import (
     State,
     TowerScore,
     UserError,
-    keep_top,
     merge_flops,
     merge_plan,
     option,
@@ -33,6 +32,7 @@ from llava.reduction import (
     refuse_budget,
     register,
     scaled_layers,
+    split,
     tokens_by_layer,
 )
 from visiondrop.schedule import PUBLISHED_RATIO, PUBLISHED_START, plan, segment_widths
@@ -176,8 +176,8 @@ class VisionDrop(Reducer):
         merges = merge != "none" and contextual > 0
         inputs, channels = metric.shape[1:]
         state.flops += len(metric) * merge_flops("stride", inputs, dominant, contextual, channels, merges)
-        retained = keep_top(score, dominant)
-        return merge_plan(retained, contextual, score, metric, "stride", merge, self.order == "appended")
+        retained, rest = split(score, dominant)
+        return merge_plan(retained, rest, contextual, score, metric, "stride", merge, self.order == "appended")
 
 
 def _drop_cls(features: Tensor) -> Reduction:

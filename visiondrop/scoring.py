@@ -7,12 +7,13 @@ Differs from it: computed for the visual rows alone and in slices; grouped-query
 Shapes: B images, n visual tokens, W keys up to the last visual token, H heads of width d, D channels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from llava.reduction import (
+    Angles,
     DecoderLayer,
     DecoderState,
     angles_of,
@@ -23,7 +24,7 @@ from llava.reduction import (
     padded_spans,
     places,
     row_index,
-    visible,
+    unseen,
 )
 
 ATTENTIONS = ("causal", "visual", "bidirectional")
@@ -38,19 +39,24 @@ class Look:
 
     Attributes:
         rows: [B, n, D] inputs of the layer at the visual tokens, after its norm.
-        rotary: cosines and sines at their positions, each [B, n, d].
+        rotary: angles at their positions.
         keys: [B, Hkv, W, d] rotated keys.
-        allowed: [B, n, W] bool, the keys that each row may see; None for all.
+        unseen: [B, 1, n, W] bool, True for the keys that a row may not see; None where all rows see all.
         columns: [B, n] int64, which of the W keys are the visual tokens.
         span: the same as [start, stop), where it is that of all images.
     """
 
     rows: Tensor
-    rotary: tuple[Tensor, Tensor]
+    rotary: Angles
     keys: Tensor
-    allowed: Tensor | None
+    unseen: Tensor | None
     columns: Tensor
     span: tuple[int, int] | None = None
+
+    def of_rows(self, part: slice) -> "Look":
+        """Some of the rows, which see the same keys."""
+        unseen = None if self.unseen is None else self.unseen[:, :, part]
+        return replace(self, rows=self.rows[:, part], rotary=self.rotary.rows(part), unseen=unseen)
 
     def visual_keys(self) -> Tensor:
         """[B, Hkv, n, d] keys of the visual tokens."""
@@ -73,24 +79,44 @@ def look(state: DecoderState, attention: str) -> Look:
         attention: "causal", the layer's own: every visual token sees the text and images before it, and visual
             tokens up to itself. "visual": only the latter. "bidirectional": all visual tokens of its image.
     """
+    seen = _own_attention(state) if attention == "causal" else _visual_attention(state, attention == "bidirectional")
+    projection = state.llm.layers[state.layer].self_attn.k_proj
+    state.flops += len(seen.keys) * linear_flops(projection, seen.keys.shape[2])
+    return seen
+
+
+def _own_attention(state: DecoderState) -> Look:
+    """Visual rows among all tokens before them."""
     sequence, layer = state.sequence, state.llm.layers[state.layer]
-    columns, _ = row_index(sequence, sequence.images)
-    cos, sin = angles_of(state.llm, sequence)
-    rotary = at_spans(cos, sequence, sequence.images), at_spans(sin, sequence, sequence.images)
     # Causality: no visual token sees the text after the image, so that text needs no keys.
     width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))
-    if attention == "causal":
-        normed = layer.input_layernorm(sequence.hidden[:, :width])
-        keys = layer_keys(layer, normed, (cos[:, :width], sin[:, :width]))
-        rows, allowed = at_spans(normed, sequence, sequence.images), visible(sequence, sequence.images, width)
-    else:
-        rows = layer.input_layernorm(state.tokens)
-        keys = layer_keys(layer, rows, rotary)
-        columns = places(*state.tokens.shape[:2], columns.device)
-        allowed = (columns[:, None] <= columns[..., None]) | (attention == "bidirectional")
-    state.flops += len(keys) * linear_flops(layer.self_attn.k_proj, keys.shape[2])
-    spans = set(padded_spans(sequence, sequence.images)) if attention == "causal" else {(0, state.tokens.shape[1])}
-    return Look(rows, rotary, keys, allowed, columns, spans.pop() if len(spans) == 1 else None)
+    cos, sin = angles_of(state.llm, sequence)
+    angles = Angles.of(cos[:, :width], sin[:, :width])
+    normed = layer.input_layernorm(sequence.hidden[:, :width])
+    spans = set(padded_spans(sequence, sequence.images))
+    span = spans.pop() if len(spans) == 1 else None
+    return Look(
+        rows=at_spans(normed, sequence, sequence.images),
+        rotary=angles.rows(slice(*span)) if span else _visual_angles(state),
+        keys=layer_keys(layer, normed, angles),
+        unseen=unseen(sequence, sequence.images, width),
+        columns=row_index(sequence, sequence.images)[0],
+        span=span,
+    )
+
+
+def _visual_attention(state: DecoderState, both_ways: bool) -> Look:
+    """Visual rows among themselves."""
+    layer, (batch, count) = state.llm.layers[state.layer], state.tokens.shape[:2]
+    rows, rotary = layer.input_layernorm(state.tokens), _visual_angles(state)
+    columns = places(batch, count, rows.device)
+    later = None if both_ways else (columns[:, None] > columns[..., None])[:, None]
+    return Look(rows, rotary, layer_keys(layer, rows, rotary), later, columns, (0, count))
+
+
+def _visual_angles(state: DecoderState) -> Angles:
+    sequence = state.sequence
+    return Angles.of(*(at_spans(part, sequence, sequence.images) for part in angles_of(state.llm, sequence)))
 
 
 def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tensor:
@@ -108,14 +134,12 @@ def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tenso
     step = max(1, SLICE // (batch * heads * width))
     received = []
     for start in range(0, count, step):
-        part = slice(start, start + step)
-        cos, sin = (angle[:, part] for angle in seen.rotary)
-        allowed = None if seen.allowed is None else seen.allowed[:, part]
-        weights = attention_rows(layer, seen.rows[:, part], seen.keys, allowed, (cos, sin)).mean(1)
+        some = seen if step >= count else seen.of_rows(slice(start, start + step))
+        weights = attention_rows(layer, some.rows, some.keys, some.unseen, some.rotary).mean(1)
         weights = seen.to_visual(weights)
         if not diagonal:
             own = torch.eye(count, dtype=torch.bool, device=weights.device)
-            weights = weights.masked_fill(own[part], 0)
+            weights = weights.masked_fill(own[start : start + step], 0)
         received.append(weights.sum(1))
     return sum(received[1:], received[0])
 

@@ -21,6 +21,12 @@ def first_columns(lengths: tuple[int, ...], width: int, device: torch.device) ->
 
 
 @made_once
+def lengths_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """[B, 1] int64."""
+    return torch.tensor(lengths)[:, None].to(device, non_blocking=True)
+
+
+@made_once
 def real_columns(lengths: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """[B, width] bool, False in the padding."""
     return torch.arange(width, device=device) >= first_columns(lengths, width, device)[:, None]

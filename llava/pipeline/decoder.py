@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from llava.pipeline.kv_cache import ValidKeys, empty_cache
-from llava.pipeline.positions import next_position
 from llava.pipeline.sequence import Rotary, Sequence
 from llava.reduction.decoder_attention import angles_of, follows_length, rotary_angles
 
@@ -103,7 +102,7 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
                 sequence = replace(sequence, rotary=Rotary(sequence.position, *rotary))
             mask = _mask_of(sequence, eager)
             known = ValidKeys.of(sequence.valid()) if sequence.padded else None
-            place = next_position(sequence.position)
+            place = sequence.next_position()
         entered = sequence if index + 1 in stages else None
         hidden = layer(
             sequence.hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True

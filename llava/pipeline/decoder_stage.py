@@ -61,7 +61,7 @@ class DecoderStage:
                 llm=self.model.llm,
                 layer=layer,
                 entered=entered.rows(rows),
-                keys=sequence.of_samples(keys, [sample for sample, _ in rows])[:, :, -part.hidden.shape[1] :],
+                keys=sequence.keys_of(keys, rows),
                 start=self.start.rows(rows),
             )
             parts = by_images(self.reducer.for_picture(spec).decoder(state), len(rows), state.tokens.shape[1])

@@ -15,6 +15,7 @@ from torch import Tensor
 from llava.pipeline import columns
 from llava.pipeline import positions as mrope
 from llava.pipeline.positions import Groups
+from llava.reduction.ranking import gather_tokens
 from llava.reduction.reduction import Reduction
 
 Span = tuple[int, int]
@@ -105,8 +106,7 @@ class Sequence:
         cut = tuple((self.padding(s) + start, self.padding(s) + stop) for s, (start, stop) in enumerate(spans))
         if len(set(cut)) == 1:
             return tensor[:, slice(*cut[0])]
-        index = columns.columns_of(cut, tensor.device)
-        return tensor.gather(1, index.unflatten(1, (-1, *[1] * (tensor.dim() - 2))).expand(-1, -1, *tensor.shape[2:]))
+        return gather_tokens(tensor, columns.columns_of(cut, tensor.device))
 
     def rows(self, rows: list[Row]) -> "Sequence":
         """One row per image: its whole prompt, with only this image's span as visual tokens.
@@ -131,6 +131,12 @@ class Sequence:
             pick(self.instruction),
             pick(self.after),
         )
+
+    def keys_of(self, keys: Tensor, rows: list[Row]) -> Tensor:
+        """[B, Hkv, L, d] keys of these prompts -> those of `rows(rows)`."""
+        width = max(self.lengths[sample] for sample, _ in rows)
+        keys = self.of_samples(keys, [sample for sample, _ in rows])
+        return keys if width == keys.shape[2] else keys[:, :, -width:]
 
     def of_samples(self, tensor: Tensor, samples: list[int]) -> Tensor:
         """The rows of some samples, in this order; the tensor itself where these are all."""
@@ -176,20 +182,24 @@ class Sequence:
         self, longer: "Sequence", reduced: list[Reduced], cuts: tuple[tuple[columns.Cut, ...], ...], renumber: bool
     ) -> "Sequence":
         """The same lengths and spans, with the tensors of the prompts before the reduction."""
-        before, width, device = longer.hidden.shape[1], max(self.lengths), longer.hidden.device
-        index = columns.sources(longer.lengths, before, cuts, device)
-        slots = [columns.line_of(self._places(part.images, width), device) for part in reduced]
-        for part, places in zip(reduced, slots, strict=True):
-            index = index.scatter_add(0, places, part.reduction.kept.flatten())
-        index = index.view(len(self.lengths), width)
-        hidden = longer.hidden.gather(1, index[..., None].expand(-1, -1, longer.hidden.shape[-1]))
-        for part, places in zip(reduced, slots, strict=True):
-            if part.values is not None:
-                hidden.flatten(0, 1).index_copy_(0, places, part.values.to(hidden.dtype).flatten(0, 1))
+        width, device = max(self.lengths), longer.hidden.device
+        renumbered = renumber and longer.position.dim() == 2
+        hidden = longer._spliced(reduced)
+        if hidden is None or not renumbered:
+            index = columns.sources(longer.lengths, longer.hidden.shape[1], cuts, device)
+            slots = [columns.line_of(self._places(part.images, width), device) for part in reduced]
+            for part, places in zip(reduced, slots, strict=True):
+                index = index.scatter_add(0, places, part.reduction.kept.flatten())
+            index = index.view(len(self.lengths), width)
+        if hidden is None:
+            hidden = gather_tokens(longer.hidden, index)
+            for part, places in zip(reduced, slots, strict=True):
+                if part.values is not None:
+                    hidden.flatten(0, 1).index_copy_(0, places, part.values.to(hidden.dtype).flatten(0, 1))
         if min(self.lengths) < width:
             hidden.masked_fill_(~columns.real_columns(self.lengths, width, device)[..., None], 0)
         shorter = replace(self, hidden=hidden)
-        if renumber and longer.position.dim() == 2:
+        if renumbered:
             shorter = shorter.renumbered()
             return replace(shorter, rotary=shorter._same_angles(longer))
         axes = longer.position.dim() == 3
@@ -199,6 +209,17 @@ class Sequence:
             position = position.masked_fill(blank[..., None] if axes else blank, 0)
         shorter = replace(shorter, position=position, rotary=None)
         return shorter.renumbered() if renumber else shorter
+
+    def _spliced(self, reduced: list[Reduced]) -> Tensor | None:
+        """Hidden states with merged tokens in place of one image per prompt, all in the same columns; else None."""
+        if len(reduced) != 1 or reduced[0].values is None or any(len(spans) != 1 for spans in self.visual):
+            return None
+        spans = {(self.padding(s) + start, self.padding(s) + stop) for s, ((start, stop),) in enumerate(self.visual)}
+        if len(spans) != 1 or reduced[0].images != [(sample, 0) for sample in range(len(self.lengths))]:
+            return None
+        start, stop = spans.pop()
+        merged = reduced[0].values.to(self.hidden.dtype)
+        return torch.cat([self.hidden[:, :start], merged, self.hidden[:, stop:]], 1)
 
     def _places(self, images: list[Row], width: int) -> tuple[Span, ...]:
         """Spans of images in the batch of prompts written as one line."""
@@ -237,6 +258,12 @@ class Sequence:
             cut = sum(c for (_, end), c in zip(runs, cuts, strict=True) if start >= end)
             moved.append((start - cut, stop - cut))
         return tuple(moved)
+
+    def next_position(self) -> Tensor:
+        """[B, 1] or [B, 1, 3], position of the first generated token; see llava.pipeline.positions."""
+        if self._contiguous:
+            return columns.lengths_of(self.lengths, self.hidden.device)
+        return mrope.next_position(self.position)
 
     def renumbered(self) -> "Sequence":
         """Position ids 0, 1, 2, ... over the real tokens, as LLaVA numbers a shortened sequence.

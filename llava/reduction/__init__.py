@@ -3,7 +3,7 @@
 from llava.errors import UserError
 from llava.reduction.clip_similarity import RELEVANCE, signed, text_similarity
 from llava.reduction.crop_budget import covered, deal, over_crops, planned
-from llava.reduction.decoder_attention import angles_of, attention_rows, layer_keys, text_to_visual_attention
+from llava.reduction.decoder_attention import Angles, angles_of, attention_rows, layer_keys, text_to_visual_attention
 from llava.reduction.flops import linear_flops
 from llava.reduction.greedy import cover_greedily, distinct, farthest_apart, largest_determinant
 from llava.reduction.layer_schedule import (
@@ -21,12 +21,13 @@ from llava.reduction.merging import (
     member_weights,
     merge_flops,
     merge_plan,
+    unit_length,
     with_cls,
 )
 from llava.reduction.model_spec import ModelSpec, spec_of
 from llava.reduction.modules import DecoderLayer
 from llava.reduction.options import option, options_of
-from llava.reduction.ranking import descending_order, gather_tokens, keep_top, others, places, ranks
+from llava.reduction.ranking import descending_order, gather_tokens, keep_top, others, places, ranks, split
 from llava.reduction.reducer import NEWLINES, SPLITS, MethodMetadata, Reducer, Reductions, Scorer, seed_of
 from llava.reduction.reduction import Reduction, Step, Trace
 from llava.reduction.registry import register
@@ -41,7 +42,7 @@ from llava.reduction.states import (
     padded_spans,
     row_index,
     text_spans,
-    visible,
+    unseen,
 )
 from llava.reduction.token_layout import PatchGrid, TokenLayout
 
@@ -51,6 +52,7 @@ __all__ = [
     "RELEVANCE",
     "SPLITS",
     "WEIGHTS",
+    "Angles",
     "BlockState",
     "DecoderLayer",
     "DecoderState",
@@ -105,10 +107,12 @@ __all__ = [
     "seed_of",
     "signed",
     "spec_of",
+    "split",
     "text_similarity",
     "text_spans",
     "text_to_visual_attention",
     "tokens_by_layer",
-    "visible",
+    "unit_length",
+    "unseen",
     "with_cls",
 ]

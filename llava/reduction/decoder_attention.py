@@ -3,12 +3,13 @@
 Shapes: B images, T text rows, N visual tokens, L prompt tokens, H heads, d channels per head, D channels.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from llava.cached_tensors import made_once
 from llava.reduction.modules import Decoder, DecoderLayer
 
 if TYPE_CHECKING:
@@ -29,6 +30,38 @@ def whole_heads(layer: DecoderLayer, part: Tensor, dim: int) -> Tensor:
     return part if gather is None else gather(part, dim)
 
 
+class Angles(NamedTuple):
+    """Rotary angles of tokens, ready for all heads.
+
+    Attributes:
+        cos: [B, 1, T, d] float32.
+        sin: the same of the sine, negative in the first half of the channels.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor) -> "Angles":
+        """From a decoder's cosines and sines, [B, T, d] each."""
+        return cls(cos.float().unsqueeze(1), (sin.float() * _signs(sin.shape[-1], sin.device)).unsqueeze(1))
+
+    def rows(self, part: slice) -> "Angles":
+        """Of some of the tokens."""
+        return Angles(self.cos[:, :, part], self.sin[:, :, part])
+
+
+@made_once
+def _signs(channels: int, device: torch.device) -> Tensor:
+    """[d] float32: -1 in the first half, 1 in the second."""
+    return torch.ones(channels, device=device).index_fill(0, torch.arange(channels // 2, device=device), -1.0)
+
+
+def rotate(states: Tensor, angles: Angles) -> Tensor:
+    """Rotary embedding in Llama's half-split convention; states [B, H, T, d] float32."""
+    return states * angles.cos + states.roll(states.shape[-1] // 2, -1) * angles.sin
+
+
 def project(layer: DecoderLayer, projection: nn.Linear, normed: Tensor) -> Tensor:
     """Queries or keys [B, H, L, d] of a decoder layer, not rotated, in the model's dtype.
 
@@ -43,8 +76,8 @@ def text_to_visual_attention(
     layer: DecoderLayer,
     text: Tensor,
     visual: Tensor,
-    text_rotary: tuple[Tensor, Tensor] | None = None,
-    visual_rotary: tuple[Tensor, Tensor] | None = None,
+    text_rotary: Angles | None = None,
+    visual_rotary: Angles | None = None,
 ) -> Tensor:
     """Attention of text rows to the visual tokens through one decoder layer's own projections.
 
@@ -55,7 +88,7 @@ def text_to_visual_attention(
         layer: a LlamaDecoderLayer; grouped-query heads are repeated.
         text: [B, T, D] inputs of the layer at the query rows, after its norm.
         visual: [B, N, D] inputs of the layer at the visual tokens, after its norm.
-        text_rotary, visual_rotary: (cos, sin), each [B, T, d] and [B, N, d], or None for no rotation.
+        text_rotary, visual_rotary: angles of the T rows and of the N tokens, or None for no rotation.
 
     Returns:
         [B, H, T, N] float32, each row sums to 1.
@@ -64,7 +97,7 @@ def text_to_visual_attention(
     query = project(layer, attention.q_proj, text).float()
     key = project(layer, attention.k_proj, visual).float()
     if text_rotary is not None and visual_rotary is not None:
-        query, key = _rotate(query, *text_rotary), _rotate(key, *visual_rotary)
+        query, key = rotate(query, text_rotary), rotate(key, visual_rotary)
     key = _for_each_query(key, query.shape[1])
     return (query @ key.transpose(-1, -2) * attention.scaling).softmax(-1)
 
@@ -73,8 +106,8 @@ def attention_rows(
     layer: DecoderLayer,
     rows: Tensor,
     keys: Tensor,
-    allowed: Tensor | None,
-    row_rotary: tuple[Tensor, Tensor] | None,
+    unseen: Tensor | None,
+    row_rotary: Angles | None,
 ) -> Tensor:
     """Rows of a decoder layer's own attention, exactly as the layer computes them.
 
@@ -82,19 +115,19 @@ def attention_rows(
         layer: a LlamaDecoderLayer.
         rows: [B, T, D] inputs of the layer at the query rows, after its norm.
         keys: [B, Hkv, L, d] keys of that layer, rotated if the rows are; grouped-query heads are repeated.
-        allowed: [B, T, L] bool, the keys that each row may see; None for all.
-        row_rotary: (cos, sin), each [B, T, d], or None for no rotation.
+        unseen: [B, 1, T, L] bool, True for the keys that a row may not see; None where it sees all.
+        row_rotary: angles of the T rows, or None for no rotation.
 
     Returns:
-        [B, H, T, L] float32; rows sum to 1 over the allowed keys.
+        [B, H, T, L] float32; rows sum to 1 over the keys that they see.
     """
     attention = layer.self_attn
     query = project(layer, attention.q_proj, rows).float()
-    query = query if row_rotary is None else _rotate(query, *row_rotary)
+    query = query if row_rotary is None else rotate(query, row_rotary)
     keys = _for_each_query(keys.float(), query.shape[1])
     scores = query @ keys.transpose(-1, -2) * attention.scaling
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed[:, None], torch.finfo(scores.dtype).min)
+    if unseen is not None:
+        scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
     return scores.softmax(-1)
 
 
@@ -103,21 +136,14 @@ def _for_each_query(keys: Tensor, heads: int) -> Tensor:
     return keys if keys.shape[1] == heads else keys.repeat_interleave(heads // keys.shape[1], dim=1)
 
 
-def layer_keys(layer: DecoderLayer, normed: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+def layer_keys(layer: DecoderLayer, normed: Tensor, rotary: Angles | None) -> Tensor:
     """Keys [B, Hkv, L, d] float32 of a decoder layer, rotated unless `rotary` is None.
 
     Args:
         normed: [B, L, D] inputs of the layer after its norm.
     """
     keys = project(layer, layer.self_attn.k_proj, normed).float()
-    return keys if rotary is None else _rotate(keys, *rotary)
-
-
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in Llama's half-split convention; states [B, H, T, d], cos and sin [B, T, d]."""
-    cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
+    return keys if rotary is None else rotate(keys, rotary)
 
 
 def angles_of(llm: Decoder, sequence: "Sequence") -> tuple[Tensor, Tensor]:

@@ -9,39 +9,61 @@ Differs from it: anchors and weights are named choices. An anchor is a token tha
 Shapes: B images, N tokens, R retained, M anchors, D channels of the encoder keys.
 """
 
+from dataclasses import replace
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from llava.cached_tensors import made_once
 from llava.reduction.greedy import farthest_from
-from llava.reduction.ranking import gather_tokens, keep_top, others, places
+from llava.reduction.ranking import gather_tokens, others, places, split
 from llava.reduction.reduction import Reduction
 
 ANCHORS = ("saliency", "stride", "farthest", "retained")
 WEIGHTS = ("saliency", "mean", "anchor_plus_mean", "none")
 
 
-def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, keys: Tensor, count: int) -> Tensor:
-    """[B, M] indices of anchors among the indices `rest`, ascending.
+def unit_length(vectors: Tensor) -> Tensor:
+    """[..., D] float32 vectors of length 1, whose products are cosines; zeros stay zeros."""
+    vectors = vectors.float()
+    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+@made_once
+def stride(total: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[count] every n-th of `total` places, and all other places."""
+    every = range(0, total, max(1, total // count))[:count]
+    left = [place for place in range(total) if place not in every]
+    return tuple(torch.tensor(part, dtype=torch.int64).to(device, non_blocking=True) for part in (every, left))
+
+
+def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[B, M] indices of anchors among the L indices `rest`, and the L - M others; both ascending.
 
     Args:
         rule: "saliency" (D1, the most salient), "stride" (D2, every n-th, as VisionZip) or "farthest" (D3,
             farthest-point sampling by cosine of keys, from the most salient).
+        unit: [B, N, D] encoder keys of length 1.
     """
     if rule == "stride":
-        step = max(1, rest.shape[1] // count)
-        return rest[:, ::step][:, :count]
+        anchors, members = stride(rest.shape[1], count, rest.device)
+        return rest.index_select(1, anchors), rest.index_select(1, members)
     local = saliency.gather(1, rest)
     if rule == "saliency":
-        return rest.gather(1, keep_top(local, count))
-    unit = F.normalize(gather_tokens(keys, rest), dim=-1)
-    return rest.gather(1, farthest_from(unit, local.argmax(1), count).sort(1).values)
+        chosen, members = split(local, count)
+    else:
+        chosen = farthest_from(gather_tokens(unit, rest), local.argmax(1), count).sort(1).values
+        members = others(chosen, rest.shape[1])
+    return rest.gather(1, chosen), rest.gather(1, members)
 
 
-def assign(members: Tensor, anchors: Tensor, keys: Tensor) -> Tensor:
-    """[B, L] members and [B, M] anchors -> [B, L] index into the anchors, the nearest by cosine of encoder keys."""
-    unit = F.normalize(keys.float(), dim=-1)
-    return (gather_tokens(unit, members) @ gather_tokens(unit, anchors).transpose(1, 2)).argmax(-1)
+def assign(members: Tensor, anchors: Tensor, unit: Tensor) -> Tensor:
+    """[B, L] members and [B, M] anchors -> [B, L] index into the anchors, the nearest by cosine of encoder keys.
+
+    Args:
+        unit: [B, N, D] encoder keys of length 1.
+    """
+    return (gather_tokens(unit, members) @ gather_tokens(unit, anchors).mT).argmax(-1)
 
 
 def merge_flops(rule: str, total: int, retained: int, merged: int, channels: int, assigned: bool) -> int:
@@ -59,37 +81,50 @@ def merge_flops(rule: str, total: int, retained: int, merged: int, channels: int
 
 
 def member_weights(rule: str, assignment: Tensor, kept: Tensor, saliency: Tensor) -> Tensor:
-    """[B, N] weight of each token in its output token.
+    """[B, N] float32 weight of each token in its output token.
 
     Args:
         rule: "saliency" (W1, average weighted by saliency), "mean" (W2) or "anchor_plus_mean" (W3, the anchor plus the
             unweighted mean of its members: a sum, as VisionZip's code does).
-        assignment: [B, N] output index or -1.
+        assignment: [B, N] output index of every token; each output has at least one.
         kept: [B, K] index of each output token.
     """
-    outputs = kept.shape[1]
-    used = assignment >= 0
-    slot = torch.where(used, assignment, outputs)
 
     def per_output(values: Tensor) -> Tensor:
         """Sum over the members of each output token, repeated for every member."""
-        return values.new_zeros(len(values), outputs + 1).scatter_add_(1, slot, values).gather(1, slot)
+        return values.new_zeros(kept.shape).scatter_add_(1, assignment, values).gather(1, assignment)
 
-    if rule == "anchor_plus_mean":
-        member = used.float().scatter(1, kept, 0.0)
-        return (member / per_output(member).clamp(min=1)).scatter(1, kept, 1.0)
-    # A lower bound, so that a group whose saliency underflows to zero is averaged instead of giving 0/0.
-    weight = torch.where(used, saliency.float().clamp(min=1e-12) if rule == "saliency" else 1.0, 0.0)
-    return weight / per_output(weight).clamp(min=1e-30)
+    if rule == "saliency":
+        # A lower bound, so that a group whose saliency underflows to zero is averaged instead of giving 0/0.
+        weight = saliency.float().clamp(min=1e-12)
+        return weight / per_output(weight)
+    every = ones(*assignment.shape, assignment.device)
+    if rule == "mean":
+        return per_output(every).reciprocal()
+    member = every.scatter(1, kept, 0.0)
+    return (member / per_output(member).clamp(min=1)).scatter(1, kept, 1.0)
+
+
+@made_once
+def ones(batch: int, count: int, device: torch.device) -> Tensor:
+    """[B, N] float32. Shared: it must not be written into."""
+    return torch.ones(batch, count, device=device)
 
 
 def merge_plan(
-    retained: Tensor, merged: int, saliency: Tensor, keys: Tensor, anchors: str, weights: str, appended: bool
+    retained: Tensor,
+    rest: Tensor,
+    merged: int,
+    saliency: Tensor,
+    keys: Tensor,
+    anchors: str,
+    weights: str,
+    appended: bool,
 ) -> Reduction:
     """The reduction that keeps `retained` and compresses the rest.
 
     Args:
-        retained: [B, R] indices, ascending.
+        retained, rest: [B, R] and [B, N - R] indices, each ascending.
         merged: M, the tokens that the rest is merged into; 0 with "retained" anchors.
         saliency: [B, N] encoder saliency.
         keys: [B, N, D] encoder keys.
@@ -97,24 +132,26 @@ def merge_plan(
         appended: put merged tokens after the retained ones instead of in raster order.
     """
     total = saliency.shape[1]
-    rest = others(retained, total)
-    kept, centres = retained, retained if anchors == "retained" else None
+    compares = weights != "none" and rest.shape[1] > 0 and (merged > 0 or anchors == "retained")
+    unit = unit_length(keys) if compares or (merged and anchors == "farthest") else keys
+    kept, members = retained, rest
+    centres = retained
     if merged:
-        centres = choose_anchors(anchors, rest, saliency, keys, merged)
+        centres, members = choose_anchors(anchors, rest, saliency, unit, merged)
         kept = torch.cat([retained, centres], dim=1)
     tail = merged if appended else 0
     if not appended:
         kept = kept.sort(dim=1).values
-    if weights == "none" or centres is None or not rest.shape[1]:
+    if not compares:
         return Reduction(kept, total, appended=tail)
     slots = places(*kept.shape, kept.device)
-    assignment = torch.full((len(kept), total), -1, device=kept.device).scatter_(1, kept, slots)
-    members = others(kept, total) if merged else rest
-    nearest = assign(members, centres, keys)
+    assignment = torch.empty_like(saliency, dtype=torch.int64).scatter_(1, kept, slots)
+    nearest = assign(members, centres, unit)
     # Appended centres are the last output tokens, in this order.
     home = nearest + retained.shape[1] if merged and appended else assignment.gather(1, centres.gather(1, nearest))
     assignment.scatter_(1, members, home)
-    return Reduction(kept, total, assignment, member_weights(weights, assignment, kept, saliency), appended=tail)
+    weight = member_weights(weights, assignment, kept, saliency)
+    return Reduction(kept, total, assignment, weight, appended=tail, drops=False)
 
 
 def with_cls(plan: Reduction) -> Reduction:
@@ -122,7 +159,9 @@ def with_cls(plan: Reduction) -> Reduction:
     cls = plan.kept.new_zeros(len(plan.kept), 1)
     kept = torch.cat([cls, plan.kept + 1], 1)
     if plan.assignment is None or plan.merge_weight is None:
-        return Reduction(kept, plan.inputs + 1, appended=plan.appended)
-    assignment = torch.cat([cls, torch.where(plan.assignment < 0, plan.assignment, plan.assignment + 1)], 1)
+        return replace(plan, kept=kept, inputs=plan.inputs + 1)
+    moved = plan.assignment + 1
+    if plan.drops:
+        moved = torch.where(plan.assignment < 0, plan.assignment, moved)
     weight = torch.cat([plan.merge_weight.new_ones(len(cls), 1), plan.merge_weight], 1)
-    return Reduction(kept, plan.inputs + 1, assignment, weight, appended=plan.appended)
+    return replace(plan, kept=kept, inputs=plan.inputs + 1, assignment=torch.cat([cls, moved], 1), merge_weight=weight)

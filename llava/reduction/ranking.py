@@ -15,9 +15,16 @@ def places(batch: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device).repeat(batch, 1)
 
 
+@made_once
+def rows(batch: int, device: torch.device) -> Tensor:
+    """[B, 1] int64: 0, 1, 2, ... Shared: it must not be written into."""
+    return torch.arange(batch, device=device)[:, None]
+
+
 def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
-    """[B, N, D] tokens, [B, K] indices -> [B, K, D]."""
-    return tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    """[B, N, ...] tokens, [B, K] indices -> [B, K, ...]."""
+    # An index moves whole rows; `gather` would read one index per number.
+    return tokens[rows(len(keep), keep.device), keep]
 
 
 def descending_order(score: Tensor) -> Tensor:
@@ -45,6 +52,12 @@ def keep_top(score: Tensor, budget: int) -> Tensor:
         [B, budget] int64, ascending.
     """
     return descending_order(score)[:, :budget].sort(dim=-1).values
+
+
+def split(score: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+    """`keep_top`, and all other indices [B, N - budget], ascending."""
+    order = descending_order(score)
+    return order[:, :budget].sort(dim=-1).values, order[:, budget:].sort(dim=-1).values
 
 
 def others(kept: Tensor, total: int) -> Tensor:

@@ -27,6 +27,7 @@ class Reduction:
         merge_matrix: [B, K, N] float32, weights of all input tokens in every output token, for methods whose groups
             overlap; in place of assignment and merge_weight.
         appended: number of output tokens at the end that are not in raster order.
+        drops: False where every input token is in an output token, so that no assignment is -1.
     """
 
     kept: Tensor
@@ -36,6 +37,7 @@ class Reduction:
     encoder_space: bool = False
     merge_matrix: Tensor | None = None
     appended: int = 0
+    drops: bool = True
 
     @property
     def merges(self) -> bool:
@@ -61,13 +63,14 @@ class Reduction:
             return (self.merge_matrix @ tokens.float()).to(tokens.dtype)
         if self.assignment is None or self.merge_weight is None:
             return gather_tokens(tokens, self.kept)
-        batch, _, channels = tokens.shape
-        out = tokens.new_zeros(batch, self.kept.shape[1] + 1, channels, dtype=torch.float32)
-        # Dropped tokens go to an extra last row that is cut off: no data-dependent shape, no wait for the device.
-        target = torch.where(self.assignment < 0, self.kept.shape[1], self.assignment)
+        outputs, target = self.kept.shape[1], self.assignment
+        if self.drops:
+            # Dropped tokens go to an extra last row that is cut off: no data-dependent shape, no wait for the device.
+            target = torch.where(target < 0, outputs, target)
         weighted = tokens.float() * self.merge_weight.unsqueeze(-1)
+        out = weighted.new_zeros(len(tokens), outputs + self.drops, tokens.shape[2])
         out.scatter_add_(1, target.unsqueeze(-1).expand_as(weighted), weighted)
-        return out[:, :-1].to(tokens.dtype)
+        return (out[:, :-1] if self.drops else out).to(tokens.dtype)
 
     def merged_count(self) -> Tensor:
         """[B] int64, output tokens made of two or more input tokens."""

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from llava.cached_tensors import made_once
 from llava.errors import unknown
-from llava.reduction.decoder_attention import angles_of, attention_rows, layer_keys, text_to_visual_attention
+from llava.reduction.decoder_attention import Angles, angles_of, attention_rows, layer_keys, text_to_visual_attention
 from llava.reduction.modules import Decoder, DecoderLayer
-from llava.reduction.ranking import places
+from llava.reduction.ranking import gather_tokens, places
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import PatchGrid
@@ -25,6 +25,9 @@ from llava.reduction.token_layout import PatchGrid
 if TYPE_CHECKING:
     from llava.pipeline.sequence import Sequence, Span
     from llava.reduction.model_spec import ModelSpec
+
+
+KEPT_MASK = 2**18  # numbers of a mask that is kept for the next question of the same lengths: 256 KB
 
 
 @dataclass(kw_only=True)
@@ -163,8 +166,8 @@ class PromptState(EncoderState):
         if rotary:
             cos, sin = angles_of(llm, sequence)
             angles = (
-                (at_spans(cos, sequence, spans), at_spans(sin, sequence, spans)),
-                (self.visual(cos), self.visual(sin)),
+                Angles.of(at_spans(cos, sequence, spans), at_spans(sin, sequence, spans)),
+                Angles.of(self.visual(cos), self.visual(sin)),
             )
         weights = text_to_visual_attention(block, text, visual, *angles)
         batch, count = text.shape[:2]
@@ -175,8 +178,7 @@ class PromptState(EncoderState):
 def at_members(tensor: Tensor, sequence: Sequence, members: Tensor) -> Tensor:
     """[B, N, ...] rows of `tensor` [B, L, ...] at indices [B, N] among the visual tokens of each prompt."""
     first, _ = row_index(sequence, [(start, start + 1) for start, _ in sequence.images])
-    columns = members + first
-    return tensor.gather(1, columns[..., None].expand(-1, -1, tensor.shape[-1]))
+    return gather_tokens(tensor, members + first)
 
 
 def at_spans(tensor: Tensor, sequence: Sequence, spans: Sequence_[Span]) -> Tensor:
@@ -184,8 +186,7 @@ def at_spans(tensor: Tensor, sequence: Sequence, spans: Sequence_[Span]) -> Tens
     (start, stop), *others = padded_spans(sequence, spans)
     if start < stop and all(other == (start, stop) for other in others):
         return tensor[:, start:stop]
-    index, _ = row_index(sequence, spans)
-    return tensor.gather(1, index[..., None].expand(-1, -1, tensor.shape[-1]))
+    return gather_tokens(tensor, row_index(sequence, spans)[0])
 
 
 def padded_spans(sequence: Sequence, spans: Sequence_[Span]) -> tuple[Span, ...]:
@@ -272,13 +273,13 @@ class DecoderState(State):
         layer = self.llm.layers[self.layer - (at == "previous")]
         angles = angles_of(self.llm, source) if rotary else None
         if at == "next":
-            seen = None if angles is None else (angles[0][:, :width], angles[1][:, :width])
+            seen = None if angles is None else Angles.of(angles[0][:, :width], angles[1][:, :width])
             normed = layer.input_layernorm(source.hidden[:, :width])
             keys, queries = layer_keys(layer, normed, seen), at_spans(normed, sequence, spans)
         else:
             keys, queries = self.keys[:, :, :width], layer.input_layernorm(at_spans(source.hidden, sequence, spans))
-        own = None if angles is None else (at_spans(angles[0], sequence, spans), at_spans(angles[1], sequence, spans))
-        weights = attention_rows(layer, queries, keys, visible(sequence, spans, width), own)
+        own = None if angles is None else Angles.of(*(at_spans(part, sequence, spans) for part in angles))
+        weights = attention_rows(layer, queries, keys, unseen(sequence, spans, width), own)
         self.flops += len(weights) * attention_flops(layer, index.shape[1], width, width if at == "next" else 0)
         columns = padded_spans(sequence, sequence.images)
         if len(set(columns)) == 1:
@@ -286,10 +287,24 @@ class DecoderState(State):
         return torch.stack([weights[s, :, :, a:b] for s, (a, b) in enumerate(columns)]), mask
 
 
-def visible(sequence: Sequence, spans: Sequence_[Span], width: int) -> Tensor | None:
-    """[B, T, width] bool, the keys that rows of spans see: real tokens up to the row itself; None where that is all."""
+def unseen(sequence: Sequence, spans: Sequence_[Span], width: int) -> Tensor | None:
+    """[B, 1, T, width] bool, False for the keys that rows of spans see: real tokens up to it; None where all are."""
     if not sequence.padded and all(span == (width - 1, width) for span in spans):
         return None
-    index, _ = row_index(sequence, spans)
-    upto = places(1, width, index.device) <= index[..., None]
-    return upto & sequence.valid()[:, None, :width] if sequence.padded else upto
+    padding = tuple(map(sequence.padding, range(len(sequence.lengths)))) if sequence.padded else ()
+    columns, device = padded_spans(sequence, spans), sequence.hidden.device
+    count = sum(stop - start for start, stop in columns) * width
+    make = _unseen if count <= KEPT_MASK else _unseen.__wrapped__
+    return make(columns, padding, width, device)
+
+
+@made_once
+def _unseen(spans: tuple[Span, ...], padding: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """Of spans of columns of a padded batch, whose prompts begin after `padding` columns; () where none has any."""
+    index, _ = _padded_columns(spans, device)
+    columns = places(1, width, device)
+    after = columns > index[..., None]
+    if padding:
+        first = torch.tensor(padding).to(device, non_blocking=True)
+        after = after | (columns[None] < first[:, None, None])
+    return after[:, None]
