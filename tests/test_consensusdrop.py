@@ -176,7 +176,9 @@ def test_merging_equals_its_definition(anchors, weights):
     tokens, keys = torch.randn(2, 24, 5, generator=generator), torch.randn(2, 24, 6, generator=generator)
     saliency = torch.rand(2, 24, generator=generator)
     retained, merged = keep_top(torch.rand(2, 24, generator=generator), 7), 0 if anchors == "retained" else 4
-    actual = merge_plan(retained, others(retained, 24), merged, saliency, keys, anchors, weights, appended=False).apply(tokens)
+    actual = merge_plan(retained, others(retained, 24), merged, saliency, keys, anchors, weights, appended=False).apply(
+        tokens
+    )
     for b in range(2):
         expected = plan_by_the_book(
             tokens[b], retained[b].tolist(), merged, saliency[b].tolist(), keys[b], anchors, weights

@@ -16,13 +16,14 @@ from llava.reduction import (
     Angles,
     DecoderLayer,
     DecoderState,
-    angles_of,
+    angles_at,
     at_spans,
     attention_rows,
     layer_keys,
     linear_flops,
     padded_spans,
     places,
+    prepared_angles,
     row_index,
     unseen,
 )
@@ -90,15 +91,14 @@ def _own_attention(state: DecoderState) -> Look:
     sequence, layer = state.sequence, state.llm.layers[state.layer]
     # Causality: no visual token sees the text after the image, so that text needs no keys.
     width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))
-    cos, sin = angles_of(state.llm, sequence)
-    angles = Angles.of(cos[:, :width], sin[:, :width])
+    angles = prepared_angles(state.llm, sequence)
     normed = layer.input_layernorm(sequence.hidden[:, :width])
     spans = set(padded_spans(sequence, sequence.images))
     span = spans.pop() if len(spans) == 1 else None
     return Look(
         rows=at_spans(normed, sequence, sequence.images),
-        rotary=angles.rows(slice(*span)) if span else _visual_angles(state),
-        keys=layer_keys(layer, normed, angles),
+        rotary=angles_at(angles, sequence, sequence.images),
+        keys=layer_keys(layer, normed, angles.rows(slice(width))),
         unseen=unseen(sequence, sequence.images, width),
         columns=row_index(sequence, sequence.images)[0],
         span=span,
@@ -108,15 +108,11 @@ def _own_attention(state: DecoderState) -> Look:
 def _visual_attention(state: DecoderState, both_ways: bool) -> Look:
     """Visual rows among themselves."""
     layer, (batch, count) = state.llm.layers[state.layer], state.tokens.shape[:2]
-    rows, rotary = layer.input_layernorm(state.tokens), _visual_angles(state)
+    rows = layer.input_layernorm(state.tokens)
+    rotary = angles_at(prepared_angles(state.llm, state.sequence), state.sequence, state.sequence.images)
     columns = places(batch, count, rows.device)
     later = None if both_ways else (columns[:, None] > columns[..., None])[:, None]
     return Look(rows, rotary, layer_keys(layer, rows, rotary), later, columns, (0, count))
-
-
-def _visual_angles(state: DecoderState) -> Angles:
-    sequence = state.sequence
-    return Angles.of(*(at_spans(part, sequence, sequence.images) for part in angles_of(state.llm, sequence)))
 
 
 def received_attention(layer: DecoderLayer, seen: Look, diagonal: bool) -> Tensor:

@@ -6,7 +6,6 @@ All lengths are host integers, so that reducing, masking and padding never wait 
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor
 from llava.pipeline import columns
 from llava.pipeline import positions as mrope
 from llava.pipeline.positions import Groups
+from llava.reduction.decoder_attention import Angles
 from llava.reduction.ranking import gather_tokens
 from llava.reduction.reduction import Reduction
 
@@ -22,12 +22,23 @@ Span = tuple[int, int]
 Row = tuple[int, int]  # (sample, number of the image in its prompt)
 
 
-class Rotary(NamedTuple):
-    """Cosines and sines [B, L, d] at positions [B, L]."""
+@dataclass
+class Rotary:
+    """Cosines and sines [B, L, d] at positions [B, L].
+
+    Attributes:
+        longer: those of the prompts before they were shortened, if they begin with these.
+    """
 
     position: Tensor
     cos: Tensor
     sin: Tensor
+    longer: "Rotary | None" = None
+
+    @cached_property
+    def angles(self) -> Angles:
+        """The same, ready for scores, computed once for all stages: of these columns and maybe of more behind them."""
+        return self.longer.angles if self.longer else Angles.of(self.cos, self.sin)
 
 
 @dataclass(frozen=True)
@@ -236,7 +247,7 @@ class Sequence:
         alike = all(width - new == before - old for new, old in zip(self.lengths, longer.lengths, strict=True))
         if longer.rotary is None or not alike or not longer._contiguous:
             return None
-        return Rotary(self.position, longer.rotary.cos[:, :width], longer.rotary.sin[:, :width])
+        return Rotary(self.position, longer.rotary.cos[:, :width], longer.rotary.sin[:, :width], longer.rotary)
 
     @property
     def _contiguous(self) -> bool:

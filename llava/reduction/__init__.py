@@ -3,7 +3,14 @@
 from llava.errors import UserError
 from llava.reduction.clip_similarity import RELEVANCE, signed, text_similarity
 from llava.reduction.crop_budget import covered, deal, over_crops, planned
-from llava.reduction.decoder_attention import Angles, angles_of, attention_rows, layer_keys, text_to_visual_attention
+from llava.reduction.decoder_attention import (
+    Angles,
+    angles_of,
+    attention_rows,
+    layer_keys,
+    prepared_angles,
+    text_to_visual_attention,
+)
 from llava.reduction.flops import linear_flops
 from llava.reduction.greedy import cover_greedily, distinct, farthest_apart, largest_determinant
 from llava.reduction.layer_schedule import (
@@ -38,6 +45,7 @@ from llava.reduction.states import (
     EncoderState,
     PromptState,
     State,
+    angles_at,
     at_spans,
     padded_spans,
     row_index,
@@ -71,6 +79,7 @@ __all__ = [
     "TowerScore",
     "Trace",
     "UserError",
+    "angles_at",
     "angles_of",
     "assign",
     "at_spans",
@@ -98,6 +107,7 @@ __all__ = [
     "padded_spans",
     "places",
     "planned",
+    "prepared_angles",
     "proportional",
     "ranks",
     "refuse_budget",

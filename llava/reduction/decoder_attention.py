@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llava.cached_tensors import made_once
 from llava.reduction.modules import Decoder, DecoderLayer
+from llava.reduction.ranking import in_float32
 
 if TYPE_CHECKING:
     from llava.pipeline.sequence import Sequence
@@ -44,7 +45,8 @@ class Angles(NamedTuple):
     @classmethod
     def of(cls, cos: Tensor, sin: Tensor) -> "Angles":
         """From a decoder's cosines and sines, [B, T, d] each."""
-        return cls(cos.float().unsqueeze(1), (sin.float() * _signs(sin.shape[-1], sin.device)).unsqueeze(1))
+        cos, sin = in_float32(cos), in_float32(sin)
+        return cls(cos.unsqueeze(1), (sin * _signs(sin.shape[-1], sin.device)).unsqueeze(1))
 
     def rows(self, part: slice) -> "Angles":
         """Of some of the tokens."""
@@ -94,8 +96,8 @@ def text_to_visual_attention(
         [B, H, T, N] float32, each row sums to 1.
     """
     attention = layer.self_attn
-    query = project(layer, attention.q_proj, text).float()
-    key = project(layer, attention.k_proj, visual).float()
+    query = in_float32(project(layer, attention.q_proj, text))
+    key = in_float32(project(layer, attention.k_proj, visual))
     if text_rotary is not None and visual_rotary is not None:
         query, key = rotate(query, text_rotary), rotate(key, visual_rotary)
     key = _for_each_query(key, query.shape[1])
@@ -122,9 +124,9 @@ def attention_rows(
         [B, H, T, L] float32; rows sum to 1 over the keys that they see.
     """
     attention = layer.self_attn
-    query = project(layer, attention.q_proj, rows).float()
+    query = in_float32(project(layer, attention.q_proj, rows))
     query = query if row_rotary is None else rotate(query, row_rotary)
-    keys = _for_each_query(keys.float(), query.shape[1])
+    keys = _for_each_query(in_float32(keys), query.shape[1])
     scores = query @ keys.transpose(-1, -2) * attention.scaling
     if unseen is not None:
         scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
@@ -142,7 +144,7 @@ def layer_keys(layer: DecoderLayer, normed: Tensor, rotary: Angles | None) -> Te
     Args:
         normed: [B, L, D] inputs of the layer after its norm.
     """
-    keys = project(layer, layer.self_attn.k_proj, normed).float()
+    keys = in_float32(project(layer, layer.self_attn.k_proj, normed))
     return keys if rotary is None else rotate(keys, rotary)
 
 
@@ -152,6 +154,14 @@ def angles_of(llm: Decoder, sequence: "Sequence") -> tuple[Tensor, Tensor]:
     if known is not None and known.position is sequence.position:
         return known.cos, known.sin
     return rotary_angles(llm, sequence.hidden, sequence.position)
+
+
+def prepared_angles(llm: Decoder, sequence: "Sequence") -> Angles:
+    """`angles_of` for scores: of the columns of `sequence`, and maybe of more behind them."""
+    known = sequence.rotary
+    if known is not None and known.position is sequence.position:
+        return known.angles
+    return Angles.of(*rotary_angles(llm, sequence.hidden, sequence.position))
 
 
 def follows_length(llm: Decoder) -> bool:

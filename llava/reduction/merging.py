@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llava.cached_tensors import made_once
 from llava.reduction.greedy import farthest_from
-from llava.reduction.ranking import gather_tokens, others, places, split
+from llava.reduction.ranking import gather_tokens, in_float32, others, places, split
 from llava.reduction.reduction import Reduction
 
 ANCHORS = ("saliency", "stride", "farthest", "retained")
@@ -25,7 +25,7 @@ WEIGHTS = ("saliency", "mean", "anchor_plus_mean", "none")
 
 def unit_length(vectors: Tensor) -> Tensor:
     """[..., D] float32 vectors of length 1, whose products are cosines; zeros stay zeros."""
-    vectors = vectors.float()
+    vectors = in_float32(vectors)
     return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
@@ -96,7 +96,7 @@ def member_weights(rule: str, assignment: Tensor, kept: Tensor, saliency: Tensor
 
     if rule == "saliency":
         # A lower bound, so that a group whose saliency underflows to zero is averaged instead of giving 0/0.
-        weight = saliency.float().clamp(min=1e-12)
+        weight = in_float32(saliency).clamp(min=1e-12)
         return weight / per_output(weight)
     every = ones(*assignment.shape, assignment.device)
     if rule == "mean":

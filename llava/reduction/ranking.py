@@ -15,6 +15,11 @@ def places(batch: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device).repeat(batch, 1)
 
 
+def in_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32; itself where it is, because a cast that changes nothing is dispatched all the same."""
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
+
+
 @made_once
 def rows(batch: int, device: torch.device) -> Tensor:
     """[B, 1] int64: 0, 1, 2, ... Shared: it must not be written into."""
@@ -30,7 +35,7 @@ def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
 def descending_order(score: Tensor) -> Tensor:
     """[B, N] indices, the highest score first; whole numbers are compared exactly, others in float32."""
     # stable: equal scores are ordered by index on every device.
-    values = score.float() if score.is_floating_point() else score
+    values = in_float32(score) if score.is_floating_point() else score
     return values.argsort(dim=-1, descending=True, stable=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.reduction.ranking import gather_tokens
+from llava.reduction.ranking import gather_tokens, in_float32
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ class Reduction:
         if self.drops:
             # Dropped tokens go to an extra last row that is cut off: no data-dependent shape, no wait for the device.
             target = torch.where(target < 0, outputs, target)
-        weighted = tokens.float() * self.merge_weight.unsqueeze(-1)
+        weighted = in_float32(tokens) * self.merge_weight.unsqueeze(-1)
         out = weighted.new_zeros(len(tokens), outputs + self.drops, tokens.shape[2])
         out.scatter_add_(1, target.unsqueeze(-1).expand_as(weighted), weighted)
-        return (out[:, :-1] if self.drops else out).to(tokens.dtype)
+        out = out[:, :-1] if self.drops else out
+        return out if out.dtype == tokens.dtype else out.to(tokens.dtype)
 
     def merged_count(self) -> Tensor:
         """[B] int64, output tokens made of two or more input tokens."""

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from llava.cached_tensors import made_once
 from llava.errors import unknown
-from llava.reduction.decoder_attention import Angles, angles_of, attention_rows, layer_keys, text_to_visual_attention
+from llava.reduction.decoder_attention import (
+    Angles,
+    angles_of,
+    attention_rows,
+    layer_keys,
+    prepared_angles,
+    text_to_visual_attention,
+)
 from llava.reduction.modules import Decoder, DecoderLayer
 from llava.reduction.ranking import gather_tokens, places
 from llava.reduction.reduction import Reduction
@@ -166,7 +173,7 @@ class PromptState(EncoderState):
         if rotary:
             cos, sin = angles_of(llm, sequence)
             angles = (
-                Angles.of(at_spans(cos, sequence, spans), at_spans(sin, sequence, spans)),
+                angles_at(prepared_angles(llm, sequence), sequence, spans),
                 Angles.of(self.visual(cos), self.visual(sin)),
             )
         weights = text_to_visual_attention(block, text, visual, *angles)
@@ -187,6 +194,18 @@ def at_spans(tensor: Tensor, sequence: Sequence, spans: Sequence_[Span]) -> Tens
     if start < stop and all(other == (start, stop) for other in others):
         return tensor[:, start:stop]
     return gather_tokens(tensor, row_index(sequence, spans)[0])
+
+
+def angles_at(angles: Angles, sequence: Sequence, spans: Sequence_[Span]) -> Angles:
+    """Angles of one span per prompt; see `at_spans`.
+
+    Args:
+        angles: of all columns of `sequence`, and maybe of more behind them.
+    """
+    (start, stop), *others = padded_spans(sequence, spans)
+    if start < stop and all(other == (start, stop) for other in others):
+        return angles.rows(slice(start, stop))
+    return Angles(*(at_spans(part[:, 0], sequence, spans).unsqueeze(1) for part in angles))
 
 
 def padded_spans(sequence: Sequence, spans: Sequence_[Span]) -> tuple[Span, ...]:
@@ -271,14 +290,14 @@ class DecoderState(State):
         width = max(sequence.padding(s) + end for s, end in enumerate(ends))
         source = sequence if at == "next" else self.entered
         layer = self.llm.layers[self.layer - (at == "previous")]
-        angles = angles_of(self.llm, source) if rotary else None
+        angles = prepared_angles(self.llm, source) if rotary else None
         if at == "next":
-            seen = None if angles is None else Angles.of(angles[0][:, :width], angles[1][:, :width])
+            seen = None if angles is None else angles.rows(slice(width))
             normed = layer.input_layernorm(source.hidden[:, :width])
             keys, queries = layer_keys(layer, normed, seen), at_spans(normed, sequence, spans)
         else:
             keys, queries = self.keys[:, :, :width], layer.input_layernorm(at_spans(source.hidden, sequence, spans))
-        own = None if angles is None else Angles.of(*(at_spans(part, sequence, spans) for part in angles))
+        own = None if angles is None else angles_at(angles, sequence, spans)
         weights = attention_rows(layer, queries, keys, unseen(sequence, spans, width), own)
         self.flops += len(weights) * attention_flops(layer, index.shape[1], width, width if at == "next" else 0)
         columns = padded_spans(sequence, sequence.images)
