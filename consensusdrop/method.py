@@ -34,24 +34,29 @@ from llava.reduction import (
 MERGED_SHARE = 0.5
 
 
-def pool_attention(weights: Tensor, rows: Tensor, heads: str, pooling: str) -> Tensor:
-    """Cross-modal saliency c [B, N] from attention [B, H, T, N] of the rows [B, T] that exist.
+def pool_attention(weights: Tensor, rows: Tensor | None, heads: str, pooling: str) -> Tensor:
+    """Cross-modal saliency c [B, N] from attention [B, H, T, N] of text rows.
 
     Args:
+        rows: [B, T] bool, the rows that exist; None if all do.
         heads: "mean" over all heads, or "sharp" for the half of the heads with the lowest entropy (attention of
             the others is spread over the whole image).
         pooling: "mean" or "max" over rows.
     """
-    exists = rows[:, None, :, None]
+    if rows is None:
+        exists, count = None, weights.shape[2]
+    else:
+        exists, count = rows[:, None, :, None], rows.sum(-1)[:, None].clamp(min=1)
     if heads == "sharp":
         entropy = -(weights.clamp(min=1e-12).log() * weights).sum(-1)
-        entropy = (entropy * rows[:, None]).sum(-1) / rows.sum(-1)[:, None].clamp(min=1)
+        entropy = (entropy if rows is None else entropy * rows[:, None]).sum(-1) / count
         half = max(1, weights.shape[1] // 2)
         sharpest = entropy.argsort(dim=1, stable=True)[:, :half]
         weights = weights.gather(1, sharpest[:, :, None, None].expand(-1, -1, *weights.shape[2:]))
+    weights = weights if exists is None else weights * exists
     if pooling == "max":
-        return (weights * exists).amax(2).mean(1)
-    return (weights * exists).sum(2).mean(1) / rows.sum(-1)[:, None].clamp(min=1)
+        return weights.amax(2).mean(1)
+    return weights.sum(2).mean(1) / count
 
 
 @register("consensusdrop")

@@ -1,13 +1,16 @@
 """Index tensors of padded prompts against loops, and cosines and sines that are kept over a reduction."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.cached_tensors import made_once
 from llava.pipeline import columns
 from llava.pipeline.prefill import prefill
-from llava.reduction import Reducer, Reduction
-from llava.reduction.decoder_attention import angles_of, rotary_angles
+from llava.reduction import Reducer, Reduction, states
+from llava.reduction.decoder_attention import Angles, angles_of, prepared_angles, rotary_angles, rotate
 from tests.conftest import samples
 
 CPU = torch.device("cpu")
@@ -64,6 +67,7 @@ class Probe(Reducer):
     """Keeps fewer tokens before each layer, of every second image fewer still, and looks at the angles first."""
 
     seen: list
+    prepared: list
 
     def decoder_layers(self, layers):
         return tuple(range(1, layers))
@@ -75,7 +79,11 @@ class Probe(Reducer):
             rotary_angles(state.llm, sequence.hidden, sequence.position),
         )
         same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        prepared, width = prepared_angles(state.llm, sequence), sequence.hidden.shape[1]
+        again = Angles.of(*expected)
+        same = same and all(torch.equal(a[:, :, :width], b) for a, b in zip(prepared, again, strict=True))
         self.seen.append((same, sequence.rotary is not None))
+        self.prepared.append(prepared)
         total = state.tokens.shape[1]
         drop = [2 if int(name[1:]) % 2 and self.crops == "each" else 1 for name in state.ids]
         return [Reduction(torch.arange(count, total)[None], total) for count in drop]
@@ -85,8 +93,35 @@ class Probe(Reducer):
 @pytest.mark.parametrize("crops", ["each", "global"])  # images lose different numbers of tokens, or as many
 def test_angles_that_are_kept_are_those_of_the_positions(tiny, positions, crops, monkeypatch):
     monkeypatch.setattr(Probe, "seen", [], raising=False)
+    monkeypatch.setattr(Probe, "prepared", [], raising=False)
     text_only = (3,) if crops == "each" else ()
     prefill(tiny, samples(text_only=text_only), Probe(budget=8, positions=positions, crops=crops))
     same, kept = zip(*Probe.seen, strict=True)
     assert len(same) >= len(tiny.llm.layers) - 1 and all(same)
     assert all(kept) == (crops == "global")
+    if crops == "global" and positions == "renumber":
+        assert all(angles is Probe.prepared[0] for angles in Probe.prepared), "prepared again"
+
+
+def test_rotation_is_that_of_transformers():
+    generator = torch.Generator().manual_seed(0)
+    heads, angle = torch.randn(2, 3, 5, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
+    cos, sin = angle.cos(), angle.sin()
+    expected, _ = apply_rotary_pos_emb(heads, heads, cos, sin)
+    assert torch.equal(rotate(heads, Angles.of(cos, sin)), expected)
+    some = slice(1, 4)
+    assert torch.equal(rotate(heads[:, :, some], Angles.of(cos, sin).rows(some)), expected[:, :, some])
+
+
+@pytest.mark.parametrize("kept_numbers", [0, 2**18])  # made anew, or kept for the next question
+def test_unseen_keys_by_the_book(monkeypatch, kept_numbers):
+    monkeypatch.setattr(states, "KEPT_MASK", kept_numbers)
+    hidden = torch.zeros(2, 7, 4)
+    sequence = SimpleNamespace(hidden=hidden, lengths=(7, 5), padded=True, padding=lambda row: 7 - (7, 5)[row])
+    spans, width = [(2, 5), (1, 3)], 6  # of columns 2 to 4 and 3 to 4
+    found = states.unseen(sequence, spans, width)
+    for row, ((start, stop), padding) in enumerate(zip(spans, (0, 2), strict=True)):
+        for query in range(3):
+            own = padding + min(start + query, stop - 1)
+            for column in range(width):
+                assert bool(found[row, 0, query, column]) == (column > own or column < padding)

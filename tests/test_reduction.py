@@ -1,11 +1,13 @@
 """Reductions as data, and the sequence they are applied to, against plain loops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llava.pipeline.accounting import mean_visual_tokens
-from llava.pipeline.sequence import Reduced, assemble
-from llava.reduction import PatchGrid, Reduction, keep_top
+from llava.pipeline.sequence import Reduced, Sequence, assemble
+from llava.reduction import PatchGrid, Reduction, keep_top, split
 from llava.reduction.reducer import by_images
 from llava.reduction.token_layout import CLS
 
@@ -124,3 +126,35 @@ def test_a_reduction_of_other_tokens_is_refused():
     """The README's example ranked the patches of one tile where it was given those of all: 16 tokens in place of 24."""
     with pytest.raises(ValueError, match="of 16 tokens, but each image has 80"):
         by_images(Reduction(torch.arange(4)[None], 16), 1, 80)
+
+
+def test_split_is_keep_top_and_the_rest():
+    score = torch.tensor([[3.0, 1.0, 3.0, 2.0, 3.0], [0.0, 0.0, 5.0, 0.0, 1.0]])
+    kept, rest = split(score, 2)
+    assert kept.tolist() == keep_top(score, 2).tolist() == [[0, 2], [2, 4]]
+    assert rest.tolist() == [[1, 3, 4], [0, 1, 3]]
+
+
+def test_a_reduction_without_dropped_tokens_sums_as_one_with():
+    generator = torch.Generator().manual_seed(5)
+    tokens, weight = torch.randn(2, 9, 5, generator=generator), torch.rand(2, 9, generator=generator)
+    owner = torch.randint(0, 3, (2, 9), generator=generator)
+    some = Reduction(torch.tensor([[0, 4, 8]] * 2), 9, owner, weight)
+    assert torch.equal(replace(some, drops=False).apply(tokens), some.apply(tokens))
+
+
+@pytest.mark.parametrize("text", [(3, 3), (3, 5)])  # prompts of one length, and of two
+def test_spliced_tokens_are_those_that_are_put_in_their_columns(text, monkeypatch):
+    """Merged tokens of images in the same columns are spliced in; otherwise they are written into gathered rows."""
+    generator = torch.Generator().manual_seed(6)
+    words = [torch.randn(count, 4, generator=generator) for count in text]
+    images = [[torch.randn(6, 4, generator=generator)] for _ in text]
+    sequence = assemble(words, [[1], [1]], images, [[None], [None]], [[6], [6]], [(0, 0)] * 2, [(0, 0)] * 2)
+    kept = torch.tensor([[0, 2, 5], [1, 2, 3]])
+    merged = [Reduced([(0, 0), (1, 0)], Reduction(kept, 6), torch.randn(2, 3, 4, generator=generator))]
+    found = sequence.reduce(merged, True)
+    assert (sequence._spliced(merged) is None) == (text == (3, 5))
+    monkeypatch.setattr(Sequence, "_spliced", lambda self, reduced: None)
+    expected = sequence.reduce(merged, True)
+    assert torch.equal(found.hidden, expected.hidden) and torch.equal(found.position, expected.position)
+    assert found.visual == expected.visual == (((1, 4),), ((1, 4),))

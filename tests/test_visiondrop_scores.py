@@ -10,6 +10,7 @@ from torch import nn
 
 import visiondrop.scoring
 from llava.pipeline.prefill import prefill
+from llava.reduction import Angles
 from tests.conftest import samples
 from visiondrop.method import VisionDrop
 from visiondrop.scoring import Look, look, merge_metric, received_attention, viewers, visual_scores
@@ -160,10 +161,10 @@ def toy_look(count: int, prefix: int, attention: str, strong=()) -> Look:
     hidden = hidden if attention == "causal" else hidden[:, prefix:]
     ahead = hidden.shape[1] - count
     columns = torch.arange(ahead, ahead + count)[None]
-    allowed = torch.arange(hidden.shape[1]) <= columns[..., None]
-    rotary = (torch.ones(1, count, 4), torch.zeros(1, count, 4))
+    later = None if attention == "bidirectional" else (torch.arange(hidden.shape[1]) > columns[..., None])[:, None]
+    rotary = Angles(torch.ones(1, 1, count, 4), torch.zeros(1, 1, count, 4))
     keys = toy_layer().self_attn.k_proj(hidden)[:, None]
-    return Look(hidden[:, ahead:], rotary, keys, allowed | (attention == "bidirectional"), columns)
+    return Look(hidden[:, ahead:], rotary, keys, later, columns)
 
 
 @pytest.mark.parametrize("attention", ["causal", "visual", "bidirectional"])

@@ -98,7 +98,8 @@ def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_
             sequence, rotary = reduce_at(sequence, index, entered, cache.layers[index - 1].keys), None
         if rotary is None:
             rotary = angles_of(llm, sequence)
-            if sequence.position.dim() == 2 and not follows_length(llm):
+            same = sequence.rotary is not None and sequence.rotary.position is sequence.position
+            if not same and sequence.position.dim() == 2 and not follows_length(llm):
                 sequence = replace(sequence, rotary=Rotary(sequence.position, *rotary))
             mask = _mask_of(sequence, eager)
             known = ValidKeys.of(sequence.valid()) if sequence.padded else None

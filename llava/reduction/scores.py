@@ -14,6 +14,7 @@ from torch import Tensor
 from llava.errors import unknown
 from llava.reduction.flops import linear_flops
 from llava.reduction.modules import VisionBlock
+from llava.reduction.ranking import in_float32
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class BlockInput:
         """[B, 1+N, D] keys, all heads side by side."""
         return self.block.self_attn.k_proj(self.normed)
 
+    @cached_property
+    def head_keys(self) -> Tensor:
+        """[B, H, 1+N, d] float32, the same by heads."""
+        return in_float32(_heads(self.keys, self.block.self_attn.num_heads))
+
 
 def _heads(projected: Tensor, heads: int) -> Tensor:
     """[B, N, H*d] -> [B, H, N, d]."""
@@ -70,9 +76,8 @@ def cls_attention(seen: BlockInput) -> Tensor:
         [B, N] float32. The softmax runs over CLS and patches, so a row sums to less than 1.
     """
     attention = seen.block.self_attn
-    query = _heads(attention.q_proj(seen.normed[:, :1]), attention.num_heads).float()
-    key = _heads(seen.keys, attention.num_heads).float()
-    weights = (query @ key.transpose(-1, -2) * attention.scale).softmax(-1)
+    query = in_float32(_heads(attention.q_proj(seen.normed[:, :1]), attention.num_heads))
+    weights = (query @ seen.head_keys.mT * attention.scale).softmax(-1)
     return weights[:, :, 0, 1:].mean(1)
 
 
@@ -95,11 +100,11 @@ def received_attention(seen: BlockInput) -> Tensor:
         [B, N] float32. Query rows are processed in slices, so the full attention map is never held.
     """
     attention = seen.block.self_attn
-    query = _heads(attention.q_proj(seen.normed[:, 1:]), attention.num_heads).float()
-    key = _heads(seen.keys, attention.num_heads).float()
+    query = in_float32(_heads(attention.q_proj(seen.normed[:, 1:]), attention.num_heads))
+    key = seen.head_keys.mT
     received = key.new_zeros(seen.hidden.shape[:2])
     for rows in query.split(64, dim=2):
-        received += (rows @ key.transpose(-1, -2) * attention.scale).softmax(-1).sum((1, 2))
+        received += (rows @ key * attention.scale).softmax(-1).sum((1, 2))
     return received[:, 1:] / (query.shape[1] * query.shape[2])
 
 
@@ -109,7 +114,7 @@ def keys(seen: BlockInput) -> Tensor:
     Returns:
         [B, N, d] float32, not normalised.
     """
-    return _heads(seen.keys[:, 1:], seen.block.self_attn.num_heads).float().mean(1)
+    return seen.head_keys[:, :, 1:].mean(1)
 
 
 def mean_keys(block: VisionBlock, normed: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class PromptState(EncoderState):
         spans = text_spans(sequence, rows)
         return at_spans(sequence.hidden, sequence, spans), row_index(sequence, spans)[1]
 
-    def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor]:
+    def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor | None]:
         """Attention of text rows to the visual tokens at one decoder layer, softmax over the visual tokens alone.
 
         Args:
@@ -160,14 +160,15 @@ class PromptState(EncoderState):
             contextual: use the layer's real inputs, for which all earlier layers are run once; else input embeddings.
 
         Returns:
-            weights [B, H, T, N] float32 and a mask [B, T] of the rows that exist.
+            weights [B, H, T, N] float32 and a mask [B, T] of the rows that exist; None where all do.
         """
         sequence, llm, run_layers = self._prompts(), self.llm, self.run_layers
         assert llm is not None and run_layers is not None  # the pipeline sets them
         hidden = run_layers(layer) if contextual else sequence.hidden
         block, spans = llm.layers[layer], text_spans(sequence, rows)
         normed = block.input_layernorm(hidden)
-        text, mask = at_spans(normed, sequence, spans), row_index(sequence, spans)[1]
+        alike = len({stop - start for start, stop in spans}) == 1 and spans[0][0] < spans[0][1]
+        text, mask = at_spans(normed, sequence, spans), None if alike else row_index(sequence, spans)[1]
         visual = self.visual(normed)
         angles: tuple = (None, None)
         if rotary:

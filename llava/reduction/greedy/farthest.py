@@ -27,14 +27,13 @@ def farthest_from(unit: Tensor, first: Tensor, count: int) -> Tensor:
     """
     if not on_host(unit):
         return run(from_tokens, unit, first, count=count)
-    batch, total, channels = unit.shape
+    batch, total, _ = unit.shape
     numbers, images = array(unit), np.arange(batch)
-    last, cosine = zeros(batch, channels, 1), zeros(batch, total, 1)
-    column, product = torch.from_numpy(last), torch.from_numpy(cosine)
+    cosine = zeros(batch, total, 1)
 
     def row(token: Indices, nearest: Floats) -> Floats:
-        last[:, :, 0] = numbers[images, token]
-        torch.bmm(unit, column, out=product)
+        # numpy's product: of so few numbers torch.bmm is 1.1 to 10 times slower.
+        np.matmul(numbers, numbers[images, token][:, :, None], out=cosine)
         return cosine[:, :, 0]
 
     return _on_host(row, array(first), total, count)
