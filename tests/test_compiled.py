@@ -178,7 +178,7 @@ def test_a_graph_that_cannot_be_compiled_ends_in_a_sentence(model):
         raise RuntimeError("no compiler here")
 
     model.compiled = compile_model(model, broken)
-    with pytest.raises(UserError, match="could not compile the vision tower.*no compiler here"):
+    with pytest.raises(UserError, match=r"could not compile the vision tower.*no compiler here"):
         generate(model, samples(1), build(model, "full"), 1)
 
 

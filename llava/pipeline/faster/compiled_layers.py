@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from llava.pipeline import decoder
-from llava.pipeline.faster.graphs import Graphs, compiled_once
+from llava.pipeline.faster.graphs import Backend, Graphs, compiled_once
 from llava.pipeline.sequence import Sequence
 
 COLUMNS = 16
@@ -47,7 +47,7 @@ class CompiledLayers:
         backend: of torch.compile.
     """
 
-    def __init__(self, llm: nn.Module, backend: str = "inductor"):
+    def __init__(self, llm: nn.Module, backend: Backend = "inductor"):
         self.graphs = Graphs("prefill", layers_on_prompts, llm, backend)
 
     def __call__(

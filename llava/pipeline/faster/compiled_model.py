@@ -11,7 +11,7 @@ from llava.model.llava_arch import Llava
 from llava.pipeline.faster.compiled_layers import CompiledLayers
 from llava.pipeline.faster.compiled_step import CompiledStep
 from llava.pipeline.faster.compiled_tower import CompiledTower
-from llava.pipeline.faster.graphs import Graphs
+from llava.pipeline.faster.graphs import Backend, Graphs
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Compiled:
         return sum(part.seconds for part in self._parts)
 
 
-def compile_model(model: Llava, backend: str = "inductor") -> Compiled:
+def compile_model(model: Llava, backend: Backend = "inductor") -> Compiled:
     """What goes to `model.compiled`; each graph is compiled when its shape first comes.
 
     Args:

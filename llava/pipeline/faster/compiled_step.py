@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llava.pipeline import decoder
 from llava.pipeline.decoder import Prefilled
-from llava.pipeline.faster.graphs import Graphs, compiled_once
+from llava.pipeline.faster.graphs import Backend, Graphs, compiled_once
 from llava.reduction.decoder_attention import rotary_angles
 
 ROOM = 128  # rooms are multiples of this, so that prompts of different lengths share a graph
@@ -105,7 +105,7 @@ class CompiledStep:
         backend: of torch.compile.
     """
 
-    def __init__(self, llm: nn.Module, backend: str = "inductor"):
+    def __init__(self, llm: nn.Module, backend: Backend = "inductor"):
         self.llm = llm
         self.graphs = Graphs("decoding", self._graph, llm, backend)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from llava.model.multimodal_encoder import clip_encoder
-from llava.pipeline.faster.graphs import Graphs, compiled_once
+from llava.pipeline.faster.graphs import Backend, Graphs, compiled_once
 
 NUMBERS = 16  # of images in a batch that get a graph; each has its own
 
@@ -28,7 +28,7 @@ class CompiledTower:
         backend: of torch.compile.
     """
 
-    def __init__(self, tower: nn.Module, backend: str = "inductor"):
+    def __init__(self, tower: nn.Module, backend: Backend = "inductor"):
         self.graphs = Graphs("vision tower", blocks_on_images, tower, backend, NUMBERS)
 
     def __call__(self, tower: nn.Module, hidden: Tensor, places: Sequence[int]) -> list[Tensor]:

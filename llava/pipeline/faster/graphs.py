@@ -18,6 +18,8 @@ from llava.errors import UserError
 
 GRAPHS = 64  # of each part; each belongs to a batch size and a length
 
+Backend = str | Callable[..., Any]  # of torch.compile
+
 compiled_once = torch.compiler.nested_compile_region
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Graphs:
         seconds: wall clock of the calls that compiled, each with one run.
     """
 
-    def __init__(self, part: str, function: Callable[..., Any], module: nn.Module, backend: str, most: int = 0):
+    def __init__(self, part: str, function: Callable[..., Any], module: nn.Module, backend: Backend, most: int = 0):
         self.part, self.most = part, most or GRAPHS
         # A captured graph writes its outputs where the next replay writes them again.
         self.captured = next(module.parameters()).is_cuda and backend == "inductor"
@@ -86,18 +88,23 @@ class Graphs:
         Raises:
             UserError: it could not be compiled.
         """
-        compiled, began = torch._dynamo.utils.counters["stats"]["unique_graphs"], time.perf_counter()
+        compiled, began = graphs_so_far(), time.monotonic()
         try:
             found = self._run(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split("\n")[:2])
             raise UserError(
                 f"torch.compile could not compile the {self.part} ({reason}); see that there is a C++ compiler, or "
                 "leave --compile out."
             ) from error
-        if torch._dynamo.utils.counters["stats"]["unique_graphs"] > compiled:
-            self.seconds += time.perf_counter() - began
+        if graphs_so_far() > compiled:
+            self.seconds += time.monotonic() - began
         return tree_map(copied, found) if self.captured else found
+
+
+def graphs_so_far() -> int:
+    """Graphs that torch has compiled in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def copied(value: Any) -> Any:
