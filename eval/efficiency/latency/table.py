@@ -138,9 +138,9 @@ def notes(result: dict[str, Any]) -> list[str]:
         found.append(f"{BUSY} The slowest turn of this method or of full took 25 % longer than the fastest, or more.")
     if result.get("compile"):
         found.append(
-            "Compiled rows run tower, prefill and decoding as graphs; their TTFT x, over oracle and realised stand beside "
-            "full and oracles that are compiled too. compile s, by the wall clock, is in no other time here; a graph "
-            "that rows share counts in the first of them."
+            "Compiled rows run tower, prefill and decoding as graphs; their TTFT x, over oracle and realised stand "
+            "beside full and oracles that are compiled too. compile s, by the wall clock, is in no other time here; a "
+            "graph that rows share counts in the first of them."
         )
     return found
 
