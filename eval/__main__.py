@@ -81,7 +81,8 @@ def parser() -> Parser:
     p.add_argument(
         "--compile",
         action="store_true",
-        help="decode with torch.compile, on a GPU with CUDA graphs: for long answers; compiling takes minutes",
+        help="run tower, prefill and decoding with torch.compile, on a GPU with CUDA graphs: for long runs; each new "
+        "shape is compiled first, which takes seconds to a minute",
     )
     p.add_argument(
         "--share-prefix",

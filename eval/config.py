@@ -45,7 +45,7 @@ class RunConfig:
         table: the paper table that the run belongs to, for W&B only.
         share_prefix: run what the prompts of a batch have in common once, see llava/pipeline/faster/shared_prefix.py.
             Answers do not depend on it, as they do not depend on the batch.
-        compile: decode with one compiled graph per token, see llava/pipeline/faster/compiled_step.py.
+        compile: run tower, prefill and decoding as compiled graphs, see llava/pipeline/faster/compiled_model.py.
     """
 
     method: str

@@ -91,7 +91,8 @@ class CachingLlava(Llava):
             rows = [i for i in new if views[i][1].temporal == temporal]
             pixels = torch.cat([views[i][0] for i in rows]).to(self.device)
             tower, done = self.tower_of(temporal), 0
-            fresh = encode(tower, pixels, self.select_layer, tuple(self._scores), keep_cls=True)
+            scores = tuple(self._scores)
+            fresh = encode(tower, pixels, self.select_layer, scores, keep_cls=True, run=self.run_blocks)
             for i in rows:
                 crops, full = views[i]
                 rows_of_image = with_own_memory(fresh.rows(slice(done, done + len(crops))))

@@ -142,9 +142,9 @@ def load_model(config: RunConfig) -> Any:
     )
     model.shares_prefix = config.share_prefix
     if config.compile:
-        from llava.pipeline.faster.compiled_step import CompiledStep
+        from llava.pipeline.faster.compiled_model import compile_model
 
-        model.compiled_step = CompiledStep(model.llm)
+        model.compiled = compile_model(model)
     # With flip=SEED every question about a video draws anew whether it is mirrored.
     return model if "flip" in config.picture or not can_remember(model) else CachingLlava(model, RUN_BYTES)
 

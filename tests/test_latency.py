@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from eval.efficiency.latency.run import run
 from eval.efficiency.latency.stages import StageTimer
 from eval.efficiency.latency.table import page, runs
 from llava.errors import UserError
+from llava.pipeline.faster.compiled_model import compile_model
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
@@ -332,3 +334,41 @@ def test_latency_refuses_a_device_that_is_not_there(monkeypatch, capsys):
     assert "no CUDA device" in capsys.readouterr().err
     assert main([*arguments, "gpu0"]) == 2
     assert "got 'gpu0'" in capsys.readouterr().err
+
+
+# -- compiled rows --------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_measured_plain_and_compiled(tiny_path, monkeypatch, capsys, tmp_path):
+    """In one run; compiled rows stand beside compiled full and oracles, and say what compiling took."""
+    monkeypatch.setattr("eval.efficiency.latency.methods.compile_model", lambda model: compile_model(model, "eager"))
+    flags = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--compile", "--lengths", "3"]
+    file = tmp_path / "r.json"
+    assert main([*flags, "--repeats", "2", "--json", str(file), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "plain / compiled TTFT" in said and "compile s" in said and "faster than full" in said
+    rows = json.loads(file.read_text())["batches"][0]["methods"]
+    assert list(rows)[:4] == ["full", "full, compiled", "uniform", "uniform, compiled"]
+    ours, full = rows["uniform, compiled"], rows["full, compiled"]
+    assert ours["ratios"]["ttft"] == pytest.approx(full["ttft"] / ours["ttft"])
+    assert ours["oracle"] == "oracle of uniform, compiled" and ours["ratios"]["over_oracle"] is not None
+    assert ours["ratios"]["flops"] == rows["uniform"]["ratios"]["flops"]
+    assert ours["plain_over_compiled"]["ttft"] == pytest.approx(rows["uniform"]["ttft"] / ours["ttft"])
+    assert full["compiling"] > 0 == rows["full"]["compiling"] and "plain_over_compiled" not in rows["full"]
+
+
+def test_a_turn_in_which_a_graph_was_compiled_does_not_count(tiny, monkeypatch):
+    """A question of another length in a late turn would be timed with its compiler."""
+    turns = []
+
+    def turn(model, *_):
+        turns.append(len(turns))
+        if len(turns) == 1:
+            model.compiled.seconds += 5.0
+        return {"seconds": {"prefill": 1.0}}
+
+    monkeypatch.setattr(measuring, "turn_of", turn)
+    model = SimpleNamespace(compiled=SimpleNamespace(seconds=2.0))
+    reducer = registry.build("full", 16)
+    assert once(model, reducer, samples(1)) == {"seconds": {"prefill": 1.0}, "compiling": 5.0} and len(turns) == 2
+    assert once(model, reducer, samples(1)) == {"seconds": {"prefill": 1.0}} and len(turns) == 3

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llava import conversation
 from llava.errors import UserError
 from llava.model.encoded_image import EncodedImage, encoded_image_of
-from llava.model.multimodal_encoder.clip_encoder import Encoded, encode, patch_grid
+from llava.model.multimodal_encoder.clip_encoder import Encoded, RunBlocks, encode, patch_grid, run_blocks
 from llava.model.multimodal_projector import projector_of
 from llava.processing.prompt import Prompt, build_prompt
 from llava.processing.sample import Sample
@@ -33,6 +33,7 @@ from llava.reduction.token_layout import PatchGrid, TokenLayout, single
 
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Operations, Timer
+    from llava.pipeline.faster.compiled_model import Compiled
 
 
 class Llava:
@@ -79,8 +80,8 @@ class Llava:
     # Samples may hold llava.processing.video.Video in place of an image.
     takes_videos: bool = False
 
-    # llava.pipeline.faster.compiled_step.CompiledStep, where decoding is compiled.
-    compiled_step: Callable[..., Tensor] | None = None
+    # Tower, prefill and decoding as compiled graphs (llava/pipeline/faster/compiled_model.py).
+    compiled: "Compiled | None" = None
 
     # What the prompts of a batch have in common at their beginning runs once (llava/pipeline/faster/shared_prefix.py).
     shares_prefix: bool = False
@@ -204,6 +205,11 @@ class Llava:
                 done += len(crops)
         return [found[index] for index in range(len(views))]
 
+    @property
+    def run_blocks(self) -> RunBlocks:
+        """What runs the blocks of the vision tower."""
+        return self.compiled.tower if self.compiled and self.compiled.tower else run_blocks
+
     def tower_of(self, temporal: bool) -> nn.Module:
         """The vision tower for images, or for the frames of videos."""
         return self.tower
@@ -226,9 +232,11 @@ class Llava:
         merging: tuple[int, ...] = ()
         if "tower" in reducer.acts_in:
             merging = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
+        if merging and self.compiled and self.compiled.tower:
+            self.compiled.tower.graphs.say("merging", f"{reducer.name} merges tokens inside of it")
         merger = TowerMerger(reducer, self.spec, tower, len(pixels)) if merging else None
         scores = reducer.tower_scores(tiled)
-        encoded = encode(tower, pixels, self.select_layer, scores, grid, keep_cls, merging, merger)
+        encoded = encode(tower, pixels, self.select_layer, scores, grid, keep_cls, merging, merger, self.run_blocks)
         return replace(encoded, spent=merger.flops) if merger else encoded
 
     def count_tower(self, operations: "Operations", picture: EncodedImage, images: int) -> None:

@@ -5,6 +5,7 @@ Each layer has its own key/value length and its own mask of valid keys.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from llava.reduction.decoder_attention import angles_of, follows_length, rotary_
 
 # (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
 ReduceAt = Callable[[Sequence, int, Sequence, Tensor], Sequence]
+# (llm, sequence, layers, cosines and sines, cache) -> hidden states [B, L, D] behind the layers and before the last one
+RunLayers = Callable[[nn.Module, Sequence, range, tuple[Tensor, Tensor], DynamicCache], tuple[Tensor, Tensor]]
 
 
 def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, eager: bool) -> Tensor:
@@ -83,36 +86,54 @@ def is_eager(llm: nn.Module) -> bool:
     return llm.config._attn_implementation == "eager"
 
 
-def prefill(llm: nn.Module, sequence: Sequence, stages: tuple[int, ...], reduce_at: ReduceAt | None) -> Prefilled:
+def run_segment(
+    llm: nn.Module, sequence: Sequence, layers: range, rotary: tuple[Tensor, Tensor], cache: DynamicCache
+) -> tuple[Tensor, Tensor]:
+    """Run some layers, between which nothing is reduced, on the prompts; keys and values go to the cache.
+
+    Returns:
+        Hidden states [B, L, D] behind the last of these layers, and as they entered it.
+    """
+    mask, hidden = _mask_of(sequence, is_eager(llm)), sequence.hidden
+    for index in layers:
+        entered = hidden
+        hidden = llm.layers[index](
+            entered, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
+        )
+    return hidden, entered
+
+
+def prefill(
+    llm: nn.Module,
+    sequence: Sequence,
+    stages: tuple[int, ...],
+    reduce_at: ReduceAt | None,
+    run: RunLayers = run_segment,
+) -> Prefilled:
     """Run all layers on the prompts.
 
     Args:
         llm: layers and rotary_emb (a LlamaModel).
         stages: layers before which `reduce_at` is called; layer 0 is not one of them.
+        run: runs the layers between two of these places.
     """
-    cache, eager = empty_cache(), is_eager(llm)
+    cache, before, depth = empty_cache(), sequence, len(llm.layers)
     valid, lengths, visual, following = [], [], [], []
-    rotary = mask = known = entered = place = None
-    for index, layer in enumerate(llm.layers):
-        if reduce_at is not None and index in stages:
-            sequence, rotary = reduce_at(sequence, index, entered, cache.layers[index - 1].keys), None
-        if rotary is None:
-            rotary = angles_of(llm, sequence)
-            same = sequence.rotary is not None and sequence.rotary.position is sequence.position
-            if not same and sequence.position.dim() == 2 and not follows_length(llm):
-                sequence = replace(sequence, rotary=Rotary(sequence.position, *rotary))
-            mask = _mask_of(sequence, eager)
-            known = ValidKeys.of(sequence.valid()) if sequence.padded else None
-            place = sequence.next_position()
-        entered = sequence if index + 1 in stages else None
-        hidden = layer(
-            sequence.hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
-        )
-        sequence = replace(sequence, hidden=hidden)
-        valid.append(known)
-        following.append(place)
-        lengths.append(sequence.lengths)
-        visual.append(sequence.visual_counts)
+    for first, last in pairwise((0, *sorted({stage for stage in stages if 0 < stage < depth}), depth)):
+        if first and reduce_at is not None:
+            sequence = reduce_at(sequence, first, before, cache.layers[first - 1].keys)
+        rotary = angles_of(llm, sequence)
+        same = sequence.rotary is not None and sequence.rotary.position is sequence.position
+        if not same and sequence.position.dim() == 2 and not follows_length(llm):
+            sequence = replace(sequence, rotary=Rotary(sequence.position, *rotary))
+        known = ValidKeys.of(sequence.valid()) if sequence.padded else None
+        place = sequence.next_position()
+        hidden, entered = run(llm, sequence, range(first, last), rotary, cache)
+        before, sequence = replace(sequence, hidden=entered), replace(sequence, hidden=hidden)
+        valid += [known] * (last - first)
+        following += [place] * (last - first)
+        lengths += [sequence.lengths] * (last - first)
+        visual += [sequence.visual_counts] * (last - first)
     # Read now, because decoding makes the cache longer. Where heads are split over ranks, each holds as many.
     ranks = getattr(llm, "ranks", 1)
     held = [ranks * (layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers]

@@ -42,7 +42,7 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
     model.refuse_images(samples)
     require(reducer, model.spec)
     timer, stop = Timer(model.device), model.stop
-    step = model.compiled_step or decoder.step
+    step = model.compiled.step if model.compiled else decoder.step
     state, record = prefill(model, samples, reducer, timer)
     written: list[list[int]] = [[] for _ in samples]
     ends = cache(partial(may_end_stop, model, stop))

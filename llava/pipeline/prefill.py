@@ -55,7 +55,8 @@ def prefill(
         prefilled = shared_prefix.prefill(model.llm, sequence, shared_prefix.beginnings(prompts, images, sequence))
     else:
         stage = DecoderStage(model, reducer, samples, sequence, images, record, timer) if layers else None
-        prefilled = decoder.prefill(model.llm, sequence, layers, stage)
+        run = model.compiled.layers if model.compiled else decoder.run_segment
+        prefilled = decoder.prefill(model.llm, sequence, layers, stage, run)
     timer.mark("prefill")
     for lengths in zip(*prefilled.lengths, strict=True):
         record.operations.add("prefill", prefill_flops, model.llm.layers, lengths, model.head)

@@ -6,7 +6,7 @@ fixed length: no end token and no stop string ends them.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +43,8 @@ class Measured:
         decode: seconds per token after the first, median; None where no answer has a second token.
         end_to_end: output length -> seconds of every turn, from opened images to texts.
         ttfts: seconds to the first token of every turn.
-        attention: the attention kernels that ran.
+        attention: the attention kernels that ran; () where they are inside of compiled graphs.
+        compiling: seconds by the wall clock of what was compiled in these turns, in no other time here.
     """
 
     seconds: dict[str, float]
@@ -55,6 +56,7 @@ class Measured:
     end_to_end: dict[int, tuple[float, ...]] = field(default_factory=dict)
     ttfts: tuple[float, ...] = ()
     attention: tuple[str, ...] = ()
+    compiling: float = 0.0
 
     @property
     def ttft(self) -> float:
@@ -70,6 +72,7 @@ def measure(
     lengths: Sequence[int] = (),
     batch: int = 1,
     clock: str = "wall",
+    compiled: Mapping[str, Llava] | None = None,
 ) -> dict[str, Measured | None]:
     """Measure each method `repeats` times in turns, after one warm-up each.
 
@@ -78,20 +81,21 @@ def measure(
         lengths: tokens of the answers that are timed end to end; none times the prefill alone.
         batch: questions in a batch, the name of these measurements in `kept`.
         clock: "wall", or "cpu" for the time that this process computes.
+        compiled: the rows that run as graphs, with the model that has them.
 
     Returns:
         None for a method whose batch did not fit into the device's memory.
     """
-    kept = kept or Measurements()
+    kept, compiled = kept or Measurements(), compiled or {}
     rounds = [(turn, name) for turn in range(repeats + 1) for name in reducers]
     too_large = {name for (_, name, size), row in kept.found.items() if size == batch and not row}
     for turn, name in tqdm(rounds, desc=f"batches of {batch}", unit="turn", disable=None):
         if (turn, name, batch) in kept.found or name in too_large:
             continue
         try:
-            # The warm-up is no time that counts, so that it can be watched.
-            with ticking(clock), Noted() if turn == 0 else nullcontext() as noted:
-                row = once(model, reducers[name], ask(turn), lengths)
+            # The warm-up is no time that counts, so that it can be watched; operations inside of a graph cannot.
+            with ticking(clock), Noted() if turn == 0 and name not in compiled else nullcontext() as noted:
+                row = once(compiled.get(name, model), reducers[name], ask(turn), lengths)
         except torch.OutOfMemoryError as error:
             error.with_traceback(None)  # its frames hold the tensors that fill the memory
             torch.cuda.empty_cache()
@@ -109,9 +113,21 @@ def measure(
     }
 
 
-@torch.inference_mode()
 def once(model: Llava, reducer: Reducer, samples: list[Sample], lengths: Sequence[int] = ()) -> dict[str, Any]:
-    """One turn: a timed prefill, then one answer of every length."""
+    """One turn. One in which a graph was compiled does not count: it says how long that took, and is made again."""
+    if model.compiled is None:
+        return turn_of(model, reducer, samples, lengths)
+    began = model.compiled.seconds
+    row = turn_of(model, reducer, samples, lengths)
+    if model.compiled.seconds == began:
+        return row
+    compiling = model.compiled.seconds - began
+    return turn_of(model, reducer, samples, lengths) | {"compiling": compiling}
+
+
+@torch.inference_mode()
+def turn_of(model: Llava, reducer: Reducer, samples: list[Sample], lengths: Sequence[int]) -> dict[str, Any]:
+    """A timed prefill, then one answer of every length."""
     start_peak(model.device)
     timer = StageTimer(model.device)
     with timer.merging():
@@ -168,6 +184,7 @@ def summary(rows: list[dict[str, Any]], warm_up: dict[str, Any]) -> Measured:
         {int(length): tuple(row["end_to_end"][length] for row in rows) for length in last.get("end_to_end", {})},
         tuple(sum(row["seconds"].values()) for row in rows),
         tuple(warm_up.get("attention", ())),
+        sum(row.get("compiling", 0.0) for row in (warm_up, *rows)),
     )
 
 

@@ -1,5 +1,6 @@
 """Which methods are measured: `full`, those that were asked for, and the oracles of their token counts."""
 
+import copy
 import sys
 from collections.abc import Sequence
 
@@ -7,12 +8,14 @@ from eval.config import FULL, options_by_method
 from eval.efficiency.oracle import oracle_of, stages_of
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
+from llava.pipeline.faster.compiled_model import compile_model
 from llava.reduction import registry
 from llava.reduction.crop_budget import planned, require
 from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import Reducer
 
 EVERYTHING = "all"
+COMPILED = ", compiled"  # behind the name of a row that runs with `--compile`
 
 
 def chosen_options(settings: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -51,6 +54,23 @@ def reducers_of(
             continue
         found[name] = reducer
     return found
+
+
+def with_compiled(rows: dict[str, Reducer]) -> dict[str, Reducer]:
+    """Every row twice, plain and compiled, one beside the other."""
+    return {name + tail: reducer for name, reducer in rows.items() for tail in ("", COMPILED)}
+
+
+def plain_name(name: str) -> str:
+    """The row without graphs that a row belongs to."""
+    return name.removesuffix(COMPILED)
+
+
+def compiled_copy(model: Llava) -> Llava:
+    """The same weights, run as graphs; each size of batches gets its own, so that all of them are compiled."""
+    other = copy.copy(model)
+    other.compiled = compile_model(other)
+    return other
 
 
 def oracles(reducers: dict[str, Reducer], spec: ModelSpec) -> tuple[dict[str, Reducer], dict[str, str]]:

@@ -13,7 +13,15 @@ from eval.efficiency.latency.counts import Counts, count
 from eval.efficiency.latency.fitting import fits
 from eval.efficiency.latency.measure import Measured, measure
 from eval.efficiency.latency.measurements import Measurements
-from eval.efficiency.latency.methods import chosen_options, oracles, reducers_of
+from eval.efficiency.latency.methods import (
+    COMPILED,
+    chosen_options,
+    compiled_copy,
+    oracles,
+    plain_name,
+    reducers_of,
+    with_compiled,
+)
 from eval.efficiency.latency.questions import noise_batches
 from eval.efficiency.latency.ratios import ratios
 from eval.efficiency.latency.scenarios import SCENARIOS, doubled
@@ -64,17 +72,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "hardware": hardware(str(model.device)),
         "clock": args.clock,
         "ttft": TTFT,
+        **({"compile": True} if args.compile else {}),
     }
     everything = reducers | theirs
     held = gate(model, reducers, args.gate_benchmark, args.data, args.gate, args.gate_share) if args.gate else None
     kept = Measurements(args.measurements, settings)
     small = noise_batches(model, 1, False)(0)
     counts = {name: count(model, one, small, shapes) for name, one in everything.items()} if args.counts else {}
+    if args.compile:
+        everything = with_compiled(everything)
+        oracle_names |= {name + COMPILED: oracle + COMPILED for name, oracle in oracle_names.items()}
     batches = []
     for size in sizes:
+        graphs = compiled_copy(model) if args.compile else model
+        compiled = {name: graphs for name in everything if name.endswith(COMPILED)}
         ask = noise_batches(model, size, scenario.differ)
         there = {name: one for name, one in everything.items() if fits(model, one, ask(0), max(lengths, default=1))}
-        found = measure(model, there, ask, repeats, kept, lengths, size, args.clock)
+        found = measure(model, there, ask, repeats, kept, lengths, size, args.clock, compiled)
         rows = {name: found.get(name) for name in everything}
         batches.append(batch_result(size, rows, counts, oracle_names, held))
         if not any(rows.values()):
@@ -115,20 +129,29 @@ def batch_result(
     oracle_names: dict[str, str],
     held: Gate | None,
 ) -> dict[str, Any]:
-    """Measurements, counts and ratios of every method and oracle at one batch size."""
-    full, found = rows.get(FULL), {}
+    """Measurements, counts and ratios of every method and oracle at one batch size.
+
+    Compiled rows stand beside `full` and oracles that are compiled too.
+    """
+    found = {}
     for name, ours in rows.items():
+        plain = plain_name(name)
+        full = rows.get(FULL + name.removeprefix(plain))
         entry: dict[str, Any] = {"fits": ours is not None, "oracle": oracle_names.get(name)}
         if name in counts:
             entry["counts"] = dataclasses.asdict(counts[name])
-        if held is not None and name in held.accuracy:
-            entry["accuracy"], entry["passes_gate"] = held.accuracy[name], held.passes(name)
+        if held is not None and plain in held.accuracy:
+            entry["accuracy"], entry["passes_gate"] = held.accuracy[plain], held.passes(plain)
         if ours is not None:
             entry |= dataclasses.asdict(ours) | {"ttft": ours.ttft}
             entry["throughput"] = {str(length): size / median(times) for length, times in ours.end_to_end.items()}
         if ours is not None and full is not None:
-            pair = (counts[FULL], counts[name]) if name in counts else None
+            pair = (counts[FULL], counts[plain]) if plain in counts else None
             beside = rows.get(oracle_names.get(name, ""))
             entry["ratios"] = dataclasses.asdict(ratios(full, ours, pair, beside))
+        beside_plain = rows.get(plain) if name != plain else None
+        if ours is not None and beside_plain is not None:
+            decode = beside_plain.decode / ours.decode if beside_plain.decode and ours.decode else None
+            entry["plain_over_compiled"] = {"ttft": beside_plain.ttft / ours.ttft, "decode": decode}
         found[name] = entry
     return {"batch_size": size, "methods": found}

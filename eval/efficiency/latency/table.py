@@ -53,6 +53,8 @@ def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
     header += ["decode ms/token"] if any(length > 1 for length in lengths) else []
     header += [f"end to end {length} ms" for length in lengths]
     header += ["p90 ms"] if spread and lengths else []
+    compiled = any("plain_over_compiled" in row for row in rows.values())
+    header += ["plain / compiled TTFT", "decode", "compile s"] if compiled else []
     lines = []
     for name, row in rows.items():
         if not row["fits"]:
@@ -70,6 +72,10 @@ def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
         cells += [ms(median(row["end_to_end"][length])) for length in lengths]
         if spread and lengths:
             cells.append(ms(percentile(row["end_to_end"][lengths[-1]], 0.9)))
+        if compiled:
+            beside = row.get("plain_over_compiled", {})
+            cells += [f"{beside[part]:.2f}" if beside.get(part) else "" for part in ("ttft", "decode")]
+            cells.append(f"{row['compiling']:.0f}" if beside else "")
         lines.append([marked(name, row), *cells])
     return markdown(header, lines)
 
@@ -130,6 +136,12 @@ def notes(result: dict[str, Any]) -> list[str]:
         )
     if any(not row.get("ratios", {}).get("calm", True) for row in rows):
         found.append(f"{BUSY} The slowest turn of this method or of full took 25 % longer than the fastest, or more.")
+    if result.get("compile"):
+        found.append(
+            "Compiled rows run tower, prefill and decoding as graphs; their TTFT x, over oracle and realised stand "
+            "beside full and oracles that are compiled too. compile s, by the wall clock, is in no other time here; a "
+            "graph that rows share counts in the first of them."
+        )
     return found
 
 

@@ -14,6 +14,8 @@ from llava.reduction.scores import BlockInput, TowerScore, mean_keys, tower_scor
 
 # (hidden [B, n, D], keys [B, n, d], sizes [B, n], block) -> what to merge inside the block
 MergeAt = Callable[[Tensor, Tensor, Tensor, int], Reduction | None]
+# (tower, hidden [B, n, D], places) -> hidden states [B, n, D] behind so many blocks, in the order of the places
+RunBlocks = Callable[[nn.Module, Tensor, Sequence[int]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,17 @@ def patch_grid(tower: nn.Module) -> tuple[int, int]:
     return side, side
 
 
+def run_blocks(tower: nn.Module, hidden: Tensor, places: Sequence[int]) -> list[Tensor]:
+    """Hidden states [B, n, D] behind the first k blocks, for each k in `places`, which ascend; 0 is the input."""
+    found, done = [], 0
+    for place in places:
+        for block in tower.encoder.layers[done:place]:
+            hidden = block(hidden, None)
+        found.append(hidden)
+        done = place
+    return found
+
+
 def encode(
     tower: nn.Module,
     pixels: Tensor,
@@ -60,6 +73,7 @@ def encode(
     keep_cls: bool = False,
     merging: Sequence[int] = (),
     merge_at: MergeAt | None = None,
+    run: RunBlocks = run_blocks,
 ) -> Encoded:
     """Run a CLIP vision tower as far as it is needed.
 
@@ -71,6 +85,7 @@ def encode(
         grid: shrink the image to rows x columns patches first (the `downsample` control); None keeps it.
         keep_cls: leave the CLS token before the patch features.
         merging: blocks inside which `merge_at` is called, between attention and MLP.
+        run: runs the blocks, unless tokens are merged in some of them.
 
     Blocks after the selected layer run only when a score asks for them.
     """
@@ -91,13 +106,10 @@ def encode(
         )
     if merging and wanted:
         raise UserError("Tower scores are over all patches; a method that merges in the tower cannot ask for them.")
-    features, found, merged, tokens = hidden, {}, None, []
-    for index in range(max(selected, max(wanted, default=-1) + 1)):
-        if index in wanted:
-            seen = BlockInput(blocks[index], _before_space(blocks[index], hidden))
-            for score in wanted[index]:
-                found[score] = tower_score(score, seen)
-        if index < selected or any(later > index for later in wanted):
+    merged, tokens = None, []
+    found: dict[TowerScore, Tensor] = {}
+    if merging:
+        for index in range(selected):
             before = hidden.shape[1]
             if index in merging or merged is not None:
                 reduce = merge_at if index in merging else None
@@ -105,8 +117,15 @@ def encode(
             else:
                 hidden = blocks[index](hidden, None)
             tokens.append((before, hidden.shape[1]))
-        if index + 1 == selected:
-            features = hidden
+        features = hidden
+    else:
+        # Scores are of the inputs of their blocks.
+        places = sorted({selected, *wanted})
+        inputs = dict(zip(places, run(tower, hidden, places), strict=True))
+        for index, asked in wanted.items():
+            seen = BlockInput(blocks[index], _before_space(blocks[index], inputs[index]))
+            found |= {score: tower_score(score, seen) for score in asked}
+        features, tokens = inputs[selected], [(hidden.shape[1], hidden.shape[1])] * places[-1]
     features = features if keep_cls else features[:, 1:]
     merged = None if merged is None else _patches_only(merged)
     return Encoded(features, found, grid or patch_grid(tower), merged, tuple(tokens))

@@ -1,12 +1,9 @@
-"""Decoding one token as one compiled graph of fixed shapes: the option `--compile`.
+"""Decoding one token as one compiled graph of fixed shapes: a part of the option `--compile`.
 
 A decoding step computes little and launches much: about forty kernels per layer. Compiled it is one graph, which on a
 GPU is captured once and replayed. That needs shapes that do not change from token to token: keys and values stand in
 rooms of a fixed number of columns, a token writes its column in place, and attention runs over the whole room under a
 mask that hides the columns to come. So the last bits of the logits differ from those of `decoder.step`.
-
-Only decoding is compiled. The shapes of a prefill follow the question, and a method may act between two layers, so a
-compiled prefill would be compiled anew for nearly every batch.
 """
 
 from dataclasses import dataclass
@@ -15,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.errors import UserError
 from llava.pipeline import decoder
 from llava.pipeline.decoder import Prefilled
+from llava.pipeline.faster.graphs import Backend, Graphs, compiled_once
 from llava.reduction.decoder_attention import rotary_angles
 
 ROOM = 128  # rooms are multiples of this, so that prompts of different lengths share a graph
-GRAPHS = 64  # that torch may keep; each belongs to a batch size and the rooms of the layers
 
 
 @dataclass
@@ -76,70 +72,64 @@ class FixedState:
 class Columns:
     """The cache that a layer sees while the graph is traced: it writes one column and shows the whole room."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], places: list[Tensor]):
-        self.keys, self.values, self.places = keys, values, places
+    def __init__(self, keys: Tensor, values: Tensor, place: Tensor):
+        self.keys, self.values, self.place = keys, values, place
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys[layer].index_copy_(2, self.places[layer], key_states)
-        self.values[layer].index_copy_(2, self.places[layer], value_states)
-        return self.keys[layer], self.values[layer]
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.place, key_states)
+        self.values.index_copy_(2, self.place, value_states)
+        return self.keys, self.values
+
+
+@compiled_once
+def layer_on_token(
+    layer: nn.Module,
+    hidden: Tensor,
+    mask: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    place: Tensor,
+) -> Tensor:
+    """One layer on one token of each sample, [B, 1, D] -> [B, 1, D]; keys and values are written at `place`."""
+    columns = Columns(keys, values, place)
+    return layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=columns, use_cache=True)
 
 
 class CompiledStep:
     """Takes the place of `decoder.step`, with torch.compile.
-
-    Batches smaller than the largest so far, which end a run, and shapes beyond the first GRAPHS are decoded by
-    `decoder.step`: compiling takes longer than they do.
 
     Args:
         llm: layers and rotary_emb (a LlamaModel), whole on one device.
         backend: of torch.compile.
     """
 
-    def __init__(self, llm: nn.Module, backend: str = "inductor"):
-        if llm.config._attn_implementation == "eager":
-            raise UserError("--compile needs attention by the kernel (sdpa), but this model is set to eager.")
-        if getattr(llm, "ranks", 1) > 1 or any(hasattr(weight, "ds_id") for weight in llm.parameters()):
-            raise UserError("--compile needs the decoder whole on one device; leave --tensor-parallel and --zero out.")
+    def __init__(self, llm: nn.Module, backend: Backend = "inductor"):
         self.llm = llm
-        mode = "reduce-overhead" if next(llm.parameters()).is_cuda and backend == "inductor" else None
-        self._run = torch.compile(self._graph, fullgraph=True, dynamic=False, backend=backend, mode=mode)
-        self._shapes: set[tuple[Any, ...]] = set()
-        self._largest = 0
+        self.graphs = Graphs("decoding", self._graph, llm, backend)
 
     def __call__(self, llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
         """`decoder.step`: one embedded token per sample, [B, 1, D] -> [B, 1, D] before the final norm."""
-        if state.fixed is None and self._compiles(state):
+        # A batch that `decoder.step` has begun is ended by it: its cache is not in rooms.
+        if state.fixed is None and not state.steps and self.graphs.take(shape_of(state), len(state.hidden)):
             state.fixed = fixed_state(state)
         if state.fixed is None:
             return decoder.step(llm, state, token)
         if state.fixed.full:
             state.fixed = enlarged(state.fixed)
         fixed = state.fixed
-        with torch._dynamo.config.patch(recompile_limit=GRAPHS):
-            hidden = self._run(
-                token,
-                fixed.keys,
-                fixed.values,
-                [group.place for group in fixed.groups],
-                [group.position for group in fixed.groups],
-                [group.valid for group in fixed.groups],
-                fixed.group,
-            )
+        hidden = self.graphs(
+            token,
+            fixed.keys,
+            fixed.values,
+            [group.place for group in fixed.groups],
+            [group.position for group in fixed.groups],
+            [group.valid for group in fixed.groups],
+            fixed.group,
+        )
         fixed.advance()
-        return hidden.clone()  # the next replay of a captured graph overwrites its outputs
-
-    def _compiles(self, state: Prefilled) -> bool:
-        """Whether a batch that was prefilled, or is decoded by `decoder.step` already, gets a graph."""
-        if state.steps:
-            return False
-        rows, lengths = len(state.hidden), [layer.get_seq_length() for layer in state.cache.layers]
-        shape = rows, tuple(map(room_of, lengths)), tuple(map(lengths.index, lengths))
-        self._largest = max(self._largest, rows)
-        if rows < self._largest or (shape not in self._shapes and len(self._shapes) == GRAPHS):
-            return False
-        self._shapes.add(shape)
-        return True
+        return hidden
 
     def _graph(
         self,
@@ -156,17 +146,16 @@ class CompiledStep:
             (known & (torch.arange(known.shape[1], device=known.device) <= place))[:, None, None]
             for known, place in zip(valid, places, strict=True)
         ]
-        columns = Columns(keys, values, [places[number] for number in group])
         hidden = token
-        for layer, number in zip(self.llm.layers, group, strict=True):
-            hidden = layer(
-                hidden,
-                attention_mask=masks[number],
-                position_embeddings=rotary[number],
-                past_key_values=columns,
-                use_cache=True,
-            )
+        for layer, number, own, held in zip(self.llm.layers, group, keys, values, strict=True):
+            hidden = layer_on_token(layer, hidden, masks[number], *rotary[number], own, held, places[number])
         return hidden
+
+
+def shape_of(state: Prefilled) -> tuple[Any, ...]:
+    """What the graph of a batch depends on: its size, the rooms, and which layers are of equal length."""
+    lengths = [layer.get_seq_length() for layer in state.cache.layers]
+    return len(state.hidden), tuple(map(room_of, lengths)), tuple(map(lengths.index, lengths))
 
 
 def room_of(length: int) -> int:

@@ -1,0 +1,63 @@
+"""The option `--compile`: vision tower, prefill and decoding of a model as compiled graphs of fixed shapes.
+
+Sums are taken in another order than in the plain way, so the last bits of scores and logits differ.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from llava.errors import UserError
+from llava.model.llava_arch import Llava
+from llava.pipeline.faster.compiled_layers import CompiledLayers
+from llava.pipeline.faster.compiled_step import CompiledStep
+from llava.pipeline.faster.compiled_tower import CompiledTower
+from llava.pipeline.faster.graphs import Backend, Graphs
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The compiled parts of a model.
+
+    Attributes:
+        tower: in place of `clip_encoder.run_blocks`; None for a tower of another kind.
+        layers: in place of `decoder.run_segment`.
+        step: in place of `decoder.step`.
+    """
+
+    tower: CompiledTower | None
+    layers: CompiledLayers
+    step: CompiledStep
+
+    @property
+    def _parts(self) -> list[Graphs]:
+        return [part.graphs for part in (self.tower, self.layers, self.step) if part is not None]
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock that compiling has taken so far, with one run of each graph."""
+        return sum(part.seconds for part in self._parts)
+
+
+def compile_model(model: Llava, backend: Backend = "inductor") -> Compiled:
+    """What goes to `model.compiled`; each graph is compiled when its shape first comes.
+
+    Args:
+        backend: of torch.compile.
+
+    Raises:
+        UserError: the decoder's attention is eager, or its weights are spread over ranks.
+    """
+    llm = model.llm
+    if llm.config._attn_implementation == "eager":
+        raise UserError("--compile needs attention by the kernel (sdpa), but this model is set to eager.")
+    if getattr(llm, "ranks", 1) > 1 or any(hasattr(weight, "ds_id") for weight in llm.parameters()):
+        raise UserError("--compile needs the decoder whole on one device; leave --tensor-parallel and --zero out.")
+    common = hasattr(model.tower, "encoder")  # Qwen's has blocks of its own kind
+    if not common:
+        log.warning("--compile: the vision tower of %s is not compiled; prefill and decoding are.", model.name)
+    if model.shares_prefix:
+        log.warning("--compile: with --share-prefix the prefill is not compiled; tower and decoding are.")
+    tower = CompiledTower(model.tower, backend) if common else None
+    return Compiled(tower, CompiledLayers(llm, backend), CompiledStep(llm, backend))

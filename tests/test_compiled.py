@@ -1,0 +1,192 @@
+"""`--compile` gives the logits and the kept tokens of the plain way, up to rounding, and the same answers."""
+
+import logging
+
+import pytest
+import torch
+
+from llava.errors import UserError
+from llava.model.builder import load
+from llava.pipeline import decoder
+from llava.pipeline.faster import compiled_step, graphs
+from llava.pipeline.faster.compiled_layers import COLUMNS
+from llava.pipeline.faster.compiled_model import compile_model
+from llava.pipeline.faster.compiled_step import CompiledStep
+from llava.pipeline.generate import generate
+from llava.pipeline.prefill import prefill
+from llava.reduction import registry
+from tests.conftest import samples
+
+METHODS = ("full", "consensusdrop", "visiondrop", "fastv", "divprune")
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs(monkeypatch):
+    """Small rooms, so that they grow within a few steps."""
+    monkeypatch.setattr(compiled_step, "ROOM", 8)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def model(tiny_path):
+    return load(tiny_path, device="cpu")
+
+
+def build(model, method):
+    return registry.build(method, model.visual_tokens if method == "full" else 6)
+
+
+def same(model, compiled, reducer, batch, length=4):
+    """Hold a batch, compiled, against the plain way."""
+    with torch.inference_mode():
+        model.compiled = None
+        plain, theirs = prefill(model, batch, reducer)
+        answers = generate(model, batch, reducer, length).answers
+        model.compiled = compiled
+        ours_state, ours = prefill(model, batch, reducer)
+        found = generate(model, batch, reducer, length).answers
+        logits = model.logits(plain.hidden)
+    torch.testing.assert_close(model.logits(ours_state.hidden), logits, atol=1e-4, rtol=0)
+    for our_steps, their_steps in zip(ours.steps, theirs.steps, strict=True):
+        for our_step, their_step in zip(our_steps, their_steps, strict=True):
+            assert torch.equal(our_step.reduction.kept, their_step.reduction.kept)
+    assert [one.token_ids for one in found] == [one.token_ids for one in answers]
+    assert [one.text for one in found] == [one.text for one in answers]
+    for layer, (our_layer, their_layer) in enumerate(zip(ours_state.cache.layers, plain.cache.layers, strict=True)):
+        torch.testing.assert_close(our_layer.keys, their_layer.keys, atol=1e-4, rtol=0, msg=f"keys of layer {layer}")
+        torch.testing.assert_close(our_layer.values, their_layer.values, atol=1e-4, rtol=0)
+    assert ours_state.kv_bytes == plain.kv_bytes and ours_state.kv_bytes_held == plain.kv_bytes_held
+    return plain
+
+
+# -- equality ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_traced_graphs_equal_the_plain_way(model, method):
+    """One question, then three of other lengths that need padding on the left; as traced, without code generation."""
+    compiled = compile_model(model, "eager")
+    for batch in (samples(1), samples(3)):
+        state = same(model, compiled, build(model, method), batch)
+    assert state.cache.layers[0].get_seq_length() % COLUMNS, "columns were padded and cut off again"
+    shapes = [len(part.graphs.shapes) for part in (compiled.tower, compiled.layers, compiled.step)]
+    segments = 1 + len(build(model, method).decoder_layers(len(model.llm.layers)))
+    assert shapes == [2, 2 * segments, 2], "nothing fell back to the plain way"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_inductor_equals_the_plain_way(model, method):
+    same(model, compile_model(model), build(model, method), samples(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_inductor_equals_the_plain_way_on_the_toy_model(method):
+    """Trained weights, 577 tokens of an image, a budget of 96: near ties would show."""
+    toy = load("assets/tinyllava", device="cpu")
+    reducer = registry.build(method, toy.visual_tokens if method == "full" else 96)
+    same(toy, compile_model(toy), reducer, samples(3), 8)
+
+
+@pytest.mark.parametrize("family", ["tinyllava_next", "tinyllava_video"])
+def test_tiles_and_frames_go_through_the_compiled_tower(family):
+    """A video tower attends over time in its blocks, and scores are of what that makes of their inputs."""
+    toy = load(f"assets/{family}", device="cpu")
+    compiled = compile_model(toy, "eager")
+    same(toy, compiled, registry.build("fastervlm", 64), samples(1), 2)
+    assert len(compiled.tower.graphs.shapes) == 1
+
+
+# -- decoding ------------------------------------------------------------------------------------------------------
+
+
+def hidden_states(model, batch, reducer, step, steps=STEPS):
+    """[steps, B, D]: another token at every step."""
+    with torch.inference_mode():
+        state, _ = prefill(model, batch, reducer)
+        tokens = model.llm.embed_tokens(torch.arange(steps * len(batch)).view(steps, len(batch), 1) % 60)
+        return torch.stack([step(model.llm, state, token)[:, 0] for token in tokens]), state
+
+
+@pytest.mark.parametrize("method", ["full", "consensusdrop", "visiondrop"])
+def test_the_traced_step_equals_step(tiny, method):
+    """Padded prompts, another length in every layer, and rooms that grow."""
+    reducer = build(tiny, method)
+    expected, plain = hidden_states(tiny, samples(3), reducer, decoder.step)
+    found, state = hidden_states(tiny, samples(3), reducer, CompiledStep(tiny.llm, "eager"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert plain.fixed is None and state.steps == 0
+    assert state.fixed.lengths == [layer.get_seq_length() for layer in plain.cache.layers]
+
+
+# -- the plain way, said once --------------------------------------------------------------------------------------
+
+
+def test_a_smaller_batch_and_too_many_shapes_take_the_plain_way(tiny, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "GRAPHS", 1)
+    step, reducer = CompiledStep(tiny.llm, "eager"), build(tiny, "full")
+    order = ((samples(2), True), (samples(1), False), (samples(3), False), (samples(1), False), (samples(3), False))
+    for batch, compiled in order:
+        expected, _ = hidden_states(tiny, batch, reducer, decoder.step, 2)
+        found, state = hidden_states(tiny, batch, reducer, step, 2)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert (state.fixed is not None) == compiled and state.steps == (0 if compiled else 2)
+    said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 2 and "a batch of 1 is smaller" in said[0] and "there are 1 graphs already" in said[1]
+
+
+def test_too_many_lengths_are_prefilled_in_the_plain_way(model, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "GRAPHS", 1)
+    compiled = compile_model(model, "eager")
+    for method in ("full", "visiondrop"):
+        same(model, compiled, build(model, method), samples(1))
+    assert "prefill takes the plain way for some batches: there are 1 graphs" in caplog.text
+    assert len(compiled.layers.graphs.shapes) == 1
+
+
+def test_merging_in_the_tower_takes_the_plain_way(model, caplog):
+    compiled = compile_model(model, "eager")
+    same(model, compiled, build(model, "tome"), samples(1))
+    assert "tome merges tokens inside of it" in caplog.text and not compiled.tower.graphs.shapes
+
+
+def test_what_is_not_compiled_is_said(model, caplog):
+    model.shares_prefix = True
+    compile_model(model, "eager")
+    assert "with --share-prefix the prefill is not compiled" in caplog.text
+
+
+# -- refused -------------------------------------------------------------------------------------------------------
+
+
+def test_models_that_cannot_be_compiled_are_refused(model, monkeypatch):
+    monkeypatch.setattr(model.llm, "ranks", 2, raising=False)
+    with pytest.raises(UserError, match="leave --tensor-parallel and --zero out"):
+        compile_model(model)
+    monkeypatch.undo()
+    monkeypatch.setattr(model.llm.config, "_attn_implementation", "eager")
+    with pytest.raises(UserError, match="set to eager"):
+        compile_model(model)
+
+
+def test_a_graph_that_cannot_be_compiled_ends_in_a_sentence(model):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    model.compiled = compile_model(model, broken)
+    with pytest.raises(UserError, match=r"could not compile the vision tower.*no compiler here"):
+        generate(model, samples(1), build(model, "full"), 1)
+
+
+def test_seconds_of_compiling_are_kept_apart(model):
+    """What a first call takes is no time of the graph."""
+    compiled = compile_model(model, "eager")
+    same(model, compiled, build(model, "full"), samples(1))
+    spent = compiled.seconds
+    assert spent > 0
+    generate(model, samples(1), build(model, "full"), 4)
+    assert compiled.seconds == spent
