@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--clock cpu leaves out the GPU's time, and the model is on {model.device}; use --clock wall.")
     names = args.method.split(",")
     options = chosen_options(args.set, names)
-    reducers = reducers_of(names, args.budget, options, model)
+    reducers = reducers_of([FULL], args.budget, options, model) | reducers_of(names, args.budget, options, model)
     theirs, oracle_names = oracles(reducers, model.spec) if args.oracle else ({}, {})
     settings = {
         "scenario": args.scenario,

@@ -9,6 +9,7 @@ from typing import Any
 Rounds = Sequence[dict[str, float]]  # seconds by name, one dictionary per round
 
 CONFIDENCE = 0.95
+FEWEST = 6  # rounds whose whole range covers the median so often
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,26 @@ class Ratio:
 
 
 def paired(rounds: Rounds, name: str, reference: str) -> Ratio:
-    """The ratio of two times in each round; what slows both in a round cancels.
+    """The ratio of two times in each round; what slows both in a round cancels."""
+    return over_rounds([row[name] / row[reference] for row in rounds])
+
+
+def over_rounds(ratios: Sequence[float]) -> Ratio:
+    """The median of the ratios of all rounds, and its interval.
 
     Source:
         The interval is that of the sign test: order statistics of the ratios, without an assumption on how they are
         distributed (Conover, Practical Nonparametric Statistics, 1999, section 3.2).
     """
-    ratios = sorted(row[name] / row[reference] for row in rounds)
-    outer = interval_rank(len(ratios))
-    return Ratio(median(ratios), ratios[outer], ratios[-1 - outer])
+    ordered = sorted(ratios)
+    outer = interval_rank(len(ordered))
+    return Ratio(median(ordered), ordered[outer], ordered[-1 - outer])
 
 
 def interval_rank(rounds: int) -> int:
     """How many values may be left out at either end, so that the rest spans the median with 95 % confidence.
 
-    0, the whole range, also where that is too few rounds: below 6 it covers the median less often.
+    0, the whole range, also where that is too few rounds: below FEWEST it covers the median less often.
     """
     rank, tail = 0, 0.0
     while rank < rounds // 2:
