@@ -119,7 +119,7 @@ def test_a_method_that_reads_values_is_counted_where_there_are_some(tiny):
 
 @pytest.mark.parametrize("method", ["divprune", "cdpruner", "scope", "visiondrop"])
 def test_operations_are_those_of_the_measured_model(method):
-    """The table of shapes gave CDPruner 2,386 above its oracle: its greedy choice as a plain loop of the meta device."""
+    """CDPruner was 2,386 above its oracle in a table of shapes: a greedy choice is a plain loop on the meta device."""
     with patch.dict(SHAPES, {"small": narrow("llava-1.5-7b", 128, 4)}):
         model = random_llava("small", None, "float32")
         shapes = random_llava("small", 1, "float32", device=torch.device("meta"))

@@ -148,7 +148,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         )
     if any(one["waits"] is None for one in counts):
         found.append(
-            "Waits n/a: on a CPU nothing waits. `vtr bench ops` counts the waits of the toy model on torch's meta device."
+            "Waits n/a: on a CPU nothing waits. `vtr bench ops` counts those of the toy model on torch's meta device."
         )
     if gate is not None:
         found.append(

@@ -6,6 +6,8 @@ from math import comb
 from statistics import median
 from typing import Any
 
+from llava.errors import UserError
+
 Rounds = Sequence[dict[str, float]]  # seconds by name, one dictionary per round
 
 CONFIDENCE = 0.95
@@ -55,19 +57,29 @@ def interval_rank(rounds: int) -> int:
     return max(0, rank - 1)
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def table(results: Sequence[dict[str, Any]], beside: str | None = None) -> str:
     """Results of several comparisons as a Markdown table: a row for all but the reference of each.
 
     Args:
         results: what `alternate.compare` returned. The first name of a comparison's rounds is its reference.
+        beside: another reference.
+
+    Raises:
+        UserError: a comparison did not measure `beside`.
     """
     lines = ["| comparison | seconds | beside it | seconds | ratio | rounds |", "|---|---|---|---|---|---|"]
     for result in results:
         rounds: Rounds = result["rounds"]
-        reference, *others = rounds[0]
+        names = list(rounds[0])
+        if beside is not None and beside not in names:
+            raise UserError(f"{result['name']} measured {', '.join(names)}, not {beside!r}; choose one of these.")
+        reference = beside or names[0]
+        title = result["name"] if beside is None else f"{result['name']}: {beside}"
         ours = median(row[reference] for row in rounds)
-        for name in others:
+        for name in names:
+            if name == reference:
+                continue
             theirs = median(row[name] for row in rounds)
-            cells = [result["name"], f"{ours:.2f}", name, f"{theirs:.2f}", str(paired(rounds, name, reference))]
+            cells = [title, f"{ours:.2f}", name, f"{theirs:.2f}", str(paired(rounds, name, reference))]
             lines.append(f"| {' | '.join(cells)} | {len(rounds)} |")
     return "\n".join(lines)
