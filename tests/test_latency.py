@@ -12,7 +12,7 @@ from eval.efficiency.latency import measure as measuring
 from eval.efficiency.latency import run as latency_run
 from eval.efficiency.latency.__main__ import main, parser
 from eval.efficiency.latency.accuracy import Gate, gate
-from eval.efficiency.latency.fitting import fits
+from eval.efficiency.latency.fitting import needed, room
 from eval.efficiency.latency.measure import Measured, endless, measure, once, percentile
 from eval.efficiency.latency.measurements import Measurements
 from eval.efficiency.latency.methods import chosen_options, oracles
@@ -110,13 +110,46 @@ def test_a_batch_that_does_not_fit_is_said_and_not_tried_again(tiny, monkeypatch
     assert tried == ["full"]
 
 
-def test_a_batch_beyond_the_free_memory_of_a_cpu_is_not_tried(tiny, monkeypatch):
-    """A CPU has no error for memory that is used up: the system ends the process."""
-    reducer = registry.build("full", 16)
-    monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 30)
-    assert fits(tiny, reducer, samples(2), 4)
+def test_a_batch_beyond_the_free_memory_of_a_cpu_is_not_tried(tiny, tiny_path, monkeypatch, tmp_path):
+    """A CPU has no error for memory that is used up: the system ends the process. The page said "does not fit" only."""
+    full = registry.build("full", 16)
+    one, two = (needed(tiny, full, samples(count, ()), 3) for count in (1, 2))
+    monkeypatch.setattr(fitting, "free_memory", lambda device: int((one + two) / 2 / 0.9))
+    assert one < room(tiny) < two
+    tried = []
+    real = measuring.once
+    monkeypatch.setattr(measuring, "once", lambda *given: tried.append(len(given[2])) or real(*given))
+    flags = ["--method", "uniform", "--budget", "16", "--model", str(tiny_path), "--device", "cpu", "--no-counts"]
+    found = run(
+        parser().parse_args([*flags, "--repeats", "1", "--lengths", "3", "--batch-size", "1,2,4", "--no-oracle"])
+    )
+    assert set(tried) == {1} and [batch["batch_size"] for batch in found["batches"]] == [1, 2], "4 is no use after 2"
+    text = page(found)
+    assert "Batches of 2 questions do not fit, and were not tried: expected beside the weights are full " in text
+    assert found["batches"][0]["needed_bytes"] == {} and set(found["batches"][1]["needed_bytes"]) == {"full", "uniform"}
+    json.dumps(found)
+
+
+def test_a_plot_of_nothing_ends_in_a_sentence(tiny_path, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 10)
-    assert not fits(tiny, reducer, samples(2), 4)
+    flags = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--no-counts", "--device", "cpu"]
+    assert main([*flags, "--plot", str(tmp_path / "p.png")]) == 2
+    said = capsys.readouterr()
+    assert "One question does not fit, and was not tried" in said.out and "nothing to draw" in said.err
+
+
+def test_weights_beyond_the_free_memory_of_a_cpu_are_not_made(monkeypatch, capsys):
+    """32 layers of their own in float32 are 26 GB."""
+    made = []
+    real = latency_run.random_llava
+    monkeypatch.setattr(
+        latency_run, "random_llava", lambda *given, **more: made.append(more["device"].type) or real(*given, **more)
+    )
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 20 << 30)
+    flags = ["--method", "uniform", "--budget", "64", "--shape", "llava-1.5-7b", "--distinct", "32"]
+    assert main([*flags, "--device", "cpu"]) == 2
+    assert made == ["meta"]
+    assert "The weights of random llava-1.5-7b need 26.3 GiB, and 20.0 GiB are free" in capsys.readouterr().err
 
 
 def test_the_cpu_clock_does_not_run_while_the_process_waits(tiny, monkeypatch):
@@ -344,11 +377,13 @@ def test_latency_refuses_options_that_would_go_nowhere(settings, methods, messag
         chosen_options(settings, methods)
 
 
-def test_latency_puts_random_weights_on_the_device(monkeypatch):
+def test_latency_puts_random_weights_on_the_device(monkeypatch, tiny):
     """`--shape ... --device cuda` ignored the device and timed the CPU."""
     placed = []
 
     def build(*_, device, **__):
+        if device.type == "meta":
+            return tiny  # for its sizes
         placed.append(device)
         raise UserError("built")
 

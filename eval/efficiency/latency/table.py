@@ -8,6 +8,7 @@ from eval.config import FULL
 from eval.efficiency.latency.measure import PARTS, percentile
 from eval.efficiency.latency.scenarios import SCENARIOS
 from eval.efficiency.peers.ratios import FEWEST
+from eval.efficiency.quantities import size_text
 from eval.tables.page import markdown
 
 FAILED = "†"  # below the accuracy gate
@@ -36,14 +37,20 @@ def conditions(result: dict[str, Any]) -> str:
     kernels = " / ".join(sorted({", ".join(row["attention"]) for row in rows if row["attention"]})) or "unknown"
     lengths = ", ".join(map(str, result["lengths"]))
     answers = f"answers of {lengths} tokens" if lengths else "the prefill alone"
+    threads, repeats = counted_noun(result["threads"], "thread"), counted_noun(result["repeats"], "turn")
     distinct = f", {result['distinct_layers']} of them with their own weights" if result["distinct_layers"] else ""
     return (
-        f"{result['model']}, budget {result['budget']}, {result['layers']} decoder layers{distinct}, "
+        f"{result['model']}, budget {result['budget']}, {counted_noun(result['layers'], 'decoder layer')}{distinct}, "
         f"{result['dtype']}, {CLOCK_TEXT[result['clock']]}, "
-        f"{result['device']} ({result['hardware']}), {result['threads']} threads; scenario {result['scenario']}: "
-        f"{SCENARIOS[result['scenario']].summary}, {answers}; median of {result['repeats']} turns after a warm-up, "
+        f"{result['device']} ({result['hardware']}), {threads}; scenario {result['scenario']}: "
+        f"{SCENARIOS[result['scenario']].summary}, {answers}; median of {repeats} after a warm-up, "
         f"methods in turns; attention kernel of every row, full too: {kernels}."
     )
+
+
+def counted_noun(number: int, noun: str) -> str:
+    """ "1 turn", "5 turns"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
@@ -150,6 +157,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         found.append(
             "Waits n/a: on a CPU nothing waits. `vtr bench ops` counts those of the toy model on torch's meta device."
         )
+    found += [too_large(batch) for batch in result["batches"] if batch["needed_bytes"]]
     if gate is not None:
         found.append(
             f"Accuracy on the first {gate['questions']} questions of {gate['title']}; {FAILED} marks less than "
@@ -158,6 +166,20 @@ def notes(result: dict[str, Any]) -> list[str]:
     if any(not row.get("ratios", {}).get("calm", True) for row in rows):
         found.append(f"{BUSY} The slowest turn of this method or of full took 25 % longer than the fastest, or more.")
     return found
+
+
+def too_large(batch: dict[str, Any]) -> str:
+    """What a batch was not tried for: on a CPU, memory that is used up ends the process."""
+    needs = ", ".join(f"{name} {size_text(need)}" for name, need in batch["needed_bytes"].items())
+    one = batch["batch_size"] == 1
+    asked = (
+        "One question does not fit, and was"
+        if one
+        else f"Batches of {batch['batch_size']} questions do not fit, and were"
+    )
+    return (
+        f"{asked} not tried: expected beside the weights are {needs}, and {size_text(batch['free_bytes'])} may be used."
+    )
 
 
 def sentence(name: str, budget: int, found: dict[str, Any]) -> str:
