@@ -5,6 +5,7 @@ Questions of a batch about one image share a pass, and so do those of later batc
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def image_bytes(model: Llava, reducer: Reducer, image: TokenLayout, itemsize: in
         model: on the meta device, where its tower computes shapes alone.
         itemsize: bytes of a feature; scores are float32.
     """
-    tower = model.tower_of(image.temporal)
+    tower: Any = model.tower_of(image.temporal)
     weight = next(tower.parameters())
     side = tower.config.image_size
     pixels = torch.empty(len(image.crops), 3, side, side, dtype=weight.dtype, device=weight.device)
