@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.efficiency.growth.narrow import narrow
 from eval.efficiency.growth.series import Size, model_of
@@ -13,6 +14,7 @@ from eval.efficiency.latency.questions import noise_batches
 from eval.efficiency.shapes import SHAPES, VICUNA_7B, random_llava
 from llava.errors import UserError
 from llava.model.checkpoint.original_layout import CLIP_L_336
+from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.crop_budget import require
 from tests.conftest import samples
@@ -49,6 +51,18 @@ def test_counted_operations_are_those_of_the_papers_formula():
     assert found.flops == pytest.approx(found.formula, rel=0.01)
     # 32 layers, keys and values, 32 heads of 128 channels, two bytes.
     assert found.kv_bytes_per_layer == ((576 + text) * 2 * 4096 * 2,) * 32
+
+
+class Recorded(TorchDispatchMode):
+    """Every operation as (name, whether it is no view): the plainest counter there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found.append((str(function), not function.is_view))
+        return function(*args, **(kwargs or {}))
 
 
 def runnable(method, budget, options, model):
@@ -96,9 +110,33 @@ def test_a_method_that_reads_values_is_counted_where_there_are_some(tiny):
         def __getattr__(self, name):
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")
 
-    assert count(tiny, reducer, asked, Readless()).tokens_per_layer == (8,) * 4
+    found = count(tiny, reducer, asked, Readless())
+    assert found.tokens_per_layer == (8,) * 4
+    assert found.waits is None, "a 0 would say that the host waits for nothing; on a CPU there is nothing to wait for"
     with pytest.raises(NotImplementedError):
         count(Readless(), reducer, asked)
+
+
+@pytest.mark.parametrize("method", ["divprune", "cdpruner", "scope", "visiondrop"])
+def test_operations_are_those_of_the_measured_model(method):
+    """CDPruner was 2,386 above its oracle in a table of shapes: a greedy choice is a plain loop on the meta device."""
+    with patch.dict(SHAPES, {"small": narrow("llava-1.5-7b", 128, 4)}):
+        model = random_llava("small", None, "float32")
+        shapes = random_llava("small", 1, "float32", device=torch.device("meta"))
+    asked, reducer = noise_batches(model, 1, False)(0), registry.build(method, 64)
+    found = count(model, reducer, asked, shapes)
+    with torch.inference_mode():
+        prefill(model, asked, reducer)  # what depends on sizes alone is made in a first prefill
+        with Recorded() as recorded:
+            state, _ = prefill(model, asked, reducer)
+            model.logits(state.hidden).argmax(-1)
+    ours = [name for name, _ in recorded.found]
+    # Reading and preparing the image is no work of the device.
+    with torch.inference_mode(), Recorded() as before:
+        model.views(asked[0].image)
+    assert found.operations == len(ours) - len(before.found)
+    assert found.kernels == sum(kernel for _, kernel in recorded.found) - sum(kernel for _, kernel in before.found)
+    assert found.waits == 1, "the copy of the pixels, seen on the meta device"
 
 
 @pytest.mark.parametrize("method", sorted(set(registry.names()) - {"full"}))

@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from eval.efficiency.dispatched import Calls, Reads, calls_of, main, on_meta, question, waits_of
+from eval.efficiency.dispatched import (
+    HEAD,
+    Beside,
+    Call,
+    Calls,
+    Reads,
+    calls_of,
+    line_of,
+    main,
+    on_meta,
+    question,
+    waits_of,
+)
 from eval.efficiency.oracle import oracle_of
 from llava.model.builder import load
 from llava.reduction import registry
@@ -130,6 +142,20 @@ def test_sees_what_makes_the_host_wait(run):
 )
 def test_sees_copies_that_block(run, waits):
     assert sum(call.waits for call in counted(run, "meta").found) == waits
+
+
+def test_operations_and_kernels_are_both_given_over_the_oracles():
+    """Only operations were, of which most can be views that cost a GPU nothing."""
+    view, kernel = Call("selection", "", "view"), Call("selection", "", "add", kernel=True)
+    found = Beside([view] * 5 + [kernel] * 7, [view, kernel], [view] * 4 + [kernel] * 6, [])
+    row = dict(zip(HEAD, found.cells(), strict=True))
+    assert (row["operations"], row["over flat"], row["over same"]) == (12, "+10", "+2")
+    assert (row["kernels"], row["kernels over flat"], row["kernels over same"]) == (7, "+6", "+1")
+    without = dict(zip(HEAD, Beside([view], [kernel], None, []).cells(), strict=True))
+    assert (without["over flat"], without["kernels over flat"]) == ("+0", "-1")
+    assert without["over same"] == without["kernels over same"] == "-"
+    head, line = line_of("", HEAD), line_of("some", found.cells())
+    assert len(head) == len(line) and line.index("+6") + 2 == head.index("kernels over flat") + len("kernels over flat")
 
 
 def test_the_command_prints_a_row_and_its_lines(capsys):

@@ -7,13 +7,16 @@ from functools import partial
 import pytest
 import torch
 
-from eval.config import ROOT, RunConfig, embedded_model
-from eval.efficiency import estimate, memory
+from eval.benchmarks.base import Question
+from eval.config import DEFAULT_DATA, ROOT, RunConfig, embedded_model
+from eval.efficiency import estimate, memory, tower_passes, workload
 from eval.efficiency.quantities import duration, listed, size_text
 from eval.efficiency.rates import Rates, measure_rates
 from eval.efficiency.workload import Workload
+from eval.feature_cache import CachingLlava
 from eval.job import read_questions
 from eval.parallel.placement import Placement
+from eval.run import run
 from llava.errors import UserError
 from llava.model.builder import load, runtime
 from llava.model.checkpoint import files
@@ -138,8 +141,9 @@ def toy() -> estimate.Estimate:
     config = RunConfig("consensusdrop", 64)
     data, _ = read_questions(config)
     model = outline(config.model)
-    work = estimate.workload(model, data, data.questions, 8, 128)
-    return estimate.Estimate(model, registry.build("consensusdrop", 64), work, 8, 128, torch.float32, rates=SPEED)
+    reducer = registry.build("consensusdrop", 64)
+    work = estimate.workload(model, data, data.questions, 8, 128, reducer)
+    return estimate.Estimate(model, reducer, work, 8, 128, torch.float32, rates=SPEED)
 
 
 def test_budget_batch_and_dtype_move_the_numbers(toy):
@@ -158,15 +162,56 @@ def test_the_workload_is_counted_on_the_real_questions(toy):
     config = RunConfig("full")
     data, _ = read_questions(config)
     assert toy.work.questions == len(data.questions)
-    images = {"passes": 0}
-    for batch in batches(data.questions, 8):
-        images["passes"] += len({question.images for question in batch})
-    assert toy.work.passes == images["passes"] < len(data.questions)
+    images = {question.images for question in data.questions}
+    assert toy.work.passes == toy.work.images == len(images) < len(data.questions), "all of them fit into the memory"
     assert toy.work.steps == 1, "the toy benchmark's answers are single words, and the end token follows"
 
 
-def batches(questions, size):
-    return [questions[start : start + size] for start in range(0, len(questions), size)]
+@pytest.mark.parametrize(("name", "bound"), [("consensusdrop", 3), ("visionzip", 1000), ("tome", 1000)])
+def test_passes_and_remembered_bytes_are_those_of_the_run(name, bound, monkeypatch, tmp_path):
+    """Passes were counted batch by batch, and what is remembered between batches was no part of the memory."""
+    config = RunConfig(name, 64, data=DEFAULT_DATA, output=str(tmp_path), limit=40, batch_size=4)
+    data, _ = read_questions(config)
+    reducer, model = registry.build(name, 64), outline(config.model)
+    each = tower_passes.image_bytes(model, reducer, memory.layout_of(model), 4)
+    monkeypatch.setattr(workload, "RUN_BYTES", bound * each)
+    work = estimate.workload(model, data, data.questions[:40], 4, 128, reducer)
+    caching = CachingLlava(load(config.model, device="cpu"), bound * each)
+    own, seen, held = CachingLlava.encode_images, [], []
+
+    def encode_images(model, pictures, keys, reducer, timer):
+        found = own(model, pictures, keys, reducer, timer)
+        seen.append(len(pictures) - model.remembered)
+        held.append(model._bytes)
+        return found
+
+    monkeypatch.setattr(CachingLlava, "encode_images", encode_images)
+    run(config, caching)
+    assert work.passes == sum(seen)
+    if name == "tome":  # its images are reduced inside the tower
+        assert work.images == 0 and max(held) == 0
+    else:
+        assert work.images == len({question.images for question in data.questions[:40]})
+        assert max(held) == min(bound, work.images) * each
+
+
+def test_remembered_images_are_part_of_the_memory(toy):
+    none = replace(toy, work=replace(toy.work, images=0))
+    features, attention, head_keys = 577 * 128, 576, 576 * 32  # with the CLS token; what ConsensusDrop reads
+    assert toy.remembered == toy.work.images * 4 * (features + attention + head_keys)
+    assert toy.peak - none.peak == toy.remembered and toy.record()["remembered_bytes"] == toy.remembered
+    many = replace(toy, work=replace(toy.work, images=10**6))
+    assert many.remembered == 512 << 20, "no more than a run keeps"
+    assert "remembered images" not in "\n".join(none.lines())
+
+
+def test_replicas_remember_each_for_themselves():
+    """Two images, asked in turns: one replica sees each once, two see both."""
+    one, other = (Question(name, "", "", (f"{name}.png",), "") for name in "ab")
+    batches = [[one], [one], [other], [other]]
+    assert [tower_passes.tower_passes(batches, 1, 10, count) for count in (1, 2)] == [2, 4]
+    assert tower_passes.tower_passes([[one, one], [other, one]], 1, 0) == 3
+    assert tower_passes.tower_passes([[one], [other], [one]], 1, 1) == 3, "the first is forgotten first"
 
 
 def test_replicas_share_the_questions_and_ranks_of_one_processor_its_speed(toy):
@@ -210,6 +255,7 @@ def test_quantised_weights_are_smaller(toy):
 
 
 def test_what_does_not_fit_comes_with_what_would(toy):
+    toy = replace(toy, work=replace(toy.work, images=0))  # what is remembered does not depend on the batch
     tight = replace(toy, batch_size=64, free=toy.peak * 2, device="cuda:0")
     assert tight.fits is False
     advice = tight.remedies()
@@ -283,5 +329,5 @@ def test_quantities_in_words():
 def test_the_example_of_the_page_is_current(toy):
     """Its lines that do not depend on the machine."""
     page = (ROOT / "docs" / "cluster.md").read_text()
-    for line in toy.lines()[:3]:
+    for line in toy.lines()[:4]:
         assert line in page, line

@@ -294,7 +294,7 @@ def test_options_are_read_with_and_without_the_method_in_front():
 def test_latency_reads_options_as_eval_does(tiny, setting):
     """`--set METHOD.KEY=VALUE` of eval was "Unknown option" in latency."""
     reducers = reducers_of(["consensusdrop"], 4, options_by_method(["consensusdrop"], [setting]), tiny)
-    assert reducers["consensusdrop"].alpha == 0.25 and reducers["full"].budget == 16
+    assert list(reducers) == ["consensusdrop"] and reducers["consensusdrop"].alpha == 0.25
 
 
 @pytest.mark.parametrize("device", ["foo", "", "meta", "mps", "cuda:99", "cpu:x"])

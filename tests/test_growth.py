@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from eval.efficiency.growth import series
 from eval.efficiency.growth.__main__ import main
 from eval.efficiency.growth.fit import fit
 from eval.efficiency.growth.series import Size, grid, model_of
@@ -68,6 +69,17 @@ def test_a_run_measures_fits_and_draws(tmp_path, capsys):
     assert [(p["method"], p["tokens"], p["batch"]) for p in points][-1] == ("fastervlm", 256, 2) and len(points) == 12
     assert all(point["ttft"] > 0 for point in points)
     assert (tmp_path / "r" / "g.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_budget_that_tiles_cannot_share_is_refused_before_anything_is_measured(capsys, monkeypatch):
+    """The run ended at its third size: 64 tokens are no whole number for each of three tiles."""
+    measured = []
+    monkeypatch.setattr(series, "once", lambda *_: measured.append(1))
+    flags = ["--methods", "fastervlm,downsample", "--tokens", "256,512,768", "--budget", "64", "--width", "64"]
+    assert main([*flags, "--layers", "1", "--blocks", "2", "--repeats", "1", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "At 768 visual tokens: downsample" in said and "divisible by 3 tiles, got 64" in said
+    assert not measured
 
 
 def test_a_width_without_whole_heads_is_refused(capsys):

@@ -1,6 +1,7 @@
 """The efficiency protocol on the tiny random model: what is timed, the ratios, the gate, the tables."""
 
 import json
+import random
 import time
 from types import SimpleNamespace
 
@@ -12,14 +13,14 @@ from eval.efficiency.latency import measure as measuring
 from eval.efficiency.latency import run as latency_run
 from eval.efficiency.latency.__main__ import main, parser
 from eval.efficiency.latency.accuracy import Gate, gate
-from eval.efficiency.latency.fitting import fits
+from eval.efficiency.latency.fitting import needed, room
 from eval.efficiency.latency.measure import Measured, endless, measure, once, percentile
 from eval.efficiency.latency.measurements import Measurements
 from eval.efficiency.latency.methods import chosen_options, oracles
 from eval.efficiency.latency.ratios import ratios
 from eval.efficiency.latency.run import run
 from eval.efficiency.latency.stages import StageTimer
-from eval.efficiency.latency.table import page, runs
+from eval.efficiency.latency.table import page, runs, spanned
 from llava.errors import UserError
 from llava.pipeline.faster.compiled_model import compile_model
 from llava.pipeline.generate import generate
@@ -89,11 +90,11 @@ def test_methods_take_turns_and_every_turn_asks_its_own_question(tiny, monkeypat
     assert asked == [
         ("q0", "full"),
         ("q0", "uniform"),
-        ("q1", "full"),
         ("q1", "uniform"),
+        ("q1", "full"),
         ("q2", "full"),
         ("q2", "uniform"),
-    ]
+    ], "every second turn in reverse"
     assert found["uniform"].ttfts == (1.0, 1.0), "without the warm-up"
 
 
@@ -111,13 +112,46 @@ def test_a_batch_that_does_not_fit_is_said_and_not_tried_again(tiny, monkeypatch
     assert tried == ["full"]
 
 
-def test_a_batch_beyond_the_free_memory_of_a_cpu_is_not_tried(tiny, monkeypatch):
-    """A CPU has no error for memory that is used up: the system ends the process."""
-    reducer = registry.build("full", 16)
-    monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 30)
-    assert fits(tiny, reducer, samples(2), 4)
+def test_a_batch_beyond_the_free_memory_of_a_cpu_is_not_tried(tiny, tiny_path, monkeypatch, tmp_path):
+    """A CPU has no error for memory that is used up: the system ends the process. The page said "does not fit" only."""
+    full = registry.build("full", 16)
+    one, two = (needed(tiny, full, samples(count, ()), 3) for count in (1, 2))
+    monkeypatch.setattr(fitting, "free_memory", lambda device: int((one + two) / 2 / 0.9))
+    assert one < room(tiny) < two
+    tried = []
+    real = measuring.once
+    monkeypatch.setattr(measuring, "once", lambda *given: tried.append(len(given[2])) or real(*given))
+    flags = ["--method", "uniform", "--budget", "16", "--model", str(tiny_path), "--device", "cpu", "--no-counts"]
+    found = run(
+        parser().parse_args([*flags, "--repeats", "1", "--lengths", "3", "--batch-size", "1,2,4", "--no-oracle"])
+    )
+    assert set(tried) == {1} and [batch["batch_size"] for batch in found["batches"]] == [1, 2], "4 is no use after 2"
+    text = page(found)
+    assert "Batches of 2 questions do not fit, and were not tried: expected beside the weights are full " in text
+    assert found["batches"][0]["needed_bytes"] == {} and set(found["batches"][1]["needed_bytes"]) == {"full", "uniform"}
+    json.dumps(found)
+
+
+def test_a_plot_of_nothing_ends_in_a_sentence(tiny_path, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 10)
-    assert not fits(tiny, reducer, samples(2), 4)
+    flags = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--no-counts", "--device", "cpu"]
+    assert main([*flags, "--plot", str(tmp_path / "p.png")]) == 2
+    said = capsys.readouterr()
+    assert "One question does not fit, and was not tried" in said.out and "nothing to draw" in said.err
+
+
+def test_weights_beyond_the_free_memory_of_a_cpu_are_not_made(monkeypatch, capsys):
+    """32 layers of their own in float32 are 26 GB."""
+    made = []
+    real = latency_run.random_llava
+    monkeypatch.setattr(
+        latency_run, "random_llava", lambda *given, **more: made.append(more["device"].type) or real(*given, **more)
+    )
+    monkeypatch.setattr(fitting, "free_memory", lambda device: 20 << 30)
+    flags = ["--method", "uniform", "--budget", "64", "--shape", "llava-1.5-7b", "--distinct", "32"]
+    assert main([*flags, "--device", "cpu"]) == 2
+    assert made == ["meta"]
+    assert "The weights of random llava-1.5-7b need 26.3 GiB, and 20.0 GiB are free" in capsys.readouterr().err
 
 
 def test_the_cpu_clock_does_not_run_while_the_process_waits(tiny, monkeypatch):
@@ -142,12 +176,12 @@ def test_percentiles_lie_between_their_neighbours():
 
 def measured(vision, selection, merging, prefill_seconds, kv=400, flops=1500, **more):
     seconds = {"vision": vision, "selection": selection, "merging": merging, "prefill": prefill_seconds}
-    return Measured(seconds, kv, flops, 7, **more)
+    return Measured(seconds, kv, flops, 7, **{"ttfts": (sum(seconds.values()),) * 2} | more)
 
 
 def test_ratios_to_full_and_to_the_oracle():
     full = measured(1.0, 0.0, 0.0, 8.0, decode=0.4, end_to_end={1: (9.0, 9.0), 3: (10.0, 12.0)}, ttfts=(9.0, 9.0))
-    ours = measured(1.5, 0.25, 0.25, 2.0, 100, 300, decode=0.1, end_to_end={1: (4.5,), 3: (5.5,)}, ttfts=(4.0, 4.9))
+    ours = measured(1.5, 0.25, 0.25, 2.0, 100, 300, decode=0.1, end_to_end={1: (4.5,), 3: (5.5,)}, ttfts=(4.0, 4.0))
     found = ratios(full, ours, oracle=measured(1.0, 0.0, 0.0, 2.2))
     assert found.ttft == 9 / 4 and found.flops == 5 and found.realised == pytest.approx(9 / 4 / 5)
     assert found.over_oracle == pytest.approx(4 / 3.2 - 1) and found.end_to_end == {1: 2, 3: 2} and found.decode == 4
@@ -155,6 +189,47 @@ def test_ratios_to_full_and_to_the_oracle():
     assert found.with_scores == 1 / 4, "what the tower takes longer is the scores' part of selection"
     assert found.kv_bytes == 4 and found.calm
     assert not ratios(full, measured(1.0, 0.0, 0.0, 3.0, ttfts=(3.0, 4.0))).calm
+
+
+def in_turns(*seconds):
+    return measured(0.0, 0.0, 0.0, 1.0, ttfts=seconds)
+
+
+def middle(values):
+    """The median by its definition: half of the values are not above it, half not below."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def test_times_are_divided_turn_by_turn():
+    """The medians are 10, 6 and 5 seconds, of three different turns: their ratios are 1.67 and 1.2."""
+    full, ours, oracle = in_turns(9, 10, 18), in_turns(3, 10, 6), in_turns(2, 5, 6)
+    found = ratios(full, ours, oracle=oracle)
+    assert found.ttft == 3 and found.ttft_interval == (1, 3)
+    assert found.over_oracle == 0.5 and found.over_oracle_interval == (0, 1)
+    drift = [1.3**turn for turn in range(7)]
+    steady = ratios(in_turns(*(9 * slow for slow in drift)), in_turns(*(3 * slow for slow in drift)))
+    assert steady.ttft == pytest.approx(3) and steady.ttft_interval == pytest.approx((3, 3)) and not steady.calm
+
+
+@pytest.mark.parametrize("turns", [1, 2, 5, 6, 9])
+def test_ratios_of_turns_are_those_of_their_definition(turns):
+    draw = random.Random(turns)
+    full, ours, oracle = ([draw.uniform(1, 9) for _ in range(turns)] for _ in range(3))
+    found = ratios(in_turns(*full), in_turns(*ours), oracle=in_turns(*oracle))
+    faster = [full[turn] / ours[turn] for turn in range(turns)]
+    slower = [ours[turn] / oracle[turn] for turn in range(turns)]
+    assert found.ttft == pytest.approx(middle(faster)) and found.over_oracle == pytest.approx(middle(slower) - 1)
+    # At 9 turns one may be left out at either end (tests/test_peers.py counts why), at fewer none.
+    out = 1 if turns == 9 else 0
+    low, high = found.over_oracle_interval
+    assert (low, high) == pytest.approx((sorted(slower)[out] - 1, sorted(slower, reverse=True)[out] - 1))
+
+
+def test_other_numbers_of_turns_are_no_pairs():
+    with pytest.raises(ValueError):
+        ratios(in_turns(1, 2), in_turns(1, 2, 3))
 
 
 def test_methods_with_the_same_tokens_at_the_same_stages_share_an_oracle(tiny):
@@ -221,7 +296,10 @@ def test_the_page_says_everything_and_json_can_hold_it(result):
         "methods in turns",
     ):
         assert said in text
+    assert "numpy on a CPU" in text and "Waits n/a" in text and "all turns: too few for 95 %" in text
     json.dumps(result)
+    assert spanned(2.064, (1.98, 2.111), "{:.2f}") == "2.06 (1.98 to 2.11)"
+    assert spanned(1.0, (1.0, 1.0), "{:.2f}") == "1.00" and spanned(None, None, "{:.2f}") == "n/a"
     assert runs([576, 576, 64]) == "576 x2, 64 x1" and runs([64, 64]) == "64"
 
 
@@ -301,11 +379,13 @@ def test_latency_refuses_options_that_would_go_nowhere(settings, methods, messag
         chosen_options(settings, methods)
 
 
-def test_latency_puts_random_weights_on_the_device(monkeypatch):
+def test_latency_puts_random_weights_on_the_device(monkeypatch, tiny):
     """`--shape ... --device cuda` ignored the device and timed the CPU."""
     placed = []
 
     def build(*_, device, **__):
+        if device.type == "meta":
+            return tiny  # for its sizes
         placed.append(device)
         raise UserError("built")
 

@@ -8,11 +8,13 @@ from itertools import product
 import pytest
 import torch
 
+from eval.efficiency.growth.narrow import narrow
 from eval.efficiency.peers import __main__ as command
 from eval.efficiency.peers import ours, stock
-from eval.efficiency.peers.alternate import compare
+from eval.efficiency.peers.alternate import compare, refuse_unequal
 from eval.efficiency.peers.protocol import Worker
 from eval.efficiency.peers.ratios import interval_rank, paired, table
+from eval.efficiency.shapes import SHAPES, random_llava
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
@@ -142,6 +144,23 @@ def test_the_table_has_a_row_for_everything_but_the_reference():
     assert theirs == "| pair | 2.00 | theirs | 3.00 | 1.50 (1.50 to 1.50) | 7 |"
 
 
+def test_workers_with_models_of_different_depth_are_refused():
+    """`peers.sh dense full 576 --layers 8` gave the flag to our worker alone: 8 layers beside 32."""
+    workers = [line(f'print(\'{{\\"ready\\": 1, \\"layers\\": {layers}}}\')') for layers in (8, 32)]
+    with pytest.raises(UserError, match="say layers 8, 32; give all of them the same model"):
+        compare("unequal", workers, 1, 1)
+    refuse_unequal([{"ready": 1, "layers": 8}, {"ready": 2}, {"ready": 3, "layers": 8, "dtype": "bfloat16"}])
+
+
+def test_another_reference_divides_in_the_same_rounds():
+    rounds = [{"full": 9.0, "ours": 3.0, "stock": 12.0}, {"full": 10.0, "ours": 2.0, "stock": 10.0}]
+    *_, full, stock_row = table([{"name": "pair", "rounds": rounds}], "ours").splitlines()
+    assert full == "| pair: ours | 2.50 | full | 9.50 | 4.00 (3.00 to 5.00) | 2 |"
+    assert stock_row == "| pair: ours | 2.50 | stock | 11.00 | 4.50 (4.00 to 5.00) | 2 |"
+    with pytest.raises(UserError, match="pair measured full, ours, stock, not 'oracle'"):
+        table([{"name": "pair", "rounds": rounds}], "oracle")
+
+
 def test_the_command_writes_a_result_that_it_reads_again(fake, tmp_path, capsys):
     path = tmp_path / "new" / "pair.json"
     words = ["measure", "--name", "pair", "--rounds", "3", "--threads", "1", "--json", str(path)]
@@ -183,6 +202,73 @@ def test_our_worker_measures_a_method_and_its_oracle_on_new_images(tiny, monkeyp
     assert ready["visual tokens per layer"] == (16, 5, 5, 5)
 
 
+def test_our_worker_measures_several_methods_under_their_names(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ours, "build", lambda args: tiny)
+    monkeypatch.setattr(ours, "serve", lambda ready, measure: seen.extend([ready, measure()]))
+    words = ["--method", "full,consensusdrop,fastv", "--budget", "8", "--set", "fastv.schedule=kept"]
+    assert ours.main([*words, "--oracle"]) == 0
+    ready, found = seen
+    assert list(found) == ["full", "consensusdrop", "fastv", "oracle of consensusdrop", "oracle of fastv"]
+    assert ready["visual tokens per layer"]["fastv"] == (16, 8, 8, 8)
+    assert ours.main(["--method", "full"]) == 0 and list(seen[-1]) == ["ours"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--method", "full,fastv"], "needs a --budget"),
+        (["--method", "trim", "--budget", "8", "--set", "adaptive=true", "--oracle"], "so it has no oracle"),
+    ],
+)
+def test_flags_of_our_worker_that_make_no_sense(words, sentence, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(ours, "build", lambda args: tiny)
+    monkeypatch.setattr(registry.method("trim"), "check", lambda *_: None)
+    assert ours.main(words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_stock_with_attentions_gives_the_same_token_and_the_maps_of_the_definition(tiny):
+    """A user who scores tokens by the text gets what eager attention computes, and SDPA is back afterwards."""
+    hf, (ids, pixels) = tiny.hf_model, stock.inputs(tiny, 0)
+    token, maps = stock.attentive(hf, ids, pixels)
+    assert token.tolist() == stock.dense(hf, ids, pixels).tolist()
+    assert len(maps) == tiny.spec.layers and hf.model.language_model.config._attn_implementation == "sdpa"
+    decoder, attention = hf.model.language_model, hf.model.language_model.layers[0].self_attn
+    features = torch.cat(tuple(hf.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output))
+    hidden = decoder.embed_tokens(ids).masked_scatter((ids == hf.config.image_token_id)[..., None], features)
+    entering = decoder.layers[0].input_layernorm(hidden)[0]
+    length, width, groups = entering.shape[0], attention.head_dim, attention.num_key_value_groups
+    cosines, sines = decoder.rotary_emb(hidden, torch.arange(length)[None])
+    for head in range(maps[0].shape[1]):
+        rows = []
+        for linear, number in ((attention.q_proj, head), (attention.k_proj, head // groups)):
+            own = linear(entering)[:, number * width : (number + 1) * width]
+            halves = torch.cat([-own[:, width // 2 :], own[:, : width // 2]], dim=1)
+            rows.append(own * cosines[0] + halves * sines[0])
+        logits = rows[0] @ rows[1].T / width**0.5
+        logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+        torch.testing.assert_close(maps[0][0, head], logits.softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_stock_gives_the_maps_of_layers_that_share_weights(monkeypatch):
+    """Their attention stayed on SDPA, which gives no maps and takes less time."""
+    monkeypatch.setitem(SHAPES, "small", narrow("llava-1.5-7b", 64, 3, blocks=2))
+    model = random_llava("small", 1, "float32")
+    _, maps = stock.attentive(model.hf_model, *stock.inputs(model, 0))
+    assert len(maps) == 3
+    assert all(torch.allclose(one.sum(-1), torch.ones(())) for one in maps)
+
+
+def test_the_stock_worker_measures_with_and_without_attentions(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(stock, "build", lambda args: tiny)
+    monkeypatch.setattr(stock, "serve", lambda ready, measure: seen.extend([measure(), measure()]))
+    assert stock.main(["--attentions"]) == 0
+    assert [list(found) for found in seen] == [["transformers", "transformers, output_attentions"]] * 2
+    assert stock.main(["--layer", "2", "--keep", "5"]) == 0 and list(seen[-1]) == ["transformers, eager attention"]
+
+
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_what_a_user_would_write_gives_our_logits(layer, tiny):
     """The comparison is fair only if both compute the same: FastV's rule, by eager attention and by ours."""
@@ -215,6 +301,7 @@ def test_eager_is_used_for_one_layer_only(tiny):
     ("words", "sentence"),
     [
         (["--layer", "2"], "belong together"),
+        (["--attentions", "--layer", "2", "--keep", "4"], "--attentions asks the dense model"),
         (["--layer", "9", "--keep", "4"], "--layer should be 1 to 3"),
         (["--layer", "2", "--keep", "99"], "--keep should be 1 to 16"),
     ],

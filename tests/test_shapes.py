@@ -29,6 +29,8 @@ def test_random_model_has_the_real_shape(monkeypatch):
     # Full depth, three layers' weights: the others share them and keep their own place in the cache.
     assert [layer.self_attn.layer_idx for layer in layers] == list(range(32))
     assert len({layer.mlp.up_proj.weight.data_ptr() for layer in layers}) == 3
+    # Shared layers had copies of the configuration and stayed on SDPA where the model was set to eager attention.
+    assert all(layer.self_attn.config is model.llm.config for layer in layers)
     for method in ("full", "trim"):
         reducer = registry.build(method, 576 if method == "full" else 64)
         answers = generate(model, samples(1), reducer, max_new_tokens=2).answers

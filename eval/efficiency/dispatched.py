@@ -8,6 +8,8 @@ stands still until the device has caught up. Counted is one question about one i
 prepared pixels to the first token, after one warm-up.
 
 * An operation is one call of an ATen function (`aten::...`), as in inference; a kernel is one that is no view.
+* Both are also given as what is over the oracle with the budget in every layer (flat), and over the one with the same
+  tokens in every layer as the method (same).
 * A wait is a value that the host reads (`item`, `tolist`, `bool`, `cpu`, `numpy`), a shape that depends on values
   (`nonzero`, a boolean mask as index), or a copy from the host that blocks. Waits are seen only where the host and the
   device are two: on a GPU, or on the "meta" device, which computes shapes alone and needs no hardware.
@@ -28,15 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import ROOT, count
+from eval.efficiency.latency.methods import reducers_of
 from eval.efficiency.oracle import flat_oracle, oracle_of
-from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Timer
 from llava.pipeline.prefill import prefill
 from llava.processing.sample import Sample
-from llava.reduction import registry
-from llava.reduction.crop_budget import planned, require
+from llava.reduction.crop_budget import planned
 from llava.reduction.reducer import Reducer
 
 PARTS = ("vision", "selection", "prefill")
@@ -231,26 +232,42 @@ class Beside:
 
     Attributes:
         calls: of the method.
-        flat: number of operations of the oracle with the budget in every layer.
-        schedule: of the oracle with the method's own tokens per layer; None where these depend on the image.
+        flat: of the oracle with the budget in every layer.
+        same: of the oracle with the method's own tokens per layer; None where these depend on the image.
         waits: of the host.
     """
 
     calls: list[Call]
-    flat: int
-    schedule: int | None
+    flat: list[Call]
+    same: list[Call] | None
     waits: list[Call]
 
-    def row(self, name: str) -> str:
-        """One line of the table."""
+    def cells(self) -> list[int | str]:
+        """One line of the table, in the order of HEAD."""
         parts = Counter(call.part for call in self.calls)
-        total, over = len(self.calls), "-" if self.schedule is None else f"{len(self.calls) - self.schedule:+d}"
-        cells: list[int | str] = [total, sum(call.kernel for call in self.calls), *(parts[part] for part in PARTS)]
-        cells += [f"{total - self.flat:+d}", over, len(self.waits)]
-        return f"{name:16}" + "".join(f"{cell:>11}" for cell in cells)
+        cells: list[int | str] = [len(self.calls), kernels(self.calls), *(parts[part] for part in PARTS)]
+        for oracle in (self.flat, self.same):
+            if oracle is None:
+                cells += ["-", "-"]
+            else:
+                cells += [f"{len(self.calls) - len(oracle):+d}", f"{kernels(self.calls) - kernels(oracle):+d}"]
+        return [*cells, len(self.waits)]
 
 
-HEAD = ("operations", "kernels", *PARTS, "over flat", "over same", "waits")
+HEAD = (
+    *("operations", "kernels", *PARTS),
+    *("over flat", "kernels over flat", "over same", "kernels over same", "waits"),
+)
+
+
+def kernels(calls: Iterable[Call]) -> int:
+    """How many of the operations launch a kernel."""
+    return sum(call.kernel for call in calls)
+
+
+def line_of(name: str, cells: Iterable[object]) -> str:
+    """A name and its cells, each below its title in HEAD."""
+    return f"{name:16}" + "".join(f"{cell:>{max(11, len(title) + 2)}}" for title, cell in zip(HEAD, cells, strict=True))
 
 
 def beside_oracles(model: Llava, shapes: Llava, reducer: Reducer, samples: list[Sample]) -> Beside:
@@ -259,28 +276,10 @@ def beside_oracles(model: Llava, shapes: Llava, reducer: Reducer, samples: list[
     Args:
         shapes: the same model on the "meta" device.
     """
-    flat = flat_oracle(reducer.budget)
-    schedule = None
+    flat, same = calls_of(model, flat_oracle(reducer.budget), samples), None
     if planned(reducer, model.spec) is not None:
-        schedule = len(calls_of(model, oracle_of(reducer, model.spec), samples))
-    calls = calls_of(model, reducer, samples)
-    return Beside(calls, len(calls_of(model, flat, samples)), schedule, waits_of(shapes, reducer, samples))
-
-
-def chosen(names: str, budget: int, model: Llava) -> dict[str, Reducer]:
-    """The methods that can run at a budget; with "all" those that cannot are told on standard error."""
-    found = {}
-    for name in registry.names() if names == "all" else names.split(","):
-        reducer = registry.build(name, model.visual_tokens if name == "full" else budget)
-        try:
-            require(reducer, model.spec)
-        except UserError as error:
-            if names != "all":
-                raise
-            print(f"{name} is left out: {error}", file=sys.stderr)
-            continue
-        found[name] = reducer
-    return found
+        same = calls_of(model, oracle_of(reducer, model.spec), samples)
+    return Beside(calls_of(model, reducer, samples), flat, same, waits_of(shapes, reducer, samples))
 
 
 @exit_on_user_error
@@ -292,10 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="also list the operations by part and line, and the waits")
     args = parser.parse_args(arguments)
     model, shapes = load(device="cpu"), on_meta(load(device="cpu"))
-    print(f"{'':16}" + "".join(f"{cell:>11}" for cell in HEAD))
-    for name, reducer in chosen(args.method, args.budget, model).items():
+    print(line_of("", HEAD))
+    for name, reducer in reducers_of(args.method.split(","), args.budget, {}, model).items():
         found = beside_oracles(model, shapes, reducer, question())
-        print(found.row(name))
+        print(line_of(name, found.cells()))
         if args.list:
             for (part, line), number in Counter((call.part, call.line) for call in found.calls).items():
                 print(f"  {number:4} {part:10} {line}")

@@ -21,6 +21,7 @@ from eval.efficiency.memory import QuestionShape
 from eval.efficiency.quantities import duration, listed, size_text
 from eval.efficiency.rates import Rates, measure_rates
 from eval.efficiency.workload import Workload, workload
+from eval.feature_cache import RUN_BYTES
 from eval.job import read_questions
 from eval.parallel.placement import Placement
 from eval.settings import build_reducer
@@ -123,11 +124,17 @@ class Estimate:
         split = self.spread.tensor_parallel
         return memory.activations(self.model, self.reducer, self.batch, self.dtype.itemsize, split)
 
+    @property
+    def remembered(self) -> int:
+        """Bytes of the tower's output that a rank remembers at the most (eval/feature_cache.py)."""
+        return min(RUN_BYTES, ceil(self.work.images * self.work.image_bytes))
+
     @cached_property
     def peak(self) -> int:
         """Bytes that a rank needs on its device at the most."""
         found = self.activations
-        return self.weights.total + max(found.vision, found.prefill_with_cache, found.decode + self.kv_bytes)
+        most = max(found.vision, found.prefill_with_cache, found.decode + self.kv_bytes)
+        return self.weights.total + self.remembered + most
 
     @property
     def fits(self) -> bool | None:
@@ -235,6 +242,11 @@ class Estimate:
         stages = dataclasses.asdict(self.activations)
         del stages["prefill_with_cache"]
         lines.append(f"activations about {listed(stages, max(stages.values()))}")
+        if self.remembered:
+            lines.append(
+                f"remembered images up to {size_text(self.remembered)}: the vision tower sees {self.work.passes:,} for "
+                f"{self.work.questions:,} questions"
+            )
         lines += [f"note: {note}" for note in self.notes]
         lines.append(self._verdict())
         return lines + self._times()
@@ -285,6 +297,8 @@ class Estimate:
             "weights_outside_device": self.weights.host,
             "kv_bytes": self.kv_bytes,
             "activations": dataclasses.asdict(self.activations),
+            "remembered_bytes": self.remembered,
+            "tower_passes": self.work.passes,
             "peak_bytes": self.peak,
             "free_bytes": self.free,
             "fits": self.fits,
@@ -323,8 +337,9 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
         1 if place is None else place.replicas, here, config.tensor_parallel, config.zero, config.zero_ranks
     )
     longest = config.max_new_tokens or data.max_new_tokens
-    work = workload(model, data, planned, config.batch_size, longest)
     dtype = DTYPES[config.dtype]
+    model.shares_prefix = config.share_prefix
+    work = workload(model, data, planned, config.batch_size, longest, reducer, dtype.itemsize, spread.replicas)
     llm: Any = model.llm
     rows = sum(max(memory.lengths(model, reducer, shape)) for shape in work.shapes[: config.batch_size])
     rates = measure_rates(device, dtype, max(1, rows), llm.embed_tokens.embedding_dim, llm.config.intermediate_size)

@@ -206,8 +206,10 @@ def share_layers(llm: LlamaModel, layers: int) -> None:
     own = len(llm.layers)
     for index in range(own, layers):
         source = cast(LlamaDecoderLayer, llm.layers[index % own])
-        # Parameters in the memo are shared; everything else is copied.
-        shared = copy.deepcopy(source, {id(weight): weight for weight in source.parameters()})
+        # What is in the memo is shared, everything else is copied. A copied configuration would keep its attention
+        # kernel when the model is given another.
+        memo: dict[int, Any] = {id(weight): weight for weight in source.parameters()}
+        shared = copy.deepcopy(source, memo | {id(llm.config): llm.config})
         shared.self_attn.layer_idx = index
         llm.layers.append(shared)
     llm.config.num_hidden_layers = layers

@@ -6,12 +6,17 @@ from typing import Any
 
 from PIL import Image
 
+from eval.batches import asking_order
 from eval.benchmarks.base import Dataset, Question
-from eval.efficiency.memory import QuestionShape, layout_of
+from eval.efficiency.memory import FLOAT32, QuestionShape, layout_of
+from eval.efficiency.tower_passes import image_bytes, keys, remembers, tower_passes
+from eval.feature_cache import RUN_BYTES
+from eval.outcomes import chunks
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.processing.sample import Sample
 from llava.processing.video import Video
+from llava.reduction.reducer import Reducer
 
 SAMPLED = 64  # questions whose prompts and images are read
 
@@ -25,19 +30,36 @@ class Workload:
         steps: decoding steps of a batch after the first token, if answers are as long as the references; 0 where there
             are no references.
         questions: all questions of the run.
-        passes: images that the vision tower sees in the whole run; questions of a batch about one image share it.
+        passes: images that the vision tower sees in the whole run (eval/efficiency/tower_passes.py).
+        images: distinct images of the run whose tower output is remembered; 0 where none is.
+        image_bytes: of the remembered output of one image, on average.
     """
 
     shapes: tuple[QuestionShape, ...]
     steps: float
     questions: int
     passes: int
+    images: int = 0
+    image_bytes: float = 0.0
 
 
 def workload(
-    model: Llava, data: Dataset, planned: Sequence[Question], batch_size: int, max_new_tokens: int
+    model: Llava,
+    data: Dataset,
+    planned: Sequence[Question],
+    batch_size: int,
+    max_new_tokens: int,
+    reducer: Reducer,
+    itemsize: int = FLOAT32,
+    replicas: int = 1,
 ) -> Workload:
-    """Prompts and images of evenly spaced questions, and the length of their reference answers."""
+    """Prompts and images of evenly spaced questions, the length of their reference answers, and passes of the tower.
+
+    Args:
+        model: on the meta device.
+        itemsize: bytes of a feature of the tower.
+        replicas: that share the questions and remember images each for itself.
+    """
     if not planned:
         raise UserError(f"{data.title} has no question to estimate; raise --limit.")
     stride = max(1, len(planned) // SAMPLED)
@@ -46,11 +68,12 @@ def workload(
     answers = [len(model.tokenizer(q.answer, add_special_tokens=False).input_ids) for q in chosen if q.answer]
     groups = [answers[i : i + batch_size] for i in range(0, len(answers), batch_size)]
     steps = sum(min(max(group), max_new_tokens - 1) for group in groups) / len(groups) if groups else 0.0
-    passes = 0
-    for start in range(0, len(planned), batch_size):
-        batch = planned[start : start + batch_size]
-        passes += sum(map(len, {question.images: question.images for question in batch}))
-    return Workload(shapes, steps, len(planned), passes)
+    kept = remembers(model, reducer)
+    images = [image for shape in shapes for image in shape.images] if kept else []
+    each = sum(image_bytes(model, reducer, image, itemsize) for image in images) / max(1, len(images))
+    batches = list(chunks(asking_order(planned, planned, model, bool(reducer.acts_in)), batch_size))
+    passes = tower_passes(batches, each, RUN_BYTES if kept else 0, replicas)
+    return Workload(shapes, steps, len(planned), passes, len(keys(planned)) if kept else 0, each)
 
 
 def shape_of(model: Llava, data: Dataset, question: Question) -> QuestionShape:

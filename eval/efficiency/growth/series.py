@@ -10,6 +10,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from eval.config import FULL
 from eval.efficiency.growth.narrow import narrow
 from eval.efficiency.latency.measure import once, ticking
 from eval.efficiency.latency.memory_peak import start_peak
@@ -18,6 +19,7 @@ from eval.efficiency.shapes import SHAPES, random_llava
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.reduction import registry
+from llava.reduction.crop_budget import require
 from llava.reduction.reducer import Reducer
 
 SIDE, TILE = 224, 256  # pixels of a tile, and its visual tokens
@@ -78,11 +80,23 @@ def model_of(tokens: int, size: Size, device: torch.device, dtype: str) -> Llava
 
 def reducer_of(name: str, budget: int, model: Llava) -> Reducer:
     """The method with all tiles of an image as one view, its most expensive case, where it has that choice."""
+    if name == FULL:
+        return registry.build(FULL, model.visual_tokens)
     keep = min(budget, model.visual_tokens)
     try:
         return registry.build(name, keep, {"crops": "global"})
     except UserError:
         return registry.build(name, keep)
+
+
+def refuse(methods: Sequence[str], budget: int, model: Llava) -> None:
+    """Raise UserError, with the number of tokens, where a method cannot meet the budget on this model."""
+    for name in methods:
+        reducer = reducer_of(name, budget, model)
+        try:
+            require(reducer, model.spec)
+        except UserError as error:
+            raise UserError(f"At {model.visual_tokens:,} visual tokens: {error}") from error
 
 
 def measure_growth(
@@ -96,12 +110,18 @@ def measure_growth(
     dtype: str = "float32",
     clock: str = "wall",
 ) -> list[Point]:
-    """Measure every method at every number of tokens (batch 1) and at every batch size (the smallest number)."""
+    """Measure every method at every number of tokens (batch 1) and at every batch size (the smallest number).
+
+    Raises:
+        UserError: before anything is measured, where a method cannot meet the budget at one of the numbers of tokens.
+    """
+    for count in tokens:
+        refuse(methods, budget, model_of(count, size, torch.device("meta"), dtype))
     found = []
     places = [(count, 1) for count in tokens] + [(tokens[0], batch) for batch in batches if batch > 1]
     for count, batch in tqdm(places, desc="growth", unit="size", disable=None):
         model = model_of(count, size, device, dtype)
-        reducers = {n: registry.build("full", count) if n == "full" else reducer_of(n, budget, model) for n in methods}
+        reducers = {name: reducer_of(name, budget, model) for name in methods}
         asked = noise_batches(model, batch, False)(0)
         rows: dict[str, list[tuple[float, float, int]]] = {name: [] for name in reducers}
         for turn in range(repeats + 1):

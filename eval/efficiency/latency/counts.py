@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from eval.efficiency.dispatched import READS, calls_of
+from eval.efficiency.dispatched import READS, calls_of, kernels
 from eval.efficiency.latency.noted import Noted
 from llava.model.llava_arch import Llava
 from llava.pipeline.prefill import prefill
@@ -38,12 +38,14 @@ class Counts(Computed):
     """The same, and what the host asks of the device.
 
     Attributes:
-        operations: ATen operations that were dispatched, views included.
-        waits: how often the host waited for the device.
+        operations: ATen operations that were dispatched, views included, on the measured model.
+        kernels: those that are no views.
+        waits: how often the host waited for the device; None where it was counted on a CPU, on which nothing waits.
     """
 
     operations: int
-    waits: int
+    kernels: int
+    waits: int | None
 
 
 def flash_on_cpu(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -60,23 +62,26 @@ def flop_counter() -> FlopCounterMode:
 def count(model: Llava, reducer: Reducer, samples: list[Sample], shapes: Llava | None = None) -> Counts:
     """Count one prefill of a batch.
 
+    Operations are counted on `model`: a greedy choice is a loop of hundreds of them on the meta device, arrays of numpy
+    on a CPU and one graph on a GPU (llava/reduction/greedy/).
+
     Args:
-        shapes: the same model on the meta device, which computes shapes alone and counts in seconds; methods that read
-            values are counted on `model`.
+        shapes: the same model on the meta device, which computes shapes alone and counts products, bytes and waits in
+            seconds; of methods that read values these are counted on `model`.
     """
-    for counted in (shapes, model):
-        if counted is None:
-            continue
+    asked = calls_of(model, reducer, samples)
+    waiting, found = None if model.device.type == "cpu" else asked, None
+    if shapes is not None:
         try:
-            found = computed(counted, reducer, samples)
-            calls = calls_of(counted, reducer, samples)
+            found, waiting = computed(shapes, reducer, samples), calls_of(shapes, reducer, samples)
         except RuntimeError:  # "Cannot copy out of meta tensor": the method reads values
-            if counted is model:
-                raise
-            continue
-        operations = sum(call.name not in READS for call in calls)
-        return Counts(**vars(found), operations=operations, waits=sum(call.waits for call in calls))
-    raise AssertionError("the measured model is always counted")
+            found = None
+    return Counts(
+        **vars(found or computed(model, reducer, samples)),
+        operations=sum(call.name not in READS for call in asked),
+        kernels=kernels(asked),
+        waits=None if waiting is None else sum(call.waits for call in waiting),
+    )
 
 
 @torch.inference_mode()

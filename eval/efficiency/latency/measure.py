@@ -74,7 +74,9 @@ def measure(
     clock: str = "wall",
     compiled: Mapping[str, Llava] | None = None,
 ) -> dict[str, Measured | None]:
-    """Measure each method `repeats` times in turns, after one warm-up each.
+    """Measure each method `repeats` times in turns, after one warm-up each; every second turn in reverse.
+
+    So a machine that slows down within turns slows the first and the last method alike over two turns.
 
     Args:
         ask: turn -> the batch that all methods are asked in it; turn 0 is the warm-up.
@@ -87,7 +89,8 @@ def measure(
         None for a method whose batch did not fit into the device's memory.
     """
     kept, compiled = kept or Measurements(), compiled or {}
-    rounds = [(turn, name) for turn in range(repeats + 1) for name in reducers]
+    orders = [list(reducers), list(reversed(reducers))]
+    rounds = [(turn, name) for turn in range(repeats + 1) for name in orders[turn % 2]]
     too_large = {name for (_, name, size), row in kept.found.items() if size == batch and not row}
     for turn, name in tqdm(rounds, desc=f"batches of {batch}", unit="turn", disable=None):
         if (turn, name, batch) in kept.found or name in too_large:

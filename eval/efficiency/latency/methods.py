@@ -35,15 +35,18 @@ def chosen_options(settings: Sequence[str], names: Sequence[str]) -> dict[str, d
 def reducers_of(
     names: Sequence[str], budget: int, options: dict[str, dict[str, str]], model: Llava
 ) -> dict[str, Reducer]:
-    """`full` and the methods that can run at this budget; those that cannot are listed on standard error.
+    """The methods that can run at this budget; of all methods, those that cannot are told on standard error.
 
     Args:
-        names: methods, or "all".
+        names: methods, or "all". `full` keeps every token at any budget.
         options: by method.
+
+    Raises:
+        UserError: a method that was named cannot run at this budget.
     """
-    found = {FULL: registry.build(FULL, model.visual_tokens)}
+    found = {}
     everything = list(names) == [EVERYTHING]
-    for name in [n for n in registry.names() if n != FULL] if everything else names:
+    for name in registry.names() if everything else names:
         reducer = registry.build(name, model.visual_tokens if name == FULL else budget, options.get(name, {}))
         try:
             require(reducer, model.spec)

@@ -5,12 +5,17 @@ from typing import Any
 
 from eval.config import FULL
 from eval.efficiency.latency.measure import PARTS
+from llava.errors import UserError
 
 COLOURS = ("#56B4E9", "#D55E00", "#E69F00", "#0072B2")  # of PARTS, readable with every kind of colour vision
 
 
 def plot(path: Path, result: dict[str, Any]) -> None:
-    """Draw the first batch size of a result."""
+    """Draw the first batch size of a result.
+
+    Raises:
+        UserError: nothing fitted into the memory, so there is nothing to draw.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,6 +23,8 @@ def plot(path: Path, result: dict[str, Any]) -> None:
 
     batch = result["batches"][0]
     rows = {name: row for name, row in batch["methods"].items() if row["fits"] and not name.startswith("oracle of")}
+    if not rows:
+        raise UserError("No method fitted into the memory, so there is nothing to draw; leave --plot out.")
     names = sorted(rows, key=lambda name: (name == FULL, rows[name]["ttft"]), reverse=True)
     figure, axes = plt.subplots(figsize=(8.6, 1.4 + 0.32 * len(names)), dpi=150)
     left = [0.0] * len(names)
@@ -42,7 +49,8 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     asked = "one question" if batch["batch_size"] == 1 else f"batches of {batch['batch_size']} questions"
     of = f"{result['model'].rpartition('/')[2]} at {result['budget']} tokens, {asked}"
     axes.set_title(f"Time to the first token, {of}", fontsize=10)
-    axes.set_xlabel(f"milliseconds ({result['device']}, {result['layers']} decoder layers, {result['dtype']})")
+    layers = f"{result['layers']} decoder layer{'s' * (result['layers'] > 1)}"
+    axes.set_xlabel(f"milliseconds ({result['device']}, {layers}, {result['dtype']})")
     axes.set_ylabel("method")
     axes.grid(axis="x", alpha=0.25)
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -10,7 +10,7 @@ import torch
 from eval.config import FULL, pairs
 from eval.efficiency.latency.accuracy import Gate, gate
 from eval.efficiency.latency.counts import Counts, count
-from eval.efficiency.latency.fitting import fits
+from eval.efficiency.latency.fitting import needed, refuse_large_weights, room
 from eval.efficiency.latency.measure import Measured, measure
 from eval.efficiency.latency.measurements import Measurements
 from eval.efficiency.latency.methods import (
@@ -28,7 +28,7 @@ from eval.efficiency.latency.scenarios import SCENARIOS, doubled
 from eval.efficiency.shapes import SHAPES, random_llava
 from eval.results.provenance import commit, hardware
 from llava.errors import UserError, unknown
-from llava.model.builder import device_of, load, parse
+from llava.model.builder import DTYPES, device_of, load, parse
 from llava.model.llava_arch import Llava
 
 NEXT_READING = {"merge": "spatial", "force": "672x672"}
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--clock cpu leaves out the GPU's time, and the model is on {model.device}; use --clock wall.")
     names = args.method.split(",")
     options = chosen_options(args.set, names)
-    reducers = reducers_of(names, args.budget, options, model)
+    reducers = reducers_of([FULL], args.budget, options, model) | reducers_of(names, args.budget, options, model)
     theirs, oracle_names = oracles(reducers, model.spec) if args.oracle else ({}, {})
     settings = {
         "scenario": args.scenario,
@@ -87,10 +87,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         graphs = compiled_copy(model) if args.compile else model
         compiled = {name: graphs for name in everything if name.endswith(COMPILED)}
         ask = noise_batches(model, size, scenario.differ)
-        there = {name: one for name, one in everything.items() if fits(model, one, ask(0), max(lengths, default=1))}
+        free = room(model)
+        longest = max(lengths, default=1)
+        needs = {name: needed(model, one, ask(0), longest) for name, one in everything.items() if free is not None}
+        there = {name: one for name, one in everything.items() if free is None or needs[name] < free}
         found = measure(model, there, ask, repeats, kept, lengths, size, args.clock, compiled)
         rows = {name: found.get(name) for name in everything}
         batches.append(batch_result(size, rows, counts, oracle_names, held))
+        batches[-1] |= {"free_bytes": free, "needed_bytes": {n: need for n, need in needs.items() if n not in there}}
         if not any(rows.values()):
             break
     return {
@@ -110,10 +114,11 @@ def models(args: argparse.Namespace) -> tuple[Llava, Llava | None]:
     if args.shape not in SHAPES:
         raise unknown("shape", args.shape, SHAPES)
     picture = reading_of(args.shape, pairs("--picture", args.picture))
-    placed = device_of(args.device)
+    placed, meta = device_of(args.device), torch.device("meta")
+    outline = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=meta, **picture)
+    refuse_large_weights(outline, DTYPES[args.dtype].itemsize, placed)
     model = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=placed, **picture)
-    meta = torch.device("meta")
-    return model, random_llava(args.shape, 1, args.dtype, args.layers, device=meta, **picture) if args.counts else None
+    return model, outline if args.counts else None
 
 
 def reading_of(shape: str, texts: dict[str, str]) -> dict[str, Any]:

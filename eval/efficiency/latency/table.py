@@ -7,6 +7,8 @@ from typing import Any
 from eval.config import FULL
 from eval.efficiency.latency.measure import PARTS, percentile
 from eval.efficiency.latency.scenarios import SCENARIOS
+from eval.efficiency.peers.ratios import FEWEST
+from eval.efficiency.quantities import size_text
 from eval.tables.page import markdown
 
 FAILED = "†"  # below the accuracy gate
@@ -35,14 +37,20 @@ def conditions(result: dict[str, Any]) -> str:
     kernels = " / ".join(sorted({", ".join(row["attention"]) for row in rows if row["attention"]})) or "unknown"
     lengths = ", ".join(map(str, result["lengths"]))
     answers = f"answers of {lengths} tokens" if lengths else "the prefill alone"
+    threads, repeats = counted_noun(result["threads"], "thread"), counted_noun(result["repeats"], "turn")
     distinct = f", {result['distinct_layers']} of them with their own weights" if result["distinct_layers"] else ""
     return (
-        f"{result['model']}, budget {result['budget']}, {result['layers']} decoder layers{distinct}, "
+        f"{result['model']}, budget {result['budget']}, {counted_noun(result['layers'], 'decoder layer')}{distinct}, "
         f"{result['dtype']}, {CLOCK_TEXT[result['clock']]}, "
-        f"{result['device']} ({result['hardware']}), {result['threads']} threads; scenario {result['scenario']}: "
-        f"{SCENARIOS[result['scenario']].summary}, {answers}; median of {result['repeats']} turns after a warm-up, "
+        f"{result['device']} ({result['hardware']}), {threads}; scenario {result['scenario']}: "
+        f"{SCENARIOS[result['scenario']].summary}, {answers}; median of {repeats} after a warm-up, "
         f"methods in turns; attention kernel of every row, full too: {kernels}."
     )
+
+
+def counted_noun(number: int, noun: str) -> str:
+    """ "1 turn", "5 turns"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
@@ -65,8 +73,9 @@ def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
         if found is None:
             cells += ["n/a"] * 4
         else:
-            over = "n/a" if found["over_oracle"] is None else f"{100 * found['over_oracle']:+.1f} %"
-            cells += [f"{found['ttft']:.2f}", over, f"{found['flops']:.2f}", f"{100 * found['realised']:.0f} %"]
+            cells += [spanned(found["ttft"], found["ttft_interval"], "{:.2f}")]
+            cells += [spanned(found["over_oracle"], found["over_oracle_interval"], "{:+.1%}").replace("%", " %")]
+            cells += [f"{found['flops']:.2f}", f"{100 * found['realised']:.0f} %"]
         if any(length > 1 for length in lengths):
             cells.append("n/a" if row["decode"] is None else ms(row["decode"]))
         cells += [ms(median(row["end_to_end"][length])) for length in lengths]
@@ -80,6 +89,14 @@ def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
     return markdown(header, lines)
 
 
+def spanned(value: float | None, interval: Sequence[float] | None, form: str) -> str:
+    """A median of ratios and its interval, "2.06 (1.98 to 2.11)"; without brackets where all turns gave the same."""
+    if value is None or interval is None:
+        return "n/a"
+    low, high = interval
+    return form.format(value) + ("" if low == high else f" ({form.format(low)} to {form.format(high)})")
+
+
 def marked(name: str, row: dict[str, Any]) -> str:
     """The name, with a mark for a failed gate and for turns far apart."""
     busy = not row.get("ratios", {}).get("calm", True)
@@ -90,7 +107,7 @@ def counted(rows: dict[str, dict[str, Any]]) -> str:
     """What depends on no clock: tokens, operations, bytes."""
     gate = any("accuracy" in row for row in rows.values())
     header = ["", "tokens per layer", "GFLOP", "formula", "KV MB", "KV KB per layer", "operations", "beside oracle"]
-    header += ["waits", "peak MB", *(["accuracy"] if gate else [])]
+    header += ["kernels", "beside oracle", "waits", "peak MB", *(["accuracy"] if gate else [])]
     lines = []
     for name, row in rows.items():
         if "counts" not in row:
@@ -99,8 +116,10 @@ def counted(rows: dict[str, dict[str, Any]]) -> str:
         oracle = rows.get(row["oracle"] or "", {}).get("counts")
         cells = [runs(own["tokens_per_layer"]), f"{own['flops'] / 1e9:.1f}", f"{own['formula'] / own['flops']:.3f}"]
         cells += [f"{sum(own['kv_bytes_per_layer']) / 1e6:.2f}"]
-        cells += [runs([round(size / 1e3) for size in own["kv_bytes_per_layer"]]), str(own["operations"])]
-        cells += [f"{own['operations'] - oracle['operations']:+d}" if oracle else "n/a", str(own["waits"])]
+        cells += [runs([round(size / 1e3) for size in own["kv_bytes_per_layer"]])]
+        for quantity in ("operations", "kernels"):
+            cells += [str(own[quantity]), f"{own[quantity] - oracle[quantity]:+d}" if oracle else "n/a"]
+        cells += ["n/a" if own["waits"] is None else str(own["waits"])]
         cells += [f"{row['peak_bytes'] / 1e6:.0f}" if row["fits"] else "n/a"]
         if gate:
             cells.append(f"{100 * row['accuracy']:.1f}" if "accuracy" in row else "")
@@ -129,6 +148,22 @@ def notes(result: dict[str, Any]) -> list[str]:
     """What the marks mean, where there are any."""
     rows = [row for batch in result["batches"] for row in batch["methods"].values()]
     found, gate = [], result["gate"]
+    if result["repeats"] > 1:
+        found.append(
+            "TTFT x and over oracle are medians of the ratios of every turn; in brackets the interval of that median "
+            f"({'order statistics, 95 %' if result['repeats'] >= FEWEST else 'all turns: too few for 95 %'})."
+        )
+    counts = [row["counts"] for row in rows if "counts" in row]
+    if counts:
+        found.append(
+            "Operations are those dispatched on this device. The steps of a greedy choice are none: they are arrays of "
+            "numpy on a CPU and one graph on a GPU."
+        )
+    if any(one["waits"] is None for one in counts):
+        found.append(
+            "Waits n/a: on a CPU nothing waits. `vtr bench ops` counts those of the toy model on torch's meta device."
+        )
+    found += [too_large(batch) for batch in result["batches"] if batch["needed_bytes"]]
     if gate is not None:
         found.append(
             f"Accuracy on the first {gate['questions']} questions of {gate['title']}; {FAILED} marks less than "
@@ -143,6 +178,20 @@ def notes(result: dict[str, Any]) -> list[str]:
             "graph that rows share counts in the first of them."
         )
     return found
+
+
+def too_large(batch: dict[str, Any]) -> str:
+    """What a batch was not tried for: on a CPU, memory that is used up ends the process."""
+    needs = ", ".join(f"{name} {size_text(need)}" for name, need in batch["needed_bytes"].items())
+    one = batch["batch_size"] == 1
+    asked = (
+        "One question does not fit, and was"
+        if one
+        else f"Batches of {batch['batch_size']} questions do not fit, and were"
+    )
+    return (
+        f"{asked} not tried: expected beside the weights are {needs}, and {size_text(batch['free_bytes'])} may be used."
+    )
 
 
 def sentence(name: str, budget: int, found: dict[str, Any]) -> str:

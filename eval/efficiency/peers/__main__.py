@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measuring.set_defaults(run=measure)
     tabulating = commands.add_parser("table", help="print the ratios of result files as Markdown")
     tabulating.add_argument("results", nargs="+", type=Path, help="files that measure wrote")
-    tabulating.set_defaults(run=lambda args: print(table([read(path) for path in args.results])) or 0)
+    tabulating.add_argument("--beside", metavar="NAME", help="divide by the times of this name, not of the first")
+    tabulating.set_defaults(run=lambda args: print(table(list(map(read, args.results)), args.beside)) or 0)
     args = parser.parse_args(arguments)
     return int(args.run(args))
 

@@ -12,6 +12,8 @@ from eval.efficiency.peers.protocol import Worker
 from eval.results.provenance import commit, hardware
 from llava.errors import UserError
 
+EQUAL = ("layers", "distinct_layers", "dtype", "threads")  # of all workers that say these of themselves
+
 
 def compare(name: str, commands: Sequence[str], rounds: int, threads: int) -> dict[str, Any]:
     """Measure the workers in turns, forwards in one round and backwards in the next.
@@ -27,11 +29,13 @@ def compare(name: str, commands: Sequence[str], rounds: int, threads: int) -> di
         What a result file holds: name, settings, what the workers say of themselves, and seconds by name per round.
 
     Raises:
-        UserError: a worker fails, or two workers measure something under the same name.
+        UserError: a worker fails, workers say that they run models of different size, or two measure something under
+            the same name.
     """
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(command, threads)) for command in commands]
         ready = [worker.ready() for worker in workers]
+        refuse_unequal(ready)
         names = [name for worker in workers for name in worker.measure()]
         if len(set(names)) != len(names):
             raise UserError(f"The workers measure {', '.join(names)}; a name may occur once.")
@@ -54,3 +58,11 @@ def compare(name: str, commands: Sequence[str], rounds: int, threads: int) -> di
         "workers": ready,
         "rounds": rows,
     }
+
+
+def refuse_unequal(ready: Sequence[dict[str, Any]]) -> None:
+    """Raise UserError where two workers that say how deep or how precise they are do not say the same."""
+    for key in EQUAL:
+        said = [worker[key] for worker in ready if key in worker]
+        if any(one != said[0] for one in said):
+            raise UserError(f"The workers say {key} {', '.join(map(str, said))}; give all of them the same model.")

@@ -1,7 +1,11 @@
 """The worker of stock transformers, on the same random weights: dense, or pruning that a user would write.
 
     python -m eval.efficiency.peers.stock                       # dense: `generate` for one token, SDPA
+    python -m eval.efficiency.peers.stock --attentions          # dense, and with output_attentions=True beside it
     python -m eval.efficiency.peers.stock --layer 2 --keep 64   # FastV's rule, on the attention of the eager kernel
+
+With `--attentions` a second measurement asks `generate` for the attention maps from which a user would score tokens by
+the text: all modules then run the eager kernel, as after `from_pretrained(attn_implementation="eager")`.
 
 FastV keeps the visual tokens to which the last token attends most in the layer before `--layer`. transformers returns
 attention from its eager kernel alone. The script below runs that one layer with it, all others with SDPA, and drops
@@ -12,7 +16,8 @@ import copy
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +26,7 @@ from transformers import DynamicCache
 
 from eval.command import exit_on_user_error, make_parser
 from eval.efficiency.latency.questions import noise_batches
-from eval.efficiency.peers.ours import add_model_flags, build, described
+from eval.efficiency.peers.ours import add_model_flags, alternately, build, described
 from eval.efficiency.peers.protocol import serve
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import UserError
@@ -45,6 +50,26 @@ def dense(hf: Any, ids: Tensor, pixels: Tensor) -> Tensor:
     return hf.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=1, do_sample=False
     )[:, -1]
+
+
+@torch.inference_mode()
+def attentive(hf: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """[1]: the first token of `generate`, and the attention maps of all decoder layers, [1, H, L, L] each."""
+    before = hf.config._attn_implementation
+    hf.set_attn_implementation("eager")
+    try:
+        found = hf.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels,
+            max_new_tokens=1,
+            do_sample=False,
+            output_attentions=True,
+            return_dict_in_generate=True,
+        )
+    finally:
+        hf.set_attn_implementation(before)
+    return found.sequences[:, -1], found.attentions[0]
 
 
 @torch.inference_mode()
@@ -93,14 +118,31 @@ def eager_layer(
     return output, found[0]
 
 
+def pruned_token(hf: Any, ids: Tensor, pixels: Tensor, layer: int, keep: int) -> Tensor:
+    """[1]: the first token of `pruned`."""
+    return pruned(hf, ids, pixels, layer, keep).argmax(-1)
+
+
+def seconds(run: Callable[..., object], *arguments: object) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - began
+
+
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code when the input ends."""
     parser = make_parser("eval.efficiency.peers.stock", __doc__)
+    parser.add_argument(
+        "--attentions", action="store_true", help="measure output_attentions=True beside the dense model"
+    )
     parser.add_argument("--layer", type=int, help="prune before this decoder layer")
     parser.add_argument("--keep", type=int, help="visual tokens from that layer on")
     add_model_flags(parser)
     args = parser.parse_args(arguments)
+    if args.attentions and args.keep is not None:
+        raise UserError("--attentions asks the dense model; leave --layer and --keep out.")
     if (args.layer is None) != (args.keep is None):
         raise UserError("--layer and --keep belong together; give both, or none for the dense model.")
     model = build(args)
@@ -108,18 +150,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--layer should be 1 to {model.spec.layers - 1}, got {args.layer}.")
     if args.keep is not None and not 1 <= args.keep <= model.visual_tokens:
         raise UserError(f"--keep should be 1 to {model.visual_tokens}, got {args.keep}.")
-    name, turns = "transformers" if args.keep is None else "transformers, eager attention", itertools.count()
+    runs: dict[str, Callable[..., object]] = {"transformers": dense}
+    if args.attentions:
+        runs["transformers, output_attentions"] = attentive
+    elif args.keep is not None:
+        runs = {"transformers, eager attention": partial(pruned_token, layer=args.layer, keep=args.keep)}
+    turns = itertools.count()
 
     def measure() -> dict[str, float]:
-        ids, pixels = inputs(model, next(turns))
-        began = time.perf_counter()
-        if args.keep is None:
-            dense(model.hf_model, ids, pixels)
-        else:
-            pruned(model.hf_model, ids, pixels, args.layer, args.keep).argmax(-1)
-        return {name: time.perf_counter() - began}
+        turn = next(turns)
+        ids, pixels = inputs(model, turn)
+        return alternately(
+            turn, {name: partial(seconds, run, model.hf_model, ids, pixels) for name, run in runs.items()}
+        )
 
-    serve(described(model, name, args), measure)
+    serve(described(model, ", then ".join(runs), args), measure)
     return 0
 
 
