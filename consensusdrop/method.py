@@ -43,17 +43,14 @@ def pool_attention(weights: Tensor, rows: Tensor | None, heads: str, pooling: st
             the others is spread over the whole image).
         pooling: "mean" or "max" over rows.
     """
-    if rows is None:
-        exists, count = None, weights.shape[2]
-    else:
-        exists, count = rows[:, None, :, None], rows.sum(-1)[:, None].clamp(min=1)
+    count = weights.shape[2] if rows is None else rows.sum(-1)[:, None].clamp(min=1)
     if heads == "sharp":
         entropy = -(weights.clamp(min=1e-12).log() * weights).sum(-1)
         entropy = (entropy if rows is None else entropy * rows[:, None]).sum(-1) / count
         half = max(1, weights.shape[1] // 2)
         sharpest = entropy.argsort(dim=1, stable=True)[:, :half]
         weights = weights.gather(1, sharpest[:, :, None, None].expand(-1, -1, *weights.shape[2:]))
-    weights = weights if exists is None else weights * exists
+    weights = weights if rows is None else weights * rows[:, None, :, None]
     if pooling == "max":
         return weights.amax(2).mean(1)
     return weights.sum(2).mean(1) / count

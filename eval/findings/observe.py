@@ -61,9 +61,10 @@ class Observer(Reducer):
 
     def prompt(self, state: PromptState) -> Reduction | None:
         self.notes[ENCODER] = state.scores[self.scores()[0]]
-        self.notes[COSINE] = text_scores(*state.text("question"), state.tokens, temperature=0.01)
-        attention, exists = state.text_attention(0, "question", rotary=False, contextual=False)
-        self.notes[PROBE] = pool_attention(attention, exists, "mean", "mean")
+        words, exists = state.text("question")
+        self.notes[COSINE] = text_scores(words, exists, state.tokens, temperature=0.01)
+        attention = state.text_attention(0, "question", rotary=False, contextual=False)
+        self.notes[PROBE] = pool_attention(*attention, "mean", "mean")
         self.notes["tokens"], self.notes["exists"] = state.tokens[0], exists
         # Layer 0 sees embeddings; its attention with rotation, the softmax over visual keys alone.
         if not self.reversed:

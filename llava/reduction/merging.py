@@ -32,9 +32,9 @@ def unit_length(vectors: Tensor) -> Tensor:
 @made_once
 def stride(total: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """[count] every n-th of `total` places, and all other places."""
-    every = range(0, total, max(1, total // count))[:count]
-    left = [place for place in range(total) if place not in every]
-    return tuple(torch.tensor(part, dtype=torch.int64).to(device, non_blocking=True) for part in (every, left))
+    every = torch.arange(0, total, max(1, total // count))[:count]
+    left = torch.ones(total, dtype=torch.bool).index_fill(0, every, False).nonzero().flatten()
+    return every.to(device, non_blocking=True), left.to(device, non_blocking=True)
 
 
 def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:

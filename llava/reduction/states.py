@@ -314,11 +314,10 @@ def unseen(sequence: Sequence, spans: Sequence_[Span], width: int) -> Tensor | N
     padding = tuple(map(sequence.padding, range(len(sequence.lengths)))) if sequence.padded else ()
     columns, device = padded_spans(sequence, spans), sequence.hidden.device
     count = sum(stop - start for start, stop in columns) * width
-    make = _unseen if count <= KEPT_MASK else _unseen.__wrapped__
+    make = _unseen_kept if count <= KEPT_MASK else _unseen
     return make(columns, padding, width, device)
 
 
-@made_once
 def _unseen(spans: tuple[Span, ...], padding: tuple[int, ...], width: int, device: torch.device) -> Tensor:
     """Of spans of columns of a padded batch, whose prompts begin after `padding` columns; () where none has any."""
     index, _ = _padded_columns(spans, device)
@@ -328,3 +327,6 @@ def _unseen(spans: tuple[Span, ...], padding: tuple[int, ...], width: int, devic
         first = torch.tensor(padding).to(device, non_blocking=True)
         after = after | (columns[None] < first[:, None, None])
     return after[:, None]
+
+
+_unseen_kept = made_once(_unseen)
