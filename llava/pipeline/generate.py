@@ -43,6 +43,7 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
     require(reducer, model.spec)
     timer, stop = Timer(model.device), model.stop
     step = model.compiled.step if model.compiled else decoder.step
+    before = model.compiled.by_stage if model.compiled else {}
     state, record = prefill(model, samples, reducer, timer)
     written: list[list[int]] = [[] for _ in samples]
     ends = cache(partial(may_end_stop, model, stop))
@@ -85,6 +86,8 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
             kept = [step.reduction.kept.tolist() for step in answer.trace]
             require_agreement(f"question {answer.id}", (answer.token_ids, kept), model.device)
     spent = timer.seconds
+    for name in before:  # a graph that was compiled for this batch serves others too
+        spent[name] = max(0.0, spent.get(name, 0.0) - (model.compiled.by_stage[name] - before[name]))
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, record.runs))
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images)
