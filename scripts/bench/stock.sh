@@ -2,7 +2,7 @@
 # Stock transformers beside this repository, on random weights of one shape: `generate` as a user runs it (SDPA), the same with
 # output_attentions=True (eager), which a user needs to score visual tokens by the text, our full model, and our methods that
 # score by attention in the decoder. Two workers take turns, so they need the memory of two models. Kept in
-# results/bench/peers/stock.json; prints two tables, ratios to `full` and to METHODS' second name.
+# results/bench/peers/stock.json; prints two tables, ratios to the first and to the second of METHODS.
 # Usage: bash scripts/bench/stock.sh [--layers N] [further arguments of both workers: --shape, --distinct, --dtype]
 # From the environment: METHODS, BUDGET (64), ROUNDS (7), THREADS (2).
 #   bash scripts/bench/stock.sh --layers 8
@@ -20,5 +20,4 @@ theirs="python -m eval.efficiency.peers.stock --attentions"
 if [ $# -gt 0 ]; then ours+=$(printf ' %q' "$@") theirs+=$(printf ' %q' "$@"); fi
 python -m eval.efficiency.peers measure --name stock --json "$result" \
   --worker "$ours" --worker "$theirs" --rounds "${ROUNDS:-7}" --threads "${THREADS:-2}"
-second=${methods#*,}
-python -m eval.efficiency.peers table "$result" --beside "${second%%,*}"
+case "$methods" in *,*) second=${methods#*,} && python -m eval.efficiency.peers table "$result" --beside "${second%%,*}" ;; esac

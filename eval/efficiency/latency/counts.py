@@ -66,14 +66,15 @@ def count(model: Llava, reducer: Reducer, samples: list[Sample], shapes: Llava |
     on a CPU and one graph on a GPU (llava/reduction/greedy/).
 
     Args:
-        shapes: the same model on the meta device, which computes shapes alone and counts products, bytes and waits in
-            seconds; of methods that read values these are counted on `model`.
+        shapes: the same model on the meta device, which computes shapes alone and counts products and bytes in seconds,
+            and the waits of a model on a CPU; of methods that read values products and bytes are counted on `model`.
     """
     asked = calls_of(model, reducer, samples)
     waiting, found = None if model.device.type == "cpu" else asked, None
     if shapes is not None:
         try:
-            found, waiting = computed(shapes, reducer, samples), calls_of(shapes, reducer, samples)
+            found = computed(shapes, reducer, samples)
+            waiting = waiting or calls_of(shapes, reducer, samples)
         except RuntimeError:  # "Cannot copy out of meta tensor": the method reads values
             found = None
     return Counts(

@@ -38,7 +38,8 @@ def conditions(result: dict[str, Any]) -> str:
     lengths = ", ".join(map(str, result["lengths"]))
     answers = f"answers of {lengths} tokens" if lengths else "the prefill alone"
     threads, repeats = counted_noun(result["threads"], "thread"), counted_noun(result["repeats"], "turn")
-    distinct = f", {result['distinct_layers']} of them with their own weights" if result["distinct_layers"] else ""
+    shared = result["distinct_layers"] and result["distinct_layers"] < result["layers"]
+    distinct = f", {result['distinct_layers']} of them with their own weights" if shared else ""
     return (
         f"{result['model']}, budget {result['budget']}, {counted_noun(result['layers'], 'decoder layer')}{distinct}, "
         f"{result['dtype']}, {CLOCK_TEXT[result['clock']]}, "
