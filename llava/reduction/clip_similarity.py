@@ -31,6 +31,8 @@ def text_similarity(state: EncoderState, texts: Sequence[str], cosine: bool, lon
     if cosine:
         text, image = F.normalize(text, dim=-1), F.normalize(image, dim=-1)
     similarity = state.matmul(image, text.transpose(1, 2))  # [B, N, C]
+    if text.shape[1] == 1:  # one chunk of every text, which is its own mean
+        return similarity.squeeze(2)
     return (similarity * mask[:, None]).sum(-1) / mask.sum(-1, keepdim=True)
 
 
