@@ -122,19 +122,19 @@ def _on_host(rows: Rows, gain: Floats, weight: Floats, count: int) -> Indices:
     chosen = np.empty(count, np.int64)
     for step in range(count):
         group, leader, cosine = TOGETHER, -1, covered
-        best = bound.argmax()
+        best = int(bound.argmax())
         # Gains of 0 are 0 in every order. (Numbers that are none end the search, too.)
         while bound[best] > 0 and not current[bound >= near * bound[best]].all():
             tokens = _highest(np.where(current, -np.inf, bound), group)
             made = rows(tokens)
             bound[tokens] = _sums(_gaps(made, covered)) * weight[tokens]
             current[tokens] = True
-            group, best = min(2 * group, BLOCK), bound.argmax()
+            group, best = min(2 * group, BLOCK), int(bound.argmax())
             if best in tokens:
                 leader, cosine = best, made[tokens == best][0]
         rivals = np.flatnonzero(bound >= near * bound[best])
         if bound[best] > 0 and len(rivals) > 1:
-            best = rivals[_exact_gains(rows, rivals, covered, weight).argmax()]
+            best = int(rivals[_exact_gains(rows, rivals, covered, weight).argmax()])
         if best != leader:
             cosine = rows(np.array([best]))[0]
         np.maximum(covered, cosine, out=covered)
