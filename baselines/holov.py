@@ -80,13 +80,16 @@ def deal(score: Tensor, size: int, budget: int) -> Tensor:
     cut off; the tokens that remain go one each to the chunks with the highest scores.
     """
     score = score.clamp(min=EPS * EPS)  # so that a chunk without attention can take tokens when all others are full
-    quota = torch.zeros_like(score)
-    full = torch.zeros_like(score, dtype=torch.bool)
-    # Every round finds a full chunk or changes nothing; a loop of fixed length does not wait for the device.
-    for _ in range(score.shape[1]):
-        rest = budget - size * full.sum(1, keepdim=True)
-        quota = score * (rest / score.masked_fill(full, 0).sum(1, keepdim=True).clamp(min=EPS * EPS))
-        full = full | (quota >= size)
+    chunks = score.shape[1]
+    # As a full chunk leaves more to the others, the full ones are the highest, and as few as leave no other one full.
+    # All numbers of full chunks are tried at once: [B, P + 1, P].
+    number = torch.arange(chunks + 1, device=score.device)
+    full = ranks(score)[:, None] < number[:, None]
+    left = score[:, None].masked_fill(full, 0).sum(2, keepdim=True).clamp(min=EPS * EPS)
+    quota = score[:, None] * ((budget - size * number)[:, None] / left)
+    settled = (full | (quota >= size)).sum(2) == number
+    first = settled.byte().argmax(1)[:, None, None].expand(-1, 1, chunks)
+    full, quota = full.gather(1, first)[:, 0], quota.gather(1, first)[:, 0]
     given = torch.where(full, size, quota.floor().long())
     left = budget - given.sum(1, keepdim=True)
     return given + (ranks(score.masked_fill(full, -1)) < left)

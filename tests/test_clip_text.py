@@ -1,11 +1,13 @@
 """The CLIP text tower: where it is found, how it reads, and that the embedded one knows what is in a picture."""
 
+import dataclasses
 import json
 import pickle
 
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
@@ -111,9 +113,23 @@ def test_similarity_is_the_mean_over_chunks(tiny, cosine):
 
 
 @torch.inference_mode()
+def test_a_question_of_several_tiles_is_read_once(tiny):
+    """Every tile of LLaVA-NeXT comes with the question of its image."""
+    features, texts = torch.randn(3, 16, 32), ("is there a star ?", "star " * 30, "is there a star ?")
+    state = EncoderState(ids=("a", "b", "c"), features=features, scores={}, layout=tiny.layout, clip=tiny.clip)
+    found = text_similarity(state, texts, cosine=True)
+    each = tiny.clip.text(texts[:2])[2], tiny.clip.image(features)[1]
+    assert state.flops - sum(each) == 2 * 3 * 16 * 32 * len(tiny.clip.chunks(texts[1]))
+    for row, text in enumerate(texts):
+        alone = dataclasses.replace(state, ids=("a",), features=features[row : row + 1])
+        torch.testing.assert_close(text_similarity(alone, (text,), cosine=True), found[row : row + 1])
+
+
+@torch.inference_mode()
 def test_flops_equal_what_torch_counts(tiny):
     features = torch.randn(2, 16, 32)
-    with FlopCounterMode(display=False) as counter:
+    # The counter knows no fused attention on a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         text = tiny.clip.text((*QUESTIONS, "star " * 50))[2]
         image = tiny.clip.image(features)[1]
     assert counter.get_total_flops() == text + image

@@ -233,9 +233,11 @@ def test_no_method_asks_for_attention_maps(name, tiny, monkeypatch):
     monkeypatch.setattr(
         sdpa.torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
-    run(tiny, samples(2), reducing(name, tiny))
+    reducer = reducing(name, tiny)
+    run(tiny, samples(2), reducer)
     blocks = tiny.select_layer % (len(tiny.tower.encoder.layers) + 1)
-    assert len(calls) == blocks + len(tiny.llm.layers)
+    text = len(tiny.clip.text_model.encoder.layers) if reducer.needs_text_tower else 0
+    assert len(calls) == blocks + text + len(tiny.llm.layers)
 
 
 def test_is_refused_exactly_where_a_need_is_not_met(name, tiny):

@@ -35,10 +35,14 @@ CHOICES = {
 }
 
 
-@pytest.fixture(params=["whole", "by rows"])
+@pytest.fixture(params=["whole", "each pair once", "by rows"])
 def memory(request, monkeypatch):
-    """All cosines at once, and as for images whose cosines are too many to be held; lists of near entries in both."""
+    """All cosines in one product, in halves, and as for images that have too many; lists of near entries in all."""
     monkeypatch.setattr(duplicates, "FEW", 70)
+    monkeypatch.setattr(cosines, "BLOCK", 24)
+    monkeypatch.setattr(coverage, "BLOCK", 48)
+    if request.param == "each pair once":
+        monkeypatch.setattr(cosines, "ONCE", 0)
     if request.param == "by rows":
         monkeypatch.setattr(cosines, "WHOLE", 3)
         monkeypatch.setattr(cosines, "KEPT", 40)  # rows are forgotten and made again
@@ -182,7 +186,7 @@ def test_memory_is_linear_where_all_cosines_do_not_fit(name, monkeypatch):
     choice, _ = CHOICES[name]
     monkeypatch.setattr(cosines, "WHOLE", 3)
     monkeypatch.setattr(cosines, "KEPT", 64)
-    for module in (cosines, duplicates):
+    for module in (cosines, coverage, duplicates):
         monkeypatch.setattr(module, "BLOCK", 64)
     monkeypatch.setattr(duplicates, "FEW", 100)
     tokens, weight = torch.randn(1, 1024, 8), torch.rand(1, 1024) + 0.1
@@ -274,6 +278,23 @@ def test_nothing_is_recorded_on_a_cpu():
     assert not cuda_graph.can_record(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("total", [1, 30, 39, 40, 41, 100])
+def test_pairs_made_once_are_those_of_the_product(total, monkeypatch):
+    """Whole blocks, and a last one that is as long as it must be to have the same last bits."""
+    monkeypatch.setattr(cosines, "ONCE", 0)
+    monkeypatch.setattr(cosines, "BLOCK", 24)
+    unit = F.normalize(torch.randn(2, total, 160), dim=-1)
+    assert np.array_equal(cosines.whole(unit, State(ids=())), (unit @ unit.transpose(1, 2)).numpy())
+
+
+def test_gains_nearer_than_rounding_are_compared_exactly(memory):
+    """Tokens that all gain about as much, so that a sum in another order would choose others."""
+    tokens = torch.eye(40)[torch.arange(400) % 40] + 1e-4 * torch.randn(3, 400, 40)
+    weight = torch.full((3, 400), 0.7)
+    expected = coverage.reference(cosine_of(tokens), weight, 60)
+    assert torch.equal(coverage.cover_greedily(tokens, weight, 60), expected)
+
+
 def test_rows_made_ahead_are_those_of_the_product():
     unit = F.normalize(torch.randn(60, 8), dim=-1)
     rows = cosines.Rows(unit, State(ids=()))
@@ -281,3 +302,19 @@ def test_rows_made_ahead_are_those_of_the_product():
     for token in (3, 59, 3, 17):
         assert np.array_equal(rows.next(token, promise), (unit @ unit.T)[token].numpy())
         promise[token] = -np.inf
+
+
+def test_rows_made_ahead_are_made_once_and_few_are_kept(monkeypatch):
+    """Tokens are asked for in the worst order: of the rows that were made ahead none is wanted yet."""
+    monkeypatch.setattr(cosines, "KEPT", 40)
+    state, promise = State(ids=()), np.arange(200, dtype=np.float32)
+    rows = cosines.Rows(F.normalize(torch.randn(200, 8), dim=-1), state)
+    for token in (0, 1):
+        rows.next(token, promise)
+    spent = state.flops
+    for token in range(199, 199 - 30, -1):  # the two products had 15 others each
+        rows.next(token, promise)
+    assert state.flops == spent
+    for token in range(2, 12):
+        rows.next(token, promise)
+        assert len(rows._made) <= 40

@@ -65,6 +65,10 @@ def test_dealing_equals_its_definition_and_meets_the_budget(chunks, size, budget
     assert (given.sum(1) == budget).all() and given.max() <= size and given.min() >= 0
 
 
+def test_a_budget_for_all_tokens_fills_every_chunk():
+    assert deal(torch.rand(50, 5) ** 4, 4, 20).tolist() == [[4] * 5] * 50
+
+
 def test_dealing_is_the_releases_where_no_chunk_overflows():
     score = 1 + torch.rand(50, 16)
     assert torch.equal(deal(score, 36, 64), deal_as_released(score, 64))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,12 +26,18 @@ def text_similarity(state: EncoderState, texts: Sequence[str], cosine: bool, lon
     Returns:
         [B, N] float32.
     """
-    text, mask, text_flops = state.clip.text(texts, long)
+    unique = list(dict.fromkeys(texts))  # tiles of one image share its question
+    text, mask, text_flops = state.clip.text(unique, long)
+    if len(unique) < len(texts):
+        rows = torch.tensor([unique.index(one) for one in texts]).to(text.device, non_blocking=True)
+        text, mask = text.index_select(0, rows), mask.index_select(0, rows)
     image, image_flops = state.clip.image(state.features)
     state.flops += text_flops + image_flops
     if cosine:
         text, image = F.normalize(text, dim=-1), F.normalize(image, dim=-1)
     similarity = state.matmul(image, text.transpose(1, 2))  # [B, N, C]
+    if text.shape[1] == 1:  # one chunk of every text, which is its own mean
+        return similarity.squeeze(2)
     return (similarity * mask[:, None]).sum(-1) / mask.sum(-1, keepdim=True)
 
 

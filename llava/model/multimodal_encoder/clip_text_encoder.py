@@ -13,6 +13,7 @@ Shapes: B images with one text each, C chunks of a text, N patches, D tower chan
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
@@ -52,8 +53,7 @@ class ClipText(nn.Module):
         end: int,
     ):
         super().__init__()
-        # Eager: a fused kernel saves nothing at 77 tokens.
-        config._attn_implementation = "eager"
+        config._attn_implementation = "sdpa"
         self.text_model = CLIPTextModel(config)
         self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.visual_projection = nn.Linear(channels, config.projection_dim, bias=False)
@@ -95,21 +95,31 @@ class ClipText(nn.Module):
         """
         chunks = [self.chunks(text, long) for text in texts]
         rows = [chunk for own in chunks for chunk in own]
-        longest = max(map(len, rows))
+        longest, most = max(map(len, rows)), max(map(len, chunks))
         # Padding comes after a chunk; attention is causal, so it does not change the pooled token.
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        pooled = torch.tensor([self._pooled(row) for row in rows])
-        most = max(map(len, chunks))
-        slots = torch.tensor([text * most + chunk for text, own in enumerate(chunks) for chunk in range(len(own))])
-        to = lambda tensor: tensor.to(self.text_projection.weight.device, non_blocking=True)  # noqa: E731
-        ids, pooled, slots = to(ids), to(pooled), to(slots)
-        hidden = self.text_model(ids).last_hidden_state
-        hidden = hidden.gather(1, pooled[:, None, None].expand(-1, 1, hidden.shape[-1])).squeeze(1)
-        embedded = self.text_projection(hidden)
-        shape = (len(chunks), most)
-        table = embedded.new_zeros(shape[0] * most, embedded.shape[-1]).index_copy(0, slots, embedded)
-        mask = torch.zeros(len(table), dtype=torch.bool, device=table.device).index_fill(0, slots, True)
-        return table.unflatten(0, shape), mask.unflatten(0, shape), self._text_flops(len(rows), longest)
+        ids = [row + [0] * (longest - len(row)) for row in rows]
+        pooled = [start * longest + self._pooled(row) for start, row in enumerate(rows)]
+        slots = [text * most + chunk for text, own in enumerate(chunks) for chunk in range(len(own))]
+        # All whole numbers in one copy to the device, which the host does not wait for.
+        numbers = torch.from_numpy(np.concatenate([*ids, pooled, slots]))
+        numbers = numbers.to(self.text_projection.weight.device, non_blocking=True)
+        tokens, pooled_at, slot = numbers.split([len(rows) * longest, len(rows), len(rows)])
+        hidden = self._hidden(tokens.view(len(rows), longest)).flatten(0, 1).index_select(0, pooled_at)
+        embedded = self.text_projection(self.text_model.final_layer_norm(hidden))
+        flops = self._text_flops(len(rows), longest)
+        mask = torch.ones(len(chunks), most, dtype=torch.bool, device=embedded.device)
+        if len(rows) < mask.numel():
+            mask = torch.zeros_like(mask).flatten().index_fill_(0, slot, True).view_as(mask)
+            embedded = embedded.new_zeros(mask.numel(), embedded.shape[-1]).index_copy_(0, slot, embedded)
+        return embedded.unflatten(0, mask.shape), mask, flops
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        """Hidden states [R, L, D] after all layers, in half of the operations of the tower's own forward."""
+        embeddings = self.text_model.embeddings
+        hidden = embeddings.token_embedding(ids) + embeddings.position_embedding.weight[: ids.shape[1]]
+        for layer in self.text_model.encoder.layers:
+            hidden = layer(hidden, None, is_causal=True)
+        return hidden
 
     def _text_flops(self, rows: int, length: int) -> int:
         layers = [layer for layer in self.text_model.modules() if isinstance(layer, nn.Linear)]

@@ -20,7 +20,9 @@ WHOLE = 2**24
 # Rows made at a time. One row alone costs as much as all tokens take to be read from memory; sixteen cost little more.
 # Products of eight rows and more also have the last bits of the product of all rows.
 TOGETHER = 16
-BLOCK = 256  # rows made at a time where all are needed
+BLOCK = 192  # rows made at a time where all are needed
+# Multiplications from which on a pair's cosine is made once, not for both of its tokens; below, one product is faster.
+ONCE = 2**27
 # Rows kept for later at the most: 24 MB at 11,520 tokens.
 KEPT = 512
 
@@ -33,7 +35,7 @@ def on_host(*tensors: Tensor) -> bool:
 
 def array(tensor: Tensor) -> NDArray:
     """The numbers of a CPU tensor as a numpy array: the same memory, no copy."""
-    return tensor.detach().numpy()
+    return tensor.numpy(force=tensor.requires_grad)
 
 
 def zeros(*shape: int) -> Floats:
@@ -74,13 +76,32 @@ def _diagonals(groups: Tensor, state: State) -> Tensor:
     return state.matmul(groups, groups.transpose(1, 2)).diagonal(dim1=1, dim2=2)
 
 
-def blocks(unit: Tensor, state: State) -> Iterator[tuple[int, Tensor]]:
-    """[B, N, D] -> a few tokens after the other: the first one's index, and the cosines [B, BLOCK, N] to all tokens.
+def upper(unit: Tensor, state: State) -> Iterator[tuple[int, Tensor]]:
+    """[B, N, D] -> a few tokens after the other: the first one's index i, and their cosines [B, m, N - i].
 
-    The last ones may be fewer.
+    These are the cosines to the tokens from i on: a table of all pairs is symmetric, bit for bit. m is BLOCK, but for
+    the last ones.
     """
-    for start in range(0, unit.shape[1], BLOCK):
-        yield start, state.matmul(unit[:, start : start + BLOCK], unit.transpose(1, 2))
+    start, total = 0, unit.shape[1]
+    while start < total:
+        size = BLOCK if total - start >= BLOCK + TOGETHER else total - start
+        later = unit[:, start:]
+        yield start, state.matmul(later[:, :size], later.transpose(1, 2))
+        start += size
+
+
+def whole(unit: Tensor, state: State) -> Floats:
+    """[B, N, D] on the host -> [B, N, N] cosines of all pairs."""
+    batch, total, channels = unit.shape
+    if total * total * channels < ONCE:
+        return array(state.matmul(unit, unit.transpose(1, 2)))
+    found = np.empty((batch, total, total), np.float32)
+    for start, cosine in upper(unit, state):
+        rows = array(cosine)
+        end = start + rows.shape[1]
+        found[:, start:end, start:] = rows
+        found[:, end:, start:end] = rows[:, :, end - start :].transpose(0, 2, 1)
+    return found
 
 
 class Rows:
@@ -115,17 +136,6 @@ class Rows:
             first = max(0, len(promise) - TOGETHER + 1)
             self._make([token, *promise.argpartition(first)[first:].tolist()])
         return self._made.pop(token)
-
-    def of(self, tokens: Indices) -> Floats:
-        """[m, N] cosines of m tokens, which are kept: they may be asked for again."""
-        wanted = tokens.tolist()
-        missing = [token for token in wanted if token not in self._made]
-        if len(self._made) + len(missing) > KEPT:
-            self._made.clear()
-            missing = wanted
-        for start in range(0, len(missing), TOGETHER):
-            self._make(missing[start : start + TOGETHER])
-        return np.stack([self._made[token] for token in wanted])
 
     def _make(self, tokens: list[int]) -> None:
         """Make the rows of at most TOGETHER tokens."""

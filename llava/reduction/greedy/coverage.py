@@ -2,15 +2,16 @@
 
 Used by SCOPE. The coverage of a token is its highest cosine to a chosen one, at least 0; a gain is summed over all
 tokens. A gain never grows while tokens are chosen, so an earlier gain is a bound: on a CPU the gains of a few tokens
-with the highest bounds are computed again until the best of them is above all other bounds. Rounding does not change
-the order of two sums of which one has the smaller terms, so the choices are exactly those of the full loop.
+with the highest bounds are computed again until the best of them is above all other bounds. They are summed in any
+order. Only tokens that are nearer to the best one than rounding can tell apart are compared by the sums of the full
+loop, so the choices are exactly the same.
 
 Paper: Minoux, Accelerated greedy algorithms for maximizing submodular set functions, 1978
 
 Shapes: B images, N tokens, D channels, K chosen tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -18,14 +19,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.reduction.greedy.cosines import Floats, Indices, Rows, array, blocks, fits, on_host, slices, zeros
+from llava.reduction.greedy.cosines import (
+    BLOCK,
+    TOGETHER,
+    Floats,
+    Indices,
+    array,
+    fits,
+    on_host,
+    slices,
+    upper,
+    whole,
+    zeros,
+)
 from llava.reduction.greedy.cuda_graph import run
 from llava.reduction.states import State
 
 # Numbers that a step of the reference reads at a time: 8 MB, which fit into a processor's cache.
 SLICE = 2**21
-# Tokens whose gains are computed together. With 16 a step takes the least time, with 32 half of the operations.
-TOGETHER = 32
+# Largest relative error of a sum of float32 numbers that are not negative, for each of them.
+ROUNDING = float(np.finfo(np.float32).eps) / 2
+
+Rows = Callable[[Indices], Floats]
 
 
 def cover_greedily(tokens: Tensor, weight: Tensor, count: int, state: State | None = None) -> Tensor:
@@ -39,36 +54,59 @@ def cover_greedily(tokens: Tensor, weight: Tensor, count: int, state: State | No
     state = state or State(ids=())
     unit = F.normalize(tokens.float(), dim=-1)
     batch, total = weight.shape
-    if on_host(unit, weight) and not fits(total):
-        return torch.stack([_by_rows(unit[image], weight[image], count, state) for image in range(batch)])
     chosen = []
     for part in slices(batch, total):
-        cosine = state.matmul(unit[part], unit[part].transpose(1, 2))
-        if on_host(cosine, weight):
-            chosen.append(_by_cosines(cosine, weight[part], count))
+        if on_host(unit, weight):
+            pairs = zip(_tables(unit[part], state), array(weight[part]), strict=True)
+            found = [_on_host(rows, gain, share, count) for (rows, gain), share in pairs]
+            chosen.append(torch.from_numpy(np.stack(found)))
         else:
+            cosine = state.matmul(unit[part], unit[part].transpose(1, 2))
             chosen.append(run(reference, cosine, weight[part], count=count))
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
-def _by_cosines(cosine: Tensor, weight: Tensor, count: int) -> Tensor:
-    """[B, N, N] -> [B, count]."""
-    gain, numbers, shares = array(cosine.clamp(min=0).sum(2)), array(cosine), array(weight)
-    chosen = [
-        _on_host(partial(numbers[image].take, axis=0), gain[image], shares[image], count)
-        for image in range(len(cosine))
-    ]
-    return torch.from_numpy(np.stack(chosen))
+def _tables(unit: Tensor, state: State) -> Iterator[tuple[Rows, Floats]]:
+    """[B, N, D] -> per image its rows, tokens [m] to cosines [m, N], and the gains [N] of tokens as first choice."""
+    if fits(unit.shape[1]):
+        for cosine in whole(unit, state):
+            yield partial(cosine.take, axis=0), _first_gains(cosine)
+    else:
+        for image in unit:
+            yield partial(_product, image.contiguous(), state), _first_gains_by_blocks(image, state)
 
 
-def _by_rows(unit: Tensor, weight: Tensor, count: int, state: State) -> Tensor:
-    """[N, D] -> [count], where all cosines would need too much memory."""
-    rows = Rows(unit, state)
-    gain = [array(cosine.clamp_(min=0).sum(2))[0] for _, cosine in blocks(unit[None], state)]
-    return torch.from_numpy(_on_host(rows.of, np.concatenate(gain), array(weight), count))
+def _first_gains(cosine: Floats) -> Floats:
+    """[N, N] -> [N]."""
+    total = len(cosine)
+    none = zeros(total)
+    return np.concatenate([_sums(_gaps(cosine[start : start + BLOCK], none)) for start in range(0, total, BLOCK)])
 
 
-def _on_host(rows: Callable[[Indices], Floats], gain: Floats, weight: Floats, count: int) -> Indices:
+def _first_gains_by_blocks(unit: Tensor, state: State) -> Floats:
+    """[N, D] -> [N], where all cosines would need too much memory."""
+    gain = zeros(len(unit))
+    for start, cosine in upper(unit[None], state):
+        positive = array(cosine.clamp_(min=0)[0])
+        end = start + len(positive)
+        gain[start:end] += _sums(positive)
+        gain[end:] += positive[:, end - start :].sum(0)
+    return gain
+
+
+def _product(unit: Tensor, state: State, tokens: Indices) -> Floats:
+    """[m, N] cosines of m tokens, from a product of TOGETHER rows or more, for its last bits."""
+    some = min(max(len(tokens), TOGETHER), len(unit))
+    wanted = torch.from_numpy(np.resize(tokens, some))  # repeated where they are fewer
+    return array(state.matmul(unit[wanted], unit.t()))[: len(tokens)]
+
+
+def _sums(numbers: Floats) -> Floats:
+    """[m, N] -> [m], three times as fast as numpy's sum."""
+    return np.einsum("mn->m", numbers)
+
+
+def _on_host(rows: Rows, gain: Floats, weight: Floats, count: int) -> Indices:
     """[count] choices of one image.
 
     Args:
@@ -76,28 +114,53 @@ def _on_host(rows: Callable[[Indices], Floats], gain: Floats, weight: Floats, co
         gain: [N] of every token if it is the first choice.
     """
     total = len(gain)
-    bound = gain * weight  # at least the gain of every token; minus infinity once it is chosen
-    group = min(TOGETHER, total)
-    covered, current = zeros(total), np.ones(total, bool)  # current: the bound is the gain itself
-    # Sums are torch's, for the bits of the full loop.
-    gap, sums = zeros(group, total), zeros(group)
-    above, summed = torch.from_numpy(gap), torch.from_numpy(sums)
+    # Two sums of the same numbers differ by less, so no token below this part of the best can have the largest gain.
+    near = 1 - 4 * ROUNDING * (total + 2)
+    bound = gain * weight  # at least the gain of every token, but for rounding; minus infinity once it is chosen
+    covered = zeros(total)
+    current = np.ones(total, bool)  # the bound is the gain itself, or the token is chosen
     chosen = np.empty(count, np.int64)
     for step in range(count):
-        while not current[best := bound.argmax()]:
-            tokens = bound.argpartition(total - group)[total - group :]
-            tokens[0] = best  # where bounds are equal, it may not be among them
-            np.subtract(rows(tokens), covered, out=gap)
-            np.maximum(gap, 0, out=gap)
-            torch.sum(above, 1, out=summed)
-            bound[tokens] = sums * weight[tokens]
-            bound[chosen[:step]] = -np.inf
+        group, leader, cosine = TOGETHER, -1, covered
+        best = int(bound.argmax())
+        # Gains of 0 are 0 in every order. (Numbers that are none end the search, too.)
+        while bound[best] > 0 and not current[bound >= near * bound[best]].all():
+            tokens = _highest(np.where(current, -np.inf, bound), group)
+            made = rows(tokens)
+            bound[tokens] = _sums(_gaps(made, covered)) * weight[tokens]
             current[tokens] = True
-        chosen[step] = best
-        bound[best] = -np.inf
-        current[:] = False
-        np.maximum(covered, rows(chosen[step : step + 1])[0], out=covered)
+            group, best = min(2 * group, BLOCK), int(bound.argmax())
+            if best in tokens:
+                leader, cosine = best, made[tokens == best][0]
+        rivals = np.flatnonzero(bound >= near * bound[best])
+        if bound[best] > 0 and len(rivals) > 1:
+            best = int(rivals[_exact_gains(rows, rivals, covered, weight).argmax()])
+        if best != leader:
+            cosine = rows(np.array([best]))[0]
+        np.maximum(covered, cosine, out=covered)
+        chosen[step], bound[best] = best, -np.inf
+        current = bound == -np.inf
     return chosen
+
+
+def _highest(bound: Floats, count: int) -> Indices:
+    """The tokens with the highest bounds, without those of minus infinity."""
+    first = max(0, len(bound) - count)
+    tokens = bound.argpartition(first)[first:]
+    return tokens[bound[tokens] > -np.inf]
+
+
+def _gaps(cosine: Floats, covered: Floats) -> Floats:
+    """What tokens [m, N] would add to the coverage [N]."""
+    gap = cosine - covered
+    return np.maximum(gap, np.zeros_like(covered), out=gap)  # an array of zeros: twice as fast as the number
+
+
+def _exact_gains(rows: Rows, tokens: Indices, covered: Floats, weight: Floats) -> Floats:
+    """[m] gains with the bits of the reference, whose sums are torch's."""
+    parts = [tokens[start : start + BLOCK] for start in range(0, len(tokens), BLOCK)]
+    gains = [array(torch.from_numpy(_gaps(rows(part), covered)).sum(1)) for part in parts]
+    return np.concatenate(gains) * weight[tokens]
 
 
 # The reference.

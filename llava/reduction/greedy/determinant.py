@@ -15,15 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.reduction.greedy.cosines import Rows, array, fits, on_host, slices, with_itself, zeros
+from llava.reduction.greedy.cosines import (
+    Floats,
+    Indices,
+    array,
+    fits,
+    on_host,
+    slices,
+    with_itself,
+    zeros,
+)
 from llava.reduction.greedy.cuda_graph import run
 from llava.reduction.states import State
 
 # A token whose residual is below this fraction of its kernel entry is spanned by the chosen ones, to float32 accuracy.
 SPANNED = 1e-6
 # Rows of the factor that are multiplied together. Those that are not made yet are zero and change no sum; as long as
-# the shapes stay the same, a step needs no new views.
+# the shapes stay the same, no new views are needed.
 CHUNK = 64
+AHEAD = 32  # rows made together; with fewer, more operations and no less time
 
 
 def largest_determinant(tokens: Tensor, weight: Tensor, count: int, state: State | None = None) -> Tensor:
@@ -39,7 +49,10 @@ def largest_determinant(tokens: Tensor, weight: Tensor, count: int, state: State
     state = state or State(ids=())
     unit = F.normalize(tokens.float(), dim=-1)
     if on_host(unit, weight):
-        return _on_host(unit, weight, count, state)
+        worth = array(weight)
+        own = worth * with_itself(unit, state) * worth
+        chosen = [_on_host(*image, count, state) for image in zip(unit, worth, own, strict=True)]
+        return torch.from_numpy(np.stack(chosen))
     batch, total, channels = unit.shape
     state.flops += batch * total * count * (count - 1)  # products with the factor
     if not fits(total):
@@ -52,44 +65,96 @@ def largest_determinant(tokens: Tensor, weight: Tensor, count: int, state: State
     return torch.cat(parts)
 
 
-def _on_host(unit: Tensor, weight: Tensor, count: int, state: State) -> Tensor:
-    """The loop on numpy arrays. Only the rows of chosen tokens, and of some that may be next, are made."""
-    batch, total, _ = unit.shape
-    images, worth = np.arange(batch), array(weight)
-    rows = [Rows(image, state) for image in unit]
-    own = worth * with_itself(unit, state) * worth
+def _on_host(unit: Tensor, worth: Floats, own: Floats, count: int, state: State) -> Indices:
+    """[count] choices of one image, on numpy arrays.
+
+    Only the kernel's rows of chosen tokens are needed. They are made together with those of the tokens that would
+    multiply the determinant most if nothing else were chosen, which are often the next choices.
+
+    Args:
+        unit: [N, D].
+        own: [N], the kernel's diagonal.
+    """
     left = own.copy()  # the factor by which each token would multiply the determinant
-    last = own - own.max(1, keepdims=True) - 1  # below every `left`: the order of the spanned tokens
+    last = own - own.max() - 1  # below every `left`: the order of the spanned tokens
     spanned = np.float32(SPANNED) * own
-    chosen = np.empty((batch, count), np.int64)
-    length = -(-count // CHUNK) * CHUNK
-    numbers, entries, product = zeros(batch, length, total), zeros(batch, 1, length), zeros(batch, 1, total)
-    factor, column, shared = map(torch.from_numpy, (numbers, entries, product))
-    row, pivot = zeros(batch, total), zeros(batch, 1)
-    root = torch.from_numpy(pivot)
+    ahead = Ahead(unit, worth, count, state)
+    chosen = np.empty(count, np.int64)
     for step in range(count):
-        if step % CHUNK == 0:
-            past, at = factor[:, : step + CHUNK], column[:, :, : step + CHUNK]
         free = left > spanned
         order = np.where(free, left, last)
-        pick = chosen[:, step] = order.argmax(1)
+        pick = chosen[step] = order.argmax()
+        if free[pick]:
+            row = ahead.row(int(pick), step, order) / np.sqrt(left[pick])
+            ahead.choose(row, step)
+            left -= np.square(row, out=row)
+        left[pick] = last[pick] = -np.inf
+    return chosen
+
+
+class Ahead:
+    """Rows of the kernel of one image, less what the chosen tokens span, for a few tokens at a time.
+
+    Args:
+        unit: [N, D].
+        worth: [N] weights.
+        count: tokens that will be chosen.
+        state: counts the operations.
+    """
+
+    def __init__(self, unit: Tensor, worth: Floats, count: int, state: State):
+        unit = unit.contiguous()  # of other layouts `take` copies everything
+        total, channels = unit.shape
+        some, length = min(AHEAD, total), -(-count // CHUNK) * CHUNK
+        self.worth, self.state = worth, state
+        self.tokens: Indices = np.empty(0, np.int64)
+        self.rows, self.products = zeros(some, total), zeros(some, total)
+        self.factor = zeros(length, total)  # one row for each chosen token
+        self.columns = zeros(some, length)  # those of `tokens`
+        self.unit, self.units = array(unit), zeros(some, channels)
+        # Operands and results of products: the same memory for torch.
+        self._every, self._units, self._rows = unit.t(), torch.from_numpy(self.units), torch.from_numpy(self.rows)
+        self._factor, self._columns = torch.from_numpy(self.factor), torch.from_numpy(self.columns)
+        self._past = self._at = self._factor[:0]
+
+    def row(self, token: int, step: int, order: Floats) -> Floats:
+        """[N] the row of a token.
+
+        Args:
+            step: number of tokens chosen before.
+            order: [N], the higher, the sooner a token may be chosen.
+        """
+        if token not in self.tokens:
+            self._make(token, step, order)
+        return self.rows[np.flatnonzero(self.tokens == token)[0]]
+
+    def choose(self, row: Floats, step: int) -> None:
+        """Take away what the token that is chosen now spans.
+
+        Args:
+            row: [N], the factor's new row.
+        """
+        self.factor[step] = row
+        np.multiply(row[self.tokens][:, None], row, out=self.products)
+        self.rows -= self.products
+
+    def _make(self, token: int, step: int, order: Floats) -> None:
+        """Make the rows of a token and of others that may be chosen soon."""
+        total, some = len(order), len(self.rows)
+        self.tokens = order.argpartition((total - some, total - 1))[total - some :]
+        self.tokens[-1] = token  # it was there already, but for ties
+        self.unit.take(self.tokens, axis=0, out=self.units, mode="clip")
+        torch.mm(self._units, self._every, out=self._rows)
+        self.state.flops += 2 * self._rows.numel() * self._units.shape[1]
+        self.rows *= self.worth[self.tokens][:, None]
+        self.rows *= self.worth
         if step:
-            entries[:, 0, :step] = numbers[images, :step, pick]
-            torch.bmm(at, past, out=shared)
-            state.flops += 2 * past.numel()
-        for image in images:
-            row[image] = rows[image].next(int(pick[image]), order[image])
-        row *= worth[images, pick][:, None]
-        row *= worth
-        row -= product[:, 0]
-        np.maximum(left[images, pick], np.finfo(np.float32).tiny, out=pivot[:, 0])
-        root.sqrt_()  # torch's, for the bits of the reference
-        row /= pivot
-        row[~free[images, pick]] = 0
-        numbers[:, step] = row
-        left -= np.square(row, out=row)
-        left[images, pick] = last[images, pick] = -np.inf
-    return torch.from_numpy(chosen)
+            length = -(-step // CHUNK) * CHUNK
+            if length != len(self._past):
+                self._past, self._at = self._factor[:length], self._columns[:, :length]
+            self.columns[:, :step] = self.factor[:step, self.tokens].T
+            torch.addmm(self._rows, self._at, self._past, alpha=-1, out=self._rows)
+            self.state.flops += 2 * self._rows.numel() * length
 
 
 # The references.

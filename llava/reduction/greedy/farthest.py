@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.reduction.greedy.cosines import Floats, Indices, Rows, array, blocks, fits, on_host, slices, zeros
+from llava.reduction.greedy.cosines import Floats, Indices, Rows, array, fits, on_host, slices, upper, whole, zeros
 from llava.reduction.greedy.cuda_graph import run
 from llava.reduction.states import State
 
@@ -66,10 +66,9 @@ def _apart(unit: Tensor, count: int, state: State) -> Tensor:
             return _on_host(row, array(first), total, count)
         state.flops += 2 * unit.numel() * (count - 1)
         return run(from_tokens, unit, first, count=count)
-    cosine = state.matmul(unit, unit.transpose(1, 2))
-    if not on_host(cosine):
-        return run(reference, cosine, count=count)
-    numbers, images, every = array(cosine), np.arange(len(unit)), np.arange(total)
+    if not on_host(unit):
+        return run(reference, state.matmul(unit, unit.transpose(1, 2)), count=count)
+    numbers, images, every = whole(unit, state), np.arange(len(unit)), np.arange(total)
     numbers[:, every, every] = -np.inf  # a token is not its own neighbour
     first = (1 - numbers.max(2)).argmax(1)
     return _on_host(lambda token, nearest: numbers[images, token], first, total, count)
@@ -124,8 +123,11 @@ def _loop(row: Callable[[Tensor], Tensor], first: Tensor, count: int) -> Tensor:
 
 def _loneliest_by_blocks(unit: Tensor, state: State) -> Tensor:
     """[B] the token whose nearest other token is farthest away, from a few rows of cosines at a time."""
-    closest = []
-    for start, cosine in blocks(unit, state):
-        cosine.diagonal(offset=start, dim1=1, dim2=2).fill_(-torch.inf)
-        closest.append(cosine.amax(2))
-    return (1 - torch.cat(closest, 1)).argmax(1)
+    closest = unit.new_full(unit.shape[:2], -torch.inf)
+    for start, cosine in upper(unit, state):
+        rows = cosine.shape[1]
+        cosine[:, :, :rows].diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        later = closest[:, start:]
+        torch.maximum(later, cosine.amax(1), out=later)  # of the later tokens to these ones
+        torch.maximum(later[:, :rows], cosine.amax(2), out=later[:, :rows])
+    return (1 - closest).argmax(1)
