@@ -1,6 +1,5 @@
 """The CLIP text tower: where it is found, how it reads, and that the embedded one knows what is in a picture."""
 
-import dataclasses
 import json
 import pickle
 
@@ -110,19 +109,6 @@ def test_similarity_is_the_mean_over_chunks(tiny, cosine):
             values.append(image @ embedded / scale)
         assert len(values) == (1, 3)[row]
         torch.testing.assert_close(found[row], torch.stack(values).mean(0), atol=1e-5, rtol=0)
-
-
-@torch.inference_mode()
-def test_a_question_of_several_tiles_is_read_once(tiny):
-    """Every tile of LLaVA-NeXT comes with the question of its image."""
-    features, texts = torch.randn(3, 16, 32), ("is there a star ?", "star " * 30, "is there a star ?")
-    state = EncoderState(ids=("a", "b", "c"), features=features, scores={}, layout=tiny.layout, clip=tiny.clip)
-    found = text_similarity(state, texts, cosine=True)
-    each = tiny.clip.text(texts[:2])[2], tiny.clip.image(features)[1]
-    assert state.flops - sum(each) == 2 * 3 * 16 * 32 * len(tiny.clip.chunks(texts[1]))
-    for row, text in enumerate(texts):
-        alone = dataclasses.replace(state, ids=("a",), features=features[row : row + 1])
-        torch.testing.assert_close(text_similarity(alone, (text,), cosine=True), found[row : row + 1])
 
 
 @torch.inference_mode()

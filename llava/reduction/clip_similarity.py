@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,11 +25,7 @@ def text_similarity(state: EncoderState, texts: Sequence[str], cosine: bool, lon
     Returns:
         [B, N] float32.
     """
-    unique = list(dict.fromkeys(texts))  # tiles of one image share its question
-    text, mask, text_flops = state.clip.text(unique, long)
-    if len(unique) < len(texts):
-        rows = torch.tensor([unique.index(one) for one in texts]).to(text.device, non_blocking=True)
-        text, mask = text.index_select(0, rows), mask.index_select(0, rows)
+    text, mask, text_flops = state.clip.text(texts, long)
     image, image_flops = state.clip.image(state.features)
     state.flops += text_flops + image_flops
     if cosine:
