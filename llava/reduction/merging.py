@@ -145,7 +145,8 @@ def merge_plan(
     if not compares:
         return Reduction(kept, total, appended=tail)
     slots = places(*kept.shape, kept.device)
-    assignment = torch.empty_like(saliency, dtype=torch.int64).scatter_(1, kept, slots)
+    # Zeros, not empty: keys that are not finite give repeated anchors, and then some token is in no group.
+    assignment = torch.zeros_like(saliency, dtype=torch.int64).scatter_(1, kept, slots)
     nearest = assign(members, centres, unit)
     # Appended centres are the last output tokens, in this order.
     home = nearest + retained.shape[1] if merged and appended else assignment.gather(1, centres.gather(1, nearest))
