@@ -7,7 +7,7 @@ Differs from it: nothing known for one tile, as in LLaVA-1.5. With tiles, salien
     each tile shows (the release cuts the flat map of 24 x 24 into one run per tile: strips of whole rows); fractions
     and what a full tile cannot take go to other tiles (lost in the release); only patches that unpadding leaves can be
     chosen (the release chooses padding too and cuts it off afterwards). `official` does as the release in these three.
-    Neither swaps rows and columns of tiles, as its fork does when their numbers differ.
+    Neither swaps rows and columns of tiles, as its fork does when their numbers differ: there other tokens are kept.
 """
 
 from dataclasses import dataclass

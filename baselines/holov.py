@@ -5,7 +5,8 @@ Official code read: obananas/HoloV@1d2e65e, llava/model/utils.py, HoloV
 Differs from it: inside a chunk tokens are ranked by the score that also ranks the chunk (the release ranks by attention
     alone, so that variance never chooses a token); what a full chunk cannot take goes to the others in proportion to
     their scores (the release appends zero vectors instead); tokens stay in raster order (the release: by attention
-    inside each chunk). `official` does as the release in all three. Both need chunks of one size.
+    inside each chunk). `official` does as the release in all three. Both need chunks of one size. With tiles, both cut
+    each tile into chunks (the release: the joined tokens of all tiles; 42 to 54 of 64 tokens agree at 672 x 672).
 """
 
 from collections.abc import Callable

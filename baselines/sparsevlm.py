@@ -3,8 +3,10 @@
 Paper: https://arxiv.org/abs/2410.04417
 Official code read: Gumpest/SparseVLMs@26a5f48, llava/model/language_model/modelling_sparse_llama.py, score.py, utils.py
 Differs from it: of equally dense tokens the higher-scored one counts as denser (theirs adds random noise of 1e-6); a
-single recycled token stays in its place; if no word is a rater, all words are. The release has four tables and counts a
-layer that prunes its own output as pruned; by default its proportions are fitted to the tokens that enter the layers.
+cluster is the mean of its members (theirs divides by their number plus 1e-6); a single recycled token stays in its
+place; if no word is a rater, all words are. The release has four tables and counts a layer that prunes its own output
+as pruned; by default its proportions are fitted to the tokens that enter the layers. `schedule=release` takes its
+tables; there is no `official`.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,8 @@
 Paper: https://arxiv.org/abs/2210.09461
 Official code read: facebookresearch/ToMe@af95e4b, tome/merge.py and tome/patch/timm.py
 Differs from it: it runs in CLIP; the number of tokens to merge is planned block by block so that the budget is met
-exactly; raster order is restored after the tower (order=release keeps the order of the last matching).
+exactly; raster order is restored after the tower (`order=release` keeps the order of the last matching; there is no
+`official`).
 
 Shapes: B images, n tokens in a block, CLS first, d channels of the keys.
 """

@@ -3,7 +3,8 @@
 Paper: https://arxiv.org/abs/2412.04467
 Official code read: dvlab-research/VisionZip@3151f6d, visionzip/clip_encoder.py and visionzip/utils.py
 Differs from it: contextual tokens are averages, as in the paper; the release, and `official` here, adds the mean of the
-    members to their target, which nearly doubles a token's norm. A budget is split in the release's proportion.
+    members to their target, which nearly doubles a token's norm. A budget is split in the release's proportion. With
+    tiles, `official` too keeps contextual tokens in raster order of the tiles' grid (the release: tile after tile).
 """
 
 from dataclasses import dataclass

@@ -54,7 +54,8 @@ def details(entry: dict[str, Any]) -> str:
             lines.append("  options, set by --set NAME.OPTION=VALUE:")
             lines += [option_line(option) for option in value]
         elif key != "name":
-            lines.append(f"  {key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            text = f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+            lines.append(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
     return "\n".join(lines)
 
 

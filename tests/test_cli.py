@@ -10,6 +10,7 @@ import pytest
 
 from eval import cli, show
 from eval.config import ROOT
+from llava.reduction import registry
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +108,19 @@ def test_show_one_method_lists_its_options(capsys):
     assert "    alpha = " in capsys.readouterr().out
     assert cli.main(["show", "methods", "consensusdrip"]) == 2
     assert "Unknown method 'consensusdrip'. Did you mean 'consensusdrop'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [row["name"] for row in registry.describe() if "official code read" in row])
+def test_show_says_what_differs_from_the_release(name, capsys):
+    """ "official=true does exactly what the release does" was not true with tiles, and only heads of files told."""
+    assert cli.main(["show", "methods", name]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    text = shown.partition("differs from the release: ")[2].partition(" options, set by")[0]
+    assert len(text) > 20, f"{name} does not say what differs from its release"
+    if name in ("visiondrop", "visionzip", "holov", "hired", "globalcom2"):
+        assert "tiles" in text
+    if name in ("sparsevlm", "tome"):
+        assert "=release" in text
 
 
 def test_a_wheel_has_no_toy_models_and_says_so(monkeypatch, capsys, tmp_path):

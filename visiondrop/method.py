@@ -3,7 +3,8 @@
 Paper: https://arxiv.org/abs/2506.22283
 Official code read: Ruixxxx/VisionDrop@f7a9444, llava/visionzip and llava/model/modeling_llama_visiondrop.py
 Differs from it: merged tokens are means (theirs adds the mean to the target token, as `official` does); batches,
-several images, grouped-query heads, any budget and depth.
+several images, grouped-query heads, any budget and depth. With tiles, `official` too reduces all of them in the decoder
+(theirs: the first view alone) and keeps merged tokens in raster order of the tiles' grid (theirs: tile after tile).
 """
 
 from dataclasses import dataclass, fields

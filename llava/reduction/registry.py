@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -83,8 +84,14 @@ def build(
     return cls(budget=budget, **values)
 
 
+def differences_from_release(cls: type[Reducer]) -> str:
+    """What the head of a method's file says after "Differs from it:", in one line."""
+    _, _, rest = (sys.modules[cls.__module__].__doc__ or "").partition("Differs from it:")
+    return " ".join(rest.partition("\n\n")[0].split())
+
+
 def describe() -> list[dict[str, Any]]:
-    """Name, summary and options of every method, for `--list`."""
+    """Name, summary, sources and options of every method, for `vtr show methods`."""
     rows = []
     for name in names():
         cls = METHODS[name]
@@ -98,5 +105,11 @@ def describe() -> list[dict[str, Any]]:
             }
             for key, known in options_of(cls).items()
         ]
-        rows.append({"name": name, "summary": cls.summary, "version": cls.version, "options": options})
+        known_sources = {
+            "paper": " ".join(filter(None, (cls.metadata.paper, cls.metadata.url))),
+            "official code read": cls.metadata.code,
+            "differs from the release": differences_from_release(cls) if cls.metadata.code else "",
+        }
+        about = {"name": name, "summary": cls.summary, "version": cls.version}
+        rows.append(about | {key: text for key, text in known_sources.items() if text} | {"options": options})
     return rows
