@@ -473,7 +473,7 @@ def test_questions_come_in_the_order_of_llavas_file_with_the_suffix_apart(data):
     assert [q.id for q in dataset.questions] == [str(1039 - n) for n in range(40)]
     assert (first.question, first.suffix, first.image) == ("Is thing 39 there?", SHORT, "n4.jpg")
     sample = dataset.sample(first)
-    assert sample.image.size == (32, 32) and sample.image_id == "n4.jpg"
+    assert sample.image.size == (32, 32) and sample.image_ids == (dataset.pictures.digest("n4.jpg"),)
     assert sample.message == json.loads(lines[39])["text"]
 
 

@@ -76,7 +76,7 @@ def test_remembered_features_stay_within_their_memory(tiny):
     one = bytes_of(next(iter(whole._seen.values()))[0])
     small.cache_bytes = 2 * one
     assert [generate(small, [sample], reducer, max_new_tokens=2).answers[0].text for sample in asked] == expected
-    assert [name for name, _ in small._seen] == ["p4", "p5"] and small._bytes == 2 * one
+    assert list(small._seen) == ["p4", "p5"] and small._bytes == 2 * one
     assert len(whole._seen) == 6 and whole._bytes == 6 * one
     # More images in one batch than fit are encoded and forgotten.
     small.cache_bytes = 0
@@ -87,7 +87,7 @@ def test_remembered_features_stay_within_their_memory(tiny):
 def _named(sample, index):
     from dataclasses import replace
 
-    return replace(sample, image_id=f"p{index}", image=picture(index))
+    return replace(sample, image_ids=(f"p{index}",), image=picture(index))
 
 
 @pytest.mark.parametrize("method", spec.PAPERS)

@@ -103,10 +103,17 @@ class Dataset:
 
     def sample(self, question: Question) -> "Sample":
         """The question with its images opened."""
-        return self.with_images(question, [self.pictures.open(name) for name in question.images])
+        names = question.images
+        return self.with_images(question, [*map(self.pictures.open, names)], [*map(self.pictures.digest, names)])
 
-    def with_images(self, question: Question, opened: Sequence[Any]) -> "Sample":
-        """The question with its images, which were opened before."""
+    @staticmethod
+    def with_images(question: Question, opened: Sequence[Any], digests: Sequence[str]) -> "Sample":
+        """The question with its images, which were opened before.
+
+        Args:
+            digests: hashes of the images' files. The vision tower's output is remembered by them and not by the
+                images' names, which stand for other images in another benchmark or data folder.
+        """
         from llava.processing.sample import Sample
 
         return Sample(
@@ -114,13 +121,8 @@ class Dataset:
             question=question.question,
             suffix=question.suffix,
             image=opened[0] if len(opened) == 1 else tuple(opened) or None,
-            image_id=" ".join(question.images) or None,
+            image_ids=tuple(digests),
         )
-
-    @staticmethod
-    def key(question: Question, number: int) -> tuple[str, int]:
-        """The name under which the pipeline knows an image of the question."""
-        return " ".join(question.images), number
 
 
 @dataclass(frozen=True)
