@@ -61,5 +61,5 @@ def tower_passes(batches: Sequence[Sequence[Question]], each: float, bound: int,
 
 
 def keys(questions: Sequence[Question]) -> dict[str, None]:
-    """The names of the distinct images of some questions. A run remembers them by content; reading it takes too long here."""
+    """The names of the distinct images of some questions. A run tells them by content, which is not read here."""
     return dict.fromkeys(name for question in questions for name in question.images)
