@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.answers import flatten
+from eval.answers.source_hash import answer_sources
 from eval.benchmarks.base import Dataset
 from eval.config import FULL, RunConfig
 from llava.errors import UserError, unknown
@@ -63,7 +64,11 @@ def plain(reducer: "Reducer") -> dict[str, Any]:
 
 
 def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, reducer: "Reducer") -> dict[str, Any]:
-    """Everything an answer depends on. Batch size and limit are not here: answers do not depend on them."""
+    """Everything an answer depends on but its images, whose hashes stand beside it.
+
+    Batch size and limit are not here: answers do not depend on them. Nor are labels: they are what scores depend on.
+    """
+    code, whole = answer_sources(model), answer_sources(model, reducer)
     text_tower = {"text_tower": model.text_tower_fingerprint} if getattr(reducer, "needs_text_tower", False) else {}
     return {
         **text_tower,
@@ -71,9 +76,9 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
         "split": split,
         # The first profile is the one that the folder's name means when it says none.
         **({"profile": config.profile} if config.profile not in (None, "llava") else {}),
-        "data": data.fingerprint,
+        "questions": data.questions_digest,
         "model": model.name,
-        "weights": model.fingerprint,
+        "model_files": model.fingerprint,
         "conversation": str(model.conversation),
         "dtype": config.dtype,
         **({"picture": model.conventions} if getattr(model, "conventions", None) else {}),
@@ -86,6 +91,8 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
         "method": reducer.name,
         "version": str(reducer.version),
         "config": plain(reducer),
+        "code": code,
+        "method_code": {name: digest for name, digest in whole.items() if name not in code},
     }
 
 

@@ -1,8 +1,10 @@
 """What a benchmark gives to a run: questions, their images, and a way to score predictions."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +62,8 @@ class Dataset:
     Attributes:
         title: for sentences, "GQA testdev".
         questions: in the order of the official file, which is the order they are asked in.
-        fingerprint: hash of the question files. The images are not in it, hashing them would take longer than
-            answering on some benchmarks.
+        fingerprint: hash of the files of questions and labels, which a score belongs to. The images are not in it: the
+            hash of each is kept with the answer.
         score: (ids that were asked, raw text by id, in the order of the answer file) -> the official metric over those.
         sample_score: (question, raw text) -> score of one answer in [0, 1], for the progress bar and the sample table;
             None where one answer has none of its own.
@@ -91,6 +93,12 @@ class Dataset:
     judging: Any = None
     benchmark: str = ""
     normalise: Callable[[str], str] | None = None
+
+    @cached_property
+    def questions_digest(self) -> str:
+        """Hash of what is asked, which an answer belongs to: ids and texts of all questions, without the labels."""
+        text = json.dumps([(one.id, one.question, one.suffix) for one in self.questions])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check_images(self, questions: Iterable[Question]) -> None:
         """Fail before the run starts, not at question 9,000."""

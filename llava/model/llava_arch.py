@@ -116,7 +116,9 @@ class Llava:
     def fingerprint(self) -> dict[str, str]:
         """File of the checkpoint -> hash of its content: weights, configuration, tokenizer, preprocessing."""
         if not self._files:
-            raise AssertionError(f"{self.name} was not read from files, so nobody could say later what gave its answers")
+            raise AssertionError(
+                f"{self.name} was not read from files, so nobody could say later what gave its answers"
+            )
         return hashes_of(self._files)
 
     @cached_property

@@ -9,8 +9,9 @@ Differs from it: missing and unexpected weights are errors; the tokenizer is tra
 Llama tokenizer (see tests/test_prompt.py).
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llava.conversation import DEFAULT_MODE, conversation
 from llava.errors import UserError
-from llava.model.checkpoint.fingerprint import files_of
 from llava.model.checkpoint.files import HUB_ID, locate, read_json, read_weights
+from llava.model.checkpoint.fingerprint import files_of
 from llava.model.checkpoint.hf_model import (
     container_config,
     fill,
@@ -113,7 +114,7 @@ class Checkpoint:
     frames: int = 0
     temporal: bool = False
     spread: bool = False
-    files: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
 
 def load_checkpoint(
