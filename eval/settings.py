@@ -12,7 +12,6 @@ from eval.answers.source_hash import answer_sources
 from eval.benchmarks.base import Dataset
 from eval.config import FULL, RunConfig
 from llava.errors import UserError, unknown
-from llava.option_names import with_former_names
 
 if TYPE_CHECKING:
     from llava.reduction.reducer import Reducer
@@ -130,8 +129,7 @@ def default_output(config: RunConfig, split: str, model: Any, reducer: "Reducer"
     Args:
         standard: the method at the same budget without options.
     """
-    # Former names, so that a run goes on in the folder that it began in.
-    here, usual = flatten(with_former_names(plain(reducer))), flatten(with_former_names(plain(standard)))
+    here, usual = flatten(plain(reducer)), flatten(plain(standard))
     changed: dict[str, Any] = {key: value for key, value in here.items() if usual.get(key) != value}
     changed |= {
         field.name: getattr(config, field.name)

@@ -24,7 +24,7 @@ from eval.answers.jsonl import read_json, read_jsonl, write_json
 from eval.answers.reuse import RESULT, check_reuse, read_stored
 from eval.benchmarks.base import Dataset
 from eval.command import exit_on_user_error
-from eval.config import DEFAULT_DATA, RunConfig
+from eval.config import DEFAULT_DATA, RETENTION_RATIO, RunConfig
 from eval.feature_cache import CachingLlava
 from eval.job import prepare
 from eval.parallel import placement, ranks
@@ -37,7 +37,6 @@ from eval.settings import build_reducer, folder_name
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
-from llava.option_names import RETENTION_RATIO, with_former_names
 from llava.reduction import registry
 from llava.reduction.reducer import Reducer
 
@@ -270,8 +269,7 @@ def folder_of(
 def name_of(setting: Setting, tokens: int) -> str:
     """A folder name that tells the setting, and by a hash the whole configuration: defaults may change in between."""
     reducer = reducer_of(setting, tokens)
-    # Former names, so that a sweep finds the folders of earlier ones.
-    whole = json.dumps(with_former_names(dataclasses.asdict(reducer)), sort_keys=True) + reducer.version
+    whole = json.dumps(dataclasses.asdict(reducer), sort_keys=True) + reducer.version
     tail = "".join(f",{key}={value}" for key, value in sorted(setting.options.items()))
     return f"{setting.method}-{reducer.budget}{tail}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 

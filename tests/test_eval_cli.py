@@ -215,7 +215,7 @@ def test_the_real_model_goes_all_the_way(tiny_path, tmp_path, data, capsys):
         (["--method", "uniform", "--retention", "nan"], "--retention should be a ratio above 0 and up to 1"),
         (["--method", "uniform", "--retention", "1/0"], "--retention should be a ratio above 0 and up to 1"),
         (["--method", "full", "--retention", "0.5"], "full keeps all visual tokens"),
-        (["--method", "uniform", "--set", "share=x"], "uniform.retention_ratio must be a number, got 'x'."),
+        (["--method", "uniform", "--set", "retention_ratio=x"], "uniform.retention_ratio must be a number, got 'x'."),
         (["--method", "uniform", "--budget", "8", "--data", "/nowhere"], "--data should be the folder that holds gqa/"),
     ],
 )
