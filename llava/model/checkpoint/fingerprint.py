@@ -1,6 +1,6 @@
 """Hashes of a checkpoint's files: whatever is changed in one of them, stored answers are not taken for its answers.
 
-Every byte counts. A file of many gigabytes is read once (1 GB/s for each thread) and its hash remembered in the user's
+Every byte counts. A file of many gigabytes is read once (1.4 GB/s on one core) and its hash remembered in the user's
 cache folder, for as long as its path, size, times and inode stay the same.
 """
 
