@@ -99,7 +99,7 @@ def test_answers_are_in_llavas_fields(main, data, tmp_path):
                 "merged": 0,
                 "kv_bytes": 16000,
             },
-            "pictures": hashlib.sha256(picture.read_bytes()).hexdigest()[:12],
+            "pictures": hashlib.sha256(picture.read_bytes()).hexdigest()[:16],
         },
     }
     predictions = json.loads((tmp_path / "o" / "predictions.json").read_text())
