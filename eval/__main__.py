@@ -16,6 +16,7 @@ from pathlib import Path
 from eval import benchmarks
 from eval.command import Parser, Terminated, add_data_flags, exit_on_user_error, make_parser, terminate, value
 from eval.config import (
+    RETENTION_RATIO,
     ROOT,
     RunConfig,
     budget_of,
@@ -31,7 +32,6 @@ from eval.config import (
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.parallel import placement, ranks
 from llava.errors import UserError
-from llava.option_names import RETENTION_RATIO, with_current_names
 
 # More questions than any benchmark has.
 LARGEST_BATCH = 1_000_000
@@ -205,7 +205,7 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         raise UserError("--json goes with --list and --dry-run; a run writes result.json to its output folder.")
     if not args.method:
         raise UserError("--method is missing; --list prints the methods there are.")
-    budget, options = chosen_budget(args, with_current_names(method_options(args.method, args.set)))
+    budget, options = chosen_budget(args, method_options(args.method, args.set))
     benchmark = benchmarks.get(args.benchmark)
     benchmarks.check_split(benchmark, args.split)
     benchmarks.check_profile(benchmark, args.profile)

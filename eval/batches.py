@@ -119,10 +119,10 @@ class ReadAhead:
         fresh: set[str] = set()
         needed: dict[str, Future[Opened]] = {}
         for question in questions:
-            for number, name in enumerate(question.images):
+            for name in question.images:
                 if name not in self._reading:
                     fresh.add(name)
-                    self._reading[name] = self._pool.submit(self._open, name, self._job.data.key(question, number))
+                    self._reading[name] = self._pool.submit(self._open, name)
                 self._reading.move_to_end(name)
                 needed[name] = self._reading[name]
         return lambda: self._collect(questions, needed, fresh)
@@ -134,20 +134,21 @@ class ReadAhead:
         for question in questions:
             try:
                 opened = [needed[name].result() for name in question.images]
-                sample = self._job.data.with_images(question, [one.image for one in opened])
+                digests = [one.digest for one in opened]
+                sample = self._job.data.with_images(question, [one.image for one in opened], digests)
                 seconds = sum(one.seconds for name, one in zip(question.images, opened, strict=True) if name in fresh)
                 views = {id(one.image): one.views for one in opened if one.views is not None}
-                found.append(Ready(question, sample, " ".join(one.digest for one in opened), views, seconds))
+                found.append(Ready(question, sample, " ".join(digests), views, seconds))
                 fresh -= set(question.images)
             except Exception as error:
                 found.append(Failure(question.id, "image", error))
         self._let_go(needed)
         return found
 
-    def _open(self, name: str, key: object) -> Opened:
+    def _open(self, name: str) -> Opened:
         pictures, model = self._job.data.pictures, self._job.model
         image, digest = pictures.open(name), pictures.digest(name)
-        if not getattr(model, "takes_views", False) or model.remembers(key):
+        if not getattr(model, "takes_views", False) or model.remembers(digest):
             return Opened(image, digest, None, 0.0)
         start = time.perf_counter()
         return Opened(image, digest, model.views(image), time.perf_counter() - start)

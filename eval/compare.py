@@ -2,6 +2,9 @@
 
 python -m eval.compare A.jsonl B.jsonl --benchmark gqa --data DIR
 python -m eval.compare RUN_A RUN_B      # two output folders of `python -m eval` say by themselves what they answer
+
+Folders, also RUN/limit200, are compared if both runs asked the same questions about the same images with the same files
+of the model, the same code and the same options, but for the method. Files are compared whatever made them.
 """
 
 import dataclasses
@@ -11,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import read_json, write_json
-from eval.answers.reading import read_answers
+from eval.answers.reading import Answers, read_answers
+from eval.answers.reuse import OF_THE_SCORE, RESULT, check_images, joint_differences, read_stored, results_folder
 from eval.benchmarks.base import Dataset
 from eval.command import add_data_flags, exit_on_user_error, make_parser, open_dataset
 from eval.judging.choice import HELP as JUDGE_HELP
@@ -23,11 +27,20 @@ from llava.errors import UserError
 def compare(
     a: Path, b: Path, data: Dataset, partial: bool = False, judge: str = "auto", seed: int = 0
 ) -> dict[str, Any]:
-    """Both scores and a minus b; with `partial`, over the questions that both answer."""
+    """Both scores and a minus b over the questions that both answer.
+
+    Args:
+        a, b: answer files, or folders of runs.
+        partial: go on without the questions that a file lacks, or that failed in a run.
+    """
     check_judge(data, judge)
-    files = [read_answers(path, data, partial) for path in (a, b)]
-    common = files[0].texts.keys() & files[1].texts.keys()
+    (first, a), (second, b) = (answers_of(path, data, partial) for path in (a, b))
+    files = first, second
+    check_images(first.images, second.images, f"{a} and {b}")
+    common = first.texts.keys() & second.texts.keys()
     asked = [question.id for question in data.questions if question.id in common]
+    if not asked:
+        raise UserError(f"{a} and {b} have no question in common.")
     notes = [f"{'AB'[i]}: {note}" for i, file in enumerate(files) for note in file.notes]
     if len(asked) < len(data.questions):
         notes.append(f"compared on {len(asked):,} of {len(data.questions):,} questions")
@@ -74,10 +87,19 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def run_folder(path: Path) -> tuple[str, str, str | None]:
-    """Benchmark, split and profile of an output folder."""
-    settings = read_json(path / "settings.json")
-    return settings["benchmark"], settings["split"], settings.get("profile")
+def answers_of(path: Path, data: Dataset, partial: bool) -> tuple[Answers, Path]:
+    """The answers of a run or a file, and the answer file."""
+    if is_run(path):
+        stored = read_stored(path, data, partial)
+        return Answers(stored.texts, images=stored.images), stored.answers
+    found = read_answers(path, data, partial)
+    unknown = "model, code and options" if any(found.images.values()) else "images, model, code and options"
+    return dataclasses.replace(found, notes=(*found.notes, f"an answer file: its {unknown} were not compared")), path
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is the output folder of a run, or its limitN/."""
+    return path.is_dir() and ((path / "settings.json").is_file() or (path / RESULT).is_file())
 
 
 @exit_on_user_error
@@ -93,15 +115,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     args = p.parse_args(arguments)
     paths = [Path(args.a), Path(args.b)]
-    folders = [path for path in paths if path.is_dir() and (path / "settings.json").is_file()]
-    said = {run_folder(path) for path in folders}
-    if len(said) > 1:
-        raise UserError(f"The two runs are of different benchmarks: {' and '.join(map(str, sorted(said)))}.")
-    name, split, profile = said.pop() if said else (args.benchmark, args.split, args.profile)
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"There is no file or folder {path}; give an answer file, or the output folder of a run.")
+    results = [read_json(results_folder(path) / RESULT) for path in paths if is_run(path)]
+    if len(results) > 1 and (found := joint_differences(results[0], results[1], OF_THE_SCORE)):
+        raise UserError(
+            f"{args.a} and {args.b} cannot be compared: they differ in {'; '.join(found)}. To compare them all the "
+            "same, give their files answers.jsonl and --benchmark."
+        )
+    said = [(one["settings"]["benchmark"], one["settings"]["split"], one["facts"].get("profile")) for one in results]
+    name, split, profile = said[0] if said else (args.benchmark, args.split, args.profile)
     if name is None:
         raise UserError("--benchmark is missing; only output folders of `python -m eval` say what they answer.")
     data = open_dataset(args.benchmark or name, args.data, args.split or split, args.profile or profile, args.source)
-    a, b = (path / "answers.jsonl" if path in folders else path for path in paths)
+    a, b = paths
     record = compare(a, b, data, args.partial, args.judge)
     print("\n".join(lines(record)))
     if args.json:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava.errors import UserError
-from llava.option_names import RETENTION_RATIO, with_current_names
 
+# The field of a method that takes the place of its budget; importing it from llava.reduction would import torch.
+RETENTION_RATIO = "retention_ratio"
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = str(ROOT / "assets" / "tinyllava")
 DEFAULT_DATA = ROOT / "assets" / "eval"
@@ -30,7 +31,7 @@ class RunConfig:
         split: None for the benchmark's default.
         output: None for results/<benchmark>-<split>/<model>/<method>-<budget>.
         limit: ask the first `limit` questions only. Not part of what a store depends on.
-        options: the method's own fields, as text; the registry parses them. Former names are replaced.
+        options: the method's own fields, as text; the registry parses them.
         restart: move an earlier run in the output folder aside.
         text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
         picture: how images are read, where the model's family leaves a choice; llava.model.builder parses the texts.
@@ -79,7 +80,6 @@ class RunConfig:
     share_prefix: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "options", with_current_names(self.options))
         ratio = self.retention_ratio
         if ratio is not None and self.method == FULL:
             raise UserError(f"full keeps all visual tokens; leave the retention ratio {ratio:g} out.")

@@ -64,7 +64,7 @@ class CachingLlava(Llava):
             self.forget()
 
     def remembers(self, key: object) -> bool:
-        """Whether an image is remembered now; `key` is its (image_id, number in the prompt)."""
+        """Whether an image is remembered now; `key` is the hash of its content."""
         return key in self._seen
 
     def forget(self) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from eval import benchmarks
 from eval.answers import result_folder
-from eval.answers.source_hash import answer_sources
 from eval.benchmarks.base import Dataset, Question
 from eval.config import RunConfig
 from eval.judging.choice import check_judge
@@ -32,7 +31,6 @@ class Job:
     Attributes:
         planned: the questions of this run, answered already or not.
         settings: what the answers depend on.
-        sources: source file that the answers depend on -> hash of its code.
         started: ISO time; the name of this process in timing.jsonl.
     """
 
@@ -42,7 +40,6 @@ class Job:
     model: Any
     reducer: "Reducer"
     settings: dict[str, Any]
-    sources: dict[str, str]
     output: Path
     started: str
 
@@ -109,7 +106,6 @@ def prepare(config: RunConfig, model: Any, reducer: "Reducer | None") -> Job:
         model=model,
         reducer=reducer,
         settings=store_settings(config, split, data, model, reducer),
-        sources=answer_sources(model, reducer),
         output=Path(config.output or default_output(config, split, model, reducer, standard)),
         started=datetime.now(UTC).isoformat(),
     )

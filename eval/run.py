@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eval import tracking
 from eval.answers import AnswerStore, Shard, seal_of
 from eval.answers.jsonl import write_file, write_json
-from eval.answers.reuse import check_reuse
-from eval.answers.source_hash import combined
+from eval.answers.reuse import check_reuse, images_digest
 from eval.asking import Progress, ask
 from eval.benchmarks.base import Question
 from eval.config import RunConfig
@@ -52,8 +51,8 @@ def run(
     known = [question.id for question in job.data.questions]
     process = process_of(job, rank)
     began = provenance.command_began(rank) if model is None else None
-    with AnswerStore(job.output, job.settings, known, config.restart, job.sources, process) as store:
-        unknown_pictures = check_reuse(job.data, job.planned, store.answers, job.output)
+    with AnswerStore(job.output, job.settings, known, config.restart, process) as store:
+        check_reuse(job.data, job.planned, store.answers, job.output)
         job.results.mkdir(exist_ok=True)
         flat = flat_config(config, job.settings, job.data, job.reducer)
         tracker = tracking.start_evaluation(config, job.results, job.settings, flat)
@@ -61,7 +60,7 @@ def run(
         try:
             throughput = answer_questions(job, store, tracker, rank, began)
             files = job.data.submission(texts(job, store))
-            result = {**summarise(job, store, unknown_pictures, throughput), "config": flat, "submission": list(files)}
+            result = {**summarise(job, store, throughput), "config": flat, "submission": list(files)}
             write_json(job.results / "result.json", result)
             for name, content in files.items():
                 write_file(job.results / name, content)
@@ -89,7 +88,6 @@ def process_of(job: Job, rank: Rank) -> dict[str, Any]:
         "run": job.started,
         "commit": provenance.commit(),
         "versions": provenance.versions(),
-        "code": combined(job.sources),
         "rank": rank.number,
     }
 
@@ -201,11 +199,10 @@ def spans(places: Sequence[int]) -> list[tuple[int, int]]:
     return found
 
 
-def summarise(job: Job, store: AnswerStore, unknown_pictures: int, throughput: dict[str, Any]) -> dict[str, Any]:
+def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any]) -> dict[str, Any]:
     """The result of all answers to the planned questions, whichever process gave them.
 
     Args:
-        unknown_pictures: answers that were stored without a hash of their images.
         throughput: of this process, or of the ranks.
     """
     answered = [question for question in job.planned if question.id in store.answers]
@@ -230,11 +227,6 @@ def summarise(job: Job, store: AnswerStore, unknown_pictures: int, throughput: d
     flops = cost.summarise_flops(timed)
     made = provenance.made_by(store.origins(asked))
     remarks = [*getattr(job.model, "notes", ()), *made.pop("notes"), *cost.notes(timed), *store.remarks]
-    if unknown_pictures:
-        remarks.append(
-            f"{unknown_pictures:,} answers were stored by a former version without a hash of their "
-            f"{job.data.pictures.noun}: whether these have changed is not known"
-        )
     result = {
         "title": job.data.title,
         "facts": {**job.data.facts, **judged},
@@ -252,6 +244,8 @@ def summarise(job: Job, store: AnswerStore, unknown_pictures: int, throughput: d
         "flops": flops,
         "flops_per_question": flops["per_question"],
         "settings": job.settings,
+        "labels": job.data.fingerprint,
+        "images": images_digest(lines),
         "limit": job.config.limit,
         "remarks": remarks,
         "conditions": measured_under(job),

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.answers import flatten
+from eval.answers.source_hash import answer_sources
 from eval.benchmarks.base import Dataset
 from eval.config import FULL, RunConfig
 from llava.errors import UserError, unknown
-from llava.option_names import with_former_names
 
 if TYPE_CHECKING:
     from llava.reduction.reducer import Reducer
@@ -63,7 +63,11 @@ def plain(reducer: "Reducer") -> dict[str, Any]:
 
 
 def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, reducer: "Reducer") -> dict[str, Any]:
-    """Everything an answer depends on. Batch size and limit are not here: answers do not depend on them."""
+    """Everything an answer depends on but its images, whose hashes stand beside it.
+
+    Batch size and limit are not here: answers do not depend on them. Nor are labels: they are what scores depend on.
+    """
+    code, whole = answer_sources(model), answer_sources(model, reducer)
     text_tower = {"text_tower": model.text_tower_fingerprint} if getattr(reducer, "needs_text_tower", False) else {}
     return {
         **text_tower,
@@ -71,9 +75,9 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
         "split": split,
         # The first profile is the one that the folder's name means when it says none.
         **({"profile": config.profile} if config.profile not in (None, "llava") else {}),
-        "data": data.fingerprint,
+        "questions": data.questions_digest,
         "model": model.name,
-        "weights": model.fingerprint,
+        "model_files": model.fingerprint,
         "conversation": str(model.conversation),
         "dtype": config.dtype,
         **({"picture": model.conventions} if getattr(model, "conventions", None) else {}),
@@ -86,6 +90,8 @@ def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, red
         "method": reducer.name,
         "version": str(reducer.version),
         "config": plain(reducer),
+        "code": code,
+        "method_code": {name: digest for name, digest in whole.items() if name not in code},
     }
 
 
@@ -123,8 +129,7 @@ def default_output(config: RunConfig, split: str, model: Any, reducer: "Reducer"
     Args:
         standard: the method at the same budget without options.
     """
-    # Former names, so that a run goes on in the folder that it began in.
-    here, usual = flatten(with_former_names(plain(reducer))), flatten(with_former_names(plain(standard)))
+    here, usual = flatten(plain(reducer)), flatten(plain(standard))
     changed: dict[str, Any] = {key: value for key, value in here.items() if usual.get(key) != value}
     changed |= {
         field.name: getattr(config, field.name)

@@ -19,13 +19,12 @@ from typing import Any
 from tqdm import tqdm
 
 from eval import benchmarks, tracking
-from eval.answers import current_settings
+from eval.answers import differences, result_folder
 from eval.answers.jsonl import read_json, read_jsonl, write_json
-from eval.answers.reuse import check_reuse
-from eval.answers.source_hash import combined
+from eval.answers.reuse import RESULT, check_reuse, read_stored
 from eval.benchmarks.base import Dataset
 from eval.command import exit_on_user_error
-from eval.config import RunConfig
+from eval.config import DEFAULT_DATA, RETENTION_RATIO, RunConfig
 from eval.feature_cache import CachingLlava
 from eval.job import prepare
 from eval.parallel import placement, ranks
@@ -38,7 +37,6 @@ from eval.settings import build_reducer, folder_name
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
-from llava.option_names import RETENTION_RATIO, with_former_names
 from llava.reduction import registry
 from llava.reduction.reducer import Reducer
 
@@ -73,7 +71,7 @@ def sweep(
     Returns:
         Question id -> sample score, in the order of `settings`.
     """
-    folders = [folder_of(output, model, benchmark, split, setting) for setting in settings]
+    folders = [folder_of(output, model, benchmark, split, setting, data) for setting in settings]
     model.expect([reducer_of(setting, model.visual_tokens) for setting in settings])
     configs = [
         RunConfig(
@@ -99,7 +97,10 @@ def sweep(
     for config in tqdm(missing, desc=f"sweep {split}", unit="setting"):
         fill(config, model)
     results = [credits_of(folder, data, split, benchmark, limit) for folder in folders]
-    log_table(wandb, settings, folders, {"benchmark": benchmark, "split": split, "model": model.name, "limit": limit})
+    known = dataset(benchmark, data, split).questions
+    found = [read_json(result_folder(folder, len(known[:limit]), len(known)) / RESULT) for folder in folders]
+    about = {"benchmark": benchmark, "split": split, "model": model.name, "limit": limit}
+    log_table(wandb, settings, folders, found, about)
     return results
 
 
@@ -183,11 +184,20 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def log_table(wandb: str, settings: Sequence[Setting], folders: Sequence[Path], about: dict[str, object]) -> None:
-    """Log a finished sweep as one W&B run; the same sweep in the same folder continues its run."""
+def log_table(
+    wandb: str,
+    settings: Sequence[Setting],
+    folders: Sequence[Path],
+    found: Sequence[Mapping[str, Any]],
+    about: dict[str, object],
+) -> None:
+    """Log a finished sweep as one W&B run; the same sweep in the same folder continues its run.
+
+    Args:
+        folders, found: of each setting its folder, and the result of as many questions as the sweep asked.
+    """
     if not folders:
         return
-    found = [json.loads(newest_result(folder).read_text()) for folder in folders]
     digest = hashlib.sha256(json.dumps([folder.name for folder in folders]).encode()).hexdigest()[:8]
     config = about | {"settings": len(settings), "methods": sorted({setting.method for setting in settings})}
     tracker = tracking.start(
@@ -206,15 +216,8 @@ def log_table(wandb: str, settings: Sequence[Setting], folders: Sequence[Path], 
     tracker.close(failed=False)
 
 
-def newest_result(folder: Path) -> Path:
-    """The result that was written last in a run's folder, of all questions or of the first (in limitN/)."""
-    return max(
-        [*folder.glob("result.json"), *folder.glob("limit*/result.json")], key=lambda path: path.stat().st_mtime_ns
-    )
-
-
 def is_finished(config: RunConfig, model: Llava, device: str | None = None) -> bool:
-    """Whether this very run is complete in its folder: same settings, code, prompts and images, all its questions.
+    """Whether this very run is complete in its folder: same settings, labels, prompts and images, all its questions.
 
     Args:
         device: "cpu" or "cuda", where the answers are made by another process than the one that holds `model`.
@@ -226,14 +229,14 @@ def is_finished(config: RunConfig, model: Llava, device: str | None = None) -> b
     if not (folder / "settings.json").is_file():
         return False
     job = prepare(config, model, None)
-    path = job.results / "result.json"
+    path = job.results / RESULT
     if not path.is_file():
         return False
     result = json.loads(path.read_text())
     expected = job.settings | ({"device": device} if device else {})
-    if result["asked"] < len(job.planned) or current_settings(result["settings"]) != expected:
+    if result["asked"] < len(job.planned) or differences(result["settings"], expected):
         return False
-    if result.get("code") != combined(job.sources) or result.get("code_unknown"):
+    if result.get("labels") != job.data.fingerprint:  # a run then asks nothing and scores anew
         return False
     answers = {row["question_id"]: row for _, row in read_jsonl(folder / "answers.jsonl")}
     check_reuse(job.data, job.planned, answers, folder)
@@ -250,31 +253,37 @@ def reducer_of(setting: Setting, tokens: int) -> Reducer:
     return registry.build(setting.method, setting.budget or (None if has_ratio else tokens), setting.options, tokens)
 
 
-def folder_of(output: Path, model: Llava, benchmark: str, split: str, setting: Setting) -> Path:
-    """Where the answers of a setting are: OUTPUT/MODEL/BENCHMARK-SPLIT/SETTING, the same for every table and sweep."""
-    return output / folder_name(model.name) / f"{benchmark}-{split}" / name_of(setting, model.visual_tokens)
+def folder_of(
+    output: Path, model: Llava, benchmark: str, split: str, setting: Setting, data: Path = DEFAULT_DATA
+) -> Path:
+    """Where the answers of a setting are, the same for every table and sweep: OUTPUT/MODEL/BENCHMARK-SPLIT/SETTING.
+
+    A data folder of the user's own follows the split, with its name and a hash of the questions.
+    """
+    asked = f"{benchmark}-{split}"
+    if data.resolve() != DEFAULT_DATA.resolve():
+        asked += f"-{folder_name(data.resolve().name)}-{dataset(benchmark, data, split).questions_digest[:8]}"
+    return output / folder_name(model.name) / asked / name_of(setting, model.visual_tokens)
 
 
 def name_of(setting: Setting, tokens: int) -> str:
     """A folder name that tells the setting, and by a hash the whole configuration: defaults may change in between."""
     reducer = reducer_of(setting, tokens)
-    # Former names, so that a sweep finds the folders of earlier ones.
-    whole = json.dumps(with_former_names(dataclasses.asdict(reducer)), sort_keys=True) + reducer.version
+    whole = json.dumps(dataclasses.asdict(reducer), sort_keys=True) + reducer.version
     tail = "".join(f",{key}={value}" for key, value in sorted(setting.options.items()))
     return f"{setting.method}-{reducer.budget}{tail}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa", limit: int | None = None) -> Credits:
     """Question id -> sample score, from a finished run's answers to the first `limit` questions, or all."""
-    questions = {question.id: question for question in dataset(benchmark, data, split).questions[:limit]}
-    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    judge = dataset(benchmark, data, split).sample_score
-    if judge is None:
+    found = dataset(benchmark, data, split)
+    questions = {question.id: question for question in found.questions[:limit]}
+    if found.sample_score is None:
         raise UserError(
             f"{benchmark} has no score for a single answer, which a sweep compares; take another benchmark."
         )
-    asked = [line for line in lines if line["question_id"] in questions]
-    return {line["question_id"]: judge(questions[line["question_id"]], line["text"]) for line in asked}
+    texts = read_stored(result_folder(folder, len(questions), len(found.questions)), found).texts
+    return {name: found.sample_score(questions[name], text) for name, text in texts.items()}
 
 
 _DATASETS: dict[tuple[str, Path, str], Dataset] = {}

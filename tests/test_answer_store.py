@@ -26,7 +26,7 @@ KNOWN = [str(i) for i in range(100)]
 
 
 def line(name: str, text: str = "yes") -> dict:
-    return {"question_id": name, "text": text}
+    return {"question_id": name, "text": text, "answer_id": answer_id(seal_of(SETTINGS), name)}
 
 
 def open_store(folder: Path, settings: dict = SETTINGS, **options) -> AnswerStore:
@@ -114,6 +114,16 @@ def test_other_settings_are_refused_by_name_and_value(tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text()) == SETTINGS
     with open_store(tmp_path) as store:
         assert list(store.answers) == ["1"]
+
+
+def test_answers_of_another_store_are_refused(tmp_path):
+    """A copied answers.jsonl was taken: answer_id was compared for shards only."""
+    for folder, settings in ((tmp_path / "a", SETTINGS), (tmp_path / "b", SETTINGS | {"dtype": "float16"})):
+        with open_store(folder, settings) as store:
+            store.add([line("1") | {"answer_id": answer_id(seal_of(settings), "1")}], {})
+    (tmp_path / "b" / "answers.jsonl").write_bytes((tmp_path / "a" / "answers.jsonl").read_bytes())
+    with pytest.raises(UserError, match=r"answers\.jsonl holds 1 answers of another store, the first to question 1"):
+        open_store(tmp_path / "b", SETTINGS | {"dtype": "float16"})
 
 
 def test_settings_of_a_store_without_answers_may_change(tmp_path):
@@ -347,7 +357,7 @@ def test_the_batch_size_may_change_between_runs_and_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda model, options: setattr(model, "fingerprint", "ffff"), "weights: 0123abcd, now ffff"),
+        (lambda model, options: setattr(model, "fingerprint", "ffff"), "model_files: 0123abcd, now ffff"),
         (lambda model, options: setattr(model, "conversation", "plain"), "conversation: vicuna_v1, now plain"),
         (lambda model, options: options.update(reducer=FakeReducer(alpha=0.9)), "config.alpha: 0.5, now 0.9"),
         (lambda model, options: options.update(max_new_tokens=5), "max_new_tokens: 128, now 5"),
@@ -371,7 +381,7 @@ def test_changed_questions_are_other_settings(tmp_path):
     run(config(data, tmp_path / "o", limit=4), FakeLlava(), FakeReducer())
     jsonl = data / "gqa" / "llava_gqa_testdev_balanced.jsonl"
     jsonl.write_text(jsonl.read_text().replace("Is thing 30", "Was thing 30"))
-    with pytest.raises(UserError, match="other settings \\(data: "):
+    with pytest.raises(UserError, match="other settings \\(questions: "):
         run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
 
 

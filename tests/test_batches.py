@@ -1,10 +1,12 @@
 """The order of asking, images read ahead of the model, and what is remembered between batches."""
 
+import shutil
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from eval import batches, feature_cache, outcomes
 from eval.batches import ReadAhead, asking_order
@@ -209,13 +211,30 @@ def test_the_tower_sees_every_image_once(toy, tmp_path, monkeypatch):
     assert sum(seen) == len({question.images for question in job.planned}) < COUNT / 2
 
 
+@pytest.mark.parametrize("order", [("ai2d", "chartqa"), ("pope", "noise")])
+def test_images_of_the_same_name_are_told_apart(toy, tmp_path, order):
+    """Hub tables name their images "0/image", and a copy of POPE names noise as POPE does: one cache took one for the
+    other, so ChartQA scored 18.8 for 50.0 in a table, and noise 100.0."""
+    noise = tmp_path / "noise"
+    shutil.copytree(DEFAULT_DATA / "pope", noise / "pope")
+    for number, path in enumerate(sorted((noise / "pope" / "val2014").iterdir())):
+        Image.effect_noise((64 + number, 64), 90).convert("RGB").save(path)
+    model, found = CachingLlava(toy), []
+    for name in order:
+        benchmark, data = ("pope", noise) if name == "noise" else (name, DEFAULT_DATA)
+        run(config(tmp_path / name, benchmark=benchmark, data=data, limit=16), model)
+        alone = run(config(tmp_path / f"{name} alone", benchmark=benchmark, data=data, limit=16), toy)
+        found.append(answers(tmp_path / name) == answers(tmp_path / f"{name} alone") and alone["asked"] == 16)
+    assert found == [True, True]
+
+
 def test_a_batch_that_does_not_fit_gives_the_remembered_images_back(toy, plain, tmp_path, monkeypatch):
 
     model, real, held = CachingLlava(toy), outcomes.generate, []
 
     def full(given, samples, *rest, **more):
         if len(samples) > 4:
-            given.encode_images([samples[0].image], [("x", 0)], rest[0], SimpleNamespace(mark=lambda _: None))
+            given.encode_images([samples[0].image], ["x"], rest[0], SimpleNamespace(mark=lambda _: None))
             held.append(model._bytes)
             raise torch.OutOfMemoryError
         if len(held) == 1:

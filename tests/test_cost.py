@@ -77,7 +77,7 @@ def test_operations_per_question_do_not_depend_on_the_batch_size(tiny, method):
 
     All questions are equally long: scores of shorter ones are computed with padding, which is counted.
     """
-    asked = [replace(samples(1)[0], id=f"q{i}", image=picture(0), image_id="same") for i in range(4)]
+    asked = [replace(samples(1)[0], id=f"q{i}", image=picture(0), image_ids=("same",)) for i in range(4)]
     reducer = registry.build(method, tiny.visual_tokens if method == "full" else 8)
 
     def lines(size):

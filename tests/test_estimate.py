@@ -122,7 +122,7 @@ def test_cache_and_operations_are_those_of_the_run(tmp_path, family, name, budge
 def test_activations_of_the_toy_model_are_near_the_measured(name, budget):
     """Within a quarter, for the tower's peak (few tokens kept) and the decoder's (all kept)."""
     model = load(device="cpu")
-    batch = [replace(sample, image=picture(i, (300, 200)), image_id=None) for i, sample in enumerate(samples(6, ()))]
+    batch = [replace(sample, image=picture(i, (300, 200)), image_ids=()) for i, sample in enumerate(samples(6, ()))]
     reducer = registry.build(name, budget or model.visual_tokens)
     answer = partial(generate, model, batch, reducer, max_new_tokens=4)
     steps = answer().decode_steps

@@ -99,7 +99,7 @@ def test_answers_are_in_llavas_fields(main, data, tmp_path):
                 "merged": 0,
                 "kv_bytes": 16000,
             },
-            "pictures": hashlib.sha256(picture.read_bytes()).hexdigest()[:12],
+            "pictures": hashlib.sha256(picture.read_bytes()).hexdigest()[:16],
         },
     }
     predictions = json.loads((tmp_path / "o" / "predictions.json").read_text())
@@ -215,7 +215,7 @@ def test_the_real_model_goes_all_the_way(tiny_path, tmp_path, data, capsys):
         (["--method", "uniform", "--retention", "nan"], "--retention should be a ratio above 0 and up to 1"),
         (["--method", "uniform", "--retention", "1/0"], "--retention should be a ratio above 0 and up to 1"),
         (["--method", "full", "--retention", "0.5"], "full keeps all visual tokens"),
-        (["--method", "uniform", "--set", "share=x"], "uniform.retention_ratio must be a number, got 'x'."),
+        (["--method", "uniform", "--set", "retention_ratio=x"], "uniform.retention_ratio must be a number, got 'x'."),
         (["--method", "uniform", "--budget", "8", "--data", "/nowhere"], "--data should be the folder that holds gqa/"),
     ],
 )
@@ -473,7 +473,7 @@ def test_questions_come_in_the_order_of_llavas_file_with_the_suffix_apart(data):
     assert [q.id for q in dataset.questions] == [str(1039 - n) for n in range(40)]
     assert (first.question, first.suffix, first.image) == ("Is thing 39 there?", SHORT, "n4.jpg")
     sample = dataset.sample(first)
-    assert sample.image.size == (32, 32) and sample.image_id == "n4.jpg"
+    assert sample.image.size == (32, 32) and sample.image_ids == (dataset.pictures.digest("n4.jpg"),)
     assert sample.message == json.loads(lines[39])["text"]
 
 

@@ -66,7 +66,7 @@ def test_a_ratio_is_a_budget():
         ({"dtype": "bf16"}, r"Unknown dtype 'bf16'\..* Available: bfloat16, float16, float32"),
         ({"batch_size": "auto"}, "batch_size should be a number"),
         ({"method": "fastv", "budget": "many"}, "budget should be a whole number"),
-        ({"method": "fastv", "budget": "1/9", "set.share": 0.1}, "both given"),
+        ({"method": "fastv", "budget": "1/9", "set.retention_ratio": 0.1}, "both given"),
     ],
 )
 def test_wrong_arguments_end_in_a_sentence(arguments, sentence):

@@ -147,7 +147,8 @@ def test_eager_and_sdpa_agree(tiny):
 def test_questions_about_one_picture_share_the_tower(tiny, monkeypatch):
     shared = picture(9)
     batch = [
-        Sample(id=f"s{i}", question=q, image=shared, image_id="p") for i, q in enumerate(("is it red", "what is it"))
+        Sample(id=f"s{i}", question=q, image=shared, image_ids=("p",))
+        for i, q in enumerate(("is it red", "what is it"))
     ]
     seen = []
     real = tiny.encode_images

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval import benchmarks, outcomes
+from eval import benchmarks, outcomes, sweep
 from eval.config import ROOT
 from eval.papers import figure, gate, plan, spec, table
 from eval.papers.published import Published, Source
@@ -243,6 +243,30 @@ def test_a_finished_table_asks_nothing_and_a_part_does_not_replace_it(made, monk
     args = table.parser().parse_args([*words, "--methods", "random", "--limit", "3"])
     found = spec.read(Path(words[0]))
     assert table.default_folder(found, table.where_of(found, args), args).name.endswith("-limit3-part")
+
+
+def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkeypatch, capsys):
+    """--render printed the old scores after the labels had changed, and float32 answers under "bfloat16"."""
+    folder, words = made
+    monkeypatch.setattr("eval.outcomes.generate", None)
+    part = ["--methods", "random", "--budgets", "8", "--times", "0", "--wandb", "disabled"]
+    one = [*words, *part, "--output", str(folder / "labels")]
+    assert table.main([*one, "--render", "--dtype", "bfloat16"]) == 2
+    assert "holds answers made under other settings (dtype: float32, now bfloat16)" in capsys.readouterr().err
+    labels = folder / "data" / "gqa" / "data" / "testdev_balanced_questions.json"
+    right = labels.read_text()
+    try:
+        labels.write_text(right.replace('"answer": "', '"answer": "not '))
+        sweep._DATASETS.clear()
+        assert table.main([*one, "--render"]) == 2
+        assert "was scored with other labels or question files than the data folder" in capsys.readouterr().err
+        assert table.main(one) == 0, "nothing is asked, the stored answers are scored anew"
+        scores = [line.split(",")[5] for line in (folder / "labels" / "small.csv").read_text().splitlines()[1:]]
+        assert set(scores) == {"0.00"}
+    finally:
+        labels.write_text(right)
+        sweep._DATASETS.clear()
+        assert table.main(one) == 0
 
 
 def test_the_table_is_one_offline_wandb_run_with_its_files_and_pictures(made, monkeypatch, tmp_path):

@@ -1,19 +1,15 @@
 """Choices of reading pictures and budgets as shares, from the command line to the result."""
 
-import hashlib
 import json
-from dataclasses import replace
 
 import pytest
 
 from eval.__main__ import main
-from eval.config import RunConfig, count_or_ratio, pairs
-from eval.run import run as evaluate
-from eval.settings import default_output
+from eval.config import count_or_ratio, pairs
 from llava.errors import UserError
 from llava.model.builder import parse
 from llava.reduction import registry
-from tests.eval_fakes import FakeLlava, write_gqa
+from tests.eval_fakes import write_gqa
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers, save_qwen_transformers
 
 
@@ -63,7 +59,12 @@ def test_the_convention_of_tiles_is_part_of_the_result(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--budget", "1/4"], ["--retention", "0.25"], ["--set", "divprune.share=0.25"], ["--set", "retention_ratio=0.25"]],
+    [
+        ["--budget", "1/4"],
+        ["--retention", "0.25"],
+        ["--set", "divprune.retention_ratio=0.25"],
+        ["--set", "retention_ratio=0.25"],
+    ],
 )
 def test_a_ratio_keeps_that_part_of_each_picture(tmp_path, flags):
     save_qwen_transformers(tmp_path / "qwen")
@@ -76,16 +77,16 @@ def test_a_ratio_keeps_that_part_of_each_picture(tmp_path, flags):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--budget", "8", "--set", "random.share=0.5"],
+        ["--budget", "8", "--set", "random.retention_ratio=0.5"],
         ["--budget", "8", "--set", "retention_ratio=0.5"],
         ["--budget", "8", "--retention", "0.5"],
         ["--budget", "1/2", "--retention", "0.5"],
-        ["--budget", "1/2", "--set", "random.share=0.5"],
-        ["--retention", "1/2", "--set", "random.share=0.5"],
+        ["--budget", "1/2", "--set", "random.retention_ratio=0.5"],
+        ["--retention", "1/2", "--set", "random.retention_ratio=0.5"],
     ],
 )
 def test_a_budget_beside_a_ratio_is_refused(tmp_path, capsys, flags):
-    """`--budget 64 --set random.share=0.5` printed "random at 64" and kept 288 tokens."""
+    """`--budget 64 --set random.retention_ratio=0.5` printed "random at 64" and kept 288 tokens."""
     write_gqa(tmp_path, count=2)
     assert main(["--method", "random", *flags, "--data", str(tmp_path), "--wandb", "disabled"]) == 2
     err = capsys.readouterr().err
@@ -93,35 +94,14 @@ def test_a_budget_beside_a_ratio_is_refused(tmp_path, capsys, flags):
 
 
 def test_the_registry_refuses_a_budget_beside_a_ratio():
-    """`reduce(model, "random", budget=8, share=0.5)` kept 16 tokens."""
-    for name in ("share", "retention_ratio"):
-        with pytest.raises(UserError, match=r"A budget \(8\) and a retention_ratio \(0\.5\) are both given"):
-            registry.build("random", 8, {name: 0.5})
-        reducer = registry.build("random", None, {name: "0.5"}, visual_tokens=33)
-        assert (reducer.budget, reducer.retention_ratio) == (17, 0.5)
+    """`reduce(model, "random", budget=8, retention_ratio=0.5)` kept 16 tokens."""
+    with pytest.raises(UserError, match=r"A budget \(8\) and a retention_ratio \(0\.5\) are both given"):
+        registry.build("random", 8, {"retention_ratio": 0.5})
+    reducer = registry.build("random", None, {"retention_ratio": "0.5"}, visual_tokens=33)
+    assert (reducer.budget, reducer.retention_ratio) == (17, 0.5)
     assert registry.build("random", 8, {"retention_ratio": 0.0}).budget == 8
-    with pytest.raises(UserError, match="given twice"):
-        registry.build("random", None, {"share": 0.5, "retention_ratio": 0.5})
     with pytest.raises(UserError, match="full keeps all"):
         registry.build("full", None, {"retention_ratio": 0.5}, visual_tokens=32)
-
-
-def test_a_ratio_keeps_the_folder_and_the_store_of_a_former_share(tmp_path):
-    """The option was called `share`: its stores must go on, in the folder that its hash names."""
-    write_gqa(tmp_path, count=6)
-    options = {"method": "divprune", "data": tmp_path, "wandb": "disabled", "options": {"share": "0.25"}}
-    config, model = RunConfig(**options, output=tmp_path / "o", limit=4), FakeLlava()
-    first = evaluate(config, model)
-    settings = json.loads((tmp_path / "o" / "settings.json").read_text())
-    settings["config"]["share"] = settings["config"].pop("retention_ratio")
-    (tmp_path / "o" / "settings.json").write_text(json.dumps(settings))
-    second = evaluate(replace(config, limit=6), model)
-    assert first["config"]["retention_ratio"] == 0.25 and second["asked"] == 6 and len(model.asked) == 6
-    old = '{"share": 0.25}'
-    reducer, standard = (registry.build("divprune", b, o) if b else registry.build("divprune", None, o, 64)
-                         for b, o in ((None, {"share": 0.25}), (16, {})))  # fmt: skip
-    folder = default_output(config, "testdev", model, reducer, standard)
-    assert folder.name == f"divprune-16-{hashlib.sha256(old.encode()).hexdigest()[:8]}"
 
 
 def test_unknown_choices_end_in_one_sentence(tmp_path, tiny_path, capsys):

@@ -3,19 +3,23 @@
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import textwrap
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from eval import job as job_module
 from eval import run as run_module
 from eval.answers.source_hash import answer_sources, changed_files, read_source
-from eval.config import RunConfig
+from eval.config import DEFAULT_MODEL, RunConfig
 from eval.run import run
 from llava.errors import UserError
+from llava.model.checkpoint import fingerprint
 from llava.reduction import registry
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 
@@ -57,18 +61,6 @@ def lines_of(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
 
 
-def as_former_version_wrote_it(output: Path) -> None:
-    """A store without hashes of sources and pictures, and without runs.jsonl."""
-    (output / "runs.jsonl").unlink()
-    settings = json.loads((output / "settings.json").read_text())
-    del settings["sources"]
-    (output / "settings.json").write_text(json.dumps(settings))
-    lines = lines_of(output)
-    for line in lines:
-        del line["metadata"]["pictures"]
-    (output / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 # -- code ----------------------------------------------------------------------------------------------------------
 
 
@@ -77,12 +69,12 @@ def test_edited_code_does_not_return_old_scores(data, tmp_path):
     path = tmp_path / "mine.py"
     run(config(data, tmp_path / "o", limit=8), FakeLlava(), method_from(path, METHOD.format(sign="")))
     model, edited = FakeLlava(), method_from(path, METHOD.format(sign="-"))
-    with pytest.raises(UserError, match=r"answers made by other code: mine\.py changed since then; .* --restart"):
+    with pytest.raises(UserError, match=r"under other settings \(code of the method: mine\.py\); .* --restart"):
         run(config(data, tmp_path / "o"), model, edited)
     assert model.asked == [] and len(lines_of(tmp_path / "o")) == 8
     assert run(config(data, tmp_path / "o", restart=True), model, edited)["asked"] == 40 == len(model.asked)
     # The old code is there again, as is its store.
-    with pytest.raises(UserError, match=r"mine\.py changed"):
+    with pytest.raises(UserError, match=r"mine\.py\)"):
         run(config(data, tmp_path / "o"), FakeLlava(), method_from(path, METHOD.format(sign="")))
 
 
@@ -110,7 +102,8 @@ def test_the_sources_of_a_method_are_its_own_and_the_models(tiny):
         "imports inside functions count"
     )
     folders = {name.split("/")[0] for name in found}
-    assert folders == {"consensusdrop", "llava"}
+    assert folders == {"consensusdrop", "llava", "eval"}
+    assert [name for name in found if name.startswith("eval/")] == ["eval/feature_cache.py"]
     assert "llava/hf/reduce.py" not in found, "nothing of an evaluation runs there"
 
 
@@ -173,35 +166,6 @@ def test_changes_are_named():
     assert changed_files({"a": "1", "b": "1", "c": "1"}, {"a": "1", "b": "2", "d": "1"}) == ["b", "c (gone)", "d (new)"]
 
 
-def test_a_store_of_a_former_version_is_read_and_its_code_stays_unknown(data, tmp_path, capsys):
-    """Answers without a recorded commit were given the commit of the run that scored them."""
-    output = tmp_path / "o"
-    run(config(data, output), FakeLlava(), FakeReducer())
-    as_former_version_wrote_it(output)
-    for _ in range(2):  # scoring alone must not write today's hashes beside yesterday's answers
-        model = FakeLlava()
-        result = run(config(data, output), model, FakeReducer())
-        assert model.asked == [] and result["commit"] == "unknown" and result["code"] == "unknown"
-        assert result["code_unknown"] == 40 and result["scored_with"]["commit"] != ""
-        assert "sources" not in json.loads((output / "settings.json").read_text())
-    out = capsys.readouterr().out
-    assert "note: the code of 40 of 40 answers is unknown" in out
-    assert "note: 40 answers were stored by a former version without a hash of their images" in out
-
-
-def test_a_store_of_a_former_version_is_completed_with_a_note(data, tmp_path, monkeypatch):
-    output = tmp_path / "o"
-    run(config(data, output, limit=12), FakeLlava(), FakeReducer())
-    as_former_version_wrote_it(output)
-    result = run(config(data, output), FakeLlava(), FakeReducer())
-    assert result["code_unknown"] == 12 and any("12 of 40 answers is unknown" in note for note in result["remarks"])
-    assert result["commit"].startswith("unknown and ")
-    # From now on the code is known, and another one is refused.
-    monkeypatch.setattr(job_module, "answer_sources", lambda *objects: {"llava/model/llava_arch.py": "edited"})
-    with pytest.raises(UserError, match=r"made by other code: .*llava/.* changed"):
-        run(config(data, output), FakeLlava(), FakeReducer())
-
-
 def test_the_result_names_the_commit_of_its_answers(data, tmp_path, monkeypatch):
     """A finished run that was scored again was stamped with the commit of the day."""
     monkeypatch.setattr(run_module.provenance, "commit", lambda: "old")
@@ -212,6 +176,78 @@ def test_the_result_names_the_commit_of_its_answers(data, tmp_path, monkeypatch)
     grown = run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
     assert grown["commit"] == "old and new"
     assert "the answers were made with different commits (old: 8 answers; new: 32 answers)" in grown["remarks"]
+
+
+# -- files of the model ---------------------------------------------------------------------------------------------
+
+
+def other_mean(folder: Path) -> None:
+    content = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(content | {"image_mean": [0.1, 0.9, 0.1]}))
+
+
+def rotated(folder: Path) -> None:
+    """Every word has the id of the next one."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    words = list(content["model"]["vocab"])
+    content["model"]["vocab"] = {word: content["model"]["vocab"][words[i - 1]] for i, word in enumerate(words)}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def columns_of_zero(folder: Path) -> None:
+    """All columns but every sixteenth of every down_proj."""
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if "down_proj" in name:
+            weight[:, torch.arange(weight.shape[1]) % 16 > 0] = 0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "file"),
+    [
+        (other_mean, "preprocessor_config.json"),
+        (rotated, "tokenizer.json"),
+        (columns_of_zero, "model.safetensors"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 5}'),
+            "generation_config.json",
+        ),
+    ],
+)
+def test_another_file_of_the_model_does_not_return_old_scores(tmp_path, change, file):
+    """Preprocessing and tokenizer were in no hash, and of each weight about 4,096 strided values were."""
+    folder = shutil.copytree(DEFAULT_MODEL, tmp_path / "tinyllava")
+    asked = RunConfig("consensusdrop", 64, output=tmp_path / "o", limit=2, model=str(folder), wandb="disabled")
+    run(asked)
+    change(folder)
+    with pytest.raises(UserError, match=rf"made under other settings \(files of the model: {file}\)"):
+        run(asked)
+
+
+def test_the_hash_of_a_large_file_is_remembered(tmp_path, monkeypatch):
+    """A file of gigabytes is read once, for as long as its size, times and inode stay; without a cache, each time."""
+    monkeypatch.setattr(fingerprint, "LARGE", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    real, read = fingerprint.read_hash, []
+    monkeypatch.setattr(fingerprint, "read_hash", lambda path, *rest: read.append(path.name) or real(path, *rest))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    first = fingerprint.hashes_of({"a": file})
+    assert fingerprint.hashes_of({"a": file}) == first == {"a": sha256(b"weights").hexdigest()[:16]}
+    assert len(read) == 1
+    (entry,) = (tmp_path / "cache" / "visual-token-reduction").iterdir()
+    entry.write_text(entry.read_text()[:5])  # its writer was killed
+    assert fingerprint.hashes_of({"a": file}) == first and len(read) == 2
+    state = file.stat()
+    file.write_bytes(b"WEIGHTS")
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert fingerprint.hashes_of({"a": file}) != first and len(read) == 3, "the same size and time of change"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        fingerprint.hashes_of({"a": file})
+    assert len(read) == 5
 
 
 # -- pictures and prompts ------------------------------------------------------------------------------------------
@@ -274,17 +310,6 @@ def test_a_limit_after_a_full_run_leaves_the_complete_result_alone(data, tmp_pat
     assert part["timing"]["questions"] == 8, "the third batch holds questions 11 and 12 as well"
     whole = run(config(data, output, limit=40), FakeLlava(), FakeReducer())
     assert not whole["partial"] and whole["timing"]["questions"] == 40
-
-
-def test_timing_without_positions_is_counted_by_order(data, tmp_path):
-    """Former versions did not write where a batch begins."""
-    output = tmp_path / "o"
-    run(config(data, output), FakeLlava(), FakeReducer())
-    lines = [json.loads(line) for line in (output / "timing.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["first"]
-    (output / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert run(config(data, output, limit=10), FakeLlava(), FakeReducer())["timing"]["questions"] == 8
 
 
 def test_restart_moves_partial_results_and_submissions(data, tmp_path):

@@ -64,20 +64,6 @@ def test_merging_takes_every_answer_with_its_timing_and_its_process(tmp_path):
         assert [t["first"] for t in again.timing] == [0, 1, 3, 4, 5, 7]
 
 
-def test_a_store_of_a_former_version_is_continued_by_ranks(tmp_path):
-    """Its timing has no `first`, and nobody knows the code of its answers."""
-    with open_store(tmp_path) as store:
-        store.add([line("q000"), line("q001")], {"questions": 2})
-        store.add([line("q002")], {"questions": 1})
-    (tmp_path / "runs.jsonl").unlink()
-    (tmp_path / "timing.jsonl").write_text('{"questions": 2}\n{"questions": 1}\n')
-    write_shard(tmp_path, "w", 1, "5 4")
-    with open_store(tmp_path) as store:
-        assert list(store.answers) == names("0 1 2 5 4")
-        assert store.timing_of(names("2 4 5")) == store.timing[1:]
-        assert [(run and run["run"], n) for run, n in store.origins(KNOWN)] == [(None, 3), ("start w 1", 2)]
-
-
 def test_any_number_of_ranks_continues_any_other(tmp_path):
     write_shard(tmp_path, "a", 0, "0 1")
     write_shard(tmp_path, "a", 1, "2")
@@ -113,20 +99,14 @@ def test_shards_without_an_answer_leave_nothing_behind(tmp_path):
         assert not store.answers and not (tmp_path / "shards").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [({"settings": {"model": "x"}}, "they were made under other settings"), ({"code": "old"}, "by other code")],
-)
-def test_a_shard_of_other_settings_or_code_is_left_out_and_said(tmp_path, change, reason):
+def test_a_shard_of_other_settings_or_code_is_left_out_and_said(tmp_path):
     """A rank that outlived --restart wrote its first answer into the new store."""
-    sources = {"a.py": "1"}
-    with open_store(tmp_path, **({"settings": change["settings"]} if "settings" in change else {"sources": sources})):
-        write_shard(tmp_path, "a", 0, "0 1", code=change.get("code", "code"))
-    options = {"settings": change["settings"]} if "settings" in change else {"sources": sources}
-    (tmp_path / "settings.json").write_text(
-        json.dumps(options.get("settings", SETTINGS) | ({"sources": sources} if "sources" in options else {}))
-    )
-    with open_store(tmp_path, **options) as store:
+    other = SETTINGS | {"code": {"a.py": "1"}}
+    with open_store(tmp_path, settings=other):
+        write_shard(tmp_path, "a", 0, "0 1")
+    (tmp_path / "settings.json").write_text(json.dumps(other))
+    reason = "they were made under other settings or by other code"
+    with open_store(tmp_path, settings=other) as store:
         assert not store.answers
         assert len(store.remarks) == 1 and reason in store.remarks[0] and "shards/a-rank0" in store.remarks[0]
         store.merge()

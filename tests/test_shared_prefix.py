@@ -29,7 +29,7 @@ def about_few_images():
     batch = samples(6, text_only=(5,))
     pictures = [picture(0)] * 3 + [picture(1)] * 2 + [None]
     return [
-        replace(one, image=image, image_id=None if image is None else str(i // 3))
+        replace(one, image=image, image_ids=() if image is None else (str(i // 3),))
         for i, (one, image) in enumerate(zip(batch, pictures, strict=True))
     ]
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from eval import benchmarks, cli
+from eval.answers import answer_id, seal_of
 from eval.benchmarks.base import with_stripped_answers
 from eval.statistics.command import main
 from eval.statistics.runs import read_run
@@ -20,18 +21,31 @@ def data(tmp_path):
     return write_gqa(tmp_path / "data", COUNT)
 
 
-def write_run(folder, data, method, budget, wrong=(), limit=None, **changes):
-    """A finished run that answers every question right but those at the places in `wrong`."""
+def write_run(folder, data, method, budget, wrong=(), limit=None, images=(), **changes):
+    """A finished run that answers every question right but those at the places in `wrong`.
+
+    Args:
+        images: name of an image -> its hash.
+    """
+    images = dict(images)
     found = benchmarks.get("gqa").load(data, "testdev")
     asked = found.questions[:limit]
     results = folder if limit is None else folder / f"limit{limit}"
     results.mkdir(parents=True)
+    settings = {"benchmark": "gqa", "split": "testdev", "questions": found.questions_digest, "device": "cpu"}
+    settings |= {"method": method, "config": {"budget": budget, "alpha": 0.5}}
+    settings |= changes.pop("settings", {})
     rows = [
-        {"question_id": q.id, "prompt": q.message, "text": "wrong" if place in wrong else f"{q.answer.upper()}."}
+        {
+            "question_id": q.id,
+            "prompt": q.message,
+            "text": "wrong" if place in wrong else f"{q.answer.upper()}.",
+            "answer_id": answer_id(seal_of(settings), q.id),
+            "metadata": {"pictures": images.get(q.image, "same")},
+        }
         for place, q in enumerate(asked)
     ]
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"benchmark": "gqa", "split": "testdev", "data": found.fingerprint, "device": "cpu", "method": method}
     result = {
         "method": method,
         "budget": budget,
@@ -41,7 +55,8 @@ def write_run(folder, data, method, budget, wrong=(), limit=None, **changes):
         "main": "accuracy",
         "failed": [],
         "facts": dict(found.facts),
-        "settings": settings | {"config": {"budget": budget, "alpha": 0.5}},
+        "settings": settings,
+        "labels": found.fingerprint,
         "config": {"retention_ratio": None},
         "audit": {"mean_tokens_per_layer": float(budget)},
     }
@@ -97,16 +112,9 @@ def test_the_first_questions_of_a_run_are_read_from_its_limit_folder(data, tmp_p
 
 def test_methods_with_other_options_are_rows_of_their_own(data, tmp_path, capsys):
     full = write_run(tmp_path / "full", data, "full", 576)
-    settings = json.loads((tmp_path / "full" / "result.json").read_text())["settings"]
     runs = [
-        write_run(
-            tmp_path / f"a{alpha}",
-            data,
-            "consensusdrop",
-            64,
-            settings=settings | {"method": "consensusdrop", "config": {"budget": 64, "alpha": alpha}},
-        )
-        for alpha in (0, 1)
+        write_run(tmp_path / f"a{x}", data, "consensusdrop", 64, settings={"config": {"budget": 64, "alpha": x}})
+        for x in (0, 1)
     ]
     run(data, full, *runs)
     assert "| consensusdrop alpha=0 | 64 |" in capsys.readouterr().out
@@ -125,8 +133,12 @@ def test_a_retention_ratio_counts_as_its_mean_of_tokens(data, tmp_path, capsys):
     ("changes", "problem"),
     [
         ({"failed": [{"question_id": "1"}]}, "1 questions have no answer in"),
-        ({"main": "f1"}, "differ in main; compare equal runs."),
-        ({"asked": 39}, "differ in asked"),
+        ({"main": "f1"}, "differ in main: accuracy and f1: compare equal runs."),
+        ({"asked": 39}, "differ in asked: 40 and 39"),
+        ({"settings": {"dtype": "float16"}}, "differ in dtype: absent and float16"),
+        ({"settings": {"questions": "0"}}, "was asked other questions than the data folder holds"),
+        ({"labels": "0"}, "was scored with other labels or question files"),
+        ({"images": {"n0.jpg": "other"}}, "asked about other images (11 questions: 1000, 1005, 1007, ...)"),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(data, tmp_path, capsys, changes, problem):

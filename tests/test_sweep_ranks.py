@@ -6,7 +6,7 @@ import os
 import psutil
 import pytest
 
-from eval.sweep import CachingLlava, Setting, name_of, sweep
+from eval.sweep import CachingLlava, Setting, folder_of, name_of, sweep
 from llava.model.builder import load
 from tests.eval_fakes import write_gqa
 
@@ -31,7 +31,10 @@ def both(tiny_path, tmp_path_factory):
             patch.setenv("RANKS", ranks)
             output = folder / f"out{ranks}"
             found.append(
-                (sweep(SETTINGS, model, data, "testdev", output, wandb="disabled"), output / model.name / "gqa-testdev")
+                (
+                    sweep(SETTINGS, model, data, "testdev", output, wandb="disabled"),
+                    folder_of(output, model, "gqa", "testdev", SETTINGS[0], data).parent,
+                )
             )
     return model, data, found
 

@@ -2,11 +2,12 @@
 
 import pytest
 
-from eval import job as job_module
 from eval import outcomes
+from eval import settings as settings_module
+from eval import sweep as sweep_module
 from eval.papers import spec
 from eval.results.statistics import Interval
-from eval.sweep import CachingLlava, Setting, sweep
+from eval.sweep import CachingLlava, Setting, folder_of, sweep
 from eval.tables.common import changed, defaults, is_default
 from eval.tables.page import insert, latex, markdown
 from eval.tables.plots import accuracy_plot
@@ -38,7 +39,7 @@ def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):
     settings = [Setting("uniform", 4), Setting("consensusdrop", 4, {"alpha": "0.25"})]
     first = sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="disabled")
     assert [len(credits) for credits in first] == [6, 6]
-    assert len({folder.name for folder in (tmp_path / "out" / tiny.name / "gqa-testdev").iterdir()}) == 2
+    assert len({folder.name for folder in next((tmp_path / "out" / tiny.name).iterdir()).iterdir()}) == 2
     again = CachingLlava(tiny)
     monkeypatch.setattr(outcomes, "generate", None)
     assert sweep(settings, again, data, "testdev", tmp_path / "out", wandb="disabled") == first
@@ -49,13 +50,12 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
     data = write_gqa(tmp_path / "data", count=6, images=2)
     settings, out = [Setting("uniform", 4)], tmp_path / "out"
     sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4, wandb="disabled")
-    (folder,) = (out / tiny.name / "gqa-testdev").iterdir()
+    folder = folder_of(out, tiny, "gqa", "testdev", settings[0], data)
     assert (folder / "limit4" / "result.json").is_file() and not (folder / "result.json").exists()
-    real = job_module.answer_sources
-    monkeypatch.setattr(
-        job_module, "answer_sources", lambda *objects: real(*objects) | {"llava/pipeline/decoder.py": "edited"}
-    )
-    with pytest.raises(UserError, match=r"made by other code: llava/pipeline/decoder\.py changed"):
+    real = settings_module.answer_sources
+    edited = {"llava/pipeline/decoder.py": "edited"}
+    monkeypatch.setattr(settings_module, "answer_sources", lambda *objects: real(*objects) | edited)
+    with pytest.raises(UserError, match=r"under other settings \(code: llava/pipeline/decoder\.py\)"):
         sweep(settings, CachingLlava(tiny), data, "testdev", out, limit=4)
     monkeypatch.undo()
     picture(9, (32, 32)).save(data / "gqa" / "data" / "images" / "n1.jpg")
@@ -76,7 +76,7 @@ def test_remembered_features_stay_within_their_memory(tiny):
     one = bytes_of(next(iter(whole._seen.values()))[0])
     small.cache_bytes = 2 * one
     assert [generate(small, [sample], reducer, max_new_tokens=2).answers[0].text for sample in asked] == expected
-    assert [name for name, _ in small._seen] == ["p4", "p5"] and small._bytes == 2 * one
+    assert list(small._seen) == ["p4", "p5"] and small._bytes == 2 * one
     assert len(whole._seen) == 6 and whole._bytes == 6 * one
     # More images in one batch than fit are encoded and forgotten.
     small.cache_bytes = 0
@@ -87,7 +87,7 @@ def test_remembered_features_stay_within_their_memory(tiny):
 def _named(sample, index):
     from dataclasses import replace
 
-    return replace(sample, image_id=f"p{index}", image=picture(index))
+    return replace(sample, image_ids=(f"p{index}",), image=picture(index))
 
 
 @pytest.mark.parametrize("method", spec.PAPERS)
@@ -140,3 +140,26 @@ def test_a_setting_that_was_interrupted_after_a_failure_goes_on(tiny, tmp_path):
     image.write_bytes(whole)
     (found,) = sweep([setting], CachingLlava(tiny), data, "testdev", out, wandb="disabled")
     assert len(found) == 6
+
+
+def test_a_sweep_logs_the_results_of_its_own_questions(tiny, tmp_path, monkeypatch):
+    """The W&B table held the newest result, of whatever limit."""
+    data, settings, rows = write_gqa(tmp_path / "data", count=6), [Setting("uniform", 4)], []
+    monkeypatch.setattr(sweep_module, "log_table", lambda wandb, settings, folders, found, about: rows.append(found))
+    for limit in (None, 2, None):  # the last one asks nothing, and limit2 is the newest result
+        sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", limit=limit, wandb="disabled")
+    assert [found[0]["asked"] for found in rows] == [6, 2, 6]
+
+
+def test_two_data_folders_have_stores_of_their_own(tiny, tmp_path):
+    """The folder of a sweep did not tell the data, so one folder's answers stood in the way of the other's."""
+    one, two = (write_gqa(tmp_path / name, count=count) for name, count in (("eval", 6), ("other/eval", 4)))
+    for data, count in ((one, 6), (two, 4)):
+        found = sweep([Setting("uniform", 4)], CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="disabled")
+        assert len(found[0]) == count
+    names = {
+        folder_of(tmp_path, tiny, "gqa", "testdev", Setting("uniform", 4), data).parent.name for data in (one, two)
+    }
+    assert len(names) == 2 and all(name.startswith("gqa-testdev-eval-") for name in names)
+    default = folder_of(tmp_path, tiny, "gqa", "testdev", Setting("uniform", 4))
+    assert default.parent.name == "gqa-testdev"

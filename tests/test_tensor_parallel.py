@@ -11,7 +11,6 @@ from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.checkpoint import limits
 from llava.model.checkpoint.files import read_json
-from llava.model.llava_arch import sampled
 from llava.model.parallel import group
 from llava.model.parallel.choice import Parallel, check_heads, parallel_of
 from llava.model.parallel.tensor import split
@@ -44,7 +43,7 @@ def whole(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fingerprint_is_that_of_the_whole_model(ranks, whole, family):
     """Answer stores hold it: answers of one GPU and of two belong together."""
-    assert {rank.families[family][0] for rank in ranks} == {whole[family][0]}
+    assert [rank.families[family][0] for rank in ranks] == [whole[family][0]] * len(ranks)
 
 
 @pytest.mark.parametrize(("family", "method"), CASES)
@@ -165,11 +164,6 @@ def test_a_rank_outside_the_group_is_refused():
 def test_without_a_group_there_is_one_rank():
     assert group.size() == 1
     group.leave()
-
-
-def test_the_fingerprint_reads_weights_in_the_dtype_of_the_model():
-    weight = torch.randn(300, 50)
-    assert sampled(weight, torch.bfloat16) == sampled(weight.bfloat16()) != sampled(weight)
 
 
 @pytest.mark.parametrize(

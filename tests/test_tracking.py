@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -76,7 +77,8 @@ def test_settings_are_flat_and_complete(tmp_path):
     result = run(config(tmp_path, wandb="offline", limit=8), FakeLlava(), FakeReducer())
     found = read_run(find_runs(tmp_path / "out" / "limit8")[0]).config
     for key, value in result["settings"].items():
-        assert key == "config" or found[key] == value
+        assert key == "config" or isinstance(value, dict) or found[key] == value
+    assert re.fullmatch("[0-9a-f]{16}", found["code"]) and found["code"] != found["method_code"]
     expected = {"budget": 16, "alpha": 0.5, "profile": "llava", "limit": 8, "batch_size": 8}
     expected |= {"source": result["config"]["source"]}
     assert {key: found[key] for key in expected} == expected and "config" not in found
@@ -202,7 +204,7 @@ def test_a_sweep_is_one_run_with_a_row_per_setting(tiny, tmp_path, monkeypatch):
     settings = [Setting("full", None), Setting("uniform", 4)]
     for _ in range(2):  # the second time everything is there
         sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="offline")
-    first, second = map(read_run, find_runs(tmp_path / "out" / tiny.name / "gqa-testdev"))
+    first, second = map(read_run, find_runs(next((tmp_path / "out" / tiny.name).iterdir())))
     assert first.name == second.name and first.job_type == "sweep"
     table = second.table("settings")
     assert table["columns"] == ["method", "budget", "options", *tracking.HEADLINE]

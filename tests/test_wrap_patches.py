@@ -160,12 +160,12 @@ def test_qwen_needs_the_token_types_that_its_positions_follow_from(family):
                 qwen.model(**inputs, mm_token_type_ids=wrong)
 
 
-def test_a_budget_and_a_share_are_refused_together(llava):
-    """The share won in silence: budget 8 with share 0.5 kept 16 tokens."""
-    for share in (0.5, "0.5"):
+def test_a_budget_and_a_ratio_are_refused_together(llava):
+    """The ratio won in silence: budget 8 with ratio 0.5 kept 16 tokens."""
+    for ratio in (0.5, "0.5"):
         with pytest.raises(UserError, match="are both given for random; leave one out"):
-            reduce(llava.model, "random", budget=8, share=share)
-    with reduce(llava.model, "random", share=0.5) as reduced:
+            reduce(llava.model, "random", budget=8, retention_ratio=ratio)
+    with reduce(llava.model, "random", retention_ratio=0.5) as reduced:
         llava.model(**llava.batch(TEXTS[1:2]))
     assert reduced.accounting[0].tokens_per_layer == (8,) * 4
 

@@ -5,8 +5,8 @@ from eval.answers.restart import FILES, move_aside
 from eval.answers.shards import Shard
 from eval.answers.store import (
     ADVICE,
+    HASHED,
     AnswerStore,
-    current_settings,
     differences,
     flatten,
     index_answers,
@@ -16,10 +16,10 @@ from eval.answers.store import (
 __all__ = [
     "ADVICE",
     "FILES",
+    "HASHED",
     "AnswerStore",
     "Shard",
     "answer_id",
-    "current_settings",
     "differences",
     "flatten",
     "index_answers",

@@ -58,10 +58,7 @@ def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
 def owner(path: Path) -> str:
     """Who holds a lock, for an error; empty if its file does not say it."""
     words = path.read_text(errors="replace").split()
-    if not words or not words[-1].isdigit():
-        return ""
-    host = f" on host {words[0]}" if len(words) > 1 else ""  # former versions wrote the number only
-    return f" (process {words[-1]}{host})"
+    return f" (process {words[1]} on host {words[0]})" if len(words) == 2 and words[1].isdigit() else ""
 
 
 def remove_unfinished(folder: Path) -> None:

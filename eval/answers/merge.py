@@ -74,19 +74,16 @@ class Merge:
         remarks: sentences about shards that were left out.
     """
 
-    def __init__(
-        self, folder: Path, present: Mapping[str, Row], known: Collection[str], seal: str, code: str | None
-    ) -> None:
+    def __init__(self, folder: Path, present: Mapping[str, Row], known: Collection[str], seal: str) -> None:
         """
         Args:
             folder: of the store.
             present: question id -> line, of the store.
             known: ids of the benchmark's questions.
             seal: of the store's settings.
-            code: hash of the sources that answers depend on; None to compare no code.
         """
         self.folder, self.present, self.known = folder, present, known
-        self._seal, self._code = seal, code
+        self._seal = seal
         self.shards: list[Path] = []
         self.answers: dict[str, Row] = {}
         self.timing: list[Row] = []
@@ -131,16 +128,13 @@ class Merge:
         )
 
     def _foreign(self, shard: Path) -> str | None:
-        """Why a shard does not belong to the store's settings and code, judged by its first lines; None if it does.
+        """Why a shard does not belong to the store's settings, judged by its first line; None if it does.
 
         A process that outlives --restart can leave such a shard in the new store.
         """
         first = next((row for _, _, row in read_appended(shard / ANSWERS) if row), {})
-        if "answer_id" in first and first["answer_id"] != answer_id(self._seal, str(first.get("question_id"))):
-            return "they were made under other settings"
-        codes = {row["code"] for _, _, row in read_appended(shard / RUNS) if row and "code" in row}
-        if self._code is not None and codes - {self._code}:
-            return "they were made by other code"
+        if first and first.get("answer_id") != answer_id(self._seal, str(first.get("question_id"))):
+            return "they were made under other settings or by other code"
         return None
 
     def _read_shard(self, shard: Path) -> None:
@@ -181,7 +175,7 @@ class Merge:
         if problem := answer_problem(row, self.known):
             raise UserError(f"{path} line {number} {problem}.")
         name = row["question_id"]
-        if "answer_id" in row and row["answer_id"] != answer_id(self._seal, name):
+        if row.get("answer_id") != answer_id(self._seal, name):
             raise UserError(f"{path} line {number} was made under other settings than the first line.")
         earlier = self.present.get(name) or self.answers.get(name)
         if earlier is not None:

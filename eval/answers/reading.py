@@ -6,12 +6,13 @@ refused or, with `partial`, left out and noted in the result.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from eval.answers.asked import check_prompts
 from eval.answers.jsonl import parse_json, parse_line, read_bytes, read_json
+from eval.answers.reuse import images_of
 from eval.benchmarks.base import Dataset, Question
 from eval.metrics import first_names
 from llava.errors import UserError
@@ -47,10 +48,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Answers:
-    """Texts by our question ids in file order, and what the reader of a score must know about the file."""
+    """Texts by our question ids in file order, and what the reader of a score must know about the file.
+
+    Attributes:
+        images: hashes of each question's images, None where the file does not say them.
+    """
 
     texts: dict[str, str]
     notes: tuple[str, ...] = ()
+    images: Mapping[str, str | None] = field(default_factory=dict)
 
 
 def read_answers(path: Path, data: Dataset, partial: bool = False) -> Answers:
@@ -64,7 +70,7 @@ def read_answers(path: Path, data: Dataset, partial: bool = False) -> Answers:
     if rows is None:
         rows, notes = read_rows(path, partial)
     found = join(path, rows, data, partial)
-    return Answers(found.texts, (*notes, *found.notes))
+    return replace(found, notes=(*notes, *found.notes))
 
 
 def read_rows(path: Path, partial: bool = False) -> tuple[list[Row], list[str]]:
@@ -205,7 +211,7 @@ def join(path: Path, rows: Sequence[Row], data: Dataset, partial: bool = False) 
     notes = [*prompt_notes, *(f"the answer file has {problem}: left out" for problem in problems)]
     if [name for name in texts if name in known] != [name for name in known if name in texts]:
         notes.append("the answers are not in the order of the question file")
-    return Answers(texts, tuple(notes))
+    return Answers(texts, tuple(notes), {question.id: images_of(row.fields) for question, row in answered})
 
 
 def name_of(

@@ -1,18 +1,42 @@
-"""Whether stored answers still belong to the questions: same prompt, same images."""
+"""Whether stored answers may be used: for the questions of today, and beside those of another run.
 
-from collections.abc import Iterable, Mapping
+An answer belongs to what gave it, and a score to the labels beside:
+
+    questions       settings.json `questions`, and the `prompt` of every line
+    images          the hash in every line, over all lines in result.json `images`
+    model, code     settings.json: hashes of the checkpoint's files and of every source file
+    options         the rest of settings.json
+    labels          result.json `labels`
+
+Every line's `answer_id` is a hash of the settings and the question, so lines of another store are seen. The store
+itself compares the settings (eval.answers.store). Whatever scores stored answers anew reads them with `read_stored`;
+whatever puts two runs side by side asks `joint_differences` first.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.answers import ADVICE
+from eval.answers import ADVICE, answer_id, differences, seal_of
+from eval.answers.files import ANSWERS
+from eval.answers.jsonl import is_file, read_json, read_jsonl
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import digest_of
 from llava.errors import UserError
 
 SHOWN = 3
+RESULT = "result.json"
+# Settings in which a method may differ from another one and still answer the same questions under the same conditions.
+OF_THE_METHOD = ("method", "version", "config", "seed", "text_tower", "method_code")
+# Settings that need not be those of the process which reads a result.
+UNEXPECTED = ("device", "code", "method_code")
+# What two runs may differ in whose answers are scored anew on the questions they share.
+OF_THE_SCORE = ("asked", "images", "main", "facts")
 
 
-def check_reuse(data: Dataset, questions: Iterable[Question], answers: Mapping[str, Any], folder: Path) -> int:
+def check_reuse(data: Dataset, questions: Iterable[Question], answers: Mapping[str, Any], folder: Path) -> None:
     """Compare stored answers with the prompts and images that their questions have now.
 
     Args:
@@ -20,29 +44,143 @@ def check_reuse(data: Dataset, questions: Iterable[Question], answers: Mapping[s
         answers: question id -> line of answers.jsonl.
         folder: of the store, for the error.
 
-    Returns:
-        How many answers were stored by a former version, without a hash of their images.
-
     Raises:
         UserError: an answer was given to another prompt or to other images.
     """
-    prompts, pictures, unknown = [], [], 0
-    for question in questions:
-        line = answers.get(question.id)
-        if line is None:
-            continue
-        if line.get("prompt", question.message) != question.message:
-            prompts.append(question.id)
-        stored = (line.get("metadata") or {}).get("pictures")
-        if stored is None:
-            unknown += bool(question.images)
-        elif stored != digest_of(data.pictures, question.images):
-            pictures.append(question.id)
-    for names, what in ((prompts, "to other prompts"), (pictures, f"to other {data.pictures.noun}")):
+    asked = [question for question in questions if question.id in answers]
+    prompts = [one.id for one in asked if answers[one.id].get("prompt", one.message) != one.message]
+    images = [one.id for one in asked if images_of(answers[one.id]) != digest_of(data.pictures, one.images)]
+    for names, what in ((prompts, "to other prompts"), (images, f"to other {data.pictures.noun}")):
         if names:
-            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
             raise UserError(
-                f"{folder} holds {len(names):,} answers {what} than the data have now (questions {shown}); "
+                f"{folder} holds {len(names):,} answers {what} than the data have now (questions {first(names)}); "
                 f"{ADVICE}, or take the old data back."
             )
-    return unknown
+
+
+def images_of(line: Mapping[str, Any]) -> str | None:
+    """Hashes of the images that a line of an answer file is about; None where it does not say them."""
+    metadata = line.get("metadata")
+    return metadata.get("pictures") if isinstance(metadata, dict) else None
+
+
+def images_digest(lines: Iterable[Mapping[str, Any]]) -> str:
+    """One hash of the images of several lines."""
+    text = "".join(f"{name} {images}\n" for name, images in sorted((x["question_id"], images_of(x)) for x in lines))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def first(names: Sequence[str]) -> str:
+    """The first of some ids."""
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A finished run.
+
+    Attributes:
+        folder: as it was named.
+        answers: the answer file.
+        result: content of result.json.
+        texts: question id -> answer, of the questions that were asked and answered.
+        images: question id -> hash of its images.
+    """
+
+    folder: Path
+    answers: Path
+    result: Mapping[str, Any]
+    texts: dict[str, str]
+    images: dict[str, str | None]
+
+
+def results_folder(folder: Path) -> Path:
+    """The folder with the result: the run's own, or its only limitN/ for a run of the first N questions."""
+    if is_file(folder / RESULT):
+        return folder
+    parts = sorted(path.parent for path in folder.glob(f"limit*/{RESULT}"))
+    if len(parts) == 1:
+        return parts[0]
+    if parts:
+        raise UserError(f"{folder} has several partial results; name one: {', '.join(map(str, parts))}.")
+    if not folder.exists():
+        raise UserError(f"There is no folder {folder}; give the output folder of a finished run.")
+    raise UserError(f"{folder} has no {RESULT}; give the output folder of a finished run.")
+
+
+def read_stored(
+    folder: Path, data: Dataset, partial: bool = False, expected: Mapping[str, Any] | None = None
+) -> Stored:
+    """The answers of a finished run to the questions of a data set, to be scored with its labels.
+
+    Args:
+        partial: go on without the questions that failed.
+        expected: settings that it should have, on any device and by any code; None to expect none.
+
+    Raises:
+        UserError: it is not finished, it was asked other questions or scored with other labels than those of `data`, it
+            has other settings, or its lines are not its own.
+    """
+    found = results_folder(folder)
+    result = read_json(found / RESULT)
+    answers = found / ANSWERS if is_file(found / ANSWERS) else found.parent / ANSWERS
+    if result.get("failed") and not partial:
+        raise UserError(
+            f"{len(result['failed']):,} questions have no answer in {folder}; ask them again with --retry-failed."
+        )
+    settings = result["settings"]
+    if settings.get("questions") != data.questions_digest:
+        raise UserError(f"{folder} was asked other questions than the data folder holds; check --data and --source.")
+    if result.get("labels") != data.fingerprint:
+        raise UserError(
+            f"{folder} was scored with other labels or question files than the data folder holds now; run its command "
+            "again, which asks nothing and scores the stored answers anew, or check --data and --source."
+        )
+    own, wanted = (without(one, UNEXPECTED) for one in (settings, expected or settings))
+    if changes := differences(own, wanted):
+        raise UserError(f"{folder} holds answers made under other settings ({'; '.join(changes)}).")
+    asked = [question.id for question in data.questions[: result["limit"]]]
+    failed = {line["question_id"] for line in result.get("failed", ())}
+    seal, known = seal_of(settings), frozenset(asked)
+    lines = {row["question_id"]: row for _, row in read_jsonl(answers) if row["question_id"] in known}
+    if missing := [name for name in asked if name not in lines and name not in failed]:
+        raise UserError(f"{answers} lacks {len(missing):,} of {len(asked):,} answers, the first to {missing[0]}.")
+    if foreign := [name for name, row in lines.items() if row.get("answer_id") != answer_id(seal, name)]:
+        raise UserError(f"{answers} holds {len(foreign):,} answers of another run (questions {first(foreign)}).")
+    texts = {name: lines[name]["text"] for name in asked if name in lines}
+    return Stored(folder, answers, result, texts, {name: images_of(lines[name]) for name in texts})
+
+
+def joint(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What two results must agree on to stand side by side, as full and a method or two methods do."""
+    own = {key: result.get(key) for key in ("labels", "images", "asked", "main", "facts")}
+    return without(result["settings"], OF_THE_METHOD) | own
+
+
+def without(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The settings but for some."""
+    return {key: value for key, value in settings.items() if key not in names}
+
+
+def joint_differences(a: Mapping[str, Any], b: Mapping[str, Any], leave_out: Sequence[str] = ()) -> list[str]:
+    """What keeps two results from standing side by side, in words; nothing if they may."""
+    return differences(without(joint(a), leave_out), without(joint(b), leave_out), between=" and")
+
+
+def check_images(a: Mapping[str, str | None], b: Mapping[str, str | None], title: str) -> None:
+    """Raise UserError if answers to the same questions were given to other images.
+
+    Args:
+        a, b: question id -> hash of its images, None where that is not known.
+        title: of the two, for the sentence.
+    """
+    other = [name for name in a if name in b and None not in (a[name], b[name]) and a[name] != b[name]]
+    if other:
+        raise UserError(f"{title} were asked about other images ({len(other):,} questions: {first(other)}).")
+
+
+def check_joint(a: Stored, b: Stored) -> None:
+    """Raise UserError unless both answered the same questions about the same images under the same settings."""
+    if found := joint_differences(a.result, b.result):
+        raise UserError(f"{b.folder} and {a.folder} differ in {'; '.join(found)}: compare equal runs.")
+    check_images(a.images, b.images, f"{b.folder} and {a.folder}")

@@ -5,7 +5,8 @@
     runs.jsonl       one line per process that added answers: commit, library versions, number of the first answer
     failures.jsonl   one line per failed try to answer a question, with the reason; only if there was one
     conflicts.jsonl  answers that a rank gave to a question with another answer; only if there was one
-    settings.json    what the answers depend on, with a hash of every source file; a run with others is refused
+    settings.json    what the answers depend on, with hashes of the model's files and of every source file; a run with
+                     others is refused
     result.json      the result of all questions, beside the benchmark's submission files
     limit50/         the result and the submission files of a run with --limit 50
     replaced-1/      what --restart moved aside
@@ -21,27 +22,41 @@ were killed while they replaced a file, so after it the folder holds what the fi
 
 The number of questions asked (--limit) is not a setting: a store holds the answers to some of the benchmark's
 questions, and growing the limit continues it.
-
-Stores of former versions have no hashes of source files, no hashes of images and no runs.jsonl. They are read and
-completed; the result then says how many answers were made by unknown code or from images that cannot be compared.
 """
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.answers.files import ANSWERS, FAILURES, RUNS, TIMING, AnswerFiles, answer_problem, failure_problem, seal_of
+from eval.answers.files import (
+    ANSWERS,
+    FAILURES,
+    RUNS,
+    TIMING,
+    AnswerFiles,
+    answer_id,
+    answer_problem,
+    failure_problem,
+    seal_of,
+)
 from eval.answers.folder_lock import lock_folder, remove_unfinished
 from eval.answers.jsonl import garbage_collection_paused, is_file, read_json, write_json
 from eval.answers.merge import CONFLICTS, Merge, conflict_remarks, recover
 from eval.answers.restart import move_aside
 from eval.answers.shards import holds_lines, shard_folders
-from eval.answers.source_hash import changed_files, combined
+from eval.answers.source_hash import changed_files
 from llava.errors import UserError
-from llava.option_names import with_current_names
 
 ADVICE = "choose another --output, or --restart to move them aside"
+# Settings that are hashes of files, and what these are in words.
+HASHED = {
+    "code": "code",
+    "method_code": "code of the method",
+    "model_files": "files of the model",
+    "text_tower": "files of the text tower",
+}
+NAMED = 5  # files
 
 
 class AnswerStore(AnswerFiles):
@@ -58,7 +73,6 @@ class AnswerStore(AnswerFiles):
         settings: dict[str, Any],
         known: Collection[str],
         restart: bool = False,
-        sources: Mapping[str, str] | None = None,
         run: Mapping[str, Any] | None = None,
     ):
         """Open or create the store, and merge the shards that ranks of an earlier start have left.
@@ -68,7 +82,6 @@ class AnswerStore(AnswerFiles):
             settings: what the answers depend on, JSON types only.
             known: ids of all questions of the benchmark, asked in this run or not.
             restart: move what is there into a numbered sub-folder first.
-            sources: source file -> hash, see eval.answers.source_hash; None to compare no code.
             run: what runs.jsonl says about this process if it adds answers.
 
         Raises:
@@ -76,7 +89,7 @@ class AnswerStore(AnswerFiles):
                 cannot be written to.
         """
         super().__init__(folder, run)
-        self._settings, self._sources, self._known = settings, sources, frozenset(known)
+        self._settings, self._known = settings, frozenset(known)
         self._lock, unlocked = lock_folder(folder)
         self._remarks = [] if unlocked is None else [unlocked]
         try:
@@ -105,8 +118,8 @@ class AnswerStore(AnswerFiles):
     def _drop_unanswered(self) -> None:
         """Cut timing and runs of answers that a power failure took: the order of files on the disk is not ours."""
         timing, runs, count = self._open(TIMING), self._open(RUNS), len(self.answers)
-        for number, (first, line) in enumerate(self._placed(timing.rows)):
-            if first + line.get("questions", 0) > count:
+        for number, line in enumerate(timing.rows):
+            if line["first"] + line.get("questions", 0) > count:
                 timing.keep_first(number)
                 break
         runs.keep_first(sum(line["first"] <= count for line in runs.rows))
@@ -121,34 +134,24 @@ class AnswerStore(AnswerFiles):
         return {row["question_id"]: row for row in lines.rows if row["question_id"] not in self.answers}
 
     def _agree(self) -> None:
-        """Refuse answers that were made under other settings or by other code."""
+        """Refuse answers that were made under other settings, and lines of another store."""
         path = self.folder / "settings.json"
         if not self.answers and not self.failures and not any(map(holds_lines, shard_folders(self.folder))):
-            self._write_settings(self._sources)
+            write_json(path, self._settings)
             return
         if not path.exists():
             raise UserError(
                 f"{self.folder} has answers but no settings.json beside them, so nobody knows how they were made; "
                 f"{ADVICE}."
             )
-        old = current_settings(read_json(path))
-        made_by = old.pop("sources", None)
-        if changes := differences(old, self._settings):
+        if changes := differences(read_json(path), self._settings):
             raise UserError(f"{self.folder} holds answers made under other settings ({'; '.join(changes)}); {ADVICE}.")
-        if made_by is not None and self._sources is not None and made_by != self._sources:
-            names = changed_files(made_by, self._sources)
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        seal = seal_of(self._settings)
+        if foreign := [name for name, row in self.answers.items() if row.get("answer_id") != answer_id(seal, name)]:
             raise UserError(
-                f"{self.folder} holds answers made by other code: {shown} changed since then; {ADVICE}, or take the "
-                "old code back."
+                f"{self.folder / ANSWERS} holds {len(foreign):,} answers of another store, the first to question "
+                f"{foreign[0]}: their answer_id is not that of these settings; {ADVICE}."
             )
-        # Sources that are not recorded stay so until this process adds answers of its own: see `add`.
-        self._write_settings(made_by)
-
-    def _write_settings(self, sources: Mapping[str, str] | None) -> None:
-        content = self._settings if sources is None else self._settings | {"sources": dict(sources)}
-        write_json(self.folder / "settings.json", content)
-        self._sealed = sources is not None or self._sources is None
 
     def merge(self) -> int:
         """Merge all shards into the store, in one step for a reader of answers.jsonl, and delete them.
@@ -166,14 +169,11 @@ class AnswerStore(AnswerFiles):
         """
         if not shard_folders(self.folder):
             return 0
-        code = None if self._sources is None else combined(self._sources)
-        merge = Merge(self.folder, self.answers, self._known, seal_of(self._settings), code)
+        merge = Merge(self.folder, self.answers, self._known, seal_of(self._settings))
         try:
             merge.read()
             if not merge.shards:
                 return 0
-            if merge.answers and not self._sealed:
-                self._write_settings(self._sources)
             present = {name: self._open(name) for name in (ANSWERS, TIMING, RUNS)}
             optional = {
                 name: self._open(name) if is_file(self.folder / name) else None for name in (FAILURES, CONFLICTS)
@@ -211,15 +211,6 @@ class AnswerStore(AnswerFiles):
         """Every batch that was timed, of this run and of the runs it continues."""
         return self._open(TIMING).rows
 
-    def _placed(self, lines: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(place of its first answer, line) of batches."""
-        position = 0
-        for line in lines:
-            # Former versions wrote no `first`: their batches follow one another unless a crash lost one.
-            first = line.get("first", position)
-            position = first + line.get("questions", 0)
-            yield first, line
-
     def timing_of(self, names: Collection[str]) -> list[dict[str, Any]]:
         """The batches all of whose questions are among `names`."""
         order = list(self.answers)
@@ -227,9 +218,7 @@ class AnswerStore(AnswerFiles):
         if wanted.issuperset(order):
             return self.timing
         return [
-            line
-            for first, line in self._placed(self.timing)
-            if wanted.issuperset(order[first : first + line["questions"]])
+            line for line in self.timing if wanted.issuperset(order[line["first"] : line["first"] + line["questions"]])
         ]
 
     def origins(self, names: Iterable[str]) -> list[tuple[dict[str, Any] | None, int]]:
@@ -258,8 +247,6 @@ class AnswerStore(AnswerFiles):
         fresh = {row["question_id"]: row for row in answers}
         if len(fresh) < len(answers) or not self.answers.keys().isdisjoint(fresh):
             raise AssertionError("a question was answered twice")
-        if not self._sealed:
-            self._write_settings(self._sources)
         try:
             self._write_batch(answers, timing)
         finally:
@@ -298,12 +285,6 @@ def result_folder(output: Path, asked: int, available: int) -> Path:
     return output if asked >= available else output / f"limit{asked}"
 
 
-def current_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Stored settings with the present names of the method's options."""
-    options = settings.get("config")
-    return {**settings, "config": with_current_names(options)} if isinstance(options, dict) else dict(settings)
-
-
 def index_answers(path: Path, rows: Sequence[dict[str, Any]], known: Collection[str]) -> dict[str, dict[str, Any]]:
     """Lines by question id; a store is refused if a line is incomplete, foreign or repeated."""
     known = frozenset(known)
@@ -318,18 +299,28 @@ def index_answers(path: Path, rows: Sequence[dict[str, Any]], known: Collection[
     return answers
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Settings that differ, as 'key: old, now new'."""
-    before, after = flatten(old), flatten(new)
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], between: str = ", now") -> list[str]:
+    """Settings that differ, as 'key: old, now new', and 'code: decoder.py' for files.
+
+    Args:
+        between: what stands between two values.
+    """
+    hashed = {key for key in HASHED if isinstance(old.get(key), dict) and isinstance(new.get(key), dict)}
+    before, after = (flatten({key: value for key, value in one.items() if key not in hashed}) for one in (old, new))
     absent = "absent"
-    return [
-        f"{key}: {before.get(key, absent)}, now {after.get(key, absent)}"
+    found = [
+        f"{key}: {before.get(key, absent)}{between} {after.get(key, absent)}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key, absent) != after.get(key, absent)
     ]
+    for key in sorted(hashed):
+        if names := changed_files(old[key], new[key]):
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            found.append(f"{HASHED[key]}: {', '.join(names[:NAMED])}{more}")
+    return found
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     flat: dict[str, Any] = {}
     for key, value in tree.items():

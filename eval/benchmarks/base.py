@@ -1,8 +1,10 @@
 """What a benchmark gives to a run: questions, their images, and a way to score predictions."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +62,8 @@ class Dataset:
     Attributes:
         title: for sentences, "GQA testdev".
         questions: in the order of the official file, which is the order they are asked in.
-        fingerprint: hash of the question files. The images are not in it, hashing them would take longer than
-            answering on some benchmarks.
+        fingerprint: hash of the files of questions and labels, which a score belongs to. The images are not in it: the
+            hash of each is kept with the answer.
         score: (ids that were asked, raw text by id, in the order of the answer file) -> the official metric over those.
         sample_score: (question, raw text) -> score of one answer in [0, 1], for the progress bar and the sample table;
             None where one answer has none of its own.
@@ -92,6 +94,12 @@ class Dataset:
     benchmark: str = ""
     normalise: Callable[[str], str] | None = None
 
+    @cached_property
+    def questions_digest(self) -> str:
+        """Hash of what is asked, which an answer belongs to: ids and texts of all questions, without the labels."""
+        text = json.dumps([(one.id, one.question, one.suffix) for one in self.questions])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def check_images(self, questions: Iterable[Question]) -> None:
         """Fail before the run starts, not at question 9,000."""
         names = dict.fromkeys(name for question in questions for name in question.images)
@@ -103,10 +111,17 @@ class Dataset:
 
     def sample(self, question: Question) -> "Sample":
         """The question with its images opened."""
-        return self.with_images(question, [self.pictures.open(name) for name in question.images])
+        names = question.images
+        return self.with_images(question, [*map(self.pictures.open, names)], [*map(self.pictures.digest, names)])
 
-    def with_images(self, question: Question, opened: Sequence[Any]) -> "Sample":
-        """The question with its images, which were opened before."""
+    @staticmethod
+    def with_images(question: Question, opened: Sequence[Any], digests: Sequence[str]) -> "Sample":
+        """The question with its images, which were opened before.
+
+        Args:
+            digests: hashes of the images' files. The vision tower's output is remembered by them and not by the
+                images' names, which stand for other images in another benchmark or data folder.
+        """
         from llava.processing.sample import Sample
 
         return Sample(
@@ -114,13 +129,8 @@ class Dataset:
             question=question.question,
             suffix=question.suffix,
             image=opened[0] if len(opened) == 1 else tuple(opened) or None,
-            image_id=" ".join(question.images) or None,
+            image_ids=tuple(digests),
         )
-
-    @staticmethod
-    def key(question: Question, number: int) -> tuple[str, int]:
-        """The name under which the pipeline knows an image of the question."""
-        return " ".join(question.images), number
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Longer names of files do not exist on the usual file systems.
 LONGEST_NAME = 255
+# Of a hash: among a million images two share one with a probability of 1 in 37 million.
+DIGITS = 16
 
 
 class Pictures(Protocol):
@@ -64,7 +66,7 @@ class Files:
         path = self.root / name
         try:
             state = path.stat()
-            return file_digest(path, state.st_mtime_ns, state.st_size)
+            return file_digest(path, (state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino))
         except OSError as error:
             raise UserError(f"Cannot read {path}: {error.strerror}.") from error
 
@@ -115,18 +117,18 @@ class Inline:
         return open_image(io.BytesIO(self.fetch(name)), f"{name} in {self.where}")
 
     def digest(self, name: str) -> str:
-        return hashlib.sha256(self.fetch(name)).hexdigest()[:12]
+        return hashlib.sha256(self.fetch(name)).hexdigest()[:DIGITS]
 
 
 @lru_cache(maxsize=200_000)
-def file_digest(path: Path, modified: int, size: int) -> str:
+def file_digest(path: Path, state: tuple[int, ...]) -> str:
     """Hash of a file's content.
 
     Args:
-        modified, size: of the file; the result is remembered until one of them changes.
+        state: size, times and inode of the file; the result is remembered until one of them changes.
     """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
 
 
 def digest_of(pictures: Pictures, names: Iterable[str]) -> str:

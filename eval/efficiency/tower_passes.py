@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from eval.benchmarks.base import Dataset, Question
+from eval.benchmarks.base import Question
 from eval.feature_cache import bytes_of, can_remember
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_encoder import encode
@@ -49,7 +49,7 @@ def tower_passes(batches: Sequence[Sequence[Question]], each: float, bound: int,
         bound: bytes that a replica remembers; 0 where it forgets every batch.
     """
     found = 0
-    remembered: list[dict[tuple[str, int], None]] = [{} for _ in range(replicas)]
+    remembered: list[dict[str, None]] = [{} for _ in range(replicas)]
     for turn, batch in enumerate(batches):
         known = remembered[turn % replicas]
         for key in keys(batch):
@@ -60,7 +60,6 @@ def tower_passes(batches: Sequence[Sequence[Question]], each: float, bound: int,
     return found
 
 
-def keys(questions: Sequence[Question]) -> dict[tuple[str, int], None]:
-    """The distinct images of some questions, under the names by which a run remembers them."""
-    named = [Dataset.key(question, number) for question in questions for number in range(len(question.images))]
-    return dict.fromkeys(named)
+def keys(questions: Sequence[Question]) -> dict[str, None]:
+    """The names of the distinct images of some questions. A run tells them by content, which is not read here."""
+    return dict.fromkeys(name for question in questions for name in question.images)

@@ -149,7 +149,7 @@ def measure_picture(
     moved = condition == "halves exchanged"
     if moved:
         samples = [
-            Sample(s.id, s.question, s.suffix, exchanged(s.images[0]), f"{s.image_id} exchanged")  # type: ignore[arg-type]
+            Sample(s.id, s.question, s.suffix, exchanged(s.images[0]), (f"{s.image_ids[0]} exchanged",))  # type: ignore[arg-type]
             for s in samples
         ]
     notes = observe(model, samples, reverse=condition == "read backwards")

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eval.config import DEFAULT_MODEL, RunConfig, budget_of, count_or_ratio, whole_number
+from eval.config import DEFAULT_MODEL, RETENTION_RATIO, RunConfig, budget_of, count_or_ratio, whole_number
 from llava.errors import UserError, unknown
-from llava.option_names import FORMER_NAMES, RETENTION_RATIO
 
 # Those of lmms-eval's own flags (--batch_size, --max_batch_size, --device) are handed over with --model_args.
 PLAIN = (
@@ -46,7 +45,7 @@ def configuration(arguments: Mapping[str, Any]) -> RunConfig:
         budget, chosen = budget_of(count_or_ratio(plain["budget"]) if "budget" in plain else None)
     except ValueError as error:
         raise UserError(f"budget {error}.") from None
-    if chosen and any(FORMER_NAMES.get(name, name) == RETENTION_RATIO for name in options):
+    if chosen and RETENTION_RATIO in options:
         raise UserError(f"A budget of {plain['budget']} and set.{RETENTION_RATIO} are both given; leave one out.")
     return RunConfig(
         method=plain.get("method", "full"),

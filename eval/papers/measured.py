@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers import result_folder
-from eval.answers.jsonl import read_json, read_jsonl
+from eval.answers.jsonl import read_json
+from eval.answers.reuse import RESULT, Stored, check_joint, read_stored
 from eval.config import ROOT
 from eval.judging.choice import score_answers
 from eval.metrics import SufficientStatistics
@@ -16,6 +17,7 @@ from eval.papers.plan import Line, Where, config_of
 from eval.papers.spec import Column
 from eval.results.report import interval_of
 from eval.results.statistics import terms_of
+from eval.settings import build_reducer, store_settings
 from eval.statistics.runs import sample_scores
 from eval.sweep import dataset
 from llava.errors import UserError
@@ -36,6 +38,7 @@ class Cell:
         answers_sha256: over the sorted answers to the questions that were asked.
         terms: sums by unit of the benchmark's main metric, for tests.
         texts, credits, clusters: question id -> answer, sample score (empty where single answers have none), image.
+        stored: the run; None for a cell that was not read from one.
         command: asks these questions alone.
     """
 
@@ -62,6 +65,7 @@ class Cell:
     texts: Mapping[str, str] = field(repr=False, compare=False)
     credits: Mapping[str, float] = field(repr=False, compare=False)
     clusters: Mapping[str, str] = field(repr=False, compare=False)
+    stored: Stored | None = field(default=None, repr=False, compare=False)
 
     @property
     def run(self) -> str:
@@ -80,19 +84,19 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
     data = dataset(column.benchmark, where.data, config.split)
     asked = [question.id for question in data.questions[: where.limit]]
     folder = Path(config.output)
-    path = result_folder(folder, len(asked), len(data.questions)) / "result.json"
-    if not path.is_file():
+    place = result_folder(folder, len(asked), len(data.questions))
+    if not (place / RESULT).is_file():
         raise UserError(f"{folder} holds no result of {len(asked):,} questions; run the table without --render first.")
-    result = read_json(path)
+    result = read_json(place / RESULT)
     if failed := result.get("failed"):
         return (
             f"{line.title} at {line.budget} on {column.title}: {len(failed):,} of {len(asked):,} questions failed, the "
             f"first ({failed[0]['question_id']}) with: {failed[0]['reason']}"
         )
-    wanted = set(asked)
-    lines = (row for _, row in read_jsonl(folder / "answers.jsonl"))
-    texts = {row["question_id"]: row["text"] for row in lines if row["question_id"] in wanted}
-    score, _ = score_answers(data, config.judge, asked, texts, folder / "answers.jsonl")
+    expected = store_settings(config, config.split, data, model, build_reducer(config, model.visual_tokens))
+    stored = read_stored(place, data, expected=expected)
+    texts = stored.texts
+    score, _ = score_answers(data, config.judge, asked, texts, stored.answers)
     images = {question.id: question.image for question in data.questions}
     metric, value = metric_of(column, result)
     found = interval_of(result) if metric == result["main"] else None
@@ -121,6 +125,7 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
         texts,
         sample_scores(score, texts, data) or {},
         {name: images[name] for name in asked},
+        stored,
     )
 
 
@@ -205,6 +210,9 @@ def read_cells(lines: Sequence[Line], columns: Sequence[Column], where: Where, m
                 failed.append(found)
             else:
                 cells[index, column.benchmark] = found
+                full = cells.get((0, column.benchmark), found)
+                if full.stored is not None and found.stored is not None:
+                    check_joint(full.stored, found.stored)
     if lost := [column.title for column in columns if (0, column.benchmark) not in cells]:
         raise UserError(f"The unreduced model has no result on {', '.join(lost)}: {'; '.join(failed)}.")
     return Measured(lines, columns, cells, failed)

@@ -111,7 +111,7 @@ def config_of(line: Line, column: Column, where: Where, model: Llava) -> RunConf
         split=split,
         model=where.place.model,
         data=where.data,
-        output=folder_of(SWEEPS, model, column.benchmark, split, line.setting),
+        output=folder_of(SWEEPS, model, column.benchmark, split, line.setting, where.data),
         batch_size=where.place.batch_size,
         limit=where.limit,
         options=line.setting.options,

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import read_json
+from eval.answers.reuse import joint
 from eval.config import FULL
 from llava.errors import UserError
 
 PARTIAL = re.compile(r"limit\d+")
-
-# Settings in which a method may differ from `full` and still answer the same questions under the same conditions.
-OF_THE_METHOD = ("method", "version", "config", "seed", "text_tower")
 
 
 def percent_of_full(result: Mapping[str, Any], output: Path) -> float | None:
@@ -27,7 +25,7 @@ def percent_of_full(result: Mapping[str, Any], output: Path) -> float | None:
 
 
 def full_score(result: Mapping[str, Any], output: Path) -> float | None:
-    """Main score of a run of `full` that asked the same questions under the same settings."""
+    """Main score of a run of `full` that asked the same questions, about the same images, under the same settings."""
     if result["method"] == FULL:
         return result["metrics"].get(result["main"])
     folder = output.resolve()
@@ -39,12 +37,6 @@ def full_score(result: Mapping[str, Any], output: Path) -> float | None:
             other = read_json(path)
         except UserError:
             continue  # a damaged file is an error of the run that it belongs to
-        if other.get("method") == FULL and all(task(other)[key] == value for key, value in task(result).items()):
+        if other.get("method") == FULL and joint(other) == joint(result):
             return other["metrics"].get(other["main"])
     return None
-
-
-def task(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What two results must agree on to be comparable."""
-    settings = {key: value for key, value in result["settings"].items() if key not in OF_THE_METHOD}
-    return {"settings": settings} | {key: result.get(key) for key in ("asked", "main", "facts")}

@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 
 def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str, Any]:
-    """Commit, library versions and source hash of the answers, and notes where not all of them have the same.
+    """Commit and library versions of the answers, and notes where not all of them have the same.
 
     Args:
         origins: see AnswerStore.origins.
@@ -54,10 +54,7 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
     total = sum(number for _, number in origins)
     notes = []
     if unknown := sum(number for run, number in origins if run is None):
-        notes.append(
-            f"the code of {unknown:,} of {total:,} answers is unknown: a former version stored them without a hash of "
-            "the source; --restart asks those questions again"
-        )
+        notes.append(f"the commit of {unknown:,} of {total:,} answers is unknown: the end of runs.jsonl was lost")
     commits: dict[str, int] = {}
     libraries: dict[str, int] = {}
     for run, number in origins:
@@ -74,8 +71,6 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
     return {
         "commit": " and ".join(commits) if commits else "unknown",
         "versions": dict(runs[-1]["versions"]) if runs else {},
-        "code": runs[-1]["code"] if runs else "unknown",
-        "code_unknown": unknown,
         "notes": notes,
     }
 

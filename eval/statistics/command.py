@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import read_json, write_json
+from eval.answers.reuse import RESULT, check_joint, results_folder
 from eval.benchmarks.base import Dataset
 from eval.command import add_data_flags, exit_on_user_error, make_parser, open_dataset, value
 from eval.config import shortened
@@ -22,13 +23,10 @@ from eval.statistics.hard_questions import accuracy_on, groups
 from eval.statistics.loyalty import loyalty, loyalty_parts, plain
 from eval.statistics.runs import (
     DOWNSAMPLE,
-    RESULT,
     Run,
     by_method,
-    check_comparable,
     check_full,
     read_run,
-    results_folder,
 )
 from eval.statistics.tokens_needed import LEVEL, SHARE, tokens_needed
 from eval.tables.page import markdown, score_text
@@ -48,7 +46,7 @@ COLUMNS = (
 def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float = SHARE, level: float = LEVEL) -> Any:
     """All statistics of the runs as JSON types: a list of rows, and the tokens needed by method."""
     for run in runs:
-        check_comparable(full, run)
+        check_joint(full.stored, run.stored)
     methods = by_method(runs)
     controls = {run.budget: run for run in runs if run.method == DOWNSAMPLE}
     rows, needed = [], {}

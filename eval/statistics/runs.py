@@ -5,18 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.answers.files import ANSWERS
-from eval.answers.jsonl import is_file, read_json
-from eval.answers.reading import read_answers
+from eval.answers.reuse import Stored, read_stored
 from eval.benchmarks.base import Dataset
 from eval.config import FULL
 from eval.judging.choice import check_judge, score_answers
 from eval.metrics import Score, SufficientStatistics
-from eval.results.baseline import task
 from eval.results.statistics import terms_of
 from llava.errors import UserError
 
-RESULT = "result.json"
 DOWNSAMPLE = "downsample"
 
 
@@ -27,69 +23,47 @@ class Run:
     Attributes:
         budget: visual tokens per image; for a retention ratio the rounded mean over layers and questions.
         options: of the method, without the budget.
-        texts: question id -> answer, of the questions that were asked.
         sample_scores: question id -> score in [0, 1]; None for benchmarks without a score of one answer.
-        result: content of result.json.
     """
 
-    folder: Path
+    stored: Stored
     method: str
     budget: int
     options: Mapping[str, Any]
     score: Score
     terms: SufficientStatistics
-    texts: Mapping[str, str]
     sample_scores: Mapping[str, float] | None
-    result: Mapping[str, Any]
 
+    @property
+    def folder(self) -> Path:
+        return self.stored.folder
 
-def results_folder(folder: Path) -> Path:
-    """The folder with the result: the run's own, or its only limitN/ for a run of the first N questions."""
-    if is_file(folder / RESULT):
-        return folder
-    parts = sorted(path.parent for path in folder.glob(f"limit*/{RESULT}"))
-    if len(parts) == 1:
-        return parts[0]
-    if parts:
-        raise UserError(f"{folder} has several partial results; name one: {', '.join(map(str, parts))}.")
-    raise UserError(f"{folder} has no {RESULT}; give the output folder of a finished run.")
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """Question id -> answer, of the questions that were asked."""
+        return self.stored.texts
 
 
 def read_run(folder: Path, data: Dataset, judge: str = "auto") -> Run:
     """The run, its stored answers scored anew.
 
     Raises:
-        UserError: it is not finished, has failed questions, or was asked other questions than those of `data`.
+        UserError: see eval.answers.reuse.read_stored; or it has no score.
     """
-    found = results_folder(folder)
-    result = read_json(found / RESULT)
-    answers = found / ANSWERS if is_file(found / ANSWERS) else found.parent / ANSWERS
-    if result.get("failed"):
-        raise UserError(
-            f"{len(result['failed']):,} questions have no answer in {folder}; ask them again with --retry-failed."
-        )
-    if result["settings"]["data"] != data.fingerprint:
-        raise UserError(f"{folder} was asked other questions than the data folder holds; check --data and --source.")
-    asked = [question.id for question in data.questions[: result["limit"]]]
-    stored = read_answers(answers, data, partial=result["partial"]).texts
-    if missing := [name for name in asked if name not in stored]:
-        raise UserError(f"{answers} lacks {len(missing):,} of {len(asked):,} answers, the first to {missing[0]}.")
-    texts = {name: stored[name] for name in asked}
+    stored = read_stored(folder, data)
     check_judge(data, judge)
-    score = score_answers(data, judge, asked, texts, answers)[0]
+    score = score_answers(data, judge, list(stored.texts), stored.texts, stored.answers)[0]
     if score.values.get(score.main) is None:
         raise UserError(f"{data.title} has no score for {folder}: {'; '.join(score.notes)}.")
     images = {question.id: question.image for question in data.questions}
     return Run(
-        folder,
-        result["method"],
-        budget_of(result),
-        {key: value for key, value in result["settings"]["config"].items() if key != "budget"},
+        stored,
+        stored.result["method"],
+        budget_of(stored.result),
+        {key: value for key, value in stored.result["settings"]["config"].items() if key != "budget"},
         score,
         terms_of(score, images),
-        texts,
-        sample_scores(score, texts, data),
-        result,
+        sample_scores(score, stored.texts, data),
     )
 
 
@@ -105,16 +79,6 @@ def sample_scores(score: Score, texts: Mapping[str, str], data: Dataset) -> Mapp
         questions = {question.id: question for question in data.questions}
         return {name: data.sample_score(questions[name], text) for name, text in texts.items()}
     return score.correct if score.correct.keys() == texts.keys() else None
-
-
-def check_comparable(full: Run, run: Run) -> None:
-    """Raise unless both answered the same questions under the same settings."""
-    a, b = task(full.result), task(run.result)
-    settings = a.pop("settings"), b.pop("settings")
-    names = [key for key in a if a[key] != b[key]]
-    names += [key for key in settings[0].keys() | settings[1].keys() if settings[0].get(key) != settings[1].get(key)]
-    if names:
-        raise UserError(f"{run.folder} and {full.folder} differ in {', '.join(sorted(names))}; compare equal runs.")
 
 
 def by_method(runs: list[Run]) -> dict[str, dict[int, Run]]:

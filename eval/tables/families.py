@@ -77,7 +77,7 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
     groups = {question.id: question.image for question in data.questions[:limit]}
 
     def read(setting: Setting) -> tuple[Credits, float]:
-        folder = folder_of(output, model, family.benchmark, family.split, setting)
+        folder = folder_of(output, model, family.benchmark, family.split, setting, family.data)
         path = result_folder(folder, len(groups), len(data.questions)) / "result.json"
         if not path.is_file():
             raise UserError(f"{folder} holds no result; run `python -m eval.tables.families {name} answers` first.")

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.answers import flatten
+from eval.answers import HASHED, flatten
+from eval.answers.source_hash import combined
 from eval.results import baseline
 
 HEADLINE = ("score", "percent_of_full", "metric", "questions", "tokens_per_layer", "kv_bytes_per_question")
@@ -15,7 +16,8 @@ def flat(settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
     An option that has the name of another setting becomes "option.NAME", unless it has the same value.
     """
-    found = flatten({key: value for key, value in settings.items() if key != "config"}) | more
+    found = flatten({key: value for key, value in settings.items() if key not in ("config", *HASHED)}) | more
+    found |= {key: combined(settings[key]) for key in HASHED if isinstance(settings.get(key), dict)}
     for name, value in flatten(settings["config"]).items():
         found[name if found.get(name, value) == value else f"option.{name}"] = value
     return found

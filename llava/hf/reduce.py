@@ -35,10 +35,10 @@ from llava.hf.inputs import samples
 from llava.hf.models import HFWrapper, family_of, refuse_training, state_of, wrap_model
 from llava.hf.override import Override, hooks_must_run
 from llava.model.checkpoint.identify import QWEN, Family
-from llava.option_names import RETENTION_RATIO, with_current_names
 from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.prefill import prefill
 from llava.reduction.crop_budget import require
+from llava.reduction.options import RETENTION_RATIO
 from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Trace
 from llava.reduction.registry import build
@@ -83,7 +83,7 @@ def reduce(
         raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
     runtime = wrap_model(model, tokenizer, text_tower)
     tokens = runtime.visual_tokens
-    if budget is None and not with_current_names(options).get(RETENTION_RATIO):
+    if budget is None and not options.get(RETENTION_RATIO):
         budget = tokens
     reducer = build(method, budget, options, tokens)
     if reducer.needs_text_tower and family_of(model) in QWEN:

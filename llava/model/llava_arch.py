@@ -3,8 +3,6 @@
 Questions are answered by `llava.pipeline.generate.generate`.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from collections.abc import Sequence as Samples
 from dataclasses import replace
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from llava import conversation
 from llava.errors import UserError
+from llava.model.checkpoint.fingerprint import files_of, hashes_of
 from llava.model.encoded_image import EncodedImage, encoded_image_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded, RunBlocks, encode, patch_grid, run_blocks
 from llava.model.multimodal_projector import projector_of
@@ -55,9 +54,9 @@ class Llava:
         self.layout_name = checkpoint.layout
         self.notes = checkpoint.notes
         self.vocabulary = checkpoint.vocabulary
-        self._whole_weights = checkpoint.whole_weights
+        self._files = checkpoint.files
         # The decoder is spread over the ranks of a process group, which all answer the same questions.
-        self.spread: bool = checkpoint.whole_weights is not None
+        self.spread: bool = checkpoint.spread
         self.text_tower = checkpoint.text_tower
         self.llm: nn.Module = container.model.language_model
         self.head: nn.Linear = container.lm_head
@@ -114,24 +113,18 @@ class Llava:
         return None if stop == self.tokenizer.eos_token else stop
 
     @cached_property
-    def fingerprint(self) -> str:
-        """A hash of configuration and weights; two checkpoints that answer differently never share one."""
-        digest = hashlib.blake2b(digest_size=12)
-        digest.update(json.dumps(self.hf_model.config.to_dict(), sort_keys=True, default=str).encode())
-        # A model spread over ranks has the hash of the whole one: it is read from the mapped files.
-        weights, dtype = self._whole_weights or self.hf_model.state_dict(), self.hf_model.config.dtype
-        for name, tensor in sorted(weights.items()):
-            digest.update(name.encode() + sampled(tensor, dtype if self._whole_weights else None))
-        return digest.hexdigest()
+    def fingerprint(self) -> dict[str, str]:
+        """File of the checkpoint -> hash of its content: weights, configuration, tokenizer, preprocessing."""
+        if not self._files:
+            raise AssertionError(
+                f"{self.name} was not read from files, so nobody could say later what gave its answers"
+            )
+        return hashes_of(self._files)
 
     @cached_property
-    def text_tower_fingerprint(self) -> str:
+    def text_tower_fingerprint(self) -> dict[str, str]:
         """The same for the CLIP text tower; part of a result only for the methods that read it."""
-        digest = hashlib.blake2b(digest_size=12)
-        digest.update(f"{self.clip.relevance} {self.clip.begin} {self.clip.end}".encode())
-        for name, tensor in sorted(self.clip.state_dict().items()):
-            digest.update(name.encode() + sampled(tensor))
-        return digest.hexdigest()
+        return hashes_of(files_of(self.clip.folder))
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -285,13 +278,3 @@ class TowerMerger:
 def tiles_flops(tiles: int, function: Callable[..., int], *arguments: Any) -> int:
     """Operations of all tiles of an image."""
     return tiles * function(*arguments)
-
-
-def sampled(tensor: Tensor, dtype: torch.dtype | None = None) -> bytes:
-    """Up to about 4,096 evenly spaced values: enough to tell checkpoints apart, cheap at 13 billion weights.
-
-    Args:
-        dtype: that the values are cast to first; None for that of the tensor.
-    """
-    flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // 4096)].to(dtype).float().cpu().contiguous().numpy().tobytes()

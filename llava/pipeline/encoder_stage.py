@@ -36,7 +36,7 @@ def encode_images(
     numbers: dict[object, int] = {}
     pictures, owner = [], {}
     for i, number in rows:
-        key = (samples[i].image_id, number) if samples[i].image_id else ("sample", i, number)
+        key: object = samples[i].image_ids[number] if samples[i].image_ids else object()
         if key not in numbers:
             numbers[key] = len(numbers)
             pictures.append(samples[i].images[number])

@@ -20,7 +20,8 @@ class Sample:
         suffix: answer-format instruction, appended on a new line (GQA's asks for a single word or phrase).
         image: RGB image, a video (llava.processing.video.Video), a tuple of them, or None for a text-only prompt.
             The budget holds for each.
-        image_id: samples of a batch with the same image_id share one pass of the vision tower.
+        image_ids: one per image, a hash of its content: images with the same id share one pass of the vision tower.
+            () for images that share it with none.
         history: earlier turns about the same images as (user message, answer).
     """
 
@@ -28,7 +29,7 @@ class Sample:
     question: str
     suffix: str = ""
     image: "Image.Image | Video | tuple[Image.Image | Video, ...] | None" = None
-    image_id: str | None = None
+    image_ids: tuple[str, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
 
     @cached_property

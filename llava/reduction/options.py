@@ -5,10 +5,11 @@ from dataclasses import Field, field, fields
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import UserError, unknown
-from llava.option_names import with_current_names
 
 if TYPE_CHECKING:
     from llava.reduction.reducer import Reducer
+
+RETENTION_RATIO = "retention_ratio"
 
 
 def option(default: Any, doc: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -22,13 +23,10 @@ def options_of(cls: "type[Reducer]") -> dict[str, Field]:
 
 
 def parse_options(cls: "type[Reducer]", options: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn `--set` texts into values of the fields' types; unknown keys are errors with a suggestion.
-
-    Former names of options are read as well.
-    """
+    """Turn `--set` texts into values of the fields' types; unknown keys are errors with a suggestion."""
     known = options_of(cls)
     values: dict[str, Any] = {}
-    for key, text in with_current_names(options).items():
+    for key, text in options.items():
         if key not in known:
             raise unknown(f"option of {cls.name}", key, known)
         values[key] = _parse(f"{cls.name}.{key}", text, type(known[key].default))

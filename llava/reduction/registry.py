@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava.errors import UserError, unknown
-from llava.option_names import RETENTION_RATIO
-from llava.reduction.options import options_of, parse_options
+from llava.reduction.options import RETENTION_RATIO, options_of, parse_options
 from llava.reduction.reducer import Reducer
 
 METHODS: dict[str, type[Reducer]] = {}

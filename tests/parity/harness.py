@@ -71,7 +71,8 @@ def parity_model() -> ParityLlava:
         layout="original",
         notes=(),
         vocabulary=recipe.WORDS,
-        whole_weights=None,
+        spread=False,
+        files={},
         text_tower="tests.parity.model.text_tower_weights",
     )
     return ParityLlava(checkpoint, torch.device("cpu"))

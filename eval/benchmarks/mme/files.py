@@ -116,7 +116,7 @@ def score_folder(folder: Path, partial: bool = False) -> Score:
     As in the official script every two lines are one image, whatever the file names.
 
     Args:
-        partial: go on without tasks and images that the official script would stop at.
+        partial: go on without tasks and images that MME's release has.
     """
     found = read_results(folder)
     lines = {
@@ -131,11 +131,11 @@ def score_folder(folder: Path, partial: bool = False) -> Score:
     problems = folder_problems(lines)
     if problems and not partial:
         raise UserError(
-            f"{folder} does not hold whole results of MME: {'; '.join(problems)}. The official script stops at them; "
-            "score what is there with --partial."
+            f"{folder} does not hold whole results of MME: {'; '.join(problems)}; score what is there with --partial, "
+            "or name the data of other questions with --data."
         )
     score = mme.score(lines)
-    return replace(score, notes=(*score.notes, *problems, *size_notes(lines)))
+    return replace(score, notes=(*score.notes, *problems))
 
 
 def folder_problems(lines: Mapping[str, Sequence[mme.Line]]) -> list[str]:
@@ -145,20 +145,15 @@ def folder_problems(lines: Mapping[str, Sequence[mme.Line]]) -> list[str]:
         problems.append(f"no answers to {', '.join(lost)}")
     if odd := [f"{task} ({len(there)})" for task, there in lines.items() if len(there) % 2]:
         problems.append(f"an odd number of lines, two belong to each image, in {', '.join(odd)}")
-    return problems
-
-
-def size_notes(lines: Mapping[str, Sequence[mme.Line]]) -> list[str]:
-    """That the tasks have other sizes than in MME's release: whole images may be missing."""
     counts = {task: len(lines.get(task, ())) for task in SIZES}
     other = [f"{task} {counts[task]:,} of {size:,}" for task, size in SIZES.items() if counts[task] != size]
     total = sum(map(len, lines.values()))
-    if not other:
-        return []
-    return [
-        f"the files hold {total:,} answers, MME's release asks {sum(SIZES.values()):,} questions "
-        f"({first_names(other)}): compare with results on the same questions only"
-    ]
+    if other:
+        problems.append(
+            f"the files hold {total:,} answers, MME's release asks {sum(SIZES.values()):,} questions "
+            f"({first_names(other)})"
+        )
+    return problems
 
 
 def write_results(results: Iterable[Result]) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import read_json
+from eval.answers.reuse import joint
 from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.config import FULL
-from eval.results.baseline import task
 from eval.results.report import interval_of
 from llava.errors import UserError
 
@@ -193,7 +193,7 @@ def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mappi
         commit=str(result.get("commit") or ""),
         date=result.get("finished", ""),
         folder=str(folder),
-        task=json.dumps(task(result), sort_keys=True),
+        task=json.dumps(joint(result), sort_keys=True),
     )
 
 
@@ -292,12 +292,12 @@ def group_names(firsts: Sequence[Row]) -> Iterator[str]:
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"settings": {"dtype": "float32"}} -> {"dtype": "float32"}; deeper names are joined by dots."""
+    """{"facts": {"source": "official"}} -> {"source": "official"}; deeper names are joined by dots."""
     found: dict[str, Any] = {}
     for key, entry in value.items():
         name = f"{prefix}.{key}" if prefix else key
         if isinstance(entry, Mapping):
-            found |= flat(entry, "" if name in ("settings", "facts") else name)
+            found |= flat(entry, "" if name == "facts" else name)
         else:
             found[name] = entry
     return found

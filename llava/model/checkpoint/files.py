@@ -109,7 +109,8 @@ def _index_shards(index: Path) -> list[str]:
     return sorted(set(checked(WeightIndex, read_json(index), index).weight_map.values()))
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files that hold the weights of a folder."""
     for name in WEIGHT_FILES:
         index = directory / f"{name}.index.json"
         if index.is_file():
@@ -134,7 +135,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     """Return all weights of a folder as memory-mapped tensors, by their names in the files."""
     weights: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
-    for path in _weight_files(directory):
+    for path in weight_files(directory):
         shard = _open_weights(path)
         for key in weights.keys() & shard.keys():
             raise UserError(f"The weight {key} is in two files of {directory}, {owner[key]} and {path.name}; keep one.")

@@ -139,7 +139,7 @@ def fill(
     directory: Path,
     quantization: str | None = None,
     parallel: Parallel | None = None,
-) -> tuple[PreTrainedModel, Mapping[str, Tensor] | None]:
+) -> PreTrainedModel:
     """Build the HF model and load exactly these weights into it.
 
     Args:
@@ -147,9 +147,6 @@ def fill(
         directory: of the checkpoint, for errors.
         quantization: "8bit" or "4bit" to quantise the decoder while it is loaded.
         parallel: how the decoder is spread over ranks; None to hold it whole.
-
-    Returns:
-        The model; and, where it is spread over ranks, the mapped weights of the whole.
 
     Raises:
         UserError: weights and configuration do not fit, or the memory is too small.
@@ -176,7 +173,7 @@ def fill(
             **loading,
         )
     _refuse_problems(report, directory)
-    return model.eval(), None
+    return model.eval()
 
 
 def _fill_spread(
@@ -188,7 +185,7 @@ def _fill_spread(
     device: torch.device,
     directory: Path,
     parallel: Parallel,
-) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+) -> PreTrainedModel:
     """Load the part of the model that this rank holds; see `fill`."""
     from llava.model.parallel.mapped import mapped_model  # only here: a whole model needs no DeepSpeed
 
@@ -201,7 +198,6 @@ def _fill_spread(
     with errors_only():
         model, report = mapped_model(build, extra, config, weights, dtype)
     _refuse_problems(report, directory)
-    whole = model.state_dict()
     if parallel.offload is None:
         from llava.model.parallel.tensor import split
 
@@ -210,7 +206,7 @@ def _fill_spread(
         from llava.model.parallel.zero import partition
 
         partition(model, parallel, dtype, device)
-    return model.eval(), whole
+    return model.eval()
 
 
 def _refuse_problems(report: Mapping[str, Any], directory: Path) -> None:

@@ -9,6 +9,7 @@ Differs from it: missing and unexpected weights are errors; the tokenizer is tra
 Llama tokenizer (see tests/test_prompt.py).
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from llava.conversation import DEFAULT_MODE, conversation
 from llava.errors import UserError
 from llava.model.checkpoint.files import HUB_ID, locate, read_json, read_weights
+from llava.model.checkpoint.fingerprint import files_of
 from llava.model.checkpoint.hf_model import (
     container_config,
     fill,
@@ -90,8 +92,8 @@ class Checkpoint:
         video_conversation: prompt template of videos; None if the model takes no videos here.
         frames: frames per video; 0 if the model takes no videos here. The class token of every frame is a visual token.
         temporal: the video tower has attention over time.
-        whole_weights: of a model that is spread over ranks, the mapped weights of the whole, by their names in the HF
-            model; None where the model has them.
+        spread: the decoder is spread over the ranks of a process group.
+        files: what was read, by names that do not depend on where the folder lies; empty for a model from elsewhere.
     """
 
     model: PreTrainedModel
@@ -111,7 +113,8 @@ class Checkpoint:
     video_conversation: str | None = None
     frames: int = 0
     temporal: bool = False
-    whole_weights: Mapping[str, Tensor] | None = None
+    spread: bool = False
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -156,7 +159,7 @@ def load_checkpoint(
     if files.aspect == "anyres":
         pinpoints = parse_pinpoints(config.image_grid_pinpoints, config.vision_config.image_size)
     video = _video(raw, kind, files.weights)
-    model, whole = fill(kind, config, files.weights, dtype, device, directory, quantization, parallel)
+    model = fill(kind, config, files.weights, dtype, device, directory, quantization, parallel)
     return Checkpoint(
         model=model,
         tokenizer=tokenizer,
@@ -174,7 +177,8 @@ def load_checkpoint(
         pinpoints=pinpoints,
         aspect=files.aspect,
         merge=files.merge,
-        whole_weights=whole,
+        spread=parallel is not None,
+        files=files.paths,
         **video,
     )
 
@@ -221,12 +225,14 @@ class _Files:
     Attributes:
         weights: memory-mapped, by their names in the HF model.
         images: folder of the image preprocessing.
+        paths: see Checkpoint.files.
     """
 
     config: Mapping[str, Any]
     weights: dict[str, Tensor]
     images: Path | None
     tower_source: str
+    paths: Mapping[str, Path]
     notes: tuple[str, ...] = ()
     towers: tuple[_Tower, ...] = ()
     aspect: str = "pad"
@@ -240,7 +246,7 @@ def _read_transformers(directory: Path, config: Mapping[str, Any], kind: Kind) -
     aspect, merge = ("anyres", "spatial_unpad") if kind.family == "llava_next" else ("pad", None)
     if kind.family in QWEN:
         aspect = "native"
-    return _Files(config, weights, directory, "the checkpoint", aspect=aspect, merge=merge)
+    return _Files(config, weights, directory, "the checkpoint", files_of(directory), aspect=aspect, merge=merge)
 
 
 def _read_original(directory: Path, config: Mapping[str, Any], kind: Kind) -> _Files:
@@ -263,7 +269,10 @@ def _read_original(directory: Path, config: Mapping[str, Any], kind: Kind) -> _F
     sources = ["the checkpoint's shards" if t.inside else f"{f} {t.name}" for f, t in zip(fields, towers, strict=True)]
     translated = to_transformers_config(config, first.config, kind, video_frames(weights) or VIDEO_FRAMES)
     source = " and ".join(dict.fromkeys(sources))
-    return _Files(translated, weights, first.folder, source, tuple(notes), towers, aspect, merge)
+    paths = files_of(directory)
+    for name, tower in zip(fields, towers, strict=True):
+        paths |= files_of(tower.folder, f"{name}/", weights=not tower.inside) if tower.folder is not None else {}
+    return _Files(translated, weights, first.folder, source, paths, tuple(notes), towers, aspect, merge)
 
 
 def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], notes: list[str]) -> _Tower:

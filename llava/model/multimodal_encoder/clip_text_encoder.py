@@ -60,6 +60,7 @@ class ClipText(nn.Module):
         self._post_layernorm = (post_layernorm,)  # in a tuple: its weights are not part of this module
         self.words, self.begin, self.end = words, begin, end
         self.relevance = NEGATED
+        self.folder = Path()
         self.length: int = config.max_position_embeddings
 
     def chunks(self, text: str, long: str = "frame") -> list[list[int]]:
@@ -158,6 +159,7 @@ def load_clip_text(
     channels = tower.config.hidden_size
     words, begin, end = _tokens(folder, config, tokenizer)
     clip = ClipText(config, channels, tower.post_layernorm, words, begin, end)
+    clip.folder = folder
     clip.relevance = raw.get("patch_similarity", NEGATED)
     if clip.relevance not in (NEGATED, PLAIN):
         raise UserError(
