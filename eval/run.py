@@ -245,7 +245,7 @@ def summarise(job: Job, store: AnswerStore, unknown_pictures: int, throughput: d
         "failed": failed,
         "available": len(job.data.questions),
         "partial": len(job.planned) < len(job.data.questions),
-        **report.scored(score, answered, job.config.seed),
+        **report.scored(score, answered),
         "audit": cost.summarise_audit([line["metadata"]["audit"] for line in lines]),
         "timing": cost.summarise_timing(timed, job.started),
         "throughput": throughput,

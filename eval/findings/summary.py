@@ -25,13 +25,13 @@ def terms(values: Values, groups: Mapping[str, str], scale: float) -> Sufficient
 
 
 def mean(values: Values, groups: Mapping[str, str], scale: float = 1) -> Interval:
-    """The mean with its 95 % interval, bootstrap over pictures.
+    """The mean with its 95 % interval over pictures.
 
     Args:
         groups: name -> picture, for all names at least.
         scale: 100 for percent.
     """
-    return interval(terms(values, groups, scale), RESAMPLES)
+    return interval(terms(values, groups, scale))
 
 
 def difference(a: Values, b: Values, groups: Mapping[str, str], scale: float = 1) -> Comparison:

@@ -11,14 +11,14 @@ from eval.results.statistics import LEVEL, interval, terms_of
 LOWER_IS_BETTER = {"distribution"}
 
 
-def scored(score: Score, questions: Iterable[Question], seed: int = 0) -> dict[str, Any]:
+def scored(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
     """The score in JSON types, with the 95 % confidence interval of its main number."""
     return {
         "questions": len(score.correct) or len(list(questions)),
         "main": score.main,
         "metrics": score.values,
         "points": sorted(score.points),
-        "confidence": {"level": LEVEL, **confidence(score, questions, seed)},
+        "confidence": {"level": LEVEL, **confidence(score, questions)},
         "groups": {
             name: {group: {"percent": share, "questions": count} for group, (share, count) in table.items()}
             for name, table in score.groups.items()
@@ -27,12 +27,12 @@ def scored(score: Score, questions: Iterable[Question], seed: int = 0) -> dict[s
     }
 
 
-def confidence(score: Score, questions: Iterable[Question], seed: int) -> dict[str, Any]:
+def confidence(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
     """The interval of the main number and the unit that was resampled; nothing where there is no number."""
     if score.values.get(score.main) is None:
         return {}
     terms = terms_of(score, {question.id: question.image for question in questions})
-    return {score.main: {**dataclasses.asdict(interval(terms, seed=seed)), "unit": terms.unit}}
+    return {score.main: {**dataclasses.asdict(interval(terms)), "unit": terms.unit}}
 
 
 def interval_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
