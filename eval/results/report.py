@@ -136,10 +136,10 @@ def sentence(result: Mapping[str, Any]) -> str:
     asked = f"{result['asked']:,}"
     if result["partial"]:
         asked = f"the first {asked} of {result['available']:,}"
-    batch = timing["batch"]
-    wait = "n/a"
-    if batch is not None:
-        wait = f"{short(batch['median_ms']['ttft'], 10)} ms for {batch_text(batch['questions'])}"
+    wait, first = "n/a", timing["ttft"]
+    if first is not None:
+        batches = f"median of {first['batches']} batches"
+        wait = f"{short(first['median_ms'], 10)} ms for {batch_text(first['questions'])} ({batches})"
     failed = f" ({len(result['failed']):,} more failed)" if result.get("failed") else ""
     return (
         f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: "
