@@ -100,7 +100,7 @@ def coverage(draw, setting, trials: int, seed: int = 5) -> tuple[float, float, f
 
 
 def coverages(draw, trials: int) -> str:
-    """Table: coverage where most samples get an interval, otherwise how often none is printed and how often one misses."""
+    """Table: coverage where most samples get an interval, elsewhere how often none is printed and one misses."""
     rows = []
     for per, together in SHAPES:
         for clusters in CLUSTERS:

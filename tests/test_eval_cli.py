@@ -59,7 +59,8 @@ def test_the_last_line_is_the_result_in_words(main, tmp_path):
     code, out, _ = main("--method", "uniform", "--budget", "16")
     assert code == 0
     assert out.splitlines()[-1] == (
-        "uniform at 16 of 64 visual tokens: 50.0 % accuracy (95 % CI n/a: 5 images, an interval needs 20) on 40 GQA testdev questions; "
+        "uniform at 16 of 64 visual tokens: 50.0 % accuracy (95 % CI n/a: 5 images, an interval needs 20) on 40 "
+        "GQA testdev questions; "
         "16.0 tokens per layer, KV 0.016 MB, TTFT n/a."
     )
     folder = tmp_path / "results" / "gqa-testdev" / "fake" / "uniform-16"

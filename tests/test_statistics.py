@@ -238,7 +238,9 @@ def test_every_exchange_by_the_book(kind, clusters):
     asked = rng.integers(1, 5, clusters) if kind == "uneven clusters" else np.ones(clusters, int)
     if kind == "f1":  # four yes/no questions per picture, with at least one true positive
         said, actual = rng.integers(1, 4, (2, 2, clusters))
-        first, second = (np.stack([rng.integers(1, 1 + np.minimum(s, a)), s, a], 1) for s, a in zip(said, actual))
+        first, second = (
+            np.stack([rng.integers(1, 1 + np.minimum(s, a)), s, a], 1) for s, a in zip(said, actual, strict=True)
+        )
     else:
         right = [np.ones(clusters), np.zeros(clusters)]
         if kind != "equal differences":

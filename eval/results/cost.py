@@ -175,7 +175,7 @@ def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         found.append(f"Vision of {old:,} of {len(lines):,} batches include preprocessing (earlier version).")
     if shared := sum(bool(line.get("shared_prefix")) for line in lines):
         found.append(
-            f"Vision and prefill of {shared:,} of {len(lines):,} batches are of prompts whose common beginning ran once "
-            "(--share-prefix): no times of the method."
+            f"Vision and prefill of {shared:,} of {len(lines):,} batches are of prompts whose common beginning "
+            "ran once (--share-prefix): no times of the method."
         )
     return found
