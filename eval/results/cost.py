@@ -35,6 +35,7 @@ def timing_record(batch: "Batch", conditions: Mapping[str, Any]) -> dict[str, An
         **{name: getattr(batch.timing, name) for name in STAGES},
         "decode_steps": batch.decode_steps,
         "kv_bytes": batch.kv_bytes,
+        "kv_bytes_with_room": batch.kv_bytes_with_room,
         "flops": batch.flops,
         "flops_alone": dict(batch.flops_alone),
         "notes": list(batch.notes),
@@ -104,6 +105,7 @@ def times(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "batch": batch_latency(lines),
         "ms_per_question": {stage: None if value is None else 1000 * value / count for stage, value in spent.items()},
         "kv_bytes_padded": total(lines, "kv_bytes") / count if count else None,
+        "kv_bytes_with_room": room / count if (room := total(lines, "kv_bytes_with_room")) and count else None,
         "decode_steps_per_batch": fmean(line["decode_steps"] for line in lines) if lines else None,
     }
 

@@ -64,10 +64,12 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
     """Tokens, bytes, time and FLOPs of a run."""
     audit, timing = result["audit"], result["timing"]
     layers = ", ".join(number(tokens) for tokens in audit["entering_per_layer"])
+    held, room = short(audit["kv_bytes_per_sample"] / 1e6, 100), timing["kv_bytes_with_room"]
+    with_room = f", {short(room / 1e6, 100)} MB held while answering (padding, room for new tokens)" if room else ""
     lines = [
         f"visual tokens entering each layer: {layers} (mean {audit['mean_tokens_per_layer']:.1f}, "
         f"{audit['merged_tokens']:.1f} of them merged, {number(audit['visual_tokens_before'])} before reduction)",
-        f"key/value cache: {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB per question",
+        f"key/value cache: {held} MB per question{with_room}",
     ]
     lines += time_lines(timing) + throughput_lines(result.get("throughput")) + flops_lines(result["flops"])
     return lines
