@@ -37,6 +37,7 @@ SETTINGS = [
     (400, 6, 0.6, 0.2, 0.2),
     (500, 3, 0.9, 0.05, 0.2),
     (100, 20, 0.9, 0.0, 0.2),
+    (50, 20, 0.9, 0.0, 0.2),
 ]
 HEADER = ("images x questions", "full", "gained", "correlation", "tilting", "t-test", "percentile bootstrap")
 

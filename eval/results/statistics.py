@@ -30,7 +30,8 @@ class Interval:
 
     Attributes:
         low, high: None where the units cannot tell how far the score may be off; `method` says why.
-        method: "Wilson", "Student" or "Jeffreys", or the reason why there is no interval.
+        method: "Wilson", "Student" or "Jeffreys", for averages over benchmarks "bootstrap"; or the reason why there is
+            no interval.
     """
 
     mean: float
@@ -65,30 +66,29 @@ def interval(terms: SufficientStatistics) -> Interval:
     """95 % confidence interval of a score, from the spread of its clusters; docs/statistics.md has its coverage.
 
     The standard error is that of the delta method: near its sums the score is linear, and a cluster's share is its row
-    times the slopes. Student's quantile has Satterthwaite's degrees of freedom, 2 / (1 / d - 1 / n) for n clusters; d
-    is the number of clusters that decide the spread, (sum of squares)^2 / (sum of fourth powers) of the shares: about
-    the number of wrong ones where nearly all are right. With both, a score that has a largest value gets Wilson's
-    interval, which stays between 0 and that value (Korn and Graubard 1998 do so for samples of clusters), another one a
-    symmetric interval. One right-or-wrong question per cluster gets Jeffreys' interval (Brown, Cai and DasGupta 2001).
+    times the slopes. Student's quantile has Satterthwaite's degrees of freedom, 2 / (1 / d - 1 / n) for n clusters of
+    which d are `deciding`. With both, a score that has a largest value gets Wilson's interval, which stays between 0
+    and that value (Korn and Graubard 1998 do so for samples of clusters), another one a symmetric interval. One
+    right-or-wrong question per cluster gets Jeffreys' interval (Brown, Cai and DasGupta 2001).
     """
     rows = summed_by_cluster(terms)
     sums, count = rows.sum(0), len(rows)
     mean, units = float(terms.value(sums)), f"{count:,} {plural(terms.unit, count)}"
     shares = rows @ slope(terms.value, sums)
     shares -= shares.mean()
-    square, fourth = float((shares**2).sum()), float((shares**4).sum())
+    square = float((shares**2).sum())
     if square**0.5 <= NO_SPREAD * max(1.0, abs(mean)):
         return Interval(mean, None, None, f"n/a: {units} without spread{bound(terms, rows)}")
     if count < FEWEST_CLUSTERS:
         return Interval(mean, None, None, f"n/a: {units}, an interval needs {FEWEST_CLUSTERS}")
-    deciding = square**2 / fourth
-    if deciding < FEWEST_DECIDING:
-        few = f"n/a: fewer than {FEWEST_DECIDING} of {units} decide the spread"
-        return Interval(mean, None, None, few + bound(terms, rows))
+    few = deciding(shares)
+    if few < FEWEST_DECIDING:
+        reason = f"n/a: fewer than {FEWEST_DECIDING} of {units} decide the spread"
+        return Interval(mean, None, None, reason + bound(terms, rows))
     if terms.proportion and (rows[:, 1] == 1).all() and np.isin(rows[:, 0], (0, 1)).all():
         low, high = stats.beta.ppf(((1 - LEVEL) / 2, (1 + LEVEL) / 2), sums[0] + 0.5, count - sums[0] + 0.5)
         return Interval(mean, 100 * float(low), 100 * float(high), "Jeffreys")
-    freedom = 2 / max(1 / deciding - 1 / count, 1e-12)
+    freedom = 2 / max(1 / few - 1 / count, 1e-12)
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * (square * count / (count - 1)) ** 0.5
     most = 100.0 if terms.proportion else terms.most
     if most is None:
@@ -97,6 +97,17 @@ def interval(terms: SufficientStatistics) -> Interval:
     bend = half**2 / (share * (1 - share))
     ends = [(share + bend / 2 + side * (half**2 + bend**2 / 4) ** 0.5) / (1 + bend) for side in (-1, 1)]
     return Interval(mean, most * ends[0], most * ends[1])
+
+
+def deciding(shares: Array, counts: Array | float = 1.0) -> float:
+    """How many clusters decide a spread: n / kurtosis, about the number of wrong ones where nearly all are right.
+
+    Args:
+        shares: of each cluster, or kind of clusters, in a score; their mean is 0.
+        counts: clusters of each kind.
+    """
+    fourth = float((counts * shares**4).sum())
+    return float((counts * shares**2).sum()) ** 2 / fourth if fourth > 0 else 0.0
 
 
 def bound(terms: SufficientStatistics, rows: Array) -> str:
