@@ -109,9 +109,9 @@ def coverages(draw, trials: int) -> str:
             for right in RIGHT:
                 withheld, covered, missed = coverage(draw, (clusters, per, right, together), trials)
                 if withheld > 50:
-                    row.append("withheld" if withheld == 100 else f"withheld {withheld:.1f} %, {missed:.1f} % miss")
+                    row.append("withheld" if withheld > 99.95 else f"withheld {withheld:.1f} %, {missed:.1f} % miss")
                 else:
-                    row.append(f"{covered:.1f} %" + (f" (withheld {withheld:.1f} %)" if withheld else ""))
+                    row.append(f"{covered:.1f} %" + (f" (withheld {withheld:.1f} %)" if withheld >= 0.05 else ""))
             rows.append(row)
     return markdown(("images x questions", "correlation", *(f"{100 * right:g} %" for right in RIGHT)), rows)
 
