@@ -4,6 +4,8 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
@@ -12,8 +14,9 @@ from eval import tracking
 from eval.answers import answer_id, seal_of
 from eval.batches import ReadAhead, asking_order, claimed
 from eval.benchmarks.base import Question
+from eval.feature_cache import without_memory
 from eval.job import Job, measured_under
-from eval.outcomes import Answered, Failure, Room, outcomes
+from eval.outcomes import Answered, Failure, Room, chunks, outcomes
 from eval.parallel.ranks import ASKING, Rank
 from eval.results import cost
 from llava.errors import UserError
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 # So many errors of the model, one after the other, end a run.
 ERRORS_IN_A_ROW = 16
+# Batches of which the time to first token is measured; no number is printed of fewer.
+TIMED, FEWEST_TIMED = 12, 10
 MICRO = 1_000_000  # the counters that ranks share hold whole numbers
 
 
@@ -161,13 +166,42 @@ def ask(job: Job, sink: Sink, pending: Sequence[Question], progress: Progress, r
     failures.finish(rank.alone and progress.nothing_answered())
 
 
+def first_token_times(job: Job, rank: Rank) -> dict[str, Any] | None:
+    """Time to first token over batches of the run's own questions, after its answers; None below ten full batches.
+
+    The times of the run itself do not say it: images are remembered, and how many differs by benchmark and by method.
+    Here every image goes through the tower and every prompt through the decoder whole, for each method alike; one batch
+    more goes first, as a warm-up. The batches lie evenly over the run.
+
+    Returns:
+        `median_ms` from prepared pixels and token ids to the first token of a batch, `questions` of a batch, `batches`.
+    """
+    reduced, size = bool(getattr(job.reducer, "acts_in", True)), job.config.batch_size
+    order = asking_order(job.planned, job.planned, job.model, reduced)
+    full = [batch for batch in chunks(order, size) if len(batch) == size]
+    if len(full) < FEWEST_TIMED:
+        return None
+    count = min(TIMED, len(full))
+    batches = [full[number * len(full) // count] for number in range(count)]
+    job = replace(job, model=without_memory(job.model), config=replace(job.config, max_new_tokens=1))
+    seconds = []
+    with ReadAhead(job) as images:
+        for number, (questions, batch) in enumerate(images.batches(iter([batches[0], *batches]))):
+            rank.report(ASKING, [question.id for question in questions])
+            found = list(outcomes(job, batch, Room(), divide=rank.size == 1))
+            # A batch that failed in part, or did not fit, is another one.
+            if number and len(found) == 1 and isinstance(found[0], Answered):
+                seconds.append(found[0].batch.timing.ttft)
+    if len(seconds) < FEWEST_TIMED:
+        return None
+    return {"median_ms": 1000 * median(seconds), "questions": size, "batches": len(seconds)}
+
+
 def timing_line(job: Job, answered: Answered, conditions: dict[str, Any], room: Room) -> dict[str, Any]:
     """The batch's line of timing.jsonl. What was prepared ahead of the model counts as preprocessing."""
     record = cost.timing_record(answered.batch, conditions)
     record["preprocess"] += sum(part.seconds for part in answered.parts)
     record["notes"] += room.notes
-    if getattr(job.model, "remembers_features", False):
-        record["remembered_features"] = job.model.remembered > 0
     return record
 
 

@@ -82,7 +82,7 @@ def lines(record: Mapping[str, Any]) -> list[str]:
         f"A  {record['a']:.2f}{unit}",
         f"B  {record['b']:.2f}{unit}",
         f"A - B  {record['difference']:+.2f} (95 % CI {sure})",
-        f"p  {record['p']:.4f}, paired permutation test by {record['drawn']}: {verdict}",
+        f"p  {statistics.p_text(record['p'])}, paired permutation test by {record['drawn']}: {verdict}",
         *(f"note: {note}" for note in record["notes"]),
     ]
 

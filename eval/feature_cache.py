@@ -123,6 +123,17 @@ class CachingLlava(Llava):
             self._bytes -= bytes_of(encoded)
 
 
+def without_memory(model: Llava) -> Llava:
+    """The model to time: every image goes through its tower, and every prompt through the decoder whole."""
+    remembers = getattr(model, "remembers_features", False)
+    if not remembers and not getattr(model, "shares_prefix", False):
+        return model
+    bare: Llava = object.__new__(type(model).__bases__[-1] if remembers else type(model))  # the family's own class
+    bare.__dict__.update(model.__dict__)
+    bare.shares_prefix = False
+    return bare
+
+
 def can_remember(model: Llava) -> bool:
     """Whether the images of a model go through a CLIP tower in the common way; Qwen's do not."""
     return type(model).encode_images is Llava.encode_images

@@ -167,6 +167,4 @@ def measured_under(job: Job) -> dict[str, Any]:
         "batch_size": job.config.batch_size,
         "dtype": job.config.dtype,
         **({"shared_prefix": True} if getattr(job.model, "shares_prefix", False) else {}),
-        # The tower's output is kept between questions and, in a sweep, between runs; a batch says whether it used it.
-        "remembered_features": getattr(job.model, "remembers_features", False),
     }

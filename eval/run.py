@@ -3,14 +3,15 @@
 import dataclasses
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from eval import tracking
 from eval.answers import AnswerStore, Shard, seal_of
-from eval.answers.jsonl import write_file, write_json
+from eval.answers.jsonl import read_json, write_file, write_json
 from eval.answers.reuse import check_reuse, images_digest
-from eval.asking import Progress, ask
+from eval.asking import Progress, ask, first_token_times
 from eval.benchmarks.base import Question
 from eval.config import RunConfig
 from eval.job import Job, measured_under, prepare
@@ -59,8 +60,11 @@ def run(
         finished = False
         try:
             throughput = answer_questions(job, store, tracker, rank, began)
+            ttft = time_to_first_token(job, rank, throughput["questions"])
+            rank.report(SCORING)
             files = job.data.submission(texts(job, store))
-            result = {**summarise(job, store, throughput), "config": flat, "submission": list(files)}
+            result = summarise(job, store, throughput, ttft)
+            result |= {"config": flat, "submission": list(files)}
             write_json(job.results / "result.json", result)
             for name, content in files.items():
                 write_file(job.results / name, content)
@@ -130,7 +134,6 @@ def answer_questions(
             progress.show()
         rank.report(MERGING)
         store.merge()
-    rank.report(SCORING)
     seconds = max(part["seconds"] for part in parts)
     questions = sum(part["questions"] for part in parts)
     return {
@@ -140,6 +143,27 @@ def answer_questions(
         "start_seconds": None if began is None else parts[0]["began"] - began,
         "ranks": parts,
     }
+
+
+def time_to_first_token(job: Job, rank: Rank, answered: int) -> dict[str, Any] | None:
+    """`first_token_times` on the ranks of the first replica, when no rank answers any more.
+
+    A run that is only scored again keeps those of its result, if they were measured under its conditions.
+
+    Args:
+        answered: questions that this start has asked.
+    """
+    known = None
+    if rank.first and not answered:
+        with suppress(UserError, KeyError, TypeError):  # no result yet, or a damaged one
+            former = read_json(job.results / "result.json")
+            known = former["timing"]["ttft"] if former["conditions"] == measured_under(job) else None
+    if rank.size > 1:
+        if rank.first:
+            rank.put("time", known is None)
+        elif not rank.get("time"):
+            return None
+    return known or first_token_times(job, rank)
 
 
 def answer_part(job: Job, rank: Rank) -> None:
@@ -160,6 +184,9 @@ def answer_part(job: Job, rank: Rank) -> None:
     progress = Progress(job, rank, tracking.Tracker(), [], plan["before"], len(job.planned))
     if not rank.leads:
         ask(job, Nowhere(), pending, progress, rank)
+        if rank.replica == 0:
+            rank.report(WAITING)
+            time_to_first_token(job, rank, 0)
         return
     with Shard(job.output, rank.name, rank.number, process_of(job, rank)) as shard:
         ask(job, shard, pending, progress, rank)
@@ -199,11 +226,12 @@ def spans(places: Sequence[int]) -> list[tuple[int, int]]:
     return found
 
 
-def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any]) -> dict[str, Any]:
+def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: dict[str, Any] | None) -> dict[str, Any]:
     """The result of all answers to the planned questions, whichever process gave them.
 
     Args:
         throughput: of this process, or of the ranks.
+        ttft: of `first_token_times`.
     """
     answered = [question for question in job.planned if question.id in store.answers]
     missing = [question.id for question in job.planned if question.id not in store.answers]
@@ -237,9 +265,9 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any]) -> dict[
         "failed": failed,
         "available": len(job.data.questions),
         "partial": len(job.planned) < len(job.data.questions),
-        **report.scored(score, answered, job.config.seed),
+        **report.scored(score, answered),
         "audit": cost.summarise_audit([line["metadata"]["audit"] for line in lines]),
-        "timing": cost.summarise_timing(timed, job.started),
+        "timing": cost.summarise_timing(timed, job.started) | {"ttft": ttft},
         "throughput": throughput,
         "flops": flops,
         "flops_per_question": flops["per_question"],

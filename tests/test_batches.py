@@ -172,6 +172,28 @@ def test_remembered_images_and_images_read_ahead_change_no_answer(toy, plain, tm
     assert result["timing"]["batch"]["median_ms"]["vision"] > 0
 
 
+def test_time_to_first_token_is_of_batches_that_run_the_tower(toy, tmp_path, monkeypatch):
+    """It was of batches all of whose images were new: 1 of 20 in a short run, the very first, with the warm-up in it.
+
+    Methods inside the tower remember nothing and were timed on all of theirs.
+    """
+    real, timed = outcomes.generate, []
+
+    def watched(model, samples, *rest, **more):
+        found = real(model, samples, *rest, **more)
+        if more["max_new_tokens"] == 1:
+            timed.append((getattr(model, "remembers_features", False), len(samples), found.timing.ttft))
+        return found
+
+    monkeypatch.setattr(outcomes, "generate", watched)
+    first = run(config(tmp_path, batch_size=3), CachingLlava(toy))["timing"]["ttft"]
+    assert [row[:2] for row in timed] == [(False, 3)] * 13, "a warm-up and twelve of thirteen full batches"
+    times = sorted(seconds for *_, seconds in timed[1:])
+    assert first == {"median_ms": pytest.approx(500 * (times[5] + times[6])), "questions": 3, "batches": 12}
+    assert run(config(tmp_path, batch_size=3), CachingLlava(toy))["timing"]["ttft"] == first
+    assert len(timed) == 13, "a run that is only scored again measures nothing"
+
+
 def test_shared_beginnings_change_no_answer(toy, plain, tmp_path):
     model = CachingLlava(toy)
     model.shares_prefix = True

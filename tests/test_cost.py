@@ -96,20 +96,20 @@ def test_operations_per_question_do_not_depend_on_the_batch_size(tiny, method):
 
 
 def line(questions: int, seconds: float, **changes) -> dict:
-    found = {"questions": questions, "images": questions, **dict.fromkeys(cost.LATENCIES, seconds), "run": "a"}
+    found = {"questions": questions, "images": questions, **dict.fromkeys(cost.STAGES, seconds), "run": "a"}
     found |= {"decode_steps": 1, "kv_bytes": 10, "flops": 100, "flops_alone": {"tower": 100, "prefill": 20}}
     return found | changes
 
 
-def test_ttft_is_that_of_a_batch_and_says_its_size():
+def test_times_of_a_batch_say_its_size():
     """TTFT "per question" was the batch's time divided by its size: 12, 30 and 40 ms on three pages."""
     timing = cost.summarise_timing([line(8, 0.9), line(8, 0.1), line(8, 0.098), line(3, 0.05)], "a")
     assert timing["batch"]["questions"] == 8 and timing["batch"]["batches"] == 3
-    assert timing["batch"]["median_ms"]["ttft"] == pytest.approx(100)
-    assert "ttft" not in timing["ms_per_question"]
+    assert timing["batch"]["median_ms"]["prefill"] == pytest.approx(100)
+    assert "ttft" not in timing["ms_per_question"] and "ttft" not in timing["batch"]["median_ms"]
     assert timing["ms_per_question"]["vision"] == pytest.approx(1000 * (0.9 + 0.1 + 0.098 + 0.05) / 27)
     spoken = "\n".join(report.time_lines(timing))
-    assert "ms of a batch of 8, median of 3: " in spoken and "ttft 100.0" in spoken
+    assert "ms of a batch of 8, median of 3: " in spoken and "prefill 100.0" in spoken
     assert report.batch_text(1) == "one question"
 
 
@@ -121,9 +121,9 @@ def test_batches_of_an_earlier_version_are_read_and_told():
     lines = [old, line(8, 0.2)]
     timing, flops = cost.summarise_timing(lines, "a"), cost.summarise_flops(lines)
     assert timing["ms_per_question"]["preprocess"] is None and timing["ms_per_question"]["vision"] is not None
-    assert timing["batch"]["median_ms"]["ttft"] == pytest.approx(150)
+    assert timing["batch"]["median_ms"]["vision"] == pytest.approx(150)
     assert flops["per_question"] is None and flops["as_batched_per_question"] == 200 / 16
-    assert cost.notes(lines) == ["Vision and TTFT of 1 of 2 batches include preprocessing (earlier version)."]
+    assert cost.notes(lines) == ["Vision of 1 of 2 batches include preprocessing (earlier version)."]
     assert report.flops_lines(flops) == []
 
 
@@ -133,24 +133,9 @@ def test_operations_of_result_files_of_both_versions():
     assert cost.flops_as_batched(new) == 7.0
 
 
-def test_kept_tower_features_are_told():
-    known, new = line(8, 0.1, remembered_features=True), line(8, 0.3, remembered_features=False)
-    assert cost.notes([known]) == ["Vision and TTFT of 1 of 1 batches leave out images encoded before."]
-    assert cost.notes([known, new]) == ["TTFT is of the 1 of 2 batches all of whose images were new."]
-    assert cost.notes([new]) == []
-
-
 def test_times_of_shared_beginnings_are_told():
     (found,) = cost.notes([line(8, 0.1, shared_prefix=True), line(8, 0.1)])
-    assert found.startswith("Vision and TTFT of 1 of 2 batches are of prompts whose common beginning ran once")
-
-
-def test_ttft_is_of_batches_that_ran_the_tower():
-    """A batch about images that are remembered has no vision time: its TTFT is nobody's."""
-    known, new = line(8, 0.1, remembered_features=True), line(8, 0.3, remembered_features=False)
-    found = cost.batch_latency([known, known, new])
-    assert found["batches"] == 1 and found["median_ms"] == cost.batch_latency([new])["median_ms"]
-    assert cost.batch_latency([known])["median_ms"]["ttft"] is not None
+    assert found.startswith("Vision and prefill of 1 of 2 batches are of prompts whose common beginning ran once")
 
 
 def test_nothing_timed_is_no_number():

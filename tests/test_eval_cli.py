@@ -59,24 +59,33 @@ def test_the_last_line_is_the_result_in_words(main, tmp_path):
     code, out, _ = main("--method", "uniform", "--budget", "16")
     assert code == 0
     assert out.splitlines()[-1] == (
-        "uniform at 16 of 64 visual tokens: 50.0 % accuracy (95 % CI 46.7 to 53.3) on 40 GQA testdev questions; "
-        "16.0 tokens per layer, KV 0.016 MB, TTFT 28 ms for a batch of 8."
+        "uniform at 16 of 64 visual tokens: 50.0 % accuracy (95 % CI n/a: 5 images, an interval needs 20) on 40 "
+        "GQA testdev questions; "
+        "16.0 tokens per layer, KV 0.016 MB, TTFT n/a."
     )
     folder = tmp_path / "results" / "gqa-testdev" / "fake" / "uniform-16"
     result = json.loads((folder / "result.json").read_text())
     assert result["sentence"] == out.splitlines()[-1]
     assert result["metrics"]["accuracy"] == 50 and not result["partial"]
-    assert result["confidence"]["accuracy"]["low"] < 50 < result["confidence"]["accuracy"]["high"]
+    assert result["confidence"]["accuracy"]["low"] is None and result["timing"]["ttft"] is None
     assert result["audit"]["entering_per_layer"] == [16, 16, 16]
     assert result["audit"]["kv_bytes_per_sample"] == 16000
     per_question = {"preprocess": 3, "vision": 1, "selection": 0.5, "prefill": 2, "decode": 4}
-    per_batch = {name: 8 * value for name, value in per_question.items()} | {"ttft": 28}
+    per_batch = {name: 8 * value for name, value in per_question.items()}
     assert result["timing"]["ms_per_question"] == pytest.approx(per_question)
     assert result["timing"]["batch"]["median_ms"] == pytest.approx(per_batch)
     assert result["timing"]["kv_bytes_padded"] == 17600 and result["flops_per_question"] == 10**9
     assert result["conditions"]["batch_size"] == 8 and result["conditions"]["threads"] >= 1
     assert result["settings"]["config"]["budget"] == 16
     assert {"python", "torch"} <= result["versions"].keys()
+
+
+def test_time_to_first_token_needs_ten_batches(main, tmp_path):
+    """Five batches are too few (above); of ten the sentence says how many there were."""
+    _, out, _ = main("--method", "uniform", "--budget", "16", "--batch-size", "4", "--output", "o")
+    assert out.splitlines()[-1].endswith("KV 0.016 MB, TTFT 14 ms for a batch of 4 (median of 10 batches).")
+    found = json.loads((tmp_path / "o" / "result.json").read_text())["timing"]["ttft"]
+    assert found == {"median_ms": pytest.approx(14), "questions": 4, "batches": 10}
 
 
 def test_answers_are_in_llavas_fields(main, data, tmp_path):

@@ -14,7 +14,7 @@ from eval.statistics.interquartile import interquartile_mean, relative_iqm, rela
 from eval.statistics.loyalty import loyalty, loyalty_parts, plain
 from eval.statistics.tokens_needed import TokensNeeded
 from llava.errors import UserError
-from tests.noninferiority_errors import simulated, terms
+from tests.simulated_errors import simulated, terms
 
 needed = tokens_needed.tokens_needed
 
@@ -72,9 +72,9 @@ def test_p_is_the_share_of_draws_from_the_tilted_clusters():
     assert found == pytest.approx(np.mean(reached), abs=0.025) and 0.02 < found < 0.98
 
 
-@pytest.mark.parametrize("setting", [(300, 1, 0.96, 0.05, 0.0), (150, 6, 0.9, 0.0, 0.2), (400, 6, 0.6, 0.2, 0.0)])
+@pytest.mark.parametrize("setting", [(300, 1, 0.96, 0.05, 0.0), (50, 20, 0.9, 0.0, 0.2), (400, 6, 0.6, 0.2, 0.0)])
 def test_at_the_margin_the_test_passes_about_one_in_twenty(setting):
-    """The page docs/statistics.md has 2,000 trials of ten settings (tests/noninferiority_errors.py)."""
+    """docs/statistics.md has 2,000 trials of eleven settings (tests/simulated_errors.py)."""
     random, trials, passed = np.random.default_rng(1), 200, 0
     for trial in range(trials):
         method, full = simulated(random, *setting)
@@ -159,8 +159,7 @@ def test_groups_are_what_downsampling_makes_of_the_questions_that_full_answers_r
 def test_accuracy_on_a_group_is_the_mean_of_its_scores():
     scores, images = {"a": 1.0, "b": 0.0, "c": 0.3, "d": 1.0}, {name: name for name in "abcd"}
     found = accuracy_on(scores, ("a", "c"), images)
-    assert found.mean == pytest.approx(65) and found.low < 65 < found.high
-    assert accuracy_on(scores, ("a", "b"), images).method == "exact"
+    assert found.mean == pytest.approx(65) and found.method == "n/a: 2 images, an interval needs 20"
     empty = accuracy_on(scores, (), images)
     assert math.isnan(empty.mean) and empty.low is None and empty.method == "n/a: no question is in the group"
     with pytest.raises(UserError, match="have no score, the first is z"):
@@ -250,7 +249,9 @@ def test_averages_refuse_what_has_no_relative_score():
     with pytest.raises(UserError, match="at least one benchmark"):
         relative_iqm({})
     with pytest.raises(UserError, match="few: the full model scores 0"):
-        relative_iqm({"few": (lost(0, 3), lost(2, 3))})
+        relative_iqm({"few": (lost(0, 3), lost(3, 3))})
+    few = relative_iqm({"few": (lost(1, 19), lost(2, 19))})
+    assert few.mean > 100 and few.low is None and few.method == "n/a: few has 19 images, an interval needs 20"
     with pytest.raises(UserError, match="same questions"):
         relative_mean({"x": (lost(0, 3), lost(0, 4))})
     same = relative_iqm({"x": (lost(0, 30), lost(0, 30))})

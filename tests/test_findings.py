@@ -1,5 +1,7 @@
 """The papers' analyses: masks of drawn scenes, measures against their definitions, noted scores, worse probes."""
 
+import csv
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -11,7 +13,7 @@ from scipy.stats import spearmanr
 
 from eval import benchmarks, cli
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.findings import arms, collect, degraded, fusion, measures, observe, probes, scenes, summary
+from eval.findings import alignment, arms, collect, degraded, fusion, measures, observe, probes, scenes, summary
 from eval.findings.arms import Arm
 from eval.findings.scenes import COLOR_NAMES, SHAPES
 from eval.results.statistics import Interval
@@ -378,11 +380,10 @@ def test_groups_of_questions_by_size_and_salience():
 def test_cells_and_tables(tmp_path):
     table = summary.Table("x", ["row", "a", "b, %", "c, points"])
     table.add("r", {"a": Interval(0.5, 0.25, 0.75), "b, %": Interval(50, None, None), "c, points": Interval(3, 1, 5)})
-    page = tmp_path / "page.md"
-    page.write_text("<!-- begin x -->\n<!-- end x -->\n")
-    table.write(page, tmp_path)
-    assert "| r | 0.50 [0.25, 0.75] | 50.0 [n/a] | +3.0 [+1.0, +5.0] |" in page.read_text()
-    assert (tmp_path / "findings_x.csv").read_text().splitlines()[1] == "r,a,0.5000,0.2500,0.7500"
+    table.write(tmp_path)
+    found = (tmp_path / "tables" / "findings_x.md").read_text()
+    assert "| r | 0.50 [0.25, 0.75] | 50.0 [n/a] | +3.0 [+1.0, +5.0] |" in found
+    assert (tmp_path / "tables" / "findings_x.csv").read_text().splitlines()[1] == "r,a,0.5000,0.2500,0.7500"
 
 
 def test_the_page_shows_figures_and_files_that_exist():
@@ -393,6 +394,38 @@ def test_the_page_shows_figures_and_files_that_exist():
         for path in found:
             assert path.relative_to(ROOT / "docs").as_posix() in text, path.name
     assert "<!-- begin" in text and "-->\n<!-- end" not in text  # no table is empty
+
+
+def test_the_largest_late_preference_on_the_page_is_that_of_the_file():
+    """The page said that no layer exceeds 5 points; `content 6` has 5.57."""
+    with open(ROOT / "docs" / "tables" / "findings_attnmix.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if re.fullmatch("late preference, [a-z ]+, points", row["measure"])]
+    text = [row for row in rows if not row["row"].startswith(("visual", "viewers"))]
+    largest = max(text, key=lambda row: abs(float(row["value"])))
+    found = f"largest is {float(largest['value']):.1f} points, `{largest['row']}`"
+    assert found in " ".join((ROOT / "docs" / "findings.md").read_text().split())
+
+
+@pytest.mark.parametrize("page", [True, False])
+def test_only_page_writes_the_page(page, tmp_path, monkeypatch, capsys):
+    """`vtr findings attnmix --folder F --pictures 2` put two pictures' numbers into the page, its figures and files."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "findings.md").write_text("<!-- begin x -->\n<!-- end x -->\n")
+    monkeypatch.setattr(summary, "DOCS", docs)
+
+    def report(drawn, exchanged, backwards, out):
+        table = summary.Table("x", ["row", "a"])
+        table.add("r", {"a": Interval(0.5, 0.25, 0.75)})
+        table.write(out)
+
+    monkeypatch.setattr(alignment, "report", report)
+    monkeypatch.setattr(collect, "collect", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["vtr"])
+    assert cli.main(["findings", "attnmix", "--folder", str(tmp_path / "f"), *(["--page"] if page else [])]) == 0
+    assert ("0.50" in (docs / "findings.md").read_text()) is page is (docs / "tables").exists()
+    assert (tmp_path / "f" / "tables" / "findings_x.md").exists() is not page
+    assert ("docs/findings.md, its figure" in capsys.readouterr().out) is page
 
 
 def test_command_refuses_more_counterparts_than_pictures(capsys, monkeypatch):

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from llava.model.builder import load
 from llava.pipeline import decoder, kv_cache
+from llava.pipeline.generate import generate
 from llava.pipeline.kv_cache import BLOCK, RoomyLayer, ValidKeys
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
@@ -41,6 +42,18 @@ def test_decoding_equals_concatenated_caches(tiny, monkeypatch, method, attentio
         assert isinstance(one, RoomyLayer) and not isinstance(other, RoomyLayer)
         assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
     assert (state.kv_bytes, state.kv_bytes_held) == (expected.kv_bytes, expected.kv_bytes_held)
+
+
+def test_the_memory_of_the_cache_is_told_with_its_room(tiny):
+    """`kv_bytes` are those of the tokens; 64 tokens on the toy model hold 1.4 times as many from the first step on."""
+    reducer = registry.build("consensusdrop", 6)
+    _, state = decoded(tiny, samples(1), reducer, 1)
+    columns = [lengths[0] + 1 + BLOCK for lengths in state.lengths]
+    each = state.kv_bytes[0] // sum(lengths[0] for lengths in state.lengths)
+    assert state.kv_bytes_allocated == each * sum(columns) > 1.4 * state.kv_bytes_held
+    first, second = (generate(tiny, samples(1), reducer, max_new_tokens=tokens) for tokens in (1, 2))
+    assert (first.decode_steps, second.decode_steps) == (0, 1) and first.kv_bytes == second.kv_bytes
+    assert second.kv_bytes_with_room == state.kv_bytes_allocated > first.kv_bytes_with_room >= first.kv_bytes
 
 
 def test_positions_with_three_axes(tmp_path, monkeypatch):

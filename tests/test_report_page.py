@@ -12,7 +12,7 @@ from eval import cli
 from eval.config import RunConfig
 from eval.pages.report import results
 from eval.pages.report.__main__ import main
-from eval.results import baseline, cost
+from eval.results import baseline
 from eval.run import run
 from llava.errors import UserError
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
@@ -26,7 +26,7 @@ def real(tmp_path_factory) -> dict[str, Any]:
     """result.json as a run writes it."""
     folder = tmp_path_factory.mktemp("real")
     data = write_gqa(folder / "data")
-    config = RunConfig("first", 16, data=data, output=folder / "out", batch_size=8, wandb="disabled")
+    config = RunConfig("first", 16, data=data, output=folder / "out", batch_size=4, wandb="disabled")
     run(config, FakeLlava(), FakeReducer())
     return json.loads((folder / "out" / "result.json").read_text())
 
@@ -38,7 +38,7 @@ def write(folder: Path, record: dict[str, Any], method: str, budget: int, score:
     record["metrics"]["accuracy"] = score
     record["confidence"]["accuracy"] |= {"low": None if score is None else score - 2, "high": score and score + 2}
     record["audit"]["mean_tokens_per_layer"] = float(budget)
-    record["timing"]["batch"]["median_ms"]["ttft"] = 10.0 + budget
+    record["timing"]["ttft"] = {"median_ms": 10.0 + budget, "questions": 4, "batches": 12}
     record["flops"]["per_question"] = 1e9 * budget
     record["settings"] |= {"method": method, **changes}
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def test_a_row_holds_what_the_run_wrote(real, tmp_path):
     assert (row.metric, row.unit, row.score) == ("accuracy", "%", real["metrics"]["accuracy"])
     assert (row.low, row.high) == tuple(real["confidence"]["accuracy"][end] for end in ("low", "high"))
     assert (row.tokens, row.kv, row.questions, row.available, row.partial) == (16, 0.016, 40, 40, False)
-    assert row.ttft == pytest.approx(8 * 3.5) and row.batch == 8 and "batches of 8" in row.timed
+    assert row.ttft == pytest.approx(4 * 3.5) and row.batch == 4 and "batches of 4" in row.timed
     assert row.gflop == pytest.approx(1.0) and row.commit == real["commit"] and row.date == real["finished"]
     assert row.percent is None, "there is no result of full"
 
@@ -127,23 +127,17 @@ def test_options_that_differ_from_the_defaults_are_shown(real, tmp_path):
 
 
 def test_times_under_several_conditions_are_not_compared(real, tmp_path):
-    one, other = real["timing"]["conditions"][0], {**real["timing"]["conditions"][0], "device": "cuda"}
-    timings = {
-        "one": real["timing"],
-        "other": {**real["timing"], "conditions": [other]},
-        "mixed": {**real["timing"], "conditions": [one, other]},
-        "cached": real["timing"],
-        "untimed": {"questions": 0, "batch": None, "conditions": []},
+    changes = {
+        "one": {},
+        "other": {"conditions": real["conditions"] | {"device": "cuda"}},
+        "untimed": {"timing": real["timing"] | {"ttft": None}},
     }
-    (remark,) = cost.notes([{"remembered_features": True, "preprocess": 0.0}])
-    for name, timing in timings.items():
+    for name, change in changes.items():
         (tmp_path / name).mkdir()
-        remarks = [remark] if name == "cached" else []
-        (tmp_path / name / "result.json").write_text(json.dumps(real | {"timing": timing, "remarks": remarks}))
+        (tmp_path / name / "result.json").write_text(json.dumps(real | change))
     found = rows_of(tmp_path)
     assert found["one"].timed != found["other"].timed and "cuda" in found["other"].timed
-    assert found["mixed"].timed is found["cached"].timed is found["untimed"].timed is None
-    assert found["mixed"].ttft == pytest.approx(28) and found["untimed"].ttft is None
+    assert (found["one"].ttft, found["untimed"].ttft, found["untimed"].timed) == (pytest.approx(14), None, None)
 
 
 def test_damaged_files_are_named_and_the_others_stay(real, folder, capsys):
@@ -289,10 +283,10 @@ def test_a_point_shows_its_run_and_a_click_its_row(page_file):
 
 @needs_browser
 def test_times_under_other_conditions_are_drawn_apart(real, tmp_path):
-    other = {**real["timing"], "conditions": [{**real["timing"]["conditions"][0], "hardware": "H200"}]}
+    other = real["conditions"] | {"hardware": "H200"}
     for budget in (16, 32):
         write(tmp_path / "r" / f"a-{budget}", real, "a", budget, 50.0)
-    write(tmp_path / "r" / "b-16", real | {"timing": other}, "b", 16, 60.0)
+    write(tmp_path / "r" / "b-16", real | {"conditions": other}, "b", 16, 60.0)
     assert main([str(tmp_path / "r"), "--output", str(tmp_path / "page.html")]) == 0
     with opened(tmp_path / "page.html") as page:
         assert len(points(page, "plot-tokens")) == 3 and points(page, "plot-time") == [(26, 50), (42, 50)]

@@ -16,6 +16,7 @@ from eval.results.report import interval_of, score_lines, scored
 from eval.results.statistics import accuracy_terms, compare, compare_scores, interval, terms_of
 from eval.tables import common
 from llava.errors import UserError
+from tests.simulated_errors import coverage, of_score
 
 
 def each(scores) -> dict[str, str]:
@@ -39,35 +40,41 @@ def f1_terms(rng, count: int = 200, right: float = 0.8) -> SufficientStatistics:
 # -- intervals -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at_once", [1, 50, 10**6])
-def test_interval_is_the_percentile_interval_of_the_definition(monkeypatch, at_once):
-    """Clusters are drawn one by one and the values in them averaged; the batch size changes nothing."""
-    monkeypatch.setattr(statistics, "DRAWS_AT_ONCE", at_once)
-    random = np.random.default_rng(3)
-    values = {str(i): float(value) for i, value in enumerate(random.integers(0, 2, 23))}
-    images = {name: str(random.integers(6)) for name in values}
-    order = list(dict.fromkeys(images[name] for name in sorted(values)))
-    draw, means = np.random.default_rng(5), []
-    for _ in range(200):
-        picked = [order[i] for i in draw.integers(len(order), size=len(order))]
-        sample = [value for name in picked for key, value in values.items() if images[key] == name]
-        means.append(100 * sum(sample) / len(sample))
-    found = interval(accuracy_terms(values, images), resamples=200, seed=5)
-    assert found.mean == pytest.approx(100 * sum(values.values()) / 23)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=1e-9)
+def test_interval_is_wilsons_with_the_spread_of_the_pictures():
+    """By the definition: the standard error of a ratio, Satterthwaite's degrees of freedom, Wilson's equation."""
+    rng = np.random.default_rng(3)
+    asked = rng.integers(1, 7, 40)
+    right = rng.binomial(asked, 0.8)
+    credits = {f"{image}-{i}": float(i < right[image]) for image in range(40) for i in range(asked[image])}
+    found = interval(accuracy_terms(credits, {name: name.split("-")[0] for name in credits}))
+    p = right.sum() / asked.sum()
+    shares = (right - p * asked) / asked.sum()
+    kurtosis = 40 * (shares**4).sum() / (shares**2).sum() ** 2
+    t = stats.t.ppf(0.975, 2 * 40 / (kurtosis - 1))
+    size = p * (1 - p) / (40 / 39 * (shares**2).sum())  # questions that would give this standard error if independent
+    for end in (found.low / 100, found.high / 100):
+        assert abs(p - end) == pytest.approx(t * math.sqrt(end * (1 - end) / size), rel=1e-4)
+    assert (found.mean, found.method) == (pytest.approx(100 * p), "Wilson") and found.low < 100 * p < found.high
 
 
-def test_interval_of_f1_is_that_of_drawing_pictures_by_hand():
-    terms = f1_terms(np.random.default_rng(0))
+def test_interval_of_f1_is_near_that_of_drawing_pictures_by_hand():
+    terms = f1_terms(np.random.default_rng(0), 2000)
     draw, values = np.random.default_rng(1), []
-    for _ in range(3000):
-        rows = (draw.integers(50, size=50)[:, None] * 4 + np.arange(4)).ravel()
+    for _ in range(2000):
+        rows = (draw.integers(500, size=500)[:, None] * 4 + np.arange(4)).ravel()
         values.append(f1(terms.sums[rows].sum(0)))
     found = interval(terms)
-    assert found.low == pytest.approx(np.quantile(values, 0.025), abs=0.5)
-    assert found.high == pytest.approx(np.quantile(values, 0.975), abs=0.5)
-    alone = interval(dataclasses.replace(terms, clusters=terms.names))
-    assert alone.mean == found.mean
+    assert found.method == "Student" and found.low + found.high == pytest.approx(2 * found.mean)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(values, (0.025, 0.975))), abs=0.15)
+    bent = interval(dataclasses.replace(terms, most=100))
+    assert bent.method == "Wilson" and bent.high - bent.mean < bent.mean - bent.low
+
+
+@pytest.mark.parametrize("setting", [(10, 10, 0.9, 0.2), (20, 5, 0.9, 0.2), (25, 4, 0.9, 0.2), (100, 1, 0.9, 0)])
+def test_intervals_of_few_pictures_cover(setting):
+    """The percentile bootstrap covered .874, .921 and .926 in the first three; docs/statistics.md has the whole table."""
+    withheld, covered, missed = coverage(of_score, setting, 600)
+    assert withheld == 100 if setting[0] < 20 else 91.5 < covered < 98.5 and missed < 7
 
 
 def test_width_is_what_the_binomial_says():
@@ -76,7 +83,7 @@ def test_width_is_what_the_binomial_says():
     half = 196 * (0.912 * 0.088 / 2000) ** 0.5
     for clusters in (each(credits), images):
         found = interval(accuracy_terms(credits, clusters))
-        assert found.low == pytest.approx(91.2 - half, abs=0.1) and found.high == pytest.approx(91.2 + half, abs=0.1)
+        assert found.low == pytest.approx(91.2 - half, abs=0.15) and found.high == pytest.approx(91.2 + half, abs=0.15)
 
 
 def test_clusters_widen_the_interval_when_answers_go_together():
@@ -88,11 +95,6 @@ def test_clusters_widen_the_interval_when_answers_go_together():
     assert (together.high - together.low) / (alone.high - alone.low) == pytest.approx(10**0.5, rel=0.1)
 
 
-def test_same_seed_same_interval_other_seed_other_interval():
-    terms = f1_terms(np.random.default_rng(0))
-    assert interval(terms, seed=1) == interval(terms, seed=1) != interval(terms, seed=2)
-
-
 def test_reports_and_tables_print_the_same_interval():
     """`bootstrap` in tables and `interval_of` in reports gave 91.361 and 91.347 for the same answers."""
     random = np.random.default_rng(7)
@@ -100,49 +102,54 @@ def test_reports_and_tables_print_the_same_interval():
     images = {name: str(int(name) // 3) for name in credits}
     table = common.interval(credits, images)
     report = interval(terms_of(Score({"accuracy": table.mean}, {}, credits), images))
-    assert table == report and table.method == "bootstrap"
+    assert table == report and table.method == "Wilson"
 
 
-@pytest.mark.parametrize("count, low", [(1, 2.5), (2, 15.81), (20, 83.16)])
-def test_a_perfect_score_of_few_questions_is_not_certain(count, low):
-    """One, two and twenty right answers printed "100.0 % (95 % CI 100.0 to 100.0)"."""
-    right = dict.fromkeys(map(str, range(count)), 1.0)
-    found = interval(accuracy_terms(right, each(right)))
-    assert (found.mean, found.high, found.method) == (100, 100, "exact")
-    assert found.low == pytest.approx(low, abs=0.01) and found.low == pytest.approx(100 * 0.025 ** (1 / count))
-    wrong = interval(accuracy_terms(dict.fromkeys(right, 0.0), each(right)))
-    assert (wrong.low, wrong.high) == (0, pytest.approx(100 - found.low))
-
-
-def test_perfect_pictures_count_as_trials_not_their_questions():
-    credits = dict.fromkeys(map(str, range(40)), 1.0)
-    found = interval(accuracy_terms(credits, {name: str(int(name) // 10) for name in credits}))
-    assert found.low == pytest.approx(100 * 0.025 ** (1 / 4)) and found.high == 100
-
-
-def test_one_error_does_not_narrow_an_interval():
-    """With the bootstrap below 100 % alone, 19 of 20 had a higher lower end (85.0) than 20 of 20 (83.2)."""
-    credits = {str(i): float(i > 0) for i in range(20)}
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_nearly_perfect_scores_have_a_bound_and_no_interval(wrong):
+    """Twenty right answers printed "100.0 to 100.0" once; with one or two errors no interval covers 93 to 97 %."""
+    credits = {str(i): float(i >= wrong) for i in range(200)}
     found = interval(accuracy_terms(credits, each(credits)))
-    expected = stats.beta.ppf((0.025, 0.975), (19, 20), (2, 1))
-    assert (found.low, found.high) == pytest.approx(tuple(100 * expected))
+    least = 100 * stats.beta.ppf(0.05, 200 - wrong, 1 + wrong)
+    assert (found.low, found.high, found.bars) == (None, None, (0, 0))
+    assert found.method.startswith("n/a: ") and found.method.endswith(f"; at least {least:.1f} with 95 % confidence")
+    flipped = interval(accuracy_terms({name: 1 - value for name, value in credits.items()}, each(credits)))
+    assert flipped.method.endswith(f"; at most {100 - least:.1f} with 95 % confidence")
+
+
+def test_bounds_count_pictures_not_their_questions():
+    credits = dict.fromkeys(map(str, range(400)), 1.0)
+    found = interval(accuracy_terms(credits, {name: str(int(name) // 10) for name in credits}))
+    assert found.method == f"n/a: 40 images without spread; at least {100 * 0.05 ** (1 / 40):.1f} with 95 % confidence"
+
+
+def test_ten_pictures_have_no_interval():
+    """VQAv2's first ten questions gave 90.0 [88.9, 100.0]: the upper end eleven times as far away as the lower one."""
+    credits = {str(i): 0.0 if i == 3 else 1.0 for i in range(10)}
+    found = interval(accuracy_terms(credits, each(credits), "question"))
+    assert (found.mean, found.low, found.method) == (90, None, "n/a: 10 questions, an interval needs 20")
+
+
+def test_single_questions_get_jeffreys_interval():
+    credits = {str(i): float(i > 4) for i in range(50)}
+    found = interval(accuracy_terms(credits, each(credits)))
+    assert (found.low, found.high) == pytest.approx(tuple(100 * stats.beta.ppf((0.025, 0.975), 45.5, 5.5)))
+    assert found.method == "Jeffreys"
 
 
 def test_a_perfect_score_that_is_no_proportion_has_no_interval():
     names = tuple("abcd")
     found = interval(SufficientStatistics("image", names, names, np.tile([1.0, 1.0, 1.0], (4, 1)), f1))
     assert (found.mean, found.low, found.high) == (100, None, None)
-    assert found.method == "n/a: all 4 images give the same number" and found.bars == (0, 0)
-    alone = interval(ratio_terms({"a": 0.3}, unit="image", proportion=True))
-    assert (alone.low, alone.method) == (None, "n/a: one image shows no spread")
+    assert found.method == "n/a: 4 images without spread" and found.bars == (0, 0)
 
 
 def test_the_report_prints_the_interval_of_the_unit_that_was_drawn():
     """The sentence had the interval by question where the documentation promises the one by picture."""
     from eval.benchmarks.base import Question
 
-    credits = {str(i): float(i // 10 < 3) for i in range(50)}
-    questions = [Question(name, "", "", (f"{int(name) // 10}.jpg",), "") for name in credits]
+    credits = {str(i): float(i // 2 < 15) for i in range(50)}
+    questions = [Question(name, "", "", (f"{int(name) // 2}.jpg",), "") for name in credits]
     record = scored(Score({"accuracy": 60.0}, {}, credits), questions)
     by_image = interval(accuracy_terms(credits, {q.id: q.image for q in questions}))
     found = record["confidence"]["accuracy"]
@@ -202,32 +209,62 @@ def test_paired_comparison_sees_what_two_intervals_would_miss():
     assert (back.difference, back.low, back.high, back.p) == (-found.difference, -found.high, -found.low, found.p)
 
 
-def test_every_exchange_by_the_book():
-    """Eight pictures and F1 as the score: all 256 exchanges with loops and derivatives by hand."""
-    a, b = (f1_terms(np.random.default_rng(1), 32, right) for right in (0.9, 0.6))
-    first, second = statistics.summed_by_cluster(a), statistics.summed_by_cluster(b)
+def studentised(x, y, value, gradient) -> float:
+    """|difference| / standard error by the definition, with derivatives by hand; infinite without spread."""
+    gap = abs(value(x.sum(0)) - value(y.sum(0)))
+    shares = x @ gradient(x.sum(0)) - y @ gradient(y.sum(0))
+    error = math.sqrt(len(x) / (len(x) - 1) * ((shares - shares.mean()) ** 2).sum())
+    return 0.0 if gap < 1e-9 else math.inf if error < 1e-9 else gap / error
 
-    def gradient(sums):
-        below = sums[1] + sums[2]
-        return np.array([200 / below, -200 * sums[0] / below**2, -200 * sums[0] / below**2])
 
-    def studentised(signs):
-        x = np.where(signs[:, None] > 0, first, second)
-        y = np.where(signs[:, None] > 0, second, first)
-        shares = x @ gradient(x.sum(0)) - y @ gradient(y.sum(0))
-        error = math.sqrt(len(x) / (len(x) - 1) * ((shares - shares.mean()) ** 2).sum())
-        return f1(x.sum(0)) - f1(y.sum(0)), error
+def f1_gradient(sums):
+    below = sums[1] + sums[2]
+    return np.array([200 / below, -200 * sums[0] / below**2, -200 * sums[0] / below**2])
 
-    found = Exchanges(first, second, f1, f1)
-    difference, error = studentised(np.ones(8))
-    assert (found.difference, found.standard_error) == pytest.approx((difference, error), rel=1e-6)
-    values = []
-    for signs in itertools.product((1, -1), repeat=8):
-        gap, spread = studentised(np.array(signs))
-        values.append(abs(gap) / spread)
-        assert found.statistic(np.array(signs, float)) == pytest.approx(values[-1], rel=1e-5)
-    p = np.mean(np.array(values) >= abs(difference) / error * (1 - 1e-6))
-    assert compare(a, b).p == pytest.approx(p) and 0 < p < 1
+
+def accuracy_gradient(sums):
+    return np.array([100 / sums[1], -100 * sums[0] / sums[1] ** 2])
+
+
+@pytest.mark.parametrize("clusters", range(2, 14))
+@pytest.mark.parametrize("kind", ["mean", "equal differences", "uneven clusters", "f1"])
+def test_every_exchange_by_the_book(kind, clusters):
+    """All 2^n exchanges one by one. Differences of one size (zero variance) had p = 0.0000 from 2, 3, 4 or 13 of them.
+
+    Means are of single questions and have many ties and zero differences.
+    """
+    rng = np.random.default_rng(clusters)
+    value, gradient = (f1, f1_gradient) if kind == "f1" else (accuracy, accuracy_gradient)
+    asked = rng.integers(1, 5, clusters) if kind == "uneven clusters" else np.ones(clusters, int)
+    if kind == "f1":  # four yes/no questions per picture, with at least one true positive
+        said, actual = rng.integers(1, 4, (2, 2, clusters))
+        first, second = (
+            np.stack([rng.integers(1, 1 + np.minimum(s, a)), s, a], 1) for s, a in zip(said, actual, strict=True)
+        )
+    else:
+        right = [np.ones(clusters), np.zeros(clusters)]
+        if kind != "equal differences":
+            right = [rng.binomial(asked, share) for share in (0.8, 0.4)]
+        first, second = (np.stack([found, asked], 1) for found in right)
+    first, second = first.astype(float), second.astype(float)
+    observed = studentised(first, second, value, gradient)
+    reached = 0
+    for signs in itertools.product((True, False), repeat=clusters):
+        stay = np.array(signs)[:, None]
+        found = studentised(np.where(stay, first, second), np.where(stay, second, first), value, gradient)
+        reached += found >= observed * (1 - 1e-9)
+    assert statistics.Exchanges(first, second, value, value).test(0.05, 2**13, 10**6, 0)[0] == reached / 2**clusters
+    if kind == "equal differences":
+        assert reached == 2
+
+
+@pytest.mark.parametrize("count", [14, 40])
+def test_drawn_exchanges_never_give_p_zero(count):
+    """The observed answers are an exchange too; a p-value of 1 / 10,001 is printed as "< 0.0001"."""
+    right, wrong = dict.fromkeys(map(str, range(count)), 1.0), dict.fromkeys(map(str, range(count)), 0.0)
+    p = compare_scores(right, wrong, each(right)).p
+    assert p == pytest.approx(2 / 2**count, abs=4e-4) and p >= 1 / 10_001
+    assert [statistics.p_text(p) for p in (1 / 10_001, 1e-4, 0.03412)] == ["< 0.0001", "0.0001", "0.0341"]
 
 
 def test_equal_pictures_give_the_sign_flip_test():

@@ -52,9 +52,9 @@ def test_offline_run_reads_back_whole(tmp_path, capsys):
     assert logged.summary["audit/mean_tokens_per_layer"] == 16
     assert [logged.summary[f"audit/entering/layer {layer}"] for layer in range(3)] == [16, 16, 16]
     assert logged.summary["audit/kv_bytes_per_sample"] == 16000
-    assert logged.summary["timing/batch/median_ms/ttft"] == pytest.approx(28)
+    assert logged.summary["timing/batch/median_ms/prefill"] == pytest.approx(16)
     assert logged.summary["flops/language_model_per_question"] == 3 * 10**8
-    assert logged.summary["confidence/accuracy/low"] == result["confidence"]["accuracy"]["low"]
+    assert logged.summary["confidence/accuracy/mean"] == result["confidence"]["accuracy"]["mean"]
     assert [row["progress/answered"] for row in logged.history if "progress/answered" in row] == [8, 16, 24, 32, 40]
     assert logged.last("progress/accuracy") == result["metrics"]["accuracy"]
     assert logged.summary["sentence"] == result["sentence"]
@@ -67,7 +67,7 @@ def test_final_numbers_are_a_summary_and_no_charts(tmp_path):
     logged = read_run(find_runs(tmp_path / "out")[0])
     charts = {key for row in logged.history for key in row if not key.startswith("_")}
     assert charts == {
-        "progress/answered", "progress/accuracy", "progress/batch_size", "progress/batch_ttft_ms",
+        "progress/answered", "progress/accuracy", "progress/batch_size", "progress/batch_prefill_ms",
         "progress/batch_decode_ms", "samples", "kept tokens",
     }  # fmt: skip
 

@@ -65,7 +65,7 @@ def test_every_key_of_a_panel_is_logged(tmp_path):
         name = "full"
 
     config = RunConfig(
-        "first", 16, data=write_gqa(tmp_path / "data"), output=tmp_path / "a", batch_size=8, wandb="disabled"
+        "first", 16, data=write_gqa(tmp_path / "data"), output=tmp_path / "a", batch_size=4, wandb="disabled"
     )
     run(config, FakeLlava(), Full())
     run(replace(config, output=tmp_path / "b", wandb="offline", table="t"), FakeLlava(), FakeReducer())

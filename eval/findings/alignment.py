@@ -1,11 +1,13 @@
 """AttnMix: are the original text embeddings aligned with the visual tokens that they speak of, wherever these stand?"""
 
+from pathlib import Path
+
 import numpy as np
 
 from eval.findings import figures
 from eval.findings.collect import WORD, Collected
 from eval.findings.scenes import WORDS
-from eval.findings.summary import IMAGES, Table, late_preference, mean
+from eval.findings.summary import Table, late_preference, mean
 from eval.results.statistics import Interval
 from toy.data.vocabulary import COLOR_NAMES, SHAPES
 
@@ -96,18 +98,18 @@ def profile(drawn: Collected, exchanged: Collected, score: str) -> np.ndarray:
     return 12 * (drawn.rows[here, place].mean(0) + moved)
 
 
-def report(drawn: Collected, exchanged: Collected, backwards: Collected) -> None:
+def report(drawn: Collected, exchanged: Collected, backwards: Collected, out: Path) -> None:
     """Tables and figure of the AttnMix part of the page."""
     table = Table("words", ["the cosine of", *WORD_TITLES.values()])
     by_group = words(drawn)
     for label, cells in by_group.items():
         table.add(label, {WORD_TITLES[measure]: cell for measure, cell in cells.items()})
-    table.write()
+    table.write(out)
     found = scores(drawn, exchanged, backwards)
     table = Table("attnmix", ["score", FIND, OTHERS, AMONG, KEPT, MOVED, BACKWARDS])
     for score, cells in found.items():
         table.add(SCORES.get(score, score), cells, shown=score in SCORES)
-    table.write()
+    table.write(out)
     lines = {SCORES[name]: profile(drawn, exchanged, name) for name in ("cosine", "last 1", "question 1", "last 2")}
     compared = {label: {WORD_NAMES[m]: cells[m] for m in WORD_NAMES} for label, cells in by_group.items()}
     late = {
@@ -117,4 +119,4 @@ def report(drawn: Collected, exchanged: Collected, backwards: Collected) -> None
             ("visual tokens read backwards", BACKWARDS),
         )
     }
-    figures.alignment(IMAGES / "findings_attnmix.png", compared, late, lines)
+    figures.alignment(out / "images" / "findings_attnmix.png", compared, late, lines)

@@ -1,8 +1,7 @@
-"""Repeat a paper's analysis on the toy model, and write its part of docs/findings.md with figure and CSV files.
+"""Repeat a paper's analysis on the toy model: tables, CSV files and figures.
 
-vtr findings attnmix
-vtr findings visiondrop
-vtr findings consensusdrop
+vtr findings attnmix            # or visiondrop, consensusdrop; into results/findings
+vtr findings attnmix --page     # also its part of docs/findings.md, from measurements of usual size
 """
 
 import sys
@@ -42,7 +41,10 @@ def main() -> int:
         "--folder",
         type=Path,
         default=ROOT / "results" / "findings",
-        help="where measurements are kept; an interrupted command goes on from there",
+        help="where measurements, tables and figures are kept; an interrupted command goes on from there",
+    )
+    parser.add_argument(
+        "--page", action="store_true", help="write docs/findings.md, its figures and CSV files instead of FOLDER's"
     )
     args = parser.parse_args()
     for name in ("exchanged", "backwards"):
@@ -52,22 +54,27 @@ def main() -> int:
             )
     from eval.findings import alignment, fusion, misalignment, probes, saliency
     from eval.findings.collect import CONDITIONS, collect
+    from eval.findings.summary import DOCS
     from eval.sweep import CachingLlava
     from llava.model.builder import load
 
+    out = DOCS if args.page else args.folder
     names = tuple(dict.fromkeys(one.picture for one in scenes.questions()))[: args.pictures]
     model = load(DEFAULT_MODEL, device="cpu")
     drawn = collect(model, CONDITIONS[0], names, args.folder)
     if args.paper == "consensusdrop":
-        saliency.report(drawn)
+        saliency.report(drawn, out)
         caching = CachingLlava(model)
-        fusion.report(caching, args.folder, drawn.of("encoder", "auroc"))
-        probes.report(caching, args.folder)
+        fusion.report(caching, args.folder, out, drawn.of("encoder", "auroc"))
+        probes.report(caching, args.folder, out)
     else:
         exchanged = collect(model, CONDITIONS[1], names[: args.exchanged], args.folder)
         backwards = collect(model, CONDITIONS[2], names[: args.backwards], args.folder)
-        (alignment if args.paper == "attnmix" else misalignment).report(drawn, exchanged, backwards)
-    print(f"The {args.paper} part of docs/findings.md, its figure and its tables are written.")
+        (alignment if args.paper == "attnmix" else misalignment).report(drawn, exchanged, backwards, out)
+    if args.page:
+        print(f"The {args.paper} part of docs/findings.md, its figure and its tables are written.")
+    else:
+        print(f"Tables and figures: {out / 'tables'}, {out / 'images'} (docs/findings.md: --page).")
     return 0
 
 

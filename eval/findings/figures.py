@@ -37,6 +37,7 @@ def sheet(
         panel.spines[["top", "right"]].set_visible(False)
     yield axes.flat
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
 

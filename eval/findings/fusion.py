@@ -7,7 +7,7 @@ import numpy as np
 
 from eval.findings import figures, scenes
 from eval.findings.arms import ALPHA, Answered, Arm, answer
-from eval.findings.summary import IMAGES, Cell, Table, Values, difference
+from eval.findings.summary import Cell, Table, Values, difference
 from eval.sweep import CachingLlava
 
 # Budget -> how many questions are asked without a handicap; None for all. At 64 tokens docs/consensusdrop.md finds no
@@ -53,7 +53,7 @@ def gains(answered: Mapping[Arm, Answered], budget: int, groups: Mapping[str, se
     return found
 
 
-def report(model: CachingLlava, folder: Path, salience: Values) -> None:
+def report(model: CachingLlava, folder: Path, out: Path, salience: Values) -> None:
     """Table and figure of where fusion gains.
 
     Args:
@@ -75,5 +75,5 @@ def report(model: CachingLlava, folder: Path, salience: Values) -> None:
     for label in next(iter(found.values())):
         cells = {titles[title, budget]: found[budget][label][title] for title, budget in titles}
         table.add(f"{label} ({', '.join(str(sizes[budget][label]) for budget in BUDGETS)})", cells)
-    table.write()
-    figures.gains(IMAGES / "findings_fusion_gain.png", found, (OVER_ENCODER, OVER_CROSS))
+    table.write(out)
+    figures.gains(out / "images" / "findings_fusion_gain.png", found, (OVER_ENCODER, OVER_CROSS))

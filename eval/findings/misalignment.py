@@ -1,12 +1,13 @@
 """VisionDrop: the spatial, causal and semantic misalignment of text-guided attention, by decoder layer."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from eval.findings import figures
 from eval.findings.collect import Collected
-from eval.findings.summary import IMAGES, Cell, Table, difference, late_preference, mean
+from eval.findings.summary import Cell, Table, difference, late_preference, mean
 from eval.results.statistics import Interval
 
 # The kinds of attention, with what the page calls them; "encoder" is the visual-only score of the first stage.
@@ -83,7 +84,7 @@ def claims(drawn: Collected, layers: Sequence[int]) -> dict[str, Cell]:
     return found
 
 
-def report(drawn: Collected, exchanged: Collected, backwards: Collected) -> None:
+def report(drawn: Collected, exchanged: Collected, backwards: Collected, out: Path) -> None:
     """Tables and figure of the VisionDrop part of the page."""
     found = by_layer(drawn, backwards, exchanged)
     spatial = Table("visiondrop", ["attention, layer", FIND, LIFT, KEPT, LATE_TOP, AGREE, OTHERS])
@@ -93,9 +94,9 @@ def report(drawn: Collected, exchanged: Collected, backwards: Collected) -> None
         kind, _, layer = score.partition(" ")
         if score != "encoder":
             spatial.add(f"{KINDS[kind]}, {layer}" if kind in KINDS else score, cells, shown=score in shown)
-    spatial.write()
+    spatial.write(out)
     table = Table("visiondrop_differences", ["named patches in the top 64", "difference, points"])
     for label, cell in claims(drawn, PAGE_LAYERS).items():
         table.add(label, {"difference, points": cell})
-    table.write()
-    figures.misalignment(IMAGES / "findings_visiondrop.png", found, KINDS, PANELS)
+    table.write(out)
+    figures.misalignment(out / "images" / "findings_visiondrop.png", found, KINDS, PANELS)

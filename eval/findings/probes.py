@@ -7,7 +7,7 @@ from pathlib import Path
 from eval.findings import figures, scenes
 from eval.findings.arms import ALPHA, Answered, Arm, answer
 from eval.findings.fusion import OVER_CROSS, OVER_ENCODER
-from eval.findings.summary import IMAGES, Cell, Table, difference, mean
+from eval.findings.summary import Cell, Table, difference, mean
 from eval.sweep import CachingLlava
 
 INFINITE = float("inf")
@@ -68,7 +68,7 @@ def measured(answered: Mapping[Arm, Answered], arm: Arm) -> dict[str, Cell]:
     return cells
 
 
-def report(model: CachingLlava, folder: Path) -> None:
+def report(model: CachingLlava, folder: Path, out: Path) -> None:
     """Tables of noisy probes and of other layers' probes, and the figure of both."""
     noisy, layers = noisy_arms(), layer_arms()
     arms = [replace(arm, ranking=ranking) for arm in [*noisy, *layers] for ranking in ALPHA]
@@ -77,18 +77,20 @@ def report(model: CachingLlava, folder: Path) -> None:
     table = Table("probe_quality", ["probe", *COLUMNS])
     for arm in noisy:
         table.add(noise_label(arm), found[arm])
-    table.write()
+    table.write(out)
     table = Table("probe_layers", ["probe", *COLUMNS])
     for arm in layers:
         table.add(layer_label(arm), found[arm])
-    table.write()
+    table.write(out)
     curves = {
         kind: [found[Arm("fused", budget, merged, kind, x).key] for x in levels]
         for budget, merged, kind, levels in NOISE
         if (budget, merged) == (64, False)
     }
     figures.quality(
-        IMAGES / "findings_probe_quality.png", curves, {f"{arm.probe}\n{arm.layer}": found[arm] for arm in layers}
+        out / "images" / "findings_probe_quality.png",
+        curves,
+        {f"{arm.probe}\n{arm.layer}": found[arm] for arm in layers},
     )
 
 

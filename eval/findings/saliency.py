@@ -1,5 +1,7 @@
 """ConsensusDrop: how broad the encoder's saliency and the cross-modal one are, and how far they agree."""
 
+from pathlib import Path
+
 from eval.findings.collect import Collected
 from eval.findings.misalignment import agreement
 from eval.findings.summary import Cell, Table, mean
@@ -37,11 +39,11 @@ def table_of(drawn: Collected) -> dict[str, dict[str, Cell]]:
     return found
 
 
-def report(drawn: Collected) -> dict[str, dict[str, Cell]]:
+def report(drawn: Collected, out: Path) -> dict[str, dict[str, Cell]]:
     """The table of breadth and agreement."""
     found = table_of(drawn)
     table = Table("consensusdrop", ["score", BREADTH, GINI, AGREES, OVERLAP[64], AWARE, OWN, OTHERS])
     for score, cells in found.items():
         table.add(SCORES[score], cells)
-    table.write()
+    table.write(out)
     return found

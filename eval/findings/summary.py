@@ -11,8 +11,7 @@ from eval.results.statistics import Comparison, Interval, compare, interval
 from eval.tables.common import write_csv
 from eval.tables.page import insert, markdown
 
-PAGE = ROOT / "docs" / "findings.md"
-TABLES, IMAGES = ROOT / "docs" / "tables", ROOT / "docs" / "images"
+DOCS = ROOT / "docs"
 RESAMPLES = 2000  # enough for two digits of an interval's ends
 
 Cell = Interval | Comparison
@@ -25,13 +24,13 @@ def terms(values: Values, groups: Mapping[str, str], scale: float) -> Sufficient
 
 
 def mean(values: Values, groups: Mapping[str, str], scale: float = 1) -> Interval:
-    """The mean with its 95 % interval, bootstrap over pictures.
+    """The mean with its 95 % interval over pictures.
 
     Args:
         groups: name -> picture, for all names at least.
         scale: 100 for percent.
     """
-    return interval(terms(values, groups, scale), RESAMPLES)
+    return interval(terms(values, groups, scale))
 
 
 def difference(a: Values, b: Values, groups: Mapping[str, str], scale: float = 1) -> Comparison:
@@ -96,9 +95,12 @@ class Table:
                 ends = ["" if end is None else f"{end:.4f}" for end in (cell.low, cell.high)]
                 self.numbers.append([label, column, f"{value:.4f}", *ends])
 
-    def write(self, page: Path = PAGE, tables: Path = TABLES) -> None:
-        """Into the page, between its markers, and into the CSV file."""
-        if self.rows:
-            insert(page, self.name, markdown(self.header, self.rows))
+    def write(self, out: Path) -> None:
+        """The CSV file, and the table: between its markers in `findings.md` of DOCS, elsewhere as a file of its own."""
+        tables = out / "tables"
         tables.mkdir(parents=True, exist_ok=True)
+        if self.rows and out == DOCS:
+            insert(out / "findings.md", self.name, markdown(self.header, self.rows))
+        elif self.rows:
+            (tables / f"findings_{self.name}.md").write_text(markdown(self.header, self.rows) + "\n")
         write_csv(tables / f"findings_{self.name}.csv", ["row", "measure", "value", "low", "high"], self.numbers)

@@ -23,7 +23,9 @@ class SufficientStatistics:
         sums: [units, terms].
         value: sums [..., terms] -> the number [...], vectorised over the leading dimensions.
         proportion: whether the number is 100 times a mean of sample scores in [0, 1], a row of `sums` being (sample
-            score, 1). Its interval is exact at 0 and 100 %.
+            score, 1).
+        most: the largest value of a number that is no proportion and cannot be below 0, for its interval; None where
+            there is none.
     """
 
     unit: str
@@ -32,6 +34,7 @@ class SufficientStatistics:
     sums: Array
     value: Callable[[Array], Array]
     proportion: bool = False
+    most: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.feature_cache import without_memory
 from eval.figures.overlay_tiles import beside, draw_answer
 from eval.papers.plan import Line, Where, split_of
 from eval.papers.spec import Column
-from eval.papers.timing import unwrapped
 from eval.sweep import dataset, reducer_of
 from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
@@ -28,7 +28,7 @@ def draw_kept(lines: Sequence[Line], column: Column, where: Where, model: Llava,
         if line.setting is None or line.budget not in (None, smallest):
             continue
         reducer = reducer_of(line.setting, model.visual_tokens)
-        answer = generate(unwrapped(model), [sample], reducer, max_new_tokens=NEW_TOKENS).answers[0]
+        answer = generate(without_memory(model), [sample], reducer, max_new_tokens=NEW_TOKENS).answers[0]
         picture = beside(draw_answer(sample, answer))
         picture.thumbnail((SIDE * 2, SIDE))
         path = folder / f"{line.method}.jpg"

@@ -10,6 +10,7 @@ import torch
 from eval.answers.source_hash import answer_sources, combined
 from eval.efficiency.latency.measure import measure
 from eval.efficiency.latency.measurements import Measurements
+from eval.feature_cache import without_memory
 from eval.papers.plan import Line, Where, split_of
 from eval.papers.spec import Column
 from eval.results.provenance import hardware
@@ -61,18 +62,9 @@ def times_of(
     }
     if path.is_file() and json.loads(path.read_text().partition("\n")[0]) != settings:
         path.unlink()  # of another model, machine or code
-    found = measure(unwrapped(model), reducers, lambda turn: [sample], repeats, Measurements(path, settings))
+    found = measure(without_memory(model), reducers, lambda turn: [sample], repeats, Measurements(path, settings))
     about = (
         f"TTFT: median of {repeats} prefills of one question after a warm-up, methods in turns in one process, "
         f"on {device} ({hardware(device)}), {where.place.dtype}."
     )
     return {int(name): Time(one.ttft, about) for name, one in found.items() if one is not None}
-
-
-def unwrapped(model: Llava) -> Llava:
-    """The model without remembered features, so that the tower's time is counted."""
-    if not getattr(model, "remembers_features", False):
-        return model
-    bare: Llava = object.__new__(type(model).__bases__[-1])  # the family's own class, see eval.feature_cache
-    bare.__dict__.update(model.__dict__)
-    return bare

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from llava.pipeline.answer import Batch
 
 STAGES = ("preprocess", "vision", "selection", "prefill", "decode")
-LATENCIES = (*STAGES, "ttft")
 PARTS = ("tower", "projector", "selection", "prefill")
 
 
@@ -33,9 +32,10 @@ def timing_record(batch: "Batch", conditions: Mapping[str, Any]) -> dict[str, An
     return {
         "questions": len(batch.answers),
         "images": batch.images,
-        **{name: getattr(batch.timing, name) for name in LATENCIES},
+        **{name: getattr(batch.timing, name) for name in STAGES},
         "decode_steps": batch.decode_steps,
         "kv_bytes": batch.kv_bytes,
+        "kv_bytes_with_room": batch.kv_bytes_with_room,
         "flops": batch.flops,
         "flops_alone": dict(batch.flops_alone),
         "notes": list(batch.notes),
@@ -95,8 +95,7 @@ def summarise_timing(lines: Sequence[Mapping[str, Any]], this_run: str) -> dict[
 def times(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Milliseconds of a batch, and milliseconds, key/value bytes and decode steps per question; None without lines.
 
-    `ms_per_question` is a batch's time divided by its questions: a cost, not a latency. It has no "ttft", because every
-    question waits for the whole batch; that time is in `batch`.
+    `ms_per_question` is a batch's time divided by its questions: a cost, not a latency.
     """
     count = sum(line["questions"] for line in lines)
     spent = {stage: total(lines, stage) for stage in STAGES}
@@ -106,6 +105,7 @@ def times(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "batch": batch_latency(lines),
         "ms_per_question": {stage: None if value is None else 1000 * value / count for stage, value in spent.items()},
         "kv_bytes_padded": total(lines, "kv_bytes") / count if count else None,
+        "kv_bytes_with_room": room / count if (room := total(lines, "kv_bytes_with_room")) and count else None,
         "decode_steps_per_batch": fmean(line["decode_steps"] for line in lines) if lines else None,
     }
 
@@ -118,17 +118,15 @@ def total(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
 def batch_latency(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Median milliseconds over the batches of one size, the most frequent one and the larger of equals.
 
-    The median, because the first batch pays for warm-up. "ttft" is the time from prepared pixels and token ids to the
-    first token: vision, selection and prefill. Batches all of whose images went through the tower are taken where there
-    are any: the others have no vision time of their own.
+    The median, because the first batch pays for warm-up. These are times of the run: the tower does not see an image
+    again that it has seen, so they hold no time to first token (eval.asking.first_token_times).
     """
     if not lines:
         return None
-    lines = [line for line in lines if not line.get("remembered_features")] or lines
     sizes = Counter(line["questions"] for line in lines)
     size = max(sizes, key=lambda questions: (sizes[questions], questions))
     same = [line for line in lines if line["questions"] == size]
-    known = {name: [line[name] for line in same if name in line] for name in LATENCIES}
+    known = {name: [line[name] for line in same if name in line] for name in STAGES}
     return {
         "questions": size,
         "batches": len(same),
@@ -173,19 +171,13 @@ def conditions(line: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every distinct remark of the model, in order of first appearance, and what to know about the times."""
+    """Every distinct remark of the model, in order of first appearance, and what to know about the times of the run."""
     found = list(dict.fromkeys(note for line in lines for note in line.get("notes", ())))
     if old := sum("preprocess" not in line for line in lines):
-        found.append(f"Vision and TTFT of {old:,} of {len(lines):,} batches include preprocessing (earlier version).")
+        found.append(f"Vision of {old:,} of {len(lines):,} batches include preprocessing (earlier version).")
     if shared := sum(bool(line.get("shared_prefix")) for line in lines):
         found.append(
-            f"Vision and TTFT of {shared:,} of {len(lines):,} batches are of prompts whose common beginning ran once "
-            "(--share-prefix): no times of the method."
-        )
-    if kept := sum(bool(line.get("remembered_features")) for line in lines):
-        found.append(
-            f"TTFT is of the {len(lines) - kept:,} of {len(lines):,} batches all of whose images were new."
-            if kept < len(lines)
-            else f"Vision and TTFT of {kept:,} of {len(lines):,} batches leave out images encoded before."
+            f"Vision and prefill of {shared:,} of {len(lines):,} batches are of prompts whose common beginning "
+            "ran once (--share-prefix): no times of the method."
         )
     return found

@@ -11,14 +11,14 @@ from eval.results.statistics import LEVEL, interval, terms_of
 LOWER_IS_BETTER = {"distribution"}
 
 
-def scored(score: Score, questions: Iterable[Question], seed: int = 0) -> dict[str, Any]:
+def scored(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
     """The score in JSON types, with the 95 % confidence interval of its main number."""
     return {
         "questions": len(score.correct) or len(list(questions)),
         "main": score.main,
         "metrics": score.values,
         "points": sorted(score.points),
-        "confidence": {"level": LEVEL, **confidence(score, questions, seed)},
+        "confidence": {"level": LEVEL, **confidence(score, questions)},
         "groups": {
             name: {group: {"percent": share, "questions": count} for group, (share, count) in table.items()}
             for name, table in score.groups.items()
@@ -27,12 +27,12 @@ def scored(score: Score, questions: Iterable[Question], seed: int = 0) -> dict[s
     }
 
 
-def confidence(score: Score, questions: Iterable[Question], seed: int) -> dict[str, Any]:
+def confidence(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
     """The interval of the main number and the unit that was resampled; nothing where there is no number."""
     if score.values.get(score.main) is None:
         return {}
     terms = terms_of(score, {question.id: question.image for question in questions})
-    return {score.main: {**dataclasses.asdict(interval(terms, seed=seed)), "unit": terms.unit}}
+    return {score.main: {**dataclasses.asdict(interval(terms)), "unit": terms.unit}}
 
 
 def interval_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -64,10 +64,12 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
     """Tokens, bytes, time and FLOPs of a run."""
     audit, timing = result["audit"], result["timing"]
     layers = ", ".join(number(tokens) for tokens in audit["entering_per_layer"])
+    held, room = short(audit["kv_bytes_per_sample"] / 1e6, 100), timing["kv_bytes_with_room"]
+    with_room = f", {short(room / 1e6, 100)} MB held while answering (padding, room for new tokens)" if room else ""
     lines = [
         f"visual tokens entering each layer: {layers} (mean {audit['mean_tokens_per_layer']:.1f}, "
         f"{audit['merged_tokens']:.1f} of them merged, {number(audit['visual_tokens_before'])} before reduction)",
-        f"key/value cache: {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB per question",
+        f"key/value cache: {held} MB per question{with_room}",
     ]
     lines += time_lines(timing) + throughput_lines(result.get("throughput")) + flops_lines(result["flops"])
     return lines
@@ -136,10 +138,10 @@ def sentence(result: Mapping[str, Any]) -> str:
     asked = f"{result['asked']:,}"
     if result["partial"]:
         asked = f"the first {asked} of {result['available']:,}"
-    batch = timing["batch"]
-    wait = "n/a"
-    if batch is not None:
-        wait = f"{short(batch['median_ms']['ttft'], 10)} ms for {batch_text(batch['questions'])}"
+    wait, first = "n/a", timing["ttft"]
+    if first is not None:
+        batches = f"median of {first['batches']} batches"
+        wait = f"{short(first['median_ms'], 10)} ms for {batch_text(first['questions'])} ({batches})"
     failed = f" ({len(result['failed']):,} more failed)" if result.get("failed") else ""
     return (
         f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: "

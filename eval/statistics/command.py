@@ -18,7 +18,7 @@ from eval.benchmarks.base import Dataset
 from eval.command import add_data_flags, exit_on_user_error, make_parser, open_dataset, value
 from eval.config import shortened
 from eval.judging.choice import HELP as JUDGE_HELP
-from eval.results.statistics import Interval, interval
+from eval.results.statistics import Interval, interval, p_text
 from eval.statistics.hard_questions import accuracy_on, groups
 from eval.statistics.loyalty import loyalty, loyalty_parts, plain
 from eval.statistics.runs import (
@@ -124,7 +124,7 @@ def lines(record: Mapping[str, Any]) -> list[str]:
 
 def sentence(label: str, needed: Mapping[str, Any]) -> str:
     """The tokens needed in words, with the p-value of every budget."""
-    tests = ", ".join(f"{budget}: {test['p']:.4f}" for budget, test in needed["tests"].items())
+    tests = ", ".join(f"{budget}: {p_text(test['p'])}" for budget, test in needed["tests"].items())
     return (
         f"{label} needs {needed['text']} tokens to keep {100 * needed['share']:g} % of full (one-sided test at "
         f"{100 * needed['level']:g} %, largest budget first; p by budget: {tests})."

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from eval.metrics import Array, SufficientStatistics
-from eval.results.statistics import LEVEL, Interval
+from eval.results.statistics import FEWEST_CLUSTERS, LEVEL, Interval, plural
 from eval.statistics.pairs import pair
 from llava.errors import UserError
 
@@ -37,26 +37,30 @@ def relative_mean(scores: Scores, resamples: int = RESAMPLES, seed: int = 0) -> 
 
 
 def aggregate(average: Callable[[Array], Array], scores: Scores, resamples: int, seed: int) -> Interval:
-    """An average of the relative scores: percentile bootstrap over clusters, each benchmark by itself."""
+    """An average of the relative scores: percentile bootstrap over clusters, each benchmark by itself.
+
+    Of n clusters n - 1 are drawn, so that the spread is that of the mean (Rao and Wu 1988). There is no interval where
+    a benchmark has too few of them.
+    """
     if not scores:
         raise UserError("An average over benchmarks needs at least one benchmark.")
     streams = np.random.default_rng(seed).spawn(len(scores))
-    observed, drawn = [], []
-    for name, random in zip(sorted(scores), streams, strict=True):  # the order given changes nothing
-        pairs = pair(*scores[name])
-        observed.append(relative(name, *pairs.scores(pairs.counts)))
-        weights = pairs.counts / pairs.clusters
-        drawn.append(
-            np.concatenate(
-                [relative(name, *found) for found in pairs.draws(weights, pairs.clusters, resamples, random)]
-            )
-        )
+    by_name = {name: pair(*scores[name]) for name in sorted(scores)}  # the order given changes nothing
+    observed = [relative(name, *pairs.scores(pairs.counts)) for name, pairs in by_name.items()]
     mean = float(average(np.array(observed)))
+    for name, pairs in by_name.items():
+        if pairs.clusters < FEWEST_CLUSTERS:
+            units = f"{pairs.clusters} {plural(pairs.of_method.unit, pairs.clusters)}"
+            return Interval(mean, None, None, f"n/a: {name} has {units}, an interval needs {FEWEST_CLUSTERS}")
+    drawn = []
+    for (name, pairs), random in zip(by_name.items(), streams, strict=True):
+        draws = pairs.draws(pairs.counts / pairs.clusters, pairs.clusters - 1, resamples, random)
+        drawn.append(np.concatenate([relative(name, *found) for found in draws]))
     values = average(np.stack(drawn, -1))
     if np.ptp(values) <= 1e-9 * max(1.0, abs(mean)):
         return Interval(mean, None, None, "n/a: all resamples give the same number")
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(mean, float(low), float(high))
+    return Interval(mean, float(low), float(high), "bootstrap")
 
 
 def relative(benchmark: str, method: Array, full: Array) -> Array:

@@ -17,7 +17,7 @@ from scipy.optimize import brentq
 
 from eval.metrics import Array
 from eval.results.permutation import slope
-from eval.results.statistics import RESAMPLES
+from eval.results.statistics import FEWEST_DECIDING, RESAMPLES, deciding
 from eval.statistics.pairs import Pairs
 
 # Differences this close are equal: scores of the same counts differ by rounding alone.
@@ -33,7 +33,7 @@ def p_value(pairs: Pairs, share: float, resamples: int = RESAMPLES, seed: int = 
 
     1 where no weighting of the clusters gives exactly that share.
     """
-    supported = with_worst_cluster(pairs)
+    supported = with_worst_cluster(pairs, share)
     weights = null_weights(supported, share)
     if weights is None:
         return 1.0
@@ -81,22 +81,24 @@ def difference(pairs: Pairs, counts: Array, share: float) -> Array:
     return method - share * full
 
 
-def with_worst_cluster(pairs: Pairs) -> Pairs:
+def with_worst_cluster(pairs: Pairs, share: float) -> Pairs:
     """The observed clusters and one that speaks against the method twice as much as any of them.
 
     Few clusters lose anything near 99 %, so the worst one that can occur is rarely among those observed. Where none
-    speaks against the method, the full model gets everything in the added cluster right and the method everything
-    wrong. For single questions without a loss the test is then the exact one, p = 0.99^n.
+    speaks against the method, or fewer than FEWEST_DECIDING clusters decide the spread of the difference, the full
+    model gets everything in the added cluster right and the method everything wrong. For single questions without a
+    loss the test is then the exact one, p = 0.99^n.
     """
+    few = deciding(influences(pairs, share), pairs.counts) < FEWEST_DECIDING
     if pairs.of_method.proportion and pairs.of_full.proportion:
         asked = float(pairs.counts @ pairs.full[:, 1]) / pairs.clusters
         most = float((pairs.full[:, 0] - pairs.method[:, 0]).max())
-        lost = min(asked, 2 * most) if most > 0 else asked
+        lost = min(asked, 2 * most) if most > 0 and not few else asked
         return added(pairs, np.array([asked - lost, asked]), np.array([asked, asked]))
     of_method = pairs.method @ slope(pairs.of_method.value, pairs.counts @ pairs.method)
     of_full = pairs.full @ slope(pairs.of_full.value, pairs.counts @ pairs.full)
     worst = int(np.argmin(of_method - of_full))
-    if of_method[worst] < of_full[worst]:
+    if of_method[worst] < of_full[worst] and not few:
         return added(pairs, 2 * pairs.method[worst], 2 * pairs.full[worst])
     return added(pairs, pairs.method[np.argmin(of_method)], pairs.full[np.argmax(of_full)])
 

@@ -109,7 +109,7 @@ def claim_table(
             verdict = verdict_of(found)
             cells.append(f"{difference_text(found)} {verdict}")
             values = csv_numbers(found.difference, found.low, found.high)
-            numbers.append([claim, budget, *values, f"{found.p:.4f}", verdict])
+            numbers.append([claim, budget, *values, f"{found.p:.2g}", verdict])
         rows.append([claim, *cells])
     insert(PAGE, "claims", markdown(["claim", *(f"{b} tokens" for b in budgets)], rows))
     write_csv(

@@ -190,7 +190,7 @@ def write(full: Cell, cells: dict[int, dict[str, Cell]], groups: dict[str, str])
     lines += [_numbers(name, b, cell, full) for b in cells for name, cell in cells[b].items()]
     write_csv(TABLES / "embedded_main.csv", [*columns, "flops", "counts_kept_tokens"], lines)
     compared = [
-        [b, one, two, *csv_numbers(c.difference, c.low, c.high), f"{c.p:.4f}"]
+        [b, one, two, *csv_numbers(c.difference, c.low, c.high), f"{c.p:.2g}"]
         for b in pairs
         for (one, two), c in pairs[b].items()
     ]

@@ -8,7 +8,7 @@ from eval.tracking.table_run import GALLERY, TABLE, TOKENS_PLOT, TTFT_PLOT
 SCORE = "score"
 OF_FULL = "percent_of_full"
 TOKENS = "tokens_per_layer"
-TTFT = "timing/batch/median_ms/ttft"
+TTFT = "timing/ttft/median_ms"
 OPERATIONS = "flops/per_question"
 # Configuration keys: runs of one table, model, method and budget are one line of the list.
 GROUPING = ("table", "model", "method", "budget")

@@ -79,7 +79,7 @@ class WandbTracker(Tracker):
             "progress/answered": answered,
             **({} if accuracy is None else {"progress/accuracy": accuracy}),
             "progress/batch_size": len(samples),
-            "progress/batch_ttft_ms": 1000 * batch.timing.ttft,
+            "progress/batch_prefill_ms": 1000 * batch.timing.prefill,
             "progress/batch_decode_ms": 1000 * batch.timing.decode,
         }
         # The number of answers as the step: a continued run goes on where the earlier one stopped.

@@ -58,6 +58,8 @@ class Batch:
 
     Attributes:
         kv_bytes: bytes of the key/value tensors held after prefill, padding included.
+        kv_bytes_with_room: bytes of the memory that holds them after the last step: with the new tokens, and from the
+            first step on with room for up to 32 more in every layer.
         operations: floating point operations of tower, projector, selection and prefill.
         decode_steps: forward passes after the first token.
         images: images of all questions; one that several questions share counts once for each.
@@ -70,6 +72,7 @@ class Batch:
     decode_steps: int = 0
     notes: tuple[str, ...] = ()
     images: int = 0
+    kv_bytes_with_room: int = 0
 
     @property
     def flops(self) -> int:

@@ -74,6 +74,15 @@ class Prefilled:
     steps: int = 0
     fixed: Any = None
 
+    @property
+    def kv_bytes_allocated(self) -> int:
+        """Bytes of the memory in which the keys and values of this rank stand now, with the room for new tokens."""
+        fixed, layers = self.fixed, self.cache.layers
+        tensors = (
+            [*fixed.keys, *fixed.values] if fixed else [one for layer in layers for one in (layer.keys, layer.values)]
+        )
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
 
 def _mask_of(sequence: Sequence, eager: bool) -> Tensor | None:
     """Attention mask; None, for the kernel's own causal mask, unless there is padding or attention is eager."""

@@ -90,7 +90,8 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
         spent[name] = max(0.0, spent.get(name, 0.0) - (model.compiled.by_stage[name] - before[name]))
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, record.runs))
-    return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images)
+    room = state.kv_bytes_allocated * getattr(model.llm, "ranks", 1)
+    return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_with_room=room)
 
 
 def may_end_stop(model: "Llava", stop: str | None, token: int) -> bool:

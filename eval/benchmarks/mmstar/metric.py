@@ -65,7 +65,7 @@ def lmms_score(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score:
     for row, (name, item) in enumerate(items.items()):
         sums[row, :, details.index(item.detail)] = correct[name], 1
     flat = sums.reshape(len(names), -1)
-    terms = SufficientStatistics("question", names, names, flat, macro_average)
+    terms = SufficientStatistics("question", names, names, flat, macro_average, most=100)
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, item in enumerate(items.values()):
         rows_of[item.category].append(row)

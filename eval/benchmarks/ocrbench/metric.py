@@ -90,7 +90,12 @@ def score(items: Mapping[str, Item], texts: Mapping[str, str], fold: bool) -> Sc
     }
     names = tuple(correct)
     terms = SufficientStatistics(
-        "question", names, names, np.array([[correct[name]] for name in names]), lambda sums: sums[..., 0]
+        "question",
+        names,
+        names,
+        np.array([[correct[name]] for name in names]),
+        lambda sums: sums[..., 0],
+        most=len(names),
     )
     points = frozenset({"score", "text_recognition", "type"})
     return Score(values, groups, correct, tuple(notes), main="score", points=points, terms=terms)

@@ -204,7 +204,7 @@ def terms_of(items: Mapping[str, Item], sums: Array, value: Callable[[Array], Ar
     images = {image: row for row, image in enumerate(dict.fromkeys(item.image for item in items.values()))}
     by_image = np.zeros((len(images), sums.shape[1]))
     np.add.at(by_image, [images[item.image] for item in items.values()], sums)
-    return SufficientStatistics("image", tuple(images), tuple(images), by_image, value)
+    return SufficientStatistics("image", tuple(images), tuple(images), by_image, value, most=100)
 
 
 def groups_of(

@@ -18,8 +18,6 @@ from llava.errors import UserError
 RESULT = "result.json"
 # Folders that `--restart` moves an earlier run to: their results are superseded.
 REPLACED = re.compile(r"replaced-\d+")
-# How eval.results.cost begins the remark that some of a run's times do not hold what those of other runs hold.
-OTHER_TIMES = "Vision and TTFT of "
 
 
 class Audit(TypedDict):
@@ -211,21 +209,15 @@ def changed_options(method: str, options: Mapping[str, Any], defaults: Mapping[s
 
 
 def time_of(result: Mapping[str, Any]) -> tuple[float | None, int | None, str | None]:
-    """Median TTFT of a batch in milliseconds, the questions of the batch, and what it was measured under.
-
-    The last is None where a run's batches were timed under several conditions, or hold less than those of other runs.
-    """
-    timing = result.get("timing") or {}
-    batch = timing.get("batch") or {}
-    ttft = finite((batch.get("median_ms") or {}).get("ttft"))
-    conditions = timing.get("conditions") or []
-    mixed = len(conditions) != 1 or any(remark.startswith(OTHER_TIMES) for remark in result.get("remarks", ()))
-    if ttft is None or mixed:
-        return ttft, batch.get("questions"), None
-    known = {key: value for key, value in conditions[0].items() if key != "batch_size"}
-    words = [str(value) if key in ("device", "hardware", "dtype") else f"{key} {value}" for key, value in known.items()]
-    size = batch["questions"]
-    return ttft, size, ", ".join([*words, "one question at a time" if size == 1 else f"batches of {size}"])
+    """Median TTFT of a batch in milliseconds, the questions of the batch, and what it was measured under."""
+    found = (result.get("timing") or {}).get("ttft") or {}
+    ttft, size = finite(found.get("median_ms")), found.get("questions")
+    if ttft is None:
+        return None, None, None
+    known = result.get("conditions") or {}
+    words = [str(known.get(key)) for key in ("device", "hardware")] + [f"threads {known.get('threads')}"]
+    words += [str(known.get("dtype")), "one question at a time" if size == 1 else f"batches of {size}"]
+    return ttft, size, ", ".join(words)
 
 
 def with_groups(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
