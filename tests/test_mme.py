@@ -160,6 +160,23 @@ def test_terms_give_what_a_redrawn_set_would_score():
     assert terms.value((terms.sums.T * times).sum(1)) == pytest.approx(mme.score(drawn).values["perception"])
 
 
+def test_the_total_has_an_interval_and_terms_of_its_own():
+    """Columns of papers show the total; it had no interval, and tests and averages beside it were of perception."""
+    from eval.results import report
+
+    generator = random.Random(3)
+    tasks = ("scene", "OCR", "code_reasoning")
+    rows = {t: pairs(t, [(generator.random() < 0.7, generator.random() < 0.5) for _ in range(5)]) for t in tasks}
+    found = mme.score(rows)
+    terms = found.other_terms["total"]
+    assert terms.value(terms.sums.sum(0)) == pytest.approx(found.values["total"]) != found.values["perception"]
+    known = report.confidence(found, [], 0)
+    assert known["total"]["mean"] == pytest.approx(found.values["total"])
+    assert known["total"]["low"] < known["total"]["mean"] < known["total"]["high"]
+    assert known["perception"]["mean"] == pytest.approx(found.values["perception"])
+    assert not mme.score({"scene": rows["scene"]}).values["cognition"]
+
+
 def test_a_wrong_task_or_truth_is_an_error():
     with pytest.raises(UserError, match=r"Unknown MME task 'scenes'.* Did you mean 'scene'"):
         mme.score({"scenes": pairs("scenes", [(True, True)])})

@@ -1,12 +1,14 @@
 """Tables of the papers: the specs, the runner on a tiny model, the gate, and what each format says."""
 
 import csv
-import dataclasses
 import io
 import json
 import re
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -56,7 +58,7 @@ def written(tmp_path: Path, **changes) -> Path:
         "paper": "consensusdrop",
         "ours": "consensusdrop",
         "model_title": "LLaVA-1.5-7B",
-        "real": {"model": "some/model", "tokens": 576},
+        "real": {"model": "some/model", "tokens": 576, "convention": "square"},
         "toy": {"model": "assets/tinyllava", "data": "assets/eval"},
         "published": "llava15_7b",
         "columns": [{"benchmark": "gqa", "title": "GQA", "published": "gqa", "tolerance": 0.3}],
@@ -88,10 +90,10 @@ def written(tmp_path: Path, **changes) -> Path:
         ),
         ({"budgets": ["1/0"]}, "should be a ratio"),
         ({"budgets": [0]}, "a budget is 1 or more"),
-        ({"budgets": [8], "toy_budgets": [4, 2]}, "toy_budgets has another number"),
         ({"toy": {"model": "m", "benchmarks": ["pope"]}}, "benchmarks that are no column: pope"),
         ({"ours": "consensus"}, "Did you mean 'consensusdrop'"),
-        ({"rows": ["../../../etc/passwd"]}, "not in scripts/"),
+        ({"rows": ["../../../etc/passwd"]}, "no .yaml file beside the table's nor in scripts/lists"),
+        ({"real": {"model": "m", "convention": "square tiles"}}, "convention: Input should be"),
         ({"title": None}, "title: Field required"),
     ],
 )
@@ -404,27 +406,127 @@ def test_best_and_second_share_places_where_they_print_alike():
     assert places([1.0]) == (frozenset({0}), frozenset())
 
 
-def cell(value: float, questions: int = 100, available: int = 100):
+def cell(value: float, questions: int = 100, available: int = 100, line: plan.Line | None = None, **changes):
     """What the gate reads of a cell."""
-    column = spec.Column(benchmark="pope", title="POPE", published="pope", tolerance=0.5)
-    names = ("column", "value", "questions", "available")
-    return dataclasses.make_dataclass("Cell", names)(column, value, questions, available)
+    column = spec.Column(**{"benchmark": "pope", "title": "POPE", "published": "pope", "tolerance": 0.5} | changes)
+    return SimpleNamespace(
+        column=column,
+        value=value,
+        questions=questions,
+        available=available,
+        metric=column.metric or "f1",
+        line=line or plan.Line(None, None, None),
+    )
+
+
+def known(**sources) -> Published:
+    """Published values of full on POPE, one source each: name -> (value, what differs from a plain source)."""
+    plain = {"where": "", "kind": "copied", "trust": "medium", "convention": "square", "split": "usual"}
+    rows = []
+    for key, (value, changes) in sources.items():
+        disputed = {"disputed": changes.pop("disputed")} if "disputed" in changes else {}
+        rows.append(PublishedRow(method="full", tokens=576, source=key, pope=value, **disputed))
+    made = {key: Source(title=key, **plain | changes) for key, (_, changes) in sources.items()}
+    return Published("x", "x", made, tuple(rows))
+
+
+PLACE = spec.Place(model="m", tokens=576, convention="square")
 
 
 def test_the_gate_accepts_any_source_within_its_tolerance():
-    sources = {key: Source(title=key, where="", kind="copied", trust="medium") for key in "ab"}
-    rows = tuple(
-        PublishedRow(method="full", tokens=576, source=key, pope=value) for key, value in {"a": 85.9, "b": 86.8}.items()
-    )
-    known = Published("x", "x", sources, rows)
-    place = spec.Place(model="m", tokens=576)
-    assert [one.passed for one in gate.check([cell(86.3)], known, place)] == [True]
-    assert [one.passed for one in gate.check([cell(86.31 + 1)], known, place)] == [False]
-    assert [one.passed for one in gate.check([cell(84.0)], known, place)] == [False]
+    sources = known(a=(85.9, {}), b=(86.8, {}))
+    (one,) = gate.check([cell(86.5)], sources, PLACE)
+    assert one.passed and one.verdict == "passed: -0.3 to 86.8 (b)", "which source passed is said"
+    assert not gate.check([cell(86.31 + 1)], sources, PLACE)[0].passed
+    (failed,) = gate.check([cell(84.0)], sources, PLACE)
+    assert not failed.passed and failed.verdict == "failed: -1.9 to 85.9 (a)"
     # A few questions say nothing about a baseline.
-    assert [one.difference for one in gate.check([cell(10.0, 5)], known, place)] == [None]
-    (sentence,) = gate.sentences(gate.check([cell(84.0)], known, place))
+    assert gate.check([cell(10.0, 5)], sources, PLACE)[0].verdict == "not compared: not all questions were asked"
+    (sentence,) = gate.sentences([failed])
     assert "2,910 or 3,000 questions" in sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"disputed": "re-runs differ"}, "disputed"),
+        ({"split": {"pope": "adversarial questions"}}, "of adversarial questions, ours of random"),
+        ({"split": "unknown"}, "of a split that the source does not name"),
+        ({"convention": "lmms-eval"}, "another convention (asked and scored by lmms-eval)"),
+        ({"kind": "ours"}, "a user's own number"),
+        ({"trust": "low", "kind": "secondary"}, "every source has low trust"),
+    ],
+)
+def test_the_gate_and_differences_use_only_values_like_ours(changes, why):
+    """SQA 66.8, which its own file disputes, MMBench's test split and TextVQA without OCR tokens passed the gate."""
+    from eval.papers.rows import Entry, difference_to, published_text
+
+    lone = known(a=(50.0, dict(changes)))
+    (one,) = gate.check([cell(50.0)], lone, PLACE)
+    assert one.nearest is None and one.why.startswith(why)
+    values = known(a=(50.0, dict(changes)), b=(60.0, {"trust": "low", "kind": "secondary"})).full("pope")
+    entry = Entry(cell(50.0), values, "square")
+    shown = published_text(values, "square")
+    assert "50 [a]" in shown and "60 [b]" in shown, "what is not compared with is shown"
+    if "low" not in changes.values():
+        assert difference_to(entry) == "-10.0 to 60 [b]" and re.search(r"50 \[a\][?≠]", shown)
+
+
+def test_a_row_that_is_not_the_release_or_counts_another_budget_is_not_compared():
+    """Release-made numbers stood beside our corrected variants, and rows marked ‡ were compared all the same."""
+    from eval.papers.rows import comparable
+
+    values = known(a=(50.0, {})).full("pope")
+    rows = {official: spec.Row(method="attnmix", options={"official": official}) for official in ("true", "false")}
+    lines = {name: plan.Line(row, 64, None) for name, row in rows.items()}
+    assert comparable(cell(50.0, line=lines["true"]), values, "square")[0]
+    assert comparable(cell(50.0, line=lines["false"]), values, "square")[1] == "the row is not the release"
+    kept = plan.Line(spec.Row(method="fastv"), 4, None, by_kept=True)
+    assert comparable(cell(50.0, line=kept), values, "square")[1] == "another budget"
+    assert comparable(cell(50.0, published_split="test"), values, "square")[1] == "ours is of another split"
+    assert comparable(cell(50.0, metric="accuracy_match"), values, "square")[1] == "ours is accuracy_match"
+
+
+RELEASES = {"attnmix", "visiondrop", "visionzip", "holov", "cdpruner"}
+
+
+@pytest.mark.parametrize("path", spec.paths(), ids=spec.short)
+def test_rows_beside_numbers_of_a_release_run_the_release(path):
+    found = spec.read(path)
+    rows = [row for row in found.rows if found.published and row.method in RELEASES and found.kind != "ablation"]
+    for row in rows:
+        assert row.runs_release == bool(row.published_name), f"{row.title}: published numbers are of the release"
+    if found.kind == "scores":
+        for method in {row.method for row in rows}:
+            assert len([row for row in rows if row.method == method]) == 2, f"{method}: the release and our variant"
+
+
+@pytest.mark.parametrize("name", ["consensusdrop/video_llava_7b", "visiondrop/video_llava_7b"])
+def test_visiondrop_on_videos_has_the_schedule_of_its_page(name):
+    """The tables gave videos the schedule of images: 384/280/208/152 at 256 tokens."""
+    from eval.papers.expense import expense
+    from llava.reduction.crop_budget import planned
+
+    table_of = spec.read(spec.find(name))
+    model = expense(table_of).model
+    page = (ROOT / "docs" / "visiondrop.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("| 256, `start=3`")]
+    documented = [int(number) for number in re.findall(r"= (\d+) \|", line)]
+    rows = [row for row in table_of.rows if row.method == "visiondrop"]
+    assert len(rows) == 2
+    for row in rows:
+        reducer = registry.build("visiondrop", 256, dict(row.options), model.visual_tokens)
+        assert list(planned(reducer, model.spec)[::8]) == documented == [768, 192, 48, 16]
+
+
+def test_13b_has_the_only_budgets_that_are_published():
+    """None of 800 cells of the 13B table had a published number."""
+    from eval.papers.published import load
+
+    found = spec.read(spec.find("consensusdrop/llava15_13b"))
+    source = load(found.published)
+    with_values = {b for b in found.budgets if source.values("fastervlm", b, "gqa")}
+    assert with_values == {144, 58, 29}
 
 
 def test_the_legend_has_other_methods_only_where_there_are_some(tmp_path, monkeypatch):
@@ -444,8 +546,6 @@ def test_the_legend_has_other_methods_only_where_there_are_some(tmp_path, monkey
 
 
 def test_tokens_needed_is_na_where_full_scores_nothing():
-    from types import SimpleNamespace
-
     from eval.results.statistics import accuracy_terms
 
     terms = accuracy_terms({"a": 0.0, "b": 0.0}, {"a": "a", "b": "b"})
@@ -459,3 +559,236 @@ def test_the_shell_script_makes_its_table(tmp_path):
     words = ["bash", str(script), "--help"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "consensusdrop/llava15_7b" in done.stdout, done.stderr
+
+
+def blank_document(**changes):
+    """A document of twelve columns with letters that LaTeX, spreadsheets and HTML take for their own."""
+    from eval.papers.document import Document
+    from eval.papers.rows import Block
+
+    found = spec.read(spec.find("consensusdrop/llava15_7b"))
+    columns = [f"Benchmark {number}" for number in range(11)] + ["average"]
+    rows = [("=Method <a> | b_c & 50 % of x^2 ~ {d} \\e #1 $ ‡ §", [1862.0, 150.0, *[90.04] * 9, 99.5])] * 30
+    none = [frozenset()] * 12
+    points = [True, True, *[False] * 10]
+    facts = [("Questions", "GQA 12,578"), ("Command", "`bash x.sh`"), ("Commit", "1a2b3c4d5e")]
+    known = {"columns": columns, "blocks": [Block("64 tokens", rows, [frozenset({0}), *none[1:]], none, points)]}
+    known |= {"entries": (), "sections": (), "facts": facts, "model": "tinyllava_instruct", "is_toy": True}
+    return Document(**{"table": found} | known | changes)
+
+
+def test_every_format_says_first_that_a_toy_ran(made):
+    """A page of toy numbers was titled "ConsensusDrop on LLaVA-1.5-7B", and its LaTeX file had no word of it."""
+    import dataclasses
+
+    from eval.config import TOY_BANNER, is_toy
+    from eval.papers.render import html, markdown, numbers
+
+    toy = blank_document()
+    title = "ConsensusDrop on LLaVA-1.5-7B, run on the TOY MODEL tinyllava_instruct"
+    text = markdown.page(toy)
+    assert text.startswith(f"# {title}\n\n**{TOY_BANNER}")
+    assert TOY_BANNER in html.text(toy) and f"<h1>{title}</h1>" in html.text(toy)
+    assert rf"\caption{{\textbf{{{TOY_BANNER}" in latex.text(toy) and TOY_BANNER in table.summary(toy)
+    real = dataclasses.replace(toy, is_toy=False, model="llava-v1.5-7b")
+    for write in (markdown.page, html.text, latex.text, numbers.text):
+        assert "TOY" not in write(real)
+    assert is_toy(str(ROOT / "assets" / "tinyllava_next")) and not is_toy("liuhaotian/llava-v1.5-7b")
+    # A toy that the user names is a toy too.
+    folder, words = made
+    args = table.parser().parse_args([words[0], "--model", "assets/tinyllava", "--data", str(folder / "data")])
+    assert table.where_of(spec.read(Path(words[0])), args).is_toy
+
+
+def test_a_number_prints_alike_in_every_format():
+    """150 points of MME were 150.0 in one table and 150 in the next."""
+    from eval.papers.render import html, markdown
+
+    toy = blank_document()
+    assert "| 1862 | 150 | 90.0 |" in markdown.page(toy).replace("**", "")
+    assert "& 150 &" in latex.text(toy) and ">150</td>" in html.text(toy) and "150.0" not in html.text(toy)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_the_latex_file_compiles_and_fits_the_page(tmp_path):
+    """Twelve columns ran off the page of an article; < > | printed as other letters."""
+    (tmp_path / "table.tex").write_text(latex.text(blank_document()))
+    head = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{table}\end{document}"
+    (tmp_path / "page.tex").write_text(head)
+    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    log = (tmp_path / "page.log").read_text()
+    assert "Overfull" not in log and "too large" not in log and "(1 page" in log
+    assert latex.escaped("<a> | =") == "$<$a$>$ $|$ ="
+
+
+def test_csv_cells_are_no_formulas_and_numbers_stay_numbers():
+    from eval.tables.page import csv_text
+
+    assert [csv_text(text) for text in ("=1+1", "+x", "-y", "@z", "\tq")] == ["'=1+1", "'+x", "'-y", "'@z", "'\tq"]
+    assert [csv_text(text) for text in ("-1.20", "+3", "FastV", "")] == ["-1.20", "+3", "FastV", ""]
+
+
+def test_averages_and_costs_of_sources_are_shown(made):
+    """95.71 %, 9.06 TFLOP and 237 ms stood in the files of published values and nowhere else."""
+    text = (made[0] / "out" / "small.md").read_text().partition("## Published averages and costs")[2]
+    (full,) = [line for line in text.partition("\n\n## ")[0].splitlines() if line.startswith("| full |")]
+    assert "9.06 [VisionDrop, table of costs" in full and "237 [" in full and "100 [TRIO" in full
+
+
+def test_the_csv_has_the_verdict_of_the_gate(made):
+    folder, _ = made
+    rows = list(csv.DictReader(io.StringIO((folder / "out" / "small.csv").read_text())))
+    assert {row["gate"] for row in rows} == {rows[0]["gate"]} and rows[0]["gate"].startswith("failed: ")
+    assert rows[0]["compared_with"] in rows[0]["source"].split(";") and rows[0]["warning"] == ""
+
+
+def test_rows_of_another_budget_are_marked_and_compared_with_none(made):
+    """Their footnote said so, but they were tested against the paper's method, and unmarked in the costs."""
+    text = (made[0] / "out" / "small.md").read_text()
+    tested = text.partition("## Consensus_Drop against each method")[2].partition("\n## ")[0]
+    assert "| FastV | 8 |" in tested and "| FastV | 4 |" not in tested
+    costs = text.partition("## Costs")[2].partition("\n## ")[0]
+    assert re.search(r"^\| FastV ‡ \(\d+\) \| 4 \|", costs, re.MULTILINE) and "‡ the budget counts" in costs
+
+
+def test_printed_commands_have_every_flag_that_is_not_a_default(made):
+    """The judge and the batch size were left out, so a command gave other numbers."""
+    from eval.papers.measured import command_of
+
+    _, words = made
+    args = table.parser().parse_args([*words, "--judge", "match", "--batch-size", "3", "--add", "my rows.csv"])
+    found = spec.read(Path(words[0]))
+    where = table.where_of(found, args)
+    line = table.command_line(found, args)
+    assert line.endswith("--add 'my rows.csv' --dtype float32 --batch-size 3 --judge match") or (
+        "--batch-size 3" in line and "--judge match" in line and "--add 'my rows.csv'" in line
+    )
+    one = plan.line_of(found.rows[0], 8, SimpleNamespace(visual_tokens=16, spec=registry_spec()))
+    told = command_of(one, found.columns[0], where, SimpleNamespace(judge="match"))
+    assert "--batch-size 3" in told and "--judge match" in told
+
+
+def registry_spec():
+    from llava.reduction.model_spec import ModelSpec
+    from llava.reduction.token_layout import PatchGrid
+
+    return ModelSpec(16, 4, PatchGrid(4, 4), 3)
+
+
+def test_loyalty_takes_the_benchmarks_own_form_of_an_answer():
+    """Tables compared plain texts, so "Yes." and "yes, it is" were different answers on MME."""
+    from eval.papers.sections import pooled_loyalty
+
+    def answered(text):
+        return SimpleNamespace(texts={"q": text}, normalise=lambda text: text[:3].lower(), clusters={"q": "i"})
+
+    assert pooled_loyalty({"mme": answered("Yes.")}, {"mme": answered("yes, it is")}).mean == 100
+
+
+def test_an_average_that_does_not_exist_says_why():
+    """A few questions, on which full scores 0, made it n/a without a word."""
+    from eval.papers.sections import relative_text
+    from eval.results.statistics import accuracy_terms
+    from eval.statistics.interquartile import relative_mean
+
+    terms = accuracy_terms({"a": 0.0, "b": 0.0}, {"a": "a", "b": "b"})
+    assert relative_text(relative_mean, {"pope": (terms, terms)}, 1).startswith("n/a: pope: the full model scores 0")
+    assert relative_text(relative_mean, {"pope": (terms, terms)}, 3) == "n/a: a result on 2 of 3 benchmarks is missing"
+
+
+# -- a table and rows of one's own -------------------------------------------------------------------------------------
+
+
+def documented(language: str) -> str:
+    """The example of docs/paper_tables.md."""
+    page = (ROOT / "docs" / "paper_tables.md").read_text()
+    (found,) = [
+        text
+        for text in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+        if "mine.yaml" in text or language != "bash"
+    ]
+    return found
+
+
+def test_the_documented_table_and_rows_of_ones_own_run_in_an_empty_folder(monkeypatch, tmp_path):
+    """`vtr tables paper PATH.yaml` wanted a folder with a paper's name, and `../lists` inside scripts/."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "SWEEPS", tmp_path / "sweep")
+    monkeypatch.setattr("eval.papers.fill.SWEEPS", tmp_path / "sweep")
+    Path("mine.yaml").write_text(documented("yaml"))
+    Path("rows.csv").write_text(documented("csv"))
+    words = shlex.split(documented("bash"))
+    assert words[:4] == ["vtr", "tables", "paper", "mine.yaml"]
+    assert table.main([*words[3:], "--wandb", "disabled"]) == 0
+    text = Path("mine/mine.md").read_text()
+    assert text.startswith("# My table, run on the TOY MODEL tinyllava_instruct\n\n**TOY MODEL: ")
+    assert "| TRIO § [TRIO, README] | 58.3 | 1744 | n/a |" in text, "shown, but neither ranked nor averaged"
+    assert (
+        "| MyMethod § [run of 3 May, commit 1a2b3c4] | 57.9 | n/a | n/a |" in text and "* § added by the user" in text
+    )
+    for section in ("Averages, loyalty", "Tokens needed", "ConsensusDrop against each method", "Costs"):
+        assert "TRIO" not in text.partition(f"## {section}")[2].partition("\n## ")[0]
+    rows = list(csv.DictReader(io.StringIO(Path("mine/mine.csv").read_text())))
+    given = [row for row in rows if row["kind"] != "run"]
+    assert [(row["method"], row["benchmark"], row["score"], row["kind"]) for row in given] == [
+        ("TRIO", "gqa", "58.3", "published"),
+        ("TRIO", "mme", "1744", "published"),
+        ("MyMethod", "gqa", "57.9", "measured"),
+    ]  # fmt: skip
+    assert {row["warning"] for row in rows if row["kind"] == "run"} == {"TOY MODEL"}
+    assert r"TRIO $^\S$ [TRIO, README]" in Path("mine/mine.tex").read_text()
+    wide, averages = ({}, {})
+    for line in text.splitlines():
+        cells = [cell.strip("*<>u/ ") for cell in line.strip("|").split("|")]
+        if cells[0] in ("FasterVLM", "ConsensusDrop"):
+            if len(cells) == 4:
+                wide[cells[0]] = cells[3]
+            elif len(cells) == 6 and cells[1] == "64":
+                averages[cells[0]] = cells[2].partition(" [")[0]
+    assert len(wide) == 2 and averages == wide, "an average has one meaning on the page"
+
+
+HEADER = "method,budget,source,gqa\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "has no column method; expected a header such as method,budget,source,gqa, got an empty file"),
+        ("TRIO,8,there,50\n", "has no column method"),
+        ("method,budget,source,gqua\nTRIO,8,there,50\n", "Unknown column in .*'gqua'. Did you mean 'gqa'"),
+        ("method,budget,source,gqa,gqa\nTRIO,8,there,50,51\n", "names a column twice"),
+        (HEADER, "has a header and no row"),
+        (HEADER + "TRIO,8,there,fifty\n", "line 2: gqa should be a number, 0 to 100, got 'fifty'"),
+        (HEADER + "TRIO,8,there,nan\n", "0 to 100, got 'nan'"),
+        (HEADER + "TRIO,8,there,150\n", "0 to 100, got '150'"),
+        (HEADER + "TRIO,8,there,\n", "line 2: TRIO has no number"),
+        (HEADER + "TRIO,16,there,50\n", "the table has no budget '16'; it has all, 8, 4"),
+        (HEADER + "TRIO,8,,50\n", "source is empty"),
+        (HEADER + "TRIO,8,there,50\nTRIO,8,there,51\n", "line 3: TRIO at 8 from there is there twice"),
+        (HEADER + "TRIO,8,there,50,51\n", "line 2 has 5 cells, the header has 4"),
+        ("method,budget,source,kind,gqa\nTRIO,8,there,guessed,50\n", "kind should be published or measured, got"),
+        ("method,budget,source,gqa\n\x00", "line 2|no CSV file"),
+    ],
+)
+def test_wrong_rows_of_ones_own_are_one_sentence(tmp_path, text, sentence):
+    from eval.papers.own import read_own
+
+    (tmp_path / "rows.csv").write_text(text)
+    found = spec.read(written(tmp_path))
+    with pytest.raises(UserError, match=sentence) as error:
+        read_own(tmp_path / "rows.csv", found)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_of_ones_own_are_for_tables_of_scores(tmp_path):
+    from eval.papers.own import read_own
+
+    (tmp_path / "rows.csv").write_text("\ufeff" + HEADER + "TRIO,all,there,50\n")
+    assert read_own(tmp_path / "rows.csv", spec.read(written(tmp_path)))[0].budget is None
+    with pytest.raises(UserError, match="kind efficiency"):
+        read_own(tmp_path / "rows.csv", spec.read(written(tmp_path, kind="efficiency")))
+    with pytest.raises(UserError, match="No such file"):
+        read_own(tmp_path / "none.csv", spec.read(written(tmp_path)))

@@ -63,8 +63,6 @@ BENCHMARK = Benchmark(
     splits=("test",),
     read=load,
     profiles=("lmms",),
-    published="about 55 exact match †",
-    published_by="LLaVA-1.5-7B, from memory",
     mirror=IDS,
     licence="see https://prior.allenai.org/projects/diagram-understanding and the data card",
 )

@@ -165,7 +165,7 @@ class Benchmark:
         read: (data folder, split, profile, source) -> the questions; call `load`, which returns them ready for use.
         profiles: those it has; the first is the default.
         model: the bundled toy model in assets/ that was trained on its format.
-        published: what a 7B model reaches, with the metric's name; † marks numbers quoted from memory.
+        published: what a 7B model reaches, with the metric's name; empty where no source was read.
         published_by: which model, and who says so.
         needs: the official files of the default split.
         mirror: repositories on the hub, the newest id first.

@@ -69,8 +69,6 @@ BENCHMARK = Benchmark(
     splits=("test",),
     read=load,
     profiles=("lmms",),
-    published="about 55 exact match †",
-    published_by="LLaVA-1.5-7B, from memory",
     mirror=IDS,
     licence="see the data card",
 )

@@ -49,6 +49,7 @@ class Score:
         main: the key in `values` of the number that papers print.
         points: keys of `values` and `groups` that are no percentages.
         terms: how `main` comes about, where it is not 100 x the mean of `correct`.
+        other_terms: how further numbers that papers print come about: key in `values` -> terms.
     """
 
     values: dict[str, float | None]
@@ -58,6 +59,7 @@ class Score:
     main: str = "accuracy"
     points: frozenset[str] = frozenset()
     terms: SufficientStatistics | None = None
+    other_terms: Mapping[str, SufficientStatistics] = field(default_factory=dict)
 
 
 def ratio_terms(

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,14 @@ from typing import Any
 from eval.answers import result_folder
 from eval.answers.jsonl import read_json
 from eval.answers.reuse import RESULT, Stored, check_joint, read_stored
-from eval.config import ROOT
+from eval.config import ROOT, RunConfig
 from eval.judging.choice import score_answers
 from eval.metrics import SufficientStatistics
 from eval.papers.plan import Line, Where, config_of
 from eval.papers.spec import Column
-from eval.results.report import interval_of
 from eval.results.statistics import terms_of
 from eval.settings import build_reducer, store_settings
+from eval.statistics.loyalty import Normalise, plain
 from eval.statistics.runs import sample_scores
 from eval.sweep import dataset
 from llava.errors import UserError
@@ -30,13 +30,14 @@ class Cell:
 
     Attributes:
         value: the column's metric, in percent or points.
-        low, high: 95 % interval of `value`; None where there is none, and `note` says why.
+        low, high: 95 % interval of `value`; None where there is none.
         metric: name of the metric that `value` is; the benchmark's main one where the column's is missing here.
         tokens: visual tokens that entered a decoder layer, mean over layers and samples.
         merged: how many of them stand for several.
         kv_bytes, flops: per question.
         answers_sha256: over the sorted answers to the questions that were asked.
-        terms: sums by unit of the benchmark's main metric, for tests.
+        terms: sums by unit that `value` follows from, for averages and tests.
+        normalise: the benchmark's own form of an answer, for loyalty.
         texts, credits, clusters: question id -> answer, sample score (empty where single answers have none), image.
         stored: the run; None for a cell that was not read from one.
         command: asks these questions alone.
@@ -47,7 +48,6 @@ class Cell:
     value: float
     low: float | None
     high: float | None
-    note: str
     metric: str
     points: bool
     questions: int
@@ -62,6 +62,7 @@ class Cell:
     finished: str
     answers_sha256: str
     terms: SufficientStatistics = field(repr=False, compare=False)
+    normalise: Normalise = field(repr=False, compare=False)
     texts: Mapping[str, str] = field(repr=False, compare=False)
     credits: Mapping[str, float] = field(repr=False, compare=False)
     clusters: Mapping[str, str] = field(repr=False, compare=False)
@@ -98,16 +99,16 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
     texts = stored.texts
     score, _ = score_answers(data, config.judge, asked, texts, stored.answers)
     images = {question.id: question.image for question in data.questions}
-    metric, value = metric_of(column, result)
-    found = interval_of(result) if metric == result["main"] else None
+    metric, value = metric_of(column, result, {result["main"], *score.other_terms})
+    terms = score.other_terms[metric] if metric in score.other_terms else terms_of(score, images)
+    found = result["confidence"].get(metric, {"low": None, "high": None})
     audit = result["audit"]
     return Cell(
         line,
         column,
         value,
-        found["low"] if found else None,
-        found["high"] if found else None,
-        "" if found else f"n/a: intervals are of {result['main']}",
+        found["low"],
+        found["high"],
         metric,
         metric in result["points"],
         len(asked),
@@ -117,11 +118,12 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
         audit["kv_bytes_per_sample"],
         result["flops"]["per_question"],
         folder,
-        command_of(line, column, where),
+        command_of(line, column, where, config),
         result["commit"] or "",
         result["finished"],
         digest(texts),
-        terms_of(score, images),
+        terms,
+        data.normalise or plain,
         texts,
         sample_scores(score, texts, data) or {},
         {name: images[name] for name in asked},
@@ -129,11 +131,16 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
     )
 
 
-def metric_of(column: Column, result: Mapping[str, Any]) -> tuple[str, float]:
-    """The column's metric; the benchmark's main one where these data do not give it."""
+def metric_of(column: Column, result: Mapping[str, Any], known: Collection[str]) -> tuple[str, float]:
+    """The column's metric; the benchmark's main one where these data do not give it.
+
+    Args:
+        known: metrics that intervals, averages and tests can be about.
+    """
     metrics = result["metrics"]
-    if column.metric and column.metric not in metrics:
-        raise UserError(f"{column.benchmark} has no metric {column.metric!r}; it has: {', '.join(metrics)}.")
+    if column.metric and column.metric not in known and metrics.get(column.metric, "no such metric") is not None:
+        names = ", ".join(sorted(known))
+        raise UserError(f"{column.benchmark} has no metric {column.metric!r} that a table can show; it has: {names}.")
     name = column.metric if column.metric and metrics[column.metric] is not None else result["main"]
     if metrics[name] is None:
         raise UserError(f"{column.benchmark} gives no score here: {'; '.join(result['notes'])}.")
@@ -145,8 +152,8 @@ def digest(texts: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name}\t{texts[name]}\n" for name in sorted(texts)).encode()).hexdigest()
 
 
-def command_of(line: Line, column: Column, where: Where) -> str:
-    """The command that asks the questions of a cell outside the table."""
+def command_of(line: Line, column: Column, where: Where, config: RunConfig) -> str:
+    """The command that asks the questions of a cell outside the table, with every flag that is not its default."""
     assert line.setting is not None
     place = where.place
     data = relative(where.data)
@@ -162,6 +169,8 @@ def command_of(line: Line, column: Column, where: Where) -> str:
     words += [f"--set {key}={value}" for key, value in options.items()]
     words += [f"--picture {key}={value}" for key, value in place.picture.items()]
     words += [f"--dtype {place.dtype}"] if place.dtype != "float32" else []
+    words += [f"--batch-size {place.batch_size}"] if place.batch_size != RunConfig.batch_size else []
+    words += [f"--judge {config.judge}"] if config.judge != RunConfig.judge else []
     words += [f"--limit {where.limit}"] if where.limit else []
     return " ".join(words)
 
@@ -192,7 +201,8 @@ class Measured:
         return {name: cell for name, cell in found if cell is not None}
 
     def of_full(self, index: int) -> float | None:
-        """Mean over the benchmarks of score / score of full in percent, the papers' average; None if one is missing."""
+        """The average of the table: mean over the benchmarks of the score in percent of full's; None if one is missing,
+        or full scores 0 there."""
         row, full = self.row(index), self.row(0)
         if not row or len(row) < len(full) or any(full[name].value == 0 for name in row):
             return None

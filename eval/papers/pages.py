@@ -31,7 +31,7 @@ from eval.papers.expense import (
 )
 from eval.papers.gate import CAUSES, EVERYWHERE
 from eval.papers.plan import Where, columns_of
-from eval.papers.published import Published
+from eval.papers.published import CONVENTIONS, Published
 from eval.papers.sources import Sources, budget_title, number
 from eval.papers.spec import Column, Table
 from eval.tables.benchmarks import left_aligned, need_line
@@ -74,8 +74,9 @@ def page(cost: Expense) -> str:
         source=source,
         published=Sources(table, columns, source) if source else None,
         picture=", ".join(f"`{key}={value}`" for key, value in table.real.picture.items()),
-        causes=cause_table(columns, source),
+        causes=cause_table(columns, source, table.real.convention),
         everywhere=EVERYWHERE,
+        convention=CONVENTIONS[table.real.convention],
     )
     return text.rstrip("\n") + "\n"
 
@@ -165,11 +166,12 @@ def hours(cost: Expense, gpu: Gpu, count: int = 1) -> str:
     return duration(3600 * cost.gpu_hours(gpu) / count) if fits(cost, gpu) else "n/a"
 
 
-def cause_table(columns: Sequence[Column], source: Published | None) -> str:
-    """Per benchmark: the published baselines, the gate's tolerance, and what to look at first."""
+def cause_table(columns: Sequence[Column], source: Published | None, convention: str) -> str:
+    """Per benchmark: the published baselines that the gate takes, its tolerance, and what to look at first."""
     rows = []
     for column in columns:
-        values = [value.value for value in source.full(column.published)] if source and column.published else []
+        known = source.full(column.published) if source and column.published and not column.published_split else []
+        values = [one.value for one in known if one.trust != "low" and not one.obstacle(convention)]
         ends = [number(value, column.published) for value in (min(values), max(values))] if values else []
         spread = " to ".join(dict.fromkeys(ends)) or "n/a"
         rows.append([column.title, spread, f"{column.tolerance:g}", CAUSES.get(column.benchmark, "")])

@@ -68,10 +68,6 @@ class Line:
         return FULL if self.row is None else self.row.title
 
 
-def budgets_of(table: Table, where: Where) -> tuple[Budget, ...]:
-    return table.toy_budgets if where.is_toy and table.toy_budgets else table.budgets
-
-
 def columns_of(table: Table, where: Where) -> list[Column]:
     """The columns that this model and data can fill."""
     wanted = where.place.benchmarks
@@ -80,7 +76,7 @@ def columns_of(table: Table, where: Where) -> list[Column]:
 
 def lines_of(table: Table, where: Where, model: Llava) -> list[Line]:
     """The unreduced model, then every row at every budget."""
-    rows = [line_of(row, budget, model) for budget in budgets_of(table, where) for row in table.rows]
+    rows = [line_of(row, budget, model) for budget in table.budgets for row in table.rows]
     return [Line(None, None, Setting(FULL, None)), *rows]
 
 

@@ -1,11 +1,12 @@
 """Published scores of the official models, each with its source, and where the sources contradict each other.
 
 The numbers are in `published/<model>.yaml`. A row is one method at one budget in one source; its other keys are columns
-(`COLUMNS`). `disputed` says why a row, or one of its columns, should not be relied on.
+(`COLUMNS`). `disputed` says why a row, or one of its columns, should not be relied on. A number is compared with ours
+only if it is like ours in every respect (`Value.obstacle`); all others are shown and no more.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from itertools import combinations
@@ -35,7 +36,7 @@ COLUMNS = (*BENCHMARKS, AVERAGE, *EFFICIENCY)
 OTHER_METHODS = ("fitprune", "fsr", "trio", "trio-no-ve", "duet-vlm", "idpruner", "twigvlm", "text_only")
 
 Trust = Literal["high", "medium", "low"]
-Kind = Literal["authors", "copied", "secondary", "rerun"]
+Kind = Literal["authors", "copied", "secondary", "rerun", "ours"]
 AverageOf = Literal["ratios", "sums"]
 TRUST: tuple[Trust, ...] = ("high", "medium", "low")
 KINDS: dict[Kind, str] = {
@@ -43,6 +44,40 @@ KINDS: dict[Kind, str] = {
     "rerun": "run again by others",
     "copied": "copied from other papers, or not said",
     "secondary": "a reader's notes",
+    "ours": "a user's own, never compared with",
+}
+
+# How images become tokens and answers become scores. Two numbers of different conventions are not compared.
+Convention = Literal["square", "tiles", "spatial", "2880", "fill", "frames", "native", "lmms-eval", "unknown"]
+CONVENTIONS: dict[Convention, str] = {
+    "square": "the whole image, padded to a square, asked as LLaVA's scripts do",
+    "tiles": "tiles as LLaVA-NeXT was released: unpadded, with newline tokens",
+    "spatial": "tiles chosen as LLaVA-NeXT does, padding kept, no newline tokens",
+    "2880": "always a base image and four tiles, padding kept, no newline tokens",
+    "fill": "tiles chosen by the largest filled share, padding kept, no newline tokens",
+    "frames": "eight frames, answers judged by a version of gpt-3.5-turbo",
+    "native": "native resolution",
+    "lmms-eval": "asked and scored by lmms-eval",
+    "unknown": "not said",
+}
+# What a benchmark's number is of, unless its source says otherwise (`Source.split`).
+SPLITS = {
+    "vqav2": "test-dev",
+    "gqa": "testdev, balanced",
+    "vizwiz": "test",
+    "scienceqa": "test, questions with an image",
+    "textvqa": "val, OCR tokens in the prompt",
+    "pope": "random, popular and adversarial questions",
+    "mme": "perception",
+    "mme_sum": "perception and cognition",
+    "mmbench": "dev",
+    "mmbench_cn": "dev",
+    "mmvet": "test",
+    "seed": "images and videos",
+    "seed_img": "images",
+    "llava_bench": "in the wild",
+    "mmmu": "val",
+    **dict.fromkeys(("tgif_qa", "msvd_qa", "msrvtt_qa", "activitynet_qa"), "all questions of the test set"),
 }
 
 MME_IN_SUMS = 20  # FSR adds MME's points to percentages as points / 20; every row of its four tables follows from that
@@ -65,6 +100,9 @@ class Value:
         title: of the source.
         where: address of the source.
         kind: who obtained the number (`KINDS`).
+        column: one of `COLUMNS`.
+        convention: one of `CONVENTIONS`.
+        split: what the number is of, where that is not what `SPLITS` says; "" for that.
         tokens: as printed: a count, or a share such as "1/5" (Qwen).
         note: what to know before comparing with it; empty where there is nothing.
     """
@@ -76,8 +114,24 @@ class Value:
     title: str
     where: str
     kind: Kind
+    column: str
+    convention: Convention
+    split: str
     tokens: int | str
     note: str
+
+    def obstacle(self, convention: str) -> str:
+        """Why a number of ours, taken under a convention on the usual split, is not compared with this one; "" if it
+        may be."""
+        if self.kind == "ours":
+            return "a user's own number"
+        if self.disputed:
+            return "disputed"
+        if self.split:
+            return f"of {self.split}" + (f", ours of {SPLITS[self.column]}" if self.column in SPLITS else "")
+        if self.convention != convention:
+            return f"another convention ({CONVENTIONS[self.convention]})"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +164,9 @@ class Source(BaseModel):
     """Where rows come from.
 
     Attributes:
+        convention: one of `CONVENTIONS`.
+        split: "usual" where every column is of what `SPLITS` says, "unknown" where the source does not say, or what
+            the columns are of that differ.
         average_of: how the printed average follows from the printed scores: "ratios" for the mean of a row's scores in
             percent of the full model's, "sums" for the sum of a row's scores in percent of the full model's, with MME
             divided by 20. None where the average is over benchmarks that are not all here.
@@ -121,8 +178,22 @@ class Source(BaseModel):
     where: str
     kind: Kind
     trust: Trust
+    convention: Convention
+    split: Literal["usual", "unknown"] | dict[str, str]
     note: str = ""
     average_of: AverageOf | None = None
+
+    @model_validator(mode="after")
+    def check(self) -> "Source":
+        if isinstance(self.split, dict) and (wrong := set(self.split) - set(SPLITS)):
+            raise ValueError(f"split names {', '.join(sorted(wrong))}, which is no benchmark's column")
+        return self
+
+    def split_of(self, column: str) -> str:
+        """What a column is of, where that is not the usual; "" for the usual."""
+        if isinstance(self.split, dict):
+            return self.split.get(column, "")
+        return "" if self.split == "usual" else "a split that the source does not name"
 
 
 def numbers(value: Any) -> Any:
@@ -210,7 +281,7 @@ class Published:
     rows: tuple[Row, ...]
 
     def values(self, method: str, tokens: int | str | None, column: str) -> list[Value]:
-        """All published numbers of a cell, the most trusted first, then in the order of the file.
+        """All published numbers of a cell, the most trusted first, then in the order of the file; users' own last.
 
         Args:
             method: name in the registry, or one of `OTHER_METHODS`.
@@ -228,7 +299,7 @@ class Published:
         if wanted is not None and method != FULL:
             rows = [row for row in rows if same_tokens(row.share, wanted)]
         found = [self.value(row, column) for row in rows]
-        return sorted(found, key=lambda value: TRUST.index(value.trust))
+        return sorted(found, key=lambda value: (value.kind == "ours", TRUST.index(value.trust)))
 
     def full(self, column: str) -> list[Value]:
         """All published numbers of the model without reduction, the most trusted first."""
@@ -245,6 +316,9 @@ class Published:
             title=source.title,
             where=source.where,
             kind=row.kind or source.kind,
+            column=column,
+            convention=source.convention,
+            split=source.split_of(column),
             tokens=row.tokens,
             note=row.note if row.note is not None else source.note,
         )
@@ -305,8 +379,11 @@ def same_tokens(one: Fraction, other: Fraction) -> bool:
 
 def contradictions(published: Published) -> list[Contradiction]:
     """Cells whose sources differ by more than half a point (1 % for MME), then scores that fall by more than that
-    when more tokens are kept, within one source. Costs are left out."""
-    return [*between_sources(published), *against_tokens(published)]
+    when more tokens are kept, within one source. Costs and users' own rows are left out."""
+    own = {key for key, source in published.sources.items() if source.kind == "ours"}
+    rows = tuple(row for row in published.rows if row.kind != "ours" and row.source not in own)
+    others = replace(published, rows=rows)
+    return [*between_sources(others), *against_tokens(others)]
 
 
 def between_sources(published: Published) -> Iterator[Contradiction]:

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 
 from eval.papers.document import Section
 from eval.papers.measured import Cell, Measured
-from eval.papers.rows import ours_text
-from eval.papers.spec import Table
+from eval.papers.plan import Line
+from eval.papers.published import AVERAGE, Published
+from eval.papers.rows import MARK, MARK_TEXT, label, number, ours_text, published_text, values_of
+from eval.papers.spec import Place, Table
 from eval.papers.timing import Time
 from eval.results.statistics import LEVEL, RESAMPLES, Interval, accuracy_terms, compare, holm, interval
 from eval.statistics.hard_questions import groups
@@ -18,13 +20,22 @@ from llava.errors import UserError
 Times = Mapping[int, Time]
 
 
-def sections_of(table: Table, found: Measured, times: Times) -> list[Section]:
-    """Costs always; statistics of a score table; the differences of an ablation."""
+def sections_of(
+    table: Table, found: Measured, times: Times, source: Published | None = None, place: Place | None = None
+) -> list[Section]:
+    """Costs always; statistics of a score table; the differences of an ablation; what is published about costs.
+
+    Args:
+        source, place: the published values and the model they are of; None where they are left out.
+    """
+    known = [published_costs(found, times, source, place)] if source and place else []
+    known = [section for section in known if section.rows]
     if table.kind == "ablation":
-        return [ablation(table, found), costs(found, times)]
+        return [ablation(table, found), costs(found, times), *known]
     if table.kind == "efficiency":
-        return [costs(found, times, scored=True)]
-    return [aggregates(table, found), needed(found), against(table, found), costs(found, times)]
+        return [costs(found, times, scored=True), *known]
+    variants = [section for section in [releases(found)] if section.rows]
+    return [aggregates(found), *variants, needed(found), against(table, found), costs(found, times), *known]
 
 
 def costs(found: Measured, times: Times, scored: bool = False) -> Section:
@@ -39,7 +50,7 @@ def costs(found: Measured, times: Times, scored: bool = False) -> Section:
         cell = first(found, index)
         if cell is None or full is None:
             continue
-        row = [line.title, str(line.budget or "all"), f"{cell.tokens:.1f}", f"{cell.kv_bytes / 1e6:.2f}"]
+        row = [label(found, index), str(line.budget or "all"), f"{cell.tokens:.1f}", f"{cell.kv_bytes / 1e6:.2f}"]
         row += [f"{full.kv_bytes / cell.kv_bytes:.2f}x", *flops_cells(cell, full)]
         time, base = times.get(index), times.get(0)
         row += [f"{1000 * time.ttft:.1f}", f"{base.ttft / time.ttft:.2f}x"] if time and base else ["n/a", "n/a"]
@@ -49,6 +60,8 @@ def costs(found: Measured, times: Times, scored: bool = False) -> Section:
         "of a question asked alone, vision tower included. "
     )
     about += next(iter(times.values())).about if times else "Times were not measured in this run (--times)."
+    if any(line.by_kept for line in found.lines):
+        about += f" {MARK} {MARK_TEXT}."
     header = [
         "method",
         "budget",
@@ -75,7 +88,64 @@ def first(found: Measured, index: int) -> Cell | None:
     return found.cells.get((index, found.columns[0].benchmark))
 
 
-def aggregates(table: Table, found: Measured) -> Section:
+def published_costs(found: Measured, times: Times, source: Published, place: Place) -> Section:
+    """The averages and costs that sources print, beside ours."""
+    names = {AVERAGE: "average, %", "tflops": "TFLOP", "latency_ms": "latency, ms", "speedup": "speed-up"}
+    rows = []
+    for index, line in enumerate(found.lines):
+        texts = [published_text(values_of(line, name, source, place), place.convention) for name in names]
+        cell, average, time = first(found, index), found.of_full(index), times.get(index)
+        if cell is not None and any(text not in ("", "n/a") for text in texts):
+            ours = [
+                "n/a" if average is None else f"{average:.1f}",
+                "n/a" if cell.flops is None else f"{cell.flops / 1e12:.2f}",
+                "n/a" if time is None else f"{1000 * time.ttft:.1f}",
+            ]
+            rows.append([label(found, index), str(line.budget or "all"), *(text or "n/a" for text in texts), *ours])
+    about = (
+        "As printed, with the source in brackets. Nothing here is compared: sources average over other benchmarks and "
+        "by other rules, count operations otherwise, and mostly name no GPU, batch size or data set."
+    )
+    header = ["method", "budget", *(f"published {name}" for name in names.values()), "our average, %", "our TFLOP"]
+    return Section("Published averages and costs", about, [*header, "our TTFT, ms"], rows)
+
+
+def releases(found: Measured) -> Section:
+    """Our variants of methods whose release is a row, minus the release, on every benchmark."""
+    rows = []
+    for index, line in enumerate(found.lines):
+        release = next((i for i, other in enumerate(found.lines) if is_release_of(other, line)), None)
+        ours = found.row(index)
+        if release is None or not ours or not found.row(release):
+            continue
+        cells = found.row(release)
+        texts = [
+            difference_text(compare(ours[c.benchmark].terms, cells[c.benchmark].terms))
+            if c.benchmark in ours and c.benchmark in cells
+            else "n/a"
+            for c in found.columns
+        ]
+        rows.append([label(found, index), found.lines[release].title, str(line.budget), *texts])
+    about = (
+        "Our variant minus the release at the same budget, paired, with 95 % intervals, not corrected for their number."
+    )
+    header = ["variant", "release", "budget", *(column.title for column in found.columns)]
+    return Section("Variants against their releases", about, header, rows)
+
+
+def is_release_of(one: Line, variant: Line) -> bool:
+    """Whether one line is the release of the method that another varies."""
+    return (
+        one.row is not None
+        and variant.row is not None
+        and one.row is not variant.row
+        and (one.method, one.budget) == (variant.method, variant.budget)
+        and one.row.runs_release
+        and not variant.row.runs_release
+    )
+
+
+def aggregates(found: Measured) -> Section:
     """Averages over the benchmarks with intervals, loyalty, and accuracy on the questions that downsampling loses."""
     rows = []
     full = found.row(0)
@@ -87,30 +157,32 @@ def aggregates(table: Table, found: Measured) -> Section:
         control = downsample_at(found, index)
         rows.append(
             [
-                line.title,
+                label(found, index),
                 str(line.budget),
-                relative_text(relative_mean, pairs) if len(row) == len(full) else "n/a",
-                relative_text(relative_iqm, pairs) if len(row) == len(full) else "n/a",
+                *(relative_text(average, pairs, len(full)) for average in (relative_mean, relative_iqm)),
                 score_text(pooled_loyalty(row, full)),
                 hard_text(row, full, control),
             ]
         )
     about = (
-        "Mean and interquartile mean of the score in percent of full over the benchmarks; loyalty: questions with the "
-        "same answer as full; hard questions: right with full, wrong with the downsampled image of as many tokens "
-        "(group A of VTC-Bench). 95 % intervals in brackets. Averages are of main metrics (MME: perception). "
-        "Definitions: docs/statistics.md."
+        "Average (mean) and interquartile mean, over the benchmarks, of the scores above in percent of full; loyalty: "
+        "questions with the same answer as full, in the benchmark's own form of an answer; hard questions: right with "
+        "full, wrong with the downsampled image of as many tokens "
+        "(group A of VTC-Bench). 95 % intervals in brackets. Definitions: docs/statistics.md."
     )
-    header = ["method", "budget", "mean of full, %", "interquartile mean, %", "loyalty, %", "hard questions, %"]
+    header = ["method", "budget", "average, % of full", "interquartile mean, %", "loyalty, %", "hard questions, %"]
     return Section("Averages, loyalty and hard questions", about, header, rows)
 
 
-def relative_text(average: Callable[[Scores], Interval], pairs: Scores) -> str:
-    """An average with its interval; n/a where full scores 0 on a resample, as a few questions can make it."""
+def relative_text(average: Callable[[Scores], Interval], pairs: Scores, count: int) -> str:
+    """An average with its interval, or why there is none: a benchmark is missing, or full scores 0 on a resample, as a
+    few questions can make it."""
+    if len(pairs) < count:
+        return f"n/a: a result on {count - len(pairs)} of {count} benchmarks is missing"
     try:
         return score_text(average(pairs))
-    except UserError:
-        return "n/a"
+    except UserError as error:
+        return f"n/a: {str(error).partition(',')[0]}"
 
 
 def downsample_at(found: Measured, index: int) -> dict[str, Cell]:
@@ -127,7 +199,7 @@ def pooled_loyalty(row: Mapping[str, Cell], full: Mapping[str, Cell]) -> Interva
     same = {
         f"{name} {key}": value
         for name, cell in row.items()
-        for key, value in same_answers(cell.texts, full[name].texts).items()
+        for key, value in same_answers(cell.texts, full[name].texts, cell.normalise).items()
     }
     return interval(accuracy_terms(same, clusters_of(row)))
 
@@ -182,24 +254,25 @@ def against(table: Table, found: Measured) -> Section:
     rows = []
     for index, line in enumerate(found.lines):
         ours = ours_at(table, found, line.budget)
-        if index == 0 or ours is None or ours == index or not found.row(index):
+        if index == 0 or line.by_kept or ours is None or ours == index or not found.row(index):
             continue
         better, worse, texts = verdicts(found.row(ours), found.row(index))
         rows.append([line.title, str(line.budget), str(better), str(worse), texts])
     title = next((line.title for line in found.lines if line.method == table.ours), table.ours)
     about = (
-        f"{title} minus each method at the same budget, paired permutation tests by image on every benchmark, p-values "
-        "corrected by Holm over the benchmarks of a row. Listed are the significant differences (5 %)."
+        f"{title} minus each method at the same budget, paired permutation tests by image on every benchmark. p-values "
+        "are corrected by Holm over the benchmarks of one row, not over the rows. Listed are the differences that are "
+        "significant at 5 %."
     )
     header = ["method", "budget", f"{title} better on", "worse on", "significant differences [95 % interval]"]
     return Section(f"{title} against each method", about, header, rows)
 
 
 def ours_at(table: Table, found: Measured, budget: object) -> int | None:
-    """The line of the paper's method, with its defaults, at a budget."""
+    """The first line of the paper's method at a budget."""
     for index, line in enumerate(found.lines):
-        if line.method == table.ours and line.budget == budget and line.row is not None and not line.row.options:
-            return index if found.row(index) else None
+        if line.method == table.ours and line.budget == budget:
+            return index if found.row(index) and not line.by_kept else None
     return None
 
 
@@ -219,18 +292,18 @@ def verdicts(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> tuple[int, 
 def ablation(table: Table, found: Measured) -> Section:
     """Every choice beside the method's defaults, paired over images; two columns per benchmark and budget."""
     budgets = list(dict.fromkeys(line.budget for line in found.lines[1:]))
-    place = {id(row): number for number, row in enumerate(table.rows)}
-    index_of = {(place[id(line.row)], line.budget): i for i, line in enumerate(found.lines) if line.row is not None}
+    number_of = {id(row): place for place, row in enumerate(table.rows)}
+    index_of = {(number_of[id(line.row)], line.budget): i for i, line in enumerate(found.lines) if line.row is not None}
     default = next((n for n, row in enumerate(table.rows) if row.method == table.ours and not row.options), None)
     rows = []
-    for number, row in enumerate(table.rows):
+    for place, row in enumerate(table.rows):
         cells = [f"{row.group}: {row.title}" if row.group else row.title]
         for budget in budgets:
             base = None if default is None else index_of[default, budget]
             cells += [
                 text
                 for column in found.columns
-                for text in compared(found, index_of[number, budget], base, column.benchmark)
+                for text in compared(found, index_of[place, budget], base, column.benchmark)
             ]
         rows.append(cells)
     heads = [f"{column.title}, {budget} tokens" for budget in budgets for column in found.columns]
@@ -245,8 +318,9 @@ def compared(found: Measured, index: int, base: int | None, benchmark: str) -> l
     default = None if base is None else found.cells.get((base, benchmark))
     if cell is None:
         return ["n/a", "cannot run"]
+    text = number(cell.value, cell.points)
     if base is None or default is None:
-        return [f"{cell.value:.1f}", "n/a"]
+        return [text, "n/a"]
     if found.lines[index].setting == found.lines[base].setting:
-        return [f"**{cell.value:.1f}**", "default"]
-    return [f"{cell.value:.1f}", difference_text(compare(cell.terms, default.terms))]
+        return [f"**{text}**", "default"]
+    return [text, difference_text(compare(cell.terms, default.terms))]

@@ -3,11 +3,24 @@
 from collections.abc import Iterable, Sequence
 
 from eval.config import FULL
-from eval.papers.published import AVERAGE, KINDS, POINTS, Published, Row, contradictions, same_tokens, share
+from eval.papers.published import (
+    AVERAGE,
+    CONVENTIONS,
+    EFFICIENCY,
+    KINDS,
+    POINTS,
+    Published,
+    Row,
+    Source,
+    contradictions,
+    same_tokens,
+    share,
+)
 from eval.papers.spec import Budget, Column, Table
 from eval.tables.page import markdown
 
 DISPUTED = "?"
+COSTS = {"tflops": "TFLOP", "latency_ms": "ms", "speedup": "speed-up"}
 
 
 def budget_title(budget: Budget) -> str:
@@ -19,6 +32,13 @@ def number(value: float, column: str) -> str:
     """As printed: at least one decimal, but for MME's points."""
     text = f"{value:.6g}"
     return text if "." in text or column in POINTS else f"{text}.0"
+
+
+def split_text(source: Source) -> str:
+    """What a source's numbers are of, in words."""
+    if isinstance(source.split, dict):
+        return "; ".join(f"{column}: {split}" for column, split in source.split.items())
+    return "the usual splits" if source.split == "usual" else "splits not named"
 
 
 class Sources:
@@ -60,7 +80,10 @@ class Sources:
         for key in dict.fromkeys(row.source for row in (*self._full, *self.rows)):
             source = self._published.sources[key]
             note = f" {source.note[0].upper()}{source.note[1:]}." if source.note else ""
-            lines.append(f"* {source.title} ({KINDS[source.kind]}; trust {source.trust}): {source.where}.{note}")
+            about = (
+                f"{KINDS[source.kind]}; trust {source.trust}; {CONVENTIONS[source.convention]}; {split_text(source)}"
+            )
+            lines.append(f"* {source.title} ({about}): {source.where}.{note}")
         return "\n".join(lines)
 
     @property
@@ -73,18 +96,21 @@ class Sources:
         return [(f"{title} ({len(lines)})", "\n".join(lines)) for title, lines in found.items() if lines]
 
     def _has_column(self, row: Row) -> bool:
-        return any(column in row.scores for column in (*self._titles, AVERAGE))
+        return any(column in row.scores for column in (*self._titles, AVERAGE, *EFFICIENCY))
 
     def _at(self, budget: Budget) -> list[Row]:
         return [row for row in self.rows if same_tokens(row.share, share(budget))]
 
     def _markdown(self, rows: Iterable[Row], tokens: bool = False) -> str:
-        """Method, source, trust and scores; `tokens` adds the budget. Empty without rows."""
-        header = ["method", *(["tokens"] if tokens else []), "source", "trust", *self._titles.values(), "average"]
+        """Method, source, trust, scores, costs where a row has them; `tokens` adds the budget. Empty without rows."""
+        rows = list(rows)
+        costs = {name: title for name, title in COSTS.items() if any(name in row.scores for row in rows)}
+        columns = {**self._titles, AVERAGE: "average", **costs}
+        header = ["method", *(["tokens"] if tokens else []), "source", "trust", *columns.values()]
         body = []
         for row in rows:
             about = self._published.value(row, next(iter(row.scores)))
-            cells = [self._cell(row, column) for column in (*self._titles, AVERAGE)]
+            cells = [self._cell(row, column) for column in columns]
             body.append([self._label(row), *([str(row.tokens)] if tokens else []), about.title, about.trust, *cells])
         words = header.index("trust") + 1  # columns of words are aligned on the left
         return markdown(header, body).replace(f"|---|{'---:|' * (words - 1)}", f"|{'---|' * words}", 1) if body else ""

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from eval import benchmarks
 from eval.config import FULL, ROOT, ratio
+from eval.papers.published import Convention
 from llava.errors import UserError
 from llava.reduction import registry
 
@@ -57,6 +58,7 @@ class Place(Part):
         benchmarks: the columns that it can fill; empty for all.
         tokens: visual tokens of an image without reduction, as the paper counts them.
         picture: image options, the paper's convention of tiles.
+        convention: one of eval.papers.published.CONVENTIONS; published numbers of others are not compared with ours.
         dtype: of the weights.
         batch_size: questions asked at once.
         questions: of each benchmark at most; None for all.
@@ -67,6 +69,7 @@ class Place(Part):
     benchmarks: tuple[str, ...] = ()
     tokens: int = 576
     picture: Mapping[str, str] = Field(default_factory=dict)
+    convention: Convention = "unknown"
     dtype: str = "float32"
     batch_size: int = 8
     questions: int | None = None
@@ -98,7 +101,8 @@ class Row(Part):
 
     Attributes:
         label: "" for the method's name.
-        published: name in the published values; "" for the method's name, "none" for a variant of our own.
+        published: name in the published values; "" for the method's name, "none" for a variant of our own. Numbers
+            that a release made belong to the row that runs it: `runs_release`.
         group: heading above the first row of a group, for ablations the factor.
     """
 
@@ -116,6 +120,13 @@ class Row(Part):
     def published_name(self) -> str:
         return "" if self.published == "none" else self.published or self.method
 
+    @property
+    def runs_release(self) -> bool:
+        """Whether the row does what the release does: nothing known differs, or the method's `official` is set."""
+        return "official" not in registry.options_of(registry.method(self.method)) or (
+            self.options.get("official", "").lower() == "true"
+        )
+
 
 class Table(Part):
     """One table of a paper.
@@ -123,7 +134,7 @@ class Table(Part):
     Attributes:
         title: heading of the page.
         about: what the paper's table shows, and what is known about it.
-        paper: folder of scripts/ that the spec is in.
+        paper: folder that the spec is in.
         name: of the file.
         kind: "scores": methods by benchmarks; "ablation": one method's options, compared with its defaults;
             "efficiency": costs and times.
@@ -131,14 +142,14 @@ class Table(Part):
         real: the checkpoint of the paper; toy: what stands in for it without downloads.
         model_title: name of the paper's model.
         published: file of eval/papers/published/; "" if there is none.
-        budgets: visual tokens, or retention ratios; toy_budgets where the toy model has other numbers of tokens.
+        budgets: visual tokens, or retention ratios.
         notes: conventions and known deviations.
         page, marker: an ablation also goes between these markers of a page of docs/, when it is of the whole toy table.
     """
 
     title: str
     about: str
-    paper: Literal["consensusdrop", "visiondrop", "attnmix"]
+    paper: str
     name: str
     kind: Literal["scores", "ablation", "efficiency"] = "scores"
     ours: Annotated[str, AfterValidator(known_method)]
@@ -148,7 +159,6 @@ class Table(Part):
     published: str = ""
     columns: tuple[Column, ...]
     budgets: tuple[Budget, ...]
-    toy_budgets: tuple[Budget, ...] = ()
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     page: str = ""
@@ -163,8 +173,6 @@ class Table(Part):
         for place in (self.real, self.toy):
             if lost := [name for name in place.benchmarks if name not in {c.benchmark for c in self.columns}]:
                 raise ValueError(f"{place.model} lists benchmarks that are no column: {', '.join(lost)}")
-        if self.toy_budgets and len(self.toy_budgets) != len(self.budgets):
-            raise ValueError("toy_budgets has another number of entries than budgets")
         for row in self.rows:
             if row.method == FULL:
                 raise ValueError("full is always the first row; leave it out of rows")
@@ -194,14 +202,13 @@ def read(path: Path) -> Table:
         near = get_close_matches(path.stem, [other.stem for other in paths()], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(f"There is no table {path}.{hint} Tables: {', '.join(sorted(map(short, paths())))}.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} should be a mapping of keys to values, got {type(content).__name__}.")
     try:
-        return Table.model_validate({"paper": path.parent.name, "name": path.stem} | resolved(content, path.parent))
+        return Table.model_validate(
+            {"paper": path.resolve().parent.name, "name": path.stem} | resolved(content, path.parent)
+        )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except ValidationError as error:
@@ -211,7 +218,8 @@ def read(path: Path) -> Table:
 
 
 def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Lists that are named by the file that holds them: `rows: baselines.yaml` reads the list of that file."""
+    """Lists that are named by the file that holds them: `rows: ../lists/baselines.yaml` reads the list of that file,
+    from there or, for a spec outside this repository, from scripts/lists."""
     found = dict(content)
     for key in ("rows", "columns"):
         value = found.get(key)
@@ -219,16 +227,32 @@ def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         entries: list[Any] = []
         for part in parts:
             if isinstance(part, str):
-                file = (folder / part).resolve()
-                if not file.is_file() or SCRIPTS.resolve() not in file.parents:
-                    raise UserError(f"{key} names the file {part}, which is not in scripts/.")
-                entries += yaml.safe_load(file.read_text())
+                entries += read_list(key, part, folder)
             elif part is not None:
                 entries.append(part)
         found[key] = entries
     if "factors" in found:
         found["rows"] = [*found["rows"], *rows_of_factors(str(found.get("ours", "")), found.pop("factors"))]
     return found
+
+
+def read_list(key: str, name: str, folder: Path) -> list[Any]:
+    """The entries of a list's file."""
+    places = [folder / name, SCRIPTS / "lists" / Path(name).name]
+    file = next((place for place in places if place.suffix == ".yaml" and place.is_file()), None)
+    if file is None:
+        raise UserError(f"{key} names {name}, which is no .yaml file beside the table's nor in scripts/lists.")
+    content = read_yaml(file)
+    if not isinstance(content, list):
+        raise UserError(f"{key} names {name}, which should hold a list, got {type(content).__name__}.")
+    return content
+
+
+def read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
 
 
 def rows_of_factors(method: str, factors: Any) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@
     vtr tables paper consensusdrop/llava15_7b --limit 20               # quick look
     vtr tables paper consensusdrop/llava15_7b --data /data/eval        # the paper's model, downloaded by its id
     vtr tables paper consensusdrop/llava15_7b --render                 # only write, from finished runs
+    vtr tables paper consensusdrop/llava15_7b --add rows.csv           # with rows of your own (docs/paper_tables.md)
 
 Without --data (or --model) the bundled toy model stands in, and the published columns are left out. Answers are kept in
 results/sweep, shared by all tables, so an interrupted table goes on where it stopped.
@@ -11,6 +12,7 @@ results/sweep, shared by all tables, so an interrupted table goes on where it st
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,15 +20,17 @@ from typing import TYPE_CHECKING
 
 from eval.answers.jsonl import write_file
 from eval.command import exit_on_user_error, make_parser
-from eval.config import ROOT, count_or_ratio
+from eval.config import ROOT, count_or_ratio, is_toy
 from eval.papers import spec
-from eval.papers.spec import Budget, Column, Table
+from eval.papers.own import read_own
+from eval.papers.spec import Column, Table
 from llava.errors import UserError
 
 if TYPE_CHECKING:
     from eval.papers.document import Document
     from eval.papers.gate import Check
     from eval.papers.measured import Measured
+    from eval.papers.own import OwnRow
     from eval.papers.plan import Where
     from eval.papers.timing import Time
     from llava.model.llava_arch import Llava
@@ -38,19 +42,20 @@ def where_of(table: Table, args: argparse.Namespace) -> "Where":
     """The model and data: the paper's if the user names data or a model, the toy ones otherwise."""
     from eval.papers.plan import Where
 
-    is_toy = args.model is None and args.data is None
-    place = table.toy if is_toy else table.real
+    bundled = args.model is None and args.data is None
+    place = table.toy if bundled else table.real
     changes = {"model": args.model, "dtype": args.dtype, "batch_size": args.batch_size}
     place = place.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    if is_toy:
+    if bundled:
         place = place.model_copy(update={"model": str(ROOT / place.model)})
-    if not is_toy and args.data is None:
+    if not bundled and args.data is None:
         raise UserError("--model also needs --data, the folder of the benchmarks (docs/evaluation.md).")
-    data = ROOT / table.toy.data if is_toy else Path(args.data)
+    data = ROOT / table.toy.data if bundled else Path(args.data)
     if not data.is_dir():
         raise UserError(f"The data folder {data} does not exist; see docs/reproduce.md.")
     limit = min(filter(None, (args.limit, place.questions)), default=None)
-    return Where(place, is_toy, data, limit, args.device, args.judge, wandb_of_cells(args.wandb), table.identity)
+    toy = bundled or is_toy(place.model)
+    return Where(place, toy, data, limit, args.device, args.judge, wandb_of_cells(args.wandb), table.identity)
 
 
 def wandb_of_cells(mode: str) -> str:
@@ -60,33 +65,24 @@ def wandb_of_cells(mode: str) -> str:
     return "disabled" if mode == "auto" and not (has_key() and resolve_mode(mode) == "online") else mode
 
 
-def narrowed(table: Table, args: argparse.Namespace, is_toy: bool) -> Table:
+def narrowed(table: Table, args: argparse.Namespace) -> Table:
     """The table with the rows, columns and budgets that the user asked for."""
     rows = spec.chosen(table.rows, words(args.methods), "method", [row.method for row in table.rows])
     columns = spec.chosen(table.columns, words(args.benchmarks), "benchmark", [c.benchmark for c in table.columns])
-    names = [str(budget) for budget in (table.toy_budgets if is_toy and table.toy_budgets else table.budgets)]
+    names = [str(budget) for budget in table.budgets]
     kept = [str(count_or_ratio(text)) and text for text in words(args.budgets)]
-    places = [names.index(name) for name in spec.chosen(names, kept, "budget", names)]
-
-    def pick(budgets: Sequence[Budget]) -> tuple[Budget, ...]:
-        return tuple(budgets[place] for place in places) if budgets else ()
-
-    return table.model_copy(
-        update={
-            "rows": tuple(rows),
-            "columns": tuple(columns),
-            "budgets": pick(table.budgets),
-            "toy_budgets": pick(table.toy_budgets),
-        }
-    )
+    budgets = spec.chosen(table.budgets, kept, "budget", names)
+    return table.model_copy(update={"rows": tuple(rows), "columns": tuple(columns), "budgets": tuple(budgets)})
 
 
 def words(text: str | None) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
 
 
-def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path) -> "Document":
-    """Fill what is missing, and say everything that the formats write."""
+def make(
+    table: Table, where: "Where", args: argparse.Namespace, folder: Path, own: "Sequence[OwnRow]" = ()
+) -> "Document":
+    """Fill what is missing, and say everything that the formats write; `own`: rows that the user adds."""
     from eval.papers.fill import fill_cells, open_model
     from eval.papers.measured import read_cells
     from eval.papers.pictures import draw_kept
@@ -109,7 +105,7 @@ def make(table: Table, where: "Where", args: argparse.Namespace, folder: Path) -
     repeats = repeats_of(args, model, where)
     times = times_of(lines, columns[0], where, model, repeats, folder / f"{table.name}.times.jsonl")
     found = read_cells(lines, columns, where, model)
-    document = document_of(table, where, found, checks, times, command_line(table, args))
+    document = document_of(table, where, found, checks, times, command_line(table, args), own)
     if args.wandb == "disabled" or args.render or not repeats:
         return document
     return dataclasses.replace(
@@ -152,25 +148,28 @@ def document_of(
     checks: "Sequence[Check]",
     times: "Mapping[int, Time]",
     command: str,
+    own: "Sequence[OwnRow]" = (),
 ) -> "Document":
     """What the page says, by the kind of the table."""
     from eval.papers import published
     from eval.papers.document import Document, facts_of, notes_of
-    from eval.papers.gate import sentences
     from eval.papers.rows import blocks, entries
     from eval.papers.sections import sections_of
 
     source = published.load(table.published) if table.published and not where.is_toy else None
+    cells = entries(found, source, where.place)
     return Document(
         table,
+        Path(where.place.model).name,
+        where.is_toy,
         facts_of(table, where, found, command),
         [*heads(found.columns), "average"],
-        blocks(table, found) if table.kind == "scores" else (),
-        entries(found, source, where.place),
-        sections_of(table, found, times),
-        sentences(checks),
-        unchecked(where, checks),
-        notes_of(table, found, source is not None),
+        blocks(found, own) if table.kind == "scores" else (),
+        cells,
+        sections_of(table, found, times, source, where.place),
+        checks,
+        own,
+        notes_of(table, found, cells, own),
         points_of(found, times),
     )
 
@@ -193,18 +192,7 @@ def heads(columns: Sequence[Column]) -> list[str]:
     return [column.title for column in columns]
 
 
-def unchecked(where: "Where", checks: "Sequence[Check]") -> str:
-    """What the gate did not compare, and why."""
-    if where.is_toy:
-        return ""
-    lost = [one.cell.column.title for one in checks if one.difference is None]
-    if not lost:
-        return "within the tolerance of a published value on every benchmark."
-    reasons = "no source, another split, or not all questions were asked"
-    return f"not compared with a published value on {', '.join(lost)} ({reasons})."
-
-
-def write(document: "Document", folder: Path, is_toy: bool) -> list[Path]:
+def write(document: "Document", folder: Path) -> list[Path]:
     """The table in all formats; returns the files."""
     from eval.papers import figure
     from eval.papers.render import html, latex, markdown, numbers
@@ -212,13 +200,13 @@ def write(document: "Document", folder: Path, is_toy: bool) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     name = document.table.name
     drawn = bool(document.blocks) and figure.draw(
-        folder / f"{name}.png", document.points, document.table.title + (", toy model" if is_toy else ""), document.ours
+        folder / f"{name}.png", document.points, document.title, document.ours
     )
     texts = {
-        "md": markdown.page(document, is_toy, f"{name}.png" if drawn else ""),
+        "md": markdown.page(document, f"{name}.png" if drawn else ""),
         "csv": numbers.text(document),
-        "tex": latex.text(document, is_toy),
-        "html": html.text(document, is_toy),
+        "tex": latex.text(document),
+        "html": html.text(document),
     }
     paths = [folder / f"{name}.png"] if drawn else []
     for suffix, text in texts.items():
@@ -247,6 +235,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--methods", help="some of the table's methods, separated by commas")
     p.add_argument("--budgets", help="some of the table's budgets")
     p.add_argument("--benchmarks", help="some of the table's benchmarks")
+    p.add_argument("--add", type=Path, metavar="CSV", help="rows of your own: method,budget,source and benchmarks")
     p.add_argument("--dtype", help="of the weights; the table's own if left out")
     p.add_argument("--batch-size", type=int, help="questions asked at once; the table's own if left out")
     p.add_argument("--device", default="auto", help="torch device")
@@ -268,10 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--limit should be 1 or more questions, got {args.limit}.")
     table = spec.read(spec.find(args.table))
     where = where_of(table, args)
-    table = narrowed(table, args, where.is_toy)
+    own = read_own(args.add, table) if args.add else ()
+    table = narrowed(table, args)
     folder = args.output or default_folder(table, where, args)
-    document = make(table, where, args, folder)
-    files = write(document, folder, where.is_toy)
+    document = make(table, where, args, folder, own)
+    files = write(document, folder)
     if args.page:
         update_page(document)
     log(args.wandb, document, where, folder, files)
@@ -281,10 +271,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command_line(table: Table, args: argparse.Namespace) -> str:
-    """The command that makes this table again."""
+    """The command that makes this table again, with every flag that changes it and is not its default."""
     given = [f"MODEL={args.model}"] * bool(args.model) + [f"DATA={args.data}"] * bool(args.data)
-    options = {name: getattr(args, name) for name in ("limit", "methods", "budgets", "benchmarks", "dtype")}
-    flags = [f"--{name} {value}" for name, value in options.items() if value]
+    names = ("limit", "methods", "budgets", "benchmarks", "add", "dtype", "batch_size", "judge")
+    usual = parser().parse_args([args.table])
+    options = {name: getattr(args, name) for name in names if getattr(args, name) != getattr(usual, name)}
+    flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options.items()]
     path = spec.find(args.table).resolve()
     own = path.is_relative_to(spec.SCRIPTS.resolve())
     return " ".join([*given, f"bash {table.script}" if own else f"vtr tables paper {args.table}", *flags])
@@ -303,7 +295,8 @@ def summary(document: "Document") -> str:
     """The wide table as it is printed on the terminal."""
     from eval.papers.render.markdown import wide
 
-    lines = [document.table.title, *(f"MARKED: {line}" for line in document.marked)]
+    lines = [document.title, *([document.banner] if document.banner else [])]
+    lines += [f"MARKED: {line}" for line in document.marked]
     if document.blocks:
         lines.append(wide(document.columns, document.blocks).replace("**", "").replace("<u>", "").replace("</u>", ""))
     return "\n".join(lines)

@@ -12,7 +12,7 @@ LOWER_IS_BETTER = {"distribution"}
 
 
 def scored(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
-    """The score in JSON types, with the 95 % confidence interval of its main number."""
+    """The score in JSON types, with the 95 % confidence intervals of its main number and of `other_terms`."""
     return {
         "questions": len(score.correct) or len(list(questions)),
         "main": score.main,
@@ -28,11 +28,14 @@ def scored(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
 
 
 def confidence(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
-    """The interval of the main number and the unit that was resampled; nothing where there is no number."""
+    """Intervals by number, and the unit that was resampled; nothing where there is no number."""
     if score.values.get(score.main) is None:
         return {}
-    terms = terms_of(score, {question.id: question.image for question in questions})
-    return {score.main: {**dataclasses.asdict(interval(terms)), "unit": terms.unit}}
+    main = terms_of(score, {question.id: question.image for question in questions})
+    return {
+        name: {**dataclasses.asdict(interval(terms)), "unit": terms.unit}
+        for name, terms in {score.main: main, **score.other_terms}.items()
+    }
 
 
 def interval_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -36,6 +36,15 @@ def csv_numbers(*values: float | None) -> list[str]:
     return ["" if value is None else f"{value:.2f}" for value in values]
 
 
+def csv_text(text: str) -> str:
+    """Text that no spreadsheet takes for a formula: = + - @ at its start follow an apostrophe, but for numbers."""
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text
+    return text
+
+
 def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A booktabs table; first column left, the others right. Needs \\usepackage{booktabs}."""
     escapes = {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "‡": r"$^\ddagger$", "n/a": "--"}

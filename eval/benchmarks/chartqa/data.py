@@ -57,8 +57,6 @@ BENCHMARK = Benchmark(
     splits=("test",),
     read=load,
     profiles=("lmms",),
-    published="18.2 relaxed accuracy †",
-    published_by="LLaVA-1.5-7B, from memory",
     mirror=IDS,
     licence="GPL-3.0 (https://github.com/vis-nlp/ChartQA)",
 )

@@ -27,8 +27,6 @@ BENCHMARK = Benchmark(
     splits=tuple(SPLITS),
     read=load,
     profiles=("lmms",),
-    published="28.1 ANLS †",
-    published_by="LLaVA-1.5-7B, from memory, on val",
     mirror=IDS,
     licence="see https://www.docvqa.org and the data card",
 )

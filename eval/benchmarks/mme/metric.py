@@ -143,7 +143,10 @@ def score_pairs(pairs: Pairs, read: Callable[[str], str]) -> Score:
         "accuracy+": {task: (float(100 * divide(sums[task][2], sums[task][3])), sizes[task]) for task in tasks},
     }
     notes = (*task_notes(tasks), *line_notes(pairs, said))
-    return Score(values, groups, correct, notes, "perception", POINTS, terms_of(pairs, counts))
+    terms = terms_of(pairs, counts, [task for task in PERCEPTION if task in tasks])
+    total = terms_of(pairs, counts, tasks) if values["total"] is not None else None
+    others = {"total": total} if total else {}
+    return Score(values, groups, correct, notes, "perception", POINTS, terms, others)
 
 
 def count(pair: Sequence[Line], correct: Mapping[str, float]) -> tuple[float, float, float, float]:
@@ -164,9 +167,8 @@ def sum_of(scores: Mapping[str, float], tasks: Iterable[str]) -> float | None:
     return sum(there) if there else None
 
 
-def terms_of(pairs: Pairs, counts: Mapping[str, Array]) -> SufficientStatistics | None:
-    """Perception as a function of counts per image pair, the tasks side by side."""
-    tasks = [task for task in PERCEPTION if task in counts]
+def terms_of(pairs: Pairs, counts: Mapping[str, Array], tasks: Sequence[str]) -> SufficientStatistics | None:
+    """The points of some tasks as a function of counts per image pair, the tasks side by side; None without a task."""
     if not tasks:
         return None
     names = [" + ".join(dict.fromkeys(line.image for line in pair)) for task in tasks for pair in pairs[task]]
@@ -178,10 +180,10 @@ def terms_of(pairs: Pairs, counts: Mapping[str, Array]) -> SufficientStatistics 
     # By name, because the order of an answer file is not the same for every model.
     order = sorted(range(len(names)), key=names.__getitem__)
     ordered = tuple(names[row] for row in order)
-    return SufficientStatistics("image pair", ordered, ordered, sums[order].reshape(len(names), -1), perception)
+    return SufficientStatistics("image pair", ordered, ordered, sums[order].reshape(len(names), -1), points)
 
 
-def perception(sums: Array) -> Array:
+def points(sums: Array) -> Array:
     """[..., tasks x columns] -> points."""
     return task_score(sums.reshape(*sums.shape[:-1], -1, COLUMNS)).sum(-1)
 

@@ -118,8 +118,6 @@ BENCHMARK = Benchmark(
     summary="Multiple choice that needs the image, in six categories.",
     splits=("val",),
     read=load,
-    published="30.3 accuracy †",
-    published_by="LLaVA-1.5-7B, from memory",
     mirror=IDS,
     licence="see https://huggingface.co/datasets/Lin-Chen/MMStar and the sets it was drawn from",
 )

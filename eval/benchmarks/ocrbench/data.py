@@ -83,8 +83,6 @@ BENCHMARK = Benchmark(
     summary="Reading text in images, from single words to forms and formulas; points out of 1,000.",
     splits=("test",),
     read=load,
-    published="297 points †",
-    published_by="LLaVA-1.5-7B, from memory; 29.7 % in a public table of token reduction methods",
     mirror=IDS,
     licence="see https://github.com/Yuliang-Liu/MultimodalOCR and the data card",
 )

@@ -242,7 +242,7 @@ BENCHMARK = Benchmark(
     splits=("val",),
     read=load,
     published="58.2 accuracy",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, with OCR tokens in the prompt; about 46 without (from memory)",
+    published_by="LLaVA-1.5-7B, LLaVA's model zoo, with OCR tokens in the prompt",
     needs=(
         Need(f"textvqa/{PROMPTS}", EVAL_ZIP),
         Need(f"textvqa/{ANNOTATIONS}", f"https://dl.fbaipublicfiles.com/textvqa/data/{ANNOTATIONS}"),

@@ -3,18 +3,17 @@
 from pathlib import Path
 
 from eval.pages.skeleton import asset, environment
-from eval.papers.document import TOY, Document
-from eval.papers.rows import number, ours_text, published_text
+from eval.papers.document import Document
+from eval.papers.rows import difference_to, ours_text, published_text
 
 
-def text(document: Document, is_toy: bool) -> str:
+def text(document: Document) -> str:
     """The file."""
     template = environment(Path(__file__).parent).get_template("table.html.j2")
     return template.render(
         document=document,
         table=document.table,
-        toy=TOY if is_toy else "",
-        number=number,
+        difference_to=difference_to,
         ours_text=ours_text,
         published_text=published_text,
         style=asset("style.css"),

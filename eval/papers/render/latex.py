@@ -1,18 +1,38 @@
 """A table as LaTeX for a paper: booktabs, best bold, second underlined, the relative average last.
 
-Tables of costs and ablations have no wide table; their first section is written.
+A float over the whole width of the page; a table that is too wide or too high is made smaller. Tables of costs and
+ablations have no wide table; their first section is written.
 """
 
 import re
 from collections.abc import Sequence
 
 from eval.papers.document import Document, Section
-from eval.papers.rows import MARK, Block, number
+from eval.papers.own import OWN_MARK
+from eval.papers.rows import MARK, Block
 
 ESCAPES = {
     "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", MARK: r"$^\ddagger$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "≥": r"$\geq$",
+    "≠": r"$\neq$", "−": "$-$", "×": r"$\times$", "²": "$^2$", "–": "--", "±": r"$\pm$",
+    MARK: r"$^\ddagger$", OWN_MARK: r"$^\S$",
 }  # fmt: skip
+# The box is measured, so that narrow tables keep their size; \resizebox* counts the depth of a box too.
+BEGIN = r"""\begin{table*}[t]
+\centering
+\setlength{\tabcolsep}{3pt}
+\caption{%s}
+\label{tab:%s}
+\sbox0{%%
+\begin{tabular}{%s}
+\toprule"""
+END = r"""\bottomrule
+\end{tabular}}
+\ifdim\wd0>\textwidth\sbox0{\resizebox{\textwidth}{!}{\usebox0}}\fi
+\ifdim\dimexpr\ht0+\dp0\relax>.8\textheight\sbox0{\resizebox*{!}{.8\textheight}{\usebox0}}\fi
+\usebox0
+\end{table*}
+"""
 
 
 def escaped(text: str) -> str:
@@ -20,21 +40,45 @@ def escaped(text: str) -> str:
     return "".join(ESCAPES.get(letter, letter) for letter in text)
 
 
-def text(document: Document, is_toy: bool) -> str:
-    r"""The file; needs \usepackage{booktabs}."""
+def text(document: Document) -> str:
+    r"""The file; needs \usepackage{booktabs,graphicx}."""
     head, body = wide(document) if document.blocks else plain(document.sections[0])
+    facts = dict(document.facts)
+    identity = re.sub(r"[^\w/-]", "-", document.table.identity)
     lines = [
-        f"% {document.table.title}. Made by: {dict(document.facts)['Command'].strip('`')}",
-        *(["% Toy model: not numbers of the paper's model."] if is_toy else []),
+        r"% \usepackage{booktabs,graphicx}",
+        f"% {document.title}. Made by: {facts['Command'].strip('`')}",
+        *([f"% {document.banner}"] if document.banner else []),
         *(f"% MARKED, the unreduced model is not the published one: {line}" for line in document.marked),
-        rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}",
-        r"\toprule",
-        " & ".join(head) + r" \\",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}",
+        *(f"% {line}" for line in document.baseline),
     ]
-    return "\n".join([*lines, ""])
+    caption = [*([rf"\textbf{{{escaped(document.banner)}}}"] if document.banner else []), escaped(caption_of(document))]
+    return "\n".join(
+        [
+            *(" ".join(line.split()) for line in lines),
+            BEGIN % (" ".join(caption), identity.replace("_", "-"), "l" + "c" * (len(head) - 1)),
+            " & ".join(head) + r" \\",
+            *body,
+            END,
+        ]
+    )
+
+
+def caption_of(document: Document) -> str:
+    """What a reader of the paper must know: model, questions, commit, and what the marks mean."""
+    facts = dict(document.facts)
+    parts = [
+        document.title,
+        f"Model: {document.model}",
+        f"Questions: {facts['Questions']}",
+        f"Commit {facts['Commit']}",
+    ]
+    if document.blocks:
+        parts.append("Bold: best of a budget; underlined: second best; average: mean of the scores in percent of full")
+    if document.marked:
+        parts.append("The unreduced model is not the published one")
+    parts += [note.rstrip(".") for note in document.notes if note[:1] in (MARK, OWN_MARK)]
+    return ". ".join(parts) + "."
 
 
 def wide(document: Document) -> tuple[list[str], list[str]]:
@@ -68,7 +112,7 @@ def styled(text: str) -> str:
 def cells(values: Sequence[float | None], row: int, block: Block) -> list[str]:
     found = []
     for column, value in enumerate(values):
-        text = "--" if value is None else number(value, points=value >= 200)
+        text = "--" if value is None else block.text(value, column)
         if value is not None and column == len(values) - 1:
             text += r"\%"
         if row in block.best[column]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from eval.papers.document import TOY, Document
-from eval.papers.rows import Block, Entry, number, ours_text, published_text
+from eval.papers.document import Document
+from eval.papers.rows import Block, Entry, difference_to, ours_text, published_text
 from eval.tables.page import markdown
 
 LEGEND = (
@@ -12,12 +12,12 @@ LEGEND = (
 )
 
 
-def page(document: Document, is_toy: bool, picture: str = "") -> str:
+def page(document: Document, picture: str = "") -> str:
     """The whole page; `picture` is the file of its figure, if there is one."""
-    table = document.table
-    parts = [f"# {table.title}", table.about]
-    if is_toy:
-        parts.append(f"**{TOY}**")
+    parts = [f"# {document.title}"]
+    if document.banner:
+        parts.append(f"**{document.banner}**")
+    parts.append(document.table.about)
     parts.append("\n".join(f"* {name}: {text}" for name, text in document.facts))
     if document.marked:
         lines = "\n".join(f"> * {line}" for line in document.marked)
@@ -25,13 +25,15 @@ def page(document: Document, is_toy: bool, picture: str = "") -> str:
             "> **Marked: the unreduced model is not the published one.** Reduced numbers below cannot be compared with "
             f"the paper's before this is explained.\n>\n{lines}"
         )
-    elif document.unchecked:
-        parts.append(f"Baseline: {document.unchecked}")
+    if document.baseline:
+        parts.append(
+            "Baseline, full beside published numbers:\n\n" + "\n".join(f"* {line}" for line in document.baseline)
+        )
     if document.blocks:
         parts.append(wide(document.columns, document.blocks))
         parts.append(LEGEND)
     if picture:
-        parts.append(f"![Mean of full against tokens]({picture})")
+        parts.append(f"![Average against tokens]({picture})")
     for section in document.sections:
         parts += [f"## {section.title}", section.about, markdown(section.columns, section.rows)]
     if document.notes:
@@ -58,7 +60,7 @@ def styled(value: float | None, row: int, column: int, block: Block) -> str:
     """A value: bold if it is the best of its column, underlined if the second."""
     if value is None:
         return "n/a"
-    text = number(value, points=value >= 200)
+    text = block.text(value, column)
     return f"**{text}**" if row in block.best[column] else f"<u>{text}</u>" if row in block.second[column] else text
 
 
@@ -69,15 +71,14 @@ def cells(entries: Sequence[Entry], has_published: bool) -> str:
     rows = []
     for entry in entries:
         cell = entry.cell
-        difference = "n/a" if entry.difference is None else f"{entry.difference:+.1f}"
         rows.append(
             [
                 cell.line.title,
                 str(cell.line.budget or "all"),
                 cell.column.title,
-                *([published_text(entry.published)] if has_published else []),
+                *([published_text(entry.published, entry.convention)] if has_published else []),
                 ours_text(cell),
-                *([difference] if has_published else []),
+                *([difference_to(entry)] if has_published else []),
                 f"{cell.tokens:.1f}",
                 f"{cell.merged:.1f}",
                 f"`{cell.command}`",
