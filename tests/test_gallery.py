@@ -451,7 +451,7 @@ def test_the_script_passes_the_model_and_stays_in_the_caller_s_folder(tmp_path):
     stamp = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()
     (tmp_path / "venv" / "requirements.sha256").write_text(f"{stamp}\n")
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts/show.sh"), "photo.jpg", "what is it?"],
+        ["bash", str(ROOT / "scripts/gallery.sh"), "photo.jpg", "what is it?"],
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv"), "MODEL": "some/model"},
         capture_output=True,
