@@ -20,18 +20,16 @@ from eval.config import (
     RunConfig,
     budget_of,
     count,
-    count_or_ratio,
     embedded_model,
     method_options,
     pairs,
     path_name,
-    ratio,
     table_name,
 )
 from eval.judging.choice import HELP as JUDGE_HELP
 from eval.parallel import placement, ranks
 from llava.errors import UserError
-from llava.option_names import RETENTION_RATIO, with_current_names
+from llava.option_names import RETENTION_RATIO, count_or_ratio, with_current_names
 
 # More questions than any benchmark has.
 LARGEST_BATCH = 1_000_000
@@ -45,13 +43,7 @@ def parser() -> Parser:
     p.add_argument(
         "--budget",
         type=value(count_or_ratio),
-        help="visual tokens to keep per image, or a retention ratio such as 1/9; not needed for 'full'",
-    )
-    p.add_argument(
-        "--retention",
-        type=value(ratio),
-        metavar="RATIO",
-        help="in place of --budget: ratio of each image's visual tokens to keep, as 1/9 or 0.25",
+        help="visual tokens to keep per image, or the ratio of each image's, as 1/9 or 0.111; not needed for 'full'",
     )
     p.add_argument("--set", action="append", default=[], metavar="[METHOD.]KEY=VALUE", help="option of the method")
     p.add_argument("--benchmark", default="gqa", help="benchmark; see --list")
@@ -243,15 +235,10 @@ def configuration(args: argparse.Namespace) -> RunConfig:
 
 
 def chosen_budget(args: argparse.Namespace, options: dict[str, str]) -> tuple[int | None, dict[str, str]]:
-    """The budget, and the method's options with the retention ratio that --budget or --retention stands for."""
+    """The budget, and the method's options with the retention ratio that --budget stands for."""
     budget, chosen = budget_of(args.budget)
-    if args.retention is not None:
-        if args.budget is not None:
-            raise UserError("--budget and --retention are both given; leave one out.")
-        chosen = {RETENTION_RATIO: repr(args.retention)}
     if chosen and RETENTION_RATIO in options:
-        flag = "--retention" if args.retention is not None else "--budget as a ratio"
-        raise UserError(f"{flag} and --set {args.method}.{RETENTION_RATIO} are both given; leave one out.")
+        raise UserError(f"--budget as a ratio and --set {args.method}.{RETENTION_RATIO} are both given; leave one out.")
     return budget, options | chosen
 
 

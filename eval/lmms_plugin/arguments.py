@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eval.config import DEFAULT_MODEL, RunConfig, budget_of, count_or_ratio, whole_number
+from eval.config import DEFAULT_MODEL, RunConfig, budget_of, whole_number
 from llava.errors import UserError, unknown
-from llava.option_names import FORMER_NAMES, RETENTION_RATIO
+from llava.option_names import FORMER_NAMES, RETENTION_RATIO, count_or_ratio
 
 # Those of lmms-eval's own flags (--batch_size, --max_batch_size, --device) are handed over with --model_args.
 PLAIN = (

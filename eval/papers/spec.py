@@ -12,8 +12,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eval import benchmarks
-from eval.config import FULL, ROOT, ratio
+from eval.config import FULL, ROOT
 from llava.errors import UserError
+from llava.option_names import count_or_ratio
 from llava.reduction import registry
 
 SCRIPTS = ROOT / "scripts"
@@ -32,10 +33,7 @@ def known_method(name: str) -> str:
 
 def budget_text(value: str | int) -> str | int:
     """A number of tokens, or a ratio such as "1/9"."""
-    if isinstance(value, str):
-        ratio(value)
-    elif value < 1:
-        raise ValueError(f"a budget is 1 or more visual tokens, got {value}")
+    count_or_ratio(value)
     return value
 
 

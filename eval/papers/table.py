@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from eval.answers.jsonl import write_file
 from eval.command import exit_on_user_error, make_parser
-from eval.config import ROOT, count_or_ratio
+from eval.config import ROOT
 from eval.papers import spec
 from eval.papers.spec import Budget, Column, Table
 from llava.errors import UserError
@@ -65,8 +65,7 @@ def narrowed(table: Table, args: argparse.Namespace, is_toy: bool) -> Table:
     rows = spec.chosen(table.rows, words(args.methods), "method", [row.method for row in table.rows])
     columns = spec.chosen(table.columns, words(args.benchmarks), "benchmark", [c.benchmark for c in table.columns])
     names = [str(budget) for budget in (table.toy_budgets if is_toy and table.toy_budgets else table.budgets)]
-    kept = [str(count_or_ratio(text)) and text for text in words(args.budgets)]
-    places = [names.index(name) for name in spec.chosen(names, kept, "budget", names)]
+    places = [names.index(name) for name in spec.chosen(names, words(args.budgets), "budget", names)]
 
     def pick(budgets: Sequence[Budget]) -> tuple[Budget, ...]:
         return tuple(budgets[place] for place in places) if budgets else ()
