@@ -1,7 +1,8 @@
-"""Evaluate one method at one budget on one benchmark.
+"""Evaluate methods at budgets on benchmarks, each in a run of its own.
 
 python -m eval --method consensusdrop --budget 64
 python -m eval --method full --limit 100
+python -m eval --benchmark gqa,pope --method full,consensusdrop --budget 64,128
 python -m eval --list
 """
 
@@ -16,12 +17,13 @@ from pathlib import Path
 from eval import benchmarks
 from eval.command import Parser, Terminated, add_data_flags, exit_on_user_error, make_parser, terminate, value
 from eval.config import (
+    FULL,
     ROOT,
     RunConfig,
     budget_of,
     count,
     embedded_model,
-    method_options,
+    options_by_method,
     pairs,
     path_name,
     table_name,
@@ -39,14 +41,17 @@ SOME_FAILED = 3
 
 def parser() -> Parser:
     p = make_parser("eval", __doc__)
-    p.add_argument("--method", help="name of the method; see --list")
+    p.add_argument("--method", type=names, help="name of the method, or several separated by commas; see --list")
     p.add_argument(
         "--budget",
-        type=value(count_or_ratio),
-        help="visual tokens to keep per image, or the ratio of each image's, as 1/9 or 0.111; not needed for 'full'",
+        type=value(sizes),
+        help="visual tokens to keep per image, or the ratio of each image's, as 1/9 or 0.111, or several separated by "
+        "commas; not needed for 'full'",
     )
     p.add_argument("--set", action="append", default=[], metavar="[METHOD.]KEY=VALUE", help="option of the method")
-    p.add_argument("--benchmark", default="gqa", help="benchmark; see --list")
+    p.add_argument(
+        "--benchmark", type=names, default="gqa", help="benchmark, or several separated by commas; see --list"
+    )
     add_data_flags(p)
     p.add_argument(
         "--model",
@@ -138,6 +143,16 @@ def parser() -> Parser:
     return p
 
 
+def names(text: str) -> list[str]:
+    """Words between commas, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def sizes(text: str) -> list[int | float]:
+    """Budgets between commas, each once."""
+    return list(dict.fromkeys(map(count_or_ratio, names(text))))
+
+
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
@@ -149,11 +164,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.list:
             print_list(args.json)
             return 0
-        config = configuration(args)
+        configs = configurations(args)
+        config = configs[0]
         place = placement.here(config.ranks_per_model, config.device)
         if args.dry_run:
-            print_estimate(config, place, args.json)
+            print_estimates(configs, place, args.json)
             return 0
+        if len(configs) > 1:
+            from eval.sweep import run_all
+
+            return 0 if run_all(configs) else SOME_FAILED
         if place is not None:
             return on_ranks(words, config, place, args.timeout)
         from eval.run import run
@@ -171,12 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return SOME_FAILED if result.get("failed") else 0
 
 
-def print_estimate(config: RunConfig, place: placement.Placement | None, as_json: bool) -> None:
-    """Expected memory and time of a run."""
+def print_estimates(configs: Sequence[RunConfig], place: placement.Placement | None, as_json: bool) -> None:
+    """Expected memory and time of each run."""
     from eval.efficiency.estimate import estimate
 
-    found = estimate(config, place)
-    print(json.dumps(found.record(), indent=1) if as_json else "\n".join(found.lines()))
+    found = [estimate(config, place) for config in configs]
+    records = [one.record() for one in found]
+    lines = [line for one in found for line in one.lines()]
+    print(json.dumps(records if len(records) > 1 else records[0], indent=1) if as_json else "\n".join(lines))
 
 
 def on_ranks(words: Sequence[str], config: RunConfig, place: placement.Placement, timeout: float) -> int:
@@ -191,20 +213,40 @@ def on_ranks(words: Sequence[str], config: RunConfig, place: placement.Placement
     return launch("eval.__main__", words, place, timeout)
 
 
-def configuration(args: argparse.Namespace) -> RunConfig:
-    """Flags to a checked configuration."""
+def configurations(args: argparse.Namespace) -> list[RunConfig]:
+    """Flags to checked configurations of every benchmark, method and budget; `full` is first, and once, in each."""
     if args.json and not args.dry_run:
         raise UserError("--json goes with --list and --dry-run; a run writes result.json to its output folder.")
     if not args.method:
         raise UserError("--method is missing; --list prints the methods there are.")
-    budget, options = chosen_budget(args, with_current_names(method_options(args.method, args.set)))
-    benchmark = benchmarks.get(args.benchmark)
+    methods = sorted(args.method, key=lambda name: name != FULL)
+    budgets = args.budget or [None]
+    options = options_by_method(methods, args.set)
+    found = [
+        configuration(args, name, method, budget, with_current_names(options[method]))
+        for name in args.benchmark
+        for method in methods
+        for budget in (budgets if method != FULL or len(methods) == len(budgets) == 1 else [None])
+    ]
+    if args.output and len(found) > 1:
+        raise UserError(f"--output is the folder of one run, and these are {len(found)}; leave it out.")
+    return found
+
+
+def configuration(
+    args: argparse.Namespace, name: str, method: str, size: int | float | None, options: dict[str, str]
+) -> RunConfig:
+    """The configuration of one benchmark, method and budget."""
+    budget, ratio = budget_of(size)
+    if ratio and RETENTION_RATIO in options:
+        raise UserError(f"--budget as a ratio and --set {method}.{RETENTION_RATIO} are both given; leave one out.")
+    benchmark = benchmarks.get(name)
     benchmarks.check_split(benchmark, args.split)
     benchmarks.check_profile(benchmark, args.profile)
     return RunConfig(
-        method=args.method,
+        method=method,
         budget=budget,
-        benchmark=args.benchmark,
+        benchmark=name,
         split=args.split,
         model=args.model or embedded_model(benchmark.model),
         profile=args.profile,
@@ -214,7 +256,7 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         output=Path(args.output) if args.output else None,
         batch_size=args.batch_size,
         limit=args.limit,
-        options=options,
+        options=options | ratio,
         picture=pairs("--picture", args.picture),
         quantization=args.quantization,
         dtype=args.dtype,
@@ -232,14 +274,6 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         compile=args.compile,
         share_prefix=args.share_prefix,
     )
-
-
-def chosen_budget(args: argparse.Namespace, options: dict[str, str]) -> tuple[int | None, dict[str, str]]:
-    """The budget, and the method's options with the retention ratio that --budget stands for."""
-    budget, chosen = budget_of(args.budget)
-    if chosen and RETENTION_RATIO in options:
-        raise UserError(f"--budget as a ratio and --set {args.method}.{RETENTION_RATIO} are both given; leave one out.")
-    return budget, options | chosen
 
 
 def print_list(as_json: bool) -> None:
