@@ -8,14 +8,12 @@ python -m eval --list
 
 import argparse
 import json
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval import benchmarks
-from eval.command import Parser, Terminated, add_data_flags, exit_on_user_error, make_parser, terminate, value
+from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, value
 from eval.config import (
     FULL,
     ROOT,
@@ -29,7 +27,7 @@ from eval.config import (
     table_name,
 )
 from eval.judging.choice import HELP as JUDGE_HELP
-from eval.parallel import placement, ranks
+from eval.parallel import placement
 from llava.errors import UserError
 from llava.option_names import RETENTION_RATIO, count_or_ratio, with_current_names
 
@@ -157,37 +155,29 @@ def sizes(text: str) -> list[int | float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if ranks.current().alone and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)
-        args = parser().parse_args(words)
-        if args.list:
-            print_list(args.json)
-            return 0
-        configs = configurations(args)
-        config = configs[0]
-        place = placement.here(config.ranks_per_model, config.device)
-        if args.dry_run:
-            print_estimates(configs, place, args.json)
-            return 0
-        if len(configs) > 1:
-            from eval.sweep import run_all
+    args = parser().parse_args(words)
+    if args.list:
+        print_list(args.json)
+        return 0
+    configs = configurations(args)
+    config = configs[0]
+    place = placement.here(config.ranks_per_model, config.device)
+    if args.dry_run:
+        print_estimates(configs, place, args.json)
+        return 0
+    if len(configs) > 1:
+        from eval.sweep import run_all
 
-            return 0 if run_all(configs) else SOME_FAILED
-        if place is not None:
-            return on_ranks(words, config, place, args.timeout)
-        from eval.run import run
+        return 0 if run_all(configs) else SOME_FAILED
+    if place is not None:
+        return on_ranks(words, config, place, args.timeout)
+    from eval.run import run
 
-        result = run(config)
-        if config.tensor_parallel > 1 or config.zero is not None:
-            from llava.model.parallel.group import leave
+    result = run(config)
+    if config.tensor_parallel > 1 or config.zero is not None:
+        from llava.model.parallel.group import leave
 
-            leave()
-    except KeyboardInterrupt as stop:
-        if not ranks.current().alone:
-            raise
-        print(f"\n{stop or 'Stopped before the first answer; run the same command again.'}", file=sys.stderr)
-        return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
+        leave()
     return SOME_FAILED if result.get("failed") else 0
 
 

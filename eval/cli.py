@@ -108,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `vtr show methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:  # while a command is imported; the commands themselves say more
+        print("\nStopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def dispatch(words: list[str]) -> int:

@@ -88,6 +88,8 @@ class RunConfig:
                 f"A budget ({self.budget}) and a retention ratio ({ratio:g}) are both given for {self.method}; "
                 "leave one out."
             )
+        if self.restart and self.failed == "only":
+            raise UserError("--restart asks every question anew, also those that failed; leave out --retry-failed.")
         if self.zero_ranks > 1 and self.zero is None:
             raise UserError(f"--zero-ranks {self.zero_ranks} needs --zero, which says where the weights are kept.")
         if ratio is None and self.budget is None and self.method != FULL:

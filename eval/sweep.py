@@ -272,6 +272,7 @@ def main(words: Sequence[str]) -> int:
         key: tuple(value) if isinstance(value, list) else value for key, value in content["model"].items()
     }
     configs = [RunConfig(**{**entry, "data": Path(entry["data"])}) for entry in content["runs"]]
+    rank.put("runs", len(configs))
     model = equip(load(**arguments), configs[0])
     model.cache_bytes = CACHE_BYTES
     model.expect([build_reducer(config, model.visual_tokens) for config in configs])

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +17,15 @@ from PIL import Image
 
 from eval import __main__ as cli
 from eval import benchmarks, score
+from eval import cli as vtr
 from eval import job as job_module
 from eval.benchmarks.prompts import LETTER, SHORT, VIZ, split_suffix
+from eval.command import STOPS, exit_on_user_error
 from eval.config import RunConfig, method_options, options_by_method
 from eval.efficiency.latency.methods import reducers_of
+from eval.papers import table
 from eval.results import cost, provenance
-from eval.run import run
+from eval.run import Interrupted, run
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.processing.sample import Sample
@@ -247,6 +252,47 @@ def test_a_documented_rounding_is_accepted(data, tmp_path):
 
     config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled")
     assert run(config, FakeLlava(mean_error=1), Rough())["audit"]["mean_tokens_per_layer"] == 17
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_ctrl_c_leaves_the_sentence_of_the_first(number, code, capsys):
+    """It came while W&B and the store were closed, 20 ms after the first, and a traceback took the sentence's place."""
+    before = [signal.getsignal(one) for one in STOPS]
+
+    @exit_on_user_error
+    def main() -> int:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except KeyboardInterrupt as stop:
+            for again in STOPS:
+                os.kill(os.getpid(), again)
+            time.sleep(0.01)
+            raise Interrupted("Stopped. 3 of 4 answers are kept.") from stop
+
+    assert main() == code and [signal.getsignal(one) for one in STOPS] == before
+    assert capsys.readouterr().err == "\nStopped. 3 of 4 answers are kept.\n"
+
+
+def test_ctrl_c_in_a_table_is_a_sentence(monkeypatch, capsys):
+    """It was two tracebacks, of the signal and of the run that it stopped."""
+
+    def stopped() -> None:
+        raise Interrupted("Stopped. 3 of 4 answers are kept.") from KeyboardInterrupt()
+
+    monkeypatch.setattr(table, "parser", stopped)
+    assert table.main([]) == 130 and capsys.readouterr().err == "\nStopped. 3 of 4 answers are kept.\n"
+
+
+def test_ctrl_c_while_a_command_is_imported_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("eval.cli.import_module", lambda name: os.kill(os.getpid(), signal.SIGINT))
+    assert vtr.main(["tables", "paper"]) == 130 and capsys.readouterr().err == "\nStopped.\n"
+
+
+def test_restart_beside_retry_failed_says_what_to_do(main):
+    """It moved the earlier run aside, asked nothing, and said that no question was asked."""
+    code, _, err = main("--method", "uniform", "--budget", "16", "--restart", "--retry-failed")
+    assert (code, err) == (2, "--restart asks every question anew, also those that failed; leave out --retry-failed.\n")
 
 
 def test_ctrl_c_says_how_to_go_on(main, monkeypatch, tmp_path):
