@@ -121,7 +121,7 @@ def repeats_of(args: argparse.Namespace, model: "Llava", where: "Where") -> int:
     from llava.model.builder import device_of
 
     if model.device.type != device_of(where.device).type:
-        print("Times are not measured: the ranks have the GPUs; run again with GPUS=0 for them.", file=sys.stderr)
+        print("Times are not measured: the ranks have the GPUs; run again with GPUS=1 for them.", file=sys.stderr)
         return 0
     return args.times if args.times is not None else 0 if args.limit else REPEATS
 
