@@ -139,8 +139,8 @@ def parser() -> Parser:
     p.add_argument("--list", action="store_true", help="print the methods, benchmarks and models there are")
     p.add_argument("--json", action="store_true", help="with --list or --dry-run: as JSON")
     p.epilog = (
-        "In the environment: GPUS=4 uses any four accelerators, GPUS=0,2 these two and GPUS=3, (with a comma) the fourth; "
-        "RANKS=2 two processes on a processor; none of them: all accelerators. See docs/cluster.md."
+        "In the environment: GPUS=4 uses any four accelerators, GPUS=0,2 these two and GPUS=3, (with a comma) the "
+        "fourth; RANKS=2 two processes on a processor; none of them: all accelerators. See docs/cluster.md."
     )
     return p
 

@@ -8,11 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eval import benchmarks
 from eval.config import FULL, ROOT
+from eval.papers import read_yaml
 from llava.errors import UserError
 from llava.option_names import count_or_ratio
 from llava.reduction import registry
@@ -192,10 +192,7 @@ def read(path: Path) -> Table:
         near = get_close_matches(path.stem, [other.stem for other in paths()], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UserError(f"There is no table {path}.{hint} Tables: {', '.join(sorted(map(short, paths())))}.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} should be a mapping of keys to values, got {type(content).__name__}.")
     try:
@@ -220,7 +217,7 @@ def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 file = (folder / part).resolve()
                 if not file.is_file() or SCRIPTS.resolve() not in file.parents:
                     raise UserError(f"{key} names the file {part}, which is not in scripts/.")
-                entries += yaml.safe_load(file.read_text())
+                entries += read_yaml(file)
             elif part is not None:
                 entries.append(part)
         found[key] = entries

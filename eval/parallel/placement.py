@@ -143,7 +143,9 @@ def chosen_gpus(environment: Mapping[str, str], there: int) -> tuple[int, ...]:
     text, known = environment["GPUS"], visible(environment, there)
     if "," not in text:
         if text.strip() == "0":
-            raise UserError("GPUS=0 asks for no accelerator: GPUS=0, with a comma names the first, --device cpu takes none.")
+            raise UserError(
+                "GPUS=0 asks for no accelerator: GPUS=0, with a comma names the first, --device cpu takes none."
+            )
         count = whole("GPUS", text)
         if count > there:
             raise UserError(
