@@ -20,6 +20,7 @@ from llava.processing.clip_image import (
     pad_to_square,
     resize,
 )
+from llava.processing.qwen_image import QwenImageProcessor
 from tests.resizing import resized_by_the_book
 
 CLIP_CONFIG = {
@@ -198,11 +199,18 @@ def test_config_with_plain_numbers_and_own_statistics():
         ({"size": {"height": 336, "width": 336}}, "no shortest_edge of 1 to 16384 pixels in its size"),
         ({"crop_size": {"height": 336, "width": 224}}, "no height of 1 to 16384 pixels in its crop_size"),
         ({"do_center_crop": False}, "switches off do_center_crop"),
+        # These two were ignored.
+        ({"resample": 2}, "asks for resample=2; images are resized with 3, bicubic"),
+        ({"rescale_factor": 1 / 127.5}, "asks for rescale_factor=0.00784314; pixels are divided by 255 here"),
     ],
 )
 def test_a_processor_that_is_not_clip_is_refused(change, sentence):
     with pytest.raises(UserError, match=sentence):
         ImageProcessor.from_config({**CLIP_CONFIG, **change})
+    if "resample" in change or "rescale_factor" in change:
+        with pytest.raises(UserError, match=sentence):
+            QwenImageProcessor.from_config(change)
+    assert ImageProcessor.from_config({**CLIP_CONFIG, "resample": 3, "rescale_factor": 0.00392156862745098})
 
 
 def test_unknown_aspect():

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from llava.errors import UserError, unknown
-from llava.processing.config_schema import LARGEST_SIDE, PreprocessorConfig, checked
+from llava.processing.config_schema import LARGEST_SIDE, checked_preprocessor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -143,13 +143,8 @@ class ImageProcessor:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], aspect: Literal["pad", "crop"] = "pad") -> "ImageProcessor":
-        """Read a CLIP preprocessor_config.json. Switched-off steps are refused: the tower needs all of them."""
-        values = checked(PreprocessorConfig, config, "The image preprocessor's configuration")
-        off = [step for step in STEPS if not config.get(step, True)]
-        if off:
-            raise UserError(
-                f"The image preprocessor switches off {', '.join(off)}; only full CLIP preprocessing is supported."
-            )
+        """Read a CLIP preprocessor_config.json. What the tower does not allow is refused."""
+        values = checked_preprocessor(config, STEPS, "CLIP")
         return cls(
             size=_side(config.get("size", 224), "shortest_edge", "size"),
             crop=_side(config.get("crop_size", 224), "height", "crop_size"),
