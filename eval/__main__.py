@@ -1,36 +1,34 @@
-"""Evaluate one method at one budget on one benchmark.
+"""Evaluate methods at budgets on benchmarks, each in a run of its own.
 
 python -m eval --method consensusdrop --budget 64
 python -m eval --method full --limit 100
+python -m eval --benchmark gqa,pope --method full,consensusdrop --budget 64,128
 python -m eval --list
 """
 
 import argparse
 import json
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval import benchmarks
-from eval.command import Parser, Terminated, add_data_flags, exit_on_user_error, make_parser, terminate, value
+from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, value
 from eval.config import (
-    RETENTION_RATIO,
+    FULL,
     ROOT,
     RunConfig,
     budget_of,
     count,
-    count_or_ratio,
     embedded_model,
-    method_options,
+    options_by_method,
     pairs,
     path_name,
-    ratio,
     table_name,
 )
 from eval.judging.choice import HELP as JUDGE_HELP
-from eval.parallel import placement, ranks
+from eval.parallel import placement
+from llava.budget import RETENTION_RATIO, count_or_ratio
 from llava.errors import UserError
 
 # More questions than any benchmark has.
@@ -41,20 +39,17 @@ SOME_FAILED = 3
 
 def parser() -> Parser:
     p = make_parser("eval", __doc__)
-    p.add_argument("--method", help="name of the method; see --list")
+    p.add_argument("--method", type=names, help="name of the method, or several separated by commas; see --list")
     p.add_argument(
         "--budget",
-        type=value(count_or_ratio),
-        help="visual tokens to keep per image, or a retention ratio such as 1/9; not needed for 'full'",
-    )
-    p.add_argument(
-        "--retention",
-        type=value(ratio),
-        metavar="RATIO",
-        help="in place of --budget: ratio of each image's visual tokens to keep, as 1/9 or 0.25",
+        type=value(sizes),
+        help="visual tokens to keep per image, or the ratio of each image's, as 1/9 or 0.111, or several separated by "
+        "commas; not needed for 'full'",
     )
     p.add_argument("--set", action="append", default=[], metavar="[METHOD.]KEY=VALUE", help="option of the method")
-    p.add_argument("--benchmark", default="gqa", help="benchmark; see --list")
+    p.add_argument(
+        "--benchmark", type=names, default="gqa", help="benchmark, or several separated by commas; see --list"
+    )
     add_data_flags(p)
     p.add_argument(
         "--model",
@@ -143,48 +138,61 @@ def parser() -> Parser:
     )
     p.add_argument("--list", action="store_true", help="print the methods, benchmarks and models there are")
     p.add_argument("--json", action="store_true", help="with --list or --dry-run: as JSON")
+    p.epilog = (
+        "In the environment: GPUS=4 uses any four accelerators, GPUS=0,2 these two and GPUS=3, (with a comma) the "
+        "fourth; RANKS=2 two processes on a processor; none of them: all accelerators. See docs/cluster.md."
+    )
     return p
+
+
+def names(text: str) -> list[str]:
+    """Words between commas, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def sizes(text: str) -> list[int | float]:
+    """Budgets between commas, each once."""
+    return list(dict.fromkeys(map(count_or_ratio, names(text))))
 
 
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if ranks.current().alone and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)
-        args = parser().parse_args(words)
-        if args.list:
-            print_list(args.json)
-            return 0
-        config = configuration(args)
-        place = placement.here(config.ranks_per_model, config.device)
-        if args.dry_run:
-            print_estimate(config, place, args.json)
-            return 0
-        if place is not None:
-            return on_ranks(words, config, place, args.timeout)
-        from eval.run import run
+    args = parser().parse_args(words)
+    if args.list:
+        print_list(args.json)
+        return 0
+    configs = configurations(args)
+    config = configs[0]
+    place = placement.here(config.ranks_per_model, config.device)
+    if args.dry_run:
+        print_estimates(configs, place, args.json)
+        return 0
+    if len(configs) > 1:
+        from eval.sweep import run_all
 
-        result = run(config)
-        if config.tensor_parallel > 1 or config.zero is not None:
-            from llava.model.parallel.group import leave
+        return 0 if run_all(configs) else SOME_FAILED
+    if place is not None:
+        return on_ranks(words, config, place, args.timeout)
+    from eval.run import run
 
-            leave()
-    except KeyboardInterrupt as stop:
-        if not ranks.current().alone:
-            raise
-        print(f"\n{stop or 'Stopped before the first answer; run the same command again.'}", file=sys.stderr)
-        return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
+    result = run(config)
+    if config.tensor_parallel > 1 or config.zero is not None:
+        from llava.model.parallel.group import leave
+
+        leave()
     return SOME_FAILED if result.get("failed") else 0
 
 
-def print_estimate(config: RunConfig, place: placement.Placement | None, as_json: bool) -> None:
-    """Expected memory and time of a run."""
+def print_estimates(configs: Sequence[RunConfig], place: placement.Placement | None, as_json: bool) -> None:
+    """Expected memory and time of each run."""
     from eval.efficiency.estimate import estimate
 
-    found = estimate(config, place)
-    print(json.dumps(found.record(), indent=1) if as_json else "\n".join(found.lines()))
+    found = [estimate(config, place) for config in configs]
+    records = [one.record() for one in found]
+    lines = [line for one in found for line in one.lines()]
+    print(json.dumps(records if len(records) > 1 else records[0], indent=1) if as_json else "\n".join(lines))
 
 
 def on_ranks(words: Sequence[str], config: RunConfig, place: placement.Placement, timeout: float) -> int:
@@ -199,20 +207,40 @@ def on_ranks(words: Sequence[str], config: RunConfig, place: placement.Placement
     return launch("eval.__main__", words, place, timeout)
 
 
-def configuration(args: argparse.Namespace) -> RunConfig:
-    """Flags to a checked configuration."""
+def configurations(args: argparse.Namespace) -> list[RunConfig]:
+    """Flags to checked configurations of every benchmark, method and budget; `full` is first, and once, in each."""
     if args.json and not args.dry_run:
         raise UserError("--json goes with --list and --dry-run; a run writes result.json to its output folder.")
     if not args.method:
         raise UserError("--method is missing; --list prints the methods there are.")
-    budget, options = chosen_budget(args, method_options(args.method, args.set))
-    benchmark = benchmarks.get(args.benchmark)
+    methods = sorted(args.method, key=lambda name: name != FULL)
+    budgets = args.budget or [None]
+    options = options_by_method(methods, args.set)
+    found = [
+        configuration(args, name, method, budget, options[method])
+        for name in args.benchmark
+        for method in methods
+        for budget in (budgets if method != FULL or len(methods) == len(budgets) == 1 else [None])
+    ]
+    if args.output and len(found) > 1:
+        raise UserError(f"--output is the folder of one run, and these are {len(found)}; leave it out.")
+    return found
+
+
+def configuration(
+    args: argparse.Namespace, name: str, method: str, size: int | float | None, options: dict[str, str]
+) -> RunConfig:
+    """The configuration of one benchmark, method and budget."""
+    budget, ratio = budget_of(size)
+    if ratio and RETENTION_RATIO in options:
+        raise UserError(f"--budget as a ratio and --set {method}.{RETENTION_RATIO} are both given; leave one out.")
+    benchmark = benchmarks.get(name)
     benchmarks.check_split(benchmark, args.split)
     benchmarks.check_profile(benchmark, args.profile)
     return RunConfig(
-        method=args.method,
+        method=method,
         budget=budget,
-        benchmark=args.benchmark,
+        benchmark=name,
         split=args.split,
         model=args.model or embedded_model(benchmark.model),
         profile=args.profile,
@@ -222,7 +250,7 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         output=Path(args.output) if args.output else None,
         batch_size=args.batch_size,
         limit=args.limit,
-        options=options,
+        options=options | ratio,
         picture=pairs("--picture", args.picture),
         quantization=args.quantization,
         dtype=args.dtype,
@@ -240,19 +268,6 @@ def configuration(args: argparse.Namespace) -> RunConfig:
         compile=args.compile,
         share_prefix=args.share_prefix,
     )
-
-
-def chosen_budget(args: argparse.Namespace, options: dict[str, str]) -> tuple[int | None, dict[str, str]]:
-    """The budget, and the method's options with the retention ratio that --budget or --retention stands for."""
-    budget, chosen = budget_of(args.budget)
-    if args.retention is not None:
-        if args.budget is not None:
-            raise UserError("--budget and --retention are both given; leave one out.")
-        chosen = {RETENTION_RATIO: repr(args.retention)}
-    if chosen and RETENTION_RATIO in options:
-        flag = "--retention" if args.retention is not None else "--budget as a ratio"
-        raise UserError(f"{flag} and --set {args.method}.{RETENTION_RATIO} are both given; leave one out.")
-    return budget, options | chosen
 
 
 def print_list(as_json: bool) -> None:

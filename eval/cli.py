@@ -33,56 +33,72 @@ class Command:
     arguments: tuple[str, ...] = ()
 
 
-# The words after `vtr` and the module that they run. The first command of a group is its default: `vtr bench`.
-COMMANDS = {
-    "eval": Command("eval.__main__", "evaluate one method at one budget on one benchmark"),
-    "score": Command("eval.score", "score a file of answers, without a model"),
-    "compare": Command("eval.compare", "paired test between two runs or files of answers"),
-    "stats": Command("eval.statistics.command", "tokens needed, loyalty and hard questions of finished runs"),
-    "report": Command("eval.pages.report.__main__", "write a page with all results: plots and a sortable table"),
-    "demo": Command("eval.pages.demo.__main__", "start a web page: ask about an image, a method beside full"),
-    "check-data": Command("eval.check_data", "report which benchmarks a data folder holds and what is missing"),
-    "show methods": Command(
-        "eval.show", "list the methods, or one method's options: vtr show methods NAME", ("methods",)
-    ),
-    "show benchmarks": Command("eval.show", "list the benchmarks, with their splits and profiles", ("benchmarks",)),
-    "show models": Command("eval.show", "list the bundled toy models", ("models",)),
-    "gallery": Command("eval.pages.gallery.__main__", "an HTML page of what every method keeps of an image"),
-    "bench latency": Command(
-        "eval.efficiency.latency.__main__", "time, memory and operations of methods beside full (docs/efficiency.md)"
-    ),
-    "bench peers": Command("eval.efficiency.peers.__main__", "this repository and another code in turns, and ratios"),
-    "bench growth": Command("eval.efficiency.growth.__main__", "how time and memory grow with visual tokens"),
-    "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
-    "bench selection": Command("eval.efficiency.selection", "greedy choices beside their reference in torch"),
-    "bench store": Command("eval.efficiency.store_cost", "what the answer store costs a run, without a model"),
-    "bench scale": Command("eval.efficiency.scale", "questions per second against GPUs, on paper (docs/cluster.md)"),
-    "bench ops": Command("eval.efficiency.dispatched", "operations and host waits up to the first token"),
-    "bench path": Command("eval.efficiency.code_path", "functions, files and file switches inside one answer"),
-    "figures tokens": Command("eval.figures.kept_tokens", "draw the kept tokens of an image (README)"),
-    "figures tiles": Command("eval.figures.kept_tiles", "draw the kept tokens of tiles and videos (docs/models.md)"),
-    "findings attnmix": Command(
-        "eval.findings.command", "do word embeddings find their objects (docs/findings.md)", ("attnmix",)
-    ),
-    "findings visiondrop": Command(
-        "eval.findings.command", "misalignment of text-guided attention (docs/findings.md)", ("visiondrop",)
-    ),
-    "findings consensusdrop": Command(
-        "eval.findings.command", "where fusing two scores gains (docs/findings.md)", ("consensusdrop",)
-    ),
-    "tables embedded": Command("eval.tables.embedded", "all methods on the toy benchmark (docs/embedded.md)"),
-    "tables families": Command("eval.tables.families", "all methods on the toy tiles and videos (docs/models.md)"),
-    "tables consensusdrop": Command("eval.tables.consensusdrop", "the paper's claims, tested (docs/consensusdrop.md)"),
-    "tables paper": Command("eval.papers.table", "one table of a paper (scripts/<paper>/): run, check, write"),
-    "tables memory": Command("eval.tables.memory", "expected memory of the official models (docs/cluster.md)"),
-    "tables methods": Command("eval.tables.methods", "what the methods say of themselves (docs/methods.md)"),
-    "tables reproduce": Command("eval.papers.pages", "how to reproduce the papers' tables (docs/reproduce.md)"),
-    "tables benchmarks": Command("eval.tables.benchmarks", "benchmarks, and the toy models' scores on them"),
-    "wandb sync": Command("eval.tracking.sync", "upload the offline W&B runs below a folder"),
-    "wandb workspace": Command("eval.tracking.workspace", "save a W&B workspace with the plots of these runs"),
-    "wandb report": Command("eval.tracking.report", "save a W&B report with the same panels"),
+# Heading of `vtr --help` -> the words after `vtr` -> the module that they run.
+GROUPS = {
+    "Use: questions, scores and pages": {
+        "eval": Command("eval.__main__", "evaluate one method at one budget on one benchmark"),
+        "score": Command("eval.score", "score a file of answers, without a model"),
+        "compare": Command("eval.compare", "paired test between two runs or files of answers"),
+        "stats": Command("eval.statistics.command", "tokens needed, loyalty and hard questions of finished runs"),
+        "report": Command("eval.pages.report.__main__", "write a page with all results: plots and a sortable table"),
+        "gallery": Command("eval.pages.gallery.__main__", "an HTML page of what every method keeps of an image"),
+        "demo": Command("eval.pages.demo.__main__", "start a web page: ask about an image, a method beside full"),
+        "show methods": Command(
+            "eval.show", "list the methods, or one method's options: vtr show methods NAME", ("methods",)
+        ),
+        "show benchmarks": Command("eval.show", "list the benchmarks, with their splits and profiles", ("benchmarks",)),
+        "show models": Command("eval.show", "list the bundled toy models", ("models",)),
+        "check-data": Command("eval.check_data", "report which benchmarks a data folder holds and what is missing"),
+        "wandb sync": Command("eval.tracking.sync", "upload the offline W&B runs below a folder"),
+        "wandb workspace": Command("eval.tracking.workspace", "save a W&B workspace with the plots of these runs"),
+        "wandb report": Command("eval.tracking.report", "save a W&B report with the same panels"),
+    },
+    "Papers: tables, analyses and costs": {
+        "tables paper": Command("eval.papers.table", "one table of a paper (scripts/<paper>/): run, check, write"),
+        "findings attnmix": Command(
+            "eval.findings.command", "do word embeddings find their objects (docs/findings.md)", ("attnmix",)
+        ),
+        "findings visiondrop": Command(
+            "eval.findings.command", "misalignment of text-guided attention (docs/findings.md)", ("visiondrop",)
+        ),
+        "findings consensusdrop": Command(
+            "eval.findings.command", "where fusing two scores gains (docs/findings.md)", ("consensusdrop",)
+        ),
+        "bench latency": Command(
+            "eval.efficiency.latency.__main__",
+            "time, memory and operations of methods beside full (docs/efficiency.md)",
+        ),
+        "bench growth": Command("eval.efficiency.growth.__main__", "how time and memory grow with visual tokens"),
+        "bench peers": Command(
+            "eval.efficiency.peers.__main__", "this repository and another code in turns, and ratios"
+        ),
+        "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
+    },
+    "Maintainers: pages of the documentation and measurements of this code": {
+        "tables embedded": Command("eval.tables.embedded", "all methods on the toy benchmark (docs/embedded.md)"),
+        "tables families": Command("eval.tables.families", "all methods on the toy tiles and videos (docs/models.md)"),
+        "tables consensusdrop": Command(
+            "eval.tables.consensusdrop", "the paper's claims, tested (docs/consensusdrop.md)"
+        ),
+        "tables benchmarks": Command("eval.tables.benchmarks", "benchmarks, and the toy models' scores on them"),
+        "tables methods": Command("eval.tables.methods", "what the methods say of themselves (docs/methods.md)"),
+        "tables memory": Command("eval.tables.memory", "expected memory of the official models (docs/cluster.md)"),
+        "tables reproduce": Command("eval.papers.pages", "how to reproduce the papers' tables (docs/reproduce.md)"),
+        "figures tokens": Command("eval.figures.kept_tokens", "draw the kept tokens of an image (README)"),
+        "figures tiles": Command(
+            "eval.figures.kept_tiles", "draw the kept tokens of tiles and videos (docs/models.md)"
+        ),
+        "bench selection": Command("eval.efficiency.selection", "greedy choices beside their reference in torch"),
+        "bench store": Command("eval.efficiency.store_cost", "what the answer store costs a run, without a model"),
+        "bench scale": Command(
+            "eval.efficiency.scale", "questions per second against GPUs, on paper (docs/cluster.md)"
+        ),
+        "bench ops": Command("eval.efficiency.dispatched", "operations and host waits up to the first token"),
+        "bench path": Command("eval.efficiency.code_path", "functions, files and file switches inside one answer"),
+    },
 }
-DEFAULTS = {"bench": "latency"}  # groups whose second word may be left out
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+DEFAULTS = {"bench": "latency"}  # first words whose second word may be left out
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `vtr show methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:  # while a command is imported; the commands themselves say more
+        print("\nStopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def dispatch(words: list[str]) -> int:
@@ -149,13 +168,13 @@ def refuse(sentence: str, word: str, known: list[str]) -> int:
 
 def usage() -> str:
     """The text of `vtr --help`."""
-    head = f"Usage: {PROGRAM} COMMAND [arguments]\n\nVisual token reduction. `{PROGRAM} COMMAND --help` says more.\n"
-    return listing(head, COMMANDS)
+    head = f"Usage: {PROGRAM} COMMAND [arguments]\n\nVisual token reduction. `{PROGRAM} COMMAND --help` says more."
+    return "\n\n".join([head, *(listing(f"{title}:", group) for title, group in GROUPS.items())])
 
 
 def listing(head: str, commands: dict[str, Command]) -> str:
     """Commands with their summaries in two columns."""
-    width = max(map(len, commands))
+    width = max(map(len, COMMANDS))
     return "\n".join([head, *(f"  {name:{width}s}  {command.summary}" for name, command in commands.items())])
 
 

@@ -1,11 +1,13 @@
 """What the command lines share: one-sentence errors, and the flags that say which questions are meant."""
 
 import argparse
+import contextlib
 import functools
 import re
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
@@ -65,26 +67,56 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+def ignore(number: int, frame: object) -> None:
+    """A handler. SIG_IGN in its place makes Python print an error for a signal that has come already."""
+
+
 def terminate(number: int, frame: object) -> NoReturn:
-    """A handler of SIGTERM: the first one ends the command in order, further ones are ignored."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
+    """A handler of STOPS: the first signal ends the command in order, further ones are ignored."""
+    for one in STOPS:
+        signal.signal(one, ignore)
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stopping_once() -> Iterator[None]:
+    """Handle STOPS by `terminate`, so that a second Ctrl-C does not interrupt what the first one has begun."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    # A shell starts background jobs with SIGINT ignored, and so it stays; or this is done already.
+    others = (signal.SIG_IGN, terminate, ignore)
+    taken = [number for number in STOPS if main_thread and signal.getsignal(number) not in others]
+    before = {number: signal.signal(number, terminate) for number in taken}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) in (terminate, ignore):
+                signal.signal(number, handler)
 
 
 def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
-    """The command line whose user errors are printed alone and become exit code 2."""
+    """The command line whose user errors and signals are told in one sentence; exit code 2, or 130 and 143."""
 
     @functools.wraps(main)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            rank = ranks.current()
-            if rank.alone:
-                print(error, file=sys.stderr)
-            else:  # the parent process prints it once
-                rank.report(ranks.FAILED, reason=str(error), code=2)
-            return 2
+        with stopping_once():
+            try:
+                return main(*args, **kwargs)
+            except UserError as error:
+                rank = ranks.current()
+                if rank.alone:
+                    print(error, file=sys.stderr)
+                else:  # the parent process prints it once
+                    rank.report(ranks.FAILED, reason=str(error), code=2)
+                return 2
+            except KeyboardInterrupt as stop:
+                if not ranks.current().alone:
+                    raise
+                print(f"\n{stop or 'Stopped; run the same command again.'}", file=sys.stderr)
+                return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
 
     return guarded
 

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
 
-# The field of a method that takes the place of its budget; importing it from llava.reduction would import torch.
-RETENTION_RATIO = "retention_ratio"
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_MODEL = str(ROOT / "assets" / "tinyllava")
 DEFAULT_DATA = ROOT / "assets" / "eval"
@@ -100,12 +99,14 @@ class RunConfig:
                 f"A budget ({self.budget}) and a retention ratio ({ratio:g}) are both given for {self.method}; "
                 "leave one out."
             )
+        if self.restart and self.failed == "only":
+            raise UserError("--restart asks every question anew, also those that failed; leave out --retry-failed.")
         if self.zero_ranks > 1 and self.zero is None:
             raise UserError(f"--zero-ranks {self.zero_ranks} needs --zero, which says where the weights are kept.")
         if ratio is None and self.budget is None and self.method != FULL:
             raise UserError(
-                f"Method {self.method} needs --budget, the number of visual tokens to keep, or --retention, the ratio "
-                "of each image's visual tokens to keep."
+                f"Method {self.method} needs --budget: the number of visual tokens to keep (64), or the ratio of each "
+                "image's (1/9)."
             )
 
     @property
@@ -141,29 +142,6 @@ def whole_number(flag: str, text: str | None, minimum: int = 1, maximum: int | N
         return None if text is None else count(text, minimum, maximum)
     except ValueError as error:
         raise UserError(f"{flag} {error}.") from None
-
-
-def ratio(text: str) -> float:
-    """A retention ratio written as a fraction or as a decimal number: "1/9", "0.25"; ValueError for anything else."""
-    above, slash, below = text.partition("/")
-    try:
-        value = int(above) / int(below) if slash else float(text)
-    except (ValueError, ArithmeticError):
-        value = 0.0
-    if not 0 < value <= 1:
-        raise ValueError(f"should be a ratio above 0 and up to 1 such as 1/9 or 0.25, got {shortened(text)!r}")
-    return value
-
-
-def count_or_ratio(text: str) -> int | float:
-    """A budget in visual tokens ("64"), or a retention ratio written as a fraction ("1/9")."""
-    if "/" not in text:
-        return count(text)
-    try:
-        return ratio(text)
-    except ValueError:
-        expected = "should be a number of visual tokens or a ratio such as 1/9"
-        raise ValueError(f"{expected}, got {shortened(text)!r}") from None
 
 
 def budget_of(value: int | float | None) -> tuple[int | None, dict[str, str]]:

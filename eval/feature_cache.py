@@ -30,13 +30,13 @@ class CachingLlava(Llava):
     method is given, and the operations counted for it, are those of a run of its own.
 
     Attributes:
+        remembers_features, takes_views: not for a model whose images do not go through a CLIP tower in the common way;
+            then nothing is kept.
         cache_bytes: of features and scores to keep at most.
         ready_views: id of an image of the next batch -> its views, where they were made ahead.
         remembered: images of the last batch that did not go through the tower.
     """
 
-    remembers_features = True
-    takes_views = True
     cache_bytes = CACHE_BYTES
     remembered = 0
 
@@ -48,6 +48,7 @@ class CachingLlava(Llava):
     def __init__(self, model: Llava, cache_bytes: int = CACHE_BYTES):
         self.__dict__.update(model.__dict__)
         self.cache_bytes = cache_bytes
+        self.remembers_features = self.takes_views = can_remember(model)
         self.ready_views: dict[int, tuple[Tensor, TokenLayout]] = {}
         self._scores: dict[TowerScore, None] = {}
         self.tiled = isinstance(model, LlavaNext)
@@ -79,7 +80,7 @@ class CachingLlava(Llava):
     def encode_images(
         self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
     ) -> list[EncodedImage]:
-        if "tower" in reducer.acts_in or "input_grid" in reducer.acts_in:
+        if not (self.remembers_features and reducer.acts_in.isdisjoint(("tower", "input_grid"))):
             self.remembered = 0
             return super().encode_images(pictures, keys, reducer, timer)
         self.expect([reducer])
@@ -135,8 +136,12 @@ def without_memory(model: Llava) -> Llava:
 
 
 def can_remember(model: Llava) -> bool:
-    """Whether the images of a model go through a CLIP tower in the common way; Qwen's do not."""
-    return type(model).encode_images is Llava.encode_images
+    """Whether the images of a model go through a CLIP tower in the common way, and always give the same.
+
+    Qwen's have a tower of another kind; with flip=SEED every question about a video draws anew whether it is mirrored.
+    """
+    drawn = getattr(getattr(model, "video_processor", None), "flip", None) is not None
+    return type(model).encode_images is Llava.encode_images and not drawn
 
 
 def with_own_memory(encoded: Encoded) -> Encoded:

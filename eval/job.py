@@ -18,6 +18,8 @@ from llava.errors import UserError
 from llava.reduction.crop_budget import require
 
 if TYPE_CHECKING:
+    from eval.feature_cache import CachingLlava
+    from llava.model.llava_arch import Llava
     from llava.reduction.reducer import Reducer
 
 # What a method may be off its budget if it does not document its own rounding, in tokens per layer.
@@ -118,12 +120,8 @@ def check_device(name: str) -> None:
     device_of(name)
 
 
-def load_model(config: RunConfig) -> Any:
-    """The model of this run; its libraries are imported here so that every check before it is fast.
-
-    It remembers the vision tower's output, which the questions about one image share.
-    """
-    from eval.feature_cache import RUN_BYTES, CachingLlava, can_remember
+def load_model(config: RunConfig) -> "CachingLlava":
+    """The model of this run; its libraries are imported here so that every check before it is fast."""
     from llava.model.builder import load
 
     model = load(
@@ -136,13 +134,19 @@ def load_model(config: RunConfig) -> Any:
         zero=config.zero,
         **config.picture,
     )
+    return equip(model, config)
+
+
+def equip(model: "Llava", config: RunConfig) -> "CachingLlava":
+    """A loaded model with what is faster about this run; it remembers what its tower gave for an image."""
+    from eval.feature_cache import RUN_BYTES, CachingLlava
+
     model.shares_prefix = config.share_prefix
     if config.compile:
         from llava.pipeline.faster.compiled_model import compile_model
 
         model.compiled = compile_model(model)
-    # With flip=SEED every question about a video draws anew whether it is mirrored.
-    return model if "flip" in config.picture or not can_remember(model) else CachingLlava(model, RUN_BYTES)
+    return CachingLlava(model, RUN_BYTES)
 
 
 def seed_everything(seed: int) -> None:

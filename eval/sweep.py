@@ -1,6 +1,6 @@
-"""Many settings over the same questions: one loaded model, tower features computed once per image.
+"""Many runs on one loaded model, with tower features computed once per image: of `vtr eval`, and of tables.
 
-Every setting is an ordinary run with its own answer store, so a sweep can be interrupted and continued, and two sweeps
+Every one is an ordinary run with its own answer store, so a sweep can be interrupted and continued, and two sweeps
 share the runs they have in common. Times are not comparable with single runs, because the tower's work is remembered;
 `timing.jsonl` says so.
 """
@@ -11,10 +11,10 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -24,18 +24,21 @@ from eval.answers.jsonl import read_json, read_jsonl, write_json
 from eval.answers.reuse import RESULT, check_reuse, read_stored
 from eval.benchmarks.base import Dataset
 from eval.command import exit_on_user_error
-from eval.config import DEFAULT_DATA, RETENTION_RATIO, RunConfig
-from eval.feature_cache import CachingLlava
-from eval.job import prepare
+from eval.config import DEFAULT_DATA, FULL, RunConfig
+from eval.feature_cache import CACHE_BYTES, CachingLlava
+from eval.job import Job, equip, load_model, prepare, read_questions
 from eval.parallel import placement, ranks
 from eval.parallel.control import Control
 from eval.parallel.launch import launch
 from eval.parallel.placement import Placement
 from eval.parallel.ranks import Rank
+from eval.results import report
 from eval.run import run
 from eval.settings import build_reducer, folder_name
+from eval.tables.page import markdown
+from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
-from llava.model.builder import load
+from llava.model.builder import device_of, load
 from llava.model.llava_arch import Llava
 from llava.reduction import registry
 from llava.reduction.reducer import Reducer
@@ -102,6 +105,104 @@ def sweep(
     about = {"benchmark": benchmark, "split": split, "model": model.name, "limit": limit}
     log_table(wandb, settings, folders, found, about)
     return results
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of `run_all`, checked.
+
+    Attributes:
+        config: with its output folder.
+        results: folder of its result.json.
+    """
+
+    config: RunConfig
+    reducer: Reducer
+    results: Path
+    finished: bool
+
+
+def run_all(configs: Sequence[RunConfig]) -> bool:
+    """Run several benchmarks, methods and budgets, each into the store of a single run; finished ones are left alone.
+
+    All are checked before the first question. Several ranks take one run after the other, each with its own model.
+
+    Returns:
+        Whether every question has an answer.
+
+    Raises:
+        UserError: some cannot run, all of which are named, or a run has failed.
+    """
+    first = configs[0]
+    if first.ranks_per_model > 1 or first.zero is not None:
+        raise UserError("--tensor-parallel and --zero take one benchmark, method and budget in a call.")
+    place = placement.here(device=first.device)
+    check_all(configs, lambda config: build_reducer(config, visual_tokens=None))
+    check_all(list({config.benchmark: config for config in configs}.values()), read_questions)
+    here: dict[str, Any] = {} if place is None else {"device": "cpu", "compile": False}  # the ranks have their own
+    by_model = {config.model: dataclasses.replace(config, **here) for config in configs}
+    models = {name: load_model(config) for name, config in by_model.items()}
+    kind = device_of(first.device).type
+
+    def plan(config: RunConfig) -> Planned:
+        job = prepare(config, models[config.model], None)
+        placed = dataclasses.replace(config, output=job.output)
+        return Planned(placed, job.reducer, job.results, is_complete(job, kind))
+
+    runs, complete = check_all(configs, plan), True
+    for name, model in models.items():
+        own = [one for one in runs if one.config.model == name]
+        missing = [one.config for one in own if not one.finished]
+        if place is not None and missing:
+            fill_on_ranks(missing, {**model.loaded_with, "device": first.device}, Path("results"), place, go_on=True)
+        model.cache_bytes = CACHE_BYTES
+        model.expect([one.reducer for one in own])
+        for one in own:
+            if place is None and not one.finished:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    run(one.config, model=model)
+            result = read_json(one.results / "result.json")
+            print("\n".join([*report.failed_lines(result), result["sentence"]]), flush=True)
+            complete = complete and not result["failed"]
+    print(f"\n{overview(runs)}")
+    return complete
+
+
+Checked = TypeVar("Checked")
+
+
+def check_all(configs: Sequence[RunConfig], check: Callable[[RunConfig], Checked]) -> list[Checked]:
+    """What `check` gives for each run.
+
+    Raises:
+        UserError: names every run that `check` refuses, with the reason.
+    """
+    found, refused = [], []
+    for config in configs:
+        try:
+            found.append(check(config))
+        except UserError as error:
+            refused.append(f"{config.benchmark}, {config.method}{size_of(config, ' at ')}: {error}")
+    if refused:
+        raise UserError("\n".join(["Nothing was run, because this cannot be:", *refused]))
+    return found
+
+
+def size_of(config: RunConfig, before: str = "") -> str:
+    """The budget as text, nothing for `full`."""
+    size = config.budget or config.retention_ratio
+    return f"{before}{size:.6g}" if size and config.method != FULL else ""
+
+
+def overview(runs: Sequence[Planned]) -> str:
+    """A small table of the results."""
+    header, rows = ("benchmark", "method", "budget", "score", "% of full", "tokens per layer", "questions"), []
+    for one in runs:
+        result = read_json(one.results / "result.json")
+        score, percent, _, asked, tokens, _ = tracking.headline(result, one.results)
+        numbers = ["n/a" if value is None else f"{value:.1f}" for value in (score, percent, tokens)]
+        rows.append((one.config.benchmark, one.config.method, size_of(one.config), *numbers, f"{asked:,}"))
+    return markdown(header, rows)
 
 
 class UnansweredQuestions(UserError):
@@ -172,8 +273,10 @@ def main(words: Sequence[str]) -> int:
     arguments: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in content["model"].items()
     }
-    model = CachingLlava(load(**arguments))
     configs = [RunConfig(**{**entry, "data": Path(entry["data"])}) for entry in content["runs"]]
+    rank.put("runs", len(configs))
+    model = equip(load(**arguments), configs[0])
+    model.cache_bytes = CACHE_BYTES
     model.expect([build_reducer(config, model.visual_tokens) for config in configs])
     while (number := rank.claim("settings")) < len(configs):
         rank.report(ranks.ASKING, [f"of {configs[number].output}"])
@@ -226,13 +329,17 @@ def is_finished(config: RunConfig, model: Llava, device: str | None = None) -> b
         UserError: its answers belong to other prompts or images.
     """
     folder = Path(config.output or "")
-    if not (folder / "settings.json").is_file():
-        return False
-    job = prepare(config, model, None)
-    path = job.results / RESULT
-    if not path.is_file():
+    return (folder / "settings.json").is_file() and is_complete(prepare(config, model, None), device)
+
+
+def is_complete(job: Job, device: str | None = None) -> bool:
+    """The same of a run whose inputs are read."""
+    folder, path = job.output, job.results / "result.json"
+    if job.config.restart or not path.is_file():
         return False
     result = json.loads(path.read_text())
+    if result.get("config", {}).get("judge", "auto") != job.config.judge:
+        return False
     expected = job.settings | ({"device": device} if device else {})
     if result["asked"] < len(job.planned) or differences(result["settings"], expected):
         return False

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the scripts in scripts/eval/ have in common: set up, then ask one method the questions of one benchmark.
 #   bash scripts/benchmark.sh BENCHMARK METHOD [BUDGET] [further arguments of python -m eval]
+# Each of the three may be a list such as gqa,pope; every combination is a run of its own, on one loaded model.
 # From the environment: MODEL and DATA, the checkpoint and the data folder; GPUS, RANKS or HOSTFILE, the accelerators, one
 # rank each (none: all of this machine, or of the Slurm job); TP, over how many ranks a model is split.
 set -euo pipefail
@@ -10,7 +11,7 @@ shift
 
 case ${1:-} in
 "" | -h | --help)
-  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$root/scripts/eval/$name.sh" >&2
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$root/scripts/eval/${name%%,*}.sh" >&2
   [[ -n ${1:-} ]] && exit 0
   exit 2
   ;;

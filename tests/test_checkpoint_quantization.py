@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -95,6 +96,18 @@ def test_bitsandbytes_that_is_not_there(missing):
 def test_a_choice_that_does_not_exist(installed):
     with pytest.raises(UserError, match=r"Unknown quantization '3bit'\. .* Available: 4bit, 8bit"):
         load_checkpoint("/nowhere", quantization="3bit")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_numbers_without_a_meaning_are_refused(tmp_path, dtype):
+    """int8 and bool weights without a quantization_config were loaded as if they were the weights themselves."""
+    save_transformers_layout(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(key for key in weights if key.endswith("q_proj.weight"))
+    save_file(weights | {name: weights[name].to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(UserError, match=rf"has weights of {kind} \(.*q_proj.weight\), and its config.json has no"):
+        load_checkpoint(tmp_path)
 
 
 STORED = {"quant_method": "bitsandbytes", "load_in_8bit": False, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +17,15 @@ from PIL import Image
 
 from eval import __main__ as cli
 from eval import benchmarks, score
+from eval import cli as vtr
 from eval import job as job_module
 from eval.benchmarks.prompts import LETTER, SHORT, VIZ, split_suffix
+from eval.command import STOPS, exit_on_user_error
 from eval.config import RunConfig, method_options, options_by_method
 from eval.efficiency.latency.methods import reducers_of
+from eval.papers import table
 from eval.results import cost, provenance
-from eval.run import run
+from eval.run import Interrupted, run
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.processing.sample import Sample
@@ -188,7 +193,7 @@ def test_the_real_model_goes_all_the_way(tiny_path, tmp_path, data, capsys):
         (["--method", "uniform"], "Method uniform needs --budget"),
         (["--budget", "16"], "--method is missing"),
         (["--method", "unifrom", "--budget", "16"], "Unknown method 'unifrom'. Did you mean 'uniform'?"),
-        (["--method", "uniform", "--budget", "0"], "--budget should be a whole number, 1 or more, got '0'."),
+        (["--method", "uniform", "--budget", "0"], "--budget should be a whole number of visual tokens"),
         (["--method", "uniform", "--budget", "-3"], "got '-3'"),
         (["--method", "uniform", "--budget", "many"], "got 'many'"),
         (["--method", "uniform", "--budget", "16.5"], "got '16.5'"),
@@ -220,10 +225,10 @@ def test_the_real_model_goes_all_the_way(tiny_path, tmp_path, data, capsys):
         (["--method", "uniform", "--budget", "8", "--output", "a/" * 2100], "--output should be a path of at most"),
         (["--method", "uniform", "--budget", "8", "--data", "x" * 256], "--data should be a path whose names have"),
         (["--method", "uniform", "--budget", "8", "--model", "x" * 256], "--model should be a path whose names have"),
-        (["--method", "uniform", "--retention", "1.5"], "--retention should be a ratio above 0 and up to 1"),
-        (["--method", "uniform", "--retention", "nan"], "--retention should be a ratio above 0 and up to 1"),
-        (["--method", "uniform", "--retention", "1/0"], "--retention should be a ratio above 0 and up to 1"),
-        (["--method", "full", "--retention", "0.5"], "full keeps all visual tokens"),
+        (["--method", "uniform", "--budget", "1.5"], "or a ratio of each image's, above 0 and up to 1"),
+        (["--method", "uniform", "--budget", "nan"], "(1/9 or 0.111), got 'nan'."),
+        (["--method", "uniform", "--budget", "1/0"], "(1/9 or 0.111), got '1/0'."),
+        (["--method", "full", "--budget", "0.5"], "full keeps all visual tokens"),
         (["--method", "uniform", "--set", "retention_ratio=x"], "uniform.retention_ratio must be a number, got 'x'."),
         (["--method", "uniform", "--budget", "8", "--data", "/nowhere"], "--data should be the folder that holds gqa/"),
     ],
@@ -256,6 +261,47 @@ def test_a_documented_rounding_is_accepted(data, tmp_path):
 
     config = RunConfig("first", 16, data=data, output=tmp_path / "o", wandb="disabled")
     assert run(config, FakeLlava(mean_error=1), Rough())["audit"]["mean_tokens_per_layer"] == 17
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_ctrl_c_leaves_the_sentence_of_the_first(number, code, capsys):
+    """It came while W&B and the store were closed, 20 ms after the first, and a traceback took the sentence's place."""
+    before = [signal.getsignal(one) for one in STOPS]
+
+    @exit_on_user_error
+    def main() -> int:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except KeyboardInterrupt as stop:
+            for again in STOPS:
+                os.kill(os.getpid(), again)
+            time.sleep(0.01)
+            raise Interrupted("Stopped. 3 of 4 answers are kept.") from stop
+
+    assert main() == code and [signal.getsignal(one) for one in STOPS] == before
+    assert capsys.readouterr().err == "\nStopped. 3 of 4 answers are kept.\n"
+
+
+def test_ctrl_c_in_a_table_is_a_sentence(monkeypatch, capsys):
+    """It was two tracebacks, of the signal and of the run that it stopped."""
+
+    def stopped() -> None:
+        raise Interrupted("Stopped. 3 of 4 answers are kept.") from KeyboardInterrupt()
+
+    monkeypatch.setattr(table, "parser", stopped)
+    assert table.main([]) == 130 and capsys.readouterr().err == "\nStopped. 3 of 4 answers are kept.\n"
+
+
+def test_ctrl_c_while_a_command_is_imported_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("eval.cli.import_module", lambda name: os.kill(os.getpid(), signal.SIGINT))
+    assert vtr.main(["tables", "paper"]) == 130 and capsys.readouterr().err == "\nStopped.\n"
+
+
+def test_restart_beside_retry_failed_says_what_to_do(main):
+    """It moved the earlier run aside, asked nothing, and said that no question was asked."""
+    code, _, err = main("--method", "uniform", "--budget", "16", "--restart", "--retry-failed")
+    assert (code, err) == (2, "--restart asks every question anew, also those that failed; leave out --retry-failed.\n")
 
 
 def test_ctrl_c_says_how_to_go_on(main, monkeypatch, tmp_path):

@@ -416,7 +416,7 @@ def test_the_command_writes_one_small_file_and_names_itself_in_it(tiny_path, tmp
     file = tmp_path / "new" / "page.html"
     arguments = ["photo.png", "is there a star?", "--model", str(tiny_path), "--methods", "uniform,random"]
     arguments[0] = str(tmp_path / "photo.png")
-    assert command.main([*arguments, "--budgets", "8,4", "--output", str(file), "--device", "cpu"]) == 0
+    assert command.main([*arguments, "--budgets", "1/2,4", "--output", str(file), "--device", "cpu"]) == 0
     text = file.read_text()
     assert "2 methods at 2 budgets, 4 answers, 0 not possible" in capsys.readouterr().out
     assert "vtr gallery" in text and "--methods uniform,random" in text and len(text) < 100_000
@@ -431,7 +431,7 @@ def test_the_command_writes_one_small_file_and_names_itself_in_it(tiny_path, tmp
         (["--methods", "consensusdrp"], "Did you mean 'consensusdrop'"),
         (["--methods", ","], "names no method"),
         (["--set", "consensusdrop.alpa=1"], "Did you mean 'alpha'"),
-        (["--budgets", "64,x"], "--budgets should be a whole number, 1 or more, got 'x'"),
+        (["--budgets", "64,x"], "--budgets should be a whole number of visual tokens"),
         (["--output", "."], "is a folder"),
     ],
 )
@@ -451,7 +451,7 @@ def test_the_script_passes_the_model_and_stays_in_the_caller_s_folder(tmp_path):
     stamp = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()
     (tmp_path / "venv" / "requirements.sha256").write_text(f"{stamp}\n")
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts/show.sh"), "photo.jpg", "what is it?"],
+        ["bash", str(ROOT / "scripts/gallery.sh"), "photo.jpg", "what is it?"],
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv"), "MODEL": "some/model"},
         capture_output=True,

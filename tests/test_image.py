@@ -1,6 +1,7 @@
 """Preprocessing against the definition, written out once with numpy, and against broken files."""
 
 import hashlib
+import io
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from llava.processing.clip_image import (
     pad_to_square,
     resize,
 )
+from llava.processing.qwen_image import QwenImageProcessor
 from tests.resizing import resized_by_the_book
 
 CLIP_CONFIG = {
@@ -144,20 +146,41 @@ def test_padding_colour_is_the_official_one():
     assert ImageProcessor(336, 336).padding_colour == (122, 116, 104)
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "1", "I", "F", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "1"])
 @pytest.mark.parametrize("aspect", ["pad", "crop"])
 def test_other_modes_are_what_pillow_makes_of_them(mode, aspect):
-    image = noise(30, 20).convert("L").convert(mode) if mode in ("I", "F", "I;16") else noise(30, 20).convert(mode)
+    image = noise(30, 20).convert(mode)
     processor = ImageProcessor(56, 56, aspect=aspect)
     assert processor(image).equal(processor(image.convert("RGB")))
     assert processor(image).std() > 0.1, "there is still a picture"
 
 
-def test_what_becomes_of_grey_transparency_and_16_bits():
+def test_what_becomes_of_grey_and_transparency():
     assert as_rgb(Image.new("L", (1, 1), 77)).getpixel((0, 0)) == (77, 77, 77)
     assert as_rgb(Image.new("RGBA", (1, 1), (9, 8, 7, 0))).getpixel((0, 0)) == (9, 8, 7), "no background shines through"
     assert as_rgb(Image.new("CMYK", (1, 1), (255, 0, 0, 0))).getpixel((0, 0)) == (0, 255, 255)
-    assert as_rgb(Image.new("I;16", (1, 1), 4000)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_grey_of_16_bits_is_scaled(kind):
+    """A 16-bit PNG became white: Pillow clips its values at 255. Colour of 16 bits loses its lower 8 in Pillow."""
+    values = np.arange(16 * 16, dtype=np.uint16).reshape(16, 16) * 257
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, kind)
+    assert (np.asarray(open_image(file)) == (values >> 8)[:, :, None]).all()
+    file.seek(0)
+    assert as_rgb(Image.open(file)).tobytes() == open_image(file).tobytes()
+
+
+@pytest.mark.parametrize(("kind", "words"), [(np.float32, "floating-point numbers"), (np.int32, "32-bit integers")])
+def test_values_without_a_known_range_are_refused(kind, words):
+    """A TIFF of floats from 0 to 1 became black, one of 32-bit integers white."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 0.5 if kind == np.float32 else 70_000, kind)).save(file, "TIFF")
+    with pytest.raises(UserError, match=f"The image a.tif has {words} for pixels, .* convert it to 8 or 16"):
+        open_image(file, "a.tif")
+    with pytest.raises(UserError, match=words):
+        as_rgb(Image.open(file))
 
 
 def test_config_with_plain_numbers_and_own_statistics():
@@ -176,11 +199,18 @@ def test_config_with_plain_numbers_and_own_statistics():
         ({"size": {"height": 336, "width": 336}}, "no shortest_edge of 1 to 16384 pixels in its size"),
         ({"crop_size": {"height": 336, "width": 224}}, "no height of 1 to 16384 pixels in its crop_size"),
         ({"do_center_crop": False}, "switches off do_center_crop"),
+        # These two were ignored.
+        ({"resample": 2}, "asks for resample=2; images are resized with 3, bicubic"),
+        ({"rescale_factor": 1 / 127.5}, "asks for rescale_factor=0.00784314; pixels are divided by 255 here"),
     ],
 )
 def test_a_processor_that_is_not_clip_is_refused(change, sentence):
     with pytest.raises(UserError, match=sentence):
         ImageProcessor.from_config({**CLIP_CONFIG, **change})
+    if "resample" in change or "rescale_factor" in change:
+        with pytest.raises(UserError, match=sentence):
+            QwenImageProcessor.from_config(change)
+    assert ImageProcessor.from_config({**CLIP_CONFIG, "resample": 3, "rescale_factor": 0.00392156862745098})
 
 
 def test_unknown_aspect():

@@ -135,7 +135,7 @@ def test_a_batch_beyond_the_free_memory_of_a_cpu_is_not_tried(tiny, tiny_path, m
 
 def test_a_plot_of_nothing_ends_in_a_sentence(tiny_path, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 10)
-    flags = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--no-counts", "--device", "cpu"]
+    flags = ["--method", "uniform", "--budget", "1/4", "--model", str(tiny_path), "--no-counts", "--device", "cpu"]
     assert main([*flags, "--plot", str(tmp_path / "p.png")]) == 2
     said = capsys.readouterr()
     assert "One question does not fit, and was not tried" in said.out and "nothing to draw" in said.err

@@ -1,7 +1,9 @@
 """The repository installs with pip, and its lists of packages agree with each other and with the imports."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from importlib import metadata
@@ -50,6 +52,22 @@ def test_files_that_code_reads_are_package_data():
         for path in (ROOT / top).rglob("*"):
             if path.is_file() and path.suffix not in (".py", ".pyc"):
                 assert any(path.match(pattern) for pattern in patterns), f"{path} is not in the wheel"
+
+
+@pytest.mark.parametrize("module", ["eval.cli", "eval"])
+def test_another_llava_is_told_in_a_sentence(tmp_path, module):
+    """With LLaVA's own package installed, `vtr` ended in "No module named 'llava.errors'"."""
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "__init__.py").write_text("from .model import LlavaLlamaForCausalLM\n")
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"in {tmp_path}/llava, hides the one of this repository; uninstall it (pip uninstall llava)" in done.stderr
 
 
 def test_the_console_command_exists():

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from eval.__main__ import main
-from eval.config import count_or_ratio, pairs
+from eval.config import pairs
+from llava.budget import count_or_ratio
 from llava.errors import UserError
 from llava.model.builder import parse
 from llava.reduction import registry
@@ -13,12 +14,18 @@ from tests.eval_fakes import write_gqa
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers, save_qwen_transformers
 
 
-@pytest.mark.parametrize(("text", "expected"), [("64", 64), ("1/9", 1 / 9)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("64", 64), (64, 64), ("1/9", 1 / 9), ("0.111", 0.111), (0.111, 0.111), (".5", 0.5), ("1.0", 1.0), ("2/2", 1.0)],
+)
 def test_a_budget_is_a_number_or_a_ratio(text, expected):
+    """`--budget 0.111` was refused although --help promised a ratio; `--retention 0.111` was another way to say it."""
     assert count_or_ratio(text) == expected and type(count_or_ratio(text)) is type(expected)
 
 
-@pytest.mark.parametrize("text", ["1/0", "3/2", "0/9", "a/b", "1/", "/9", "0.5"])
+@pytest.mark.parametrize(
+    "text", ["1/0", "3/2", "0/9", "a/b", "1/", "/9", "16.5", "0.0", "-1", "0", "1e9", 6.5, True, None, "9" * 5000]
+)
 def test_what_is_neither_is_refused(text):
     with pytest.raises(ValueError, match="should be a"):
         count_or_ratio(text)
@@ -61,7 +68,7 @@ def test_the_convention_of_tiles_is_part_of_the_result(tmp_path):
     "flags",
     [
         ["--budget", "1/4"],
-        ["--retention", "0.25"],
+        ["--budget", "0.25"],
         ["--set", "divprune.retention_ratio=0.25"],
         ["--set", "retention_ratio=0.25"],
     ],
@@ -79,10 +86,8 @@ def test_a_ratio_keeps_that_part_of_each_picture(tmp_path, flags):
     [
         ["--budget", "8", "--set", "random.retention_ratio=0.5"],
         ["--budget", "8", "--set", "retention_ratio=0.5"],
-        ["--budget", "8", "--retention", "0.5"],
-        ["--budget", "1/2", "--retention", "0.5"],
         ["--budget", "1/2", "--set", "random.retention_ratio=0.5"],
-        ["--retention", "1/2", "--set", "random.retention_ratio=0.5"],
+        ["--budget", "0.5", "--set", "random.retention_ratio=0.5"],
     ],
 )
 def test_a_budget_beside_a_ratio_is_refused(tmp_path, capsys, flags):

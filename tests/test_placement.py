@@ -71,7 +71,7 @@ def test_gpus_is_a_number_or_a_list():
     "text, message",
     [
         ("9", "GPUS=9, but this machine has 4 accelerators; RANKS=9 uses its processor"),
-        ("0", "GPUS should be a whole number, 1 or more, got '0'"),
+        ("0", "GPUS=0 asks for no accelerator: GPUS=0, with a comma names the first"),
         ("-1", "GPUS should be a whole number"),
         ("two", "GPUS should be a whole number, 1 or more, got 'two'"),
         ("1.5", "GPUS should be a whole number"),

@@ -1,11 +1,13 @@
 """Published scores: the files are sound, values are found by trust, and known contradictions are reported."""
 
+import re
 from itertools import product
 
 import pytest
 import yaml
 
 from eval import benchmarks
+from eval.config import ROOT
 from eval.papers import published
 from eval.papers.published import AVERAGE, BENCHMARKS, EFFICIENCY, POINTS, contradictions, load, models
 from llava.errors import UserError
@@ -283,4 +285,21 @@ def test_bad_files_are_refused(tmp_path, monkeypatch, change, message):
 
 
 def test_files_that_are_no_yaml_are_refused(tmp_path, monkeypatch):
-    assert "is not a file of published scores" in refused(tmp_path, monkeypatch, "model: [")
+    assert "is no YAML file that can be read" in refused(tmp_path, monkeypatch, "model: [")
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path, monkeypatch):
+    """The last one won, without a word: a table's numbers were those of the second row of a copied pair."""
+    said = refused(tmp_path, monkeypatch, "model: M\nrows:\n- method: fastv\n  gqa: 50.0\n  gqa: 51.0\n")
+    assert said == f"{tmp_path / 'model.yaml'} line 5 gives 'gqa' a second time; leave one out."
+
+
+def test_a_file_nested_without_end_is_a_sentence(tmp_path, monkeypatch):
+    """It was a RecursionError."""
+    assert "is nested deeper than any file of this project" in refused(tmp_path, monkeypatch, "[" * 5000)
+
+
+def test_every_yaml_file_is_read_by_the_one_that_refuses_double_keys():
+    """Other readers of YAML in the project keep the last value of a key."""
+    files = [path for folder in ("eval", "llava", "toy") for path in (ROOT / folder).rglob("*.py")]
+    assert [path.name for path in files if re.search(r"\byaml\.\w*load", path.read_text())] == ["__init__.py"]

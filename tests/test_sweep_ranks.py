@@ -1,11 +1,15 @@
-"""A sweep over several real ranks: the same files and scores as in one process."""
+"""Many runs in one call, in one process and over several real ranks: the files and scores of single runs."""
 
 import json
 import os
+from pathlib import Path
 
 import psutil
 import pytest
 
+from eval import sweep as sweep_module
+from eval.__main__ import main
+from eval.parallel.ranks import Rank
 from eval.sweep import CachingLlava, Setting, folder_of, name_of, sweep
 from llava.model.builder import load
 from tests.eval_fakes import write_gqa
@@ -65,3 +69,113 @@ def test_a_finished_sweep_starts_no_rank(both, monkeypatch):
     monkeypatch.setattr("eval.sweep.launch", None)
     assert sweep(SETTINGS, model, data, "testdev", output.parent.parent, wandb="disabled") == spread
     assert os.environ["RANKS"] == "2"
+
+
+# -- `vtr eval` with several benchmarks, methods and budgets ---------------------------------------------------------
+
+LISTS = ("--benchmark", "gqa,pope", "--method", "fastervlm,full", "--budget", "8,1/4")
+
+
+def evaluate(folder, patch, tiny_path, *words: str, ranks: str = "") -> int:
+    """The command line in a folder of its own."""
+    folder.mkdir(exist_ok=True)
+    patch.chdir(folder)
+    patch.setenv("RANKS", ranks)
+    return main(
+        [
+            *words,
+            "--model",
+            str(tiny_path),
+            "--limit",
+            "6",
+            "--max-new-tokens",
+            "3",
+            "--wandb",
+            "disabled",
+            "--device",
+            "cpu",
+        ]
+    )
+
+
+def stores(folder) -> dict[str, tuple[str, str]]:
+    """Folder of a run -> its answers and its settings."""
+    found = sorted((folder / "results").rglob("answers.jsonl"))
+    read = {path.parent: (path.read_text(), path.with_name("settings.json").read_text()) for path in found}
+    return {str(path.relative_to(folder)): texts for path, texts in read.items()}
+
+
+@pytest.fixture(scope="module")
+def single(tiny_path, tmp_path_factory):
+    """The stores of six single runs."""
+    folder = tmp_path_factory.mktemp("single")
+    with pytest.MonkeyPatch.context() as patch:
+        for benchmark in ("gqa", "pope"):
+            for words in (["full"], ["fastervlm", "--budget", "8"], ["fastervlm", "--budget", "1/4"]):
+                assert not evaluate(folder, patch, tiny_path, "--benchmark", benchmark, "--method", *words)
+    return stores(folder)
+
+
+@pytest.mark.parametrize("ranks", ["", "2"])
+def test_lists_write_the_stores_of_single_runs(single, tiny_path, tmp_path, monkeypatch, capfd, ranks):
+    """One call took one benchmark, one method and one budget; the model was loaded anew for each.
+
+    Here a rank works inside this process; that several of them share a sweep is tested above.
+    """
+    monkeypatch.setattr(sweep_module, "launch", lambda module, words, *_: sweep_module.main(words))
+    monkeypatch.setattr("eval.parallel.ranks.current", Rank)
+    loaded, real = [], sweep_module.load_model
+    monkeypatch.setattr(sweep_module, "load_model", lambda config: loaded.append(config.model) or real(config))
+    assert evaluate(tmp_path, monkeypatch, tiny_path, *LISTS, ranks=ranks) == 0
+    assert len(single) == 6 and stores(tmp_path) == single and len(loaded) == 1
+    out = capfd.readouterr().out.splitlines()
+    assert len([line for line in out if line.endswith((" ms for a batch of 6.", " TTFT n/a."))]) == 6
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out if line.startswith("| ")]
+    assert [row[:3] for row in rows[1:4]] == [
+        ["gqa", "full", ""],
+        ["gqa", "fastervlm", "8"],
+        ["gqa", "fastervlm", "0.25"],
+    ]
+    assert rows[0][3:6] == ["score", "% of full", "tokens per layer"] and rows[1][5] == "16.0"
+    monkeypatch.setattr(sweep_module, "run", None)
+    monkeypatch.setattr(sweep_module, "launch", None)
+    assert evaluate(tmp_path, monkeypatch, tiny_path, *LISTS, ranks=ranks) == 0, "finished runs were asked again"
+
+
+def test_every_combination_that_cannot_run_is_named_before_the_first_question(tiny_path, tmp_path, monkeypatch, capsys):
+    words = ("--benchmark", "gqa,pope", "--method", "full,uniform,fastv", "--budget", "8,17,1")
+    assert evaluate(tmp_path, monkeypatch, tiny_path, *words) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-7] == "Nothing was run, because this cannot be:" and not (tmp_path / "results").exists()
+    named = [line.partition(":")[0] for line in said[-6:]]
+    assert named == [
+        f"{benchmark}, {run}" for benchmark in ("gqa", "pope") for run in ("uniform at 17", "fastv at 17", "fastv at 1")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--method", "full,uniform"], "Method uniform needs --budget"),
+        (["--method", "uniform,unifrom", "--budget", "8"], "gqa, unifrom at 8: Unknown method 'unifrom'. Did you mean"),
+        (["--method", "uniform", "--budget", "8,x"], "--budget should be a whole number of visual tokens"),
+        (["--method", "uniform", "--budget", "8,4", "--output", "o"], "--output is the folder of one run"),
+        (["--method", "uniform", "--budget", "8,4", "--tensor-parallel", "2"], "one benchmark, method and budget"),
+        (["--method", "uniform", "--budget", "8", "--benchmark", "gqa,gqb"], "Did you mean 'gqa'"),
+        (["--method", "uniform", "--budget", "8", "--benchmark", "gqa,pope", "--split", "testdev"], "split of pope"),
+    ],
+)
+def test_wrong_lists_end_in_a_sentence(flags, sentence, tiny_path, tmp_path, monkeypatch, capsys):
+    assert evaluate(tmp_path, monkeypatch, tiny_path, *flags, ranks="2" if "--tensor-parallel" in flags else "") == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_benchmarks_with_toy_models_of_their_own_are_grouped(tmp_path, monkeypatch, capsys):
+    """GQA is asked of one toy model, TextVQA of another, and each is loaded once."""
+    loaded, real = [], sweep_module.load_model
+    monkeypatch.setattr(sweep_module, "load_model", lambda config: loaded.append(config.model) or real(config))
+    monkeypatch.chdir(tmp_path)
+    words = ["--benchmark", "gqa,textvqa,pope", "--method", "full", "--limit", "1", "--device", "cpu"]
+    assert main([*words, "--wandb", "disabled"]) == 0
+    assert [Path(name).name for name in loaded] == ["tinyllava", "tinyllava_instruct"]
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[-3:]] == ["gqa", "textvqa", "pope"]

@@ -12,10 +12,12 @@ from eval.tables.common import changed, defaults, is_default
 from eval.tables.page import insert, latex, markdown
 from eval.tables.plots import accuracy_plot
 from llava.errors import UserError
+from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.reduction import registry
 from tests.conftest import picture, samples
 from tests.eval_fakes import write_gqa
+from tests.tiny_checkpoints_families import save_qwen_transformers
 
 
 def test_remembered_features_give_the_same_answers(tiny):
@@ -31,6 +33,17 @@ def test_remembered_features_give_the_same_answers(tiny):
             assert [a.token_ids for a in found.answers] == [a.token_ids for a in expected.answers]
             assert found.flops == expected.flops
     assert len(caching._seen) == 4
+
+
+def test_a_model_whose_tower_is_no_clip_is_swept_without_a_memory(tmp_path):
+    """The tables of a Qwen-VL ended in a TypeError: its images do not go through CLIP's preprocessing."""
+    save_qwen_transformers(tmp_path / "qwen")
+    model = load(tmp_path / "qwen", device="cpu")
+    caching, reducer = CachingLlava(model), registry.build("divprune", "1/4", visual_tokens=model.visual_tokens)
+    caching.expect([reducer])
+    plain, swept = (generate(one, samples(2), reducer, max_new_tokens=3).answers for one in (model, caching))
+    assert [a.token_ids for a in swept] == [a.token_ids for a in plain]
+    assert not caching.remembers_features and not caching.takes_views and caching.remembered == 0
 
 
 def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):

@@ -235,6 +235,27 @@ def test_a_window_that_is_not_applied_forgets_no_keys(tmp_path):
     assert answers[0].token_ids == answers[1].token_ids and answers[0].accounting == answers[1].accounting
 
 
+@pytest.mark.parametrize("budget", ["1/2", "0.5", 0.5])
+def test_a_budget_may_be_a_ratio(budget):
+    """`reduce(model, "random", "1/9")`, as the command line writes it, was refused."""
+    case = stock("llava")
+    with reduce(case.model, "random", budget) as reduced:
+        last_logits(case.model, case.prepare(TEXTS[1:2], [picture(0)]))
+    assert reduced.accounting[0].mean == reduced.accounting[0].visual_tokens / 2
+
+
+@pytest.mark.parametrize("name", ["consensusdrop", "visiondrop", "tome", "hired", "attnmix"])
+def test_a_method_without_a_budget_is_refused(name):
+    """`reduce(model, "consensusdrop")` reduced nothing, without a word."""
+    options = {"official": True} if name in ("hired", "attnmix") else {}
+    with pytest.raises(UserError, match=f'{name} needs a budget: .* .budget="1/9".*"full" keeps all'):
+        reduce(stock("llava").model, name, **options)
+
+
+def test_a_method_whose_images_decide_needs_no_budget():
+    assert reduce(stock("llava").model, "prumerge", official=True).reducer.adaptive
+
+
 def test_a_retention_ratio_takes_the_place_of_a_budget():
     """`reduce(model, "random", budget=8, retention_ratio=0.5)` kept as many tokens as the ratio said, not 8."""
     case = stock("llava")

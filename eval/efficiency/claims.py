@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from eval.command import exit_on_user_error, make_parser
@@ -23,6 +22,7 @@ from eval.efficiency.latency.counts import Computed, computed
 from eval.efficiency.latency.questions import noise_batches
 from eval.efficiency.latency.run import reading_of
 from eval.efficiency.shapes import random_llava
+from eval.papers import read_yaml
 from eval.papers.published import Trust
 from eval.tables.page import insert, markdown
 from llava.errors import UserError
@@ -91,8 +91,8 @@ def read(path: Path = CLAIMS) -> list[Claim]:
         UserError: it is not in the expected form, or names a claim twice.
     """
     try:
-        found = [Claim.model_validate(entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]]
-    except (yaml.YAMLError, ValidationError, KeyError, TypeError) as error:
+        found = [Claim.model_validate(entry) for entry in read_yaml(path)["claims"]]
+    except (ValidationError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a file of claims: {' '.join(str(error).split())}.") from None
     names = [claim.id for claim in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -19,8 +19,7 @@ from llava.reduction.token_layout import TokenLayout
 
 def remembers(model: Llava, reducer: Reducer) -> bool:
     """Whether a run keeps the tower's output: methods that act before or inside the tower change it."""
-    drawn = getattr(getattr(model, "video_processor", None), "flip", None) is not None
-    return can_remember(model) and not drawn and reducer.acts_in.isdisjoint(("tower", "input_grid"))
+    return can_remember(model) and reducer.acts_in.isdisjoint(("tower", "input_grid"))
 
 
 @torch.inference_mode()

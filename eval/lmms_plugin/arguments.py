@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eval.config import DEFAULT_MODEL, RETENTION_RATIO, RunConfig, budget_of, count_or_ratio, whole_number
+from eval.config import DEFAULT_MODEL, RunConfig, budget_of, whole_number
+from llava.budget import RETENTION_RATIO, count_or_ratio
 from llava.errors import UserError, unknown
 
 # Those of lmms-eval's own flags (--batch_size, --max_batch_size, --device) are handed over with --model_args.

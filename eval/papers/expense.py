@@ -11,7 +11,6 @@ from math import ceil
 from pathlib import Path
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from eval.config import FULL
@@ -23,6 +22,7 @@ from eval.efficiency.quantities import GIB
 from eval.efficiency.rates import Rates
 from eval.efficiency.scale import read_constants
 from eval.efficiency.workload import Workload
+from eval.papers import read_yaml
 from eval.papers.plan import Line, Where, columns_of, lines_of
 from eval.papers.spec import Table
 from eval.tables.memory import size_of
@@ -99,7 +99,7 @@ class Downloads(Entry):
 @cache
 def downloads() -> Downloads:
     """The file of sizes."""
-    return Downloads.model_validate(yaml.safe_load(FILE.read_text(encoding="utf-8")))
+    return Downloads.model_validate(read_yaml(FILE))
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def command_of(line: Line, column: Column, where: Where, config: RunConfig) -> s
     if line.setting.budget is not None:
         words.append(str(line.setting.budget))
     if ratio is not None:
-        words.append(f"--retention {line.budget}")
+        words.append(str(line.budget))
     words += [f"--split {column.split}"] if column.split else []
     words += [f"--set {key}={value}" for key, value in options.items()]
     words += [f"--picture {key}={value}" for key, value in place.picture.items()]

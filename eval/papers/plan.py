@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval import benchmarks
-from eval.config import FULL, ROOT, RunConfig, budget_of, count_or_ratio
+from eval.config import FULL, ROOT, RunConfig, budget_of
 from eval.papers.spec import Budget, Column, Place, Row, Table
 from eval.sweep import Setting, dataset, folder_of
 from eval.tables.common import changed, defaults
+from llava.budget import count_or_ratio
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.reduction import registry

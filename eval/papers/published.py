@@ -13,10 +13,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from eval.config import FULL
+from eval.papers import read_yaml
 from llava.errors import UserError, unknown
 
 FOLDER = Path(__file__).parent / "published"
@@ -352,8 +352,8 @@ def load(model: str) -> Published:
         raise unknown("model with published scores", model, models())
     path = FOLDER / f"{model}.yaml"
     try:
-        file = File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
+        file = File.model_validate(read_yaml(path))
+    except ValidationError as error:
         raise UserError(f"{path} is not a file of published scores: {' '.join(str(error).split())}.") from None
     return Published(model, file.model, file.sources, file.rows)
 

@@ -8,12 +8,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eval import benchmarks
-from eval.config import FULL, ROOT, ratio
+from eval.config import FULL, ROOT
+from eval.papers import read_yaml
 from eval.papers.published import Convention
+from llava.budget import count_or_ratio
 from llava.errors import UserError
 from llava.reduction import registry
 
@@ -33,10 +34,7 @@ def known_method(name: str) -> str:
 
 def budget_text(value: str | int) -> str | int:
     """A number of tokens, or a ratio such as "1/9"."""
-    if isinstance(value, str):
-        ratio(value)
-    elif value < 1:
-        raise ValueError(f"a budget is 1 or more visual tokens, got {value}")
+    count_or_ratio(value)
     return value
 
 
@@ -246,13 +244,6 @@ def read_list(key: str, name: str, folder: Path) -> list[Any]:
     if not isinstance(content, list):
         raise UserError(f"{key} names {name}, which should hold a list, got {type(content).__name__}.")
     return content
-
-
-def read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
 
 
 def rows_of_factors(method: str, factors: Any) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from eval.answers.jsonl import write_file
 from eval.command import exit_on_user_error, make_parser
-from eval.config import ROOT, count_or_ratio, is_toy
+from eval.config import ROOT, is_toy
 from eval.papers import spec
 from eval.papers.own import read_own
 from eval.papers.spec import Column, Table
@@ -69,9 +69,7 @@ def narrowed(table: Table, args: argparse.Namespace) -> Table:
     """The table with the rows, columns and budgets that the user asked for."""
     rows = spec.chosen(table.rows, words(args.methods), "method", [row.method for row in table.rows])
     columns = spec.chosen(table.columns, words(args.benchmarks), "benchmark", [c.benchmark for c in table.columns])
-    names = [str(budget) for budget in table.budgets]
-    kept = [str(count_or_ratio(text)) and text for text in words(args.budgets)]
-    budgets = spec.chosen(table.budgets, kept, "budget", names)
+    budgets = spec.chosen(table.budgets, words(args.budgets), "budget", [str(budget) for budget in table.budgets])
     return table.model_copy(update={"rows": tuple(rows), "columns": tuple(columns), "budgets": tuple(budgets)})
 
 
@@ -118,7 +116,7 @@ def repeats_of(args: argparse.Namespace, model: "Llava", where: "Where") -> int:
     from llava.model.builder import device_of
 
     if model.device.type != device_of(where.device).type:
-        print("Times are not measured: the ranks have the GPUs; run again with GPUS=0 for them.", file=sys.stderr)
+        print("Times are not measured: the ranks have the GPUs; run again with GPUS=1 for them.", file=sys.stderr)
         return 0
     return args.times if args.times is not None else 0 if args.limit else REPEATS
 

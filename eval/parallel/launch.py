@@ -17,11 +17,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import psutil
 
-from eval.command import Terminated, terminate
+from eval.command import Terminated, ignore, stopping_once
 from eval.config import ROOT
 from eval.parallel.control import LOOPBACK, Control, free_port
 from eval.parallel.placement import Placement, accelerators
@@ -49,6 +49,7 @@ FORWARDED = (
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
 
 
+@stopping_once()
 def launch(
     module: str,
     arguments: Sequence[str],
@@ -73,7 +74,6 @@ def launch(
     environment = rank_environment(placement, os.environ)
     command = launcher_command(placement, [WORKER, control.address], environment)
     remote = placement.launcher != "local"
-    before, interrupted = signal.signal(signal.SIGTERM, terminate), signal.getsignal(signal.SIGINT)
     process = None
     try:
         try:
@@ -97,8 +97,6 @@ def launch(
         return problem.code
     finally:
         end(process, control, remote)
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, interrupted)
 
 
 def kept(control: Control, advice: bool = True) -> str:
@@ -107,6 +105,9 @@ def kept(control: Control, advice: bool = True) -> str:
     Args:
         advice: say how to go on.
     """
+    if (runs := control.peek("runs")) is not None:
+        finished = f"{control.count('finished', 0):,} of {runs:,} runs are finished, and answers of the others are kept"
+        return f"{finished}; run the same command again to go on." if advice else f"{finished}."
     run = control.peek("run")
     if run is None:
         return ""
@@ -172,11 +173,21 @@ def rank_environment(placement: Placement, environment: Mapping[str, str]) -> di
     return own
 
 
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """A further Ctrl-C changes nothing: ending takes seconds."""
+    before = signal.signal(signal.SIGINT, ignore)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@deaf()
 def end(process: "subprocess.Popen[bytes] | None", control: Control, remote: bool) -> None:
     """End the launchers and every rank; those of other machines that do not listen end when the store is gone."""
     if process is None or not alive(process):
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a further Ctrl-C changes nothing: ending takes seconds
     control.count("stop")
     # pdsh and srun may drop the machines when they are ended: ranks hear of it from the store first.
     if remote:

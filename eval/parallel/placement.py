@@ -1,7 +1,8 @@
 """Which machines and accelerators a command uses, from the environment. Needs no torch.
 
 RANKS=2              two processes on this machine, on whatever it has; for machines without accelerators
-GPUS=4, GPUS=0,2     so many, or these, accelerators of this machine
+GPUS=4               so many accelerators of this machine
+GPUS=0,2  GPUS=3,    these, by index; the comma tells an index from a number
 HOSTFILE=hosts.txt   lines "HOST slots=8", as DeepSpeed and MPI read them
 (Slurm)              an allocation of several nodes
 (none of these)      all accelerators of this machine
@@ -141,6 +142,10 @@ def chosen_gpus(environment: Mapping[str, str], there: int) -> tuple[int, ...]:
     """Accelerators that GPUS names: a number of them, or their indices."""
     text, known = environment["GPUS"], visible(environment, there)
     if "," not in text:
+        if text.strip() == "0":
+            raise UserError(
+                "GPUS=0 asks for no accelerator: GPUS=0, with a comma names the first, --device cpu takes none."
+            )
         count = whole("GPUS", text)
         if count > there:
             raise UserError(

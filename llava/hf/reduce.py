@@ -28,6 +28,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLM
 from transformers.models.video_llava.modeling_video_llava import VideoLlavaCausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
 from llava.hf.arguments import COPIES, VISUAL, by_name, has_pixels, refuse_arguments, refuse_prefill_arguments
 from llava.hf.cache import ReducedCache
@@ -38,7 +39,6 @@ from llava.model.checkpoint.identify import QWEN, Family
 from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.prefill import prefill
 from llava.reduction.crop_budget import require
-from llava.reduction.options import RETENTION_RATIO
 from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Trace
 from llava.reduction.registry import build
@@ -55,7 +55,7 @@ OUTPUTS: dict[Family, type[ModelOutput]] = {
 def reduce(
     model: PreTrainedModel,
     method: str,
-    budget: int | None = None,
+    budget: int | float | str | None = None,
     *,
     questions: Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -67,8 +67,8 @@ def reduce(
     Args:
         model: a Llava-, LlavaNext-, VideoLlava-, Qwen2VL- or Qwen2_5_VLForConditionalGeneration in evaluation mode.
         method: a name of `llava.reduction.registry.names`.
-        budget: visual tokens per image or video, mean over decoder layers; None for all of them, or with
-            `retention_ratio`, the ratio of each image's tokens to keep.
+        budget: visual tokens per image or video, mean over decoder layers, or the ratio of each image's tokens to keep
+            ("1/9", 0.111). Only `full` and methods whose images decide how many tokens stay need none.
         questions: the question of each prompt of the calls inside, without template, for methods that read it. Without
             `questions`, all text after the last image is taken for the question, template included.
         tokenizer: the model's tokenizer or processor, needed with `questions`.
@@ -76,16 +76,15 @@ def reduce(
         options: of the method, as `official=True`.
 
     Raises:
-        UserError: the model, the method, an option or the budget is not supported.
+        UserError: the model, the method, an option or the budget is not supported, or there is no budget.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if questions is not None and (isinstance(questions, str) or tokenizer is None):
         raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
     runtime = wrap_model(model, tokenizer, text_tower)
     tokens = runtime.visual_tokens
-    if budget is None and not options.get(RETENTION_RATIO):
-        budget = tokens
-    reducer = build(method, budget, options, tokens)
+    has_budget = budget is not None or options.get(RETENTION_RATIO)
+    reducer = build(method, budget if has_budget else tokens, options, tokens)
     if reducer.needs_text_tower and family_of(model) in QWEN:
         raise UserError(
             f"{method} needs a CLIP vision tower and its text half; the tower of {runtime.name} is no CLIP."
@@ -96,6 +95,14 @@ def reduce(
             "`text_tower`, the folder or hub id of the CLIP that the vision tower comes from."
         )
     _require(runtime, reducer)
+    # Where images decide, no number of tokens is planned, and none is kept whole because of its size.
+    if not (has_budget or method == "full") and (
+        reducer.tokens_per_layer(runtime.spec) is not None or reducer.keeps_all(tokens)
+    ):
+        raise UserError(
+            f"{method} needs a budget: the visual tokens to keep of each image (budget=64), or their ratio "
+            '(budget="1/9"). "full" keeps all.'
+        )
     return Reduced(model, runtime, reducer, questions)
 
 

@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
 from llava.errors import UserError, unknown
-from llava.processing.config_schema import LARGEST_SIDE, PreprocessorConfig, checked
+from llava.processing.config_schema import LARGEST_SIDE, checked_preprocessor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,12 +51,14 @@ def open_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Im
         name: how errors call the image; its path if left out.
 
     Raises:
-        UserError: there is no such file, it is damaged, or it has none of FORMATS.
+        UserError: there is no such file, it is damaged, or it has none of FORMATS; or its values have no known range.
     """
     name = name or str(path)
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return image.convert("RGB")
+            return _in_8_bits(image, f"The image {name}")
+    except UserError:
+        raise
     except UnidentifiedImageError as error:
         raise UserError(
             f"Cannot read the image {name} (expected one of {', '.join(FORMATS)}); the file is damaged, empty or of "
@@ -71,19 +74,30 @@ def open_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Im
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB as Pillow does, which is what the official scripts do.
+    """Convert an image to RGB as Pillow does, which is what the official scripts do; grey of 16 bits is scaled to 8.
 
-    CMYK is converted without a profile, an alpha channel is dropped (hidden colours become visible), 16-bit grey is
-    clipped at 255. EXIF rotation stays ignored.
+    CMYK is converted without a profile, an alpha channel is dropped (hidden colours become visible). EXIF rotation
+    stays ignored.
 
     Raises:
-        UserError: a side has no pixel or more than MAX_SIDE.
+        UserError: a side has no pixel or more than MAX_SIDE, or values have no known range.
     """
     width, height = image.size
     if not 1 <= min(width, height) <= max(width, height) <= MAX_SIDE:
         raise UserError(
             f"An image must have 1 to {MAX_SIDE} pixels on each side, got {width} x {height}; resize it first."
         )
+    return _in_8_bits(image, "An image")
+
+
+def _in_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """RGB of 8 bits. Of 16 bits the upper 8 are taken, as Pillow does for colour; grey it would clip, to white."""
+    # Pillow reads grey of 16 bits from these two as 32-bit integers up to 65535.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image.convert("I")) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        kind = {"I": "32-bit integers", "F": "floating-point numbers"}[image.mode]
+        raise UserError(f"{name} has {kind} for pixels, which have no known white; convert it to 8 or 16 bits first.")
     return image.convert("RGB")
 
 
@@ -129,13 +143,8 @@ class ImageProcessor:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], aspect: Literal["pad", "crop"] = "pad") -> "ImageProcessor":
-        """Read a CLIP preprocessor_config.json. Switched-off steps are refused: the tower needs all of them."""
-        values = checked(PreprocessorConfig, config, "The image preprocessor's configuration")
-        off = [step for step in STEPS if not config.get(step, True)]
-        if off:
-            raise UserError(
-                f"The image preprocessor switches off {', '.join(off)}; only full CLIP preprocessing is supported."
-            )
+        """Read a CLIP preprocessor_config.json. What the tower does not allow is refused."""
+        values = checked_preprocessor(config, STEPS, "CLIP")
         return cls(
             size=_side(config.get("size", 224), "shortest_edge", "size"),
             crop=_side(config.get("crop_size", 224), "height", "crop_size"),

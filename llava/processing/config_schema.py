@@ -4,7 +4,8 @@ A config.json is checked once, where it is read. Unknown fields are allowed, sin
 and null fields take the library's defaults. The classes are pydantic models in strict mode: no text counts as a number.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import isclose
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -27,6 +28,7 @@ LAYERS = 1_000
 WIDTH = 2**20
 ROWS = 2**24
 LARGEST_SIDE = 2**14
+BICUBIC = 3  # of PIL.Image.Resampling
 
 
 def _activation(name: str) -> str:
@@ -295,11 +297,39 @@ class PreprocessorConfig(Schema):
     do_rescale: bool | None = None
     do_normalize: bool | None = None
     rescale_factor: Positive | None = None
+    resample: int | None = None
     min_pixels: Annotated[int, Field(ge=1)] | None = None
     max_pixels: Annotated[int, Field(ge=1)] | None = None
     patch_size: Side | None = None
     merge_size: Side | None = None
     temporal_patch_size: Side | None = None
+
+
+def checked_preprocessor(config: Mapping[str, Any], steps: Sequence[str], name: str) -> PreprocessorConfig:
+    """Validate an image preprocessor's configuration.
+
+    Args:
+        steps: that the tower needs, as "do_resize".
+        name: of the preprocessing, for errors.
+
+    Raises:
+        UserError: a value is impossible, or asks for what would not be done.
+    """
+    values = checked(PreprocessorConfig, config, "The image preprocessor's configuration")
+    off = [step for step in steps if not config.get(step, True)]
+    if off:
+        raise UserError(
+            f"The image preprocessor switches off {', '.join(off)}; only full {name} preprocessing is supported."
+        )
+    if values.resample not in (None, BICUBIC):
+        raise UserError(
+            f"The image preprocessor asks for resample={values.resample}; images are resized with {BICUBIC}, bicubic."
+        )
+    if values.rescale_factor is not None and not isclose(values.rescale_factor, 1 / 255, rel_tol=1e-6):
+        raise UserError(
+            f"The image preprocessor asks for rescale_factor={values.rescale_factor:g}; pixels are divided by 255 here."
+        )
+    return values
 
 
 class PixelBounds(Schema):

@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from llava.errors import UserError
 from llava.processing.clip_image import CLIP_MEAN, CLIP_STD, as_rgb, resize
-from llava.processing.config_schema import PixelBounds, PreprocessorConfig, checked
+from llava.processing.config_schema import PixelBounds, checked, checked_preprocessor
 
 Grid = tuple[int, int, int]  # frames, rows and columns of patches
 
@@ -58,17 +58,12 @@ class QwenImageProcessor:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "QwenImageProcessor":
-        """Read a Qwen2-VL preprocessor_config.json. Switched-off steps are refused: the tower needs all of them.
+        """Read a Qwen2-VL preprocessor_config.json. What the tower does not allow is refused.
 
         The bounds are min_pixels and max_pixels or, in newer files, size: {shortest_edge, longest_edge}, which are
         numbers of pixels, too.
         """
-        values = checked(PreprocessorConfig, config, "The image preprocessor's configuration")
-        off = [step for step in STEPS if not config.get(step, True)]
-        if off:
-            raise UserError(
-                f"The image preprocessor switches off {', '.join(off)}; only full Qwen2-VL preprocessing is supported."
-            )
+        values = checked_preprocessor(config, STEPS, "Qwen2-VL")
         size = checked(PixelBounds, config.get("size") or {}, "size of the image preprocessor's configuration")
         given: dict[str, Any] = {
             "min_pixels": values.min_pixels or size.min_pixels or size.shortest_edge,

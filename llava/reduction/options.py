@@ -9,8 +9,6 @@ from llava.errors import UserError, unknown
 if TYPE_CHECKING:
     from llava.reduction.reducer import Reducer
 
-RETENTION_RATIO = "retention_ratio"
-
 
 def option(default: Any, doc: str, choices: tuple[str, ...] | None = None) -> Any:
     """A configuration field with a description for `--list` and, for strings, the allowed values."""

@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from llava.budget import tokens_of
 from llava.errors import UserError
 from llava.reduction.model_spec import ModelSpec
 from llava.reduction.options import option
@@ -77,7 +78,7 @@ class Reducer:
         crops: how the budget of an image is split over its tiles, see llava/reduction/crop_budget.py. A method that
             acts only in the decoder ranks all tokens together.
         retention_ratio: ratio of each image's visual tokens to keep, for images that differ in size; `budget` is then
-            that of the largest image. 0 for the same number of tokens everywhere. Formerly `share`.
+            that of the largest image. 0 for the same number of tokens everywhere.
         newlines: whether the newline tokens of LLaVA-NeXT are kept where a method chooses among patches.
     """
 
@@ -147,7 +148,7 @@ class Reducer:
     def for_picture(self, spec: ModelSpec) -> Self:
         """The same method at the budget of one image."""
         if self.retention_ratio:
-            return self.sized(max(1, int(self.retention_ratio * spec.visual_tokens + 0.5)))
+            return self.sized(tokens_of(self.retention_ratio, spec.visual_tokens))
         return self
 
     def crop_shares(

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from llava.budget import RETENTION_RATIO, count_or_ratio, tokens_of
 from llava.errors import UserError, unknown
-from llava.reduction.options import RETENTION_RATIO, options_of, parse_options
+from llava.reduction.options import options_of, parse_options
 from llava.reduction.reducer import Reducer
 
 METHODS: dict[str, type[Reducer]] = {}
@@ -54,18 +55,19 @@ def method(name: str) -> type[Reducer]:
 
 
 def build(
-    name: str, budget: int | None, options: dict[str, Any] | None = None, visual_tokens: int | None = None
+    name: str, budget: int | float | str | None, options: dict[str, Any] | None = None, visual_tokens: int | None = None
 ) -> Reducer:
     """A configured method.
 
     Args:
-        budget: visual tokens per image; None where `options` hold a retention ratio.
+        budget: visual tokens per image, or the ratio of each image's to keep ("1/9", 0.111); None where `options` hold
+            that ratio.
         options: field -> value, texts are parsed by the field's type.
         visual_tokens: visual tokens of the model's largest image, to turn a retention ratio into a budget; None if not
             known yet.
 
     Raises:
-        UserError: an unknown name or option, a wrong value, or both a budget and a retention ratio.
+        UserError: an unknown name or option, a wrong value, none or both of a budget and a retention ratio.
     """
     cls = method(name)
     values = parse_options(cls, options or {})
@@ -74,12 +76,15 @@ def build(
         raise UserError(
             f"A budget ({budget}) and a {RETENTION_RATIO} ({ratio:g}) are both given for {name}; leave one out."
         )
-    if ratio:
+    try:
+        budget = ratio or count_or_ratio(budget)
+    except ValueError as error:
+        raise UserError(f"The budget {error}.") from None
+    if isinstance(budget, float):
         if name == "full":
-            raise UserError(f"full keeps all visual tokens; leave {RETENTION_RATIO} out.")
-        budget = max(1, int(ratio * (visual_tokens or 0) + 0.5))
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise UserError(f"The budget must be a whole number of visual tokens of at least 1, got {budget!r}.")
+            raise UserError(f"full keeps all visual tokens; leave the ratio {budget:g} out.")
+        values[RETENTION_RATIO] = budget
+        budget = tokens_of(budget, visual_tokens or 0)
     return cls(budget=budget, **values)
 
 

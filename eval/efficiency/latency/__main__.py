@@ -24,6 +24,7 @@ from eval.efficiency.latency.run import run
 from eval.efficiency.latency.scenarios import SCENARIOS
 from eval.efficiency.latency.table import page, sentence
 from eval.efficiency.shapes import SHAPES
+from llava.budget import count_or_ratio
 from llava.model.builder import DTYPES
 
 
@@ -52,7 +53,12 @@ def parser() -> argparse.ArgumentParser:
     """All flags."""
     found = make_parser("eval.efficiency.latency", __doc__)
     found.add_argument("--method", required=True, help="a name, several separated by commas, or all")
-    found.add_argument("--budget", type=value(count), required=True, help="visual tokens to keep per image")
+    found.add_argument(
+        "--budget",
+        type=value(count_or_ratio),
+        required=True,
+        help="visual tokens to keep per image, or their ratio (1/9)",
+    )
     found.add_argument(
         "--set",
         action="append",

@@ -27,6 +27,7 @@ from eval.efficiency.latency.ratios import ratios, turn_by_turn
 from eval.efficiency.latency.scenarios import SCENARIOS, doubled
 from eval.efficiency.shapes import SHAPES, random_llava
 from eval.results.provenance import commit, hardware
+from llava.budget import tokens_of
 from llava.errors import UserError, unknown
 from llava.model.builder import DTYPES, device_of, load, parse
 from llava.model.llava_arch import Llava
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     repeats = args.repeats or scenario.repeats
     sizes = args.batch_size or (doubled(scenario.largest) if scenario.largest else (1,))
     model, shapes = models(args)
+    if isinstance(args.budget, float):
+        args.budget = tokens_of(args.budget, model.visual_tokens)
     if scenario.video and not model.takes_videos:
         raise UserError(
             f"The scenario video needs a model that takes videos, {model.name} takes images; use --shape "

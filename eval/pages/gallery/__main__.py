@@ -15,6 +15,7 @@ from eval import benchmarks
 from eval.benchmarks.prompts import SHORT
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import DEFAULT_MODEL, ROOT, count, options_by_method, path_name
+from llava.budget import count_or_ratio
 from llava.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--methods", default="all", help="comma-separated names, or all")
     p.add_argument(
         "--budgets",
-        type=value(counts),
+        type=value(budgets),
         default=[],
-        help="comma-separated visual tokens; 1/3, 2/9, 1/9 and 1/18 of the image's if left out",
+        help="comma-separated visual tokens or ratios; 1/3,2/9,1/9,1/18 if left out",
     )
     p.add_argument(
         "--set",
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--methods names no method; see vtr show methods.")
     options = options_by_method(methods, args.set)
     for name in methods:  # unknown names and options are errors before the model is loaded
-        registry.build(name, max(args.budgets, default=LLAVA_TOKENS), options[name])
+        registry.build(name, LLAVA_TOKENS, options[name])
     own = sample_of(args.image, args.question, args.instruction) if args.image else None
     model = load(args.model, args.dtype, args.device)
     sample = own or toy_sample(model)
@@ -93,9 +94,9 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def counts(text: str) -> list[int]:
-    """Comma-separated whole numbers of at least 1."""
-    return [count(word) for word in words(text)]
+def budgets(text: str) -> list[int | float]:
+    """Comma-separated numbers of visual tokens, or ratios of the image's."""
+    return [count_or_ratio(word) for word in words(text)]
 
 
 def sample_of(path: str, question: str, instruction: str) -> "Sample":

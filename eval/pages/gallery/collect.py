@@ -11,6 +11,7 @@ from eval.figures.overlay_tiles import patches_of
 from eval.figures.panels import Panel, grids, panels_of
 from eval.figures.patches import NONE, Ints, PatchAssignment, colour_groups
 from eval.pages.gallery.score_maps import Floats, ScoreMap, score_maps
+from llava.budget import tokens_of
 from llava.errors import UserError
 from llava.pipeline.answer import Batch
 from llava.pipeline.generate import generate
@@ -97,14 +98,14 @@ def collect(
     model: "Llava",
     sample: Sample,
     methods: Sequence[str],
-    budgets: Sequence[int] = (),
+    budgets: Sequence[int | float] = (),
     max_new_tokens: int = 16,
     options: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Gallery:
     """Run every method at every budget on a sample with one image or video.
 
     Args:
-        budgets: visual tokens; () for SHARES of the image's own.
+        budgets: visual tokens, or ratios of the image's own; () for SHARES.
         options: method -> option -> text; a missing method has its defaults.
 
     Raises:
@@ -126,10 +127,10 @@ def collect(
     panels = tuple(panels_of(picture, layout))
     full = result_of("full", layout.tokens, batch, picture)
     results, unavailable = [], {}
-    budgets = budgets or [max(1, round(share * layout.tokens)) for share in SHARES]
-    budgets = tuple(sorted(set(budgets), reverse=True))
+    counts = {tokens_of(one, layout.tokens) if isinstance(one, float) else one for one in budgets or SHARES}
+    descending = tuple(sorted(counts, reverse=True))
     for name in progress(chosen):
-        for budget in budgets:
+        for budget in descending:
             try:
                 batch = generate(model, [sample], registry.build(name, budget, settings[name]), max_new_tokens)
             except UserError as error:
@@ -148,7 +149,7 @@ def collect(
         device=str(model.device),
         panels=panels,
         full=full,
-        budgets=budgets,
+        budgets=descending,
         methods=chosen,
         options={name: found for name, found in settings.items() if found},
         results=tuple(results),

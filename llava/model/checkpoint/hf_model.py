@@ -44,6 +44,8 @@ HF_CLASSES: dict[Family, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
 }
 
+# Weights of other types are quantised.
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Parts that the weights must contain. They are checked first: a list of 391 missing keys explains nothing.
 TOWERS: dict[Family, dict[str, str]] = {
     "llava": {"model.vision_tower.": "the vision tower"},
@@ -153,6 +155,7 @@ def fill(
     """
     device = torch.device(device)
     build, extra = hf_class(kind, weights)
+    _refuse_numbers_without_meaning(weights, config, directory)
     loading = quantised_loading(config, quantization, dtype, directory)
     check_depth(config, weights, directory)
     if parallel is not None:
@@ -207,6 +210,17 @@ def _fill_spread(
 
         partition(model, parallel, dtype, device)
     return model.eval()
+
+
+def _refuse_numbers_without_meaning(weights: Mapping[str, Tensor], config: PretrainedConfig, directory: Path) -> None:
+    """Raise UserError for weights of integers, truth values or 8-bit floats whose scale no configuration tells."""
+    strange = {key: tensor.dtype for key, tensor in weights.items() if tensor.dtype not in PLAIN}
+    if strange and stored_method(config) is None:
+        kinds = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in strange.values()}))
+        raise UserError(
+            f"{directory} has weights of {kinds} ({listed(strange)}), and its config.json has no "
+            "quantization_config that says what they mean; take it from the checkpoint, or take unquantised weights."
+        )
 
 
 def _refuse_problems(report: Mapping[str, Any], directory: Path) -> None:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Writes a self-contained HTML page of what every method keeps of an image: kept and merged patches, answers, score maps, sliders over budgets and decoder layers.
-# Usage: bash scripts/show.sh [IMAGE "QUESTION"] [arguments of vtr gallery]
-#   bash scripts/show.sh                                              the toy model about the first toy test image -> gallery.html
-#   bash scripts/show.sh photo.jpg "What is the man holding?" --output photo.html
-#   MODEL=liuhaotian/llava-v1.5-7b bash scripts/show.sh photo.jpg "What is this?" --methods consensusdrop,visionzip --budgets 128,64 --dtype float16
+# Usage: bash scripts/gallery.sh [IMAGE "QUESTION"] [arguments of vtr gallery]
+#   bash scripts/gallery.sh                                              the toy model about the first toy test image -> gallery.html
+#   bash scripts/gallery.sh photo.jpg "What is the man holding?" --output photo.html
+#   MODEL=liuhaotian/llava-v1.5-7b bash scripts/gallery.sh photo.jpg "What is this?" --methods consensusdrop,visionzip --budgets 128,64 --dtype float16
 # A Video-LLaVA takes a video file in the place of the image. `vtr gallery --help` lists all arguments.
 set -euo pipefail
 here=$PWD

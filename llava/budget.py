@@ -1,0 +1,38 @@
+"""How a budget is written: as a number of visual tokens, or as a ratio of each image's."""
+
+import re
+
+RETENTION_RATIO = "retention_ratio"
+COUNT = re.compile(r"[0-9]{1,9}")
+RATIO = re.compile(r"(?P<above>[0-9]{1,9})/(?P<below>[0-9]{1,9})|[0-9]*\.[0-9]+(e-[0-9]+)?")
+
+
+def count_or_ratio(budget: object) -> int | float:
+    """A budget as every command line and `llava.reduce` take it.
+
+    Args:
+        budget: visual tokens, 64 or "64", or the ratio of each image's tokens to keep, "1/9", 0.111 or "0.111".
+
+    Returns:
+        An integer of at least 1, or the ratio as a float above 0 and up to 1.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    text = str(budget)
+    if COUNT.fullmatch(text) and int(text) >= 1:
+        return int(text)
+    found = RATIO.fullmatch(text)
+    if found and int(found["below"] or 1) > 0:
+        ratio = int(found["above"]) / int(found["below"]) if found["above"] else float(text)
+        if 0 < ratio <= 1:
+            return ratio
+    raise ValueError(
+        "should be a whole number of visual tokens, 1 or more (64), or a ratio of each image's, above 0 and up to 1 "
+        f"(1/9 or 0.111), got {budget!r:.42}"
+    )
+
+
+def tokens_of(ratio: float, visual_tokens: int) -> int:
+    """How many of an image's tokens a ratio keeps: the nearest number, at least 1."""
+    return max(1, int(ratio * visual_tokens + 0.5))
