@@ -17,6 +17,18 @@ def embedded_model(name: str) -> str:
     return str(ROOT / "assets" / name)
 
 
+# Said first by every table, page and figure whose numbers a toy model gave.
+TOY_BANNER = (
+    "TOY MODEL: the numbers are of a small LLaVA that this repository trains on drawn scenes. They are not results of "
+    "any published model."
+)
+
+
+def is_toy(model: str) -> bool:
+    """Whether a folder or the stored name of a model is one of the bundled toys, which are all called tinyllava."""
+    return Path(model).name.startswith("tinyllava")
+
+
 # The method without reduction: its budget is all there is.
 FULL = "full"
 
