@@ -222,7 +222,7 @@ def summarise(job: Job, store: AnswerStore, unknown_pictures: int, throughput: d
             f"All {len(failed):,} questions failed, the first one with: {failed[0]['reason']}; mend that, and run the "
             "same command with --retry-failed."
         )
-    job.check_budget(lines)
+    off_budget = job.off_budget(lines)
     asked = [question.id for question in answered]
     answers = job.output / "answers.jsonl"
     score, judged = score_answers(job.data, job.config.judge, asked, texts(job, store), answers)
@@ -230,6 +230,8 @@ def summarise(job: Job, store: AnswerStore, unknown_pictures: int, throughput: d
     flops = cost.summarise_flops(timed)
     made = provenance.made_by(store.origins(asked))
     remarks = [*getattr(job.model, "notes", ()), *made.pop("notes"), *cost.notes(timed), *store.remarks]
+    if off_budget:
+        remarks.append(off_budget["remark"])
     if unknown_pictures:
         remarks.append(
             f"{unknown_pictures:,} answers were stored by a former version without a hash of their "
@@ -247,6 +249,7 @@ def summarise(job: Job, store: AnswerStore, unknown_pictures: int, throughput: d
         "partial": len(job.planned) < len(job.data.questions),
         **report.scored(score, answered, job.config.seed),
         "audit": cost.summarise_audit([line["metadata"]["audit"] for line in lines]),
+        "off_budget": off_budget,
         "timing": cost.summarise_timing(timed, job.started),
         "throughput": throughput,
         "flops": flops,

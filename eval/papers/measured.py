@@ -70,7 +70,7 @@ class Cell:
 
 
 def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | str:
-    """A finished run; a sentence instead if some of its questions failed.
+    """A finished run; a sentence instead if some of its questions failed or it is off its budget.
 
     Raises:
         UserError: there is no result of these questions.
@@ -89,6 +89,8 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
             f"{line.title} at {line.budget} on {column.title}: {len(failed):,} of {len(asked):,} questions failed, the "
             f"first ({failed[0]['question_id']}) with: {failed[0]['reason']}"
         )
+    if off := result.get("off_budget"):
+        return f"{line.title} at {line.budget} on {column.title}: {off['remark']}"
     wanted = set(asked)
     lines = (row for _, row in read_jsonl(folder / "answers.jsonl"))
     texts = {row["question_id"]: row["text"] for row in lines if row["question_id"] in wanted}

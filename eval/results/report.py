@@ -141,10 +141,11 @@ def sentence(result: Mapping[str, Any]) -> str:
     if batch is not None:
         wait = f"{short(batch['median_ms']['ttft'], 10)} ms for {batch_text(batch['questions'])}"
     failed = f" ({len(result['failed']):,} more failed)" if result.get("failed") else ""
+    off = f" where {result['off_budget']['planned']:.1f} are planned" if result.get("off_budget") else ""
     return (
         f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: "
         f"{headline(result)} "
-        f"on {asked} {result['title']} questions{failed}; {audit['mean_tokens_per_layer']:.1f} tokens per layer, "
+        f"on {asked} {result['title']} questions{failed}; {audit['mean_tokens_per_layer']:.1f} tokens per layer{off}, "
         f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}."
     )
 
