@@ -49,6 +49,7 @@ class Result(TypedDict):
     partial: NotRequired[bool]
     points: NotRequired[list[str]]
     failed: NotRequired[list[Any]]
+    off_budget: NotRequired[dict[str, Any] | None]
     remarks: NotRequired[list[str]]
     commit: NotRequired[Any]
     finished: NotRequired[str]
@@ -65,6 +66,7 @@ class Row:
         low, high: the ends of the 95 % confidence interval.
         percent: main score in percent of that of `full` on the same questions under the same settings.
         tokens: visual tokens per layer, mean over layers and samples.
+        planned: what `tokens` should be, where it is something else.
         ttft: median milliseconds of a batch of `batch` questions.
         timed: what the time was measured under; results are compared in time only where it is the same.
         kv: megabytes of key/value cache per question.
@@ -99,6 +101,7 @@ class Row:
     date: str
     folder: str
     task: str
+    planned: float | None = None
     percent: float | None = None
     group: int = 0
 
@@ -194,6 +197,7 @@ def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mappi
         date=result.get("finished", ""),
         folder=str(folder),
         task=json.dumps(task(result), sort_keys=True),
+        planned=(result.get("off_budget") or {}).get("planned"),
     )
 
 
