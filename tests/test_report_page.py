@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eval import cli
-from eval.config import TOY_BANNER, RunConfig
+from eval.config import ROOT, TOY_BANNER, RunConfig
 from eval.pages.report import page, results
 from eval.pages.report.__main__ import main
 from eval.results import baseline, cost
@@ -199,6 +199,11 @@ def test_a_folder_without_results_is_one_sentence(make, tmp_path, capsys, monkey
     printed = capsys.readouterr()
     assert not printed.out and len(printed.err.splitlines()) == 1 and str(place) in printed.err
     assert not output.exists()
+
+
+def test_pages_in_the_repository_s_folder_are_no_changes_of_it():
+    """A page that a command writes by default made the next result's commit one "with uncommitted changes"."""
+    assert {"/report.html", "/gallery.html"} <= set((ROOT / ".gitignore").read_text().split())
 
 
 def test_the_output_may_not_be_a_folder(folder):

@@ -13,6 +13,7 @@ from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.config import FULL
 from eval.results.baseline import task
 from eval.results.report import interval_of
+from eval.settings import changed_options, default_options
 from llava.errors import UserError
 
 RESULT = "result.json"
@@ -151,14 +152,6 @@ def collect(folder: Path) -> Found:
     return Found(ordered, groups, damaged, len(paths) - len(current))
 
 
-def default_options() -> dict[str, dict[str, Any]]:
-    """Method -> option -> default, of the registered methods."""
-    from llava.reduction import registry
-
-    methods = registry.describe()
-    return {method["name"]: {option["name"]: option["default"] for option in method["options"]} for method in methods}
-
-
 def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mapping[str, Any]]) -> Row:
     """A checked result as a row.
 
@@ -173,7 +166,7 @@ def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mappi
     flops = (result.get("flops") or {}).get("per_question")  # earlier versions counted something else
     return Row(
         method=result["method"],
-        options=changed_options(result["method"], settings.get("config", {}), defaults),
+        options=", ".join(changed_options(result["method"], settings.get("config", {}), defaults)),
         budget=result["budget"],
         benchmark=result.get("title") or settings["benchmark"],
         model=settings["model"],
@@ -204,14 +197,6 @@ def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mappi
 def finite(value: Any) -> float | None:
     """A number that can be drawn; None for anything else."""
     return value if isinstance(value, int | float) and abs(value) < float("inf") else None
-
-
-def changed_options(method: str, options: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]) -> str:
-    """ "alpha=1.0, merge=none": options that differ from their defaults; all of a method that is not registered."""
-    usual = defaults.get(method, {})
-    plain = {name: json.loads(json.dumps(value)) for name, value in usual.items()}
-    changed = {k: v for k, v in options.items() if k != "budget" and (k not in plain or plain[k] != v)}
-    return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
 def time_of(result: Mapping[str, Any]) -> tuple[float | None, int | None, str | None]:
