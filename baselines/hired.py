@@ -5,8 +5,9 @@ Official code read: hasanar1f/HiRED@502d6dd, transformers/src/transformers/model
     llava_next/modeling_llava_next.py, both under the same fork
 Differs from it: nothing known for one tile, as in LLaVA-1.5. With tiles, salient patches are counted in the region that
     each tile shows (the release cuts the flat map of 24 x 24 into one run per tile: strips of whole rows); fractions
-    and what a full tile cannot take go to other tiles (lost in the release); only patches that unpadding leaves can be
-    chosen (the release chooses padding too and cuts it off afterwards). `official` does as the release in these three.
+    and what a full tile cannot take go to other tiles, and what no tile can take to the base image (lost in the
+    release); only patches that unpadding leaves can be chosen (the release chooses padding too and cuts it off
+    afterwards). `official` does as the release in these three.
     Neither swaps rows and columns of tiles, as its fork does when their numbers differ: there other tokens are kept.
 """
 
@@ -79,6 +80,7 @@ def behind_unpadding(given: list[int], attention: Tensor, arrangement: TokenLayo
 class HiRED(Scorer):
     """With one tile this is FasterVLM. Frames of a video get equal budgets."""
 
+    version: ClassVar[str] = "2"  # 2: the base image takes what no tile can
     summary: ClassVar[str] = "highest CLS attention; the budget of tiles by early attention"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
@@ -120,10 +122,12 @@ class HiRED(Scorer):
     def crop_shares(self, arrangement: TokenLayout, scores: dict[TowerScore, Tensor], budget: int) -> list[int] | None:
         if self.crops != "content" or arrangement.tiles is None:
             return None
-        first = min(int(budget * self.alpha), len(arrangement.crops[0].patches))
+        base = len(arrangement.crops[0].patches)
+        first = min(int(budget * self.alpha), base)
         early = scores[EARLY][0]
         salient = salient_patches(early, int(len(early) * (1 - self.alpha))).cpu()  # token counts become shapes
         if not self.official:
+            first = min(base, max(first, budget - (arrangement.patches - base)))
             return [first, *crop_budgets(salient, arrangement, budget - first)]
         tiles = len(arrangement.crops) - 1
         rest = min(budget - first, tiles * len(salient))

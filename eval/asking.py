@@ -227,8 +227,6 @@ def answer_lines(answered: Answered, model: str, seal: str) -> list[dict[str, An
 
 
 def warn_off_budget(job: Job, lines: Sequence[dict[str, Any]]) -> None:
-    """Say after the first batch what will be an error after the last: that may be hours later."""
-    try:
-        job.check_budget(lines)
-    except UserError as error:
-        print(f"Warning, first batch: {error}", file=sys.stderr)
+    """Say after the first batch what the result will say after the last: that may be hours later."""
+    if off := job.off_budget(lines):
+        print(f"Warning, first batch: {off['remark']}", file=sys.stderr)

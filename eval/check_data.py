@@ -104,7 +104,8 @@ def lines(findings: Iterable[Finding]) -> list[str]:
 
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0 if nothing is incomplete, 1 if something is, 2 for a wrong call."""
+    """The command line: 1 if something is incomplete, or nothing, or not all that was asked for, is there; 2 for a
+    wrong call; else 0."""
     p = make_parser("eval.check_data", __doc__)
     p.add_argument("data", nargs="?", default=str(DEFAULT_DATA), help="folder that holds the benchmarks")
     p.add_argument("benchmarks", nargs="*", help="look at these only")
@@ -120,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(", ".join(f"{count} {state}" for state, count in counts.items()))
     if args.json:
         write_json(Path(args.json), [dataclasses.asdict(finding) for finding in findings])
-    return int(counts[INCOMPLETE] > 0)
+    wanted = len(findings) if args.benchmarks else counts[INCOMPLETE] + max(1, counts[COMPLETE])
+    return int(counts[COMPLETE] < wanted)
 
 
 if __name__ == "__main__":

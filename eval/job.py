@@ -59,9 +59,10 @@ class Job:
         judge = self.data.sample_score
         return [] if judge is None else [judge(q, text) for q, text in zip(questions, texts, strict=True)]
 
-    def check_budget(self, lines: Sequence[dict[str, Any]]) -> None:
+    def off_budget(self, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """See `eval.results.cost.off_budget`."""
         audits = [line["metadata"]["audit"] for line in lines]
-        cost.check_budget_kept(audits, getattr(self.reducer, "rounding", ROUNDING))
+        return cost.off_budget(audits, getattr(self.reducer, "rounding", ROUNDING))
 
 
 def read_questions(config: RunConfig, model: bool = True, reducer: bool = True) -> tuple[Dataset, str]:

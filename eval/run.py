@@ -247,7 +247,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
             f"All {len(failed):,} questions failed, the first one with: {failed[0]['reason']}; mend that, and run the "
             "same command with --retry-failed."
         )
-    job.check_budget(lines)
+    off_budget = job.off_budget(lines)
     asked = [question.id for question in answered]
     answers = job.output / "answers.jsonl"
     score, judged = score_answers(job.data, job.config.judge, asked, texts(job, store), answers)
@@ -255,6 +255,8 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
     flops = cost.summarise_flops(timed)
     made = provenance.made_by(store.origins(asked))
     remarks = [*getattr(job.model, "notes", ()), *made.pop("notes"), *cost.notes(timed), *store.remarks]
+    if off_budget:
+        remarks.append(off_budget["remark"])
     result = {
         "title": job.data.title,
         "facts": {**job.data.facts, **judged},
@@ -267,6 +269,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
         "partial": len(job.planned) < len(job.data.questions),
         **report.scored(score, answered),
         "audit": cost.summarise_audit([line["metadata"]["audit"] for line in lines]),
+        "off_budget": off_budget,
         "timing": cost.summarise_timing(timed, job.started) | {"ttft": ttft},
         "throughput": throughput,
         "flops": flops,

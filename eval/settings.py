@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,16 +132,36 @@ def default_output(config: RunConfig, split: str, model: Any, reducer: "Reducer"
     """
     here, usual = flatten(plain(reducer)), flatten(plain(standard))
     changed: dict[str, Any] = {key: value for key, value in here.items() if usual.get(key) != value}
-    changed |= {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name in ("dtype", "max_new_tokens", "seed", "picture", "quantization", "profile", "compile")
-        and getattr(config, field.name) not in (field.default, {})
-    }
-    text = json.dumps(changed, sort_keys=True)
-    tail = "-" + hashlib.sha256(text.encode()).hexdigest()[:8] if changed else ""
+    text = json.dumps(changed | changed_fields(config), sort_keys=True)
+    tail = "-" + hashlib.sha256(text.encode()).hexdigest()[:8] if text != "{}" else ""
     name = folder_name(model.name)
     return Path("results") / f"{config.benchmark}-{split}" / name / f"{reducer.name}-{reducer.budget}{tail}"
+
+
+def default_options() -> dict[str, dict[str, Any]]:
+    """Method -> option -> default, of the registered methods."""
+    from llava.reduction import registry
+
+    methods = registry.describe()
+    return {method["name"]: {option["name"]: option["default"] for option in method["options"]} for method in methods}
+
+
+def changed_options(method: str, options: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """["alpha=1.0", "merge=none"]: options that differ from their defaults; all of a method that is not registered.
+
+    Args:
+        options: as a result holds them.
+        defaults: see `default_options`.
+    """
+    plain = {name: json.loads(json.dumps(value)) for name, value in defaults.get(method, {}).items()}
+    return [f"{k}={v}" for k, v in options.items() if k != "budget" and (k not in plain or plain[k] != v)]
+
+
+def changed_fields(config: RunConfig) -> dict[str, Any]:
+    """Settings beside the method's options that answers depend on and that differ from their defaults."""
+    names = ("dtype", "max_new_tokens", "seed", "picture", "quantization", "profile", "compile")
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: value for name in names if (value := getattr(config, name)) not in (usual[name], {})}
 
 
 def folder_name(model: str) -> str:

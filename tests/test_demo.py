@@ -11,10 +11,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from PIL import Image
 
 from eval import cli
 from eval.command import Terminated
-from eval.config import DEFAULT_MODEL, ROOT
+from eval.config import DEFAULT_MODEL, ROOT, TOY_BANNER
 from eval.pages.demo import __main__ as command
 from eval.pages.demo import compare
 from eval.pages.demo.__main__ import main
@@ -229,13 +230,21 @@ def errors(page) -> list[str]:
 
 
 def ask(page, question: str) -> None:
-    """Write the question and press the button."""
+    """Write the question and press the button; `wait_for_answer` does not take the answer before for the next one."""
+    page.evaluate("document.querySelector('#numbers table')?.classList.add('before')")
     page.fill("#question textarea", question)
     page.click("#answer")
 
 
+def upload(page, path: Path) -> None:
+    """Put the file in the place of the image."""
+    page.click("#image button[aria-label='Remove Image']")
+    page.set_input_files("#image input[type=file]", path)
+    page.wait_for_selector("#image button[aria-label='Remove Image']")
+
+
 def wait_for_answer(page) -> tuple[str, str]:
-    page.wait_for_function("document.querySelector('#reduced-answer textarea').value !== ''", timeout=180_000)
+    page.wait_for_selector("#numbers table:not(.before)", timeout=180_000)
     page.wait_for_selector("#reduced-overlay img")
     return page.input_value("#full-answer textarea"), page.input_value("#reduced-answer textarea")
 
@@ -255,8 +264,7 @@ def test_a_person_asks_about_an_image(demo):
         page.on("request", lambda request: requests.append(request.url))
         page.goto(demo.address)
         page.wait_for_selector("#answer")
-        page.set_input_files("#image input[type=file]", example.image)
-        page.wait_for_selector("#image img")
+        upload(page, example.image)
         page.click("#method input")
         page.fill("#method input", "fastervlm")
         page.keyboard.press("Enter")
@@ -287,6 +295,7 @@ def test_mistakes_are_shown_as_a_sentence_and_the_page_goes_on(demo, tmp_path):
     damaged.write_text("no image")
     with opened(demo.address, PHONE, dark=True) as page:
         page.wait_for_selector("#answer")
+        page.click("#image button[aria-label='Remove Image']")
         ask(page, "Is there a red star?")
         wait_for_problem(page, "There is no image")
         page.set_input_files("#image input[type=file]", damaged)
@@ -305,6 +314,68 @@ def test_mistakes_are_shown_as_a_sentence_and_the_page_goes_on(demo, tmp_path):
         ask(page, "Is there a red star?")
         wait_for_answer(page)
         assert not page.locator("#problem").is_visible() and not errors(page)
+    assert "Traceback" not in demo.text
+
+
+@needs_browser
+def test_the_page_opens_with_an_answered_example_and_says_that_the_model_is_a_toy(demo):
+    """It opened empty, with the button below the window's edge and nothing but "tinyllava" about the model."""
+    example = examples()[0]
+    with opened(demo.address) as page:
+        page.wait_for_selector("#reduced-overlay img")
+        assert page.input_value("#question textarea") == example.question
+        answers = [page.input_value(f"#{side}-answer textarea").lower() for side in ("full", "reduced")]
+        assert answers[0] == example.answer and answers[1]
+        assert "consensusdrop 64 in 8 layers" in page.inner_text("#numbers")
+        assert page.inner_text("#toy").strip() == TOY_BANNER
+        button = page.locator("#answer").bounding_box()
+        assert button["y"] + button["height"] < DESKTOP[1]
+        assert not errors(page)
+
+
+@needs_browser
+def test_files_of_every_kind_after_an_example_was_clicked(demo, tmp_path):
+    """An example made Gradio build the image's component anew, without the function that was set on the old one: an
+    unreadable upload then showed five badges "Error". A photograph of 48 megapixels was drawn with every pixel, which
+    did not end."""
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    large = Image.effect_noise((800, 600), 60).resize((8000, 6000)).convert("RGB")
+    large.save(tmp_path / "large.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "large.jpg").read_bytes()[:100_000])
+    (tmp_path / "notes.png").write_text("no image")
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
+    with opened(demo.address) as page:
+        page.wait_for_selector("#answer")
+        page.click("text=What color is the ring below the cross?")
+        page.wait_for_function("document.querySelector('#question textarea').value.includes('ring below the cross')")
+        for name, sentence in (
+            ("notes.png", "Cannot read the image notes.png"),
+            ("cut.jpg", "Cannot read the image cut.jpg (image file is truncated"),
+            ("bomb.png", "The image bomb.png is too large"),
+        ):
+            upload(page, tmp_path / name)
+            ask(page, "Is there a red star?")
+            wait_for_problem(page, sentence)
+            assert page.locator("text=Error").count() == 0
+        upload(page, tmp_path / "moving.gif")
+        ask(page, "Is there a red star?")
+        wait_for_answer(page)
+        assert "asked about the first one" in page.inner_text("#remark")
+        upload(page, tmp_path / "large.jpg")
+        ask(page, "Is there a red star?")
+        # Somebody else, meanwhile.
+        other = page.context.new_page()
+        other.goto(demo.address)
+        ask(other, "Is there a blue star?")
+        other.wait_for_selector("#remark", timeout=60_000)
+        assert "Please wait: the model answers one question at a time" in other.inner_text("#remark")
+        wait_for_answer(page)
+        assert page.locator("#remark").count() == 0 or not page.locator("#remark").is_visible()
+        drawn = "document.querySelector('#reduced-overlay img').naturalWidth === 1024"
+        page.wait_for_function(drawn, polling=200)  # frames, its usual clock, stand still in a page behind another
+        wait_for_answer(other)
+        assert not errors(page)
     assert "Traceback" not in demo.text
 
 

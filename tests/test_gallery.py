@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from eval import cli
-from eval.config import ROOT
+from eval.config import ROOT, TOY_BANNER
 from eval.figures.overlay import DIM, draw_overlay
 from eval.figures.patches import NONE
 from eval.pages.gallery import __main__ as command
@@ -110,7 +110,7 @@ def test_progressive_methods_have_several_states_and_others_one_step(gallery):
 
 
 def test_full_comes_first_budgets_descend_and_a_method_is_asked_once(tiny):
-    found = collect(tiny, SAMPLE, ["uniform", "full", "uniform"], (2, 8, 2), 2)
+    found = collect(tiny, SAMPLE, ["uniform", "uniform"], (2, 8, 2), 2)
     assert found.methods == ("uniform",) and found.budgets == (8, 2)
     assert [result.budget for result in found.results] == [8, 2]
     assert found.full.tokens_per_layer == (16,) * 4 and found.full.mean == 16
@@ -266,6 +266,28 @@ def ready(page) -> None:
 
 
 @needs_browser
+def test_another_answer_than_that_of_full_is_no_mistake_and_a_toy_is_called_one(gallery, tmp_path):
+    """A right answer stood in red with a cross because the toy model's `full` was wrong, and nothing but the word
+    "tinyllava" in the last line said what had answered."""
+    first, second, *rest = gallery.results
+    right = dataclasses.replace(first, text="blue"), dataclasses.replace(second, text="red")
+    toy = dataclasses.replace(gallery, model="tinyllava", full=dataclasses.replace(gallery.full, text="red"))
+    (tmp_path / "page.html").write_text(render(dataclasses.replace(toy, results=(*right, *rest)), "vtr gallery"))
+    with opened(tmp_path / "page.html") as page:
+        ready(page)
+        assert page.inner_text(".banner") == TOY_BANNER
+        page.click("#methods-text")
+        page.click("#all")
+        marks = page.locator(".answer span")
+        texts = {text.partition(" ")[2] for text in marks.all_inner_texts()}
+        assert texts <= {"same answer", "other answer"} and "other answer" in texts
+        colours = marks.evaluate_all("spans => spans.map(span => getComputedStyle(span).color)")
+        quiet = page.eval_on_selector("footer", "one => getComputedStyle(one).color")
+        assert set(colours) == {quiet}
+    assert TOY_BANNER not in render(gallery, "vtr gallery")
+
+
+@needs_browser
 def test_the_sliders_change_what_is_drawn_by_keyboard_and_by_mouse(page_file):
     with opened(page_file) as page:
         ready(page)
@@ -414,12 +436,14 @@ def test_texts_are_escaped_and_the_page_fits_in_light_and_dark(page_file, size, 
 def test_the_command_writes_one_small_file_and_names_itself_in_it(tiny_path, tmp_path, capsys):
     picture(0).save(tmp_path / "photo.png")
     file = tmp_path / "new" / "page.html"
-    arguments = ["photo.png", "is there a star?", "--model", str(tiny_path), "--methods", "uniform,random"]
+    arguments = ["photo.png", "is there a star?", "--model", str(tiny_path), "--methods", "uniform,full,random"]
     arguments[0] = str(tmp_path / "photo.png")
     assert command.main([*arguments, "--budgets", "1/2,4", "--output", str(file), "--device", "cpu"]) == 0
     text = file.read_text()
-    assert "2 methods at 2 budgets, 4 answers, 0 not possible" in capsys.readouterr().out
-    assert "vtr gallery" in text and "--methods uniform,random" in text and len(text) < 100_000
+    printed = capsys.readouterr()
+    assert "2 methods at 2 budgets, 4 answers, 0 not possible" in printed.out
+    assert printed.err.startswith("full is on every page"), "it was dropped without a word"
+    assert "vtr gallery" in text and "--methods uniform,full,random" in text and len(text) < 100_000
 
 
 @pytest.mark.parametrize(
@@ -430,6 +454,7 @@ def test_the_command_writes_one_small_file_and_names_itself_in_it(tiny_path, tmp
         (["missing.mp4", "a?"], "missing.mp4"),
         (["--methods", "consensusdrp"], "Did you mean 'consensusdrop'"),
         (["--methods", ","], "names no method"),
+        (["--methods", "full"], "names full only, which is on every page"),
         (["--set", "consensusdrop.alpa=1"], "Did you mean 'alpha'"),
         (["--budgets", "64,x"], "--budgets should be a whole number of visual tokens"),
         (["--output", "."], "is a folder"),

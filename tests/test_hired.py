@@ -161,6 +161,17 @@ def test_the_default_keeps_the_whole_budget_where_the_release_does_not():
     assert counts[0] == 576 and sum(counts) == 1500
 
 
+@pytest.mark.parametrize(("size", "counts"), [((300, 150), [352, 144, 144]), ((200, 65), [448, 96, 96])])
+def test_what_unpadded_tiles_cannot_take_goes_to_the_base_image(size, counts):
+    """It was dropped: 300 x 150 pixels kept 608 of 640 and 200 x 65 kept 512, and the plan said 640."""
+    run = arranged(size)
+    signals = {EARLY: torch.rand(3, 576), LATE: torch.rand(3, 576)}
+    assert counts_of(kept_of(HiRED(budget=640), run, signals), run) == counts
+    assert planned(HiRED(budget=640), spec_of(LLAVA, run)) == (640,) * 32
+    released = HiRED(budget=640, official=True)
+    assert len(kept_of(released, run, signals)) < 640 and planned(released, spec_of(LLAVA, run)) is None
+
+
 @pytest.mark.parametrize(("crops", "first"), [("content", 40), ("each", 16), ("thumbnail", 16), ("global", 75)])
 def test_other_splits_stay_possible(crops, first):
     late = torch.linspace(1, 2, 576).repeat(5, 1)

@@ -115,8 +115,9 @@ def test_check_says_complete_incomplete_and_absent(tmp_path, capsys):
     assert "testdev_balanced_questions.json is missing: questions1.2.zip of https" in out and "licence: " in out
     assert json.loads((tmp_path / "r.json").read_text())[0]["state"] == "incomplete"
     (tmp_path / "empty").mkdir()
-    assert check_data.main([str(tmp_path / "empty"), "gqa"]) == 0
+    assert check_data.main([str(tmp_path / "empty"), "gqa"]) == 1, "what is asked for and absent was fine"
     assert "gqa            absent" in capsys.readouterr().out
+    assert check_data.main([str(tmp_path / "empty")]) == 1, "so was a folder with nothing"
 
 
 def test_check_finds_a_copy_of_the_mirror(tmp_path, capsys):

@@ -257,6 +257,14 @@ def test_open_image_names_the_truncated_file(tmp_path, suffix, share):
         open_image(path)
 
 
+def test_open_image_calls_a_file_beyond_pillow_s_limit_too_large(tmp_path, monkeypatch):
+    """It was called damaged, and to be fetched again."""
+    Image.new("RGB", (9, 7)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UserError, match=r"a\.png is too large .* make it smaller"):
+        open_image(tmp_path / "a.png")
+
+
 def test_open_image_refuses_text_and_folders(tmp_path):
     (tmp_path / "page.jpg").write_text("<html>404</html>")
     for path in (tmp_path / "page.jpg", tmp_path):

@@ -140,6 +140,25 @@ def test_newline_tokens_are_dropped_or_kept_and_counted(path):
         assert torch.isin(ends, kept).any() == (newlines == "keep")
 
 
+def test_a_picture_whose_tiles_unpad_to_nothing_loses_the_newline_count_once(path):
+    """3 x 250 pixels are a base image of 16 patches and 12 newline tokens. The 12 were taken off twice, in plan and
+    run alike: a budget of 14 kept 4 tokens, one of 20 with newlines=keep kept 16."""
+    model, sample = load(path, device="cpu"), Sample("thin", QUESTIONS[0], image=picture(0, (3, 250)))
+    layout = model.views(sample.image)[1]
+    assert (layout.tokens, layout.patches, len(layout.crops)) == (28, 16, 1)
+    for name in ("fastervlm", "consensusdrop", "globalcom2", "vscan", "visiondrop"):
+        for budget, newlines, expected in ((14, "drop", 14), (20, "drop", 16), (20, "keep", 20)):
+            reducer = registry.build(name, budget, {"newlines": newlines})
+            _, (audit,), _ = run(model, [sample], reducer)
+            assert abs(audit.mean - expected) <= reducer.rounding and audit.planned == audit.mean, (name, budget)
+
+
+def test_visiondrop_counts_the_newline_tokens_that_it_keeps(path):
+    """Its decoder stages kept as many tokens less as there are newline tokens, and each run ended as off its plan."""
+    _, audits, _ = run(load(path, device="cpu"), batch(), registry.build("visiondrop", 30, {"newlines": "keep"}))
+    assert [(audit.mean, audit.planned) for audit in audits[:-1]] == [(30, 30)] * 4
+
+
 def test_kept_tokens_are_the_full_run_at_these_places(path):
     """What reaches the decoder is a selection of the unreduced run: tiles, newlines and projection in place."""
     model, seen = load(path, device="cpu"), {}

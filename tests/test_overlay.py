@@ -151,6 +151,13 @@ def test_a_wide_picture_is_covered_as_the_padded_square():
     assert stretched[6, 4].tolist() == [200] * 3 and stretched[2, 4].tolist() == [84] * 3
 
 
+@pytest.mark.parametrize(("size", "drawn"), [((6000, 3000), (1024, 512)), ((20_000, 5), (1024, 1)), ((40, 8), (40, 8))])
+def test_a_large_photograph_is_drawn_small(size, drawn):
+    """It was drawn with all its pixels: 12 megapixels took 14 s, 48 held 6 GB and never ended."""
+    image = Image.new("L", size, 200)
+    assert draw_overlay(image, [prune([0], 16)], 4).size == draw_overlay(image, []).size == drawn
+
+
 def test_upscale_and_no_steps():
     assert draw_overlay(GREY, [], upscale=3).size == (96, 96)
     big = draw_overlay(GREY, [prune([0], 16)], upscale=2)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from eval import benchmarks, outcomes, sweep
+from eval.answers.jsonl import read_json
 from eval.config import ROOT
 from eval.papers import figure, gate, plan, spec, table
 from eval.papers.published import Published, Source
@@ -329,6 +330,12 @@ def test_a_method_that_fails_on_some_questions_has_no_score_and_the_table_goes_o
     monkeypatch.setattr(outcomes, "generate", real)  # the next call asks it again
     assert table.main([*words, *one, "--output", str(folder / "failed")]) == 0
     assert "questions failed" not in (folder / "failed" / "small.md").read_text()
+    # A run whose mean is off its plan is no cell at that budget either.
+    results = (folder / "failing").rglob("result.json")
+    (path,) = (path for path in results if read_json(path)["method"] == "random")
+    path.write_text(json.dumps(read_json(path) | {"off_budget": {"remark": "The audit counts 9.00."}}))
+    assert table.main([*words, *one, "--render", "--output", str(folder / "failed")]) == 0
+    assert "n/a: Random at 8 on GQA: The audit counts 9.00." in (folder / "failed" / "small.md").read_text()
 
 
 def test_an_ablation_compares_every_choice_with_the_defaults(made, monkeypatch, tmp_path):

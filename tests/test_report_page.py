@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from eval import cli
-from eval.config import RunConfig
-from eval.pages.report import results
+from eval.config import ROOT, TOY_BANNER, RunConfig
+from eval.pages.report import page, results
 from eval.pages.report.__main__ import main
 from eval.results import baseline
 from eval.run import run
@@ -75,6 +75,19 @@ def test_a_row_holds_what_the_run_wrote(real, tmp_path):
     assert row.ttft == pytest.approx(4 * 3.5) and row.batch == 4 and "batches of 4" in row.timed
     assert row.gflop == pytest.approx(1.0) and row.commit == real["commit"] and row.date == real["finished"]
     assert row.percent is None, "there is no result of full"
+
+
+def test_toy_models_and_missed_budgets_are_marked(real, tmp_path):
+    """The page said "tinyllava" in a column, and a run off its budget looked like one on it."""
+    write(tmp_path / "a", real, "random", 16, 50.0, model="vicuna")
+    assert page.banner(results.collect(tmp_path).rows) == ""
+    off = real | {"off_budget": {"planned": 640.0, "counted": 608.0, "remark": "it counts 608"}}
+    write(tmp_path / "b", off, "random", 608, 50.0, model="tinyllava_next")
+    found = results.collect(tmp_path)
+    assert page.banner(found.rows) == f"{TOY_BANNER} Here: tinyllava_next."
+    assert page.banner([row for row in found.rows if row.planned]) == TOY_BANNER
+    text = page.page(found, tmp_path, tmp_path / "report.html", "vtr report")
+    assert text.count(TOY_BANNER) == 1 and text.count("planned 640.0") == 1
 
 
 def test_percent_of_full_is_that_of_the_run(real, tmp_path):
@@ -180,6 +193,11 @@ def test_a_folder_without_results_is_one_sentence(make, tmp_path, capsys, monkey
     printed = capsys.readouterr()
     assert not printed.out and len(printed.err.splitlines()) == 1 and str(place) in printed.err
     assert not output.exists()
+
+
+def test_pages_in_the_repository_s_folder_are_no_changes_of_it():
+    """A page that a command writes by default made the next result's commit one "with uncommitted changes"."""
+    assert {"/report.html", "/gallery.html"} <= set((ROOT / ".gitignore").read_text().split())
 
 
 def test_the_output_may_not_be_a_folder(folder):

@@ -95,8 +95,26 @@ def test_an_option_never_hides_a_setting():
 def test_a_run_can_be_found_by_tag_job_type_and_group(tmp_path):
     run(config(tmp_path, wandb="offline"), FakeLlava(), FakeReducer())
     logged = read_run(find_runs(tmp_path / "out")[0])
-    assert set(logged.tags) == {"gqa", "testdev", "fake", "first", "llava", "budget 16"}
+    assert set(logged.tags) == {"gqa", "testdev", "fake", "first", "llava", "budget 16", "alpha=0.5"}
     assert (logged.job_type, logged.group) == ("evaluation", "gqa-testdev")
+
+
+def test_runs_with_other_options_have_other_names_and_tags(tmp_path):
+    """ConsensusDrop with and without merging, and in another precision, could not be told apart in W&B."""
+    seen = set()
+    for number, changes in enumerate(({}, {"alpha": 0.3, "weights": "none"})):
+        settings = {"method": "consensusdrop", "benchmark": "gqa", "config": {"budget": 64, **changes}}
+        dtype = "bfloat16" if number else "float32"
+        output = tmp_path / str(number) / "gqa" / "toy" / "run"
+        output.mkdir(parents=True)
+        about = RunConfig("consensusdrop", 64, dtype=dtype, wandb="offline")
+        tracking.start_evaluation(about, output, settings, {}).close(failed=False)
+        logged = read_run(find_runs(output)[0])
+        expected = {"alpha=0.3", "weights=none", "dtype=bfloat16"} if number else set()
+        assert {tag for tag in logged.tags if "=" in tag} == expected
+        assert all(word in logged.display_name for word in expected)
+        seen.add((logged.display_name, *logged.tags))
+    assert len(seen) == 2
 
 
 def test_runs_of_a_table_are_a_group_and_can_be_told_apart(tmp_path):

@@ -166,10 +166,11 @@ class VisionDrop(Reducer):
             return None  # this stage has nothing to do
         seen = look(state, self.attention)
         score = visual_scores(state, seen, self.attention, self.average, self.diagonal)
-        # For an image with tiles, the sum of what the stage would keep of each tile; all tokens are ranked together.
-        pairs = [sized.stages(part)[state.layer] for sized, part in over_crops(self, state.spec)]
-        pair = sum(dominant for dominant, _ in pairs), sum(contextual for _, contextual in pairs)
-        return self._reduce(state, score, merge_metric(state, seen, self.metric), *pair)
+        # For an image with tiles, the sum of what the stage would keep of each tile; all tokens are ranked together,
+        # newline tokens that are kept among them.
+        contextual = sum(sized.stages(part)[state.layer][1] for sized, part in over_crops(self, state.spec))
+        dominant = tokens[state.layer] - contextual
+        return self._reduce(state, score, merge_metric(state, seen, self.metric), dominant, contextual)
 
     def _reduce(self, state: State, score: Tensor, metric: Tensor, dominant: int, contextual: int) -> Reduction:
         """Keep the `dominant` best tokens, merge the others into `contextual` of them."""

@@ -25,6 +25,7 @@ from eval.figures.patches import (
 )
 from llava.reduction import Step
 
+LARGEST = 1024  # pixels of the longer side at which a photograph is drawn
 GREY = 0.7  # share of grey in a dropped patch
 DIM = 0.42  # brightness left to a dropped patch
 FADED = 0.35  # share of grey in a merged patch
@@ -44,15 +45,15 @@ def draw_overlay(
     Args:
         trace: the steps of one sample, in order; without steps everything was kept.
         grid: rows and columns of the vision tower's patches; a number for a square, None to take it from the trace.
-        upscale: enlarge the image by this whole factor, small images are easier to read so.
+        upscale: enlarge the image by this whole factor; small images are easier to read so.
         padded: the grid covers the image padded to a square, as LLaVA-1.5 sees it. False: it covers the image.
 
     Returns:
-        RGB, the size of the image times `upscale`.
+        RGB, the size of the image, its longer side at most LARGEST, times `upscale`.
     """
     if grid is None:
         if not trace:
-            return enlarged(image, upscale)
+            return scaled(image, upscale)
         grid = grid_of(trace[0].reduction.inputs)
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     has_cls = bool(trace) and trace[0].reduction.inputs == rows * columns + 1
@@ -63,9 +64,14 @@ def draw_overlay(
     return draw_panel(panel, patches, colour_groups(patches, [panel.grid]), upscale)
 
 
-def enlarged(image: Image.Image, upscale: int) -> Image.Image:
-    """The image in RGB, every pixel repeated `upscale` times in both directions."""
-    return image.convert("RGB").resize((image.width * upscale, image.height * upscale), Image.Resampling.NEAREST)
+def scaled(image: Image.Image, upscale: int) -> Image.Image:
+    """The image in RGB, its longer side at most LARGEST, then every pixel repeated `upscale` times in each direction.
+
+    An overlay has a few hundred patches; of a photograph with all its pixels it takes minutes and gigabytes.
+    """
+    shrunk = image.convert("RGB")
+    shrunk.thumbnail((LARGEST, LARGEST), reducing_gap=2)
+    return shrunk.resize((shrunk.width * upscale, shrunk.height * upscale), Image.Resampling.NEAREST)
 
 
 def draw_panel(panel: Panel, patches: PatchAssignment, colours: Ints, upscale: int = 1) -> Image.Image:
@@ -75,7 +81,7 @@ def draw_panel(panel: Panel, patches: PatchAssignment, colours: Ints, upscale: i
         patches: of the tokens whose indices the panel's grid holds.
         colours: [K], index into PALETTE of every token, from `colour_groups`.
     """
-    image = enlarged(panel.image, upscale)
+    image = scaled(panel.image, upscale)
     cell = cells_of_pixels(panel, image.size)  # [height, width]
     token = panel.grid.flatten()[cell]
     known = token != NONE

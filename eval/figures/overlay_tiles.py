@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from eval.figures.overlay import draw_overlay, draw_panel, enlarged
+from eval.figures.overlay import draw_overlay, draw_panel, scaled
 from eval.figures.panels import grids, panels_of
 from eval.figures.patches import PatchAssignment, colour_groups, compose
 from llava.pipeline.answer import Answer
@@ -37,9 +37,9 @@ def trace_of(trace: Sequence[Step], number: int) -> list[Step]:
 
 
 def draw_original(picture: Image.Image | Video) -> Image.Image:
-    """The image without an overlay, enlarged as `draw_answer` does it; of a video its frames in two rows."""
+    """The image without an overlay, as large as `draw_answer` draws it; of a video its frames in two rows."""
     frames = picture.frames if isinstance(picture, Video) else [picture]
-    return frame_sheet([enlarged(frame, upscale_of(picture)) for frame in frames])
+    return frame_sheet([scaled(frame, upscale_of(picture)) for frame in frames])
 
 
 def upscale_of(picture: Image.Image | Video) -> int:

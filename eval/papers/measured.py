@@ -75,7 +75,7 @@ class Cell:
 
 
 def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | str:
-    """A finished run; a sentence instead if some of its questions failed.
+    """A finished run; a sentence instead if some of its questions failed or it is off its budget.
 
     Raises:
         UserError: there is no result of these questions.
@@ -94,6 +94,8 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
             f"{line.title} at {line.budget} on {column.title}: {len(failed):,} of {len(asked):,} questions failed, the "
             f"first ({failed[0]['question_id']}) with: {failed[0]['reason']}"
         )
+    if off := result.get("off_budget"):
+        return f"{line.title} at {line.budget} on {column.title}: {off['remark']}"
     expected = store_settings(config, config.split, data, model, build_reducer(config, model.visual_tokens))
     stored = read_stored(place, data, expected=expected)
     texts = stored.texts

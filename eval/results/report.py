@@ -146,10 +146,11 @@ def sentence(result: Mapping[str, Any]) -> str:
         batches = f"median of {first['batches']} batches"
         wait = f"{short(first['median_ms'], 10)} ms for {batch_text(first['questions'])} ({batches})"
     failed = f" ({len(result['failed']):,} more failed)" if result.get("failed") else ""
+    off = f" where {result['off_budget']['planned']:.1f} are planned" if result.get("off_budget") else ""
     return (
         f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: "
         f"{headline(result)} "
-        f"on {asked} {result['title']} questions{failed}; {audit['mean_tokens_per_layer']:.1f} tokens per layer, "
+        f"on {asked} {result['title']} questions{failed}; {audit['mean_tokens_per_layer']:.1f} tokens per layer{off}, "
         f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}."
     )
 

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.answers import flatten
 from eval.config import RunConfig
+from eval.settings import changed_fields, changed_options, default_options
 from eval.tracking.access import has_key, keep_below, one_line, resolve_mode
 from eval.tracking.summary import flat
 from eval.tracking.tracker import Tracker, WandbTracker
@@ -18,7 +20,7 @@ from eval.tracking.tracker import Tracker, WandbTracker
 PROJECT = "visual-token-reduction"
 ID_FILE = "wandb_id"
 TAG_LENGTH = 64  # W&B refuses longer ones
-GROUP_LENGTH = 128
+GROUP_LENGTH = NAME_LENGTH = 128
 
 
 def start_evaluation(
@@ -35,7 +37,11 @@ def start_evaluation(
     about |= {"checkpoint": str(config.model), "table": config.table}
     tags = [about.get(key) for key in ("benchmark", "split", "model", "method", "profile")]
     tags += [f"budget {about.get('budget')}", config.table]
-    return start(config.wandb, output, about, job_type="evaluation", tags=tags, group=config.table)
+    differing = changed_options(settings["method"], settings["config"], default_options())
+    differing += [f"{name}={value}" for name, value in flatten(changed_fields(config)).items()]
+    return start(
+        config.wandb, output, about, job_type="evaluation", tags=[*tags, *differing], group=config.table, note=differing
+    )
 
 
 def start(
@@ -46,6 +52,7 @@ def start(
     tags: Sequence[Any] = (),
     id_file: str = ID_FILE,
     group: str | None = None,
+    note: Sequence[str] = (),
 ) -> Tracker:
     """Begin logging.
 
@@ -57,6 +64,7 @@ def start(
         tags: those that are None are left out; those of WANDB_TAGS are added.
         id_file: file in `output` that holds the id of the W&B run.
         group: None groups runs of the same benchmark and split.
+        note: what the name says besides the last three folders of `output`.
 
     WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_NAME replace the group, the job type and the name.
     """
@@ -75,7 +83,7 @@ def start(
     tags = [*tags, *filter(None, os.environ.get("WANDB_TAGS", "").split(","))]
     about = {
         # W&B prefers arguments to variables; whoever sets a variable wants it to hold.
-        "name": os.environ.get("WANDB_NAME") or "/".join(output.parts[-3:]),
+        "name": os.environ.get("WANDB_NAME") or " ".join(["/".join(output.parts[-3:]), *note])[:NAME_LENGTH],
         "group": (os.environ.get("WANDB_RUN_GROUP") or group or usual_group(settings))[:GROUP_LENGTH],
         "job_type": os.environ.get("WANDB_JOB_TYPE") or job_type,
         "tags": list(dict.fromkeys(str(tag)[:TAG_LENGTH] for tag in tags if tag is not None)),

@@ -66,8 +66,10 @@ def open_image(path: str | Path | BinaryIO, name: str | None = None) -> Image.Im
         ) from error
     except FileNotFoundError as error:
         raise UserError(f"No image at {name}; check the path and the image folder.") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"The image {name} is too large ({_first_line(error)}); make it smaller.") from error
     # Pillow raises any of these for a broken file, depending on the format and on the place of the damage.
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise UserError(
             f"Cannot read the image {name} ({_first_line(error)}); the file is damaged or no image, fetch it again."
         ) from error

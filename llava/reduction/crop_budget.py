@@ -56,8 +56,8 @@ def over_crops(reducer: AnyReducer, spec: ModelSpec) -> list[tuple[AnyReducer, M
         given = deal(for_patches(reducer, spec.newlines), [crop.tokens for crop in spec.crops])
         return [(reducer.sized(share), spec.crop(number)) for number, share in enumerate(given) if share]
     if chooses_patches(reducer) and spec.patches < spec.visual_tokens:
-        spec = replace(spec, visual_tokens=spec.patches)
-        return [(reducer.sized(min(for_patches(reducer, spec.newlines), spec.patches)), spec)]
+        left = min(for_patches(reducer, spec.newlines), spec.patches)
+        return [(reducer.sized(left), replace(spec, visual_tokens=spec.patches, newlines=0))]
     return [(reducer.sized(min(reducer.budget, spec.visual_tokens)), spec)]
 
 

@@ -5,6 +5,7 @@ answer ends with the end token or after max_new_tokens.
 """
 
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from eval.benchmarks.prompts import split_suffix
 from eval.job import ROUNDING, load_model, seed_everything
 from eval.lmms_plugin.arguments import configuration
-from eval.results.cost import audit_record, check_budget_kept, summarise_audit
+from eval.results.cost import audit_record, off_budget, summarise_audit
 from eval.settings import build_reducer
 from llava.errors import UserError
 from llava.pipeline.generate import generate
@@ -85,7 +86,8 @@ class LlavaReduced(lmms):
                     audits += [audit_record(answer.accounting) for answer in batch.answers]
                     bar.update(len(chunk))
         if audits:
-            check_budget_kept(audits, getattr(self.reducer, "rounding", ROUNDING))
+            if off := off_budget(audits, getattr(self.reducer, "rounding", ROUNDING)):
+                print(f"Warning: {off['remark']}", file=sys.stderr)
             mean = summarise_audit(audits)["mean_tokens_per_layer"]
             print(f"{self.reducer.name} at {self.reducer.budget}: {mean:.1f} visual tokens per layer.")
         return texts

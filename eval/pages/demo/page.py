@@ -1,16 +1,18 @@
 """The layout of the demo, in Gradio; what it shows comes from `compare`."""
 
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
+from PIL import Image
 
-from eval.config import method_options
+from eval.config import FULL, TOY_BANNER, is_toy, method_options
 from eval.pages.demo.compare import REPEATS, Comparison, Side, answer_beside_full, methods
 from eval.pages.demo.examples import Example
 from eval.pages.skeleton import environment
@@ -33,22 +35,39 @@ CSS = (Path(__file__).parent / "demo.css").read_text()
 
 
 def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
-    """The page of one loaded model."""
+    """The page of one loaded model; it opens with the first example, answered."""
     summaries = dict(methods())
+    budget_at_first = min(BUDGET, model.visual_tokens)
+    example, compared = None, None
+    if examples and METHOD in summaries:
+        example = examples[0]
+        try:
+            compared = answer(model, str(example.image), example.question, True, METHOD, budget_at_first, "")
+        except UserError as error:  # a budget of another checkpoint, say; a person can ask for less
+            print(f"The page opens without an answer: {error}", file=sys.stderr)
+    one_at_a_time, asking = threading.Lock(), list[object]()
     with gr.Blocks(title="Visual token reduction", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         gr.Markdown(
             f"# Visual token reduction\n{model.name}, {model.visual_tokens:,} visual tokens per image, "
             f"{model.spec.layers} decoder layers. Ask about an image: the answer with all visual tokens and the answer "
             "with a method, side by side."
         )
+        if is_toy(model.name):
+            gr.Markdown(TOY_BANNER, elem_id="toy")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                image: Any = gr.Image(
-                    label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], elem_id="image"
+                image = gr.Image(
+                    str(example.image) if example else None,
+                    label="Image",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    height=240,
+                    elem_id="image",
                 )
-                # `ask` reads the file, so that a damaged one is an error with a sentence. Gradio has checked the path.
-                image.preprocess = lambda payload: payload and payload.path
-                question = gr.Textbox(label="Question", elem_id="question", max_length=10_000)
+                asked = example.question if example else None
+                question = gr.Textbox(asked, label="Question", elem_id="question", max_length=10_000)
+                button = gr.Button("Answer", variant="primary", elem_id="answer")
                 short = gr.Checkbox(True, label="Ask for a single word or phrase", elem_id="short")
                 method = gr.Dropdown(
                     list(summaries),
@@ -60,7 +79,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                 budget = gr.Slider(
                     1,
                     model.visual_tokens,
-                    value=min(BUDGET, model.visual_tokens),
+                    value=budget_at_first,
                     step=1,
                     label="Budget: visual tokens per image, mean over decoder layers",
                     elem_id="budget",
@@ -70,13 +89,16 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                     info="as after --set: name=value, separated by spaces; vtr show methods NAME lists them",
                     elem_id="options",
                 )
-                button = gr.Button("Answer", variant="primary", elem_id="answer")
             with gr.Column(scale=3, min_width=300):
                 problem = gr.Textbox(label="No answer", visible=False, elem_id="problem", lines=2)
+                remark = gr.Markdown(visible=False, elem_id="remark")
                 with gr.Row():
-                    sides = [panel("full", "All visual tokens"), panel("reduced", "Method")]
+                    sides = [
+                        panel("full", "All visual tokens", compared.full if compared else None),
+                        panel("reduced", "Method", compared.reduced if compared else None),
+                    ]
                 gr.Markdown(LEGEND)
-                numbers = gr.HTML(elem_id="numbers")
+                numbers = gr.HTML(table(compared, model) if compared else None, elem_id="numbers")
         if examples:
             expected = gr.Textbox(label="Correct answer", visible=False)
             gr.Examples(
@@ -84,33 +106,67 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                 [image, question, expected],
                 label="Test images of the toy benchmark, with a question and its correct answer",
             )
-        outputs = [problem, *sides[0], *sides[1], numbers]
+        outputs = [remark, problem, *sides[0], *sides[1], numbers]
+        nothing: list[Any] = [None] * (len(outputs) - 2)
 
-        def ask(path: str | None, *entered: Any) -> list[Any]:
+        def outcome(file: Mapping[str, Any] | None, *entered: Any) -> list[Any]:
+            path = file["path"] if file else None
             try:
-                return shown(answer(model, path, *entered), model)
+                return shown(answer(model, path, *entered), model, remark_on(path))
             except UserError as error:
                 sentence = str(error)
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
                 sentence = f"The model failed ({type(error).__name__}); the terminal that runs the demo says where."
-            return [gr.update(value=sentence, visible=True), *[None] * (len(outputs) - 1)]
+            return [gr.update(visible=False), gr.update(value=sentence, visible=True), *nothing]
+
+        def ask(*entered: Any) -> Iterator[list[Any]]:
+            asking.append(entered)
+            try:
+                # One question at a time: times would mean nothing otherwise. The lock is not held while this generator
+                # waits for Gradio, which drops it where the person has left.
+                while not one_at_a_time.acquire(timeout=0.5):
+                    sentence = (
+                        "Please wait: the model answers one question at a time, and is at somebody else's. "
+                        f"{len(asking)} are asked now, yours among them."
+                    )
+                    yield [gr.update(value=sentence, visible=True), gr.update(visible=False), *nothing]
+                try:
+                    found = outcome(*entered)
+                finally:
+                    one_at_a_time.release()
+                yield found
+            finally:
+                asking.remove(entered)
 
         method.input(
             lambda name: gr.update(info=summaries.get(name)), method, method, queue=False, api_visibility="private"
         )
         inputs = [image, question, short, method, budget, options]
-        gr.on([button.click, question.submit], ask, inputs, outputs, api_visibility="private", concurrency_id="model")
-    # One question at a time: times would mean nothing otherwise.
-    blocks.queue(default_concurrency_limit=1, max_size=16, api_open=False)
+        # Not preprocessed: `answer` reads the image's file, so that a damaged one is an error with a sentence. Gradio
+        # has checked its path.
+        gr.on(
+            [button.click, question.submit],
+            ask,
+            inputs,
+            outputs,
+            preprocess=False,
+            api_visibility="private",
+            concurrency_limit=16,
+        )
+    blocks.queue(max_size=16, api_open=False)
     return blocks
 
 
-def panel(name: str, label: str) -> tuple[gr.Textbox, gr.Image]:
+def panel(name: str, label: str, known: Side | None) -> tuple[gr.Textbox, gr.Image]:
     """Answer and overlay of one side."""
+    label = label_of(known) if known else label
     with gr.Column(min_width=200):
-        text = gr.Textbox(label=label, interactive=False, elem_id=f"{name}-answer", lines=1)
+        text = gr.Textbox(
+            known.text if known else None, label=label, interactive=False, elem_id=f"{name}-answer", lines=1
+        )
         overlay = gr.Image(
+            known.overlay if known else None,
             label="Kept tokens",
             interactive=False,
             format="png",
@@ -137,17 +193,34 @@ def answer(
     return answer_beside_full(model, image, question, method, int(budget), chosen, short)
 
 
-def shown(comparison: Comparison, model: Llava) -> list[Any]:
+def remark_on(path: str | None) -> str:
+    """What to say of an image that was asked about."""
+    if path is not None:
+        with Image.open(path) as image:
+            if getattr(image, "is_animated", False):
+                return "The file is an animation or holds several images; the question was asked about the first one."
+    return ""
+
+
+def shown(comparison: Comparison, model: Llava, remark: str) -> list[Any]:
     """Values of the outputs, in their order."""
     full, reduced = comparison.full, comparison.reduced
     return [
+        gr.update(value=remark, visible=bool(remark)),
         gr.update(value="", visible=False),
-        gr.update(value=full.text, label=f"All visual tokens: {full.mean:,.0f}"),
+        gr.update(value=full.text, label=label_of(full)),
         full.overlay,
-        gr.update(value=reduced.text, label=f"{reduced.name}: {reduced.mean:,.1f} visual tokens"),
+        gr.update(value=reduced.text, label=label_of(reduced)),
         reduced.overlay,
         table(comparison, model),
     ]
+
+
+def label_of(side: Side) -> str:
+    """ "fastv: 64.0 visual tokens"."""
+    if side.name == FULL:
+        return f"All visual tokens: {side.mean:,.0f}"
+    return f"{side.name}: {side.mean:,.1f} visual tokens"
 
 
 def table(comparison: Comparison, model: Llava) -> str:

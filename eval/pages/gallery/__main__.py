@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from eval import benchmarks
 from eval.benchmarks.prompts import SHORT
 from eval.command import exit_on_user_error, make_parser, value
-from eval.config import DEFAULT_MODEL, ROOT, count, options_by_method, path_name
+from eval.config import DEFAULT_MODEL, FULL, ROOT, count, options_by_method, path_name
 from llava.budget import count_or_ratio
 from llava.errors import UserError
 
@@ -67,9 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     methods = words(args.methods)
     if args.methods == "all":  # those of this repository's papers first
-        methods = [*SHOWN, *(name for name in registry.names() if name not in SHOWN)]
+        methods = [*SHOWN, *(name for name in registry.names() if name not in (*SHOWN, FULL))]
     if not methods:
         raise UserError("--methods names no method; see vtr show methods.")
+    if FULL in methods:
+        methods.remove(FULL)
+        if not methods:
+            raise UserError(f"--methods names {FULL} only, which is on every page; name a method to show beside it.")
+        print(f"{FULL} is on every page, as the card “all tokens”; it has no budgets.", file=sys.stderr)
     options = options_by_method(methods, args.set)
     for name in methods:  # unknown names and options are errors before the model is loaded
         registry.build(name, LLAVA_TOKENS, options[name])
@@ -90,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def words(text: str) -> list[str]:
-    """Comma-separated words."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """Comma-separated words, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def budgets(text: str) -> list[int | float]:

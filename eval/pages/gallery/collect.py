@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from eval.config import FULL
 from eval.figures.overlay_tiles import patches_of
 from eval.figures.panels import Panel, grids, panels_of
 from eval.figures.patches import NONE, Ints, PatchAssignment, colour_groups
@@ -114,18 +115,20 @@ def collect(
     """
     if len(sample.images) != 1 or not sample.question.strip():
         raise UserError("The gallery shows one image or video and a question about it.")
-    chosen = tuple(dict.fromkeys(name for name in methods if name != "full"))
+    if FULL in methods:
+        raise UserError(f"{FULL} is on every page; leave it out of the methods.")
+    chosen = tuple(dict.fromkeys(methods))
     settings = {name: dict((options or {}).get(name, {})) for name in chosen}
     for name in chosen:  # a wrong name or option is an error, not a method that cannot run
         registry.build(name, model.visual_tokens, settings[name])
     # The first run is slower than all later ones, whatever the method.
-    full_reducer = registry.build("full", model.visual_tokens)
+    full_reducer = registry.build(FULL, model.visual_tokens)
     generate(model, [sample], full_reducer, max_new_tokens)
     batch = generate(model, [sample], full_reducer, max_new_tokens)
     (layout,) = batch.answers[0].runs
     picture = sample.images[0]
     panels = tuple(panels_of(picture, layout))
-    full = result_of("full", layout.tokens, batch, picture)
+    full = result_of(FULL, layout.tokens, batch, picture)
     results, unavailable = [], {}
     counts = {tokens_of(one, layout.tokens) if isinstance(one, float) else one for one in budgets or SHARES}
     descending = tuple(sorted(counts, reverse=True))

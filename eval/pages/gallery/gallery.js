@@ -215,7 +215,7 @@
     one.tokens.textContent = `${mean.toFixed(mean % 1 ? 1 : 0)} tokens`;
     const same = one !== full && result.text === data.full.text;
     one.answer.textContent = result.text || "(nothing)";
-    if (one !== full) one.answer.append(" ", element("span", same ? "good" : "bad", same ? "✓ same answer" : "≠ other answer"));
+    if (one !== full) one.answer.append(" ", element("span", "quiet", same ? "= same answer" : "≠ other answer"));
     one.counts.textContent = `Patches: ${countsOf(state)}. TTFT ${result.ms.toFixed(0)} ms.`;
     const ends = [...new Set([result.perLayer[0], result.perLayer[layers - 1]])].join(" to ");
     one.caption.textContent = `Tokens entering layers 0 to ${layers - 1}: ${ends}.`;

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from eval.config import TOY_BANNER, is_toy
 from eval.pages import skeleton
 from eval.pages.gallery.collect import Gallery
 from eval.pages.gallery.encode import page_data
@@ -26,6 +27,7 @@ def render(gallery: Gallery, command: str) -> str:
             style=skeleton.asset("style.css") + (HERE / "gallery.css").read_text(),
             script=(HERE / "gallery.js").read_text(),
             gallery=gallery,
+            banner=TOY_BANNER if is_toy(gallery.model) else "",
             shown=shown,
             data=skeleton.inline_json(page_data(gallery)),
             command=command,

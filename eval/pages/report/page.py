@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from eval.config import FULL
+from eval.config import FULL, TOY_BANNER, is_toy
 from eval.pages.report.results import RESULT, Found, Row
 from eval.pages.skeleton import asset, environment, inline_json
 
@@ -47,6 +47,7 @@ def page(found: Found, searched: Path, output: Path, made_by: str) -> str:
         report_script=(HERE / "report.js").read_text(),
         data=inline_json(json.dumps(data, allow_nan=False)),
         rows=rows,
+        banner=banner(rows),
         series=series,
         benchmarks=distinct(row.benchmark for row in rows),
         models=distinct(row.model for row in rows),
@@ -57,6 +58,15 @@ def page(found: Found, searched: Path, output: Path, made_by: str) -> str:
         searched=str(searched),
         made_by=made_by,
     )
+
+
+def banner(rows: Sequence[Row]) -> str:
+    """What to say of toy models, and of which if there are others; nothing where there is none."""
+    models = distinct(row.model for row in rows)
+    toys = [name for name in models if is_toy(name)]
+    if not toys or toys == models:
+        return TOY_BANNER if toys else ""
+    return f"{TOY_BANNER} Here: {', '.join(toys)}."
 
 
 def summary(found: Found) -> str:

@@ -13,6 +13,7 @@ from eval.answers.reuse import joint
 from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.config import FULL
 from eval.results.report import interval_of
+from eval.settings import changed_options, default_options
 from llava.errors import UserError
 
 RESULT = "result.json"
@@ -47,6 +48,7 @@ class Result(TypedDict):
     partial: NotRequired[bool]
     points: NotRequired[list[str]]
     failed: NotRequired[list[Any]]
+    off_budget: NotRequired[dict[str, Any] | None]
     remarks: NotRequired[list[str]]
     commit: NotRequired[Any]
     finished: NotRequired[str]
@@ -63,6 +65,7 @@ class Row:
         low, high: the ends of the 95 % confidence interval.
         percent: main score in percent of that of `full` on the same questions under the same settings.
         tokens: visual tokens per layer, mean over layers and samples.
+        planned: what `tokens` should be, where it is something else.
         ttft: median milliseconds of a batch of `batch` questions.
         timed: what the time was measured under; results are compared in time only where it is the same.
         kv: megabytes of key/value cache per question.
@@ -97,6 +100,7 @@ class Row:
     date: str
     folder: str
     task: str
+    planned: float | None = None
     percent: float | None = None
     group: int = 0
 
@@ -146,14 +150,6 @@ def collect(folder: Path) -> Found:
     return Found(ordered, groups, damaged, len(paths) - len(current))
 
 
-def default_options() -> dict[str, dict[str, Any]]:
-    """Method -> option -> default, of the registered methods."""
-    from llava.reduction import registry
-
-    methods = registry.describe()
-    return {method["name"]: {option["name"]: option["default"] for option in method["options"]} for method in methods}
-
-
 def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mapping[str, Any]]) -> Row:
     """A checked result as a row.
 
@@ -168,7 +164,7 @@ def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mappi
     flops = (result.get("flops") or {}).get("per_question")  # earlier versions counted something else
     return Row(
         method=result["method"],
-        options=changed_options(result["method"], settings.get("config", {}), defaults),
+        options=", ".join(changed_options(result["method"], settings.get("config", {}), defaults)),
         budget=result["budget"],
         benchmark=result.get("title") or settings["benchmark"],
         model=settings["model"],
@@ -192,20 +188,13 @@ def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mappi
         date=result.get("finished", ""),
         folder=str(folder),
         task=json.dumps(joint(result), sort_keys=True),
+        planned=(result.get("off_budget") or {}).get("planned"),
     )
 
 
 def finite(value: Any) -> float | None:
     """A number that can be drawn; None for anything else."""
     return value if isinstance(value, int | float) and abs(value) < float("inf") else None
-
-
-def changed_options(method: str, options: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]) -> str:
-    """ "alpha=1.0, merge=none": options that differ from their defaults; all of a method that is not registered."""
-    usual = defaults.get(method, {})
-    plain = {name: json.loads(json.dumps(value)) for name, value in usual.items()}
-    changed = {k: v for k, v in options.items() if k != "budget" and (k not in plain or plain[k] != v)}
-    return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
 def time_of(result: Mapping[str, Any]) -> tuple[float | None, int | None, str | None]:
