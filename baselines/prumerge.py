@@ -104,7 +104,11 @@ class PruMerge(Reducer):
         url="https://arxiv.org/abs/2403.15388",
         code="42Shawn/LLaVA-PruMerge@097c041",
     )
-    known_deviations: ClassVar[dict[str, str]] = {"appended": "the average of the tokens that are not kept comes last"}
+    known_deviations: ClassVar[dict[str, str]] = {
+        "appended": "the average of the tokens that are not kept comes last",
+        "unsorted with official=true": "the release keeps tokens in the order of their attention",
+        "scale with official=true": "the release does not normalise the weights",
+    }
 
     neighbours: int = option(NEIGHBOURS, "nearest tokens by key that are merged into each kept token")
     official: bool = option(False, "as the release: as many tokens as outliers, their order, weights not normalised")

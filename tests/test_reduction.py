@@ -8,7 +8,7 @@ import torch
 from llava.pipeline.accounting import mean_visual_tokens
 from llava.pipeline.sequence import Reduced, Sequence, assemble
 from llava.reduction import PatchGrid, Reduction, keep_top, split
-from llava.reduction.reducer import by_images
+from llava.reduction.returned import by_images
 from llava.reduction.token_layout import CLS
 
 

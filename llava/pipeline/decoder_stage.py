@@ -13,7 +13,8 @@ from llava.pipeline.sequence import Reduced, Row, Sequence
 from llava.processing.sample import Sample
 from llava.reduction.decoder_attention import whole_heads
 from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.reducer import Reducer, by_images
+from llava.reduction.reducer import Reducer
+from llava.reduction.returned import by_images
 from llava.reduction.states import DecoderState
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class DecoderStage:
                 keys=sequence.keys_of(keys, rows),
                 start=self.start.rows(rows),
             )
-            parts = by_images(self.reducer.for_picture(spec).decoder(state), len(rows), state.tokens.shape[1])
+            method = self.reducer.for_picture(spec)
+            parts = by_images(method, f"decoder before layer {layer}", method.decoder(state), state.ids, state.tokens.shape[1])
             self.record.operations.add("selection", int, state.flops)
             for reduction, own in parts:
                 values = values_of(reduction, state, own, self.record)

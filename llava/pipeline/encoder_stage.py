@@ -17,8 +17,9 @@ from llava.processing.sample import Sample
 from llava.reduction.crop_budget import planned, untouched
 from llava.reduction.flops import projector_flops
 from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.reducer import Reducer, by_images
+from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import stack
+from llava.reduction.returned import by_images
 from llava.reduction.states import EncoderState
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _reduce(
         if method.keeps_all(features.shape[1]):
             continue
         state = EncoderState(features=features, **state_fields(model, method, samples, images, rows, spec))
-        parts = by_images(method.encoder(state), len(rows), features.shape[1])
+        parts = by_images(method, "encoder", method.encoder(state), state.ids, features.shape[1])
         if state.flops:
             record.operations.add("selection", int, state.flops)
         for reduction, own in parts:

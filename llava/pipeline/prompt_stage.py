@@ -13,8 +13,9 @@ from llava.pipeline.image_batch import ImageBatch
 from llava.pipeline.sequence import Reduced, Row, Sequence
 from llava.processing.sample import Sample
 from llava.reduction.flops import layer_flops, projector_flops
-from llava.reduction.reducer import Reducer, by_images
+from llava.reduction.reducer import Reducer
 from llava.reduction.reduction import Reduction
+from llava.reduction.returned import by_images
 from llava.reduction.states import DecoderState, PromptState, at_members
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def reduce_prompt(
         state = state_of(rows, features_of(images, rows), state_fields(model, method, samples, images, rows, spec))
         if method.keeps_all(state.tokens.shape[1]):
             continue
-        parts = by_images(method.prompt(state), len(rows), state.tokens.shape[1])
+        parts = by_images(method, "prompt", method.prompt(state), state.ids, state.tokens.shape[1])
         record.operations.add("selection", int, state.flops)
         for reduction, own in parts:
             part = Reduced(rows[own.start : own.stop], reduction, merged_values(reduction, state, own))

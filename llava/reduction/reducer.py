@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from llava.errors import UserError
+from llava.errors import MethodError, UserError
 from llava.reduction.model_spec import ModelSpec
 from llava.reduction.options import option
 from llava.reduction.ranking import keep_top
@@ -67,8 +67,10 @@ class Reducer:
         rounding: the largest difference between the mean over layers and the budget, in tokens.
         needs_text_tower: states carry the CLIP text tower.
         known_deviations: where the method, by its definition, does not meet the contract of
-            tests/test_every_method.py; keys are "appended" (merged tokens come after the kept ones), "scale" (merge
-            weights do not sum to 1), "duplicates".
+            tests/test_every_method.py, with the reason; keys are "appended" (merged tokens come after the kept ones),
+            "scale" (merge weights do not sum to 1), "duplicates", "unsorted" (tokens are in an order of the method's
+            own), "uncounted" (the mean is off the budget) and "unused OPTION" (its values change nothing on a small
+            image), or one of them and " with OPTION=VALUE", for the options that make it so.
 
     Attributes:
         budget: visual tokens per image, as a mean over decoder layers; merged tokens count.
@@ -109,6 +111,15 @@ class Reducer:
                 raise UserError(f"{self.name}.retention_ratio must be between 0 and 1, got {value:g}.")
             if choices and value not in choices:
                 raise UserError(f"{self.name}.{known.name} must be one of {', '.join(choices)}, got {value!r}.")
+
+    def deviates(self, kind: str) -> bool:
+        """Whether `known_deviations` excuses the method, at these options."""
+        for key in self.known_deviations:
+            name, _, condition = key.partition(" with ")
+            option_, _, value = condition.partition("=")
+            if name == kind and (not condition or str(getattr(self, option_)).lower() == value):
+                return True
+        return False
 
     @property
     def keep_cls(self) -> bool:
@@ -231,27 +242,14 @@ class Scorer(Reducer, ABC):
         return self._keep(state)
 
     def _keep(self, state: EncoderState) -> Reduction:
-        score = self.score(state)
+        score, shape = self.score(state), state.features.shape[:2]
+        if not isinstance(score, Tensor) or score.shape != shape:
+            found = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise MethodError(
+                f"{self.name}.score: must return a tensor of shape {list(shape)}, a score for every token of every "
+                f"image, got {found}."
+            )
         return Reduction(keep_top(score, self.budget), score.shape[1])
-
-
-def by_images(reductions: Reductions, count: int, tokens: int) -> list[tuple[Reduction, range]]:
-    """Each reduction and the images that it is of: all of them share one, or have one each; [] for None.
-
-    Args:
-        count: images.
-        tokens: of each image; a reduction of another number comes from scores of other tokens.
-    """
-    if reductions is None:
-        return []
-    first = reductions if isinstance(reductions, Reduction) else reductions[0]
-    if first.inputs != tokens:
-        raise ValueError(f"the reduction is of {first.inputs} tokens, but each image has {tokens} here")
-    if isinstance(reductions, Reduction):
-        return [(reductions, range(count))]
-    if len(reductions) != count:
-        raise ValueError(f"{count} images need as many reductions, got {len(reductions)}")
-    return [(reduction, range(row, row + 1)) for row, reduction in enumerate(reductions)]
 
 
 def seed_of(*parts: object) -> int:
