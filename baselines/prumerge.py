@@ -110,14 +110,12 @@ class PruMerge(Reducer):
         "scale with official=true": "the release does not normalise the weights",
     }
 
-    neighbours: int = option(NEIGHBOURS, "nearest tokens by key that are merged into each kept token")
+    neighbours: int = option(NEIGHBOURS, "nearest tokens by key that are merged into each kept token", least=0)
     official: bool = option(False, "as the release: as many tokens as outliers, their order, weights not normalised")
     fixed: bool = option(False, "official: the release's other branch, which keeps a given number of tokens")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.neighbours < 0:
-            raise UserError(f"{self.name}.neighbours must be at least 0, got {self.neighbours}.")
         if self.fixed and not self.official:
             raise UserError(f"{self.name}.fixed is a branch of the release and needs {self.name}.official=true.")
 

@@ -53,12 +53,7 @@ class PruMergePlus(PruMerge):
         PruMerge.metadata, score="CLS attention, block −1, heads taken as one; three quarters spread evenly"
     )
 
-    spatial: float = option(0.75, "share of the kept tokens that are spread over the image")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.spatial <= 1:
-            raise UserError(f"prumerge_plus.spatial must be between 0 and 1, got {self.spatial}.")
+    spatial: float = option(0.75, "share of the kept tokens that are spread over the image", least=0, most=1)
 
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)

@@ -1,6 +1,7 @@
 """The contract: every registered method passes this suite by being registered."""
 
 import dataclasses
+import random
 import re
 from pathlib import Path
 
@@ -13,8 +14,14 @@ from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from tests.conftest import picture, samples
+from llava.model.builder import load
+from llava.processing.sample import Sample
+from tests import contract
+from tests.conftest import QUESTIONS, picture, samples
+from tests.tiny_checkpoints import save_text_tower
+from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
 
+KINDS = {"appended", "scale", "duplicates", "unsorted", "uncounted"}  # of what known_deviations may excuse
 BUDGETS = (1, 4, 7, 8, 12, 16)
 ALL = 16  # visual tokens of the tiny model
 
@@ -67,57 +74,71 @@ def test_audited_tokens_are_the_planned_ones_and_their_mean_is_the_budget(name, 
             assert audit.tokens_per_layer == ((0,) * len(planned) if i == 3 else planned), (reducer, audit)
 
 
-def standing(steps) -> torch.Tensor:
-    """[K] input positions of what is left after all steps, and which of them hold merged tokens."""
-    place = torch.arange(steps[0].reduction.inputs)
-    merged = torch.zeros(len(place), dtype=torch.bool)
-    for step in steps:
-        reduction = step.reduction
-        own = torch.zeros(reduction.kept.shape[1], dtype=torch.bool)
-        if reduction.merge_matrix is not None:
-            own = (reduction.merge_matrix[0] != 0).sum(-1) > 1
-        elif reduction.assignment is not None:
-            used = (reduction.assignment[0] >= 0) & (reduction.merge_weight[0] != 0)
-            own = torch.bincount(reduction.assignment[0][used], minlength=len(own)) > 1
-        merged = merged[reduction.kept[0]] | own
-        place = place[reduction.kept[0]]
-    return place, merged
+def test_every_choice_of_every_option_keeps_the_contract(name, tiny):
+    """Only defaults were tested: unsorted indices passed in a branch that defaults do not reach."""
+    batch = samples(4, text_only=(2,))
+    refused = []
+    for options in contract.configurations(registry.method(name)):
+        reducers = contract.accepted(registry.method(name), options, tiny, 2)
+        refused += [] if reducers else [options]
+        for reducer in reducers:
+            contract.check(reducer, tiny, batch)
+    assert {} not in refused or name == "full", "no budget below all tokens was accepted"
 
 
-def test_anchors_are_ascending_and_unique(name, tiny):
-    """Or, for a method that says so, merged tokens stand behind the kept ones."""
-    for reducer in possible(name, tiny):
-        _, _, record = run(tiny, samples(), reducer)
-        for steps in filter(None, record.steps):
-            place, merged = standing(steps)
-            assert place.min() >= 0 and place.max() < steps[0].reduction.inputs
-            if "duplicates" not in reducer.known_deviations:
-                assert len(place.unique()) == len(place)
-            if "appended" in reducer.known_deviations:
-                # A target that nothing joined looks like a kept token; then there are two ascending runs.
-                kept = place[~merged]
-                assert (kept.diff() > 0).all() or (place.diff() <= 0).sum() == 1
-            else:
-                assert (place.diff() > 0).all()
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory):
+    """Two images of two tiles or more, for options that divide a budget over tiles."""
+    path = tmp_path_factory.mktemp("tiled") / "tiny"
+    model = save_next_transformers(path, make_tiny_next("mistral"))
+    save_text_tower(path / "text_tower", model)
+    sizes = ((112, 112), (70, 112))
+    batch = [Sample(f"q{i}", QUESTIONS[i], image=picture(i, size)) for i, size in enumerate(sizes)]
+    conventions = ({"merge": "spatial_unpad"}, {"merge": "spatial", "force": (112, 112)})
+    return [(load(path, device="cpu", **how), batch) for how in conventions]
 
 
-def test_merge_weights_are_averages(name, tiny):
-    """Every output token's shares add up to 1, so merging does not change the scale of features."""
-    for reducer in possible(name, tiny):
-        if "scale" in reducer.known_deviations:
-            continue
-        _, _, record = run(tiny, samples(), reducer)
-        for step in (step for steps in record.steps for step in steps):
-            reduction = step.reduction
-            if reduction.merges:
-                ones = torch.ones(1, reduction.inputs, 1)
-                torch.testing.assert_close(reduction.apply(ones), torch.ones(1, reduction.kept.shape[1], 1))
+def test_every_option_changes_something(name, tiny, tiled):
+    """An option that no code read passed every test."""
+    models = {"tiny": (tiny, samples(4, text_only=())), "unpadded": tiled[0], "whole": tiled[1]}
+    method = registry.method(name)
+    said = {key.removeprefix("unused ") for key in method.known_deviations if key.startswith("unused ")}
+    found = set(contract.unused(method, models))
+    assert found == said, (
+        f"{name}: no value of {', '.join(found - said)} changes an answer; use it, or say why not in known_deviations "
+        f"under 'unused OPTION' (declared: {', '.join(said) or 'none'})"
+    )
+
+
+def test_what_signals_point_at_is_kept(name, tiny):
+    """A reversed ranking passed: tokens that a method's signals point at are kept more often than others."""
+    batch = [dataclasses.replace(sample, id=f"{i}") for i, sample in enumerate(samples(12, text_only=()))]
+    draw = random.Random(0)
+    planted = {sample.id: draw.sample(range(ALL), 4) for sample in batch}
+    for options in contract.configurations(registry.method(name)):
+        for reducer in contract.accepted(registry.method(name), options, tiny):
+            with contract.planted_signals(planted) as read:
+                _, _, record = run(tiny, batch, reducer)
+            if not read or not all(record.steps):
+                continue
+            kept = [
+                set(contract.standing(steps)[0].tolist()) if steps[0].reduction.inputs == ALL
+                else {place - 1 for place in contract.standing(steps)[0].tolist()}
+                for steps in record.steps
+            ]
+            share = sum(len(kept[i] & set(planted[str(i)])) for i in range(len(batch))) / (4 * len(batch))
+            other = sum(len(kept[i] - set(planted[str(i)]) - {-1}) for i in range(len(batch))) / (12 * len(batch))
+            print(contract.label(reducer), share, other)
+            assert share > other, contract.label(reducer)
 
 
 def test_quirks_are_told(name):
     """Whatever is excused above is said in words, and only known excuses exist."""
-    known_deviations = registry.method(name).known_deviations
-    assert set(known_deviations) <= {"appended", "scale", "duplicates"} and all(known_deviations.values())
+    method = registry.method(name)
+    for key, reason in method.known_deviations.items():
+        kind, _, condition = key.partition(" with ")
+        assert reason and (kind in KINDS or kind.removeprefix("unused ") in registry.options_of(method)), key
+        assert not condition or condition.partition("=")[0] in registry.options_of(method), key
 
 
 def test_card_is_filled_in(name):

@@ -96,7 +96,7 @@ class Reducer:
     positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))
 
     crops: str = option("each", "the budget over tiles: even, by the base image's attention, or all together", SPLITS)
-    retention_ratio: float = option(0.0, "ratio of each image's visual tokens to keep, in place of a budget")
+    retention_ratio: float = option(0.0, "ratio of each image's visual tokens to keep, in place of a budget", least=0, most=1)
     newlines: str = option("drop", "newline tokens where patches are chosen: drop, or keep and count", NEWLINES)
 
     def __init_subclass__(cls) -> None:
@@ -104,13 +104,15 @@ class Reducer:
         cls.acts_in = frozenset(name for name in STAGES if getattr(cls, name) is not getattr(Reducer, name))
 
     def __post_init__(self) -> None:
-        """Reject values outside the choices of a field."""
+        """Reject values outside the choices or the ends of a field."""
         for known in fields(self):
             choices, value = known.metadata.get("choices"), getattr(self, known.name)
-            if known.name == "retention_ratio" and not 0 <= value <= 1:
-                raise UserError(f"{self.name}.retention_ratio must be between 0 and 1, got {value:g}.")
             if choices and value not in choices:
                 raise UserError(f"{self.name}.{known.name} must be one of {', '.join(choices)}, got {value!r}.")
+            least, most = known.metadata.get("least"), known.metadata.get("most")
+            if (least is not None and not value >= least) or (most is not None and not value <= most):
+                limits = f"at least {least}" if most is None else f"between {least} and {most}"
+                raise UserError(f"{self.name}.{known.name} must be {limits}, got {value:g}.")
 
     def deviates(self, kind: str) -> bool:
         """Whether `known_deviations` excuses the method, at these options."""
@@ -140,7 +142,15 @@ class Reducer:
                 "mm_vision_tower is a whole CLIP."
             )
         if not spec.has_cls and (self.keep_cls or any(s.kind in CLS_SCORES for s in self.scores())):
-            raise UserError(f"{self.name} ranks by the CLS token of the vision tower; this tower has none.")
+            raise UserError(
+                f"{self.name} ranks by the CLS token of the vision tower, which cannot be read here: the tower has none, "
+                "or its family has no scores of it."
+            )
+        for score in self.scores():
+            if not -spec.tower_blocks <= score.index(spec.tower_blocks) < spec.tower_blocks:
+                raise UserError(
+                    f"{self.name} reads tower block {score.block}, but the tower has {spec.tower_blocks} blocks."
+                )
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         """Visual tokens of one image that are planned to enter each layer; None if that depends on the image.
