@@ -53,6 +53,11 @@ class PruMergePlus(PruMerge):
         PruMerge.metadata, score="CLS attention, block −1, heads taken as one; three quarters spread evenly"
     )
 
+    known_deviations: ClassVar[dict[str, str]] = {
+        **PruMerge.known_deviations,
+        "duplicates with official=true": "a token of the release's grid may be kept by its attention, too",
+    }
+
     spatial: float = option(0.75, "share of the kept tokens that are spread over the image", least=0, most=1)
 
     def check(self, spec: ModelSpec) -> None:

@@ -5,9 +5,10 @@ values around the default). A failure says method, options, question, step and i
 """
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import Field
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import Field, replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -26,11 +27,11 @@ from llava.reduction.reduction import Trace
 from llava.reduction.returned import by_images
 from llava.reduction.states import DecoderState, PromptState
 
-BUDGETS = (8, 12, 7, 4, 20, 24, 40)
-SIZES = (1, 2, 3, 4)
-LAYERS = ((1,), (2,), (1, 2), (1, 2, 3))  # of a decoder of four layers
-# Options of the pipeline, in every method. Other tests compare ratios with budgets.
-LEFT_OUT = {"retention_ratio"}
+BUDGETS = (8, 12, 7, 4, 20, 24, 32, 40)
+SIZES = (2, 3, 4)  # beside every question alone
+LAYERS = ((1,), (2,), (1, 2), (1, 2, 3), (2, 3, 5))  # for options that name decoder layers
+# What the pipeline does for every method (tests/test_next.py); those that act in the decoder alone have no use for it.
+LEFT_OUT = {"retention_ratio", "newlines"}
 
 
 def values_of(known: Field) -> list[Any]:
@@ -44,7 +45,7 @@ def values_of(known: Field) -> list[Any]:
         return [value for value in LAYERS if value != default]
     least, most = data["least"], data["most"]
     if isinstance(default, int):
-        near = [default - 1, default + 1, default // 2, 2 * default]
+        near = [default - 1, default + 1, default + 2, default // 2, 2 * default]
         found = [default - 1 if least is None else least, *near, most]
     else:
         found = [default / 8 if least is None else least, 8 * default if most is None else most]
@@ -151,29 +152,34 @@ def check(reducer: Reducer, model: Llava, batch: list[Sample]) -> None:
             assert gap < 1e-4, f"{label(reducer)}: {question}: logits in a batch of {size} differ by {gap:.2g}"
 
 
-def outcome(model: Llava, batch: list[Sample], reducers: Iterable[Reducer]) -> list[torch.Tensor]:
-    """All that an option could change: logits."""
-    return [run(model, batch, reducer)[0] for reducer in reducers]
+def unused(cls: type[Reducer], models: dict[str, tuple[Llava, list[Sample]]], said: set[str]) -> list[str]:
+    """Options whose values change no answer of any of the models, alone or beside another value of another option.
 
-
-def unused(cls: type[Reducer], models: dict[str, tuple[Llava, list[Sample]]]) -> list[str]:
-    """Options whose values change no answer of any of the models, alone or beside another choice of another option."""
+    Args:
+        said: options that the method says to be unused.
+    """
     known = options_of(cls)
-    own = [name for name in known if name not in LEFT_OUT and values_of(known[name])]
-    # Beside the defaults, each choice of each other option; numbers stay as they are.
-    beside = [{name: value} for name in own for value in values_of(known[name]) if isinstance(value, bool | str)]
+    own = {name: values_of(known[name]) for name in known if name not in LEFT_OUT and values_of(known[name])}
+    # Choices of other options first, numbers last.
+    beside = sorted(
+        ({name: value} for name, values in own.items() for value in values),
+        key=lambda one: not isinstance(next(iter(one.values())), bool | str),
+    )
+    answers = cache(lambda model, reducer: run(*models[model], reducer)[0])
 
     def changes(name: str) -> bool:
-        for options in [{}, *(options for options in beside if name not in options)]:
-            for model, batch in models.values():
-                before = outcome(model, batch, accepted(cls, options, model))
-                for value in values_of(known[name]) if before else ():
-                    after = outcome(model, batch, accepted(cls, options | {name: value}, model))
-                    if after and (after[0].shape != before[0].shape or not torch.equal(after[0], before[0])):
-                        return True
+        tried = [(n, model, o) for n in (1, len(BUDGETS)) for model in models for o in [{}, *beside] if name not in o]
+        for budgets, model, options in tried:
+            for reducer in accepted(cls, options, models[model][0], budgets):
+                for value in own[name]:
+                    with suppress(UserError):
+                        other = replace(reducer, **{name: value})
+                        require(other, models[model][0].spec)
+                        if not torch.equal(answers(model, reducer), answers(model, other)):
+                            return True
         return False
 
-    return [name for name in own if not changes(name)]
+    return [name for name in own if name not in said and not changes(name)]
 
 
 @contextmanager

@@ -62,6 +62,7 @@ class VisionDrop(Reducer):
     )
     known_deviations: ClassVar[dict[str, str]] = {
         "appended": "as in the release, contextual tokens follow the dominant ones",
+        "unused schedule": "on small images both schedules round to the same numbers of tokens",
         "scale with official=true": "the release adds the mean of its members to a contextual token",
         "scale with merge=target_plus_mean": "the sum that the release uses",
     }

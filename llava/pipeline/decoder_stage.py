@@ -66,7 +66,9 @@ class DecoderStage:
                 start=self.start.rows(rows),
             )
             method = self.reducer.for_picture(spec)
-            parts = by_images(method, f"decoder before layer {layer}", method.decoder(state), state.ids, state.tokens.shape[1])
+            parts = by_images(
+                method, f"decoder before layer {layer}", method.decoder(state), state.ids, state.tokens.shape[1]
+            )
             self.record.operations.add("selection", int, state.flops)
             for reduction, own in parts:
                 values = values_of(reduction, state, own, self.record)

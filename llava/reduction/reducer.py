@@ -96,7 +96,9 @@ class Reducer:
     positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))
 
     crops: str = option("each", "the budget over tiles: even, by the base image's attention, or all together", SPLITS)
-    retention_ratio: float = option(0.0, "ratio of each image's visual tokens to keep, in place of a budget", least=0, most=1)
+    retention_ratio: float = option(
+        0.0, "ratio of each image's visual tokens to keep, in place of a budget", least=0, most=1
+    )
     newlines: str = option("drop", "newline tokens where patches are chosen: drop, or keep and count", NEWLINES)
 
     def __init_subclass__(cls) -> None:
@@ -143,8 +145,8 @@ class Reducer:
             )
         if not spec.has_cls and (self.keep_cls or any(s.kind in CLS_SCORES for s in self.scores())):
             raise UserError(
-                f"{self.name} ranks by the CLS token of the vision tower, which cannot be read here: the tower has none, "
-                "or its family has no scores of it."
+                f"{self.name} ranks by the CLS token of the vision tower, which cannot be read here: the tower has "
+                "none, or its family has no scores of it."
             )
         for score in self.scores():
             if not -spec.tower_blocks <= score.index(spec.tower_blocks) < spec.tower_blocks:

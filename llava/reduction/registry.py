@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from llava.reduction.options import options_of, parse_options
 from llava.reduction.reducer import Reducer
 
 METHODS: dict[str, type[Reducer]] = {}
+BROKEN: dict[str, str] = {}  # modules that cannot be imported, and a sentence why
 
 # One package per paper, and one with a file per baseline. `load_all` skips a package that is not installed.
 PACKAGES = ("baselines", "consensusdrop", "visiondrop", "attnmix")
@@ -21,6 +23,12 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
     """Class decorator: make a reducer known under `name`."""
 
     def add(cls: type[Reducer]) -> type[Reducer]:
+        parameters = cls.__dict__.get("__dataclass_params__")
+        if parameters is None or not parameters.frozen:
+            raise UserError(
+                f"Method {name}: {cls.__name__} must be a frozen dataclass, write @dataclass(frozen=True, kw_only=True) "
+                f"below @register({name!r})."
+            )
         if name in METHODS and METHODS[name].__module__ != cls.__module__:
             raise ValueError(f"method {name!r} is registered twice: {METHODS[name].__module__} and {cls.__module__}")
         cls.name = name
@@ -31,13 +39,21 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
 
 
 def load_all() -> None:
-    """Import every module of the method packages, so that they register themselves."""
+    """Import every module of the method packages, so that they register themselves.
+
+    A module that cannot be imported is named on stderr and left out: the other methods work without it.
+    """
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             continue
         module = importlib.import_module(package)
-        for found in pkgutil.iter_modules(module.__path__):
-            importlib.import_module(f"{package}.{found.name}")
+        for name in (f"{package}.{found.name}" for found in pkgutil.iter_modules(module.__path__)):
+            try:
+                if name not in BROKEN:
+                    importlib.import_module(name)
+            except Exception as error:
+                BROKEN[name] = f"{name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})."
+                print(f"Warning: {BROKEN[name]} Its methods are left out.", file=sys.stderr)
 
 
 def names() -> list[str]:
@@ -49,7 +65,9 @@ def method(name: str) -> type[Reducer]:
     """The class of a method; UserError with a suggestion for an unknown name."""
     load_all()
     if name not in METHODS:
-        raise unknown("method", name, METHODS)
+        # A method's file has its name, or its package has.
+        broken = [why for module, why in BROKEN.items() if name in module.split(".")]
+        raise UserError(broken[0]) if broken else unknown("method", name, METHODS)
     return METHODS[name]
 
 

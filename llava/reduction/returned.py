@@ -22,7 +22,9 @@ SHOWN = 12  # indices of a sentence
 _read: set[tuple["Reducer", str]] = set()  # those whose values were read from an accelerator
 
 
-def by_images(method: "Reducer", stage: str, returned: Any, ids: Sequence[str], tokens: int) -> list[tuple[Reduction, range]]:
+def by_images(
+    method: "Reducer", stage: str, returned: Any, ids: Sequence[str], tokens: int
+) -> list[tuple[Reduction, range]]:
     """Each reduction and the images that it is of: all of them share one, or have one each; [] for None.
 
     Args:
