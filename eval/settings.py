@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from eval.answers import flatten
 from eval.benchmarks.base import Dataset
 from eval.config import FULL, RunConfig
-from llava.errors import UserError, unknown
+from llava.errors import UserError
 from llava.option_names import with_former_names
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ def build_reducer(config: RunConfig, visual_tokens: int | None) -> "Reducer":
     """
     from llava.reduction import registry
 
-    registry.load_all()
-    if config.method not in registry.names():
-        raise unknown("method", config.method, registry.names())
+    registry.method(config.method)  # refuses an unknown name
     options = with_seed(config, registry.describe())
     if config.retention_ratio is not None:
         return registry.build(config.method, None, options, visual_tokens)

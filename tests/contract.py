@@ -22,9 +22,8 @@ from llava.processing.sample import Sample
 from llava.reduction import registry, signed, text_similarity
 from llava.reduction.crop_budget import require
 from llava.reduction.options import options_of
-from llava.reduction.reducer import Reducer
+from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.reduction import Trace
-from llava.reduction.returned import by_images
 from llava.reduction.states import DecoderState, PromptState
 
 BUDGETS = (8, 12, 7, 4, 20, 24, 32, 40)

@@ -311,6 +311,10 @@ def test_configuration_is_frozen_and_described(name):
     assert row["summary"] and all(option["doc"] for option in row["options"])
 
 
+def test_every_method_can_be_imported():
+    assert not registry.BROKEN
+
+
 def test_unknown_method_is_refused_with_a_suggestion():
     with pytest.raises(UserError, match="Did you mean 'consensusdrop'"):
         registry.build("consensusdorp", 8)

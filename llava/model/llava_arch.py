@@ -25,9 +25,8 @@ from llava.processing.sample import Sample
 from llava.reduction.crop_budget import in_tower
 from llava.reduction.flops import linear_flops, tower_flops
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.reducer import Reducer
+from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.reduction import Reduction
-from llava.reduction.returned import by_images
 from llava.reduction.scores import TowerScore, score_flops
 from llava.reduction.states import BlockState
 from llava.reduction.token_layout import PatchGrid, TokenLayout, single

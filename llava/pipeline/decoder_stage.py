@@ -13,8 +13,7 @@ from llava.pipeline.sequence import Reduced, Row, Sequence
 from llava.processing.sample import Sample
 from llava.reduction.decoder_attention import whole_heads
 from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.reducer import Reducer
-from llava.reduction.returned import by_images
+from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.states import DecoderState
 
 if TYPE_CHECKING:

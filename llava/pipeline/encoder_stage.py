@@ -17,9 +17,8 @@ from llava.processing.sample import Sample
 from llava.reduction.crop_budget import planned, untouched
 from llava.reduction.flops import projector_flops
 from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.reducer import Reducer
+from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.reduction import stack
-from llava.reduction.returned import by_images
 from llava.reduction.states import EncoderState
 
 if TYPE_CHECKING:

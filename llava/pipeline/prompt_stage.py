@@ -13,9 +13,8 @@ from llava.pipeline.image_batch import ImageBatch
 from llava.pipeline.sequence import Reduced, Row, Sequence
 from llava.processing.sample import Sample
 from llava.reduction.flops import layer_flops, projector_flops
-from llava.reduction.reducer import Reducer
+from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.reduction import Reduction
-from llava.reduction.returned import by_images
 from llava.reduction.states import DecoderState, PromptState, at_members
 
 if TYPE_CHECKING:

@@ -20,9 +20,8 @@ from llava.pipeline.views import View, grouped, parts_of, rest_of, shared_fields
 from llava.processing.sample import Sample
 from llava.reduction.crop_budget import untouched
 from llava.reduction.model_spec import spec_of
-from llava.reduction.reducer import Reducer
+from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.reduction import Reduction, ViewReduction, join
-from llava.reduction.returned import by_images
 from llava.reduction.states import EncoderState, PromptState
 
 if TYPE_CHECKING:

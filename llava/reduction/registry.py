@@ -23,11 +23,10 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
     """Class decorator: make a reducer known under `name`."""
 
     def add(cls: type[Reducer]) -> type[Reducer]:
-        parameters = cls.__dict__.get("__dataclass_params__")
-        if parameters is None or not parameters.frozen:
+        if "__dataclass_fields__" not in cls.__dict__:
             raise UserError(
-                f"Method {name}: {cls.__name__} must be a frozen dataclass, write @dataclass(frozen=True, kw_only=True) "
-                f"below @register({name!r})."
+                f"Method {name}: {cls.__name__} must be a frozen dataclass; write "
+                f"@dataclass(frozen=True, kw_only=True) below @register({name!r})."
             )
         if name in METHODS and METHODS[name].__module__ != cls.__module__:
             raise ValueError(f"method {name!r} is registered twice: {METHODS[name].__module__} and {cls.__module__}")
@@ -44,16 +43,18 @@ def load_all() -> None:
     A module that cannot be imported is named on stderr and left out: the other methods work without it.
     """
     for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
+        found = importlib.util.find_spec(package)
+        if found is None:
             continue
-        module = importlib.import_module(package)
-        for name in (f"{package}.{found.name}" for found in pkgutil.iter_modules(module.__path__)):
+        files = pkgutil.iter_modules(found.submodule_search_locations)
+        for module in [package, *(f"{package}.{file.name}" for file in files)]:
             try:
-                if name not in BROKEN:
-                    importlib.import_module(name)
+                if module not in BROKEN:
+                    importlib.import_module(module)
             except Exception as error:
-                BROKEN[name] = f"{name} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})."
-                print(f"Warning: {BROKEN[name]} Its methods are left out.", file=sys.stderr)
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                BROKEN[module] = f"{module} cannot be imported: {kind}{' '.join(str(error).split()).rstrip('.')}."
+                print(f"Warning: {BROKEN[module]} Its methods are left out.", file=sys.stderr)
 
 
 def names() -> list[str]:
