@@ -1,0 +1,1 @@
+"""Files that `vtr new` copies: small, complete and tested. Their names are replaced by the new one's."""
