@@ -5,7 +5,7 @@
     vtr check method NAME          # every test that can fail for it
     vtr new benchmark NAME         # reader, script, toy set and test; check as above
 
-The files are copies of eval/templates with the new name.
+The files are copies of those in this folder with the new name.
 """
 
 import keyword
@@ -21,7 +21,7 @@ from eval.config import ROOT
 from llava.errors import UserError
 from llava.reduction import registry
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent
 # Kind -> template -> where its copy goes.
 FILES = {
     "method": {"method.py": "baselines/{}.py", "method_test.py": "tests/test_{}.py"},
