@@ -79,9 +79,7 @@ COMMANDS = {
     "tables reproduce": Command("eval.papers.pages", "how to reproduce the papers' tables (docs/reproduce.md)"),
     "tables benchmarks": Command("eval.tables.benchmarks", "benchmarks, and the toy models' scores on them"),
     "new": Command("eval.new.__main__", "write the files of a new method or benchmark: vtr new method NAME", ("new",)),
-    "check": Command(
-        "eval.new.__main__", "run the tests of one method or benchmark: vtr check method NAME", ("check",)
-    ),
+    "check": Command("eval.new.__main__", "run the tests of a method or benchmark: vtr check method NAME", ("check",)),
     "wandb sync": Command("eval.tracking.sync", "upload the offline W&B runs below a folder"),
     "wandb workspace": Command("eval.tracking.workspace", "save a W&B workspace with the plots of these runs"),
     "wandb report": Command("eval.tracking.report", "save a W&B report with the same panels"),

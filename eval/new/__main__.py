@@ -22,6 +22,7 @@ from llava.errors import UserError
 from llava.reduction import registry
 
 TEMPLATES = Path(__file__).parent
+TOY_SETS = ROOT / "assets" / "eval" / "README.md"
 # Kind -> template -> where its copy goes.
 FILES = {
     "method": {"method.py": "baselines/{}.py", "method_test.py": "tests/test_{}.py"},
@@ -76,6 +77,9 @@ def new(kind: str, name: str) -> list[Path]:
         text = template.read_text().replace("template_name", name)
         path.write_text(text.replace("TemplateName", name.title().replace("_", "")))
         path.chmod(template.stat().st_mode)
+    if kind == "benchmark":  # the list of toy sets, in front of the mirrors
+        row, last = f"| `{name}/` | {name} | 36 | of GQA's |\n", "| `hub/` |"
+        TOY_SETS.write_text(TOY_SETS.read_text().replace(last, row + last, 1))
     return list(files.values())
 
 
