@@ -50,13 +50,17 @@ class AttnMix(Reducer):
         code="JiayiV/AdaV@58d1f8d",
     )
 
+    known_deviations: ClassVar[dict[str, str]] = {
+        "duplicates with official=true": "the release keeps a token twice that both rankings choose",
+    }
+
     crops: str = option("global", "ranks the tokens of all tiles together", ("global",))
     mix: str = option(
         "adaptive",
         "split by the geometric mean, text to image only, CLS only, or half of the budget each",
         ("adaptive", "t2i", "cls", "half"),
     )
-    floor: float = option(0.25, "adaptive: least share of the budget for each ranking")
+    floor: float = option(0.25, "adaptive: least share of the budget for each ranking", least=0, most=0.5)
     temperature: float = option(0.01, "of the softmax of a text token over the visual tokens")
     text: str = option("question", "text that is compared with the image", ("question", "instruction", "after"))
     pool: str = option("global", "rank saliency over all tiles, or over the best of each tile", ("global", "crop"))
@@ -65,8 +69,6 @@ class AttnMix(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.floor <= 0.5:
-            raise UserError(f"attnmix.floor must be between 0 and 0.5, got {self.floor:g}.")
         if self.temperature <= 0:
             raise UserError(f"attnmix.temperature must be above 0, got {self.temperature:g}.")
         if self.official and self.mix == "half":

@@ -73,4 +73,4 @@ def keep_and_recycle(score: Tensor, tokens: Tensor, keep: int) -> Reduction:
     place = torch.arange(keep, device=kept.device).expand_as(kept)
     assignment = torch.full_like(score, -1, dtype=torch.long).scatter(1, kept, place).scatter(1, rest, home + keep)
     weight = torch.zeros_like(score).scatter(1, kept, 1.0).scatter(1, rest, 1 / size.gather(1, home).float())
-    return Reduction(outputs, total, assignment, weight)
+    return Reduction(outputs, total, assignment, weight, appended=clusters)

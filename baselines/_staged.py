@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,6 +33,10 @@ SCHEDULE = "mean: the budget is the mean over all layers; kept: over the layers 
 @dataclass(frozen=True, kw_only=True)
 class Staged(Reducer):
     """Drops visual tokens before a few decoder layers."""
+
+    known_deviations: ClassVar[dict[str, str]] = {
+        "uncounted with schedule=kept": "layers before the drop are not counted, as papers do"
+    }
 
     crops: str = option("global", "ranks the tokens of all tiles together", ("global",))
     schedule: str = option("mean", SCHEDULE, ("mean", "kept"))

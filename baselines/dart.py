@@ -91,6 +91,11 @@ class Dart(Staged):
     )
     published: ClassVar[tuple[int, ...]] = (2,)
 
+    known_deviations: ClassVar[dict[str, str]] = {
+        **Staged.known_deviations,
+        "uncounted with official=true": "the release keeps 8 * (budget // 8) + 4 tokens after the layer",
+    }
+
     positions: str = option("original", "position ids after the stage", ("renumber", "original"))
     layer: int = option(0, "decoder layer before which tokens are dropped; 0 for 2 of 32 in proportion")
     official: bool = option(False, "as released: keeps 8 * (budget // 8) + 4 after the layer, pivots in hash order")

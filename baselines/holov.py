@@ -135,6 +135,11 @@ class HoloV(Reducer):
         code="obananas/HoloV@1d2e65e",
     )
 
+    known_deviations: ClassVar[dict[str, str]] = {
+        "unsorted with official=true": "the release orders the tokens of a chunk by attention",
+        "scale with official=true": "the release fills up with zero vectors where chunks have too few tokens",
+    }
+
     chunks: int = option(16, "number of chunks, consecutive in raster order, that the budget is split over")
     alpha: float = option(0.09, "weight of the variance beside the attention")
     official: bool = option(False, "rank by attention alone, its order, and zero vectors on overflow, as the release")

@@ -104,16 +104,18 @@ class PruMerge(Reducer):
         url="https://arxiv.org/abs/2403.15388",
         code="42Shawn/LLaVA-PruMerge@097c041",
     )
-    known_deviations: ClassVar[dict[str, str]] = {"appended": "the average of the tokens that are not kept comes last"}
+    known_deviations: ClassVar[dict[str, str]] = {
+        "appended": "the average of the tokens that are not kept comes last",
+        "unsorted with official=true": "the release keeps tokens in the order of their attention",
+        "scale with official=true": "the release does not normalise the weights",
+    }
 
-    neighbours: int = option(NEIGHBOURS, "nearest tokens by key that are merged into each kept token")
+    neighbours: int = option(NEIGHBOURS, "nearest tokens by key that are merged into each kept token", least=0)
     official: bool = option(False, "as the release: as many tokens as outliers, their order, weights not normalised")
     fixed: bool = option(False, "official: the release's other branch, which keeps a given number of tokens")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.neighbours < 0:
-            raise UserError(f"{self.name}.neighbours must be at least 0, got {self.neighbours}.")
         if self.fixed and not self.official:
             raise UserError(f"{self.name}.fixed is a branch of the release and needs {self.name}.official=true.")
 

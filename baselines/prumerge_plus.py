@@ -53,12 +53,12 @@ class PruMergePlus(PruMerge):
         PruMerge.metadata, score="CLS attention, block −1, heads taken as one; three quarters spread evenly"
     )
 
-    spatial: float = option(0.75, "share of the kept tokens that are spread over the image")
+    known_deviations: ClassVar[dict[str, str]] = {
+        **PruMerge.known_deviations,
+        "duplicates with official=true": "a token of the release's grid may be kept by its attention, too",
+    }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.spatial <= 1:
-            raise UserError(f"prumerge_plus.spatial must be between 0 and 1, got {self.spatial}.")
+    spatial: float = option(0.75, "share of the kept tokens that are spread over the image", least=0, most=1)
 
     def check(self, spec: ModelSpec) -> None:
         super().check(spec)

@@ -47,6 +47,12 @@ class PyramidDrop(Staged):
         code="Cooperx521/PyramidDrop@6444f30",
     )
 
+    known_deviations: ClassVar[dict[str, str]] = {
+        **Staged.known_deviations,
+        "uncounted with schedule=paper": "its shares have a mean of their own",
+        "uncounted with schedule=third_party": "its shares have a mean of their own",
+    }
+
     schedule: str = option(
         "mean",
         f"{SCHEDULE}; paper: 1/2, 1/4, 1/8 at layers 8, 16, 24 (mean 270); third_party: .32, .16, .08 at 2, 10, 20",

@@ -14,7 +14,6 @@ from llava.reduction import (
     Reducer,
     Reduction,
     TowerScore,
-    UserError,
     cover_greedily,
     option,
     register,
@@ -36,12 +35,7 @@ class Scope(Reducer):
         code="kinredon/SCOPE@6bf7306",
     )
 
-    alpha: float = option(1.0, "power of the CLS attention: 0 is coverage alone")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha < 0:
-            raise UserError(f"scope.alpha must be at least 0, got {self.alpha}.")
+    alpha: float = option(1.0, "power of the CLS attention: 0 is coverage alone", least=0)
 
     def scores(self) -> tuple[TowerScore, ...]:
         return (TowerScore("cls_attention"),)

@@ -99,6 +99,10 @@ class ToMe(Reducer):
         code="facebookresearch/ToMe@af95e4b",
     )
 
+    known_deviations: ClassVar[dict[str, str]] = {
+        "unsorted": "even tokens stand before odd ones inside the tower, and after it with `order=release`"
+    }
+
     crops: str = option("each", "every tile is merged alike inside the tower", ("each",))
     order: str = option("raster", "order of the tokens after the tower", ("raster", "release"))
 

@@ -58,7 +58,8 @@ class TRIM(Reducer):
     summary: ClassVar[str] = "rank by CLIP similarity to the question, average the rest into one token"
     needs_text_tower: ClassVar[bool] = True
     known_deviations: ClassVar[dict[str, str]] = {
-        "appended": "the mean of the rest has no position of its own and comes last"
+        "appended": "the mean of the rest has no position of its own and comes last",
+        "uncounted with official=true": "the release keeps one token more",
     }
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",

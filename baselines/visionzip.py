@@ -64,7 +64,10 @@ class VisionZip(Reducer):
         code="dvlab-research/VisionZip@3151f6d",
     )
     keep_cls: ClassVar[bool] = True
-    known_deviations: ClassVar[dict[str, str]] = {"appended": "contextual tokens come after the dominant ones"}
+    known_deviations: ClassVar[dict[str, str]] = {
+        "appended": "contextual tokens come after the dominant ones",
+        "scale with official=true": "the release adds the mean of its members to a contextual token",
+    }
 
     # Every tile keeps its own class token, so tokens of all tiles are not ranked together.
     crops: str = option("each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail"))

@@ -17,7 +17,6 @@ from llava.reduction import (
     Reducer,
     Reduction,
     TowerScore,
-    UserError,
     distinct,
     gather_tokens,
     option,
@@ -40,12 +39,9 @@ class VisPruner(Reducer):
         code="Theia-4869/VisPruner@aefa01a",
     )
 
-    important: float = option(0.5, "share of the budget chosen by attention; the rest is chosen by diversity")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.important <= 1:
-            raise UserError(f"vispruner.important must be between 0 and 1, got {self.important:g}.")
+    important: float = option(
+        0.5, "share of the budget chosen by attention; the rest is chosen by diversity", least=0, most=1
+    )
 
     def scores(self) -> tuple[TowerScore, ...]:
         return (TowerScore("cls_attention"),)

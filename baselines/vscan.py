@@ -98,14 +98,12 @@ class VScan(Reducer):
     crops: str = option(
         "each", "the first stage splits the budget evenly over tiles, the second ranks all together", ("each",)
     )
-    window: int = option(6, "side of a window in patches")
+    window: int = option(6, "side of a window in patches", least=1)
     layers: tuple = option((), "decoder layer before which the second stage acts; empty for the middle")
     official: bool = option(False, "leave out tokens that do not divide evenly over the windows")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 1:
-            raise UserError(f"vscan.window must be at least 1 patch, got {self.window}.")
         if len(self.layers) > 1 or any(layer < 1 for layer in self.layers):
             raise UserError(f"vscan.layers must be one decoder layer of at least 1, got {self.layers}.")
 

@@ -44,7 +44,11 @@ def _rank(v: Tensor, c: Tensor, alpha: float, cross_top: int, **_: object) -> Te
 
 
 def _raw(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
-    """Control: weighted mean of the raw values."""
+    """Control: weighted mean of the raw values.
+
+    A product of softmaxes, softmax(v)^alpha softmax(c)^(1 - alpha), keeps the same tokens: its logarithm is this mean
+    and a constant. A common temperature divides both values and changes nothing.
+    """
     return alpha * v + (1 - alpha) * c
 
 

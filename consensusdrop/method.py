@@ -72,9 +72,18 @@ class ConsensusDrop(Reducer):
         url="https://arxiv.org/abs/2602.00946",
     )
 
-    alpha: float = option(0.5, "weight of the encoder in the ranking: 1 encoder only, 0 cross-modal only")
-    fusion: str = option("rank", "rule that fuses the two rankings", tuple(FUSIONS))
-    cross_top: int = option(0, "rank fusion: rank only so many of the cross-modal scores, 0 for all")
+    known_deviations: ClassVar[dict[str, str]] = {
+        "appended with order=appended": "merged tokens follow the retained ones",
+        "scale with weights=anchor_plus_mean": "the sum that VisionZip's release uses",
+    }
+
+    alpha: float = option(
+        0.5, "weight of the encoder in the ranking: 1 encoder only, 0 cross-modal only", least=0, most=1
+    )
+    fusion: str = option(
+        "rank", "rule that fuses the two rankings; raw ranks as a product of their softmaxes does", tuple(FUSIONS)
+    )
+    cross_top: int = option(0, "rank fusion: rank only so many of the cross-modal scores, 0 for all", least=0)
     temperature: float = option(1.0, "log fusion: sharpen the cross-modal distribution")
     rrf_k: float = option(60.0, "reciprocal rank fusion: the constant k")
     gate_beta: float = option(1.0, "gate fusion: how strongly the text raises the encoder's score")
@@ -96,8 +105,6 @@ class ConsensusDrop(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"consensusdrop.alpha must be between 0 and 1, got {self.alpha}.")
         if not 0 <= self.merged_share < 1:
             raise UserError(f"consensusdrop.merged_share must be at least 0 and below 1, got {self.merged_share}.")
         if self.cls_token and self.crops == "global":

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eval.benchmarks.base import Question
-from llava.errors import UserError
+from llava.errors import MethodError, UserError
 from llava.pipeline.generate import generate
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def answered(job: "Job", ready: Sequence[Ready], room: Room, divide: bool) -> It
             job.model.ready_views = {name: views for part in parts for name, views in part.views.items()}
         try:
             batch = generate(job.model, samples, job.reducer, max_new_tokens=job.max_new_tokens)
+        except MethodError:
+            raise  # no question is to blame: the run ends
         except Exception as raised:
             error = raised
         else:

@@ -12,7 +12,7 @@ from eval.answers import flatten
 from eval.answers.source_hash import answer_sources
 from eval.benchmarks.base import Dataset
 from eval.config import FULL, RunConfig
-from llava.errors import UserError, unknown
+from llava.errors import UserError
 
 if TYPE_CHECKING:
     from llava.reduction.reducer import Reducer
@@ -26,9 +26,7 @@ def build_reducer(config: RunConfig, visual_tokens: int | None) -> "Reducer":
     """
     from llava.reduction import registry
 
-    registry.load_all()
-    if config.method not in registry.names():
-        raise unknown("method", config.method, registry.names())
+    registry.method(config.method)  # refuses an unknown name
     options = with_seed(config, registry.describe())
     if config.retention_ratio is not None:
         return registry.build(config.method, None, options, visual_tokens)

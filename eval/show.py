@@ -78,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.name is not None:
         known = {entry["name"]: entry for entry in entries}
         if args.name not in known:
+            if args.kind == "methods":
+                from llava.reduction import registry
+
+                registry.method(args.name)  # says which file of it is broken
             raise unknown(args.kind.removesuffix("s"), args.name, known)
         entries = [known[args.name]]
     if args.json:

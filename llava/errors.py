@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class MethodError(UserError):
+    """A method broke its contract. It is no fault of a question, so it ends a run at once."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that does not exist, with the nearest name that does."""
     known = sorted(known)

@@ -56,7 +56,9 @@ def fuse_by_the_book(v: list[float], c: list[float], rule: str, keep: int) -> li
     if rule == "cross_first":
         head = round((1 - a) * keep)
         return [x + (2 if y < head else 0) for x, y in zip(rank(v), place(c), strict=True)]
-    return [x * (1 + CHOICES["gate_beta"] * y / mean(c)) for x, y in zip(v, c, strict=True)]
+    if rule == "gate":
+        return [x * (1 + CHOICES["gate_beta"] * y / mean(c)) for x, y in zip(v, c, strict=True)]
+    raise NotImplementedError(f"write the definition of the fusion rule {rule!r} here, with loops")
 
 
 @pytest.mark.parametrize("rule", FUSIONS)
@@ -77,6 +79,21 @@ def test_alpha_ends_are_the_single_signals(rule):
     for alpha, signal in ((1.0, v), (0.0, c)):
         fused = fuse(v, c, rule, keep=6, **{**CHOICES, "alpha": alpha})
         assert keep_top(fused, 6).tolist() == keep_top(signal, 6).tolist()
+
+
+def test_a_fusion_rule_without_a_definition_is_named():
+    """A new rule was compared with the formula of `gate`."""
+    with pytest.raises(NotImplementedError, match="fusion rule 'mine'"):
+        fuse_by_the_book([1.0], [1.0], "mine", 1)
+
+
+def test_a_product_of_softmaxes_keeps_what_raw_keeps():
+    """Nothing said so: a newcomer added it as a rule of its own."""
+    v, c = saliencies(2)
+    for alpha in (0.3, 0.5):
+        product = v.softmax(1) ** alpha * c.softmax(1) ** (1 - alpha)
+        raw = fuse(v, c, "raw", keep=7, **(CHOICES | {"alpha": alpha}))
+        assert keep_top(product, 7).tolist() == keep_top(raw, 7).tolist()
 
 
 def test_equal_sums_of_ranks_are_equal():

@@ -1,51 +1,62 @@
-"""The methods printed in CONTRIBUTING.md pass the contract tests, as they stand there."""
+"""The commands printed in CONTRIBUTING.md succeed to the last, in a copy of the repository."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from eval.config import ROOT
+from eval.new.__main__ import main
 
 PAGE = ROOT / "CONTRIBUTING.md"
-CONTRACT = ("tests/test_every_method.py", "tests/test_next.py")
-LOADS = "import importlib.util, sys\nspec = importlib.util.spec_from_file_location({name!r}, {path!r})\n"
-LOADS += "sys.modules[{name!r}] = module = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(module)\n"
 
 
-def printed_methods() -> dict[str, str]:
-    """Name -> code of every method on the page."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    return {re.search(r'@register\("(\w+)"\)', code)[1]: code for code in blocks}
+def commands(section: str) -> list[str]:
+    """The lines of the section's first block of commands."""
+    text = PAGE.read_text().partition(f"## {section}\n")[2]
+    return re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].splitlines()
 
 
-@pytest.fixture(params=("centre", "received"))
-def printed(request) -> tuple[str, str]:
-    return request.param, printed_methods()[request.param]
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The files of the repository, without those that git ignores."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if os.path.lexists(ROOT / name):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tmp_path / name, follow_symlinks=False)
+    return tmp_path
 
 
-def test_every_printed_method_is_tested():
-    assert set(printed_methods()) == {"centre", "received"}
+@pytest.mark.parametrize("section", ["A new method", "A new benchmark"])
+def test_every_printed_command_succeeds(section, copy):
+    """The method was green in the contract; the next printed command ended with three failures."""
+    assert len(commands(section)) >= 3
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "VENV": sys.prefix,
+        "PYTHONPATH": str(copy),
+    }
+    for command in commands(section):
+        done = subprocess.run(["bash", "-c", command], cwd=copy, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
 
 
-def test_the_printed_method_imports_from_one_place(printed):
-    """A newcomer should not have to know five modules."""
-    imports = [line for line in printed[1].splitlines() if line.startswith("from llava")]
-    assert len(imports) == 1 and imports[0].startswith("from llava.reduction import ")
-
-
-def test_the_printed_method_passes_the_contract(printed, tmp_path):
-    """It failed four tests on LLaVA-NeXT: 16 tokens instead of 24 under the other values of `crops`."""
-    name, code = printed
-    (tmp_path / f"{name}.py").write_text(code)
-    (tmp_path / "load_printed.py").write_text(LOADS.format(name=name, path=str(tmp_path / f"{name}.py")))
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    # It has no test file of its own, which another contract test asks for.
-    select = ["-p", "load_printed", "-k", f"{name} and not planted", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *select, *CONTRACT], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 20, "the method was not selected"
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["new", "method", "fastv"], r"The name fastv is taken \(baselines/fastv.py, tests/test_fastv.py\)"),
+        (["new", "method", "Mine"], "should be of lower-case letters, digits and _"),
+        (["new", "benchmark", "import"], "should be of lower-case letters, digits and _"),
+        (["check", "method", "fastw"], "Did you mean 'fastv'"),
+        (["check", "benchmark", "gqaa"], "Did you mean 'gqa'"),
+    ],
+)
+def test_a_wrong_name_is_one_sentence(arguments, sentence, capsys):
+    assert main(arguments) == 2
+    assert re.search(sentence, capsys.readouterr().err)

@@ -1,5 +1,6 @@
 """What holds for every registered benchmark on its embedded data, and full marks for right answers in every format."""
 
+import dataclasses
 import json
 from functools import cache
 
@@ -8,7 +9,7 @@ import pytest
 
 from eval import benchmarks
 from eval.answers.jsonl import write_file
-from eval.benchmarks.base import Dataset
+from eval.benchmarks.base import Dataset, no_submission
 from eval.benchmarks.media import Videos
 from eval.config import ROOT
 from eval.results.report import confidence
@@ -56,6 +57,23 @@ def check_full_marks(record: dict) -> None:
         assert value == pytest.approx(FULL_MARKS.get(main, 100)), record["notes"]
 
 
+def submission_of(data: Dataset, texts: dict[str, str]) -> dict:
+    """The files for the official scorer or server, which hold the answers."""
+    made = data.submission(texts)
+    assert made or data.submission is no_submission, "no file for the official scorer: return one, or no_submission"
+    others = [data.submission(dict.fromkeys(texts, text)) for text in ("A", "B", "seven")]
+    assert not made or any(made != other for other in others), "the file does not hold the answers"
+    return made
+
+
+@pytest.mark.parametrize("submission", [lambda texts: {}, lambda texts: {"answers.json": list(texts)}])
+def test_a_submission_without_the_answers_is_seen(submission):
+    """`submission=lambda texts: {}` passed all tests of a new benchmark."""
+    data = dataclasses.replace(load("gqa", "testdev", "llava"), submission=submission)
+    with pytest.raises(AssertionError):
+        submission_of(data, right(data))
+
+
 def lines_of(rows) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -70,7 +88,7 @@ def test_right_answers_get_full_marks_from_our_file_llavas_and_the_submission(ca
     for rows in (ours, llava):
         write_file(tmp_path / "answers.jsonl", lines_of(rows))
         check_full_marks(score_file(tmp_path / "answers.jsonl", data, judge=judged(data)))
-    made = data.submission(texts)
+    made = submission_of(data, texts)
     for name, content in made.items():
         write_file(tmp_path / "made" / name, content)
     for path in {

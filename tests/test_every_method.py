@@ -1,6 +1,7 @@
 """The contract: every registered method passes this suite by being registered."""
 
 import dataclasses
+import random
 import re
 from pathlib import Path
 
@@ -9,12 +10,18 @@ import torch
 from torch import nn
 
 from llava.errors import UserError
+from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
-from llava.pipeline.prefill import prefill
+from llava.processing.sample import Sample
 from llava.reduction import registry
-from tests.conftest import picture, samples
+from tests import contract
+from tests.conftest import QUESTIONS, picture, samples
+from tests.contract import run
+from tests.tiny_checkpoints import make_tiny_llava, save_text_tower, save_transformers_layout
+from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
 
+KINDS = {"appended", "scale", "duplicates", "unsorted", "uncounted"}  # of what known_deviations may excuse
 BUDGETS = (1, 4, 7, 8, 12, 16)
 ALL = 16  # visual tokens of the tiny model
 
@@ -40,11 +47,6 @@ def reducing(name: str, tiny: Llava):
     return next(iter(possible(name, tiny, (8, 12, 4, ALL))))
 
 
-def run(tiny, batch, reducer):
-    state, record = prefill(tiny, batch, reducer)
-    return tiny.logits(state.hidden), record.accounting(state), record
-
-
 def same_steps(first, second) -> bool:
     return len(first) == len(second) and all(
         a.place == b.place and torch.equal(a.reduction.kept, b.reduction.kept)
@@ -67,57 +69,73 @@ def test_audited_tokens_are_the_planned_ones_and_their_mean_is_the_budget(name, 
             assert audit.tokens_per_layer == ((0,) * len(planned) if i == 3 else planned), (reducer, audit)
 
 
-def standing(steps) -> torch.Tensor:
-    """[K] input positions of what is left after all steps, and which of them hold merged tokens."""
-    place = torch.arange(steps[0].reduction.inputs)
-    merged = torch.zeros(len(place), dtype=torch.bool)
-    for step in steps:
-        reduction = step.reduction
-        own = torch.zeros(reduction.kept.shape[1], dtype=torch.bool)
-        if reduction.merge_matrix is not None:
-            own = (reduction.merge_matrix[0] != 0).sum(-1) > 1
-        elif reduction.assignment is not None:
-            used = (reduction.assignment[0] >= 0) & (reduction.merge_weight[0] != 0)
-            own = torch.bincount(reduction.assignment[0][used], minlength=len(own)) > 1
-        merged = merged[reduction.kept[0]] | own
-        place = place[reduction.kept[0]]
-    return place, merged
+def test_every_choice_of_every_option_keeps_the_contract(name, tiny):
+    """Only defaults were tested: unsorted indices passed in a branch that defaults do not reach."""
+    batch = samples(4, text_only=(2,))
+    for options in contract.configurations(registry.method(name)):
+        reducers = contract.accepted(registry.method(name), options, tiny, 1 if options else 2)
+        assert reducers or options or name == "full", "no budget below all tokens was accepted"
+        for reducer in reducers:
+            contract.check(reducer, tiny, batch)
 
 
-def test_anchors_are_ascending_and_unique(name, tiny):
-    """Or, for a method that says so, merged tokens stand behind the kept ones."""
-    for reducer in possible(name, tiny):
-        _, _, record = run(tiny, samples(), reducer)
-        for steps in filter(None, record.steps):
-            place, merged = standing(steps)
-            assert place.min() >= 0 and place.max() < steps[0].reduction.inputs
-            if "duplicates" not in reducer.known_deviations:
-                assert len(place.unique()) == len(place)
-            if "appended" in reducer.known_deviations:
-                # A target that nothing joined looks like a kept token; then there are two ascending runs.
-                kept = place[~merged]
-                assert (kept.diff() > 0).all() or (place.diff() <= 0).sum() == 1
-            else:
-                assert (place.diff() > 0).all()
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> dict[str, tuple[Llava, list[Sample]]]:
+    """A deeper model with more tokens, and images in tiles; one question is longer than CLIP's text tower takes."""
+    path = tmp_path_factory.mktemp("others")
+    save_transformers_layout(path / "wide", make_tiny_llava(layers=8, image=112), text_tower=True)
+    save_text_tower(path / "tiled" / "text_tower", save_next_transformers(path / "tiled", make_tiny_next("mistral")))
+    long = Sample("long", " ".join(QUESTIONS * 3), image=picture(9))
+    crops = [Sample(f"q{i}", QUESTIONS[i], image=picture(i, size)) for i, size in enumerate(((112, 112), (70, 112)))]
+    return {
+        "wide": (load(path / "wide", device="cpu"), [*samples(2), long]),
+        "unpadded": (load(path / "tiled", device="cpu"), crops),
+        "tiled": (load(path / "tiled", device="cpu", merge="spatial", force=(112, 112)), crops),
+    }
 
 
-def test_merge_weights_are_averages(name, tiny):
-    """Every output token's shares add up to 1, so merging does not change the scale of features."""
-    for reducer in possible(name, tiny):
-        if "scale" in reducer.known_deviations:
-            continue
-        _, _, record = run(tiny, samples(), reducer)
-        for step in (step for steps in record.steps for step in steps):
-            reduction = step.reduction
-            if reduction.merges:
-                ones = torch.ones(1, reduction.inputs, 1)
-                torch.testing.assert_close(reduction.apply(ones), torch.ones(1, reduction.kept.shape[1], 1))
+def test_every_option_changes_something(name, tiny, others):
+    """An option that no code read passed every test."""
+    method = registry.method(name)
+    said = {key.removeprefix("unused ") for key in method.known_deviations if key.startswith("unused ")}
+    models = {"tiny": (tiny, samples(2)), **others}
+    found = contract.unused(method, models, said) if name != "full" else []
+    assert not found, (
+        f"{name}: no value of {', '.join(found)} changes an answer; use the option, or say in known_deviations under "
+        "'unused OPTION' why it has no effect here"
+    )
+
+
+def test_what_signals_point_at_is_kept(name, tiny):
+    """A reversed ranking passed: tokens that a method's signals point at are kept more often than the others."""
+    batch, draw = samples(12, text_only=()), random.Random(0)
+    planted = {sample.id: draw.sample(range(ALL), 4) for sample in batch}
+    for options in contract.configurations(registry.method(name)):
+        for reducer in contract.accepted(registry.method(name), options, tiny):
+            with contract.planted_signals(planted) as read:
+                _, _, record = run(tiny, batch, reducer)
+            if not read or not all(record.steps):
+                continue
+            there = others_there = 0
+            for sample, steps in zip(batch, record.steps, strict=True):
+                place = contract.standing(steps)[0] - (steps[0].reduction.inputs - ALL)  # CLS is -1
+                hits = int(torch.isin(place.unique(), torch.tensor(planted[sample.id])).sum())
+                there, others_there = there + hits, others_there + int((place.unique() >= 0).sum()) - hits
+            share, other = there / 4 / len(batch), others_there / (ALL - 4) / len(batch)
+            # An option may choose a part of the tokens by something else, but not by the opposite.
+            assert share > other * (0.75 if options else 1), (
+                f"{contract.label(reducer)}: {share:.0%} of the tokens with the highest signals are kept and "
+                f"{other:.0%} of the others: is the ranking the wrong way round?"
+            )
 
 
 def test_quirks_are_told(name):
     """Whatever is excused above is said in words, and only known excuses exist."""
-    known_deviations = registry.method(name).known_deviations
-    assert set(known_deviations) <= {"appended", "scale", "duplicates"} and all(known_deviations.values())
+    method = registry.method(name)
+    for key, reason in method.known_deviations.items():
+        kind, _, condition = key.partition(" with ")
+        assert reason and (kind in KINDS or kind.removeprefix("unused ") in registry.options_of(method)), key
+        assert not condition or condition.partition("=")[0] in registry.options_of(method), key
 
 
 def test_card_is_filled_in(name):
@@ -291,6 +309,10 @@ def test_configuration_is_frozen_and_described(name):
         reducer.budget = 4
     row = next(row for row in registry.describe() if row["name"] == name)
     assert row["summary"] and all(option["doc"] for option in row["options"])
+
+
+def test_every_method_can_be_imported():
+    assert not registry.BROKEN
 
 
 def test_unknown_method_is_refused_with_a_suggestion():

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llava.errors import MethodError
 from llava.pipeline.accounting import mean_visual_tokens
 from llava.pipeline.sequence import Reduced, Sequence, assemble
-from llava.reduction import PatchGrid, Reduction, keep_top, split
+from llava.reduction import PatchGrid, Reduction, keep_top, registry, split
 from llava.reduction.reducer import by_images
 from llava.reduction.token_layout import CLS
 
@@ -124,8 +125,8 @@ def test_coordinates_of_tokens_are_those_of_their_tile():
 
 def test_a_reduction_of_other_tokens_is_refused():
     """The README's example ranked the patches of one tile where it was given those of all: 16 tokens in place of 24."""
-    with pytest.raises(ValueError, match="of 16 tokens, but each image has 80"):
-        by_images(Reduction(torch.arange(4)[None], 16), 1, 80)
+    with pytest.raises(MethodError, match="of 16 tokens, but each image has 80"):
+        by_images(registry.build("fastv", 4), "encoder", Reduction(torch.arange(4)[None], 16), ("q",), 80)
 
 
 def test_split_is_keep_top_and_the_rest():

@@ -62,7 +62,10 @@ class VisionDrop(Reducer):
         code="Ruixxxx/VisionDrop@f7a9444",
     )
     known_deviations: ClassVar[dict[str, str]] = {
-        "appended": "as in the release, contextual tokens follow the dominant ones"
+        "appended": "as in the release, contextual tokens follow the dominant ones",
+        "unused schedule": "on small images both schedules round to the same numbers of tokens",
+        "scale with official=true": "the release adds the mean of its members to a contextual token",
+        "scale with merge=target_plus_mean": "the sum that the release uses",
     }
 
     crops: str = option(
@@ -75,8 +78,10 @@ class VisionDrop(Reducer):
         "multiples of the released 48/35/26/19 where budget and segments allow, else geometric; or always geometric",
         ("published", "geometric"),
     )
-    start: float = option(PUBLISHED_START, "tokens after the encoder stage, as a multiple of the budget; 3 for video")
-    ratio: int = option(PUBLISHED_RATIO, "dominant tokens per contextual token; 0 for dominant tokens only")
+    start: float = option(
+        PUBLISHED_START, "tokens after the encoder stage, as a multiple of the budget; 3 for video", least=1
+    )
+    ratio: int = option(PUBLISHED_RATIO, "dominant tokens per contextual token; 0 for dominant tokens only", least=0)
     keep_cls: bool = option(True, "CLS is the first dominant token after the encoder stage")
     encoder_score: str = option(
         "cls", "rank patches by the attention of CLS, or received from all patches", tuple(ENCODER_SCORES)
@@ -92,10 +97,6 @@ class VisionDrop(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start < 1:
-            raise UserError(f"visiondrop.start must be at least 1, got {self.start:g}.")
-        if self.ratio < 0:
-            raise UserError(f"visiondrop.ratio must be at least 0, got {self.ratio}.")
         if any(b <= a for a, b in pairwise((0, *self.layers))):
             raise UserError(f"visiondrop.layers must ascend from 1, got {', '.join(map(str, self.layers))}.")
         changed = [f.name for f in fields(self) if f.name not in FREE and getattr(self, f.name) != f.default]
@@ -105,7 +106,7 @@ class VisionDrop(Reducer):
     def check(self, spec: ModelSpec) -> None:
         if not spec.has_cls and (self.keep_cls or self.encoder_score == "cls"):
             raise UserError(
-                "visiondrop ranks by the CLS token and keeps it; this vision tower has none. Set "
+                "visiondrop ranks by the CLS token and keeps it, and it cannot be read here. Set "
                 "visiondrop.encoder_score=received and visiondrop.keep_cls=false."
             )
         super().check(spec)

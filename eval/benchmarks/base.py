@@ -55,6 +55,11 @@ class Question:
         return f"{self.question}\n{self.suffix}" if self.suffix else self.question
 
 
+def no_submission(texts: Mapping[str, str]) -> dict[str, Any]:
+    """For sets that no server grades and whose scripts read no file of answers alone."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Dataset:
     """One split of a benchmark, read and checked.
@@ -67,7 +72,8 @@ class Dataset:
         score: (ids that were asked, raw text by id, in the order of the answer file) -> the official metric over those.
         sample_score: (question, raw text) -> score of one answer in [0, 1], for the progress bar and the sample table;
             None where one answer has none of its own.
-        submission: raw text by id -> file name -> what the official scorer or server reads: JSON types, text or bytes.
+        submission: raw text by id -> file name -> what the official scorer or server reads: JSON types, text or bytes;
+            `no_submission` where there is neither.
         max_new_tokens: longest answer in this profile.
         facts: what a reader must know of the data beside a number: source, versions, counts.
         read: reader of answer files in a format of this benchmark alone; None from it leaves the file to
@@ -215,7 +221,9 @@ def with_stripped_answers(data: Dataset) -> Dataset:
         data,
         score=over(data.score),
         sample_score=None if sample_score is None else lambda question, text: sample_score(question, text.strip()),
-        submission=lambda texts: data.submission(stripped(texts)),
+        submission=no_submission
+        if data.submission is no_submission
+        else lambda texts: data.submission(stripped(texts)),
         judging=judging,
         normalise=None if normalise is None else lambda text: normalise(text.strip()),
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Dataset, Question
+from eval.benchmarks.base import Dataset, Question, no_submission
 from eval.benchmarks.media import Inline
 from eval.benchmarks.records import Record, check_all, columns_of
 from eval.metrics import Score, first_names
@@ -251,11 +251,6 @@ def with_version(score: Score, found: int, expected: int) -> Score:
         return score
     note = f"the data set has {found:,} questions, published numbers are about {expected:,}"
     return replace(score, notes=(*score.notes, note))
-
-
-def no_submission(texts: Mapping[str, str]) -> dict[str, Any]:
-    """For sets that no server grades and whose scripts read no file of answers alone."""
-    return {}
 
 
 def unique_ids(names: Iterable[Any]) -> list[str]:

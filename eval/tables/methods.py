@@ -105,8 +105,12 @@ def splits() -> str:
 
 def known_deviations() -> str:
     """Where a method departs from the contract tests, as its class says."""
-    found = [(name, registry.method(name).known_deviations) for name in registry.names()]
-    return "\n".join(f"* `{name}`: {text}" for name, known in found for text in known.values())
+    lines = []
+    for name in registry.names():
+        for kind, reason in registry.method(name).known_deviations.items():
+            kind, _, options = kind.partition(" with ")
+            lines.append(f"* `{name}`{f' with `{options}`' if options else ''}, {kind}: {reason}")
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

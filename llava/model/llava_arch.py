@@ -24,7 +24,7 @@ from llava.processing.sample import Sample
 from llava.reduction.crop_budget import in_tower
 from llava.reduction.flops import linear_flops, tower_flops
 from llava.reduction.model_spec import ModelSpec
-from llava.reduction.reducer import Reducer
+from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import TowerScore, score_flops
 from llava.reduction.states import BlockState
@@ -270,6 +270,7 @@ class TowerMerger:
     def __call__(self, hidden: Tensor, keys: Tensor, sizes: Tensor, block: int) -> Reduction | None:
         state = BlockState(ids=self.names, spec=self.spec, tokens=hidden, keys=keys, sizes=sizes, block=block)
         reduction = self.reducer.tower(state)
+        by_images(self.reducer, f"tower in block {block}", reduction, self.names, hidden.shape[1])
         projection = self.tower.encoder.layers[block].self_attn.k_proj
         self.flops += state.flops // len(self.names) + linear_flops(projection, hidden.shape[1])
         return reduction

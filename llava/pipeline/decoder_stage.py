@@ -64,7 +64,10 @@ class DecoderStage:
                 keys=sequence.keys_of(keys, rows),
                 start=self.start.rows(rows),
             )
-            parts = by_images(self.reducer.for_picture(spec).decoder(state), len(rows), state.tokens.shape[1])
+            method = self.reducer.for_picture(spec)
+            parts = by_images(
+                method, f"decoder before layer {layer}", method.decoder(state), state.ids, state.tokens.shape[1]
+            )
             self.record.operations.add("selection", int, state.flops)
             for reduction, own in parts:
                 values = values_of(reduction, state, own, self.record)

@@ -87,7 +87,7 @@ def _reduce(
         if method.keeps_all(features.shape[1]):
             continue
         state = EncoderState(features=features, **state_fields(model, method, samples, images, rows, spec))
-        parts = by_images(method.encoder(state), len(rows), features.shape[1])
+        parts = by_images(method, "encoder", method.encoder(state), state.ids, features.shape[1])
         if state.flops:
             record.operations.add("selection", int, state.flops)
         for reduction, own in parts:

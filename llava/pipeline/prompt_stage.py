@@ -58,7 +58,7 @@ def reduce_prompt(
         state = state_of(rows, features_of(images, rows), state_fields(model, method, samples, images, rows, spec))
         if method.keeps_all(state.tokens.shape[1]):
             continue
-        parts = by_images(method.prompt(state), len(rows), state.tokens.shape[1])
+        parts = by_images(method, "prompt", method.prompt(state), state.ids, state.tokens.shape[1])
         record.operations.add("selection", int, state.flops)
         for reduction, own in parts:
             part = Reduced(rows[own.start : own.stop], reduction, merged_values(reduction, state, own))

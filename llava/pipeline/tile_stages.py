@@ -75,7 +75,7 @@ def reduce_features(
     for group in grouped([part for image in open_ for part in parts_of(model, reducer, image, images.of(image))]):
         features = torch.stack([part.features for part in group])
         state = EncoderState(features=features, **shared_fields(model, samples, group))
-        parts = by_images(_asked(group, "encoder", state, features.shape[1]), len(group), features.shape[1])
+        parts = _asked(group, "encoder", state, features.shape[1])
         record.operations.add("selection", int, state.flops)
         for reduction, own in parts:
             values = reduction.apply(features[own.start : own.stop])
@@ -98,13 +98,13 @@ def reduce_features(
     return left
 
 
-def _asked(group: list[View], stage: str, state: EncoderState, tokens: int) -> Reduction | list[Reduction]:
+def _asked(group: list[View], stage: str, state: EncoderState, tokens: int) -> list[tuple[Reduction, range]]:
     """The method's reductions of a group of views; one that keeps everything if the method does not reduce them."""
     method = group[0].reducer
-    reductions = None if method.keeps_all(tokens) else getattr(method, stage)(state)
-    if reductions is not None:
-        return reductions
-    return Reduction(torch.arange(tokens, device=state.features.device).expand(len(group), -1), tokens)
+    returned = None if method.keeps_all(tokens) else getattr(method, stage)(state)
+    if returned is None:
+        returned = Reduction(torch.arange(tokens, device=state.features.device).expand(len(group), -1), tokens)
+    return by_images(method, stage, returned, state.ids, tokens)
 
 
 def reduce_prompts(
@@ -133,7 +133,7 @@ def reduce_prompts(
         fields = shared_fields(model, samples, group)
         features = torch.stack([part.features for part in group])
         state = state_of([part.image for part in group], features, fields, members)
-        parts = by_images(_asked(group, "prompt", state, members.shape[1]), len(group), members.shape[1])
+        parts = _asked(group, "prompt", state, members.shape[1])
         record.operations.add("selection", int, state.flops)
         for reduction, own in parts:
             values = merged_values(reduction, state, own)

@@ -12,7 +12,7 @@ from llava.reduction.decoder_attention import (
     text_to_visual_attention,
 )
 from llava.reduction.flops import linear_flops
-from llava.reduction.greedy import cover_greedily, distinct, farthest_apart, largest_determinant
+from llava.reduction.greedy import cover_greedily, distinct, farthest_apart, farthest_from, largest_determinant
 from llava.reduction.layer_schedule import (
     largest_within,
     proportional,
@@ -91,6 +91,7 @@ __all__ = [
     "descending_order",
     "distinct",
     "farthest_apart",
+    "farthest_from",
     "gather_tokens",
     "keep_top",
     "largest_determinant",

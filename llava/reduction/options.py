@@ -10,9 +10,15 @@ if TYPE_CHECKING:
     from llava.reduction.reducer import Reducer
 
 
-def option(default: Any, doc: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A configuration field with a description for `--list` and, for strings, the allowed values."""
-    return field(default=default, metadata={"doc": doc, "choices": choices})
+def option(
+    default: Any,
+    doc: str,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A configuration field with a description for `--list`; for strings the allowed values, for numbers the ends."""
+    return field(default=default, metadata={"doc": doc, "choices": choices, "least": least, "most": most})
 
 
 def options_of(cls: "type[Reducer]") -> dict[str, Field]:

@@ -6,14 +6,16 @@ pipeline computes the scores, applies the reductions and counts tokens.
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llava.budget import tokens_of
-from llava.errors import UserError
+from llava.errors import MethodError, UserError
 from llava.reduction.model_spec import ModelSpec
 from llava.reduction.options import option
 from llava.reduction.ranking import keep_top
@@ -28,6 +30,7 @@ Reductions = Reduction | list[Reduction] | None
 STAGES = ("input_grid", "tower", "encoder", "prompt", "decoder")
 SPLITS = ("each", "thumbnail", "global")
 NEWLINES = ("drop", "keep")
+SHOWN = 12  # indices in a sentence
 CLS_SCORES = ("cls_attention", "fused_cls_attention", "cls_logits")
 
 
@@ -68,8 +71,10 @@ class Reducer:
         rounding: the largest difference between the mean over layers and the budget, in tokens.
         needs_text_tower: states carry the CLIP text tower.
         known_deviations: where the method, by its definition, does not meet the contract of
-            tests/test_every_method.py; keys are "appended" (merged tokens come after the kept ones), "scale" (merge
-            weights do not sum to 1), "duplicates".
+            tests/test_every_method.py, with the reason; keys are "appended" (merged tokens come after the kept ones),
+            "scale" (merge weights do not sum to 1), "duplicates", "unsorted" (tokens are in an order of the method's
+            own), "uncounted" (the mean is off the budget) and "unused OPTION" (its values change nothing on a small
+            image), or one of them and " with OPTION=VALUE", for the options that make it so.
 
     Attributes:
         budget: visual tokens per image, as a mean over decoder layers; merged tokens count.
@@ -95,7 +100,9 @@ class Reducer:
     positions: str = option("renumber", "position ids after a reduction", ("renumber", "original"))
 
     crops: str = option("each", "the budget over tiles: even, by the base image's attention, or all together", SPLITS)
-    retention_ratio: float = option(0.0, "ratio of each image's visual tokens to keep, in place of a budget")
+    retention_ratio: float = option(
+        0.0, "ratio of each image's visual tokens to keep, in place of a budget", least=0, most=1
+    )
     newlines: str = option("drop", "newline tokens where patches are chosen: drop, or keep and count", NEWLINES)
 
     def __init_subclass__(cls) -> None:
@@ -103,13 +110,24 @@ class Reducer:
         cls.acts_in = frozenset(name for name in STAGES if getattr(cls, name) is not getattr(Reducer, name))
 
     def __post_init__(self) -> None:
-        """Reject values outside the choices of a field."""
+        """Reject values outside the choices or the ends of a field."""
         for known in fields(self):
             choices, value = known.metadata.get("choices"), getattr(self, known.name)
-            if known.name == "retention_ratio" and not 0 <= value <= 1:
-                raise UserError(f"{self.name}.retention_ratio must be between 0 and 1, got {value:g}.")
             if choices and value not in choices:
                 raise UserError(f"{self.name}.{known.name} must be one of {', '.join(choices)}, got {value!r}.")
+            least, most = known.metadata.get("least"), known.metadata.get("most")
+            if (least is not None and not value >= least) or (most is not None and not value <= most):
+                limits = f"at least {least}" if most is None else f"between {least} and {most}"
+                raise UserError(f"{self.name}.{known.name} must be {limits}, got {value:g}.")
+
+    def deviates(self, kind: str) -> bool:
+        """Whether `known_deviations` excuses the method, at these options."""
+        for key in self.known_deviations:
+            name, _, condition = key.partition(" with ")
+            option_, _, value = condition.partition("=")
+            if name == kind and (not condition or str(getattr(self, option_)).lower() == value):
+                return True
+        return False
 
     @property
     def keep_cls(self) -> bool:
@@ -130,7 +148,15 @@ class Reducer:
                 "mm_vision_tower is a whole CLIP."
             )
         if not spec.has_cls and (self.keep_cls or any(s.kind in CLS_SCORES for s in self.scores())):
-            raise UserError(f"{self.name} ranks by the CLS token of the vision tower; this tower has none.")
+            raise UserError(
+                f"{self.name} ranks by the CLS token of the vision tower, which cannot be read here: the tower has "
+                "none, or its family has no scores of it."
+            )
+        for score in self.scores():
+            if not -spec.tower_blocks <= score.index(spec.tower_blocks) < spec.tower_blocks:
+                raise UserError(
+                    f"{self.name} reads tower block {score.block}, but the tower has {spec.tower_blocks} blocks."
+                )
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         """Visual tokens of one image that are planned to enter each layer; None if that depends on the image.
@@ -232,27 +258,121 @@ class Scorer(Reducer, ABC):
         return self._keep(state)
 
     def _keep(self, state: EncoderState) -> Reduction:
-        score = self.score(state)
+        score, shape = self.score(state), state.features.shape[:2]
+        if not isinstance(score, Tensor) or score.shape != shape:
+            found = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise MethodError(
+                f"{self.name}.score: must return a tensor of shape {list(shape)}, a score for every token of every "
+                f"image, got {found}."
+            )
         return Reduction(keep_top(score, self.budget), score.shape[1])
 
 
-def by_images(reductions: Reductions, count: int, tokens: int) -> list[tuple[Reduction, range]]:
+_read: set[tuple[Reducer, str]] = set()  # those whose values were read from an accelerator
+
+
+def by_images(
+    method: Reducer, stage: str, returned: Any, ids: Sequence[str], tokens: int
+) -> list[tuple[Reduction, range]]:
     """Each reduction and the images that it is of: all of them share one, or have one each; [] for None.
 
+    What a method returned is checked before it is used. Types, shapes and dtypes are known on the host. Values are read
+    where they lie on the host; on an accelerator, which reading would stall at every stage, only on the first batch of
+    a method at its options, budget and stage.
+
     Args:
-        count: images.
-        tokens: of each image; a reduction of another number comes from scores of other tokens.
+        returned: by the method's function `stage`.
+        ids: one name per image.
+        tokens: of each image.
+
+    Raises:
+        MethodError: it is no reduction of these images and tokens.
     """
-    if reductions is None:
+    if returned is None:
         return []
-    first = reductions if isinstance(reductions, Reduction) else reductions[0]
-    if first.inputs != tokens:
-        raise ValueError(f"the reduction is of {first.inputs} tokens, but each image has {tokens} here")
-    if isinstance(reductions, Reduction):
-        return [(reductions, range(count))]
-    if len(reductions) != count:
-        raise ValueError(f"{count} images need as many reductions, got {len(reductions)}")
-    return [(reduction, range(row, row + 1)) for row, reduction in enumerate(reductions)]
+    if not isinstance(returned, list):
+        check(method, stage, returned, ids, tokens)
+        return [(returned, range(len(ids)))]
+    if len(returned) != len(ids):
+        raise mistake(method, stage, f"must return one reduction for each of {len(ids)} images, got {len(returned)}")
+    for name, reduction in zip(ids, returned, strict=True):
+        check(method, stage, reduction, (name,), tokens)
+    return [(reduction, range(row, row + 1)) for row, reduction in enumerate(returned)]
+
+
+def check(method: Reducer, stage: str, returned: Any, ids: Sequence[str], tokens: int) -> None:
+    """Raise MethodError unless `returned` is one reduction of all these images."""
+    count = len(ids)
+    if not isinstance(returned, Reduction):
+        raise mistake(method, stage, f"must return a Reduction, a list of them or None, got {_kind(returned)}")
+    if returned.inputs != tokens:
+        raise mistake(method, stage, f"returned a reduction of {returned.inputs} tokens, but each image has {tokens}")
+    outputs = returned.kept.shape[-1] if isinstance(returned.kept, Tensor) and returned.kept.dim() else 0
+    merged = (returned.assignment is None, returned.merge_weight is None)
+    if merged[0] != merged[1] or (returned.merge_matrix is not None and not merged[0]):
+        raise mistake(method, stage, "merges by assignment and merge_weight together, or by merge_matrix alone")
+    wanted = {
+        "kept": (torch.int64, (count, outputs)),
+        "assignment": (torch.int64, (count, tokens)),
+        "merge_weight": (torch.float32, (count, tokens)),
+        "merge_matrix": (torch.float32, (count, outputs, tokens)),
+    }
+    for name, (dtype, shape) in wanted.items():
+        value = getattr(returned, name)
+        if value is None and name != "kept":
+            continue
+        if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
+            kind = f"{name} must be {str(dtype).removeprefix('torch.')} of shape {list(shape)}"
+            raise mistake(method, stage, f"{kind} for {count} images of {tokens} tokens, got {_kind(value)}")
+    if returned.kept.is_meta or (not _lies_on_host(returned.kept) and (method, stage) in _read):
+        return
+    _read.add((method, stage))
+    for name, kept in zip(ids, _on_host(returned.kept), strict=True):
+        if problem := _wrong_order(method, kept, tokens, returned.appended):
+            raise mistake(method, stage, f"{problem}, got {_indices(kept)} for {name}")
+    if returned.assignment is not None:
+        target = _on_host(returned.assignment)
+        if target.min(initial=0) < -(returned.drops) or target.max(initial=-1) >= outputs:
+            least = "-1 (dropped)" if returned.drops else "0 (drops=False)"
+            found = f"{target.min()} to {target.max()}"
+            raise mistake(method, stage, f"assignment must be {least} to {outputs - 1} (output tokens), got {found}")
+
+
+def mistake(method: Reducer, stage: str, problem: str) -> MethodError:
+    """The error for what `stage` of a method did wrong."""
+    return MethodError(f"{method.name}.{stage}: {problem}.")
+
+
+def _lies_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _on_host(tensor: Tensor) -> np.ndarray:
+    # Unlike Tensor.numpy this dispatches nothing on a CPU, as on an accelerator (eval/efficiency/dispatched.py).
+    return np.from_dlpack(tensor if tensor.device.type == "cpu" else tensor.cpu())
+
+
+def _wrong_order(method: Reducer, kept: np.ndarray, tokens: int, appended: int) -> str:
+    """What is wrong with the indices [K] of one image; "" for nothing."""
+    raster = kept[: len(kept) - appended]
+    if not len(kept) or kept.min() < 0 or kept.max() >= tokens:
+        return f"kept must hold indices of the {tokens} tokens, 0 to {tokens - 1}"
+    if not method.deviates("duplicates") and len(np.unique(kept)) < len(kept):
+        return "kept must not hold a token twice"
+    if not method.deviates("unsorted") and (raster[1:] < raster[:-1]).any():
+        return "kept must ascend (kept.sort(dim=1).values), but for tokens that `appended` counts at the end"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    """A tensor's type and shape, or the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')} and shape {list(value.shape)}"
+    return f"{value!r}" if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
+
+
+def _indices(kept: np.ndarray) -> str:
+    return f"[{', '.join(map(str, kept[:SHOWN]))}{', ...' if len(kept) > SHOWN else ''}]"
 
 
 def seed_of(*parts: object) -> int:

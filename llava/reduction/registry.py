@@ -13,6 +13,7 @@ from llava.reduction.options import options_of, parse_options
 from llava.reduction.reducer import Reducer
 
 METHODS: dict[str, type[Reducer]] = {}
+BROKEN: dict[str, str] = {}  # modules that cannot be imported, and a sentence why
 
 # One package per paper, and one with a file per baseline. `load_all` skips a package that is not installed.
 PACKAGES = ("baselines", "consensusdrop", "visiondrop", "attnmix")
@@ -22,6 +23,11 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
     """Class decorator: make a reducer known under `name`."""
 
     def add(cls: type[Reducer]) -> type[Reducer]:
+        if "__dataclass_fields__" not in cls.__dict__:
+            raise UserError(
+                f"Method {name}: {cls.__name__} must be a frozen dataclass; write "
+                f"@dataclass(frozen=True, kw_only=True) below @register({name!r})."
+            )
         if name in METHODS and METHODS[name].__module__ != cls.__module__:
             raise ValueError(f"method {name!r} is registered twice: {METHODS[name].__module__} and {cls.__module__}")
         cls.name = name
@@ -32,13 +38,23 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
 
 
 def load_all() -> None:
-    """Import every module of the method packages, so that they register themselves."""
+    """Import every module of the method packages, so that they register themselves.
+
+    A module that cannot be imported is named on stderr and left out: the other methods work without it.
+    """
     for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
+        found = importlib.util.find_spec(package)
+        if found is None:
             continue
-        module = importlib.import_module(package)
-        for found in pkgutil.iter_modules(module.__path__):
-            importlib.import_module(f"{package}.{found.name}")
+        files = pkgutil.iter_modules(found.submodule_search_locations)
+        for module in [package, *(f"{package}.{file.name}" for file in files)]:
+            try:
+                if module not in BROKEN:
+                    importlib.import_module(module)
+            except Exception as error:
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                BROKEN[module] = f"{module} cannot be imported: {kind}{' '.join(str(error).split()).rstrip('.')}."
+                print(f"Warning: {BROKEN[module]} Its methods are left out.", file=sys.stderr)
 
 
 def names() -> list[str]:
@@ -50,7 +66,9 @@ def method(name: str) -> type[Reducer]:
     """The class of a method; UserError with a suggestion for an unknown name."""
     load_all()
     if name not in METHODS:
-        raise unknown("method", name, METHODS)
+        # A method's file has its name, or its package has.
+        broken = [why for module, why in BROKEN.items() if name in module.split(".")]
+        raise UserError(broken[0]) if broken else unknown("method", name, METHODS)
     return METHODS[name]
 
 

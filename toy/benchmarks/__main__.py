@@ -11,28 +11,26 @@ the videos of OUTPUT/../eval_video.
 """
 
 import argparse
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
+import toy.benchmarks
 from eval.command import exit_on_user_error
 from llava.errors import UserError
-from toy.benchmarks import captions, choices, gqa, judged, mme, mmmu, pope, tables, video_qa, videos, vqa
+from toy.benchmarks import gqa, video_qa, videos
 from toy.benchmarks.pictures import images
 
 # Name of a group of sets -> what writes it below the output folder.
-WRITERS: dict[str, Callable[[Path], None]] = {
-    "gqa": gqa.write,
-    "pope": pope.write,
-    "mme": mme.write,
-    "vqa": vqa.write,
-    "choices": choices.write,
-    "judged": judged.write,
-    "tables": tables.write,
-    "mmmu": mmmu.write,
-    "captions": captions.write,
-    "videos": lambda root: videos.write(root, root.parent / "eval_video" / "video_qa"),
-}
+# A module of this package with a function `write` is such a group.
+WRITERS: dict[str, Callable[[Path], None]] = {"gqa": gqa.write}
+for found in pkgutil.iter_modules(toy.benchmarks.__path__):
+    if found.name != "__main__" and hasattr(module := import_module(f"toy.benchmarks.{found.name}"), "write"):
+        WRITERS.setdefault(found.name, module.write)
+del WRITERS["video_qa"]
+WRITERS["videos"] = lambda root: videos.write(root, root.parent / "eval_video" / "video_qa")
 # Groups with a folder of their own, and that need no other group.
 ALONE: dict[str, Callable[[Path], None]] = {"large_gqa": gqa.write_large, "video_qa": video_qa.write}
 

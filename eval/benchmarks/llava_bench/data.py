@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, no_submission
 from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_bench import metric as llava_bench
 from eval.benchmarks.llava_files import need_file
@@ -107,7 +107,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         unjudged(judging),
         None,
         # The official script reads answers.jsonl as it is.
-        lambda texts: {},
+        no_submission,
         MAX_NEW_TOKENS,
         facts,
         judging=judging,

@@ -9,8 +9,8 @@ short answers. Profile lmms: lmms-eval 0.7.3, which asks without one and takes f
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from eval.benchmarks.base import Benchmark, Dataset, Question
-from eval.benchmarks.hub import check_answers, facts, no_submission, open_split, picture_hashes, picture_names
+from eval.benchmarks.base import Benchmark, Dataset, Question, no_submission
+from eval.benchmarks.hub import check_answers, facts, open_split, picture_hashes, picture_names
 from eval.benchmarks.ocrbench import metric
 from eval.benchmarks.prompts import SHORT
 from eval.benchmarks.records import Filled, Texts, TypedDict

@@ -1,0 +1,259 @@
+"""What the contract sees: methods that break it on purpose, and wrong returns refused in one sentence."""
+
+import dataclasses
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from eval import outcomes
+from llava.errors import MethodError, UserError
+from llava.pipeline.prefill import prefill
+from llava.reduction import (
+    EncoderState,
+    MethodMetadata,
+    Reducer,
+    Reduction,
+    Scorer,
+    TowerScore,
+    keep_top,
+    option,
+    reducer,
+    registry,
+)
+from tests import contract, test_every_method
+from tests.conftest import samples
+
+RECEIVED = TowerScore("received_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted(Reducer):
+    """Keeps by received attention; each subclass does one thing wrong."""
+
+    name: ClassVar[str] = "planted"
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="after the tower", score="received attention")
+
+    how: str = option("usual", "a branch", ("usual", "other"))
+
+    def scores(self) -> tuple[TowerScore, ...]:
+        return (RECEIVED,)
+
+    def encoder(self, state: EncoderState) -> Reduction:
+        score = state.scores[RECEIVED]
+        return self.reduction(keep_top(score, self.budget), score)
+
+    def reduction(self, kept: torch.Tensor, score: torch.Tensor) -> Reduction:
+        return Reduction(kept, score.shape[1])
+
+
+class UnsortedElsewhere(Planted):
+    """In a branch that defaults do not reach."""
+
+    def reduction(self, kept, score):
+        return super().reduction(kept.flip(1) if self.how == "other" else kept, score)
+
+
+class Sums(Planted):
+    """A merged token is a sum: it was not divided by its members."""
+
+    def reduction(self, kept, score):
+        slots = torch.arange(kept.shape[1]).expand_as(kept)
+        target = torch.zeros_like(score, dtype=torch.int64).scatter(1, kept, slots)
+        own = Reduction(kept, score.shape[1], target, torch.ones_like(score), drops=False)
+        return own if self.how == "other" else super().reduction(kept, score)
+
+
+class LooksAtTheBatch(Planted):
+    """Ranks by what the other images of the batch have, from three on."""
+
+    def reduction(self, kept, score):
+        if len(score) > 2:
+            kept = keep_top(score - score.mean(0), self.budget)
+        return super().reduction(kept, score)
+
+
+class Plans(Planted):
+    """Says another number of tokens than it keeps."""
+
+    def tokens_per_layer(self, spec):
+        return (self.budget - (self.how == "other"),) * spec.layers
+
+
+FAULTS = {
+    UnsortedElsewhere: r"planted.encoder: kept must ascend .*, got \[\d+, .*\] for q0",
+    Sums: r"planted 8 how=other: image of q0, encoder: the weights of output tokens .* add up to \[\d+.*, not to 1",
+    LooksAtTheBatch: r"planted 8: image of q\d, encoder: in a batch of 3 it keeps \[.*\], alone \[.*\]",
+    Plans: r"planted 8 how=other: plans \(7, 7, 7, 7\), a mean of 7",
+}
+
+
+@pytest.mark.parametrize("cls", FAULTS)
+def test_the_contract_sees(cls, tiny):
+    """Each of these passed all contract tests; a failure only said `assert all(generator)`."""
+    with pytest.raises((AssertionError, MethodError), match=FAULTS[cls]):
+        for options in contract.configurations(cls):
+            for reducer in contract.accepted(cls, options, tiny):
+                contract.check(reducer, tiny, samples(4, text_only=()))
+
+
+def test_the_contract_sees_an_ignored_option(tiny):
+    assert contract.unused(Planted, {"tiny": (tiny, samples(2))}, set()) == ["crops", "how"]
+    assert contract.unused(Planted, {"tiny": (tiny, samples(2))}, {"how", "crops"}) == []
+
+
+def test_the_contract_sees_a_reversed_ranking(tiny, monkeypatch):
+    class Reversed(Planted):
+        def encoder(self, state):
+            score = -state.scores[RECEIVED]
+            return self.reduction(keep_top(score, self.budget), score)
+
+    for cls, sees in ((Planted, False), (Reversed, True)):
+        monkeypatch.setitem(registry.METHODS, "planted", cls)
+        if not sees:
+            test_every_method.test_what_signals_point_at_is_kept("planted", tiny)
+            continue
+        with pytest.raises(AssertionError, match="planted 8: 0% of the tokens with the highest signals are kept"):
+            test_every_method.test_what_signals_point_at_is_kept("planted", tiny)
+
+
+def made(kept, **fields):
+    return lambda state: Reduction(kept(len(state.features)), 16, **{n: make(state) for n, make in fields.items()})
+
+
+def rows(*indices):
+    return lambda images: torch.tensor([indices] * images)
+
+
+WRONG = {
+    "a tensor": (
+        lambda state: torch.arange(8),
+        "must return a Reduction, a list of them or None, got a tensor of int64",
+    ),
+    "a list of tensors": (lambda state: [torch.arange(8)] * len(state.features), "must return a Reduction, a list"),
+    "too few": (lambda state: [Reduction(rows(0, 1)(1), 16)], "one reduction for each of 2 images, got 1"),
+    "other tokens": (lambda state: Reduction(rows(0, 1)(2), 80), "of 80 tokens, but each image has 16"),
+    "one row": (made(lambda images: torch.arange(2)), r"kept must be int64 of shape \[2, 2\] .*, got .* shape \[2\]"),
+    "a mask": (made(lambda images: torch.ones(images, 16) > 0), r"got a tensor of bool and shape \[2, 16\]"),
+    "beyond": (made(rows(3, 16)), r"0 to 15, got \[3, 16\] for q0"),
+    "negative": (made(rows(-1, 3)), r"0 to 15, got \[-1, 3\] for q0"),
+    "unsorted": (made(rows(4, 2)), r"kept must ascend .*, got \[4, 2\] for q0"),
+    "twice": (made(rows(2, 2)), r"must not hold a token twice, got \[2, 2\] for q0"),
+    "half a merge": (
+        made(rows(0, 1), assignment=lambda state: torch.zeros(2, 16).long()),
+        "assignment and merge_weight",
+    ),
+    "target": (
+        made(
+            rows(0, 1),
+            assignment=lambda state: torch.full((2, 16), 2),
+            merge_weight=lambda state: torch.ones(2, 16),
+        ),
+        r"assignment must be -1 \(dropped\) to 1 \(output tokens\), got 2 to 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_return_is_one_sentence_that_names_the_method(wrong, tiny, monkeypatch):
+    """Unsorted, repeated and foreign indices ran and printed a result; a tensor was a traceback."""
+    give, sentence = WRONG[wrong]
+    monkeypatch.setattr(Planted, "encoder", lambda self, state: give(state))
+    with pytest.raises(MethodError, match=r"planted\.encoder: .*" + sentence):
+        prefill(tiny, samples(2), Planted(budget=2))
+
+
+def test_a_method_that_declares_it_may_keep_a_token_twice(tiny, monkeypatch):
+    """A duplicated token (official AttnMix) is the same kept index twice."""
+    monkeypatch.setattr(Planted, "encoder", lambda self, state: made(rows(2, 2))(state))
+    monkeypatch.setattr(Planted, "known_deviations", {"duplicates with how=other": "why"})
+    prefill(tiny, samples(2), Planted(budget=2, how="other"))
+    with pytest.raises(MethodError, match="twice"):
+        prefill(tiny, samples(2), Planted(budget=2))
+
+
+def test_a_score_of_another_shape_is_one_sentence(tiny):
+    @dataclass(frozen=True, kw_only=True)
+    class Flat(Scorer):
+        name: ClassVar[str] = "flat"
+
+        def score(self, state):
+            return state.features.sum(-1)[0]
+
+    with pytest.raises(MethodError, match=r"flat\.score: must return a tensor of shape \[2, 16\].*got \[16\]"):
+        prefill(tiny, samples(2), Flat(budget=2))
+
+
+def test_on_an_accelerator_values_are_read_once(tiny, monkeypatch):
+    """The host must not wait at every stage of every batch: the first batch of a method, options and stage is read."""
+    monkeypatch.setattr(reducer, "_lies_on_host", lambda tensor: False)
+    monkeypatch.setattr(reducer, "_read", set())
+    read = []
+    monkeypatch.setattr(reducer, "_wrong_order", lambda *arguments: read.append(arguments) or "")
+    for _ in range(3):
+        prefill(tiny, samples(2), Planted(budget=2))
+    assert len(read) == 2, "two images, once"
+    prefill(tiny, samples(2), Planted(budget=2, how="other"))
+    assert len(read) == 4, "another branch"
+
+
+def test_a_wrong_return_ends_the_run_at_once(tiny, monkeypatch):
+    """Sixteen questions were blamed first, one by one."""
+
+    def generate(*arguments, **options):
+        raise MethodError("planted.encoder: wrong.")
+
+    monkeypatch.setattr(outcomes, "generate", generate)
+    ready = [outcomes.Ready(None, sample, "") for sample in samples(3)]
+    job = type("Job", (), {"model": tiny, "reducer": None, "max_new_tokens": 4})()
+    with pytest.raises(MethodError):
+        list(outcomes.outcomes(job, ready, outcomes.Room()))
+
+
+def test_a_method_that_is_no_frozen_dataclass_is_one_sentence():
+    """A missing @dataclass was a TypeError about an unexpected argument, at the first question."""
+    with pytest.raises(UserError, match="Method bare: Bare must be a frozen dataclass; write @dataclass"):
+        registry.register("bare")(type("Bare", (Scorer,), {"score": lambda self, state: None}))
+
+
+def test_a_broken_file_leaves_the_other_methods_alone(tmp_path):
+    """A syntax error in one baseline broke `vtr show methods` of another."""
+    program = (
+        "import sys, baselines, eval.show\n"
+        f"baselines.__path__.append({str(tmp_path)!r})\n"
+        "sys.exit(eval.show.main(['methods', sys.argv[1]]))\n"
+    )
+    (tmp_path / "broken.py").write_text("def\n")
+    shown = {
+        name: subprocess.run([sys.executable, "-c", program, name], capture_output=True, text=True)
+        for name in ("fastv", "broken")
+    }
+    assert shown["fastv"].returncode == 0 and shown["fastv"].stdout.startswith("fastv")
+    assert "Warning: baselines.broken cannot be imported: SyntaxError: invalid syntax" in shown["fastv"].stderr
+    assert shown["broken"].returncode == 2 and "Traceback" not in shown["broken"].stderr
+    assert shown["broken"].stderr.splitlines()[-1].startswith("baselines.broken cannot be imported: SyntaxError")
+
+
+def test_a_number_outside_its_ends_is_refused():
+    with pytest.raises(UserError, match=r"consensusdrop\.alpha must be between 0 and 1, got 1\.5"):
+        registry.build("consensusdrop", 8, {"alpha": "1.5"})
+    with pytest.raises(UserError, match=r"vscan\.window must be at least 1, got 0"):
+        registry.build("vscan", 8, {"window": "0"})
+
+
+def test_a_tower_block_that_does_not_exist_is_refused_before_the_run(tiny):
+    """It was an error of every question: the tower has 3 blocks."""
+    with pytest.raises(UserError, match="consensusdrop reads tower block -4, but the tower has 3 blocks"):
+        registry.build("consensusdrop", 8, {"block": "-4"}).check(tiny.spec)
+
+
+def test_a_class_token_that_cannot_be_read_is_not_said_to_be_missing(tiny):
+    """InternVL was told that its tower has no CLS; it has one."""
+    spec = dataclasses.replace(tiny.spec, has_cls=False)
+    with pytest.raises(
+        UserError, match="CLS token of the vision tower, which cannot be read here: the tower has none, or"
+    ):
+        registry.build("fastervlm", 8).check(spec)
