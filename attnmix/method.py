@@ -27,7 +27,6 @@ from llava.reduction import (
     option,
     options_of,
     register,
-    text_spans,
 )
 
 RELEASED = {"text": "after", "pool": "crop"}  # these options under `official`
@@ -112,9 +111,8 @@ class AttnMix(Reducer):
         return released_count(self.budget, crops, self.mix) if self.official else self.budget
 
     def _text_scores(self, state: PromptState) -> Tensor:
-        assert state.sequence is not None  # the pipeline sets it
         rows = RELEASED["text"] if self.official else self.text
-        for name, (start, stop) in zip(state.ids, text_spans(state.sequence, rows), strict=True):
+        for name, (start, stop) in zip(state.ids, state.spans(rows), strict=True):
             if start == stop:
                 raise UserError(
                     f"attnmix compares the image with the {rows} of sample {name!r}, which is empty; "

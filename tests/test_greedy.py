@@ -1,16 +1,19 @@
 """Greedy choices: the form for the CPU against the reference in torch and against loops from the definition."""
 
 import tracemalloc
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava.reduction.greedy import cosines, coverage, cuda_graph, determinant, duplicates, farthest
+from eval.efficiency.meter import peak_bytes
+from llava.reduction.greedy import cosines, coverage, determinant, duplicates, farthest
 from llava.reduction.states import State
-from tests.allocations import peak_bytes
 
 SHAPES = [(1, 1, 3, 1), (1, 2, 3, 1), (2, 5, 4, 3), (3, 30, 8, 12), (1, 40, 48, 40), (2, 300, 160, 150)]
 
@@ -35,15 +38,18 @@ CHOICES = {
 }
 
 
-@pytest.fixture(params=["whole", "each pair once", "by rows"])
+@pytest.fixture(params=["whole", "each pair once", "by rows", "by rows, on a device"])
 def memory(request, monkeypatch):
     """All cosines in one product, in halves, and as for images that have too many; lists of near entries in all."""
+    if request.param == "by rows, on a device":
+        for module in (coverage, determinant, duplicates, farthest):
+            monkeypatch.setattr(module, "on_host", lambda *_: False)
     monkeypatch.setattr(duplicates, "FEW", 70)
     monkeypatch.setattr(cosines, "BLOCK", 24)
     monkeypatch.setattr(coverage, "BLOCK", 48)
     if request.param == "each pair once":
         monkeypatch.setattr(cosines, "ONCE", 0)
-    if request.param == "by rows":
+    if request.param.startswith("by rows"):
         monkeypatch.setattr(cosines, "WHOLE", 3)
         monkeypatch.setattr(cosines, "KEPT", 40)  # rows are forgotten and made again
     return request.param
@@ -197,85 +203,45 @@ def test_memory_is_linear_where_all_cosines_do_not_fit(name, monkeypatch):
     assert most < 1024 * 1024 * 4 / 2
 
 
+@pytest.mark.parametrize("total", [50, 11520])
 @pytest.mark.parametrize("name", CHOICES)
-def test_the_reference_never_waits_for_the_device(name):
-    """Tensors on the meta device hold no values, so whatever looks at one fails."""
+def test_the_reference_never_waits_for_the_device_nor_holds_a_table_of_many_tokens(name, total):
+    """Tensors on the meta device hold no values, so whatever looks at one fails. At 11,520 tokens SCOPE and VisPruner
+    held all cosines, 531 MB, off the CPU."""
     choice, _ = CHOICES[name]
-    tokens, weight = torch.empty(2, 50, 8, device="meta"), torch.empty(2, 50, device="meta")
-    chosen = choice(tokens, weight, 20, State(ids=()))
-    assert chosen.shape == (2, 20) and chosen.device.type == "meta"
+    count = 20 if total == 50 or name != "duplicates" else total - 100
+    tokens, weight = torch.empty(1, total, 64, device="meta"), torch.empty(1, total, device="meta")
+    chosen = []
+    most = peak_bytes(lambda: chosen.append(choice(tokens, weight, count, State(ids=()))))
+    assert chosen[0].shape == (1, count) and chosen[0].device.type == "meta"
+    assert most < 5 * 4 * cosines.WHOLE < 11520 * 11520 * 4
 
 
-# CUDA graphs, with a recording that works on the CPU.
+class SecondGpu(TorchFunctionMode):
+    """Tensors of the CPU say that they are on the second GPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function == torch.Tensor.device.__get__:
+            return torch.device("cuda", 1)
+        return function(*args, **(kwargs or {}) | ({"device": "cpu"} if "device" in (kwargs or {}) else {}))
 
 
-class Recording:
-    """What a CUDA graph does: it repeats the loop on the inputs that lie in its own memory."""
-
-    def __init__(self, loop, inputs, sizes):
-        self.inputs, self.loop, self.sizes = [given.clone() for given in inputs], loop, sizes
-        self.output = loop(*self.inputs, **sizes)
-
-    def replay(self, *inputs):
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        self.output.copy_(self.loop(*self.inputs, **self.sizes))
-        return self.output.clone()
-
-
-def graphs(record=Recording) -> cuda_graph.Graphs:
-    return cuda_graph.Graphs(record, possible=lambda device: True)
-
-
-def test_a_graph_is_recorded_at_the_second_run_of_a_shape():
-    made = []
-    found = graphs(lambda *given: made.append(given) or Recording(*given))
-    results = []
-    for turn in range(4):
-        cosine = cosine_of(torch.randn(1, 20 + 5 * (turn == 3), 6))
-        results.append((found.run(farthest.reference, cosine, count=7), farthest.reference(cosine, 7)))
-        assert len(made) == (0, 1, 1, 1)[turn]
-    assert all(torch.equal(*pair) for pair in results), "a later replay must not change an earlier result"
-
-
-def test_another_count_is_another_graph():
-    found, cosine = graphs(), cosine_of(torch.randn(1, 20, 6))
-    for count in (5, 5, 9, 9, 5):
-        assert found.run(farthest.reference, cosine, count=count).shape == (1, count)
-
-
-def test_a_loop_that_cannot_be_recorded_runs_as_it_is():
-    tries = []
-
-    def record(*given):
-        tries.append(given)
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    found, cosine = graphs(record), cosine_of(torch.randn(1, 20, 6))
+@pytest.mark.parametrize("name", [*CHOICES, "farthest from"])
+def test_another_gpu_than_the_current_one_chooses_for_the_image_of_this_call(name, monkeypatch):
+    """On cuda:1 with current device 0 a CUDA graph captured nothing: from the third call on all loops returned the
+    tokens of an earlier image."""
+    choice = lambda tokens, weight, state: farthest.farthest_from(tokens, torch.zeros(1, dtype=torch.long), 9)  # noqa: E731
+    if name in CHOICES:
+        choice = lambda tokens, weight, state: CHOICES[name][0](tokens, weight, 9, state)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)  # its replay does nothing
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Mock(cuda_stream=0))
     for _ in range(4):
-        assert torch.equal(found.run(farthest.reference, cosine, count=5), farthest.reference(cosine, 5))
-    assert len(tries) == 1
-
-
-def test_few_graphs_are_kept():
-    """LLaVA-NeXT has many shapes; each graph holds its inputs."""
-    found = graphs()
-    for total in [*range(10, 30), 29, 29]:
-        found.run(farthest.reference, cosine_of(torch.randn(1, total, 6)), count=5)
-    assert len(found.known) == cuda_graph.GRAPHS
-    assert sum(graph is not None for graph in found.known.values()) == 1
-
-
-def test_a_graph_of_inference_mode_is_replayed_outside_of_it():
-    found, cosine = graphs(), cosine_of(torch.randn(1, 20, 6))
-    with torch.inference_mode():
-        for _ in range(2):
-            found.run(farthest.reference, cosine.clone(), count=5)
-    assert not found.run(farthest.reference, cosine, count=5).is_inference()
-
-
-def test_nothing_is_recorded_on_a_cpu():
-    assert not cuda_graph.can_record(torch.device("cpu"))
+        tokens, weight = F.normalize(torch.randn(1, 36, 8), dim=-1), torch.rand(1, 36) + 0.1
+        expected = choice(tokens, weight, State(ids=()))
+        with SecondGpu():
+            assert torch.equal(choice(tokens, weight, State(ids=())), expected)
 
 
 @pytest.mark.parametrize("total", [1, 30, 39, 40, 41, 100])

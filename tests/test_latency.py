@@ -297,7 +297,7 @@ def test_the_page_says_everything_and_json_can_hold_it(result):
         "methods in turns",
     ):
         assert said in text
-    assert "numpy on a CPU" in text and "Waits n/a" in text and "all turns: too few for 95 %" in text
+    assert "arrays of numpy" in text and "Waits n/a" in text and "all turns: too few for 95 %" in text
     json.dumps(result)
     assert spanned(2.064, (1.98, 2.111), "{:.2f}") == "2.06 (1.98 to 2.11)"
     assert spanned(1.0, (1.0, 1.0), "{:.2f}") == "1.00" and spanned(None, None, "{:.2f}") == "n/a"

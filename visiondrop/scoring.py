@@ -21,7 +21,6 @@ from llava.reduction import (
     attention_rows,
     layer_keys,
     linear_flops,
-    padded_spans,
     places,
     prepared_angles,
     row_index,
@@ -93,7 +92,7 @@ def _own_attention(state: DecoderState) -> Look:
     width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))
     angles = prepared_angles(state.llm, sequence)
     normed = layer.input_layernorm(sequence.hidden[:, :width])
-    spans = set(padded_spans(sequence, sequence.images))
+    spans = set(sequence.padded_spans(sequence.images))
     span = spans.pop() if len(spans) == 1 else None
     return Look(
         rows=at_spans(normed, sequence, sequence.images),

@@ -15,7 +15,7 @@ from llava.processing.sample import Sample
 from llava.reduction.flops import layer_flops, projector_flops
 from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.reduction import Reduction
-from llava.reduction.states import DecoderState, PromptState, at_members
+from llava.reduction.states import DecoderState, PromptState, at_images
 
 if TYPE_CHECKING:
     from llava.model.llava_arch import Llava
@@ -36,18 +36,14 @@ def reduce_prompt(
     def state_of(
         rows: list[Row], features: Tensor, fields: dict[str, Any], members: Tensor | None = None
     ) -> PromptState:
-        prompts = sequence.rows(rows)
-        if members is None:
-            tokens = prompts.take(prompts.hidden, prompts.images)
-        else:
-            tokens = at_members(prompts.hidden, prompts, members)
         return PromptState(
             features=features,
             **fields,
-            tokens=tokens,
-            sequence=prompts,
+            tokens=at_images(sequence.hidden, sequence, rows, members),
+            sequence=sequence,
+            rows=tuple(rows),
             llm=model.llm,
-            run_layers=lambda count: probe.run(count, rows, prompts.hidden.shape[1]),
+            run_layers=probe.run,
             members=members,
         )
 
@@ -85,14 +81,14 @@ class Probe:
     record: Record
     _known: dict[int, Tensor] = field(default_factory=dict)
 
-    def run(self, count: int, rows: list[Row], width: int) -> Tensor:
-        """[B, width, D] after `count` layers, one row per image."""
+    def run(self, count: int) -> Tensor:
+        """[B, L, D] after `count` layers."""
         if count not in self._known:
             self._known[count] = decoder.run_layers(self.llm, self.sequence, count)
             for length in self.sequence.lengths:
                 for layer in self.llm.layers[:count]:
                     self.record.operations.add("selection", layer_flops, layer, length, length)
-        return self.sequence.of_samples(self._known[count], [sample for sample, _ in rows])[:, -width:]
+        return self._known[count]
 
 
 def values_of(

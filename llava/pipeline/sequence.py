@@ -20,6 +20,7 @@ from llava.reduction.reduction import Reduction
 
 Span = tuple[int, int]
 Row = tuple[int, int]  # (sample, number of the image in its prompt)
+Samples = tuple[int, ...] | None  # numbers of samples, one of them as often as wanted; None for all, in order
 
 
 @dataclass
@@ -112,12 +113,23 @@ class Sequence:
                 groups.setdefault(stop - start, []).append((sample, number))
         return groups
 
-    def take(self, tensor: Tensor, spans: Listed[Span]) -> Tensor:
-        """[B, T, ...] rows of `tensor` [B, L, ...] in one span per sample, all of the same length T."""
-        cut = tuple((self.padding(s) + start, self.padding(s) + stop) for s, (start, stop) in enumerate(spans))
+    def take(self, tensor: Tensor, spans: Listed[Span], samples: Samples = None) -> Tensor:
+        """[n, T, ...] rows of `tensor` [B, L, ...] in spans of the same length T, one for each of `samples`."""
+        cut = self.padded_spans(spans, samples)
         if len(set(cut)) == 1:
-            return tensor[:, slice(*cut[0])]
-        return gather_tokens(tensor, columns.columns_of(cut, tensor.device))
+            return self.of_samples(tensor[:, slice(*cut[0])], samples)
+        return self.at(tensor, columns.columns_of(cut, tensor.device), samples)
+
+    def padded_spans(self, spans: Listed[Span], samples: Samples = None) -> tuple[Span, ...]:
+        """Spans of samples as columns of the padded batch."""
+        before = map(self.padding, range(len(self.lengths)) if samples is None else samples)
+        return tuple((pad + start, pad + stop) for pad, (start, stop) in zip(before, spans, strict=True))
+
+    def at(self, tensor: Tensor, index: Tensor, samples: Samples = None) -> Tensor:
+        """[n, T, ...] rows of `tensor` [B, L, ...] at columns [n, T] of samples."""
+        if samples is None:
+            return gather_tokens(tensor, index)
+        return tensor[columns.rows_of(samples, tensor.device)[:, None], index]
 
     def rows(self, rows: list[Row]) -> "Sequence":
         """One row per image: its whole prompt, with only this image's span as visual tokens.
@@ -128,7 +140,7 @@ class Sequence:
             self.lengths
         ):
             return self
-        samples = [sample for sample, _ in rows]
+        samples = tuple(sample for sample, _ in rows)
         lengths = tuple(self.lengths[s] for s in samples)
         width = max(lengths)
         pick = lambda spans: tuple(spans[s] for s in samples)  # noqa: E731
@@ -146,14 +158,14 @@ class Sequence:
     def keys_of(self, keys: Tensor, rows: list[Row]) -> Tensor:
         """[B, Hkv, L, d] keys of these prompts -> those of `rows(rows)`."""
         width = max(self.lengths[sample] for sample, _ in rows)
-        keys = self.of_samples(keys, [sample for sample, _ in rows])
+        keys = self.of_samples(keys, tuple(sample for sample, _ in rows))
         return keys if width == keys.shape[2] else keys[:, :, -width:]
 
-    def of_samples(self, tensor: Tensor, samples: list[int]) -> Tensor:
+    def of_samples(self, tensor: Tensor, samples: Samples) -> Tensor:
         """The rows of some samples, in this order; the tensor itself where these are all."""
-        if samples == list(range(len(self.lengths))):
+        if samples is None or samples == tuple(range(len(self.lengths))):
             return tensor
-        return tensor.index_select(0, columns.rows_of(tuple(samples), tensor.device))
+        return tensor.index_select(0, columns.rows_of(samples, tensor.device))
 
     def reduce(self, reduced: list[Reduced], renumber: bool) -> "Sequence":
         """Replace the visual tokens of images by their reductions' output tokens.

@@ -24,13 +24,13 @@ from llava.reduction.decoder_attention import (
     text_to_visual_attention,
 )
 from llava.reduction.modules import Decoder, DecoderLayer
-from llava.reduction.ranking import gather_tokens, places
+from llava.reduction.ranking import places
 from llava.reduction.reduction import Reduction
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import PatchGrid
 
 if TYPE_CHECKING:
-    from llava.pipeline.sequence import Sequence, Span
+    from llava.pipeline.sequence import Row, Samples, Sequence, Span
     from llava.reduction.model_spec import ModelSpec
 
 
@@ -113,14 +113,16 @@ class PromptState(EncoderState):
 
     Attributes:
         tokens: [B, N, H] projected visual tokens.
-        sequence: the B whole prompts with visual tokens; `sequence.images` are the spans of the visual tokens.
+        sequence: the S whole prompts of the batch with their visual tokens; no prompt is copied for an image or tile.
+        rows: of each image its prompt and its number there; () where prompt b has the one image b.
         llm: the decoder (layers, norm, rotary_emb).
-        run_layers: k -> hidden states [B, L, H] of `sequence` after the first k decoder layers.
+        run_layers: k -> hidden states [S, L, H] of `sequence` after the first k decoder layers.
         members: [B, N] indices of the tokens among their image's visual tokens; None if they are all of them.
     """
 
     tokens: Tensor
     sequence: Sequence | None = None
+    rows: tuple[Row, ...] = ()
     llm: Decoder | None = None
     run_layers: Callable[[int], Tensor] | None = None
     members: Tensor | None = None
@@ -130,11 +132,18 @@ class PromptState(EncoderState):
         assert self.sequence is not None
         return self.sequence
 
+    @property
+    def _samples(self) -> Samples:
+        return prompts_of(self._prompts(), self.rows)
+
     def visual(self, tensor: Tensor) -> Tensor:
-        """[B, N, ...] rows of `tensor` [B, L, ...] at the visual tokens."""
-        if self.members is None:
-            return self._prompts().take(tensor, self._prompts().images)
-        return at_members(tensor, self._prompts(), self.members)
+        """[B, N, ...] rows of `tensor` [S, L, ...] at the visual tokens."""
+        return at_images(tensor, self._prompts(), self.rows, self.members)
+
+    def spans(self, rows: str) -> list[Span]:
+        """The span of text tokens in the prompt of each image; see `text`."""
+        own, samples = text_spans(self._prompts(), rows), self._samples
+        return own if samples is None else [own[sample] for sample in samples]
 
     def text(self, rows: str) -> tuple[Tensor, Tensor]:
         """Embeddings of text tokens.
@@ -146,9 +155,8 @@ class PromptState(EncoderState):
         Returns:
             [B, T, H] embeddings and a mask [B, T] of the rows that exist.
         """
-        sequence = self._prompts()
-        spans = text_spans(sequence, rows)
-        return at_spans(sequence.hidden, sequence, spans), row_index(sequence, spans)[1]
+        sequence, spans, samples = self._prompts(), self.spans(rows), self._samples
+        return at_spans(sequence.hidden, sequence, spans, samples), row_index(sequence, spans, samples)[1]
 
     def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor | None]:
         """Attention of text rows to the visual tokens at one decoder layer, softmax over the visual tokens alone.
@@ -165,16 +173,20 @@ class PromptState(EncoderState):
         sequence, llm, run_layers = self._prompts(), self.llm, self.run_layers
         assert llm is not None and run_layers is not None  # the pipeline sets them
         hidden = run_layers(layer) if contextual else sequence.hidden
-        block, spans = llm.layers[layer], text_spans(sequence, rows)
-        normed = block.input_layernorm(hidden)
+        block, spans, samples = llm.layers[layer], self.spans(rows), self._samples
         alike = len({stop - start for start, stop in spans}) == 1 and spans[0][0] < spans[0][1]
-        text, mask = at_spans(normed, sequence, spans), None if alike else row_index(sequence, spans)[1]
-        visual = self.visual(normed)
+        mask = None if alike else row_index(sequence, spans, samples)[1]
+        if samples is None and self.members is None:
+            normed = block.input_layernorm(hidden)
+            text, visual = at_spans(normed, sequence, spans), self.visual(normed)
+        else:  # of a prompt with other images or tiles, only what these images need
+            text = block.input_layernorm(at_spans(hidden, sequence, spans, samples))
+            visual = block.input_layernorm(self.visual(hidden) if contextual else self.tokens)
         angles: tuple = (None, None)
         if rotary:
             cos, sin = angles_of(llm, sequence)
             angles = (
-                angles_at(prepared_angles(llm, sequence), sequence, spans),
+                angles_at(prepared_angles(llm, sequence), sequence, spans, samples),
                 Angles.of(self.visual(cos), self.visual(sin)),
             )
         weights = text_to_visual_attention(block, text, visual, *angles)
@@ -183,35 +195,41 @@ class PromptState(EncoderState):
         return weights, mask
 
 
-def at_members(tensor: Tensor, sequence: Sequence, members: Tensor) -> Tensor:
-    """[B, N, ...] rows of `tensor` [B, L, ...] at indices [B, N] among the visual tokens of each prompt."""
-    first, _ = row_index(sequence, [(start, start + 1) for start, _ in sequence.images])
-    return gather_tokens(tensor, members + first)
+def prompts_of(sequence: Sequence, rows: Sequence_[Row]) -> Samples:
+    """The prompt of each image; None where prompt b has the one image b."""
+    samples = tuple(sample for sample, _ in rows)
+    alone = samples == tuple(range(len(sequence.lengths))) and all(len(runs) == 1 for runs in sequence.visual)
+    return None if alone or not rows else samples
 
 
-def at_spans(tensor: Tensor, sequence: Sequence, spans: Sequence_[Span]) -> Tensor:
-    """[B, T, ...] rows of `tensor` [B, L, ...] in one span per prompt; a shorter span ends with its last row again."""
-    (start, stop), *others = padded_spans(sequence, spans)
+def at_images(tensor: Tensor, sequence: Sequence, rows: Sequence_[Row], members: Tensor | None) -> Tensor:
+    """[B, N, ...] rows of `tensor` [S, L, ...] at the visual tokens of images; see `PromptState`."""
+    samples = prompts_of(sequence, rows)
+    spans = sequence.images if samples is None else [sequence.visual[sample][number] for sample, number in rows]
+    if members is None:
+        return sequence.take(tensor, spans, samples)
+    first, _ = row_index(sequence, [(start, start + 1) for start, _ in spans], samples)
+    return sequence.at(tensor, members + first, samples)
+
+
+def at_spans(tensor: Tensor, sequence: Sequence, spans: Sequence_[Span], samples: Samples = None) -> Tensor:
+    """[B, T, ...] rows of `tensor` [S, L, ...] in spans of samples; a shorter span ends with its last row again."""
+    (start, stop), *others = sequence.padded_spans(spans, samples)
     if start < stop and all(other == (start, stop) for other in others):
-        return tensor[:, start:stop]
-    return gather_tokens(tensor, row_index(sequence, spans)[0])
+        return sequence.of_samples(tensor[:, start:stop], samples)
+    return sequence.at(tensor, row_index(sequence, spans, samples)[0], samples)
 
 
-def angles_at(angles: Angles, sequence: Sequence, spans: Sequence_[Span]) -> Angles:
-    """Angles of one span per prompt; see `at_spans`.
+def angles_at(angles: Angles, sequence: Sequence, spans: Sequence_[Span], samples: Samples = None) -> Angles:
+    """Angles of spans of samples; see `at_spans`.
 
     Args:
         angles: of all columns of `sequence`, and maybe of more behind them.
     """
-    (start, stop), *others = padded_spans(sequence, spans)
-    if start < stop and all(other == (start, stop) for other in others):
+    (start, stop), *others = sequence.padded_spans(spans, samples)
+    if samples is None and start < stop and all(other == (start, stop) for other in others):
         return angles.rows(slice(start, stop))
-    return Angles(*(at_spans(part[:, 0], sequence, spans).unsqueeze(1) for part in angles))
-
-
-def padded_spans(sequence: Sequence, spans: Sequence_[Span]) -> tuple[Span, ...]:
-    """The same spans as columns of the padded batch."""
-    return tuple((sequence.padding(s) + start, sequence.padding(s) + stop) for s, (start, stop) in enumerate(spans))
+    return Angles(*(at_spans(part[:, 0], sequence, spans, samples).unsqueeze(1) for part in angles))
 
 
 def text_spans(sequence: Sequence, rows: str) -> list[Span]:
@@ -227,9 +245,9 @@ def text_spans(sequence: Sequence, rows: str) -> list[Span]:
     raise unknown("text rows", rows, ("question", "instruction", "after", "last", "visual"))
 
 
-def row_index(sequence: Sequence, spans: Sequence_[Span]) -> tuple[Tensor, Tensor]:
+def row_index(sequence: Sequence, spans: Sequence_[Span], samples: Samples = None) -> tuple[Tensor, Tensor]:
     """Columns [B, T] of spans of different length in the padded sequence, and a mask [B, T] of those that exist."""
-    return _padded_columns(padded_spans(sequence, spans), sequence.hidden.device)
+    return _padded_columns(sequence.padded_spans(spans, samples), sequence.hidden.device)
 
 
 @made_once
@@ -301,7 +319,7 @@ class DecoderState(State):
         own = None if angles is None else angles_at(angles, sequence, spans)
         weights = attention_rows(layer, queries, keys, unseen(sequence, spans, width), own)
         self.flops += len(weights) * attention_flops(layer, index.shape[1], width, width if at == "next" else 0)
-        columns = padded_spans(sequence, sequence.images)
+        columns = sequence.padded_spans(sequence.images)
         if len(set(columns)) == 1:
             return weights[..., slice(*columns[0])], mask
         return torch.stack([weights[s, :, :, a:b] for s, (a, b) in enumerate(columns)]), mask
@@ -312,7 +330,7 @@ def unseen(sequence: Sequence, spans: Sequence_[Span], width: int) -> Tensor | N
     if not sequence.padded and all(span == (width - 1, width) for span in spans):
         return None
     padding = tuple(map(sequence.padding, range(len(sequence.lengths)))) if sequence.padded else ()
-    columns, device = padded_spans(sequence, spans), sequence.hidden.device
+    columns, device = sequence.padded_spans(spans), sequence.hidden.device
     count = sum(stop - start for start, stop in columns) * width
     make = _unseen_kept if count <= KEPT_MASK else _unseen
     return make(columns, padding, width, device)

@@ -62,8 +62,8 @@ def flop_counter() -> FlopCounterMode:
 def count(model: Llava, reducer: Reducer, samples: list[Sample], shapes: Llava | None = None) -> Counts:
     """Count one prefill of a batch.
 
-    Operations are counted on `model`: a greedy choice is a loop of hundreds of them on the meta device, arrays of numpy
-    on a CPU and one graph on a GPU (llava/reduction/greedy/).
+    Operations are counted on `model`: a greedy choice is a loop of hundreds of them on the meta device and on a GPU,
+    and arrays of numpy on a CPU (llava/reduction/greedy/).
 
     Args:
         shapes: the same model on the meta device, which computes shapes alone and counts products and bytes in seconds,

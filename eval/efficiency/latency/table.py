@@ -157,8 +157,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     counts = [row["counts"] for row in rows if "counts" in row]
     if counts:
         found.append(
-            "Operations are those dispatched on this device. The steps of a greedy choice are none: they are arrays of "
-            "numpy on a CPU and one graph on a GPU."
+            "Operations are those dispatched on this device. The steps of a greedy choice are none on a CPU, where "
+            "they are arrays of numpy."
         )
     if any(one["waits"] is None for one in counts):
         found.append(

@@ -1,9 +1,9 @@
 """Greedy choices: loops that take one token after the other.
 
-Each file holds one choice in two forms. The loop in torch is the reference; it never waits for the device, and on a GPU
-it is one CUDA graph (cuda_graph.py). On a CPU the same choice is made on numpy arrays that share the tensors' memory,
-where a step costs a tenth, and from no more cosines than are needed (cosines.py). Both choose the same tokens, and of
-equal ones that with the lower index.
+Each file holds one choice in two forms. The loop in torch is the reference; it never waits for the device, and where
+the cosines of all pairs would need too much memory it makes a few rows of them at a time. On a CPU the same choice is
+made on numpy arrays that share the tensors' memory, where a step costs a tenth, and from no more cosines than are
+needed (cosines.py). Both choose the same tokens, and of equal ones that with the lower index.
 """
 
 from llava.reduction.greedy.coverage import cover_greedily

@@ -48,6 +48,11 @@ def fits(tokens: int) -> bool:
     return tokens * tokens <= WHOLE
 
 
+def row_blocks(tokens: int) -> int:
+    """Blocks of rows, each of which is held whole, that the cosines of one image are made in."""
+    return max(1, min(tokens * tokens // WHOLE + 1, tokens // TOGETHER))
+
+
 def slices(images: int, tokens: int) -> Iterator[slice]:
     """Images in groups whose cosines are held together."""
     size = max(1, WHOLE // (tokens * tokens))

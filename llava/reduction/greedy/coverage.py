@@ -27,12 +27,12 @@ from llava.reduction.greedy.cosines import (
     array,
     fits,
     on_host,
+    row_blocks,
     slices,
     upper,
     whole,
     zeros,
 )
-from llava.reduction.greedy.cuda_graph import run
 from llava.reduction.states import State
 
 # Numbers that a step of the reference reads at a time: 8 MB, which fit into a processor's cache.
@@ -60,9 +60,11 @@ def cover_greedily(tokens: Tensor, weight: Tensor, count: int, state: State | No
             pairs = zip(_tables(unit[part], state), array(weight[part]), strict=True)
             found = [_on_host(rows, gain, share, count) for (rows, gain), share in pairs]
             chosen.append(torch.from_numpy(np.stack(found)))
-        else:
+        elif fits(total):
             cosine = state.matmul(unit[part], unit[part].transpose(1, 2))
-            chosen.append(run(reference, cosine, weight[part], count=count))
+            chosen.append(reference(cosine, weight[part], count))
+        else:
+            chosen.append(from_tokens(unit[part], weight[part], count, state))
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
@@ -163,7 +165,23 @@ def _exact_gains(rows: Rows, tokens: Indices, covered: Floats, weight: Floats) -
     return np.concatenate(gains) * weight[tokens]
 
 
-# The reference.
+# The references.
+
+
+def from_tokens(unit: Tensor, weight: Tensor, count: int, state: State) -> Tensor:
+    """`cover_greedily` in torch, from tokens [B, N, D]: a few rows of cosines at a time, made again at every step."""
+    images, total, others = torch.arange(len(unit), device=unit.device), unit.shape[1], unit.transpose(1, 2)
+    blocks = unit.tensor_split(row_blocks(total), 1)
+
+    def gain(covered: Tensor) -> Tensor:
+        gaps = (state.matmul(block, others).sub_(covered.unsqueeze(1)).clamp_(min=0) for block in blocks)
+        return torch.cat([gap.sum(-1) for gap in gaps], 1)
+
+    def row(token: Tensor) -> Tensor:
+        # A product of several rows, for its last bits.
+        return state.matmul(unit[images, token].unsqueeze(1).expand(-1, TOGETHER, -1), others)[:, 0]
+
+    return _loop(gain, row, weight, count)
 
 
 def reference(cosine: Tensor, weight: Tensor, count: int) -> Tensor:
@@ -175,14 +193,21 @@ def reference(cosine: Tensor, weight: Tensor, count: int) -> Tensor:
 
 def _cover(cosine: Tensor, weight: Tensor, count: int) -> Tensor:
     """[B, N, N] cosines and [B, N] weights of a few images -> [B, count]."""
-    images = torch.arange(len(cosine), device=cosine.device)
+    images, gap = torch.arange(len(cosine), device=cosine.device), torch.empty_like(cosine)
+
+    def gain(covered: Tensor) -> Tensor:
+        return torch.sub(cosine, covered.unsqueeze(1), out=gap).clamp_(min=0).sum(-1)
+
+    return _loop(gain, lambda token: cosine[images, token], weight, count)
+
+
+def _loop(gain: Callable[[Tensor], Tensor], row: Callable[[Tensor], Tensor], weight: Tensor, count: int) -> Tensor:
+    """[B, count]; `gain` is what tokens [B, N] add to the coverage [B, N], `row` gives the cosines of tokens [B]."""
     covered = torch.zeros_like(weight)
     free = torch.zeros_like(weight)  # -inf once a token is chosen
-    chosen, gap = [], torch.empty_like(cosine)
+    chosen: list[Tensor] = []
     for _ in range(count):
-        torch.sub(cosine, covered.unsqueeze(1), out=gap).clamp_(min=0)
-        gain = gap.sum(-1) * weight
-        chosen.append((gain + free).argmax(1))
-        covered = torch.maximum(covered, cosine[images, chosen[-1]])
+        chosen.append((gain(covered) * weight + free).argmax(1))
+        covered = torch.maximum(covered, row(chosen[-1]))
         free = free.scatter(1, chosen[-1].unsqueeze(1), -torch.inf)
     return torch.stack(chosen, 1)

@@ -25,7 +25,6 @@ from llava.reduction.greedy.cosines import (
     with_itself,
     zeros,
 )
-from llava.reduction.greedy.cuda_graph import run
 from llava.reduction.states import State
 
 # A token whose residual is below this fraction of its kernel entry is spanned by the chosen ones, to float32 accuracy.
@@ -53,15 +52,12 @@ def largest_determinant(tokens: Tensor, weight: Tensor, count: int, state: State
         own = worth * with_itself(unit, state) * worth
         chosen = [_on_host(*image, count, state) for image in zip(unit, worth, own, strict=True)]
         return torch.from_numpy(np.stack(chosen))
-    batch, total, channels = unit.shape
-    state.flops += batch * total * count * (count - 1)  # products with the factor
-    if not fits(total):
-        state.flops += 2 * batch * total * channels * count
-        return run(from_tokens, unit, weight, count=count)
+    if not fits(unit.shape[1]):
+        return from_tokens(unit, weight, count, state)
     parts = []
-    for part in slices(batch, total):
+    for part in slices(*weight.shape):
         cosine = state.matmul(unit[part], unit[part].transpose(1, 2))
-        parts.append(run(reference, cosine, weight[part], count=count))
+        parts.append(reference(cosine, weight[part], count, state))
     return torch.cat(parts)
 
 
@@ -160,25 +156,27 @@ class Ahead:
 # The references.
 
 
-def from_tokens(unit: Tensor, weight: Tensor, count: int) -> Tensor:
+def from_tokens(unit: Tensor, weight: Tensor, count: int, state: State) -> Tensor:
+    """`largest_determinant` in torch, from tokens [B, N, D]."""
     images = torch.arange(len(unit), device=unit.device)
 
     def row(pick: Tensor) -> Tensor:
-        cosine = (unit @ unit[images, pick].unsqueeze(-1)).squeeze(-1)
+        cosine = state.matmul(unit, unit[images, pick].unsqueeze(-1)).squeeze(-1)
         return weight[images, pick].unsqueeze(1) * cosine * weight
 
-    return _loop(row, weight * unit.square().sum(-1) * weight, count)
+    return _loop(row, weight * unit.square().sum(-1) * weight, count, state)
 
 
-def reference(cosine: Tensor, weight: Tensor, count: int) -> Tensor:
+def reference(cosine: Tensor, weight: Tensor, count: int, state: State | None = None) -> Tensor:
     """`largest_determinant` in torch, from all cosines [B, N, N]."""
     images = torch.arange(len(cosine), device=cosine.device)
     own = weight * cosine.diagonal(dim1=1, dim2=2) * weight
-    return _loop(lambda pick: weight[images, pick].unsqueeze(1) * cosine[images, pick] * weight, own, count)
+    return _loop(lambda pick: weight[images, pick].unsqueeze(1) * cosine[images, pick] * weight, own, count, state)
 
 
-def _loop(row: Callable[[Tensor], Tensor], own: Tensor, count: int) -> Tensor:
+def _loop(row: Callable[[Tensor], Tensor], own: Tensor, count: int, state: State | None) -> Tensor:
     """[B, count]; `row` gives the kernel [B, N] of tokens [B] with all, `own` [B, N] is its diagonal."""
+    state = state or State(ids=())
     left = own.clone()
     last = own - own.amax(1, keepdim=True) - 1
     factor = own.new_zeros(len(own), count, own.shape[1])
@@ -187,7 +185,7 @@ def _loop(row: Callable[[Tensor], Tensor], own: Tensor, count: int) -> Tensor:
         free = left > SPANNED * own
         pick = torch.where(free, left, last).argmax(1, keepdim=True)  # [B, 1]
         past = factor[:, :step]
-        shared = past.gather(2, pick.unsqueeze(-1).expand(-1, step, 1)).transpose(1, 2) @ past
+        shared = state.matmul(past.gather(2, pick.unsqueeze(-1).expand(-1, step, 1)).transpose(1, 2), past)
         pivot = left.gather(1, pick).clamp(min=torch.finfo(left.dtype).tiny).sqrt()
         new = torch.where(free.gather(1, pick), (row(pick[:, 0]) - shared[:, 0]) / pivot, 0.0)
         factor[:, step] = new

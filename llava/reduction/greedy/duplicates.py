@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.reduction.greedy.cosines import BLOCK, Floats, Indices, array, fits, on_host, slices
-from llava.reduction.greedy.cuda_graph import run
+from llava.reduction.greedy.cosines import BLOCK, Floats, Indices, array, fits, on_host, row_blocks, slices
 from llava.reduction.states import State
 
 ROUND = 8  # near-duplicates removed at a time
@@ -41,8 +40,9 @@ def distinct(tokens: Tensor, count: int, state: State | None = None) -> Tensor:
     state = state or State(ids=())
     unit = F.normalize(tokens.float(), dim=-1)
     batch, total = unit.shape[:2]
-    if on_host(unit) and not fits(total):
-        return torch.stack([_by_products(image, count, state) for image in unit])
+    if not fits(total):
+        make = _by_products if on_host(unit) else from_tokens
+        return torch.stack([make(image, count, state) for image in unit])
     chosen = []
     for part in slices(batch, total):
         cosine = state.matmul(unit[part], unit[part].transpose(1, 2))
@@ -50,7 +50,7 @@ def distinct(tokens: Tensor, count: int, state: State | None = None) -> Tensor:
             found = [_on_host(_look_up(image), total, count) for image in array(cosine)]
             chosen.append(torch.from_numpy(np.stack(found)))
         else:
-            chosen.append(run(reference, cosine, count=count))
+            chosen.append(reference(cosine, count))
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
@@ -130,18 +130,36 @@ def _from_nearest(block: Block, places: Indices, total: int) -> Callable[[Indice
     return closest
 
 
-# The reference.
+# The references.
+
+
+def from_tokens(unit: Tensor, count: int, state: State) -> Tensor:
+    """`distinct` in torch, from the tokens [R, D] of one image: a few rows of cosines at a time, in every round."""
+
+    def closest(even: Tensor, odd: Tensor) -> Tensor:
+        others = unit[odd[0]].t()
+        blocks = even[0].tensor_split(row_blocks(even.shape[1]))
+        return torch.cat([state.matmul(unit[block], others).amax(1) for block in blocks])[None]
+
+    return _loop(closest, torch.arange(len(unit), device=unit.device)[None], count)[0]
 
 
 def reference(cosine: Tensor, count: int) -> Tensor:
     """`distinct` in torch, from all cosines [B, R, R]."""
     batch, length = cosine.shape[:2]
     rows = torch.arange(batch, device=cosine.device)[:, None, None]
-    places = torch.arange(length, device=cosine.device).expand(batch, -1)
+
+    def closest(even: Tensor, odd: Tensor) -> Tensor:
+        return cosine[rows, even.unsqueeze(2), odd.unsqueeze(1)].amax(2)
+
+    return _loop(closest, torch.arange(length, device=cosine.device).expand(batch, -1), count)
+
+
+def _loop(closest: Callable[[Tensor, Tensor], Tensor], places: Tensor, count: int) -> Tensor:
+    """[B, R] all entries -> [B, count]; `closest` gives the highest cosine of each even entry to the odd ones."""
     while places.shape[1] > count:  # lengths are host integers: no round waits for the device
         even, odd = places[:, ::2], places[:, 1::2]
         gone = min(ROUND, places.shape[1] - count)
-        closest = cosine[rows, even.unsqueeze(2), odd.unsqueeze(1)].amax(2)
-        order = closest.argsort(dim=1, descending=True, stable=True)
+        order = closest(even, odd).argsort(dim=1, descending=True, stable=True)
         places = torch.cat([even.gather(1, order[:, gone:]), odd], 1)
     return places[:, :count]

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.reduction.greedy.cosines import Floats, Indices, Rows, array, fits, on_host, slices, upper, whole, zeros
-from llava.reduction.greedy.cuda_graph import run
 from llava.reduction.states import State
 
 
@@ -26,7 +25,7 @@ def farthest_from(unit: Tensor, first: Tensor, count: int) -> Tensor:
         first: [B], the first choice.
     """
     if not on_host(unit):
-        return run(from_tokens, unit, first, count=count)
+        return from_tokens(unit, first, count)
     batch, total, _ = unit.shape
     numbers, images = array(unit), np.arange(batch)
     cosine = zeros(batch, total, 1)
@@ -64,10 +63,9 @@ def _apart(unit: Tensor, count: int, state: State) -> Tensor:
             rows = Rows(unit[0], state)
             row = lambda token, nearest: rows.next(int(token[0]), nearest[0])  # noqa: E731
             return _on_host(row, array(first), total, count)
-        state.flops += 2 * unit.numel() * (count - 1)
-        return run(from_tokens, unit, first, count=count)
+        return from_tokens(unit, first, count, state)
     if not on_host(unit):
-        return run(reference, state.matmul(unit, unit.transpose(1, 2)), count=count)
+        return reference(state.matmul(unit, unit.transpose(1, 2)), count)
     numbers, images, every = whole(unit, state), np.arange(len(unit)), np.arange(total)
     numbers[:, every, every] = -np.inf  # a token is not its own neighbour
     first = (1 - numbers.max(2)).argmax(1)
@@ -97,9 +95,10 @@ def _on_host(row: Callable[[Indices, Floats], Floats], first: Indices, total: in
 # The references.
 
 
-def from_tokens(unit: Tensor, first: Tensor, count: int) -> Tensor:
-    images = torch.arange(len(unit), device=unit.device)
-    return _loop(lambda token: (unit @ unit[images, token].unsqueeze(-1)).squeeze(-1), first, count)
+def from_tokens(unit: Tensor, first: Tensor, count: int, state: State | None = None) -> Tensor:
+    """`farthest_from` in torch."""
+    images, state = torch.arange(len(unit), device=unit.device), state or State(ids=())
+    return _loop(lambda token: state.matmul(unit, unit[images, token].unsqueeze(-1)).squeeze(-1), first, count)
 
 
 def reference(cosine: Tensor, count: int) -> Tensor:
