@@ -176,6 +176,17 @@ def stored(folder: Path) -> set[bytes]:
     }
 
 
+def test_a_rank_that_dies_with_the_lock_of_progress_bars_blocks_no_other(run, undisturbed, tmp_path):
+    """tqdm's lock is one of multiprocessing: forked ranks shared it, so one that was killed while it held it stopped
+    every later run of the same fork server for ever. Ranks of a launcher are new programs, with locks of their own.
+    """
+    name = json.loads(sorted_answers(undisturbed)[50])["question_id"]
+    with run(2, locked=name) as one:
+        own = one.end()
+    assert (own.code, own.orphans) == (1, False) and " died while it was asking questions " in sentence(own), own.err
+    finish(run, undisturbed, tmp_path, 2)
+
+
 @pytest.mark.parametrize("number", range(12))
 def test_kills_of_rank_0_while_it_merges(run, undisturbed, tmp_path, number):
     """It dies in a random system call of the merge, and once more in one of the repair; one question has failed."""
