@@ -6,12 +6,12 @@ refused or, with `partial`, left out and noted in the result.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.answers.asked import check_prompts
-from eval.answers.jsonl import parse_json, parse_line, read_bytes, read_json
+from eval.answers.jsonl import Row, parse_json, parse_line, read_bytes, read_json
 from eval.benchmarks.base import Dataset, Question
 from eval.metrics import first_names
 from llava.errors import UserError
@@ -20,29 +20,6 @@ from llava.errors import UserError
 # Video-LLaVA's (whose "answer" is the reference: the prediction's names come first).
 IDS = ("question_id", "questionId", "id", "index", "image")
 TEXTS = ("text", "prediction", "pred", "filtered_resps", "resps", "answer")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One answer as a file has it.
-
-    Attributes:
-        where: file and line, for errors.
-        id: None where the file names none.
-        text: the model's raw text.
-        prompt: what the model was asked, if the file says it.
-        asked: the question as the data set has it, where the file holds that.
-        number: row of the data set, which lmms-eval's files give instead of an id.
-        fields: the whole record.
-    """
-
-    where: str
-    id: str | None
-    text: str
-    prompt: str | None = None
-    number: int | None = None
-    asked: str | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
