@@ -139,7 +139,7 @@ class Evaluation:
                 if self.pid(role):
                     self.kill(role)
 
-    def end(self, wait: float = 10) -> Ended:
+    def end(self, wait: float = 60) -> Ended:
         """Wait for the command, and then for its other processes, at most `wait` seconds."""
         limit = time.monotonic() + PATIENCE
         while not self._ended():

@@ -67,7 +67,7 @@ class Start:
                     process.kill()
             time.sleep(0.02)
 
-    def end(self, wait: float = 15) -> "Ended":
+    def end(self, wait: float = 60) -> "Ended":
         """Wait for the command and then for its last process, at most `wait` seconds."""
         code = self.process.wait(PATIENCE)
         ended = time.monotonic()
