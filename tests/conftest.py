@@ -1,4 +1,6 @@
-"""Shared fixtures: a tiny random LLaVA on disk, loaded the way a user loads a real one."""
+"""Shared fixtures: a tiny random LLaVA on disk, loaded the way a user loads a real one, and a clock."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ from PIL import Image
 
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
+from llava.pipeline import accounting
+from llava.pipeline.faster import graphs
 from llava.processing.sample import Sample
 from tests.tiny_checkpoints import save_transformers_layout
 
@@ -49,6 +53,17 @@ def samples(count: int = 5, text_only: tuple[int, ...] = (3,)) -> list[Sample]:
         )
         for i in range(count)
     ]
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The clock of stages and of the compiler: it moves by `wait(seconds)` alone, however busy the machine is."""
+    clock = SimpleNamespace(now=0.0)
+    clock.wait = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    for module in (accounting, graphs):
+        read = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=lambda: clock.now)
+        monkeypatch.setattr(module, "time", read)
+    return clock
 
 
 @pytest.fixture(autouse=True)

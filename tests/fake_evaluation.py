@@ -8,6 +8,7 @@ python -m tests.fake_evaluation FLAGS    FAULT holds a JSON object, read here an
     call      die by SIGKILL in the system call of that number (from 0) that changes a file ...
     during    ... counted from here: "open" (opening the store), "merge" or "result"
     hang      stop for ever in "load", "merge" or the questions with these ids
+    locked    die by SIGKILL at the question with this id, while it holds the lock of progress bars
     disk      bytes that a file may have; more is an error, as on a full disk
     room      questions for which there is memory
 """
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import eval.run
 from eval import __main__ as command
@@ -46,6 +48,9 @@ class Disturbed(FakeLlava):
         names = {sample.id for sample in samples}
         if names & set(self.fault.get("hang", "").split()):
             time.sleep(1000)
+        if self.fault.get("locked") in names:
+            tqdm.get_lock().acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
         if names & set(self.fault.get("broken", ())):
             raise RuntimeError("no such colour")
         if len(samples) > self.fault.get("room", len(samples)):

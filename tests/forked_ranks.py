@@ -5,17 +5,20 @@ what DeepSpeed's does (it starts the ranks, and ends all of them when one has fa
 tests/test_ranks.py starts DeepSpeed's own launcher.
 
 They are forked by a process of its own, `python -m tests.forked_ranks`, that has imported everything and runs no
-threads: a process with threads cannot be forked safely.
+threads: a process with threads cannot be forked safely. Every fork has a tqdm lock of its own: tqdm's is one of
+multiprocessing, which siblings share, and a rank that is killed while it holds it would block all others for ever.
 """
 
 import base64
 import contextlib
+import inspect
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +26,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, Self
 
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 120
+PATIENCE = 300  # seconds; a busy machine may be ten times slower than an idle one
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class ForkServer:
         """Send a request of `serve` and return its answer."""
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+        ready = select.select([self._process.stdout], [], [], PATIENCE)[0]
+        assert ready, f"no answer of the fork server after {PATIENCE} s to {request}"
         return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
@@ -93,9 +100,15 @@ class Evaluation:
         while not ready():
             if self._ended():
                 return ready()
-            assert time.monotonic() < limit, "the moment did not come"
+            assert time.monotonic() < limit, self._late(inspect.getsource(ready).strip())
             time.sleep(0.002)
         return True
+
+    def _late(self, moment: str) -> str:
+        """What was waited for, for how long, and what the run was doing."""
+        state = f"{self.answered()} answers, processes {Path(f'{self.folder}.processes').read_text().split()}"
+        said = Path(f"{self.folder}.err").read_text()[-2000:]
+        return f"after {PATIENCE} s still waiting for: {moment}; {state}; it said: {said}"
 
     def answered(self) -> int:
         """Answers on the disk."""
@@ -126,11 +139,11 @@ class Evaluation:
                 if self.pid(role):
                     self.kill(role)
 
-    def end(self, wait: float = 10) -> Ended:
+    def end(self, wait: float = 60) -> Ended:
         """Wait for the command, and then for its other processes, at most `wait` seconds."""
         limit = time.monotonic() + PATIENCE
         while not self._ended():
-            assert time.monotonic() < limit, "the command does not end"
+            assert time.monotonic() < limit, self._late("the end of the command")
             time.sleep(0.01)
         orphans = not self._gone(wait)
         out, err = (Path(f"{self.folder}.{name}").read_text() for name in ("out", "err"))
@@ -164,6 +177,7 @@ def serve() -> None:
     start   flags, with folder, ranks and fault: fork an evaluation; answers its process number
     poll    process number: answers its exit code, null while it runs
     """
+    os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

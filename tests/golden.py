@@ -1,26 +1,40 @@
-"""Golden kept indices: what every method keeps of 20 seeded pictures on the tiny random model.
+"""Golden kept indices and limits of dispatched operations, of every method.
 
-    python -m tests.golden     # writes tests/data/golden.json anew; do so only when a change of answers is intended
+    python -m tests.golden METHOD     # writes its rows of tests/data/golden.json and tests/data/operations.json anew
+    python -m tests.golden            # writes all rows; do either only when the change is intended
 
-A difference means that answers change: raise the method's `version` then.
+golden.json holds what a method keeps of 20 seeded pictures on the tiny random model. A difference means that answers
+change: raise the method's `version` then. operations.json holds how many operations a prefill of the bundled model may
+dispatch above its oracle (tests/test_dispatched.py).
 """
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
+from eval.efficiency.dispatched import calls_of, question
+from eval.efficiency.oracle import oracle_of
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline.prefill import prefill
 from llava.processing.sample import Sample
 from llava.reduction import registry
+from llava.reduction.reducer import Reducer
 from tests.conftest import QUESTIONS, picture
 from tests.tiny_checkpoints import save_transformers_layout
 
 FILE = Path(__file__).parent / "data" / "golden.json"
+LIMITS = FILE.with_name("operations.json")
+BUDGET = 128  # every method meets it on the bundled model
+# Loops that compare near ties or read rows ahead dispatch a few operations more or less by the last bits, which differ
+# between processors. So operations are counted on this many copies of the model with disturbed weights, too, and a
+# limit is the highest count and room for three.
+COPIES, NOISE, ROOM = 6, 1e-5, 3
 BUDGETS = (8, 12)
 CASES = 20
 
@@ -52,16 +66,48 @@ def all_kept(model: Llava, name: str) -> dict[str, list]:
     return found
 
 
-def main() -> None:
+def method(name: str, tokens: int) -> Reducer:
+    """With the budget of the limits; `full` keeps all tokens."""
+    return registry.build(name, tokens if name == "full" else BUDGET)
+
+
+def disturbed(seed: int) -> Llava:
+    """The bundled model with relative noise in every weight."""
+    model, generator = load(device="cpu"), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.hf_model.parameters():
+            weight.mul_(1 + NOISE * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def above_oracle(model: Llava, name: str) -> int:
+    """Operations of a prefill above those of the oracle with the same tokens per layer."""
+    reducer = method(name, model.visual_tokens)
+    own, oracle = (calls_of(model, one, question()) for one in (reducer, oracle_of(reducer, model.spec)))
+    return len(own) - len(oracle)
+
+
+def limit(models: Sequence[Llava], name: str) -> int:
+    """0 where nothing is dispatched above the oracle."""
+    most = max(above_oracle(model, name) for model in models)
+    return most + ROOM if most else 0
+
+
+def main(names: Sequence[str]) -> None:
+    """Write the rows of some methods, or of all."""
+    chosen = names or registry.names()
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:
         save_transformers_layout(Path(folder) / "tiny", text_tower=True)
         model = load(Path(folder) / "tiny", device="cpu")
-        everything = {name: all_kept(model, name) for name in registry.names() if name not in ("full", "downsample")}
-    lines = [f" {json.dumps(name)}: {json.dumps(found, separators=(',', ':'))}" for name, found in everything.items()]
-    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    print(f"Wrote {FILE}.")
+        golden = {name: all_kept(model, name) for name in chosen if name not in ("full", "downsample")}
+    models = [load(device="cpu"), *map(disturbed, range(COPIES))]
+    for path, rows in ((FILE, golden), (LIMITS, {name: limit(models, name) for name in chosen})):
+        rows = dict(sorted((json.loads(path.read_text()) | rows if names else rows).items()))
+        lines = [f" {json.dumps(name)}: {json.dumps(row, separators=(',', ':'))}" for name, row in rows.items()]
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        print(f"Wrote {path}.")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,6 +1,7 @@
 """Start commands with several ranks in tests, disturb them, and see that no process of theirs is left."""
 
 import contextlib
+import inspect
 import os
 import signal
 import subprocess
@@ -51,7 +52,10 @@ class Start:
         while not ready():
             if self.process.poll() is not None:
                 return ready()
-            assert time.monotonic() < limit, "the moment did not come"
+            assert time.monotonic() < limit, (
+                f"after {PATIENCE} s still waiting for: {inspect.getsource(ready).strip()}; "
+                f"it said: {Path(f'{self.folder}.err').read_text()[-2000:]}"
+            )
             time.sleep(0.005)
         return True
 
@@ -63,7 +67,7 @@ class Start:
                     process.kill()
             time.sleep(0.02)
 
-    def end(self, wait: float = 15) -> "Ended":
+    def end(self, wait: float = 60) -> "Ended":
         """Wait for the command and then for its last process, at most `wait` seconds."""
         code = self.process.wait(PATIENCE)
         ended = time.monotonic()

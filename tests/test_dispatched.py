@@ -1,5 +1,6 @@
 """Operations that a prefill dispatches beside its oracle, and waits of the host, held to limits."""
 
+import json
 from contextlib import suppress
 
 import pytest
@@ -12,46 +13,18 @@ from eval.efficiency.dispatched import (
     Call,
     Calls,
     Reads,
-    calls_of,
     line_of,
     main,
     on_meta,
     question,
     waits_of,
 )
-from eval.efficiency.oracle import oracle_of
 from llava.model.builder import load
 from llava.reduction import registry
+from tests.golden import BUDGET, COPIES, LIMITS, above_oracle, disturbed, method
 
-BUDGET = 128  # every method meets it on the bundled model
-# Operations above the oracle with the same tokens per layer: counted, and room for three.
-LIMITS = {
-    "attnmix": 62,
-    "cdpruner": 154,
-    "consensusdrop": 105,
-    "dart": 99,
-    "divprune": 17,
-    "downsample": 0,
-    "fastervlm": 21,
-    "fastv": 35,
-    "full": 0,
-    "globalcom2": 26,
-    "hired": 21,
-    "holov": 100,
-    "prumerge": 64,
-    "prumerge_plus": 74,
-    "pyramiddrop": 120,
-    "random": 8,
-    "scope": 44,
-    "sparsevlm": 357,
-    "tome": 337,
-    "trim": 93,
-    "uniform": 7,
-    "visiondrop": 262,
-    "visionzip": 57,
-    "vispruner": 39,
-    "vscan": 127,
-}
+LIMITS_OF = json.loads(LIMITS.read_text())
+WRITE = "run python -m tests.golden"
 
 
 @pytest.fixture(scope="module")
@@ -64,31 +37,35 @@ def shapes():
     return on_meta(load(device="cpu"))
 
 
-def built(name: str, model, options=None):
-    return registry.build(name, model.visual_tokens if name == "full" else BUDGET, options)
-
-
-def test_every_method_has_a_limit():
-    assert set(LIMITS) == set(registry.names())
-
-
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", registry.names())
 def test_no_more_operations_above_the_oracle_than_its_limit(name, toy):
-    reducer = built(name, toy)
-    above = len(calls_of(toy, reducer, question())) - len(calls_of(toy, oracle_of(reducer, toy.spec), question()))
-    assert above <= LIMITS[name], f"{name} dispatches {above} operations more than its oracle"
+    assert name in LIMITS_OF, f"{name} has no limit yet; {WRITE} {name}"
+    above = above_oracle(toy, name)
+    assert above <= LIMITS_OF[name], (
+        f"{name} dispatches {above} operations more than its oracle; if that is intended, {WRITE} {name}"
+    )
+
+
+def test_every_limit_is_one_of_a_method():
+    assert set(LIMITS_OF) == set(registry.names()), WRITE
+
+
+@pytest.mark.parametrize("name", ["cdpruner", "scope"])
+def test_a_limit_does_not_depend_on_the_processor(name):
+    """SCOPE dispatched 44 operations on one processor and 47 on another: near ties, which the last bits decide."""
+    assert above_oracle(disturbed(COPIES), name) <= LIMITS_OF[name]
 
 
 @pytest.mark.parametrize("name", registry.names())
 def test_the_host_never_waits_after_the_pixels(name, shapes):
     """Shapes are known on the host, and what it sends to the device it sends without waiting."""
-    waits = waits_of(shapes, built(name, shapes), question())
+    waits = waits_of(shapes, method(name, shapes.visual_tokens), question())
     assert not waits, "\n".join(f"{call.part} {call.line} ({call.name})" for call in waits)
 
 
 def test_the_exception_is_seen(shapes):
     """With `official`, PruMerge keeps as many tokens as there are outliers: the host must learn their number."""
-    waits = waits_of(shapes, built("prumerge", shapes, {"official": "true"}), question())
+    waits = waits_of(shapes, registry.build("prumerge", BUDGET, {"official": "true"}), question())
     assert waits and {call.line.split(":")[0] for call in waits} == {"baselines/prumerge.py"}
 
 

@@ -12,7 +12,7 @@ GOLDEN = json.loads(FILE.read_text()) if FILE.is_file() else {}
 
 @pytest.mark.parametrize("name", [n for n in registry.names() if n not in ("full", "downsample")])
 def test_keeps_what_it_kept(name, tiny):
-    assert name in GOLDEN, f"{name} has no golden indices yet; run python -m tests.golden"
+    assert name in GOLDEN, f"{name} has no golden indices yet; run python -m tests.golden {name}"
     found = all_kept(tiny, name)
     assert found and all(len(cases) == CASES for cases in found.values())
     assert found == GOLDEN[name]

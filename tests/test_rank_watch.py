@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import time
 from types import SimpleNamespace
 
 import pytest
 
+from eval.parallel import control as control_module
 from eval.parallel import watch
 from eval.parallel.control import Control, wait_until
 from eval.parallel.ranks import ASKING, FAILED, FINISHED, LOADING, SCORING, STOPPED, WAITING, Rank
@@ -102,6 +102,7 @@ def test_a_rank_that_is_gone_is_named_before_its_launcher_ends(control, clock):
     child = subprocess.Popen(["true"])
     control.put("rank1", control.peek("rank1") | {"process": child.pid})
     sentence = f"process {child.pid}) died while it was asking question 7, so all ranks were stopped."
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, however slow the machine is
     assert see(control, clock).endswith(sentence)
     assert clock.now < 1
     child.wait()
@@ -167,11 +168,11 @@ def test_a_store_that_other_machines_reach():
     assert Control.serve(host).address.startswith(f"{host}:")
 
 
-def test_nobody_serves_the_store():
-    began = time.monotonic()
+def test_nobody_serves_the_store(monkeypatch):
+    """Said at once: the store itself would try again for two minutes."""
+    monkeypatch.setattr(control_module, "TCPStore", pytest.fail)
     with pytest.raises(UserError, match=r"does not answer at 127\.0\.0\.1:9;"):
         Control.connect("127.0.0.1:9")
-    assert time.monotonic() - began < 10
     wait_until(lambda: True)
 
 

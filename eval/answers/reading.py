@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.asked import check_prompts
-from eval.answers.jsonl import parse_json, parse_line, read_bytes, read_json
+from eval.answers.jsonl import Row, parse_json, parse_line, read_bytes, read_json
 from eval.answers.reuse import images_of
 from eval.benchmarks.base import Dataset, Question
 from eval.metrics import first_names
@@ -21,29 +21,6 @@ from llava.errors import UserError
 # Video-LLaVA's (whose "answer" is the reference: the prediction's names come first).
 IDS = ("question_id", "questionId", "id", "index", "image")
 TEXTS = ("text", "prediction", "pred", "filtered_resps", "resps", "answer")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One answer as a file has it.
-
-    Attributes:
-        where: file and line, for errors.
-        id: None where the file names none.
-        text: the model's raw text.
-        prompt: what the model was asked, if the file says it.
-        asked: the question as the data set has it, where the file holds that.
-        number: row of the data set, which lmms-eval's files give instead of an id.
-        fields: the whole record.
-    """
-
-    where: str
-    id: str | None
-    text: str
-    prompt: str | None = None
-    number: int | None = None
-    asked: str | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.answers.jsonl import read_bytes
+from eval.answers.jsonl import Row, read_bytes
 from eval.benchmarks.media import Pictures
 from eval.metrics import Score
 from llava.errors import UserError
 
 if TYPE_CHECKING:
-    from eval.answers.reading import Row
     from llava.processing.sample import Sample
 
 # How questions are asked and answers read: as LLaVA's evaluation scripts do it, or as lmms-eval does.

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from eval.answers.reading import Row
+from eval.answers.jsonl import Row
 from llava.errors import UserError
 
 

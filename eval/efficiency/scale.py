@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from eval.command import exit_on_user_error
 from eval.config import ROOT
 from eval.efficiency.quantities import duration
+from eval.efficiency.scale_constants import Constant, measure
 from eval.tables.page import insert, markdown
 from eval.tables.plots import COLOURS, MARKERS
 from llava.errors import UserError
@@ -55,23 +55,6 @@ NEEDED = (
     "scoring",
     "wandb",
 )
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A number of the model of scale.
-
-    Attributes:
-        unit: in words.
-        kind: "measured"; "given" for a setting and for what is counted in the code; "extrapolated" where it was not
-            measured on the hardware that it stands for.
-        how: command and machine, or what it is extrapolated from.
-    """
-
-    value: float
-    unit: str
-    kind: str
-    how: str
 
 
 def read_constants(path: Path = CONSTANTS) -> dict[str, dict[str, Constant]]:
@@ -291,8 +274,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--answers", type=int, default=1_000_000, help="merged and scored")
     args = parser.parse_args(arguments)
     if args.step == "measure":
-        from eval.efficiency.scale_constants import measure
-
         found = measure(args.questions, args.answers)
         CONSTANTS.write_text(json.dumps(found, indent=1) + "\n")
         print(f"Constants are in {CONSTANTS.relative_to(ROOT)}; `scale page` writes the page.")

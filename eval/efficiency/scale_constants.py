@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from eval.answers import AnswerStore
 from eval.answers.files import answer_id, seal_of
 from eval.answers.shards import Shard
 from eval.config import ROOT
-from eval.efficiency.scale import Constant
 from eval.metrics import ratio_terms
 from eval.parallel.control import Control
 from eval.results.provenance import hardware
@@ -45,6 +44,23 @@ STEPS = 2  # decoded after the first token: GQA's answers are a word of one or t
 # reached.
 PEAK, BANDWIDTH, NAME = 989e12, 3.35e12, "an H100 SXM (989 TFLOP/s in bfloat16, 3.35 TB/s)"
 OF_PEAK, OF_BANDWIDTH = 0.4, 0.6
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A number of the model of scale.
+
+    Attributes:
+        unit: in words.
+        kind: "measured"; "given" for a setting and for what is counted in the code; "extrapolated" where it was not
+            measured on the hardware that it stands for.
+        how: command and machine, or what it is extrapolated from.
+    """
+
+    value: float
+    unit: str
+    kind: str
+    how: str
 
 
 def measure(questions: int, answers: int) -> dict[str, dict[str, dict[str, Any]]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from llava.pipeline import columns
 from llava.pipeline import positions as mrope
 from llava.pipeline.positions import Groups
-from llava.reduction.decoder_attention import Angles
+from llava.reduction.modules import Angles
 from llava.reduction.ranking import gather_tokens
 from llava.reduction.reduction import Reduction
 

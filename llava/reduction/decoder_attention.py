@@ -3,14 +3,13 @@
 Shapes: B images, T text rows, N visual tokens, L prompt tokens, H heads, d channels per head, D channels.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from llava.cached_tensors import made_once
-from llava.reduction.modules import Decoder, DecoderLayer
+from llava.reduction.modules import Angles, Decoder, DecoderLayer
 from llava.reduction.ranking import in_float32
 
 if TYPE_CHECKING:
@@ -29,34 +28,6 @@ def whole_heads(layer: DecoderLayer, part: Tensor, dim: int) -> Tensor:
     """
     gather = getattr(layer.self_attn, "gather", None)
     return part if gather is None else gather(part, dim)
-
-
-class Angles(NamedTuple):
-    """Rotary angles of tokens, ready for all heads.
-
-    Attributes:
-        cos: [B, 1, T, d] float32.
-        sin: the same of the sine, negative in the first half of the channels.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def of(cls, cos: Tensor, sin: Tensor) -> "Angles":
-        """From a decoder's cosines and sines, [B, T, d] each."""
-        cos, sin = in_float32(cos), in_float32(sin)
-        return cls(cos.unsqueeze(1), (sin * _signs(sin.shape[-1], sin.device)).unsqueeze(1))
-
-    def rows(self, part: slice) -> "Angles":
-        """Of some of the tokens."""
-        return Angles(self.cos[:, :, part], self.sin[:, :, part])
-
-
-@made_once
-def _signs(channels: int, device: torch.device) -> Tensor:
-    """[d] float32: -1 in the first half, 1 in the second."""
-    return torch.ones(channels, device=device).index_fill(0, torch.arange(channels // 2, device=device), -1.0)
 
 
 def rotate(states: Tensor, angles: Angles) -> Tensor:

@@ -2,12 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import Field, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava.errors import UserError, unknown
-
-if TYPE_CHECKING:
-    from llava.reduction.reducer import Reducer
 
 
 def option(
@@ -21,12 +18,12 @@ def option(
     return field(default=default, metadata={"doc": doc, "choices": choices, "least": least, "most": most})
 
 
-def options_of(cls: "type[Reducer]") -> dict[str, Field]:
-    """The configuration fields of a method by name, without the budget."""
+def options_of(cls: type[Any]) -> dict[str, Field]:
+    """The configuration fields of a method (a Reducer) by name, without the budget."""
     return {known.name: known for known in fields(cls) if known.name != "budget"}
 
 
-def parse_options(cls: "type[Reducer]", options: Mapping[str, Any]) -> dict[str, Any]:
+def parse_options(cls: type[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Turn `--set` texts into values of the fields' types; unknown keys are errors with a suggestion."""
     known = options_of(cls)
     values: dict[str, Any] = {}

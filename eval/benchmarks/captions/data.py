@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.answers.jsonl import read_json
-from eval.answers.reading import Row
+from eval.answers.jsonl import Row, read_json
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import Pictures
 from eval.benchmarks.records import Id, TypedDict, check_all

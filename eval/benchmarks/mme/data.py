@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.answers.jsonl import is_file
-from eval.answers.reading import Row
+from eval.answers.jsonl import Row, is_file
 from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
 from eval.benchmarks.hub import local_copy, open_table
 from eval.benchmarks.llava_files import Prompt, read_prompts

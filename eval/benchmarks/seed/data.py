@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.answers.jsonl import is_file
-from eval.answers.reading import Row, read_rows
+from eval.answers.jsonl import Row, is_file
+from eval.answers.reading import read_rows
 from eval.benchmarks.base import Dataset, Need, Question, fingerprint
 from eval.benchmarks.hub import Table, letters, official_file, open_table, option_lines, unique_ids
 from eval.benchmarks.llava_files import Prompt, read_prompts

@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval.answers.reading import Row, read_rows
+from eval.answers.jsonl import Row
+from eval.answers.reading import read_rows
 from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
 from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_files import (

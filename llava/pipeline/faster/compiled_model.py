@@ -5,15 +5,24 @@ Sums are taken in another order than in the plain way, so the last bits of score
 
 import logging
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from llava.errors import UserError
-from llava.model.llava_arch import Llava
 from llava.pipeline.faster.compiled_layers import CompiledLayers
 from llava.pipeline.faster.compiled_step import CompiledStep
 from llava.pipeline.faster.compiled_tower import CompiledTower
 from llava.pipeline.faster.graphs import Backend
 
 log = logging.getLogger(__name__)
+
+
+class Model(Protocol):
+    """What of a Llava is compiled, or decides whether it can be."""
+
+    name: str
+    llm: Any
+    tower: Any
+    shares_prefix: bool
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Compiled:
         return sum(self.by_stage.values())
 
 
-def compile_model(model: Llava, backend: Backend = "inductor") -> Compiled:
+def compile_model(model: Model, backend: Backend = "inductor") -> Compiled:
     """What goes to `model.compiled`; each graph is compiled when its shape first comes.
 
     Args:
