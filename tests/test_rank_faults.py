@@ -75,7 +75,7 @@ def check_whole(folder: Path, undisturbed: Path, files: set[str] = FILES) -> Non
     assert {path.name for path in folder.iterdir()} == files
     assert (folder / "predictions.json").read_bytes() == (undisturbed / "predictions.json").read_bytes()
     result, expected = (json.loads((place / "result.json").read_text()) for place in (folder, undisturbed))
-    for key in ("main", "metrics", "confidence", "groups", "asked", "failed", "settings", "audit"):
+    for key in ("main", "metrics", "confidence", "groups", "asked", "failed", "settings", "audit", "labels", "images"):
         assert result[key] == expected[key], key
     check_records(folder)
 

@@ -14,10 +14,11 @@ HEADLINE = ("score", "percent_of_full", "metric", "questions", "tokens_per_layer
 def flat(settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Settings of an evaluation on one level, the method's budget and options among them.
 
-    An option that has the name of another setting becomes "option.NAME", unless it has the same value.
+    Hashes of many files become one. An option that has the name of another setting becomes "option.NAME", unless it has
+    the same value.
     """
-    found = flatten({key: value for key, value in settings.items() if key not in ("config", *HASHED)}) | more
-    found |= {key: combined(settings[key]) for key in HASHED if isinstance(settings.get(key), dict)}
+    hashed = {key: combined(settings[key]) for key in HASHED if isinstance(settings.get(key), dict)}
+    found = flatten({key: value for key, value in settings.items() if key != "config"} | hashed) | more
     for name, value in flatten(settings["config"]).items():
         found[name if found.get(name, value) == value else f"option.{name}"] = value
     return found
