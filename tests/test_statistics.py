@@ -72,7 +72,7 @@ def test_interval_of_f1_is_near_that_of_drawing_pictures_by_hand():
 
 @pytest.mark.parametrize("setting", [(10, 10, 0.9, 0.2), (20, 5, 0.9, 0.2), (25, 4, 0.9, 0.2), (100, 1, 0.9, 0)])
 def test_intervals_of_few_pictures_cover(setting):
-    """The percentile bootstrap covered .874, .921 and .926 in the first three; docs/statistics.md has the whole table."""
+    """The percentile bootstrap covered .874, .921 and .926 in the first three; the table is in docs/statistics.md."""
     withheld, covered, missed = coverage(of_score, setting, 600)
     assert withheld == 100 if setting[0] < 20 else 91.5 < covered < 98.5 and missed < 7
 
