@@ -27,7 +27,7 @@ SPLIT = {"tensor parallel": ["--tensor-parallel", "2"], "zero": ["--zero", "cpu"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_gqa(tmp_path_factory.mktemp("gqa"), count=8)
+    return write_gqa(tmp_path_factory.mktemp("gqa"), count=30)
 
 
 def evaluate(tiny_path, data, output, *words: str, **environment: str) -> dict:
@@ -55,7 +55,8 @@ def test_ranks_that_hold_one_model_answer_as_one_process(how, tiny_path, data, a
     result = evaluate(tiny_path, data, tmp_path / "o", *SPLIT[how], RANKS="2")
     assert (tmp_path / "o" / "answers.jsonl").read_bytes() == (alone / "answers.jsonl").read_bytes()
     (part,) = result["throughput"]["ranks"]  # one replica
-    assert part["questions"] == 8 and part["rank"] == 0
+    assert part["questions"] == 30 and part["rank"] == 0
+    assert result["timing"]["ttft"]["batches"] == 10, "both ranks take part in the pass that times the first token"
     before = json.loads((alone / "result.json").read_text())
     for key in ("metrics", "audit", "flops", "settings"):
         assert result[key] == before[key]
