@@ -90,7 +90,7 @@ def test_options_reach_the_method(tiny):
         ("a" * 3000, "random", 8, {}, "2,000 characters, this one has 3,000"),
         ("a?", "rondom", 8, {}, "Did you mean 'random'"),
         ("a?", "random", 17, {}, "must be 1 to 16"),
-        ("a?", "random", 0, {}, "at least 1"),
+        ("a?", "random", 0, {}, "1 or more"),
         ("a?", "fastv", 1, {}, "fastv cannot reach a mean of 1"),
         ("a?", "random", 8, {"alpha": "1"}, "alpha"),
     ],
