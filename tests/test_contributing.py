@@ -51,8 +51,8 @@ def test_every_printed_command_succeeds(section, copy):
     ("arguments", "sentence"),
     [
         (["new", "method", "fastv"], r"The name fastv is taken \(baselines/fastv.py, tests/test_fastv.py\)"),
-        (["new", "method", "Mine"], "should be of lower-case letters, digits and _"),
-        (["new", "benchmark", "import"], "should be of lower-case letters, digits and _"),
+        (["new", "method", "Mine"], "has lower-case letters, digits and _"),
+        (["new", "benchmark", "import"], "has lower-case letters, digits and _"),
         (["check", "method", "fastw"], "Did you mean 'fastv'"),
         (["check", "benchmark", "gqaa"], "Did you mean 'gqa'"),
     ],

@@ -11,7 +11,7 @@ PICTURES, EACH = 12, 3
 
 def write(root: Path) -> None:
     """Everything below ROOT/template_name."""
-    rng = generator("template_name")
+    rng = generator("short answers")
     rows: list[dict[str, object]] = []
     for number, picture in enumerate(linked(PICTURES)):
         for pair in about(picture, "short", rng, rotation(number, EACH)):
