@@ -536,6 +536,19 @@ def test_13b_has_the_only_budgets_that_are_published():
     assert with_values == {144, 58, 29}
 
 
+def test_two_rows_of_one_method_have_a_picture_each(tiny, tmp_path):
+    """A release and our variant of it are one method; their pictures had one name."""
+    data = write_gqa(tmp_path / "data", count=2, images=1)
+    rows = [
+        spec.Row(method="attnmix", label=label, options=options)
+        for label, options in (("A", {}), ("B, b", {"official": "true"}))
+    ]
+    lines = [plan.line_of(row, 8, tiny) for row in rows]
+    where = plan.Where(PLACE, False, data)
+    found = figure.draw_kept(lines, spec.Column(benchmark="gqa", title="GQA"), where, tiny, tmp_path / "kept")
+    assert sorted(path.name for path in found.values()) == ["A.jpg", "B-b.jpg"]
+
+
 def test_the_legend_has_other_methods_only_where_there_are_some(tmp_path, monkeypatch):
     """Tables of few methods had a grey entry that stood for no line."""
     from matplotlib import pyplot

@@ -9,7 +9,8 @@ import yaml
 from eval import benchmarks
 from eval.config import ROOT
 from eval.papers import published
-from eval.papers.published import AVERAGE, BENCHMARKS, EFFICIENCY, POINTS, contradictions, load, models
+from eval.papers.published import AVERAGE, BENCHMARKS, EFFICIENCY, POINTS, load, models
+from eval.papers.sources import contradictions
 from llava.errors import UserError
 from llava.reduction.registry import names
 

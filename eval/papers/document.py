@@ -36,7 +36,7 @@ class Document:
         checks: the gate's; empty where it was not asked.
         own: rows that the user added.
         facts: (name, text) lines under the title.
-        points: for plots, one per method and budget: tokens, ttft_ms and score, the mean of full in percent.
+        points: for plots, one per method and budget: tokens, ttft_ms and score, the average in percent of full.
         pictures: caption -> file, what each method keeps of one image.
     """
 

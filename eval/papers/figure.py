@@ -1,13 +1,26 @@
-"""The figure of a score table: mean of full against visual tokens, and against time to first token if measured."""
+"""The figure of a score table: the average against visual tokens, and against time to first token if measured.
+
+And for a table's W&B run, what its methods keep of one image.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.feature_cache import without_memory
+from eval.figures.overlay_tiles import beside, draw_answer
+from eval.papers.plan import Line, Where, split_of
+from eval.papers.spec import Column
+from eval.settings import folder_name
+from eval.sweep import dataset, reducer_of
 from eval.tables.plots import COLOURS, MARKERS
+from llava.model.llava_arch import Llava
+from llava.pipeline.generate import generate
 
 GREY = "#bbbbbb"
 BRIGHT = [colour for colour in COLOURS if colour != "#999999"]  # that one is taken for a grey line
+NEW_TOKENS = 16
+SIDE = 448  # longest side of a picture
 
 
 def draw(path: Path, points: Sequence[Mapping[str, Any]], title: str, ours: str) -> bool:
@@ -63,3 +76,26 @@ def best(points: Sequence[Mapping[str, Any]], ours: str) -> list[str]:
     smallest = order[0]["budget"]
     names = [p["method"] for p in sorted((p for p in points if p["budget"] == smallest), key=lambda p: -p["score"])]
     return list(dict.fromkeys([ours, *names, *(p["method"] for p in order)]))[: len(BRIGHT)]
+
+
+def draw_kept(lines: Sequence[Line], column: Column, where: Where, model: Llava, folder: Path) -> dict[str, Path]:
+    """Caption -> picture of the first question of a benchmark, for each method at the table's smallest budget."""
+    data = dataset(column.benchmark, where.data, split_of(column, where))
+    sample = data.sample(data.questions[0])
+    if not sample.images:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    smallest = lines[-1].budget
+    pictures = {}
+    for line in lines:
+        if line.setting is None or line.budget not in (None, smallest):
+            continue
+        reducer = reducer_of(line.setting, model.visual_tokens)
+        answer = generate(without_memory(model), [sample], reducer, max_new_tokens=NEW_TOKENS).answers[0]
+        picture = beside(draw_answer(sample, answer))
+        picture.thumbnail((SIDE * 2, SIDE))
+        path = folder / f"{folder_name(line.title)}.jpg"
+        picture.save(path, quality=88)
+        tokens = f"{answer.accounting.mean:.0f} of {answer.accounting.visual_tokens} tokens"
+        pictures[f"{line.title}, {tokens}: {sample.question} {answer.text}"] = path
+    return pictures

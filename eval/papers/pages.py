@@ -98,7 +98,7 @@ def overview(table: Table, cost: Expense) -> str:
     rows = [
         ["spec", f"[`scripts/{table.identity}.yaml`](../../scripts/{table.identity}.yaml)"],
         ["model", f"{table.model_title}, `{table.real.model}`"],
-        ["rows", f"full, and {len(table.rows)} methods at {budgets}"],
+        ["rows", f"full, and {len(table.rows)} rows of {len({row.method for row in table.rows})} methods at {budgets}"],
         ["columns", ", ".join(column.title for column in table.columns)],
         ["runs", f"{cost.cells:,}" + (f"; {lost} rows cannot run on this model" if lost else "")],
     ]

@@ -81,9 +81,9 @@ def make(
     table: Table, where: "Where", args: argparse.Namespace, folder: Path, own: "Sequence[OwnRow]" = ()
 ) -> "Document":
     """Fill what is missing, and say everything that the formats write; `own`: rows that the user adds."""
+    from eval.papers.figure import draw_kept
     from eval.papers.fill import fill_cells, open_model
     from eval.papers.measured import read_cells
-    from eval.papers.pictures import draw_kept
     from eval.papers.plan import columns_of, described, lines_of
     from eval.papers.timing import times_of
     from eval.parallel import placement
@@ -173,7 +173,7 @@ def document_of(
 
 
 def points_of(found: "Measured", times: "Mapping[int, Time]") -> list[dict[str, object]]:
-    """A point per line for plots: tokens and time against the mean of full."""
+    """A point per line for plots: tokens and time against the average."""
     points: list[dict[str, object]] = []
     for index, line in enumerate(found.lines):
         row, time = found.row(index), times.get(index)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
+from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT, TOY_BANNER
 from eval.efficiency.latency.measure import measure
 from eval.efficiency.latency.questions import QUESTION, noise
 from eval.results import cost
@@ -184,7 +184,7 @@ def write(full: Cell, cells: dict[int, dict[str, Cell]], groups: dict[str, str])
     insert(PAGE, "significance", sentences(cells, pairs))
     for budget in cells:
         insert(PAGE, f"budget {budget}", budget_table(full, cells[budget], pairs[budget]))
-    (TABLES / "embedded_main.tex").write_text(latex(header, rows))
+    (TABLES / "embedded_main.tex").write_text(f"% {TOY_BANNER}\n{latex(header, rows)}")
     columns = ["method", "budget", "accuracy", "low", "high", "of_full", "tokens_per_layer", "ttft_ms", "kv_bytes"]
     lines = [_numbers("full", 576, full, full)]
     lines += [_numbers(name, b, cell, full) for b in cells for name, cell in cells[b].items()]
