@@ -121,8 +121,8 @@ class Estimate:
 
     @cached_property
     def activations(self) -> memory.Activations:
-        split = self.spread.tensor_parallel
-        return memory.activations(self.model, self.reducer, self.batch, self.dtype.itemsize, split)
+        split, device = self.spread.tensor_parallel, self.device.partition(":")[0]
+        return memory.activations(self.model, self.reducer, self.batch, self.dtype.itemsize, split, device)
 
     @property
     def remembered(self) -> int:
@@ -343,7 +343,10 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
     llm: Any = model.llm
     rows = sum(max(memory.lengths(model, reducer, shape)) for shape in work.shapes[: config.batch_size])
     rates = measure_rates(device, dtype, max(1, rows), llm.embed_tokens.embedding_dim, llm.config.intermediate_size)
-    needs_text = reducer.needs_text_tower and model.text_tower is not None
+    text_tower = 0
+    if reducer.needs_text_tower and model.text_tower is not None:
+        model.clip = outline_text_tower(model)
+        text_tower = sum(weight.numel() for weight in model.clip.parameters())
     bits, notes = stored_bits(model)
     return Estimate(
         model=model,
@@ -354,7 +357,7 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
         dtype=dtype,
         quantization=config.quantization or bits,
         spread=spread,
-        text_tower=text_tower_numbers(model) if needs_text else 0,
+        text_tower=text_tower,
         rates=rates,
         free=free_memory(device),
         device=str(device),
@@ -376,11 +379,12 @@ def report(config: RunConfig, place: Placement | None = None) -> list[str]:
     return estimate(config, place).lines()
 
 
-def text_tower_numbers(model: Llava) -> int:
-    """Weights of the CLIP text tower that belongs to the vision tower, from its config.json."""
+def outline_text_tower(model: Llava) -> ClipText:
+    """The CLIP text tower that belongs to the vision tower, on the meta device, from its config.json."""
     folder = locate(model.text_tower, "CLIP text tower", weights=False)
     config: Any = CLIPConfig.from_dict(read_json(folder / "config.json")).text_config
     tower: Any = model.tower
     with torch.device("meta"):
-        clip = ClipText(config, tower.config.hidden_size, tower.post_layernorm, lambda text: [], 0, 0)
-    return sum(weight.numel() for weight in clip.parameters())
+        return ClipText(
+            config, tower.config.hidden_size, tower.post_layernorm, lambda text: [0] * len(text.split()), 0, 0
+        )

@@ -1,25 +1,36 @@
 """Bytes and operations of a batch, from the shapes of a model: weights, key/value cache, activations.
 
 Weights and cache are exact: they are those of the loaded model and of the run. Activations are the tensors that are
-alive together at the peak of the forward pass, from the shapes of each stage. What a kernel needs for itself, the CUDA
-context and the fragments of the allocator are not counted, and neither are a method's own tensors, apart from copies
-of the visual tokens before layer 0.
-
-Shapes: B questions, L tokens of the longest prompt, D channels, N visual tokens.
+alive together at the peak of each stage, a method's own among them: the batch is asked on the meta device, which
+computes shapes alone, and metered (meter.py). What a kernel needs for itself, the CUDA context and the fragments of the
+allocator are not counted.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from eval.efficiency.meter import Meter
+from eval.efficiency.oracle import flat_oracle
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder import qwen_encoder
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
+from llava.pipeline.accounting import Timer
+from llava.pipeline.kv_cache import BLOCK
+from llava.pipeline.prefill import prefill
+from llava.processing.prompt import Prompt
+from llava.processing.qwen_image import Grid
+from llava.processing.sample import Sample
 from llava.reduction.crop_budget import planned
 from llava.reduction.flops import layer_flops, linear_flops, prefill_flops, projector_flops, tower_flops
 from llava.reduction.model_spec import spec_of
@@ -30,9 +41,7 @@ from llava.reduction.token_layout import TokenLayout, frames, single
 # NF4 with a byte per 64 values and a float32 per 256 of these bytes).
 BITS_8, BITS_4 = 1.0, 0.5 + 1 / 64 + 4 / (64 * 256)
 FLOAT32 = 4
-# Methods that act before layer 0 compute in float32. With their normalised, rotated or multiplied copies of the visual
-# tokens they were measured to need two to four times the tokens in float32.
-FLOAT32_COPIES = 3
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -71,13 +80,16 @@ def layout_of(model: Llava, size: tuple[int, int] | None = None, video: bool = F
 def visual_plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...]:
     """Visual tokens of one image that enter each decoder layer; the budget where a method decides by the image."""
     own = spec_of(model.spec, image)
+    return _plan(model, reducer, image) or (min(reducer.for_picture(own).budget, own.visual_tokens),) * own.layers
+
+
+def _plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...] | None:
+    """The same; None where a method decides by the image."""
+    own = spec_of(model.spec, image)
     if own.crops or own.newlines:
-        plan, method = planned(reducer, own), reducer.for_picture(own)
-    else:
-        method = reducer.for_picture(own)
-        method = method.sized(min(method.budget, own.visual_tokens))
-        plan = method.tokens_per_layer(own)
-    return plan or (min(method.budget, own.visual_tokens),) * own.layers
+        return planned(reducer, own)
+    method = reducer.for_picture(own)
+    return method.sized(min(method.budget, own.visual_tokens)).tokens_per_layer(own)
 
 
 def lengths(model: Llava, reducer: Reducer, question: QuestionShape) -> tuple[int, ...]:
@@ -193,14 +205,15 @@ def _decoder_bytes(model: Llava, itemsize: int, quantization: str | None, split:
 
 
 def kv_bytes(model: Llava, prompts: Sequence[Sequence[int]], itemsize: int, new_tokens: int = 0, split: int = 1) -> int:
-    """Bytes of the keys and values of a batch, padding included.
+    """Bytes of the keys and values of a batch, padding and room for tokens to come included.
 
     Args:
         prompts: tokens of every prompt in each decoder layer.
-        new_tokens: tokens decoded after the prompt; 0 gives the cache after prefill.
+        new_tokens: tokens decoded after the prompt; 0 gives the cache after prefill, which has no room yet.
     """
     llm: Any = model.llm
-    longest = [max(layer) + new_tokens for layer in zip(*prompts, strict=True)]
+    block = BLOCK + 1  # a token that finds no room makes its own column and those of BLOCK others
+    longest = [max(layer) + -(-new_tokens // block) * block for layer in zip(*prompts, strict=True)]
     rows = sum(length * _key_value_width(layer) for length, layer in zip(longest, llm.layers, strict=True))
     return len(prompts) * rows * itemsize // split
 
@@ -219,10 +232,9 @@ class Activations:
 
     Attributes:
         vision: the tower on all images of the batch.
-        prefill: the decoder on the prompts; without the cache.
-        decode: one further token per question; without the cache.
-        prefill_with_cache: prefill, and the keys and values that exist by then: the longest prompts and the largest
-            cache need not meet in one layer.
+        prefill: selecting tokens, and the decoder on the prompts; without the cache.
+        decode: the head, and the largest layer, which is there twice while its cache grows; without the cache.
+        prefill_with_cache: prefill, and the keys and values that exist by then: the largest of both need not meet.
     """
 
     vision: int
@@ -232,95 +244,168 @@ class Activations:
 
 
 def activations(
-    model: Llava, reducer: Reducer, questions: Sequence[QuestionShape], itemsize: int, split: int = 1
+    model: Llava,
+    reducer: Reducer,
+    questions: Sequence[QuestionShape],
+    itemsize: int,
+    split: int = 1,
+    device: str = "cpu",
 ) -> Activations:
-    """Bytes of the tensors that are alive together at the peak of each stage."""
-    llm: Any = model.llm
-    images = {
-        (question.names or str(number), place): image
-        for number, question in enumerate(questions)
-        for place, image in enumerate(question.images)
-    }
-    prompts = [lengths(model, reducer, question) for question in questions]
-    longest = [max(layer) for layer in zip(*prompts, strict=True)]
-    width = llm.embed_tokens.embedding_dim
-    # A method that acts before layer 0 finds the prompts assembled with all visual tokens.
-    assembled = longest[0]
-    if "prompt" in reducer.acts_in:
-        assembled = max(question.text + sum(image.tokens for image in question.images) for question in questions)
-    # Kept until the prefill ends: the tower's features, the visual tokens made of them, the embedded prompts.
-    visual = assembled - min(question.text for question in questions)
-    kept = sum(_features(model, image) for image in images.values()) * itemsize
-    kept += len(questions) * (assembled + visual) * width * itemsize
-    layers = [_layer_peak(model, len(questions), length, itemsize, split) for length in longest]
-    cached, with_cache = 0, []
-    for layer, length, peak in zip(llm.layers, longest, layers, strict=True):
-        cached += len(questions) * length * _key_value_width(layer) * itemsize // split
-        with_cache.append(cached + peak)
-    # Before layer 0: a method's copies of the visual tokens, or whole prompts through some layers.
-    ahead = 0
-    if "prompt" in reducer.acts_in:
-        ahead = FLOAT32_COPIES * len(questions) * visual * width * FLOAT32
-    if getattr(reducer, "probe", None) == "contextual":
-        ahead = max(ahead, _layer_peak(model, len(questions), assembled, itemsize, split))
-    head = len(questions) * ((width + model.head.out_features) * itemsize + model.vocabulary * FLOAT32)
+    """Bytes of the tensors that are alive together at the peak of each stage.
+
+    The batch is asked on the meta device, where tensors have shapes and no numbers; whoever reads one finds a one. For
+    a method whose number of tokens depends on the image, evenly spaced tokens within its budget stand in.
+
+    Args:
+        split: ranks over which the linear layers of the decoder are split.
+        device: of the run; on "cpu" the pixels are among its tensors from the start.
+    """
+    return _metered(model, reducer, tuple(questions), itemsize, split, device == "cpu")
+
+
+@lru_cache(maxsize=256)
+def _metered(
+    model: Llava, reducer: Reducer, questions: tuple[QuestionShape, ...], itemsize: int, split: int, on_host: bool
+) -> Activations:
+    asked = outlined(model, torch.float32 if itemsize == FLOAT32 else torch.bfloat16, split, on_host)
+    if reducer.needs_text_tower:
+        _ = asked.clip  # its weights are made when it is first asked for
+    layers: Any = asked.llm.layers
+    stages = {0, len(layers), *reducer.decoder_layers(len(layers))}
+    for index, layer in enumerate(layers):
+        if stages.isdisjoint((index, index + 1)):  # neither the first nor the last one between two reductions
+            repeat(layer)
+    samples = [_sample(number, question) for number, question in enumerate(questions)]
+    if any(_plan(model, reducer, image) is None for question in questions for image in question.images):
+        reducer = flat_oracle(reducer.budget)
+    return _ask(asked, reducer, samples)
+
+
+class Stages(Timer):
+    """Notes where the stages of a prefill end among a meter's events."""
+
+    def __init__(self, meter: Meter):
+        super().__init__(META)
+        self.meter, self.ends = meter, [("", 0)]
+
+    def mark(self, stage: str) -> None:
+        self.meter.update()
+        self.ends.append((stage, len(self.meter.events)))
+
+    def peak(self, names: Sequence[str], without: set[int]) -> int:
+        """The highest peak of these stages."""
+        pairs = pairwise(self.ends)
+        return max(self.meter.peak(start, end, without) for (_, start), (name, end) in pairs if name in names)
+
+
+@torch.inference_mode()
+def _ask(model: Llava, reducer: Reducer, samples: Sequence[Sample]) -> Activations:
+    """Ask a batch for its first token."""
+    before_decoding = ("selection", "prefill", "head")
+    with Ones(), Meter(META) as meter:
+        stages = Stages(meter)
+        state, _ = prefill(model, samples, reducer, stages)
+        model.logits(state.hidden).argmax(-1)
+        stages.mark("head")
+        cache: Any = state.cache.layers
+        held = meter.numbers(tensor for layer in cache for tensor in (layer.keys, layer.values))
     return Activations(
-        vision=_tower_peak(model, list(images.values()), itemsize),
-        prefill=kept + max(*layers, head, ahead),
-        decode=max(_layer_peak(model, len(questions), 1, itemsize, split), head),
-        prefill_with_cache=kept + max(*with_cache, cached + head, ahead),
+        vision=stages.peak(("preprocess", "vision"), set()),
+        prefill=stages.peak(before_decoding, held),
+        decode=stages.peak(("head",), held) + max(layer.keys.nbytes + layer.values.nbytes for layer in cache),
+        prefill_with_cache=stages.peak(before_decoding, set()),
     )
 
 
-def _features(model: Llava, image: TokenLayout) -> int:
-    """Numbers in the tower's features of one image."""
-    tower: Any = model.tower
-    if isinstance(model, QwenVL):
-        return image.tokens * model.image_processor.merge**2 * tower.blocks[0].attn.proj.in_features
-    grid = model.layout
-    return len(image.crops) * (grid.rows * grid.columns + 1) * tower.config.hidden_size
+def repeat(layer: Any) -> None:
+    """Let a decoder layer put keys and values into the cache and compute nothing, as its equals before it did."""
+
+    def forward(hidden: Tensor, past_key_values: Any = None, **_: Any) -> Tensor:
+        if past_key_values is not None:
+            width, channels = layer.self_attn.k_proj.weight.shape[0], layer.self_attn.head_dim
+            shape = (len(hidden), width // channels, hidden.shape[1], channels)
+            past_key_values.update(hidden.new_empty(shape), hidden.new_empty(shape), layer.self_attn.layer_idx)
+        return hidden
+
+    layer.forward = forward
 
 
-def _tower_peak(model: Llava, images: Sequence[TokenLayout], itemsize: int) -> int:
-    """Pixels, the residual stream, and the largest temporaries of one block."""
-    tower: Any = model.tower
-    if not images:
-        return 0
-    if isinstance(model, QwenVL):
-        patches = sum(image.tokens for image in images) * model.image_processor.merge**2
-        block = tower.blocks[0]
-        wide, inner = block.attn.proj.in_features, max(p.out_features for p in _linears(block.mlp))
-        pixels = tower.patch_embed.proj.weight[0].numel()
-        # Queries and keys are turned in float32: both, and the products that make the second.
-        turned = patches * (5 * wide * itemsize + 5 * wide * FLOAT32)
-        return 2 * patches * pixels * FLOAT32 + max(turned, patches * (2 * wide + 3 * inner) * itemsize)
-    config = tower.config
-    crops = sum(len(image.crops) for image in images)
-    rows = crops * (model.layout.rows * model.layout.columns + 1)
-    wide, inner = config.hidden_size, config.intermediate_size
-    temporaries = 3 if "quick" in config.hidden_act else 2
-    # Stacked from a list of float32 images, then in the dtype of the tower.
-    pixels = crops * 3 * config.image_size**2 * (2 * FLOAT32 + itemsize * (itemsize != FLOAT32))
-    return pixels + rows * (2 * wide + max(temporaries * inner, 4 * wide)) * itemsize
+class Ones(TorchDispatchMode):
+    """Whoever copies a tensor of the meta device to the host gets ones."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.device)]
+        if function.overloadpacket is torch.ops.aten.to and given == [torch.device("cpu")] and args[0].is_meta:
+            args = (torch.ones_like(args[0], device="cpu"), *args[1:])
+        return function(*args, **kwargs)
 
 
-def _layer_peak(model: Llava, questions: int, length: int, itemsize: int, split: int) -> int:
-    """The hidden states and the largest temporaries of one decoder layer."""
-    llm: Any = model.llm
-    layer, wide = llm.layers[0], llm.embed_tokens.embedding_dim
-    inner = layer.mlp.gate_proj.out_features // split
-    queries = layer.self_attn.q_proj.out_features // split
-    keys = layer.self_attn.k_proj.out_features // split
-    rows = questions * length
-    mlp = (2 * wide + 3 * inner) * itemsize
-    attention = (2 * wide + 2 * queries + keys) * itemsize
-    norm = 2 * wide * itemsize + 3 * wide * FLOAT32
-    mask = questions * length * length * (1 + itemsize) if questions > 1 and length > 1 else 0
-    return rows * max(mlp, attention, norm) + mask
+def _sample(number: int, question: QuestionShape) -> Sample:
+    """A question whose images are token layouts, which `outlined` reads."""
+    words = " ".join(["word"] * question.text)
+    return Sample(str(number), words, "", question.images or None, question.names or None)  # type: ignore[arg-type]
 
 
-def _linears(module: nn.Module) -> list[nn.Linear]:
-    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+def outlined(model: Llava, dtype: torch.dtype, split: int, on_host: bool) -> Llava:
+    """A copy of a model on the meta device, whose images are token layouts and whose questions are counts of words.
+
+    Args:
+        split, on_host: see `activations`.
+    """
+    found: Llava = object.__new__(type("Outlined", (_Outlined, type(model)), {"pixels_on": META if on_host else "cpu"}))
+    found.__dict__.update(vars(model))
+    found.hf_model = _without_numbers(model.hf_model, dtype)
+    found.llm, found.head, found.device = found.hf_model.model.language_model, found.hf_model.lm_head, META
+    found._read_tower()
+    found.layout = model.layout
+    if model.newline is not None:
+        found.newline = found.hf_model.model.image_newline
+    if "clip" in vars(model):
+        vars(found)["clip"] = _without_numbers(model.clip, torch.float32)
+        found.clip._post_layernorm = (found.tower.post_layernorm,)
+    llm: Any = found.llm
+    for name, linear in llm.layers.named_modules() if split > 1 else ():
+        if isinstance(linear, nn.Linear):
+            rows, columns = linear.weight.shape
+            cut = (rows, columns // split) if name.endswith(CUT_BY_INPUT) else (rows // split, columns)
+            linear.weight = nn.Parameter(linear.weight.new_empty(cut), requires_grad=False)
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(linear.bias.new_empty(cut[:1]), requires_grad=False)
+    return found
+
+
+def _without_numbers(module: Any, dtype: torch.dtype) -> Any:
+    """A copy of a module on the meta device, its weights in this type."""
+    memo: dict[int, Any] = {id(part): torch.empty_like(part, device=META) for part in module.buffers()}
+    for part in module.parameters():
+        memo[id(part)] = nn.Parameter(torch.empty_like(part, device=META, dtype=dtype), requires_grad=False)
+    return copy.deepcopy(module, memo)
+
+
+class _Outlined(Llava):
+    """What `outlined` overrides of a model."""
+
+    pixels_on: Any
+
+    def prompt(self, sample: Sample) -> Prompt:
+        """As many tokens as words; the second half of them is the question."""
+        words, slots = len(sample.question.split()), (IMAGE_TOKEN_INDEX,) * len(sample.images)
+        start = words // 2 + len(slots)
+        ids = ((0,) * (words // 2), slots, (0,) * (words - words // 2))
+        question = (start, len(slots) + words)
+        return Prompt(tuple(token for part in ids for token in part), question, question, "")
+
+    def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
+        tower: Any = self.tower_of(picture.temporal)
+        side = tower.config.image_size
+        return torch.empty(len(picture.crops), 3, side, side, device=self.pixels_on), picture
+
+    def patches(self, pictures: Sequence[Any]) -> tuple[Tensor, tuple[Grid, ...]]:
+        merge, tower = self.image_processor.merge, cast(Any, self.tower)
+        grids = tuple((1, picture.grid[0] * merge, picture.grid[1] * merge) for picture in pictures)
+        numbers = tower.patch_embed.proj.weight[0].numel()
+        return torch.empty(sum(rows * columns for _, rows, columns in grids), numbers, device=self.pixels_on), grids
 
 
 # Operations

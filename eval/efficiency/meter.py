@@ -17,12 +17,16 @@ from torch.utils._pytree import tree_leaves
 class Meter(TorchDispatchMode):
     """Notes while it is active when the memory of a tensor comes and goes; what was there before is not counted.
 
+    Args:
+        device: the tensors that are counted; None counts those of all devices.
+
     Attributes:
         events: (number of the memory, bytes: negative where it was given back), in the order in which they came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
+        self.device = device
         self.events: list[tuple[int, int]] = []
         self._live: dict[int, tuple[StorageWeakRef, int, int]] = {}
         self._count = 0
@@ -33,8 +37,10 @@ class Meter(TorchDispatchMode):
         self.update()
         given = {_address(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
         for one in tree_leaves(out):
-            if isinstance(one, Tensor) and _address(one) not in given and _address(one) not in self._live:
-                storage = one.untyped_storage()
+            if not isinstance(one, Tensor) or self.device not in (None, one.device):
+                continue
+            storage = one.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._live:
                 self._count += 1
                 self._live[storage._cdata] = StorageWeakRef(storage), self._count, storage.nbytes()
                 self.events.append((self._count, storage.nbytes()))

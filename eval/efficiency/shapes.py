@@ -177,8 +177,9 @@ class RandomClip(Llava):
         vision: Any = self.tower
         config = CLIPTextConfig(**CLIP_L_TEXT)
         last = config.vocab_size - 1
-        tower = ClipText(config, vision.config.hidden_size, vision.post_layernorm, words, last - 1, last)
-        return tower.to(self.device).eval().requires_grad_(False)
+        with torch.device(self.device):
+            tower = ClipText(config, vision.config.hidden_size, vision.post_layernorm, words, last - 1, last)
+        return tower.eval().requires_grad_(False)
 
 
 class RandomLlava(RandomClip):

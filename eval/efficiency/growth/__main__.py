@@ -2,8 +2,8 @@
 
     python -m eval.efficiency.growth --methods full,consensusdrop,visiondrop,divprune
 
-The network is a narrow LLaVA (`--width`), so that a CPU needs seconds. Methods that can rank all tiles of an image
-together do, which is their most expensive case. Prints the measured costs and what was fitted to them.
+The network is a narrow LLaVA (`--width`), so that a CPU needs seconds. Methods have their default options: most divide
+the budget over the tiles of an image. Prints the measured costs and what was fitted to them.
 """
 
 import argparse

@@ -79,14 +79,8 @@ def model_of(tokens: int, size: Size, device: torch.device, dtype: str) -> Llava
 
 
 def reducer_of(name: str, budget: int, model: Llava) -> Reducer:
-    """The method with all tiles of an image as one view, its most expensive case, where it has that choice."""
-    if name == FULL:
-        return registry.build(FULL, model.visual_tokens)
-    keep = min(budget, model.visual_tokens)
-    try:
-        return registry.build(name, keep, {"crops": "global"})
-    except UserError:
-        return registry.build(name, keep)
+    """The method with its default options."""
+    return registry.build(name, model.visual_tokens if name == FULL else min(budget, model.visual_tokens))
 
 
 def refuse(methods: Sequence[str], budget: int, model: Llava) -> None:
