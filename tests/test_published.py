@@ -1,6 +1,7 @@
 """Published scores: the files are sound, values are found by trust, and known contradictions are reported."""
 
 import re
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -83,16 +84,17 @@ def test_notes_of_others_are_never_trusted():
 
 
 def test_printed_averages_follow_from_the_columns():
-    """A misread digit of one benchmark moves the average of its row; 168 rows agree with the rule of their source."""
-    agree = 0
+    """A misread digit of one benchmark moves the average of its row. A source that is added changes no other count."""
+    agree: Counter[str] = Counter()
     for file, row in rows():
         computed = file.computed_average(row)
         if computed is None or AVERAGE not in row.scores or row.method == "full":
             continue
         fits = abs(computed - row.scores[AVERAGE]) <= ROUNDING
         assert fits or row.reason(AVERAGE), f"{file.name} {row.method} {row.tokens} {row.source} {computed:.2f}"
-        agree += fits
-    assert agree == 168
+        agree[row.source] += fits
+    known = {"adav": 25, "fastervlm": 46, "fsr": 71, "trio": 26}
+    assert {source: agree[source] for source in known} == known
 
 
 def test_two_rules_of_averaging_give_two_numbers():
@@ -138,7 +140,7 @@ def test_shares_are_budgets_of_qwen():
 
 def test_full_models():
     file = load("llava15_7b")
-    assert file.full("gqa")[0].value == 62.0
+    assert next(found.value for found in file.full("gqa") if found.source == "llava") == 62.0
     assert "66.8" in file.full("scienceqa")[0].disputed
     assert {value.value for value in file.full("scienceqa")[1:]} <= {69.5, 69.51, 69.6}
     assert [one.value for one in load("video_llava_7b").full("tgif_qa") if not one.disputed] == [47.1]
