@@ -1,7 +1,5 @@
 """template_name scores as its official script does."""
 
-import pytest
-
 from eval import benchmarks
 from eval.config import DEFAULT_DATA
 
@@ -14,4 +12,4 @@ def test_official_vectors() -> None:
     vectors = {first.answer: 1, f"{first.answer.upper()}.": 1, f"a {first.answer}": 0, "": 0}
     for text, credit in vectors.items():
         value = data.score([q.id for q in data.questions], {first.id: text, **texts}).values["accuracy"]
-        assert value == pytest.approx(100 * (len(others) + credit) / len(data.questions))
+        assert round(value * len(data.questions) / 100, 6) == len(others) + credit
