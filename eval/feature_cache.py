@@ -130,8 +130,7 @@ def without_memory(model: Llava) -> Llava:
     if not remembers and not getattr(model, "shares_prefix", False):
         return model
     bare: Llava = object.__new__(type(model).__bases__[-1] if remembers else type(model))  # the family's own class
-    bare.__dict__.update(model.__dict__)
-    bare.shares_prefix = False
+    bare.__dict__.update(model.__dict__, shares_prefix=False, remembers_features=False, takes_views=False)
     return bare
 
 

@@ -362,11 +362,12 @@ def test_files_of_every_kind_after_an_example_was_clicked(demo, tmp_path):
         ask(page, "Is there a red star?")
         wait_for_answer(page)
         assert "asked about the first one" in page.inner_text("#remark")
-        upload(page, tmp_path / "large.jpg")
-        ask(page, "Is there a red star?")
-        # Somebody else, meanwhile.
+        # Somebody else, who asks while the model is at the large image.
         other = page.context.new_page()
         other.goto(demo.address)
+        wait_for_answer(other)
+        upload(page, tmp_path / "large.jpg")
+        ask(page, "Is there a red star?")
         ask(other, "Is there a blue star?")
         other.wait_for_selector("#remark", timeout=60_000)
         assert "Please wait: the model answers one question at a time" in other.inner_text("#remark")

@@ -82,7 +82,7 @@ def test_the_other_answers_are_those_of_an_undisturbed_run(tmp_path, data):
     disturbed = answers(tmp_path)
     whole = tmp_path / "whole"
     whole.mkdir()
-    run(config(whole, data), FakeLlava(), FakeReducer())
+    run(config(whole, data), Picky(), FakeReducer())
     assert disturbed == {name: line for name, line in answers(whole).items() if name != "1003"}
 
 

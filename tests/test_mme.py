@@ -166,11 +166,11 @@ def test_the_total_has_an_interval_and_terms_of_its_own():
 
     generator = random.Random(3)
     tasks = ("scene", "OCR", "code_reasoning")
-    rows = {t: pairs(t, [(generator.random() < 0.7, generator.random() < 0.5) for _ in range(5)]) for t in tasks}
+    rows = {t: pairs(t, [(generator.random() < 0.7, generator.random() < 0.5) for _ in range(12)]) for t in tasks}
     found = mme.score(rows)
     terms = found.other_terms["total"]
     assert terms.value(terms.sums.sum(0)) == pytest.approx(found.values["total"]) != found.values["perception"]
-    known = report.confidence(found, [], 0)
+    known = report.confidence(found, [])
     assert known["total"]["mean"] == pytest.approx(found.values["total"])
     assert known["total"]["low"] < known["total"]["mean"] < known["total"]["high"]
     assert known["perception"]["mean"] == pytest.approx(found.values["perception"])

@@ -46,6 +46,7 @@ def test_no_method_hides_a_broken_tower(own, name):
     with torch.no_grad():
         PARTS["tower"](own)[0] = float("nan")
     reducer = registry.build(name, own.visual_tokens if name == "full" else 8)
+    # Where a method chooses a token twice because of it, that is refused first, with the same cause.
     with pytest.raises(UserError, match="are not finite"):
         generate(own, samples(2, text_only=()), reducer, max_new_tokens=2)
 

@@ -197,6 +197,7 @@ def test_planted_heads_are_listened_to():
     words = SimpleNamespace(after=[(6, 9)], images=[(0, 6)], lengths=(9,), padding=lambda row: 0, rotary=None)
     words.hidden, words.position = torch.zeros(1, 9, 4), torch.zeros(1, 9, dtype=torch.long)
     words.take = lambda tensor, spans: tensor[:, :6]
+    words.padded_spans = lambda spans, samples=None: tuple(spans)
     state = SimpleNamespace(
         tokens=torch.zeros(1, 6, 4),
         start=words,

@@ -159,7 +159,7 @@ def test_signals_follow_the_depth_of_the_tower():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "vscan.window must be at least 1 patch"),
+        ({"window": 0}, "vscan.window must be at least 1, got 0"),
         ({"layers": (3, 4)}, "vscan.layers must be one decoder layer"),
         ({"layers": (0,)}, "vscan.layers must be one decoder layer of at least 1"),
     ],

@@ -5,7 +5,7 @@ It goes through the ordinary pipeline, so a noted score is what the method of th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ class Observer(Reducer):
         notes: name -> [Q, 576] in raster order, for a batch of Q questions about one picture; for text rows
             [Q, T, 576] under "rows LAYER", with their mask [Q, T] under "exists".
     """
+
+    known_deviations: ClassVar[dict[str, str]] = {"unsorted": "the decoder reads backwards where `reversed` says so"}
 
     reversed: bool = False
     notes: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)

@@ -329,7 +329,8 @@ def check(method: Reducer, stage: str, returned: Any, ids: Sequence[str], tokens
     _read.add((method, stage))
     for name, kept in zip(ids, _on_host(returned.kept), strict=True):
         if problem := _wrong_order(method, kept, tokens, returned.appended):
-            raise mistake(method, stage, f"{problem}, got {_indices(kept)} for {name}")
+            cause = " (it also can where features or scores are not finite)" if problem.endswith("twice") else ""
+            raise mistake(method, stage, f"{problem}, got {_indices(kept)} for {name}{cause}")
     if returned.assignment is not None:
         target = _on_host(returned.assignment)
         if target.min(initial=0) < -(returned.drops) or target.max(initial=-1) >= outputs:
