@@ -29,7 +29,15 @@ def dataset():
 
 
 def size(folder) -> float:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+    """Megabytes that a checkout takes: a link to a file that is there already takes none."""
+    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def test_links_take_no_space(tmp_path):
+    """Every benchmark that shows the images of another one counted them again."""
+    (tmp_path / "image").write_bytes(bytes(10**6))
+    (tmp_path / "again").symlink_to("image")
+    assert size(tmp_path) == pytest.approx(1, abs=1e-3)
 
 
 def test_assets_keep_their_size_limits():

@@ -1,9 +1,11 @@
-"""The examples of the README run as they are printed."""
+"""The examples of the README run as they are printed, and what it counts and names is what there is."""
 
 import re
 from pathlib import Path
 
 from PIL import Image
+
+from llava.reduction import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "assets" / "tinyllava"
@@ -31,3 +33,14 @@ def test_the_reduce_example_runs_on_the_toy_model(capsys):
     assert account.visual_tokens == 576 and account.mean == 64
     answer = names["processor"].decode(output, skip_special_tokens=True).rpartition("ASSISTANT:")[2]
     assert answer.strip().lower() in ("yes", "no")
+
+
+def test_methods_and_benchmarks_are_counted():
+    """A new one left both numbers, and the list of methods, as they were."""
+    text = (ROOT / "README.md").read_text()
+    listed = re.search(r"\*\*(\d+) \[methods\]\(docs/methods\.md\)\*\*.*?\): (.*?)\n\n", text, re.DOTALL)
+    assert listed and set(re.findall("`([a-z0-9_]+)`", listed[2])) == set(registry.names())
+    assert int(listed[1]) == len(registry.names())
+    counted = re.search(r"\*\*(\d+) \[benchmarks\]\(docs/benchmarks\.md\)\*\*", text)
+    rows = re.findall(r"^\| \[`", (ROOT / "docs" / "benchmarks.md").read_text(), re.MULTILINE)
+    assert counted and int(counted[1]) == len(rows), "docs/benchmarks.md has a row per benchmark"

@@ -5,6 +5,7 @@ import pytest
 from eval import outcomes
 from eval import settings as settings_module
 from eval import sweep as sweep_module
+from eval.config import ROOT
 from eval.papers import spec
 from eval.results.statistics import Interval
 from eval.sweep import CachingLlava, Setting, folder_of, sweep
@@ -114,6 +115,21 @@ def test_every_alternative_of_the_ablation_is_a_valid_setting(method):
         assert sum(is_default(options, usual) for options in group) == 1, (
             f"{title}: the default must be one of the rows"
         )
+
+
+@pytest.mark.parametrize("method", spec.PAPERS)
+def test_the_table_of_an_ablation_has_its_choices_and_the_method_s_defaults(method):
+    """A choice that was added, or another default, left the printed table as it was."""
+    table, usual = spec.read(spec.find(f"{method}/ablation")), defaults(method)
+    expected = [
+        (f"{row.group}: {row.title}".strip() if row.group else row.title, is_default(dict(row.options), usual))
+        for row in table.rows
+    ]
+    page = (ROOT / table.page).read_text()
+    lines = page.partition(f"<!-- begin {table.marker} -->")[2].partition("<!-- end")[0].strip().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    hint = f"{table.page} is out of date: bash scripts/{method}/ablation.sh --page"
+    assert [(row[0], "default" in row[1:]) for row in cells] == expected, hint
 
 
 def test_insert_replaces_only_between_its_markers(tmp_path):

@@ -1,11 +1,9 @@
-"""The one trainer reproduces the losses of the five trainers that it replaced, to the last bit."""
+"""The one trainer trains as the five trainers that it replaced: losses, validation and how far the weights move."""
 
-import hashlib
 import json
-import platform
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,53 +12,65 @@ from toy.stages import STAGES
 from toy.stages.base import Settings
 from toy.train import train
 
-RECORD = json.loads((Path(__file__).parent / "data" / "toy_losses.json").read_text())
+RECORD = json.loads((Path(__file__).parent / "data" / "toy_losses.json").read_text())["stages"]
+# Relative. Kernels of other processors round differently, and training enlarges it: with AVX2 in place of AVX512 and
+# its bfloat16 instructions losses differ by up to 0.4 %, the first one by 0.007 %, and the way of the weights by 0.5 %.
+# A learning rate that is 10 % too high moves the weights 10 % further, but the losses by 0.4 %; without the patches'
+# term the first loss of the vision stage is 2 % lower.
+FIRST, LATER, MOVED = 1e-3, 0.02, 0.02
+ONE_ANSWER = 0.06  # of the 20 of a kind that validation asks at most
 
 
-def processor() -> str:
-    """Architecture and vector instructions, as far as torch's kernels depend on them."""
-    info = Path("/proc/cpuinfo")
-    bfloat16 = info.exists() and "avx512_bf16" in info.read_text()
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{' avx512_bf16' if bfloat16 else ''}"
-
-
-# Kernels of other processors and other versions of torch round differently.
-EXACT = (torch.__version__, processor()) == (RECORD["torch"], RECORD["cpu"])
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], is_hidden) -> dict[str, float]:
+    """The distance between two sets of weights, of those that Muon trains and of those that AdamW trains."""
+    squares = {"muon": 0.0, "adam": 0.0}
+    for name, weight in after.items():
+        trainer = "muon" if weight.dim() == 2 and is_hidden(name) else "adam"
+        squares[trainer] += float((weight - before[name]).double().square().sum())
+    return {trainer: square**0.5 for trainer, square in squares.items()}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A folder for each training; vision and language share one, as in scripts/train/tiny.sh."""
+def trained(tmp_path_factory):
+    """Train a stage as recorded: its losses, how far the weights moved, and its validation; each stage once."""
     root, threads = tmp_path_factory.mktemp("losses"), torch.get_num_threads()
     torch.set_num_threads(1)
-    yield {name: root / ("tiny" if name in ("vision", "language") else name) for name in STAGES}
+
+    @cache
+    def run(name: str) -> tuple[list[float], dict[str, float], dict[str, float]]:
+        if name == "language":  # starts from the vision stage's weights, in its folder, as in scripts/train/tiny.sh
+            run("vision")
+        folder, settings = root / ("tiny" if name in ("vision", "language") else name), RECORD[name]["settings"]
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        stage = STAGES[name](folder, Settings(**settings), DEFAULT_MODEL)
+        before = {key: weight.detach().clone().float() for key, weight in stage.trainee.named_parameters()}
+        losses, loss_of = [], stage.loss
+
+        def recorded(step, rng):
+            loss, numbers = loss_of(step, rng)
+            losses.append(loss.item())
+            return loss, numbers
+
+        stage.loss = recorded
+        masters = train(stage, folder).masters
+        torch.save(masters, folder / f"{name}.pt")
+        numbers = stage.evaluate(settings["final"])
+        way = moved(before, masters, stage.is_hidden)
+        return losses, way, {key: value for key, value in numbers.items() if value == value}
+
+    yield run
     torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_losses_of_a_short_run_are_those_recorded(name, folders, monkeypatch):
-    """Draw, train a few steps through every part of a stage's schedule, validate."""
-    expected, folder = RECORD["stages"][name], folders[name]
-    folder.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    stage = STAGES[name](folder, Settings(**expected["settings"]), DEFAULT_MODEL)
-    losses, loss_of = [], stage.loss
+def test_a_short_run_is_the_recorded_one(name, trained):
+    """Draw, train a few steps through every part of a stage's schedule, validate.
 
-    def recorded(step, rng):
-        loss, numbers = loss_of(step, rng)
-        losses.append(loss.item())
-        return loss, numbers
-
-    monkeypatch.setattr(stage, "loss", recorded)
-    masters = train(stage, folder).masters
-    torch.save(masters, folder / f"{name}.pt")  # the vision stage's is what the language stage starts from
-    numbers = stage.evaluate(expected["settings"]["final"])
-    if not EXACT:
-        np.testing.assert_allclose(losses, expected["losses"], rtol=0.05)
-        return
-    assert losses == expected["losses"]
-    assert {key: value for key, value in numbers.items() if value == value} == expected["validation"]
-    digest = hashlib.sha256()
-    for key in sorted(masters):
-        digest.update(key.encode() + masters[key].numpy().tobytes())
-    assert digest.hexdigest() == expected["weights"]
+    Numbers were compared bit by bit where the processor had the name of the recording's: five failures on others.
+    """
+    expected, (losses, way, numbers) = RECORD[name], trained(name)
+    assert losses[0] == pytest.approx(expected["losses"][0], rel=FIRST)
+    assert losses == pytest.approx(expected["losses"], rel=LATER)
+    assert way == pytest.approx(expected["moved"], rel=MOVED)
+    assert numbers == pytest.approx(expected["validation"], rel=LATER, abs=ONE_ANSWER)

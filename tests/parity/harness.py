@@ -116,6 +116,8 @@ class Agreement:
         kept: cases in which every stage keeps the very same tokens in the same order.
         kept_stable: those among the stable ones.
         overlap: share of the recorded tokens that ours keeps too, all stages together.
+        apart: the most recorded tokens that ours lacks in a case, stable or not, at the first stage that differs: later
+            stages rank other hidden states.
         tokens_per_layer: cases with the same number of tokens entering every layer.
         tokens, logits, step: largest difference of merged tokens, prefill logits and logits after one decode step,
             over the stable cases whose kept tokens are the same; None where nothing was recorded.
@@ -126,6 +128,7 @@ class Agreement:
     kept: int
     kept_stable: int
     overlap: float
+    apart: int
     tokens_per_layer: int
     tokens: float | None
     logits: float | None
@@ -152,7 +155,7 @@ def check(path: Path, cases: int | None = None) -> Agreement:
     reducer.check(model.spec)
     numbers = arrays["cases"][:cases]
     stable = arrays.get("stable", np.ones(len(numbers), dtype=int))[: len(numbers)].astype(bool)
-    same, same_stable, entering, shared, total = 0, 0, 0, 0, 0
+    same, same_stable, entering, shared, total, apart = 0, 0, 0, 0, 0, 0
     worst: dict[str, float] = {}
     for row, number in enumerate(numbers):
         ours = run_case(model, reducer, int(number))
@@ -161,6 +164,7 @@ def check(path: Path, cases: int | None = None) -> Agreement:
         shared += sum(found for found, _, _ in stages)
         total += sum(count for _, count, _ in stages)
         if not all(exact for _, _, exact in stages):
+            apart = max(apart, next(count - found for found, count, exact in stages if not exact))
             continue
         same += 1
         same_stable += int(stable[row])
@@ -169,7 +173,8 @@ def check(path: Path, cases: int | None = None) -> Agreement:
         for name, values in compared(ours, arrays, row):
             worst[name] = max(worst.get(name, 0.0), values)
     worst_of = (worst.get(name) for name in ("tokens", "logits", "step"))
-    return Agreement(len(numbers), int(stable.sum()), same, same_stable, shared / max(total, 1), entering, *worst_of)
+    overlap = shared / max(total, 1)
+    return Agreement(len(numbers), int(stable.sum()), same, same_stable, overlap, apart, entering, *worst_of)
 
 
 def compare_kept(ours: Ours, name: str, theirs: np.ndarray) -> tuple[int, int, bool]:
