@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny random LLaVA on disk, loaded the way a user loads a real one, and a clock."""
 
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,10 @@ from llava.pipeline import accounting
 from llava.pipeline.faster import graphs
 from llava.processing.sample import Sample
 from tests.tiny_checkpoints import save_transformers_layout
+
+# A shell that starts the tests in the background ignores Ctrl-C for them and for every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHORT = "Answer the question using a single word or phrase."
 QUESTIONS = (

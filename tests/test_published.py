@@ -84,7 +84,7 @@ def test_notes_of_others_are_never_trusted():
 
 
 def test_printed_averages_follow_from_the_columns():
-    """A misread digit of one benchmark moves the average of its row. A new source changes no other's count."""
+    """A misread digit of one benchmark moves the average of its row. A source that is added changes no other count."""
     agree: Counter[str] = Counter()
     for file, row in rows():
         computed = file.computed_average(row)

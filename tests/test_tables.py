@@ -5,7 +5,6 @@ import pytest
 from eval import outcomes
 from eval import settings as settings_module
 from eval import sweep as sweep_module
-from eval.config import ROOT
 from eval.papers import spec
 from eval.results.statistics import Interval
 from eval.sweep import CachingLlava, Setting, folder_of, sweep
@@ -125,7 +124,7 @@ def test_the_table_of_an_ablation_has_its_choices_and_the_method_s_defaults(meth
         (f"{row.group}: {row.title}".strip() if row.group else row.title, is_default(dict(row.options), usual))
         for row in table.rows
     ]
-    page = (ROOT / table.page).read_text()
+    page = (spec.SCRIPTS.parent / table.page).read_text()
     lines = page.partition(f"<!-- begin {table.marker} -->")[2].partition("<!-- end")[0].strip().splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     hint = f"{table.page} is out of date: bash scripts/{method}/ablation.sh --page"
