@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 class Meter(TorchDispatchMode):
     """Notes while it is active when the memory of a tensor comes and goes; what was there before is not counted.
 
+    Neither are tensors that later questions share (llava/cached_tensors.py), which are made outside of inference mode:
+    else the first question of its lengths would need more than the second.
+
     Args:
         device: the tensors that are counted; None counts those of all devices.
 
@@ -26,7 +29,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
-        self.device = device
+        self.device, self._inference = device, torch.is_inference_mode_enabled()
         self.events: list[tuple[int, int]] = []
         self._live: dict[int, tuple[StorageWeakRef, int, int]] = {}
         self._count = 0
@@ -38,6 +41,8 @@ class Meter(TorchDispatchMode):
         given = {_address(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
         for one in tree_leaves(out):
             if not isinstance(one, Tensor) or self.device not in (None, one.device):
+                continue
+            if torch.is_inference_mode_enabled() != self._inference:
                 continue
             storage = one.untyped_storage()
             if storage._cdata not in given and storage._cdata not in self._live:
