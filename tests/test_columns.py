@@ -116,12 +116,7 @@ def test_rotation_is_that_of_transformers():
 def test_unseen_keys_by_the_book(monkeypatch, kept_numbers):
     monkeypatch.setattr(states, "KEPT_MASK", kept_numbers)
     hidden = torch.zeros(2, 7, 4)
-<<<<<<< HEAD
-    sequence = SimpleNamespace(hidden=hidden, lengths=(7, 5), padded=True, padding=lambda row: 7 - (7, 5)[row])
-    sequence.padded_spans = lambda spans: Sequence.padded_spans(sequence, spans)
-=======
     sequence = Sequence(hidden, torch.zeros(2, 7), (7, 5), ((), ()), (), (), ())
->>>>>>> cost
     spans, width = [(2, 5), (1, 3)], 6  # of columns 2 to 4 and 3 to 4
     found = states.unseen(sequence, spans, width)
     for row, ((start, stop), padding) in enumerate(zip(spans, (0, 2), strict=True)):
