@@ -8,6 +8,7 @@ Writes between markers of docs/benchmarks.md and docs/evaluation.md, and docs/ta
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.step == "pages":
         insert(OVERVIEW, "benchmarks", overview())
         insert(PAGE, "data", data_sections())
+        readme, count = ROOT / "README.md", len(reported())
+        readme.write_text(re.sub(r"\*\*\d+ (?=\[benchmarks\])", f"**{count} ", readme.read_text()))
     else:
         header = ["benchmark", "metric", "questions", "full", "consensusdrop", "tokens per layer"]
         rows = score_rows(args.results)

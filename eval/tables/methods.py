@@ -4,11 +4,13 @@ python -m eval.tables.methods
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 
 from eval.config import ROOT
 from eval.tables.page import insert
@@ -22,6 +24,7 @@ from llava.reduction.token_layout import PatchGrid
 
 PAGE = ROOT / "docs" / "methods.md"
 MODELS = ROOT / "docs" / "models.md"
+README = ROOT / "README.md"
 LLAVA_15_7B = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24, has_text_tower=True)
 BUDGETS = (192, 128, 64)
 # The papers' convention: a base image and four tiles of 576 patches each, neither unpadding nor newline tokens.
@@ -113,6 +116,18 @@ def known_deviations() -> str:
     return "\n".join(lines)
 
 
+def write_readme() -> None:
+    """The number of methods and their names in README.md."""
+    names = registry.names()
+    controls = [name for name in names if not registry.method(name).metadata.paper]
+    listed = [f"`{name}`" for name in names if name not in controls]
+    text = f"{' '.join(listed)}, and the controls {' '.join(f'`{name}`' for name in controls)}."
+    start = rf"**{len(names)} [methods](docs/methods.md)** (where each acts, its score, what it needs, paper, "
+    paragraph = fill(f"{start}official code, tokens per layer): {text}", 175, break_on_hyphens=False)
+    page = README.read_text()
+    README.write_text(re.sub(r"^\*\*\d+ \[methods\].*?\n\n", paragraph + "\n\n", page, flags=re.DOTALL | re.MULTILINE))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args(arguments)
@@ -120,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     insert(PAGE, "budgets", budgets())
     insert(PAGE, "known deviations", known_deviations())
     insert(MODELS, "crops", splits())
+    write_readme()
     print(f"Tables are in {MODELS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}.")
     return 0
 
