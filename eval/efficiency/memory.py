@@ -344,7 +344,8 @@ class Ones(TorchDispatchMode):
 def _sample(number: int, question: QuestionShape) -> Sample:
     """A question whose images are token layouts, which `outlined` reads."""
     words = " ".join(["word"] * question.text)
-    return Sample(str(number), words, "", question.images or None, question.names or None)  # type: ignore[arg-type]
+    ids = tuple(f"{question.names} {place}" for place in range(len(question.images))) if question.names else ()
+    return Sample(str(number), words, "", question.images or None, ids)  # type: ignore[arg-type]
 
 
 def outlined(model: Llava, dtype: torch.dtype, split: int, on_host: bool) -> Llava:
