@@ -642,6 +642,16 @@ def test_every_format_says_first_that_a_toy_ran(made):
     assert table.where_of(spec.read(Path(words[0])), args).is_toy
 
 
+def test_a_toy_under_another_name_is_a_toy(monkeypatch, tmp_path):
+    """Behind a link, or as ".", its numbers stood under the paper's title."""
+    from eval.config import is_toy
+
+    (tmp_path / "llava-v1.5-7b").symlink_to(ROOT / "assets" / "tinyllava")
+    monkeypatch.chdir(ROOT / "assets" / "tinyllava_next")
+    assert is_toy(str(tmp_path / "llava-v1.5-7b")) and is_toy(".")
+    assert not is_toy("liuhaotian/llava-v1.5-7b")
+
+
 def test_a_number_prints_alike_in_every_format():
     """150 points of MME were 150.0 in one table and 150 in the next."""
     from eval.papers.render import html, markdown
