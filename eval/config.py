@@ -26,7 +26,7 @@ TOY_BANNER = (
 
 def is_toy(model: str) -> bool:
     """Whether a folder or the stored name of a model is one of the bundled toys, which are all called tinyllava."""
-    return Path(model).name.startswith("tinyllava")
+    return Path(model).resolve().name.startswith("tinyllava")
 
 
 # The method without reduction: its budget is all there is.

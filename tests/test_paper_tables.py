@@ -17,6 +17,8 @@ from eval import benchmarks, outcomes, sweep
 from eval.answers.jsonl import read_json
 from eval.config import ROOT
 from eval.papers import figure, gate, plan, spec, table
+from eval.papers.document import notes_of
+from eval.papers.measured import Measured
 from eval.papers.published import Published, Source
 from eval.papers.published import Row as PublishedRow
 from eval.papers.render import latex
@@ -421,6 +423,7 @@ def cell(value: float, questions: int = 100, available: int = 100, line: plan.Li
         value=value,
         questions=questions,
         available=available,
+        other_judge="",
         metric=column.metric or "f1",
         line=line or plan.Line(None, None, None),
     )
@@ -492,6 +495,25 @@ def test_a_row_that_is_not_the_release_or_counts_another_budget_is_not_compared(
     assert comparable(cell(50.0, line=kept), values, "square")[1] == "another budget"
     assert comparable(cell(50.0, published_split="test"), values, "square")[1] == "ours is of another split"
     assert comparable(cell(50.0, metric="accuracy_match"), values, "square")[1] == "ours is accuracy_match"
+
+
+def test_a_score_of_another_judge_is_not_compared():
+    """--judge local:MODEL passed the gate beside numbers that GPT graded."""
+    from eval.papers.measured import other_judge
+    from eval.papers.rows import comparable
+
+    assert other_judge({}) == other_judge({"name": "match"}) == ""
+    assert other_judge({"name": "gpt-3.5-turbo-0125", "official": "gpt-3.5-turbo"}) == ""
+    assert other_judge({"name": "gpt-4", "official": "gpt-4-0613"}) == ""
+    for name in ("gpt-4o", "my-model", "gpt-4-0613, my-model", "unknown"):
+        why = other_judge({"name": name, "official": "gpt-4-0613"})
+        assert why == f"judged by {name}, published: gpt-4-0613"
+    graded = cell(50.0)
+    graded.other_judge = why
+    values = known(a=(50.0, {}))
+    assert comparable(graded, values.full("pope"), "square") == ([], why)
+    (one,) = gate.check([graded], values, PLACE)
+    assert one.verdict == f"not compared: {why}"
 
 
 RELEASES = {"attnmix", "visiondrop", "visionzip", "holov", "cdpruner"}
@@ -609,7 +631,7 @@ def test_every_format_says_first_that_a_toy_ran(made):
     text = markdown.page(toy)
     assert text.startswith(f"# {title}\n\n**{TOY_BANNER}")
     assert TOY_BANNER in html.text(toy) and f"<h1>{title}</h1>" in html.text(toy)
-    assert rf"\caption{{\textbf{{{TOY_BANNER}" in latex.text(toy) and TOY_BANNER in table.summary(toy)
+    assert rf"\caption{{\footnotesize \textbf{{{TOY_BANNER}" in latex.text(toy) and TOY_BANNER in table.summary(toy)
     real = dataclasses.replace(toy, is_toy=False, model="llava-v1.5-7b")
     for write in (markdown.page, html.text, latex.text, numbers.text):
         assert "TOY" not in write(real)
@@ -618,6 +640,16 @@ def test_every_format_says_first_that_a_toy_ran(made):
     folder, words = made
     args = table.parser().parse_args([words[0], "--model", "assets/tinyllava", "--data", str(folder / "data")])
     assert table.where_of(spec.read(Path(words[0])), args).is_toy
+
+
+def test_a_toy_under_another_name_is_a_toy(monkeypatch, tmp_path):
+    """Behind a link, or as ".", its numbers stood under the paper's title."""
+    from eval.config import is_toy
+
+    (tmp_path / "llava-v1.5-7b").symlink_to(ROOT / "assets" / "tinyllava")
+    monkeypatch.chdir(ROOT / "assets" / "tinyllava_next")
+    assert is_toy(str(tmp_path / "llava-v1.5-7b")) and is_toy(".")
+    assert not is_toy("liuhaotian/llava-v1.5-7b")
 
 
 def test_a_number_prints_alike_in_every_format():
@@ -629,10 +661,79 @@ def test_a_number_prints_alike_in_every_format():
     assert "& 150 &" in latex.text(toy) and ">150</td>" in html.text(toy) and "150.0" not in html.text(toy)
 
 
+def with_intervals():
+    """The document of twelve columns, with an interval beside each score but one, and a row that LaTeX trips over."""
+    import dataclasses
+
+    document = blank_document()
+    (block,) = document.blocks
+    rows = [("[a] $ row", block.rows[0][1]), ("* row", block.rows[0][1]), *block.rows, ("own §", block.rows[0][1])]
+    texts = [["", *["[60.1, 63.6]"] * 10]] * (len(rows) - 1)
+    marked = dataclasses.replace(block, rows=rows, intervals=texts, clear=frozenset({(1, 2), (2, 3)}))
+    return dataclasses.replace(document, blocks=[marked])
+
+
+def test_the_latex_file_has_intervals_and_significance_marks_if_asked():
+    """Asked for with LaTeX tables, and not built."""
+    document = with_intervals()
+    plain, text = latex.text(document), latex.text(document, intervals=True)
+    assert "scriptsize" not in plain and r"$^\ast$" not in plain and "intervals" not in plain
+    rows = [line for line in text.splitlines() if line.endswith(r"99.5\% \\")]
+    assert rows[0].startswith(
+        r"{}[a] \$ row & \textbf{1862} & 150 {\scriptsize [60.1, 63.6]} & 90.0 {\scriptsize [60.1"
+    )
+    assert rows[1].count(r"$^\ast$") == rows[2].count(r"$^\ast$") == 1 and r"$^\ast$" not in rows[0] + rows[3]
+    assert r"& 90.0$^\ast$ {\scriptsize [60.1, 63.6]} &" in rows[1] and rows[1].startswith("{}* row")
+    assert "scriptsize" not in rows[-1], "a user's own row has no interval"
+    (caption,) = [line for line in text.splitlines() if line.startswith(r"\caption")]
+    assert "95 \\% intervals" in caption and r"$^\ast$ differs significantly from ConsensusDrop" in caption
+
+
+def test_the_caption_says_which_metric_stands_in_for_the_papers():
+    """A few questions give MME's perception; the column "MME total" of the file showed it without a word."""
+    import dataclasses
+
+    note = "These data do not give the paper's metric; shown instead: MME total: perception."
+    text = latex.text(dataclasses.replace(blank_document(), notes=["Another note.", note]))
+    assert note in text and "Another note" not in text
+    # It is the page's own sentence.
+    column = spec.Column(benchmark="mme", title="MME total", metric="total")
+    graded = cell(150.0, metric="total")
+    graded.metric, graded.column = "perception", column
+    line = plan.Line(None, None, None)
+    found = Measured([line], [column], {(0, "mme"): graded})
+    assert note in notes_of(blank_document().table, found, ())
+
+
+def test_the_marks_of_the_latex_file_are_the_differences_of_the_page(made, monkeypatch):
+    """Of one computation: what "against each method" lists is what the file marks."""
+    from eval.papers import sections
+
+    folder, words = made
+    clear = {"gqa": SimpleNamespace(difference=-1.0, low=-2.0, high=-0.5)}
+    monkeypatch.setattr(sections, "significant", lambda ours, other: clear)
+    out = folder / "marks"
+    assert table.main([*words, "--render", "--tex-intervals", "--output", str(out), "--wandb", "disabled"]) == 0
+    tested = (out / "small.md").read_text().partition("each method\n")[2].partition("\n## ")[0]
+    marked = [line for line in (out / "small.tex").read_text().splitlines() if r"$^\ast$ " in line and "&" in line]
+    assert tested.count("| 0 | 1 | GQA -1.0 [-2.0, -0.5] |") == len(marked) == 5
+    assert not any(line.startswith(("full", "Consensus", r"FastV $^\ddagger$")) for line in marked)
+    assert "--tex-intervals`" in (out / "small.md").read_text()
+
+
+def test_intervals_are_for_tables_of_scores(made, tmp_path, capsys):
+    _, words = made
+    path = written(tmp_path, kind="efficiency")
+    assert table.main([str(path), *words[1:], "--tex-intervals"]) == 2
+    assert "--tex-intervals is for tables of scores; " in capsys.readouterr().err
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
-def test_the_latex_file_compiles_and_fits_the_page(tmp_path):
-    """Twelve columns ran off the page of an article; < > | printed as other letters."""
-    (tmp_path / "table.tex").write_text(latex.text(blank_document()))
+@pytest.mark.parametrize("intervals", [False, True])
+def test_the_latex_file_compiles_and_fits_the_page(tmp_path, intervals):
+    """Twelve columns ran off the page of an article; < > | printed as other letters; a row that begins with [ was an
+    error, and one that begins with * lost it."""
+    (tmp_path / "table.tex").write_text(latex.text(with_intervals(), intervals))
     head = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{table}\end{document}"
     (tmp_path / "page.tex").write_text(head)
     words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
@@ -641,6 +742,14 @@ def test_the_latex_file_compiles_and_fits_the_page(tmp_path):
     log = (tmp_path / "page.log").read_text()
     assert "Overfull" not in log and "too large" not in log and "(1 page" in log
     assert latex.escaped("<a> | =") == "$<$a$>$ $|$ ="
+
+
+def test_a_bar_in_a_label_is_no_column_of_markdown():
+    """A row of one's own with | in its name had a cell more than the table."""
+    from eval.papers.render import markdown
+
+    line = next(line for line in markdown.page(blank_document()).splitlines() if "b_c" in line)
+    assert len(re.findall(r"(?<!\\)\|", line)) == 14 and r"<a> \| b_c" in line
 
 
 def test_csv_cells_are_no_formulas_and_numbers_stay_numbers():
@@ -682,6 +791,11 @@ def test_printed_commands_have_every_flag_that_is_not_a_default(made):
     found = spec.read(Path(words[0]))
     where = table.where_of(found, args)
     line = table.command_line(found, args)
+    # `MODEL=... DATA=... vtr tables paper` ran on the toy: only scripts read these.
+    assert line.startswith(f"vtr tables paper {words[0]} --model {args.model} --data {args.data}")
+    script = table.parser().parse_args(["visiondrop/controls", "--data", "/my data"])
+    told = table.command_line(spec.read(spec.find(script.table)), script)
+    assert told == "DATA='/my data' bash scripts/visiondrop/controls.sh"
     assert line.endswith("--add 'my rows.csv' --dtype float32 --batch-size 3 --judge match") or (
         "--batch-size 3" in line and "--judge match" in line and "--add 'my rows.csv'" in line
     )
@@ -776,12 +890,12 @@ HEADER = "method,budget,source,gqa\n"
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "has no column method; expected a header such as method,budget,source,gqa, got an empty file"),
+        ("", "has no column method; expected a header such as method,budget,source,gqa,mme, got an empty file"),
         ("TRIO,8,there,50\n", "has no column method"),
         ("method,budget,source,gqua\nTRIO,8,there,50\n", "Unknown column in .*'gqua'. Did you mean 'gqa'"),
         ("method,budget,source,gqa,gqa\nTRIO,8,there,50,51\n", "names a column twice"),
         (HEADER, "has a header and no row"),
-        (HEADER + "TRIO,8,there,fifty\n", "line 2: gqa should be a number, 0 to 100, got 'fifty'"),
+        (HEADER + "TRIO,8,there,fifty\n", r"line 2: gqa \(GQA\) should be a number, 0 to 100, got 'fifty'"),
         (HEADER + "TRIO,8,there,nan\n", "0 to 100, got 'nan'"),
         (HEADER + "TRIO,8,there,150\n", "0 to 100, got '150'"),
         (HEADER + "TRIO,8,there,\n", "line 2: TRIO has no number"),
@@ -791,16 +905,38 @@ HEADER = "method,budget,source,gqa\n"
         (HEADER + "TRIO,8,there,50,51\n", "line 2 has 5 cells, the header has 4"),
         ("method,budget,source,kind,gqa\nTRIO,8,there,guessed,50\n", "kind should be published or measured, got"),
         ("method,budget,source,gqa\n\x00", "line 2|no CSV file"),
+        ("method;budget;source;gqa\nTRIO;8;there;50\n", "no column method; .*, got method;budget;source;gqa"),
+        (HEADER + "TRIO,8,there,-1\n", "0 to 100, got '-1'"),
+        (
+            "method,budget,source,mme\nTRIO,8,there,58.3\n",
+            r"mme \(MME total\) should be a number, 100 to 2800, got '58.3'",
+        ),
+        ("method,budget,source,mme\nTRIO,8,there,2900\n", "100 to 2800, got '2900'"),
     ],
 )
 def test_wrong_rows_of_ones_own_are_one_sentence(tmp_path, text, sentence):
     from eval.papers.own import read_own
 
     (tmp_path / "rows.csv").write_text(text)
-    found = spec.read(written(tmp_path))
+    columns = [
+        {"benchmark": "gqa", "title": "GQA", "published": "gqa"},
+        {"benchmark": "mme", "title": "MME total", "metric": "total", "published": "mme_sum"},
+    ]
+    found = spec.read(written(tmp_path, columns=columns))
     with pytest.raises(UserError, match=sentence) as error:
         read_own(tmp_path / "rows.csv", found)
     assert "\n" not in str(error.value)
+
+
+def test_a_line_break_in_a_cell_of_a_row_of_ones_own_is_a_space(tmp_path):
+    """The two lines were joined without one, and every later line had a wrong number in messages."""
+    from eval.papers.own import read_own
+
+    (tmp_path / "rows.csv").write_text("\n" + HEADER + '"TRIO\nlarge",8,there,50\nTRIO,8,there,\n')
+    with pytest.raises(UserError, match="line 5: TRIO has no number"):
+        read_own(tmp_path / "rows.csv", spec.read(written(tmp_path)))
+    (tmp_path / "rows.csv").write_text(HEADER + '"TRIO\nlarge",8,there,50\n')
+    assert read_own(tmp_path / "rows.csv", spec.read(written(tmp_path)))[0].method == "TRIO large"
 
 
 def test_rows_of_ones_own_are_for_tables_of_scores(tmp_path):

@@ -12,6 +12,8 @@ from eval.papers.plan import Where, described
 from eval.papers.rows import MARK, MARK_TEXT, Block, Entry
 from eval.papers.spec import Column, Table
 
+INSTEAD = "These data do not give the paper's metric"
+
 
 @dataclass(frozen=True)
 class Section:
@@ -152,5 +154,5 @@ def notes_of(table: Table, found: Measured, entries: Sequence[Entry], own: Seque
     if zero:
         notes.append(f"Averages are n/a: full scores 0 on {', '.join(zero)}.")
     if other:
-        notes.append("These data do not give the paper's metric; shown instead: " + "; ".join(sorted(other)) + ".")
+        notes.append(f"{INSTEAD}; shown instead: " + "; ".join(sorted(other)) + ".")
     return notes

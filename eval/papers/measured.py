@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ class Cell:
         terms: sums by unit that `value` follows from, for averages and tests.
         normalise: the benchmark's own form of an answer, for loyalty.
         texts, credits, clusters: question id -> answer, sample score (empty where single answers have none), image.
+        other_judge: "" or, of a judged score, that another model graded it than the published ones.
         stored: the run; None for a cell that was not read from one.
         command: asks these questions alone.
     """
@@ -66,6 +68,7 @@ class Cell:
     texts: Mapping[str, str] = field(repr=False, compare=False)
     credits: Mapping[str, float] = field(repr=False, compare=False)
     clusters: Mapping[str, str] = field(repr=False, compare=False)
+    other_judge: str = ""
     stored: Stored | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -129,8 +132,20 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
         texts,
         sample_scores(score, texts, data) or {},
         {name: images[name] for name in asked},
+        other_judge(result["facts"].get("judge", {})),
         stored,
     )
+
+
+def other_judge(facts: Mapping[str, str]) -> str:
+    """ "" where the official judge graded, in any dated version; else who did.
+
+    Args:
+        facts: name of the judge, and of the official one; empty where there is none, or only words were matched.
+    """
+    name, official = facts.get("name", ""), facts.get("official", "")
+    family = re.sub(r"-\d{4}$", "", official)
+    return "" if not official or re.sub(r"-\d{4}$", "", name) == family else f"judged by {name}, published: {official}"
 
 
 def metric_of(column: Column, result: Mapping[str, Any], known: Collection[str]) -> tuple[str, float]:

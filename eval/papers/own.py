@@ -6,18 +6,21 @@ in scripts/eval/. An empty cell is a number that the source does not have. docs/
 """
 
 import csv
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.papers.published import BENCHMARKS, POINTS
+from eval.papers.published import BENCHMARKS
 from eval.papers.spec import Budget, Column, Table
 from llava.errors import UserError, unknown
 
 ABOUT = ("method", "budget", "source")
 KIND = "kind"
 KINDS = ("published", "measured")
+# MME's perception has ten parts of 200 points, the total fourteen. Fewer points than 100 are a number in percent.
+POINTS = {"mme": (100, 2000), "mme_sum": (100, 2800)}
 OWN_MARK = "§"
 OWN_TEXT = (
     "added by the user from the source in brackets: not run here, and left out of the gate, the averages, the tests "
@@ -60,12 +63,14 @@ def records(path: Path, benchmarks: Sequence[str]) -> Iterator[tuple[int, dict[s
     """(line, cells by column) of the file."""
     expected = f"a header such as {','.join((*ABOUT, *benchmarks[:2]))}"
     try:
-        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines(), strict=True))
+        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True)
+        lines = [(reader.line_num, [" ".join(cell.split()) for cell in cells]) for cells in reader]
     except OSError as error:
         raise UserError(f"--add {path}: {error.strerror}.") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is no CSV file in UTF-8: {error}.") from None
-    header = [name.strip() for name in lines[0]] if lines else []
+    lines = [(number, cells) for number, cells in lines if any(cells)]
+    header = lines[0][1] if lines else []
     if lost := [name for name in ABOUT if name not in header]:
         found = ",".join(header) or "an empty file"
         raise UserError(f"{path} has no column {lost[0]}; expected {expected}, got {found}.")
@@ -74,11 +79,10 @@ def records(path: Path, benchmarks: Sequence[str]) -> Iterator[tuple[int, dict[s
             raise unknown(f"column in {path}", name, (KIND, *benchmarks))
     if len(set(header)) < len(header):
         raise UserError(f"{path} names a column twice in its header: {','.join(header)}.")
-    for number, cells in enumerate(lines[1:], 2):
-        if any(cell.strip() for cell in cells):
-            if len(cells) != len(header):
-                raise UserError(f"{path}, line {number} has {len(cells)} cells, the header has {len(header)}.")
-            yield number, {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+    for number, cells in lines[1:]:
+        if len(cells) != len(header):
+            raise UserError(f"{path}, line {number} has {len(cells)} cells, the header has {len(header)}.")
+        yield number, dict(zip(header, cells, strict=True))
 
 
 def own_row(place: str, record: Mapping[str, str], table: Table) -> OwnRow:
@@ -101,12 +105,12 @@ def own_row(place: str, record: Mapping[str, str], table: Table) -> OwnRow:
 
 def score(place: str, column: Column, text: str) -> float:
     """A number of a benchmark's column."""
-    most = 100 if column.published in BENCHMARKS and column.published not in POINTS else math.inf
+    least, most = POINTS.get(column.published, (0, 100 if column.published in BENCHMARKS else math.inf))
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value <= most or math.isinf(value):
-        span = "0 to 100" if most == 100 else "0 or more"
-        raise UserError(f"{place}: {column.benchmark} should be a number, {span}, got {text!r}.")
+    if not least <= value <= most or math.isinf(value):
+        span = f"{least} or more" if math.isinf(most) else f"{least} to {most}"
+        raise UserError(f"{place}: {column.benchmark} ({column.title}) should be a number, {span}, got {text!r}.")
     return value

@@ -1,6 +1,6 @@
 """A table's cells in two shapes: methods by benchmarks as papers print them, and one row per cell."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from eval.papers.measured import Cell, Measured
@@ -37,7 +37,7 @@ class Entry:
 
 
 def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[list[Value], str]:
-    """The published values that are like ours: same split, metric, budget, variant and convention, not disputed.
+    """The published values that are like ours: same split, metric, judge, budget, variant and convention, not disputed.
 
     Returns:
         (values, "") or ([], why none is).
@@ -49,6 +49,7 @@ def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[li
         "not all questions were asked": cell.questions < cell.available,
         f"ours is {cell.metric}": cell.metric.endswith("_match") or column.metric not in ("", cell.metric),
         "another budget": line.by_kept,
+        cell.other_judge: bool(cell.other_judge),
         "the row is not the release": line.row is not None and not line.row.runs_release,
     }
     if why := next((reason for reason, is_so in ours.items() if is_so), ""):
@@ -113,6 +114,8 @@ class Block:
         rows: (name of the method, a value per column and the average last; None where there is none).
         best, second: per column, the rows to print bold and underlined.
         points: per column, whether its values are points and not percent.
+        intervals: per row and column, the 95 % interval as text; "" where there is none.
+        clear: (row, column) of the scores that differ significantly from the paper's method at the same budget.
     """
 
     title: str
@@ -120,6 +123,8 @@ class Block:
     best: Sequence[frozenset[int]]
     second: Sequence[frozenset[int]]
     points: Sequence[bool]
+    intervals: Sequence[Sequence[str]] = ()
+    clear: frozenset[tuple[int, int]] = frozenset()
 
     def text(self, value: float, column: int) -> str:
         """A value as every format prints it."""
@@ -139,20 +144,32 @@ def label(found: Measured, index: int) -> str:
     return f"{line.title} {MARK} ({mean_tokens(cells):.0f})" if line.by_kept and cells else line.title
 
 
-def blocks(found: Measured, own: Sequence[OwnRow] = ()) -> list[Block]:
+def blocks(
+    found: Measured, own: Sequence[OwnRow] = (), clear: Mapping[int, Collection[str]] | None = None
+) -> list[Block]:
     """The unreduced model, then one block per budget, with the best and second-best score of each column.
 
     Rows that a user added stand at the end of their block and are ranked with none.
+
+    Args:
+        clear: line -> benchmarks on which it differs significantly from the paper's method.
     """
     groups: dict[Budget | None, list[int]] = {}
     for index, line in enumerate(found.lines):
         groups.setdefault(line.budget, []).append(index)
     return [
-        block(budget, group, found, [row for row in own if row.budget == budget]) for budget, group in groups.items()
+        block(budget, group, found, [row for row in own if row.budget == budget], clear or {})
+        for budget, group in groups.items()
     ]
 
 
-def block(budget: Budget | None, indices: Sequence[int], found: Measured, own: Sequence[OwnRow]) -> Block:
+def block(
+    budget: Budget | None,
+    indices: Sequence[int],
+    found: Measured,
+    own: Sequence[OwnRow],
+    clear: Mapping[int, Collection[str]],
+) -> Block:
     rows: list[tuple[str, Sequence[float | None]]] = []
     ranked: list[Sequence[float | None]] = []
     nothing = [None] * (len(found.columns) + 1)
@@ -175,7 +192,20 @@ def block(budget: Budget | None, indices: Sequence[int], found: Measured, own: S
         [first if compared else none for first, _ in ranks],
         [second if compared else none for _, second in ranks],
         [*(has_points(found, column) for column in found.columns), False],
+        [[interval_of(found, index, column) for column in found.columns] for index in indices],
+        frozenset(
+            (row, place)
+            for row, index in enumerate(indices)
+            for place, column in enumerate(found.columns)
+            if column.benchmark in clear.get(index, ())
+        ),
     )
+
+
+def interval_of(found: Measured, index: int, column: Column) -> str:
+    """The interval of a score; "" where there is none."""
+    cell = found.cells.get((index, column.benchmark))
+    return "" if cell is None or cell.low is None else interval_text(cell.low, cell.high)
 
 
 def has_points(found: Measured, column: Column) -> bool:

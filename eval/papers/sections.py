@@ -9,7 +9,7 @@ from eval.papers.published import AVERAGE, Published
 from eval.papers.rows import MARK, MARK_TEXT, label, number, ours_text, published_text, values_of
 from eval.papers.spec import Place, Table
 from eval.papers.timing import Time
-from eval.results.statistics import LEVEL, RESAMPLES, Interval, accuracy_terms, compare, holm, interval
+from eval.results.statistics import LEVEL, RESAMPLES, Comparison, Interval, accuracy_terms, compare, holm, interval
 from eval.statistics.hard_questions import groups
 from eval.statistics.interquartile import Scores, relative_iqm, relative_mean
 from eval.statistics.loyalty import same_answers
@@ -20,12 +20,22 @@ from llava.errors import UserError
 Times = Mapping[int, Time]
 
 
+# Line -> benchmark -> the paper's method minus this line, where the difference is significant.
+Clear = Mapping[int, Mapping[str, Comparison]]
+
+
 def sections_of(
-    table: Table, found: Measured, times: Times, source: Published | None = None, place: Place | None = None
+    table: Table,
+    found: Measured,
+    times: Times,
+    source: Published | None = None,
+    place: Place | None = None,
+    clear: Clear | None = None,
 ) -> list[Section]:
     """Costs always; statistics of a score table; the differences of an ablation; what is published about costs.
 
     Args:
+        clear: of `clear_differences`, for a score table.
         source, place: the published values and the model they are of; None where they are left out.
     """
     known = [published_costs(found, times, source, place)] if source and place else []
@@ -35,7 +45,14 @@ def sections_of(
     if table.kind == "efficiency":
         return [costs(found, times, scored=True), *known]
     variants = [section for section in [releases(found)] if section.rows]
-    return [aggregates(found), *variants, needed(found), against(table, found), costs(found, times), *known]
+    return [
+        aggregates(found),
+        *variants,
+        needed(found),
+        against(table, found, clear or {}),
+        costs(found, times),
+        *known,
+    ]
 
 
 def costs(found: Measured, times: Times, scored: bool = False) -> Section:
@@ -249,15 +266,15 @@ def needed_text(found: Measured, budgets: Mapping[int, int], benchmark: str) -> 
         return "n/a"
 
 
-def against(table: Table, found: Measured) -> Section:
+def against(table: Table, found: Measured, clear: Clear) -> Section:
     """On how many benchmarks the paper's method is significantly better and worse than each other method."""
+    titles = {column.benchmark: column.title for column in found.columns}
     rows = []
-    for index, line in enumerate(found.lines):
-        ours = ours_at(table, found, line.budget)
-        if index == 0 or line.by_kept or ours is None or ours == index or not found.row(index):
-            continue
-        better, worse, texts = verdicts(found.row(ours), found.row(index))
-        rows.append([line.title, str(line.budget), str(better), str(worse), texts])
+    for index, differences in clear.items():
+        better = sum(one.difference > 0 for one in differences.values())
+        texts = "; ".join(f"{titles[name]} {difference_text(one)}" for name, one in differences.items()) or "none"
+        line = found.lines[index]
+        rows.append([line.title, str(line.budget), str(better), str(len(differences) - better), texts])
     title = next((line.title for line in found.lines if line.method == table.ours), table.ours)
     about = (
         f"{title} minus each method at the same budget, paired permutation tests by image on every benchmark. p-values "
@@ -268,6 +285,16 @@ def against(table: Table, found: Measured) -> Section:
     return Section(f"{title} against each method", about, header, rows)
 
 
+def clear_differences(table: Table, found: Measured) -> Clear:
+    """The significant differences of every line that is compared with the paper's method at the same budget."""
+    clear = {}
+    for index, line in enumerate(found.lines):
+        ours = ours_at(table, found, line.budget)
+        if index and not line.by_kept and ours is not None and ours != index and found.row(index):
+            clear[index] = significant(found.row(ours), found.row(index))
+    return clear
+
+
 def ours_at(table: Table, found: Measured, budget: object) -> int | None:
     """The first line of the paper's method at a budget."""
     for index, line in enumerate(found.lines):
@@ -276,17 +303,12 @@ def ours_at(table: Table, found: Measured, budget: object) -> int | None:
     return None
 
 
-def verdicts(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> tuple[int, int, str]:
-    """Benchmarks on which ours is better, worse, and the differences in words."""
+def significant(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> dict[str, Comparison]:
+    """Benchmark -> ours minus other, where a paired test finds a difference, corrected by Holm over the benchmarks."""
     names = [name for name in ours if name in other]
     found = [compare(ours[name].terms, other[name].terms, RESAMPLES // 2) for name in names]
-    clear = [
-        (ours[name].column.title, one)
-        for name, one, p in zip(names, found, holm([one.p for one in found]), strict=True)
-        if p <= 1 - LEVEL
-    ]
-    better = sum(one.difference > 0 for _, one in clear)
-    return better, len(clear) - better, "; ".join(f"{title} {difference_text(one)}" for title, one in clear) or "none"
+    corrected = holm([one.p for one in found])
+    return {name: one for name, one, p in zip(names, found, corrected, strict=True) if p <= 1 - LEVEL}
 
 
 def ablation(table: Table, found: Measured) -> Section:

@@ -152,19 +152,20 @@ def document_of(
     from eval.papers import published
     from eval.papers.document import Document, facts_of, notes_of
     from eval.papers.rows import blocks, entries
-    from eval.papers.sections import sections_of
+    from eval.papers.sections import clear_differences, sections_of
 
     source = published.load(table.published) if table.published and not where.is_toy else None
     cells = entries(found, source, where.place)
+    clear = clear_differences(table, found) if table.kind == "scores" else {}
     return Document(
         table,
         Path(where.place.model).name,
         where.is_toy,
         facts_of(table, where, found, command),
         [*heads(found.columns), "average"],
-        blocks(found, own) if table.kind == "scores" else (),
+        blocks(found, own, clear) if table.kind == "scores" else (),
         cells,
-        sections_of(table, found, times, source, where.place),
+        sections_of(table, found, times, source, where.place, clear),
         checks,
         own,
         notes_of(table, found, cells, own),
@@ -190,7 +191,7 @@ def heads(columns: Sequence[Column]) -> list[str]:
     return [column.title for column in columns]
 
 
-def write(document: "Document", folder: Path) -> list[Path]:
+def write(document: "Document", folder: Path, tex_intervals: bool = False) -> list[Path]:
     """The table in all formats; returns the files."""
     from eval.papers import figure
     from eval.papers.render import html, latex, markdown, numbers
@@ -203,7 +204,7 @@ def write(document: "Document", folder: Path) -> list[Path]:
     texts = {
         "md": markdown.page(document, f"{name}.png" if drawn else ""),
         "csv": numbers.text(document),
-        "tex": latex.text(document),
+        "tex": latex.text(document, tex_intervals),
         "html": html.text(document),
     }
     paths = [folder / f"{name}.png"] if drawn else []
@@ -240,6 +241,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--judge", default="auto", help="for judged benchmarks: docs/evaluation.md")
     p.add_argument("--gate", choices=("mark", "stop"), default="mark", help="what a wrong baseline does to the table")
     p.add_argument("--render", action="store_true", help="run nothing; write the table from finished runs")
+    p.add_argument("--tex-intervals", action="store_true", help="LaTeX: 95 %% intervals, and * for clear differences")
     p.add_argument("--output", type=Path, help="folder of the files; default results/tables/PAPER/MODEL[-limitN]")
     p.add_argument("--page", action="store_true", help="also write an ablation into its page of docs/")
     p.add_argument("--times", type=int, metavar="N", help="prefills per method to time; default 5, 0 with --limit")
@@ -255,11 +257,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--limit should be 1 or more questions, got {args.limit}.")
     table = spec.read(spec.find(args.table))
     where = where_of(table, args)
+    if args.tex_intervals and table.kind != "scores":
+        raise UserError(
+            f"--tex-intervals is for tables of scores; {table.identity} is of kind {table.kind}: leave it out."
+        )
     own = read_own(args.add, table) if args.add else ()
     table = narrowed(table, args)
     folder = args.output or default_folder(table, where, args)
     document = make(table, where, args, folder, own)
-    files = write(document, folder)
+    files = write(document, folder, args.tex_intervals)
     if args.page:
         update_page(document)
     log(args.wandb, document, where, folder, files)
@@ -270,14 +276,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command_line(table: Table, args: argparse.Namespace) -> str:
     """The command that makes this table again, with every flag that changes it and is not its default."""
-    given = [f"MODEL={args.model}"] * bool(args.model) + [f"DATA={args.data}"] * bool(args.data)
-    names = ("limit", "methods", "budgets", "benchmarks", "add", "dtype", "batch_size", "judge")
+    names = ("model", "data", "limit", "methods", "budgets", "benchmarks", "add", "dtype", "batch_size", "judge")
     usual = parser().parse_args([args.table])
-    options = {name: getattr(args, name) for name in names if getattr(args, name) != getattr(usual, name)}
+    options = {name: getattr(args, name) for name in (*names, "times") if getattr(args, name) != getattr(usual, name)}
+    given = []
+    command = f"vtr tables paper {args.table}"
+    if spec.find(args.table).resolve().is_relative_to(spec.SCRIPTS.resolve()):
+        command = f"bash {table.script}"
+        given = [f"{name.upper()}={shlex.quote(options.pop(name))}" for name in ("model", "data") if name in options]
     flags = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options.items()]
-    path = spec.find(args.table).resolve()
-    own = path.is_relative_to(spec.SCRIPTS.resolve())
-    return " ".join([*given, f"bash {table.script}" if own else f"vtr tables paper {args.table}", *flags])
+    return " ".join([*given, command, *flags, *["--tex-intervals"] * args.tex_intervals])
 
 
 def default_folder(table: Table, where: "Where", args: argparse.Namespace) -> Path:
