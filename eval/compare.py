@@ -44,15 +44,21 @@ def compare(
     notes = [f"{'AB'[i]}: {note}" for i, file in enumerate(files) for note in file.notes]
     if len(asked) < len(data.questions):
         notes.append(f"compared on {len(asked):,} of {len(data.questions):,} questions")
-    scores = [
-        score_answers(data, judge, asked, {n: t for n, t in file.texts.items() if n in common}, path)[0]
-        for file, path in zip(files, (a, b), strict=True)
-    ]
+    scores, facts = zip(
+        *(
+            score_answers(data, judge, asked, {n: t for n, t in file.texts.items() if n in common}, path)
+            for file, path in zip(files, (a, b), strict=True)
+        ),
+        strict=True,
+    )
     main = scores[0].main
     if scores[1].main != main:
         raise UserError(
             f"A was scored with {main} and B with {scores[1].main}; score both files with the same --judge."
         )
+    judges = [one["judge"]["name"] for one in facts if "judge" in one]
+    if len(set(judges)) > 1:
+        raise UserError(f"A was judged by {judges[0]} and B by {judges[1]}; score both files with the same --judge.")
     if any(score.values.get(main) is None for score in scores):
         raise UserError(f"{data.title} has no score to compare here: {'; '.join(scores[0].notes)}.")
     images = {question.id: question.image for question in data.questions}

@@ -1,10 +1,14 @@
 """The main comparison: which settings it runs, what it writes, and what it calls significant."""
 
+import json
+
 import pytest
 
+from eval.answers.reuse import check_table
 from eval.results.statistics import Comparison, Interval
 from eval.sweep import Setting
 from eval.tables import embedded
+from llava.errors import UserError
 from llava.reduction import registry
 
 
@@ -64,3 +68,23 @@ def test_tables_without_answers_say_what_to_run(tiny, tmp_path):
 
     with pytest.raises(UserError, match="embedded answers"):
         embedded.read_cell(Setting("uniform", 8), tiny, tmp_path, {})
+
+
+def test_runs_of_other_model_files_or_pictures_are_not_put_in_one_table(tmp_path):
+    """The tables of the toy models joined whatever results lay in their folders."""
+
+    def folder(name, method, images="same", model_files="new"):
+        settings = {"method": method, "model_files": model_files}
+        result = {"settings": settings, "labels": "l", "images": images, "asked": 3, "main": "accuracy", "facts": {}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+        return tmp_path / name
+
+    full = folder("full", "full")
+    check_table([full, folder("good", "random")], "new")
+    with pytest.raises(UserError, match="differ in images: same and other; ask the questions of both again"):
+        check_table([full, folder("pictures", "random", images="other")], "new")
+    with pytest.raises(UserError, match="differ in model_files: new and old"):
+        check_table([full, folder("weights", "random", model_files="old")], "new")
+    with pytest.raises(UserError, match="holds answers of other files of the model"):
+        check_table([full], "newer")

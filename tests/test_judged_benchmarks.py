@@ -7,10 +7,15 @@ import datasets
 import numpy as np
 import pytest
 
+from eval import compare
+from eval.answers import answer_id, seal_of
 from eval.benchmarks.llava_bench import data as llava_bench_set
 from eval.benchmarks.llava_bench import metric as llava_bench
 from eval.benchmarks.mmvet import data as mmvet_set
 from eval.benchmarks.mmvet import metric as mmvet
+from eval.judging.store import line as verdict_line
+from eval.results.baseline import percent_of_full
+from eval.statistics import command
 from llava.errors import UserError
 from tests.judged_files import judged, load, write_json, write_lines
 
@@ -169,6 +174,50 @@ def test_mmvet_layouts_and_profiles(tmp_path):
     assert lmms.judging.requests(["v1_0"], {"v1_0": "t"}) == data.judging.requests(["v1_0"], {"v1_0": "t"})
     with pytest.raises(UserError, match="MM-Vet"):
         load("mmvet", tmp_path / "three")
+
+
+def judged_run(folder: Path, data: Path, method: str, judge: str, score: float) -> str:
+    """A finished run whose answers `judge` gave `score`; its result was written before."""
+    found = load("mmvet", data)
+    settings = {"benchmark": "mmvet", "split": "test", "questions": found.questions_digest, "method": method}
+    settings["config"] = {"budget": 4}
+    texts = {question.id: f"text {method}" for question in found.questions}
+    seal = seal_of(settings)
+    rows = [{"question_id": name, "text": texts[name], "answer_id": answer_id(seal, name)} for name in texts]
+    write_lines(folder / "answers.jsonl", rows)
+    requests = found.judging.requests(list(texts), texts)
+    lines = [verdict_line(one, {"score": [score]}, str(score), judge, 1, False) for one in requests]
+    write_lines(folder / f"judgements-{judge}.jsonl", lines)
+    facts = {**found.facts, "judge": {"name": judge, "verdicts": str(folder / f"judgements-{judge}.jsonl")}}
+    result = {"method": method, "budget": 4, "asked": 3, "limit": None, "main": "score", "failed": [], "facts": facts}
+    result |= {"settings": settings, "labels": found.fingerprint, "metrics": {"score": 100 * score}}
+    write_json(folder / "result.json", result | {"audit": {"mean_tokens_per_layer": 4.0}})
+    return str(folder)
+
+
+def test_verdicts_of_two_judges_are_not_compared(tmp_path, capsys):
+    """`vtr compare` printed a difference that was one of judges."""
+    write_mmvet(tmp_path / "data")
+    full = judged_run(tmp_path / "full", tmp_path / "data", "full", "gpt-4-0613", 0.8)
+    other = judged_run(tmp_path / "other", tmp_path / "data", "first", "gpt-3.5-turbo", 0.4)
+    same = judged_run(tmp_path / "same", tmp_path / "data", "first", "gpt-4-0613", 0.4)
+    assert compare.main([full, other, "--data", str(tmp_path / "data")]) == 2
+    assert "A was judged by gpt-4-0613 and B by gpt-3.5-turbo" in capsys.readouterr().err
+    assert command.main([full, other, "--data", str(tmp_path / "data")]) == 2
+    assert "differ in facts.judge: gpt-4-0613 and gpt-3.5-turbo" in capsys.readouterr().err
+    assert compare.main([full, same, "--data", str(tmp_path / "data")]) == 0
+
+
+def test_runs_of_one_judge_have_a_percent_of_full(tmp_path, capsys):
+    """The path of a run's own verdicts counted as a difference: no percent of full, and `vtr stats` refused."""
+    write_mmvet(tmp_path / "data")
+    full = judged_run(tmp_path / "full", tmp_path / "data", "full", "gpt-4-0613", 0.8)
+    same = judged_run(tmp_path / "same", tmp_path / "data", "first", "gpt-4-0613", 0.4)
+    assert percent_of_full(json.loads((tmp_path / "same" / "result.json").read_text()), Path(same)) == 50
+    assert command.main([full, same, "--data", str(tmp_path / "data"), "--share", "0.1"]) == 0
+    assert "| first | 4 | 40.0 [n/a] | 50.0" in capsys.readouterr().out
+    (tmp_path / "same" / "judgements-gpt-4-0613.jsonl").unlink()
+    assert command.main([full, same, "--data", str(tmp_path / "data")]) == 2, "its verdicts are gone"
 
 
 def test_mmvets_judge_is_asked_again_with_a_hint_and_more_heat(tmp_path):

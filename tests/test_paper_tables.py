@@ -1,6 +1,7 @@
 """Tables of the papers: the specs, the runner on a tiny model, the gate, and what each format says."""
 
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from PIL import Image
 
 from eval import benchmarks, outcomes, sweep
 from eval.answers.jsonl import read_json
@@ -24,6 +26,7 @@ from eval.papers.published import Row as PublishedRow
 from eval.papers.render import latex
 from eval.papers.rows import places
 from eval.papers.sections import needed_text
+from eval.papers.timing import times_of
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.reduction import registry
@@ -161,6 +164,11 @@ def test_markdown_holds_published_ours_difference_tokens_command_run_commit(made
     assert "TTFT: median of 1 prefills" in text
 
 
+def test_a_page_says_why_a_score_has_no_interval(made):
+    folder, _ = made
+    assert "No interval, [n/a], on GQA: 4 images, an interval needs 20." in (folder / "out" / "small.md").read_text()
+
+
 def test_the_gate_marks_a_wrong_baseline_and_names_causes(made, capsys):
     folder, words = made
     text = (folder / "out" / "small.md").read_text()
@@ -272,6 +280,41 @@ def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkey
         labels.write_text(right)
         sweep._DATASETS.clear()
         assert table.main(one) == 0
+
+
+def test_a_table_is_not_rendered_from_answers_about_other_pictures(made, capsys):
+    """--render printed the old scores after the pictures had changed."""
+    folder, words = made
+    part = ["--methods", "random", "--budgets", "8", "--times", "0", "--wandb", "disabled", "--render"]
+    one = [*words, *part, "--output", str(folder / "pictures")]
+    picture = next((folder / "data" / "gqa").rglob("*.jpg"))
+    right = picture.read_bytes()
+    try:
+        Image.new("RGB", (64, 64), "red").save(picture)
+        assert table.main(one) == 2
+        assert "were asked about other images (" in capsys.readouterr().err
+    finally:
+        picture.write_bytes(right)
+    assert table.main(one) == 0
+
+
+def test_times_of_another_picture_or_model_are_measured_anew(made, tiny, tmp_path):
+    """Only the question's id was compared: times of another data folder, picture or checkpoint were kept."""
+    folder, words = made
+    args = table.parser().parse_args(words)
+    found = spec.read(Path(words[0]))
+    where, column, path = table.where_of(found, args), found.columns[0], tmp_path / "times.jsonl"
+    lines = [plan.Line(None, None, sweep.Setting("full", None))]
+    times_of(lines, column, where, tiny, 1, path)
+    first = path.read_text()
+    times_of(lines, column, where, tiny, 1, path)
+    assert path.read_text() == first
+    data = tmp_path / "data"
+    shutil.copytree(folder / "data", data)
+    for picture in (data / "gqa").rglob("*.jpg"):
+        Image.new("RGB", (64, 64), "red").save(picture)
+    times_of(lines, column, dataclasses.replace(where, data=data), tiny, 1, path)
+    assert path.read_text() != first
 
 
 def test_the_table_is_one_offline_wandb_run_with_its_files_and_pictures(made, monkeypatch, tmp_path):

@@ -147,6 +147,20 @@ def test_runs_that_cannot_be_compared_are_refused(data, tmp_path, capsys, change
     assert problem in capsys.readouterr().err
 
 
+def test_one_method_of_two_versions_is_refused(data, tmp_path, capsys):
+    """Tokens needed were read off budgets that had been answered before and after the method's code changed."""
+    full = write_run(tmp_path / "full", data, "full", 576)
+
+    def at(budget, digest):
+        code = {"method_code": {"consensusdrop/method.py": digest, "consensusdrop/fusion.py": "same"}}
+        return write_run(tmp_path / f"{budget}-{digest}", data, "consensusdrop", budget, settings=code)
+
+    run(data, full, at(128, "old"), at(64, "old"))
+    assert "no interval, consensusdrop at 64, loyalty: 5 images without spread" in capsys.readouterr().out
+    run(data, full, at(192, "old"), at(64, "new"), code=2)
+    assert "differ in code of the method: consensusdrop/method.py: compare equal runs." in capsys.readouterr().err
+
+
 def test_mistakes_end_in_a_sentence(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vtr"])
     method = write_run(tmp_path / "m", data, "consensusdrop", 64)

@@ -15,7 +15,7 @@ whatever puts two runs side by side asks `joint_differences` first.
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,14 @@ class Stored:
     texts: dict[str, str]
     images: dict[str, str | None]
 
+    def judged(self, facts: Mapping[str, Any]) -> "Stored":
+        """With the judge that scores it now: verdicts may have come, or gone, since its result was written.
+
+        Args:
+            facts: about the judge, as eval.judging.choice.score_answers returns them.
+        """
+        return replace(self, result={**self.result, "facts": {**self.result["facts"], **facts}})
+
 
 def results_folder(folder: Path) -> Path:
     """The folder with the result: the run's own, or its only limitN/ for a run of the first N questions."""
@@ -153,8 +161,14 @@ def read_stored(
 
 def joint(result: Mapping[str, Any]) -> dict[str, Any]:
     """What two results must agree on to stand side by side, as full and a method or two methods do."""
-    own = {key: result.get(key) for key in ("labels", "images", "asked", "main", "facts")}
-    return without(result["settings"], OF_THE_METHOD) | own
+    own = {key: result.get(key) for key in ("labels", "images", "asked", "main")}
+    return without(result["settings"], OF_THE_METHOD) | own | {"facts": facts_of(result)}
+
+
+def facts_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a result; of a judge its name, because every run has verdicts of its own."""
+    facts = dict(result.get("facts") or {})
+    return facts | {"judge": facts["judge"]["name"]} if "judge" in facts else facts
 
 
 def without(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -163,8 +177,14 @@ def without(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
 
 
 def joint_differences(a: Mapping[str, Any], b: Mapping[str, Any], leave_out: Sequence[str] = ()) -> list[str]:
-    """What keeps two results from standing side by side, in words; nothing if they may."""
-    return differences(without(joint(a), leave_out), without(joint(b), leave_out), between=" and")
+    """What keeps two results from standing side by side, in words; nothing if they may.
+
+    Methods have code of their own, but a file that both ran must be the same: a method at two budgets is one method.
+    """
+    one, other = (result["settings"].get("method_code", {}) for result in (a, b))
+    code = [{"method_code": {name: files[name] for name in one.keys() & other.keys()}} for files in (one, other)]
+    first, second = (without(joint(result), leave_out) | own for result, own in zip((a, b), code, strict=True))
+    return differences(first, second, between=" and")
 
 
 def check_images(a: Mapping[str, str | None], b: Mapping[str, str | None], title: str) -> None:
@@ -184,3 +204,18 @@ def check_joint(a: Stored, b: Stored) -> None:
     if found := joint_differences(a.result, b.result):
         raise UserError(f"{b.folder} and {a.folder} differ in {'; '.join(found)}: compare equal runs.")
     check_images(a.images, b.images, f"{b.folder} and {a.folder}")
+
+
+def check_table(folders: Sequence[Path], model_files: Any = None) -> None:
+    """Raise UserError unless finished runs may stand in one table.
+
+    Args:
+        folders: of their result.json, that of `full` first.
+        model_files: fingerprint of the model that the table is of; None where none is loaded.
+    """
+    full = read_json(folders[0] / RESULT)
+    if model_files not in (None, full["settings"].get("model_files")):
+        raise UserError(f"{folders[0]} holds answers of other files of the model; ask the questions again (--restart).")
+    for folder in folders[1:]:
+        if found := joint_differences(full, read_json(folder / RESULT)):
+            raise UserError(f"{folder} and {folders[0]} differ in {'; '.join(found)}; ask the questions of both again.")

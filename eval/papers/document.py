@@ -121,7 +121,7 @@ def questions_text(columns: Sequence[Column], found: Measured, limit: int | None
 
 def notes_of(table: Table, found: Measured, entries: Sequence[Entry], own: Sequence[OwnRow] = ()) -> list[str]:
     """What a reader must know about the numbers."""
-    has_published = any(entry.published for entry in entries)
+    has_published, cells = any(entry.published for entry in entries), list(found.cells.values())
     notes = list(table.notes)
     if any(line.by_kept and line.setting for line in found.lines):
         notes.append(f"{MARK} {MARK_TEXT}.")
@@ -146,9 +146,11 @@ def notes_of(table: Table, found: Measured, entries: Sequence[Entry], own: Seque
     notes += [f"n/a: {reason.rstrip('.')}." for reason in found.failed]
     other = {
         f"{cell.column.title}: {cell.metric}"
-        for cell in found.cells.values()
+        for cell in cells
         if cell.column.metric and cell.metric != cell.column.metric
     }
+    withheld = {f"{cell.column.title}: {cell.no_interval.partition(';')[0]}" for cell in cells if cell.no_interval}
+    notes += [f"No interval, [n/a], on {one}." for one in sorted(withheld)]
     full = found.row(0)
     zero = [cell.column.title for cell in full.values() if cell.value == 0]
     if zero:

@@ -10,12 +10,14 @@ from typing import Any
 
 from eval.answers import result_folder
 from eval.answers.jsonl import read_json
-from eval.answers.reuse import RESULT, Stored, check_joint, read_stored
+from eval.answers.reuse import RESULT, Stored, check_images, check_joint, read_stored
+from eval.benchmarks.media import digest_of
 from eval.config import ROOT, RunConfig
 from eval.judging.choice import score_answers
 from eval.metrics import SufficientStatistics
 from eval.papers.plan import Line, Where, config_of
 from eval.papers.spec import Column
+from eval.results import report
 from eval.results.statistics import terms_of
 from eval.settings import build_reducer, store_settings
 from eval.statistics.loyalty import Normalise, plain
@@ -42,6 +44,7 @@ class Cell:
         texts, credits, clusters: question id -> answer, sample score (empty where single answers have none), image.
         other_judge: "" or, of a judged score, that another model graded it than the published ones.
         stored: the run; None for a cell that was not read from one.
+        no_interval: why there is none.
         command: asks these questions alone.
     """
 
@@ -70,6 +73,7 @@ class Cell:
     clusters: Mapping[str, str] = field(repr=False, compare=False)
     other_judge: str = ""
     stored: Stored | None = field(default=None, repr=False, compare=False)
+    no_interval: str = field(default="", compare=False)
 
     @property
     def run(self) -> str:
@@ -101,12 +105,16 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
         return f"{line.title} at {line.budget} on {column.title}: {off['remark']}"
     expected = store_settings(config, config.split, data, model, build_reducer(config, model.visual_tokens))
     stored = read_stored(place, data, expected=expected)
+    now = {one.id: digest_of(data.pictures, one.images) for one in data.questions[: where.limit]}
+    check_images(stored.images, now, f"The answers in {folder} and the questions in {where.data}")
     texts = stored.texts
-    score, _ = score_answers(data, config.judge, asked, texts, stored.answers)
+    score, judge_facts = score_answers(data, config.judge, asked, texts, stored.answers)
+    # As it is scored now: verdicts may have come, or gone, since the result was written.
+    result |= report.scored(score, data.questions[: where.limit])
     images = {question.id: question.image for question in data.questions}
     metric, value = metric_of(column, result, {result["main"], *score.other_terms})
     terms = score.other_terms[metric] if metric in score.other_terms else terms_of(score, images)
-    found = result["confidence"].get(metric, {"low": None, "high": None})
+    found = result["confidence"].get(metric, {"low": None, "high": None, "method": f"{metric} has none"})
     audit = result["audit"]
     return Cell(
         line,
@@ -132,8 +140,9 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
         texts,
         sample_scores(score, texts, data) or {},
         {name: images[name] for name in asked},
-        other_judge(result["facts"].get("judge", {})),
-        stored,
+        other_judge({**result["facts"], **judge_facts}.get("judge", {})),
+        stored.judged(judge_facts),
+        found["method"].removeprefix("n/a: ") if found["low"] is None else "",
     )
 
 
@@ -229,6 +238,7 @@ class Measured:
 def read_cells(lines: Sequence[Line], columns: Sequence[Column], where: Where, model: Llava) -> Measured:
     """Every cell of the table."""
     cells: dict[tuple[int, str], Cell] = {}
+    first_of_method: dict[tuple[str, str], int] = {}
     failed: list[str] = []
     for index, line in enumerate(lines):
         for column in columns if line.setting is not None else ():
@@ -237,9 +247,10 @@ def read_cells(lines: Sequence[Line], columns: Sequence[Column], where: Where, m
                 failed.append(found)
             else:
                 cells[index, column.benchmark] = found
-                full = cells.get((0, column.benchmark), found)
-                if full.stored is not None and found.stored is not None:
-                    check_joint(full.stored, found.stored)
+                first = cells[first_of_method.setdefault((line.method, column.benchmark), index), column.benchmark]
+                for other in (cells.get((0, column.benchmark)), first):
+                    if other is not None and other.stored is not None and found.stored is not None:
+                        check_joint(other.stored, found.stored)
     if lost := [column.title for column in columns if (0, column.benchmark) not in cells]:
         raise UserError(f"The unreduced model has no result on {', '.join(lost)}: {'; '.join(failed)}.")
     return Measured(lines, columns, cells, failed)

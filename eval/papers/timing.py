@@ -51,7 +51,10 @@ def times_of(
     device = str(model.device)
     settings = {
         "model": model.name,
-        "question": sample.id,
+        "model_files": model.fingerprint,
+        "picture": model.conventions,
+        "question": sample.message,
+        "images": list(sample.image_ids),
         "benchmark": column.benchmark,
         "device": device,
         "hardware": hardware(device),

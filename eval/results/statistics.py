@@ -30,8 +30,7 @@ class Interval:
 
     Attributes:
         low, high: None where the units cannot tell how far the score may be off; `method` says why.
-        method: "Wilson", "Student" or "Jeffreys", for averages over benchmarks "bootstrap"; or the reason why there is
-            no interval.
+        method: "Wilson", "Student" or "Jeffreys"; or the reason why there is no interval.
     """
 
     mean: float

@@ -45,8 +45,10 @@ COLUMNS = (
 
 def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float = SHARE, level: float = LEVEL) -> Any:
     """All statistics of the runs as JSON types: a list of rows, and the tokens needed by method."""
+    first: dict[str, Run] = {}
     for run in runs:
         check_joint(full.stored, run.stored)
+        check_joint(first.setdefault(run.method, run).stored, run.stored)
     methods = by_method(runs)
     controls = {run.budget: run for run in runs if run.method == DOWNSAMPLE}
     rows, needed = [], {}
@@ -119,7 +121,21 @@ def lines(record: Mapping[str, Any]) -> list[str]:
         markdown(header, table),
         "",
     ]
-    return found + [sentence(label, needed) for label, needed in record["tokens_needed"].items()]
+    found += [sentence(label, needed) for label, needed in record["tokens_needed"].items()]
+    return found + [f"no interval, {name}: {reason}" for name, reason in withheld(record)]
+
+
+def withheld(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The numbers that have no interval, and why."""
+    cells = [("full", record["full"])]
+    for row in record["rows"]:
+        names = ("score", "loyalty", "loyalty_right", "loyalty_wrong", "group_a", "group_b")
+        cells += [(f"{row['method']} at {row['budget']:,}, {name.replace('_', ' ')}", row[name]) for name in names]
+    return [
+        (name, one["method"].removeprefix("n/a: "))
+        for name, one in cells
+        if one and one["mean"] is not None and one["low"] is None
+    ]
 
 
 def sentence(label: str, needed: Mapping[str, Any]) -> str:

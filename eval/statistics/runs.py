@@ -52,12 +52,12 @@ def read_run(folder: Path, data: Dataset, judge: str = "auto") -> Run:
     """
     stored = read_stored(folder, data)
     check_judge(data, judge)
-    score = score_answers(data, judge, list(stored.texts), stored.texts, stored.answers)[0]
+    score, judge_facts = score_answers(data, judge, list(stored.texts), stored.texts, stored.answers)
     if score.values.get(score.main) is None:
         raise UserError(f"{data.title} has no score for {folder}: {'; '.join(score.notes)}.")
     images = {question.id: question.image for question in data.questions}
     return Run(
-        stored,
+        stored.judged(judge_facts),
         stored.result["method"],
         budget_of(stored.result),
         {key: value for key, value in stored.result["settings"]["config"].items() if key != "budget"},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
+from eval.answers.reuse import check_table
 from eval.benchmarks.base import Benchmark, Need
 from eval.command import exit_on_user_error
 from eval.config import ROOT
@@ -81,6 +82,7 @@ def score_rows(results: Path) -> list[list[str]]:
     for benchmark in reported():
         full = result_of(results / benchmark.name / "full")
         reduced = result_of(results / benchmark.name / "consensusdrop")
+        check_table([results / benchmark.name / name for name in ("full", "consensusdrop")])
         rows.append(
             [
                 benchmark.name,

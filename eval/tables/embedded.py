@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.answers.reuse import check_table
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT, TOY_BANNER
 from eval.efficiency.latency.measure import measure
 from eval.efficiency.latency.questions import QUESTION, noise
@@ -247,6 +248,7 @@ def build_tables(model: Llava, output: Path, repeats: int) -> None:
     groups = image_of(SPLIT)
     found = [Setting("full", None), *settings(BUDGETS, model)]
     read = [read_cell(setting, model, output, groups) for setting in found]
+    check_table([folder_of(output, model, "gqa", SPLIT, setting) for setting in found], model.fingerprint)
     seconds = times(found, model, repeats)
     full, *rest = (replace(cell, ttft=ttft) for cell, ttft in zip(read, seconds, strict=True))
     cells = {b: {c.setting.method: c for c in rest if c.setting.budget == b} for b in BUDGETS}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from eval import benchmarks
 from eval.answers import result_folder
+from eval.answers.reuse import check_table
 from eval.command import exit_on_user_error
 from eval.config import ROOT
 from eval.results.statistics import Interval, compare_scores
@@ -76,9 +77,12 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
     data = benchmarks.get(family.benchmark).load(family.data, family.split)
     groups = {question.id: question.image for question in data.questions[:limit]}
 
+    places: list[Path] = []
+
     def read(setting: Setting) -> tuple[Credits, float]:
         folder = folder_of(output, model, family.benchmark, family.split, setting, family.data)
-        path = result_folder(folder, len(groups), len(data.questions)) / "result.json"
+        places.append(result_folder(folder, len(groups), len(data.questions)))
+        path = places[-1] / "result.json"
         if not path.is_file():
             raise UserError(f"{folder} holds no result; run `python -m eval.tables.families {name} answers` first.")
         audit = json.loads(path.read_text())["audit"]
@@ -89,6 +93,7 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
 
     full, tokens = read(Setting("full", None))
     found = {(s.method, s.budget): (s, *read(s)) for s in settings(family, budgets, model)}
+    check_table(places, model.fingerprint)
     first = budgets[0]
     methods = dict.fromkeys(method for method, _ in found)
     mean = {key: sum(credit.values()) / len(credit) for key, (_, credit, _) in found.items()}
