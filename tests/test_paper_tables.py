@@ -742,7 +742,7 @@ def test_the_caption_says_which_metric_stands_in_for_the_papers():
     # It is the page's own sentence.
     column = spec.Column(benchmark="mme", title="MME total", metric="total")
     graded = cell(150.0, metric="total")
-    graded.metric, graded.column = "perception", column
+    graded.metric, graded.column, graded.no_interval = "perception", column, ""
     line = plan.Line(None, None, None)
     found = Measured([line], [column], {(0, "mme"): graded})
     assert note in notes_of(blank_document().table, found, ())
