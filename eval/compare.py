@@ -133,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     said = [(one["settings"]["benchmark"], one["settings"]["split"], one["facts"].get("profile")) for one in results]
     name, split, profile = said[0] if said else (args.benchmark, args.split, args.profile)
     if name is None:
+        if folders := [path for path in paths if path.is_dir()]:
+            raise UserError(f"{folders[0]} holds no run; give the folder that `vtr eval` printed, or an answer file.")
         raise UserError("--benchmark is missing; only output folders of `python -m eval` say what they answer.")
     data = open_dataset(args.benchmark or name, args.data, args.split or split, args.profile or profile, args.source)
     a, b = paths

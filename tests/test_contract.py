@@ -24,6 +24,7 @@ from llava.reduction import (
     reducer,
     registry,
 )
+from llava.reduction.crop_budget import require
 from tests import contract, test_every_method
 from tests.conftest import samples
 
@@ -185,6 +186,36 @@ def test_a_score_of_another_shape_is_one_sentence(tiny):
 
     with pytest.raises(MethodError, match=r"flat\.score: must return a tensor of shape \[2, 16\].*got \[16\]"):
         prefill(tiny, samples(2), Flat(budget=2))
+
+
+@pytest.mark.parametrize(
+    ("function", "returned", "sentence"),
+    [
+        ("scores", RECEIVED, "planted.scores: must return a tuple of TowerScore, got a TowerScore"),
+        ("scores", ("received_attention",), "planted.scores: must return a tuple of TowerScore, got a tuple"),
+        ("tokens_per_layer", (2,), "planted.tokens_per_layer: .* a tuple of 4 numbers, .* got 1 numbers"),
+        ("tokens_per_layer", 2.0, "planted.tokens_per_layer: .* a tuple of 4 numbers, .* got a float"),
+    ],
+)
+def test_wrong_scores_and_plans_are_one_sentence_before_the_run(function, returned, sentence, tiny, monkeypatch):
+    """A TowerScore without its comma was a TypeError, and a plan of one number a ValueError of `zip`."""
+    monkeypatch.setattr(Planted, function, lambda self, *spec: returned)
+    with pytest.raises(MethodError, match=sentence):
+        require(Planted(budget=2), tiny.spec)
+
+
+def test_a_score_of_nan_is_one_sentence(tiny):
+    """The tokens at the front were kept, and the run printed a result."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Divides(Scorer):
+        name: ClassVar[str] = "divides"
+
+        def score(self, state):
+            return state.features.sum(-1) * 0 / 0
+
+    with pytest.raises(MethodError, match=r"divides\.score: must return numbers, got NaN"):
+        prefill(tiny, samples(2), Divides(budget=2))
 
 
 def test_on_an_accelerator_values_are_read_once(tiny, monkeypatch):

@@ -47,6 +47,16 @@ def test_every_printed_command_succeeds(section, copy):
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
 
 
+def test_what_is_written_passes_the_style(copy):
+    """Imports of a new method's test stood in another order than ruff's, so scripts/test.sh ended at its first line."""
+    for kind in ("method", "benchmark"):
+        command = [sys.executable, "-m", "eval.cli", "new", kind, f"my_{kind}"]
+        subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, check=True)
+    for style in (["check"], ["format", "--check"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *style, "."], cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -101,6 +101,12 @@ def other_data(folder, change: str):
     return data
 
 
+def test_a_folder_without_a_run_is_one_sentence(tmp_path, capsys):
+    """`vtr compare results results` said that --benchmark is missing."""
+    assert compare.main([str(tmp_path), str(tmp_path)]) == 2
+    assert f"{tmp_path} holds no run; give the folder that `vtr eval` printed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -1,8 +1,8 @@
 """template_name finds planted answers."""
 
 import torch
-from baselines.template_name import RECEIVED, TemplateName
 
+from baselines.template_name import RECEIVED, TemplateName
 from llava.reduction import EncoderState, PatchGrid
 
 

@@ -15,11 +15,11 @@ newline tokens are dropped, or, with newlines=keep, newline tokens are kept and 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from llava.errors import UserError
+from llava.errors import MethodError, UserError
 from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
@@ -78,7 +78,7 @@ def require(reducer: Reducer, spec: ModelSpec) -> None:
     """Raise UserError if the method cannot run on this model at its budget."""
     reducer = reducer.for_picture(spec)
     if not spec.crops and not spec.newlines:
-        reducer.check(spec)
+        check(reducer, spec)
         return
     if not 1 <= reducer.budget <= spec.visual_tokens:
         raise UserError(
@@ -94,7 +94,19 @@ def require(reducer: Reducer, spec: ModelSpec) -> None:
     if not reducer.acts_in.isdisjoint(("tower", "input_grid")):
         refuse_unequal_crops(reducer, parts, not spec.newlines and len(set(spec.crops)) == 1)
     for sized, part in set(over_crops(reducer, spec)):
-        sized.check(part)
+        check(sized, part)
+
+
+def check(reducer: Reducer, spec: ModelSpec) -> None:
+    """`Reducer.check`, and that the plan has a number for every decoder layer."""
+    reducer.check(spec)
+    plan: Any = reducer.tokens_per_layer(spec)
+    if plan is not None and (not isinstance(plan, tuple) or len(plan) != spec.layers):
+        found = f"{len(plan)} numbers" if isinstance(plan, tuple) else f"a {type(plan).__name__}"
+        raise MethodError(
+            f"{reducer.name}.tokens_per_layer: must return None or a tuple of {spec.layers} numbers, one for each "
+            f"decoder layer, got {found}."
+        )
 
 
 def in_tower(reducer: Reducer, arrangement: TokenLayout) -> Reducer:

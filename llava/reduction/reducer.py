@@ -147,6 +147,9 @@ class Reducer:
                 "beside the weights (a CLIPModel's text half with both projections), or take a checkpoint whose "
                 "mm_vision_tower is a whole CLIP."
             )
+        asked: Any = self.scores()
+        if not isinstance(asked, tuple) or not all(isinstance(score, TowerScore) for score in asked):
+            raise MethodError(f"{self.name}.scores: must return a tuple of TowerScore, got {_kind(asked)}.")
         if not spec.has_cls and (self.keep_cls or any(s.kind in CLS_SCORES for s in self.scores())):
             raise UserError(
                 f"{self.name} ranks by the CLS token of the vision tower, which cannot be read here: the tower has "
@@ -265,6 +268,10 @@ class Scorer(Reducer, ABC):
                 f"{self.name}.score: must return a tensor of shape {list(shape)}, a score for every token of every "
                 f"image, got {found}."
             )
+        # Read on the host alone: an accelerator would be waited for. NaN of the model itself has a sentence of its own.
+        readable = _lies_on_host(score) and score.dtype == torch.float32 and not score.requires_grad
+        if readable and np.isnan(_on_host(score)).any() and state.features.isfinite().all():
+            raise MethodError(f"{self.name}.score: must return numbers, got NaN for images whose features are finite.")
         return Reduction(keep_top(score, self.budget), score.shape[1])
 
 
