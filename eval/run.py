@@ -31,7 +31,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run(
-    config: RunConfig, model: Any = None, reducer: "Reducer | None" = None, rank: Rank | None = None
+    config: RunConfig,
+    model: Any = None,
+    reducer: "Reducer | None" = None,
+    rank: Rank | None = None,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """Run or continue an evaluation.
 
@@ -39,6 +43,7 @@ def run(
         model: a loaded model, to share one between runs; otherwise `config.model` is loaded.
         reducer: a built method, for methods that are not registered; otherwise `config.method` is built.
         rank: this process's place; by default among the ranks that were started together.
+        timed: whether to time first tokens in a pass of its own; the result holds none otherwise.
 
     Returns:
         The content of result.json; nothing on ranks other than the first.
@@ -60,7 +65,7 @@ def run(
         finished = False
         try:
             throughput = answer_questions(job, store, tracker, rank, began)
-            ttft = time_to_first_token(job, rank, throughput["questions"])
+            ttft = time_to_first_token(job, rank, throughput["questions"]) if timed else None
             rank.report(SCORING)
             files = job.data.submission(texts(job, store))
             result = summarise(job, store, throughput, ttft)

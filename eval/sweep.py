@@ -212,11 +212,13 @@ class UnansweredQuestions(UserError):
 def fill(config: RunConfig, model: CachingLlava) -> None:
     """Run one setting; its configuration asks again what failed before.
 
+    First tokens are not timed: tables time all methods in turns, and the pass can take longer than a cell's answers.
+
     Raises:
         UnansweredQuestions: some questions have no answer; a table must not hold their score.
     """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        result = run(config, model=model, rank=Rank())
+        result = run(config, model=model, rank=Rank(), timed=False)
     if result["failed"]:
         first = result["failed"][0]
         raise UnansweredQuestions(

@@ -17,6 +17,7 @@ from eval.feature_cache import CachingLlava
 from eval.job import prepare
 from eval.outcomes import Failure, Ready
 from eval.run import Interrupted, run
+from eval.sweep import fill
 from llava.model.builder import load
 from tests.conftest import picture
 
@@ -192,6 +193,8 @@ def test_time_to_first_token_is_of_batches_that_run_the_tower(toy, tmp_path, mon
     assert first == {"median_ms": pytest.approx(500 * (times[5] + times[6])), "questions": 3, "batches": 12}
     assert run(config(tmp_path, batch_size=3), CachingLlava(toy))["timing"]["ttft"] == first
     assert len(timed) == 13, "a run that is only scored again measures nothing"
+    fill(config(tmp_path / "cell", batch_size=3), CachingLlava(toy))
+    assert len(timed) == 13, "a cell of a table measures nothing: the pass took longer than 300 answers on toy NeXT"
 
 
 def test_shared_beginnings_change_no_answer(toy, plain, tmp_path):
