@@ -1,10 +1,12 @@
 """What the parent process makes of its ranks' reports, with its clock in the test's hand."""
 
 import os
+import socket
 import subprocess
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed import DistError
 
 from eval.parallel import control as control_module
 from eval.parallel import watch
@@ -173,6 +175,24 @@ def test_nobody_serves_the_store(monkeypatch):
     monkeypatch.setattr(control_module, "TCPStore", pytest.fail)
     with pytest.raises(UserError, match=r"does not answer at 127\.0\.0\.1:9;"):
         Control.connect("127.0.0.1:9")
+
+
+def test_a_rank_whose_parent_ends_while_it_connects_gives_up_soon(monkeypatch):
+    """Killed between the rank's two connections, the command left ranks behind that tried to connect for two minutes,
+    deaf to SIGTERM. The clock moves by the store's time-outs alone.
+    """
+    listening, clock = socket.create_server(("127.0.0.1", 0)), SimpleNamespace(now=0.0)
+
+    def parent_has_ended(*address, timeout, **options):
+        listening.close()
+        clock.now += timeout.total_seconds()
+        raise DistError("timed out")
+
+    monkeypatch.setattr(control_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(control_module, "TCPStore", parent_has_ended)
+    with pytest.raises(UserError, match="does not answer at"):
+        Control.connect(f"127.0.0.1:{listening.getsockname()[1]}")
+    assert 0 < clock.now <= 10
     wait_until(lambda: True)
 
 

@@ -16,6 +16,7 @@ from torch.distributed import DistError, TCPStore
 from llava.errors import UserError
 
 CONNECT_SECONDS = 120
+ATTEMPT_SECONDS = 5  # no signal gets through to a store that tries to connect
 POLL_SECONDS = 0.02
 LOOPBACK = "127.0.0.1"
 
@@ -58,22 +59,23 @@ class Control:
             UserError: it does not answer.
         """
         host, _, port = address.rpartition(":")
-        try:
-            # Refused at once where nobody listens; the store would try again until its time-out.
-            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-            store = TCPStore(
-                host,
-                int(port),
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=CONNECT_SECONDS),
-            )
-        except (DistError, OSError) as error:
-            raise UserError(
-                f"The process that started the ranks does not answer at {address}; its port must be reachable from "
-                "every node."
-            ) from error
-        return cls(store, address)
+        limit = time.monotonic() + CONNECT_SECONDS
+        while True:
+            try:
+                # Refused at once where nobody listens; the store would try again until its time-out.
+                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+                brief = timedelta(seconds=ATTEMPT_SECONDS)
+                store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=brief)
+            except (DistError, OSError) as error:
+                # The parent may have ended after the first line: then that line is refused now.
+                if isinstance(error, DistError) and time.monotonic() < limit:
+                    continue
+                raise UserError(
+                    f"The process that started the ranks does not answer at {address}; its port must be reachable "
+                    "from every node."
+                ) from error
+            store.set_timeout(timedelta(seconds=CONNECT_SECONDS))
+            return cls(store, address)
 
     def answers(self) -> bool:
         """Whether the parent process still serves the store."""
