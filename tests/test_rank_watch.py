@@ -10,7 +10,7 @@ from torch.distributed import DistError
 
 from eval.parallel import control as control_module
 from eval.parallel import watch
-from eval.parallel.control import Control, wait_until
+from eval.parallel.control import Control
 from eval.parallel.ranks import ASKING, FAILED, FINISHED, LOADING, SCORING, STOPPED, WAITING, Rank
 from llava.errors import UserError
 
