@@ -268,6 +268,14 @@ def test_a_broken_file_leaves_the_other_methods_alone(tmp_path):
     assert shown["broken"].stderr.splitlines()[-1].startswith("baselines.broken cannot be imported: SyntaxError")
 
 
+def test_a_class_that_was_not_registered_is_one_sentence():
+    """The file was there, and "Unknown method" said nothing of what it lacked."""
+    with pytest.raises(UserError, match=r"attnmix/release\.py registers no method release; write @register"):
+        registry.build("release", 8)
+    with pytest.raises(UserError, match=r'write @register\("bare"\) above it'):
+        registry.register(type("Bare", (Scorer,), {}))
+
+
 def test_a_number_outside_its_ends_is_refused():
     with pytest.raises(UserError, match=r"consensusdrop\.alpha must be between 0 and 1, got 1\.5"):
         registry.build("consensusdrop", 8, {"alpha": "1.5"})

@@ -21,6 +21,8 @@ PACKAGES = ("baselines", "consensusdrop", "visiondrop", "attnmix")
 
 def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
     """Class decorator: make a reducer known under `name`."""
+    if not isinstance(name, str):
+        raise UserError(f'register takes the method\'s name; write @register("{name.__name__.lower()}") above it.')
 
     def add(cls: type[Reducer]) -> type[Reducer]:
         if "__dataclass_fields__" not in cls.__dict__:
@@ -68,7 +70,12 @@ def method(name: str) -> type[Reducer]:
     if name not in METHODS:
         # A method's file has its name, or its package has.
         broken = [why for module, why in BROKEN.items() if name in module.split(".")]
-        raise UserError(broken[0]) if broken else unknown("method", name, METHODS)
+        silent = [
+            f'{package}/{name}.py registers no method {name}; write @register("{name}") above its class.'
+            for package in PACKAGES
+            if f"{package}.{name}" in sys.modules
+        ]
+        raise UserError((broken + silent)[0]) if broken + silent else unknown("method", name, METHODS)
     return METHODS[name]
 
 
