@@ -240,7 +240,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", help="torch device")
     p.add_argument("--judge", default="auto", help="for judged benchmarks: docs/evaluation.md")
     p.add_argument("--gate", choices=("mark", "stop"), default="mark", help="what a wrong baseline does to the table")
-    p.add_argument("--render", action="store_true", help="run nothing; write the table from finished runs")
+    p.add_argument("--render", action="store_true", help="ask nothing, write from finished runs; --times 0: no timing")
     p.add_argument("--tex-intervals", action="store_true", help="LaTeX: 95 %% intervals, and * for clear differences")
     p.add_argument("--output", type=Path, help="folder of the files; default results/tables/PAPER/MODEL[-limitN]")
     p.add_argument("--page", action="store_true", help="also write an ablation into its page of docs/")
