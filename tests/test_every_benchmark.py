@@ -13,6 +13,7 @@ from eval.benchmarks.base import Dataset, no_submission
 from eval.benchmarks.media import Videos
 from eval.config import ROOT
 from eval.results.report import confidence
+from eval.results.statistics import summed_by_cluster, terms_of
 from eval.score import score_file
 from llava.errors import UserError
 
@@ -127,12 +128,22 @@ def test_the_headline_is_the_value_of_its_terms_and_lies_in_its_interval(case):
     else:
         assert 100 * np.mean(list(score.correct.values())) == pytest.approx(value, abs=0.01)
     found = confidence(score, data.questions)[score.main]
+    drawn = spread_of_drawn(terms_of(score, {question.id: question.image for question in data.questions}))
     if found["low"] is None:
         images = len({question.image for question in data.questions})
         assert images <= 20 and found["method"].startswith("n/a: "), "only few images may leave no interval"
+        assert ("without spread" in found["method"]) == (drawn < 1e-6)
         return
     assert found["low"] <= value + 1e-6 and value - 1e-6 <= found["high"]
-    assert found["low"] < found["high"] or len(texts) < 20, "nothing was drawn"
+    # A rounded score has no slope: LLaVA-Bench's interval was -334 to 506, or there was none.
+    assert 0.7 < (found["high"] - found["low"]) / (2 * 1.96 * drawn) < 1.5, "not what drawing the images gives"
+
+
+def spread_of_drawn(terms) -> float:
+    """The standard deviation of the score over 1,000 samples of its clusters, drawn with replacement."""
+    rows, rng = summed_by_cluster(terms), np.random.default_rng(0)
+    drawn = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=1000)
+    return float(np.std([terms.value(counts @ rows) for counts in drawn]))
 
 
 def test_questions_and_pictures_are_there(case):

@@ -19,8 +19,6 @@ UNREADABLE: Pair = (-1.0, -1.0)
 FULL_MARKS = 10.0
 KINDS = ("complex", "conv", "detail")
 
-_rounded = np.vectorize(lambda value, digits: round(float(value), int(digits)), otypes=[np.float64])
-
 
 def parse(review: str) -> Pair:
     """The two scores in a review's first line: GPT-4's answer, then the model's.
@@ -37,10 +35,15 @@ def parse(review: str) -> Pair:
 
 
 def ratio(sums: Array) -> Array:
-    """[..., (reference's scores, model's scores, reviews)] -> percent, both means rounded first, as officially."""
-    means = _rounded(divide(sums[..., :2], sums[..., 2:]), 3)
-    # Guarded: unreadable reviews can cancel out to a mean of 0 for the reference, where the script would stop.
-    return _rounded(divide(means[..., 1], means[..., 0]) * 100, 1)
+    """[..., (reference's scores, model's scores, reviews)] -> percent, not rounded: intervals need its slopes."""
+    # Guarded: unreadable reviews can cancel out to 0 for the reference, where the official script would stop.
+    return divide(sums[..., 1], sums[..., 0]) * 100
+
+
+def official_ratio(sums: Array) -> float:
+    """The same for [3] as it is reported: both means are rounded to three digits first, the percent to one."""
+    reference, model = (round(float(mean), 3) for mean in divide(sums[:2], sums[2:]))
+    return round(model / reference * 100, 1) if reference else 0.0
 
 
 def score(
@@ -60,13 +63,13 @@ def score(
     """
     rows = np.array([(*pairs[name], 1.0) for name in categories]).reshape(-1, 3)
     kinds = {kind: [i for i, found in enumerate(categories.values()) if found == kind] for kind in KINDS}
-    table = {kind: (float(ratio(rows[members].sum(0))), len(members)) for kind, members in kinds.items() if members}
+    table = {kind: (official_ratio(rows[members].sum(0)), len(members)) for kind, members in kinds.items() if members}
     clusters = tuple(images[name] for name in categories)
     total = rows.sum(0)
     main, *names = (f"{name}{tail}" for name in ("relative_score", "reference_points", "model_points"))
     means = total[:2] / len(rows)
     values: dict[str, float | None] = {
-        main: float(ratio(total)),
+        main: official_ratio(total),
         names[0]: round(round(float(means[0]), 3) * 10, 1),
         names[1]: round(round(float(means[1]), 3) * 10, 1),
     }
