@@ -115,7 +115,7 @@ def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
             except KeyboardInterrupt as stop:
                 if not ranks.current().alone:
                     raise
-                print(f"\n{stop or 'Stopped; run the same command again.'}", file=sys.stderr)
+                print(f"\n{str(stop) or 'Stopped; run the same command again.'}", file=sys.stderr)
                 return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
 
     return guarded

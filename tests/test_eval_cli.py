@@ -20,7 +20,7 @@ from eval import benchmarks, score
 from eval import cli as vtr
 from eval import job as job_module
 from eval.benchmarks.prompts import LETTER, SHORT, VIZ, split_suffix
-from eval.command import STOPS, exit_on_user_error
+from eval.command import STOPS, Terminated, exit_on_user_error
 from eval.config import RunConfig, method_options, options_by_method
 from eval.efficiency.latency.methods import reducers_of
 from eval.papers import table
@@ -286,6 +286,18 @@ def test_a_second_ctrl_c_leaves_the_sentence_of_the_first(number, code, capsys):
 
     assert main() == code and [signal.getsignal(one) for one in STOPS] == before
     assert capsys.readouterr().err == "\nStopped. 3 of 4 answers are kept.\n"
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_ctrl_c_without_words_of_its_own_is_a_sentence(stop, code, capsys):
+    """Two empty lines were printed: an exception without a text is not false."""
+
+    @exit_on_user_error
+    def main() -> int:
+        raise stop
+
+    assert main() == code
+    assert capsys.readouterr().err == "\nStopped; run the same command again.\n"
 
 
 def test_ctrl_c_in_a_table_is_a_sentence(monkeypatch, capsys):

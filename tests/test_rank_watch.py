@@ -1,8 +1,10 @@
 """What the parent process makes of its ranks' reports, with its clock in the test's hand."""
 
 import os
+import signal
 import socket
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -193,6 +195,18 @@ def test_a_rank_whose_parent_ends_while_it_connects_gives_up_soon(monkeypatch):
     with pytest.raises(UserError, match="does not answer at"):
         Control.connect(f"127.0.0.1:{listening.getsockname()[1]}")
     assert 0 < clock.now <= 10
+
+
+def test_a_rank_that_is_stopped_before_it_has_its_place_says_nothing():
+    """Ranks that were ended while they connected printed empty lines above the sentence of the command."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        command = [sys.executable, "-m", "eval.parallel.worker", f"127.0.0.1:{listening.getsockname()[1]}"]
+        rank = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        listening.accept()[0].close()
+        rank.terminate()
+    # Nobody listens any more, so a rank that goes on ends by itself.
+    assert rank.communicate(timeout=120) == (b"", None)
+    assert rank.returncode == -signal.SIGTERM
 
 
 def test_ranks_of_a_replica_claim_the_same(control):

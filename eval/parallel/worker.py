@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from torch.distributed import DistError
 
-from eval.command import exit_on_user_error, terminate
+from eval.command import STOPS, terminate
 from eval.parallel import ranks
 from eval.parallel.control import Control, free_port
 from eval.parallel.ranks import FAILED, FINISHED, LOADING, STOPPED, Rank
@@ -27,20 +27,24 @@ from llava.errors import UserError
 BEAT_SECONDS = 1
 
 
-@exit_on_user_error
 def main(words: Sequence[str]) -> int:
     """Take this process's place among the ranks, and run the command.
+
+    SIGTERM before that ends the process at once: it has done nothing yet that anyone needs to hear of.
 
     Returns:
         The exit code for the launcher: 0 for a rank that has finished, whatever its command returned, because any other
         code makes the launcher end the ranks that have not finished yet.
     """
-    control = Control.connect(words[0])
+    try:
+        control = Control.connect(words[0])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     command = control.get("command")
     number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     rank = Rank(number, world, command["size"], command["name"], control)
     ranks.become(rank)
-    signal.signal(signal.SIGTERM, terminate)
     ended = threading.Event()
     follower = threading.Thread(target=follow, args=(rank, control, ended), daemon=True)
     follower.start()
@@ -51,6 +55,8 @@ def main(words: Sequence[str]) -> int:
         if not control.answers():
             end_without_parent(rank)
         raise
+    except KeyboardInterrupt:  # told to stop while it said its last word
+        return 1
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the last word is said
         # A thread that talks to the store while Python ends would abort the process.
@@ -65,6 +71,8 @@ def work(rank: Rank, module: str, arguments: Sequence[str], processor: bool) -> 
         processor: leave accelerators alone.
     """
     try:
+        for number in STOPS:
+            signal.signal(number, terminate)
         rank.report(LOADING)
         take_device(processor)
         if not rank.first:
@@ -79,8 +87,8 @@ def work(rank: Rank, module: str, arguments: Sequence[str], processor: bool) -> 
     except KeyboardInterrupt:
         if not rank.ended:
             rank.report(STOPPED)
-    except UserError:
-        raise
+    except UserError as error:  # the parent process prints it once
+        rank.report(FAILED, reason=str(error), code=2)
     except Exception as error:
         rank.count("failed")  # raises DistError without the parent process: that is the reason then
         traceback.print_exc()
