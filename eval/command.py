@@ -105,18 +105,14 @@ def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
         with stopping_once():
             try:
                 return main(*args, **kwargs)
-            except UserError as error:
-                rank = ranks.current()
-                if rank.alone:
-                    print(error, file=sys.stderr)
-                else:  # the parent process prints it once
-                    rank.report(ranks.FAILED, reason=str(error), code=2)
-                return 2
-            except KeyboardInterrupt as stop:
+            except (UserError, KeyboardInterrupt) as error:
                 if not ranks.current().alone:
-                    raise
-                print(f"\n{str(stop) or 'Stopped; run the same command again.'}", file=sys.stderr)
-                return 143 if isinstance(stop.__cause__ or stop, Terminated) else 130
+                    raise  # eval.parallel.worker tells the parent process, which prints it once
+                if isinstance(error, UserError):
+                    print(error, file=sys.stderr)
+                    return 2
+                print(f"\n{str(error) or 'Stopped; run the same command again.'}", file=sys.stderr)
+                return 143 if isinstance(error.__cause__ or error, Terminated) else 130
 
     return guarded
 

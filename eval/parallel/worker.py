@@ -30,7 +30,7 @@ BEAT_SECONDS = 1
 def main(words: Sequence[str]) -> int:
     """Take this process's place among the ranks, and run the command.
 
-    SIGTERM before that ends the process at once: it has done nothing yet that anyone needs to hear of.
+    SIGTERM before it has its place ends the process at once: nobody needs to hear of it.
 
     Returns:
         The exit code for the launcher: 0 for a rank that has finished, whatever its command returned, because any other
@@ -80,14 +80,13 @@ def work(rank: Rank, module: str, arguments: Sequence[str], processor: bool) -> 
         if rank.size > 1:
             join_replica(rank)
         code = import_module(module).main(arguments)
-        if not rank.ended:
-            if rank.size > 1:
-                leave_replica()
-            rank.report(FINISHED, code=code)
+        if rank.size > 1:
+            leave_replica()
+        rank.report(FINISHED, code=code)
     except KeyboardInterrupt:
         if not rank.ended:
             rank.report(STOPPED)
-    except UserError as error:  # the parent process prints it once
+    except UserError as error:
         rank.report(FAILED, reason=str(error), code=2)
     except Exception as error:
         rank.count("failed")  # raises DistError without the parent process: that is the reason then
