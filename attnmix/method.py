@@ -6,16 +6,19 @@ Official code read: JiayiV/AdaV@58d1f8d, llava/model/language_model/llava_llama.
 Differs from it: a token that both rankings choose counts once and the budget is met; saliency is ranked over all tiles
     together, in the order of the tokens; the text is the question. `official` does as the release in all of these.
     docs/attnmix.md explains each difference.
+
+Shapes: B images, N visual tokens (all tiles of an image together), T text tokens, D channels of the decoder; C tiles of
+n tokens and V output tokens in the released form.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from attnmix.mixture import adaptive_count, crop_pool, mix, ordered, text_scores
-from attnmix.release import released_count, released_tokens
 from llava.reduction import (
     MethodMetadata,
     ModelSpec,
@@ -24,10 +27,147 @@ from llava.reduction import (
     Reduction,
     TowerScore,
     UserError,
+    keep_top,
     option,
     options_of,
     register,
 )
+
+MatMul = Callable[[Tensor, Tensor], Tensor]
+
+
+def text_scores(
+    text: Tensor, exists: Tensor, visual: Tensor, temperature: float, matmul: MatMul = torch.matmul
+) -> Tensor:
+    """[B, N] float32, text score of each visual token: its largest weight over the text tokens.
+
+    The weights of a text token are the softmax of cosine / temperature over all visual tokens.
+
+    Args:
+        text: [B, T, D] word embeddings, as they enter the decoder.
+        exists: [B, T] bool, False where a row is padding.
+        visual: [B, N, D] projected visual tokens.
+    """
+    text, visual = F.normalize(text.float(), dim=-1), F.normalize(visual.float(), dim=-1)
+    share = (matmul(text, visual.transpose(1, 2)) / temperature).softmax(-1)
+    return share.masked_fill(~exists.unsqueeze(-1), 0).amax(1)
+
+
+def ordered(score: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, N] scores -> the same in float32 in descending order, and their indices; ties to the lower index."""
+    return score.float().sort(dim=1, descending=True, stable=True)
+
+
+def best_split(first: Tensor, second: Tensor) -> Tensor:
+    """[B] int64, how many of K tokens go to the first of two rankings so that the kept masses balance.
+
+    The split has the largest product (and so geometric mean) of the two masses; on a tie the first ranking gets fewer
+    tokens. The scale of either ranking has no effect. A peaked ranking gets few tokens, a flat one many.
+
+    Args:
+        first, second: [B, K] scores in descending order, at least 0.
+    """
+    # Mass of the best k of each ranking, k = 0 .. K. Flipped, the second has the mass of its best K - k.
+    mass = [F.pad(scores.cumsum(1), (1, 0)) for scores in (first, second)]
+    return (mass[0] * mass[1].flip(1)).argmax(1)
+
+
+def forced_count(budget: int, floor: float) -> int:
+    """Tokens that each ranking gets before the split, `floor` of the budget rounded down."""
+    return int(budget * floor + 1e-9)  # 0.29 * 100 is a little less than 29
+
+
+def adaptive_count(text: Tensor, saliency: Tensor, budget: int, floor: float) -> Tensor:
+    """[B] int64, tokens that are chosen by text: its least share and its part of the rest.
+
+    Args:
+        text, saliency: [B, at least budget] scores in descending order.
+        floor: least share of the budget for each ranking, 0 to 0.5.
+    """
+    forced = forced_count(budget, floor)
+    rest = slice(forced, budget - forced)
+    return forced + best_split(text[:, rest], saliency[:, rest])
+
+
+def crop_pool(saliency: Tensor, crops: int, size: int) -> Tensor:
+    """[B, N] bool, the `size` most salient tokens of every tile."""
+    inside = saliency.unflatten(1, (crops, -1))
+    place = inside.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+    return (place < size).flatten(1)
+
+
+def mix(text: Tensor, saliency: Tensor, count: Tensor, budget: int) -> Tensor:
+    """[B, budget] indices, ascending: the best `count` by text, then the most salient of the others.
+
+    Args:
+        text, saliency: [B, N] scores.
+        count: [B] int64, at most `budget`.
+    """
+    place = text.float().argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return keep_top(saliency.float().masked_fill(place < count.unsqueeze(1), torch.inf), budget)
+
+
+# Distance of the indices of two neighbouring tiles. It should be n; with 1 all salient indices point into tile 0 (B1).
+STRIDE = 1
+
+
+def released_count(budget: int, crops: int, mix: str) -> int:
+    """V, the tokens kept at a budget: equally many of every tile, and an even number for two rankings (B5)."""
+    return budget // crops * crops if mix == "t2i" else 2 * (budget // 2 // crops) * crops
+
+
+def salient_by_crop(saliency: Tensor, crops: int, size: int, stride: int) -> tuple[Tensor, Tensor]:
+    """The most salient tokens tile after tile, in descending order inside each tile only.
+
+    Args:
+        saliency: [B, N].
+        size: tokens taken of each tile.
+        stride: see STRIDE.
+
+    Returns:
+        Scores [B, C * size] and their indices, int64.
+    """
+    inside = saliency.float().unflatten(1, (crops, -1))
+    score, place = inside.sort(dim=2, descending=True, stable=True)
+    start = torch.arange(crops, device=saliency.device)[:, None] * stride
+    return score[:, :, :size].flatten(1), (place[:, :, :size] + start).flatten(1)
+
+
+def released_tokens(
+    text: Tensor, saliency: Tensor, crops: int, budget: int, floor: float, mix: str = "adaptive", stride: int = STRIDE
+) -> Tensor:
+    """[B, V] indices, ascending; a token that both rankings choose is in it twice (B4).
+
+    Args:
+        text: [B, N] scores by text; unused with "cls".
+        saliency: [B, N]; unused with "t2i".
+        floor: share of V forced from each ranking; for saliency these come from the first tiles, not the best (B3).
+        mix: "adaptive", "t2i" or "cls".
+    """
+    total = released_count(budget, crops, mix)
+    if mix == "t2i":
+        return keep_top(text, total)
+    value, place = salient_by_crop(saliency, crops, total // crops, stride)
+    if mix == "cls":
+        return place.sort(dim=1).values
+    forced = forced_count(total, floor)
+    rest, again = ordered(value[:, forced:])
+    value = torch.cat([value[:, :forced], rest], 1)
+    place = torch.cat([place[:, :forced], place[:, forced:].gather(1, again)], 1)
+    text_value, text_place = ordered(text)
+    count = adaptive_count(text_value, value, total, floor).unsqueeze(1)
+    rank = torch.arange(total, device=place.device)
+    # Tokens that are not chosen get an index after all tokens, so that sorting moves them out of the first V.
+    nothing = text.shape[1]
+    chosen = torch.cat(
+        [
+            text_place[:, :total].masked_fill(rank >= count, nothing),
+            place.masked_fill(rank >= total - count, nothing),
+        ],
+        1,
+    )
+    return chosen.sort(dim=1).values[:, :total]
+
 
 RELEASED = {"text": "after", "pool": "crop"}  # these options under `official`
 

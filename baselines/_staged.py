@@ -4,7 +4,7 @@ The tokens that the first stage keeps determine those of the later stages. They 
 of the visual tokens that enter a layer equals the budget.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -19,7 +19,6 @@ from llava.reduction import (
     Reduction,
     UserError,
     keep_top,
-    largest_within,
     option,
     refuse_budget,
     scaled_layers,
@@ -28,6 +27,25 @@ from llava.reduction import (
 
 REFERENCE = 32  # decoder layers of the papers' models
 SCHEDULE = "mean: the budget is the mean over all layers; kept: over the layers after the first stage"
+
+
+def proportional(first: int, parts: Sequence[int]) -> tuple[int, ...]:
+    """Tokens of each stage in proportion to `parts`, `first` at the first stage: rounded down, at least 1.
+
+    Parts 4, 2, 1 halve the tokens at each stage.
+    """
+    return tuple(max(1, first * part // parts[0]) for part in parts)
+
+
+def largest_within(budget: int, most: int, total_of: Callable[[int], int], depth: int) -> int | None:
+    """The x in 1..most for which `total_of(x)`, a sum over layers that grows with x, is nearest to the budget.
+
+    Returns:
+        x whose mean over `depth` layers is nearest to `budget` (the smaller x on a tie), or None if even that one is
+        off by more than half a token.
+    """
+    best = min(range(1, most + 1), key=lambda x: (abs(total_of(x) - budget * depth), x))
+    return best if abs(total_of(best) - budget * depth) <= depth / 2 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +112,6 @@ class Staged(Reducer):
         return tokens_by_layer(spec.visual_tokens, self.decoder_layers(spec.layers), counts, spec.layers)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        assert state.spec is not None  # the pipeline sets it
         keep = plan(self, state.spec)[self.decoder_layers(state.spec.layers).index(state.layer)]
         if keep >= state.tokens.shape[1]:
             return None  # this stage has nothing to do

@@ -26,8 +26,6 @@ from llava.reduction import (
     largest_determinant,
     option,
     register,
-    signed,
-    text_similarity,
 )
 
 
@@ -61,7 +59,6 @@ class CDPruner(Reducer):
     def prompt(self, state: PromptState) -> Reduction | None:
         total = state.tokens.shape[1]
         long = "cut" if self.official else "frame"
-        similarity = text_similarity(state, state.questions, cosine=True, long=long)
-        relevance = unit_interval(signed(similarity, self.relevance, state.clip))
-        chosen = largest_determinant(state.tokens, relevance, self.budget, state)
+        relevance = unit_interval(state.relevance(state.questions, self.relevance, cosine=True, long=long))
+        chosen = largest_determinant(state.tokens, relevance, self.budget, state.matmul)
         return Reduction(chosen.sort(1).values, total)

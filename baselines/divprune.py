@@ -34,5 +34,5 @@ class DivPrune(Reducer):
 
     def prompt(self, state: PromptState) -> Reduction | None:
         tokens = state.tokens.shape[1]
-        chosen = farthest_apart(state.tokens, self.budget, state)
+        chosen = farthest_apart(state.tokens, self.budget, state.matmul)
         return Reduction(chosen.sort(dim=1).values, tokens)

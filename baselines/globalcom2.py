@@ -32,10 +32,10 @@ from llava.reduction import (
     TowerScore,
     UserError,
     covered,
-    deal,
     keep_top,
     option,
     register,
+    split_evenly,
 )
 
 SCORE = TowerScore("cls_logits", -1)
@@ -72,7 +72,7 @@ def split(score: Tensor, arrangement: TokenLayout, temperature: float, budget: i
     first = int(budget * sizes[0] / sum(sizes) + 0.5)
     factors = adjustment(covered(arrangement, score), temperature)
     weights = [size * factor for size, factor in zip(sizes[1:], factors, strict=True)]
-    return [first, *deal(budget - first, sizes[1:], weights)]
+    return [first, *split_evenly(budget - first, sizes[1:], weights)]
 
 
 def split_as_released(score: Tensor, arrangement: TokenLayout, temperature: float, ratio: float) -> list[int]:
@@ -116,7 +116,7 @@ class GlobalCom2(Reducer):
 
     def for_picture(self, spec: ModelSpec) -> Self:
         if self.retention_ratio and self.official:  # the release applies the ratio to patches
-            return self.sized(max(1, int(self.retention_ratio * spec.patches + 0.5)))
+            return self.with_budget(max(1, int(self.retention_ratio * spec.patches + 0.5)))
         return super().for_picture(spec)
 
     def scores(self) -> tuple[TowerScore, ...]:

@@ -27,10 +27,10 @@ from llava.reduction import (
     TowerScore,
     UserError,
     covered,
-    deal,
     keep_top,
     option,
     register,
+    split_evenly,
 )
 
 LATE, EARLY = TowerScore("cls_attention"), TowerScore("cls_attention", 0)
@@ -48,7 +48,7 @@ def crop_budgets(salient: Tensor, arrangement: TokenLayout, budget: int) -> list
         salient: [P], 1 for every salient patch of the base image.
     """
     sizes = [len(tile.patches) for tile in arrangement.crops[1:]]
-    return deal(budget, sizes, covered(arrangement, salient))
+    return split_evenly(budget, sizes, covered(arrangement, salient))
 
 
 def crop_budgets_as_released(salient: Tensor, tiles: int, budget: int) -> list[int]:
@@ -80,7 +80,6 @@ def behind_unpadding(given: list[int], attention: Tensor, arrangement: TokenLayo
 class HiRED(Scorer):
     """With one tile this is FasterVLM. Frames of a video get equal budgets."""
 
-    version: ClassVar[str] = "2"  # 2: the base image takes what no tile can
     summary: ClassVar[str] = "highest CLS attention; the budget of tiles by early attention"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(
         acts="after the tower",
@@ -107,7 +106,7 @@ class HiRED(Scorer):
 
     def for_picture(self, spec: ModelSpec) -> Self:
         if self.retention_ratio and self.official and spec.crops:  # the release applies the ratio to whole tiles
-            return self.sized(max(1, int(len(spec.crops) * spec.crops[0].tokens * self.retention_ratio)))
+            return self.with_budget(max(1, int(len(spec.crops) * spec.crops[0].tokens * self.retention_ratio)))
         return super().for_picture(spec)
 
     def scores(self) -> tuple[TowerScore, ...]:

@@ -12,14 +12,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from baselines._staged import SCHEDULE, Staged
+from baselines._staged import SCHEDULE, Staged, proportional
 from llava.reduction import (
     DecoderState,
     MethodMetadata,
     ModelSpec,
     UserError,
     option,
-    proportional,
     register,
     tokens_by_layer,
 )
@@ -58,7 +57,9 @@ class PyramidDrop(Staged):
         f"{SCHEDULE}; paper: 1/2, 1/4, 1/8 at layers 8, 16, 24 (mean 270); third_party: .32, .16, .08 at 2, 10, 20",
         ("mean", "kept", *SHARES),
     )
-    layers: tuple = option((), "decoder layers before which to drop; empty for those of the schedule in proportion")
+    layers: tuple[int, ...] = option(
+        (), "decoder layers before which to drop; empty for those of the schedule in proportion"
+    )
 
     @property
     def published(self) -> tuple[int, ...]:

@@ -44,5 +44,5 @@ class Scope(Reducer):
         tokens = state.features.shape[1]
         # The release sums over heads; the mean differs by a constant factor, so the choices are the same.
         weight = state.scores[TowerScore("cls_attention")].pow(self.alpha)
-        chosen = cover_greedily(state.features, weight, self.budget, state)
+        chosen = cover_greedily(state.features, weight, self.budget, state.matmul)
         return Reduction(chosen.sort(dim=1).values, tokens)

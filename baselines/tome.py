@@ -118,7 +118,6 @@ class ToMe(Reducer):
         return tuple(range(selected))
 
     def tower(self, state: BlockState) -> Reduction | None:
-        assert state.spec is not None  # the pipeline sets it
         patches, blocks = state.tokens.shape[1] - 1, state.spec.tower_blocks - 1 - state.block
         # The plan for the remaining blocks equals the end of the plan for all blocks.
         count = removals(patches, self.budget, blocks)[0] if blocks > 0 and patches > self.budget else 0

@@ -24,8 +24,6 @@ from llava.reduction import (
     keep_top,
     option,
     register,
-    signed,
-    text_similarity,
 )
 
 
@@ -89,8 +87,7 @@ class TRIM(Reducer):
     def encoder(self, state: EncoderState) -> Reduction | list[Reduction] | None:
         total = state.features.shape[1]
         texts, long = (state.messages, "truncate") if self.official else (state.questions, "frame")
-        similarity = text_similarity(state, texts, cosine=False, long=long)
-        score = signed(similarity, self.relevance, state.clip).softmax(-1)
+        score = state.relevance(texts, self.relevance, cosine=False, long=long).softmax(-1)
         if not self.adaptive:
             return keep_and_average(keep_top(score, self.budget - (not self.official)), total)
         counts = outliers(score).clamp(max=total - 1).tolist()

@@ -7,6 +7,7 @@ Differs from it: contextual tokens are averages, as in the paper; the release, a
     tiles, `official` too keeps contextual tokens in raster order of the tiles' grid (the release: tile after tile).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,18 +21,23 @@ from llava.reduction import (
     Reduction,
     TowerScore,
     UserError,
-    merge_flops,
     merge_plan,
     option,
     register,
     split,
-    with_cls,
 )
 
 CONTEXTUAL_SHARE = 10 / 64  # 54 + 10, 108 + 20 and 162 + 30 in the release, CLS among the first
 
 
-def zip_tokens(saliency: Tensor, keys: Tensor, dominant: int, contextual: int, weights: str) -> Reduction:
+def zip_tokens(
+    saliency: Tensor,
+    keys: Tensor,
+    dominant: int,
+    contextual: int,
+    weights: str,
+    matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Reduction:
     """Dominant tokens in raster order, CLS first, then contextual ones in the raster order of their targets.
 
     Args:
@@ -42,7 +48,7 @@ def zip_tokens(saliency: Tensor, keys: Tensor, dominant: int, contextual: int, w
         weights: "mean" (a group is averaged) or "anchor_plus_mean" (the mean of the others is added to the target).
     """
     kept, rest = split(saliency, dominant - 1)
-    return with_cls(merge_plan(kept, rest, contextual, saliency, keys, "stride", weights, appended=True))
+    return merge_plan(kept, rest, contextual, saliency, keys, "stride", weights, True, matmul).with_cls()
 
 
 @register("visionzip")
@@ -94,7 +100,5 @@ class VisionZip(Reducer):
             everything = torch.arange(1, patches + 1, device=saliency.device)
             return Reduction(everything.expand(len(saliency), -1), patches + 1)  # LLaVA itself drops CLS
         dominant, contextual = self.split()
-        plan = zip_tokens(saliency, keys, dominant, contextual, "anchor_plus_mean" if self.official else "mean")
-        cost = merge_flops("stride", patches, dominant - 1, contextual, keys.shape[-1], plan.merges)
-        state.flops += len(saliency) * cost
-        return plan
+        weights = "anchor_plus_mean" if self.official else "mean"
+        return zip_tokens(saliency, keys, dominant, contextual, weights, state.matmul)

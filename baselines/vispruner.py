@@ -52,6 +52,6 @@ class VisPruner(Reducer):
         important = int(self.budget * self.important)
         kept, rest = order[:, :important], order[:, important:]
         if important < self.budget:
-            diverse = distinct(gather_tokens(state.features, rest), self.budget - important, state)
+            diverse = distinct(gather_tokens(state.features, rest), self.budget - important, state.matmul)
             kept = torch.cat([kept, rest.gather(1, diverse)], 1)
         return Reduction(kept.sort(dim=1).values, tokens)

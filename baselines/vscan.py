@@ -26,17 +26,14 @@ from llava.reduction import (
     Reduction,
     TowerScore,
     UserError,
-    assign,
     keep_top,
-    member_weights,
-    merge_flops,
+    merge_plan,
     option,
     others,
     planned,
     register,
     scaled_layers,
     tokens_by_layer,
-    unit_length,
 )
 
 SHALLOW = TowerScore("cls_attention", 5, depth=24)
@@ -68,16 +65,6 @@ def keep_top_of_windows(score: Tensor, window: Tensor, count: int, windows: int)
     return order.gather(1, rank.argsort(dim=1, stable=True)[:, :count])
 
 
-def merge_into_kept(tokens: Tensor, kept: Tensor) -> Reduction:
-    """Average each token that is not kept into the most similar kept one (cosine of tokens [B, N, D])."""
-    total = tokens.shape[1]
-    rest = others(kept, total)
-    slots = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    assignment = torch.empty(tokens.shape[:2], dtype=torch.int64, device=kept.device).scatter(1, kept, slots)
-    assignment = assignment.scatter(1, rest, assign(rest, kept, unit_length(tokens)))
-    return Reduction(kept, total, assignment, member_weights("mean", assignment, kept, assignment), drops=False)
-
-
 @register("vscan")
 @dataclass(frozen=True, kw_only=True)
 class VScan(Reducer):
@@ -99,7 +86,7 @@ class VScan(Reducer):
         "each", "the first stage splits the budget evenly over tiles, the second ranks all together", ("each",)
     )
     window: int = option(6, "side of a window in patches", least=1)
-    layers: tuple = option((), "decoder layer before which the second stage acts; empty for the middle")
+    layers: tuple[int, ...] = option((), "decoder layer before which the second stage acts; empty for the middle")
     official: bool = option(False, "leave out tokens that do not divide evenly over the windows")
 
     def __post_init__(self) -> None:
@@ -136,7 +123,6 @@ class VScan(Reducer):
         return SHALLOW, DEEP
 
     def prompt(self, state: PromptState) -> Reduction | None:
-        assert state.spec is not None  # the pipeline sets it
         local, first, _ = self.counts(state.spec)
         total = state.tokens.shape[1]
         if first >= total:
@@ -145,11 +131,12 @@ class VScan(Reducer):
         window = window.to(state.tokens.device, non_blocking=True)
         near = keep_top_of_windows(state.scores[SHALLOW], window, local, count)
         far = keep_top(state.scores[DEEP].scatter(1, near, -torch.inf), first - local)
-        state.flops += len(near) * merge_flops("", total, first, 0, state.tokens.shape[-1], True)
-        return merge_into_kept(state.tokens, torch.cat([near, far], 1).sort(1).values)
+        kept = torch.cat([near, far], 1).sort(1).values
+        # Each token that is not kept is averaged into the most similar kept one, by cosine of tokens.
+        rest, score = others(kept, total), state.scores[DEEP]
+        return merge_plan(kept, rest, 0, score, state.tokens, "retained", "mean", matmul=state.matmul)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        assert state.spec is not None  # the pipeline sets it
         tokens = planned(self, state.spec)
         assert tokens is not None  # it never depends on the image
         second, total = tokens[state.layer], state.tokens.shape[1]

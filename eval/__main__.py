@@ -9,14 +9,16 @@ python -m eval --list
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from eval import benchmarks
 from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, value
 from eval.config import (
     FULL,
-    ROOT,
     RunConfig,
     budget_of,
     count,
@@ -26,7 +28,6 @@ from eval.config import (
     path_name,
     table_name,
 )
-from eval.judging.choice import HELP as JUDGE_HELP
 from eval.parallel import placement
 from llava.budget import RETENTION_RATIO, count_or_ratio
 from llava.errors import UserError
@@ -69,20 +70,14 @@ def parser() -> Parser:
         default=[],
         metavar="KEY=VALUE",
         help="how images are read, where the model's family leaves a choice: merge=spatial, reading=transformers, "
-        "force=672x672 (LLaVA-NeXT), flip=SEED (Video-LLaVA), min_pixels=N, max_pixels=N (Qwen)",
+        "force=672x672 (LLaVA-NeXT), min_pixels=N, max_pixels=N (Qwen)",
     )
-    p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
     p.add_argument("--quantization", choices=("8bit", "4bit"), help="hold the decoder in 8 or 4 bits (bitsandbytes)")
     p.add_argument(
         "--compile",
         action="store_true",
         help="run tower, prefill and decoding with torch.compile, on a GPU with CUDA graphs: for long runs; each new "
         "shape is compiled first, which takes seconds to a minute",
-    )
-    p.add_argument(
-        "--share-prefix",
-        action="store_true",
-        help="run the common beginning of a batch's prompts once: faster, but its times are not those of the method",
     )
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
     p.add_argument("--device", default="auto", help="torch device")
@@ -114,7 +109,7 @@ def parser() -> Parser:
     p.add_argument(
         "--zero",
         metavar="PLACE",
-        help="ZeRO-Inference: keep the decoder in 'cpu' memory or on 'nvme=/FOLDER' and fetch it layer by layer; "
+        help="ZeRO-Inference: keep the decoder in 'cpu' memory and fetch it layer by layer; "
         "'none' divides it over the accelerators of --zero-ranks",
     )
     p.add_argument(
@@ -161,50 +156,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(words)
     if args.list:
-        print_list(args.json)
+        from eval import show
+
+        known = {kind: show.entries_of(kind) for kind in show.KINDS}
+        lists = (f"{kind}:\n{textwrap.indent(show.overview(kind, known[kind]), '  ')}" for kind in known)
+        print(json.dumps(known, indent=1, default=str) if args.json else "\n".join(lists))
         return 0
     configs = configurations(args)
     config = configs[0]
     place = placement.here(config.ranks_per_model, config.device)
     if args.dry_run:
-        print_estimates(configs, place, args.json)
+        from eval.efficiency.estimate import estimate
+
+        estimates = [estimate(one, place) for one in configs]
+        records = [one.record() for one in estimates]
+        lines = [line for one in estimates for line in one.lines()]
+        print(json.dumps(records if len(records) > 1 else records[0], indent=1) if args.json else "\n".join(lines))
         return 0
     if len(configs) > 1:
         from eval.sweep import run_all
 
         return 0 if run_all(configs) else SOME_FAILED
-    if place is not None:
-        return on_ranks(words, config, place, args.timeout)
-    from eval.run import run
+    from eval.run import read_questions, run
 
+    if place is not None:  # the same command on every rank
+        from eval.parallel.launch import launch
+
+        data, _ = read_questions(config)
+        planned = data.questions[: config.limit]
+        place = place.at_most(-(-len(planned) // config.batch_size))
+        print(f"{data.title}: {len(planned):,} questions on {place.describe()}", file=sys.stderr)
+        return launch("eval.__main__", words, place, args.timeout)
     result = run(config)
     if config.tensor_parallel > 1 or config.zero is not None:
-        from llava.model.parallel.group import leave
+        from llava.model.parallel import leave
 
         leave()
     return SOME_FAILED if result.get("failed") else 0
-
-
-def print_estimates(configs: Sequence[RunConfig], place: placement.Placement | None, as_json: bool) -> None:
-    """Expected memory and time of each run."""
-    from eval.efficiency.estimate import estimate
-
-    found = [estimate(config, place) for config in configs]
-    records = [one.record() for one in found]
-    lines = [line for one in found for line in one.lines()]
-    print(json.dumps(records if len(records) > 1 else records[0], indent=1) if as_json else "\n".join(lines))
-
-
-def on_ranks(words: Sequence[str], config: RunConfig, place: placement.Placement, timeout: float) -> int:
-    """The same command on every rank; returns the exit code."""
-    from eval.job import read_questions
-    from eval.parallel.launch import launch
-
-    data, _ = read_questions(config)
-    planned = data.questions[: config.limit]
-    place = place.at_most(-(-len(planned) // config.batch_size))
-    print(f"{data.title}: {len(planned):,} questions on {place.describe()}", file=sys.stderr)
-    return launch("eval.__main__", words, place, timeout)
 
 
 def configurations(args: argparse.Namespace) -> list[RunConfig]:
@@ -216,88 +204,40 @@ def configurations(args: argparse.Namespace) -> list[RunConfig]:
     methods = sorted(args.method, key=lambda name: name != FULL)
     budgets = args.budget or [None]
     options = options_by_method(methods, args.set)
-    found = [
+    configs = [
         configuration(args, name, method, budget, options[method])
         for name in args.benchmark
         for method in methods
         for budget in (budgets if method != FULL or len(methods) == len(budgets) == 1 else [None])
     ]
-    if args.output and len(found) > 1:
-        raise UserError(f"--output is the folder of one run, and these are {len(found)}; leave it out.")
-    return found
+    if args.output and len(configs) > 1:
+        raise UserError(f"--output is the folder of one run, and these are {len(configs)}; leave it out.")
+    return configs
 
 
 def configuration(
     args: argparse.Namespace, name: str, method: str, size: int | float | None, options: dict[str, str]
 ) -> RunConfig:
-    """The configuration of one benchmark, method and budget."""
+    """The configuration of one benchmark, method and budget; flags have the names of its fields."""
     budget, ratio = budget_of(size)
     if ratio and RETENTION_RATIO in options:
         raise UserError(f"--budget as a ratio and --set {method}.{RETENTION_RATIO} are both given; leave one out.")
     benchmark = benchmarks.get(name)
     benchmarks.check_split(benchmark, args.split)
     benchmarks.check_profile(benchmark, args.profile)
-    return RunConfig(
-        method=method,
-        budget=budget,
-        benchmark=name,
-        split=args.split,
-        model=args.model or embedded_model(benchmark.model),
-        profile=args.profile,
-        source=args.source,
-        judge=args.judge,
-        data=Path(args.data),
-        output=Path(args.output) if args.output else None,
-        batch_size=args.batch_size,
-        limit=args.limit,
-        options=options | ratio,
-        picture=pairs("--picture", args.picture),
-        quantization=args.quantization,
-        dtype=args.dtype,
-        text_tower=args.text_tower,
-        device=args.device,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-        wandb=args.wandb,
-        restart=args.restart,
-        failed="only" if args.retry_failed else "skip",
-        tensor_parallel=args.tensor_parallel,
-        zero=args.zero,
-        zero_ranks=args.zero_ranks,
-        table=args.table,
-        compile=args.compile,
-        share_prefix=args.share_prefix,
-    )
-
-
-def print_list(as_json: bool) -> None:
-    """Everything that can be named on the command line."""
-    from llava.reduction import registry
-
-    registry.load_all()
-    there_is = {"methods": registry.describe(), "benchmarks": benchmarks.describe(), "models": models()}
-    if as_json:
-        print(json.dumps(there_is, indent=1, default=str))
-        return
-    for kind, entries in there_is.items():
-        print(f"{kind}:")
-        for entry in entries:
-            rest = "; ".join(text for key, value in entry.items() if key != "name" and (text := readable(value)))
-            print(f"  {entry['name']:16s} {rest}")
-
-
-def readable(value: object) -> str:
-    """A field of --list in one line."""
-    if isinstance(value, dict):
-        name, default = value.get("name"), value.get("default")
-        return f"{name}={default}" if name else ", ".join(f"{k} {v}" for k, v in value.items())
-    return ", ".join(map(readable, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def models() -> list[dict[str, str]]:
-    """The checkpoints that come with the repository."""
-    configs = sorted((ROOT / "assets").glob("*/config.json"))
-    return [{"name": config.parent.name, "path": str(config.parent)} for config in configs]
+    flags = {field.name: getattr(args, field.name) for field in fields(RunConfig) if field.name in args}
+    resolved: dict[str, Any] = {
+        "method": method,
+        "budget": budget,
+        "benchmark": name,
+        "model": args.model or embedded_model(benchmark.model),
+        "data": Path(args.data),
+        "output": Path(args.output) if args.output else None,
+        "options": options | ratio,
+        "picture": pairs("--picture", args.picture),
+        "failed": "only" if args.retry_failed else "skip",
+    }
+    return RunConfig(**{**flags, **resolved})
 
 
 if __name__ == "__main__":

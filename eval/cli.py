@@ -12,8 +12,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module, metadata
+
+from llava.errors import suggestion
 
 PROGRAM = "vtr"
 
@@ -23,14 +24,16 @@ class Command:
     """A sub-command.
 
     Attributes:
-        module: has `main()`, which reads `sys.argv` and returns the exit code.
+        module: is imported when the command runs.
         summary: the command's line in `vtr --help`.
         arguments: stand before those of the user.
+        function: of the module; it reads `sys.argv` and returns the exit code.
     """
 
     module: str
     summary: str
     arguments: tuple[str, ...] = ()
+    function: str = "main"
 
 
 # Heading of `vtr --help` -> the words after `vtr` -> the module that they run.
@@ -38,17 +41,19 @@ GROUPS = {
     "Use: questions, scores and pages": {
         "eval": Command("eval.__main__", "evaluate one method at one budget on one benchmark"),
         "score": Command("eval.score", "score a file of answers, without a model"),
-        "compare": Command("eval.compare", "paired test between two runs or files of answers"),
+        "compare": Command("eval.score", "paired test between two runs or files of answers", (), "compare_command"),
         "stats": Command("eval.statistics.command", "tokens needed, loyalty and hard questions of finished runs"),
-        "report": Command("eval.pages.report.__main__", "write a page with all results: plots and a sortable table"),
-        "gallery": Command("eval.pages.gallery.__main__", "an HTML page of what every method keeps of an image"),
-        "demo": Command("eval.pages.demo.__main__", "start a web page: ask about an image, a method beside full"),
+        "report": Command("eval.pages.report", "write a page with all results: plots and a sortable table"),
+        "gallery": Command("eval.pages.gallery", "an HTML page of what every method keeps of an image"),
+        "demo": Command("eval.pages.demo", "start a web page: ask about an image, a method beside full"),
         "show methods": Command(
             "eval.show", "list the methods, or one method's options: vtr show methods NAME", ("methods",)
         ),
         "show benchmarks": Command("eval.show", "list the benchmarks, with their splits and profiles", ("benchmarks",)),
         "show models": Command("eval.show", "list the bundled toy models", ("models",)),
-        "check-data": Command("eval.check_data", "report which benchmarks a data folder holds and what is missing"),
+        "check-data": Command(
+            "eval.show", "report which benchmarks a data folder holds and what is missing", (), "check_data_command"
+        ),
         "wandb sync": Command("eval.tracking.sync", "upload the offline W&B runs below a folder"),
         "wandb workspace": Command("eval.tracking.workspace", "save a W&B workspace with the plots of these runs"),
         "wandb report": Command("eval.tracking.report", "save a W&B report with the same panels"),
@@ -65,13 +70,11 @@ GROUPS = {
             "eval.findings.command", "where fusing two scores gains (docs/findings.md)", ("consensusdrop",)
         ),
         "bench latency": Command(
-            "eval.efficiency.latency.__main__",
+            "eval.efficiency.latency",
             "time, memory and operations of methods beside full (docs/efficiency.md)",
         ),
-        "bench growth": Command("eval.efficiency.growth.__main__", "how time and memory grow with visual tokens"),
-        "bench peers": Command(
-            "eval.efficiency.peers.__main__", "this repository and another code in turns, and ratios"
-        ),
+        "bench growth": Command("eval.efficiency.growth", "how time and memory grow with visual tokens"),
+        "bench peers": Command("eval.efficiency.peers", "this repository and another code in turns, and ratios"),
         "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
     },
     "Add something: a method or a benchmark": {
@@ -80,25 +83,19 @@ GROUPS = {
     },
     "Maintainers: pages of the documentation and measurements of this code": {
         "tables embedded": Command("eval.tables.embedded", "all methods on the toy benchmark (docs/embedded.md)"),
-        "tables families": Command("eval.tables.families", "all methods on the toy tiles and videos (docs/models.md)"),
+        "tables families": Command("eval.tables.families", "all methods on the toy tiles and videos (docs/methods.md)"),
         "tables consensusdrop": Command(
             "eval.tables.consensusdrop", "the paper's claims, tested (docs/consensusdrop.md)"
         ),
         "tables benchmarks": Command("eval.tables.benchmarks", "benchmarks, and the toy models' scores on them"),
         "tables methods": Command("eval.tables.methods", "what the methods say of themselves (docs/methods.md)"),
         "tables memory": Command("eval.tables.memory", "expected memory of the official models (docs/cluster.md)"),
-        "tables reproduce": Command("eval.papers.pages", "how to reproduce the papers' tables (docs/reproduce.md)"),
-        "figures tokens": Command("eval.figures.kept_tokens", "draw the kept tokens of an image (README)"),
+        "tables reproduce": Command("eval.papers.pages", "how to reproduce the papers' tables (docs/paper_tables.md)"),
+        "figures tokens": Command("eval.figures.kept", "draw the kept tokens of an image (README)", ("tokens",)),
         "figures tiles": Command(
-            "eval.figures.kept_tiles", "draw the kept tokens of tiles and videos (docs/models.md)"
+            "eval.figures.kept", "draw the kept tokens of tiles and videos (docs/methods.md)", ("tiles",)
         ),
-        "bench selection": Command("eval.efficiency.selection", "greedy choices beside their reference in torch"),
-        "bench store": Command("eval.efficiency.store_cost", "what the answer store costs a run, without a model"),
-        "bench scale": Command(
-            "eval.efficiency.scale", "questions per second against GPUs, on paper (docs/cluster.md)"
-        ),
-        "bench ops": Command("eval.efficiency.dispatched", "operations and host waits up to the first token"),
-        "bench path": Command("eval.efficiency.code_path", "functions, files and file switches inside one answer"),
+        "bench ops": Command("eval.efficiency.counts", "operations and host waits up to the first token"),
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
@@ -150,10 +147,10 @@ def run_group(first: str, group: dict[str, Command], rest: list[str]) -> int:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Call the module's `main` as if it had been started under the command's name."""
+    """Call the command's function as if it had been started under the command's name."""
     command = COMMANDS[name]
     sys.argv = [f"{PROGRAM} {name}", *command.arguments, *arguments]
-    return import_module(command.module).main()
+    return getattr(import_module(command.module), command.function)()
 
 
 def subcommands(group: str) -> dict[str, Command]:
@@ -164,9 +161,7 @@ def subcommands(group: str) -> dict[str, Command]:
 
 def refuse(sentence: str, word: str, known: list[str]) -> int:
     """Print the error with the nearest name that exists; returns the exit code."""
-    close = get_close_matches(word, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    print(f"{sentence}{hint} Available: {', '.join(dict.fromkeys(known))}.", file=sys.stderr)
+    print(f"{sentence}{suggestion(word, known)} Available: {', '.join(dict.fromkeys(known))}.", file=sys.stderr)
     return 2
 
 

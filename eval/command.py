@@ -14,6 +14,7 @@ from typing import Any, NoReturn, ParamSpec
 from eval import benchmarks
 from eval.benchmarks.base import PROFILES, SOURCES, Dataset
 from eval.config import DEFAULT_DATA, path_name
+from eval.judging.choice import HELP as JUDGE_HELP
 from eval.parallel import ranks
 from llava.errors import UserError
 
@@ -118,7 +119,7 @@ def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
 
 
 def add_data_flags(p: argparse.ArgumentParser) -> None:
-    """--data, --split, --profile and --source, as `open_dataset` reads them."""
+    """--data, --split, --profile and --source, as `open_dataset` reads them, and --judge."""
     p.add_argument(
         "--data",
         type=value(path_name),
@@ -132,6 +133,7 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--source", default="auto", choices=SOURCES, help="official files, or the mirror on the hub (or its local copy)"
     )
+    p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
 
 
 def open_dataset(name: str, data: str, split: str | None, profile: str | None, source: str) -> Dataset:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llava.model.encoded_image import EncodedImage, encoded_image_of
-from llava.model.llava_arch import Llava
+from llava.model.llava_arch import EncodedImage, Llava, encoded_image_of
 from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder.clip_encoder import Encoded, encode
 from llava.reduction.reducer import Reducer
@@ -125,22 +124,17 @@ class CachingLlava(Llava):
 
 
 def without_memory(model: Llava) -> Llava:
-    """The model to time: every image goes through its tower, and every prompt through the decoder whole."""
-    remembers = getattr(model, "remembers_features", False)
-    if not remembers and not getattr(model, "shares_prefix", False):
+    """The model to time: every image goes through its tower."""
+    if not getattr(model, "remembers_features", False):
         return model
-    bare: Llava = object.__new__(type(model).__bases__[-1] if remembers else type(model))  # the family's own class
-    bare.__dict__.update(model.__dict__, shares_prefix=False, remembers_features=False, takes_views=False)
+    bare: Llava = object.__new__(type(model).__bases__[-1])  # the family's own class
+    bare.__dict__.update(model.__dict__, remembers_features=False, takes_views=False)
     return bare
 
 
 def can_remember(model: Llava) -> bool:
-    """Whether the images of a model go through a CLIP tower in the common way, and always give the same.
-
-    Qwen's have a tower of another kind; with flip=SEED every question about a video draws anew whether it is mirrored.
-    """
-    drawn = getattr(getattr(model, "video_processor", None), "flip", None) is not None
-    return type(model).encode_images is Llava.encode_images and not drawn
+    """Whether the images of a model go through a CLIP tower in the common way; Qwen's have a tower of another kind."""
+    return type(model).encode_images is Llava.encode_images
 
 
 def with_own_memory(encoded: Encoded) -> Encoded:

@@ -1,33 +1,131 @@
 """One run: ask the questions that have no answer yet, store the answers, score all of them, write result.json."""
 
 import dataclasses
+import random
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval import tracking
-from eval.answers import AnswerStore, Shard, seal_of
+from eval import benchmarks, tracking
+from eval.answers import AnswerFiles, AnswerStore, Shard, settings_hash
 from eval.answers.jsonl import read_json, write_file, write_json
 from eval.answers.reuse import check_reuse, images_digest
-from eval.asking import Progress, ask, first_token_times
-from eval.benchmarks.base import Question
-from eval.config import RunConfig
-from eval.job import Job, measured_under, prepare
-from eval.judging.choice import score_answers
+from eval.ask import Job, Progress, ask, first_token_times, measured_under
+from eval.benchmarks.base import Dataset, Question
+from eval.config import RunConfig, build_reducer, default_output, device_name, flat_config, store_settings
+from eval.judging.choice import check_judge, score_answers
 from eval.parallel import ranks
 from eval.parallel.ranks import MERGING, SCORING, WAITING, Rank
-from eval.results import cost, provenance, report
-from eval.settings import device_name, flat_config
+from eval.results import cost, report
 from llava.errors import UserError
+from llava.reduction.budget import require
 
 if TYPE_CHECKING:
+    from eval.feature_cache import CachingLlava
+    from llava.model.llava_arch import Llava
     from llava.reduction.reducer import Reducer
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, with a sentence about what is kept."""
+
+
+# -- before the first question ---------------------------------------------------------------------------------------
+
+
+def read_questions(config: RunConfig, model: bool = True, reducer: bool = True) -> tuple[Dataset, str]:
+    """The benchmark's questions and the split; checks all that can be wrong before weights are read, cheapest first.
+
+    Args:
+        model, reducer: whether the configuration's are used, and checked.
+    """
+    benchmark = benchmarks.get(config.benchmark)
+    split = benchmarks.check_split(benchmark, config.split, Path(config.data))
+    if reducer:
+        build_reducer(config, visual_tokens=None)
+    if model:  # refuse a device that is not there before any file is read
+        from llava.model.builder import device_of
+
+        device_of(config.device)
+    profile = benchmarks.check_profile(benchmark, config.profile)
+    data = benchmark.load(Path(config.data), split, profile, config.source)
+    check_judge(data, config.judge)
+    data.check_images(data.questions[: config.limit])
+    return data, split
+
+
+def prepare(config: RunConfig, model: Any, reducer: "Reducer | None") -> Job:
+    """Read and check everything, the weights last."""
+    data, split = read_questions(config, model is None, reducer is None)
+    if model is None:
+        model = load_model(config)
+    if data.pictures.noun == "videos" and not getattr(model, "takes_videos", True):
+        raise UserError(
+            f"{data.title} asks about videos, and {model.name} takes images only; choose a Video-LLaVA with --model, "
+            "or leave --model out for the bundled toy model."
+        )
+    if reducer is None:
+        reducer = build_reducer(config, model.visual_tokens)
+        require(reducer, model.spec)
+        plain = dataclasses.replace(config, options={}, seed=0, budget=reducer.budget)
+        standard = build_reducer(plain, model.visual_tokens)
+    else:
+        standard = reducer
+    seed_everything(config.seed)
+    return Job(
+        config=config,
+        data=data,
+        planned=data.questions[: config.limit],
+        model=model,
+        reducer=reducer,
+        settings=store_settings(config, split, data, model, reducer),
+        output=Path(config.output or default_output(config, split, model, reducer, standard)),
+        started=datetime.now(UTC).isoformat(),
+    )
+
+
+def load_model(config: RunConfig) -> "CachingLlava":
+    """The model of this run; its libraries are imported here so that every check before it is fast."""
+    from llava.model.builder import load
+
+    model = load(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        text_tower=config.text_tower,
+        quantization=config.quantization,
+        tensor_parallel=config.tensor_parallel,
+        zero=config.zero,
+        **config.picture,
+    )
+    return equip(model, config)
+
+
+def equip(model: "Llava", config: RunConfig) -> "CachingLlava":
+    """A loaded model with what is faster about this run; it remembers what its tower gave for an image."""
+    from eval.feature_cache import RUN_BYTES, CachingLlava
+
+    if config.compile:
+        from llava.pipeline.compile import compile_model
+
+        model.compiled = compile_model(model)
+    return CachingLlava(model, RUN_BYTES)
+
+
+def seed_everything(seed: int) -> None:
+    """Methods draw from their sample's id; this covers whatever else might draw."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
 
 
 def run(
@@ -52,12 +150,11 @@ def run(
     rank = Rank() if rank.alone else rank  # with counters of its own
     job = prepare(config, model, reducer)
     if not rank.first:
-        answer_part(job, rank)
+        follow_first_rank(job, rank)
         return {}
     known = [question.id for question in job.data.questions]
-    process = process_of(job, rank)
-    began = provenance.command_began(rank) if model is None else None
-    with AnswerStore(job.output, job.settings, known, config.restart, process) as store:
+    began = report.command_began(rank) if model is None else None
+    with AnswerStore(job.output, job.settings, known, config.restart, process_of(job, rank)) as store:
         check_reuse(job.data, job.planned, store.answers, job.output)
         job.results.mkdir(exist_ok=True)
         flat = flat_config(config, job.settings, job.data, job.reducer)
@@ -84,21 +181,14 @@ def run(
         finally:
             tracker.close(failed=not finished)
     remarks = [f"note: {remark}" for remark in result["remarks"]]
-    print("\n".join([*report.score_lines(result), *remarks, *report.cost_lines(result)]))
-    print("".join(f"{line}\n" for line in report.failed_lines(result)), end="")
-    print(f"result: {job.results / 'result.json'}")
-    print(result["sentence"], flush=True)
+    lines = [*report.score_lines(result), *remarks, *report.cost_lines(result), *report.failed_lines(result)]
+    print("\n".join([*lines, f"result: {job.results / 'result.json'}", result["sentence"]]), flush=True)
     return result
 
 
 def process_of(job: Job, rank: Rank) -> dict[str, Any]:
     """What runs.jsonl says about a process that adds answers."""
-    return {
-        "run": job.started,
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
-        "rank": rank.number,
-    }
+    return {"run": job.started, "commit": report.commit(), "versions": report.versions(), "rank": rank.number}
 
 
 def answer_questions(
@@ -109,34 +199,31 @@ def answer_questions(
     Args:
         began: when the command started; None where that says nothing about this run.
     """
-    wanted = [place for place, question in enumerate(job.planned) if is_wanted(job, store, question)]
+    wanted = []
+    for place, question in enumerate(job.planned):
+        states = ("again", "only") if question.id in store.failures else ("skip", "again")
+        if question.id not in store.answers and job.config.failed in states:
+            wanted.append(place)
     done = [question for question in job.planned if question.id in store.answers]
-    rank.put(
-        "run",
-        {
-            "output": str(job.output.resolve()),
-            "before": len(done),
-            "planned": len(job.planned),
-            "started": job.started,
-            "seal": seal_of(job.settings),
-            "pending": spans(wanted),
-        },
-    )
+    plan = {
+        "output": str(job.output.resolve()),
+        "before": len(done),
+        "planned": len(job.planned),
+        "started": job.started,
+        "settings": settings_hash(job.settings),
+        "pending": spans(wanted),
+    }
+    rank.put("run", plan)
     pending = [job.planned[place] for place in wanted]
     credits = job.credits(done, [store.answers[question.id]["text"] for question in done])
-    progress = Progress(job, rank, tracker, credits, len(done), len(job.planned))
-    if rank.alone:
-        with progress.bar:
-            ask(job, store, pending, progress, rank)
-        parts = [part_of(job, progress, rank)]
-    else:
-        with progress.bar:
-            with Shard(job.output, rank.name, rank.number, process_of(job, rank)) as shard:
-                ask(job, shard, pending, progress, rank)
-            rank.put(f"part{rank.replica}", part_of(job, progress, rank))
+    progress = Progress(job, rank, tracker, credits, len(done))
+    with progress.bar:
+        parts = [answer_part(job, store if rank.alone else None, pending, progress, rank)]
+        if not rank.alone:
             rank.report(WAITING)
             parts = [rank.get(f"part{replica}") for replica in range(rank.replicas)]
             progress.show()
+    if not rank.alone:
         rank.report(MERGING)
         store.merge()
     seconds = max(part["seconds"] for part in parts)
@@ -148,6 +235,61 @@ def answer_questions(
         "start_seconds": None if began is None else parts[0]["began"] - began,
         "ranks": parts,
     }
+
+
+def answer_part(
+    job: Job, store: AnswerFiles | None, pending: Sequence[Question], progress: Progress, rank: Rank
+) -> dict[str, Any]:
+    """Answer this replica's part of the pending questions; returns what it did, and publishes it to the other ranks.
+
+    Args:
+        store: None to answer into a shard of this rank, which the first rank merges.
+    """
+    if store is not None:
+        ask(job, store, pending, progress, rank)
+    else:
+        with Shard(job.output, rank.name, rank.number, process_of(job, rank)) as shard:
+            ask(job, shard, pending, progress, rank)
+    place = {"rank": rank.number, "replica": rank.replica, "host": socket.gethostname()}
+    part = place | {"device": device_name(job.model)} | progress.throughput()
+    rank.put(f"part{rank.replica}", part)
+    return part
+
+
+def follow_first_rank(job: Job, rank: Rank) -> None:
+    """What a rank other than the first does: answer its part of what the first rank wants to know.
+
+    Raises:
+        UserError: its questions or its model are not those of the first rank.
+    """
+    rank.report(WAITING)
+    plan = rank.get("run")
+    if plan["settings"] != settings_hash(job.settings) or plan["planned"] != len(job.planned):
+        raise UserError(
+            f"Rank {rank.number} on {socket.gethostname()} reads other questions or another model than the first rank; "
+            "all machines must see the same files."
+        )
+    job = dataclasses.replace(job, started=plan["started"])
+    pending = [job.planned[place] for start, stop in plan["pending"] for place in range(start, stop)]
+    progress = Progress(job, rank, tracking.Tracker(), [], plan["before"])
+    if rank.leads:
+        answer_part(job, None, pending, progress, rank)
+        return
+    ask(job, None, pending, progress, rank)
+    if rank.replica == 0:
+        rank.report(WAITING)
+        time_to_first_token(job, rank, 0)
+
+
+def spans(places: Sequence[int]) -> list[tuple[int, int]]:
+    """[0, 1, 2, 7] -> [(0, 3), (7, 8)]: short, however many questions there are."""
+    ranges: list[tuple[int, int]] = []
+    for place in places:
+        if ranges and ranges[-1][1] == place:
+            ranges[-1] = ranges[-1][0], place + 1
+        else:
+            ranges.append((place, place + 1))
+    return ranges
 
 
 def time_to_first_token(job: Job, rank: Rank, answered: int) -> dict[str, Any] | None:
@@ -171,66 +313,6 @@ def time_to_first_token(job: Job, rank: Rank, answered: int) -> dict[str, Any] |
     return known or first_token_times(job, rank)
 
 
-def answer_part(job: Job, rank: Rank) -> None:
-    """What a rank other than the first does: answer its part, into a shard that the first rank merges.
-
-    Raises:
-        UserError: its questions or its model are not those of the first rank.
-    """
-    rank.report(WAITING)
-    plan = rank.get("run")
-    if plan["seal"] != seal_of(job.settings) or plan["planned"] != len(job.planned):
-        raise UserError(
-            f"Rank {rank.number} on {socket.gethostname()} reads other questions or another model than the first rank; "
-            "all machines must see the same files."
-        )
-    job = dataclasses.replace(job, started=plan["started"])
-    pending = [job.planned[place] for start, stop in plan["pending"] for place in range(start, stop)]
-    progress = Progress(job, rank, tracking.Tracker(), [], plan["before"], len(job.planned))
-    if not rank.leads:
-        ask(job, Nowhere(), pending, progress, rank)
-        if rank.replica == 0:
-            rank.report(WAITING)
-            time_to_first_token(job, rank, 0)
-        return
-    with Shard(job.output, rank.name, rank.number, process_of(job, rank)) as shard:
-        ask(job, shard, pending, progress, rank)
-    rank.put(f"part{rank.replica}", part_of(job, progress, rank))
-
-
-class Nowhere:
-    """The sink of ranks whose replica is led by another one."""
-
-    def add(self, answers: Sequence[dict[str, Any]], timing: dict[str, Any]) -> None:
-        raise AssertionError("only the first rank of a replica writes")
-
-    def fail(self, failures: Sequence[dict[str, Any]]) -> None:
-        raise AssertionError("only the first rank of a replica writes")
-
-
-def part_of(job: Job, progress: Progress, rank: Rank) -> dict[str, Any]:
-    """What a replica did, for the result."""
-    place = {"rank": rank.number, "replica": rank.replica, "host": socket.gethostname()}
-    return place | {"device": device_name(job.model)} | progress.throughput()
-
-
-def is_wanted(job: Job, store: AnswerStore, question: Question) -> bool:
-    """Whether this run asks the question: it has no answer, and the configuration wants those that failed, or not."""
-    wanted = ("again", "only") if question.id in store.failures else ("skip", "again")
-    return question.id not in store.answers and job.config.failed in wanted
-
-
-def spans(places: Sequence[int]) -> list[tuple[int, int]]:
-    """[0, 1, 2, 7] -> [(0, 3), (7, 8)]: short, however many questions there are."""
-    found: list[tuple[int, int]] = []
-    for place in places:
-        if found and found[-1][1] == place:
-            found[-1] = found[-1][0], place + 1
-        else:
-            found.append((place, place + 1))
-    return found
-
-
 def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: dict[str, Any] | None) -> dict[str, Any]:
     """The result of all answers to the planned questions, whichever process gave them.
 
@@ -246,21 +328,20 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
             f"{len(missing) - len(failed):,} of {len(job.planned):,} questions were not asked yet; run the same "
             "command without --retry-failed."
         )
-    lines = [store.answers[question.id] for question in answered]
-    if not lines:
+    if not answered:
         raise UserError(
-            f"All {len(failed):,} questions failed, the first one with: {failed[0]['reason']}; mend that, and run the "
+            f"All {len(failed):,} questions failed, the first one with: {failed[0]['reason']}; fix that, and run the "
             "same command with --retry-failed."
         )
-    off_budget = job.off_budget(lines)
     asked = [question.id for question in answered]
-    answers = job.output / "answers.jsonl"
-    score, judged = score_answers(job.data, job.config.judge, asked, texts(job, store), answers)
+    lines = [store.answers[name] for name in asked]
+    audits = [line["metadata"]["audit"] for line in lines]
+    score, judged = score_answers(job.data, job.config.judge, asked, texts(job, store), job.output / "answers.jsonl")
     timed = store.timing_of(asked)
     flops = cost.summarise_flops(timed)
-    made = provenance.made_by(store.origins(asked))
+    made = report.made_by(store.origins(asked))
     remarks = [*getattr(job.model, "notes", ()), *made.pop("notes"), *cost.notes(timed), *store.remarks]
-    if off_budget:
+    if off_budget := job.off_budget(lines):
         remarks.append(off_budget["remark"])
     result = {
         "title": job.data.title,
@@ -273,7 +354,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
         "available": len(job.data.questions),
         "partial": len(job.planned) < len(job.data.questions),
         **report.scored(score, answered),
-        "audit": cost.summarise_audit([line["metadata"]["audit"] for line in lines]),
+        "audit": cost.summarise_audit(audits),
         "off_budget": off_budget,
         "timing": cost.summarise_timing(timed, job.started) | {"ttft": ttft},
         "throughput": throughput,
@@ -286,7 +367,7 @@ def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: di
         "remarks": remarks,
         "conditions": measured_under(job),
         **made,
-        "scored_with": {"commit": provenance.commit(), "versions": provenance.versions()},
+        "scored_with": {"commit": report.commit(), "versions": report.versions()},
         "started": job.started,
         "finished": datetime.now(UTC).isoformat(),
     }

@@ -1,20 +1,30 @@
-"""List what can be named on a command line: methods with their options, benchmarks, models.
+"""List what can be named on a command line, and what a data folder holds.
 
-vtr show methods
-vtr show methods consensusdrop
-vtr show benchmarks --json
+    vtr show methods
+    vtr show methods consensusdrop
+    vtr show benchmarks --json
+    vtr check-data playground/data/eval
+    vtr check-data DATA pope textvqa --json report.json
+
+A benchmark counts as complete when its own reader accepts the files and every image it names is there.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from eval import benchmarks
-from eval.__main__ import models
-from eval.command import exit_on_user_error
+from eval.answers.jsonl import write_json
+from eval.benchmarks.base import Benchmark, Need
+from eval.benchmarks.hub import local_copy
+from eval.command import exit_on_user_error, make_parser
+from eval.config import DEFAULT_DATA, ROOT
 from llava.errors import UserError, unknown
 
 KINDS = ("methods", "benchmarks", "models")
@@ -26,17 +36,15 @@ def entries_of(kind: str) -> list[dict[str, Any]]:
         from llava.reduction import registry
 
         return registry.describe()
-    found = benchmarks.describe() if kind == "benchmarks" else models()
-    if not found:
-        raise UserError(
-            f"No {kind} are here: the bundled toy models are in the repository, not in its wheel. Clone it."
-        )
-    return found
+    if kind == "benchmarks":
+        return benchmarks.describe()
+    models = [path.parent for path in sorted((ROOT / "assets").glob("*/config.json"))]
+    return [{"name": folder.name, "path": str(folder)} for folder in models]
 
 
 def overview(kind: str, entries: Sequence[dict[str, Any]]) -> str:
     """One line for each entry."""
-    width = max(len(entry["name"]) for entry in entries)
+    width = max((len(entry["name"]) for entry in entries), default=0)
     lines = []
     for entry in entries:
         text = entry["path"] if kind == "models" else entry["summary"]
@@ -69,12 +77,14 @@ def option_line(option: dict[str, Any]) -> str:
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    p = argparse.ArgumentParser(prog="vtr show", description=(__doc__ or "").partition("\n")[0])
+    p = argparse.ArgumentParser(prog="vtr show", description="List what can be named on a command line.")
     p.add_argument("kind", choices=KINDS)
     p.add_argument("name", nargs="?", help="only this one, with everything that is known about it")
     p.add_argument("--json", action="store_true", help="print JSON")
     args = p.parse_args(arguments)
     entries = entries_of(args.kind)
+    if not entries:
+        raise UserError("No models are here: the bundled toy models are in the repository, not in its wheel. Clone it.")
     if args.name is not None:
         known = {entry["name"]: entry for entry in entries}
         if args.name not in known:
@@ -89,6 +99,111 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print(details(entries[0]) if args.name is not None else overview(args.kind, entries))
     return 0
+
+
+COMPLETE, INCOMPLETE, ABSENT = "complete", "incomplete", "absent"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a folder holds of one benchmark.
+
+    Attributes:
+        state: COMPLETE, INCOMPLETE or ABSENT.
+        source: "official", or the id of the local copy of the mirror; "" if neither is there.
+        details: one sentence per fact: counts, what is missing and where to get it.
+    """
+
+    name: str
+    state: str
+    source: str
+    details: tuple[str, ...]
+    licence: str
+
+
+def check_folder(data: Path, benchmark: Benchmark) -> Finding:
+    """Official files first; a local copy of the mirror counts where there are none."""
+    lost = [problem for need in benchmark.needs if (problem := missing(data, need))]
+    there = [need for need in benchmark.needs if need.found(data)]
+    copy = local_copy(data, benchmark.mirror)
+    if benchmark.is_in(data):
+        return read(data, benchmark, "official", lost)
+    if copy is not None:
+        return read(data, benchmark, "mirror", lost if there else [], copy[0])
+    if there:
+        return Finding(benchmark.name, INCOMPLETE, "official", tuple(lost), benchmark.licence)
+    return Finding(benchmark.name, ABSENT, "", (where_to_get(benchmark),), benchmark.licence)
+
+
+def read(data: Path, benchmark: Benchmark, source: str, lost: Iterable[str], copy: str = "") -> Finding:
+    """What the benchmark's own reader says of the files."""
+    try:
+        split = benchmarks.check_split(benchmark, None, data)
+        found = benchmark.load(data, split, benchmark.profiles[0], source)
+        found.check_images(found.questions)
+    except UserError as error:
+        return Finding(benchmark.name, INCOMPLETE, copy or source, (str(error), *lost), benchmark.licence)
+    pictures = {name for question in found.questions for name in question.images}
+    facts = f"{found.title}: {len(found.questions):,} questions about {len(pictures):,} {found.pictures.noun}"
+    return Finding(benchmark.name, COMPLETE, copy or source, (facts, *lost), benchmark.licence)
+
+
+def missing(data: Path, need: Need) -> str | None:
+    """What is wrong with a file or folder, and where it comes from."""
+    path = need.found(data)
+    optional = " (optional)" if need.optional else ""
+    if path is None:
+        return f"{need.path} is missing{optional}: {need.source}"
+    if need.count is None or not path.is_dir():
+        return None
+    count = sum(1 for entry in path.iterdir() if entry.is_file())
+    if count < need.count:
+        return f"{need.path} holds {count:,} of {need.count:,} files{optional}: {need.source}"
+    return None
+
+
+def where_to_get(benchmark: Benchmark) -> str:
+    """The official files' places, or the mirror's."""
+    places = [f"{need.path} from {need.source}" for need in benchmark.needs if not need.optional]
+    if benchmark.mirror:
+        name = benchmark.mirror[0]
+        places.append(f"or hf download {name} --repo-type dataset --local-dir DATA/hub/{name}")
+    return "; ".join(places) or "made by this repository only"
+
+
+def finding_lines(findings: Iterable[Finding]) -> list[str]:
+    """One block per benchmark."""
+    text = []
+    for finding in findings:
+        source = f" ({finding.source})" if finding.source and finding.source != "official" else ""
+        text.append(f"{finding.name:14s} {finding.state}{source}")
+        text += [f"    {detail}" for detail in finding.details]
+        if finding.state != COMPLETE and finding.licence:
+            text.append(f"    licence: {finding.licence}")
+    return text
+
+
+@exit_on_user_error
+def check_data_command(arguments: Sequence[str] | None = None) -> int:
+    """The command line: 1 if something is incomplete, or nothing, or not all that was asked for, is there; 2 for a
+    wrong call; else 0."""
+    p = make_parser("eval.cli check-data", "Look at a data folder: which benchmarks are complete, and what is missing.")
+    p.add_argument("data", nargs="?", default=str(DEFAULT_DATA), help="folder that holds the benchmarks")
+    p.add_argument("benchmarks", nargs="*", help="look at these only")
+    p.add_argument("--json", metavar="OUT", help="also write the findings to this file")
+    args = p.parse_args(arguments)
+    if not Path(args.data).is_dir():
+        raise UserError(f"No folder at {args.data}; name the one that holds gqa/, pope/ and so on.")
+    findings = []
+    for name in args.benchmarks or benchmarks.names():
+        findings.append(check_folder(Path(args.data), benchmarks.get(name)))
+        print("\n".join(finding_lines(findings[-1:])), flush=True)
+    counts = {state: sum(f.state == state for f in findings) for state in (COMPLETE, INCOMPLETE, ABSENT)}
+    print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    if args.json:
+        write_json(Path(args.json), [dataclasses.asdict(finding) for finding in findings])
+    wanted = len(findings) if args.benchmarks else counts[INCOMPLETE] + max(1, counts[COMPLETE])
+    return int(counts[COMPLETE] < wanted)
 
 
 if __name__ == "__main__":

@@ -22,19 +22,17 @@ from eval import benchmarks, tracking
 from eval.answers import differences, result_folder
 from eval.answers.jsonl import read_json, read_jsonl, write_json
 from eval.answers.reuse import RESULT, check_reuse, read_stored
+from eval.ask import Job
 from eval.benchmarks.base import Dataset
 from eval.command import exit_on_user_error
-from eval.config import DEFAULT_DATA, FULL, RunConfig
+from eval.config import DEFAULT_DATA, FULL, RunConfig, build_reducer, folder_name
 from eval.feature_cache import CACHE_BYTES, CachingLlava
-from eval.job import Job, equip, load_model, prepare, read_questions
 from eval.parallel import placement, ranks
-from eval.parallel.control import Control
 from eval.parallel.launch import launch
 from eval.parallel.placement import Placement
-from eval.parallel.ranks import Rank
+from eval.parallel.ranks import Control, Rank
 from eval.results import report
-from eval.run import run
-from eval.settings import build_reducer, folder_name
+from eval.run import equip, load_model, prepare, read_questions, run
 from eval.tables.page import markdown
 from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
@@ -378,7 +376,7 @@ def folder_of(
 def name_of(setting: Setting, tokens: int) -> str:
     """A folder name that tells the setting, and by a hash the whole configuration: defaults may change in between."""
     reducer = reducer_of(setting, tokens)
-    whole = json.dumps(dataclasses.asdict(reducer), sort_keys=True) + reducer.version
+    whole = json.dumps(dataclasses.asdict(reducer), sort_keys=True)
     tail = "".join(f",{key}={value}" for key, value in sorted(setting.options.items()))
     return f"{setting.method}-{reducer.budget}{tail}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 

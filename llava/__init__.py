@@ -3,22 +3,19 @@
 Both are imported when they are first asked for, so that `import llava` costs nothing.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava.hf.reduce import reduce
+    from llava.hf.patch import reduce
     from llava.model.builder import load
 
 __all__ = ["load", "reduce"]
 
+HOMES = {"load": "llava.model.builder", "reduce": "llava.hf.patch"}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "reduce":
-        from llava.hf.reduce import reduce
-
-        return reduce
-    if name == "load":
-        from llava.model.builder import load
-
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)

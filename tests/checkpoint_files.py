@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 import llava.model.checkpoint.files
+from llava.errors import UserError
+from llava.model.checkpoint.load import load_checkpoint
 from tests.tiny_checkpoints import make_tokenizer, save_original_layout, save_transformers_layout
 
 WORDS = len(make_tokenizer())
@@ -23,6 +26,13 @@ def no_network(monkeypatch):
         raise ConnectionError("no network in tests")
 
     monkeypatch.setattr(llava.model.checkpoint.files, "snapshot_download", refuse)
+
+
+def refused(folder: str | Path, sentence: str, **options: Any) -> None:
+    """Loading ends in one sentence, a regular expression, on one line."""
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_checkpoint(folder, **options)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 900
 
 
 def write(layout: str, directory: Path, model: LlavaForConditionalGeneration) -> Path:

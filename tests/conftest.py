@@ -11,8 +11,8 @@ from PIL import Image
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline import accounting
-from llava.pipeline.faster import graphs
-from llava.processing.sample import Sample
+from llava.pipeline import compile as compiling
+from llava.processing.prompt import Sample
 from tests.tiny_checkpoints import save_transformers_layout
 
 # A shell that starts the tests in the background ignores Ctrl-C for them and for every process that they start.
@@ -65,7 +65,7 @@ def clock(monkeypatch) -> SimpleNamespace:
     """The clock of stages and of the compiler: it moves by `wait(seconds)` alone, however busy the machine is."""
     clock = SimpleNamespace(now=0.0)
     clock.wait = lambda seconds: setattr(clock, "now", clock.now + seconds)
-    for module in (accounting, graphs):
+    for module in (accounting, compiling):
         read = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=lambda: clock.now)
         monkeypatch.setattr(module, "time", read)
     return clock

@@ -4,7 +4,6 @@ Configurations are the defaults, every choice of every option, and the ends of e
 values around the default). A failure says method, options, question, step and indices.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import Field, replace
@@ -16,15 +15,13 @@ import torch
 
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
-from llava.pipeline import decoder_stage, encoder_stage, prompt_stage, tile_stages
+from llava.pipeline import prefill as stages
 from llava.pipeline.prefill import prefill
-from llava.processing.sample import Sample
-from llava.reduction import registry, signed, text_similarity
-from llava.reduction.crop_budget import require
-from llava.reduction.options import options_of
-from llava.reduction.reducer import Reducer, by_images
-from llava.reduction.reduction import Trace
-from llava.reduction.states import DecoderState, PromptState
+from llava.processing.prompt import Sample
+from llava.reduction.budget import require
+from llava.reduction.merging import Trace
+from llava.reduction.reducer import Reducer, by_images, options_of
+from llava.reduction.states import DecoderState, EncoderState, PromptState
 
 BUDGETS = (8, 12, 7, 4, 20, 24, 32, 40)
 SIZES = (2, 3, 4)  # beside every question alone
@@ -192,7 +189,6 @@ def planted_signals(planted: dict[str, list[int]]) -> Iterator[set[str]]:
         planted: question -> token numbers. Images are whole ones.
     """
     read: set[str] = set()
-    asked: list[str] = []
     places: dict[str, torch.Tensor] = {}  # question -> [N] original token of each token that is left
     tokens = {name: torch.tensor(numbers) for name, numbers in planted.items()}
 
@@ -227,10 +223,8 @@ def planted_signals(planted: dict[str, list[int]]) -> Iterator[set[str]]:
         return fields
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (encoder_stage, prompt_stage, decoder_stage, tile_stages):
-            patch.setattr(module, "by_images", tracked)
-        for module in (encoder_stage, prompt_stage):
-            patch.setattr(module, "state_fields", scored(module.state_fields))
+        patch.setattr(stages, "by_images", tracked)
+        patch.setattr(stages, "state_fields", scored(stages.state_fields))
         for cls, name in ((PromptState, "text_attention"), (DecoderState, "attention")):
             original = getattr(cls, name)
 
@@ -239,14 +233,6 @@ def planted_signals(planted: dict[str, list[int]]) -> Iterator[set[str]]:
                 return raised(state.ids, weights), mask
 
             patch.setattr(cls, name, attended)
-        for module in [m for n, m in sys.modules.items() if n.split(".")[0] in registry.PACKAGES]:
-            if getattr(module, "signed", None) is not signed:
-                continue
-
-            def similar(state, *arguments, **options):
-                asked[:] = state.ids
-                return text_similarity(state, *arguments, **options)
-
-            patch.setattr(module, "text_similarity", similar)
-            patch.setattr(module, "signed", lambda *arguments: raised(tuple(asked), signed(*arguments)))
+        similarity = EncoderState.relevance
+        patch.setattr(EncoderState, "relevance", lambda state, *a, **o: raised(state.ids, similarity(state, *a, **o)))
         yield read

@@ -4,22 +4,22 @@ from types import SimpleNamespace
 
 import torch
 
-from llava.model.encoded_image import EncodedImage, encoded_image_of
+from llava.model.llava_arch import EncodedImage, encoded_image_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded
 from llava.pipeline.views import parts_of, shared_fields
 from llava.processing.anyres import AnyresProcessor
-from llava.processing.sample import Sample
-from llava.reduction.model_spec import ModelSpec
+from llava.processing.prompt import Sample
 from llava.reduction.reducer import EncoderState, Reducer
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import NEWLINE, PatchGrid, TokenLayout
+from llava.reduction.token_layout import NEWLINE, ModelSpec, PatchGrid, TokenLayout
 
 Signals = dict[TowerScore, torch.Tensor]
 
 
 def arranged(size: tuple[int, int], merge: str = "spatial_unpad") -> TokenLayout:
     """How LLaVA-NeXT's 24 x 24 patches per crop make up the run of a picture of this (width, height)."""
-    return AnyresProcessor(SimpleNamespace(crop=336), (24, 24), merge=merge).arrange(size)
+    pinpoints = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+    return AnyresProcessor(SimpleNamespace(crop=336), (24, 24), pinpoints, merge=merge).arrange(size)
 
 
 def picture_with(arrangement: TokenLayout, signals: Signals) -> EncodedImage:
@@ -32,7 +32,7 @@ def picture_with(arrangement: TokenLayout, signals: Signals) -> EncodedImage:
 
 def state_of(part) -> EncoderState:
     """What the method is handed of one part of a picture."""
-    return EncoderState(features=part.features[None], **shared_fields(None, [Sample("a", "?")], [part]))
+    return EncoderState(**shared_fields(None, [Sample("a", "?")], [part]))
 
 
 def parts_with(reducer: Reducer, arrangement: TokenLayout, signals: Signals) -> list:

@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-import eval.outcomes
-from llava.pipeline.accounting import TokenAccounting
-from llava.pipeline.answer import Answer, Batch, Timing
-from llava.processing.sample import Sample
+import eval.ask
+from llava.pipeline.accounting import Answer, Batch, Timing, TokenAccounting
+from llava.processing.prompt import Sample
 from llava.reduction import Reduction, Step
-from llava.reduction.model_spec import ModelSpec
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 SUFFIX = "Answer the question using a single word or phrase."
 WORDS = ("yes", "no", "red", "blue")
@@ -34,7 +32,6 @@ class FakeReducer:
     budget: int = 16
     alpha: float = 0.5
     name = "first"
-    version = "1"
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...]:
         return (self.budget,) * spec.layers
@@ -87,12 +84,12 @@ class FakeLlava:
 
 
 def generate(model: Any, *arguments: Any, **options: Any) -> Batch:
-    """In place of the real function in eval.outcomes: the fake model answers by itself."""
+    """In place of the real function in eval.ask: the fake model answers by itself."""
     own = isinstance(model, FakeLlava)
     return model.answer(*arguments, **options) if own else real_generate(model, *arguments, **options)
 
 
-real_generate, eval.outcomes.generate = eval.outcomes.generate, generate
+real_generate, eval.ask.generate = eval.ask.generate, generate
 
 
 def fake_text(name: str) -> str:

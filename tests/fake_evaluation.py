@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import eval.run
 from eval import __main__ as command
-from eval import job
+from eval import run
 from eval.answers import AnswerStore
 from eval.parallel import launch, ranks
 from tests.eval_fakes import FakeLlava
@@ -64,7 +64,7 @@ def main(words: Sequence[str]) -> int:
     rank, fault = ranks.current(), json.loads(os.environ.get("FAULT", "{}"))
     if fault.get("rank", rank.number) != rank.number:
         fault = {name: fault[name] for name in EVERYWHERE if name in fault}
-    job.load_model = functools.partial(load, fault)
+    run.load_model = functools.partial(load, fault)
     # The command line starts ranks of this module in place of eval.__main__.
     launch.launch = functools.partial(start_ranks, launch.launch)
     if "disk" in fault:

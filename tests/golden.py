@@ -16,13 +16,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from eval.efficiency.dispatched import calls_of, question
+from eval.efficiency.counts import calls_of, question
 from eval.efficiency.oracle import oracle_of
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline.prefill import prefill
-from llava.processing.sample import Sample
+from llava.processing.prompt import Sample
 from llava.reduction import registry
 from llava.reduction.reducer import Reducer
 from tests.conftest import QUESTIONS, picture

@@ -78,7 +78,8 @@ def claim(folder: Path, words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":  # as the command that a user types
-    from eval.parallel import launch, watch
+    from eval.parallel import launch
+    from eval.parallel import launch as watch
     from eval.parallel.placement import Placement, detect
 
     # A shell ignores Ctrl-C for what it starts in the background, and so would everything below it.

@@ -5,8 +5,8 @@ from pathlib import Path
 from torch import nn
 
 from eval.efficiency.estimate import Spread
+from llava.model import parallel
 from llava.model.builder import load
-from llava.model.parallel import group
 from tests.tiny_checkpoints import make_tiny_llava, save_transformers_layout
 from tests.tiny_checkpoints_families import (
     make_tiny_next,
@@ -24,7 +24,7 @@ SPREADS = {
 
 def save(folder: Path) -> None:
     """One checkpoint per family that can be split. Qwen has biases in its decoder."""
-    save_transformers_layout(folder / "llava", make_tiny_llava(intermediate=128))
+    save_transformers_layout(folder / "llava", make_tiny_llava(intermediate_size=128))
     save_next_transformers(folder / "next", make_tiny_next("mistral", num_key_value_heads=2))
     save_qwen_transformers(folder / "qwen", make_tiny_qwen())
 
@@ -36,7 +36,7 @@ def session(folder: Path) -> dict[tuple[str, str], dict[str, int]]:
         for name, spread in SPREADS.items():
             model = load(folder / family, device="cpu", tensor_parallel=spread.tensor_parallel, zero=spread.zero)
             found[family, name] = counted(model.hf_model)
-    assert group.size() == 2
+    assert parallel.group_size() == 2
     return found
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from eval.answers import AnswerStore, Shard, answer_id, seal_of
+from eval.answers import AnswerStore, Shard, answer_id, settings_hash
 from llava.errors import UserError
 
 SETTINGS = {"model": "m", "config": {"alpha": 0.5}, "dtype": "float32"}
@@ -23,7 +23,7 @@ BROKEN = frozenset(KNOWN[::13])
 def line(name: str, text: str | None = None) -> dict:
     """The answer to a question: it depends on the question alone, as a rank's does."""
     words = text if text is not None else f"answer to {name} \u2028 " + "long " * (int(name[1:]) % 9)
-    return {"question_id": name, "text": words, "answer_id": answer_id(seal_of(SETTINGS), name)}
+    return {"question_id": name, "text": words, "answer_id": answer_id(settings_hash(SETTINGS), name)}
 
 
 def describe(world: str, rank: int = 0) -> dict:
@@ -31,7 +31,7 @@ def describe(world: str, rank: int = 0) -> dict:
 
 
 def open_store(folder: Path, world: str = "single", **options) -> AnswerStore:
-    return AnswerStore(folder, options.pop("settings", SETTINGS), KNOWN, run=describe(world), **options)
+    return AnswerStore(folder, options.pop("settings", SETTINGS), KNOWN, process=describe(world), **options)
 
 
 def answer(shard: Shard, names: list[str], rank: int = 0) -> None:
@@ -39,7 +39,7 @@ def answer(shard: Shard, names: list[str], rank: int = 0) -> None:
     if failed := [name for name in names if name in BROKEN]:
         shard.fail([{"question_id": name, "reason": "the image cannot be read", "kind": "image"} for name in failed])
     if good := [name for name in names if name not in BROKEN]:
-        shard.add([line(name) for name in good], {"questions": len(good), "run": shard._run["run"], "names": good})
+        shard.add([line(name) for name in good], {})
 
 
 def work(folder: Path, world: str, pause: float = 0.0) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from llava.errors import UserError
+from llava.model import parallel
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
-from llava.model.parallel import group
 from llava.pipeline import decoder
 from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
-from llava.processing.sample import Sample
+from llava.processing.prompt import Sample
 from llava.reduction.registry import build
 from tests.anonymous_memory import Grown, anonymous, watched_memory
 from tests.conftest import QUESTIONS, picture
@@ -95,7 +95,7 @@ def answer(model: Llava, name: str, budget: int, options: dict[str, Any]) -> Ans
         logits=logits,
         kept=[[step.reduction.kept.tolist() for step in one.trace] for one in batch.answers],
         accounts=[one.accounting for one in batch.answers],
-        operations=dict(batch.flops_alone),
+        operations=batch.operations.alone,
         kv_bytes_held=batch.kv_bytes,
     )
 
@@ -164,7 +164,8 @@ ZERO_FAMILIES, ZERO_LAYOUTS = ("llava", "next", "qwen", "tied"), ("transformers"
 
 def save_large(folder: Path) -> None:
     """The same bfloat16 weights in both layouts and both kinds of file."""
-    model = make_tiny_llava(layers=LAYERS, hidden=HIDDEN, intermediate=2048, heads=12, kv_heads=12).bfloat16()
+    sizes = {"num_hidden_layers": LAYERS, "hidden_size": HIDDEN, "intermediate_size": 2048}
+    model = make_tiny_llava(**sizes, num_attention_heads=12, num_key_value_heads=12).bfloat16()
     for name, save in LAYOUTS.items():
         save(folder / name, model)
 
@@ -223,7 +224,7 @@ def split_session(folder: Path) -> Rank:
     measured = memory(folder, "float32", tensor_parallel=2)
     found = Rank(of_families(folder, tensor_parallel=2), small, measured)
     try:
-        group.require_agreement("question 7", f"of rank {os.environ['RANK']}", torch.device("cpu"))
+        parallel.require_agreement("question 7", f"of rank {os.environ['RANK']}", torch.device("cpu"))
     except UserError as error:
         found.sentence = str(error)
     return found
@@ -235,14 +236,14 @@ def zero_session(folder: Path) -> Rank:
         answers(model, {name: {}}, 10)
     small = shapes(model)
     # Everything on two ranks; on one, and with the other place of the partitions, one method of each kind.
-    if group.size() > 1:
+    if parallel.group_size() > 1:
         none = of_families(folder, ZERO_FAMILIES, zero="none")
         cpu = of_families(folder, ["llava"], KINDS, zero="cpu")
     else:
         none = of_families(folder, ["llava"], KINDS, zero="none")
         cpu = of_families(folder, ["llava"], zero="cpu")
     found = Rank(none, small, memory(folder, "bfloat16", ZERO_LAYOUTS, zero="cpu"), cpu=cpu)
-    if group.size() > 1:
+    if parallel.group_size() > 1:
         found.repeated = repeated(folder, rounds=6)
     return found
 

@@ -6,17 +6,25 @@ import math
 import pytest
 import torch
 
-from attnmix.method import AttnMix
-from attnmix.mixture import adaptive_count, best_split, crop_pool, forced_count, mix, ordered, text_scores
-from attnmix.release import released_tokens
+from attnmix.method import (
+    AttnMix,
+    adaptive_count,
+    best_split,
+    crop_pool,
+    forced_count,
+    mix,
+    ordered,
+    released_tokens,
+    text_scores,
+)
 from llava.errors import UserError
+from llava.pipeline.embed import assemble
+from llava.pipeline.positions import Piece
 from llava.pipeline.prefill import prefill
-from llava.pipeline.sequence import assemble
 from llava.reduction import registry
-from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import samples
 
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
@@ -159,11 +167,14 @@ def state(visual, saliency, crops=1, before=(4,), question=(0,), behind=(2, 3)) 
     count, first = len(visual), len(before) + 1
     span = (first, first + len(question))
     sequence = assemble(
-        [words(*before, *question, *behind)] * count,
-        [[len(before)]] * count,
-        [[tokens] for tokens in visual],
-        [[None]] * count,
-        [[visual.shape[1]]] * count,
+        [
+            [
+                Piece(words(*before), len(before)),
+                Piece(tokens, len(tokens), image=True),
+                Piece(words(*question, *behind), len(question) + len(behind)),
+            ]
+            for tokens in visual
+        ],
         [span] * count,
         [(first, span[1] + 1)] * count,
     )

@@ -5,10 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from attnmix import mixture
-from attnmix.method import AttnMix
-from attnmix.mixture import adaptive_count, best_split, forced_count, mix, ordered
-from attnmix.release import released_count, released_tokens
+from attnmix import method
+from attnmix.method import (
+    AttnMix,
+    adaptive_count,
+    best_split,
+    forced_count,
+    mix,
+    ordered,
+    released_count,
+    released_tokens,
+)
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
@@ -180,7 +187,7 @@ def test_split_is_that_of_the_release(monkeypatch):
         seen.append([int(best_split(first, second)), first.shape[1]])
         return best_split(first, second)
 
-    monkeypatch.setattr(mixture, "best_split", spy)
+    monkeypatch.setattr(method, "best_split", spy)
     for case in arrays["cases"][:3]:
         run_case(parity_model(), reducer, int(case))
     assert [[count, total - count] for count, total in seen] == arrays["splits"][:3].tolist()

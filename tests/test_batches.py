@@ -8,15 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import batches, feature_cache, outcomes
-from eval.batches import ReadAhead, asking_order
+from eval import ask, feature_cache
+from eval.ask import Failure, LoadedQuestion, ReadAhead, asking_order
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import Folder
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, RunConfig
 from eval.feature_cache import CachingLlava
-from eval.job import prepare
-from eval.outcomes import Failure, Ready
-from eval.run import Interrupted, run
+from eval.run import Interrupted, prepare, run
 from eval.sweep import fill
 from llava.model.builder import load
 from tests.conftest import picture
@@ -46,33 +44,19 @@ def names(items):
 
 
 def test_questions_of_one_length_stand_together_inside_a_window(monkeypatch):
-    monkeypatch.setattr(batches, "WINDOW", 4)
+    monkeypatch.setattr(ask, "WINDOW", 4)
     planned = questions([3, 1, 3, 1, 2, 9, 1, 2])
     assert names(asking_order(planned, planned, Words())) == ["1", "3", "0", "2", "6", "4", "7", "5"]
 
 
 @pytest.mark.parametrize("done", [1, 3, 6])
 def test_the_rest_of_an_interrupted_run_keeps_its_order(monkeypatch, done):
-    monkeypatch.setattr(batches, "WINDOW", 4)
+    monkeypatch.setattr(ask, "WINDOW", 4)
     planned = questions([3, 1, 3, 1, 2, 9, 1, 2])
     whole = asking_order(planned, planned, Words())
     left = set(names(whole[done:]))
     pending = [question for question in planned if question.id in left]
     assert asking_order(planned, pending, Words()) == whole[done:]
-
-
-def test_a_model_that_draws_per_image_is_asked_in_the_benchmarks_order():
-    model = Words()
-    model.video_processor = SimpleNamespace(flip=3)
-    planned = questions([3, 1, 2])
-    assert asking_order(planned, planned, model) == planned
-
-
-def test_prompts_that_share_whole_images_stay_with_their_image():
-    model, planned = Words(), questions([3, 1, 2])
-    model.shares_prefix = True
-    assert asking_order(planned, planned, model, reduced=False) == planned
-    assert names(asking_order(planned, planned, model)) == ["1", "2", "0"]
 
 
 class Counting(Folder):
@@ -101,9 +85,9 @@ def test_an_unreadable_image_stays_with_its_questions(job):
     with ReadAhead(job) as images:
         found = [one for _, batch in images.batches(iter([asked[:5], asked[5:]])) for one in batch]
     assert [isinstance(one, Failure) for one in found] == [False] * 6 + [True] * 3 + [False] * 3
-    assert [one.question.id if isinstance(one, Ready) else one.question for one in found] == names(asked)
+    assert [one.question.id if isinstance(one, LoadedQuestion) else one.question for one in found] == names(asked)
     assert {one.kind for one in found if isinstance(one, Failure)} == {"image"}
-    right = [one for one in found if isinstance(one, Ready)]
+    right = [one for one in found if isinstance(one, LoadedQuestion)]
     assert all(one.sample.image.size == (60, 44) for one in right)
     assert all(one.digest == job.data.pictures.digest(*one.question.images) for one in right)
 
@@ -116,7 +100,7 @@ def test_an_image_is_read_once_for_its_questions(job):
 
 
 def test_images_that_take_too_much_memory_are_let_go(job, monkeypatch):
-    monkeypatch.setattr(batches, "HELD_BYTES", 0)
+    monkeypatch.setattr(ask, "HELD_BYTES", 0)
     asked = questions([1] * 12)
     order = [[asked[number]] for number in (0, 3, 9, 1)]  # images 0, 1, 3 and 0 again, when it is gone
     with ReadAhead(job) as images:
@@ -173,12 +157,23 @@ def test_remembered_images_and_images_read_ahead_change_no_answer(toy, plain, tm
     assert result["timing"]["batch"]["median_ms"]["vision"] > 0
 
 
+# Merging before layer 0; before the projector and between layers; before the projector alone; between layers alone.
+@pytest.mark.parametrize("method", ["consensusdrop", "visiondrop", "attnmix", "fastv"])
+def test_answers_are_the_same_bytes_at_every_batch_size(method, toy, tmp_path):
+    files = []
+    for size in (1, 5, 24):
+        changes = {"data": DEFAULT_DATA, "model": DEFAULT_MODEL, "wandb": "disabled", "limit": 24}
+        run(RunConfig(method, 128, output=tmp_path / str(size), batch_size=size, **changes), toy)
+        files.append(answers(tmp_path / str(size)))
+    assert files[0] == files[1] == files[2] and files[0].count(b"\n") == 24
+
+
 def test_time_to_first_token_is_of_batches_that_run_the_tower(toy, tmp_path, monkeypatch):
     """It was of batches all of whose images were new: 1 of 20 in a short run, the very first, with the warm-up in it.
 
     Methods inside the tower remember nothing and were timed on all of theirs.
     """
-    real, timed = outcomes.generate, []
+    real, timed = ask.generate, []
 
     def watched(model, samples, *rest, **more):
         found = real(model, samples, *rest, **more)
@@ -186,7 +181,7 @@ def test_time_to_first_token_is_of_batches_that_run_the_tower(toy, tmp_path, mon
             timed.append((getattr(model, "remembers_features", False), len(samples), found.timing.ttft))
         return found
 
-    monkeypatch.setattr(outcomes, "generate", watched)
+    monkeypatch.setattr(ask, "generate", watched)
     first = run(config(tmp_path, batch_size=3), CachingLlava(toy))["timing"]["ttft"]
     assert [row[:2] for row in timed] == [(False, 3)] * 13, "a warm-up and twelve of thirteen full batches"
     times = sorted(seconds for *_, seconds in timed[1:])
@@ -197,16 +192,8 @@ def test_time_to_first_token_is_of_batches_that_run_the_tower(toy, tmp_path, mon
     assert len(timed) == 13, "a cell of a table measures nothing: the pass took longer than 300 answers on toy NeXT"
 
 
-def test_shared_beginnings_change_no_answer(toy, plain, tmp_path):
-    model = CachingLlava(toy)
-    model.shares_prefix = True
-    result = run(config(tmp_path, batch_size=8), model)
-    assert answers(tmp_path) == plain
-    assert any("common beginning" in remark for remark in result["remarks"])
-
-
 def test_an_interrupted_run_goes_on_to_the_same_bytes(toy, plain, tmp_path, monkeypatch):
-    real, calls = outcomes.generate, []
+    real, calls = ask.generate, []
 
     def stop(*given, **more):
         calls.append(1)
@@ -214,7 +201,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(toy, plain, tmp_path, monk
             raise KeyboardInterrupt
         return real(*given, **more)
 
-    monkeypatch.setattr(outcomes, "generate", stop)
+    monkeypatch.setattr(ask, "generate", stop)
     with pytest.raises(Interrupted):
         run(config(tmp_path, batch_size=7), CachingLlava(toy))
     assert answers(tmp_path).count(b"\n") == 14
@@ -255,7 +242,7 @@ def test_images_of_the_same_name_are_told_apart(toy, tmp_path, order):
 
 def test_a_batch_that_does_not_fit_gives_the_remembered_images_back(toy, plain, tmp_path, monkeypatch):
 
-    model, real, held = CachingLlava(toy), outcomes.generate, []
+    model, real, held = CachingLlava(toy), ask.generate, []
 
     def full(given, samples, *rest, **more):
         if len(samples) > 4:
@@ -266,7 +253,7 @@ def test_a_batch_that_does_not_fit_gives_the_remembered_images_back(toy, plain, 
             held.append(model._bytes)
         return real(given, samples, *rest, **more)
 
-    monkeypatch.setattr(outcomes, "generate", full)
+    monkeypatch.setattr(ask, "generate", full)
     run(config(tmp_path, batch_size=8), model)
     assert held[0] > 0 == held[1]
     assert answers(tmp_path) == plain

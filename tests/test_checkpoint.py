@@ -1,27 +1,52 @@
-"""Both layouts of the same tiny LLaVA-1.5 have to give the same model."""
+"""Every family in every layout: the same model, and what comes with it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    VideoLlavaForConditionalGeneration,
+)
 
 import llava.model.checkpoint.load
-from llava.errors import UserError
 from llava.model.checkpoint.load import Checkpoint, load_checkpoint, real_vocabulary
-from llava.model.checkpoint.original_layout import CLIP_L_336_NAME
-from llava.processing.clip_image import ImageProcessor
+from llava.model.video_llava import LanguageBindVideoTower
+from llava.processing.image import ImageProcessor, QwenImageProcessor
 from tests.checkpoint_files import (
     LAYOUTS,
     WORDS,
     assert_same_weights,
+    drop_weights,
     edit,
     no_network,  # noqa: F401
     real_rows,
+    refused,
+    shard_with,
     write,
 )
 from tests.tiny_checkpoints import make_tiny_llava, make_tokenizer, save_original_layout, save_transformers_layout
+from tests.tiny_checkpoints_families import (
+    FRAMES,
+    PINPOINTS,
+    make_chatml_tokenizer,
+    make_qwen_tokenizer,
+    make_tiny_next,
+    make_tiny_qwen,
+    make_tiny_video,
+    save_next_original,
+    save_next_transformers,
+    save_qwen_transformers,
+    save_video_original,
+    save_video_transformers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +85,7 @@ def test_what_comes_with_the_model(tmp_path, model, layout):
     assert loaded.model.config.vision_config._attn_implementation == "sdpa"
     assert loaded.layout == layout.split()[0]
     assert loaded.name == "tiny"
-    assert loaded.image_processor == ImageProcessor(56, 56, aspect="pad")
+    assert loaded.image_processor == ImageProcessor(56, 56)
     assert loaded.conversation == "vicuna_v1"
     assert loaded.vocabulary == WORDS
     assert loaded.tokenizer("what is red").input_ids == make_tokenizer()("what is red").input_ids
@@ -106,15 +131,6 @@ def test_weights_in_one_file_without_index(tmp_path, model, safetensors):
     assert torch.equal(loaded.model.language_model.norm.weight, model.model.language_model.norm.weight)
 
 
-def test_text_tower_and_conversation_of_an_own_checkpoint(tmp_path, model):
-    save_transformers_layout(tmp_path / "own", model)
-    (tmp_path / "own" / "text_tower").mkdir()
-    edit(tmp_path / "own" / "config.json", conversation="llava_v1")
-    loaded = load_checkpoint(str(tmp_path / "own"))
-    assert loaded.text_tower == tmp_path / "own" / "text_tower"
-    assert loaded.conversation == "llava_v1"
-
-
 # Where the vision tower comes from
 
 
@@ -127,7 +143,6 @@ def test_tower_in_the_shards_wins(tmp_path, model):
     assert torch.equal(
         loaded.model.model.vision_tower.pre_layrnorm.weight, model.model.vision_tower.pre_layrnorm.weight
     )
-    assert loaded.vision_tower_source == "the checkpoint's shards"
     assert "own shards, not from clip" in loaded.notes[0]
 
 
@@ -136,23 +151,13 @@ def test_tower_beside_the_checkpoint(tmp_path, model):
     (tmp_path / "tiny" / "clip").rename(tmp_path / "tower")
     for name in ("../tower", str(tmp_path / "tower")):
         edit(tmp_path / "tiny" / "config.json", mm_vision_tower=name)
-        assert load_checkpoint(tmp_path / "tiny").vision_tower_source == f"mm_vision_tower {name}"
+        assert_same_weights(load_checkpoint(tmp_path / "tiny").model, model)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/clip", "some/clip"])
 def test_tower_that_cannot_be_found(tmp_path, model, name):
     save_original_layout(tmp_path, model, mm_vision_tower=name)
-    with pytest.raises(UserError, match=rf"vision tower .*{name}"):
-        load_checkpoint(tmp_path)
-
-
-def test_official_tower_name_needs_no_download_when_the_shards_hold_it(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(llava.model.checkpoint.load, "CLIP_L_336", model.config.vision_config.to_dict())
-    save_original_layout(tmp_path, model, tower_in_shards=True, mm_vision_tower=CLIP_L_336_NAME)
-    loaded = load_checkpoint(tmp_path)
-    assert torch.equal(
-        loaded.model.model.vision_tower.pre_layrnorm.weight, model.model.vision_tower.pre_layrnorm.weight
-    )
+    refused(tmp_path, rf"vision tower .*{name}")
 
 
 def test_missing_preprocessor_is_noted(tmp_path, model):
@@ -174,7 +179,7 @@ def test_preprocessor_inside_the_processor_config(tmp_path, model):
 
 @pytest.mark.parametrize("rows, expected", [(32064, 32000), (31000, 31000)])
 def test_placeholder_rows_are_no_vocabulary(rows, expected):
-    """The hub's 1.5: "<image>" is 32000 and padding 32001, the embedding has 32064 rows."""
+    """The hub's 1.5: "<image>" is 32000 and padding 32001 (its Video-LLaVA: "<video>"), of 32064 rows."""
 
     class HubTokenizer:
         pad_token_id, eos_token_id = 32001, 2
@@ -183,31 +188,256 @@ def test_placeholder_rows_are_no_vocabulary(rows, expected):
             return 32002
 
     assert real_vocabulary(HubTokenizer(), rows, image_token=32000) == expected
+    HubTokenizer.pad_token_id = 2
+    assert real_vocabulary(HubTokenizer(), rows, image_token=32000, video_token=32001) == expected
+    HubTokenizer.pad_token_id = 32001
     HubTokenizer.eos_token_id = 32001
     assert real_vocabulary(HubTokenizer(), 32064, image_token=32000) == 32002, "an end token can be answered"
-
-
-def test_the_video_placeholder_is_no_word_either():
-    """The hub's Video-LLaVA: "<image>" is 32000, "<video>" 32001, padding 32002."""
-
-    class HubTokenizer:
-        pad_token_id, eos_token_id = 32002, 2
-
-        def __len__(self) -> int:
-            return 32003
-
-    assert real_vocabulary(HubTokenizer(), 32064, image_token=32000, video_token=32001) == 32000
 
 
 def test_another_aspect_is_noted_and_padded(tmp_path, model):
     save_original_layout(tmp_path, model, image_aspect_ratio="square")
     loaded = load_checkpoint(tmp_path)
-    assert loaded.image_processor.aspect == "pad"
     assert "asks for image_aspect_ratio 'square'; images are padded" in loaded.notes[0]
 
 
-@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
-def test_original_layout_under_both_of_its_names(tmp_path, model, model_type):
-    """The name "llava" is also that of the transformers layout: it must not decide."""
-    save_original_layout(tmp_path, model, model_type=model_type)
-    assert load_checkpoint(tmp_path).layout == "original"
+NEXT = {
+    "transformers": save_next_transformers,
+    "original": save_next_original,
+    "original bin": lambda *args: save_next_original(*args, safetensors=False),
+    "original, tower apart": lambda *args: save_next_original(*args, tower_in_shards=False),
+}
+VIDEO = {
+    "original": save_video_original,
+    "original safetensors": lambda *args: save_video_original(*args, safetensors=True),
+    "original, towers apart": lambda *args: save_video_original(*args, towers_in_shards=False),
+    "transformers": save_video_transformers,
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "yi", "mistral"])
+def tiled(request) -> LlavaNextForConditionalGeneration:
+    return make_tiny_next(request.param)
+
+
+@pytest.fixture(scope="module")
+def filmed() -> VideoLlavaForConditionalGeneration:
+    return make_tiny_video()
+
+
+def rope_of(model: PreTrainedModel) -> dict:
+    return model.config.text_config.rope_parameters
+
+
+# LLaVA-NeXT
+
+
+@pytest.mark.parametrize("layout", NEXT)
+def test_next_is_the_same_from_every_layout(tmp_path, tiled, layout):
+    NEXT[layout](tmp_path / "tiny", tiled)
+    loaded = load_checkpoint(tmp_path / "tiny")
+    assert type(loaded.model) is LlavaNextForConditionalGeneration
+    assert_same_weights(loaded.model, tiled)
+    assert torch.equal(loaded.model.model.image_newline, tiled.model.image_newline)
+    assert (loaded.family, loaded.layout) == ("llava_next", layout.split(",")[0].split()[0])
+    assert loaded.merge == "spatial_unpad"
+    assert loaded.model.config.image_grid_pinpoints == PINPOINTS
+    assert (loaded.frames, loaded.temporal) == (0, False)
+    assert rope_of(loaded.model) == rope_of(tiled)
+    ours, theirs = loaded.model.config.text_config, tiled.config.text_config
+    assert (ours.model_type, ours.num_key_value_heads) == (theirs.model_type, theirs.num_key_value_heads)
+    inside = layout.startswith("original") and "apart" not in layout
+    assert any("own shards" in note for note in loaded.notes) is inside
+
+
+def test_templates_follow_decoder_and_tokenizer(tmp_path):
+    for decoder, tokenizer, mode in (
+        ("llama", None, "vicuna_v1"),
+        ("mistral", None, "mistral_instruct"),
+        ("yi", make_chatml_tokenizer(), "chatml_direct"),
+    ):
+        for save in (save_next_transformers, save_next_original):
+            folder = tmp_path / f"{decoder} {save.__name__}"
+            save(folder, make_tiny_next(decoder), tokenizer)
+            assert load_checkpoint(folder).conversation == mode
+
+
+def test_a_sliding_window_is_noted(tmp_path):
+    save_next_original(tmp_path / "none", make_tiny_next("mistral"))
+    assert "sliding" not in " ".join(load_checkpoint(tmp_path / "none").notes)
+    save_next_original(tmp_path / "some", make_tiny_next("mistral", sliding_window=4096))
+    assert "sliding window of 4096 tokens is not applied" in load_checkpoint(tmp_path / "some").notes[-1]
+
+
+def test_pinpoints_written_as_text(tmp_path):
+    save_next_original(tmp_path, image_grid_pinpoints=str(PINPOINTS))
+    assert load_checkpoint(tmp_path).model.config.image_grid_pinpoints == PINPOINTS
+
+
+def test_a_merge_without_newline(tmp_path):
+    """Only unpadding has a newline token, so these shards lack it; the container's place is left empty."""
+    save_next_original(tmp_path, safetensors=False, mm_patch_merge_type="spatial")
+    drop_weights(shard_with(tmp_path, "model.image_newline"), "model.image_newline")
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.merge == "spatial"
+    assert not loaded.model.model.image_newline.any()
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"image_aspect_ratio": "anyres_max_9"}, "'anyres_max_9' with mm_patch_merge_type 'spatial_unpad' is not"),
+        ({"mm_patch_merge_type": None}, "'anyres' with mm_patch_merge_type 'flat' is not supported; expected 'anyres'"),
+        ({"image_aspect_ratio": "pad"}, "'pad' with mm_patch_merge_type 'spatial_unpad' is not supported"),
+        ({"image_grid_pinpoints": None}, "image_grid_pinpoints must be pairs .* got None"),
+        ({"image_grid_pinpoints": [[50, 100]]}, "image_grid_pinpoints must be pairs of positive multiples"),
+    ],
+)
+def test_tilings_that_are_not_known(tmp_path, config, sentence):
+    save_next_original(tmp_path, **config)
+    refused(tmp_path, sentence)
+
+
+# Video-LLaVA
+
+
+@pytest.mark.parametrize("layout", VIDEO)
+def test_video_is_the_same_from_every_layout(tmp_path, filmed, layout):
+    model = make_tiny_video(temporal=False) if layout == "transformers" else filmed
+    VIDEO[layout](tmp_path / "tiny", model)
+    loaded = load_checkpoint(tmp_path / "tiny")
+    assert isinstance(loaded.model, VideoLlavaForConditionalGeneration)
+    assert_same_weights(loaded.model, model)
+    assert (loaded.family, loaded.layout) == ("video_llava", layout.split(",")[0].split()[0])
+    assert loaded.conversation == "vicuna_v1"
+    assert loaded.merge is None
+    assert (loaded.frames, loaded.vocabulary) == (FRAMES, WORDS)
+    temporal = layout != "transformers"
+    assert loaded.temporal is temporal
+    assert isinstance(loaded.model.model.video_tower, LanguageBindVideoTower) is temporal
+    assert ("has no attention over time" in loaded.notes[-1]) is not temporal
+    assert loaded.model.config.vision_feature_select_strategy == "default"
+    assert loaded.model.config.video_seq_length == FRAMES * 17
+    assert loaded.model.model.video_tower.config._attn_implementation == "sdpa"
+
+
+def test_time_in_the_transformers_layout(tmp_path, filmed):
+    """A conversion that kept the temporal weights is as good as the original."""
+    save_video_transformers(tmp_path, filmed)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.temporal
+    assert_same_weights(loaded.model, filmed)
+
+
+def test_one_tower_in_the_shards_and_one_apart(tmp_path, filmed):
+    save_video_original(tmp_path, filmed, safetensors=True)
+    for shard in tmp_path.glob("model-*.safetensors"):
+        save_file({k: v for k, v in load_file(shard).items() if "video_tower" not in k}, shard)
+    loaded = load_checkpoint(tmp_path)
+    assert_same_weights(loaded.model, filmed)
+    assert "image tower comes from the checkpoint's own shards" in loaded.notes[0]
+
+
+def test_official_towers_need_no_download(tmp_path, filmed, monkeypatch):
+    monkeypatch.setattr(llava.model.checkpoint.load, "LANGUAGEBIND", filmed.config.vision_config.to_dict())
+    names = {"mm_image_tower": "LanguageBind/LanguageBind_Image"}
+    names["mm_video_tower"] = "LanguageBind/LanguageBind_Video_merge"
+    save_video_original(tmp_path, filmed, **names)
+    loaded = load_checkpoint(tmp_path)
+    assert_same_weights(loaded.model, filmed)
+    assert loaded.text_tower == names["mm_image_tower"]
+    assert loaded.model.config.vision_config.hidden_act == "gelu"
+
+
+def test_a_conversion_with_another_activation_is_noted(tmp_path):
+    save_video_transformers(tmp_path)
+    assert "quick_gelu" not in " ".join(load_checkpoint(tmp_path).notes)
+    config = make_tiny_video().config.vision_config.to_dict()
+    edit(tmp_path / "config.json", vision_config={**config, "hidden_act": "quick_gelu"})
+    note = load_checkpoint(tmp_path).notes[-1]
+    assert note == "The towers use the activation quick_gelu; LanguageBind's were trained with gelu."
+
+
+def test_towers_that_differ(tmp_path):
+    save_video_original(tmp_path)
+    config = make_tiny_video().config.vision_config.to_dict()
+    edit(
+        tmp_path / "video" / "config.json", vision_config={**config, "hidden_act": "quick_gelu", "num_hidden_layers": 9}
+    )
+    refused(tmp_path, "towers image and video differ in num_hidden_layers, hidden_act; the two towers")
+
+
+# Qwen
+
+
+@pytest.mark.parametrize(
+    ("version", "family", "build"),
+    [("2", "qwen2_vl", Qwen2VLForConditionalGeneration), ("2.5", "qwen2_5_vl", Qwen2_5_VLForConditionalGeneration)],
+)
+@pytest.mark.parametrize("short", [True, False])
+def test_qwen_is_the_same_in_both_of_its_forms(tmp_path, version, family, build, short):
+    """As on the hub, and as transformers 5 writes it."""
+    model = make_tiny_qwen(version)
+    save_qwen_transformers(tmp_path, model) if short else model.save_pretrained(tmp_path)
+    if not short:
+        make_qwen_tokenizer().save_pretrained(tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    assert type(loaded.model) is build
+    assert_same_weights(loaded.model, model)
+    assert (loaded.family, loaded.layout, loaded.conversation) == (family, "transformers", "qwen2_vl")
+    assert (loaded.merge, loaded.frames) == (None, 0)
+    rope = rope_of(loaded.model)
+    assert (rope["rope_theta"], rope["mrope_section"]) == (1_000_000.0, [2, 3, 3])
+    assert loaded.tokenizer.convert_tokens_to_ids("<|image_pad|>") == loaded.model.config.image_token_id
+    if short:
+        assert loaded.image_processor == QwenImageProcessor(min_pixels=4 * 28 * 28, max_pixels=64 * 28 * 28)
+        assert loaded.notes == ()
+    else:
+        assert "3136 to 1003520 pixels were assumed" in loaded.notes[0]
+
+
+def test_qwen_patches_of_another_size(tmp_path):
+    save_qwen_transformers(tmp_path)
+    edit(tmp_path / "preprocessor_config.json", patch_size=16)
+    refused(tmp_path, r"patches, groups and frames of \(16, 2, 2\), but the tower expects \(14, 2, 2\)")
+
+
+# What is missing or mixed
+
+
+def without(prefix: str, folder: Path) -> None:
+    for file in folder.glob("model*.safetensors"):
+        save_file({k: v for k, v in load_file(file).items() if not k.startswith(prefix)}, file)
+
+
+@pytest.mark.parametrize(
+    ("save", "prefix", "part"),
+    [
+        (save_transformers_layout, "vision_tower.", r"the vision tower \(model.vision_tower\), which LLaVA needs"),
+        (save_next_transformers, "vision_tower.", r"the vision tower \(model.vision_tower\), which LLaVA-NeXT needs"),
+        (save_next_transformers, "image_newline", r"image_newline \(model.image_newline\), which LLaVA-NeXT needs"),
+        (save_next_original, "model.image_newline", r"image_newline \(model.image_newline\), which LLaVA-NeXT needs"),
+        (save_video_transformers, "video_tower.", r"the video tower \(model.video_tower\), which Video-LLaVA needs"),
+        (save_video_transformers, "image_tower.", r"the image tower \(model.image_tower\), which Video-LLaVA needs"),
+        (save_qwen_transformers, "visual.", r"the vision tower \(model.visual\), which Qwen2.5-VL needs"),
+    ],
+)
+def test_a_whole_part_is_missing(tmp_path, save, prefix, part):
+    save(tmp_path)
+    without(prefix, tmp_path)
+    refused(tmp_path, f"hold nothing of {part}; fetch all")
+
+
+@pytest.mark.parametrize("config_of", ["transformers", "original"])
+def test_config_of_one_layout_and_weights_of_the_other(tmp_path, config_of):
+    model = make_tiny_llava()
+    save_transformers_layout(tmp_path / "transformers", model)
+    save_original_layout(tmp_path / "original", model, safetensors=True, shards=1)
+    other = {"transformers": "original", "original": "transformers"}[config_of]
+    (tmp_path / config_of / "model.safetensors").unlink(missing_ok=True)
+    for index in (tmp_path / config_of).glob("*.index.json"):
+        index.unlink()
+    weights = next((tmp_path / other).glob("*.safetensors"))
+    weights.rename(tmp_path / config_of / "model.safetensors")
+    mixed = f"config.json is of the {config_of} layout, but the weight .* of the {other} one"
+    refused(tmp_path / config_of, f"mixes two layouts: {mixed}")

@@ -10,10 +10,8 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import llava.model.checkpoint.hf_model
-import llava.model.checkpoint.quantization
-from llava.errors import UserError
 from llava.model.checkpoint.load import load_checkpoint
-from tests.checkpoint_files import edit
+from tests.checkpoint_files import edit, refused
 from tests.tiny_checkpoints import save_original_layout, save_transformers_layout
 from tests.tiny_checkpoints_families import (
     make_tiny_video,
@@ -33,12 +31,12 @@ SAVERS = {
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(llava.model.checkpoint.quantization, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(llava.model.checkpoint.hf_model, "find_spec", lambda name: SimpleNamespace(name=name))
 
 
 @pytest.fixture
 def missing(monkeypatch):
-    monkeypatch.setattr(llava.model.checkpoint.quantization, "find_spec", lambda name: None)
+    monkeypatch.setattr(llava.model.checkpoint.hf_model, "find_spec", lambda name: None)
 
 
 @pytest.fixture
@@ -89,13 +87,11 @@ def test_without_a_choice_nothing_is_passed_on(tmp_path, missing, given):
 
 def test_bitsandbytes_that_is_not_there(missing):
     """Said before anything is read or fetched."""
-    with pytest.raises(UserError, match=r"quantization '4bit' needs the package bitsandbytes, .* pip install"):
-        load_checkpoint("/nowhere", quantization="4bit")
+    refused("/nowhere", r"quantization '4bit' needs the package bitsandbytes, .* pip install", quantization="4bit")
 
 
 def test_a_choice_that_does_not_exist(installed):
-    with pytest.raises(UserError, match=r"Unknown quantization '3bit'\. .* Available: 4bit, 8bit"):
-        load_checkpoint("/nowhere", quantization="3bit")
+    refused("/nowhere", r"Unknown quantization '3bit'\. .* Available: 4bit, 8bit", quantization="3bit")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
@@ -106,51 +102,18 @@ def test_numbers_without_a_meaning_are_refused(tmp_path, dtype):
     name = next(key for key in weights if key.endswith("q_proj.weight"))
     save_file(weights | {name: weights[name].to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
     kind = str(dtype).removeprefix("torch.")
-    with pytest.raises(UserError, match=rf"has weights of {kind} \(.*q_proj.weight\), and its config.json has no"):
-        load_checkpoint(tmp_path)
-
-
-STORED = {"quant_method": "bitsandbytes", "load_in_8bit": False, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    refused(tmp_path, rf"has weights of {kind} \(.*q_proj.weight\), which are not supported")
 
 
 @pytest.mark.parametrize("save", [save_transformers_layout, save_original_layout])
-def test_files_that_are_quantised_reach_transformers(tmp_path, installed, monkeypatch, save):
-    """Their own configuration is in the container's config; ours is not put in its place."""
-    save(tmp_path)
-    edit(tmp_path / "config.json", quantization_config=STORED)
-    seen = {}
-
-    def from_pretrained(*_args, **kwargs):
-        seen.update(kwargs)
-        raise ImportError("stop here")
-
-    monkeypatch.setattr(llava.model.checkpoint.hf_model.HF_CLASSES["llava"], "from_pretrained", from_pretrained)
-    with pytest.raises(UserError, match=r"Cannot load .* quantised here: stop here"):
-        load_checkpoint(tmp_path)
-    assert seen["config"].quantization_config == STORED
-    assert seen["quantization_config"] is None
-
-
 @pytest.mark.parametrize(
-    ("stored", "choice", "sentence"),
-    [
-        (STORED, None, "which is quantised with bitsandbytes, needs the package bitsandbytes"),
-        ({"quant_method": "magic"}, None, "is quantised with magic, which is not supported"),
-        ({"bits": 4}, None, "is quantised with an unnamed method"),
-    ],
+    ("stored", "method"),
+    [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"), ({"bits": 4}, "an unnamed method")],
 )
-def test_quantised_files_that_cannot_be_read(tmp_path, missing, stored, choice, sentence):
-    save_transformers_layout(tmp_path)
+def test_files_that_are_quantised_already_are_refused(tmp_path, save, stored, method):
+    save(tmp_path)
     edit(tmp_path / "config.json", quantization_config=stored)
-    with pytest.raises(UserError, match=sentence):
-        load_checkpoint(tmp_path, quantization=choice)
-
-
-def test_quantised_twice(tmp_path, installed):
-    save_transformers_layout(tmp_path)
-    edit(tmp_path / "config.json", quantization_config=STORED)
-    with pytest.raises(UserError, match="is quantised already; load it without quantization '8bit'"):
-        load_checkpoint(tmp_path, quantization="8bit")
+    refused(tmp_path, f"is quantised with {method}, which is not supported; take it unquantised")
 
 
 def test_errors_of_a_plain_model_are_not_blamed_on_quantisation(tmp_path, monkeypatch):
@@ -169,11 +132,4 @@ def test_the_video_tower_with_time_is_not_quantised_either():
     linears = [path for path, module in make_tiny_video().named_modules() if isinstance(module, nn.Linear)]
     temporal = [path for path in linears if "temporal_attn" in path]
     assert len(temporal) == 12
-    assert not any(should_convert_module(path, list(llava.model.checkpoint.quantization.KEPT)) for path in temporal)
-
-
-def test_the_config_of_an_original_checkpoint_keeps_its_quantisation(tmp_path, installed):
-    save_original_layout(tmp_path)
-    edit(tmp_path / "config.json", quantization_config={"quant_method": "magic"})
-    with pytest.raises(UserError, match="quantised with magic"):
-        load_checkpoint(tmp_path)
+    assert not any(should_convert_module(path, list(llava.model.checkpoint.hf_model.KEPT)) for path in temporal)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerBase
 
 from llava.conversation import render
 from llava.errors import UserError
-from llava.model.checkpoint.processors import read_tokenizer
+from llava.model.checkpoint.load import read_tokenizer
 from llava.processing.prompt import tokenize
 from tests.tiny_checkpoints import make_tokenizer
 from tests.tiny_checkpoints_families import make_chatml_tokenizer
@@ -29,7 +29,8 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 def trained(folder: Path, dummy: bool, **special: str) -> SentencePieceProcessor:
     """A sentencepiece model; `dummy` puts a space in front of a text, as Llama's and Mistral's do and Yi's does not."""
     folder.mkdir()
-    texts = [render(mode, [(QUESTION, None)]).replace("\n", " ") for mode in ("vicuna_v1", "mistral_instruct", "mpt")]
+    modes = ("vicuna_v1", "mistral_instruct", "chatml_direct")
+    texts = [render(mode, [(QUESTION, None)]).replace("\n", " ") for mode in modes]
     (folder / "corpus.txt").write_text("\n".join(texts * 200))
     SentencePieceTrainer.train(
         input=str(folder / "corpus.txt"),

@@ -4,7 +4,7 @@ import pytest
 
 from eval.efficiency import claims
 from eval.efficiency.claims import CLAIMS, PAGE, Check, Claim, answer, ledger, read
-from eval.efficiency.latency.counts import Computed
+from eval.efficiency.counts import Computed
 from llava.errors import UserError
 
 

@@ -30,7 +30,7 @@ def test_help_of_every_command_names_the_command_and_runs_nothing(name, capsys):
 
 def test_every_module_that_users_start_has_a_command():
     """A command line added to eval/ must be reachable through `vtr`, unless another one starts it."""
-    workers = {"eval.parallel.worker", "eval.efficiency.peers.ours", "eval.efficiency.peers.stock"}
+    workers = {"eval.parallel.worker", "eval.efficiency.peer_workers"}
     started = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in (ROOT / "eval").rglob("*.py")
@@ -47,7 +47,7 @@ def test_arguments_and_exit_code_pass_through(monkeypatch):
 
 @pytest.mark.parametrize("second", ([], ["latency"]))
 def test_bench_is_short_for_bench_latency(monkeypatch, second):
-    monkeypatch.setattr(importlib.import_module("eval.efficiency.latency.__main__"), "main", lambda: 0)
+    monkeypatch.setattr(importlib.import_module("eval.efficiency.latency"), "main", lambda: 0)
     assert cli.main(["bench", *second, "--budget", "64"]) == 0
     assert sys.argv == ["vtr bench latency", "--budget", "64"]
 
@@ -127,6 +127,6 @@ def test_show_says_what_differs_from_the_release(name, capsys):
 
 def test_a_wheel_has_no_toy_models_and_says_so(monkeypatch, capsys, tmp_path):
     """Only the repository holds assets/; the list was an empty maximum, hence a traceback."""
-    monkeypatch.setattr(importlib.import_module("eval.__main__"), "ROOT", tmp_path)
+    monkeypatch.setattr(show, "ROOT", tmp_path)
     assert cli.main(["show", "models"]) == 2
     assert "not in its wheel" in capsys.readouterr().err

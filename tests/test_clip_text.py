@@ -1,7 +1,6 @@
 """The CLIP text tower: where it is found, how it reads, and that the embedded one knows what is in a picture."""
 
 import json
-import pickle
 
 import pytest
 import torch
@@ -13,13 +12,13 @@ from transformers import CLIPConfig, CLIPModel
 import llava.model.checkpoint.files
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.model.checkpoint.original_layout import CLIP_L_336_NAME
+from llava.model.checkpoint.layouts import CLIP_L_336_NAME
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText, load_clip_text
 from llava.reduction import registry
-from llava.reduction.clip_similarity import signed, text_similarity
-from llava.reduction.reducer import EncoderState
+from llava.reduction.states import RELEVANCE, EncoderState
+from llava.reduction.token_layout import PatchGrid
 from tests.conftest import samples
 from tests.tiny_checkpoints import (
     make_tiny_clip,
@@ -98,7 +97,7 @@ def test_similarity_is_the_mean_over_chunks(tiny, cosine):
     texts = ("is there a star ?", " ".join(["cat dog tree"] * 15))
     state = EncoderState(ids=("a", "b"), features=torch.randn(2, 16, 32), scores={}, layout=tiny.layout)
     state.clip = tiny.clip
-    found = text_similarity(state, texts, cosine)
+    found = state.relevance(texts, "plain", cosine)
     for row, text in enumerate(texts):
         image = tiny.clip.image(state.features[row])[0]
         values = []
@@ -146,14 +145,11 @@ def test_every_chunk_is_a_framed_text():
     clip = numbers(length=5)
     assert clip.chunks("1 2 3 4 5 6 7") == [[98, 1, 2, 3, 99], [98, 4, 5, 6, 99], [98, 7, 99]]
     assert clip.chunks("") == [[98, 99]]
+    # TRIM's release leaves the cutting to CLIP's tokenizer: truncated texts keep their end token.
+    assert clip.chunks("1 2 3 4 5 6 7", "truncate") == [[98, 1, 2, 3, 99]]
     assert (
         clip.chunks("1 2 3") == clip.chunks("1 2 3", "truncate") == clip.chunks("1 2 3", "cut") == [[98, 1, 2, 3, 99]]
     )
-
-
-def test_truncated_texts_keep_their_end_token():
-    """TRIM's release leaves the cutting to CLIP's tokenizer."""
-    assert numbers(length=5).chunks("1 2 3 4 5 6 7", "truncate") == [[98, 1, 2, 3, 99]]
 
 
 @pytest.mark.parametrize(("configured", "pooled"), [(2, [0, 3, 1]), (99, [0, 0, 1])])
@@ -256,19 +252,6 @@ def test_a_clip_of_another_tower_is_refused(tmp_path, tiny):
         reload(tmp_path, tiny)
 
 
-def test_missing_weights_are_named(tmp_path, tiny, model):
-    save_text_tower(tmp_path, model)
-    weights = {
-        key: tensor
-        for key, tensor in llava.model.checkpoint.files.read_weights(tmp_path).items()
-        if "projection" not in key
-    }
-    torch.save(weights, tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"text_projection\.weight, visual_projection\.weight"):
-        reload(tmp_path, tiny)
-
-
 def test_a_vision_half_alone_is_refused(tmp_path, tiny, model):
     model.config.vision_config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no text tower"):
@@ -302,19 +285,6 @@ def test_the_folders_own_tokenizer_comes_first(tmp_path, tiny, model):
     assert reload(tmp_path, tiny).chunks("A bc") == [[52, 26, 1, 28, 53]]
 
 
-class Payload:
-    def __reduce__(self):
-        return (pytest.fail, ("code of a checkpoint was run",))
-
-
-def test_nothing_is_unpickled(tmp_path, tiny, model):
-    save_text_tower(tmp_path, model)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save({"text_model": Payload()}, tmp_path / "pytorch_model.bin", pickle_module=pickle)
-    with pytest.raises(UserError, match="more than weights"):
-        reload(tmp_path, tiny)
-
-
 # The embedded model's
 
 
@@ -334,7 +304,7 @@ def test_the_embedded_tower_finds_what_is_asked_about():
         features = encode(model.tower, pixels, model.select_layer).features.expand(len(things), -1, -1)
         asked = [f"Is there a {COLOR_NAMES[t.color]} {SHAPES[t.shape]} in the image?" for _, t in things]
         state = EncoderState(ids=tuple(asked), features=features, scores={}, layout=model.layout, clip=model.clip)
-        similarity = text_similarity(state, asked, cosine=True)
+        similarity = state.relevance(asked, "plain", cosine=True)
         for row, (place, _) in zip(similarity, things, strict=True):
             inside = torch.from_numpy(drawn.owner == place).flatten()
             # Share of pairs (patch of the thing, other patch) in the right order; 0.5 is chance.
@@ -350,11 +320,12 @@ def test_the_text_tower_says_which_sign_is_relevance(tmp_path, model, told, rele
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | ({"patch_similarity": told} if told else {})))
     clip = load_clip_text(tmp_path, model.model.vision_tower, make_tokenizer(), torch.device("cpu"))
-    similarity = torch.tensor([[0.5, -1.0]])
     assert clip.relevance == relevance
-    assert signed(similarity, "tower", clip).tolist() == [[0.5, -1.0] if relevance == "plain" else [-0.5, 1.0]]
-    assert signed(similarity, "plain", clip).tolist() == [[0.5, -1.0]]
-    assert signed(similarity, "negated", clip).tolist() == [[-0.5, 1.0]]
+    features = torch.randn(1, 16, model.config.vision_config.hidden_size)
+    state = EncoderState(ids=("a",), features=features, scores={}, layout=PatchGrid(4, 4), clip=clip)
+    with torch.inference_mode():
+        found = {sign: state.relevance(("is there a star ?",), sign, cosine=True) for sign in RELEVANCE}
+    assert torch.equal(found["tower"], found[relevance]) and torch.equal(found["negated"], -found["plain"])
 
 
 def test_an_unknown_sign_is_refused(tmp_path, model):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.efficiency.code_path import code_path, main, trace
+from scripts.dev.code_path import code_path, main, trace
 
 ONE = """from two import inner
 
@@ -22,7 +22,7 @@ TWO = """def inner(k):
 """
 
 
-def test_functions_files_and_switches_of_a_planted_call(tmp_path, monkeypatch):
+def test_functions_files_and_calls_between_files_of_a_planted_call(tmp_path, monkeypatch):
     (tmp_path / "one.py").write_text(ONE)
     (tmp_path / "two.py").write_text(TWO)
     monkeypatch.syspath_prepend(tmp_path)
@@ -30,7 +30,7 @@ def test_functions_files_and_switches_of_a_planted_call(tmp_path, monkeypatch):
 
     found = trace(one.outer, tmp_path)
     assert found.functions == {("one.py", "outer"), ("one.py", "helper"), ("two.py", "inner")}
-    assert found.files == {"one.py", "two.py"} and found.switches == 3
+    assert found.files == {"one.py", "two.py"} and found.crossings == 3
     assert sys.getprofile() is None
     del sys.modules["one"], sys.modules["two"]
 
@@ -38,9 +38,10 @@ def test_functions_files_and_switches_of_a_planted_call(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["full", "fastervlm", "consensusdrop", "fastv"])
 def test_one_whole_image_meets_no_code_for_tiles(method):
     """Every image went through the code of tiles, frames and budgets over them."""
-    files = {Path(file).name for file in code_path(method, None if method == "full" else 80).files}
-    assert not files & {"tile_stages.py", "views.py", "anyres.py", "video.py", "llava_next.py"}
-    assert ("decoder_stage.py" in files) == (method == "fastv")
+    functions = code_path(method, None if method == "full" else 80).functions
+    files = {Path(file).name for file, _ in functions}
+    assert not files & {"views.py", "anyres.py", "video.py", "llava_next.py"}
+    assert any(name == "Stages.reduce_between_layers" for _, name in functions) == (method == "fastv")
 
 
 def test_the_command_prints_one_line(capsys):

@@ -1,15 +1,19 @@
 """Index tensors of padded prompts against loops, and cosines and sines that are kept over a reduction."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.cached_tensors import made_once
-from llava.pipeline import columns
+from llava.pipeline import positions
+from llava.pipeline import sequence as columns
 from llava.pipeline.prefill import prefill
 from llava.pipeline.sequence import Sequence
 from llava.reduction import Reducer, Reduction, states
-from llava.reduction.decoder_attention import Angles, angles_of, prepared_angles, rotary_angles, rotate
+from llava.reduction.decoder_attention import Angles, angles_of, prepared_angles, projected_heads, rotary_angles
+from llava.reduction.ranking import made_once
 from tests.conftest import samples
 
 CPU = torch.device("cpu")
@@ -17,7 +21,7 @@ LENGTHS, WIDTH = (7, 4, 9), 10
 
 
 def test_padding_and_numbers_by_the_book():
-    real, numbers = columns.real_columns(LENGTHS, WIDTH, CPU), columns.numbers_from_zero(LENGTHS, WIDTH, CPU)
+    real, numbers = columns.real_columns(LENGTHS, WIDTH, CPU), positions.contiguous(LENGTHS, WIDTH, CPU)
     for sample, length in enumerate(LENGTHS):
         for column in range(WIDTH):
             inside = column >= WIDTH - length
@@ -44,8 +48,9 @@ def test_sources_of_shortened_prompts_by_the_book():
 def test_spans_by_the_book():
     spans = ((3, 5), (0, 2), (7, 9))
     assert columns.columns_of(spans, CPU).tolist() == [[3, 4], [0, 1], [7, 8]]
-    assert columns.line_of(spans, CPU).tolist() == [3, 4, 0, 1, 7, 8]
-    assert columns.assembled((3, 1), (((4, 6), (0, 1)), ((2, 3),)), CPU).tolist() == [[4, 5, 0], [0, 0, 2]]
+    # Prompts of 4 and 6 tokens, padded to 6, in one line: the images are its tokens 3 to 4 and 6 to 8.
+    visual = (((1, 3),), ((0, 3), (4, 5)))
+    assert columns.image_places((4, 6), visual, ((0, 0), (1, 0)), CPU).tolist() == [3, 4, 6, 7, 8]
 
 
 def test_made_once_and_no_inference_tensor():
@@ -107,9 +112,12 @@ def test_rotation_is_that_of_transformers():
     heads, angle = torch.randn(2, 3, 5, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
     cos, sin = angle.cos(), angle.sin()
     expected, _ = apply_rotary_pos_emb(heads, heads, cos, sin)
-    assert torch.equal(rotate(heads, Angles.of(cos, sin)), expected)
+    layer, normed = SimpleNamespace(self_attn=SimpleNamespace(head_dim=8)), heads.transpose(1, 2).flatten(2)
+    rotated = projected_heads(layer, nn.Identity(), normed, Angles.of(cos, sin))
+    assert torch.equal(rotated, expected)
     some = slice(1, 4)
-    assert torch.equal(rotate(heads[:, :, some], Angles.of(cos, sin).rows(some)), expected[:, :, some])
+    rotated = projected_heads(layer, nn.Identity(), normed[:, some], Angles.of(cos, sin).rows(some))
+    assert torch.equal(rotated, expected[:, :, some])
 
 
 @pytest.mark.parametrize("kept_numbers", [0, 2**18])  # made anew, or kept for the next question

@@ -8,11 +8,9 @@ import torch
 from eval.config import ROOT
 from llava.errors import UserError
 from llava.model.builder import load
+from llava.pipeline import compile as compiling
 from llava.pipeline import decoder
-from llava.pipeline.faster import compiled_step, graphs
-from llava.pipeline.faster.compiled_layers import COLUMNS
-from llava.pipeline.faster.compiled_model import compile_model
-from llava.pipeline.faster.compiled_step import CompiledStep
+from llava.pipeline.compile import COLUMNS, CompiledStep, compile_model
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
@@ -24,8 +22,8 @@ STEPS = 12
 
 @pytest.fixture(autouse=True)
 def fresh_graphs(monkeypatch):
-    """Small rooms, so that they grow within a few steps."""
-    monkeypatch.setattr(compiled_step, "ROOM", 8)
+    """Few columns, so that they grow within a few steps."""
+    monkeypatch.setattr(compiling, "CAPACITY", 8)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -73,15 +71,9 @@ def test_traced_graphs_equal_the_plain_way(model, method):
     for batch in (samples(1), samples(3)):
         state = same(model, compiled, build(model, method), batch)
     assert state.cache.layers[0].get_seq_length() % COLUMNS, "columns were padded and cut off again"
-    shapes = [len(part.graphs.shapes) for part in (compiled.tower, compiled.layers, compiled.step)]
+    shapes = [len(part.shapes) for part in (compiled.tower, compiled.layers, compiled.step)]
     segments = 1 + len(build(model, method).decoder_layers(len(model.llm.layers)))
     assert shapes == [2, 2 * segments, 2], "nothing fell back to the plain way"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_inductor_equals_the_plain_way(model, method):
-    same(model, compile_model(model), build(model, method), samples(3))
 
 
 @pytest.mark.slow
@@ -99,7 +91,7 @@ def test_tiles_and_frames_go_through_the_compiled_tower(family):
     toy = load(ROOT / "assets" / family, device="cpu")
     compiled = compile_model(toy, "eager")
     same(toy, compiled, registry.build("fastervlm", 64), samples(1), 2)
-    assert len(compiled.tower.graphs.shapes) == 1
+    assert len(compiled.tower.shapes) == 1
 
 
 # -- decoding ------------------------------------------------------------------------------------------------------
@@ -115,20 +107,21 @@ def hidden_states(model, batch, reducer, step, steps=STEPS):
 
 @pytest.mark.parametrize("method", ["full", "consensusdrop", "visiondrop"])
 def test_the_traced_step_equals_step(tiny, method):
-    """Padded prompts, another length in every layer, and rooms that grow."""
+    """Padded prompts, another length in every layer, and columns that grow."""
     reducer = build(tiny, method)
     expected, plain = hidden_states(tiny, samples(3), reducer, decoder.step)
     found, state = hidden_states(tiny, samples(3), reducer, CompiledStep(tiny.llm, "eager"))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert plain.fixed is None and state.steps == 0
-    assert state.fixed.lengths == [layer.get_seq_length() for layer in plain.cache.layers]
+    lengths = [segment.length for segment in state.fixed.segments for _ in range(segment.layers)]
+    assert lengths == [layer.get_seq_length() for layer in plain.cache.layers]
 
 
 # -- the plain way, said once --------------------------------------------------------------------------------------
 
 
 def test_a_smaller_batch_and_too_many_shapes_take_the_plain_way(tiny, monkeypatch, caplog):
-    monkeypatch.setattr(graphs, "GRAPHS", 1)
+    monkeypatch.setattr(compiling, "GRAPHS", 1)
     step, reducer = CompiledStep(tiny.llm, "eager"), build(tiny, "full")
     order = ((samples(2), True), (samples(1), False), (samples(3), False), (samples(1), False), (samples(3), False))
     for batch, compiled in order:
@@ -140,25 +133,10 @@ def test_a_smaller_batch_and_too_many_shapes_take_the_plain_way(tiny, monkeypatc
     assert len(said) == 2 and "a batch of 1 is smaller" in said[0] and "there are 1 graphs already" in said[1]
 
 
-def test_too_many_lengths_are_prefilled_in_the_plain_way(model, monkeypatch, caplog):
-    monkeypatch.setattr(graphs, "GRAPHS", 1)
-    compiled = compile_model(model, "eager")
-    for method in ("full", "visiondrop"):
-        same(model, compiled, build(model, method), samples(1))
-    assert "prefill takes the plain way for some batches: there are 1 graphs" in caplog.text
-    assert len(compiled.layers.graphs.shapes) == 1
-
-
 def test_merging_in_the_tower_takes_the_plain_way(model, caplog):
     compiled = compile_model(model, "eager")
     same(model, compiled, build(model, "tome"), samples(1))
-    assert "tome merges tokens inside of it" in caplog.text and not compiled.tower.graphs.shapes
-
-
-def test_what_is_not_compiled_is_said(model, caplog):
-    model.shares_prefix = True
-    compile_model(model, "eager")
-    assert "with --share-prefix the prefill is not compiled" in caplog.text
+    assert "tome merges tokens inside of it" in caplog.text and not compiled.tower.shapes
 
 
 # -- refused -------------------------------------------------------------------------------------------------------

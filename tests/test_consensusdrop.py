@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from consensusdrop.fusion import FUSIONS, fuse, rank01
-from consensusdrop.method import ConsensusDrop, pool_attention
+from consensusdrop.method import FUSIONS, ConsensusDrop, fuse, pool_attention, rank01
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import keep_top, registry
-from llava.reduction.merging import ANCHORS, WEIGHTS, choose_anchors, merge_plan, others, unit_length
+from llava.reduction.merging import ANCHORS, WEIGHTS, choose_anchors, merge_plan, others
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import PatchGrid
@@ -132,7 +132,7 @@ def farthest_by_the_book(rest, saliency, keys, count):
 def test_anchor_rules_equal_their_definitions():
     generator = torch.Generator().manual_seed(3)
     saliency, keys = torch.rand(2, 20, generator=generator), torch.randn(2, 20, 6, generator=generator)
-    rest, unit = others(keep_top(saliency, 6), 20), unit_length(keys)
+    rest, unit = others(keep_top(saliency, 6), 20), F.normalize(keys, dim=-1)
     for rule in ("saliency", "stride", "farthest"):
         anchors, members = choose_anchors(rule, rest, saliency, unit, 4)
         for b in range(2):
@@ -150,7 +150,7 @@ def test_anchor_rules_equal_their_definitions():
 
 def test_farthest_anchors_stay_unique_among_identical_tokens():
     saliency, keys = torch.rand(1, 12), torch.ones(1, 12, 4)
-    chosen, _ = choose_anchors("farthest", torch.arange(12)[None], saliency, unit_length(keys), 5)
+    chosen, _ = choose_anchors("farthest", torch.arange(12)[None], saliency, F.normalize(keys, dim=-1), 5)
     assert len(set(chosen[0].tolist())) == 5
 
 

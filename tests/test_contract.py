@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from eval import outcomes
+from eval import ask
 from llava.errors import MethodError, UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import (
@@ -24,7 +24,7 @@ from llava.reduction import (
     reducer,
     registry,
 )
-from llava.reduction.crop_budget import require
+from llava.reduction.budget import require
 from tests import contract, test_every_method
 from tests.conftest import samples
 
@@ -223,12 +223,13 @@ def test_on_an_accelerator_values_are_read_once(tiny, monkeypatch):
     monkeypatch.setattr(reducer, "_lies_on_host", lambda tensor: False)
     monkeypatch.setattr(reducer, "_read", set())
     read = []
-    monkeypatch.setattr(reducer, "_wrong_order", lambda *arguments: read.append(arguments) or "")
+    on_host = reducer._on_host
+    monkeypatch.setattr(reducer, "_on_host", lambda tensor: read.append(tensor) or on_host(tensor))
     for _ in range(3):
         prefill(tiny, samples(2), Planted(budget=2))
-    assert len(read) == 2, "two images, once"
+    assert len(read) == 1, "once"
     prefill(tiny, samples(2), Planted(budget=2, how="other"))
-    assert len(read) == 4, "another branch"
+    assert len(read) == 2, "another branch"
 
 
 def test_a_wrong_return_ends_the_run_at_once(tiny, monkeypatch):
@@ -237,11 +238,11 @@ def test_a_wrong_return_ends_the_run_at_once(tiny, monkeypatch):
     def generate(*arguments, **options):
         raise MethodError("planted.encoder: wrong.")
 
-    monkeypatch.setattr(outcomes, "generate", generate)
-    ready = [outcomes.Ready(None, sample, "") for sample in samples(3)]
+    monkeypatch.setattr(ask, "generate", generate)
+    ready = [ask.LoadedQuestion(None, sample, "") for sample in samples(3)]
     job = type("Job", (), {"model": tiny, "reducer": None, "max_new_tokens": 4})()
     with pytest.raises(MethodError):
-        list(outcomes.outcomes(job, ready, outcomes.Room()))
+        list(ask.outcomes(job, ready, ask.BatchLimit()))
 
 
 def test_a_method_that_is_no_frozen_dataclass_is_one_sentence():
@@ -270,8 +271,8 @@ def test_a_broken_file_leaves_the_other_methods_alone(tmp_path):
 
 def test_a_class_that_was_not_registered_is_one_sentence():
     """The file was there, and "Unknown method" said nothing of what it lacked."""
-    with pytest.raises(UserError, match=r"attnmix/release\.py registers no method release; write @register"):
-        registry.build("release", 8)
+    with pytest.raises(UserError, match=r"baselines/_staged\.py registers no method _staged; write @register"):
+        registry.build("_staged", 8)
     with pytest.raises(UserError, match=r'write @register\("bare"\) above it'):
         registry.register(type("Bare", (Scorer,), {}))
 

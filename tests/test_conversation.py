@@ -9,7 +9,7 @@ from llava.conversation import DEFAULT_MODE, MODES, conversation, render, stop_s
 from llava.errors import UserError
 
 PROMPTS = json.loads((Path(__file__).parent / "data" / "llava_preproc" / "prompts.json").read_text())
-RENDERED = sorted(mode for mode, case in PROMPTS.items() if isinstance(case, dict))
+RENDERED = sorted(PROMPTS)
 
 SUFFIX = "Answer the question using a single word or phrase."
 
@@ -22,7 +22,7 @@ def test_templates_equal_the_official_ones(mode):
 
 
 def test_no_template_without_an_official_counterpart():
-    assert sorted(MODES) == sorted([*RENDERED, "qwen2_vl", "llava_llama_3"])
+    assert MODES.keys() - PROMPTS == {"qwen2_vl", "llava_llama_3"}
     assert DEFAULT_MODE == "vicuna_v1"
 
 
@@ -48,11 +48,6 @@ def test_an_open_turn_in_the_middle_is_a_bug(turns):
         render("vicuna_v1", turns)
 
 
-@pytest.mark.parametrize("mode", RENDERED)
-def test_a_picture_of_llava_is_a_line_of_its_own(mode):
-    assert conversation(mode).slot == "<image>\n"
-
-
 def test_qwen_renders_what_its_chat_template_renders():
     """Qwen2-VL's chat_template with one picture and a generation prompt; <image> stands for its <|image_pad|>."""
     begin = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -63,25 +58,6 @@ def test_qwen_renders_what_its_chat_template_renders():
     two = render("qwen2_vl", [(picture + "Q1", "A1"), ("Q2", None)])
     assert two == f"{begin}{picture}Q1{end}A1<|im_end|>\n<|im_start|>user\nQ2{end}"
     assert stop_string("qwen2_vl") == "<|im_end|>"
-
-
-@pytest.mark.parametrize(
-    ("mode", "rendered"),
-    [
-        ("mistral_instruct", "[INST] Q [/INST]"),
-        (
-            "chatml_direct",
-            "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\nQ<|im_end|><|im_start|>assistant\n",
-        ),
-        (
-            "llava_v1",
-            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
-            "detailed, and polite answers to the human's questions. USER: Q ASSISTANT:",
-        ),
-    ],
-)
-def test_the_templates_of_the_other_checkpoints_letter_by_letter(mode, rendered):
-    assert render(mode, [("Q", None)]) == rendered
 
 
 LLAMA_3 = (

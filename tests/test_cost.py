@@ -90,10 +90,16 @@ def test_operations_per_question_do_not_depend_on_the_batch_size(tiny, method):
 # -- what is said --------------------------------------------------------------------------------------------------
 
 
-def line(questions: int, seconds: float, **changes) -> dict:
+def line(questions: int, seconds: float) -> dict:
     found = {"questions": questions, "images": questions, **dict.fromkeys(cost.STAGES, seconds), "run": "a"}
-    found |= {"decode_steps": 1, "kv_bytes": 10, "flops": 100, "flops_alone": {"tower": 100, "prefill": 20}}
-    return found | changes
+    found |= {
+        "decode_steps": 1,
+        "kv_bytes": 10,
+        "kv_bytes_with_room": 10,
+        "flops": 100,
+        "flops_alone": {"tower": 100, "prefill": 20},
+    }
+    return found
 
 
 def test_times_of_a_batch_say_its_size():
@@ -106,31 +112,6 @@ def test_times_of_a_batch_say_its_size():
     spoken = "\n".join(report.time_lines(timing))
     assert "ms of a batch of 8, median of 3: " in spoken and "prefill 100.0" in spoken
     assert report.batch_text(1) == "one question"
-
-
-def test_batches_of_an_earlier_version_are_read_and_told():
-    """Their vision time includes preprocessing, and their operations cannot be told by part."""
-    old = line(8, 0.1, run="before")
-    for key in ("preprocess", "images", "flops_alone"):
-        del old[key]
-    lines = [old, line(8, 0.2)]
-    timing, flops = cost.summarise_timing(lines, "a"), cost.summarise_flops(lines)
-    assert timing["ms_per_question"]["preprocess"] is None and timing["ms_per_question"]["vision"] is not None
-    assert timing["batch"]["median_ms"]["vision"] == pytest.approx(150)
-    assert flops["per_question"] is None and flops["as_batched_per_question"] == 200 / 16
-    assert cost.notes(lines) == ["Vision of 1 of 2 batches include preprocessing (earlier version)."]
-    assert report.flops_lines(flops) == []
-
-
-def test_operations_of_result_files_of_both_versions():
-    assert cost.flops_as_batched({"flops_per_question": 7.0}) == 7.0
-    new = {"flops_per_question": 9.0, "flops": {"as_batched_per_question": 7.0}}
-    assert cost.flops_as_batched(new) == 7.0
-
-
-def test_times_of_shared_beginnings_are_told():
-    (found,) = cost.notes([line(8, 0.1, shared_prefix=True), line(8, 0.1)])
-    assert found.startswith("Vision and prefill of 1 of 2 batches are of prompts whose common beginning ran once")
 
 
 def test_nothing_timed_is_no_number():

@@ -1,26 +1,22 @@
 """Counts of one prefill against the textbook, and the largest tensor that a method makes."""
 
 from functools import cache
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eval.efficiency.growth.narrow import narrow
-from eval.efficiency.growth.series import Size, model_of
-from eval.efficiency.latency.counts import computed, count, flop_counter
-from eval.efficiency.latency.noted import Noted
-from eval.efficiency.latency.questions import noise_batches
-from eval.efficiency.meter import peak_bytes
-from eval.efficiency.shapes import SHAPES, VICUNA_7B, random_llava
+from eval.efficiency.counts import OperationCounter, computed, count_prefill, flop_counter
+from eval.efficiency.growth import Size, model_of
+from eval.efficiency.memory import peak_bytes
+from eval.efficiency.shapes import VICUNA_7B, narrow, noise_batches, random_llava
 from llava.errors import UserError
-from llava.model.checkpoint.original_layout import CLIP_L_336
+from llava.model.checkpoint.layouts import CLIP_L_336
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.crop_budget import require
+from llava.reduction.budget import require
 from tests.conftest import samples
-from visiondrop.scoring import SLICE
+from visiondrop.method import SLICE
 
 HEADS = 4
 
@@ -28,8 +24,7 @@ HEADS = 4
 @pytest.fixture(scope="module")
 def small():
     """576 visual tokens, 4 layers of 128 channels; 3 tower blocks."""
-    with patch.dict(SHAPES, {"small": narrow("llava-1.5-7b", 128, 4)}):
-        return random_llava("small", None, "float32")
+    return random_llava(narrow("llava-1.5-7b", 128, 4), None, "float32")
 
 
 def textbook(layers, length, patches):
@@ -88,7 +83,7 @@ def test_counted_operations_are_those_of_the_closed_formula(small, method):
 def test_the_fused_kernel_of_the_cpu_is_counted():
     """torch's counter does not know it: half of a long prefill's operations were missing."""
     query = torch.randn(1, HEADS, 96, 32)
-    with torch.inference_mode(), flop_counter() as counter, Noted() as noted:
+    with torch.inference_mode(), flop_counter() as counter, OperationCounter() as noted:
         torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     assert counter.get_total_flops() == 4 * HEADS * 96 * 96 * 32
     assert noted.attention == {"scaled_dot_product_flash_attention_for_cpu"}
@@ -96,7 +91,7 @@ def test_the_fused_kernel_of_the_cpu_is_counted():
 
 
 def test_the_largest_tensor_is_noted():
-    with Noted() as noted:
+    with OperationCounter() as noted:
         tensor = torch.zeros(10)
         tensor.expand(1000, 10)
         assert noted.largest == 10, "a view is no new tensor"
@@ -112,21 +107,21 @@ def test_a_method_that_reads_values_is_counted_where_there_are_some(tiny):
         def __getattr__(self, name):
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")
 
-    found = count(tiny, reducer, asked, Readless())
+    found = count_prefill(tiny, reducer, asked, Readless())
     assert found.tokens_per_layer == (8,) * 4
     assert found.waits is None, "a 0 would say that the host waits for nothing; on a CPU there is nothing to wait for"
     with pytest.raises(NotImplementedError):
-        count(Readless(), reducer, asked)
+        count_prefill(Readless(), reducer, asked)
 
 
 @pytest.mark.parametrize("method", ["divprune", "cdpruner", "scope", "visiondrop"])
 def test_operations_are_those_of_the_measured_model(method):
     """CDPruner was 2,386 above its oracle in a table of shapes: a greedy choice is a plain loop on the meta device."""
-    with patch.dict(SHAPES, {"small": narrow("llava-1.5-7b", 128, 4)}):
-        model = random_llava("small", None, "float32")
-        shapes = random_llava("small", 1, "float32", device=torch.device("meta"))
+    shape = narrow("llava-1.5-7b", 128, 4)
+    model = random_llava(shape, None, "float32")
+    shapes = random_llava(shape, 1, "float32", device=torch.device("meta"))
     asked, reducer = noise_batches(model, 1, False)(0), registry.build(method, 64)
-    found = count(model, reducer, asked, shapes)
+    found = count_prefill(model, reducer, asked, shapes)
     with torch.inference_mode():
         prefill(model, asked, reducer)  # what depends on sizes alone is made in a first prefill
         with Recorded() as recorded:

@@ -11,9 +11,8 @@ from baselines.dart import Dart, hash_order, highest, pick_different, shares
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.pipeline.sequence import Sequence
-from llava.reduction.model_spec import ModelSpec
 from llava.reduction.states import DecoderState
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import samples
 
 LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)

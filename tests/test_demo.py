@@ -16,16 +16,15 @@ from PIL import Image
 from eval import cli
 from eval.command import Terminated
 from eval.config import DEFAULT_MODEL, ROOT, TOY_BANNER
-from eval.pages.demo import __main__ as command
-from eval.pages.demo import compare
-from eval.pages.demo.__main__ import main
-from eval.pages.demo.compare import SHORT, answer_beside_full
-from eval.pages.demo.examples import IDS, examples
+from eval.pages import demo as command
+from eval.pages import demo_page
+from eval.pages.demo import main
+from eval.pages.demo_page import IDS, SHORT, answer_beside_full, examples
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
-from llava.processing.clip_image import open_image
-from llava.processing.sample import Sample
+from llava.processing.image import open_image
+from llava.processing.prompt import Sample
 from llava.reduction import registry
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
 from tests.conftest import QUESTIONS, picture
@@ -39,20 +38,25 @@ def test_both_answers_are_those_of_the_pipeline(tiny, method):
     found = answer_beside_full(tiny, image, f"  {QUESTIONS[0]}\n", method, 8)
     for side, name, budget in ((found.full, "full", 16), (found.reduced, method, 8)):
         sample = Sample("demo", QUESTIONS[0], SHORT, image)
-        batch = generate(tiny, [sample], registry.build(name, budget), compare.MAX_NEW_TOKENS)
+        batch = generate(tiny, [sample], registry.build(name, budget), demo_page.MAX_NEW_TOKENS)
         (answer,) = batch.answers
         assert (side.name, side.text) == (name, answer.text)
-        assert side.tokens_per_layer == answer.accounting.tokens_per_layer and side.mean == pytest.approx(budget)
-        assert side.kv_bytes == answer.accounting.kv_bytes and side.gflop == pytest.approx(batch.flops / 1e9)
+        assert (
+            side.counted.tokens_per_layer == answer.accounting.tokens_per_layer
+            and side.counted.mean == pytest.approx(budget)
+        )
+        assert side.counted.kv_bytes == answer.accounting.kv_bytes and side.gflop == pytest.approx(
+            batch.operations.total / 1e9
+        )
         assert side.overlay.size == (2 * image.width, 2 * image.height)
     assert found.full.overlay.tobytes() != found.reduced.overlay.tobytes()
-    assert found.reduced.kv_bytes < found.full.kv_bytes and found.reduced.gflop < found.full.gflop
+    assert found.reduced.counted.kv_bytes < found.full.counted.kv_bytes and found.reduced.gflop < found.full.gflop
 
 
 def test_the_short_answer_is_asked_for_only_if_wanted(tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        compare, "generate", lambda m, samples, *a, **k: (asked.append(samples[0]), generate(m, samples, *a, **k))[1]
+        demo_page, "generate", lambda m, samples, *a, **k: (asked.append(samples[0]), generate(m, samples, *a, **k))[1]
     )
     for short in (True, False):
         answer_beside_full(tiny, picture(1), QUESTIONS[0], "random", 8, short=short, repeats=1)
@@ -67,7 +71,7 @@ def test_times_are_taken_in_turns_after_both_have_answered(tiny, monkeypatch):
         calls.append((reducer.name, max_new_tokens))
         return generate(model, samples, reducer, max_new_tokens)
 
-    monkeypatch.setattr(compare, "generate", spy)
+    monkeypatch.setattr(demo_page, "generate", spy)
     found = answer_beside_full(tiny, picture(1), QUESTIONS[0], "random", 8)
     assert calls == [("full", 128), ("random", 128), *[("full", 1), ("random", 1)] * 3]
     for side in (found.full, found.reduced):
@@ -79,7 +83,7 @@ def test_options_reach_the_method(tiny):
         answer_beside_full(tiny, picture(1), QUESTIONS[0], "fastv", 12, options, repeats=1).reduced
         for options in ({}, {"schedule": "kept"})
     )
-    assert plain.mean == pytest.approx(12, abs=0.5) and kept.mean > plain.mean
+    assert plain.counted.mean == pytest.approx(12, abs=0.5) and kept.counted.mean > plain.counted.mean
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,7 @@ def test_too_little_memory_is_one_sentence(tiny, monkeypatch):
     def full(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(compare, "generate", full)
+    monkeypatch.setattr(demo_page, "generate", full)
     with pytest.raises(UserError, match="does not fit into the accelerator's memory"):
         answer_beside_full(tiny, picture(1), "a?", "random", 8)
 
@@ -114,11 +118,11 @@ def test_tiles_have_overlays_too():
     image = open_image(examples()[0].image)
     found = answer_beside_full(model, image, examples()[0].question, "consensusdrop", 160, repeats=1)
     assert found.full.overlay.size == found.reduced.overlay.size and found.full.overlay.width > 2 * image.width
-    assert found.reduced.mean < found.full.mean
+    assert found.reduced.counted.mean < found.full.counted.mean
 
 
 def test_every_method_but_full_is_offered():
-    names = [name for name, summary in compare.methods() if summary]
+    names = [name for name, summary in demo_page.methods() if summary]
     assert names == [name for name in registry.names() if name != "full"]
 
 
@@ -184,7 +188,7 @@ def watch(event, args):
     if event == "socket.getaddrinfo" and args[0] not in OWN:
         print("outside:", args[0], file=sys.stderr, flush=True)
 sys.addaudithook(watch)
-from eval.pages.demo.__main__ import main
+from eval.pages.demo import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from eval.efficiency.dispatched import (
+from eval.efficiency.counts import (
     HEAD,
     Beside,
     Call,
-    Calls,
-    Reads,
+    OperationCounter,
+    PythonWaits,
     line_of,
     main,
     on_meta,
@@ -69,16 +69,17 @@ def test_the_exception_is_seen(shapes):
     assert waits and {call.line.split(":")[0] for call in waits} == {"baselines/prumerge.py"}
 
 
-def counted(run, device: str = "cpu") -> Calls:
-    calls = Calls()
-    with torch.inference_mode(), Reads(calls), calls, suppress(NotImplementedError, RuntimeError, TypeError):
+def counted(run, device: str = "cpu") -> list[Call]:
+    counter = OperationCounter()
+    failures = suppress(NotImplementedError, RuntimeError, TypeError)
+    with failures, torch.inference_mode(), PythonWaits(counter), counter:
         run(torch.ones(3, 4, device=device))
-    calls.mark("prefill")
-    return calls
+    counter.mark("prefill")
+    return counter.calls
 
 
 def test_counts_operations_kernels_and_lines():
-    found = counted(lambda x: nn.functional.relu(x.transpose(0, 1)) + 1).found
+    found = counted(lambda x: nn.functional.relu(x.transpose(0, 1)) + 1)
     assert [(call.name, call.kernel) for call in found] == [
         ("ones", True),
         ("transpose", False),
@@ -103,8 +104,8 @@ READINGS = {
 @pytest.mark.parametrize("run", READINGS.values(), ids=READINGS)
 def test_sees_what_makes_the_host_wait(run):
     """On the host itself nothing waits."""
-    assert [call.waits for call in counted(run, "meta").found].count(True) == 1
-    assert not any(call.waits for call in counted(run).found)
+    assert [call.waits for call in counted(run, "meta")].count(True) == 1
+    assert not any(call.waits for call in counted(run))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_sees_what_makes_the_host_wait(run):
     ],
 )
 def test_sees_copies_that_block(run, waits):
-    assert sum(call.waits for call in counted(run, "meta").found) == waits
+    assert sum(call.waits for call in counted(run, "meta")) == waits
 
 
 def test_operations_and_kernels_are_both_given_over_the_oracles():

@@ -5,9 +5,8 @@ import torch
 
 from baselines.divprune import DivPrune
 from llava.reduction.greedy import farthest_apart
-from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import PromptState
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 

@@ -3,39 +3,33 @@
 import json
 from dataclasses import replace
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
 
 from eval.benchmarks.base import Question
 from eval.config import DEFAULT_DATA, ROOT, RunConfig, embedded_model
-from eval.efficiency import estimate, memory, meter, tower_passes, workload
-from eval.efficiency.growth.narrow import narrow
-from eval.efficiency.latency import fitting
-from eval.efficiency.latency.measure import endless
-from eval.efficiency.latency.questions import noise_batches
-from eval.efficiency.quantities import duration, listed, size_text
+from eval.efficiency import estimate, latency, memory
+from eval.efficiency.estimate import Workload
+from eval.efficiency.memory import duration, listed, size_text
 from eval.efficiency.rates import Rates, measure_rates
-from eval.efficiency.shapes import SHAPES, random_llava
-from eval.efficiency.workload import Workload
+from eval.efficiency.shapes import narrow, noise_batches, random_llava
 from eval.feature_cache import CachingLlava
-from eval.job import read_questions
 from eval.parallel.placement import Placement
-from eval.run import run
+from eval.run import read_questions, run
 from llava.errors import UserError
 from llava.model.builder import load, runtime
 from llava.model.checkpoint import files
-from llava.model.checkpoint.outline import outline_checkpoint
+from llava.model.checkpoint.load import outline_checkpoint
 from llava.pipeline.decoder import step
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.processing.video import Video
 from llava.reduction import registry
-from llava.reduction.crop_budget import require
+from llava.reduction.budget import require
 from tests.allocations import peak_bytes
 from tests.conftest import picture, samples
-from tests.test_checkpoint_memory import SAVERS
+from tests.test_checkpoint_files import SAVERS
 from tests.tiny_checkpoints import make_tiny_llava, save_transformers_layout
 from tests.tiny_checkpoints_families import (
     make_tiny_next,
@@ -120,14 +114,14 @@ def test_cache_and_operations_are_those_of_the_run(tmp_path, family, name, budge
     shapes = [shape_of(empty, sample) for sample in batch]
     prompts = [memory.lengths(empty, reducer, shape) for shape in shapes]
     assert memory.kv_bytes(empty, prompts, 4) == answered.kv_bytes
-    assert sum(memory.decoder_operations(empty, prompt) for prompt in prompts) == answered.flops_alone["prefill"]
+    assert sum(memory.decoder_operations(empty, prompt) for prompt in prompts) == answered.operations.alone["prefill"]
     towers = sum(memory.tower_operations(empty, reducer, image) for shape in shapes for image in shape.images)
-    assert towers == answered.flops_alone["tower"]
+    assert towers == answered.operations.alone["tower"]
 
 
 def expected_bytes(model, reducer, asked, itemsize: int, new_tokens: int) -> int:
     """The most bytes beside the weights, as `--dry-run` adds them up."""
-    shapes = [fitting.shape_of(model, sample) for sample in asked]
+    shapes = [latency.shape_of(model, sample) for sample in asked]
     found = memory.activations(model, reducer, shapes, itemsize)
     cache = memory.kv_bytes(model, [memory.lengths(model, reducer, shape) for shape in shapes], itemsize, new_tokens)
     return max(found.vision, found.prefill_with_cache, found.decode + cache)
@@ -142,11 +136,11 @@ def test_memory_of_the_toy_model_is_near_what_its_allocator_counts(name, budget)
     model = load(device="cpu")
     batch = [replace(sample, image=picture(i, (300, 200)), image_ids=()) for i, sample in enumerate(samples(6, ()))]
     reducer = registry.build(name, budget or model.visual_tokens)
-    answer = partial(generate, endless(model), batch, reducer, max_new_tokens=4)
+    answer = partial(generate, model, batch, reducer, max_new_tokens=4, ignore_eos=True)
     answer()
     measured, expected = peak_bytes(answer), expected_bytes(model, reducer, batch, 4, 3)
     assert measured == pytest.approx(expected, rel=0.15), "numpy's pixels are no tensors"
-    with torch.inference_mode(), meter.Meter() as metered:
+    with torch.inference_mode(), memory.Meter() as metered:
         answer()
     assert metered.peak() == pytest.approx(measured, rel=1e-3), "the meter counts as the allocator does"
 
@@ -186,8 +180,7 @@ def test_every_method_needs_what_the_dry_run_says(shape):
 @pytest.mark.parametrize("name", sorted(name for _, name in READ_NUMBERS))
 def test_a_method_that_reads_numbers_needs_what_the_dry_run_says(name):
     """On the CPU, where there are numbers."""
-    with patch.dict(SHAPES, {"small": narrow("llava-next-7b", 256, 8, 6)}):
-        model = random_llava("small", 1, "float32", merge="spatial", force=(672, 672))
+    model = random_llava(narrow("llava-next-7b", 256, 8, 6), 1, "float32", merge="spatial", force=(672, 672))
     asked, reducer = noise_batches(model, 1, False)(0), registry.build(name, 320)
     assert run_bytes(model, reducer, asked) == pytest.approx(expected_bytes(model, reducer, asked, 4, 1), rel=0.15)
 
@@ -217,7 +210,7 @@ def run_bytes(model, reducer, asked) -> int:
         token = model.logits(state.hidden).argmax(-1, keepdim=True)
         model.logits(step(model.llm, state, model.llm.embed_tokens(token)))
 
-    return meter.peak_bytes(run)
+    return memory.peak_bytes(run)
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +251,8 @@ def test_passes_and_remembered_bytes_are_those_of_the_run(name, bound, monkeypat
     config = RunConfig(name, 64, data=DEFAULT_DATA, output=str(tmp_path), limit=40, batch_size=4)
     data, _ = read_questions(config)
     reducer, model = registry.build(name, 64), outline(config.model)
-    each = tower_passes.image_bytes(model, reducer, memory.layout_of(model), 4)
-    monkeypatch.setattr(workload, "RUN_BYTES", bound * each)
+    each = estimate.image_bytes(model, reducer, memory.layout_of(model), 4)
+    monkeypatch.setattr(estimate, "RUN_BYTES", bound * each)
     work = estimate.workload(model, data, data.questions[:40], 4, 128, reducer)
     caching = CachingLlava(load(config.model, device="cpu"), bound * each)
     own, seen, held = CachingLlava.encode_images, [], []
@@ -294,9 +287,9 @@ def test_replicas_remember_each_for_themselves():
     """Two images, asked in turns: one replica sees each once, two see both."""
     one, other = (Question(name, "", "", (f"{name}.png",), "") for name in "ab")
     batches = [[one], [one], [other], [other]]
-    assert [tower_passes.tower_passes(batches, 1, 10, count) for count in (1, 2)] == [2, 4]
-    assert tower_passes.tower_passes([[one, one], [other, one]], 1, 0) == 3
-    assert tower_passes.tower_passes([[one], [other], [one]], 1, 1) == 3, "the first is forgotten first"
+    assert [estimate.tower_passes(batches, 1, 10, count) for count in (1, 2)] == [2, 4]
+    assert estimate.tower_passes([[one, one], [other, one]], 1, 0) == 3
+    assert estimate.tower_passes([[one], [other], [one]], 1, 1) == 3, "the first is forgotten first"
 
 
 def test_replicas_share_the_questions_and_ranks_of_one_processor_its_speed(toy):
@@ -370,7 +363,7 @@ def test_report_of_a_configuration(monkeypatch):
     """The whole way from flags to lines, on each bundled model; rates are measured in the tests below."""
     monkeypatch.setattr(estimate, "measure_rates", lambda *_: SPEED)
     ranks = Placement((("localhost", (0, 1)),))
-    lines = estimate.report(RunConfig("cdpruner", 64), ranks)
+    lines = estimate.estimate(RunConfig("cdpruner", 64), ranks).lines()
     assert lines[0].startswith("weights ") and "text tower" in lines[0] and "2 ranks share it" in "\n".join(lines)
     tiled = RunConfig(
         "fastervlm", 320, model=embedded_model("tinyllava_next"), data=ROOT / "assets" / "eval_next", limit=4
@@ -389,9 +382,9 @@ def test_report_of_a_configuration(monkeypatch):
         data=ROOT / "assets" / "eval_video",
         limit=4,
     )
-    assert "at all 2056 visual tokens" in "\n".join(estimate.report(video))
+    assert "at all 2056 visual tokens" in "\n".join(estimate.estimate(video).lines())
     with pytest.raises(UserError, match="takes images only"):
-        estimate.report(replace(video, model=embedded_model("tinyllava")))
+        estimate.estimate(replace(video, model=embedded_model("tinyllava")))
 
 
 def test_without_reference_answers_the_bound_is_one_token(toy):

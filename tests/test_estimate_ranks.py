@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from eval.efficiency.estimate import Estimate
-from eval.efficiency.workload import Workload
+from eval.efficiency.estimate import Estimate, Workload
 from llava.model.builder import runtime
-from llava.model.checkpoint.outline import outline_checkpoint
+from llava.model.checkpoint.load import outline_checkpoint
 from llava.reduction import registry
 from tests import rank_weights, two_ranks
 

@@ -18,17 +18,17 @@ from PIL import Image
 from eval import __main__ as cli
 from eval import benchmarks, score
 from eval import cli as vtr
-from eval import job as job_module
-from eval.benchmarks.prompts import LETTER, SHORT, VIZ, split_suffix
+from eval import run as job_module
+from eval.benchmarks.llava_files import LETTER, SHORT, VIZ, split_suffix
 from eval.command import STOPS, Terminated, exit_on_user_error
 from eval.config import RunConfig, method_options, options_by_method
-from eval.efficiency.latency.methods import reducers_of
+from eval.efficiency.oracle import reducers_of
 from eval.papers import table
-from eval.results import cost, provenance
+from eval.results import cost, report
 from eval.run import Interrupted, run
 from llava.errors import UserError
 from llava.pipeline.generate import generate
-from llava.processing.sample import Sample
+from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import registry
 from tests.eval_fakes import FakeLlava, FakeReducer, fake_text, write_gqa
@@ -398,10 +398,10 @@ def test_a_model_for_images_is_not_asked_about_videos(main, monkeypatch, tiny):
 
 def test_list(main):
     code, out, _ = main("--list", "--json")
-    there_is = json.loads(out)
-    assert code == 0 and there_is.keys() == {"methods", "benchmarks", "models"}
-    assert {"full", "random", "uniform"} <= {method["name"] for method in there_is["methods"]}
-    (gqa,) = (entry for entry in there_is["benchmarks"] if entry["name"] == "gqa")
+    available = json.loads(out)
+    assert code == 0 and available.keys() == {"methods", "benchmarks", "models"}
+    assert {"full", "random", "uniform"} <= {method["name"] for method in available["methods"]}
+    (gqa,) = (entry for entry in available["benchmarks"] if entry["name"] == "gqa")
     assert gqa["splits"] == ["testdev", "val"]
     code, out, _ = main("--list")
     assert code == 0 and "  uniform" in out and "  gqa" in out
@@ -616,7 +616,7 @@ def test_a_malformed_line_is_named(data):
 def test_a_question_left_out_is_named(data):
     lines = jsonl(data).read_text().splitlines()
     jsonl(data).write_text("\n".join(lines[:-2]))
-    with pytest.raises(UserError, match=r"lacks 2 of the balanced questions in .*, the first is 1038"):
+    with pytest.raises(UserError, match=r"lacks 2 of the questions in .*, the first is 1038"):
         load(data)
 
 
@@ -655,7 +655,7 @@ def test_known_suffixes_are_split_off_and_unknown_ones_stay():
 
 
 def test_the_commit_is_this_repositorys_or_unknown(tmp_path):
-    assert provenance.commit(tmp_path) == "unknown"
+    assert report.commit(tmp_path) == "unknown"
 
     def git(*arguments: str) -> None:
         name = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -665,12 +665,12 @@ def test_the_commit_is_this_repositorys_or_unknown(tmp_path):
     (tmp_path / "x").write_text("1")
     git("add", ".")
     git("commit", "-m", "x")
-    head = provenance.commit(tmp_path)
+    head = report.commit(tmp_path)
     assert len(head) == 40
     (tmp_path / "x").write_text("2")
-    assert provenance.commit(tmp_path) == f"{head}+changes"
+    assert report.commit(tmp_path) == f"{head}+changes"
     (tmp_path / "copy").mkdir()
-    assert provenance.commit(tmp_path / "copy") == "unknown", "a copy inside another repository is not that one"
+    assert report.commit(tmp_path / "copy") == "unknown", "a copy inside another repository is not that one"
 
 
 def test_config_is_frozen_and_checks_itself():

@@ -13,7 +13,7 @@ from llava.errors import UserError
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
-from llava.processing.sample import Sample
+from llava.processing.prompt import Sample
 from llava.reduction import registry
 from tests import contract
 from tests.conftest import QUESTIONS, picture, samples
@@ -83,7 +83,7 @@ def test_every_choice_of_every_option_keeps_the_contract(name, tiny):
 def others(tmp_path_factory) -> dict[str, tuple[Llava, list[Sample]]]:
     """A deeper model with more tokens, and images in tiles; one question is longer than CLIP's text tower takes."""
     path = tmp_path_factory.mktemp("others")
-    save_transformers_layout(path / "wide", make_tiny_llava(layers=8, image=112), text_tower=True)
+    save_transformers_layout(path / "wide", make_tiny_llava(num_hidden_layers=8, image=112), text_tower=True)
     save_text_tower(path / "tiled" / "text_tower", save_next_transformers(path / "tiled", make_tiny_next("mistral")))
     long = Sample("long", " ".join(QUESTIONS * 3), image=picture(9))
     crops = [Sample(f"q{i}", QUESTIONS[i], image=picture(i, size)) for i, size in enumerate(((112, 112), (70, 112)))]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from eval import __main__ as command
-from eval import job
-from eval.asking import ERRORS_IN_A_ROW, Progress, ask
+from eval import run as job
+from eval.ask import ERRORS_IN_A_ROW, Progress, ask
 from eval.config import RunConfig
 from eval.parallel.ranks import Rank
 from eval.run import run
@@ -199,5 +199,5 @@ def test_a_rank_whose_questions_all_fail_leaves_the_others_alone(tmp_path, data)
     one = job.prepare(config(tmp_path, data, limit=4), Picky(*map(str, range(1000, 1004))), FakeReducer())
     lines: list[dict] = []
     sink = SimpleNamespace(add=pytest.fail, fail=lines.extend)
-    ask(one, sink, one.planned, Progress(one, rank, Tracker(), [], 0, 4), rank)
+    ask(one, sink, one.planned, Progress(one, rank, Tracker(), [], 0), rank)
     assert [line["question_id"] for line in lines] == ["1000", "1001", "1002", "1003"]

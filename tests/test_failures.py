@@ -12,8 +12,8 @@ import pytest
 from filelock import FileLock
 
 from eval.answers import Shard, files
-from eval.answers.durable import DurableLines
 from eval.answers.files import AnswerFiles
+from eval.answers.jsonl import DurableLines
 from llava.errors import UserError
 from tests.shard_worker import KNOWN, SETTINGS, describe, line, open_store
 
@@ -33,7 +33,7 @@ def lines_of(path: Path) -> list[dict]:
 
 def test_the_latest_failure_counts_until_there_is_an_answer(tmp_path):
     with open_store(tmp_path) as store:
-        store.add([line("q001")], {"questions": 1})
+        store.add([line("q001")], {})
         assert store.failures == {} and not (tmp_path / "failures.jsonl").exists()
         store.fail([failure("q002"), failure("q003", "out of memory", "memory", run="given")])
         store.fail([failure("q002", "division by zero", "error")])
@@ -41,7 +41,7 @@ def test_the_latest_failure_counts_until_there_is_an_answer(tmp_path):
             "q002": ("division by zero", "error", "start single 0"),
             "q003": ("out of memory", "memory", "given"),
         }
-        store.add([line("q003")], {"questions": 1})
+        store.add([line("q003")], {})
         assert list(store.failures) == ["q002"]
     with open_store(tmp_path) as store:
         assert list(store.failures) == ["q002"] and store.failures["q002"]["reason"] == "division by zero"
@@ -56,7 +56,7 @@ def test_the_latest_failure_counts_until_there_is_an_answer(tmp_path):
 )
 def test_a_failure_of_an_unknown_or_answered_question_is_an_error_of_the_caller(tmp_path, lines):
     with open_store(tmp_path) as store:
-        store.add([line("q001")], {"questions": 1})
+        store.add([line("q001")], {})
         with pytest.raises(AssertionError):
             store.fail(lines)
         assert store.failures == {}
@@ -88,7 +88,7 @@ def test_failures_of_ranks_are_merged_once(tmp_path):
             with Shard(tmp_path, "a", rank, describe("a", rank)) as shard:
                 shard.fail([failure(f"q01{rank}")])
                 if rank:
-                    shard.add([line("q002")], {"questions": 1})
+                    shard.add([line("q002")], {})
                     # Dealt again, to a process that could not answer it.
                     shard.fail([failure("q002", "again")])
         assert store.merge() == 1
@@ -148,7 +148,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, code):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with open_store(tmp_path) as store:
-            store.add([line("q001")], {"questions": 1})
+            store.add([line("q001")], {})
             assert len(store.remarks) == 1 and "has no locks" in store.remarks[0]
     monkeypatch.undo()
     assert (tmp_path / ".result.json.4194305").exists()
@@ -174,36 +174,37 @@ def test_syncs_take_a_small_part_of_the_time(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "fsync", slow)
         for name in KNOWN:
             clock.now += 0.4
-            store.add([line(name)], {"questions": 1})
-        unsynced = [file for file in store._files.values() if file._synced < file.size]
+            store.add([line(name)], {})
+        unsynced = [file for file in store._files.values() if file._synced < file._end]
         syncs, total = len(waits), sum(waits)
     # All syncs but the last, which is of three files at most, have been paid for by the time of the batches.
     assert total - 3 * 0.004 <= files.SYNC_SHARE * clock.now
-    assert syncs > 3 and unsynced and all(file._synced == file.size for file in store._files.values())
+    assert syncs > 3 and unsynced and all(file._synced == file._end for file in store._files.values())
 
 
 def test_every_slow_batch_is_on_the_disk_at_once(tmp_path):
     with open_store(tmp_path) as store:
         for name in KNOWN[:3]:
             store._next_sync = 0.0  # as after a batch that took seconds
-            store.add([line(name)], {"questions": 1})
-            assert all(file._synced == file.size for file in store._files.values())
+            store.add([line(name)], {})
+            assert all(file._synced == file._end for file in store._files.values())
 
 
-def test_timing_that_a_power_failure_kept_without_its_answers_is_cut(tmp_path):
+def test_timing_that_a_power_failure_kept_without_its_answers_does_not_count(tmp_path):
     """Files reach the disk in any order between two syncs."""
     with open_store(tmp_path) as store:
-        store.add([line("q000"), line("q001")], {"questions": 2})
-        store.add([line("q002")], {"questions": 1})
+        store.add([line("q000"), line("q001")], {})
+        store.add([line("q002")], {})
     whole = (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "answers.jsonl").write_bytes(b"".join(whole[:2]) + bytes(300))
     with open(tmp_path / "runs.jsonl", "a") as file:
-        file.write(json.dumps({"first": 3, **describe("lost")}) + "\n")
+        file.write(json.dumps(describe("lost")) + "\n")
     with open_store(tmp_path, "later") as store:
-        assert list(store.answers) == ["q000", "q001"] and [t["first"] for t in store.timing] == [0]
-        store.add([line("q003"), line("q002")], {"questions": 2})
+        assert list(store.answers) == ["q000", "q001"]
+        assert [t["question_ids"] for t in store.timing] == [["q000", "q001"]]
+        store.add([line("q003"), line("q002")], {})
+        assert [t["question_ids"] for t in store.timing] == [["q000", "q001"], ["q003", "q002"]]
         assert [(run["run"], n) for run, n in store.origins(KNOWN)] == [("start single 0", 2), ("start later 0", 2)]
-    assert [row["first"] for row in lines_of(tmp_path / "timing.jsonl")] == [0, 2]
 
 
 def test_a_sync_that_fails_is_a_sentence_and_keeps_what_was_synced(tmp_path, monkeypatch):
@@ -225,7 +226,7 @@ def test_a_sync_that_fails_is_a_sentence_and_keeps_what_was_synced(tmp_path, mon
 
 
 def test_a_closed_store_writes_nothing_without_its_lock(tmp_path):
-    files = AnswerFiles(tmp_path, None)
+    files = AnswerFiles(tmp_path)
     files.close()
     with pytest.raises(AssertionError, match="is closed"):
-        files._write_failures([failure("q001")])
+        files.fail([failure("q001")])

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from llava.model.builder import load
-from llava.pipeline import positions as mrope
 from llava.pipeline.prefill import prefill
-from llava.processing.prompt import IMAGE_TOKEN_INDEX
-from llava.processing.sample import Sample
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample
 from llava.processing.video import Video
 from llava.reduction import registry
 from tests.conftest import QUESTIONS, picture
+from tests.test_mrope import positions
 from tests.tiny_checkpoints_families import (
     make_tiny_next,
     make_tiny_qwen,
@@ -53,7 +52,6 @@ def test_both_layouts_of_next_answer_alike(tmp_path):
         save_next_original(tmp_path / f"{decoder}-own", container)
         ours, theirs = (load(tmp_path / f"{decoder}-{kind}", device="cpu") for kind in ("own", "hub"))
         batch = ask(picture(0, (60, 110)), picture(1, (112, 112)), None)
-        assert ours.layout_name == "original" and theirs.layout_name == "transformers"
         assert ours.largest.tokens == theirs.largest.tokens
         # The heads have another number of rows, which changes how the CPU sums.
         torch.testing.assert_close(logits(ours, batch), logits(theirs, batch), atol=1e-6, rtol=0)
@@ -106,25 +104,6 @@ def test_what_the_conversion_of_video_llava_loses_is_attention_over_time(tmp_pat
     torch.testing.assert_close(logits(model, [sample]), expected, atol=2e-4, rtol=0)
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("version", ["2.5", "2"])
-def test_qwen_agrees_with_the_transformers_class(tmp_path, version):
-    save_qwen_transformers(tmp_path, make_tiny_qwen(version))
-    model = load(tmp_path, device="cpu")
-    for images in ((picture(0, (200, 120)),), (picture(1, (90, 160)), picture(2, (150, 150))), ()):
-        sample = Sample("q", QUESTIONS[0], image=images or None)
-        values = {}
-        counts = []
-        if images:
-            pixels, grids = model.image_processor(list(images))
-            values = {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
-            counts = [rows * columns // 4 for _, rows, columns in grids]
-        ids = expanded(model, sample, counts)
-        kinds = (ids == model.hf_model.config.image_token_id).long()
-        out = model.hf_model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **values)
-        torch.testing.assert_close(logits(model, [sample]), out.logits[:, -1, : model.vocabulary], atol=2e-4, rtol=0)
-
-
 def test_qwen_batches_pictures_of_different_shapes(tmp_path):
     save_qwen_transformers(tmp_path, make_tiny_qwen())
     model = load(tmp_path, device="cpu")
@@ -163,9 +142,9 @@ def test_assembled_positions_are_those_of_whole_prompts(tmp_path):
         parts, number = [0], 0
         for token in model.prompt(sample).ids:
             if token == IMAGE_TOKEN_INDEX:
-                parts += [model.groups(found.images.of((i, number))), 0]
+                parts += [model.groups(found.images.encoded[i, number]), 0]
                 number += 1
             else:
                 parts[-1] += 1
         prompts.append(parts)
-    assert torch.equal(found.sequences["embedded"].position, mrope.positions(prompts))
+    assert torch.equal(found.sequences["embedded"].position, positions(prompts))

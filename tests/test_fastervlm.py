@@ -3,10 +3,9 @@
 import torch
 
 from baselines.fastervlm import FasterVLM
-from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 

@@ -11,8 +11,7 @@ from llava.pipeline.accounting import mean_visual_tokens
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.model_spec import ModelSpec
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 
@@ -87,7 +86,7 @@ def test_the_layer_in_front_is_run_and_cached_once(tiny):
 def test_positions_stay_and_the_next_token_follows_the_whole_prompt(tiny):
     """The release gives kept tokens the positions they had, and decodes behind the unpruned prompt."""
     state, _ = run(tiny, FastV(budget=7), samples(2))
-    assert all(place[:, 0].tolist() == list(state.lengths[0]) for place in state.next_position)
+    assert all(part.next_position[:, 0].tolist() == list(state.lengths[0]) for part in state.segments)
 
 
 def test_prunes_in_the_prefill_only(tiny):

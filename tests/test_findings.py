@@ -13,8 +13,9 @@ from scipy.stats import spearmanr
 
 from eval import benchmarks, cli
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
-from eval.findings import alignment, arms, collect, degraded, fusion, measures, observe, probes, scenes, summary
-from eval.findings.arms import Arm
+from eval.findings import attention, fusion, scenes, summary
+from eval.findings import scores as measures
+from eval.findings.fusion import Arm
 from eval.findings.scenes import COLOR_NAMES, SHAPES
 from eval.results.statistics import Interval
 from eval.sweep import CachingLlava
@@ -22,7 +23,7 @@ from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
 from llava.reduction import registry
-from toy.data.paint import Thing
+from toy.data.scenes import Thing
 
 NAME = "test00000n"
 
@@ -41,7 +42,7 @@ def samples():
 
 @pytest.fixture(scope="module")
 def notes(toy, samples):
-    return observe.observe(toy, samples)
+    return measures.observe(toy, samples)
 
 
 def noise(*shape):
@@ -168,12 +169,12 @@ def test_agreement():
 
 
 def test_an_observer_drops_nothing_and_notes_what_the_methods_rank_by(toy, samples, notes):
-    assert set(notes) == {*observe.score_names(len(toy.llm.layers)), "tokens"}
-    reducer = arms.Arm("fused", 64).reducer()
+    assert set(notes) == {*measures.score_names(len(toy.llm.layers)), "tokens"}
+    reducer = fusion.Arm("fused", 64).reducer()
     generate(toy, samples, reducer, 1)
     seen = np.stack([reducer.seen[sample.id].numpy() for sample in samples])
     assert notes["probe"] == pytest.approx(seen, rel=1e-4)
-    observer = observe.Observer(budget=toy.visual_tokens)
+    observer = measures.Observer(budget=toy.visual_tokens)
     answers = [
         [answer.token_ids for answer in generate(toy, samples, one, 4).answers]
         for one in (observer, registry.build("full", None or toy.visual_tokens))
@@ -189,14 +190,14 @@ def test_rows_of_a_question_are_its_content_and_function_words(samples, notes):
 
 
 def test_visual_attention_does_not_depend_on_the_question(toy, samples, notes):
-    other = observe.observe(toy, samples[1:2])
+    other = measures.observe(toy, samples[1:2])
     assert notes["visual 4"][0] == pytest.approx(other["visual 4"][0], rel=1e-3)
     assert notes["last 4"][0] != pytest.approx(other["last 4"][0], rel=1e-2)
 
 
 def test_reading_backwards_changes_the_decoder_alone(toy, samples, notes):
     """Scores stay in the order of the picture: the last token still looks at the named thing."""
-    backwards = observe.observe(toy, samples, reverse=True)
+    backwards = measures.observe(toy, samples, reverse=True)
     for name in ("encoder", "cosine", "probe"):
         assert backwards[name] == pytest.approx(notes[name], rel=1e-4)
     one = scenes.questions()[0]
@@ -206,7 +207,7 @@ def test_reading_backwards_changes_the_decoder_alone(toy, samples, notes):
 
 
 def test_halves_are_exchanged_patch_by_patch():
-    moved = np.asarray(collect.exchanged(_image(NAME)))
+    moved = np.asarray(measures.exchanged(_image(NAME)))
     whole = np.asarray(_image(NAME))
     assert (moved[:96] == whole[96:]).all() and (moved[96:] == whole[:96]).all()
 
@@ -215,7 +216,7 @@ def test_measures_of_words():
     """A cosine that is its word's mask has AUROC 1; a control word knows nothing of it."""
     picture = scenes.redraw(NAME)
     masks = np.stack([scenes.word_mask(picture, word) for word in scenes.WORDS])
-    found = collect.measure_words(masks.astype(float), picture)
+    found = measures.measure_words(masks.astype(float), picture)
     there = masks.any(1)
     assert (found[there, 0] == 1).all() and np.isnan(found[~there]).all()
     assert found[there, 2] == pytest.approx(0.5)  # an absent word's cosine is 0 everywhere
@@ -227,21 +228,21 @@ def test_late_preference_is_zero_for_content_and_one_half_for_place():
     asked = (scenes.Asked("q", "color", "", "", "p", (0,)),)
 
     def one(score, where):
-        values = np.full((1, 1, len(collect.MEASURES)), np.nan)
-        values[0, 0, collect.MEASURES.index("late")] = measures.share(score)[where].sum()
+        values = np.full((1, 1, len(measures.MEASURES)), np.nan)
+        values[0, 0, measures.MEASURES.index("late")] = measures.share(score)[where].sum()
         empty = np.zeros((0,))
-        return collect.Collected(("s",), values, asked, empty, empty, empty, empty)
+        return measures.Collected(("s",), values, asked, empty, empty, empty, empty)
 
     drawn, counterpart = one(content, late), one(content, ~late)
-    assert summary.late_preference(drawn, counterpart, "s")["q"] == pytest.approx(0)
+    assert summary.position_bias(drawn, counterpart, "s")["q"] == pytest.approx(0)
     drawn, counterpart = one(place, late), one(place[::-1], ~late)  # the score stays late when the content moves
-    assert summary.late_preference(drawn, counterpart, "s")["q"] == pytest.approx(0.5)
+    assert summary.position_bias(drawn, counterpart, "s")["q"] == pytest.approx(0.5)
 
 
 def test_collected_numbers_are_kept(toy, tmp_path, monkeypatch):
-    first = collect.collect(toy, "as drawn", (NAME,), tmp_path)
-    monkeypatch.setattr(collect, "measure_picture", lambda *_: pytest.fail("measured twice"))
-    again = collect.collect(toy, "as drawn", (NAME,), tmp_path)
+    first = measures.collect(toy, "as drawn", (NAME,), tmp_path)
+    monkeypatch.setattr(measures, "measure_picture", lambda *_: pytest.fail("measured twice"))
+    again = measures.collect(toy, "as drawn", (NAME,), tmp_path)
     assert np.array_equal(first.values, again.values, equal_nan=True)
     assert first.of("encoder", "auroc") and first.of("encoder", "spearman")[first.asked[0].id] == pytest.approx(1)
     assert first.rows[0, 0].sum() == pytest.approx(1, rel=1e-4)
@@ -251,7 +252,7 @@ def test_collected_numbers_are_kept(toy, tmp_path, monkeypatch):
 
 
 def test_fields_of_noise():
-    white, smooth, late = (degraded.field_of(kind, "q", 24, 24) for kind in degraded.KINDS)
+    white, smooth, late = (fusion.field_of(kind, "q", 24, 24) for kind in fusion.KINDS)
     for one in (white, smooth, late):
         assert float(one.mean()) == pytest.approx(0, abs=1e-5) and float(one.std()) == pytest.approx(1, rel=1e-4)
 
@@ -260,15 +261,15 @@ def test_fields_of_noise():
 
     assert neighbours(smooth) > 0.9 and abs(neighbours(white)) < 0.15
     assert (late.diff() > 0).all()
-    assert torch.equal(white, degraded.field_of("white", "q", 24, 24))
-    assert not torch.equal(white, degraded.field_of("white", "r", 24, 24))
+    assert torch.equal(white, fusion.field_of("white", "q", 24, 24))
+    assert not torch.equal(white, fusion.field_of("white", "r", 24, 24))
     with pytest.raises(UserError, match="smoth"):
-        degraded.field_of("smoth", "q", 24, 24)
+        fusion.field_of("smoth", "q", 24, 24)
 
 
 def test_a_degraded_probe(toy, samples):
     def run(**changes):
-        reducer = degraded.Degraded(budget=32, alpha=0.0, **changes)
+        reducer = fusion.Degraded(budget=32, alpha=0.0, **changes)
         batch = generate(toy, samples, reducer, 4)
         return reducer, [answer.trace[-1].reduction.kept[0].tolist() for answer in batch.answers]
 
@@ -277,19 +278,19 @@ def test_a_degraded_probe(toy, samples):
     assert kept == [answer.trace[-1].reduction.kept[0].tolist() for answer in usual.answers]
     name = samples[0].id
     infinite, _ = run(noise=float("inf"))
-    assert spearmanr(infinite.seen[name], degraded.field_of("white", name, 24, 24)).statistic == pytest.approx(1)
+    assert spearmanr(infinite.seen[name], fusion.field_of("white", name, 24, 24)).statistic == pytest.approx(1)
     agree = [spearmanr(plain.seen[name], run(noise=x)[0].seen[name]).statistic for x in (0.5, 4.0)]
     assert 1 > agree[0] > agree[1] > 0
 
 
 def test_arms_are_asked_once_and_stored(toy, tmp_path, monkeypatch):
     wanted = [Arm("encoder only", 32), Arm("encoder only", 32, True, "white", 1.0), Arm("fused", 32)]
-    first = arms.answer(toy, wanted, tmp_path, limit=4)
+    first = fusion.answer(toy, wanted, tmp_path, limit=4)
     assert list(first) == [wanted[0], wanted[2]] and wanted[1].key == wanted[0]
     assert len(first[wanted[2]].scores) == 4 and first[wanted[0]].auroc == {}
     assert all(0 <= x <= 1 for x in first[wanted[2]].recall.values())
-    monkeypatch.setattr(arms, "ask", lambda *_: pytest.fail("asked twice"))
-    assert arms.answer(toy, wanted, tmp_path, limit=4) == first
+    monkeypatch.setattr(fusion, "ask", lambda *_: pytest.fail("asked twice"))
+    assert fusion.answer(toy, wanted, tmp_path, limit=4) == first
 
 
 def test_another_layers_probe_ranks_as_the_methods_own_option(toy, samples):
@@ -313,48 +314,48 @@ def test_an_arm_is_one_with_another_only_if_its_answers_are():
 def test_files_of_arms(tmp_path):
     """Other probes have other files; those of the default probe keep the names that they had before."""
     default = Arm("fused", 64, False)
-    assert arms.name_of(default) == "fused_64_false_white_0.0"
-    assert arms.name_of(replace(default, kind="smooth", noise=float("inf"))) == "fused_64_false_smooth_Infinity"
-    assert arms.name_of(replace(default, probe="contextual", layer=2)) == "fused_64_false_white_0.0_contextual_2"
-    keys = {replace(arm, ranking=r).key for arm in [*probes.noisy_arms(), *probes.layer_arms()] for r in arms.ALPHA}
-    assert len({arms.name_of(arm) for arm in keys}) == len(keys) > 40
+    assert fusion.name_of(default) == "fused_64_false_white_0.0"
+    assert fusion.name_of(replace(default, kind="smooth", noise=float("inf"))) == "fused_64_false_smooth_Infinity"
+    assert fusion.name_of(replace(default, probe="contextual", layer=2)) == "fused_64_false_white_0.0_contextual_2"
+    keys = {replace(arm, ranking=r).key for arm in [*fusion.noisy_arms(), *fusion.layer_arms()] for r in fusion.ALPHA}
+    assert len({fusion.name_of(arm) for arm in keys}) == len(keys) > 40
     (tmp_path / "fused_64_false_white_0.0_static_1-671.json").touch()
-    assert arms.stored(tmp_path, default, 671) is None
-    assert arms.stored(tmp_path, replace(default, layer=1), 671)
-    assert arms.stored(tmp_path, replace(default, layer=1), 672) is None
+    assert fusion.stored(tmp_path, default, 671) is None
+    assert fusion.stored(tmp_path, replace(default, layer=1), 671)
+    assert fusion.stored(tmp_path, replace(default, layer=1), 672) is None
 
 
 def test_probes_are_compared_on_whole_pictures():
     asked = scenes.questions()
-    first = {one.picture for one in asked[: probes.ASKED]}
-    assert len(first) == 76 and asked[probes.ASKED].picture not in first
+    first = {one.picture for one in asked[: fusion.ASKED]}
+    assert len(first) == 76 and asked[fusion.ASKED].picture not in first
     ids = [one.id for one in asked]
 
     def answered(right, auroc=None):
         """The first `right` questions are answered rightly."""
         scores = {name: float(n < right) for n, name in enumerate(ids)}
-        return arms.Answered(scores, {} if auroc is None else dict.fromkeys(ids, auroc), {ids[0]: 0.5}, {ids[0]: 1.0})
+        return fusion.Answered(scores, {} if auroc is None else dict.fromkeys(ids, auroc), {ids[0]: 0.5}, {ids[0]: 1.0})
 
     default, other = Arm("fused", 64, False), Arm("fused", 64, False, probe="contextual", layer=2)
     known = {
-        default: answered(probes.ASKED, 0.9),
+        default: answered(fusion.ASKED, 0.9),
         other: answered(600, 0.8),
         replace(other, ranking="cross-modal only"): answered(500, 0.8),
         replace(default, ranking="encoder only"): answered(400),
     }
-    cells = probes.measured(known, other)
-    percent = 100 / probes.ASKED
+    cells = fusion.measured(known, other)
+    percent = 100 / fusion.ASKED
     assert cells["AUROC of the probe"].mean == pytest.approx(0.8)
     assert cells["encoder only, %"].mean == pytest.approx(400 * percent)
     differences = [cells[f"{title}, points"].difference for title in (fusion.OVER_ENCODER, fusion.OVER_CROSS)]
     assert differences == pytest.approx([200 * percent, 100 * percent])
-    assert cells[f"{probes.OVER_PROBE}, points"].difference == pytest.approx((600 - probes.ASKED) * percent)
+    assert cells[f"{fusion.OVER_PROBE}, points"].difference == pytest.approx((600 - fusion.ASKED) * percent)
     known[replace(default, ranking="cross-modal only")] = answered(1, 0.9)
-    assert f"{probes.OVER_PROBE}, points" not in probes.measured(known, default)
+    assert f"{fusion.OVER_PROBE}, points" not in fusion.measured(known, default)
 
 
 def test_rows_of_probes():
-    labels = [*map(probes.noise_label, probes.noisy_arms()), *map(probes.layer_label, probes.layer_arms())]
+    labels = [*map(fusion.noise_label, fusion.noisy_arms()), *map(fusion.layer_label, fusion.layer_arms())]
     assert len(set(labels)) == len(labels)
     assert "64 tokens, all ranked: smooth noise × 0.5" in labels and "contextual, layer 1" in labels
     assert [label for label in labels if "as it is" in label] == [
@@ -419,8 +420,8 @@ def test_only_page_writes_the_page(page, tmp_path, monkeypatch, capsys):
         table.add("r", {"a": Interval(0.5, 0.25, 0.75)})
         table.write(out)
 
-    monkeypatch.setattr(alignment, "report", report)
-    monkeypatch.setattr(collect, "collect", lambda *_: None)
+    monkeypatch.setattr(attention, "report_alignment", report)
+    monkeypatch.setattr(measures, "collect", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["vtr"])
     assert cli.main(["findings", "attnmix", "--folder", str(tmp_path / "f"), *(["--page"] if page else [])]) == 0
     assert ("0.50" in (docs / "findings.md").read_text()) is page is (docs / "tables").exists()

@@ -14,17 +14,24 @@ from PIL import Image
 
 from eval import cli
 from eval.config import ROOT, TOY_BANNER
-from eval.figures.overlay import DIM, draw_overlay
-from eval.figures.patches import NONE
-from eval.pages.gallery import __main__ as command
-from eval.pages.gallery.collect import cells_of, collect, position_of
-from eval.pages.gallery.encode import UNDEFINED, map_data, packed, page_data
-from eval.pages.gallery.page import render
-from eval.pages.gallery.score_maps import ScoreMap, score_maps
+from eval.figures.overlay import DIM, NONE, draw_overlay
+from eval.pages import gallery as command
+from eval.pages.gallery_page import (
+    UNDEFINED,
+    ScoreMap,
+    cells_of,
+    collect,
+    map_data,
+    packed,
+    page_data,
+    position_of,
+    render,
+    score_maps,
+)
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
-from llava.processing.sample import Sample
+from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import registry
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow

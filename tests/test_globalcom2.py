@@ -12,12 +12,11 @@ from llava.model.builder import load
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.pipeline.prefill import prefill
 from llava.pipeline.views import overview
-from llava.processing.sample import Sample
+from llava.processing.prompt import Sample
 from llava.reduction import registry
-from llava.reduction.crop_budget import planned
-from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.reduction.budget import planned
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import PatchGrid, frames, single, stitched
+from llava.reduction.token_layout import ModelSpec, PatchGrid, frames, single, spec_of, stitched
 from tests.conftest import QUESTIONS, picture
 from tests.drawn_pictures import arranged, counts_of, kept_of, parts_with, picture_with, state_of
 from tests.parity import model as recipe

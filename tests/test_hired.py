@@ -7,13 +7,12 @@ from baselines.hired import EARLY, LATE, HiRED, crop_budgets, crop_budgets_as_re
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.prefill import prefill
-from llava.processing.sample import Sample
+from llava.processing.prompt import Sample
 from llava.reduction import registry
-from llava.reduction.crop_budget import planned
-from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.reduction.budget import planned
 from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import PatchGrid, frames, stitched
+from llava.reduction.token_layout import ModelSpec, PatchGrid, frames, spec_of, stitched
 from tests.conftest import QUESTIONS, picture
 from tests.drawn_pictures import arranged, counts_of, kept_of
 from tests.parity.harness import FOLDER, recording

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 
 from baselines.holov import HoloV, deal, deal_as_released, keep_dealt, reduction_as_released, token_scores
 from llava.errors import UserError
-from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 

@@ -10,12 +10,11 @@ import datasets
 import openpyxl
 import pytest
 
-from eval import benchmarks, check_data
+from eval import benchmarks, show
 from eval.answers.reading import read_answers
+from eval.benchmarks import mmstar, ocrbench
 from eval.benchmarks.base import Dataset
-from eval.benchmarks.mmstar import metric as mmstar
-from eval.benchmarks.ocrbench import metric as ocrbench
-from eval.benchmarks.prompts import LETTER, SHORT
+from eval.benchmarks.llava_files import LETTER, SHORT
 from eval.metrics import letters
 from llava.errors import UserError
 from tests.hub_copies import picture, write
@@ -234,12 +233,12 @@ def test_ocrbench_in_lmms_eval_has_no_instruction_and_folds_full_width_ascii(tmp
 
 
 def test_ocrbench_folds_nothing_in_formulas():
-    assert not ocrbench.sample_score("x=1", ocrbench.Item(["x=１"], "HME100k", ocrbench.TYPES[-1]), fold=True)
+    assert not ocrbench.is_right("x=1", ocrbench.Item(["x=１"], "HME100k", ocrbench.TYPES[-1]), fold=True)
 
 
 def test_a_thousand_questions_are_points_alone():
     items = {str(n): ocrbench.Item(["a"], "svt", ocrbench.TYPES[n % 10]) for n in range(1000)}
-    found = ocrbench.score(items, dict.fromkeys(items, "A"), fold=False)
+    found = ocrbench.evaluate(items, dict.fromkeys(items, "A"), fold=False)
     assert found.values == {"score": 1000, "text_recognition": 600} and not found.notes
     assert len(found.groups["type"]) == 10
 
@@ -388,8 +387,8 @@ def test_mmmu_names_what_is_wrong_with_a_row(tmp_path, change, message):
 
 @pytest.mark.parametrize("name", ["mmmu", "mmstar", "ai2d", "chartqa", "docvqa", "infovqa", "ocrbench", "realworldqa"])
 def test_an_absent_set_says_where_to_get_it(tmp_path, name):
-    finding = check_data.check(tmp_path, benchmarks.get(name))
-    assert finding.state == check_data.ABSENT and "hf download" in finding.details[0]
+    finding = show.check_folder(tmp_path, benchmarks.get(name))
+    assert finding.state == show.ABSENT and "hf download" in finding.details[0]
     with pytest.raises(UserError, match="hf download"):
         load(tmp_path, name)
 

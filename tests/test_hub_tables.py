@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 
-from eval import benchmarks, check_data
+from eval import benchmarks, show
 from eval.benchmarks.hub import open_table
 from eval.benchmarks.records import NotRequired, TypedDict
 from llava.errors import UserError
@@ -104,28 +104,28 @@ def test_gqa_from_the_mirror(tmp_path):
 
 def test_check_says_complete_incomplete_and_absent(tmp_path, capsys):
     data = write_gqa(tmp_path / "data")
-    assert check_data.main([str(data), "gqa"]) == 0
+    assert show.check_data_command([str(data), "gqa"]) == 0
     assert "gqa            complete\n    GQA testdev: 40 questions about 5 images" in capsys.readouterr().out
     (data / "gqa" / "data" / "images" / "n3.jpg").unlink()
-    assert check_data.main([str(data), "gqa"]) == 1
+    assert show.check_data_command([str(data), "gqa"]) == 1
     assert "incomplete\n    1 of 5 images are not in" in capsys.readouterr().out
     (data / "gqa" / "data" / "testdev_balanced_questions.json").unlink()
-    assert check_data.main([str(data), "gqa", "--json", str(tmp_path / "r.json")]) == 1
+    assert show.check_data_command([str(data), "gqa", "--json", str(tmp_path / "r.json")]) == 1
     out = capsys.readouterr().out
     assert "testdev_balanced_questions.json is missing: questions1.2.zip of https" in out and "licence: " in out
     assert json.loads((tmp_path / "r.json").read_text())[0]["state"] == "incomplete"
     (tmp_path / "empty").mkdir()
-    assert check_data.main([str(tmp_path / "empty"), "gqa"]) == 1, "what is asked for and absent was fine"
+    assert show.check_data_command([str(tmp_path / "empty"), "gqa"]) == 1, "what is asked for and absent was fine"
     assert "gqa            absent" in capsys.readouterr().out
-    assert check_data.main([str(tmp_path / "empty")]) == 1, "so was a folder with nothing"
+    assert show.check_data_command([str(tmp_path / "empty")]) == 1, "so was a folder with nothing"
 
 
 def test_check_finds_a_copy_of_the_mirror(tmp_path, capsys):
     write_gqa_mirror(tmp_path)
-    assert check_data.main([str(tmp_path), "gqa"]) == 0
+    assert show.check_data_command([str(tmp_path), "gqa"]) == 0
     assert "gqa            complete (lmms-lab/GQA)" in capsys.readouterr().out
 
 
 def test_check_names_a_wrong_folder_and_a_wrong_name(tmp_path, capsys):
-    assert check_data.main([str(tmp_path / "none")]) == 2 and "No folder at" in capsys.readouterr().err
-    assert check_data.main([str(tmp_path), "gqq"]) == 2 and "Did you mean 'gqa'" in capsys.readouterr().err
+    assert show.check_data_command([str(tmp_path / "none")]) == 2 and "No folder at" in capsys.readouterr().err
+    assert show.check_data_command([str(tmp_path), "gqq"]) == 2 and "Did you mean 'gqa'" in capsys.readouterr().err

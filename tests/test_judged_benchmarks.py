@@ -7,14 +7,11 @@ import datasets
 import numpy as np
 import pytest
 
-from eval import compare
-from eval.answers import answer_id, seal_of
-from eval.benchmarks.llava_bench import data as llava_bench_set
-from eval.benchmarks.llava_bench import metric as llava_bench
-from eval.benchmarks.mmvet import data as mmvet_set
-from eval.benchmarks.mmvet import metric as mmvet
-from eval.judging.store import line as verdict_line
-from eval.results.baseline import percent_of_full
+from eval import score
+from eval.answers import answer_id, settings_hash
+from eval.benchmarks import llava_bench, mmvet
+from eval.judging.ask import line as verdict_line
+from eval.results.report import percent_of_full
 from eval.statistics import command
 from llava.errors import UserError
 from tests.judged_files import judged, load, write_json, write_lines
@@ -28,15 +25,15 @@ VECTORS = Path(__file__).parent / "data"
 def test_reviews_are_read_as_llava_reads_them():
     rows = json.loads((VECTORS / "llavabench" / "parse_score_table.json").read_text())
     assert len(rows) == 14
-    assert [list(llava_bench.parse(row["review"])) for row in rows] == [row["tuple"] for row in rows]
+    assert [list(llava_bench.parse_review(row["review"])) for row in rows] == [row["tuple"] for row in rows]
 
 
 def test_means_are_rounded_before_the_ratio():
     pairs = {"a": (8.0, 7.0), "b": (8.0, 6.0), "c": (9.0, 7.0)}
-    found = llava_bench.score(dict.fromkeys(pairs, "conv"), pairs, dict.fromkeys(pairs, "i"))
+    found = llava_bench.evaluate(dict.fromkeys(pairs, "conv"), pairs, dict.fromkeys(pairs, "i"))
     assert found.values == {"relative_score": 80.0, "reference_points": 83.3, "model_points": 66.7}
     pairs |= {"d": llava_bench.UNREADABLE}
-    found = llava_bench.score(dict.fromkeys(pairs, "conv"), pairs, dict.fromkeys(pairs, "i"))
+    found = llava_bench.evaluate(dict.fromkeys(pairs, "conv"), pairs, dict.fromkeys(pairs, "i"))
     assert found.values["relative_score"] == round(round(19 / 4, 3) / round(24 / 4, 3) * 100, 1) == 79.2
     assert "1 reviews could not be read" in found.notes[0] and found.correct == {}
     assert float(found.terms.value(found.terms.sums.sum(0))) == pytest.approx(79.1667, abs=1e-4)
@@ -103,7 +100,7 @@ def test_llava_bench_from_its_mirror(tmp_path):
     data.check_images(data.questions)
     assert (data.questions[0].id, data.questions[0].answer) == ("0", "g")
     assert (
-        llava_bench_set.message(llava_bench_set.Entry("0", "i", "q", "conv", "c", "g"), "t")
+        llava_bench.message(llava_bench.Entry("0", "i", "q", "conv", "c", "g"), "t")
         == (data.judging.requests(["0"], {"0": "t"})[0].messages[1]["content"])
     )
 
@@ -115,21 +112,25 @@ NEEDED = {"v1_0": ["ocr", "math"], "v1_1": ["math", "ocr"], "v1_2": ["rec"]}
 
 def test_mmvet_runs_capabilities_and_combinations():
     scores = {"v1_0": [1.0, 0.0], "v1_1": [0.5, 0.5], "v1_2": [0.0, 0.3, 1.0]}
-    found = mmvet.score(NEEDED, scores)
+    found = mmvet.evaluate(NEEDED, scores)
     assert found.values["score"] == pytest.approx(100 * (0.5 + 0.5 + 0.15) / 3)
     totals = np.array([1.5 / 3, 0.8 / 3]) * 100
     assert found.values["score"] == pytest.approx(totals.mean()) and found.values["std"] == pytest.approx(totals.std())
     assert found.groups["capability"] == {"math": (50.0, 2), "ocr": (50.0, 2), "rec": (pytest.approx(15.0), 1)}
     assert found.groups["combination"] == {"ocr_math": (50.0, 2), "rec": (pytest.approx(15.0), 1)}
     assert found.values["score"] == pytest.approx(100 * sum(found.correct.values()) / 3)
-    assert "std" not in mmvet.score(NEEDED, {name: [1.0] for name in NEEDED}).values
+    assert "std" not in mmvet.evaluate(NEEDED, {name: [1.0] for name in NEEDED}).values
 
 
 @pytest.mark.parametrize(
     ("reply", "expected"), [("0.5", 0.5), ("1.0 |", 1.0), ("0", 0.0), ("0.7\n", 0.7), ("1.5", None), ("-0.1", None)]
 )
 def test_mmvet_replies(reply, expected):
-    assert mmvet.parse(reply) == expected and mmvet.parse("nan") is None and mmvet.parse(f" {reply}") is None
+    assert (
+        mmvet.parse_score(reply) == expected
+        and mmvet.parse_score("nan") is None
+        and mmvet.parse_score(f" {reply}") is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_mmvet_layouts_and_profiles(tmp_path):
     assert data.facts["size"] == "3 questions, the published set has 218"
     write_mmvet(tmp_path / "two", "mmvet", with_prompts=False)
     lmms = load("mmvet", tmp_path / "two", profile="lmms")
-    assert lmms.questions[0].message == mmvet_set.STEP_BY_STEP + "q v1_0?" and lmms.questions[0].images == ("v1_0.png",)
+    assert lmms.questions[0].message == mmvet.STEP_BY_STEP + "q v1_0?" and lmms.questions[0].images == ("v1_0.png",)
     assert lmms.judging.requests(["v1_0"], {"v1_0": "t"}) == data.judging.requests(["v1_0"], {"v1_0": "t"})
     with pytest.raises(UserError, match="MM-Vet"):
         load("mmvet", tmp_path / "three")
@@ -182,8 +183,8 @@ def judged_run(folder: Path, data: Path, method: str, judge: str, score: float) 
     settings = {"benchmark": "mmvet", "split": "test", "questions": found.questions_digest, "method": method}
     settings["config"] = {"budget": 4}
     texts = {question.id: f"text {method}" for question in found.questions}
-    seal = seal_of(settings)
-    rows = [{"question_id": name, "text": texts[name], "answer_id": answer_id(seal, name)} for name in texts]
+    hashed = settings_hash(settings)
+    rows = [{"question_id": name, "text": texts[name], "answer_id": answer_id(hashed, name)} for name in texts]
     write_lines(folder / "answers.jsonl", rows)
     requests = found.judging.requests(list(texts), texts)
     lines = [verdict_line(one, {"score": [score]}, str(score), judge, 1, False) for one in requests]
@@ -201,11 +202,11 @@ def test_verdicts_of_two_judges_are_not_compared(tmp_path, capsys):
     full = judged_run(tmp_path / "full", tmp_path / "data", "full", "gpt-4-0613", 0.8)
     other = judged_run(tmp_path / "other", tmp_path / "data", "first", "gpt-3.5-turbo", 0.4)
     same = judged_run(tmp_path / "same", tmp_path / "data", "first", "gpt-4-0613", 0.4)
-    assert compare.main([full, other, "--data", str(tmp_path / "data")]) == 2
+    assert score.compare_command([full, other, "--data", str(tmp_path / "data")]) == 2
     assert "A was judged by gpt-4-0613 and B by gpt-3.5-turbo" in capsys.readouterr().err
     assert command.main([full, other, "--data", str(tmp_path / "data")]) == 2
     assert "differ in facts.judge: gpt-4-0613 and gpt-3.5-turbo" in capsys.readouterr().err
-    assert compare.main([full, same, "--data", str(tmp_path / "data")]) == 0
+    assert score.compare_command([full, same, "--data", str(tmp_path / "data")]) == 0
 
 
 def test_runs_of_one_judge_have_a_percent_of_full(tmp_path, capsys):

@@ -11,10 +11,9 @@ from eval.answers.jsonl import read_jsonl
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import Folder
 from eval.judging import Judging, Request, choice, prompts
-from eval.judging.ask import ask, count_tokens, estimate
+from eval.judging.ask import Store, ask, count_tokens, estimate, line
 from eval.judging.choice import check_judge, score_answers, unjudged
-from eval.judging.endpoint import Endpoint, configured, endpoint
-from eval.judging.store import Store, line
+from eval.judging.judges import Endpoint, configured, endpoint
 from eval.metrics import Score
 from llava.errors import UserError
 
@@ -397,7 +396,7 @@ def test_a_local_model_judges(chat_model, tmp_path):
 
 
 def test_local_replies_depend_on_the_request_alone(chat_model):
-    from eval.judging.local import LocalModel
+    from eval.judging.judges import LocalModel
 
     judge = LocalModel(chat_model, device="cpu")
     messages = ({"role": "system", "content": "Judge."}, {"role": "user", "content": "yes or no"})
@@ -408,7 +407,7 @@ def test_local_replies_depend_on_the_request_alone(chat_model):
 
 
 def test_a_folder_without_a_model_is_said(tmp_path):
-    from eval.judging.local import LocalModel
+    from eval.judging.judges import LocalModel
 
     with pytest.raises(UserError, match="Cannot load the judge"):
         LocalModel(str(tmp_path))

@@ -6,14 +6,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from llava.model.builder import load
-from llava.pipeline import decoder, kv_cache
+from llava.pipeline import decoder
+from llava.pipeline.decoder import BLOCK, PreallocatedLayer
 from llava.pipeline.generate import generate
-from llava.pipeline.kv_cache import BLOCK, RoomyLayer, ValidKeys
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from tests.conftest import samples
-from tests.tiny_checkpoints_families import make_tiny_qwen, save_qwen_transformers
 
 STEPS = 2 * BLOCK + 5
 TOKEN = 7
@@ -39,7 +37,7 @@ def test_decoding_equals_concatenated_caches(tiny, monkeypatch, method, attentio
     theirs, expected = decoded(tiny, samples(5), reducer)
     assert torch.equal(ours, theirs)
     for one, other in zip(state.cache.layers, expected.cache.layers, strict=True):
-        assert isinstance(one, RoomyLayer) and not isinstance(other, RoomyLayer)
+        assert isinstance(one, PreallocatedLayer) and not isinstance(other, PreallocatedLayer)
         assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
     assert (state.kv_bytes, state.kv_bytes_held) == (expected.kv_bytes, expected.kv_bytes_held)
 
@@ -56,16 +54,6 @@ def test_the_memory_of_the_cache_is_told_with_its_room(tiny):
     assert second.kv_bytes_with_room == state.kv_bytes_allocated > first.kv_bytes_with_room >= first.kv_bytes
 
 
-def test_positions_with_three_axes(tmp_path, monkeypatch):
-    save_qwen_transformers(tmp_path, make_tiny_qwen("2"))
-    model = load(tmp_path, device="cpu")
-    reducer = registry.build("divprune", 8)
-    ours, _ = decoded(model, samples(3), reducer, BLOCK + 2)
-    monkeypatch.setattr(decoder, "empty_cache", DynamicCache)
-    theirs, _ = decoded(model, samples(3), reducer, BLOCK + 2)
-    assert torch.equal(ours, theirs)
-
-
 def random_rows(tokens):
     return torch.randn(2, 3, tokens, 4), torch.randn(2, 3, tokens, 5)
 
@@ -78,7 +66,7 @@ def both(layer, reference, tokens):
 
 
 def test_a_step_writes_in_place_until_the_block_is_full():
-    layer, reference = RoomyLayer(), DynamicCache().layer_class_to_replicate()
+    layer, reference = PreallocatedLayer(), DynamicCache().layer_class_to_replicate()
     both(layer, reference, 6)
     both(layer, reference, 1)
     place = layer.keys.data_ptr(), layer.values.data_ptr()
@@ -89,16 +77,9 @@ def test_a_step_writes_in_place_until_the_block_is_full():
     assert layer.keys.data_ptr() != place[0] and layer.get_seq_length() == 8 + BLOCK
 
 
-def test_a_prompt_is_kept_without_a_copy():
-    """Room was made during the prefill: eight more operations and a copy of the cache for each layer."""
-    layer, (keys, values) = RoomyLayer(), random_rows(6)
-    layer.update(keys, values)
-    assert layer.keys is keys and layer.values is values
-
-
 def test_room_is_one_block_at_most():
     """Room for 1,024 tokens is not taken before there are so many."""
-    layer = RoomyLayer()
+    layer = PreallocatedLayer()
     for tokens in (6, *[1] * 100):
         layer.update(*random_rows(tokens))
         length = layer.get_seq_length()
@@ -107,7 +88,7 @@ def test_room_is_one_block_at_most():
 
 
 def test_rows_that_were_reordered_repeated_or_cropped_go_on():
-    layer, reference = RoomyLayer(), DynamicCache().layer_class_to_replicate()
+    layer, reference = PreallocatedLayer(), DynamicCache().layer_class_to_replicate()
     both(layer, reference, 6)
     for change in (
         lambda one: one.reorder_cache(torch.tensor([1, 1])),
@@ -123,7 +104,7 @@ def test_rows_that_were_reordered_repeated_or_cropped_go_on():
 
 def test_a_copy_has_memory_of_its_own():
     """A user who keeps the cache of a prompt and continues it twice."""
-    layer = RoomyLayer()
+    layer = PreallocatedLayer()
     layer.update(*random_rows(6))
     other = copy.deepcopy(layer)
     layer.update(*random_rows(1))
@@ -134,30 +115,10 @@ def test_a_copy_has_memory_of_its_own():
 
 def test_memory_of_inference_mode_is_left_outside_of_it():
     """torch refuses to write there; `generate` of transformers runs under no_grad."""
-    layer = RoomyLayer()
+    layer = PreallocatedLayer()
     with torch.inference_mode():
         layer.update(*random_rows(6))
     with torch.no_grad():
         found, _ = layer.update(*random_rows(1))
         found, _ = layer.update(*random_rows(1))
     assert found.shape[2] == 8 and not found.is_inference()
-
-
-def test_gradients_reach_every_step():
-    layer = RoomyLayer()
-    steps = [tuple(rows.requires_grad_() for rows in random_rows(1)) for _ in range(3)]
-    total = sum((keys.sum() + values.sum()) for keys, values in (layer.update(*step) for step in steps))
-    total.backward()
-    assert [keys.grad.max().item() for keys, _ in steps] == [3, 2, 1]
-
-
-def test_valid_keys_grow_in_place():
-    prompt = torch.tensor([[False, True, True], [True, True, True]])
-    known = ValidKeys.of(prompt)
-    expected = prompt
-    for _ in range(2 * kv_cache.BLOCK + 3):
-        known.append()
-        expected = torch.cat([expected, expected.new_ones(2, 1)], 1)
-        assert torch.equal(known.columns, expected)
-    known.remove(4)
-    assert torch.equal(known.columns, expected[:, :-4])

@@ -9,25 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval.efficiency.latency import fitting
-from eval.efficiency.latency import measure as measuring
-from eval.efficiency.latency import run as latency_run
-from eval.efficiency.latency.__main__ import main, parser
-from eval.efficiency.latency.accuracy import Gate, gate
-from eval.efficiency.latency.fitting import needed, room
-from eval.efficiency.latency.measure import Measured, endless, measure, once, percentile
-from eval.efficiency.latency.measurements import Measurements
-from eval.efficiency.latency.methods import chosen_options, oracles
-from eval.efficiency.latency.ratios import ratios
-from eval.efficiency.latency.run import run
-from eval.efficiency.latency.stages import StageTimer
-from eval.efficiency.latency.table import page, runs, spanned
+from eval.efficiency import latency
+from eval.efficiency import measure as measuring
+from eval.efficiency.latency import Gate, gate, main, needed, parser, usable_memory
+from eval.efficiency.latency_table import page, ratios, runs, spanned
+from eval.efficiency.measure import Measured, Measurements, StageTimer, measure, once
+from eval.efficiency.oracle import chosen_options, oracles
 from llava.errors import UserError
-from llava.pipeline.faster.compiled_model import compile_model
+from llava.pipeline.compile import compile_model
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.reduction import Reduction
+from llava.reduction.merging import Reduction
 from tests.conftest import samples
 from tests.eval_fakes import write_gqa
 
@@ -63,24 +56,20 @@ def test_merging_in_the_tower_is_taken_out_of_vision(tiny, monkeypatch, clock):
     assert spent["merging"] >= 0.25 and spent["vision"] == 0 and sum(spent.values()) == clock.now
 
 
-def test_answers_of_the_protocol_have_their_full_length(tiny):
+def test_answers_of_the_protocol_have_their_full_length(tiny, monkeypatch):
     """An end token in the middle of an answer would make a method look faster."""
     reducer = registry.build("consensusdrop", 7)
-    tokens = generate(endless(tiny), samples(1), reducer, 6).answers[0].token_ids
-    assert len(tokens) == 6
-    stopping = generate(endless(tiny), samples(1), reducer, 6)
-    ended = dict(tiny.__dict__, end_ids=frozenset({tokens[2]}))
-    ending = object.__new__(type(tiny))
-    ending.__dict__.update(ended)
-    assert len(generate(ending, samples(1), reducer, 6).answers[0].token_ids) <= 2
-    assert len(generate(endless(ending), samples(1), reducer, 6).answers[0].token_ids) == 6
-    assert stopping.decode_steps == 5
+    tokens = generate(tiny, samples(1), reducer, 6, ignore_eos=True).answers[0].token_ids
+    monkeypatch.setitem(vars(tiny), "end_ids", frozenset({tokens[2]}))
+    assert len(generate(tiny, samples(1), reducer, 6).answers[0].token_ids) <= 2
+    whole = generate(tiny, samples(1), reducer, 6, ignore_eos=True)
+    assert whole.answers[0].token_ids == tokens and len(tokens) == 6 and whole.decode_steps == 5
 
 
 def test_methods_take_turns_and_every_turn_asks_its_own_question(tiny, monkeypatch):
     asked = []
 
-    def noted(model, reducer, batch, lengths):
+    def noted(model, reducer, batch, lengths, clock):
         asked.append((batch[0].id, reducer.name))
         return {"seconds": {"prefill": 1.0}, "preprocess": 0, "kv_bytes": 1, "flops": 1, "peak_bytes": 1}
 
@@ -101,7 +90,7 @@ def test_methods_take_turns_and_every_turn_asks_its_own_question(tiny, monkeypat
 def test_a_batch_that_does_not_fit_is_said_and_not_tried_again(tiny, monkeypatch, tmp_path):
     tried = []
 
-    def too_large(model, reducer, batch, lengths):
+    def too_large(model, reducer, batch, lengths, clock):
         tried.append(reducer.name)
         raise torch.OutOfMemoryError
 
@@ -116,13 +105,13 @@ def test_a_batch_beyond_the_free_memory_of_a_cpu_is_not_tried(tiny, tiny_path, m
     """A CPU has no error for memory that is used up: the system ends the process. The page said "does not fit" only."""
     full = registry.build("full", 16)
     one, two = (needed(tiny, full, samples(count, ()), 3) for count in (1, 2))
-    monkeypatch.setattr(fitting, "free_memory", lambda device: int((one + two) / 2 / 0.9))
-    assert one < room(tiny) < two
+    monkeypatch.setattr(latency, "free_memory", lambda device: int((one + two) / 2 / 0.9))
+    assert one < usable_memory(tiny) < two
     tried = []
     real = measuring.once
     monkeypatch.setattr(measuring, "once", lambda *given: tried.append(len(given[2])) or real(*given))
     flags = ["--method", "uniform", "--budget", "16", "--model", str(tiny_path), "--device", "cpu", "--no-counts"]
-    found = run(
+    found = latency.run(
         parser().parse_args([*flags, "--repeats", "1", "--lengths", "3", "--batch-size", "1,2,4", "--no-oracle"])
     )
     assert set(tried) == {1} and [batch["batch_size"] for batch in found["batches"]] == [1, 2], "4 is no use after 2"
@@ -133,7 +122,7 @@ def test_a_batch_beyond_the_free_memory_of_a_cpu_is_not_tried(tiny, tiny_path, m
 
 
 def test_a_plot_of_nothing_ends_in_a_sentence(tiny_path, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(fitting, "free_memory", lambda device: 1 << 10)
+    monkeypatch.setattr(latency, "free_memory", lambda device: 1 << 10)
     flags = ["--method", "uniform", "--budget", "1/4", "--model", str(tiny_path), "--no-counts", "--device", "cpu"]
     assert main([*flags, "--plot", str(tmp_path / "p.png")]) == 2
     said = capsys.readouterr()
@@ -143,11 +132,11 @@ def test_a_plot_of_nothing_ends_in_a_sentence(tiny_path, monkeypatch, capsys, tm
 def test_weights_beyond_the_free_memory_of_a_cpu_are_not_made(monkeypatch, capsys):
     """32 layers of their own in float32 are 26 GB."""
     made = []
-    real = latency_run.random_llava
+    real = latency.random_llava
     monkeypatch.setattr(
-        latency_run, "random_llava", lambda *given, **more: made.append(more["device"].type) or real(*given, **more)
+        latency, "random_llava", lambda *given, **more: made.append(more["device"].type) or real(*given, **more)
     )
-    monkeypatch.setattr(fitting, "free_memory", lambda device: 20 << 30)
+    monkeypatch.setattr(latency, "free_memory", lambda device: 20 << 30)
     flags = ["--method", "uniform", "--budget", "64", "--shape", "llava-1.5-7b", "--distinct", "32"]
     assert main([*flags, "--device", "cpu"]) == 2
     assert made == ["meta"]
@@ -155,20 +144,16 @@ def test_weights_beyond_the_free_memory_of_a_cpu_are_not_made(monkeypatch, capsy
 
 
 def test_the_cpu_clock_does_not_run_while_the_process_waits(tiny, monkeypatch):
-    plain = measuring.prefill
+    plain = measuring.first_token
 
     def waiting(*arguments):
         time.sleep(0.3)
         return plain(*arguments)
 
-    monkeypatch.setattr(measuring, "prefill", waiting)
+    monkeypatch.setattr(measuring, "first_token", waiting)
     reducers = {"full": registry.build("full", 16)}
     wall, cpu = (measure(tiny, reducers, lambda turn: samples(1), 1, clock=c)["full"] for c in ("wall", "cpu"))
     assert wall.preprocess + wall.ttft >= 0.3 > cpu.preprocess + cpu.ttft
-
-
-def test_percentiles_lie_between_their_neighbours():
-    assert [percentile([4, 1, 3, 2], share) for share in (0, 0.5, 0.9, 1)] == [1, 2.5, pytest.approx(3.7), 4]
 
 
 # -- ratios --------------------------------------------------------------------------------------------------------
@@ -259,7 +244,7 @@ def test_the_gate_asks_the_first_questions_and_marks_what_falls_below(tiny, tmp_
 @pytest.fixture(scope="module")
 def result(tiny_path):
     flags = ["--method", "consensusdrop", "--budget", "4", "--model", str(tiny_path), "--device", "cpu"]
-    return run(parser().parse_args([*flags, "--batch-size", "1,2", "--repeats", "2", "--lengths", "1,3"]))
+    return latency.run(parser().parse_args([*flags, "--batch-size", "1,2", "--repeats", "2", "--lengths", "1,3"]))
 
 
 def test_latency_compares_with_full_in_one_process(result):
@@ -329,12 +314,14 @@ def test_offline_grows_the_batch(tiny_path, capsys):
         (["--batch-size", "1,x"], "--batch-size should be a whole number"),
         (["--gate-share", "2"], "--gate-share should be a share"),
         (["--gate", "4", "--shape", "llava-1.5-7b"], "Random weights have no accuracy"),
+        (["--shape", "llava-1.5-7b", "--device", "cuda"], "no CUDA device"),
+        (["--shape", "llava-1.5-7b", "--device", "gpu0"], "got 'gpu0'"),
     ],
 )
 def test_flags_that_make_no_sense_end_in_a_sentence(tiny_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(latency_run, "models", lambda args: (latency_run.load(str(tiny_path), device="cpu"), None))
-    if "nothing" in flags:
-        monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    if "--shape" not in flags or "--gate" in flags:
+        monkeypatch.setattr(latency, "models", lambda args: (latency.load(str(tiny_path), device="cpu"), None))
     assert main(["--method", "uniform", "--budget", "4", "--device", "cpu", *flags]) == 2
     assert message in capsys.readouterr().err
 
@@ -346,22 +333,26 @@ def test_measurements_are_kept_and_belong_to_their_settings(tmp_path):
     """An interrupted benchmark continues from its file; a file under other settings is refused and left as it is."""
     path, row = tmp_path / "measured.jsonl", {"seconds": {"prefill": 1.0}}
     Measurements(path, {"budget": 64}).add(0, "full", 8, row)
-    assert Measurements(path, {"budget": 64}).found == {(0, "full", 8): row}
+    assert Measurements(path, {"budget": 64}).rows == {(0, "full", 8): row}
     before = path.read_text()
     with pytest.raises(UserError, match="other settings"):
         Measurements(path, {"budget": 32})
     assert path.read_text() == before
 
 
-def test_latency_takes_options_with_and_without_the_method():
+@pytest.mark.parametrize(
+    ("setting", "methods", "found"),
+    [
+        ("alpha=0.5", "consensusdrop", {"consensusdrop": {"alpha": "0.5"}}),
+        ("consensusdrop.alpha=0.5", "consensusdrop", {"consensusdrop": {"alpha": "0.5"}}),
+        ("consensusdrop.alpha=0.5", "all", {"consensusdrop": {"alpha": "0.5"}}),
+        ("consensusdrop.alpha=0.5", "consensusdrop,visionzip", {"consensusdrop": {"alpha": "0.5"}}),
+        ("layer=3", "fastv,dart", {"fastv": {"layer": "3"}, "dart": {"layer": "3"}}),
+    ],
+)
+def test_latency_takes_options_with_and_without_the_method(setting, methods, found):
     """`python -m eval` takes --set METHOD.KEY=VALUE; latency once took KEY=VALUE alone."""
-    one = {"consensusdrop": {"alpha": "0.5"}}
-    assert chosen_options(["alpha=0.5"], ["consensusdrop"]) == one
-    assert chosen_options(["consensusdrop.alpha=0.5"], ["consensusdrop"]) == one
-    assert chosen_options(["consensusdrop.alpha=0.5"], ["all"]) == one
-    assert chosen_options(["consensusdrop.alpha=0.5"], ["consensusdrop", "visionzip"]) == one
-    both = {"fastv": {"layer": "3"}, "dart": {"layer": "3"}}
-    assert chosen_options(["layer=3"], ["fastv", "dart"]) == both
+    assert chosen_options([setting], methods.split(",")) == found
 
 
 @pytest.mark.parametrize(
@@ -389,7 +380,7 @@ def test_latency_puts_random_weights_on_the_device(monkeypatch, tiny):
         placed.append(device)
         raise UserError("built")
 
-    monkeypatch.setattr(latency_run, "random_llava", build)
+    monkeypatch.setattr(latency, "random_llava", build)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     arguments = ["--method", "full", "--budget", "64", "--shape", "llava-1.5-7b", "--device"]
@@ -399,7 +390,7 @@ def test_latency_puts_random_weights_on_the_device(monkeypatch, tiny):
 
 def test_no_more_layers_have_weights_of_their_own_than_there_are(monkeypatch, tiny, tmp_path):
     """The page said "1 decoder layers, 32 of them with their own weights"."""
-    monkeypatch.setattr(latency_run, "random_llava", lambda *_, **__: tiny)
+    monkeypatch.setattr(latency, "random_llava", lambda *_, **__: tiny)
     file = tmp_path / "found.json"
     short = ["--method", "full", "--budget", "8", "--repeats", "1", "--lengths", "0", "--json", str(file)]
     assert main([*short, "--shape", "llava-1.5-7b", "--distinct", "32"]) == 0
@@ -407,21 +398,12 @@ def test_no_more_layers_have_weights_of_their_own_than_there_are(monkeypatch, ti
     assert found["distinct_layers"] == found["layers"] == tiny.spec.layers
 
 
-def test_latency_refuses_a_device_that_is_not_there(monkeypatch, capsys):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    arguments = ["--method", "full", "--budget", "64", "--shape", "llava-1.5-7b", "--device"]
-    assert main([*arguments, "cuda"]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
-    assert main([*arguments, "gpu0"]) == 2
-    assert "got 'gpu0'" in capsys.readouterr().err
-
-
 # -- compiled rows --------------------------------------------------------------------------------------------------
 
 
 def test_every_row_is_measured_plain_and_compiled(tiny_path, monkeypatch, capsys, tmp_path):
     """In one run; compiled rows stand beside compiled full and oracles, and say what compiling took."""
-    monkeypatch.setattr("eval.efficiency.latency.methods.compile_model", lambda model: compile_model(model, "eager"))
+    monkeypatch.setattr("eval.efficiency.latency.compile_model", lambda model: compile_model(model, "eager"))
     flags = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--compile", "--lengths", "3"]
     file = tmp_path / "r.json"
     assert main([*flags, "--repeats", "2", "--json", str(file), "--device", "cpu"]) == 0
@@ -448,7 +430,7 @@ def test_a_turn_in_which_a_graph_was_compiled_does_not_count(tiny, monkeypatch):
             model.compiled.seconds += 5.0
         return {"seconds": {"prefill": 1.0}}
 
-    monkeypatch.setattr(measuring, "turn_of", turn)
+    monkeypatch.setattr(measuring, "measure_round", turn)
     model = SimpleNamespace(compiled=SimpleNamespace(seconds=2.0))
     reducer = registry.build("full", 16)
     assert once(model, reducer, samples(1)) == {"seconds": {"prefill": 1.0}, "compiling": 5.0} and len(turns) == 2

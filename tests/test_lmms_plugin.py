@@ -13,7 +13,7 @@ import pytest
 
 from eval import lmms_plugin
 from eval.config import ROOT, RunConfig
-from eval.lmms_plugin.arguments import configuration
+from eval.lmms_plugin import configuration
 from eval.run import run
 from llava.errors import UserError
 

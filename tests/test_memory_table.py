@@ -3,7 +3,7 @@
 import pytest
 
 from eval.efficiency import memory
-from eval.efficiency.official import MODELS, official
+from eval.efficiency.shapes import MODELS, official
 from eval.tables import memory as page
 
 

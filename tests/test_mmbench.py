@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from eval import benchmarks
-from eval.benchmarks.mmbench import metric as mmbench
-from eval.benchmarks.mmbench.tsv import read_tsv
-from eval.benchmarks.prompts import LETTER, LETTER_CN
+from eval.benchmarks import mmbench
+from eval.benchmarks.llava_files import LETTER, LETTER_CN
+from eval.benchmarks.mmbench import read_tsv
 from eval.benchmarks.spreadsheet import read_xlsx, write_xlsx
 from eval.score import score_file
 from llava.errors import UserError
@@ -71,7 +71,7 @@ def items(*indices: int) -> dict[str, mmbench.Item]:
 
 def test_a_group_counts_if_every_pass_is_right():
     rows = items(1, 2, 3, 1_000_001, 1_000_002, 2_000_002)
-    score = mmbench.score(rows, dict.fromkeys(rows, "A") | {"2000002": "B"})
+    score = mmbench.evaluate(rows, dict.fromkeys(rows, "A") | {"2000002": "B"})
     assert score.values["accuracy"] == pytest.approx(200 / 3)
     assert score.values["vanilla_accuracy"] == 100
     assert score.groups == {
@@ -85,14 +85,14 @@ def test_a_group_counts_if_every_pass_is_right():
 
 def test_unread_answers_are_wrong_and_counted():
     rows = items(1, 2, 1_000_001, 1_000_002)
-    score = mmbench.score(rows, {"1": "hm", "2": "hm", "1000001": "A", "1000002": "B"})
+    score = mmbench.evaluate(rows, {"1": "hm", "2": "hm", "1000001": "A", "1000002": "B"})
     assert (score.values["accuracy"], score.values["unmatched"]) == (0, 2)
     # Group 2 is wrong whatever GPT would have said.
     assert any("no rule reads (unmatched): 2" in note and "change: 1 at most" in note for note in score.notes)
 
 
 def test_groups_without_their_first_pass_are_left_out():
-    score = mmbench.score(items(1, 1_000_002), {"1": "A", "1000002": "B"})
+    score = mmbench.evaluate(items(1, 1_000_002), {"1": "A", "1000002": "B"})
     assert score.values["accuracy"] == 100
     assert any("left out: 1" in note for note in score.notes)
 

@@ -10,11 +10,9 @@ import pytest
 
 from eval import benchmarks, score
 from eval.answers.jsonl import write_file
-from eval.benchmarks.mme import files as mme_files
-from eval.benchmarks.mme import metric as mme
-from eval.benchmarks.mme.files import PLEASE, score_folder
-from eval.benchmarks.mme.metric import Line
-from eval.benchmarks.prompts import SHORT
+from eval.benchmarks import mme
+from eval.benchmarks.llava_files import SHORT
+from eval.benchmarks.mme import PLEASE, Line, score_folder
 from llava.errors import UserError
 
 VECTORS = Path(__file__).parent / "data" / "mme"
@@ -96,7 +94,7 @@ def test_every_task_equals_the_official_script_to_the_last_digit():
     ],
 )
 def test_a_text_is_read_by_its_first_four_characters(text, official, lmms):
-    assert (mme.parse(text), mme.parse_lmms(text)) == (official, lmms)
+    assert (mme.parse_official(text), mme.parse_lmms(text)) == (official, lmms)
 
 
 def pairs(task: str, rights: list[tuple[bool, bool]]) -> list[Line]:
@@ -108,7 +106,7 @@ def pairs(task: str, rights: list[tuple[bool, bool]]) -> list[Line]:
 
 
 def test_a_tasks_score_is_accuracy_plus_that_of_whole_images():
-    found = mme.score({"count": pairs("count", [(True, True), (True, False), (False, False), (True, True)])})
+    found = mme.official_score({"count": pairs("count", [(True, True), (True, False), (False, False), (True, True)])})
     assert found.values["perception"] == pytest.approx(100 * 5 / 8 + 100 * 2 / 4)
     assert found.groups["accuracy"]["count"] == (62.5, 8) and found.groups["accuracy+"]["count"] == (50, 8)
     assert found.values["cognition"] is None and found.values["total"] is None
@@ -118,17 +116,17 @@ def test_a_tasks_score_is_accuracy_plus_that_of_whole_images():
 def test_two_lines_are_an_image_and_the_right_pairs_stand_beside():
     """A quirk of the official script: it never looks at the file names."""
     a, b, c, d = pairs("OCR", [(True, True), (False, False)])
-    straight, mixed = mme.score({"OCR": [a, b, c, d]}), mme.score({"OCR": [a, c, b, d]})
+    straight, mixed = mme.official_score({"OCR": [a, b, c, d]}), mme.official_score({"OCR": [a, c, b, d]})
     assert straight.values["perception"] == 100 and mixed.values["perception"] == 50
     assert mixed.values["perception_paired_by_image"] == 100
     assert "perception_paired_by_image" in mixed.points and "perception_paired_by_image" not in straight.values
     assert any("2 of its 2 pairs" in note for note in mixed.notes)
-    assert mme.score_lmms({"OCR": [a, c, b, d]}).values["perception"] == 100
+    assert mme.lmms_score({"OCR": [a, c, b, d]}).values["perception"] == 100
 
 
 def test_an_image_with_one_answer_counts_in_the_accuracy_alone():
     """The official script stops there; a run over the first questions does not have to."""
-    found = mme.score({"OCR": pairs("OCR", [(True, True), (True, True)])[:3]})
+    found = mme.official_score({"OCR": pairs("OCR", [(True, True), (True, True)])[:3]})
     assert found.values["perception"] == 200
     assert any("1 images without exactly two answers" in note for note in found.notes)
 
@@ -136,7 +134,7 @@ def test_an_image_with_one_answer_counts_in_the_accuracy_alone():
 def test_terms_do_not_depend_on_the_order_of_images():
     rows = {task: pairs(task, [(True, k % 2 == 0) for k in range(6)]) for task in ("scene", "count")}
     turned = {task: [line for k in (4, 2, 0) for line in lines[2 * k : 2 * k + 4]] for task, lines in rows.items()}
-    a, b = mme.score(rows).terms, mme.score(turned).terms
+    a, b = mme.official_score(rows).terms, mme.official_score(turned).terms
     assert a.names == b.names and a.clusters == b.clusters and (a.sums == b.sums).all()
 
 
@@ -146,7 +144,7 @@ def test_terms_give_what_a_redrawn_set_would_score():
     rows = {
         t: pairs(t, [(generator.random() < 0.7, generator.random() < 0.5) for _ in range(5)]) for t in ("scene", "OCR")
     }
-    terms = mme.score(rows).terms
+    terms = mme.official_score(rows).terms
     times = [generator.randrange(3) for _ in terms.names]
     drawn = {
         task: [
@@ -157,7 +155,7 @@ def test_terms_give_what_a_redrawn_set_would_score():
         ]
         for task, lines in rows.items()
     }
-    assert terms.value((terms.sums.T * times).sum(1)) == pytest.approx(mme.score(drawn).values["perception"])
+    assert terms.value((terms.sums.T * times).sum(1)) == pytest.approx(mme.official_score(drawn).values["perception"])
 
 
 def test_the_total_has_an_interval_and_terms_of_its_own():
@@ -167,21 +165,21 @@ def test_the_total_has_an_interval_and_terms_of_its_own():
     generator = random.Random(3)
     tasks = ("scene", "OCR", "code_reasoning")
     rows = {t: pairs(t, [(generator.random() < 0.7, generator.random() < 0.5) for _ in range(12)]) for t in tasks}
-    found = mme.score(rows)
+    found = mme.official_score(rows)
     terms = found.other_terms["total"]
     assert terms.value(terms.sums.sum(0)) == pytest.approx(found.values["total"]) != found.values["perception"]
     known = report.confidence(found, [])
     assert known["total"]["mean"] == pytest.approx(found.values["total"])
     assert known["total"]["low"] < known["total"]["mean"] < known["total"]["high"]
     assert known["perception"]["mean"] == pytest.approx(found.values["perception"])
-    assert not mme.score({"scene": rows["scene"]}).values["cognition"]
+    assert not mme.official_score({"scene": rows["scene"]}).values["cognition"]
 
 
 def test_a_wrong_task_or_truth_is_an_error():
     with pytest.raises(UserError, match=r"Unknown MME task 'scenes'.* Did you mean 'scene'"):
-        mme.score({"scenes": pairs("scenes", [(True, True)])})
+        mme.official_score({"scenes": pairs("scenes", [(True, True)])})
     with pytest.raises(UserError, match="should be yes or no, got 'Maybe'"):
-        mme.score({"OCR": [Line("a", "a", "Maybe", "Yes")]})
+        mme.official_score({"OCR": [Line("a", "a", "Maybe", "Yes")]})
 
 
 # The files.
@@ -386,8 +384,8 @@ def test_a_result_folder_of_empty_files_is_no_result(tmp_path, capsys):
 def test_a_result_folder_of_another_size_than_the_release_needs_partial(tmp_path, capsys, monkeypatch):
     """A whole image less, two lines, gave another score with exit 0."""
     folder = copy_of_vectors(tmp_path)
-    sizes = {path.stem: len(mme_files.text_lines(path)) for path in folder.iterdir()}
-    monkeypatch.setattr(mme_files, "SIZES", sizes)
+    sizes = {task: len(mme.text_lines(folder / f"{task}.txt")) for task in mme.TASKS}
+    monkeypatch.setattr(mme, "TASKS", sizes)
     assert alone(folder) == 0
     path = folder / "existence.txt"
     path.write_text("\n".join(path.read_text().splitlines()[2:]) + "\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.benchmarks.mmmu import metric as mmmu
+from eval.benchmarks import mmmu
 
 TABLE = json.loads((Path(__file__).parent / "data" / "mmmu" / "parse_table.json").read_text())
 OPTIONS = TABLE["options"]
@@ -33,7 +33,7 @@ def test_credit_of_open_answers_equals_the_authors(row):
 
 def test_two_rows_of_the_table_are_drawn():
     rows = {str(number): row["response"] for number, row in enumerate(TABLE["multiple_choice"])}
-    score = mmmu.score({name: item() for name in rows}, rows)
+    score = mmmu.evaluate({name: item() for name in rows}, rows)
     assert score.values["drawn_at_random"] == 2 and "drawn_at_random" in score.points
     assert any(note.startswith("2 answers name no option") for note in score.notes)
 
@@ -63,7 +63,7 @@ def test_sentences_are_not_split_because_capitals_are_gone():
 
 def test_overall_is_weighted_by_questions_and_absent_subjects_are_named():
     items = {"1": item(), "2": item(), "3": item(), "4": item("C", "Physics"), "5": item("12", "Music", None)}
-    score = mmmu.score(items, {"1": "A", "2": "B", "3": "(A)", "4": "C.", "5": "It is 12."})
+    score = mmmu.evaluate(items, {"1": "A", "2": "B", "3": "(A)", "4": "C.", "5": "It is 12."})
     assert score.values["accuracy"] == 80
     assert score.groups["subject"]["Art"] == (pytest.approx(200 / 3), 3)
     assert score.groups["domain"] == {"Art and Design": (75.0, 4), "Science": (100.0, 1)}

@@ -10,8 +10,7 @@ from llava import conversation
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
-from llava.processing.prompt import IMAGE_TOKEN_INDEX
-from llava.processing.sample import Sample
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample
 from llava.reduction import Reduction, keep_top
 from llava.reduction.reducer import DecoderState, Reducer
 from tests.conftest import picture, samples

@@ -5,7 +5,8 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from llava.pipeline import positions as mrope
-from llava.reduction.decoder_attention import Angles, attention_rows, layer_keys, rotary_angles
+from llava.pipeline.positions import Piece
+from llava.reduction.decoder_attention import Angles, attention_rows, projected_heads, rotary_angles
 
 PROMPTS = [
     [7],
@@ -14,6 +15,14 @@ PROMPTS = [
     [0, (1, 5, 2), 1, (1, 1, 3), 2],  # a picture at the very beginning
     [2, (2, 3, 3), 4],
 ]
+
+
+def positions(prompts):
+    """[B, L, 3] of whole prompts, each a list of numbers of text tokens and of images as (frames, rows, columns)."""
+    empty = torch.empty(0)
+    text, image = (lambda part: Piece(empty, part)), (lambda part: Piece(empty, 0, image=True, groups=part))
+    pieces = [[text(part) if isinstance(part, int) else image(part) for part in parts] for parts in prompts]
+    return mrope.original(pieces, axes=True)
 
 
 @pytest.fixture(scope="module")
@@ -105,40 +114,31 @@ def thinned(prompts, share, seed):
 def test_positions_equal_get_rope_index(model, prompts):
     """No picture, one, two, and all prompts in one padded batch."""
     expected, following = official(model, prompts)
-    place = mrope.positions(prompts)
+    place = positions(prompts)
     assert place.dtype == torch.int64
     assert torch.equal(place, expected)
     following = following[:, None, None].expand(-1, 1, 3)
-    assert torch.equal(mrope.next_position(place), following)
+    assert torch.equal(mrope.next_position(place, ()), following)
 
 
 def test_text_goes_on_behind_the_longest_axis():
     """A film of more frames than rows: get_rope_index of 5.23 would number text into the film."""
-    assert mrope.positions([[1, (4, 1, 2), 1]])[0, -1].tolist() == [5, 5, 5]
+    assert positions([[1, (4, 1, 2), 1]])[0, -1].tolist() == [5, 5, 5]
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.6])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
 def test_renumbering_equals_the_definition(share, seed):
     """Also with a picture of which nothing is left."""
     index, lengths, visual = thinned(PROMPTS, share, seed)
-    place = mrope.keep(mrope.positions(PROMPTS), index)
+    place = mrope.keep(positions(PROMPTS), index)
     expected = [renumber_by_the_book(*one) for one in zip(place.tolist(), lengths, visual, strict=True)]
     assert mrope.renumber(place, lengths, visual).tolist() == [[list(token) for token in row] for row in expected]
 
 
-def test_a_thinned_picture_by_hand():
-    """Of 3 x 3 groups the corners (0, 0), (0, 2), (2, 2) are left: two rows and two columns move together."""
-    place = mrope.keep(mrope.positions([[2, (1, 3, 3), 2]]), torch.tensor([[0, 1, 2, 4, 10, 11, 12]]))
-    assert place[0].tolist() == [[0] * 3, [1] * 3, [2, 2, 2], [2, 2, 4], [2, 4, 4], [5] * 3, [6] * 3]
-    renumbered = mrope.renumber(place, [7], [[(2, 5)]])
-    assert renumbered[0].tolist() == [[0] * 3, [1] * 3, [2, 2, 2], [2, 2, 3], [2, 3, 3], [4] * 3, [5] * 3]
-    assert mrope.next_position(renumbered).tolist() == [[[6, 6, 6]]]
-
-
 def test_merged_tokens_behind_the_kept_ones_and_doubles_share_ranks():
     """The order of a picture's tokens does not matter, and two tokens of one place stay at one place."""
-    straight = mrope.keep(mrope.positions([[1, (1, 3, 4), 1]]), torch.tensor([[0, 2, 4, 4, 11, 13]]))
+    straight = mrope.keep(positions([[1, (1, 3, 4), 1]]), torch.tensor([[0, 2, 4, 4, 11, 13]]))
     turn = torch.tensor([[0, 4, 1, 3, 2, 5]])
     expected = mrope.renumber(straight, [6], [[(1, 5)]])
     assert expected[0].tolist() == [[0] * 3, [1, 1, 1], [1, 1, 3], [1, 1, 3], [1, 2, 2], [4] * 3]
@@ -148,21 +148,15 @@ def test_merged_tokens_behind_the_kept_ones_and_doubles_share_ranks():
 
 def test_pictures_side_by_side():
     """No text between two pictures; transformers' function takes them for one and fails."""
-    place = mrope.positions([[(1, 2, 2), (1, 1, 2), 1]])
+    place = positions([[(1, 2, 2), (1, 1, 2), 1]])
     assert place[0, 4:].tolist() == [[2, 2, 2], [2, 2, 3], [4, 4, 4]]
     thin = mrope.keep(place, torch.tensor([[3, 5, 6]]))
     assert mrope.renumber(thin, [3], [[(0, 1), (1, 2)]])[0].tolist() == [[0] * 3, [1] * 3, [2] * 3]
 
 
-def test_nothing_dropped_changes_nothing():
-    lengths, visual = zip(*map(spans, PROMPTS), strict=True)
-    place = mrope.positions(PROMPTS)
-    assert torch.equal(mrope.renumber(place, lengths, visual), place)
-
-
 def test_two_reductions_equal_one():
     """What counts is what is left, not on how many steps the rest went."""
-    place = mrope.positions([[3, (1, 6, 6), 4]])
+    place = positions([[3, (1, 6, 6), 4]])
     first, second = torch.arange(43) % 36 % 2 == 0, torch.arange(43) % 5 != 4
     first[:3] = first[-4:] = second[:3] = second[-4:] = True
     both = first & second
@@ -174,7 +168,7 @@ def test_two_reductions_equal_one():
 
 def test_angles_take_each_frequency_from_its_axis(model):
     """Sections 1, 2, 1 of the four frequencies of a head: frame, row, row, column."""
-    llm, place = model.language_model, mrope.positions(PROMPTS)
+    llm, place = model.language_model, positions(PROMPTS)
     cos, sin = rotary_angles(llm, torch.zeros(1), place)
     frequency = 100.0 ** (-torch.arange(0, 8, 2) / 8)
     axis = place[..., [0, 1, 1, 2]] * frequency
@@ -184,7 +178,7 @@ def test_angles_take_each_frequency_from_its_axis(model):
 
 def test_rows_of_the_decoders_attention_equal_its_own_maps(model):
     """The scores of llava.reduction run over Qwen's layers unchanged, given these angles: same rotation, same rows."""
-    llm, place = model.language_model, mrope.positions([PROMPTS[2]])
+    llm, place = model.language_model, positions([PROMPTS[2]])
     hidden = torch.randn(1, place.shape[1], 32)
     with torch.inference_mode():
         expected = llm(inputs_embeds=hidden, position_ids=place.permute(2, 0, 1), output_attentions=True).attentions[0]
@@ -192,7 +186,7 @@ def test_rows_of_the_decoders_attention_equal_its_own_maps(model):
         layer, rows = llm.layers[0], [4, 20, -1]
         unseen = torch.ones(expected.shape[-2:], dtype=torch.bool).triu(1)[rows][None, None]
         normed = layer.input_layernorm(hidden)
-        keys = layer_keys(layer, normed, Angles.of(*rotary))
+        keys = projected_heads(layer, layer.self_attn.k_proj, normed, Angles.of(*rotary))
         own = Angles.of(*(part[:, rows] for part in rotary))
         found = attention_rows(layer, normed[:, rows], keys, unseen, own)
     torch.testing.assert_close(found, expected[:, :, rows], atol=1e-6, rtol=1e-5)

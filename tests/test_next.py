@@ -8,11 +8,11 @@ import torch
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.prefill import prefill
-from llava.processing.sample import Sample
+from llava.processing.prompt import Sample
 from llava.reduction import PatchGrid, registry
-from llava.reduction.crop_budget import planned, require
-from llava.reduction.model_spec import spec_of
-from llava.reduction.options import options_of
+from llava.reduction.budget import planned, require
+from llava.reduction.reducer import options_of
+from llava.reduction.token_layout import spec_of
 from tests.conftest import QUESTIONS, picture
 from tests.tiny_checkpoints import save_text_tower
 from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers
@@ -118,17 +118,6 @@ def test_every_other_split_meets_the_budget_too(name, model):
             assert len(anchors.unique()) == len(anchors)
 
 
-def test_even_shares_over_crops(path):
-    """20 of 80 tokens are 4 for each of five crops, as in the papers' tables."""
-    model = load(path, device="cpu", merge="spatial", force=(112, 112))
-    assert model.visual_tokens == 80 and model.conventions["tiles"] == "112x112"
-    _, _, record = run(model, batch(), registry.build("fastervlm", 20))
-    crop = model.views(picture(0))[1].origins()[:, 0]
-    for steps in record.steps[:-1]:
-        counts = torch.bincount(crop[steps[0].reduction.kept[0]], minlength=5)
-        assert counts.tolist() == [4] * 5
-
-
 def test_newline_tokens_are_dropped_or_kept_and_counted(path):
     model = load(path, device="cpu")
     (sample,) = batch()[2:3]
@@ -232,13 +221,6 @@ def test_wrong_choices_are_refused(path, tiny_path):
         require(registry.build("fastervlm", 3), model.spec)
     with pytest.raises(UserError, match=f"1 to {model.visual_tokens}"):
         require(registry.build("fastervlm", model.visual_tokens + 1), model.spec)
-
-
-def test_budgets_of_different_methods_agree(model):
-    """The same plan for every method that keeps a constant number of tokens."""
-    spec = dataclasses.replace(model.spec)
-    plans = {planned(registry.build(name, 30), spec) for name in ("fastervlm", "consensusdrop", "attnmix", "divprune")}
-    assert plans == {(30,) * 4}
 
 
 def test_a_budget_below_the_newline_tokens_of_some_picture_is_refused(path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from eval import outcomes
+from eval import ask
 from eval.config import RunConfig
 from eval.run import run
 from llava.errors import UserError
@@ -91,7 +91,7 @@ def test_a_run_ends_with_a_sentence_and_keeps_what_was_sound(own, tmp_path, monk
     config = RunConfig(
         "full", data=data, output=tmp_path / "o", limit=24, batch_size=4, max_new_tokens=2, wandb="disabled"
     )
-    real = outcomes.generate
+    real = ask.generate
 
     def answer(*arguments, **named):
         batch = real(*arguments, **named)
@@ -99,7 +99,7 @@ def test_a_run_ends_with_a_sentence_and_keeps_what_was_sound(own, tmp_path, monk
             own.head.weight[0] = float("nan")
         return batch
 
-    monkeypatch.setattr(outcomes, "generate", answer)
+    monkeypatch.setattr(ask, "generate", answer)
     with pytest.raises(UserError, match="The logits for question 1004 are not finite"):
         run(config, own)
     lines = (tmp_path / "o" / "answers.jsonl").read_text().splitlines()

@@ -94,7 +94,7 @@ def test_dev_has_what_the_tests_of_the_toy_models_need():
 def test_imported_libraries_are_declared(folder):
     """An undeclared import works on the developer's machine and fails after `pip install`."""
     modules = metadata.packages_distributions()
-    extras = EXTRAS["toy"] if folder in ("toy", "tinyllava") else ()
+    extras = EXTRAS["toy"] if folder == "toy" else ()
     declared = {needed.name.lower() for needed in [*INSTALLED, *map(Requirement, extras)]}
     demo = {Requirement(text).name for text in EXTRAS["demo"]}
     own = {name.split(".")[0] for name in packages()} | {"tests"}

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from eval import benchmarks, outcomes, sweep
+from eval import ask, benchmarks, sweep
 from eval.answers.jsonl import read_json
 from eval.config import ROOT
 from eval.papers import figure, gate, plan, spec, table
@@ -110,7 +110,7 @@ def test_a_wrong_spec_is_one_sentence(tmp_path, changes, sentence):
 
 
 def test_an_unknown_table_is_named_with_its_neighbour():
-    with pytest.raises(UserError, match=r"Did you mean llava15_7b\?.*visiondrop/llava15_7b"):
+    with pytest.raises(UserError, match=r"Did you mean 'llava15_7b'\?.*visiondrop/llava15_7b"):
         spec.read(spec.find("consensusdrop/llava15_7"))
 
 
@@ -247,7 +247,7 @@ def test_the_html_page_sorts_and_needs_no_network(made):
 
 def test_a_finished_table_asks_nothing_and_a_part_does_not_replace_it(made, monkeypatch, tiny_path):
     folder, words = made
-    monkeypatch.setattr("eval.outcomes.generate", None)
+    monkeypatch.setattr("eval.ask.generate", None)
     again = [*words, "--output", str(folder / "again"), "--wandb", "disabled"]
     assert table.main(again) == 0
     assert (folder / "again" / "small.csv").read_text() == (folder / "out" / "small.csv").read_text()
@@ -261,7 +261,7 @@ def test_a_finished_table_asks_nothing_and_a_part_does_not_replace_it(made, monk
 def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkeypatch, capsys):
     """--render printed the old scores after the labels had changed, and float32 answers under "bfloat16"."""
     folder, words = made
-    monkeypatch.setattr("eval.outcomes.generate", None)
+    monkeypatch.setattr("eval.ask.generate", None)
     part = ["--methods", "random", "--budgets", "8", "--times", "0", "--wandb", "disabled"]
     one = [*words, *part, "--output", str(folder / "labels")]
     assert table.main([*one, "--render", "--dtype", "bfloat16"]) == 2
@@ -359,20 +359,20 @@ def test_a_method_that_fails_on_some_questions_has_no_score_and_the_table_goes_o
     folder, words = made
     monkeypatch.setattr(plan, "SWEEPS", folder / "failing")
     monkeypatch.setattr("eval.papers.fill.SWEEPS", folder / "failing")
-    real = outcomes.generate
+    real = ask.generate
 
     def failing(model, batch, reducer, *rest, **more):
         if reducer.name == "random" and any(sample.id == "1003" for sample in batch):
             raise UserError("random does not like this question")
         return real(model, batch, reducer, *rest, **more)
 
-    monkeypatch.setattr(outcomes, "generate", failing)
+    monkeypatch.setattr(ask, "generate", failing)
     one = ["--methods", "random,consensusdrop", "--budgets", "8", "--times", "0", "--wandb", "disabled"]
     assert table.main([*words, *one, "--output", str(folder / "failed")]) == 0
     text = (folder / "failed" / "small.md").read_text()
     assert "| Random | n/a | n/a |" in text and "| Consensus_Drop | " in text
     assert "n/a: Random at 8 on GQA: 1 of 12 questions failed, the first (1003) with: random does not like" in text
-    monkeypatch.setattr(outcomes, "generate", real)  # the next call asks it again
+    monkeypatch.setattr(ask, "generate", real)  # the next call asks it again
     assert table.main([*words, *one, "--output", str(folder / "failed")]) == 0
     assert "questions failed" not in (folder / "failed" / "small.md").read_text()
     # A run whose mean is off its plan is no cell at that budget either.
@@ -577,7 +577,7 @@ def test_rows_beside_numbers_of_a_release_run_the_release(path):
 def test_visiondrop_on_videos_has_the_schedule_of_its_page(name):
     """The tables gave videos the schedule of images: 384/280/208/152 at 256 tokens."""
     from eval.papers.expense import expense
-    from llava.reduction.crop_budget import planned
+    from llava.reduction.budget import planned
 
     table_of = spec.read(spec.find(name))
     model = expense(table_of).model
@@ -848,8 +848,7 @@ def test_printed_commands_have_every_flag_that_is_not_a_default(made):
 
 
 def registry_spec():
-    from llava.reduction.model_spec import ModelSpec
-    from llava.reduction.token_layout import PatchGrid
+    from llava.reduction.token_layout import ModelSpec, PatchGrid
 
     return ModelSpec(16, 4, PatchGrid(4, 4), 3)
 

@@ -8,20 +8,16 @@ from itertools import product
 import pytest
 import torch
 
-from eval.efficiency.growth.narrow import narrow
-from eval.efficiency.peers import __main__ as command
-from eval.efficiency.peers import ours, stock
-from eval.efficiency.peers.alternate import compare, refuse_unequal
-from eval.efficiency.peers.protocol import Worker
-from eval.efficiency.peers.ratios import interval_rank, paired, table
-from eval.efficiency.shapes import SHAPES, random_llava
+from eval.efficiency import peer_workers, peers
+from eval.efficiency.peers import Worker, compare, interval_rank, paired, refuse_unequal, table
+from eval.efficiency.shapes import narrow, random_llava
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 
 FAKE = """
 import pathlib, sys
-from eval.efficiency.peers.protocol import serve
+from eval.efficiency.peers import serve
 name, factor, folder = sys.argv[1], float(sys.argv[2]), pathlib.Path(sys.argv[3])
 print("loading", flush=True)
 
@@ -164,10 +160,10 @@ def test_another_reference_divides_in_the_same_rounds():
 def test_the_command_writes_a_result_that_it_reads_again(fake, tmp_path, capsys):
     path = tmp_path / "new" / "pair.json"
     words = ["measure", "--name", "pair", "--rounds", "3", "--threads", "1", "--json", str(path)]
-    assert command.main([*words, "--worker", fake("a", 2), "--worker", fake("b", 3)]) == 0
+    assert peers.main([*words, "--worker", fake("a", 2), "--worker", fake("b", 3)]) == 0
     printed = capsys.readouterr().out
     assert json.loads(path.read_text())["commands"] == [fake("a", 2), fake("b", 3)]
-    assert command.main(["table", str(path)]) == 0
+    assert peers.main(["table", str(path)]) == 0
     assert capsys.readouterr().out == printed
     assert "| pair |" in printed and "| b |" in printed
 
@@ -175,26 +171,27 @@ def test_the_command_writes_a_result_that_it_reads_again(fake, tmp_path, capsys)
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "a", "rounds": []}'])
 def test_a_file_that_is_no_result_ends_in_a_sentence(text, tmp_path, capsys):
     (tmp_path / "odd.json").write_text(text)
-    assert command.main(["table", str(tmp_path / "odd.json")]) == 2
+    assert peers.main(["table", str(tmp_path / "odd.json")]) == 2
     assert "is no result of `measure`" in capsys.readouterr().err
 
 
 def test_no_round_is_refused(capsys):
-    assert command.main(["measure", "--name", "a", "--worker", "true", "--rounds", "0"]) == 2
+    assert peers.main(["measure", "--name", "a", "--worker", "true", "--rounds", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
 
 
 def test_our_worker_measures_a_method_and_its_oracle_on_new_images(tiny, monkeypatch):
     seen = []
-    monkeypatch.setattr(ours, "build", lambda args: tiny)
-    monkeypatch.setattr(ours, "serve", lambda ready, measure: seen.extend([ready, measure(), measure()]))
-    asked, real = [], ours.first_token
-    monkeypatch.setattr(
-        ours,
-        "first_token",
-        lambda model, reducer, batch: (asked.append((reducer.name, batch[0].id)), real(model, reducer, batch))[1],
-    )
-    assert ours.main(["--method", "fastv", "--budget", "8", "--oracle"]) == 0
+    monkeypatch.setattr(peer_workers, "build", lambda args: tiny)
+    monkeypatch.setattr(peer_workers, "serve", lambda ready, measure: seen.extend([ready, measure(), measure()]))
+    asked, real = [], peer_workers.ttft
+
+    def ttft(model, reducer, batch):
+        asked.append((reducer.name, batch[0].id))
+        return real(model, reducer, batch)
+
+    monkeypatch.setattr(peer_workers, "ttft", ttft)
+    assert peer_workers.main(["ours", "--method", "fastv", "--budget", "8", "--oracle"]) == 0
     ready, first, second = seen
     assert list(first) == list(second) == ["ours", "oracle"]
     assert all(value > 0 for value in (first | second).values())
@@ -204,35 +201,21 @@ def test_our_worker_measures_a_method_and_its_oracle_on_new_images(tiny, monkeyp
 
 def test_our_worker_measures_several_methods_under_their_names(tiny, monkeypatch):
     seen = []
-    monkeypatch.setattr(ours, "build", lambda args: tiny)
-    monkeypatch.setattr(ours, "serve", lambda ready, measure: seen.extend([ready, measure()]))
-    words = ["--method", "full,consensusdrop,fastv", "--budget", "8", "--set", "fastv.schedule=kept"]
-    assert ours.main([*words, "--oracle"]) == 0
+    monkeypatch.setattr(peer_workers, "build", lambda args: tiny)
+    monkeypatch.setattr(peer_workers, "serve", lambda ready, measure: seen.extend([ready, measure()]))
+    words = ["ours", "--method", "full,consensusdrop,fastv", "--budget", "8", "--set", "fastv.schedule=kept"]
+    assert peer_workers.main([*words, "--oracle"]) == 0
     ready, found = seen
     assert list(found) == ["full", "consensusdrop", "fastv", "oracle of consensusdrop", "oracle of fastv"]
     assert ready["visual tokens per layer"]["fastv"] == (16, 8, 8, 8)
-    assert ours.main(["--method", "full"]) == 0 and list(seen[-1]) == ["ours"]
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--method", "full,fastv"], "needs a --budget"),
-        (["--method", "trim", "--budget", "8", "--set", "adaptive=true", "--oracle"], "so it has no oracle"),
-    ],
-)
-def test_flags_of_our_worker_that_make_no_sense(words, sentence, tiny, monkeypatch, capsys):
-    monkeypatch.setattr(ours, "build", lambda args: tiny)
-    monkeypatch.setattr(registry.method("trim"), "check", lambda *_: None)
-    assert ours.main(words) == 2
-    assert sentence in capsys.readouterr().err
+    assert peer_workers.main(["ours", "--method", "full"]) == 0 and list(seen[-1]) == ["ours"]
 
 
 def test_stock_with_attentions_gives_the_same_token_and_the_maps_of_the_definition(tiny):
     """A user who scores tokens by the text gets what eager attention computes, and SDPA is back afterwards."""
-    hf, (ids, pixels) = tiny.hf_model, stock.inputs(tiny, 0)
-    token, maps = stock.attentive(hf, ids, pixels)
-    assert token.tolist() == stock.dense(hf, ids, pixels).tolist()
+    hf, (ids, pixels) = tiny.hf_model, peer_workers.inputs(tiny, 0)
+    token, maps = peer_workers.attentive(hf, ids, pixels)
+    assert token.tolist() == peer_workers.dense(hf, ids, pixels).tolist()
     assert len(maps) == tiny.spec.layers and hf.model.language_model.config._attn_implementation == "sdpa"
     decoder, attention = hf.model.language_model, hf.model.language_model.layers[0].self_attn
     features = torch.cat(tuple(hf.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output))
@@ -251,22 +234,23 @@ def test_stock_with_attentions_gives_the_same_token_and_the_maps_of_the_definiti
         torch.testing.assert_close(maps[0][0, head], logits.softmax(-1), atol=1e-5, rtol=1e-4)
 
 
-def test_stock_gives_the_maps_of_layers_that_share_weights(monkeypatch):
+def test_stock_gives_the_maps_of_layers_that_share_weights():
     """Their attention stayed on SDPA, which gives no maps and takes less time."""
-    monkeypatch.setitem(SHAPES, "small", narrow("llava-1.5-7b", 64, 3, blocks=2))
-    model = random_llava("small", 1, "float32")
-    _, maps = stock.attentive(model.hf_model, *stock.inputs(model, 0))
+    model = random_llava(narrow("llava-1.5-7b", 64, 3, blocks=2), 1, "float32")
+    _, maps = peer_workers.attentive(model.hf_model, *peer_workers.inputs(model, 0))
     assert len(maps) == 3
     assert all(torch.allclose(one.sum(-1), torch.ones(())) for one in maps)
 
 
 def test_the_stock_worker_measures_with_and_without_attentions(tiny, monkeypatch):
     seen = []
-    monkeypatch.setattr(stock, "build", lambda args: tiny)
-    monkeypatch.setattr(stock, "serve", lambda ready, measure: seen.extend([measure(), measure()]))
-    assert stock.main(["--attentions"]) == 0
+    monkeypatch.setattr(peer_workers, "build", lambda args: tiny)
+    monkeypatch.setattr(peer_workers, "serve", lambda ready, measure: seen.extend([measure(), measure()]))
+    assert peer_workers.main(["stock", "--attentions"]) == 0
     assert [list(found) for found in seen] == [["transformers", "transformers, output_attentions"]] * 2
-    assert stock.main(["--layer", "2", "--keep", "5"]) == 0 and list(seen[-1]) == ["transformers, eager attention"]
+    assert peer_workers.main(["stock", "--layer", "2", "--keep", "5"]) == 0 and list(seen[-1]) == [
+        "transformers, eager attention"
+    ]
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
@@ -274,25 +258,25 @@ def test_what_a_user_would_write_gives_our_logits(layer, tiny):
     """The comparison is fair only if both compute the same: FastV's rule, by eager attention and by ours."""
     reducer = registry.build("fastv", 5, {"layer": str(layer), "schedule": "kept"})
     for turn in range(4):
-        ids, pixels = stock.inputs(tiny, turn)
-        theirs = stock.pruned(tiny.hf_model, ids, pixels, layer, 5)
-        state, _ = prefill(tiny, stock.noise_batches(tiny, 1, differ=True)(turn), reducer)
+        ids, pixels = peer_workers.inputs(tiny, turn)
+        theirs = peer_workers.pruned(tiny.hf_model, ids, pixels, layer, 5)
+        state, _ = prefill(tiny, peer_workers.noise_batches(tiny, 1, differ=True)(turn), reducer)
         mine = tiny.logits(state.hidden)
         torch.testing.assert_close(theirs[:, : mine.shape[1]], mine, atol=2e-5, rtol=1e-5)
 
 
 def test_stock_dense_gives_our_first_token(tiny):
     for turn in range(4):
-        token = stock.dense(tiny.hf_model, *stock.inputs(tiny, turn))
+        token = peer_workers.dense(tiny.hf_model, *peer_workers.inputs(tiny, turn))
         full = registry.build("full", tiny.visual_tokens)
-        state, _ = prefill(tiny, stock.noise_batches(tiny, 1, differ=True)(turn), full)
+        state, _ = prefill(tiny, peer_workers.noise_batches(tiny, 1, differ=True)(turn), full)
         assert token.tolist() == tiny.logits(state.hidden).argmax(-1).tolist()
 
 
 def test_eager_is_used_for_one_layer_only(tiny):
-    ids, pixels = stock.inputs(tiny, 0)
+    ids, pixels = peer_workers.inputs(tiny, 0)
     shared = tiny.hf_model.model.language_model.config
-    stock.pruned(tiny.hf_model, ids, pixels, 2, 5)
+    peer_workers.pruned(tiny.hf_model, ids, pixels, 2, 5)
     assert shared._attn_implementation == "sdpa"
     assert all(block.self_attn.config is shared for block in tiny.hf_model.model.language_model.layers)
 
@@ -300,13 +284,16 @@ def test_eager_is_used_for_one_layer_only(tiny):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--layer", "2"], "belong together"),
-        (["--attentions", "--layer", "2", "--keep", "4"], "--attentions asks the dense model"),
-        (["--layer", "9", "--keep", "4"], "--layer should be 1 to 3"),
-        (["--layer", "2", "--keep", "99"], "--keep should be 1 to 16"),
+        (["ours", "--method", "full,fastv"], "needs a --budget"),
+        (["ours", "--method", "trim", "--budget", "8", "--set", "adaptive=true", "--oracle"], "so it has no oracle"),
+        (["stock", "--layer", "2"], "belong together"),
+        (["stock", "--attentions", "--layer", "2", "--keep", "4"], "--attentions asks the dense model"),
+        (["stock", "--layer", "9", "--keep", "4"], "--layer should be 1 to 3"),
+        (["stock", "--layer", "2", "--keep", "99"], "--keep should be 1 to 16"),
     ],
 )
-def test_flags_of_the_stock_worker_that_make_no_sense(words, sentence, tiny, monkeypatch, capsys):
-    monkeypatch.setattr(stock, "build", lambda args: tiny)
-    assert stock.main(words) == 2
+def test_flags_of_a_worker_that_make_no_sense(words, sentence, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(peer_workers, "build", lambda args: tiny)
+    monkeypatch.setattr(registry.method("trim"), "check", lambda *_: None)
+    assert peer_workers.main(words) == 2
     assert sentence in capsys.readouterr().err

@@ -33,15 +33,13 @@ def test_what_is_neither_is_refused(text):
 
 def test_choices_are_parsed_and_refused():
     assert pairs("--picture", ["merge=spatial", "force=672x672"]) == {"merge": "spatial", "force": "672x672"}
-    assert (
-        parse("force", "672x336") == (672, 336) and parse("flip", "7") == 7 and parse("merge", "spatial") == "spatial"
-    )
+    assert [parse("force", "672x336"), parse("min_pixels", "7"), parse("merge", "a")] == [(672, 336), 7, "a"]
     for wrong in (["merge"], ["=spatial"], ["merge="]):
         with pytest.raises(UserError, match="should look like merge=spatial"):
             pairs("--picture", wrong)
     with pytest.raises(UserError, match="given twice"):
         pairs("--picture", ["merge=spatial", "merge=spatial_unpad"])
-    for name, value in (("force", "672"), ("force", "ax3"), ("flip", "on")):
+    for name, value in (("force", "672"), ("force", "ax3"), ("min_pixels", "on")):
         with pytest.raises(UserError, match=f"{name} should be"):
             parse(name, value)
 

@@ -10,9 +10,9 @@ import pytest
 
 from eval import benchmarks, score
 from eval.answers.reading import read_answers
-from eval.benchmarks.pope import metric as pope
-from eval.benchmarks.pope.metric import Item
-from eval.benchmarks.prompts import SHORT
+from eval.benchmarks import pope
+from eval.benchmarks.llava_files import SHORT
+from eval.benchmarks.pope import Item
 from llava.errors import UserError
 
 VECTORS = Path(__file__).parent / "data" / "pope"
@@ -84,7 +84,7 @@ def test_every_number_equals_the_official_scripts():
     labels = [row["label"] for row in lines(VECTORS / "edge_labels.json")]
     texts = {str(row["question_id"]): row["text"] for row in lines(VECTORS / "edge_answers.jsonl")}
     items = {name: Item("random", "x.jpg", label) for name, label in zip(texts, labels, strict=True)}
-    found = pope.score(items, {"random": labels}, texts)
+    found = pope.official_score(items, {"random": labels}, texts)
     printed = dict(line.split(": ") for line in expected if ": " in line)
     names = {"Accuracy": "accuracy", "Precision": "precision", "Recall": "recall", "F1 score": "f1"}
     for theirs, ours in (names | {"Yes ratio": "yes_ratio"}).items():
@@ -319,7 +319,7 @@ LABEL = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the imag
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda pope: (pope / "llava_pope_test.jsonl").unlink(), "No POPE questions at .*eval.zip"),
+        (lambda pope: (pope / "llava_pope_test.jsonl").unlink(), "No POPE test questions at .*eval.zip"),
         (lambda pope: (pope / "coco" / "coco_pope_popular.json").unlink(), "No POPE labels at .*popular.*e3e39262"),
         (lambda pope: write_lines(pope / "coco" / "coco_pope_random.json", [LABEL]), "1 labels for 8 quest"),
         (

@@ -16,9 +16,8 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from llava.conversation import MODES, render
 from llava.errors import UserError
-from llava.model.checkpoint.processors import read_tokenizer
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, build_prompt, tokenize
-from llava.processing.sample import Sample
+from llava.model.checkpoint.load import read_tokenizer
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt, tokenize
 from tests.tiny_checkpoints import make_tokenizer
 
 DATA = Path(__file__).parent / "data" / "llava_preproc"
@@ -155,7 +154,7 @@ LITERALS = [
     " What </s>  is",
     "a <unk> cat",
     render("vicuna_v1", [("Q1", "A1"), ("What </s> is", None)]),
-    render("llava_llama_2", [("Q1", "A1"), ("Q2", None)]),
+    "[INST] Q1 [/INST] A1 </s><s>[INST] Q2 [/INST]",
 ]
 
 
@@ -231,7 +230,7 @@ def range_by_offsets(text: str, tokenizer, start: int, stop: int) -> tuple[int, 
     return base + inside[0], base + inside[-1] + 1
 
 
-@pytest.mark.parametrize("mode", ["vicuna_v1", "chatml_direct", "mistral_instruct", "llava_llama_2", "v0"])
+@pytest.mark.parametrize("mode", ["vicuna_v1", "chatml_direct", "mistral_instruct"])
 @pytest.mark.parametrize("history", [(), (("Is there a cat", "Yes"), ("What is this?", "A car"))])
 @pytest.mark.parametrize("suffix", ["", SUFFIX])
 @pytest.mark.parametrize("name", ["words", "bytes", "straddling", "llama"])
@@ -242,65 +241,16 @@ def test_ranges_hold_the_question_and_nothing_else(tokenizers, name, suffix, his
             prompt = build_prompt(sample(question, suffix, image, history), tokenizer, mode)
             assert list(prompt.ids) == tokenize(prompt.text, tokenizer)
             message = f"{question}\n{suffix}" if suffix else question
-            begin = prompt.text.rindex(message + MODES[mode].after_user)
+            begin = prompt.text.rindex(message + MODES[mode].assistant)
             # Spaces that a tokenizer drops at an end of the question have no offsets; they are in no range.
             for found, wanted in ((prompt.question, question), (prompt.instruction, message)):
                 assert found == range_by_offsets(prompt.text, tokenizer, begin, begin + len(wanted)), (question, mode)
-
-
-def test_question_range_by_hand():
-    """Plant the answer: a word tokenizer, every id known."""
-    tokenizer = make_tokenizer()
-    prompt = build_prompt(sample("what is red ?", "answer yes or no"), tokenizer, "mistral_instruct")
-    assert prompt.text == "[INST] <image>\nwhat is red ?\nanswer yes or no [/INST]"
-    words = ["<s>", "<unk>", "<unk>", "<unk>", None, "what", "is", "red", "?", "answer", "yes", "or", "no"]
-    ids = [IMAGE_TOKEN_INDEX if word is None else tokenizer.convert_tokens_to_ids(word) for word in words]
-    assert list(prompt.ids[: len(ids)]) == ids
-    assert prompt.question == (5, 9)
-    assert prompt.instruction == (5, 13)
-
-
-@pytest.mark.parametrize(
-    ("merge", "inside"),
-    [(("?", "Ċ"), "What is this?\n"), (("Ċ", "W"), "\nWhat is this?"), (("Ċ", "A"), "What is this?")],
-)
-def test_a_token_that_straddles_a_border_belongs_to_the_question(merge, inside):
-    """With "?" and the line end in one token, that token holds the question mark, so it counts. The same in front."""
-    alphabet = ["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "".join(merge)]
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, [merge]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-    prompt = build_prompt(sample("What is this?", SUFFIX), tokenizer)
-    assert tokenizer.decode(prompt.ids[slice(*prompt.question)]) == inside
-    assert tokenizer.decode(prompt.ids[slice(*prompt.instruction)]).strip() == f"What is this?\n{SUFFIX}"
-
-
-@pytest.mark.parametrize("name", ["words", "bytes", "llama"])
-def test_without_suffix_both_ranges_are_the_question(tokenizers, name):
-    prompt = build_prompt(sample(), tokenizers[name])
-    assert prompt.question == prompt.instruction
-    words = tokenizers[name].decode(prompt.ids[slice(*prompt.question)]).split()
-    assert words in (["What", "is", "this?"], ["What", "is", "<unk>", "?"])
 
 
 def test_image_stands_in_front_of_the_first_message():
     prompt = build_prompt(sample("What color?", history=(("Is it a cat?", "yes"),)), make_tokenizer())
     assert " USER: <image>\nIs it a cat? ASSISTANT: yes</s>USER: What color? ASSISTANT:" in prompt.text
     assert prompt.ids.count(IMAGE_TOKEN_INDEX) == 1
-
-
-def test_text_only_prompt_has_no_slot():
-    prompt = build_prompt(sample(image=None), make_tokenizer())
-    assert "<image>" not in prompt.text
-    assert IMAGE_TOKEN_INDEX not in prompt.ids
-
-
-def test_the_same_question_earlier_in_the_conversation_is_not_the_range():
-    tokenizer = make_tokenizer()
-    prompt = build_prompt(sample("what is it ?", history=(("what is it ?", "what is it ?"),)), tokenizer)
-    what = tokenizer.convert_tokens_to_ids("what")
-    assert prompt.question[0] == max(index for index, token in enumerate(prompt.ids) if token == what)
 
 
 def test_an_empty_question_has_an_empty_range():

@@ -9,10 +9,9 @@ from baselines.prumerge import PruMerge, left_over, outliers, shares
 from baselines.prumerge_plus import PruMergePlus, fixed_grid, released_budgets, released_grid, spread
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
-from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import samples
 
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)

@@ -8,8 +8,7 @@ import torch
 from baselines.pyramiddrop import PyramidDrop
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
-from llava.reduction.model_spec import ModelSpec
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 

@@ -19,10 +19,8 @@ import pytest
 
 from eval import benchmarks
 from eval.answers import jsonl
-from eval.benchmarks import hub
+from eval.benchmarks import hub, mmbench, mme
 from eval.benchmarks.base import Dataset
-from eval.benchmarks.mmbench import tsv as mmbench_tsv
-from eval.benchmarks.mme import files as mme_files
 from eval.config import ROOT
 from llava.errors import UserError
 
@@ -110,7 +108,7 @@ def files(monkeypatch):
         found = contents.setdefault(path, None)
         return read(path) if found is None else found
 
-    for module in (jsonl, mmbench_tsv, mme_files):
+    for module in (jsonl, mmbench, mme):
         monkeypatch.setattr(module, "read_bytes", read_instead)
     return contents
 

@@ -8,12 +8,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed
 from torch.distributed import DistError
 
-from eval.parallel import control as control_module
-from eval.parallel import watch
-from eval.parallel.control import Control
-from eval.parallel.ranks import ASKING, FAILED, FINISHED, LOADING, SCORING, STOPPED, WAITING, Rank
+from eval.parallel import launch
+from eval.parallel import ranks as control_module
+from eval.parallel.ranks import ASKING, FAILED, FINISHED, LOADING, SCORING, STOPPED, WAITING, Control, Rank
 from llava.errors import UserError
 
 
@@ -32,7 +32,7 @@ def clock(monkeypatch) -> SimpleNamespace:
         for second in [second for second in clock.events if second <= clock.now]:
             clock.events.pop(second)()
 
-    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
     return clock
 
 
@@ -48,8 +48,8 @@ def ranks(control: Control, count: int = 2) -> list[Rank]:
 def see(control, clock, seconds: float = 10_000, timeout: float = 60, **options) -> str:
     """The sentence of the problem; empty if there is none until the launcher ends."""
     try:
-        watch.watch(ends_at(clock, seconds), control, 2, timeout, **options)
-    except watch.Problem as problem:
+        launch.watch(ends_at(clock, seconds), control, 2, timeout, **options)
+    except launch.Problem as problem:
         return str(problem)
     return ""
 
@@ -137,26 +137,26 @@ def test_the_first_failure_is_the_one_that_is_told(control):
     first, second = ranks(control)
     second.report(FAILED, reason="The second.", code=2)
     first.report(FAILED, reason="The first.", code=1)
-    with pytest.raises(watch.Problem, match=r"The second\.") as caught:
-        watch.outcome(control, 2)
+    with pytest.raises(launch.Problem, match=r"The second\.") as caught:
+        launch.outcome(control, 2)
     assert caught.value.code == 2
 
 
 def test_the_worst_exit_code_counts(control):
     for rank, code in zip(ranks(control), (3, 0), strict=True):
         rank.report(FINISHED, code=code)
-    assert watch.outcome(control, 2) == 3
+    assert launch.outcome(control, 2) == 3
 
 
 def test_nothing_started(control):
-    with pytest.raises(watch.Problem, match="None of the 2 ranks has started"):
-        watch.outcome(control, 2)
+    with pytest.raises(launch.Problem, match="None of the 2 ranks has started"):
+        launch.outcome(control, 2)
 
 
 def test_long_batches_name_three_questions(control):
     rank = ranks(control)[0]
     rank.report(ASKING, list("abcde"))
-    assert watch.describe(0, 2, control.peek("rank0")).endswith("asking questions a, b, c and 2 more")
+    assert launch.describe(0, 2, control.peek("rank0")).endswith("asking questions a, b, c and 2 more")
 
 
 def test_the_store_holds_counters_and_values(control):
@@ -174,7 +174,7 @@ def test_a_store_that_other_machines_reach():
 
 def test_nobody_serves_the_store(monkeypatch):
     """Said at once: the store itself would try again for two minutes."""
-    monkeypatch.setattr(control_module, "TCPStore", pytest.fail)
+    monkeypatch.setattr(torch.distributed, "TCPStore", pytest.fail)
     with pytest.raises(UserError, match=r"does not answer at 127\.0\.0\.1:9;"):
         Control.connect("127.0.0.1:9")
 
@@ -191,7 +191,7 @@ def test_a_rank_whose_parent_ends_while_it_connects_gives_up_soon(monkeypatch):
         raise DistError("timed out")
 
     monkeypatch.setattr(control_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(control_module, "TCPStore", parent_has_ended)
+    monkeypatch.setattr(torch.distributed, "TCPStore", parent_has_ended)
     with pytest.raises(UserError, match="does not answer at"):
         Control.connect(f"127.0.0.1:{listening.getsockname()[1]}")
     assert 0 < clock.now <= 10

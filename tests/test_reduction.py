@@ -7,7 +7,9 @@ import torch
 
 from llava.errors import MethodError
 from llava.pipeline.accounting import mean_visual_tokens
-from llava.pipeline.sequence import Reduced, Sequence, assemble
+from llava.pipeline.embed import assemble
+from llava.pipeline.positions import Piece
+from llava.pipeline.sequence import Reduced, Sequence
 from llava.reduction import PatchGrid, Reduction, keep_top, registry, split
 from llava.reduction.reducer import by_images
 from llava.reduction.token_layout import CLS
@@ -52,18 +54,12 @@ def sequence(counts=(4, 4, 0), texts=(5, 3, 6), slots=(2, 1, None)):
     for s, (count, text, slot) in enumerate(zip(counts, texts, slots, strict=True)):
         line = 100.0 * s + torch.arange(text + count)
         start = slot or 0
-        visual = line[start : start + count] if slot is not None else None
-        rows.append((torch.cat([line[:start], line[start + count :]])[:, None], visual))
+        pieces = [Piece(line[:start, None], start)]
+        if slot is not None:
+            pieces.append(Piece(line[start : start + count, None], count, image=True))
+        rows.append([*pieces, Piece(line[start + count :, None], text - start)])
     questions = [(s + 1, t) if s is not None else (1, 4) for s, t in zip(slots, texts, strict=True)]
-    return assemble(
-        [text for text, _ in rows],
-        [[] if slot is None else [slot] for slot in slots],
-        [[] if visual is None else [visual[:, None]] for _, visual in rows],
-        [[] if visual is None else [None] for _, visual in rows],
-        [[] if slot is None else [4] for slot in slots],
-        questions,
-        questions,
-    )
+    return assemble(rows, questions, questions)
 
 
 def real(seq, sample, tensor):
@@ -149,8 +145,12 @@ def test_spliced_tokens_are_those_that_are_put_in_their_columns(text, monkeypatc
     """Merged tokens of images in the same columns are spliced in; otherwise they are written into gathered rows."""
     generator = torch.Generator().manual_seed(6)
     words = [torch.randn(count, 4, generator=generator) for count in text]
-    images = [[torch.randn(6, 4, generator=generator)] for _ in text]
-    sequence = assemble(words, [[1], [1]], images, [[None], [None]], [[6], [6]], [(0, 0)] * 2, [(0, 0)] * 2)
+    images = [torch.randn(6, 4, generator=generator) for _ in text]
+    prompts = [
+        [Piece(word[:1], 1), Piece(image, 6, image=True), Piece(word[1:], len(word) - 1)]
+        for word, image in zip(words, images, strict=True)
+    ]
+    sequence = assemble(prompts, [(0, 0)] * 2, [(0, 0)] * 2)
     kept = torch.tensor([[0, 2, 5], [1, 2, 3]])
     merged = [Reduced([(0, 0), (1, 0)], Reduction(kept, 6), torch.randn(2, 3, 4, generator=generator))]
     found = sequence.reduce(merged, True)

@@ -10,9 +10,9 @@ import pytest
 
 from eval import cli
 from eval.config import ROOT, TOY_BANNER, RunConfig
-from eval.pages.report import page, results
-from eval.pages.report.__main__ import main
-from eval.results import baseline
+from eval.pages import report
+from eval.pages.report import main
+from eval.results import report as baseline
 from eval.run import run
 from llava.errors import UserError
 from tests.browser import DESKTOP, PHONE, needs_browser, opened, overflow
@@ -58,8 +58,8 @@ def folder(real, tmp_path) -> Path:
     return tmp_path / "results"
 
 
-def rows_of(folder: Path) -> dict[str, results.Row]:
-    return {row.folder: row for row in results.collect(folder).rows}
+def rows_of(folder: Path) -> dict[str, report.Row]:
+    return {row.folder: row for row in report.collect(folder).rows}
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def rows_of(folder: Path) -> dict[str, results.Row]:
 
 def test_a_row_holds_what_the_run_wrote(real, tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(real))
-    (row,) = results.collect(tmp_path).rows
+    (row,) = report.collect(tmp_path).rows
     assert (row.method, row.budget, row.benchmark, row.model) == ("first", 16, "GQA testdev", "fake")
     assert (row.metric, row.unit, row.score) == ("accuracy", "%", real["metrics"]["accuracy"])
     assert (row.low, row.high) == tuple(real["confidence"]["accuracy"][end] for end in ("low", "high"))
@@ -80,13 +80,13 @@ def test_a_row_holds_what_the_run_wrote(real, tmp_path):
 def test_toy_models_and_missed_budgets_are_marked(real, tmp_path):
     """The page said "tinyllava" in a column, and a run off its budget looked like one on it."""
     write(tmp_path / "a", real, "random", 16, 50.0, model="vicuna")
-    assert page.banner(results.collect(tmp_path).rows) == ""
+    assert report.banner(report.collect(tmp_path).rows) == ""
     off = real | {"off_budget": {"planned": 640.0, "counted": 608.0, "remark": "it counts 608"}}
     write(tmp_path / "b", off, "random", 608, 50.0, model="tinyllava_next")
-    found = results.collect(tmp_path)
-    assert page.banner(found.rows) == f"{TOY_BANNER} Here: tinyllava_next."
-    assert page.banner([row for row in found.rows if row.planned]) == TOY_BANNER
-    text = page.page(found, tmp_path, tmp_path / "report.html", "vtr report")
+    found = report.collect(tmp_path)
+    assert report.banner(found.rows) == f"{TOY_BANNER} Here: tinyllava_next."
+    assert report.banner([row for row in found.rows if row.planned]) == TOY_BANNER
+    text = report.page(found, tmp_path, tmp_path / "report.html", "vtr report")
     assert text.count(TOY_BANNER) == 1 and text.count("planned 640.0") == 1
 
 
@@ -120,7 +120,7 @@ def test_the_nearest_full_is_the_reference(real, tmp_path):
 
 
 def test_partial_results_are_a_group_of_their_own(folder):
-    found = results.collect(folder)
+    found = report.collect(folder)
     assert found.groups == ["GQA testdev · fake · 40 questions", "GQA testdev · fake · 8 questions"]
     assert [row.folder for row in found.rows if row.partial] == ["gqa-testdev/fake/random-16/limit8"]
     assert found.rows[0].method == "full" and found.rows[-1].group == 1
@@ -129,14 +129,14 @@ def test_partial_results_are_a_group_of_their_own(folder):
 def test_groups_alike_are_told_apart_by_what_differs(real, tmp_path):
     write(tmp_path / "a", real, "a", 16, 40.0)
     write(tmp_path / "b", real, "b", 16, 40.0, dtype="bfloat16")
-    names = results.collect(tmp_path).groups
+    names = report.collect(tmp_path).groups
     assert [name.rpartition(" · ")[2] for name in names] == ["dtype bfloat16", "dtype float32"]
 
 
 def test_options_that_differ_from_the_defaults_are_shown(real, tmp_path):
     write(tmp_path / "a", real, "consensusdrop", 16, 40.0, config={"budget": 16, "alpha": 1.0, "fusion": "rank"})
     write(tmp_path / "b", real, "mine", 16, 40.0, config={"budget": 16, "x": 3})
-    assert {row.series for row in results.collect(tmp_path).rows} == {"consensusdrop (alpha=1.0)", "mine (x=3)"}
+    assert {row.series for row in report.collect(tmp_path).rows} == {"consensusdrop (alpha=1.0)", "mine (x=3)"}
 
 
 def test_times_under_several_conditions_are_not_compared(real, tmp_path):
@@ -163,7 +163,7 @@ def test_damaged_files_are_named_and_the_others_stay(real, folder, capsys):
         (runs / name).mkdir()
         (runs / name / "result.json").write_text(text, encoding="latin-1")
     (runs / "folder" / "result.json").mkdir(parents=True)
-    found = results.collect(folder)
+    found = report.collect(folder)
     assert len(found.rows) == 6 and len(found.damaged) == len(texts) + 1
     for name in (*texts, "folder"):
         assert sum(str(runs / name) in sentence for sentence in found.damaged) == 1
@@ -176,7 +176,7 @@ def test_damaged_files_are_named_and_the_others_stay(real, folder, capsys):
 def test_results_moved_aside_are_not_shown(real, folder):
     write(folder / "gqa-testdev" / "fake" / "random-16" / "replaced-1", real, "random", 16, 1.0)
     write(folder / "gqa-testdev" / "fake" / "random-16" / "replaced-1" / "limit8", real, "random", 16, 1.0)
-    found = results.collect(folder)
+    found = report.collect(folder)
     assert len(found.rows) == 6 and found.replaced == 2
 
 
@@ -203,7 +203,7 @@ def test_pages_in_the_repository_s_folder_are_no_changes_of_it():
 def test_the_output_may_not_be_a_folder(folder):
     assert main([str(folder), "--output", str(folder)]) == 2
     with pytest.raises(UserError, match="is no folder"):
-        results.collect(folder / "missing")
+        report.collect(folder / "missing")
 
 
 # -- in a browser --------------------------------------------------------------------------------------------------

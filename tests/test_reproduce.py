@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from eval import benchmarks
-from eval.benchmarks.mmvet.data import COUNT as MMVET
-from eval.benchmarks.vqa import textvqa, vizwiz, vqav2
+from eval.benchmarks import textvqa, vizwiz, vqav2
+from eval.benchmarks.mmvet import COUNT as MMVET
 from eval.config import ROOT
-from eval.efficiency.official import official
+from eval.efficiency.shapes import official
 from eval.papers import expense, pages, published
 from eval.papers.spec import find, read
 from eval.tables.memory import expected

@@ -19,7 +19,7 @@ from eval.answers.source_hash import answer_sources, changed_files, read_source
 from eval.config import DEFAULT_MODEL, RunConfig
 from eval.run import run
 from llava.errors import UserError
-from llava.model.checkpoint import fingerprint
+from llava.model.checkpoint import files as checkpoint_files
 from llava.reduction import registry
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 
@@ -94,17 +94,16 @@ def test_the_sources_of_a_method_are_its_own_and_the_models(tiny):
     found = answer_sources(tiny, registry.build("consensusdrop", 4))
     assert {
         "consensusdrop/method.py",
-        "consensusdrop/fusion.py",
         "llava/model/llava_arch.py",
         "llava/pipeline/prefill.py",
     } <= found.keys()
-    assert {"llava/model/checkpoint/load.py", "llava/reduction/reduction.py"} <= found.keys(), (
+    assert {"llava/model/checkpoint/load.py", "llava/reduction/merging.py"} <= found.keys(), (
         "imports inside functions count"
     )
     folders = {name.split("/")[0] for name in found}
     assert folders == {"consensusdrop", "llava", "eval"}
     assert [name for name in found if name.startswith("eval/")] == ["eval/feature_cache.py"]
-    assert "llava/hf/reduce.py" not in found, "nothing of an evaluation runs there"
+    assert "llava/hf/patch.py" not in found, "nothing of an evaluation runs there"
 
 
 def write_project(root: Path, **files: str) -> None:
@@ -168,9 +167,9 @@ def test_changes_are_named():
 
 def test_the_result_names_the_commit_of_its_answers(data, tmp_path, monkeypatch):
     """A finished run that was scored again was stamped with the commit of the day."""
-    monkeypatch.setattr(run_module.provenance, "commit", lambda: "old")
+    monkeypatch.setattr(run_module.report, "commit", lambda: "old")
     run(config(data, tmp_path / "o", limit=8), FakeLlava(), FakeReducer())
-    monkeypatch.setattr(run_module.provenance, "commit", lambda: "new")
+    monkeypatch.setattr(run_module.report, "commit", lambda: "new")
     again = run(config(data, tmp_path / "o", limit=8), FakeLlava(), FakeReducer())
     assert again["commit"] == "old" and again["scored_with"]["commit"] == "new"
     grown = run(config(data, tmp_path / "o"), FakeLlava(), FakeReducer())
@@ -227,26 +226,26 @@ def test_another_file_of_the_model_does_not_return_old_scores(tmp_path, change, 
 
 def test_the_hash_of_a_large_file_is_remembered(tmp_path, monkeypatch):
     """A file of gigabytes is read once, for as long as its size, times and inode stay; without a cache, each time."""
-    monkeypatch.setattr(fingerprint, "LARGE", 4)
+    monkeypatch.setattr(checkpoint_files, "LARGE", 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real, read = fingerprint.read_hash, []
-    monkeypatch.setattr(fingerprint, "read_hash", lambda path, *rest: read.append(path.name) or real(path, *rest))
+    real, read = checkpoint_files.read_hash, []
+    monkeypatch.setattr(checkpoint_files, "read_hash", lambda path, *rest: read.append(path.name) or real(path, *rest))
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"weights")
-    first = fingerprint.hashes_of({"a": file})
-    assert fingerprint.hashes_of({"a": file}) == first == {"a": sha256(b"weights").hexdigest()[:16]}
+    first = checkpoint_files.hashes_of({"a": file})
+    assert checkpoint_files.hashes_of({"a": file}) == first == {"a": sha256(b"weights").hexdigest()[:16]}
     assert len(read) == 1
     (entry,) = (tmp_path / "cache" / "visual-token-reduction").iterdir()
     entry.write_text(entry.read_text()[:5])  # its writer was killed
-    assert fingerprint.hashes_of({"a": file}) == first and len(read) == 2
+    assert checkpoint_files.hashes_of({"a": file}) == first and len(read) == 2
     state = file.stat()
     file.write_bytes(b"WEIGHTS")
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert fingerprint.hashes_of({"a": file}) != first and len(read) == 3, "the same size and time of change"
+    assert checkpoint_files.hashes_of({"a": file}) != first and len(read) == 3, "the same size and time of change"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
-        fingerprint.hashes_of({"a": file})
+        checkpoint_files.hashes_of({"a": file})
     assert len(read) == 5
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from baselines._staged import largest_within, proportional
 from llava.errors import UserError
-from llava.reduction.layer_schedule import largest_within, proportional, refuse_budget, scaled_layers, tokens_by_layer
+from llava.reduction.budget import refuse_budget, scaled_layers, tokens_by_layer
 
 
 @pytest.mark.parametrize(

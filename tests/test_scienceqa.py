@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from eval import benchmarks
-from eval.benchmarks.scienceqa import metric as scienceqa
+from eval.benchmarks import scienceqa
 from eval.score import score_file
 from llava.errors import UserError
 
@@ -25,11 +25,11 @@ LETTER = "Answer with the option's letter from the given choices directly."
 def test_the_letter_is_the_official_scripts(name):
     letter = scienceqa.parse(TEXTS.get(name, "FAILED"))
     assert letter == EDGE["expected_parsed"][name]
-    assert scienceqa.choice_index(letter, PROBLEMS[name].choices) == EDGE["expected_index"][name]
+    assert scienceqa.OPTIONS[: PROBLEMS[name].choices].find(letter) == EDGE["expected_index"][name]
 
 
 def test_both_accuracies_are_the_official_scripts():
-    score = scienceqa.score(PROBLEMS, TEXTS, SHOWN)
+    score = scienceqa.evaluate(PROBLEMS, TEXTS, SHOWN)
     right = [name for name, sample_score in score.correct.items() if sample_score]
     printed = (
         f"Total: {len(score.correct)}, Correct: {len(right)}, Accuracy: {score.values['accuracy']:.2f}%, "
@@ -43,14 +43,14 @@ def test_both_accuracies_are_the_official_scripts():
 
 def test_a_missing_image_prediction_leaves_the_image_denominator_alone():
     problems = {"1": scienceqa.Problem(2, 0), "2": scienceqa.Problem(2, 0)}
-    score = scienceqa.score(problems, {"1": "A"}, {"1", "2"})
+    score = scienceqa.evaluate(problems, {"1": "A"}, {"1", "2"})
     assert (score.values["img_accuracy"], score.values["accuracy"]) == (100, 50)
     assert score.values["failed"] == 1
     assert any("questions without a prediction: 1" in note for note in score.notes)
 
 
 def test_without_a_question_with_an_image_there_is_no_image_accuracy():
-    score = scienceqa.score({"1": scienceqa.Problem(2, 0)}, {"1": "A"}, set())
+    score = scienceqa.evaluate({"1": scienceqa.Problem(2, 0)}, {"1": "A"}, set())
     assert (score.values["img_accuracy"], score.values["accuracy"]) == (None, 100)
 
 
@@ -176,7 +176,7 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"lacks problems that .* has in test, 1 in all: 8\."):
         load(tmp_path)
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "7", "9"]}))
-    with pytest.raises(UserError, match=r"lacks questions of the official split, 1 in all: 9\."):
+    with pytest.raises(UserError, match=r"lacks 1 of the questions in .*pid_splits\.json, the first is 9\."):
         load(tmp_path)
     (folder / "llava_test_CQM-A.json").write_text(json.dumps([{"id": "4"}]))
     with pytest.raises(UserError, match=r"entry 1 has no conversations"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import compare
+from eval import score
 from eval.config import RunConfig
 from eval.metrics import ratio_terms
 from eval.results.statistics import compare as compare_terms
@@ -45,7 +45,7 @@ def test_command_compares_two_files(files, tmp_path, capsys):
     data, write = files
     out = tmp_path / "out.json"
     arguments = [write("a", 40), write("b", 20), "--benchmark", "gqa", "--data", str(data), "--json", str(out)]
-    assert compare.main(arguments) == 0
+    assert score.compare_command(arguments) == 0
     record, text = json.loads(out.read_text()), capsys.readouterr().out
     assert record["difference"] == 50 and record["p"] == 2 / 2**7 and record["low"] > 0 and record["drawn"] == "image"
     assert "A - B  +50.00 (95 % CI +45" in text and "GQA testdev, accuracy over 40 questions" in text
@@ -55,7 +55,7 @@ def test_command_compares_two_files(files, tmp_path, capsys):
 def test_command_says_why_there_is_no_interval(files, capsys):
     data, write = files
     name = write("a", 30)
-    assert compare.main([name, name, "--benchmark", "gqa", "--data", str(data)]) == 0
+    assert score.compare_command([name, name, "--benchmark", "gqa", "--data", str(data)]) == 0
     shown = capsys.readouterr().out
     assert "A - B  +0.00 (95 % CI n/a: the difference is the same for every image)" in shown
     assert "p  1.0000, paired permutation test by image: not significant at 5 %" in shown
@@ -66,14 +66,14 @@ def test_command_compares_what_both_answer_only_when_told(files, tmp_path, capsy
     short = tmp_path / "short"
     short.write_text(json.dumps({"question_id": "1000", "text": fake_text("1000")}) + "\n")
     arguments = [write("a", 40), str(short), "--benchmark", "gqa", "--data", str(data)]
-    assert compare.main(arguments) == 2 and "39 questions without a prediction" in capsys.readouterr().err
-    assert compare.main([*arguments, "--partial"]) == 0
+    assert score.compare_command(arguments) == 2 and "39 questions without a prediction" in capsys.readouterr().err
+    assert score.compare_command([*arguments, "--partial"]) == 0
     assert "compared on 1 of 40 questions" in capsys.readouterr().out
 
 
 def test_command_needs_a_benchmark_for_bare_files(files, capsys):
     _, write = files
-    assert compare.main([write("a", 1), write("b", 2)]) == 2
+    assert score.compare_command([write("a", 1), write("b", 2)]) == 2
     assert "--benchmark is missing" in capsys.readouterr().err
 
 
@@ -103,7 +103,7 @@ def other_data(folder, change: str):
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path, capsys):
     """`vtr compare results results` said that --benchmark is missing."""
-    assert compare.main([str(tmp_path), str(tmp_path)]) == 2
+    assert score.compare_command([str(tmp_path), str(tmp_path)]) == 2
     assert f"{tmp_path} holds no run; give the folder that `vtr eval` printed" in capsys.readouterr().err
 
 
@@ -128,10 +128,10 @@ def test_runs_that_differ_in_more_than_the_method_are_not_compared(tmp_path, cap
         options = {"dtype": change} if change == "float16" else {"profile": change}
     a, b = run_in(data, tmp_path / "a"), run_in(second, tmp_path / "b", 0.7, model, **options)
     capsys.readouterr()
-    assert compare.main([a, b, "--data", str(data)]) == 2
+    assert score.compare_command([a, b, "--data", str(data)]) == 2
     assert named in capsys.readouterr().err
     files = [f"{folder}/answers.jsonl" for folder in (a, b)]
-    code = compare.main([*files, "--benchmark", "gqa", "--data", str(data), "--partial"])
+    code = score.compare_command([*files, "--benchmark", "gqa", "--data", str(data), "--partial"])
     shown = capsys.readouterr()
     if change == "images":
         assert code == 2 and "were asked about other images" in shown.err
@@ -145,14 +145,14 @@ def test_changed_labels_are_said_and_scored_anew(tmp_path, capsys):
     folders = [run_in(data, tmp_path / name, alpha) for name, alpha in (("a", 0.5), ("b", 0.7))]
     path = data / "gqa" / "data" / "testdev_balanced_questions.json"
     path.write_text(path.read_text().replace('"answer": "', '"answer": "not '))
-    assert compare.main([*folders, "--data", str(data)]) == 2
+    assert score.compare_command([*folders, "--data", str(data)]) == 2
     assert "was scored with other labels or question files than the data folder holds now" in capsys.readouterr().err
     model = FakeLlava()
     for name, alpha in (("a", 0.5), ("b", 0.7)):
         run_in(data, tmp_path / name, alpha, model)
     assert model.asked == [] and json.loads((tmp_path / "a" / "result.json").read_text())["metrics"]["accuracy"] == 0
     capsys.readouterr()
-    assert compare.main([*folders, "--data", str(data)]) == 0
+    assert score.compare_command([*folders, "--data", str(data)]) == 0
     assert "A  0.00 %" in capsys.readouterr().out
 
 
@@ -161,8 +161,8 @@ def test_folders_of_a_limit_are_compared_on_its_questions(tmp_path, capsys):
     data = write_gqa(tmp_path / "data")
     a, b = run_in(data, tmp_path / "a", limit=12), run_in(data, tmp_path / "b", 0.7)
     for first in (f"{a}/limit12", a):
-        assert compare.main([first, b, "--data", str(data)]) == 0
+        assert score.compare_command([first, b, "--data", str(data)]) == 0
         shown = capsys.readouterr().out
         assert "accuracy over 12 questions" in shown and "note: compared on 12 of 40 questions" in shown
-    assert compare.main([a, f"{tmp_path}/c", "--data", str(data)]) == 2
+    assert score.compare_command([a, f"{tmp_path}/c", "--data", str(data)]) == 2
     assert f"There is no file or folder {tmp_path}/c" in capsys.readouterr().err

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from eval import benchmarks
-from eval.benchmarks.prompts import LETTER
-from eval.benchmarks.seed import metric as seed
+from eval.benchmarks import seed
+from eval.benchmarks.llava_files import LETTER
 from eval.score import score_file
 from llava.errors import UserError
 
@@ -33,7 +33,7 @@ ITEMS = {
 
 def test_of_questions_with_one_id_the_last_answer_stands_for_all():
     texts = {"1": "A", "2#1": "A", "2#2": "B", "v1": "D"}
-    score = seed.score(ITEMS, texts)
+    score = seed.evaluate(ITEMS, texts)
     assert score.values == {
         "accuracy": 50,
         "image_accuracy": pytest.approx(200 / 3),
@@ -48,23 +48,23 @@ def test_of_questions_with_one_id_the_last_answer_stands_for_all():
     assert score.correct == {"1": 1, "2#1": 0, "2#2": 1, "v1": 0}
     assert any("share an id" in note for note in score.notes)
     # "Last" is meant in the order of the answer file.
-    assert seed.score(ITEMS, dict(reversed(texts.items()))).correct["2#2"] == 0
+    assert seed.evaluate(ITEMS, dict(reversed(texts.items()))).correct["2#2"] == 0
 
 
 def test_lmms_eval_scores_every_row_with_its_own_answer():
-    score = seed.score(ITEMS, {"1": "A", "2#1": "A", "2#2": "B", "v1": "C"}, seed.first_character)
+    score = seed.evaluate(ITEMS, {"1": "A", "2#1": "A", "2#2": "B", "v1": "C"}, seed.first_character)
     assert score.values == {"accuracy": 100, "image_accuracy": 100, "video_accuracy": 100}
 
 
 def test_the_image_part_alone():
-    score = seed.score(ITEMS, {"1": "A", "2#1": "B", "2#2": "B", "v1": "C"}, main="image_accuracy")
+    score = seed.evaluate(ITEMS, {"1": "A", "2#1": "B", "2#2": "B", "v1": "C"}, main="image_accuracy")
     assert score.main == "image_accuracy"
     assert score.values == {"image_accuracy": pytest.approx(200 / 3), "accuracy_own_answer": pytest.approx(200 / 3)}
     assert len(score.correct) == 3
 
 
 def test_a_missing_prediction_is_wrong():
-    assert seed.score({"1": ITEMS["1"], "v1": ITEMS["v1"]}, {"1": "A"}).values["accuracy"] == 50
+    assert seed.evaluate({"1": ITEMS["1"], "v1": ITEMS["v1"]}, {"1": "A"}).values["accuracy"] == 50
 
 
 def records() -> list[dict]:

@@ -3,27 +3,17 @@
 import pytest
 import torch
 
-from eval.efficiency.latency.questions import noise_batches
-from eval.efficiency.shapes import SHAPES, random_llava
-from llava.model.checkpoint.original_layout import CLIP_L_336
+from eval.efficiency.shapes import SHAPES, narrow, noise_batches, random_llava
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from tests.conftest import samples
 
 
-def test_random_model_has_the_real_shape(monkeypatch):
+def test_random_model_has_the_real_shape():
     """Built here at a fraction of the size; the numbers in SHAPES are the official configuration's."""
     assert SHAPES["llava-1.5-7b"]["text"]["intermediate_size"] == 11008
-    vision, text = CLIP_L_336, SHAPES["llava-1.5-7b"]["text"]
-    heads = {"num_attention_heads": 2}
-    small = {
-        "family": "llava",
-        "vision": {**vision, **heads, "hidden_size": 32, "intermediate_size": 64},
-        "text": {**text, **heads, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 96},
-    }
-    monkeypatch.setitem(SHAPES, "small", small)
-    model = random_llava("small", 3, "float32")
+    model = random_llava(narrow("llava-1.5-7b", 64, 32, 24), 3, "float32")
     layers = model.llm.layers
     assert model.visual_tokens == 576 and len(layers) == 32
     # Full depth, three layers' weights: the others share them and keep their own place in the cache.
@@ -37,38 +27,18 @@ def test_random_model_has_the_real_shape(monkeypatch):
         assert answers[0].accounting.mean == reducer.budget
 
 
-def test_random_next_has_tiles_and_as_many_layers_as_asked(monkeypatch):
+def test_random_next_has_tiles_and_as_many_layers_as_asked():
     """The shape of the speed benchmark at a fraction of the size: 2,880 tokens in the papers' convention."""
-    text = {**SHAPES["llava-next-mistral-7b"]["text"], "hidden_size": 64, "intermediate_size": 96}
-    vision = {
-        **CLIP_L_336,
-        "num_attention_heads": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-    }
-    small = {
-        "family": "llava_next",
-        "vision": vision,
-        "text": {**text, "num_attention_heads": 8, "num_key_value_heads": 2},
-    }
-    monkeypatch.setitem(SHAPES, "small", small)
-    model = random_llava("small", None, "float32", 2, merge="spatial", force=(672, 672))
+    small = narrow("llava-next-mistral-7b", 64, 32, 2)
+    model = random_llava(small, None, "float32", 2, merge="spatial", force=(672, 672))
     assert len(model.llm.layers) == 2 and model.visual_tokens == 2880
     (answer,) = generate(model, samples(1), registry.build("fastervlm", 320), max_new_tokens=1).answers
     assert answer.accounting.mean == 320 and answer.accounting.visual_tokens == 2880
 
 
-def test_random_weights_are_on_their_device(monkeypatch):
+def test_random_weights_are_on_their_device():
     """Shared decoder layers stay shared after the model has moved; "meta" stands for another device here."""
-    text = {**SHAPES["llava-1.5-7b"]["text"], "hidden_size": 64, "intermediate_size": 96}
-    small = {
-        "family": "llava",
-        "vision": {**CLIP_L_336, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64},
-        "text": {**text, "num_attention_heads": 2, "num_key_value_heads": 2},
-    }
-    monkeypatch.setitem(SHAPES, "small", small)
-    model = random_llava("small", 2, "float32", 5, device=torch.device("meta"))
+    model = random_llava(narrow("llava-1.5-7b", 64, 32, 24), 2, "float32", 5, device=torch.device("meta"))
     assert {weight.device.type for weight in model.hf_model.parameters()} == {"meta"} == {model.device.type}
     assert len({id(layer.mlp.up_proj.weight) for layer in model.llm.layers}) == 2
 

@@ -30,11 +30,15 @@ def write_shard(folder: Path, world: str, rank: int, *batches: str, **changes) -
     with Shard(folder, world, rank, describe(world, rank) | changes) as shard:
         for batch in batches:
             lines = [line(f"q{int(number):03}") for number in batch.split()]
-            shard.add(lines, {"questions": len(lines), "run": shard._run["run"]})
+            shard.add(lines, {})
 
 
 def names(numbers: str) -> list[str]:
     return [f"q{int(number):03}" for number in numbers.split()]
+
+
+def timed(store) -> list[str]:
+    return [name for batch in store.timing for name in batch["question_ids"]]
 
 
 # -- merging -------------------------------------------------------------------------------------------------------
@@ -42,16 +46,16 @@ def names(numbers: str) -> list[str]:
 
 def test_merging_takes_every_answer_with_its_timing_and_its_process(tmp_path):
     with open_store(tmp_path) as store:
-        store.add([line("q000")], {"questions": 1, "run": "own"})
+        store.add([line("q000")], {"run": "start single 0"})
         write_shard(tmp_path, "w", 0, "1 2", "5")
         write_shard(tmp_path, "w", 1, "3", "4 6")
         assert store.merge() == 6
         assert list(store.answers) == names("0 1 2 5 3 4 6")
-        assert [(t["first"], t["questions"], t.get("rank")) for t in store.timing] == [
-            (0, 1, None), (1, 2, 0), (3, 1, 0), (4, 1, 1), (5, 2, 1)
+        assert [(" ".join(t["question_ids"]), t.get("rank")) for t in store.timing] == [
+            ("q000", None), ("q001 q002", 0), ("q005", 0), ("q003", 1), ("q004 q006", 1)
         ]  # fmt: skip
         assert store.timing_of(names("1 2 4 6 3 9")) == [store.timing[n] for n in (1, 3, 4)]
-        store.add([line("q007")], {"questions": 1})
+        store.add([line("q007")], {})
         made = {run["run"] if run else None: count for run, count in store.origins(KNOWN)}
         assert made["start w 0"] == made["start w 1"] == 3
         assert [(run["run"], count) for run, count in store.origins(names("2 4 7"))] == [
@@ -61,7 +65,7 @@ def test_merging_takes_every_answer_with_its_timing_and_its_process(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == NAMED - {"failures.jsonl"}
     with open_store(tmp_path) as again:
         assert list(again.answers) == names("0 1 2 5 3 4 6 7") and again.remarks == []
-        assert [t["first"] for t in again.timing] == [0, 1, 3, 4, 5, 7]
+        assert timed(again) == names("0 1 2 5 3 4 6 7")
 
 
 def test_any_number_of_ranks_continues_any_other(tmp_path):
@@ -154,13 +158,13 @@ def test_a_torn_line_of_a_killed_rank_is_cut_and_nothing_else(tmp_path, cut):
 def test_a_question_that_two_ranks_answered_counts_once(tmp_path):
     """A process of an earlier start went on while its question was dealt again."""
     with open_store(tmp_path) as store:
-        store.add([line("q000")], {"questions": 1})
+        store.add([line("q000")], {})
         write_shard(tmp_path, "a", 0, "0 1 2", "3", "4")
         write_shard(tmp_path, "b", 0, "5", "2 6", "7")
         assert store.merge() == 7 and store.remarks == []
         assert list(store.answers) == names("0 1 2 3 4 5 6 7")
-        # Batches of which an answer was not taken have no timing; the places of the others are right.
-        assert [(t["first"], t["questions"]) for t in store.timing] == [(0, 1), (3, 1), (4, 1), (5, 1), (7, 1)]
+        # Batches of which an answer was not taken have no timing.
+        assert timed(store) == names("0 3 4 5 7")
         assert [(r["run"], n) for r, n in store.origins(names("1 2 3 4"))] == [("start a 0", 4)]
         assert [(r["run"], n) for r, n in store.origins(names("5 6 7"))] == [("start b 0", 3)]
 
@@ -170,7 +174,7 @@ def test_the_answer_of_the_earlier_start_counts(tmp_path):
     with open_store(tmp_path) as store:
         for world, begun in (("a", "2026-11-22T10:00"), ("z", "2026-11-22T09:00")):
             with Shard(tmp_path, world, 0, describe(world) | {"run": begun}) as shard:
-                shard.add([line("q001", begun)], {"questions": 1})
+                shard.add([line("q001", begun)], {})
         store.merge()
         assert store.answers["q001"]["text"] == "2026-11-22T09:00"
 
@@ -179,7 +183,7 @@ def test_different_answers_to_one_question_are_kept_and_said(tmp_path):
     with open_store(tmp_path) as store:
         for world, text in (("a", "yes"), ("b", "no")):
             with Shard(tmp_path, world, 0, describe(world)) as shard:
-                shard.add([line("q001", text)], {"questions": 1})
+                shard.add([line("q001", text)], {})
         assert store.merge() == 1
         assert store.answers["q001"]["text"] == "yes"
     with open_store(tmp_path) as store:
@@ -194,11 +198,11 @@ def test_different_answers_to_one_question_are_kept_and_said(tmp_path):
 def test_a_process_of_an_earlier_start_stops_after_its_shard_was_merged(tmp_path):
     with open_store(tmp_path):
         late = Shard(tmp_path, "a", 0, describe("a"))
-        late.add([line("q000")], {"questions": 1})
+        late.add([line("q000")], {})
     with open_store(tmp_path) as store:
         assert list(store.answers) == ["q000"]
         with pytest.raises(UserError, match="was merged by a later start of ranks and deleted"):
-            late.add([line("q001")], {"questions": 1})
+            late.add([line("q001")], {})
     late.close()
 
 
@@ -208,12 +212,11 @@ def test_a_process_of_an_earlier_start_stops_after_its_shard_was_merged(tmp_path
 def content(folder: Path) -> dict[str, object]:
     """What a merged store says, without the order of the answers and the names of the processes."""
     with open_store(folder) as store:
-        order = list(store.answers)
-        timed = [name for t in store.timing for name in t["names"]]
+        timed = [name for t in store.timing for name in t["question_ids"]]
         assert len(timed) == len(set(timed)), "a batch was timed twice"
+        assert all(run is not None for run, _ in store.origins(store.answers))
         for batch in store.timing:
-            assert order[batch["first"] : batch["first"] + batch["questions"]] == batch["names"]
-            runs = store.origins(batch["names"])
+            runs = store.origins(batch["question_ids"])
             assert [(run["run"], count) for run, count in runs] == [(batch["run"], batch["questions"])]
         return {
             "answers": sorted((folder / "answers.jsonl").read_bytes().splitlines()),
@@ -273,17 +276,16 @@ def test_a_merge_survives_a_kill_in_every_system_call(tmp_path):
     """And so does the repair after it: nothing is lost, repeated, or left behind."""
     whole = tmp_path / "whole"
     with open_store(whole) as store:
-        store.add([line("q000")], {"questions": 1, "run": describe("single")["run"], "names": ["q000"]})
+        store.add([line("q000")], {})
         for rank in range(2):
             with Shard(whole, "a", rank, describe("a", rank)) as shard:
                 for first in (1 + rank, 11 + rank):
                     batch = [f"q{number:03}" for number in range(first, first + 10, 2)]
-                    run = {"run": describe("a", rank)["run"]}
-                    shard.add([line(name) for name in batch], {"questions": len(batch), "names": batch} | run)
+                    shard.add([line(name) for name in batch], {})
                 shard.fail([{"question_id": f"q05{rank}", "reason": "the image cannot be read", "kind": "image"}])
         # The same question again, in other words.
         with Shard(whole, "b", 0, describe("b")) as shard:
-            shard.add([line("q003", "something else")], {"questions": 1, "names": ["q003"]})
+            shard.add([line("q003", "something else")], {})
     copies = killed_in_every_call(tmp_path)
     assert len(copies) > 40
     expected = content(copies[-1])
@@ -298,7 +300,7 @@ def test_a_merge_survives_a_kill_in_every_system_call(tmp_path):
 def test_a_merge_of_failures_alone_survives_a_kill_in_every_system_call(tmp_path):
     """Without new answers, the size of answers.jsonl does not tell whether the lines of the other files are whole."""
     with open_store(tmp_path / "whole") as store:
-        store.add([line("q000")], {"questions": 1, "run": describe("single")["run"], "names": ["q000"]})
+        store.add([line("q000")], {})
         for rank in range(2):
             with Shard(tmp_path / "whole", "a", rank, describe("a", rank)) as shard:
                 shard.fail([{"question_id": f"q05{rank}", "reason": "the image cannot be read", "kind": "image"}])
@@ -316,7 +318,7 @@ def killed_in_every_call(folder: Path) -> list[Path]:
 
 def test_a_reader_sees_the_answers_before_a_merge_or_after_it(tmp_path, monkeypatch):
     with open_store(tmp_path) as store:
-        store.add([line("q000")], {"questions": 1})
+        store.add([line("q000")], {})
         write_shard(tmp_path, "w", 0, "1 2", "3")
         seen = set()
         for name in ("fsync", "write", "replace", "unlink", "open"):
@@ -354,7 +356,7 @@ ballast = disk / "ballast"
 try:
     if where in ("merge", "result"):
         for name in KNOWN[:20]:
-            writer.add([long(name)], {"questions": 1})
+            writer.add([long(name)], {})
         writer.close()
         good = 20
         # Fill the disk but for a few kB.
@@ -368,7 +370,7 @@ try:
             write_json(disk / "o" / "result.json", ["x" * 100] * 1000)
         store.merge()
     for name in KNOWN:
-        writer.add([long(name)], {"questions": 1})
+        writer.add([long(name)], {})
         good += 1
 except UserError as error:
     print(error)
@@ -381,10 +383,10 @@ ballast.unlink(missing_ok=True)
 os.truncate(disk / "ballast0", 0)
 with open_store(disk / "o") as store:
     assert len(store.answers) == good and all(row["text"] == "long " * 150 for row in store.answers.values())
-    assert [t["first"] for t in store.timing] == list(range(good)) or len(store.timing) == good - 1
+    assert len(store.timing) == good
     for name in KNOWN:
         if name not in store.answers:
-            store.add([long(name)], {"questions": 1})
+            store.add([long(name)], {})
 print(*names)
 """
 
@@ -410,18 +412,19 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(tmp_path, where):
 def test_a_merge_that_fails_half_way_is_undone(tmp_path, monkeypatch):
     """The disk takes the answers, and then not the timing."""
     with open_store(tmp_path) as store:
-        store.add([line("q000")], {"questions": 1})
+        store.add([line("q000")], {})
         write_shard(tmp_path, "w", 0, "1 2")
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-        real = os.write
+        real, calls = os.fsync, []
 
-        def full(descriptor: int, data) -> int:
-            if b"questions" in bytes(data):
+        def full(descriptor: int) -> None:
+            calls.append(descriptor)
+            if len(calls) > 1:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(descriptor, data)
+            real(descriptor)
 
-        monkeypatch.setattr(os, "write", full)
-        with pytest.raises(UserError, match=r"timing\.jsonl: No space left on device; everything before"):
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"Cannot merge the answers .*: No space left on device; they are kept"):
             store.merge()
         monkeypatch.undo()
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

@@ -13,8 +13,7 @@ from transformers.models.video_llava.processing_video_llava import VideoLlavaPro
 from eval.config import DEFAULT_MODEL, ROOT
 from llava import load, reduce
 from llava.pipeline.generate import generate
-from llava.processing.prompt import IMAGE_TOKEN_INDEX
-from llava.processing.sample import Sample
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample
 from llava.reduction import registry
 from toy.export import EXPORTS, export
 
@@ -79,7 +78,8 @@ def test_an_export_writes_every_file_that_is_shipped(stage, tmp_path, monkeypatc
     """The exports wrote no processor_config.json. The model is the shipped one, nothing is trained."""
     shipped = ASSETS / STAGES[stage]
     model = AutoModelForImageTextToText.from_pretrained(shipped)
-    monkeypatch.setitem(EXPORTS, stage, replace(EXPORTS[stage], load=lambda *_: model, text_tower=lambda *_: None))
+    monkeypatch.setitem(EXPORTS, stage, replace(EXPORTS[stage], text_tower=lambda *_: None))
+    monkeypatch.setattr("toy.export.load_trained", lambda *_: model)
     export(stage, tmp_path, Path(DEFAULT_MODEL), tmp_path)
     written = {file.name for file in tmp_path.iterdir()}
     assert written == {file.name for file in shipped.iterdir()} - {"README.md", "text_tower"}

@@ -9,6 +9,7 @@ from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
+from llava.reduction.decoder_attention import attention_rows, projected_heads
 from llava.reduction.scores import TowerScore
 from tests.conftest import samples
 
@@ -126,29 +127,27 @@ def test_contextual_rows_equal_the_models_own_attention(eager, layer):
 
 def test_static_rows_without_rotation_ignore_positions(tiny):
     """The same visual tokens in another order get the same scores in that order: no preference for late tokens."""
-    from llava.reduction.decoder_attention import text_to_visual_attention
-
     text, visual = torch.randn(1, 3, 64), torch.randn(1, 16, 64)
     turn = torch.randperm(16)
     layer = tiny.llm.layers[0]
     with torch.inference_mode():
-        straight, turned = (text_to_visual_attention(layer, text, v) for v in (visual, visual[:, turn]))
+        keys = [projected_heads(layer, layer.self_attn.k_proj, v) for v in (visual, visual[:, turn])]
+        straight, turned = (attention_rows(layer, text, key) for key in keys)
     torch.testing.assert_close(straight[..., turn], turned)
 
 
 @pytest.mark.parametrize("budget", [4, 9, 16])
 @pytest.mark.parametrize("method", registry.names())
-def test_flops_equal_what_torch_counts(eager, method, budget, monkeypatch):
+def test_flops_equal_what_torch_counts(eager, method, budget):
     """One sample, so that every product is a matmul that torch's counter sees.
 
-    For it attention is eager, CLIP's text tower runs the plain kernel, and farthest points the loop in torch.
+    For it attention is eager, and CLIP's text tower runs the plain kernel.
     """
     reducer = registry.build(method, budget)
     try:
         reducer.check(eager.spec)
     except UserError:
         return  # a budget that this method's structure cannot meet on so small a model
-    monkeypatch.setattr("llava.reduction.greedy.farthest.on_host", lambda *_: False)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         state, record = prefill(eager, samples(1), reducer)
         eager.logits(state.hidden).argmax(-1)

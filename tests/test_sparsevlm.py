@@ -9,13 +9,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from baselines._recycling import density_peaks, keep_and_recycle, recycled, text_raters
-from baselines.sparsevlm import TABLES, SparseVLM
+from baselines.sparsevlm import TABLES, SparseVLM, density_peaks, keep_and_recycle, recycled, text_raters
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import keep_top, registry
-from llava.reduction.model_spec import ModelSpec
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.attention_maps import eager_maps, real
 from tests.conftest import samples
 
@@ -230,7 +228,7 @@ def test_positions_follow_the_variant(tiny, variant, stays):
     method = SparseVLM(budget=9, variant=variant)
     assert method.positions == ("original" if stays else "renumber")
     state, _ = run(tiny, method, samples(2))
-    last = torch.stack([place[:, 0] for place in state.next_position])
+    last = torch.stack([part.next_position[:, 0] for part in state.segments for _ in part.layers])
     expected = torch.tensor(state.lengths)
     assert last.tolist() == (expected[:1].expand_as(expected) if stays else expected).tolist()
     assert SparseVLM(budget=9, variant="v2", positions="renumber").positions == "renumber"

@@ -111,7 +111,7 @@ def test_a_new_token_stands_one_behind_the_prompt_as_each_layer_knows_it(tiny, p
     lengths = torch.tensor(state.lengths)  # [layers, B]
     expected = lengths if positions == "renumber" else lengths[:1].expand_as(lengths)
     for moved in range(2):
-        places = torch.stack([place[:, 0] for place in state.next_position])
+        places = torch.stack([part.next_position[:, 0] for part in state.segments for _ in part.layers])
         assert places.tolist() == (expected + moved).tolist()
         with torch.inference_mode():
             step(tiny.llm, state, tiny.llm.embed_tokens(torch.full((5, 1), 7)))

@@ -11,9 +11,8 @@ from scipy import stats
 
 from eval.metrics import Score, SufficientStatistics, divide, ratio_terms
 from eval.results import statistics
-from eval.results.permutation import Exchanges
-from eval.results.report import interval_of, score_lines, scored
-from eval.results.statistics import accuracy_terms, compare, compare_scores, interval, terms_of
+from eval.results.report import score_lines, scored
+from eval.results.statistics import Exchanges, accuracy_terms, compare, compare_scores, interval, terms_of
 from eval.tables import common
 from llava.errors import UserError
 from tests.simulated_errors import coverage, of_score
@@ -155,13 +154,6 @@ def test_the_report_prints_the_interval_of_the_unit_that_was_drawn():
     found = record["confidence"]["accuracy"]
     assert (found["low"], found["high"], found["unit"]) == (by_image.low, by_image.high, "image")
     assert f"accuracy, 95 % CI by image: {by_image.low:.2f} to {by_image.high:.2f}" in score_lines(record)
-
-
-def test_results_that_hold_two_intervals_are_still_read():
-    old = {"main": "accuracy", "confidence": {"level": 0.95, "accuracy": {"low": 1}, "accuracy_by_image": {"low": 2}}}
-    assert interval_of(old) == {"low": 2}
-    assert interval_of({"main": "cider", "confidence": {"level": 0.95, "cider": {"low": 3}}}) == {"low": 3}
-    assert interval_of({"main": "accuracy", "confidence": {"level": 0.95}}) is None
 
 
 def test_nothing_to_resample_is_a_sentence():

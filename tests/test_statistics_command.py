@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from eval import benchmarks, cli
-from eval.answers import answer_id, seal_of
+from eval.answers import answer_id, settings_hash
 from eval.benchmarks.base import with_stripped_answers
 from eval.statistics.command import main
 from eval.statistics.runs import read_run
@@ -40,7 +40,7 @@ def write_run(folder, data, method, budget, wrong=(), limit=None, images=(), **c
             "question_id": q.id,
             "prompt": q.message,
             "text": "wrong" if place in wrong else f"{q.answer.upper()}.",
-            "answer_id": answer_id(seal_of(settings), q.id),
+            "answer_id": answer_id(settings_hash(settings), q.id),
             "metadata": {"pictures": images.get(q.image, "same")},
         }
         for place, q in enumerate(asked)
@@ -152,7 +152,7 @@ def test_one_method_of_two_versions_is_refused(data, tmp_path, capsys):
     full = write_run(tmp_path / "full", data, "full", 576)
 
     def at(budget, digest):
-        code = {"method_code": {"consensusdrop/method.py": digest, "consensusdrop/fusion.py": "same"}}
+        code = {"method_code": {"consensusdrop/method.py": digest, "llava/reduction/merging.py": "same"}}
         return write_run(tmp_path / f"{budget}-{digest}", data, "consensusdrop", budget, settings=code)
 
     run(data, full, at(128, "old"), at(64, "old"))

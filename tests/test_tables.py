@@ -2,8 +2,8 @@
 
 import pytest
 
-from eval import outcomes
-from eval import settings as settings_module
+from eval import ask
+from eval import config as settings_module
 from eval import sweep as sweep_module
 from eval.papers import spec
 from eval.results.statistics import Interval
@@ -31,7 +31,7 @@ def test_remembered_features_give_the_same_answers(tiny):
         for _ in range(2):  # the second time nothing is encoded
             found = generate(caching, batch, reducer, max_new_tokens=4)
             assert [a.token_ids for a in found.answers] == [a.token_ids for a in expected.answers]
-            assert found.flops == expected.flops
+            assert found.operations.total == expected.operations.total
     assert len(caching._seen) == 4
 
 
@@ -54,7 +54,7 @@ def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):
     assert [len(credits) for credits in first] == [6, 6]
     assert len({folder.name for folder in next((tmp_path / "out" / tiny.name).iterdir()).iterdir()}) == 2
     again = CachingLlava(tiny)
-    monkeypatch.setattr(outcomes, "generate", None)
+    monkeypatch.setattr(ask, "generate", None)
     assert sweep(settings, again, data, "testdev", tmp_path / "out", wandb="disabled") == first
 
 
@@ -124,10 +124,10 @@ def test_the_table_of_an_ablation_has_its_choices_and_the_method_s_defaults(meth
         (f"{row.group}: {row.title}".strip() if row.group else row.title, is_default(dict(row.options), usual))
         for row in table.rows
     ]
-    page = (spec.SCRIPTS.parent / table.page).read_text()
-    lines = page.partition(f"<!-- begin {table.marker} -->")[2].partition("<!-- end")[0].strip().splitlines()[2:]
+    page = spec.SCRIPTS.parent / "docs" / "tables" / method / "ablation.md"
+    lines = page.read_text().partition("| choice |")[2].partition("\n\n")[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    hint = f"{table.page} is out of date: bash scripts/{method}/ablation.sh --page"
+    hint = f"{page} is out of date: bash scripts/{method}/ablation.sh"
     assert [(row[0], "default" in row[1:]) for row in cells] == expected, hint
 
 

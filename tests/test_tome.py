@@ -6,8 +6,7 @@ import torch
 from baselines.tome import ToMe, merge_most_similar, removals, smallest_budget
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
-from llava.reduction.model_spec import ModelSpec
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import samples
 from tests.parity.harness import FOLDER, recording
 from tests.parity.model import draw

@@ -7,20 +7,17 @@ import pytest
 import torch
 
 from llava.errors import UserError
+from toy.clip import build_clip, patchify, phrase_targets, phrases, vision_states
 from toy.data import vocabulary
 from toy.data.corpus import Corpus, render
 from toy.data.questions import FAMILIES, ask
 from toy.data.scenes import DENSE_OFFSET, SEEDS, handwritten_digits, scene
 from toy.data.vocabulary import TOY_WORDS
 from toy.export import trained_weights
-from toy.model.clip import build_clip, patchify, vision_states
-from toy.model.clip_losses import phrase_targets, phrases
-from toy.model.decoder import answer_logits, forward
-from toy.model.llava import Trainee, build_llava
 from toy.optimizer import schedule
-from toy.packing import Text, Visuals, attention_mask, position_ids, whole
-from toy.stages.base import QUESTION_LENGTH, Recipe, Settings, Stage, ask_questions
-from toy.text_only import TextOnly
+from toy.packing import Text, attention_mask, whole
+from toy.report import TextOnly
+from toy.stages import QUESTION_LENGTH, Recipe, Settings, Stage
 from toy.train import train
 
 SCENES = [scene("val", index, dense) for index, dense in itertools.product(range(12), (False, True))]
@@ -70,8 +67,7 @@ def test_every_word_is_in_the_vocabulary_and_both_tokenizers_agree():
 
 def test_the_prompt_of_training_is_the_prompt_of_the_pipeline():
     """Training packs ids by hand; the evaluation renders vicuna_v1 and tokenises text. They must be the same ids."""
-    from llava.processing.prompt import IMAGE_TOKEN_INDEX, build_prompt
-    from llava.processing.sample import Sample
+    from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt
 
     sample = Sample("q", "What color is the small star?", vocabulary.SHORT_ANSWER, image=object())
     ids = list(build_prompt(sample, TOY_WORDS.tokenizer, "vicuna_v1").ids)
@@ -188,32 +184,8 @@ def test_patchwise_tower_equals_the_transformers_tower(corpus):
     torch.testing.assert_close(penultimate, reported.hidden_states[-2], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(final, reported.hidden_states[-1], atol=1e-5, rtol=1e-4)
     keep = torch.tensor([[0, 7, 575], [3, 4, 5]])
-    assert vision_states(clip.vision_model, patches.gather(1, keep[..., None].expand(-1, -1, 192)), keep)[0].shape == (
-        2,
-        4,
-        32,
-    )
-
-
-def test_packed_questions_equal_separate_prompts(corpus):
-    """Ten questions behind one picture are ten prompts: same logits for each, whatever the others ask."""
-    torch.manual_seed(0)
-    clip = build_clip(width=32, layers=3)
-    llava = build_llava(clip.config.vision_config, width=64, layers=2).eval()
-    rng = np.random.default_rng(0)
-    questions = ask_questions(corpus, np.arange(2), [list(FAMILIES)[:4]] * 2, rng)
-    parts = Trainee(llava)
-    with torch.inference_mode():
-        decoded = forward(parts, TOY_WORDS.prefix, whole(torch.randn(2, 576, 32)), questions.text)
-        packed, visual = answer_logits(parts, decoded, questions), decoded.visual
-        table = llava.model.language_model.embed_tokens
-        for i, j in itertools.product(range(2), range(4)):
-            if questions.answer[i, j] == -100:
-                continue
-            until = int(questions.ask_at[i, j]) + 1
-            embeds = [table(torch.tensor(TOY_WORDS.prefix)), visual[i], table(questions.ids[i, j, :until])]
-            alone = llava.model.language_model(inputs_embeds=torch.cat(embeds)[None]).last_hidden_state[0, -1]
-            torch.testing.assert_close(packed[i, j, 0], llava.lm_head(alone), atol=1e-4, rtol=1e-3)
+    some = patches.gather(1, keep[..., None].expand(-1, -1, 192))
+    assert vision_states(clip.vision_model, some, keep)[0].shape == (2, 4, 32)
 
 
 def test_packed_mask_lets_no_question_see_another():
@@ -283,13 +255,6 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         toy_training(tmp_path)
 
 
-def test_renumbered_positions_skip_what_is_not_there():
-    visuals = Visuals(torch.zeros(1, 2, 4), torch.tensor([[3, 9]]), torch.tensor([20]))
-    text = Text(torch.zeros(1, 2), torch.zeros(1, 2).long(), torch.arange(2)[None])
-    assert position_ids(visuals, text, 1, False).tolist() == [[0, 4, 10, 21, 22]]
-    assert position_ids(visuals, text, 1, True).tolist() == [[0, 1, 2, 3, 4]]
-
-
 def test_rendering_resumes(tmp_path, monkeypatch):
     render(tmp_path, "train", 3)
     done = np.load(tmp_path / "done.npy", mmap_mode="r+")
@@ -307,15 +272,8 @@ def test_schedule_warms_up_stays_flat_and_ends_near_zero():
 
 
 def test_text_only_baseline_looks_up_then_falls_back():
-    lookup = TextOnly(
-        [
-            ("color", "q1", "red"),
-            ("color", "q1", "blue"),
-            ("color", "q1", "blue"),
-            ("color", "q2", "red"),
-            ("color", "q3", "red"),
-        ]
-    )
+    said = [("q1", "red"), ("q1", "blue"), ("q1", "blue"), ("q2", "red"), ("q3", "red")]
+    lookup = TextOnly([("color", question, answer) for question, answer in said])
     assert lookup.answer("color", "q1") == "blue"
     assert lookup.answer("color", "never asked") == "red"
 

@@ -11,12 +11,14 @@ from PIL import Image
 from eval import benchmarks
 from eval.benchmarks.hub import open_table
 from eval.config import ROOT
-from toy.benchmarks import judged, mme, pope, videos
+from toy.benchmarks import official as judged
+from toy.benchmarks import official as mme
+from toy.benchmarks import official as pope
+from toy.benchmarks import videos
 from toy.benchmarks.__main__ import main, size
-from toy.benchmarks.asking import ALL, about, generator, ten_answers
 from toy.benchmarks.choices import ROUND, ROW_QUALITY
 from toy.benchmarks.files import STRING, write_card, write_table
-from toy.benchmarks.pictures import LINKED, Picture, linked
+from toy.benchmarks.pairs import ALL, LINKED, Picture, about, generator, linked, ten_answers
 from toy.data.formats import LETTERS
 from toy.data.vocabulary import COLOR_NAMES, COLORS
 
@@ -78,7 +80,7 @@ def test_every_split_and_profile_loads_complete(name):
 
 def test_writing_again_gives_the_same_bytes(tmp_path):
     judged.write_mmvet(tmp_path)
-    videos.write(tmp_path, ROOT / "assets" / "eval_video" / "video_qa")
+    videos.write_zero_shot_sets(tmp_path, ROOT / "assets" / "eval_video" / "video_qa")
     files = [file for file in tmp_path.rglob("*.json*") if file.is_file()]
     assert len(files) == 10
     for file in files:

@@ -10,23 +10,24 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from eval.benchmarks.mmvet import data as mmvet
-from eval.benchmarks.prompts import LETTER, LETTER_CN, SHORT, VIZ, split_suffix
+from eval.benchmarks import mmvet
+from eval.benchmarks.llava_files import LETTER, LETTER_CN, SHORT, VIZ, split_suffix
 from eval.config import DEFAULT_MODEL, ROOT
 from llava.model.builder import load
 from llava.pipeline.generate import generate
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, build_prompt
-from llava.processing.sample import Sample
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt
 from llava.reduction import registry
 from tests.test_toy import described, reader
+from toy.clip import build_clip
 from toy.data import vocabulary
-from toy.data.auxiliary_tasks import BLIND, TRAINED
-from toy.data.chinese import SINGULAR, WORDS
 from toy.data.formats import (
+    BLIND,
     FORMATS,
+    INSTRUCT_WORDS,
     LETTERS,
     MARK,
     OCR_TOKENS,
+    TRAINED,
     UNANSWERABLE,
     Pair,
     caption_references,
@@ -34,20 +35,26 @@ from toy.data.formats import (
     compose,
     lmms_wording,
 )
-from toy.data.instruct_vocabulary import INSTRUCT_WORDS
-from toy.data.questions import FAMILIES, Retry
+from toy.data.questions import CHINESE_WORDS, FAMILIES, SINGULAR, Retry
 from toy.data.scenes import Thing, scene
 from toy.data.vocabulary import TOY_WORDS
-from toy.model.clip import build_clip
-from toy.model.decoder import forward
-from toy.model.instruct import build_instruct, instruct_table
-from toy.model.llava import Trainee, build_llava
-from toy.packing import Visuals
-from toy.pair_packing import READ_AT, Line, as_line, ask_lines, pack_lines, pair_accuracy, pair_loss, predictions
+from toy.llava import Trainee, build_instruct, build_llava, instruct_table
+from toy.packing import (
+    READ_AT,
+    Line,
+    Visuals,
+    as_line,
+    ask_lines,
+    forward,
+    pack_lines,
+    pair_accuracy,
+    pair_loss,
+    predictions,
+)
 
 SCENES = [scene("val", index, dense).things for index, dense in itertools.product(range(10), (False, True))]
 LETTERED = ("letters", "several", "parens", "mmstar", "realworld", "context")
-ENGLISH = {chinese: english for english, chinese in WORDS.items()}
+ENGLISH = {chinese: english for english, chinese in CHINESE_WORDS.items()}
 NAMED = {*vocabulary.COLORS, *vocabulary.SHAPES, *vocabulary.SIZES, "object"}
 
 
@@ -240,31 +247,17 @@ def test_every_word_of_every_format_is_in_the_vocabulary(name):
         assert tokenizer.decode(INSTRUCT_WORDS.encode(pair.answer)) == pair.answer
         sample = Sample("q", pair.question, pair.suffix, None if name in BLIND else object())
         image = [] if name in BLIND else [IMAGE_TOKEN_INDEX]
-        expected = [
-            *INSTRUCT_WORDS.prefix,
-            *image,
-            *INSTRUCT_WORDS.encode(pair.message),
-            INSTRUCT_WORDS.ids[vocabulary.ASSISTANT],
-        ]
+        message = [*INSTRUCT_WORDS.encode(pair.message), INSTRUCT_WORDS.ids[vocabulary.ASSISTANT]]
+        expected = [*INSTRUCT_WORDS.prefix, *image, *message]
         assert list(build_prompt(sample, tokenizer, "vicuna_v1").ids) == expected
 
 
 def test_letters_are_not_articles_and_old_words_keep_their_ids():
-    assert (
-        len(
-            {
-                *INSTRUCT_WORDS.encode("A"),
-                *INSTRUCT_WORDS.encode("a"),
-                *INSTRUCT_WORDS.encode("Answer with a star")[2:3],
-            }
-        )
-        == 2
-    )
-    assert INSTRUCT_WORDS.tokenizer.decode(INSTRUCT_WORDS.encode("A")) == "A"
+    words, encode = INSTRUCT_WORDS.words, INSTRUCT_WORDS.encode
+    assert len({*encode("A"), *encode("a"), *encode("Answer with a star")[2:3]}) == 2
+    assert INSTRUCT_WORDS.tokenizer.decode(encode("A")) == "A"
     assert all(INSTRUCT_WORDS.ids[word] == place for word, place in TOY_WORDS.ids.items() if word != vocabulary.EOS)
-    assert INSTRUCT_WORDS.words[-1] == vocabulary.EOS and len(set(INSTRUCT_WORDS.words)) == len(
-        INSTRUCT_WORDS.words
-    ) == len(INSTRUCT_WORDS.tokenizer)
+    assert words[-1] == vocabulary.EOS and len(set(words)) == len(words) == len(INSTRUCT_WORDS.tokenizer)
 
 
 def test_what_the_toy_model_is_told_keeps_its_ids():
@@ -341,17 +334,7 @@ def test_the_loss_counts_every_word_of_an_answer_and_the_accuracy_whole_answers(
     long = as_line("caption", Pair("Describe this image in detail.", "", "a big red star", "caption"))
     lines = pack_lines([[as_line("short", pair), long], [as_line("short", pair)]])
     targets = lines.target[lines.target != -100]
-    assert [INSTRUCT_WORDS.words[k] for k in targets] == [
-        "yes",
-        "</s>",
-        "a",
-        "big",
-        "red",
-        "star",
-        "</s>",
-        "yes",
-        "</s>",
-    ]
+    assert " ".join(INSTRUCT_WORDS.words[k] for k in targets) == "yes </s> a big red star </s> yes </s>"
     assert lines.weight[lines.target != -100].tolist() == pytest.approx([1, 0.1, *[0.4] * 5, 1, 0.1])
     right = 50.0 * torch.nn.functional.one_hot(targets, len(INSTRUCT_WORDS.words)).float()
     none = torch.zeros(0, len(INSTRUCT_WORDS.words))
@@ -368,10 +351,8 @@ def test_a_letter_stands_for_a_word_of_its_own_option():
             assert meant == pair.options[LETTERS.index(pair.answer)]
     lines = pack_lines([[as_line("short", next(pairs("short"))[1]), as_line("letters", next(pairs("letters"))[1])]])
     (place,) = (lines.meant[0] != -100).nonzero()
-    assert (
-        INSTRUCT_WORDS.words[lines.target[0, place]] in LETTERS
-        and lines.text.ids[0, place] == INSTRUCT_WORDS.ids[vocabulary.ASSISTANT]
-    )
+    assert INSTRUCT_WORDS.words[lines.target[0, place]] in LETTERS
+    assert lines.text.ids[0, place] == INSTRUCT_WORDS.ids[vocabulary.ASSISTANT]
     read = 50.0 * torch.nn.functional.one_hot(lines.meant[lines.meant != -100], len(INSTRUCT_WORDS.words)).float()
     said = 50.0 * torch.nn.functional.one_hot(lines.target[lines.target != -100], len(INSTRUCT_WORDS.words)).float()
     assert pair_loss(said, read, lines) < 1e-4 < 1 < pair_loss(said, -read, lines)

@@ -15,21 +15,29 @@ from llava.processing.anyres import best_resolution
 from tests.test_toy import reader
 from toy.benchmarks.gqa import LARGE_SPLITS as SPLITS
 from toy.benchmarks.gqa import draw_large
-from toy.data.corpus import patch_owners
-from toy.data.large_corpus import LargeCorpus, encode_pictures
-from toy.data.large_scenes import DENSE_OFFSET, SEEDS, centred, large_scene
-from toy.data.questions import FAMILIES, ask
-from toy.data.scenes import DENSE_OFFSET as SMALL_OFFSET
+from toy.benchmarks.videos import SPLITS as VIDEO_SPLITS
+from toy.clip import build_clip
+from toy.data.corpus import (
+    FRAME_PATCHES,
+    PINPOINTS,
+    LargeCorpus,
+    arrange,
+    crops,
+    encode_pictures,
+    owner_crops,
+    patch_owners,
+    run_sources,
+)
+from toy.data.questions import FAMILIES, PlainQuestion, ask
+from toy.data.scenes import DENSE_OFFSET, LARGE_SEEDS, centred, large_scene
 from toy.data.scenes import SEEDS as SMALL_SEEDS
-from toy.data.tiles import PATCHES, PINPOINTS, arrange, crops, owner_crops, run_sources
-from toy.data.vocabulary import ASSISTANT, COLOR_NAMES, IMAGE, NEXT_WORDS, PAD, SHAPES, SHORT_ANSWER, TOY_WORDS
-from toy.model.clip import build_clip
-from toy.model.decoder import answer_logits, forward
-from toy.model.llava import Trainee, build_llava
-from toy.packing import Asked, Text, Visuals, pack, position_ids
+from toy.data.videos import SEEDS as VIDEO_SEEDS
+from toy.data.vocabulary import ASSISTANT, COLOR_NAMES, IMAGE, NEXT_WORDS, SHAPES, SHORT_ANSWER, TOY_WORDS
+from toy.llava import Trainee, build_llava
+from toy.packing import Text, Visuals, answer_logits, forward, pack, position_ids
 from toy.report import tiled, trained_parts
-from toy.stages.base import QUESTION_LENGTH, ask_questions
-from toy.stages.large_tokens import anywhere, centres, things_first, visuals, whole_sequence
+from toy.stages import QUESTION_LENGTH, ask_questions
+from toy.stages.next import centres, choose_tokens, visuals, whole_sequence
 
 DATA, MODEL = ROOT / "assets" / "eval_next", ROOT / "assets" / "tinyllava_next"
 SCENES = [large_scene("val", index, dense) for index, dense in itertools.product(range(10), (False, True))]
@@ -54,11 +62,11 @@ def test_large_scenes_are_functions_of_their_seed():
 
 
 def test_no_range_of_seeds_meets_another():
-    large = [first + offset for first in SEEDS.values() for offset in (0, DENSE_OFFSET)]
-    small = [first + offset for first in SMALL_SEEDS.values() for offset in (0, SMALL_OFFSET)]
-    starts = sorted(large + small)
+    pictures = [*LARGE_SEEDS.values(), *SMALL_SEEDS.values()]
+    starts = sorted([*pictures, *(first + DENSE_OFFSET for first in pictures), *VIDEO_SEEDS.values()])
     assert min(b - a for a, b in itertools.pairwise(starts)) >= DENSE_OFFSET
     assert all(first + count < DENSE_OFFSET for _, first, count in SPLITS.values())
+    assert all(first + count < DENSE_OFFSET for first, count in VIDEO_SPLITS.values())
 
 
 def test_pictures_have_many_shapes_and_their_things_lie_inside():
@@ -147,7 +155,7 @@ def test_patch_owners_against_counting_pixels():
     planes = owner_crops(drawn.owner)
     owners = patch_owners(planes)
     rng = np.random.default_rng(0)
-    for crop, patch in zip(rng.integers(0, len(planes), 200), rng.integers(0, PATCHES, 200), strict=True):
+    for crop, patch in zip(rng.integers(0, len(planes), 200), rng.integers(0, FRAME_PATCHES, 200), strict=True):
         row, column = divmod(int(patch), 24)
         pixels = planes[crop, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8].ravel().tolist()
         counts = {thing: pixels.count(thing) for thing in sorted(set(pixels) - {-1})}
@@ -173,15 +181,12 @@ def test_an_interrupted_encoding_goes_on_and_a_resized_one_starts_anew(tmp_path,
 
 def test_chosen_tokens_keep_their_places(corpus):
     rng = np.random.default_rng(0)
-    for row, pick in itertools.product(range(4), (things_first, anywhere)):
-        chosen, whole = pick(corpus, row, 240, rng), whole_sequence(corpus, row)
-        assert (
-            len(chosen.positions) == 240 == len(set(chosen.positions.tolist()))
-            and (np.diff(chosen.positions) > 0).all()
-        )
+    for row, blind in itertools.product(range(4), (False, True)):
+        chosen, whole = choose_tokens(corpus, row, 240, rng, blind=blind), whole_sequence(corpus, row)
+        assert len(chosen.positions) == 240 and (np.diff(chosen.positions) > 0).all()
         assert np.array_equal(chosen.sources, whole.sources[chosen.positions])
         assert (chosen.sources < 0).sum() == (whole.sources < 0).sum()
-    without = things_first(corpus, 0, 240, rng, newlines=False)
+    without = choose_tokens(corpus, 0, 240, rng, newlines=False)
     assert len(without.positions) == 240 and (without.sources >= 0).all()
 
 
@@ -189,12 +194,13 @@ def test_things_come_before_background(corpus):
     rng = np.random.default_rng(0)
     owned = lambda chosen, row: (corpus.owners[row].reshape(-1)[chosen.sources[chosen.sources >= 0]] >= 0).mean()  # noqa: E731
     for row in range(4):
-        assert owned(things_first(corpus, row, 240, rng), row) > 2 * owned(anywhere(corpus, row, 240, rng), row)
+        blindly = choose_tokens(corpus, row, 240, rng, blind=True)
+        assert owned(choose_tokens(corpus, row, 240, rng), row) > 2 * owned(blindly, row)
 
 
 def test_visuals_hold_the_features_of_their_places(corpus):
     rows = [0, 1]
-    chosen = [whole_sequence(corpus, 0), things_first(corpus, 1, 240, np.random.default_rng(0))]
+    chosen = [whole_sequence(corpus, 0), choose_tokens(corpus, 1, 240, np.random.default_rng(0))]
     seen = visuals(corpus, rows, chosen)
     assert seen.total.tolist() == [one.total for one in chosen]
     assert seen.present.sum(1).tolist() == [len(one.positions) for one in chosen]
@@ -237,7 +243,7 @@ def test_packed_runs_equal_separate_prompts(corpus, small):
     llava, trainee = small
     rng = np.random.default_rng(0)
     questions = ask_questions(corpus, np.arange(2), [list(FAMILIES)[:3]] * 2, rng)
-    chosen = [things_first(corpus, 0, 200, rng), things_first(corpus, 1, 230, rng)]
+    chosen = [choose_tokens(corpus, 0, 200, rng), choose_tokens(corpus, 1, 230, rng)]
     seen = visuals(corpus, [0, 1], chosen)
     table, prefix = llava.model.language_model.embed_tokens, TOY_WORDS.prefix
     with torch.inference_mode():
@@ -313,15 +319,15 @@ def test_transformers_gives_the_logits_of_training(shipped):
     question = next(q for q in dataset.questions if q.image == "test00000d.jpg")
     image = np.asarray(dataset.pictures.open(question.image))
     ids = NEXT_WORDS.ids
-    words, tail = NEXT_WORDS.encode(question.question), [ids[SHORT_ANSWER], ids[ASSISTANT]]
+    words, tail = NEXT_WORDS.encode(question.question), (SHORT_ANSWER, ASSISTANT)
     assert AutoTokenizer.from_pretrained(MODEL)(question.question).input_ids[1:] == words
-    packed = pack([[Asked("", words, 0)]], tail, QUESTION_LENGTH, ids[PAD])
+    packed = pack([[PlainQuestion("", question.question, question.answer)]], NEXT_WORDS, tail, QUESTION_LENGTH)
     parts = trained_parts(shipped)
     prepared = LlavaNextImageProcessorPil.from_pretrained(MODEL)(images=Image.fromarray(image), return_tensors="pt")
     with torch.inference_mode():
         seen = tiled(image, shipped.model.vision_tower)
         decoded = forward(parts, NEXT_WORDS.prefix, seen, packed.text)
         ours = answer_logits(parts, decoded, packed)[0, 0, 0]
-        line = [*NEXT_WORDS.prefix, *[ids[IMAGE]] * int(seen.total), *words, *tail]
+        line = [*NEXT_WORDS.prefix, *[ids[IMAGE]] * int(seen.total), *words, *(ids[token] for token in tail)]
         theirs = shipped(input_ids=torch.tensor([line]), **prepared).logits[0, -1]
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)

@@ -9,32 +9,28 @@ import torch
 
 from eval import benchmarks
 from eval.config import DEFAULT_MODEL, ROOT
-from eval.metrics import exact_match
+from eval.metrics import accuracy
 from llava.errors import UserError
 from llava.processing.video import frame_indices, read_video
-from toy.benchmarks.video_qa import SPLITS, video_questions
+from toy.benchmarks.videos import SPLITS, video_questions
+from toy.clip import build_clip
 from toy.data import vocabulary
-from toy.data.large_scenes import SEEDS as LARGE_SEEDS
-from toy.data.scenes import SEEDS as SMALL_SEEDS
-from toy.data.video_corpus import FRAME_TOKENS, RUN, VideoCorpus, encode_videos
-from toy.data.video_questions import FAMILIES, ask_video
-from toy.data.video_scenes import SEEDS, SEEN, SIDE, draw_video, encode_video, plan_video
+from toy.data.corpus import FRAME_TOKENS, RUN, VideoCorpus, encode_videos
+from toy.data.questions import PlainQuestion
+from toy.data.videos import FAMILIES, SEEN, VIDEO_SIDE, ask_video, draw_video, encode_video, plan_video
 from toy.data.vocabulary import COLOR_NAMES, SHAPES, TOY_WORDS, VIDEO_WORDS
-from toy.model.clip import build_clip
-from toy.model.decoder import answer_logits, forward
-from toy.model.llava import load_toy
-from toy.model.video import build_video_llava, crop_tower
-from toy.packing import Asked, pack
+from toy.llava import build_video_llava, crop_tower, load_toy
+from toy.packing import answer_logits, forward, pack
 from toy.report import all_frames, trained_parts
-from toy.stages.video_tokens import (
+from toy.stages.video import (
     QUESTION_LENGTH,
     STATES,
+    WHOLE,
+    Video,
     anywhere,
-    ask_videos,
     frames_and_states,
     things_first,
     visuals,
-    whole_video,
 )
 
 DATA, MODEL = ROOT / "assets" / "eval_video", ROOT / "assets" / "tinyllava_video"
@@ -55,12 +51,6 @@ def test_videos_are_functions_of_their_seed():
     assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
 
 
-def test_no_range_of_seeds_meets_another():
-    starts = sorted([*SEEDS.values(), *LARGE_SEEDS.values(), *SMALL_SEEDS.values()])
-    assert min(b - a for a, b in itertools.pairwise(starts)) >= 1_000_000
-    assert all(first + count < 1_000_000 for first, count in SPLITS.values())
-
-
 def test_shapes_and_colours_are_unique_in_a_video():
     for plan in PLANS:
         shapes = [actor.shape for actor in plan.actors]
@@ -74,7 +64,7 @@ def test_what_is_planned_is_what_the_eight_frames_show():
     """Read the drawn owners at the eight frames: visibility, direction and colour of every actor."""
     for plan in PLANS[:25]:
         video, owners = draw_video(plan)
-        assert video.shape == (plan.frames, SIDE, SIDE, 3) and 16 <= plan.frames <= 24
+        assert video.shape == (plan.frames, VIDEO_SIDE, VIDEO_SIDE, 3) and 16 <= plan.frames <= 24
         shown, owned = video[frame_indices(plan.frames)], owners[frame_indices(plan.frames)]
         for number, actor in enumerate(plan.actors):
             masks = owned == number
@@ -192,8 +182,8 @@ def test_files_decode_to_what_was_drawn(tmp_path):
 
 
 def test_runs_hold_a_cls_in_front_of_every_frame(corpus):
-    assert whole_video().tolist() == list(range(RUN)) and RUN == 2056
-    seen = visuals(corpus, [1], [whole_video()])
+    assert WHOLE.tolist() == list(range(RUN)) and RUN == 2056
+    seen = visuals(corpus, [1], [WHOLE])
     table = torch.from_numpy(np.array(corpus.features[1])).view(torch.bfloat16)
     assert torch.equal(seen.features[0].view(SEEN, FRAME_TOKENS, -1), table) and seen.total.tolist() == [RUN]
     rng = np.random.default_rng(0)
@@ -216,7 +206,7 @@ def test_every_thing_is_seen_in_every_frame_of_a_step(corpus):
 
 
 def test_the_reader_is_told_frames_and_states(corpus):
-    seen = visuals(corpus, [0], [whole_video()])
+    seen = visuals(corpus, [0], [WHOLE])
     frame, states = frames_and_states(corpus, [0], seen)
     assert frame[0, 0] == -1 and frame[0, -1] == 1 and frame[0, FRAME_TOKENS].item() == pytest.approx(2 / 7 - 1)
     states = states[0].view(SEEN, FRAME_TOKENS)
@@ -232,7 +222,7 @@ def test_the_reader_is_told_frames_and_states(corpus):
 
 
 def test_questions_carry_their_answers(corpus):
-    packed = ask_videos(corpus, [0, 1], [list(FAMILIES)] * 2, np.random.default_rng(0))
+    packed = Video.ask(corpus, [0, 1], [list(FAMILIES)] * 2, np.random.default_rng(0))
     rng = np.random.default_rng(0)
     for i, plan in enumerate((corpus.plan(0), corpus.plan(1))):
         for j, family in enumerate(FAMILIES):
@@ -288,13 +278,16 @@ def test_the_benchmark_is_what_the_generator_draws():
 
 
 def test_exact_match_by_type():
-    score = exact_match.score(
-        {"1": "red", "2": "up", "3": "2"}, {"1": " Red.", "2": "down", "3": "2"}, {"1": "a", "2": "a"}
+    score = accuracy.mean_score(
+        {"1": "red", "2": "up", "3": "2"},
+        {"1": " Red.", "2": "down", "3": "2"},
+        accuracy.exact_match,
+        {"type": {"1": "a", "2": "a"}},
     )
     assert score.values["accuracy"] == pytest.approx(200 / 3)
     assert score.groups == {"type": {"a": (50.0, 2)}} and score.correct == {"1": 1.0, "2": 0.0, "3": 1.0}
     with pytest.raises(UserError, match="without a prediction"):
-        exact_match.score({"1": "red"}, {}, {})
+        accuracy.mean_score({"1": "red"}, {}, accuracy.exact_match)
 
 
 @pytest.mark.parametrize(
@@ -325,21 +318,22 @@ def test_transformers_gives_the_logits_of_training():
     """Its class on a shipped video, whole prompt and frames, against our run and packed forward."""
     from transformers import VideoLlavaForConditionalGeneration
 
+    from llava.processing.image import ImageProcessor
     from llava.processing.video import VideoProcessor
 
     model = VideoLlavaForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
     data = benchmarks.get("video_qa").load(DATA, "test")
     question = data.questions[5]
     ids = VIDEO_WORDS.ids
-    words, tail = VIDEO_WORDS.encode(question.question), [ids[vocabulary.ASSISTANT]]
-    packed = pack([[Asked("", words, 0)]], tail, QUESTION_LENGTH, ids[vocabulary.PAD])
+    words, role = VIDEO_WORDS.encode(question.question), vocabulary.ASSISTANT
+    packed = pack([[PlainQuestion("", question.question, question.answer)]], VIDEO_WORDS, (role,), QUESTION_LENGTH)
     video = data.pictures.open(question.image)
     parts = trained_parts(model)
     with torch.inference_mode():
         seen = all_frames(np.stack([np.asarray(frame) for frame in video.frames]), model.model.video_tower)
         decoded = forward(parts, VIDEO_WORDS.prefix, seen, packed.text)
         ours = answer_logits(parts, decoded, packed)[0, 0, 0]
-        line = [*VIDEO_WORDS.prefix, *[ids[vocabulary.VIDEO]] * RUN, *words, *tail]
-        pixels = VideoProcessor(SIDE, SIDE)(video)[None]
+        line = [*VIDEO_WORDS.prefix, *[ids[vocabulary.VIDEO]] * RUN, *words, ids[role]]
+        pixels = VideoProcessor(ImageProcessor(VIDEO_SIDE, VIDEO_SIDE))(video)[None]
         theirs = model(input_ids=torch.tensor([line]), pixel_values_videos=pixels).logits[0, -1]
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)

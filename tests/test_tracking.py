@@ -15,8 +15,8 @@ from PIL import Image
 from eval import __main__ as command
 from eval import tracking
 from eval.config import RunConfig
-from eval.figures.overlay_tiles import GAP
-from eval.results import baseline
+from eval.figures.overlay import GAP
+from eval.results import report
 from eval.run import Interrupted, run
 from eval.sweep import CachingLlava, Setting, sweep
 from eval.tracking.access import one_line
@@ -209,10 +209,10 @@ def test_percent_of_full_needs_the_same_settings(tmp_path):
     for name, content in (("x", result("full", 80.0)), ("y", result("full", 50.0, dtype="float16"))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(content))
-    assert baseline.percent_of_full(result("first", 60.0), tmp_path / "z") == 75
-    assert baseline.percent_of_full(result("first", 60.0, dtype="float16"), tmp_path / "z") == 120
-    assert baseline.percent_of_full(result("first", 60.0, dtype="bfloat16"), tmp_path / "z") is None
-    assert baseline.percent_of_full(result("first", None), tmp_path / "z") is None
+    assert report.percent_of_full(result("first", 60.0), tmp_path / "z") == 75
+    assert report.percent_of_full(result("first", 60.0, dtype="float16"), tmp_path / "z") == 120
+    assert report.percent_of_full(result("first", 60.0, dtype="bfloat16"), tmp_path / "z") is None
+    assert report.percent_of_full(result("first", None), tmp_path / "z") is None
 
 
 def test_a_sweep_is_one_run_with_a_row_per_setting(tiny, tmp_path, monkeypatch):

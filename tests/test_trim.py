@@ -6,9 +6,8 @@ import torch
 from baselines.trim import TRIM, keep_and_average, outliers
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
-from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import EncoderState
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import samples
 
 LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24, has_text_tower=True)

@@ -6,8 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from eval.benchmarks.video import activitynet_metric as activitynet
-from eval.benchmarks.video import metric as video_judge
+from eval.benchmarks import video
 from eval.results.statistics import interval
 from llava.errors import UserError
 from tests.judged_files import judged, load, write_json
@@ -75,7 +74,7 @@ def test_video_judgements_are_read_from_a_folder_too(tmp_path):
     ],
 )
 def test_video_quirks(judgement, expected):
-    assert video_judge.points_and_verdict(judgement) == expected
+    assert video.points_and_verdict(judgement) == expected
 
 
 @pytest.mark.parametrize(
@@ -91,7 +90,7 @@ def test_video_quirks(judgement, expected):
     ],
 )
 def test_video_replies_are_literals_and_nothing_else(reply, found):
-    assert video_judge.parse(reply) == found
+    assert video.parse_literal(reply) == found
 
 
 def test_the_video_judge_is_asked_in_the_official_words(tmp_path):
@@ -162,7 +161,7 @@ def test_activitynets_own_metric_and_its_free():
     types = dict(enumerate([5, 5, 5, 0, 1, 3, 2], start=1))
     types = {str(name): kind for name, kind in types.items()}
     texts = dict.fromkeys(types, "x") | {"3": "X", "4": "y"}
-    found = activitynet.score(dict.fromkeys(types, "x"), types, texts)
+    found = video.activitynet_score(dict.fromkeys(types, "x"), types, texts)
     assert found.values["exact"] == pytest.approx(100 * 5 / 7)
     assert found.values["exact_free_official"] == pytest.approx(100 * 3 / 2)
     assert found.values["exact_free"] == pytest.approx(100 * 3 / 4)

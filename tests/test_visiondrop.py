@@ -11,13 +11,11 @@ from llava.errors import UserError
 from llava.pipeline import decoder
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.model_spec import ModelSpec
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import EncoderState
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import picture, samples
-from visiondrop.method import VisionDrop
-from visiondrop.schedule import geometric, geometric_means, plan, segment_widths, split
+from visiondrop.method import VisionDrop, dominant_and_contextual, geometric, geometric_means, plan, stages_of
 
 LLAVA = ModelSpec(576, 32, PatchGrid(24, 24), 24)
 TINY = ModelSpec(16, 4, PatchGrid(4, 4), 3)
@@ -32,7 +30,7 @@ def test_default_schedule_is_a_multiple_of_the_published_one(times, budget):
     reducer = registry.build("visiondrop", budget)
     reducer.check(LLAVA)
     pairs = {0: (42, 6), 8: (30, 5), 16: (22, 4), 24: (16, 3)}
-    assert reducer.stages(LLAVA) == {layer: (times * d, times * c) for layer, (d, c) in pairs.items()}
+    assert stages_of(reducer, LLAVA) == {layer: (times * d, times * c) for layer, (d, c) in pairs.items()}
     expected = [times * total for total in (48, 35, 26, 19) for _ in range(8)]
     assert list(reducer.tokens_per_layer(LLAVA)) == expected and sum(expected) == 32 * budget
 
@@ -51,8 +49,13 @@ def test_the_geometric_rule_gives_the_published_counts(budget, counts):
 
 def test_the_split_rule_gives_the_published_pairs():
     """A contextual token for every begun group of eight: the pairs of the release, which no fixed share gives."""
-    assert [split(total, 7) for total in (48, 35, 26, 19)] == [(42, 6), (30, 5), (22, 4), (16, 3)]
-    assert split(19, 0) == (19, 0) and split(1, 7) == (1, 0) and split(2, 1) == (1, 1) and split(16, 1) == (8, 8)
+    assert [dominant_and_contextual(total, 7) for total in (48, 35, 26, 19)] == [(42, 6), (30, 5), (22, 4), (16, 3)]
+    assert (
+        dominant_and_contextual(19, 0) == (19, 0)
+        and dominant_and_contextual(1, 7) == (1, 0)
+        and dominant_and_contextual(2, 1) == (1, 1)
+        and dominant_and_contextual(16, 1) == (8, 8)
+    )
 
 
 def test_video_starts_at_three_times_the_budget():
@@ -90,7 +93,7 @@ def test_stages_move_with_the_depth():
     assert reducer.decoder_layers(40) == (10, 20, 30) and reducer.decoder_layers(8) == (2, 4, 6)
     assert reducer.tokens_per_layer(deep) == tuple(total for total in (96, 70, 52, 38) for _ in range(10))
     odd = dataclasses.replace(LLAVA, layers=22)
-    assert segment_widths(reducer.decoder_layers(22), 22) == (6, 5, 6, 5)
+    assert reducer.decoder_layers(22) == (6, 11, 17)
     assert sum(reducer.tokens_per_layer(odd)) == 64 * 22
     early = registry.build("visiondrop", 64, {"layers": "2,16"})
     assert early.decoder_layers(32) == (2, 16) and sum(early.tokens_per_layer(LLAVA)) == 64 * 32
@@ -149,7 +152,7 @@ def test_encoder_stage_equals_its_definition(merge, budget, keep_cls):
     score, keys = (state.scores[signal].tolist() for signal in reducer.scores())
     for b in range(3):
         scores, metric = ([0.0, *score[b]], [[1.0] * 5, *keys[b]]) if keep_cls else (score[b], keys[b])
-        pair, fixed = reducer.stages(TINY)[0], (0,) if keep_cls else ()
+        pair, fixed = stages_of(reducer, TINY)[0], (0,) if keep_cls else ()
         position, expected = reduce_by_the_book(state.features[b].tolist(), scores, metric, *pair, merge, fixed)
         assert found.kept[b].tolist() == position
         torch.testing.assert_close(values[b], torch.tensor(expected), atol=1e-5, rtol=1e-4)
@@ -161,7 +164,7 @@ def test_planted_patches_are_dominant_and_cls_comes_first():
     state.scores[TowerScore("cls_attention")] = torch.full((1, 16), 0.01)
     state.scores[TowerScore("cls_attention")][0, [3, 9]] = 0.4
     reducer = VisionDrop(budget=3, ratio=3)  # the first segment gets 5 tokens: 3 dominant, 2 contextual
-    assert reducer.stages(TINY)[0] == (3, 2)
+    assert stages_of(reducer, TINY)[0] == (3, 2)
     assert reducer.encoder(state).kept[0, :3].tolist() == [0, 4, 10]
     without = VisionDrop(budget=3, ratio=3, keep_cls=False).encoder(encoder_state(images=1, cls=False))
     assert without.inputs == 16
@@ -189,7 +192,7 @@ def test_official_merging_sums_two_tokens():
     ones = torch.ones(3, 17, 2)
     for official, size in ((True, 2.0), (False, 1.0)):
         reducer = VisionDrop(budget=6, official=official)
-        dominant, contextual = reducer.stages(TINY)[0]
+        dominant, contextual = stages_of(reducer, TINY)[0]
         merged = reducer.encoder(encoder_state()).apply(ones)
         assert contextual == 2
         expected = torch.tensor([1.0] * dominant + [size] * contextual)[None, :, None].expand_as(merged)
@@ -280,9 +283,9 @@ def test_caches_keep_what_entered_each_layer(tiny):
     state, _ = prefill(tiny, samples(1), VisionDrop(budget=6))
     text = state.lengths[0][0] - 9
     assert [layer.keys.shape[-2] for layer in state.cache.layers] == [text + k for k in (9, 7, 5, 3)]
-    assert [int(place) for place in state.next_position] == [text + k for k in (9, 7, 5, 3)]
+    assert [int(part.next_position) for part in state.segments for _ in part.layers] == [text + k for k in (9, 7, 5, 3)]
     kept, _ = prefill(tiny, samples(1), VisionDrop(budget=6, positions="original"))
-    assert {int(place) for place in kept.next_position} == {text + 17}  # CLS is one of the 17
+    assert {int(part.next_position) for part in kept.segments} == {text + 17}  # CLS is one of the 17
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -323,6 +326,6 @@ def test_a_tower_without_cls_needs_received_attention():
     reducer = VisionDrop(budget=6, encoder_score="received", keep_cls=False)
     reducer.check(spec)
     state = encoder_state(kind="received_attention", cls=False)
-    dominant, _ = reducer.stages(spec)[0]
+    dominant, _ = stages_of(reducer, spec)[0]
     best = state.scores[TowerScore("received_attention")].topk(dominant).indices.sort().values
     assert reducer.encoder(state).kept[:, :dominant].tolist() == best.tolist()

@@ -8,12 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-import visiondrop.scoring
+import visiondrop.method
 from llava.pipeline.prefill import prefill
 from llava.reduction import Angles
 from tests.conftest import samples
-from visiondrop.method import VisionDrop
-from visiondrop.scoring import Look, look, merge_metric, received_attention, viewers, visual_scores
+from visiondrop.method import (
+    AttentionInputs,
+    VisionDrop,
+    attention_inputs,
+    merge_metric,
+    received_attention,
+    stages_of,
+    viewers,
+    visual_scores,
+)
 
 
 def decoder_states(tiny, layer=2, batch=None) -> list:
@@ -76,7 +84,7 @@ def test_scores_equal_their_definition(tiny, attention, diagonal):
     assert state.sequence.padded and tiny.llm.layers[2].self_attn.num_key_value_groups == 2
     frequency = tiny.llm.rotary_emb.inv_freq.tolist()
     with torch.inference_mode():
-        seen = look(state, attention)
+        seen = attention_inputs(state, attention)
         scores = {a: visual_scores(state, seen, attention, a, diagonal) for a in ("all", "viewers")}
         for b, span in enumerate(state.sequence.images):
             pad = state.sequence.padding(b)
@@ -103,7 +111,7 @@ def test_causal_scores_are_column_means_of_the_models_own_map(tiny):
             reported = tiny.llm(
                 inputs_embeds=state.start.hidden, position_ids=state.start.position, output_attentions=True
             )
-            score = visual_scores(state, look(state, "causal"), "causal", "all", True)
+            score = visual_scores(state, attention_inputs(state, "causal"), "causal", "all", True)
     finally:
         for config in configs:
             config._attn_implementation = "sdpa"
@@ -115,10 +123,10 @@ def test_the_decoder_stage_keeps_the_best_and_merges_by_keys(tiny):
     """Dominant tokens in raster order, then the targets at their stride; every other joins the most similar one."""
     (state,) = decoder_states(tiny)
     reducer = VisionDrop(budget=8, ratio=2)
-    dominant, contextual = reducer.stages(tiny.spec)[2]
+    dominant, contextual = stages_of(reducer, tiny.spec)[2]
     with torch.inference_mode():
         found = reducer.decoder(state)
-        seen = look(state, "causal")
+        seen = attention_inputs(state, "causal")
         best = visual_scores(state, seen, "causal", "all", True).topk(dominant).indices.sort().values.tolist()
         key = torch.nn.functional.normalize(merge_metric(state, seen, "rotated"), dim=-1)
     assert contextual == 2
@@ -135,9 +143,9 @@ def test_the_decoder_stage_keeps_the_best_and_merges_by_keys(tiny):
 def test_slices_make_no_difference(tiny, monkeypatch, limit):
     (state,) = decoder_states(tiny)
     with torch.inference_mode():
-        seen = look(state, "causal")
+        seen = attention_inputs(state, "causal")
         whole = visual_scores(state, seen, "causal", "all", False)
-        monkeypatch.setattr(visiondrop.scoring, "SLICE", limit)
+        monkeypatch.setattr(visiondrop.method, "SLICE", limit)
         torch.testing.assert_close(visual_scores(state, seen, "causal", "all", False), whole)
 
 
@@ -153,7 +161,7 @@ def toy_layer(width=4) -> nn.Module:
 
 
 @torch.no_grad()
-def toy_look(count: int, prefix: int, attention: str, strong=()) -> Look:
+def toy_look(count: int, prefix: int, attention: str, strong=()) -> AttentionInputs:
     """`count` visual tokens behind `prefix` others; all ask alike, and the keys of `strong` ones answer."""
     hidden = torch.zeros(1, prefix + count, 4)
     hidden[..., 0] = 1
@@ -164,7 +172,7 @@ def toy_look(count: int, prefix: int, attention: str, strong=()) -> Look:
     later = None if attention == "bidirectional" else (torch.arange(hidden.shape[1]) > columns[..., None])[:, None]
     rotary = Angles(torch.ones(1, 1, count, 4), torch.zeros(1, 1, count, 4))
     keys = toy_layer().self_attn.k_proj(hidden)[:, None]
-    return Look(hidden[:, ahead:], rotary, keys, later, columns)
+    return AttentionInputs(hidden[:, ahead:], rotary, keys, later, columns)
 
 
 @pytest.mark.parametrize("attention", ["causal", "visual", "bidirectional"])
@@ -202,10 +210,12 @@ def test_the_merge_metric_is_what_it_says(tiny):
     moved = dataclasses.replace(state, sequence=apart)
     key = tiny.llm.layers[2].self_attn.k_proj
     with torch.inference_mode():
-        metric = {m: merge_metric(state, look(state, "causal"), m) for m in ("rotated", "unrotated", "hidden")}
-        other = {m: merge_metric(moved, look(moved, "causal"), m) for m in metric}
+        metric = {
+            m: merge_metric(state, attention_inputs(state, "causal"), m) for m in ("rotated", "unrotated", "hidden")
+        }
+        other = {m: merge_metric(moved, attention_inputs(moved, "causal"), m) for m in metric}
         plain = key(tiny.llm.layers[2].input_layernorm(state.tokens)).unflatten(-1, (2, -1)).mean(2)
-        same = merge_metric(state, look(state, "bidirectional"), "rotated")
+        same = merge_metric(state, attention_inputs(state, "bidirectional"), "rotated")
     torch.testing.assert_close(metric["unrotated"], plain)
     torch.testing.assert_close(metric["rotated"], same)
     (later,) = decoder_states(tiny, layer=3)

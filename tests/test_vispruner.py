@@ -8,10 +8,9 @@ from baselines.vispruner import VisPruner
 from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.reduction.greedy import distinct
-from llava.reduction.model_spec import ModelSpec
 from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.parity import model as recipe
 from tests.parity.harness import FOLDER, parity_model, recording
 

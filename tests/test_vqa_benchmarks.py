@@ -9,9 +9,10 @@ from PIL import Image
 
 from eval import benchmarks
 from eval.answers.reading import read_answers
-from eval.benchmarks.prompts import SHORT, VIZ
-from eval.benchmarks.vqa import metric as vqa
-from eval.benchmarks.vqa.evalai import process
+from eval.benchmarks.llava_files import SHORT, VIZ
+from eval.metrics import vqa
+from eval.metrics.accuracy import mean_score
+from eval.metrics.vqa import process
 from eval.score import score_file
 from llava.errors import UserError
 
@@ -122,7 +123,7 @@ def test_vqav2_val_is_the_official_toolkit_behind_the_answer_processor(vqav2):
     uploaded = {
         str(row["question_id"]): process(row["answer"]) for row in json.loads((VECTORS / "results.json").read_text())
     }
-    assert record["metrics"] == vqa.score(people, uploaded, vqa.vqa_eval).values
+    assert record["metrics"] == mean_score(people, uploaded, vqa.vqa_eval).values
     # More than the raw predictions' 59.40: the toolkit compares strings where all people agree.
     assert record["metrics"]["accuracy"] > 59.41 and record["questions"] == 200
     assert set(record["groups"]) == {"answer type", "question type"}

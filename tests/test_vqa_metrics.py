@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.benchmarks.vqa import evalai
-from eval.benchmarks.vqa import metric as vqa
-from eval.benchmarks.vqa import words as vqa_words
+from eval.metrics import vqa
+from eval.metrics.accuracy import mean_score
 from llava.errors import UserError
 
 VECTORS = Path(__file__).parent / "data" / "vqa"
@@ -34,16 +33,16 @@ def predictions() -> dict[str, str]:
 
 def test_words_are_those_of_the_toolkit():
     tables = load("tables.json")
-    assert tables["contractions"] == vqa_words.CONTRACTIONS and len(vqa_words.CONTRACTIONS) == 120
-    assert tables["number_words"] == vqa_words.NUMBERS
-    assert tables["punctuation_in_order"] == list(vqa_words.PUNCTUATION)
-    assert set(tables["articles"]) == vqa_words.ARTICLES
+    assert tables["contractions"] == vqa.CONTRACTIONS and len(vqa.CONTRACTIONS) == 120
+    assert tables["number_words"] == vqa.NUMBERS
+    assert tables["punctuation_in_order"] == list(vqa.PUNCTUATION)
+    assert set(tables["articles"]) == vqa.ARTICLES
 
 
 def test_the_processor_on_every_string_of_the_table():
     table = load("evalai_processor_table.json")
     assert len(table) == 246
-    assert {row["in"]: evalai.process(row["in"]) for row in table} == {row["in"]: row["out"] for row in table}
+    assert {row["in"]: vqa.process(row["in"]) for row in table} == {row["in"]: row["out"] for row in table}
 
 
 @pytest.mark.parametrize(
@@ -62,12 +61,12 @@ def test_the_processor_on_every_string_of_the_table():
     ],
 )
 def test_oddities_of_the_processor(text, expected):
-    assert evalai.process(text) == expected
+    assert vqa.process(text) == expected
 
 
 def test_toolkit_and_processor_differ_on_digits_with_a_comma():
     """The toolkit keeps commas until then, so all marks of the text are deleted rather than replaced."""
-    assert evalai.normalise("1,000-2") == "10002"
+    assert vqa.normalise("1,000-2") == "10002"
 
 
 def test_official_toolkit_overall_per_type_and_per_question(annotations, answers, predictions):
@@ -75,7 +74,7 @@ def test_official_toolkit_overall_per_type_and_per_question(annotations, answers
     kinds = {
         kind: {str(row["question_id"]): row[kind] for row in annotations} for kind in ("answer_type", "question_type")
     }
-    score = vqa.score(answers, predictions, vqa.vqa_eval, kinds)
+    score = mean_score(answers, predictions, vqa.vqa_eval, kinds)
     assert round(score.values["accuracy"], 2) == expected["overall"] == 59.40
     printed = {
         kind: {group: round(share, 2) for group, (share, _) in table.items()} for kind, table in score.groups.items()
@@ -87,7 +86,7 @@ def test_official_toolkit_overall_per_type_and_per_question(annotations, answers
 
 def test_m4c_overall_and_per_question(answers, predictions):
     expected = load("expected.json")["m4c_textvqa_evaluator"]
-    score = vqa.score(answers, predictions, vqa.m4c)
+    score = mean_score(answers, predictions, vqa.m4c)
     assert score.values["accuracy"] == pytest.approx(expected["overall_percent"], abs=1e-9)
     assert f"{score.values['accuracy']:.2f}" == "69.90"
     assert score.correct == pytest.approx(expected["per_question"], abs=1e-12) and len(score.correct) == 200
@@ -117,15 +116,15 @@ def test_lmms_takes_no_notice_of_a_possessive():
     """It leaves out the step that splits off 's, which the processor has."""
     people = ["man s"] * 5 + ["mans"] * 5
     assert vqa.lmms_vqa("man's", people) == 0
-    assert evalai.process("man's") == "man 's" and evalai.normalise("man's") == "man's"
+    assert vqa.process("man's") == "man 's" and vqa.normalise("man's") == "man's"
 
 
 def test_no_answers_and_no_questions_give_zero():
     assert vqa.leave_one_out("cat", []) == 0
-    assert vqa.score({}, {}, vqa.m4c).values["accuracy"] == 0
+    assert mean_score({}, {}, vqa.m4c).values["accuracy"] == 0
 
 
 def test_a_missing_prediction_is_an_error(answers, predictions):
     short = {name: text for name, text in predictions.items() if name != "1004"}
     with pytest.raises(UserError, match=r"1 question without a prediction: 1004\."):
-        vqa.score(answers, short, vqa.m4c)
+        mean_score(answers, short, vqa.m4c)

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines.vscan import DEEP, SHALLOW, VScan, keep_top_of_windows, merge_into_kept, windows
+from baselines.vscan import DEEP, SHALLOW, VScan, keep_top_of_windows, windows
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.model_spec import ModelSpec
+from llava.reduction.merging import merge_plan
 from llava.reduction.reducer import PromptState
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import samples
 
 LLAVA_15 = ModelSpec(576, 32, PatchGrid(24, 24), 24)
@@ -148,7 +148,8 @@ def test_the_second_stage_ranks_by_the_last_tokens_attention(tiny):
 def test_merging_is_a_plain_average():
     """Groups count every member once, the kept one too."""
     tokens = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 0.1], [3.0, 0.1], [0.1, 5.0]]])
-    merged = merge_into_kept(tokens, torch.tensor([[0, 1]])).apply(tokens)
+    kept, rest = torch.tensor([[0, 1]]), torch.tensor([[2, 3, 4]])
+    merged = merge_plan(kept, rest, 0, torch.zeros(1, 5), tokens, "retained", "mean").apply(tokens)
     torch.testing.assert_close(merged, torch.tensor([[[2.0, 0.2 / 3], [0.05, 3.0]]]))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.answers.folder_lock import lock_folder
+from eval.answers.store import lock_folder
 from eval.config import ROOT
 from eval.tracking.sync import find_runs, main
 from tests.read_wandb import without_wandb

@@ -1,17 +1,23 @@
-"""`reduce` on Hugging Face models: at full budget nothing changes; below it tokens are gone from every layer."""
+"""`reduce` on Hugging Face models: at full budget nothing changes; below it tokens are gone from every layer.
 
+The options of `generate` work, and the model is restored after the block.
+"""
+
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from llava import load, reduce
 from llava.errors import UserError
+from llava.hf.patch import ReducedCache
 from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.generate import generate
 from llava.processing.anyres import best_resolution
-from llava.processing.sample import Sample
+from llava.processing.prompt import Sample
 from llava.reduction import registry
 from tests.conftest import QUESTIONS, picture
 from tests.stock_inputs import FAMILIES, TEXTS, stock, with_pad
@@ -91,7 +97,8 @@ def test_tokens_are_gone_from_every_layers_cache(case):
             # Two of the three new tokens were fed.
             lengths = [text + count + 2 for text, count in zip(case.text_tokens(inputs), entering, strict=True)]
             assert held.keys.shape[-2] == max(lengths)
-            assert out.past_key_values.valid[layer].columns.sum(1).tolist() == lengths
+            (segment,) = (one for one in out.past_key_values.segments if layer in one.layers)
+            assert segment.valid.sum(1).tolist() == lengths
         assert entering[0] < 16 and max(lengths) < inputs["input_ids"].shape[1]
         assert [len(trace) > 0 for trace in reduced.traces] == [True, True, False, True]
         assert all(isinstance(audit, TokenAccounting) and audit.planned == audit.mean for audit in reduced.accounting)
@@ -256,12 +263,160 @@ def test_a_method_whose_images_decide_needs_no_budget():
     assert reduce(stock("llava").model, "prumerge", official=True).reducer.adaptive
 
 
-def test_a_retention_ratio_takes_the_place_of_a_budget():
-    """`reduce(model, "random", budget=8, retention_ratio=0.5)` kept as many tokens as the ratio said, not 8."""
-    case = stock("llava")
-    with pytest.raises(UserError, match=r"A budget \(8\) and a retention_ratio \(0\.5\) are both given"):
-        reduce(case.model, "random", budget=8, retention_ratio=0.5)
-    with reduce(case.model, "random", retention_ratio=0.5) as reduced:
-        last_logits(case.model, case.prepare(TEXTS[1:2], [picture(0)]))
-    (audit,) = reduced.accounting
-    assert audit.mean == audit.visual_tokens / 2 == reduced.reducer.budget
+@pytest.fixture(scope="module")
+def llava():
+    return stock("llava")
+
+
+def method(case) -> str:
+    return "divprune" if "Qwen" in type(case.model).__name__ else "visiondrop"
+
+
+def beams(case, inputs, **options):
+    return case.model.generate(
+        **inputs,
+        **{"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False, **options},
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+
+
+def test_beams_at_full_budget_are_the_models_own(case):
+    inputs = case.batch()
+    plain = beams(case, inputs)
+    with reduce(case.model, "full") as reduced:
+        ours = beams(case, inputs)
+    assert torch.equal(ours.sequences, plain.sequences)
+    torch.testing.assert_close(ours.sequences_scores, plain.sequences_scores, atol=2e-4, rtol=0)
+    assert len(reduced.accounting) == 4  # one per prompt, not per beam
+
+
+def test_the_score_of_a_beam_is_that_of_its_tokens(case):
+    """Each beam of a reduced, padded batch, fed again token by token from a fresh prefill."""
+    inputs = case.batch()
+    with torch.no_grad(), reduce(case.model, method(case), budget=6):
+        found = beams(case, inputs, num_return_sequences=2, min_new_tokens=None, eos_token_id=None)
+        new = found.sequences[:, inputs["input_ids"].shape[1] :]
+        for nth in range(2):
+            out, total = case.model(**inputs), torch.zeros(4)
+            for token in new[nth::2].unbind(1):
+                scores = out.logits[:, -1].float().log_softmax(-1)
+                total += scores.gather(1, token[:, None])[:, 0]
+                out = case.model(input_ids=token[:, None], past_key_values=out.past_key_values)
+            torch.testing.assert_close(total / new.shape[1], found.sequences_scores[nth::2], atol=2e-4, rtol=0)
+    assert not torch.equal(new[0::2], new[1::2])
+
+
+def test_sampling_draws_what_the_model_draws(case):
+    """Several answers per prompt: each picture stays with its prompt when rows are repeated."""
+    inputs, drawn = case.batch(), []
+    for budget in (None, "full"):
+        torch.manual_seed(3)
+        options = {"do_sample": True, "num_return_sequences": 3, "temperature": 2.0}
+        if budget is None:
+            drawn.append(case.generate(inputs, **options))
+        else:
+            with reduce(case.model, "full"):
+                drawn.append(case.generate(inputs, **options))
+    assert torch.equal(*drawn) and len(drawn[0]) == 12
+    assert len({tuple(row) for row in drawn[0].tolist()}) > 4
+
+
+def test_the_model_is_what_it_was(case):
+    inputs = case.batch()
+    case.model.forward = case.model.forward  # replaced before
+    plain = case.generate(inputs)
+    state = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
+    before = [dict(vars(module)) for module in case.model.modules()]
+    for fails in (False, True):
+        try:
+            with reduce(case.model, method(case), budget=6):
+                case.generate(case.batch(TEXTS[1:2]))
+                if fails:
+                    raise RuntimeError("inside")
+        except RuntimeError as error:
+            assert fails and str(error) == "inside"
+        for module, own in zip(case.model.modules(), before, strict=True):
+            assert vars(module).keys() == own.keys()
+            assert all(vars(module)[name] is value for name, value in own.items())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in case.model.state_dict().items())
+    assert torch.equal(case.generate(inputs), plain)
+    del case.model.forward
+
+
+def test_logits_may_be_changed_in_place_and_outputs_may_be_tuples(llava):
+    inputs = llava.batch()
+    with reduce(llava.model, "visiondrop", budget=6):
+        out = llava.model(**inputs)
+        kept = out.logits.clone()
+        out.logits[:, :, 3] = 0  # not possible for tensors of inference mode
+        logits, cache = llava.model(**inputs, return_dict=False)
+        again = llava.model(inputs.pop("input_ids"), **inputs)  # by place
+        assert torch.equal(logits, kept) and torch.equal(again.logits, kept)
+        assert isinstance(cache, ReducedCache) and kept.shape == (
+            4,
+            1,
+            llava.model.config.text_config.vocab_size,
+        )
+
+
+# The cache
+
+
+def prefilled(llava, **options):
+    with reduce(llava.model, "visiondrop", budget=6):
+        return llava.model(**llava.batch(), **options)
+
+
+def step(llava, cache, tokens):
+    with reduce(llava.model, "visiondrop", budget=6):
+        return llava.model(input_ids=torch.tensor(tokens)[:, None], past_key_values=cache).logits
+
+
+def test_an_empty_cache_of_the_caller_is_filled(llava):
+    mine = DynamicCache()
+    out = prefilled(llava, past_key_values=mine)
+    assert out.past_key_values is mine
+    expected = step(llava, prefilled(llava).past_key_values, [5, 6, 7, 8])
+    assert torch.equal(step(llava, mine, [5, 6, 7, 8]), expected)
+    mine.reset()
+    assert torch.equal(prefilled(llava, past_key_values=mine).logits, out.logits)
+
+
+def test_rows_move_with_their_masks_and_positions(llava):
+    """Rows of different lengths: what is fed to a row gives the same wherever it stands."""
+    cache = prefilled(llava).past_key_values
+    expected = step(llava, copy.deepcopy(cache), [5, 6, 7, 8])
+    order = torch.tensor([3, 1, 0, 2])
+    for change in ("reorder_cache", "batch_select_indices"):
+        moved = copy.deepcopy(cache)
+        getattr(moved, change)(order)
+        # A kernel may sum in another order when rows lie elsewhere in memory; another row differs by far more.
+        torch.testing.assert_close(step(llava, moved, [8, 6, 5, 7]), expected[order], atol=1e-5, rtol=0)
+    cache.batch_repeat_interleave(2)
+    torch.testing.assert_close(step(llava, cache, [5, 5, 6, 6, 7, 7, 8, 8])[1::2], expected, atol=2e-4, rtol=0)
+
+
+def test_a_cropped_cache_has_forgotten(llava):
+    cache = prefilled(llava).past_key_values
+    expected = step(llava, copy.deepcopy(cache), [5, 6, 7, 8])
+    step(llava, cache, [9, 9, 9, 9])
+    step(llava, cache, [9, 8, 7, 6])
+    cache.crop(-2)
+    assert torch.equal(step(llava, cache, [5, 6, 7, 8]), expected)
+
+
+def test_a_reduced_cache_is_refused_outside(llava):
+    cache = prefilled(llava).past_key_values
+    with pytest.raises(UserError, match="inside the `with reduce"):
+        llava.model(input_ids=torch.tensor([[5], [6], [7], [8]]), past_key_values=cache)
+
+
+def test_beams_and_one_picture_for_two_prompts(llava):
+    """Rows are repeated behind the prefill: the tower sees each picture once."""
+    seen, inputs = [], llava.prepare(TEXTS[1:2] * 2, [picture(0), picture(0)])
+    handle = llava.model.model.vision_tower.embeddings.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+    with reduce(llava.model, "visiondrop", budget=6):
+        rows = llava.generate(inputs, num_beams=4)
+    handle.remove()
+    assert seen == [2] and torch.equal(rows[0], rows[1])

@@ -32,6 +32,17 @@ TEXT = (
     "gives helpful detailed polite answers to s ' . , : ? ! do you see describe it Answer The What Which How Is Are"
 )
 SPECIAL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2 as in Llama
+IMAGE = 56  # pixels, 4 x 4 patches
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": IMAGE,
+    "patch_size": 14,
+    "projection_dim": 32,
+}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -45,59 +56,46 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny_llava(
-    seed: int = 0,
-    layers: int = 4,
-    heads: int = 4,
-    kv_heads: int = 2,
-    hidden: int = 64,
-    intermediate: int = 96,
-    image: int = 56,
-    patch: int = 14,
-    vision_hidden: int = 32,
-    vision_layers: int = 3,
-    vision_heads: int = 2,
-    vocabulary: int | None = None,
-    row_multiple: int = 64,
-    tied: bool = False,
-) -> LlavaForConditionalGeneration:
-    """A LLaVA-1.5 with (image / patch) ** 2 visual tokens per image, 16 by default, and float32 random weights.
+def text_config(decoder: str, **changes: Any) -> dict[str, Any]:
+    """A decoder of 4 layers; Vicuna's has as many key heads as query heads, the others have fewer."""
+    own: dict[str, Any] = {
+        "llava": {"num_key_value_heads": 2, "rope_theta": 5000.0},  # not the default: a loader that drops it is seen
+        "llama": {"num_key_value_heads": 4, "rope_theta": 10000.0},
+        "yi": {"num_key_value_heads": 2, "rope_theta": 5_000_000.0},
+        "mistral": {"num_key_value_heads": 1, "rope_theta": 1_000_000.0, "sliding_window": None},
+    }[decoder]
+    return {
+        "model_type": "mistral" if decoder == "mistral" else "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": (len(make_tokenizer()) // 64 + 1) * 64,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        **own,
+        **changes,
+    }
 
-    As in the checkpoints of the hub the embedding has more rows than there are words (`vocabulary`, by default those
-    of make_tokenizer), and the first of the spare ones is the image placeholder.
+
+def make_tiny_llava(
+    image: int = IMAGE, vision_hidden: int = 32, tied: bool = False, **text: Any
+) -> LlavaForConditionalGeneration:
+    """A LLaVA-1.5 with (image / 14) ** 2 visual tokens per image, 16 by default, and float32 random weights.
+
+    As in the checkpoints of the hub the embedding has more rows than there are words, and the first of the spare ones
+    is the image placeholder.
     """
-    words = len(make_tokenizer()) if vocabulary is None else vocabulary
+    sizes = {"hidden_size": vision_hidden, "intermediate_size": 2 * vision_hidden, "projection_dim": vision_hidden}
     config = LlavaConfig(
-        text_config={
-            "model_type": "llama",
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "vocab_size": (words // row_multiple + 1) * row_multiple,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 5000.0,  # not the default, so that a loader that drops it is seen
-            "tie_word_embeddings": tied,
-        },
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": vision_hidden,
-            "intermediate_size": 2 * vision_hidden,
-            "num_hidden_layers": vision_layers,
-            "num_attention_heads": vision_heads,
-            "image_size": image,
-            "patch_size": patch,
-            "projection_dim": vision_hidden,
-        },
-        image_token_index=words,
-        image_seq_length=(image // patch) ** 2,
+        text_config=text_config("llava", tie_word_embeddings=tied, **text),
+        vision_config={**VISION, **sizes, "image_size": image},
+        image_token_index=len(make_tokenizer()),
+        image_seq_length=(image // 14) ** 2,
         tie_word_embeddings=tied,
     )
     config._attn_implementation = "sdpa"
-    model = LlavaForConditionalGeneration(config).eval()
-    return randomise(model, seed)
+    return randomise(LlavaForConditionalGeneration(config).eval(), 0)
 
 
 def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:

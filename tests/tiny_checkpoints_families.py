@@ -22,20 +22,22 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
-from llava.model.multimodal_encoder.languagebind import LanguageBindVideoTower
+from llava.model.video_llava import LanguageBindVideoTower
 from tests.tiny_checkpoints import (
+    IMAGE,
     TEXT,
+    VISION,
     make_tokenizer,
     original_config,
     randomise,
     save_tower,
+    text_config,
     to_original_layout,
     write_json,
     write_preprocessor,
     write_shards,
 )
 
-IMAGE = 56  # pixels, 4 x 4 patches
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 FRAMES = 8
 QWEN_TOKENS = (
@@ -47,38 +49,6 @@ QWEN_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-
-VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": IMAGE,
-    "patch_size": 14,
-    "projection_dim": 32,
-}
-
-
-def text_config(decoder: str, **changes: Any) -> dict[str, Any]:
-    """A decoder of 4 layers; Vicuna's has as many key heads as query heads, Mistral's and Yi's have fewer."""
-    own = {
-        "llama": {"num_key_value_heads": 4, "rope_theta": 10000.0},
-        "yi": {"num_key_value_heads": 2, "rope_theta": 5_000_000.0},
-        "mistral": {"num_key_value_heads": 1, "rope_theta": 1_000_000.0, "sliding_window": None},
-    }[decoder]
-    return {
-        "model_type": "mistral" if decoder == "mistral" else "llama",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "vocab_size": (len(make_tokenizer()) // 64 + 1) * 64,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        **own,
-        **changes,
-    }
 
 
 def make_chatml_tokenizer() -> PreTrainedTokenizerFast:

@@ -63,14 +63,14 @@ def run(function: str, folder: Path, size: int = 2, seconds: float = 180) -> lis
 
 
 def main(function: str, rank: str, size: str, port: str, folder: str) -> None:
-    from llava.model.parallel import group
+    from llava.model import parallel
 
     module, _, name = function.partition(":")
     if int(size) > 1:
-        group.join(int(rank), int(size), "127.0.0.1", int(port), "cpu")
+        parallel.join(int(rank), int(size), "127.0.0.1", int(port), "cpu")
     found = getattr(importlib.import_module(module), name)(Path(folder))
     torch.save(found, Path(folder) / f"rank{rank}.pt")
-    group.leave()
+    parallel.leave()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 from llava.pipeline import prefill as module
-from llava.pipeline.decoder_stage import DecoderStage
-from llava.pipeline.image_batch import ImageBatch
+from llava.pipeline.embed import ImageBatch
+from llava.pipeline.prefill import Stages
 from llava.pipeline.sequence import Sequence
 
 
@@ -27,24 +27,24 @@ class Watched:
 @contextmanager
 def watched() -> Iterator[Watched]:
     found = Watched()
-    embed, reduce_prompt, decoder = module.embed, module.reduce_prompt, DecoderStage.__call__
+    embed, reduce_prompt, between_layers = module.embed, Stages.reduce_prompt, Stages.reduce_between_layers
 
     def at_embed(model, reducer, prompts, images):
         found.images = images
         found.sequences["embedded"] = embed(model, reducer, prompts, images)
         return found.sequences["embedded"]
 
-    def at_prompt(*arguments):
-        found.sequences["prompt"] = reduce_prompt(*arguments)
+    def at_prompt(self, sequence):
+        found.sequences["prompt"] = reduce_prompt(self, sequence)
         return found.sequences["prompt"]
 
     def at_layer(self, sequence, layer, *arguments):
-        found.sequences[f"layer {layer}"] = decoder(self, sequence, layer, *arguments)
+        found.sequences[f"layer {layer}"] = between_layers(self, sequence, layer, *arguments)
         return found.sequences[f"layer {layer}"]
 
     with (
         patch.object(module, "embed", at_embed),
-        patch.object(module, "reduce_prompt", at_prompt),
-        patch.object(DecoderStage, "__call__", at_layer),
+        patch.object(Stages, "reduce_prompt", at_prompt),
+        patch.object(Stages, "reduce_between_layers", at_layer),
     ):
         yield found

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,25 +23,42 @@ from transformers import (
     CLIPModel,
     GenerationConfig,
     LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
-    VideoLlavaForConditionalGeneration,
+    PretrainedConfig,
 )
 
 from eval.command import exit_on_user_error
 from eval.config import DEFAULT_MODEL
 from llava.errors import UserError
-from toy.data.instruct_vocabulary import INSTRUCT_WORDS
+from toy.clip import MEAN, STD, load_clip
+from toy.data.corpus import PINPOINTS
+from toy.data.formats import INSTRUCT_WORDS
 from toy.data.scenes import SIDE
-from toy.data.tiles import PINPOINTS
-from toy.data.video_scenes import SIDE as VIDEO_SIDE
+from toy.data.videos import VIDEO_SIDE
 from toy.data.vocabulary import BOS, EOS, NEXT_WORDS, PAD, TOY_WORDS, VIDEO_WORDS, Vocabulary
-from toy.model.clip import MEAN, STD, load_clip
-from toy.model.instruct import build_instruct, instruct_table
-from toy.model.llava import build_llava, load_parts, load_toy
-from toy.model.next import build_next
-from toy.model.video import build_video_llava
-from toy.processor_config import write_processor_config
+from toy.llava import build_instruct, build_llava, build_next, build_video_llava, instruct_table, load_parts, load_toy
+
+PROCESSORS = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor", "video_llava": "VideoLlavaProcessor"}
+
+
+def processor_config(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields of a processor that turns each `<image>` into as many image tokens as the model has visual tokens."""
+    video = {"video_token": "<video>"} if config.model_type == "video_llava" else {}
+    return {
+        "image_token": "<image>",
+        "num_additional_image_tokens": 1,  # the class token, which the strategy "default" takes off again
+        "patch_size": config.vision_config.patch_size,
+        "processor_class": PROCESSORS[config.model_type],
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        **video,
+    }
+
+
+def write_processor_config(config: PretrainedConfig, folder: Path) -> None:
+    """Write the file into a checkpoint folder."""
+    text = json.dumps(processor_config(config), indent=2, sort_keys=True)
+    (folder / "processor_config.json").write_text(text + "\n")
+
 
 TEXT_TABLE = "text_model.embeddings.token_embedding.weight"
 
@@ -55,35 +73,25 @@ def trained_weights(folder: Path, stage: str) -> Mapping[str, Tensor]:
     raise UserError(f"{folder} has neither {done.name} nor {checkpoint.name}; train the stage {stage!r} there first.")
 
 
-def load_language(folder: Path, model: Path) -> LlavaForConditionalGeneration:
-    """The toy LLaVA of a training folder, float32. `model` is not used: this stage starts from nothing."""
+def untrained_language(folder: Path) -> LlavaForConditionalGeneration:
+    """A new toy LLaVA with the tower of a training folder."""
     clip = load_clip(folder)
     llava = build_llava(clip.config.vision_config)
-    load_parts(llava, trained_weights(folder, "language"))
     llava.model.vision_tower.load_state_dict(clip.vision_model.state_dict(), strict=True)
-    return llava.eval()
+    return llava
 
 
-def load_next(folder: Path, model: Path) -> LlavaNextForConditionalGeneration:
-    """The toy LLaVA-NeXT of a training folder, float32; its tower is that of the toy model."""
-    saved, trained = trained_weights(folder, "next"), build_next(load_toy(model))
+@torch.no_grad()
+def load_trained(stage: str, folder: Path, model: Path) -> nn.Module:
+    """The model that a stage trained in `folder`, float32.
+
+    Args:
+        model: the toy model that it was fine-tuned from.
+    """
+    saved, trained = trained_weights(folder, stage), EXPORTS[stage].build(folder, model)
     load_parts(trained, saved)
-    with torch.no_grad():
+    if "newline" in saved:
         trained.model.image_newline.copy_(saved["newline"])
-    return trained.eval()
-
-
-def load_video(folder: Path, model: Path) -> VideoLlavaForConditionalGeneration:
-    """The toy Video-LLaVA of a training folder, float32; its towers are cut from that of the toy model."""
-    trained = build_video_llava(load_toy(model))
-    load_parts(trained, trained_weights(folder, "video"))
-    return trained.eval()
-
-
-def load_instruct(folder: Path, model: Path) -> LlavaForConditionalGeneration:
-    """The toy LLaVA of all answer formats of a training folder, float32; its tower is that of the toy model."""
-    trained = build_instruct(model)
-    load_parts(trained, trained_weights(folder, "instruct"))
     return trained.eval()
 
 
@@ -91,7 +99,7 @@ def write_text_tower(clip: CLIPModel, output: Path) -> None:
     """The parts of the CLIP model that a LLaVA checkpoint leaves out, under their CLIPModel names, and its config."""
     keep = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
     weights = {name: w.half().contiguous() for name, w in clip.state_dict().items() if name.startswith(keep)}
-    # Patches were trained to lie near the phrases that name them, see toy/model/clip_losses.py.
+    # Patches were trained to lie near the phrases that name them, see toy/clip.py.
     write_tower_files(weights, clip.config.to_diff_dict() | {"patch_similarity": "plain"}, output)
 
 
@@ -115,21 +123,18 @@ def no_text_tower(source: Path, output: Path) -> None:
     """Video-LLaVA's towers are no CLIP towers, so there is no text half that fits."""
 
 
-def image_processor(side: int) -> CLIPImageProcessorPil:
-    """Resize and crop to `side` pixels, normalise as CLIP."""
-    crop = {"height": side, "width": side}
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop, image_mean=MEAN, image_std=STD)
+def copy_text_tower(source: Path, output: Path) -> None:
+    """The tower is the toy model's, so its text half fits."""
+    shutil.copytree(source, output, dirs_exist_ok=True)
 
 
-def tile_processor() -> LlavaNextImageProcessorPil:
-    """The same for the tiles of a large picture."""
-    return LlavaNextImageProcessorPil(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_mean=MEAN,
-        image_std=STD,
-        image_grid_pinpoints=[list(pair) for pair in PINPOINTS],
-    )
+def image_processor(side: int, tiled: bool = False) -> CLIPImageProcessorPil | LlavaNextImageProcessorPil:
+    """Resize and crop to `side` pixels, normalise as CLIP; the same for the tiles of a large picture."""
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    if tiled:
+        pinpoints = [list(pair) for pair in PINPOINTS]
+        return LlavaNextImageProcessorPil(**sizes, image_mean=MEAN, image_std=STD, image_grid_pinpoints=pinpoints)
+    return CLIPImageProcessorPil(**sizes, image_mean=MEAN, image_std=STD)
 
 
 @dataclass(frozen=True)
@@ -137,40 +142,36 @@ class Export:
     """How the checkpoint of a stage is made.
 
     Attributes:
-        load: (training folder, toy model) -> the trained model.
+        build: (training folder, toy model) -> the model whose trained parts are then loaded.
         text_tower: (text tower of the toy model, output folder); None to take it from the training folder.
     """
 
-    load: Callable[[Path, Path], nn.Module]
+    build: Callable[[Path, Path], nn.Module]
     words: Vocabulary
-    processor: Callable[[], CLIPImageProcessorPil | LlavaNextImageProcessorPil]
     text_tower: Callable[[Path, Path], object] | None
-
-
-def copy_text_tower(source: Path, output: Path) -> None:
-    """The tower is the toy model's, so its text half fits."""
-    shutil.copytree(source, output, dirs_exist_ok=True)
+    side: int = SIDE  # of the pictures that the tower sees
+    tiled: bool = False
 
 
 EXPORTS = {
-    "language": Export(load_language, TOY_WORDS, lambda: image_processor(SIDE), None),
-    "next": Export(load_next, NEXT_WORDS, tile_processor, copy_text_tower),
-    "video": Export(load_video, VIDEO_WORDS, lambda: image_processor(VIDEO_SIDE), no_text_tower),
-    "instruct": Export(load_instruct, INSTRUCT_WORDS, lambda: image_processor(SIDE), grow_text_tower),
+    "language": Export(lambda folder, model: untrained_language(folder), TOY_WORDS, None),
+    "next": Export(lambda folder, model: build_next(load_toy(model)), NEXT_WORDS, copy_text_tower, tiled=True),
+    "video": Export(lambda folder, model: build_video_llava(load_toy(model)), VIDEO_WORDS, no_text_tower, VIDEO_SIDE),
+    "instruct": Export(lambda folder, model: build_instruct(model), INSTRUCT_WORDS, grow_text_tower),
 }
 
 
 def export(stage: str, folder: Path, model: Path, output: Path) -> None:
     """Write the checkpoint of a stage: float16 weights, configs, tokenizer, processors, text tower."""
     how = EXPORTS[stage]
-    trained, ids = how.load(folder, model), how.words.ids
+    trained, ids = load_trained(stage, folder, model), how.words.ids
     trained.generation_config = GenerationConfig(
         bos_token_id=ids[BOS], eos_token_id=ids[EOS], pad_token_id=ids[PAD], do_sample=False
     )
     trained.half().save_pretrained(output)
     write_processor_config(trained.config, output)
     how.words.tokenizer.save_pretrained(output)
-    how.processor().save_pretrained(output)
+    image_processor(how.side, how.tiled).save_pretrained(output)
     if how.text_tower is None:
         write_text_tower(load_clip(folder), output / "text_tower")
     else:

@@ -12,9 +12,11 @@ import argparse
 import itertools
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,25 +35,30 @@ from eval.config import DEFAULT_DATA, DEFAULT_MODEL, ROOT
 from eval.sweep import CachingLlava, Setting, sweep
 from eval.tables.page import insert, markdown
 from llava.model.builder import load
-from llava.processing.clip_image import ImageProcessor, pad_to_square
+from llava.processing.image import ImageProcessor, pad_to_square
 from llava.processing.video import read_video
 from toy.benchmarks.gqa import draw_large
-from toy.data.corpus import Corpus, tower_states
-from toy.data.formats import FORMATS, WITHOUT_IMAGE
-from toy.data.instruct_vocabulary import INSTRUCT_WORDS
+from toy.data.corpus import Corpus, arrange, crops, run_sources, tower_states
+from toy.data.formats import FORMATS, INSTRUCT_WORDS, WITHOUT_IMAGE
+from toy.data.questions import FAMILIES, PlainQuestion, ask
 from toy.data.scenes import SIDE
-from toy.data.tiles import arrange, crops, run_sources
-from toy.data.video_questions import FAMILIES as VIDEO_FAMILIES
-from toy.data.video_questions import STATIC, ask_video
-from toy.data.video_scenes import SEEN, plan_video
-from toy.data.vocabulary import ASSISTANT, PAD, SHORT_ANSWER, TOY_WORDS, VIDEO_WORDS
-from toy.model.decoder import answer_logits, forward
-from toy.model.llava import Trainee
-from toy.packing import Asked, Questions, Visuals, pack, whole
-from toy.pair_packing import READ_AT, Lines, ask_lines, predictions, right_answers
-from toy.stages.base import QUESTION_LENGTH
-from toy.stages.video_tokens import QUESTION_LENGTH as VIDEO_QUESTION_LENGTH
-from toy.text_only import TextOnly, training_questions
+from toy.data.videos import FAMILIES as VIDEO_FAMILIES
+from toy.data.videos import SEEN, STATIC, ask_video, plan_video
+from toy.data.vocabulary import ASSISTANT, SHORT_ANSWER, TOY_WORDS, VIDEO_WORDS, Vocabulary
+from toy.llava import Trainee
+from toy.packing import (
+    READ_AT,
+    Visuals,
+    answer_logits,
+    ask_lines,
+    forward,
+    pack,
+    predictions,
+    right_answers,
+    whole,
+)
+from toy.stages import QUESTION_LENGTH
+from toy.stages.video import QUESTION_LENGTH as VIDEO_QUESTION_LENGTH
 
 HARD = 20.0  # points above the text-only baseline below which a family is marked
 # Validation scenes of the formats, after those that training watches.
@@ -81,7 +88,7 @@ def report_language(args: argparse.Namespace) -> Tables:
     }
     columns = {"576 tokens": credits, **{f"{kind} scenes": part for kind, part in kinds.items()}}
     columns["text only"] = blind(records, lookup)
-    groups = by_family({name: family_of(record) for name, record in records.items()}) | {"**all**": list(records)}
+    groups = by_family(records) | {"**all**": list(records)}
     stages = [stage for stage in ("vision", "language") if log_of(args.folder, stage).exists()]
     return {"families": family_table(groups, columns), "training": training_table(args.folder, stages, False)}
 
@@ -103,13 +110,18 @@ def report_next(args: argparse.Namespace) -> Tables:
         def list_things(self, row: int):
             return draw_large("train", row, row % 2 == 1)[1]
 
+    asking = Asking("imageId", TOY_WORDS, (SHORT_ANSWER, ASSISTANT), QUESTION_LENGTH)
+
+    def pixels(name: str) -> np.ndarray:
+        return np.asarray(Image.open(images / f"{name}.jpg"))
+
     columns = {
-        "all tokens": picture_credits(records, images, after, lambda image: tiled(image, tower)),
-        "thumbnail only": picture_credits(records, images, after, lambda image: one_crop(crops(image)[0], tower)),
-        "toy model": picture_credits(records, images, before, lambda image: one_crop(padded(image), tower)),
+        "all tokens": asking.credits(records, after, lambda name: tiled(pixels(name), tower)),
+        "thumbnail only": asking.credits(records, after, lambda name: one_crop(crops(pixels(name))[0], tower)),
+        "toy model": asking.credits(records, before, lambda name: one_crop(padded(pixels(name)), tower)),
         "text only": blind(records, TextOnly(training_questions(Drawn(), COUNTED["next"]))),
     }
-    groups = dict(sorted(by_family({name: family_of(record) for name, record in records.items()}).items()))
+    groups = dict(sorted(by_family(records).items()))
     for kind in ("natural", "dense"):
         groups[f"*{kind} scenes*"] = [n for n, record in records.items() if record["groups"]["global"] == kind]
     groups["**all**"] = list(records)
@@ -126,17 +138,28 @@ def report_video(args: argparse.Namespace) -> Tables:
     rng, pairs = np.random.default_rng(0), []
     for row in range(min(COUNTED["video"], args.limit or COUNTED["video"])):
         plan = plan_video("train", row)
-        found = (ask_video(plan, family, rng, tries=12) for family in VIDEO_FAMILIES)
-        pairs += [(q.family, q.text, q.answer) for q in found if q is not None]
+        asked = (ask_video(plan, family, rng, tries=12) for family in VIDEO_FAMILIES)
+        pairs += [(q.family, q.text, q.answer) for q in asked if q is not None]
     lookup = TextOnly(pairs)
+    asking = Asking("video_name", VIDEO_WORDS, (ASSISTANT,), VIDEO_QUESTION_LENGTH)
+
+    def looking_at(*shown: int) -> Callable[[str], Visuals]:
+        """How the model sees a video when it is given these of the eight frames, in its eight places."""
+
+        def look(name: str) -> Visuals:
+            frames = [np.asarray(frame) for frame in read_video(folder / "videos" / f"{name}.mp4", SEEN).frames]
+            return all_frames(np.stack([frames[number] for number in shown]), model.model.video_tower)
+
+        return look
+
     columns = {
-        "eight frames": video_credits(records, folder / "videos", model, range(SEEN)),
-        "first frame": video_credits(records, folder / "videos", model, [0] * SEEN),
-        "last frame": video_credits(records, folder / "videos", model, [SEEN - 1] * SEEN),
-        "text only": {n: float(lookup.answer(r["type"], r["question"]) == r["answer"]) for n, r in records.items()},
+        "eight frames": asking.credits(records, model, looking_at(*range(SEEN))),
+        "first frame": asking.credits(records, model, looking_at(*[0] * SEEN)),
+        "last frame": asking.credits(records, model, looking_at(*[SEEN - 1] * SEEN)),
+        "text only": blind(records, lookup),
     }
-    found_families = by_family({name: record["type"] for name, record in records.items()})
-    groups = {family: found_families[family] for family in VIDEO_FAMILIES if family in found_families}
+    families = by_family(records)
+    groups = {family: families[family] for family in VIDEO_FAMILIES if family in families}
     groups["*asking for change*"] = [name for name, record in records.items() if record["type"] not in STATIC]
     groups["**all**"] = list(records)
     return {"families": family_table(groups, columns), "training": training_table(args.folder, ["video"])}
@@ -149,7 +172,7 @@ def report_instruct(args: argparse.Namespace) -> Tables:
     formats = format_table(*format_credits(args.model, scenes, min(FIRST, len(scenes) - count), count))
     columns = {"this model": gqa_credits(args.model, args), "toy model": gqa_credits(Path(DEFAULT_MODEL), args)}
     records = gqa_records(DEFAULT_DATA, columns["this model"])
-    groups = by_family({name: family_of(record) for name, record in records.items()}) | {"**all**": list(records)}
+    groups = by_family(records) | {"**all**": list(records)}
     families = family_table(groups, columns, hard=False)
     return {"training": training_table(args.folder, ["instruct"]), "formats": formats, "families": families}
 
@@ -176,17 +199,51 @@ def gqa_records(data: Path, only: Credits | None = None) -> dict[str, dict]:
     return {name: record for name, record in records.items() if only is None or name in only}
 
 
-def family_of(record: dict) -> str:
-    """Question family of an annotation."""
-    return record["types"]["detailed"]
+def family_of(record: Mapping[str, Any]) -> str:
+    """Question family of an annotation of GQA's or of the video set's layout."""
+    return record["type"] if "type" in record else record["types"]["detailed"]
 
 
-def by_family(families: Mapping[str, str]) -> dict[str, list[str]]:
+def by_family(records: Mapping[str, dict]) -> dict[str, list[str]]:
     """Question ids by family, in the order in which the families first occur."""
     groups: dict[str, list[str]] = defaultdict(list)
-    for name, family in families.items():
-        groups[family].append(name)
+    for name, record in records.items():
+        groups[family_of(record)].append(name)
     return dict(groups)
+
+
+class TextOnly:
+    """The text-only baseline: the commonest training answer to the same question, else to its family."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str, str]]):
+        """`pairs` are (family, question, answer)."""
+        questions: dict[str, Counter] = defaultdict(Counter)
+        families: dict[str, Counter] = defaultdict(Counter)
+        for family, question, answer in pairs:
+            questions[question][answer] += 1
+            families[family][answer] += 1
+        self._question = {text: _commonest(counts) for text, counts in questions.items()}
+        self._family = {family: _commonest(counts) for family, counts in families.items()}
+
+    def answer(self, family: str, question: str) -> str:
+        """The answer that was seen most often."""
+        return self._question.get(question, self._family[family])
+
+
+def _commonest(counts: Mapping[str, int]) -> str:
+    """Ties go to the first in the alphabet, not to the order of counting."""
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def training_questions(corpus: Corpus, scenes: int, seed: int = 0) -> Iterable[tuple[str, str, str]]:
+    """Two questions of every family about each of the first `scenes` training scenes."""
+    rng = np.random.default_rng(seed)
+    for row in range(min(scenes, len(corpus))):
+        things = corpus.list_things(row)
+        for family in (*FAMILIES, *FAMILIES):
+            question = ask(things, family, rng, tries=12)
+            if question is not None:
+                yield family, question.text, question.answer
 
 
 def blind(records: Mapping[str, dict], lookup: TextOnly) -> Credits:
@@ -201,26 +258,38 @@ def trained_parts(llava: nn.Module) -> Trainee:
     return parts
 
 
-def first_words(parts: Trainee, prefix: list[int], visuals: Visuals, questions: Questions) -> list[float]:
-    """1 for every question about one image whose answer word the model puts first, 0 for the others."""
-    logits = answer_logits(parts, forward(parts, prefix, visuals, questions.text), questions)
-    return (logits[0, :, 0].argmax(-1) == questions.answer[0]).float().tolist()
+@dataclass(frozen=True)
+class Asking:
+    """How a model is asked about pictures or videos.
 
+    Attributes:
+        shown: the field of a record that names the picture or video.
+        tail: the tokens between a question and its answer.
+        length: of the longest question, in tokens, with suffix, role and answer.
+    """
 
-@torch.inference_mode()
-def picture_credits(
-    records: Mapping[str, dict], images: Path, model: nn.Module, look: Callable[[np.ndarray], Visuals]
-) -> Credits:
-    """Credits of a model that sees what `look` makes of a picture's pixels."""
-    parts, credits, ids = trained_parts(model), {}, TOY_WORDS.ids
-    by_picture = itertools.groupby(records.items(), key=lambda item: item[1]["imageId"])
-    for image, group in tqdm(by_picture, desc="questions by picture"):
-        names, asked = zip(*group, strict=True)
-        lines = [Asked(family_of(r), TOY_WORDS.encode(r["question"]), TOY_WORDS.encode(r["answer"])[0]) for r in asked]
-        questions = pack([lines], [ids[SHORT_ANSWER], ids[ASSISTANT]], QUESTION_LENGTH, ids[PAD])
-        visuals = look(np.asarray(Image.open(images / f"{image}.jpg")))
-        credits |= dict(zip(names, first_words(parts, TOY_WORDS.prefix, visuals, questions), strict=True))
-    return credits
+    shown: str
+    words: Vocabulary
+    tail: tuple[str, ...]
+    length: int
+
+    @torch.inference_mode()
+    def credits(self, records: Mapping[str, dict], model: nn.Module, look: Callable[[str], Visuals]) -> Credits:
+        """1 for every question whose answer word the model puts first, 0 for the others.
+
+        Args:
+            look: name of a picture or video -> the visual tokens that the model is given.
+        """
+        parts, credits = trained_parts(model), {}
+        by_name = itertools.groupby(records.items(), key=lambda item: item[1][self.shown])
+        for name, group in tqdm(by_name, desc=f"questions by {self.shown}"):
+            identities, asked = zip(*group, strict=True)
+            line = [PlainQuestion(family_of(r), r["question"], r["answer"]) for r in asked]
+            questions = pack([line], self.words, self.tail, self.length)
+            decoded = forward(parts, self.words.prefix, look(name), questions.text)
+            said = answer_logits(parts, decoded, questions)[0, :, 0].argmax(-1)
+            credits |= dict(zip(identities, (said == questions.answer[0]).float().tolist(), strict=True))
+        return credits
 
 
 def tiled(image: np.ndarray, tower: nn.Module) -> Visuals:
@@ -241,21 +310,6 @@ def padded(image: np.ndarray) -> np.ndarray:
     return np.asarray(pad_to_square(Image.fromarray(image), colour, SIDE))
 
 
-@torch.inference_mode()
-def video_credits(records: Mapping[str, dict], videos: Path, model: nn.Module, shown: Sequence[int]) -> Credits:
-    """Credits of a model that is given the frames `shown` of the eight frames, in its eight places."""
-    parts, credits, ids = trained_parts(model), {}, VIDEO_WORDS.ids
-    by_video = itertools.groupby(records.items(), key=lambda item: item[1]["video_name"])
-    for video, group in tqdm(by_video, desc="questions by video"):
-        names, asked = zip(*group, strict=True)
-        lines = [Asked(r["type"], VIDEO_WORDS.encode(r["question"]), VIDEO_WORDS.encode(r["answer"])[0]) for r in asked]
-        questions = pack([lines], [ids[ASSISTANT]], VIDEO_QUESTION_LENGTH, ids[PAD])
-        frames = [np.asarray(frame) for frame in read_video(videos / f"{video}.mp4", SEEN).frames]
-        visuals = all_frames(np.stack([frames[number] for number in shown]), model.model.video_tower)
-        credits |= dict(zip(names, first_words(parts, VIDEO_WORDS.prefix, visuals, questions), strict=True))
-    return credits
-
-
 def all_frames(frames: np.ndarray, tower: nn.Module) -> Visuals:
     """[8, 128, 128, 3] uint8 -> all visual tokens, 257 per frame."""
     return whole(tower_states(tower, frames).flatten(0, 1)[None])
@@ -274,16 +328,11 @@ def format_credits(
         rows = np.arange(start, min(start + AT_ONCE, first + count))
         lines = ask_lines(scenes, rows, [list(FORMATS)] * len(rows), rng)
         features = tower_states(llava.model.vision_tower, scenes.images[rows])[:, 1:]
-        collect(seen, parts, whole(features), lines)
-        collect(unseen, parts, whole(features[:, :0]), lines)
+        for credits, visuals in ((seen, whole(features)), (unseen, whole(features[:, :0]))):
+            decoded = forward(parts, INSTRUCT_WORDS.prefix, visuals, lines.text, early_at=READ_AT)
+            for name, right in right_answers(predictions(parts, decoded, lines)[0], lines):
+                credits[name].append(right)
     return seen, unseen
-
-
-def collect(credits: dict[str, list[bool]], parts: Trainee, visuals: Visuals, lines: Lines) -> None:
-    """Add right or wrong by format."""
-    decoded = forward(parts, INSTRUCT_WORDS.prefix, visuals, lines.text, early_at=READ_AT)
-    for name, right in right_answers(predictions(parts, decoded, lines)[0], lines):
-        credits[name].append(right)
 
 
 def format_table(seen: dict[str, list[bool]], unseen: dict[str, list[bool]]) -> str:

@@ -21,17 +21,18 @@ from tqdm import tqdm
 
 from eval.command import exit_on_user_error
 from eval.config import DEFAULT_MODEL
-from eval.parallel import placement
-from eval.parallel import ranks as own
+from eval.parallel import placement, ranks
 from eval.parallel.launch import launch
 from eval.tracking import Tracker, start
 from llava.errors import UserError
-from toy import ranks
-from toy.optimizer import MasterOptimizer, schedule
-from toy.stages import STAGES
-from toy.stages.base import Settings, Stage, options
+from toy.optimizer import RANK, MasterOptimizer, join_ranks, leave_ranks, schedule
+from toy.stages import Settings, Stage
+from toy.stages.next import Next
+from toy.stages.scenes import Instruct, Language, Vision
+from toy.stages.video import Video
 
 LOG_EVERY = 25  # steps
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Vision, Language, Next, Video, Instruct)}
 
 
 def train(stage: Stage, folder: Path, seed: int = 0, tracker: Tracker | None = None) -> MasterOptimizer:
@@ -47,12 +48,10 @@ def train(stage: Stage, folder: Path, seed: int = 0, tracker: Tracker | None = N
     checkpoint = folder / f"{stage.name}.checkpoint.pt"
     first, seconds = resume(optimizer, checkpoint, settings) if checkpoint.exists() else (0, 0.0)
     averages: dict[str, float] = {}
-    bar = tqdm(
-        range(first, settings.steps), desc=stage.name, initial=first, total=settings.steps, disable=ranks.RANK > 0
-    )
+    bar = tqdm(range(first, settings.steps), desc=stage.name, initial=first, total=settings.steps, disable=RANK > 0)
     started = time.time() - seconds
     for step in bar:
-        rng = np.random.default_rng([seed, ranks.RANK, step])
+        rng = np.random.default_rng([seed, RANK, step])
         torch.manual_seed(int(rng.integers(2**31)))
         loss, numbers = stage.loss(step, rng)
         loss.backward()
@@ -61,7 +60,7 @@ def train(stage: Stage, folder: Path, seed: int = 0, tracker: Tracker | None = N
             if value == value:
                 averages[name] = 0.95 * averages.get(name, value) + 0.05 * value
         last = step + 1 == settings.steps
-        if ranks.RANK > 0:
+        if RANK > 0:
             continue
         if (step + 1) % LOG_EVERY == 0 or last:
             line = {"step": step + 1, "seconds": round(time.time() - started, 1)}
@@ -100,28 +99,24 @@ def run(name: str, folder: Path, settings: Settings, model: Path) -> None:
     torch.manual_seed(0)
     stage = STAGES[name](folder, settings, model)
     tracker = None
-    if ranks.RANK == 0:
+    if RANK == 0:
         config = {"benchmark": "toy", "split": name, "folder": str(folder), "model": str(model)}
         tracker = start("auto", folder, config | dataclasses.asdict(settings))
     optimizer = train(stage, folder, tracker=tracker)
     if tracker:
         tracker.close(failed=False)
-    if ranks.RANK == 0:
+    if RANK == 0:
         torch.save(optimizer.masters, folder / f"{name}.pt")
         print({key: round(value, 4) for key, value in stage.evaluate(settings.final).items()})
 
 
 def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The stage, its folder and its settings; a stage has flags for those settings that it uses."""
+    """The stage and its folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, stage in STAGES.items():
-        sub = stages.add_parser(name, help=(stage.__doc__ or "").splitlines()[0])
-        sub.add_argument("--folder", type=Path, required=True, help="where corpora, checkpoints and logs go")
-        sub.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the toy model that fine-tuning starts from")
-        sub.add_argument("--quick", action="store_true", help="a few steps on a few scenes")
-        for field in options(stage.defaults):
-            sub.add_argument(*field.flags, type=field.type, dest=field.name, metavar="N", help=field.help)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--folder", type=Path, required=True, help="where corpora, checkpoints and logs go")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the toy model that fine-tuning starts from")
+    parser.add_argument("--quick", action="store_true", help="a few steps on a few scenes")
     return parser.parse_args(words)
 
 
@@ -133,12 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (place := placement.here(device="cpu")) is not None:
         return launch("toy.train", words, place, timeout=600)
     stage = STAGES[args.stage]
-    given = {field.name: value for field in options(stage.defaults) if (value := getattr(args, field.name)) is not None}
-    settings = dataclasses.replace(stage.quick if args.quick else stage.defaults, **given)
-    own.current().report(own.TRAINING)
-    ranks.start()
+    settings = stage.quick if args.quick else stage.defaults
+    ranks.current().report(ranks.TRAINING)
+    join_ranks()
     run(args.stage, args.folder, settings, args.model)
-    ranks.stop()
+    leave_ranks()
     return 0
 
 

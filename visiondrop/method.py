@@ -5,9 +5,17 @@ Official code read: Ruixxxx/VisionDrop@f7a9444, llava/visionzip and llava/model/
 Differs from it: merged tokens are means (theirs adds the mean to the target token, as `official` does); batches,
 several images, grouped-query heads, any budget and depth. With tiles, `official` too reduces all of them in the decoder
 (theirs: the first view alone) and keeps merged tokens in raster order of the tiles' grid (theirs: tile after tile).
+
+Stages cut the decoder into segments; the first starts at layer 0 with the tokens that the encoder stage keeps. How many
+each keeps is in the release's README.md and scripts/v1_5/visiondrop_eval for an average of 32 alone; the rule for
+other budgets is ours (docs/visiondrop.md).
+
+Shapes: B images, n visual tokens, W keys up to the last visual token, H heads of width d, D channels.
 """
 
+import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import pairwise
 from typing import ClassVar
 
@@ -16,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.reduction import (
+    Angles,
+    DecoderLayer,
     DecoderState,
     EncoderState,
     MethodMetadata,
@@ -25,24 +35,248 @@ from llava.reduction import (
     State,
     TowerScore,
     UserError,
-    merge_flops,
+    angles_at,
+    at_spans,
+    attention_rows,
+    linear_flops,
     merge_plan,
     option,
     over_crops,
+    places,
     planned,
+    prepared_angles,
+    projected_heads,
     refuse_budget,
     register,
+    row_index,
     scaled_layers,
     split,
     tokens_by_layer,
+    unseen,
 )
-from visiondrop.schedule import PUBLISHED_RATIO, PUBLISHED_START, plan, segment_widths
-from visiondrop.scoring import ATTENTIONS, AVERAGES, METRICS, look, merge_metric, visual_scores
 
 STAGES, REFERENCE = (8, 16, 24), 32
+# (dominant, contextual) tokens of the four segments; CLS is one of the 42.
+PUBLISHED = ((42, 6), (30, 5), (22, 4), (16, 3))
+PUBLISHED_BUDGET, PUBLISHED_START, PUBLISHED_RATIO = 32, 1.5, 7
+REACH = 3  # how far a count may move from the geometric value to make the mean exact
+
 ENCODER_SCORES = {"cls": "cls_attention", "received": "received_attention"}
+ATTENTIONS = ("causal", "visual", "bidirectional")
+AVERAGES = ("all", "viewers")
+METRICS = ("rotated", "unrotated", "hidden")
 MERGES = {"mean": "mean", "target_plus_mean": "anchor_plus_mean", "none": "none"}
 FREE = ("budget", "official", "layers", "schedule", "start", "ratio")  # arguments of the release
+SLICE = 2**24  # attention weights held at a time: 64 MB in float32
+
+
+# How many tokens each stage keeps: the released schedule, and a geometric rule for other budgets.
+
+
+def plan(
+    budget: int, widths: tuple[int, ...], most: int, rule: str, start: float, ratio: int
+) -> tuple[tuple[int, int], ...]:
+    """(dominant, contextual) tokens of every segment; their sums have the mean `budget` over layers.
+
+    Args:
+        budget: mean tokens per layer, below `most`.
+        widths: layers in each segment.
+        most: tokens of the unreduced image.
+        rule: "published" uses a multiple of the released schedule where there is one (four equal segments and a
+            multiple of 32), else the geometric rule.
+        start: tokens of the first segment as a multiple of the budget.
+        ratio: dominant tokens for one contextual.
+    """
+    equal = len(widths) == len(PUBLISHED) and len(set(widths)) == 1
+    released = equal and budget % PUBLISHED_BUDGET == 0 and budget * PUBLISHED_START <= most
+    if rule == "published" and start == PUBLISHED_START and released:
+        times = budget // PUBLISHED_BUDGET
+        pairs = tuple((times * dominant, times * contextual) for dominant, contextual in PUBLISHED)
+        return pairs if ratio == PUBLISHED_RATIO else tuple(dominant_and_contextual(sum(pair), ratio) for pair in pairs)
+    return tuple(dominant_and_contextual(total, ratio) for total in geometric(budget, widths, most, start))
+
+
+def dominant_and_contextual(total: int, ratio: int) -> tuple[int, int]:
+    """(dominant, contextual) tokens of `total`.
+
+    Args:
+        ratio: dominant tokens for one contextual; 0 makes all of them dominant.
+
+    Ratio 7 gives the published pairs: ceil(total / 8) contextual tokens. At least one token is dominant.
+    """
+    contextual = min(-(-total // (ratio + 1)), total - 1) if ratio else 0
+    return total - contextual, contextual
+
+
+def geometric_means(budget: int, widths: tuple[int, ...], most: int, start: float) -> tuple[float, ...]:
+    """Tokens of every segment before rounding: first * lambda^k, at least 1, with the mean `budget` over layers.
+
+    The first segment gets `start` times the budget, or less if the image has fewer tokens or if no token would be left
+    for later layers.
+    """
+    layers = sum(widths)
+    spare = 1 + (budget - 1) * layers / widths[0]  # then every other layer has one token
+    first = min(start * budget, most, spare)
+
+    def values(factor: float) -> tuple[float, ...]:
+        return tuple(max(1.0, first * factor**k) for k in range(len(widths)))
+
+    low, high = 0.0, 1.0
+    for _ in range(100):  # bisection: the mean grows with the factor
+        middle = (low + high) / 2
+        mean = sum(width * value for width, value in zip(widths, values(middle), strict=True)) / layers
+        low, high = (middle, high) if mean < budget else (low, middle)
+    return values(high)
+
+
+def geometric(budget: int, widths: tuple[int, ...], most: int, start: float) -> tuple[int, ...]:
+    """The non-increasing integers nearest to `geometric_means` whose mean over layers is the budget.
+
+    Among all counts within REACH of the geometric values, those with the mean nearest to the budget, and among these
+    the ones with the least squared distance. The mean is exact unless the segment widths make that impossible.
+    """
+    ideal = geometric_means(budget, widths, most, start)
+    # (tokens over all layers so far, last count) -> (squared distance, counts)
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, most): (0.0, ())}
+    for value, width in zip(ideal, widths, strict=True):
+        longer: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
+        for (total, last), (cost, counts) in best.items():
+            for count in range(max(1, math.floor(value) - REACH), min(last, math.ceil(value) + REACH) + 1):
+                key = (total + width * count, count)
+                candidate = (cost + (count - value) ** 2, (*counts, count))
+                longer[key] = min(candidate, longer.get(key, candidate))
+        best = longer
+    wanted = budget * sum(widths)
+    return min((abs(total - wanted), *candidate) for (total, _), candidate in best.items())[-1]
+
+
+# Attention that the visual tokens of a decoder layer receive from each other, without text among the queries. It is
+# computed for the visual rows alone and in slices.
+
+
+@dataclass
+class AttentionInputs:
+    """Hidden states, keys and mask for the attention among the visual tokens in the next layer.
+
+    Attributes:
+        rows: [B, n, D] inputs of the layer at the visual tokens, after its norm.
+        rotary: angles at their positions.
+        keys: [B, Hkv, W, d] rotated keys.
+        unseen: [B, 1, n, W] bool, True for the keys that a row may not see; None where all rows see all.
+        columns: [B, n] int64, which of the W keys are the visual tokens.
+        span: the same as [start, stop), where it is that of all images.
+    """
+
+    rows: Tensor
+    rotary: Angles
+    keys: Tensor
+    unseen: Tensor | None
+    columns: Tensor
+    span: tuple[int, int] | None = None
+
+
+def attention_inputs(state: DecoderState, attention: str) -> AttentionInputs:
+    """Prepare a kind of attention; the operations of its keys are counted in `state.flops`.
+
+    Args:
+        attention: "causal", the layer's own: every visual token sees the text and images before it, and visual
+            tokens up to itself. "visual": only the latter. "bidirectional": all visual tokens of its image.
+    """
+    sequence, layer = state.sequence, state.llm.layers[state.layer]
+    angles = prepared_angles(state.llm, sequence)
+    rotary = angles_at(angles, sequence, sequence.images)
+    span: tuple[int, int] | None
+    if attention == "causal":
+        # Causality: no visual token sees the text after the image, so that text needs no keys.
+        width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))
+        normed = layer.input_layernorm(sequence.hidden[:, :width])
+        rows, key_angles = at_spans(normed, sequence, sequence.images), angles.rows(slice(width))
+        columns, hidden = row_index(sequence, sequence.images)[0], unseen(sequence, sequence.images, width)
+        spans = set(sequence.padded_spans(sequence.images))
+        span = spans.pop() if len(spans) == 1 else None
+    else:
+        batch, width = state.tokens.shape[:2]
+        normed = rows = layer.input_layernorm(state.tokens)
+        key_angles, span, columns = rotary, (0, width), places(batch, width, state.tokens.device)
+        hidden = None if attention == "bidirectional" else (columns[:, None] > columns[..., None])[:, None]
+    keys = projected_heads(layer, layer.self_attn.k_proj, normed, key_angles)
+    state.flops += len(keys) * linear_flops(layer.self_attn.k_proj, width)
+    return AttentionInputs(rows, rotary, keys, hidden, columns, span)
+
+
+def received_attention(layer: DecoderLayer, seen: AttentionInputs, diagonal: bool) -> Tensor:
+    """Attention that each visual token receives: mean over heads, sum over visual tokens.
+
+    Args:
+        layer: a LlamaDecoderLayer.
+        diagonal: count the attention of a token to itself.
+
+    Returns:
+        [B, n] float32. Rows are processed in slices, so the full attention map is never held.
+    """
+    batch, count, width = *seen.rows.shape[:2], seen.keys.shape[2]
+    heads = layer.self_attn.q_proj.out_features // layer.self_attn.head_dim
+    step = max(1, SLICE // (batch * heads * width))
+    received = []
+    for start in range(0, count, step):
+        rows, rotary, hidden = seen.rows, seen.rotary, seen.unseen
+        if step < count:
+            part = slice(start, start + step)
+            rows, rotary, hidden = rows[:, part], rotary.rows(part), None if hidden is None else hidden[:, :, part]
+        weights = attention_rows(layer, rows, seen.keys, hidden, rotary).mean(1)
+        if seen.span is not None:
+            weights = weights[:, :, slice(*seen.span)]
+        else:
+            weights = weights.gather(2, seen.columns[:, None].expand(-1, weights.shape[1], -1))
+        if not diagonal:
+            own = torch.eye(count, dtype=torch.bool, device=weights.device)
+            weights = weights.masked_fill(own[start : start + step], 0)
+        received.append(weights.sum(1))
+    return sum(received[1:], received[0])
+
+
+def viewers(count: int, attention: str, diagonal: bool, device: torch.device) -> Tensor:
+    """[n] float32, the number of visual tokens that may see each one; at least 1, as it is used as a divisor."""
+    if attention == "bidirectional":
+        number = torch.full((count,), float(count), device=device)
+    else:
+        number = torch.arange(count, 0, -1, device=device, dtype=torch.float32)
+    return (number if diagonal else number - 1).clamp(min=1)
+
+
+def visual_scores(state: DecoderState, seen: AttentionInputs, attention: str, average: str, diagonal: bool) -> Tensor:
+    """[B, n] float32, mean attention received by every visual token, higher is more important.
+
+    The operations are counted in `state.flops`.
+
+    Args:
+        average: mean over "all" visual tokens, with zeros from those that cannot see the token, or over its "viewers".
+    """
+    layer, count, width = state.llm.layers[state.layer], seen.rows.shape[1], seen.keys.shape[2]
+    received = received_attention(layer, seen, diagonal)
+    query = layer.self_attn.q_proj
+    state.flops += len(received) * (linear_flops(query, count) + 2 * count * width * query.out_features)
+    if average == "all":
+        return received / count
+    return received / viewers(count, attention, diagonal, received.device)
+
+
+def merge_metric(state: DecoderState, seen: AttentionInputs, metric: str) -> Tensor:
+    """[B, n, d] (or [B, n, D]) float32 vectors; merging compares tokens by their cosine.
+
+    Args:
+        metric: keys of the next layer, mean over heads, "rotated" by position or "unrotated"; or the "hidden" states.
+    """
+    if metric == "hidden":
+        return state.tokens.float()
+    if metric == "unrotated":
+        layer = state.llm.layers[state.layer]
+        state.flops += len(state.tokens) * linear_flops(layer.self_attn.k_proj, state.tokens.shape[1])
+        return projected_heads(layer, layer.self_attn.k_proj, seen.rows).mean(1)
+    if seen.span is not None:
+        return seen.keys[:, :, slice(*seen.span)].mean(1)
+    index = seen.columns[:, None, :, None].expand(-1, seen.keys.shape[1], -1, seen.keys.shape[-1])
+    return seen.keys.gather(2, index).mean(1)
 
 
 @register("visiondrop")
@@ -72,7 +306,9 @@ class VisionDrop(Reducer):
         "each", "the encoder stage splits the budget evenly over tiles, the decoder ranks all together", ("each",)
     )
     official: bool = option(False, "exactly as released: a merged token is its target plus the mean of the others")
-    layers: tuple = option((), "decoder layers before which to reduce; empty for 8, 16, 24 of 32 in proportion")
+    layers: tuple[int, ...] = option(
+        (), "decoder layers before which to reduce; empty for 8, 16, 24 of 32 in proportion"
+    )
     schedule: str = option(
         "published",
         "multiples of the released 48/35/26/19 where budget and segments allow, else geometric; or always geometric",
@@ -135,55 +371,61 @@ class VisionDrop(Reducer):
             raise UserError(f"visiondrop.layers must be below {layers} (decoder layers), got {stages[-1]}.")
         return stages
 
-    def stages(self, spec: ModelSpec) -> dict[int, tuple[int, int]]:
-        """(dominant, contextual) tokens from each stage's layer on; layer 0 is for the encoder stage."""
-        layers = self.decoder_layers(spec.layers)
-        widths = segment_widths(layers, spec.layers)
-        pairs = plan(self.budget, widths, spec.visual_tokens, self.schedule, self.start, self.ratio)
-        return dict(zip((0, *layers), pairs, strict=True))
-
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...]:
-        if self.budget >= spec.visual_tokens:
-            return (spec.visual_tokens,) * spec.layers
-        layers, (first, *counts) = self.decoder_layers(spec.layers), map(sum, self.stages(spec).values())
-        return tokens_by_layer(first, layers, counts, spec.layers)
+        first, *counts = map(sum, stages_of(self, spec).values())
+        return tokens_by_layer(first, self.decoder_layers(spec.layers), counts, spec.layers)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
-        assert state.spec is not None  # the pipeline sets it
         score, keys = (state.scores[score] for score in self.scores())
-        patches = score.shape[1]
-        if self.tokens_per_layer(state.spec)[0] >= patches:
-            return _drop_cls(state.features) if self.keep_cls else None
+        images, patches = score.shape
+        dominant, contextual = stages_of(self, state.spec)[0]
+        if dominant + contextual >= patches:
+            if not self.keep_cls:
+                return None
+            # All patches without CLS, as LLaVA has them without reduction.
+            every = torch.arange(1, patches + 1, device=score.device)
+            return Reduction(every.expand(images, -1), patches + 1)
         if self.keep_cls:
             # CLS gets the highest score, so it is kept and its key is never compared.
             score, keys = F.pad(score, (1, 0), value=float("inf")), F.pad(keys, (0, 0, 1, 0))
-        return self._reduce(state, score, keys, *self.stages(state.spec)[0])
+        return self._reduce(state, score, keys, dominant, contextual)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        assert state.spec is not None  # the pipeline sets it
-        tokens = planned(self, state.spec)
-        assert tokens is not None  # it never depends on the image
-        if tokens[state.layer] >= state.tokens.shape[1]:
+        dominant, contextual = decoder_stages(self, state.spec)[state.layer]
+        if dominant + contextual >= state.tokens.shape[1]:
             return None  # this stage has nothing to do
-        seen = look(state, self.attention)
+        seen = attention_inputs(state, self.attention)
         score = visual_scores(state, seen, self.attention, self.average, self.diagonal)
-        # For an image with tiles, the sum of what the stage would keep of each tile; all tokens are ranked together,
-        # newline tokens that are kept among them.
-        contextual = sum(sized.stages(part)[state.layer][1] for sized, part in over_crops(self, state.spec))
-        dominant = tokens[state.layer] - contextual
         return self._reduce(state, score, merge_metric(state, seen, self.metric), dominant, contextual)
 
     def _reduce(self, state: State, score: Tensor, metric: Tensor, dominant: int, contextual: int) -> Reduction:
         """Keep the `dominant` best tokens, merge the others into `contextual` of them."""
-        merge = MERGES["target_plus_mean" if self.official else self.merge]
-        merges = merge != "none" and contextual > 0
-        inputs, channels = metric.shape[1:]
-        state.flops += len(metric) * merge_flops("stride", inputs, dominant, contextual, channels, merges)
+        weights = MERGES["target_plus_mean" if self.official else self.merge]
         retained, rest = split(score, dominant)
-        return merge_plan(retained, rest, contextual, score, metric, "stride", merge, self.order == "appended")
+        appended = self.order == "appended"
+        return merge_plan(retained, rest, contextual, score, metric, "stride", weights, appended, state.matmul)
 
 
-def _drop_cls(features: Tensor) -> Reduction:
-    """Keep all patches and drop CLS, as LLaVA does without reduction."""
-    count = features.shape[1]
-    return Reduction(torch.arange(1, count, device=features.device).expand(len(features), -1), count)
+@lru_cache(maxsize=256)
+def stages_of(method: VisionDrop, spec: ModelSpec) -> dict[int, tuple[int, int]]:
+    """(dominant, contextual) tokens from each stage's layer on; layer 0 is for the encoder stage."""
+    layers = method.decoder_layers(spec.layers)
+    if method.budget >= spec.visual_tokens:
+        return dict.fromkeys((0, *layers), (spec.visual_tokens, 0))
+    widths = tuple(stop - start for start, stop in pairwise((0, *layers, spec.layers)))
+    pairs = plan(method.budget, widths, spec.visual_tokens, method.schedule, method.start, method.ratio)
+    return dict(zip((0, *layers), pairs, strict=True))
+
+
+@lru_cache(maxsize=256)
+def decoder_stages(method: VisionDrop, spec: ModelSpec) -> dict[int, tuple[int, int]]:
+    """(dominant, contextual) tokens of an image with all its tiles from each decoder stage's layer on.
+
+    With tiles, contextual ones are the sum of what the stage would keep of each tile; all tokens are ranked together,
+    newline tokens that are kept among them.
+    """
+    tokens = planned(method, spec)
+    assert tokens is not None  # it never depends on the image
+    parts = [stages_of(part, own) for part, own in over_crops(method, spec)]
+    contextual = {layer: sum(stages[layer][1] for stages in parts) for layer in method.decoder_layers(spec.layers)}
+    return {layer: (tokens[layer] - merged, merged) for layer, merged in contextual.items()}

@@ -19,17 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.answers import ADVICE, answer_id, differences, seal_of
+from eval.answers import ADVICE, answer_id, differences, settings_hash
 from eval.answers.files import ANSWERS
 from eval.answers.jsonl import is_file, read_json, read_jsonl
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import digest_of
+from eval.metrics import first_names
 from llava.errors import UserError
 
-SHOWN = 3
 RESULT = "result.json"
 # Settings in which a method may differ from another one and still answer the same questions under the same conditions.
-OF_THE_METHOD = ("method", "version", "config", "seed", "text_tower", "method_code")
+OF_THE_METHOD = ("method", "config", "seed", "text_tower", "method_code")
 # Settings that need not be those of the process which reads a result.
 UNEXPECTED = ("device", "code", "method_code")
 # What two runs may differ in whose answers are scored anew on the questions they share.
@@ -53,8 +53,8 @@ def check_reuse(data: Dataset, questions: Iterable[Question], answers: Mapping[s
     for names, what in ((prompts, "to other prompts"), (images, f"to other {data.pictures.noun}")):
         if names:
             raise UserError(
-                f"{folder} holds {len(names):,} answers {what} than the data have now (questions {first(names)}); "
-                f"{ADVICE}, or take the old data back."
+                f"{folder} holds {len(names):,} answers {what} than the data have now (questions "
+                f"{first_names(names, 3)}); {ADVICE}, or take the old data back."
             )
 
 
@@ -68,11 +68,6 @@ def images_digest(lines: Iterable[Mapping[str, Any]]) -> str:
     """One hash of the images of several lines."""
     text = "".join(f"{name} {images}\n" for name, images in sorted((x["question_id"], images_of(x)) for x in lines))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def first(names: Sequence[str]) -> str:
-    """The first of some ids."""
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 @dataclass(frozen=True)
@@ -129,9 +124,9 @@ def read_stored(
         UserError: it is not finished, it was asked other questions or scored with other labels than those of `data`, it
             has other settings, or its lines are not its own.
     """
-    found = results_folder(folder)
-    result = read_json(found / RESULT)
-    answers = found / ANSWERS if is_file(found / ANSWERS) else found.parent / ANSWERS
+    place = results_folder(folder)
+    result = read_json(place / RESULT)
+    answers = place / ANSWERS if is_file(place / ANSWERS) else place.parent / ANSWERS
     if result.get("failed") and not partial:
         raise UserError(
             f"{len(result['failed']):,} questions have no answer in {folder}; ask them again with --retry-failed."
@@ -149,12 +144,13 @@ def read_stored(
         raise UserError(f"{folder} holds answers made under other settings ({'; '.join(changes)}).")
     asked = [question.id for question in data.questions[: result["limit"]]]
     failed = {line["question_id"] for line in result.get("failed", ())}
-    seal, known = seal_of(settings), frozenset(asked)
+    hashed, known = settings_hash(settings), frozenset(asked)
     lines = {row["question_id"]: row for _, row in read_jsonl(answers) if row["question_id"] in known}
     if missing := [name for name in asked if name not in lines and name not in failed]:
         raise UserError(f"{answers} lacks {len(missing):,} of {len(asked):,} answers, the first to {missing[0]}.")
-    if foreign := [name for name, row in lines.items() if row.get("answer_id") != answer_id(seal, name)]:
-        raise UserError(f"{answers} holds {len(foreign):,} answers of another run (questions {first(foreign)}).")
+    if foreign := [name for name, row in lines.items() if row.get("answer_id") != answer_id(hashed, name)]:
+        names = first_names(foreign, 3)
+        raise UserError(f"{answers} holds {len(foreign):,} answers of another run (questions {names}).")
     texts = {name: lines[name]["text"] for name in asked if name in lines}
     return Stored(folder, answers, result, texts, {name: images_of(lines[name]) for name in texts})
 
@@ -196,13 +192,14 @@ def check_images(a: Mapping[str, str | None], b: Mapping[str, str | None], title
     """
     other = [name for name in a if name in b and None not in (a[name], b[name]) and a[name] != b[name]]
     if other:
-        raise UserError(f"{title} were asked about other images ({len(other):,} questions: {first(other)}).")
+        names = first_names(other, 3)
+        raise UserError(f"{title} were asked about other images ({len(other):,} questions: {names}).")
 
 
 def check_joint(a: Stored, b: Stored) -> None:
     """Raise UserError unless both answered the same questions about the same images under the same settings."""
-    if found := joint_differences(a.result, b.result):
-        raise UserError(f"{b.folder} and {a.folder} differ in {'; '.join(found)}: compare equal runs.")
+    if changes := joint_differences(a.result, b.result):
+        raise UserError(f"{b.folder} and {a.folder} differ in {'; '.join(changes)}: compare equal runs.")
     check_images(a.images, b.images, f"{b.folder} and {a.folder}")
 
 
@@ -217,5 +214,7 @@ def check_table(folders: Sequence[Path], model_files: Any = None) -> None:
     if model_files not in (None, full["settings"].get("model_files")):
         raise UserError(f"{folders[0]} holds answers of other files of the model; ask the questions again (--restart).")
     for folder in folders[1:]:
-        if found := joint_differences(full, read_json(folder / RESULT)):
-            raise UserError(f"{folder} and {folders[0]} differ in {'; '.join(found)}; ask the questions of both again.")
+        if changes := joint_differences(full, read_json(folder / RESULT)):
+            raise UserError(
+                f"{folder} and {folders[0]} differ in {'; '.join(changes)}; ask the questions of both again."
+            )

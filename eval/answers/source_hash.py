@@ -5,7 +5,7 @@ of model and method, so that editing one method leaves the stored answers of all
 they are hashed: comments, docstrings, formatting and the Python version do not matter.
 
 Modules of `eval` are not followed. What they contribute to an answer is its prompt and its images, and the answer
-store compares both for every question.
+store compares both for every question. `differences` says in words which settings and files differ.
 """
 
 import ast
@@ -16,12 +16,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from eval.config import ROOT
-
+# The project.
+ROOT = Path(__file__).resolve().parents[2]
 # Imports from this package are not followed, see above.
 NOT_FOLLOWED = "eval"
 # What loads a model, runs it under a method, and remembers the output of its tower; model and method import none of it.
 ENTRIES = ("llava/model/checkpoint/load.py", "llava/pipeline/generate.py", "eval/feature_cache.py")
+# Settings that are hashes of files, and what these are in words; of so many files the names are said.
+HASHED = {
+    "code": "code",
+    "method_code": "code of the method",
+    "model_files": "files of the model",
+    "text_tower": "files of the text tower",
+}
+NAMED = 5
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -145,3 +153,35 @@ def module_file(parts: tuple[str, ...], root: Path) -> Path | None:
             if file.is_file():
                 return file
     return None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], between: str = ", now") -> list[str]:
+    """Settings that differ, as 'key: old, now new', and 'code: decoder.py' for files.
+
+    Args:
+        between: what stands between two values.
+    """
+    hashed = {key for key in HASHED if isinstance(old.get(key), dict) and isinstance(new.get(key), dict)}
+    before, after = (flatten({key: value for key, value in one.items() if key not in hashed}) for one in (old, new))
+    absent = "absent"
+    found = [
+        f"{key}: {before.get(key, absent)}{between} {after.get(key, absent)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, absent) != after.get(key, absent)
+    ]
+    for key in sorted(hashed):
+        if names := changed_files(old[key], new[key]):
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            found.append(f"{HASHED[key]}: {', '.join(names[:NAMED])}{more}")
+    return found
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,9 +1,6 @@
 """The answer store: one folder per run, one line per answer, safe against kill -9, two writers and a full disk.
 
-    answers.jsonl    one line per question, in LLaVA's fields, with a hash of the question's images
-    timing.jsonl     one line per batch: seconds, FLOPs and the conditions they were measured under
-    runs.jsonl       one line per process that added answers: commit, library versions, number of the first answer
-    failures.jsonl   one line per failed try to answer a question, with the reason; only if there was one
+    answers.jsonl, timing.jsonl, runs.jsonl, failures.jsonl    see eval.answers.files
     conflicts.jsonl  answers that a rank gave to a question with another answer; only if there was one
     settings.json    what the answers depend on, with hashes of the model's files and of every source file; a run with
                      others is refused
@@ -14,49 +11,82 @@
 
 While several ranks answer, and after all of them were killed, there are also:
 
-    shards/          answers of the ranks that are not merged yet, see eval.answers.shards
-    merge.json       a merge that goes on, see eval.answers.merge
+    shards/          answers of the ranks that are not merged yet
+    merging/         the files with the lines of the shards, while they are written
+    merged/          the same once they are whole: on their way to the places of the store's own
 
-The next run in the folder merges what is left there. It also deletes temporary files (.NAME.PROCESS) of processes that
-were killed while they replaced a file, so after it the folder holds what the first list names.
+The step from merging/ to merged/ is one rename. Before it nothing has changed; after it the next process finishes the
+merge if this one is killed. The next run in the folder merges what is left there. It also deletes temporary files
+(.NAME.PROCESS) of processes that were killed while they replaced a file, so after it the folder holds what the first
+list names.
 
 The number of questions asked (--limit) is not a setting: a store holds the answers to some of the benchmark's
 questions, and growing the limit continues it.
 """
 
 import contextlib
+import json
+import os
+import re
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from eval.answers.files import (
     ANSWERS,
     FAILURES,
     RUNS,
+    SHARDS,
     TIMING,
     AnswerFiles,
+    Row,
     answer_id,
     answer_problem,
+    delete_shards,
     failure_problem,
-    seal_of,
+    holds_lines,
+    settings_hash,
+    shard_folders,
 )
-from eval.answers.folder_lock import lock_folder, remove_unfinished
-from eval.answers.jsonl import garbage_collection_paused, is_file, read_json, write_json
-from eval.answers.merge import CONFLICTS, Merge, conflict_remarks, recover
-from eval.answers.restart import move_aside
-from eval.answers.shards import holds_lines, shard_folders
-from eval.answers.source_hash import changed_files
+from eval.answers.jsonl import (
+    garbage_collection_paused,
+    is_file,
+    read_appended,
+    read_json,
+    read_jsonl,
+    sync_folder,
+    write_json,
+)
+from eval.answers.source_hash import differences
 from llava.errors import UserError
 
+CONFLICTS = "conflicts.jsonl"
+MERGING, MERGED = "merging", "merged"
+# In merging/ and merged/: names of the shards.
+MERGED_SHARDS = "shards.jsonl"
 ADVICE = "choose another --output, or --restart to move them aside"
-# Settings that are hashes of files, and what these are in words.
-HASHED = {
-    "code": "code",
-    "method_code": "code of the method",
-    "model_files": "files of the model",
-    "text_tower": "files of the text tower",
-}
-NAMED = 5  # files
+# The order in which --restart moves them: answers without the settings that they were made under are worth nothing.
+FILES = (
+    "result.json",
+    "predictions.json",
+    SHARDS,
+    FAILURES,
+    CONFLICTS,
+    TIMING,
+    RUNS,
+    ANSWERS,
+    "settings.json",
+    "wandb_id",
+)
+# Files that `eval.answers.jsonl.write_bytes` had not renamed yet when its process (the number) was killed.
+UNFINISHED = re.compile(r"\..+\.\w+\.\d+")
+# Sub-folders that a run does not write its own files to.
+SEPARATE = re.compile(r"replaced-\d+|wandb|shards")
+# limit50/mme_results/ is the deepest folder that a run writes to.
+DEPTH = 2
 
 
 class AnswerStore(AnswerFiles):
@@ -73,7 +103,7 @@ class AnswerStore(AnswerFiles):
         settings: dict[str, Any],
         known: Collection[str],
         restart: bool = False,
-        run: Mapping[str, Any] | None = None,
+        process: Mapping[str, Any] | None = None,
     ):
         """Open or create the store, and merge the shards that ranks of an earlier start have left.
 
@@ -82,56 +112,50 @@ class AnswerStore(AnswerFiles):
             settings: what the answers depend on, JSON types only.
             known: ids of all questions of the benchmark, asked in this run or not.
             restart: move what is there into a numbered sub-folder first.
-            run: what runs.jsonl says about this process if it adds answers.
+            process: what runs.jsonl says about this process if it adds answers.
 
         Raises:
             UserError: another process has the folder, its lines do not belong to these settings or questions, or it
                 cannot be written to.
         """
-        super().__init__(folder, run)
+        super().__init__(folder, process)
         self._settings, self._known = settings, frozenset(known)
         self._lock, unlocked = lock_folder(folder)
         self._remarks = [] if unlocked is None else [unlocked]
         try:
             if self._lock is not None:
                 remove_unfinished(folder)
-            recover(folder)
+            finish_merge(folder)
             if restart:
                 move_aside(folder)
-            answers = self._open(ANSWERS)
-            with garbage_collection_paused():
-                self.answers = index_answers(answers.path, answers.rows, self._known)
-            answers.forget_rows()
-            self._drop_unanswered()
-            self.failures = self._index_failures()
+            self._read()
             self._agree()
             self.merge()
         except BaseException:
             self.close()
             raise
 
-    @property
-    def remarks(self) -> list[str]:
-        """What a reader of the result must know about the store: no locks, shards left out, unequal answers."""
-        return [*self._remarks, *conflict_remarks(self.folder)]
-
-    def _drop_unanswered(self) -> None:
-        """Cut timing and runs of answers that a power failure took: the order of files on the disk is not ours."""
-        timing, runs, count = self._open(TIMING), self._open(RUNS), len(self.answers)
-        for number, line in enumerate(timing.rows):
-            if line["first"] + line.get("questions", 0) > count:
-                timing.keep_first(number)
-                break
-        runs.keep_first(sum(line["first"] <= count for line in runs.rows))
-
-    def _index_failures(self) -> dict[str, dict[str, Any]]:
-        if not is_file(self.folder / FAILURES):
-            return {}
-        lines = self._open(FAILURES)
+    def _read(self) -> None:
+        """Open the files and index their lines; a store is refused if one is incomplete, foreign or repeated."""
+        self.answers: dict[str, Row] = {}
+        with garbage_collection_paused():
+            lines = self._open(ANSWERS)
+            for name in (TIMING, RUNS):
+                self._open(name)
         for number, row in enumerate(lines.rows, start=1):
-            if problem := failure_problem(row, self._known):
+            if problem := answer_problem(row, self._known):
                 raise UserError(f"{lines.path} line {number} {problem}.")
-        return {row["question_id"]: row for row in lines.rows if row["question_id"] not in self.answers}
+            if row["question_id"] in self.answers:
+                raise UserError(f"{lines.path} line {number} answers question {row['question_id']} a second time.")
+            self.answers[row["question_id"]] = row
+        self.failures: dict[str, Row] = {}
+        if is_file(self.folder / FAILURES):
+            lines = self._open(FAILURES)
+            for number, row in enumerate(lines.rows, start=1):
+                if problem := failure_problem(row, self._known):
+                    raise UserError(f"{lines.path} line {number} {problem}.")
+                if row["question_id"] not in self.answers:
+                    self.failures[row["question_id"]] = row
 
     def _agree(self) -> None:
         """Refuse answers that were made under other settings, and lines of another store."""
@@ -146,12 +170,27 @@ class AnswerStore(AnswerFiles):
             )
         if changes := differences(read_json(path), self._settings):
             raise UserError(f"{self.folder} holds answers made under other settings ({'; '.join(changes)}); {ADVICE}.")
-        seal = seal_of(self._settings)
-        if foreign := [name for name, row in self.answers.items() if row.get("answer_id") != answer_id(seal, name)]:
+        own = settings_hash(self._settings)
+        if foreign := [name for name, row in self.answers.items() if row.get("answer_id") != answer_id(own, name)]:
             raise UserError(
                 f"{self.folder / ANSWERS} holds {len(foreign):,} answers of another store, the first to question "
                 f"{foreign[0]}: their answer_id is not that of these settings; {ADVICE}."
             )
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of the result must know about the store: no locks, shards left out, unequal answers."""
+        conflicts = [row for _, _, row in read_appended(self.folder / CONFLICTS) if row]
+        names = list(dict.fromkeys(str(row.get("question_id")) for row in conflicts))
+        if not names:
+            return self._remarks
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        what = "1 question was" if len(names) == 1 else f"{len(names):,} questions were"
+        return [
+            *self._remarks,
+            f"{what} answered by two ranks in different words ({shown}); the first answer counts, and the other is in "
+            f"{CONFLICTS}",
+        ]
 
     def merge(self) -> int:
         """Merge all shards into the store, in one step for a reader of answers.jsonl, and delete them.
@@ -165,110 +204,125 @@ class AnswerStore(AnswerFiles):
 
         Raises:
             UserError: a shard holds lines that do not belong, or the disk is full. The shards are kept, and the store
-                is closed and as it was.
+                is as it was.
         """
-        if not shard_folders(self.folder):
+        shards, before = shard_folders(self.folder), len(self.answers)
+        if not shards:
             return 0
-        merge = Merge(self.folder, self.answers, self._known, seal_of(self._settings))
+        own = settings_hash(self._settings)
+        taken: dict[str, Row] = {}
+        lines: dict[str, list[Row]] = {name: [] for name in (ANSWERS, TIMING, RUNS, FAILURES, CONFLICTS)}
+        merged = []
+        with garbage_collection_paused():
+            for shard in shards:
+                # A process that outlives --restart can leave such a shard in the new store.
+                first = next((row for _, _, row in read_appended(shard / ANSWERS) if row), {})
+                if first and first.get("answer_id") != answer_id(own, str(first.get("question_id"))):
+                    remark = (
+                        f"the answers in {shard.relative_to(self.folder)} are left out, because they were made under "
+                        "other settings or by other code; delete that folder, or --restart to move everything aside"
+                    )
+                    self._remarks += [] if remark in self._remarks else [remark]
+                else:
+                    self._take(shard, own, taken, lines)
+                    merged.append(shard.name)
+        if not merged:
+            return 0
+        lines |= {ANSWERS: list(taken.values()), MERGED_SHARDS: [{"shard": name} for name in merged]}
         try:
-            merge.read()
-            if not merge.shards:
-                return 0
-            present = {name: self._open(name) for name in (ANSWERS, TIMING, RUNS)}
-            optional = {
-                name: self._open(name) if is_file(self.folder / name) else None for name in (FAILURES, CONFLICTS)
-            }
-            merge.write({**present, **optional})
-        except BaseException:
-            self._abandon(merge)
-            raise
-        finally:
-            self._remarks += [remark for remark in merge.remarks if remark not in self._remarks]
-        self.answers.update(merge.answers)
-        for line in merge.failures:
-            self.failures[line["question_id"]] = line
-        self._end_failures(self.failures.keys() & self.answers.keys())
-        if merge.answers:
-            # Answers that this process adds later come after those of the ranks: runs.jsonl says so again.
-            self._run_written = False
-        return len(merge.answers)
+            write_merged(self.folder, lines)
+        except OSError as error:
+            raise UserError(
+                f"Cannot merge the answers of the ranks into {self.folder / ANSWERS}: {error.strerror}; they are kept "
+                f"in {self.folder / SHARDS}, so make room and run the same command again."
+            ) from error
+        self._close_files()
+        finish_merge(self.folder)
+        self._read()
+        return len(self.answers) - before
 
-    def _abandon(self, merge: Merge) -> None:
-        """Leave the folder as it was before a merge that failed; the next opening does what is not possible now."""
-        with contextlib.suppress(OSError, UserError):
-            AnswerFiles.close(self)
-        with contextlib.suppress(OSError, UserError):
-            merge.discard()
-            recover(self.folder)
-        self.close()
+    def _take(self, shard: Path, own: str, taken: dict[str, Row], lines: dict[str, list[Row]]) -> None:
+        """Read and check a shard: its answers go to `taken` and its other lines to `lines`.
 
-    def _end_failures(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.failures.pop(name, None)
+        Args:
+            own: hash of the settings.
+        """
+        mine = set()
+        for number, _, row in read_appended(shard / ANSWERS):
+            if row is None:
+                continue
+            if problem := answer_problem(row, self._known):
+                raise UserError(f"{shard / ANSWERS} line {number} {problem}.")
+            name = row["question_id"]
+            if row.get("answer_id") != answer_id(own, name):
+                raise UserError(f"{shard / ANSWERS} line {number} was made under other settings than the first line.")
+            earlier = self.answers.get(name) or taken.get(name)
+            if earlier is None:
+                taken[name] = row
+                mine.add(name)
+            elif earlier["text"] != row["text"]:
+                lines[CONFLICTS].append(row)
+        for _, _, row in read_appended(shard / TIMING):
+            if row and (ids := [name for name in row["question_ids"] if name in mine]):
+                lines[TIMING].append(row | {"question_ids": ids})
+        lines[RUNS] += [row for _, _, row in read_appended(shard / RUNS) if row and mine]
+        for number, _, row in read_appended(shard / FAILURES):
+            if row is not None:
+                if problem := failure_problem(row, self._known):
+                    raise UserError(f"{shard / FAILURES} line {number} {problem}.")
+                lines[FAILURES].append(row)
 
     @property
-    def timing(self) -> list[dict[str, Any]]:
+    def _batches(self) -> dict[str, Row]:
+        """Question id -> the line of timing.jsonl of its answer: the last one, if it was asked again after a crash."""
+        return {name: row for row in self._open(TIMING).rows for name in row["question_ids"] if name in self.answers}
+
+    @property
+    def timing(self) -> list[Row]:
         """Every batch that was timed, of this run and of the runs it continues."""
-        return self._open(TIMING).rows
+        return self.timing_of(self.answers)
 
-    def timing_of(self, names: Collection[str]) -> list[dict[str, Any]]:
-        """The batches all of whose questions are among `names`."""
-        order = list(self.answers)
-        wanted = set(names)
-        if wanted.issuperset(order):
-            return self.timing
+    def timing_of(self, names: Collection[str]) -> list[Row]:
+        """The batches all of whose questions are among `names`.
+
+        Seconds of a batch cannot be divided: one that was torn, or of which another rank gave an answer, is left out.
+        """
+        wanted, batches = set(names), self._batches
         return [
-            line for line in self.timing if wanted.issuperset(order[line["first"] : line["first"] + line["questions"]])
+            row
+            for row in self._open(TIMING).rows
+            if row["questions"] == len(row["question_ids"])
+            and wanted.issuperset(row["question_ids"])
+            and all(batches.get(name) is row for name in row["question_ids"])
         ]
 
-    def origins(self, names: Iterable[str]) -> list[tuple[dict[str, Any] | None, int]]:
+    def origins(self, names: Iterable[str]) -> list[tuple[Row | None, int]]:
         """Which processes answered these questions: (line of runs.jsonl, number of answers), None for not recorded."""
-        wanted = set(names)
-        counts: dict[int, int] = {}
-        runs = self._open(RUNS).rows
-        number = -1
-        for place, name in enumerate(self.answers):
-            while number + 1 < len(runs) and runs[number + 1]["first"] <= place:
-                number += 1
-            if name in wanted:
-                counts[number] = counts.get(number, 0) + 1
-        return [
-            # A rank that was started without a description has a line of these fields only.
-            (runs[number] if number >= 0 and runs[number].keys() - {"first", "rank"} else None, count)
-            for number, count in counts.items()
-        ]
+        processes = {(row.get("run"), row.get("rank")): row for row in self._open(RUNS).rows}
+        batches = self._batches
+        counts: dict[Any, int] = {}
+        for name in names:
+            if name in self.answers:
+                batch = batches.get(name, {})
+                key = batch.get("run"), batch.get("rank")
+                counts[key] = counts.get(key, 0) + 1
+        return [(processes.get(key), count) for key, count in counts.items()]
 
-    def add(self, answers: Sequence[dict[str, Any]], timing: Mapping[str, Any]) -> None:
-        """Write one batch; on return it survives the end of this process.
-
-        Args:
-            timing: line of timing.jsonl; `first`, the place of the batch's first answer, is set here.
-        """
-        fresh = {row["question_id"]: row for row in answers}
-        if len(fresh) < len(answers) or not self.answers.keys().isdisjoint(fresh):
+    def add(self, answers: Sequence[Row], timing: Mapping[str, Any]) -> None:
+        if not self.answers.keys().isdisjoint(row["question_id"] for row in answers):
             raise AssertionError("a question was answered twice")
-        try:
-            self._write_batch(answers, timing)
-        finally:
-            # Answers that are in the file count, with their timing or without.
-            if self._open(ANSWERS).count > len(self.answers):
-                self.answers.update(fresh)
-                self._end_failures(fresh)
-        self._sync_now_and_then()
+        super().add(answers, timing)
+        for row in answers:
+            self.answers[row["question_id"]] = row
+            self.failures.pop(row["question_id"], None)
 
-    def fail(self, failures: Sequence[Mapping[str, Any]]) -> None:
-        """Write questions that could not be answered; on return the lines survive the end of this process.
-
-        Args:
-            failures: {"question_id", "reason": one sentence, "kind": one of eval.answers.files.KINDS}, with the "run"
-                of this process if it is not given.
-        """
+    def fail(self, failures: Sequence[Mapping[str, Any]]) -> list[Row]:
         for line in failures:
             if line["question_id"] not in self._known or line["question_id"] in self.answers:
                 raise AssertionError(f"question {line['question_id']} is unknown or answered, so it cannot fail")
-        for line in self._write_failures(failures):
-            self.failures[line["question_id"]] = line
-        self._sync_now_and_then()
+        lines = super().fail(failures)
+        self.failures |= {line["question_id"]: line for line in lines}
+        return lines
 
     def close(self) -> None:
         """Sync and close the files and give the folder back; further calls do nothing."""
@@ -285,47 +339,151 @@ def result_folder(output: Path, asked: int, available: int) -> Path:
     return output if asked >= available else output / f"limit{asked}"
 
 
-def index_answers(path: Path, rows: Sequence[dict[str, Any]], known: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Lines by question id; a store is refused if a line is incomplete, foreign or repeated."""
-    known = frozenset(known)
-    answers: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(rows, start=1):
-        if problem := answer_problem(row, known):
-            raise UserError(f"{path} line {number} {problem}.")
-        name = row["question_id"]
-        if name in answers:
-            raise UserError(f"{path} line {number} answers question {name} a second time.")
-        answers[name] = row
-    return answers
+# -- merging ---------------------------------------------------------------------------------------------------------
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], between: str = ", now") -> list[str]:
-    """Settings that differ, as 'key: old, now new', and 'code: decoder.py' for files.
+def write_merged(folder: Path, lines: Mapping[str, Sequence[Row]]) -> None:
+    """Write copies of the store's files with further lines to merged/, all of them or none.
 
     Args:
-        between: what stands between two values.
+        lines: name of the file -> what is added to it.
+
+    Raises:
+        OSError: the disk is full or fails; nothing has changed then.
     """
-    hashed = {key for key in HASHED if isinstance(old.get(key), dict) and isinstance(new.get(key), dict)}
-    before, after = (flatten({key: value for key, value in one.items() if key not in hashed}) for one in (old, new))
-    absent = "absent"
-    found = [
-        f"{key}: {before.get(key, absent)}{between} {after.get(key, absent)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key, absent) != after.get(key, absent)
-    ]
-    for key in sorted(hashed):
-        if names := changed_files(old[key], new[key]):
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            found.append(f"{HASHED[key]}: {', '.join(names[:NAMED])}{more}")
-    return found
+    staging = folder / MERGING
+    try:
+        staging.mkdir()
+        for name, rows in lines.items():
+            if rows:
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(folder / name, staging / name)
+                with open(staging / name, "ab") as file:
+                    file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+                    file.flush()
+                    os.fsync(file.fileno())
+        sync_folder(staging)
+        os.replace(staging, folder / MERGED)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    sync_folder(folder)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def finish_merge(folder: Path) -> None:
+    """Finish the merge of a process that has written merged/, and forget one that has not; no file may be open.
+
+    Raises:
+        UserError: the disk fails; a later call goes on.
+    """
+    merged = folder / MERGED
+    shutil.rmtree(folder / MERGING, ignore_errors=True)
+    if not merged.is_dir():
+        return
+    try:
+        if is_file(merged / MERGED_SHARDS):
+            shards = [row["shard"] for _, row in read_jsonl(merged / MERGED_SHARDS)]
+            for path in sorted(merged.iterdir()):
+                if path.name != MERGED_SHARDS:
+                    os.replace(path, folder / path.name)
+            sync_folder(folder)
+            delete_shards(folder, shards)
+            (merged / MERGED_SHARDS).unlink()
+        merged.rmdir()
+    except OSError as error:
+        raise UserError(f"Cannot repair {folder} after a merge that was interrupted: {error.strerror}.") from error
+    sync_folder(folder)
+
+
+# -- one writer ------------------------------------------------------------------------------------------------------
+
+
+def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
+    """Take the folder for this process until `release()`, or until the process ends, however it ends.
+
+    The file `lock` names the host and the process that took the folder last; it stays in the folder.
+
+    Returns:
+        (lock, None), or on a file system without locks (None, a sentence that says so): unprotected is better than
+        unusable.
+
+    Raises:
+        UserError: another process holds the folder, or it cannot be written to.
+    """
+    path = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"Cannot write to the output folder {folder}: {reason}.") from error
+    # No fallback to a lock by the existence of a file: a process that is killed would leave the folder locked.
+    lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{folder} is in use by another run{owner(path)}; wait for it or choose another --output."
+        ) from error
+    except OSError as error:
+        return None, (
+            f"the file system of {folder} has no locks ({error.strerror}): a second run that writes to this folder at "
+            "the same time would not have been noticed"
+        )
+    with contextlib.suppress(OSError):  # the name only helps to read the message above
+        path.write_text(f"{os.uname().nodename} {os.getpid()}\n")
+    return lock, None
+
+
+def owner(path: Path) -> str:
+    """Who holds a lock, for an error; empty if its file does not say it."""
+    words = path.read_text(errors="replace").split()
+    return f" (process {words[1]} on host {words[0]})" if len(words) == 2 and words[1].isdigit() else ""
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete temporary files of processes that were killed while they wrote, in a run's folder and its sub-folders.
+
+    The folder must be locked: then no other process writes there, whatever its number. Sub-folders that are runs of
+    their own, or that --restart made, are left alone.
+    """
+    for path, folders, files in os.walk(folder):
+        place = Path(path)
+        folders[:] = [name for name in folders if not SEPARATE.fullmatch(name) and not (place / name / "lock").exists()]
+        if len(place.relative_to(folder).parts) >= DEPTH:
+            folders.clear()
+        for name in filter(UNFINISHED.fullmatch, files):
+            (place / name).unlink(missing_ok=True)
+
+
+# -- restart --------------------------------------------------------------------------------------------------------
+
+
+def move_aside(folder: Path) -> None:
+    """Move an earlier run's files to the first free `replaced-N`; nothing is deleted."""
+    partial = [path.name for path in folder.glob("limit*") if path.name.removeprefix("limit").isdecimal()]
+    names = dict.fromkeys([*partial, *submission_files(folder / "result.json"), *FILES])
+    present = [name for name in names if (folder / name).exists()]
+    if not present:
+        return
+    number = 1
+    while (folder / f"replaced-{number}").exists():
+        number += 1
+    target = folder / f"replaced-{number}"
+    try:
+        target.mkdir()
+        for name in present:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / name, target / name)
+    except OSError as error:
+        raise UserError(f"Cannot move the earlier run to {target}: {error.strerror}.") from error
+    sync_folder(folder)
+
+
+def submission_files(result: Path) -> list[str]:
+    """Names of the files that were written beside a result; none for a result that does not say it."""
+    try:
+        names = json.loads(result.read_bytes()).get("submission", [])
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [name for name in names if isinstance(name, str) and ".." not in Path(name).parts]

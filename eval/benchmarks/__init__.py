@@ -13,10 +13,10 @@ from llava.errors import unknown
 @cache
 def registry() -> dict[str, Benchmark]:
     """Every benchmark by name, sorted. Modules of this folder that define none are what the others share."""
-    found: list[Benchmark] = []
+    entries: list[Benchmark] = []
     for module in map(import_module, (f"{__name__}.{entry.name}" for entry in iter_modules(__path__))):
-        found += getattr(module, "BENCHMARKS", (module.BENCHMARK,) if hasattr(module, "BENCHMARK") else ())
-    return {benchmark.name: benchmark for benchmark in sorted(found, key=lambda benchmark: benchmark.name)}
+        entries += getattr(module, "BENCHMARKS", (module.BENCHMARK,) if hasattr(module, "BENCHMARK") else ())
+    return {benchmark.name: benchmark for benchmark in sorted(entries, key=lambda benchmark: benchmark.name)}
 
 
 def names() -> list[str]:

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from eval.answers.jsonl import Row, read_bytes
 from eval.benchmarks.media import Pictures
 from eval.metrics import Score
+from eval.metrics.accuracy import mean_score
 from llava.errors import UserError
 
 if TYPE_CHECKING:
-    from llava.processing.sample import Sample
+    from llava.processing.prompt import Sample
 
 # How questions are asked and answers read: as LLaVA's evaluation scripts do it, or as lmms-eval does.
 PROFILES = ("llava", "lmms")
@@ -52,6 +53,26 @@ class Question:
     def message(self) -> str:
         """The user turn."""
         return f"{self.question}\n{self.suffix}" if self.suffix else self.question
+
+
+Reference = TypeVar("Reference")
+
+
+@dataclass(frozen=True)
+class Contents(Generic[Reference]):
+    """What one source holds of a split.
+
+    Attributes:
+        source: "official", or the name of the mirror, for the result.
+        references: question id -> what scoring needs of the question.
+        fingerprint: hash of what was read, images excepted.
+    """
+
+    source: str
+    questions: tuple[Question, ...]
+    references: Mapping[str, Reference]
+    pictures: Pictures
+    fingerprint: str
 
 
 def no_submission(texts: Mapping[str, str]) -> dict[str, Any]:
@@ -127,7 +148,7 @@ class Dataset:
             digests: hashes of the images' files. The vision tower's output is remembered by them and not by the
                 images' names, which stand for other images in another benchmark or data folder.
         """
-        from llava.processing.sample import Sample
+        from llava.processing.prompt import Sample
 
         return Sample(
             id=question.id,
@@ -138,9 +159,28 @@ class Dataset:
         )
 
 
+def scored_by(
+    answers: Mapping[str, Reference],
+    rule: Callable[[str, Reference], float | bool],
+    kinds: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[Callable[[Sequence[str], Mapping[str, str]], Score], Callable[[Question, str], float]]:
+    """`score` and `sample_score` of a data set whose score is a mean.
+
+    Args:
+        answers: question id -> reference.
+        rule: (text, reference) -> sample score in [0, 1].
+        kinds: of questions, as `mean_score` takes them.
+    """
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        return mean_score({name: answers[name] for name in asked}, texts, rule, kinds)
+
+    return score, lambda question, text: float(rule(text, answers[question.id]))
+
+
 @dataclass(frozen=True)
 class Need:
-    """A file or folder of a benchmark, for `python -m eval.check_data`.
+    """A file or folder of a benchmark, for `python -m eval.show`.
 
     Attributes:
         path: below the data folder.
@@ -197,8 +237,8 @@ class Benchmark:
     def load(self, data: Path, split: str, profile: str | None = None, source: str = "auto") -> Dataset:
         """The questions of a split, checked; in the first profile if none is named."""
         profile = profile or self.profiles[0]
-        found = replace(self.read(data, split, profile, source), benchmark=self.name)
-        return with_stripped_answers(found) if profile == "lmms" else found
+        dataset = replace(self.read(data, split, profile, source), benchmark=self.name)
+        return with_stripped_answers(dataset) if profile == "lmms" else dataset
 
     def is_in(self, data: Path) -> bool:
         """Whether the official files that it cannot do without are in a data folder."""

@@ -103,15 +103,15 @@ def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, d
         ids: repositories, the newest id first.
         download: ask the hub when there is no local copy.
     """
-    found = local_copy(data, ids)
-    if found is None and not download:
+    copy = local_copy(data, ids)
+    if copy is None and not download:
         raise UserError(
             f"No copy of {' or '.join(ids)} below {data / 'hub'}; download it there "
             f"(hf download {ids[0]} --repo-type dataset --local-dir {data / 'hub' / ids[0]}), "
             "or let --source mirror read it from the hub."
         )
-    if found is not None:
-        return _open(*found, config, split)
+    if copy is not None:
+        return _open(*copy, config, split)
     failures = []
     for name in ids:
         try:
@@ -163,7 +163,9 @@ def undecoded(rows: Any) -> Any:
     return rows
 
 
-def official_file(data: Path, source: str, title: str, files: Sequence[Path], mirror: Sequence[str]) -> Path | None:
+def official_file(
+    data: Path, source: str, title: str, files: Sequence[Path], mirror: Sequence[str], origin: str = ""
+) -> Path | None:
     """The question file to read; None for the mirror.
 
     Args:
@@ -171,17 +173,18 @@ def official_file(data: Path, source: str, title: str, files: Sequence[Path], mi
         title: of the questions, for the error: "ScienceQA test".
         files: names the official file goes by, the usual one first.
         mirror: repositories on the hub, the newest id first.
+        origin: where to get the official file, for the error.
     """
     if source == "mirror":
         return None
-    found = next((file for file in files if is_file(file)), None)
-    if found is not None:
-        return found
+    if (there := next((file for file in files if is_file(file)), None)) is not None:
+        return there
     if source == "auto" and local_copy(data, mirror) is not None:
         return None
     folder = files[0].relative_to(data).parts[0]
     raise UserError(
         f"No {title} questions at {' or '.join(map(str, files))}"
+        + (f" (it is in {origin})" if origin else "")
         + (f" and no copy of {' or '.join(mirror)} below {data / 'hub'}" if source == "auto" else "")
         + f"; --data should be the folder that holds {folder}/"
         + ("." if source == "official" else ", or read them from the hub with --source mirror.")
@@ -204,52 +207,37 @@ def open_split(data: Path, ids: Sequence[str], config: str | None, split: str, s
     return table
 
 
-def facts(table: Table, profile: str, expected: int | None = None, **more: Any) -> dict[str, Any]:
-    """The `facts` of a data set.
-
-    Args:
-        expected: questions of the split that published numbers are about.
-    """
-    counts = {"questions": len(table)} | ({"expected_questions": expected} if expected is not None else {})
-    return {"source": "mirror", "data_set": table.id, "profile": profile, **counts, **more}
-
-
 def dataset_of(
     title: str,
     table: Table,
     columns: Sequence[str],
     questions: Sequence[Question],
     score: Callable[[Sequence[str], Mapping[str, str]], Score],
-    sample_score: Callable[[Question, str], float],
+    sample_score: Callable[[Question, str], float] | None,
     profile: str,
     expected: int,
-    max_new_tokens: int,
+    **more: Any,
 ) -> Dataset:
-    """A set that no server grades.
+    """A data set of such a table.
 
     Args:
         columns: those that questions and scores depend on.
-        score: asked ids and texts by id -> the metric, to which a note about the set's version is added.
+        score: asked ids and texts by id -> the metric.
         expected: questions of the split that published numbers are about.
+        more: further fields of the Dataset; by default no server grades it and all answers fit into 128 tokens.
     """
-    return Dataset(
-        title,
-        tuple(questions),
-        table.pictures(),
-        table.fingerprint(columns),
-        lambda asked, texts: with_version(score(asked, texts), len(questions), expected),
-        sample_score,
-        no_submission,
-        max_new_tokens=max_new_tokens,
-        facts=facts(table, profile, expected),
-    )
+    facts = {"source": "mirror", "data_set": table.id, "profile": profile, "questions": len(table)}
+    facts |= {"expected_questions": expected} | more.pop("facts", {})
+    fields: dict[str, Any] = {"pictures": table.pictures(), "submission": no_submission, "facts": facts} | more
+    mark = table.fingerprint(columns)
+    return Dataset(title, tuple(questions), fingerprint=mark, score=score, sample_score=sample_score, **fields)
 
 
-def with_version(score: Score, found: int, expected: int) -> Score:
+def with_version(score: Score, there: int, expected: int) -> Score:
     """The score, with a note if the split has another number of questions than published results."""
-    if found == expected:
+    if there == expected:
         return score
-    note = f"the data set has {found:,} questions, published numbers are about {expected:,}"
+    note = f"the data set has {there:,} questions, published numbers are about {expected:,}"
     return replace(score, notes=(*score.notes, note))
 
 
@@ -299,3 +287,20 @@ def check_answers(where: str, answers: Mapping[str, Any]) -> None:
 def ungraded(main: str, file: str, server: str) -> Score:
     """The score of a split whose answers only a server knows."""
     return Score({main: None}, {}, {}, (f"answers are not public: upload {file} to {server}",), main=main)
+
+
+def server_only(server: str, more: str = "", whole: int = 0) -> Callable[[Sequence[str], Mapping[str, str]], Score]:
+    """What a split has instead of a score, which only a server can give.
+
+    Args:
+        more: what has to be done before the upload.
+        whole: questions of the split, all of which the server wants; 0 where the upload has an entry for each.
+    """
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        note = f"no local score: upload answers_upload.json to {server}{more}"
+        if len(asked) < whole:
+            note += f"; it refuses this one, which answers {len(asked):,} of {whole:,} questions"
+        return Score({"accuracy": None}, {}, {}, (note,))
+
+    return score

@@ -1,25 +1,55 @@
-"""What benchmarks in LLaVA's layout have in common: question files, annotation files, reference answers."""
+"""What benchmarks in LLaVA's layout share: question files, their answer-format instructions, people's answers."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
 from eval.answers.jsonl import is_file
 from eval.benchmarks.base import Question
-from eval.benchmarks.media import Pictures, image_name
-from eval.benchmarks.prompts import split_suffix
+from eval.benchmarks.media import image_name
 from eval.benchmarks.records import Filled, Id, TypedDict, check_lines
 from eval.metrics import first_names
 from llava.errors import UserError
 
+# The answer-format instructions of LLaVA's benchmark files, by name.
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = "请直接回答选项字母。"
+VIZ = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{SHORT}"
+
+# VIZ ends with SHORT, so it has to be tried first.
+SUFFIXES = (VIZ, SHORT, LETTER, LETTER_CN)
+
+# The archive with LLaVA's question files, for sentences.
+EVAL_ZIP = "eval.zip of LLaVA's docs/Evaluation.md"
+
+
+def split_suffix(text: str) -> tuple[str, str]:
+    """A prompt of the question files -> (question, suffix), because query-aware methods look at the question alone.
+
+    A text that ends with none of the known instructions is all question.
+    """
+    for suffix in SUFFIXES:
+        if text.endswith(f"\n{suffix}"):
+            return text[: -len(suffix) - 1], suffix
+    return text, ""
+
+
+class Line(TypedDict):
+    """A line of one of LLaVA's question files."""
+
+    question_id: Id
+    image: Filled
+    text: Filled
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line of one of LLaVA's question files.
+    """The same, checked and taken apart.
 
     Attributes:
         where: file and line, for errors.
@@ -36,29 +66,61 @@ class Prompt:
     suffix: str
 
 
-@dataclass(frozen=True)
-class Found:
-    """A split as it was read.
+def read_prompts(path: Path) -> list[Prompt]:
+    """Questions as LLaVA words and orders them."""
+    prompts = []
+    for where, row in check_lines(path, Line):
+        image = image_name(row["image"], where)
+        prompts.append(Prompt(where, row["question_id"], image, row["text"], *split_suffix(row["text"])))
+    return prompts
 
-    Attributes:
-        source: "official", or the id of the mirror.
-        records: what the data say of each question, with answers where they are public.
-        mark: fingerprint of the question files.
+
+def each_once(places: Iterable[tuple[str, str]], known: Collection[str] | None = None, source: object = "") -> None:
+    """Refuse a question that is asked twice, and one that is not among those known.
+
+    Args:
+        places: (file and line, question id) of every question that is asked.
+        known: ids of the official questions; None takes every id.
+        source: the file with the official questions, for the sentence.
     """
+    seen: set[str] = set()
+    for where, name in places:
+        if known is not None and name not in known:
+            raise UserError(f"{where} asks question {name}, which is not in {source}.")
+        if name in seen:
+            raise UserError(f"{where} asks question {name} a second time.")
+        seen.add(name)
 
-    source: str
-    records: Sequence[Mapping[str, Any]]
-    questions: tuple[Question, ...]
-    pictures: Pictures
-    mark: str
+
+def all_asked(path: Path, asked: Collection[str], wanted: Iterable[str], source: object) -> None:
+    """Refuse a question file that lacks official questions."""
+    if lost := [name for name in wanted if name not in asked]:
+        raise UserError(f"{path} lacks {len(lost):,} of the questions in {source}, the first is {lost[0]}.")
 
 
-class Line(TypedDict):
-    """A line of one of LLaVA's question files."""
+def prompts_by_id(
+    path: Path, official: Path, known: Collection[str], wanted: Iterable[str], prefix: str = ""
+) -> list[tuple[str, Prompt]]:
+    """LLaVA's questions in its order with their official ids, all checked.
 
-    question_id: Id
-    image: Filled
-    text: Filled
+    Args:
+        known: ids of the official questions.
+        wanted: those that have to be asked.
+        prefix: of official ids, which LLaVA's file leaves out.
+    """
+    prompts = [(f"{prefix}{prompt.id}", prompt) for prompt in read_prompts(path)]
+    each_once(((prompt.where, name) for name, prompt in prompts), known, official)
+    all_asked(path, {name for name, _ in prompts}, wanted, official)
+    return prompts
+
+
+def unique(questions: Iterable[Question], where: str) -> tuple[Question, ...]:
+    """The questions, refused if an id comes twice."""
+    questions = tuple(questions)
+    counts = Counter(question.id for question in questions)
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise UserError(f"{where} has question ids more than once: {first_names(repeated)}.")
+    return questions
 
 
 class Answer(TypedDict):
@@ -69,24 +131,6 @@ class Answer(TypedDict):
 
 # What people answered: texts, or objects with a text under "answer".
 Answers = Annotated[list[str] | list[Answer], Field(min_length=1)]
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Questions as LLaVA words and orders them."""
-    prompts = []
-    for where, row in check_lines(path, Line):
-        image = image_name(row["image"], where)
-        prompts.append(Prompt(where, row["question_id"], image, row["text"], *split_suffix(row["text"])))
-    return prompts
-
-
-def unique(questions: Iterable[Question], where: str) -> tuple[Question, ...]:
-    """The questions, refused if an id comes twice."""
-    questions = tuple(questions)
-    repeated = [name for name, count in Counter(question.id for question in questions).items() if count > 1]
-    if repeated:
-        raise UserError(f"{where} has question ids more than once: {first_names(repeated)}.")
-    return questions
 
 
 def people_said(answers: Sequence[str | Answer]) -> list[str]:
@@ -111,6 +155,6 @@ def need_file(path: Path, title: str, source: str) -> Path:
     return path
 
 
-def size(found: int, published: int) -> str:
+def size(questions: int, published: int) -> str:
     """How many questions there are, for `facts`: another number than the published one is another version."""
-    return f"{found:,} questions" + ("" if found == published else f" (the published split has {published:,})")
+    return f"{questions:,} questions" + ("" if questions == published else f" (the published split has {published:,})")

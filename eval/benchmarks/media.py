@@ -78,7 +78,7 @@ class Folder(Files):
 
     def open(self, name: str) -> "Image.Image":
         # torch comes with this: a benchmark can be scored without it.
-        from llava.processing.clip_image import open_image
+        from llava.processing.image import open_image
 
         return open_image(self.root / name)
 
@@ -112,7 +112,7 @@ class Inline:
         return [name for name in names if name not in self.names]
 
     def open(self, name: str) -> "Image.Image":
-        from llava.processing.clip_image import open_image
+        from llava.processing.image import open_image
 
         return open_image(io.BytesIO(self.fetch(name)), f"{name} in {self.where}")
 

@@ -153,13 +153,13 @@ def check_all(schema: type[Record], records: Iterable[tuple[str, Any]]) -> list[
 
 def check_lines(path: Path, schema: type[Record]) -> list[tuple[str, Record]]:
     """("FILE line N", record) of a JSON-lines file that holds at least one."""
-    found = []
+    records = []
     for number, row in read_jsonl(path):
         where = f"{path} line {number}"
-        found.append((where, check(schema, row, where)))
-    if not found:
+        records.append((where, check(schema, row, where)))
+    if not records:
         raise UserError(f"{path} holds no questions.")
-    return found
+    return records
 
 
 def check_list(path: Path, schema: type[Record], key: str | None = None) -> list[Record]:

@@ -18,10 +18,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from eval.command import exit_on_user_error, make_parser
 from eval.config import FULL, ROOT
-from eval.efficiency.latency.counts import Computed, computed
-from eval.efficiency.latency.questions import noise_batches
-from eval.efficiency.latency.run import reading_of
-from eval.efficiency.shapes import random_llava
+from eval.efficiency.counts import Computed, computed
+from eval.efficiency.latency import reading_of
+from eval.efficiency.shapes import noise_batches, random_llava
 from eval.papers import read_yaml
 from eval.papers.published import Trust
 from eval.tables.page import insert, markdown

@@ -7,38 +7,65 @@ measured to reach, without preprocessing on the CPU, a method's own functions, l
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import CLIPConfig
 
-from eval.config import FULL, RunConfig
+from eval.ask import asking_order, chunks
+from eval.benchmarks.base import Dataset, Question
+from eval.config import FULL, RunConfig, build_reducer
 from eval.efficiency import memory
-from eval.efficiency.memory import QuestionShape
-from eval.efficiency.quantities import duration, listed, size_text
+from eval.efficiency.memory import FLOAT32, QuestionShape, duration, layout_of, listed, size_text
 from eval.efficiency.rates import Rates, measure_rates
-from eval.efficiency.workload import Workload, workload
-from eval.feature_cache import RUN_BYTES
-from eval.job import read_questions
+from eval.feature_cache import RUN_BYTES, bytes_of, can_remember
 from eval.parallel.placement import Placement
-from eval.settings import build_reducer
+from eval.run import read_questions
 from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, runtime
 from llava.model.checkpoint.files import locate, read_json
-from llava.model.checkpoint.limits import free_memory
-from llava.model.checkpoint.outline import outline_checkpoint
-from llava.model.checkpoint.quantization import stored_method
+from llava.model.checkpoint.hf_model import free_memory
+from llava.model.checkpoint.load import outline_checkpoint
 from llava.model.llava_arch import Llava
+from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
+from llava.processing.prompt import Sample
+from llava.processing.video import Video
 from llava.reduction import registry
-from llava.reduction.crop_budget import require
+from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
+from llava.reduction.token_layout import TokenLayout
 
 SPLITS = (2, 4, 8)
 QUANTIZATIONS = ("8bit", "4bit")
+SAMPLED = 64  # questions whose prompts and images are read
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The questions of a run, by a sample of them.
+
+    Attributes:
+        shapes: sampled questions.
+        steps: decoding steps of a batch after the first token, if answers are as long as the references; 0 where there
+            are no references.
+        questions: all questions of the run.
+        passes: images that the vision tower sees in the whole run (eval/efficiency/estimate.py).
+        images: distinct images of the run whose tower output is remembered; 0 where none is.
+        image_bytes: of the remembered output of one image, on average.
+    """
+
+    shapes: tuple[QuestionShape, ...]
+    steps: float
+    questions: int
+    passes: int
+    images: int = 0
+    image_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +94,6 @@ class Estimate:
     Attributes:
         rates: what the device was measured to reach; None leaves the times out.
         free: bytes free on the device of a rank; None where the device is not there.
-        notes: what a reader should know of these numbers.
     """
 
     model: Llava
@@ -82,7 +108,6 @@ class Estimate:
     rates: Rates | None = None
     free: int | None = None
     device: str = "cpu"
-    notes: tuple[str, ...] = ()
 
     # Memory of one rank
 
@@ -132,8 +157,8 @@ class Estimate:
     @cached_property
     def peak(self) -> int:
         """Bytes that a rank needs on its device at the most."""
-        found = self.activations
-        most = max(found.vision, found.prefill_with_cache, found.decode + self.kv_bytes)
+        stages = self.activations
+        most = max(stages.vision, stages.prefill_with_cache, stages.decode + self.kv_bytes)
         return self.weights.total + self.remembered + most
 
     @property
@@ -143,30 +168,30 @@ class Estimate:
 
     def remedies(self) -> list[str]:
         """Changes that would make the run fit, each alone."""
-        found = []
+        changes = []
         smaller = 1 << (len(self.batch).bit_length() - 1)  # a power of two
         while smaller > 1 and not self._with(batch_size=smaller).fits:
             smaller //= 2
         if smaller < self.batch_size and self._with(batch_size=smaller).fits:
-            found.append(f"--batch-size {smaller}")
+            changes.append(f"--batch-size {smaller}")
         if self.spread.sharing > 1 and self._with(spread=dataclasses.replace(self.spread, sharing=1)).fits:
-            found.append("RANKS=1")
+            changes.append("RANKS=1")
         if self.dtype.itemsize > 2 and self._with(dtype=torch.bfloat16).fits:
-            found.append("--dtype bfloat16")
+            changes.append("--dtype bfloat16")
         plain = self.quantization is None and self.spread.zero is None and self.spread.tensor_parallel == 1
         llm: Any = self.model.llm
         heads = llm.config.num_attention_heads, llm.config.num_key_value_heads
         for count in SPLITS if plain and self.spread.sharing == 1 else ():
             split = dataclasses.replace(self.spread, tensor_parallel=count)
             if all(number % count == 0 for number in heads) and self._with(spread=split).fits:
-                found.append(f"TP={count}")
+                changes.append(f"TP={count}")
                 break
         if plain and self.device != "cpu":
             if self._with(spread=dataclasses.replace(self.spread, zero="cpu")).fits:
-                found.append("--zero cpu")
+                changes.append("--zero cpu")
             bits = next((name for name in QUANTIZATIONS if self._with(quantization=name).fits), None)
-            found += [f"--quantization {bits}"] if bits else []
-        return found
+            changes += [f"--quantization {bits}"] if bits else []
+        return changes
 
     def _with(self, **changes: Any) -> "Estimate":
         return dataclasses.replace(self, **changes)
@@ -227,8 +252,9 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """The estimate in words."""
-        outside = sum(self.weights.host.values())
-        lines = [f"weights {listed(self.weights.device)}{self._placed()}"]
+        outside, split = sum(self.weights.host.values()), self.spread.tensor_parallel
+        ranks = f" on each of the {split} ranks of a replica" if split > 1 else ""
+        lines = [f"weights {listed(self.weights.device)}{ranks}"]
         if outside:
             each = " for each rank" if self.spread.zero_ranks > 1 else ""
             lines.append(f"kept in {self.spread.zero}: {size_text(outside)} of decoder and head{each}")
@@ -247,15 +273,8 @@ class Estimate:
                 f"remembered images up to {size_text(self.remembered)}: the vision tower sees {self.work.passes:,} for "
                 f"{self.work.questions:,} questions"
             )
-        lines += [f"note: {note}" for note in self.notes]
         lines.append(self._verdict())
         return lines + self._times()
-
-    def _placed(self) -> str:
-        place = self.spread
-        if place.tensor_parallel > 1:
-            return f" on each of the {place.tensor_parallel} ranks of a replica"
-        return ""
 
     def _verdict(self) -> str:
         need = f"about {size_text(self.peak)} on {self.device} for each rank"
@@ -304,7 +323,6 @@ class Estimate:
             "fits": self.fits,
             "remedies": [] if self.fits is not False else self.remedies(),
             "device": self.device,
-            "notes": list(self.notes),
             "spread": dataclasses.asdict(self.spread),
             "questions": self.work.questions,
             "batches": self.batches,
@@ -313,6 +331,9 @@ class Estimate:
             "rates": None if self.rates is None else dataclasses.asdict(self.rates),
             **timed,
         }
+
+
+# The estimate of a run
 
 
 def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
@@ -338,7 +359,6 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
     )
     longest = config.max_new_tokens or data.max_new_tokens
     dtype = DTYPES[config.dtype]
-    model.shares_prefix = config.share_prefix
     work = workload(model, data, planned, config.batch_size, longest, reducer, dtype.itemsize, spread.replicas)
     llm: Any = model.llm
     rows = sum(max(memory.lengths(model, reducer, shape)) for shape in work.shapes[: config.batch_size])
@@ -347,7 +367,6 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
     if reducer.needs_text_tower and model.text_tower is not None:
         model.clip = outline_text_tower(model)
         text_tower = sum(weight.numel() for weight in model.clip.parameters())
-    bits, notes = stored_bits(model)
     return Estimate(
         model=model,
         reducer=reducer,
@@ -355,28 +374,13 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
         batch_size=config.batch_size,
         max_new_tokens=longest,
         dtype=dtype,
-        quantization=config.quantization or bits,
+        quantization=config.quantization,
         spread=spread,
         text_tower=text_tower,
         rates=rates,
         free=free_memory(device),
         device=str(device),
-        notes=notes,
     )
-
-
-def stored_bits(model: Llava) -> tuple[str | None, tuple[str, ...]]:
-    """The quantization of files that are quantised already, and a note where their sizes are not known."""
-    method = stored_method(model.hf_model.config)
-    bits = next((name for name in QUANTIZATIONS if method == f"bitsandbytes_{name}"), None)
-    if method is None or bits is not None:
-        return bits, ()
-    return None, (f"the files are quantised with {method}; the sizes are those of weights that are not",)
-
-
-def report(config: RunConfig, place: Placement | None = None) -> list[str]:
-    """The lines of `--dry-run`."""
-    return estimate(config, place).lines()
 
 
 def outline_text_tower(model: Llava) -> ClipText:
@@ -388,3 +392,112 @@ def outline_text_tower(model: Llava) -> ClipText:
         return ClipText(
             config, tower.config.hidden_size, tower.post_layernorm, lambda text: [0] * len(text.split()), 0, 0
         )
+
+
+# The questions of a run as memory and time see them
+
+
+def workload(
+    model: Llava,
+    data: Dataset,
+    planned: Sequence[Question],
+    batch_size: int,
+    max_new_tokens: int,
+    reducer: Reducer,
+    itemsize: int = FLOAT32,
+    replicas: int = 1,
+) -> Workload:
+    """Prompts and images of evenly spaced questions, the length of their reference answers, and passes of the tower.
+
+    Args:
+        model: on the meta device.
+        itemsize: bytes of a feature of the tower.
+        replicas: that share the questions and remember images each for itself.
+    """
+    if not planned:
+        raise UserError(f"{data.title} has no question to estimate; raise --limit.")
+    stride = max(1, len(planned) // SAMPLED)
+    chosen = planned[::stride][:SAMPLED]
+    shapes = tuple(shape_of(model, data, question) for question in chosen)
+    answers = [len(model.tokenizer(q.answer, add_special_tokens=False).input_ids) for q in chosen if q.answer]
+    groups = [answers[i : i + batch_size] for i in range(0, len(answers), batch_size)]
+    steps = sum(min(max(group), max_new_tokens - 1) for group in groups) / len(groups) if groups else 0.0
+    kept = remembers(model, reducer)
+    images = [image for shape in shapes for image in shape.images] if kept else []
+    each = sum(image_bytes(model, reducer, image, itemsize) for image in images) / max(1, len(images))
+    batches = list(chunks(asking_order(planned, planned, model), batch_size))
+    passes = tower_passes(batches, each, RUN_BYTES if kept else 0, replicas)
+    return Workload(shapes, steps, len(planned), passes, len(keys(planned)) if kept else 0, each)
+
+
+def shape_of(model: Llava, data: Dataset, question: Question) -> QuestionShape:
+    """What memory and time depend on in a question. An image is opened only where its size matters."""
+    video = data.pictures.noun == "videos"
+    blank = Image.new("RGB", (1, 1))
+    stand_in = Video((blank,)) if video else blank
+    prompt = model.prompt(
+        Sample(question.id, question.question, question.suffix, tuple(stand_in for _ in question.images) or None)
+    )
+    by_size = not video and (hasattr(model, "anyres") or model.axes)
+    sizes = [_size(data, name) if by_size else None for name in question.images]
+    images = tuple(layout_of(model, size, video) for size in sizes)
+    return QuestionShape(sum(token >= 0 for token in prompt.ids), images, " ".join(question.images))
+
+
+def _size(data: Dataset, name: str) -> tuple[int, int] | None:
+    """(width, height) of an image; None, which stands for the largest, where it cannot be read here."""
+    try:
+        opened: Any = data.pictures.open(name)
+    except (UserError, OSError):
+        return None
+    return opened.size
+
+
+def remembers(model: Llava, reducer: Reducer) -> bool:
+    """Whether a run keeps the tower's output: methods that act before or inside the tower change it."""
+    return can_remember(model) and reducer.acts_in.isdisjoint(("tower", "input_grid"))
+
+
+@torch.inference_mode()
+def image_bytes(model: Llava, reducer: Reducer, image: TokenLayout, itemsize: int) -> int:
+    """Bytes of the features and scores that are remembered of one image.
+
+    Args:
+        model: on the meta device, where its tower computes shapes alone.
+        itemsize: bytes of a feature; scores are float32.
+    """
+    tower: Any = model.tower_of(image.temporal)
+    weight = next(tower.parameters())
+    side = tower.config.image_size
+    pixels = torch.empty(len(image.crops), 3, side, side, dtype=weight.dtype, device=weight.device)
+    scores = reducer.tower_scores(image.tiles is not None)
+    found = encode(tower, pixels, model.select_layer, scores, keep_cls=True)
+    return bytes_of(found) + found.features.numel() * (itemsize - found.features.element_size())
+
+
+def tower_passes(batches: Sequence[Sequence[Question]], each: float, bound: int, replicas: int = 1) -> int:
+    """Images that the towers of all replicas see.
+
+    Questions of a batch about one image share a pass, and so do those of later batches as long as the output is
+    remembered (eval/feature_cache.py): up to a bound, the images seen first are forgotten first.
+
+    Args:
+        batches: in the order of asking; replicas take them in turns.
+        each: bytes that an image is remembered with.
+        bound: bytes that a replica remembers; 0 where it forgets every batch.
+    """
+    passes = 0
+    remembered: list[dict[str, None]] = [{} for _ in range(replicas)]
+    for number, batch in enumerate(batches):
+        known = remembered[number % replicas]
+        for key in keys(batch):
+            passes += key not in known
+            known.setdefault(key)
+        while known and (not bound or len(known) * each > bound):
+            del known[next(iter(known))]
+    return passes
+
+
+def keys(questions: Sequence[Question]) -> dict[str, None]:
+    """The names of the distinct images of some questions. A run tells them by content, which is not read here."""
+    return dict.fromkeys(name for question in questions for name in question.images)

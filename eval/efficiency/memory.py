@@ -2,12 +2,12 @@
 
 Weights and cache are exact: they are those of the loaded model and of the run. Activations are the tensors that are
 alive together at the peak of each stage, a method's own among them: the batch is asked on the meta device, which
-computes shapes alone, and metered (meter.py). What a kernel needs for itself, the CUDA context and the fragments of the
+computes shapes alone, and metered (`Meter`). What a kernel needs for itself, the CUDA context and the fragments of the
 allocator are not counted.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -15,32 +15,35 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from eval.efficiency.meter import Meter
+from eval.efficiency.counts import MarkedTimer
 from eval.efficiency.oracle import flat_oracle
-from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder import qwen_encoder
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
-from llava.pipeline.accounting import Timer
-from llava.pipeline.kv_cache import BLOCK
+from llava.pipeline.decoder import BLOCK
 from llava.pipeline.prefill import prefill
-from llava.processing.prompt import Prompt
-from llava.processing.qwen_image import Grid
-from llava.processing.sample import Sample
-from llava.reduction.crop_budget import planned
-from llava.reduction.flops import layer_flops, linear_flops, prefill_flops, projector_flops, tower_flops
-from llava.reduction.model_spec import spec_of
+from llava.processing.image import Grid
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt, Sample
+from llava.reduction.budget import planned
+from llava.reduction.modules import layer_flops, linear_flops, prefill_flops, projector_flops, tower_flops
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import TokenLayout, frames, single
+from llava.reduction.token_layout import TokenLayout, frames, single, spec_of
 
 # Bytes of a weight of a quantised linear layer: the values, and their scales (bitsandbytes: a float32 per output row;
 # NF4 with a byte per 64 values and a float32 per 256 of these bytes).
 BITS_8, BITS_4 = 1.0, 0.5 + 1 / 64 + 4 / (64 * 256)
 FLOAT32 = 4
+TOWERS = ("vision_tower", "image_tower", "video_tower")
+# Linear layers of the decoder that tensor parallelism cuts by input: their biases are added after the sum over ranks,
+# and are whole on each.
+CUT_BY_INPUT = ("o_proj", "down_proj")
+GIB = 2**30
 META = torch.device("meta")
 
 
@@ -89,7 +92,7 @@ def _plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...]
     if own.crops or own.newlines:
         return planned(reducer, own)
     method = reducer.for_picture(own)
-    return method.sized(min(method.budget, own.visual_tokens)).tokens_per_layer(own)
+    return method.with_budget(min(method.budget, own.visual_tokens)).tokens_per_layer(own)
 
 
 def lengths(model: Llava, reducer: Reducer, question: QuestionShape) -> tuple[int, ...]:
@@ -137,27 +140,23 @@ def weights(
         "vision tower": sum(_numbers(part) for part in tower) - sum(p.numel() for p in merger),
         "projector": sum(p.numel() for p in merger) or _numbers(inner.multi_modal_projector),
     }
-    found = {part: count * itemsize for part, count in sizes.items()}
+    held = {part: count * itemsize for part, count in sizes.items()}
     if text_tower:
-        found["text tower"] = text_tower * FLOAT32
-    found["decoder"] = _decoder_bytes(model, itemsize, quantization, split)
+        held["text tower"] = text_tower * FLOAT32
+    held["decoder"] = _decoder_bytes(model, itemsize, quantization, split)
     if hasattr(inner, "image_newline"):
-        found["decoder"] += inner.image_newline.numel() * itemsize
-    found["head"] = 0 if tied(model) else -(-_numbers(model.head) // split) * itemsize
-    return Weights(found, {})
-
-
-def tied(model: Llava) -> bool:
-    """Whether head and embeddings are one weight."""
+        held["decoder"] += inner.image_newline.numel() * itemsize
     llm: Any = model.llm
-    return model.head.weight is llm.embed_tokens.weight
+    tied = model.head.weight is llm.embed_tokens.weight  # head and embeddings are one weight
+    held["head"] = 0 if tied else -(-_numbers(model.head) // split) * itemsize
+    return Weights(held, {})
 
 
 def partitioned(model: Llava, itemsize: int, whole: Weights, place: str, ranks: int = 1) -> Weights:
     """The weights of one rank under ZeRO-Inference.
 
     Args:
-        place: "cpu" or "nvme=FOLDER", where the matrices of the decoder and the head are kept, or "none".
+        place: "cpu", where the matrices of the decoder and the head are kept, or "none".
         ranks: each keeps a part of them.
     """
     llm: Any = model.llm
@@ -166,16 +165,11 @@ def partitioned(model: Llava, itemsize: int, whole: Weights, place: str, ranks: 
     outside = {"decoder": sum(matrices) * itemsize, "head": head}
     own = {part: -(-size // ranks) for part, size in outside.items()}
     layer = sum(weight.numel() for weight in llm.layers[0].parameters())
-    # Two layers and the largest matrix are gathered at the most, see llava/model/parallel/zero.py.
+    # Two layers and the largest matrix are gathered at the most, see llava/model/parallel.py.
     gathered = (2 * layer + max([*matrices, head // itemsize])) * itemsize
     stays = own if place == "none" else {}
     kept = {part: size - outside.get(part, 0) + stays.get(part, 0) for part, size in whole.device.items()}
     return Weights(kept | {"gathered": gathered}, {} if place == "none" else own)
-
-
-# Their biases are added after the sum over ranks, and are whole on each.
-CUT_BY_INPUT = ("o_proj", "down_proj")
-TOWERS = ("vision_tower", "image_tower", "video_tower")
 
 
 def _numbers(module: nn.Module) -> int:
@@ -214,13 +208,10 @@ def kv_bytes(model: Llava, prompts: Sequence[Sequence[int]], itemsize: int, new_
     llm: Any = model.llm
     block = BLOCK + 1  # a token that finds no room makes its own column and those of BLOCK others
     longest = [max(layer) + -(-new_tokens // block) * block for layer in zip(*prompts, strict=True)]
-    rows = sum(length * _key_value_width(layer) for length, layer in zip(longest, llm.layers, strict=True))
+    attentions = [layer.self_attn for layer in llm.layers]
+    widths = [one.k_proj.out_features + one.v_proj.out_features for one in attentions]  # numbers of a token
+    rows = sum(length * width for length, width in zip(longest, widths, strict=True))
     return len(prompts) * rows * itemsize // split
-
-
-def _key_value_width(layer: Any) -> int:
-    """Numbers that a token leaves in the cache of a layer."""
-    return layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features
 
 
 # Activations
@@ -281,39 +272,30 @@ def _metered(
     return _ask(asked, reducer, samples)
 
 
-class Stages(Timer):
-    """Notes where the stages of a prefill end among a meter's events."""
-
-    def __init__(self, meter: Meter):
-        super().__init__(META)
-        self.meter, self.ends = meter, [("", 0)]
-
-    def mark(self, stage: str) -> None:
-        self.meter.update()
-        self.ends.append((stage, len(self.meter.events)))
-
-    def peak(self, names: Sequence[str], without: set[int]) -> int:
-        """The highest peak of these stages."""
-        pairs = pairwise(self.ends)
-        return max(self.meter.peak(start, end, without) for (_, start), (name, end) in pairs if name in names)
-
-
 @torch.inference_mode()
 def _ask(model: Llava, reducer: Reducer, samples: Sequence[Sample]) -> Activations:
     """Ask a batch for its first token."""
-    before_decoding = ("selection", "prefill", "head")
+    ends = [("", 0)]  # stage, and how many events of the meter there were at its end
+
+    def mark(stage: str) -> None:
+        meter.update()
+        ends.append((stage, len(meter.events)))
+
+    def peak(names: Sequence[str], without: Iterable[int] = ()) -> int:
+        return max(meter.peak(start, end, without) for (_, start), (name, end) in pairwise(ends) if name in names)
+
     with Ones(), Meter(META) as meter:
-        stages = Stages(meter)
-        state, _ = prefill(model, samples, reducer, stages)
+        state, _ = prefill(model, samples, reducer, MarkedTimer(META, mark))
         model.logits(state.hidden).argmax(-1)
-        stages.mark("head")
+        mark("head")
         cache: Any = state.cache.layers
         held = meter.numbers(tensor for layer in cache for tensor in (layer.keys, layer.values))
+    before_decoding = ("selection", "prefill", "head")
     return Activations(
-        vision=stages.peak(("preprocess", "vision"), set()),
-        prefill=stages.peak(before_decoding, held),
-        decode=stages.peak(("head",), held) + max(layer.keys.nbytes + layer.values.nbytes for layer in cache),
-        prefill_with_cache=stages.peak(before_decoding, set()),
+        vision=peak(("preprocess", "vision")),
+        prefill=peak(before_decoding, held),
+        decode=peak(("head",), held) + max(layer.keys.nbytes + layer.values.nbytes for layer in cache),
+        prefill_with_cache=peak(before_decoding),
     )
 
 
@@ -409,6 +391,82 @@ class _Outlined(Llava):
         return torch.empty(sum(rows * columns for _, rows, columns in grids), numbers, device=self.pixels_on), grids
 
 
+class Meter(TorchDispatchMode):
+    """Notes while it is active when the memory of a tensor comes and goes; what was there before is not counted.
+
+    Seen are the tensors that operations make, on any device: the "meta" device allocates nothing and counts. What a
+    kernel needs inside of itself, the CUDA context and the fragments of an allocator are not counted, and neither is
+    memory of numpy.
+
+    Not counted either are tensors that later questions share (llava/reduction/ranking.py), which are made outside of
+    inference mode: else the first question of its lengths would need more than the second.
+
+    Args:
+        device: the tensors that are counted; None counts those of all devices.
+
+    Attributes:
+        events: (number of the memory, bytes: negative where it was given back), in the order in which they came.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.device, self._inference = device, torch.is_inference_mode_enabled()
+        self.events: list[tuple[int, int]] = []
+        self._live: dict[int, tuple[StorageWeakRef, int, int]] = {}
+        self._count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        self.update()
+        given = {_address(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        for one in tree_leaves(out):
+            if not isinstance(one, Tensor) or self.device not in (None, one.device):
+                continue
+            if torch.is_inference_mode_enabled() != self._inference:
+                continue
+            storage = one.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._live:
+                self._count += 1
+                self._live[storage._cdata] = StorageWeakRef(storage), self._count, storage.nbytes()
+                self.events.append((self._count, storage.nbytes()))
+        return out
+
+    def update(self) -> None:
+        """Note what was given back since the last operation."""
+        for address, (known, number, size) in list(self._live.items()):
+            if known.expired():
+                del self._live[address]
+                self.events.append((number, -size))
+
+    def numbers(self, tensors: Iterable[Tensor]) -> set[int]:
+        """Of the memory of some tensors, as `events` has them."""
+        return {self._live[_address(one)][1] for one in tensors if _address(one) in self._live}
+
+    def peak(self, start: int = 0, stop: int | None = None, without: Iterable[int] = ()) -> int:
+        """Most bytes alive at once during `events[start:stop]`.
+
+        Args:
+            without: numbers of memory that is left out.
+        """
+        left_out, held, most = set(without), 0, 0
+        for place, (number, size) in enumerate(self.events[:stop]):
+            held += 0 if number in left_out else size
+            most = max(most, held) if place >= start else 0
+        return most
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def peak_bytes(call: Any) -> int:
+    """Most bytes alive at once while a function runs, above what was there before."""
+    with torch.inference_mode(), Meter() as meter:
+        call()
+    return meter.peak()
+
+
 # Operations
 
 
@@ -443,3 +501,33 @@ def step_operations(model: Llava, prompt: Sequence[int]) -> int:
     llm: Any = model.llm
     layers = zip(llm.layers, prompt, strict=True)
     return sum(layer_flops(layer, 1, length + 1) for layer, length in layers) + linear_flops(model.head, 1)
+
+
+# In words
+
+
+def size_text(size: float) -> str:
+    """Bytes in words: "13.1 GiB", "14.5 MiB"."""
+    name, unit = ("GiB", GIB) if size >= 0.1 * GIB else ("MiB", GIB / 1024)
+    return f"{figures(size / unit)} {name}"
+
+
+def listed(parts: Mapping[str, int], total: int | None = None) -> str:
+    """The sum (or `total`) and its parts in one unit: "13.1 GiB (vision tower 0.57, decoder 12.3)"."""
+    total = sum(parts.values()) if total is None else total
+    unit = GIB if total >= 0.1 * GIB else GIB / 1024
+    inside = ", ".join(f"{name} {figures(size / unit)}" for name, size in parts.items() if size)
+    return f"{size_text(total)} ({inside})"
+
+
+def figures(value: float) -> str:
+    """Three figures, or two of a small number."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "3.1 ms", "12 s", "5.0 min", "2.1 h"."""
+    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
+    return f"{1000 * seconds:.3g} ms"

@@ -6,22 +6,28 @@ score, merges nothing and computes nothing per question. It is no method and not
 
     oracle_of(reducer, spec)    the schedule of a method: as many tokens as it has in every decoder layer
     flat_oracle(budget)         the physical limit of a budget: `budget` tokens in every layer, dropped after the tower
+
+`reducers_of` and `oracles` make the rows of a comparison: the methods that were asked for, and the oracle of each.
 """
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from llava.cached_tensors import made_once
+from eval.config import FULL, options_by_method
 from llava.errors import UserError
-from llava.reduction.crop_budget import planned
-from llava.reduction.model_spec import ModelSpec
+from llava.model.llava_arch import Llava
+from llava.reduction import registry
+from llava.reduction.budget import planned, require
+from llava.reduction.merging import Reduction
+from llava.reduction.ranking import made_once
 from llava.reduction.reducer import Reducer
-from llava.reduction.reduction import Reduction
 from llava.reduction.states import DecoderState, EncoderState, PromptState
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +53,10 @@ class Oracle(Reducer):
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         return super().tokens_per_layer(spec) if self.method is None else self.method.tokens_per_layer(spec)
 
-    def sized(self, budget: int) -> Self:
+    def with_budget(self, budget: int) -> Self:
         if self.method is None:
-            return super().sized(budget)
-        method = self.method.sized(budget)
+            return super().with_budget(budget)
+        method = self.method.with_budget(budget)
         return replace(self, budget=budget, retention_ratio=method.retention_ratio, method=method)
 
     def for_picture(self, spec: ModelSpec) -> Self:
@@ -132,3 +138,71 @@ def evenly(tokens: Tensor, keep: int) -> Reduction | None:
 def even_places(batch: int, total: int, keep: int, device: torch.device) -> Tensor:
     """[batch, keep] indices below `total`, ascending; made once, so that a prefill finds them on the device."""
     return (torch.arange(keep, device=device) * total // keep).repeat(batch, 1)
+
+
+# Rows of a comparison
+
+
+def chosen_options(settings: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Options of --set by method: METHOD.KEY=VALUE for one method, KEY=VALUE for each that is named.
+
+    Args:
+        names: the measured methods, or "all".
+    """
+    everything = list(names) == ["all"]
+    for setting in settings:
+        if everything and "." not in setting.partition("=")[0]:
+            raise UserError(f"--set {setting} names no method; with all methods write METHOD.{setting}.")
+    by_method = options_by_method(registry.names() if everything else names, settings)
+    return {method: options for method, options in by_method.items() if options}
+
+
+def reducers_of(
+    names: Sequence[str], budget: int, options: dict[str, dict[str, str]], model: Llava
+) -> dict[str, Reducer]:
+    """The methods that can run at this budget; of all methods, those that cannot are told on standard error.
+
+    Args:
+        names: methods, or "all". `full` keeps every token at any budget.
+        options: by method.
+
+    Raises:
+        UserError: a method that was named cannot run at this budget.
+    """
+    rows = {}
+    everything = list(names) == ["all"]
+    for name in registry.names() if everything else names:
+        reducer = registry.build(name, model.visual_tokens if name == FULL else budget, options.get(name, {}))
+        try:
+            require(reducer, model.spec)
+        except UserError as error:
+            if not everything:
+                raise
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
+        rows[name] = reducer
+    return rows
+
+
+def oracles(reducers: dict[str, Reducer], spec: ModelSpec) -> tuple[dict[str, Reducer], dict[str, str]]:
+    """The oracles of the methods, each once: methods with the same tokens at the same stages share one.
+
+    Returns:
+        Name -> oracle, and method -> name of its oracle. A method whose tokens depend on the image has none.
+    """
+    rows: dict[str, Reducer] = {}
+    name_of: dict[str, str] = {}
+    known: dict[tuple[object, ...], str] = {}
+    for name, reducer in reducers.items():
+        if name == FULL:
+            continue
+        try:
+            oracle = oracle_of(reducer, spec)
+        except UserError:
+            continue
+        plan, layers = planned(reducer.for_picture(spec), spec), reducer.decoder_layers(spec.layers)
+        grid = reducer.input_grid(spec.layout)
+        key = (stages_of(reducer), plan, layers, grid, oracle.crops, oracle.newlines, oracle.positions)
+        name_of[name] = known.setdefault(key, f"oracle of {name}")
+        rows.setdefault(name_of[name], oracle)
+    return rows, name_of

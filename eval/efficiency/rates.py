@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eval.results.provenance import hardware
+from eval.results.report import hardware
 
 SPENT = 0.5  # seconds of each measurement
 LONGEST = 0.2  # seconds of one product

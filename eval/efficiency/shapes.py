@@ -1,28 +1,35 @@
-"""Models of real size with random weights, to measure latency. Their answers are meaningless."""
+"""Models in the shapes of official ones, with random weights or none, and questions about noise to ask them.
+
+random_llava("llava-1.5-7b")    computes what the official model computes; its answers are meaningless
+official("LLaVA-1.5-7B")        the sizes alone, on the meta device
+noise_batches(model, 8, True)   batches of questions that any model can be measured with
+"""
 
 import copy
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
 from typing import Any, cast
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTextConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from llava.model.builder import DTYPES
-from llava.model.checkpoint.hf_model import HF_CLASSES, VideoLlavaWithTime
-from llava.model.checkpoint.identify import Family
+from llava.model.builder import DTYPES, FAMILIES
+from llava.model.checkpoint.hf_model import HF_CLASSES, VideoLlavaWithTime, empty_model
+from llava.model.checkpoint.layouts import CLIP_L_336, LANGUAGEBIND, Family, Kind
 from llava.model.checkpoint.load import Checkpoint
-from llava.model.checkpoint.original_layout import CLIP_L_336, LANGUAGEBIND
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
-from llava.model.multimodal_encoder.languagebind import VIDEO_FRAMES
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
-from llava.processing.clip_image import ImageProcessor
-from llava.processing.qwen_image import QwenImageProcessor
+from llava.processing.image import ImageProcessor, QwenImageProcessor
+from llava.processing.prompt import Sample
+from llava.processing.video import FRAMES, Video
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, words: int = 32064) -> dict[str, Any]:
@@ -74,7 +81,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "video-llava-7b": {"family": "video_llava", "text": VICUNA_7B, "vision": LANGUAGEBIND},
     "qwen2.5-vl-7b": {"family": "qwen2_5_vl", "text": QWEN_25_7B, "vision": QWEN_25_VISION},
 }
-
+# The official models of the tables of memory and costs; SHAPES has their names in lower case.
+MODELS = (
+    "LLaVA-1.5-7B", "LLaVA-1.5-13B", "LLaVA-NeXT-7B", "LLaVA-NeXT-13B", "LLaVA-NeXT-34B", "Video-LLaVA-7B",
+    "Qwen2.5-VL-7B",
+)  # fmt: skip
 
 CLIP_L_TEXT: dict[str, Any] = {
     "hidden_size": 768,
@@ -88,8 +99,73 @@ CLIP_L_TEXT: dict[str, Any] = {
 }
 
 
+def narrow(shape: str, width: int, layers: int, blocks: int = 3, side: int = 336) -> dict[str, Any]:
+    """A shape of LLaVA at a fraction of its width: as many tokens and layers as wanted, few weights.
+
+    What grows with the number of tokens grows the same way, and a CPU needs seconds in place of minutes.
+
+    Args:
+        shape: a name of SHAPES.
+        width: channels of decoder and tower, a multiple of 64, those of an attention head; the MLPs keep their
+            proportion to it.
+        layers: of the decoder.
+        blocks: of the tower.
+        side: of an image or tile in pixels, a multiple of 14.
+    """
+    text, heads = SHAPES[shape]["text"], width // 64
+    return {
+        **SHAPES[shape],
+        "text": {
+            **text,
+            "hidden_size": width,
+            "intermediate_size": width * text["intermediate_size"] // text["hidden_size"],
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            # Tokens beyond the position ids of the official model are computed alike.
+            "max_position_embeddings": 1 << 15,
+        },
+        "vision": {
+            **SHAPES[shape].get("vision", CLIP_L_336),
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_attention_heads": heads,
+            "num_hidden_layers": blocks,
+            "image_size": side,
+        },
+    }
+
+
+@cache
+def official(name: str) -> Llava:
+    """An official model on the meta device, without tokenizer. LLaVA-NeXT reads images as the tables of papers do, with
+    2,880 visual tokens for each; Qwen takes images of at most 1,280 visual tokens.
+
+    Args:
+        name: one of MODELS.
+    """
+    sizes = SHAPES[name.lower()]
+    family: Family = sizes["family"]
+    config_class: Any = HF_CLASSES[family].config_class
+    config = config_class(text_config=sizes["text"], vision_config=sizes.get("vision", CLIP_L_336))
+    frames = FRAMES if family == "video_llava" else None
+    options: dict[str, Any] = {}
+    if family == "llava_next":
+        side = config.vision_config.image_size
+        options = {"merge": "spatial", "force": (2 * side, 2 * side)}
+    checkpoint = _checkpoint(
+        empty_model(config, Kind(family, "original", "llama"), frames),
+        family,
+        tokenizer=None,
+        name=name,
+        text_tower=None,
+        vocabulary=config.get_text_config().vocab_size,
+    )
+    return FAMILIES[family](checkpoint, torch.device("meta"), **options)
+
+
 def random_llava(
-    shape: str,
+    shape: str | Mapping[str, Any],
     distinct: int | None = None,
     dtype: str = "bfloat16",
     layers: int | None = None,
@@ -99,6 +175,7 @@ def random_llava(
     """A LLaVA of a known shape with random weights.
 
     Args:
+        shape: a name of SHAPES, or what `narrow` returns.
         distinct: decoder layers with their own weights; the other layers reuse them in turn, so that a model of full
             depth needs little memory and computes the same number of operations. None gives every layer its own.
         layers: decoder layers; None for the full depth.
@@ -106,30 +183,44 @@ def random_llava(
         conventions: of llava.model.llava_next.LlavaNext.
     """
     device = device or torch.device("cpu")
-    sizes = SHAPES[shape]
-    family, vision = sizes["family"], sizes.get("vision", CLIP_L_336)
+    sizes = SHAPES[shape] if isinstance(shape, str) else shape
+    family: Family = sizes["family"]
     layers = layers or sizes["text"]["num_hidden_layers"]
     text = {**sizes["text"], "num_hidden_layers": min(distinct or layers, layers)}
-    model = hf_model(family, {"text_config": text, "vision_config": vision}, DTYPES[dtype], device)
+    parts = {"text_config": text, "vision_config": sizes.get("vision", CLIP_L_336)}
+    model = hf_model(family, parts, DTYPES[dtype], device)
     share_layers(model.model.language_model, layers)
-    video, qwen = family == "video_llava", family == "qwen2_5_vl"
-    checkpoint = Checkpoint(
-        model=model,
+    qwen = family == "qwen2_5_vl"
+    checkpoint = _checkpoint(
+        model,
+        family,
         tokenizer=_letters(),
-        image_processor=QwenImageProcessor() if qwen else ImageProcessor(vision["image_size"], vision["image_size"]),
-        conversation="qwen2_vl" if qwen else "vicuna_v1",
-        name=f"random {shape}",
-        layout="original",
-        vision_tower_source="random weights",
+        name=f"random {shape if isinstance(shape, str) else family}",
         text_tower=None if qwen else "random weights",
-        notes=(),
         vocabulary=min(sizes["text"]["vocab_size"], 152000 if qwen else 32000),
-        family=family,
-        video_conversation="llava_v1" if video else None,
-        frames=VIDEO_FRAMES if video else 0,
-        temporal=video,
     )
     return RUNTIME[family](checkpoint, device, **conventions)
+
+
+def _checkpoint(model: PreTrainedModel, family: Family, **fields: Any) -> Checkpoint:
+    """A checkpoint with the processor and the templates of its family.
+
+    Args:
+        fields: further fields of Checkpoint.
+    """
+    video, qwen = family == "video_llava", family == "qwen2_5_vl"
+    side = None if qwen else model.config.vision_config.image_size
+    return Checkpoint(
+        model=model,
+        image_processor=QwenImageProcessor() if side is None else ImageProcessor(side, side),
+        conversation="qwen2_vl" if qwen else "vicuna_v1",
+        layout="original",
+        notes=(),
+        family=family,
+        frames=FRAMES if video else 0,
+        temporal=video,
+        **fields,
+    )
 
 
 def hf_model(family: Family, parts: dict[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -138,16 +229,18 @@ def hf_model(family: Family, parts: dict[str, Any], dtype: torch.dtype, device: 
     Args:
         parts: "text_config" and "vision_config", fields of config.json.
     """
-    placeholder: dict[str, Any] = {} if family == "qwen2_5_vl" else {"image_token_index": 32000}
     config_class: Any = HF_CLASSES[family].config_class
-    config = config_class(**parts, **placeholder)
+    config = config_class(**parts)
+    if family == "llava_next":  # the library's resolutions are of tiles of 336 pixels
+        side = config.vision_config.image_size
+        config.image_grid_pinpoints = [[side * a, side * b] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with no_init_weights(), torch.device(device):
             if family == "video_llava":
-                made: PreTrainedModel = VideoLlavaWithTime(config, VIDEO_FRAMES)
+                made: PreTrainedModel = VideoLlavaWithTime(config, FRAMES)
             else:
                 made = HF_CLASSES[family](config)
     finally:
@@ -221,3 +314,40 @@ def _letters() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+QUESTION = "What is the color of the small object on the left side of the image?"
+SUFFIX = "Answer the question using a single word or phrase."
+SIDE = 336
+
+
+def noise(seed: int, width: int = SIDE, height: int = SIDE) -> Image.Image:
+    """An image without meaning: the time of most methods does not depend on what is in it."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def visual(model: Llava, seed: int) -> Image.Image | Video:
+    """An image or a video of noise with as many visual tokens as the model's budget is counted against."""
+    if isinstance(model, VideoLlava):
+        return Video(tuple(noise(1000 * seed + frame) for frame in range(model.frames)))
+    if isinstance(model, QwenVL):
+        # As square as whole merge groups allow.
+        groups, edge = model.visual_tokens, model.image_processor.patch * model.image_processor.merge
+        rows = next(rows for rows in range(int(groups**0.5), 0, -1) if groups % rows == 0)
+        return noise(seed, groups // rows * edge, rows * edge)
+    return noise(seed)
+
+
+def noise_batches(model: Llava, size: int, differ: bool) -> Callable[[int], list[Sample]]:
+    """Turn -> a batch of one question about `size` images of noise; other images in every turn where they `differ`."""
+    known: dict[int, list[Sample]] = {}
+
+    def ask(turn: int) -> list[Sample]:
+        first = turn * size if differ else 0
+        if first not in known:
+            known.clear()
+            seeds = range(first, first + size)
+            known[first] = [Sample(f"s{seed}", QUESTION, SUFFIX, visual(model, seed)) for seed in seeds]
+        return known[first]
+
+    return ask

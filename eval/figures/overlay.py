@@ -1,29 +1,232 @@
-"""Which parts of an image the model kept: the reductions of one sample drawn on it.
+"""Where every patch of an image is after the reductions of one answer: in a token of its own, merged, or dropped.
+
+The panels that show an image's patches: one per whole image or frame; base image and tiles of a tiled one.
+
+Which parts of an image the model kept: the reductions of one sample drawn on it.
 
 Kept patches are the photograph itself. Merged patches are tinted faintly, and a thin line in the group's colour follows
 the border of every group; the patch at which the merged token stands has a frame. Dropped patches are dim and grey.
+
+Overlays of whole samples: one panel per image, base image and tiles side by side, or all frames of a video.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from eval.figures.panels import Panel
-from eval.figures.patches import (
-    NONE,
-    PALETTE,
-    Ints,
-    Mask,
-    PatchAssignment,
-    colour_groups,
-    compose,
-    grid_of,
-    without_cls,
-)
-from llava.reduction import Step
+from llava.errors import UserError
+from llava.pipeline.accounting import Answer
+from llava.processing.prompt import Sample
+from llava.processing.video import Video
+from llava.reduction import Reduction, Step
+from llava.reduction.token_layout import TokenLayout
+
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+NONE = -1  # a cell of the patch grid that no visual token stands for
+# Okabe and Ito's colours without black: readers with any colour blindness tell them apart.
+PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+
+
+@dataclass(frozen=True)
+class PatchAssignment:
+    """Where N patches are after some steps; K tokens are left.
+
+    Attributes:
+        assignment: [N], the token that a patch is part of, -1 if it was dropped.
+        kept: [K], the patch at which each token stands; -1 where that is no patch (a class token).
+    """
+
+    assignment: Ints
+    kept: Ints
+    members: Ints = field(init=False)  # [K], patches of each token
+
+    def __post_init__(self) -> None:
+        present = self.assignment[self.assignment >= 0]
+        object.__setattr__(self, "members", np.bincount(present, minlength=len(self.kept)))
+
+    @property
+    def stands(self) -> Mask:
+        """[N]: a token stands at this patch."""
+        return np.isin(np.arange(len(self.assignment)), self.kept)
+
+    @property
+    def grouped(self) -> Mask:
+        """[N]: the patch is part of a token of two or more patches."""
+        if not len(self.kept):
+            return np.zeros(len(self.assignment), bool)
+        return (self.assignment >= 0) & (self.members[np.maximum(self.assignment, 0)] > 1)
+
+    @property
+    def target(self) -> Mask:
+        """[N]: a token stands at this patch that others were merged into."""
+        return self.stands & self.grouped
+
+    @property
+    def merged(self) -> Mask:
+        """[N]: the patch was averaged into a token that stands elsewhere."""
+        return (self.assignment >= 0) & ~self.stands
+
+    @property
+    def dropped(self) -> Mask:
+        """[N]: the patch is part of no token."""
+        return self.assignment < 0
+
+
+def compose(trace: Sequence[Step], patches: int) -> PatchAssignment:
+    """Follow every patch through the steps of one image; positions of a step count the previous step's outputs."""
+    assignment = kept = np.arange(patches)
+    for step in trace:
+        if step.reduction.inputs != len(kept):
+            raise ValueError(f"step at {step.place} takes {step.reduction.inputs} tokens, {len(kept)} are there")
+        moved = step_assignment(step)
+        assignment = np.where(assignment >= 0, moved[assignment], -1)
+        kept = kept[step.reduction.kept[0].cpu().numpy()]
+    return PatchAssignment(assignment, kept)
+
+
+def step_assignment(step: Step) -> Ints:
+    """[inputs]: the output token that each input of one step is part of, -1 if it is part of none."""
+    reduction: Reduction = step.reduction
+    kept = reduction.kept[0].cpu().numpy()
+    if reduction.merge_matrix is not None:
+        # Groups overlap: a patch is drawn with the token it has the largest weight in, a kept one with its own.
+        weight = reduction.merge_matrix[0].cpu().numpy()
+        assignment = np.where(weight.max(0) > 0, weight.argmax(0), -1)
+        assignment[kept] = np.arange(len(kept))
+        return assignment
+    if reduction.assignment is not None:
+        assignment = reduction.assignment[0].cpu().numpy()
+        if reduction.merge_weight is not None:
+            assignment = np.where(reduction.merge_weight[0].cpu().numpy() != 0, assignment, -1)
+        own = np.where(assignment[kept] < 0, np.arange(len(kept)), assignment[kept])
+        assignment = assignment.copy()
+        assignment[kept] = own
+        return assignment
+    if step.place == "input":
+        # A smaller image: no patch is dropped, each is part of the nearest token.
+        return nearest(kept, grid_of(reduction.inputs))
+    assignment = np.full(reduction.inputs, -1)
+    assignment[kept] = np.arange(len(kept))
+    return assignment
+
+
+def nearest(kept: Ints, grid: tuple[int, int]) -> Ints:
+    """[N]: index of the kept cell closest to each cell of the grid, the first of equals."""
+    columns = grid[1]
+    cells = np.arange(grid[0] * columns)
+    rows = (cells[:, None] // columns - kept[None] // columns) ** 2
+    return (rows + (cells[:, None] % columns - kept[None] % columns) ** 2).argmin(1)
+
+
+def grid_of(tokens: int) -> tuple[int, int]:
+    """The square grid of `tokens` patches, or of one less where the class token comes along."""
+    for patches in (tokens, tokens - 1):
+        side = math.isqrt(max(patches, 0))
+        if side > 0 and side * side == patches:
+            return side, side
+    raise UserError(f"{tokens} tokens are no square grid of patches; an overlay needs the grid of the image.")
+
+
+def without_cls(patches: PatchAssignment) -> PatchAssignment:
+    """Leave out the class token at position 0; a token that stands at it has its kept patch at -1."""
+    return PatchAssignment(patches.assignment[1:], patches.kept - 1)
+
+
+def colour_groups(patches: PatchAssignment, grids: Sequence[Ints]) -> Ints:
+    """Colours of the merge groups: groups that touch get different ones while the palette has enough.
+
+    Args:
+        grids: [rows, columns] each, the visual token of every cell of a panel, NONE where there is none.
+
+    Returns:
+        [K]: index into PALETTE, -1 for a token of one patch.
+    """
+    neighbours: dict[int, set[int]] = {int(token): set() for token in np.flatnonzero(patches.members > 1)}
+    for grid in grids:
+        groups = np.where(grid == NONE, -1, patches.assignment[grid])
+        for line in (*groups, *groups.T):
+            for one, other in pairwise(line.tolist()):
+                if one != other and one in neighbours and other in neighbours:
+                    neighbours[one].add(other)
+                    neighbours[other].add(one)
+    colours = np.full(len(patches.kept), -1)
+    for order, token in enumerate(neighbours):
+        taken = [int(colours[other]) for other in neighbours[token]]
+        # The least used around the group; of equals the next in turn, so that no colour dominates the image.
+        turn = [(order + shift) % len(PALETTE) for shift in range(len(PALETTE))]
+        colours[token] = min(turn, key=taken.count)
+    return colours
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """An image, and the grid of patches that lies on it.
+
+    Attributes:
+        name: what the panel shows, for a caption.
+        grid: [rows, columns], the visual token of every cell, NONE where there is none.
+        square: the grid covers the image padded to a square. False: it covers the image.
+    """
+
+    name: str
+    image: Image.Image
+    grid: Ints
+    square: bool = False
+
+    def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height that the grid covers, of the image drawn at `size`; the image is in the middle."""
+        return (max(size), max(size)) if self.square else size
+
+
+def panels_of(picture: Image.Image | Video, layout: TokenLayout) -> list[Panel]:
+    """The panels of an image or video.
+
+    Args:
+        layout: of the visual tokens whose indices the grids hold.
+    """
+    if isinstance(picture, Video):
+        return [
+            Panel(f"frame {number + 1}", frame, view_grid(layout, number))
+            for number, frame in enumerate(picture.frames)
+        ]
+    if layout.tiles is not None:
+        return [
+            Panel("base image", picture, view_grid(layout, 0)),
+            Panel("tiles", picture, stitched_grid(layout, layout.tiles)),
+        ]
+    # A square grid is that of a padded image; another one follows the image's own shape.
+    return [Panel("image", picture, view_grid(layout, 0), square=layout.grid[0] == layout.grid[1])]
+
+
+def view_grid(layout: TokenLayout, number: int) -> Ints:
+    """[rows, columns]: the visual token of every patch of a tile or frame."""
+    table = np.full(layout.grid[0] * layout.grid[1], NONE)
+    crop = layout.crops[number]
+    table[crop.patches.numpy()] = crop.indices.numpy()
+    return table.reshape(layout.grid)
+
+
+def stitched_grid(layout: TokenLayout, tiles: tuple[int, int]) -> Ints:
+    """The same of all tiles together, without the rows and columns that unpadding took off."""
+    down, across = tiles
+    rows = [np.concatenate([view_grid(layout, 1 + row * across + i) for i in range(across)], 1) for row in range(down)]
+    table = np.concatenate(rows)
+    used = table != NONE
+    return table[used.any(1)][:, used.any(0)] if used.any() else table
+
+
+def grids(panels: Sequence[Panel]) -> list[Ints]:
+    """The grids of several panels."""
+    return [panel.grid for panel in panels]
+
 
 LARGEST = 1024  # pixels of the longer side at which a photograph is drawn
 GREY = 0.7  # share of grey in a dropped patch
@@ -131,13 +334,13 @@ def differs(values: Ints, distance: int, outside: bool = False) -> Mask:
     Args:
         outside: pixels beyond the image count as others.
     """
-    found = np.zeros(values.shape, bool)
+    near = np.zeros(values.shape, bool)
     padded = np.pad(values, distance, constant_values=-2) if outside else np.pad(values, distance, mode="edge")
     height, width = values.shape
     for shift in range(2 * distance + 1):
-        found |= padded[shift : shift + height, distance : distance + width] != values
-        found |= padded[distance : distance + height, shift : shift + width] != values
-    return found
+        near |= padded[shift : shift + height, distance : distance + width] != values
+        near |= padded[distance : distance + height, shift : shift + width] != values
+    return near
 
 
 def group_colours(patches: PatchAssignment, colours: Ints) -> NDArray[np.float32]:
@@ -181,3 +384,93 @@ def _swatch(side: int, number: int) -> Image.Image:
     if number == 1:  # a group's line runs around it, not between it and its own target
         ImageDraw.Draw(drawn).rectangle((side, 0, 2 * side - 1, side - 1), outline=PALETTE[4])
     return drawn.crop((number * side, 0, number * side + side, side))
+
+
+GAP = 4  # pixels between panels
+
+
+def draw_answer(sample: Sample, answer: Answer) -> list[Image.Image]:
+    """One overlay for every image of a sample."""
+    drawn = []
+    for number, picture in enumerate(sample.images):
+        trace = trace_of(answer.trace, number)
+        upscale = upscale_of(picture)
+        if answer.runs:
+            drawn.append(draw_crops(picture, trace, answer.runs[number], upscale))
+        else:
+            assert isinstance(picture, Image.Image)  # an answer about a video has its layout
+            drawn.append(draw_overlay(picture, trace, upscale=upscale))
+    return drawn
+
+
+def trace_of(trace: Sequence[Step], number: int) -> list[Step]:
+    """The steps of one image of a sample, in order; `number` counts its images from 0."""
+    mark = str(number + 1) if number else ""  # the places of a second image end in " #2"
+    return [step for step in trace if step.place.partition(" #")[2] == mark]
+
+
+def draw_original(picture: Image.Image | Video) -> Image.Image:
+    """The image without an overlay, as large as `draw_answer` draws it; of a video its frames in two rows."""
+    frames = picture.frames if isinstance(picture, Video) else [picture]
+    return frame_sheet([scaled(frame, upscale_of(picture)) for frame in frames])
+
+
+def upscale_of(picture: Image.Image | Video) -> int:
+    """Small images are drawn twice as large."""
+    first = picture.frames[0] if isinstance(picture, Video) else picture
+    return 2 if max(first.size) < 400 else 1
+
+
+def frame_sheet(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels in two rows; one panel stays as it is."""
+    half = -(-len(panels) // 2)
+    return panels[0] if len(panels) == 1 else _stacked([beside(panels[:half]), beside(panels[half:])])
+
+
+def draw_crops(
+    picture: Image.Image | Video, trace: Sequence[Step], layout: TokenLayout, upscale: int = 1
+) -> Image.Image:
+    """Draw which patches were kept, merged and dropped, one panel per view of the image.
+
+    Args:
+        trace: the steps of this image, in order.
+        layout: of the tokens that the model takes without reduction.
+
+    Returns:
+        RGB. Of a tiled image: one panel for the base image and one for the tiles, which is dim where unpadding left no
+        tile patch. Of a video: its frames in two rows.
+    """
+    patches, layout = patches_of(trace, layout)
+    panels = panels_of(picture, layout)
+    colours = colour_groups(patches, grids(panels))
+    drawn = [draw_panel(panel, patches, colours, upscale) for panel in panels]
+    return frame_sheet(drawn) if isinstance(picture, Video) else beside(drawn)
+
+
+def patches_of(trace: Sequence[Step], layout: TokenLayout) -> tuple[PatchAssignment, TokenLayout]:
+    """Where all visual tokens of an image are after `trace`, and the layout that numbers them.
+
+    The layout has class tokens where the first step takes them.
+    """
+    if trace and trace[0].reduction.inputs != layout.tokens:
+        layout = layout.with_cls()
+    return compose(trace, layout.tokens), layout
+
+
+def beside(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels from left to right on white."""
+    width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
+    sheet, left = Image.new("RGB", (width, max(panel.height for panel in panels)), "white"), 0
+    for panel in panels:
+        sheet.paste(panel, (left, 0))
+        left += panel.width + GAP
+    return sheet
+
+
+def _stacked(panels: Sequence[Image.Image]) -> Image.Image:
+    height = sum(panel.height for panel in panels) + GAP * (len(panels) - 1)
+    sheet, top = Image.new("RGB", (max(panel.width for panel in panels), height), "white"), 0
+    for panel in panels:
+        sheet.paste(panel, (0, top))
+        top += panel.height + GAP
+    return sheet

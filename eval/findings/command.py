@@ -12,6 +12,11 @@ from eval.config import DEFAULT_MODEL, ROOT, count
 from eval.findings import scenes
 from llava.errors import UserError
 
+COUNTS = (
+    ("pictures", 100, "pictures of the test split that scores are measured on"),
+    ("exchanged", 60, "of these, pictures that are also measured with their halves exchanged"),
+    ("backwards", 20, "of these, pictures whose visual tokens are also read backwards"),
+)
 PAPERS = ("attnmix", "visiondrop", "consensusdrop")
 
 
@@ -19,24 +24,8 @@ PAPERS = ("attnmix", "visiondrop", "consensusdrop")
 def main() -> int:
     parser = make_parser("eval.findings.command", __doc__)
     parser.add_argument("paper", choices=PAPERS)
-    parser.add_argument(
-        "--pictures",
-        type=value(count, minimum=2, maximum=300),
-        default=100,
-        help="pictures of the test split that scores are measured on",
-    )
-    parser.add_argument(
-        "--exchanged",
-        type=value(count, minimum=2, maximum=300),
-        default=60,
-        help="of these, pictures that are also measured with their halves exchanged",
-    )
-    parser.add_argument(
-        "--backwards",
-        type=value(count, minimum=2, maximum=300),
-        default=20,
-        help="of these, pictures whose visual tokens are also read backwards",
-    )
+    for name, usual, meaning in COUNTS:
+        parser.add_argument(f"--{name}", type=value(count, minimum=2, maximum=300), default=usual, help=meaning)
     parser.add_argument(
         "--folder",
         type=Path,
@@ -52,8 +41,8 @@ def main() -> int:
             raise UserError(
                 f"--{name} ({getattr(args, name)}) counts some of the --pictures ({args.pictures}); lower it."
             )
-    from eval.findings import alignment, fusion, misalignment, probes, saliency
-    from eval.findings.collect import CONDITIONS, collect
+    from eval.findings import attention, fusion
+    from eval.findings.scores import CONDITIONS, collect
     from eval.findings.summary import DOCS
     from eval.sweep import CachingLlava
     from llava.model.builder import load
@@ -63,14 +52,15 @@ def main() -> int:
     model = load(DEFAULT_MODEL, device="cpu")
     drawn = collect(model, CONDITIONS[0], names, args.folder)
     if args.paper == "consensusdrop":
-        saliency.report(drawn, out)
+        attention.report_saliency(drawn, out)
         caching = CachingLlava(model)
-        fusion.report(caching, args.folder, out, drawn.of("encoder", "auroc"))
-        probes.report(caching, args.folder, out)
+        fusion.report_gains(caching, args.folder, out, drawn.of("encoder", "auroc"))
+        fusion.report_probes(caching, args.folder, out)
     else:
         exchanged = collect(model, CONDITIONS[1], names[: args.exchanged], args.folder)
         backwards = collect(model, CONDITIONS[2], names[: args.backwards], args.folder)
-        (alignment if args.paper == "attnmix" else misalignment).report(drawn, exchanged, backwards, out)
+        report = attention.report_alignment if args.paper == "attnmix" else attention.report_misalignment
+        report(drawn, exchanged, backwards, out)
     if args.page:
         print(f"The {args.paper} part of docs/findings.md, its figure and its tables are written.")
     else:

@@ -18,7 +18,7 @@ from eval.config import DEFAULT_DATA
 from llava.errors import UserError
 
 # The drawing code needs scikit-learn (its handwritten digits), so it is imported where a picture is drawn.
-from toy.data.paint import Thing
+from toy.data.scenes import Thing
 from toy.data.vocabulary import COLOR_NAMES, PATTERNS, PLURALS, SHAPES, SIZES
 
 Mask = NDArray[np.bool_]
@@ -77,14 +77,14 @@ def redraw(name: str, data: Path = DEFAULT_DATA) -> Picture:
         UserError: no such picture, scikit-learn is missing, or the drawing differs from the stored file, whose masks
             would then be wrong.
     """
-    found = NAME.fullmatch(name)
-    if found is None:
+    parts = NAME.fullmatch(name)
+    if parts is None:
         raise UserError(f"A picture of the toy benchmark is named like test00012d, got {name!r}.")
     stored = read_bytes(data / "gqa" / "data" / "images" / f"{name}.jpg")
     try:
         from toy.data.scenes import scene
 
-        drawn = scene(found[1], int(found[2]), found[3] == "d")
+        drawn = scene(parts[1], int(parts[2]), parts[3] == "d")
     except ImportError as error:
         raise UserError("Drawing the scenes again needs scikit-learn; install the extra: pip install -e .[toy]") from (
             error
@@ -151,12 +151,12 @@ def targets_of(things: Sequence[Thing], family: str, program: Sequence[Mapping[s
 def questions(split: str = "testdev", data: Path = DEFAULT_DATA) -> tuple[Asked, ...]:
     """All questions of a split in the order of the benchmark, with the things that they name."""
     records = read_json(data / "gqa" / "data" / f"{split}_balanced_questions.json")
-    found = []
+    asked = []
     for identity, record in records.items():
         family, picture = record["types"]["detailed"], redraw(record["imageId"], data)
         targets = targets_of(picture.things, family, record["semantic"])
-        found.append(Asked(identity, family, record["question"], record["answer"], picture.name, targets))
-    return tuple(found)
+        asked.append(Asked(identity, family, record["question"], record["answer"], picture.name, targets))
+    return tuple(asked)
 
 
 def word_mask(picture: Picture, word: str) -> Mask:

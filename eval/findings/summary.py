@@ -1,20 +1,29 @@
-"""Means with intervals over pictures, and the tables that the page and the CSV files share."""
+"""Means with intervals over pictures, the tables that the page and the CSV files share, and the axes of its figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from eval.config import ROOT
-from eval.findings.collect import Collected
+from eval.findings.scores import Collected
 from eval.metrics import SufficientStatistics, ratio_terms
 from eval.results.statistics import Comparison, Interval, compare, interval
 from eval.tables.common import write_csv
 from eval.tables.page import insert, markdown
+from eval.tables.plots import COLOURS, MARKERS
 
 DOCS = ROOT / "docs"
 RESAMPLES = 2000  # enough for two digits of an interval's ends
 
+SMALL = 8  # points of the figures' small letters
+
 Cell = Interval | Comparison
+Cells = Mapping[str, Cell]
 Values = Mapping[str, float]  # question (or picture and word) -> number
 
 
@@ -40,7 +49,14 @@ def difference(a: Values, b: Values, groups: Mapping[str, str], scale: float = 1
     return compare(pick(a), pick(b), RESAMPLES)
 
 
-def late_preference(drawn: Collected, counterpart: Collected, score: str, measure: str = "late") -> dict[str, float]:
+def means(drawn: Collected, score: str, columns: Mapping[str, tuple[str, float]]) -> dict[str, Interval]:
+    """Title -> mean of a measure of a score over the questions; `columns` gives the measure and the scale of each."""
+    return {
+        title: mean(drawn.of(score, measure), drawn.picture_of, scale) for title, (measure, scale) in columns.items()
+    }
+
+
+def position_bias(drawn: Collected, counterpart: Collected, score: str, measure: str = "late") -> dict[str, float]:
     """Question id -> how much more than half of a score lies in the second half of the sequence, for no content's sake.
 
     Both contents of a picture, its upper and its lower half, stand once in the first and once in the second half of the
@@ -51,13 +67,17 @@ def late_preference(drawn: Collected, counterpart: Collected, score: str, measur
     return {name: (a[name] + b[name]) / 2 - 0.5 for name in b if name in a}
 
 
+def centre(cell: Cell) -> float:
+    return cell.difference if isinstance(cell, Comparison) else cell.mean
+
+
 def cell_text(column: str, cell: Cell | None) -> str:
     """ "0.91 [0.90, 0.93]", with a sign for points and differences."""
     if cell is None:
         return "–"
     digits = 1 if "points" in column or "%" in column else 2
     sign = "+" if "points" in column or isinstance(cell, Comparison) else ""
-    value = cell.difference if isinstance(cell, Comparison) else cell.mean
+    value = centre(cell)
     if cell.low is None or cell.high is None:
         return f"{value:{sign}.{digits}f} [n/a]"
     return f"{value:{sign}.{digits}f} [{cell.low:{sign}.{digits}f}, {cell.high:{sign}.{digits}f}]"
@@ -91,16 +111,74 @@ class Table:
             self.rows.append([label, *(cell_text(column, cells.get(column)) for column in self.header[1:])])
         for column, cell in cells.items():
             if cell is not None:
-                value = cell.difference if isinstance(cell, Comparison) else cell.mean
                 ends = ["" if end is None else f"{end:.4f}" for end in (cell.low, cell.high)]
-                self.numbers.append([label, column, f"{value:.4f}", *ends])
+                self.numbers.append([label, column, f"{centre(cell):.4f}", *ends])
 
     def write(self, out: Path) -> None:
-        """The CSV file, and the table: between its markers in `findings.md` of DOCS, elsewhere as a file of its own."""
+        """The CSV file, and the table: a file, or between its markers in `findings.md` of DOCS, if it has them."""
         tables = out / "tables"
         tables.mkdir(parents=True, exist_ok=True)
+        page = out / "findings.md"
         if self.rows and out == DOCS:
-            insert(out / "findings.md", self.name, markdown(self.header, self.rows))
+            if f"<!-- begin {self.name} -->" in page.read_text():
+                insert(page, self.name, markdown(self.header, self.rows))
         elif self.rows:
             (tables / f"findings_{self.name}.md").write_text(markdown(self.header, self.rows) + "\n")
         write_csv(tables / f"findings_{self.name}.csv", ["row", "measure", "value", "low", "high"], self.numbers)
+
+
+# Figures.
+
+
+@contextmanager
+def sheet(
+    path: Path, columns: int, width: float, height: float, rows: int = 1, **settings: Any
+) -> Iterator[Sequence[Any]]:
+    """Panels side by side, row after row; the file is written at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height), dpi=140, squeeze=False, layout="constrained", **settings
+    )
+    for panel in axes.flat:
+        panel.grid(alpha=0.25)
+        panel.tick_params(labelsize=SMALL)
+        panel.spines[["top", "right"]].set_visible(False)
+    yield axes.flat
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def bars(cells: Sequence[Cell]) -> NDArray[np.float64]:
+    """[2, n] distances to the ends of the intervals; 0 where there is none."""
+    ends = [(0.0, 0.0) if c.low is None or c.high is None else (centre(c) - c.low, c.high - centre(c)) for c in cells]
+    return np.array(ends).T.clip(min=0)
+
+
+def draw_line(panel: Any, x: Sequence[float], cells: Sequence[Cell], index: int, label: str, **style: Any) -> None:
+    """A line with intervals in the colour and marker of an index."""
+    panel.errorbar(
+        x, [centre(cell) for cell in cells], yerr=bars(cells), label=label, color=COLOURS[index % len(COLOURS)],
+        marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.6, capsize=2, elinewidth=0.8, **style,
+    )  # fmt: skip
+
+
+def draw_cells(
+    panel: Any, cells: Sequence[Cell], places: NDArray[Any], index: int, label: str, size: float = 6
+) -> None:
+    """Values with their intervals from left to right, one below another, in the colour and marker of an index."""
+    panel.errorbar(
+        [centre(cell) for cell in cells], places, xerr=bars(cells), fmt=MARKERS[index], color=COLOURS[index],
+        capsize=2, label=label, markersize=size,
+    )  # fmt: skip
+
+
+def name_rows(panel: Any, names: Sequence[str], level: float) -> None:
+    """Names on the left, the first one at the top, and a dashed line at a level."""
+    panel.axvline(level, color="black", linewidth=1, linestyle="--")
+    panel.set_yticks(range(len(names)), names)
+    panel.invert_yaxis()

@@ -85,3 +85,11 @@ class Judging:
 def prompts() -> Any:
     """The official judge prompts; README.md says where they are from."""
     return read_json(Path(__file__).parent / "prompts.json")
+
+
+def judged_facts(judging: Judging, source: str, profile: str, questions: int, published: int) -> dict[str, Any]:
+    """The `facts` of a data set that a judge scores; another number of questions than the published one is said."""
+    facts = {"source": source, "profile": profile, "questions": questions, "official judge": judging.official}
+    if questions != published:
+        facts["size"] = f"{questions:,} questions, the published set has {published}"
+    return facts

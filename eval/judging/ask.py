@@ -1,21 +1,36 @@
-"""Ask an LLM judge about every answer that has no verdict yet."""
+"""Ask an LLM judge about every answer that has no verdict yet, and keep its verdicts.
+
+They are kept in judgements-<judge>.jsonl, one line per judged answer, written as replies come in.
+"""
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from eval.judging import Judging, Request
-from eval.judging.store import Line, Store, line
+from eval.answers.jsonl import DurableLines, read_jsonl
+from eval.judging import Judging, Request, Verdict
+from llava.errors import UserError
 
 # An upper estimate for English: tokens are four characters on average, and roles cost a few tokens each.
 BYTES_PER_TOKEN = 3
+
+
 TOKENS_PER_MESSAGE = 8
+
+
 # For judges without a limit on the reply; a verdict of these is one line.
 USUAL_REPLY = 64
+
+# A verdict as it is stored.
+Line = dict[str, Any]
+
+FIELDS = ("question_id", "asked", "verdict", "judge")
 
 
 class Judge(Protocol):
@@ -38,6 +53,97 @@ class Judge(Protocol):
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
         """Price of so many tokens; None if nobody said it, or there is none."""
         ...
+
+
+def verdict_file(folder: Path, judge: str) -> Path:
+    """Where the verdicts of a judge are kept."""
+    return folder / f"judgements-{re.sub(r'[^A-Za-z0-9_.-]+', '-', judge).strip('-.') or 'judge'}.jsonl"
+
+
+def verdict_files(folder: Path) -> list[Path]:
+    """All there are in a folder, sorted."""
+    return sorted(folder.glob("judgements-*.jsonl"))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is one of these rather than in a benchmark's official format."""
+    if not path.is_file() or path.suffix != ".jsonl":
+        return False
+    first = next((row for _, row in read_jsonl(path)), {})
+    return all(name in first for name in FIELDS)
+
+
+def line(request: Request, verdict: Verdict | None, reply: str, judge: str, tries: int, failed: bool) -> Line:
+    """A verdict as it is stored."""
+    return {
+        "question_id": request.id,
+        "asked": request.fingerprint,
+        "verdict": verdict,
+        "failed": failed,
+        "judge": judge,
+        "tries": tries,
+        "reply": reply,
+    }
+
+
+class Verdicts:
+    """Verdicts by question and by what was asked, so that several answer files can share a folder."""
+
+    def __init__(self, lines: Iterable[Line]):
+        self._found: dict[tuple[str, str], Line] = {}
+        for entry in lines:
+            self.add(entry)
+
+    def add(self, entry: Line) -> None:
+        self._found[str(entry["question_id"]), str(entry["asked"])] = entry
+
+    def find(self, request: Request) -> Line | None:
+        """The line about exactly this request."""
+        return self._found.get((request.id, request.fingerprint))
+
+    def of(self, requests: Iterable[Request]) -> dict[str, Line]:
+        """Lines by question id, of those requests that have one."""
+        return {request.id: entry for request in requests if (entry := self.find(request)) is not None}
+
+
+def read_verdicts(path: Path) -> Verdicts:
+    """Verdicts of a file that nobody is writing to."""
+    return Verdicts(_checked(path, (row for _, row in read_jsonl(path))))
+
+
+def _checked(path: Path, rows: Iterable[Line]) -> list[Line]:
+    rows = list(rows)
+    for row in rows:
+        if lost := [name for name in FIELDS if name not in row]:
+            raise UserError(f"{path} should hold verdicts; a line has no {', '.join(lost)}.")
+    return rows
+
+
+class Store(Verdicts):
+    """A file of verdicts that grows; every line that was added survives a crash."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lines = DurableLines(path)
+        try:
+            super().__init__(_checked(path, self._lines.rows))
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, entry: Line) -> None:
+        """Write one verdict and return when it is on the disk."""
+        self._lines.append([entry])
+        self.add(entry)
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def ask(judge: Judge, judging: Judging, requests: Sequence[Request], store: Store) -> None:
@@ -74,7 +180,7 @@ def ask(judge: Judge, judging: Judging, requests: Sequence[Request], store: Stor
             raise
 
 
-def keep(done: Iterable[Future[Line]], store: Store, bar: tqdm) -> None:
+def keep(done: Iterable[Future[Line]], store: Store, bar: "tqdm[Any]") -> None:
     """Store what was judged, then raise what went wrong."""
     failures = []
     for future in done:

@@ -7,9 +7,8 @@ from typing import Any
 
 from eval.benchmarks.base import Dataset
 from eval.judging import Judging, Verdict
-from eval.judging.ask import Judge, ask
-from eval.judging.endpoint import configured, endpoint
-from eval.judging.store import Line, Store, is_ours, read_verdicts, verdict_file, verdict_files
+from eval.judging.ask import Judge, Line, Store, ask, is_ours, read_verdicts, verdict_file, verdict_files
+from eval.judging.judges import configured, endpoint
 from eval.metrics import Score, first_names
 from llava.errors import UserError
 
@@ -82,7 +81,7 @@ def _score(judging: Judging, judge: str, asked: Sequence[str], texts: Mapping[st
     if judge == "endpoint" or (judge == "auto" and configured()):
         return _ask(judging, endpoint(), asked, texts, answers.parent)
     if judge.startswith(LOCAL):
-        from eval.judging.local import LocalModel
+        from eval.judging.judges import LocalModel
 
         return _ask(judging, LocalModel(judge.removeprefix(LOCAL)), asked, texts, answers.parent)
     if judge == "auto":
@@ -111,17 +110,17 @@ def _ask(judging: Judging, judge: Judge, asked: Sequence[str], texts: Mapping[st
 def _kept(judging: Judging, asked: Sequence[str], texts: Mapping[str, str], answers: Path) -> Scored:
     """Verdicts beside the answers, the official judge's if there are several; without any, the word match."""
     requests = judging.requests(asked, texts)
-    found = {path: read_verdicts(path).of(requests) for path in verdict_files(answers.parent)}
-    whole = [path for path, lines in found.items() if len(lines) == len(asked)]
+    stored = {path: read_verdicts(path).of(requests) for path in verdict_files(answers.parent)}
+    whole = [path for path, lines in stored.items() if len(lines) == len(asked)]
     notes = [
         f"{path.name} holds verdicts about {len(lines):,} of these {len(asked):,} answers and was not used"
-        for path, lines in found.items()
+        for path, lines in stored.items()
         if 0 < len(lines) < len(asked)
     ]
     if whole:
         path = min(whole, key=lambda path: (path != verdict_file(path.parent, judging.official), path))
         notes += [f"{other.name} holds other verdicts about these answers" for other in whole if other != path]
-        score, facts = _of_lines(judging, asked, found[path], path)
+        score, facts = _of_lines(judging, asked, stored[path], path)
     else:
         score, facts = judging.match(asked, texts), {"name": "match"}
         notes.append(f"no judge was found: {_advice(judging, answers)}")
@@ -192,8 +191,8 @@ def as_list(models: Any) -> list[Any]:
     return models if isinstance(models, list) else [] if models is None else [models]
 
 
-def _check_cover(path: Path, asked: Sequence[str], found: Mapping[str, Verdict], what: str = "") -> None:
-    if missing := [name for name in asked if name not in found]:
+def _check_cover(path: Path, asked: Sequence[str], verdicts: Mapping[str, Verdict], what: str = "") -> None:
+    if missing := [name for name in asked if name not in verdicts]:
         raise UserError(
             f"{path} holds no verdict{f' {what}' if what else ''} for {len(missing):,} of {len(asked):,} questions "
             f"({first_names(missing)})."

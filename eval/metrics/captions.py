@@ -1,27 +1,44 @@
 """Caption scores against several references: CIDEr, BLEU-1 to -4, ROUGE-L, and METEOR where Java is installed.
 
 Official scorer: pycocoevalcap 1.2 (the COCO caption evaluation), through which lmms-eval computes these numbers. It
-computes them here too; see eval/metrics/coco_captions.py for what runs without Java.
+computes them here too, and is imported only when it is needed. CIDEr, BLEU and ROUGE-L of the package are Python. Its
+tokenizer and METEOR are Java programs: without Java, `tokenize_ptb` gives the same tokens and METEOR is not computed.
 
 All numbers are times 100, as papers print them, in points. Differs from the official scorer:
   - line breaks inside a caption become blanks: the package passes all captions to its tokenizer as lines of one file,
     so that a carriage return would shift the captions of all later images;
   - SPICE, which lmms-eval leaves out too, is not computed.
+
+The tokenizer: the official scores run the Java class edu.stanford.nlp.process.PTBTokenizer (Penn Treebank tokens) of
+CoreNLP 3.4.1 with -preserveLines -lowerCase and then drop a list of punctuation marks. `tokenize_ptb` gives the same
+strings without Java for text as it occurs in captions; it was written from that program's output, not from its source.
+What captions do not contain (phone numbers in brackets, mark-up with blanks inside, most emoticons) is not reproduced.
+Kept as they are, because the scores depend on them:
+  - brackets become words ("-lrb-"): the official list of marks to drop has them in capitals only;
+  - "!?" and the like are one mark that is on no list, so they stay;
+  - a full stop after a word stays with it before "," ";" or ":" ("dog., man" -> "dog. man").
 """
 
+import importlib.util
 import re
+import shutil
 from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from importlib.metadata import version
 
-from eval.metrics import Score, coco_captions, first_names, ratio_terms
+from eval.metrics import Score, first_names, ratio_terms
 from eval.metrics.accuracy import grouped
 from llava.errors import UserError
 
 LINE_BREAKS = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+# Image id -> captions; a scored caption is a list of one.
+Captions = Mapping[str, Sequence[str]]
+
 # Below this many images a rare word is not told from a common one; the number is the papers' test set.
 FEW_IMAGES = 1000
 
 
-def score(
+def captions_score(
     references: Mapping[str, Sequence[str]],
     captions: Mapping[str, str],
     domains: Mapping[str, str] | None = None,
@@ -37,17 +54,18 @@ def score(
             the word weights of all images.
         java: whether to run the official tokenizer and METEOR, which are Java programs; None if Java is installed.
     """
-    coco_captions.check_installed()
+    check_installed()
     if lost := [name for name in captions if not references.get(name)]:
         raise UserError(f"{len(lost):,} captions are of images without references: {first_names(lost)}.")
-    java = coco_captions.has_java() if java is None else java
-    known = coco_captions.tokenize({name: list(map(one_line, references[name])) for name in captions}, java)
-    said = coco_captions.tokenize({name: [one_line(text)] for name, text in captions.items()}, java)
-    terms = ratio_terms(coco_captions.cider(known, said), unit="image")
+    java = has_java() if java is None else java
+    one_line = partial(LINE_BREAKS.sub, " ")
+    known = tokenize({name: list(map(one_line, references[name])) for name in captions}, java)
+    said = tokenize({name: [one_line(text)] for name, text in captions.items()}, java)
+    terms = ratio_terms(cider(known, said), unit="image")
     values: dict[str, float | None] = {"cider": float(terms.value(terms.sums.sum(0)))}
-    values |= {f"bleu_{n}": 100 * value for n, value in enumerate(coco_captions.bleu(known, said), start=1)}
-    values["meteor"] = 100 * coco_captions.meteor(known, said) if java else None
-    values["rouge_l"] = 100 * coco_captions.rouge_l(known, said)
+    values |= {f"bleu_{n}": 100 * value for n, value in enumerate(bleu(known, said), start=1)}
+    values["meteor"] = 100 * meteor(known, said) if java else None
+    values["rouge_l"] = 100 * rouge_l(known, said)
     notes = [] if java else ["METEOR is not computed: it needs Java"]
     if len(captions) < FEW_IMAGES:
         notes.append(
@@ -59,6 +77,180 @@ def score(
     return Score(values, groups, {}, tuple(notes), "cider", frozenset({*values, *groups}), terms)
 
 
-def one_line(text: str) -> str:
-    """The caption without line breaks."""
-    return LINE_BREAKS.sub(" ", text)
+def has_java() -> bool:
+    """Whether the official tokenizer and METEOR can run."""
+    return shutil.which("java") is not None
+
+
+def described() -> str:
+    """The scorer that will run, for results."""
+    check_installed()
+    tokenizer = "its own tokenizer" if has_java() else "this repository's tokenizer, no METEOR: Java is not installed"
+    return f"pycocoevalcap {version('pycocoevalcap')} with {tokenizer}"
+
+
+def check_installed() -> None:
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        raise UserError(
+            "Captions are scored with pycocoevalcap, which is not installed; pip install pycocoevalcap==1.2."
+        )
+
+
+def tokenize(captions: Captions, java: bool) -> dict[str, list[str]]:
+    """Tokens with a blank between them, of captions without line breaks."""
+    if not java:
+        return {name: [tokenize_ptb(text) for text in texts] for name, texts in captions.items()}
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    try:
+        tokens = PTBTokenizer().tokenize(
+            {name: [{"caption": text} for text in texts] for name, texts in captions.items()}
+        )
+    except OSError as error:
+        raise UserError(f"pycocoevalcap's tokenizer failed ({error}); its folder must be writable.") from error
+    if {name: len(texts) for name, texts in tokens.items()} != {name: len(texts) for name, texts in captions.items()}:
+        raise UserError("pycocoevalcap's tokenizer did not answer for every caption; check that Java starts.")
+    return tokens
+
+
+def cider(references: Captions, captions: Captions) -> dict[str, float]:
+    """CIDEr-D of every image, 0 to 10, of tokenized captions."""
+    from pycocoevalcap.cider.cider import Cider
+
+    if not any(text.split() for texts in references.values() for text in texts):
+        # The package raises an error where no reference has a word.
+        return dict.fromkeys(references, 0.0)
+    _, values = Cider().compute_score(references, captions)
+    return dict(zip(references, map(float, values), strict=True))
+
+
+def bleu(references: Captions, captions: Captions) -> list[float]:
+    """BLEU-1 to -4 over all images, 0 to 1, of tokenized captions."""
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    values, _ = Bleu(4).compute_score(references, captions, verbose=0)
+    return list(map(float, values))
+
+
+def rouge_l(references: Captions, captions: Captions) -> float:
+    """ROUGE-L over all images, 0 to 1, of tokenized captions."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    if not captions:
+        return 0.0
+    return float(Rouge().compute_score(references, captions)[0])
+
+
+def meteor(references: Captions, captions: Captions) -> float:
+    """METEOR over all images, 0 to 1, of tokenized captions. Needs Java."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    try:
+        return float(Meteor().compute_score(references, captions)[0])
+    except (OSError, ValueError) as error:
+        raise UserError(f"METEOR failed ({error}); check that Java starts and has 2 GB of memory.") from error
+
+
+# Marks that pycocoevalcap drops after tokenizing.
+DROPPED = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+# Marks that are written in another way.
+QUOTES = {"‘": "`", "’": "'", "“": "``", "”": "''", '"': "''", "«": "``", "»": "''", "…": "...", "–": "--", "—": "--"}
+SIGNS = {"€": "$", "£": "#", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
+REWRITTEN = BRACKETS | QUOTES | SIGNS
+ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'"}
+# Where words that are two tokens are cut, by the name of their pattern.
+CUTS = {"three": 3, "itis": 2, "more": 4, "you": 2}
+
+# Abbreviations that keep their full stop. Single letters and initials ("u.s.", "p.m.") do so too.
+SHORTENED = """
+    al|cf|co|ct|dr|ft|ga|jr|ky|lt|md|mo|mr|ms|mt|ph|rd|rt|sq|sr|st|va|vs|vt|wm|adj|adm|adv|ala|apr|aug|ave|bhd|cie|col
+    |cos|cpl|dak|dec|det|drs|ens|esq|est|etc|ext|feb|fla|fri|gen|gov|hon|inc|ind|jan|jos|jul|jun|kan|ltd|maj|mar|mfg
+    |mme|mon|mrs|mtg|neb|nev|nov|oct|pfc|plc|pte|pty|pvt|rep|rev|sen|sep|seq|sfc|sgt|spc|ste|sys|tel|thu|tue|wed|wis
+    |wyo|alex|ariz|assn|asst|atty|bldg|blvd|brig|bros|capt|cmdr|colo|conn|corp|dept|elec|govs|insp|intl|invt|kans|mich
+    |minn|mlle|mont|msgr|natl|okla|penn|ppte|ppty|pres|prof|ptes|ptys|reps|sens|sept|supt|tenn|tues|univ|wisc|assoc
+    |attys|bancorp|calif|comdr|messrs|lieut|profs|supts|thurs|treas
+"""
+# These only with a capital letter, as without it they are words.
+STATES = ("Ark", "Az", "Del", "Ill", "La", "Mass", "Miss", "Ore", "Pa", "Tex", "Wash")
+# These only before a number.
+NUMBERED = ("ca", "no", "nos", "op", "pp", "art", "fig", "figs", "prop")
+
+# Letters and digits of words; fractions and raised digits stand alone although Unicode counts them as word characters.
+ODD = "_½¼¾⅓⅔⅛⅜⅝⅞¹²³"
+LETTER = rf"[^\W\d{ODD}]"
+CHARACTER = rf"(?:[^\W{ODD}]|[\u0300-\u036f])"
+MARK = "['’`]"
+APOSTROPHE = "['’]"
+END = rf"(?!{CHARACTER})"
+ABBREVIATION = rf"(?:{SHORTENED}|[a-z](?:\.[a-z])*|(?:ph|ed)\.d)\."
+STATE = rf"(?-i:{'|'.join(state[0] + ''.join(f'[{c}{c.upper()}]' for c in state[1:]) for state in STATES)})\."
+
+# In the order in which they are tried.
+TOKEN = re.compile(
+    rf"""
+      (?P<entity> &(?:amp|lt|gt|quot|apos); )
+    | (?P<lost> &nbsp; | [\U00010000-\U0010ffff\ufe0f\ufeff\u200b-\u200f‐-―‛‹›] )
+    | (?P<tag> </?[a-z][^<>\s]*> )
+    | (?P<address>
+        (?:https?://|www\.)[^\s"<>|()]+[^\s"<>|().,!?;:-] | [\w.%+-]+@[\w-]+(?:\.[\w-]+)+ | @[a-z_]\w* | \#{LETTER}+
+      )
+    | (?P<smile> [:;=]-?[()] | [:;]-?\] | [:;=]-?D{END} | :P{END} )
+    | (?P<three> (?:cannot|gonna|gotta|lemme|gimme|wanna)(?!\w|['’-]\w) )
+    | (?P<itis> 't(?:is|was){END} ) | (?P<more> more'n{END} ) | (?P<you> y{APOSTROPHE}all{END} )
+    | (?P<keep>
+        {APOSTROPHE}n{APOSTROPHE} | {APOSTROPHE}\d\d(?:s{END}|(?=\s|$)) | {APOSTROPHE}(?:em|n|cause|til+){END}
+        | (?:o{APOSTROPHE}clock|ma{APOSTROPHE}am|n?e{APOSTROPHE}er){END}
+        | (?:s{APOSTROPHE}mores|c{APOSTROPHE}mon|li{APOSTROPHE}l){END}
+        | (?:[dolj]|qu){APOSTROPHE}{LETTER}{CHARACTER}* | ol{APOSTROPHE}{END}
+        | (?-i:[A-Z]+&[A-Z]+) | c\+\+ | [cf]\#{END} | (?-i:US|HK|NZ|[ACS])\$ | &\#\d+;
+      )
+    | (?P<negated> {LETTER}+?(?=n{MARK}t{END}) )
+    | (?P<clitic> n{MARK}t{END} | '(?:s|d|m|re|ve|ll)(?!{LETTER}) | ’(?:s|d|m|re|ve|ll) )
+    | (?P<slashed> [a-z0-9]+(?:-[a-z]+){{0,2}}(?:/[a-z0-9]+(?:-[a-z]+){{0,2}}){{1,2}}{END} )
+    | (?P<hyphened>
+        [a-z0-9][a-z0-9.,]*(?:-(?:[a-z](?:\.[a-z])+\.|[a-z0-9]+{END}))+ | {LETTER}{CHARACTER}*(?:[-‐‑]{CHARACTER}+)+
+      )
+    | (?P<mixed> \d+\ \d+/\d+ )
+    | (?P<number> [+-]?\d*(?:[.:,]\d+)+ | [+-]\d+ | \d+{END} )
+    | (?P<short> (?:{ABBREVIATION}|{STATE})(?!{LETTER}) )
+    | (?P<numbered> (?:{"|".join(NUMBERED)})\.(?=\s*\d) )
+    | (?P<stopped> {LETTER}{CHARACTER}*\.(?=[,;:]) )
+    | (?P<word> {CHARACTER}+(?:_{CHARACTER}+)+ | {LETTER}{CHARACTER}*(?:[.!?]{LETTER}{CHARACTER}*)* | {CHARACTER}+ )
+    | (?P<run> \.\.\.|\.\ \.\ \.|[!?]{{2,}}|-{{2,}}|\'\'|``|\*{{2,}}|\#{{2,}}|@{{2,}}|<<|>>|_+ )
+    | (?P<mark> \S )
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def tokenize_ptb(caption: str) -> str:
+    """A caption's tokens with a blank between them, as pycocoevalcap's tokenizer gives them."""
+    return " ".join(token for token in treebank(caption) if token not in DROPPED)
+
+
+@lru_cache(maxsize=1 << 16)
+def treebank(caption: str) -> tuple[str, ...]:
+    """All tokens in lower case, punctuation included; quotes may stand as "''" where the official ones are "``"."""
+    tokens: list[str] = []
+    for match in TOKEN.finditer(caption.replace("\N{SOFT HYPHEN}", "")):
+        kind, text = match.lastgroup, match.group().lower()
+        if kind == "lost":
+            continue
+        if kind in CUTS:
+            tokens.append(text[: CUTS[kind]])
+            text = text[CUTS[kind] :]
+        elif kind == "entity":
+            text = ENTITIES[text]
+        elif kind == "clitic":
+            text = text.replace("’", "'")
+        elif kind == "mixed":
+            text = text.replace(" ", "\N{NO-BREAK SPACE}")
+        elif kind == "smile":
+            text = text.replace("(", BRACKETS["("]).replace(")", BRACKETS[")"])
+        elif kind == "run" and text[0] == "-":
+            text = "--"
+        elif kind == "mark":
+            text = REWRITTEN.get(text, text)
+        tokens.append(text)
+    return tuple(tokens)

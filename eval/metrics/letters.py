@@ -4,11 +4,9 @@ Written from descriptions of both and compared with the released package on thou
 """
 
 import re
-import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
-from eval.metrics import Score
-from eval.metrics.accuracy import check_coverage, grouped, percent
+from eval.metrics.accuracy import bare
 
 FIRST_LETTER = re.compile(r"\s*([A-Z])\.")
 
@@ -27,19 +25,13 @@ PHRASES = (
 
 def leading_letter(text: str) -> str:
     """AI2D's filter: the capital letter that a text begins with, if a full stop follows; else the text."""
-    found = FIRST_LETTER.match(text)
-    return found.group(1) if found else text
-
-
-def same_word(text: str, answer: str) -> bool:
-    """Equality but for case, ASCII punctuation, and white space around the text."""
-    unmarked = str.maketrans("", "", string.punctuation)
-    return text.strip().lower().translate(unmarked) == answer.lower().translate(unmarked)
+    match = FIRST_LETTER.match(text)
+    return match.group(1) if match else text
 
 
 def ai2d_score(text: str, answer: str) -> float:
-    """1 if the text is the letter."""
-    return float(same_word(leading_letter(text), answer))
+    """1 if the text is the letter, but for case, punctuation, and white space around it."""
+    return float(bare(leading_letter(text).strip()) == bare(answer))
 
 
 def extract(text: str, letters: Sequence[str] = "ABCD") -> str:
@@ -52,20 +44,20 @@ def extract(text: str, letters: Sequence[str] = "ABCD") -> str:
     for mark in ",.!?;:'\"":
         text = text.strip(mark)
     padded = f" {text} "
-    bare = padded.strip()
-    found: list[tuple[int, int, str]] = []
+    core = padded.strip()
+    candidates: list[tuple[int, int, str]] = []
     for letter in letters:
         for form, rank in FORMS.items():
             if (place := padded.rfind(form.format(letter))) >= 0:
-                found.append((rank, place, letter))
-        if bare.startswith(letter) and not bare[1:2].isalpha():
-            found.append((START, 0, letter))
-        if bare.endswith(letter) and not bare[-2:-1].isalpha():
-            found.append((END, len(padded), letter))
-        found += [(AFTER_PHRASE, place, letter) for place in after_phrases(padded, letter)]
-    if not found:
-        found = [(ANYWHERE, padded.rfind(letter), letter) for letter in letters if letter in padded]
-    return max(found)[2] if found else ""
+                candidates.append((rank, place, letter))
+        if core.startswith(letter) and not core[1:2].isalpha():
+            candidates.append((START, 0, letter))
+        if core.endswith(letter) and not core[-2:-1].isalpha():
+            candidates.append((END, len(padded), letter))
+        candidates += [(AFTER_PHRASE, place, letter) for place in after_phrases(padded, letter)]
+    if not candidates:
+        candidates = [(ANYWHERE, padded.rfind(letter), letter) for letter in letters if letter in padded]
+    return max(candidates)[2] if candidates else ""
 
 
 def after_phrases(text: str, letter: str) -> list[int]:
@@ -82,23 +74,3 @@ def realworldqa_score(text: str, answer: str) -> float:
     if answer.upper() in ("A", "B", "C", "D"):
         return float(extract(text) == answer.upper())
     return float(text.lower().strip().rstrip(".") == answer.lower())
-
-
-def score(
-    answers: Mapping[str, str],
-    texts: Mapping[str, str],
-    sample_score: Callable[[str, str], float],
-    types: Mapping[str, str] | None = None,
-) -> Score:
-    """Percent of right answers.
-
-    Args:
-        answers: question id -> reference, of the questions that were asked.
-        texts: question id -> the model's text; one for every question.
-        sample score: (text, reference) -> 0 or 1.
-        types: question id -> its group in the breakdown.
-    """
-    check_coverage(answers, texts, set(answers))
-    correct = {name: sample_score(texts[name], answer) for name, answer in answers.items()}
-    groups = {"answer type": grouped(correct, types)} if types else {}
-    return Score({"exact_match": percent(correct.values())}, groups, correct, main="exact_match")

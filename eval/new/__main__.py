@@ -86,9 +86,9 @@ def new(kind: str, name: str) -> list[Path]:
 def selection(kind: str, name: str) -> list[str]:
     """Arguments of pytest: the tests that can fail for one name."""
     stems = dict.fromkeys([*OVER_ALL[kind], *WHOLE[kind], name])
-    found = [path for stem in stems if (path := ROOT / "tests" / f"test_{stem}.py").is_file()]
+    files = [path for stem in stems if (path := ROOT / "tests" / f"test_{stem}.py").is_file()]
     whole = " or ".join(f"test_{stem}.py" for stem in (*WHOLE[kind], name))
-    return [*(str(path.relative_to(ROOT)) for path in found), "-k", f"{name} or {whole}"]
+    return [*(str(path.relative_to(ROOT)) for path in files), "-k", f"{name} or {whole}"]
 
 
 def check(kind: str, name: str, write: bool) -> int:

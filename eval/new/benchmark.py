@@ -4,15 +4,15 @@ questions.jsonl    question_id, image, question, answer
 images/            the files that `image` names
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.llava_files import SHORT
 from eval.benchmarks.media import Folder, image_name
-from eval.benchmarks.prompts import SHORT
 from eval.benchmarks.records import Filled, Id, TypedDict, check_lines
-from eval.metrics import Score, exact_match
+from eval.metrics.accuracy import exact_match
 from llava.errors import UserError
 
 
@@ -36,11 +36,8 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     if len(answers) < len(questions):
         raise UserError(f"{path} has a question_id more than once.")
 
-    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        return exact_match.score({name: answers[name] for name in asked}, texts, types={})
-
-    def sample_score(question: Question, text: str) -> float:
-        return exact_match.sample_score(text, question.answer)
+    # For a mean of sample scores; another metric is a function of the ids that were asked and of the texts by id.
+    score, sample_score = scored_by(answers, exact_match)
 
     def submission(texts: Mapping[str, str]) -> dict[str, Any]:
         # What the official scorer or server reads; `no_submission` where there is neither.

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from toy.benchmarks.asking import about, asked, generator, rotation
 from toy.benchmarks.files import fresh, link, write_jsonl
-from toy.benchmarks.pictures import images, linked
+from toy.benchmarks.pairs import about, asked, generator, images, linked, rotation
 
 PICTURES, EACH = 12, 3
 

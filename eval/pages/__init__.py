@@ -1,1 +1,31 @@
-"""HTML pages that need no server and no network: shared layout (`skeleton`), the gallery, the report and the demo."""
+"""HTML pages that need no network: the gallery, the report and the demo, with the frame that they share.
+
+A page is one self-contained file with its style and script inside.
+"""
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def environment(*folders: Path) -> Environment:
+    """Templates of a page's own folders and the shared ones; every value is escaped unless marked safe."""
+    return Environment(
+        loader=FileSystemLoader([*folders, ASSETS]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def asset(name: str) -> str:
+    """The text of a style or script file."""
+    return (ASSETS / name).read_text()
+
+
+def inline_json(text: str) -> str:
+    """JSON that is safe between <script> tags: "</script>" and "<!--" cannot end or hide it."""
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,7 +1,7 @@
 """What a table costs: downloads, disk, GPU memory and hours, estimated before anything is downloaded.
 
 Sizes and lengths are in `downloads.yaml`. Hours are estimated, not measured: operations and bytes of every cell
-(eval/efficiency/estimate.py) over the share of a GPU's data sheet that eval/efficiency/scale_constants.py assumes.
+(eval/efficiency/estimate.py) over an assumed share of a GPU's data sheet.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,10 @@ from pydantic import BaseModel, ConfigDict
 
 from eval.config import FULL
 from eval.efficiency import memory
-from eval.efficiency.estimate import Estimate
-from eval.efficiency.memory import QuestionShape, layout_of
-from eval.efficiency.official import official
-from eval.efficiency.quantities import GIB
+from eval.efficiency.estimate import Estimate, Workload
+from eval.efficiency.memory import GIB, QuestionShape, layout_of
 from eval.efficiency.rates import Rates
-from eval.efficiency.scale import read_constants
-from eval.efficiency.workload import Workload
+from eval.efficiency.shapes import official
 from eval.papers import read_yaml
 from eval.papers.plan import Line, Where, columns_of, lines_of
 from eval.papers.spec import Table
@@ -37,6 +34,8 @@ FILE = Path(__file__).parent / "downloads.yaml"
 OF_PEAK, OF_BANDWIDTH = 0.4, 0.6
 LONGEST_PROMPT, LONGEST_ANSWER = 160, 128  # text tokens, for the memory of a batch
 BYTES = 2  # of a weight
+# Measured for docs/cluster.md: a photograph of 640 x 480 opened, padded and resized on one core of an AMD EPYC.
+PREPROCESS_SECONDS = 0.0070627
 CUDA_CONTEXT = 1.5 * GIB  # assumed: context, fragments and kernels' own memory, which the estimate leaves out
 
 
@@ -71,7 +70,7 @@ class Entry(BaseModel):
 class Checkpoint(Entry):
     """A repository of the hub: decimal gigabytes, what says so, and further repositories that it needs.
 
-    `shapes` is its name in eval/efficiency/official.py; "" for what is no LLaVA.
+    `shapes` is its name in eval/efficiency/shapes.py; "" for what is no LLaVA.
     """
 
     gb: float
@@ -144,7 +143,7 @@ class Expense:
     @property
     def preparation_hours(self) -> float:
         """Hours of one core for preparing the images of all cells, if none is remembered."""
-        return len(self.runnable) * self.questions * preprocess_seconds() / 3600
+        return len(self.runnable) * self.questions * PREPROCESS_SECONDS / 3600
 
     def cell_seconds(self, line: Line, benchmark: str, gpu: Gpu) -> float:
         """Seconds of a GPU for the batches of one run, by the rule of `Estimate.seconds`."""
@@ -219,12 +218,6 @@ def decoder_work(model: Llava, prompt: tuple[int, ...]) -> tuple[float, float, f
     """Operations of the prefill and of one further token, and bytes of the cache; `prompt`: tokens in each layer."""
     cache_bytes = memory.kv_bytes(model, [prompt], BYTES)
     return memory.decoder_operations(model, prompt), memory.step_operations(model, prompt), cache_bytes
-
-
-@cache
-def preprocess_seconds() -> float:
-    """Seconds of preparing one photograph on one core, as measured for docs/cluster.md."""
-    return read_constants()["gpu"]["preprocess"].value
 
 
 def expense(table: Table) -> Expense:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.config import folder_name
 from eval.feature_cache import without_memory
-from eval.figures.overlay_tiles import beside, draw_answer
+from eval.figures.overlay import beside, draw_answer
 from eval.papers.plan import Line, Where, split_of
 from eval.papers.spec import Column
-from eval.settings import folder_name
 from eval.sweep import dataset, reducer_of
 from eval.tables.plots import COLOURS, MARKERS
 from llava.model.llava_arch import Llava

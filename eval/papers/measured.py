@@ -12,14 +12,13 @@ from eval.answers import result_folder
 from eval.answers.jsonl import read_json
 from eval.answers.reuse import RESULT, Stored, check_images, check_joint, read_stored
 from eval.benchmarks.media import digest_of
-from eval.config import ROOT, RunConfig
+from eval.config import ROOT, RunConfig, build_reducer, store_settings
 from eval.judging.choice import score_answers
 from eval.metrics import SufficientStatistics
 from eval.papers.plan import Line, Where, config_of
 from eval.papers.spec import Column
 from eval.results import report
 from eval.results.statistics import terms_of
-from eval.settings import build_reducer, store_settings
 from eval.statistics.loyalty import Normalise, plain
 from eval.statistics.runs import sample_scores
 from eval.sweep import dataset

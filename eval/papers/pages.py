@@ -1,4 +1,4 @@
-"""Write the pages that say how to reproduce a table: docs/reproduce/PAPER_TABLE.md, and the index in docs/reproduce.md.
+"""Write how to reproduce a table: docs/reproduce/PAPER_TABLE.md, and their index in docs/paper_tables.md.
 
     vtr tables reproduce
 
@@ -16,7 +16,7 @@ import jinja2
 from eval import benchmarks
 from eval.command import exit_on_user_error, make_parser
 from eval.config import ROOT
-from eval.efficiency.quantities import duration
+from eval.efficiency.memory import duration
 from eval.papers import published, spec
 from eval.papers.expense import (
     CUDA_CONTEXT,
@@ -34,10 +34,10 @@ from eval.papers.plan import Where, columns_of
 from eval.papers.published import CONVENTIONS, Published
 from eval.papers.sources import Sources, budget_title, number
 from eval.papers.spec import Column, Table
-from eval.tables.benchmarks import left_aligned, need_line
-from eval.tables.page import insert, markdown
+from eval.tables.benchmarks import need_line
+from eval.tables.page import insert, left_aligned, markdown
 
-INDEX = ROOT / "docs" / "reproduce.md"
+INDEX = ROOT / "docs" / "paper_tables.md"
 FOLDER = ROOT / "docs" / "reproduce"
 TEMPLATE = Path(__file__).parent / "reproduce.md.j2"
 SERVER = ("vqav2", "vizwiz")  # the papers' splits have no public answers
@@ -179,7 +179,7 @@ def cause_table(columns: Sequence[Column], source: Published | None, convention:
 
 
 def index(costs: Sequence[Expense]) -> str:
-    """One row per table, for docs/reproduce.md."""
+    """One row per table, for docs/paper_tables.md."""
     gpu = next(gpu for gpu in GPUS if gpu.name == INDEX_GPU)
     rows = []
     for cost in costs:

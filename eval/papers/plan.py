@@ -13,7 +13,7 @@ from llava.budget import count_or_ratio
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.reduction import registry
-from llava.reduction.crop_budget import require
+from llava.reduction.budget import require
 
 SWEEPS = ROOT / "results" / "sweep"
 # Where a budget is out of reach as a mean over layers, the row counts kept tokens as papers do, and says so.

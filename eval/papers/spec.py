@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ from eval.config import FULL, ROOT
 from eval.papers import read_yaml
 from eval.papers.published import Convention
 from llava.budget import count_or_ratio
-from llava.errors import UserError
+from llava.errors import UserError, suggestion
 from llava.reduction import registry
 
 SCRIPTS = ROOT / "scripts"
@@ -142,7 +141,6 @@ class Table(Part):
         published: file of eval/papers/published/; "" if there is none.
         budgets: visual tokens, or retention ratios.
         notes: conventions and known deviations.
-        page, marker: an ablation also goes between these markers of a page of docs/, when it is of the whole toy table.
     """
 
     title: str
@@ -159,8 +157,6 @@ class Table(Part):
     budgets: tuple[Budget, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
-    page: str = ""
-    marker: str = ""
 
     @model_validator(mode="after")
     def check(self) -> "Table":
@@ -197,8 +193,7 @@ def read(path: Path) -> Table:
         UserError: no such file, no YAML, or something in it is wrong; the sentence names the place.
     """
     if not path.is_file():
-        near = get_close_matches(path.stem, [other.stem for other in paths()], n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = suggestion(path.stem, [other.stem for other in paths()])
         raise UserError(f"There is no table {path}.{hint} Tables: {', '.join(sorted(map(short, paths())))}.")
     content = read_yaml(path)
     if not isinstance(content, dict):
@@ -283,7 +278,6 @@ def chosen(entries: Sequence[Any], wanted: Sequence[str], what: str, names: Sequ
     """The entries whose name the user listed, all if none is listed; unknown names are errors."""
     for name in wanted:
         if name not in names:
-            near = get_close_matches(name, names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = suggestion(name, names)
             raise UserError(f"The table has no {what} {name!r}.{hint} It has: {', '.join(dict.fromkeys(names))}.")
     return (entry for entry, name in zip(entries, names, strict=True) if not wanted or name in wanted)

@@ -52,7 +52,7 @@ def where_of(table: Table, args: argparse.Namespace) -> "Where":
         raise UserError("--model also needs --data, the folder of the benchmarks (docs/evaluation.md).")
     data = ROOT / table.toy.data if bundled else Path(args.data)
     if not data.is_dir():
-        raise UserError(f"The data folder {data} does not exist; see docs/reproduce.md.")
+        raise UserError(f"The data folder {data} does not exist; see docs/paper_tables.md.")
     limit = min(filter(None, (args.limit, place.questions)), default=None)
     toy = bundled or is_toy(place.model)
     return Where(place, toy, data, limit, args.device, args.judge, wandb_of_cells(args.wandb), table.identity)
@@ -214,17 +214,6 @@ def write(document: "Document", folder: Path, tex_intervals: bool = False) -> li
     return paths
 
 
-def update_page(document: "Document") -> None:
-    """Put the first section between the markers of the table's page."""
-    from eval.tables.page import insert, markdown
-
-    table = document.table
-    if not table.page:
-        raise UserError(f"{table.identity} has no page in docs/; leave --page out.")
-    section = document.sections[0]
-    insert(ROOT / table.page, table.marker, markdown(section.columns, section.rows))
-
-
 def parser() -> argparse.ArgumentParser:
     p = make_parser("tables paper", __doc__)
     p.add_argument("table", help="paper/name, such as consensusdrop/llava15_7b, or a path to a .yaml")
@@ -243,7 +232,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--render", action="store_true", help="ask nothing, write from finished runs; --times 0: no timing")
     p.add_argument("--tex-intervals", action="store_true", help="LaTeX: 95 %% intervals, and * for clear differences")
     p.add_argument("--output", type=Path, help="folder of the files; default results/tables/PAPER/MODEL[-limitN]")
-    p.add_argument("--page", action="store_true", help="also write an ablation into its page of docs/")
     p.add_argument("--times", type=int, metavar="N", help="prefills per method to time; default 5, 0 with --limit")
     p.add_argument("--wandb", default="auto", help="auto, online, offline or disabled: one run for the whole table")
     return p
@@ -266,8 +254,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = args.output or default_folder(table, where, args)
     document = make(table, where, args, folder, own)
     files = write(document, folder, args.tex_intervals)
-    if args.page:
-        update_page(document)
     log(args.wandb, document, where, folder, files)
     print(summary(document))
     print(f"Table: {', '.join(str(file) for file in files)}")
@@ -290,7 +276,7 @@ def command_line(table: Table, args: argparse.Namespace) -> str:
 
 def default_folder(table: Table, where: "Where", args: argparse.Namespace) -> Path:
     """Parts of a table do not replace the whole one."""
-    from eval.settings import folder_name
+    from eval.config import folder_name
 
     narrow = [args.methods, args.budgets, args.benchmarks]
     tail = f"-limit{args.limit}" * bool(args.limit) + "-part" * any(narrow)

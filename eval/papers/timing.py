@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 
 from eval.answers.source_hash import answer_sources, combined
-from eval.efficiency.latency.measure import measure
-from eval.efficiency.latency.measurements import Measurements
+from eval.config import plain
+from eval.efficiency.measure import Measurements, measure
 from eval.feature_cache import without_memory
 from eval.papers.plan import Line, Where, split_of
 from eval.papers.spec import Column
-from eval.results.provenance import hardware
-from eval.settings import plain
+from eval.results.report import hardware
 from eval.sweep import dataset, reducer_of
 from llava.model.llava_arch import Llava
 

@@ -1,7 +1,7 @@
 """Start the ranks of a command with DeepSpeed's launcher, watch them, and end all of them together.
 
-The process that the user started asks no questions itself: it serves the store that the ranks share (control.py), so
-it sees what each of them does, also when one is killed or hangs. Nothing of this is needed for a single process.
+The process that the user started asks no questions itself: it serves the store that the ranks share (ranks.py), so it
+sees what each of them does, also when one is killed or hangs. Nothing of this is needed for a single process.
 """
 
 import base64
@@ -17,15 +17,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
 from eval.command import Terminated, ignore, stopping_once
 from eval.config import ROOT
-from eval.parallel.control import LOOPBACK, Control, free_port
 from eval.parallel.placement import Placement, accelerators
-from eval.parallel.watch import Problem, outcome, watch
+from eval.parallel.ranks import ENDED, FAILED, FINISHED, LOOPBACK, STOPPED, WATCHED, Control, free_port
 from llava.errors import UserError
 
 WORKER = "eval.parallel.worker"
@@ -47,6 +48,24 @@ FORWARDED = (
     "PYTHONPATH",
 )
 SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
+POLL_SECONDS = 0.1
+SHOWN = 3  # questions that a sentence names
+# Importing torch from a file system that many ranks read at once takes minutes.
+START_SECONDS = 600
+# A rank shows every second that it lives. Where its machine's launcher cannot tell us, this much silence is its end.
+LOST_SECONDS = 120
+
+
+class Problem(Exception):
+    """The ranks did not finish; the text is a sentence for the user.
+
+    Attributes:
+        code: exit code of the command.
+    """
+
+    def __init__(self, sentence: str, code: int = 1):
+        super().__init__(sentence)
+        self.code = code
 
 
 @stopping_once()
@@ -145,18 +164,8 @@ def launcher_command(placement: Placement, worker: Sequence[str], environment: M
         if name.startswith(FORWARDED) and not SECRET.search(name)
     ]
     there = f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join([*settings, *launcher])} --node_rank=%n "
-    return [
-        "pdsh",
-        "-S",
-        "-N",
-        "-R",
-        "ssh",
-        "-f",
-        str(count),
-        "-w",
-        ",".join(dict(placement.hosts)),
-        there + shlex.join(options),
-    ]
+    to_all = ["pdsh", "-S", "-N", "-R", "ssh", "-f", str(count), "-w", ",".join(dict(placement.hosts))]
+    return [*to_all, there + shlex.join(options)]
 
 
 def rank_environment(placement: Placement, environment: Mapping[str, str]) -> dict[str, str]:
@@ -173,30 +182,23 @@ def rank_environment(placement: Placement, environment: Mapping[str, str]) -> di
     return own
 
 
-@contextlib.contextmanager
-def deaf() -> Iterator[None]:
-    """A further Ctrl-C changes nothing: ending takes seconds."""
-    before = signal.signal(signal.SIGINT, ignore)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@deaf()
 def end(process: "subprocess.Popen[bytes] | None", control: Control, remote: bool) -> None:
     """End the launchers and every rank; those of other machines that do not listen end when the store is gone."""
     if process is None or not alive(process):
         return
-    control.count("stop")
-    # pdsh and srun may drop the machines when they are ended: ranks hear of it from the store first.
-    if remote:
-        wait_for_end(process)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        if wait_for_end(process):
-            return
+    before = signal.signal(signal.SIGINT, ignore)  # ending takes seconds: a further Ctrl-C changes nothing
+    try:
+        control.count("stop")
+        # pdsh and srun may drop the machines when they are ended: ranks hear of it from the store first.
+        if remote:
+            wait_for_end(process)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            if wait_for_end(process):
+                return
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for_end(process: "subprocess.Popen[bytes]") -> bool:
@@ -215,12 +217,120 @@ def alive(process: "subprocess.Popen[bytes]") -> bool:
     except ProcessLookupError:
         return False
     # In a container nobody may ever take note of the end of a process whose parent is gone.
-    return any(runs_in(process.pid, number) for number in psutil.pids())
+    for number in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(number) == process.pid and psutil.Process(number).status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
-def runs_in(group: int, number: int) -> bool:
-    """Whether a process belongs to a group and has not ended."""
-    try:
-        return os.getpgid(number) == group and psutil.Process(number).status() != psutil.STATUS_ZOMBIE
-    except (ProcessLookupError, psutil.Error):
+# -- watching -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What was last seen of a rank, and when, in seconds of the watch's own clock."""
+
+    report: dict[str, Any] | None = None
+    reported: float = 0.0
+    beat: int = 0
+    lived: float = 0.0
+
+
+def watch(
+    process: "subprocess.Popen[bytes]",
+    control: Control,
+    ranks: int,
+    timeout: float,
+    progress: Callable[[Control], None] = lambda control: None,
+    remote: bool = False,
+) -> None:
+    """Wait until the launcher has ended, or a rank cannot go on.
+
+    Args:
+        timeout: seconds that a rank may take for one thing.
+        remote: whether ranks are on other machines: pdsh goes on where one of several machines has failed.
+
+    Raises:
+        Problem: a rank hangs, or shows no sign of life.
+    """
+    clock, before = 0.0, time.monotonic()
+    seen = [Seen() for _ in range(ranks)]
+    while process.poll() is None:
+        # Time in which this process was stopped (Ctrl-Z) does not count: the ranks waited for it.
+        now = time.monotonic()
+        clock, before = clock + min(1.0, now - before), now
+        for number, rank in enumerate(seen):
+            report, beat = control.peek(f"rank{number}"), control.count(f"beat{number}", 0)
+            if report != rank.report:
+                rank.report, rank.reported, rank.lived = report, clock, clock
+            if beat != rank.beat:
+                rank.beat, rank.lived = beat, clock
+            check(rank, number, ranks, clock, timeout, remote)
+            if not remote and died(control, number, report):
+                raise Problem(f"{describe(number, ranks, report, 'died')}, so all ranks were stopped.")
+        if any(rank.report and rank.report["phase"] in (FAILED, STOPPED) for rank in seen):
+            return
+        progress(control)
+        time.sleep(max(POLL_SECONDS, ranks * POLL_SECONDS / 10))  # many ranks would keep this process busy
+
+
+def check(rank: Seen, number: int, ranks: int, clock: float, timeout: float, remote: bool) -> None:
+    """Raise Problem for a rank that does not go on."""
+    silent = clock - rank.reported
+    if rank.report is None:
+        if silent > max(timeout, START_SECONDS):
+            raise Problem(f"Rank {number} of {ranks} has not started within {silent:.0f} s, so all ranks were stopped.")
+    elif rank.report["phase"] in WATCHED and silent > timeout:
+        raise Problem(f"{describe(number, ranks, rank.report)} for {timeout:g} s, so all ranks were stopped.")
+    elif remote and rank.report["phase"] != FINISHED and clock - rank.lived > LOST_SECONDS:
+        raise Problem(f"{describe(number, ranks, rank.report, 'was lost')}, so all ranks were stopped.")
+
+
+def died(control: Control, number: int, report: dict[str, Any] | None) -> bool:
+    """Whether a rank of this machine is gone without a last word."""
+    if report is None:
         return False
+    try:
+        if psutil.Process(report["process"]).status() != psutil.STATUS_ZOMBIE:
+            return False
+    except psutil.NoSuchProcess:
+        pass
+    last = control.peek(f"rank{number}")  # it may have come after `report`
+    return last["phase"] not in ENDED
+
+
+def outcome(control: Control, ranks: int) -> int:
+    """The exit code of ranks that have ended.
+
+    Raises:
+        Problem: not all of them finished.
+    """
+    reports = [control.peek(f"rank{number}") for number in range(ranks)]
+    phases = [report["phase"] if report else None for report in reports]
+    if all(phase == FINISHED for phase in phases):
+        return max(report["code"] for report in reports)
+    failed = [report for report, phase in zip(reports, phases, strict=True) if phase == FAILED]
+    if failed:
+        first = min(failed, key=lambda report: report["number"])
+        raise Problem(first["reason"], first["code"])
+    if not any(phases):
+        raise Problem(f"None of the {ranks} ranks has started.")
+    # Ranks that were told to stop say so; one that died by itself could not.
+    for number, (report, phase) in enumerate(zip(reports, phases, strict=True)):
+        if phase not in (STOPPED, FINISHED):
+            raise Problem(f"{describe(number, ranks, report, 'died')}, so all ranks were stopped.")
+    raise Problem("The ranks were stopped from outside.")
+
+
+def describe(number: int, ranks: int, report: dict[str, Any] | None, verb: str = "hung") -> str:
+    """ "Rank 1 of 2 (node1, process 4711) hung while it was asking question 20151"."""
+    if report is None:
+        return f"Rank {number} of {ranks} {verb} before it had started"
+    where = f"Rank {number} of {ranks} ({report['host']}, process {report['process']})"
+    questions = report["questions"]
+    if not questions:
+        return f"{where} {verb} while it was {report['phase']}"
+    more = f" and {len(questions) - SHOWN} more" if len(questions) > SHOWN else ""
+    noun = "question" if len(questions) == 1 else "questions"
+    return f"{where} {verb} while it was asking {noun} {', '.join(questions[:SHOWN])}{more}"

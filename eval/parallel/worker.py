@@ -20,8 +20,7 @@ from torch.distributed import DistError
 
 from eval.command import STOPS, terminate
 from eval.parallel import ranks
-from eval.parallel.control import Control, free_port
-from eval.parallel.ranks import FAILED, FINISHED, LOADING, STOPPED, Rank
+from eval.parallel.ranks import FAILED, FINISHED, LOADING, STOPPED, Control, Rank, free_port
 from llava.errors import UserError
 
 BEAT_SECONDS = 1
@@ -114,7 +113,7 @@ def be_quiet() -> None:
 
 def join_replica(rank: Rank) -> None:
     """Make the ranks of this replica a torch.distributed world of their own."""
-    from llava.model.parallel.group import join
+    from llava.model.parallel import join
 
     key = f"replica{rank.replica}"
     if rank.leads:
@@ -126,7 +125,7 @@ def join_replica(rank: Rank) -> None:
 
 
 def leave_replica() -> None:
-    from llava.model.parallel.group import leave
+    from llava.model.parallel import leave
 
     leave()
 

@@ -6,8 +6,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava.pipeline.accounting import TokenAccounting
-    from llava.pipeline.answer import Batch
+    from llava.pipeline.accounting import Batch, TokenAccounting
 
 STAGES = ("preprocess", "vision", "selection", "prefill", "decode")
 PARTS = ("tower", "projector", "selection", "prefill")
@@ -34,9 +33,9 @@ def timing_record(batch: "Batch", conditions: Mapping[str, Any]) -> dict[str, An
         "decode_steps": batch.decode_steps,
         "kv_bytes": batch.kv_bytes,
         "kv_bytes_with_room": batch.kv_bytes_with_room,
-        "flops": batch.flops,
-        "flops_alone": dict(batch.flops_alone),
-        "notes": list(batch.notes),
+        "flops": batch.operations.total,
+        "flops_alone": batch.operations.alone,
+        "notes": [],  # what a limit of memory remarks
         **conditions,
     }
 
@@ -99,40 +98,34 @@ def times(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     `ms_per_question` is a batch's time divided by its questions: a cost, not a latency.
     """
     count = sum(line["questions"] for line in lines)
-    spent = {stage: total(lines, stage) for stage in STAGES}
+
+    def per_question(key: str, unit: int = 1) -> float | None:
+        return unit * sum(line[key] for line in lines) / count if lines else None
+
     return {
         "questions": count,
         "batches": len(lines),
         "batch": batch_latency(lines),
-        "ms_per_question": {stage: None if value is None else 1000 * value / count for stage, value in spent.items()},
-        "kv_bytes_padded": total(lines, "kv_bytes") / count if count else None,
-        "kv_bytes_with_room": room / count if (room := total(lines, "kv_bytes_with_room")) and count else None,
+        "ms_per_question": {stage: per_question(stage, 1000) for stage in STAGES},
+        "kv_bytes_padded": per_question("kv_bytes"),
+        "kv_bytes_with_room": per_question("kv_bytes_with_room"),
         "decode_steps_per_batch": fmean(line["decode_steps"] for line in lines) if lines else None,
     }
-
-
-def total(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """Sum over the batches; None without any, and where a batch of an earlier version was not asked for this."""
-    return sum(line[key] for line in lines) if lines and all(key in line for line in lines) else None
 
 
 def batch_latency(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Median milliseconds over the batches of one size, the most frequent one and the larger of equals.
 
     The median, because the first batch pays for warm-up. These are times of the run: the tower does not see an image
-    again that it has seen, so they hold no time to first token (eval.asking.first_token_times).
+    again that it has seen, so they hold no time to first token (eval.ask.first_token_times).
     """
     if not lines:
         return None
     sizes = Counter(line["questions"] for line in lines)
     size = max(sizes, key=lambda questions: (sizes[questions], questions))
     same = [line for line in lines if line["questions"] == size]
-    known = {name: [line[name] for line in same if name in line] for name in STAGES}
-    return {
-        "questions": size,
-        "batches": len(same),
-        "median_ms": {name: 1000 * median(values) if values else None for name, values in known.items()},
-    }
+    medians = {name: 1000 * median(line[name] for line in same) for name in STAGES}
+    return {"questions": size, "batches": len(same), "median_ms": medians}
 
 
 def summarise_flops(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -144,26 +137,21 @@ def summarise_flops(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         tower_per_image, language_model_per_question (projector, selection and prefill), by_part (per question),
-        per_question (everything) and as_batched_per_question; None where batches were counted by an earlier version.
+        per_question (everything) and as_batched_per_question; None without lines.
     """
-    count = sum(line["questions"] for line in lines)
-    alone = [line["flops_alone"] for line in lines if line.get("flops_alone")]
-    found: dict[str, Any] = dict.fromkeys(("tower_per_image", "language_model_per_question", "by_part", "per_question"))
-    if lines and len(alone) == len(lines):
-        parts = {part: sum(batch.get(part, 0) for batch in alone) for part in PARTS}
-        images = total(lines, "images")
-        found = {
-            "tower_per_image": parts["tower"] / images if images else None,
-            "language_model_per_question": sum(parts[part] for part in PARTS if part != "tower") / count,
-            "by_part": {part: amount / count for part, amount in parts.items()},
-            "per_question": sum(parts.values()) / count,
-        }
-    return found | {"as_batched_per_question": total(lines, "flops") / count if count else None}
-
-
-def flops_as_batched(result: Mapping[str, Any]) -> float:
-    """Operations per question of a finished run as its batches computed them, from result files of any version."""
-    return result["flops"]["as_batched_per_question"] if "flops" in result else result["flops_per_question"]
+    names = ("tower_per_image", "language_model_per_question", "by_part", "per_question", "as_batched_per_question")
+    if not lines:
+        return dict.fromkeys(names)
+    count, images = (sum(line[key] for line in lines) for key in ("questions", "images"))
+    parts = {part: sum(line["flops_alone"].get(part, 0) for line in lines) for part in PARTS}
+    values = (
+        parts["tower"] / images if images else None,
+        sum(parts[part] for part in PARTS if part != "tower") / count,
+        {part: amount / count for part, amount in parts.items()},
+        sum(parts.values()) / count,
+        sum(line["flops"] for line in lines) / count,
+    )
+    return dict(zip(names, values, strict=True))
 
 
 def conditions(line: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -172,13 +160,5 @@ def conditions(line: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every distinct remark of the model, in order of first appearance, and what to know about the times of the run."""
-    found = list(dict.fromkeys(note for line in lines for note in line.get("notes", ())))
-    if old := sum("preprocess" not in line for line in lines):
-        found.append(f"Vision of {old:,} of {len(lines):,} batches include preprocessing (earlier version).")
-    if shared := sum(bool(line.get("shared_prefix")) for line in lines):
-        found.append(
-            f"Vision and prefill of {shared:,} of {len(lines):,} batches are of prompts whose common beginning "
-            "ran once (--share-prefix): no times of the method."
-        )
-    return found
+    """Every distinct remark, in order of first appearance."""
+    return list(dict.fromkeys(note for line in lines for note in line["notes"]))

@@ -1,14 +1,28 @@
-"""Results in words and in a few lines, and the part of a result file that scoring alone can fill."""
+"""The result of a run: the part that scoring alone can fill, what made it, and the sentences that are printed of it."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+import platform
+import re
+import subprocess
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from eval.answers.jsonl import read_json
+from eval.answers.reuse import joint
 from eval.benchmarks.base import Question
+from eval.config import FULL, ROOT
 from eval.metrics import Score
 from eval.results.statistics import LEVEL, interval, terms_of
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.parallel.ranks import Rank
 
 LOWER_IS_BETTER = {"distribution"}
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "wandb")
+PARTIAL = re.compile(r"limit\d+")
 
 
 def scored(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
@@ -39,9 +53,126 @@ def confidence(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
 
 
 def interval_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The interval in a result; older results hold one by question and one by image, which is the one to print."""
-    main, known = record["main"], record["confidence"]
-    return known.get(f"{main}_by_image") or known.get(main)
+    """The interval of the main number of a result, if it has one."""
+    return record["confidence"].get(record["main"])
+
+
+def percent_of_full(result: Mapping[str, Any], output: Path) -> float | None:
+    """Main score in percent of that of `full`; None where either is missing or `full` scores 0.
+
+    Args:
+        output: the run's folder; the result of `full` is looked for in the folders beside it.
+    """
+    score = result["metrics"].get(result["main"])
+    full = full_score(result, output)
+    return 100 * score / full if score is not None and full else None
+
+
+def full_score(result: Mapping[str, Any], output: Path) -> float | None:
+    """Main score of a run of `full` that asked the same questions, about the same images, under the same settings."""
+    if result["method"] == FULL:
+        return result["metrics"].get(result["main"])
+    folder = output.resolve()
+    run = folder.parent if PARTIAL.fullmatch(folder.name) else folder  # results of the first questions are in limitN/
+    found = [*run.parent.glob("*/result.json"), *run.parent.glob("*/limit*/result.json")]
+    # Folders of `full` usually say so; a sweep has hundreds of others.
+    for path in sorted(found, key=lambda path: (not path.relative_to(run.parent).parts[0].startswith(FULL), path)):
+        try:
+            other = read_json(path)
+        except UserError:
+            continue  # a damaged file is an error of the run that it belongs to
+        if other.get("method") == FULL and joint(other) == joint(result):
+            return other["metrics"].get(other["main"])
+    return None
+
+
+# -- what made the answers ------------------------------------------------------------------------------------------
+
+
+def commit(root: Path = ROOT) -> str:
+    """The repository's commit, with "+changes" if tracked files differ from it; "unknown" outside git."""
+    top = _git(root, "rev-parse", "--show-toplevel")
+    head = _git(root, "rev-parse", "HEAD")
+    # A copy without .git inside somebody else's repository must not report that one's commit.
+    if not top or not head or Path(top).resolve() != root.resolve():
+        return "unknown"
+    return head + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return result.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries that are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str, Any]:
+    """Commit and library versions of the answers, and notes where not all of them have the same.
+
+    Args:
+        origins: see AnswerStore.origins.
+    """
+    total = sum(number for _, number in origins)
+    notes = []
+    if unknown := sum(number for run, number in origins if run is None):
+        notes.append(f"the commit of {unknown:,} of {total:,} answers is unknown: the end of runs.jsonl was lost")
+    commits: dict[str, int] = {}
+    libraries: dict[str, int] = {}
+    for run, number in origins:
+        name = "unknown" if run is None else run["commit"]
+        commits[name] = commits.get(name, 0) + number
+        if run is not None:
+            words = ", ".join(f"{library} {release}" for library, release in sorted(run["versions"].items()))
+            libraries[words] = libraries.get(words, 0) + number
+    for what, found in (("commits", commits), ("library versions", libraries)):
+        if len(found) > 1:
+            parts = "; ".join(f"{name}: {number:,} answers" for name, number in found.items())
+            notes.append(f"the answers were made with different {what} ({parts})")
+    runs = [run for run, _ in origins if run is not None]
+    return {
+        "commit": " and ".join(commits) if commits else "unknown",
+        "versions": dict(runs[-1]["versions"]) if runs else {},
+        "notes": notes,
+    }
+
+
+def command_began(rank: "Rank") -> float:
+    """When the user's command started, in seconds since 1970: this process, or the one that started the ranks."""
+    if rank.control is not None:
+        return rank.get("command began")
+    import psutil
+
+    return psutil.Process().create_time()
+
+
+def hardware(device: str) -> str:
+    """The name of the chip of a torch device; timings mean nothing without it."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+# -- in words -------------------------------------------------------------------------------------------------------
 
 
 def score_lines(record: Mapping[str, Any]) -> list[str]:
@@ -64,8 +195,8 @@ def metric_text(name: str, value: float | None, points: Collection[str] = ()) ->
 
 
 def cost_lines(result: Mapping[str, Any]) -> list[str]:
-    """Tokens, bytes, time and FLOPs of a run."""
-    audit, timing = result["audit"], result["timing"]
+    """Tokens, bytes, times, questions per second (and of each rank where there were several) and FLOPs of a run."""
+    audit, timing, flops = result["audit"], result["timing"], result["flops"]
     layers = ", ".join(number(tokens) for tokens in audit["entering_per_layer"])
     held, room = short(audit["kv_bytes_per_sample"] / 1e6, 100), timing["kv_bytes_with_room"]
     with_room = f", {short(room / 1e6, 100)} MB held while answering (padding, room for new tokens)" if room else ""
@@ -73,21 +204,19 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
         f"visual tokens entering each layer: {layers} (mean {audit['mean_tokens_per_layer']:.1f}, "
         f"{audit['merged_tokens']:.1f} of them merged, {number(audit['visual_tokens_before'])} before reduction)",
         f"key/value cache: {held} MB per question{with_room}",
+        *time_lines(timing),
     ]
-    lines += time_lines(timing) + throughput_lines(result.get("throughput")) + flops_lines(result["flops"])
+    asked = result["throughput"]
+    if asked["questions"]:
+        parts = [f"rank {part['rank']} {part['questions_per_second']:.1f}" for part in asked["ranks"]]
+        by_rank = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+        rate = f"{asked['questions_per_second']:.1f} per second{by_rank}"
+        lines.append(f"asked {asked['questions']:,} questions in {asked['seconds']:.1f} s, {rate}")
+    if flops["language_model_per_question"] is not None:
+        tower = flops["tower_per_image"]
+        vision = "" if tower is None else f"vision tower: {tower / 1e9:.2f} GFLOP per image; "
+        lines.append(f"{vision}{flops['language_model_per_question'] / 1e9:.2f} GFLOP per question after the tower")
     return lines
-
-
-def throughput_lines(throughput: Mapping[str, Any] | None) -> list[str]:
-    """Questions per second of this run, and of each rank where there were several."""
-    if not throughput or not throughput["questions"]:
-        return []
-    rate, ranks = throughput["questions_per_second"], throughput["ranks"]
-    line = f"asked {throughput['questions']:,} questions in {throughput['seconds']:.1f} s, {rate:.1f} per second"
-    if len(ranks) > 1:
-        parts = [f"rank {part['rank']} {part['questions_per_second']:.1f}" for part in ranks]
-        line += f" ({', '.join(parts)})"
-    return [line]
 
 
 def failed_lines(result: Mapping[str, Any], shown: int = 5) -> list[str]:
@@ -105,9 +234,13 @@ def time_lines(timing: Mapping[str, Any]) -> list[str]:
     if not timing["questions"]:
         return []
     batch = timing["batch"]
+    of_batch, of_question = (
+        ", ".join(f"{name} {value:.1f}" for name, value in times.items())
+        for times in (batch["median_ms"], timing["ms_per_question"])
+    )
     lines = [
-        f"ms of {batch_text(batch['questions'])}, median of {batch['batches']:,}: {milliseconds(batch['median_ms'])}",
-        f"ms per question, the batch's time divided by its questions: {milliseconds(timing['ms_per_question'])}",
+        f"ms of {batch_text(batch['questions'])}, median of {batch['batches']:,}: {of_batch}",
+        f"ms per question, the batch's time divided by its questions: {of_question}",
         f"timed: {timing['questions']:,} questions in {timing['runs']} {'run' if timing['runs'] == 1 else 'runs'}, "
         f"{timing['this_run']['questions']:,} of them in this one",
     ]
@@ -116,28 +249,17 @@ def time_lines(timing: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def flops_lines(flops: Mapping[str, Any]) -> list[str]:
-    """Operations of the tower per image, and of the language model per question."""
-    if flops["language_model_per_question"] is None:
-        return []
-    model = f"{flops['language_model_per_question'] / 1e9:.2f} GFLOP per question after the tower"
-    if flops["tower_per_image"] is None:
-        return [model]
-    return [f"vision tower: {flops['tower_per_image'] / 1e9:.2f} GFLOP per image; {model}"]
-
-
-def milliseconds(values: Mapping[str, float | None]) -> str:
-    """ "vision 12.0, prefill 30.1"; what was not measured is left out."""
-    return ", ".join(f"{name} {value:.1f}" for name, value in values.items() if value is not None)
-
-
 def batch_text(questions: int) -> str:
     return "one question" if questions == 1 else f"a batch of {questions}"
 
 
 def sentence(result: Mapping[str, Any]) -> str:
     """The result in words: what, how good, how sure, on how much, at which cost."""
-    audit, timing = result["audit"], result["timing"]
+    audit, timing, main, ci = result["audit"], result["timing"], result["main"], interval_of(result)
+    score = "answers written, no score"
+    if (value := result["metrics"].get(main)) is not None:
+        sure = f" (95 % CI {ends(ci, 1)})" if ci else ""
+        score = f"{value:.1f}{'' if main in result['points'] else ' %'} {main.replace('_', ' ')}{sure}"
     asked = f"{result['asked']:,}"
     if result["partial"]:
         asked = f"the first {asked} of {result['available']:,}"
@@ -148,21 +270,10 @@ def sentence(result: Mapping[str, Any]) -> str:
     failed = f" ({len(result['failed']):,} more failed)" if result.get("failed") else ""
     off = f" where {result['off_budget']['planned']:.1f} are planned" if result.get("off_budget") else ""
     return (
-        f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: "
-        f"{headline(result)} "
+        f"{result['method']} at {result['budget']} of {result['visual_tokens']} visual tokens: {score} "
         f"on {asked} {result['title']} questions{failed}; {audit['mean_tokens_per_layer']:.1f} tokens per layer{off}, "
         f"KV {short(audit['kv_bytes_per_sample'] / 1e6, 100)} MB, TTFT {wait}."
     )
-
-
-def headline(result: Mapping[str, Any]) -> str:
-    """The main number with its interval, or that there is none yet."""
-    main = result["main"]
-    value, found = result["metrics"].get(main), interval_of(result)
-    if value is None:
-        return "answers written, no score"
-    sure = f" (95 % CI {ends(found, 1)})" if found else ""
-    return f"{value:.1f}{'' if main in result['points'] else ' %'} {main.replace('_', ' ')}{sure}"
 
 
 def ends(found: Mapping[str, Any], digits: int) -> str:

@@ -17,7 +17,6 @@ from eval.answers.reuse import RESULT, check_joint, results_folder
 from eval.benchmarks.base import Dataset
 from eval.command import add_data_flags, exit_on_user_error, make_parser, open_dataset, value
 from eval.config import shortened
-from eval.judging.choice import HELP as JUDGE_HELP
 from eval.results.statistics import Interval, interval, p_text
 from eval.statistics.hard_questions import accuracy_on, groups
 from eval.statistics.loyalty import loyalty, loyalty_parts, plain
@@ -177,7 +176,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("full", type=Path, help="output folder of a run of full")
     p.add_argument("runs", type=Path, nargs="+", help="output folders of runs of the same benchmark")
     add_data_flags(p)
-    p.add_argument("--judge", default="auto", metavar="JUDGE", help=JUDGE_HELP)
     p.add_argument(
         "--share", type=value(fraction), default=SHARE, help="of the score of full that tokens needed asks for"
     )

@@ -12,8 +12,7 @@ import numpy as np
 from scipy import stats
 
 from eval.metrics import Array, SufficientStatistics
-from eval.results.permutation import slope
-from eval.results.statistics import FEWEST_CLUSTERS, FEWEST_DECIDING, LEVEL, Interval, deciding, plural
+from eval.results.statistics import FEWEST_CLUSTERS, FEWEST_DECIDING, LEVEL, Interval, deciding, plural, slope
 from eval.statistics.noninferiority import influences
 from eval.statistics.pairs import pair
 from llava.errors import UserError

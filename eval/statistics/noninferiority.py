@@ -16,8 +16,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from eval.metrics import Array
-from eval.results.permutation import slope
-from eval.results.statistics import FEWEST_DECIDING, RESAMPLES, deciding
+from eval.results.statistics import FEWEST_DECIDING, RESAMPLES, deciding, slope
 from eval.statistics.pairs import Pairs
 
 # Differences this close are equal: scores of the same counts differ by rounding alone.

@@ -1,9 +1,9 @@
-"""Write the table of benchmarks, their data sources, and the toy models' scores on all of them.
+"""Describe the benchmarks with their data sources, and write the toy models' scores on all of them.
 
     python -m eval.tables.benchmarks pages      # from the benchmarks' own metadata
     python -m eval.tables.benchmarks scores     # from finished runs of scripts/tables/embedded_benchmarks.sh
 
-Writes between markers of docs/benchmarks.md and docs/evaluation.md, and docs/tables/embedded_benchmarks.csv.
+Writes between markers of docs/evaluation.md, and docs/tables/embedded_benchmarks.csv.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from eval.tables.common import TABLES, write_csv
 from eval.tables.page import insert, interval_text, markdown
 from llava.errors import UserError
 
-OVERVIEW = ROOT / "docs" / "benchmarks.md"
 PAGE = ROOT / "docs" / "evaluation.md"
 RESULTS = ROOT / "results" / "benchmarks"
 OURS = ("video_qa",)  # sets of this repository alone, which no paper reports
@@ -35,39 +34,34 @@ def reported() -> list[Benchmark]:
     return [benchmarks.get(name) for name in benchmarks.names() if name not in OURS]
 
 
-def overview() -> str:
-    """One row per benchmark, for docs/benchmarks.md."""
-    rows = [
-        [f"[`{b.name}`](../scripts/eval/{b.name}.sh)", b.summary, b.published or "n/a", " ".join(b.profiles)]
-        for b in reported()
-    ]
-    return left_aligned(markdown(["benchmark", "task and score", "published, 7B", "profiles"], rows))
-
-
-def left_aligned(table: str) -> str:
-    """The same table for columns of words."""
-    head, rule, *rows = table.split("\n")
-    return "\n".join([head, rule.replace("---:", "---"), *rows])
-
-
 def data_sections() -> str:
-    """What each benchmark's folder holds and where it comes from."""
+    """What each benchmark asks and scores, what is published, and where its data come from."""
     return "\n\n".join(data_section(benchmark) for benchmark in reported())
 
 
 def data_section(benchmark: Benchmark) -> str:
-    lines = [f"### {benchmark.name}", "", f"Splits: {', '.join(benchmark.splits)}. Licence: {benchmark.licence}.", ""]
+    """One benchmark: files of one source stand in one line."""
+    lines = [f"### {benchmark.name}", "", benchmark.summary]
     if benchmark.published:
-        lines += [f"Published: {benchmark.published} ({benchmark.published_by}).", ""]
-    lines += [need_line(need) for need in benchmark.needs]
+        lines.append(f"Published: {benchmark.published} ({benchmark.published_by}).")
+    about = f"Profiles: {', '.join(benchmark.profiles)}. Splits: {', '.join(benchmark.splits)}."
+    lines += [f"{about} Licence: {benchmark.licence}.", ""]
+    sources: dict[str, list[str]] = {}
+    for need in benchmark.needs:
+        sources.setdefault(need.source, []).append(need_file(need))
+    lines += [f"* {', '.join(files)}: {source}" for source, files in sources.items()]
     if benchmark.mirror:
         lines.append(f"* mirror: {' or '.join(f'`{name}`' for name in benchmark.mirror)}")
     return "\n".join(lines)
 
 
-def need_line(need: Need) -> str:
+def need_file(need: Need) -> str:
     count = f", {need.count:,} files" if need.count else ""
-    return f"* `DATA/{need.path}`{count}{' (optional)' if need.optional else ''}: {need.source}"
+    return f"`DATA/{need.path}`{count}{' (optional)' if need.optional else ''}"
+
+
+def need_line(need: Need) -> str:
+    return f"* {need_file(need)}: {need.source}"
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -111,14 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     if args.step == "pages":
-        insert(OVERVIEW, "benchmarks", overview())
         insert(PAGE, "data", data_sections())
         readme, count = ROOT / "README.md", len(reported())
         readme.write_text(re.sub(r"\*\*\d+ (?=\[benchmarks\])", f"**{count} ", readme.read_text()))
     else:
         header = ["benchmark", "metric", "questions", "full", "consensusdrop", "tokens per layer"]
         rows = score_rows(args.results)
-        insert(PAGE, "embedded scores", markdown(header, rows))
+        shown = [(name, metric, full, ours) for name, metric, _, full, ours, _ in rows]
+        insert(PAGE, "embedded scores", markdown(["benchmark", "metric", "full", "consensusdrop"], shown))
         write_csv(TABLES / "embedded_benchmarks.csv", header, rows)
     return 0
 

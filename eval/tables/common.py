@@ -10,7 +10,7 @@ from eval.sweep import Credits, Setting
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.reduction import registry
-from llava.reduction.crop_budget import require
+from llava.reduction.budget import require
 
 TABLES = ROOT / "docs" / "tables"
 

@@ -75,7 +75,6 @@ def claims(model: CachingLlava, budgets: Sequence[int], output: Path) -> None:
     groups = image_of("testdev")
     budget_table(find(full), {key: find(s) for key, s in curve.items()}, budgets, groups)
     claim_table({key: (find(a), find(b)) for key, (a, b) in pairs.items()}, budgets, groups)
-    family_table(find(full), {key: find(s) for key, s in curve.items()}, groups)
     from eval.tables.plots import accuracy_plot
 
     points = {name: {b: interval(find(curve[name, b]), groups) for b in budgets} for name, _, _ in CURVES}
@@ -122,23 +121,6 @@ def verdict_of(found: Comparison) -> str:
     if found.p > 1 - LEVEL:
         return "open"
     return "holds" if found.difference > 0 else "fails"
-
-
-def family_table(full: Credits, curve: Curve, groups: dict[str, str]) -> None:
-    """Accuracy by question family and kind of scene at 64 tokens."""
-    from eval.answers.jsonl import read_json
-
-    records = read_json(DEFAULT_DATA / "gqa" / "data" / "testdev_balanced_questions.json")
-    families = list(dict.fromkeys(record["types"]["detailed"] for record in records.values()))
-    kinds = ("natural", "dense")
-    part = lambda credit, test: [100 * v for n, v in credit.items() if test(records[n])]  # noqa: E731
-    mean = lambda values: f"{sum(values) / len(values):.1f}"  # noqa: E731
-    rows = []
-    for name, credit in [("full (576)", full), *((f"{n} (64)", curve[n, 64]) for n, _, _ in CURVES)]:
-        cells = [mean(part(credit, lambda r, f=f: r["types"]["detailed"] == f)) for f in families]
-        cells += [mean(part(credit, lambda r, k=k: r["groups"]["global"] == k)) for k in kinds]
-        rows.append([name, *cells, mean([100 * v for v in credit.values()])])
-    insert(PAGE, "families", markdown(["method", *families, *kinds, "all"], rows))
 
 
 def main() -> int:

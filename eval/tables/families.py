@@ -5,7 +5,7 @@
 
 Both take --budgets and --limit, the number of questions; a table says which it is of.
 
-Writes a table of docs/models.md and docs/tables/embedded_<family>.csv.
+Writes a table of docs/methods.md and docs/tables/embedded_<family>.csv.
 """
 
 import argparse
@@ -20,17 +20,17 @@ from eval.answers import result_folder
 from eval.answers.reuse import check_table
 from eval.command import exit_on_user_error
 from eval.config import ROOT
-from eval.results.statistics import Interval, compare_scores
+from eval.results.statistics import Interval
 from eval.sweep import CachingLlava, Credits, Setting, credits_of, folder_of, sweep
 from eval.tables.common import TABLES, interval, write_csv
 from eval.tables.embedded import BY_KEPT, MARK, setting_of
-from eval.tables.page import csv_numbers, difference_text, insert, markdown, score_text
+from eval.tables.page import csv_numbers, insert, markdown, score_text
 from llava.errors import UserError, unknown
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.reduction import registry
 
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs" / "methods.md"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def answers(name: str, budgets: Sequence[int], limit: int | None, output: Path) 
 
 
 def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -> None:
-    """The table of docs/models.md, methods by their accuracy at the first budget."""
+    """The table of docs/methods.md, methods by their accuracy at the first budget."""
     family, model = FAMILIES[name], CachingLlava(load(FAMILIES[name].model))
     data = benchmarks.get(family.benchmark).load(family.data, family.split)
     groups = {question.id: question.image for question in data.questions[:limit]}
@@ -94,13 +94,11 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
     full, tokens = read(Setting("full", None))
     found = {(s.method, s.budget): (s, *read(s)) for s in settings(family, budgets, model)}
     check_table(places, model.fingerprint)
-    first = budgets[0]
     methods = dict.fromkeys(method for method, _ in found)
     mean = {key: sum(credit.values()) / len(credit) for key, (_, credit, _) in found.items()}
-    order = sorted(methods, key=lambda method: -mean.get((method, first), 0.0))
-    rows = [[f"`full` ({tokens:.0f} tokens)", *([score_text(interval(full, groups))] * len(budgets)), ""]]
+    order = sorted(methods, key=lambda method: -mean.get((method, budgets[0]), 0.0))
+    rows = [[f"`full` ({tokens:.0f} tokens)", *([score_text(interval(full, groups))] * len(budgets))]]
     lines: list[list[object]] = [["full", "", f"{tokens:.1f}", *numbers(interval(full, groups))]]
-    best = found[order[0], first][1]
     for method in order:
         cells = []
         for budget in budgets:
@@ -110,11 +108,8 @@ def tables(name: str, budgets: Sequence[int], limit: int | None, output: Path) -
             setting, credit, kept = found[method, budget]
             cells.append(score_text(interval(credit, groups)) + (MARK if setting.options == BY_KEPT else ""))
             lines.append([method, budget, f"{kept:.1f}", *numbers(interval(credit, groups))])
-        against = ""
-        if method != order[0] and (method, first) in found:
-            against = difference_text(compare_scores(found[method, first][1], best, groups))
-        rows.append([f"`{method}`", *cells, against])
-    header = ["method", *(f"{budget} tokens" for budget in budgets), f"against the best at {first}"]
+        rows.append([f"`{method}`", *cells])
+    header = ["method", *(f"{budget} tokens" for budget in budgets)]
     pictures = f"{len(set(groups.values())):,} {data.pictures.noun}"
     counted = f"{len(groups):,} of {len(data.questions):,} questions, about {pictures}.\n\n"
     insert(PAGE, f"embedded {name}", counted + markdown(header, rows))

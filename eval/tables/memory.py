@@ -14,11 +14,9 @@ from dataclasses import replace
 import torch
 
 from eval.config import FULL, ROOT
-from eval.efficiency.estimate import Estimate, Spread
-from eval.efficiency.memory import QuestionShape, layout_of
-from eval.efficiency.official import MODELS, official
-from eval.efficiency.quantities import GIB, figures
-from eval.efficiency.workload import Workload
+from eval.efficiency.estimate import Estimate, Spread, Workload
+from eval.efficiency.memory import GIB, QuestionShape, figures, layout_of
+from eval.efficiency.shapes import MODELS, official
 from eval.tables.page import insert, markdown
 from llava.reduction import registry
 

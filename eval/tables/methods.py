@@ -1,4 +1,4 @@
-"""Write the tables of methods in docs/methods.md and docs/models.md from the metadata of the methods.
+"""Write the tables of methods of docs/methods.md from the metadata of the methods.
 
 python -m eval.tables.methods
 """
@@ -13,17 +13,14 @@ from pathlib import Path
 from textwrap import fill
 
 from eval.config import ROOT
-from eval.tables.page import insert
+from eval.tables.page import insert, left_aligned, markdown
 from llava.errors import UserError
-from llava.reduction import crop_budget as crops
+from llava.reduction import budget as crops
 from llava.reduction import registry
-from llava.reduction.model_spec import ModelSpec
-from llava.reduction.options import options_of
-from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.reducer import options_of
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 PAGE = ROOT / "docs" / "methods.md"
-MODELS = ROOT / "docs" / "models.md"
 README = ROOT / "README.md"
 LLAVA_15_7B = ModelSpec(576, 32, PatchGrid(24, 24), tower_blocks=24, has_text_tower=True)
 BUDGETS = (192, 128, 64)
@@ -33,10 +30,10 @@ LLAVA_NEXT_7B = replace(LLAVA_15_7B, visual_tokens=2880, layout=replace(CROP, cr
 NEXT_BUDGETS = (640, 320, 160)
 
 
-def source_of(cls: type[Reducer]) -> str:
-    """A link to the method's file."""
-    path = Path(*cls.__module__.split(".")).with_suffix(".py")
-    return f"[{path.name}](../{path})"
+def source_of(name: str) -> str:
+    """The method's name, linked to its file."""
+    path = Path(*registry.method(name).__module__.split(".")).with_suffix(".py")
+    return f"[`{name}`](../{path})"
 
 
 def in_groups(tokens_per_layer: tuple[int, ...]) -> str:
@@ -61,58 +58,51 @@ def budget_cell(name: str, budget: int, facts: ModelSpec = LLAVA_15_7B) -> str:
 
 def table() -> str:
     """One row per method, from its metadata."""
-    head = ["method", "acts", "score", "other tokens", "order; positions", "needs", "paper", "official code read"]
-    lines = ["| " + " | ".join([*head, "source"]) + " |", "|" + "---|" * (len(head) + 1)]
+    rows = []
     for name in registry.names():
-        cls = registry.method(name)
-        about = cls.metadata
+        about = registry.method(name).metadata
         positions = registry.build(name, BUDGETS[0]).positions
+        unusual = ([] if about.order == "raster" else [about.order]) + [positions] * (positions != "renumber")
         paper = f"[{about.paper}]({about.url})" if about.paper else "control"
-        cells = [
-            f"`{name}`",
-            about.acts,
-            about.score or "–",
-            about.rest,
-            f"{about.order}; {positions}",
-            about.needs or "–",
-        ]
-        lines.append("| " + " | ".join([*cells, paper, about.code or "–", source_of(cls)]) + " |")
-    return "\n".join(lines)
+        rest = "; ".join([about.rest, *unusual])
+        row = [source_of(name), about.acts, about.score or "–", rest, about.needs or "–", paper, about.code or "–"]
+        rows.append(row)
+    head = ["method", "acts", "score", "other tokens; order and positions if unusual", "needs", "paper"]
+    return left_aligned(markdown([*head, "official code read"], rows))
 
 
 def budgets() -> str:
-    """Tokens per layer on LLaVA-1.5-7B at the standard budgets."""
-    lines = ["| method | " + " | ".join(map(str, BUDGETS)) + " |", "|---|" + "---|" * len(BUDGETS)]
+    """Tokens per layer of the methods that do not have the budget in every layer, on LLaVA-1.5-7B and LLaVA-NeXT-7B."""
+    rows = []
     for name in registry.names():
-        if name != "full":
-            lines.append(f"| `{name}` | " + " | ".join(budget_cell(name, budget) for budget in BUDGETS) + " |")
-    return "\n".join(lines)
+        cells = [budget_cell(name, budget) for budget in BUDGETS]
+        cells += [budget_cell(name, budget, LLAVA_NEXT_7B) for budget in NEXT_BUDGETS]
+        if name != "full" and cells != [f"{budget}" for budget in (*BUDGETS, *NEXT_BUDGETS)]:
+            rows.append([f"`{name}`", *cells])
+    return markdown(["method", *map(str, BUDGETS), *(f"{budget} (NeXT)" for budget in NEXT_BUDGETS)], rows)
 
 
 def splits() -> str:
-    """How every method splits its budget over tiles, and tokens per layer on LLaVA-NeXT-7B."""
-    lines = [
-        "| method | split over tiles | " + " | ".join(map(str, NEXT_BUDGETS)) + " |",
-        "|---|---|" + "---|" * len(NEXT_BUDGETS),
-    ]
+    """How every method splits its budget over tiles: the default, and in brackets the other choices."""
+    ways: dict[str, list[str]] = {}
     for name in registry.names():
-        if name == "full":
-            continue
-        known = options_of(registry.method(name))["crops"]
-        others = [choice for choice in known.metadata["choices"] if choice != known.default]
-        how = f"{known.default}" + (f" ({', '.join(others)})" if others else "")
-        cells = [budget_cell(name, budget, LLAVA_NEXT_7B) for budget in NEXT_BUDGETS]
-        lines.append(f"| `{name}` | {how} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        if name != "full":
+            known = options_of(registry.method(name))["crops"]
+            others = [choice for choice in known.metadata["choices"] if choice != known.default]
+            way = f"`{known.default}`" + (f" ({', '.join(others)})" if others else "")
+            ways.setdefault(way, []).append(f"`{name}`")
+    return "\n".join(f"* {way}: {' '.join(names)}" for way, names in sorted(ways.items()))
 
 
 def known_deviations() -> str:
     """Where a method departs from the contract tests, as its class says."""
     lines = []
     for name in registry.names():
+        parts = []
         for kind, reason in registry.method(name).known_deviations.items():
             kind, _, options = kind.partition(" with ")
-            lines.append(f"* `{name}`{f' with `{options}`' if options else ''}, {kind}: {reason}")
+            parts.append(f"{kind}{f' with `{options}`' if options else ''} ({reason})")
+        lines += [f"* `{name}`: {'; '.join(parts)}"] if parts else []
     return "\n".join(lines)
 
 
@@ -134,9 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     insert(PAGE, "methods", table())
     insert(PAGE, "budgets", budgets())
     insert(PAGE, "known deviations", known_deviations())
-    insert(MODELS, "crops", splits())
+    insert(PAGE, "crops", splits())
     write_readme()
-    print(f"Tables are in {MODELS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}.")
+    print(f"Tables are in {PAGE.relative_to(ROOT)}.")
     return 0
 
 

@@ -14,6 +14,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|", *lines[1:]])
 
 
+def left_aligned(table: str) -> str:
+    """The same table for columns of words."""
+    head, rule, *rows = table.split("\n")
+    return "\n".join([head, rule.replace("---:", "---"), *rows])
+
+
 def interval_text(low: float | None, high: float | None, signed: bool = False) -> str:
     """The ends of an interval for a table cell: "[80.1, 83.2]", or "[n/a]"."""
     if low is None or high is None:

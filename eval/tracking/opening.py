@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers import flatten
-from eval.config import RunConfig
-from eval.settings import changed_fields, changed_options, default_options
+from eval.config import RunConfig, changed_fields, changed_options, default_options
 from eval.tracking.access import has_key, keep_below, one_line, resolve_mode
 from eval.tracking.summary import flat
 from eval.tracking.tracker import Tracker, WandbTracker

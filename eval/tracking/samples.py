@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava.pipeline.answer import Answer, Batch
-    from llava.processing.sample import Sample
+    from llava.pipeline.accounting import Answer, Batch
+    from llava.processing.prompt import Sample
 
 TABLE_ROWS = 200
 TABLE_PICTURES = 32  # rows of the sample table with images
@@ -43,7 +43,7 @@ class Drawings:
 
     def table(self, rows: Sequence[Sequence[Any]]) -> Any:
         """A wandb.Table of rows in the order of COLUMNS; images are made small and overlays are added."""
-        from eval.figures.overlay_tiles import draw_answer, draw_original
+        from eval.figures.overlay import draw_answer, draw_original
 
         data = []
         for name, picture, kept, *rest in rows:
@@ -57,7 +57,7 @@ class Drawings:
 
     def gallery(self) -> list[Any]:
         """The first images of this process as wandb.Image, each beside the tokens that were kept of it."""
-        from eval.figures.overlay_tiles import beside, draw_answer, draw_original
+        from eval.figures.overlay import beside, draw_answer, draw_original
 
         pictures = []
         for sample, answer, credit in list(self._kept.values())[:PICTURES]:
@@ -70,7 +70,7 @@ class Drawings:
 
     def _thumbnails(self, pictures: Sequence[Any]) -> Any:
         """Images side by side, small enough for a table."""
-        from eval.figures.overlay_tiles import beside
+        from eval.figures.overlay import beside
 
         picture = beside(pictures)
         picture.thumbnail((SIDE * len(pictures), SIDE))

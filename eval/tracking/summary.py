@@ -6,7 +6,7 @@ from typing import Any
 
 from eval.answers import HASHED, flatten
 from eval.answers.source_hash import combined
-from eval.results import baseline
+from eval.results import report
 
 HEADLINE = ("score", "percent_of_full", "metric", "questions", "tokens_per_layer", "kv_bytes_per_question")
 
@@ -28,7 +28,7 @@ def headline(result: Mapping[str, Any], output: Path) -> tuple[Any, ...]:
     """The numbers that every benchmark has, in the order of HEADLINE; None where there is none."""
     return (
         result["metrics"].get(result["main"]),
-        baseline.percent_of_full(result, output),
+        report.percent_of_full(result, output),
         result["main"],
         result["asked"],
         result["audit"]["mean_tokens_per_layer"],

@@ -139,7 +139,7 @@ def upload(runs: Sequence[OfflineRun]) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock of eval.answers.folder_lock; the file is not changed."""
+    """Whether a process holds a lock of eval.answers.store; the file is not changed."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -10,8 +10,8 @@ from eval.tracking.samples import Drawings
 from eval.tracking.summary import HEADLINE, headline, numbers_of
 
 if TYPE_CHECKING:
-    from llava.pipeline.answer import Batch
-    from llava.processing.sample import Sample
+    from llava.pipeline.accounting import Batch
+    from llava.processing.prompt import Sample
 
 SETTINGS = ("device", "dtype", "batch_size")  # conditions of the timing that are settings as well
 

@@ -1,24 +1,113 @@
-"""From the token ids of a Hugging Face processor back to prompts with one placeholder per image.
+"""What a call of a Hugging Face model gives: the arguments a reduced prompt can use, and the prompts in its token ids.
+
+An argument that would have no effect is refused, never ignored.
 
 A processor writes the image token once per visual token. The number of visual tokens of each image is known, so each
 run of image tokens becomes one placeholder again, also where two images stand side by side. Padding is removed. A
 question is found in its prompt by comparing decoded text.
 
-Read: transformers 5.23.0, processing of llava, llava_next, video_llava, qwen2_vl and qwen2_5_vl
+Read: transformers 5.23.0, processing and modeling of llava, llava_next, video_llava, qwen2_vl and qwen2_5_vl
 """
 
 import hashlib
+import inspect
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.errors import UserError
 from llava.hf.models import ONE_CALL, PreparedImage
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt
-from llava.processing.sample import Sample
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt, Sample
+
+PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+# Arguments with one entry per image, not one row per prompt.
+VISUAL = (*PIXELS, "image_sizes", "image_grid_thw")
+COPIES = "rows_per_prompt"  # how often `generate` has repeated every prompt, for beams or samples
+
+USED = frozenset(
+    {
+        *VISUAL,
+        COPIES,
+        "input_ids",
+        "attention_mask",
+        "mm_token_type_ids",
+        "video_grid_thw",  # videos are refused with their pixels, see llava.hf.models.WrappedQwen
+        "second_per_grid_ts",
+        "past_key_values",
+        "use_cache",
+        "logits_to_keep",
+        "return_dict",
+    }
+)
+# Used as the model's configuration says; another value in a call is refused.
+CONFIGURED = ("vision_feature_layer", "vision_feature_select_strategy")
+# Not used, and why.
+REFUSED = {
+    "labels": "gives no loss: its tokens are not those of the labels",
+    "output_hidden_states": "gives no hidden states: each layer has a length of its own",
+    "output_attentions": "gives no attention maps: each layer has a length of its own",
+    "inputs_embeds": "needs input_ids, which show where the images are",
+    "mm_encoder_outputs": "needs pixels: methods read the vision tower",
+    "position_ids": "gets its position ids from the method",
+    "cache_position": "has a cache with a length of its own in each layer",
+}
+
+
+# Arguments
+
+
+def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, whether given by place or by name."""
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for known in signature.parameters.values():
+        if known.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(known.name, {}))
+    return given
+
+
+def has_pixels(given: Mapping[str, Any]) -> bool:
+    """Whether there are images or videos; processors may give an empty tensor for prompts without any."""
+    return any(given.get(name) is not None and len(given[name]) for name in PIXELS)
+
+
+def refuse_arguments(given: Mapping[str, Any], config: PretrainedConfig) -> None:
+    """Raise UserError for an argument that a reduced prompt, or a token after it, does not use."""
+    for name in ("output_hidden_states", "output_attentions"):
+        if given.get(name) is None and getattr(config, name, False):
+            raise UserError(
+                f"{name} is set in the model's config and must be off here: a reduced prompt {REFUSED[name]}."
+            )
+    for name, value in given.items():
+        if value is None or value is False or name in USED:
+            continue
+        if name in CONFIGURED:
+            if value != getattr(config, name, None):
+                raise UserError(
+                    f"{name} must be that of the model's config here, {getattr(config, name, None)!r}, got {value!r}; "
+                    "leave it out of the call."
+                )
+            continue
+        if name in REFUSED:
+            raise UserError(f"{name} cannot be used here: a reduced prompt {REFUSED[name]}.")
+        raise UserError(f"{name} has no effect on a reduced prompt; leave it out.")
+
+
+def refuse_prefill_arguments(given: Mapping[str, Any]) -> None:
+    """Raise UserError if a prompt with images cannot be prefilled from these arguments."""
+    if given.get("input_ids") is None:
+        raise UserError("A prompt with images needs input_ids; take them from the model's own processor.")
+    if given.get("use_cache") is False:
+        raise UserError("Reduced prompts are continued from their cache; leave use_cache on.")
+    keep = given.get("logits_to_keep")
+    if isinstance(keep, Tensor) or (keep or 0) > 1:
+        raise UserError("A reduced prompt gives the logits of its last token only; leave out logits_to_keep.")
+
+
+# Prompts
 
 
 @dataclass(frozen=True)
@@ -57,16 +146,19 @@ def samples(
     used, count = sum(len(pictures) for _, pictures in cut), sum(map(len, ready.values()))
     if used < count:
         raise UserError(f"The prompts have image tokens for {used} of {count} images; {ONE_CALL}")
-    found = []
+    stock = []
     for number, (row, pictures) in enumerate(cut):
-        question, span = "" if questions is None else questions[number], _after_images(row)
+        # All text after the last image; everything without one.
+        question, span = "" if questions is None else questions[number], (0, len(row))
+        if IMAGE_TOKEN_INDEX in row:
+            span = len(row) - row[::-1].index(IMAGE_TOKEN_INDEX), len(row)
         if questions is not None and tokenizer is not None and pictures:
             span = question_span(row, question, tokenizer)
         # The name depends only on the prompt, so that random choices do not change with the batch.
         name = hashlib.blake2b(str(row).encode(), digest_size=8).hexdigest()
         prompt = Prompt(tuple(row), question=span, instruction=span, text="")
-        found.append(StockSample(name, question, image=tuple(pictures) or None, prompt=prompt))
-    return found
+        stock.append(StockSample(name, question, image=tuple(pictures) or None, prompt=prompt))
+    return stock
 
 
 def question_span(ids: Sequence[int], question: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -122,12 +214,6 @@ def _with_slots(row: list[int], waiting: dict[int, Iterator[PreparedImage]]) -> 
         pictures.append(picture)
         place += count
     return ids, pictures
-
-
-def _after_images(ids: Sequence[int]) -> tuple[int, int]:
-    """[start, stop) of all text after the last image; everything without one."""
-    slots = [place for place, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
-    return (slots[-1] + 1 if slots else 0), len(ids)
 
 
 def _find(ids: Sequence[int], wanted: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int] | None:

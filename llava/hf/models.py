@@ -18,19 +18,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.conversation import DEFAULT_MODE
 from llava.errors import UserError
-from llava.model.checkpoint.hf_model import HF_CLASSES
-from llava.model.checkpoint.identify import QWEN, Family, identify
+from llava.model.checkpoint.hf_model import HF_CLASSES, refuse_feature_layer
+from llava.model.checkpoint.layouts import QWEN, Family, identify
 from llava.model.checkpoint.load import Checkpoint
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
-from llava.processing.clip_image import ImageProcessor
+from llava.processing.image import Grid, ImageProcessor, QwenImageProcessor
 from llava.processing.prompt import Prompt
-from llava.processing.qwen_image import Grid, QwenImageProcessor
-from llava.reduction.model_spec import ModelSpec, spec_of
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import PatchGrid, TokenLayout, frames, single
+from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, frames, single, spec_of
 
 ATTENTION = ("sdpa", "eager")
 ONE_CALL = "take input_ids and pixels from one call of the model's own processor."
@@ -52,9 +50,12 @@ class PreparedImage:
 
 
 class HFWrapper(Llava):
-    """What all families do with prepared images and prompts; comes before the family's own model wrapper."""
+    """What all families do with prepared images and prompts; comes before the family's own model wrapper.
 
-    def prompt(self, sample) -> Prompt:
+    For LLaVA-1.5 it is all: one square of pixels per image, whether the processor cropped or padded it.
+    """
+
+    def prompt(self, sample: Any) -> Prompt:
         return sample.prompt
 
     def views(self, picture: PreparedImage) -> tuple[Tensor, TokenLayout]:
@@ -75,10 +76,6 @@ class HFWrapper(Llava):
     def candidates(self, reducer: Reducer) -> list[ModelSpec]:
         """Model spec for each kind of image or video that a budget can be meant for; one of them must allow it."""
         return [self.spec]
-
-
-class WrappedLlava(HFWrapper, Llava):
-    """LLaVA-1.5: one square of pixels per image, whether the processor cropped or padded it."""
 
 
 class WrappedNext(HFWrapper, LlavaNext):
@@ -107,15 +104,15 @@ class WrappedVideo(HFWrapper, VideoLlava):
     """Video-LLaVA: images, and videos whose frames keep their class tokens."""
 
     def ready(self, given: Mapping[str, Any]) -> dict[int, list[PreparedImage]]:
-        config, found = self.hf_model.config, {}
+        config, pictures = self.hf_model.config, {}
         for name in ("pixel_values", "pixel_values_images"):  # two names of one argument
             if given.get(name) is not None:
-                found = super().ready({"pixel_values": given[name]})
+                pictures = super().ready({"pixel_values": given[name]})
         if given.get("pixel_values_videos") is not None:
             videos = _pixels(given, 5, "pixel_values_videos")
             run = frames(videos.shape[1], self.layout.rows, self.layout.columns).with_cls()
-            found[config.video_token_id] = [PreparedImage(video, run) for video in videos]
-        return found
+            pictures[config.video_token_id] = [PreparedImage(video, run) for video in videos]
+        return pictures
 
     def candidates(self, reducer: Reducer) -> list[ModelSpec]:
         picture = spec_of(self.spec, single(self.layout.rows, self.layout.columns))
@@ -161,13 +158,13 @@ class WrappedQwen(HFWrapper, QwenVL):
 def _pixels(given: Mapping[str, Any], axes: int, name: str = "pixel_values") -> Tensor:
     pixels = given[name]
     if not isinstance(pixels, Tensor) or pixels.dim() != axes:
-        found = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-        raise UserError(f"{name} must be a tensor with {axes} axes here, got {found}; {ONE_CALL}")
+        given_as = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise UserError(f"{name} must be a tensor with {axes} axes here, got {given_as}; {ONE_CALL}")
     return pixels
 
 
 WRAPPERS: dict[Family, type[HFWrapper]] = {
-    "llava": WrappedLlava,
+    "llava": HFWrapper,
     "llava_next": WrappedNext,
     "video_llava": WrappedVideo,
     "qwen2_5_vl": WrappedQwen,
@@ -198,7 +195,6 @@ def wrap_model(
     _refuse_unfit(model, family)
     config, vision, count = model.config, model.config.vision_config, 0
     conventions: dict[str, str] = {}
-    pinpoints: tuple[tuple[int, int], ...] = ()
     processor: ImageProcessor | QwenImageProcessor
     if family in QWEN:
         edges = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
@@ -206,7 +202,6 @@ def wrap_model(
     else:
         processor = ImageProcessor(size=vision.image_size, crop=vision.image_size)
     if family == "llava_next":
-        pinpoints = tuple((height, width) for height, width in config.image_grid_pinpoints)
         conventions = {"reading": "transformers"}
     if family == "video_llava":
         count = max(1, config.video_seq_length // ((vision.image_size // vision.patch_size) ** 2 + 1))
@@ -217,19 +212,17 @@ def wrap_model(
         conversation=DEFAULT_MODE,
         name=type(model).__name__,
         layout="transformers",
-        vision_tower_source="the model",
         text_tower=text_tower,
         notes=(),
         vocabulary=config.get_text_config().vocab_size,
         family=family,
-        pinpoints=pinpoints,
         frames=count,
     )
     return WRAPPERS[family](checkpoint, model.device, **conventions)
 
 
 def state_of(model: Any) -> tuple[Any, ...]:
-    """What a wrapper is built from: if this changes, a new wrapper is needed."""
+    """What a wrapper is built from."""
     inner, config = model.model, model.config
     parts = (inner, *model.children(), *inner.children(), *inner.parameters(recurse=False))
     features = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")]
@@ -254,11 +247,7 @@ def _refuse_unfit(model: PreTrainedModel, family: Family) -> None:
                 f"{name} must take its features from one tower layer, without the class token; this one has "
                 f"vision_feature_layer {layer} and vision_feature_select_strategy {strategy!r}."
             )
-        depth = config.vision_config.num_hidden_layers
-        if not -depth - 1 <= layer <= depth:
-            raise UserError(
-                f"vision_feature_layer must be {-depth - 1} to {depth} for a tower of {depth} layers, got {layer}."
-            )
+        refuse_feature_layer(config, name)
     refuse_training(*model.modules())
     used = model.model.language_model.config._attn_implementation
     if used not in ATTENTION:

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from llava.errors import UserError, unknown
-from llava.model.checkpoint.load import load_checkpoint
+from llava.model.checkpoint.load import Checkpoint, load_checkpoint
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
-from llava.model.parallel import group
-from llava.model.parallel.choice import parallel_of
+from llava.model.parallel import device_of_rank, parallel_of
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
 
@@ -27,7 +26,7 @@ FAMILIES: dict[str, type[Llava]] = {
 }
 
 
-def runtime(checkpoint, device: torch.device, conventions: dict[str, Any]) -> Llava:
+def runtime(checkpoint: Checkpoint, device: torch.device, conventions: dict[str, Any]) -> Llava:
     """The running model of a checkpoint.
 
     Args:
@@ -59,7 +58,7 @@ def parse(name: str, value: Any) -> Any:
         if not (width.isdigit() and height.isdigit()):
             raise UserError(f"force should be WIDTHxHEIGHT such as 672x672, got {value!r}.")
         return int(width), int(height)
-    if name in ("flip", "min_pixels", "max_pixels"):
+    if name in ("min_pixels", "max_pixels"):
         if not value.isdigit():
             raise UserError(f"{name} should be a whole number, got {value!r}.")
         return int(value)
@@ -85,19 +84,19 @@ def load(
         text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
         quantization: "8bit" or "4bit", by bitsandbytes where it is installed.
         tensor_parallel: ranks that each hold a part of every decoder layer. More than 1 needs a process group of that
-            size, see `llava.model.parallel.group.join`; all its ranks load the model and answer the same questions.
+            size, see `llava.model.parallel.join`; all its ranks load the model and answer the same questions.
         zero: ZeRO-Inference, for a decoder that does not fit one device: its weights are partitioned over the ranks of
-            the group (without one, a group of one is joined) and fetched layer by layer from "cpu", from
-            "nvme=FOLDER", or, with "none", from the devices of the others.
+            the group (without one, a group of one is joined) and fetched layer by layer from "cpu" or,
+            with "none", from the devices of the others.
         conventions: how images are read, where a family leaves a choice: `merge`, `reading` and `force` of
-            llava.model.llava_next.LlavaNext, `flip` of llava.model.video_llava.VideoLlava.
+            llava.model.llava_next.LlavaNext, `min_pixels` and `max_pixels` of llava.model.qwen_vl.QwenVL.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     place = device_of(device)
     parallel = parallel_of(tensor_parallel, zero, quantization)
     if parallel is not None:
-        place = group.device_of_rank(place)
+        place = device_of_rank(place)
     checkpoint = load_checkpoint(source or TOY_MODEL, DTYPES[dtype], place, text_tower, quantization, parallel)
     model = runtime(checkpoint, place, conventions)
     # Another process can load the same model by this; the device is its own.

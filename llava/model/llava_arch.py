@@ -5,7 +5,7 @@ Questions are answered by `llava.pipeline.generate.generate`.
 
 from collections.abc import Callable
 from collections.abc import Sequence as Samples
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +15,106 @@ from torch import Tensor, nn
 
 from llava import conversation
 from llava.errors import UserError
-from llava.model.checkpoint.fingerprint import files_of, hashes_of
-from llava.model.encoded_image import EncodedImage, encoded_image_of
-from llava.model.multimodal_encoder.clip_encoder import Encoded, RunBlocks, encode, patch_grid, run_blocks
-from llava.model.multimodal_projector import projector_of
-from llava.processing.prompt import Prompt, build_prompt
-from llava.processing.sample import Sample
-from llava.reduction.crop_budget import in_tower
-from llava.reduction.flops import linear_flops, tower_flops
-from llava.reduction.model_spec import ModelSpec
-from llava.reduction.reducer import Reducer, by_images
-from llava.reduction.reduction import Reduction
+from llava.model.checkpoint.files import files_of, hashes_of
+from llava.model.multimodal_encoder.clip_encoder import Encoded, RunBlocks, TowerMerger, encode, patch_grid, run_blocks
+from llava.processing.prompt import Prompt, Sample, build_prompt
+from llava.reduction.budget import in_tower
+from llava.reduction.merging import Reduction, ViewReduction, join
+from llava.reduction.modules import tower_flops
+from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore, score_flops
-from llava.reduction.states import BlockState
-from llava.reduction.token_layout import PatchGrid, TokenLayout, single
+from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout, single
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """One image or video after the tower.
+
+    Attributes:
+        encoded: of its crops: features [C, n, D], scores [C, P, ...].
+        arrangement: of what the tower gave, class tokens among it where the method keeps them.
+        full: of what the model takes without any reduction.
+        inputs: tokens that the method starts from, those that it reduces inside the tower among them.
+        step: where and how tokens were reduced up to here, if they were.
+    """
+
+    encoded: Encoded
+    arrangement: TokenLayout
+    full: TokenLayout
+    inputs: int
+    step: tuple[str, Reduction] | None = None
+
+    @cached_property
+    def whole(self) -> bool:
+        """One crop whose tokens are the run as they are."""
+        return len(self.arrangement.crops) == 1 and not len(self.arrangement.newlines)
+
+    @property
+    def extra_cls(self) -> bool:
+        """The class tokens are there for the method alone; the model itself drops them."""
+        return self.arrangement.crops[0].cls is not None and self.full.crops[0].cls is None
+
+    def crop_features(self, number: int, with_cls: bool) -> Tensor:
+        """[n, D] features of a crop's patches, after its class token if that is wanted."""
+        crop, features = self.arrangement.crops[number], self.encoded.features[number]
+        cls = int(crop.cls is not None)
+        patches = features[cls:]
+        if len(patches) != len(crop.patches):
+            patches = patches[crop.patches.to(features.device)]
+        return torch.cat([features[:cls], patches]) if with_cls and cls else patches
+
+    def tile_score(self, score: TowerScore, number: int) -> Tensor:
+        """[n, ...] values of a score at a crop's patches."""
+        values, patches = self.encoded.scores[score][number], self.arrangement.crops[number].patches
+        return values if len(values) == len(patches) else values[patches.to(values.device)]
+
+
+def encoded_image_of(
+    encoded: Encoded, full: TokenLayout, keep_cls: bool, grid: tuple[int, int] | None = None
+) -> EncodedImage:
+    """What the tower gave for the crops of one image, as a run.
+
+    Args:
+        full: the run that the model takes without any reduction.
+        keep_cls: the features have their class tokens in front.
+        grid: the coarser patch grid that every crop was shrunk to.
+    """
+    start = full.with_cls() if keep_cls else full
+    if grid is not None and grid != full.grid:
+        pieces = [ViewReduction(crop.indices, coarse(crop.layout, grid)) for crop in full.crops]
+        whole = len(pieces) == 1
+        step = ("input", pieces[0].reduction if whole else join(pieces, full.tokens)[0])
+        return EncodedImage(encoded, full.shrunk(grid), full, start.tokens, step)
+    merged = encoded.merged
+    if merged is None:
+        return EncodedImage(encoded, start, full, start.tokens)
+    if len(full.crops) == 1:
+        left = single(1, merged.kept.shape[1])
+        return EncodedImage(encoded, left, full, start.tokens, ("tower", merged))
+    pieces = [
+        ViewReduction(crop.indices.to(merged.kept.device), merged.only(number))
+        for number, crop in enumerate(full.crops)
+    ]
+    reduction, order = join(pieces, full.tokens)
+    return EncodedImage(encoded, full.left(merged.kept.shape[1], order.cpu()), full, start.tokens, ("tower", reduction))
+
+
+def coarse(layout: PatchGrid, grid: tuple[int, int]) -> Reduction:
+    """The record of a smaller image: every original patch is averaged into the coarse patch that covers it."""
+    rows, columns = grid
+    row = torch.arange(layout.rows) * rows // layout.rows
+    column = torch.arange(layout.columns) * columns // layout.columns
+    owner = (row[:, None] * columns + column).flatten()
+    centre_row = ((torch.arange(rows) * 2 + 1) * layout.rows) // (2 * rows)
+    centre_column = ((torch.arange(columns) * 2 + 1) * layout.columns) // (2 * columns)
+    anchor = (centre_row[:, None] * layout.columns + centre_column).flatten()
+    share = 1.0 / torch.bincount(owner, minlength=rows * columns).float()
+    return Reduction(anchor[None], layout.tokens, owner[None], share[owner][None])
+
 
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Operations, Timer
-    from llava.pipeline.faster.compiled_model import Compiled
+    from llava.pipeline.compile import Compiled
 
 
 class Llava:
@@ -43,7 +125,7 @@ class Llava:
         device: where the modules are.
     """
 
-    def __init__(self, checkpoint, device: torch.device):
+    def __init__(self, checkpoint: Any, device: torch.device):
         container = checkpoint.model
         self.hf_model = container
         self.device = device
@@ -51,22 +133,21 @@ class Llava:
         self.image_processor = checkpoint.image_processor
         self.conversation = checkpoint.conversation
         self.name = checkpoint.name
-        self.layout_name = checkpoint.layout
         self.notes = checkpoint.notes
         self.vocabulary = checkpoint.vocabulary
         self._files = checkpoint.files
         # The decoder is spread over the ranks of a process group, which all answer the same questions.
         self.spread: bool = checkpoint.spread
         self.text_tower = checkpoint.text_tower
-        self.llm: nn.Module = container.model.language_model
-        self.head: nn.Linear = container.lm_head
+        self.llm: Any = container.model.language_model
+        self.head: Any = container.lm_head
         self._read_tower()
 
     def _read_tower(self) -> None:
         """Find the vision tower and the projector in the container, and the patches of one crop."""
         inner = self.hf_model.model
-        self.tower: nn.Module = inner.image_tower if hasattr(inner, "image_tower") else inner.vision_tower
-        self.projector: nn.Module = projector_of(inner)
+        self.tower: Any = inner.image_tower if hasattr(inner, "image_tower") else inner.vision_tower
+        self.projector: nn.Module = inner.multi_modal_projector
         self.select_layer: int = self.hf_model.config.vision_feature_layer
         self.layout = PatchGrid(*patch_grid(self.tower))
 
@@ -79,11 +160,8 @@ class Llava:
     # Samples may hold llava.processing.video.Video in place of an image.
     takes_videos: bool = False
 
-    # Tower, prefill and decoding as compiled graphs (llava/pipeline/faster/compiled_model.py).
+    # Tower, prefill and decoding as compiled graphs (llava/pipeline/compile.py).
     compiled: "Compiled | None" = None
-
-    # What the prompts of a batch have in common at their beginning runs once (llava/pipeline/faster/shared_prefix.py).
-    shares_prefix: bool = False
 
     # The learned vector after every row of stitched tiles; an image of one crop has none.
     newline: Tensor | None = None
@@ -142,7 +220,7 @@ class Llava:
         return None
 
     @cached_property
-    def clip(self):
+    def clip(self) -> Any:
         """The CLIP text tower, read from its files when a method first asks for it."""
         from llava.model.multimodal_encoder.clip_text_encoder import load_clip_text
 
@@ -157,7 +235,7 @@ class Llava:
         room = self.hf_model.config.get_text_config().max_position_embeddings - self.layout.tokens
         return room if room > 0 else None
 
-    def views(self, picture) -> tuple[Tensor, TokenLayout]:
+    def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
         """What the tower sees of an image: pixels [C, 3, S, S], and the run of tokens that its C crops become."""
         return self.image_processor(picture)[None], single(self.layout.rows, self.layout.columns)
 
@@ -181,7 +259,7 @@ class Llava:
         """
         views = [self.views(picture) for picture in pictures]
         timer.mark("preprocess")
-        found: dict[int, EncodedImage] = {}
+        encoded_images: dict[int, EncodedImage] = {}
         groups: dict[tuple[Reducer, bool, bool], list[int]] = {}
         inside = not reducer.acts_in.isdisjoint(("tower", "input_grid"))
         for index, (_, full) in enumerate(views):
@@ -194,16 +272,16 @@ class Llava:
             for index in rows:
                 crops, full = views[index]
                 own = encoded if len(crops) == len(pixels) else encoded.rows(slice(done, done + len(crops)))
-                found[index] = encoded_image_of(own, full, reducer.keep_cls, grid)
+                encoded_images[index] = encoded_image_of(own, full, reducer.keep_cls, grid)
                 done += len(crops)
-        return [found[index] for index in range(len(views))]
+        return [encoded_images[index] for index in range(len(views))]
 
     @property
     def run_blocks(self) -> RunBlocks:
         """What runs the blocks of the vision tower."""
         return self.compiled.tower if self.compiled and self.compiled.tower else run_blocks
 
-    def tower_of(self, temporal: bool) -> nn.Module:
+    def tower_of(self, temporal: bool) -> Any:
         """The vision tower for images, or for the frames of videos."""
         return self.tower
 
@@ -221,16 +299,14 @@ class Llava:
             temporal: the pixels are frames of videos, whose class tokens are visual tokens.
             tiled: the images have tiles.
         """
-        tower, keep_cls = self.tower_of(temporal), reducer.keep_cls or temporal
-        merging: tuple[int, ...] = ()
+        tower, keep_cls, merger = self.tower_of(temporal), reducer.keep_cls or temporal, None
         if "tower" in reducer.acts_in:
-            merging = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
-        if merging and self.compiled and self.compiled.tower:
-            self.compiled.tower.graphs.say("merging", f"{reducer.name} merges tokens inside of it")
-        merger = TowerMerger(reducer, self.spec, tower, len(pixels)) if merging else None
+            blocks = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
+            merger = TowerMerger(reducer, self.spec, tower, blocks, len(pixels)) if blocks else None
+        if merger and self.compiled and self.compiled.tower:
+            self.compiled.tower.say("merging", f"{reducer.name} merges tokens inside of it")
         scores = reducer.tower_scores(tiled)
-        encoded = encode(tower, pixels, self.select_layer, scores, grid, keep_cls, merging, merger, self.run_blocks)
-        return replace(encoded, spent=merger.flops) if merger else encoded
+        return encode(tower, pixels, self.select_layer, scores, grid, keep_cls, merger, self.run_blocks)
 
     def count_tower(self, operations: "Operations", picture: EncodedImage, images: int) -> None:
         """Count the operations of the tower on all tiles of one image, and of scores and merging beside it.
@@ -257,23 +333,6 @@ class Llava:
 
     def decode(self, ids: Samples[int], special: bool = False) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
-
-
-class TowerMerger:
-    """Asks a method what to merge inside a block of the tower, and counts what it spends per tile."""
-
-    def __init__(self, reducer: Reducer, spec: ModelSpec, tower: nn.Module, tiles: int):
-        self.reducer, self.spec, self.tower = reducer, spec, tower
-        self.names = tuple(map(str, range(tiles)))
-        self.flops = 0
-
-    def __call__(self, hidden: Tensor, keys: Tensor, sizes: Tensor, block: int) -> Reduction | None:
-        state = BlockState(ids=self.names, spec=self.spec, tokens=hidden, keys=keys, sizes=sizes, block=block)
-        reduction = self.reducer.tower(state)
-        by_images(self.reducer, f"tower in block {block}", reduction, self.names, hidden.shape[1])
-        projection = self.tower.encoder.layers[block].self_attn.k_proj
-        self.flops += state.flops // len(self.names) + linear_flops(projection, hidden.shape[1])
-        return reduction
 
 
 def tiles_flops(tiles: int, function: Callable[..., int], *arguments: Any) -> int:

@@ -6,15 +6,14 @@ Differs from it: only patches that unpadding leaves are projected; the papers' "
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from llava.model.llava_arch import Llava
 from llava.processing.anyres import AnyresProcessor
-from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.token_layout import TokenLayout
+from llava.reduction.token_layout import ModelSpec, TokenLayout, spec_of
 
 
 class LlavaNext(Llava):
@@ -29,17 +28,17 @@ class LlavaNext(Llava):
 
     def __init__(
         self,
-        checkpoint,
+        checkpoint: Any,
         device: torch.device,
-        merge: str | None = None,
-        reading: str = "original",
+        merge: Literal["spatial_unpad", "spatial"] | None = None,
+        reading: Literal["original", "transformers"] = "original",
         force: tuple[int, int] | None = None,
     ):
         super().__init__(checkpoint, device)
         self.anyres = AnyresProcessor(
             checkpoint.image_processor,
             (self.layout.rows, self.layout.columns),
-            checkpoint.pinpoints or None,
+            checkpoint.model.config.image_grid_pinpoints,
             reading,
             merge or checkpoint.merge or "spatial_unpad",
             force,
@@ -55,7 +54,7 @@ class LlavaNext(Llava):
             "tiles": "x".join(map(str, anyres.force)) if anyres.force else "best",
         }
 
-    def views(self, picture) -> tuple[Tensor, TokenLayout]:
+    def views(self, picture: Any) -> tuple[Tensor, TokenLayout]:
         return self.anyres(picture)
 
     @property

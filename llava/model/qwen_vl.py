@@ -17,16 +17,11 @@ import torch
 from torch import Tensor
 
 from llava.errors import UserError
-from llava.model.encoded_image import EncodedImage, encoded_image_of
-from llava.model.llava_arch import Llava
-from llava.model.multimodal_encoder.clip_encoder import Encoded
-from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, score_flops, tower_flops
-from llava.model.multimodal_projector import projector_of
-from llava.processing.clip_image import as_rgb
-from llava.processing.qwen_image import Grid
-from llava.reduction.model_spec import ModelSpec
+from llava.model.llava_arch import EncodedImage, Llava, encoded_image_of
+from llava.model.multimodal_encoder.qwen_encoder import Merger, encode_qwen, score_flops, tower_flops
+from llava.processing.image import Grid, as_rgb
 from llava.reduction.reducer import Reducer
-from llava.reduction.token_layout import PatchGrid, single
+from llava.reduction.token_layout import ModelSpec, PatchGrid, single
 
 if TYPE_CHECKING:
     from llava.pipeline.accounting import Operations, Timer
@@ -41,7 +36,9 @@ class QwenVL(Llava):
 
     axes = True
 
-    def __init__(self, checkpoint, device: torch.device, min_pixels: int | None = None, max_pixels: int | None = None):
+    def __init__(
+        self, checkpoint: Any, device: torch.device, min_pixels: int | None = None, max_pixels: int | None = None
+    ):
         super().__init__(checkpoint, device)
         bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         chosen = {name: value for name, value in bounds.items() if value is not None}
@@ -53,7 +50,7 @@ class QwenVL(Llava):
 
     def _read_tower(self) -> None:
         self.tower = self.hf_model.model.visual
-        self.projector = projector_of(self.hf_model.model)
+        self.projector = Merger(self.tower)
         self.select_layer = -1
         # The largest square image.
         side = max(1, int(self.image_processor.max_pixels**0.5) // self._edge)
@@ -74,7 +71,7 @@ class QwenVL(Llava):
         layers, blocks, known = len(self.llm.layers), len(self.tower.blocks), self.text_tower is not None
         return ModelSpec(self.visual_tokens, layers, self.layout, blocks, has_cls=False, has_text_tower=known)
 
-    def patches(self, pictures: Samples) -> tuple[Tensor, tuple[Grid, ...]]:
+    def patches(self, pictures: Samples[Any]) -> tuple[Tensor, tuple[Grid, ...]]:
         """Flattened patches of all images, one after another, and the grid of each."""
         return self.image_processor([as_rgb(picture) for picture in pictures])
 
@@ -89,12 +86,7 @@ class QwenVL(Llava):
         patches, grids = self.patches(pictures)
         timer.mark("preprocess")
         encoded = encode_qwen(self.tower, patches.to(self.device), grids, reducer.tower_scores(tiled=False))
-        found = []
-        for one in encoded:
-            scores = {score: values[None] for score, values in one.scores.items()}
-            tower = Encoded(one.features[None], scores, one.grid)
-            found.append(encoded_image_of(tower, single(one.rows, one.columns), keep_cls=False))
-        return found
+        return [encoded_image_of(one, single(*one.grid), keep_cls=False) for one in encoded]
 
     def count_tower(self, operations: "Operations", picture: EncodedImage, images: int) -> None:
         merge = self.image_processor.merge

@@ -1,4 +1,4 @@
-"""Token accounting of a batch: seconds, operations, reductions, and visual tokens that enter each layer.
+"""What a batch gives and what it cost: answers, tokens per layer, reductions, seconds, operations and cache bytes.
 
 Nothing here waits for the device or computes while the model runs: operations are counted, and reductions copied to the
 host, when they are read.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava.reduction.reduction import Reduction, Step, Trace
+from llava.reduction.merging import Reduction, Step, Trace
 from llava.reduction.token_layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -24,14 +24,17 @@ class Timer:
     """Seconds by stage of one batch.
 
     `mark(stage)` adds the time since the previous mark to a stage. On a CUDA device a mark records an event and returns
-    at once; reading `seconds` waits for the last event. On other devices a mark reads the monotonic clock.
+    at once; reading `seconds` waits for the last event. On other devices a mark reads a clock.
+
+    Args:
+        clock: its seconds; None for the monotonic clock.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, clock: Callable[[], float] | None = None):
         self.device = device
-        self._now: Callable[[], Any] = self._event if device.type == "cuda" else time.perf_counter
+        self._now: Callable[[], Any] = self._event if device.type == "cuda" else clock or time.perf_counter
         self._stages: list[str] = []
-        self._marks = [self._now()]
+        self._marks: list[Any] = [self._now()]
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -49,11 +52,11 @@ class Timer:
         cuda = self.device.type == "cuda"
         if cuda:
             self._marks[-1].synchronize()
-        found: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         for stage, before, after in zip(self._stages, self._marks[:-1], self._marks[1:], strict=True):
             passed = before.elapsed_time(after) / 1000 if cuda else after - before
-            found[stage] = found.get(stage, 0.0) + passed
-        return found
+            seconds[stage] = seconds.get(stage, 0.0) + passed
+        return seconds
 
 
 @dataclass
@@ -86,10 +89,10 @@ class Operations:
     @property
     def alone(self) -> dict[str, int]:
         """Operations by part, summed over the questions as if each were asked alone."""
-        found: dict[str, int] = {}
+        by_part: dict[str, int] = {}
         for part, images, amount in self._counted:
-            found[part] = found.get(part, 0) + images * amount
-        return found
+            by_part[part] = by_part.get(part, 0) + images * amount
+        return by_part
 
 
 def mean_visual_tokens(tokens_per_layer: Sequence[int]) -> float:
@@ -138,37 +141,40 @@ class Applied:
     row: int
 
 
-@dataclass
 class Record:
     """What happened to the samples of one batch up to the first token.
+
+    Args:
+        samples: how many.
+        layers: of the decoder.
 
     Attributes:
         inputs: visual tokens of each sample before any reduction, all images together.
         planned: visual tokens planned to enter each layer, all images together; None if that depends on an image.
         runs: the layout of the unreduced visual tokens of every image.
+        reductions: of each sample in order.
         operations: floating point operations.
     """
 
-    inputs: list[int]
-    planned: list[tuple[int, ...] | None]
-    runs: list[list[TokenLayout]]
-    reductions: list[list[Applied]]
-    operations: Operations = field(default_factory=Operations)
-
-    @classmethod
-    def of(cls, samples: int, layers: int) -> "Record":
-        nothing = (0,) * layers
-        return cls([0] * samples, [nothing] * samples, [[] for _ in range(samples)], [[] for _ in range(samples)])
+    def __init__(self, samples: int, layers: int):
+        self.inputs = [0] * samples
+        self.planned: list[tuple[int, ...] | None] = [(0,) * layers] * samples
+        self.runs: list[list[TokenLayout]] = [[] for _ in range(samples)]
+        self.reductions: list[list[Applied]] = [[] for _ in range(samples)]
+        self.operations = Operations()
 
     def image(self, sample: int, run: TokenLayout, inputs: int, planned: tuple[int, ...] | None) -> None:
         """Add an image to a sample."""
         known = self.planned[sample]
-        both = known is not None and planned is not None
-        self.planned[sample] = tuple(a + b for a, b in zip(known, planned, strict=True)) if both else None
+        if known is not None and planned is not None:
+            self.planned[sample] = tuple(a + b for a, b in zip(known, planned, strict=True))
+        else:
+            self.planned[sample] = None
         self.inputs[sample] += inputs
         self.runs[sample].append(run)
 
     def applied(self, image: "Row", place: str, reduction: Reduction, row: int = 0) -> None:
+        """Add a reduction of an image."""
         sample, number = image
         self.reductions[sample].append(Applied(place, number, reduction, row))
 
@@ -177,7 +183,7 @@ class Record:
         """The reductions of each sample, in order, copied to the host."""
         return [
             tuple(
-                Step(a.place if a.number == 0 else f"{a.place} #{a.number + 1}", a.reduction.row(a.row))
+                Step(a.place if a.number == 0 else f"{a.place} #{a.number + 1}", a.reduction.only(a.row, on_cpu=True))
                 for a in applied
             )
             for applied in self.reductions
@@ -185,7 +191,7 @@ class Record:
 
     def accounting(self, prefilled: "Prefilled") -> list[TokenAccounting]:
         """Token accounting of each sample."""
-        found = []
+        accounts = []
         for sample, (inputs, planned, runs) in enumerate(zip(self.inputs, self.planned, self.runs, strict=True)):
             images = max(1, len(runs))
             mean = None if planned is None else mean_visual_tokens(planned) / images
@@ -198,5 +204,71 @@ class Record:
                 for one in last.values()
                 if one.assignment is not None or one.merge_matrix is not None
             )
-            found.append(TokenAccounting(entering, inputs, merged, prefilled.kv_bytes[sample], images, mean))
-        return found
+            accounts.append(TokenAccounting(entering, inputs, merged, prefilled.kv_bytes[sample], images, mean))
+        return accounts
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and its token accounting.
+
+    Attributes:
+        text: decoded answer, special tokens and stop string removed, stripped.
+        token_ids: generated ids, end token excluded.
+        accounting: visual tokens entering each decoder layer, merged tokens, key/value bytes.
+        trace: the reductions that were applied, in order, on the CPU.
+        runs: the layout of the unreduced visual tokens of every image.
+    """
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    accounting: TokenAccounting
+    trace: Trace
+    runs: tuple[TokenLayout, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds spent on one batch as a whole.
+
+    Attributes:
+        vision: vision tower and projector.
+        selection: the method's own functions, and applying what they return.
+        prefill: embedding the prompts and running the decoder over them.
+        decode: tokens after the first.
+        preprocess: tokenizing prompts, and resizing and cutting images on the CPU.
+    """
+
+    vision: float = 0.0
+    selection: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    preprocess: float = 0.0
+
+    @property
+    def ttft(self) -> float:
+        """Time from prepared pixels and token ids to the first token of the batch: vision, selection and prefill."""
+        return self.vision + self.selection + self.prefill
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Answers in the order of the samples, and the cost of the whole batch.
+
+    Attributes:
+        kv_bytes: bytes of the key/value tensors held after prefill, padding included.
+        kv_bytes_with_room: bytes of the memory that holds them after the last step: with the new tokens, and from the
+            first step on with room for up to 32 more in every layer.
+        operations: floating point operations of tower, projector, selection and prefill.
+        decode_steps: forward passes after the first token.
+        images: images of all questions; one that several questions share counts once for each.
+    """
+
+    answers: tuple[Answer, ...]
+    timing: Timing
+    kv_bytes: int
+    operations: Operations
+    decode_steps: int = 0
+    images: int = 0
+    kv_bytes_with_room: int = 0

@@ -1,25 +1,181 @@
-"""The decoder loop: prefill with reductions before any layer, then one token at a time.
+"""The decoder and its cache: prefill with reductions before any layer, then one token at a time.
 
 Each layer has its own key/value length and its own mask of valid keys.
+
+transformers' own cache concatenates at every step, which copies all that is there to append one token. Here a layer's
+tensors have space for the tokens to come: a step writes one column, and attention reads a slice. The space grows in
+blocks, so a long `max_new_tokens` costs memory only as an answer becomes long.
+
+Read: transformers 5.23.0, cache_utils.py (DynamicLayer, whose contract `PreallocatedLayer` keeps).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from llava.pipeline.kv_cache import ValidKeys, empty_cache
+from llava.pipeline import positions
 from llava.pipeline.sequence import Rotary, Sequence
 from llava.reduction.decoder_attention import angles_of, follows_length, rotary_angles
+
+BLOCK = 32  # columns of space that are added at once
+CUT = 8  # columns that are cut out of the space at once
 
 # (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
 ReduceAt = Callable[[Sequence, int, Sequence, Tensor], Sequence]
 # (llm, sequence, layers, cosines and sines, cache) -> hidden states [B, L, D] behind the layers and before the last one
-RunLayers = Callable[[nn.Module, Sequence, range, tuple[Tensor, Tensor], DynamicCache], tuple[Tensor, Tensor]]
+RunLayers = Callable[[Any, Sequence, range, tuple[Tensor, Tensor], DynamicCache], tuple[Tensor, Tensor]]
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one layer, slices of tensors with space behind them.
+
+    Attributes:
+        keys, values: [B, Hkv, L, d], of the L tokens so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._space: tuple[Tensor, Tensor] | None = None
+        self._shown: tuple[Tensor, Tensor] | None = None
+        self._columns: list[tuple[Tensor, Tensor]] = []  # of the next tokens, the last one first
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, Hkv, new, d]; returns those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past, new = self.get_seq_length(), key_states.shape[-2]
+        if not past:
+            # A prompt is kept as it is, without a copy; space is made when the first token is to be decoded.
+            self.keys, self.values, self._space = key_states, value_states, None
+            return key_states, value_states
+        assert self.keys is not None and self.values is not None
+        if new == 1 and self.can_append(past):
+            key, value = self._columns.pop()
+            key.copy_(key_states)
+            value.copy_(value_states)
+        else:
+            self._space = grow(self.keys, key_states, past), grow(self.values, value_states, past)
+            self._columns = []
+        assert self._space is not None
+        self.keys, self.values = self._space[0].narrow(2, 0, past + new), self._space[1].narrow(2, 0, past + new)
+        self._shown = self.keys, self.values
+        return self._shown
+
+    def can_append(self, past: int) -> bool:
+        """Whether a column can be written behind `past` others, where they are; it is then among `_columns`.
+
+        It cannot after a call that replaced `keys` and `values` (a beam search reorders them), or outside of the
+        inference mode in which the memory was made.
+        """
+        if self._space is None or self._shown is None:
+            return False
+        keys, values = self._space
+        if self.keys is not self._shown[0] or self.values is not self._shown[1] or past == keys.shape[2]:
+            return False
+        if not torch.is_inference_mode_enabled() and keys.is_inference():
+            return False
+        if not self._columns:
+            # One call for several tokens: on a GPU short steps wait for the host.
+            count = min(CUT, keys.shape[2] - past)
+            ahead = [rows.narrow(2, past, count).split(1, 2) for rows in (keys, values)]
+            self._columns = list(zip(*ahead, strict=True))[::-1]
+        return True
+
+    def reset(self) -> None:
+        super().reset()
+        self._space, self._shown, self._columns = None, None, []
+
+
+def grow(present: Tensor, new: Tensor, past: int) -> Tensor:
+    """[B, Hkv, past + new + BLOCK, d]: the columns so far, the new ones, and space for more.
+
+    Args:
+        present: [B, Hkv, past, d].
+    """
+    larger = new.new_empty(*new.shape[:2], past + new.shape[2] + BLOCK, new.shape[3])
+    larger.narrow(2, 0, past).copy_(present)
+    larger.narrow(2, past, new.shape[2]).copy_(new)
+    return larger
+
+
+def empty_cache() -> DynamicCache:
+    """A cache without tokens; every layer gets its own length and its own space."""
+    # Without the configuration, which could set a sliding window; it is not applied, see the notes of
+    # llava.model.checkpoint.load.
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = PreallocatedLayer
+    return cache
+
+
+@dataclass
+class Segment:
+    """Decoder layers between which nothing is reduced: they share lengths, masks and positions.
+
+    Attributes:
+        layers: their numbers.
+        lengths: the real length of each sample.
+        visual: the visual tokens of each sample.
+        valid: [B, keys so far] bool, False in the padding on the left; None where no sample is padded.
+        next_position: [B, 1] or [B, 1, 3], position id of the next token: one after the last position of these layers'
+            prompt, so that decoding equals a longer prefill.
+    """
+
+    layers: range
+    lengths: tuple[int, ...]
+    visual: tuple[int, ...]
+    valid: Tensor | None
+    next_position: Tensor
+
+
+@dataclass
+class Prefilled:
+    """State after prefill.
+
+    Attributes:
+        hidden: [B, 1, D] last hidden state of the last prompt token, before the final norm.
+        cache: keys and values, one length per layer.
+        segments: all layers in order.
+        kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens, on all ranks together.
+        kv_bytes_held: bytes of all keys and values after prefill, with padding, without the space for new tokens, on
+            all ranks together.
+        steps: tokens that `step` has fed.
+        fixed: the cache in tensors of fixed size, where decoding is compiled (llava/pipeline/compile.py).
+    """
+
+    hidden: Tensor
+    cache: DynamicCache
+    segments: list[Segment]
+    kv_bytes: list[int]
+    kv_bytes_held: int
+    steps: int = 0
+    fixed: Any = None
+
+    @property
+    def lengths(self) -> list[tuple[int, ...]]:
+        """Per layer, the real length of each sample after prefill."""
+        return [segment.lengths for segment in self.segments for _ in segment.layers]
+
+    @property
+    def visual(self) -> list[tuple[int, ...]]:
+        """Per layer, the visual tokens of each sample."""
+        return [segment.visual for segment in self.segments for _ in segment.layers]
+
+    @property
+    def kv_bytes_allocated(self) -> int:
+        """Bytes of the memory in which the keys and values of this rank stand now, with the space for new tokens."""
+        if self.fixed:
+            tensors = [*self.fixed.keys, *self.fixed.values]
+        else:
+            layers: list[Any] = self.cache.layers
+            tensors = [part for layer in layers for part in (layer.keys, layer.values)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, eager: bool) -> Tensor:
@@ -35,85 +191,34 @@ def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, eager: bool) ->
     return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-def step_mask(valid: Tensor, dtype: torch.dtype, eager: bool) -> Tensor:
-    """`causal_mask` for one query, the last key: [B, 1, 1, keys]. Nothing is computed unless attention is eager."""
-    if not eager:
-        return valid[:, None, None, :]
-    return causal_mask(valid, 1, dtype, eager)
-
-
-@dataclass
-class Prefilled:
-    """State after prefill.
-
-    Attributes:
-        hidden: [B, 1, D] last hidden state of the last prompt token, before the final norm.
-        cache: keys and values, one length per layer.
-        valid: per layer which keys are real, or None where no sample is padded; layers of equal length share one
-            object.
-        next_position: per layer [B, 1] or [B, 1, 3], position id of the first generated token: one after the last
-            position of that layer's prompt, so that decoding equals a longer prefill; layers of equal length share one
-            tensor.
-        lengths: per layer, the real length of each sample.
-        visual: per layer, the visual tokens of each sample.
-        kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens, on all ranks together.
-        kv_bytes_held: bytes of all keys and values after prefill, with padding, without the room for new tokens, on
-            all ranks together.
-        steps: tokens that `step` has fed.
-        fixed: the cache in rooms of fixed size, where decoding is compiled (llava/pipeline/faster/compiled_step.py).
-    """
-
-    hidden: Tensor
-    cache: DynamicCache
-    valid: list[ValidKeys | None]
-    next_position: list[Tensor]
-    lengths: list[tuple[int, ...]] = field(default_factory=list)
-    visual: list[tuple[int, ...]] = field(default_factory=list)
-    kv_bytes: list[int] = field(default_factory=list)
-    kv_bytes_held: int = 0
-    steps: int = 0
-    fixed: Any = None
-
-    @property
-    def kv_bytes_allocated(self) -> int:
-        """Bytes of the memory in which the keys and values of this rank stand now, with the room for new tokens."""
-        fixed, layers = self.fixed, self.cache.layers
-        tensors = (
-            [*fixed.keys, *fixed.values] if fixed else [one for layer in layers for one in (layer.keys, layer.values)]
-        )
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
-def _mask_of(sequence: Sequence, eager: bool) -> Tensor | None:
-    """Attention mask; None, for the kernel's own causal mask, unless there is padding or attention is eager."""
-    if not sequence.padded and not eager:
-        return None
-    return causal_mask(sequence.valid(), sequence.hidden.shape[1], sequence.hidden.dtype, eager)
-
-
-def is_eager(llm: nn.Module) -> bool:
-    return llm.config._attn_implementation == "eager"
-
-
 def run_segment(
-    llm: nn.Module, sequence: Sequence, layers: range, rotary: tuple[Tensor, Tensor], cache: DynamicCache
+    llm: Any, sequence: Sequence, layers: range, rotary: tuple[Tensor, Tensor], cache: DynamicCache | None
 ) -> tuple[Tensor, Tensor]:
     """Run some layers, between which nothing is reduced, on the prompts; keys and values go to the cache.
+
+    The attention mask is None, for the kernel's own causal mask, unless there is padding or attention is eager.
 
     Returns:
         Hidden states [B, L, D] behind the last of these layers, and as they entered it.
     """
-    mask, hidden = _mask_of(sequence, is_eager(llm)), sequence.hidden
+    hidden = entered = sequence.hidden
+    eager, mask = llm.config._attn_implementation == "eager", None
+    if sequence.padded or eager:
+        mask = causal_mask(sequence.valid(), hidden.shape[1], hidden.dtype, eager)
     for index in layers:
         entered = hidden
         hidden = llm.layers[index](
-            entered, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
+            entered,
+            attention_mask=mask,
+            position_embeddings=rotary,
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
     return hidden, entered
 
 
 def prefill(
-    llm: nn.Module,
+    llm: Any,
     sequence: Sequence,
     stages: tuple[int, ...],
     reduce_at: ReduceAt | None,
@@ -127,62 +232,56 @@ def prefill(
         run: runs the layers between two of these places.
     """
     cache, before, depth = empty_cache(), sequence, len(llm.layers)
-    valid, lengths, visual, following = [], [], [], []
+    held_by: list[Any] = cache.layers  # one more from layer to layer
+    segments = []
     for first, last in pairwise((0, *sorted({stage for stage in stages if 0 < stage < depth}), depth)):
         if first and reduce_at is not None:
-            sequence = reduce_at(sequence, first, before, cache.layers[first - 1].keys)
+            sequence = reduce_at(sequence, first, before, held_by[first - 1].keys)
         rotary = angles_of(llm, sequence)
         same = sequence.rotary is not None and sequence.rotary.position is sequence.position
         if not same and sequence.position.dim() == 2 and not follows_length(llm):
             sequence = replace(sequence, rotary=Rotary(sequence.position, *rotary))
-        known = ValidKeys.of(sequence.valid()) if sequence.padded else None
-        place = sequence.next_position()
+        counts = tuple(sum(stop - start for start, stop in spans) for spans in sequence.visual)
+        valid = sequence.valid() if sequence.padded else None
+        following = positions.next_position(sequence.position, sequence.lengths)
+        segments.append(Segment(range(first, last), sequence.lengths, counts, valid, following))
         hidden, entered = run(llm, sequence, range(first, last), rotary, cache)
         before, sequence = replace(sequence, hidden=entered), replace(sequence, hidden=hidden)
-        valid += [known] * (last - first)
-        following += [place] * (last - first)
-        lengths += [sequence.lengths] * (last - first)
-        visual += [sequence.visual_counts] * (last - first)
-    # Read now, because decoding makes the cache longer. Where heads are split over ranks, each holds as many.
-    ranks = getattr(llm, "ranks", 1)
-    held = [ranks * (layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers]
-    token_bytes = [
-        total // (len(lengths[0]) * layer.keys.shape[-2]) for total, layer in zip(held, cache.layers, strict=True)
-    ]
-    used = [
-        sum(own * size for own, size in zip(sample, token_bytes, strict=True)) for sample in zip(*lengths, strict=True)
-    ]
-    return Prefilled(sequence.hidden[:, -1:], cache, valid, following, lengths, visual, used, sum(held))
+    # Counted now, because decoding makes the cache longer. Where heads are split over ranks, each holds as many.
+    held, used = 0, [0] * len(sequence.lengths)
+    for segment in segments:
+        for layer in (held_by[index] for index in segment.layers):
+            size = getattr(llm, "ranks", 1) * (layer.keys.nbytes + layer.values.nbytes)
+            token = size // (len(used) * layer.keys.shape[-2])
+            held += size
+            used = [total + length * token for total, length in zip(used, segment.lengths, strict=True)]
+    return Prefilled(sequence.hidden[:, -1:], cache, segments, used, held)
 
 
-def run_layers(llm: nn.Module, sequence: Sequence, count: int) -> Tensor:
+def run_layers(llm: Any, sequence: Sequence, count: int) -> Tensor:
     """Hidden states [B, L, D] after the first `count` layers, without a cache; for contextual text attention."""
-    rotary, mask = rotary_angles(llm, sequence.hidden, sequence.position), _mask_of(sequence, is_eager(llm))
-    hidden = sequence.hidden
-    for layer in llm.layers[:count]:
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-    return hidden
+    rotary = rotary_angles(llm, sequence.hidden, sequence.position)
+    return run_segment(llm, sequence, range(count), rotary, None)[0]
 
 
-def step(llm: nn.Module, state: Prefilled, token: Tensor) -> Tensor:
+def step(llm: Any, state: Prefilled, token: Tensor) -> Tensor:
     """Feed one embedded token per sample, [B, 1, D] -> [B, 1, D], growing every layer's cache by one."""
-    eager = is_eager(llm)
-    places = {id(place): place for place in state.next_position}
-    rotary = {key: rotary_angles(llm, token, place) for key, place in places.items()}
-    masks: dict[int, Tensor] = {}
-    for known in {id(known): known for known in state.valid if known is not None}.values():
-        known.append()
-        masks[id(known)] = step_mask(known.columns, token.dtype, eager)
     hidden = token
-    for index, layer in enumerate(llm.layers):
-        hidden = layer(
-            hidden,
-            attention_mask=masks.get(id(state.valid[index])),
-            position_embeddings=rotary[id(state.next_position[index])],
-            past_key_values=state.cache,
-            use_cache=True,
-        )
-    moved = {key: place + 1 for key, place in places.items()}
-    state.next_position = [moved[id(place)] for place in state.next_position]
+    for segment in state.segments:
+        rotary, mask = rotary_angles(llm, token, segment.next_position), None
+        if segment.valid is not None:
+            segment.valid = valid = F.pad(segment.valid, (0, 1), value=True)
+            # The one query is the last key, so it sees all that are real: no causal part is needed.
+            eager = llm.config._attn_implementation == "eager"
+            mask = causal_mask(valid, 1, token.dtype, True) if eager else valid[:, None, None, :]
+        for index in segment.layers:
+            hidden = llm.layers[index](
+                hidden,
+                attention_mask=mask,
+                position_embeddings=rotary,
+                past_key_values=state.cache,
+                use_cache=True,
+            )
+        segment.next_position = segment.next_position + 1
     state.steps += 1
     return hidden

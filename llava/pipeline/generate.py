@@ -1,5 +1,6 @@
 """Answer questions: prefill, then greedy decoding with end token and stop strings."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Samples
 from dataclasses import fields
 from functools import cache, partial
@@ -9,13 +10,12 @@ import torch
 from torch import Tensor
 
 from llava.errors import UserError
-from llava.model.parallel.group import require_agreement
+from llava.model.parallel import require_agreement
 from llava.pipeline import decoder
-from llava.pipeline.accounting import Timer
-from llava.pipeline.answer import Answer, Batch, Timing
+from llava.pipeline.accounting import Answer, Batch, Timer, Timing
 from llava.pipeline.prefill import prefill
-from llava.processing.sample import Sample
-from llava.reduction.crop_budget import require
+from llava.processing.prompt import Sample
+from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 
 if TYPE_CHECKING:
@@ -25,11 +25,22 @@ NOT_FINITE = -1  # in place of a token id
 
 
 @torch.inference_mode()
-def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new_tokens: int = 128) -> Batch:
+def generate(
+    model: "Llava",
+    samples: Samples[Sample],
+    reducer: Reducer,
+    max_new_tokens: int = 128,
+    ignore_eos: bool = False,
+    clock: Callable[[], float] | None = None,
+) -> Batch:
     """Answer a batch of questions under a method.
 
     Every answer is the same as without the other samples: padding is masked, reductions are per sample, and tokens
     after the end of an answer are dropped.
+
+    Args:
+        ignore_eos: no end token and no stop string ends an answer, so that all have `max_new_tokens`.
+        clock: of the seconds of the stages, where no GPU says them; None for the monotonic clock.
 
     Raises:
         UserError: the method cannot run on this model at its budget, there is nothing to answer, the logits are not
@@ -41,9 +52,11 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     model.refuse_images(samples)
     require(reducer, model.spec)
-    timer, stop = Timer(model.device), model.stop
+    timer = Timer(model.device, clock)
+    end_ids, stop = (frozenset(), None) if ignore_eos else (model.end_ids, model.stop)
     step = model.compiled.step if model.compiled else decoder.step
-    before = model.compiled.by_stage if model.compiled else {}
+    compiling = model.compiled
+    before = compiling.by_stage if compiling else {}
     state, record = prefill(model, samples, reducer, timer)
     written: list[list[int]] = [[] for _ in samples]
     ends = cache(partial(may_end_stop, model, stop))
@@ -62,11 +75,11 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
                     f"{model.name} hold NaN or infinite values, or the dtype is too narrow for them; check the "
                     "checkpoint, or use another --dtype."
                 )
-            if value in model.end_ids:
+            if value in end_ids:
                 running.discard(sample)
                 continue
             written[sample].append(value)
-            if ends(value) and stop in model.decode(written[sample], special=True):
+            if stop and ends(value) and stop in model.decode(written[sample], special=True):
                 running.discard(sample)
         if not running or position + 1 == max_new_tokens:
             break
@@ -86,8 +99,9 @@ def generate(model: "Llava", samples: Samples[Sample], reducer: Reducer, max_new
             kept = [step.reduction.kept.tolist() for step in answer.trace]
             require_agreement(f"question {answer.id}", (answer.token_ids, kept), model.device)
     spent = timer.seconds
-    for name in before:  # a graph that was compiled for this batch serves others too
-        spent[name] = max(0.0, spent.get(name, 0.0) - (model.compiled.by_stage[name] - before[name]))
+    for name, after in (compiling.by_stage if compiling else {}).items():
+        # A graph that was compiled for this batch serves others too.
+        spent[name] = max(0.0, spent.get(name, 0.0) - (after - before[name]))
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, record.runs))
     room = state.kv_bytes_allocated * getattr(model.llm, "ranks", 1)

@@ -1,26 +1,41 @@
-"""Views: the parts of an image with tiles that a method receives, either one tile each or all tiles together."""
+"""The parts of an image that a method receives: each tile or frame for itself, or all of them together.
+
+LLaVA-NeXT's tiles and the frames of a video are reduced as images with their own part of the budget, or all together as
+one image. The reductions of the tiles are joined into one reduction of the image's visual tokens.
+"""
 
 from collections.abc import Sequence as Samples
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava.model.encoded_image import EncodedImage
-from llava.pipeline.sequence import Row
-from llava.processing.sample import Sample
-from llava.reduction.crop_budget import divided, over_crops, shares
-from llava.reduction.model_spec import ModelSpec, spec_of
+from llava.model.llava_arch import EncodedImage, Llava
+from llava.pipeline.embed import ImageBatch
+from llava.pipeline.sequence import Reduced, Row, Sequence
+from llava.processing.prompt import Sample
+from llava.reduction.budget import divided, over_crops, shares
+from llava.reduction.merging import Reduction, ViewReduction, join, stack
 from llava.reduction.reducer import Reducer
-from llava.reduction.reduction import Reduction, ViewReduction, stack
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid, spec_of
 
-if TYPE_CHECKING:
-    from llava.model.llava_arch import Llava
+
+@dataclass(frozen=True)
+class Features:
+    """The features of an image that are projected.
+
+    Attributes:
+        values: [k, D] of patches and class tokens.
+        order: [N] index of each visual token among the k projected tokens followed by the newline tokens; None for all
+            k in order.
+    """
+
+    values: Tensor
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +56,11 @@ class View:
     reducer: Reducer
     spec: ModelSpec
 
+    @property
+    def with_cls(self) -> bool:
+        """Whether class tokens are among the view's tokens: only if the method uses them."""
+        return self.reducer.keep_cls
+
     @cached_property
     def layout(self) -> PatchGrid:
         layout = self.picture.arrangement.layout
@@ -56,109 +76,107 @@ class View:
         tiles = self.picture.arrangement.crops
         return tuple(replace(tiles[n].layout, has_cls=tiles[n].cls is not None and self.with_cls) for n in self.numbers)
 
-    @property
-    def with_cls(self) -> bool:
-        """Whether class tokens are among the view's tokens: only if the method uses them."""
-        return self.reducer.keep_cls
-
     @cached_property
     def indices(self) -> Tensor:
         """[n] indices of its tokens among the image's visual tokens."""
         crops = self.picture.arrangement.crops
-        return _joined([crops[n].all_indices if self.with_cls else crops[n].indices for n in self.numbers])
-
-    @property
-    def block(self) -> int:
-        """Order of the view in the image: the base image before tiles, frames by time."""
-        if len(self.numbers) > 1:
-            return 0
-        number = self.numbers[0]
-        return number if self.picture.arrangement.temporal else min(number, 1)
+        return _side_by_side([crops[n].all_indices if self.with_cls else crops[n].indices for n in self.numbers])
 
     @cached_property
     def features(self) -> Tensor:
         """[n, D] tower features."""
-        return _joined([self.picture.crop_features(number, self.with_cls) for number in self.numbers])
+        return _side_by_side([self.picture.crop_features(number, self.with_cls) for number in self.numbers])
 
-    def scores(self) -> dict[TowerScore, Tensor]:
-        """[patches, ...] of every tower score."""
-        return {
-            score: _joined([self.picture.tile_score(score, number) for number in self.numbers])
-            for score in self.picture.encoded.scores
-        }
+    def score(self, score: TowerScore) -> Tensor:
+        """[patches, ...] of a tower score."""
+        return _side_by_side([self.picture.tile_score(score, number) for number in self.numbers])
 
-    @property
-    def group(self) -> tuple:
-        """Views of one group have tokens of the same shape and are passed to the method together."""
-        return self.reducer, self.spec, self.layout, self.picture.whole, len(self.indices)
+    def name(self, samples: Samples[Sample]) -> str:
+        """The sample's id, with a number from the second image on, and the tile."""
+        sample, number = self.image
+        name = samples[sample].id if number == 0 else f"{samples[sample].id}#{number + 1}"
+        return f"{name}/{self.numbers[0]}" if len(self.numbers) < len(self.picture.arrangement.crops) else name
 
-
-def grouped(parts: list[View]) -> list[list[View]]:
-    """Views in groups of the same shape."""
-    groups: dict[tuple, list[View]] = {}
-    for part in parts:
-        groups.setdefault(part.group, []).append(part)
-    return list(groups.values())
+    def reduced(self, reduction: Reduction, device: torch.device) -> ViewReduction:
+        """A reduction of this view alone, as a part of the image's; blocks go by order of tiles, or of time."""
+        number = self.numbers[0] if len(self.numbers) == 1 else 0
+        block = number if self.picture.arrangement.temporal else min(number, 1)  # the base image, then all tiles
+        return ViewReduction(self.indices.to(device), reduction, block)
 
 
-def parts_of(model: "Llava", reducer: Reducer, image: Row, picture: EncodedImage) -> list[View]:
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Images, or views of images, whose tokens have one shape: what a method receives together.
+
+    Attributes:
+        reducer: the method at their budget.
+        images: the image of every row.
+        fields: of the state that stages 1 and 2 share, "features" among them.
+        views: the view of every row; () for images in one tile.
+    """
+
+    reducer: Reducer
+    images: list[Row]
+    fields: dict[str, Any]
+    views: tuple[View, ...] = ()
+
+
+def groups_of(
+    model: Llava, reducer: Reducer, samples: Samples[Sample], images: ImageBatch, rows: list[Row]
+) -> list[Group]:
+    """The views of images with several tiles, in groups of the same shape."""
+    groups: dict[tuple[Any, ...], list[View]] = {}
+    for image in rows:
+        for view in parts_of(model, reducer, image, images.encoded[image]):
+            shape = view.reducer, view.spec, view.layout, view.picture.whole, len(view.indices)
+            groups.setdefault(shape, []).append(view)
+    return [
+        Group(views[0].reducer, [view.image for view in views], shared_fields(model, samples, views), tuple(views))
+        for views in groups.values()
+    ]
+
+
+def parts_of(model: Llava, reducer: Reducer, image: Row, picture: EncodedImage) -> list[View]:
     """The views of one image; tiles with a budget of 0 are left out."""
     spec, count = spec_of(model.spec, picture.full), len(picture.arrangement.crops)
     reducer = reducer.for_picture(spec)
     if divided(reducer, count):
         given = shares(reducer, picture.full, picture.encoded.scores)
         return [
-            View(image, picture, (number,), reducer.sized(share), spec.crop(number))
+            View(image, picture, (number,), reducer.with_budget(share), spec.crop(number))
             for number, share in enumerate(given)
             if share
         ]
-    ((sized, spec),) = over_crops(reducer, spec)
-    return [View(image, picture, tuple(range(count)), sized, spec)]
+    ((resized, spec),) = over_crops(reducer, spec)
+    return [View(image, picture, tuple(range(count)), resized, spec)]
 
 
-def rest_of(reducer: Reducer, picture: EncodedImage, device: torch.device) -> list[ViewReduction]:
-    """The newline tokens of an image as a view that keeps all, if the method keeps them."""
-    places = picture.arrangement.newlines.to(device)
-    if reducer.newlines == "drop" or not len(places):
-        return []
-    last = len(picture.arrangement.crops) if picture.arrangement.temporal else 1
-    return [ViewReduction(places, Reduction(torch.arange(len(places), device=device)[None], len(places)), last)]
-
-
-def names_of(samples: Samples[Sample], parts: Samples[View]) -> tuple[str, ...]:
-    """One name per view: the sample's id, with a number from the second image on, and the tile."""
-    names = []
-    for part in parts:
-        sample, number = part.image
-        name = samples[sample].id if number == 0 else f"{samples[sample].id}#{number + 1}"
-        crops = len(part.picture.arrangement.crops)
-        names.append(f"{name}/{part.numbers[0]}" if len(part.numbers) < crops else name)
-    return tuple(names)
-
-
-def shared_fields(model: "Llava", samples: Samples[Sample], parts: list[View]) -> dict[str, Any]:
+def shared_fields(model: Llava, samples: Samples[Sample], parts: list[View]) -> dict[str, Any]:
     """Fields that the states of stages 1 and 2 share; all views are of one group."""
-    first = parts[0]
-    scores = [part.scores() for part in parts]
-    merged = [part.picture.encoded.merged for part in parts]
+    first, encoded = parts[0], [part.picture.encoded for part in parts]
+    merged = [one.merged.only(part.numbers[0]) for one, part in zip(encoded, parts, strict=True) if one.merged]
+
+    def thumbnail(score: TowerScore) -> Tensor:
+        each = [[overview(part.picture, number, score) for number in part.numbers] for part in parts]
+        return torch.stack([torch.cat(tiles) for tiles in each])
+
     return {
-        "ids": names_of(samples, parts),
+        "ids": tuple(part.name(samples) for part in parts),
         "spec": first.spec,
+        "features": torch.stack([part.features for part in parts]),
         "layout": first.layout,
         "tiles": first.tiles,
-        "scores": {score: torch.stack([row[score] for row in scores]) for score in scores[0]},
-        "merged": None
-        if merged[0] is None
-        else stack([one.only(part.numbers[0]) for one, part in zip(merged, parts, strict=True)]),
+        "scores": {score: torch.stack([part.score(score) for part in parts]) for score in encoded[0].scores},
+        "merged": stack(merged) if merged else None,
         "questions": tuple(samples[part.image[0]].question for part in parts),
         "messages": tuple(samples[part.image[0]].message for part in parts),
         "clip": model.clip if first.reducer.needs_text_tower else None,
-        "thumbnail": lambda score: torch.stack([_overviews(part, score) for part in parts]),
+        "thumbnail": thumbnail,
     }
-
-
-def _overviews(part: View, score: TowerScore) -> Tensor:
-    return torch.cat([overview(part.picture, number, score) for number in part.numbers])
 
 
 def overview(picture: EncodedImage, number: int, score: TowerScore) -> Tensor:
@@ -179,5 +197,67 @@ def overview(picture: EncodedImage, number: int, score: TowerScore) -> Tensor:
     return whole[top : top + tiles[number - 1].rows, left : left + tiles[number - 1].columns].flatten()
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def everything(picture: EncodedImage, plain: bool) -> Features:
+    """All features of an image that is not reduced.
+
+    Args:
+        plain: leave out class tokens that only the method uses.
+    """
+    arrangement, plain = picture.arrangement, plain and picture.extra_cls
+    features = [picture.crop_features(number, not plain) for number in range(len(arrangement.crops))]
+    places = [crop.indices if plain else crop.all_indices for crop in arrangement.crops]
+    order = torch.cat([*places, arrangement.newlines]).argsort()
+    return Features(torch.cat(features), order.to(features[0].device))
+
+
+def with_newlines(values: Tensor, order: Tensor, newline: Tensor | None) -> Tensor:
+    """Projected tokens [k, H] and newline tokens, in order."""
+    extra = len(order) - len(values)
+    newlines = [] if newline is None or not extra else [newline.to(values.dtype).expand(extra, -1)]
+    return torch.cat([values, *newlines])[order]
+
+
+def join_views(reducer: Reducer, picture: EncodedImage, pieces: list[ViewReduction]) -> tuple[Reduction, Tensor]:
+    """One reduction of an image from those of its views, with the newline tokens if the method keeps them.
+
+    Returns:
+        the reduction, and [K] int64: for each output token its index among those of the views, newline tokens last.
+    """
+    newlines = newline_view(reducer, picture, pieces[0].indices.device)
+    return join(pieces + newlines, picture.arrangement.tokens)
+
+
+def newline_view(reducer: Reducer, picture: EncodedImage, device: torch.device) -> list[ViewReduction]:
+    """The newline tokens of an image as a view that keeps all, if the method keeps them."""
+    places = picture.arrangement.newlines.to(device)
+    if reducer.newlines == "drop" or not len(places):
+        return []
+    last = len(picture.arrangement.crops) if picture.arrangement.temporal else 1
+    return [ViewReduction(places, Reduction(torch.arange(len(places), device=device)[None], len(places)), last)]
+
+
+def join_prompt(
+    reducer: Reducer,
+    sequence: Sequence,
+    image: Row,
+    picture: EncodedImage,
+    pieces: list[tuple[ViewReduction, Tensor | None]],
+) -> Reduced:
+    """The reduction of an image before decoder layer 0 from those of its views.
+
+    Args:
+        pieces: with the values [k, H] of the view's output tokens; None where these are the kept tokens, unchanged.
+    """
+    views, values = [view for view, _ in pieces], [value for _, value in pieces]
+    reduction, order = join_views(reducer, picture, views)
+    if all(value is None for value in values):
+        return Reduced([image], reduction)
+    sample, number = image
+    start = sequence.padding(sample) + sequence.visual[sample][number][0]
+    tokens = sequence.hidden[sample, start : start + picture.arrangement.tokens]
+    newlines = newline_view(reducer, picture, order.device)
+    merged = [
+        tokens[view.indices[view.reduction.kept[0]]] if value is None else value
+        for view, value in zip([*views, *newlines], [*values, *[None] * len(newlines)], strict=True)
+    ]
+    return Reduced([image], reduction, torch.cat(merged)[order][None])

@@ -13,8 +13,8 @@ column. Sizes are (width, height), grids (rows, columns).
 
 import ast
 import math
-import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,12 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from llava.errors import UserError, unknown
-from llava.processing.clip_image import ImageProcessor, as_rgb, resize
+from llava.processing.image import ImageProcessor, as_rgb, resize
 from llava.reduction.token_layout import TokenLayout, stitched
 
 READINGS = ("original", "transformers")
 MERGES = ("spatial_unpad", "spatial")
-SHAPES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # pinpoints of the LLaVA-1.6 checkpoints, in tiles
 
 Size = tuple[int, int]
 
@@ -36,20 +35,13 @@ def parse_pinpoints(pinpoints: Any, tile: int) -> tuple[Size, ...]:
     """Return the resolutions of a configuration, in their order.
 
     Args:
-        pinpoints: pairs of pixels, the same as text ("[[336, 672], ...]"), or a range of tiles "(1x1),...,(6x6)", which
-            means every count from the first pair to the last.
+        pinpoints: pairs of pixels, or the same as text ("[[336, 672], ...]").
         tile: side of a tile; every resolution must be a multiple of it.
     """
     pairs = pinpoints
     if isinstance(pinpoints, str):
-        counts = re.findall(r"\((\d+)x(\d+)\)", pinpoints)
-        if any(len(number) > 2 for pair in counts for number in pair):
-            pairs = None  # more than 99 tiles along a side
-        elif counts:
-            (low, left), (high, right) = (tuple(map(int, pair)) for pair in (counts[0], counts[-1]))
-            pairs = [(i * tile, j * tile) for i in range(low, high + 1) for j in range(left, right + 1)]
-        else:
-            pairs = _literal(pinpoints)
+        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            pairs = ast.literal_eval(pinpoints)
     if not isinstance(pairs, Sequence) or not pairs or not all(_is_resolution(pair, tile) for pair in pairs):
         got = repr(pinpoints)
         raise UserError(
@@ -68,8 +60,6 @@ def best_resolution(size: Size, pinpoints: Sequence[Size], reading: str = "origi
         pinpoints: resolutions to choose from, (width, height) pairs for the convention "original" and (height, width)
             for "transformers".
     """
-    if reading not in READINGS:
-        raise unknown("reading of the resolutions", reading, READINGS)
     width, height = size
 
     def kept_and_wasted(resolution: Size) -> tuple[int, int]:
@@ -118,8 +108,6 @@ def unpadded(
         tiles: rows and columns of tiles.
         grid: rows and columns of patches of a tile.
     """
-    if reading not in READINGS:
-        raise unknown("reading of the resolutions", reading, READINGS)
     (width, height), rows, columns = size, tiles[0] * grid[0], tiles[1] * grid[1]
     # The quotient first, then the product: another order of these floats gives one row more or less on exact ties.
     if width / height > columns / rows:
@@ -136,7 +124,7 @@ class AnyresProcessor:
     Attributes:
         clip: size, mean and deviation of a tile; its padding is not used, since every tile is square.
         grid: rows and columns of patches of a tile.
-        pinpoints: resolutions to choose from, in any form that `parse_pinpoints` reads; None takes SHAPES.
+        pinpoints: resolutions to choose from, in any form that `parse_pinpoints` reads.
         reading: the anyres convention, "original" or "transformers", see the head of this file.
         merge: "spatial_unpad", the checkpoints' own: padding is removed and a newline token ends every row of stitched
             patches. "spatial": neither, all patches of every tile, as in the tables of most papers.
@@ -146,7 +134,7 @@ class AnyresProcessor:
 
     clip: ImageProcessor
     grid: tuple[int, int]
-    pinpoints: Any = None
+    pinpoints: Any
     reading: Literal["original", "transformers"] = "original"
     merge: Literal["spatial_unpad", "spatial"] = "spatial_unpad"
     force: Size | None = None
@@ -161,10 +149,7 @@ class AnyresProcessor:
                 f"A forced resolution must be (width, height), positive multiples of the tile side {self.tile}, got "
                 f"{self.force!r}; give ({2 * self.tile}, {2 * self.tile}) for two by two tiles."
             )
-        pinpoints = self.pinpoints
-        if pinpoints is None:
-            pinpoints = [(first * self.tile, second * self.tile) for first, second in SHAPES]
-        object.__setattr__(self, "pinpoints", parse_pinpoints(pinpoints, self.tile))
+        object.__setattr__(self, "pinpoints", parse_pinpoints(self.pinpoints, self.tile))
 
     @property
     def tile(self) -> int:
@@ -193,7 +178,7 @@ class AnyresProcessor:
     def __call__(self, image: Image.Image) -> tuple[Tensor, TokenLayout]:
         """Return [1 + tiles, 3, S, S] float32 pixels, the base image first, and the token layout.
 
-        The image may have any mode; EXIF rotation is ignored, as in `llava.processing.clip_image.open_image`.
+        The image may have any mode; EXIF rotation is ignored, as in `llava.processing.image.open_image`.
         """
         image = as_rgb(image)
         arrangement = self.arrange(image.size)
@@ -211,10 +196,3 @@ def _is_resolution(pair: Any, tile: int) -> bool:
     if not isinstance(pair, Sequence) or len(pair) != 2:
         return False
     return all(type(side) is int and side > 0 and side % tile == 0 for side in pair)
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return None

@@ -4,10 +4,10 @@ A config.json is checked once, where it is read. Unknown fields are allowed, sin
 and null fields take the library's defaults. The classes are pydantic models in strict mode: no text counts as a number.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import isclose
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers.activations import ACT2FN
@@ -24,23 +24,22 @@ ROPE_NEEDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
-LAYERS = 1_000
+LAYERS = 256  # of a model that can be built within seconds
 WIDTH = 2**20
 ROWS = 2**24
 LARGEST_SIDE = 2**14
 BICUBIC = 3  # of PIL.Image.Resampling
 
 
-def _activation(name: str) -> str:
-    if name not in ACT2FN:
-        raise ValueError(str(unknown("activation", name, ACT2FN)))
-    return name
+def _one_of(what: str, known: Collection[str]) -> AfterValidator:
+    """A check that a text is one of the known names."""
 
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(str(unknown(what, name, known)))
+        return name
 
-def _rope_type(name: str) -> str:
-    if name not in ROPE_TYPES:
-        raise ValueError(str(unknown("rope_type", name, ROPE_TYPES)))
-    return name
+    return AfterValidator(check)
 
 
 Layers = Annotated[int, Field(ge=1, le=LAYERS)]
@@ -51,8 +50,8 @@ Token = Annotated[int, Field(ge=0)]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Activation = Annotated[str, AfterValidator(_activation)]
-RopeType = Annotated[str, AfterValidator(_rope_type)]
+Activation = Annotated[str, _one_of("activation", ACT2FN)]
+RopeType = Annotated[str, _one_of("rope_type", ROPE_TYPES)]
 Mean = Annotated[tuple[float, float, float] | None, Field(strict=False)]
 Deviation = Annotated[tuple[Positive, Positive, Positive] | None, Field(strict=False)]
 
@@ -78,7 +77,7 @@ class Rope(Schema):
     mrope_section: list[Annotated[int, Field(ge=0)]] | None = None
 
     @model_validator(mode="after")
-    def _complete(self) -> "Rope":
+    def _complete(self) -> Self:
         kind = self.rope_type if "rope_type" in self.model_fields_set else self.type
         missing = [name for name in ROPE_NEEDS.get(kind, ()) if getattr(self, name) is None]
         if missing:
@@ -86,16 +85,29 @@ class Rope(Schema):
         return self
 
 
-class DecoderConfig(Schema):
-    """A Llama, Mistral or Qwen2 decoder."""
+class Transformer(Schema):
+    """What decoders and CLIP's towers share."""
 
     hidden_size: Width | None = None
     intermediate_size: Rows | None = None
     num_hidden_layers: Layers | None = None
     num_attention_heads: Width | None = None
-    num_key_value_heads: Width | None = None
-    head_dim: Width | None = None
     hidden_act: Activation | None = None
+    attention_dropout: Probability | None = None
+    head_dim: Width | None = None
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        heads = self.num_attention_heads
+        if heads and self.hidden_size and not self.head_dim and self.hidden_size % heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
+        return self
+
+
+class DecoderConfig(Transformer):
+    """A Llama, Mistral or Qwen2 decoder."""
+
+    num_key_value_heads: Width | None = None
     vocab_size: Rows | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=2**31)] | None = None
     rms_norm_eps: Epsilon | None = None
@@ -104,7 +116,6 @@ class DecoderConfig(Schema):
     rope_scaling: Rope | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
-    attention_dropout: Probability | None = None
     initializer_range: Annotated[float, Field(ge=0)] | None = None
     sliding_window: Annotated[int, Field(ge=1)] | None = None
     tie_word_embeddings: bool | None = None
@@ -114,12 +125,10 @@ class DecoderConfig(Schema):
     pad_token_id: Annotated[int, Field(ge=-1)] | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> "DecoderConfig":
+    def _consistent(self) -> Self:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads and groups and heads % groups:
             raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
-        if heads and self.hidden_size and not self.head_dim and self.hidden_size % heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
         ids = {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id}
         for name, value in ids.items():
             highest = max(value, default=0) if isinstance(value, list) else value or 0
@@ -128,96 +137,71 @@ class DecoderConfig(Schema):
         return self
 
 
-class ClipVisionConfig(Schema):
-    """A CLIP vision tower."""
+class VisionConfig(Transformer):
+    """A CLIP vision tower, or that of Qwen2-VL or Qwen2.5-VL."""
 
-    hidden_size: Width | None = None
-    intermediate_size: Rows | None = None
-    num_hidden_layers: Layers | None = None
-    num_attention_heads: Width | None = None
     image_size: Side = 224  # may be absent but not null, which the library takes for a value
     patch_size: Side = 32
-    hidden_act: Activation | None = None
     layer_norm_eps: Epsilon | None = None
     projection_dim: Width | None = None
     num_channels: Annotated[int, Field(ge=3, le=3)] | None = None
-    attention_dropout: Probability | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "ClipVisionConfig":
-        if self.patch_size > self.image_size:
-            raise ValueError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
-        if self.hidden_size and self.num_attention_heads and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        return self
-
-
-class ClipTextConfig(Schema):
-    """A CLIP text tower."""
-
-    hidden_size: Width | None = None
-    intermediate_size: Rows | None = None
-    num_hidden_layers: Layers | None = None
-    num_attention_heads: Width | None = None
-    max_position_embeddings: Annotated[int, Field(ge=3, le=2**16)] | None = None
-    hidden_act: Activation | None = None
-    layer_norm_eps: Epsilon | None = None
-    projection_dim: Width | None = None
-    vocab_size: Rows | None = None
-
-
-class QwenVisionConfig(Schema):
-    """The vision tower of Qwen2-VL or Qwen2.5-VL."""
-
+    # Qwen's own
     depth: Layers | None = None
     embed_dim: Width | None = None
-    hidden_size: Width | None = None
-    intermediate_size: Rows | None = None
     out_hidden_size: Width | None = None
     mlp_ratio: Positive | None = None
     num_heads: Width | None = None
-    hidden_act: Activation | None = None
     in_channels: Annotated[int, Field(ge=3, le=3)] | None = None
-    patch_size: Side | None = None
     spatial_merge_size: Side | None = None
     temporal_patch_size: Side | None = None
     window_size: Side | None = None
     fullatt_block_indexes: list[Annotated[int, Field(ge=0)]] | None = None
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
+        return self
+
+
+class ClipTextConfig(Transformer):
+    """A CLIP text tower."""
+
+    max_position_embeddings: Annotated[int, Field(ge=3, le=2**16)] | None = None
+    layer_norm_eps: Epsilon | None = None
+    projection_dim: Width | None = None
+    vocab_size: Rows | None = None
+
 
 class _Part(Schema):
     model_type: str | None = None
+    quantization_config: dict[str, Any] | None = None
 
 
-class Identity(Schema):
-    """The fields of any config.json that tell the family, the layout, the dtype and the prompt templates."""
+class Identity(_Part):
+    """The fields of any config.json that tell the family, the layout and the dtype."""
 
     dtype: str | None = None
     torch_dtype: str | None = None
-
     architectures: list[str | None] | None = None
-    model_type: str | None = None
     text_config: _Part | None = None
     vision_config: _Part | None = None
-    conversation: str | None = None
-    video_conversation: str | None = None
 
 
 class ClipConfig(Schema):
     """config.json of a CLIP folder: a whole CLIP or, with the fields at the top, its vision tower."""
 
     text_config: ClipTextConfig | None = None
-    vision_config: ClipVisionConfig | None = None
+    vision_config: VisionConfig | None = None
     projection_dim: Width | None = None
     patch_similarity: str | None = None
 
 
-class _Nested(Schema):
-    """Fields of the transformers layout beside the two parts."""
+class NestedConfig(Schema):
+    """config.json of the transformers layout."""
 
     text_config: DecoderConfig
+    vision_config: VisionConfig
     image_token_index: Token | None = None
     video_token_index: Token | None = None
     image_seq_length: Annotated[int, Field(ge=1)] | None = None
@@ -227,14 +211,8 @@ class _Nested(Schema):
     vision_feature_layer: int | None = None
     vision_feature_select_strategy: str | None = None
 
-
-class LlavaHfConfig(_Nested):
-    """config.json of LLaVA, LLaVA-NeXT or Video-LLaVA in the transformers layout."""
-
-    vision_config: ClipVisionConfig
-
     @model_validator(mode="after")
-    def _no_class_token(self) -> "LlavaHfConfig":
+    def _no_class_token(self) -> Self:
         if self.vision_feature_select_strategy not in (None, "default"):
             raise ValueError(
                 f"vision_feature_select_strategy is {self.vision_feature_select_strategy!r}; only 'default' is "
@@ -243,16 +221,10 @@ class LlavaHfConfig(_Nested):
         return self
 
 
-class QwenNestedConfig(_Nested):
-    """config.json of Qwen2-VL or Qwen2.5-VL as newer versions of transformers write it."""
-
-    vision_config: QwenVisionConfig
-
-
 class QwenFlatConfig(DecoderConfig):
     """config.json of Qwen2-VL or Qwen2.5-VL on the hub: the decoder's fields are not nested."""
 
-    vision_config: QwenVisionConfig
+    vision_config: VisionConfig
 
 
 class OriginalConfig(DecoderConfig):
@@ -269,22 +241,13 @@ class OriginalConfig(DecoderConfig):
     image_aspect_ratio: str | None = None
 
     @model_validator(mode="after")
-    def _no_class_token(self) -> "OriginalConfig":
+    def _no_class_token(self) -> Self:
         if self.mm_vision_select_feature not in (None, "patch"):
             raise ValueError(
                 f"mm_vision_select_feature is {self.mm_vision_select_feature!r}; only 'patch' is supported, which "
                 "drops the class token"
             )
         return self
-
-
-def schema_of(config: Mapping[str, Any], original: bool, qwen: bool) -> type[Schema]:
-    """Return the schema of a config.json by its layout and family."""
-    if original:
-        return OriginalConfig
-    if not qwen:
-        return LlavaHfConfig
-    return QwenNestedConfig if config.get("text_config") else QwenFlatConfig
 
 
 class PreprocessorConfig(Schema):

@@ -1,4 +1,4 @@
-"""Build the prompt of a sample: token ids with a placeholder per image, and the token range of the question.
+"""A question with its images, and its prompt: token ids with a placeholder per image, and the question's token range.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/mm_utils.py, tokenizer_image_token, and the slow Llama tokenizer of
 transformers 4.37.2, which it runs with
@@ -6,15 +6,58 @@ Differs from it: the ranges of the question's tokens are ours.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
+from PIL import Image
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
-from llava.constants import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import DEFAULT_MODE, Turn, conversation, render
 from llava.errors import UserError
-from llava.processing.sample import Sample
+
+if TYPE_CHECKING:
+    from llava.processing.video import Video
+
+# With the values of the original LLaVA.
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_TOKEN_INDEX = -200  # outside every vocabulary: an image slot can never be taken for a word
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about no, one or several images.
+
+    Attributes:
+        id: stable name of the question; seeds the methods that draw random numbers.
+        question: the question alone, the text whose tokens query-aware methods look at.
+        suffix: answer-format instruction, appended on a new line (GQA's asks for a single word or phrase).
+        image: RGB image, a video (llava.processing.video.Video), a tuple of them, or None for a text-only prompt.
+            The budget holds for each.
+        image_ids: one per image, a hash of its content: images with the same id share one pass of the vision tower.
+            () for images that share it with none.
+        history: earlier turns about the same images as (user message, answer).
+    """
+
+    id: str
+    question: str
+    suffix: str = ""
+    image: "Image.Image | Video | tuple[Image.Image | Video, ...] | None" = None
+    image_ids: tuple[str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def images(self) -> "tuple[Image.Image | Video, ...]":
+        """All images, in the order in which they stand before the question."""
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    @cached_property
+    def message(self) -> str:
+        """The user turn as the benchmark scripts write it."""
+        return f"{self.question}\n{self.suffix}" if self.suffix else self.question
+
 
 HOLE = "\x00"  # stands for the last user message to find its position in the template
 SPACES = (" ", "\u2581")  # sentencepiece writes a space as the second
@@ -55,8 +98,8 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, known: dict[str, lis
     pieces = [known[piece] for piece in words]
     has_bos = bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id
     ids = list(pieces[0])
-    for piece in pieces[1:]:
-        ids += [IMAGE_TOKEN_INDEX, *piece[has_bos:]]
+    for own in pieces[1:]:
+        ids += [IMAGE_TOKEN_INDEX, *own[has_bos:]]
     return ids
 
 
@@ -106,42 +149,25 @@ def build_prompt(
         before = before if message else before.rstrip()
     start += len(before)
     stop = start + len(message) - cut
-    return Prompt(
-        ids=tuple(ids),
-        question=_token_range(
-            text, ids, tokenizer, known, start, min(stop, start + max(0, len(sample.question) - cut))
-        ),
-        instruction=_token_range(text, ids, tokenizer, known, start, stop),
-        text=text,
-    )
 
+    def tokens_before(end: int) -> int | None:
+        """How many tokens the first `end` characters of the text are; None where they end inside a token."""
+        head = tokenize(text[:end], tokenizer, known)
+        return len(head) if head == ids[: len(head)] else None
 
-def _token_range(
-    text: str,
-    ids: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    known: dict[str, list[int]],
-    start: int,
-    stop: int,
-) -> tuple[int, int]:
-    """Turn a range of characters of `text` into the range of `ids` with any of these characters.
+    def token_range(start: int, stop: int) -> tuple[int, int]:
+        """The range of `ids` with any of the characters from `start` to `stop`.
 
-    Works without offsets, which a sentencepiece tokenizer does not give: a token ends after a prefix of the text if the
-    prefix's ids are a prefix of `ids`. For tokens across a border, the border moves outwards until that holds.
-    """
-    first = next(
-        (n for end in range(start, -1, -1) if (n := _clean_cut(text[:end], ids, tokenizer, known)) is not None), 0
-    )
-    ends = (n for end in range(stop, len(text)) if (n := _clean_cut(text[:end], ids, tokenizer, known)) is not None)
-    return first, max(first, next(ends, len(ids)))
+        Works without offsets, which a sentencepiece tokenizer does not give: a token ends after a prefix of the text if
+        the prefix's ids are a prefix of `ids`. For tokens across a border, the border moves outwards until that holds.
+        """
+        starts = (count for end in range(start, -1, -1) if (count := tokens_before(end)) is not None)
+        ends = (count for end in range(stop, len(text)) if (count := tokens_before(end)) is not None)
+        first = next(starts, 0)
+        return first, max(first, next(ends, len(ids)))
 
-
-def _clean_cut(
-    beginning: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, known: dict[str, list[int]]
-) -> int | None:
-    """Return the number of tokens in a prefix of the text, or None if it ends inside a token."""
-    head = tokenize(beginning, tokenizer, known)
-    return len(head) if head == list(ids[: len(head)]) else None
+    question = token_range(start, min(stop, start + max(0, len(sample.question) - cut)))
+    return Prompt(ids=tuple(ids), question=question, instruction=token_range(start, stop), text=text)
 
 
 def _check_text(sample: Sample) -> None:

@@ -6,11 +6,9 @@ Differs from it: frames are decoded with PyAV instead of decord.
 """
 
 import math
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +21,10 @@ from av.video.stream import VideoStream
 from PIL import Image
 from torch import Tensor
 
-from llava.errors import UserError, unknown
-from llava.processing.clip_image import CLIP_MEAN, CLIP_STD, ImageProcessor, as_rgb
+from llava.errors import UserError
+from llava.processing.image import ImageProcessor, as_rgb
 
 FRAMES = 8
-READINGS = ("original", "transformers")
 
 # Quarter turns counter-clockwise -> Pillow's names.
 TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
@@ -100,8 +97,8 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a file and its best video stream; errors of reading it inside the block become a UserError."""
     try:
         # A file object and no protocol: FFmpeg treats some names as addresses, and opens the files of playlists.
-        with path.open("rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
-            stream = container.streams.best("video")
+        with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "none"}) as container:
+            stream: Any = container.streams.best("video")
             if container.format.name == "tty":  # FFmpeg renders the text of a .txt file as frames
                 raise _damaged(path, "it is text")
             if stream is None:
@@ -158,77 +155,34 @@ class VideoProcessor:
     """Video -> [F, 3, S, S] float32 pixels.
 
     Attributes:
-        size: the shorter side after resizing.
-        crop: S, the side of the centre crop that is the tower's input.
-        frames: F; a video with another number of frames is refused.
-        mean, std: per channel, on pixels in 0..1.
+        clip: sizes, mean and deviation; frames are cropped, never padded.
         reading: "original": scale to 0..1, normalise, resize (bilinear, not antialiased), crop. "transformers": resize
-            (see llava.processing.clip_image.resize), crop, scale, normalise, as for the transformers conversion; its
-            torchvision
-            processor differs by one 8-bit step in a few pixels.
-        flip: None, or a seed. The official code leaves a training step on at inference: it mirrors all frames of a
-            video if a draw of Python's unseeded generator is below 0.5, so its answers cannot be reproduced. With a
-            seed, the k-th call of this object uses the k-th draw of `random.Random(flip)`, as the official code would
-            after `random.seed(flip)`. The order of the videos then matters.
+            (see llava.processing.image.resize), crop, scale, normalise, as for the transformers conversion; its
+            torchvision processor differs by one 8-bit step in a few pixels.
     """
 
-    size: int = 224
-    crop: int = 224
-    frames: int = FRAMES
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
+    clip: ImageProcessor
     reading: Literal["original", "transformers"] = "original"
-    flip: int | None = None
 
     def __post_init__(self) -> None:
-        if self.reading not in READINGS:
-            raise unknown("video reading", self.reading, READINGS)
-        if self.crop > self.size:
+        if self.clip.crop > self.clip.size:
             raise UserError(
-                f"The crop must be at most as large as the size {self.size} of the frames' shorter side, got "
-                f"{self.crop}; correct crop_size in the preprocessor's configuration."
+                f"The crop must be at most as large as the size {self.clip.size} of the frames' shorter side, got "
+                f"{self.clip.crop}; correct crop_size in the preprocessor's configuration."
             )
-        if self.flip is not None and self.reading != "original":
-            raise UserError(
-                f"Mirroring belongs to the original preprocessing, not to {self.reading!r}; leave flip at None."
-            )
-
-    @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], frames: int = FRAMES, reading: Literal["original", "transformers"] = "original"
-    ) -> "VideoProcessor":
-        """Read sizes, mean and std from a CLIP-like preprocessor_config.json."""
-        image = ImageProcessor.from_config(config)
-        return cls(image.size, image.crop, frames, image.mean, image.std, reading)
 
     def __call__(self, video: Video) -> Tensor:
-        if len(video.frames) != self.frames:
-            raise UserError(
-                f"The model takes {self.frames} frames per video, but this one has {len(video.frames)}; "
-                f"read it with frames={self.frames}."
-            )
-        frames = [as_rgb(frame) for frame in video.frames]
+        frames, size = [as_rgb(frame) for frame in video.frames], self.clip.size
         if self.reading == "transformers":
-            return self._pillow.crops(frames)
-        pixels = _normalise(_planes(frames), self.mean, self.std)
+            return self.clip.crops(frames)
+        pixels = _normalise(_planes(frames), self.clip)
         height, width = pixels.shape[-2:]
         # pytorchvideo's rounding: the quotient first.
         if width < height:
-            size = (math.floor(height / width * self.size), self.size)
+            edges = (math.floor(height / width * size), size)
         else:
-            size = (self.size, math.floor(width / height * self.size))
-        pixels = _centre(F.interpolate(pixels, size=size, mode="bilinear", align_corners=False), self.crop)
-        if self.flip is not None and self._coin.random() < 0.5:
-            pixels = pixels.flip(-1)
-        return pixels
-
-    @cached_property
-    def _coin(self) -> random.Random:
-        return random.Random(self.flip)
-
-    @cached_property
-    def _pillow(self) -> ImageProcessor:
-        return ImageProcessor(self.size, self.crop, self.mean, self.std, aspect="crop")
+            edges = (size, math.floor(width / height * size))
+        return _centre(F.interpolate(pixels, size=edges, mode="bilinear", align_corners=False), self.clip.crop)
 
 
 @dataclass(frozen=True)
@@ -241,21 +195,8 @@ class LanguageBindImageProcessor(ImageProcessor):
     """
 
     def __call__(self, image: Image.Image) -> Tensor:
-        if self.aspect == "crop":
-            return super().__call__(image)
         square = _square(_planes([as_rgb(image)]), self.padding_colour, self.size)
-        return _normalise(_centre(square, self.crop), self.mean, self.std)[0]
-
-    def crops(self, images: Sequence[Image.Image]) -> Tensor:
-        """Resize RGB images by their shorter side and crop the centre, without padding: [n, 3, S, S] float32."""
-        return torch.cat([self._middle(_planes([image])) for image in images])
-
-    def _middle(self, pixels: Tensor) -> Tensor:
-        height, width = pixels.shape[-2:]
-        short = min(height, width)
-        # torchvision's rounding: the product first.
-        size = (int(self.size * height / short), int(self.size * width / short))
-        return _normalise(_centre(_bicubic(pixels, size), self.crop), self.mean, self.std)
+        return _normalise(_centre(square, self.crop), self)[0]
 
 
 def _square(pixels: Tensor, colour: Sequence[int], size: int) -> Tensor:
@@ -282,8 +223,8 @@ def _planes(images: Sequence[Image.Image]) -> Tensor:
     return stacked.permute(0, 3, 1, 2).contiguous() / 255
 
 
-def _normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+def _normalise(pixels: Tensor, clip: ImageProcessor) -> Tensor:
+    return (pixels - torch.tensor(clip.mean)[:, None, None]) / torch.tensor(clip.std)[:, None, None]
 
 
 def _centre(pixels: Tensor, side: int) -> Tensor:

@@ -1,45 +1,35 @@
 """What a method imports: base class, states, reductions, scores, rankings and the registry."""
 
 from llava.errors import UserError
-from llava.reduction.clip_similarity import RELEVANCE, signed, text_similarity
-from llava.reduction.crop_budget import covered, deal, over_crops, planned
-from llava.reduction.decoder_attention import (
-    Angles,
-    angles_of,
-    attention_rows,
-    layer_keys,
-    prepared_angles,
-    text_to_visual_attention,
-)
-from llava.reduction.flops import linear_flops
-from llava.reduction.greedy import cover_greedily, distinct, farthest_apart, farthest_from, largest_determinant
-from llava.reduction.layer_schedule import (
-    largest_within,
-    proportional,
+from llava.reduction.budget import (
+    covered,
+    over_crops,
+    planned,
     refuse_budget,
     scaled_layers,
+    split_evenly,
     tokens_by_layer,
 )
-from llava.reduction.merging import (
-    ANCHORS,
-    WEIGHTS,
-    assign,
-    choose_anchors,
-    member_weights,
-    merge_flops,
-    merge_plan,
-    unit_length,
-    with_cls,
+from llava.reduction.decoder_attention import angles_of, attention_rows, prepared_angles, projected_heads
+from llava.reduction.greedy import cover_greedily, distinct, farthest_apart, largest_determinant
+from llava.reduction.merging import ANCHORS, WEIGHTS, Reduction, Step, merge_plan
+from llava.reduction.modules import Angles, DecoderLayer, linear_flops
+from llava.reduction.ranking import gather_tokens, keep_top, others, places, ranks, split
+from llava.reduction.reducer import (
+    NEWLINES,
+    SPLITS,
+    MethodMetadata,
+    Reducer,
+    Reductions,
+    Scorer,
+    option,
+    options_of,
+    seed_of,
 )
-from llava.reduction.model_spec import ModelSpec, spec_of
-from llava.reduction.modules import DecoderLayer
-from llava.reduction.options import option, options_of
-from llava.reduction.ranking import descending_order, gather_tokens, keep_top, others, places, ranks, split
-from llava.reduction.reducer import NEWLINES, SPLITS, MethodMetadata, Reducer, Reductions, Scorer, seed_of
-from llava.reduction.reduction import Reduction, Step, Trace
 from llava.reduction.registry import register
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import (
+    RELEVANCE,
     BlockState,
     DecoderState,
     EncoderState,
@@ -48,10 +38,9 @@ from llava.reduction.states import (
     angles_at,
     at_spans,
     row_index,
-    text_spans,
     unseen,
 )
-from llava.reduction.token_layout import PatchGrid, TokenLayout
+from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout
 
 __all__ = [
     "ANCHORS",
@@ -76,29 +65,19 @@ __all__ = [
     "Step",
     "TokenLayout",
     "TowerScore",
-    "Trace",
     "UserError",
     "angles_at",
     "angles_of",
-    "assign",
     "at_spans",
     "attention_rows",
-    "choose_anchors",
     "cover_greedily",
     "covered",
-    "deal",
-    "descending_order",
     "distinct",
     "farthest_apart",
-    "farthest_from",
     "gather_tokens",
     "keep_top",
     "largest_determinant",
-    "largest_within",
-    "layer_keys",
     "linear_flops",
-    "member_weights",
-    "merge_flops",
     "merge_plan",
     "option",
     "options_of",
@@ -107,21 +86,15 @@ __all__ = [
     "places",
     "planned",
     "prepared_angles",
-    "proportional",
+    "projected_heads",
     "ranks",
     "refuse_budget",
     "register",
     "row_index",
     "scaled_layers",
     "seed_of",
-    "signed",
-    "spec_of",
     "split",
-    "text_similarity",
-    "text_spans",
-    "text_to_visual_attention",
+    "split_evenly",
     "tokens_by_layer",
-    "unit_length",
     "unseen",
-    "with_cls",
 ]

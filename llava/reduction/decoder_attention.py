@@ -1,6 +1,6 @@
 """Attention of a decoder layer, computed for the few query rows that a method asks for, in float32.
 
-Shapes: B images, T text rows, N visual tokens, L prompt tokens, H heads, d channels per head, D channels.
+Shapes: B images, T rows, L tokens of a prompt, H heads, d channels per head, D channels.
 """
 
 from typing import TYPE_CHECKING
@@ -30,93 +30,46 @@ def whole_heads(layer: DecoderLayer, part: Tensor, dim: int) -> Tensor:
     return part if gather is None else gather(part, dim)
 
 
-def rotate(states: Tensor, angles: Angles) -> Tensor:
-    """Rotary embedding in Llama's half-split convention; states [B, H, T, d] float32."""
-    return states * angles.cos + states.roll(states.shape[-1] // 2, -1) * angles.sin
-
-
-def project(layer: DecoderLayer, projection: nn.Linear, normed: Tensor) -> Tensor:
-    """Queries or keys [B, H, L, d] of a decoder layer, not rotated, in the model's dtype.
+def projected_heads(layer: DecoderLayer, projection: nn.Linear, normed: Tensor, angles: Angles | None = None) -> Tensor:
+    """Queries or keys [B, H, L, d] float32 of a decoder layer.
 
     Args:
+        projection: the layer's q_proj or k_proj.
         normed: [B, L, D] inputs of the layer after its norm, which queries and keys share.
+        angles: of the L tokens, for rotary embedding in Llama's half-split convention; None for no rotation.
     """
     projected = whole_heads(layer, projection(normed), -1)
-    return rearrange(projected, "b l (h d) -> b h l d", d=layer.self_attn.head_dim)
-
-
-def text_to_visual_attention(
-    layer: DecoderLayer,
-    text: Tensor,
-    visual: Tensor,
-    text_rotary: Angles | None = None,
-    visual_rotary: Angles | None = None,
-) -> Tensor:
-    """Attention of text rows to the visual tokens through one decoder layer's own projections.
-
-    The softmax runs over the visual keys alone. With layer 0, its input embeddings and rotary angles this equals the
-    layer's real attention up to the softmax denominator; without angles it does not depend on distance.
-
-    Args:
-        layer: a LlamaDecoderLayer; grouped-query heads are repeated.
-        text: [B, T, D] inputs of the layer at the query rows, after its norm.
-        visual: [B, N, D] inputs of the layer at the visual tokens, after its norm.
-        text_rotary, visual_rotary: angles of the T rows and of the N tokens, or None for no rotation.
-
-    Returns:
-        [B, H, T, N] float32, each row sums to 1.
-    """
-    attention = layer.self_attn
-    query = in_float32(project(layer, attention.q_proj, text))
-    key = in_float32(project(layer, attention.k_proj, visual))
-    if text_rotary is not None and visual_rotary is not None:
-        query, key = rotate(query, text_rotary), rotate(key, visual_rotary)
-    key = _for_each_query(key, query.shape[1])
-    return (query @ key.transpose(-1, -2) * attention.scaling).softmax(-1)
+    heads = in_float32(rearrange(projected, "b l (h d) -> b h l d", d=layer.self_attn.head_dim))
+    if angles is None:
+        return heads
+    return heads * angles.cos + heads.roll(heads.shape[-1] // 2, -1) * angles.sin
 
 
 def attention_rows(
-    layer: DecoderLayer,
-    rows: Tensor,
-    keys: Tensor,
-    unseen: Tensor | None,
-    row_rotary: Angles | None,
+    layer: DecoderLayer, rows: Tensor, keys: Tensor, unseen: Tensor | None = None, angles: Angles | None = None
 ) -> Tensor:
-    """Rows of a decoder layer's own attention, exactly as the layer computes them.
+    """Rows of a decoder layer's attention: with all keys that a row sees, exactly as the layer computes them.
+
+    With the keys of visual tokens alone, the softmax runs over these. At layer 0, with its input embeddings and angles,
+    that equals the layer's real attention up to the softmax denominator; without angles it does not depend on distance.
 
     Args:
         layer: a LlamaDecoderLayer.
         rows: [B, T, D] inputs of the layer at the query rows, after its norm.
         keys: [B, Hkv, L, d] keys of that layer, rotated if the rows are; grouped-query heads are repeated.
         unseen: [B, 1, T, L] bool, True for the keys that a row may not see; None where it sees all.
-        row_rotary: angles of the T rows, or None for no rotation.
+        angles: of the T rows, or None for no rotation.
 
     Returns:
         [B, H, T, L] float32; rows sum to 1 over the keys that they see.
     """
-    attention = layer.self_attn
-    query = in_float32(project(layer, attention.q_proj, rows))
-    query = query if row_rotary is None else rotate(query, row_rotary)
-    keys = _for_each_query(in_float32(keys), query.shape[1])
-    scores = query @ keys.transpose(-1, -2) * attention.scaling
+    query, keys = projected_heads(layer, layer.self_attn.q_proj, rows, angles), in_float32(keys)
+    if keys.shape[1] != query.shape[1]:
+        keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    scores = query @ keys.transpose(-1, -2) * layer.self_attn.scaling
     if unseen is not None:
         scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
     return scores.softmax(-1)
-
-
-def _for_each_query(keys: Tensor, heads: int) -> Tensor:
-    """[B, Hkv, L, d] -> [B, heads, L, d]: grouped-query heads repeated; the keys themselves where there are as many."""
-    return keys if keys.shape[1] == heads else keys.repeat_interleave(heads // keys.shape[1], dim=1)
-
-
-def layer_keys(layer: DecoderLayer, normed: Tensor, rotary: Angles | None) -> Tensor:
-    """Keys [B, Hkv, L, d] float32 of a decoder layer, rotated unless `rotary` is None.
-
-    Args:
-        normed: [B, L, D] inputs of the layer after its norm.
-    """
-    keys = in_float32(project(layer, layer.self_attn.k_proj, normed))
-    return keys if rotary is None else rotate(keys, rotary)
 
 
 def angles_of(llm: Decoder, sequence: "Sequence") -> tuple[Tensor, Tensor]:

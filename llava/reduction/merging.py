@@ -1,43 +1,214 @@
-"""Encoder-guided merging: average the tokens that are not retained into a few tokens, or into the retained ones.
+"""A reduction as data: the tokens that are kept, and the tokens that are averaged into each (`Reduction.apply`).
 
-Used by ConsensusDrop, VisionDrop, VisionZip and VScan.
+`merge_plan` makes the reduction of encoder-guided merging: the tokens that are not retained are averaged into a few
+tokens, or into the retained ones. It is used by ConsensusDrop, VisionDrop, VisionZip and VScan. `join` and `stack` put
+the reductions of tiles and frames together.
 
 Paper: https://arxiv.org/abs/2602.00946 (abstract: "the remainder is compressed by encoder-guided token merging")
 Official code read: none was released; dvlab-research/VisionZip@3151f6d for the stride anchors and its sum.
 Differs from it: anchors and weights are named choices. An anchor is a token that others are merged into.
 
-Shapes: B images, N tokens, R retained, M anchors, D channels of the encoder keys.
+Shapes: B images, N input tokens, K output tokens, R retained, M anchors, D channels of the encoder keys.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llava.cached_tensors import made_once
-from llava.reduction.greedy import farthest_from
-from llava.reduction.ranking import gather_tokens, in_float32, others, places, split
-from llava.reduction.reduction import Reduction
+from llava.reduction.greedy import MatMul, farthest_from
+from llava.reduction.ranking import gather_tokens, in_float32, made_once, others, places, split
 
 ANCHORS = ("saliency", "stride", "farthest", "retained")
 WEIGHTS = ("saliency", "mean", "anchor_plus_mean", "none")
 
 
-def unit_length(vectors: Tensor) -> Tensor:
-    """[..., D] float32 vectors of length 1, whose products are cosines; zeros stay zeros."""
-    vectors = in_float32(vectors)
-    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
+@dataclass(frozen=True)
+class Reduction:
+    """Output tokens of one reduction for a batch of images with the same number of tokens.
+
+    Attributes:
+        kept: [B, K] int64, for each output token the index of the input token whose position id it has. Ascending and
+            unique unless a method documents otherwise.
+        inputs: N.
+        assignment: [B, N] int64, the output token into which each input token is averaged, -1 if dropped. None means
+            pruning: every output token is the kept input token, unchanged.
+        merge_weight: [B, N] float32, weight of each input token in its output token. None without assignment.
+        encoder_space: apply to encoder features and project again, instead of to projected tokens.
+        merge_matrix: [B, K, N] float32, weights of all input tokens in every output token, for methods whose groups
+            overlap; in place of assignment and merge_weight.
+        appended: number of output tokens at the end that are not in raster order.
+        drops: False where every input token is in an output token, so that no assignment is -1.
+    """
+
+    kept: Tensor
+    inputs: int
+    assignment: Tensor | None = None
+    merge_weight: Tensor | None = None
+    encoder_space: bool = False
+    merge_matrix: Tensor | None = None
+    appended: int = 0
+    drops: bool = True
+
+    @property
+    def merges(self) -> bool:
+        return self.assignment is not None or self.merge_matrix is not None
+
+    def only(self, index: int, on_cpu: bool = False) -> "Reduction":
+        """The reduction of one image, with a batch axis of 1."""
+        own: dict[str, Any] = {}
+        for name in ("kept", "assignment", "merge_weight", "merge_matrix"):
+            if (value := getattr(self, name)) is not None:
+                own[name] = value[index : index + 1].cpu() if on_cpu else value[index : index + 1]
+        return replace(self, **own)
+
+    def apply(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] tokens -> [B, K, D]: kept tokens, or weighted sums in float32, in the dtype of `tokens`."""
+        if self.merge_matrix is not None:
+            return (self.merge_matrix @ tokens.float()).to(tokens.dtype)
+        if self.assignment is None or self.merge_weight is None:
+            return gather_tokens(tokens, self.kept)
+        outputs, target = self.kept.shape[1], self.assignment
+        if self.drops:
+            # Dropped tokens go to an extra last row that is cut off: no data-dependent shape, no wait for the device.
+            target = torch.where(target < 0, outputs, target)
+        weighted = in_float32(tokens) * self.merge_weight.unsqueeze(-1)
+        out = weighted.new_zeros(len(tokens), outputs + self.drops, tokens.shape[2])
+        out.scatter_add_(1, target.unsqueeze(-1).expand_as(weighted), weighted)
+        out = out[:, :-1] if self.drops else out
+        return out if out.dtype == tokens.dtype else out.to(tokens.dtype)
+
+    def merged_count(self) -> Tensor:
+        """[B] int64, output tokens made of two or more input tokens."""
+        batch, outputs = self.kept.shape
+        if self.merge_matrix is not None:
+            return ((self.merge_matrix != 0).sum(2) > 1).sum(1)
+        if self.assignment is None or self.merge_weight is None:
+            return self.kept.new_zeros(batch)
+        members = self.kept.new_zeros(batch, outputs + 1)
+        target = torch.where(self.assignment < 0, outputs, self.assignment)
+        members.scatter_add_(1, target, (self.merge_weight != 0).long())
+        return (members[:, :-1] > 1).sum(1)
+
+    def apply_flops(self, channels: int) -> int:
+        """Operations of `apply` on one image with tokens of `channels` channels, matrix products only."""
+        return 0 if self.merge_matrix is None else 2 * self.merge_matrix[0].numel() * channels
+
+    def after(self, first: "Reduction") -> "Reduction":
+        """Composition: `first`, then this reduction; neither may have a merge matrix.
+
+        Args:
+            first: its outputs are the inputs of this one.
+        """
+        device = self.kept.device
+        assignment_1, weight_1 = first.explicit()
+        assignment_2, weight_2 = self.explicit()
+        # An extra last entry is used for dropped tokens, before and after the second reduction.
+        assignment = torch.cat([assignment_2, torch.full((len(assignment_2), 1), -1, device=device)], 1)
+        weight = torch.cat([weight_2, weight_2.new_zeros(len(weight_2), 1)], 1)
+        slot = torch.where(assignment_1 < 0, self.inputs, assignment_1)
+        kept = first.kept.gather(1, self.kept)
+        return Reduction(kept, first.inputs, assignment.gather(1, slot), weight_1 * weight.gather(1, slot))
+
+    def explicit(self) -> tuple[Tensor, Tensor]:
+        """Assignment and merge weight [B, N], also where the reduction only drops tokens."""
+        if self.merge_matrix is not None:
+            raise ValueError("a reduction with a merge matrix has no assignment: its groups overlap")
+        if self.assignment is not None and self.merge_weight is not None:
+            return self.assignment, self.merge_weight
+        outputs = torch.arange(self.kept.shape[1], device=self.kept.device).expand_as(self.kept)
+        assignment = torch.full((len(self.kept), self.inputs), -1, device=self.kept.device)
+        assignment = assignment.scatter(1, self.kept, outputs)
+        return assignment, (assignment >= 0).float()
+
+    def matrix(self) -> Tensor:
+        """[K, N] weights of all input tokens in every output token, for one image."""
+        if self.merge_matrix is not None:
+            return self.merge_matrix[0]
+        assignment, weight = self.explicit()
+        outputs = torch.arange(self.kept.shape[1], device=self.kept.device)
+        return (assignment[0][None] == outputs[:, None]) * weight[0]
+
+    def with_cls(self) -> "Reduction":
+        """This reduction of N patches extended to CLS and N patches; CLS is kept as the first output token."""
+        cls = self.kept.new_zeros(len(self.kept), 1)
+        longer = replace(self, kept=torch.cat([cls, self.kept + 1], 1), inputs=self.inputs + 1)
+        if self.assignment is None or self.merge_weight is None:
+            return longer
+        moved = self.assignment + 1
+        if self.drops:
+            moved = torch.where(self.assignment < 0, self.assignment, moved)
+        weight = torch.cat([self.merge_weight.new_ones(len(cls), 1), self.merge_weight], 1)
+        return replace(longer, assignment=torch.cat([cls, moved], 1), merge_weight=weight)
 
 
-@made_once
-def stride(total: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[count] every n-th of `total` places, and all other places."""
-    every = torch.arange(0, total, max(1, total // count))[:count]
-    left = torch.ones(total, dtype=torch.bool).index_fill(0, every, False).nonzero().flatten()
-    return every.to(device, non_blocking=True), left.to(device, non_blocking=True)
+@dataclass(frozen=True)
+class Step:
+    """One applied reduction of one image.
+
+    Attributes:
+        place: "input", "tower", "encoder", "prompt" or "layer N"; " #2" after it for a second image.
+    """
+
+    place: str
+    reduction: Reduction
 
 
-def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
+Trace = tuple[Step, ...]
+
+
+def merge_plan(
+    retained: Tensor,
+    rest: Tensor,
+    merged: int,
+    saliency: Tensor,
+    keys: Tensor,
+    anchors: str,
+    weights: str,
+    appended: bool = False,
+    matmul: MatMul = torch.matmul,
+) -> Reduction:
+    """The reduction that keeps `retained` and compresses the rest.
+
+    Args:
+        retained, rest: [B, R] and [B, N - R] indices, each ascending.
+        merged: M, the tokens that the rest is merged into; 0 with "retained" anchors.
+        saliency: [B, N] encoder saliency.
+        keys: [B, N, D] encoder keys, of any length; a token joins the anchor with the highest cosine.
+        anchors: rule of `choose_anchors`; "retained" merges the rest into the retained tokens.
+        weights: rule of `member_weights`; "none" drops the members and keeps the anchors unchanged.
+        appended: put merged tokens after the retained ones instead of in raster order.
+        matmul: `matmul` of the state, which counts the operations.
+    """
+    total = saliency.shape[1]
+    compares = weights != "none" and rest.shape[1] > 0 and (merged > 0 or anchors == "retained")
+    unit = keys
+    if compares or (merged and anchors == "farthest"):
+        unit = in_float32(keys)
+        unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(1e-12)  # zeros stay zeros
+    kept, members, centres = retained, rest, retained
+    if merged:
+        centres, members = choose_anchors(anchors, rest, saliency, unit, merged, matmul)
+        kept = torch.cat([retained, centres], dim=1)
+    tail = merged if appended else 0
+    if not appended:
+        kept = kept.sort(dim=1).values
+    if not compares:
+        return Reduction(kept, total, appended=tail)
+    # Zeros, not empty: keys that are not finite give repeated anchors, and then some token is in no group.
+    assignment = torch.zeros_like(saliency, dtype=torch.int64).scatter_(1, kept, places(*kept.shape, kept.device))
+    nearest = matmul(gather_tokens(unit, members), gather_tokens(unit, centres).mT).argmax(-1)
+    # Appended centres are the last output tokens, in this order.
+    home = nearest + retained.shape[1] if merged and appended else assignment.gather(1, centres.gather(1, nearest))
+    assignment.scatter_(1, members, home)
+    weight = member_weights(weights, assignment, kept, saliency)
+    return Reduction(kept, total, assignment, weight, appended=tail, drops=False)
+
+
+def choose_anchors(
+    rule: str, rest: Tensor, saliency: Tensor, unit: Tensor, count: int, matmul: MatMul = torch.matmul
+) -> tuple[Tensor, Tensor]:
     """[B, M] indices of anchors among the L indices `rest`, and the L - M others; both ascending.
 
     Args:
@@ -52,32 +223,17 @@ def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, unit: Tensor, coun
     if rule == "saliency":
         chosen, members = split(local, count)
     else:
-        chosen = farthest_from(gather_tokens(unit, rest), local.argmax(1), count).sort(1).values
+        chosen = farthest_from(gather_tokens(unit, rest), local.argmax(1), count, matmul).sort(1).values
         members = others(chosen, rest.shape[1])
     return rest.gather(1, chosen), rest.gather(1, members)
 
 
-def assign(members: Tensor, anchors: Tensor, unit: Tensor) -> Tensor:
-    """[B, L] members and [B, M] anchors -> [B, L] index into the anchors, the nearest by cosine of encoder keys.
-
-    Args:
-        unit: [B, N, D] encoder keys of length 1.
-    """
-    return (gather_tokens(unit, members) @ gather_tokens(unit, anchors).mT).argmax(-1)
-
-
-def merge_flops(rule: str, total: int, retained: int, merged: int, channels: int, assigned: bool) -> int:
-    """Operations of choosing anchors and assigning the remaining tokens for one image, matrix products only.
-
-    Args:
-        rule: how anchors are chosen; "farthest" compares each remaining token with each anchor but the last.
-        merged: M; 0 if the other tokens are merged into the retained ones.
-        assigned: False if the other tokens are dropped.
-    """
-    rest = total - retained
-    choosing = 2 * rest * (merged - 1) * channels if rule == "farthest" and merged else 0
-    assigning = 2 * (rest - merged) * (merged or retained) * channels if assigned else 0
-    return choosing + assigning
+@made_once
+def stride(total: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[count] every n-th of `total` places, and all other places."""
+    every = torch.arange(0, total, max(1, total // count))[:count]
+    left = torch.ones(total, dtype=torch.bool).index_fill(0, every, False).nonzero().flatten()
+    return every.to(device, non_blocking=True), left.to(device, non_blocking=True)
 
 
 def member_weights(rule: str, assignment: Tensor, kept: Tensor, saliency: Tensor) -> Tensor:
@@ -89,20 +245,18 @@ def member_weights(rule: str, assignment: Tensor, kept: Tensor, saliency: Tensor
         assignment: [B, N] output index of every token; each output has at least one.
         kept: [B, K] index of each output token.
     """
-
-    def per_output(values: Tensor) -> Tensor:
-        """Sum over the members of each output token, repeated for every member."""
-        return values.new_zeros(kept.shape).scatter_add_(1, assignment, values).gather(1, assignment)
-
     if rule == "saliency":
         # A lower bound, so that a group whose saliency underflows to zero is averaged instead of giving 0/0.
-        weight = in_float32(saliency).clamp(min=1e-12)
-        return weight / per_output(weight)
-    every = ones(*assignment.shape, assignment.device)
-    if rule == "mean":
-        return per_output(every).reciprocal()
-    member = every.scatter(1, kept, 0.0)
-    return (member / per_output(member).clamp(min=1)).scatter(1, kept, 1.0)
+        share = in_float32(saliency).clamp(min=1e-12)
+    elif rule == "mean":
+        share = ones(*assignment.shape, assignment.device)
+    else:
+        share = ones(*assignment.shape, assignment.device).scatter(1, kept, 0.0)
+    # The sum over the members of each output token, repeated for every member.
+    sums = share.new_zeros(kept.shape).scatter_add_(1, assignment, share).gather(1, assignment)
+    if rule == "anchor_plus_mean":
+        return (share / sums.clamp(min=1)).scatter(1, kept, 1.0)
+    return share / sums
 
 
 @made_once
@@ -111,58 +265,66 @@ def ones(batch: int, count: int, device: torch.device) -> Tensor:
     return torch.ones(batch, count, device=device)
 
 
-def merge_plan(
-    retained: Tensor,
-    rest: Tensor,
-    merged: int,
-    saliency: Tensor,
-    keys: Tensor,
-    anchors: str,
-    weights: str,
-    appended: bool,
-) -> Reduction:
-    """The reduction that keeps `retained` and compresses the rest.
+@dataclass(frozen=True)
+class ViewReduction:
+    """What is kept of one view (a tile, a frame, or newline tokens) of an image.
+
+    Attributes:
+        indices: [n] int64, indices of the view's tokens among the image's visual tokens.
+        reduction: of these n tokens, for one image.
+        block: the output tokens of a lower block come before those of a higher one.
+    """
+
+    indices: Tensor
+    reduction: Reduction
+    block: int = 0
+
+
+def join(views: list[ViewReduction], inputs: int) -> tuple[Reduction, Tensor]:
+    """Join the reductions of an image's views into one reduction; tokens of no view are dropped.
+
+    Kept tokens are in the order of the image's tokens. Tokens that a method appends (`Reduction.appended`) come after
+    those of all views of the block.
 
     Args:
-        retained, rest: [B, R] and [B, N - R] indices, each ascending.
-        merged: M, the tokens that the rest is merged into; 0 with "retained" anchors.
-        saliency: [B, N] encoder saliency.
-        keys: [B, N, D] encoder keys.
-        anchors, weights: the rules above; weights "none" drops the members and keeps the anchors unchanged.
-        appended: put merged tokens after the retained ones instead of in raster order.
+        inputs: visual tokens of the image.
+
+    Returns:
+        the reduction, and [K] int64: for each output token its index among the views' outputs, one view after another.
     """
-    total = saliency.shape[1]
-    compares = weights != "none" and rest.shape[1] > 0 and (merged > 0 or anchors == "retained")
-    unit = unit_length(keys) if compares or (merged and anchors == "farthest") else keys
-    kept, members = retained, rest
-    centres = retained
-    if merged:
-        centres, members = choose_anchors(anchors, rest, saliency, unit, merged)
-        kept = torch.cat([retained, centres], dim=1)
-    tail = merged if appended else 0
-    if not appended:
-        kept = kept.sort(dim=1).values
-    if not compares:
-        return Reduction(kept, total, appended=tail)
-    slots = places(*kept.shape, kept.device)
-    # Zeros, not empty: keys that are not finite give repeated anchors, and then some token is in no group.
-    assignment = torch.zeros_like(saliency, dtype=torch.int64).scatter_(1, kept, slots)
-    nearest = assign(members, centres, unit)
-    # Appended centres are the last output tokens, in this order.
-    home = nearest + retained.shape[1] if merged and appended else assignment.gather(1, centres.gather(1, nearest))
-    assignment.scatter_(1, members, home)
-    weight = member_weights(weights, assignment, kept, saliency)
-    return Reduction(kept, total, assignment, weight, appended=tail, drops=False)
+    device = views[0].indices.device
+    kept = torch.cat([view.indices[view.reduction.kept[0]] for view in views])
+    keys = []
+    for view in views:
+        count, tail = view.reduction.kept.shape[1], view.reduction.appended
+        is_tail = torch.arange(count, device=device) >= count - tail
+        keys.append((2 * view.block + is_tail.long()) * inputs)
+    order = (torch.cat(keys) + kept).argsort(stable=True)
+    appended = sum(view.reduction.appended for view in views if view.block == max(v.block for v in views))
+    encoder_space = any(view.reduction.encoder_space for view in views)
+    plain = Reduction(kept[order][None], inputs, encoder_space=encoder_space, appended=appended)
+    if not any(view.reduction.merges for view in views):
+        return plain, order
+    if any(view.reduction.merge_matrix is not None for view in views):
+        rows = []
+        for view in views:
+            own = view.reduction.matrix()
+            rows.append(own.new_zeros(len(own), inputs).index_copy(1, view.indices, own))
+        return replace(plain, merge_matrix=torch.cat(rows)[order][None]), order
+    slot = order.argsort()
+    assignment = torch.full((inputs,), -1, device=device)
+    weight = torch.zeros(inputs, device=device)
+    done = 0
+    for view in views:
+        own, own_weight = view.reduction.explicit()
+        assignment[view.indices] = torch.where(own[0] < 0, -1, slot[(own[0] + done).clamp(min=0)])
+        weight[view.indices] = own_weight[0]
+        done += view.reduction.kept.shape[1]
+    return replace(plain, assignment=assignment[None], merge_weight=weight[None]), order
 
 
-def with_cls(plan: Reduction) -> Reduction:
-    """Extend a reduction of N patches to CLS and N patches; CLS is kept as the first output token."""
-    cls = plan.kept.new_zeros(len(plan.kept), 1)
-    kept = torch.cat([cls, plan.kept + 1], 1)
-    if plan.assignment is None or plan.merge_weight is None:
-        return replace(plan, kept=kept, inputs=plan.inputs + 1)
-    moved = plan.assignment + 1
-    if plan.drops:
-        moved = torch.where(plan.assignment < 0, plan.assignment, moved)
-    weight = torch.cat([plan.merge_weight.new_ones(len(cls), 1), plan.merge_weight], 1)
-    return replace(plan, kept=kept, inputs=plan.inputs + 1, assignment=torch.cat([cls, moved], 1), merge_weight=weight)
+def stack(reductions: list[Reduction]) -> Reduction:
+    """Stack reductions of one image each [1, K] into one of a batch [B, K]; all merge by assignment."""
+    assignments, weights = zip(*(one.explicit() for one in reductions), strict=True)
+    kept = torch.cat([one.kept for one in reductions])
+    return Reduction(kept, reductions[0].inputs, torch.cat(assignments), torch.cat(weights))

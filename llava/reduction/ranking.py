@@ -1,12 +1,36 @@
 """Rank tokens by score: equal scores always go to the lower index, on every device.
 
+Index tensors that depend on sizes alone are made once and kept on the device (`made_once`): a short prefill is bound by
+the host, which issues one operation after the other.
+
 Shapes: B images, N tokens, K kept tokens, D channels.
 """
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from llava.cached_tensors import made_once
+Made = TypeVar("Made")
+KEPT = 64  # results of each function
+
+
+def made_once(function: Callable[..., Made]) -> Callable[..., Made]:
+    """Decorator: remember what a function returns for the same arguments, which are whole numbers and the device.
+
+    The tensors are shared: a caller must not write into them. They are ordinary tensors, also where they are first
+    asked for in inference mode.
+    """
+
+    @lru_cache(maxsize=KEPT)
+    @wraps(function)
+    def remembered(*arguments: object) -> Made:
+        with torch.inference_mode(False):
+            return function(*arguments)
+
+    return remembered
 
 
 @made_once
@@ -15,15 +39,15 @@ def places(batch: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device).repeat(batch, 1)
 
 
-def in_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32; itself where it is, because a cast that changes nothing is dispatched all the same."""
-    return tensor if tensor.dtype == torch.float32 else tensor.float()
-
-
 @made_once
 def rows(batch: int, device: torch.device) -> Tensor:
     """[B, 1] int64: 0, 1, 2, ... Shared: it must not be written into."""
     return torch.arange(batch, device=device)[:, None]
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32; itself where it is, because a cast that changes nothing is dispatched all the same."""
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
 def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
@@ -33,14 +57,14 @@ def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
 
 
 def descending_order(score: Tensor) -> Tensor:
-    """[B, N] indices, the highest score first; whole numbers are compared exactly, others in float32."""
+    """[..., N] indices, the highest score first; whole numbers are compared exactly, others in float32."""
     # stable: equal scores are ordered by index on every device.
     values = in_float32(score) if score.is_floating_point() else score
     return values.argsort(dim=-1, descending=True, stable=True)
 
 
 def ranks(score: Tensor) -> Tensor:
-    """[B, N] int64: 0 for the highest score, N - 1 for the lowest."""
+    """[..., N] int64: 0 for the highest score, N - 1 for the lowest."""
     order = descending_order(score)
     numbers = places(1, order.shape[-1], order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, numbers)

@@ -1,28 +1,45 @@
 """The base class of all methods: a frozen configuration and one function per stage that the method acts in.
 
 A method never changes the model. It names the tower scores it needs, receives states and returns reductions; the
-pipeline computes the scores, applies the reductions and counts tokens.
+pipeline checks them (`by_images`), computes the scores, applies the reductions and counts tokens. Options are dataclass
+fields with a description and choices.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llava.budget import tokens_of
 from llava.errors import MethodError, UserError
-from llava.reduction.model_spec import ModelSpec
-from llava.reduction.options import option
+from llava.reduction.merging import Reduction
 from llava.reduction.ranking import keep_top
-from llava.reduction.reduction import Reduction
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import BlockState, DecoderState, EncoderState, PromptState
-from llava.reduction.token_layout import PatchGrid, TokenLayout
+from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout
+
+
+def option(
+    default: Any,
+    doc: str,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A configuration field with a description for `--list`; for strings the allowed values, for numbers the ends."""
+    return field(default=default, metadata={"doc": doc, "choices": choices, "least": least, "most": most})
+
+
+def options_of(cls: type[Any]) -> dict[str, Field[Any]]:
+    """The configuration fields of a method (a Reducer) by name, without the budget."""
+    return {known.name: known for known in fields(cls) if known.name != "budget"}
+
 
 # One reduction for all images of a state, or one for each where they keep different numbers of tokens.
 Reductions = Reduction | list[Reduction] | None
@@ -66,7 +83,6 @@ class Reducer:
     Class attributes:
         acts_in: those of "input_grid", "tower", "encoder", "prompt" and "decoder" that the class overrides.
         summary: one line for `--list`.
-        version: part of every result; raise it when answers change.
         metadata: the method's row in docs/methods.md.
         rounding: the largest difference between the mean over layers and the budget, in tokens.
         needs_text_tower: states carry the CLIP text tower.
@@ -80,7 +96,7 @@ class Reducer:
         budget: visual tokens per image, as a mean over decoder layers; merged tokens count.
         positions: "renumber" gives the shortened sequence contiguous position ids, as LLaVA does; "original" lets
             every token keep the position id it had.
-        crops: how the budget of an image is split over its tiles, see llava/reduction/crop_budget.py. A method that
+        crops: how the budget of an image is split over its tiles, see llava/reduction/budget.py. A method that
             acts only in the decoder ranks all tokens together.
         retention_ratio: ratio of each image's visual tokens to keep, for images that differ in size; `budget` is then
             that of the largest image. 0 for the same number of tokens everywhere.
@@ -90,7 +106,6 @@ class Reducer:
     name: ClassVar[str] = ""
     acts_in: ClassVar[frozenset[str]] = frozenset()
     summary: ClassVar[str] = ""
-    version: ClassVar[str] = "1"
     metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="")
     rounding: ClassVar[float] = 0.5
     needs_text_tower: ClassVar[bool] = False
@@ -164,12 +179,12 @@ class Reducer:
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
         """Visual tokens of one image that are planned to enter each layer; None if that depends on the image.
 
-        For an image with tiles, llava.reduction.crop_budget.planned calls this for each tile at the tile's budget
+        For an image with tiles, llava.reduction.budget.planned calls this for each tile at the tile's budget
         and adds the results.
         """
         return (self.budget,) * spec.layers
 
-    def sized(self, budget: int) -> Self:
+    def with_budget(self, budget: int) -> Self:
         """The same method at another budget."""
         unchanged = budget == self.budget and not self.retention_ratio
         return self if unchanged else replace(self, budget=budget, retention_ratio=0.0)
@@ -177,7 +192,7 @@ class Reducer:
     def for_picture(self, spec: ModelSpec) -> Self:
         """The same method at the budget of one image."""
         if self.retention_ratio:
-            return self.sized(tokens_of(self.retention_ratio, spec.visual_tokens))
+            return self.with_budget(tokens_of(self.retention_ratio, spec.visual_tokens))
         return self
 
     def crop_shares(
@@ -263,10 +278,10 @@ class Scorer(Reducer, ABC):
     def _keep(self, state: EncoderState) -> Reduction:
         score, shape = self.score(state), state.features.shape[:2]
         if not isinstance(score, Tensor) or score.shape != shape:
-            found = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            got = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
             raise MethodError(
                 f"{self.name}.score: must return a tensor of shape {list(shape)}, a score for every token of every "
-                f"image, got {found}."
+                f"image, got {got}."
             )
         # Read on the host alone: an accelerator would be waited for. NaN of the model itself has a sentence of its own.
         readable = _lies_on_host(score) and score.dtype == torch.float32 and not score.requires_grad
@@ -297,27 +312,29 @@ def by_images(
     """
     if returned is None:
         return []
-    if not isinstance(returned, list):
-        check(method, stage, returned, ids, tokens)
-        return [(returned, range(len(ids)))]
-    if len(returned) != len(ids):
-        raise mistake(method, stage, f"must return one reduction for each of {len(ids)} images, got {len(returned)}")
-    for name, reduction in zip(ids, returned, strict=True):
-        check(method, stage, reduction, (name,), tokens)
-    return [(reduction, range(row, row + 1)) for row, reduction in enumerate(returned)]
+    problem, parts = "", [(returned, range(len(ids)))]
+    if isinstance(returned, list):
+        parts = [(reduction, range(row, row + 1)) for row, reduction in enumerate(returned)]
+        if len(returned) != len(ids):
+            problem = f"must return one reduction for each of {len(ids)} images, got {len(returned)}"
+    for reduction, rows in parts:
+        problem = problem or _wrong(method, stage, reduction, ids[rows.start : rows.stop], tokens)
+    if problem:
+        raise MethodError(f"{method.name}.{stage}: {problem}.")
+    return parts
 
 
-def check(method: Reducer, stage: str, returned: Any, ids: Sequence[str], tokens: int) -> None:
-    """Raise MethodError unless `returned` is one reduction of all these images."""
+def _wrong(method: Reducer, stage: str, returned: Any, ids: Sequence[str], tokens: int) -> str:
+    """What is wrong with one reduction of all these images; "" for nothing."""
     count = len(ids)
     if not isinstance(returned, Reduction):
-        raise mistake(method, stage, f"must return a Reduction, a list of them or None, got {_kind(returned)}")
+        return f"must return a Reduction, a list of them or None, got {_kind(returned)}"
     if returned.inputs != tokens:
-        raise mistake(method, stage, f"returned a reduction of {returned.inputs} tokens, but each image has {tokens}")
+        return f"returned a reduction of {returned.inputs} tokens, but each image has {tokens}"
     outputs = returned.kept.shape[-1] if isinstance(returned.kept, Tensor) and returned.kept.dim() else 0
     merged = (returned.assignment is None, returned.merge_weight is None)
     if merged[0] != merged[1] or (returned.merge_matrix is not None and not merged[0]):
-        raise mistake(method, stage, "merges by assignment and merge_weight together, or by merge_matrix alone")
+        return "merges by assignment and merge_weight together, or by merge_matrix alone"
     wanted = {
         "kept": (torch.int64, (count, outputs)),
         "assignment": (torch.int64, (count, tokens)),
@@ -330,46 +347,39 @@ def check(method: Reducer, stage: str, returned: Any, ids: Sequence[str], tokens
             continue
         if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
             kind = f"{name} must be {str(dtype).removeprefix('torch.')} of shape {list(shape)}"
-            raise mistake(method, stage, f"{kind} for {count} images of {tokens} tokens, got {_kind(value)}")
+            return f"{kind} for {count} images of {tokens} tokens, got {_kind(value)}"
     if returned.kept.is_meta or (not _lies_on_host(returned.kept) and (method, stage) in _read):
-        return
+        return ""
     _read.add((method, stage))
     for name, kept in zip(ids, _on_host(returned.kept), strict=True):
-        if problem := _wrong_order(method, kept, tokens, returned.appended):
-            cause = " (it also can where features or scores are not finite)" if problem.endswith("twice") else ""
-            raise mistake(method, stage, f"{problem}, got {_indices(kept)} for {name}{cause}")
+        raster = kept[: len(kept) - returned.appended]
+        problem, cause = "", ""
+        if not len(kept) or kept.min() < 0 or kept.max() >= tokens:
+            problem = f"kept must hold indices of the {tokens} tokens, 0 to {tokens - 1}"
+        elif not method.deviates("duplicates") and len(np.unique(kept)) < len(kept):
+            problem = "kept must not hold a token twice"
+            cause = " (it also can where features or scores are not finite)"
+        elif not method.deviates("unsorted") and (raster[1:] < raster[:-1]).any():
+            problem = "kept must ascend (kept.sort(dim=1).values), but for tokens that `appended` counts at the end"
+        if problem:
+            shown = f"[{', '.join(map(str, kept[:SHOWN]))}{', ...' if len(kept) > SHOWN else ''}]"
+            return f"{problem}, got {shown} for {name}{cause}"
     if returned.assignment is not None:
         target = _on_host(returned.assignment)
-        if target.min(initial=0) < -(returned.drops) or target.max(initial=-1) >= outputs:
+        if target.min(initial=0) < -returned.drops or target.max(initial=-1) >= outputs:
             least = "-1 (dropped)" if returned.drops else "0 (drops=False)"
-            found = f"{target.min()} to {target.max()}"
-            raise mistake(method, stage, f"assignment must be {least} to {outputs - 1} (output tokens), got {found}")
-
-
-def mistake(method: Reducer, stage: str, problem: str) -> MethodError:
-    """The error for what `stage` of a method did wrong."""
-    return MethodError(f"{method.name}.{stage}: {problem}.")
+            got = f"{target.min()} to {target.max()}"
+            return f"assignment must be {least} to {outputs - 1} (output tokens), got {got}"
+    return ""
 
 
 def _lies_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _on_host(tensor: Tensor) -> np.ndarray:
-    # Unlike Tensor.numpy this dispatches nothing on a CPU, as on an accelerator (eval/efficiency/dispatched.py).
+def _on_host(tensor: Tensor) -> NDArray[Any]:
+    # Unlike Tensor.numpy this dispatches nothing on a CPU, as on an accelerator, where operations are counted.
     return np.from_dlpack(tensor if tensor.device.type == "cpu" else tensor.cpu())
-
-
-def _wrong_order(method: Reducer, kept: np.ndarray, tokens: int, appended: int) -> str:
-    """What is wrong with the indices [K] of one image; "" for nothing."""
-    raster = kept[: len(kept) - appended]
-    if not len(kept) or kept.min() < 0 or kept.max() >= tokens:
-        return f"kept must hold indices of the {tokens} tokens, 0 to {tokens - 1}"
-    if not method.deviates("duplicates") and len(np.unique(kept)) < len(kept):
-        return "kept must not hold a token twice"
-    if not method.deviates("unsorted") and (raster[1:] < raster[:-1]).any():
-        return "kept must ascend (kept.sort(dim=1).values), but for tokens that `appended` counts at the end"
-    return ""
 
 
 def _kind(value: Any) -> str:
@@ -377,10 +387,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {str(value.dtype).removeprefix('torch.')} and shape {list(value.shape)}"
     return f"{value!r}" if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
-
-
-def _indices(kept: np.ndarray) -> str:
-    return f"[{', '.join(map(str, kept[:SHOWN]))}{', ...' if len(kept) > SHOWN else ''}]"
 
 
 def seed_of(*parts: object) -> int:

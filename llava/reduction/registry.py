@@ -4,13 +4,12 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llava.budget import RETENTION_RATIO, count_or_ratio, tokens_of
 from llava.errors import UserError, unknown
-from llava.reduction.options import options_of, parse_options
-from llava.reduction.reducer import Reducer
+from llava.reduction.reducer import Reducer, options_of
 
 METHODS: dict[str, type[Reducer]] = {}
 BROKEN: dict[str, str] = {}  # modules that cannot be imported, and a sentence why
@@ -79,6 +78,34 @@ def method(name: str) -> type[Reducer]:
     return METHODS[name]
 
 
+def parse_options(cls: type[Reducer], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn `--set` texts into values of the fields' types; unknown keys are errors with a suggestion."""
+    known = options_of(cls)
+    values: dict[str, Any] = {}
+    for key, text in options.items():
+        if key not in known:
+            raise unknown(f"option of {cls.name}", key, known)
+        values[key] = _parse(f"{cls.name}.{key}", text, type(known[key].default))
+    return values
+
+
+def _parse(name: str, text: Any, kind: type[Any]) -> Any:
+    if not isinstance(text, str):
+        return text
+    if kind is bool:
+        table = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in table:
+            raise UserError(f"{name} must be true or false, got {text!r}.")
+        return table[text.lower()]
+    try:
+        if kind is tuple:
+            return tuple(int(part) for part in text.split(",") if part)
+        return kind(text)
+    except ValueError:
+        word = {int: "a whole number", float: "a number", tuple: "whole numbers separated by commas"}[kind]
+        raise UserError(f"{name} must be {word}, got {text!r}.") from None
+
+
 def build(
     name: str, budget: int | float | str | None, options: dict[str, Any] | None = None, visual_tokens: int | None = None
 ) -> Reducer:
@@ -139,6 +166,6 @@ def describe() -> list[dict[str, Any]]:
             "official code read": cls.metadata.code,
             "differs from the release": differences_from_release(cls) if cls.metadata.code else "",
         }
-        about = {"name": name, "summary": cls.summary, "version": cls.version}
+        about = {"name": name, "summary": cls.summary}
         rows.append(about | {key: text for key, text in known_sources.items() if text} | {"options": options})
     return rows

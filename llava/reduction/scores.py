@@ -12,9 +12,10 @@ from einops import rearrange
 from torch import Tensor
 
 from llava.errors import unknown
-from llava.reduction.flops import linear_flops
-from llava.reduction.modules import VisionBlock
+from llava.reduction.modules import VisionBlock, linear_flops
 from llava.reduction.ranking import in_float32
+
+BY_HEADS = "b n (h d) -> b h n d"
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,7 @@ class BlockInput:
     @cached_property
     def head_keys(self) -> Tensor:
         """[B, H, 1+N, d] float32, the same by heads."""
-        return in_float32(_heads(self.keys, self.block.self_attn.num_heads))
-
-
-def _heads(projected: Tensor, heads: int) -> Tensor:
-    """[B, N, H*d] -> [B, H, N, d]."""
-    return rearrange(projected, "b n (h d) -> b h n d", h=heads)
+        return in_float32(rearrange(self.keys, BY_HEADS, h=self.block.self_attn.num_heads))
 
 
 def cls_attention(seen: BlockInput) -> Tensor:
@@ -76,7 +72,7 @@ def cls_attention(seen: BlockInput) -> Tensor:
         [B, N] float32. The softmax runs over CLS and patches, so a row sums to less than 1.
     """
     attention = seen.block.self_attn
-    query = in_float32(_heads(attention.q_proj(seen.normed[:, :1]), attention.num_heads))
+    query = in_float32(rearrange(attention.q_proj(seen.normed[:, :1]), BY_HEADS, h=attention.num_heads))
     weights = (query @ seen.head_keys.mT * attention.scale).softmax(-1)
     return weights[:, :, 0, 1:].mean(1)
 
@@ -100,7 +96,7 @@ def received_attention(seen: BlockInput) -> Tensor:
         [B, N] float32. Query rows are processed in slices, so the full attention map is never held.
     """
     attention = seen.block.self_attn
-    query = in_float32(_heads(attention.q_proj(seen.normed[:, 1:]), attention.num_heads))
+    query = in_float32(rearrange(attention.q_proj(seen.normed[:, 1:]), BY_HEADS, h=attention.num_heads))
     key = seen.head_keys.mT
     received = key.new_zeros(seen.hidden.shape[:2])
     for rows in query.split(64, dim=2):
@@ -120,7 +116,7 @@ def keys(seen: BlockInput) -> Tensor:
 def mean_keys(block: VisionBlock, normed: Tensor) -> Tensor:
     """[B, n, D] normed inputs of a block's attention -> keys [B, n, d] float32, mean over heads."""
     attention = block.self_attn
-    return _heads(attention.k_proj(normed), attention.num_heads).float().mean(1)
+    return rearrange(attention.k_proj(normed), BY_HEADS, h=attention.num_heads).float().mean(1)
 
 
 def fused_cls_attention(seen: BlockInput) -> Tensor:

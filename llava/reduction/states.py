@@ -11,30 +11,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from llava.cached_tensors import made_once
 from llava.errors import unknown
-from llava.reduction.decoder_attention import (
-    Angles,
-    angles_of,
-    attention_rows,
-    layer_keys,
-    prepared_angles,
-    text_to_visual_attention,
-)
-from llava.reduction.modules import Decoder, DecoderLayer
-from llava.reduction.ranking import places
-from llava.reduction.reduction import Reduction
+from llava.reduction.decoder_attention import angles_of, attention_rows, prepared_angles, projected_heads
+from llava.reduction.merging import Reduction
+from llava.reduction.modules import Angles, Decoder, attention_flops
+from llava.reduction.ranking import made_once, places
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 if TYPE_CHECKING:
     from llava.pipeline.sequence import Row, Samples, Sequence, Span
-    from llava.reduction.model_spec import ModelSpec
-
 
 KEPT_MASK = 2**18  # numbers of a mask that is kept for the next question of the same lengths: 256 KB
+TEXT_ROWS = ("question", "instruction", "after", "last", "visual")
+
+# Sign of the similarity of a text to the patches that show it: negative in a CLIP that was trained on its CLS token
+# alone (CDPruner issue 14, TRIM issue 3), positive in one whose config.json has `"patch_similarity": "plain"`.
+NEGATED, PLAIN = "negated", "plain"
+RELEVANCE = ("tower", NEGATED, PLAIN)
 
 
 @dataclass(kw_only=True)
@@ -49,7 +46,7 @@ class State:
 
     ids: tuple[str, ...]
     flops: int = 0
-    spec: ModelSpec | None = None
+    spec: ModelSpec = None  # type: ignore[assignment]  # a test of a method that needs no sizes may leave it out
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, counted in `flops`."""
@@ -106,6 +103,32 @@ class EncoderState(State):
         """[N, 2] float32: row and column of each token in its own tile, from -1 (first) to 1 (last)."""
         return torch.cat([tile.coordinates(self.features.device) for tile in self.tiles or (self.layout,)])
 
+    def relevance(self, texts: Sequence_[str], sign: str, cosine: bool, long: str = "frame") -> Tensor:
+        """Relevance of each patch to its image's text, for methods with `needs_text_tower`.
+
+        It is their similarity in CLIP's space, averaged over the chunks of the text. `flops` counts its operations.
+
+        Args:
+            texts: one of each image.
+            sign: one of RELEVANCE; "tower" takes the sign from the text tower's config.json.
+            cosine: cosine similarity; otherwise dot products.
+            long: see `ClipText.chunks`.
+
+        Returns:
+            [B, N] float32, higher is more relevant.
+        """
+        text, mask, text_flops = self.clip.text(texts, long)
+        image, image_flops = self.clip.image(self.features)
+        self.flops += text_flops + image_flops
+        if cosine:
+            text, image = F.normalize(text, dim=-1), F.normalize(image, dim=-1)
+        similarity = self.matmul(image, text.transpose(1, 2))  # [B, N, C]
+        if text.shape[1] == 1:  # one chunk of every text, which is its own mean
+            similarity = similarity.squeeze(2)
+        else:
+            similarity = (similarity * mask[:, None]).sum(-1) / mask.sum(-1, keepdim=True)
+        return -similarity if (self.clip.relevance if sign == "tower" else sign) == NEGATED else similarity
+
 
 @dataclass(kw_only=True)
 class PromptState(EncoderState):
@@ -121,28 +144,20 @@ class PromptState(EncoderState):
     """
 
     tokens: Tensor
-    sequence: Sequence | None = None
     rows: tuple[Row, ...] = ()
-    llm: Decoder | None = None
-    run_layers: Callable[[int], Tensor] | None = None
     members: Tensor | None = None
-
-    def _prompts(self) -> Sequence:
-        """`sequence`, which the pipeline always sets."""
-        assert self.sequence is not None
-        return self.sequence
-
-    @property
-    def _samples(self) -> Samples:
-        return prompts_of(self._prompts(), self.rows)
+    # The pipeline always sets them; a test of a method that reads no text may leave them out.
+    sequence: Sequence = None  # type: ignore[assignment]
+    llm: Decoder = None  # type: ignore[assignment]
+    run_layers: Callable[[int], Tensor] = None  # type: ignore[assignment]
 
     def visual(self, tensor: Tensor) -> Tensor:
         """[B, N, ...] rows of `tensor` [S, L, ...] at the visual tokens."""
-        return at_images(tensor, self._prompts(), self.rows, self.members)
+        return at_images(tensor, self.sequence, self.rows, self.members)
 
     def spans(self, rows: str) -> list[Span]:
         """The span of text tokens in the prompt of each image; see `text`."""
-        own, samples = text_spans(self._prompts(), rows), self._samples
+        own, samples = text_spans(self.sequence, rows), prompts_of(self.sequence, self.rows)
         return own if samples is None else [own[sample] for sample in samples]
 
     def text(self, rows: str) -> tuple[Tensor, Tensor]:
@@ -155,7 +170,7 @@ class PromptState(EncoderState):
         Returns:
             [B, T, H] embeddings and a mask [B, T] of the rows that exist.
         """
-        sequence, spans, samples = self._prompts(), self.spans(rows), self._samples
+        sequence, spans, samples = self.sequence, self.spans(rows), prompts_of(self.sequence, self.rows)
         return at_spans(sequence.hidden, sequence, spans, samples), row_index(sequence, spans, samples)[1]
 
     def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor | None]:
@@ -170,10 +185,9 @@ class PromptState(EncoderState):
         Returns:
             weights [B, H, T, N] float32 and a mask [B, T] of the rows that exist; None where all do.
         """
-        sequence, llm, run_layers = self._prompts(), self.llm, self.run_layers
-        assert llm is not None and run_layers is not None  # the pipeline sets them
-        hidden = run_layers(layer) if contextual else sequence.hidden
-        block, spans, samples = llm.layers[layer], self.spans(rows), self._samples
+        sequence, block = self.sequence, self.llm.layers[layer]
+        hidden = self.run_layers(layer) if contextual else sequence.hidden
+        spans, samples = self.spans(rows), prompts_of(sequence, self.rows)
         alike = len({stop - start for start, stop in spans}) == 1 and spans[0][0] < spans[0][1]
         mask = None if alike else row_index(sequence, spans, samples)[1]
         if samples is None and self.members is None:
@@ -182,17 +196,79 @@ class PromptState(EncoderState):
         else:  # of a prompt with other images or tiles, only what these images need
             text = block.input_layernorm(at_spans(hidden, sequence, spans, samples))
             visual = block.input_layernorm(self.visual(hidden) if contextual else self.tokens)
-        angles: tuple = (None, None)
+        own, others = None, None  # angles of the text rows and of the visual tokens
         if rotary:
-            cos, sin = angles_of(llm, sequence)
-            angles = (
-                angles_at(prepared_angles(llm, sequence), sequence, spans, samples),
-                Angles.of(self.visual(cos), self.visual(sin)),
-            )
-        weights = text_to_visual_attention(block, text, visual, *angles)
+            cos, sin = angles_of(self.llm, sequence)
+            own = angles_at(prepared_angles(self.llm, sequence), sequence, spans, samples)
+            others = Angles.of(self.visual(cos), self.visual(sin))
+        keys = projected_heads(block, block.self_attn.k_proj, visual, others)
+        weights = attention_rows(block, text, keys, angles=own)
         batch, count = text.shape[:2]
         self.flops += batch * attention_flops(block, count, visual.shape[1], visual.shape[1])
         return weights, mask
+
+
+@dataclass(kw_only=True)
+class DecoderState(State):
+    """Between two decoder layers. B images with the same number of visual tokens.
+
+    Attributes:
+        tokens: [B, N, H] hidden states of the visual tokens.
+        sequence: the B prompts as they are now; `sequence.images` are the spans of the visual tokens.
+        llm: the decoder (layers, norm, rotary_emb).
+        layer: index of the layer that comes next, at least 1.
+        entered: the same prompts as they entered the layer before, `layer - 1`.
+        keys: [B, Hkv, L, d] rotated keys of `layer - 1`, read from the cache.
+        start: the same prompts as they entered layer 0; text tokens are never reduced.
+    """
+
+    tokens: Tensor
+    sequence: Sequence
+    llm: Decoder
+    layer: int
+    entered: Sequence
+    keys: Tensor
+    start: Sequence
+
+    def attention(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> tuple[Tensor, Tensor]:
+        """Causal attention of some rows of a decoder layer to the visual tokens.
+
+        Args:
+            rows: one of TEXT_ROWS, or one span per prompt in `sequence`'s coordinates.
+            at: "next" for layer `layer` on the current hidden states, "previous" for the layer before it, which has
+                already run (its keys are read from the cache).
+            rotary: False leaves out rotary embedding; only with "next".
+
+        Returns:
+            weights [B, H, T, N] float32, with the softmax over all tokens that the row may see, so a row sums to the
+            part of its attention that goes to the image; and a mask [B, T] of the rows that exist.
+        """
+        sequence = self.sequence
+        spans = text_spans(sequence, rows) if isinstance(rows, str) else rows
+        index, mask = row_index(sequence, spans)
+        # Causality: no row sees a key after the last row. Visual tokens after it are still returned, as zeros.
+        ends = [max(stop, image) for (_, stop), (_, image) in zip(spans, sequence.images, strict=True)]
+        width = max(sequence.padding(s) + end for s, end in enumerate(ends))
+        source = sequence if at == "next" else self.entered
+        layer = self.llm.layers[self.layer - (at == "previous")]
+        angles = prepared_angles(self.llm, source) if rotary else None
+        if at == "next":
+            seen = None if angles is None else angles.rows(slice(width))
+            normed = layer.input_layernorm(source.hidden[:, :width])
+            queries = at_spans(normed, sequence, spans)
+            keys = projected_heads(layer, layer.self_attn.k_proj, normed, seen)
+        else:
+            keys, queries = self.keys[:, :, :width], layer.input_layernorm(at_spans(source.hidden, sequence, spans))
+        own = None if angles is None else angles_at(angles, sequence, spans)
+        weights = attention_rows(layer, queries, keys, unseen(sequence, spans, width), own)
+        self.flops += len(weights) * attention_flops(layer, index.shape[1], width, width if at == "next" else 0)
+        columns = sequence.padded_spans(sequence.images)
+        if len(set(columns)) == 1:
+            return weights[..., slice(*columns[0])], mask
+        return torch.stack([weights[s, :, :, a:b] for s, (a, b) in enumerate(columns)]), mask
+
+
+# Rows of the padded prompts. Spans are in a sample's own coordinates, without padding.
 
 
 def prompts_of(sequence: Sequence, rows: Sequence_[Row]) -> Samples:
@@ -200,6 +276,17 @@ def prompts_of(sequence: Sequence, rows: Sequence_[Row]) -> Samples:
     samples = tuple(sample for sample, _ in rows)
     alone = samples == tuple(range(len(sequence.lengths))) and all(len(runs) == 1 for runs in sequence.visual)
     return None if alone or not rows else samples
+
+
+def text_spans(sequence: Sequence, rows: str) -> list[Span]:
+    """Spans of text tokens by name, one of TEXT_ROWS; see `PromptState.text`."""
+    if rows == "visual":
+        return sequence.images
+    if rows == "last":
+        return [(length - 1, length) for length in sequence.lengths]
+    if rows not in TEXT_ROWS:
+        raise unknown("text rows", rows, TEXT_ROWS)
+    return list(getattr(sequence, rows))
 
 
 def at_images(tensor: Tensor, sequence: Sequence, rows: Sequence_[Row], members: Tensor | None) -> Tensor:
@@ -232,19 +319,6 @@ def angles_at(angles: Angles, sequence: Sequence, spans: Sequence_[Span], sample
     return Angles(*(at_spans(part[:, 0], sequence, spans, samples).unsqueeze(1) for part in angles))
 
 
-def text_spans(sequence: Sequence, rows: str) -> list[Span]:
-    """Spans of text tokens by name; see `PromptState.text`."""
-    if rows == "visual":
-        return sequence.images
-    if rows in ("question", "instruction"):
-        return list(getattr(sequence, rows))
-    if rows == "last":
-        return [(length - 1, length) for length in sequence.lengths]
-    if rows == "after":
-        return list(sequence.after)
-    raise unknown("text rows", rows, ("question", "instruction", "after", "last", "visual"))
-
-
 def row_index(sequence: Sequence, spans: Sequence_[Span], samples: Samples = None) -> tuple[Tensor, Tensor]:
     """Columns [B, T] of spans of different length in the padded sequence, and a mask [B, T] of those that exist."""
     return _padded_columns(sequence.padded_spans(spans, samples), sequence.hidden.device)
@@ -257,72 +331,6 @@ def _padded_columns(spans: tuple[Span, ...], device: torch.device) -> tuple[Tens
     index = [[start + min(i, max(stop - start - 1, 0)) for i in range(longest)] for start, stop in spans]
     mask = [[i < stop - start for i in range(longest)] for start, stop in spans]
     return torch.tensor(index).to(device, non_blocking=True), torch.tensor(mask).to(device, non_blocking=True)
-
-
-def attention_flops(layer: DecoderLayer, rows: int, keys: int, projected: int) -> int:
-    """Operations of the attention of `rows` queries to `keys` keys, of which `projected` are projected for it."""
-    query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
-    queries = 2 * rows * query.out_features * (query.in_features + keys)
-    return queries + 2 * projected * key.in_features * key.out_features
-
-
-@dataclass(kw_only=True)
-class DecoderState(State):
-    """Between two decoder layers. B images with the same number of visual tokens.
-
-    Attributes:
-        tokens: [B, N, H] hidden states of the visual tokens.
-        sequence: the B prompts as they are now; `sequence.images` are the spans of the visual tokens.
-        llm: the decoder (layers, norm, rotary_emb).
-        layer: index of the layer that comes next, at least 1.
-        entered: the same prompts as they entered the layer before, `layer - 1`.
-        keys: [B, Hkv, L, d] rotated keys of `layer - 1`, read from the cache.
-        start: the same prompts as they entered layer 0; text tokens are never reduced.
-    """
-
-    tokens: Tensor
-    sequence: Sequence
-    llm: Decoder
-    layer: int
-    entered: Sequence
-    keys: Tensor
-    start: Sequence
-
-    def attention(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> tuple[Tensor, Tensor]:
-        """Causal attention of some rows of a decoder layer to the visual tokens.
-
-        Args:
-            rows: "visual", one of the names of `text_spans`, or one span per prompt in `sequence`'s coordinates.
-            at: "next" for layer `layer` on the current hidden states, "previous" for the layer before it, which has
-                already run (its keys are read from the cache).
-            rotary: False leaves out rotary embedding; only with "next".
-
-        Returns:
-            weights [B, H, T, N] float32, with the softmax over all tokens that the row may see, so a row sums to the
-            part of its attention that goes to the image; and a mask [B, T] of the rows that exist.
-        """
-        sequence = self.sequence
-        spans = text_spans(sequence, rows) if isinstance(rows, str) else rows
-        index, mask = row_index(sequence, spans)
-        # Causality: no row sees a key after the last row. Visual tokens after it are still returned, as zeros.
-        ends = [max(stop, image) for (_, stop), (_, image) in zip(spans, sequence.images, strict=True)]
-        width = max(sequence.padding(s) + end for s, end in enumerate(ends))
-        source = sequence if at == "next" else self.entered
-        layer = self.llm.layers[self.layer - (at == "previous")]
-        angles = prepared_angles(self.llm, source) if rotary else None
-        if at == "next":
-            seen = None if angles is None else angles.rows(slice(width))
-            normed = layer.input_layernorm(source.hidden[:, :width])
-            keys, queries = layer_keys(layer, normed, seen), at_spans(normed, sequence, spans)
-        else:
-            keys, queries = self.keys[:, :, :width], layer.input_layernorm(at_spans(source.hidden, sequence, spans))
-        own = None if angles is None else angles_at(angles, sequence, spans)
-        weights = attention_rows(layer, queries, keys, unseen(sequence, spans, width), own)
-        self.flops += len(weights) * attention_flops(layer, index.shape[1], width, width if at == "next" else 0)
-        columns = sequence.padded_spans(sequence.images)
-        if len(set(columns)) == 1:
-            return weights[..., slice(*columns[0])], mask
-        return torch.stack([weights[s, :, :, a:b] for s, (a, b) in enumerate(columns)]), mask
 
 
 def unseen(sequence: Sequence, spans: Sequence_[Span], width: int) -> Tensor | None:

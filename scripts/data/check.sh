@@ -6,4 +6,4 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 here=$PWD
 source "$root/scripts/setup.sh"
 cd "$here" # relative paths were typed here
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec python -m eval.check_data "$@"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec python -m eval.cli check-data "$@"

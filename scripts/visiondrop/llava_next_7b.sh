@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # VisionDrop on LLaVA-NeXT-7B: the table of llava_next_7b.yaml, on the toy model and toy data unless DATA (and MODEL) say otherwise.
 #   bash scripts/visiondrop/llava_next_7b.sh --limit 20                      # every cell, quickly
-#   DATA=/data/eval bash scripts/visiondrop/llava_next_7b.sh                 # the paper's checkpoint: docs/reproduce.md
+#   DATA=/data/eval bash scripts/visiondrop/llava_next_7b.sh                 # the paper's checkpoint: docs/paper_tables.md
 # An interrupted run goes on where it stopped; --help lists the choices.
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../table.sh" visiondrop/llava_next_7b "$@"

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava.model.checkpoint.original_layout import to_transformers_key, tower_to_transformers_key
+from llava.model.checkpoint.layouts import hf_key, hf_tower_key
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
 from llava.pipeline import decoder
 from llava.pipeline.prefill import prefill
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt
-from llava.processing.sample import Sample
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt, Sample
 from llava.reduction import Step, registry
 from tests.parity import model as recipe
 from tests.watch import watched
@@ -59,8 +58,8 @@ def parity_model() -> ParityLlava:
     )
     config._attn_implementation = "sdpa"
     container = LlavaForConditionalGeneration(config).eval()
-    weights = {to_transformers_key(name): tensor for name, tensor in recipe.language_weights().items()}
-    weights |= {tower_to_transformers_key(name): tensor for name, tensor in recipe.vision_weights().items()}
+    weights = {hf_key(name): tensor for name, tensor in recipe.language_weights().items()}
+    weights |= {hf_tower_key(name): tensor for name, tensor in recipe.vision_weights().items()}
     container.load_state_dict(weights)
     checkpoint = SimpleNamespace(
         model=container,

@@ -12,15 +12,14 @@ from tests.parity.harness import Agreement, check, recording, recordings
 PAGE = ROOT / "docs" / "parity.md"
 HEAD = (
     "recording",
-    "official code run",
+    "official code",
     "options",
     "cases",
-    "stable",
     "kept",
-    "tokens in common",
-    "merged",
+    "stable",
+    "of these kept",
+    "tokens in common, %",
     "logits",
-    "next step",
 )
 
 
@@ -30,18 +29,16 @@ def number(value: float | None) -> str:
 
 def row(path, found: Agreement) -> list[str]:
     meta = recording(path)[0]
-    options = ", ".join(f"{key}={value}" for key, value in meta["options"].items()) or "defaults"
+    options = [f"{key}={value}" for key, value in meta["options"].items()] or ["defaults"]
+    if str(meta["budget"]) not in path.stem.split("-"):
+        options.insert(0, f"budget {meta['budget']}")
     return [
         f"`{path.stem}`",
         f"{meta['repository']}@{meta['commit'][:7]}",
-        f"`{meta['method']}` {meta['budget']}, {options}",
-        str(found.cases),
-        str(found.stable),
-        f"{found.kept} ({found.kept_stable} of {found.stable} stable)"
-        if found.stable < found.cases
-        else str(found.kept),
-        f"{100 * found.overlap:.2f} %",
-        *(number(value) for value in (found.tokens, found.logits, found.step)),
+        ", ".join(options),
+        *map(str, (found.cases, found.kept, found.stable, found.kept_stable)),
+        f"{100 * found.overlap:.2f}",
+        number(max((value for value in (found.logits, found.step) if value is not None), default=None)),
     ]
 
 

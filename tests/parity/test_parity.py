@@ -1,4 +1,4 @@
-"""Our methods against recordings of the official code. `bash scripts/test.sh --slow` runs every recorded case."""
+"""Our methods against recordings of the official code. `bash scripts/test.sh --all` runs every recorded case."""
 
 import pytest
 

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.benchmarks.prompts import LETTER
-from toy.benchmarks.asking import MANY, PAIRS, generator, lettered, lettered_set
-from toy.benchmarks.files import fresh, link, write_bytes, write_json, write_jsonl, write_text
-from toy.benchmarks.pictures import Picture, copied, images, linked
-from toy.data.chinese import in_chinese
-from toy.data.formats import LETTERS, TOLD, Pair, distractors, draw
-from toy.data.questions import Question, Retry
+from eval.benchmarks.llava_files import LETTER
+from toy.benchmarks.files import fresh, link, prompt, write_bytes, write_json, write_jsonl, write_text
+from toy.benchmarks.pairs import MANY, PAIRS, Picture, copied, generator, images, lettered, lettered_set, linked
+from toy.data.formats import LETTERS, TOLD, Pair, distractors
+from toy.data.questions import Question, ask, in_chinese
 
 
-def write(root: Path) -> None:
+def write_choices(root: Path) -> None:
     """Everything below ROOT/scienceqa, ROOT/mmbench, ROOT/mmbench_cn and ROOT/seed_bench."""
     write_scienceqa(root)
     write_mmbench(root)
@@ -133,22 +131,14 @@ def groups(first: int) -> Iterator[Group]:
     for number in range(GROUPS + PAIR_GROUPS):
         picture, pair = pictures[number % len(pictures)], number >= GROUPS
         family = PAIRS[number % len(PAIRS)] if pair else MANY[number // 2 % len(MANY)]
-        question = _drawn(picture, family, rng)
+        # Of the family, or of the next one where the scene allows none.
+        question = next(filter(None, (ask(picture.things, other, rng) for other in (family, *MANY))), None)
+        if question is None:
+            raise ValueError(f"{picture.name} allows no question.")
         wrong = distractors(question)
         options = [wrong[place] for place in rng.permutation(len(wrong))[: 1 if pair else 3]]
         options.insert(number % (2 if pair else 4), question.answer)
         yield picture, question, options
-
-
-def _drawn(picture: Picture, family: str, rng: np.random.Generator) -> Question:
-    """A question of the family, or of the next one where the scene allows none."""
-    for other in (family, *MANY):
-        for _ in range(40):
-            try:
-                return draw(picture.things, rng, other)
-            except Retry:
-                continue
-    raise ValueError(f"{picture.name} allows no question.")
 
 
 def write_mmbench(root: Path) -> None:
@@ -221,8 +211,7 @@ def write_seed(root: Path) -> None:
             record |= {"answer": pair.answer, "question": pair.question.split("\n")[0], "question_id": identity}
             record |= {"question_type_id": kind, "data_type": "video" if video else "image"}
             questions.append(record | {"data_id": f"{picture.name}.mp4" if video else picture.file})
-            text = f"{pair.question}\n{LETTER}"
-            lines.append({"question_id": identity, "image": image, "text": text, "category": record["data_type"]})
+            lines.append(prompt(identity, image, f"{pair.question}\n{LETTER}", str(record["data_type"])))
     numbers = {name: kind for kind, (name, _) in TYPES.items()}
     write_json(folder / "SEED-Bench.json", {"questions": questions, "question_type": numbers})
     write_jsonl(folder / "llava-seed-bench.jsonl", lines)

@@ -48,6 +48,11 @@ def _json(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
 
+def prompt(identity: int | str, image: str, message: str, category: str = "default") -> dict[str, Any]:
+    """A line of LLaVA's question files."""
+    return {"question_id": identity, "image": image, "text": message, "category": category}
+
+
 def link(path: Path, target: Path) -> None:
     """A symbolic link at `path` to `target`, relative, so that it holds in every copy of the repository."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +95,17 @@ def write_table(path: Path, columns: Mapping[str, str], rows: Sequence[Mapping[s
     )
     table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows], schema)
     pq.write_table(table, path, row_group_size=ROWS_TOGETHER, compression="zstd")
+
+
+def write_splits(
+    folder: Path, columns: Mapping[str, str], splits: Mapping[str, Sequence[Mapping[str, Any]]], card: bool = False
+) -> None:
+    """A table for each split, data/SPLIT-00000-of-00001.parquet; with `card` also the README.md that lists them."""
+    files = {split: f"data/{split}-00000-of-00001.parquet" for split in splits}
+    for split, rows in splits.items():
+        write_table(folder / files[split], columns, rows)
+    if card:
+        write_card(folder, {"default": files})
 
 
 def write_card(folder: Path, configs: Mapping[str, Mapping[str, str]]) -> None:

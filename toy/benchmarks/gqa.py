@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from toy.data.large_scenes import centred, large_scene
-from toy.data.paint import Thing
+from toy.benchmarks.files import prompt, write_json
 from toy.data.questions import FAMILIES, Question, ask
-from toy.data.scenes import scene
+from toy.data.scenes import Thing, centred, large_scene, scene
 from toy.data.vocabulary import SHORT_ANSWER
 
 Part = tuple[str, int, int]  # our seed range, first scene of each kind, scenes of each kind
@@ -27,12 +26,12 @@ LARGE_SPLITS: dict[str, Part] = {"testdev": ("test", 0, 75), "val": ("val", 1000
 def scene_questions(split: str, index: int, dense: bool, things) -> list[Question]:
     """At most one question of each family, no text twice."""
     rng = np.random.default_rng([index, dense, {"test": 1, "val": 2}[split]])
-    found: dict[str, Question] = {}
+    by_text: dict[str, Question] = {}
     for family in FAMILIES:
         question = ask(things, family, rng)
         if question is not None:
-            found.setdefault(question.text, question)
-    return list(found.values())
+            by_text.setdefault(question.text, question)
+    return list(by_text.values())
 
 
 def annotation(question: Question, identity: str, image: str, dense: bool) -> dict:
@@ -72,20 +71,20 @@ def draw_large(split: str, index: int, dense: bool) -> tuple[bytes, tuple[Thing,
     return drawn.jpeg, centred(drawn.things, drawn.image.shape[1], drawn.image.shape[0])
 
 
-def write(root: Path) -> None:
+def write_gqa(root: Path) -> None:
     """Everything below ROOT/gqa."""
     for name, part in SPLITS.items():
         write_split(root / "gqa", name, part)
 
 
-def write_large(root: Path) -> None:
+def write_large_gqa(root: Path) -> None:
     """The same about large pictures."""
     for name, part in LARGE_SPLITS.items():
         write_split(root / "gqa", name, part, draw_large)
 
 
-def write_split(root: Path, name: str, part: Part, draw: Draw = draw_scene) -> int:
-    """Write one split, `part` being its entry in SPLITS; returns the number of its questions."""
+def write_split(root: Path, name: str, part: Part, draw: Draw = draw_scene) -> None:
+    """Write one split, `part` being its entry in SPLITS."""
     split, first, count = part
     images = root / "data" / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -98,11 +97,7 @@ def write_split(root: Path, name: str, part: Part, draw: Draw = draw_scene) -> i
         for question in scene_questions(split, index, dense, things):
             identity = f"{2 if split == 'test' else 1}{len(lines):07d}"
             annotations[identity] = annotation(question, identity, image, dense)
-            text = f"{question.text}\n{SHORT_ANSWER}"
-            lines.append({"question_id": identity, "image": f"{image}.jpg", "text": text, "category": "default"})
-    (root / "data" / f"{name}_balanced_questions.json").write_text(
-        json.dumps(annotations, separators=(",", ":")) + "\n"
-    )
+            lines.append(prompt(identity, f"{image}.jpg", f"{question.text}\n{SHORT_ANSWER}"))
+    write_json(root / "data" / f"{name}_balanced_questions.json", annotations)
     with open(root / f"llava_gqa_{name}_balanced.jsonl", "w") as out:
         out.writelines(json.dumps(line) + "\n" for line in lines)
-    return len(lines)

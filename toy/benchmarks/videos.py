@@ -1,15 +1,55 @@
-"""The four zero-shot video sets of Video-LLaVA's layout, from the questions of the toy video benchmark.
+"""The toy video benchmark, and the four zero-shot video sets with its questions, in Video-LLaVA's layouts.
 
-Every set asks about other videos of assets/eval_video/video_qa. Types are those of the official files: the tasks of
-TGIF-QA, the question word for MSVD and MSRVTT, a number for ActivityNet-QA.
+`video_qa/{split}_q.json` holds video_name, question and question_id; `{split}_a.json` answer, question_id and, as type,
+the family of the question; `videos/` the files. Every zero-shot set asks about other videos of it. Types are those of
+the official files: the tasks of TGIF-QA, the question word for MSVD and MSRVTT, a number for ActivityNet-QA.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
 from toy.benchmarks.files import fresh, link, write_json
+from toy.data.questions import PlainQuestion
+from toy.data.videos import FAMILIES, Plan, ask_video, draw_video, encode_video, plan_video
+
+# Name of the split -> first video and number of videos; validation comes after what training watches.
+SPLITS = {"test": (0, 200), "val": (1000, 60)}
+
+
+def video_questions(split: str, index: int, plan: Plan) -> list[PlainQuestion]:
+    """At most one question of each family, no text twice."""
+    rng = np.random.default_rng([index, {"test": 1, "val": 2}[split], 3])
+    by_text: dict[str, PlainQuestion] = {}
+    for family in FAMILIES:
+        question = ask_video(plan, family, rng)
+        if question is not None:
+            by_text.setdefault(question.text, question)
+    return list(by_text.values())
+
+
+def write_video_qa(root: Path) -> None:
+    """Everything below ROOT/video_qa."""
+    root /= "video_qa"
+    videos = root / "videos"
+    videos.mkdir(parents=True, exist_ok=True)
+    for split, (first, count) in SPLITS.items():
+        asked, answers = [], []
+        for index in tqdm(range(first, first + count), desc=f"video {split}"):
+            plan, name = plan_video(split, index), f"{split}{index:05d}"
+            (videos / f"{name}.mp4").write_bytes(encode_video(draw_video(plan)[0]))
+            for question in video_questions(split, index, plan):
+                identity = f"{split}_{len(asked)}"
+                asked.append({"video_name": name, "question": question.text, "question_id": identity})
+                answers.append({"answer": question.answer, "question_id": identity, "type": question.family})
+        for letter, rows in (("q", asked), ("a", answers)):
+            (root / f"{split}_{letter}.json").write_text(json.dumps(rows, indent=0) + "\n")
+
+
+# The zero-shot sets.
 
 ROOT_NAME = "GPT_Zero_Shot_QA"
 SETS = ("TGIF", "MSVD", "MSRVTT", "Activitynet")
@@ -40,57 +80,41 @@ ACTIVITYNET_TYPES = {"move": 3, "exist": 3, "color": 4, "appear": 5, "direction"
 ACTIVITYNET_TYPES |= {"mover": 0, "order": 2, "change": 2}
 
 
-def write(root: Path, source: Path) -> None:
+def type_of(name: str, question: str, family: str) -> str | int:
+    """The official type of a question of a set."""
+    if name in WORDED:
+        return question.split()[0].lower()
+    return (TGIF_TYPES if name == "TGIF" else ACTIVITYNET_TYPES)[family]
+
+
+def write_zero_shot_sets(root: Path, source: Path) -> None:
     """Everything below ROOT/GPT_Zero_Shot_QA; `source` is assets/eval_video/video_qa."""
-    asked = json.loads((source / "test_q.json").read_text())
-    answers = {row["question_id"]: row for row in json.loads((source / "test_a.json").read_text())}
-    videos = list(dict.fromkeys(row["video_name"] for row in asked))
+    told = {row["question_id"]: row for row in json.loads((source / "test_a.json").read_text())}
+    rows = [(row, told[row["question_id"]]) for row in json.loads((source / "test_q.json").read_text())]
+    videos = list(dict.fromkeys(question["video_name"] for question, _ in rows))
     base = fresh(root / ROOT_NAME)
     for place, name in enumerate(SETS):
         count = ACTIVITYNET_VIDEOS if name == "Activitynet" else VIDEOS
-        own = set(videos[VIDEOS * place : VIDEOS * place + count])
-        rows = [(row, answers[row["question_id"]]) for row in asked if row["video_name"] in own]
-        if name in WORDED:
-            rows = [pair for pair in rows if _first_word(*_texts(pair)) in WORDS]
-        write_set(base / f"{name}_Zero_Shot_QA", name, rows)
-        folder = base / f"{name}_Zero_Shot_QA" / FOLDERS[name]
+        own = videos[VIDEOS * place : VIDEOS * place + count]
+        asked: list[dict[str, Any]] = []
+        answers: list[dict[str, Any]] = []
+        for question, answer in rows:
+            video = question["video_name"]
+            if video not in own:
+                continue
+            kind = type_of(name, question["question"], answer["type"])
+            if name in WORDED and kind not in WORDS:
+                continue
+            identity: str | int = len(asked)
+            if name == "Activitynet":
+                identity = f"{PREFIX}{video}_{sum(row['video_name'] == video for row in asked) + 1}"
+            asked.append({"video_name": video, "question": question["question"], "question_id": identity})
+            answers.append({"answer": answer["answer"], "type": kind, "question_id": identity})
+        folder = base / f"{name}_Zero_Shot_QA"
+        write_json(folder / "test_q.json", asked)
+        write_json(folder / "test_a.json", answers)
         if name != "Activitynet":
-            link(folder, source / "videos")
+            link(folder / FOLDERS[name], source / "videos")
             continue
-        for video in sorted(own):
-            link(folder / f"{PREFIX}{video}.mp4", source / "videos" / f"{video}.mp4")
-
-
-Pair = tuple[dict[str, Any], dict[str, Any]]
-
-
-def write_set(folder: Path, name: str, rows: list[Pair]) -> None:
-    """Questions and answers of a set, in the same order."""
-    asked: list[dict[str, Any]] = []
-    answers: list[dict[str, Any]] = []
-    for question, answer in rows:
-        video, kind = question["video_name"], TYPES[name](*_texts((question, answer)))
-        identity: str | int = len(asked)
-        if name == "Activitynet":
-            identity = f"{PREFIX}{video}_{sum(row['video_name'] == video for row in asked) + 1}"
-        asked.append({"video_name": video, "question": question["question"], "question_id": identity})
-        answers.append({"answer": answer["answer"], "type": kind, "question_id": identity})
-    write_json(folder / "test_q.json", asked)
-    write_json(folder / "test_a.json", answers)
-
-
-def _texts(pair: Pair) -> tuple[str, str]:
-    """Text and family of a question."""
-    return pair[0]["question"], pair[1]["type"]
-
-
-def _first_word(question: str, family: str) -> str:
-    return question.split()[0].lower()
-
-
-TYPES: dict[str, Callable[[str, str], str | int]] = {
-    "TGIF": lambda question, family: TGIF_TYPES[family],
-    "MSVD": _first_word,
-    "MSRVTT": _first_word,
-    "Activitynet": lambda question, family: ACTIVITYNET_TYPES[family],
-}
+        for video in own:
+            link(folder / FOLDERS[name] / f"{PREFIX}{video}.mp4", source / "videos" / f"{video}.mp4")

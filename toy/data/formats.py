@@ -1,6 +1,6 @@
-"""The answer formats of the benchmarks, as question-answer pairs about one scene.
+"""The answer formats of the benchmarks, as question-answer pairs about one scene, and the words that they add.
 
-Every function is `(things, rng, family="") -> Pair` on top of the question families of `toy.data.questions`;
+Every format is a function `(things, rng, family="") -> Pair` on top of the question families of `toy.data.questions`;
 without `family` it draws one of those that fit. It raises `Retry` where the draw is ambiguous; `compose` draws again.
 Messages are those of LLaVA's evaluation scripts and of lmms-eval: `question`, a line break, `suffix`.
 """
@@ -8,14 +8,24 @@ Messages are those of LLaVA's evaluation scripts and of lmms-eval: `question`, a
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from eval.benchmarks.prompts import LETTER, LETTER_CN, SHORT, VIZ
-from toy.data.chinese import in_chinese
-from toy.data.questions import FAMILIES, Question, Retry
+from eval.benchmarks.llava_files import LETTER, LETTER_CN, SHORT, VIZ
+from toy.data.questions import (
+    CHINESE_PARTICLES,
+    CHINESE_WORDS,
+    FAMILIES,
+    Question,
+    Retry,
+    in_chinese,
+    phrasings,
+    pick,
+    translate,
+)
 from toy.data.scenes import Thing
-from toy.data.vocabulary import COLOR_NAMES, DIGITS, SHAPES, SIZES
+from toy.data.vocabulary import COLOR_NAMES, DIGITS, SHAPES, SHORT_ANSWER, SIZES, TOY_WORDS, Vocabulary, grown
 
 SINGLE_WORD = "Answer the question with a single word."
 CAPTION = "Provide a one-sentence caption for the provided image."
@@ -75,13 +85,6 @@ def compose(
     return None
 
 
-def pick(items: Sequence, rng: Rng):
-    """One of the items, all alike."""
-    if not len(items):
-        raise Retry
-    return items[int(rng.integers(len(items)))]
-
-
 def draw(things: Things, rng: Rng, family: str = "", among: Sequence[str] = tuple(FAMILIES)) -> Question:
     """A question of the family, or of one of `among`."""
     return FAMILIES[family or pick(among, rng)](things, rng)
@@ -90,22 +93,14 @@ def draw(things: Things, rng: Rng, family: str = "", among: Sequence[str] = tupl
 # Answers in a word or phrase.
 
 
-def short(things: Things, rng: Rng, family: str = "") -> Pair:
-    """GQA, VQAv2, DocVQA, InfoVQA, open questions of MMMU."""
-    question = draw(things, rng, family)
-    return Pair(question.text, SHORT, question.answer, question.family)
+def in_words(suffix: str) -> Format:
+    """The question as it is, with an instruction or none."""
 
+    def form(things: Things, rng: Rng, family: str = "") -> Pair:
+        question = draw(things, rng, family)
+        return Pair(question.text, suffix, question.answer, question.family)
 
-def single_word(things: Things, rng: Rng, family: str = "") -> Pair:
-    """ChartQA."""
-    question = draw(things, rng, family)
-    return Pair(question.text, SINGLE_WORD, question.answer, question.family)
-
-
-def bare(things: Things, rng: Rng, family: str = "") -> Pair:
-    """No instruction: OCRBench, videos, MM-Vet, conversations of LLaVA-Bench."""
-    question = draw(things, rng, family)
-    return Pair(question.text, "", question.answer, question.family)
+    return form
 
 
 def yes_no(things: Things, rng: Rng, family: str = "") -> Pair:
@@ -170,25 +165,19 @@ def absent(things: Things, rng: Rng, family: str) -> str:
     sized = [thing for thing in shapes if big is None or thing.big == big]
     if family == "color":
         there, name = any(thing.shape == shape for thing in sized), f"{size}{SHAPES[shape]}"
-        texts = (f"What color is the {name}?", f"What is the color of the {name}?", f"The {name} has which color?")
     elif family == "shape":
         there, name = any(thing.color == color for thing in sized), f"{size}{COLOR_NAMES[color]} object"
-        texts = (f"What shape is the {name}?", f"What is the shape of the {name}?", f"The {name} has which shape?")
     elif family == "digit":
         there = any(thing.kind == "frame" and thing.color == color for thing in things)
         name = f"{COLOR_NAMES[color]} frame"
-        texts = (
-            f"What number is in the {name}?",
-            f"Which digit is written in the {name}?",
-            f"What does the {name} say?",
-        )
     else:
         there = any(thing.color == color and thing.shape == shape for thing in sized)
         name = f"{COLOR_NAMES[color]} {SHAPES[shape]}"
-        texts = tuple(f"Is the {name} on the {pair} side?" for pair in ("left or right", "top or bottom"))
     if there:
         raise Retry
-    return pick(texts, rng)
+    if family == "side":
+        return pick([f"Is the {name} on the {pair} side?" for pair in ("left or right", "top or bottom")], rng)
+    return pick(phrasings(family, name), rng)
 
 
 # Answers that are a letter.
@@ -223,19 +212,26 @@ def listed(options: Sequence[str], before: str = "", after: str = ". ") -> list[
     return [f"{before}{letter}{after}{option}" for letter, option in zip(LETTERS, options, strict=False)]
 
 
-def letters(things: Things, rng: Rng, family: str = "") -> Pair:
-    """MMBench, SEED-Bench, AI2D, lmms-eval's MMMU and ScienceQA without context."""
-    question = draw(things, rng, family, LETTERED)
-    options, letter = options_of(question, rng)
-    return Pair("\n".join([question.text, *listed(options)]), LETTER, letter, question.family, options)
+def lettered(
+    layout: Callable[[str, Sequence[str]], str],
+    suffix: str = LETTER,
+    opened: Callable[[str], tuple[str, str]] | None = None,
+) -> Format:
+    """Options with letters.
 
+    Args:
+        layout: text of a question and options -> what is asked.
+        opened: text -> text and instruction of the quarter of the questions that has no options; None for no such part.
+    """
 
-def several(things: Things, rng: Rng, family: str = "") -> Pair:
-    """lmms-eval's MMBench, which announces the options."""
-    question = draw(things, rng, family, LETTERED)
-    options, letter = options_of(question, rng)
-    lines = [f"{question.text} {SEVERAL}", *listed(options)]
-    return Pair("\n".join(lines) + "\n", LETTER, letter, question.family, options)
+    def form(things: Things, rng: Rng, family: str = "") -> Pair:
+        question = draw(things, rng, family, LETTERED)
+        if opened is not None and rng.random() < 0.25:
+            return Pair(*opened(question.text), question.answer, question.family)
+        options, letter = options_of(question, rng)
+        return Pair(layout(question.text, options), suffix, letter, question.family, options)
+
+    return form
 
 
 def letters_cn(things: Things, rng: Rng, family: str = "") -> Pair:
@@ -244,34 +240,6 @@ def letters_cn(things: Things, rng: Rng, family: str = "") -> Pair:
     options, letter = options_of(question, rng)
     text, translated = in_chinese(question, options)
     return Pair("\n".join([text, *listed(translated)]), LETTER_CN, letter, question.family, translated)
-
-
-def parens(things: Things, rng: Rng, family: str = "") -> Pair:
-    """MMMU: the picture's place is marked, a blank line follows the options; a quarter are open questions."""
-    question = draw(things, rng, family, LETTERED)
-    text = f"{MARK} {question.text}"
-    if rng.random() < 0.25:
-        return Pair(text, SHORT, question.answer, question.family)
-    options, letter = options_of(question, rng)
-    return Pair("\n".join([text, *listed(options, "(", ") ")]) + "\n", LETTER, letter, question.family, options)
-
-
-def mmstar(things: Things, rng: Rng, family: str = "") -> Pair:
-    """MMStar: options on one line."""
-    question = draw(things, rng, family, LETTERED)
-    options, letter = options_of(question, rng)
-    text = f"{question.text}\nOptions: {', '.join(listed(options, after=': '))}"
-    return Pair(text, LETTER, letter, question.family, options)
-
-
-def realworld(things: Things, rng: Rng, family: str = "") -> Pair:
-    """RealWorldQA, whose questions hold their instruction: a letter, or in a quarter of them a word."""
-    question = draw(things, rng, family, LETTERED)
-    if rng.random() < 0.25:
-        return Pair(f"{question.text}\n{ONLY_WORD}", "", question.answer, question.family)
-    options, letter = options_of(question, rng)
-    text = "\n".join([question.text, *listed(options), ONLY_LETTER])
-    return Pair(text, "", letter, question.family, options)
 
 
 def context(things: Things, rng: Rng, family: str = "") -> Pair:
@@ -367,18 +335,33 @@ def from_the_left(things: list[Thing], count: int = 3) -> list[Thing]:
 
 
 FORMATS: dict[str, Format] = {
-    "short": short,
+    # GQA, VQAv2, DocVQA, InfoVQA, open questions of MMMU.
+    "short": in_words(SHORT),
     "yes_no": yes_no,
-    "single_word": single_word,
-    "bare": bare,
+    # ChartQA.
+    "single_word": in_words(SINGLE_WORD),
+    # No instruction: OCRBench, videos, MM-Vet, conversations of LLaVA-Bench.
+    "bare": in_words(""),
     "ocr": ocr,
     "viz": viz,
-    "letters": letters,
-    "several": several,
+    # MMBench, SEED-Bench, AI2D, lmms-eval's MMMU and ScienceQA without context.
+    "letters": lettered(lambda text, options: "\n".join([text, *listed(options)])),
+    # lmms-eval's MMBench, which announces the options.
+    "several": lettered(lambda text, options: "\n".join([f"{text} {SEVERAL}", *listed(options), ""])),
     "letters_cn": letters_cn,
-    "parens": parens,
-    "mmstar": mmstar,
-    "realworld": realworld,
+    # MMMU: the picture's place is marked, a blank line follows the options.
+    "parens": lettered(
+        lambda text, options: "\n".join([f"{MARK} {text}", *listed(options, "(", ") "), ""]),
+        opened=lambda text: (f"{MARK} {text}", SHORT),
+    ),
+    # MMStar: options on one line.
+    "mmstar": lettered(lambda text, options: f"{text}\nOptions: {', '.join(listed(options, after=': '))}"),
+    # RealWorldQA, whose questions hold their instruction: a letter or a word.
+    "realworld": lettered(
+        lambda text, options: "\n".join([text, *listed(options), ONLY_LETTER]),
+        suffix="",
+        opened=lambda text: (f"{text}\n{ONLY_WORD}", ""),
+    ),
     "context": context,
     "context_text": context_text,
     "caption": caption,
@@ -392,3 +375,105 @@ def lmms_wording(name: str, pair: Pair) -> Pair:
     if name == "bare":
         return replace(pair, question=f"{STEP_BY_STEP} \n\n{pair.question}")
     return replace(pair, suffix=LETTER_CN_LMMS) if name == "letters_cn" else pair
+
+
+# Auxiliary tasks of the instruct stage: what an option letter stands for, in text alone. Without them a model of this
+# size guesses letters for many hundred steps: it has to learn at once what a picture shows and which letter stands
+# beside that word.
+
+
+def match(things: Things, rng: Rng, family: str = "") -> Pair:
+    """The answer itself, then options: say its letter."""
+    options, letter, lines, suffix, kind = optioned(things, rng, family)
+    said = options[LETTERS.index(letter)]
+    return Pair("\n".join([f"Context: {said}", *lines]), suffix, letter, kind, options)
+
+
+def recite(things: Things, rng: Rng, family: str = "") -> Pair:
+    """Every option with its letter, in the order of the context: many letters for one line of training."""
+    options, _, lines, suffix, _ = optioned(things, rng, family)
+    order = rng.permutation(len(options))
+    said = [f"{options[k]} {LETTERS[k]}" for k in order]
+    text = "\n".join([f"Context: {' '.join(options[k] for k in order)}", *lines])
+    return Pair(text, suffix, " ".join(said), "recite", options)
+
+
+def optioned(things: Things, rng: Rng, family: str) -> tuple[tuple[str, ...], str, list[str], str, str]:
+    """Options in English or Chinese, the right letter, their lines in any style, an instruction, the family."""
+    question = draw(things, rng, family, LETTERED)
+    options, letter = options_of(question, rng, most=5)
+    style = rng.random()
+    if style < 0.25:
+        options = tuple(map(translate, options))
+    lines = listed(options)
+    if style > 0.75:
+        lines = listed(options, "(", ") ")
+    elif style > 0.5:
+        lines = [f"Options: {', '.join(listed(options, after=': '))}"]
+    suffix = pick((LETTER, LETTER_CN, "") if style > 0.5 else (LETTER, LETTER_CN), rng)
+    return options, letter, lines, suffix, question.family
+
+
+AUXILIARY: dict[str, Format] = {"match": match, "recite": recite}
+TRAINED = {**FORMATS, **AUXILIARY}
+BLIND = (*WITHOUT_IMAGE, *AUXILIARY)
+
+
+# The words of the model of all formats: those of the toy model, and what the formats add. Instructions are single
+# tokens, as the toy model's one is. Option letters are cased tokens of their own: "A" is an option, "a" an article.
+
+# Instruction -> the old token that its embedding starts from.
+INSTRUCTIONS = {
+    VIZ.splitlines()[0]: SHORT_ANSWER,
+    SINGLE_WORD: SHORT_ANSWER,
+    ONLY_WORD: SHORT_ANSWER,
+    LETTER: SHORT_ANSWER,
+    LETTER_CN_LMMS: SHORT_ANSWER,
+    LETTER_CN: SHORT_ANSWER,
+    ONLY_LETTER: SHORT_ANSWER,
+    SEVERAL: "which",
+    CAPTION: "image",
+    DESCRIBE: "image",
+    STEP_BY_STEP: "what",
+}
+PUNCTUATION = (".", ",", ":", "(", ")", "<", ">")
+_FORMAT_WORDS = (
+    "reference",
+    "ocr",
+    "token",
+    "options",
+    "context",
+    "look",
+    "at",
+    "and",
+    "an",
+    "with",
+    "says",
+    UNANSWERABLE,
+)
+
+
+_CHINESE = tuple(dict.fromkeys([*CHINESE_WORDS.values(), *CHINESE_PARTICLES]))
+
+
+class InstructVocabulary(Vocabulary):
+    """Reads text with the tokenizer, because letters are cased and punctuation stands beside words."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text without the beginning-of-text token."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    @cached_property
+    def tokenizer(self):
+        """The vocabulary as a transformers tokenizer; option letters are tokens only as words of their own."""
+        from tokenizers import AddedToken
+
+        made = Vocabulary(self.words, phrases=self.phrases).tokenizer
+        made.add_tokens([AddedToken(letter, single_word=True, normalized=False) for letter in LETTERS])
+        return made
+
+
+INSTRUCT_WORDS = InstructVocabulary(
+    grown(TOY_WORDS.words, (*INSTRUCTIONS, *LETTERS, *PUNCTUATION, *_FORMAT_WORDS, *_CHINESE)),
+    phrases=(*INSTRUCTIONS, *_CHINESE),
+)

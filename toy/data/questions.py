@@ -1,9 +1,9 @@
-"""Questions about a scene, in nine families, with the types and programs that GQA files carry.
+"""Questions about a scene, in nine families, with the types and programs that GQA files carry; and the same in Chinese.
 
 Every question has exactly one right answer in its scene: things are named by attributes that single them out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +15,16 @@ MARGIN = 10  # pixels between centres before "left of" or "above" is said
 
 
 @dataclass(frozen=True)
-class Question:
-    """text, answer, and the GQA fields: structural and semantic type, program as (operation, argument)."""
-
+class PlainQuestion:
     family: str
     text: str
     answer: str
+
+
+@dataclass(frozen=True)
+class Question(PlainQuestion):
+    """With the GQA fields: structural and semantic type, program as (operation, argument)."""
+
     structural: str
     semantic: str
     program: tuple[tuple[str, str], ...]
@@ -44,7 +48,8 @@ def _shapes(things) -> list[Thing]:
     return [thing for thing in things if thing.kind == "shape"]
 
 
-def _pick(items, rng):
+def pick(items: Sequence, rng: np.random.Generator):
+    """One of the items, all alike; Retry where there is none."""
     if not len(items):
         raise Retry
     return items[int(rng.integers(len(items)))]
@@ -70,24 +75,29 @@ def _matches(things, like: Thing, size=False, color=False, shape=True) -> list[T
     ]
 
 
-def _color(things, rng) -> Question:
-    target, size = _pick(_shapes(things), rng), rng.random() < 0.5
-    _require(len(_matches(things, target, size=size)) == 1)
-    name = _name(target, size=size)
-    text = _pick(
-        [f"What color is the {name}?", f"What is the color of the {name}?", f"The {name} has which color?"], rng
-    )
-    return Question("color", text, COLOR_NAMES[target.color], "query", "attr", (("select", name), ("query", "color")))
+def phrasings(family: str, name: str) -> list[str]:
+    """The ways to ask for the colour or the shape of a thing, or for the number in a frame."""
+    if family == "digit":
+        return [
+            f"What number is in the {name}?",
+            f"Which digit is written in the {name}?",
+            f"What does the {name} say?",
+        ]
+    return [f"What {family} is the {name}?", f"What is the {family} of the {name}?", f"The {name} has which {family}?"]
 
 
-def _shape(things, rng) -> Question:
-    target, size = _pick(_shapes(things), rng), rng.random() < 0.5
-    _require(len(_matches(things, target, size=size, color=True, shape=False)) == 1)
-    name = _name(target, size=size, color=True, shape=False)
-    text = _pick(
-        [f"What shape is the {name}?", f"What is the shape of the {name}?", f"The {name} has which shape?"], rng
-    )
-    return Question("shape", text, SHAPES[target.shape], "query", "attr", (("select", name), ("query", "shape")))
+def _attribute(family: str, names: Sequence[str], **named_by: bool) -> "Family":
+    """A question for the colour or the shape of a thing; `named_by`: the attributes that single it out."""
+
+    def ask_for(things, rng) -> Question:
+        target, size = pick(_shapes(things), rng), rng.random() < 0.5
+        _require(len(_matches(things, target, size=size, **named_by)) == 1)
+        name = _name(target, size=size, **named_by)
+        text = pick(phrasings(family, name), rng)
+        program = (("select", name), ("query", family))
+        return Question(family, text, names[getattr(target, family)], "query", "attr", program)
+
+    return ask_for
 
 
 def _offset(a: Thing, b: Thing, relation: str) -> float:
@@ -100,11 +110,11 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def _relate(things, rng) -> Question:
-    target, anchor = _pick(_shapes(things), rng), _pick(_shapes(things), rng)
+    target, anchor = pick(_shapes(things), rng), pick(_shapes(things), rng)
     _require(target is not anchor and target.shape != anchor.shape)
     color = rng.random() < 0.5
     _require(len(_matches(things, anchor, color=color)) == 1)
-    relation = _pick(RELATIONS, rng)
+    relation = pick(RELATIONS, rng)
     _require(_offset(target, anchor, relation) > MARGIN)
     same = _matches(things, target)
     # Nothing of the same shape may be even nearly on that side.
@@ -124,11 +134,11 @@ def _exist(things, rng) -> Question:
         _require(any(thing.pattern == pattern for thing in things) == wanted)
         name = f"{PATTERNS[pattern]} panel"
     else:
-        like, size = _pick(_shapes(things), rng), rng.random() < 0.3
+        like, size = pick(_shapes(things), rng), rng.random() < 0.3
         if not wanted:
             # 60 % of the absent things are made of attributes that the scene does hold.
             if rng.random() < 0.6:
-                shape = _pick(_shapes(things), rng).shape
+                shape = pick(_shapes(things), rng).shape
                 flip = size and rng.random() < 0.4
                 like = Thing(
                     "shape", 0, 0, 0, like.shape if flip else shape, like.color, 1 - like.big if flip else like.big
@@ -139,38 +149,33 @@ def _exist(things, rng) -> Question:
         _require(bool(_matches(things, like, size=size, color=True)) == wanted)
         name = _name(like, size=size, color=True)
     answer = "yes" if wanted else "no"
-    text = _pick([f"Is there a {name} in the image?", f"Is there a {name}?", f"Does the image contain a {name}?"], rng)
+    text = pick([f"Is there a {name} in the image?", f"Is there a {name}?", f"Does the image contain a {name}?"], rng)
     return Question("exist", text, answer, "verify", "obj", (("select", name), ("exist", "?")))
 
 
 def _count(things, rng) -> Question:
     kind, wanted = int(rng.integers(3)), int(rng.choice([0, 1, 1, 2, 2, 3]))
     like = Thing("shape", 0, 0, 0, int(rng.integers(len(SHAPES))), int(rng.integers(8)), int(rng.integers(2)))
-    found = _matches(things, like, size=kind == 2, color=kind == 1, shape=kind != 1)
-    _require(len(found) == wanted or (wanted == 3 and len(found) == 4))
+    counted = _matches(things, like, size=kind == 2, color=kind == 1, shape=kind != 1)
+    _require(len(counted) == wanted or (wanted == 3 and len(counted) == 4))
     plural = PLURALS[SHAPES[like.shape]]
     name = (plural, f"{COLOR_NAMES[like.color]} objects", f"{SIZES[like.big]} {plural}")[kind]
-    text = _pick([f"How many {name} are there?", f"How many {name} are in the image?"], rng)
-    return Question("count", text, str(len(found)), "query", "obj", (("select", name), ("count", "")))
+    text = pick([f"How many {name} are there?", f"How many {name} are in the image?"], rng)
+    return Question("count", text, str(len(counted)), "query", "obj", (("select", name), ("count", "")))
 
 
 def _digit(things, rng) -> Question:
-    frame = _pick([thing for thing in things if thing.kind == "frame"], rng)
-    color = COLOR_NAMES[frame.color]
-    texts = (
-        f"What number is in the {color} frame?",
-        f"Which digit is written in the {color} frame?",
-        f"What does the {color} frame say?",
-    )
-    program = (("select", f"{color} frame"), ("query", "number"))
-    return Question("digit", _pick(texts, rng), str(frame.digit), "query", "attr", program)
+    frame = pick([thing for thing in things if thing.kind == "frame"], rng)
+    name = f"{COLOR_NAMES[frame.color]} frame"
+    text = pick(phrasings("digit", name), rng)
+    return Question("digit", text, str(frame.digit), "query", "attr", (("select", name), ("query", "number")))
 
 
 def _two_named(things, rng) -> tuple[Thing, Thing, str]:
     """Two things that shape and colour single out, and a relation that clearly holds between them."""
-    a, b = _pick(_shapes(things), rng), _pick(_shapes(things), rng)
+    a, b = pick(_shapes(things), rng), pick(_shapes(things), rng)
     _require(a is not b and len(_matches(things, a, color=True)) == 1 and len(_matches(things, b, color=True)) == 1)
-    relation = _pick(RELATIONS, rng)
+    relation = pick(RELATIONS, rng)
     _require(_offset(a, b, relation) > MARGIN)
     return a, b, relation
 
@@ -193,7 +198,7 @@ def _choose(things, rng) -> Question:
 
 
 def _side(things, rng) -> Question:
-    target = _pick(_shapes(things), rng)
+    target = pick(_shapes(things), rng)
     _require(len(_matches(things, target, color=True)) == 1)
     across = rng.random() < 0.5
     offset = (target.x if across else target.y) - SIDE / 2
@@ -205,9 +210,10 @@ def _side(things, rng) -> Question:
     return Question("side", text, first if offset < 0 else second, "choose", "attr", program)
 
 
-FAMILIES: dict[str, Callable[[tuple[Thing, ...], np.random.Generator], Question]] = {
-    "color": _color,
-    "shape": _shape,
+Family = Callable[[tuple[Thing, ...], np.random.Generator], Question]
+FAMILIES: dict[str, Family] = {
+    "color": _attribute("color", COLOR_NAMES),
+    "shape": _attribute("shape", SHAPES, color=True, shape=False),
     "relate": _relate,
     "exist": _exist,
     "count": _count,
@@ -215,4 +221,73 @@ FAMILIES: dict[str, Callable[[tuple[Thing, ...], np.random.Generator], Question]
     "verify": _verify,
     "choose": _choose,
     "side": _side,
+}
+
+
+# English word -> Chinese word. Each Chinese word is one token, and its embedding starts from the English one's.
+CHINESE_WORDS = {
+    "red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色",
+    "purple": "紫色", "orange": "橙色", "cyan": "青色", "pink": "粉色",
+    "circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形",
+    "cross": "十字形", "ring": "圆环", "heart": "心形",
+    "small": "小", "big": "大", "object": "物体", "panel": "面板", "frame": "框",
+    "striped": "条纹", "checkered": "方格", "dotted": "圆点",
+    "yes": "是的", "no": "不是", "left": "左边", "right": "右边",
+    "above": "上方", "below": "下方", "top": "上半", "bottom": "下半",
+    "color": "颜色", "shape": "形状", "number": "数字", "image": "图中", "there": "有", "many": "几个",
+    "what": "什么", "is": "是", "or": "还是", "on": "在", "of": "的", "in": "里", "?": "？",
+}  # fmt: skip
+# Words without an English one of their own.
+CHINESE_PARTICLES = {"吗": "?", "几": "number"}
+SINGULAR = {plural: shape for shape, plural in PLURALS.items()} | {"objects": "object"}
+
+
+def translate(name: str) -> str:
+    """ "small red stars" -> 小红色星形; digits stay."""
+    return "".join(CHINESE_WORDS.get(SINGULAR.get(word, word), word) for word in name.split())
+
+
+def in_chinese(question: Question, options: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Text and options of a question, from its program."""
+    steps = dict(question.program)
+    name = translate(steps["select"])
+    return f"{CHINESE_TEXTS[question.family](steps, name)}？", tuple(map(translate, options))
+
+
+def _related_in_chinese(steps: dict[str, str], step: str) -> tuple[str, list[str]]:
+    """The first thing of a relation, and the words after it: one relation, or "left or right of"."""
+    thing, relation = steps[step].split(",")
+    return translate(thing), [CHINESE_WORDS[word] for word in relation.split() if word not in ("or", "of")]
+
+
+def _relate_in_chinese(steps: dict[str, str], anchor: str) -> str:
+    name, (side,) = _related_in_chinese(steps, "relate")
+    return f"{anchor}的{side}的{name}是什么颜色"
+
+
+def _verify_in_chinese(steps: dict[str, str], anchor: str) -> str:
+    name, (side,) = _related_in_chinese(steps, "verify rel")
+    return f"{name}在{anchor}的{side}吗"
+
+
+def _choose_in_chinese(steps: dict[str, str], anchor: str) -> str:
+    name, sides = _related_in_chinese(steps, "choose rel")
+    return f"{name}在{anchor}的{sides[0]}还是{sides[1]}"
+
+
+def _side_in_chinese(steps: dict[str, str], name: str) -> str:
+    first, second = steps["choose position"].split("|")
+    return f"{name}在{CHINESE_WORDS[first]}还是{CHINESE_WORDS[second]}"
+
+
+CHINESE_TEXTS = {
+    "color": lambda steps, name: f"{name}是什么颜色",
+    "shape": lambda steps, name: f"{name}是什么形状",
+    "relate": _relate_in_chinese,
+    "exist": lambda steps, name: f"图中有{name}吗",
+    "count": lambda steps, name: f"图中有几个{name}",
+    "digit": lambda steps, name: f"{name}里的数字是几",
+    "verify": _verify_in_chinese,
+    "choose": _choose_in_chinese,
+    "side": _side_in_chinese,
 }

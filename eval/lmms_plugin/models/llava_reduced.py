@@ -13,17 +13,18 @@ from typing import Any, NoReturn
 from PIL import Image
 from tqdm import tqdm
 
-from eval.benchmarks.prompts import split_suffix
-from eval.job import ROUNDING, load_model, seed_everything
-from eval.lmms_plugin.arguments import configuration
+from eval.ask import ROUNDING
+from eval.benchmarks.llava_files import split_suffix
+from eval.config import build_reducer
+from eval.lmms_plugin import configuration
 from eval.results.cost import audit_record, off_budget, summarise_audit
-from eval.settings import build_reducer
+from eval.run import load_model, seed_everything
 from llava.errors import UserError
 from llava.pipeline.generate import generate
-from llava.processing.clip_image import as_rgb
-from llava.processing.sample import Sample
+from llava.processing.image import as_rgb
+from llava.processing.prompt import Sample
 from llava.processing.video import Video, read_video
-from llava.reduction.crop_budget import require
+from llava.reduction.budget import require
 
 try:
     from lmms_eval.api.model import lmms
@@ -41,7 +42,7 @@ class LlavaReduced(lmms):
 
     Args:
         batch_size: questions answered at once; answers do not depend on it.
-        arguments: see eval.lmms_plugin.arguments; `set.KEY` and `picture.KEY` among them.
+        arguments: see eval.lmms_plugin; `set.KEY` and `picture.KEY` among them.
     """
 
     is_simple = True

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from eval.pages.skeleton import asset, environment
+from eval.pages import asset, environment
 from eval.papers.document import Document
 from eval.papers.rows import difference_to, ours_text, published_text
 

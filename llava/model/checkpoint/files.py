@@ -1,8 +1,18 @@
-"""Files of checkpoints: find or download them, and read them without running any code that they contain."""
+"""Files of checkpoints: find or download them, read them without running any code that they contain, and hash them.
 
+Stored answers belong to the hashes: whatever is changed in one of the files, they are not taken for its answers. Every
+byte counts. A file of many gigabytes is read once (1.4 GB/s on one core) and its hash remembered in the user's cache
+folder, for as long as its path, size, times and inode stay the same.
+"""
+
+import fcntl
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,6 +21,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from llava.errors import UserError
 from llava.processing.config_schema import WeightIndex, checked
@@ -23,6 +34,13 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order of pre
 IGNORED_KEYS = (".inv_freq", ".position_ids")
 NAMED = 5  # names listed in an error; the others are counted
 NESTING = 64  # levels of a JSON file
+
+# What is hashed beside the weights: configurations and tokenizers.
+READ = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
+LARGE = 64 << 20  # bytes; smaller files are hashed again by every process
+BLOCK = 16 << 20  # bytes read at once
+THREADS = 8
+DIGITS = 16
 
 
 def locate(source: str | Path, what: str, weights: bool = True) -> Path:
@@ -64,18 +82,29 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: there is no such file, it cannot be read, it is no JSON object, a name appears twice in an object, or
             it is nested deeper than NESTING levels.
     """
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Python's reader would keep the last value of a name silently."""
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in content if names.count(name) > 1)
+            raise UserError(f"{path} contains {twice!r} twice; remove one of the two or fetch the file again.")
+        return content
+
+    deep = UserError(f"{path} is nested deeper than {NESTING} levels; a checkpoint's files are not, fetch it again.")
     try:
         if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
             raise UserError(f"{path} is no regular file; put the checkpoint's {path.name} there.")
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from error
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}); check its permissions or fetch it again.") from error
     except RecursionError as error:
-        raise _too_deep(path) from error
-    except _DuplicateError as error:
-        raise UserError(f"{path} contains {error} twice; remove one of the two or fetch the file again.") from error
+        raise deep from error
     except ValueError as error:  # JSON, UTF-8, and numbers of more than 4,300 digits
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
@@ -85,24 +114,8 @@ def read_json(path: Path) -> dict[str, Any]:
         inner = [value.values() if isinstance(value, dict) else value for value in level]
         level = [one for values in inner for one in values if isinstance(one, dict | list)]
     if level:
-        raise _too_deep(path)
+        raise deep
     return content
-
-
-class _DuplicateError(Exception):
-    """A name that appears twice in a JSON object; Python's reader would keep the last value silently."""
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateError(repr(next(name for name in content if names.count(name) > 1)))
-    return content
-
-
-def _too_deep(path: Path) -> UserError:
-    return UserError(f"{path} is nested deeper than {NESTING} levels; a checkpoint's files are not, fetch it again.")
 
 
 def _index_shards(index: Path) -> list[str]:
@@ -165,3 +178,74 @@ def listed(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+# Hashes
+
+
+def files_of(folder: Path, prefix: str = "", weights: bool = True) -> dict[str, Path]:
+    """Return the files of a folder that loading may read, by their names in it.
+
+    Args:
+        prefix: put before the names.
+        weights: False leaves out the weights, for a folder of which they are not used.
+    """
+    paths = {path for pattern in READ for path in folder.glob(pattern) if path.is_file()}
+    paths |= set(weight_files(folder)) if weights else set()
+    return {f"{prefix}{path.relative_to(folder).as_posix()}": path for path in sorted(paths)}
+
+
+def hashes_of(files: Mapping[str, Path]) -> dict[str, str]:
+    """Return name -> hash of the content. After a second, a progress bar shows how far it is."""
+    try:
+        total = sum(path.stat().st_size for path in files.values())
+        with (
+            tqdm(total=total, desc="hash of the model's files", unit="B", unit_scale=True, delay=1, leave=False) as bar,
+            ThreadPoolExecutor(THREADS) as pool,
+        ):
+            return dict(zip(files, pool.map(lambda path: hash_of(path, bar.update), files.values()), strict=True))
+    except OSError as error:
+        raise UserError(f"Cannot read {error.filename} ({error.strerror}); check its permissions.") from error
+
+
+def hash_of(path: Path, advance: Callable[[int], object]) -> str:
+    """Return the hash of a file, from the user's cache folder if it is there.
+
+    The lock lets one process of several read the file while the others wait for its hash. Where the cache folder cannot
+    be written to, each of them reads it.
+
+    Args:
+        advance: called with the number of bytes that are done.
+    """
+    state = path.stat()
+    if state.st_size < LARGE:
+        return read_hash(path, advance)
+    known = (str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "visual-token-reduction"
+    with ExitStack() as stack:
+        memory = None
+        with suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            memory = stack.enter_context(open(cache / hashlib.sha256(repr(known).encode()).hexdigest(), "a+"))
+            fcntl.flock(memory, fcntl.LOCK_EX)
+            memory.seek(0)
+            if len(remembered := memory.read()) == DIGITS:
+                advance(state.st_size)
+                return remembered
+        fresh = read_hash(path, advance)
+        if memory is not None:
+            with suppress(OSError):
+                memory.truncate(0)  # of a process that was killed while it wrote
+                memory.write(fresh)
+                memory.flush()
+        return fresh
+
+
+def read_hash(path: Path, advance: Callable[[int], object]) -> str:
+    """Return the hash of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()[:DIGITS]

@@ -2,20 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.errors import UserError
-from llava.reduction.reduction import Reduction
+from llava.reduction.merging import Reduction
+from llava.reduction.modules import linear_flops
+from llava.reduction.reducer import Reducer, by_images
 from llava.reduction.scores import BlockInput, TowerScore, mean_keys, tower_score
+from llava.reduction.states import BlockState
+from llava.reduction.token_layout import ModelSpec
 
-# (hidden [B, n, D], keys [B, n, d], sizes [B, n], block) -> what to merge inside the block
-MergeAt = Callable[[Tensor, Tensor, Tensor, int], Reduction | None]
-# (tower, hidden [B, n, D], places) -> hidden states [B, n, D] behind so many blocks, in the order of the places
-RunBlocks = Callable[[nn.Module, Tensor, Sequence[int]], list[Tensor]]
+# (CLIPVisionModel, hidden [B, n, D], places) -> hidden states [B, n, D] behind so many blocks, in order of the places
+RunBlocks = Callable[[Any, Tensor, Sequence[int]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,37 +45,37 @@ class Encoded:
         """The same for some of the images."""
         merged = self.merged
         if merged is not None:
-            merged = Reduction(merged.kept[index], merged.inputs, merged.assignment[index], merged.merge_weight[index])
+            assignment, weight = merged.explicit()
+            merged = Reduction(merged.kept[index], merged.inputs, assignment[index], weight[index])
         scores = {score: values[index] for score, values in self.scores.items()}
         return Encoded(self.features[index], scores, self.grid, merged, self.tokens, self.spent)
 
 
-def patch_grid(tower: nn.Module) -> tuple[int, int]:
+def patch_grid(tower: Any) -> tuple[int, int]:
     """Rows and columns of patches of the tower's own image size."""
     side = tower.config.image_size // tower.config.patch_size
     return side, side
 
 
-def run_blocks(tower: nn.Module, hidden: Tensor, places: Sequence[int]) -> list[Tensor]:
+def run_blocks(tower: Any, hidden: Tensor, places: Sequence[int]) -> list[Tensor]:
     """Hidden states [B, n, D] behind the first k blocks, for each k in `places`, which ascend; 0 is the input."""
-    found, done = [], 0
+    states, done = [], 0
     for place in places:
         for block in tower.encoder.layers[done:place]:
             hidden = block(hidden, None)
-        found.append(hidden)
+        states.append(hidden)
         done = place
-    return found
+    return states
 
 
 def encode(
-    tower: nn.Module,
+    tower: Any,
     pixels: Tensor,
     select_layer: int,
     scores: Sequence[TowerScore] = (),
     grid: tuple[int, int] | None = None,
     keep_cls: bool = False,
-    merging: Sequence[int] = (),
-    merge_at: MergeAt | None = None,
+    merger: "TowerMerger | None" = None,
     run: RunBlocks = run_blocks,
 ) -> Encoded:
     """Run a CLIP vision tower as far as it is needed.
@@ -84,7 +87,7 @@ def encode(
         scores: scores to compute beside the main path.
         grid: shrink the image to rows x columns patches first (the `downsample` control); None keeps it.
         keep_cls: leave the CLS token before the patch features.
-        merging: blocks inside which `merge_at` is called, between attention and MLP.
+        merger: merges tokens inside some of the blocks.
         run: runs the blocks, unless tokens are merged in some of them.
 
     Blocks after the selected layer run only when a score asks for them.
@@ -99,78 +102,102 @@ def encode(
         if not -depth <= index < depth:
             raise UserError(f"TowerScore {score.kind} needs tower block {index}, but the tower has {depth} blocks.")
         wanted.setdefault(index % depth, []).append(score)
-    if merging and hasattr(blocks[0], "before_space"):
+    if merger and hasattr(blocks[0], "before_space"):
         raise UserError(
             "A method that merges in the tower cannot run on a video tower: its attention over time needs the same "
             "positions in every frame; choose a method that acts behind the tower."
         )
-    if merging and wanted:
+    if merger and wanted:
         raise UserError("Tower scores are over all patches; a method that merges in the tower cannot ask for them.")
-    merged, tokens = None, []
-    found: dict[TowerScore, Tensor] = {}
-    if merging:
-        for index in range(selected):
+    grid = grid or patch_grid(tower)
+    if merger:
+        features, merged, tokens = merger.run(hidden, selected)
+        return Encoded(features if keep_cls else features[:, 1:], {}, grid, merged, tokens, merger.flops)
+    # Scores are of the inputs of their blocks.
+    places = sorted({selected, *wanted})
+    inputs = dict(zip(places, run(tower, hidden, places), strict=True))
+    computed: dict[TowerScore, Tensor] = {}
+    for index, asked in wanted.items():
+        block, seen = blocks[index], inputs[index]
+        # What the spatial attention of a video block works on is what attention over time makes of its input.
+        state = BlockInput(block, block.before_space(seen) if hasattr(block, "before_space") else seen)
+        computed |= {score: tower_score(score, state) for score in asked}
+    features = inputs[selected] if keep_cls else inputs[selected][:, 1:]
+    return Encoded(features, computed, grid, None, ((hidden.shape[1], hidden.shape[1]),) * places[-1])
+
+
+class TowerMerger:
+    """Merges tokens inside blocks of the tower, between attention and MLP, as a method says (stage 0).
+
+    Args:
+        blocks: inside which the method is asked.
+        tiles: images in the batch.
+
+    Attributes:
+        flops: operations per image that the method has spent so far.
+    """
+
+    def __init__(self, reducer: Reducer, spec: ModelSpec, tower: Any, blocks: Sequence[int], tiles: int):
+        self.reducer, self.spec, self.tower, self.blocks = reducer, spec, tower, blocks
+        self.names = tuple(map(str, range(tiles)))
+        self.flops = 0
+
+    def run(self, hidden: Tensor, selected: int) -> tuple[Tensor, Reduction | None, tuple[tuple[int, int], ...]]:
+        """Run the first `selected` blocks.
+
+        Args:
+            hidden: [B, 1 + P, D], CLS first.
+
+        Returns:
+            hidden states [B, 1 + N, D], what was merged over patches, and the tokens that enter attention and MLP of
+            every block.
+        """
+        merged, tokens = None, []
+        for index, block in enumerate(self.tower.encoder.layers[:selected]):
             before = hidden.shape[1]
-            if index in merging or merged is not None:
-                reduce = merge_at if index in merging else None
-                hidden, merged = _merging_block(blocks[index], hidden, merged, index, reduce)
+            if index in self.blocks or merged is not None:
+                hidden, merged = self.run_block(block, index, hidden, merged)
             else:
-                hidden = blocks[index](hidden, None)
+                hidden = block(hidden, None)
             tokens.append((before, hidden.shape[1]))
-        features = hidden
-    else:
-        # Scores are of the inputs of their blocks.
-        places = sorted({selected, *wanted})
-        inputs = dict(zip(places, run(tower, hidden, places), strict=True))
-        for index, asked in wanted.items():
-            seen = BlockInput(blocks[index], _before_space(blocks[index], inputs[index]))
-            found |= {score: tower_score(score, seen) for score in asked}
-        features, tokens = inputs[selected], [(hidden.shape[1], hidden.shape[1])] * places[-1]
-    features = features if keep_cls else features[:, 1:]
-    merged = None if merged is None else _patches_only(merged)
-    return Encoded(features, found, grid or patch_grid(tower), merged, tuple(tokens))
+        if merged is not None:  # without token 0, which is CLS and stays alone
+            assignment, weight = merged.explicit()
+            merged = Reduction(merged.kept[:, 1:] - 1, merged.inputs - 1, assignment[:, 1:] - 1, weight[:, 1:])
+        return hidden, merged, tuple(tokens)
 
+    def run_block(
+        self, block: Any, index: int, hidden: Tensor, merged: Reduction | None
+    ) -> tuple[Tensor, Reduction | None]:
+        """One block whose attention knows how large its tokens are, and in which the method may merge.
 
-def _before_space(block: nn.Module, hidden: Tensor) -> Tensor:
-    """What the spatial attention of a block works on: its input, or what attention over time makes of it."""
-    return block.before_space(hidden) if hasattr(block, "before_space") else hidden
-
-
-def _merging_block(
-    block: nn.Module, hidden: Tensor, merged: Reduction | None, index: int, merge_at: MergeAt | None
-) -> tuple[Tensor, Reduction | None]:
-    """One block that merges tokens between attention and MLP, and whose attention knows how large its tokens are."""
-    sizes = _sizes(hidden, merged)
-    # Proportional attention: a token that stands for s patches is attended as s equal tokens would be.
-    bias = None
-    if merged is not None:
-        bias = sizes.log()[:, None, None, :].to(hidden.dtype).expand(-1, -1, hidden.shape[1], -1)
-    normed = block.layer_norm1(hidden)
-    attended = hidden + block.self_attn(hidden_states=normed, attention_mask=bias)[0]
-    if merge_at is not None:
-        reduction = merge_at(attended, mean_keys(block, normed), sizes, index)
+        Args:
+            merged: what was merged before.
+        """
+        # How many of the first tokens each token stands for: [B, n] float32.
+        sizes, bias = hidden.new_ones(hidden.shape[:2], dtype=torch.float32), None
+        if merged is not None:
+            counts = torch.zeros(hidden.shape[:2], device=hidden.device)
+            assignment, weight = merged.explicit()
+            sizes = counts.scatter_add_(1, assignment, torch.ones_like(weight))
+            # Proportional attention: a token that stands for s patches is attended as s equal tokens would be.
+            bias = sizes.log()[:, None, None, :].to(hidden.dtype).expand(-1, -1, hidden.shape[1], -1)
+        normed = block.layer_norm1(hidden)
+        attended = hidden + block.self_attn(hidden_states=normed, attention_mask=bias)[0]
+        reduction = None
+        if index in self.blocks:
+            keys = mean_keys(block, normed)
+            state = BlockState(ids=self.names, spec=self.spec, tokens=attended, keys=keys, sizes=sizes, block=index)
+            reduction = self.reducer.tower(state)
+            by_images(self.reducer, f"tower in block {index}", reduction, self.names, hidden.shape[1])
+            projection = linear_flops(block.self_attn.k_proj, hidden.shape[1])
+            self.flops += state.flops // len(self.names) + projection
         if reduction is not None:
             attended = reduction.apply(attended)
             merged = reduction if merged is None else reduction.after(merged)
-    return attended + block.mlp(block.layer_norm2(attended)), merged
+        return attended + block.mlp(block.layer_norm2(attended)), merged
 
 
-def _patches_only(merged: Reduction) -> Reduction:
-    """The same without token 0, which is CLS and stays alone."""
-    return Reduction(
-        merged.kept[:, 1:] - 1, merged.inputs - 1, merged.assignment[:, 1:] - 1, merged.merge_weight[:, 1:]
-    )
-
-
-def _sizes(hidden: Tensor, merged: Reduction | None) -> Tensor:
-    """[B, n] float32, how many of the first tokens each token stands for."""
-    if merged is None:
-        return hidden.new_ones(hidden.shape[:2], dtype=torch.float32)
-    counts = torch.zeros(hidden.shape[:2], device=hidden.device)
-    return counts.scatter_add_(1, merged.assignment, torch.ones_like(merged.merge_weight))
-
-
-def _embed(tower: nn.Module, pixels: Tensor, grid: tuple[int, int] | None) -> Tensor:
+def _embed(tower: Any, pixels: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """Patch and position embeddings, CLS first; for another grid, pixels and position table are resized."""
     embeddings = tower.embeddings
     pixels = pixels.to(embeddings.patch_embedding.weight.dtype)

@@ -12,6 +12,7 @@ Shapes: B images with one text each, C chunks of a text, N patches, D tower chan
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPTextConfig, CLIPTextMode
 from llava.errors import UserError
 from llava.model.checkpoint.files import listed, locate, read_json, read_weights
 from llava.processing.config_schema import ClipConfig, checked
-from llava.reduction.clip_similarity import NEGATED, PLAIN
-from llava.reduction.flops import linear_flops
+from llava.reduction.modules import linear_flops
+from llava.reduction.states import NEGATED, PLAIN
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PARTS = ("text_model.", "text_projection.", "visual_projection.")
@@ -55,8 +56,9 @@ class ClipText(nn.Module):
         super().__init__()
         config._attn_implementation = "sdpa"
         self.text_model = CLIPTextModel(config)
-        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        self.visual_projection = nn.Linear(channels, config.projection_dim, bias=False)
+        common: Any = config.projection_dim
+        self.text_projection = nn.Linear(config.hidden_size, common, bias=False)
+        self.visual_projection = nn.Linear(channels, common, bias=False)
         self._post_layernorm = (post_layernorm,)  # in a tuple: its weights are not part of this module
         self.words, self.begin, self.end = words, begin, end
         self.relevance = NEGATED
@@ -76,8 +78,8 @@ class ClipText(nn.Module):
             ids = [self.begin, *ids, self.end]
             return [ids[start : start + self.length] for start in range(0, len(ids), self.length)]
         room = self.length - 2
-        found = [[self.begin, *ids[start : start + room], self.end] for start in range(0, max(1, len(ids)), room)]
-        return found[:1] if long == "truncate" else found
+        chunks = [[self.begin, *ids[start : start + room], self.end] for start in range(0, max(1, len(ids)), room)]
+        return chunks[:1] if long == "truncate" else chunks
 
     def _pooled(self, chunk: list[int]) -> int:
         """Return the index of the token whose hidden state represents a chunk: its end token, which is last."""
@@ -139,7 +141,7 @@ class ClipText(nn.Module):
 
 
 def load_clip_text(
-    source: str | Path, tower: nn.Module, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    source: str | Path, tower: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> ClipText:
     """Load the text tower of a CLIP.
 
@@ -153,7 +155,7 @@ def load_clip_text(
     if checked(ClipConfig, raw, folder / "config.json").text_config is None:
         raise UserError(f"{folder}/config.json describes no text tower (no text_config); give a whole CLIP model.")
     try:
-        config = CLIPConfig.from_dict(raw).text_config
+        config: Any = CLIPConfig.from_dict(raw).text_config
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise UserError(f"{folder}/config.json describes no CLIP: {' '.join(str(error).split())}") from error
     channels = tower.config.hidden_size

@@ -12,6 +12,7 @@ is what a convolution without overlap is. The frames of a film attend apart, as 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,45 +20,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from llava.errors import UserError, unknown
-from llava.processing.qwen_image import Grid
-from llava.reduction.flops import linear_flops
+from llava.model.multimodal_encoder.clip_encoder import Encoded
+from llava.processing.image import Grid
+from llava.reduction.modules import linear_flops
 from llava.reduction.scores import TOWER_SCORES, TowerScore
-from llava.reduction.token_layout import PatchGrid
 
-HAS_CLS = False  # there is no class token; `received_attention` is the saliency without one
 QUERY_ROWS = 64  # query rows of the attention map held at once, fewer where an image is so large that
 SCORES = 1 << 24  # more scores than these would be
 
 
-@dataclass(frozen=True)
-class EncodedPicture:
-    """What the tower gives for one image.
-
-    Attributes:
-        features: [n, U * D] output of the last block, before the merger, groups in raster order, the patches of a group
-            side by side. `project` makes visual tokens of them.
-        scores: [n] or [n, d] float32, one tensor per requested score.
-        frames, rows, columns: of groups; n is their product. An image has one frame.
-    """
-
-    features: Tensor
-    scores: dict[TowerScore, Tensor]
-    frames: int
-    rows: int
-    columns: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.rows, self.columns
-
-    @property
-    def layout(self) -> PatchGrid:
-        return PatchGrid(self.rows, self.columns, crops=self.frames, has_cls=HAS_CLS)
-
-
 def encode_qwen(
-    visual: nn.Module, patches: Tensor, grids: Sequence[Grid], scores: Sequence[TowerScore] = ()
-) -> list[EncodedPicture]:
+    visual: Any, patches: Tensor, grids: Sequence[Grid], scores: Sequence[TowerScore] = ()
+) -> list[Encoded]:
     """Run the vision transformer on images of any sizes.
 
     Args:
@@ -65,6 +39,11 @@ def encode_qwen(
         patches: [sum of frames * rows * columns, 3 * temporal * patch * patch], as QwenImageProcessor gives them.
         grids: frames, rows and columns of patches of each image.
         scores: of the kinds in SIGNALS, which are defined there; each is taken at `signal_block`.
+
+    Returns:
+        of each image its features [1, n, U * D], the output of the last block before the merger, groups in raster
+        order and the patches of a group side by side (`project` makes visual tokens of them), scores [1, n] or
+        [1, n, d] float32, and the grid of a frame in groups. There is no class token.
     """
     wanted: dict[int, list[TowerScore]] = {}
     for score in scores:
@@ -73,26 +52,26 @@ def encode_qwen(
     whole, windows = _orders(visual, shapes, patches.device)
     embedding = visual.patch_embed.proj.weight.flatten(1)
     hidden = F.linear(patches.to(embedding.dtype), embedding).unflatten(0, (-1, _unit(visual)))[whole.index]
-    full, order, found = full_blocks(visual), whole, {}
+    full, order, computed = full_blocks(visual), whole, {}
     for index, block in enumerate(visual.blocks):
-        here = whole if index in full else windows
+        here = whole if index in full or windows is None else windows
         if here is not order:
             hidden, order = hidden[order.inverse[here.index]], here
         heads = _heads(block, hidden, order)
         for score in wanted.get(index, ()):
-            found[score] = SIGNALS[score.kind](heads)[order.inverse]
+            computed[score] = SIGNALS[score.kind](heads)[order.inverse]
         hidden = hidden + block.attn.proj(heads.attend(hidden.dtype))
         hidden = hidden + block.mlp(block.norm2(hidden))
     counts = [frames * rows * columns for frames, rows, columns in shapes]
     features = hidden[order.inverse].flatten(1).split(counts)
-    parts = {score: values.split(counts) for score, values in found.items()}
+    parts = {score: values.split(counts) for score, values in computed.items()}
     return [
-        EncodedPicture(features[i], {score: values[i] for score, values in parts.items()}, *shape)
-        for i, shape in enumerate(shapes)
+        Encoded(features[i][None], {score: values[i][None] for score, values in parts.items()}, (rows, columns))
+        for i, (_, rows, columns) in enumerate(shapes)
     ]
 
 
-def project(visual: nn.Module, features: Tensor) -> Tensor:
+def project(visual: Any, features: Tensor) -> Tensor:
     """The merger, from groups to visual tokens: [..., n, U * D] -> [..., n, width of the decoder]."""
     merger = visual.merger
     return merger.mlp(merger.ln_q(features.unflatten(-1, (_unit(visual), -1))).flatten(-2))
@@ -119,24 +98,24 @@ class _Order:
     sin: Tensor
 
 
-def _unit(visual: nn.Module) -> int:
+def _unit(visual: Any) -> int:
     """U, patches in a group."""
     return visual.config.spatial_merge_size**2
 
 
-def _group_shape(visual: nn.Module, grid: Grid) -> Grid:
+def _group_shape(visual: Any, grid: Grid) -> Grid:
     """Frames, rows and columns of groups from those of patches."""
     merge = visual.config.spatial_merge_size
     return grid[0], grid[1] // merge, grid[2] // merge
 
 
-def _window_side(visual: nn.Module) -> int:
+def _window_side(visual: Any) -> int:
     """Groups along the edge of a window."""
     config = visual.config
     return config.window_size // config.spatial_merge_size // config.patch_size
 
 
-def _orders(visual: nn.Module, shapes: Sequence[Grid], device: torch.device) -> tuple[_Order, _Order | None]:
+def _orders(visual: Any, shapes: Sequence[Grid], device: torch.device) -> tuple[_Order, _Order | None]:
     """By whole images and, for a tower that has them, by windows. Made on the host, so that run lengths are known."""
     merge = visual.config.spatial_merge_size
     groups = [torch.cartesian_prod(*map(torch.arange, shape)) for shape in shapes]  # [n, 3] frame, row, column
@@ -205,18 +184,21 @@ class _Heads:
     def attend(self, dtype: torch.dtype) -> Tensor:
         """[G, U, D], every patch having looked at its segment."""
         states = (self.split(states.to(dtype)) for states in (self.query, self.key, self.value))
-        seen = [F.scaled_dot_product_attention(*one, scale=self.scale) for one in zip(*states, strict=True)]
+        seen = [
+            F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+            for query, key, value in zip(*states, strict=True)
+        ]
         unit = self.value.shape[1]
         folded = "segments head (groups unit) d -> (segments groups) unit (head d)"
         return torch.cat([rearrange(part, folded, unit=unit) for part in seen])
 
 
-def _heads(block: nn.Module, hidden: Tensor, order: _Order) -> _Heads:
+def _heads(block: Any, hidden: Tensor, order: _Order) -> _Heads:
     attention = block.attn
     states = attention.qkv(block.norm1(hidden))
     query, key, value = rearrange(states, "g u (three h d) -> three g u h d", three=3, h=attention.num_heads)
-    turned = (_turn(part.float(), order.cos, order.sin) for part in (query, key))
-    return _Heads(*turned, key, value, attention.scaling, order.runs)
+    turned_query, turned_key = (_turn(part.float(), order.cos, order.sin) for part in (query, key))
+    return _Heads(turned_query, turned_key, key, value, attention.scaling, order.runs)
 
 
 def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -235,15 +217,15 @@ def received_attention(heads: _Heads) -> Tensor:
     Returns:
         [G] float32. Query rows go through in slices, so no full attention map is ever held.
     """
-    unit, found = heads.query.shape[1], []
+    unit, received_by_run = heads.query.shape[1], []
     for query, key in zip(heads.split(heads.query), heads.split(heads.key), strict=True):
         segments, count, patches, _ = query.shape
         received = key.new_zeros(segments, patches)
         rows = max(1, min(QUERY_ROWS, SCORES // (segments * count * patches)))
         for part in query.split(rows, dim=2):
             received += (part @ key.transpose(-1, -2) * heads.scale).softmax(-1).sum((1, 2))
-        found.append(received.view(-1, unit).mean(1) / (count * patches))
-    return torch.cat(found)
+        received_by_run.append(received.view(-1, unit).mean(1) / (count * patches))
+    return torch.cat(received_by_run)
 
 
 def keys(heads: _Heads) -> Tensor:
@@ -273,13 +255,13 @@ SIGNALS: dict[str, Callable[[_Heads], Tensor]] = {
 }
 
 
-def full_blocks(visual: nn.Module) -> tuple[int, ...]:
+def full_blocks(visual: Any) -> tuple[int, ...]:
     """Blocks that attend within whole images, ascending; Qwen2-VL names none because all do."""
     named = getattr(visual.config, "fullatt_block_indexes", None)
     return tuple(index for index in range(len(visual.blocks)) if named is None or index in named)
 
 
-def signal_block(visual: nn.Module, score: TowerScore) -> int:
+def signal_block(visual: Any, score: TowerScore) -> int:
     """The block a score is taken at: the one asked for, or the next after it that attends within whole images.
 
     In a windowed block a patch is compared with its window alone, and what it receives cannot be compared between
@@ -302,10 +284,10 @@ def signal_block(visual: nn.Module, score: TowerScore) -> int:
     return next((block for block in full if block >= index % depth), full[-1])
 
 
-# Operations of one image; those of the merger are llava.reduction.flops.projector_flops(visual.merger, tokens).
+# Operations of one image; those of the merger are llava.reduction.modules.projector_flops(visual.merger, tokens).
 
 
-def tower_flops(visual: nn.Module, grid: Grid) -> int:
+def tower_flops(visual: Any, grid: Grid) -> int:
     """Patch embedding and blocks."""
     frames, rows, columns = _group_shape(visual, grid)
     patches = frames * rows * columns * _unit(visual)
@@ -324,10 +306,23 @@ def _squares(length: int, edge: int) -> int:
     return length // edge * edge**2 + (length % edge) ** 2
 
 
-def score_flops(visual: nn.Module, score: TowerScore, grid: Grid) -> int:
+def score_flops(visual: Any, score: TowerScore, grid: Grid) -> int:
     """One score beside the main path, whose own queries and keys it uses."""
     if score.kind != "received_attention":
         return 0
     frames, rows, columns = grid
     width = visual.blocks[signal_block(visual, score)].attn.proj.in_features
     return 2 * frames * (rows * columns) ** 2 * width
+
+
+class Merger(nn.Module):
+    """Qwen's projector: [1, n, 4 D] features of merge groups -> [1, n, H] visual tokens."""
+
+    def __init__(self, visual: Any):
+        super().__init__()
+        self.merger = visual.merger
+        # Not a submodule: the blocks of the tower are no part of the projector.
+        object.__setattr__(self, "visual", visual)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return project(self.visual, features)

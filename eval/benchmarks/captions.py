@@ -1,0 +1,306 @@
+"""Captions of images, asked as lmms-eval asks: NoCaps, and Flickr30k.
+
+NoCaps, objects that COCO captions do not name, is read from DATA/nocaps, in COCO format:
+
+    nocaps_val_4500_captions.json    4,500 images with ten captions each and their domain
+    nocaps_test_image_info.json      10,600 images without captions
+    validation/, test/               the images
+
+Mirror: NoCaps, splits validation and test: image, image_id, annotations_captions. It has no domains; where a table has
+a column "domain", CIDEr is broken down by it as for the official file.
+
+Flickr30k is read from DATA/flickr30k:
+
+    dataset_flickr30k.json    Karpathy's split; its 1,000 test images are what papers report
+    flickr30k-images/
+
+Mirror: flickr30k, split test: caption (list), img_id, image. lmms-eval's numbers are over all images of that table,
+which are many more than Karpathy's test images: the two are not comparable, the number of images is in every result.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from eval.answers.jsonl import Row, read_json
+from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
+from eval.benchmarks.hub import Table, official_file, open_table
+from eval.benchmarks.llava_files import as_number
+from eval.benchmarks.media import Folder, Pictures, image_name
+from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check, check_all, check_list
+from eval.metrics import Score, captions
+from llava.errors import UserError
+
+# As lmms-eval asks; its output is limited to 64 tokens.
+PROMPT = "Provide a one-sentence caption for the provided image."
+TOKENS = 64
+
+NOCAPS_MIRROR = ("lmms-lab-encoder/NoCaps", "lmms-lab/NoCaps")
+NOCAPS_FILES = {"validation": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
+NOCAPS_SOURCE = "https://nocaps.org/download"
+
+FLICKR_MIRROR = ("lmms-lab-encoder/flickr30k", "lmms-lab/flickr30k")
+FLICKR_FILE, FLICKR_IMAGES = "flickr30k/dataset_flickr30k.json", "flickr30k/flickr30k-images"
+FLICKR_SOURCE = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+
+
+class CocoImage(TypedDict):
+    """An image of NoCaps' official file."""
+
+    id: Id
+    file_name: Filled
+    domain: NotRequired[str | None]
+
+
+class Annotation(TypedDict):
+    """A caption of NoCaps' official file."""
+
+    image_id: Id
+    caption: Filled
+
+
+class Coco(TypedDict):
+    """NoCaps' official file; the one of split test has no captions."""
+
+    images: Annotated[list[CocoImage], Field(min_length=1)]
+    annotations: NotRequired[list[Annotation]]
+
+
+class NoCapsRow(TypedDict):
+    """A row of NoCaps' mirror, split test."""
+
+    image_id: Id
+    domain: NotRequired[str | None]
+
+
+class CaptionedRow(NoCapsRow):
+    """A row of its split validation."""
+
+    annotations_captions: Texts
+
+
+class Sentence(TypedDict):
+    """A caption of Karpathy's file."""
+
+    raw: Filled
+
+
+class KarpathyImage(TypedDict):
+    """An image of Karpathy's file."""
+
+    imgid: Id
+    filename: Filled
+    split: str
+    sentences: Annotated[list[Sentence], Field(min_length=1)]
+
+
+class FlickrRow(TypedDict):
+    """A row of Flickr30k's mirror."""
+
+    img_id: Id
+    caption: Texts
+
+
+class Result(TypedDict):
+    """An entry of a COCO results file."""
+
+    image_id: Id
+    caption: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image: id, name in the data set's pictures, captions (none where only a server has them), part of the set."""
+
+    id: str
+    name: str
+    captions: Sequence[str] = ()
+    domain: str | None = None
+
+
+def load_nocaps(data: Path, split: str, profile: str = "lmms", source: str = "auto") -> Dataset:
+    """One split; `test` has no references and gives a results file only."""
+    scored = split != "test"
+    file = data / "nocaps" / NOCAPS_FILES[split]
+    official = official_file(data, source, f"NoCaps {split}", [file], NOCAPS_MIRROR, NOCAPS_SOURCE)
+    if official is not None:
+        images, where, mark = from_coco(official, split), str(official), fingerprint([official])
+        pictures: Pictures = Folder(official.parent / split)
+    else:
+        table = open_table(data, NOCAPS_MIRROR, None, split, download=source == "mirror")
+        where, pictures = table.where, table.pictures()
+        mark = table.fingerprint(("image_id", "annotations_captions") if scored else ("image_id",))
+        images = from_nocaps_table(table, scored)
+    return dataset(
+        f"NoCaps {split}",
+        where,
+        images,
+        pictures,
+        mark,
+        "official COCO file" if official is not None else f"mirror {table.id}",
+        f"nocaps_{split}_results.json",
+        "" if scored else "the NoCaps challenge of EvalAI",
+    )
+
+
+def from_coco(path: Path, split: str) -> list[Image]:
+    """The images of NoCaps' official file."""
+    content = check(Coco, read_json(path), str(path))
+    names = {
+        str(record["id"]): image_name(record["file_name"], f"{path} image {number}")
+        for number, record in enumerate(content["images"], start=1)
+    }
+    references: dict[str, list[str]] = {name: [] for name in names}
+    for number, annotation in enumerate(content.get("annotations", ()) if split != "test" else (), start=1):
+        name = str(annotation["image_id"])
+        if name not in names:
+            raise UserError(f"{path} annotation {number} is about image {name}, which is not in the file.")
+        references[name].append(annotation["caption"])
+    if split != "test" and not any(references.values()):
+        raise UserError(
+            f"{path} has no annotations; the split {split} needs the file with captions from {NOCAPS_SOURCE}."
+        )
+    ids = [(str(record["id"]), record.get("domain")) for record in content["images"]]
+    return [Image(name, names[name], references[name], domain) for name, domain in ids]
+
+
+def from_nocaps_table(table: Table, scored: bool) -> list[Image]:
+    """The images of NoCaps' mirror."""
+    rows: Sequence[Mapping[str, Any]] = table.records(CaptionedRow if scored else NoCapsRow)
+    return [
+        Image(str(row["image_id"]), f"{number}/image", row.get("annotations_captions", ()), row.get("domain"))
+        for number, row in enumerate(rows)
+    ]
+
+
+def load_flickr30k(data: Path, split: str, profile: str = "lmms", source: str = "auto") -> Dataset:
+    """The images with their five captions each: those that Karpathy's file puts into the split, or the mirror's."""
+    path = official_file(data, source, f"Flickr30k {split}", [data / FLICKR_FILE], FLICKR_MIRROR, FLICKR_SOURCE)
+    title, file = f"Flickr30k {split}", f"flickr30k_{split}_results.json"
+    if path is None:
+        table = open_table(data, FLICKR_MIRROR, None, split, download=source == "mirror")
+        rows = enumerate(table.records(FlickrRow))
+        images = [Image(str(row["img_id"]), f"{number}/image", row["caption"]) for number, row in rows]
+        mark = table.fingerprint(("img_id", "caption"))
+        return dataset(title, table.where, images, table.pictures(), mark, f"mirror {table.id}", file)
+    images = [
+        Image(
+            str(record["imgid"]),
+            image_name(record["filename"], f"{path} entry {number}"),
+            [sentence["raw"] for sentence in record["sentences"]],
+        )
+        for number, record in enumerate(check_list(path, KarpathyImage, "images"), start=1)
+        if record["split"] == split
+    ]
+    if not images:
+        raise UserError(f"{path} should list images with the split {split!r}, and has none.")
+    pictures = Folder(data / FLICKR_IMAGES)
+    return dataset(title, str(path), images, pictures, fingerprint([path]), "official: Karpathy's split", file)
+
+
+def dataset(
+    title: str,
+    where: str,
+    images: Sequence[Image],
+    pictures: Pictures,
+    mark: str,
+    source: str,
+    file: str,
+    server: str = "",
+) -> Dataset:
+    """A caption data set.
+
+    Args:
+        where: file or table of the images, for errors.
+        images: in the order they are asked in. A breakdown by domain needs a domain for every image.
+        mark: fingerprint.
+        file: name of the COCO results file.
+        server: what scores a split without references.
+    """
+    seen: set[str] = set()
+    for image in images:
+        if image.id in seen:  # results files could not tell the two apart
+            raise UserError(f"{where} has the image id {image.id} twice.")
+        seen.add(image.id)
+    if not server and (lost := [image.id for image in images if not image.captions]):
+        raise UserError(f"{title}: {len(lost):,} images have no caption, the first is {lost[0]}.")
+    references = {image.id: image.captions for image in images if image.captions}
+    domains = {image.id: image.domain for image in images if image.domain}
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        if server:
+            note = f"the references of this split are not public: upload {file} to {server}"
+            return Score({"cider": None}, {}, {}, (note,), "cider")
+        said = {name: texts[name] for name in asked}
+        return captions.captions_score(references, said, domains if len(domains) == len(images) else None)
+
+    def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+        """The COCO results format. Ids are numbers there, as in the annotation files."""
+        return {file: [{"image_id": as_number(name), "caption": text} for name, text in texts.items()]}
+
+    return Dataset(
+        title,
+        tuple(Question(image.id, PROMPT, "", (image.name,), next(iter(image.captions), "")) for image in images),
+        pictures,
+        mark,
+        score,
+        # One caption has no sample score in [0, 1]: CIDEr goes to 10 and depends on the other images.
+        None,
+        submission,
+        TOKENS,
+        facts={
+            "source": source,
+            "images": len(images),
+            "references": sum(map(len, references.values())),
+            "caption scorer": captions.described(),
+        },
+        read=read_results,
+    )
+
+
+def read_results(path: Path) -> list[Row] | None:
+    """A COCO results file; None if `path` is none."""
+    if path.suffix != ".json":
+        return None
+    try:
+        rows = read_json(path)
+    except UserError:
+        return None  # JSON lines under that name are for the general reader
+    if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and "caption" in r for r in rows):
+        return None
+    places = [(f"{path} entry {number}", row) for number, row in enumerate(rows, start=1)]
+    checked = zip(places, check_all(Result, places), strict=True)
+    return [Row(where, str(row["image_id"]), row["caption"]) for (where, _), row in checked]
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="nocaps",
+        summary="One-sentence captions of novel objects; CIDEr against ten references.",
+        splits=tuple(NOCAPS_FILES),
+        read=load_nocaps,
+        profiles=("lmms",),
+        needs=(
+            Need(f"nocaps/{NOCAPS_FILES['validation']}", NOCAPS_SOURCE),
+            Need("nocaps/validation", f"{NOCAPS_SOURCE} (images of Open Images)", count=4500),
+        ),
+        mirror=NOCAPS_MIRROR,
+        licence="annotations and images CC BY 2.0",
+    ),
+    Benchmark(
+        name="flickr30k",
+        summary="One-sentence captions of everyday photographs; CIDEr against five references.",
+        splits=("test",),
+        read=load_flickr30k,
+        profiles=("lmms",),
+        needs=(
+            Need(FLICKR_FILE, FLICKR_SOURCE),
+            Need(FLICKR_IMAGES, "https://shannon.cs.illinois.edu/DenotationGraph/ (on request)", count=31783),
+        ),
+        mirror=FLICKR_MIRROR,
+        licence="images: Flickr terms of use, research only",
+    ),
+)

@@ -1,5 +1,0 @@
-"""ChartQA."""
-
-from eval.benchmarks.chartqa.data import BENCHMARK
-
-BENCHMARKS = (BENCHMARK,)

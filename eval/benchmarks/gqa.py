@@ -1,0 +1,337 @@
+"""GQA in the official layout, read from DATA/gqa.
+
+    llava_gqa_testdev_balanced.jsonl        LLaVA's question file: question_id, image, text with suffix, category
+    data/testdev_balanced_questions.json    official questions with answers
+    data/images/                            official images
+    data/testdev_choices.json               optional, for validity and plausibility
+    data/testdev_all_questions.json         optional, for consistency
+
+The split `val` has the same names with `val` for `testdev`. Without LLaVA's file the questions are asked in the order
+of the official one, with LLaVA's suffix. The mirror has two tables for a split, one of questions and one of images.
+
+The metric is written from a description of the GQA evaluation script (SITE/evaluate.html) and equal to it on the
+vectors in tests/data/gqa. Differs from it: files that the test-dev release lacks (choices, all questions) are optional,
+and predictions must match the questions exactly, so that a forgotten or repeated answer is an error, no silent 0.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from eval.answers.jsonl import is_file
+from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.hub import official_file, open_table
+from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, prompts_by_id, unique
+from eval.benchmarks.media import Folder, image_name
+from eval.benchmarks.records import Filled, Id, TypedDict, check_map
+from eval.metrics import Score
+from eval.metrics.accuracy import bare, check_coverage, grouped, loose_match, normalise, percent
+from llava.errors import UserError
+
+MIRROR = ("lmms-lab-encoder/GQA", "lmms-lab/GQA")
+SITE = "https://cs.stanford.edu/people/dorarad/gqa"
+
+
+class Types(TypedDict):
+    """What kind of question it is."""
+
+    structural: str
+    semantic: str
+    detailed: str
+
+
+class Step(TypedDict):
+    """An operation of the program that answers the question."""
+
+    operation: str
+    argument: str
+
+
+# "global" is a keyword of Python and cannot stand in a class.
+Groups = TypedDict("Groups", {"global": str | None})
+
+
+class Official(TypedDict):
+    """A question of the official file."""
+
+    question: Filled
+    answer: str
+    imageId: Id
+    isBalanced: bool
+    types: Types
+    semantic: list[Step]
+    groups: Groups
+    entailed: list[str]
+
+
+class Entailed(TypedDict):
+    """What is looked at of a question in the file with all questions."""
+
+    answer: str
+    isBalanced: bool
+
+
+class Choices(TypedDict):
+    """The answers that make sense for a question, and those that are likely in the world."""
+
+    valid: list[str]
+    plausible: list[str]
+
+
+class MirrorQuestion(TypedDict):
+    """A row of the mirror's table of questions."""
+
+    id: Id
+    question: Filled
+    answer: Filled
+    imageId: Id
+
+
+class MirrorPicture(TypedDict):
+    """What is read of a row of the mirror's table of images."""
+
+    id: Id
+
+
+def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
+    """Read a split; everything that can be wrong with its files is said here, images excepted."""
+    file = data / "gqa" / "data" / f"{split}_balanced_questions.json"
+    official = official_file(data, source, f"GQA {split}", [file], MIRROR)
+    dataset = from_mirror(data, split, source == "mirror") if official is None else from_official(official, split)
+    if profile == "lmms":
+        dataset = as_lmms(dataset)
+    return replace(dataset, facts={"source": dataset.facts["source"], "profile": profile})
+
+
+def from_official(official: Path, split: str) -> Dataset:
+    """The official questions, in LLaVA's order where its file is there."""
+    folder = official.parent
+    prompts = folder.parent / f"llava_gqa_{split}_balanced.jsonl"
+    records, images = check_map(official, Official), folder / "images"
+    if is_file(prompts):
+        balanced = [name for name, record in records.items() if record["isBalanced"]]
+        questions = tuple(
+            Question(name, prompt.question, prompt.suffix, (prompt.image,), records[name]["answer"])
+            for name, prompt in prompts_by_id(prompts, official, records, balanced)
+        )
+    else:
+        questions = tuple(
+            Question(name, record["question"], SHORT, (find_image(images, record, official),), record["answer"])
+            for name, record in records.items()
+        )
+    choices_file, all_file = folder / f"{split}_choices.json", folder / f"{split}_all_questions.json"
+    choices = check_map(choices_file, Choices) if is_file(choices_file) else None
+    everything = check_map(all_file, Entailed) if is_file(all_file) else None
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        predictions = {name: normalise(text) for name, text in texts.items()}
+        return evaluate({name: records[name] for name in asked}, predictions, choices, everything)
+
+    unbalanced = {name for name, record in {**(everything or {}), **records}.items() if not record["isBalanced"]}
+    return Dataset(
+        f"GQA {split}",
+        questions,
+        Folder(images),
+        fingerprint([prompts, official] if is_file(prompts) else [official]),
+        score,
+        sample_score,
+        submission,
+        facts={"source": "official"},
+        accepts=frozenset(unbalanced),
+        normalise=normalise,
+    )
+
+
+def find_image(images: Path, record: Official, path: Path) -> str:
+    """File name of a question's image: GQA ships .jpg; a lossless set may use .png."""
+    name, lossless = image_name(f"{record['imageId']}.jpg", str(path)), f"{record['imageId']}.png"
+    return lossless if not (images / name).exists() and (images / lossless).exists() else name
+
+
+def from_mirror(data: Path, split: str, download: bool) -> Dataset:
+    """The tables of the hub: question, answer and imageId of each question; id and encoded bytes of each image."""
+    table = open_table(data, MIRROR, f"{split}_balanced_instructions", split, download)
+    shown = open_table(data, MIRROR, f"{split}_balanced_images", split, download)
+    row_of = {str(record["id"]): row for row, record in enumerate(shown.records(MirrorPicture))}
+    questions = []
+    for record in table.records(MirrorQuestion):
+        name, image = str(record["id"]), str(record["imageId"])
+        if image not in row_of:
+            raise UserError(f"Question {name} in {table.where} is about image {image}, which has no row.")
+        questions.append(Question(name, record["question"], SHORT, (f"{row_of[image]}/image",), record["answer"]))
+    # The mirror has no types and programs: what needs them is not measured.
+    score, _ = scored_by({question.id: question.answer for question in questions}, same)
+    return Dataset(
+        f"GQA {split}",
+        unique(questions, table.where),
+        shown.pictures(),
+        table.fingerprint(list(MirrorQuestion.__annotations__)),
+        score,
+        sample_score,
+        submission,
+        facts={"source": table.id},
+        normalise=normalise,
+    )
+
+
+def as_lmms(data: Dataset) -> Dataset:
+    """The same questions as lmms-eval asks and scores them: 16 tokens, case and punctuation ignored."""
+    answers = {question.id: question.answer for question in data.questions}
+    score, sample_score = scored_by(answers, loose_match)
+
+    def score_asked(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        among = set(asked)
+        return score(asked, {name: text for name, text in texts.items() if name in among})
+
+    return replace(data, score=score_asked, sample_score=sample_score, max_new_tokens=16, normalise=bare)
+
+
+def same(text: str, answer: str) -> bool:
+    """Whether the text is the answer as the official script compares them."""
+    return normalise(text) == answer
+
+
+def sample_score(question: Question, text: str) -> float:
+    """1 if the text is the answer."""
+    return float(same(text, question.answer))
+
+
+def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
+    """The official script's input, its testdev_balanced_predictions.json."""
+    rows = [{"questionId": name, "prediction": normalise(text)} for name, text in texts.items()]
+    return {"predictions.json": rows}
+
+
+# An official question, of which the metric looks at `Official`'s fields.
+Record = Mapping[str, Any]
+
+# Operations that name or check an object rather than reason a further step; matched inside "operation: argument".
+NOT_A_STEP = ("exist", "query: name", "choose name")
+
+
+def evaluate(
+    questions: Mapping[str, Record],
+    predictions: Mapping[str, str],
+    choices: Mapping[str, Mapping[str, Any]] | None = None,
+    all_questions: Mapping[str, Record] | None = None,
+) -> Score:
+    """The official numbers over the balanced questions.
+
+    Args:
+        questions: id -> official question record; only those with `isBalanced` are counted.
+        predictions: id -> normalised prediction; one for every balanced question.
+        choices: id -> {"valid": [...], "plausible": [...]}. Without it both are 0, as nothing can be looked up.
+        all_questions: also the unbalanced ones, which balanced questions entail. Without it, or without predictions
+            for them, consistency is None.
+    """
+    balanced = {name: question for name, question in questions.items() if question["isBalanced"]}
+    check_coverage(balanced, predictions, {*questions, *(all_questions or ())})
+    correct = {name: float(predictions[name] == question["answer"]) for name, question in balanced.items()}
+    is_open = {name: question["types"]["structural"] == "query" for name, question in balanced.items()}
+    notes = []
+    if choices is None:
+        notes.append("no choices file: validity and plausibility are 0 because they cannot be measured")
+    consistency, reason = score_consistency(balanced, predictions, correct, all_questions)
+    if reason:
+        notes.append(reason)
+
+    values = {
+        "accuracy": percent(correct.values()),
+        "binary": percent(correct[name] for name in balanced if not is_open[name]),
+        "open": percent(correct[name] for name in balanced if is_open[name]),
+        "consistency": consistency,
+        "validity": percent(is_among(predictions[name], balanced, choices, name, "valid") for name in balanced),
+        "plausibility": percent(is_among(predictions[name], balanced, choices, name, "plausible") for name in balanced),
+        "distribution": distribution(balanced, predictions),
+    }
+    groups = {
+        "structural type": grouped(correct, {n: q["types"]["structural"] for n, q in balanced.items()}),
+        "semantic type": grouped(correct, {n: q["types"]["semantic"] for n, q in balanced.items()}),
+        "steps number": grouped(correct, {n: count_steps(q) for n, q in balanced.items()}),
+        "words number": grouped(correct, {n: len(q["question"].split()) for n, q in balanced.items()}),
+    }
+    return Score(values, groups, correct, tuple(notes), points=frozenset({"distribution"}))
+
+
+def count_steps(question: Record) -> int:
+    """Reasoning steps of the question's program."""
+    steps = (f"{step['operation']}: {step['argument']}" for step in question["semantic"])
+    return sum(not any(word in step for word in NOT_A_STEP) for step in steps)
+
+
+def is_among(
+    prediction: str,
+    questions: Mapping[str, Record],
+    choices: Mapping[str, Mapping[str, Any]] | None,
+    name: str,
+    kind: str,
+) -> float:
+    """1 if the prediction is one of the question's `kind` ("valid" or "plausible") answers."""
+    if choices is None:
+        return 0.0
+    if name not in choices:
+        raise UserError(f"The choices file has no entry for question {name}.")
+    # "What do these have in common" is answered by an attribute's name, whatever the choices list.
+    common = "Common" in questions[name]["types"]["detailed"]
+    return float(prediction in (("color", "material", "shape") if common else choices[name][kind]))
+
+
+def distribution(questions: Mapping[str, Record], predictions: Mapping[str, str]) -> float:
+    """Chi-square between answer and prediction counts within each question group, group-size weighted, / 100."""
+    expected: dict[str, Counter[str]] = defaultdict(Counter)
+    observed: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, question in questions.items():
+        group = question["groups"]["global"]
+        if group is not None:
+            expected[group][question["answer"]] += 1
+            observed[group][predictions[name]] += 1
+    weighted = sum(
+        counts.total() * sum((observed[group][answer] - count) ** 2 / count for answer, count in counts.items())
+        for group, counts in expected.items()
+    )
+    total = sum(counts.total() for counts in expected.values())
+    return weighted / total / 100 if total else 0.0
+
+
+def score_consistency(
+    balanced: Mapping[str, Record],
+    predictions: Mapping[str, str],
+    correct: Mapping[str, float],
+    all_questions: Mapping[str, Record] | None,
+) -> tuple[float | None, str | None]:
+    """Percent, or None and the reason: of the questions entailed by a correct answer, how many are right too."""
+    if all_questions is None:
+        return None, "no file with all questions: consistency is not measured"
+    per_question = []
+    for name, question in balanced.items():
+        entailed = [other for other in question["entailed"] if other != name]
+        if not correct[name] or not entailed:
+            continue
+        if lost := [other for other in entailed if other not in predictions or other not in all_questions]:
+            return None, f"consistency is not measured: no prediction for entailed questions such as {lost[0]}"
+        hits = [predictions[other] == all_questions[other]["answer"] for other in entailed]
+        per_question.append(sum(hits) / len(hits))
+    return percent(per_question), None
+
+
+BENCHMARK = Benchmark(
+    name="gqa",
+    summary="Compositional questions about scenes; exact match with a one-word answer.",
+    splits=("testdev", "val"),
+    read=load,
+    model="tinyllava",
+    published="62.0 accuracy",
+    published_by=(
+        "LLaVA-1.5-7B, LLaVA's model zoo; 61.94 in a re-run of the released weights with LLaVA's scripts in "
+        "FasterVLM's EVAL.md"
+    ),
+    needs=(
+        Need("gqa/data/testdev_balanced_questions.json", f"questions1.2.zip of {SITE}"),
+        Need("gqa/data/images", f"images.zip of {SITE}"),
+        Need("gqa/llava_gqa_testdev_balanced.jsonl", EVAL_ZIP, optional=True),
+    ),
+    mirror=MIRROR,
+    licence="annotations CC BY 4.0; images of COCO and Flickr under their own terms",
+)

@@ -1,5 +1,0 @@
-"""GQA."""
-
-from eval.benchmarks.gqa.data import BENCHMARK
-
-BENCHMARKS = (BENCHMARK,)

@@ -1,0 +1,668 @@
+"""MMBench in English and in Chinese, read from DATA/mmbench or from a copy of lmms-eval's data set.
+
+    mmbench_dev_20230712.tsv       index, question, hint, A to D, answer, category, l2-category, image (base64), ...
+    mmbench_dev_cn_20231003.tsv    the same columns; LLaVA's documentation puts the file under mmbench/, its script
+                                   reads mmbench_cn/: both are looked at
+
+Every question stands there two to four times with its options rotated; it counts as answered if all of them are. The
+newer files mmbench_dev_en_20231003.tsv and MMBench_DEV_EN.tsv are read too: they have 1,164 groups instead of 1,176,
+and the number of groups stands in the result. The split `test` has no public answers.
+
+The metric: letters read from answers, and circular accuracy over groups of rotated questions. Source of the
+definitions: VLMEvalKit's vlmeval/utils/matching_util.py and vlmeval/dataset/utils/multiple_choice.py (commit e8e78f0)
+and lmms-eval's tasks/mmbench/mmbench_evals.py (commit 75571cf). Written from a description, equal to both on the
+vectors in tests/data/mmbench. Differs from them: both ask GPT about an answer that their rules cannot read. Here it
+counts as wrong, which is what VLMEvalKit does too when it runs without an LLM judge ("exact_matching").
+"""
+
+import base64
+import binascii
+import csv
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.answers.jsonl import read_bytes
+from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
+from eval.benchmarks.hub import letters, official_file, open_table, option_lines, ungraded
+from eval.benchmarks.llava_files import LETTER, LETTER_CN
+from eval.benchmarks.media import Inline
+from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict
+from eval.benchmarks.spreadsheet import read_xlsx, write_xlsx
+from eval.metrics import Score, first_names, ratio_terms
+from eval.metrics.accuracy import grouped, percent
+from llava.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas
+
+MIRROR = ("lmms-lab-encoder/MMBench", "lmms-lab/MMBench")
+SERVER = "MMBench's evaluation server, https://opencompass.org.cn/leaderboard-multimodal"
+DOWNLOADS = "https://download.openmmlab.com/mmclassification/datasets/mmbench"
+
+OPTIONS = "ABCDE"
+# Columns that LLaVA's conversion leaves out, and the place it gives the prediction.
+DROPPED = {"hint", "category", "source", "image", "comment", "l2-category"}
+
+
+PREDICTION_AT = 6
+
+
+# The mirror's columns by the names and in the order of the official file.
+MIRRORED = ("index", "question", "hint", *OPTIONS, "answer", "category", "image", "source", "L2-category", "split")
+
+
+COLUMNS_LMMS = ("index", "question", "answer", "prediction", "hint", "source", "split", "category", "L2-category")
+# Cells that pandas, with which the official tools read these files, takes for empty: an option "None" is no option.
+# Listed here because other versions of pandas have other lists.
+EMPTY = frozenset(
+    ("", "nan", "NaN", "-nan", "-NaN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", "#NA", "#N/A", "#N/A N/A")
+) | {"1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}
+
+
+REQUIRED = ("index", "question", "A", "B", "image")
+
+
+# A shorter image is the index of another row that shows the same one.
+SHORTEST_PICTURE = 64
+
+
+LONGEST_CELL = 1 << 30
+
+
+LONGEST_INDEX = 18
+
+Row = dict[str, str | None]
+# Empty cells of the mirror are NaN where pandas wrote it.
+Cell = str | float | None
+
+
+MirrorRow = TypedDict(
+    "MirrorRow",
+    {
+        "index": Id,
+        "question": Filled,
+        "A": Cell,
+        "B": Cell,
+        "hint": NotRequired[Cell],
+        "C": NotRequired[Cell],
+        "D": NotRequired[Cell],
+        "E": NotRequired[Cell],
+        "answer": NotRequired[Cell],
+        "category": NotRequired[Cell],
+        "source": NotRequired[Cell],
+        "split": NotRequired[Cell],
+        "L2-category": NotRequired[Cell],
+    },
+)
+
+
+@dataclass(frozen=True)
+class Edition:
+    """One language.
+
+    Attributes:
+        config: of the mirror, "en" or "cn".
+        files: split -> paths of the official file below the data folder, the usual one first.
+        suffix: LLaVA's instruction.
+        suffix_lmms, tokens_lmms: lmms-eval's instruction and longest answer.
+        nan_is_hint: lmms-eval's prompt starts with "nan" where the mirror has this word for "no hint".
+        groups: of the dev split that published numbers are about, where that is known.
+    """
+
+    title: str
+    config: str
+    files: Mapping[str, tuple[str, ...]]
+    suffix: str
+    suffix_lmms: str
+    tokens_lmms: int
+    nan_is_hint: bool
+    groups: int | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a split from either source.
+
+    Attributes:
+        name: file or data set, for facts.
+        stem: of the file to upload.
+        columns: as the official file names and orders them.
+        rows: without the image; empty cells are None, words like "None" are kept. "picture" names what `pictures`
+            opens.
+        notes: what a reader of the score must know of the rows.
+    """
+
+    name: str
+    stem: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    pictures: Inline
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+
+
+Choices = Mapping[str, str]
+Rule = Callable[[str, Choices], str]
+
+
+@dataclass(frozen=True)
+class Item:
+    """What scoring needs of a row.
+
+    Attributes:
+        index: of the row; its group is the index modulo PASS.
+        choices: letter -> option text, of the options there are.
+        category, l2: the row's place in both levels of abilities; "" where the data does not say.
+    """
+
+    index: int
+    answer: str
+    choices: Choices
+    category: str = ""
+    l2: str = ""
+
+
+def load(edition: Edition, data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
+    """Read a split; everything that can be wrong with its rows is said here."""
+    lmms, title = profile == "lmms", f"{edition.title} {split}"
+    official = official_file(data, source, title, [data / name for name in edition.files[split]], MIRROR)
+    table = read_tsv(official) if official is not None else read_mirror(data, edition, split, source == "mirror")
+    notes = check_answers(table.rows, table.pictures.where)
+    if official is not None or not lmms:
+        # Wherever the rows come from, they are empty where pandas, and with it the official tools, find them empty.
+        rows = tuple({name: None if cell in EMPTY else cell for name, cell in row.items()} for row in table.rows)
+        table = replace(table, rows=rows)
+    questions = tuple(ask_lmms(row, edition) if lmms else ask(row, edition) for row in table.rows)
+    scored = all(question.answer for question in questions)
+    if not scored and any(question.answer for question in questions):
+        raise UserError(f"{table.name} has rows with and rows without an answer; get it again.")
+    items = {question.id: item_of(row, lmms) for question, row in zip(questions, table.rows, strict=True)}
+    groups = len({item.index % PASS for item in items.values()})
+    if split == "dev" and edition.groups not in (None, groups):
+        # Groups tell releases apart.
+        notes += (f"the data has {groups:,} groups, the release of the published numbers has {edition.groups:,}",)
+    rule = infer_lmms if lmms else infer
+    upload = f"mmbench_{edition.config}_{split}_results.xlsx" if lmms else f"{table.stem}.xlsx"
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        if not scored:
+            return ungraded("accuracy", upload, SERVER)
+        score = evaluate({name: items[name] for name in asked}, texts, rule)
+        return replace(score, notes=(*score.notes, *notes))
+
+    def sample_score(question: Question, text: str) -> float:
+        return float(rule(text, items[question.id].choices) == question.answer)
+
+    return Dataset(
+        title,
+        questions,
+        table.pictures,
+        table.fingerprint,
+        score,
+        sample_score if scored else None,
+        lambda texts: {upload: (workbook_lmms if lmms else workbook)(table, texts)},
+        # LLaVA's script for MMBench generates up to 1,024 tokens, not the 128 of its other scripts.
+        max_new_tokens=edition.tokens_lmms if lmms else 1024,
+        facts={
+            "source": table.name,
+            "profile": profile,
+            "rows": len(questions),
+            "groups": groups,
+            "letter rules": "lmms-eval" if lmms else "VLMEvalKit",
+        },
+        read=read_xlsx,
+    )
+
+
+# -- the sources -----------------------------------------------------------------------------------------------------
+
+
+def read_tsv(path: Path) -> Table:
+    """A question file of MMBench, whose images are decoded when they are asked for."""
+    cells = read_table(path)
+    columns = tuple(cells.columns)
+    if lost := [name for name in REQUIRED if name not in columns]:
+        raise UserError(f"{path} has no column {', '.join(lost)}; it should be one of MMBench's .tsv files.")
+    rows: list[Row] = []
+    encoded: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    for number, values in enumerate(cells.itertuples(index=False, name=None), start=1):
+        where = f"{path} row {number}"
+        row, picture = read_row(columns, values, where)
+        name = str(row["index"])
+        if name in encoded or name in shared:
+            raise UserError(f"{where} has the index {name}, which an earlier row has too.")
+        (encoded if len(picture) > SHORTEST_PICTURE else shared)[name] = picture
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} has no rows.")
+    for row in rows:
+        name = str(row["index"])
+        row["picture"] = shared.get(name, name)
+        if row["picture"] not in encoded:
+            raise UserError(f"Row {name} in {path} shows the image of row {row['picture']!r}, which has none.")
+
+    def fetch(name: str) -> bytes:
+        try:
+            return base64.b64decode(encoded[name], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise UserError(f"{path}, index {name}, has no readable image ({error}); get the file again.") from error
+
+    pictures = Inline(str(path), frozenset(encoded), fetch)
+    return Table(path.name, path.stem, columns, tuple(rows), pictures, fingerprint([path]))
+
+
+def read_table(path: Path) -> "pandas.DataFrame":
+    """The cells of a file as text; cells that a row lacks are NaN."""
+    # Imported here: other benchmarks do without it.
+    import pandas
+
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
+    content = io.BytesIO(read_bytes(path))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)  # said of rows with too many cells
+            # The other engine of pandas fills short rows with empty cells, so that a cut file would go unnoticed.
+            return pandas.read_csv(
+                content,
+                sep="\t",
+                dtype=str,
+                keep_default_na=False,
+                index_col=False,
+                engine="python",
+                encoding="utf-8-sig",
+            )
+    except (ValueError, pandas.errors.ParserWarning) as error:  # ParserError, EmptyDataError, UnicodeDecodeError
+        raise UserError(f"{path} is not a table of MMBench ({str(error).splitlines()[0]}).") from error
+
+
+def read_row(columns: tuple[str, ...], cells: tuple[object, ...], where: str) -> tuple[Row, str]:
+    """The row without its image, and the image as it stands in the file."""
+    there = sum(isinstance(cell, str) for cell in cells)
+    if there != len(columns):
+        raise UserError(f"{where} has {there} cells, the first line names {len(columns)} columns.")
+    row: Row = {name: str(cell) or None for name, cell in zip(columns, cells, strict=True)}
+    index, picture = row["index"] or "", row.pop("image")
+    if not (index.isascii() and index.isdigit() and len(index) <= LONGEST_INDEX):
+        raise UserError(
+            f"{where} has the index {index[:40]!r}, which should be a whole number of at most {LONGEST_INDEX} digits."
+        )
+    row["index"] = str(int(index))
+    if row["question"] in EMPTY or row["question"] is None or picture in EMPTY or picture is None:
+        raise UserError(f"{where} has no {'image' if row['question'] not in (None, *EMPTY) else 'question'}.")
+    return row, picture
+
+
+def read_mirror(data: Path, edition: Edition, split: str, download: bool) -> Table:
+    """The copy that lmms-eval reads, cells as they stand."""
+    table = open_table(data, MIRROR, edition.config, split, download)
+    records = table.records(MirrorRow)
+    if not records:
+        raise UserError(f"{table.where} has no rows.")
+    rows: list[Row] = []
+    for number, record in enumerate(records):
+        row = {column_name(name): cell_text(value) for name, value in record.items()}
+        index = str(row["index"])
+        if not (index.isascii() and index.isdigit() and len(index) <= LONGEST_INDEX):
+            raise UserError(f"{table.where} row {number} has the index {index[:40]!r}, which should be a whole number.")
+        # The word "nan" may be an option to lmms-eval, an answer it is not: that is how the test split has none.
+        answer = None if row.get("answer") in EMPTY else row.get("answer")
+        rows.append(row | {"picture": f"{number}/image", "answer": answer})
+    if len({row["index"] for row in rows}) < len(rows):
+        raise UserError(f"{table.where} has an index twice.")
+    names = [name for name in MIRRORED if name in records[0] or name == "image"]
+    return Table(
+        f"{table.id}, config {edition.config}",
+        f"MMBench_{edition.config}_{split}",
+        tuple(column_name(name) for name in names if name != "E"),
+        tuple(rows),
+        table.pictures(),
+        table.fingerprint([name for name in names if name != "image"]),
+    )
+
+
+def column_name(name: str) -> str:
+    """A column of the mirror as the official file names it."""
+    return name if name in OPTIONS else name.lower()
+
+
+def cell_text(value: Any) -> str | None:
+    """A cell as text; None, and the NaN of tables that pandas wrote, as None."""
+    return None if value is None or value != value else str(value)
+
+
+def check_answers(rows: Sequence[Row], where: str) -> tuple[str, ...]:
+    """Refuse an answer that is no option of its row, which no model can give.
+
+    Returns:
+        A note about right options that pandas, and with it the official tools, takes for empty.
+    """
+    lost = []
+    for row in rows:
+        answer = row.get("answer")
+        if answer is None or answer in EMPTY:
+            continue  # of a split without answers, or refused later
+        if answer not in OPTIONS or len(answer) > 1:
+            raise UserError(
+                f"{where}, index {row['index']}, should have a letter from A to E as answer, got {answer!r}."
+            )
+        if row.get(answer) is None:
+            raise UserError(f"{where}, index {row['index']}, has the answer {answer}, which is an empty option.")
+        if row[answer] in EMPTY:
+            lost.append(str(row["index"]))
+    if not lost:
+        return ()
+    return (
+        f"the right option of {len(lost):,} rows ({first_names(lost)}) is a word that the official tools read as an "
+        "empty cell: under LLaVA's profile no answer to them is right",
+    )
+
+
+# -- questions and files to upload -----------------------------------------------------------------------------------
+
+
+def item_of(row: Row, lmms: bool) -> Item:
+    """What scoring needs of a row; lmms-eval takes the mirror's "nan" for an option's text and knows no option E."""
+    choices = {letter: str(row[letter]) for letter in OPTIONS[: 4 if lmms else 5] if row.get(letter) is not None}
+    answer, category, l2 = (row.get(name) or "" for name in ("answer", "category", "l2-category"))
+    return Item(int(str(row["index"])), answer, choices, category, l2)
+
+
+def ask(row: Row, edition: Edition) -> Question:
+    """LLaVA's wording: hint, question, and the options up to the first that is empty, a line each."""
+    options: list[str] = []
+    for letter in OPTIONS[:4]:
+        option = row.get(letter)
+        if is_none(option):
+            break
+        options.append(str(option))
+    lines = [str(row["question"]), option_lines(letters(options))]
+    if not is_none(row.get("hint")):
+        lines.insert(0, str(row["hint"]))
+    return question(row, "\n".join(lines), edition.suffix)
+
+
+def ask_lmms(row: Row, edition: Edition) -> Question:
+    """lmms-eval's wording: hint and question on one line, a sentence before the options, an empty line after them."""
+    options = [f"{letter}. {row[letter]}" for letter in OPTIONS if row.get(letter) not in (None, "", "nan")]
+    hint = row.get("hint")
+    shown = hint is not None and (edition.nan_is_hint or hint != "nan")
+    text = "\n".join([f"{row['question']} There are several options:", *options])
+    return question(row, f"{hint} {text}" if shown else text, f"\n{edition.suffix_lmms}")
+
+
+def question(row: Row, text: str, suffix: str) -> Question:
+    return Question(str(row["index"]), text, suffix, (str(row["picture"]),), row.get("answer") or "")
+
+
+def is_none(value: str | None) -> bool:
+    """What LLaVA's script takes for empty besides empty cells."""
+    return value is None or value.lower() in ("nan", "none")
+
+
+def workbook(table: Table, texts: Mapping[str, str]) -> bytes:
+    """The file of LLaVA's scripts/convert_mmbench_for_submission.py: every row, without a prediction where none is."""
+    columns = [name for name in table.columns if name not in DROPPED]
+    columns.insert(PREDICTION_AT, "prediction")
+    rows = (row | {"prediction": texts.get(str(row["index"]))} for row in table.rows)
+    return write_xlsx(columns, ([number_or_text(name, row.get(name)) for name in columns] for row in rows))
+
+
+def workbook_lmms(table: Table, texts: Mapping[str, str]) -> bytes:
+    """The file of lmms-eval: the rows that were asked."""
+    names = [*COLUMNS_LMMS, *OPTIONS]
+    rows = (
+        {"E": "nan"} | row | {"prediction": texts[str(row["index"])].strip()}
+        for row in table.rows
+        if row["index"] in texts
+    )
+    return write_xlsx(names, ([number_or_text(name, row.get(column_name(name))) for name in names] for row in rows))
+
+
+def number_or_text(column: str, value: str | None) -> str | int | None:
+    return int(value) if column == "index" and value is not None else value
+
+
+# -- the metric ------------------------------------------------------------------------------------------------------
+
+# Index of a question in its first pass; every further pass adds this much.
+PASS = 1_000_000
+
+
+# What a refusal is read as; no option has this letter.
+REFUSED = "Z"
+
+
+UNREAD = ""
+
+
+NO_ANSWER = "Failed to obtain answer via API"
+
+
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+
+
+MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+
+
+# Case is ignored in the letter as well: "the answer is a dog" is read as option A.
+ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
+
+
+# lmms-eval reads five letters whatever the question offers, bare or in one of these forms, tried in this order.
+LETTERS_LMMS = "ABCDE"
+
+
+FORMS_LMMS = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
+
+
+def infer(text: str, choices: Choices) -> str:
+    """The option VLMEvalKit's rules read: its letter, REFUSED, or UNREAD."""
+    return infer_letter(text, choices) or infer_text(text, choices, longest=2)
+
+
+def infer_letter(text: str, choices: Choices) -> str:
+    """A letter that stands alone within the last four words, or after "answer is"."""
+    if NO_ANSWER in text:
+        return UNREAD
+    if any(refusal in text for refusal in REFUSALS):
+        return REFUSED
+    words = text.translate(MARKS).split()
+    named = [letter for letter in choices if letter in words]
+    # Where a letter occurs first is what counts: "A ... A" with a long way between them is not read.
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
+        return named[0]
+    if not named and REFUSED in words:
+        return REFUSED
+    named_letter = ANSWER_IS.search(text)
+    letter = named_letter.group(1).upper() if named_letter else UNREAD
+    return letter if letter in choices else UNREAD
+
+
+def infer_text(text: str, choices: Choices, longest: float = float("inf")) -> str:
+    """The only option whose words occur in the answer.
+
+    Args:
+        longest: answers with more characters than this many times all options together are not read.
+    """
+    text = text.lower()
+    if len(text) > longest * sum(len(option) for option in choices.values()):
+        return UNREAD
+    named = [letter for letter, option in choices.items() if option.lower() in text]
+    return named[0] if len(named) == 1 else UNREAD
+
+
+def infer_lmms(text: str, choices: Choices) -> str:
+    """The option lmms-eval's rules read, or UNREAD; E is a letter even of a question with four options."""
+    return infer_letter_lmms(text) or infer_text(text, choices)
+
+
+def infer_letter_lmms(text: str) -> str:
+    """A letter that is a word of its own, bare or with the marks that lmms-eval knows."""
+    if NO_ANSWER in text:
+        return UNREAD
+    words = text.split()
+    bare = [letter for letter in LETTERS_LMMS if letter in words]
+    # In a longer sentence "A" may be the article, so that a bare letter counts only without it.
+    if len(bare) == 1 and not ("A" in words and len(words) > 3):
+        return bare[0]
+    for form in FORMS_LMMS:
+        marked = [letter for letter in LETTERS_LMMS if form.format(letter) in words]
+        if len(marked) == 1:
+            return marked[0]
+    return UNREAD
+
+
+def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = infer) -> Score:
+    """CircularEval: a group counts if every pass of it is right.
+
+    Groups whose first pass was not asked are left out, as officially. Passes that were not asked cannot fail a group.
+
+    Args:
+        items: the rows that count.
+        texts: id -> the model's text, one for every row.
+    """
+    read = {name: rule(texts[name], item.choices) for name, item in items.items()}
+    correct = {name: float(read[name] == item.answer) for name, item in items.items()}
+    firsts = {item.index: name for name, item in items.items() if item.index < PASS}
+    members: dict[int, list[str]] = {index: [] for index in firsts}
+    for name, item in items.items():
+        if item.index % PASS in members:
+            members[item.index % PASS].append(name)
+    hits = {str(index): min(correct[name] for name in names) for index, names in members.items()}
+    vanilla = [correct[name] for name in firsts.values()]
+    unread = sum(not letter for letter in read.values())
+    values: dict[str, float | None] = {
+        "accuracy": percent(hits.values()) if hits else None,
+        "vanilla_accuracy": percent(vanilla) if vanilla else None,
+        "unmatched": float(unread),
+    }
+    # By the first pass of each group.
+    heads = {str(index): items[name] for index, name in firsts.items()}
+    abilities = {
+        "category": {index: item.category for index, item in heads.items() if item.category},
+        "l2-category": {index: item.l2 for index, item in heads.items() if item.l2},
+    }
+    notes = [
+        "accuracy: groups in which every rotation of the options is answered right; vanilla_accuracy: their first pass "
+        "alone",
+        *unread_notes(unread, undecided(members.values(), read, items)),
+    ]
+    if left_out := len(items) - sum(map(len, members.values())):
+        notes.append(f"rows of groups whose first pass was not asked, left out: {left_out:,}")
+    return Score(
+        values,
+        {title: grouped(hits, labels) for title, labels in abilities.items() if labels},
+        correct,
+        tuple(notes),
+        points=frozenset({"unmatched"}),
+        terms=ratio_terms(hits, unit="group", proportion=True),
+    )
+
+
+def undecided(groups: Iterable[Sequence[str]], read: Mapping[str, str], items: Mapping[str, Item]) -> int:
+    """Groups that the official scorers would ask GPT about: something unread and nothing read wrong."""
+    letters = ([(read[name], items[name].answer) for name in names] for names in groups)
+    return sum(
+        any(not letter for letter, _ in group) and all(letter in (UNREAD, answer) for letter, answer in group)
+        for group in letters
+    )
+
+
+def unread_notes(unread: int, groups: int) -> list[str]:
+    """What replaces the official scorers' GPT."""
+    if not unread:
+        return []
+    return [
+        f"answers that no rule reads (unmatched): {unread:,}, counted as wrong; the official scorers ask GPT about "
+        f"them and draw an option at random after three failures; groups that this could change: {groups:,} at most"
+    ]
+
+
+ENGLISH = Edition(
+    title="MMBench",
+    config="en",
+    files={
+        split: (
+            f"mmbench/mmbench_{split}_20230712.tsv",
+            f"mmbench/mmbench_{split}_en_20231003.tsv",
+            f"mmbench/MMBench_{split.upper()}_EN.tsv",
+        )
+        for split in ("dev", "test")
+    },
+    suffix=LETTER,
+    suffix_lmms=LETTER,
+    tokens_lmms=1024,
+    nan_is_hint=False,
+    groups=1176,
+)
+
+CHINESE = Edition(
+    title="MMBench-CN",
+    config="cn",
+    files={
+        split: tuple(
+            f"{folder}/{name}.tsv"
+            for name in (f"mmbench_{split}_cn_20231003", f"MMBench_{split.upper()}_CN")
+            for folder in ("mmbench", "mmbench_cn")
+        )
+        for split in ("dev", "test")
+    },
+    suffix=LETTER_CN,
+    suffix_lmms="请直接使用所提供的选项字母作为答案回答。",
+    tokens_lmms=256,
+    nan_is_hint=True,
+)
+
+
+def benchmark(name: str, edition: Edition, summary: str, published: str, by: str, size: str = "") -> Benchmark:
+    """The entry of one language.
+
+    Args:
+        by: which model has the published number, and who says so.
+        size: of the official file, for `check-data`.
+    """
+    usual, *others = edition.files["dev"]
+    return Benchmark(
+        name,
+        f"{summary}; right only if it is for every rotation of the options.",
+        tuple(edition.files),
+        partial(load, edition),
+        published=published,
+        published_by=by,
+        needs=(Need(usual, f"{DOWNLOADS}/{Path(usual).name}{size}", others=tuple(others)),),
+        mirror=MIRROR,
+        licence="Apache-2.0 (MMBench repository)",
+    )
+
+
+BENCHMARKS = (
+    benchmark(
+        "mmbench",
+        ENGLISH,
+        "Multiple choice over twenty abilities",
+        "64.3 accuracy",
+        "LLaVA-1.5-7B, LLaVA's model zoo, on dev with 1,176 groups; 64.69 in a re-run of the released weights"
+        " with LLaVA's scripts in FasterVLM's EVAL.md",
+        " (4,377 rows)",
+    ),
+    benchmark(
+        "mmbench_cn",
+        CHINESE,
+        "MMBench in Chinese",
+        "58.3 accuracy",
+        "LLaVA-1.5-7B, LLaVA's model zoo, on dev; 58.08 in a re-run of the released weights with LLaVA's "
+        "scripts in FasterVLM's EVAL.md",
+    ),
+)

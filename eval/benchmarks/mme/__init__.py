@@ -1,5 +1,0 @@
-"""MME."""
-
-from eval.benchmarks.mme.data import BENCHMARK
-
-BENCHMARKS = (BENCHMARK,)

@@ -1,5 +1,0 @@
-"""MMMU."""
-
-from eval.benchmarks.mmmu.data import BENCHMARK
-
-BENCHMARKS = (BENCHMARK,)

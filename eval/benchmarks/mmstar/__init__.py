@@ -1,5 +1,0 @@
-"""MMStar."""
-
-from eval.benchmarks.mmstar.data import BENCHMARK
-
-BENCHMARKS = (BENCHMARK,)

@@ -1,0 +1,299 @@
+"""MM-Vet, read from DATA/mm-vet (LLaVA's scripts) or DATA/mmvet (LLaVA's documentation), or from lmms-eval's mirror.
+
+    mm-vet.json            official questions: "v1_0" -> imagename, question, answer, capability
+    llava-mm-vet.jsonl     LLaVA's question file, optional: question_id, image, text
+    images/
+
+Answers are judged, see eval/judging/. In both profiles the judge is asked as MM-Vet's own script asks it; lmms-eval
+words the head of its table a little differently and allows longer replies.
+
+The score is the mean of the judge's scores from 0 to 1, over all questions, capabilities and combinations of them.
+Source of the definitions: mm-vet_evaluator.py (https://github.com/yuweihao/MM-Vet, acde843). Differs from it: the
+official names of combinations are in no fixed order, here capabilities come in the order of the paper; and numbers are
+not rounded to one decimal before they are printed.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from eval.answers.jsonl import is_file
+from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
+from eval.benchmarks.hub import official_file, open_table
+from eval.benchmarks.llava_files import EVAL_ZIP, each_once, prompts_by_id
+from eval.benchmarks.media import Folder, Pictures, image_name
+from eval.benchmarks.records import Filled, Id, NotRequired, Number, Texts, TypedDict, check_map
+from eval.judging import Judging, Request, Verdict, judged_facts, prompts
+from eval.judging.choice import unjudged
+from eval.metrics import Score
+from eval.metrics.accuracy import contains, words
+
+FOLDERS = ("mm-vet", "mmvet")
+MIRROR = ("lmms-lab-encoder/MMVet", "lmms-lab/MMVet")
+COLUMNS = ("question_id", "question", "answer", "capability")
+COUNT = 218
+SOURCE = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
+
+# lmms-eval asks so. It stands before the question, where a prompt has no part of its own for it.
+STEP_BY_STEP = (
+    "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
+)
+
+
+class Official(TypedDict):
+    """A question of the official file."""
+
+    imagename: Filled
+    question: Filled
+    answer: Filled
+    capability: Texts
+
+
+class MirrorRow(TypedDict):
+    """A row of the mirror, whose capabilities are a list or one text with commas."""
+
+    question_id: Id
+    question: Filled
+    answer: Filled
+    capability: Filled | Texts
+
+
+class Grade(TypedDict):
+    """What a grade file holds of a question: a score for each run of the judge."""
+
+    score: Annotated[list[Number], Field(min_length=1)]
+    model: NotRequired[list[str] | str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One question with what the judge is told.
+
+    Attributes:
+        image: its name in the data set's `pictures`.
+        text: what LLaVA's profile asks.
+        question: as the benchmark words it, which is what the judge sees.
+    """
+
+    image: str
+    text: str
+    question: str
+    answer: str
+    capabilities: tuple[str, ...]
+
+
+Entries = dict[str, Entry]
+
+
+def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
+    """The 218 questions. LLaVA's files number them, MM-Vet's name them "v1_" and that number."""
+    official = official_file(data, source, "MM-Vet", [data / name / "mm-vet.json" for name in FOLDERS], MIRROR)
+    entries, pictures, mark, where = (
+        read_official(official) if official is not None else read_mirror(data, download=source == "mirror")
+    )
+    asked = {
+        name: entry.text if profile == "llava" else STEP_BY_STEP + entry.question for name, entry in entries.items()
+    }
+    judging = judge_with(entries)
+    return Dataset(
+        "MM-Vet",
+        tuple(
+            Question(name, asked[name], "", (entry.image,), entry.answer, name.removeprefix("v1_"))
+            for name, entry in entries.items()
+        ),
+        pictures,
+        mark,
+        unjudged(judging),
+        None,
+        # The input of MM-Vet's evaluator, as LLaVA's convert_mmvet_for_eval.py writes it.
+        lambda texts: {"mmvet_results.json": dict(texts)},
+        # model_vqa.py's generate call, and lmms-eval's mmvet.yaml.
+        max_new_tokens=1024,
+        facts=judged_facts(judging, where, profile, len(entries), COUNT),
+        judging=judging,
+    )
+
+
+def read_official(official: Path) -> tuple[Entries, Pictures, str, str]:
+    """Entries in the order of LLaVA's file, or of the official one, images, the hash of what was read, its name."""
+    entries: Entries = {}
+    for name, record in check_map(official, Official).items():
+        image = image_name(record["imagename"], f"{official}, question {name},")
+        text = record["question"]
+        entries[name] = Entry(image, text, text, record["answer"], tuple(record["capability"]))
+    pictures, prompts_file = Folder(official.parent / "images"), official.with_name("llava-mm-vet.jsonl")
+    if not is_file(prompts_file):
+        return entries, pictures, fingerprint([official]), "official"
+    ordered = {
+        name: replace(entries[name], text=prompt.text, image=prompt.image)
+        for name, prompt in prompts_by_id(prompts_file, official, entries, entries, prefix="v1_")
+    }
+    return ordered, pictures, fingerprint([prompts_file, official]), "official"
+
+
+def read_mirror(data: Path, download: bool) -> tuple[Entries, Pictures, str, str]:
+    """Entries, images, hash and place of the table."""
+    table = open_table(data, MIRROR, None, "test", download)
+    rows = table.records(MirrorRow)
+    names = [f"v1_{str(row['question_id']).removeprefix('v1_')}" for row in rows]
+    each_once((f"{table.where} row {number}", name) for number, name in enumerate(names))
+    entries: Entries = {}
+    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+        needed = row["capability"]
+        capabilities = tuple(word.strip() for word in (needed.split(",") if isinstance(needed, str) else needed))
+        entries[name] = Entry(f"{number}/image", row["question"], row["question"], row["answer"], capabilities)
+    return entries, table.pictures(), table.fingerprint(COLUMNS), table.where
+
+
+# -- the judge -------------------------------------------------------------------------------------------------------
+
+# Official judge settings: a first try at temperature 0, and up to four more with a hint at 0, 0.5, 1 and 1.5.
+TRIES = 5
+
+
+STEP = 0.5
+
+
+HINT = "\nPredict the correctness of the answer (digit): "
+
+
+def judge_with(entries: Entries) -> Judging:
+    """How MM-Vet's script uses its judge."""
+    official = prompts()["mm_vet"]
+
+    def needed(asked: Sequence[str]) -> dict[str, list[str]]:
+        return {name: list(entries[name].capabilities) for name in asked}
+
+    def request(name: str, text: str) -> Request:
+        truth = entries[name].answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        row = " | ".join([entries[name].question, truth, text, ""])
+        content = f"{official['few_shot_prompt']}\n{row}"
+        return Request(name, ({"role": "user", "content": content},), 0.0, official["max_tokens"])
+
+    def parse(name: str, reply: str) -> Verdict | None:
+        return None if (value := parse_score(reply)) is None else {"score": [value]}
+
+    def match(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        return match_score(needed(asked), {name: entries[name].answer for name in asked}, texts)
+
+    return Judging(
+        benchmark="mmvet",
+        official=official["judge_model"],
+        main="score",
+        requests=lambda asked, texts: [request(name, texts[name]) for name in asked],
+        parse=parse,
+        # The grade file of the official script: id -> model, content and score, each a list over its runs.
+        read=lambda path: {name: dict(grade) for name, grade in check_map(path, Grade).items()},
+        score=lambda asked, verdicts: evaluate(needed(asked), {name: verdicts[name]["score"] for name in asked}),
+        match=match,
+        tries=TRIES,
+        again=hinted,
+        failed={"score": [0.0]},
+    )
+
+
+def hinted(request: Request, failures: int) -> Request:
+    """After an unreadable reply: with a hint, at temperature 0, then 0.5 more each time."""
+    content = request.messages[0]["content"] + HINT
+    return Request(request.id, ({"role": "user", "content": content},), STEP * (failures - 1), request.max_tokens)
+
+
+# -- the metric ------------------------------------------------------------------------------------------------------
+
+# Out of 100, but no percentages.
+POINTS = frozenset({"score", "std", "score_match", "capability", "combination"})
+
+
+CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
+
+
+def parse_score(reply: str) -> float | None:
+    """A judge's score: what stands before the first space; None unless that is a number from 0 to 1."""
+    try:
+        score = float(reply.split(" ")[0].strip())
+    except ValueError:
+        return None
+    return score if 0 <= score <= 1 else None
+
+
+def evaluate(capabilities: Mapping[str, Collection[str]], scores: Mapping[str, Sequence[float]]) -> Score:
+    """The official numbers, in points from 0 to 100.
+
+    Args:
+        capabilities: question id -> what it needs, of every question that was asked.
+        scores: question id -> its score in each run of the judge. The shortest list says how many runs count.
+    """
+    runs = min(len(scores[name]) for name in capabilities)
+    correct = {name: statistics.fmean(scores[name][:runs]) for name in capabilities}
+    values: dict[str, float | None] = {"score": 100 * statistics.fmean(correct.values())}
+    notes = []
+    if runs > 1:
+        totals = [100 * statistics.fmean(scores[name][run] for name in capabilities) for run in range(runs)]
+        values["std"] = statistics.pstdev(totals)
+        notes.append(f"mean over {runs} runs of the judge, with their population standard deviation")
+    if any(len(scores[name]) > runs for name in capabilities):
+        notes.append(f"some questions were judged more than {runs} times; the first {runs} count")
+    return Score(values, groups(capabilities, correct), correct, tuple(notes), "score", POINTS)
+
+
+def groups(
+    capabilities: Mapping[str, Collection[str]], correct: Mapping[str, float]
+) -> dict[str, dict[str, tuple[float, int]]]:
+    """Means per capability, a question counting for each of its own, and per combination; the most frequent first."""
+    single, together = defaultdict(list), defaultdict(list)
+    for name, needed in capabilities.items():
+        for capability in needed:
+            single[capability].append(correct[name])
+        together["_".join(sorted(needed, key=rank))].append(correct[name])
+    return {
+        kind: {
+            label: (100 * statistics.fmean(sample_scores), len(sample_scores))
+            for label, sample_scores in sorted(table.items(), key=lambda item: (-len(item[1]), item[0]))
+        }
+        for kind, table in (("capability", single), ("combination", together))
+    }
+
+
+def rank(capability: str) -> tuple[int, str]:
+    """Place in the paper's order."""
+    known = CAPABILITIES.index(capability) if capability in CAPABILITIES else len(CAPABILITIES)
+    return known, capability
+
+
+def match_score(
+    capabilities: Mapping[str, Collection[str]], answers: Mapping[str, str], texts: Mapping[str, str]
+) -> Score:
+    """The same means of a word match, which no paper reports."""
+    correct = {name: match(texts[name], answers[name]) for name in capabilities}
+    note = "score_match is the share of reference elements found word for word: no published metric"
+    value = 100 * statistics.fmean(correct.values())
+    return Score({"score_match": value}, groups(capabilities, correct), correct, (note,), "score_match", POINTS)
+
+
+def match(text: str, answer: str) -> float:
+    """Share of the elements, separated by <AND>, that occur in the text; the best of the choices around <OR>."""
+    said = words(text)
+    choices = [[words(element) for element in choice.split("<AND>")] for choice in answer.split("<OR>")]
+    return max(sum(contains(said, element) for element in elements) / len(elements) for elements in choices)
+
+
+BENCHMARK = Benchmark(
+    name="mmvet",
+    summary="Open questions that need several capabilities at once; judged by GPT-4.",
+    splits=("test",),
+    read=load,
+    published="31.1 score",
+    published_by="LLaVA-1.5-7B, LLaVA's model zoo, judged by gpt-4-0613",
+    needs=(
+        Need("mm-vet/mm-vet.json", SOURCE),
+        Need("mm-vet/llava-mm-vet.jsonl", EVAL_ZIP, optional=True),
+        Need("mm-vet/images", SOURCE, count=200),
+    ),
+    mirror=MIRROR,
+    licence="CC BY-NC 4.0",
+)

@@ -1,5 +1,0 @@
-"""MM-Vet."""
-
-from eval.benchmarks.mmvet.data import BENCHMARK
-
-BENCHMARKS = (BENCHMARK,)

@@ -1,5 +1,0 @@
-"""OCRBench."""
-
-from eval.benchmarks.ocrbench.data import BENCHMARK
-
-BENCHMARKS = (BENCHMARK,)

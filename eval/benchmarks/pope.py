@@ -1,0 +1,446 @@
+"""POPE: is there an object in the image, asked about random, popular and adversarial objects. Read from DATA/pope.
+
+    llava_pope_test.jsonl           LLaVA's question file: question_id, image, text with suffix, category
+    coco/coco_pope_random.json      official questions with labels, one object per line; also popular and adversarial
+    val2014/                        images of COCO
+
+The splits `random`, `popular` and `adversarial` are the questions of one category. Published numbers are over the 2,910
+random questions of POPE @ e3e39262; its later versions and the mirror have 3,000.
+
+The metrics are accuracy, precision, recall, F1 and yes ratio. `official_score` is LLaVA's eval_pope.py
+(haotian-liu/LLaVA @ c121f04) and equal to it on the vectors in tests/data/pope; its headline, the mean F1 of the three
+categories, is what papers print. `lmms_score` is lmms-eval @ 75571cf, which pools the categories. Both differ from the
+scripts in that a quotient without a denominator is 0 and noted, where eval_pope.py stops, and in that numbers a script
+gets wrong stand beside the right ones.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from eval.answers.jsonl import is_file
+from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint
+from eval.benchmarks.hub import official_file, open_table
+from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, Line, as_number, each_once, split_suffix
+from eval.benchmarks.media import Folder, image_name
+from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_lines
+from eval.metrics import Array, Score, SufficientStatistics, divide, first_names
+from eval.metrics.accuracy import check_coverage
+from llava.errors import UserError, unknown
+
+MIRROR = ("lmms-lab-encoder/POPE", "lmms-lab/POPE")
+MIRROR_COLUMNS = ("question_id", "question", "answer")
+# LLaVA's file counts each category from a multiple of this.
+OFFSET = 10_000_000
+VERSIONS = {2910: "POPE @ e3e39262, as in published numbers", 3000: "later than POPE @ e3e39262"}
+
+# In the order of the paper's table.
+CATEGORIES = ("random", "popular", "adversarial")
+Category = Literal["random", "popular", "adversarial"]
+
+
+class Prompt(Line):
+    """A line of LLaVA's question file."""
+
+    category: Category
+
+
+class Label(TypedDict):
+    """A line of an official file."""
+
+    question_id: Id
+    image: Filled
+    text: Filled
+    label: Literal["yes", "no"]
+
+
+class MirrorRow(TypedDict):
+    """A row of the mirror."""
+
+    question_id: Id
+    question: Filled
+    answer: Filled
+    category: NotRequired[Category]
+    image_source: NotRequired[str | None]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        label: "yes" or "no"; None if the label file does not have the question.
+    """
+
+    category: str
+    image: str
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Labelled(Contents[Item]):
+    """What a source holds of a split, with the labels of each category in the order of its file."""
+
+    labels: Mapping[str, Sequence[str]]
+
+
+def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
+    """Read a split; everything that can be wrong with its files is said here, images excepted."""
+    file = data / "pope" / "llava_pope_test.jsonl"
+    prompts = official_file(data, source, f"POPE {split}", [file], MIRROR, EVAL_ZIP)
+    contents = read_mirror(data, split, source == "mirror") if prompts is None else read_official(prompts, split)
+    questions, items, labels = contents.questions, contents.references, contents.labels
+    read = parse_lmms if profile == "lmms" else parse
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        wanted = {name: items[name] for name in asked}
+        return lmms_score(wanted, texts) if profile == "lmms" else official_score(wanted, labels, texts)
+
+    def submission(texts: Mapping[str, str]) -> dict[str, str]:
+        """The input of LLaVA's eval_pope.py, which looks ids up as the integers they are in the question file."""
+        rows = (
+            {
+                "question_id": as_number(question.official or question.id),
+                "prompt": question.message,
+                "text": texts[question.id],
+                "category": items[question.id].category,
+            }
+            for question in questions
+            if question.id in texts
+        )
+        return {"pope_answers.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+
+    counts = Counter(item.category for item in items.values())
+    facts: dict[str, Any] = {"source": contents.source, "profile": profile, "questions": dict(counts)}
+    if random := counts["random"]:
+        facts["random_version"] = VERSIONS.get(random, "neither 2,910 nor 3,000 random questions")
+    if (labelled := {category: len(there) for category, there in labels.items()}) != counts:
+        facts["labels"] = labelled
+    return Dataset(
+        f"POPE {split}",
+        questions,
+        contents.pictures,
+        contents.fingerprint,
+        score,
+        lambda question, text: float(read(text) == question.answer),
+        submission,
+        # Both profiles leave the length to their default, which is 128 in LLaVA's loader and in lmms-eval's task.
+        max_new_tokens=128,
+        facts=facts,
+        normalise=read,
+    )
+
+
+def read_official(path: Path, split: str) -> Labelled:
+    """LLaVA's questions with the official labels of the lines that ask the same about the same image."""
+    lines = check_lines(path, Prompt)
+    for where, row in lines:
+        image_name(row["image"], where)
+    each_once((where, str(row["question_id"])) for where, row in lines)
+    rows = [row for _, row in lines if split in ("test", row["category"])]
+    if not rows:
+        raise UserError(f"{path} has no questions{'' if split == 'test' else f' of category {split}'}.")
+    counts = Counter(row["category"] for row in rows)
+    files = {category: path.parent / "coco" / f"coco_pope_{category}.json" for category in counts}
+    labels = {category: read_labels(file, counts[category]) for category, file in files.items()}
+    asking: dict[tuple[str, str, str], list[Label]] = defaultdict(list)
+    for category, there in labels.items():
+        for line in there:
+            asking[category, line["image"], line["text"]].append(line)
+    questions, items, place = [], {}, Counter[str]()
+    for row in rows:
+        name, image, category = str(row["question_id"]), row["image"], row["category"]
+        text, suffix = split_suffix(row["text"])
+        label = own_label(row["question_id"], asking[category, image, text])
+        answer = label or labels[category][place[category]]["label"]
+        place[category] += 1
+        questions.append(Question(name, text, suffix, (image,), answer))
+        items[name] = Item(category, image, label)
+    by_category: dict[str, list[str]] = {
+        category: [line["label"] for line in there] for category, there in labels.items()
+    }
+    pictures = Folder(path.parent / "val2014")
+    mark = fingerprint([path, *files.values()])
+    return Labelled("official", tuple(questions), items, pictures, mark, by_category)
+
+
+def read_labels(path: Path, count: int) -> list[Label]:
+    """The official questions of a category in file order, a label for each of `count` questions."""
+    if not is_file(path):
+        raise UserError(
+            f"No POPE labels at {path}; put the files of output/coco of github.com/AoiDragon/POPE @ e3e39262 there."
+        )
+    labels = [row for _, row in check_lines(path, Label)]
+    if count > len(labels):
+        raise UserError(
+            f"{path} has {len(labels):,} labels for {count:,} questions; take question file and labels of the same "
+            "version, for LLaVA's question file that of POPE @ e3e39262."
+        )
+    return labels
+
+
+def own_label(number: int | str, lines: Sequence[Label]) -> str | None:
+    """The label of the line with the question's number, or what all lines say; None if there is no such thing."""
+    short = number % OFFSET if isinstance(number, int) else number
+    answers = {line["label"] for line in lines if line["question_id"] == short} or {line["label"] for line in lines}
+    return answers.pop() if len(answers) == 1 else None
+
+
+def read_mirror(data: Path, split: str, download: bool) -> Labelled:
+    """The hub's table: 9,000 rows in split test, a split per category in its configuration Full."""
+    table = open_table(data, MIRROR, None if split == "test" else "Full", split, download)
+    questions, items = [], {}
+    labels: dict[str, list[str]] = defaultdict(list)
+    first: dict[str, int] = {}
+    for row, record in enumerate(table.records(MirrorRow)):
+        where = f"{table.where} row {row}"
+        category, label = record.get("category", split), record["answer"].lower().strip()
+        if category not in CATEGORIES:
+            raise unknown(f"POPE category in {where}", category, CATEGORIES)
+        if label not in ("yes", "no"):
+            raise UserError(f"{where} should have the answer yes or no, got {record['answer']!r}.")
+        # Ids count within a category only.
+        official = str(record["question_id"])
+        name = f"{category}/{official}"
+        if name in items:
+            raise UserError(f"{where} asks question {name} a second time.")
+        image = f"{first.setdefault(str(record.get('image_source') or row), row)}/image"
+        questions.append(Question(name, record["question"].strip(), SHORT, (image,), label, official))
+        items[name] = Item(category, image, label)
+        labels[category].append(label)
+    mark = table.fingerprint(MIRROR_COLUMNS)
+    return Labelled(table.id, tuple(questions), items, table.pictures(), mark, labels)
+
+
+# -- the metric ------------------------------------------------------------------------------------------------------
+
+NEGATIONS = {"No", "not", "no"}
+WORD = re.compile(r"\w+")
+
+# Columns of the counts. "Other" is an answer that is neither, which only lmms-eval knows.
+TP, FP, TN, FN, OTHER_YES, OTHER_NO = range(6)
+COLUMNS = 6
+
+
+def parse(text: str) -> str:
+    """ "yes" or "no" as eval_pope.py reads a text: everything is yes but a negation word in the first sentence.
+
+    Words are what single spaces separate, and case counts: "NO", "no!", "None" and "" are yes.
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "yes" if NEGATIONS.isdisjoint(words) else "no"
+
+
+def parse_lmms(text: str) -> str:
+    """The whole text, which lmms-eval compares with "yes" and "no"."""
+    return text.lower().strip()
+
+
+def official_score(items: Mapping[str, Item], labels: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> Score:
+    """The numbers of eval_pope.py in percent.
+
+    Args:
+        items: id -> question, of those that were asked, in the order of the question file.
+        labels: category -> labels in the order of its file. The script compares a category's answers with them by
+            position, whatever the ids say.
+        texts: id -> raw text, in the order of the answer file; one for every item.
+    """
+    check_coverage(items, texts, set(items))
+    said = {name: parse(text) for name, text in texts.items()}
+    by_position = labels_by_position(items, labels, texts)
+    known = {name: item for name, item in items.items() if item.label is not None}
+    own = by_position | {name: item.label for name, item in known.items() if item.label is not None}
+    counts = tally(items, said, by_position)
+    present = categories_of(items)
+    score = score_of(items, said, own, counts, counts.reshape(len(items), -1), mean_f1)
+    values: dict[str, float | None] = {
+        name: float((100 * value).mean()) for name, value in measures(counts.sum(0)).items()
+    }
+    notes = list(empty_notes(present, counts.sum(0)))
+    if len(present) < len(CATEGORIES):
+        asked = " and ".join(present)
+        notes.insert(0, f"f1 is over the questions of {asked} alone; papers print the mean of three categories")
+    # Gibberish alone has an F1 of 66.7.
+    if unread := sum(parse(text) == "yes" and "yes" not in WORD.findall(text.lower()) for text in texts.values()):
+        notes.append(
+            f"{unread:,} of {len(texts):,} answers say neither yes nor no: the official script counts them as yes"
+        )
+    if unlabelled := len(items) - len(known):
+        notes.append(
+            f"{unlabelled:,} of {len(items):,} questions are not in the label files, which may be of another version: "
+            "they have a label by position alone"
+        )
+    if wrong := sum(own[name] != by_position[name] for name in known):
+        matched = measures(tally(known, said, own).sum(0))
+        values |= {f"{name}_matched_by_id": float(100 * matched[name].mean()) for name in ("f1", "accuracy")}
+        notes.append(
+            f"the official script matches labels by position, which gives {wrong:,} of {len(known):,} answers the "
+            "wrong label; f1_matched_by_id and accuracy_matched_by_id give every question its own"
+        )
+    return replace(score, values=values, notes=tuple(notes))
+
+
+def lmms_score(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score:
+    """The numbers of lmms-eval in percent, over all categories at once.
+
+    Its yes ratio is that of the labels: `yes_ratio_lmms`, while `yes_ratio` is that of the answers. An answer that is
+    neither yes nor no lowers its accuracy but not its recall; `f1_other_missed` counts it in both.
+    """
+    check_coverage(items, texts, set(items))
+    said = {name: parse_lmms(text) for name, text in texts.items()}
+    own = {name: item.label for name, item in items.items() if item.label is not None}
+    if lost := [name for name in items if name not in own]:
+        raise UserError(
+            f"{len(lost):,} of {len(items):,} questions are not in the label files ({first_names(lost)}): question "
+            "file and label files should be of the same version."
+        )
+    counts = tally(items, said, own)
+    pooled = counts.sum((0, 1))
+    score = score_of(items, said, own, counts, counts.sum(1), pooled_f1)
+    values: dict[str, float | None] = {name: float(100 * value) for name, value in measures(pooled).items()}
+    positive = pooled[TP] + pooled[FN] + pooled[OTHER_YES]
+    values["yes_ratio_lmms"] = float(100 * divide(positive, pooled.sum()))
+    values["f1_mean_of_categories"] = float((100 * measures(counts.sum(0))["f1"]).mean())
+    notes = ["yes_ratio_lmms is the share of questions whose label is yes, which lmms-eval prints as yes ratio"]
+    notes += empty_notes(("all categories",), pooled[None])
+    if other := int(pooled[OTHER_YES] + pooled[OTHER_NO]):
+        missed = pooled.copy()
+        missed[FN] += missed[OTHER_YES]
+        values["f1_other_missed"] = float(100 * measures(missed)["f1"])
+        notes.append(
+            f"{other:,} answers are neither yes nor no: wrong in the accuracy, left out of recall and f1 by lmms-eval; "
+            "f1_other_missed counts those to a yes as missed"
+        )
+    return replace(score, values=values, notes=tuple(notes))
+
+
+def score_of(
+    items: Mapping[str, Item],
+    said: Mapping[str, str],
+    labels: Mapping[str, str],
+    counts: Array,
+    sums: Array,
+    value: Callable[[Array], Array],
+) -> Score:
+    """What both rules have in common: sample scores, every measure by category, and the headline's terms.
+
+    Args:
+        counts: [questions, categories, columns], from `tally`.
+        sums, value: per question what the headline is a function of, and that function. Images are the units: the
+            answers about one of them are not independent.
+    """
+    images = {image: row for row, image in enumerate(dict.fromkeys(item.image for item in items.values()))}
+    by_image = np.zeros((len(images), sums.shape[1]))
+    np.add.at(by_image, [images[item.image] for item in items.values()], sums)
+    sizes = counts.sum((0, 2)).astype(int)
+    groups = {
+        name: {category: (float(100 * shares[k]), int(sizes[k])) for k, category in enumerate(categories_of(items))}
+        for name, shares in measures(counts.sum(0)).items()
+    }
+    return Score(
+        {},
+        groups,
+        {name: float(said[name] == labels[name]) for name in items},
+        main="f1",
+        terms=SufficientStatistics("image", tuple(images), tuple(images), by_image, value, most=100),
+    )
+
+
+def labels_by_position(
+    items: Mapping[str, Item], labels: Mapping[str, Sequence[str]], texts: Mapping[str, str]
+) -> dict[str, str]:
+    """id -> the label at the place that the answer has among its category's answers."""
+    seen: dict[str, int] = defaultdict(int)
+    by_position = {}
+    for name in texts:
+        category = items[name].category
+        place = seen[category]
+        if place >= len(labels.get(category, ())):
+            raise UserError(
+                f"There are {len(labels.get(category, ())):,} labels for more answers of category {category}: question "
+                "file and label file should be of the same version."
+            )
+        by_position[name] = labels[category][place]
+        seen[category] += 1
+    return by_position
+
+
+def categories_of(items: Mapping[str, Item]) -> tuple[str, ...]:
+    """Those that were asked, in the order of the paper."""
+    there = {item.category for item in items.values()}
+    return tuple(category for category in CATEGORIES if category in there)
+
+
+def tally(items: Mapping[str, Item], said: Mapping[str, str], labels: Mapping[str, str]) -> Array:
+    """[questions, categories, columns]: a 1 where each answer counts."""
+    column = {("yes", "yes"): TP, ("yes", "no"): FP, ("no", "no"): TN, ("no", "yes"): FN}
+    other = {"yes": OTHER_YES, "no": OTHER_NO}
+    present = categories_of(items)
+    counts = np.zeros((len(items), len(present), COLUMNS))
+    for row, (name, item) in enumerate(items.items()):
+        label = labels[name]
+        counts[row, present.index(item.category), column.get((said[name], label), other[label])] = 1
+    return counts
+
+
+def measures(counts: Array) -> dict[str, Array]:
+    """Shares of counts [..., columns], the headline first; 0 where there is nothing to divide by."""
+    total = counts.sum(-1)
+    precision = divide(counts[..., TP], counts[..., TP] + counts[..., FP])
+    recall = divide(counts[..., TP], counts[..., TP] + counts[..., FN])
+    return {
+        "f1": divide(2 * precision * recall, precision + recall),
+        "accuracy": divide(counts[..., TP] + counts[..., TN], total),
+        "precision": precision,
+        "recall": recall,
+        "yes_ratio": divide(counts[..., TP] + counts[..., FP], total),
+    }
+
+
+def mean_f1(sums: Array) -> Array:
+    """[..., categories x columns] -> percent."""
+    return 100 * measures(sums.reshape(*sums.shape[:-1], -1, COLUMNS))["f1"].mean(-1)
+
+
+def pooled_f1(sums: Array) -> Array:
+    """[..., columns] -> percent."""
+    return 100 * measures(sums)["f1"]
+
+
+def empty_notes(names: Sequence[str], counts: Array) -> list[str]:
+    """Which quotients had nothing to divide by; counts is [names, columns]."""
+    notes = []
+    for name, row in zip(names, counts, strict=True):
+        lost = [word for word, other in (("precision", FP), ("recall", FN)) if not row[TP] + row[other]]
+        if not row[TP]:
+            notes.append(f"{name}: nothing to divide by for {' and '.join([*lost, 'f1'])}, counted as 0")
+    return notes
+
+
+BENCHMARK = Benchmark(
+    name="pope",
+    summary="Is an object in the image: yes or no; F1, the mean of random, popular and adversarial objects.",
+    splits=("test", *CATEGORIES),
+    read=load,
+    published="85.9 F1",
+    published_by=(
+        "LLaVA-1.5-7B, LLaVA's model zoo; 85.87 in a re-run of the released weights with LLaVA's scripts in "
+        "FasterVLM's EVAL.md"
+    ),
+    needs=(
+        Need("pope/llava_pope_test.jsonl", EVAL_ZIP),
+        *(
+            Need(f"pope/coco/coco_pope_{category}.json", "output/coco of https://github.com/AoiDragon/POPE at e3e39262")
+            for category in CATEGORIES
+        ),
+        Need("pope/val2014", "val2014.zip of https://cocodataset.org, of which 500 images are used"),
+    ),
+    mirror=MIRROR,
+    licence="POPE MIT; images of COCO under their own terms",
+)

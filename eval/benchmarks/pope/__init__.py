@@ -1,5 +1,0 @@
-"""POPE."""
-
-from eval.benchmarks.pope.data import BENCHMARK
-
-BENCHMARKS = (BENCHMARK,)

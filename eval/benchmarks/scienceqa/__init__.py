@@ -1,5 +1,0 @@
-"""ScienceQA."""
-
-from eval.benchmarks.scienceqa.data import BENCHMARK
-
-BENCHMARKS = (BENCHMARK,)

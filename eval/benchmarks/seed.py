@@ -1,0 +1,359 @@
+"""SEED-Bench, images and videos together, and its image part alone, read from DATA/seed_bench.
+
+    SEED-Bench.json            official questions with answers
+    llava-seed-bench.jsonl     LLaVA's question file: question_id, image, text with suffix
+    SEED-Bench-image/          official images
+    SEED-Bench-video-image/    the middle frame of each video: TYPE_ID.png
+
+Without LLaVA's file the same wording is made from SEED-Bench.json. The image part (SEED-IMG, types 1 to 9), which most
+papers on token reduction print, is the benchmark seed_img: it does without the frames of videos; an answer file over
+all of SEED-Bench is accepted, its other answers are ignored.
+
+Scored as LLaVA's scripts/convert_seed_for_submission.py (commit c121f04) does it, and as lmms-eval does.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.answers.jsonl import Row, is_file
+from eval.answers.reading import read_rows
+from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint
+from eval.benchmarks.hub import Table, letters, official_file, open_table, option_lines, unique_ids
+from eval.benchmarks.llava_files import EVAL_ZIP, LETTER, read_prompts
+from eval.benchmarks.media import Folder, image_name
+from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
+from eval.metrics import Score
+from eval.metrics.accuracy import percent
+from llava.errors import UserError
+
+MIRROR = ("lmms-lab-encoder/SEED-Bench", "lmms-lab/SEED-Bench")
+KINDS = ("image", "video")
+
+
+# Some choices are numbers.
+Choice = str | int | float
+
+
+CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+
+
+COLUMNS = ("question_id", "question", *CHOICES, "answer", "data_type")
+
+
+class Record(TypedDict):
+    """A question of SEED-Bench.json or a row of the mirror."""
+
+    question_id: Id
+    question: Filled
+    choice_a: Choice
+    choice_b: Choice
+    choice_c: Choice
+    choice_d: Choice
+    answer: Literal["A", "B", "C", "D"]
+    data_type: Literal["image", "video"]
+    data_id: NotRequired[Id | None]
+    question_type_id: NotRequired[int | None]
+
+
+# Names of the question types, as SEED-Bench.json numbers them; 10 and up are about videos.
+TYPES = {
+    1: "Scene Understanding",
+    2: "Instance Identity",
+    3: "Instance Attributes",
+    4: "Instance Location",
+    5: "Instances Counting",
+    6: "Spatial Relation",
+    7: "Instance Interaction",
+    8: "Visual Reasoning",
+    9: "Text Understanding",
+    10: "Action Recognition",
+    11: "Action Prediction",
+    12: "Procedure Understanding",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """What scoring needs of a question.
+
+    Attributes:
+        official: the benchmark's own id, which a few questions share.
+        answer: the right letter.
+        kind: "image" or "video".
+        type: key of TYPES; None where the data does not say.
+    """
+
+    official: str
+    answer: str
+    kind: str
+    type: int | None = None
+
+
+Rule = Callable[[str, str], float]
+
+
+def load(main: str, data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
+    """Read the benchmark; everything that can be wrong with its files is said here, images excepted.
+
+    Args:
+        main: "accuracy" for all questions, "image_accuracy" for those about images alone.
+    """
+    lmms, images_only = profile == "lmms", main == "image_accuracy"
+    official = official_file(data, source, "SEED-Bench", [data / "seed_bench" / "SEED-Bench.json"], MIRROR)
+    if official is not None:
+        contents = read_official(official)
+    else:
+        contents = read_mirror(open_table(data, MIRROR, None, split, source == "mirror"), lmms)
+    items = contents.references
+    questions = tuple(q for q in contents.questions if not images_only or items[q.id].kind == "image")
+    rule: Rule = first_character if lmms else exact
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        return evaluate({name: items[name] for name in asked}, texts, rule, main)
+
+    def submission(texts: Mapping[str, str]) -> dict[str, Any]:
+        """The leaderboard's file as LLaVA's conversion writes it, or lmms-eval's, which has the first characters."""
+        if lmms:
+            rows = [{"question_id": items[n].official, "prediction": t.strip()[:1]} for n, t in texts.items()]
+            return {"seed_submission.json": rows}
+        seen = last_by_official(items, texts)
+        rows = [{"question_id": items[name].official, "prediction": seen[name]} for name in items if name in seen]
+        return {"seed_upload.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+
+    kinds = [item.kind for item in items.values()]
+    return Dataset(
+        "SEED-Bench image part" if images_only else "SEED-Bench",
+        questions,
+        contents.pictures,
+        contents.fingerprint,
+        score,
+        lambda question, text: rule(text, question.answer),
+        submission,
+        # lmms-eval's task names no length; its LLaVA then generates up to 1,024 tokens.
+        max_new_tokens=1024 if lmms else 128,
+        facts={
+            "source": contents.source,
+            "profile": profile,
+            "questions": len(questions),
+            **{f"{kind} questions": kinds.count(kind) for kind in KINDS},
+            "videos": "all frames of the data set" if lmms and official is None else "the middle frame",
+        },
+        # An answer file over all questions holds the answers to those about images.
+        accepts=frozenset(items.keys() - {question.id for question in questions}),
+        read=shared_ids_reader(contents.questions),
+    )
+
+
+def shared_ids_reader(questions: Sequence[Question]) -> Callable[[Path], list[Row] | None]:
+    """Reader of answer files in which the prompts do not tell questions with a shared id apart.
+
+    The first answer to such an id belongs to its first question, as the official files are in the same order.
+    """
+    asked: dict[str, list[str]] = defaultdict(list)
+    for question in questions:
+        asked[question.official].append(question.question)
+    shared = {name: len(set(texts)) < len(texts) for name, texts in asked.items() if len(texts) > 1}
+
+    def read(path: Path) -> list[Row] | None:
+        try:
+            rows, _ = read_rows(path)
+        except UserError:  # said again by the common reader, which knows whether a torn file is welcome
+            return None
+        seen: Counter[str] = Counter()
+        renamed = []
+        for row in rows:
+            if row.id in shared and row.number is None and (row.prompt is None or shared[row.id]):
+                seen[row.id] += 1
+                row = replace(row, id=f"{row.id}#{seen[row.id]}")
+            renamed.append(row)
+        return renamed if seen else None
+
+    return read
+
+
+def read_official(path: Path) -> Contents[Item]:
+    """SEED-Bench.json, in the order and words of LLaVA's question file if that is there."""
+    rows = check_list(path, Record, "questions")
+    records = dict(zip(unique_ids(row["question_id"] for row in rows), rows, strict=True))
+    items = {name: read_item(record) for name, record in records.items()}
+    prompts = path.with_name("llava-seed-bench.jsonl")
+    files = [prompts, path] if is_file(prompts) else [path]
+    if is_file(prompts):
+        questions = from_prompts(prompts, records, path)
+    else:
+        questions = tuple(
+            ask(name, record, (official_image(record, f"Question {name} in {path}"),))
+            for name, record in records.items()
+        )
+    return Contents("official files", questions, items, Folder(path.parent), fingerprint(files))
+
+
+def from_prompts(path: Path, records: Mapping[str, Record], official: Path) -> tuple[Question, ...]:
+    """Questions as LLaVA's file words and orders them; of those that share an id, the one that a prompt asks."""
+    waiting: dict[str, list[str]] = defaultdict(list)
+    for name, record in records.items():
+        waiting[str(record["question_id"])].append(name)
+    questions = []
+    for prompt in read_prompts(path):
+        names = waiting[str(prompt.id)]
+        if not names:
+            raise UserError(f"{prompt.where} asks question {prompt.id} more often than {official} has it.")
+        name = next((name for name in names if prompt.text.startswith(records[name]["question"])), names[0])
+        names.remove(name)
+        answer = records[name]["answer"]
+        questions.append(Question(name, prompt.question, prompt.suffix, (prompt.image,), answer, str(prompt.id)))
+    if lost := [name for names in waiting.values() for name in names]:
+        raise UserError(f"{path} lacks {len(lost):,} of the questions in {official}, the first is {lost[0]}.")
+    return tuple(questions)
+
+
+def read_mirror(table: Table, every_frame: bool) -> Contents[Item]:
+    """The hub's table, whose images are lists: one image, or frames of a video.
+
+    Args:
+        every_frame: show all frames of a video as lmms-eval does, not the middle one as LLaVA.
+    """
+    rows = table.records(Record)
+    if not rows:
+        raise UserError(f"{table.where} has no rows.")
+    records = dict(zip(unique_ids(row["question_id"] for row in rows), rows, strict=True))
+    items = {name: read_item(record) for name, record in records.items()}
+    pictures = table.pictures()
+    frames: dict[int, list[str]] = defaultdict(list)
+    for name in sorted(pictures.names, key=lambda name: [int(part) for part in name.split("/") if part.isdigit()]):
+        frames[int(name.split("/")[0])].append(name)
+    first: dict[Any, int] = {}
+    questions = []
+    for row, (name, record) in enumerate(records.items()):
+        # Rows about one image share its name, as in the official files.
+        about = record.get("data_id") if record["data_type"] == "image" else None
+        shown = frames[first.setdefault(about, row) if about is not None else row]
+        if not shown:
+            raise UserError(f"Question {name} in {table.where} has no image; fetch the data set again.")
+        questions.append(ask(name, record, shown if every_frame else shown[len(shown) // 2 :][:1]))
+    return Contents(table.id, tuple(questions), items, pictures, table.fingerprint(COLUMNS))
+
+
+def read_item(record: Record) -> Item:
+    """What scoring needs of a record."""
+    return Item(str(record["question_id"]), record["answer"], record["data_type"], record.get("question_type_id"))
+
+
+def ask(name: str, record: Record, images: Sequence[str]) -> Question:
+    """Question and choices as in LLaVA's file; lmms-eval words them alike."""
+    choices = (record["choice_a"], record["choice_b"], record["choice_c"], record["choice_d"])
+    text = f"{record['question']}\n{option_lines(letters([str(choice) for choice in choices]))}"
+    return Question(name, text, LETTER, tuple(images), record["answer"], str(record["question_id"]))
+
+
+def official_image(record: Record, where: str) -> str:
+    """The image's place below seed_bench/, where LLaVA's question file does not say it."""
+    kind = record["data_type"]
+    needed = "data_id" if kind == "image" else "question_type_id"
+    if record.get(needed) is None:
+        raise UserError(f"{where} has no {needed}, which names its {kind}.")
+    if kind == "image":
+        return image_name(f"SEED-Bench-image/{record['data_id']}", where)
+    return image_name(f"SEED-Bench-video-image/{record['question_type_id']}_{record['question_id']}.png", where)
+
+
+# -- the metric ------------------------------------------------------------------------------------------------------
+
+
+def exact(text: str, answer: str) -> float:
+    """LLaVA's rule: the text is the letter and nothing else, in the same case, without a full stop or space."""
+    return float(text == answer)
+
+
+def first_character(text: str, answer: str) -> float:
+    """lmms-eval's rule: the first character, in either case."""
+    return float(text.strip()[:1].lower() == answer.strip().lower())
+
+
+def last_by_official(items: Mapping[str, Item], texts: Mapping[str, str]) -> dict[str, str]:
+    """Texts as the official script sees them: of questions that share an id, the last answer stands for all."""
+    last = {items[name].official: text for name, text in texts.items() if name in items}
+    return {name: last[item.official] for name, item in items.items() if item.official in last}
+
+
+def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = exact, main: str = "accuracy") -> Score:
+    """Accuracy over all questions, over those about images and over those about videos.
+
+    A question without a prediction is wrong, as officially.
+
+    Args:
+        items: the questions that count; texts of others are ignored.
+        texts: question id -> the model's text, in the order of the answer file.
+        main: "accuracy", or "image_accuracy" for SEED-Bench's image part.
+    """
+    if main == "image_accuracy":
+        items = {name: item for name, item in items.items() if item.kind == "image"}
+    own = {name: rule(texts[name], item.answer) if name in texts else 0.0 for name, item in items.items()}
+    correct, notes = own, []
+    values: dict[str, float | None] = {}
+    if rule is exact and len({item.official for item in items.values()}) < len(items):
+        seen = last_by_official(items, texts)
+        correct = {name: rule(seen[name], item.answer) if name in seen else 0.0 for name, item in items.items()}
+        notes.append(
+            "questions that share an id are all scored with the last of their answers, as the official script does; "
+            "accuracy_own_answer scores each with its own"
+        )
+        values["accuracy_own_answer"] = percent(own.values())
+    for kind in ("video", "image"):
+        part = [correct[name] for name, item in items.items() if item.kind == kind]
+        if part or main == f"{kind}_accuracy":
+            values = {f"{kind}_accuracy": percent(part) if part else None, **values}
+    if main == "accuracy":
+        values = {"accuracy": percent(correct.values()), **values}
+    return Score(values, {"type": by_type(items, correct)}, correct, tuple(notes), main=main)
+
+
+def by_type(items: Mapping[str, Item], correct: Mapping[str, float]) -> dict[str, tuple[float, int]]:
+    """Percent correct and number of questions of each type, in the order of their numbers."""
+    table = {}
+    for number in sorted({item.type for item in items.values() if item.type is not None}):
+        part = [correct[name] for name, item in items.items() if item.type == number]
+        table[TYPES.get(number, f"type {number}")] = (percent(part), len(part))
+    return table
+
+
+HOME = "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
+NEEDS = (
+    Need("seed_bench/SEED-Bench.json", f"{HOME} (19,242 questions)"),
+    Need("seed_bench/SEED-Bench-image", f"{HOME}, SEED-Bench-image.zip"),
+    Need("seed_bench/llava-seed-bench.jsonl", EVAL_ZIP, optional=True),
+)
+NEED_FRAMES = Need(
+    "seed_bench/SEED-Bench-video-image",
+    "the middle frame of each video, cut from the sources that SEED-Bench's DATASET.md names",
+    count=5009,
+)
+
+SEED = Benchmark(
+    name="seed",
+    summary="Multiple choice over twelve kinds of questions about images and videos; share of right letters.",
+    splits=("test",),
+    read=partial(load, "accuracy"),
+    published="58.6 accuracy",
+    published_by="LLaVA-1.5-7B, LLaVA's model zoo, over images and videos",
+    needs=(*NEEDS, NEED_FRAMES),
+    mirror=MIRROR,
+    licence="CC BY-NC 4.0",
+)
+BENCHMARKS = (
+    SEED,
+    replace(
+        SEED,
+        name="seed_img",
+        summary="The questions of SEED-Bench about images (SEED-IMG); share of right letters.",
+        read=partial(load, "image_accuracy"),
+        published="70.2 accuracy (1.6-7B)",
+        published_by="LLaVA-1.6-7B, LLaVA's model zoo; the zoo's number of LLaVA-1.5-7B is over videos too",
+        needs=NEEDS,
+    ),
+)

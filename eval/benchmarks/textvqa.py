@@ -1,0 +1,227 @@
+"""TextVQA validation in the official layout, read from DATA/textvqa.
+
+    llava_textvqa_val_v051_ocr.jsonl    LLaVA's question file: image id as question_id, text with OCR tokens and suffix
+    TextVQA_0.5.1_val.json              official questions with ten answers each
+    train_images/                       official images of training and validation
+
+The profiles ask different things. llava: each question is followed by a line "Reference OCR token: ..." with the words
+an OCR system read in the image. It counts as part of the question, so query-aware methods look at it as the model
+does. lmms: no OCR tokens, which costs LLaVA-1.5-7B about 12 points. `facts` says which it was.
+
+Image ids stand for several questions. A question's id here is TextVQA's own question_id; answers in LLaVA's files are
+joined as its script does it, by image id and by the question inside the recorded prompt.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from eval.answers.jsonl import Row
+from eval.answers.reading import read_rows
+from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.hub import official_file, open_table
+from eval.benchmarks.llava_files import (
+    EVAL_ZIP,
+    SHORT,
+    Answers,
+    as_number,
+    most_common,
+    need_file,
+    people_said,
+    read_prompts,
+    size,
+    unique,
+)
+from eval.benchmarks.media import Folder, image_name
+from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
+from eval.metrics import vqa
+from llava.errors import UserError
+
+MIRROR = ("lmms-lab-encoder/textvqa", "lmms-lab/textvqa")
+PROMPTS, ANNOTATIONS = "llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"
+COLUMNS = ("question_id", "question", "answers")
+
+TEXTVQA_SITE = "https://textvqa.org/dataset"
+PUBLISHED_SIZE = 5_000
+PEOPLE = 10
+
+OCR = "Reference OCR token: "
+
+
+class MirrorRow(TypedDict):
+    """A row of the mirror."""
+
+    question_id: Id
+    question: Filled
+    answers: Answers
+    image_id: NotRequired[Id | None]
+
+
+class MirrorWithOcr(MirrorRow):
+    """A row of the mirror with the words that an OCR system read."""
+
+    ocr_tokens: list[str]
+
+
+class Official(TypedDict):
+    """A question of the official file."""
+
+    question_id: Id
+    question: Filled
+    answers: Answers
+    image_id: Id
+
+
+Record = Mapping[str, Any]
+
+
+def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
+    """Read the split; everything that can be wrong with its files is said here, images excepted."""
+    title, with_ocr = f"TextVQA {split}", profile == "llava"
+    file = data / "textvqa" / (PROMPTS if with_ocr else ANNOTATIONS)
+    official = official_file(data, source, title, [file], MIRROR)
+    if official is None:
+        contents = read_mirror(data, with_ocr, download=source == "mirror")
+    else:
+        contents = read_official(official, title, with_ocr)
+    answers = {name: people_said(record["answers"]) for name, record in contents.references.items()}
+    if wrong := [name for name, given in answers.items() if len(given) != PEOPLE]:
+        raise UserError(
+            f"TextVQA's metric needs {PEOPLE} answers to each question; {len(wrong):,} have another number, such as "
+            f"question {wrong[0]} with {len(answers[wrong[0]])}."
+        )
+    score, sample_score = scored_by(answers, vqa.m4c)
+
+    def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+        """The format of TextVQA's server and of lmms-eval."""
+        rows = [{"question_id": as_number(name), "answer": vqa.process(text)} for name, text in texts.items()]
+        return {"predictions.json": rows}
+
+    return Dataset(
+        title,
+        contents.questions,
+        contents.pictures,
+        contents.fingerprint,
+        score,
+        sample_score,
+        submission,
+        # LLaVA: model_vqa_loader.py's default. lmms-eval: no limit for this task, its LLaVA then takes 1,024.
+        max_new_tokens=128 if with_ocr else 1024,
+        facts={
+            "source": contents.source,
+            "profile": profile,
+            "size": size(len(contents.questions), PUBLISHED_SIZE),
+            "ocr_tokens": "on" if with_ocr else "off",
+        },
+        read=reader(contents.references),
+        normalise=vqa.process,
+    )
+
+
+def read_official(path: Path, title: str, with_ocr: bool) -> Contents[Record]:
+    """LLaVA's questions, or the official file's where no OCR tokens are wanted."""
+    annotations = need_file(path.with_name(ANNOTATIONS), title, TEXTVQA_SITE)
+    records = check_list(annotations, Official, "data")
+    if with_ocr:
+        questions = from_prompts(path, annotations, records)
+    else:
+        images = [image_name(f"{record['image_id']}.jpg", str(annotations)) for record in records]
+        questions = from_records(records, images, str(annotations))
+    references = {str(record["question_id"]): record for record in records}
+    # One file where no OCR tokens are wanted.
+    mark = fingerprint(dict.fromkeys([path, annotations]))
+    return Contents("official", questions, references, Folder(path.with_name("train_images")), mark)
+
+
+def read_mirror(data: Path, with_ocr: bool, download: bool) -> Contents[Record]:
+    """The table of the hub."""
+    table = open_table(data, MIRROR, None, "validation", download)
+    records: Sequence[Record] = table.records(MirrorWithOcr if with_ocr else MirrorRow)
+    images = [f"{row}/image" for row in range(len(records))]
+    questions = from_records(records, images, table.where, with_ocr)
+    references = {str(record["question_id"]): record for record in records}
+    mark = table.fingerprint((*COLUMNS, "ocr_tokens") if with_ocr else COLUMNS)
+    return Contents(table.id, questions, references, table.pictures(), mark)
+
+
+def from_prompts(path: Path, annotations: Path, records: Sequence[Record]) -> tuple[Question, ...]:
+    """Questions as LLaVA's file words and orders them, joined with the official ones as its script does it."""
+    # Where the official file had a pair twice, the later one would count, as in the script.
+    known = {key_of(record): record for record in records}
+    questions = []
+    for prompt in read_prompts(path):
+        official = str(prompt.id)
+        record = known.get((official, asked_in(prompt.text) or ""))
+        if record is None:
+            raise UserError(f"{prompt.where} asks a question about image {official} that is not in {annotations}.")
+        name, answer = str(record["question_id"]), most_common(people_said(record["answers"]))
+        questions.append(Question(name, prompt.question, prompt.suffix, (prompt.image,), answer, official, official))
+    return unique(questions, str(path))
+
+
+def from_records(
+    records: Sequence[Record], images: Sequence[str], where: str, with_ocr: bool = False
+) -> tuple[Question, ...]:
+    """Questions of the official file or the mirror, with a capital at the start only, as both profiles ask them.
+
+    Args:
+        with_ocr: let the words that an OCR system read in the image follow.
+    """
+    questions = []
+    for record, image in zip(records, images, strict=True):
+        text = record["question"].capitalize()
+        if with_ocr:
+            text += f"\n{OCR}{', '.join(record['ocr_tokens'])}"
+        name, official = str(record["question_id"]), str(record.get("image_id") or "")
+        answer = most_common(people_said(record["answers"]))
+        questions.append(Question(name, text, SHORT, (image,), answer, official, official))
+    return unique(questions, where)
+
+
+def key_of(record: Mapping[str, Any]) -> tuple[str, str]:
+    """What answers are joined by."""
+    return str(record.get("image_id") or ""), record["question"].lower()
+
+
+def asked_in(prompt: str) -> str | None:
+    """The lower-cased question inside a prompt, in every wording that LLaVA's script knows; None for others."""
+    lines = prompt.split("\n")
+    if prompt.startswith("OCR tokens: "):
+        _, start, rest = prompt.partition("Question: ")
+        question, end, _ = rest.partition(" Short answer:")
+        return question.lower() if start and end else None
+    if OCR in prompt and len(lines) == 3:
+        return lines[1 if prompt.startswith(OCR.rstrip()) else 0].lower()
+    return lines[0].lower() if len(lines) == 2 else None
+
+
+def reader(records: Mapping[str, Record]) -> Callable[[Path], list[Row] | None]:
+    """A reader of answer files that puts our ids where LLaVA has image ids."""
+    names = {key_of(record): name for name, record in records.items() if record.get("image_id")}
+
+    def read(path: Path) -> list[Row] | None:
+        try:
+            rows, _ = read_rows(path)
+        except UserError:
+            return None  # the general reader says what is wrong, or goes on without a torn end
+        return [replace(row, id=names.get((row.id or "", asked_in(row.prompt or "") or ""), row.id)) for row in rows]
+
+    return read
+
+
+BENCHMARK = Benchmark(
+    name="textvqa",
+    summary="Questions about text in images; accuracy against ten people.",
+    splits=("val",),
+    read=load,
+    published="58.2 accuracy",
+    published_by="LLaVA-1.5-7B, LLaVA's model zoo, with OCR tokens in the prompt",
+    needs=(
+        Need(f"textvqa/{PROMPTS}", EVAL_ZIP),
+        Need(f"textvqa/{ANNOTATIONS}", f"https://dl.fbaipublicfiles.com/textvqa/data/{ANNOTATIONS}"),
+        Need("textvqa/train_images", "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip", count=3_166),
+    ),
+    mirror=MIRROR,
+    licence="annotations CC BY 4.0; OpenImages' images CC BY 2.0",
+)

@@ -1,0 +1,622 @@
+"""Questions about videos: Video-LLaVA's zero-shot sets, judged by a language model, and a set of short answers.
+
+MSVD-QA, MSRVTT-QA, TGIF-QA and ActivityNet-QA are read from DATA/GPT_Zero_Shot_QA or DATA/eval/GPT_Zero_Shot_QA:
+
+    <Set>_Zero_Shot_QA/test_q.json   [{"video_name", "question", "question_id"}, ...], asked in this order
+    <Set>_Zero_Shot_QA/test_a.json   [{"answer", "type", "question_id"}, ...]; "type" is optional
+    <Set>_Zero_Shot_QA/<videos>/     VIDEO_NAME.mp4, .avi, .mov or .mkv (.webm and .gif are read too)
+
+Questions and answers are joined by id. Video-LLaVA's script takes answers by position and, when it runs on several
+GPUs, gives every part of the questions the answers of the first one; judged on such files, its numbers are wrong.
+ActivityNet-QA is read from lmms-eval's mirror too: its table from the hub or from DATA/hub/lmms-eval/ActivityNetQA, its
+videos must lie unpacked, in all_test/ of that folder or at the official place. Beside the judged numbers stands its own
+metric, exact equality, which sentences as answers never reach.
+
+video_qa is a set in the same layout, in DATA/video_qa (test_q.json, test_a.json, videos/; `val` has the same names with
+`val` for `test`), whose short answers are compared word for word. The papers' numbers on the real sets are judged by
+GPT-3.5 instead and cannot be compared with these.
+
+The judge follows the Video-ChatGPT protocol as Video-LLaVA's eval_video_qa.py (984e65b) runs it: yes or no, and 0 to 5
+points. Differs from it: accuracy is in percent, and items are joined by question id.
+"""
+
+import ast
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.answers.jsonl import is_file, read_json
+from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.hub import local_copy, open_table
+from eval.benchmarks.llava_files import SHORT, each_once
+from eval.benchmarks.media import Videos, image_name
+from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
+from eval.judging import Judging, Request, Verdict, prompts
+from eval.judging.choice import unjudged
+from eval.metrics import Array, Score, SufficientStatistics, divide
+from eval.metrics.accuracy import contains, exact_match, words
+from llava.errors import UserError
+
+FORMATS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
+LAYOUT = "GPT_Zero_Shot_QA"
+SOURCE = "https://github.com/PKU-YuanGroup/Video-LLaVA/blob/main/TRAIN_AND_VALIDATE.md (videos and annotations)"
+# As Video-LLaVA's scripts generate; answers end long before. And as lmms-eval generates on ActivityNet-QA.
+MAX_NEW_TOKENS, LMMS_NEW_TOKENS = 1024, 64
+# The action questions come first in TGIF-QA's file.
+TGIF_ACTIONS = 2274
+# ActivityNet-QA on the hub.
+MIRROR = ("lmms-eval/ActivityNetQA", "lmms-lab/ActivityNetQA")
+COLUMNS = ("video_name", "question", "answer", "type", "question_id")
+
+
+class Asked(TypedDict):
+    """An entry of test_q.json."""
+
+    video_name: Id
+    question: Filled
+    question_id: Id
+
+
+class Answered(TypedDict):
+    """An entry of test_a.json."""
+
+    question_id: Id
+    answer: Filled
+    type: NotRequired[Id | None]
+
+
+class MirrorRow(TypedDict):
+    """A row of the mirror."""
+
+    video_name: Id
+    question: Filled
+    answer: Filled
+    type: Id
+    question_id: Id
+
+
+@dataclass(frozen=True)
+class VideoSet:
+    """One of the sets.
+
+    Attributes:
+        benchmark: its name here.
+        title: for sentences.
+        folder: below GPT_Zero_Shot_QA.
+        videos: below `folder`.
+        count: questions of the whole set.
+        prefix: of video files, before the name in the question file.
+    """
+
+    benchmark: str
+    title: str
+    folder: str
+    videos: str
+    count: int
+    prefix: str = ""
+
+    def root(self, data: Path) -> Path:
+        """Where the set lies; the first place there could be, if it lies nowhere."""
+        places = [data / LAYOUT / self.folder, data / "eval" / LAYOUT / self.folder]
+        return next((place for place in places if is_file(place / "test_q.json")), places[0])
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """The official files."""
+        names = ("test_q.json", "test_a.json", self.videos)
+        return tuple(Need(f"{LAYOUT}/{self.folder}/{name}", SOURCE) for name in names)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One question with its answer, as a source has it."""
+
+    id: str
+    official: str
+    video: str
+    question: str
+    answer: str
+    type: str | None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a source holds: entries, the folder of their videos, a hash, and its name for the result."""
+
+    entries: Sequence[Entry]
+    videos: Path
+    fingerprint: str
+    source: str = "official"
+
+
+def load(one: VideoSet, data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
+    """The test split of one of the sets; lmms-eval asks for a short answer."""
+    activitynet = one.benchmark == "activitynet_qa"
+    if source == "mirror" and not activitynet:
+        raise UserError(f"{one.title} has no mirror on the hub; leave --source out.")
+    lost = not is_file(one.root(data) / "test_q.json")
+    if source == "mirror" or (activitynet and source == "auto" and lost and local_copy(data, MIRROR) is not None):
+        contents = read_mirror(one, data, download=source == "mirror")
+    else:
+        contents = read_official(one, data)
+    lmms = profile == "lmms"
+    find = cache(lambda name: find_video(contents.videos, f"{one.prefix}{name}", Path(one.title)))
+    questions = {
+        entry.id: Question(
+            entry.id,
+            # The instruction follows on the same line there, so it cannot be a suffix of its own.
+            f"{entry.question.capitalize()}? {SHORT}" if lmms else entry.question,
+            "",
+            (find(entry.video),),
+            entry.answer,
+            entry.official,
+        )
+        for entry in contents.entries
+    }
+    raw = {entry.id: entry.question for entry in contents.entries}
+    judging = judge_with(
+        one, questions, contents.entries, activitynet_metric(contents.entries) if activitynet else None
+    )
+
+    def submission(texts: Mapping[str, str]) -> dict[str, str]:
+        """The lines that the official judging script reads."""
+        rows = (
+            {
+                "id": questions[name].official,
+                "question": raw[name],
+                "answer": questions[name].answer,
+                "pred": text.strip(),
+            }
+            for name, text in texts.items()
+        )
+        return {"merge.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+
+    return Dataset(
+        f"{one.title} test",
+        tuple(questions.values()),
+        Videos(contents.videos),
+        contents.fingerprint,
+        unjudged(judging),
+        None,
+        submission,
+        LMMS_NEW_TOKENS if lmms else MAX_NEW_TOKENS,
+        facts={
+            "source": contents.source,
+            "profile": profile,
+            "answers": "joined with questions by question_id",
+            "questions of the whole set": one.count,
+            "official judge": judging.official,
+        },
+        judging=judging,
+    )
+
+
+def read_official(one: VideoSet, data: Path) -> Contents:
+    """Both official files, joined by question id; a repeated id's k-th question has its k-th answer."""
+    root = one.root(data)
+    asked, answered = root / "test_q.json", root / "test_a.json"
+    if not is_file(asked):
+        raise UserError(
+            f"No {one.title} questions at {asked}; --data should be the folder that holds {LAYOUT}/ "
+            f"(or eval/{LAYOUT}/), see {SOURCE}."
+        )
+    rows, answers = check_list(asked, Asked), check_list(answered, Answered)
+    by_id = dict(zip(numbered(row["question_id"] for row in answers), answers, strict=True))
+    entries = []
+    for name, row in zip(numbered(row["question_id"] for row in rows), rows, strict=True):
+        if name not in by_id:
+            raise UserError(f"{asked} asks question {name}, which has no answer in {answered}.")
+        answer, kind = by_id[name]["answer"], by_id[name].get("type")
+        official, video = str(row["question_id"]), str(row["video_name"])
+        entries.append(Entry(name, official, video, row["question"], answer, None if kind is None else str(kind)))
+    return Contents(entries, root / one.videos, fingerprint([asked, answered]))
+
+
+def read_mirror(one: VideoSet, data: Path, download: bool) -> Contents:
+    """ActivityNet-QA from its table on the hub."""
+    table = open_table(data, MIRROR, "Generation", "test", download)
+    rows = table.records(MirrorRow)
+    names = numbered(row["question_id"] for row in rows)
+    entries = [
+        Entry(
+            name,
+            str(row["question_id"]),
+            str(row["video_name"]).removeprefix(one.prefix),
+            row["question"],
+            row["answer"],
+            str(row["type"]),
+        )
+        for name, row in zip(names, rows, strict=True)
+    ]
+    places = [data / "hub" / owner / one.videos for owner in MIRROR]
+    videos = next((place for place in places if place.is_dir()), one.root(data) / one.videos)
+    return Contents(entries, videos, table.fingerprint(COLUMNS), table.where)
+
+
+def numbered(ids: Iterable[Any]) -> list[str]:
+    """Ids as text; those that come again get their number, counted from 2."""
+    seen: Counter[str] = Counter()
+    names = []
+    for name in map(str, ids):
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return names
+
+
+def find_video(videos: Path, stem: str, path: Path) -> str:
+    """File name of a video, by the first format there is; .mp4 where there is none, for the check that names it."""
+    name = image_name(f"{stem}{FORMATS[0]}", str(path))
+    files = (f"{stem}{suffix}" for suffix in FORMATS if (videos / f"{stem}{suffix}").is_file())
+    return next(files, name)
+
+
+# -- the judge -------------------------------------------------------------------------------------------------------
+
+BEST = 5
+OFFICIAL = "gpt-3.5-turbo"
+# The official script asks again for ever; a judge that does not keep to the format would never come to an end.
+TRIES = 5
+
+Extra = Callable[[Sequence[str], Mapping[str, str]], Score]
+
+
+def judge_with(
+    one: VideoSet, questions: Mapping[str, Question], entries: Sequence[Entry], extra: Extra | None
+) -> Judging:
+    """The judging of a video set.
+
+    Args:
+        entries: with the questions as the data set words them, which is what the judge sees.
+        extra: (ids that were asked, texts) -> numbers that need no judge.
+    """
+    raw = {entry.id: entry.question for entry in entries}
+    types = {entry.id: entry.type for entry in entries if entry.type is not None}
+    videos = {name: question.image for name, question in questions.items()}
+
+    def score(asked: Sequence[str], verdicts: Mapping[str, Verdict]) -> Score:
+        judged = {name: verdicts[name]["judgement"] for name in asked if name in verdicts}
+        return judged_score(judged, types, videos, notes=subset_notes(one, asked, list(questions), types))
+
+    def match(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        judged = {name: word_match(texts[name], questions[name].answer) for name in asked}
+        note = (
+            "accuracy_match and score_match (5 or 0) say whether a text holds the answer's words: no published metric"
+        )
+        notes = (note, *subset_notes(one, asked, list(questions), types))
+        return judged_score(judged, types, videos, ("accuracy_match", "score_match"), notes)
+
+    def parse(name: str, reply: str) -> Verdict | None:
+        return None if (judgement := parse_literal(reply)) is None else {"judgement": judgement}
+
+    ids = {question.official or question.id: question.id for question in reversed(list(questions.values()))}
+    return Judging(
+        benchmark=one.benchmark,
+        official=OFFICIAL,
+        main="accuracy",
+        requests=lambda asked, texts: [
+            judge_request(name, raw[name], questions[name].answer, texts[name]) for name in asked
+        ],
+        parse=parse,
+        read=lambda path: read_verdicts(path, ids),
+        score=score,
+        match=match,
+        tries=TRIES,
+        extra=extra,
+        text=lambda verdict: verdict.get("text"),
+    )
+
+
+def judge_request(name: str, question: str, answer: str, text: str) -> Request:
+    """What the judge is asked. The official script leaves temperature and length to the service.
+
+    The template's slots are filled in order; what is filled in is not searched for slots again.
+    """
+    system, user = prompts()["video_qa_gpt_judge"]["messages"]
+    parts, rest = [], user["content"]
+    for slot, value in (("{question}", question), ("{answer}", answer), ("{pred}", text)):
+        before, _, rest = rest.partition(slot)
+        parts += [before, value]
+    return Request(name, (system, {"role": "user", "content": "".join([*parts, rest])}))
+
+
+def read_verdicts(path: Path, ids: Mapping[str, str]) -> dict[str, Verdict]:
+    """Official verdicts: a folder with one ID.json per question, or the file they were merged into.
+
+    Args:
+        ids: the set's own question id -> ours.
+    """
+    files = {file.stem: file for file in sorted(path.glob("*.json"))}
+    entries = {name: read_json(file) for name, file in files.items()} if path.is_dir() else read_json(path)
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(
+            f"{path} should hold verdicts: a folder with one JSON file per question, or one that maps ids to them."
+        )
+    verdicts: dict[str, Verdict] = {}
+    for name, entry in entries.items():
+        # [judgement, {"q", "a", "pred"}] of the official script.
+        if not isinstance(entry, list) or not entry:
+            raise UserError(f"{path} entry {name} should be a list of a judgement and what was judged.")
+        text = entry[1].get("pred") if len(entry) > 1 and isinstance(entry[1], dict) else None
+        verdicts[ids.get(name, name)] = {"judgement": entry[0]} | ({"text": text} if isinstance(text, str) else {})
+    return verdicts
+
+
+def parse_literal(reply: str) -> Any:
+    """The Python literal that a reply is; None if it is none. What it means is only looked at when scores are added."""
+    try:
+        literal = ast.literal_eval(reply.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    # Everything JSON can hold is kept, as officially; sets, bytes and the like are asked for again.
+    return literal if isinstance(literal, dict | list | str | int | float) else None
+
+
+def points_and_verdict(judgement: Any) -> tuple[int, bool | None]:
+    """Points, and yes or no, of one judgement; None where it says neither.
+
+    Officially points are cut to whole numbers, and a string of a fraction ("4.8") is an error that costs an item its
+    points and its verdict, though it still counts in the average. "yes" is looked for before "no".
+    """
+    try:
+        points = int(judgement["score"])
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+        return 0, None
+    said = judgement.get("pred") if isinstance(judgement, dict) else None
+    if not isinstance(said, str):
+        return points, None
+    return points, True if "yes" in said.lower() else False if "no" in said.lower() else None
+
+
+def accuracy(sums: Array) -> Array:
+    """[..., (yes, yes or no)] -> percent."""
+    return 100 * divide(sums[..., 0], sums[..., 1])
+
+
+def judged_score(
+    judgements: Mapping[str, Any],
+    types: Mapping[str, str],
+    videos: Mapping[str, str],
+    names: tuple[str, str] = ("accuracy", "score"),
+    notes: tuple[str, ...] = (),
+) -> Score:
+    """Accuracy in percent and mean points.
+
+    Args:
+        judgements: question id -> what the judge said, as read from its reply; {} counts as malformed.
+        types: question id -> its group in the breakdown, where there are any.
+        videos: question id -> its video; questions about one are drawn together in intervals.
+        names: of accuracy and points.
+    """
+    read = {name: points_and_verdict(judgement) for name, judgement in judgements.items()}
+    verdicts = {name: verdict for name, (_, verdict) in read.items()}
+    rows = np.array([(said is True, said is not None) for said in verdicts.values()], np.float64).reshape(-1, 2)
+    neither = int((rows[:, 1] == 0).sum())
+    if neither:
+        notes = (*notes, f"{neither:,} verdicts say neither yes nor no: they count in {names[1]}, not in {names[0]}")
+    values: dict[str, float | None] = {
+        names[0]: float(accuracy(rows.sum(0))) if rows[:, 1].any() else None,
+        names[1]: sum(points for points, _ in read.values()) / len(read) if read else None,
+    }
+    clusters = tuple(videos[name] for name in read)
+    terms = SufficientStatistics("video", tuple(read), clusters, rows, accuracy, proportion=True)
+    groups = {"type": by_type(verdicts, types)} if types else {}
+    correct = {name: float(said is True) for name, said in verdicts.items()}
+    return Score(values, groups, correct, notes, names[0], frozenset({names[1]}), terms)
+
+
+def by_type(verdicts: Mapping[str, bool | None], types: Mapping[str, str]) -> dict[str, tuple[float, int]]:
+    """Accuracy per question type, over those with a yes or no."""
+    hits: dict[str, list[bool]] = {}
+    for name, verdict in verdicts.items():
+        if verdict is not None and name in types:
+            hits.setdefault(types[name], []).append(verdict)
+    return {kind: (100 * sum(there) / len(there), len(there)) for kind, there in sorted(hits.items())}
+
+
+def word_match(text: str, answer: str) -> dict[str, Any]:
+    """A judgement by words alone: yes if the text is the answer, or holds its words one after the other."""
+    same = exact_match(text, answer) or contains(words(text), words(answer))
+    return {"pred": "yes", "score": BEST} if same else {"pred": "no", "score": 0}
+
+
+def subset_notes(
+    one: VideoSet, asked: Sequence[str], order: Sequence[str], types: Mapping[str, str]
+) -> tuple[str, ...]:
+    """What parts of a set, and sets of another size, are not comparable with."""
+    notes = []
+    if len(order) != one.count:
+        notes.append(f"the question file holds {len(order):,} questions, the published set {one.count:,}")
+    if len(asked) == len(order):
+        return tuple(notes)
+    kinds = {types[name] for name in asked if name in types}
+    every = set(types.values())
+    first = list(asked) == list(order[: len(asked)])
+    if len(kinds) == 1 < len(every):
+        kind = kinds.pop()
+        notes.append(f"all of these questions are of type {kind}, one of {len(every)}: not comparable with the whole")
+    elif one.benchmark == "tgif_qa" and first and not kinds and len(asked) <= TGIF_ACTIONS:
+        notes.append(
+            "the first questions of TGIF-QA are all about actions, the hardest of its four types: not comparable with "
+            "the whole set (Video-LLaVA-7B has 19.8 on the first 1,000 and 47 on all)"
+        )
+    return tuple(notes)
+
+
+# -- ActivityNet-QA's own metric -------------------------------------------------------------------------------------
+
+# Source of the definitions: evaluation/eval.py (https://github.com/MILVLG/activitynet-qa, 2cf80ae). Its "Free" divides
+# the right answers of types 3 to 8 by the sizes of the types that come fourth and later in the answer file, whichever
+# those are; both that number and the true one are given.
+
+# The first three are kinds of questions; the others, together "free", are kinds of answers.
+TYPES = ("motion", "spatial relation", "temporal relation", "yes/no", "color", "object", "location", "number", "other")
+
+
+FREE = range(3, len(TYPES))
+
+
+def activitynet_metric(entries: Sequence[Entry]) -> Extra | None:
+    """ActivityNet-QA's metric over these entries; None if they have no types or others than it knows."""
+    kinds = {str(number) for number in range(len(TYPES))}
+    types = {entry.id: int(entry.type) for entry in entries if entry.type in kinds}
+    if len(types) < len(entries):
+        return None
+    answers = {entry.id: entry.answer for entry in entries}
+
+    def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        among = set(asked)
+        return activitynet_score({name: answer for name, answer in answers.items() if name in among}, types, texts)
+
+    return score
+
+
+def activitynet_score(answers: Mapping[str, str], types: Mapping[str, int], texts: Mapping[str, str]) -> Score:
+    """Percent of texts that are the answer to the letter, over all questions and per question and answer type.
+
+    Args:
+        answers: question id -> answer, in the order of the official file, which decides about the printed "Free".
+        types: question id -> number of its type.
+        texts: question id -> the model's text, compared as it is.
+    """
+    sizes: dict[int, int] = {}
+    right = dict.fromkeys(range(len(TYPES)), 0)
+    for name, answer in answers.items():
+        kind = types[name]
+        sizes[kind] = sizes.get(kind, 0) + 1
+        right[kind] += texts[name] == answer
+    free = sum(right[kind] for kind in FREE)
+    values: dict[str, float | None] = {
+        "exact": share(sum(right.values()), len(answers)),
+        "exact_free_official": share(free, sum(list(sizes.values())[3:])),
+        "exact_free": share(free, sum(sizes.get(kind, 0) for kind in FREE)),
+    }
+    table = {TYPES[kind]: (100 * right[kind] / size, size) for kind, size in sorted(sizes.items())}
+    note = (
+        "exact_free_official is what ActivityNet-QA's script prints as Free, which divides by the types that come "
+        "fourth and later in the answer file; exact_free divides by the free questions"
+    )
+    correct = {name: float(texts[name] == answer) for name, answer in answers.items()}
+    return Score(values, {"exact by type": table}, correct, (note,), "exact")
+
+
+def share(right: int, all_there_are: int) -> float | None:
+    """Percent; None of nothing."""
+    return 100 * right / all_there_are if all_there_are else None
+
+
+# -- video_qa --------------------------------------------------------------------------------------------------------
+
+
+def load_short(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
+    """Read a split of video_qa; everything that can be wrong with its files is said here, the videos excepted."""
+    folder = data / "video_qa"
+    asked, answered = folder / f"{split}_q.json", folder / f"{split}_a.json"
+    if not is_file(asked):
+        raise UserError(f"No video questions at {asked}; --data should be the folder that holds video_qa/.")
+    references = check_list(answered, Answered)
+    answers = {str(row["question_id"]): row["answer"] for row in references}
+    if len(answers) < len(references):
+        raise UserError(f"{answered} answers {len(references) - len(answers):,} questions more than once.")
+    types = {str(row["question_id"]): str(row["type"]) for row in references if row.get("type") is not None}
+    rows = check_list(asked, Asked)
+    names = [str(row["question_id"]) for row in rows]
+    each_once((str(asked), name) for name in names)
+    if lost := next((name for name in names if name not in answers), None):
+        raise UserError(f"{asked} asks question {lost}, which has no answer in {answered}.")
+    questions = tuple(
+        Question(
+            name, row["question"], "", (find_video(folder / "videos", str(row["video_name"]), asked),), answers[name]
+        )
+        for name, row in zip(names, rows, strict=True)
+    )
+
+    score, sample_score = scored_by(answers, exact_match, {"type": types})
+    return Dataset(
+        f"video QA {split}",
+        questions,
+        Videos(folder / "videos"),
+        fingerprint([asked, answered]),
+        score,
+        sample_score,
+        # With the field names of Video-LLaVA's answer files.
+        lambda texts: {"predictions.json": [{"id": name, "pred": text.strip()} for name, text in texts.items()]},
+    )
+
+
+# -- the benchmarks --------------------------------------------------------------------------------------------------
+
+OTHER_JUDGE = "in re-runs of papers on token reduction, whose judge was another version"
+
+
+def zero_shot(one: VideoSet, summary: str, published: str, reruns: str, licence: str, **more: Any) -> Benchmark:
+    """The entry of one of Video-LLaVA's sets.
+
+    Args:
+        published: accuracy and score in Video-LLaVA-7B's paper.
+        reruns: what others have got.
+    """
+    fields = {"profiles": ("llava",)} | more
+    return Benchmark(
+        one.benchmark,
+        summary,
+        ("test",),
+        partial(load, one),
+        model="tinyllava_video",
+        published=published,
+        published_by=f"Video-LLaVA-7B's paper, judged by gpt-3.5-turbo; {reruns}",
+        needs=one.needs,
+        licence=licence,
+        **fields,
+    )
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="video_qa",
+        summary="Questions about what happens in short videos; exact match with a one-word answer.",
+        splits=("test", "val"),
+        read=load_short,
+        model="tinyllava_video",
+        needs=tuple(
+            Need(f"video_qa/{name}", "made by `python -m toy.benchmarks --only video_qa`")
+            for name in ("test_q.json", "test_a.json", "videos")
+        ),
+        licence="Apache-2.0, as this repository",
+    ),
+    zero_shot(
+        VideoSet("msvd_qa", "MSVD-QA", "MSVD_Zero_Shot_QA", "videos", count=13157),
+        "Questions about short videos of everyday scenes; judged by GPT-3.5.",
+        "70.7 accuracy, 3.9 score",
+        f"69.8 {OTHER_JUDGE}",
+        "the authors of MSVD name none for the videos",
+    ),
+    zero_shot(
+        VideoSet("msrvtt_qa", "MSRVTT-QA", "MSRVTT_Zero_Shot_QA", "videos/all", count=72821),
+        "Questions about web videos of twenty categories; judged by GPT-3.5.",
+        "59.2 accuracy, 3.5 score",
+        f"56.7 {OTHER_JUDGE}",
+        "the authors of MSR-VTT name none for the videos",
+    ),
+    zero_shot(
+        VideoSet("tgif_qa", "TGIF-QA", "TGIF_Zero_Shot_QA", "mp4", count=25751),
+        "Questions about animated GIFs: actions, counts, frames, transitions; judged by GPT-3.5.",
+        "70.0 accuracy, 4.0 score",
+        "47.1 in re-runs of papers on token reduction; 19.8 on the first 1,000 questions, which are all about actions",
+        "the GIFs belong to their owners on Tumblr; TGIF-QA's annotations name none",
+    ),
+    zero_shot(
+        VideoSet("activitynet_qa", "ActivityNet-QA", "Activitynet_Zero_Shot_QA", "all_test", count=8000, prefix="v_"),
+        "Questions about long videos of activities; judged by GPT-3.5, and exact match.",
+        "45.3 accuracy, 3.3 score",
+        f"43.1 {OTHER_JUDGE}",
+        "annotations: Apache-2.0 by their LICENSE, MIT and non-commercial by their README",
+        profiles=("llava", "lmms"),
+        mirror=MIRROR,
+    ),
+)

@@ -1,0 +1,431 @@
+"""What one prefill computes, holds and asks of the device, counted: nothing here depends on the speed of a machine.
+
+    python -m eval.efficiency.counts consensusdrop 64     # `vtr bench ops`: operations and waits beside the oracle's
+    python -m eval.efficiency.counts all 64
+
+On a GPU a short prefill is bound by the host: every dispatched operation costs it microseconds, and at every wait it
+stands still until the device has caught up. The command counts one question about one image of the bundled toy model,
+from prepared pixels to the first token, after one warm-up.
+
+* An operation is one call of an ATen function (`aten::...`), as in inference; a kernel is one that is no view.
+* Both are also given as what is over the oracle with the budget in every layer (flat), and over the one with the same
+  tokens in every layer as the method (same).
+* A wait is a value that the host reads (`item`, `tolist`, `bool`, `cpu`, `numpy`), a shape that depends on values
+  (`nonzero`, a boolean mask as index), or a copy from the host that blocks. Waits are seen only where the host and the
+  device are two: on a GPU, or on the "meta" device, which computes shapes alone and needs no hardware.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from eval.command import exit_on_user_error, make_parser, value
+from eval.config import ROOT, count
+from eval.efficiency.oracle import flat_oracle, oracle_of, reducers_of
+from llava.model.builder import load
+from llava.model.llava_arch import Llava
+from llava.pipeline.accounting import Record, Timer
+from llava.pipeline.decoder import Prefilled
+from llava.pipeline.prefill import prefill
+from llava.processing.prompt import Sample
+from llava.reduction.budget import planned
+from llava.reduction.reducer import Reducer
+
+PARTS = ("vision", "selection", "prefill")
+# The host reads values. (`cpu` and `tolist` are dispatched as a copy to the host.)
+READS = {"item", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"}
+# The size of the result depends on values.
+SIZES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
+# In inference mode attention arrives whole; which kernel it becomes is seen only in its parts.
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+# Operations and waits
+
+
+@dataclass(frozen=True)
+class Call:
+    """One dispatched operation, or one wait.
+
+    Attributes:
+        part: "vision", "selection" or "prefill".
+        line: the innermost line of the project that called it, as "folder/file.py:12 function".
+        name: of the ATen operation, or of the Python function that waits.
+        kernel: it is no view, so it launches a kernel.
+        waits: the host waits for the device here.
+    """
+
+    part: str
+    line: str
+    name: str
+    kernel: bool = False
+    waits: bool = False
+
+
+class OperationCounter(TorchDispatchMode):
+    """Collects the operations that are dispatched while it is active, and those that make the host wait.
+
+    Attributes:
+        calls: of the parts that are over.
+        attention: names of the fused attention kernels that ran; "math" where the products were made one by one.
+        largest: elements of the largest tensor that an operation made; views make none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.attention: set[str] = set()
+        self.largest = 0
+        self._part: list[tuple[str, str, bool, bool]] = []
+        self._in_attention = False
+
+    def mark(self, part: str) -> None:
+        """End a part, as a Timer does."""
+        self.calls += [Call(part, *call) for call in self._part]
+        self._part.clear()
+
+    def note(self, name: str, kernel: bool = False, waits: bool = False) -> None:
+        self._part.append((source_line(sys._getframe(2)), name, kernel, waits))
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, kernel = function.overloadpacket.__name__, not function.is_view
+        early = waits_for_values(name, args, kwargs)
+        if early and not self._in_attention:
+            self.note(name, kernel, waits=True)  # before the call, which fails where there are no values
+        out = self._attend(args, kwargs) if function is ATTENTION else function(*args, **kwargs)
+        if not early and not self._in_attention:
+            self.note(name, kernel, copies_from_host(args, out) and not kwargs.get("non_blocking"))
+        if "attention" in name and function is not ATTENTION and "choice" not in name:
+            self.attention.add("math" if name.endswith("math") else name.strip("_"))
+        if kernel:
+            made = out if isinstance(out, tuple | list) else (out,)
+            self.largest = max([self.largest, *(one.numel() for one in made if isinstance(one, Tensor))])
+        return out
+
+    def _attend(self, args: Any, kwargs: Any) -> Any:
+        """One operation of the model, whose parts are seen and not counted."""
+        self._in_attention = True
+        try:
+            with self:
+                return ATTENTION.decompose(*args, **kwargs)
+        finally:
+            self._in_attention = False
+
+
+class PythonWaits(TorchFunctionMode):
+    """Tells a counter of the Python calls by which the host reads values of a tensor, or sends a list to the device."""
+
+    def __init__(self, counter: OperationCounter):
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if waits_in_python(name, args, kwargs or {}):
+            self.counter.note(name, waits=True)
+        return function(*args, **(kwargs or {}))
+
+
+def on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def waits_in_python(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a Python function reads values on the device, or copies a list of the host to it: as a new tensor there,
+    or as an index. Such a copy blocks."""
+    if name in ("tensor", "as_tensor"):
+        return torch.device(kwargs.get("device") or "cpu").type != "cpu" and bool(args) and args[0] != []
+    if not args or not on_device(args[0]):
+        return False
+    if name in ("__getitem__", "__setitem__"):
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(one, list) for one in index)
+    return name in READS
+
+
+def waits_for_values(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation copies to the host, or has a shape that depends on values on the device, such as the number
+    of true ones in a mask."""
+    if not args or not on_device(args[0]):
+        return False
+    if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu":
+        return True
+    masked = name == "index" and any(isinstance(one, Tensor) and one.dtype == torch.bool for one in args[1])
+    return masked or name in SIZES
+
+
+def copies_from_host(args: Iterable[Any], out: Any) -> bool:
+    """Whether a tensor of the host goes into an operation with a result on the device; scalars are passed free."""
+    if not on_device(out):
+        return False
+    listed = [one for arg in args for one in (arg if isinstance(arg, list | tuple) else [arg])]
+    return any(isinstance(one, Tensor) and one.device.type == "cpu" and one.dim() for one in listed)
+
+
+def source_line(frame: FrameType | None) -> str:
+    """The innermost line of the project above `frame`, without this file."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(f"{ROOT}/") and "/site-packages/" not in file and file != __file__:
+            return f"{file.removeprefix(f'{ROOT}/')}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return ""
+
+
+class MarkedTimer(Timer):
+    """A timer that also tells a function which stage has ended."""
+
+    def __init__(self, device: torch.device, on_mark: Callable[[str], None]):
+        super().__init__(device)
+        self.on_mark = on_mark
+
+    def mark(self, stage: str) -> None:
+        super().mark(stage)
+        self.on_mark(stage)
+
+
+def first_token(model: Llava, reducer: Reducer, samples: list[Sample], timer: Timer) -> tuple[Prefilled, Record]:
+    """Prefill a batch and choose the first token of every answer; without reading it."""
+    state, record = prefill(model, samples, reducer, timer)
+    model.logits(state.hidden).argmax(-1)
+    timer.mark("prefill")
+    return state, record
+
+
+@torch.inference_mode()
+def calls_of(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call]:
+    """Operations and waits of one prefill of a batch up to the choice of the first token.
+
+    Preprocessing, which no device takes part in, is left out. Tensors that depend on sizes alone are there after a
+    first prefill (llava/reduction/ranking.py).
+    """
+    first_token(model, reducer, samples, Timer(model.device))
+    counter = OperationCounter()
+    with PythonWaits(counter), counter:
+        first_token(model, reducer, samples, MarkedTimer(model.device, counter.mark))
+    return [call for call in counter.calls if call.part != "preprocess"]
+
+
+@torch.inference_mode()
+def waits_of(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call]:
+    """Waits of one prefill between the copy of the pixels to the device and the choice of the first token.
+
+    Args:
+        model: on a GPU, or without weights on the "meta" device (`on_meta`), where the first value that the host reads
+            ends the prefill: then the waits up to that one are returned.
+    """
+    for _ in range(2):  # a text tower is read from its files at the first time
+        counter = OperationCounter()
+        try:
+            with PythonWaits(counter), counter:
+                first_token(model, reducer, samples, MarkedTimer(model.device, counter.mark))
+        except (NotImplementedError, RuntimeError, TypeError):
+            counter.mark("unfinished")
+            if not any(call.waits for call in counter.calls if call.part == "unfinished"):
+                raise  # another error
+    waits = [call for call in counter.calls if call.waits and call.part != "preprocess"]
+    pixels = bool(waits) and waits[0].line.endswith(" encode_images")
+    return waits[pixels:]
+
+
+def on_meta(model: Llava) -> Llava:
+    """The model without its weights, on the device that computes shapes alone; the given one is gone."""
+    model.hf_model.to("meta")
+    model.device = torch.device("meta")
+    return model
+
+
+def kernels(calls: Iterable[Call]) -> int:
+    """How many of the operations launch a kernel."""
+    return sum(call.kernel for call in calls)
+
+
+# One prefill in the efficiency protocol
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What one batch computes and holds up to the choice of the first token.
+
+    Attributes:
+        flops: floating point operations of all matrix products that were dispatched.
+        formula: the same from the closed formula (llava/reduction/modules.py) at the counted tokens.
+        tokens_per_layer: visual tokens that enter each decoder layer, of the first question.
+        kv_bytes_per_layer: of the batch, read from the cache's tensors after the prefill.
+        largest: elements of the largest tensor that an operation made.
+    """
+
+    flops: int
+    formula: int
+    tokens_per_layer: tuple[int, ...]
+    kv_bytes_per_layer: tuple[int, ...]
+    largest: int
+
+
+@dataclass(frozen=True)
+class Counts(Computed):
+    """The same, and what the host asks of the device.
+
+    Attributes:
+        operations: ATen operations that were dispatched, views included, on the measured model.
+        kernels: those that are no views.
+        waits: how often the host waited for the device; None where it was counted on a CPU, on which nothing waits.
+    """
+
+    operations: int
+    kernels: int
+    waits: int | None
+
+
+def count_prefill(model: Llava, reducer: Reducer, samples: list[Sample], shapes: Llava | None = None) -> Counts:
+    """Count one prefill of a batch.
+
+    Operations are counted on `model`: a greedy choice is a loop of hundreds of them on the meta device and on a GPU,
+    and arrays of numpy on a CPU (llava/reduction/greedy.py).
+
+    Args:
+        shapes: the same model on the meta device, which computes shapes alone and counts products and bytes in seconds,
+            and the waits of a model on a CPU; of methods that read values products and bytes are counted on `model`.
+    """
+    asked = calls_of(model, reducer, samples)
+    waiting, held = None if model.device.type == "cpu" else asked, None
+    if shapes is not None:
+        try:
+            held = computed(shapes, reducer, samples)
+            waiting = waiting or calls_of(shapes, reducer, samples)
+        except RuntimeError:  # "Cannot copy out of meta tensor": the method reads values
+            held = None
+    return Counts(
+        **vars(held or computed(model, reducer, samples)),
+        operations=sum(call.name not in READS for call in asked),
+        kernels=kernels(asked),
+        waits=None if waiting is None else sum(call.waits for call in waiting),
+    )
+
+
+@torch.inference_mode()
+def computed(model: Llava, reducer: Reducer, samples: list[Sample]) -> Computed:
+    """What one prefill computes and holds, by the operations that are dispatched."""
+    if reducer.needs_text_tower:
+        _ = model.clip  # read when it is first asked for, which is no part of a prefill
+    counter, products = OperationCounter(), flop_counter()
+    with products, counter:
+        state, record = first_token(model, reducer, samples, Timer(model.device))
+    layers: list[Any] = state.cache.layers
+    return Computed(
+        flops=products.get_total_flops(),
+        formula=record.operations.total,
+        tokens_per_layer=tuple(layer[0] for layer in state.visual),
+        kv_bytes_per_layer=tuple(layer.keys.nbytes + layer.values.nbytes for layer in layers),
+        largest=counter.largest,
+    )
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts the matrix products that are dispatched, those of the CPU's fused attention included, which torch's
+    counter does not know."""
+
+    def flash(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)  # of shapes
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={kernel: flash})
+
+
+# The command: a method beside its oracles
+
+HEAD = (
+    *("operations", "kernels", *PARTS),
+    *("over flat", "kernels over flat", "over same", "kernels over same", "waits"),
+)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Operations of a method, and of its oracles.
+
+    Attributes:
+        calls: of the method.
+        flat: of the oracle with the budget in every layer.
+        same: of the oracle with the method's own tokens per layer; None where these depend on the image.
+        waits: of the host.
+    """
+
+    calls: list[Call]
+    flat: list[Call]
+    same: list[Call] | None
+    waits: list[Call]
+
+    def cells(self) -> list[int | str]:
+        """One line of the table, in the order of HEAD."""
+        parts = Counter(call.part for call in self.calls)
+        cells: list[int | str] = [len(self.calls), kernels(self.calls), *(parts[part] for part in PARTS)]
+        for oracle in (self.flat, self.same):
+            if oracle is None:
+                cells += ["-", "-"]
+            else:
+                cells += [f"{len(self.calls) - len(oracle):+d}", f"{kernels(self.calls) - kernels(oracle):+d}"]
+        return [*cells, len(self.waits)]
+
+
+def beside_oracles(model: Llava, shapes: Llava, reducer: Reducer, samples: list[Sample]) -> Beside:
+    """Count one prefill of a method and of its oracles.
+
+    Args:
+        shapes: the same model on the "meta" device.
+    """
+    flat, same = calls_of(model, flat_oracle(reducer.budget), samples), None
+    if planned(reducer, model.spec) is not None:
+        same = calls_of(model, oracle_of(reducer, model.spec), samples)
+    return Beside(calls_of(model, reducer, samples), flat, same, waits_of(shapes, reducer, samples))
+
+
+def question() -> list[Sample]:
+    """One question about one image of noise.
+
+    In a picture of one colour patches differ by rounding alone, and SCOPE's loop dispatches operations per near tie: 41
+    or 47 in all, depending on the processor.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8)
+    return [Sample("q", "What color is the square?", "Answer with one word.", Image.fromarray(noise))]
+
+
+def line_of(name: str, cells: Iterable[object]) -> str:
+    """A name and its cells, each below its title in HEAD."""
+    return f"{name:16}" + "".join(f"{cell:>{max(11, len(title) + 2)}}" for title, cell in zip(HEAD, cells, strict=True))
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = make_parser("eval.efficiency.counts", __doc__)
+    parser.add_argument("method", help="a name, several separated by commas, or all")
+    parser.add_argument("budget", type=value(count), help="visual tokens to keep")
+    parser.add_argument("--list", action="store_true", help="also list the operations by part and line, and the waits")
+    args = parser.parse_args(arguments)
+    model, shapes = load(device="cpu"), on_meta(load(device="cpu"))
+    print(line_of("", HEAD))
+    for name, reducer in reducers_of(args.method.split(","), args.budget, {}, model).items():
+        row = beside_oracles(model, shapes, reducer, question())
+        print(line_of(name, row.cells()))
+        if args.list:
+            for (part, line), number in Counter((call.part, call.line) for call in row.calls).items():
+                print(f"  {number:4} {part:10} {line}")
+            for call in row.waits:
+                print(f"  wait {call.part:10} {call.line} ({call.name})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

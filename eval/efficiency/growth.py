@@ -1,0 +1,309 @@
+"""How time to the first token, selection and memory grow with visual tokens (256 to 11,520) and with the batch.
+
+    python -m eval.efficiency.growth --methods full,consensusdrop,visiondrop,divprune
+
+The network is a narrow LLaVA (`--width`), so that a CPU needs seconds. Methods have their default options: most divide
+the budget over the tiles of an image. Prints the measured costs and what was fitted to them.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from tqdm import tqdm
+
+from eval.command import exit_on_user_error, make_parser, value
+from eval.config import FULL, count
+from eval.efficiency.latency import add_machine_flags, whole_numbers
+from eval.efficiency.latency_table import ms, write
+from eval.efficiency.measure import CLOCKS, once, start_peak
+from eval.efficiency.shapes import narrow, noise_batches, random_llava
+from eval.results.report import commit, hardware
+from eval.tables.page import markdown
+from eval.tables.plots import COLOURS, MARKERS
+from llava.errors import UserError
+from llava.model.builder import device_of
+from llava.model.llava_arch import Llava
+from llava.reduction import registry
+from llava.reduction.budget import require
+from llava.reduction.reducer import Reducer
+
+METHODS = "full,consensusdrop,visiondrop,attnmix,fastervlm,divprune,cdpruner,scope"
+SIDE, TILE = 224, 256  # pixels of a tile, and its visual tokens
+
+# What is measured
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a network stands in for the real one."""
+
+    width: int
+    layers: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one number of visual tokens and one batch size; seconds are medians.
+
+    Attributes:
+        selection: with merging.
+        memory: bytes above those before the prefill, at their peak.
+    """
+
+    method: str
+    tokens: int
+    batch: int
+    ttft: float
+    selection: float
+    memory: int
+
+
+def grid(tokens: int) -> tuple[int, int] | None:
+    """(rows, columns) of tiles that give so many visual tokens with the base image; None for the base image alone.
+
+    Raises:
+        UserError: it is no multiple of a tile's tokens.
+    """
+    if tokens < TILE or tokens % TILE:
+        raise UserError(f"Visual tokens should be multiples of {TILE} (tiles of {SIDE} pixels), got {tokens}.")
+    tiles = tokens // TILE - 1
+    if not tiles:
+        return None
+    rows = next(rows for rows in range(int(tiles**0.5), 0, -1) if tiles % rows == 0)
+    return rows, tiles // rows
+
+
+def model_of(tokens: int, size: Size, device: torch.device, dtype: str) -> Llava:
+    """A narrow model whose images have so many visual tokens: LLaVA-NeXT's tiles, or LLaVA-1.5 for one tile."""
+    tiles = grid(tokens)
+    shape, reading = "llava-1.5-7b", dict[str, Any]()
+    if tiles is not None:
+        shape, reading = "llava-next-7b", {"merge": "spatial", "force": (tiles[1] * SIDE, tiles[0] * SIDE)}
+    return random_llava(
+        narrow(shape, size.width, size.layers, size.blocks, SIDE), None, dtype, device=device, **reading
+    )
+
+
+def reducer_of(name: str, budget: int, model: Llava) -> Reducer:
+    """The method with its default options.
+
+    Raises:
+        UserError: with the number of tokens, where it cannot meet the budget on this model.
+    """
+    reducer = registry.build(name, model.visual_tokens if name == FULL else min(budget, model.visual_tokens))
+    try:
+        require(reducer, model.spec)
+    except UserError as error:
+        raise UserError(f"At {model.visual_tokens:,} visual tokens: {error}") from error
+    return reducer
+
+
+def measure_growth(args: argparse.Namespace, device: torch.device) -> list[Point]:
+    """Measure every method at every number of tokens (batch 1) and at every batch size (the smallest number).
+
+    Args:
+        args: the flags of the command.
+
+    Raises:
+        UserError: before anything is measured, where a method cannot meet the budget at one of the numbers of tokens.
+    """
+    methods, size = args.methods.split(","), Size(args.width, args.layers, args.blocks)
+    for tokens in args.tokens:
+        outline = model_of(tokens, size, torch.device("meta"), args.dtype)
+        for name in methods:
+            reducer_of(name, args.budget, outline)
+    points = []
+    places = [(tokens, 1) for tokens in args.tokens] + [
+        (args.tokens[0], batch) for batch in args.batch_size if batch > 1
+    ]
+    for tokens, batch in tqdm(places, desc="growth", unit="size", disable=None):
+        model = model_of(tokens, size, device, args.dtype)
+        reducers = {name: reducer_of(name, args.budget, model) for name in methods}
+        asked = noise_batches(model, batch, False)(0)
+        rows: dict[str, list[tuple[float, float, int]]] = {name: [] for name in reducers}
+        for number in range(args.repeats + 1):
+            for name, reducer in reducers.items():
+                start_peak(device)
+                before = held(device)
+                row = once(model, reducer, asked, clock=CLOCKS[args.clock])
+                chosen = row["seconds"]["selection"] + row["seconds"]["merging"]
+                if number:  # 0 is the warm-up
+                    rows[name].append((sum(row["seconds"].values()), chosen, row["peak_bytes"] - before))
+        for name, measured in rows.items():
+            ttfts, selections, peaks = zip(*measured, strict=True)
+            points.append(Point(name, tokens, batch, median(ttfts), median(selections), max(peaks)))
+    return points
+
+
+def held(device: torch.device) -> int:
+    """Bytes in use now: allocated on a GPU, resident on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+# What is fitted to it
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was fitted to positive costs at several numbers of tokens.
+
+    Attributes:
+        exponent: e of cost ~ tokens^e over all points.
+        last: the same over the last three points, where constant parts weigh least.
+        quadratic: share of the term c N^2 of a + b N + c N^2 at the largest N; the terms are not negative, and
+            relative errors are fitted.
+    """
+
+    exponent: float
+    last: float
+    quadratic: float
+
+
+def fit_costs(tokens: Sequence[int], costs: Sequence[float]) -> Fit:
+    """Fit costs of three or more numbers of tokens.
+
+    Raises:
+        ValueError: fewer points, or a cost that is not positive.
+    """
+    from scipy.optimize import nnls
+
+    if len(tokens) < 3 or min(costs) <= 0:
+        raise ValueError(f"three or more positive costs are needed for a fit, got {list(costs)}")
+    place, value = np.asarray(tokens, dtype=float), np.asarray(costs, dtype=float)
+    slopes = [float(np.polyfit(np.log(place[-n:]), np.log(value[-n:]), 1)[0]) for n in (len(place), 3)]
+    scaled = place / place[-1]
+    terms = np.stack([np.ones_like(scaled), scaled, scaled**2], axis=1)
+    weights, _ = nnls(terms / value[:, None], np.ones_like(value))
+    return Fit(slopes[0], slopes[1], float(weights[2] / weights.sum()))
+
+
+# How it is shown
+
+
+def page(points: Sequence[Point], about: str) -> str:
+    """The costs by number of tokens with their fits, then by batch size."""
+    blocks = [about]
+    methods = list(dict.fromkeys(point.method for point in points))
+    tokens = list(dict.fromkeys(point.tokens for point in points if point.batch == 1))
+    batches = list(dict.fromkeys(point.batch for point in points if point.tokens == tokens[0]))
+    for field, title in (("ttft", "TTFT, ms"), ("selection", "selection and merging, ms"), ("memory", "memory, MB")):
+        lines = []
+        for name in methods:
+            own = [getattr(p, field) for p in points if p.method == name and p.batch == 1]
+            ends = ["n/a"] * 3
+            if len(tokens) >= 3 and min(own) > 0:
+                fitted = fit_costs(tokens, own)
+                ends = [f"{fitted.exponent:.2f}", f"{fitted.last:.2f}", f"{100 * fitted.quadratic:.0f} %"]
+            lines.append([name, *(text(cost, field) for cost in own), *ends])
+        header = [title, *(f"{number:,}" for number in tokens), "exponent", "of the last three", "quadratic at the end"]
+        blocks.append(markdown(header, lines))
+    if len(batches) > 1:
+        lines = []
+        for name in methods:
+            grown = [p for p in points if p.method == name and p.tokens == tokens[0]]
+            lines.append([name, *(f"{text(p.ttft, 'ttft')} / {text(p.memory, 'memory')}" for p in grown)])
+        header = [f"TTFT, ms / memory, MB at {tokens[0]:,} tokens", *(f"batch {batch}" for batch in batches)]
+        blocks.append(markdown(header, lines))
+    return "\n\n".join(blocks)
+
+
+def text(cost: float, field: str) -> str:
+    """A cost in the unit of its table."""
+    return f"{cost / 1e6:.1f}" if field == "memory" else ms(cost)
+
+
+def plot(path: Path, points: Sequence[Point], title: str) -> None:
+    """Time, selection and memory against visual tokens, on logarithmic axes; the points of batch 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fields: dict[str, tuple[float, str]] = {
+        "ttft": (1e3, "time to the first token, ms"),
+        "selection": (1e3, "selection and merging, ms"),
+        "memory": (1e-6, "peak memory above the weights, MB"),
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.4), dpi=140)
+    for axes, (field, (scale, label)) in zip(panels, fields.items(), strict=True):
+        for index, name in enumerate(dict.fromkeys(point.method for point in points)):
+            own = [point for point in points if point.method == name and point.batch == 1]
+            places, values = [point.tokens for point in own], [getattr(point, field) * scale for point in own]
+            if min(values) <= 0:
+                continue  # full selects nothing
+            style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+            slope = f", ~ N^{fit_costs(places, values).last:.2f}" if len(places) >= 3 else ""
+            axes.plot(places, values, label=f"{name}{slope}", linewidth=1.4, markersize=4, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(places, [f"{place:,}" for place in places], fontsize=7.5)
+        axes.minorticks_off()
+        axes.set_xlabel("visual tokens N of the image, before any reduction")
+        axes.set_ylabel(label)
+        axes.set_title(label.partition(",")[0], fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=7.5)
+    figure.suptitle(title, fontsize=10.5)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+# The command
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    flags = make_parser("eval.efficiency.growth", __doc__)
+    add = flags.add_argument
+    tokens = (256, 512, 1280, 2560, 5120, 11520)
+    add("--methods", default=METHODS, help="names separated by commas")
+    add("--tokens", type=value(whole_numbers), default=tokens, help=f"multiples of {TILE}")
+    add("--batch-size", type=value(whole_numbers), default=(1, 2, 4, 8), help="at the smallest number of tokens")
+    add("--budget", type=value(count), default=128, help="visual tokens to keep per image")
+    add("--width", type=value(count), default=256, help="channels of decoder and tower")
+    add("--layers", type=value(count), default=4, help="decoder layers")
+    add("--blocks", type=value(count), default=3, help="blocks of the tower")
+    add("--repeats", type=value(count), default=3, help="turns after one warm-up")
+    add_machine_flags(flags)
+    return flags
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = parser().parse_args(arguments)
+    if args.width % 64:
+        raise UserError(f"--width should be a multiple of 64, got {args.width}.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = device_of(args.device)
+    points = measure_growth(args, device)
+    about = (
+        f"A LLaVA of {args.width} channels, {args.layers} decoder layers and {args.blocks} tower blocks with random "
+        f"weights, budget {args.budget}, {args.dtype}, {device} ({hardware(str(device))}), {torch.get_num_threads()} "
+        f"threads, {args.clock} clock, median of {args.repeats} turns after a warm-up, methods in turns."
+    )
+    shown = page(points, about)
+    print(shown)
+    result = {"about": about, "commit": commit(), "points": [dataclasses.asdict(point) for point in points]}
+    write(args, result, shown)
+    if args.plot:
+        title = f"Growth with visual tokens, {args.width} channels, {args.layers} decoder layers, budget {args.budget}"
+        plot(args.plot, points, title)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

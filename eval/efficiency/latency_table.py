@@ -1,0 +1,372 @@
+"""A result of the efficiency protocol as numbers beside `full` and the oracle, as Markdown and as a plot.
+
+Times to the first token are divided round by round, and the median of these ratios is taken: a machine that slows down
+from round to round slows both. A ratio of two medians can come from two rounds.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from eval.config import FULL
+from eval.efficiency.counts import Counts
+from eval.efficiency.measure import PARTS, SCENARIOS, Measured
+from eval.efficiency.memory import size_text
+from eval.efficiency.peers import FEWEST, Ratio, over_rounds
+from eval.tables.page import markdown
+from llava.errors import UserError
+
+SPREAD = 1.25  # a quarter of the rounds apart: the machine was busy
+FAILED = "†"  # below the accuracy gate
+BUSY = "≈"  # rounds far apart
+CLOCK_TEXT = {"wall": "wall clock", "cpu": "CPU time of the process"}
+COLOURS = ("#56B4E9", "#D55E00", "#E69F00", "#0072B2")  # of PARTS, readable with every kind of colour vision
+
+# Ratios
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """docs/efficiency.md defines each.
+
+    Attributes:
+        ttft: time to first token of full over that of the method in the same round, median over rounds.
+        ttft_interval: low and high end of the interval of that median.
+        decode: seconds per token, likewise; None without decoding.
+        end_to_end: output length -> seconds of full over those of the method.
+        flops: operations of full over those of the method.
+        realised: `ttft` / `flops`, the share of the theoretical speed-up that was measured.
+        over_oracle: time to first token over that of the oracle with the same tokens in the same round, less 1,
+            median over rounds; the price of choosing.
+        over_oracle_interval: of that median.
+        selection: selection and merging as a share of the time to first token.
+        with_scores: the same with what the tower takes longer than for full, since scores are computed beside it.
+        kv_bytes: of full over those of the method.
+        peak: highest memory of the method over that of full.
+        calm: slowest over fastest round is below 1.25 for the method and for full.
+    """
+
+    ttft: float
+    ttft_interval: tuple[float, float]
+    decode: float | None
+    end_to_end: dict[int, float]
+    flops: float
+    realised: float
+    over_oracle: float | None
+    over_oracle_interval: tuple[float, float] | None
+    selection: float
+    with_scores: float
+    kv_bytes: float
+    peak: float
+    calm: bool
+
+
+def ratios(
+    full: Measured,
+    ours: Measured,
+    counts: tuple[Counts, Counts] | None = None,
+    oracle: Measured | None = None,
+) -> Ratios:
+    """The ratios of a method.
+
+    Args:
+        counts: of full and of the method; without them operations are those of the closed formula.
+        oracle: measured in the same rounds.
+    """
+    most, least = (counts[0].flops, counts[1].flops) if counts else (full.flops, ours.flops)
+    choosing = ours.seconds["selection"] + ours.seconds["merging"]
+    faster, slower = round_by_round(full, ours), None if oracle is None else round_by_round(ours, oracle)
+    return Ratios(
+        ttft=faster.median,
+        ttft_interval=(faster.low, faster.high),
+        decode=None if not (full.decode and ours.decode) else full.decode / ours.decode,
+        end_to_end={length: median(full.end_to_end[length]) / median(own) for length, own in ours.end_to_end.items()},
+        flops=most / least,
+        realised=faster.median * least / most,
+        over_oracle=None if slower is None else slower.median - 1,
+        over_oracle_interval=None if slower is None else (slower.low - 1, slower.high - 1),
+        selection=choosing / ours.ttft,
+        with_scores=(choosing + max(0.0, ours.seconds["vision"] - full.seconds["vision"])) / ours.ttft,
+        kv_bytes=full.kv_bytes / ours.kv_bytes,
+        peak=ours.peak_bytes / full.peak_bytes,
+        calm=all(max(one.ttfts, default=1) < SPREAD * min(one.ttfts, default=1) for one in (full, ours)),
+    )
+
+
+def round_by_round(above: Measured, below: Measured) -> Ratio:
+    """Seconds to the first token of one over those of another in the same round, the median over rounds.
+
+    Raises:
+        ValueError: they were not measured in the same number of rounds.
+    """
+    return over_rounds([one / other for one, other in zip(above.ttfts, below.ttfts, strict=True)])
+
+
+# Tables
+
+
+def page(result: dict[str, Any]) -> str:
+    """All tables of a result, with the conditions of the measurement."""
+    blocks = [conditions(result)]
+    for batch in result["batches"]:
+        rows = batch["methods"]
+        title = "One question" if batch["batch_size"] == 1 else f"Batches of {batch['batch_size']} questions"
+        blocks += [f"**{title}**", times(rows, result)]
+    if any("counts" in row for row in result["batches"][0]["methods"].values()):
+        blocks += ["**Counted, one question**", counted(result["batches"][0]["methods"])]
+    if SCENARIOS[result["scenario"]].largest:
+        blocks += ["**Largest batch that fits**", largest(result["batches"])]
+    blocks += notes(result)
+    return "\n\n".join(blocks)
+
+
+def conditions(result: dict[str, Any]) -> str:
+    """What was measured, where and how, in a sentence or two."""
+    rows = [row for batch in result["batches"] for row in batch["methods"].values() if row["fits"]]
+    kernels = " / ".join(sorted({", ".join(row["attention"]) for row in rows if row["attention"]})) or "unknown"
+    lengths = ", ".join(map(str, result["lengths"]))
+    answers = f"answers of {lengths} tokens" if lengths else "the prefill alone"
+    threads, repeats = counted_noun(result["threads"], "thread"), counted_noun(result["repeats"], "turn")
+    shared = result["distinct_layers"] and result["distinct_layers"] < result["layers"]
+    distinct = f", {result['distinct_layers']} of them with their own weights" if shared else ""
+    return (
+        f"{result['model']}, budget {result['budget']}, {counted_noun(result['layers'], 'decoder layer')}{distinct}, "
+        f"{result['dtype']}, {CLOCK_TEXT[result['clock']]}, "
+        f"{result['device']} ({result['hardware']}), {threads}; scenario {result['scenario']}: "
+        f"{SCENARIOS[result['scenario']].summary}, {answers}; median of {repeats} after a warm-up, "
+        f"methods in turns; attention kernel of every row, full too: {kernels}."
+    )
+
+
+def counted_noun(number: int, noun: str) -> str:
+    """ "1 turn", "5 turns"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
+    """Milliseconds by stage, and ratios to full and to the oracle."""
+    lengths = result["lengths"]
+    spread = SCENARIOS[result["scenario"]].differ
+    header = ["", *(f"{part} ms" for part in PARTS), "TTFT ms", "TTFT x", "over oracle", "FLOPs x", "realised"]
+    header += ["decode ms/token"] if any(length > 1 for length in lengths) else []
+    header += [f"end to end {length} ms" for length in lengths]
+    header += ["p90 ms"] if spread and lengths else []
+    compiled = any("plain_over_compiled" in row for row in rows.values())
+    header += ["plain / compiled TTFT", "decode", "compile s"] if compiled else []
+    lines = []
+    for name, row in rows.items():
+        if not row["fits"]:
+            lines.append([name, *["does not fit"], *["" for _ in header[2:]]])
+            continue
+        gain = row.get("ratios")
+        cells = [ms(row["seconds"][part]) for part in PARTS] + [ms(row["ttft"])]
+        if gain is None:
+            cells += ["n/a"] * 4
+        else:
+            cells += [spanned(gain["ttft"], gain["ttft_interval"], "{:.2f}")]
+            cells += [spanned(gain["over_oracle"], gain["over_oracle_interval"], "{:+.1%}").replace("%", " %")]
+            cells += [f"{gain['flops']:.2f}", f"{100 * gain['realised']:.0f} %"]
+        if any(length > 1 for length in lengths):
+            cells.append("n/a" if row["decode"] is None else ms(row["decode"]))
+        cells += [ms(median(row["end_to_end"][length])) for length in lengths]
+        if spread and lengths:
+            cells.append(ms(float(np.percentile(row["end_to_end"][lengths[-1]], 90))))
+        if compiled:
+            beside = row.get("plain_over_compiled", {})
+            cells += [f"{beside[part]:.2f}" if beside.get(part) else "" for part in ("ttft", "decode")]
+            cells.append(f"{row['compiling']:.0f}" if beside else "")
+        lines.append([marked(name, row), *cells])
+    return markdown(header, lines)
+
+
+def spanned(value: float | None, interval: Sequence[float] | None, form: str) -> str:
+    """A median of ratios and its interval, "2.06 (1.98 to 2.11)"; without brackets where all turns gave the same."""
+    if value is None or interval is None:
+        return "n/a"
+    low, high = interval
+    return form.format(value) + ("" if low == high else f" ({form.format(low)} to {form.format(high)})")
+
+
+def marked(name: str, row: dict[str, Any]) -> str:
+    """The name, with a mark for a failed gate and for rounds far apart."""
+    busy = not row.get("ratios", {}).get("calm", True)
+    return name + (f" {FAILED}" if row.get("passes_gate") is False else "") + (f" {BUSY}" if busy else "")
+
+
+def counted(rows: dict[str, dict[str, Any]]) -> str:
+    """What depends on no clock: tokens, operations, bytes."""
+    gate = any("accuracy" in row for row in rows.values())
+    header = ["", "tokens per layer", "GFLOP", "formula", "KV MB", "KV KB per layer", "operations", "beside oracle"]
+    header += ["kernels", "beside oracle", "waits", "peak MB", *(["accuracy"] if gate else [])]
+    lines = []
+    for name, row in rows.items():
+        if "counts" not in row:
+            continue
+        own = row["counts"]
+        oracle = rows.get(row["oracle"] or "", {}).get("counts")
+        cells = [runs(own["tokens_per_layer"]), f"{own['flops'] / 1e9:.1f}", f"{own['formula'] / own['flops']:.3f}"]
+        cells += [f"{sum(own['kv_bytes_per_layer']) / 1e6:.2f}"]
+        cells += [runs([round(size / 1e3) for size in own["kv_bytes_per_layer"]])]
+        for quantity in ("operations", "kernels"):
+            cells += [str(own[quantity]), f"{own[quantity] - oracle[quantity]:+d}" if oracle else "n/a"]
+        cells += ["n/a" if own["waits"] is None else str(own["waits"])]
+        cells += [f"{row['peak_bytes'] / 1e6:.0f}" if row["fits"] else "n/a"]
+        if gate:
+            cells.append(f"{100 * row['accuracy']:.1f}" if "accuracy" in row else "")
+        lines.append([marked(name, row), *cells])
+    return markdown(header, lines)
+
+
+def largest(batches: Sequence[dict[str, Any]]) -> str:
+    """Questions per second at the largest batch that fits, and at the best one."""
+    by_method: dict[str, dict[int, float]] = {}
+    for batch in batches:
+        for name, row in batch["methods"].items():
+            if row["fits"] and row["throughput"]:
+                by_method.setdefault(name, {})[batch["batch_size"]] = list(row["throughput"].values())[-1]
+    full = by_method.get(FULL)
+    lines = []
+    for name, speeds in by_method.items():
+        most, best = max(speeds), max(speeds, key=lambda size: speeds[size])
+        beside = f"{speeds[most] / full[max(full)]:.2f}" if full else "n/a"
+        lines.append([name, str(most), f"{speeds[most]:.3g}", beside, str(best), f"{speeds[best]:.3g}"])
+    header = ["", "largest batch", "questions/s", "x full", "fastest batch", "questions/s"]
+    return markdown(header, lines)
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What the marks mean, where there are any."""
+    rows = [row for batch in result["batches"] for row in batch["methods"].values()]
+    said, gate = [], result["gate"]
+    if result["repeats"] > 1:
+        said.append(
+            "TTFT x and over oracle are medians of the ratios of every turn; in brackets the interval of that median "
+            f"({'order statistics, 95 %' if result['repeats'] >= FEWEST else 'all turns: too few for 95 %'})."
+        )
+    counts = [row["counts"] for row in rows if "counts" in row]
+    if counts:
+        said.append(
+            "Operations are those dispatched on this device. The steps of a greedy choice are none on a CPU, where "
+            "they are arrays of numpy."
+        )
+    if any(one["waits"] is None for one in counts):
+        said.append(
+            "Waits n/a: on a CPU nothing waits. `vtr bench ops` counts those of the toy model on torch's meta device."
+        )
+    said += [too_large(batch) for batch in result["batches"] if batch["needed_bytes"]]
+    if gate is not None:
+        said.append(
+            f"Accuracy on the first {gate['questions']} questions of {gate['title']}; {FAILED} marks less than "
+            f"{100 * gate['share']:.0f} % of full, whose speed does not count."
+        )
+    if any(not row.get("ratios", {}).get("calm", True) for row in rows):
+        said.append(f"{BUSY} The slowest turn of this method or of full took 25 % longer than the fastest, or more.")
+    if result.get("compile"):
+        said.append(
+            "Compiled rows run tower, prefill and decoding as graphs; their TTFT x, over oracle and realised stand "
+            "beside full and oracles that are compiled too. compile s, by the wall clock, is in no other time here; a "
+            "graph that rows share counts in the first of them."
+        )
+    return said
+
+
+def too_large(batch: dict[str, Any]) -> str:
+    """What a batch was not tried for: on a CPU, memory that is used up ends the process."""
+    needs = ", ".join(f"{name} {size_text(need)}" for name, need in batch["needed_bytes"].items())
+    asked = f"Batches of {batch['batch_size']} questions do not fit, and were"
+    if batch["batch_size"] == 1:
+        asked = "One question does not fit, and was"
+    return (
+        f"{asked} not tried: expected beside the weights are {needs}, and {size_text(batch['free_bytes'])} may be used."
+    )
+
+
+def sentence(name: str, budget: int, gain: dict[str, Any]) -> str:
+    """What one method gains, for the end of a run of one method."""
+    realised, choosing = 100 * gain["realised"], 100 * gain["selection"]
+    return (
+        f"{name} at {budget}: time to first token {gain['ttft']:.2f}x faster than full at {gain['flops']:.2f}x fewer "
+        f"operations ({realised:.0f} % realised), selection and merging {choosing:.2f} % of TTFT, KV cache "
+        f"{gain['kv_bytes']:.2f}x smaller, peak memory {gain['peak']:.2f} of full."
+    )
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds with three figures, or all digits before the point."""
+    value = 1000 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def runs(values: Sequence[int]) -> str:
+    """Equal values in a row once: "576 x2, 64 x30"."""
+    groups = [(value, len(list(same))) for value, same in groupby(values)]
+    return str(groups[0][0]) if len(groups) == 1 else ", ".join(f"{value} x{count}" for value, count in groups)
+
+
+# Files
+
+
+def write(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
+    """Write the numbers to `args.json` and the tables to `args.markdown`, where these are given."""
+    for path, content in ((args.json, json.dumps(result, indent=1)), (args.markdown, text)):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content + "\n")
+
+
+def plot(path: Path, result: dict[str, Any]) -> None:
+    """Draw the time to the first token by stage, one bar for each method, and its oracle as a line across the bar; of
+    the first batch size of a result.
+
+    Raises:
+        UserError: nothing fitted into the memory, so there is nothing to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    batch = result["batches"][0]
+    rows = {name: row for name, row in batch["methods"].items() if row["fits"] and not name.startswith("oracle of")}
+    if not rows:
+        raise UserError("No method fitted into the memory, so there is nothing to draw; leave --plot out.")
+    names = sorted(rows, key=lambda name: (name == FULL, rows[name]["ttft"]), reverse=True)
+    figure, axes = plt.subplots(figsize=(8.6, 1.4 + 0.32 * len(names)), dpi=150)
+    left = [0.0] * len(names)
+    for part, colour in zip(PARTS, COLOURS, strict=True):
+        widths = [1000 * rows[name]["seconds"][part] for name in names]
+        axes.barh(names, widths, left=left, color=colour, label=part, height=0.7)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for place, name in enumerate(names):
+        oracle, end = batch["methods"].get(rows[name]["oracle"] or "", {}), left[place]
+        if oracle.get("fits"):
+            label = "its oracle" if place == 0 or not axes.lines else None
+            end = max(end, 1000 * oracle["ttft"])
+            axes.plot(
+                [1000 * oracle["ttft"]] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2, label=label
+            )
+        found = rows[name].get("ratios")
+        text = (
+            "" if found is None or name == FULL else f" {found['ttft']:.2f}x, {100 * found['realised']:.0f} % realised"
+        )
+        axes.text(end, place, text, va="center", fontsize=7.5)
+    axes.set_xlim(0, 1.3 * max(left))
+    asked = "one question" if batch["batch_size"] == 1 else f"batches of {batch['batch_size']} questions"
+    of = f"{result['model'].rpartition('/')[2]} at {result['budget']} tokens, {asked}"
+    axes.set_title(f"Time to the first token, {of}", fontsize=10)
+    layers = f"{result['layers']} decoder layer{'s' * (result['layers'] > 1)}"
+    axes.set_xlabel(f"milliseconds ({result['device']}, {layers}, {result['dtype']})")
+    axes.set_ylabel("method")
+    axes.grid(axis="x", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)

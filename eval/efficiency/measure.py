@@ -1,0 +1,304 @@
+"""Time methods in rounds on one model, so that a busy machine slows all of them.
+
+A round of a method is one prefill whose stages are timed, then one whole answer for each output length. Answers have a
+fixed length: no end token and no stop string ends them.
+"""
+
+import ctypes
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.efficiency.counts import OperationCounter, first_token
+from llava.errors import UserError
+from llava.model.llava_arch import Llava
+from llava.pipeline.accounting import Timer
+from llava.pipeline.generate import generate
+from llava.processing.prompt import Sample
+from llava.reduction.merging import Reduction
+from llava.reduction.reducer import Reducer
+
+# "cpu" is the time that this process computes: other processes on the same cores do not count.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+PARTS = ("vision", "selection", "merging", "prefill")
+Ask = Callable[[int], list[Sample]]  # number of the round -> a batch
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is asked, how often and how much of an answer is written; in the manner of MLPerf.
+
+    Attributes:
+        summary: for the help and the table.
+        lengths: tokens of the answers.
+        repeats: rounds after the warm-up.
+        differ: every round asks about another image.
+        video: the question is about a video.
+        largest: batches grow by factors of two up to this size, or up to the largest that fits; None for those asked.
+    """
+
+    summary: str
+    lengths: tuple[int, ...]
+    repeats: int
+    differ: bool = False
+    video: bool = False
+    largest: int | None = None
+
+
+SCENARIOS = {
+    "latency": Scenario("the same question again", (1, 16, 128), 5),
+    "single-stream": Scenario("one question after another, each about another image", (16,), 20, differ=True),
+    "offline": Scenario("growing batches, to the largest that fits", (16,), 3, largest=32),
+    "long-answer": Scenario("one question with a long answer", (512,), 3),
+    "video": Scenario("one question about a video", (1, 16, 128), 5, video=True),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One method on batches of one size.
+
+    Attributes:
+        seconds: vision, selection, merging and prefill of a batch, medians; their sum is the time to the first token.
+        kv_bytes: of all layers after the prefill, padding included.
+        flops: up to the first token, by the closed formula of the accounting.
+        peak_bytes: highest memory of all rounds.
+        preprocess: seconds of tokenizing and of preparing images on the CPU, before the time to the first token starts.
+        decode: seconds per token after the first, median; None where no answer has a second token.
+        end_to_end: output length -> seconds of every round, from opened images to texts.
+        ttfts: seconds to the first token of every round.
+        attention: the attention kernels that ran; () where they are inside of compiled graphs.
+        compiling: seconds by the wall clock of what was compiled in these rounds, in no other time here.
+    """
+
+    seconds: dict[str, float]
+    kv_bytes: int
+    flops: int
+    peak_bytes: int
+    preprocess: float = 0.0
+    decode: float | None = None
+    end_to_end: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    ttfts: tuple[float, ...] = ()
+    attention: tuple[str, ...] = ()
+    compiling: float = 0.0
+
+    @property
+    def ttft(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Measurements:
+    """Measurements by round, method and batch size; round 0 is the warm-up.
+
+    Kept in a JSONL file, if there is one, while they are made, so that an interrupted benchmark goes on.
+
+    Raises:
+        UserError: the file holds measurements under other settings.
+    """
+
+    def __init__(self, path: Path | None = None, settings: dict[str, Any] | None = None):
+        self.path = path
+        self.rows: dict[tuple[int, str, int], dict[str, Any]] = {}
+        if path is None:
+            return
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings) + "\n")
+        first, *lines = path.read_text().splitlines()
+        if json.loads(first) != json.loads(json.dumps(settings)):
+            raise UserError(
+                f"{path} holds measurements under other settings ({first}), not {json.dumps(settings)}; "
+                "name another file."
+            )
+        for row in map(json.loads, lines):
+            self.rows[row.pop("round"), row.pop("method"), row.pop("batch", 1)] = row
+
+    def add(self, number: int, name: str, batch: int, row: dict[str, Any]) -> None:
+        self.rows[number, name, batch] = row
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"round": number, "method": name, "batch": batch} | row) + "\n")
+
+
+def measure(
+    model: Llava,
+    reducers: dict[str, Reducer],
+    ask: Ask,
+    repeats: int,
+    kept: Measurements | None = None,
+    lengths: Sequence[int] = (),
+    batch: int = 1,
+    clock: str = "wall",
+    compiled: Mapping[str, Llava] | None = None,
+) -> dict[str, Measured | None]:
+    """Measure each method `repeats` times in turns, after one warm-up each; every second round in reverse.
+
+    So a machine that slows down within rounds slows the first and the last method alike over two rounds.
+
+    Args:
+        ask: number of a round -> the batch that all methods are asked in it; round 0 is the warm-up.
+        lengths: tokens of the answers that are timed end to end; none times the prefill alone.
+        batch: questions in a batch, the name of these measurements in `kept`.
+        clock: one of CLOCKS, for what does not run on a GPU.
+        compiled: the rows that run as graphs, with the model that has them.
+
+    Returns:
+        None for a method whose batch did not fit into the device's memory.
+    """
+    kept, compiled = kept or Measurements(), compiled or {}
+    orders = [list(reducers), list(reversed(reducers))]
+    rounds = [(number, name) for number in range(repeats + 1) for name in orders[number % 2]]
+    too_large = {name for (_, name, size), row in kept.rows.items() if size == batch and not row}
+    for number, name in tqdm(rounds, desc=f"batches of {batch}", unit="turn", disable=None):
+        if (number, name, batch) in kept.rows or name in too_large:
+            continue
+        # The warm-up is no time that counts, so that it can be watched; operations inside of a graph cannot.
+        watched = OperationCounter() if number == 0 and name not in compiled else nullcontext()
+        try:
+            with watched as counter:
+                row = once(compiled.get(name, model), reducers[name], ask(number), lengths, CLOCKS[clock])
+        except torch.OutOfMemoryError as error:
+            error.with_traceback(None)  # its frames hold the tensors that fill the memory
+            torch.cuda.empty_cache()
+            row = {}
+            too_large.add(name)
+        if row and counter is not None:
+            row["attention"] = sorted(counter.attention)
+        kept.add(number, name, batch, row)
+    return {
+        name: None if name in too_large else summary([kept.rows[number, name, batch] for number in range(repeats + 1)])
+        for name in reducers
+    }
+
+
+def once(
+    model: Llava,
+    reducer: Reducer,
+    samples: list[Sample],
+    lengths: Sequence[int] = (),
+    clock: Callable[[], float] | None = None,
+) -> dict[str, Any]:
+    """One round. One in which a graph was compiled does not count: it says how long that took, and is made again."""
+    if model.compiled is None:
+        return measure_round(model, reducer, samples, lengths, clock)
+    began = model.compiled.seconds
+    row = measure_round(model, reducer, samples, lengths, clock)
+    if model.compiled.seconds == began:
+        return row
+    compiling = model.compiled.seconds - began
+    return measure_round(model, reducer, samples, lengths, clock) | {"compiling": compiling}
+
+
+@torch.inference_mode()
+def measure_round(
+    model: Llava, reducer: Reducer, samples: list[Sample], lengths: Sequence[int], clock: Callable[[], float] | None
+) -> dict[str, Any]:
+    """A timed prefill, then one answer of every length."""
+    start_peak(model.device)
+    timer = StageTimer(model.device, clock)
+    with timer.merging():
+        state, record = first_token(model, reducer, samples, timer)
+    spent = timer.seconds
+    row = {
+        "seconds": {part: spent.get(part, 0.0) for part in PARTS},
+        "preprocess": spent.get("preprocess", 0.0),
+        "kv_bytes": state.kv_bytes_held,
+        "flops": record.operations.total,
+    }
+    del state
+    whole, decode, read = {}, None, clock or time.perf_counter
+    for length in sorted(lengths):
+        began = read()
+        batch = generate(model, samples, reducer, length, ignore_eos=True, clock=clock)
+        # `generate` returns texts, which the host has read: the device is done.
+        whole[str(length)] = read() - began
+        if batch.decode_steps:
+            decode = batch.timing.decode / batch.decode_steps
+    return row | {"end_to_end": whole, "decode": decode, "peak_bytes": read_peak(model.device)}
+
+
+def summary(rows: list[dict[str, Any]]) -> Measured:
+    """Medians over rounds; the first one is the warm-up."""
+    warm_up, *counted = rows
+    last = counted[-1]
+    decodes = [row["decode"] for row in counted if row.get("decode") is not None]
+    return Measured(
+        seconds={part: median(row["seconds"].get(part, 0.0) for row in counted) for part in PARTS},
+        kv_bytes=last["kv_bytes"],
+        flops=last["flops"],
+        peak_bytes=max(row["peak_bytes"] for row in counted),
+        preprocess=median(row["preprocess"] for row in counted),
+        decode=median(decodes) if decodes else None,
+        end_to_end={int(n): tuple(row["end_to_end"][n] for row in counted) for n in last.get("end_to_end", {})},
+        ttfts=tuple(sum(row["seconds"].values()) for row in counted),
+        attention=tuple(warm_up.get("attention", ())),
+        compiling=sum(row.get("compiling", 0.0) for row in rows),
+    )
+
+
+class StageTimer(Timer):
+    """Seconds by stage, and "merging" taken out of the stage in which it happens.
+
+    Merging is the time inside `Reduction.apply` of reductions that average tokens. Gathering kept tokens is selection,
+    and so is projecting merged features again.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] | None = None):
+        super().__init__(device, clock)
+        self._merged: list[tuple[int, Any, Any]] = []
+
+    @contextmanager
+    def merging(self) -> Iterator[None]:
+        """While active, the averages of every reduction are timed."""
+        plain = Reduction.apply
+
+        def apply(reduction: Reduction, tokens: Tensor) -> Tensor:
+            if not reduction.merges:
+                return plain(reduction, tokens)
+            interval, began = len(self._stages), self._now()
+            merged = plain(reduction, tokens)
+            self._merged.append((interval, began, self._now()))
+            return merged
+
+        with patch.object(Reduction, "apply", apply):
+            yield
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage so far; their sum is that of a Timer."""
+        spent = super().seconds
+        for interval, began, ended in self._merged:
+            cuda = self.device.type == "cuda"
+            passed = began.elapsed_time(ended) / 1000 if cuda else ended - began
+            spent[self._stages[interval]] -= passed
+            spent["merging"] = spent.get("merging", 0.0) + passed
+        return spent
+
+
+def start_peak(device: torch.device) -> None:
+    """Forget the highest memory seen so far; on a CPU, what was freed is first given back to the system."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def read_peak(device: torch.device) -> int:
+    """Bytes since `start_peak`, weights included: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,495 @@
+"""All scores of the three papers on one picture, what they are worth against the true places, and their storage.
+
+A method that keeps every token notes what it could rank by; it goes through the ordinary pipeline, so a noted score is
+what the method of that name would receive. Every measure of every score is stored picture by picture, so that an
+interrupted command goes on where it stopped.
+
+Shapes of measures: S scores (any number of leading axes), N patches in raster order. All values are float64.
+"""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.stats import rankdata
+from torch import Tensor
+from tqdm import tqdm
+
+from attnmix.method import text_scores
+from consensusdrop.method import pool_attention
+from eval import benchmarks
+from eval.answers.source_hash import answer_sources, combined, read_source
+from eval.config import DEFAULT_DATA, ROOT
+from eval.findings import scenes
+from eval.findings.scenes import PATCHES, WORDS, Asked, Picture, content_words
+from llava.model.llava_arch import Llava
+from llava.pipeline.prefill import prefill
+from llava.processing.prompt import Sample
+from llava.reduction import DecoderState, PromptState, Reducer, Reduction, TowerScore
+from toy.data.vocabulary import COLOR_NAMES, SHAPES
+from visiondrop.method import attention_inputs, visual_scores
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+def auroc(scores: Array, mask: Mask, among: Mask | None = None) -> Array:
+    """[...] chance that a patch of the mask scores above another patch; equal scores count one half.
+
+    Args:
+        scores: [..., N].
+        mask: [N], some patches in it and some not.
+        among: [N], patches that count; None for all.
+    """
+    if among is not None:
+        scores, mask = scores[..., among], mask[among]
+    return auroc_of_ranks(rankdata(scores, axis=-1), mask)
+
+
+def auroc_of_ranks(ranks: Array, mask: Mask) -> Array:
+    """`auroc` of scores whose ranks 1 .. N (1 for the lowest) are known."""
+    inside, outside = int(mask.sum()), int((~mask).sum())
+    return (ranks[..., mask].sum(-1) - inside * (inside + 1) / 2) / (inside * outside)
+
+
+def average_precision(scores: Array, mask: Mask) -> Array:
+    """[...] mean, over the patches of the mask, of the precision at their rank; its value by chance is the area."""
+    hits = mask[np.argsort(-scores, axis=-1, kind="stable")]
+    precision = hits.cumsum(-1) / np.arange(1, scores.shape[-1] + 1)
+    return (precision * hits).sum(-1) / mask.sum()
+
+
+def chosen(scores: Array, count: int) -> Mask:
+    """[..., N] bool, the `count` highest, equal scores by the lower index as everywhere in the repository."""
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    highest = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(highest, order[..., :count], True, axis=-1)
+    return highest
+
+
+def recall(scores: Array, mask: Mask, count: int) -> Array:
+    """[...] share of the patches of the mask that are among the `count` highest scores."""
+    return chosen(scores, count)[..., mask].mean(-1)
+
+
+def share(scores: Array) -> Array:
+    """[..., N] scores of at least 0, scaled to sum 1."""
+    return scores / scores.sum(-1, keepdims=True)
+
+
+def lift(scores: Array, mask: Mask) -> Array:
+    """[...] share of the score inside the mask, divided by the mask's share of the area; 1 is chance."""
+    return share(scores)[..., mask].sum(-1) / mask.mean()
+
+
+def effective_share(scores: Array) -> Array:
+    """[...] exp(entropy) / N of the score as a distribution: 1 if uniform, 1 / N if on one patch."""
+    p = share(scores)
+    return np.exp(-(p * np.log(np.clip(p, 1e-300, None))).sum(-1)) / scores.shape[-1]
+
+
+def gini(scores: Array) -> Array:
+    """[...] Gini coefficient: 0 if uniform, 1 - 1 / N if on one patch."""
+    ordered, count = np.sort(scores, -1), scores.shape[-1]
+    weight = 2 * np.arange(1, count + 1) - count - 1
+    return (ordered * weight).sum(-1) / (count * ordered.sum(-1))
+
+
+def spearman(a: Array, b: Array) -> Array:
+    """[...] rank correlation of two scores [..., N] (one of them may lack leading axes)."""
+    x, y = rankdata(a, axis=-1), rankdata(b, axis=-1)
+    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    norm = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+    return np.divide((x * y).sum(-1), norm, out=np.zeros(np.shape(norm)), where=norm > 0)
+
+
+def overlap(a: Array, b: Array, count: int) -> Array:
+    """[...] share of the `count` highest of a that are among the `count` highest of b; by chance count / N."""
+    return (chosen(a, count) & chosen(b, count)).sum(-1) / count
+
+
+def mean_pairwise(scores: Array) -> float:
+    """Mean rank correlation over all pairs of the Q rows of [Q, N]; 1 if all rows rank alike. Needs two rows."""
+    rows = len(scores)
+    ranks = rankdata(scores, axis=-1)
+    ranks = ranks - ranks.mean(-1, keepdims=True)
+    norms = np.sqrt((ranks * ranks).sum(-1, keepdims=True))
+    unit = np.divide(ranks, norms, out=np.zeros_like(ranks), where=norms > 0)
+    product = unit @ unit.T
+    return float((product.sum() - np.trace(product)) / (rows * (rows - 1)))
+
+
+ENCODER, COSINE, PROBE = "encoder", "cosine", "probe"
+# Scores of each decoder layer. "last": row of the last prompt token; "question": mean over the question's rows;
+# "content", "function": the same over the words that name things, and over the others; "visual": attention received
+# from visual tokens (VisionDrop's); "viewers": the same divided by the number of tokens that can see the patch.
+TEXT_KINDS = ("last", "question", "content", "function")
+VISUAL_KINDS = ("visual", "viewers")
+
+
+def score_names(layers: int) -> tuple[str, ...]:
+    """Names of all scores of a model with so many decoder layers, such as "last 3"."""
+    text = [f"{kind} {layer}" for kind in TEXT_KINDS for layer in range(layers)]
+    visual = [f"{kind} {layer}" for kind in VISUAL_KINDS for layer in range(1, layers)]
+    return (ENCODER, COSINE, PROBE, *text, *visual)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observer(Reducer):
+    """Notes scores and drops nothing. Not registered: it is no method.
+
+    Attributes:
+        reversed: the decoder reads the visual tokens in the opposite order. Their features stay what they were, so
+            only their places in the sequence differ.
+        notes: name -> [Q, 576] in raster order, for a batch of Q questions about one picture; for text rows
+            [Q, T, 576] under "rows LAYER", with their mask [Q, T] under "exists".
+    """
+
+    known_deviations: ClassVar[dict[str, str]] = {"unsorted": "the decoder reads backwards where `reversed` says so"}
+
+    reversed: bool = False
+    notes: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def scores(self) -> tuple[TowerScore, ...]:
+        return (TowerScore("cls_attention"),)
+
+    def keeps_all(self, tokens: int) -> bool:
+        return False  # or the pipeline would skip the stage before the decoder
+
+    def decoder_layers(self, layers: int) -> tuple[int, ...]:
+        return tuple(range(1, layers))
+
+    def prompt(self, state: PromptState) -> Reduction | None:
+        self.notes[ENCODER] = state.scores[self.scores()[0]]
+        words, exists = state.text("question")
+        self.notes[COSINE] = text_scores(words, exists, state.tokens, temperature=0.01)
+        attention = state.text_attention(0, "question", rotary=False, contextual=False)
+        self.notes[PROBE] = pool_attention(*attention, "mean", "mean")
+        self.notes["tokens"], self.notes["exists"] = state.tokens[0], exists
+        # Layer 0 sees embeddings; its attention with rotation, the softmax over visual keys alone.
+        if not self.reversed:
+            for rows in ("question", "last"):
+                weights, _ = state.text_attention(0, rows, rotary=True, contextual=False)
+                self._note_text(rows, 0, weights)
+            return None
+        count = state.tokens.shape[1]
+        backwards = torch.arange(count - 1, -1, -1, device=state.tokens.device)
+        return Reduction(backwards.expand(len(state.tokens), -1), count)
+
+    def decoder(self, state: DecoderState) -> Reduction | None:
+        for rows in ("question", "last"):
+            weights, _ = state.attention(rows)
+            self._note_text(rows, state.layer, weights)
+        # Visual tokens do not see the question, so one question of the picture stands for all.
+        first = replace(state, ids=state.ids[:1], tokens=state.tokens[:1], sequence=state.sequence.rows([(0, 0)]))
+        seen = attention_inputs(first, "causal")
+        for kind, average in zip(VISUAL_KINDS, ("all", "viewers"), strict=True):
+            score = visual_scores(first, seen, "causal", average, diagonal=True)
+            self.notes[f"{kind} {state.layer}"] = self._raster(score).expand(len(state.tokens), -1)
+        return None
+
+    def _note_text(self, rows: str, layer: int, weights: Tensor) -> None:
+        """Keep attention [Q, H, T, N] as its mean over heads."""
+        mean = self._raster(weights.mean(1))
+        self.notes[f"rows {layer}" if rows == "question" else f"last {layer}"] = (
+            mean if rows == "question" else mean[:, 0]
+        )
+
+    def _raster(self, score: Tensor) -> Tensor:
+        return score.flip(-1) if self.reversed else score
+
+
+def observe(model: Llava, samples: Sequence[Sample], reverse: bool = False) -> dict[str, NDArray[np.float64]]:
+    """All scores of the questions about one picture.
+
+    Args:
+        samples: Q questions with the same picture.
+        reverse: feed the visual tokens to the decoder in the opposite order. Then the scores of layer 0 are left out.
+
+    Returns:
+        The names of `score_names` -> [Q, 576]; and "tokens": [576, D] projected visual tokens.
+    """
+    layers = len(model.llm.layers)
+    observer = Observer(budget=model.visual_tokens, reversed=reverse)
+    prefill(model, samples, observer)
+    notes = {name: tensor.double().numpy() for name, tensor in observer.notes.items() if name != "exists"}
+    exists = observer.notes["exists"].numpy()
+    for layer in range(int(reverse), layers):
+        rows = notes.pop(f"rows {layer}")
+        for kind in TEXT_KINDS[1:]:
+            notes[f"{kind} {layer}"] = np.stack(
+                [
+                    own[chosen_rows(sample.question, kind, there)].mean(0)
+                    for own, sample, there in zip(rows, samples, exists, strict=True)
+                ]
+            )
+    return notes
+
+
+def chosen_rows(question: str, kind: str, exists: NDArray[Any]) -> NDArray[np.bool_]:
+    """[T] bool: which of the question's rows a kind of score averages."""
+    content = np.zeros(len(exists), dtype=bool)
+    names_things = content_words(question)
+    if len(names_things) != exists.sum():
+        raise ValueError(f"{question!r} has {exists.sum()} tokens, expected {len(names_things)} words.")
+    content[: len(names_things)] = names_things
+    return {"question": exists, "content": content, "function": exists & ~content}[kind]
+
+
+HALF = PATCHES // 2
+ASKED = ("values", "kinds")  # arrays with a row per question; the others have one per picture
+
+# Each picture is seen as it is; with its upper and lower half exchanged; and with the decoder reading the visual
+# tokens backwards. In the last two every content stands in the other half of the sequence.
+CONDITIONS = ("as drawn", "halves exchanged", "read backwards")
+# Of every question: how well a score finds the things that it names, NaN where there are none.
+# "among things": AUROC without the background. "... of others": the same with the scores of the picture's other
+# questions, which name other things.
+TARGET = (
+    "auroc",
+    "among things",
+    "auroc of others",
+    "recall 32 of others",
+    "recall 64 of others",
+    "average precision",
+    "chance precision",
+    "lift",
+    "recall 32",
+    "recall 64",
+    "size",
+    "place",
+)
+# Of every question: how much of the attention is on the image at all, where in the sequence a score lies, how broad it
+# is, and how far it agrees with the encoder's saliency.
+SHAPE = ("mass", "late", "late 64", "effective", "gini", "spearman", "overlap 32", "overlap 64", "overlap 128")
+MEASURES = (*TARGET, *SHAPE)
+OTHERS = slice(MEASURES.index("auroc of others"), MEASURES.index("recall 64 of others") + 1)
+# Of every word: how well its cosine finds the patches of the things it is true of, and, as a control, those of the
+# words of the same class (colours or shapes) that nothing in the picture is.
+WORD = ("auroc", "among things", "absent word", "absent word among things", "other word")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Numbers of a set of pictures under one condition. Q questions, S scores, P pictures, W words.
+
+    Attributes:
+        names: of the S scores.
+        values: [Q, S, measures], NaN where a score or a target does not exist.
+        asked: the Q questions.
+        rows: [P, S, 24] share of a score in every row of patches of the picture, mean over its questions.
+        agreement: [P, S] mean rank correlation between the questions of a picture.
+        words: [P, W, 5] the measures of WORD.
+        kinds: [Q, layers] rank correlation of the attention from content words and from function words.
+    """
+
+    names: tuple[str, ...]
+    values: Array
+    asked: tuple[Asked, ...]
+    rows: Array
+    agreement: Array
+    words: Array
+    kinds: Array
+
+    def of(self, score: str, measure: str) -> dict[str, float]:
+        """Question id -> value, of the questions that have one."""
+        column = self.values[:, self.names.index(score), MEASURES.index(measure)]
+        return {one.id: float(x) for one, x in zip(self.asked, column, strict=True) if not np.isnan(x)}
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(one.picture for one in self.asked))
+
+    @property
+    def picture_of(self) -> dict[str, str]:
+        """Question id -> picture."""
+        return {one.id: one.picture for one in self.asked}
+
+
+def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path) -> Collected:
+    """Measure all scores of all questions about these pictures; what is in `folder` already is read from there."""
+    data = benchmarks.get("gqa").load(DEFAULT_DATA, "testdev")
+    by_id = {question.id: question for question in data.questions}
+    asked = [one for one in scenes.questions() if one.picture in set(pictures)]
+    home = folder / f"scores-{digest(model)}" / condition.replace(" ", "-")
+    home.mkdir(parents=True, exist_ok=True)
+    arrays_of: dict[str, list[Array]] = {}
+    for name in tqdm(pictures, desc=condition, unit="picture", file=sys.stderr):
+        file = home / f"{name}.npz"
+        if not file.is_file():
+            own = [one for one in asked if one.picture == name]
+            samples = [data.sample(by_id[one.id]) for one in own]
+            arrays = measure_picture(model, samples, own, condition)
+            part = file.with_suffix(".part.npz")
+            np.savez(part, **arrays)  # type: ignore[arg-type]
+            part.replace(file)
+        with np.load(file, allow_pickle=False) as stored:
+            for key in stored.files:
+                arrays_of.setdefault(key, []).append(stored[key].astype(np.float64))
+    order = {name: place for place, name in enumerate(pictures)}
+    asked.sort(key=lambda one: order[one.picture])
+    whole = {key: np.concatenate(parts) if key in ASKED else np.stack(parts) for key, parts in arrays_of.items()}
+    return Collected(score_names(model.spec.layers), asked=tuple(asked), **whole)
+
+
+def digest(model: Llava) -> str:
+    """Changes with the weights and with all code that the numbers depend on."""
+    observer = Observer(budget=model.visual_tokens)
+    parts = [model.fingerprint, combined(answer_sources(model, observer))]
+    for path in (Path(__file__), Path(str(scenes.__file__))):
+        state = path.stat()
+        parts.append(read_source(path, ROOT, state.st_mtime_ns, state.st_size)[0])
+    return hashlib.sha256(repr((parts, MEASURES, WORD)).encode()).hexdigest()[:10]
+
+
+def exchanged(image: Image.Image) -> Image.Image:
+    """The picture with its upper and lower half exchanged: every patch keeps its pixels."""
+    pixels = np.asarray(image)
+    return Image.fromarray(np.roll(pixels, len(pixels) // 2, axis=0))
+
+
+def measure_picture(
+    model: Llava, samples: Sequence[Sample], asked: Sequence[Asked], condition: str
+) -> dict[str, Array]:
+    """The arrays of `Collected` for one picture.
+
+    With halves exchanged all scores are moved back, so that index i is the same content in every condition; only the
+    measures of lateness read where it stood.
+    """
+    picture = scenes.redraw(asked[0].picture)
+    moved = condition == "halves exchanged"
+    if moved:
+        samples = [
+            Sample(s.id, s.question, s.suffix, exchanged(s.images[0]), (f"{s.image_ids[0]} exchanged",))  # type: ignore[arg-type]
+            for s in samples
+        ]
+    notes = observe(model, samples, reverse=condition == "read backwards")
+    tokens = notes.pop("tokens")
+    names = score_names(model.spec.layers)
+    if moved:
+        notes = {name: np.roll(score, HALF, axis=-1) for name, score in notes.items()}
+        tokens = np.roll(tokens, HALF, axis=0)
+    late = np.arange(PATCHES) >= HALF
+    late = late if condition == "as drawn" else ~late
+    known = [name for name in names if name in notes]
+    scores = np.stack([notes[name] for name in known], axis=1)  # [Q, S, 576]
+    values = np.full((len(asked), len(names), len(MEASURES)), np.nan)
+    places = [names.index(name) for name in known]
+    for row, one in enumerate(asked):
+        values[row, places] = measure(scores[row], notes[ENCODER][row], picture, one, late)
+    values[:, places, OTHERS] = of_others(scores, picture, asked)
+    rows, agreement = np.full((len(names), 24), np.nan), np.full(len(names), np.nan)
+    rows[places] = share(scores).mean(0).reshape(len(known), 24, -1).sum(-1)
+    if len(asked) > 1:
+        agreement[places] = [mean_pairwise(scores[:, place]) for place in range(len(known))]
+    layers = [name.split()[1] for name in names if name.startswith(TEXT_KINDS[0])]
+    kinds = np.full((len(asked), len(layers)), np.nan)
+    for column, layer in enumerate(layers):
+        if f"content {layer}" in notes:
+            kinds[:, column] = spearman(notes[f"content {layer}"], notes[f"function {layer}"])
+    return {
+        "values": values.astype(np.float32),
+        "rows": rows.astype(np.float32),
+        "agreement": agreement.astype(np.float32),
+        "words": measure_words(word_cosines(model, tokens), picture).astype(np.float32),
+        "kinds": kinds.astype(np.float32),
+    }
+
+
+def measure(scores: Array, encoder: Array, picture: Picture, one: Asked, late: NDArray[np.bool_]) -> Array:
+    """[S, measures] of the scores [S, 576] of one question.
+
+    Args:
+        encoder: [576], what agreement is measured with.
+        late: [576] bool, the patches that stand in the second half of the sequence.
+    """
+    table = np.full((len(scores), len(MEASURES)), np.nan)
+    mask = picture.patches(one.targets)
+    nothing = np.full(len(scores), np.nan)
+    if mask.any():
+        table[:, : len(TARGET)] = np.stack(
+            [
+                auroc(scores, mask),
+                auroc(scores, mask, picture.owner >= 0) if set(picture.owner[~mask]) != {-1} else nothing,
+                *[nothing] * 3,  # `of_others` fills them
+                average_precision(scores, mask),
+                np.full(len(scores), mask.mean()),
+                lift(scores, mask),
+                recall(scores, mask, 32),
+                recall(scores, mask, 64),
+                np.full(len(scores), mask.sum()),
+                np.full(len(scores), np.flatnonzero(mask).mean() / (PATCHES - 1)),
+            ],
+            axis=-1,
+        )
+    table[:, len(TARGET) :] = np.stack(
+        [
+            scores.sum(-1),
+            share(scores)[:, late].sum(-1),
+            chosen(scores, 64)[:, late].mean(-1) * late.sum() / 64,
+            effective_share(scores),
+            gini(scores),
+            spearman(scores, encoder),
+            *(overlap(scores, encoder, count) for count in (32, 64, 128)),
+        ],
+        axis=-1,
+    )
+    return table
+
+
+def of_others(scores: Array, picture: Picture, asked: Sequence[Asked]) -> Array:
+    """[Q, S, 3] how well the scores [Q, S, 576] of other questions find the things of each question: AUROC, recalls.
+
+    Only questions that share no thing count; NaN where there is none.
+    """
+    ranks = rankdata(scores, axis=-1)
+    kept = [chosen(scores, count) for count in (32, 64)]
+    table = np.full((*scores.shape[:2], 3), np.nan)
+    for row, one in enumerate(asked):
+        mask = picture.patches(one.targets)
+        other = [n for n, two in enumerate(asked) if two.targets and not set(two.targets) & set(one.targets)]
+        if mask.any() and other:
+            table[row, :, 0] = auroc_of_ranks(ranks[other], mask).mean(0)
+            for column, one_kept in enumerate(kept, 1):
+                table[row, :, column] = one_kept[other][..., mask].mean((0, -1))
+    return table
+
+
+def word_cosines(model: Llava, tokens: Array) -> Array:
+    """[W, 576] cosine of the input embedding of each of WORDS with every projected visual token [576, D]."""
+    ids = torch.tensor([model.tokenizer.convert_tokens_to_ids(word) for word in WORDS])
+    with torch.inference_mode():
+        table = model.hf_model.get_input_embeddings()(ids.to(model.device)).double().cpu().numpy()
+    unit = [rows / np.linalg.norm(rows, axis=-1, keepdims=True) for rows in (table, tokens)]
+    return unit[0] @ unit[1].T
+
+
+def measure_words(cosines: Array, picture: Picture) -> Array:
+    """[W, 5] the measures of WORD; NaN for a word that is true of no thing, or where a control does not exist."""
+    table = np.full((len(WORDS), len(WORD)), np.nan)
+    masks = np.stack([scenes.word_mask(picture, word) for word in WORDS])
+    things = picture.owner >= 0
+    for group in (range(len(COLOR_NAMES)), range(len(COLOR_NAMES), len(COLOR_NAMES) + len(SHAPES))):
+        absent = [n for n in group if not masks[n].any()]
+        for n in group:
+            if not masks[n].any():
+                continue
+            others = things & ~masks[n]
+            table[n, 0] = auroc(cosines[n], masks[n])
+            if others.any():
+                table[n, 1] = auroc(cosines[n], masks[n], things)
+            if absent:
+                table[n, 2] = auroc(cosines[absent], masks[n]).mean()
+                if others.any():
+                    table[n, 3] = auroc(cosines[absent], masks[n], things).mean()
+            rest = [k for k in group if k != n and masks[k].any()]
+            if rest:
+                table[n, 4] = auroc(cosines[rest], masks[n]).mean()
+    return table

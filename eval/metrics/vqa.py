@@ -1,0 +1,163 @@
+"""Accuracy against ten people's answers: VQAv2, TextVQA and VizWiz.
+
+A prediction is held against every nine of the ten and gets min(1, matches / 3) each time; the sample score is the mean,
+so 0, 0.3, 0.6, 0.9 and 1 for 0, 1, 2, 3 and more matches among ten. The official scripts agree on this and
+differ in what they compare:
+
+    function   what is compared                                           source
+    vqa_eval   both sides normalised, only if the people disagree         VQAEval (GT-Vision-Lab/VQA @ a013f04)
+    m4c        both sides through the EvalAI answer processor             M4C evaluator (LLaVA @ c121f04)
+    vizwiz     the prediction normalised, the answers as they stand       VizWiz's evaluation code
+    lmms_vqa   both sides normalised, always                              vqav2 task of lmms-eval @ 75571cf
+
+Where all ten agree on "yes", "Yes" gets nothing from vqa_eval and everything from m4c. Sample scores are exact
+fractions here; official sums of floats can differ from them by 1e-16.
+
+`process` is the answer processor of the EvalAI servers, which LLaVA runs on a short answer before it is uploaded or
+scored: EvalAIAnswerProcessor (m4c_evaluator.py of LLaVA @ c121f04, from MMF). Equal to it on the strings in
+tests/data/vqa, its oddities included: "what's" becomes "what 's", "a/b" becomes "b", "None." becomes "0", and at most
+32 full stops are deleted. The words and marks that it rewrites are those of the VQA evaluation toolkit
+(https://github.com/GT-Vision-Lab/VQA, BSD-2-Clause), which MMF and LLaVA ship too.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+# (prediction, the people's answers) -> sample score in [0, 1].
+SampleScore = Callable[[str, Sequence[str]], float]
+
+# Matches among the other people that make an answer fully right.
+ENOUGH = 3
+
+
+def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
+    """Mean over the people of min(1, how many of the others said the same / 3), in exact arithmetic."""
+    if not answers:
+        return 0.0
+    people, same = len(answers), sum(answer == prediction for answer in answers)
+    # Those who gave this answer see one match less among the others.
+    thirds = same * min(ENOUGH, same - 1) + (people - same) * min(ENOUGH, same)
+    return thirds / (ENOUGH * people)
+
+
+def vqa_eval(prediction: str, answers: Sequence[str]) -> float:
+    """The VQA toolkit's rule: nothing but white space is normalised where all people agree."""
+    prediction, answers = one_line(prediction), [one_line(answer) for answer in answers]
+    if len(set(answers)) > 1:
+        prediction, answers = normalise(prediction), [normalise(answer) for answer in answers]
+    return leave_one_out(prediction, answers)
+
+
+def m4c(prediction: str, answers: Sequence[str]) -> float:
+    """M4C's rule for TextVQA; lmms-eval has the same for TextVQA and VizWiz."""
+    return leave_one_out(process(prediction), [process(answer) for answer in answers])
+
+
+def vizwiz(prediction: str, answers: Sequence[str]) -> float:
+    """VizWiz's rule: its answers are published in normal form."""
+    return leave_one_out(normalise(one_line(prediction)), answers)
+
+
+def lmms_vqa(prediction: str, answers: Sequence[str]) -> float:
+    """lmms-eval's rule for VQAv2: as the toolkit's, but "Yes" is right also where all people said "yes"."""
+    return leave_one_out(normalise(one_line(prediction)), [normalise(one_line(answer)) for answer in answers])
+
+
+def after_processor(sample_score: SampleScore) -> SampleScore:
+    """`sample score` of a text as LLaVA uploads it: through the EvalAI answer processor."""
+    return lambda prediction, answers: sample_score(process(prediction), answers)
+
+
+# Deleted or replaced by a space, in this order; apostrophe, colon, full stop and % $ # & * are not among them.
+PUNCTUATION = (*';/[]"{}()=+\\_-><@`,?!',)
+
+NUMBERS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
+
+ARTICLES = frozenset({"a", "an", "the"})
+
+# right=wrong|wrong. The toolkit's slips are part of the metric: let's and she's map to themselves, somebody'd loses its
+# apostrophe, and the forms with a capital I never match, because words are lower-cased first.
+_SPELLINGS = """
+    ain't=aint aren't=arent can't=cant could've=couldve couldn't=couldnt couldn't've=couldn'tve|couldnt've
+    didn't=didnt doesn't=doesnt don't=dont hadn't=hadnt hadn't've=hadnt've|hadn'tve hasn't=hasnt haven't=havent
+    he'd=hed he'd've=hed've|he'dve he's=hes how'd=howd how'll=howll how's=hows I'd've=Id've|I'dve I'm=Im I've=Ive
+    isn't=isnt it'd=itd it'd've=itd've|it'dve it'll=itll let's=let's ma'am=maam mightn't=mightnt
+    mightn't've=mightnt've|mightn'tve might've=mightve mustn't=mustnt must've=mustve needn't=neednt not've=notve
+    o'clock=oclock oughtn't=oughtnt 'ow's'at=ow's'at|'ows'at|'ow'sat shan't=shant she'd've=shed've|she'dve she's=she's
+    should've=shouldve shouldn't=shouldnt shouldn't've=shouldnt've|shouldn'tve somebodyd=somebody'd
+    somebody'd've=somebodyd've|somebody'dve somebody'll=somebodyll somebody's=somebodys someone'd=someoned
+    someone'd've=someoned've|someone'dve someone'll=someonell someone's=someones something'd=somethingd
+    something'd've=somethingd've|something'dve something'll=somethingll that's=thats there'd=thered
+    there'd've=thered've|there'dve there're=therere there's=theres they'd=theyd they'd've=theyd've|they'dve
+    they'll=theyll they're=theyre they've=theyve 'twas=twas wasn't=wasnt we'd've=wed've|we'dve we've=weve
+    weren't=werent what'll=whatll what're=whatre what's=whats what've=whatve when's=whens where'd=whered
+    where's=wheres where've=whereve who'd=whod who'd've=whod've|who'dve who'll=wholl who's=whos who've=whove
+    why'll=whyll why're=whyre why's=whys won't=wont would've=wouldve wouldn't=wouldnt
+    wouldn't've=wouldnt've|wouldn'tve y'all=yall y'all'll=yall'll|y'allll y'all'd've=yall'd've|y'alld've|y'all'dve
+    you'd=youd you'd've=youd've|you'dve you'll=youll you're=youre you've=youve
+"""
+
+# Misspelt contraction -> how references spell it.
+CONTRACTIONS = {
+    wrong: right
+    for right, _, forms in (entry.partition("=") for entry in _SPELLINGS.split())
+    for wrong in forms.split("|")
+}
+
+DIGITS_WITH_COMMA = re.compile(r"\d,\d")
+# Not a decimal point. The official pattern also means to look behind, but is written so that it never does.
+FULL_STOP = re.compile(r"\.(?!\d)")
+# A regular-expression flag stands where the number of replacements belongs; its value is 32.
+FULL_STOPS = 32
+
+
+# Data sets ask for the same few words thousands of times.
+@lru_cache(maxsize=1 << 16)
+def process(text: str) -> str:
+    """An answer as it is compared or uploaded."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return normalise(one_line(text))
+
+
+def one_line(text: str) -> str:
+    """Newlines and tabs as spaces, none around the text."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+@lru_cache(maxsize=1 << 16)
+def normalise(text: str) -> str:
+    """The part that the VQA toolkit has in common: punctuation, then numbers, articles and contractions."""
+    return plain_words(without_punctuation(text))
+
+
+def without_punctuation(text: str) -> str:
+    """Each mark deleted if it stands next to a space somewhere, else replaced by a space; full stops deleted.
+
+    With a comma between digits all marks are deleted, not only the comma.
+    """
+    numeric = DIGITS_WITH_COMMA.search(text) is not None
+    cleaned = text
+    for mark in PUNCTUATION:
+        delete = numeric or f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if delete else " ")
+    return FULL_STOP.sub("", cleaned, count=FULL_STOPS)
+
+
+def plain_words(text: str) -> str:
+    """Lower case, number words to ten as digits, no articles, contractions with their apostrophes."""
+    words = (NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)

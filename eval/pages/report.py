@@ -1,0 +1,420 @@
+"""Write a page with all results below a folder: plots, filters and a sortable table.
+
+vtr report
+vtr report results/gqa-testdev --output gqa.html
+
+The table is written here; plots and filters are drawn by report.js in the browser.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from eval.answers.jsonl import read_json, write_file
+from eval.answers.reuse import joint
+from eval.benchmarks.records import NotRequired, Number, TypedDict, check
+from eval.command import Parser, exit_on_user_error, make_parser, value
+from eval.config import FULL, TOY_BANNER, changed_options, default_options, is_toy, path_name
+from eval.pages import asset, environment, inline_json
+from eval.results.report import interval_of
+from llava.errors import UserError
+
+RESULT = "result.json"
+# Folders that `--restart` moves an earlier run to: their results are superseded.
+REPLACED = re.compile(r"replaced-\d+")
+
+
+class Audit(TypedDict):
+    mean_tokens_per_layer: Number
+    kv_bytes_per_sample: Number
+
+
+class Settings(TypedDict):
+    benchmark: str
+    model: str
+    config: NotRequired[dict[str, Any]]
+
+
+class Result(TypedDict):
+    """The fields of result.json that the page cannot do without, and the types of those that it reads if present."""
+
+    method: str
+    budget: Number | None
+    asked: int
+    main: str
+    metrics: dict[str, Number | None]
+    confidence: dict[str, Any]
+    audit: Audit
+    settings: Settings
+    title: NotRequired[str]
+    available: NotRequired[int]
+    partial: NotRequired[bool]
+    points: NotRequired[list[str]]
+    failed: NotRequired[list[Any]]
+    off_budget: NotRequired[dict[str, Any] | None]
+    remarks: NotRequired[list[str]]
+    commit: NotRequired[Any]
+    finished: NotRequired[str]
+    flops: NotRequired[dict[str, Any]]
+    timing: NotRequired[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result, in the units of the page.
+
+    Attributes:
+        options: the method's options that differ from their defaults, "alpha=1.0".
+        low, high: the ends of the 95 % confidence interval.
+        percent: main score in percent of that of `full` on the same questions under the same settings.
+        tokens: visual tokens per layer, mean over layers and samples.
+        planned: what `tokens` should be, where it is something else.
+        ttft: median milliseconds of a batch of `batch` questions.
+        timed: what the time was measured under; results are compared in time only where it is the same.
+        kv: megabytes of key/value cache per question.
+        gflop: operations up to the first token, per question asked alone.
+        task: text that is equal for results that may be compared: same questions, same settings.
+        group: number of `task` among those of the page.
+        folder: of the result, relative to the folder that was searched.
+    """
+
+    method: str
+    options: str
+    budget: float | None
+    benchmark: str
+    model: str
+    metric: str
+    unit: str
+    score: float | None
+    low: float | None
+    high: float | None
+    interval: str
+    tokens: float
+    ttft: float | None
+    batch: int | None
+    timed: str | None
+    kv: float
+    gflop: float | None
+    questions: int
+    available: int
+    failed: int
+    partial: bool
+    commit: str
+    date: str
+    folder: str
+    task: str
+    planned: float | None = None
+    percent: float | None = None
+    group: int = 0
+
+    @property
+    def series(self) -> str:
+        """What one line of a plot joins: the method with its options."""
+        return f"{self.method} ({self.options})" if self.options else self.method
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies below a folder.
+
+    Attributes:
+        groups: name of every group of comparable results, by `Row.group`.
+        damaged: one sentence for every file that cannot be read as a result.
+        replaced: number of results that `--restart` has moved aside; they are not on the page.
+    """
+
+    rows: Sequence[Row]
+    groups: Sequence[str]
+    damaged: Sequence[str] = ()
+    replaced: int = 0
+
+
+def collect(folder: Path) -> Found:
+    """All results below a folder.
+
+    Raises:
+        UserError: there is no such folder, or it holds no result that can be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; `vtr report FOLDER` takes the one that holds your runs.")
+    paths = sorted(folder.rglob(RESULT))
+    current = [path for path in paths if not any(REPLACED.fullmatch(part) for part in path.relative_to(folder).parts)]
+    rows, damaged = [], []
+    defaults = default_options()
+    for path in current:
+        try:
+            rows.append(row_of(check(Result, read_json(path), str(path)), path.parent.relative_to(folder), defaults))
+        except UserError as error:
+            damaged.append(str(error))
+    if not rows:
+        rest = f"; {len(damaged):,} cannot be read, the first one: {damaged[0]}" if damaged else "."
+        raise UserError(f"{folder} holds no result of `vtr eval` (a file {RESULT} per run){rest}")
+    ordered, groups = with_groups(rows)
+    return Found(ordered, groups, damaged, len(paths) - len(current))
+
+
+def row_of(result: Mapping[str, Any], folder: Path, defaults: Mapping[str, Mapping[str, Any]]) -> Row:
+    """A checked result as a row.
+
+    Args:
+        folder: of the result, relative to the folder that was searched.
+        defaults: see `default_options`.
+    """
+    main, settings, audit = result["main"], result["settings"], result["audit"]
+    interval = interval_of(result) or {}
+    ttft, batch, timed = time_of(result)
+    available = result.get("available", result["asked"])
+    flops = (result.get("flops") or {}).get("per_question")  # earlier versions counted something else
+    return Row(
+        method=result["method"],
+        options=", ".join(changed_options(result["method"], settings.get("config", {}), defaults)),
+        budget=result["budget"],
+        benchmark=result.get("title") or settings["benchmark"],
+        model=settings["model"],
+        metric=main.replace("_", " "),
+        unit="points" if main in result.get("points", ()) else "%",
+        score=result["metrics"].get(main),
+        low=finite(interval.get("low")),
+        high=finite(interval.get("high")),
+        interval=str(interval.get("method", "")),
+        tokens=audit["mean_tokens_per_layer"],
+        ttft=ttft,
+        batch=batch,
+        timed=timed,
+        kv=audit["kv_bytes_per_sample"] / 1e6,
+        gflop=None if flops is None else flops / 1e9,
+        questions=result["asked"],
+        available=available,
+        failed=len(result.get("failed", ())),
+        partial=result.get("partial", result["asked"] < available),
+        commit=str(result.get("commit") or ""),
+        date=result.get("finished", ""),
+        folder=str(folder),
+        task=json.dumps(joint(result), sort_keys=True),
+        planned=(result.get("off_budget") or {}).get("planned"),
+    )
+
+
+def finite(value: Any) -> float | None:
+    """A number that can be drawn; None for anything else."""
+    return value if isinstance(value, int | float) and abs(value) < float("inf") else None
+
+
+def time_of(result: Mapping[str, Any]) -> tuple[float | None, int | None, str | None]:
+    """Median TTFT of a batch in milliseconds, the questions of the batch, and what it was measured under."""
+    timed = (result.get("timing") or {}).get("ttft") or {}
+    ttft, size = finite(timed.get("median_ms")), timed.get("questions")
+    if ttft is None:
+        return None, None, None
+    known = result.get("conditions") or {}
+    words = [str(known.get(key)) for key in ("device", "hardware")] + [f"threads {known.get('threads')}"]
+    words += [str(known.get("dtype")), "one question at a time" if size == 1 else f"batches of {size}"]
+    return ttft, size, ", ".join(words)
+
+
+def with_groups(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows with `percent` and `group`, in the order of the table, and the names of the groups.
+
+    Returns:
+        Rows by group, in a group `full` first, then by method, options and budget; and one name per group.
+    """
+    same: dict[str, list[Row]] = {}
+    for row in rows:
+        same.setdefault(row.task, []).append(row)
+    groups = sorted(same.values(), key=lambda group: group_order(group[0]))
+    filled = []
+    for number, group in enumerate(groups):
+        group.sort(key=lambda row: (row.method != FULL, row.series, row.budget or 0, row.folder))
+        full = [row for row in group if row.method == FULL and row.score]
+        for row in group:
+            filled.append(dataclasses.replace(row, percent=percent_of(row, full), group=number))
+    return filled, list(group_names([group[0] for group in groups]))
+
+
+def group_order(row: Row) -> tuple[Any, ...]:
+    """Groups stand by benchmark and model, the one with most questions first."""
+    return row.benchmark, row.model, -row.questions, row.task
+
+
+def percent_of(row: Row, full: Sequence[Row]) -> float | None:
+    """Score in percent of that of `full`; of several the one whose folder is nearest to the row's.
+
+    Args:
+        full: results of `full` on the same task.
+    """
+    if row.score is None or not full:
+        return None
+    if row.method == FULL:
+        return 100.0
+    own = Path(row.folder).parts
+    score = max(full, key=lambda other: shared_parts(own, Path(other.folder).parts)).score
+    return 100 * row.score / score if score else None
+
+
+def shared_parts(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many parts two paths have in common from the top."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+def group_names(firsts: Sequence[Row]) -> Iterator[str]:
+    """Benchmark, model and number of questions of each group; of groups alike also the settings that differ.
+
+    Args:
+        firsts: one row of each group.
+    """
+    plain = [f"{row.benchmark} · {row.model} · {row.questions:,} questions" for row in firsts]
+    flats = [flat(json.loads(row.task)) for row in firsts]
+    for name, own in zip(plain, flats, strict=True):
+        alike = [other for other_name, other in zip(plain, flats, strict=True) if other_name == name]
+        differing = [key for key in own if any(other.get(key) != own[key] for other in alike)]
+        yield " · ".join([name, *(f"{key} {str(own[key])[:16]}" for key in differing)])
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"facts": {"source": "official"}} -> {"source": "official"}; deeper names are joined by dots."""
+    entries: dict[str, Any] = {}
+    for key, entry in value.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(entry, Mapping):
+            entries |= flat(entry, "" if name == "facts" else name)
+        else:
+            entries[name] = entry
+    return entries
+
+
+# Fields of a row that report.js reads.
+PLOTTED = (
+    "method", "budget", "benchmark", "model", "metric", "unit", "score", "low", "high", "percent", "tokens", "ttft",
+    "batch", "timed", "kv", "gflop", "questions", "partial", "folder", "group", "series",
+)  # fmt: skip
+
+
+def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
+    """The whole page, one file without links to anything on the network.
+
+    Args:
+        searched: the folder that the results were found in.
+        output: where the page will be written; links to the result files start there.
+        made_by: the command that makes the page.
+    """
+    from plotly.offline import get_plotlyjs
+
+    rows = results.rows
+    series = series_of(rows)
+    full = {row.series for row in rows if row.method == FULL}
+    data = {
+        "rows": [plotted(row, series) for row in rows],
+        "series": series,
+        "groups": list(results.groups),
+        "full": [name in full for name in series],
+    }
+    template = environment().get_template("report.html.j2")
+    return template.render(
+        style=asset("style.css") + asset("report.css"),
+        script=asset("sort.js"),
+        plotly=get_plotlyjs(),
+        report_script=asset("report.js"),
+        data=inline_json(json.dumps(data, allow_nan=False)),
+        rows=rows,
+        banner=banner(rows),
+        series=series,
+        benchmarks=distinct(row.benchmark for row in rows),
+        models=distinct(row.model for row in rows),
+        links=[link(row, searched, output) for row in rows],
+        damaged=results.damaged,
+        replaced=results.replaced,
+        summary=summary(results),
+        searched=str(searched),
+        made_by=made_by,
+    )
+
+
+def banner(rows: Sequence[Row]) -> str:
+    """What to say of toy models, and of which if there are others; nothing where there is none."""
+    models = distinct(row.model for row in rows)
+    toys = [name for name in models if is_toy(name)]
+    if not toys or toys == models:
+        return TOY_BANNER if toys else ""
+    return f"{TOY_BANNER} Here: {', '.join(toys)}."
+
+
+def summary(found: Found) -> str:
+    """How much there is, in one sentence."""
+    rows = found.rows
+    counted = [
+        (len(rows), "result"),
+        (len({row.method for row in rows}), "method"),
+        (len({row.model for row in rows}), "model"),
+        (len({row.benchmark for row in rows}), "benchmark"),
+    ]
+    (results, methods, models, sets) = [f"{count:,} {word}{'' if count == 1 else 's'}" for count, word in counted]
+    partial = sum(row.partial for row in rows)
+    return f"{results}, {partial:,} of them on part of a benchmark: {methods}, {models}, {sets}."
+
+
+def series_of(rows: Sequence[Row]) -> list[str]:
+    """Methods with their options: `full` first, then by name. The place decides colour and symbol."""
+    known = {(row.method != FULL, row.series) for row in rows}
+    return [name for _, name in sorted(known)]
+
+
+def plotted(row: Row, series: Sequence[str]) -> dict[str, Any]:
+    """What the plots need of a row."""
+    known = {**dataclasses.asdict(row), "series": series.index(row.series)}
+    return {name: known[name] for name in PLOTTED}
+
+
+def distinct(values: Any) -> list[str]:
+    return sorted(set(values))
+
+
+def link(row: Row, searched: Path, output: Path) -> str:
+    """Address of the row's result file, relative to the page."""
+    target = searched.resolve() / row.folder / RESULT
+    return quote(os.path.relpath(target, output.resolve().parent))
+
+
+def parser() -> Parser:
+    p = make_parser("eval.pages.report", __doc__)
+    p.add_argument(
+        "folder", nargs="?", type=value(path_name), default="results", help="folder that holds runs, at any depth"
+    )
+    p.add_argument("--output", type=value(path_name), default="report.html", help="the page to write, one HTML file")
+    return p
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = parser().parse_args(arguments)
+    folder, output = Path(args.folder), Path(args.output)
+    if output.is_dir():
+        raise UserError(
+            f"--output {output} is a folder; name the HTML file to write, such as {output / 'report.html'}."
+        )
+
+    results = collect(folder)
+    command = shlex.join(["vtr", "report", str(folder), "--output", str(output)])
+    write_file(output, page(results, folder, output, command))
+    for sentence in results.damaged:
+        print(f"left out: {sentence}", file=sys.stderr)
+    print(summary(results))
+    print(f"Wrote {output}; open it in a browser.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,470 @@
+"""`reduce`: patch a Hugging Face LLaVA or Qwen-VL model so that it runs under a method.
+
+    with reduce(model, "visiondrop", budget=64) as reduced:
+        output = model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
+    reduced.accounting[0].tokens_per_layer  # visual tokens that entered each decoder layer
+
+Inside the context, a call of the model with pixels runs the staged forward: dropped tokens are neither computed nor
+cached. A call without pixels runs the model's own forward. `Reduced` says what is patched: attributes of this one model
+object, whose class and all other objects stay as they are. The model is restored when the context exits, also after an
+error. What cannot be done on a reduced prompt is refused with a UserError.
+
+Read: transformers 5.23.0, cache_utils.py, generation/utils.py and the models of llava, llava_next, video_llava,
+qwen2_vl, qwen2_5_vl
+Differs from it: a prefill returns the logits of the last token only; prompts padded on the right give what prompts
+padded on the left give; a prompt is prefilled once for all its beams or samples.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
+from transformers.models.video_llava.modeling_video_llava import VideoLlavaCausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from llava.budget import RETENTION_RATIO
+from llava.errors import UserError
+from llava.hf.inputs import COPIES, VISUAL, by_name, has_pixels, refuse_arguments, refuse_prefill_arguments, samples
+from llava.hf.models import HFWrapper, family_of, refuse_training, state_of, wrap_model
+from llava.model.checkpoint.layouts import QWEN, Family
+from llava.pipeline.accounting import TokenAccounting
+from llava.pipeline.decoder import Prefilled, Segment, step
+from llava.pipeline.prefill import prefill
+from llava.reduction.budget import require
+from llava.reduction.merging import Trace
+from llava.reduction.reducer import Reducer
+from llava.reduction.registry import build
+
+MISSING = object()
+# transformers leaves its own hooks on a model after a call with output_hidden_states; they do nothing in other calls.
+HARMLESS_HOOKS = "transformers.utils.output_capturing"
+
+OUTPUTS: dict[Family, type[ModelOutput]] = {
+    "llava": LlavaCausalLMOutputWithPast,
+    "llava_next": LlavaNextCausalLMOutputWithPast,
+    "video_llava": VideoLlavaCausalLMOutputWithPast,
+    "qwen2_5_vl": CausalLMOutputWithPast,
+    "qwen2_vl": CausalLMOutputWithPast,
+}
+
+
+def reduce(
+    model: PreTrainedModel,
+    method: str,
+    budget: int | float | str | None = None,
+    *,
+    questions: Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    text_tower: str | Path | None = None,
+    **options: Any,
+) -> "Reduced":
+    """A context in which a Hugging Face model runs under a method.
+
+    Args:
+        model: a Llava-, LlavaNext-, VideoLlava-, Qwen2VL- or Qwen2_5_VLForConditionalGeneration in evaluation mode.
+        method: a name of `llava.reduction.registry.names`.
+        budget: visual tokens per image or video, mean over decoder layers, or the ratio of each image's tokens to keep
+            ("1/9", 0.111). Only `full` and methods whose images decide how many tokens stay need none.
+        questions: the question of each prompt of the calls inside, without template, for methods that read it. Without
+            `questions`, all text after the last image is taken for the question, template included.
+        tokenizer: the model's tokenizer or processor, needed with `questions`.
+        text_tower: folder or hub id of the CLIP that the vision tower comes from, for methods that need its text half.
+        options: of the method, as `official=True`.
+
+    Raises:
+        UserError: the model, the method, an option or the budget is not supported, or there is no budget.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if questions is not None and (isinstance(questions, str) or tokenizer is None):
+        raise UserError("`questions` is a list with one string per prompt, and needs `tokenizer` (or the processor).")
+    runtime = wrap_model(model, tokenizer, text_tower)
+    tokens = runtime.visual_tokens
+    has_budget = budget is not None or options.get(RETENTION_RATIO)
+    reducer = build(method, budget if has_budget else tokens, options, tokens)
+    if reducer.needs_text_tower and family_of(model) in QWEN:
+        raise UserError(
+            f"{method} needs a CLIP vision tower and its text half; the tower of {runtime.name} is no CLIP."
+        )
+    if reducer.needs_text_tower and (text_tower is None or questions is None):
+        raise UserError(
+            f"{method} compares questions with images in CLIP's space: give reduce() `questions`, `tokenizer`, and "
+            "`text_tower`, the folder or hub id of the CLIP that the vision tower comes from."
+        )
+    _require(runtime, reducer)
+    # Where images decide, no number of tokens is planned, and none is kept whole because of its size.
+    if not (has_budget or method == "full") and (
+        reducer.tokens_per_layer(runtime.spec) is not None or reducer.keeps_all(tokens)
+    ):
+        raise UserError(
+            f"{method} needs a budget: the visual tokens to keep of each image (budget=64), or their ratio "
+            '(budget="1/9"). "full" keeps all.'
+        )
+    return Reduced(model, runtime, reducer, questions)
+
+
+# The cache
+
+
+class ReducedCache(DynamicCache):
+    """Keys and values of which each layer may hold a different number.
+
+    Attributes:
+        segments: masks of the real keys and positions of the next token, of layers that share them.
+    """
+
+    segments: list[Segment]
+
+    @classmethod
+    def holding(cls, state: Prefilled, given: DynamicCache | None = None) -> "ReducedCache":
+        """The cache of a prefill.
+
+        Args:
+            given: an empty cache of the caller, which is filled; None for a new one.
+        """
+        cache: Any = state.cache if given is None else given
+        # The caller's cache changes its class: a DynamicCache would not reorder masks and positions with its rows.
+        cache.__class__ = cls
+        cache.layers, cache.layer_class_to_replicate = state.cache.layers, None
+        cache.segments = state.segments
+        return cache
+
+    @property
+    def rows(self) -> int:
+        """B, of which beams and samples are part."""
+        return len(self.segments[0].next_position)
+
+    def extend(self, llm: torch.nn.Module, token: Tensor) -> Tensor:
+        """Run one embedded token per row through all layers: [B, 1, D] -> [B, 1, D] before the final norm."""
+        return step(llm, Prefilled(token, self, self.segments, [], 0), token)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # a LongTensor is a Tensor of integers
+        self._change(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._change(lambda rows: rows[indices.to(rows.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._change(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if tokens_to_remove:
+            for segment in self.segments:
+                segment.next_position = segment.next_position + tokens_to_remove
+                if segment.valid is not None:
+                    segment.valid = segment.valid[:, :tokens_to_remove]
+
+    def reset(self) -> None:
+        super().reset()
+        self.segments = []
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Refuse: a model's own forward asks this, but cannot use the masks and positions of `segments`."""
+        raise UserError(
+            "This cache holds reduced prompts; continue it inside the `with reduce(...)` block that made it, or start "
+            "again with the whole prompt and no cache."
+        )
+
+    def _change(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Choose other rows of masks and positions."""
+        for segment in self.segments:
+            segment.next_position = rows(segment.next_position)
+            if segment.valid is not None:
+                segment.valid = rows(segment.valid)
+
+
+# The context
+
+
+class Reduced:
+    """What `reduce` returns; entering it patches the model, leaving it restores the model.
+
+    Patched, as attributes of this one model object (`llava.hf.patch`):
+        model.forward: calls with pixels, and calls that continue them, run the staged forward.
+        model.model.forward: refuses pixels, because the logits and the cache of a reduced prompt come from `model`.
+        model._expand_inputs_for_generation: beams and samples repeat the prompt after its prefill, not before.
+        model._prepare_position_ids_for_generation: gives none for prompts with pixels, so that position ids that
+            arrive in forward are the caller's own, which are refused.
+        model._get_candidate_generator: refuses assisted decoding of prompts with pixels.
+
+    The context belongs to the thread that entered it; in another thread, calls with pixels are refused. To stream from
+    a thread, enter the context inside the function that the thread runs.
+
+    Attributes:
+        reducer: the method.
+        questions: may be replaced before a call with other prompts.
+        accounting: one per prompt of the last prefill.
+        traces: the reductions that were applied to each of these prompts, in order.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, runtime: HFWrapper, reducer: Reducer, questions: Sequence[str] | None = None
+    ):
+        self.reducer, self.questions = reducer, questions
+        self.accounting: list[TokenAccounting] = []
+        self.traces: list[Trace] = []
+        # Any: the modules of the model are found by attributes that PreTrainedModel does not declare.
+        self._model: Any = model
+        self._runtime, self._state, self._family = runtime, state_of(model), family_of(model)
+        self._overrides: list[Override] = []
+
+    def __enter__(self) -> "Reduced":
+        model = self._model
+        if isinstance(model.forward, Override) or isinstance(model.model.forward, Override):
+            raise UserError("This model is being reduced already; leave the other `with reduce(...)` block first.")
+        self._thread = threading.get_ident()
+        self._inner, self._rope_deltas = model.model, getattr(model.model, "rope_deltas", None)
+        self._signature, self._inner_signature = map(inspect.signature, (model.forward, model.model.forward))
+        # generate() encodes images itself if forward takes "mm_encoder_outputs"; methods need the pixels.
+        shown = [known for name, known in self._signature.parameters.items() if name != "mm_encoder_outputs"]
+        self._overrides = [
+            Override(model, "forward", self._forward, self._signature.replace(parameters=shown)),
+            Override(model.model, "forward", self._forward_inner),
+            Override(model, "_expand_inputs_for_generation", self._expand),
+            Override(model, "_prepare_position_ids_for_generation", self._prepare_position_ids),
+            Override(model, "_get_candidate_generator", self._candidate_generator),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for override in self._overrides:
+            override.restore()
+        if self._family in QWEN:
+            # generate() stores the position offsets of its last prompts on the model; later calls must not use these.
+            self._inner.rope_deltas = self._rope_deltas
+
+    # What runs in place of the model's own methods
+
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(self._signature, args, kwargs)
+        cache = given.get("past_key_values")
+        continued = cache if isinstance(cache, ReducedCache) and cache.get_seq_length() else None
+        if continued is None and not has_pixels(given) and not given.get("mm_encoder_outputs"):
+            return original(*args, **kwargs)
+        self._refuse_other_thread()
+        refuse_training(self._model)
+        refuse_arguments(given, self._model.config)
+        output = self._prefill(given, cache) if continued is None else self._continue(given, continued)
+        as_dict = given.get("return_dict")
+        if as_dict is None:
+            as_dict = getattr(self._model.config, "return_dict", True)
+        return output if as_dict else output.to_tuple()
+
+    def _forward_inner(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if has_pixels(by_name(self._inner_signature, args, kwargs)):
+            raise UserError(
+                f"Inside `with reduce(...)`, call the {type(self._model).__name__} itself: its inner `.model` gives "
+                "hidden states of every token, which a reduced prompt does not have."
+            )
+        return original(*args, **kwargs)
+
+    def _expand(
+        self,
+        original: Callable[..., Any],
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Repeat rows for beams and samples, but not images: the prefill runs once per prompt."""
+        if expand_size == 1 or not has_pixels(kwargs):
+            return original(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        images = {name: kwargs.pop(name) for name in VISUAL if name in kwargs}
+        ids, rest = original(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, {**rest, **images, COPIES: expand_size}
+
+    def _prepare_position_ids(
+        self, original: Callable[..., Any], inputs: Tensor, given: Mapping[str, Any]
+    ) -> Tensor | None:
+        return None if has_pixels(given) else original(inputs, given)
+
+    def _candidate_generator(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = by_name(inspect.signature(original), args, kwargs)
+        if has_pixels(given["model_kwargs"]):
+            raise UserError(
+                "A reduced prompt cannot be decoded with an assistant model or prompt lookup: they need the logits of "
+                "several tokens at once; leave out assistant_model and prompt_lookup_num_tokens."
+            )
+        return original(*args, **kwargs)
+
+    # The staged forward
+
+    def _prefill(self, given: Mapping[str, Any], cache: Any) -> ModelOutput:
+        """[B, 1, V] logits of the last token of each prompt, and the reduced cache."""
+        refuse_prefill_arguments(given)
+        if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length()):
+            raise UserError(
+                "A prompt with images is reduced from its beginning, into a cache of its own; give the whole prompt, "
+                f"and leave out cache_implementation and past_key_values (got a {type(cache).__name__})."
+            )
+        modules = list(self._model.modules())[1:]
+        refuse_training(*modules)
+        self._require_unchanged()
+        runtime, copies = self._runtime, given.get(COPIES, 1)
+        ids, mask = given["input_ids"][::copies], given.get("attention_mask")
+        mask = None if mask is None else mask[::copies]
+        batch = samples(ids, mask, runtime.ready(given), self.questions, runtime.tokenizer)
+        with hooks_must_run(self._model, modules):
+            state, record = prefill(runtime, batch, self.reducer)
+            held = ReducedCache.holding(state, cache)
+            if copies > 1:
+                held.batch_repeat_interleave(copies)
+            output = self._output(state.hidden.repeat_interleave(copies, 0), held)
+        self.accounting = record.accounting(state)
+        self.traces = record.steps
+        return output
+
+    def _continue(self, given: Mapping[str, Any], cache: ReducedCache) -> ModelOutput:
+        """[B, 1, V] logits of one more token per prompt."""
+        ids = given.get("input_ids")
+        if has_pixels(given) or ids is None or ids.shape[1] != 1:
+            raise UserError(
+                "After a reduced prompt, input_ids must be one token per prompt and without images; for another turn "
+                "give the whole conversation and all its images, without past_key_values."
+            )
+        if len(ids) != cache.rows:
+            raise UserError(
+                f"The cache holds {cache.rows} reduced prompts, got input_ids for {len(ids)}; give one token each."
+            )
+        llm = self._model.model.language_model
+        with torch.inference_mode(), hooks_must_run(self._model, (self._model.model, llm)):
+            hidden = cache.extend(llm, llm.embed_tokens(ids.to(self._model.device)))
+        return self._output(hidden, cache)
+
+    def _output(self, hidden: Tensor, cache: ReducedCache) -> ModelOutput:
+        llm, head, length = self._model.model.language_model, self._model.lm_head, cache.get_seq_length()
+        window = getattr(llm.config, "sliding_window", None)
+        if window is not None and length > window:
+            raise UserError(
+                f"This model attends within a sliding window of {window} tokens, which is not applied to reduced "
+                f"prompts; this one has {length} tokens with its answer, so lower the budget or shorten the text."
+            )
+        with torch.inference_mode():
+            logits = head(llm.norm(hidden))
+        # A copy made outside of inference mode can be changed in place, as callers often do with logits.
+        return OUTPUTS[self._family](logits=logits.clone(), past_key_values=cache)
+
+    def _require_unchanged(self) -> None:
+        if state_of(self._model) != self._state:
+            raise UserError(
+                "The model was changed after reduce(...): a module, a setting or its device; leave the block and call "
+                "reduce() again."
+            )
+
+    def _refuse_other_thread(self) -> None:
+        if threading.get_ident() != self._thread:
+            raise UserError(
+                "Another thread reduces this model: enter `with reduce(...)` in the thread that calls the model, and "
+                "give each thread a model of its own (copy.deepcopy before the block)."
+            )
+
+
+def _require(runtime: HFWrapper, reducer: Reducer) -> None:
+    """Raise UserError if no image or video that the model takes can be reduced to the budget."""
+    errors = []
+    for spec in runtime.candidates(reducer):
+        try:
+            return require(reducer, spec)
+        except UserError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+# Methods of a module, overridden for a while
+
+
+class Override:
+    """A function that replaces one method of one module until `restore` is called.
+
+    A deep copy or a pickle of the module is refused meanwhile: the copy would keep the override, which runs the weights
+    of the original. A shallow copy shares the modules; what it keeps of the override has no effect after `restore`.
+
+    Args:
+        owner: the module.
+        name: of the method.
+        function: is called with the original method, then with the arguments of the call.
+        signature: what `inspect.signature` shows; None for that of the original.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        name: str,
+        function: Callable[..., Any],
+        signature: inspect.Signature | None = None,
+    ):
+        original = getattr(owner, name)
+        functools.update_wrapper(self, original)
+        self.__signature__ = signature or inspect.signature(original)
+        self.original, self.active = original, True
+        self._owner, self._name, self._function = owner, name, function
+        self._attribute = vars(owner).get(name, MISSING)
+        setattr(owner, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.original(*args, **kwargs)
+        return self._function(self.original, *args, **kwargs)
+
+    def restore(self) -> None:
+        self.active = False
+        if self._attribute is MISSING:
+            delattr(self._owner, self._name)
+        else:
+            setattr(self._owner, self._name, self._attribute)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UserError("Copy or pickle the model before or after the `with reduce(...)` block, not inside it.")
+
+
+@contextmanager
+def hooks_must_run(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Raise UserError at the end of the context if a module that has forward hooks was not called in it.
+
+    A module counts as hooked as well if its `forward` was replaced, as accelerate does.
+
+    Args:
+        model: gives the modules their names in the error.
+        modules: to check.
+    """
+    ids = {id(module) for module in modules if _hooked(module)}
+    hooked = {name: module for name, module in model.named_modules() if id(module) in ids} if ids else {}
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))
+        for name, module in hooked.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    skipped = sorted(set(hooked) - called)
+    if skipped:
+        raise UserError(
+            f"The forward hook (or replaced forward) of {', '.join(skipped)} has no effect in reduce(), which does not "
+            "call this module as a whole; remove it, or hook the decoder layers or the model itself."
+        )
+
+
+def _hooked(module: nn.Module) -> bool:
+    replaced = vars(module).get("forward")
+    if replaced is not None and not isinstance(replaced, Override):
+        return True
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", None) != HARMLESS_HOOKS for hook in hooks)

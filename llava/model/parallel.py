@@ -1,0 +1,507 @@
+"""One model over several ranks: the choice, the ranks' process group, tensor parallelism and ZeRO-Inference.
+
+The HF model is built around the mapped files (`mapped_model`); then every rank takes its part of the decoder (`split`
+or `partition`) and casts what it has kept. transformers' own loading casts every weight to the requested dtype, so each
+rank would hold a whole copy before the first weight is cut. Towers, projector and embeddings are whole on every rank,
+so that all ranks compute the same scores before the decoder.
+
+Tensor parallelism: every rank of a replica holds a part of each decoder layer, cut by DeepSpeed.
+    Split: the projections of attention (by heads) and MLP, and the head (by its input, as DeepSpeed does). The head of
+    a 34B is 0.9 GB in bfloat16 and is read for every token; the sum of its parts is one row of logits per sample.
+
+    Communicated per layer: two sums over ranks of the hidden states, [B, L, D] each; at the end of a pass one of the
+    logits [B, 1, V]. Where a method reads the decoder's attention, queries and keys are gathered, not the attention:
+    keys are L x Hkv x d and queries T x H x d numbers in the model's dtype, the attention of T rows T x H x L in
+    float32. The keys are fewer from T = Hkv x d / 2 H rows on (64 for Llama's 32 heads of 128, 9 for grouped-query
+    heads with four key heads per 28), and every rank then ranks by the float32 numbers that one process would compute,
+    in the same order.
+
+ZeRO-Inference: the decoder's matrices are kept in pieces, and gathered module by module while they compute.
+    For a decoder that does not fit one device: its matrices lie in the memory of the host, or in equal parts on the
+    devices of several ranks. Norms and biases are gathered once and stay. The head is part of it unless it shares its
+    weight with the embeddings. All ranks of the group answer the same questions, so they run equally many forwards,
+    which gathering over ranks requires.
+
+    Every weight is cast and partitioned layer by layer; a rank never holds more than its partition and one layer.
+    Nothing outside DeepSpeed's hooks reads a partitioned `weight`: probe and scores call the layer's own norm and
+    projections.
+
+Paper: https://arxiv.org/abs/1909.08053 (Megatron-LM), https://arxiv.org/abs/1910.02054 (ZeRO),
+https://arxiv.org/abs/2207.00032 (DeepSpeed Inference)
+Official code read: deepspeedai/DeepSpeed@v0.19.8, deepspeed/comm/comm.py and torch.py, deepspeed/inference/engine.py,
+deepspeed/module_inject, deepspeed/runtime/zero/partition_parameters.py, parameter_offload.py and
+partitioned_param_coordinator.py
+Differs from it: no shared-memory kernel on the CPU, which DeepSpeed would compile for a minute when it is first used.
+Tensor parallelism: the policy names the decoder's layers, because DeepSpeed's automatic one also cuts CLIP's heads; the
+weights keep the dtype of the file until they are cut, because DeepSpeed casts the whole module first. ZeRO: decoder and
+head are partitioned, not the whole model; linear layers keep torch's own kernel.
+"""
+
+import hashlib
+import importlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
+
+from llava.errors import UserError
+
+OFFLOADS = ("none", "cpu")
+# Decoder layers that DeepSpeed is told how to cut.
+DECODER_LAYERS: tuple[type[nn.Module], ...] = (
+    LlamaDecoderLayer,
+    MistralDecoderLayer,
+    Qwen2DecoderLayer,
+    Qwen2_5_VLDecoderLayer,
+    Qwen2VLDecoderLayer,
+)
+# Projections cut by their input, after which the ranks add their parts; all others are cut by their output.
+SUMMED = ("self_attn.o_proj", "mlp.down_proj")
+
+# The choice
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A checked choice.
+
+    Attributes:
+        tensor: ranks that each hold a part of every decoder layer; 1 splits nothing.
+        offload: with ZeRO-Inference, where the partitions are kept, "none" (on the device) or "cpu"; None without it.
+    """
+
+    tensor: int = 1
+    offload: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Parts into which the decoder's matrices are cut."""
+        return self.tensor if self.offload is None else group_size()
+
+
+def parallel_of(tensor_parallel: int, zero: str | None, quantization: str | None) -> Parallel | None:
+    """Check the choice before anything is read; None for a model that one process holds whole.
+
+    Args:
+        zero: None, "none" or "cpu".
+
+    Raises:
+        UserError: the choice contradicts itself or the group that this process has joined.
+    """
+    if tensor_parallel < 1:
+        raise UserError(f"tensor_parallel should be at least 1, got {tensor_parallel}.")
+    if tensor_parallel == 1 and zero is None:
+        return None
+    if tensor_parallel > 1 and zero is not None:
+        raise UserError(
+            f"tensor_parallel {tensor_parallel} and zero {zero!r} both spread the decoder's weights; choose one."
+        )
+    if quantization is not None:
+        chosen = f"tensor_parallel {tensor_parallel}" if zero is None else f"zero {zero!r}"
+        raise UserError(
+            f"Quantization {quantization!r} cannot be combined with {chosen}, because a quantised weight cannot be "
+            "cut; leave one of them out."
+        )
+    if zero is None:
+        if group_size() != tensor_parallel:
+            raise UserError(
+                f"tensor_parallel {tensor_parallel} needs a replica of {tensor_parallel} ranks, but this process is in "
+                f"a group of {group_size()}; start one process per part."
+            )
+        return Parallel(tensor=tensor_parallel)
+    if zero not in OFFLOADS:
+        raise UserError(f"zero should be {' or '.join(OFFLOADS)}, got {zero!r}.")
+    return Parallel(offload=zero)
+
+
+def check_heads(config: PretrainedConfig, tensor_parallel: int, name: str) -> None:
+    """Raise UserError if the decoder's heads cannot be dealt to the ranks in equal numbers.
+
+    Args:
+        config: of the HF model.
+        name: of the checkpoint.
+    """
+    text = config.get_text_config()
+    counts = {"attention heads": text.num_attention_heads, "key/value heads": text.num_key_value_heads}
+    for what, count in counts.items():
+        if count % tensor_parallel:
+            raise UserError(
+                f"The decoder of {name} has {count} {what}, which {tensor_parallel} ranks cannot share equally; choose "
+                f"a tensor_parallel that divides {count}."
+            )
+
+
+# The process group
+
+
+def join(rank: int, size: int, address: str, port: int, device: str) -> None:
+    """Make this process one rank of a replica; it waits until all ranks have joined.
+
+    Sets RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT, which DeepSpeed reads, and LOCAL_RANK unless the
+    launcher has set it. On a GPU, LOCAL_RANK is the number of this rank's device.
+
+    Args:
+        rank: of this process, 0 <= rank < size.
+        size: number of ranks.
+        address, port: where rank 0 listens.
+        device: "cpu" (gloo), or "cuda" or "cuda:1" (NCCL).
+
+    Raises:
+        UserError: DeepSpeed is missing or uses another kind of device, or the process is already in a group.
+    """
+    if not 0 <= rank < size:
+        raise UserError(f"The rank should be between 0 and {size - 1} in a replica of {size} ranks, got {rank}.")
+    if dist.is_initialized():
+        raise UserError(
+            f"This process is already rank {dist.get_rank()} of a group of {dist.get_world_size()}; leave it first."
+        )
+    place = torch.device(device)
+    local = str(place.index) if place.index is not None else os.environ.get("LOCAL_RANK", str(rank))
+    named = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_SIZE": size, "MASTER_ADDR": address, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in named.items()}, LOCAL_RANK=local)
+    deepspeed = import_deepspeed(place.type)
+    if place.type == "cuda":
+        torch.cuda.set_device(int(local))
+    with _without_shared_memory_kernel():
+        deepspeed.init_distributed("nccl" if place.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def import_deepspeed(kind: str) -> Any:
+    """The module deepspeed, which computes on this kind of device.
+
+    Args:
+        kind: "cpu" or "cuda".
+
+    Raises:
+        UserError: it is not installed, or was imported for another kind of device.
+    """
+    if kind == "cpu" and "deepspeed" not in sys.modules:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"Several ranks per model need DeepSpeed, which cannot be imported ({error}); pip install deepspeed."
+        ) from error
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    computes_on = get_accelerator().device_name()
+    if computes_on != kind:
+        raise UserError(
+            f"The model is to run on {kind}, but DeepSpeed computes on {computes_on} in this process; set "
+            f"DS_ACCELERATOR={kind} before the start."
+        )
+    return deepspeed
+
+
+@contextmanager
+def _without_shared_memory_kernel() -> Iterator[None]:
+    # `import deepspeed.comm.torch as ...` would give torch itself, which deepspeed.comm imports under that name.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    build = backend.build_shm_op
+    backend.build_shm_op = lambda: None
+    try:
+        yield
+    finally:
+        backend.build_shm_op = build
+
+
+def join_alone(device: torch.device) -> None:
+    """Join a group of one, unless this process has joined one already."""
+    if not dist.is_initialized():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        join(0, 1, "127.0.0.1", port, str(device))
+
+
+def device_of_rank(device: torch.device) -> torch.device:
+    """The device of this rank: the one chosen, and on CUDA without a number the one that the rank joined with."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def leave() -> None:
+    """Wait for the other ranks and leave the group; nothing happens in a process that has joined none."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        import deepspeed.comm.comm as comm
+        from deepspeed.inference.engine import InferenceEngine
+
+        # DeepSpeed would use the closed group again when the process joins another one.
+        comm.cdb = None
+        InferenceEngine.inference_mp_group = None
+
+
+def group_size() -> int:
+    """Ranks of the group that this process has joined; 1 where it has joined none."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(part: Tensor, dim: int) -> Tensor:
+    """The parts of all ranks, concatenated along `dim` in the order of ranks; every rank receives the same tensor.
+
+    Args:
+        part: a tensor of the same shape and dtype on every rank.
+    """
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group_size())]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts, dim)
+
+
+def require_agreement(what: str, content: object, device: torch.device) -> None:
+    """Raise UserError, on every rank, if the ranks of the group hold different contents.
+
+    Args:
+        what: the content belongs to, in words.
+        content: with a `repr` that says everything.
+        device: of the communication.
+    """
+    own = hashlib.blake2b(repr(content).encode(), digest_size=8).digest()
+    digests = gather(torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device), 0).view(-1, 8)
+    if (digests != digests[0]).any():
+        raise UserError(
+            f"The {group_size()} ranks that share the model kept different visual tokens or wrote different words for "
+            f"{what}; run them on equal devices with equal software."
+        )
+
+
+# A model around mapped files
+
+
+def mapped_model(
+    build: type[PreTrainedModel],
+    extra: tuple[Any, ...],
+    config: PretrainedConfig,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Build a model around mapped weights, without copying them.
+
+    Args:
+        build: the HF class; `extra` are its arguments after the configuration.
+        weights: by their names in the model, in any floating dtype.
+        dtype: that the weights will have in the end; buffers and the configuration have it from the start.
+
+    Returns:
+        The model, and the names of missing, unexpected and mismatched weights as transformers reports them.
+    """
+    with init_empty_weights(include_buffers=False):
+        config.dtype = dtype
+        for part in config.sub_configs:
+            getattr(config, part).dtype = dtype
+        config._attn_implementation = "sdpa"
+        config.name_or_path = None  # as in a model loaded from a state dict
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            model = build(config, *extra)
+        finally:
+            torch.set_default_dtype(before)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    mismatched = [
+        (name, tuple(tensor.shape), tuple(wanted[name]))
+        for name, tensor in weights.items()
+        if name in wanted and tensor.shape != wanted[name]
+    ]
+    wrong = {name for name, _, _ in mismatched}
+    fitting = {name: tensor for name, tensor in weights.items() if name in wanted and name not in wrong}
+    model.load_state_dict(fitting, strict=False, assign=True)
+    missing = set(wanted) - set(weights)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    unexpected = set(weights) - set(wanted)
+    return model, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
+
+
+def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Cast the weights that this rank has kept and move them to the device, one at a time; buffers keep their dtype.
+
+    Weights that DeepSpeed has partitioned are left alone.
+    """
+    for weight in model.parameters():
+        if not hasattr(weight, "ds_id"):
+            weight.data = weight.data.to(device=device, dtype=dtype)
+            weight.requires_grad = False
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+# Tensor parallelism
+
+
+class SplitPart(nn.Module):
+    """The modules that DeepSpeed cuts: decoder layers and head.
+
+    DeepSpeed casts what it is given before it cuts it. A cast of mapped weights would be a copy of the whole model, so
+    the three functions that it calls do nothing here.
+    """
+
+    def __init__(self, layers: nn.ModuleList, head: nn.Module, config: PretrainedConfig):
+        super().__init__()
+        self.layers = layers
+        self.lm_head = head
+        self.config = config
+
+    def half(self) -> Self:
+        return self
+
+    def bfloat16(self) -> Self:
+        return self
+
+    def float(self) -> Self:
+        return self
+
+
+def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Leave this rank's part of the decoder in the model, in place; all ranks of the replica call it together.
+
+    Args:
+        model: of `mapped_model`.
+        ranks: the size of the group that this process has joined.
+        dtype, device: of the weights afterwards.
+
+    Raises:
+        UserError: there is no policy for the decoder's layers.
+    """
+    deepspeed = import_deepspeed(device.type)
+    llm: Any = model.model.language_model
+    kind = type(llm.layers[0])
+    if kind not in DECODER_LAYERS:
+        known = ", ".join(sorted(one.__name__ for one in DECODER_LAYERS))
+        raise UserError(f"Tensor parallelism knows the decoder layers {known}, got {kind.__name__}; load it whole.")
+    part = SplitPart(llm.layers, model.lm_head, model.config.get_text_config())
+    whole = {
+        name: (linear.in_features, linear.out_features)
+        for name, linear in part.named_modules()
+        if isinstance(linear, nn.Linear)
+    }
+    deepspeed.init_inference(
+        part,
+        tensor_parallel={"tp_size": ranks},
+        dtype=torch.float32,  # SplitPart keeps what it has
+        replace_with_kernel_inject=False,
+        injection_policy={kind: SUMMED},
+    )
+    model.lm_head = part.lm_head
+    for name, sizes in whole.items():
+        linear: Any = part.get_submodule(name)
+        # Operations are counted for the whole model.
+        linear.in_features, linear.out_features = sizes
+    for layer in llm.layers:
+        layer.self_attn.gather = gather
+    llm.ranks = ranks
+    settle(model, dtype, device)
+
+
+# ZeRO-Inference
+
+
+class PartitionedPart(nn.Module):
+    """The modules whose weights are partitioned: decoder layers, and the head unless it is tied."""
+
+    def __init__(self, layers: nn.ModuleList, head: nn.Module | None):
+        super().__init__()
+        self.layers = layers
+        self.head = head
+
+
+def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, device: torch.device) -> None:
+    """Partition the decoder's weights over the ranks of the group, in place; all ranks call it together.
+
+    Args:
+        model: of `mapped_model`.
+        dtype, device: in and on which the modules compute.
+
+    Raises:
+        UserError: DeepSpeed does not know the dtype on this device.
+    """
+    deepspeed = import_deepspeed(device.type)
+    known = deepspeed.accelerator.get_accelerator().supported_dtypes()
+    if dtype not in known:
+        names = ", ".join(str(one).removeprefix("torch.") for one in known)
+        raise UserError(
+            f"DeepSpeed partitions weights on {device} in {names}, got {str(dtype).removeprefix('torch.')}; choose "
+            "another --dtype."
+        )
+    llm, head = model.model.language_model, model.lm_head
+    part = PartitionedPart(llm.layers, None if head.weight is llm.embed_tokens.weight else head)
+    config = zero_config(part, parallel, dtype, device)
+    for module in (*part.layers, *filter(None, (part.head,))):
+        # A copy, because DeepSpeed writes into what it partitions, and the weights are mapped files.
+        for weight in module.parameters():
+            weight.data = weight.data.to(device=device, dtype=dtype, copy=True)
+            weight.requires_grad = False
+        deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+    engine, *_ = deepspeed.initialize(model=part, config=config)
+    engine.eval()
+    # Kept alive: an engine that is collected removes its hooks. Not a submodule, whose weights would count twice.
+    model.__dict__["zero_engine"] = engine
+    _start_passes_at_layer_0(part, engine)
+    settle(model, dtype, device)
+
+
+def _start_passes_at_layer_0(part: PartitionedPart, engine: Any) -> None:
+    """Tell DeepSpeed where a pass over the decoder begins: prefill, a decoding step, or layers run for a probe.
+
+    DeepSpeed resets its record of the order of modules in the forward of the module that it was given, which is never
+    called here: without this, nothing is fetched ahead. A pass that visits the modules in another order than the record
+    (a score between two layers, a probe of the first layers) discards the record, and the next one is recorded anew,
+    so decoding fetches ahead from its third step on, and the record never holds more than one pass.
+    """
+    coordinator = engine.optimizer.get_param_coordinator()
+    part.layers[0].register_forward_pre_hook(lambda *_: coordinator.reset_step(), prepend=True)
+
+    def released(module: nn.Module, _: int) -> set[int]:
+        weights: Iterator[Any] = module.parameters(recurse=False)
+        return {weight.ds_id for weight in weights if not weight.ds_persist}
+
+    # DeepSpeed keeps a weight that its record uses again soon, and remembers that by module, also for later records: a
+    # weight that one pass uses for a score and in its layer would stay whole for ever. Here a weight is released after
+    # every use.
+    coordinator._PartitionedParameterCoordinator__params_to_release = released
+
+
+def zero_config(part: PartitionedPart, parallel: Parallel, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration: stage 3, matrices partitioned, one layer fetched ahead."""
+    weights = list(part.parameters())
+    layer = sum(weight.numel() for weight in part.layers[0].parameters())
+    largest = max(weight.numel() for weight in weights)
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": max((w.numel() for w in weights if w.dim() == 1), default=0),
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 2 * layer + largest,
+        # A module is used once in a pass; the weights that a score has read are fetched again.
+        "stage3_max_reuse_distance": 0,
+        # It would replace torch.nn.functional.linear in the whole process, the tower's too.
+        "memory_efficient_linear": False,
+    }
+    if parallel.offload != "none":
+        zero["offload_param"] = {"device": parallel.offload, "pin_memory": device.type == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # required, without effect
+        "zero_optimization": zero,
+        "fp16": {"enabled": dtype == torch.float16},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }

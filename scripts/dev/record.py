@@ -1,0 +1,161 @@
+"""Record what every method keeps, answers and scores, to see after a change of the code that nothing else changed.
+
+    python scripts/dev/record.py before.json                         # 25 methods x 5 models x 2 budgets
+    python scripts/dev/record.py after.json --against before.json    # exit code 1 and a list where they differ
+    python scripts/dev/record.py some.json --methods visiondrop,fastv --models tinyllava
+
+Holds for each model, method and budget: the tokens kept at every reduction of every question, the answers, the metrics
+with their intervals and the tokens per layer, or the sentence with which the method refuses; and the cells of two
+papers' tables. Compare records of one machine only: near ties fall otherwise on another kind of processor.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import llava.pipeline.generate as pipeline  # noqa: E402
+
+# The modules below take the function from there when they are first imported.
+unwatched, pipeline.generate = pipeline.generate, lambda *arguments, **options: watched(*arguments, **options)
+
+from eval import cli  # noqa: E402
+from eval.__main__ import main as evaluate  # noqa: E402
+from llava.reduction import registry  # noqa: E402
+from tests.tiny_checkpoints_families import save_qwen_transformers  # noqa: E402
+
+# model -> data folder, benchmark and the two budgets. Qwen's weights are random, from a fixed seed.
+MODELS = {
+    "tinyllava": ("eval", "gqa", "64,192"),
+    "tinyllava_instruct": ("eval", "textvqa", "64,192"),
+    "tinyllava_next": ("eval_next", "gqa", "160,320"),
+    "tinyllava_video": ("eval_video", "video_qa", "136,256"),
+    "tinyqwen": ("eval", "gqa", "1/4,1/2"),
+}
+TABLES = {
+    "consensusdrop/llava15_7b": "fastervlm,visiondrop,consensusdrop,divprune",
+    "visiondrop/llava_next_7b": "fastv,visiondrop",
+}
+LIMIT = 6
+SCORES = ("asked", "failed", "metrics", "confidence", "groups", "audit", "off_budget")  # of result.json
+KEPT: dict[str, list[Any]] = {}
+# What depends on the clock, the machine or the code's own hash: whole names, and parts of names.
+ONCE = ("run", "finished")
+VOLATILE = ("seconds", "time", "ttft", "date", "commit", "hash", "machine", "path", "folder", "command", "sentence")
+
+
+def watched(*arguments: Any, **options: Any) -> Any:
+    """`generate`, which also writes down what is kept and answered, by question id."""
+    batch = unwatched(*arguments, **options)
+    for answer in batch.answers:
+        steps = [[step.reduction.kept.tolist(), step.reduction.inputs] for step in answer.trace]
+        KEPT[answer.id] = [answer.text, list(answer.token_ids), steps]
+    return batch
+
+
+def run(command: Any, arguments: Sequence[str]) -> str | None:
+    """None, or the last sentence on stderr where the command refuses."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = command(list(arguments))
+        except SystemExit as end:
+            code = end.code
+    lines = [line for line in errors.getvalue().strip().splitlines() if line]
+    return None if not code else (lines[-1] if lines else f"exit code {code}")
+
+
+def steady(value: Any) -> Any:
+    """A result without what another run on the same machine may change."""
+    if isinstance(value, dict):
+        kept = (key for key in value if key not in ONCE and not any(word in key.lower() for word in VOLATILE))
+        return {key: steady(value[key]) for key in kept}
+    return [steady(item) for item in value] if isinstance(value, list) else value
+
+
+def record_answers(model: str, checkpoint: Path, method: str) -> dict[str, Any]:
+    """budget -> kept tokens, answers and score of one method on one model."""
+    data, benchmark, budgets = MODELS[model]
+    cells = {}
+    for budget in ("all",) if method == "full" else budgets.split(","):
+        output = Path(f"{model}-{method}-{budget.replace('/', 'of')}")
+        asked = ["--method", method, *(() if method == "full" else ("--budget", budget)), "--benchmark", benchmark]
+        asked += ["--model", str(checkpoint), "--data", str(ROOT / "assets" / data), "--limit", str(LIMIT)]
+        asked += ["--output", str(output), "--batch-size", "3", "--wandb", "disabled", "--device", "cpu"]
+        KEPT.clear()
+        refused = run(evaluate, asked)
+        results = [steady(json.loads(path.read_text())) for path in sorted(output.rglob("result.json"))]
+        scores = [{key: result[key] for key in SCORES} for result in results]
+        cells[budget] = {"refused": refused, "kept": dict(KEPT), "scores": scores}
+    return cells
+
+
+def record_table(name: str) -> list[dict[str, str]]:
+    """The rows of a paper's table on the toy model, from its CSV file."""
+    asked = ["tables", "paper", name, "--limit", str(LIMIT), "--methods", TABLES[name], "--benchmarks", "gqa,pope"]
+    refused = run(cli.main, [*asked, "--wandb", "disabled", "--output", name.replace("/", "-")])
+    files = sorted(Path(name.replace("/", "-")).rglob("*.csv"))
+    if not files:
+        return [{"refused": refused or "no CSV file"}]
+    with files[0].open(newline="") as file:
+        lines = [line for line in file if not line.startswith("#")]
+    return [{key: value for key, value in row.items() if steady({key: value})} for row in csv.DictReader(lines)]
+
+
+def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
+    """Where two records differ, one line each; only what both hold is compared."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in before:
+            if key in after:
+                yield from differences(before[key], after[key], f"{where}/{key}")
+            elif where.count("/") > 2:  # below a model and a method nothing may be missing
+                yield f"{where}/{key} is missing"
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for place, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from differences(old, new, f"{where}[{place}]")
+    elif before != after:
+        yield f"{where}: {str(before)[:100]} -> {str(after)[:100]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="JSON file to write")
+    parser.add_argument("--against", type=Path, help="an earlier record to compare with")
+    parser.add_argument("--methods", help="some methods, separated by commas; then no tables")
+    parser.add_argument("--models", default=",".join(MODELS), help="some models, separated by commas")
+    args = parser.parse_args()
+    registry.load_all()
+    methods = args.methods.split(",") if args.methods else sorted(registry.METHODS)
+    target, earlier = args.file.resolve(), args.against and json.loads(args.against.read_text())
+    record: dict[str, Any] = {"answers": {}, "tables": {}}
+    with TemporaryDirectory() as folder:
+        os.chdir(folder)
+        save_qwen_transformers(Path(folder) / "tinyqwen")
+        for model in args.models.split(","):
+            checkpoint = Path(folder) / model if model == "tinyqwen" else ROOT / "assets" / model
+            cells = record["answers"][model] = {}
+            for method in methods:
+                cells[method] = record_answers(model, checkpoint, method)
+                print(f"{model} {method}", file=sys.stderr)
+        if not args.methods:
+            record["tables"] = {name: record_table(name) for name in TABLES}
+        os.chdir(ROOT)
+    target.write_text(json.dumps(record))
+    found = list(differences(earlier, record)) if earlier else []
+    print("\n".join(found[:200]))
+    print(f"{target}: {len(found)} differences" if earlier else target)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

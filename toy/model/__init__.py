@@ -1,1 +1,0 @@
-"""The architectures of the toy models, and their forward passes in training."""
