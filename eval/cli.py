@@ -55,8 +55,12 @@ GROUPS = {
             "eval.show", "report which benchmarks a data folder holds and what is missing", (), "check_data_command"
         ),
         "wandb sync": Command("eval.tracking.sync", "upload the offline W&B runs below a folder"),
-        "wandb workspace": Command("eval.tracking.workspace", "save a W&B workspace with the plots of these runs"),
-        "wandb report": Command("eval.tracking.report", "save a W&B report with the same panels"),
+        "wandb workspace": Command(
+            "eval.tracking.dashboard", "save a W&B workspace with the plots of these runs", (), "workspace_command"
+        ),
+        "wandb report": Command(
+            "eval.tracking.dashboard", "save a W&B report with the same panels", (), "report_command"
+        ),
     },
     "Papers: tables, analyses and costs": {
         "tables paper": Command("eval.papers.table", "one table of a paper (scripts/<paper>/): run, check, write"),

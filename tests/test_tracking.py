@@ -19,7 +19,7 @@ from eval.figures.overlay import GAP
 from eval.results import report
 from eval.run import Interrupted, run
 from eval.sweep import CachingLlava, Setting, sweep
-from eval.tracking.access import one_line
+from eval.tracking.tracker import one_line
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import find_runs, read_run, without_wandb
 
@@ -86,8 +86,7 @@ def test_settings_are_flat_and_complete(tmp_path):
 
 def test_an_option_never_hides_a_setting():
     settings = {"seed": 0, "method": "random", "config": {"budget": 16, "seed": 7}}
-    found = tracking.flat(settings, limit=None)
-    assert found == {"seed": 0, "method": "random", "limit": None, "budget": 16, "option.seed": 7}
+    assert tracking.flat(settings) == {"seed": 0, "method": "random", "budget": 16, "option.seed": 7}
     assert tracking.flat(settings | {"seed": 7})["seed"] == 7
 
 

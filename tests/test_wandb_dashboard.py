@@ -9,17 +9,17 @@ import pytest
 
 from eval.config import RunConfig
 from eval.run import run
-from eval.tracking import log_table_run, report, workspace
-from eval.tracking.dashboard import COLUMNS, GROUPING, SECTIONS
+from eval.tracking import log_table_run
+from eval.tracking.dashboard import COLUMNS, GROUPING, SECTIONS, report_command, workspace_command
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import find_runs, read_run, without_wandb
 from tests.test_wandb_table import COLUMNS as TABLE_COLUMNS
 from tests.test_wandb_table import POINTS, ROWS
 
-PANELS = [panel for panels in SECTIONS.values() for panel in panels]
+PANELS = [panel for section in SECTIONS for panel in section.panels]
 KEYS = {key for panel in PANELS for key in panel.keys}
 PLACE = "team/project"
-COMMANDS = {"workspace": workspace, "report": report}
+COMMANDS = {"workspace": workspace_command, "report": report_command}
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def shown(spec: dict[str, Any]) -> set[str]:
 
 def sent(name: str, *words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """What a dry run prints."""
-    assert COMMANDS[name].main([PLACE, "--dry-run", *words]) == 0
+    assert COMMANDS[name]([PLACE, "--dry-run", *words]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -105,7 +105,7 @@ def test_the_sections_of_the_workspace_are_in_order(capsys):
     spec = sent("workspace", "--name", "Mine", capsys=capsys)
     assert (spec["entity"], spec["project"], spec["displayName"]) == ("team", "project", "Mine")
     sections = spec["spec"]["section"]["panelBankConfig"]["sections"]
-    assert [section["name"] for section in sections] == list(SECTIONS)
+    assert [section["name"] for section in sections] == [section.title for section in SECTIONS]
     assert all(section["isOpen"] for section in sections)
 
 
@@ -122,14 +122,14 @@ def test_panels_of_the_report_do_not_overlap(capsys):
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("place", ["project", "a/b/c", "a b/c", "https://wandb.ai/a/b", "/b"])
 def test_a_wrong_place_is_one_sentence(name, place, capsys):
-    assert COMMANDS[name].main([place, "--dry-run"]) == 2
+    assert COMMANDS[name]([place, "--dry-run"]) == 2
     assert capsys.readouterr().err.startswith("ENTITY/PROJECT should look like my-team/visual-token-reduction, got ")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_without_a_key_nothing_is_tried(name, monkeypatch, capsys):
     monkeypatch.setattr("wandb.Api", lambda: pytest.fail("W&B would have asked for a key"))
-    assert COMMANDS[name].main([PLACE]) == 2
+    assert COMMANDS[name]([PLACE]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(f"W&B has no API key, so the {name} cannot be saved; ") and not printed.out
 
@@ -141,7 +141,7 @@ def test_a_server_that_refuses_is_one_sentence_without_the_key(name, monkeypatch
 
     monkeypatch.setattr("wandb.Api", refuse)
     monkeypatch.setenv("WANDB_API_KEY", "s3cret")
-    assert COMMANDS[name].main([PLACE]) == 2
+    assert COMMANDS[name]([PLACE]) == 2
     expected = f"W&B did not save the {name} (ConnectionError: cannot reach the server with ***).\n"
     assert capsys.readouterr().err == expected
 
@@ -191,12 +191,12 @@ def test_saving_and_replacing(name, url, monkeypatch, capsys):
         monkeypatch.setattr(f"wandb_workspaces.{module}.execute_graphql", server.answer)
     for module in ("workspaces.interface", "reports.v2.interface"):
         monkeypatch.setattr(f"wandb_workspaces.{module}.get_app_url", lambda api: "https://wandb.example")
-    assert COMMANDS[name].main([PLACE]) == 0
+    assert COMMANDS[name]([PLACE]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{name}: https://wandb.example/team/project")
     (first,) = server.views.values()
     assert shown(json.loads(first["spec"])) == KEYS and first["displayName"] == "Visual token reduction"
-    assert COMMANDS[name].main([PLACE, "--update", url, "--name", "Second", "--table", "t"]) == 0
+    assert COMMANDS[name]([PLACE, "--update", url, "--name", "Second", "--table", "t"]) == 0
     (second,) = server.views.values()
     assert second["displayName"] == "Second" and '"t"' in second["spec"]
     assert shown(json.loads(second["spec"])) == KEYS

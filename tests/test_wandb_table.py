@@ -111,7 +111,7 @@ def test_switched_off_nothing_is_written(tmp_path):
 
 
 def test_scores_of_two_benchmarks_are_two_lines():
-    points = [point | {"benchmark": name} for point in POINTS for name in ("GQA", "POPE")]
+    points = [point | {"benchmark": name} for point in POINTS[:3] for name in ("GQA", "POPE")]
     lines = figure(points, "tokens", "tokens", "t").to_plotly_json()["data"]
     assert [line["name"] for line in lines] == [
         "full, GQA", "full, POPE", "consensusdrop, GQA", "consensusdrop, POPE"
@@ -121,7 +121,7 @@ def test_scores_of_two_benchmarks_are_two_lines():
 
 def test_plots_hold_plain_lists():
     """plotly writes arrays as base64, which older viewers draw as nothing."""
-    assert "bdata" not in json.dumps(figure(POINTS, "tokens", "tokens", "t").to_plotly_json(), default=str)
+    assert "bdata" not in json.dumps(figure(POINTS[:3], "tokens", "tokens", "t").to_plotly_json(), default=str)
 
 
 @pytest.mark.parametrize(

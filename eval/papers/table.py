@@ -60,7 +60,7 @@ def where_of(table: Table, args: argparse.Namespace) -> "Where":
 
 def wandb_of_cells(mode: str) -> str:
     """Every cell is a W&B run of its own where W&B is online or asked for; hundreds of offline runs help nobody."""
-    from eval.tracking.access import has_key, resolve_mode
+    from eval.tracking import has_key, resolve_mode
 
     return "disabled" if mode == "auto" and not (has_key() and resolve_mode(mode) == "online") else mode
 

@@ -4,12 +4,21 @@ Logging never asks a question, never waits long, and works without network or ho
 on standard error and changes neither the run nor its files. docs/wandb.md says what is logged.
 """
 
-from eval.tracking.access import has_key, resolve_mode
-from eval.tracking.opening import start, start_evaluation
-from eval.tracking.samples import COLUMNS, PICTURES, TABLE_PICTURES, TABLE_ROWS
-from eval.tracking.summary import HEADLINE, flat, headline
 from eval.tracking.table_run import log_table_run
-from eval.tracking.tracker import Tracker
+from eval.tracking.tracker import (
+    COLUMNS,
+    HEADLINE,
+    PICTURES,
+    TABLE_PICTURES,
+    TABLE_ROWS,
+    Tracker,
+    flat,
+    has_key,
+    headline,
+    resolve_mode,
+    start,
+    start_evaluation,
+)
 
 __all__ = [
     "COLUMNS",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import path_name
-from eval.tracking.access import has_key
+from eval.tracking.tracker import has_key
 from llava.errors import UserError
 
 # Runs per call of `wandb sync`: command lines have a largest length.

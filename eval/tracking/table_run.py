@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.tracking.opening import start
+from eval.tracking.tracker import start
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -56,22 +56,22 @@ def log_table_run(
     def log(wandb: Any, run: Any) -> None:
         content: dict[str, Any] = {TABLE: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}
         for key, (plot, axis) in AXES.items():
-            if any(is_placed(point, key) for point in points):
-                content[plot] = wandb.Plotly(figure(points, key, axis, name))
+            if placed := [point for point in points if point[key] is not None and point["score"] is not None]:
+                content[plot] = wandb.Plotly(figure(placed, key, axis, name))
         if pictures:
             content[GALLERY] = [wandb.Image(str(path), caption=caption) for caption, path in pictures.items()]
-        run.log(content, step=earlier_parts(run))
+        # The step must not go back: starts of this run before this one, by the folders that W&B made.
+        own = Path(run.dir).parent
+        earlier = [file for file in own.parent.glob(f"*run-*/run-{run.id}.wandb") if file.parent != own]
+        run.log(content, step=len(earlier))
         run.summary.update({"rows": len(rows), "points": len(points)})
-
-    def log_files(wandb: Any, run: Any) -> None:
-        artifact = wandb.Artifact(f"table-{slug(name)}", type="table", metadata=dict(about) | {"table": name})
-        for path in files:
-            artifact.add_file(str(path), name=path.name)
-        run.log_artifact(artifact)
+        if files:
+            artifact = wandb.Artifact(f"table-{slug(name)}", type="table", metadata=dict(about) | {"table": name})
+            for path in files:
+                artifact.add_file(str(path), name=path.name)
+            run.log_artifact(artifact)
 
     tracker.send(log)
-    if files:
-        tracker.send(log_files)
     tracker.close(failed=False)
 
 
@@ -80,30 +80,17 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "table"
 
 
-def earlier_parts(run: Any) -> int:
-    """Starts of this run before this one, by the folders that W&B made: the step, which must not go back."""
-    folder = Path(run.dir).parent
-    return sum(file.parent != folder for file in folder.parent.glob(f"*run-*/run-{run.id}.wandb"))
-
-
-def is_placed(point: Mapping[str, Any], key: str) -> bool:
-    """Whether a point has a place in the plot of `key`."""
-    return point.get(key) is not None and point.get("score") is not None
-
-
-def label_of(point: Mapping[str, Any]) -> str:
-    """The line of a plot that a point belongs to: scores of two benchmarks are never joined."""
-    return ", ".join(str(point[key]) for key in ("method", "benchmark") if point.get(key) is not None)
-
-
 def figure(points: Sequence[Mapping[str, Any]], key: str, axis: str, title: str) -> "go.Figure":
     """Score against the number `key`: one line per method and benchmark, one point per budget."""
     import plotly.graph_objects as go
 
-    placed = [point for point in points if is_placed(point, key)]
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for point in points:  # scores of two benchmarks are never joined
+        label = ", ".join(str(point[part]) for part in ("method", "benchmark") if point.get(part) is not None)
+        lines.setdefault(label, []).append(point)
     plot = go.Figure()
-    for number, label in enumerate(dict.fromkeys(map(label_of, placed))):
-        line = sorted((point for point in placed if label_of(point) == label), key=lambda point: point[key])
+    for number, (label, line) in enumerate(lines.items()):
+        line.sort(key=lambda point: point[key])
         plot.add_scatter(
             # Lists of plain numbers: plotly writes arrays in a form that older viewers cannot read.
             x=[float(point[key]) for point in line],

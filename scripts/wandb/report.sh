@@ -4,4 +4,4 @@
 # Usage: bash scripts/wandb/report.sh ENTITY/PROJECT [--table NAME] [--update URL] [--dry-run]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-python -m eval.tracking.report "$@"
+python -m eval.cli wandb report "$@"

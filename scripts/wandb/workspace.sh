@@ -4,4 +4,4 @@
 # Usage: bash scripts/wandb/workspace.sh ENTITY/PROJECT [--table NAME] [--update URL] [--dry-run]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
-python -m eval.tracking.workspace "$@"
+python -m eval.cli wandb workspace "$@"
