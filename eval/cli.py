@@ -44,8 +44,8 @@ GROUPS = {
         "compare": Command("eval.score", "paired test between two runs or files of answers", (), "compare_command"),
         "stats": Command("eval.statistics.command", "tokens needed, loyalty and hard questions of finished runs"),
         "report": Command("eval.pages.report", "write a page with all results: plots and a sortable table"),
-        "gallery": Command("eval.pages.gallery", "an HTML page of what every method keeps of an image"),
-        "demo": Command("eval.pages.demo", "start a web page: ask about an image, a method beside full"),
+        "gallery": Command("eval.pages.command", "an HTML page of what every method keeps of an image", (), "gallery"),
+        "demo": Command("eval.pages.command", "start a web page: ask about an image, a method beside full", (), "demo"),
         "show methods": Command(
             "eval.show", "list the methods, or one method's options: vtr show methods NAME", ("methods",)
         ),

@@ -18,7 +18,7 @@ import eval.ask
 from llava.pipeline.accounting import Answer, Batch, Timing, TokenAccounting
 from llava.processing.prompt import Sample
 from llava.reduction import Reduction, Step
-from llava.reduction.token_layout import ModelSpec, PatchGrid
+from llava.reduction.token_layout import ModelSpec, PatchGrid, single
 
 SUFFIX = "Answer the question using a single word or phrase."
 WORDS = ("yes", "no", "red", "blue")
@@ -68,7 +68,8 @@ class FakeLlava:
             audit = TokenAccounting(
                 (kept,) * LAYERS, self.visual_tokens, merged=0, kv_bytes=1000 * kept, planned=float(reducer.budget)
             )
-            answers.append(Answer(sample.id, fake_text(sample.id), (1,), audit, (step,)))
+            runs = (single(8, 8),) * len(sample.images)
+            answers.append(Answer(sample.id, fake_text(sample.id), (1,), audit, (step,), runs))
         count = len(samples)
         timing = Timing(0.001 * count, 0.0005 * count, 0.002 * count, 0.004 * count, preprocess=0.003 * count)
         images = sum(len(sample.images) for sample in samples)

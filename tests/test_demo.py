@@ -16,10 +16,9 @@ from PIL import Image
 from eval import cli
 from eval.command import Terminated
 from eval.config import DEFAULT_MODEL, ROOT, TOY_BANNER
-from eval.pages import demo as command
-from eval.pages import demo_page
-from eval.pages.demo import main
-from eval.pages.demo_page import IDS, SHORT, answer_beside_full, examples
+from eval.pages import command
+from eval.pages import demo as demo_page
+from eval.pages.demo import IDS, SHORT, answer_beside_full, examples
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
@@ -167,7 +166,7 @@ def test_an_address_that_cannot_be_served_on_is_one_sentence(host, reason, capsy
     """It is found before the model is loaded."""
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
-        assert main(["--host", host, "--port", str(port)]) == 2
+        assert command.demo(["--host", host, "--port", str(port)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"Cannot serve on {host}, port {port} (") and reason in line and "--port" in line
 
@@ -175,7 +174,7 @@ def test_an_address_that_cannot_be_served_on_is_one_sentence(host, reason, capsy
 def test_the_exit_code_names_the_signal(monkeypatch, capsys, own_signals):
     for stop, code in ((KeyboardInterrupt, 130), (Terminated, 143)):
         monkeypatch.setattr(command, "serve", Mock(side_effect=stop))
-        assert main([]) == code and capsys.readouterr().err == "\nStopped.\n"
+        assert command.demo([]) == code and capsys.readouterr().err == "\nStopped.\n"
 
 
 # Prints every address that the process looks up or connects to and that is not this machine's.
@@ -188,8 +187,8 @@ def watch(event, args):
     if event == "socket.getaddrinfo" and args[0] not in OWN:
         print("outside:", args[0], file=sys.stderr, flush=True)
 sys.addaudithook(watch)
-from eval.pages.demo import main
-sys.exit(main(sys.argv[1:]))
+from eval.pages.command import demo
+sys.exit(demo(sys.argv[1:]))
 """
 
 

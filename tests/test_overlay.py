@@ -12,12 +12,11 @@ from eval.figures.overlay import (
     TINT,
     PatchAssignment,
     colour_groups,
-    compose,
     draw_answer,
-    draw_crops,
     draw_original,
     draw_overlay,
     legend,
+    patches_of,
     save_small,
     trace_of,
 )
@@ -25,7 +24,11 @@ from llava.pipeline.accounting import Answer, TokenAccounting
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import Reduction, Step
-from llava.reduction.token_layout import frames, stitched
+from llava.reduction.token_layout import TokenLayout, frames, single, stitched
+
+
+def assigned(trace: list[Step], layout: TokenLayout) -> PatchAssignment:
+    return patches_of(trace, layout)[0]
 
 
 def prune(keep: list[int], inputs: int, place: str = "encoder") -> Step:
@@ -37,7 +40,7 @@ def merge(anchor: list[int], owner: list[int], place: str = "encoder", weight: l
     return Step(place, Reduction(torch.tensor([anchor]), len(owner), torch.tensor([owner]), weights))
 
 
-def patches_of(picture: Image.Image, grid: int) -> np.ndarray:
+def middles(picture: Image.Image, grid: int) -> np.ndarray:
     """[grid, grid, 3]: the middle pixel of every patch."""
     pixels = np.asarray(picture).astype(int)
     side = pixels.shape[0] // grid
@@ -45,11 +48,12 @@ def patches_of(picture: Image.Image, grid: int) -> np.ndarray:
 
 
 GREY = Image.new("RGB", (32, 32), (200, 200, 200))
+GRID = single(4, 4)
 
 
 def test_kept_patches_are_the_photograph_and_dropped_ones_dim_grey():
     photo = Image.fromarray(np.random.default_rng(0).integers(60, 256, (48, 48, 3), dtype=np.uint8))
-    drawn = np.asarray(draw_overlay(photo, [prune([0, 5], 16)], 4)).astype(int)
+    drawn = np.asarray(draw_overlay(photo, [prune([0, 5], 16)], GRID)).astype(int)
     original = np.asarray(photo).astype(int)
     kept = np.zeros((48, 48), bool)
     kept[:12, :12] = kept[12:24, 12:24] = True
@@ -63,8 +67,8 @@ def test_kept_patches_are_the_photograph_and_dropped_ones_dim_grey():
 def test_merged_patches_are_tinted_faintly_inside_the_outline_of_their_group():
     """Two groups: patches 0, 1 stand at 0; 4, 5, 8 stand at 5. All others are dropped."""
     step = merge([0, 5], [0, 0, -1, -1, 1, 1, -1, -1, 1, *[-1] * 7])
-    drawn = np.asarray(draw_overlay(GREY.resize((96, 96)), [step], 4)).astype(int)
-    cells = patches_of(Image.fromarray(drawn.astype(np.uint8)), 4)
+    drawn = np.asarray(draw_overlay(GREY.resize((96, 96)), [step], GRID)).astype(int)
+    cells = middles(Image.fromarray(drawn.astype(np.uint8)), 4)
     assert cells[0, 0].tolist() == cells[1, 1].tolist() == [200, 200, 200]
     assert cells[0, 2].tolist() == cells[3, 3].tolist() == [84, 84, 84]
     colours = [np.array(ImageColor.getrgb(PALETTE[number])) for number in (0, 1)]
@@ -94,7 +98,7 @@ def test_groups_that_touch_have_different_colours():
 
 
 def test_a_token_of_one_patch_has_no_colour():
-    patches = compose([merge([0, 2], [0, 0, 1, -1])], 4)
+    patches = assigned([merge([0, 2], [0, 0, 1, -1])], single(1, 4))
     assert colour_groups(patches, [np.arange(4)[None]]).tolist() == [0, -1]
     assert patches.merged.tolist() == [False, True, False, False] and patches.target.tolist() == [True, *[False] * 3]
     assert patches.dropped.tolist() == [False, False, False, True]
@@ -126,34 +130,28 @@ def test_a_small_file_keeps_its_colours(tmp_path):
 
 def test_steps_compose_by_the_positions_of_the_step_before():
     """Keep 1, 3, 6, 8 of nine patches, then the outputs 0 and 2 of those: patches 1 and 6."""
-    patches = compose([prune([1, 3, 6, 8], 9), prune([0, 2], 4, "layer 2")], 9)
+    patches = assigned([prune([1, 3, 6, 8], 9), prune([0, 2], 4, "layer 2")], single(1, 9))
     assert patches.kept.tolist() == [1, 6]
     assert patches.assignment.tolist() == [-1, 0, -1, -1, -1, -1, 1, -1, -1]
 
 
 def test_pruning_a_merged_token_drops_all_that_went_into_it():
-    patches = compose([merge([0, 2], [0, 0, 1, 1]), prune([1], 2, "layer 1")], 4)
+    patches = assigned([merge([0, 2], [0, 0, 1, 1]), prune([1], 2, "layer 1")], single(1, 4))
     assert patches.assignment.tolist() == [-1, -1, 0, 0] and patches.kept.tolist() == [2]
 
 
 def test_a_share_of_zero_is_no_share():
-    assert compose([merge([0], [0, 0, 0, -1], weight=[0.5, 0.0, 0.5, 0.0])], 4).assignment.tolist() == [0, -1, 0, -1]
-
-
-def test_a_smaller_picture_drops_nothing():
-    """4 x 4 shrunk to 2 x 2: every patch is part of the nearest coarse one."""
-    step = prune([5, 7, 13, 15], 16, "input")
-    patches = compose([step], 16)
-    assert (patches.assignment >= 0).all()
-    assert patches.assignment[[0, 5]].tolist() == [0, 0] and patches.assignment[[3, 7]].tolist() == [1, 1]
-    assert patches.assignment[15] == 3
-    cells = patches_of(draw_overlay(GREY, [step], 4), 4)
-    assert cells[1, 1].tolist() == [200, 200, 200] and cells[0, 0].tolist() != [84, 84, 84]
+    assert assigned([merge([0], [0, 0, 0, -1], weight=[0.5, 0.0, 0.5, 0.0])], single(1, 4)).assignment.tolist() == [
+        0,
+        -1,
+        0,
+        -1,
+    ]
 
 
 def test_a_class_token_in_front_shifts_nothing():
     """17 inputs on a 4 x 4 grid: position 0 is the class token, 1 is the first patch."""
-    cells = patches_of(draw_overlay(GREY, [prune([0, 1, 16], 17)]), 4)
+    cells = middles(draw_overlay(GREY, [prune([0, 1, 16], 17)], GRID), 4)
     clear = {(int(r), int(c)) for r, c in zip(*np.nonzero(cells[..., 0] == 200), strict=True)}
     assert clear == {(0, 0), (3, 3)}
 
@@ -161,32 +159,30 @@ def test_a_class_token_in_front_shifts_nothing():
 def test_a_wide_picture_is_covered_as_the_padded_square():
     """32 x 16 on a 4 x 4 grid: the picture lies on rows 1 and 2, rows 0 and 3 are padding."""
     wide = Image.new("RGB", (32, 16), (200, 200, 200))
-    padded = np.asarray(draw_overlay(wide, [prune([4, 11], 16)], 4))
+    padded = np.asarray(draw_overlay(wide, [prune([4, 11], 16)], GRID))
     assert padded.shape == (16, 32, 3)
     assert padded[4, 4].tolist() == [200] * 3 and padded[12, 28].tolist() == [200] * 3
     assert padded[12, 4].tolist() == [84] * 3
-    stretched = np.asarray(draw_overlay(wide, [prune([4, 11], 16)], 4, padded=False))
-    assert stretched[6, 4].tolist() == [200] * 3 and stretched[2, 4].tolist() == [84] * 3
+    stretched = np.asarray(draw_overlay(wide, [prune([2, 5], 8)], single(2, 4)))
+    assert stretched[12, 12].tolist() == [200] * 3 and stretched[2, 4].tolist() == [84] * 3
 
 
 @pytest.mark.parametrize(("size", "drawn"), [((6000, 3000), (1024, 512)), ((20_000, 5), (1024, 1)), ((40, 8), (40, 8))])
 def test_a_large_photograph_is_drawn_small(size, drawn):
     """It was drawn with all its pixels: 12 megapixels took 14 s, 48 held 6 GB and never ended."""
     image = Image.new("L", size, 200)
-    assert draw_overlay(image, [prune([0], 16)], 4).size == draw_overlay(image, []).size == drawn
+    assert draw_overlay(image, [prune([0], 16)], GRID).size == draw_overlay(image, [], GRID).size == drawn
 
 
 def test_upscale_and_no_steps():
-    assert draw_overlay(GREY, [], upscale=3).size == (96, 96)
-    big = draw_overlay(GREY, [prune([0], 16)], upscale=2)
-    assert big.size == (64, 64) and patches_of(big, 4)[0, 0].tolist() == [200] * 3
+    assert draw_overlay(GREY, [], GRID, upscale=3).size == (96, 96)
+    big = draw_overlay(GREY, [prune([0], 16)], GRID, upscale=2)
+    assert big.size == (64, 64) and middles(big, 4)[0, 0].tolist() == [200] * 3
 
 
 def test_a_trace_that_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="takes 9 tokens, 16 are there"):
-        draw_overlay(GREY, [prune([0], 9)], 4)
-    with pytest.raises(ValueError, match="no square grid"):
-        draw_overlay(GREY, [prune([0], 12)])
+    with pytest.raises(ValueError, match="takes 9 tokens, 17 are there"):
+        draw_overlay(GREY, [prune([0], 9)], GRID)
 
 
 # Tiles and frames, pixel by pixel.
@@ -198,7 +194,7 @@ def test_kept_patches_of_both_views_are_clear_and_all_others_dim():
     """Tiles of 4 x 4 patches side by side, 2 rows left by unpadding: the run is 16, then 2 rows of 8 and a newline."""
     run = stitched((1, 2), (4, 4), (1, 3, 0, 8))
     kept_copy, kept_tile = 5, 16 + 9 + 6  # row 1, column 1 of the copy; second stitched row, seventh column
-    drawn = np.asarray(draw_crops(WHITE, [prune([kept_copy, kept_tile], run.tokens)], run))
+    drawn = np.asarray(draw_overlay(WHITE, [prune([kept_copy, kept_tile], run.tokens)], run))
     assert drawn.shape == (32, 2 * 64 + GAP, 3)
     copy, tiles = drawn[:, :64, 0], drawn[:, 64 + GAP :, 0]
     clear = np.zeros((32, 64), bool)
@@ -212,14 +208,14 @@ def test_kept_patches_of_both_views_are_clear_and_all_others_dim():
 def test_a_run_with_class_tokens_is_understood():
     run = stitched((1, 1), (2, 2), newline=False)
     place = int(run.with_cls().crops[1].indices[3])
-    drawn = np.asarray(draw_crops(WHITE, [prune([place], run.tokens + 2)], run))[..., 0]
+    drawn = np.asarray(draw_overlay(WHITE, [prune([place], run.tokens + 2)], run))[..., 0]
     assert (drawn[16:, 64 + GAP + 32 :] == 255).all() and (drawn[:, :64] < 255).all()
 
 
 def test_frames_of_a_video_stand_in_two_rows():
     run = frames(4, 2, 2).with_cls()
     video = Video(tuple(Image.new("RGB", (20, 20), "white") for _ in range(4)))
-    drawn = np.asarray(draw_crops(video, [prune([16], run.tokens)], run))[..., 0]
+    drawn = np.asarray(draw_overlay(video, [prune([16], run.tokens)], run))[..., 0]
     assert drawn.shape == (2 * 20 + GAP, 2 * 20 + GAP)
     # Token 16 is the first patch of the fourth frame: 3 frames of 5 tokens and its class token are in front.
     assert (drawn[20 + GAP : 30 + GAP, 20 + GAP : 30 + GAP] == 255).all() and (drawn[:20, :20] < 255).all()
@@ -257,7 +253,7 @@ def test_groups_of_frames_have_outlines_and_the_steps_of_another_image_are_not_i
     merged = Step("prompt #2", Reduction(torch.tensor([[0, 4]]), 8, owner, torch.full((1, 8), 0.25)))
     assert trace_of([prune([0], 8), merged], 1) == [merged]
     assert [one.place for one in trace_of([prune([0], 8), merged], 0)] == ["encoder"]
-    drawn = np.asarray(draw_crops(video, [merged], run))
+    drawn = np.asarray(draw_overlay(video, [merged], run))
     first, second = drawn[:48], drawn[48 + GAP :]
     assert len(np.unique(first[24:].reshape(-1, 3), axis=0)) == 1, "one group fills a frame: no line inside"
     assert not np.array_equal(first[40, 10], second[40, 10]), "the groups of two frames have their own colours"

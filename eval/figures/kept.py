@@ -73,7 +73,7 @@ def draw_tokens(model: Llava, questions: Sequence[Question], data: Dataset, budg
         for column, (answer, colour) in enumerate(answers(model, data, question, sample, COLUMNS, budget)):
             left = GAP + column * (SIDE + GAP)
             large = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            sheet.paste(draw_overlay(large, answer.trace), (left, top))
+            sheet.paste(draw_overlay(large, answer.trace, answer.runs[0]), (left, top))
             pen.text((left, top + SIDE + 4), answer.text, fill=colour, font=bold)
         pen.text((GAP, top + SIDE + LINE), f"{question.question}  (answer: {question.answer})", fill="black", font=font)
     strip = legend()

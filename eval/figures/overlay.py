@@ -10,7 +10,6 @@ the border of every group; the patch at which the merged token stands has a fram
 Overlays of whole samples: one panel per image, base image and tiles side by side, or all frames of a video.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,11 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from llava.errors import UserError
 from llava.pipeline.accounting import Answer
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
-from llava.reduction import Reduction, Step
+from llava.reduction import Step
 from llava.reduction.token_layout import TokenLayout
 
 Ints = NDArray[np.int64]
@@ -80,64 +78,46 @@ class PatchAssignment:
         return self.assignment < 0
 
 
-def compose(trace: Sequence[Step], patches: int) -> PatchAssignment:
-    """Follow every patch through the steps of one image; positions of a step count the previous step's outputs."""
-    assignment = kept = np.arange(patches)
+def patches_of(trace: Sequence[Step], layout: TokenLayout) -> tuple[PatchAssignment, TokenLayout]:
+    """Follow all visual tokens of an image through its steps; positions of a step count the previous step's outputs.
+
+    Args:
+        layout: of the tokens that the model takes without reduction.
+
+    Returns:
+        Where the tokens are, and the layout that numbers them: with class tokens where the first step takes them.
+    """
+    if trace and trace[0].reduction.inputs != layout.tokens:
+        layout = layout.with_cls()
+    assignment = kept = np.arange(layout.tokens)
     for step in trace:
         if step.reduction.inputs != len(kept):
             raise ValueError(f"step at {step.place} takes {step.reduction.inputs} tokens, {len(kept)} are there")
         moved = step_assignment(step)
         assignment = np.where(assignment >= 0, moved[assignment], -1)
         kept = kept[step.reduction.kept[0].cpu().numpy()]
-    return PatchAssignment(assignment, kept)
+    return PatchAssignment(assignment, kept), layout
 
 
 def step_assignment(step: Step) -> Ints:
     """[inputs]: the output token that each input of one step is part of, -1 if it is part of none."""
-    reduction: Reduction = step.reduction
+    reduction = step.reduction
     kept = reduction.kept[0].cpu().numpy()
+    own = np.arange(len(kept))
     if reduction.merge_matrix is not None:
         # Groups overlap: a patch is drawn with the token it has the largest weight in, a kept one with its own.
         weight = reduction.merge_matrix[0].cpu().numpy()
         assignment = np.where(weight.max(0) > 0, weight.argmax(0), -1)
-        assignment[kept] = np.arange(len(kept))
-        return assignment
-    if reduction.assignment is not None:
+    elif reduction.assignment is not None:
         assignment = reduction.assignment[0].cpu().numpy()
         if reduction.merge_weight is not None:
             assignment = np.where(reduction.merge_weight[0].cpu().numpy() != 0, assignment, -1)
-        own = np.where(assignment[kept] < 0, np.arange(len(kept)), assignment[kept])
-        assignment = assignment.copy()
-        assignment[kept] = own
-        return assignment
-    if step.place == "input":
-        # A smaller image: no patch is dropped, each is part of the nearest token.
-        return nearest(kept, grid_of(reduction.inputs))
-    assignment = np.full(reduction.inputs, -1)
-    assignment[kept] = np.arange(len(kept))
+        own = np.where(assignment[kept] < 0, own, assignment[kept])
+    else:
+        assignment = np.full(reduction.inputs, -1)
+    assignment = assignment.copy()
+    assignment[kept] = own
     return assignment
-
-
-def nearest(kept: Ints, grid: tuple[int, int]) -> Ints:
-    """[N]: index of the kept cell closest to each cell of the grid, the first of equals."""
-    columns = grid[1]
-    cells = np.arange(grid[0] * columns)
-    rows = (cells[:, None] // columns - kept[None] // columns) ** 2
-    return (rows + (cells[:, None] % columns - kept[None] % columns) ** 2).argmin(1)
-
-
-def grid_of(tokens: int) -> tuple[int, int]:
-    """The square grid of `tokens` patches, or of one less where the class token comes along."""
-    for patches in (tokens, tokens - 1):
-        side = math.isqrt(max(patches, 0))
-        if side > 0 and side * side == patches:
-            return side, side
-    raise UserError(f"{tokens} tokens are no square grid of patches; an overlay needs the grid of the image.")
-
-
-def without_cls(patches: PatchAssignment) -> PatchAssignment:
-    """Leave out the class token at position 0; a token that stands at it has its kept patch at -1."""
-    return PatchAssignment(patches.assignment[1:], patches.kept - 1)
 
 
 def colour_groups(patches: PatchAssignment, grids: Sequence[Ints]) -> Ints:
@@ -223,48 +203,12 @@ def stitched_grid(layout: TokenLayout, tiles: tuple[int, int]) -> Ints:
     return table[used.any(1)][:, used.any(0)] if used.any() else table
 
 
-def grids(panels: Sequence[Panel]) -> list[Ints]:
-    """The grids of several panels."""
-    return [panel.grid for panel in panels]
-
-
 LARGEST = 1024  # pixels of the longer side at which a photograph is drawn
 GREY = 0.7  # share of grey in a dropped patch
 DIM = 0.42  # brightness left to a dropped patch
 FADED = 0.35  # share of grey in a merged patch
 TINT = 0.16  # share of the group's colour in a merged patch
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-
-
-def draw_overlay(
-    image: Image.Image,
-    trace: Sequence[Step],
-    grid: int | tuple[int, int] | None = None,
-    upscale: int = 1,
-    padded: bool = True,
-) -> Image.Image:
-    """Draw what became of every patch on the image.
-
-    Args:
-        trace: the steps of one sample, in order; without steps everything was kept.
-        grid: rows and columns of the vision tower's patches; a number for a square, None to take it from the trace.
-        upscale: enlarge the image by this whole factor; small images are easier to read so.
-        padded: the grid covers the image padded to a square, as LLaVA-1.5 sees it. False: it covers the image.
-
-    Returns:
-        RGB, the size of the image, its longer side at most LARGEST, times `upscale`.
-    """
-    if grid is None:
-        if not trace:
-            return scaled(image, upscale)
-        grid = grid_of(trace[0].reduction.inputs)
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    has_cls = bool(trace) and trace[0].reduction.inputs == rows * columns + 1
-    patches = compose(trace, rows * columns + has_cls)
-    if has_cls:
-        patches = without_cls(patches)
-    panel = Panel("image", image, np.arange(rows * columns).reshape(rows, columns), padded)
-    return draw_panel(panel, patches, colour_groups(patches, [panel.grid]), upscale)
 
 
 def scaled(image: Image.Image, upscale: int) -> Image.Image:
@@ -391,16 +335,10 @@ GAP = 4  # pixels between panels
 
 def draw_answer(sample: Sample, answer: Answer) -> list[Image.Image]:
     """One overlay for every image of a sample."""
-    drawn = []
-    for number, picture in enumerate(sample.images):
-        trace = trace_of(answer.trace, number)
-        upscale = upscale_of(picture)
-        if answer.runs:
-            drawn.append(draw_crops(picture, trace, answer.runs[number], upscale))
-        else:
-            assert isinstance(picture, Image.Image)  # an answer about a video has its layout
-            drawn.append(draw_overlay(picture, trace, upscale=upscale))
-    return drawn
+    return [
+        draw_overlay(picture, trace_of(answer.trace, number), answer.runs[number], upscale_of(picture))
+        for number, picture in enumerate(sample.images)
+    ]
 
 
 def trace_of(trace: Sequence[Step], number: int) -> list[Step]:
@@ -424,53 +362,46 @@ def upscale_of(picture: Image.Image | Video) -> int:
 def frame_sheet(panels: Sequence[Image.Image]) -> Image.Image:
     """Panels in two rows; one panel stays as it is."""
     half = -(-len(panels) // 2)
-    return panels[0] if len(panels) == 1 else _stacked([beside(panels[:half]), beside(panels[half:])])
+    return sheet([row for row in (panels[:half], panels[half:]) if row])
 
 
-def draw_crops(
+def draw_overlay(
     picture: Image.Image | Video, trace: Sequence[Step], layout: TokenLayout, upscale: int = 1
 ) -> Image.Image:
     """Draw which patches were kept, merged and dropped, one panel per view of the image.
 
     Args:
-        trace: the steps of this image, in order.
+        trace: the steps of this image, in order; without steps everything was kept.
         layout: of the tokens that the model takes without reduction.
+        upscale: enlarge the image by this whole factor; small images are easier to read so.
 
     Returns:
-        RGB. Of a tiled image: one panel for the base image and one for the tiles, which is dim where unpadding left no
-        tile patch. Of a video: its frames in two rows.
+        RGB, the size of the image, its longer side at most LARGEST, times `upscale`. Of a tiled image: one panel for
+        the base image and one for the tiles, which is dim where unpadding left no tile patch. Of a video: its frames in
+        two rows.
     """
     patches, layout = patches_of(trace, layout)
     panels = panels_of(picture, layout)
-    colours = colour_groups(patches, grids(panels))
+    colours = colour_groups(patches, [panel.grid for panel in panels])
     drawn = [draw_panel(panel, patches, colours, upscale) for panel in panels]
     return frame_sheet(drawn) if isinstance(picture, Video) else beside(drawn)
 
 
-def patches_of(trace: Sequence[Step], layout: TokenLayout) -> tuple[PatchAssignment, TokenLayout]:
-    """Where all visual tokens of an image are after `trace`, and the layout that numbers them.
-
-    The layout has class tokens where the first step takes them.
-    """
-    if trace and trace[0].reduction.inputs != layout.tokens:
-        layout = layout.with_cls()
-    return compose(trace, layout.tokens), layout
-
-
 def beside(panels: Sequence[Image.Image]) -> Image.Image:
     """Panels from left to right on white."""
-    width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
-    sheet, left = Image.new("RGB", (width, max(panel.height for panel in panels)), "white"), 0
-    for panel in panels:
-        sheet.paste(panel, (left, 0))
-        left += panel.width + GAP
-    return sheet
+    return sheet([panels])
 
 
-def _stacked(panels: Sequence[Image.Image]) -> Image.Image:
-    height = sum(panel.height for panel in panels) + GAP * (len(panels) - 1)
-    sheet, top = Image.new("RGB", (max(panel.width for panel in panels), height), "white"), 0
-    for panel in panels:
-        sheet.paste(panel, (0, top))
-        top += panel.height + GAP
-    return sheet
+def sheet(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of panels on white."""
+    widths = [sum(panel.width for panel in row) + GAP * (len(row) - 1) for row in rows]
+    heights = [max(panel.height for panel in row) for row in rows]
+    drawn = Image.new("RGB", (max(widths), sum(heights) + GAP * (len(rows) - 1)), "white")
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        left = 0
+        for panel in row:
+            drawn.paste(panel, (left, top))
+            left += panel.width + GAP
+        top += height + GAP
+    return drawn

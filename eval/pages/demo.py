@@ -1,114 +1,418 @@
-"""Start a local web page: ask about an image, with a method beside all visual tokens.
+"""The demo in Gradio: one question answered twice, with all visual tokens and with a method, side by side."""
 
-vtr demo
-vtr demo --model liuhaotian/llava-v1.5-7b --dtype float16
-"""
-
-import logging
-import os
-import signal
-import socket
 import sys
 import threading
-from collections.abc import Sequence
-from importlib.util import find_spec
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import median
 from typing import Any
 
-from eval.command import Parser, Terminated, exit_on_user_error, make_parser, terminate, value
-from eval.config import DEFAULT_MODEL, count, pairs, path_name
+import gradio as gr
+import torch
+from PIL import Image
+
+from eval import benchmarks
+from eval.benchmarks.media import Folder
+from eval.config import DEFAULT_DATA, FULL, TOY_BANNER, is_toy, method_options
+from eval.figures.overlay import draw_answer
+from eval.pages import asset, environment
+from eval.results.report import hardware
 from llava.errors import UserError
+from llava.model.llava_arch import Llava
+from llava.pipeline.accounting import Answer, TokenAccounting
+from llava.pipeline.generate import generate
+from llava.processing.image import open_image
+from llava.processing.prompt import Sample
+from llava.reduction import registry
+from llava.reduction.budget import require
+from llava.reduction.reducer import Reducer
 
-LARGEST_UPLOAD = "20mb"
-
-
-def parser() -> Parser:
-    p = make_parser("eval.pages.demo", __doc__)
-    p.add_argument("--model", type=value(path_name), default=DEFAULT_MODEL, help="folder or hub name of a checkpoint")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
-    p.add_argument("--device", default="auto", help="torch device")
-    p.add_argument("--text-tower", type=value(path_name), help="the CLIP of the vision tower, for cdpruner and trim")
-    p.add_argument(
-        "--picture", action="append", default=[], metavar="KEY=VALUE", help="how images are read, as vtr eval has it"
-    )
-    p.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 lets other machines in")
-    p.add_argument("--port", type=value(count, maximum=65535), default=7860, help="port to serve on")
-    return p
+REPEATS = 3
+MAX_NEW_TOKENS = 128
+# LLaVA's instruction for short answers, which the toy models were trained with.
+SHORT = "Answer the question using a single word or phrase."
+LONGEST_QUESTION = 2_000
 
 
-@exit_on_user_error
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, that of the signal which ends it."""
-    args = parser().parse_args(arguments)
-    try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, terminate)
-            # A shell starts background jobs with SIGINT ignored.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        serve(args)
-    except KeyboardInterrupt as stop:
-        print("\nStopped.", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
-    return 0
+@dataclass(frozen=True)
+class Side:
+    """One of the two answers.
+
+    Attributes:
+        name: of the method.
+        ttft_ms: every measured time to the first token, in milliseconds.
+        gflop: operations up to the first token.
+        overlay: the image with its kept, merged and dropped patches.
+    """
+
+    name: str
+    answer: Answer
+    ttft_ms: tuple[float, ...]
+    gflop: float
+    overlay: Image.Image
+
+    @property
+    def text(self) -> str:
+        return self.answer.text
+
+    @property
+    def counted(self) -> TokenAccounting:
+        """Its visual tokens and cache."""
+        return self.answer.accounting
+
+    @property
+    def ttft(self) -> float:
+        """Median time to the first token, milliseconds."""
+        return median(self.ttft_ms)
 
 
-def serve(args: Any) -> None:
-    """Load the model, show the page, and wait until a signal ends the process.
+@dataclass(frozen=True)
+class Comparison:
+    full: Side
+    reduced: Side
+
+
+# Rows of the table of costs: label, format and number, whose ratio stands in the last column.
+COSTS: tuple[tuple[str, str, Callable[[Side], float]], ...] = (
+    ("Visual tokens per layer", "{:,.1f}", lambda side: side.counted.mean),
+    ("TTFT, median", "{:,.0f} ms", lambda side: side.ttft),
+    ("KV cache", "{:,.2f} MB", lambda side: side.counted.kv_bytes / 1e6),
+    ("Operations", "{:,.2f} GFLOP", lambda side: side.gflop),
+)
+
+
+def answer_beside_full(
+    model: Llava,
+    image: Image.Image,
+    question: str,
+    method: str,
+    budget: int,
+    options: Mapping[str, str] | None = None,
+    short: bool = True,
+    repeats: int = REPEATS,
+) -> Comparison:
+    """Ask one question with all visual tokens and with a method.
+
+    Both answer once, which is also the warm-up. Then they take turns, `repeats` times each, and the time to the first
+    token is measured: vision, selection and prefill, from prepared pixels and token ids.
+
+    Args:
+        budget: visual tokens to keep, as the mean over decoder layers.
+        options: of the method, as text; `vtr show methods NAME` lists them.
+        short: ask for a single word or phrase.
 
     Raises:
-        UserError: Gradio is not installed, the model cannot be loaded, or the port is in use.
+        UserError: no question, an unknown method, a budget that the method cannot meet, or too little memory.
     """
-    if find_spec("gradio") is None:
-        raise UserError('The demo needs Gradio, which is not installed: pip install "gradio>=6.31".')
-    check_address(args.host, args.port)
-    # Before Gradio is imported: it asks its makers' server for news, and reaches its own page through a proxy.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    for name in ("NO_PROXY", "no_proxy"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost,127.0.0.1", args.host]))
-
-    from llava.model.builder import load, parse
-
-    conventions = {key: parse(key, text) for key, text in pairs("--picture", args.picture).items()}
-    model = load(args.model, args.dtype, args.device, text_tower=args.text_tower, **conventions)
-    from eval.pages.demo_page import CSS, THEME, examples, layout, warm_up
-
-    print("Warming up ...", file=sys.stderr, flush=True)
-    warm_up(model)
-    blocks = layout(model, examples())
-    blocks.launch(
-        server_name=args.host,
-        server_port=args.port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        max_file_size=LARGEST_UPLOAD,
-        footer_links=[],
-        ssr_mode=False,
-        enable_monitoring=False,
-        theme=THEME,
-        css=CSS,
-    )
+    sample = Sample("demo", checked(question), SHORT if short else "", image)
+    reducers = [reducer_of(model, FULL, model.visual_tokens), reducer_of(model, method, budget, options)]
     try:
-        print(f"Open http://{args.host}:{args.port} in a browser; Ctrl-C ends the demo.", flush=True)
-        threading.Event().wait()
-    finally:
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it reports what is cut off
-        blocks.server.force_exit = True  # an open page holds a connection, and the server would wait for it
-        blocks.close(verbose=False)
-
-
-def check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be served on, before the model is loaded."""
-    try:
-        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, number) as place:
-            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            place.bind(address)
-    except OSError as error:
-        reason = error.strerror or str(error)
+        batches = [generate(model, [sample], reducer, MAX_NEW_TOKENS) for reducer in reducers]
+        times: list[list[float]] = [[] for _ in reducers]
+        for _ in range(repeats):
+            for measured, reducer in zip(times, reducers, strict=True):
+                measured.append(1000 * generate(model, [sample], reducer, max_new_tokens=1).timing.ttft)
+    except torch.OutOfMemoryError as error:
         raise UserError(
-            f"Cannot serve on {host}, port {port} ({reason}); choose others with --host and --port."
+            "The question does not fit into the accelerator's memory; take a smaller image, or start the demo with "
+            "a smaller model or --dtype float16."
         ) from error
+    sides = []
+    for reducer, batch, measured in zip(reducers, batches, times, strict=True):
+        (one,) = batch.answers
+        (overlay,) = draw_answer(sample, one)
+        sides.append(Side(reducer.name, one, tuple(measured), batch.operations.total / 1e9, overlay))
+    return Comparison(*sides)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def checked(question: str) -> str:
+    """The question without white space around it; UserError if nothing is left or it is too long."""
+    question = question.strip()
+    if not question:
+        raise UserError("There is no question; write one.")
+    if len(question) > LONGEST_QUESTION:
+        raise UserError(
+            f"A question may have {LONGEST_QUESTION:,} characters, this one has {len(question):,}; shorten it."
+        )
+    return question
+
+
+def reducer_of(model: Llava, method: str, budget: int, options: Mapping[str, str] | None = None) -> Reducer:
+    """The method at the budget, refused here if the model cannot run it."""
+    if budget > model.visual_tokens:
+        raise UserError(
+            f"The budget must be 1 to {model.visual_tokens:,} (this model's visual tokens), got {budget:,}."
+        )
+    reducer = registry.build(method, budget, dict(options or {}))
+    require(reducer, model.spec)
+    return reducer
+
+
+def warm_up(model: Llava) -> None:
+    """Answer one question about a grey image, so that nothing is loaded or compiled while the first one is timed."""
+    sample = Sample("warm-up", "What is this?", SHORT, Image.new("RGB", (64, 64), "grey"))
+    generate(model, [sample], reducer_of(model, FULL, model.visual_tokens), max_new_tokens=2)
+
+
+def methods() -> dict[str, str]:
+    """Name -> one-line summary of every method that reduces."""
+    return {entry["name"]: entry["summary"] for entry in registry.describe() if entry["name"] != FULL}
+
+
+# Of the toy GQA: one image with few objects and three with many, chosen for being easy to read, not for the answers.
+IDS = ("20000019", "20000010", "20000036", "20000054")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question with its correct answer."""
+
+    image: Path
+    question: str
+    answer: str
+
+
+def examples(data: Path = DEFAULT_DATA) -> list[Example]:
+    """The questions, in the order of IDS; none where the toy benchmarks are not installed."""
+    benchmark = benchmarks.get("gqa")
+    if not benchmark.is_in(data):
+        return []
+    data_set = benchmark.load(data, "testdev")
+    assert isinstance(data_set.pictures, Folder)  # the toy GQA has files
+    known = {question.id: question for question in data_set.questions}
+    root = data_set.pictures.root
+    return [
+        Example(root / question.image, question.question, question.answer)
+        for question in (known[name] for name in IDS if name in known)
+        if question.image is not None
+    ]
+
+
+# The colours of eval.figures.overlay.
+LEGEND = (
+    "Kept patches are the photograph itself, merged ones are tinted inside the outline of their group, and dropped "
+    "ones are dim and grey."
+)
+METHOD, BUDGET = "consensusdrop", 64
+# No fonts from the network; the default colour of hints is too pale to read.
+THEME = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")).set(
+    block_info_text_color="*neutral_600"
+)
+CSS = asset("demo.css")
+
+
+def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
+    """The page of one loaded model; it opens with the first example, answered."""
+    summaries = methods()
+    budget_at_first = min(BUDGET, model.visual_tokens)
+    example, compared = None, None
+    if examples:
+        example = examples[0]
+        try:
+            compared = answer(model, str(example.image), example.question, True, METHOD, budget_at_first, "")
+        except UserError as error:  # a budget of another checkpoint, say; a person can ask for less
+            print(f"The page opens without an answer: {error}", file=sys.stderr)
+    one_at_a_time, asking = threading.Lock(), list[object]()
+    with gr.Blocks(title="Visual token reduction", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+        gr.Markdown(
+            f"# Visual token reduction\n{model.name}, {model.visual_tokens:,} visual tokens per image, "
+            f"{model.spec.layers} decoder layers. Ask about an image: the answer with all visual tokens and the answer "
+            "with a method, side by side."
+        )
+        if is_toy(model.name):
+            gr.Markdown(TOY_BANNER, elem_id="toy")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                image = gr.Image(
+                    str(example.image) if example else None,
+                    label="Image",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    height=240,
+                    elem_id="image",
+                )
+                asked = example.question if example else None
+                question = gr.Textbox(asked, label="Question", elem_id="question", max_length=10_000)
+                button = gr.Button("Answer", variant="primary", elem_id="answer")
+                short = gr.Checkbox(True, label="Ask for a single word or phrase", elem_id="short")
+                method = gr.Dropdown(
+                    list(summaries),
+                    value=METHOD,
+                    label="Method",
+                    info=summaries[METHOD],
+                    elem_id="method",
+                )
+                budget = gr.Slider(
+                    1,
+                    model.visual_tokens,
+                    value=budget_at_first,
+                    step=1,
+                    label="Budget: visual tokens per image, mean over decoder layers",
+                    elem_id="budget",
+                )
+                options = gr.Textbox(
+                    label="Options of the method",
+                    info="as after --set: name=value, separated by spaces; vtr show methods NAME lists them",
+                    elem_id="options",
+                )
+            with gr.Column(scale=3, min_width=300):
+                problem = gr.Textbox(label="No answer", visible=False, elem_id="problem", lines=2)
+                remark = gr.Markdown(visible=False, elem_id="remark")
+                with gr.Row():
+                    sides = [
+                        panel("full", "All visual tokens", compared.full if compared else None),
+                        panel("reduced", "Method", compared.reduced if compared else None),
+                    ]
+                gr.Markdown(LEGEND)
+                numbers = gr.HTML(table(compared, model) if compared else None, elem_id="numbers")
+        if examples:
+            expected = gr.Textbox(label="Correct answer", visible=False)
+            gr.Examples(
+                [[str(example.image), example.question, example.answer] for example in examples],
+                [image, question, expected],
+                label="Test images of the toy benchmark, with a question and its correct answer",
+            )
+        outputs = [remark, problem, *sides[0], *sides[1], numbers]
+        nothing: list[Any] = [None] * (len(outputs) - 2)
+
+        def outcome(file: Mapping[str, Any] | None, *entered: Any) -> list[Any]:
+            path = file["path"] if file else None
+            try:
+                return shown(answer(model, path, *entered), model, remark_on(path))
+            except UserError as error:
+                sentence = str(error)
+            except Exception as error:
+                traceback.print_exc(file=sys.stderr)
+                sentence = f"The model failed ({type(error).__name__}); the terminal that runs the demo says where."
+            return [gr.update(visible=False), gr.update(value=sentence, visible=True), *nothing]
+
+        def ask(*entered: Any) -> Iterator[list[Any]]:
+            asking.append(entered)
+            try:
+                # One question at a time: times would mean nothing otherwise. The lock is not held while this generator
+                # waits for Gradio, which drops it where the person has left.
+                while not one_at_a_time.acquire(timeout=0.5):
+                    sentence = (
+                        "Please wait: the model answers one question at a time, and is at somebody else's. "
+                        f"{len(asking)} are asked now, yours among them."
+                    )
+                    yield [gr.update(value=sentence, visible=True), gr.update(visible=False), *nothing]
+                try:
+                    values = outcome(*entered)
+                finally:
+                    one_at_a_time.release()
+                yield values
+            finally:
+                asking.remove(entered)
+
+        method.input(
+            lambda name: gr.update(info=summaries[name]), method, method, queue=False, api_visibility="private"
+        )
+        inputs = [image, question, short, method, budget, options]
+        # Not preprocessed: `answer` reads the image's file, so that a damaged one is an error with a sentence. Gradio
+        # has checked its path.
+        gr.on(
+            [button.click, question.submit],
+            ask,
+            inputs,
+            outputs,
+            preprocess=False,
+            api_visibility="private",
+            concurrency_limit=16,
+        )
+    blocks.queue(max_size=16, api_open=False)
+    return blocks
+
+
+def panel(name: str, label: str, known: Side | None) -> tuple[gr.Textbox, gr.Image]:
+    """Answer and overlay of one side."""
+    label = label_of(known) if known else label
+    with gr.Column(min_width=200):
+        text = gr.Textbox(
+            known.text if known else None, label=label, interactive=False, elem_id=f"{name}-answer", lines=1
+        )
+        overlay = gr.Image(
+            known.overlay if known else None,
+            label="Kept tokens",
+            interactive=False,
+            format="png",
+            buttons=["download", "fullscreen"],
+            elem_id=f"{name}-overlay",
+        )
+    return text, overlay
+
+
+def answer(
+    model: Llava, path: str | None, question: str, short: bool, method: str | None, budget: float, options: str
+) -> Comparison:
+    """Check what was entered, and ask.
+
+    Raises:
+        UserError: something is missing or wrong.
+    """
+    if path is None:
+        raise UserError("There is no image; drop one, or choose an example.")
+    if method is None:
+        raise UserError("There is no method; choose one.")
+    image = open_image(path, Path(path).name)
+    chosen = method_options(method, options.split())
+    return answer_beside_full(model, image, question, method, int(budget), chosen, short)
+
+
+def remark_on(path: str | None) -> str:
+    """What to say of an image that was asked about."""
+    if path is not None:
+        with Image.open(path) as image:
+            if getattr(image, "is_animated", False):
+                return "The file is an animation or holds several images; the question was asked about the first one."
+    return ""
+
+
+def shown(compared: Comparison, model: Llava, remark: str) -> list[Any]:
+    """Values of the outputs, in their order."""
+    values = [gr.update(value=remark, visible=bool(remark)), gr.update(value="", visible=False)]
+    for side in (compared.full, compared.reduced):
+        values += [gr.update(value=side.text, label=label_of(side)), side.overlay]
+    return [*values, table(compared, model)]
+
+
+def label_of(side: Side) -> str:
+    """ "fastv: 64.0 visual tokens"."""
+    if side.name == FULL:
+        return f"All visual tokens: {side.counted.mean:,.0f}"
+    return f"{side.name}: {side.counted.mean:,.1f} visual tokens"
+
+
+def table(compared: Comparison, model: Llava) -> str:
+    """The costs of both sides as HTML."""
+    sides = (compared.full, compared.reduced)
+    rows = [
+        (
+            label,
+            [form.format(number(side)) for side in sides],
+            f"{number(compared.full) / number(compared.reduced):.2f}",
+        )
+        for label, form, number in COSTS
+    ]
+    spread = [f"{min(side.ttft_ms):,.0f} to {max(side.ttft_ms):,.0f} ms" for side in sides]
+    rows.insert(2, ("fastest to slowest", spread, ""))  # under the median
+    layers = [f"{side.name} {runs(side.counted.tokens_per_layer)}" for side in sides]
+    template = environment().get_template("numbers.html.j2")
+    return template.render(rows=rows, reduced=compared.reduced, layers=layers, repeats=REPEATS, machine=machine(model))
+
+
+def machine(model: Llava) -> str:
+    """What the times were measured on: "cpu (AMD EPYC, 2 threads), float32"."""
+    device, count = str(model.device), torch.get_num_threads()
+    threads = f", {count} thread{'' if count == 1 else 's'}" if device == "cpu" else ""
+    return f"{device} ({hardware(device)}{threads}), {model.loaded_with['dtype']}"
+
+
+def runs(tokens: Sequence[int]) -> str:
+    """ "576 in 2 layers, 64 in 6"."""
+    (first, count), *others = [(value, len(list(same))) for value, same in groupby(tokens)]
+    return ", ".join([f"{first:,} in {count} layer{'' if count == 1 else 's'}", *(f"{v:,} in {n}" for v, n in others)])

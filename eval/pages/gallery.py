@@ -1,133 +1,442 @@
-"""Write an HTML page of what every method keeps of an image, at every budget and before every decoder layer.
+"""The gallery: one question about one image, and what every method keeps of the image at every budget.
 
-vtr gallery photo.jpg "What is the man holding?"
-vtr gallery                                       # the first test question of the toy data
-vtr gallery clip.mp4 "What happens?" --model LanguageBind/Video-LLaVA-7B-hf --budgets 256,128
+The question is asked without reduction and with every method at every budget, and what became of every patch is noted.
+Score maps show what several methods rank by; each is computed by the function of the method it belongs to, on the
+states that the pipeline gives methods. The page holds all of it as compact JSON: arrays as base64, every photograph
+once.
 """
 
-import shlex
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from eval import benchmarks
-from eval.benchmarks.llava_files import SHORT
-from eval.command import exit_on_user_error, make_parser, value
-from eval.config import DEFAULT_MODEL, FULL, ROOT, count, options_by_method, path_name
-from llava.budget import count_or_ratio
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from attnmix.method import AttnMix, text_scores
+from consensusdrop.method import ConsensusDrop, fuse, pool_attention
+from eval.config import FULL, TOY_BANNER, is_toy
+from eval.figures.overlay import (
+    DIM,
+    FADED,
+    GREY,
+    NONE,
+    PALETTE,
+    TINT,
+    Ints,
+    Panel,
+    PatchAssignment,
+    colour_groups,
+    panels_of,
+    patches_of,
+)
+from eval.pages import asset, environment, inline_json
+from llava.budget import tokens_of
 from llava.errors import UserError
+from llava.model.llava_arch import Llava
+from llava.pipeline.accounting import Batch
+from llava.pipeline.generate import generate
+from llava.pipeline.prefill import prefill
+from llava.processing.prompt import Sample
+from llava.processing.video import Video
+from llava.reduction import PromptState, Reducer, Step, TowerScore, option, registry
+from llava.reduction.token_layout import TokenLayout
 
-if TYPE_CHECKING:
-    from llava.model.llava_arch import Llava
-    from llava.processing.prompt import Sample
-
-LLAVA_TOKENS = 576
-VIDEO_FILES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".gif", ".m4v", ".mpg", ".mpeg")
-
-
-@exit_on_user_error
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    p = make_parser("eval.pages.gallery", __doc__)
-    p.add_argument("image", nargs="?", help="image file, or a video for a Video-LLaVA; left out: the toy data's first")
-    p.add_argument("question", nargs="?", help="about the image")
-    p.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub id")
-    p.add_argument("--methods", default="all", help="comma-separated names, or all")
-    p.add_argument(
-        "--budgets",
-        type=value(budgets),
-        default=[],
-        help="comma-separated visual tokens or ratios; 1/3,2/9,1/9,1/18 if left out",
-    )
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="[METHOD.]KEY=VALUE",
-        help="option of one method, or without METHOD of each that is named",
-    )
-    p.add_argument("--instruction", default=SHORT, help="answer format after the question; '' for none")
-    p.add_argument("--max-new-tokens", type=value(count), default=16, help="longest answer, in tokens")
-    p.add_argument("--output", type=value(path_name), default="gallery.html", help="file that is written")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
-    p.add_argument("--device", default="auto", help="torch device")
-    args = p.parse_args(arguments)
-    if args.image and not args.question:
-        raise UserError(f'Ask something about {args.image}: vtr gallery {args.image} "What is this?"')
-    output = Path(args.output)
-    if output.is_dir():
-        raise UserError(f"--output should be the name of a file, but {output} is a folder.")
-
-    # Loading a model imports torch; mistakes above need not wait for it.
-    from eval.pages.gallery_page import SHOWN, collect, render
-    from llava.model.builder import load
-    from llava.reduction import registry
-
-    methods = words(args.methods)
-    if args.methods == "all":  # those of this repository's papers first
-        methods = [*SHOWN, *(name for name in registry.names() if name not in (*SHOWN, FULL))]
-    if not methods:
-        raise UserError("--methods names no method; see vtr show methods.")
-    if FULL in methods:
-        methods.remove(FULL)
-        if not methods:
-            raise UserError(f"--methods names {FULL} only, which is on every page; name a method to show beside it.")
-        print(f"{FULL} is on every page, as the card “all tokens”; it has no budgets.", file=sys.stderr)
-    options = options_by_method(methods, args.set)
-    for name in methods:  # unknown names and options are errors before the model is loaded
-        registry.build(name, LLAVA_TOKENS, options[name])
-    own = sample_of(args.image, args.question, args.instruction) if args.image else None
-    model = load(args.model, args.dtype, args.device)
-    sample = own or toy_sample(model)
-    gallery = collect(model, sample, methods, args.budgets, args.max_new_tokens, options)
-    given = [*sys.argv[1:]] if arguments is None else [*arguments]
-    page = render(gallery, shlex.join(["vtr", "gallery", *given]))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
-    print(
-        f"Wrote {output}: {len(gallery.methods)} methods at {len(gallery.budgets)} budgets, "
-        f"{len(gallery.results)} answers, {len(gallery.unavailable)} not possible; "
-        f"{len(page.encode()) / 1e6:.1f} MB. Open it in a browser."
-    )
-    return 0
+Floats = NDArray[np.float32]
 
 
-def words(text: str) -> list[str]:
-    """Comma-separated words, each once."""
-    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+@dataclass(frozen=True, eq=False)
+class Score:
+    """A score of every visual token.
+
+    Attributes:
+        title: for readers.
+        meaning: what a value is, and for which methods it decides.
+        together: of a tiled image or a video: computed over all tiles or frames at once, else within each.
+    """
+
+    title: str
+    meaning: str
+    together: bool = False
 
 
-def budgets(text: str) -> list[int | float]:
-    """Comma-separated numbers of visual tokens, or ratios of the image's."""
-    return [count_or_ratio(word) for word in words(text)]
+SCORES = {
+    "cls": Score(
+        "CLS attention",
+        "attention of the vision tower's class token to the patch, mean over heads; ranks in FasterVLM, and in part in "
+        "ConsensusDrop and AttnMix",
+    ),
+    "question": Score(
+        "question attention",
+        "attention of the question's words to the patch, with the projections of decoder layer 0; the cross-modal "
+        "score of ConsensusDrop",
+    ),
+    "fused": Score(
+        "fused ranking",
+        "ConsensusDrop's fusion of the ranks by CLS attention and by question attention; 1 is first in both",
+    ),
+    "text": Score(
+        "text similarity",
+        "largest share of the patch in a question word's similarity to all patches; the text score of AttnMix",
+        together=True,
+    ),
+}
 
 
-def sample_of(path: str, question: str, instruction: str) -> "Sample":
-    """A user's question about a file."""
-    from llava.processing.image import open_image
-    from llava.processing.prompt import Sample
-    from llava.processing.video import read_video
+def score_maps(model: Llava, sample: Sample) -> dict[str, Floats]:
+    """The scores of a sample's image by their key in SCORES, without those that need a class token that is not there.
 
-    is_video = Path(path).suffix.lower() in VIDEO_FILES
-    return Sample("gallery", question, instruction, read_video(path) if is_video else open_image(path))
+    Returns:
+        key -> [N], NaN where the score is not defined (newline and class tokens).
+    """
+    maps = {}
+    for together in (False, True):
+        probe = Probe(budget=1, retention_ratio=0.9, crops="global" if together else "each", cls=model.spec.has_cls)
+        _, record = prefill(model, [sample], probe)
+        for key, views in probe.found.items():
+            if SCORES[key].together == together:
+                # All in one array: a score of each view, at the indices of the view's tokens.
+                maps[key] = np.full(record.runs[0][0].tokens, np.nan, dtype=np.float32)
+                for indices, view in views:
+                    maps[key][indices] = view
+    return {key: maps[key] for key in SCORES if key in maps}
 
 
-def toy_sample(model: "Llava") -> "Sample":
-    """The first test question of the toy benchmark that suits the model: a video, a wide or a square image."""
-    folder, name, split = "eval", "gqa", "testdev"
-    if model.takes_videos:
-        folder, name, split = "eval_video", "video_qa", "test"
-    elif model.spec.crops:
-        folder = "eval_next"
-    data = ROOT / "assets" / folder
-    if not data.is_dir():
-        raise UserError(
-            "The toy data is in the repository, not in its wheel; name an image and ask a question about it."
+@dataclass(frozen=True, kw_only=True)
+class Probe(Reducer):
+    """Not a method: notes the scores of every view that it is given, and reduces nothing."""
+
+    name: ClassVar[str] = "probe"
+    cls: bool = option(True, "the tower has a class token")
+    found: dict[str, list[tuple[Ints, Floats]]] = field(default_factory=dict, compare=False)
+
+    def scores(self) -> tuple[TowerScore, ...]:
+        return (TowerScore("cls_attention", ConsensusDrop(budget=1).block),) if self.cls else ()
+
+    def keeps_all(self, tokens: int) -> bool:
+        return False
+
+    def prompt(self, state: PromptState) -> None:
+        consensus, attnmix = ConsensusDrop(budget=1), AttnMix(budget=1)
+        question = pool_attention(
+            *state.text_attention(consensus.probe_layer, consensus.query, consensus.rope, contextual=False),
+            consensus.heads,
+            consensus.pooling,
         )
-    loaded = benchmarks.get(name).load(data, split)
-    return loaded.sample(loaded.questions[0])
+        self._note("question", state, question)
+        self._note("text", state, text_scores(*state.text(attnmix.text), state.tokens, attnmix.temperature))
+        if self.cls:
+            saliency = state.scores[self.scores()[0]]
+            choices = {"alpha": consensus.alpha, "cross_top": consensus.cross_top}
+            best = fuse(saliency, saliency, consensus.fusion, 1, **choices).amax(1, keepdim=True)
+            self._note("cls", state, saliency)
+            self._note("fused", state, fuse(saliency, question, consensus.fusion, 1, **choices) / best.clamp(min=1))
+
+    def _note(self, key: str, state: PromptState, values: Tensor) -> None:
+        for row, view in enumerate(values.float().cpu().numpy()):
+            indices = np.arange(len(view)) if state.members is None else state.members[row].cpu().numpy()
+            self.found.setdefault(key, []).append((indices, view))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+SHARES = (1 / 3, 2 / 9, 1 / 9, 1 / 18)  # of 576 visual tokens: 192, 128, 64 and 32
+BEFORE_DECODER = {"input": 0, "tower": 0, "encoder": 0, "prompt": 1}
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Where every patch is at one point of the way through the model.
+
+    Attributes:
+        patches: of the cells of all panels, one panel after another in raster order; tokens that stand at no cell
+            (newline and class tokens) have the kept patch -1.
+        colours: [K], index into PALETTE of every token, -1 for a token of one patch.
+    """
+
+    patches: PatchAssignment
+    colours: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One answer.
+
+    Attributes:
+        tokens_per_layer: visual tokens that enter each decoder layer.
+        seconds: TTFT of this one run.
+        states: one for each stage that changed something; the first is the untouched image.
+        at: for each position (after the vision encoder, then entering each decoder layer) the index of its state.
+    """
+
+    method: str
+    budget: int
+    text: str
+    tokens_per_layer: tuple[int, ...]
+    seconds: float
+    states: tuple[State, ...]
+    at: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean visual tokens per decoder layer."""
+        return sum(self.tokens_per_layer) / len(self.tokens_per_layer)
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """Everything that the page shows.
+
+    Attributes:
+        budgets: descending.
+        methods: in the order of the page.
+        options: of the methods that do not have their defaults.
+        unavailable: (method, budget) -> why it did not run.
+        maps: key of SCORES -> values by cell, as in `State`.
+        notes: sentences about what is not shown.
+    """
+
+    question: str
+    instruction: str
+    model: str
+    device: str
+    panels: tuple[Panel, ...]
+    full: Result
+    budgets: tuple[int, ...]
+    methods: tuple[str, ...]
+    options: dict[str, dict[str, str]]
+    results: tuple[Result, ...]
+    unavailable: dict[tuple[str, int], str]
+    maps: dict[str, Floats]
+    notes: tuple[str, ...]
+
+
+def collect(
+    model: Llava,
+    sample: Sample,
+    methods: Sequence[str],
+    budgets: Sequence[int | float] = (),
+    max_new_tokens: int = 16,
+    options: Mapping[str, Mapping[str, str]] | None = None,
+) -> Gallery:
+    """Run every method at every budget on a sample with one image or video.
+
+    Args:
+        methods: names, each once, `full` not among them.
+        budgets: visual tokens, or ratios of the image's own; () for SHARES.
+        options: method -> option -> text; a missing method has its defaults.
+
+    Raises:
+        UserError: the sample cannot be asked at all. A method that cannot run at a budget is no error but listed with
+            its reason.
+    """
+    if len(sample.images) != 1 or not sample.question.strip():
+        raise UserError("The gallery shows one image or video and a question about it.")
+    settings = {name: dict((options or {}).get(name, {})) for name in methods}
+    # The first run is slower than all later ones, whatever the method.
+    full_reducer = registry.build(FULL, model.visual_tokens)
+    generate(model, [sample], full_reducer, max_new_tokens)
+    batch = generate(model, [sample], full_reducer, max_new_tokens)
+    (layout,) = batch.answers[0].runs
+    picture = sample.images[0]
+    panels = tuple(panels_of(picture, layout))
+    full = result_of(FULL, layout.tokens, batch, picture)
+    results, unavailable = [], {}
+    counts = {tokens_of(one, layout.tokens) if isinstance(one, float) else one for one in budgets or SHARES}
+    descending = tuple(sorted(counts, reverse=True))
+    for name in tqdm(methods, desc="methods", disable=None):
+        for budget in descending:
+            try:
+                batch = generate(model, [sample], registry.build(name, budget, settings[name]), max_new_tokens)
+            except UserError as error:
+                unavailable[name, budget] = str(error)
+            else:
+                results.append(result_of(name, budget, batch, picture))
+    maps, cells = score_maps(model, sample), cells_of(panels)
+    notes = [
+        f"No {score.title}: the vision tower of {model.name} has no class token."
+        for key, score in SCORES.items()
+        if key not in maps
+    ]
+    if len(layout.newlines):
+        notes.append("The tokens that end the rows of tiles are counted, but stand for no patch and are not drawn.")
+    return Gallery(
+        question=sample.question,
+        instruction=sample.suffix,
+        model=model.name,
+        device=str(model.device),
+        panels=panels,
+        full=full,
+        budgets=descending,
+        methods=tuple(methods),
+        options={name: changed for name, changed in settings.items() if changed},
+        results=tuple(results),
+        unavailable=unavailable,
+        maps={key: np.where(cells == NONE, np.float32("nan"), values[cells]) for key, values in maps.items()},
+        notes=tuple(notes),
+    )
+
+
+def result_of(method: str, budget: int, batch: Batch, picture: Image.Image | Video) -> Result:
+    """What the page shows of a batch of one answer."""
+    (answer,) = batch.answers
+    per_layer = answer.accounting.tokens_per_layer
+    effective = [position_of(step.place) for step in answer.trace]
+    counts = [sum(one <= position for one in effective) for position in range(len(per_layer) + 1)]
+    lengths = sorted({0, *counts})
+    states = tuple(state_of(answer.trace[:length], answer.runs[0], picture) for length in lengths)
+    at = tuple(lengths.index(count) for count in counts)
+    return Result(method, budget, answer.text, per_layer, batch.timing.ttft, states, at)
+
+
+def position_of(place: str) -> int:
+    """The first position at which a step has taken effect: 0 is after the vision encoder, 1 + L enters layer L."""
+    return BEFORE_DECODER[place] if place in BEFORE_DECODER else 1 + int(place.removeprefix("layer "))
+
+
+def state_of(steps: Sequence[Step], layout: TokenLayout, picture: Image.Image | Video) -> State:
+    """Where the cells of all panels are after `steps`, the first steps of an answer."""
+    patches, numbered = patches_of(steps, layout)
+    panels = panels_of(picture, numbered)
+    cells = cells_of(panels)
+    place = np.full(len(patches.assignment), -1)  # cell of each visual token
+    shown = cells != NONE
+    place[cells[shown]] = np.flatnonzero(shown)
+    kept = np.where(patches.kept < 0, -1, place[patches.kept])
+    by_cell = PatchAssignment(np.where(shown, patches.assignment[cells], -1), kept)
+    return State(by_cell, colour_groups(patches, [panel.grid for panel in panels]))
+
+
+def cells_of(panels: Sequence[Panel]) -> Ints:
+    """The visual token of every cell of all panels, one panel after another; NONE where there is none."""
+    return np.concatenate([panel.grid.flatten() for panel in panels])
+
+
+LONGEST_SIDE = 768  # pixels of a photograph in the page; a panel is never drawn much larger
+STEPS = 255  # of a score's colour
+UNDEFINED = 255  # where a score is not defined
+
+
+def page_data(gallery: Gallery) -> str:
+    """The JSON that gallery.js reads."""
+    photographs = {id(panel.image): panel.image for panel in gallery.panels}
+    content: dict[str, Any] = {
+        "style": {"grey": GREY, "dim": DIM, "faded": FADED, "tint": TINT, "palette": PALETTE},
+        "images": [data_uri(image) for image in photographs.values()],
+        "panels": [
+            {
+                "name": panel.name,
+                "image": list(photographs).index(id(panel.image)),
+                "rows": panel.grid.shape[0],
+                "columns": panel.grid.shape[1],
+                "square": panel.square,
+            }
+            for panel in gallery.panels
+        ],
+        "maps": [map_data(key, values) for key, values in gallery.maps.items()],
+        "budgets": gallery.budgets,
+        "tokens": gallery.full.tokens_per_layer[0],
+        "methods": [
+            {"name": name, "summary": registry.method(name).summary, "options": gallery.options.get(name, {})}
+            for name in gallery.methods
+        ],
+        "full": result_data(gallery.full),
+        "results": [result_data(result) for result in gallery.results],
+        "unavailable": [
+            {"method": method, "budget": budget, "reason": reason}
+            for (method, budget), reason in gallery.unavailable.items()
+        ],
+    }
+    return json.dumps(content, separators=(",", ":"))
+
+
+def result_data(result: Result) -> dict[str, Any]:
+    """One answer with its states."""
+    return {
+        "method": result.method,
+        "budget": result.budget,
+        "text": result.text,
+        "perLayer": result.tokens_per_layer,
+        "ms": round(1000 * result.seconds, 1),
+        "at": result.at,
+        "states": [state_data(state) for state in result.states],
+    }
+
+
+def state_data(state: State) -> dict[str, Any]:
+    """`kept` (cell of each token); `assignment` (token of each cell) and `colours` only where patches are merged."""
+    assignment, kept = state.patches.assignment, state.patches.kept
+    data: dict[str, Any] = {"kept": packed(kept)}
+    alone = np.full(len(assignment), -1)  # the assignment if each token were its kept patch alone
+    alone[kept[kept >= 0]] = np.flatnonzero(kept >= 0)
+    if not np.array_equal(assignment, alone):
+        data["assignment"] = packed(assignment)
+        data["colours"] = "".join("-" if colour < 0 else str(colour) for colour in state.colours)
+    return data
+
+
+def map_data(key: str, values: Floats) -> dict[str, Any]:
+    """Values in steps of the colour scale, which ends at the 99th percentile: a few patches take most of a score."""
+    defined = values[np.isfinite(values)]
+    low, high, most = float(defined.min()), float(np.quantile(defined, 0.99)), float(defined.max())
+    if high <= low:
+        high = most
+    share = (values - low) / (high - low or 1)
+    steps = np.where(np.isfinite(share), np.clip(share, 0, 1) * (STEPS - 1), UNDEFINED)
+    return {
+        "key": key,
+        "title": SCORES[key].title,
+        "meaning": SCORES[key].meaning,
+        "low": low,
+        "high": high,
+        "most": most,
+        "values": base64.b64encode(steps.round().astype(np.uint8).tobytes()).decode(),
+    }
+
+
+def packed(values: NDArray[np.int64]) -> str:
+    """Whole numbers from -1 as base64 of 32-bit little-endian numbers, or of 16-bit ones after "s"."""
+    kind, code = ("<i2", "s") if values.size == 0 or values.max() < 2**15 else ("<i4", "l")
+    return code + base64.b64encode(values.astype(kind).tobytes()).decode()
+
+
+def data_uri(image: Image.Image) -> str:
+    """The photograph as PNG or, where that is smaller, as JPEG."""
+    image = image.convert("RGB")
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    files = {}
+    for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
+        stream = io.BytesIO()
+        image.save(stream, kind, **settings)
+        files[kind] = stream.getvalue()
+    kind = min(files, key=lambda name: len(files[name]))
+    return f"data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}"
+
+
+MANY = 7  # of more methods only those of SHOWN are shown at first
+SHOWN = ("consensusdrop", "visiondrop", "attnmix")
+
+
+def render(gallery: Gallery, command: str) -> str:
+    """The page.
+
+    Args:
+        command: that made the page, for the reader.
+    """
+    few = len(gallery.methods) <= MANY
+    shown = [name for name in gallery.methods if few or name in SHOWN] or list(gallery.methods[:MANY])
+    template = environment().get_template("gallery.html.j2")
+    return template.render(
+        style=asset("style.css") + asset("gallery.css"),
+        script=asset("gallery.js"),
+        gallery=gallery,
+        scores=SCORES,
+        banner=TOY_BANNER if is_toy(gallery.model) else "",
+        shown=shown,
+        data=inline_json(page_data(gallery)),
+        command=command,
+    )

@@ -12,16 +12,17 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from eval.answers import flatten
 from eval.answers.jsonl import read_json, write_file
 from eval.answers.reuse import joint
 from eval.benchmarks.records import NotRequired, Number, TypedDict, check
-from eval.command import Parser, exit_on_user_error, make_parser, value
+from eval.command import exit_on_user_error, make_parser, value
 from eval.config import FULL, TOY_BANNER, changed_options, default_options, is_toy, path_name
 from eval.pages import asset, environment, inline_json
 from eval.results.report import interval_of
@@ -215,84 +216,60 @@ def time_of(result: Mapping[str, Any]) -> tuple[float | None, int | None, str | 
     if ttft is None:
         return None, None, None
     known = result.get("conditions") or {}
-    words = [str(known.get(key)) for key in ("device", "hardware")] + [f"threads {known.get('threads')}"]
-    words += [str(known.get("dtype")), "one question at a time" if size == 1 else f"batches of {size}"]
-    return ttft, size, ", ".join(words)
+    batches = "one question at a time" if size == 1 else f"batches of {size}"
+    conditions = (known.get("device"), known.get("hardware"), f"threads {known.get('threads')}", known.get("dtype"))
+    return ttft, size, ", ".join(map(str, (*conditions, batches)))
 
 
 def with_groups(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     """The rows with `percent` and `group`, in the order of the table, and the names of the groups.
 
     Returns:
-        Rows by group, in a group `full` first, then by method, options and budget; and one name per group.
+        Rows by group, in a group `full` first, then by method, options and budget; and one name per group. Groups stand
+        by benchmark and model, the one with most questions first.
     """
     same: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row.benchmark, row.model, -row.questions, row.task)):
         same.setdefault(row.task, []).append(row)
-    groups = sorted(same.values(), key=lambda group: group_order(group[0]))
     filled = []
-    for number, group in enumerate(groups):
+    for number, group in enumerate(same.values()):
         group.sort(key=lambda row: (row.method != FULL, row.series, row.budget or 0, row.folder))
         full = [row for row in group if row.method == FULL and row.score]
-        for row in group:
-            filled.append(dataclasses.replace(row, percent=percent_of(row, full), group=number))
-    return filled, list(group_names([group[0] for group in groups]))
-
-
-def group_order(row: Row) -> tuple[Any, ...]:
-    """Groups stand by benchmark and model, the one with most questions first."""
-    return row.benchmark, row.model, -row.questions, row.task
+        filled += [dataclasses.replace(row, percent=percent_of(row, full), group=number) for row in group]
+    return filled, group_names([group[0] for group in same.values()])
 
 
 def percent_of(row: Row, full: Sequence[Row]) -> float | None:
     """Score in percent of that of `full`; of several the one whose folder is nearest to the row's.
 
     Args:
-        full: results of `full` on the same task.
+        full: results of `full` on the same task, none of which scores 0.
     """
     if row.score is None or not full:
         return None
     if row.method == FULL:
         return 100.0
-    own = Path(row.folder).parts
-    score = max(full, key=lambda other: shared_parts(own, Path(other.folder).parts)).score
-    return 100 * row.score / score if score else None
+
+    def shared(other: Row) -> int:
+        return len(Path(os.path.commonpath([row.folder, other.folder])).parts)
+
+    return 100 * row.score / (max(full, key=shared).score or 1)
 
 
-def shared_parts(first: Sequence[str], second: Sequence[str]) -> int:
-    """How many parts two paths have in common from the top."""
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
-
-
-def group_names(firsts: Sequence[Row]) -> Iterator[str]:
+def group_names(firsts: Sequence[Row]) -> list[str]:
     """Benchmark, model and number of questions of each group; of groups alike also the settings that differ.
 
     Args:
         firsts: one row of each group.
     """
     plain = [f"{row.benchmark} · {row.model} · {row.questions:,} questions" for row in firsts]
-    flats = [flat(json.loads(row.task)) for row in firsts]
-    for name, own in zip(plain, flats, strict=True):
-        alike = [other for other_name, other in zip(plain, flats, strict=True) if other_name == name]
-        differing = [key for key in own if any(other.get(key) != own[key] for other in alike)]
-        yield " · ".join([name, *(f"{key} {str(own[key])[:16]}" for key in differing)])
-
-
-def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"facts": {"source": "official"}} -> {"source": "official"}; deeper names are joined by dots."""
-    entries: dict[str, Any] = {}
-    for key, entry in value.items():
-        name = f"{prefix}.{key}" if prefix else key
-        if isinstance(entry, Mapping):
-            entries |= flat(entry, "" if name == "facts" else name)
-        else:
-            entries[name] = entry
-    return entries
+    tasks = [flatten(json.loads(row.task)) for row in firsts]
+    names = []
+    for name, own in zip(plain, tasks, strict=True):
+        alike = [task for other, task in zip(plain, tasks, strict=True) if other == name]
+        differing = [key for key in own if any(task.get(key) != own[key] for task in alike)]
+        names.append(" · ".join([name, *(f"{key.removeprefix('facts.')} {str(own[key])[:16]}" for key in differing)]))
+    return names
 
 
 # Fields of a row that report.js reads.
@@ -315,12 +292,14 @@ def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
     rows = results.rows
     series = series_of(rows)
     full = {row.series for row in rows if row.method == FULL}
+    numbered = [dataclasses.asdict(row) | {"series": series.index(row.series)} for row in rows]
     data = {
-        "rows": [plotted(row, series) for row in rows],
+        "rows": [{name: row[name] for name in PLOTTED} for row in numbered],
         "series": series,
         "groups": list(results.groups),
         "full": [name in full for name in series],
     }
+    place, top = output.resolve().parent, searched.resolve()
     template = environment().get_template("report.html.j2")
     return template.render(
         style=asset("style.css") + asset("report.css"),
@@ -331,9 +310,9 @@ def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
         rows=rows,
         banner=banner(rows),
         series=series,
-        benchmarks=distinct(row.benchmark for row in rows),
-        models=distinct(row.model for row in rows),
-        links=[link(row, searched, output) for row in rows],
+        benchmarks=sorted({row.benchmark for row in rows}),
+        models=sorted({row.model for row in rows}),
+        links=[quote(os.path.relpath(top / row.folder / RESULT, place)) for row in rows],
         damaged=results.damaged,
         replaced=results.replaced,
         summary=summary(results),
@@ -344,7 +323,7 @@ def page(results: Found, searched: Path, output: Path, made_by: str) -> str:
 
 def banner(rows: Sequence[Row]) -> str:
     """What to say of toy models, and of which if there are others; nothing where there is none."""
-    models = distinct(row.model for row in rows)
+    models = sorted({row.model for row in rows})
     toys = [name for name in models if is_toy(name)]
     if not toys or toys == models:
         return TOY_BANNER if toys else ""
@@ -354,15 +333,15 @@ def banner(rows: Sequence[Row]) -> str:
 def summary(found: Found) -> str:
     """How much there is, in one sentence."""
     rows = found.rows
-    counted = [
-        (len(rows), "result"),
-        (len({row.method for row in rows}), "method"),
-        (len({row.model for row in rows}), "model"),
-        (len({row.benchmark for row in rows}), "benchmark"),
-    ]
-    (results, methods, models, sets) = [f"{count:,} {word}{'' if count == 1 else 's'}" for count, word in counted]
+    counted = {
+        "result": len(rows),
+        "method": len({row.method for row in rows}),
+        "model": len({row.model for row in rows}),
+        "benchmark": len({row.benchmark for row in rows}),
+    }
+    results, *others = [f"{count:,} {word}{'' if count == 1 else 's'}" for word, count in counted.items()]
     partial = sum(row.partial for row in rows)
-    return f"{results}, {partial:,} of them on part of a benchmark: {methods}, {models}, {sets}."
+    return f"{results}, {partial:,} of them on part of a benchmark: {', '.join(others)}."
 
 
 def series_of(rows: Sequence[Row]) -> list[str]:
@@ -371,35 +350,15 @@ def series_of(rows: Sequence[Row]) -> list[str]:
     return [name for _, name in sorted(known)]
 
 
-def plotted(row: Row, series: Sequence[str]) -> dict[str, Any]:
-    """What the plots need of a row."""
-    known = {**dataclasses.asdict(row), "series": series.index(row.series)}
-    return {name: known[name] for name in PLOTTED}
-
-
-def distinct(values: Any) -> list[str]:
-    return sorted(set(values))
-
-
-def link(row: Row, searched: Path, output: Path) -> str:
-    """Address of the row's result file, relative to the page."""
-    target = searched.resolve() / row.folder / RESULT
-    return quote(os.path.relpath(target, output.resolve().parent))
-
-
-def parser() -> Parser:
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     p = make_parser("eval.pages.report", __doc__)
     p.add_argument(
         "folder", nargs="?", type=value(path_name), default="results", help="folder that holds runs, at any depth"
     )
     p.add_argument("--output", type=value(path_name), default="report.html", help="the page to write, one HTML file")
-    return p
-
-
-@exit_on_user_error
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    args = parser().parse_args(arguments)
+    args = p.parse_args(arguments)
     folder, output = Path(args.folder), Path(args.output)
     if output.is_dir():
         raise UserError(
