@@ -7,20 +7,25 @@ anything on the network is an error too. Tests that use it carry `@needs_browser
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
-needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: install it or set CHROMIUM=/path/to/it")
+NO_CHROMIUM = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: install it or set CHROMIUM=/path/to/it")
 # The first two are for containers that run as root; the others keep Chromium from looking for its own services.
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 ]  # fmt: skip
 DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+def needs_browser(test: Callable[..., None]) -> Callable[..., None]:
+    """The mark of a test that opens a page."""
+    return pytest.mark.browser(NO_CHROMIUM(test))
 
 
 @contextmanager

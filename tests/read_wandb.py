@@ -16,10 +16,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 HEADER = 7
 # Variables that change what is logged, and where.
-VARIABLES = (
-    "API_KEY", "MODE", "DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "BASE_URL", "PROJECT", "ENTITY", "RUN_ID",
-    "RUN_GROUP", "JOB_TYPE", "NAME", "TAGS",
-)  # fmt: skip
+NAMES = "API_KEY MODE DIR DATA_DIR CACHE_DIR CONFIG_DIR BASE_URL PROJECT ENTITY RUN_ID RUN_GROUP JOB_TYPE NAME TAGS"
+VARIABLES = [f"WANDB_{name}" for name in NAMES.split()]
 BLOCK = 32768
 FRAGMENT = struct.Struct("<IHB")
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
@@ -27,13 +25,9 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 def without_wandb(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     """No key, no mode, no home: what a fresh machine has."""
-    for name in VARIABLES:
-        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.delenv("NETRC", raising=False)
-    # `eval.tracking` sets these for the process; monkeypatch takes them back after the test.
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, "x")
+    for name in ("NETRC", *VARIABLES):
+        monkeypatch.setenv(name, "x")  # so that what `eval.tracking` sets for the process is taken back after the test
         monkeypatch.delenv(name)
 
 

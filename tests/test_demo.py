@@ -40,34 +40,19 @@ def test_both_answers_are_those_of_the_pipeline(tiny, method):
         batch = generate(tiny, [sample], registry.build(name, budget), demo_page.MAX_NEW_TOKENS)
         (answer,) = batch.answers
         assert (side.name, side.text) == (name, answer.text)
-        assert (
-            side.counted.tokens_per_layer == answer.accounting.tokens_per_layer
-            and side.counted.mean == pytest.approx(budget)
-        )
-        assert side.counted.kv_bytes == answer.accounting.kv_bytes and side.gflop == pytest.approx(
-            batch.operations.total / 1e9
-        )
+        assert side.counted == answer.accounting and side.counted.mean == pytest.approx(budget)
+        assert side.gflop == pytest.approx(batch.operations.total / 1e9)
         assert side.overlay.size == (2 * image.width, 2 * image.height)
     assert found.full.overlay.tobytes() != found.reduced.overlay.tobytes()
-    assert found.reduced.counted.kv_bytes < found.full.counted.kv_bytes and found.reduced.gflop < found.full.gflop
-
-
-def test_the_short_answer_is_asked_for_only_if_wanted(tiny, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        demo_page, "generate", lambda m, samples, *a, **k: (asked.append(samples[0]), generate(m, samples, *a, **k))[1]
-    )
-    for short in (True, False):
-        answer_beside_full(tiny, picture(1), QUESTIONS[0], "random", 8, short=short, repeats=1)
-    assert {sample.message for sample in asked} == {QUESTIONS[0], f"{QUESTIONS[0]}\n{SHORT}"}
 
 
 def test_times_are_taken_in_turns_after_both_have_answered(tiny, monkeypatch):
     """A busy minute would slow one method alone, and the first call of each pays for what is loaded then."""
-    calls = []
+    calls, asked = [], set()
 
     def spy(model, samples, reducer, max_new_tokens):
         calls.append((reducer.name, max_new_tokens))
+        asked.add(samples[0].message)
         return generate(model, samples, reducer, max_new_tokens)
 
     monkeypatch.setattr(demo_page, "generate", spy)
@@ -75,6 +60,8 @@ def test_times_are_taken_in_turns_after_both_have_answered(tiny, monkeypatch):
     assert calls == [("full", 128), ("random", 128), *[("full", 1), ("random", 1)] * 3]
     for side in (found.full, found.reduced):
         assert len(side.ttft_ms) == 3 and side.ttft == sorted(side.ttft_ms)[1] > 0
+    answer_beside_full(tiny, picture(1), QUESTIONS[0], "random", 8, short=False, repeats=1)
+    assert asked == {QUESTIONS[0], f"{QUESTIONS[0]}\n{SHORT}"}, "short answers only if wanted"
 
 
 def test_options_reach_the_method(tiny):
@@ -120,24 +107,17 @@ def test_tiles_have_overlays_too():
     assert found.reduced.counted.mean < found.full.counted.mean
 
 
-def test_every_method_but_full_is_offered():
-    names = [name for name, summary in demo_page.methods() if summary]
-    assert names == [name for name in registry.names() if name != "full"]
-
-
-def test_the_toy_model_answers_the_examples():
+def test_the_toy_model_answers_the_examples(tmp_path):
+    assert examples(tmp_path) == []
     found = examples()
     assert len(found) == len(IDS)
+    assert all(demo_page.methods().values()) and {"full", *demo_page.methods()} == set(registry.names())
     model = load(DEFAULT_MODEL)
     for example in found:
         compared = answer_beside_full(
             model, open_image(example.image), example.question, "consensusdrop", 64, repeats=1
         )
         assert compared.full.text.lower() == example.answer, example
-
-
-def test_no_examples_without_the_toy_benchmarks(tmp_path):
-    assert examples(tmp_path) == []
 
 
 @pytest.fixture

@@ -116,18 +116,18 @@ def test_progressive_methods_have_several_states_and_others_one_step(gallery):
     assert by_name["consensusdrop", 8].at == (0, 1, 1, 1, 1), "reduced before layer 0"
 
 
-def test_budgets_descend_and_each_is_asked_once(tiny):
-    found = collect(tiny, SAMPLE, ["uniform"], (2, 8, 2), 2)
-    assert found.budgets == (8, 2) and not found.notes
-    assert [result.budget for result in found.results] == [8, 2]
-    assert found.full.tokens_per_layer == (16,) * 4 and found.full.mean == 16
-    assert collect(tiny, SAMPLE, ["uniform"], (), 2).budgets == (5, 4, 2, 1), "shares of the image's own tokens"
-
-
-def test_a_budget_out_of_reach_is_a_reason_and_the_rest_goes_on(tiny):
-    found = collect(tiny, SAMPLE, ["uniform", "random"], (8, 99), 2)
-    assert [(r.method, r.budget) for r in found.results] == [("uniform", 8), ("random", 8)]
+def test_budgets_descend_and_one_out_of_reach_is_a_reason(tiny):
+    found = collect(tiny, SAMPLE, ["uniform", "random"], (2, 99, 8, 2), 2)
+    assert found.budgets == (99, 8, 2) and not found.notes
+    assert [(r.method, r.budget) for r in found.results] == [
+        ("uniform", 8),
+        ("uniform", 2),
+        ("random", 8),
+        ("random", 2),
+    ]
     assert "1 to 16" in found.unavailable["random", 99]
+    assert found.full.tokens_per_layer == (16,) * 4
+    assert collect(tiny, SAMPLE, ["uniform"], (), 2).budgets == (5, 4, 2, 1), "shares of the image's own tokens"
 
 
 def test_options_are_used_and_named(tiny):
@@ -188,11 +188,7 @@ def test_a_few_high_values_do_not_darken_the_map():
     assert steps[0] == UNDEFINED and steps[-1] == 254 and 120 < steps[250] < 135
     flat = map_data("cls", np.full(4, 0.25, np.float32))
     assert set(np.frombuffer(base64.b64decode(flat["values"]), np.uint8)) == {0}
-
-
-def test_large_numbers_take_32_bits():
-    assert numbers(packed(np.array([-1, 70_000]))) == [-1, 70_000] and packed(np.array([-1, 70_000]))[0] == "l"
-    assert numbers(packed(np.array([], int))) == []
+    assert numbers(packed(np.array([-1, 70_000]))) == [-1, 70_000], "large numbers take 32 bits"
 
 
 # -- tiles, videos, towers without class token ---------------------------------------------------------------------
@@ -268,6 +264,15 @@ def ready(page) -> None:
     page.wait_for_selector("body[data-ready]", timeout=120_000)
 
 
+@pytest.fixture
+def page(page_file):
+    """The gallery in a window; a test that leaves an error in the console fails."""
+    with opened(page_file) as page:
+        ready(page)
+        yield page
+        assert not page.errors
+
+
 @needs_browser
 def test_another_answer_than_that_of_full_is_no_mistake_and_a_toy_is_called_one(gallery, tmp_path):
     """A right answer stood in red with a cross because the toy model's `full` was wrong, and nothing but the word
@@ -291,77 +296,68 @@ def test_another_answer_than_that_of_full_is_no_mistake_and_a_toy_is_called_one(
 
 
 @needs_browser
-def test_the_sliders_change_what_is_drawn_by_keyboard_and_by_mouse(page_file):
-    with opened(page_file) as page:
-        ready(page)
-        assert page.locator("#budget-text").inner_text() == "8 of 16 tokens (50.0 %)"
-        before = drawn(page, "consensusdrop")
-        page.focus("#budget")
-        page.keyboard.press("ArrowRight")
-        assert page.locator("#budget-text").inner_text() == "4 of 16 tokens (25.0 %)"
-        after = drawn(page, "consensusdrop")
-        assert after != before
-        # Mouse: a click at the left end of the slider is the first budget again.
-        box = page.locator("#budget").bounding_box()
-        page.mouse.click(box["x"] + 4, box["y"] + box["height"] / 2)
-        assert page.locator("#budget-text").inner_text().startswith("8 of 16")
-        assert drawn(page, "consensusdrop") == before
+def test_the_sliders_change_what_is_drawn_by_keyboard_and_by_mouse(page):
+    assert page.locator("#budget-text").inner_text() == "8 of 16 tokens (50.0 %)"
+    before = drawn(page, "consensusdrop")
+    page.focus("#budget")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#budget-text").inner_text() == "4 of 16 tokens (25.0 %)"
+    after = drawn(page, "consensusdrop")
+    assert after != before
+    # Mouse: a click at the left end of the slider is the first budget again.
+    box = page.locator("#budget").bounding_box()
+    page.mouse.click(box["x"] + 4, box["y"] + box["height"] / 2)
+    assert page.locator("#budget-text").inner_text().startswith("8 of 16")
+    assert drawn(page, "consensusdrop") == before
 
-        assert page.locator("#layer-text").inner_text() == "before decoder layer 3"
-        last = drawn(page, "visiondrop")
-        page.focus("#layer")
-        page.keyboard.press("Home")
-        assert page.locator("#layer-text").inner_text() == "after the vision encoder"
-        first = drawn(page, "visiondrop")
-        assert first != last and "0 dropped" in page.locator('[data-method="attnmix"] .counts').inner_text()
-        box = page.locator("#layer").bounding_box()
-        page.mouse.click(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
-        assert drawn(page, "visiondrop") == last
-        assert page.locator("#layer").get_attribute("aria-valuetext") == "before decoder layer 3"
-        assert not page.errors
+    assert page.locator("#layer-text").inner_text() == "before decoder layer 3"
+    last = drawn(page, "visiondrop")
+    page.focus("#layer")
+    page.keyboard.press("Home")
+    assert page.locator("#layer-text").inner_text() == "after the vision encoder"
+    first = drawn(page, "visiondrop")
+    assert first != last and "0 dropped" in page.locator('[data-method="attnmix"] .counts').inner_text()
+    box = page.locator("#layer").bounding_box()
+    page.mouse.click(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
+    assert drawn(page, "visiondrop") == last
+    assert page.locator("#layer").get_attribute("aria-valuetext") == "before decoder layer 3"
 
 
 @needs_browser
-def test_methods_are_chosen_and_the_layer_slider_needs_one_that_changes(page_file, gallery):
-    with opened(page_file) as page:
-        ready(page)
-        assert shown(page) == ["full", "attnmix", "consensusdrop", "visiondrop"]
-        page.click("summary")
-        page.click("#none")
-        assert shown(page) == ["full"]
-        page.check('input[value="fastervlm"]')
-        assert shown(page) == ["full", "fastervlm"] and page.is_disabled("#layer")
-        page.focus('input[value="pyramiddrop"]')
-        page.keyboard.press("Space")
-        assert shown(page) == ["full", "fastervlm", "pyramiddrop"] and page.is_enabled("#layer")
-        assert page.locator("#layer-why").inner_text() == "The layer changes pyramiddrop."
-        page.click("#all")
-        assert len(shown(page)) == 1 + len(gallery.methods)
-        assert page.locator("#methods-text").inner_text() == f"{len(METHODS)} of {len(METHODS)} shown"
-        for (method, budget), reason in gallery.unavailable.items():
-            if budget == 8:
-                assert reason in page.locator(f'[data-method="{method}"] .reason').inner_text()
-        assert not page.errors
+def test_methods_are_chosen_and_the_layer_slider_needs_one_that_changes(page, gallery):
+    assert shown(page) == ["full", "attnmix", "consensusdrop", "visiondrop"]
+    page.click("summary")
+    page.click("#none")
+    assert shown(page) == ["full"]
+    page.check('input[value="fastervlm"]')
+    assert shown(page) == ["full", "fastervlm"] and page.is_disabled("#layer")
+    page.focus('input[value="pyramiddrop"]')
+    page.keyboard.press("Space")
+    assert shown(page) == ["full", "fastervlm", "pyramiddrop"] and page.is_enabled("#layer")
+    assert page.locator("#layer-why").inner_text() == "The layer changes pyramiddrop."
+    page.click("#all")
+    assert len(shown(page)) == 1 + len(gallery.methods)
+    assert page.locator("#methods-text").inner_text() == f"{len(METHODS)} of {len(METHODS)} shown"
+    for (method, budget), reason in gallery.unavailable.items():
+        if budget == 8:
+            assert reason in page.locator(f'[data-method="{method}"] .reason').inner_text()
 
 
 @needs_browser
-def test_a_score_map_lies_on_the_image_and_on_request_on_the_methods_too(page_file):
-    with opened(page_file) as page:
-        ready(page)
-        plain, method = drawn(page, "full"), drawn(page, "attnmix")
-        assert not page.is_visible("#opacity") and not page.is_visible("#scale")
-        page.select_option("#map", "question")
-        coloured = drawn(page, "full")
-        assert coloured != plain and drawn(page, "attnmix") == method
-        assert "question attention" in page.locator("#map-meaning").inner_text() and page.is_visible("#scale")
-        page.focus("#opacity")
-        page.keyboard.press("Home")
-        assert page.locator("#opacity-text").inner_text() == "10 %" and drawn(page, "full") not in (plain, coloured)
-        page.check("#map-everywhere")
-        assert drawn(page, "attnmix") != method
-        page.select_option("#map", "")
-        assert drawn(page, "full") == plain and drawn(page, "attnmix") == method
-        assert not page.errors
+def test_a_score_map_lies_on_the_image_and_on_request_on_the_methods_too(page):
+    plain, method = drawn(page, "full"), drawn(page, "attnmix")
+    assert not page.is_visible("#opacity") and not page.is_visible("#scale")
+    page.select_option("#map", "question")
+    coloured = drawn(page, "full")
+    assert coloured != plain and drawn(page, "attnmix") == method
+    assert "question attention" in page.locator("#map-meaning").inner_text() and page.is_visible("#scale")
+    page.focus("#opacity")
+    page.keyboard.press("Home")
+    assert page.locator("#opacity-text").inner_text() == "10 %" and drawn(page, "full") not in (plain, coloured)
+    page.check("#map-everywhere")
+    assert drawn(page, "attnmix") != method
+    page.select_option("#map", "")
+    assert drawn(page, "full") == plain and drawn(page, "attnmix") == method
 
 
 @needs_browser
@@ -389,26 +385,23 @@ def test_canvases_show_what_the_overlay_of_the_figures_shows(tiny, tmp_path):
 
 
 @needs_browser
-def test_the_pointer_names_the_patch_and_its_score(page_file, gallery):
+def test_the_pointer_names_the_patch_and_its_score(page, gallery):
     (result,) = [result for result in gallery.results if (result.method, result.budget) == ("fastervlm", 8)]
     kept = set(result.states[-1].patches.kept.tolist())
-    with opened(page_file) as page:
-        ready(page)
-        page.click("#methods-text")
-        page.check('input[value="fastervlm"]')
-        page.select_option("#map", "cls")
-        canvas = page.locator('[data-method="fastervlm"] canvas')
-        canvas.scroll_into_view_if_needed()
-        box = canvas.bounding_box()
-        # 60 x 44 pixels on a square of 60: rows 1 and 2 are whole, 8 pixels of padding are above.
-        for cell in range(4, 12):
-            row, column = divmod(cell, 4)
-            x, y = (column + 0.5) * 15 / 60, ((row + 0.5) * 15 - 8) / 44
-            page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
-            title = canvas.get_attribute("title")
-            role = "kept" if cell in kept else "dropped"
-            assert title.startswith(f"row {row}, column {column}; {role}; CLS attention "), title
-        assert not page.errors
+    page.click("#methods-text")
+    page.check('input[value="fastervlm"]')
+    page.select_option("#map", "cls")
+    canvas = page.locator('[data-method="fastervlm"] canvas')
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    # 60 x 44 pixels on a square of 60: rows 1 and 2 are whole, 8 pixels of padding are above.
+    for cell in range(4, 12):
+        row, column = divmod(cell, 4)
+        x, y = (column + 0.5) * 15 / 60, ((row + 0.5) * 15 - 8) / 44
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+        title = canvas.get_attribute("title")
+        role = "kept" if cell in kept else "dropped"
+        assert title.startswith(f"row {row}, column {column}; {role}; CLS attention "), title
 
 
 @needs_browser
@@ -439,9 +432,9 @@ def test_texts_are_escaped_and_the_page_fits_in_light_and_dark(page_file, size, 
 def test_the_command_writes_one_small_file_and_names_itself_in_it(tiny_path, tmp_path, capsys):
     picture(0).save(tmp_path / "photo.png")
     file = tmp_path / "new" / "page.html"
-    arguments = ["photo.png", "is there a star?", "--model", str(tiny_path), "--methods", "uniform,full,random"]
-    arguments[0] = str(tmp_path / "photo.png")
-    assert command.gallery([*arguments, "--budgets", "1/2,4", "--output", str(file), "--device", "cpu"]) == 0
+    arguments = [str(tmp_path / "photo.png"), "is there a star?", "--model", str(tiny_path), "--device", "cpu"]
+    arguments += ["--methods", "uniform,full,random", "--budgets", "1/2,4", "--output", str(file)]
+    assert command.gallery(arguments) == 0
     text = file.read_text()
     printed = capsys.readouterr()
     assert "2 methods at 2 budgets, 4 answers, 0 not possible" in printed.out
@@ -470,6 +463,7 @@ def test_mistakes_end_in_a_sentence_before_a_model_is_loaded(arguments, sentence
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_the_script_passes_the_model_and_stays_in_the_caller_s_folder(tmp_path):
     """With a python that prints how it was called."""
     python = tmp_path / "venv" / "bin" / "python"

@@ -128,25 +128,21 @@ def test_a_small_file_keeps_its_colours(tmp_path):
     assert np.abs(saved[14, 14] - (138, 51, 166)).max() < 30 and np.abs(saved[32, 32] - (214, 40, 40)).max() < 30
 
 
-def test_steps_compose_by_the_positions_of_the_step_before():
-    """Keep 1, 3, 6, 8 of nine patches, then the outputs 0 and 2 of those: patches 1 and 6."""
-    patches = assigned([prune([1, 3, 6, 8], 9), prune([0, 2], 4, "layer 2")], single(1, 9))
-    assert patches.kept.tolist() == [1, 6]
-    assert patches.assignment.tolist() == [-1, 0, -1, -1, -1, -1, 1, -1, -1]
-
-
-def test_pruning_a_merged_token_drops_all_that_went_into_it():
-    patches = assigned([merge([0, 2], [0, 0, 1, 1]), prune([1], 2, "layer 1")], single(1, 4))
-    assert patches.assignment.tolist() == [-1, -1, 0, 0] and patches.kept.tolist() == [2]
-
-
-def test_a_share_of_zero_is_no_share():
-    assert assigned([merge([0], [0, 0, 0, -1], weight=[0.5, 0.0, 0.5, 0.0])], single(1, 4)).assignment.tolist() == [
-        0,
-        -1,
-        0,
-        -1,
-    ]
+@pytest.mark.parametrize(
+    ("trace", "patches", "assignment", "kept"),
+    [
+        # Keep 1, 3, 6, 8 of nine patches, then the outputs 0 and 2 of those: patches 1 and 6.
+        ([prune([1, 3, 6, 8], 9), prune([0, 2], 4, "layer 2")], 9, [-1, 0, -1, -1, -1, -1, 1, -1, -1], [1, 6]),
+        # Pruning a merged token drops all that went into it.
+        ([merge([0, 2], [0, 0, 1, 1]), prune([1], 2, "layer 1")], 4, [-1, -1, 0, 0], [2]),
+        # A share of zero is no share.
+        ([merge([0], [0, 0, 0, -1], weight=[0.5, 0.0, 0.5, 0.0])], 4, [0, -1, 0, -1], [0]),
+    ],
+    ids=["positions are those of the step before", "pruning a merged token", "a share of zero"],
+)
+def test_steps_compose(trace, patches, assignment, kept):
+    found = assigned(trace, single(1, patches))
+    assert (found.assignment.tolist(), found.kept.tolist()) == (assignment, kept)
 
 
 def test_a_class_token_in_front_shifts_nothing():
@@ -172,12 +168,7 @@ def test_a_large_photograph_is_drawn_small(size, drawn):
     """It was drawn with all its pixels: 12 megapixels took 14 s, 48 held 6 GB and never ended."""
     image = Image.new("L", size, 200)
     assert draw_overlay(image, [prune([0], 16)], GRID).size == draw_overlay(image, [], GRID).size == drawn
-
-
-def test_upscale_and_no_steps():
     assert draw_overlay(GREY, [], GRID, upscale=3).size == (96, 96)
-    big = draw_overlay(GREY, [prune([0], 16)], GRID, upscale=2)
-    assert big.size == (64, 64) and middles(big, 4)[0, 0].tolist() == [200] * 3
 
 
 def test_a_trace_that_does_not_fit_is_an_error():

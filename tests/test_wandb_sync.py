@@ -104,18 +104,13 @@ def test_what_wandb_did_not_upload_is_named(tmp_path, fake_wandb, capsys, monkey
     assert capsys.readouterr().err.startswith("wandb sync ended with code 7; ")
 
 
-def test_a_dry_run_uploads_nothing_and_needs_no_key(tmp_path, fake_wandb, capsys, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY")
-    new = part(tmp_path / "results" / "a", "aa")
-    assert main([str(tmp_path / "results"), "--dry-run"]) == 0
-    assert str(new) in capsys.readouterr().out and not calls(fake_wandb)
-
-
 def test_without_key_program_or_folder_one_sentence_says_what_to_do(tmp_path, fake_wandb, capsys, monkeypatch):
     assert main([str(tmp_path / "gone")]) == 2
     assert capsys.readouterr().err == f"There is no folder {tmp_path}/gone; name the one that holds the results.\n"
-    part(tmp_path / "results" / "a", "aa")
+    new = part(tmp_path / "results" / "a", "aa")
     monkeypatch.delenv("WANDB_API_KEY")
+    assert main([str(tmp_path / "results"), "--dry-run"]) == 0
+    assert str(new) in capsys.readouterr().out, "a dry run needs no key"
     assert main([str(tmp_path / "results")]) == 2
     assert capsys.readouterr().err.startswith("W&B has no API key; run `wandb login` or set WANDB_API_KEY")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -124,6 +119,7 @@ def test_without_key_program_or_folder_one_sentence_says_what_to_do(tmp_path, fa
     assert not calls(fake_wandb)
 
 
+@pytest.mark.process
 def test_the_script_takes_a_folder_from_where_it_is_called(tmp_path, fake_wandb):
     part(tmp_path / "results" / "a", "aa")
     # The script puts the environment in front of the fake, so it only lists.
@@ -136,6 +132,7 @@ def test_the_script_takes_a_folder_from_where_it_is_called(tmp_path, fake_wandb)
     assert done.stdout.startswith(f"1 offline run below {tmp_path}/results: 1 to upload.")
 
 
+@pytest.mark.process
 def test_real_offline_runs_are_found(tmp_path):
     """The names that W&B gives its folders and files."""
     code = (

@@ -302,7 +302,8 @@ def legend(scale: int = 1, merges: bool = True) -> Image.Image:
     """
     side, gap = 14 * scale, 8 * scale
     font = ImageFont.load_default(13 * scale)
-    kept, merged, target, dropped = (_swatch(side, number) for number in range(4))
+    drawn = example(side)
+    kept, merged, target, dropped = (drawn.crop((left, 0, left + side, side)) for left in range(0, 4 * side, side))
     entries = [("kept", kept)]
     if merges:
         entries += [("merged, in its group's outline", merged), ("patch at which a merged token stands", target)]
@@ -317,17 +318,15 @@ def legend(scale: int = 1, merges: bool = True) -> Image.Image:
     return strip
 
 
-def _swatch(side: int, number: int) -> Image.Image:
-    """One patch of a small example, drawn as `draw_panel` draws it: kept, merged, merge target, dropped."""
-    # Four patches of a made-up photograph; patches 1 and 2 are one token, which stands at 2.
+def example(side: int) -> Image.Image:
+    """Four patches of a made-up photograph as `draw_panel` draws them: kept, merged, merge target, dropped."""
+    # Patches 1 and 2 are one token, which stands at 2.
     photo = np.array([[(196, 120, 84), (120, 168, 92)]], dtype=np.uint8).repeat(side, 0).repeat(side // 2, 1)
-    image = Image.fromarray(np.concatenate([photo] * 4, 1))
-    patches = PatchAssignment(np.array([0, 1, 1, -1]), np.array([0, 2]))
-    panel = Panel("", image, np.arange(4)[None])
-    drawn = draw_panel(panel, patches, np.array([-1, 4]))
-    if number == 1:  # a group's line runs around it, not between it and its own target
-        ImageDraw.Draw(drawn).rectangle((side, 0, 2 * side - 1, side - 1), outline=PALETTE[4])
-    return drawn.crop((number * side, 0, number * side + side, side))
+    panel = Panel("", Image.fromarray(np.concatenate([photo] * 4, 1)), np.arange(4)[None])
+    drawn = draw_panel(panel, PatchAssignment(np.array([0, 1, 1, -1]), np.array([0, 2])), np.array([-1, 4]))
+    # A group's line runs around it; as a swatch of its own the merged patch is outlined on all sides.
+    ImageDraw.Draw(drawn).rectangle((side, 0, 2 * side - 1, side - 1), outline=PALETTE[4])
+    return drawn
 
 
 GAP = 4  # pixels between panels

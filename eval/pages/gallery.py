@@ -181,11 +181,6 @@ class Result:
     states: tuple[State, ...]
     at: tuple[int, ...]
 
-    @property
-    def mean(self) -> float:
-        """Mean visual tokens per decoder layer."""
-        return sum(self.tokens_per_layer) / len(self.tokens_per_layer)
-
 
 @dataclass(frozen=True, eq=False)
 class Gallery:

@@ -48,11 +48,6 @@ class Panel:
     x: str | None = None
     job: str = "evaluation"
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The logged keys that the panel shows."""
-        return (self.key,) if self.x is None else (self.key, self.x)
-
 
 @dataclass(frozen=True)
 class Section:

@@ -24,6 +24,7 @@ from llava.errors import UserError
 # Runs per call of `wandb sync`: command lines have a largest length.
 RUNS_PER_CALL = 200
 REPLACED = re.compile(r"replaced-\d+")
+REASONS = UPLOADED, RUNNING, RESTARTED = "uploaded before", "still running", "replaced by --restart"
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,20 @@ class OfflineRun:
         """Whether every part is: W&B leaves a file beside what it has uploaded."""
         return all(any(part.glob("*.wandb.synced")) for part in self.parts)
 
-    @property
-    def replaced(self) -> bool:
-        """Whether --restart moved its results aside."""
-        if any(REPLACED.fullmatch(name) for part in self.parts for name in part.parts):
-            return True
-        output = self.parts[-1].parent.parent
-        return any(file.read_text().strip() == self.name for file in output.glob("replaced-*/wandb_id*"))
+    def why_not(self, replaced: bool) -> str | None:
+        """Why the run is left out; None if it is to be uploaded.
 
-    @property
-    def running(self) -> bool:
-        """Whether a process still answers into its folder."""
+        Args:
+            replaced: take runs whose results --restart moved aside too.
+        """
         output = self.parts[-1].parent.parent
-        return any(is_locked(folder / "lock") for folder in (output, output.parent))
+        if self.uploaded:
+            return UPLOADED
+        if any(is_locked(folder / "lock") for folder in (output, output.parent)):
+            return RUNNING
+        aside = any(REPLACED.fullmatch(name) for part in self.parts for name in part.parts)
+        aside |= any(file.read_text().strip() == self.name for file in output.glob("replaced-*/wandb_id*"))
+        return RESTARTED if aside and not replaced else None
 
 
 @exit_on_user_error
@@ -70,9 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}; name the one that holds the results.")
     runs = find_runs(folder)
-    pending = [run for run in runs if not run.uploaded]
-    chosen = [run for run in pending if (args.replaced or not run.replaced) and not run.running]
-    print(counted(runs, pending, chosen, folder))
+    reasons = [run.why_not(args.replaced) for run in runs]
+    chosen = [run for run, reason in zip(runs, reasons, strict=True) if reason is None]
+    left_out = [f"{reasons.count(reason):,} {reason}" for reason in REASONS if reason in reasons]
+    noun = "run" if len(runs) == 1 else "runs"
+    text = ", ".join([f"{len(runs):,} offline {noun} below {folder}: {len(chosen):,} to upload", *left_out])
+    print(f"{text}.")
     if args.dry_run:
         print("".join(f"{part}\n" for run in chosen for part in run.parts), end="")
         return 0
@@ -87,22 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in left:
         print(f"not uploaded: {run.parts[-1]}", file=sys.stderr)
     return 1 if left else 0
-
-
-def counted(
-    runs: Sequence[OfflineRun], pending: Sequence[OfflineRun], chosen: Sequence[OfflineRun], folder: Path
-) -> str:
-    """How many runs there are, and why some are left out."""
-    left_out = [run for run in pending if run not in chosen]
-    running = sum(run.running for run in left_out)
-    reasons = (
-        (len(runs) - len(pending), "uploaded before"),
-        (running, "still running"),
-        (len(left_out) - running, "replaced by --restart"),
-    )
-    text = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
-    noun = "run" if len(runs) == 1 else "runs"
-    return f"{len(runs):,} offline {noun} below {folder}: {len(chosen):,} to upload" + (f", {text}." if text else ".")
 
 
 def find_runs(folder: Path) -> list[OfflineRun]:

@@ -244,16 +244,7 @@ TABLE_ROWS = 200
 TABLE_PICTURES = 32  # rows of the sample table with images
 PICTURES = 8
 SIDE = 448  # longest side of an image in the sample table
-COLUMNS = (
-    "question_id",
-    "picture",
-    "kept tokens",
-    "question",
-    "reference",
-    "answer",
-    "credit",
-    "tokens per layer",
-)
+COLUMNS = ("question_id", "picture", "kept tokens", "question", "reference", "answer", "credit", "tokens per layer")
 
 
 class Tracker:
@@ -305,11 +296,12 @@ class Tracker:
         self._answered = answered
         numbers = {
             "progress/answered": answered,
-            **({} if accuracy is None else {"progress/accuracy": accuracy}),
             "progress/batch_size": len(samples),
             "progress/batch_prefill_ms": 1000 * batch.timing.prefill,
             "progress/batch_decode_ms": 1000 * batch.timing.decode,
         }
+        if accuracy is not None:
+            numbers["progress/accuracy"] = accuracy
         # The number of answers as the step: a continued run goes on where the earlier one stopped.
         self.log(numbers, step=answered)
 
