@@ -38,7 +38,6 @@ class OfflineRun:
     Attributes:
         name: the id of the run.
         history: one dict per `run.log`.
-        files: names of media and other files, relative to `folder / "files"`.
         artifacts: name -> path in the artifact -> file on the disk.
         artifact_types: name -> type.
         metadata: name of an artifact -> its metadata.
@@ -48,7 +47,6 @@ class OfflineRun:
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
     exit_code: int | None = None
     name: str = ""
     job_type: str = ""
@@ -134,8 +132,6 @@ def read_run(folder: Path) -> OfflineRun:
                 run.history.append(items(record.history.item))
             case "summary":
                 run.summary |= items(record.summary.update)
-            case "files":
-                run.files += [entry.path for entry in record.files.files]
             case "exit":
                 run.exit_code = record.exit.exit_code
     return run
