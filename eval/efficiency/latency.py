@@ -32,7 +32,7 @@ from eval.efficiency.latency_table import page, plot, ratios, round_by_round, se
 from eval.efficiency.measure import CLOCKS, SCENARIOS, Measured, Measurements, Scenario, measure
 from eval.efficiency.memory import QuestionShape, layout_of, size_text
 from eval.efficiency.oracle import chosen_options, oracles, reducers_of
-from eval.efficiency.shapes import SHAPES, noise_batches, random_llava
+from eval.efficiency.shapes import SHAPES, noise_batches, random_llava, reading_of
 from eval.results.report import commit, hardware
 from llava.budget import count_or_ratio, tokens_of
 from llava.errors import UserError, unknown
@@ -47,7 +47,6 @@ from llava.reduction.reducer import Reducer
 
 TTFT = "vision, selection, merging and prefill of the batch, without preprocessing"
 COMPILED = ", compiled"  # behind the name of a row that runs with `--compile`
-NEXT_READING = {"merge": "spatial", "force": "672x672"}
 GATE_BATCH = 16  # questions
 MEMORY_SHARE = 0.9  # of the free memory of a CPU may be used
 
@@ -131,12 +130,6 @@ def models(args: argparse.Namespace) -> tuple[Llava, Llava | None]:
     refuse_large_weights(outline, DTYPES[args.dtype].itemsize, placed)
     model = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=placed, **picture)
     return model, outline if args.counts else None
-
-
-def reading_of(shape: str, texts: dict[str, str]) -> dict[str, Any]:
-    """How a shape reads images: LLaVA-NeXT as the tables of papers do, 2,880 tokens each, unless `texts` say else."""
-    of_next = SHAPES[shape]["family"] == "llava_next"
-    return {key: parse(key, text) for key, text in (NEXT_READING if of_next and not texts else texts).items()}
 
 
 def refuse(args: argparse.Namespace, scenario: Scenario, model: Llava) -> None:
