@@ -30,7 +30,7 @@ from eval.efficiency import memory
 from eval.efficiency.counts import Counts, count_prefill
 from eval.efficiency.latency_table import page, plot, ratios, round_by_round, sentence, write
 from eval.efficiency.measure import CLOCKS, SCENARIOS, Measured, Measurements, Scenario, measure
-from eval.efficiency.memory import QuestionShape, layout_of, size_text
+from eval.efficiency.memory import size_text
 from eval.efficiency.oracle import chosen_options, oracles, reducers_of
 from eval.efficiency.shapes import SHAPES, noise_batches, random_llava, reading_of
 from eval.results.report import commit, hardware
@@ -42,7 +42,6 @@ from llava.model.llava_arch import Llava
 from llava.pipeline.compile import compile_model
 from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
-from llava.processing.video import Video
 from llava.reduction.reducer import Reducer
 
 TTFT = "vision, selection, merging and prefill of the batch, without preprocessing"
@@ -246,20 +245,10 @@ def usable_memory(model: Llava) -> float | None:
 def needed(model: Llava, reducer: Reducer, samples: list[Sample], length: int) -> int:
     """Expected bytes of activations and cache of a batch with answers of `length` tokens."""
     itemsize = next(model.llm.parameters()).element_size()
-    shapes = [shape_of(model, sample) for sample in samples]
-    stages = memory.activations(model, reducer, shapes, itemsize)
+    shapes = tuple(memory.shape_of(model, sample) for sample in samples)
     prompts = [memory.lengths(model, reducer, shape) for shape in shapes]
-    answers = memory.kv_bytes(model, prompts, itemsize, length) + stages.decode
-    return max(stages.vision, stages.prefill_with_cache, answers)
-
-
-def shape_of(model: Llava, sample: Sample) -> QuestionShape:
-    """What memory depends on in a question."""
-    text = sum(token >= 0 for token in model.prompt(sample).ids)
-    sizes = [
-        (image.frames[0].size, True) if isinstance(image, Video) else (image.size, False) for image in sample.images
-    ]
-    return QuestionShape(text, tuple(layout_of(model, size, video) for size, video in sizes), sample.id)
+    cache = memory.kv_bytes(model, prompts, itemsize, length)
+    return memory.activations(model, reducer, shapes, itemsize).peak(cache)
 
 
 def refuse_large_weights(model: Llava, itemsize: int, device: torch.device) -> None:
