@@ -28,8 +28,8 @@ from eval.command import exit_on_user_error, make_parser, open_dataset, value
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, FULL, count, pairs
 from eval.efficiency import memory
 from eval.efficiency.counts import Counts, count_prefill
-from eval.efficiency.latency_table import page, plot, ratios, round_by_round, sentence, write
-from eval.efficiency.measure import CLOCKS, SCENARIOS, Measured, Measurements, Scenario, measure
+from eval.efficiency.latency_table import page, plot, sentence, write
+from eval.efficiency.measure import CLOCKS, SCENARIOS, Measured, Measurements, Scenario, measure, over_rounds, ratios
 from eval.efficiency.memory import size_text
 from eval.efficiency.oracle import chosen_options, oracles, reducers_of
 from eval.efficiency.shapes import SHAPES, noise_batches, random_llava, reading_of
@@ -182,7 +182,10 @@ def batch_result(
         beside_plain = rows.get(plain) if name != plain else None
         if beside_plain is not None:
             decode = beside_plain.decode / ours.decode if beside_plain.decode and ours.decode else None
-            entry["plain_over_compiled"] = {"ttft": round_by_round(beside_plain, ours).median, "decode": decode}
+            entry["plain_over_compiled"] = {
+                "ttft": over_rounds(beside_plain.ttfts, ours.ttfts).median,
+                "decode": decode,
+            }
     return {"batch_size": size, "methods": entries}
 
 
