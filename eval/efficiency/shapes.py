@@ -8,6 +8,7 @@ noise_batches(model, 8, True)   batches of questions that any model can be measu
 import copy
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -18,9 +19,10 @@ from transformers import CLIPTextConfig, LlamaModel, PreTrainedModel, PreTrained
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from eval.papers import read_yaml
 from llava.model.builder import DTYPES, FAMILIES, parse
 from llava.model.checkpoint.hf_model import HF_CLASSES, hf_class
-from llava.model.checkpoint.layouts import CLIP_L_336, LANGUAGEBIND, Family
+from llava.model.checkpoint.layouts import CLIP_L_336, Family
 from llava.model.checkpoint.load import Checkpoint
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
@@ -30,74 +32,14 @@ from llava.processing.image import ImageProcessor, QwenImageProcessor
 from llava.processing.prompt import Sample
 from llava.processing.video import FRAMES, Video
 
-
-def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, words: int = 32064) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys,
-        "vocab_size": words,
-    }
-
-
-VICUNA_7B = _llama(4096, 11008, 32, 32, 32)
-VICUNA_13B = _llama(5120, 13824, 40, 40, 40)
-MISTRAL_7B = _llama(4096, 14336, 32, 32, 8)
-YI_34B = _llama(7168, 20480, 60, 56, 8, 64064)
-
-QWEN_25_7B: dict[str, Any] = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "max_position_embeddings": 128000,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-}
-QWEN_25_VISION: dict[str, Any] = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "out_hidden_size": 3584,
-    "patch_size": 14,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
-
-NEXT_READING = {"merge": "spatial", "force": "672x672"}
-
-# Sizes from the official config.json files. Mistral's decoder is Llama's with fewer key heads.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llava-1.5-7b": {"family": "llava", "text": VICUNA_7B},
-    "llava-1.5-13b": {"family": "llava", "text": VICUNA_13B},
-    "llava-next-7b": {"family": "llava_next", "text": VICUNA_7B},
-    "llava-next-mistral-7b": {"family": "llava_next", "text": MISTRAL_7B},
-    "llava-next-13b": {"family": "llava_next", "text": VICUNA_13B},
-    "llava-next-34b": {"family": "llava_next", "text": YI_34B},
-    "video-llava-7b": {"family": "video_llava", "text": VICUNA_7B, "vision": LANGUAGEBIND},
-    "qwen2.5-vl-7b": {"family": "qwen2_5_vl", "text": QWEN_25_7B, "vision": QWEN_25_VISION},
-}
+# Name -> family, and fields of the two parts of config.json, "text" and "vision" (that of LLaVA-1.5 if left out).
+SHAPES: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("shapes.yaml"))["models"]
 # The official models of the tables of memory and costs; SHAPES has their names in lower case.
 MODELS = (
     "LLaVA-1.5-7B", "LLaVA-1.5-13B", "LLaVA-NeXT-7B", "LLaVA-NeXT-13B", "LLaVA-NeXT-34B", "Video-LLaVA-7B",
     "Qwen2.5-VL-7B",
 )  # fmt: skip
-
-CLIP_L_TEXT: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "projection_dim": 768,
-    "vocab_size": 49408,
-    "eos_token_id": 49407,
-}
+NEXT_READING = {"merge": "spatial", "force": "672x672"}
 
 
 def narrow(shape: str, width: int, layers: int, blocks: int = 3, side: int = 336) -> dict[str, Any]:
@@ -247,7 +189,7 @@ class RandomClip(Llava):
             return [1 + place for place, _ in enumerate(text.split())]
 
         vision: Any = self.tower
-        config = CLIPTextConfig(**CLIP_L_TEXT)
+        config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
         last = config.vocab_size - 1
         with torch.device(self.device):
             tower = ClipText(config, vision.config.hidden_size, vision.post_layernorm, words, last - 1, last)
