@@ -11,9 +11,9 @@ import torch
 
 from eval.efficiency import latency
 from eval.efficiency import measure as measuring
-from eval.efficiency.latency import Gate, gate, main, needed, parser, usable_memory
+from eval.efficiency.latency import gate, main, needed, parser, usable_memory
 from eval.efficiency.latency_table import page, runs, spanned
-from eval.efficiency.measure import Measured, Measurements, StageTimer, measure, once, ratios
+from eval.efficiency.measure import Measured, Measurements, StageTimer, measure, once
 from eval.efficiency.oracle import chosen_options, oracles
 from llava.errors import UserError
 from llava.pipeline.compile import compile_model
@@ -22,7 +22,6 @@ from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.merging import Reduction
 from tests.conftest import samples
-from tests.eval_fakes import write_gqa
 
 # -- what is timed -------------------------------------------------------------------------------------------------
 
@@ -166,6 +165,10 @@ def test_ratios_to_full_and_to_the_oracle():
     assert not ratios(full, measured(1.0, 0.0, 0.0, 3.0, ttfts=(3.0, 4.0))).calm
 
 
+def ratios(*measurements, **more):
+    return SimpleNamespace(**measuring.ratios(*measurements, **more))
+
+
 def in_turns(*seconds):
     return measured(0.0, 0.0, 0.0, 1.0, ttfts=seconds)
 
@@ -195,13 +198,23 @@ def test_methods_with_the_same_tokens_at_the_same_stages_share_an_oracle(tiny):
 # -- the gate ------------------------------------------------------------------------------------------------------
 
 
-def test_the_gate_asks_the_first_questions_and_marks_what_falls_below(tiny, tmp_path):
-    data = write_gqa(tmp_path / "data", count=6, images=2)
-    reducers = {"full": registry.build("full", 16), "uniform": registry.build("uniform", 4)}
-    found = gate(tiny, reducers, "gqa", data, 4, 0.9)
-    assert found.questions == 4 and set(found.accuracy) == set(reducers)
-    known = Gate("GQA", 4, 0.9, {"full": 1.0, "good": 0.9, "bad": 0.89})
-    assert known.passes("good") and not known.passes("bad")
+def test_the_gate_asks_the_first_questions_and_marks_what_falls_below(monkeypatch):
+    """Each "method" here is how many of the questions 0, 1, 2, ... it answers rightly."""
+
+    def answers(model, asked, right, length):
+        return SimpleNamespace(answers=[SimpleNamespace(text="yes" if number < right else "no") for number in asked])
+
+    questions = SimpleNamespace(
+        title="GQA", questions=range(40), sample=int, max_new_tokens=1, sample_score=lambda one, text: text == "yes"
+    )
+    monkeypatch.setattr(latency, "open_dataset", lambda *_: questions)
+    monkeypatch.setattr(latency, "generate", answers)
+    found = gate(None, {"full": 20, "good": 18, "bad": 17}, "gqa", None, 20, 0.9)
+    assert found["questions"] == 20 and found["accuracy"] == {"full": 1.0, "good": 0.9, "bad": 0.85}
+    assert found["passes"] == {"full": True, "good": True, "bad": False}
+    monkeypatch.setattr(questions, "sample_score", None)
+    with pytest.raises(UserError, match="have no score of their own"):
+        gate(None, {}, "gqa", None, 20, 0.9)
 
 
 # -- one run, from the flags to the tables -------------------------------------------------------------------------

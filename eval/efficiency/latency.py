@@ -17,7 +17,6 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         **settings,
         "commit": commit(),
         "repeats": repeats,
-        "gate": None if held is None else dataclasses.asdict(held),
+        "gate": held,
         "batches": batches,
     }
 
@@ -156,7 +155,7 @@ def batch_result(
     rows: dict[str, Measured | None],
     counts: dict[str, Counts],
     oracle_names: dict[str, str],
-    held: "Gate | None",
+    held: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Measurements, counts and ratios of every method and oracle at one batch size.
 
@@ -168,8 +167,8 @@ def batch_result(
         entry: dict[str, Any] = {"fits": ours is not None, "oracle": oracle_names.get(name)}
         if name in counts:
             entry["counts"] = dataclasses.asdict(counts[name])
-        if held is not None and plain in held.accuracy:
-            entry["accuracy"], entry["passes_gate"] = held.accuracy[plain], held.passes(plain)
+        if held is not None and plain in held["accuracy"]:
+            entry |= {"accuracy": held["accuracy"][plain], "passes_gate": held["passes"][plain]}
         entries[name] = entry
         if ours is None:
             continue
@@ -178,7 +177,7 @@ def batch_result(
         full, oracle = rows.get(FULL + name.removeprefix(plain)), rows.get(oracle_names.get(name, ""))
         if full is not None:
             pair = (counts[FULL], counts[plain]) if plain in counts else None
-            entry["ratios"] = dataclasses.asdict(ratios(full, ours, pair, oracle))
+            entry["ratios"] = ratios(full, ours, pair, oracle)
         beside_plain = rows.get(plain) if name != plain else None
         if beside_plain is not None:
             decode = beside_plain.decode / ours.decode if beside_plain.decode and ours.decode else None
@@ -192,29 +191,20 @@ def batch_result(
 # The accuracy gate: the speed of a method that answers badly is marked.
 
 
-@dataclass(frozen=True)
-class Gate:
-    """What a method must reach for its speed to count.
-
-    Attributes:
-        title: of the questions, "GQA testdev".
-        questions: how many are asked, the first of the benchmark.
-        share: of the accuracy of `full`.
-        accuracy: method -> share of right answers.
-    """
-
-    title: str
-    questions: int
-    share: float
-    accuracy: dict[str, float]
-
-    def passes(self, name: str) -> bool:
-        """Whether a method has at least `share` of the accuracy of `full`."""
-        return self.accuracy[name] >= self.share * self.accuracy[FULL]
-
-
-def gate(model: Llava, reducers: dict[str, Reducer], benchmark: str, data: Path, questions: int, share: float) -> Gate:
+def gate(
+    model: Llava, reducers: dict[str, Reducer], benchmark: str, data: Path, questions: int, share: float
+) -> dict[str, Any]:
     """Ask every method the first questions of a benchmark.
+
+    Args:
+        share: of the accuracy of `full` that a method must reach for its speed to count.
+
+    Returns:
+        title: of the questions, "GQA testdev".
+        questions: how many were asked.
+        share: as given.
+        accuracy: method -> share of right answers.
+        passes: method -> whether it has at least `share` of the accuracy of `full`.
 
     Raises:
         UserError: answers of this benchmark have no score of their own.
@@ -231,7 +221,9 @@ def gate(model: Llava, reducers: dict[str, Reducer], benchmark: str, data: Path,
             answers = generate(model, [dataset.sample(one) for one in part], reducer, dataset.max_new_tokens).answers
             points += sum(dataset.sample_score(one, answer.text) for one, answer in zip(part, answers, strict=True))
         accuracy[name] = points / len(asked)
-    return Gate(dataset.title, len(asked), share, accuracy)
+    passes = {name: reached >= share * accuracy[FULL] for name, reached in accuracy.items()}
+    found = {"title": dataset.title, "questions": len(asked), "share": share}
+    return found | {"accuracy": accuracy, "passes": passes}
 
 
 # Whether a batch fits into the memory that is free, before it is tried

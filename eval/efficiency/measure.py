@@ -349,11 +349,19 @@ def interval_rank(rounds: int) -> int:
     return max(0, int(binom.ppf((1 - CONFIDENCE) / 2, rounds, 0.5)) - 1)
 
 
-@dataclass(frozen=True)
-class Ratios:
-    """docs/efficiency.md defines each.
+def ratios(
+    full: Measured,
+    ours: Measured,
+    counts: tuple[Counts, Counts] | None = None,
+    oracle: Measured | None = None,
+) -> dict[str, Any]:
+    """The ratios of a method; docs/efficiency.md defines each.
 
-    Attributes:
+    Args:
+        counts: of full and of the method; without them operations are those of the closed formula.
+        oracle: measured in the same rounds.
+
+    Returns:
         ttft: time to first token of full over that of the method in the same round, median over rounds.
         ttft_interval: low and high end of the interval of that median.
         decode: seconds per token, likewise; None without decoding.
@@ -361,7 +369,7 @@ class Ratios:
         flops: operations of full over those of the method.
         realised: `ttft` / `flops`, the share of the theoretical speed-up that was measured.
         over_oracle: time to first token over that of the oracle with the same tokens in the same round, less 1,
-            median over rounds; the price of choosing.
+            median over rounds; the price of choosing. None without an oracle.
         over_oracle_interval: of that median.
         selection: selection and merging as a share of the time to first token.
         with_scores: the same with what the tower takes longer than for full, since scores are computed beside it.
@@ -369,50 +377,23 @@ class Ratios:
         peak: highest memory of the method over that of full.
         calm: slowest over fastest round is below 1.25 for the method and for full.
     """
-
-    ttft: float
-    ttft_interval: tuple[float, float]
-    decode: float | None
-    end_to_end: dict[int, float]
-    flops: float
-    realised: float
-    over_oracle: float | None
-    over_oracle_interval: tuple[float, float] | None
-    selection: float
-    with_scores: float
-    kv_bytes: float
-    peak: float
-    calm: bool
-
-
-def ratios(
-    full: Measured,
-    ours: Measured,
-    counts: tuple[Counts, Counts] | None = None,
-    oracle: Measured | None = None,
-) -> Ratios:
-    """The ratios of a method.
-
-    Args:
-        counts: of full and of the method; without them operations are those of the closed formula.
-        oracle: measured in the same rounds.
-    """
     most, least = (counts[0].flops, counts[1].flops) if counts else (full.flops, ours.flops)
     choosing = ours.seconds["selection"] + ours.seconds["merging"]
     faster = over_rounds(full.ttfts, ours.ttfts)
     slower = None if oracle is None else over_rounds(ours.ttfts, oracle.ttfts)
-    return Ratios(
-        ttft=faster.median,
-        ttft_interval=(faster.low, faster.high),
-        decode=None if not (full.decode and ours.decode) else full.decode / ours.decode,
-        end_to_end={length: median(full.end_to_end[length]) / median(own) for length, own in ours.end_to_end.items()},
-        flops=most / least,
-        realised=faster.median * least / most,
-        over_oracle=None if slower is None else slower.median - 1,
-        over_oracle_interval=None if slower is None else (slower.low - 1, slower.high - 1),
-        selection=choosing / ours.ttft,
-        with_scores=(choosing + max(0.0, ours.seconds["vision"] - full.seconds["vision"])) / ours.ttft,
-        kv_bytes=full.kv_bytes / ours.kv_bytes,
-        peak=ours.peak_bytes / full.peak_bytes,
-        calm=all(max(one.ttfts) < SPREAD * min(one.ttfts) for one in (full, ours)),
-    )
+    whole = {length: median(full.end_to_end[length]) / median(own) for length, own in ours.end_to_end.items()}
+    return {
+        "ttft": faster.median,
+        "ttft_interval": (faster.low, faster.high),
+        "decode": None if not (full.decode and ours.decode) else full.decode / ours.decode,
+        "end_to_end": whole,
+        "flops": most / least,
+        "realised": faster.median * least / most,
+        "over_oracle": None if slower is None else slower.median - 1,
+        "over_oracle_interval": None if slower is None else (slower.low - 1, slower.high - 1),
+        "selection": choosing / ours.ttft,
+        "with_scores": (choosing + max(0.0, ours.seconds["vision"] - full.seconds["vision"])) / ours.ttft,
+        "kv_bytes": full.kv_bytes / ours.kv_bytes,
+        "peak": ours.peak_bytes / full.peak_bytes,
+        "calm": all(max(one.ttfts) < SPREAD * min(one.ttfts) for one in (full, ours)),
+    }
