@@ -1,4 +1,4 @@
-"""Bytes of the weights that a real rank of two holds, for tests/test_estimate_ranks.py."""
+"""Bytes of the weights that a real rank of two holds, for tests/test_estimate.py."""
 
 from pathlib import Path
 

@@ -1,9 +1,10 @@
 """The ledger of published claims."""
 
 import pytest
+import yaml
 
 from eval.efficiency import claims
-from eval.efficiency.claims import CLAIMS, PAGE, Check, Claim, answer, ledger, read
+from eval.efficiency.claims import PAGE, Check, Claim, answer, ledger, read
 from eval.efficiency.counts import Computed
 from llava.errors import UserError
 
@@ -15,50 +16,33 @@ def test_every_claim_stands_on_the_page():
         assert f"| {claim.status} |" in line and claim.source in line
 
 
+ENTRY = {"id": "a", "claim": "c", "source": "s", "trust": "low", "note": "n"}
+CHECK = {"shape": "s", "method": "m", "budget": 1}
+
+
 @pytest.mark.parametrize(
-    "entry",
+    ("entries", "message"),
     [
-        {"status": "empirical"},
-        {"status": "open", "ours": "2 times"},
-        {"status": "proven", "ours": "2 times"},
-        {"status": "empirical", "check": {"shape": "s", "method": "m", "budget": 1, "quantity": "joy"}},
+        ([{"status": "empirical"}], "is not a file of claims"),
+        ([{"status": "open", "ours": "2 times"}], "is not a file of claims"),
+        ([{"status": "proven", "ours": "2 times"}], "is not a file of claims"),
+        ([{"status": "empirical", "check": CHECK | {"quantity": "joy"}}], "is not a file of claims"),
+        ([{"status": "open"}, {"status": "open"}], "names a twice"),
     ],
 )
-def test_a_claim_says_what_stands_behind_its_status(tmp_path, entry):
-    import yaml
-
+def test_a_claim_says_what_stands_behind_its_status_and_is_named_once(tmp_path, entries, message):
     path = tmp_path / "claims.yaml"
-    path.write_text(
-        yaml.safe_dump({"claims": [{"id": "a", "claim": "c", "source": "s", "trust": "low", "note": ""} | entry]})
-    )
-    with pytest.raises(UserError, match="is not a file of claims"):
-        read(path)
-
-
-def test_a_claim_is_named_once(tmp_path):
-    path = tmp_path / "claims.yaml"
-    path.write_text(CLAIMS.read_text() + CLAIMS.read_text().partition("claims:\n")[2])
-    with pytest.raises(UserError, match="twice"):
+    path.write_text(yaml.safe_dump({"claims": [ENTRY | entry for entry in entries]}))
+    with pytest.raises(UserError, match=message):
         read(path)
 
 
 def test_quantities_are_ratios_of_what_was_counted(monkeypatch):
     full, ours = (Computed(f, f, (1,), (kv, kv), 1) for f, kv in ((8 * 10**12, 30 * 10**6), (2 * 10**12, 5 * 10**6)))
-    monkeypatch.setattr(
-        claims, "computed_by", lambda shape, method, budget, options: full if method == "full" else ours
-    )
-    found = {quantity: answer(Check(shape="s", method="m", budget=1, quantity=quantity)) for quantity in claims.UNITS}
-    assert found == {
-        "flops": 4,
-        "flops_saved": 75,
-        "tflops": 2,
-        "tflops_full": 8,
-        "kv": 6,
-        "kv_mb": 10,
-        "kv_mb_full": 60,
-    }
-    claim = Claim(id="a", claim="c", source="s", trust="low", status="empirical", note="n", check=Check(
-        shape="s", method="m", budget=1, quantity="flops"))  # fmt: skip
+    monkeypatch.setattr(claims, "computed_by", lambda shape, method, *_: full if method == "full" else ours)
+    found = {quantity: answer(Check(**CHECK, quantity=quantity)) for quantity in claims.QUANTITIES}
+    assert found == {"flops": 4, "flops_saved": 75, "tflops": 2, "kv": 6}
+    claim = Claim(**ENTRY, status="empirical", check=Check(**CHECK, quantity="flops"))
     assert "4.00 times fewer operations, counted | empirical" in ledger([claim])
 
 

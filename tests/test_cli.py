@@ -30,7 +30,7 @@ def test_help_of_every_command_names_the_command_and_runs_nothing(name, capsys):
 
 def test_every_module_that_users_start_has_a_command():
     """A command line added to eval/ must be reachable through `vtr`, unless another one starts it."""
-    workers = {"eval.parallel.worker", "eval.efficiency.peer_workers"}
+    workers = {"eval.parallel.worker"}
     started = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in (ROOT / "eval").rglob("*.py")

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eval.efficiency.counts import OperationCounter, computed, count_prefill, flop_counter
 from eval.efficiency.growth import Size, model_of
 from eval.efficiency.memory import peak_bytes
-from eval.efficiency.shapes import VICUNA_7B, narrow, noise_batches, random_llava
+from eval.efficiency.shapes import SHAPES, narrow, noise_batches, random_llava
 from llava.errors import UserError
 from llava.model.checkpoint.layouts import CLIP_L_336
 from llava.pipeline.prefill import prefill
@@ -29,7 +29,7 @@ def small():
 
 def textbook(layers, length, patches):
     """Operations of LLaVA-1.5-7B up to the first token, from the papers' formula: 2 per multiply-add."""
-    d, m, words = VICUNA_7B["hidden_size"], VICUNA_7B["intermediate_size"], VICUNA_7B["vocab_size"]
+    d, m, words = (SHAPES["llava-1.5-7b"]["text"][size] for size in ("hidden_size", "intermediate_size", "vocab_size"))
     decoder = layers * (2 * length * (4 * d * d + 3 * d * m) + 4 * length * length * d)
     v, w, blocks = CLIP_L_336["hidden_size"], CLIP_L_336["intermediate_size"], CLIP_L_336["num_hidden_layers"] - 1
     seen = patches + 1  # the CLS token

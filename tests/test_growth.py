@@ -71,7 +71,7 @@ def test_a_run_measures_fits_and_draws(tmp_path, capsys):
 def test_a_budget_that_tiles_cannot_share_is_refused_before_anything_is_measured(capsys, monkeypatch):
     """The run ended at its third size: 64 tokens are no whole number for each of three tiles."""
     measured = []
-    monkeypatch.setattr(growth, "once", lambda *_: measured.append(1))
+    monkeypatch.setattr(growth, "measure", lambda *_: measured.append(1))
     flags = ["--methods", "fastervlm,downsample", "--tokens", "256,512,768", "--budget", "64", "--width", "64"]
     assert main([*flags, "--layers", "1", "--blocks", "2", "--repeats", "1", "--device", "cpu"]) == 2
     said = capsys.readouterr().err

@@ -3,33 +3,32 @@
 import json
 import random
 import sys
+from contextlib import ExitStack
 from itertools import product
 
 import pytest
 import torch
 
-from eval.efficiency import peer_workers, peers
-from eval.efficiency.peers import Worker, compare, interval_rank, paired, refuse_unequal, table
+from eval.efficiency import peers
+from eval.efficiency.measure import interval_rank, over_rounds
+from eval.efficiency.peers import Worker, compare, refuse_unequal, table
 from eval.efficiency.shapes import narrow, random_llava
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 
 FAKE = """
-import pathlib, sys
-from eval.efficiency.peers import serve
+import json, pathlib, sys
 name, factor, folder = sys.argv[1], float(sys.argv[2]), pathlib.Path(sys.argv[3])
 print("loading", flush=True)
-
-def measure():
+print(json.dumps({"ready": name}), flush=True)
+for request in sys.stdin:
     # The machine slows down: every turn takes 10 % longer than the one before, whoever's it is.
     turn = len((folder / "log").read_text()) if (folder / "log").exists() else 0
     with (folder / "log").open("a") as log:
         log.write(name)
     print("measuring", flush=True)
-    return {name: factor * 1.1 ** turn}
-
-serve({"ready": name}, measure)
+    print(json.dumps({"seconds": {name: factor * 1.1 ** turn}}), flush=True)
 """
 
 
@@ -37,33 +36,33 @@ serve({"ready": name}, measure)
 def fake(tmp_path):
     """(name, factor) -> the command line of a worker that claims `factor` seconds and notes when it was asked."""
     (tmp_path / "fake.py").write_text(FAKE)
-    return lambda name, factor: f"{sys.executable} {tmp_path}/fake.py {name} {factor} {tmp_path}"
+    return lambda name, factor: f"{sys.executable} -S {tmp_path}/fake.py {name} {factor} {tmp_path}"
 
 
 def line(words: str) -> str:
     """A worker that runs one line of Python."""
-    return f'{sys.executable} -c "{words}"'
+    return f'{sys.executable} -S -c "{words}"'
 
 
-def test_workers_take_turns_forwards_and_backwards(fake, tmp_path):
+def test_workers_take_turns_forwards_and_backwards_and_a_drift_cancels(fake, tmp_path):
     result = compare("two", [fake("a", 2), fake("b", 3)], 4, 1)
     assert (tmp_path / "log").read_text() == "ab" + "abba" * 2, "a warm-up of each, then rounds"
     assert [list(row) for row in result["rounds"]] == [["a", "b"]] * 4
     assert [worker["ready"] for worker in result["workers"]] == ["a", "b"]
     assert len(result["load"]) == 5
+    first, second, *_ = (row["b"] / row["a"] for row in result["rounds"])
+    assert first == pytest.approx(1.5 * 1.1) and second == pytest.approx(1.5 / 1.1)
 
 
-def test_a_drift_of_the_machine_cancels_over_two_rounds(fake):
-    rounds = compare("drift", [fake("a", 2), fake("b", 3)], 2, 1)["rounds"]
-    first, second = (row["b"] / row["a"] for row in rounds)
-    assert first == pytest.approx(1.5 * 1.1)
-    assert second == pytest.approx(1.5 / 1.1)
+def test_threads_reach_the_worker_and_it_is_ended():
+    words = "import os, json; print(json.dumps({'ready': os.environ['OMP_NUM_THREADS']}), flush=True); input()"
+    with ExitStack() as stack:
+        worker = Worker(line(words), 3, stack)
+        assert worker.read("ready") == {"ready": "3"} and worker.process.poll() is None
+    assert worker.process.poll() is not None
 
 
-def test_threads_reach_the_worker():
-    words = "import os, json; print(json.dumps({'ready': os.environ['OMP_NUM_THREADS']}))"
-    with Worker(line(words), 3) as worker:
-        assert worker.ready() == {"ready": "3"}
+READY = "print('{\\\"ready\\\": 1}', flush=True); input(); "
 
 
 @pytest.mark.parametrize(
@@ -72,21 +71,21 @@ def test_threads_reach_the_worker():
         ("raise SystemExit(5)", "ended with exit code 5"),
         ("print('{broken')", "not JSON with 'ready'"),
         ("print('{}')", "not JSON with 'ready'"),
-        ('print(\'{\\"ready\\": 1}\'); input(); print(\'{\\"seconds\\": {\\"a\\": 0}}\')', "not seconds above 0"),
-        ("print('{\\\"ready\\\": 1}'); input(); print('{\\\"seconds\\\": {}}')", "not seconds above 0"),
-        ("print('{\\\"ready\\\": 1}'); input(); print('{\\\"seconds\\\": 3}')", "not seconds above 0"),
-        ('print(\'{\\"ready\\": 1}\'); input(); print(\'{\\"seconds\\": {\\"a\\": NaN}}\')', "not seconds above 0"),
+        (READY + 'print(\'{\\"seconds\\": {\\"a\\": 0}}\')', "not seconds above 0"),
+        (READY + "print('{\\\"seconds\\\": {}}')", "not seconds above 0"),
+        (READY + "print('{\\\"seconds\\\": 3}')", "not seconds above 0"),
+        (READY + 'print(\'{\\"seconds\\": {\\"a\\": NaN}}\')', "not seconds above 0"),
+        ("print('{\\\"ready\\\": 1}')", "ended with exit code 0"),
     ],
 )
 def test_a_worker_that_fails_ends_in_a_sentence(words, sentence):
-    with pytest.raises(UserError, match=sentence), Worker(line(words), 1) as worker:
-        worker.ready()
-        worker.measure()
+    with pytest.raises(UserError, match=sentence):
+        compare("broken", [line(words)], 1, 1)
 
 
 def test_a_command_that_does_not_exist_ends_in_a_sentence():
     with pytest.raises(UserError, match="cannot be started"):
-        Worker("no-such-command --at-all", 1)
+        compare("nothing", ["no-such-command --at-all"], 1, 1)
 
 
 def test_two_workers_with_one_name_are_refused(fake):
@@ -96,14 +95,7 @@ def test_two_workers_with_one_name_are_refused(fake):
 
 def test_the_ratio_is_that_of_the_same_round():
     """Medians of the columns would say 10 / 2 = 5; b takes twice the time of a in every round but one."""
-    rounds = [
-        {"a": 1.0, "b": 2.0},
-        {"a": 2.0, "b": 4.0},
-        {"a": 5.0, "b": 10.0},
-        {"a": 20.0, "b": 40.0},
-        {"a": 2, "b": 18},
-    ]
-    found = paired(rounds, "b", "a")
+    found = over_rounds([2.0, 4.0, 10.0, 40.0, 18.0], [1.0, 2.0, 5.0, 20.0, 2.0])
     assert (found.median, found.low, found.high) == (2.0, 2.0, 9.0)
 
 
@@ -126,8 +118,7 @@ def test_the_interval_covers_in_drawn_samples():
     draw = random.Random(0)
     hits = 0
     for _ in range(2000):
-        rows = [{"a": 1.0, "b": draw.lognormvariate(0, 0.1)} for _ in range(9)]
-        found = paired(rows, "b", "a")
+        found = over_rounds([draw.lognormvariate(0, 0.1) for _ in range(9)], [1.0] * 9)
         hits += found.low <= 1.0 <= found.high
     assert interval_rank(9) == 1
     assert hits / 2000 == pytest.approx(1 - 2 * (1 + 9) / 2**9, abs=0.02), "all but: at most 1 of 9 on one side"
@@ -177,45 +168,51 @@ def test_a_file_that_is_no_result_ends_in_a_sentence(text, tmp_path, capsys):
 
 def test_no_round_is_refused(capsys):
     assert peers.main(["measure", "--name", "a", "--worker", "true", "--rounds", "0"]) == 2
-    assert "at least 1" in capsys.readouterr().err
+    assert "--rounds should be a whole number, 1 or more" in capsys.readouterr().err
 
 
-def test_our_worker_measures_a_method_and_its_oracle_on_new_images(tiny, monkeypatch):
-    seen = []
-    monkeypatch.setattr(peer_workers, "build", lambda args: tiny)
-    monkeypatch.setattr(peer_workers, "serve", lambda ready, measure: seen.extend([ready, measure(), measure()]))
-    asked, real = [], peer_workers.ttft
+@pytest.fixture
+def worker(tiny, monkeypatch, capsys):
+    """Run a worker on the tiny model with so many requests; returns what it says of itself, and its measurements."""
+    monkeypatch.setattr(peers, "build", lambda args: tiny)
+
+    def run(*words, requests=1):
+        monkeypatch.setattr("sys.stdin", ["measure\n"] * requests)
+        assert peers.main(list(words)) == 0
+        ready, *measured = map(json.loads, capsys.readouterr().out.splitlines())
+        return ready, *(row["seconds"] for row in measured)
+
+    return run
+
+
+def test_our_worker_measures_a_method_and_its_oracle_on_new_images(worker, monkeypatch):
+    asked, real = [], peers.ttft
 
     def ttft(model, reducer, batch):
         asked.append((reducer.name, batch[0].id))
         return real(model, reducer, batch)
 
-    monkeypatch.setattr(peer_workers, "ttft", ttft)
-    assert peer_workers.main(["ours", "--method", "fastv", "--budget", "8", "--oracle"]) == 0
-    ready, first, second = seen
+    monkeypatch.setattr(peers, "ttft", ttft)
+    ready, first, second = worker("ours", "--method", "fastv", "--budget", "8", "--oracle", requests=2)
     assert list(first) == list(second) == ["ours", "oracle"]
     assert all(value > 0 for value in (first | second).values())
     assert asked == [("fastv", "s0"), ("oracle", "s0"), ("oracle", "s1"), ("fastv", "s1")]
-    assert ready["visual tokens per layer"] == (16, 5, 5, 5)
+    assert ready["visual tokens per layer"] == [16, 5, 5, 5]
 
 
-def test_our_worker_measures_several_methods_under_their_names(tiny, monkeypatch):
-    seen = []
-    monkeypatch.setattr(peer_workers, "build", lambda args: tiny)
-    monkeypatch.setattr(peer_workers, "serve", lambda ready, measure: seen.extend([ready, measure()]))
+def test_our_worker_measures_several_methods_under_their_names(worker):
     words = ["ours", "--method", "full,consensusdrop,fastv", "--budget", "8", "--set", "fastv.schedule=kept"]
-    assert peer_workers.main([*words, "--oracle"]) == 0
-    ready, found = seen
+    ready, found = worker(*words, "--oracle")
     assert list(found) == ["full", "consensusdrop", "fastv", "oracle of consensusdrop", "oracle of fastv"]
-    assert ready["visual tokens per layer"]["fastv"] == (16, 8, 8, 8)
-    assert peer_workers.main(["ours", "--method", "full"]) == 0 and list(seen[-1]) == ["ours"]
+    assert ready["visual tokens per layer"]["fastv"] == [16, 8, 8, 8]
+    assert list(worker("ours", "--method", "full")[1]) == ["ours"]
 
 
 def test_stock_with_attentions_gives_the_same_token_and_the_maps_of_the_definition(tiny):
     """A user who scores tokens by the text gets what eager attention computes, and SDPA is back afterwards."""
-    hf, (ids, pixels) = tiny.hf_model, peer_workers.inputs(tiny, 0)
-    token, maps = peer_workers.attentive(hf, ids, pixels)
-    assert token.tolist() == peer_workers.dense(hf, ids, pixels).tolist()
+    hf, (ids, pixels) = tiny.hf_model, peers.inputs(tiny, 0)
+    token, maps = peers.attentive(hf, ids, pixels)
+    assert token.tolist() == peers.dense(hf, ids, pixels).tolist()
     assert len(maps) == tiny.spec.layers and hf.model.language_model.config._attn_implementation == "sdpa"
     decoder, attention = hf.model.language_model, hf.model.language_model.layers[0].self_attn
     features = torch.cat(tuple(hf.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output))
@@ -237,20 +234,15 @@ def test_stock_with_attentions_gives_the_same_token_and_the_maps_of_the_definiti
 def test_stock_gives_the_maps_of_layers_that_share_weights():
     """Their attention stayed on SDPA, which gives no maps and takes less time."""
     model = random_llava(narrow("llava-1.5-7b", 64, 3, blocks=2), 1, "float32")
-    _, maps = peer_workers.attentive(model.hf_model, *peer_workers.inputs(model, 0))
+    _, maps = peers.attentive(model.hf_model, *peers.inputs(model, 0))
     assert len(maps) == 3
     assert all(torch.allclose(one.sum(-1), torch.ones(())) for one in maps)
 
 
-def test_the_stock_worker_measures_with_and_without_attentions(tiny, monkeypatch):
-    seen = []
-    monkeypatch.setattr(peer_workers, "build", lambda args: tiny)
-    monkeypatch.setattr(peer_workers, "serve", lambda ready, measure: seen.extend([measure(), measure()]))
-    assert peer_workers.main(["stock", "--attentions"]) == 0
-    assert [list(found) for found in seen] == [["transformers", "transformers, output_attentions"]] * 2
-    assert peer_workers.main(["stock", "--layer", "2", "--keep", "5"]) == 0 and list(seen[-1]) == [
-        "transformers, eager attention"
-    ]
+def test_the_stock_worker_measures_with_and_without_attentions(worker):
+    _, *found = worker("stock", "--attentions", requests=2)
+    assert [list(row) for row in found] == [["transformers", "transformers, output_attentions"]] * 2
+    assert list(worker("stock", "--layer", "2", "--keep", "5")[1]) == ["transformers, eager attention"]
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
@@ -258,25 +250,25 @@ def test_what_a_user_would_write_gives_our_logits(layer, tiny):
     """The comparison is fair only if both compute the same: FastV's rule, by eager attention and by ours."""
     reducer = registry.build("fastv", 5, {"layer": str(layer), "schedule": "kept"})
     for turn in range(4):
-        ids, pixels = peer_workers.inputs(tiny, turn)
-        theirs = peer_workers.pruned(tiny.hf_model, ids, pixels, layer, 5)
-        state, _ = prefill(tiny, peer_workers.noise_batches(tiny, 1, differ=True)(turn), reducer)
+        ids, pixels = peers.inputs(tiny, turn)
+        theirs = peers.pruned(tiny.hf_model, ids, pixels, layer, 5)
+        state, _ = prefill(tiny, peers.noise_batches(tiny, 1, differ=True)(turn), reducer)
         mine = tiny.logits(state.hidden)
         torch.testing.assert_close(theirs[:, : mine.shape[1]], mine, atol=2e-5, rtol=1e-5)
 
 
 def test_stock_dense_gives_our_first_token(tiny):
     for turn in range(4):
-        token = peer_workers.dense(tiny.hf_model, *peer_workers.inputs(tiny, turn))
+        token = peers.dense(tiny.hf_model, *peers.inputs(tiny, turn))
         full = registry.build("full", tiny.visual_tokens)
-        state, _ = prefill(tiny, peer_workers.noise_batches(tiny, 1, differ=True)(turn), full)
+        state, _ = prefill(tiny, peers.noise_batches(tiny, 1, differ=True)(turn), full)
         assert token.tolist() == tiny.logits(state.hidden).argmax(-1).tolist()
 
 
 def test_eager_is_used_for_one_layer_only(tiny):
-    ids, pixels = peer_workers.inputs(tiny, 0)
+    ids, pixels = peers.inputs(tiny, 0)
     shared = tiny.hf_model.model.language_model.config
-    peer_workers.pruned(tiny.hf_model, ids, pixels, 2, 5)
+    peers.pruned(tiny.hf_model, ids, pixels, 2, 5)
     assert shared._attn_implementation == "sdpa"
     assert all(block.self_attn.config is shared for block in tiny.hf_model.model.language_model.layers)
 
@@ -293,7 +285,7 @@ def test_eager_is_used_for_one_layer_only(tiny):
     ],
 )
 def test_flags_of_a_worker_that_make_no_sense(words, sentence, tiny, monkeypatch, capsys):
-    monkeypatch.setattr(peer_workers, "build", lambda args: tiny)
+    monkeypatch.setattr(peers, "build", lambda args: tiny)
     monkeypatch.setattr(registry.method("trim"), "check", lambda *_: None)
-    assert peer_workers.main(words) == 2
+    assert peers.main(words) == 2
     assert sentence in capsys.readouterr().err

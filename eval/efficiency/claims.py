@@ -9,7 +9,7 @@ eval/papers/claims.yaml.
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,28 +19,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from eval.command import exit_on_user_error, make_parser
 from eval.config import FULL, ROOT
 from eval.efficiency.counts import Computed, computed
-from eval.efficiency.latency import reading_of
-from eval.efficiency.shapes import noise_batches, random_llava
+from eval.efficiency.shapes import noise_batches, random_llava, reading_of
 from eval.papers import read_yaml
 from eval.papers.published import Trust
-from eval.tables.page import insert, markdown
+from eval.tables.page import insert, left_aligned, markdown
 from llava.errors import UserError
-from llava.model.llava_arch import Llava
 from llava.reduction import registry
 
 CLAIMS = ROOT / "eval" / "papers" / "claims.yaml"
 PAGE = ROOT / "docs" / "efficiency.md"
 
 Status = Literal["empirical", "extrapolated", "open"]
-Quantity = Literal["flops", "flops_saved", "tflops", "tflops_full", "kv", "kv_mb", "kv_mb_full"]
-UNITS: dict[Quantity, str] = {
-    "flops": "{:.2f} times fewer operations",
-    "flops_saved": "{:.1f} % fewer operations",
-    "tflops": "{:.2f} TFLOP",
-    "tflops_full": "{:.2f} TFLOP for full",
-    "kv": "{:.2f} times smaller cache",
-    "kv_mb": "{:.1f} MB of keys and values",
-    "kv_mb_full": "{:.1f} MB of keys and values for full",
+Quantity = Literal["flops", "flops_saved", "tflops", "kv"]
+# How a quantity is written, and what it is of the counts of full and of the method.
+QUANTITIES: dict[Quantity, tuple[str, Callable[[Computed, Computed], float]]] = {
+    "flops": ("{:.2f} times fewer operations", lambda full, ours: full.flops / ours.flops),
+    "flops_saved": ("{:.1f} % fewer operations", lambda full, ours: 100 * (1 - ours.flops / full.flops)),
+    "tflops": ("{:.2f} TFLOP", lambda full, ours: ours.flops / 1e12),
+    "kv": ("{:.2f} times smaller cache", lambda full, ours: full.kv_bytes / ours.kv_bytes),
 }
 
 
@@ -99,16 +95,10 @@ def read(path: Path = CLAIMS) -> list[Claim]:
     return found
 
 
-@functools.lru_cache(maxsize=2)
-def empty_model(shape: str) -> Llava:
-    """A model of full depth without memory, which reads images as the tables of papers do."""
-    return random_llava(shape, 1, "bfloat16", device=torch.device("meta"), **reading_of(shape, {}))
-
-
 @functools.cache
 def computed_by(shape: str, method: str, budget: int | None, options: tuple[tuple[str, str], ...]) -> Computed:
     """What one question computes and holds; budget None is all tokens."""
-    model = empty_model(shape)
+    model = random_llava(shape, 1, device=torch.device("meta"), **reading_of(shape))
     reducer = registry.build(method, budget or model.visual_tokens, dict(options))
     return computed(model, reducer, noise_batches(model, 1, False)(0))
 
@@ -117,16 +107,7 @@ def answer(check: Check) -> float:
     """The counted quantity of a check."""
     full = computed_by(check.shape, FULL, None, ())
     ours = computed_by(check.shape, check.method, check.budget, tuple(sorted(check.options.items())))
-    caches = sum(full.kv_bytes_per_layer), sum(ours.kv_bytes_per_layer)
-    return {
-        "flops": full.flops / ours.flops,
-        "flops_saved": 100 * (1 - ours.flops / full.flops),
-        "tflops": ours.flops / 1e12,
-        "tflops_full": full.flops / 1e12,
-        "kv": caches[0] / caches[1],
-        "kv_mb": caches[1] / 1e6,
-        "kv_mb_full": caches[0] / 1e6,
-    }[check.quantity]
+    return QUANTITIES[check.quantity][1](full, ours)
 
 
 def ledger(claims: Sequence[Claim]) -> str:
@@ -135,9 +116,9 @@ def ledger(claims: Sequence[Claim]) -> str:
     for claim in claims:
         ours = claim.ours or "nothing yet"
         if claim.check is not None:
-            ours = f"{UNITS[claim.check.quantity].format(answer(claim.check))}, counted"
+            ours = f"{QUANTITIES[claim.check.quantity][0].format(answer(claim.check))}, counted"
         rows.append([claim.claim, f"{claim.source} (trust {claim.trust})", ours, claim.status, claim.note])
-    return markdown(["claim", "source", "here", "status", "note"], rows).replace("---:", "---")
+    return left_aligned(markdown(["claim", "source", "here", "status", "note"], rows))
 
 
 @exit_on_user_error

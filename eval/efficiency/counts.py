@@ -22,9 +22,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import ROOT, count
 from eval.efficiency.oracle import flat_oracle, oracle_of, reducers_of
+from eval.efficiency.shapes import noise
 from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Record, Timer
@@ -207,34 +206,30 @@ def first_token(model: Llava, reducer: Reducer, samples: list[Sample], timer: Ti
 def calls_of(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call]:
     """Operations and waits of one prefill of a batch up to the choice of the first token.
 
-    Preprocessing, which no device takes part in, is left out. Tensors that depend on sizes alone are there after a
-    first prefill (llava/reduction/ranking.py).
+    Preprocessing, which no device takes part in, is left out. On the "meta" device the first value that the host reads
+    ends the prefill: then the calls up to that one are returned.
     """
-    first_token(model, reducer, samples, Timer(model.device))
-    counter = OperationCounter()
-    with PythonWaits(counter), counter:
-        first_token(model, reducer, samples, MarkedTimer(model.device, counter.mark))
-    return [call for call in counter.calls if call.part != "preprocess"]
-
-
-@torch.inference_mode()
-def waits_of(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call]:
-    """Waits of one prefill between the copy of the pixels to the device and the choice of the first token.
-
-    Args:
-        model: on a GPU, or without weights on the "meta" device (`on_meta`), where the first value that the host reads
-            ends the prefill: then the waits up to that one are returned.
-    """
-    for _ in range(2):  # a text tower is read from its files at the first time
+    # Tensors that depend on sizes alone, and a text tower, are there after a first prefill.
+    for _ in range(2):
         counter = OperationCounter()
         try:
             with PythonWaits(counter), counter:
                 first_token(model, reducer, samples, MarkedTimer(model.device, counter.mark))
         except (NotImplementedError, RuntimeError, TypeError):
             counter.mark("unfinished")
-            if not any(call.waits for call in counter.calls if call.part == "unfinished"):
+            read = any(call.waits for call in counter.calls if call.part == "unfinished")
+            if model.device.type != "meta" or not read:
                 raise  # another error
-    waits = [call for call in counter.calls if call.waits and call.part != "preprocess"]
+    return [call for call in counter.calls if call.part != "preprocess"]
+
+
+def waits_of(model: Llava, reducer: Reducer, samples: list[Sample]) -> list[Call]:
+    """Waits of one prefill between the copy of the pixels to the device and the choice of the first token.
+
+    Args:
+        model: on a GPU, or without weights on the "meta" device (`on_meta`).
+    """
+    waits = [call for call in calls_of(model, reducer, samples) if call.waits]
     pixels = bool(waits) and waits[0].line.endswith(" encode_images")
     return waits[pixels:]
 
@@ -271,6 +266,10 @@ class Computed:
     tokens_per_layer: tuple[int, ...]
     kv_bytes_per_layer: tuple[int, ...]
     largest: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(self.kv_bytes_per_layer)
 
 
 @dataclass(frozen=True)
@@ -397,8 +396,7 @@ def question() -> list[Sample]:
     In a picture of one colour patches differ by rounding alone, and SCOPE's loop dispatches operations per near tie: 41
     or 47 in all, depending on the processor.
     """
-    noise = np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8)
-    return [Sample("q", "What color is the square?", "Answer with one word.", Image.fromarray(noise))]
+    return [Sample("q", "What color is the square?", "Answer with one word.", noise(0))]
 
 
 def line_of(name: str, cells: Iterable[object]) -> str:

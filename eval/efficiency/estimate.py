@@ -6,15 +6,17 @@ shapes (eval/efficiency/memory.py). The time is a lower bound: operations and by
 measured to reach, without preprocessing on the CPU, a method's own functions, launches of kernels, and loading.
 """
 
-import dataclasses
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import ceil
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.benchmark import Timer
 from transformers import CLIPConfig
 
 from eval.ask import asking_order, chunks
@@ -22,9 +24,9 @@ from eval.benchmarks.base import Dataset, Question
 from eval.config import FULL, RunConfig, build_reducer
 from eval.efficiency import memory
 from eval.efficiency.memory import FLOAT32, QuestionShape, duration, layout_of, listed, size_text
-from eval.efficiency.rates import Rates, measure_rates
 from eval.feature_cache import RUN_BYTES, bytes_of, can_remember
 from eval.parallel.placement import Placement
+from eval.results.report import hardware
 from eval.run import read_questions
 from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, runtime
@@ -44,6 +46,27 @@ from llava.reduction.token_layout import TokenLayout
 SPLITS = (2, 4, 8)
 QUANTIZATIONS = ("8bit", "4bit")
 SAMPLED = 64  # questions whose prompts and images are read
+SPENT = 0.5  # seconds of each measurement
+LONGEST = 0.2  # seconds of one product
+FEWEST = 16  # rows of the first product
+COPIED = 1 << 28  # bytes
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device was measured to do.
+
+    Attributes:
+        device: its name, with the number of threads on a CPU.
+        operations: floating point operations per second of a matrix product.
+        bandwidth: bytes per second that a copy inside its memory reads and writes.
+        bus: bytes per second from the machine's memory to the device; `bandwidth` / 2 where they are the same.
+    """
+
+    device: str
+    operations: float
+    bandwidth: float
+    bus: float
 
 
 @dataclass(frozen=True)
@@ -117,7 +140,7 @@ class Estimate:
         count = min(self.batch_size, max(1, self.work.questions))
         order = sorted(self.work.shapes, key=lambda shape: -max(memory.lengths(self.model, self.reducer, shape)))
         rows = [order[i % len(order)] for i in range(count)]
-        return tuple(dataclasses.replace(row, names=f"{i}") for i, row in enumerate(rows))
+        return tuple(replace(row, names=f"{i}") for i, row in enumerate(rows))
 
     @cached_property
     def whole(self) -> memory.Weights:
@@ -146,8 +169,8 @@ class Estimate:
 
     @cached_property
     def activations(self) -> memory.Activations:
-        split, device = self.spread.tensor_parallel, self.device.partition(":")[0]
-        return memory.activations(self.model, self.reducer, self.batch, self.dtype.itemsize, split, device)
+        split, on_host = self.spread.tensor_parallel, self.device.startswith("cpu")
+        return memory.activations(self.model, self.reducer, self.batch, self.dtype.itemsize, split, on_host)
 
     @property
     def remembered(self) -> int:
@@ -157,9 +180,7 @@ class Estimate:
     @cached_property
     def peak(self) -> int:
         """Bytes that a rank needs on its device at the most."""
-        stages = self.activations
-        most = max(stages.vision, stages.prefill_with_cache, stages.decode + self.kv_bytes)
-        return self.weights.total + self.remembered + most
+        return self.weights.total + self.remembered + self.activations.peak(self.kv_bytes)
 
     @property
     def fits(self) -> bool | None:
@@ -168,33 +189,26 @@ class Estimate:
 
     def remedies(self) -> list[str]:
         """Changes that would make the run fit, each alone."""
-        changes = []
-        smaller = 1 << (len(self.batch).bit_length() - 1)  # a power of two
-        while smaller > 1 and not self._with(batch_size=smaller).fits:
-            smaller //= 2
-        if smaller < self.batch_size and self._with(batch_size=smaller).fits:
-            changes.append(f"--batch-size {smaller}")
-        if self.spread.sharing > 1 and self._with(spread=dataclasses.replace(self.spread, sharing=1)).fits:
-            changes.append("RANKS=1")
-        if self.dtype.itemsize > 2 and self._with(dtype=torch.bfloat16).fits:
-            changes.append("--dtype bfloat16")
-        plain = self.quantization is None and self.spread.zero is None and self.spread.tensor_parallel == 1
         llm: Any = self.model.llm
         heads = llm.config.num_attention_heads, llm.config.num_key_value_heads
-        for count in SPLITS if plain and self.spread.sharing == 1 else ():
-            split = dataclasses.replace(self.spread, tensor_parallel=count)
-            if all(number % count == 0 for number in heads) and self._with(spread=split).fits:
-                changes.append(f"TP={count}")
-                break
+        plain = self.quantization is None and self.spread.zero is None and self.spread.tensor_parallel == 1
+        sizes = [1 << power for power in reversed(range(len(self.batch).bit_length()))]
+        splits = [count for count in SPLITS if all(number % count == 0 for number in heads)]
+        # Of every kind of change the first that suffices.
+        kinds: list[dict[str, dict[str, Any]]] = [
+            {f"--batch-size {size}": {"batch_size": size} for size in sizes if size < self.batch_size}
+        ]
+        if self.spread.sharing > 1:
+            kinds += [{"RANKS=1": {"spread": replace(self.spread, sharing=1)}}]
+        if self.dtype.itemsize > 2:
+            kinds += [{"--dtype bfloat16": {"dtype": torch.bfloat16}}]
+        if plain and self.spread.sharing == 1:
+            kinds += [{f"TP={count}": {"spread": replace(self.spread, tensor_parallel=count)} for count in splits}]
         if plain and self.device != "cpu":
-            if self._with(spread=dataclasses.replace(self.spread, zero="cpu")).fits:
-                changes.append("--zero cpu")
-            bits = next((name for name in QUANTIZATIONS if self._with(quantization=name).fits), None)
-            changes += [f"--quantization {bits}"] if bits else []
-        return changes
-
-    def _with(self, **changes: Any) -> "Estimate":
-        return dataclasses.replace(self, **changes)
+            kinds += [{"--zero cpu": {"spread": replace(self.spread, zero="cpu")}}]
+            kinds += [{f"--quantization {bits}": {"quantization": bits} for bits in QUANTIZATIONS}]
+        found = [next((name for name, change in kind.items() if replace(self, **change).fits), "") for kind in kinds]
+        return [name for name in found if name]
 
     # Time
 
@@ -265,7 +279,7 @@ class Estimate:
             f"KV cache {size_text(self.kv_bytes)} for {len(self.batch)} questions at {kept} visual tokens and "
             f"{self.max_new_tokens} new tokens (full: {size_text(self.kv(unreduced, self.max_new_tokens - 1))})"
         )
-        stages = dataclasses.asdict(self.activations)
+        stages = asdict(self.activations)
         del stages["prefill_with_cache"]
         lines.append(f"activations about {listed(stages, max(stages.values()))}")
         if self.remembered:
@@ -315,7 +329,7 @@ class Estimate:
             "weights": self.weights.device,
             "weights_outside_device": self.weights.host,
             "kv_bytes": self.kv_bytes,
-            "activations": dataclasses.asdict(self.activations),
+            "activations": asdict(self.activations),
             "remembered_bytes": self.remembered,
             "tower_passes": self.work.passes,
             "peak_bytes": self.peak,
@@ -323,12 +337,12 @@ class Estimate:
             "fits": self.fits,
             "remedies": [] if self.fits is not False else self.remedies(),
             "device": self.device,
-            "spread": dataclasses.asdict(self.spread),
+            "spread": asdict(self.spread),
             "questions": self.work.questions,
             "batches": self.batches,
             "steps_per_batch": self.work.steps,
             "operations": self.operations,
-            "rates": None if self.rates is None else dataclasses.asdict(self.rates),
+            "rates": None if self.rates is None else asdict(self.rates),
             **timed,
         }
 
@@ -501,3 +515,42 @@ def tower_passes(batches: Sequence[Sequence[Question]], each: float, bound: int,
 def keys(questions: Sequence[Question]) -> dict[str, None]:
     """The names of the distinct images of some questions. A run tells them by content, which is not read here."""
     return dict.fromkeys(name for question in questions for name in question.images)
+
+
+# How fast the device multiplies and copies, measured in about a second
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, rows: int, width: int, inner: int) -> Rates:
+    """Time products of [rows, width] with [width, inner], and copies, and take the fastest of each.
+
+    Fewer rows are tried first: a product that would last longer than LONGEST seconds is not made.
+    """
+    right = torch.randn(width, inner, device=device).to(dtype)
+    operations, count, began = 0.0, min(FEWEST, rows), time.perf_counter()
+    while True:
+        left = torch.randn(count, width, device=device).to(dtype)
+        spent = fastest("left @ right", SPENT / 10, left=left, right=right)
+        operations = max(operations, 2 * count * width * inner / spent)
+        over = time.perf_counter() - began
+        # A product can be slow because the machine is busy for a moment: others of the size are tried for a while.
+        if over > 2 * SPENT or (over > SPENT and (count == rows or 2 * spent > LONGEST)):
+            break
+        if 2 * spent <= LONGEST:
+            count = min(2 * count, rows)
+    source, target = (torch.empty(COPIED, dtype=torch.uint8, device=device).fill_(1) for _ in range(2))
+    copied = 2 * COPIED / fastest("target.copy_(source)", SPENT, target=target, source=source)
+    bus = copied / 2
+    if device.type == "cuda":
+        host = torch.empty(COPIED, dtype=torch.uint8, pin_memory=True)
+        bus = COPIED / fastest("target.copy_(source, non_blocking=True)", SPENT, target=target, source=host)
+    name = hardware(str(device))
+    if device.type == "cpu":
+        name = f"{name}, {torch.get_num_threads()} threads"
+    return Rates(name, operations, copied, bus)
+
+
+def fastest(statement: str, seconds: float, **tensors: Tensor) -> float:
+    """Seconds of a statement about tensors, the fastest of the blocks that so many seconds allow; the device is waited
+    for around each."""
+    timer = Timer(statement, globals=tensors, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=seconds).times)

@@ -16,18 +16,15 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
-from tqdm import tqdm
 
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import FULL, count
 from eval.efficiency.latency import add_machine_flags, whole_numbers
-from eval.efficiency.latency_table import ms, write
-from eval.efficiency.measure import CLOCKS, once, start_peak
+from eval.efficiency.latency_table import ms, table, write
+from eval.efficiency.measure import measure
 from eval.efficiency.shapes import narrow, noise_batches, random_llava
 from eval.results.report import commit, hardware
-from eval.tables.page import markdown
 from eval.tables.plots import COLOURS, MARKERS
 from llava.errors import UserError
 from llava.model.builder import device_of
@@ -53,7 +50,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one number of visual tokens and one batch size; seconds are medians.
+    """One method at one number of visual tokens and one batch size; seconds are medians over rounds.
 
     Attributes:
         selection: with merging.
@@ -122,32 +119,21 @@ def measure_growth(args: argparse.Namespace, device: torch.device) -> list[Point
         outline = model_of(tokens, size, torch.device("meta"), args.dtype)
         for name in methods:
             reducer_of(name, args.budget, outline)
+    places = [(tokens, 1) for tokens in args.tokens]
+    places += [(args.tokens[0], batch) for batch in args.batch_size if batch > 1]
     points = []
-    places = [(tokens, 1) for tokens in args.tokens] + [
-        (args.tokens[0], batch) for batch in args.batch_size if batch > 1
-    ]
-    for tokens, batch in tqdm(places, desc="growth", unit="size", disable=None):
+    for tokens, batch in places:
         model = model_of(tokens, size, device, args.dtype)
         reducers = {name: reducer_of(name, args.budget, model) for name in methods}
-        asked = noise_batches(model, batch, False)(0)
-        rows: dict[str, list[tuple[float, float, int]]] = {name: [] for name in reducers}
-        for number in range(args.repeats + 1):
-            for name, reducer in reducers.items():
-                start_peak(device)
-                before = held(device)
-                row = once(model, reducer, asked, clock=CLOCKS[args.clock])
-                chosen = row["seconds"]["selection"] + row["seconds"]["merging"]
-                if number:  # 0 is the warm-up
-                    rows[name].append((sum(row["seconds"].values()), chosen, row["peak_bytes"] - before))
-        for name, measured in rows.items():
-            ttfts, selections, peaks = zip(*measured, strict=True)
-            points.append(Point(name, tokens, batch, median(ttfts), median(selections), max(peaks)))
+        ask = noise_batches(model, batch, False)
+        for name, found in measure(model, reducers, ask, args.repeats, batch=batch, clock=args.clock).items():
+            if found is None:
+                raise UserError(
+                    f"{batch} questions of {tokens:,} visual tokens do not fit into the memory with {name}."
+                )
+            chosen = found.seconds["selection"] + found.seconds["merging"]
+            points.append(Point(name, tokens, batch, median(found.ttfts), chosen, found.above_bytes))
     return points
-
-
-def held(device: torch.device) -> int:
-    """Bytes in use now: allocated on a GPU, resident on a CPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 # What is fitted to it
@@ -195,25 +181,29 @@ def page(points: Sequence[Point], about: str) -> str:
     blocks = [about]
     methods = list(dict.fromkeys(point.method for point in points))
     tokens = list(dict.fromkeys(point.tokens for point in points if point.batch == 1))
-    batches = list(dict.fromkeys(point.batch for point in points if point.tokens == tokens[0]))
     for field, title in (("ttft", "TTFT, ms"), ("selection", "selection and merging, ms"), ("memory", "memory, MB")):
         lines = []
         for name in methods:
-            own = [getattr(p, field) for p in points if p.method == name and p.batch == 1]
+            own = {p.tokens: getattr(p, field) for p in points if p.method == name and p.batch == 1}
+            line = [(title, name), *((f"{number:,}", text(cost, field)) for number, cost in own.items())]
             ends = ["n/a"] * 3
-            if len(tokens) >= 3 and min(own) > 0:
-                fitted = fit_costs(tokens, own)
+            if len(tokens) >= 3 and min(own.values()) > 0:
+                fitted = fit_costs(tokens, list(own.values()))
                 ends = [f"{fitted.exponent:.2f}", f"{fitted.last:.2f}", f"{100 * fitted.quadratic:.0f} %"]
-            lines.append([name, *(text(cost, field) for cost in own), *ends])
-        header = [title, *(f"{number:,}" for number in tokens), "exponent", "of the last three", "quadratic at the end"]
-        blocks.append(markdown(header, lines))
-    if len(batches) > 1:
-        lines = []
-        for name in methods:
-            grown = [p for p in points if p.method == name and p.tokens == tokens[0]]
-            lines.append([name, *(f"{text(p.ttft, 'ttft')} / {text(p.memory, 'memory')}" for p in grown)])
-        header = [f"TTFT, ms / memory, MB at {tokens[0]:,} tokens", *(f"batch {batch}" for batch in batches)]
-        blocks.append(markdown(header, lines))
+            ends_of = ("exponent", "of the last three", "quadratic at the end")
+            lines.append([*line, *zip(ends_of, ends, strict=True)])
+        blocks.append(table(lines))
+    grown = [
+        [(f"TTFT, ms / memory, MB at {tokens[0]:,} tokens", name)]
+        + [
+            (f"batch {p.batch}", f"{text(p.ttft, 'ttft')} / {text(p.memory, 'memory')}")
+            for p in points
+            if p.method == name and p.tokens == tokens[0]
+        ]
+        for name in methods
+    ]
+    if len(grown[0]) > 2:
+        blocks.append(table(grown))
     return "\n\n".join(blocks)
 
 

@@ -17,7 +17,6 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,11 +27,11 @@ from eval.command import exit_on_user_error, make_parser, open_dataset, value
 from eval.config import DEFAULT_DATA, DEFAULT_MODEL, FULL, count, pairs
 from eval.efficiency import memory
 from eval.efficiency.counts import Counts, count_prefill
-from eval.efficiency.latency_table import page, plot, ratios, round_by_round, sentence, write
-from eval.efficiency.measure import CLOCKS, SCENARIOS, Measured, Measurements, Scenario, measure
-from eval.efficiency.memory import QuestionShape, layout_of, size_text
+from eval.efficiency.latency_table import page, plot, sentence, write
+from eval.efficiency.measure import CLOCKS, SCENARIOS, Measured, Measurements, Scenario, measure, over_rounds, ratios
+from eval.efficiency.memory import size_text
 from eval.efficiency.oracle import chosen_options, oracles, reducers_of
-from eval.efficiency.shapes import SHAPES, noise_batches, random_llava
+from eval.efficiency.shapes import SHAPES, noise_batches, random_llava, reading_of
 from eval.results.report import commit, hardware
 from llava.budget import count_or_ratio, tokens_of
 from llava.errors import UserError, unknown
@@ -42,12 +41,10 @@ from llava.model.llava_arch import Llava
 from llava.pipeline.compile import compile_model
 from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
-from llava.processing.video import Video
 from llava.reduction.reducer import Reducer
 
 TTFT = "vision, selection, merging and prefill of the batch, without preprocessing"
 COMPILED = ", compiled"  # behind the name of a row that runs with `--compile`
-NEXT_READING = {"merge": "spatial", "force": "672x672"}
 GATE_BATCH = 16  # questions
 MEMORY_SHARE = 0.9  # of the free memory of a CPU may be used
 
@@ -113,7 +110,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         **settings,
         "commit": commit(),
         "repeats": repeats,
-        "gate": None if held is None else dataclasses.asdict(held),
+        "gate": held,
         "batches": batches,
     }
 
@@ -131,12 +128,6 @@ def models(args: argparse.Namespace) -> tuple[Llava, Llava | None]:
     refuse_large_weights(outline, DTYPES[args.dtype].itemsize, placed)
     model = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=placed, **picture)
     return model, outline if args.counts else None
-
-
-def reading_of(shape: str, texts: dict[str, str]) -> dict[str, Any]:
-    """How a shape reads images: LLaVA-NeXT as the tables of papers do, 2,880 tokens each, unless `texts` say else."""
-    of_next = SHAPES[shape]["family"] == "llava_next"
-    return {key: parse(key, text) for key, text in (NEXT_READING if of_next and not texts else texts).items()}
 
 
 def refuse(args: argparse.Namespace, scenario: Scenario, model: Llava) -> None:
@@ -164,7 +155,7 @@ def batch_result(
     rows: dict[str, Measured | None],
     counts: dict[str, Counts],
     oracle_names: dict[str, str],
-    held: "Gate | None",
+    held: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Measurements, counts and ratios of every method and oracle at one batch size.
 
@@ -176,8 +167,8 @@ def batch_result(
         entry: dict[str, Any] = {"fits": ours is not None, "oracle": oracle_names.get(name)}
         if name in counts:
             entry["counts"] = dataclasses.asdict(counts[name])
-        if held is not None and plain in held.accuracy:
-            entry["accuracy"], entry["passes_gate"] = held.accuracy[plain], held.passes(plain)
+        if held is not None and plain in held["accuracy"]:
+            entry |= {"accuracy": held["accuracy"][plain], "passes_gate": held["passes"][plain]}
         entries[name] = entry
         if ours is None:
             continue
@@ -186,40 +177,34 @@ def batch_result(
         full, oracle = rows.get(FULL + name.removeprefix(plain)), rows.get(oracle_names.get(name, ""))
         if full is not None:
             pair = (counts[FULL], counts[plain]) if plain in counts else None
-            entry["ratios"] = dataclasses.asdict(ratios(full, ours, pair, oracle))
+            entry["ratios"] = ratios(full, ours, pair, oracle)
         beside_plain = rows.get(plain) if name != plain else None
         if beside_plain is not None:
             decode = beside_plain.decode / ours.decode if beside_plain.decode and ours.decode else None
-            entry["plain_over_compiled"] = {"ttft": round_by_round(beside_plain, ours).median, "decode": decode}
+            entry["plain_over_compiled"] = {
+                "ttft": over_rounds(beside_plain.ttfts, ours.ttfts).median,
+                "decode": decode,
+            }
     return {"batch_size": size, "methods": entries}
 
 
 # The accuracy gate: the speed of a method that answers badly is marked.
 
 
-@dataclass(frozen=True)
-class Gate:
-    """What a method must reach for its speed to count.
-
-    Attributes:
-        title: of the questions, "GQA testdev".
-        questions: how many are asked, the first of the benchmark.
-        share: of the accuracy of `full`.
-        accuracy: method -> share of right answers.
-    """
-
-    title: str
-    questions: int
-    share: float
-    accuracy: dict[str, float]
-
-    def passes(self, name: str) -> bool:
-        """Whether a method has at least `share` of the accuracy of `full`."""
-        return self.accuracy[name] >= self.share * self.accuracy[FULL]
-
-
-def gate(model: Llava, reducers: dict[str, Reducer], benchmark: str, data: Path, questions: int, share: float) -> Gate:
+def gate(
+    model: Llava, reducers: dict[str, Reducer], benchmark: str, data: Path, questions: int, share: float
+) -> dict[str, Any]:
     """Ask every method the first questions of a benchmark.
+
+    Args:
+        share: of the accuracy of `full` that a method must reach for its speed to count.
+
+    Returns:
+        title: of the questions, "GQA testdev".
+        questions: how many were asked.
+        share: as given.
+        accuracy: method -> share of right answers.
+        passes: method -> whether it has at least `share` of the accuracy of `full`.
 
     Raises:
         UserError: answers of this benchmark have no score of their own.
@@ -236,7 +221,9 @@ def gate(model: Llava, reducers: dict[str, Reducer], benchmark: str, data: Path,
             answers = generate(model, [dataset.sample(one) for one in part], reducer, dataset.max_new_tokens).answers
             points += sum(dataset.sample_score(one, answer.text) for one, answer in zip(part, answers, strict=True))
         accuracy[name] = points / len(asked)
-    return Gate(dataset.title, len(asked), share, accuracy)
+    passes = {name: reached >= share * accuracy[FULL] for name, reached in accuracy.items()}
+    found = {"title": dataset.title, "questions": len(asked), "share": share}
+    return found | {"accuracy": accuracy, "passes": passes}
 
 
 # Whether a batch fits into the memory that is free, before it is tried
@@ -253,20 +240,10 @@ def usable_memory(model: Llava) -> float | None:
 def needed(model: Llava, reducer: Reducer, samples: list[Sample], length: int) -> int:
     """Expected bytes of activations and cache of a batch with answers of `length` tokens."""
     itemsize = next(model.llm.parameters()).element_size()
-    shapes = [shape_of(model, sample) for sample in samples]
-    stages = memory.activations(model, reducer, shapes, itemsize)
+    shapes = tuple(memory.shape_of(model, sample) for sample in samples)
     prompts = [memory.lengths(model, reducer, shape) for shape in shapes]
-    answers = memory.kv_bytes(model, prompts, itemsize, length) + stages.decode
-    return max(stages.vision, stages.prefill_with_cache, answers)
-
-
-def shape_of(model: Llava, sample: Sample) -> QuestionShape:
-    """What memory depends on in a question."""
-    text = sum(token >= 0 for token in model.prompt(sample).ids)
-    sizes = [
-        (image.frames[0].size, True) if isinstance(image, Video) else (image.size, False) for image in sample.images
-    ]
-    return QuestionShape(text, tuple(layout_of(model, size, video) for size, video in sizes), sample.id)
+    cache = memory.kv_bytes(model, prompts, itemsize, length)
+    return memory.activations(model, reducer, shapes, itemsize).peak(cache)
 
 
 def refuse_large_weights(model: Llava, itemsize: int, device: torch.device) -> None:

@@ -1,13 +1,8 @@
-"""A result of the efficiency protocol as numbers beside `full` and the oracle, as Markdown and as a plot.
-
-Times to the first token are divided round by round, and the median of these ratios is taken: a machine that slows down
-from round to round slows both. A ratio of two medians can come from two rounds.
-"""
+"""A result of the efficiency protocol as Markdown and as a plot. docs/efficiency.md defines every column."""
 
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -16,98 +11,15 @@ from typing import Any
 import numpy as np
 
 from eval.config import FULL
-from eval.efficiency.counts import Counts
-from eval.efficiency.measure import PARTS, SCENARIOS, Measured
+from eval.efficiency.measure import FEWEST, PARTS, SCENARIOS
 from eval.efficiency.memory import size_text
-from eval.efficiency.peers import FEWEST, Ratio, over_rounds
 from eval.tables.page import markdown
 from llava.errors import UserError
 
-SPREAD = 1.25  # a quarter of the rounds apart: the machine was busy
 FAILED = "†"  # below the accuracy gate
 BUSY = "≈"  # rounds far apart
 CLOCK_TEXT = {"wall": "wall clock", "cpu": "CPU time of the process"}
 COLOURS = ("#56B4E9", "#D55E00", "#E69F00", "#0072B2")  # of PARTS, readable with every kind of colour vision
-
-# Ratios
-
-
-@dataclass(frozen=True)
-class Ratios:
-    """docs/efficiency.md defines each.
-
-    Attributes:
-        ttft: time to first token of full over that of the method in the same round, median over rounds.
-        ttft_interval: low and high end of the interval of that median.
-        decode: seconds per token, likewise; None without decoding.
-        end_to_end: output length -> seconds of full over those of the method.
-        flops: operations of full over those of the method.
-        realised: `ttft` / `flops`, the share of the theoretical speed-up that was measured.
-        over_oracle: time to first token over that of the oracle with the same tokens in the same round, less 1,
-            median over rounds; the price of choosing.
-        over_oracle_interval: of that median.
-        selection: selection and merging as a share of the time to first token.
-        with_scores: the same with what the tower takes longer than for full, since scores are computed beside it.
-        kv_bytes: of full over those of the method.
-        peak: highest memory of the method over that of full.
-        calm: slowest over fastest round is below 1.25 for the method and for full.
-    """
-
-    ttft: float
-    ttft_interval: tuple[float, float]
-    decode: float | None
-    end_to_end: dict[int, float]
-    flops: float
-    realised: float
-    over_oracle: float | None
-    over_oracle_interval: tuple[float, float] | None
-    selection: float
-    with_scores: float
-    kv_bytes: float
-    peak: float
-    calm: bool
-
-
-def ratios(
-    full: Measured,
-    ours: Measured,
-    counts: tuple[Counts, Counts] | None = None,
-    oracle: Measured | None = None,
-) -> Ratios:
-    """The ratios of a method.
-
-    Args:
-        counts: of full and of the method; without them operations are those of the closed formula.
-        oracle: measured in the same rounds.
-    """
-    most, least = (counts[0].flops, counts[1].flops) if counts else (full.flops, ours.flops)
-    choosing = ours.seconds["selection"] + ours.seconds["merging"]
-    faster, slower = round_by_round(full, ours), None if oracle is None else round_by_round(ours, oracle)
-    return Ratios(
-        ttft=faster.median,
-        ttft_interval=(faster.low, faster.high),
-        decode=None if not (full.decode and ours.decode) else full.decode / ours.decode,
-        end_to_end={length: median(full.end_to_end[length]) / median(own) for length, own in ours.end_to_end.items()},
-        flops=most / least,
-        realised=faster.median * least / most,
-        over_oracle=None if slower is None else slower.median - 1,
-        over_oracle_interval=None if slower is None else (slower.low - 1, slower.high - 1),
-        selection=choosing / ours.ttft,
-        with_scores=(choosing + max(0.0, ours.seconds["vision"] - full.seconds["vision"])) / ours.ttft,
-        kv_bytes=full.kv_bytes / ours.kv_bytes,
-        peak=ours.peak_bytes / full.peak_bytes,
-        calm=all(max(one.ttfts, default=1) < SPREAD * min(one.ttfts, default=1) for one in (full, ours)),
-    )
-
-
-def round_by_round(above: Measured, below: Measured) -> Ratio:
-    """Seconds to the first token of one over those of another in the same round, the median over rounds.
-
-    Raises:
-        ValueError: they were not measured in the same number of rounds.
-    """
-    return over_rounds([one / other for one, other in zip(above.ttfts, below.ttfts, strict=True)])
-
 
 # Tables
 
@@ -150,40 +62,42 @@ def counted_noun(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def table(rows: Sequence[Sequence[tuple[str, str]]]) -> str:
+    """A Markdown table of rows of (title, cell); a row that ends early is filled up."""
+    header = [title for title, _ in max(rows, key=len)]
+    return markdown(header, [[cell for _, cell in row] + [""] * (len(header) - len(row)) for row in rows])
+
+
 def times(rows: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
     """Milliseconds by stage, and ratios to full and to the oracle."""
-    lengths = result["lengths"]
-    spread = SCENARIOS[result["scenario"]].differ
-    header = ["", *(f"{part} ms" for part in PARTS), "TTFT ms", "TTFT x", "over oracle", "FLOPs x", "realised"]
-    header += ["decode ms/token"] if any(length > 1 for length in lengths) else []
-    header += [f"end to end {length} ms" for length in lengths]
-    header += ["p90 ms"] if spread and lengths else []
-    compiled = any("plain_over_compiled" in row for row in rows.values())
-    header += ["plain / compiled TTFT", "decode", "compile s"] if compiled else []
-    lines = []
+    lengths, lines = result["lengths"], []
     for name, row in rows.items():
+        line = [("", marked(name, row))]
+        lines.append(line)
         if not row["fits"]:
-            lines.append([name, *["does not fit"], *["" for _ in header[2:]]])
+            line.append((f"{PARTS[0]} ms", "does not fit"))
             continue
-        gain = row.get("ratios")
-        cells = [ms(row["seconds"][part]) for part in PARTS] + [ms(row["ttft"])]
-        if gain is None:
-            cells += ["n/a"] * 4
-        else:
-            cells += [spanned(gain["ttft"], gain["ttft_interval"], "{:.2f}")]
-            cells += [spanned(gain["over_oracle"], gain["over_oracle_interval"], "{:+.1%}").replace("%", " %")]
-            cells += [f"{gain['flops']:.2f}", f"{100 * gain['realised']:.0f} %"]
+        gain = row.get("ratios", {})
+        over = spanned(gain.get("over_oracle"), gain.get("over_oracle_interval"), "{:+.1%}").replace("%", " %")
+        line += [(f"{part} ms", ms(row["seconds"][part])) for part in PARTS]
+        line += [
+            ("TTFT ms", ms(row["ttft"])),
+            ("TTFT x", spanned(gain.get("ttft"), gain.get("ttft_interval"), "{:.2f}")),
+            ("over oracle", over),
+            ("FLOPs x", f"{gain['flops']:.2f}" if gain else "n/a"),
+            ("realised", f"{100 * gain['realised']:.0f} %" if gain else "n/a"),
+        ]
         if any(length > 1 for length in lengths):
-            cells.append("n/a" if row["decode"] is None else ms(row["decode"]))
-        cells += [ms(median(row["end_to_end"][length])) for length in lengths]
-        if spread and lengths:
-            cells.append(ms(float(np.percentile(row["end_to_end"][lengths[-1]], 90))))
-        if compiled:
-            beside = row.get("plain_over_compiled", {})
-            cells += [f"{beside[part]:.2f}" if beside.get(part) else "" for part in ("ttft", "decode")]
-            cells.append(f"{row['compiling']:.0f}" if beside else "")
-        lines.append([marked(name, row), *cells])
-    return markdown(header, lines)
+            line.append(("decode ms/token", "n/a" if row["decode"] is None else ms(row["decode"])))
+        line += [(f"end to end {length} ms", ms(median(row["end_to_end"][length]))) for length in lengths]
+        if SCENARIOS[result["scenario"]].differ and lengths:
+            line.append(("p90 ms", ms(float(np.percentile(row["end_to_end"][lengths[-1]], 90)))))
+        beside = row.get("plain_over_compiled")
+        if beside:
+            line.append(("plain / compiled TTFT", f"{beside['ttft']:.2f}"))
+            line.append(("decode", f"{beside['decode']:.2f}" if beside["decode"] else ""))
+            line.append(("compile s", f"{row['compiling']:.0f}"))
+    return table(lines)
 
 
 def spanned(value: float | None, interval: Sequence[float] | None, form: str) -> str:
@@ -202,26 +116,27 @@ def marked(name: str, row: dict[str, Any]) -> str:
 
 def counted(rows: dict[str, dict[str, Any]]) -> str:
     """What depends on no clock: tokens, operations, bytes."""
-    gate = any("accuracy" in row for row in rows.values())
-    header = ["", "tokens per layer", "GFLOP", "formula", "KV MB", "KV KB per layer", "operations", "beside oracle"]
-    header += ["kernels", "beside oracle", "waits", "peak MB", *(["accuracy"] if gate else [])]
     lines = []
     for name, row in rows.items():
         if "counts" not in row:
             continue
-        own = row["counts"]
-        oracle = rows.get(row["oracle"] or "", {}).get("counts")
-        cells = [runs(own["tokens_per_layer"]), f"{own['flops'] / 1e9:.1f}", f"{own['formula'] / own['flops']:.3f}"]
-        cells += [f"{sum(own['kv_bytes_per_layer']) / 1e6:.2f}"]
-        cells += [runs([round(size / 1e3) for size in own["kv_bytes_per_layer"]])]
+        own, oracle = row["counts"], rows.get(row["oracle"] or "", {}).get("counts")
+        line = [
+            ("", marked(name, row)),
+            ("tokens per layer", runs(own["tokens_per_layer"])),
+            ("GFLOP", f"{own['flops'] / 1e9:.1f}"),
+            ("formula", f"{own['formula'] / own['flops']:.3f}"),
+            ("KV MB", f"{sum(own['kv_bytes_per_layer']) / 1e6:.2f}"),
+            ("KV KB per layer", runs([round(size / 1e3) for size in own["kv_bytes_per_layer"]])),
+        ]
         for quantity in ("operations", "kernels"):
-            cells += [str(own[quantity]), f"{own[quantity] - oracle[quantity]:+d}" if oracle else "n/a"]
-        cells += ["n/a" if own["waits"] is None else str(own["waits"])]
-        cells += [f"{row['peak_bytes'] / 1e6:.0f}" if row["fits"] else "n/a"]
-        if gate:
-            cells.append(f"{100 * row['accuracy']:.1f}" if "accuracy" in row else "")
-        lines.append([marked(name, row), *cells])
-    return markdown(header, lines)
+            line.append((quantity, str(own[quantity])))
+            line.append(("beside oracle", f"{own[quantity] - oracle[quantity]:+d}" if oracle else "n/a"))
+        line.append(("waits", "n/a" if own["waits"] is None else str(own["waits"])))
+        line.append(("peak MB", f"{row['peak_bytes'] / 1e6:.0f}" if row["fits"] else "n/a"))
+        line += [("accuracy", f"{100 * row['accuracy']:.1f}")] if "accuracy" in row else []
+        lines.append(line)
+    return table(lines)
 
 
 def largest(batches: Sequence[dict[str, Any]]) -> str:
@@ -237,8 +152,7 @@ def largest(batches: Sequence[dict[str, Any]]) -> str:
         most, best = max(speeds), max(speeds, key=lambda size: speeds[size])
         beside = f"{speeds[most] / full[max(full)]:.2f}" if full else "n/a"
         lines.append([name, str(most), f"{speeds[most]:.3g}", beside, str(best), f"{speeds[best]:.3g}"])
-    header = ["", "largest batch", "questions/s", "x full", "fastest batch", "questions/s"]
-    return markdown(header, lines)
+    return markdown(["", "largest batch", "questions/s", "x full", "fastest batch", "questions/s"], lines)
 
 
 def notes(result: dict[str, Any]) -> list[str]:

@@ -1,7 +1,10 @@
-"""Time methods in rounds on one model, so that a busy machine slows all of them.
+"""Time methods in rounds on one model, so that a busy machine slows all of them, and divide their times.
 
 A round of a method is one prefill whose stages are timed, then one whole answer for each output length. Answers have a
 fixed length: no end token and no stop string ends them.
+
+Times to the first token are divided round by round, and the median of these ratios is taken: a machine that slows down
+from round to round slows both. A ratio of two medians can come from two rounds.
 """
 
 import ctypes
@@ -16,11 +19,12 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.efficiency.counts import OperationCounter, first_token
+from eval.efficiency.counts import Counts, OperationCounter, first_token
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Timer
@@ -32,6 +36,9 @@ from llava.reduction.reducer import Reducer
 # "cpu" is the time that this process computes: other processes on the same cores do not count.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 PARTS = ("vision", "selection", "merging", "prefill")
+SPREAD = 1.25  # a quarter of the rounds apart: the machine was busy
+CONFIDENCE = 0.95
+FEWEST = 6  # rounds whose whole range covers the median so often
 Ask = Callable[[int], list[Sample]]  # number of the round -> a batch
 
 
@@ -74,6 +81,7 @@ class Measured:
         kv_bytes: of all layers after the prefill, padding included.
         flops: up to the first token, by the closed formula of the accounting.
         peak_bytes: highest memory of all rounds.
+        above_bytes: the most that a round added to the memory that was in use before it.
         preprocess: seconds of tokenizing and of preparing images on the CPU, before the time to the first token starts.
         decode: seconds per token after the first, median; None where no answer has a second token.
         end_to_end: output length -> seconds of every round, from opened images to texts.
@@ -86,6 +94,7 @@ class Measured:
     kv_bytes: int
     flops: int
     peak_bytes: int
+    above_bytes: int = 0
     preprocess: float = 0.0
     decode: float | None = None
     end_to_end: dict[int, tuple[float, ...]] = field(default_factory=dict)
@@ -205,7 +214,7 @@ def measure_round(
     model: Llava, reducer: Reducer, samples: list[Sample], lengths: Sequence[int], clock: Callable[[], float] | None
 ) -> dict[str, Any]:
     """A timed prefill, then one answer of every length."""
-    start_peak(model.device)
+    held = start_peak(model.device)
     timer = StageTimer(model.device, clock)
     with timer.merging():
         state, record = first_token(model, reducer, samples, timer)
@@ -225,7 +234,8 @@ def measure_round(
         whole[str(length)] = read() - began
         if batch.decode_steps:
             decode = batch.timing.decode / batch.decode_steps
-    return row | {"end_to_end": whole, "decode": decode, "peak_bytes": read_peak(model.device)}
+    peak = read_peak(model.device)
+    return row | {"end_to_end": whole, "decode": decode, "peak_bytes": peak, "above_bytes": peak - held}
 
 
 def summary(rows: list[dict[str, Any]]) -> Measured:
@@ -238,6 +248,7 @@ def summary(rows: list[dict[str, Any]]) -> Measured:
         kv_bytes=last["kv_bytes"],
         flops=last["flops"],
         peak_bytes=max(row["peak_bytes"] for row in counted),
+        above_bytes=max(row.get("above_bytes", 0) for row in counted),
         preprocess=median(row["preprocess"] for row in counted),
         decode=median(decodes) if decodes else None,
         end_to_end={int(n): tuple(row["end_to_end"][n] for row in counted) for n in last.get("end_to_end", {})},
@@ -254,46 +265,40 @@ class StageTimer(Timer):
     and so is projecting merged features again.
     """
 
-    def __init__(self, device: torch.device, clock: Callable[[], float] | None = None):
-        super().__init__(device, clock)
-        self._merged: list[tuple[int, Any, Any]] = []
+    def mark(self, stage: str) -> None:
+        super().mark(stage)
+        self._stages = [known or stage for known in self._stages]
 
     @contextmanager
     def merging(self) -> Iterator[None]:
         """While active, the averages of every reduction are timed."""
-        plain = Reduction.apply
+        plain, mark = Reduction.apply, super().mark
 
         def apply(reduction: Reduction, tokens: Tensor) -> Tensor:
             if not reduction.merges:
                 return plain(reduction, tokens)
-            interval, began = len(self._stages), self._now()
+            mark("")  # the first part of a stage, whose name comes at its end
             merged = plain(reduction, tokens)
-            self._merged.append((interval, began, self._now()))
+            mark("merging")
             return merged
 
         with patch.object(Reduction, "apply", apply):
             yield
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds by stage so far; their sum is that of a Timer."""
-        spent = super().seconds
-        for interval, began, ended in self._merged:
-            cuda = self.device.type == "cuda"
-            passed = began.elapsed_time(ended) / 1000 if cuda else ended - began
-            spent[self._stages[interval]] -= passed
-            spent["merging"] = spent.get("merging", 0.0) + passed
-        return spent
 
+def start_peak(device: torch.device) -> int:
+    """Forget the highest memory seen so far; on a CPU, what was freed is first given back to the system.
 
-def start_peak(device: torch.device) -> None:
-    """Forget the highest memory seen so far; on a CPU, what was freed is first given back to the system."""
+    Returns:
+        Bytes in use now: allocated on a GPU, resident on a CPU.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        return torch.cuda.memory_allocated(device)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return psutil.Process().memory_info().rss
 
 
 def read_peak(device: torch.device) -> int:
@@ -302,3 +307,93 @@ def read_peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+# Ratios
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times another's time something takes: the median over rounds, and an interval for it."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def over_rounds(above: Sequence[float], below: Sequence[float]) -> Ratio:
+    """The median of the ratios of two times in each round, and its interval; what slows both in a round cancels.
+
+    Source:
+        The interval is that of the sign test: order statistics of the ratios, without an assumption on how they are
+        distributed (Conover, Practical Nonparametric Statistics, 1999, section 3.2).
+
+    Raises:
+        ValueError: they were not measured in the same number of rounds.
+    """
+    ordered = sorted(one / other for one, other in zip(above, below, strict=True))
+    outer = interval_rank(len(ordered))
+    return Ratio(median(ordered), ordered[outer], ordered[-1 - outer])
+
+
+def interval_rank(rounds: int) -> int:
+    """How many values may be left out at either end, so that the rest spans the median with 95 % confidence.
+
+    0, the whole range, also where that is too few rounds: below FEWEST it covers the median less often.
+    """
+    from scipy.stats import binom
+
+    return max(0, int(binom.ppf((1 - CONFIDENCE) / 2, rounds, 0.5)) - 1)
+
+
+def ratios(
+    full: Measured,
+    ours: Measured,
+    counts: tuple[Counts, Counts] | None = None,
+    oracle: Measured | None = None,
+) -> dict[str, Any]:
+    """The ratios of a method; docs/efficiency.md defines each.
+
+    Args:
+        counts: of full and of the method; without them operations are those of the closed formula.
+        oracle: measured in the same rounds.
+
+    Returns:
+        ttft: time to first token of full over that of the method in the same round, median over rounds.
+        ttft_interval: low and high end of the interval of that median.
+        decode: seconds per token, likewise; None without decoding.
+        end_to_end: output length -> seconds of full over those of the method.
+        flops: operations of full over those of the method.
+        realised: `ttft` / `flops`, the share of the theoretical speed-up that was measured.
+        over_oracle: time to first token over that of the oracle with the same tokens in the same round, less 1,
+            median over rounds; the price of choosing. None without an oracle.
+        over_oracle_interval: of that median.
+        selection: selection and merging as a share of the time to first token.
+        with_scores: the same with what the tower takes longer than for full, since scores are computed beside it.
+        kv_bytes: of full over those of the method.
+        peak: highest memory of the method over that of full.
+        calm: slowest over fastest round is below 1.25 for the method and for full.
+    """
+    most, least = (counts[0].flops, counts[1].flops) if counts else (full.flops, ours.flops)
+    choosing = ours.seconds["selection"] + ours.seconds["merging"]
+    faster = over_rounds(full.ttfts, ours.ttfts)
+    slower = None if oracle is None else over_rounds(ours.ttfts, oracle.ttfts)
+    whole = {length: median(full.end_to_end[length]) / median(own) for length, own in ours.end_to_end.items()}
+    return {
+        "ttft": faster.median,
+        "ttft_interval": (faster.low, faster.high),
+        "decode": None if not (full.decode and ours.decode) else full.decode / ours.decode,
+        "end_to_end": whole,
+        "flops": most / least,
+        "realised": faster.median * least / most,
+        "over_oracle": None if slower is None else slower.median - 1,
+        "over_oracle_interval": None if slower is None else (slower.low - 1, slower.high - 1),
+        "selection": choosing / ours.ttft,
+        "with_scores": (choosing + max(0.0, ours.seconds["vision"] - full.seconds["vision"])) / ours.ttft,
+        "kv_bytes": full.kv_bytes / ours.kv_bytes,
+        "peak": ours.peak_bytes / full.peak_bytes,
+        "calm": all(max(one.ttfts) < SPREAD * min(one.ttfts) for one in (full, ours)),
+    }

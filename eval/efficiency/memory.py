@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import ceil
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,7 @@ from llava.pipeline.decoder import BLOCK
 from llava.pipeline.prefill import prefill
 from llava.processing.image import Grid
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt, Sample
+from llava.processing.video import Video
 from llava.reduction.budget import planned
 from llava.reduction.modules import layer_flops, linear_flops, prefill_flops, projector_flops, tower_flops
 from llava.reduction.reducer import Reducer
@@ -39,7 +41,16 @@ from llava.reduction.token_layout import TokenLayout, frames, single, spec_of
 # NF4 with a byte per 64 values and a float32 per 256 of these bytes).
 BITS_8, BITS_4 = 1.0, 0.5 + 1 / 64 + 4 / (64 * 256)
 FLOAT32 = 4
-TOWERS = ("vision_tower", "image_tower", "video_tower")
+# Part of a name -> what the weight belongs to; all others are the decoder's.
+PARTS = {
+    "multi_modal_projector": "projector",
+    "visual.merger": "projector",
+    "visual.": "vision tower",
+    "vision_tower": "vision tower",
+    "image_tower": "vision tower",
+    "video_tower": "vision tower",
+    "lm_head": "head",
+}
 # Linear layers of the decoder that tensor parallelism cuts by input: their biases are added after the sum over ranks,
 # and are whole on each.
 CUT_BY_INPUT = ("o_proj", "down_proj")
@@ -78,6 +89,15 @@ def layout_of(model: Llava, size: tuple[int, int] | None = None, video: bool = F
     if isinstance(model, LlavaNext):
         return model.anyres.arrange(size) if size is not None else model.largest
     return single(grid.rows, grid.columns)
+
+
+def shape_of(model: Llava, sample: Sample) -> QuestionShape:
+    """What memory and time depend on in a question whose images are open."""
+    opened = [
+        (image.frames[0].size, True) if isinstance(image, Video) else (image.size, False) for image in sample.images
+    ]
+    images = tuple(layout_of(model, size, video) for size, video in opened)
+    return QuestionShape(sum(token >= 0 for token in model.prompt(sample).ids), images, sample.id)
 
 
 def visual_plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...]:
@@ -133,22 +153,19 @@ def weights(
         split: ranks over which the linear layers of the decoder and the head are split (tensor parallelism).
         text_tower: weights of the CLIP text tower if the method reads it, in float32.
     """
-    inner: Any = model.hf_model.model
-    merger = list(inner.visual.merger.parameters()) if hasattr(inner, "visual") else []
-    tower = [inner.visual] if merger else [getattr(inner, name) for name in TOWERS if hasattr(inner, name)]
-    sizes = {
-        "vision tower": sum(_numbers(part) for part in tower) - sum(p.numel() for p in merger),
-        "projector": sum(p.numel() for p in merger) or _numbers(inner.multi_modal_projector),
-    }
-    held = {part: count * itemsize for part, count in sizes.items()}
-    if text_tower:
-        held["text tower"] = text_tower * FLOAT32
-    held["decoder"] = _decoder_bytes(model, itemsize, quantization, split)
-    if hasattr(inner, "image_newline"):
-        held["decoder"] += inner.image_newline.numel() * itemsize
-    llm: Any = model.llm
-    tied = model.head.weight is llm.embed_tokens.weight  # head and embeddings are one weight
-    held["head"] = 0 if tied else -(-_numbers(model.head) // split) * itemsize
+    tower = {"text tower": text_tower * FLOAT32} if text_tower else {}
+    held = {"vision tower": 0, "projector": 0} | tower | {"decoder": 0, "head": 0}
+    for name, weight in model.hf_model.named_parameters():  # a head that is the embeddings is none of its own
+        part = next((part for word, part in PARTS.items() if word in name), "decoder")
+        count, linear = weight.numel(), part == "decoder" and "_proj." in name
+        if linear and name.endswith("weight") and quantization == "8bit":
+            held[part] += int(count * BITS_8) + len(weight) * FLOAT32
+        elif linear and name.endswith("weight") and quantization == "4bit":
+            held[part] += int(count * BITS_4)
+        else:
+            whole_bias = name.endswith("bias") and any(layer in name for layer in CUT_BY_INPUT)
+            cut = part == "head" or (linear and not whole_bias)
+            held[part] += (ceil(count / split) if cut else count) * itemsize
     return Weights(held, {})
 
 
@@ -170,29 +187,6 @@ def partitioned(model: Llava, itemsize: int, whole: Weights, place: str, ranks: 
     stays = own if place == "none" else {}
     kept = {part: size - outside.get(part, 0) + stays.get(part, 0) for part, size in whole.device.items()}
     return Weights(kept | {"gathered": gathered}, {} if place == "none" else own)
-
-
-def _numbers(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
-
-
-def _decoder_bytes(model: Llava, itemsize: int, quantization: str | None, split: int) -> int:
-    """Bytes of embeddings, norms and layers; the linear layers are quantised or split."""
-    llm: Any = model.llm
-    total = _numbers(llm) * itemsize
-    for name, linear in llm.layers.named_modules():
-        if not isinstance(linear, nn.Linear):
-            continue
-        count = linear.weight.numel()
-        held = -(-count // split) * itemsize
-        if quantization == "8bit":
-            held = int(count * BITS_8) + linear.out_features * FLOAT32
-        elif quantization == "4bit":
-            held = int(count * BITS_4)
-        total += held - count * itemsize
-        if linear.bias is not None and not name.endswith(CUT_BY_INPUT):
-            total -= (linear.out_features - -(-linear.out_features // split)) * itemsize
-    return total
 
 
 # Key/value cache
@@ -233,14 +227,19 @@ class Activations:
     decode: int
     prefill_with_cache: int
 
+    def peak(self, kv_bytes: int) -> int:
+        """Bytes beside the weights at the most, with the cache of the whole answer."""
+        return max(self.vision, self.prefill_with_cache, self.decode + kv_bytes)
 
+
+@lru_cache(maxsize=256)
 def activations(
     model: Llava,
     reducer: Reducer,
-    questions: Sequence[QuestionShape],
+    questions: tuple[QuestionShape, ...],
     itemsize: int,
     split: int = 1,
-    device: str = "cpu",
+    on_host: bool = True,
 ) -> Activations:
     """Bytes of the tensors that are alive together at the peak of each stage.
 
@@ -249,15 +248,8 @@ def activations(
 
     Args:
         split: ranks over which the linear layers of the decoder are split.
-        device: of the run; on "cpu" the pixels are among its tensors from the start.
+        on_host: the run is on the CPU, where the pixels are among its tensors from the start.
     """
-    return _metered(model, reducer, tuple(questions), itemsize, split, device == "cpu")
-
-
-@lru_cache(maxsize=256)
-def _metered(
-    model: Llava, reducer: Reducer, questions: tuple[QuestionShape, ...], itemsize: int, split: int, on_host: bool
-) -> Activations:
     asked = outlined(model, torch.float32 if itemsize == FLOAT32 else torch.bfloat16, split, on_host)
     if reducer.needs_text_tower:
         _ = asked.clip  # its weights are made when it is first asked for

@@ -30,6 +30,13 @@ from llava.reduction.states import DecoderState, EncoderState, PromptState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 
+class AfterTower(Reducer):
+    """A plan and no method: the budget in every layer, from the tower on."""
+
+    def encoder(self, state: EncoderState) -> None:
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Oracle(Reducer):
     """Keeps evenly spaced tokens, as many as `method` plans to have in each decoder layer.
@@ -38,38 +45,33 @@ class Oracle(Reducer):
     that takes a smaller image (`input_grid`) is its own oracle.
 
     Attributes:
-        method: whose stages and tokens per layer are taken; None for the budget in every layer.
+        method: whose stages and tokens per layer are taken.
     """
 
     name: ClassVar[str] = "oracle"
 
-    method: Reducer | None = None
+    method: Reducer
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        acts_in = frozenset({"encoder"}) if self.method is None else stages_of(self.method)
-        object.__setattr__(self, "acts_in", acts_in)
+        object.__setattr__(self, "acts_in", stages_of(self.method))
 
     def tokens_per_layer(self, spec: ModelSpec) -> tuple[int, ...] | None:
-        return super().tokens_per_layer(spec) if self.method is None else self.method.tokens_per_layer(spec)
+        return self.method.tokens_per_layer(spec)
 
     def with_budget(self, budget: int) -> Self:
-        if self.method is None:
-            return super().with_budget(budget)
         method = self.method.with_budget(budget)
         return replace(self, budget=budget, retention_ratio=method.retention_ratio, method=method)
 
     def for_picture(self, spec: ModelSpec) -> Self:
-        if self.method is None:
-            return super().for_picture(spec)
         method = self.method.for_picture(spec)
         return replace(self, budget=method.budget, retention_ratio=method.retention_ratio, method=method)
 
     def keeps_all(self, tokens: int) -> bool:
-        return super().keeps_all(tokens) if self.method is None else self.method.keeps_all(tokens)
+        return self.method.keeps_all(tokens)
 
     def input_grid(self, layout: PatchGrid) -> tuple[int, int] | None:
-        return None if self.method is None else self.method.input_grid(layout)
+        return self.method.input_grid(layout)
 
     def encoder(self, state: EncoderState) -> Reduction | None:
         return self._before_decoder(state, state.features)
@@ -78,7 +80,7 @@ class Oracle(Reducer):
         return self._before_decoder(state, state.tokens)
 
     def decoder_layers(self, layers: int) -> tuple[int, ...]:
-        return () if self.method is None else self.method.decoder_layers(layers)
+        return self.method.decoder_layers(layers)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
         assert state.spec is not None  # the pipeline sets it
@@ -120,7 +122,7 @@ def oracle_of(reducer: Reducer, spec: ModelSpec) -> Oracle:
 
 def flat_oracle(budget: int) -> Oracle:
     """The oracle with `budget` tokens in every decoder layer, chosen after the tower."""
-    return Oracle(budget=budget)
+    return Oracle(budget=budget, method=AfterTower(budget=budget))
 
 
 def stages_of(method: Reducer) -> frozenset[str]:

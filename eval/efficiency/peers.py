@@ -1,48 +1,78 @@
 """This repository beside what a user would run instead, on one machine: two worker processes take turns.
 
     python -m eval.efficiency.peers measure --name visiondrop --json results/bench/peers/visiondrop.json \
-        --worker "python -m eval.efficiency.peer_workers ours --method visiondrop --budget 64" \
+        --worker "python -m eval.efficiency.peers ours --method visiondrop --budget 64" \
         --worker "/envs/visiondrop/bin/python worker.py"
     python -m eval.efficiency.peers table results/bench/peers/*.json
 
-A worker is a process that builds its model once and then measures on request. `peer_workers.py` holds that of this
-repository and that of transformers; a worker of an official code lives outside, in an environment of its own. These
-lines go over its standard input and output:
+A worker is a process that builds its model once and then measures on request. A worker of an official code lives
+outside, in an environment of its own. These lines go over its standard input and output:
 
     worker -> parent    {"ready": "what it runs", ...}              once, with whatever the result should record
     parent -> worker    measure
     worker -> parent    {"seconds": {"name": 1.23, ...}}            one measurement of each thing that it runs
-    parent -> worker    end of input                                the worker ends
 
 Lines of a worker that do not begin with "{" are skipped: codes print. A worker measures nothing between two requests,
-so at most one of two workers is busy. What slows the machine in a round slows both, so ratios are taken per round.
+so at most one of two workers is busy. What slows the machine in a round slows both, so ratios are taken per round. At
+the end a worker is killed.
+
+Two workers are here, on random weights in the shape of a real model. Every measurement asks about another image.
+
+    python -m eval.efficiency.peers ours --method visiondrop --budget 64 --set official=true
+    python -m eval.efficiency.peers ours --method full,consensusdrop,visiondrop --budget 64
+    python -m eval.efficiency.peers stock                       # dense: `generate` for one token, SDPA
+    python -m eval.efficiency.peers stock --attentions          # and with output_attentions=True beside it
+    python -m eval.efficiency.peers stock --layer 2 --keep 64   # FastV's rule, on attention of the eager kernel
+
+`ours` is this repository: methods, and with `--oracle` their oracles. One method is measured as "ours", several under
+their names. Seconds are those to the first token (vision, selection and prefill) from prepared pixels and token ids.
+
+`stock` is transformers: dense, or pruning that a user would write. With `--attentions` a second measurement asks
+`generate` for the attention maps from which a user would score tokens by the text: all modules then run the eager
+kernel, as after `from_pretrained(attn_implementation="eager")`. FastV keeps the visual tokens to which the last token
+attends most in the layer before `--layer`. transformers returns attention from its eager kernel alone, so that one
+layer runs it, all others SDPA, and rows of the hidden states are dropped between two layers: what the model's public
+modules allow in one pass.
 """
 
 import argparse
+import copy
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from math import comb
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Self
+from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
+from transformers import DynamicCache
 
-from eval.command import exit_on_user_error, make_parser
-from eval.results.report import commit, hardware
-from llava.errors import UserError
+from eval.command import exit_on_user_error, make_parser, value
+from eval.config import FULL, count
+from eval.efficiency.counts import first_token
+from eval.efficiency.measure import over_rounds
+from eval.efficiency.oracle import chosen_options, oracle_of, oracles, reducers_of
+from eval.efficiency.shapes import SHAPES, noise_batches, random_llava
+from eval.results.report import commit, hardware, versions
+from eval.tables.page import left_aligned, markdown
+from llava.errors import UserError, unknown
+from llava.model.builder import DTYPES
+from llava.model.llava_arch import Llava
+from llava.pipeline.accounting import Timer
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample
+from llava.reduction.budget import planned
+from llava.reduction.reducer import Reducer
 
-REQUEST = "measure"
 EQUAL = ("layers", "distinct_layers", "dtype", "threads")  # of all workers that say these of themselves
-CONFIDENCE = 0.95
-FEWEST = 6  # rounds whose whole range covers the median so often
+Calls = Callable[[int], dict[str, Callable[[], float]]]  # number of a measurement -> name -> what is timed
 
 # Workers and their turns
 
@@ -53,58 +83,24 @@ class Worker:
     Args:
         command: the worker's command line.
         threads: threads of its CPU operations (OMP_NUM_THREADS).
+        stack: ends the worker when it is closed.
 
     Raises:
         UserError: the command cannot be started, the worker ended early, or its line is not one of the protocol.
     """
 
-    def __init__(self, command: str, threads: int):
+    def __init__(self, command: str, threads: int, stack: ExitStack):
         self.command = command
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        pipe = subprocess.PIPE
         try:
-            self.process = subprocess.Popen(
-                shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
+            process = subprocess.Popen(shlex.split(command), stdin=pipe, stdout=pipe, text=True, env=environment)
         except (OSError, ValueError) as error:
             raise UserError(f"The worker {command!r} cannot be started: {error}.") from error
+        self.process = stack.enter_context(process)
+        stack.callback(process.kill)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End the worker: it reads the end of its input; one that does not end by itself is killed."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdout.close()
-        try:
-            self.process.stdin.close()
-            self.process.wait(timeout=10)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            self.process.kill()
-            self.process.wait()
-
-    def ready(self) -> dict[str, Any]:
-        """What the worker says of itself, once its model is built."""
-        return self._read("ready")
-
-    def measure(self) -> dict[str, float]:
-        """One measurement: seconds by name.
-
-        Raises:
-            UserError: also where there is no number, or one that is no positive time.
-        """
-        assert self.process.stdin
-        try:
-            self.process.stdin.write(f"{REQUEST}\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise self._ended() from None
-        seconds = self._read("seconds")["seconds"]
-        times = list(seconds.values()) if isinstance(seconds, dict) else []
-        if not times or not all(isinstance(value, int | float) and 0 < value < float("inf") for value in times):
-            raise UserError(f"The worker {self.command!r} answered {seconds!r}, not seconds above 0 by name.")
-        return {name: float(value) for name, value in seconds.items()}
-
-    def _read(self, key: str) -> dict[str, Any]:
+    def read(self, key: str) -> dict[str, Any]:
         """The worker's next line of the protocol, which must have `key`."""
         assert self.process.stdout
         for line in self.process.stdout:
@@ -117,24 +113,23 @@ class Worker:
             if key not in said:
                 raise UserError(f"The worker {self.command!r} wrote {line.strip()[:200]!r}, not JSON with {key!r}.")
             return said
-        raise self._ended()
-
-    def _ended(self) -> UserError:
         code = self.process.wait()
-        return UserError(f"The worker {self.command!r} ended with exit code {code}; its own words are above.")
+        raise UserError(f"The worker {self.command!r} ended with exit code {code}; its own words are above.")
 
+    def measure(self) -> dict[str, float]:
+        """One measurement: seconds by name.
 
-def serve(ready: Mapping[str, Any], measure: Callable[[], Mapping[str, float]]) -> None:
-    """Be a worker: say what is run, then measure once per request until the input ends.
-
-    Args:
-        ready: has the key "ready"; goes into the result.
-        measure: seconds by name.
-    """
-    print(json.dumps(ready), flush=True)
-    for line in sys.stdin:
-        if line.strip() == REQUEST:
-            print(json.dumps({"seconds": dict(measure())}), flush=True)
+        Raises:
+            UserError: also where there is no number, or one that is no positive time.
+        """
+        assert self.process.stdin
+        with suppress(BrokenPipeError):  # it has ended, which `read` tells
+            os.write(self.process.stdin.fileno(), b"measure\n")
+        seconds = self.read("seconds")["seconds"]
+        times = list(seconds.values()) if isinstance(seconds, dict) else []
+        if not times or not all(isinstance(one, int | float) and 0 < one < float("inf") for one in times):
+            raise UserError(f"The worker {self.command!r} answered {seconds!r}, not seconds above 0 by name.")
+        return {name: float(one) for name, one in seconds.items()}
 
 
 def compare(name: str, commands: Sequence[str], rounds: int, threads: int) -> dict[str, Any]:
@@ -155,8 +150,8 @@ def compare(name: str, commands: Sequence[str], rounds: int, threads: int) -> di
             the same name.
     """
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(command, threads)) for command in commands]
-        ready = [worker.ready() for worker in workers]
+        workers = [Worker(command, threads, stack) for command in commands]
+        ready = [worker.read("ready") for worker in workers]
         refuse_unequal(ready)
         names = [name for worker in workers for name in worker.measure()]
         if len(set(names)) != len(names):
@@ -190,59 +185,6 @@ def refuse_unequal(ready: Sequence[dict[str, Any]]) -> None:
             raise UserError(f"The workers say {key} {', '.join(map(str, said))}; give all of them the same model.")
 
 
-# Ratios
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times the reference's time something takes: the median over rounds, and an interval for it."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
-
-
-def paired(rounds: Sequence[Mapping[str, float]], name: str, reference: str) -> Ratio:
-    """The ratio of two times in each round; what slows both in a round cancels.
-
-    Args:
-        rounds: seconds by name, one dictionary per round.
-    """
-    return over_rounds([row[name] / row[reference] for row in rounds])
-
-
-def over_rounds(ratios: Sequence[float]) -> Ratio:
-    """The median of the ratios of all rounds, and its interval.
-
-    Source:
-        The interval is that of the sign test: order statistics of the ratios, without an assumption on how they are
-        distributed (Conover, Practical Nonparametric Statistics, 1999, section 3.2).
-    """
-    ordered = sorted(ratios)
-    outer = interval_rank(len(ordered))
-    return Ratio(median(ordered), ordered[outer], ordered[-1 - outer])
-
-
-def interval_rank(rounds: int) -> int:
-    """How many values may be left out at either end, so that the rest spans the median with 95 % confidence.
-
-    0, the whole range, also where that is too few rounds: below FEWEST it covers the median less often.
-    """
-    rank, tail = 0, 0.0
-    while rank < rounds // 2:
-        tail += comb(rounds, rank) / 2**rounds
-        if 2 * tail > 1 - CONFIDENCE:
-            break
-        rank += 1
-    return max(0, rank - 1)
-
-
-# The command
-
-
 def table(results: Sequence[dict[str, Any]], beside: str | None = None) -> str:
     """Results of several comparisons as a Markdown table: a row for all but the reference of each.
 
@@ -253,7 +195,7 @@ def table(results: Sequence[dict[str, Any]], beside: str | None = None) -> str:
     Raises:
         UserError: a comparison did not measure `beside`.
     """
-    lines = ["| comparison | seconds | beside it | seconds | ratio | rounds |", "|---|---|---|---|---|---|"]
+    lines = []
     for result in results:
         rounds = result["rounds"]
         names = list(rounds[0])
@@ -261,12 +203,13 @@ def table(results: Sequence[dict[str, Any]], beside: str | None = None) -> str:
             raise UserError(f"{result['name']} measured {', '.join(names)}, not {beside!r}; choose one of these.")
         reference = beside or names[0]
         title = result["name"] if beside is None else f"{result['name']}: {beside}"
-        seconds = {name: f"{median(row[name] for row in rounds):.2f}" for name in names}
+        times = {name: [row[name] for row in rounds] for name in names}
         for name in names:
             if name != reference:
-                cells = [title, seconds[reference], name, seconds[name], str(paired(rounds, name, reference))]
-                lines.append(f"| {' | '.join(cells)} | {len(rounds)} |")
-    return "\n".join(lines)
+                ratio = str(over_rounds(times[name], times[reference]))
+                seconds = [f"{median(times[one]):.2f}" for one in (reference, name)]
+                lines.append([title, seconds[0], name, seconds[1], ratio, str(len(rounds))])
+    return left_aligned(markdown(["comparison", "seconds", "beside it", "seconds", "ratio", "rounds"], lines))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -285,37 +228,252 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
-@exit_on_user_error
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = make_parser("eval.efficiency.peers", __doc__)
-    commands = parser.add_subparsers(required=True, metavar="measure|table")
-    measuring = commands.add_parser("measure", help="let workers take turns")
-    measuring.add_argument("--name", required=True, help="of the comparison, a row's first cell")
-    measuring.add_argument(
-        "--worker", action="append", required=True, metavar="COMMAND", help="a worker's command line; the first is ours"
+# This repository
+
+
+def ours(args: argparse.Namespace) -> None:
+    """Serve measurements of methods, and of their oracles if asked."""
+    names = args.method.split(",")
+    if args.budget is None and names != [FULL]:
+        raise UserError(f"--method {args.method} needs a --budget: the visual tokens to keep.")
+    model = build(args)
+    methods = reducers_of(names, args.budget or model.visual_tokens, chosen_options(args.set, names), model)
+    theirs: dict[str, Reducer] = {}
+    if args.oracle:
+        for one in methods.values():
+            oracle_of(one, model.spec)  # an error where there is none
+        theirs, _ = oracles(methods, model.spec)
+    runs = methods | theirs
+    if len(methods) == 1:
+        runs = dict(zip(("ours", "oracle") if theirs else ("ours",), runs.values(), strict=True))
+    ask = noise_batches(model, 1, differ=True)
+
+    def calls(number: int) -> dict[str, Callable[[], float]]:
+        return {name: partial(ttft, model, reducer, ask(number)) for name, reducer in runs.items()}
+
+    plans = {name: planned(one.for_picture(model.spec), model.spec) for name, one in methods.items()}
+    plan = plans if len(plans) > 1 else plans[names[0]]
+    serve(described(model, f"{args.method} {args.set}", args) | {"visual tokens per layer": plan}, calls)
+
+
+@torch.inference_mode()
+def ttft(model: Llava, reducer: Reducer, samples: list[Sample]) -> float:
+    """Seconds from prepared pixels and token ids to the first token."""
+    timer = Timer(model.device)
+    first_token(model, reducer, samples, timer)
+    spent = timer.seconds
+    return sum(spent.values()) - spent.get("preprocess", 0.0)
+
+
+# Stock transformers
+
+
+def stock(args: argparse.Namespace) -> None:
+    """Serve measurements of transformers on the same weights."""
+    if args.attentions and args.keep is not None:
+        raise UserError("--attentions asks the dense model; leave --layer and --keep out.")
+    if (args.layer is None) != (args.keep is None):
+        raise UserError("--layer and --keep belong together; give both, or none for the dense model.")
+    model = build(args)
+    if args.layer is not None and not 1 <= args.layer < model.spec.layers:
+        raise UserError(f"--layer should be 1 to {model.spec.layers - 1}, got {args.layer}.")
+    if args.keep is not None and not 1 <= args.keep <= model.visual_tokens:
+        raise UserError(f"--keep should be 1 to {model.visual_tokens}, got {args.keep}.")
+    runs: dict[str, Callable[..., object]] = {"transformers": dense}
+    if args.attentions:
+        runs["transformers, output_attentions"] = attentive
+    elif args.keep is not None:
+        runs = {"transformers, eager attention": partial(pruned_token, layer=args.layer, keep=args.keep)}
+
+    def calls(number: int) -> dict[str, Callable[[], float]]:
+        asked = inputs(model, number)
+        return {name: partial(seconds, run, model.hf_model, *asked) for name, run in runs.items()}
+
+    serve(described(model, ", then ".join(runs), args), calls)
+
+
+def inputs(model: Llava, number: int) -> tuple[Tensor, Tensor]:
+    """Token ids [1, L] with a placeholder for each visual token, and pixels [1, 3, S, S], of one question."""
+    sample = noise_batches(model, 1, differ=True)(number)[0]
+    place = model.hf_model.config.image_token_id
+    ids: list[int] = []
+    for token in model.prompt(sample).ids:
+        ids += [place] * model.visual_tokens if token == IMAGE_TOKEN_INDEX else [token]
+    pixels, _ = model.views(sample.image)
+    return torch.tensor([ids], device=model.device), pixels.to(model.device, model.hf_model.dtype)
+
+
+def seconds(run: Callable[..., object], *arguments: object) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - began
+
+
+@torch.inference_mode()
+def dense(hf: Any, ids: Tensor, pixels: Tensor, **options: Any) -> Any:
+    """[1]: the first token of `generate`, or what it returns with further options."""
+    mask = torch.ones_like(ids)
+    output = hf.generate(
+        input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=1, do_sample=False, **options
     )
-    measuring.add_argument("--rounds", type=int, default=7, help="measurements of each worker after one warm-up")
-    measuring.add_argument("--threads", type=int, default=2, help="of the CPU, for each worker")
-    measuring.add_argument("--json", type=Path, help="also write the result here")
-    measuring.set_defaults(run=measure)
-    tabulating = commands.add_parser("table", help="print the ratios of result files as Markdown")
-    tabulating.add_argument("results", nargs="+", type=Path, help="files that measure wrote")
-    tabulating.add_argument("--beside", metavar="NAME", help="divide by the times of this name, not of the first")
-    tabulating.set_defaults(run=lambda args: print(table(list(map(read, args.results)), args.beside)))
-    args = parser.parse_args(arguments)
-    args.run(args)
-    return 0
+    return output if options else output[:, -1]
+
+
+def attentive(hf: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """[1]: the first token of `generate`, and the attention maps of all decoder layers, [1, H, L, L] each."""
+    before = hf.config._attn_implementation
+    hf.set_attn_implementation("eager")
+    try:
+        output = dense(hf, ids, pixels, output_attentions=True, return_dict_in_generate=True)
+    finally:
+        hf.set_attn_implementation(before)
+    return output.sequences[:, -1], output.attentions[0]
+
+
+def pruned_token(hf: Any, ids: Tensor, pixels: Tensor, layer: int, keep: int) -> Tensor:
+    """[1]: the first token of `pruned`."""
+    return pruned(hf, ids, pixels, layer, keep).argmax(-1)
+
+
+@torch.inference_mode()
+def pruned(hf: Any, ids: Tensor, pixels: Tensor, layer: int, keep: int) -> Tensor:
+    """[1, V]: logits of the first token, with `keep` visual tokens from decoder layer `layer` on."""
+    decoder = hf.model.language_model
+    visual = ids == hf.config.image_token_id
+    features = torch.cat(tuple(hf.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output))
+    hidden = decoder.embed_tokens(ids).masked_scatter(visual[..., None], features)
+    cache = DynamicCache(config=decoder.config)
+    places = torch.arange(ids.shape[1], device=ids.device)[None]
+    rope = decoder.rotary_emb(hidden, places)
+    for index, block in enumerate(decoder.layers):
+        if index == layer - 1:
+            hidden, attention = eager_layer(block, hidden, rope, cache)
+            score = attention[0].mean(0)[-1][visual[0]]
+            best = score.topk(keep).indices.sort().values
+            kept = torch.cat([(~visual[0]).nonzero()[:, 0], visual[0].nonzero()[:, 0][best]]).sort().values
+            hidden, rope = hidden[:, kept], (rope[0][:, kept], rope[1][:, kept])
+        else:
+            hidden = block(hidden, position_embeddings=rope, past_key_values=cache, use_cache=True)
+    return hf.lm_head(decoder.norm(hidden)[:, -1])
+
+
+def eager_layer(
+    block: torch.nn.Module, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: DynamicCache
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer with the eager kernel: its output [1, L, D], and its attention [1, H, L, L]."""
+    attention: Any = block.self_attn
+    length, shared, maps = hidden.shape[1], attention.config, []
+    mask = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
+    mask = mask.triu(1)[None, None]
+    attention.config = copy.copy(shared)
+    attention.config._attn_implementation = "eager"
+    hook = attention.register_forward_hook(lambda module, args, output: maps.append(output[1]))
+    try:
+        output = block(hidden, attention_mask=mask, position_embeddings=rope, past_key_values=cache, use_cache=True)
+    finally:
+        hook.remove()
+        attention.config = shared
+    return output, maps[0]
+
+
+# Both workers
+
+
+def build(args: argparse.Namespace) -> Llava:
+    """The model of a worker's flags. Its CPU threads are those of OMP_NUM_THREADS, which the parent sets."""
+    if args.shape not in SHAPES:
+        raise unknown("shape", args.shape, SHAPES)
+    return random_llava(args.shape, args.distinct, args.dtype, args.layers)
+
+
+def described(model: Llava, runs: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a worker says of itself."""
+    return {
+        "ready": runs,
+        **versions(),
+        "model": model.name,
+        "layers": model.spec.layers,
+        "distinct_layers": args.distinct,
+        "dtype": args.dtype,
+        "threads": torch.get_num_threads(),
+        "text tokens": len(model.prompt(noise_batches(model, 1, differ=False)(0)[0]).ids) - 1,
+    }
+
+
+def serve(ready: dict[str, Any], calls: Calls) -> None:
+    """Be a worker whose calls are measured forwards in even measurements and backwards in odd ones.
+
+    Args:
+        ready: has the key "ready"; goes into the result.
+        calls: number of the measurement -> what is called by name; each returns its seconds.
+    """
+    print(json.dumps(ready), flush=True)
+    requests = (line for line in sys.stdin if line.strip() == "measure")
+    for number, _ in enumerate(requests):
+        asked = calls(number)
+        spent = {name: asked[name]() for name in list(asked)[:: 1 if number % 2 == 0 else -1]}
+        print(json.dumps({"seconds": {name: spent[name] for name in asked}}), flush=True)
+
+
+# The commands
 
 
 def measure(args: argparse.Namespace) -> None:
-    if args.rounds < 1 or args.threads < 1:
-        raise UserError(f"--rounds and --threads should be at least 1, not {args.rounds} and {args.threads}.")
+    """Let the workers take turns, print the table of their times and keep them."""
     result = compare(args.name, args.worker, args.rounds, args.threads)
     print(table([result]))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and flags."""
+    flags = make_parser("eval.efficiency.peers", __doc__)
+    commands = flags.add_subparsers(required=True, metavar="measure|table|ours|stock")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> Callable[..., argparse.Action]:
+        added = commands.add_parser(name, help=help, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    add = command("measure", measure, "let workers take turns")
+    add("--name", required=True, help="of the comparison, a row's first cell")
+    worker = "a worker's command line; the first is ours"
+    add("--worker", action="append", required=True, metavar="COMMAND", help=worker)
+    add("--rounds", type=value(count), default=7, help="measurements of each worker after one warm-up")
+    add("--threads", type=value(count), default=2, help="of the CPU, for each worker")
+    add("--json", type=Path, help="also write the result here")
+    add = command(
+        "table", lambda args: print(table([*map(read, args.results)], args.beside)), "print ratios as Markdown"
+    )
+    add("results", nargs="+", type=Path, help="files that measure wrote")
+    add("--beside", metavar="NAME", help="divide by the times of this name, not of the first")
+    own = command("ours", ours, "be a worker: methods of this repository")
+    own("--method", required=True, help="a name of `vtr show methods`, or several separated by commas")
+    own("--budget", type=value(count), help="visual tokens to keep; needless with --method full")
+    option = "an option of the method or of one of them"
+    own("--set", action="append", default=[], metavar="[METHOD.]KEY=VALUE", help=option)
+    own("--oracle", action="store_true", help="measure the methods' oracles, too")
+    theirs = command("stock", stock, "be a worker: transformers on the same weights")
+    theirs("--attentions", action="store_true", help="measure output_attentions=True beside the dense model")
+    theirs("--layer", type=value(count), help="prune before this decoder layer")
+    theirs("--keep", type=value(count), help="visual tokens from that layer on")
+    for add in (own, theirs):
+        add("--shape", default="llava-1.5-7b", help=f"one of {', '.join(SHAPES)}")
+        add("--layers", type=value(count), help="decoder layers; all of the real model if left out")
+        add("--distinct", type=value(count), default=4, help="decoder layers with their own weights")
+        add("--dtype", default="bfloat16", choices=tuple(DTYPES), help="of the weights")
+    return flags
+
+
+@exit_on_user_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, for a worker when the input ends."""
+    args = parser().parse_args(arguments)
+    args.run(args)
+    return 0
 
 
 if __name__ == "__main__":

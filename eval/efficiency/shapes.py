@@ -8,6 +8,7 @@ noise_batches(model, 8, True)   batches of questions that any model can be measu
 import copy
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -18,12 +19,12 @@ from transformers import CLIPTextConfig, LlamaModel, PreTrainedModel, PreTrained
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from llava.model.builder import DTYPES, FAMILIES
-from llava.model.checkpoint.hf_model import HF_CLASSES, VideoLlavaWithTime, empty_model
-from llava.model.checkpoint.layouts import CLIP_L_336, LANGUAGEBIND, Family, Kind
+from eval.papers import read_yaml
+from llava.model.builder import DTYPES, FAMILIES, parse
+from llava.model.checkpoint.hf_model import HF_CLASSES, hf_class
+from llava.model.checkpoint.layouts import CLIP_L_336, Family
 from llava.model.checkpoint.load import Checkpoint
 from llava.model.llava_arch import Llava
-from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
@@ -31,72 +32,14 @@ from llava.processing.image import ImageProcessor, QwenImageProcessor
 from llava.processing.prompt import Sample
 from llava.processing.video import FRAMES, Video
 
-
-def _llama(hidden: int, inner: int, layers: int, heads: int, keys: int, words: int = 32064) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys,
-        "vocab_size": words,
-    }
-
-
-VICUNA_7B = _llama(4096, 11008, 32, 32, 32)
-VICUNA_13B = _llama(5120, 13824, 40, 40, 40)
-MISTRAL_7B = _llama(4096, 14336, 32, 32, 8)
-YI_34B = _llama(7168, 20480, 60, 56, 8, 64064)
-
-QWEN_25_7B: dict[str, Any] = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "max_position_embeddings": 128000,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-}
-QWEN_25_VISION: dict[str, Any] = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "out_hidden_size": 3584,
-    "patch_size": 14,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
-
-# Sizes from the official config.json files. Mistral's decoder is Llama's with fewer key heads.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llava-1.5-7b": {"family": "llava", "text": VICUNA_7B},
-    "llava-1.5-13b": {"family": "llava", "text": VICUNA_13B},
-    "llava-next-7b": {"family": "llava_next", "text": VICUNA_7B},
-    "llava-next-mistral-7b": {"family": "llava_next", "text": MISTRAL_7B},
-    "llava-next-13b": {"family": "llava_next", "text": VICUNA_13B},
-    "llava-next-34b": {"family": "llava_next", "text": YI_34B},
-    "video-llava-7b": {"family": "video_llava", "text": VICUNA_7B, "vision": LANGUAGEBIND},
-    "qwen2.5-vl-7b": {"family": "qwen2_5_vl", "text": QWEN_25_7B, "vision": QWEN_25_VISION},
-}
+# Name -> family, and fields of the two parts of config.json, "text" and "vision" (that of LLaVA-1.5 if left out).
+SHAPES: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("shapes.yaml"))["models"]
 # The official models of the tables of memory and costs; SHAPES has their names in lower case.
 MODELS = (
     "LLaVA-1.5-7B", "LLaVA-1.5-13B", "LLaVA-NeXT-7B", "LLaVA-NeXT-13B", "LLaVA-NeXT-34B", "Video-LLaVA-7B",
     "Qwen2.5-VL-7B",
 )  # fmt: skip
-
-CLIP_L_TEXT: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "projection_dim": 768,
-    "vocab_size": 49408,
-    "eos_token_id": 49407,
-}
+NEXT_READING = {"merge": "spatial", "force": "672x672"}
 
 
 def narrow(shape: str, width: int, layers: int, blocks: int = 3, side: int = 336) -> dict[str, Any]:
@@ -136,32 +79,22 @@ def narrow(shape: str, width: int, layers: int, blocks: int = 3, side: int = 336
     }
 
 
+def reading_of(shape: str, texts: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """How a shape reads images: LLaVA-NeXT as the tables of papers do, 2,880 tokens each, unless `texts` say else."""
+    of_next = SHAPES[shape]["family"] == "llava_next"
+    return {key: parse(key, text) for key, text in (texts or (NEXT_READING if of_next else {})).items()}
+
+
 @cache
 def official(name: str) -> Llava:
-    """An official model on the meta device, without tokenizer. LLaVA-NeXT reads images as the tables of papers do, with
+    """An official model on the meta device, for its sizes. LLaVA-NeXT reads images as the tables of papers do, with
     2,880 visual tokens for each; Qwen takes images of at most 1,280 visual tokens.
 
     Args:
         name: one of MODELS.
     """
-    sizes = SHAPES[name.lower()]
-    family: Family = sizes["family"]
-    config_class: Any = HF_CLASSES[family].config_class
-    config = config_class(text_config=sizes["text"], vision_config=sizes.get("vision", CLIP_L_336))
-    frames = FRAMES if family == "video_llava" else None
-    options: dict[str, Any] = {}
-    if family == "llava_next":
-        side = config.vision_config.image_size
-        options = {"merge": "spatial", "force": (2 * side, 2 * side)}
-    checkpoint = _checkpoint(
-        empty_model(config, Kind(family, "original", "llama"), frames),
-        family,
-        tokenizer=None,
-        name=name,
-        text_tower=None,
-        vocabulary=config.get_text_config().vocab_size,
-    )
-    return FAMILIES[family](checkpoint, torch.device("meta"), **options)
+    shape, meta = name.lower(), torch.device("meta")
+    return random_llava(shape, None, "float32", device=meta, name=name, text_tower=None, **reading_of(shape))
 
 
 def random_llava(
@@ -170,6 +103,8 @@ def random_llava(
     dtype: str = "bfloat16",
     layers: int | None = None,
     device: torch.device | None = None,
+    name: str = "",
+    text_tower: str | None = "random weights",
     **conventions: Any,
 ) -> Llava:
     """A LLaVA of a known shape with random weights.
@@ -180,6 +115,8 @@ def random_llava(
             depth needs little memory and computes the same number of operations. None gives every layer its own.
         layers: decoder layers; None for the full depth.
         device: None for the CPU.
+        name: of the model; "random" and the shape if left out.
+        text_tower: what the CLIP text tower is; None for a model without one.
         conventions: of llava.model.llava_next.LlavaNext.
     """
     device = device or torch.device("cpu")
@@ -187,62 +124,48 @@ def random_llava(
     family: Family = sizes["family"]
     layers = layers or sizes["text"]["num_hidden_layers"]
     text = {**sizes["text"], "num_hidden_layers": min(distinct or layers, layers)}
-    parts = {"text_config": text, "vision_config": sizes.get("vision", CLIP_L_336)}
-    model = hf_model(family, parts, DTYPES[dtype], device)
+    model = hf_model(family, text, sizes.get("vision", CLIP_L_336), DTYPES[dtype], device)
     share_layers(model.model.language_model, layers)
-    qwen = family == "qwen2_5_vl"
-    checkpoint = _checkpoint(
-        model,
-        family,
-        tokenizer=_letters(),
-        name=f"random {shape if isinstance(shape, str) else family}",
-        text_tower=None if qwen else "random weights",
-        vocabulary=min(sizes["text"]["vocab_size"], 152000 if qwen else 32000),
-    )
-    return RUNTIME[family](checkpoint, device, **conventions)
-
-
-def _checkpoint(model: PreTrainedModel, family: Family, **fields: Any) -> Checkpoint:
-    """A checkpoint with the processor and the templates of its family.
-
-    Args:
-        fields: further fields of Checkpoint.
-    """
     video, qwen = family == "video_llava", family == "qwen2_5_vl"
     side = None if qwen else model.config.vision_config.image_size
-    return Checkpoint(
+    checkpoint = Checkpoint(
         model=model,
+        tokenizer=_letters(),
         image_processor=QwenImageProcessor() if side is None else ImageProcessor(side, side),
         conversation="qwen2_vl" if qwen else "vicuna_v1",
         layout="original",
+        name=name or f"random {shape if isinstance(shape, str) else family}",
         notes=(),
         family=family,
         frames=FRAMES if video else 0,
         temporal=video,
-        **fields,
+        text_tower=None if qwen else text_tower,
+        vocabulary=sizes["text"]["vocab_size"] // 1000 * 1000,  # the head has padding rows
     )
+    runtime = FAMILIES[family] if qwen else type("Random", (RandomClip, FAMILIES[family]), {})
+    return runtime(checkpoint, device, **conventions)
 
 
-def hf_model(family: Family, parts: dict[str, Any], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def hf_model(
+    family: Family, text: Mapping[str, Any], vision: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """The HF model of a family with random weights.
 
     Args:
-        parts: "text_config" and "vision_config", fields of config.json.
+        text, vision: fields of the two parts of config.json.
     """
     config_class: Any = HF_CLASSES[family].config_class
-    config = config_class(**parts)
+    config = config_class(text_config=text, vision_config=vision)
     if family == "llava_next":  # the library's resolutions are of tiles of 336 pixels
         side = config.vision_config.image_size
         config.image_grid_pinpoints = [[side * a, side * b] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
     config._attn_implementation = "sdpa"
+    build, extra = hf_class(family, FRAMES if family == "video_llava" else None)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with no_init_weights(), torch.device(device):
-            if family == "video_llava":
-                made: PreTrainedModel = VideoLlavaWithTime(config, FRAMES)
-            else:
-                made = HF_CLASSES[family](config)
+            made: PreTrainedModel = build(config, *extra)
     finally:
         torch.set_default_dtype(before)
     # One repeated block of noise: drawing a billion weights takes a minute.
@@ -252,9 +175,7 @@ def hf_model(family: Family, parts: dict[str, Any], dtype: torch.dtype, device: 
             if weight.dim() == 1 and name.endswith("weight"):
                 weight.fill_(1.0)
                 continue
-            flat = weight.view(-1)
-            for start in range(0, flat.numel(), block.numel()):
-                part = flat[start : start + block.numel()]
+            for part in weight.view(-1).split(block.numel()):
                 part.copy_(block[: part.numel()])
     return made.eval()
 
@@ -268,31 +189,11 @@ class RandomClip(Llava):
             return [1 + place for place, _ in enumerate(text.split())]
 
         vision: Any = self.tower
-        config = CLIPTextConfig(**CLIP_L_TEXT)
+        config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
         last = config.vocab_size - 1
         with torch.device(self.device):
             tower = ClipText(config, vision.config.hidden_size, vision.post_layernorm, words, last - 1, last)
         return tower.eval().requires_grad_(False)
-
-
-class RandomLlava(RandomClip):
-    pass
-
-
-class RandomNext(RandomClip, LlavaNext):
-    pass
-
-
-class RandomVideo(RandomClip, VideoLlava):
-    pass
-
-
-RUNTIME: dict[str, type[Llava]] = {
-    "llava": RandomLlava,
-    "llava_next": RandomNext,
-    "video_llava": RandomVideo,
-    "qwen2_5_vl": QwenVL,
-}
 
 
 def share_layers(llm: LlamaModel, layers: int) -> None:

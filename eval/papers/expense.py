@@ -15,9 +15,8 @@ from pydantic import BaseModel, ConfigDict
 
 from eval.config import FULL
 from eval.efficiency import memory
-from eval.efficiency.estimate import Estimate, Workload
+from eval.efficiency.estimate import Estimate, Rates, Workload
 from eval.efficiency.memory import GIB, QuestionShape, layout_of
-from eval.efficiency.rates import Rates
 from eval.efficiency.shapes import official
 from eval.papers import read_yaml
 from eval.papers.plan import Line, Where, columns_of, lines_of

@@ -4,18 +4,18 @@
 # its own; without COMMAND it is stock transformers, dense beside `full`. The result is kept in results/bench/peers/NAME.json,
 # and the table is that of all results there. About ten minutes at 64 tokens on two cores that nobody else uses, 10 GB of memory.
 # Model flags such as --layers belong into COMMAND too: workers of unequal depth are refused. All of stock at once: stock.sh.
-# Usage: bash scripts/bench/peers.sh NAME METHOD BUDGET [COMMAND] [further arguments of python -m eval.efficiency.peer_workers ours]
+# Usage: bash scripts/bench/peers.sh NAME METHOD BUDGET [COMMAND] [further arguments of python -m eval.efficiency.peers ours]
 #   bash scripts/bench/peers.sh dense full 576
 #   bash scripts/bench/peers.sh visiondrop visiondrop 64 "/envs/peer/bin/python worker.py" --oracle --set official=true
-#   bash scripts/bench/peers.sh fastv fastv 64 "python -m eval.efficiency.peer_workers stock --layer 2 --keep 64" --set schedule=kept
+#   bash scripts/bench/peers.sh fastv fastv 64 "python -m eval.efficiency.peers stock --layer 2 --keep 64" --set schedule=kept
 set -euo pipefail
 if [ $# -lt 3 ]; then sed -n '2,10p' "${BASH_SOURCE[0]}" | cut -c3- >&2; exit 2; fi
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 name=$1 method=$2 budget=$3
 shift 3
-theirs="python -m eval.efficiency.peer_workers stock"
+theirs="python -m eval.efficiency.peers stock"
 if [ $# -gt 0 ] && [[ $1 != --* ]]; then theirs=$1; shift; fi
-ours="python -m eval.efficiency.peer_workers ours --method $method --budget $budget"
+ours="python -m eval.efficiency.peers ours --method $method --budget $budget"
 [ $# -gt 0 ] && ours+=$(printf ' %q' "$@")
 python -m eval.efficiency.peers measure --name "$name" --json "results/bench/peers/$name.json" \
   --worker "$ours" --worker "$theirs" --rounds "${ROUNDS:-7}" --threads "${THREADS:-2}"
