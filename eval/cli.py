@@ -78,8 +78,8 @@ GROUPS = {
         "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
     },
     "Add something: a method or a benchmark": {
-        "new": Command("eval.new.__main__", "write its files: vtr new method NAME, vtr new benchmark NAME", ("new",)),
-        "check": Command("eval.new.__main__", "run every test that can fail for it: vtr check method NAME", ("check",)),
+        "new": Command("eval.new", "write its files: vtr new method NAME, vtr new benchmark NAME", ("new",)),
+        "check": Command("eval.new", "run every test that can fail for it: vtr check method NAME", ("check",)),
     },
     "Maintainers: pages of the documentation and measurements of this code": {
         "tables embedded": Command("eval.tables.embedded", "all methods on the toy benchmark (docs/embedded.md)"),
