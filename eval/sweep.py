@@ -244,7 +244,9 @@ def fill_on_ranks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"sweep-{os.getpid()}.json"
-    write_json(file, {"model": dict(loaded_with), "go_on": go_on, "runs": [plain_config(config) for config in configs]})
+    runs = [dataclasses.asdict(config) for config in configs]
+    plain = json.loads(json.dumps({"model": dict(loaded_with), "go_on": go_on, "runs": runs}, default=str))
+    write_json(file, plain)
     place = place.at_most(len(configs))
     try:
         with tqdm(total=len(configs), desc=f"{folder.name} on {place.describe()}", unit="setting") as bar:
@@ -259,11 +261,6 @@ def fill_on_ranks(
         file.unlink(missing_ok=True)
     if code:
         raise SystemExit(code)
-
-
-def plain_config(config: RunConfig) -> dict[str, Any]:
-    """A configuration in JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 @exit_on_user_error

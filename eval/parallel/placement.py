@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from eval.config import whole_number
 from llava.errors import UserError
 
 VARIABLES = ("RANKS", "GPUS", "HOSTFILE")
@@ -101,7 +102,7 @@ def detect(
         return replace(read_hostfile(Path(environment["HOSTFILE"]), size), processor=device == "cpu")
     if named == "RANKS":
         there = 0 if device == "cpu" else accelerators()
-        count = whole("RANKS", environment["RANKS"])
+        count = whole_number("RANKS", environment["RANKS"])
         if there and count > there:
             raise UserError(
                 f"RANKS={count}, but this machine has {there} accelerators, one for each rank; set RANKS to at most "
@@ -146,13 +147,13 @@ def chosen_gpus(environment: Mapping[str, str], there: int) -> tuple[int, ...]:
             raise UserError(
                 "GPUS=0 asks for no accelerator: GPUS=0, with a comma names the first, --device cpu takes none."
             )
-        count = whole("GPUS", text)
+        count = whole_number("GPUS", text)
         if count > there:
             raise UserError(
                 f"GPUS={text}, but this machine has {there} accelerators; RANKS={count} uses its processor."
             )
         return known[:count]
-    places = [whole("GPUS", part.strip(), minimum=0) for part in text.split(",") if part.strip()]
+    places = [whole_number("GPUS", part.strip(), minimum=0) for part in text.split(",") if part.strip()]
     if not places:
         raise UserError(f"GPUS={text} names no accelerator.")
     if wrong := [place for place in places if place >= there]:
@@ -231,12 +232,6 @@ def here(size: int = 1, device: str = "auto") -> Placement | None:
     from eval.parallel import ranks
 
     return None if not ranks.current().alone else detect(os.environ, accelerators, size, device)
-
-
-def whole(name: str, text: str, minimum: int = 1) -> int:
-    if not text.strip().isdigit() or int(text) < minimum:
-        raise UserError(f"{name} should be a whole number, {minimum} or more, got {text!r}.")
-    return int(text)
 
 
 def whole_or(text: str | None, otherwise: int) -> int:

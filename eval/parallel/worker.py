@@ -80,7 +80,9 @@ def work(rank: Rank, module: str, arguments: Sequence[str], processor: bool) -> 
             join_replica(rank)
         code = import_module(module).main(arguments)
         if rank.size > 1:
-            leave_replica()
+            from llava.model.parallel import leave
+
+            leave()
         rank.report(FINISHED, code=code)
     except KeyboardInterrupt:
         if not rank.ended:
@@ -122,12 +124,6 @@ def join_replica(rank: Rank) -> None:
     import torch
 
     join(rank.number % rank.size, rank.size, host, port, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def leave_replica() -> None:
-    from llava.model.parallel import leave
-
-    leave()
 
 
 def follow(rank: Rank, control: Control, ended: threading.Event) -> None:
