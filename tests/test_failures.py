@@ -129,6 +129,8 @@ def test_the_second_of_two_runs_names_host_and_process_of_the_first(tmp_path):
             )
             owner = f"(process {os.getpid()} on host {os.uname().nodename})"
             assert f"{tmp_path} is in use by another run {owner}; wait for it" in other.stderr
+        with pytest.raises(UserError, match="in use by another run"):
+            open_store(tmp_path, restart=True)
         (tmp_path / "lock").write_text("")
         with pytest.raises(UserError, match=r"another run; wait"):
             open_store(tmp_path)
