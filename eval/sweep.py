@@ -74,21 +74,12 @@ def sweep(
     """
     folders = [folder_of(output, model, benchmark, split, setting, data) for setting in settings]
     model.expect([reducer_of(setting, model.visual_tokens) for setting in settings])
+    common = RunConfig(FULL, None, benchmark, split, data=data, batch_size=batch_size, limit=limit, wandb="disabled")
     configs = [
-        RunConfig(
-            setting.method,
-            setting.budget,
-            benchmark,
-            split=split,
-            data=data,
-            output=folder,
-            options=setting.options,
-            batch_size=batch_size,
-            limit=limit,
-            wandb="disabled",
-            failed="again",
+        dataclasses.replace(
+            common, method=one.method, budget=one.budget, options=one.options, output=folder, failed="again"
         )
-        for setting, folder in zip(settings, folders, strict=True)
+        for one, folder in zip(settings, folders, strict=True)
     ]
     missing = [config for config in configs if not is_finished(config, model)]
     place = placement.here() if len(missing) > 1 else None

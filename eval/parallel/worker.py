@@ -74,8 +74,8 @@ def work(rank: Rank, module: str, arguments: Sequence[str], processor: bool) -> 
             signal.signal(number, terminate)
         rank.report(LOADING)
         take_device(processor)
-        if not rank.first:
-            be_quiet()
+        if not rank.first:  # only the first rank prints results; warnings and errors of the others are still seen
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if rank.size > 1:
             join_replica(rank)
         code = import_module(module).main(arguments)
@@ -106,11 +106,6 @@ def take_device(processor: bool) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if "OMP_NUM_THREADS" not in os.environ:  # a rank on another machine than the parent process
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])))
-
-
-def be_quiet() -> None:
-    """Only the first rank prints results; warnings and errors of the others are still seen."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def join_replica(rank: Rank) -> None:
