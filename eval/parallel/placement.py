@@ -32,14 +32,12 @@ class Placement:
         size: ranks of a replica; the ranks of a replica are on one machine.
         launcher: "local", or how DeepSpeed's launcher is started on every machine: "slurm" (by srun) or "hostfile" (by
             pdsh).
-        hostfile: the file, for "hostfile".
         processor: the ranks leave accelerators alone (--device cpu).
     """
 
     hosts: tuple[tuple[str, tuple[int, ...]], ...]
     size: int = 1
     launcher: str = "local"
-    hostfile: Path | None = None
     processor: bool = False
 
     def __post_init__(self) -> None:
@@ -90,6 +88,7 @@ def detect(
         UserError: variables contradict each other, hold nonsense, or the command was started by a launcher.
     """
     refuse_launchers(environment)
+    count_of_nodes = environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES")
     given = [name for name in VARIABLES if environment.get(name)]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} are both set; leave one out.")
@@ -111,7 +110,7 @@ def detect(
         devices = visible(environment, there)[:count] if there else tuple(range(count))
     elif named == "GPUS":
         devices = chosen_gpus(environment, accelerators())
-    elif device == "auto" and slurm_nodes(environment) > 1:
+    elif device == "auto" and whole_or(count_of_nodes, 1) > 1:
         return slurm(environment, accelerators(), size, nodes or expand_node_list)
     else:
         devices = visible(environment, accelerators()) if device == "auto" else ()
@@ -194,11 +193,7 @@ def read_hostfile(path: Path, size: int = 1) -> Placement:
         hosts[found["host"]] = tuple(range(int(found["slots"])))
     if not hosts:
         raise UserError(f"{path} names no machine; lines look like 'node1 slots=8'.")
-    return Placement(tuple(hosts.items()), size, "hostfile", path.resolve())
-
-
-def slurm_nodes(environment: Mapping[str, str]) -> int:
-    return whole_or(environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES"), 1)
+    return Placement(tuple(hosts.items()), size, "hostfile")
 
 
 def slurm(environment: Mapping[str, str], there: int, size: int, nodes: Callable[[str], list[str]]) -> Placement:
