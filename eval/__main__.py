@@ -23,6 +23,7 @@ from eval.config import (
     budget_of,
     count,
     embedded_model,
+    meanings_of_settings,
     options_by_method,
     pairs,
     path_name,
@@ -36,6 +37,26 @@ from llava.errors import UserError
 LARGEST_BATCH = 1_000_000
 # Exit code of a run that has a result, but not for all questions.
 SOME_FAILED = 3
+
+
+# Flag -> what argparse must know of it; default and help are those of the setting of this name in RunConfig.
+FLAGS: dict[str, dict[str, Any]] = {
+    "batch_size": {"type": value(count, maximum=LARGEST_BATCH)},
+    "limit": {"type": value(count)},
+    "quantization": {"choices": ("8bit", "4bit")},
+    "compile": {"action": "store_true"},
+    "dtype": {"choices": ("float32", "bfloat16", "float16")},
+    "device": {},
+    "text_tower": {"type": value(path_name)},
+    "max_new_tokens": {"type": value(count)},
+    "seed": {"type": value(count, minimum=0, maximum=2**32 - 1)},
+    "wandb": {"choices": ("auto", "online", "offline", "disabled")},
+    "table": {"type": value(table_name), "metavar": "NAME"},
+    "tensor_parallel": {"type": value(count), "metavar": "N"},
+    "zero": {"metavar": "PLACE"},
+    "zero_ranks": {"type": value(count), "metavar": "N"},
+    "restart": {"action": "store_true"},
+}
 
 
 def parser() -> Parser:
@@ -59,12 +80,6 @@ def parser() -> Parser:
     )
     p.add_argument("--output", type=value(path_name), help="default: results/BENCHMARK-SPLIT/MODEL/METHOD-BUDGET")
     p.add_argument(
-        "--batch-size", type=value(count, maximum=LARGEST_BATCH), default=8, help="questions answered at once"
-    )
-    p.add_argument(
-        "--limit", type=value(count), help="ask the first LIMIT questions only; its result goes to OUTPUT/limitLIMIT"
-    )
-    p.add_argument(
         "--picture",
         action="append",
         default=[],
@@ -72,53 +87,10 @@ def parser() -> Parser:
         help="how images are read, where the model's family leaves a choice: merge=spatial, reading=transformers, "
         "force=672x672 (LLaVA-NeXT), min_pixels=N, max_pixels=N (Qwen)",
     )
-    p.add_argument("--quantization", choices=("8bit", "4bit"), help="hold the decoder in 8 or 4 bits (bitsandbytes)")
-    p.add_argument(
-        "--compile",
-        action="store_true",
-        help="run tower, prefill and decoding with torch.compile, on a GPU with CUDA graphs: for long runs; each new "
-        "shape is compiled first, which takes seconds to a minute",
-    )
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
-    p.add_argument("--device", default="auto", help="torch device")
-    p.add_argument(
-        "--text-tower",
-        type=value(path_name),
-        help="the CLIP that the vision tower comes from, for methods that read its text half",
-    )
-    p.add_argument(
-        "--max-new-tokens", type=value(count), help="longest answer; default: what the benchmark's profile says"
-    )
-    p.add_argument(
-        "--seed",
-        type=value(count, minimum=0, maximum=2**32 - 1),
-        default=0,
-        help="for methods that draw random numbers, and for the intervals",
-    )
-    p.add_argument("--wandb", default="auto", choices=("auto", "online", "offline", "disabled"), help="W&B logging")
-    p.add_argument(
-        "--table", type=value(table_name), metavar="NAME", help="paper table that the run belongs to: its group in W&B"
-    )
-    p.add_argument(
-        "--tensor-parallel",
-        type=value(count),
-        default=1,
-        metavar="N",
-        help="split one model over N ranks; GPUS, RANKS or HOSTFILE in the environment say how many there are",
-    )
-    p.add_argument(
-        "--zero",
-        metavar="PLACE",
-        help="ZeRO-Inference: keep the decoder in 'cpu' memory and fetch it layer by layer; "
-        "'none' divides it over the accelerators of --zero-ranks",
-    )
-    p.add_argument(
-        "--zero-ranks",
-        type=value(count),
-        default=1,
-        metavar="N",
-        help="with --zero: ranks that share one model's weights",
-    )
+    meanings = meanings_of_settings()
+    for name, more in FLAGS.items():
+        flag, default = f"--{name.replace('_', '-')}", getattr(RunConfig, name)
+        p.add_argument(flag, default=default, help=meanings[name], **more)
     p.add_argument(
         "--timeout",
         type=value(count),
@@ -127,7 +99,6 @@ def parser() -> Parser:
         help="with several ranks: end the run when one takes longer for a batch, or for loading",
     )
     p.add_argument("--retry-failed", action="store_true", help="ask only the questions that failed in an earlier run")
-    p.add_argument("--restart", action="store_true", help="move an earlier run in the output folder aside")
     p.add_argument(
         "--dry-run", action="store_true", help="print expected memory and time, without reading weights or asking"
     )

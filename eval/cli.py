@@ -82,8 +82,8 @@ GROUPS = {
         "bench claims": Command("eval.efficiency.claims", "published claims of speed beside ours"),
     },
     "Add something: a method or a benchmark": {
-        "new": Command("eval.new.__main__", "write its files: vtr new method NAME, vtr new benchmark NAME", ("new",)),
-        "check": Command("eval.new.__main__", "run every test that can fail for it: vtr check method NAME", ("check",)),
+        "new": Command("eval.new", "write its files: vtr new method NAME, vtr new benchmark NAME", ("new",)),
+        "check": Command("eval.new", "run every test that can fail for it: vtr check method NAME", ("check",)),
     },
     "Maintainers: pages of the documentation and measurements of this code": {
         "tables embedded": Command("eval.tables.embedded", "all methods on the toy benchmark (docs/embedded.md)"),
@@ -119,35 +119,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def dispatch(words: list[str]) -> int:
-    """Find the command that the words begin with, and run it."""
+    """Find the command that the words begin with, such as `eval` or `tables methods`, and run it."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if words else 2
     if words[0] == "--version":
         print(f"{PROGRAM} {version()}")
         return 0
-    first, rest = words[0], words[1:]
-    if first in COMMANDS:
-        return run(first, rest)
-    if group := subcommands(first):
-        return run_group(first, group, rest)
-    return refuse(f"{PROGRAM} has no command {first!r}.", first, [name.partition(" ")[0] for name in COMMANDS])
-
-
-def run_group(first: str, group: dict[str, Command], rest: list[str]) -> int:
-    """A command of two words, such as `tables methods`."""
-    second = rest[0] if rest else ""
-    if second in group:
-        return run(f"{first} {second}", rest[1:])
+    for length in (1, 2):
+        if (name := " ".join(words[:length])) in COMMANDS:
+            return run(name, words[length:])
+    first, second = words[0], (words[1:] or [""])[0]
+    group = {
+        name.removeprefix(f"{first} "): command for name, command in COMMANDS.items() if name.startswith(f"{first} ")
+    }
+    if not group:
+        return refuse(f"{PROGRAM} has no command {first!r}.", first, [name.partition(" ")[0] for name in COMMANDS])
     if second in ("-h", "--help"):
         print(listing(f"Usage: {PROGRAM} {first} COMMAND [arguments]; COMMAND --help says more.", group))
         return 0
-    if first in DEFAULTS and (not second or second.startswith("-")):
-        return run(f"{first} {DEFAULTS[first]}", rest)
-    if not second or second.startswith("-"):
-        print(f"{PROGRAM} {first} needs one of: {', '.join(group)}.", file=sys.stderr)
-        return 2
-    return refuse(f"{PROGRAM} {first} has no command {second!r}.", second, list(group))
+    if second and not second.startswith("-"):
+        return refuse(f"{PROGRAM} {first} has no command {second!r}.", second, list(group))
+    if first in DEFAULTS:
+        return run(f"{first} {DEFAULTS[first]}", words[1:])
+    print(f"{PROGRAM} {first} needs one of: {', '.join(group)}.", file=sys.stderr)
+    return 2
 
 
 def run(name: str, arguments: list[str]) -> int:
@@ -155,12 +151,6 @@ def run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
     sys.argv = [f"{PROGRAM} {name}", *command.arguments, *arguments]
     return getattr(import_module(command.module), command.function)()
-
-
-def subcommands(group: str) -> dict[str, Command]:
-    """Second word -> command, of the commands whose first word is `group`."""
-    pairs = (name.partition(" ") for name in COMMANDS)
-    return {second: COMMANDS[f"{first} {second}"] for first, _, second in pairs if first == group and second}
 
 
 def refuse(sentence: str, word: str, known: list[str]) -> int:

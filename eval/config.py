@@ -5,6 +5,7 @@ Needs no torch.
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,6 @@ from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_MODEL = str(ROOT / "assets" / "tinyllava")
 DEFAULT_DATA = ROOT / "assets" / "eval"
 # The method without reduction: its budget is all there is.
 FULL = "full"
@@ -35,6 +35,9 @@ def embedded_model(name: str) -> str:
     return str(ROOT / "assets" / name)
 
 
+DEFAULT_MODEL = embedded_model("tinyllava")
+
+
 def is_toy(model: str) -> bool:
     """Whether a folder or the stored name of a model is one of the bundled toys, which are all called tinyllava."""
     return Path(model).resolve().name.startswith("tinyllava")
@@ -42,27 +45,35 @@ def is_toy(model: str) -> bool:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What the user asked for.
+    """What the user asked for. Flags of `python -m eval` take their help from here.
 
     Attributes:
         budget: visual tokens per image; None for the method "full", and where `options` hold a retention ratio.
         split: None for the benchmark's default.
         output: None for results/<benchmark>-<split>/<model>/<method>-<budget>.
-        limit: ask the first `limit` questions only. Not part of what a store depends on.
+        batch_size: questions answered at once
+        limit: ask the first LIMIT questions only; its result goes to OUTPUT/limitLIMIT
         options: the method's own fields, as text; the registry parses them.
-        restart: move an earlier run in the output folder aside.
-        text_tower: folder or hub id of the CLIP that the vision tower comes from, where the checkpoint names none.
+        dtype: of the weights
+        device: torch device
+        max_new_tokens: longest answer; default: what the benchmark's profile says
+        seed: for methods that draw random numbers, and for the intervals
+        wandb: W&B logging
+        restart: move an earlier run in the output folder aside
+        text_tower: the CLIP that the vision tower comes from, for methods that read its text half
         picture: how images are read, where the model's family leaves a choice; llava.model.builder parses the texts.
-        quantization: "8bit" or "4bit".
-        max_new_tokens: None for what the benchmark's profile says.
+        quantization: hold the decoder in 8 or 4 bits (bitsandbytes)
         profile: how questions are asked and answers read, eval.benchmarks.base.PROFILES; None for the default one.
         source: which files the questions come from, eval.benchmarks.base.SOURCES.
-        failed: questions that failed before: "skip", "again" (ask them with the others) or "only" (ask no others).
-        tensor_parallel: ranks that hold one model together.
-        zero: hold the decoder's weights by ZeRO-Inference, see llava.model.builder.load; `zero_ranks` ranks share them.
         judge: who scores answers that a model has to judge; see eval/judging/choice.py. Answers do not depend on it.
-        table: the paper table that the run belongs to, for W&B only.
-        compile: run tower, prefill and decoding as compiled graphs, see llava/pipeline/compile.py.
+        failed: questions that failed before: "skip", "again" (ask them with the others) or "only" (ask no others).
+        tensor_parallel: split one model over N ranks; GPUS, RANKS or HOSTFILE in the environment say how many there are
+        zero: ZeRO-Inference: keep the decoder in 'cpu' memory and fetch it layer by layer; 'none' divides it over the
+            accelerators of --zero-ranks
+        zero_ranks: with --zero: ranks that share one model's weights
+        table: paper table that the run belongs to: its group in W&B
+        compile: run tower, prefill and decoding with torch.compile, on a GPU with CUDA graphs: for long runs; each new
+            shape is compiled first, which takes seconds to a minute
     """
 
     method: str
@@ -128,6 +139,12 @@ class RunConfig:
             raise UserError(f"{self.method}.{RETENTION_RATIO} must be a number, got {text!r}.") from None
 
 
+def meanings_of_settings() -> dict[str, str]:
+    """Attribute of RunConfig -> what its documentation says of it."""
+    entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.cleandoc(RunConfig.__doc__ or ""), re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
 # -- values of the command line -------------------------------------------------------------------------------------
 
 
@@ -143,12 +160,12 @@ def count(text: str, minimum: int = 1, maximum: int | None = None) -> int:
     return number
 
 
-def whole_number(flag: str, text: str | None, minimum: int = 1, maximum: int | None = None) -> int | None:
-    """A count from the environment or from another program's arguments; None stays None."""
+def whole_number(name: str, text: str, minimum: int = 1, maximum: int | None = None) -> int:
+    """A count from the environment or from another program's arguments; UserError for other texts."""
     try:
-        return None if text is None else count(text, minimum, maximum)
+        return count(text, minimum, maximum)
     except ValueError as error:
-        raise UserError(f"{flag} {error}.") from None
+        raise UserError(f"{name} {error}.") from None
 
 
 def budget_of(value: int | float | None) -> tuple[int | None, dict[str, str]]:

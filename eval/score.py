@@ -76,28 +76,28 @@ def compare(
         ),
         strict=True,
     )
-    compare_command = scores[0].main
-    if scores[1].main != compare_command:
+    metric = scores[0].main
+    if scores[1].main != metric:
         raise UserError(
-            f"A was scored with {compare_command} and B with {scores[1].main}; score both files with the same --judge."
+            f"A was scored with {metric} and B with {scores[1].main}; score both files with the same --judge."
         )
     judges = [one["judge"]["name"] for one in facts if "judge" in one]
     if len(set(judges)) > 1:
         raise UserError(f"A was judged by {judges[0]} and B by {judges[1]}; score both files with the same --judge.")
-    if any(score.values.get(compare_command) is None for score in scores):
+    if any(score.values.get(metric) is None for score in scores):
         raise UserError(f"{data.title} has no score to compare here: {'; '.join(scores[0].notes)}.")
     images = {question.id: question.image for question in data.questions}
     a_terms, b_terms = (statistics.terms_of(score, images) for score in scores)
     found = statistics.compare(a_terms, b_terms, seed=seed)
     return {
         "title": data.title,
-        "main": compare_command,
+        "main": metric,
         "questions": len(asked),
-        "a": scores[0].values[compare_command],
-        "b": scores[1].values[compare_command],
+        "a": scores[0].values[metric],
+        "b": scores[1].values[metric],
         **dataclasses.asdict(found),
         "drawn": a_terms.unit,
-        "unit": "" if compare_command in scores[0].points else "%",
+        "unit": "" if metric in scores[0].points else "%",
         "notes": notes,
     }
 

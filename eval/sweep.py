@@ -74,21 +74,12 @@ def sweep(
     """
     folders = [folder_of(output, model, benchmark, split, setting, data) for setting in settings]
     model.expect([reducer_of(setting, model.visual_tokens) for setting in settings])
+    common = RunConfig(FULL, None, benchmark, split, data=data, batch_size=batch_size, limit=limit, wandb="disabled")
     configs = [
-        RunConfig(
-            setting.method,
-            setting.budget,
-            benchmark,
-            split=split,
-            data=data,
-            output=folder,
-            options=setting.options,
-            batch_size=batch_size,
-            limit=limit,
-            wandb="disabled",
-            failed="again",
+        dataclasses.replace(
+            common, method=one.method, budget=one.budget, options=one.options, output=folder, failed="again"
         )
-        for setting, folder in zip(settings, folders, strict=True)
+        for one, folder in zip(settings, folders, strict=True)
     ]
     missing = [config for config in configs if not is_finished(config, model)]
     place = placement.here() if len(missing) > 1 else None
@@ -244,7 +235,9 @@ def fill_on_ranks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"sweep-{os.getpid()}.json"
-    write_json(file, {"model": dict(loaded_with), "go_on": go_on, "runs": [plain_config(config) for config in configs]})
+    runs = [dataclasses.asdict(config) for config in configs]
+    plain = json.loads(json.dumps({"model": dict(loaded_with), "go_on": go_on, "runs": runs}, default=str))
+    write_json(file, plain)
     place = place.at_most(len(configs))
     try:
         with tqdm(total=len(configs), desc=f"{folder.name} on {place.describe()}", unit="setting") as bar:
@@ -259,11 +252,6 @@ def fill_on_ranks(
         file.unlink(missing_ok=True)
     if code:
         raise SystemExit(code)
-
-
-def plain_config(config: RunConfig) -> dict[str, Any]:
-    """A configuration in JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 @exit_on_user_error

@@ -79,12 +79,11 @@ def claim(folder: Path, words: Sequence[str]) -> int:
 
 if __name__ == "__main__":  # as the command that a user types
     from eval.parallel import launch
-    from eval.parallel import launch as watch
     from eval.parallel.placement import Placement, detect
 
     # A shell ignores Ctrl-C for what it starts in the background, and so would everything below it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     launch.END_SECONDS = 4
-    watch.LOST_SECONDS = 8
+    launch.LOST_SECONDS = 8
     place = detect(os.environ, lambda: 0) or Placement((("localhost", (0, 1)),))
     sys.exit(launch.launch("tests.rank_commands", sys.argv[2:], place, timeout=float(sys.argv[1])))

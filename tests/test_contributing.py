@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from eval.config import ROOT
-from eval.new.__main__ import main
+from eval.new import main
 
 PAGE = ROOT / "CONTRIBUTING.md"
 

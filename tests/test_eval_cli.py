@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,20 @@ from eval import cli as vtr
 from eval import run as job_module
 from eval.benchmarks.llava_files import LETTER, SHORT, VIZ, split_suffix
 from eval.command import STOPS, Terminated, exit_on_user_error
-from eval.config import RunConfig, method_options, options_by_method
+from eval.config import RunConfig, method_options, options_by_method, pairs
 from eval.efficiency.oracle import reducers_of
 from eval.papers import table
 from eval.results import cost, report
 from eval.run import Interrupted, run
+from llava.budget import count_or_ratio
 from llava.errors import UserError
+from llava.model.builder import parse
 from llava.pipeline.generate import generate
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import registry
 from tests.eval_fakes import FakeLlava, FakeReducer, fake_text, write_gqa
+from tests.tiny_checkpoints_families import make_tiny_next, save_next_transformers, save_qwen_transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 VECTORS = ROOT / "tests" / "data" / "gqa"
@@ -170,21 +172,6 @@ def test_full_needs_no_budget(monkeypatch, main):
     assert code == 2 and "full keeps all 64 visual tokens" in err
 
 
-def test_the_real_model_goes_all_the_way(tiny_path, tmp_path, data, capsys):
-    """Everything together, on a random LLaVA with 16 visual tokens, twice: batch size changes nothing but time."""
-    texts = []
-    for size in ("1", "7"):
-        arguments = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--data", str(data)]
-        arguments += ["--output", str(tmp_path / size), "--batch-size", size, "--limit", "10", "--max-new-tokens", "4"]
-        assert cli.main([*arguments, "--wandb", "disabled", "--device", "cpu"]) == 0
-        lines = (tmp_path / size / "answers.jsonl").read_text().splitlines()
-        texts.append([json.loads(line)["text"] for line in lines])
-        assert "uniform at 4 of 16 visual tokens" in capsys.readouterr().out.splitlines()[-1]
-    assert texts[0] == texts[1] and len(texts[0]) == 10
-    result = json.loads((tmp_path / "7" / "limit10" / "result.json").read_text())
-    assert result["audit"]["entering_per_layer"] == [4] * 4 and result["flops_per_question"] > 0
-
-
 # -- what is wrong ends in one sentence and exit code 2 --------------------------------------------------------------
 
 
@@ -239,12 +226,6 @@ def test_wrong_flags(main, tmp_path, arguments, sentence):
     assert code == 2 and out == ""
     assert sentence in err and err.count("\n") == 1
     assert not (tmp_path / "results").exists()
-
-
-def test_no_traceback_from_the_shell():
-    done = shell("-m", "eval", "--method", "nothing", "--budget", "64")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("Unknown method 'nothing'.") and done.stderr.count("\n") == 1
 
 
 def test_a_mean_off_the_budget_is_said_and_loses_nothing(data, tmp_path, capsys):
@@ -342,17 +323,12 @@ def test_restart_keeps_the_old_answers(main, tmp_path):
     assert (tmp_path / "o" / "replaced-1" / "answers.jsonl").read_text().count("\n") == 3
 
 
-def test_method_options_refuse_a_key_given_twice():
-    assert method_options("m", ["m.a=1", "m.b=x=y", "m.c="]) == {"a": "1", "b": "x=y", "c": ""}
-    with pytest.raises(UserError, match=r"m\.a is given twice"):
-        method_options("m", ["m.a=1", "m.a=2"])
-
-
 def test_options_are_read_with_and_without_the_method_in_front():
     """`--set METHOD.KEY=VALUE` in eval and `--set KEY=VALUE` in latency: each refused the other's form."""
-    assert method_options("m", ["a=0.5", "m.b=1"]) == {"a": "0.5", "b": "1"}
-    with pytest.raises(UserError, match=r"m\.a is given twice"):
-        method_options("m", ["a=1", "m.a=2"])
+    assert method_options("m", ["a=0.5", "m.b=1", "m.c=x=y", "m.d="]) == {"a": "0.5", "b": "1", "c": "x=y", "d": ""}
+    for twice in (["a=1", "m.a=2"], ["m.a=1", "m.a=2"]):
+        with pytest.raises(UserError, match=r"m\.a is given twice"):
+            method_options("m", twice)
     found = options_by_method(["m", "n"], ["a=0.5", "n.b=1"])
     assert found == {"m": {"a": "0.5"}, "n": {"a": "0.5", "b": "1"}}
     for wrong in ("a", "=1", "m.=1", ".a=1"):
@@ -427,41 +403,6 @@ def test_help_and_scoring_need_no_torch(tmp_path, data):
     assert "(default: None)" not in done.stdout and "Cannot read missing" in done.stderr
 
 
-def test_the_shell_script_explains_itself():
-    script = str(ROOT / "scripts" / "eval" / "gqa.sh")
-    bare = subprocess.run(["bash", script], capture_output=True, text=True)
-    assert bare.returncode == 2 and "METHOD [BUDGET]" in bare.stderr
-    assert subprocess.run(["bash", script, "--help"], capture_output=True, text=True).returncode == 0
-
-
-def test_the_shell_script_passes_everything_on(tmp_path):
-    """With a setup that does nothing and a python that prints its arguments."""
-    (tmp_path / "scripts" / "eval").mkdir(parents=True)
-    shutil.copy(ROOT / "scripts" / "eval" / "gqa.sh", tmp_path / "scripts" / "eval")
-    shutil.copy(ROOT / "scripts" / "benchmark.sh", tmp_path / "scripts")
-    (tmp_path / "scripts" / "setup.sh").write_text("cd /\n")
-    (tmp_path / "python").write_text('#!/bin/sh\npwd\nfor a in "$@"; do echo "$a"; done\n')
-    (tmp_path / "python").chmod(0o755)
-    here = tmp_path / "elsewhere"
-    here.mkdir()
-
-    def call(*arguments: str, **environment: str) -> list[str]:
-        clean = {name: value for name, value in os.environ.items() if name not in ("MODEL", "DATA")}
-        env = {**clean, "PATH": f"{tmp_path}:{os.environ['PATH']}", **environment}
-        script = tmp_path / "scripts" / "eval" / "gqa.sh"
-        done = subprocess.run(["bash", str(script), *arguments], env=env, cwd=here, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-    start = [str(here), "-m", "eval", "--benchmark", "gqa"]
-    assert call("consensusdrop", "64") == [*start, "--method=consensusdrop", "--budget=64"]
-    assert call("full", "--limit", "5") == [*start, "--method=full", "--limit", "5"]
-    assert call("full") == [*start, "--method=full"]
-    assert call("m", "-3", "--x", MODEL="a b", DATA="c d") == [
-        *start, "--method=m", "--budget=-3", "--model=a b", "--data=c d", "--x"
-    ]  # fmt: skip
-
-
 # -- scoring without a model -----------------------------------------------------------------------------------------
 
 
@@ -488,18 +429,6 @@ def test_scoring_prints_the_official_numbers(vectors, tmp_path, capsys, name):
     record = json.loads(out.read_text())
     assert record["questions"] == 140 and f"{record['metrics']['accuracy']:.2f}" == "73.57"
     assert record["groups"]["words number"]["4"] == {"percent": 90.0, "questions": 20}
-
-
-def test_scoring_a_runs_own_answers_gives_the_runs_result(main, data, tmp_path, capsys):
-    main("--method", "uniform", "--budget", "16", "--output", "o")
-    result = json.loads((tmp_path / "o" / "result.json").read_text())
-    for name in ("answers.jsonl", "predictions.json"):
-        arguments = ["gqa", "--answers", str(tmp_path / "o" / name), "--data", str(data), "--json", "s.json"]
-        assert score.main(arguments) == 0
-        again = json.loads((tmp_path / "s.json").read_text())
-        assert {key: again[key] for key in ("metrics", "confidence", "groups")} == {
-            key: result[key] for key in ("metrics", "confidence", "groups")
-        }
 
 
 @pytest.mark.parametrize(
@@ -605,32 +534,10 @@ def test_lines_that_are_wrong(data, changes, sentence):
         load(data)
 
 
-def test_a_malformed_line_is_named(data):
-    lines = jsonl(data).read_text().splitlines()
-    lines[11] = lines[11][:-10]
-    jsonl(data).write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"llava_gqa_testdev_balanced\.jsonl line 12 is not valid JSON"):
-        load(data)
-
-
 def test_a_question_left_out_is_named(data):
     lines = jsonl(data).read_text().splitlines()
     jsonl(data).write_text("\n".join(lines[:-2]))
     with pytest.raises(UserError, match=r"lacks 2 of the questions in .*, the first is 1038"):
-        load(data)
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ("[]", "should map question ids"),
-        ("{", "not valid JSON"),
-        ('{"1": {"question": "?"}}', "Question 1 in .* has no"),
-    ],
-)
-def test_a_broken_official_file(data, content, sentence):
-    (data / "gqa" / "data" / "testdev_balanced_questions.json").write_text(content)
-    with pytest.raises(UserError, match=sentence):
         load(data)
 
 
@@ -673,8 +580,107 @@ def test_the_commit_is_this_repositorys_or_unknown(tmp_path):
     assert report.commit(tmp_path / "copy") == "unknown", "a copy inside another repository is not that one"
 
 
-def test_config_is_frozen_and_checks_itself():
-    config = RunConfig("uniform", 4)
-    with pytest.raises(UserError, match="needs --budget"):
-        replace(config, budget=None)
-    assert replace(config, method="full", budget=None).budget is None
+# -- choices of reading pictures, and budgets as ratios ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("64", 64), (64, 64), ("1/9", 1 / 9), ("0.111", 0.111), (0.111, 0.111), (".5", 0.5), ("1.0", 1.0), ("2/2", 1.0)],
+)
+def test_a_budget_is_a_number_or_a_ratio(text, expected):
+    """`--budget 0.111` was refused although --help promised a ratio; `--retention 0.111` was another way to say it."""
+    assert count_or_ratio(text) == expected and type(count_or_ratio(text)) is type(expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["1/0", "3/2", "0/9", "a/b", "1/", "/9", "16.5", "0.0", "-1", "0", "1e9", 6.5, True, None, "9" * 5000]
+)
+def test_what_is_neither_is_refused(text):
+    with pytest.raises(ValueError, match="should be a"):
+        count_or_ratio(text)
+
+
+def test_choices_are_parsed_and_refused():
+    assert pairs("--picture", ["merge=spatial", "force=672x672"]) == {"merge": "spatial", "force": "672x672"}
+    assert [parse("force", "672x336"), parse("min_pixels", "7"), parse("merge", "a")] == [(672, 336), 7, "a"]
+    for wrong in (["merge"], ["=spatial"], ["merge="]):
+        with pytest.raises(UserError, match="should look like merge=spatial"):
+            pairs("--picture", wrong)
+    with pytest.raises(UserError, match="given twice"):
+        pairs("--picture", ["merge=spatial", "merge=spatial_unpad"])
+    for name, value in (("force", "672"), ("force", "ax3"), ("min_pixels", "on")):
+        with pytest.raises(UserError, match=f"{name} should be"):
+            parse(name, value)
+
+
+def run_in(tmp_path, *arguments: str) -> dict:
+    write_gqa(tmp_path, count=6)
+    output = tmp_path / "out"
+    code = cli.main(
+        [*arguments, "--data", str(tmp_path), "--output", str(output), "--wandb", "disabled", "--device", "cpu"]
+    )
+    assert code == 0
+    return json.loads((output / "result.json").read_text())
+
+
+def test_the_convention_of_tiles_is_part_of_the_result(tmp_path):
+    save_next_transformers(tmp_path / "next", make_tiny_next())
+    arguments = ("--method", "fastervlm", "--budget", "20", "--model", str(tmp_path / "next"))
+    result = run_in(tmp_path, *arguments, "--picture", "merge=spatial", "--picture", "force=112x112")
+    assert result["settings"]["picture"] == {"merge": "spatial", "pinpoints": "original", "tiles": "112x112"}
+    assert result["audit"]["mean_tokens_per_layer"] == 20 and result["audit"]["visual_tokens_before"] == 80
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--budget", "1/4"],
+        ["--budget", "0.25"],
+        ["--set", "divprune.retention_ratio=0.25"],
+        ["--set", "retention_ratio=0.25"],
+    ],
+)
+def test_a_ratio_keeps_that_part_of_each_picture(tmp_path, flags):
+    save_qwen_transformers(tmp_path / "qwen")
+    result = run_in(tmp_path, "--method", "divprune", *flags, "--model", str(tmp_path / "qwen"))
+    before = result["audit"]["visual_tokens_before"]
+    assert result["audit"]["mean_tokens_per_layer"] == before / 4
+    assert result["settings"]["config"]["retention_ratio"] == result["config"]["retention_ratio"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--budget", "8", "--set", "random.retention_ratio=0.5"],
+        ["--budget", "8", "--set", "retention_ratio=0.5"],
+        ["--budget", "1/2", "--set", "random.retention_ratio=0.5"],
+        ["--budget", "0.5", "--set", "random.retention_ratio=0.5"],
+    ],
+)
+def test_a_budget_beside_a_ratio_is_refused(tmp_path, capsys, flags):
+    """`--budget 64 --set random.retention_ratio=0.5` printed "random at 64" and kept 288 tokens."""
+    write_gqa(tmp_path, count=2)
+    assert cli.main(["--method", "random", *flags, "--data", str(tmp_path), "--wandb", "disabled"]) == 2
+    err = capsys.readouterr().err
+    assert "both given" in err and "leave one out" in err and err.count("\n") == 1
+
+
+def test_the_registry_refuses_a_budget_beside_a_ratio():
+    """`reduce(model, "random", budget=8, retention_ratio=0.5)` kept 16 tokens."""
+    with pytest.raises(UserError, match=r"A budget \(8\) and a retention_ratio \(0\.5\) are both given"):
+        registry.build("random", 8, {"retention_ratio": 0.5})
+    reducer = registry.build("random", None, {"retention_ratio": "0.5"}, visual_tokens=33)
+    assert (reducer.budget, reducer.retention_ratio) == (17, 0.5)
+    assert registry.build("random", 8, {"retention_ratio": 0.0}).budget == 8
+    with pytest.raises(UserError, match="full keeps all"):
+        registry.build("full", None, {"retention_ratio": 0.5}, visual_tokens=32)
+
+
+def test_unknown_choices_end_in_one_sentence(tmp_path, tiny_path, capsys):
+    write_gqa(tmp_path, count=2)
+    known = ["--method", "full", "--data", str(tmp_path), "--wandb", "disabled"]
+    assert cli.main([*known, "--model", str(tiny_path), "--picture", "merge=spatial"]) == 2
+    assert "leaves no choice of merge" in capsys.readouterr().err
+    save_next_transformers(tmp_path / "next", make_tiny_next())
+    assert cli.main([*known, "--model", str(tmp_path / "next"), "--picture", "merg=spatial"]) == 2
+    assert "Did you mean 'merge'" in capsys.readouterr().err

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from filelock import FileLock
 
-from eval.answers import Shard, files
-from eval.answers.files import AnswerFiles
+from eval.answers import AnswerFiles, Shard
+from eval.answers import store as store_module
 from eval.answers.jsonl import DurableLines
 from llava.errors import UserError
 from tests.shard_worker import KNOWN, SETTINGS, describe, line, open_store
@@ -129,6 +129,8 @@ def test_the_second_of_two_runs_names_host_and_process_of_the_first(tmp_path):
             )
             owner = f"(process {os.getpid()} on host {os.uname().nodename})"
             assert f"{tmp_path} is in use by another run {owner}; wait for it" in other.stderr
+        with pytest.raises(UserError, match="in use by another run"):
+            open_store(tmp_path, restart=True)
         (tmp_path / "lock").write_text("")
         with pytest.raises(UserError, match=r"another run; wait"):
             open_store(tmp_path)
@@ -169,7 +171,7 @@ def test_syncs_take_a_small_part_of_the_time(tmp_path, monkeypatch):
         waits.append(0.004)
         clock.now += waits[-1]
 
-    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     with open_store(tmp_path) as store:
         monkeypatch.setattr(os, "fsync", slow)
         for name in KNOWN:
@@ -178,7 +180,7 @@ def test_syncs_take_a_small_part_of_the_time(tmp_path, monkeypatch):
         unsynced = [file for file in store._files.values() if file._synced < file._end]
         syncs, total = len(waits), sum(waits)
     # All syncs but the last, which is of three files at most, have been paid for by the time of the batches.
-    assert total - 3 * 0.004 <= files.SYNC_SHARE * clock.now
+    assert total - 3 * 0.004 <= store_module.SYNC_SHARE * clock.now
     assert syncs > 3 and unsynced and all(file._synced == file._end for file in store._files.values())
 
 

@@ -15,6 +15,8 @@ import pytest
 from tests.fake_cluster import write_programs
 from tests.rank_starts import Ended, Start, send, start
 
+pytestmark = pytest.mark.process
+
 SECONDS = 3  # that a rank may be silent where that is tested
 HANGING = ("freeze", "load", "merge", "score")
 AT_ONCE = 3

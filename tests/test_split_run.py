@@ -10,18 +10,9 @@ import pytest
 from eval.config import ROOT
 from tests.eval_fakes import write_gqa
 
-WORDS = [
-    "--method",
-    "consensusdrop",
-    "--budget",
-    "4",
-    "--max-new-tokens",
-    "4",
-    "--batch-size",
-    "3",
-    "--wandb",
-    "disabled",
-]
+pytestmark = pytest.mark.process
+
+WORDS = ["--method=consensusdrop", "--budget=4", "--max-new-tokens=4", "--batch-size=3", "--wandb=disabled"]
 SPLIT = {"tensor parallel": ["--tensor-parallel", "2"], "zero": ["--zero", "cpu", "--zero-ranks", "2"]}
 
 

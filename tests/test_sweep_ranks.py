@@ -14,6 +14,8 @@ from eval.sweep import CachingLlava, Setting, folder_of, name_of, sweep
 from llava.model.builder import load
 from tests.eval_fakes import write_gqa
 
+pytestmark = pytest.mark.process
+
 SETTINGS = [
     Setting("full", None),
     Setting("uniform", 4),
@@ -81,21 +83,8 @@ def evaluate(folder, patch, tiny_path, *words: str, ranks: str = "") -> int:
     folder.mkdir(exist_ok=True)
     patch.chdir(folder)
     patch.setenv("RANKS", ranks)
-    return main(
-        [
-            *words,
-            "--model",
-            str(tiny_path),
-            "--limit",
-            "6",
-            "--max-new-tokens",
-            "3",
-            "--wandb",
-            "disabled",
-            "--device",
-            "cpu",
-        ]
-    )
+    common = ["--limit", "6", "--max-new-tokens", "3", "--wandb", "disabled", "--device", "cpu"]
+    return main([*words, "--model", str(tiny_path), *common])
 
 
 def stores(folder) -> dict[str, tuple[str, str]]:

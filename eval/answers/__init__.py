@@ -1,8 +1,7 @@
 """Answers: the store of a run, and the files that other programs write."""
 
-from eval.answers.files import AnswerFiles, Shard, answer_id, settings_hash
 from eval.answers.source_hash import HASHED, differences, flatten
-from eval.answers.store import ADVICE, AnswerStore, result_folder
+from eval.answers.store import ADVICE, AnswerFiles, AnswerStore, Shard, answer_id, result_folder, settings_hash
 
 __all__ = [
     "ADVICE",

@@ -62,14 +62,10 @@ def is_file(path: Path) -> bool:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
     if not stat.S_ISREG(mode):
-        raise UserError(f"Cannot read {path}: it should be a regular file, not a {kind_of(mode)}.")
+        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "device")
+        raise UserError(f"Cannot read {path}: it should be a regular file, not a {kind}.")
     return True
-
-
-def kind_of(mode: int) -> str:
-    """What a path that is no regular file is, for an error."""
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-    return kinds.get(stat.S_IFMT(mode), "device")
 
 
 def read_bytes(path: Path) -> bytes:

@@ -83,7 +83,8 @@ def read_rows(path: Path, partial: bool = False) -> tuple[list[Row], list[str]]:
                 raise UserError(f"{torn}; repair the file, or score the rest of it with --partial.") from error
             notes.append(f"{torn} and was left out")
             continue
-        if number == 1 and len(lines) <= 2 and "question_id" not in record and _is_map(record):
+        is_map = not any(key in record for key in TEXTS) and all(isinstance(text, str) for text in record.values())
+        if number == 1 and len(lines) <= 2 and "question_id" not in record and is_map:
             return [Row(f"{path} entry {name}", name, text) for name, text in record.items()], []
         rows.append(read_row(record, f"{path} line {number}"))
     return rows, notes
@@ -95,10 +96,6 @@ def _is_record(content: bytes) -> bool:
         return isinstance(parse_json(content.lstrip().split(b"\n")[0], "line 1"), dict)
     except UserError:
         return False
-
-
-def _is_map(record: Mapping[str, Any]) -> bool:
-    return not any(key in record for key in TEXTS) and all(isinstance(text, str) for text in record.values())
 
 
 def read_row(record: Any, where: str) -> Row:

@@ -108,22 +108,14 @@ def canonical(node: Any) -> Iterator[str]:
     elif isinstance(node, ast.AST):
         yield type(node).__name__
         for name, value in ast.iter_fields(node):
-            if name == "body" and isinstance(node, DOCUMENTED):
-                value = without_docstring(value)
+            if name == "body" and isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+                value = value[1:]
             if value is not None and value != [] and not (name == "kind" and isinstance(node, ast.Constant)):
                 yield name
                 yield from canonical(value)
         yield ";"
     else:
         yield f"{type(node).__name__} {node!r}"
-
-
-def without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
-    first = body[0] if body else None
-    documented = (
-        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
-    )
-    return body[1:] if documented else body
 
 
 def project_files(tree: ast.Module, path: Path, root: Path) -> Iterator[Path]:

@@ -1,6 +1,9 @@
 """The answer store: one folder per run, one line per answer, safe against kill -9, two writers and a full disk.
 
-    answers.jsonl, timing.jsonl, runs.jsonl, failures.jsonl    see eval.answers.files
+    answers.jsonl    one line per question, in LLaVA's fields, with a hash of the question's images
+    timing.jsonl     one line per batch: its questions, its process, seconds, FLOPs and the conditions of measurement
+    runs.jsonl       one line per process that wrote: commit, library versions
+    failures.jsonl   one line per failed try to answer a question, with the reason; only if there was one
     conflicts.jsonl  answers that a rank gave to a question with another answer; only if there was one
     settings.json    what the answers depend on, with hashes of the model's files and of every source file; a run with
                      others is refused
@@ -9,11 +12,17 @@
     replaced-1/      what --restart moved aside
     lock             host and process that took the folder last; the lock ends with the process, the file stays
 
+Lines belong together by the ids of questions, and by `run` and `rank` of the process. So a batch whose answers were
+torn by a crash does no harm: its line of timing.jsonl names questions that have no answer, or a later batch.
+
 While several ranks answer, and after all of them were killed, there are also:
 
-    shards/          answers of the ranks that are not merged yet
+    shards/<world>-rank<rank>/   the first four files of one rank, until they are merged
     merging/         the files with the lines of the shards, while they are written
     merged/          the same once they are whole: on their way to the places of the store's own
+
+A rank is one process, a world all ranks of one start. Ranks write without locks and without waiting for each other,
+because no two processes ever write to the same shard: a process of an earlier start that still lives has another world.
 
 The step from merging/ to merged/ is one rename. Before it nothing has changed; after it the next process finishes the
 merge if this one is killed. The next run in the folder merges what is left there. It also deletes temporary files
@@ -25,33 +34,21 @@ questions, and growing the limit continues it.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
+import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from eval.answers.files import (
-    ANSWERS,
-    FAILURES,
-    RUNS,
-    SHARDS,
-    TIMING,
-    AnswerFiles,
-    Row,
-    answer_id,
-    answer_problem,
-    delete_shards,
-    failure_problem,
-    holds_lines,
-    settings_hash,
-    shard_folders,
-)
 from eval.answers.jsonl import (
+    DurableLines,
     garbage_collection_paused,
     is_file,
     read_appended,
@@ -63,11 +60,19 @@ from eval.answers.jsonl import (
 from eval.answers.source_hash import differences
 from llava.errors import UserError
 
+ANSWERS, TIMING, RUNS, FAILURES = "answers.jsonl", "timing.jsonl", "runs.jsonl", "failures.jsonl"
 CONFLICTS = "conflicts.jsonl"
+SHARDS = "shards"
+SHARD_NAME = re.compile(r"[A-Za-z0-9_.]+-rank\d+")
 MERGING, MERGED = "merging", "merged"
 # In merging/ and merged/: names of the shards.
 MERGED_SHARDS = "shards.jsonl"
 ADVICE = "choose another --output, or --restart to move them aside"
+# Why a question could not be answered: its image cannot be read, anything else went wrong, or memory did not suffice.
+KINDS = ("image", "error", "memory")
+# Largest part of the time that goes into waiting for the disk. A sync takes 0.2 ms on a local disk and 50 ms on a busy
+# shared one; twice after every question, that would be a tenth of the run.
+SYNC_SHARE = 0.0025
 # The order in which --restart moves them: answers without the settings that they were made under are worth nothing.
 FILES = (
     "result.json",
@@ -87,6 +92,184 @@ UNFINISHED = re.compile(r"\..+\.\w+\.\d+")
 SEPARATE = re.compile(r"replaced-\d+|wandb|shards")
 # limit50/mme_results/ is the deepest folder that a run writes to.
 DEPTH = 2
+
+Row = dict[str, Any]
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """Hash of the settings that answers depend on."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def answer_id(settings: str, question_id: str) -> str:
+    """The `answer_id` of an answer: it depends on settings and question, so equal runs write equal files.
+
+    Args:
+        settings: their hash.
+    """
+    return hashlib.sha256(f"{settings} {question_id}".encode()).hexdigest()[:22]
+
+
+def result_folder(output: Path, asked: int, available: int) -> Path:
+    """Where result and submission of a run go: a partial result never replaces the complete one."""
+    return output if asked >= available else output / f"limit{asked}"
+
+
+# -- one writer ------------------------------------------------------------------------------------------------------
+
+
+class AnswerFiles:
+    """The files of a folder, appended to by this process alone: of a store, or of a rank's shard of it.
+
+    What `add` and `fail` have written survives the end of this process, however it ends. A power failure or a crash of
+    the whole machine can lose the batches since the last sync; their questions are then asked again.
+
+    Attributes:
+        process: the line of runs.jsonl, written before the first answer or failure; empty for a process without a name.
+    """
+
+    def __init__(self, folder: Path, process: Mapping[str, Any] | None = None, keep: bool = True):
+        """
+        Args:
+            process: with a "run", the name of this process, and a "rank" where there are several.
+            keep: hold the lines in memory.
+        """
+        self.folder, self.process = folder, dict(process or {})
+        self._keep, self._named, self._closed = keep, False, False
+        self._files: dict[str, DurableLines] = {}
+        self._next_sync = 0.0
+
+    def _open(self, name: str) -> DurableLines:
+        """A file of the folder, opened once and made if it is not there."""
+        if name not in self._files:
+            if self._closed:
+                raise AssertionError(f"{self.folder} is closed")
+            self._files[name] = DurableLines(self.folder / name, self._keep)
+        return self._files[name]
+
+    def _write(self, lines: Mapping[str, Iterable[Row]]) -> None:
+        """Append lines to the files in the given order, after the line of this process."""
+        if not self._named and self.process:
+            self._open(RUNS).append([self.process], sync=False)
+        self._named = True
+        for name, rows in lines.items():
+            self._open(name).append(rows, sync=False)
+        if time.monotonic() >= self._next_sync:  # not too soon after the last one for it to be cheap
+            begun = time.monotonic()
+            for file in self._files.values():
+                file.sync()
+            ended = time.monotonic()
+            self._next_sync = ended + (ended - begun) / SYNC_SHARE
+
+    def add(self, answers: Sequence[Row], timing: Mapping[str, Any]) -> None:
+        """Write one batch; on return it survives the end of this process.
+
+        Args:
+            timing: line of timing.jsonl; its questions, their number and this process are set here.
+
+        Raises:
+            UserError: the disk is full; everything before this batch is kept.
+        """
+        ids = [row["question_id"] for row in answers]
+        if len(set(ids)) < len(ids):
+            raise AssertionError("a question was answered twice")
+        own = {key: self.process[key] for key in ("run", "rank") if key in self.process}
+        self._write({TIMING: [own | dict(timing) | {"questions": len(ids), "question_ids": ids}], ANSWERS: answers})
+
+    def fail(self, failures: Sequence[Mapping[str, Any]]) -> list[Row]:
+        """Write questions that could not be answered; on return the lines survive the end of this process.
+
+        Args:
+            failures: {"question_id", "reason": one sentence, "kind": one of KINDS}, with the "run" of this process if
+                it is not given.
+
+        Returns:
+            The lines as they were written.
+        """
+        own = {"run": self.process["run"]} if "run" in self.process else {}
+        lines = [own | dict(line) for line in failures]
+        for line in lines:
+            if problem := problem_of(line, FAILURES):
+                raise AssertionError(f"a failure {problem}")
+        self._write({FAILURES: lines})
+        return lines
+
+    def _close_files(self) -> None:
+        with contextlib.ExitStack() as stack:  # one that cannot be synced keeps no other one open
+            while self._files:
+                stack.callback(self._files.popitem()[1].close)
+
+    def close(self) -> None:
+        """Sync and close the files; further calls do nothing."""
+        self._closed = True
+        self._close_files()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Shard(AnswerFiles):
+    """The answers of one rank, open for writing."""
+
+    def __init__(self, store_folder: Path, world: str, rank: int, process: Mapping[str, Any]):
+        """Make the shard's folder and files.
+
+        Args:
+            store_folder: folder of the store that the answers are merged into.
+            world: random name of this start of ranks: letters, digits, "_" and ".".
+            rank: number of this process in its start.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        folder = store_folder / SHARDS / f"{world}-rank{rank}"
+        if not SHARD_NAME.fullmatch(folder.name):
+            raise ValueError(f"{world!r} is no name of a world: letters, digits, '_' and '.' only")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"Cannot make the folder {folder}: {error.strerror}.") from error
+        super().__init__(folder, {**process, "rank": rank}, keep=False)
+        try:
+            for name in (ANSWERS, TIMING, RUNS):
+                self._open(name)
+        except BaseException:
+            self.close()
+            raise
+        sync_folder(folder)
+        sync_folder(store_folder / SHARDS)
+
+    def _write(self, lines: Mapping[str, Iterable[Row]]) -> None:
+        if self._open(ANSWERS).unlinked:
+            raise UserError(
+                f"{self.folder} was merged by a later start of ranks and deleted, so this process, which belongs to an "
+                "earlier one, stops."
+            )
+        super()._write(lines)
+
+
+def problem_of(row: Mapping[str, Any], file: str, known: Collection[str] | None = None) -> str | None:
+    """What is wrong with a line, as the end of a sentence that begins with the line; None if nothing.
+
+    Args:
+        file: ANSWERS or FAILURES.
+        known: ids of the benchmark's questions; None to check no ids.
+    """
+    name, answers = row.get("question_id"), file == ANSWERS
+    texts = isinstance(name, str) and isinstance(row.get("text" if answers else "reason"), str)
+    if answers and not texts:
+        return "needs question_id and text, both strings"
+    if not answers and not (texts and row.get("kind") in KINDS):
+        return f"needs question_id and reason, both strings, and a kind ({', '.join(KINDS)})"
+    if known is not None and name not in known:
+        return f"{'answers' if answers else 'is about'} question {name}, which this benchmark does not have"
+    return None
+
+
+# -- the store of a run ----------------------------------------------------------------------------------------------
 
 
 class AnswerStore(AnswerFiles):
@@ -138,24 +321,26 @@ class AnswerStore(AnswerFiles):
     def _read(self) -> None:
         """Open the files and index their lines; a store is refused if one is incomplete, foreign or repeated."""
         self.answers: dict[str, Row] = {}
-        with garbage_collection_paused():
-            lines = self._open(ANSWERS)
-            for name in (TIMING, RUNS):
-                self._open(name)
-        for number, row in enumerate(lines.rows, start=1):
-            if problem := answer_problem(row, self._known):
-                raise UserError(f"{lines.path} line {number} {problem}.")
-            if row["question_id"] in self.answers:
-                raise UserError(f"{lines.path} line {number} answers question {row['question_id']} a second time.")
-            self.answers[row["question_id"]] = row
         self.failures: dict[str, Row] = {}
+        with garbage_collection_paused():
+            for name in (ANSWERS, TIMING, RUNS):
+                self._open(name)
+        for number, row in enumerate(self._open(ANSWERS).rows, start=1):
+            name = self._check(row, self.folder / ANSWERS, number)
+            if name in self.answers:
+                raise UserError(f"{self.folder / ANSWERS} line {number} answers question {name} a second time.")
+            self.answers[name] = row
         if is_file(self.folder / FAILURES):
-            lines = self._open(FAILURES)
-            for number, row in enumerate(lines.rows, start=1):
-                if problem := failure_problem(row, self._known):
-                    raise UserError(f"{lines.path} line {number} {problem}.")
-                if row["question_id"] not in self.answers:
-                    self.failures[row["question_id"]] = row
+            for number, row in enumerate(self._open(FAILURES).rows, start=1):
+                name = self._check(row, self.folder / FAILURES, number)
+                if name not in self.answers:
+                    self.failures[name] = row
+
+    def _check(self, row: Row, path: Path, number: int) -> str:
+        """The question of a line; UserError if the line does not belong to this benchmark."""
+        if problem := problem_of(row, path.name, self._known):
+            raise UserError(f"{path} line {number} {problem}.")
+        return row["question_id"]
 
     def _agree(self) -> None:
         """Refuse answers that were made under other settings, and lines of another store."""
@@ -206,29 +391,13 @@ class AnswerStore(AnswerFiles):
             UserError: a shard holds lines that do not belong, or the disk is full. The shards are kept, and the store
                 is as it was.
         """
-        shards, before = shard_folders(self.folder), len(self.answers)
-        if not shards:
-            return 0
-        own = settings_hash(self._settings)
-        taken: dict[str, Row] = {}
+        before, taken = len(self.answers), dict[str, Row]()
         lines: dict[str, list[Row]] = {name: [] for name in (ANSWERS, TIMING, RUNS, FAILURES, CONFLICTS)}
-        merged = []
         with garbage_collection_paused():
-            for shard in shards:
-                # A process that outlives --restart can leave such a shard in the new store.
-                first = next((row for _, _, row in read_appended(shard / ANSWERS) if row), {})
-                if first and first.get("answer_id") != answer_id(own, str(first.get("question_id"))):
-                    remark = (
-                        f"the answers in {shard.relative_to(self.folder)} are left out, because they were made under "
-                        "other settings or by other code; delete that folder, or --restart to move everything aside"
-                    )
-                    self._remarks += [] if remark in self._remarks else [remark]
-                else:
-                    self._take(shard, own, taken, lines)
-                    merged.append(shard.name)
+            merged = [shard for shard in shard_folders(self.folder) if self._take(shard, taken, lines)]
         if not merged:
             return 0
-        lines |= {ANSWERS: list(taken.values()), MERGED_SHARDS: [{"shard": name} for name in merged]}
+        lines |= {ANSWERS: list(taken.values()), MERGED_SHARDS: [{"shard": shard.name} for shard in merged]}
         try:
             write_merged(self.folder, lines)
         except OSError as error:
@@ -241,21 +410,30 @@ class AnswerStore(AnswerFiles):
         self._read()
         return len(self.answers) - before
 
-    def _take(self, shard: Path, own: str, taken: dict[str, Row], lines: dict[str, list[Row]]) -> None:
+    def _take(self, shard: Path, taken: dict[str, Row], lines: dict[str, list[Row]]) -> bool:
         """Read and check a shard: its answers go to `taken` and its other lines to `lines`.
 
-        Args:
-            own: hash of the settings.
+        Returns:
+            False for a shard of other settings, which is left out and said: a process that outlives --restart can
+            leave one in the new store.
         """
-        mine = set()
+        own, mine, first = settings_hash(self._settings), set[str](), True
         for number, _, row in read_appended(shard / ANSWERS):
             if row is None:
                 continue
-            if problem := answer_problem(row, self._known):
-                raise UserError(f"{shard / ANSWERS} line {number} {problem}.")
-            name = row["question_id"]
-            if row.get("answer_id") != answer_id(own, name):
-                raise UserError(f"{shard / ANSWERS} line {number} was made under other settings than the first line.")
+            if row.get("answer_id") != answer_id(own, str(row.get("question_id"))):
+                if not first:
+                    self._check(row, shard / ANSWERS, number)
+                    raise UserError(
+                        f"{shard / ANSWERS} line {number} was made under other settings than the first line."
+                    )
+                remark = (
+                    f"the answers in {shard.relative_to(self.folder)} are left out, because they were made under "
+                    "other settings or by other code; delete that folder, or --restart to move everything aside"
+                )
+                self._remarks += [] if remark in self._remarks else [remark]
+                return False
+            name, first = self._check(row, shard / ANSWERS, number), False
             earlier = self.answers.get(name) or taken.get(name)
             if earlier is None:
                 taken[name] = row
@@ -268,9 +446,9 @@ class AnswerStore(AnswerFiles):
         lines[RUNS] += [row for _, _, row in read_appended(shard / RUNS) if row and mine]
         for number, _, row in read_appended(shard / FAILURES):
             if row is not None:
-                if problem := failure_problem(row, self._known):
-                    raise UserError(f"{shard / FAILURES} line {number} {problem}.")
+                self._check(row, shard / FAILURES, number)
                 lines[FAILURES].append(row)
+        return True
 
     @property
     def _batches(self) -> dict[str, Row]:
@@ -299,13 +477,9 @@ class AnswerStore(AnswerFiles):
     def origins(self, names: Iterable[str]) -> list[tuple[Row | None, int]]:
         """Which processes answered these questions: (line of runs.jsonl, number of answers), None for not recorded."""
         processes = {(row.get("run"), row.get("rank")): row for row in self._open(RUNS).rows}
-        batches = self._batches
-        counts: dict[Any, int] = {}
-        for name in names:
-            if name in self.answers:
-                batch = batches.get(name, {})
-                key = batch.get("run"), batch.get("rank")
-                counts[key] = counts.get(key, 0) + 1
+        known = self._batches
+        batches = [known.get(name, {}) for name in names if name in self.answers]
+        counts = Counter((batch.get("run"), batch.get("rank")) for batch in batches)
         return [(processes.get(key), count) for key, count in counts.items()]
 
     def add(self, answers: Sequence[Row], timing: Mapping[str, Any]) -> None:
@@ -334,12 +508,42 @@ class AnswerStore(AnswerFiles):
                 self._lock = None
 
 
-def result_folder(output: Path, asked: int, available: int) -> Path:
-    """Where result and submission of a run go: a partial result never replaces the complete one."""
-    return output if asked >= available else output / f"limit{asked}"
-
-
 # -- merging ---------------------------------------------------------------------------------------------------------
+
+
+def shard_folders(store_folder: Path) -> list[Path]:
+    """The shards in a store, those of earlier starts first: the name of a world is random."""
+    try:
+        shards = [p for p in (store_folder / SHARDS).iterdir() if SHARD_NAME.fullmatch(p.name) and p.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+    def started(shard: Path) -> str:
+        first = next((row for _, _, row in read_appended(shard / RUNS) if row), {})
+        return str(first.get("run", ""))
+
+    return sorted(shards, key=lambda path: (started(path), path.name))
+
+
+def holds_lines(shard: Path) -> bool:
+    """Whether a shard has an answer or a failure."""
+    return any(row for name in (ANSWERS, FAILURES) for _, _, row in read_appended(shard / name))
+
+
+def delete_shards(store_folder: Path, names: Iterable[str]) -> None:
+    """Delete shards by the names of their folders; those that are gone already are passed over."""
+    folder = store_folder / SHARDS
+    for name in filter(SHARD_NAME.fullmatch, names):
+        # A process of an earlier start may still have files of its shard open, which a network file system keeps under
+        # other names: what matters is that the lines are gone.
+        shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / name / ANSWERS).exists():
+            raise UserError(f"Cannot delete {folder / name}, whose answers are merged; delete it by hand.")
+    try:
+        folder.rmdir()
+    except OSError:  # other shards are there, or it is gone
+        return
+    sync_folder(store_folder)
 
 
 def write_merged(folder: Path, lines: Mapping[str, Sequence[Row]]) -> None:
@@ -395,7 +599,7 @@ def finish_merge(folder: Path) -> None:
     sync_folder(folder)
 
 
-# -- one writer ------------------------------------------------------------------------------------------------------
+# -- the folder ------------------------------------------------------------------------------------------------------
 
 
 def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
@@ -422,9 +626,10 @@ def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise UserError(
-            f"{folder} is in use by another run{owner(path)}; wait for it or choose another --output."
-        ) from error
+        words = path.read_text(errors="replace").split()
+        named = len(words) == 2 and words[1].isdigit()
+        owner = f" (process {words[1]} on host {words[0]})" if named else ""
+        raise UserError(f"{folder} is in use by another run{owner}; wait for it or choose another --output.") from error
     except OSError as error:
         return None, (
             f"the file system of {folder} has no locks ({error.strerror}): a second run that writes to this folder at "
@@ -433,12 +638,6 @@ def lock_folder(folder: Path) -> tuple[FileLock | None, str | None]:
     with contextlib.suppress(OSError):  # the name only helps to read the message above
         path.write_text(f"{os.uname().nodename} {os.getpid()}\n")
     return lock, None
-
-
-def owner(path: Path) -> str:
-    """Who holds a lock, for an error; empty if its file does not say it."""
-    words = path.read_text(errors="replace").split()
-    return f" (process {words[1]} on host {words[0]})" if len(words) == 2 and words[1].isdigit() else ""
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -454,9 +653,6 @@ def remove_unfinished(folder: Path) -> None:
             folders.clear()
         for name in filter(UNFINISHED.fullmatch, files):
             (place / name).unlink(missing_ok=True)
-
-
-# -- restart --------------------------------------------------------------------------------------------------------
 
 
 def move_aside(folder: Path) -> None:

@@ -144,7 +144,7 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
         model,
         url.removesuffix(PATH),
         key or None,
-        workers=whole_number("JUDGE_WORKERS", environment.get("JUDGE_WORKERS") or "4") or 4,
+        workers=whole_number("JUDGE_WORKERS", environment.get("JUDGE_WORKERS") or "4"),
         prices=_prices(environment),
     )
 

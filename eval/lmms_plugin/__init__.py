@@ -73,7 +73,7 @@ def configuration(arguments: Mapping[str, Any]) -> RunConfig:
         dtype=dtype,
         device=plain.get("device", "auto"),
         batch_size=batch_size(plain),
-        seed=whole_number("seed", plain.get("seed", "0"), minimum=0, maximum=2**32 - 1) or 0,
+        seed=whole_number("seed", plain.get("seed", "0"), minimum=0, maximum=2**32 - 1),
     )
 
 
@@ -88,8 +88,8 @@ def batch_size(plain: Mapping[str, str]) -> int:
     """Questions answered at once."""
     if plain.get("batch_size", "").startswith("auto"):
         raise UserError("batch_size should be a number: llava_reduced does not search for the largest batch.")
-    size = whole_number("batch_size", plain.get("batch_size", "1")) or 1
-    return min(size, whole_number("max_batch_size", plain.get("max_batch_size")) or size)
+    size = plain.get("batch_size", "1")
+    return min(whole_number("batch_size", size), whole_number("max_batch_size", plain.get("max_batch_size", size)))
 
 
 def manifest() -> Any:

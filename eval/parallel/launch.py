@@ -125,14 +125,13 @@ def kept(control: Control, advice: bool = True) -> str:
         advice: say how to go on.
     """
     if (runs := control.peek("runs")) is not None:
-        finished = f"{control.count('finished', 0):,} of {runs:,} runs are finished, and answers of the others are kept"
-        return f"{finished}; run the same command again to go on." if advice else f"{finished}."
-    run = control.peek("run")
-    if run is None:
+        found = f"{control.count('finished', 0):,} of {runs:,} runs are finished, and answers of the others are kept"
+    elif (run := control.peek("run")) is not None:
+        answers = run["before"] + control.count("answered", 0)
+        found = f"{answers:,} of {run['planned']:,} answers are kept in {run['output']}"
+    else:
         return ""
-    answers = run["before"] + control.count("answered", 0)
-    sentence = f"{answers:,} of {run['planned']:,} answers are kept in {run['output']}"
-    return f"{sentence}; run the same command again to go on." if advice else f"{sentence}."
+    return f"{found}; run the same command again to go on." if advice else f"{found}."
 
 
 def launcher_command(placement: Placement, worker: Sequence[str], environment: Mapping[str, str]) -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from eval.config import whole_number
 from llava.errors import UserError
 
 VARIABLES = ("RANKS", "GPUS", "HOSTFILE")
@@ -31,14 +32,12 @@ class Placement:
         size: ranks of a replica; the ranks of a replica are on one machine.
         launcher: "local", or how DeepSpeed's launcher is started on every machine: "slurm" (by srun) or "hostfile" (by
             pdsh).
-        hostfile: the file, for "hostfile".
         processor: the ranks leave accelerators alone (--device cpu).
     """
 
     hosts: tuple[tuple[str, tuple[int, ...]], ...]
     size: int = 1
     launcher: str = "local"
-    hostfile: Path | None = None
     processor: bool = False
 
     def __post_init__(self) -> None:
@@ -89,6 +88,7 @@ def detect(
         UserError: variables contradict each other, hold nonsense, or the command was started by a launcher.
     """
     refuse_launchers(environment)
+    count_of_nodes = environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES")
     given = [name for name in VARIABLES if environment.get(name)]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} are both set; leave one out.")
@@ -101,7 +101,7 @@ def detect(
         return replace(read_hostfile(Path(environment["HOSTFILE"]), size), processor=device == "cpu")
     if named == "RANKS":
         there = 0 if device == "cpu" else accelerators()
-        count = whole("RANKS", environment["RANKS"])
+        count = whole_number("RANKS", environment["RANKS"])
         if there and count > there:
             raise UserError(
                 f"RANKS={count}, but this machine has {there} accelerators, one for each rank; set RANKS to at most "
@@ -110,7 +110,7 @@ def detect(
         devices = visible(environment, there)[:count] if there else tuple(range(count))
     elif named == "GPUS":
         devices = chosen_gpus(environment, accelerators())
-    elif device == "auto" and slurm_nodes(environment) > 1:
+    elif device == "auto" and whole_or(count_of_nodes, 1) > 1:
         return slurm(environment, accelerators(), size, nodes or expand_node_list)
     else:
         devices = visible(environment, accelerators()) if device == "auto" else ()
@@ -146,13 +146,13 @@ def chosen_gpus(environment: Mapping[str, str], there: int) -> tuple[int, ...]:
             raise UserError(
                 "GPUS=0 asks for no accelerator: GPUS=0, with a comma names the first, --device cpu takes none."
             )
-        count = whole("GPUS", text)
+        count = whole_number("GPUS", text)
         if count > there:
             raise UserError(
                 f"GPUS={text}, but this machine has {there} accelerators; RANKS={count} uses its processor."
             )
         return known[:count]
-    places = [whole("GPUS", part.strip(), minimum=0) for part in text.split(",") if part.strip()]
+    places = [whole_number("GPUS", part.strip(), minimum=0) for part in text.split(",") if part.strip()]
     if not places:
         raise UserError(f"GPUS={text} names no accelerator.")
     if wrong := [place for place in places if place >= there]:
@@ -193,11 +193,7 @@ def read_hostfile(path: Path, size: int = 1) -> Placement:
         hosts[found["host"]] = tuple(range(int(found["slots"])))
     if not hosts:
         raise UserError(f"{path} names no machine; lines look like 'node1 slots=8'.")
-    return Placement(tuple(hosts.items()), size, "hostfile", path.resolve())
-
-
-def slurm_nodes(environment: Mapping[str, str]) -> int:
-    return whole_or(environment.get("SLURM_JOB_NUM_NODES") or environment.get("SLURM_NNODES"), 1)
+    return Placement(tuple(hosts.items()), size, "hostfile")
 
 
 def slurm(environment: Mapping[str, str], there: int, size: int, nodes: Callable[[str], list[str]]) -> Placement:
@@ -231,12 +227,6 @@ def here(size: int = 1, device: str = "auto") -> Placement | None:
     from eval.parallel import ranks
 
     return None if not ranks.current().alone else detect(os.environ, accelerators, size, device)
-
-
-def whole(name: str, text: str, minimum: int = 1) -> int:
-    if not text.strip().isdigit() or int(text) < minimum:
-        raise UserError(f"{name} should be a whole number, {minimum} or more, got {text!r}.")
-    return int(text)
 
 
 def whole_or(text: str | None, otherwise: int) -> int:

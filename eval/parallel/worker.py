@@ -74,13 +74,15 @@ def work(rank: Rank, module: str, arguments: Sequence[str], processor: bool) -> 
             signal.signal(number, terminate)
         rank.report(LOADING)
         take_device(processor)
-        if not rank.first:
-            be_quiet()
+        if not rank.first:  # only the first rank prints results; warnings and errors of the others are still seen
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if rank.size > 1:
             join_replica(rank)
         code = import_module(module).main(arguments)
         if rank.size > 1:
-            leave_replica()
+            from llava.model.parallel import leave
+
+            leave()
         rank.report(FINISHED, code=code)
     except KeyboardInterrupt:
         if not rank.ended:
@@ -106,11 +108,6 @@ def take_device(processor: bool) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_SIZE"])))
 
 
-def be_quiet() -> None:
-    """Only the first rank prints results; warnings and errors of the others are still seen."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def join_replica(rank: Rank) -> None:
     """Make the ranks of this replica a torch.distributed world of their own."""
     from llava.model.parallel import join
@@ -122,12 +119,6 @@ def join_replica(rank: Rank) -> None:
     import torch
 
     join(rank.number % rank.size, rank.size, host, port, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def leave_replica() -> None:
-    from llava.model.parallel import leave
-
-    leave()
 
 
 def follow(rank: Rank, control: Control, ended: threading.Event) -> None:

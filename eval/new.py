@@ -5,7 +5,7 @@
     vtr check method NAME          # every test that can fail for it
     vtr new benchmark NAME         # reader, script, toy set and test; check as above
 
-The files are copies of those in this folder with the new name.
+The files stand in eval/templates/, those of a kind in one text, each below a line "==== PATH".
 """
 
 import keyword
@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from eval import benchmarks
 from eval.command import exit_on_user_error, make_parser
@@ -21,18 +20,7 @@ from eval.config import ROOT
 from llava.errors import UserError
 from llava.reduction import registry
 
-TEMPLATES = Path(__file__).parent
 TOY_SETS = ROOT / "assets" / "eval" / "README.md"
-# Kind -> template -> where its copy goes.
-FILES = {
-    "method": {"method.py": "baselines/{}.py", "method_test.py": "tests/test_{}.py"},
-    "benchmark": {
-        "benchmark.py": "eval/benchmarks/{}.py",
-        "benchmark.sh": "scripts/eval/{}.sh",
-        "toy.py": "toy/benchmarks/{}.py",
-        "benchmark_test.py": "tests/test_{}.py",
-    },
-}
 # Kind -> what writes the generated files that a new name belongs to.
 WRITERS = {
     "method": ("-m tests.golden {}", "-m eval.cli tables methods"),
@@ -58,8 +46,11 @@ def known(kind: str) -> list[str]:
     return registry.names() if kind == "method" else benchmarks.names()
 
 
-def new(kind: str, name: str) -> list[Path]:
+def new(kind: str, name: str) -> list[str]:
     """Write the files of a new name; nothing is overwritten.
+
+    Returns:
+        Their paths in the repository.
 
     Raises:
         UserError: the name is no identifier in lower case, or taken.
@@ -68,19 +59,21 @@ def new(kind: str, name: str) -> list[Path]:
         raise UserError(
             f"A {kind}'s name has lower-case letters, digits and _, and starts with a letter; got {name!r}."
         )
-    files = {TEMPLATES / template: ROOT / place.format(name) for template, place in FILES[kind].items()}
-    taken = [str(path.relative_to(ROOT)) for path in files.values() if path.exists()]
+    text = (ROOT / "eval" / "templates" / f"{kind}.txt").read_text().replace("template_name", name)
+    text = text.replace("TemplateName", name.title().replace("_", ""))
+    _, *parts = re.split(r"^==== (.+)\n", text, flags=re.MULTILINE)
+    files = dict(zip(parts[::2], parts[1::2], strict=True))
+    taken = [path for path in files if (ROOT / path).exists()]
     if taken or name in known(kind):
         where = f" ({', '.join(taken)})" if taken else ""
         raise UserError(f"The name {name} is taken{where}; choose another, or edit what is there.")
-    for template, path in files.items():
-        text = template.read_text().replace("template_name", name)
-        path.write_text(text.replace("TemplateName", name.title().replace("_", "")))
-        path.chmod(template.stat().st_mode)
+    for path, content in files.items():
+        (ROOT / path).write_text(content)
+        (ROOT / path).chmod(0o755 if path.endswith(".sh") else 0o644)
     if kind == "benchmark":  # the list of toy sets, in front of the mirrors
         row, last = f"| `{name}/` | {name} | 33 | of GQA's |\n", "| `hub/` |"
         TOY_SETS.write_text(TOY_SETS.read_text().replace(last, row + last, 1))
-    return list(files.values())
+    return list(files)
 
 
 def selection(kind: str, name: str) -> list[str]:
@@ -116,14 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = make_parser("eval.new", __doc__)
     parser.add_argument("step", choices=("new", "check"))
-    parser.add_argument("kind", choices=tuple(FILES))
+    parser.add_argument("kind", choices=tuple(WRITERS))
     parser.add_argument("name")
     parser.add_argument("--write", action="store_true", help="check: first write its generated rows and pages anew")
     args = parser.parse_args(arguments)
     if args.step == "check":
         return check(args.kind, args.name, args.write)
     written = new(args.kind, args.name)
-    print(f"Wrote {', '.join(str(path.relative_to(ROOT)) for path in written)}. Make them yours, then:")
+    print(f"Wrote {', '.join(written)}. Make them yours, then:")
     print(f"  vtr check {args.kind} {args.name} --write\n  {EXAMPLE[args.kind].format(args.name)}")
     return 0
 

@@ -1,1 +1,0 @@
-"""`vtr new` and `vtr check`, and the files that are copied: small, complete and tested, under another name."""
