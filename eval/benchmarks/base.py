@@ -1,12 +1,17 @@
-"""What a benchmark gives to a run: questions, their images, and a way to score predictions."""
+"""What a benchmark gives to a run: questions, their images, and a way to score predictions.
+
+What a benchmark is called in tables, published numbers, licences and the files to get are data: catalogue.yaml.
+"""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import yaml
 
 from eval.answers.jsonl import Row, read_bytes
 from eval.benchmarks.media import Pictures
@@ -244,6 +249,20 @@ class Benchmark:
         """Whether the official files that it cannot do without are in a data folder."""
         required = [need for need in self.needs if not need.optional]
         return bool(required) and all(need.found(data) for need in required)
+
+
+@cache
+def catalogue() -> dict[str, dict[str, Any]]:
+    """What catalogue.yaml says of each benchmark."""
+    content: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("catalogue.yaml").read_text("utf-8"))
+    return content
+
+
+def listed(name: str, read: Callable[..., Dataset], splits: Sequence[str], **fields: Any) -> Benchmark:
+    """The registry's entry of a benchmark that stands in catalogue.yaml."""
+    about = dict(catalogue()[name])
+    needs = tuple(Need(**need | {"others": tuple(need.get("others", ()))}) for need in about.pop("needs", ()))
+    return Benchmark(**{"name": name, "read": read, "splits": tuple(splits), "needs": needs} | about | fields)
 
 
 def with_stripped_answers(data: Dataset) -> Dataset:

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from eval.answers.jsonl import Row, read_json
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import Table, official_file, open_table
 from eval.benchmarks.llava_files import as_number
 from eval.benchmarks.media import Folder, Pictures, image_name
@@ -130,7 +130,7 @@ def load_nocaps(data: Path, split: str, profile: str = "lmms", source: str = "au
         images, where, mark = from_coco(official, split), str(official), fingerprint([official])
         pictures: Pictures = Folder(official.parent / split)
     else:
-        table = open_table(data, NOCAPS_MIRROR, None, split, download=source == "mirror")
+        table = open_table(data, NOCAPS_MIRROR, None, split, source)
         where, pictures = table.where, table.pictures()
         mark = table.fingerprint(("image_id", "annotations_captions") if scored else ("image_id",))
         images = from_nocaps_table(table, scored)
@@ -181,7 +181,7 @@ def load_flickr30k(data: Path, split: str, profile: str = "lmms", source: str = 
     path = official_file(data, source, f"Flickr30k {split}", [data / FLICKR_FILE], FLICKR_MIRROR, FLICKR_SOURCE)
     title, file = f"Flickr30k {split}", f"flickr30k_{split}_results.json"
     if path is None:
-        table = open_table(data, FLICKR_MIRROR, None, split, download=source == "mirror")
+        table = open_table(data, FLICKR_MIRROR, None, split, source)
         rows = enumerate(table.records(FlickrRow))
         images = [Image(str(row["img_id"]), f"{number}/image", row["caption"]) for number, row in rows]
         mark = table.fingerprint(("img_id", "caption"))
@@ -277,30 +277,6 @@ def read_results(path: Path) -> list[Row] | None:
 
 
 BENCHMARKS = (
-    Benchmark(
-        name="nocaps",
-        summary="One-sentence captions of novel objects; CIDEr against ten references.",
-        splits=tuple(NOCAPS_FILES),
-        read=load_nocaps,
-        profiles=("lmms",),
-        needs=(
-            Need(f"nocaps/{NOCAPS_FILES['validation']}", NOCAPS_SOURCE),
-            Need("nocaps/validation", f"{NOCAPS_SOURCE} (images of Open Images)", count=4500),
-        ),
-        mirror=NOCAPS_MIRROR,
-        licence="annotations and images CC BY 2.0",
-    ),
-    Benchmark(
-        name="flickr30k",
-        summary="One-sentence captions of everyday photographs; CIDEr against five references.",
-        splits=("test",),
-        read=load_flickr30k,
-        profiles=("lmms",),
-        needs=(
-            Need(FLICKR_FILE, FLICKR_SOURCE),
-            Need(FLICKR_IMAGES, "https://shannon.cs.illinois.edu/DenotationGraph/ (on request)", count=31783),
-        ),
-        mirror=FLICKR_MIRROR,
-        licence="images: Flickr terms of use, research only",
-    ),
+    listed("nocaps", load_nocaps, tuple(NOCAPS_FILES), profiles=("lmms",), mirror=NOCAPS_MIRROR),
+    listed("flickr30k", load_flickr30k, ("test",), profiles=("lmms",), mirror=FLICKR_MIRROR),
 )

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.base import Dataset, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import official_file, open_table
-from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, prompts_by_id, unique
+from eval.benchmarks.llava_files import SHORT, prompts_by_id, unique
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, Id, TypedDict, check_map
 from eval.metrics import Score
@@ -99,7 +99,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     """Read a split; everything that can be wrong with its files is said here, images excepted."""
     file = data / "gqa" / "data" / f"{split}_balanced_questions.json"
     official = official_file(data, source, f"GQA {split}", [file], MIRROR)
-    dataset = from_mirror(data, split, source == "mirror") if official is None else from_official(official, split)
+    dataset = from_mirror(data, split, source) if official is None else from_official(official, split)
     if profile == "lmms":
         dataset = as_lmms(dataset)
     return replace(dataset, facts={"source": dataset.facts["source"], "profile": profile})
@@ -150,10 +150,10 @@ def find_image(images: Path, record: Official, path: Path) -> str:
     return lossless if not (images / name).exists() and (images / lossless).exists() else name
 
 
-def from_mirror(data: Path, split: str, download: bool) -> Dataset:
+def from_mirror(data: Path, split: str, source: str) -> Dataset:
     """The tables of the hub: question, answer and imageId of each question; id and encoded bytes of each image."""
-    table = open_table(data, MIRROR, f"{split}_balanced_instructions", split, download)
-    shown = open_table(data, MIRROR, f"{split}_balanced_images", split, download)
+    table = open_table(data, MIRROR, f"{split}_balanced_instructions", split, source)
+    shown = open_table(data, MIRROR, f"{split}_balanced_images", split, source)
     row_of = {str(record["id"]): row for row, record in enumerate(shown.records(MirrorPicture))}
     questions = []
     for record in table.records(MirrorQuestion):
@@ -316,22 +316,4 @@ def score_consistency(
     return percent(per_question), None
 
 
-BENCHMARK = Benchmark(
-    name="gqa",
-    summary="Compositional questions about scenes; exact match with a one-word answer.",
-    splits=("testdev", "val"),
-    read=load,
-    model="tinyllava",
-    published="62.0 accuracy",
-    published_by=(
-        "LLaVA-1.5-7B, LLaVA's model zoo; 61.94 in a re-run of the released weights with LLaVA's scripts in "
-        "FasterVLM's EVAL.md"
-    ),
-    needs=(
-        Need("gqa/data/testdev_balanced_questions.json", f"questions1.2.zip of {SITE}"),
-        Need("gqa/data/images", f"images.zip of {SITE}"),
-        Need("gqa/llava_gqa_testdev_balanced.jsonl", EVAL_ZIP, optional=True),
-    ),
-    mirror=MIRROR,
-    licence="annotations CC BY 4.0; images of COCO and Flickr under their own terms",
-)
+BENCHMARK = listed("gqa", load, ("testdev", "val"), model="tinyllava", mirror=MIRROR)

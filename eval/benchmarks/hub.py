@@ -96,28 +96,31 @@ def local_copy(data: Path, ids: Iterable[str]) -> tuple[str, Path] | None:
     return next(((name, data / "hub" / name) for name in ids if (data / "hub" / name).is_dir()), None)
 
 
-def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, download: bool = False) -> Table:
-    """A split of a data set.
+def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, source: str = "auto") -> Table:
+    """A split of a data set, from DATA/hub or from the hub itself.
 
     Args:
-        ids: repositories, the newest id first.
-        download: ask the hub when there is no local copy.
+        ids: repositories, the newest owner first.
+        source: of eval.benchmarks.base.SOURCES; the hub is asked only when one was named. For sets that exist on the
+            hub only, "official" and "mirror" are the same.
     """
     copy = local_copy(data, ids)
-    if copy is None and not download:
+    if copy is None and source == "auto":
         raise UserError(
             f"No copy of {' or '.join(ids)} below {data / 'hub'}; download it there "
             f"(hf download {ids[0]} --repo-type dataset --local-dir {data / 'hub' / ids[0]}), "
             "or let --source mirror read it from the hub."
         )
-    if copy is not None:
-        return _open(*copy, config, split)
     failures = []
-    for name in ids:
+    for name, folder in [copy] if copy is not None else [(name, None) for name in ids]:
         try:
-            return _open(name, None, config, split)
+            table = _open(name, folder, config, split)
         except UserError as error:
             failures.append(str(error))
+            continue
+        if not len(table):
+            raise UserError(f"Split {split} of {table.where} has no rows; fetch the data set again.")
+        return table
     raise UserError(" ".join(failures))
 
 
@@ -191,22 +194,6 @@ def official_file(
     )
 
 
-# Data sets that exist on the hub only: there the official layout is the mirror.
-
-
-def open_split(data: Path, ids: Sequence[str], config: str | None, split: str, source: str) -> Table:
-    """The split from DATA/hub; from the hub itself only when a source was asked for by name.
-
-    Args:
-        ids: repositories, the newest owner first.
-        source: of eval.benchmarks.base.SOURCES; "official" and "mirror" are the same data set.
-    """
-    table = open_table(data, ids, config, split, download=source != "auto")
-    if not len(table):
-        raise UserError(f"Split {split} of {table.where} has no rows; fetch the data set again.")
-    return table
-
-
 def dataset_of(
     title: str,
     table: Table,
@@ -253,19 +240,19 @@ def unique_ids(names: Iterable[Any]) -> list[str]:
     return unique
 
 
-def picture_names(keys: Iterable[Hashable], column: str = "image") -> list[str]:
+def picture_names(table: Table, keys: Iterable[Hashable] | None = None) -> list[str]:
     """Per row the image's name in Table.pictures; rows with the same key share the first one's.
 
     Rows about one image then share one pass of the vision tower, and intervals can draw images.
+
+    Args:
+        keys: per row what says which image it is about; None takes a hash of the encoded image.
     """
+    if keys is None:
+        cells = enumerate(table.rows["image"])
+        keys = [hashlib.sha256(cell["bytes"]).digest() if cell and cell.get("bytes") else row for row, cell in cells]
     first: dict[Hashable, int] = {}
-    return [f"{first.setdefault(key, row)}/{column}" for row, key in enumerate(keys)]
-
-
-def picture_hashes(table: Table, column: str = "image") -> list[Hashable]:
-    """Per row a hash of the encoded image, where no column says which rows are about the same one."""
-    cells = enumerate(table.rows[column])
-    return [hashlib.sha256(cell["bytes"]).digest() if cell and cell.get("bytes") else row for row, cell in cells]
+    return [f"{first.setdefault(key, row)}/image" for row, key in enumerate(keys)]
 
 
 def letters(options: Sequence[str]) -> dict[str, str]:

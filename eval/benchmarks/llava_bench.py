@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, no_submission
+from eval.benchmarks.base import Dataset, Question, fingerprint, listed, no_submission
 from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_files import each_once, need_file
 from eval.benchmarks.media import Folder, Pictures, image_name
@@ -95,7 +95,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     title = "LLaVA-Bench-in-the-Wild"
     official = official_file(data, source, title, [data / FOLDER / "questions.jsonl"], MIRROR)
     entries, pictures, mark, where = (
-        read_official(official, title) if official is not None else read_mirror(data, download=source == "mirror")
+        read_official(official, title) if official is not None else read_mirror(data, source)
     )
     judging = judge_with(entries)
     return Dataset(
@@ -139,9 +139,9 @@ def caption_text(caption: str | Sequence[str]) -> str:
     return caption if isinstance(caption, str) else "\n".join(caption)
 
 
-def read_mirror(data: Path, download: bool) -> tuple[dict[str, Entry], Pictures, str, str]:
+def read_mirror(data: Path, source: str) -> tuple[dict[str, Entry], Pictures, str, str]:
     """Entries, images, hash and place of the table; its rows are numbered where it has no ids."""
-    table = open_table(data, MIRROR, None, "train", download)
+    table = open_table(data, MIRROR, None, "train", source)
     rows = {number: (str(row.get("question_id", number)), row) for number, row in enumerate(table.records(MirrorRow))}
     each_once((f"{table.where} row {number}", name) for number, (name, _) in rows.items())
     entries = {
@@ -292,19 +292,4 @@ def unigram_f1(text: str, answer: str) -> float:
     return 2 * shared / (said.total() + expected.total()) if shared else 0.0
 
 
-BENCHMARK = Benchmark(
-    name="llava_bench",
-    summary="Conversations, descriptions and reasoning about images from the wild; judged by GPT-4.",
-    splits=("test",),
-    read=load,
-    published="65.4 relative score",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, judged by gpt-4-0314",
-    needs=(
-        Need(f"{FOLDER}/questions.jsonl", SOURCE),
-        Need(f"{FOLDER}/context.jsonl", SOURCE),
-        Need(f"{FOLDER}/answers_gpt4.jsonl", SOURCE),
-        Need(f"{FOLDER}/images", SOURCE, count=24),
-    ),
-    mirror=MIRROR,
-    licence="not stated on its page",
-)
+BENCHMARK = listed("llava_bench", load, ("test",), mirror=MIRROR)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.answers.jsonl import read_bytes
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import letters, official_file, open_table, option_lines, ungraded
 from eval.benchmarks.llava_files import LETTER, LETTER_CN
 from eval.benchmarks.media import Inline
@@ -172,7 +172,7 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
     """Read a split; everything that can be wrong with its rows is said here."""
     lmms, title = profile == "lmms", f"{edition.title} {split}"
     official = official_file(data, source, title, [data / name for name in edition.files[split]], MIRROR)
-    table = read_tsv(official) if official is not None else read_mirror(data, edition, split, source == "mirror")
+    table = read_tsv(official) if official is not None else read_mirror(data, edition, split, source)
     notes = check_answers(table.rows, table.pictures.where)
     if official is not None or not lmms:
         # Wherever the rows come from, they are empty where pandas, and with it the official tools, find them empty.
@@ -299,9 +299,9 @@ def read_row(columns: tuple[str, ...], cells: tuple[object, ...], where: str) ->
     return row, picture
 
 
-def read_mirror(data: Path, edition: Edition, split: str, download: bool) -> Table:
+def read_mirror(data: Path, edition: Edition, split: str, source: str) -> Table:
     """The copy that lmms-eval reads, cells as they stand."""
-    table = open_table(data, MIRROR, edition.config, split, download)
+    table = open_table(data, MIRROR, edition.config, split, source)
     records = table.records(MirrorRow)
     if not records:
         raise UserError(f"{table.where} has no rows.")
@@ -626,43 +626,7 @@ CHINESE = Edition(
 )
 
 
-def benchmark(name: str, edition: Edition, summary: str, published: str, by: str, size: str = "") -> Benchmark:
-    """The entry of one language.
-
-    Args:
-        by: which model has the published number, and who says so.
-        size: of the official file, for `check-data`.
-    """
-    usual, *others = edition.files["dev"]
-    return Benchmark(
-        name,
-        f"{summary}; right only if it is for every rotation of the options.",
-        tuple(edition.files),
-        partial(load, edition),
-        published=published,
-        published_by=by,
-        needs=(Need(usual, f"{DOWNLOADS}/{Path(usual).name}{size}", others=tuple(others)),),
-        mirror=MIRROR,
-        licence="Apache-2.0 (MMBench repository)",
-    )
-
-
-BENCHMARKS = (
-    benchmark(
-        "mmbench",
-        ENGLISH,
-        "Multiple choice over twenty abilities",
-        "64.3 accuracy",
-        "LLaVA-1.5-7B, LLaVA's model zoo, on dev with 1,176 groups; 64.69 in a re-run of the released weights"
-        " with LLaVA's scripts in FasterVLM's EVAL.md",
-        " (4,377 rows)",
-    ),
-    benchmark(
-        "mmbench_cn",
-        CHINESE,
-        "MMBench in Chinese",
-        "58.3 accuracy",
-        "LLaVA-1.5-7B, LLaVA's model zoo, on dev; 58.08 in a re-run of the released weights with LLaVA's "
-        "scripts in FasterVLM's EVAL.md",
-    ),
+BENCHMARKS = tuple(
+    listed(name, partial(load, edition), tuple(edition.files), mirror=MIRROR)
+    for name, edition in (("mmbench", ENGLISH), ("mmbench_cn", CHINESE))
 )

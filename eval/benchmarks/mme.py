@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.answers.jsonl import Row, is_file, read_bytes
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, read_prompts
 from eval.benchmarks.media import Folder, Pictures, image_name
@@ -127,7 +127,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         entries, pictures, version = read_official(prompts, profile)
         where = "official"
     else:
-        table = open_table(data, MIRROR, None, split, source == "mirror")
+        table = open_table(data, MIRROR, None, split, source)
         entries = read_mirror(table.where, table.records(MirrorRow), profile)
         pictures, version, where = table.pictures(), table.fingerprint(MIRROR_COLUMNS), table.id
     known = {entry.question.id: entry for entry in entries}
@@ -515,21 +515,10 @@ def line_notes(pairs: Pairs, said: Mapping[str, str]) -> list[str]:
     return notes
 
 
-BENCHMARK = Benchmark(
-    name="mme",
-    summary="Two yes-or-no questions per image in 14 tasks; points for accuracy and for both being right.",
-    splits=("test",),
-    read=load,
-    score_alone=lambda path, partial: score_folder(path, partial) if path.is_dir() else None,
-    published="1510.7 perception",
-    published_by=(
-        "LLaVA-1.5-7B, LLaVA's model zoo; 1506.47 in a re-run of the released weights with LLaVA's scripts in"
-        " FasterVLM's EVAL.md; papers on token reduction quote 1862, the sum of perception and cognition"
-    ),
-    needs=(
-        Need("MME/llava_mme.jsonl", EVAL_ZIP),
-        Need("MME/MME_Benchmark_release_version", SOURCE),
-    ),
+BENCHMARK = listed(
+    "mme",
+    load,
+    ("test",),
     mirror=MIRROR,
-    licence="no licence file; for academic research, images under the terms of their sources",
+    score_alone=lambda path, partial: score_folder(path, partial) if path.is_dir() else None,
 )

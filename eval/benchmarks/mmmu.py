@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import Benchmark, Dataset, Question
+from eval.benchmarks.base import Dataset, Question, listed
 from eval.benchmarks.hub import (
     check_answers,
     dataset_of,
     letters,
-    open_split,
+    open_table,
     option_lines,
     ungraded,
     unique_ids,
@@ -121,7 +121,7 @@ class Item:
 
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read a split."""
-    table = open_split(data, IDS, None, split, source)
+    table = open_table(data, IDS, None, split, source)
     rows = table.records(Row)
     records = dict(zip(unique_ids(row["id"] for row in rows), rows, strict=True))
     lmms, graded = profile == "lmms", split != "test"
@@ -376,13 +376,4 @@ def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], forms: Sequenc
     return Score(values, groups, correct, tuple(notes), points=frozenset({"drawn_at_random"}))
 
 
-BENCHMARK = Benchmark(
-    name="mmmu",
-    summary="Exam questions in 30 subjects, multiple choice and open.",
-    splits=("validation", "test"),
-    read=load,
-    published="35.3 accuracy",
-    published_by="LLaVA-1.5-7B run with lmms-eval, FastV's README at d165972",
-    mirror=IDS,
-    licence="Apache-2.0 (https://huggingface.co/datasets/MMMU/MMMU)",
-)
+BENCHMARK = listed("mmmu", load, tuple(EXPECTED), mirror=IDS)

@@ -23,9 +23,9 @@ from typing import Annotated
 from pydantic import Field
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import official_file, open_table
-from eval.benchmarks.llava_files import EVAL_ZIP, each_once, prompts_by_id
+from eval.benchmarks.llava_files import each_once, prompts_by_id
 from eval.benchmarks.media import Folder, Pictures, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, Number, Texts, TypedDict, check_map
 from eval.judging import Judging, Request, Verdict, judged_facts, prompts
@@ -93,9 +93,7 @@ Entries = dict[str, Entry]
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """The 218 questions. LLaVA's files number them, MM-Vet's name them "v1_" and that number."""
     official = official_file(data, source, "MM-Vet", [data / name / "mm-vet.json" for name in FOLDERS], MIRROR)
-    entries, pictures, mark, where = (
-        read_official(official) if official is not None else read_mirror(data, download=source == "mirror")
-    )
+    entries, pictures, mark, where = read_official(official) if official is not None else read_mirror(data, source)
     asked = {
         name: entry.text if profile == "llava" else STEP_BY_STEP + entry.question for name, entry in entries.items()
     }
@@ -136,9 +134,9 @@ def read_official(official: Path) -> tuple[Entries, Pictures, str, str]:
     return ordered, pictures, fingerprint([prompts_file, official]), "official"
 
 
-def read_mirror(data: Path, download: bool) -> tuple[Entries, Pictures, str, str]:
+def read_mirror(data: Path, source: str) -> tuple[Entries, Pictures, str, str]:
     """Entries, images, hash and place of the table."""
-    table = open_table(data, MIRROR, None, "test", download)
+    table = open_table(data, MIRROR, None, "test", source)
     rows = table.records(MirrorRow)
     names = [f"v1_{str(row['question_id']).removeprefix('v1_')}" for row in rows]
     each_once((f"{table.where} row {number}", name) for number, name in enumerate(names))
@@ -282,18 +280,4 @@ def match(text: str, answer: str) -> float:
     return max(sum(contains(said, element) for element in elements) / len(elements) for elements in choices)
 
 
-BENCHMARK = Benchmark(
-    name="mmvet",
-    summary="Open questions that need several capabilities at once; judged by GPT-4.",
-    splits=("test",),
-    read=load,
-    published="31.1 score",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, judged by gpt-4-0613",
-    needs=(
-        Need("mm-vet/mm-vet.json", SOURCE),
-        Need("mm-vet/llava-mm-vet.jsonl", EVAL_ZIP, optional=True),
-        Need("mm-vet/images", SOURCE, count=200),
-    ),
-    mirror=MIRROR,
-    licence="CC BY-NC 4.0",
-)
+BENCHMARK = listed("mmvet", load, ("test",), mirror=MIRROR)

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, Line, as_number, each_once, split_suffix
 from eval.benchmarks.media import Folder, image_name
@@ -94,7 +94,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     """Read a split; everything that can be wrong with its files is said here, images excepted."""
     file = data / "pope" / "llava_pope_test.jsonl"
     prompts = official_file(data, source, f"POPE {split}", [file], MIRROR, EVAL_ZIP)
-    contents = read_mirror(data, split, source == "mirror") if prompts is None else read_official(prompts, split)
+    contents = read_mirror(data, split, source) if prompts is None else read_official(prompts, split)
     questions, items, labels = contents.questions, contents.references, contents.labels
     read = parse_lmms if profile == "lmms" else parse
 
@@ -192,9 +192,9 @@ def own_label(number: int | str, lines: Sequence[Label]) -> str | None:
     return answers.pop() if len(answers) == 1 else None
 
 
-def read_mirror(data: Path, split: str, download: bool) -> Labelled:
+def read_mirror(data: Path, split: str, source: str) -> Labelled:
     """The hub's table: 9,000 rows in split test, a split per category in its configuration Full."""
-    table = open_table(data, MIRROR, None if split == "test" else "Full", split, download)
+    table = open_table(data, MIRROR, None if split == "test" else "Full", split, source)
     questions, items = [], {}
     labels: dict[str, list[str]] = defaultdict(list)
     first: dict[str, int] = {}
@@ -423,24 +423,4 @@ def empty_notes(names: Sequence[str], counts: Array) -> list[str]:
     return notes
 
 
-BENCHMARK = Benchmark(
-    name="pope",
-    summary="Is an object in the image: yes or no; F1, the mean of random, popular and adversarial objects.",
-    splits=("test", *CATEGORIES),
-    read=load,
-    published="85.9 F1",
-    published_by=(
-        "LLaVA-1.5-7B, LLaVA's model zoo; 85.87 in a re-run of the released weights with LLaVA's scripts in "
-        "FasterVLM's EVAL.md"
-    ),
-    needs=(
-        Need("pope/llava_pope_test.jsonl", EVAL_ZIP),
-        *(
-            Need(f"pope/coco/coco_pope_{category}.json", "output/coco of https://github.com/AoiDragon/POPE at e3e39262")
-            for category in CATEGORIES
-        ),
-        Need("pope/val2014", "val2014.zip of https://cocodataset.org, of which 500 images are used"),
-    ),
-    mirror=MIRROR,
-    licence="POPE MIT; images of COCO under their own terms",
-)
+BENCHMARK = listed("pope", load, ("test", *CATEGORIES), mirror=MIRROR)

@@ -22,9 +22,9 @@ from typing import Annotated
 from pydantic import Field
 
 from eval.answers.jsonl import is_file, read_json
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import Table, letters, local_copy, official_file, open_table, option_lines
-from eval.benchmarks.llava_files import EVAL_ZIP, LETTER, all_asked, each_once
+from eval.benchmarks.llava_files import LETTER, all_asked, each_once
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check_list, check_map
 from eval.metrics import Score, first_names, ratio_terms
@@ -91,7 +91,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     if official is not None:
         contents = read_official(official, split)
     else:
-        contents = read_mirror(open_mirror(data, split, profile, download=source == "mirror"))
+        contents = read_mirror(open_mirror(data, split, profile, source))
     questions, problems, lmms = contents.questions, contents.references, profile == "lmms"
     shown = {question.id for question in questions if question.images}
     if lmms:
@@ -171,17 +171,17 @@ def from_prompts(
     return tuple(questions)
 
 
-def open_mirror(data: Path, split: str, profile: str, download: bool) -> Table:
+def open_mirror(data: Path, split: str, profile: str, source: str) -> Table:
     """All questions for LLaVA's profile, unless the local copy holds those with an image only."""
     name = MIRROR_SPLITS[split]
     if profile == "lmms":
-        return open_table(data, MIRROR, WITH_IMAGE, name, download)
+        return open_table(data, MIRROR, WITH_IMAGE, name, source)
     try:
-        return open_table(data, MIRROR, FULL, name, download)
+        return open_table(data, MIRROR, FULL, name, source)
     except UserError:
         if local_copy(data, MIRROR) is None:
             raise
-        return open_table(data, MIRROR, WITH_IMAGE, name, download)
+        return open_table(data, MIRROR, WITH_IMAGE, name, source)
 
 
 def read_mirror(table: Table) -> Contents[Problem]:
@@ -292,22 +292,4 @@ def evaluate(
     )
 
 
-BENCHMARK = Benchmark(
-    name="scienceqa",
-    summary="Science questions of school books, multiple choice; the accuracy over those with an image.",
-    splits=("test", "val"),
-    read=load,
-    published="69.5 accuracy with images",
-    published_by=(
-        "LLaVA-1.5-7B, re-run of the released weights with LLaVA's scripts in FasterVLM's EVAL.md; LLaVA's "
-        "paper has 66.8"
-    ),
-    needs=(
-        Need("scienceqa/problems.json", "https://github.com/lupantech/ScienceQA, data/scienceqa"),
-        Need("scienceqa/pid_splits.json", "https://github.com/lupantech/ScienceQA, data/scienceqa"),
-        Need("scienceqa/images/test", "https://github.com/lupantech/ScienceQA, tools/download.sh (2,017 of 4,241 ids)"),
-        Need("scienceqa/llava_test_CQM-A.json", EVAL_ZIP, optional=True),
-    ),
-    mirror=MIRROR,
-    licence="CC BY-NC-SA 4.0",
-)
+BENCHMARK = listed("scienceqa", load, ("test", "val"), mirror=MIRROR)

@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from eval.answers.jsonl import Row, is_file
 from eval.answers.reading import read_rows
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import Table, letters, official_file, open_table, option_lines, unique_ids
-from eval.benchmarks.llava_files import EVAL_ZIP, LETTER, read_prompts
+from eval.benchmarks.llava_files import LETTER, read_prompts
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
 from eval.metrics import Score
@@ -108,7 +108,7 @@ def load(main: str, data: Path, split: str, profile: str = "llava", source: str 
     if official is not None:
         contents = read_official(official)
     else:
-        contents = read_mirror(open_table(data, MIRROR, None, split, source == "mirror"), lmms)
+        contents = read_mirror(open_table(data, MIRROR, None, split, source), lmms)
     items = contents.references
     questions = tuple(q for q in contents.questions if not images_only or items[q.id].kind == "image")
     rule: Rule = first_character if lmms else exact
@@ -322,38 +322,7 @@ def by_type(items: Mapping[str, Item], correct: Mapping[str, float]) -> dict[str
     return table
 
 
-HOME = "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
-NEEDS = (
-    Need("seed_bench/SEED-Bench.json", f"{HOME} (19,242 questions)"),
-    Need("seed_bench/SEED-Bench-image", f"{HOME}, SEED-Bench-image.zip"),
-    Need("seed_bench/llava-seed-bench.jsonl", EVAL_ZIP, optional=True),
-)
-NEED_FRAMES = Need(
-    "seed_bench/SEED-Bench-video-image",
-    "the middle frame of each video, cut from the sources that SEED-Bench's DATASET.md names",
-    count=5009,
-)
-
-SEED = Benchmark(
-    name="seed",
-    summary="Multiple choice over twelve kinds of questions about images and videos; share of right letters.",
-    splits=("test",),
-    read=partial(load, "accuracy"),
-    published="58.6 accuracy",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, over images and videos",
-    needs=(*NEEDS, NEED_FRAMES),
-    mirror=MIRROR,
-    licence="CC BY-NC 4.0",
-)
 BENCHMARKS = (
-    SEED,
-    replace(
-        SEED,
-        name="seed_img",
-        summary="The questions of SEED-Bench about images (SEED-IMG); share of right letters.",
-        read=partial(load, "image_accuracy"),
-        published="70.2 accuracy (1.6-7B)",
-        published_by="LLaVA-1.6-7B, LLaVA's model zoo; the zoo's number of LLaVA-1.5-7B is over videos too",
-        needs=NEEDS,
-    ),
+    listed("seed", partial(load, "accuracy"), ("test",), mirror=MIRROR),
+    listed("seed_img", partial(load, "image_accuracy"), ("test",), mirror=MIRROR),
 )

@@ -19,10 +19,9 @@ from typing import Any
 
 from eval.answers.jsonl import Row
 from eval.answers.reading import read_rows
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_files import (
-    EVAL_ZIP,
     SHORT,
     Answers,
     as_number,
@@ -81,10 +80,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     title, with_ocr = f"TextVQA {split}", profile == "llava"
     file = data / "textvqa" / (PROMPTS if with_ocr else ANNOTATIONS)
     official = official_file(data, source, title, [file], MIRROR)
-    if official is None:
-        contents = read_mirror(data, with_ocr, download=source == "mirror")
-    else:
-        contents = read_official(official, title, with_ocr)
+    contents = read_mirror(data, with_ocr, source) if official is None else read_official(official, title, with_ocr)
     answers = {name: people_said(record["answers"]) for name, record in contents.references.items()}
     if wrong := [name for name, given in answers.items() if len(given) != PEOPLE]:
         raise UserError(
@@ -134,9 +130,9 @@ def read_official(path: Path, title: str, with_ocr: bool) -> Contents[Record]:
     return Contents("official", questions, references, Folder(path.with_name("train_images")), mark)
 
 
-def read_mirror(data: Path, with_ocr: bool, download: bool) -> Contents[Record]:
+def read_mirror(data: Path, with_ocr: bool, source: str) -> Contents[Record]:
     """The table of the hub."""
-    table = open_table(data, MIRROR, None, "validation", download)
+    table = open_table(data, MIRROR, None, "validation", source)
     records: Sequence[Record] = table.records(MirrorWithOcr if with_ocr else MirrorRow)
     images = [f"{row}/image" for row in range(len(records))]
     questions = from_records(records, images, table.where, with_ocr)
@@ -210,18 +206,4 @@ def reader(records: Mapping[str, Record]) -> Callable[[Path], list[Row] | None]:
     return read
 
 
-BENCHMARK = Benchmark(
-    name="textvqa",
-    summary="Questions about text in images; accuracy against ten people.",
-    splits=("val",),
-    read=load,
-    published="58.2 accuracy",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, with OCR tokens in the prompt",
-    needs=(
-        Need(f"textvqa/{PROMPTS}", EVAL_ZIP),
-        Need(f"textvqa/{ANNOTATIONS}", f"https://dl.fbaipublicfiles.com/textvqa/data/{ANNOTATIONS}"),
-        Need("textvqa/train_images", "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip", count=3_166),
-    ),
-    mirror=MIRROR,
-    licence="annotations CC BY 4.0; OpenImages' images CC BY 2.0",
-)
+BENCHMARK = listed("textvqa", load, ("val",), mirror=MIRROR)

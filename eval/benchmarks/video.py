@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from eval.answers.jsonl import is_file, read_json
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import local_copy, open_table
 from eval.benchmarks.llava_files import SHORT, each_once
 from eval.benchmarks.media import Videos, image_name
@@ -106,12 +106,6 @@ class VideoSet:
         places = [data / LAYOUT / self.folder, data / "eval" / LAYOUT / self.folder]
         return next((place for place in places if is_file(place / "test_q.json")), places[0])
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        """The official files."""
-        names = ("test_q.json", "test_a.json", self.videos)
-        return tuple(Need(f"{LAYOUT}/{self.folder}/{name}", SOURCE) for name in names)
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -142,7 +136,7 @@ def load(one: VideoSet, data: Path, split: str, profile: str = "llava", source: 
         raise UserError(f"{one.title} has no mirror on the hub; leave --source out.")
     lost = not is_file(one.root(data) / "test_q.json")
     if source == "mirror" or (activitynet and source == "auto" and lost and local_copy(data, MIRROR) is not None):
-        contents = read_mirror(one, data, download=source == "mirror")
+        contents = read_mirror(one, data, source)
     else:
         contents = read_official(one, data)
     lmms = profile == "lmms"
@@ -218,9 +212,9 @@ def read_official(one: VideoSet, data: Path) -> Contents:
     return Contents(entries, root / one.videos, fingerprint([asked, answered]))
 
 
-def read_mirror(one: VideoSet, data: Path, download: bool) -> Contents:
+def read_mirror(one: VideoSet, data: Path, source: str) -> Contents:
     """ActivityNet-QA from its table on the hub."""
-    table = open_table(data, MIRROR, "Generation", "test", download)
+    table = open_table(data, MIRROR, "Generation", "test", source)
     rows = table.records(MirrorRow)
     names = numbered(row["question_id"] for row in rows)
     entries = [
@@ -551,72 +545,20 @@ def load_short(data: Path, split: str, profile: str = "llava", source: str = "au
 
 # -- the benchmarks --------------------------------------------------------------------------------------------------
 
-OTHER_JUDGE = "in re-runs of papers on token reduction, whose judge was another version"
+
+def zero_shot(one: VideoSet, **more: Any) -> Benchmark:
+    """The entry of one of Video-LLaVA's sets."""
+    files = ("test_q.json", "test_a.json", one.videos)
+    needs = tuple(Need(f"{LAYOUT}/{one.folder}/{file}", SOURCE) for file in files)
+    fields = {"model": "tinyllava_video", "profiles": ("llava",), "needs": needs} | more
+    return listed(one.benchmark, partial(load, one), ("test",), **fields)
 
 
-def zero_shot(one: VideoSet, summary: str, published: str, reruns: str, licence: str, **more: Any) -> Benchmark:
-    """The entry of one of Video-LLaVA's sets.
-
-    Args:
-        published: accuracy and score in Video-LLaVA-7B's paper.
-        reruns: what others have got.
-    """
-    fields = {"profiles": ("llava",)} | more
-    return Benchmark(
-        one.benchmark,
-        summary,
-        ("test",),
-        partial(load, one),
-        model="tinyllava_video",
-        published=published,
-        published_by=f"Video-LLaVA-7B's paper, judged by gpt-3.5-turbo; {reruns}",
-        needs=one.needs,
-        licence=licence,
-        **fields,
-    )
-
-
+ACTIVITYNET = VideoSet("activitynet_qa", "ActivityNet-QA", "Activitynet_Zero_Shot_QA", "all_test", 8000, prefix="v_")
 BENCHMARKS = (
-    Benchmark(
-        name="video_qa",
-        summary="Questions about what happens in short videos; exact match with a one-word answer.",
-        splits=("test", "val"),
-        read=load_short,
-        model="tinyllava_video",
-        needs=tuple(
-            Need(f"video_qa/{name}", "made by `python -m toy.benchmarks --only video_qa`")
-            for name in ("test_q.json", "test_a.json", "videos")
-        ),
-        licence="Apache-2.0, as this repository",
-    ),
-    zero_shot(
-        VideoSet("msvd_qa", "MSVD-QA", "MSVD_Zero_Shot_QA", "videos", count=13157),
-        "Questions about short videos of everyday scenes; judged by GPT-3.5.",
-        "70.7 accuracy, 3.9 score",
-        f"69.8 {OTHER_JUDGE}",
-        "the authors of MSVD name none for the videos",
-    ),
-    zero_shot(
-        VideoSet("msrvtt_qa", "MSRVTT-QA", "MSRVTT_Zero_Shot_QA", "videos/all", count=72821),
-        "Questions about web videos of twenty categories; judged by GPT-3.5.",
-        "59.2 accuracy, 3.5 score",
-        f"56.7 {OTHER_JUDGE}",
-        "the authors of MSR-VTT name none for the videos",
-    ),
-    zero_shot(
-        VideoSet("tgif_qa", "TGIF-QA", "TGIF_Zero_Shot_QA", "mp4", count=25751),
-        "Questions about animated GIFs: actions, counts, frames, transitions; judged by GPT-3.5.",
-        "70.0 accuracy, 4.0 score",
-        "47.1 in re-runs of papers on token reduction; 19.8 on the first 1,000 questions, which are all about actions",
-        "the GIFs belong to their owners on Tumblr; TGIF-QA's annotations name none",
-    ),
-    zero_shot(
-        VideoSet("activitynet_qa", "ActivityNet-QA", "Activitynet_Zero_Shot_QA", "all_test", count=8000, prefix="v_"),
-        "Questions about long videos of activities; judged by GPT-3.5, and exact match.",
-        "45.3 accuracy, 3.3 score",
-        f"43.1 {OTHER_JUDGE}",
-        "annotations: Apache-2.0 by their LICENSE, MIT and non-commercial by their README",
-        profiles=("llava", "lmms"),
-        mirror=MIRROR,
-    ),
+    listed("video_qa", load_short, ("test", "val"), model="tinyllava_video"),
+    zero_shot(VideoSet("msvd_qa", "MSVD-QA", "MSVD_Zero_Shot_QA", "videos", 13157)),
+    zero_shot(VideoSet("msrvtt_qa", "MSRVTT-QA", "MSRVTT_Zero_Shot_QA", "videos/all", 72821)),
+    zero_shot(VideoSet("tgif_qa", "TGIF-QA", "TGIF_Zero_Shot_QA", "mp4", 25751)),
+    zero_shot(ACTIVITYNET, profiles=("llava", "lmms"), mirror=MIRROR),
 )

@@ -15,10 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import official_file, open_table, server_only
 from eval.benchmarks.llava_files import (
-    EVAL_ZIP,
     VIZ,
     Answers,
     most_common,
@@ -67,10 +66,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     """Read a split; everything that can be wrong with its files is said here, images excepted."""
     title, file = f"VizWiz {split}", data / "vizwiz" / ("val.json" if split == "val" else "llava_test.jsonl")
     official = official_file(data, source, title, [file], MIRROR)
-    if official is None:
-        contents = read_mirror(data, split, download=source == "mirror")
-    else:
-        contents = read_official(official, split)
+    contents = read_mirror(data, split, source) if official is None else read_official(official, split)
     questions, lmms = contents.questions, profile == "lmms"
     if split == "val":
         given = {name: people_said(record["answers"]) for name, record in contents.references.items()}
@@ -119,9 +115,9 @@ def read_official(path: Path, split: str) -> Contents[Record]:
     return Contents("official", questions, references, Folder(path.parent / split), fingerprint([path]))
 
 
-def read_mirror(data: Path, split: str, download: bool) -> Contents[Record]:
+def read_mirror(data: Path, split: str, source: str) -> Contents[Record]:
     """A table of the hub, whose question_id is the image's name without its ending."""
-    table = open_table(data, MIRROR, None, split, download)
+    table = open_table(data, MIRROR, None, split, source)
     columns = ("question_id", "question", *(["answers"] if split == "val" else []))
     records: Sequence[Record] = table.records(MirrorAnswered if split == "val" else MirrorRow)
     ids = [str(record["question_id"]) for record in records]
@@ -149,20 +145,10 @@ def ask(
     return unique(questions, where)
 
 
-BENCHMARK = Benchmark(
-    name="vizwiz",
-    summary="Questions of blind people about their images; accuracy against ten people, from a server but for val.",
-    splits=("test", "val"),
-    read=load,
-    published="50.0 accuracy",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, on test",
-    needs=(
-        Need("vizwiz/llava_test.jsonl", EVAL_ZIP),
-        Need("vizwiz/test", "https://vizwiz.cs.colorado.edu/VizWiz_final/images/test.zip", count=8_000),
-        Need("vizwiz/val.json", "https://vizwiz.cs.colorado.edu/VizWiz_final/vqa_data/Annotations.zip", optional=True),
-        Need("vizwiz/val", "https://vizwiz.cs.colorado.edu/VizWiz_final/images/val.zip", count=4_319, optional=True),
-    ),
+BENCHMARK = listed(
+    "vizwiz",
+    load,
+    ("test", "val"),
     mirror=MIRROR,
-    licence="CC BY 4.0",
     split_files={"val": "vizwiz/val.json", "test": "vizwiz/llava_test.jsonl"},
 )

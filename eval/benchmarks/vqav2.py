@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import official_file, open_table, server_only
 from eval.benchmarks.llava_files import (
     EVAL_ZIP,
@@ -94,7 +94,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     folder, title = data / "vqav2", f"VQAv2 {split}"
     official = official_file(data, source, title, [folder / PROMPTS.get(split, QUESTIONS)], MIRROR)
     if official is None:
-        contents = read_mirror(data, split, download=source == "mirror")
+        contents = read_mirror(data, split, source)
     elif split == "val":
         contents = read_val(official, title)
     else:
@@ -164,9 +164,9 @@ def read_val(path: Path, title: str) -> Contents[Record]:
     return Contents("official", ask(records, images, str(path)), by_id(records), pictures, mark)
 
 
-def read_mirror(data: Path, split: str, download: bool) -> Contents[Record]:
+def read_mirror(data: Path, split: str, source: str) -> Contents[Record]:
     """A table of the hub."""
-    table = open_table(data, MIRROR, None, MIRROR_SPLITS[split], download)
+    table = open_table(data, MIRROR, None, MIRROR_SPLITS[split], source)
     columns = ("question_id", "question", *(["answers"] if split == "val" else []))
     records: Sequence[Record] = table.records(MirrorAnswered if split == "val" else MirrorRow)
     questions = ask(records, [f"{row}/image" for row in range(len(records))], table.where)
@@ -206,22 +206,10 @@ def server_ids(whole: Path, split: str, ids: list[str]) -> list[str]:
     return listed
 
 
-BENCHMARK = Benchmark(
-    name="vqav2",
-    summary="Short answers about COCO images; accuracy against ten people, from a server but for val.",
-    splits=("testdev", "test", "val"),
-    read=load,
-    published="78.5 accuracy",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, on testdev",
-    needs=(
-        Need("vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", EVAL_ZIP),
-        Need("vqav2/llava_vqav2_mscoco_test2015.jsonl", EVAL_ZIP),
-        Need("vqav2/test2015", "http://images.cocodataset.org/zips/test2015.zip", count=81_434),
-        Need(f"vqav2/{QUESTIONS}", VQA_SITE, optional=True),
-        Need(f"vqav2/{ANNOTATIONS}", VQA_SITE, optional=True),
-        Need("vqav2/val2014", "http://images.cocodataset.org/zips/val2014.zip", count=40_504, optional=True),
-    ),
+BENCHMARK = listed(
+    "vqav2",
+    load,
+    ("testdev", "test", "val"),
     mirror=MIRROR,
-    licence="annotations CC BY 4.0; COCO's images under Flickr's terms",
     split_files={"val": f"vqav2/{ANNOTATIONS}", **{split: f"vqav2/{file}" for split, file in PROMPTS.items()}},
 )
