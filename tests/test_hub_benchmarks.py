@@ -12,10 +12,10 @@ import pytest
 
 from eval import benchmarks, show
 from eval.answers.reading import read_answers
-from eval.benchmarks import mmstar, ocrbench
+from eval.benchmarks import hub_sets
 from eval.benchmarks.base import Dataset
 from eval.benchmarks.llava_files import LETTER, SHORT
-from eval.metrics import letters
+from eval.metrics import accuracy
 from llava.errors import UserError
 from tests.hub_copies import picture, write
 
@@ -47,7 +47,7 @@ def score(data: Dataset, *texts: str):
     [("B", 1), ("b", 1), ("B.", 1), ("(B)", 1), (" B. the dog", 1), ("B the dog", 0), ("b. the dog", 0), ("B: x", 0)],
 )
 def test_ai2d_reads_a_leading_capital_with_full_stop_or_the_whole_answer(text, expected):
-    assert letters.ai2d_score(text, "B") == expected
+    assert accuracy.ai2d_score(text, "B") == expected
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_ai2d_reads_a_leading_capital_with_full_stop_or_the_whole_answer(text, e
     ],
 )
 def test_extractor_ranks_forms_before_places(text, expected):
-    assert letters.extract(text) == expected
+    assert accuracy.extract_letter(text) == expected
 
 
 def test_realworldqa_reads_letters_and_words_differently():
-    assert letters.realworldqa_score("The answer is B", "B") == 1
-    assert letters.realworldqa_score("Downhill.", "downhill") == 1
-    assert letters.realworldqa_score("It is downhill", "Downhill") == 0
+    assert accuracy.realworldqa_score("The answer is B", "B") == 1
+    assert accuracy.realworldqa_score("Downhill.", "downhill") == 1
+    assert accuracy.realworldqa_score("It is downhill", "Downhill") == 0
 
 
 # -- AI2D, ChartQA, RealWorldQA --------------------------------------------------------------------------------------
@@ -233,12 +233,12 @@ def test_ocrbench_in_lmms_eval_has_no_instruction_and_folds_full_width_ascii(tmp
 
 
 def test_ocrbench_folds_nothing_in_formulas():
-    assert not ocrbench.is_right("x=1", ocrbench.Item(["x=１"], "HME100k", ocrbench.TYPES[-1]), fold=True)
+    assert not hub_sets.ocrbench_sample_score("x=1", hub_sets.TextItem(["x=１"], "HME100k", hub_sets.TYPES[-1]), fold=True)
 
 
 def test_a_thousand_questions_are_points_alone():
-    items = {str(n): ocrbench.Item(["a"], "svt", ocrbench.TYPES[n % 10]) for n in range(1000)}
-    found = ocrbench.evaluate(items, dict.fromkeys(items, "A"), fold=False)
+    items = {str(n): hub_sets.TextItem(["a"], "svt", hub_sets.TYPES[n % 10]) for n in range(1000)}
+    found = hub_sets.ocrbench_score(items, dict.fromkeys(items, "A"), fold=False)
     assert found.values == {"score": 1000, "text_recognition": 600} and not found.notes
     assert len(found.groups["type"]) == 10
 
@@ -268,7 +268,7 @@ def test_an_unknown_type_is_named(tmp_path):
     ],
 )
 def test_mmstar_looks_at_first_characters(text, expected):
-    assert mmstar.official_sample_score(text, "B") == expected
+    assert hub_sets.mmstar_sample_score(text, "B") == expected
 
 
 def star_rows() -> list[dict[str, Any]]:

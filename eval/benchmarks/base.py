@@ -79,6 +79,26 @@ class Contents(Generic[Reference]):
     pictures: Pictures
     fingerprint: str
 
+    def dataset(
+        self,
+        title: str,
+        profile: str,
+        score: "Callable[[Sequence[str], Mapping[str, str]], Score]",
+        sample_score: "Callable[[Question, str], float] | None",
+        submission: "Callable[[Mapping[str, str]], Mapping[str, Any]]",
+        facts: "Mapping[str, Any]",
+        **more: Any,
+    ) -> "Dataset":
+        """The data set of these questions.
+
+        Args:
+            facts: beside source and profile.
+            more: further fields of the Dataset.
+        """
+        about = {"source": self.source, "profile": profile} | dict(facts)
+        files = self.pictures, self.fingerprint
+        return Dataset(title, self.questions, *files, score, sample_score, submission, facts=about, **more)
+
 
 def no_submission(texts: Mapping[str, str]) -> dict[str, Any]:
     """For sets that no server grades and whose scripts read no file of answers alone."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Dataset, Question, no_submission
+from eval.benchmarks.base import Contents, Dataset, Question, Reference, no_submission
 from eval.benchmarks.media import Inline
 from eval.benchmarks.records import Record, check_all, columns_of
 from eval.metrics import Score, first_names
@@ -69,6 +69,20 @@ class Table:
         for column in (name for name in columns if name in self.rows.column_names):
             names |= cell_names(self.rows.data.column(column), column)
         return Inline(self.where, frozenset(names), self._bytes)
+
+    def row_images(self) -> list[str]:
+        """The name of each row's image."""
+        return [f"{row}/image" for row in range(len(self))]
+
+    def contents(
+        self, questions: Iterable[Question], references: Mapping[str, Reference], columns: Sequence[str]
+    ) -> Contents[Reference]:
+        """The questions that were made of the rows.
+
+        Args:
+            columns: those that questions and scores depend on.
+        """
+        return Contents(self.id, tuple(questions), references, self.pictures(), self.fingerprint(columns))
 
     def _bytes(self, name: str) -> bytes:
         row, column, *number = name.split("/")

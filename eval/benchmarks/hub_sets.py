@@ -14,8 +14,8 @@ Read from DATA/hub/OWNER/NAME; those of lmms-lab-encoder also under their older 
     echo840/OCRBench                dataset, question, question_type, answer (a list), image: reading text in images
 
 A row of `SETS` says what sets them apart. Profile lmms is lmms-eval 0.7.3; MMStar and OCRBench have LLaVA's profile
-too. Metrics: letters and words (eval/metrics/accuracy.py), ChartQA's relaxed accuracy, ANLS, equal to lmms-eval's on the
-vectors in tests/data/chartqa and tests/data/anls, and those of MMStar's and OCRBench's authors.
+too. Metrics: letters and words (eval/metrics/accuracy.py), ChartQA's relaxed accuracy and ANLS, equal to lmms-eval's on
+the vectors in tests/data/chartqa and tests/data/anls, and those of MMStar's and OCRBench's authors.
 """
 
 import re

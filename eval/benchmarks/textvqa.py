@@ -24,7 +24,9 @@ from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_files import (
     SHORT,
     Answers,
+    Asked,
     as_number,
+    by_id,
     most_common,
     need_file,
     people_said,
@@ -33,7 +35,7 @@ from eval.benchmarks.llava_files import (
     unique,
 )
 from eval.benchmarks.media import Folder, image_name
-from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
+from eval.benchmarks.records import Id, NotRequired, check_list
 from eval.metrics import vqa
 from llava.errors import UserError
 
@@ -48,11 +50,9 @@ PEOPLE = 10
 OCR = "Reference OCR token: "
 
 
-class MirrorRow(TypedDict):
+class MirrorRow(Asked):
     """A row of the mirror."""
 
-    question_id: Id
-    question: Filled
     answers: Answers
     image_id: NotRequired[Id | None]
 
@@ -63,11 +63,9 @@ class MirrorWithOcr(MirrorRow):
     ocr_tokens: list[str]
 
 
-class Official(TypedDict):
+class Official(Asked):
     """A question of the official file."""
 
-    question_id: Id
-    question: Filled
     answers: Answers
     image_id: Id
 
@@ -87,32 +85,17 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
             f"TextVQA's metric needs {PEOPLE} answers to each question; {len(wrong):,} have another number, such as "
             f"question {wrong[0]} with {len(answers[wrong[0]])}."
         )
-    score, sample_score = scored_by(answers, vqa.m4c)
 
     def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
         """The format of TextVQA's server and of lmms-eval."""
         rows = [{"question_id": as_number(name), "answer": vqa.process(text)} for name, text in texts.items()]
         return {"predictions.json": rows}
 
-    return Dataset(
-        title,
-        contents.questions,
-        contents.pictures,
-        contents.fingerprint,
-        score,
-        sample_score,
-        submission,
-        # LLaVA: model_vqa_loader.py's default. lmms-eval: no limit for this task, its LLaVA then takes 1,024.
-        max_new_tokens=128 if with_ocr else 1024,
-        facts={
-            "source": contents.source,
-            "profile": profile,
-            "size": size(len(contents.questions), PUBLISHED_SIZE),
-            "ocr_tokens": "on" if with_ocr else "off",
-        },
-        read=reader(contents.references),
-        normalise=vqa.process,
-    )
+    facts = {"size": size(len(contents.questions), PUBLISHED_SIZE), "ocr_tokens": "on" if with_ocr else "off"}
+    # LLaVA: model_vqa_loader.py's default. lmms-eval: no limit for this task, its LLaVA then takes 1,024.
+    tokens = 128 if with_ocr else 1024
+    more = {"max_new_tokens": tokens, "read": reader(contents.references), "normalise": vqa.process}
+    return contents.dataset(title, profile, *scored_by(answers, vqa.m4c), submission, facts, **more)
 
 
 def read_official(path: Path, title: str, with_ocr: bool) -> Contents[Record]:
@@ -124,21 +107,17 @@ def read_official(path: Path, title: str, with_ocr: bool) -> Contents[Record]:
     else:
         images = [image_name(f"{record['image_id']}.jpg", str(annotations)) for record in records]
         questions = from_records(records, images, str(annotations))
-    references = {str(record["question_id"]): record for record in records}
     # One file where no OCR tokens are wanted.
     mark = fingerprint(dict.fromkeys([path, annotations]))
-    return Contents("official", questions, references, Folder(path.with_name("train_images")), mark)
+    return Contents("official", questions, by_id(records), Folder(path.with_name("train_images")), mark)
 
 
 def read_mirror(data: Path, with_ocr: bool, source: str) -> Contents[Record]:
     """The table of the hub."""
     table = open_table(data, MIRROR, None, "validation", source)
     records: Sequence[Record] = table.records(MirrorWithOcr if with_ocr else MirrorRow)
-    images = [f"{row}/image" for row in range(len(records))]
-    questions = from_records(records, images, table.where, with_ocr)
-    references = {str(record["question_id"]): record for record in records}
-    mark = table.fingerprint((*COLUMNS, "ocr_tokens") if with_ocr else COLUMNS)
-    return Contents(table.id, questions, references, table.pictures(), mark)
+    questions = from_records(records, table.row_images(), table.where, with_ocr)
+    return table.contents(questions, by_id(records), (*COLUMNS, "ocr_tokens") if with_ocr else COLUMNS)
 
 
 def from_prompts(path: Path, annotations: Path, records: Sequence[Record]) -> tuple[Question, ...]:
