@@ -233,7 +233,9 @@ def test_ocrbench_in_lmms_eval_has_no_instruction_and_folds_full_width_ascii(tmp
 
 
 def test_ocrbench_folds_nothing_in_formulas():
-    assert not hub_sets.ocrbench_sample_score("x=1", hub_sets.TextItem(["x=１"], "HME100k", hub_sets.TYPES[-1]), fold=True)
+    assert not hub_sets.ocrbench_sample_score(
+        "x=1", hub_sets.TextItem(["x=１"], "HME100k", hub_sets.TYPES[-1]), fold=True
+    )
 
 
 def test_a_thousand_questions_are_points_alone():

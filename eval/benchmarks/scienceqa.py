@@ -15,7 +15,7 @@ description of both and equal to the official script on the vectors in tests/dat
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -83,15 +83,20 @@ class Problem:
     answer: int
     subject: str = ""
 
+    @property
+    def letter(self) -> str:
+        """Of the right choice."""
+        return OPTIONS[self.answer : self.answer + 1]
+
 
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read a split; everything that can be wrong with its files is said here, images excepted."""
     title = f"ScienceQA {split}"
     official = official_file(data, source, title, [data / "scienceqa" / "problems.json"], MIRROR)
-    if official is not None:
-        contents = read_official(official, split)
-    else:
+    if official is None:
         contents = read_mirror(open_mirror(data, split, profile, source))
+    else:
+        contents = read_official(official, split)
     questions, problems, lmms = contents.questions, contents.references, profile == "lmms"
     shown = {question.id for question in questions if question.images}
     if lmms:
@@ -107,22 +112,15 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         rows = ({"question_id": name, "prompt": prompts[name], "text": text} for name, text in texts.items())
         return {"scienceqa_answers.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
 
-    return Dataset(
+    return replace(contents, questions=questions).dataset(
         title,
-        questions,
-        contents.pictures,
-        contents.fingerprint,
+        profile,
         score,
         lambda question, text: is_right(text, problems[question.id], read),
         submission,
+        {"questions": len(questions), "with an image": len(shown)},
         # LLaVA's script for ScienceQA generates up to 1,024 tokens, not the 128 of its other scripts.
         max_new_tokens=16 if lmms else 1024,
-        facts={
-            "source": contents.source,
-            "profile": profile,
-            "questions": len(questions),
-            "with an image": len(shown),
-        },
         # An answer file over all questions is an answer file over those with an image.
         accepts=frozenset(problems.keys() - {question.id for question in questions}),
     )
@@ -142,21 +140,21 @@ def read_official(path: Path, split: str) -> Contents[Problem]:
             f"{path} lacks problems that {splits} has in {split}, {len(lost):,} in all: {first_names(lost)}."
         )
     problems = {name: read_problem(records[name], f"Problem {name} in {path}") for name in names}
-    files = [prompts, path, splits] if is_file(prompts) else [path, splits]
     if is_file(prompts):
-        questions = from_prompts(prompts, splits, problems, records)
+        questions, files = from_prompts(prompts, splits, problems, records), [prompts, path, splits]
     else:
-        images = {name: records[name].get("image") for name in names}
-        questions = tuple(
-            ask(name, records[name], (image_name(f"{name}/{images[name]}", str(path)),) if images[name] else ())
-            for name in names
-        )
-    return Contents("official files", questions, problems, Folder(path.parent / "images" / split), fingerprint(files))
+        questions, files = [], [path, splits]
+        for name in names:
+            file = records[name].get("image")
+            shown = (image_name(f"{name}/{file}", str(path)),) if file else ()
+            questions.append(ask(name, records[name], shown, problems[name]))
+    pictures = Folder(path.parent / "images" / split)
+    return Contents("official files", tuple(questions), problems, pictures, fingerprint(files))
 
 
 def from_prompts(
     path: Path, splits: Path, problems: Mapping[str, Problem], records: Mapping[str, Record]
-) -> tuple[Question, ...]:
+) -> list[Question]:
     """LLaVA's wording: the placeholder is removed and the suffix is not in the file."""
     rows = [(f"{path} entry {number}", row) for number, row in enumerate(check_list(path, Prompt), start=1)]
     each_once(((where, str(row["id"])) for where, row in rows), problems, splits)
@@ -166,9 +164,9 @@ def from_prompts(
         if ("image" in row) != bool(records[name].get("image")):
             raise UserError(f"{where} and problem {name} of problems.json do not agree on whether there is an image.")
         images = (image_name(row["image"], where),) if "image" in row else ()
-        questions.append(question(name, text, images, problems[name]))
+        questions.append(Question(name, text, LETTER, images, problems[name].letter))
     all_asked(path, {question.id for question in questions}, problems, splits)
-    return tuple(questions)
+    return questions
 
 
 def open_mirror(data: Path, split: str, profile: str, source: str) -> Table:
@@ -189,12 +187,11 @@ def read_mirror(table: Table) -> Contents[Problem]:
     records = {str(row): record for row, record in enumerate(table.records(MirrorRow))}
     pictures = table.pictures()
     problems = {name: read_problem(record, f"{table.where} row {name}") for name, record in records.items()}
-    questions = tuple(
-        ask(name, record, (f"{name}/image",) if f"{name}/image" in pictures.names else ())
-        for name, record in records.items()
-    )
-    mark = table.fingerprint(("question", "choices", "answer"))
-    return Contents(table.id, questions, problems, pictures, mark)
+    questions = []
+    for name, record in records.items():
+        shown = (f"{name}/image",) if f"{name}/image" in pictures.names else ()
+        questions.append(ask(name, record, shown, problems[name]))
+    return table.contents(questions, problems, ("question", "choices", "answer"))
 
 
 def read_problem(record: MirrorRow, where: str) -> Problem:
@@ -205,15 +202,11 @@ def read_problem(record: MirrorRow, where: str) -> Problem:
     return Problem(len(choices), answer, record.get("subject") or "")
 
 
-def ask(name: str, record: MirrorRow, images: tuple[str, ...]) -> Question:
+def ask(name: str, record: MirrorRow, images: tuple[str, ...], problem: Problem) -> Question:
     """Context, question and choices as in LLaVA's file; lmms-eval words them alike."""
     context = f"Context: {record['hint']}\n" if record.get("hint") else ""
     text = f"{context}{record['question']}\n{option_lines(letters(record['choices']))}"
-    return question(name, text, images, read_problem(record, name))
-
-
-def question(name: str, text: str, images: tuple[str, ...], problem: Problem) -> Question:
-    return Question(name, text, LETTER, images, OPTIONS[problem.answer : problem.answer + 1])
+    return Question(name, text, LETTER, images, problem.letter)
 
 
 # -- the metric ------------------------------------------------------------------------------------------------------

@@ -114,9 +114,8 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
             for kind in ("answer_type", "question_type")
             if all(kind in record for record in contents.references.values())
         }
-        score, sample_score = scored_by(
-            answers, vqa.lmms_vqa if profile == "lmms" else vqa.after_processor(vqa.vqa_eval), kinds
-        )
+        rule = vqa.lmms_vqa if profile == "lmms" else vqa.after_processor(vqa.vqa_eval)
+        score, sample_score = scored_by(answers, rule, kinds)
     else:
         whole, file = folder / PROMPTS["test"], "answers_upload.json"
         ids = server_ids(whole, split, names)
