@@ -15,7 +15,7 @@ from eval import benchmarks
 from eval.benchmarks import mmbench
 from eval.benchmarks.llava_files import LETTER, LETTER_CN
 from eval.benchmarks.mmbench import read_tsv
-from eval.benchmarks.spreadsheet import read_xlsx, write_xlsx
+from eval.benchmarks.records import read_xlsx, write_xlsx
 from eval.score import score_file
 from llava.errors import UserError
 
@@ -391,7 +391,7 @@ def test_a_spreadsheet_does_not_hold_the_time_at_which_it_was_written():
     """Two equal submissions differed when a second passed between them, and a test failed once in a while."""
     import time
 
-    from eval.benchmarks.spreadsheet import write_xlsx
+    from eval.benchmarks.records import write_xlsx
 
     first = write_xlsx(("index", "prediction"), [(1, "A")])
     time.sleep(2.1)  # dates in a zip file count two seconds

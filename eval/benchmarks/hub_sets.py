@@ -41,8 +41,7 @@ from eval.benchmarks.hub import (
     with_version,
 )
 from eval.benchmarks.llava_files import LETTER, SHORT, as_number
-from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict
-from eval.benchmarks.spreadsheet import read_xlsx, write_xlsx
+from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, read_xlsx, write_xlsx
 from eval.metrics import Array, Score, SufficientStatistics, divide
 from eval.metrics.accuracy import ai2d_score, extract_letter, mean_score, percent, realworldqa_score
 from llava.errors import UserError, unknown

@@ -1,5 +1,6 @@
 """What benchmarks in LLaVA's layout share: question files, their answer-format instructions, people's answers."""
 
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,11 @@ def most_common(answers: Sequence[str]) -> str:
 def as_number(name: str) -> int | str:
     """A question id as the official files have it: digits are a number there."""
     return int(name) if name.isdecimal() else name
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A file of JSON lines as the official scripts read it."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def by_id(records: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -12,7 +12,6 @@ Counted as LLaVA's llava/eval/eval_science_qa.py (commit c121f04) does it, and a
 description of both and equal to the official script on the vectors in tests/data/scienceqa.
 """
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from pydantic import Field
 from eval.answers.jsonl import is_file, read_json
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import Table, letters, local_copy, official_file, open_table, option_lines
-from eval.benchmarks.llava_files import LETTER, all_asked, each_once
+from eval.benchmarks.llava_files import LETTER, all_asked, each_once, json_lines
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check_list, check_map
 from eval.metrics import Score, first_names, ratio_terms
@@ -110,7 +109,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         """The input of LLaVA's eval_science_qa.py, which tells by "<image>" in the prompt which questions show one."""
         prompts = {question.id: f"{IMAGE}\n" * bool(question.images) + question.message for question in questions}
         rows = ({"question_id": name, "prompt": prompts[name], "text": text} for name, text in texts.items())
-        return {"scienceqa_answers.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+        return {"scienceqa_answers.jsonl": json_lines(rows)}
 
     return replace(contents, questions=questions).dataset(
         title,

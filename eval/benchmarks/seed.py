@@ -12,7 +12,6 @@ all of SEED-Bench is accepted, its other answers are ignored.
 Scored as LLaVA's scripts/convert_seed_for_submission.py (commit c121f04) does it, and as lmms-eval does.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from eval.answers.jsonl import Row, is_file
 from eval.answers.reading import read_rows
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import Table, letters, official_file, open_table, option_lines, unique_ids
-from eval.benchmarks.llava_files import LETTER, Asked, read_prompts
+from eval.benchmarks.llava_files import LETTER, Asked, json_lines, read_prompts
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Id, NotRequired, check_list
 from eval.metrics import Score
@@ -117,7 +116,7 @@ def load(main: str, data: Path, split: str, profile: str = "llava", source: str 
             return {"seed_submission.json": rows}
         seen = last_by_official(items, texts)
         rows = [{"question_id": items[name].official, "prediction": seen[name]} for name in items if name in seen]
-        return {"seed_upload.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+        return {"seed_upload.jsonl": json_lines(rows)}
 
     kinds = Counter(item.kind for item in items.values())
     facts = {"questions": len(questions), **{f"{kind} questions": kinds[kind] for kind in ("image", "video")}}

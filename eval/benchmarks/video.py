@@ -21,7 +21,6 @@ points. Differs from it: accuracy is in percent, and items are joined by questio
 """
 
 import ast
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ import numpy as np
 from eval.answers.jsonl import is_file, read_json
 from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import local_copy, open_table
-from eval.benchmarks.llava_files import SHORT, each_once
+from eval.benchmarks.llava_files import SHORT, each_once, json_lines
 from eval.benchmarks.media import Videos, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
 from eval.judging import Judging, Request, Verdict, prompts
@@ -169,7 +168,7 @@ def load(one: VideoSet, data: Path, split: str, profile: str = "llava", source: 
             }
             for name, text in texts.items()
         )
-        return {"merge.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+        return {"merge.jsonl": json_lines(rows)}
 
     return Dataset(
         f"{one.title} test",
