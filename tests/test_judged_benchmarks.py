@@ -10,7 +10,7 @@ import pytest
 from eval import score
 from eval.answers import answer_id, settings_hash
 from eval.benchmarks import llava_bench, mmvet
-from eval.judging.ask import line as verdict_line
+from eval.judging.choice import line as verdict_line
 from eval.results.report import percent_of_full
 from eval.statistics import command
 from llava.errors import UserError

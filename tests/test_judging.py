@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -11,8 +12,17 @@ from eval.answers.jsonl import read_jsonl
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import Folder
 from eval.judging import Judging, Request, choice, prompts
-from eval.judging.ask import Store, ask, count_tokens, estimate, line
-from eval.judging.choice import check_judge, score_answers, unjudged
+from eval.judging.choice import (
+    Store,
+    ask,
+    check_judge,
+    count_tokens,
+    estimate,
+    line,
+    lines_of,
+    score_answers,
+    unjudged,
+)
 from eval.judging.judges import Endpoint, configured, endpoint
 from eval.metrics import Score
 from llava.errors import UserError
@@ -106,9 +116,9 @@ def waits(monkeypatch) -> list[float]:
 
 
 def run(judge, how, folder, texts=TEXTS):
-    with Store(folder / "judgements-judge.jsonl") as store:
+    with closing(Store(folder / "judgements-judge.jsonl")) as store:
         ask(judge, how, how.requests(ASKED, texts), store)
-        return store.of(how.requests(ASKED, texts))
+        return lines_of(store.found, how.requests(ASKED, texts))
 
 
 # -- the endpoint --------------------------------------------------------------------------------------------------
@@ -308,7 +318,7 @@ def test_auto_takes_the_endpoint_when_it_is_set_up_and_verdicts_on_disk_later(se
 def test_half_judged_answers_are_no_score(tmp_path):
     how = judging()
     first = how.requests(ASKED, TEXTS)[0]
-    with Store(tmp_path / "judgements-judge-0613.jsonl") as store:
+    with closing(Store(tmp_path / "judgements-judge-0613.jsonl")) as store:
         store.append(line(first, {"n": 1}, "1", "judge-0613", 1, failed=False))
     found, _ = score(how, "auto", tmp_path)
     assert found.main == "points_match"
@@ -320,7 +330,7 @@ def test_half_judged_answers_are_no_score(tmp_path):
 def test_the_official_judges_verdicts_go_before_others(tmp_path):
     how = judging()
     for name, number in (("another", 3), ("judge-0613", 1)):
-        with Store(tmp_path / f"judgements-{name}.jsonl") as store:
+        with closing(Store(tmp_path / f"judgements-{name}.jsonl")) as store:
             for request in how.requests(ASKED, TEXTS):
                 store.append(line(request, {"n": number}, "", name, 1, failed=False))
     found, _ = score(how, "auto", tmp_path)
