@@ -30,6 +30,7 @@ __all__ = [
     "Id",
     "NotRequired",
     "Number",
+    "Record",
     "Texts",
     "TypedDict",
     "check",
