@@ -100,7 +100,7 @@ def test_llava_bench_from_its_mirror(tmp_path):
     data.check_images(data.questions)
     assert (data.questions[0].id, data.questions[0].answer) == ("0", "g")
     assert (
-        llava_bench.message(llava_bench.Entry("0", "i", "q", "conv", "c", "g"), "t")
+        llava_bench.message(llava_bench.Entry("i", "q", "conv", "c", "g"), "t")
         == (data.judging.requests(["0"], {"0": "t"})[0].messages[1]["content"])
     )
 

@@ -87,9 +87,9 @@ def prompts() -> Any:
     return read_json(Path(__file__).parent / "prompts.json")
 
 
-def judged_facts(judging: Judging, source: str, profile: str, questions: int, published: int) -> dict[str, Any]:
+def judged_facts(judging: Judging, questions: int, published: int) -> dict[str, Any]:
     """The `facts` of a data set that a judge scores; another number of questions than the published one is said."""
-    facts = {"source": source, "profile": profile, "questions": questions, "official judge": judging.official}
+    facts: dict[str, Any] = {"questions": questions, "official judge": judging.official}
     if questions != published:
         facts["size"] = f"{questions:,} questions, the published set has {published}"
     return facts
