@@ -96,7 +96,7 @@ def test_ai2d(tmp_path):
     found = score(data, "B. root", "C", "root")
     assert found.main == "exact_match" and found.values["exact_match"] == pytest.approx(200 / 3)
     assert found.notes == ("the data set has 3 questions, published numbers are about 3,088",)
-    assert data.max_new_tokens == 16 and data.facts["data_set"] == "lmms-lab/ai2d"
+    assert data.max_new_tokens == 16 and data.facts["source"] == "lmms-lab/ai2d"
     assert data.sample_score is not None and data.sample_score(data.questions[0], "b") == 1
 
 
@@ -105,7 +105,7 @@ def test_the_new_owner_is_preferred_and_a_missing_copy_is_explained(tmp_path):
         load(tmp_path, "ai2d")
     for name in ("lmms-lab/ai2d", "lmms-lab-encoder/ai2d"):
         write(tmp_path, name, "test", ai2d_rows())
-    assert load(tmp_path, "ai2d").facts["data_set"] == "lmms-lab-encoder/ai2d"
+    assert load(tmp_path, "ai2d").facts["source"] == "lmms-lab-encoder/ai2d"
 
 
 def test_ai2d_refuses_an_index_beyond_the_options(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Contents, Dataset, Question, Reference, no_submission
+from eval.benchmarks.base import Contents, Question, Reference
 from eval.benchmarks.media import Inline
 from eval.benchmarks.records import Record, check_all, columns_of
 from eval.metrics import Score, first_names
@@ -75,14 +75,19 @@ class Table:
         return [f"{row}/image" for row in range(len(self))]
 
     def contents(
-        self, questions: Iterable[Question], references: Mapping[str, Reference], columns: Sequence[str]
+        self,
+        questions: Iterable[Question],
+        references: Mapping[str, Reference],
+        columns: Sequence[str],
+        pictures: Inline | None = None,
     ) -> Contents[Reference]:
         """The questions that were made of the rows.
 
         Args:
             columns: those that questions and scores depend on.
+            pictures: by default those of the column "image".
         """
-        return Contents(self.id, tuple(questions), references, self.pictures(), self.fingerprint(columns))
+        return Contents(self.id, tuple(questions), references, pictures or self.pictures(), self.fingerprint(columns))
 
     def _bytes(self, name: str) -> bytes:
         row, column, *number = name.split("/")
@@ -206,32 +211,6 @@ def official_file(
         + f"; --data should be the folder that holds {folder}/"
         + ("." if source == "official" else ", or read them from the hub with --source mirror.")
     )
-
-
-def dataset_of(
-    title: str,
-    table: Table,
-    columns: Sequence[str],
-    questions: Sequence[Question],
-    score: Callable[[Sequence[str], Mapping[str, str]], Score],
-    sample_score: Callable[[Question, str], float] | None,
-    profile: str,
-    expected: int,
-    **more: Any,
-) -> Dataset:
-    """A data set of such a table.
-
-    Args:
-        columns: those that questions and scores depend on.
-        score: asked ids and texts by id -> the metric.
-        expected: questions of the split that published numbers are about.
-        more: further fields of the Dataset; by default no server grades it and all answers fit into 128 tokens.
-    """
-    facts = {"source": "mirror", "data_set": table.id, "profile": profile, "questions": len(table)}
-    facts |= {"expected_questions": expected} | more.pop("facts", {})
-    fields: dict[str, Any] = {"pictures": table.pictures(), "submission": no_submission, "facts": facts} | more
-    mark = table.fingerprint(columns)
-    return Dataset(title, tuple(questions), fingerprint=mark, score=score, sample_score=sample_score, **fields)
 
 
 def with_version(score: Score, there: int, expected: int) -> Score:

@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
+from eval.answers.jsonl import Row as Line
 from eval.benchmarks.base import Benchmark, Dataset, Question, listed, no_submission
 from eval.benchmarks.hub import (
     check_answers,
-    dataset_of,
     letters,
     open_table,
     option_lines,
@@ -84,7 +84,8 @@ class HubSet:
         picture: columns that together name the image, which several questions share; by default its content does.
         submission: (rows by question id, texts) -> files for who scores them; None where nobody else does.
         upload: name of the file with the answers to split test, which a server reads; "" where all splits are scored.
-        more: further fields of the Dataset.
+        read: reader of the files that `submission` makes, where they are of its own format.
+        tokens: the longest answer.
     """
 
     title: str
@@ -101,7 +102,8 @@ class HubSet:
     picture: tuple[str, ...] = ()
     submission: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]] | None = None
     upload: str = ""
-    more: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[Path], list[Line] | None] | None = None
+    tokens: int = 128
 
 
 def of_lmms_lab(name: str) -> tuple[str, str]:
@@ -126,17 +128,11 @@ def load(profiles: Mapping[str, HubSet], data: Path, split: str, profile: str, s
     if graded:
         check_answers(table.where, {name: ask.answer for name, ask in asked.items()})
     pictures = picture_names(table, picture_keys(one.picture, rows) if one.picture else None)
-    questions = tuple(
-        Question(
-            name,
-            ask.question,
-            ask.suffix,
-            (picture,),
-            ask.answer if isinstance(ask.answer, str) else next(iter(ask.answer), ""),
-            str(records[name].get(one.id, "")),
-        )
-        for (name, ask), picture in zip(asked.items(), pictures, strict=True)
-    )
+    questions = []
+    for (name, ask), picture in zip(asked.items(), pictures, strict=True):
+        answer = ask.answer if isinstance(ask.answer, str) else next(iter(ask.answer), "")
+        official = str(records[name].get(one.id, ""))
+        questions.append(Question(name, ask.question, ask.suffix, (picture,), answer, official))
 
     def score(names: Sequence[str], texts: Mapping[str, str]) -> Score:
         if not graded:
@@ -144,17 +140,18 @@ def load(profiles: Mapping[str, HubSet], data: Path, split: str, profile: str, s
         scored = one.score({name: references[name] for name in names}, texts, kinds)
         return with_version(scored, len(questions), one.expected[split])
 
-    return dataset_of(
+    def sample_score(question: Question, text: str) -> float:
+        return float(one.sample_score(text, references[question.id]))
+
+    return table.contents(questions, references, one.columns).dataset(
         f"{one.title} {split}",
-        table,
-        one.columns,
-        questions,
-        score,
-        (lambda question, text: float(one.sample_score(text, references[question.id]))) if graded else None,
         profile,
-        one.expected[split],
-        submission=partial(one.submission, records) if one.submission is not None else no_submission,
-        **one.more,
+        score,
+        sample_score if graded else None,
+        partial(one.submission, records) if one.submission is not None else no_submission,
+        {"questions": len(table), "expected_questions": one.expected[split]},
+        max_new_tokens=one.tokens,
+        read=one.read,
     )
 
 
@@ -370,7 +367,7 @@ def documents(title: str, kinds: str, picture: tuple[str, ...], upload: str, exp
         picture=picture,
         submission=partial(upload_documents, upload),
         upload=upload,
-        more={"max_new_tokens": 32},
+        tokens=32,
     )
 
 
@@ -608,7 +605,7 @@ AI2D = HubSet(
     sample_score=ai2d_score,
     score=lambda answers, texts, kinds: mean_score(answers, texts, ai2d_score, main="exact_match"),
     expected={"test": 3088},
-    more={"max_new_tokens": 16},
+    tokens=16,
 )
 CHARTQA = HubSet(
     title="ChartQA",
@@ -619,7 +616,7 @@ CHARTQA = HubSet(
     sample_score=relaxed,
     score=chartqa_score,
     expected={"test": 2500},
-    more={"max_new_tokens": 16},
+    tokens=16,
 )
 REALWORLDQA = HubSet(
     title="RealWorldQA",
@@ -632,7 +629,7 @@ REALWORLDQA = HubSet(
         answers, texts, realworldqa_score, {"answer type": kinds}, "exact_match"
     ),
     expected={"test": 765},
-    more={"max_new_tokens": 16},
+    tokens=16,
 )
 DOCVQA = documents(
     "DocVQA",
@@ -660,7 +657,7 @@ MMSTAR = HubSet(
     expected={"val": 1500},
     id="index",
     submission=mmstar_workbook,
-    more={"read": read_xlsx},
+    read=read_xlsx,
 )
 OCRBENCH = HubSet(
     title="OCRBench",

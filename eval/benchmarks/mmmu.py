@@ -27,7 +27,6 @@ from typing import Any
 from eval.benchmarks.base import Dataset, Question, listed
 from eval.benchmarks.hub import (
     check_answers,
-    dataset_of,
     letters,
     open_table,
     option_lines,
@@ -43,19 +42,11 @@ from eval.metrics.accuracy import check_coverage, grouped, percent
 from llava.errors import UserError
 
 IDS = ("lmms-lab-encoder/MMMU", "lmms-lab/MMMU")
-
-
 COLUMNS = ("id", "question", "options", "answer", "question_type")
-
-
 IMAGES = tuple(f"image_{number}" for number in range(1, 8))
-
-
 EXPECTED = {"validation": 900, "test": 10500}
 
 PICTURE = re.compile(r"<image \d+>")
-
-
 SUBJECT = re.compile(r"[^_]+_(.+)_\d+")
 
 DOMAINS = {
@@ -80,18 +71,12 @@ DOMAINS = {
         "Mechanical_Engineering",
     ),
 }
-
-
 DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
 
 # How a letter may stand in an answer, tried in this order. lmms-eval also takes a letter that ends a
 # word, as in "NASA is".
 BRACKETS = "({})"
-
-
 OFFICIAL_FORMS = (BRACKETS, " {} ")
-
-
 LMMS_FORMS = (BRACKETS, "{} ", "{}.")
 
 
@@ -131,10 +116,10 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     forms = LMMS_FORMS if lmms else OFFICIAL_FORMS
     pictures = table.pictures(IMAGES)
     choose = lmms_pictures if lmms else official_pictures
-    questions = tuple(
-        ask(name, record, items[name], lmms, choose(row, record, items[name], pictures))
-        for row, (name, record) in enumerate(records.items())
-    )
+    questions = []
+    for row, (name, record) in enumerate(records.items()):
+        shown = choose(row, record, items[name], pictures)
+        questions.append(ask(name, record, items[name], lmms, shown))
     file = f"total_{'val' if graded else split}_output.json"
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
@@ -148,29 +133,20 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
 
     def submission(texts: Mapping[str, str]) -> dict[str, Any]:
         """Answers as the authors' main_eval_only.py reads them: a letter, or the text of an open answer."""
-        read = {
-            name: text if items[name].options is None else letter_of(name, items[name], text, forms)
-            for name, text in texts.items()
-        }
-        return {file: {records[name]["id"]: answer for name, answer in read.items()}}
+        answers = {}
+        for name, text in texts.items():
+            choice = items[name].options is not None
+            answers[records[name]["id"]] = letter_of(name, items[name], text, forms) if choice else text
+        return {file: answers}
 
     subjects = {item.subject for item in items.values()}
     lost = [subject for subject in DOMAIN_OF if subject not in subjects]
-    facts: dict[str, Any] = {"absent_subjects": lost} if lost else {}
+    facts: dict[str, Any] = {"questions": len(table), "expected_questions": EXPECTED[split]}
+    facts |= {"absent_subjects": lost} if lost else {}
     if not lmms:
         facts["without_picture_for_several_in_options"] = sum(map(several_in_options, items.values()))
-    return dataset_of(
-        f"MMMU {split}",
-        table,
-        COLUMNS,
-        questions,
-        score,
-        sample_score if graded else None,
-        profile,
-        EXPECTED[split],
-        pictures=pictures,
-        submission=submission,
-        facts=facts,
+    return table.contents(questions, items, COLUMNS, pictures).dataset(
+        f"MMMU {split}", profile, score, sample_score if graded else None, submission, facts
     )
 
 
@@ -240,13 +216,9 @@ def several_in_options(item: Item) -> bool:
 
 # Words after which an open answer's result is looked for; "=" as well in its last line.
 MARKERS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-
-
 TRIVIAL = frozenset(":,.!?;'")
 
 _EXPONENT = r"[eE][+-]?\d+"
-
-
 NUMBERS = (
     re.compile(r"-?\b\d{1,3}(?:,\d\d\d)+\b"),  # 1,234
     re.compile(rf"-?\d+(?:\.\d+)?{_EXPONENT}"),  # 1.2e3

@@ -72,21 +72,8 @@ def after_processor(sample_score: SampleScore) -> SampleScore:
 # Deleted or replaced by a space, in this order; apostrophe, colon, full stop and % $ # & * are not among them.
 PUNCTUATION = (*';/[]"{}()=+\\_-><@`,?!',)
 
-NUMBERS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-}
-
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_WORDS)}
 ARTICLES = frozenset({"a", "an", "the"})
 
 # right=wrong|wrong. The toolkit's slips are part of the metric: let's and she's map to themselves, somebody'd loses its
