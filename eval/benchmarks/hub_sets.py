@@ -488,8 +488,6 @@ def macro_average(sums: Array) -> Array:
 # and full-width ASCII is taken for ASCII. In both, formulas of HME100k keep their case and lose their spaces.
 
 FULL = 1000
-
-
 FORMULAS = "HME100k"
 
 RECOGNITION = (

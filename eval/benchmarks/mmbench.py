@@ -50,8 +50,6 @@ PREDICTION_AT = 6
 
 # The mirror's columns by the names and in the order of the official file.
 MIRRORED = ("index", "question", "hint", *OPTIONS, "answer", "category", "image", "source", "L2-category", "split")
-
-
 COLUMNS_LMMS = ("index", "question", "answer", "prediction", "hint", "source", "split", "category", "L2-category")
 # Cells that pandas, with which the official tools read these files, takes for empty: an option "None" is no option.
 # Listed here because other versions of pandas have other lists.
@@ -65,11 +63,7 @@ REQUIRED = ("index", "question", "A", "B", "image")
 
 # A shorter image is the index of another row that shows the same one.
 SHORTEST_PICTURE = 64
-
-
 LONGEST_CELL = 1 << 30
-
-
 LONGEST_INDEX = 18
 
 Row = dict[str, str | None]
@@ -426,8 +420,6 @@ PASS = 1_000_000
 REFUSED = "Z"
 UNREAD = ""
 NO_ANSWER = "Failed to obtain answer via API"
-
-
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -445,8 +437,6 @@ ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 
 # lmms-eval reads five letters whatever the question offers, bare or in one of these forms, tried in this order.
 LETTERS_LMMS = "ABCDE"
-
-
 FORMS_LMMS = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 
 

@@ -56,8 +56,6 @@ TASKS = PERCEPTION | COGNITION
 
 # What ends the official questions, where LLaVA has its own instruction.
 PLEASE = " Please answer yes or no."
-
-
 SPACES = str.maketrans("\t\n\r", "   ")
 
 
@@ -351,8 +349,6 @@ PREFIX = 4
 
 # Columns of the counts: right answers, questions, images with both answers right, images.
 COLUMNS = 4
-
-
 POINTS = frozenset({"perception", "cognition", "total", "task score"})
 
 

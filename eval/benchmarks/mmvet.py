@@ -200,8 +200,6 @@ def hinted(request: Request, failures: int) -> Request:
 
 # Out of 100, but no percentages.
 POINTS = frozenset({"score", "std", "score_match", "capability", "combination"})
-
-
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 

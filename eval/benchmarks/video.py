@@ -399,8 +399,6 @@ def subset_notes(
 
 # The first three are kinds of questions; the others, together "free", are kinds of answers.
 TYPES = ("motion", "spatial relation", "temporal relation", "yes/no", "color", "object", "location", "number", "other")
-
-
 FREE = range(3, len(TYPES))
 
 
