@@ -282,7 +282,7 @@ def listed(name: str, read: Callable[..., Dataset], splits: Sequence[str], **fie
     """The registry's entry of a benchmark that stands in catalogue.yaml."""
     about = dict(catalogue()[name])
     needs = tuple(Need(**need | {"others": tuple(need.get("others", ()))}) for need in about.pop("needs", ()))
-    return Benchmark(**{"name": name, "read": read, "splits": tuple(splits), "needs": needs} | about | fields)
+    return Benchmark(name=name, read=read, splits=tuple(splits), **{"needs": needs, **about, **fields})
 
 
 def with_stripped_answers(data: Dataset) -> Dataset:

@@ -248,7 +248,7 @@ def picture_names(table: Table, keys: Iterable[Hashable] | None = None) -> list[
     return [f"{first.setdefault(key, row)}/image" for row, key in enumerate(keys)]
 
 
-def letters(options: Sequence[str]) -> dict[str, str]:
+def letters(options: Sequence[str | int | float]) -> dict[str, str]:
     """Options under their letters A, B, C, ..."""
     return {chr(ord("A") + place): str(option) for place, option in enumerate(options)}
 

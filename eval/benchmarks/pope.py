@@ -148,7 +148,9 @@ def read_official(path: Path, split: str) -> Labelled:
         place[category] += 1
         questions.append(Question(name, text, suffix, (image,), answer))
         items[name] = Item(category, image, label)
-    by_category = {category: [str(line["label"]) for line in there] for category, there in labels.items()}
+    by_category: dict[str, list[str]] = {}
+    for category, there in labels.items():
+        by_category[category] = [line["label"] for line in there]
     pictures, mark = Folder(path.parent / "val2014"), fingerprint([path, *files.values()])
     return Labelled("official", tuple(questions), items, pictures, mark, by_category)
 

@@ -15,33 +15,16 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Annotated, Any, TypeVar
+from typing import NotRequired as NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 # From typing_extensions, as pydantic asks for before Python 3.12.
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict as TypedDict
 
 from eval.answers.jsonl import Row, read_json, read_jsonl
 from llava.errors import UserError
-
-__all__ = [
-    "Filled",
-    "Id",
-    "NotRequired",
-    "Number",
-    "Record",
-    "Texts",
-    "TypedDict",
-    "check",
-    "check_all",
-    "check_lines",
-    "check_list",
-    "check_map",
-    "columns_of",
-    "read_xlsx",
-    "write_xlsx",
-]
 
 Record = TypeVar("Record", bound=Mapping[str, Any])
 

@@ -119,7 +119,8 @@ def load(main: str, data: Path, split: str, profile: str = "llava", source: str 
         return {"seed_upload.jsonl": json_lines(rows)}
 
     kinds = Counter(item.kind for item in items.values())
-    facts = {"questions": len(questions), **{f"{kind} questions": kinds[kind] for kind in ("image", "video")}}
+    facts: dict[str, Any] = {"questions": len(questions)}
+    facts |= {f"{kind} questions": kinds[kind] for kind in ("image", "video")}
     facts["videos"] = "all frames of the data set" if lmms and official is None else "the middle frame"
     return replace(contents, questions=questions).dataset(
         "SEED-Bench image part" if images_only else "SEED-Bench",

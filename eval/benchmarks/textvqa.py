@@ -94,7 +94,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     facts = {"size": size(len(contents.questions), PUBLISHED_SIZE), "ocr_tokens": "on" if with_ocr else "off"}
     # LLaVA: model_vqa_loader.py's default. lmms-eval: no limit for this task, its LLaVA then takes 1,024.
     tokens = 128 if with_ocr else 1024
-    more = {"max_new_tokens": tokens, "read": reader(contents.references), "normalise": vqa.process}
+    more: dict[str, Any] = {"max_new_tokens": tokens, "read": reader(contents.references), "normalise": vqa.process}
     return contents.dataset(title, profile, *scored_by(answers, vqa.m4c), submission, facts, **more)
 
 

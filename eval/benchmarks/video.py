@@ -245,7 +245,7 @@ def judge_with(one: VideoSet, entries: Entries, videos: Mapping[str, str], extra
         return None if (judgement := parse_literal(reply)) is None else {"judgement": judgement}
 
     # Where an id comes again, a verdict is of the first of its questions.
-    ids = {entry.official: name for name, entry in reversed(entries.items())}
+    ids = {entry.official: name for name, entry in reversed(list(entries.items()))}
     return Judging(
         benchmark=one.benchmark,
         official=OFFICIAL,
