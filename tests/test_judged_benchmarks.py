@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 
@@ -14,7 +13,7 @@ from eval.judging.choice import line as verdict_line
 from eval.results.report import percent_of_full
 from eval.statistics import command
 from llava.errors import UserError
-from tests.judged_files import judged, load, write_json, write_lines
+from tests.benchmark_files import cell, judged, load, write_hub, write_json, write_lines
 
 VECTORS = Path(__file__).parent / "data"
 
@@ -85,17 +84,8 @@ def test_llava_bench_without_a_judge_has_names_of_its_own(tmp_path):
 
 
 def test_llava_bench_from_its_mirror(tmp_path):
-    folder = tmp_path / "hub" / "lmms-lab" / "llava-bench-in-the-wild"
-    (folder / "data").mkdir(parents=True)
-    row = {
-        "image": {"bytes": b"x", "path": None},
-        "question": "q",
-        "caption": "c",
-        "gpt_answer": "g",
-        "category": "conv",
-    }
-    rows = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image(decode=False))
-    rows.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    row = {"image": cell(), "question": "q", "caption": "c", "gpt_answer": "g", "category": "conv"}
+    write_hub(tmp_path, "lmms-lab/llava-bench-in-the-wild", "train", [row])
     data = load("llava_bench", tmp_path)
     data.check_images(data.questions)
     assert (data.questions[0].id, data.questions[0].answer) == ("0", "g")
@@ -248,11 +238,8 @@ def test_mmvet_grades_of_the_official_script(tmp_path):
 
 
 def test_mmvet_from_its_mirror(tmp_path):
-    folder = tmp_path / "hub" / "lmms-lab-encoder" / "MMVet"
-    (folder / "data").mkdir(parents=True)
-    row = {"image": {"bytes": b"x", "path": None}, "question": "q", "answer": "a", "capability": "rec,ocr"}
-    rows = datasets.Dataset.from_list([row | {"question_id": "v1_0"}])
-    rows.cast_column("image", datasets.Image(decode=False)).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    row = {"question_id": "v1_0", "image": cell(), "question": "q", "answer": "a", "capability": "rec,ocr"}
+    write_hub(tmp_path, "lmms-lab-encoder/MMVet", "test", [row])
     data = load("mmvet", tmp_path)
     data.check_images(data.questions)
     assert data.questions[0].id == "v1_0"

@@ -5,7 +5,6 @@ import random
 import shutil
 from pathlib import Path
 
-import datasets
 import pytest
 
 from eval import benchmarks, score
@@ -14,6 +13,7 @@ from eval.benchmarks import mme
 from eval.benchmarks.llava_files import SHORT
 from eval.benchmarks.mme import PLEASE, Line, score_folder
 from llava.errors import UserError
+from tests.benchmark_files import cell, write_hub, write_lines
 
 VECTORS = Path(__file__).parent / "data" / "mme"
 # Of the fourteen, one with its pictures in images/ and one with everything in one folder, and one of cognition.
@@ -37,7 +37,7 @@ def write_mme(folder: Path, images: int = 3) -> Path:
                 {"question_id": name, "image": name, "text": f"{text}\n{SHORT}", "category": task}
                 for text in (good, bad)
             ]
-    write_file(folder / "MME" / "llava_mme.jsonl", "".join(json.dumps(row) + "\n" for row in prompts))
+    write_lines(folder / "MME" / "llava_mme.jsonl", prompts)
     return folder
 
 
@@ -271,7 +271,7 @@ def test_the_mirror_is_read_without_official_files(tmp_path, profile):
     rows = [
         {
             "question_id": f"count/{k}.jpg",
-            "image": {"bytes": b"picture", "path": None},
+            "image": cell(),
             "question": f"Is there a {thing}?{space}{PLEASE}",
             "answer": answer,
             "category": "count",
@@ -279,10 +279,7 @@ def test_the_mirror_is_read_without_official_files(tmp_path, profile):
         for k in range(3)
         for thing, answer, space in ((f"dog {k}", "Yes", ""), ("ghost", "No", " "))
     ]
-    path = tmp_path / "hub" / "lmms-lab-encoder" / "MME" / "data" / "test-00000-of-00001.parquet"
-    features = datasets.Features({name: datasets.Value("string") for name in rows[0]} | {"image": datasets.Image()})
-    path.parent.mkdir(parents=True)
-    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    write_hub(tmp_path, "lmms-lab-encoder/MME", "test", rows)
     dataset = load(tmp_path, profile)
     assert dataset.facts["source"] == "lmms-lab-encoder/MME"
     assert [q.id for q in dataset.questions[:2]] == ["count/0.jpg#1", "count/0.jpg#2"]

@@ -3,15 +3,14 @@
 import json
 from pathlib import Path
 
-import datasets
 import pytest
-from PIL import Image
 
 from eval import benchmarks
 from eval.benchmarks import seed
 from eval.benchmarks.llava_files import LETTER
 from eval.score import score_file
 from llava.errors import UserError
+from tests.benchmark_files import cell, write_hub, write_picture
 
 
 @pytest.mark.parametrize(
@@ -83,8 +82,7 @@ def records() -> list[dict]:
 def write_official(folder: Path, prompts: bool = True) -> Path:
     data = folder / "seed_bench"
     for name in ("SEED-Bench-image/p1", "SEED-Bench-video-image/10_v0.png"):
-        (data / name).parent.mkdir(parents=True)
-        Image.new("RGB", (8, 8), "red").save(data / name, "png")
+        write_picture(data / name)
     (data / "SEED-Bench.json").write_text(json.dumps({"questions": records(), "question_type": {}}))
     lines = [
         {
@@ -103,16 +101,9 @@ def write_official(folder: Path, prompts: bool = True) -> Path:
 
 
 def write_mirror(folder: Path) -> Path:
-    where = folder / "hub" / "lmms-lab" / "SEED-Bench" / "data"
-    where.mkdir(parents=True)
-    red, green, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue"))
-    images = [[red], [red], [red, green, blue]]
+    images = [[cell()], [cell()], [cell(), cell("green"), cell("blue")]]
     rows = [record | {"image": shown} for record, shown in zip(records(), images, strict=True)]
-    features = {name: datasets.Value("string") for name in rows[0]}
-    features |= {"question_type_id": datasets.Value("int64"), "image": datasets.List(datasets.Image())}
-    table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
-    table.to_parquet(where / "test-00000-of-00001.parquet")
-    return folder
+    return write_hub(folder, "lmms-lab/SEED-Bench", "test", rows)
 
 
 def load(data: Path, name: str = "seed", profile: str = "llava", source: str = "auto"):
@@ -130,7 +121,7 @@ def test_official_files(tmp_path, prompts):
     assert first.images == questions["49#2"].images == ("SEED-Bench-image/p1",)
     assert questions["v0"].images == ("SEED-Bench-video-image/10_v0.png",)
     dataset.check_images(dataset.questions)
-    assert dataset.sample(first).image.size == (8, 8)
+    assert dataset.sample(first).image.size == (4, 4)
     assert (dataset.facts["image questions"], dataset.facts["video questions"]) == (2, 1)
 
 

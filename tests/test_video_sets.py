@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 
 from eval.benchmarks import video
 from eval.results.statistics import interval
 from llava.errors import UserError
-from tests.judged_files import judged, load, write_json
+from tests.benchmark_files import judged, load, write_hub, write_json
 
 VECTORS = Path(__file__).parent / "data"
 VIDEO_SETS = {
@@ -178,13 +177,10 @@ def test_activitynet_has_its_own_metric_beside_the_judges(tmp_path):
 
 def test_activitynet_from_its_mirror(tmp_path):
     folder = tmp_path / "hub" / "lmms-eval" / "ActivityNetQA"
-    (folder / "Generation").mkdir(parents=True)
-    (folder / "all_test").mkdir()
+    (folder / "all_test").mkdir(parents=True)
     (folder / "all_test" / "v_abc.mkv").touch()
     row = {"video_name": "v_abc", "question": "is IT red", "answer": "yes", "type": "3", "question_id": "v_abc_1"}
-    datasets.Dataset.from_list([row]).to_parquet(folder / "Generation" / "test-00000-of-00001.parquet")
-    files = "  - config_name: Generation\n    data_files:\n      - split: test\n        path: Generation/test-*"
-    (folder / "README.md").write_text(f"---\nconfigs:\n{files}\n---\n")
+    write_hub(tmp_path, "lmms-eval/ActivityNetQA", "test", [row], "Generation")
     data = load("activitynet_qa", tmp_path, profile="lmms")
     data.check_images(data.questions)
     assert data.questions[0].message == "Is it red? Answer the question using a single word or phrase."
