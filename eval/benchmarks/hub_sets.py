@@ -434,18 +434,15 @@ def mmstar_lmms_sample_score(text: str, answer: str) -> float:
     return float(extract_letter(text) == answer.strip().upper())
 
 
-def mmstar_score(records: Mapping[str, StarRow], texts: Mapping[str, str]) -> Score:
-    """Percent right over all questions, the authors' "final score".
+def mmstar_score(
+    records: Mapping[str, StarRow], texts: Mapping[str, str], rule: Callable[[str, str], float] = mmstar_sample_score
+) -> Score:
+    """Percent right over all questions, the authors' "final score", and in both levels of categories.
 
     Args:
         records: question id -> what was asked.
         texts: question id -> the model's text; one for every question.
     """
-    return by_category(records, texts, mmstar_sample_score)
-
-
-def by_category(records: Mapping[str, StarRow], texts: Mapping[str, str], rule: Callable[[str, str], float]) -> Score:
-    """Percent right over all questions and in both levels of categories."""
     answers = {name: record["answer"] for name, record in records.items()}
     kinds = {
         "category": {name: record["category"] for name, record in records.items()},
@@ -456,7 +453,7 @@ def by_category(records: Mapping[str, StarRow], texts: Mapping[str, str], rule: 
 
 def mmstar_lmms_score(records: Mapping[str, StarRow], texts: Mapping[str, str]) -> Score:
     """Mean of the second-level categories' percentages; the arguments are those of `mmstar_score`."""
-    score = by_category(records, texts, mmstar_lmms_sample_score)
+    score = mmstar_score(records, texts, mmstar_lmms_sample_score)
     details = sorted({record["l2_category"] for record in records.values()})
     sums = np.zeros((len(records), 2, len(details)))
     rows_of: dict[str, list[int]] = defaultdict(list)

@@ -115,23 +115,18 @@ class Edition:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of a split from either source.
+class Rows(Contents[Row]):
+    """The rows of a split from either source; `load` adds the questions.
 
     Attributes:
-        name: file or data set, for facts.
+        references: rows by index, without the image; empty cells are None, words like "None" are kept. "picture" names
+            what `pictures` opens.
         stem: of the file to upload.
         columns: as the official file names and orders them.
-        rows: without the image; empty cells are None, words like "None" are kept. "picture" names what `pictures`
-            opens.
     """
 
-    name: str
     stem: str
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    pictures: Inline
-    fingerprint: str
 
 
 Choices = Mapping[str, str]
@@ -160,20 +155,22 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
     lmms, title = profile == "lmms", f"{edition.title} {split}"
     official = official_file(data, source, title, [data / name for name in edition.files[split]], MIRROR)
     table = read_tsv(official) if official is not None else read_mirror(data, edition, split, source)
-    notes = check_answers(table.rows, table.pictures.where)
+    rows = table.references
+    notes = check_answers(rows.values(), table.pictures.where)
     if official is not None or not lmms:
         # Wherever the rows come from, they are empty where pandas, and with it the official tools, find them empty.
-        rows = tuple({name: None if cell in EMPTY else cell for name, cell in row.items()} for row in table.rows)
-        table = replace(table, rows=rows)
-    asked = (ask_lmms(row, edition) if lmms else (ask(row), edition.suffix) for row in table.rows)
-    questions = tuple(
-        Question(str(row["index"]), text, suffix, (str(row["picture"]),), row.get("answer") or "")
-        for row, (text, suffix) in zip(table.rows, asked, strict=True)
-    )
+        rows = {
+            index: {name: None if cell in EMPTY else cell for name, cell in row.items()} for index, row in rows.items()
+        }
+    questions = []
+    for index, row in rows.items():
+        text, suffix = ask_lmms(row, edition) if lmms else (ask(row), edition.suffix)
+        questions.append(Question(index, text, suffix, (str(row["picture"]),), row.get("answer") or ""))
+    table = replace(table, questions=tuple(questions), references=rows)
     scored = all(question.answer for question in questions)
     if not scored and any(question.answer for question in questions):
-        raise UserError(f"{table.name} has rows with and rows without an answer; get it again.")
-    items = {question.id: item_of(row, lmms) for question, row in zip(questions, table.rows, strict=True)}
+        raise UserError(f"{table.source} has rows with and rows without an answer; get it again.")
+    items = {index: item_of(row, lmms) for index, row in rows.items()}
     groups = len({item.index % PASS for item in items.values()})
     if split == "dev" and edition.groups not in (None, groups):
         # Groups tell releases apart.
@@ -191,7 +188,7 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
         return float(rule(text, items[question.id].choices) == question.answer)
 
     facts = {"rows": len(questions), "groups": groups, "letter rules": "lmms-eval" if lmms else "VLMEvalKit"}
-    return Contents(table.name, questions, items, table.pictures, table.fingerprint).dataset(
+    return table.dataset(
         title,
         profile,
         score,
@@ -239,7 +236,8 @@ def read_tsv(path: Path) -> Rows:
             raise UserError(f"{path}, index {name}, has no readable image ({error}); get the file again.") from error
 
     pictures = Inline(str(path), frozenset(encoded), fetch)
-    return Rows(path.name, path.stem, columns, tuple(rows), pictures, fingerprint([path]))
+    by_index = {str(row["index"]): row for row in rows}
+    return Rows(path.name, (), by_index, pictures, fingerprint([path]), path.stem, columns)
 
 
 def read_table(path: Path) -> "pandas.DataFrame":
@@ -301,17 +299,14 @@ def read_mirror(data: Path, edition: Edition, split: str, source: str) -> Rows:
         # The word "nan" may be an option to lmms-eval, an answer it is not: that is how the test split has none.
         answer = None if row.get("answer") in EMPTY else row.get("answer")
         rows.append(row | {"picture": f"{number}/image", "answer": answer})
-    if len({row["index"] for row in rows}) < len(rows):
+    by_index = {str(row["index"]): row for row in rows}
+    if len(by_index) < len(rows):
         raise UserError(f"{table.where} has an index twice.")
     names = [name for name in MIRRORED if name in records[0] or name == "image"]
-    return Rows(
-        f"{table.id}, config {edition.config}",
-        f"MMBench_{edition.config}_{split}",
-        tuple(column_name(name) for name in names if name != "E"),
-        tuple(rows),
-        table.pictures(),
-        table.fingerprint([name for name in names if name != "image"]),
-    )
+    source, stem = f"{table.id}, config {edition.config}", f"MMBench_{edition.config}_{split}"
+    columns = tuple(column_name(name) for name in names if name != "E")
+    mark = table.fingerprint([name for name in names if name != "image"])
+    return Rows(source, (), by_index, table.pictures(), mark, stem, columns)
 
 
 def column_name(name: str) -> str:
@@ -319,7 +314,7 @@ def column_name(name: str) -> str:
     return name if name in OPTIONS else name.lower()
 
 
-def check_answers(rows: Sequence[Row], where: str) -> tuple[str, ...]:
+def check_answers(rows: Iterable[Row], where: str) -> tuple[str, ...]:
     """Refuse an answer that is no option of its row, which no model can give.
 
     Returns:
@@ -390,17 +385,14 @@ def workbook(table: Rows, texts: Mapping[str, str]) -> bytes:
     """The file of LLaVA's scripts/convert_mmbench_for_submission.py: every row, without a prediction where none is."""
     columns = [name for name in table.columns if name not in DROPPED]
     columns.insert(PREDICTION_AT, "prediction")
-    return sheet(columns, columns, (row | {"prediction": texts.get(str(row["index"]))} for row in table.rows))
+    return sheet(columns, columns, (row | {"prediction": texts.get(index)} for index, row in table.references.items()))
 
 
 def workbook_lmms(table: Rows, texts: Mapping[str, str]) -> bytes:
     """The file of lmms-eval: the rows that were asked."""
     names = [*COLUMNS_LMMS, *OPTIONS]
-    rows = (
-        {"E": "nan"} | row | {"prediction": texts[str(row["index"])].strip()}
-        for row in table.rows
-        if row["index"] in texts
-    )
+    asked = ((row, texts[index].strip()) for index, row in table.references.items() if index in texts)
+    rows = ({"E": "nan"} | row | {"prediction": text} for row, text in asked)
     return sheet(names, [column_name(name) for name in names], rows)
 
 
@@ -532,8 +524,11 @@ def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = i
         "alone"
     ]
     if unread:
-        letters_of = ([(read[name], items[name].answer) for name in names] for names in members.values())
-        undecided = sum(map(is_undecided, letters_of))
+        # Something unread and nothing read wrong.
+        undecided = 0
+        for names in members.values():
+            hopeless = any(read[name] not in (UNREAD, items[name].answer) for name in names)
+            undecided += not hopeless and any(not read[name] for name in names)
         notes.append(
             f"answers that no rule reads (unmatched): {unread:,}, counted as wrong; the official scorers ask GPT about "
             "them and draw an option at random after three failures; groups that this could change: "
@@ -549,11 +544,6 @@ def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = i
         points=frozenset({"unmatched"}),
         terms=ratio_terms(hits, unit="group", proportion=True),
     )
-
-
-def is_undecided(group: Sequence[tuple[str, str]]) -> bool:
-    """Whether the official scorers would ask GPT: of (letter read, answer), something is unread and nothing wrong."""
-    return any(not letter for letter, _ in group) and all(letter in (UNREAD, answer) for letter, answer in group)
 
 
 ENGLISH = Edition(

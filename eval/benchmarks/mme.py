@@ -131,7 +131,13 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         tasks: dict[str, list[Result]] = defaultdict(list)
         for name, text in texts.items():
             tasks[known[name].task].append(replace(known[name], text=text))
-        return {f"mme_results/{task}.txt": write_results(results) for task, results in tasks.items()}
+        # Tabs and line breaks inside a prediction, at which the official script stops, become spaces.
+        return {
+            f"mme_results/{task}.txt": "".join(
+                f"{one.file}\t{one.question}\t{one.truth}\t{one.text.translate(SPACES)}\n" for one in results
+            )
+            for task, results in tasks.items()
+        }
 
     return contents.dataset(
         "MME",
@@ -223,12 +229,10 @@ def plain(question: str) -> str:
 
 def answer_folder(release: Path, task: str) -> Path:
     """Where the text files of a task are."""
-    folder = release / task
-    nested = folder / "questions_answers_YN"
-    place = nested if nested.is_dir() else folder
-    if not place.is_dir():
-        raise UserError(f"No MME task folder at {folder}; it should hold text files of questions and answers.")
-    return place
+    for folder in (release / task / "questions_answers_YN", release / task):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"No MME task folder at {release / task}; it should hold text files of questions and answers.")
 
 
 def read_truth(file: Path) -> dict[str, str]:
@@ -324,12 +328,6 @@ def folder_problems(lines: Mapping[str, Sequence[Line]]) -> list[str]:
             f"({first_names(other)})"
         )
     return problems
-
-
-def write_results(results: Iterable[Result]) -> str:
-    """A result file. Tabs and line breaks inside a prediction, at which the official script stops, become spaces."""
-    rows = ([r.file, r.question, r.truth, r.text.translate(SPACES)] for r in results)
-    return "".join("\t".join(row) + "\n" for row in rows)
 
 
 def text_lines(file: Path) -> list[str]:

@@ -107,10 +107,14 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         check_answers(table.where, {name: record["answer"] for name, record in records.items()})
     forms = LMMS_FORMS if lmms else OFFICIAL_FORMS
     pictures = table.pictures(IMAGES)
-    choose = lmms_pictures if lmms else official_pictures
     questions = []
     for row, (name, record) in enumerate(records.items()):
-        shown = choose(row, record, items[name], pictures)
+        if lmms:
+            shown = lmms_pictures(row, record, items[name], pictures)
+        else:
+            # The first image, or none for questions whose options hold several.
+            first = f"{row}/image_1"
+            shown = () if several_in_options(items[name]) or first not in pictures.names else (first,)
         questions.append(ask(name, record, items[name], lmms, shown))
     file = f"total_{'val' if graded else split}_output.json"
 
@@ -184,12 +188,6 @@ def ask(name: str, record: Row, item: Item, lmms: bool, pictures: tuple[str, ...
         text += "\n"
     suffix = SHORT if item.options is None else LETTER
     return Question(name, text, suffix, pictures, record["answer"], record["id"])
-
-
-def official_pictures(row: int, record: Row, item: Item, pictures: Inline) -> tuple[str, ...]:
-    """The first image, or none for questions whose options hold several."""
-    name = f"{row}/image_1"
-    return () if several_in_options(item) or name not in pictures.names else (name,)
 
 
 def lmms_pictures(row: int, record: Row, item: Item, pictures: Inline) -> tuple[str, ...]:

@@ -171,8 +171,12 @@ def judge_with(entries: Entries) -> Judging:
     def parse(name: str, reply: str) -> Verdict | None:
         return None if (value := parse_score(reply)) is None else {"score": [value]}
 
-    def match(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        return match_score(needed(asked), {name: entries[name].answer for name in asked}, texts)
+    def match_score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        """The same means of a word match, which no paper reports."""
+        correct = {name: match(texts[name], entries[name].answer) for name in asked}
+        note = "score_match is the share of reference elements found word for word: no published metric"
+        value = 100 * statistics.fmean(correct.values())
+        return Score({"score_match": value}, groups(needed(asked), correct), correct, (note,), "score_match", POINTS)
 
     return Judging(
         benchmark="mmvet",
@@ -183,7 +187,7 @@ def judge_with(entries: Entries) -> Judging:
         # The grade file of the official script: id -> model, content and score, each a list over its runs.
         read=lambda path: {name: dict(grade) for name, grade in check_map(path, Grade).items()},
         score=lambda asked, verdicts: evaluate(needed(asked), {name: verdicts[name]["score"] for name in asked}),
-        match=match,
+        match=match_score,
         tries=TRIES,
         again=hinted,
         failed={"score": [0.0]},
@@ -252,16 +256,6 @@ def rank(capability: str) -> tuple[int, str]:
     """Place in the paper's order."""
     known = CAPABILITIES.index(capability) if capability in CAPABILITIES else len(CAPABILITIES)
     return known, capability
-
-
-def match_score(
-    capabilities: Mapping[str, Collection[str]], answers: Mapping[str, str], texts: Mapping[str, str]
-) -> Score:
-    """The same means of a word match, which no paper reports."""
-    correct = {name: match(texts[name], answers[name]) for name in capabilities}
-    note = "score_match is the share of reference elements found word for word: no published metric"
-    value = 100 * statistics.fmean(correct.values())
-    return Score({"score_match": value}, groups(capabilities, correct), correct, (note,), "score_match", POINTS)
 
 
 def match(text: str, answer: str) -> float:

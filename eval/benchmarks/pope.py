@@ -286,7 +286,7 @@ def lmms_score(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score:
         )
     counts = tally(items, said, own)
     pooled = counts.sum((0, 1))
-    score = score_of(items, said, own, counts, counts.sum(1), pooled_f1)
+    score = score_of(items, said, own, counts, counts.sum(1), mean_f1)
     values: dict[str, float | None] = {name: float(100 * value) for name, value in measures(pooled).items()}
     positive = pooled[TP] + pooled[FN] + pooled[OTHER_YES]
     values["yes_ratio_lmms"] = float(100 * divide(positive, pooled.sum()))
@@ -392,13 +392,8 @@ def measures(counts: Array) -> dict[str, Array]:
 
 
 def mean_f1(sums: Array) -> Array:
-    """[..., categories x columns] -> percent."""
+    """[..., categories x columns] -> percent; of one category or pooled ones its F1."""
     return 100 * measures(sums.reshape(*sums.shape[:-1], -1, COLUMNS))["f1"].mean(-1)
-
-
-def pooled_f1(sums: Array) -> Array:
-    """[..., columns] -> percent."""
-    return 100 * measures(sums)["f1"]
 
 
 def empty_notes(names: Sequence[str], counts: Array) -> list[str]:

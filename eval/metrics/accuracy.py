@@ -120,15 +120,13 @@ PHRASES = (
 )
 
 
-def leading_letter(text: str) -> str:
-    """AI2D's filter: the capital letter that a text begins with, if a full stop follows; else the text."""
-    match = FIRST_LETTER.match(text)
-    return match.group(1) if match else text
-
-
 def ai2d_score(text: str, answer: str) -> float:
-    """1 if the text is the letter, but for case, punctuation, and white space around it."""
-    return float(bare(leading_letter(text).strip()) == bare(answer))
+    """1 if the text is the letter, but for case, punctuation, and white space around it.
+
+    AI2D's filter first takes the capital letter that a text begins with, if a full stop follows.
+    """
+    match = FIRST_LETTER.match(text)
+    return float(bare((match.group(1) if match else text).strip()) == bare(answer))
 
 
 def extract_letter(text: str, letters: Sequence[str] = "ABCD") -> str:

@@ -127,24 +127,17 @@ def one_line(text: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def normalise(text: str) -> str:
-    """The part that the VQA toolkit has in common: punctuation, then numbers, articles and contractions."""
-    return plain_words(without_punctuation(text))
+    """The part that the VQA toolkit has in common: punctuation, then numbers, articles and contractions.
 
-
-def without_punctuation(text: str) -> str:
-    """Each mark deleted if it stands next to a space somewhere, else replaced by a space; full stops deleted.
-
-    With a comma between digits all marks are deleted, not only the comma.
+    Each mark is deleted if it stands next to a space somewhere, else replaced by a space; full stops are deleted. With
+    a comma between digits all marks are deleted, not only the comma. Then lower case, number words to ten as digits, no
+    articles, contractions with their apostrophes.
     """
     numeric = DIGITS_WITH_COMMA.search(text) is not None
     cleaned = text
     for mark in PUNCTUATION:
         delete = numeric or f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if delete else " ")
-    return FULL_STOP.sub("", cleaned, count=FULL_STOPS)
-
-
-def plain_words(text: str) -> str:
-    """Lower case, number words to ten as digits, no articles, contractions with their apostrophes."""
-    words = (NUMBERS.get(word, word) for word in text.lower().split())
+    cleaned = FULL_STOP.sub("", cleaned, count=FULL_STOPS)
+    words = (NUMBERS.get(word, word) for word in cleaned.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
