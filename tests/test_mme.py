@@ -1,5 +1,6 @@
 """MME: the metric against the official script, and the readers of its release, its result files and its mirror."""
 
+import itertools
 import json
 import random
 import shutil
@@ -146,15 +147,10 @@ def test_terms_give_what_a_redrawn_set_would_score():
     }
     terms = mme.official_score(rows).terms
     times = [generator.randrange(3) for _ in terms.names]
-    drawn = {
-        task: [
-            Line(f"{line.id} {copy}", f"{line.image} {copy}", line.truth, line.text)
-            for copy in range(3)
-            for line in lines
-            if copy < times[terms.names.index(line.image)]
-        ]
-        for task, lines in rows.items()
-    }
+    drawn = {task: [] for task in rows}
+    for copy, task in itertools.product(range(3), rows):
+        for line in (line for line in rows[task] if copy < times[terms.names.index(line.image)]):
+            drawn[task].append(Line(f"{line.id} {copy}", f"{line.image} {copy}", line.truth, line.text))
     assert terms.value((terms.sums.T * times).sum(1)) == pytest.approx(mme.official_score(drawn).values["perception"])
 
 
@@ -268,17 +264,11 @@ def test_a_folder_without_result_files_is_named(data, tmp_path):
 
 @pytest.mark.parametrize("profile", ["llava", "lmms"])
 def test_the_mirror_is_read_without_official_files(tmp_path, profile):
-    rows = [
-        {
-            "question_id": f"count/{k}.jpg",
-            "image": cell(),
-            "question": f"Is there a {thing}?{space}{PLEASE}",
-            "answer": answer,
-            "category": "count",
-        }
-        for k in range(3)
-        for thing, answer, space in ((f"dog {k}", "Yes", ""), ("ghost", "No", " "))
-    ]
+    rows = []
+    for k in range(3):
+        for thing, answer, space in ((f"dog {k}", "Yes", ""), ("ghost", "No", " ")):
+            row = {"question_id": f"count/{k}.jpg", "question": f"Is there a {thing}?{space}{PLEASE}"}
+            rows.append(row | {"answer": answer, "category": "count", "image": cell()})
     write_hub(tmp_path, "lmms-lab-encoder/MME", "test", rows)
     dataset = load(tmp_path, profile)
     assert dataset.facts["source"] == "lmms-lab-encoder/MME"
@@ -308,7 +298,6 @@ def test_the_mirror_is_read_without_official_files(tmp_path, profile):
             "line 1 'cout/1.jpg'|'cout'. Did you mean 'count'",
         ),
         (lambda folder: edit_first(folder, image="/etc/passwd"), "not inside the image folder"),
-        (lambda folder: edit_first(folder, text=""), "line 1 has no text"),
     ],
 )
 def test_bad_files_are_named(data, broken, message):

@@ -27,26 +27,14 @@ def write_pope(folder: Path, images: int = 4) -> Path:
     """Two questions per image and category in the official layout, yes and no in turn as in POPE."""
     prompts = []
     for category, offset in OFFSETS.items():
-        rows = [
-            {
-                "question_id": k + 1,
-                "image": f"{k // 2}.jpg",
-                "text": f"Is there a {thing} in the image?",
-                "label": label,
-            }
-            for k in range(2 * images)
-            for thing, label in [(f"dog{k}", "yes") if k % 2 == 0 else (f"{category} thing{k}", "no")]
-        ]
+        rows = []
+        for k in range(2 * images):
+            thing, label = (f"dog{k}", "yes") if k % 2 == 0 else (f"{category} thing{k}", "no")
+            row = {"question_id": k + 1, "image": f"{k // 2}.jpg", "text": f"Is there a {thing} in the image?"}
+            rows.append(row | {"label": label})
+            row |= {"question_id": offset + k + 1, "text": f"{row['text']}\n{SHORT}"}
+            prompts.append(row | {"category": category})
         write_lines(folder / "pope" / "coco" / f"coco_pope_{category}.json", rows)
-        prompts += [
-            {
-                "question_id": offset + row["question_id"],
-                "image": row["image"],
-                "text": f"{row['text']}\n{SHORT}",
-                "category": category,
-            }
-            for row in rows
-        ]
     write_lines(folder / "pope" / "llava_pope_test.jsonl", prompts)
     return folder
 
@@ -245,9 +233,8 @@ def test_the_submission_is_what_the_official_script_looks_up(data):
     rows = [json.loads(line) for line in content.splitlines()]
     prompts = lines(data / "pope" / "llava_pope_test.jsonl")
     assert [row["question_id"] for row in rows] == [row["question_id"] for row in prompts]
-    assert [(row["prompt"], row["text"]) for row in rows] == [
-        (row["text"], texts[str(row["question_id"])]) for row in prompts
-    ]
+    expected = [(row["text"], texts[str(row["question_id"])]) for row in prompts]
+    assert [(row["prompt"], row["text"]) for row in rows] == expected
 
 
 def test_llavas_answer_file_is_scored_from_the_command_line(data, tmp_path, capsys):
@@ -259,18 +246,12 @@ def test_llavas_answer_file_is_scored_from_the_command_line(data, tmp_path, caps
 
 
 def write_mirror(folder: Path) -> Path:
-    rows = [
-        {
-            "question_id": str(k + 1),
-            "question": f"Is there a {category} thing {k}?",
-            "answer": "yes" if k % 2 == 0 else "no",
-            "image_source": f"COCO_{k // 2}",
-            "image": cell(),
-            "category": category,
-        }
-        for category in OFFSETS
-        for k in range(4)
-    ]
+    rows = []
+    for category in OFFSETS:
+        for k in range(4):
+            row = {"question_id": str(k + 1), "question": f"Is there a {category} thing {k}?", "category": category}
+            row |= {"answer": "no" if k % 2 else "yes", "image_source": f"COCO_{k // 2}", "image": cell()}
+            rows.append(row)
     return write_hub(folder, "lmms-lab/POPE", "test", rows)
 
 
@@ -314,7 +295,6 @@ LABEL = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the imag
         (lambda pope: edit_first(pope, category="randon"), "line 1 should have 'random', .* as category, got 'randon'"),
         (lambda pope: edit_first(pope, image="../x.jpg"), "not inside the image folder"),
         (lambda pope: edit_first(pope, question_id=2), "line 2 asks question 2 a second time"),
-        (lambda pope: edit_first(pope, text=""), "line 1 has no text"),
     ],
 )
 def test_bad_files_are_named(data, broken, message):
@@ -335,9 +315,7 @@ def test_gibberish_counts_as_yes_with_a_note(data, text):
     dataset = load(data)
     names = [question.id for question in dataset.questions]
     found = dataset.score(names, dict.fromkeys(names, text))
-    assert (
-        f"{len(names)} of {len(names)} answers say neither yes nor no: the official script counts them as yes"
-        in found.notes
-    )
+    note = f"{len(names)} of {len(names)} answers say neither yes nor no: the official script counts them as yes"
+    assert note in found.notes
     for said in ("Yes", "no", "Yes, there is a dog."):
         assert not any("neither yes nor no" in n for n in dataset.score(names, dict.fromkeys(names, said)).notes)
