@@ -159,11 +159,6 @@ def test_flickr30k_from_karpathys_file(tmp_path):
     assert data.facts["source"].startswith("official")
 
 
-def test_no_flickr30k_says_what_was_looked_for(tmp_path):
-    with pytest.raises(UserError, match=r"dataset_flickr30k\.json .* no copy of lmms-lab-encoder/flickr30k"):
-        benchmarks.get("flickr30k").load(tmp_path, "test", "lmms", "auto")
-
-
 @pytest.fixture
 def nocaps(tmp_path) -> Path:
     root = tmp_path / "nocaps"
@@ -204,12 +199,9 @@ def test_nocaps_from_the_mirror_has_no_domains(tmp_path, no_java):
     assert data.facts["source"] == "mirror lmms-lab-encoder/NoCaps"
 
 
-def test_a_coco_results_file_is_read_back(nocaps, tmp_path):
+def test_a_coco_results_file_without_a_caption_is_refused(nocaps, tmp_path):
     data = benchmarks.get("nocaps").load(nocaps, "validation", "lmms", "auto")
-    texts = {"0": "a dog runs", "1": "two cats", "2": "a red car"}
     path = tmp_path / "results.json"
-    path.write_text(json.dumps(data.submission(texts)["nocaps_validation_results.json"]))
-    assert read_answers(path, data).texts == texts
     path.write_text(json.dumps([{"image_id": 0, "caption": None}]))
     with pytest.raises(UserError, match="entry 1 has no caption"):
         read_answers(path, data)

@@ -1,7 +1,6 @@
 """Benchmarks whose official layout is a data set of the hub: what they ask, show, score and upload, on tiny copies."""
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import openpyxl
 import pytest
 
 from eval import benchmarks, show
-from eval.answers.reading import read_answers
 from eval.benchmarks import hub_sets
 from eval.benchmarks.base import Dataset
 from eval.benchmarks.llava_files import LETTER, SHORT
@@ -112,14 +110,6 @@ def test_ai2d_refuses_an_index_beyond_the_options(tmp_path):
     write_hub(tmp_path, "lmms-lab/ai2d", "test", [{**ai2d_rows()[0], "answer": "3"}])
     with pytest.raises(UserError, match=r"row 0 has answer '3', expected an index of its 3 options"):
         load(tmp_path, "ai2d")
-
-
-def test_answers_of_lmms_eval_are_joined_by_row(tmp_path):
-    write_hub(tmp_path, "lmms-lab/ai2d", "test", ai2d_rows())
-    file = tmp_path / "samples.jsonl"
-    lines = [{"doc_id": row, "filtered_resps": [text]} for row, text in ((2, "A"), (0, "B"), (1, "C"))]
-    file.write_text("\n".join(map(json.dumps, lines)))
-    assert read_answers(file, load(tmp_path, "ai2d")).texts == {"2": "A", "0": "B", "1": "C"}
 
 
 def test_chartqa(tmp_path):

@@ -98,3 +98,17 @@ def test_check_finds_a_copy_of_the_mirror(tmp_path, capsys):
 def test_check_names_a_wrong_folder_and_a_wrong_name(tmp_path, capsys):
     assert show.check_data_command([str(tmp_path / "none")]) == 2 and "No folder at" in capsys.readouterr().err
     assert show.check_data_command([str(tmp_path), "gqq"]) == 2 and "Did you mean 'gqa'" in capsys.readouterr().err
+
+
+OFFICIAL = [name for name in benchmarks.names() if benchmarks.get(name).needs and benchmarks.get(name).mirror]
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_missing_official_files_are_named_with_the_mirror(tmp_path, name):
+    found = benchmarks.get(name)
+    with pytest.raises(UserError, match=r"No .* questions at ") as error:
+        found.load(tmp_path, found.splits[0], source="official")
+    assert "--data should be the folder that holds" in str(error.value)
+    if name != "activitynet_qa":
+        with pytest.raises(UserError, match=rf"no copy of {found.mirror[0]} or {found.mirror[1]} below .*hub"):
+            found.load(tmp_path, found.splits[0])

@@ -12,17 +12,7 @@ from eval.answers.jsonl import read_jsonl
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import Folder
 from eval.judging import Judging, Request, choice, prompts
-from eval.judging.choice import (
-    Store,
-    ask,
-    check_judge,
-    count_tokens,
-    estimate,
-    line,
-    lines_of,
-    score_answers,
-    unjudged,
-)
+from eval.judging.choice import Store, ask, check_judge, line, lines_of, score_answers, unjudged
 from eval.judging.judges import Endpoint, configured, endpoint
 from eval.metrics import Score
 from llava.errors import UserError
@@ -266,7 +256,8 @@ def test_the_endpoint_comes_from_the_environment():
     priced = endpoint(given | {"JUDGE_PRICE_IN": "30", "JUDGE_PRICE_OUT": "60"})
     assert priced.cost(1_000_000, 500_000) == 60
     request = Request("a", ({"role": "user", "content": "x" * 3_000_000},), max_tokens=10)
-    assert count_tokens(request) == 1_000_008 and "a cost of 30.00." in estimate(priced, judging(tries=1), [request])
+    assert choice.count_tokens(request) == 1_000_008
+    assert "a cost of 30.00." in choice.estimate(priced, judging(tries=1), [request])
     for wrong, sentence in [
         ({"JUDGE_MODEL": ""}, "needs the environment variable JUDGE_MODEL."),
         ({"JUDGE_URL": "file:///etc/passwd"}, "JUDGE_URL should be an address"),

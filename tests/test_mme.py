@@ -206,19 +206,6 @@ def test_scores_of_answers_in_our_order(data):
         scored(dataset, {})
 
 
-def test_llavas_answer_file_is_joined_by_picture_and_prompt(data, tmp_path, capsys):
-    """Its ids are pictures and stand for two questions each."""
-    dataset = load(data)
-    texts = answers(dataset, "count/0001.jpg#2")
-    rows = [{"question_id": q.official, "prompt": q.message, "text": texts[q.id]} for q in dataset.questions]
-    path = tmp_path / "merge.jsonl"
-    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
-    out = tmp_path / "score.json"
-    assert score.main(["mme", "--answers", str(path), "--data", str(data), "--json", str(out)]) == 0
-    assert json.loads(out.read_text())["metrics"] == scored(dataset, texts).values
-    assert "cognition      200.00\n" in capsys.readouterr().out
-
-
 def test_the_submission_is_what_the_official_conversion_writes(data):
     dataset = load(data)
     files = dataset.submission(answers(dataset) | {"count/0002.jpg#2": "No,\tit\nis not"})
@@ -285,7 +272,6 @@ def test_the_mirror_is_read_without_official_files(tmp_path, profile):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda folder: (folder / "llava_mme.jsonl").unlink(), "No MME questions at .*eval.zip"),
         (lambda folder: (folder / RELEASE).rename(folder / "x"), "No MME release at"),
         (lambda folder: (folder / RELEASE / "count").rename(folder / "x"), "No MME task folder at .*count"),
         (

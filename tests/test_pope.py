@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import benchmarks, score
-from eval.answers.reading import read_answers
+from eval import benchmarks
 from eval.benchmarks import pope
 from eval.benchmarks.llava_files import SHORT
 from eval.benchmarks.pope import Item
@@ -237,14 +236,6 @@ def test_the_submission_is_what_the_official_script_looks_up(data):
     assert [(row["prompt"], row["text"]) for row in rows] == expected
 
 
-def test_llavas_answer_file_is_scored_from_the_command_line(data, tmp_path, capsys):
-    dataset = load(data)
-    path = tmp_path / "answers.jsonl"
-    path.write_text(next(iter(dataset.submission(answers(dataset, wrong=2)).values())))
-    assert score.main(["pope", "--answers", str(path), "--data", str(data)]) == 0
-    assert "POPE test, 24 questions" in capsys.readouterr().out
-
-
 def write_mirror(folder: Path) -> Path:
     rows = []
     for category in OFFSETS:
@@ -267,25 +258,12 @@ def test_the_mirror_is_read_without_official_files(tmp_path, profile):
     assert scored(dataset, answers(dataset)).values["f1"] == 100
 
 
-def test_lmms_samples_are_joined_by_their_row(tmp_path):
-    """Ids repeat in every category; the row does not."""
-    dataset = load(write_mirror(tmp_path), profile="lmms")
-    path = tmp_path / "samples_pope.jsonl"
-    rows = [
-        {"doc_id": k, "doc": {"question_id": q.official}, "filtered_resps": [q.answer]}
-        for k, q in enumerate(dataset.questions)
-    ]
-    write_lines(path, rows)
-    assert scored(dataset, read_answers(path, dataset).texts).values["f1"] == 100
-
-
 LABEL = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"}
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda pope: (pope / "llava_pope_test.jsonl").unlink(), "No POPE test questions at .*eval.zip"),
         (lambda pope: (pope / "coco" / "coco_pope_popular.json").unlink(), "No POPE labels at .*popular.*e3e39262"),
         (lambda pope: write_lines(pope / "coco" / "coco_pope_random.json", [LABEL]), "1 labels for 8 quest"),
         (

@@ -173,8 +173,6 @@ def test_the_mirror_shows_the_middle_frame_to_llava_and_all_to_lmms_eval(tmp_pat
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"No SEED-Bench questions at .*SEED-Bench\.json"):
-        load(tmp_path, source="official")
     folder = write_official(tmp_path) / "seed_bench"
     prompts = (folder / "llava-seed-bench.jsonl").read_text().splitlines()
     (folder / "llava-seed-bench.jsonl").write_text("\n".join([*prompts, prompts[0]]))

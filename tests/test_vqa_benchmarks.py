@@ -210,13 +210,6 @@ def test_textvqa_answers_are_joined_by_prompt_without_the_reader(textvqa, tmp_pa
     assert read_answers(path, data, partial=True).texts == {"34602": "Coke.", "34603": "Yes", "34604": "no"}
 
 
-def test_textvqa_answers_with_its_own_ids_are_read(textvqa, tmp_path):
-    data = load("textvqa", textvqa)
-    texts = {"34602": "pepsi", "34603": "yes", "34604": "yes"}
-    path = write_json(tmp_path / "own.json", data.submission(texts)["predictions.json"])
-    assert score_file(path, data)["metrics"]["accuracy"] == 100
-
-
 def test_textvqa_of_lmms_has_no_ocr_tokens(textvqa):
     data = load("textvqa", textvqa, profile="lmms")
     assert [question.message for question in data.questions][1] == f"Is it open?\n{SHORT}"
@@ -323,14 +316,6 @@ def test_vizwiz_from_the_mirror(tmp_path):
 
 
 # What all three have in common
-
-
-@pytest.mark.parametrize("name", ["vqav2", "textvqa", "vizwiz"])
-def test_missing_data_are_named(tmp_path, name):
-    with pytest.raises(UserError, match=rf"No .* questions at .*{name}.* no copy of lmms-lab-encoder/.*hub"):
-        load(name, tmp_path)
-    with pytest.raises(UserError, match=r"No .* questions at"):
-        load(name, tmp_path, source="official")
 
 
 @pytest.mark.parametrize(
