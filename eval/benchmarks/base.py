@@ -11,12 +11,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import yaml
-
 from eval.answers.jsonl import Row, read_bytes
 from eval.benchmarks.media import Pictures
 from eval.metrics import Score
 from eval.metrics.accuracy import mean_score
+from eval.papers import read_yaml
 from llava.errors import UserError
 
 if TYPE_CHECKING:
@@ -274,7 +273,7 @@ class Benchmark:
 @cache
 def catalogue() -> dict[str, dict[str, Any]]:
     """What catalogue.yaml says of each benchmark."""
-    content: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("catalogue.yaml").read_text("utf-8"))
+    content: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("catalogue.yaml"))
     return content
 
 
