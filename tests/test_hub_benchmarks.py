@@ -244,23 +244,15 @@ def test_an_unknown_type_is_named(tmp_path):
 # -- MMStar ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("B", 1),
-        ("blue", 1),  # any word that begins with the letter
-        ("(b) x", 1),
-        ("Option B", 1),
-        ("The answer is\nB", 1),
-        ("the answer is (B)", 0),
-        (" B", 1),
-        ("", 0),
-        ("(", 0),
-        ("option", 0),
-    ],
-)
-def test_mmstar_looks_at_first_characters(text, expected):
-    assert hub_sets.mmstar_sample_score(text, "B") == expected
+@pytest.mark.parametrize("text", ["B", "blue", "(b) x", "Option B", "The answer is\nB", " B"])
+def test_mmstar_looks_at_first_characters(text):
+    """Any word that begins with the letter is right."""
+    assert hub_sets.mmstar_sample_score(text, "B") == 1
+
+
+@pytest.mark.parametrize("text", ["the answer is (B)", "", "(", "option"])
+def test_mmstar_knows_few_openings(text):
+    assert hub_sets.mmstar_sample_score(text, "B") == 0
 
 
 def star_rows() -> list[dict[str, Any]]:

@@ -89,10 +89,8 @@ def test_llava_bench_from_its_mirror(tmp_path):
     data = load("llava_bench", tmp_path)
     data.check_images(data.questions)
     assert (data.questions[0].id, data.questions[0].answer) == ("0", "g")
-    assert (
-        llava_bench.message(llava_bench.Entry("i", "q", "conv", "c", "g"), "t")
-        == (data.judging.requests(["0"], {"0": "t"})[0].messages[1]["content"])
-    )
+    (request,) = data.judging.requests(["0"], {"0": "t"})
+    assert request.messages[1]["content"] == llava_bench.message(llava_bench.Entry("i", "q", "conv", "c", "g"), "t")
 
 
 # -- MM-Vet --------------------------------------------------------------------------------------------------------
@@ -113,14 +111,11 @@ def test_mmvet_runs_capabilities_and_combinations():
 
 
 @pytest.mark.parametrize(
-    ("reply", "expected"), [("0.5", 0.5), ("1.0 |", 1.0), ("0", 0.0), ("0.7\n", 0.7), ("1.5", None), ("-0.1", None)]
+    ("reply", "expected"),
+    [("0.5", 0.5), ("1.0 |", 1.0), ("0", 0.0), ("0.7\n", 0.7), ("1.5", None), ("-0.1", None), ("nan", None)],
 )
 def test_mmvet_replies(reply, expected):
-    assert (
-        mmvet.parse_score(reply) == expected
-        and mmvet.parse_score("nan") is None
-        and mmvet.parse_score(f" {reply}") is None
-    )
+    assert mmvet.parse_score(reply) == expected and mmvet.parse_score(f" {reply}") is None
 
 
 @pytest.mark.parametrize(
@@ -219,10 +214,8 @@ def test_mmvets_judge_is_asked_again_with_a_hint_and_more_heat(tmp_path):
     assert (first.temperature, first.max_tokens, judging.tries, judging.failed) == (0.0, 3, 5, {"score": [0.0]})
     later = [judging.again(first, failures) for failures in (1, 2, 3, 4)]
     assert [request.temperature for request in later] == [0, 0.5, 1.0, 1.5]
-    assert (
-        later[0].messages[0]["content"]
-        == first.messages[0]["content"] + "\nPredict the correctness of the answer (digit): "
-    )
+    hint = "\nPredict the correctness of the answer (digit): "
+    assert later[0].messages[0]["content"] == first.messages[0]["content"] + hint
 
 
 def test_mmvet_grades_of_the_official_script(tmp_path):

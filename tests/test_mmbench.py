@@ -156,9 +156,8 @@ def test_pictures_stay_in_the_file_until_they_are_opened(data):
 def test_windows_newlines_and_a_byte_order_mark_change_nothing(tmp_path):
     path = write_tsv(tmp_path / "a.tsv")
     copy = tmp_path / "b.tsv"
-    copy.write_bytes(
-        b"\xef\xbb\xbf" + path.read_bytes().replace(b"dev\n", b"dev\r\n").replace(b"split\n", b"split\r\n")
-    )
+    content = path.read_bytes().replace(b"dev\n", b"dev\r\n").replace(b"split\n", b"split\r\n")
+    copy.write_bytes(b"\xef\xbb\xbf" + content)
     assert read_tsv(copy).references == read_tsv(path).references
     assert read_tsv(copy).pictures.fetch("8") == png("blue", 40)
 

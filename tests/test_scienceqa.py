@@ -73,18 +73,12 @@ def write_official(folder: Path, prompts: bool = True) -> Path:
     problems = {name: problem | {"subject": subjects.get(name, "")} for name, problem in problems.items()}
     (data / "problems.json").write_text(json.dumps(problems))
     (data / "pid_splits.json").write_text(json.dumps({"test": ["4", "7"], "val": ["9"]}))
-    rows = [
-        {"id": "4", "conversations": [{"from": "human", "value": "How much is 1 + 1?\nA. 1\nB. 2\nC. 3"}]},
-        {
-            "id": "7",
-            "image": "7/image.png",
-            "conversations": [
-                {"from": "human", "value": "<image>\nContext: Look.\nWhich is red?\nA. sky\nB. rose"},
-                {"from": "gpt", "value": "B"},
-            ],
-        },
-    ]
     if prompts:
+        asked = {"from": "human", "value": "<image>\nContext: Look.\nWhich is red?\nA. sky\nB. rose"}
+        rows = [
+            {"id": "4", "conversations": [{"from": "human", "value": "How much is 1 + 1?\nA. 1\nB. 2\nC. 3"}]},
+            {"id": "7", "image": "7/image.png", "conversations": [asked, {"from": "gpt", "value": "B"}]},
+        ]
         (data / "llava_test_CQM-A.json").write_text(json.dumps(rows))
     return folder
 

@@ -84,17 +84,12 @@ def write_official(folder: Path, prompts: bool = True) -> Path:
     for name in ("SEED-Bench-image/p1", "SEED-Bench-video-image/10_v0.png"):
         write_picture(data / name)
     (data / "SEED-Bench.json").write_text(json.dumps({"questions": records(), "question_type": {}}))
-    lines = [
-        {
-            "question_id": record["question_id"] if record["data_type"] == "video" else int(record["question_id"]),
-            "image": image,
-            "text": f"{record['question']}\nA. one\nB. two\nC. three\nD. four\n{LETTER}",
-            "category": record["data_type"],
-        }
-        for record, image in zip(
-            records(), ["SEED-Bench-image/p1"] * 2 + ["SEED-Bench-video-image/10_v0.png"], strict=True
-        )
-    ]
+    lines = []
+    images = ["SEED-Bench-image/p1"] * 2 + ["SEED-Bench-video-image/10_v0.png"]
+    for record, image in zip(records(), images, strict=True):
+        name = record["question_id"] if record["data_type"] == "video" else int(record["question_id"])
+        text = f"{record['question']}\nA. one\nB. two\nC. three\nD. four\n{LETTER}"
+        lines.append({"question_id": name, "image": image, "text": text, "category": record["data_type"]})
     if prompts:  # in another order than SEED-Bench.json
         (data / "llava-seed-bench.jsonl").write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
     return folder

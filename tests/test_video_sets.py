@@ -97,10 +97,8 @@ def test_the_video_judge_is_asked_in_the_official_words(tmp_path):
     judging = load("msvd_qa", tmp_path).judging
     (request,) = judging.requests(["a"], {"a": "{question}"})
     assert [message["role"] for message in request.messages] == ["system", "user"]
-    assert (
-        "Question: what {answer}?\nCorrect Answer: {pred}\nPredicted Answer: {question}\n\n"
-        in (request.messages[1]["content"])
-    )
+    filled = "Question: what {answer}?\nCorrect Answer: {pred}\nPredicted Answer: {question}\n\n"
+    assert filled in request.messages[1]["content"]
     assert request.messages[1]["content"].endswith("{'pred': 'yes', 'score': 4.8}.")
     assert request.temperature is None and request.max_tokens is None
 
@@ -117,9 +115,8 @@ def test_video_layouts(tmp_path, name):
     (line, _) = data.submission({"q1": " a dog\n", "q2": "men"})["merge.jsonl"].splitlines()
     assert json.loads(line) == {"id": "q1", "question": "what", "answer": "dog", "pred": "a dog"}
     found = data.score(["q1", "q2"], {"q1": "A dog.", "q2": "women"})
-    assert (
-        found.main == "accuracy_match" and found.values["accuracy_match"] == 50 and found.values["score_match"] == 2.5
-    )
+    assert found.main == "accuracy_match"
+    assert (found.values["accuracy_match"], found.values["score_match"]) == (50, 2.5)
     assert any("the question file holds 2 questions" in note for note in found.notes)
     moved = tmp_path / "elsewhere" / "eval"
     moved.mkdir(parents=True)
