@@ -22,16 +22,8 @@ def dataset(**changes) -> Dataset:
         Question(f"{picture}#{number}", f"What is thing {number}?", "Short.", (f"{picture}.jpg",), "x", picture)
         for number, picture in enumerate(PICTURE_IDS)
     )
-    return Dataset(
-        "a set",
-        questions,
-        Folder(Path("nowhere")),
-        "0",
-        lambda asked, texts: Score({}, {}, {}),
-        None,
-        lambda texts: {},
-        **changes,
-    )
+    pictures = Folder(Path("nowhere"))
+    return Dataset("a set", questions, pictures, "0", lambda asked, texts: Score({}, {}, {}), None, dict, **changes)
 
 
 def written(tmp_path: Path, *rows: object, end: str = "\n") -> Path:

@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
-from PIL import Image
 
 from eval import benchmarks
 from eval.answers.reading import read_answers
@@ -16,6 +14,7 @@ from eval.metrics import captions
 from eval.metrics.captions import tokenize_ptb
 from eval.results.report import scored
 from llava.errors import UserError
+from tests.benchmark_files import cell, write_hub, write_picture
 
 VECTORS = Path(__file__).parent / "data" / "captions"
 
@@ -49,11 +48,6 @@ def test_corpus_numbers_equal_the_packages(synthetic, score):
 def test_cider_of_every_image_equals_the_packages(synthetic, score):
     by_image = dict(zip(score.terms.names, score.terms.sums[:, 0], strict=True))
     assert by_image == pytest.approx(synthetic["expected"]["CIDEr by image"], rel=1e-9, abs=1e-12)
-
-
-def test_the_headline_is_its_terms(score):
-    assert score.main == "cider" and score.correct == {}
-    assert score.values["cider"] == score.terms.value(score.terms.sums.sum(0))
 
 
 @pytest.mark.skipif(not captions.has_java(), reason="Java is not installed")
@@ -134,25 +128,9 @@ def no_java(monkeypatch):
 SENTENCES = [["A dog runs.", "The dog is running."], ["Two cats sleep.", "Cats on a bed."], ["A red car.", "One car"]]
 
 
-def picture(folder: Path, name: str = "0.png") -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8)).save(path)
-    return path
-
-
-def mirror(data: Path, owner: str, split: str, rows: list[dict]) -> Path:
-    features = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    path = data / "hub" / owner / "data" / f"{split}-00000-of-00001.parquet"
-    path.parent.mkdir(parents=True)
-    features.to_parquet(str(path))
-    return data
-
-
 def test_flickr30k_from_the_mirror(tmp_path, no_java):
-    encoded = {"bytes": picture(tmp_path).read_bytes()}
-    rows = [{"image": encoded, "caption": c, "img_id": str(70 + n)} for n, c in enumerate(SENTENCES)]
-    mirror(tmp_path, "lmms-lab/flickr30k", "test", rows)
+    rows = [{"image": cell(), "caption": c, "img_id": str(70 + n)} for n, c in enumerate(SENTENCES)]
+    write_hub(tmp_path, "lmms-lab/flickr30k", "test", rows)
     data = benchmarks.get("flickr30k").load(tmp_path, "test", "lmms", "auto")
     data.check_images(data.questions)
     assert [question.id for question in data.questions] == ["70", "71", "72"]
@@ -169,7 +147,7 @@ def test_flickr30k_from_the_mirror(tmp_path, no_java):
 
 def test_flickr30k_from_karpathys_file(tmp_path):
     root = tmp_path / "flickr30k"
-    picture(root / "flickr30k-images", "7.jpg")
+    write_picture(root / "flickr30k-images" / "7.jpg")
     records = [
         {"imgid": 7, "filename": "7.jpg", "split": "test", "sentences": [{"raw": text} for text in SENTENCES[0]]},
         {"imgid": 8, "filename": "8.jpg", "split": "train", "sentences": [{"raw": "unused"}]},
@@ -181,18 +159,13 @@ def test_flickr30k_from_karpathys_file(tmp_path):
     assert data.facts["source"].startswith("official")
 
 
-def test_no_flickr30k_says_what_was_looked_for(tmp_path):
-    with pytest.raises(UserError, match=r"dataset_flickr30k\.json .* no copy of lmms-lab-encoder/flickr30k"):
-        benchmarks.get("flickr30k").load(tmp_path, "test", "lmms", "auto")
-
-
 @pytest.fixture
 def nocaps(tmp_path) -> Path:
     root = tmp_path / "nocaps"
     domains = ["in-domain", "out-domain", "out-domain"]
     images = [{"id": n, "file_name": f"{n}.png", "domain": d} for n, d in enumerate(domains)]
     for image in images:
-        picture(root / "validation", image["file_name"])
+        write_picture(root / "validation" / image["file_name"])
     notes = [{"image_id": n, "id": 9, "caption": text} for n, texts in enumerate(SENTENCES) for text in texts]
     (root / "nocaps_val_4500_captions.json").write_text(json.dumps({"images": images, "annotations": notes}))
     (root / "nocaps_test_image_info.json").write_text(json.dumps({"images": images}))
@@ -219,20 +192,16 @@ def test_nocaps_test_has_no_score_but_a_file_to_upload(nocaps):
 
 
 def test_nocaps_from_the_mirror_has_no_domains(tmp_path, no_java):
-    encoded = {"bytes": picture(tmp_path).read_bytes()}
-    rows = [{"image": encoded, "image_id": n, "annotations_captions": texts} for n, texts in enumerate(SENTENCES)]
-    mirror(tmp_path, "lmms-lab-encoder/NoCaps", "validation", rows)
+    rows = [{"image": cell(), "image_id": n, "annotations_captions": texts} for n, texts in enumerate(SENTENCES)]
+    write_hub(tmp_path, "lmms-lab-encoder/NoCaps", "validation", rows)
     data = benchmarks.get("nocaps").load(tmp_path, "validation", "lmms", "auto")
     assert data.score(["0"], {"0": "a dog"}).groups == {}
     assert data.facts["source"] == "mirror lmms-lab-encoder/NoCaps"
 
 
-def test_a_coco_results_file_is_read_back(nocaps, tmp_path):
+def test_a_coco_results_file_without_a_caption_is_refused(nocaps, tmp_path):
     data = benchmarks.get("nocaps").load(nocaps, "validation", "lmms", "auto")
-    texts = {"0": "a dog runs", "1": "two cats", "2": "a red car"}
     path = tmp_path / "results.json"
-    path.write_text(json.dumps(data.submission(texts)["nocaps_validation_results.json"]))
-    assert read_answers(path, data).texts == texts
     path.write_text(json.dumps([{"image_id": 0, "caption": None}]))
     with pytest.raises(UserError, match="entry 1 has no caption"):
         read_answers(path, data)

@@ -1,7 +1,6 @@
 """Benchmarks whose official layout is a data set of the hub: what they ask, show, score and upload, on tiny copies."""
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ import openpyxl
 import pytest
 
 from eval import benchmarks, show
-from eval.answers.reading import read_answers
-from eval.benchmarks import mmstar, ocrbench
+from eval.benchmarks import hub_sets
 from eval.benchmarks.base import Dataset
 from eval.benchmarks.llava_files import LETTER, SHORT
-from eval.metrics import letters
+from eval.metrics import accuracy
 from llava.errors import UserError
-from tests.hub_copies import picture, write
+from tests.benchmark_files import cell, write_hub
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +45,7 @@ def score(data: Dataset, *texts: str):
     [("B", 1), ("b", 1), ("B.", 1), ("(B)", 1), (" B. the dog", 1), ("B the dog", 0), ("b. the dog", 0), ("B: x", 0)],
 )
 def test_ai2d_reads_a_leading_capital_with_full_stop_or_the_whole_answer(text, expected):
-    assert letters.ai2d_score(text, "B") == expected
+    assert accuracy.ai2d_score(text, "B") == expected
 
 
 @pytest.mark.parametrize(
@@ -66,13 +64,13 @@ def test_ai2d_reads_a_leading_capital_with_full_stop_or_the_whole_answer(text, e
     ],
 )
 def test_extractor_ranks_forms_before_places(text, expected):
-    assert letters.extract(text) == expected
+    assert accuracy.extract_letter(text) == expected
 
 
 def test_realworldqa_reads_letters_and_words_differently():
-    assert letters.realworldqa_score("The answer is B", "B") == 1
-    assert letters.realworldqa_score("Downhill.", "downhill") == 1
-    assert letters.realworldqa_score("It is downhill", "Downhill") == 0
+    assert accuracy.realworldqa_score("The answer is B", "B") == 1
+    assert accuracy.realworldqa_score("Downhill.", "downhill") == 1
+    assert accuracy.realworldqa_score("It is downhill", "Downhill") == 0
 
 
 # -- AI2D, ChartQA, RealWorldQA --------------------------------------------------------------------------------------
@@ -81,14 +79,14 @@ def test_realworldqa_reads_letters_and_words_differently():
 def ai2d_rows() -> list[dict[str, Any]]:
     options = ["leaf", "root", "stem"]
     return [
-        {"question": "What grows?", "options": options, "answer": "1", "image": picture(1)},
-        {"question": "What holds?", "options": options, "answer": "2", "image": picture(1)},
-        {"question": "What eats?", "options": options, "answer": "0", "image": picture(2)},
+        {"question": "What grows?", "options": options, "answer": "1", "image": cell((1, 0, 0))},
+        {"question": "What holds?", "options": options, "answer": "2", "image": cell((1, 0, 0))},
+        {"question": "What eats?", "options": options, "answer": "0", "image": cell((2, 0, 0))},
     ]
 
 
 def test_ai2d(tmp_path):
-    write(tmp_path, "lmms-lab/ai2d", "test", ai2d_rows())
+    write_hub(tmp_path, "lmms-lab/ai2d", "test", ai2d_rows())
     data = load(tmp_path, "ai2d")
     assert data.questions[0].message == f"What grows?\nA. leaf\nB. root\nC. stem\n{LETTER}"
     assert [question.answer for question in data.questions] == ["B", "C", "A"]
@@ -96,7 +94,7 @@ def test_ai2d(tmp_path):
     found = score(data, "B. root", "C", "root")
     assert found.main == "exact_match" and found.values["exact_match"] == pytest.approx(200 / 3)
     assert found.notes == ("the data set has 3 questions, published numbers are about 3,088",)
-    assert data.max_new_tokens == 16 and data.facts["data_set"] == "lmms-lab/ai2d"
+    assert data.max_new_tokens == 16 and data.facts["source"] == "lmms-lab/ai2d"
     assert data.sample_score is not None and data.sample_score(data.questions[0], "b") == 1
 
 
@@ -104,30 +102,22 @@ def test_the_new_owner_is_preferred_and_a_missing_copy_is_explained(tmp_path):
     with pytest.raises(UserError, match=r"No copy of lmms-lab-encoder/ai2d or lmms-lab/ai2d below .*hf download"):
         load(tmp_path, "ai2d")
     for name in ("lmms-lab/ai2d", "lmms-lab-encoder/ai2d"):
-        write(tmp_path, name, "test", ai2d_rows())
-    assert load(tmp_path, "ai2d").facts["data_set"] == "lmms-lab-encoder/ai2d"
+        write_hub(tmp_path, name, "test", ai2d_rows())
+    assert load(tmp_path, "ai2d").facts["source"] == "lmms-lab-encoder/ai2d"
 
 
 def test_ai2d_refuses_an_index_beyond_the_options(tmp_path):
-    write(tmp_path, "lmms-lab/ai2d", "test", [{**ai2d_rows()[0], "answer": "3"}])
+    write_hub(tmp_path, "lmms-lab/ai2d", "test", [{**ai2d_rows()[0], "answer": "3"}])
     with pytest.raises(UserError, match=r"row 0 has answer '3', expected an index of its 3 options"):
         load(tmp_path, "ai2d")
 
 
-def test_answers_of_lmms_eval_are_joined_by_row(tmp_path):
-    write(tmp_path, "lmms-lab/ai2d", "test", ai2d_rows())
-    file = tmp_path / "samples.jsonl"
-    lines = [{"doc_id": row, "filtered_resps": [text]} for row, text in ((2, "A"), (0, "B"), (1, "C"))]
-    file.write_text("\n".join(map(json.dumps, lines)))
-    assert read_answers(file, load(tmp_path, "ai2d")).texts == {"2": "A", "0": "B", "1": "C"}
-
-
 def test_chartqa(tmp_path):
     rows = [
-        {"type": "human_test", "question": "How many?", "answer": "100", "image": picture(1)},
-        {"type": "augmented_test", "question": "Which?", "answer": "Blue", "image": picture(2)},
+        {"type": "human_test", "question": "How many?", "answer": "100", "image": cell((1, 0, 0))},
+        {"type": "augmented_test", "question": "Which?", "answer": "Blue", "image": cell((2, 0, 0))},
     ]
-    write(tmp_path, "lmms-lab-encoder/ChartQA", "test", rows)
+    write_hub(tmp_path, "lmms-lab-encoder/ChartQA", "test", rows)
     data = load(tmp_path, "chartqa")
     assert data.questions[0].message == "How many?\nAnswer the question with a single word."
     found = score(data, "104", "blue.")
@@ -140,7 +130,7 @@ def test_realworldqa_asks_in_the_data_sets_words_and_keeps_the_instruction_apart
         {"question": "Where?\n\nA. Left\nB. Right\nPlease answer directly with only the letter.", "answer": "B"},
         {"question": "How many cars? Please answer directly with a single word or number.\n", "answer": "2"},
     ]
-    write(tmp_path, "lmms-lab/RealWorldQA", "test", [{**row, "image": picture(1)} for row in rows])
+    write_hub(tmp_path, "lmms-lab/RealWorldQA", "test", [{**row, "image": cell((1, 0, 0))} for row in rows])
     data = load(tmp_path, "realworldqa")
     assert [question.message for question in data.questions] == [row["question"].strip() for row in rows]
     assert data.questions[0].question == "Where?\n\nA. Left\nB. Right"
@@ -157,7 +147,7 @@ def document_rows(answers: Sequence[Sequence[str] | None]) -> list[dict[str, Any
             "questionId": str(337 + row),
             "question": "Which year?",
             "question_types": ["form", "layout"] if row else ["form"],
-            "image": picture(0),
+            "image": cell((0, 0, 0)),
             "ucsf_document_id": "rnbx0223",
             "ucsf_document_page_no": "193" if row < 2 else "7",
             "answers": accepted,
@@ -168,7 +158,7 @@ def document_rows(answers: Sequence[Sequence[str] | None]) -> list[dict[str, Any
 
 def test_docvqa_scores_val(tmp_path):
     rows = document_rows([["1995"], ["0.28", "0.28%"], ["cat"]])
-    write(tmp_path, "lmms-lab/DocVQA", "validation", rows, "DocVQA")
+    write_hub(tmp_path, "lmms-lab/DocVQA", "validation", rows, "DocVQA")
     data = load(tmp_path, "docvqa")
     assert data.title == "DocVQA val" and data.questions[0].message == f"Which year?\n{SHORT}"
     assert [question.images[0] for question in data.questions] == ["0/image", "0/image", "2/image"]
@@ -179,7 +169,7 @@ def test_docvqa_scores_val(tmp_path):
 
 
 def test_docvqa_test_is_a_file_for_the_server(tmp_path):
-    write(tmp_path, "lmms-lab/DocVQA", "test", document_rows([None, None]), "DocVQA")
+    write_hub(tmp_path, "lmms-lab/DocVQA", "test", document_rows([None, None]), "DocVQA")
     data = load(tmp_path, "docvqa", split="test")
     found = score(data, "1996", "12")
     assert found.values == {"anls": None} and not found.correct and data.sample_score is None
@@ -191,8 +181,8 @@ def test_docvqa_test_is_a_file_for_the_server(tmp_path):
 
 def test_infovqa_reads_the_other_configuration(tmp_path):
     row = {"questionId": "1", "question": "Who?", "answers": ["Ann"], "answer_type": ["single span"]}
-    rows = [{**row, "image": picture(1), "image_url": "u"}]
-    write(tmp_path, "lmms-lab-encoder/DocVQA", "validation", rows, "InfographicVQA")
+    rows = [{**row, "image": cell((1, 0, 0)), "image_url": "u"}]
+    write_hub(tmp_path, "lmms-lab-encoder/DocVQA", "validation", rows, "InfographicVQA")
     found = score(load(tmp_path, "infovqa"), "ann")
     assert found.values["anls"] == 100 and found.groups == {"answer type": {"single span": (100.0, 1)}}
     with pytest.raises(UserError, match="configuration DocVQA, split validation"):
@@ -209,13 +199,13 @@ def ocr_rows() -> list[dict[str, Any]]:
         ("ESTVQA_cn", "Scene Text-centric VQA", ["ＡＢＣ　１"]),
     ]
     return [
-        {"dataset": d, "question": " what? ", "question_type": t, "answer": a, "image": picture(n)}
+        {"dataset": d, "question": " what? ", "question_type": t, "answer": a, "image": cell((n, 0, 0))}
         for n, (d, t, a) in enumerate(rows)
     ]
 
 
 def test_ocrbench_counts_points(tmp_path):
-    write(tmp_path, "echo840/OCRBench", "test", ocr_rows())
+    write_hub(tmp_path, "echo840/OCRBench", "test", ocr_rows())
     data = load(tmp_path, "ocrbench")
     assert data.questions[0].message == f" what? \n{SHORT}"
     found = score(data, "It says centre.", "x=Y", "abc 1")
@@ -226,25 +216,27 @@ def test_ocrbench_counts_points(tmp_path):
 
 
 def test_ocrbench_in_lmms_eval_has_no_instruction_and_folds_full_width_ascii(tmp_path):
-    write(tmp_path, "echo840/OCRBench", "test", ocr_rows())
+    write_hub(tmp_path, "echo840/OCRBench", "test", ocr_rows())
     data = load(tmp_path, "ocrbench", "lmms")
     assert data.questions[0].message == "what?"
     assert score(data, "", "x = y", "abc 1").values["score"] == 1  # formulas keep their case
 
 
 def test_ocrbench_folds_nothing_in_formulas():
-    assert not ocrbench.is_right("x=1", ocrbench.Item(["x=１"], "HME100k", ocrbench.TYPES[-1]), fold=True)
+    assert not hub_sets.ocrbench_sample_score(
+        "x=1", hub_sets.TextItem(["x=１"], "HME100k", hub_sets.TYPES[-1]), fold=True
+    )
 
 
 def test_a_thousand_questions_are_points_alone():
-    items = {str(n): ocrbench.Item(["a"], "svt", ocrbench.TYPES[n % 10]) for n in range(1000)}
-    found = ocrbench.evaluate(items, dict.fromkeys(items, "A"), fold=False)
+    items = {str(n): hub_sets.TextItem(["a"], "svt", hub_sets.TYPES[n % 10]) for n in range(1000)}
+    found = hub_sets.ocrbench_score(items, dict.fromkeys(items, "A"), fold=False)
     assert found.values == {"score": 1000, "text_recognition": 600} and not found.notes
     assert len(found.groups["type"]) == 10
 
 
 def test_an_unknown_type_is_named(tmp_path):
-    write(tmp_path, "echo840/OCRBench", "test", [{**ocr_rows()[0], "question_type": "Regular Recognition"}])
+    write_hub(tmp_path, "echo840/OCRBench", "test", [{**ocr_rows()[0], "question_type": "Regular Recognition"}])
     with pytest.raises(UserError, match="Did you mean 'Regular Text Recognition'"):
         load(tmp_path, "ocrbench")
 
@@ -252,23 +244,15 @@ def test_an_unknown_type_is_named(tmp_path):
 # -- MMStar ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("B", 1),
-        ("blue", 1),  # any word that begins with the letter
-        ("(b) x", 1),
-        ("Option B", 1),
-        ("The answer is\nB", 1),
-        ("the answer is (B)", 0),
-        (" B", 1),
-        ("", 0),
-        ("(", 0),
-        ("option", 0),
-    ],
-)
-def test_mmstar_looks_at_first_characters(text, expected):
-    assert mmstar.official_sample_score(text, "B") == expected
+@pytest.mark.parametrize("text", ["B", "blue", "(b) x", "Option B", "The answer is\nB", " B"])
+def test_mmstar_looks_at_first_characters(text):
+    """Any word that begins with the letter is right."""
+    assert hub_sets.mmstar_sample_score(text, "B") == 1
+
+
+@pytest.mark.parametrize("text", ["the answer is (B)", "", "(", "option"])
+def test_mmstar_knows_few_openings(text):
+    assert hub_sets.mmstar_sample_score(text, "B") == 0
 
 
 def star_rows() -> list[dict[str, Any]]:
@@ -277,7 +261,7 @@ def star_rows() -> list[dict[str, Any]]:
         {
             "index": row,
             "question": "Which?\nOptions: A: a, B: b",
-            "image": picture(row),
+            "image": cell((row, 0, 0)),
             "answer": "A",
             "category": "math" if row == 2 else "coarse perception",
             "l2_category": detail,
@@ -288,7 +272,7 @@ def star_rows() -> list[dict[str, Any]]:
 
 
 def test_mmstar_official(tmp_path):
-    write(tmp_path, "Lin-Chen/MMStar", "val", star_rows())
+    write_hub(tmp_path, "Lin-Chen/MMStar", "val", star_rows())
     data = load(tmp_path, "mmstar")
     assert data.questions[0].message == f"Which?\nOptions: A: a, B: b\n{LETTER}"
     found = score(data, "A", "B", "A dog")
@@ -301,7 +285,7 @@ def test_mmstar_official(tmp_path):
 
 
 def test_mmstar_of_lmms_eval_averages_second_level_categories(tmp_path):
-    write(tmp_path, "Lin-Chen/MMStar", "val", star_rows())
+    write_hub(tmp_path, "Lin-Chen/MMStar", "val", star_rows())
     data = load(tmp_path, "mmstar", "lmms")
     assert data.questions[0].suffix == LETTER.removesuffix(".")
     found = score(data, "A", "B", "(A)")
@@ -321,7 +305,7 @@ def mmmu_row(name: str, question: str, options: Sequence[str], answer: str, pict
         "options": str(list(options)),
         "answer": answer,
         "question_type": "multiple-choice" if options else "open",
-        **{f"image_{number}": picture(number) if number <= pictures else None for number in range(1, 8)},
+        **{f"image_{number}": cell((number, 0, 0)) if number <= pictures else None for number in range(1, 8)},
     }
 
 
@@ -334,7 +318,7 @@ def mmmu_rows() -> list[dict[str, Any]]:
 
 
 def test_mmmu_official(tmp_path):
-    write(tmp_path, "lmms-lab/MMMU", "validation", mmmu_rows())
+    write_hub(tmp_path, "lmms-lab/MMMU", "validation", mmmu_rows())
     data = load(tmp_path, "mmmu")
     choice, several, opened = data.questions
     assert choice.message == f"Who made <image 1> and <image 3>?\n(A) Ann\n(B) Bob\n\n{LETTER}"
@@ -350,7 +334,7 @@ def test_mmmu_official(tmp_path):
 
 
 def test_mmmu_of_lmms_eval_shows_the_pictures_that_the_prompt_names(tmp_path):
-    write(tmp_path, "lmms-lab-encoder/MMMU", "validation", mmmu_rows())
+    write_hub(tmp_path, "lmms-lab-encoder/MMMU", "validation", mmmu_rows())
     data = load(tmp_path, "mmmu", "lmms")
     choice, several, opened = data.questions
     assert choice.message == f"Who made <image 1> and <image 3>?\nA. Ann\nB. Bob\n\n{LETTER}"
@@ -361,7 +345,7 @@ def test_mmmu_of_lmms_eval_shows_the_pictures_that_the_prompt_names(tmp_path):
 
 
 def test_mmmu_test_answers_go_to_the_server(tmp_path):
-    write(tmp_path, "lmms-lab/MMMU", "test", [{**mmmu_rows()[0], "id": "test_Art_1", "answer": "?"}])
+    write_hub(tmp_path, "lmms-lab/MMMU", "test", [{**mmmu_rows()[0], "id": "test_Art_1", "answer": "?"}])
     data = load(tmp_path, "mmmu", split="test")
     assert score(data, "B").values == {"accuracy": None}
     assert data.submission({"test_Art_1": "B"}) == {"total_test_output.json": {"test_Art_1": "B"}}
@@ -377,7 +361,7 @@ def test_mmmu_test_answers_go_to_the_server(tmp_path):
     ],
 )
 def test_mmmu_names_what_is_wrong_with_a_row(tmp_path, change, message):
-    write(tmp_path, "lmms-lab/MMMU", "validation", [{**mmmu_rows()[0], **change}])
+    write_hub(tmp_path, "lmms-lab/MMMU", "validation", [{**mmmu_rows()[0], **change}])
     with pytest.raises(UserError, match=message):
         load(tmp_path, "mmmu")
 
@@ -391,10 +375,3 @@ def test_an_absent_set_says_where_to_get_it(tmp_path, name):
     assert finding.state == show.ABSENT and "hf download" in finding.details[0]
     with pytest.raises(UserError, match="hf download"):
         load(tmp_path, name)
-
-
-def test_pictures_come_out_of_the_table(tmp_path):
-    write(tmp_path, "lmms-lab/ai2d", "test", ai2d_rows())
-    data = load(tmp_path, "ai2d")
-    image = data.sample(data.questions[2]).image
-    assert image.size == (4, 3) and image.getpixel((0, 0)) == (2, 0, 0)

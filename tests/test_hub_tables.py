@@ -1,35 +1,15 @@
 """Data sets of the hub from local copies, GQA's mirror, and the look at a data folder."""
 
-import io
 import json
 
 import pytest
-from PIL import Image
 
 from eval import benchmarks, show
 from eval.benchmarks.hub import open_table
 from eval.benchmarks.records import NotRequired, TypedDict
 from llava.errors import UserError
+from tests.benchmark_files import cell, write_hub
 from tests.eval_fakes import write_gqa
-
-datasets = pytest.importorskip("datasets")
-
-
-def png(colour: str) -> dict[str, bytes]:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
-
-
-def write_table(data, name: str, rows: list[dict], split: str = "test", images: tuple[str, ...] = ("image",)) -> None:
-    """A local copy as the hub has it: one parquet file per split."""
-    table = datasets.Dataset.from_list(rows)
-    for column in images:
-        listed = isinstance(rows[0][column], list)
-        table = table.cast_column(column, datasets.List(datasets.Image()) if listed else datasets.Image())
-    path = data / "hub" / name / "data"
-    path.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(path / f"{split}-00000-of-00001.parquet")
 
 
 class Row(TypedDict):
@@ -42,7 +22,7 @@ class Answered(Row):
 
 
 def test_rows_and_pictures(tmp_path):
-    write_table(tmp_path, "new/X", [{"q": "a", "image": png("red")}, {"q": "b", "image": png("blue")}])
+    write_hub(tmp_path, "new/X", "test", [{"q": "a", "image": cell()}, {"q": "b", "image": cell("blue")}])
     table = open_table(tmp_path, ("new/X", "old/X"), None, "test")
     assert table.id == "new/X" and table.records(Row) == [{"q": "a"}, {"q": "b"}]
     pictures = table.pictures()
@@ -51,7 +31,7 @@ def test_rows_and_pictures(tmp_path):
 
 
 def test_the_old_owners_copy_is_found_and_lists_of_pictures_are_read(tmp_path):
-    write_table(tmp_path, "old/X", [{"q": "a", "image": [png("red"), png("lime")]}])
+    write_hub(tmp_path, "old/X", "test", [{"q": "a", "image": [cell(), cell("lime")]}])
     table = open_table(tmp_path, ("new/X", "old/X"), None, "test")
     assert table.id == "old/X" and table.pictures().open("0/image/1").getpixel((0, 0)) == (0, 255, 0)
 
@@ -59,7 +39,7 @@ def test_the_old_owners_copy_is_found_and_lists_of_pictures_are_read(tmp_path):
 def test_missing_copies_columns_and_splits_are_named(tmp_path):
     with pytest.raises(UserError, match=r"No copy of new/X or old/X below .*hf download new/X"):
         open_table(tmp_path, ("new/X", "old/X"), None, "test")
-    write_table(tmp_path, "new/X", [{"q": "a", "image": png("red")}])
+    write_hub(tmp_path, "new/X", "test", [{"q": "a", "image": cell()}])
     with pytest.raises(UserError, match="has no column answer; it has q, image"):
         open_table(tmp_path, ("new/X",), None, "test").records(Answered)
     with pytest.raises(UserError, match="Cannot read split val of"):
@@ -67,24 +47,13 @@ def test_missing_copies_columns_and_splits_are_named(tmp_path):
 
 
 def write_gqa_mirror(data) -> None:
-    folder = data / "hub" / "lmms-lab" / "GQA"
-    for config, rows in {
-        "testdev_balanced_instructions": [
-            {"id": "1", "question": "Is it red?", "answer": "yes", "imageId": "n1"},
-            {"id": "2", "question": "Which colour?", "answer": "blue", "imageId": "n0"},
-        ],
-        "testdev_balanced_images": [{"id": "n0", "image": png("blue")}, {"id": "n1", "image": png("red")}],
-    }.items():
-        table = datasets.Dataset.from_list(rows)
-        if "image" in rows[0]:
-            table = table.cast_column("image", datasets.Image())
-        (folder / config).mkdir(parents=True)
-        table.to_parquet(folder / config / "testdev-00000-of-00001.parquet")
-    configs = "".join(
-        f"- config_name: {name}\n  data_files:\n  - split: testdev\n    path: {name}/testdev-*\n"
-        for name in ("testdev_balanced_instructions", "testdev_balanced_images")
-    )
-    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    rows = [
+        {"id": "1", "question": "Is it red?", "answer": "yes", "imageId": "n1"},
+        {"id": "2", "question": "Which colour?", "answer": "blue", "imageId": "n0"},
+    ]
+    write_hub(data, "lmms-lab/GQA", "testdev", rows, "testdev_balanced_instructions")
+    shown = [{"id": "n0", "image": cell("blue")}, {"id": "n1", "image": cell()}]
+    write_hub(data, "lmms-lab/GQA", "testdev", shown, "testdev_balanced_images")
 
 
 def test_gqa_from_the_mirror(tmp_path):
@@ -129,3 +98,17 @@ def test_check_finds_a_copy_of_the_mirror(tmp_path, capsys):
 def test_check_names_a_wrong_folder_and_a_wrong_name(tmp_path, capsys):
     assert show.check_data_command([str(tmp_path / "none")]) == 2 and "No folder at" in capsys.readouterr().err
     assert show.check_data_command([str(tmp_path), "gqq"]) == 2 and "Did you mean 'gqa'" in capsys.readouterr().err
+
+
+OFFICIAL = [name for name in benchmarks.names() if benchmarks.get(name).needs and benchmarks.get(name).mirror]
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_missing_official_files_are_named_with_the_mirror(tmp_path, name):
+    found = benchmarks.get(name)
+    with pytest.raises(UserError, match=r"No .* questions at ") as error:
+        found.load(tmp_path, found.splits[0], source="official")
+    assert "--data should be the folder that holds" in str(error.value)
+    if name != "activitynet_qa":
+        with pytest.raises(UserError, match=rf"no copy of {found.mirror[0]} or {found.mirror[1]} below .*hub"):
+            found.load(tmp_path, found.splits[0])

@@ -3,18 +3,17 @@
 import json
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 
 from eval import score
 from eval.answers import answer_id, settings_hash
 from eval.benchmarks import llava_bench, mmvet
-from eval.judging.ask import line as verdict_line
+from eval.judging.choice import line as verdict_line
 from eval.results.report import percent_of_full
 from eval.statistics import command
 from llava.errors import UserError
-from tests.judged_files import judged, load, write_json, write_lines
+from tests.benchmark_files import cell, judged, load, write_hub, write_json, write_lines
 
 VECTORS = Path(__file__).parent / "data"
 
@@ -85,24 +84,13 @@ def test_llava_bench_without_a_judge_has_names_of_its_own(tmp_path):
 
 
 def test_llava_bench_from_its_mirror(tmp_path):
-    folder = tmp_path / "hub" / "lmms-lab" / "llava-bench-in-the-wild"
-    (folder / "data").mkdir(parents=True)
-    row = {
-        "image": {"bytes": b"x", "path": None},
-        "question": "q",
-        "caption": "c",
-        "gpt_answer": "g",
-        "category": "conv",
-    }
-    rows = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image(decode=False))
-    rows.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    row = {"image": cell(), "question": "q", "caption": "c", "gpt_answer": "g", "category": "conv"}
+    write_hub(tmp_path, "lmms-lab/llava-bench-in-the-wild", "train", [row])
     data = load("llava_bench", tmp_path)
     data.check_images(data.questions)
     assert (data.questions[0].id, data.questions[0].answer) == ("0", "g")
-    assert (
-        llava_bench.message(llava_bench.Entry("0", "i", "q", "conv", "c", "g"), "t")
-        == (data.judging.requests(["0"], {"0": "t"})[0].messages[1]["content"])
-    )
+    (request,) = data.judging.requests(["0"], {"0": "t"})
+    assert request.messages[1]["content"] == llava_bench.message(llava_bench.Entry("i", "q", "conv", "c", "g"), "t")
 
 
 # -- MM-Vet --------------------------------------------------------------------------------------------------------
@@ -123,14 +111,11 @@ def test_mmvet_runs_capabilities_and_combinations():
 
 
 @pytest.mark.parametrize(
-    ("reply", "expected"), [("0.5", 0.5), ("1.0 |", 1.0), ("0", 0.0), ("0.7\n", 0.7), ("1.5", None), ("-0.1", None)]
+    ("reply", "expected"),
+    [("0.5", 0.5), ("1.0 |", 1.0), ("0", 0.0), ("0.7\n", 0.7), ("1.5", None), ("-0.1", None), ("nan", None)],
 )
 def test_mmvet_replies(reply, expected):
-    assert (
-        mmvet.parse_score(reply) == expected
-        and mmvet.parse_score("nan") is None
-        and mmvet.parse_score(f" {reply}") is None
-    )
+    assert mmvet.parse_score(reply) == expected and mmvet.parse_score(f" {reply}") is None
 
 
 @pytest.mark.parametrize(
@@ -229,10 +214,8 @@ def test_mmvets_judge_is_asked_again_with_a_hint_and_more_heat(tmp_path):
     assert (first.temperature, first.max_tokens, judging.tries, judging.failed) == (0.0, 3, 5, {"score": [0.0]})
     later = [judging.again(first, failures) for failures in (1, 2, 3, 4)]
     assert [request.temperature for request in later] == [0, 0.5, 1.0, 1.5]
-    assert (
-        later[0].messages[0]["content"]
-        == first.messages[0]["content"] + "\nPredict the correctness of the answer (digit): "
-    )
+    hint = "\nPredict the correctness of the answer (digit): "
+    assert later[0].messages[0]["content"] == first.messages[0]["content"] + hint
 
 
 def test_mmvet_grades_of_the_official_script(tmp_path):
@@ -248,11 +231,8 @@ def test_mmvet_grades_of_the_official_script(tmp_path):
 
 
 def test_mmvet_from_its_mirror(tmp_path):
-    folder = tmp_path / "hub" / "lmms-lab-encoder" / "MMVet"
-    (folder / "data").mkdir(parents=True)
-    row = {"image": {"bytes": b"x", "path": None}, "question": "q", "answer": "a", "capability": "rec,ocr"}
-    rows = datasets.Dataset.from_list([row | {"question_id": "v1_0"}])
-    rows.cast_column("image", datasets.Image(decode=False)).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    row = {"question_id": "v1_0", "image": cell(), "question": "q", "answer": "a", "capability": "rec,ocr"}
+    write_hub(tmp_path, "lmms-lab-encoder/MMVet", "test", [row])
     data = load("mmvet", tmp_path)
     data.check_images(data.questions)
     assert data.questions[0].id == "v1_0"

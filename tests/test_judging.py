@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -11,8 +12,7 @@ from eval.answers.jsonl import read_jsonl
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import Folder
 from eval.judging import Judging, Request, choice, prompts
-from eval.judging.ask import Store, ask, count_tokens, estimate, line
-from eval.judging.choice import check_judge, score_answers, unjudged
+from eval.judging.choice import Store, ask, check_judge, line, lines_of, score_answers, unjudged
 from eval.judging.judges import Endpoint, configured, endpoint
 from eval.metrics import Score
 from llava.errors import UserError
@@ -21,6 +21,7 @@ KEY = "sk-very-secret"
 ENVIRONMENT = ("JUDGE_MODEL", "JUDGE_URL", "JUDGE_KEY", "OPENAI_API_KEY", "OPENAI_BASE_URL", "JUDGE_WORKERS")
 ASKED = ("a", "b", "c")
 TEXTS = {"a": "1", "b": "0", "c": "1"}
+REQUEST = Request("a", ({"role": "user", "content": "x"},))
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +107,9 @@ def waits(monkeypatch) -> list[float]:
 
 
 def run(judge, how, folder, texts=TEXTS):
-    with Store(folder / "judgements-judge.jsonl") as store:
+    with closing(Store(folder / "judgements-judge.jsonl")) as store:
         ask(judge, how, how.requests(ASKED, texts), store)
-        return store.of(how.requests(ASKED, texts))
+        return lines_of(store.found, how.requests(ASKED, texts))
 
 
 # -- the endpoint --------------------------------------------------------------------------------------------------
@@ -130,30 +131,28 @@ def test_every_answer_is_asked_about_once_and_kept(server, tmp_path, capsys):
 
 def test_a_busy_server_is_asked_again_ever_more_slowly(server, waits):
     server.answer = lambda number, body: (500 if number < 4 else 200, "1")
-    assert at(server).reply(Request("a", ({"role": "user", "content": "x"},))) == ("1", "judge-0613")
+    assert at(server).reply(REQUEST) == ("1", "judge-0613")
     assert len(server.calls) == 4 and waits == sorted(waits) and 0.3 < waits[0] < waits[2] / 2
     assert "temperature" not in server.calls[0] and "max_tokens" not in server.calls[0]
 
 
 def test_a_server_that_stays_down_ends_the_run_and_keeps_the_verdicts(server, tmp_path):
     server.answer = lambda number, body: (200, "1") if number == 1 else (503, KEY)
-    with pytest.raises(
-        UserError, match=r"did not answer in 8 tries \(HTTP 503: no: \*\*\*\); the verdicts so far"
-    ) as e:
+    sentence = r"did not answer in 8 tries \(HTTP 503: no: \*\*\*\); the verdicts so far"
+    with pytest.raises(UserError, match=sentence) as error:
         run(at(server), judging(), tmp_path)
-    assert KEY not in str(e.value)
+    assert KEY not in str(error.value)
     server.answer = lambda number, body: (200, "1")
     assert len(run(at(server), judging(), tmp_path)) == 3
     assert sum(call["messages"][0]["content"] == "1" for call in server.calls[9:]) == 1  # "a" was not asked again
 
 
 def test_a_refusal_is_not_repeated_and_a_redirect_not_followed(server):
-    request = Request("a", ({"role": "user", "content": "x"},))
     for status in (401, 302):
         server.calls.clear()
         server.answer = lambda number, body, status=status: (status, f"bad {KEY}")
         with pytest.raises(UserError, match=rf"refused a request \(HTTP {status}: no: bad \*\*\*\)"):
-            at(server).reply(request)
+            at(server).reply(REQUEST)
         assert len(server.calls) == 1
 
 
@@ -166,19 +165,19 @@ def test_no_answer_at_all_is_said(server):
 def test_a_slow_server_is_asked_again_after_the_timeout(server):
     late = threading.Event()
     server.answer = lambda number, body: (late.wait(30 if number == 1 else 0), (200, "1"))[1]
-    assert at(server, timeout=0.3).reply(Request("a", ({"role": "user", "content": "x"},)))[0] == "1"
+    assert at(server, timeout=0.3).reply(REQUEST)[0] == "1"
     late.set()
     assert len(server.calls) == 2
 
 
 def test_a_server_that_says_when_is_asked_then(server, waits):
     server.answer = lambda number, body: (429 if number == 1 else 200, "1")
-    at(server).reply(Request("a", ({"role": "user", "content": "x"},)))
+    at(server).reply(REQUEST)
     assert waits == [7]
 
 
 def test_without_a_key_none_is_sent(server):
-    assert at(server, key=None).reply(Request("a", ({"role": "user", "content": "x"},)))[0] == "x"
+    assert at(server, key=None).reply(REQUEST)[0] == "x"
     assert server.calls[0]["key"] is None
 
 
@@ -186,7 +185,7 @@ def test_without_a_key_none_is_sent(server):
 def test_something_that_is_no_chat_endpoint_is_a_sentence(server, content):
     server.body = content
     with pytest.raises(UserError, match="does not answer as a chat endpoint does; it sent"):
-        at(server).reply(Request("a", ({"role": "user", "content": "x"},)))
+        at(server).reply(REQUEST)
 
 
 def test_the_key_is_in_no_log(server, caplog):
@@ -194,7 +193,7 @@ def test_the_key_is_in_no_log(server, caplog):
     caplog.set_level("DEBUG")
     server.answer = lambda number, body: (401, f"bad {KEY}")
     with pytest.raises(UserError) as error:
-        at(server).reply(Request("a", ({"role": "user", "content": "x"},)))
+        at(server).reply(REQUEST)
     assert KEY not in str(error.value) and KEY not in caplog.text
     assert "HTTP request" in caplog.text
 
@@ -257,7 +256,8 @@ def test_the_endpoint_comes_from_the_environment():
     priced = endpoint(given | {"JUDGE_PRICE_IN": "30", "JUDGE_PRICE_OUT": "60"})
     assert priced.cost(1_000_000, 500_000) == 60
     request = Request("a", ({"role": "user", "content": "x" * 3_000_000},), max_tokens=10)
-    assert count_tokens(request) == 1_000_008 and "a cost of 30.00." in estimate(priced, judging(tries=1), [request])
+    assert choice.count_tokens(request) == 1_000_008
+    assert "a cost of 30.00." in choice.estimate(priced, judging(tries=1), [request])
     for wrong, sentence in [
         ({"JUDGE_MODEL": ""}, "needs the environment variable JUDGE_MODEL."),
         ({"JUDGE_URL": "file:///etc/passwd"}, "JUDGE_URL should be an address"),
@@ -308,7 +308,7 @@ def test_auto_takes_the_endpoint_when_it_is_set_up_and_verdicts_on_disk_later(se
 def test_half_judged_answers_are_no_score(tmp_path):
     how = judging()
     first = how.requests(ASKED, TEXTS)[0]
-    with Store(tmp_path / "judgements-judge-0613.jsonl") as store:
+    with closing(Store(tmp_path / "judgements-judge-0613.jsonl")) as store:
         store.append(line(first, {"n": 1}, "1", "judge-0613", 1, failed=False))
     found, _ = score(how, "auto", tmp_path)
     assert found.main == "points_match"
@@ -320,7 +320,7 @@ def test_half_judged_answers_are_no_score(tmp_path):
 def test_the_official_judges_verdicts_go_before_others(tmp_path):
     how = judging()
     for name, number in (("another", 3), ("judge-0613", 1)):
-        with Store(tmp_path / f"judgements-{name}.jsonl") as store:
+        with closing(Store(tmp_path / f"judgements-{name}.jsonl")) as store:
             for request in how.requests(ASKED, TEXTS):
                 store.append(line(request, {"n": number}, "", name, 1, failed=False))
     found, _ = score(how, "auto", tmp_path)

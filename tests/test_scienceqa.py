@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-import datasets
 import pytest
-from PIL import Image
 
 from eval import benchmarks
 from eval.benchmarks import scienceqa
 from eval.score import score_file
 from llava.errors import UserError
+from tests.benchmark_files import cell, write_hub, write_picture
 
 EDGE = json.loads((Path(__file__).parent / "data" / "scienceqa" / "edge.json").read_text())
 PROBLEMS = {
@@ -68,47 +67,25 @@ PROSE = {"question": "How much is 1 + 1?", "choices": ["1", "2", "3"], "answer":
 
 def write_official(folder: Path, prompts: bool = True) -> Path:
     data = folder / "scienceqa"
-    (data / "images" / "test" / "7").mkdir(parents=True)
-    Image.new("RGB", (8, 8), "red").save(data / "images" / "test" / "7" / "image.png")
+    write_picture(data / "images" / "test" / "7" / "image.png")
     subjects = {"7": "natural science", "4": "social science"}
     problems = {"7": PICTURE, "4": PROSE, "9": PROSE}
     problems = {name: problem | {"subject": subjects.get(name, "")} for name, problem in problems.items()}
     (data / "problems.json").write_text(json.dumps(problems))
     (data / "pid_splits.json").write_text(json.dumps({"test": ["4", "7"], "val": ["9"]}))
-    rows = [
-        {"id": "4", "conversations": [{"from": "human", "value": "How much is 1 + 1?\nA. 1\nB. 2\nC. 3"}]},
-        {
-            "id": "7",
-            "image": "7/image.png",
-            "conversations": [
-                {"from": "human", "value": "<image>\nContext: Look.\nWhich is red?\nA. sky\nB. rose"},
-                {"from": "gpt", "value": "B"},
-            ],
-        },
-    ]
     if prompts:
+        asked = {"from": "human", "value": "<image>\nContext: Look.\nWhich is red?\nA. sky\nB. rose"}
+        rows = [
+            {"id": "4", "conversations": [{"from": "human", "value": "How much is 1 + 1?\nA. 1\nB. 2\nC. 3"}]},
+            {"id": "7", "image": "7/image.png", "conversations": [asked, {"from": "gpt", "value": "B"}]},
+        ]
         (data / "llava_test_CQM-A.json").write_text(json.dumps(rows))
     return folder
 
 
 def write_mirror(folder: Path, config: str = "ScienceQA-FULL") -> Path:
-    where = folder / "hub" / "lmms-lab" / "ScienceQA"
-    (where / config).mkdir(parents=True)
-    rows = [{**PROSE, "image": None}, {**PICTURE, "image": Image.new("RGB", (8, 8), "red")}]
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "question": datasets.Value("string"),
-            "choices": datasets.List(datasets.Value("string")),
-            "answer": datasets.Value("int8"),
-            "hint": datasets.Value("string"),
-        }
-    )
-    rows = rows if config == "ScienceQA-FULL" else rows[1:]
-    datasets.Dataset.from_list(rows, features=features).to_parquet(where / config / "test-00000-of-00001.parquet")
-    entry = f"- config_name: {config}\n  data_files:\n  - split: test\n    path: {config}/test-*\n"
-    (where / "README.md").write_text(f"---\nconfigs:\n{entry}---\n")
-    return folder
+    rows = [PROSE | {"image": None}, PICTURE | {"image": cell()}]
+    return write_hub(folder, "lmms-lab/ScienceQA", "test", rows if config == "ScienceQA-FULL" else rows[1:], config)
 
 
 def load(data: Path, profile: str = "llava", source: str = "auto", split: str = "test"):
@@ -126,7 +103,7 @@ def test_official_questions_with_and_without_an_image(tmp_path, prompts):
     assert data.max_new_tokens == 1024
     assert data.facts == {"source": "official files", "profile": "llava", "questions": 2, "with an image": 1}
     data.check_images(data.questions)
-    assert data.sample(picture).image.size == (8, 8)
+    assert data.sample(picture).image.size == (4, 4)
     assert data.sample(prose).image is None
 
 
@@ -145,7 +122,7 @@ def test_the_mirror_words_questions_as_the_official_files(tmp_path):
     assert [q.message for q in mirror.questions] == [q.message for q in official.questions]
     assert [q.images for q in mirror.questions] == [(), ("1/image",)]
     assert mirror.facts["source"] == "lmms-lab/ScienceQA"
-    assert mirror.sample(mirror.questions[1]).image.size == (8, 8)
+    assert mirror.sample(mirror.questions[1]).image.size == (4, 4)
 
 
 @pytest.mark.parametrize("profile", ["llava", "lmms"])
@@ -169,8 +146,6 @@ def test_scoring_a_file_and_the_official_scorers_input(tmp_path):
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"No ScienceQA test questions at .*problems\.json and no copy of"):
-        load(tmp_path)
     folder = write_official(tmp_path) / "scienceqa"
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "8"]}))
     with pytest.raises(UserError, match=r"lacks problems that .* has in test, 1 in all: 8\."):

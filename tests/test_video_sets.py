@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 
 from eval.benchmarks import video
 from eval.results.statistics import interval
 from llava.errors import UserError
-from tests.judged_files import judged, load, write_json
+from tests.benchmark_files import judged, load, write_hub, write_json
 
 VECTORS = Path(__file__).parent / "data"
 VIDEO_SETS = {
@@ -98,10 +97,8 @@ def test_the_video_judge_is_asked_in_the_official_words(tmp_path):
     judging = load("msvd_qa", tmp_path).judging
     (request,) = judging.requests(["a"], {"a": "{question}"})
     assert [message["role"] for message in request.messages] == ["system", "user"]
-    assert (
-        "Question: what {answer}?\nCorrect Answer: {pred}\nPredicted Answer: {question}\n\n"
-        in (request.messages[1]["content"])
-    )
+    filled = "Question: what {answer}?\nCorrect Answer: {pred}\nPredicted Answer: {question}\n\n"
+    assert filled in request.messages[1]["content"]
     assert request.messages[1]["content"].endswith("{'pred': 'yes', 'score': 4.8}.")
     assert request.temperature is None and request.max_tokens is None
 
@@ -118,9 +115,8 @@ def test_video_layouts(tmp_path, name):
     (line, _) = data.submission({"q1": " a dog\n", "q2": "men"})["merge.jsonl"].splitlines()
     assert json.loads(line) == {"id": "q1", "question": "what", "answer": "dog", "pred": "a dog"}
     found = data.score(["q1", "q2"], {"q1": "A dog.", "q2": "women"})
-    assert (
-        found.main == "accuracy_match" and found.values["accuracy_match"] == 50 and found.values["score_match"] == 2.5
-    )
+    assert found.main == "accuracy_match"
+    assert (found.values["accuracy_match"], found.values["score_match"]) == (50, 2.5)
     assert any("the question file holds 2 questions" in note for note in found.notes)
     moved = tmp_path / "elsewhere" / "eval"
     moved.mkdir(parents=True)
@@ -178,13 +174,10 @@ def test_activitynet_has_its_own_metric_beside_the_judges(tmp_path):
 
 def test_activitynet_from_its_mirror(tmp_path):
     folder = tmp_path / "hub" / "lmms-eval" / "ActivityNetQA"
-    (folder / "Generation").mkdir(parents=True)
-    (folder / "all_test").mkdir()
+    (folder / "all_test").mkdir(parents=True)
     (folder / "all_test" / "v_abc.mkv").touch()
     row = {"video_name": "v_abc", "question": "is IT red", "answer": "yes", "type": "3", "question_id": "v_abc_1"}
-    datasets.Dataset.from_list([row]).to_parquet(folder / "Generation" / "test-00000-of-00001.parquet")
-    files = "  - config_name: Generation\n    data_files:\n      - split: test\n        path: Generation/test-*"
-    (folder / "README.md").write_text(f"---\nconfigs:\n{files}\n---\n")
+    write_hub(tmp_path, "lmms-eval/ActivityNetQA", "test", [row], "Generation")
     data = load("activitynet_qa", tmp_path, profile="lmms")
     data.check_images(data.questions)
     assert data.questions[0].message == "Is it red? Answer the question using a single word or phrase."

@@ -1,10 +1,13 @@
-"""What a benchmark gives to a run: questions, their images, and a way to score predictions."""
+"""What a benchmark gives to a run: questions, their images, and a way to score predictions.
+
+What a benchmark is called in tables, published numbers, licences and the files to get are data: catalogue.yaml.
+"""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -12,6 +15,7 @@ from eval.answers.jsonl import Row, read_bytes
 from eval.benchmarks.media import Pictures
 from eval.metrics import Score
 from eval.metrics.accuracy import mean_score
+from eval.papers import read_yaml
 from llava.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,6 +77,26 @@ class Contents(Generic[Reference]):
     references: Mapping[str, Reference]
     pictures: Pictures
     fingerprint: str
+
+    def dataset(
+        self,
+        title: str,
+        profile: str,
+        score: "Callable[[Sequence[str], Mapping[str, str]], Score]",
+        sample_score: "Callable[[Question, str], float] | None",
+        submission: "Callable[[Mapping[str, str]], Mapping[str, Any]]",
+        facts: "Mapping[str, Any]",
+        **more: Any,
+    ) -> "Dataset":
+        """The data set of these questions.
+
+        Args:
+            facts: beside source and profile.
+            more: further fields of the Dataset.
+        """
+        about = {"source": self.source, "profile": profile} | dict(facts)
+        files = self.pictures, self.fingerprint
+        return Dataset(title, self.questions, *files, score, sample_score, submission, facts=about, **more)
 
 
 def no_submission(texts: Mapping[str, str]) -> dict[str, Any]:
@@ -244,6 +268,20 @@ class Benchmark:
         """Whether the official files that it cannot do without are in a data folder."""
         required = [need for need in self.needs if not need.optional]
         return bool(required) and all(need.found(data) for need in required)
+
+
+@cache
+def catalogue() -> dict[str, dict[str, Any]]:
+    """What catalogue.yaml says of each benchmark."""
+    content: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("catalogue.yaml"))
+    return content
+
+
+def listed(name: str, read: Callable[..., Dataset], splits: Sequence[str], **fields: Any) -> Benchmark:
+    """The registry's entry of a benchmark that stands in catalogue.yaml."""
+    about = dict(catalogue()[name])
+    needs = tuple(Need(**need | {"others": tuple(need.get("others", ()))}) for need in about.pop("needs", ()))
+    return Benchmark(name=name, read=read, splits=tuple(splits), **{"needs": needs, **about, **fields})
 
 
 def with_stripped_answers(data: Dataset) -> Dataset:

@@ -18,6 +18,7 @@ Mirror: flickr30k, split test: caption (list), img_id, image. lmms-eval's number
 which are many more than Karpathy's test images: the two are not comparable, the number of images is in every result.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from eval.answers.jsonl import Row, read_json
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
-from eval.benchmarks.hub import Table, official_file, open_table
+from eval.benchmarks.base import Dataset, Question, fingerprint, listed
+from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_files import as_number
 from eval.benchmarks.media import Folder, Pictures, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check, check_all, check_list
@@ -123,27 +124,21 @@ class Image:
 
 def load_nocaps(data: Path, split: str, profile: str = "lmms", source: str = "auto") -> Dataset:
     """One split; `test` has no references and gives a results file only."""
-    scored = split != "test"
-    file = data / "nocaps" / NOCAPS_FILES[split]
-    official = official_file(data, source, f"NoCaps {split}", [file], NOCAPS_MIRROR, NOCAPS_SOURCE)
+    title, scored = f"NoCaps {split}", split != "test"
+    official = official_file(data, source, title, [data / "nocaps" / NOCAPS_FILES[split]], NOCAPS_MIRROR, NOCAPS_SOURCE)
+    file, server = f"nocaps_{split}_results.json", "" if scored else "the NoCaps challenge of EvalAI"
     if official is not None:
-        images, where, mark = from_coco(official, split), str(official), fingerprint([official])
-        pictures: Pictures = Folder(official.parent / split)
-    else:
-        table = open_table(data, NOCAPS_MIRROR, None, split, download=source == "mirror")
-        where, pictures = table.where, table.pictures()
-        mark = table.fingerprint(("image_id", "annotations_captions") if scored else ("image_id",))
-        images = from_nocaps_table(table, scored)
-    return dataset(
-        f"NoCaps {split}",
-        where,
-        images,
-        pictures,
-        mark,
-        "official COCO file" if official is not None else f"mirror {table.id}",
-        f"nocaps_{split}_results.json",
-        "" if scored else "the NoCaps challenge of EvalAI",
-    )
+        images = from_coco(official, split)
+        pictures, mark = Folder(official.parent / split), fingerprint([official])
+        return dataset(title, str(official), "official COCO file", images, pictures, mark, file, server)
+    table = open_table(data, NOCAPS_MIRROR, None, split, source)
+    rows: Sequence[Mapping[str, Any]] = table.records(CaptionedRow if scored else NoCapsRow)
+    images = [
+        Image(str(row["image_id"]), name, row.get("annotations_captions", ()), row.get("domain"))
+        for name, row in zip(table.row_images(), rows, strict=True)
+    ]
+    mark = table.fingerprint(("image_id", "annotations_captions") if scored else ("image_id",))
+    return dataset(title, table.where, f"mirror {table.id}", images, table.pictures(), mark, file, server)
 
 
 def from_coco(path: Path, split: str) -> list[Image]:
@@ -167,47 +162,34 @@ def from_coco(path: Path, split: str) -> list[Image]:
     return [Image(name, names[name], references[name], domain) for name, domain in ids]
 
 
-def from_nocaps_table(table: Table, scored: bool) -> list[Image]:
-    """The images of NoCaps' mirror."""
-    rows: Sequence[Mapping[str, Any]] = table.records(CaptionedRow if scored else NoCapsRow)
-    return [
-        Image(str(row["image_id"]), f"{number}/image", row.get("annotations_captions", ()), row.get("domain"))
-        for number, row in enumerate(rows)
-    ]
-
-
 def load_flickr30k(data: Path, split: str, profile: str = "lmms", source: str = "auto") -> Dataset:
     """The images with their five captions each: those that Karpathy's file puts into the split, or the mirror's."""
-    path = official_file(data, source, f"Flickr30k {split}", [data / FLICKR_FILE], FLICKR_MIRROR, FLICKR_SOURCE)
     title, file = f"Flickr30k {split}", f"flickr30k_{split}_results.json"
+    path = official_file(data, source, title, [data / FLICKR_FILE], FLICKR_MIRROR, FLICKR_SOURCE)
+    images = []
     if path is None:
-        table = open_table(data, FLICKR_MIRROR, None, split, download=source == "mirror")
-        rows = enumerate(table.records(FlickrRow))
-        images = [Image(str(row["img_id"]), f"{number}/image", row["caption"]) for number, row in rows]
+        table = open_table(data, FLICKR_MIRROR, None, split, source)
+        for name, row in zip(table.row_images(), table.records(FlickrRow), strict=True):
+            images.append(Image(str(row["img_id"]), name, row["caption"]))
         mark = table.fingerprint(("img_id", "caption"))
-        return dataset(title, table.where, images, table.pictures(), mark, f"mirror {table.id}", file)
-    images = [
-        Image(
-            str(record["imgid"]),
-            image_name(record["filename"], f"{path} entry {number}"),
-            [sentence["raw"] for sentence in record["sentences"]],
-        )
-        for number, record in enumerate(check_list(path, KarpathyImage, "images"), start=1)
-        if record["split"] == split
-    ]
+        return dataset(title, table.where, f"mirror {table.id}", images, table.pictures(), mark, file)
+    for number, record in enumerate(check_list(path, KarpathyImage, "images"), start=1):
+        if record["split"] == split:
+            name = image_name(record["filename"], f"{path} entry {number}")
+            images.append(Image(str(record["imgid"]), name, [sentence["raw"] for sentence in record["sentences"]]))
     if not images:
         raise UserError(f"{path} should list images with the split {split!r}, and has none.")
     pictures = Folder(data / FLICKR_IMAGES)
-    return dataset(title, str(path), images, pictures, fingerprint([path]), "official: Karpathy's split", file)
+    return dataset(title, str(path), "official: Karpathy's split", images, pictures, fingerprint([path]), file)
 
 
 def dataset(
     title: str,
     where: str,
+    source: str,
     images: Sequence[Image],
     pictures: Pictures,
     mark: str,
-    source: str,
     file: str,
     server: str = "",
 ) -> Dataset:
@@ -220,11 +202,9 @@ def dataset(
         file: name of the COCO results file.
         server: what scores a split without references.
     """
-    seen: set[str] = set()
-    for image in images:
-        if image.id in seen:  # results files could not tell the two apart
-            raise UserError(f"{where} has the image id {image.id} twice.")
-        seen.add(image.id)
+    # Results files could not tell two images with one id apart.
+    if repeated := [name for name, count in Counter(image.id for image in images).items() if count > 1]:
+        raise UserError(f"{where} has the image id {repeated[0]} twice.")
     if not server and (lost := [image.id for image in images if not image.captions]):
         raise UserError(f"{title}: {len(lost):,} images have no caption, the first is {lost[0]}.")
     references = {image.id: image.captions for image in images if image.captions}
@@ -241,24 +221,11 @@ def dataset(
         """The COCO results format. Ids are numbers there, as in the annotation files."""
         return {file: [{"image_id": as_number(name), "caption": text} for name, text in texts.items()]}
 
-    return Dataset(
-        title,
-        tuple(Question(image.id, PROMPT, "", (image.name,), next(iter(image.captions), "")) for image in images),
-        pictures,
-        mark,
-        score,
-        # One caption has no sample score in [0, 1]: CIDEr goes to 10 and depends on the other images.
-        None,
-        submission,
-        TOKENS,
-        facts={
-            "source": source,
-            "images": len(images),
-            "references": sum(map(len, references.values())),
-            "caption scorer": captions.described(),
-        },
-        read=read_results,
-    )
+    facts = {"source": source, "images": len(images), "references": sum(map(len, references.values()))}
+    facts["caption scorer"] = captions.described()
+    questions = tuple(Question(one.id, PROMPT, "", (one.name,), next(iter(one.captions), "")) for one in images)
+    # One caption has no sample score in [0, 1]: CIDEr goes to 10 and depends on the other images.
+    return Dataset(title, questions, pictures, mark, score, None, submission, TOKENS, facts, read_results)
 
 
 def read_results(path: Path) -> list[Row] | None:
@@ -277,30 +244,6 @@ def read_results(path: Path) -> list[Row] | None:
 
 
 BENCHMARKS = (
-    Benchmark(
-        name="nocaps",
-        summary="One-sentence captions of novel objects; CIDEr against ten references.",
-        splits=tuple(NOCAPS_FILES),
-        read=load_nocaps,
-        profiles=("lmms",),
-        needs=(
-            Need(f"nocaps/{NOCAPS_FILES['validation']}", NOCAPS_SOURCE),
-            Need("nocaps/validation", f"{NOCAPS_SOURCE} (images of Open Images)", count=4500),
-        ),
-        mirror=NOCAPS_MIRROR,
-        licence="annotations and images CC BY 2.0",
-    ),
-    Benchmark(
-        name="flickr30k",
-        summary="One-sentence captions of everyday photographs; CIDEr against five references.",
-        splits=("test",),
-        read=load_flickr30k,
-        profiles=("lmms",),
-        needs=(
-            Need(FLICKR_FILE, FLICKR_SOURCE),
-            Need(FLICKR_IMAGES, "https://shannon.cs.illinois.edu/DenotationGraph/ (on request)", count=31783),
-        ),
-        mirror=FLICKR_MIRROR,
-        licence="images: Flickr terms of use, research only",
-    ),
+    listed("nocaps", load_nocaps, tuple(NOCAPS_FILES), profiles=("lmms",), mirror=NOCAPS_MIRROR),
+    listed("flickr30k", load_flickr30k, ("test",), profiles=("lmms",), mirror=FLICKR_MIRROR),
 )

@@ -15,15 +15,14 @@ and predictions must match the questions exactly, so that a forgotten or repeate
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import official_file, open_table
-from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, prompts_by_id, unique
+from eval.benchmarks.llava_files import SHORT, prompts_by_id, unique
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, Id, TypedDict, check_map
 from eval.metrics import Score
@@ -95,32 +94,55 @@ class MirrorPicture(TypedDict):
     id: Id
 
 
+# (ids that were asked, texts) -> the metric.
+Rule = Callable[[Sequence[str], Mapping[str, str]], Score]
+
+
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read a split; everything that can be wrong with its files is said here, images excepted."""
     file = data / "gqa" / "data" / f"{split}_balanced_questions.json"
     official = official_file(data, source, f"GQA {split}", [file], MIRROR)
-    dataset = from_mirror(data, split, source == "mirror") if official is None else from_official(official, split)
-    if profile == "lmms":
-        dataset = as_lmms(dataset)
-    return replace(dataset, facts={"source": dataset.facts["source"], "profile": profile})
+    if official is None:
+        contents, accepts, score = read_mirror(data, split, source), frozenset[str](), None
+    else:
+        contents, accepts, score = read_official(official, split)
+    lmms = profile == "lmms"
+    answers = {question.id: question.answer for question in contents.questions}
+    # lmms-eval ignores case and punctuation. The mirror has no types and programs: what needs them is not measured.
+    plain_score, sample_score = scored_by(answers, loose_match if lmms else same)
+
+    def score_asked(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        return plain_score(asked, {name: text for name, text in texts.items() if name not in accepts})
+
+    return contents.dataset(
+        f"GQA {split}",
+        profile,
+        score_asked if lmms or score is None else score,
+        sample_score,
+        submission,
+        {},
+        max_new_tokens=16 if lmms else 128,
+        accepts=accepts,
+        normalise=bare if lmms else normalise,
+    )
 
 
-def from_official(official: Path, split: str) -> Dataset:
-    """The official questions, in LLaVA's order where its file is there."""
+def read_official(official: Path, split: str) -> tuple[Contents[Official], frozenset[str], Rule]:
+    """The official questions in LLaVA's order where its file is there, the unbalanced ones, and the metric."""
     folder = official.parent
     prompts = folder.parent / f"llava_gqa_{split}_balanced.jsonl"
-    records, images = check_map(official, Official), folder / "images"
+    records, images, files = check_map(official, Official), folder / "images", [official]
+    questions = []
     if is_file(prompts):
+        files.insert(0, prompts)
         balanced = [name for name, record in records.items() if record["isBalanced"]]
-        questions = tuple(
-            Question(name, prompt.question, prompt.suffix, (prompt.image,), records[name]["answer"])
-            for name, prompt in prompts_by_id(prompts, official, records, balanced)
-        )
+        for name, prompt in prompts_by_id(prompts, official, records, balanced):
+            answer = records[name]["answer"]
+            questions.append(Question(name, prompt.question, prompt.suffix, (prompt.image,), answer))
     else:
-        questions = tuple(
-            Question(name, record["question"], SHORT, (find_image(images, record, official),), record["answer"])
-            for name, record in records.items()
-        )
+        for name, record in records.items():
+            image = find_image(images, record, official)
+            questions.append(Question(name, record["question"], SHORT, (image,), record["answer"]))
     choices_file, all_file = folder / f"{split}_choices.json", folder / f"{split}_all_questions.json"
     choices = check_map(choices_file, Choices) if is_file(choices_file) else None
     everything = check_map(all_file, Entailed) if is_file(all_file) else None
@@ -130,18 +152,8 @@ def from_official(official: Path, split: str) -> Dataset:
         return evaluate({name: records[name] for name in asked}, predictions, choices, everything)
 
     unbalanced = {name for name, record in {**(everything or {}), **records}.items() if not record["isBalanced"]}
-    return Dataset(
-        f"GQA {split}",
-        questions,
-        Folder(images),
-        fingerprint([prompts, official] if is_file(prompts) else [official]),
-        score,
-        sample_score,
-        submission,
-        facts={"source": "official"},
-        accepts=frozenset(unbalanced),
-        normalise=normalise,
-    )
+    contents = Contents("official", tuple(questions), records, Folder(images), fingerprint(files))
+    return contents, frozenset(unbalanced), score
 
 
 def find_image(images: Path, record: Official, path: Path) -> str:
@@ -150,10 +162,10 @@ def find_image(images: Path, record: Official, path: Path) -> str:
     return lossless if not (images / name).exists() and (images / lossless).exists() else name
 
 
-def from_mirror(data: Path, split: str, download: bool) -> Dataset:
+def read_mirror(data: Path, split: str, source: str) -> Contents[Any]:
     """The tables of the hub: question, answer and imageId of each question; id and encoded bytes of each image."""
-    table = open_table(data, MIRROR, f"{split}_balanced_instructions", split, download)
-    shown = open_table(data, MIRROR, f"{split}_balanced_images", split, download)
+    table = open_table(data, MIRROR, f"{split}_balanced_instructions", split, source)
+    shown = open_table(data, MIRROR, f"{split}_balanced_images", split, source)
     row_of = {str(record["id"]): row for row, record in enumerate(shown.records(MirrorPicture))}
     questions = []
     for record in table.records(MirrorQuestion):
@@ -161,41 +173,13 @@ def from_mirror(data: Path, split: str, download: bool) -> Dataset:
         if image not in row_of:
             raise UserError(f"Question {name} in {table.where} is about image {image}, which has no row.")
         questions.append(Question(name, record["question"], SHORT, (f"{row_of[image]}/image",), record["answer"]))
-    # The mirror has no types and programs: what needs them is not measured.
-    score, _ = scored_by({question.id: question.answer for question in questions}, same)
-    return Dataset(
-        f"GQA {split}",
-        unique(questions, table.where),
-        shown.pictures(),
-        table.fingerprint(list(MirrorQuestion.__annotations__)),
-        score,
-        sample_score,
-        submission,
-        facts={"source": table.id},
-        normalise=normalise,
-    )
-
-
-def as_lmms(data: Dataset) -> Dataset:
-    """The same questions as lmms-eval asks and scores them: 16 tokens, case and punctuation ignored."""
-    answers = {question.id: question.answer for question in data.questions}
-    score, sample_score = scored_by(answers, loose_match)
-
-    def score_asked(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        among = set(asked)
-        return score(asked, {name: text for name, text in texts.items() if name in among})
-
-    return replace(data, score=score_asked, sample_score=sample_score, max_new_tokens=16, normalise=bare)
+    columns = list(MirrorQuestion.__annotations__)
+    return table.contents(unique(questions, table.where), {}, columns, shown.pictures())
 
 
 def same(text: str, answer: str) -> bool:
     """Whether the text is the answer as the official script compares them."""
     return normalise(text) == answer
-
-
-def sample_score(question: Question, text: str) -> float:
-    """1 if the text is the answer."""
-    return float(same(text, question.answer))
 
 
 def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
@@ -316,22 +300,4 @@ def score_consistency(
     return percent(per_question), None
 
 
-BENCHMARK = Benchmark(
-    name="gqa",
-    summary="Compositional questions about scenes; exact match with a one-word answer.",
-    splits=("testdev", "val"),
-    read=load,
-    model="tinyllava",
-    published="62.0 accuracy",
-    published_by=(
-        "LLaVA-1.5-7B, LLaVA's model zoo; 61.94 in a re-run of the released weights with LLaVA's scripts in "
-        "FasterVLM's EVAL.md"
-    ),
-    needs=(
-        Need("gqa/data/testdev_balanced_questions.json", f"questions1.2.zip of {SITE}"),
-        Need("gqa/data/images", f"images.zip of {SITE}"),
-        Need("gqa/llava_gqa_testdev_balanced.jsonl", EVAL_ZIP, optional=True),
-    ),
-    mirror=MIRROR,
-    licence="annotations CC BY 4.0; images of COCO and Flickr under their own terms",
-)
+BENCHMARK = listed("gqa", load, ("testdev", "val"), model="tinyllava", mirror=MIRROR)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Dataset, Question, no_submission
+from eval.benchmarks.base import Contents, Question, Reference
 from eval.benchmarks.media import Inline
 from eval.benchmarks.records import Record, check_all, columns_of
 from eval.metrics import Score, first_names
@@ -70,6 +70,25 @@ class Table:
             names |= cell_names(self.rows.data.column(column), column)
         return Inline(self.where, frozenset(names), self._bytes)
 
+    def row_images(self) -> list[str]:
+        """The name of each row's image."""
+        return [f"{row}/image" for row in range(len(self))]
+
+    def contents(
+        self,
+        questions: Iterable[Question],
+        references: Mapping[str, Reference],
+        columns: Sequence[str],
+        pictures: Inline | None = None,
+    ) -> Contents[Reference]:
+        """The questions that were made of the rows.
+
+        Args:
+            columns: those that questions and scores depend on.
+            pictures: by default those of the column "image".
+        """
+        return Contents(self.id, tuple(questions), references, pictures or self.pictures(), self.fingerprint(columns))
+
     def _bytes(self, name: str) -> bytes:
         row, column, *number = name.split("/")
         cell = self.rows[int(row)][column]
@@ -96,28 +115,31 @@ def local_copy(data: Path, ids: Iterable[str]) -> tuple[str, Path] | None:
     return next(((name, data / "hub" / name) for name in ids if (data / "hub" / name).is_dir()), None)
 
 
-def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, download: bool = False) -> Table:
-    """A split of a data set.
+def open_table(data: Path, ids: Sequence[str], config: str | None, split: str, source: str = "auto") -> Table:
+    """A split of a data set, from DATA/hub or from the hub itself.
 
     Args:
-        ids: repositories, the newest id first.
-        download: ask the hub when there is no local copy.
+        ids: repositories, the newest owner first.
+        source: of eval.benchmarks.base.SOURCES; the hub is asked only when one was named. For sets that exist on the
+            hub only, "official" and "mirror" are the same.
     """
     copy = local_copy(data, ids)
-    if copy is None and not download:
+    if copy is None and source == "auto":
         raise UserError(
             f"No copy of {' or '.join(ids)} below {data / 'hub'}; download it there "
             f"(hf download {ids[0]} --repo-type dataset --local-dir {data / 'hub' / ids[0]}), "
             "or let --source mirror read it from the hub."
         )
-    if copy is not None:
-        return _open(*copy, config, split)
     failures = []
-    for name in ids:
+    for name, folder in [copy] if copy is not None else [(name, None) for name in ids]:
         try:
-            return _open(name, None, config, split)
+            table = _open(name, folder, config, split)
         except UserError as error:
             failures.append(str(error))
+            continue
+        if not len(table):
+            raise UserError(f"Split {split} of {table.where} has no rows; fetch the data set again.")
+        return table
     raise UserError(" ".join(failures))
 
 
@@ -191,48 +213,6 @@ def official_file(
     )
 
 
-# Data sets that exist on the hub only: there the official layout is the mirror.
-
-
-def open_split(data: Path, ids: Sequence[str], config: str | None, split: str, source: str) -> Table:
-    """The split from DATA/hub; from the hub itself only when a source was asked for by name.
-
-    Args:
-        ids: repositories, the newest owner first.
-        source: of eval.benchmarks.base.SOURCES; "official" and "mirror" are the same data set.
-    """
-    table = open_table(data, ids, config, split, download=source != "auto")
-    if not len(table):
-        raise UserError(f"Split {split} of {table.where} has no rows; fetch the data set again.")
-    return table
-
-
-def dataset_of(
-    title: str,
-    table: Table,
-    columns: Sequence[str],
-    questions: Sequence[Question],
-    score: Callable[[Sequence[str], Mapping[str, str]], Score],
-    sample_score: Callable[[Question, str], float] | None,
-    profile: str,
-    expected: int,
-    **more: Any,
-) -> Dataset:
-    """A data set of such a table.
-
-    Args:
-        columns: those that questions and scores depend on.
-        score: asked ids and texts by id -> the metric.
-        expected: questions of the split that published numbers are about.
-        more: further fields of the Dataset; by default no server grades it and all answers fit into 128 tokens.
-    """
-    facts = {"source": "mirror", "data_set": table.id, "profile": profile, "questions": len(table)}
-    facts |= {"expected_questions": expected} | more.pop("facts", {})
-    fields: dict[str, Any] = {"pictures": table.pictures(), "submission": no_submission, "facts": facts} | more
-    mark = table.fingerprint(columns)
-    return Dataset(title, tuple(questions), fingerprint=mark, score=score, sample_score=sample_score, **fields)
-
-
 def with_version(score: Score, there: int, expected: int) -> Score:
     """The score, with a note if the split has another number of questions than published results."""
     if there == expected:
@@ -253,22 +233,22 @@ def unique_ids(names: Iterable[Any]) -> list[str]:
     return unique
 
 
-def picture_names(keys: Iterable[Hashable], column: str = "image") -> list[str]:
+def picture_names(table: Table, keys: Iterable[Hashable] | None = None) -> list[str]:
     """Per row the image's name in Table.pictures; rows with the same key share the first one's.
 
     Rows about one image then share one pass of the vision tower, and intervals can draw images.
+
+    Args:
+        keys: per row what says which image it is about; None takes a hash of the encoded image.
     """
+    if keys is None:
+        cells = enumerate(table.rows["image"])
+        keys = [hashlib.sha256(cell["bytes"]).digest() if cell and cell.get("bytes") else row for row, cell in cells]
     first: dict[Hashable, int] = {}
-    return [f"{first.setdefault(key, row)}/{column}" for row, key in enumerate(keys)]
+    return [f"{first.setdefault(key, row)}/image" for row, key in enumerate(keys)]
 
 
-def picture_hashes(table: Table, column: str = "image") -> list[Hashable]:
-    """Per row a hash of the encoded image, where no column says which rows are about the same one."""
-    cells = enumerate(table.rows[column])
-    return [hashlib.sha256(cell["bytes"]).digest() if cell and cell.get("bytes") else row for row, cell in cells]
-
-
-def letters(options: Sequence[str]) -> dict[str, str]:
+def letters(options: Sequence[str | int | float]) -> dict[str, str]:
     """Options under their letters A, B, C, ..."""
     return {chr(ord("A") + place): str(option) for place, option in enumerate(options)}
 

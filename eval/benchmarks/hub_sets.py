@@ -1,80 +1,95 @@
-"""AI2D, ChartQA, RealWorldQA, DocVQA and InfographicVQA: sets of the hub, as lmms-eval 0.7.3 asks and scores them.
+"""AI2D, ChartQA, RealWorldQA, DocVQA, InfographicVQA, MMStar and OCRBench: sets that exist on the hub only.
 
-Read from DATA/hub/lmms-lab-encoder/NAME or its older name lmms-lab/NAME:
+Read from DATA/hub/OWNER/NAME; those of lmms-lab-encoder also under their older owner lmms-lab:
 
-    ai2d          question, options, answer (index), image                       diagrams of school books
-    ChartQA       type, question, answer, image; half of the questions were      charts
-                  written by people (human_test), half by a program (augmented_test)
-    RealWorldQA   question, answer, image                                        photographs mostly from cars
-    DocVQA        questionId, question, answers, image; two configurations,      scanned pages; infographics
-                  DocVQA and InfographicVQA. The references of the test splits are not public; their answers go to the
-                  server of the Robust Reading Competition
+    lmms-lab-encoder/ai2d           question, options, answer (index), image: diagrams of school books
+    lmms-lab-encoder/ChartQA        type, question, answer, image: charts; half of the questions were written by people
+                                    (human_test), half by a program (augmented_test)
+    lmms-lab-encoder/RealWorldQA    question, answer, image: photographs mostly from cars
+    lmms-lab-encoder/DocVQA         questionId, question, answers, image; two configurations, DocVQA (scanned pages) and
+                                    InfographicVQA. The references of the test splits are not public; their answers go
+                                    to the server of the Robust Reading Competition
+    Lin-Chen/MMStar                 index, question (with its options), answer, category, l2_category, image: multiple
+                                    choice that cannot be answered without the image
+    echo840/OCRBench                dataset, question, question_type, answer (a list), image: reading text in images
 
-A row of `SETS` says what sets them apart. Metrics: letters and words (eval/metrics/letters.py), ChartQA's relaxed
-accuracy, and ANLS, equal to lmms-eval's on the vectors in tests/data/chartqa and tests/data/anls.
+A row of `SETS` says what sets them apart. Profile lmms is lmms-eval 0.7.3; MMStar and OCRBench have LLaVA's profile
+too. Metrics: letters and words (eval/metrics/accuracy.py), ChartQA's relaxed accuracy and ANLS, equal to lmms-eval's on
+the vectors in tests/data/chartqa and tests/data/anls, and those of MMStar's and OCRBench's authors.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import Benchmark, Dataset, Question, no_submission
+import numpy as np
+
+from eval.answers.jsonl import Row as Line
+from eval.benchmarks.base import Benchmark, Dataset, Question, listed, no_submission
 from eval.benchmarks.hub import (
-    Table,
     check_answers,
-    dataset_of,
     letters,
-    open_split,
+    open_table,
     option_lines,
-    picture_hashes,
     picture_names,
     ungraded,
     unique_ids,
     with_version,
 )
 from eval.benchmarks.llava_files import LETTER, SHORT, as_number
-from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict
-from eval.metrics import Score
-from eval.metrics.accuracy import mean_score, percent
-from eval.metrics.letters import ai2d_score, realworldqa_score
-from llava.errors import UserError
+from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, read_xlsx, write_xlsx
+from eval.metrics import Array, Score, SufficientStatistics, divide
+from eval.metrics.accuracy import ai2d_score, extract_letter, mean_score, percent, realworldqa_score
+from llava.errors import UserError, unknown
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a row says: the question, its instruction, the accepted answer or answers, and the groups it belongs to."""
+    """What a row says.
+
+    Attributes:
+        suffix: the instruction how to answer.
+        answer: the accepted answer or answers.
+        kinds: the groups that the question belongs to.
+        reference: what the metric compares a text with, where that is more than the answer.
+    """
 
     question: str
     suffix: str
     answer: str | Sequence[str]
     kinds: str | Sequence[str] = ()
+    reference: Any = None
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """One of the sets.
+    """One of the sets as one profile asks and scores it.
 
     Attributes:
         title: for sentences.
-        repository: its name on the hub.
+        ids: repositories, the newest owner first.
         schema: of a row.
         columns: those that questions and scores depend on.
         ask: (row, its place for errors) -> the question.
-        sample_score: (text, answer or answers) -> score in [0, 1].
-        score: (answers, texts, groups by question id) -> the metric.
+        sample_score: (text, reference) -> score in [0, 1].
+        score: (references, texts, groups by question id) -> the metric.
         expected: our split -> questions that published numbers are about.
         config: configuration on the hub.
         hub_splits: our names of splits, which are lmms-eval's in its task names -> the hub's, where they differ.
+        id: column with the question's id; rows without have their number for one, as in lmms-eval's samples.
         picture: columns that together name the image, which several questions share; by default its content does.
+        submission: (rows by question id, texts) -> files for who scores them; None where nobody else does.
         upload: name of the file with the answers to split test, which a server reads; "" where all splits are scored.
+        read: reader of the files that `submission` makes, where they are of its own format.
         tokens: the longest answer.
     """
 
     title: str
-    repository: str
+    ids: tuple[str, ...]
     schema: Any
     columns: tuple[str, ...]
     ask: Callable[[Any, str], Asked]
@@ -83,75 +98,66 @@ class HubSet:
     expected: Mapping[str, int]
     config: str | None = None
     hub_splits: Mapping[str, str] = field(default_factory=dict)
+    id: str = ""
     picture: tuple[str, ...] = ()
+    submission: Callable[[Mapping[str, Any], Mapping[str, str]], dict[str, Any]] | None = None
     upload: str = ""
-    tokens: int = 16
+    read: Callable[[Path], list[Line] | None] | None = None
+    tokens: int = 128
 
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """Repositories, the newest owner first."""
-        return f"lmms-lab-encoder/{self.repository}", f"lmms-lab/{self.repository}"
+
+def of_lmms_lab(name: str) -> tuple[str, str]:
+    """A repository under both of its owners."""
+    return f"lmms-lab-encoder/{name}", f"lmms-lab/{name}"
 
 
 SERVER = "https://rrc.cvc.uab.es/?ch=17"
 
 
-def load(one: HubSet, data: Path, split: str, profile: str = "lmms", source: str = "auto") -> Dataset:
-    """Read a split. Rows without an id have their number for one, as in lmms-eval's samples."""
-    table = open_split(data, one.ids, one.config, one.hub_splits.get(split, split), source)
+def load(profiles: Mapping[str, HubSet], data: Path, split: str, profile: str, source: str = "auto") -> Dataset:
+    """Read a split of a set, of which `profiles` has the variants."""
+    one = profiles[profile]
+    table = open_table(data, one.ids, one.config, one.hub_splits.get(split, split), source)
     rows = table.records(one.schema)
-    asked = [one.ask(row, f"{table.where} row {number}") for number, row in enumerate(rows)]
-    names = unique_ids(row.get("questionId", number) for number, row in enumerate(rows))
-    answers = {name: ask.answer for name, ask in zip(names, asked, strict=True)}
-    kinds = {name: ask.kinds for name, ask in zip(names, asked, strict=True)}
+    names = unique_ids(row[one.id] if one.id else number for number, row in enumerate(rows))
+    records = dict(zip(names, rows, strict=True))
+    asked = {name: one.ask(row, f"{table.where} row {number}") for number, (name, row) in enumerate(records.items())}
+    references = {name: ask.answer if ask.reference is None else ask.reference for name, ask in asked.items()}
+    kinds = {name: ask.kinds for name, ask in asked.items()}
     graded = not (one.upload and split == "test")
     if graded:
-        check_answers(table.where, answers)
-    pictures = picture_names(picture_keys(one, table, rows))
-    questions = tuple(
-        Question(
-            name,
-            ask.question,
-            ask.suffix,
-            (picture,),
-            ask.answer if isinstance(ask.answer, str) else next(iter(ask.answer), ""),
-            str(row.get("questionId", "")),
-        )
-        for name, ask, picture, row in zip(names, asked, pictures, rows, strict=True)
-    )
+        check_answers(table.where, {name: ask.answer for name, ask in asked.items()})
+    pictures = picture_names(table, picture_keys(one.picture, rows) if one.picture else None)
+    questions = []
+    for (name, ask), picture in zip(asked.items(), pictures, strict=True):
+        answer = ask.answer if isinstance(ask.answer, str) else next(iter(ask.answer), "")
+        official = str(records[name].get(one.id, ""))
+        questions.append(Question(name, ask.question, ask.suffix, (picture,), answer, official))
 
     def score(names: Sequence[str], texts: Mapping[str, str]) -> Score:
         if not graded:
             return ungraded("anls", one.upload, SERVER)
-        scored = one.score({name: answers[name] for name in names}, texts, kinds)
+        scored = one.score({name: references[name] for name in names}, texts, kinds)
         return with_version(scored, len(questions), one.expected[split])
 
     def sample_score(question: Question, text: str) -> float:
-        return float(one.sample_score(text, answers[question.id]))
+        return float(one.sample_score(text, references[question.id]))
 
-    def submission(texts: Mapping[str, str]) -> dict[str, Any]:
-        official = {question.id: question.official for question in questions}
-        return {one.upload: [{"questionId": as_number(official[name]), "answer": t} for name, t in texts.items()]}
-
-    return dataset_of(
+    return table.contents(questions, references, one.columns).dataset(
         f"{one.title} {split}",
-        table,
-        one.columns,
-        questions,
+        profile,
         score,
         sample_score if graded else None,
-        profile,
-        one.expected[split],
+        partial(one.submission, records) if one.submission is not None else no_submission,
+        {"questions": len(table), "expected_questions": one.expected[split]},
         max_new_tokens=one.tokens,
-        submission=submission if one.upload else no_submission,
+        read=one.read,
     )
 
 
-def picture_keys(one: HubSet, table: Table, rows: Sequence[Mapping[str, Any]]) -> list[Hashable]:
-    """Per row what names its image: columns, its content, or the row's number where the table does not say it."""
-    if not one.picture:
-        return picture_hashes(table)
-    keys = [tuple(row.get(column) for column in one.picture) for row in rows]
+def picture_keys(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Hashable]:
+    """Per row the columns that name its image, or the row's number where the table does not say it."""
+    keys = [tuple(row.get(column) for column in columns) for row in rows]
     return [row if any(part in (None, "") for part in key) else key for row, key in enumerate(keys)]
 
 
@@ -334,6 +340,12 @@ def anls_score(
     return replace(score, values=score.values | {"anls_m4c": plain}, notes=(note,))
 
 
+def upload_documents(file: str, records: Mapping[str, DocumentRow], texts: Mapping[str, str]) -> dict[str, Any]:
+    """The file for the server."""
+    ids = {name: as_number(str(record["questionId"])) for name, record in records.items()}
+    return {file: [{"questionId": ids[name], "answer": text} for name, text in texts.items()]}
+
+
 def documents(title: str, kinds: str, picture: tuple[str, ...], upload: str, expected: Mapping[str, int]) -> HubSet:
     """One configuration of the repository DocVQA.
 
@@ -342,7 +354,7 @@ def documents(title: str, kinds: str, picture: tuple[str, ...], upload: str, exp
     """
     return HubSet(
         title=title,
-        repository="DocVQA",
+        ids=of_lmms_lab("DocVQA"),
         config=title,
         schema=DocumentRow,
         columns=("questionId", "question", "answers"),
@@ -351,83 +363,341 @@ def documents(title: str, kinds: str, picture: tuple[str, ...], upload: str, exp
         score=partial(anls_score, breakdown=kinds.removesuffix("s").replace("_", " ")),
         expected=expected,
         hub_splits={"val": "validation"},
+        id="questionId",
         picture=picture,
+        submission=partial(upload_documents, upload),
         upload=upload,
         tokens=32,
     )
 
 
-# Name of the benchmark -> the set, its summary and its licence.
+# -- MMStar ----------------------------------------------------------------------------------------------------------
+
+# Profile llava: the rule of the authors' script (evaluate/mmstar.py of MMStar), right / all over 1,500 questions and
+# right / 250 per category. Their prompt is the question as the data set has it; LLaVA's instruction for multiple choice
+# follows, because the authors' own wrapper for LLaVA ends on it wherever it knows the options, and because without it
+# LLaVA answers in sentences, which a rule that reads first characters takes for wrong.
+# Profile lmms: the instruction is the same without the full stop. Letters are read with lmms-eval's extractor and
+# averaged over the 18 second-level categories instead of over questions. Where a run asked only some questions, both
+# divide by what was asked; on the whole split that is the same.
+
+LMMS_LETTER = LETTER.removesuffix(".")
+# lmms-eval takes this out of questions, a remainder of MME's task.
+LMMS_REMOVED = " Please answer yes or no."
+# What may stand before the letter in an answer that the authors' script reads.
+OPENINGS = ("", "(", "option ", "the answer is ")
+
+
+class StarSource(TypedDict):
+    """Where a question was taken from."""
+
+    source: NotRequired[str | None]
+
+
+class StarRow(TypedDict):
+    """A row of MMStar."""
+
+    index: Id
+    question: Filled
+    answer: Filled
+    category: str
+    l2_category: str
+    meta_info: NotRequired[StarSource | None]
+
+
+def ask_mmstar(row: StarRow, where: str) -> Asked:
+    return Asked(row["question"], LETTER, row["answer"], reference=row)
+
+
+def ask_mmstar_lmms(row: StarRow, where: str) -> Asked:
+    return Asked(row["question"].strip().replace(LMMS_REMOVED, ""), LMMS_LETTER, row["answer"], reference=row)
+
+
+def mmstar_workbook(records: Mapping[str, StarRow], texts: Mapping[str, str]) -> dict[str, Any]:
+    """The input of the authors' script, with the set a question was taken from as "bench"."""
+    asked: list[tuple[Mapping[str, Any], str]] = [(records[name], text) for name, text in texts.items()]
+    rows = (
+        [*(record[column] for column in MMSTAR.columns), (record.get("meta_info") or {}).get("source", ""), text]
+        for record, text in asked
+    )
+    return {"MMStar.xlsx": write_xlsx([*MMSTAR.columns, "bench", "prediction"], rows)}
+
+
+def mmstar_sample_score(text: str, answer: str) -> float:
+    """1 if the letter stands at the start or after one of OPENINGS, in either case; what follows is not looked at."""
+    text, answer = (string.lower().strip().replace("\n", " ") for string in (text, answer))
+    return float(any(text.startswith(opening) and text[len(opening) :][:1] == answer for opening in OPENINGS))
+
+
+def mmstar_lmms_sample_score(text: str, answer: str) -> float:
+    """1 if lmms-eval's extractor finds the letter."""
+    return float(extract_letter(text) == answer.strip().upper())
+
+
+def mmstar_score(
+    records: Mapping[str, StarRow], texts: Mapping[str, str], rule: Callable[[str, str], float] = mmstar_sample_score
+) -> Score:
+    """Percent right over all questions, the authors' "final score", and in both levels of categories.
+
+    Args:
+        records: question id -> what was asked.
+        texts: question id -> the model's text; one for every question.
+    """
+    answers = {name: record["answer"] for name, record in records.items()}
+    kinds = {
+        "category": {name: record["category"] for name, record in records.items()},
+        "detail": {name: record["l2_category"] for name, record in records.items()},
+    }
+    return mean_score(answers, texts, rule, kinds)
+
+
+def mmstar_lmms_score(records: Mapping[str, StarRow], texts: Mapping[str, str]) -> Score:
+    """Mean of the second-level categories' percentages; the arguments are those of `mmstar_score`."""
+    score = mmstar_score(records, texts, mmstar_lmms_sample_score)
+    details = sorted({record["l2_category"] for record in records.values()})
+    sums = np.zeros((len(records), 2, len(details)))
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, (name, record) in enumerate(records.items()):
+        sums[row, :, details.index(record["l2_category"])] = score.correct[name], 1
+        rows_of[record["category"]].append(row)
+    flat, names = sums.reshape(len(records), -1), tuple(records)
+    averages = {name: (float(macro_average(flat[r].sum(0))), len(r)) for name, r in sorted(rows_of.items())}
+    return replace(
+        score,
+        values={"average": float(macro_average(flat.sum(0))), **score.values},
+        groups=score.groups | {"category": averages},
+        notes=("average is over second-level categories, as lmms-eval prints it; accuracy is over questions",),
+        main="average",
+        terms=SufficientStatistics("question", names, names, flat, macro_average, most=100),
+    )
+
+
+def macro_average(sums: Array) -> Array:
+    """Sums [..., right per group then asked per group] -> 100 x the mean rate of the groups that were asked at all."""
+    right, asked = np.split(np.asarray(sums), 2, axis=-1)
+    return 100 * divide(divide(right, asked).sum(-1), (asked > 0).sum(-1))
+
+
+# -- OCRBench --------------------------------------------------------------------------------------------------------
+
+# One point for every answer that the text contains. Profile llava: the benchmark's script for LLaVA-1.5
+# (scripts/LLaVA1_5.py of MultimodalOCR), with LLaVA's instruction for short answers. Profile lmms: asked without one,
+# and full-width ASCII is taken for ASCII. In both, formulas of HME100k keep their case and lose their spaces.
+
+FULL = 1000
+FORMULAS = "HME100k"
+
+RECOGNITION = (
+    "Regular Text Recognition",
+    "Irregular Text Recognition",
+    "Artistic Text Recognition",
+    "Handwriting Recognition",
+    "Digit String Recognition",
+    "Non-Semantic Text Recognition",
+)
+
+
+OTHERS = (
+    "Scene Text-centric VQA",
+    "Doc-oriented VQA",
+    "Key Information Extraction",
+    "Handwritten Mathematical Expression Recognition",
+)
+
+
+TYPES = (*RECOGNITION, *OTHERS)
+
+# The 94 printable ASCII characters stand in the same order from U+FF01 on; U+3000 is their space.
+HALF_WIDTH = {0xFF01 + offset: 0x21 + offset for offset in range(94)} | {0x3000: 0x20}
+
+
+class TextRow(TypedDict):
+    """A row of OCRBench. The answer is a list or one text."""
+
+    dataset: str
+    question: Filled
+    question_type: str
+    answer: Filled | Texts
+
+
+@dataclass(frozen=True)
+class TextItem:
+    """What the metric needs of a question.
+
+    Attributes:
+        set: the data set it was taken from.
+        type: one of TYPES.
+    """
+
+    answers: Sequence[str]
+    set: str
+    type: str
+
+
+def ask_ocrbench(lmms: bool, row: TextRow, where: str) -> Asked:
+    """lmms-eval strips questions, the script does not."""
+    kind, answer = row["question_type"], row["answer"]
+    if kind not in TYPES:
+        raise unknown("OCRBench question type", kind, TYPES)
+    answers = [answer] if isinstance(answer, str) else answer
+    question, suffix = (row["question"].strip(), "") if lmms else (row["question"], SHORT)
+    return Asked(question, suffix, answers, reference=TextItem(answers, row["dataset"], kind))
+
+
+def ocrbench_sample_score(text: str, item: TextItem, fold: bool) -> float:
+    """1 if the text contains one of the answers.
+
+    Args:
+        fold: take full-width ASCII for ASCII, as lmms-eval does outside HME100k.
+    """
+
+    def plain(string: str) -> str:
+        string = string.strip().replace("\n", " ")
+        if item.set == FORMULAS:
+            return string.replace(" ", "")
+        return (string.translate(HALF_WIDTH) if fold else string).lower()
+
+    said = plain(text)
+    return float(any(plain(answer) in said for answer in item.answers))
+
+
+def ocrbench_score(items: Mapping[str, TextItem], texts: Mapping[str, str], fold: bool) -> Score:
+    """Points over all questions that were asked, of the recognition types together, and per type.
+
+    Args:
+        items: question id -> what was asked.
+        texts: question id -> the model's text; one for every question.
+    """
+    score = mean_score(items, texts, lambda text, item: ocrbench_sample_score(text, item, fold))
+    correct = score.correct
+    points = {kind: [correct[name] for name, item in items.items() if item.type == kind] for kind in TYPES}
+    read = float(sum(sum(points[kind]) for kind in RECOGNITION))
+    values: dict[str, float | None] = {"score": sum(correct.values()), "text_recognition": read}
+    notes = []
+    if len(items) != FULL:
+        values |= score.values
+        notes.append(f"score counts {len(items):,} questions, published scores are out of {FULL:,}: compare accuracy")
+    names, sums = tuple(correct), np.array([[value] for value in correct.values()])
+    return replace(
+        score,
+        values=values,
+        groups={"type": {kind: (sum(there), len(there)) for kind, there in points.items() if there}},
+        notes=tuple(notes),
+        main="score",
+        points=frozenset({"score", "text_recognition", "type"}),
+        terms=SufficientStatistics("question", names, names, sums, lambda sums: sums[..., 0], most=len(names)),
+    )
+
+
+# -- the sets --------------------------------------------------------------------------------------------------------
+
+AI2D = HubSet(
+    title="AI2D",
+    ids=of_lmms_lab("ai2d"),
+    schema=DiagramRow,
+    columns=("question", "options", "answer"),
+    ask=ask_ai2d,
+    sample_score=ai2d_score,
+    score=lambda answers, texts, kinds: mean_score(answers, texts, ai2d_score, main="exact_match"),
+    expected={"test": 3088},
+    tokens=16,
+)
+CHARTQA = HubSet(
+    title="ChartQA",
+    ids=of_lmms_lab("ChartQA"),
+    schema=ChartRow,
+    columns=("question", "answer", "type"),
+    ask=ask_chartqa,
+    sample_score=relaxed,
+    score=chartqa_score,
+    expected={"test": 2500},
+    tokens=16,
+)
+REALWORLDQA = HubSet(
+    title="RealWorldQA",
+    ids=of_lmms_lab("RealWorldQA"),
+    schema=PhotographRow,
+    columns=("question", "answer"),
+    ask=ask_realworldqa,
+    sample_score=realworldqa_score,
+    score=lambda answers, texts, kinds: mean_score(
+        answers, texts, realworldqa_score, {"answer type": kinds}, "exact_match"
+    ),
+    expected={"test": 765},
+    tokens=16,
+)
+DOCVQA = documents(
+    "DocVQA",
+    "question_types",
+    ("ucsf_document_id", "ucsf_document_page_no"),
+    "docvqa_test_for_submission.json",
+    {"val": 5349, "test": 5188},
+)
+INFOVQA = documents(
+    "InfographicVQA",
+    "answer_type",
+    ("image_url",),
+    "infovqa_test_for_submission.json",
+    {"val": 2801, "test": 3288},
+)
+# Of all answers the longest is the default of LLaVA's scripts, and lmms-eval's where a task sets none.
+MMSTAR = HubSet(
+    title="MMStar",
+    ids=("Lin-Chen/MMStar",),
+    schema=StarRow,
+    columns=("index", "question", "answer", "category", "l2_category"),
+    ask=ask_mmstar,
+    sample_score=lambda text, row: mmstar_sample_score(text, row["answer"]),
+    score=lambda rows, texts, kinds: mmstar_score(rows, texts),
+    expected={"val": 1500},
+    id="index",
+    submission=mmstar_workbook,
+    read=read_xlsx,
+)
+OCRBENCH = HubSet(
+    title="OCRBench",
+    ids=("echo840/OCRBench",),
+    schema=TextRow,
+    columns=("dataset", "question", "question_type", "answer"),
+    ask=partial(ask_ocrbench, False),
+    sample_score=partial(ocrbench_sample_score, fold=False),
+    score=lambda items, texts, kinds: ocrbench_score(items, texts, fold=False),
+    expected={"test": FULL},
+)
+
+# Name of the benchmark -> profile -> the set.
 SETS = {
-    "ai2d": (
-        HubSet(
-            title="AI2D",
-            repository="ai2d",
-            schema=DiagramRow,
-            columns=("question", "options", "answer"),
-            ask=ask_ai2d,
-            sample_score=ai2d_score,
-            score=lambda answers, texts, kinds: mean_score(answers, texts, ai2d_score, main="exact_match"),
-            expected={"test": 3088},
+    "ai2d": {"lmms": AI2D},
+    "chartqa": {"lmms": CHARTQA},
+    "realworldqa": {"lmms": REALWORLDQA},
+    "docvqa": {"lmms": DOCVQA},
+    "infovqa": {"lmms": INFOVQA},
+    "mmstar": {
+        "llava": MMSTAR,
+        "lmms": replace(
+            MMSTAR,
+            ask=ask_mmstar_lmms,
+            sample_score=lambda text, row: mmstar_lmms_sample_score(text, row["answer"]),
+            score=lambda rows, texts, kinds: mmstar_lmms_score(rows, texts),
         ),
-        "Multiple choice about diagrams of school books.",
-        "see https://prior.allenai.org/projects/diagram-understanding and the data card",
-    ),
-    "chartqa": (
-        HubSet(
-            title="ChartQA",
-            repository="ChartQA",
-            schema=ChartRow,
-            columns=("question", "answer", "type"),
-            ask=ask_chartqa,
-            sample_score=relaxed,
-            score=chartqa_score,
-            expected={"test": 2500},
+    },
+    "ocrbench": {
+        "llava": OCRBENCH,
+        "lmms": replace(
+            OCRBENCH,
+            ask=partial(ask_ocrbench, True),
+            sample_score=partial(ocrbench_sample_score, fold=True),
+            score=lambda items, texts, kinds: ocrbench_score(items, texts, fold=True),
         ),
-        "Questions about charts; numbers may be 5 % off.",
-        "GPL-3.0 (https://github.com/vis-nlp/ChartQA)",
-    ),
-    "realworldqa": (
-        HubSet(
-            title="RealWorldQA",
-            repository="RealWorldQA",
-            schema=PhotographRow,
-            columns=("question", "answer"),
-            ask=ask_realworldqa,
-            sample_score=realworldqa_score,
-            score=lambda answers, texts, kinds: mean_score(
-                answers, texts, realworldqa_score, {"answer type": kinds}, "exact_match"
-            ),
-            expected={"test": 765},
-        ),
-        "Questions about photographs of streets and other everyday scenes; letters and short answers.",
-        "see the data card",
-    ),
-    "docvqa": (
-        documents(
-            "DocVQA",
-            "question_types",
-            ("ucsf_document_id", "ucsf_document_page_no"),
-            "docvqa_test_for_submission.json",
-            {"val": 5349, "test": 5188},
-        ),
-        "Questions about scanned pages of documents; ANLS.",
-        "see https://www.docvqa.org and the data card",
-    ),
-    "infovqa": (
-        documents(
-            "InfographicVQA",
-            "answer_type",
-            ("image_url",),
-            "infovqa_test_for_submission.json",
-            {"val": 2801, "test": 3288},
-        ),
-        "Questions about infographics; ANLS.",
-        "see https://www.docvqa.org and the data card",
-    ),
+    },
 }
 
-BENCHMARKS = tuple(
-    Benchmark(name, summary, tuple(one.expected), partial(load, one), ("lmms",), mirror=one.ids, licence=licence)
-    for name, (one, summary, licence) in SETS.items()
-)
+
+def entry(name: str) -> Benchmark:
+    """The registry's entry of a set, whose variants have repositories and splits in common."""
+    profiles = SETS[name]
+    one = next(iter(profiles.values()))
+    return listed(name, partial(load, profiles), tuple(one.expected), profiles=tuple(profiles), mirror=one.ids)
+
+
+BENCHMARKS = tuple(map(entry, SETS))

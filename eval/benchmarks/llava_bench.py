@@ -19,10 +19,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, no_submission
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, no_submission
 from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_files import each_once, need_file
-from eval.benchmarks.media import Folder, Pictures, image_name
+from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, Number, Texts, TypedDict, check_lines
 from eval.judging import Judging, Request, Verdict, judged_facts, prompts
 from eval.judging.choice import unjudged
@@ -82,7 +82,6 @@ class Review(TypedDict):
 class Entry:
     """One question with what the judge is told."""
 
-    id: str
     image: str
     question: str
     category: str
@@ -94,28 +93,17 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     """The 60 questions; both profiles ask them as they are."""
     title = "LLaVA-Bench-in-the-Wild"
     official = official_file(data, source, title, [data / FOLDER / "questions.jsonl"], MIRROR)
-    entries, pictures, mark, where = (
-        read_official(official, title) if official is not None else read_mirror(data, download=source == "mirror")
-    )
-    judging = judge_with(entries)
-    return Dataset(
-        title,
-        tuple(Question(e.id, e.question, "", (e.image,), e.reference) for e in entries.values()),
-        pictures,
-        mark,
-        unjudged(judging),
-        None,
-        # The official script reads answers.jsonl as it is.
-        no_submission,
-        # model_vqa.py's generate call. lmms-eval allows 32,768, which no answer comes near to.
-        max_new_tokens=1024,
-        facts=judged_facts(judging, where, profile, len(entries), COUNT),
-        judging=judging,
-    )
+    contents = read_mirror(data, source) if official is None else read_official(official, title)
+    judging = judge_with(contents.references)
+    facts = judged_facts(judging, len(contents.questions), COUNT)
+    # model_vqa.py's generate call. lmms-eval allows 32,768, which no answer comes near to.
+    more = {"max_new_tokens": 1024, "judging": judging}
+    # The official script reads answers.jsonl as it is.
+    return contents.dataset(title, profile, unjudged(judging), None, no_submission, facts, **more)
 
 
-def read_official(asked: Path, title: str) -> tuple[dict[str, Entry], Pictures, str, str]:
-    """Entries in file order, images, the hash of the three files, and the source's name."""
+def read_official(asked: Path, title: str) -> Contents[Entry]:
+    """Entries in file order."""
     context, answers = asked.with_name("context.jsonl"), asked.with_name("answers_gpt4.jsonl")
     for path in (asked, context, answers):
         need_file(path, title, SOURCE)
@@ -130,8 +118,9 @@ def read_official(asked: Path, title: str) -> tuple[dict[str, Entry], Pictures, 
             raise UserError(f"{context} has no caption for {image}, which question {name} is about.")
         if name not in references:
             raise UserError(f"{answers} has no answer to question {name}.")
-        entries[name] = Entry(name, image, row["text"], row["category"], captions[image], references[name])
-    return entries, Folder(asked.parent / "images"), fingerprint([asked, context, answers]), "official"
+        entries[name] = Entry(image, row["text"], row["category"], captions[image], references[name])
+    mark = fingerprint([asked, context, answers])
+    return Contents("official", ask(entries), entries, Folder(asked.parent / "images"), mark)
 
 
 def caption_text(caption: str | Sequence[str]) -> str:
@@ -139,18 +128,21 @@ def caption_text(caption: str | Sequence[str]) -> str:
     return caption if isinstance(caption, str) else "\n".join(caption)
 
 
-def read_mirror(data: Path, download: bool) -> tuple[dict[str, Entry], Pictures, str, str]:
-    """Entries, images, hash and place of the table; its rows are numbered where it has no ids."""
-    table = open_table(data, MIRROR, None, "train", download)
-    rows = {number: (str(row.get("question_id", number)), row) for number, row in enumerate(table.records(MirrorRow))}
-    each_once((f"{table.where} row {number}", name) for number, (name, _) in rows.items())
-    entries = {
-        name: Entry(
-            name, f"{number}/image", row["question"], row["category"], caption_text(row["caption"]), row["gpt_answer"]
-        )
-        for number, (name, row) in rows.items()
-    }
-    return entries, table.pictures(), table.fingerprint(COLUMNS), table.where
+def ask(entries: Mapping[str, Entry]) -> tuple[Question, ...]:
+    return tuple(Question(name, one.question, "", (one.image,), one.reference) for name, one in entries.items())
+
+
+def read_mirror(data: Path, source: str) -> Contents[Entry]:
+    """The hub's table, whose rows are numbered where it has no ids."""
+    table = open_table(data, MIRROR, None, "train", source)
+    rows = table.records(MirrorRow)
+    names = [str(row.get("question_id", number)) for number, row in enumerate(rows)]
+    each_once((f"{table.where} row {number}", name) for number, name in enumerate(names))
+    entries = {}
+    for name, image, row in zip(names, table.row_images(), rows, strict=True):
+        caption = caption_text(row["caption"])
+        entries[name] = Entry(image, row["question"], row["category"], caption, row["gpt_answer"])
+    return table.contents(ask(entries), entries, COLUMNS)
 
 
 # -- the judge -------------------------------------------------------------------------------------------------------
@@ -194,13 +186,11 @@ def judge_with(entries: Mapping[str, Entry]) -> Judging:
 def message(entry: Entry, text: str) -> str:
     """What the judge reads: captions, question, both answers and the rule of the question's category."""
     rule = prompts()["llava_bench"]["rules"][f"llava_bench_{entry.category}"]
-    role = rule["role"]
-    answers = [
-        f"[{role} {number}]\n{answer}\n\n[End of {role} {number}]\n\n"
-        for number, answer in enumerate((entry.reference, text), start=1)
-    ]
-    context = f"[Context]\n{entry.caption}\n\n[Question]\n{entry.question}\n\n"
-    return f"{context}{''.join(answers)}[System]\n{rule['prompt']}\n\n"
+    parts = [f"[Context]\n{entry.caption}\n\n[Question]\n{entry.question}\n\n"]
+    for number, answer in enumerate((entry.reference, text), start=1):
+        who = f"{rule['role']} {number}"
+        parts.append(f"[{who}]\n{answer}\n\n[End of {who}]\n\n")
+    return f"{''.join(parts)}[System]\n{rule['prompt']}\n\n"
 
 
 def read_reviews(path: Path) -> dict[str, Verdict]:
@@ -265,17 +255,17 @@ def evaluate(
         tail: of the numbers' names, for pairs that no judge gave.
     """
     rows = np.array([(*pairs[name], 1.0) for name in categories]).reshape(-1, 3)
-    kinds = {kind: [i for i, category in enumerate(categories.values()) if category == kind] for kind in KINDS}
-    table = {kind: (official_ratio(rows[members].sum(0)), len(members)) for kind, members in kinds.items() if members}
+    table = {}
+    for kind in KINDS:
+        members = [category == kind for category in categories.values()]
+        if any(members):
+            table[kind] = official_ratio(rows[members].sum(0)), sum(members)
     clusters = tuple(images[name] for name in categories)
     total = rows.sum(0)
     main, *names = (f"{name}{tail}" for name in ("relative_score", "reference_points", "model_points"))
-    means = total[:2] / len(rows)
-    values: dict[str, float | None] = {
-        main: official_ratio(total),
-        names[0]: round(round(float(means[0]), 3) * 10, 1),
-        names[1]: round(round(float(means[1]), 3) * 10, 1),
-    }
+    values: dict[str, float | None] = {main: official_ratio(total)}
+    for name, mean in zip(names, total[:2] / len(rows), strict=True):
+        values[name] = round(round(float(mean), 3) * 10, 1)
     lost = sum(tuple(pairs[name]) == UNREADABLE for name in categories)
     notes = [note] if note else []
     if lost:
@@ -292,19 +282,4 @@ def unigram_f1(text: str, answer: str) -> float:
     return 2 * shared / (said.total() + expected.total()) if shared else 0.0
 
 
-BENCHMARK = Benchmark(
-    name="llava_bench",
-    summary="Conversations, descriptions and reasoning about images from the wild; judged by GPT-4.",
-    splits=("test",),
-    read=load,
-    published="65.4 relative score",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, judged by gpt-4-0314",
-    needs=(
-        Need(f"{FOLDER}/questions.jsonl", SOURCE),
-        Need(f"{FOLDER}/context.jsonl", SOURCE),
-        Need(f"{FOLDER}/answers_gpt4.jsonl", SOURCE),
-        Need(f"{FOLDER}/images", SOURCE, count=24),
-    ),
-    mirror=MIRROR,
-    licence="not stated on its page",
-)
+BENCHMARK = listed("llava_bench", load, ("test",), mirror=MIRROR)

@@ -1,10 +1,11 @@
 """What benchmarks in LLaVA's layout share: question files, their answer-format instructions, people's answers."""
 
+import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -37,6 +38,13 @@ def split_suffix(text: str) -> tuple[str, str]:
         if text.endswith(f"\n{suffix}"):
             return text[: -len(suffix) - 1], suffix
     return text, ""
+
+
+class Asked(TypedDict):
+    """What most records of a question have, in official files and on the hub."""
+
+    question_id: Id
+    question: Filled
 
 
 class Line(TypedDict):
@@ -146,6 +154,16 @@ def most_common(answers: Sequence[str]) -> str:
 def as_number(name: str) -> int | str:
     """A question id as the official files have it: digits are a number there."""
     return int(name) if name.isdecimal() else name
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A file of JSON lines as the official scripts read it."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def by_id(records: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The records by question id."""
+    return {str(record["question_id"]): record for record in records}
 
 
 def need_file(path: Path, title: str, source: str) -> Path:

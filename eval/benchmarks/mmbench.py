@@ -25,15 +25,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eval.answers.jsonl import read_bytes
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import letters, official_file, open_table, option_lines, ungraded
 from eval.benchmarks.llava_files import LETTER, LETTER_CN
 from eval.benchmarks.media import Inline
-from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict
-from eval.benchmarks.spreadsheet import read_xlsx, write_xlsx
+from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, read_xlsx, write_xlsx
 from eval.metrics import Score, first_names, ratio_terms
 from eval.metrics.accuracy import grouped, percent
 from llava.errors import UserError
@@ -43,20 +42,14 @@ if TYPE_CHECKING:
 
 MIRROR = ("lmms-lab-encoder/MMBench", "lmms-lab/MMBench")
 SERVER = "MMBench's evaluation server, https://opencompass.org.cn/leaderboard-multimodal"
-DOWNLOADS = "https://download.openmmlab.com/mmclassification/datasets/mmbench"
 
 OPTIONS = "ABCDE"
 # Columns that LLaVA's conversion leaves out, and the place it gives the prediction.
 DROPPED = {"hint", "category", "source", "image", "comment", "l2-category"}
-
-
 PREDICTION_AT = 6
-
 
 # The mirror's columns by the names and in the order of the official file.
 MIRRORED = ("index", "question", "hint", *OPTIONS, "answer", "category", "image", "source", "L2-category", "split")
-
-
 COLUMNS_LMMS = ("index", "question", "answer", "prediction", "hint", "source", "split", "category", "L2-category")
 # Cells that pandas, with which the official tools read these files, takes for empty: an option "None" is no option.
 # Listed here because other versions of pandas have other lists.
@@ -70,11 +63,7 @@ REQUIRED = ("index", "question", "A", "B", "image")
 
 # A shorter image is the index of another row that shows the same one.
 SHORTEST_PICTURE = 64
-
-
 LONGEST_CELL = 1 << 30
-
-
 LONGEST_INDEX = 18
 
 Row = dict[str, str | None]
@@ -126,25 +115,18 @@ class Edition:
 
 
 @dataclass(frozen=True)
-class Table:
-    """The rows of a split from either source.
+class Rows(Contents[Row]):
+    """The rows of a split from either source; `load` adds the questions.
 
     Attributes:
-        name: file or data set, for facts.
+        references: rows by index, without the image; empty cells are None, words like "None" are kept. "picture" names
+            what `pictures` opens.
         stem: of the file to upload.
         columns: as the official file names and orders them.
-        rows: without the image; empty cells are None, words like "None" are kept. "picture" names what `pictures`
-            opens.
-        notes: what a reader of the score must know of the rows.
     """
 
-    name: str
     stem: str
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    pictures: Inline
-    fingerprint: str
-    notes: tuple[str, ...] = ()
 
 
 Choices = Mapping[str, str]
@@ -172,17 +154,23 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
     """Read a split; everything that can be wrong with its rows is said here."""
     lmms, title = profile == "lmms", f"{edition.title} {split}"
     official = official_file(data, source, title, [data / name for name in edition.files[split]], MIRROR)
-    table = read_tsv(official) if official is not None else read_mirror(data, edition, split, source == "mirror")
-    notes = check_answers(table.rows, table.pictures.where)
+    table = read_tsv(official) if official is not None else read_mirror(data, edition, split, source)
+    rows = table.references
+    notes = check_answers(rows.values(), table.pictures.where)
     if official is not None or not lmms:
         # Wherever the rows come from, they are empty where pandas, and with it the official tools, find them empty.
-        rows = tuple({name: None if cell in EMPTY else cell for name, cell in row.items()} for row in table.rows)
-        table = replace(table, rows=rows)
-    questions = tuple(ask_lmms(row, edition) if lmms else ask(row, edition) for row in table.rows)
+        rows = {
+            index: {name: None if cell in EMPTY else cell for name, cell in row.items()} for index, row in rows.items()
+        }
+    questions = []
+    for index, row in rows.items():
+        text, suffix = ask_lmms(row, edition) if lmms else (ask(row), edition.suffix)
+        questions.append(Question(index, text, suffix, (str(row["picture"]),), row.get("answer") or ""))
+    table = replace(table, questions=tuple(questions), references=rows)
     scored = all(question.answer for question in questions)
     if not scored and any(question.answer for question in questions):
-        raise UserError(f"{table.name} has rows with and rows without an answer; get it again.")
-    items = {question.id: item_of(row, lmms) for question, row in zip(questions, table.rows, strict=True)}
+        raise UserError(f"{table.source} has rows with and rows without an answer; get it again.")
+    items = {index: item_of(row, lmms) for index, row in rows.items()}
     groups = len({item.index % PASS for item in items.values()})
     if split == "dev" and edition.groups not in (None, groups):
         # Groups tell releases apart.
@@ -199,23 +187,16 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
     def sample_score(question: Question, text: str) -> float:
         return float(rule(text, items[question.id].choices) == question.answer)
 
-    return Dataset(
+    facts = {"rows": len(questions), "groups": groups, "letter rules": "lmms-eval" if lmms else "VLMEvalKit"}
+    return table.dataset(
         title,
-        questions,
-        table.pictures,
-        table.fingerprint,
+        profile,
         score,
         sample_score if scored else None,
         lambda texts: {upload: (workbook_lmms if lmms else workbook)(table, texts)},
+        facts,
         # LLaVA's script for MMBench generates up to 1,024 tokens, not the 128 of its other scripts.
         max_new_tokens=edition.tokens_lmms if lmms else 1024,
-        facts={
-            "source": table.name,
-            "profile": profile,
-            "rows": len(questions),
-            "groups": groups,
-            "letter rules": "lmms-eval" if lmms else "VLMEvalKit",
-        },
         read=read_xlsx,
     )
 
@@ -223,7 +204,7 @@ def load(edition: Edition, data: Path, split: str, profile: str = "llava", sourc
 # -- the sources -----------------------------------------------------------------------------------------------------
 
 
-def read_tsv(path: Path) -> Table:
+def read_tsv(path: Path) -> Rows:
     """A question file of MMBench, whose images are decoded when they are asked for."""
     cells = read_table(path)
     columns = tuple(cells.columns)
@@ -255,7 +236,8 @@ def read_tsv(path: Path) -> Table:
             raise UserError(f"{path}, index {name}, has no readable image ({error}); get the file again.") from error
 
     pictures = Inline(str(path), frozenset(encoded), fetch)
-    return Table(path.name, path.stem, columns, tuple(rows), pictures, fingerprint([path]))
+    by_index = {str(row["index"]): row for row in rows}
+    return Rows(path.name, (), by_index, pictures, fingerprint([path]), path.stem, columns)
 
 
 def read_table(path: Path) -> "pandas.DataFrame":
@@ -288,43 +270,43 @@ def read_row(columns: tuple[str, ...], cells: tuple[object, ...], where: str) ->
     if there != len(columns):
         raise UserError(f"{where} has {there} cells, the first line names {len(columns)} columns.")
     row: Row = {name: str(cell) or None for name, cell in zip(columns, cells, strict=True)}
-    index, picture = row["index"] or "", row.pop("image")
+    row["index"], picture = str(int(checked_index(row["index"] or "", where))), row.pop("image")
+    for name, cell in (("question", row["question"]), ("image", picture)):
+        if cell is None or cell in EMPTY:
+            raise UserError(f"{where} has no {name}.")
+    return row, str(picture)
+
+
+def checked_index(index: str, where: str) -> str:
+    """The index of a row, which is refused if it is no number."""
     if not (index.isascii() and index.isdigit() and len(index) <= LONGEST_INDEX):
         raise UserError(
             f"{where} has the index {index[:40]!r}, which should be a whole number of at most {LONGEST_INDEX} digits."
         )
-    row["index"] = str(int(index))
-    if row["question"] in EMPTY or row["question"] is None or picture in EMPTY or picture is None:
-        raise UserError(f"{where} has no {'image' if row['question'] not in (None, *EMPTY) else 'question'}.")
-    return row, picture
+    return index
 
 
-def read_mirror(data: Path, edition: Edition, split: str, download: bool) -> Table:
+def read_mirror(data: Path, edition: Edition, split: str, source: str) -> Rows:
     """The copy that lmms-eval reads, cells as they stand."""
-    table = open_table(data, MIRROR, edition.config, split, download)
+    table = open_table(data, MIRROR, edition.config, split, source)
     records = table.records(MirrorRow)
-    if not records:
-        raise UserError(f"{table.where} has no rows.")
     rows: list[Row] = []
     for number, record in enumerate(records):
-        row = {column_name(name): cell_text(value) for name, value in record.items()}
-        index = str(row["index"])
-        if not (index.isascii() and index.isdigit() and len(index) <= LONGEST_INDEX):
-            raise UserError(f"{table.where} row {number} has the index {index[:40]!r}, which should be a whole number.")
+        # Empty cells of tables that pandas wrote are NaN, which does not equal itself.
+        cells = ((column_name(name), value) for name, value in record.items())
+        row = {name: None if value is None or value != value else str(value) for name, value in cells}
+        row["index"] = checked_index(str(row["index"]), f"{table.where} row {number}")
         # The word "nan" may be an option to lmms-eval, an answer it is not: that is how the test split has none.
         answer = None if row.get("answer") in EMPTY else row.get("answer")
         rows.append(row | {"picture": f"{number}/image", "answer": answer})
-    if len({row["index"] for row in rows}) < len(rows):
+    by_index = {str(row["index"]): row for row in rows}
+    if len(by_index) < len(rows):
         raise UserError(f"{table.where} has an index twice.")
     names = [name for name in MIRRORED if name in records[0] or name == "image"]
-    return Table(
-        f"{table.id}, config {edition.config}",
-        f"MMBench_{edition.config}_{split}",
-        tuple(column_name(name) for name in names if name != "E"),
-        tuple(rows),
-        table.pictures(),
-        table.fingerprint([name for name in names if name != "image"]),
-    )
+    source, stem = f"{table.id}, config {edition.config}", f"MMBench_{edition.config}_{split}"
+    columns = tuple(column_name(name) for name in names if name != "E")
+    mark = table.fingerprint([name for name in names if name != "image"])
+    return Rows(source, (), by_index, table.pictures(), mark, stem, columns)
 
 
 def column_name(name: str) -> str:
@@ -332,12 +314,7 @@ def column_name(name: str) -> str:
     return name if name in OPTIONS else name.lower()
 
 
-def cell_text(value: Any) -> str | None:
-    """A cell as text; None, and the NaN of tables that pandas wrote, as None."""
-    return None if value is None or value != value else str(value)
-
-
-def check_answers(rows: Sequence[Row], where: str) -> tuple[str, ...]:
+def check_answers(rows: Iterable[Row], where: str) -> tuple[str, ...]:
     """Refuse an answer that is no option of its row, which no model can give.
 
     Returns:
@@ -356,12 +333,11 @@ def check_answers(rows: Sequence[Row], where: str) -> tuple[str, ...]:
             raise UserError(f"{where}, index {row['index']}, has the answer {answer}, which is an empty option.")
         if row[answer] in EMPTY:
             lost.append(str(row["index"]))
-    if not lost:
-        return ()
-    return (
+    note = (
         f"the right option of {len(lost):,} rows ({first_names(lost)}) is a word that the official tools read as an "
-        "empty cell: under LLaVA's profile no answer to them is right",
+        "empty cell: under LLaVA's profile no answer to them is right"
     )
+    return (note,) if lost else ()
 
 
 # -- questions and files to upload -----------------------------------------------------------------------------------
@@ -374,7 +350,7 @@ def item_of(row: Row, lmms: bool) -> Item:
     return Item(int(str(row["index"])), answer, choices, category, l2)
 
 
-def ask(row: Row, edition: Edition) -> Question:
+def ask(row: Row) -> str:
     """LLaVA's wording: hint, question, and the options up to the first that is empty, a line each."""
     options: list[str] = []
     for letter in OPTIONS[:4]:
@@ -385,20 +361,19 @@ def ask(row: Row, edition: Edition) -> Question:
     lines = [str(row["question"]), option_lines(letters(options))]
     if not is_none(row.get("hint")):
         lines.insert(0, str(row["hint"]))
-    return question(row, "\n".join(lines), edition.suffix)
+    return "\n".join(lines)
 
 
-def ask_lmms(row: Row, edition: Edition) -> Question:
-    """lmms-eval's wording: hint and question on one line, a sentence before the options, an empty line after them."""
+def ask_lmms(row: Row, edition: Edition) -> tuple[str, str]:
+    """lmms-eval's wording and instruction.
+
+    Hint and question stand on one line, a sentence before the options, an empty line after them.
+    """
     options = [f"{letter}. {row[letter]}" for letter in OPTIONS if row.get(letter) not in (None, "", "nan")]
     hint = row.get("hint")
     shown = hint is not None and (edition.nan_is_hint or hint != "nan")
     text = "\n".join([f"{row['question']} There are several options:", *options])
-    return question(row, f"{hint} {text}" if shown else text, f"\n{edition.suffix_lmms}")
-
-
-def question(row: Row, text: str, suffix: str) -> Question:
-    return Question(str(row["index"]), text, suffix, (str(row["picture"]),), row.get("answer") or "")
+    return f"{hint} {text}" if shown else text, f"\n{edition.suffix_lmms}"
 
 
 def is_none(value: str | None) -> bool:
@@ -406,27 +381,25 @@ def is_none(value: str | None) -> bool:
     return value is None or value.lower() in ("nan", "none")
 
 
-def workbook(table: Table, texts: Mapping[str, str]) -> bytes:
+def workbook(table: Rows, texts: Mapping[str, str]) -> bytes:
     """The file of LLaVA's scripts/convert_mmbench_for_submission.py: every row, without a prediction where none is."""
     columns = [name for name in table.columns if name not in DROPPED]
     columns.insert(PREDICTION_AT, "prediction")
-    rows = (row | {"prediction": texts.get(str(row["index"]))} for row in table.rows)
-    return write_xlsx(columns, ([number_or_text(name, row.get(name)) for name in columns] for row in rows))
+    return sheet(columns, columns, (row | {"prediction": texts.get(index)} for index, row in table.references.items()))
 
 
-def workbook_lmms(table: Table, texts: Mapping[str, str]) -> bytes:
+def workbook_lmms(table: Rows, texts: Mapping[str, str]) -> bytes:
     """The file of lmms-eval: the rows that were asked."""
     names = [*COLUMNS_LMMS, *OPTIONS]
-    rows = (
-        {"E": "nan"} | row | {"prediction": texts[str(row["index"])].strip()}
-        for row in table.rows
-        if row["index"] in texts
-    )
-    return write_xlsx(names, ([number_or_text(name, row.get(column_name(name))) for name in names] for row in rows))
+    asked = ((row, texts[index].strip()) for index, row in table.references.items() if index in texts)
+    rows = ({"E": "nan"} | row | {"prediction": text} for row, text in asked)
+    return sheet(names, [column_name(name) for name in names], rows)
 
 
-def number_or_text(column: str, value: str | None) -> str | int | None:
-    return int(value) if column == "index" and value is not None else value
+def sheet(titles: Sequence[str], names: Sequence[str], rows: Iterable[Row]) -> bytes:
+    """The cells `names` of the rows below `titles`; the index is a number."""
+    cells = ([int(str(row[name])) if name == "index" else row.get(name) for name in names] for row in rows)
+    return write_xlsx(titles, cells)
 
 
 # -- the metric ------------------------------------------------------------------------------------------------------
@@ -437,14 +410,8 @@ PASS = 1_000_000
 
 # What a refusal is read as; no option has this letter.
 REFUSED = "Z"
-
-
 UNREAD = ""
-
-
 NO_ANSWER = "Failed to obtain answer via API"
-
-
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -462,8 +429,6 @@ ANSWER_IS = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 
 # lmms-eval reads five letters whatever the question offers, bare or in one of these forms, tried in this order.
 LETTERS_LMMS = "ABCDE"
-
-
 FORMS_LMMS = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
 
 
@@ -556,9 +521,19 @@ def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = i
     }
     notes = [
         "accuracy: groups in which every rotation of the options is answered right; vanilla_accuracy: their first pass "
-        "alone",
-        *unread_notes(unread, undecided(members.values(), read, items)),
+        "alone"
     ]
+    if unread:
+        # Something unread and nothing read wrong.
+        undecided = 0
+        for names in members.values():
+            hopeless = any(read[name] not in (UNREAD, items[name].answer) for name in names)
+            undecided += not hopeless and any(not read[name] for name in names)
+        notes.append(
+            f"answers that no rule reads (unmatched): {unread:,}, counted as wrong; the official scorers ask GPT about "
+            "them and draw an option at random after three failures; groups that this could change: "
+            f"{undecided:,} at most"
+        )
     if left_out := len(items) - sum(map(len, members.values())):
         notes.append(f"rows of groups whose first pass was not asked, left out: {left_out:,}")
     return Score(
@@ -569,25 +544,6 @@ def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = i
         points=frozenset({"unmatched"}),
         terms=ratio_terms(hits, unit="group", proportion=True),
     )
-
-
-def undecided(groups: Iterable[Sequence[str]], read: Mapping[str, str], items: Mapping[str, Item]) -> int:
-    """Groups that the official scorers would ask GPT about: something unread and nothing read wrong."""
-    letters = ([(read[name], items[name].answer) for name in names] for names in groups)
-    return sum(
-        any(not letter for letter, _ in group) and all(letter in (UNREAD, answer) for letter, answer in group)
-        for group in letters
-    )
-
-
-def unread_notes(unread: int, groups: int) -> list[str]:
-    """What replaces the official scorers' GPT."""
-    if not unread:
-        return []
-    return [
-        f"answers that no rule reads (unmatched): {unread:,}, counted as wrong; the official scorers ask GPT about "
-        f"them and draw an option at random after three failures; groups that this could change: {groups:,} at most"
-    ]
 
 
 ENGLISH = Edition(
@@ -626,43 +582,7 @@ CHINESE = Edition(
 )
 
 
-def benchmark(name: str, edition: Edition, summary: str, published: str, by: str, size: str = "") -> Benchmark:
-    """The entry of one language.
-
-    Args:
-        by: which model has the published number, and who says so.
-        size: of the official file, for `check-data`.
-    """
-    usual, *others = edition.files["dev"]
-    return Benchmark(
-        name,
-        f"{summary}; right only if it is for every rotation of the options.",
-        tuple(edition.files),
-        partial(load, edition),
-        published=published,
-        published_by=by,
-        needs=(Need(usual, f"{DOWNLOADS}/{Path(usual).name}{size}", others=tuple(others)),),
-        mirror=MIRROR,
-        licence="Apache-2.0 (MMBench repository)",
-    )
-
-
-BENCHMARKS = (
-    benchmark(
-        "mmbench",
-        ENGLISH,
-        "Multiple choice over twenty abilities",
-        "64.3 accuracy",
-        "LLaVA-1.5-7B, LLaVA's model zoo, on dev with 1,176 groups; 64.69 in a re-run of the released weights"
-        " with LLaVA's scripts in FasterVLM's EVAL.md",
-        " (4,377 rows)",
-    ),
-    benchmark(
-        "mmbench_cn",
-        CHINESE,
-        "MMBench in Chinese",
-        "58.3 accuracy",
-        "LLaVA-1.5-7B, LLaVA's model zoo, on dev; 58.08 in a re-run of the released weights with LLaVA's "
-        "scripts in FasterVLM's EVAL.md",
-    ),
+BENCHMARKS = tuple(
+    listed(name, partial(load, edition), tuple(edition.files), mirror=MIRROR)
+    for name, edition in (("mmbench", ENGLISH), ("mmbench_cn", CHINESE))
 )

@@ -19,16 +19,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from eval.answers.jsonl import Row, is_file, read_bytes
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
-from eval.benchmarks.hub import official_file, open_table
-from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, read_prompts
-from eval.benchmarks.media import Folder, Pictures, image_name
-from eval.benchmarks.records import Filled, Id, TypedDict
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
+from eval.benchmarks.hub import Table, official_file, open_table, picture_names
+from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, Asked, read_prompts
+from eval.benchmarks.media import Folder, image_name
+from eval.benchmarks.records import Filled
 from eval.metrics import Array, Score, SufficientStatistics, divide, first_names
 from eval.metrics.accuracy import check_coverage
 from llava.errors import UserError, unknown
@@ -55,16 +56,12 @@ TASKS = PERCEPTION | COGNITION
 
 # What ends the official questions, where LLaVA has its own instruction.
 PLEASE = " Please answer yes or no."
-
-
 SPACES = str.maketrans("\t\n\r", "   ")
 
 
-class MirrorRow(TypedDict):
+class MirrorRow(Asked):
     """A row of the mirror."""
 
-    question_id: Id
-    question: Filled
     answer: Filled
     category: Filled
 
@@ -83,7 +80,7 @@ class Result:
     file: str
     question: str
     truth: str
-    text: str
+    text: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -112,60 +109,50 @@ Lines = Mapping[str, Sequence[Line]]
 Pairs = Mapping[str, Sequence[Sequence[Line]]]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A question with what result files say of it; the result's text is empty."""
-
-    question: Question
-    result: Result
-
-
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read the only split; everything that can be wrong with its files is said here, images excepted."""
     prompts = official_file(data, source, "MME", [data / "MME" / "llava_mme.jsonl"], MIRROR, EVAL_ZIP)
-    if prompts is not None:
-        entries, pictures, version = read_official(prompts, profile)
-        where = "official"
+    if prompts is None:
+        contents = read_mirror(open_table(data, MIRROR, None, split, source), profile)
     else:
-        table = open_table(data, MIRROR, None, split, source == "mirror")
-        entries = read_mirror(table.where, table.records(MirrorRow), profile)
-        pictures, version, where = table.pictures(), table.fingerprint(MIRROR_COLUMNS), table.id
-    known = {entry.question.id: entry for entry in entries}
+        contents = read_official(prompts, profile)
+    known, image_of = contents.references, {question.id: question.official for question in contents.questions}
     read_text = parse_lmms if profile == "lmms" else parse_official
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
         check_coverage(asked, texts, set(known))
         lines: dict[str, list[Line]] = defaultdict(list)
         for name, text in texts.items():
-            question, result = known[name].question, known[name].result
-            lines[result.task].append(Line(name, question.official, result.truth, text))
+            lines[known[name].task].append(Line(name, image_of[name], known[name].truth, text))
         return lmms_score(lines) if profile == "lmms" else official_score(lines)
 
     def submission(texts: Mapping[str, str]) -> dict[str, str]:
         """The folder that MME's calculation.py --results_dir reads, as LLaVA's convert_answer_to_mme.py writes it."""
         tasks: dict[str, list[Result]] = defaultdict(list)
         for name, text in texts.items():
-            result = known[name].result
-            tasks[result.task].append(replace(result, text=text))
-        return {f"mme_results/{task}.txt": write_results(results) for task, results in tasks.items()}
+            tasks[known[name].task].append(replace(known[name], text=text))
+        # Tabs and line breaks inside a prediction, at which the official script stops, become spaces.
+        return {
+            f"mme_results/{task}.txt": "".join(
+                f"{one.file}\t{one.question}\t{one.truth}\t{one.text.translate(SPACES)}\n" for one in results
+            )
+            for task, results in tasks.items()
+        }
 
-    images = {entry.question.official for entry in entries}
-    return Dataset(
+    return contents.dataset(
         "MME",
-        tuple(entry.question for entry in entries),
-        pictures,
-        version,
+        profile,
         score,
         lambda question, text: float(read_text(text) == question.answer),
         submission,
+        {"questions": len(known), "images": len(set(image_of.values()))},
         max_new_tokens=LONGEST[profile],
-        facts={"source": where, "profile": profile, "questions": len(entries), "images": len(images)},
-        read=lambda path: read_folder(path, entries) if path.is_dir() else None,
+        read=lambda path: read_folder(path, known) if path.is_dir() else None,
     )
 
 
-def read_official(prompts: Path, profile: str) -> tuple[list[Entry], Pictures, str]:
-    """LLaVA's questions with the answers of MME's release, its images, and the hash of all files.
+def read_official(prompts: Path, profile: str) -> Contents[Result]:
+    """LLaVA's questions with the answers of MME's release.
 
     Ids of LLaVA's file are images: the k-th question about one is called ID#k.
     """
@@ -174,7 +161,8 @@ def read_official(prompts: Path, profile: str) -> tuple[list[Entry], Pictures, s
         raise UserError(f"No MME release at {release}; get it as {SOURCE} says.")
     folder_of = cache(lambda task: answer_folder(release, task))
     files: dict[Path, dict[str, str]] = {}
-    entries: list[Entry] = []
+    questions: list[Question] = []
+    results: dict[str, Result] = {}
     seen: Counter[str] = Counter()
     for prompt in read_prompts(prompts):
         where, text = prompt.where, prompt.question.strip()
@@ -192,9 +180,10 @@ def read_official(prompts: Path, profile: str) -> tuple[list[Entry], Pictures, s
         seen[official] += 1
         shown = lmms_text(asked) if profile == "lmms" else text
         name = f"{official}#{seen[official]}"
-        question = Question(name, shown, prompt.suffix, (prompt.image,), answers[asked].lower(), official)
-        entries.append(Entry(question, Result(where, task, file, asked, answers[asked], "")))
-    return entries, Folder(release), fingerprint([prompts, *sorted(files)])
+        questions.append(Question(name, shown, prompt.suffix, (prompt.image,), answers[asked].lower(), official))
+        results[name] = Result(where, task, file, asked, answers[asked])
+    mark = fingerprint([prompts, *sorted(files)])
+    return Contents("official", tuple(questions), results, Folder(release), mark)
 
 
 def lmms_text(question: str) -> str:
@@ -202,13 +191,15 @@ def lmms_text(question: str) -> str:
     return question.strip().replace(PLEASE, "")
 
 
-def read_mirror(table: str, records: Iterable[MirrorRow], profile: str) -> list[Entry]:
-    """The rows of the hub's table."""
-    entries: list[Entry] = []
-    first: dict[str, int] = {}
+def read_mirror(table: Table, profile: str) -> Contents[Result]:
+    """The rows of the hub's table, in which an image stands once for each question about it."""
+    questions: list[Question] = []
+    results: dict[str, Result] = {}
     seen: Counter[str] = Counter()
-    for row, record in enumerate(records):
-        where = f"{table} row {row}"
+    rows = table.records(MirrorRow)
+    images = picture_names(table, (str(record["question_id"]) for record in rows))
+    for row, (record, image) in enumerate(zip(rows, images, strict=True)):
+        where = f"{table.where} row {row}"
         official, task = str(record["question_id"]), record["category"]
         asked, truth = record["question"], record["answer"]
         if task not in TASKS:
@@ -216,12 +207,11 @@ def read_mirror(table: str, records: Iterable[MirrorRow], profile: str) -> list[
         if truth.lower() not in ("yes", "no"):
             raise UserError(f"{where} should have the answer Yes or No, got {truth!r}.")
         seen[official] += 1
-        # The image stands in the table once for each question about it.
-        image = f"{first.setdefault(official, row)}/image"
+        name = f"{official}#{seen[official]}"
         text = lmms_text(asked) if profile == "lmms" else lmms_text(asked).strip()
-        question = Question(f"{official}#{seen[official]}", text, SHORT, (image,), truth.lower(), official)
-        entries.append(Entry(question, Result(where, task, f"{stem(official)}.txt", asked, truth, "")))
-    return entries
+        questions.append(Question(name, text, SHORT, (image,), truth.lower(), official))
+        results[name] = Result(where, task, f"{stem(official)}.txt", asked, truth)
+    return table.contents(questions, results, MIRROR_COLUMNS)
 
 
 # -- files of questions and results ----------------------------------------------------------------------------------
@@ -239,12 +229,10 @@ def plain(question: str) -> str:
 
 def answer_folder(release: Path, task: str) -> Path:
     """Where the text files of a task are."""
-    folder = release / task
-    nested = folder / "questions_answers_YN"
-    place = nested if nested.is_dir() else folder
-    if not place.is_dir():
-        raise UserError(f"No MME task folder at {folder}; it should hold text files of questions and answers.")
-    return place
+    for folder in (release / task / "questions_answers_YN", release / task):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"No MME task folder at {release / task}; it should hold text files of questions and answers.")
 
 
 def read_truth(file: Path) -> dict[str, str]:
@@ -282,20 +270,18 @@ def read_results(folder: Path) -> dict[str, list[Result]]:
     return results
 
 
-def read_folder(folder: Path, entries: Iterable[Entry]) -> list[Row]:
+def read_folder(folder: Path, known: Mapping[str, Result]) -> list[Row]:
     """Answers from result files; a line belongs to the question with its task, its image and its words."""
-    known = {entry.result.key: entry for entry in entries}
+    name_of = {result.key: name for name, result in known.items()}
     rows = []
-    for results in read_results(folder).values():
-        for result in results:
-            entry = known.get(result.key)
-            if entry is not None and entry.result.truth.lower() != result.truth.lower():
-                raise UserError(
-                    f"{result.where} gives the right answer as {result.truth!r}, the benchmark's files as "
-                    f"{entry.result.truth!r}; these are not results of the same data."
-                )
-            name = entry.question.id if entry is not None else f"{result.task}/{result.file} {result.question}"
-            rows.append(Row(result.where, name, result.text))
+    for result in chain.from_iterable(read_results(folder).values()):
+        name = name_of.get(result.key)
+        if name is not None and known[name].truth.lower() != result.truth.lower():
+            raise UserError(
+                f"{result.where} gives the right answer as {result.truth!r}, the benchmark's files as "
+                f"{known[name].truth!r}; these are not results of the same data."
+            )
+        rows.append(Row(result.where, name or f"{result.task}/{result.file} {result.question}", result.text))
     return rows
 
 
@@ -344,12 +330,6 @@ def folder_problems(lines: Mapping[str, Sequence[Line]]) -> list[str]:
     return problems
 
 
-def write_results(results: Iterable[Result]) -> str:
-    """A result file. Tabs and line breaks inside a prediction, at which the official script stops, become spaces."""
-    rows = ([r.file, r.question, r.truth, r.text.translate(SPACES)] for r in results)
-    return "".join("\t".join(row) + "\n" for row in rows)
-
-
 def text_lines(file: Path) -> list[str]:
     """The lines of a text file that are not blank."""
     try:
@@ -367,8 +347,6 @@ PREFIX = 4
 
 # Columns of the counts: right answers, questions, images with both answers right, images.
 COLUMNS = 4
-
-
 POINTS = frozenset({"perception", "cognition", "total", "task score"})
 
 
@@ -436,23 +414,29 @@ def score_pairs(pairs: Pairs, read: Callable[[str], str]) -> Score:
     counts = {task: np.array([count(pair, correct) for pair in pairs[task]]) for task in tasks}
     sums = {task: counts[task].sum(0) for task in tasks}
     scores = {task: float(task_score(sums[task])) for task in tasks}
-    values = {
-        "perception": sum_of(scores, PERCEPTION),
-        "cognition": sum_of(scores, COGNITION),
-    }
+    values: dict[str, float | None] = {}
+    notes = []
+    for name, wanted in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        there = [scores[task] for task in wanted if task in scores]
+        values[name] = sum(there) if there else None
+        if lost := [task for task in wanted if task not in tasks]:
+            notes.append(f"{name} is without {', '.join(lost)}: nothing was asked there")
     known = [value for value in values.values() if value is not None]
     values["total"] = sum(known) if len(known) == len(values) else None
-    sizes = {task: int(sums[task][1]) for task in tasks}
-    groups = {
-        "task score": {task: (scores[task], sizes[task]) for task in tasks},
-        "accuracy": {task: (float(100 * divide(sums[task][0], sums[task][1])), sizes[task]) for task in tasks},
-        "accuracy+": {task: (float(100 * divide(sums[task][2], sums[task][3])), sizes[task]) for task in tasks},
-    }
-    notes = (*task_notes(tasks), *line_notes(pairs, said))
+    groups: dict[str, dict[str, tuple[float, int]]] = {"task score": {}, "accuracy": {}, "accuracy+": {}}
+    for task in tasks:
+        right, asked, both, images = sums[task]
+        groups["task score"][task] = scores[task], int(asked)
+        groups["accuracy"][task] = float(100 * divide(right, asked)), int(asked)
+        groups["accuracy+"][task] = float(100 * divide(both, images)), int(asked)
+    if other := sum(word == "other" for word in said.values()):
+        notes.append(f"{other:,} of {len(said):,} answers have no yes or no at their start and count as wrong")
+    if lone := sum(len(pair) != 2 for there in pairs.values() for pair in there):
+        notes.append(f"{lone:,} images without exactly two answers are left out of accuracy+")
     terms = terms_of(pairs, counts, [task for task in PERCEPTION if task in tasks])
     total = terms_of(pairs, counts, tasks) if values["total"] is not None else None
     others = {"total": total} if total else {}
-    return Score(values, groups, correct, notes, "perception", POINTS, terms, others)
+    return Score(values, groups, correct, tuple(notes), "perception", POINTS, terms, others)
 
 
 def count(pair: Sequence[Line], correct: Mapping[str, float]) -> tuple[float, float, float, float]:
@@ -467,26 +451,18 @@ def task_score(counts: Array) -> Array:
     return 100 * divide(counts[..., 0], counts[..., 1]) + 100 * divide(counts[..., 2], counts[..., 3])
 
 
-def sum_of(scores: Mapping[str, float], tasks: Iterable[str]) -> float | None:
-    """Over the tasks that are there; None if none is."""
-    there = [scores[task] for task in tasks if task in scores]
-    return sum(there) if there else None
-
-
 def terms_of(pairs: Pairs, counts: Mapping[str, Array], tasks: Sequence[str]) -> SufficientStatistics | None:
     """The points of some tasks as a function of counts per image pair, the tasks side by side; None without a task."""
+    from scipy.linalg import block_diag
+
     if not tasks:
         return None
     names = [" + ".join(dict.fromkeys(line.image for line in pair)) for task in tasks for pair in pairs[task]]
-    sums = np.zeros((len(names), len(tasks), COLUMNS))
-    row = 0
-    for column, task in enumerate(tasks):
-        sums[row : row + len(counts[task]), column] = counts[task]
-        row += len(counts[task])
+    sums = block_diag(*(counts[task] for task in tasks))
     # By name, because the order of an answer file is not the same for every model.
     order = sorted(range(len(names)), key=names.__getitem__)
     ordered = tuple(names[row] for row in order)
-    return SufficientStatistics("image pair", ordered, ordered, sums[order].reshape(len(names), -1), points)
+    return SufficientStatistics("image pair", ordered, ordered, sums[order], points)
 
 
 def points(sums: Array) -> Array:
@@ -494,42 +470,10 @@ def points(sums: Array) -> Array:
     return task_score(sums.reshape(*sums.shape[:-1], -1, COLUMNS)).sum(-1)
 
 
-def task_notes(tasks: Sequence[str]) -> list[str]:
-    """That a sum is not over all of its tasks."""
-    notes = []
-    for name, wanted in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        lost = [task for task in wanted if task not in tasks]
-        if lost:
-            notes.append(f"{name} is without {', '.join(lost)}: nothing was asked there")
-    return notes
-
-
-def line_notes(pairs: Pairs, said: Mapping[str, str]) -> list[str]:
-    """Answers that are neither, and lines that are no pair."""
-    notes = []
-    if other := sum(word == "other" for word in said.values()):
-        notes.append(f"{other:,} of {len(said):,} answers have no yes or no at their start and count as wrong")
-    lone = sum(len(pair) != 2 for there in pairs.values() for pair in there)
-    if lone:
-        notes.append(f"{lone:,} images without exactly two answers are left out of accuracy+")
-    return notes
-
-
-BENCHMARK = Benchmark(
-    name="mme",
-    summary="Two yes-or-no questions per image in 14 tasks; points for accuracy and for both being right.",
-    splits=("test",),
-    read=load,
-    score_alone=lambda path, partial: score_folder(path, partial) if path.is_dir() else None,
-    published="1510.7 perception",
-    published_by=(
-        "LLaVA-1.5-7B, LLaVA's model zoo; 1506.47 in a re-run of the released weights with LLaVA's scripts in"
-        " FasterVLM's EVAL.md; papers on token reduction quote 1862, the sum of perception and cognition"
-    ),
-    needs=(
-        Need("MME/llava_mme.jsonl", EVAL_ZIP),
-        Need("MME/MME_Benchmark_release_version", SOURCE),
-    ),
+BENCHMARK = listed(
+    "mme",
+    load,
+    ("test",),
     mirror=MIRROR,
-    licence="no licence file; for academic research, images under the terms of their sources",
+    score_alone=lambda path, partial: score_folder(path, partial) if path.is_dir() else None,
 )

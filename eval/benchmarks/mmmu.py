@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.base import Benchmark, Dataset, Question
+from eval.benchmarks.base import Dataset, Question, listed
 from eval.benchmarks.hub import (
     check_answers,
-    dataset_of,
     letters,
-    open_split,
+    open_table,
     option_lines,
     ungraded,
     unique_ids,
@@ -43,55 +42,33 @@ from eval.metrics.accuracy import check_coverage, grouped, percent
 from llava.errors import UserError
 
 IDS = ("lmms-lab-encoder/MMMU", "lmms-lab/MMMU")
-
-
 COLUMNS = ("id", "question", "options", "answer", "question_type")
-
-
 IMAGES = tuple(f"image_{number}" for number in range(1, 8))
-
-
 EXPECTED = {"validation": 900, "test": 10500}
 
 PICTURE = re.compile(r"<image \d+>")
-
-
 SUBJECT = re.compile(r"[^_]+_(.+)_\d+")
 
+# Domain -> its subjects.
 DOMAINS = {
-    "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
-    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
-    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+    "Art and Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
     "Health and Medicine": (
-        "Basic_Medical_Science",
-        "Clinical_Medicine",
-        "Diagnostics_and_Laboratory_Medicine",
-        "Pharmacy",
-        "Public_Health",
+        "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health"
     ),
-    "Humanities and Social Science": ("History", "Literature", "Sociology", "Psychology"),
+    "Humanities and Social Science": "History Literature Sociology Psychology",
     "Tech and Engineering": (
-        "Agriculture",
-        "Architecture_and_Engineering",
-        "Computer_Science",
-        "Electronics",
-        "Energy_and_Power",
-        "Materials",
-        "Mechanical_Engineering",
+        "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power Materials "
+        "Mechanical_Engineering"
     ),
 }
-
-
-DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects}
+DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
 
 # How a letter may stand in an answer, tried in this order. lmms-eval also takes a letter that ends a
 # word, as in "NASA is".
 BRACKETS = "({})"
-
-
 OFFICIAL_FORMS = (BRACKETS, " {} ")
-
-
 LMMS_FORMS = (BRACKETS, "{} ", "{}.")
 
 
@@ -121,7 +98,7 @@ class Item:
 
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read a split."""
-    table = open_split(data, IDS, None, split, source)
+    table = open_table(data, IDS, None, split, source)
     rows = table.records(Row)
     records = dict(zip(unique_ids(row["id"] for row in rows), rows, strict=True))
     lmms, graded = profile == "lmms", split != "test"
@@ -130,11 +107,15 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         check_answers(table.where, {name: record["answer"] for name, record in records.items()})
     forms = LMMS_FORMS if lmms else OFFICIAL_FORMS
     pictures = table.pictures(IMAGES)
-    choose = lmms_pictures if lmms else official_pictures
-    questions = tuple(
-        ask(name, record, items[name], lmms, choose(row, record, items[name], pictures))
-        for row, (name, record) in enumerate(records.items())
-    )
+    questions = []
+    for row, (name, record) in enumerate(records.items()):
+        if lmms:
+            shown = lmms_pictures(row, record, items[name], pictures)
+        else:
+            # The first image, or none for questions whose options hold several.
+            first = f"{row}/image_1"
+            shown = () if several_in_options(items[name]) or first not in pictures.names else (first,)
+        questions.append(ask(name, record, items[name], lmms, shown))
     file = f"total_{'val' if graded else split}_output.json"
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
@@ -148,29 +129,20 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
 
     def submission(texts: Mapping[str, str]) -> dict[str, Any]:
         """Answers as the authors' main_eval_only.py reads them: a letter, or the text of an open answer."""
-        read = {
-            name: text if items[name].options is None else letter_of(name, items[name], text, forms)
-            for name, text in texts.items()
-        }
-        return {file: {records[name]["id"]: answer for name, answer in read.items()}}
+        answers = {}
+        for name, text in texts.items():
+            choice = items[name].options is not None
+            answers[records[name]["id"]] = letter_of(name, items[name], text, forms) if choice else text
+        return {file: answers}
 
     subjects = {item.subject for item in items.values()}
     lost = [subject for subject in DOMAIN_OF if subject not in subjects]
-    facts: dict[str, Any] = {"absent_subjects": lost} if lost else {}
+    facts: dict[str, Any] = {"questions": len(table), "expected_questions": EXPECTED[split]}
+    facts |= {"absent_subjects": lost} if lost else {}
     if not lmms:
         facts["without_picture_for_several_in_options"] = sum(map(several_in_options, items.values()))
-    return dataset_of(
-        f"MMMU {split}",
-        table,
-        COLUMNS,
-        questions,
-        score,
-        sample_score if graded else None,
-        profile,
-        EXPECTED[split],
-        pictures=pictures,
-        submission=submission,
-        facts=facts,
+    return table.contents(questions, items, COLUMNS, pictures).dataset(
+        f"MMMU {split}", profile, score, sample_score if graded else None, submission, facts
     )
 
 
@@ -218,17 +190,11 @@ def ask(name: str, record: Row, item: Item, lmms: bool, pictures: tuple[str, ...
     return Question(name, text, suffix, pictures, record["answer"], record["id"])
 
 
-def official_pictures(row: int, record: Row, item: Item, pictures: Inline) -> tuple[str, ...]:
-    """The first image, or none for questions whose options hold several."""
-    name = f"{row}/image_1"
-    return () if several_in_options(item) or name not in pictures.names else (name,)
-
-
 def lmms_pictures(row: int, record: Row, item: Item, pictures: Inline) -> tuple[str, ...]:
     """Every image that question or options name, in the order of their numbers."""
     text = "\n".join([record["question"], *(item.options or {}).values()])
-    named = {name.strip("<>").replace(" ", "_") for name in PICTURE.findall(text)}
-    return tuple(f"{row}/{column}" for column in IMAGES if column in named and f"{row}/{column}" in pictures.names)
+    named = {f"{row}/{name.strip('<>').replace(' ', '_')}" for name in PICTURE.findall(text)}
+    return tuple(sorted(named & pictures.names))
 
 
 def several_in_options(item: Item) -> bool:
@@ -240,13 +206,9 @@ def several_in_options(item: Item) -> bool:
 
 # Words after which an open answer's result is looked for; "=" as well in its last line.
 MARKERS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-
-
 TRIVIAL = frozenset(":,.!?;'")
 
 _EXPONENT = r"[eE][+-]?\d+"
-
-
 NUMBERS = (
     re.compile(r"-?\b\d{1,3}(?:,\d\d\d)+\b"),  # 1,234
     re.compile(rf"-?\d+(?:\.\d+)?{_EXPONENT}"),  # 1.2e3
@@ -305,19 +267,13 @@ def key_parts(text: str) -> list[str]:
     for number, line in enumerate(lines, start=1):
         markers = (*MARKERS, "=") if number == len(lines) else MARKERS
         tails = [line.split(marker)[-1].strip() for marker in markers if marker in line]
-        shortest = shortest_tail(tails)
+        shortest = ""
+        for tail in tails:
+            if not shortest or len(tail) < len(shortest):  # an empty one gives way to whatever comes after it
+                shortest = tail
         if shortest and shortest not in TRIVIAL:
             parts.append(shortest)
     return parts or [text]
-
-
-def shortest_tail(tails: Sequence[str]) -> str:
-    """The shortest; an empty one gives way to whatever comes after it."""
-    best = ""
-    for tail in tails:
-        if not best or len(tail) < len(best):
-            best = tail
-    return best
 
 
 def normalise(text: str) -> list[Value]:
@@ -376,13 +332,4 @@ def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], forms: Sequenc
     return Score(values, groups, correct, tuple(notes), points=frozenset({"drawn_at_random"}))
 
 
-BENCHMARK = Benchmark(
-    name="mmmu",
-    summary="Exam questions in 30 subjects, multiple choice and open.",
-    splits=("validation", "test"),
-    read=load,
-    published="35.3 accuracy",
-    published_by="LLaVA-1.5-7B run with lmms-eval, FastV's README at d165972",
-    mirror=IDS,
-    licence="Apache-2.0 (https://huggingface.co/datasets/MMMU/MMMU)",
-)
+BENCHMARK = listed("mmmu", load, tuple(EXPECTED), mirror=IDS)

@@ -23,11 +23,11 @@ from typing import Annotated
 from pydantic import Field
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import official_file, open_table
-from eval.benchmarks.llava_files import EVAL_ZIP, each_once, prompts_by_id
-from eval.benchmarks.media import Folder, Pictures, image_name
-from eval.benchmarks.records import Filled, Id, NotRequired, Number, Texts, TypedDict, check_map
+from eval.benchmarks.llava_files import Asked, each_once, prompts_by_id
+from eval.benchmarks.media import Folder, image_name
+from eval.benchmarks.records import Filled, NotRequired, Number, Texts, TypedDict, check_map
 from eval.judging import Judging, Request, Verdict, judged_facts, prompts
 from eval.judging.choice import unjudged
 from eval.metrics import Score
@@ -54,11 +54,9 @@ class Official(TypedDict):
     capability: Texts
 
 
-class MirrorRow(TypedDict):
+class MirrorRow(Asked):
     """A row of the mirror, whose capabilities are a list or one text with commas."""
 
-    question_id: Id
-    question: Filled
     answer: Filled
     capability: Filled | Texts
 
@@ -87,78 +85,73 @@ class Entry:
     capabilities: tuple[str, ...]
 
 
-Entries = dict[str, Entry]
+Entries = Mapping[str, Entry]
 
 
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """The 218 questions. LLaVA's files number them, MM-Vet's name them "v1_" and that number."""
     official = official_file(data, source, "MM-Vet", [data / name / "mm-vet.json" for name in FOLDERS], MIRROR)
-    entries, pictures, mark, where = (
-        read_official(official) if official is not None else read_mirror(data, download=source == "mirror")
-    )
-    asked = {
-        name: entry.text if profile == "llava" else STEP_BY_STEP + entry.question for name, entry in entries.items()
-    }
-    judging = judge_with(entries)
-    return Dataset(
+    contents = read_mirror(data, source) if official is None else read_official(official)
+    if profile == "lmms":
+        asked = (replace(q, question=STEP_BY_STEP + contents.references[q.id].question) for q in contents.questions)
+        contents = replace(contents, questions=tuple(asked))
+    judging = judge_with(contents.references)
+    return contents.dataset(
         "MM-Vet",
-        tuple(
-            Question(name, asked[name], "", (entry.image,), entry.answer, name.removeprefix("v1_"))
-            for name, entry in entries.items()
-        ),
-        pictures,
-        mark,
+        profile,
         unjudged(judging),
         None,
         # The input of MM-Vet's evaluator, as LLaVA's convert_mmvet_for_eval.py writes it.
         lambda texts: {"mmvet_results.json": dict(texts)},
+        judged_facts(judging, len(contents.questions), COUNT),
         # model_vqa.py's generate call, and lmms-eval's mmvet.yaml.
         max_new_tokens=1024,
-        facts=judged_facts(judging, where, profile, len(entries), COUNT),
         judging=judging,
     )
 
 
-def read_official(official: Path) -> tuple[Entries, Pictures, str, str]:
-    """Entries in the order of LLaVA's file, or of the official one, images, the hash of what was read, its name."""
-    entries: Entries = {}
+def ask(entries: Entries) -> tuple[Question, ...]:
+    """In LLaVA's words."""
+    return tuple(
+        Question(name, entry.text, "", (entry.image,), entry.answer, name.removeprefix("v1_"))
+        for name, entry in entries.items()
+    )
+
+
+def read_official(official: Path) -> Contents[Entry]:
+    """Entries in the order of LLaVA's file, or of the official one."""
+    entries: dict[str, Entry] = {}
     for name, record in check_map(official, Official).items():
         image = image_name(record["imagename"], f"{official}, question {name},")
         text = record["question"]
         entries[name] = Entry(image, text, text, record["answer"], tuple(record["capability"]))
-    pictures, prompts_file = Folder(official.parent / "images"), official.with_name("llava-mm-vet.jsonl")
-    if not is_file(prompts_file):
-        return entries, pictures, fingerprint([official]), "official"
-    ordered = {
-        name: replace(entries[name], text=prompt.text, image=prompt.image)
-        for name, prompt in prompts_by_id(prompts_file, official, entries, entries, prefix="v1_")
-    }
-    return ordered, pictures, fingerprint([prompts_file, official]), "official"
+    prompts_file, files = official.with_name("llava-mm-vet.jsonl"), [official]
+    if is_file(prompts_file):
+        files.insert(0, prompts_file)
+        prompts = prompts_by_id(prompts_file, official, entries, entries, prefix="v1_")
+        entries = {name: replace(entries[name], text=one.text, image=one.image) for name, one in prompts}
+    return Contents("official", ask(entries), entries, Folder(official.parent / "images"), fingerprint(files))
 
 
-def read_mirror(data: Path, download: bool) -> tuple[Entries, Pictures, str, str]:
-    """Entries, images, hash and place of the table."""
-    table = open_table(data, MIRROR, None, "test", download)
+def read_mirror(data: Path, source: str) -> Contents[Entry]:
+    """The hub's table."""
+    table = open_table(data, MIRROR, None, "test", source)
     rows = table.records(MirrorRow)
     names = [f"v1_{str(row['question_id']).removeprefix('v1_')}" for row in rows]
     each_once((f"{table.where} row {number}", name) for number, name in enumerate(names))
-    entries: Entries = {}
-    for number, (name, row) in enumerate(zip(names, rows, strict=True)):
+    entries: dict[str, Entry] = {}
+    for name, image, row in zip(names, table.row_images(), rows, strict=True):
         needed = row["capability"]
         capabilities = tuple(word.strip() for word in (needed.split(",") if isinstance(needed, str) else needed))
-        entries[name] = Entry(f"{number}/image", row["question"], row["question"], row["answer"], capabilities)
-    return entries, table.pictures(), table.fingerprint(COLUMNS), table.where
+        entries[name] = Entry(image, row["question"], row["question"], row["answer"], capabilities)
+    return table.contents(ask(entries), entries, COLUMNS)
 
 
 # -- the judge -------------------------------------------------------------------------------------------------------
 
 # Official judge settings: a first try at temperature 0, and up to four more with a hint at 0, 0.5, 1 and 1.5.
 TRIES = 5
-
-
 STEP = 0.5
-
-
 HINT = "\nPredict the correctness of the answer (digit): "
 
 
@@ -178,8 +171,12 @@ def judge_with(entries: Entries) -> Judging:
     def parse(name: str, reply: str) -> Verdict | None:
         return None if (value := parse_score(reply)) is None else {"score": [value]}
 
-    def match(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        return match_score(needed(asked), {name: entries[name].answer for name in asked}, texts)
+    def match_score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
+        """The same means of a word match, which no paper reports."""
+        correct = {name: match(texts[name], entries[name].answer) for name in asked}
+        note = "score_match is the share of reference elements found word for word: no published metric"
+        value = 100 * statistics.fmean(correct.values())
+        return Score({"score_match": value}, groups(needed(asked), correct), correct, (note,), "score_match", POINTS)
 
     return Judging(
         benchmark="mmvet",
@@ -190,7 +187,7 @@ def judge_with(entries: Entries) -> Judging:
         # The grade file of the official script: id -> model, content and score, each a list over its runs.
         read=lambda path: {name: dict(grade) for name, grade in check_map(path, Grade).items()},
         score=lambda asked, verdicts: evaluate(needed(asked), {name: verdicts[name]["score"] for name in asked}),
-        match=match,
+        match=match_score,
         tries=TRIES,
         again=hinted,
         failed={"score": [0.0]},
@@ -207,8 +204,6 @@ def hinted(request: Request, failures: int) -> Request:
 
 # Out of 100, but no percentages.
 POINTS = frozenset({"score", "std", "score_match", "capability", "combination"})
-
-
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 
@@ -245,34 +240,22 @@ def groups(
     capabilities: Mapping[str, Collection[str]], correct: Mapping[str, float]
 ) -> dict[str, dict[str, tuple[float, int]]]:
     """Means per capability, a question counting for each of its own, and per combination; the most frequent first."""
-    single, together = defaultdict(list), defaultdict(list)
+    kinds: dict[str, dict[str, list[float]]] = {"capability": defaultdict(list), "combination": defaultdict(list)}
     for name, needed in capabilities.items():
         for capability in needed:
-            single[capability].append(correct[name])
-        together["_".join(sorted(needed, key=rank))].append(correct[name])
-    return {
-        kind: {
-            label: (100 * statistics.fmean(sample_scores), len(sample_scores))
-            for label, sample_scores in sorted(table.items(), key=lambda item: (-len(item[1]), item[0]))
-        }
-        for kind, table in (("capability", single), ("combination", together))
-    }
+            kinds["capability"][capability].append(correct[name])
+        kinds["combination"]["_".join(sorted(needed, key=rank))].append(correct[name])
+    tables = {}
+    for kind, scores_of in kinds.items():
+        ordered = sorted(scores_of.items(), key=lambda item: (-len(item[1]), item[0]))
+        tables[kind] = {label: (100 * statistics.fmean(scores), len(scores)) for label, scores in ordered}
+    return tables
 
 
 def rank(capability: str) -> tuple[int, str]:
     """Place in the paper's order."""
     known = CAPABILITIES.index(capability) if capability in CAPABILITIES else len(CAPABILITIES)
     return known, capability
-
-
-def match_score(
-    capabilities: Mapping[str, Collection[str]], answers: Mapping[str, str], texts: Mapping[str, str]
-) -> Score:
-    """The same means of a word match, which no paper reports."""
-    correct = {name: match(texts[name], answers[name]) for name in capabilities}
-    note = "score_match is the share of reference elements found word for word: no published metric"
-    value = 100 * statistics.fmean(correct.values())
-    return Score({"score_match": value}, groups(capabilities, correct), correct, (note,), "score_match", POINTS)
 
 
 def match(text: str, answer: str) -> float:
@@ -282,18 +265,4 @@ def match(text: str, answer: str) -> float:
     return max(sum(contains(said, element) for element in elements) / len(elements) for elements in choices)
 
 
-BENCHMARK = Benchmark(
-    name="mmvet",
-    summary="Open questions that need several capabilities at once; judged by GPT-4.",
-    splits=("test",),
-    read=load,
-    published="31.1 score",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, judged by gpt-4-0613",
-    needs=(
-        Need("mm-vet/mm-vet.json", SOURCE),
-        Need("mm-vet/llava-mm-vet.jsonl", EVAL_ZIP, optional=True),
-        Need("mm-vet/images", SOURCE, count=200),
-    ),
-    mirror=MIRROR,
-    licence="CC BY-NC 4.0",
-)
+BENCHMARK = listed("mmvet", load, ("test",), mirror=MIRROR)

@@ -14,7 +14,6 @@ scripts in that a quotient without a denominator is 0 and noted, where eval_pope
 gets wrong stand beside the right ones.
 """
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +24,11 @@ from typing import Any, Literal
 import numpy as np
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint
-from eval.benchmarks.hub import official_file, open_table
-from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, Line, as_number, each_once, split_suffix
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
+from eval.benchmarks.hub import official_file, open_table, picture_names
+from eval.benchmarks.llava_files import EVAL_ZIP, SHORT, Asked, Line, as_number, each_once, json_lines, split_suffix
 from eval.benchmarks.media import Folder, image_name
-from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_lines
+from eval.benchmarks.records import Filled, NotRequired, check_lines
 from eval.metrics import Array, Score, SufficientStatistics, divide, first_names
 from eval.metrics.accuracy import check_coverage
 from llava.errors import UserError, unknown
@@ -51,20 +50,15 @@ class Prompt(Line):
     category: Category
 
 
-class Label(TypedDict):
+class Label(Line):
     """A line of an official file."""
 
-    question_id: Id
-    image: Filled
-    text: Filled
     label: Literal["yes", "no"]
 
 
-class MirrorRow(TypedDict):
+class MirrorRow(Asked):
     """A row of the mirror."""
 
-    question_id: Id
-    question: Filled
     answer: Filled
     category: NotRequired[Category]
     image_source: NotRequired[str | None]
@@ -94,7 +88,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     """Read a split; everything that can be wrong with its files is said here, images excepted."""
     file = data / "pope" / "llava_pope_test.jsonl"
     prompts = official_file(data, source, f"POPE {split}", [file], MIRROR, EVAL_ZIP)
-    contents = read_mirror(data, split, source == "mirror") if prompts is None else read_official(prompts, split)
+    contents = read_mirror(data, split, source) if prompts is None else read_official(prompts, split)
     questions, items, labels = contents.questions, contents.references, contents.labels
     read = parse_lmms if profile == "lmms" else parse
 
@@ -104,35 +98,27 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
 
     def submission(texts: Mapping[str, str]) -> dict[str, str]:
         """The input of LLaVA's eval_pope.py, which looks ids up as the integers they are in the question file."""
-        rows = (
-            {
-                "question_id": as_number(question.official or question.id),
-                "prompt": question.message,
-                "text": texts[question.id],
-                "category": items[question.id].category,
-            }
-            for question in questions
-            if question.id in texts
-        )
-        return {"pope_answers.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+        rows = []
+        for question in (question for question in questions if question.id in texts):
+            row = {"question_id": as_number(question.official or question.id), "prompt": question.message}
+            rows.append(row | {"text": texts[question.id], "category": items[question.id].category})
+        return {"pope_answers.jsonl": json_lines(rows)}
 
     counts = Counter(item.category for item in items.values())
-    facts: dict[str, Any] = {"source": contents.source, "profile": profile, "questions": dict(counts)}
+    facts: dict[str, Any] = {"questions": dict(counts)}
     if random := counts["random"]:
         facts["random_version"] = VERSIONS.get(random, "neither 2,910 nor 3,000 random questions")
     if (labelled := {category: len(there) for category, there in labels.items()}) != counts:
         facts["labels"] = labelled
-    return Dataset(
+    return contents.dataset(
         f"POPE {split}",
-        questions,
-        contents.pictures,
-        contents.fingerprint,
+        profile,
         score,
         lambda question, text: float(read(text) == question.answer),
         submission,
+        facts,
         # Both profiles leave the length to their default, which is 128 in LLaVA's loader and in lmms-eval's task.
         max_new_tokens=128,
-        facts=facts,
         normalise=read,
     )
 
@@ -162,11 +148,10 @@ def read_official(path: Path, split: str) -> Labelled:
         place[category] += 1
         questions.append(Question(name, text, suffix, (image,), answer))
         items[name] = Item(category, image, label)
-    by_category: dict[str, list[str]] = {
-        category: [line["label"] for line in there] for category, there in labels.items()
-    }
-    pictures = Folder(path.parent / "val2014")
-    mark = fingerprint([path, *files.values()])
+    by_category: dict[str, list[str]] = {}
+    for category, there in labels.items():
+        by_category[category] = [line["label"] for line in there]
+    pictures, mark = Folder(path.parent / "val2014"), fingerprint([path, *files.values()])
     return Labelled("official", tuple(questions), items, pictures, mark, by_category)
 
 
@@ -192,13 +177,14 @@ def own_label(number: int | str, lines: Sequence[Label]) -> str | None:
     return answers.pop() if len(answers) == 1 else None
 
 
-def read_mirror(data: Path, split: str, download: bool) -> Labelled:
+def read_mirror(data: Path, split: str, source: str) -> Labelled:
     """The hub's table: 9,000 rows in split test, a split per category in its configuration Full."""
-    table = open_table(data, MIRROR, None if split == "test" else "Full", split, download)
+    table = open_table(data, MIRROR, None if split == "test" else "Full", split, source)
     questions, items = [], {}
     labels: dict[str, list[str]] = defaultdict(list)
-    first: dict[str, int] = {}
-    for row, record in enumerate(table.records(MirrorRow)):
+    records = table.records(MirrorRow)
+    images = picture_names(table, (str(record.get("image_source") or row) for row, record in enumerate(records)))
+    for row, (record, image) in enumerate(zip(records, images, strict=True)):
         where = f"{table.where} row {row}"
         category, label = record.get("category", split), record["answer"].lower().strip()
         if category not in CATEGORIES:
@@ -210,7 +196,6 @@ def read_mirror(data: Path, split: str, download: bool) -> Labelled:
         name = f"{category}/{official}"
         if name in items:
             raise UserError(f"{where} asks question {name} a second time.")
-        image = f"{first.setdefault(str(record.get('image_source') or row), row)}/image"
         questions.append(Question(name, record["question"].strip(), SHORT, (image,), label, official))
         items[name] = Item(category, image, label)
         labels[category].append(label)
@@ -254,15 +239,14 @@ def official_score(items: Mapping[str, Item], labels: Mapping[str, Sequence[str]
     check_coverage(items, texts, set(items))
     said = {name: parse(text) for name, text in texts.items()}
     by_position = labels_by_position(items, labels, texts)
-    known = {name: item for name, item in items.items() if item.label is not None}
-    own = by_position | {name: item.label for name, item in known.items() if item.label is not None}
-    counts = tally(items, said, by_position)
-    present = categories_of(items)
+    known = own_labels(items)
+    own = by_position | known
+    counts, present = tally(items, said, by_position), categories_of(items)
     score = score_of(items, said, own, counts, counts.reshape(len(items), -1), mean_f1)
     values: dict[str, float | None] = {
         name: float((100 * value).mean()) for name, value in measures(counts.sum(0)).items()
     }
-    notes = list(empty_notes(present, counts.sum(0)))
+    notes = empty_notes(present, counts.sum(0))
     if len(present) < len(CATEGORIES):
         asked = " and ".join(present)
         notes.insert(0, f"f1 is over the questions of {asked} alone; papers print the mean of three categories")
@@ -277,7 +261,7 @@ def official_score(items: Mapping[str, Item], labels: Mapping[str, Sequence[str]
             "they have a label by position alone"
         )
     if wrong := sum(own[name] != by_position[name] for name in known):
-        matched = measures(tally(known, said, own).sum(0))
+        matched = measures(tally({name: items[name] for name in known}, said, own).sum(0))
         values |= {f"{name}_matched_by_id": float(100 * matched[name].mean()) for name in ("f1", "accuracy")}
         notes.append(
             f"the official script matches labels by position, which gives {wrong:,} of {len(known):,} answers the "
@@ -294,7 +278,7 @@ def lmms_score(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score:
     """
     check_coverage(items, texts, set(items))
     said = {name: parse_lmms(text) for name, text in texts.items()}
-    own = {name: item.label for name, item in items.items() if item.label is not None}
+    own = own_labels(items)
     if lost := [name for name in items if name not in own]:
         raise UserError(
             f"{len(lost):,} of {len(items):,} questions are not in the label files ({first_names(lost)}): question "
@@ -302,7 +286,7 @@ def lmms_score(items: Mapping[str, Item], texts: Mapping[str, str]) -> Score:
         )
     counts = tally(items, said, own)
     pooled = counts.sum((0, 1))
-    score = score_of(items, said, own, counts, counts.sum(1), pooled_f1)
+    score = score_of(items, said, own, counts, counts.sum(1), mean_f1)
     values: dict[str, float | None] = {name: float(100 * value) for name, value in measures(pooled).items()}
     positive = pooled[TP] + pooled[FN] + pooled[OTHER_YES]
     values["yes_ratio_lmms"] = float(100 * divide(positive, pooled.sum()))
@@ -352,23 +336,27 @@ def score_of(
     )
 
 
+def own_labels(items: Mapping[str, Item]) -> dict[str, str]:
+    """id -> label, of the questions that the label files have."""
+    return {name: item.label for name, item in items.items() if item.label is not None}
+
+
 def labels_by_position(
     items: Mapping[str, Item], labels: Mapping[str, Sequence[str]], texts: Mapping[str, str]
 ) -> dict[str, str]:
     """id -> the label at the place that the answer has among its category's answers."""
-    seen: dict[str, int] = defaultdict(int)
-    by_position = {}
+    asked: dict[str, list[str]] = defaultdict(list)
     for name in texts:
-        category = items[name].category
-        place = seen[category]
-        if place >= len(labels.get(category, ())):
+        asked[items[name].category].append(name)
+    for category, names in asked.items():
+        if (there := len(labels.get(category, ()))) < len(names):
             raise UserError(
-                f"There are {len(labels.get(category, ())):,} labels for more answers of category {category}: question "
-                "file and label file should be of the same version."
+                f"There are {there:,} labels for more answers of category {category}: question file and label file "
+                "should be of the same version."
             )
-        by_position[name] = labels[category][place]
-        seen[category] += 1
-    return by_position
+    # Of a category's labels those beyond its answers are of questions that were not asked.
+    pairs = (zip(names, labels[category], strict=False) for category, names in asked.items())
+    return {name: label for of_category in pairs for name, label in of_category}
 
 
 def categories_of(items: Mapping[str, Item]) -> tuple[str, ...]:
@@ -404,13 +392,8 @@ def measures(counts: Array) -> dict[str, Array]:
 
 
 def mean_f1(sums: Array) -> Array:
-    """[..., categories x columns] -> percent."""
+    """[..., categories x columns] -> percent; of one category or pooled ones its F1."""
     return 100 * measures(sums.reshape(*sums.shape[:-1], -1, COLUMNS))["f1"].mean(-1)
-
-
-def pooled_f1(sums: Array) -> Array:
-    """[..., columns] -> percent."""
-    return 100 * measures(sums)["f1"]
 
 
 def empty_notes(names: Sequence[str], counts: Array) -> list[str]:
@@ -423,24 +406,4 @@ def empty_notes(names: Sequence[str], counts: Array) -> list[str]:
     return notes
 
 
-BENCHMARK = Benchmark(
-    name="pope",
-    summary="Is an object in the image: yes or no; F1, the mean of random, popular and adversarial objects.",
-    splits=("test", *CATEGORIES),
-    read=load,
-    published="85.9 F1",
-    published_by=(
-        "LLaVA-1.5-7B, LLaVA's model zoo; 85.87 in a re-run of the released weights with LLaVA's scripts in "
-        "FasterVLM's EVAL.md"
-    ),
-    needs=(
-        Need("pope/llava_pope_test.jsonl", EVAL_ZIP),
-        *(
-            Need(f"pope/coco/coco_pope_{category}.json", "output/coco of https://github.com/AoiDragon/POPE at e3e39262")
-            for category in CATEGORIES
-        ),
-        Need("pope/val2014", "val2014.zip of https://cocodataset.org, of which 500 images are used"),
-    ),
-    mirror=MIRROR,
-    licence="POPE MIT; images of COCO under their own terms",
-)
+BENCHMARK = listed("pope", load, ("test", *CATEGORIES), mirror=MIRROR)

@@ -1,4 +1,4 @@
-"""Schemas of the records in question files: each record is checked once, where its file is read.
+"""Records in question files, each checked once where its file is read, and Excel files with answers.
 
 A schema is a `TypedDict`, so that a checked record is still the dictionary that the file holds. Fields that the schema
 does not name pass unchecked, as nothing looks at them. Types are strict: the text "3" is no number, a number no text.
@@ -9,33 +9,22 @@ does not name pass unchecked, as nothing looks at them. Types are strict: the te
         category: NotRequired[str]
 """
 
+import io
+import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Annotated, Any, TypeVar
+from typing import NotRequired as NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 # From typing_extensions, as pydantic asks for before Python 3.12.
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict as TypedDict
 
-from eval.answers.jsonl import read_json, read_jsonl
+from eval.answers.jsonl import Row, read_json, read_jsonl
 from llava.errors import UserError
-
-__all__ = [
-    "Filled",
-    "Id",
-    "NotRequired",
-    "Number",
-    "Texts",
-    "TypedDict",
-    "check",
-    "check_all",
-    "check_lines",
-    "check_list",
-    "check_map",
-    "columns_of",
-]
 
 Record = TypeVar("Record", bound=Mapping[str, Any])
 
@@ -178,3 +167,72 @@ def check_map(path: Path, schema: type[Record]) -> dict[str, Record]:
     if not isinstance(document, dict) or not document:
         raise UserError(f"{path} should map question ids to questions and hold at least one.")
     return {name: check(schema, record, f"Question {name} in {path}") for name, record in document.items()}
+
+
+# -- the Excel files that MMBench's server, VLMEvalKit and MMStar's script read ----------------------------------------
+
+
+def write_xlsx(columns: Sequence[str], rows: Iterable[Sequence[str | int | None]]) -> bytes:
+    """One sheet with a line of column names, as pandas' to_excel without an index writes it.
+
+    Differs from it: text is always text, also where it starts with "=", which a spreadsheet would compute.
+    """
+    from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+
+    def cell(value: str | int | None) -> WriteOnlyCell:
+        text = isinstance(value, str)
+        made = WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("", value) if text else value)
+        if text:
+            made.data_type = "s"
+        return made
+
+    sheet.append([cell(name) for name in columns])
+    for row in rows:
+        sheet.append([cell(value) for value in row])
+    file = io.BytesIO()
+    book.save(file)
+    return without_times(file.getvalue())
+
+
+def without_times(data: bytes) -> bytes:
+    """The same file without the time at which it was written: equal answers are equal bytes."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name == "docProps/core.xml":
+                content = re.sub(rb"(<dcterms:\w+[^>]*>)[^<]*", rb"\g<1>2000-01-01T00:00:00Z", content)
+            target.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # ZipInfo's own date is 1980
+    return out.getvalue()
+
+
+def read_xlsx(path: Path) -> list[Row] | None:
+    """Answers in such a file; None if it is no Excel file."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return None
+    import pandas
+
+    try:
+        # Cells as they stand: an answer "None" is text, a question file's index is a whole number.
+        table = pandas.read_excel(path, dtype=object, keep_default_na=False)
+    # openpyxl lets through whatever its parsers of zip, XML and numbers raise.
+    except Exception as error:
+        raise UserError(f"{path} is not a readable Excel file ({error}).") from error
+    table.columns = [str(name).lower() for name in table.columns]
+    if lost := [name for name in ("index", "prediction") if name not in table.columns]:
+        raise UserError(f"{path} should have the columns index and prediction; it has no {' and no '.join(lost)}.")
+    answers = []
+    for number, record in enumerate(table.to_dict("records"), start=2):
+        name, question = record["index"], record.get("question")
+        if name in (None, ""):
+            continue
+        # Excel keeps whole numbers as 12.0 once somebody has saved the file with it.
+        name = str(int(name)) if isinstance(name, float) and name.is_integer() else str(name)
+        prompt = None if question in (None, "") else str(question)
+        answers.append(Row(f"{path} line {number}", name, str(record["prediction"]), prompt))
+    return answers

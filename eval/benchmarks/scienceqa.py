@@ -12,19 +12,18 @@ Counted as LLaVA's llava/eval/eval_science_qa.py (commit c121f04) does it, and a
 description of both and equal to the official script on the vectors in tests/data/scienceqa.
 """
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from eval.answers.jsonl import is_file, read_json
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import Table, letters, local_copy, official_file, open_table, option_lines
-from eval.benchmarks.llava_files import EVAL_ZIP, LETTER, all_asked, each_once
+from eval.benchmarks.llava_files import LETTER, all_asked, each_once, json_lines
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check_list, check_map
 from eval.metrics import Score, first_names, ratio_terms
@@ -83,15 +82,20 @@ class Problem:
     answer: int
     subject: str = ""
 
+    @property
+    def letter(self) -> str:
+        """Of the right choice."""
+        return OPTIONS[self.answer : self.answer + 1]
+
 
 def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
     """Read a split; everything that can be wrong with its files is said here, images excepted."""
     title = f"ScienceQA {split}"
     official = official_file(data, source, title, [data / "scienceqa" / "problems.json"], MIRROR)
-    if official is not None:
-        contents = read_official(official, split)
+    if official is None:
+        contents = read_mirror(open_mirror(data, split, profile, source))
     else:
-        contents = read_mirror(open_mirror(data, split, profile, download=source == "mirror"))
+        contents = read_official(official, split)
     questions, problems, lmms = contents.questions, contents.references, profile == "lmms"
     shown = {question.id for question in questions if question.images}
     if lmms:
@@ -105,24 +109,17 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         """The input of LLaVA's eval_science_qa.py, which tells by "<image>" in the prompt which questions show one."""
         prompts = {question.id: f"{IMAGE}\n" * bool(question.images) + question.message for question in questions}
         rows = ({"question_id": name, "prompt": prompts[name], "text": text} for name, text in texts.items())
-        return {"scienceqa_answers.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+        return {"scienceqa_answers.jsonl": json_lines(rows)}
 
-    return Dataset(
+    return replace(contents, questions=questions).dataset(
         title,
-        questions,
-        contents.pictures,
-        contents.fingerprint,
+        profile,
         score,
         lambda question, text: is_right(text, problems[question.id], read),
         submission,
+        {"questions": len(questions), "with an image": len(shown)},
         # LLaVA's script for ScienceQA generates up to 1,024 tokens, not the 128 of its other scripts.
         max_new_tokens=16 if lmms else 1024,
-        facts={
-            "source": contents.source,
-            "profile": profile,
-            "questions": len(questions),
-            "with an image": len(shown),
-        },
         # An answer file over all questions is an answer file over those with an image.
         accepts=frozenset(problems.keys() - {question.id for question in questions}),
     )
@@ -142,21 +139,21 @@ def read_official(path: Path, split: str) -> Contents[Problem]:
             f"{path} lacks problems that {splits} has in {split}, {len(lost):,} in all: {first_names(lost)}."
         )
     problems = {name: read_problem(records[name], f"Problem {name} in {path}") for name in names}
-    files = [prompts, path, splits] if is_file(prompts) else [path, splits]
     if is_file(prompts):
-        questions = from_prompts(prompts, splits, problems, records)
+        questions, files = from_prompts(prompts, splits, problems, records), [prompts, path, splits]
     else:
-        images = {name: records[name].get("image") for name in names}
-        questions = tuple(
-            ask(name, records[name], (image_name(f"{name}/{images[name]}", str(path)),) if images[name] else ())
-            for name in names
-        )
-    return Contents("official files", questions, problems, Folder(path.parent / "images" / split), fingerprint(files))
+        questions, files = [], [path, splits]
+        for name in names:
+            file = records[name].get("image")
+            shown = (image_name(f"{name}/{file}", str(path)),) if file else ()
+            questions.append(ask(name, records[name], shown, problems[name]))
+    pictures = Folder(path.parent / "images" / split)
+    return Contents("official files", tuple(questions), problems, pictures, fingerprint(files))
 
 
 def from_prompts(
     path: Path, splits: Path, problems: Mapping[str, Problem], records: Mapping[str, Record]
-) -> tuple[Question, ...]:
+) -> list[Question]:
     """LLaVA's wording: the placeholder is removed and the suffix is not in the file."""
     rows = [(f"{path} entry {number}", row) for number, row in enumerate(check_list(path, Prompt), start=1)]
     each_once(((where, str(row["id"])) for where, row in rows), problems, splits)
@@ -166,22 +163,22 @@ def from_prompts(
         if ("image" in row) != bool(records[name].get("image")):
             raise UserError(f"{where} and problem {name} of problems.json do not agree on whether there is an image.")
         images = (image_name(row["image"], where),) if "image" in row else ()
-        questions.append(question(name, text, images, problems[name]))
+        questions.append(Question(name, text, LETTER, images, problems[name].letter))
     all_asked(path, {question.id for question in questions}, problems, splits)
-    return tuple(questions)
+    return questions
 
 
-def open_mirror(data: Path, split: str, profile: str, download: bool) -> Table:
+def open_mirror(data: Path, split: str, profile: str, source: str) -> Table:
     """All questions for LLaVA's profile, unless the local copy holds those with an image only."""
     name = MIRROR_SPLITS[split]
     if profile == "lmms":
-        return open_table(data, MIRROR, WITH_IMAGE, name, download)
+        return open_table(data, MIRROR, WITH_IMAGE, name, source)
     try:
-        return open_table(data, MIRROR, FULL, name, download)
+        return open_table(data, MIRROR, FULL, name, source)
     except UserError:
         if local_copy(data, MIRROR) is None:
             raise
-        return open_table(data, MIRROR, WITH_IMAGE, name, download)
+        return open_table(data, MIRROR, WITH_IMAGE, name, source)
 
 
 def read_mirror(table: Table) -> Contents[Problem]:
@@ -189,12 +186,11 @@ def read_mirror(table: Table) -> Contents[Problem]:
     records = {str(row): record for row, record in enumerate(table.records(MirrorRow))}
     pictures = table.pictures()
     problems = {name: read_problem(record, f"{table.where} row {name}") for name, record in records.items()}
-    questions = tuple(
-        ask(name, record, (f"{name}/image",) if f"{name}/image" in pictures.names else ())
-        for name, record in records.items()
-    )
-    mark = table.fingerprint(("question", "choices", "answer"))
-    return Contents(table.id, questions, problems, pictures, mark)
+    questions = []
+    for name, record in records.items():
+        shown = (f"{name}/image",) if f"{name}/image" in pictures.names else ()
+        questions.append(ask(name, record, shown, problems[name]))
+    return table.contents(questions, problems, ("question", "choices", "answer"))
 
 
 def read_problem(record: MirrorRow, where: str) -> Problem:
@@ -205,15 +201,11 @@ def read_problem(record: MirrorRow, where: str) -> Problem:
     return Problem(len(choices), answer, record.get("subject") or "")
 
 
-def ask(name: str, record: MirrorRow, images: tuple[str, ...]) -> Question:
+def ask(name: str, record: MirrorRow, images: tuple[str, ...], problem: Problem) -> Question:
     """Context, question and choices as in LLaVA's file; lmms-eval words them alike."""
     context = f"Context: {record['hint']}\n" if record.get("hint") else ""
     text = f"{context}{record['question']}\n{option_lines(letters(record['choices']))}"
-    return question(name, text, images, read_problem(record, name))
-
-
-def question(name: str, text: str, images: tuple[str, ...], problem: Problem) -> Question:
-    return Question(name, text, LETTER, images, OPTIONS[problem.answer : problem.answer + 1])
+    return Question(name, text, LETTER, images, problem.letter)
 
 
 # -- the metric ------------------------------------------------------------------------------------------------------
@@ -292,22 +284,4 @@ def evaluate(
     )
 
 
-BENCHMARK = Benchmark(
-    name="scienceqa",
-    summary="Science questions of school books, multiple choice; the accuracy over those with an image.",
-    splits=("test", "val"),
-    read=load,
-    published="69.5 accuracy with images",
-    published_by=(
-        "LLaVA-1.5-7B, re-run of the released weights with LLaVA's scripts in FasterVLM's EVAL.md; LLaVA's "
-        "paper has 66.8"
-    ),
-    needs=(
-        Need("scienceqa/problems.json", "https://github.com/lupantech/ScienceQA, data/scienceqa"),
-        Need("scienceqa/pid_splits.json", "https://github.com/lupantech/ScienceQA, data/scienceqa"),
-        Need("scienceqa/images/test", "https://github.com/lupantech/ScienceQA, tools/download.sh (2,017 of 4,241 ids)"),
-        Need("scienceqa/llava_test_CQM-A.json", EVAL_ZIP, optional=True),
-    ),
-    mirror=MIRROR,
-    licence="CC BY-NC-SA 4.0",
-)
+BENCHMARK = listed("scienceqa", load, ("test", "val"), mirror=MIRROR)

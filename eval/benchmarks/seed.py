@@ -12,7 +12,6 @@ all of SEED-Bench is accepted, its other answers are ignored.
 Scored as LLaVA's scripts/convert_seed_for_submission.py (commit c121f04) does it, and as lmms-eval does.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,34 +21,28 @@ from typing import Any, Literal
 
 from eval.answers.jsonl import Row, is_file
 from eval.answers.reading import read_rows
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import Table, letters, official_file, open_table, option_lines, unique_ids
-from eval.benchmarks.llava_files import EVAL_ZIP, LETTER, read_prompts
+from eval.benchmarks.llava_files import LETTER, Asked, json_lines, read_prompts
 from eval.benchmarks.media import Folder, image_name
-from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
+from eval.benchmarks.records import Id, NotRequired, check_list
 from eval.metrics import Score
-from eval.metrics.accuracy import percent
+from eval.metrics.accuracy import grouped, percent
 from llava.errors import UserError
 
 MIRROR = ("lmms-lab-encoder/SEED-Bench", "lmms-lab/SEED-Bench")
-KINDS = ("image", "video")
 
 
 # Some choices are numbers.
 Choice = str | int | float
 
 
-CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+COLUMNS = ("question_id", "question", "choice_a", "choice_b", "choice_c", "choice_d", "answer", "data_type")
 
 
-COLUMNS = ("question_id", "question", *CHOICES, "answer", "data_type")
-
-
-class Record(TypedDict):
+class Record(Asked):
     """A question of SEED-Bench.json or a row of the mirror."""
 
-    question_id: Id
-    question: Filled
     choice_a: Choice
     choice_b: Choice
     choice_c: Choice
@@ -105,10 +98,10 @@ def load(main: str, data: Path, split: str, profile: str = "llava", source: str 
     """
     lmms, images_only = profile == "lmms", main == "image_accuracy"
     official = official_file(data, source, "SEED-Bench", [data / "seed_bench" / "SEED-Bench.json"], MIRROR)
-    if official is not None:
-        contents = read_official(official)
+    if official is None:
+        contents = read_mirror(open_table(data, MIRROR, None, split, source), lmms)
     else:
-        contents = read_mirror(open_table(data, MIRROR, None, split, source == "mirror"), lmms)
+        contents = read_official(official)
     items = contents.references
     questions = tuple(q for q in contents.questions if not images_only or items[q.id].kind == "image")
     rule: Rule = first_character if lmms else exact
@@ -123,26 +116,21 @@ def load(main: str, data: Path, split: str, profile: str = "llava", source: str 
             return {"seed_submission.json": rows}
         seen = last_by_official(items, texts)
         rows = [{"question_id": items[name].official, "prediction": seen[name]} for name in items if name in seen]
-        return {"seed_upload.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+        return {"seed_upload.jsonl": json_lines(rows)}
 
-    kinds = [item.kind for item in items.values()]
-    return Dataset(
+    kinds = Counter(item.kind for item in items.values())
+    facts: dict[str, Any] = {"questions": len(questions)}
+    facts |= {f"{kind} questions": kinds[kind] for kind in ("image", "video")}
+    facts["videos"] = "all frames of the data set" if lmms and official is None else "the middle frame"
+    return replace(contents, questions=questions).dataset(
         "SEED-Bench image part" if images_only else "SEED-Bench",
-        questions,
-        contents.pictures,
-        contents.fingerprint,
+        profile,
         score,
         lambda question, text: rule(text, question.answer),
         submission,
+        facts,
         # lmms-eval's task names no length; its LLaVA then generates up to 1,024 tokens.
         max_new_tokens=1024 if lmms else 128,
-        facts={
-            "source": contents.source,
-            "profile": profile,
-            "questions": len(questions),
-            **{f"{kind} questions": kinds.count(kind) for kind in KINDS},
-            "videos": "all frames of the data set" if lmms and official is None else "the middle frame",
-        },
         # An answer file over all questions holds the answers to those about images.
         accepts=frozenset(items.keys() - {question.id for question in questions}),
         read=shared_ids_reader(contents.questions),
@@ -178,22 +166,30 @@ def shared_ids_reader(questions: Sequence[Question]) -> Callable[[Path], list[Ro
 
 def read_official(path: Path) -> Contents[Item]:
     """SEED-Bench.json, in the order and words of LLaVA's question file if that is there."""
-    rows = check_list(path, Record, "questions")
-    records = dict(zip(unique_ids(row["question_id"] for row in rows), rows, strict=True))
-    items = {name: read_item(record) for name, record in records.items()}
-    prompts = path.with_name("llava-seed-bench.jsonl")
-    files = [prompts, path] if is_file(prompts) else [path]
+    records, prompts = named(check_list(path, Record, "questions")), path.with_name("llava-seed-bench.jsonl")
     if is_file(prompts):
-        questions = from_prompts(prompts, records, path)
+        questions, files = from_prompts(prompts, records, path), [prompts, path]
     else:
-        questions = tuple(
-            ask(name, record, (official_image(record, f"Question {name} in {path}"),))
-            for name, record in records.items()
-        )
-    return Contents("official files", questions, items, Folder(path.parent), fingerprint(files))
+        questions, files = [], [path]
+        for name, record in records.items():
+            questions.append(ask(name, record, [official_image(record, f"Question {name} in {path}")]))
+    return Contents("official files", tuple(questions), read_items(records), Folder(path.parent), fingerprint(files))
 
 
-def from_prompts(path: Path, records: Mapping[str, Record], official: Path) -> tuple[Question, ...]:
+def named(rows: Sequence[Record]) -> dict[str, Record]:
+    """Records by id; a few questions share one."""
+    return dict(zip(unique_ids(row["question_id"] for row in rows), rows, strict=True))
+
+
+def read_items(records: Mapping[str, Record]) -> dict[str, Item]:
+    """What scoring needs of the records."""
+    return {
+        name: Item(str(record["question_id"]), record["answer"], record["data_type"], record.get("question_type_id"))
+        for name, record in records.items()
+    }
+
+
+def from_prompts(path: Path, records: Mapping[str, Record], official: Path) -> list[Question]:
     """Questions as LLaVA's file words and orders them; of those that share an id, the one that a prompt asks."""
     waiting: dict[str, list[str]] = defaultdict(list)
     for name, record in records.items():
@@ -209,7 +205,7 @@ def from_prompts(path: Path, records: Mapping[str, Record], official: Path) -> t
         questions.append(Question(name, prompt.question, prompt.suffix, (prompt.image,), answer, str(prompt.id)))
     if lost := [name for names in waiting.values() for name in names]:
         raise UserError(f"{path} lacks {len(lost):,} of the questions in {official}, the first is {lost[0]}.")
-    return tuple(questions)
+    return questions
 
 
 def read_mirror(table: Table, every_frame: bool) -> Contents[Item]:
@@ -218,14 +214,10 @@ def read_mirror(table: Table, every_frame: bool) -> Contents[Item]:
     Args:
         every_frame: show all frames of a video as lmms-eval does, not the middle one as LLaVA.
     """
-    rows = table.records(Record)
-    if not rows:
-        raise UserError(f"{table.where} has no rows.")
-    records = dict(zip(unique_ids(row["question_id"] for row in rows), rows, strict=True))
-    items = {name: read_item(record) for name, record in records.items()}
-    pictures = table.pictures()
+    records = named(table.records(Record))
     frames: dict[int, list[str]] = defaultdict(list)
-    for name in sorted(pictures.names, key=lambda name: [int(part) for part in name.split("/") if part.isdigit()]):
+    names = table.pictures().names
+    for name in sorted(names, key=lambda name: [int(part) for part in name.split("/") if part.isdigit()]):
         frames[int(name.split("/")[0])].append(name)
     first: dict[Any, int] = {}
     questions = []
@@ -236,18 +228,13 @@ def read_mirror(table: Table, every_frame: bool) -> Contents[Item]:
         if not shown:
             raise UserError(f"Question {name} in {table.where} has no image; fetch the data set again.")
         questions.append(ask(name, record, shown if every_frame else shown[len(shown) // 2 :][:1]))
-    return Contents(table.id, tuple(questions), items, pictures, table.fingerprint(COLUMNS))
-
-
-def read_item(record: Record) -> Item:
-    """What scoring needs of a record."""
-    return Item(str(record["question_id"]), record["answer"], record["data_type"], record.get("question_type_id"))
+    return table.contents(questions, read_items(records), COLUMNS)
 
 
 def ask(name: str, record: Record, images: Sequence[str]) -> Question:
     """Question and choices as in LLaVA's file; lmms-eval words them alike."""
-    choices = (record["choice_a"], record["choice_b"], record["choice_c"], record["choice_d"])
-    text = f"{record['question']}\n{option_lines(letters([str(choice) for choice in choices]))}"
+    choices = letters([record["choice_a"], record["choice_b"], record["choice_c"], record["choice_d"]])
+    text = f"{record['question']}\n{option_lines(choices)}"
     return Question(name, text, LETTER, tuple(images), record["answer"], str(record["question_id"]))
 
 
@@ -310,50 +297,13 @@ def evaluate(items: Mapping[str, Item], texts: Mapping[str, str], rule: Rule = e
             values = {f"{kind}_accuracy": percent(part) if part else None, **values}
     if main == "accuracy":
         values = {"accuracy": percent(correct.values()), **values}
-    return Score(values, {"type": by_type(items, correct)}, correct, tuple(notes), main=main)
+    # In the order of their numbers.
+    by_type = grouped(correct, {name: item.type for name, item in items.items() if item.type is not None})
+    groups = {"type": {TYPES.get(int(kind), f"type {kind}"): found for kind, found in by_type.items()}}
+    return Score(values, groups, correct, tuple(notes), main=main)
 
 
-def by_type(items: Mapping[str, Item], correct: Mapping[str, float]) -> dict[str, tuple[float, int]]:
-    """Percent correct and number of questions of each type, in the order of their numbers."""
-    table = {}
-    for number in sorted({item.type for item in items.values() if item.type is not None}):
-        part = [correct[name] for name, item in items.items() if item.type == number]
-        table[TYPES.get(number, f"type {number}")] = (percent(part), len(part))
-    return table
-
-
-HOME = "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
-NEEDS = (
-    Need("seed_bench/SEED-Bench.json", f"{HOME} (19,242 questions)"),
-    Need("seed_bench/SEED-Bench-image", f"{HOME}, SEED-Bench-image.zip"),
-    Need("seed_bench/llava-seed-bench.jsonl", EVAL_ZIP, optional=True),
-)
-NEED_FRAMES = Need(
-    "seed_bench/SEED-Bench-video-image",
-    "the middle frame of each video, cut from the sources that SEED-Bench's DATASET.md names",
-    count=5009,
-)
-
-SEED = Benchmark(
-    name="seed",
-    summary="Multiple choice over twelve kinds of questions about images and videos; share of right letters.",
-    splits=("test",),
-    read=partial(load, "accuracy"),
-    published="58.6 accuracy",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, over images and videos",
-    needs=(*NEEDS, NEED_FRAMES),
-    mirror=MIRROR,
-    licence="CC BY-NC 4.0",
-)
 BENCHMARKS = (
-    SEED,
-    replace(
-        SEED,
-        name="seed_img",
-        summary="The questions of SEED-Bench about images (SEED-IMG); share of right letters.",
-        read=partial(load, "image_accuracy"),
-        published="70.2 accuracy (1.6-7B)",
-        published_by="LLaVA-1.6-7B, LLaVA's model zoo; the zoo's number of LLaVA-1.5-7B is over videos too",
-        needs=NEEDS,
-    ),
+    listed("seed", partial(load, "accuracy"), ("test",), mirror=MIRROR),
+    listed("seed_img", partial(load, "image_accuracy"), ("test",), mirror=MIRROR),
 )

@@ -19,13 +19,14 @@ from typing import Any
 
 from eval.answers.jsonl import Row
 from eval.answers.reading import read_rows
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import official_file, open_table
 from eval.benchmarks.llava_files import (
-    EVAL_ZIP,
     SHORT,
     Answers,
+    Asked,
     as_number,
+    by_id,
     most_common,
     need_file,
     people_said,
@@ -34,7 +35,7 @@ from eval.benchmarks.llava_files import (
     unique,
 )
 from eval.benchmarks.media import Folder, image_name
-from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
+from eval.benchmarks.records import Id, NotRequired, check_list
 from eval.metrics import vqa
 from llava.errors import UserError
 
@@ -49,11 +50,9 @@ PEOPLE = 10
 OCR = "Reference OCR token: "
 
 
-class MirrorRow(TypedDict):
+class MirrorRow(Asked):
     """A row of the mirror."""
 
-    question_id: Id
-    question: Filled
     answers: Answers
     image_id: NotRequired[Id | None]
 
@@ -64,11 +63,9 @@ class MirrorWithOcr(MirrorRow):
     ocr_tokens: list[str]
 
 
-class Official(TypedDict):
+class Official(Asked):
     """A question of the official file."""
 
-    question_id: Id
-    question: Filled
     answers: Answers
     image_id: Id
 
@@ -81,42 +78,24 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     title, with_ocr = f"TextVQA {split}", profile == "llava"
     file = data / "textvqa" / (PROMPTS if with_ocr else ANNOTATIONS)
     official = official_file(data, source, title, [file], MIRROR)
-    if official is None:
-        contents = read_mirror(data, with_ocr, download=source == "mirror")
-    else:
-        contents = read_official(official, title, with_ocr)
+    contents = read_mirror(data, with_ocr, source) if official is None else read_official(official, title, with_ocr)
     answers = {name: people_said(record["answers"]) for name, record in contents.references.items()}
     if wrong := [name for name, given in answers.items() if len(given) != PEOPLE]:
         raise UserError(
             f"TextVQA's metric needs {PEOPLE} answers to each question; {len(wrong):,} have another number, such as "
             f"question {wrong[0]} with {len(answers[wrong[0]])}."
         )
-    score, sample_score = scored_by(answers, vqa.m4c)
 
     def submission(texts: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
         """The format of TextVQA's server and of lmms-eval."""
         rows = [{"question_id": as_number(name), "answer": vqa.process(text)} for name, text in texts.items()]
         return {"predictions.json": rows}
 
-    return Dataset(
-        title,
-        contents.questions,
-        contents.pictures,
-        contents.fingerprint,
-        score,
-        sample_score,
-        submission,
-        # LLaVA: model_vqa_loader.py's default. lmms-eval: no limit for this task, its LLaVA then takes 1,024.
-        max_new_tokens=128 if with_ocr else 1024,
-        facts={
-            "source": contents.source,
-            "profile": profile,
-            "size": size(len(contents.questions), PUBLISHED_SIZE),
-            "ocr_tokens": "on" if with_ocr else "off",
-        },
-        read=reader(contents.references),
-        normalise=vqa.process,
-    )
+    facts = {"size": size(len(contents.questions), PUBLISHED_SIZE), "ocr_tokens": "on" if with_ocr else "off"}
+    # LLaVA: model_vqa_loader.py's default. lmms-eval: no limit for this task, its LLaVA then takes 1,024.
+    tokens = 128 if with_ocr else 1024
+    more: dict[str, Any] = {"max_new_tokens": tokens, "read": reader(contents.references), "normalise": vqa.process}
+    return contents.dataset(title, profile, *scored_by(answers, vqa.m4c), submission, facts, **more)
 
 
 def read_official(path: Path, title: str, with_ocr: bool) -> Contents[Record]:
@@ -128,21 +107,17 @@ def read_official(path: Path, title: str, with_ocr: bool) -> Contents[Record]:
     else:
         images = [image_name(f"{record['image_id']}.jpg", str(annotations)) for record in records]
         questions = from_records(records, images, str(annotations))
-    references = {str(record["question_id"]): record for record in records}
     # One file where no OCR tokens are wanted.
     mark = fingerprint(dict.fromkeys([path, annotations]))
-    return Contents("official", questions, references, Folder(path.with_name("train_images")), mark)
+    return Contents("official", questions, by_id(records), Folder(path.with_name("train_images")), mark)
 
 
-def read_mirror(data: Path, with_ocr: bool, download: bool) -> Contents[Record]:
+def read_mirror(data: Path, with_ocr: bool, source: str) -> Contents[Record]:
     """The table of the hub."""
-    table = open_table(data, MIRROR, None, "validation", download)
+    table = open_table(data, MIRROR, None, "validation", source)
     records: Sequence[Record] = table.records(MirrorWithOcr if with_ocr else MirrorRow)
-    images = [f"{row}/image" for row in range(len(records))]
-    questions = from_records(records, images, table.where, with_ocr)
-    references = {str(record["question_id"]): record for record in records}
-    mark = table.fingerprint((*COLUMNS, "ocr_tokens") if with_ocr else COLUMNS)
-    return Contents(table.id, questions, references, table.pictures(), mark)
+    questions = from_records(records, table.row_images(), table.where, with_ocr)
+    return table.contents(questions, by_id(records), (*COLUMNS, "ocr_tokens") if with_ocr else COLUMNS)
 
 
 def from_prompts(path: Path, annotations: Path, records: Sequence[Record]) -> tuple[Question, ...]:
@@ -210,18 +185,4 @@ def reader(records: Mapping[str, Record]) -> Callable[[Path], list[Row] | None]:
     return read
 
 
-BENCHMARK = Benchmark(
-    name="textvqa",
-    summary="Questions about text in images; accuracy against ten people.",
-    splits=("val",),
-    read=load,
-    published="58.2 accuracy",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, with OCR tokens in the prompt",
-    needs=(
-        Need(f"textvqa/{PROMPTS}", EVAL_ZIP),
-        Need(f"textvqa/{ANNOTATIONS}", f"https://dl.fbaipublicfiles.com/textvqa/data/{ANNOTATIONS}"),
-        Need("textvqa/train_images", "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip", count=3_166),
-    ),
-    mirror=MIRROR,
-    licence="annotations CC BY 4.0; OpenImages' images CC BY 2.0",
-)
+BENCHMARK = listed("textvqa", load, ("val",), mirror=MIRROR)

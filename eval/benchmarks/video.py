@@ -21,7 +21,6 @@ points. Differs from it: accuracy is in percent, and items are joined by questio
 """
 
 import ast
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,15 +31,15 @@ from typing import Any
 import numpy as np
 
 from eval.answers.jsonl import is_file, read_json
-from eval.benchmarks.base import Benchmark, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import local_copy, open_table
-from eval.benchmarks.llava_files import SHORT, each_once
+from eval.benchmarks.llava_files import SHORT, Asked, each_once, json_lines
 from eval.benchmarks.media import Videos, image_name
-from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
+from eval.benchmarks.records import Filled, Id, NotRequired, Record, TypedDict, check_list
 from eval.judging import Judging, Request, Verdict, prompts
 from eval.judging.choice import unjudged
 from eval.metrics import Array, Score, SufficientStatistics, divide
-from eval.metrics.accuracy import contains, exact_match, words
+from eval.metrics.accuracy import contains, exact_match, grouped, words
 from llava.errors import UserError
 
 FORMATS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
@@ -55,12 +54,10 @@ MIRROR = ("lmms-eval/ActivityNetQA", "lmms-lab/ActivityNetQA")
 COLUMNS = ("video_name", "question", "answer", "type", "question_id")
 
 
-class Asked(TypedDict):
+class Official(Asked):
     """An entry of test_q.json."""
 
     video_name: Id
-    question: Filled
-    question_id: Id
 
 
 class Answered(TypedDict):
@@ -71,14 +68,11 @@ class Answered(TypedDict):
     type: NotRequired[Id | None]
 
 
-class MirrorRow(TypedDict):
+class MirrorRow(Official):
     """A row of the mirror."""
 
-    video_name: Id
-    question: Filled
     answer: Filled
     type: Id
-    question_id: Id
 
 
 @dataclass(frozen=True)
@@ -106,18 +100,11 @@ class VideoSet:
         places = [data / LAYOUT / self.folder, data / "eval" / LAYOUT / self.folder]
         return next((place for place in places if is_file(place / "test_q.json")), places[0])
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        """The official files."""
-        names = ("test_q.json", "test_a.json", self.videos)
-        return tuple(Need(f"{LAYOUT}/{self.folder}/{name}", SOURCE) for name in names)
-
 
 @dataclass(frozen=True)
 class Entry:
-    """One question with its answer, as a source has it."""
+    """One question with its answer, as a source has it; `official` is the set's own id, which may come again."""
 
-    id: str
     official: str
     video: str
     question: str
@@ -125,14 +112,8 @@ class Entry:
     type: str | None
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a source holds: entries, the folder of their videos, a hash, and its name for the result."""
-
-    entries: Sequence[Entry]
-    videos: Path
-    fingerprint: str
-    source: str = "official"
+# By question id.
+Entries = Mapping[str, Entry]
 
 
 def load(one: VideoSet, data: Path, split: str, profile: str = "llava", source: str = "auto") -> Dataset:
@@ -142,63 +123,43 @@ def load(one: VideoSet, data: Path, split: str, profile: str = "llava", source: 
         raise UserError(f"{one.title} has no mirror on the hub; leave --source out.")
     lost = not is_file(one.root(data) / "test_q.json")
     if source == "mirror" or (activitynet and source == "auto" and lost and local_copy(data, MIRROR) is not None):
-        contents = read_mirror(one, data, download=source == "mirror")
+        entries, videos, mark, where = read_mirror(one, data, source)
     else:
-        contents = read_official(one, data)
+        entries, videos, mark, where = read_official(one, data)
     lmms = profile == "lmms"
-    find = cache(lambda name: find_video(contents.videos, f"{one.prefix}{name}", Path(one.title)))
-    questions = {
-        entry.id: Question(
-            entry.id,
-            # The instruction follows on the same line there, so it cannot be a suffix of its own.
-            f"{entry.question.capitalize()}? {SHORT}" if lmms else entry.question,
-            "",
-            (find(entry.video),),
-            entry.answer,
-            entry.official,
-        )
-        for entry in contents.entries
-    }
-    raw = {entry.id: entry.question for entry in contents.entries}
-    judging = judge_with(
-        one, questions, contents.entries, activitynet_metric(contents.entries) if activitynet else None
-    )
+    find = cache(lambda name: find_video(videos, f"{one.prefix}{name}", Path(one.title)))
+    questions = []
+    for name, entry in entries.items():
+        # The instruction follows on the same line there, so it cannot be a suffix of its own.
+        text = f"{entry.question.capitalize()}? {SHORT}" if lmms else entry.question
+        questions.append(Question(name, text, "", (find(entry.video),), entry.answer, entry.official))
+    shown = {question.id: question.image for question in questions}
+    judging = judge_with(one, entries, shown, activitynet_metric(entries) if activitynet else None)
 
     def submission(texts: Mapping[str, str]) -> dict[str, str]:
         """The lines that the official judging script reads."""
-        rows = (
-            {
-                "id": questions[name].official,
-                "question": raw[name],
-                "answer": questions[name].answer,
-                "pred": text.strip(),
-            }
-            for name, text in texts.items()
-        )
-        return {"merge.jsonl": "".join(json.dumps(row) + "\n" for row in rows)}
+        rows = []
+        for name, text in texts.items():
+            row = {"id": entries[name].official, "question": entries[name].question}
+            rows.append(row | {"answer": entries[name].answer, "pred": text.strip()})
+        return {"merge.jsonl": json_lines(rows)}
 
-    return Dataset(
-        f"{one.title} test",
-        tuple(questions.values()),
-        Videos(contents.videos),
-        contents.fingerprint,
-        unjudged(judging),
-        None,
-        submission,
-        LMMS_NEW_TOKENS if lmms else MAX_NEW_TOKENS,
-        facts={
-            "source": contents.source,
-            "profile": profile,
-            "answers": "joined with questions by question_id",
-            "questions of the whole set": one.count,
-            "official judge": judging.official,
-        },
-        judging=judging,
+    facts = {
+        "answers": "joined with questions by question_id",
+        "questions of the whole set": one.count,
+        "official judge": judging.official,
+    }
+    more = {"max_new_tokens": LMMS_NEW_TOKENS if lmms else MAX_NEW_TOKENS, "judging": judging}
+    return Contents(where, tuple(questions), entries, Videos(videos), mark).dataset(
+        f"{one.title} test", profile, unjudged(judging), None, submission, facts, **more
     )
 
 
-def read_official(one: VideoSet, data: Path) -> Contents:
-    """Both official files, joined by question id; a repeated id's k-th question has its k-th answer."""
+def read_official(one: VideoSet, data: Path) -> tuple[Entries, Path, str, str]:
+    """Entries, the folder of the videos, hash and name of both official files.
+
+    They are joined by question id; a repeated id's k-th question has its k-th answer.
+    """
     root = one.root(data)
     asked, answered = root / "test_q.json", root / "test_a.json"
     if not is_file(asked):
@@ -206,47 +167,39 @@ def read_official(one: VideoSet, data: Path) -> Contents:
             f"No {one.title} questions at {asked}; --data should be the folder that holds {LAYOUT}/ "
             f"(or eval/{LAYOUT}/), see {SOURCE}."
         )
-    rows, answers = check_list(asked, Asked), check_list(answered, Answered)
-    by_id = dict(zip(numbered(row["question_id"] for row in answers), answers, strict=True))
-    entries = []
-    for name, row in zip(numbered(row["question_id"] for row in rows), rows, strict=True):
-        if name not in by_id:
+    rows, answers = numbered(check_list(asked, Official)), numbered(check_list(answered, Answered))
+    entries = {}
+    for name, row in rows.items():
+        if name not in answers:
             raise UserError(f"{asked} asks question {name}, which has no answer in {answered}.")
-        answer, kind = by_id[name]["answer"], by_id[name].get("type")
+        kind = answers[name].get("type")
         official, video = str(row["question_id"]), str(row["video_name"])
-        entries.append(Entry(name, official, video, row["question"], answer, None if kind is None else str(kind)))
-    return Contents(entries, root / one.videos, fingerprint([asked, answered]))
+        kind = None if kind is None else str(kind)
+        entries[name] = Entry(official, video, row["question"], answers[name]["answer"], kind)
+    return entries, root / one.videos, fingerprint([asked, answered]), "official"
 
 
-def read_mirror(one: VideoSet, data: Path, download: bool) -> Contents:
-    """ActivityNet-QA from its table on the hub."""
-    table = open_table(data, MIRROR, "Generation", "test", download)
-    rows = table.records(MirrorRow)
-    names = numbered(row["question_id"] for row in rows)
-    entries = [
-        Entry(
-            name,
-            str(row["question_id"]),
-            str(row["video_name"]).removeprefix(one.prefix),
-            row["question"],
-            row["answer"],
-            str(row["type"]),
-        )
-        for name, row in zip(names, rows, strict=True)
-    ]
+def read_mirror(one: VideoSet, data: Path, source: str) -> tuple[Entries, Path, str, str]:
+    """The same of ActivityNet-QA from its table on the hub."""
+    table = open_table(data, MIRROR, "Generation", "test", source)
+    entries = {}
+    for name, row in numbered(table.records(MirrorRow)).items():
+        official, video = str(row["question_id"]), str(row["video_name"]).removeprefix(one.prefix)
+        entries[name] = Entry(official, video, row["question"], row["answer"], str(row["type"]))
     places = [data / "hub" / owner / one.videos for owner in MIRROR]
     videos = next((place for place in places if place.is_dir()), one.root(data) / one.videos)
-    return Contents(entries, videos, table.fingerprint(COLUMNS), table.where)
+    return entries, videos, table.fingerprint(COLUMNS), table.where
 
 
-def numbered(ids: Iterable[Any]) -> list[str]:
-    """Ids as text; those that come again get their number, counted from 2."""
+def numbered(rows: Iterable[Record]) -> dict[str, Record]:
+    """Rows by id as text; those whose id comes again get their number, counted from 2."""
     seen: Counter[str] = Counter()
-    names = []
-    for name in map(str, ids):
+    by_name = {}
+    for row in rows:
+        name = str(row["question_id"])
         seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return names
+        by_name[name if seen[name] == 1 else f"{name}#{seen[name]}"] = row
+    return by_name
 
 
 def find_video(videos: Path, stem: str, path: Path) -> str:
@@ -266,41 +219,39 @@ TRIES = 5
 Extra = Callable[[Sequence[str], Mapping[str, str]], Score]
 
 
-def judge_with(
-    one: VideoSet, questions: Mapping[str, Question], entries: Sequence[Entry], extra: Extra | None
-) -> Judging:
+def judge_with(one: VideoSet, entries: Entries, videos: Mapping[str, str], extra: Extra | None) -> Judging:
     """The judging of a video set.
 
     Args:
         entries: with the questions as the data set words them, which is what the judge sees.
+        videos: question id -> the video's file.
         extra: (ids that were asked, texts) -> numbers that need no judge.
     """
-    raw = {entry.id: entry.question for entry in entries}
-    types = {entry.id: entry.type for entry in entries if entry.type is not None}
-    videos = {name: question.image for name, question in questions.items()}
+    types = {name: entry.type for name, entry in entries.items() if entry.type is not None}
 
     def score(asked: Sequence[str], verdicts: Mapping[str, Verdict]) -> Score:
         judged = {name: verdicts[name]["judgement"] for name in asked if name in verdicts}
-        return judged_score(judged, types, videos, notes=subset_notes(one, asked, list(questions), types))
+        return judged_score(judged, types, videos, notes=subset_notes(one, asked, list(entries), types))
 
     def match(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        judged = {name: word_match(texts[name], questions[name].answer) for name in asked}
+        judged = {name: word_match(texts[name], entries[name].answer) for name in asked}
         note = (
             "accuracy_match and score_match (5 or 0) say whether a text holds the answer's words: no published metric"
         )
-        notes = (note, *subset_notes(one, asked, list(questions), types))
+        notes = (note, *subset_notes(one, asked, list(entries), types))
         return judged_score(judged, types, videos, ("accuracy_match", "score_match"), notes)
 
     def parse(name: str, reply: str) -> Verdict | None:
         return None if (judgement := parse_literal(reply)) is None else {"judgement": judgement}
 
-    ids = {question.official or question.id: question.id for question in reversed(list(questions.values()))}
+    # Where an id comes again, a verdict is of the first of its questions.
+    ids = {entry.official: name for name, entry in reversed(list(entries.items()))}
     return Judging(
         benchmark=one.benchmark,
         official=OFFICIAL,
         main="accuracy",
         requests=lambda asked, texts: [
-            judge_request(name, raw[name], questions[name].answer, texts[name]) for name in asked
+            judge_request(name, entries[name].question, entries[name].answer, texts[name]) for name in asked
         ],
         parse=parse,
         read=lambda path: read_verdicts(path, ids),
@@ -405,18 +356,10 @@ def judged_score(
     }
     clusters = tuple(videos[name] for name in read)
     terms = SufficientStatistics("video", tuple(read), clusters, rows, accuracy, proportion=True)
-    groups = {"type": by_type(verdicts, types)} if types else {}
+    decided = {name: float(said) for name, said in verdicts.items() if said is not None}
+    groups = {"type": grouped(decided, types)} if types else {}
     correct = {name: float(said is True) for name, said in verdicts.items()}
     return Score(values, groups, correct, notes, names[0], frozenset({names[1]}), terms)
-
-
-def by_type(verdicts: Mapping[str, bool | None], types: Mapping[str, str]) -> dict[str, tuple[float, int]]:
-    """Accuracy per question type, over those with a yes or no."""
-    hits: dict[str, list[bool]] = {}
-    for name, verdict in verdicts.items():
-        if verdict is not None and name in types:
-            hits.setdefault(types[name], []).append(verdict)
-    return {kind: (100 * sum(there) / len(there), len(there)) for kind, there in sorted(hits.items())}
 
 
 def word_match(text: str, answer: str) -> dict[str, Any]:
@@ -456,22 +399,20 @@ def subset_notes(
 
 # The first three are kinds of questions; the others, together "free", are kinds of answers.
 TYPES = ("motion", "spatial relation", "temporal relation", "yes/no", "color", "object", "location", "number", "other")
-
-
 FREE = range(3, len(TYPES))
 
 
-def activitynet_metric(entries: Sequence[Entry]) -> Extra | None:
+def activitynet_metric(entries: Entries) -> Extra | None:
     """ActivityNet-QA's metric over these entries; None if they have no types or others than it knows."""
     kinds = {str(number) for number in range(len(TYPES))}
-    types = {entry.id: int(entry.type) for entry in entries if entry.type in kinds}
+    types = {name: int(entry.type) for name, entry in entries.items() if entry.type in kinds}
     if len(types) < len(entries):
         return None
-    answers = {entry.id: entry.answer for entry in entries}
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
         among = set(asked)
-        return activitynet_score({name: answer for name, answer in answers.items() if name in among}, types, texts)
+        answers = {name: entry.answer for name, entry in entries.items() if name in among}
+        return activitynet_score(answers, types, texts)
 
     return score
 
@@ -484,24 +425,20 @@ def activitynet_score(answers: Mapping[str, str], types: Mapping[str, int], text
         types: question id -> number of its type.
         texts: question id -> the model's text, compared as it is.
     """
-    sizes: dict[int, int] = {}
-    right = dict.fromkeys(range(len(TYPES)), 0)
-    for name, answer in answers.items():
-        kind = types[name]
-        sizes[kind] = sizes.get(kind, 0) + 1
-        right[kind] += texts[name] == answer
-    free = sum(right[kind] for kind in FREE)
+    sizes = Counter(types[name] for name in answers)
+    correct = {name: float(texts[name] == answer) for name, answer in answers.items()}
+    free = int(sum(value for name, value in correct.items() if types[name] in FREE))
     values: dict[str, float | None] = {
-        "exact": share(sum(right.values()), len(answers)),
+        "exact": share(int(sum(correct.values())), len(answers)),
+        # A counter holds the types in the order of the file.
         "exact_free_official": share(free, sum(list(sizes.values())[3:])),
-        "exact_free": share(free, sum(sizes.get(kind, 0) for kind in FREE)),
+        "exact_free": share(free, sum(sizes[kind] for kind in FREE)),
     }
-    table = {TYPES[kind]: (100 * right[kind] / size, size) for kind, size in sorted(sizes.items())}
+    table = {TYPES[int(kind)]: found for kind, found in grouped(correct, types).items()}
     note = (
         "exact_free_official is what ActivityNet-QA's script prints as Free, which divides by the types that come "
         "fourth and later in the answer file; exact_free divides by the free questions"
     )
-    correct = {name: float(texts[name] == answer) for name, answer in answers.items()}
     return Score(values, {"exact by type": table}, correct, (note,), "exact")
 
 
@@ -524,22 +461,18 @@ def load_short(data: Path, split: str, profile: str = "llava", source: str = "au
     if len(answers) < len(references):
         raise UserError(f"{answered} answers {len(references) - len(answers):,} questions more than once.")
     types = {str(row["question_id"]): str(row["type"]) for row in references if row.get("type") is not None}
-    rows = check_list(asked, Asked)
-    names = [str(row["question_id"]) for row in rows]
-    each_once((str(asked), name) for name in names)
-    if lost := next((name for name in names if name not in answers), None):
-        raise UserError(f"{asked} asks question {lost}, which has no answer in {answered}.")
-    questions = tuple(
-        Question(
-            name, row["question"], "", (find_video(folder / "videos", str(row["video_name"]), asked),), answers[name]
-        )
-        for name, row in zip(names, rows, strict=True)
-    )
-
+    rows = check_list(asked, Official)
+    each_once((str(asked), str(row["question_id"])) for row in rows)
+    questions = []
+    for row in rows:
+        name, video = str(row["question_id"]), find_video(folder / "videos", str(row["video_name"]), asked)
+        if name not in answers:
+            raise UserError(f"{asked} asks question {name}, which has no answer in {answered}.")
+        questions.append(Question(name, row["question"], "", (video,), answers[name]))
     score, sample_score = scored_by(answers, exact_match, {"type": types})
     return Dataset(
         f"video QA {split}",
-        questions,
+        tuple(questions),
         Videos(folder / "videos"),
         fingerprint([asked, answered]),
         score,
@@ -551,72 +484,20 @@ def load_short(data: Path, split: str, profile: str = "llava", source: str = "au
 
 # -- the benchmarks --------------------------------------------------------------------------------------------------
 
-OTHER_JUDGE = "in re-runs of papers on token reduction, whose judge was another version"
+
+def zero_shot(one: VideoSet, **more: Any) -> Benchmark:
+    """The entry of one of Video-LLaVA's sets."""
+    files = ("test_q.json", "test_a.json", one.videos)
+    needs = tuple(Need(f"{LAYOUT}/{one.folder}/{file}", SOURCE) for file in files)
+    fields = {"model": "tinyllava_video", "profiles": ("llava",), "needs": needs} | more
+    return listed(one.benchmark, partial(load, one), ("test",), **fields)
 
 
-def zero_shot(one: VideoSet, summary: str, published: str, reruns: str, licence: str, **more: Any) -> Benchmark:
-    """The entry of one of Video-LLaVA's sets.
-
-    Args:
-        published: accuracy and score in Video-LLaVA-7B's paper.
-        reruns: what others have got.
-    """
-    fields = {"profiles": ("llava",)} | more
-    return Benchmark(
-        one.benchmark,
-        summary,
-        ("test",),
-        partial(load, one),
-        model="tinyllava_video",
-        published=published,
-        published_by=f"Video-LLaVA-7B's paper, judged by gpt-3.5-turbo; {reruns}",
-        needs=one.needs,
-        licence=licence,
-        **fields,
-    )
-
-
+ACTIVITYNET = VideoSet("activitynet_qa", "ActivityNet-QA", "Activitynet_Zero_Shot_QA", "all_test", 8000, prefix="v_")
 BENCHMARKS = (
-    Benchmark(
-        name="video_qa",
-        summary="Questions about what happens in short videos; exact match with a one-word answer.",
-        splits=("test", "val"),
-        read=load_short,
-        model="tinyllava_video",
-        needs=tuple(
-            Need(f"video_qa/{name}", "made by `python -m toy.benchmarks --only video_qa`")
-            for name in ("test_q.json", "test_a.json", "videos")
-        ),
-        licence="Apache-2.0, as this repository",
-    ),
-    zero_shot(
-        VideoSet("msvd_qa", "MSVD-QA", "MSVD_Zero_Shot_QA", "videos", count=13157),
-        "Questions about short videos of everyday scenes; judged by GPT-3.5.",
-        "70.7 accuracy, 3.9 score",
-        f"69.8 {OTHER_JUDGE}",
-        "the authors of MSVD name none for the videos",
-    ),
-    zero_shot(
-        VideoSet("msrvtt_qa", "MSRVTT-QA", "MSRVTT_Zero_Shot_QA", "videos/all", count=72821),
-        "Questions about web videos of twenty categories; judged by GPT-3.5.",
-        "59.2 accuracy, 3.5 score",
-        f"56.7 {OTHER_JUDGE}",
-        "the authors of MSR-VTT name none for the videos",
-    ),
-    zero_shot(
-        VideoSet("tgif_qa", "TGIF-QA", "TGIF_Zero_Shot_QA", "mp4", count=25751),
-        "Questions about animated GIFs: actions, counts, frames, transitions; judged by GPT-3.5.",
-        "70.0 accuracy, 4.0 score",
-        "47.1 in re-runs of papers on token reduction; 19.8 on the first 1,000 questions, which are all about actions",
-        "the GIFs belong to their owners on Tumblr; TGIF-QA's annotations name none",
-    ),
-    zero_shot(
-        VideoSet("activitynet_qa", "ActivityNet-QA", "Activitynet_Zero_Shot_QA", "all_test", count=8000, prefix="v_"),
-        "Questions about long videos of activities; judged by GPT-3.5, and exact match.",
-        "45.3 accuracy, 3.3 score",
-        f"43.1 {OTHER_JUDGE}",
-        "annotations: Apache-2.0 by their LICENSE, MIT and non-commercial by their README",
-        profiles=("llava", "lmms"),
-        mirror=MIRROR,
-    ),
+    listed("video_qa", load_short, ("test", "val"), model="tinyllava_video"),
+    zero_shot(VideoSet("msvd_qa", "MSVD-QA", "MSVD_Zero_Shot_QA", "videos", 13157)),
+    zero_shot(VideoSet("msrvtt_qa", "MSRVTT-QA", "MSRVTT_Zero_Shot_QA", "videos/all", 72821)),
+    zero_shot(VideoSet("tgif_qa", "TGIF-QA", "TGIF_Zero_Shot_QA", "mp4", 25751)),
+    zero_shot(ACTIVITYNET, profiles=("llava", "lmms"), mirror=MIRROR),
 )

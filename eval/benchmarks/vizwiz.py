@@ -15,10 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import official_file, open_table, server_only
 from eval.benchmarks.llava_files import (
-    EVAL_ZIP,
     VIZ,
     Answers,
     most_common,
@@ -67,18 +66,12 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     """Read a split; everything that can be wrong with its files is said here, images excepted."""
     title, file = f"VizWiz {split}", data / "vizwiz" / ("val.json" if split == "val" else "llava_test.jsonl")
     official = official_file(data, source, title, [file], MIRROR)
-    if official is None:
-        contents = read_mirror(data, split, download=source == "mirror")
-    else:
-        contents = read_official(official, split)
-    questions, lmms = contents.questions, profile == "lmms"
+    contents = read_mirror(data, split, source) if official is None else read_official(official, split)
+    questions, records, lmms = contents.questions, contents.references, profile == "lmms"
     if split == "val":
-        given = {name: people_said(record["answers"]) for name, record in contents.references.items()}
+        given = {name: people_said(record["answers"]) for name, record in records.items()}
         # The official file and the mirror name it differently.
-        kind = {
-            name: str(record.get("answer_type") or record.get("category") or "")
-            for name, record in contents.references.items()
-        }
+        kind = {name: str(row.get("answer_type") or row.get("category") or "") for name, row in records.items()}
         rule = vqa.m4c if lmms else vqa.after_processor(vqa.vizwiz)
         score, sample_score = scored_by(given, rule, {"answer type": kind} if all(kind.values()) else {})
     else:
@@ -89,19 +82,10 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         asked = (question for question in questions if question.id in texts)
         return {"answers_upload.json": [{"image": q.official, "answer": vqa.process(texts[q.id])} for q in asked]}
 
-    return Dataset(
-        title,
-        questions,
-        contents.pictures,
-        contents.fingerprint,
-        score,
-        sample_score,
-        submission,
-        # LLaVA: model_vqa_loader.py's default. lmms-eval: no limit for this task, its LLaVA then takes 1,024.
-        max_new_tokens=1024 if lmms else 128,
-        facts={"source": contents.source, "profile": profile, "size": size(len(questions), PUBLISHED_SIZES[split])},
-        normalise=vqa.process,
-    )
+    facts = {"size": size(len(questions), PUBLISHED_SIZES[split])}
+    # LLaVA: model_vqa_loader.py's default. lmms-eval: no limit for this task, its LLaVA then takes 1,024.
+    more = {"max_new_tokens": 1024 if lmms else 128, "normalise": vqa.process}
+    return contents.dataset(title, profile, score, sample_score, submission, facts, **more)
 
 
 def read_official(path: Path, split: str) -> Contents[Record]:
@@ -119,50 +103,31 @@ def read_official(path: Path, split: str) -> Contents[Record]:
     return Contents("official", questions, references, Folder(path.parent / split), fingerprint([path]))
 
 
-def read_mirror(data: Path, split: str, download: bool) -> Contents[Record]:
+def read_mirror(data: Path, split: str, source: str) -> Contents[Record]:
     """A table of the hub, whose question_id is the image's name without its ending."""
-    table = open_table(data, MIRROR, None, split, download)
+    table = open_table(data, MIRROR, None, split, source)
     columns = ("question_id", "question", *(["answers"] if split == "val" else []))
     records: Sequence[Record] = table.records(MirrorAnswered if split == "val" else MirrorRow)
     ids = [str(record["question_id"]) for record in records]
-    images = [f"{row}/image" for row in range(len(records))]
-    questions = ask(records, ids, images, [f"{name}.jpg" for name in ids], table.where)
-    references = dict(zip(ids, records, strict=True))
-    return Contents(table.id, questions, references, table.pictures(), table.fingerprint(columns))
+    questions = ask(records, ids, table.row_images(), [f"{name}.jpg" for name in ids], table.where)
+    return table.contents(questions, dict(zip(ids, records, strict=True)), columns)
 
 
 def ask(
     records: Sequence[Record], ids: Sequence[str], images: Sequence[str], files: Sequence[str], where: str
 ) -> tuple[Question, ...]:
     """Questions of the official file or the mirror; `files` are the names that the server wants."""
-    questions = (
-        Question(
-            name,
-            record["question"].capitalize(),
-            VIZ,
-            (image,),
-            most_common(people_said(record.get("answers", ()))),
-            file,
-        )
-        for record, name, image, file in zip(records, ids, images, files, strict=True)
-    )
+    questions = []
+    for record, name, image, file in zip(records, ids, images, files, strict=True):
+        answer = most_common(people_said(record.get("answers", ())))
+        questions.append(Question(name, record["question"].capitalize(), VIZ, (image,), answer, file))
     return unique(questions, where)
 
 
-BENCHMARK = Benchmark(
-    name="vizwiz",
-    summary="Questions of blind people about their images; accuracy against ten people, from a server but for val.",
-    splits=("test", "val"),
-    read=load,
-    published="50.0 accuracy",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, on test",
-    needs=(
-        Need("vizwiz/llava_test.jsonl", EVAL_ZIP),
-        Need("vizwiz/test", "https://vizwiz.cs.colorado.edu/VizWiz_final/images/test.zip", count=8_000),
-        Need("vizwiz/val.json", "https://vizwiz.cs.colorado.edu/VizWiz_final/vqa_data/Annotations.zip", optional=True),
-        Need("vizwiz/val", "https://vizwiz.cs.colorado.edu/VizWiz_final/images/val.zip", count=4_319, optional=True),
-    ),
+BENCHMARK = listed(
+    "vizwiz",
+    load,
+    ("test", "val"),
     mirror=MIRROR,
-    licence="CC BY 4.0",
     split_files={"val": "vizwiz/val.json", "test": "vizwiz/llava_test.jsonl"},
 )

@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import is_file
-from eval.benchmarks.base import Benchmark, Contents, Dataset, Need, Question, fingerprint, scored_by
+from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed, scored_by
 from eval.benchmarks.hub import official_file, open_table, server_only
 from eval.benchmarks.llava_files import (
     EVAL_ZIP,
     SHORT,
     Answers,
+    Asked,
     as_number,
+    by_id,
     need_file,
     people_said,
     read_prompts,
@@ -34,7 +36,7 @@ from eval.benchmarks.llava_files import (
     unique,
 )
 from eval.benchmarks.media import Folder, image_name
-from eval.benchmarks.records import Filled, Id, NotRequired, TypedDict, check_list
+from eval.benchmarks.records import Id, NotRequired, TypedDict, check_list
 from eval.metrics import vqa
 from llava.errors import UserError
 
@@ -50,12 +52,10 @@ SERVER = "EvalAI challenge 830 (https://eval.ai/web/challenges/challenge-page/83
 VQA_SITE = "https://visualqa.org/download.html"
 
 
-class Asked(TypedDict):
+class Official(Asked):
     """A question of the official file."""
 
-    question_id: Id
     image_id: Id
-    question: Filled
 
 
 class Annotation(TypedDict):
@@ -68,11 +68,9 @@ class Annotation(TypedDict):
     multiple_choice_answer: NotRequired[str]
 
 
-class MirrorRow(TypedDict):
+class MirrorRow(Asked):
     """A row of the mirror, of the splits that only a server can score."""
 
-    question_id: Id
-    question: Filled
     image_id: NotRequired[Id | None]
 
 
@@ -94,7 +92,10 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     folder, title = data / "vqav2", f"VQAv2 {split}"
     official = official_file(data, source, title, [folder / PROMPTS.get(split, QUESTIONS)], MIRROR)
     if official is None:
-        contents = read_mirror(data, split, download=source == "mirror")
+        table = open_table(data, MIRROR, None, MIRROR_SPLITS[split], source)
+        records: Sequence[Record] = table.records(MirrorAnswered if split == "val" else MirrorRow)
+        columns = ("question_id", "question", *(["answers"] if split == "val" else []))
+        contents = table.contents(ask(records, table.row_images(), table.where), by_id(records), columns)
     elif split == "val":
         contents = read_val(official, title)
     else:
@@ -103,20 +104,15 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         questions = unique(prompts, str(official))
         contents = Contents("official", questions, {}, Folder(folder / "test2015"), fingerprint([official]))
     names = [question.id for question in contents.questions]
-    facts = {
-        "source": contents.source,
-        "profile": profile,
-        "size": size(len(names), PUBLISHED_SIZES[split]),
-    }
+    facts = {"size": size(len(names), PUBLISHED_SIZES[split])}
     # The result file that the official toolkit reads, or the upload with an entry for every test2015 question.
     ids, file = names, "predictions.json"
     if split == "val":
-        records = contents.references
-        answers = {name: people_said(record["answers"]) for name, record in records.items()}
+        answers = {name: people_said(record["answers"]) for name, record in contents.references.items()}
         kinds = {
-            kind.replace("_", " "): {name: record[kind] for name, record in records.items()}
+            kind.replace("_", " "): {name: record[kind] for name, record in contents.references.items()}
             for kind in ("answer_type", "question_type")
-            if all(kind in record for record in records.values())
+            if all(kind in record for record in contents.references.values())
         }
         rule = vqa.lmms_vqa if profile == "lmms" else vqa.after_processor(vqa.vqa_eval)
         score, sample_score = scored_by(answers, rule, kinds)
@@ -132,20 +128,13 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
         rows = answered if split == "val" else {name: answered.get(name, "") for name in ids}
         return {file: [{"question_id": as_number(name), "answer": answer} for name, answer in rows.items()]}
 
-    return Dataset(
-        title,
-        contents.questions,
-        contents.pictures,
-        contents.fingerprint,
-        score,
-        sample_score,
-        submission,
-        max_new_tokens=16 if profile == "lmms" else 128,  # LLaVA: model_vqa_loader.py's default
-        facts=facts,
+    more = {
+        "max_new_tokens": 16 if profile == "lmms" else 128,  # LLaVA: model_vqa_loader.py's default
         # An upload answers the whole list, whichever split it is for.
-        accepts=frozenset(ids) - set(names),
-        normalise=vqa.process,
-    )
+        "accepts": frozenset(ids) - set(names),
+        "normalise": vqa.process,
+    }
+    return contents.dataset(title, profile, score, sample_score, submission, facts, **more)
 
 
 def read_val(path: Path, title: str) -> Contents[Record]:
@@ -155,7 +144,7 @@ def read_val(path: Path, title: str) -> Contents[Record]:
     answered = {row["question_id"]: row for row in answered_rows}
     if len(answered) < len(answered_rows):
         raise UserError(f"{annotations} answers {len(answered_rows) - len(answered):,} questions more than once.")
-    asked = check_list(path, Asked, "questions")
+    asked = check_list(path, Official, "questions")
     if lost := [row["question_id"] for row in asked if row["question_id"] not in answered]:
         raise UserError(f"{annotations} has no answers to {len(lost):,} questions of {path}, such as {lost[0]}.")
     records = [{**answered[row["question_id"]], **row} for row in asked]
@@ -164,32 +153,13 @@ def read_val(path: Path, title: str) -> Contents[Record]:
     return Contents("official", ask(records, images, str(path)), by_id(records), pictures, mark)
 
 
-def read_mirror(data: Path, split: str, download: bool) -> Contents[Record]:
-    """A table of the hub."""
-    table = open_table(data, MIRROR, None, MIRROR_SPLITS[split], download)
-    columns = ("question_id", "question", *(["answers"] if split == "val" else []))
-    records: Sequence[Record] = table.records(MirrorAnswered if split == "val" else MirrorRow)
-    questions = ask(records, [f"{row}/image" for row in range(len(records))], table.where)
-    return Contents(table.id, questions, by_id(records), table.pictures(), table.fingerprint(columns))
-
-
-def by_id(records: Sequence[Record]) -> dict[str, Record]:
-    return {str(record["question_id"]): record for record in records}
-
-
 def ask(records: Sequence[Record], images: Sequence[str], where: str) -> tuple[Question, ...]:
     """Questions of the official file or the mirror, with the suffix that LLaVA and lmms-eval both use."""
-    questions = (
-        Question(
-            str(record["question_id"]),
-            record["question"],
-            SHORT,
-            (image,),
-            str(record.get("multiple_choice_answer") or ""),
-            about=str(record.get("image_id") or ""),
-        )
-        for record, image in zip(records, images, strict=True)
-    )
+    questions = []
+    for record, image in zip(records, images, strict=True):
+        name, about = str(record["question_id"]), str(record.get("image_id") or "")
+        answer = str(record.get("multiple_choice_answer") or "")
+        questions.append(Question(name, record["question"], SHORT, (image,), answer, about=about))
     return unique(questions, where)
 
 
@@ -197,31 +167,19 @@ def server_ids(whole: Path, split: str, ids: list[str]) -> list[str]:
     """Ids of the upload: every test2015 question where LLaVA's list is there, else those of the split."""
     if split == "test" or not is_file(whole):
         return ids
-    listed = [str(prompt.id) for prompt in read_prompts(whole)]
-    if foreign := set(ids).difference(listed):
+    wanted = [str(prompt.id) for prompt in read_prompts(whole)]
+    if foreign := set(ids).difference(wanted):
         raise UserError(
             f"{len(foreign):,} VQAv2 {split} questions are not in {whole}, such as {min(foreign)}; "
             "the two files are not of one version."
         )
-    return listed
+    return wanted
 
 
-BENCHMARK = Benchmark(
-    name="vqav2",
-    summary="Short answers about COCO images; accuracy against ten people, from a server but for val.",
-    splits=("testdev", "test", "val"),
-    read=load,
-    published="78.5 accuracy",
-    published_by="LLaVA-1.5-7B, LLaVA's model zoo, on testdev",
-    needs=(
-        Need("vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", EVAL_ZIP),
-        Need("vqav2/llava_vqav2_mscoco_test2015.jsonl", EVAL_ZIP),
-        Need("vqav2/test2015", "http://images.cocodataset.org/zips/test2015.zip", count=81_434),
-        Need(f"vqav2/{QUESTIONS}", VQA_SITE, optional=True),
-        Need(f"vqav2/{ANNOTATIONS}", VQA_SITE, optional=True),
-        Need("vqav2/val2014", "http://images.cocodataset.org/zips/val2014.zip", count=40_504, optional=True),
-    ),
+BENCHMARK = listed(
+    "vqav2",
+    load,
+    ("testdev", "test", "val"),
     mirror=MIRROR,
-    licence="annotations CC BY 4.0; COCO's images under Flickr's terms",
     split_files={"val": f"vqav2/{ANNOTATIONS}", **{split: f"vqav2/{file}" for split, file in PROMPTS.items()}},
 )

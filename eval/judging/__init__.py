@@ -41,11 +41,6 @@ class Request:
         return hashlib.sha256(json.dumps(self.messages).encode()).hexdigest()[:16]
 
 
-def same_again(request: Request, failures: int) -> Request:
-    """An unreadable reply is asked for again in the same words."""
-    return request
-
-
 @dataclass(frozen=True)
 class Judging:
     """How a judge is used on one benchmark.
@@ -60,7 +55,7 @@ class Judging:
         score: (ids, verdict by id) -> the official metric; ids without a verdict had no readable reply.
         match: (ids, raw text by id) -> a word match with the reference answers, no published metric.
         tries: replies that are asked for until one can be read.
-        again: (first request, unreadable replies so far) -> the next request.
+        again: (first request, unreadable replies so far) -> the next request; by default the same.
         failed: verdict after the last try; None leaves the question out of the score.
         extra: (ids, raw text by id) -> numbers that need no judge and stand beside its.
         text: the answer that a verdict on disk is about, if it says so.
@@ -75,7 +70,7 @@ class Judging:
     score: Callable[[Sequence[str], Mapping[str, Verdict]], Score]
     match: Callable[[Sequence[str], Mapping[str, str]], Score]
     tries: int = 1
-    again: Callable[[Request, int], Request] = field(default=same_again)
+    again: Callable[[Request, int], Request] = field(default=lambda request, failures: request)
     failed: Verdict | None = None
     extra: Callable[[Sequence[str], Mapping[str, str]], Score] | None = None
     text: Callable[[Verdict], str | None] = field(default=lambda verdict: None)
@@ -87,9 +82,9 @@ def prompts() -> Any:
     return read_json(Path(__file__).parent / "prompts.json")
 
 
-def judged_facts(judging: Judging, source: str, profile: str, questions: int, published: int) -> dict[str, Any]:
+def judged_facts(judging: Judging, questions: int, published: int) -> dict[str, Any]:
     """The `facts` of a data set that a judge scores; another number of questions than the published one is said."""
-    facts = {"source": source, "profile": profile, "questions": questions, "official judge": judging.official}
+    facts: dict[str, Any] = {"questions": questions, "official judge": judging.official}
     if questions != published:
         facts["size"] = f"{questions:,} questions, the published set has {published}"
     return facts

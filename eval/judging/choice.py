@@ -1,13 +1,24 @@
-"""The --judge flag: which LLM judge scores the answers of a run, and the notes on it in the result."""
+"""The --judge flag: which LLM judge scores the answers of a run, how it is asked, and the notes on it in the result.
 
+A judge is asked about every answer that has no verdict yet. Verdicts are kept in judgements-<judge>.jsonl beside the
+answers, one line per judged answer, written as replies come in.
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from tqdm import tqdm
+
+from eval.answers.jsonl import DurableLines, read_jsonl
 from eval.benchmarks.base import Dataset
-from eval.judging import Judging, Verdict
-from eval.judging.ask import Judge, Line, Store, ask, is_ours, read_verdicts, verdict_file, verdict_files
+from eval.judging import Judging, Request, Verdict
 from eval.judging.judges import configured, endpoint
 from eval.metrics import Score, first_names
 from llava.errors import UserError
@@ -20,6 +31,46 @@ NAMED = ("auto", "none", "match", "endpoint")
 LOCAL = "local:"
 
 Scored = tuple[Score, dict[str, Any]]
+
+# An upper estimate for English: tokens are four characters on average, and roles cost a few tokens each.
+BYTES_PER_TOKEN = 3
+TOKENS_PER_MESSAGE = 8
+
+# For judges without a limit on the reply; a verdict of these is one line.
+USUAL_REPLY = 64
+
+# A verdict as it is stored.
+Line = dict[str, Any]
+
+# By question id and by the hash of what was asked.
+Found = dict[tuple[str, str], Line]
+
+FIELDS = ("question_id", "asked", "verdict", "judge")
+
+
+class Judge(Protocol):
+    """A chat model that judges answers."""
+
+    @property
+    def name(self) -> str:
+        """Of the model, as written to results."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """Requests in flight at once."""
+        ...
+
+    def reply(self, request: Request) -> tuple[str, str]:
+        """The reply's text and the model that the judge says it is."""
+        ...
+
+    def cost(self, tokens_in: int, tokens_out: int) -> float | None:
+        """Price of so many tokens; None if nobody said it, or there is none."""
+        ...
+
+
+# -- the flag --------------------------------------------------------------------------------------------------------
 
 
 def check_judge(data: Dataset, judge: str) -> None:
@@ -101,16 +152,16 @@ def _ask(judging: Judging, judge: Judge, asked: Sequence[str], texts: Mapping[st
     """Verdicts of a model, those in the folder and new ones."""
     requests = judging.requests(asked, texts)
     path = verdict_file(folder, judge.name)
-    with Store(path) as store:
+    with contextlib.closing(Store(path)) as store:
         ask(judge, judging, requests, store)
-        lines = store.of(requests)
-    return _of_lines(judging, asked, lines, path)
+    return _of_lines(judging, asked, lines_of(store.found, requests), path)
 
 
 def _kept(judging: Judging, asked: Sequence[str], texts: Mapping[str, str], answers: Path) -> Scored:
     """Verdicts beside the answers, the official judge's if there are several; without any, the word match."""
     requests = judging.requests(asked, texts)
-    stored = {path: read_verdicts(path).of(requests) for path in verdict_files(answers.parent)}
+    files = sorted(answers.parent.glob("judgements-*.jsonl"))
+    stored = {path: lines_of(read_verdicts(path), requests) for path in files}
     whole = [path for path, lines in stored.items() if len(lines) == len(asked)]
     notes = [
         f"{path.name} holds verdicts about {len(lines):,} of these {len(asked):,} answers and was not used"
@@ -130,14 +181,12 @@ def _kept(judging: Judging, asked: Sequence[str], texts: Mapping[str, str], answ
 def _of_lines(judging: Judging, asked: Sequence[str], lines: Mapping[str, Line], path: Path) -> Scored:
     """The score of stored verdicts, with what sets them apart from the published ones."""
     verdicts = {name: line["verdict"] for name, line in lines.items() if line["verdict"] is not None}
-    models = sorted({str(line["judge"]) for line in lines.values()})
-    failed = [name for name in asked if lines[name].get("failed")]
-    notes = [_about(judging, models)]
-    if failed:
+    score, facts = _judged(judging, asked, verdicts, (line["judge"] for line in lines.values()), path)
+    if failed := [name for name in asked if lines[name].get("failed")]:
         fate = "left out" if judging.failed is None else "scored as the official script does after its last try"
-        notes.append(f"no readable verdict for {len(failed):,} answers ({first_names(failed)}): {fate}")
-    score = judging.score(asked, verdicts)
-    return dataclasses.replace(score, notes=(*score.notes, *notes)), _facts(judging, models, path)
+        note = f"no readable verdict for {len(failed):,} answers ({first_names(failed)}): {fate}"
+        score = dataclasses.replace(score, notes=(*score.notes, note))
+    return score, facts
 
 
 def _about(judging: Judging, models: Sequence[str]) -> str:
@@ -159,14 +208,22 @@ def _about(judging: Judging, models: Sequence[str]) -> str:
     )
 
 
-def _facts(judging: Judging, models: Sequence[str], path: Path) -> dict[str, Any]:
-    return {"name": ", ".join(models) or "unknown", "official": judging.official, "verdicts": str(path)}
+def _judged(
+    judging: Judging, asked: Sequence[str], verdicts: Mapping[str, Verdict], models: Iterable[Any], path: Path
+) -> Scored:
+    """The score of verdicts, which models gave them, and what sets them apart from the published ones."""
+    names = sorted(set(map(str, models)))
+    score = judging.score(asked, verdicts)
+    facts = {"name": ", ".join(names) or "unknown", "official": judging.official, "verdicts": str(path)}
+    return dataclasses.replace(score, notes=(*score.notes, _about(judging, names))), facts
 
 
 def _from_disk(judging: Judging, path: Path, asked: Sequence[str], texts: Mapping[str, str]) -> Scored:
     """Verdicts in our format or in that of the official script."""
-    if is_ours(path):
-        lines = read_verdicts(path).of(judging.requests(asked, texts))
+    is_lines = path.is_file() and path.suffix == ".jsonl"
+    first = next((row for _, row in read_jsonl(path)), {}) if is_lines else {}
+    if all(name in first for name in FIELDS):
+        lines = lines_of(read_verdicts(path), judging.requests(asked, texts))
         _check_cover(path, asked, lines, "about these answers")
         return _of_lines(judging, asked, lines, path)
     verdicts = judging.read(path)
@@ -178,12 +235,12 @@ def _from_disk(judging: Judging, path: Path, asked: Sequence[str], texts: Mappin
             f"{path} judges other answers to {len(other):,} of {len(asked):,} questions ({first_names(other)}); "
             "it belongs to another answer file."
         )
-    models = sorted({str(model) for name in asked for model in as_list(verdicts[name].get("model"))})
-    notes = [_about(judging, models)]
+    models = (model for name in asked for model in as_list(verdicts[name].get("model")))
+    score, facts = _judged(judging, asked, {name: verdicts[name] for name in asked}, models, path)
     if any(text is None for text in about.values()):
-        notes.append(f"{path} does not hold the judged answers: that it belongs to this answer file is not checked")
-    score = judging.score(asked, {name: verdicts[name] for name in asked})
-    return dataclasses.replace(score, notes=(*score.notes, *notes)), _facts(judging, models, path)
+        note = f"{path} does not hold the judged answers: that it belongs to this answer file is not checked"
+        score = dataclasses.replace(score, notes=(*score.notes, note))
+    return score, facts
 
 
 def as_list(models: Any) -> list[Any]:
@@ -197,3 +254,154 @@ def _check_cover(path: Path, asked: Sequence[str], verdicts: Mapping[str, Verdic
             f"{path} holds no verdict{f' {what}' if what else ''} for {len(missing):,} of {len(asked):,} questions "
             f"({first_names(missing)})."
         )
+
+
+# -- verdicts on disk ------------------------------------------------------------------------------------------------
+
+
+def verdict_file(folder: Path, judge: str) -> Path:
+    """Where the verdicts of a judge are kept."""
+    return folder / f"judgements-{re.sub(r'[^A-Za-z0-9_.-]+', '-', judge).strip('-.') or 'judge'}.jsonl"
+
+
+def line(request: Request, verdict: Verdict | None, reply: str, judge: str, tries: int, failed: bool) -> Line:
+    """A verdict as it is stored."""
+    return {
+        "question_id": request.id,
+        "asked": request.fingerprint,
+        "verdict": verdict,
+        "failed": failed,
+        "judge": judge,
+        "tries": tries,
+        "reply": reply,
+    }
+
+
+def key_of(request: Request) -> tuple[str, str]:
+    """What a verdict is found by: the question and what was asked, so that several answer files can share a folder."""
+    return request.id, request.fingerprint
+
+
+def by_request(path: Path, rows: Iterable[Line]) -> Found:
+    """The lines of a file by question and by what was asked; the last one counts."""
+    found = {}
+    for row in rows:
+        if lost := [name for name in FIELDS if name not in row]:
+            raise UserError(f"{path} should hold verdicts; a line has no {', '.join(lost)}.")
+        found[str(row["question_id"]), str(row["asked"])] = row
+    return found
+
+
+def read_verdicts(path: Path) -> Found:
+    """Verdicts of a file that nobody is writing to."""
+    return by_request(path, (row for _, row in read_jsonl(path)))
+
+
+def lines_of(found: Found, requests: Iterable[Request]) -> dict[str, Line]:
+    """Lines by question id, of those requests that have one."""
+    return {request.id: found[key] for request in requests if (key := key_of(request)) in found}
+
+
+class Store:
+    """A file of verdicts that grows; every line that was added survives a crash.
+
+    Attributes:
+        found: the lines there are, by question and by what was asked.
+    """
+
+    def __init__(self, path: Path):
+        self._lines = DurableLines(path)
+        try:
+            self.found = by_request(path, self._lines.rows)
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, entry: Line) -> None:
+        """Write one verdict and return when it is on the disk."""
+        self._lines.append([entry])
+        self.found[entry["question_id"], entry["asked"]] = entry
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+# -- asking ----------------------------------------------------------------------------------------------------------
+
+
+def ask(judge: Judge, judging: Judging, requests: Sequence[Request], store: Store) -> None:
+    """Ask about all requests without a stored verdict, and store each verdict as it arrives.
+
+    Prints an estimate before the first request, because requests cost money.
+    """
+    pending = [request for request in requests if key_of(request) not in store.found]
+    if not pending:
+        return
+    print(estimate(judge, judging, pending), flush=True)
+    pool = ThreadPoolExecutor(judge.workers)
+    bar = tqdm(
+        total=len(requests),
+        initial=len(requests) - len(pending),
+        desc=f"judge {judge.name}",
+        unit="answer",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+    running: set[Future[Line]] = set()
+    with bar, pool:
+        try:
+            for request in pending:
+                if len(running) == judge.workers:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    keep(done, store, bar)
+                running.add(pool.submit(judge_one, judge, judging, request))
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                keep(done, store, bar)
+        except BaseException:
+            # Requests in flight have been paid for.
+            keep([future for future in running if future.exception() is None], store, bar)
+            raise
+
+
+def keep(done: Iterable[Future[Line]], store: Store, bar: "tqdm[Any]") -> None:
+    """Store what was judged, then raise what went wrong."""
+    failures = []
+    for future in done:
+        if (failure := future.exception()) is not None:
+            failures.append(failure)
+            continue
+        store.append(future.result())
+        bar.update()
+    if failures:
+        raise failures[0]
+
+
+def judge_one(judge: Judge, judging: Judging, request: Request) -> Line:
+    """One verdict, asked for until it can be read or the official number of tries is used up."""
+    reply, model = "", judge.name
+    for failures in range(judging.tries):
+        reply, model = judge.reply(judging.again(request, failures) if failures else request)
+        verdict = judging.parse(request.id, reply)
+        if verdict is not None:
+            return line(request, verdict, reply, model, failures + 1, failed=False)
+    return line(request, judging.failed, reply, model, judging.tries, failed=True)
+
+
+def estimate(judge: Judge, judging: Judging, requests: Sequence[Request]) -> str:
+    """How much is about to be asked."""
+    tokens_in = sum(count_tokens(request) for request in requests)
+    tokens_out = sum(request.max_tokens or USUAL_REPLY for request in requests)
+    price = judge.cost(tokens_in, tokens_out)
+    again = f"; an unreadable reply is asked for up to {judging.tries} times" if judging.tries > 1 else ""
+    return (
+        f"Judge {judge.name}: {len(requests):,} requests, at most about {tokens_in:,} tokens in and {tokens_out:,} out"
+        f"{'' if price is None else f', a cost of {price:.2f}'}{again}."
+    )
+
+
+def count_tokens(request: Request) -> int:
+    """Upper estimate of a request's length, without the judge's tokenizer."""
+    return sum(
+        math.ceil(len(message["content"].encode()) / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE
+        for message in request.messages
+    )

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
+
+from pydantic import HttpUrl, ValidationError
 
 from eval.config import whole_number
 from eval.judging import Request
@@ -133,8 +134,10 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
     if not model or not url:
         lost = [name for name, value in (("JUDGE_MODEL", model), ("JUDGE_URL (or OPENAI_BASE_URL)", url)) if not value]
         raise UserError(f"--judge endpoint needs the environment variable {' and '.join(lost)}.")
-    if not is_address(url):
-        raise UserError(f"JUDGE_URL should be an address such as https://api.openai.com/v1, got {url!r}.")
+    try:
+        HttpUrl(url)
+    except ValidationError:
+        raise UserError(f"JUDGE_URL should be an address such as https://api.openai.com/v1, got {url!r}.") from None
     url = url.rstrip("/")
     key = (environment.get("JUDGE_KEY") or environment.get("OPENAI_API_KEY") or "").strip()
     if not (key.isascii() and key.isprintable()):
@@ -147,15 +150,6 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
         workers=whole_number("JUDGE_WORKERS", environment.get("JUDGE_WORKERS") or "4"),
         prices=_prices(environment),
     )
-
-
-def is_address(url: str) -> bool:
-    """Whether a text is an http address; ports that are no numbers and open brackets are errors of urlsplit."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        return False
 
 
 def _prices(environment: Mapping[str, str]) -> tuple[float, float] | None:

@@ -72,21 +72,8 @@ def after_processor(sample_score: SampleScore) -> SampleScore:
 # Deleted or replaced by a space, in this order; apostrophe, colon, full stop and % $ # & * are not among them.
 PUNCTUATION = (*';/[]"{}()=+\\_-><@`,?!',)
 
-NUMBERS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-}
-
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_WORDS)}
 ARTICLES = frozenset({"a", "an", "the"})
 
 # right=wrong|wrong. The toolkit's slips are part of the metric: let's and she's map to themselves, somebody'd loses its
@@ -140,24 +127,17 @@ def one_line(text: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def normalise(text: str) -> str:
-    """The part that the VQA toolkit has in common: punctuation, then numbers, articles and contractions."""
-    return plain_words(without_punctuation(text))
+    """The part that the VQA toolkit has in common: punctuation, then numbers, articles and contractions.
 
-
-def without_punctuation(text: str) -> str:
-    """Each mark deleted if it stands next to a space somewhere, else replaced by a space; full stops deleted.
-
-    With a comma between digits all marks are deleted, not only the comma.
+    Each mark is deleted if it stands next to a space somewhere, else replaced by a space; full stops are deleted. With
+    a comma between digits all marks are deleted, not only the comma. Then lower case, number words to ten as digits, no
+    articles, contractions with their apostrophes.
     """
     numeric = DIGITS_WITH_COMMA.search(text) is not None
     cleaned = text
     for mark in PUNCTUATION:
         delete = numeric or f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if delete else " ")
-    return FULL_STOP.sub("", cleaned, count=FULL_STOPS)
-
-
-def plain_words(text: str) -> str:
-    """Lower case, number words to ten as digits, no articles, contractions with their apostrophes."""
-    words = (NUMBERS.get(word, word) for word in text.lower().split())
+    cleaned = FULL_STOP.sub("", cleaned, count=FULL_STOPS)
+    words = (NUMBERS.get(word, word) for word in cleaned.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
