@@ -13,8 +13,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from llava.errors import UserError
-from llava.processing.anyres import AnyresProcessor, best_resolution, parse_pinpoints, unpadded
-from llava.processing.image import ImageProcessor
+from llava.processing.image import AnyresProcessor, ImageProcessor, best_resolution, parse_pinpoints, unpadded
 from tests.resizing import old_pillow
 
 VECTORS = json.loads((Path(__file__).parent / "data/llava_preproc/anyres_token_counts.json").read_text())

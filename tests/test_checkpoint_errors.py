@@ -6,6 +6,7 @@ nonsense, hung, took all memory or ended in a traceback.
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,10 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llava.errors import UserError
-from llava.model.checkpoint import hf_model
-from llava.model.checkpoint.files import read_json
-from llava.model.checkpoint.hf_model import parameter_count
+from llava.model.checkpoint import load
+from llava.model.checkpoint.config import DecoderConfig, NestedConfig, OriginalConfig, QwenFlatConfig
+from llava.model.checkpoint.files import checked, read_json
 from llava.model.checkpoint.load import load_checkpoint
-from llava.processing.config_schema import DecoderConfig, NestedConfig, OriginalConfig, QwenFlatConfig, checked
 from tests.checkpoint_files import (
     LAYOUTS,
     drop_weights,
@@ -247,18 +247,16 @@ def test_impossible_tower_values_are_refused(loading, folders, field, value):
         path.write_text(before)
 
 
-@pytest.mark.parametrize("layer", [99, -99, 4, -5])
+@pytest.mark.parametrize("layer", [99, -99, 4, -5, [-2, -1]])
 def test_a_feature_layer_that_the_tower_lacks_is_refused(loading, layer):
     """99 and -99 were taken modulo the depth."""
-    sentence = rf"features from layer {layer} of a vision tower with 3 blocks; expected -4 to 3"
+    sentence = (
+        rf"features from layer {re.escape(str(layer))} of a vision tower with 3 blocks; expected one layer from -4"
+    )
     with pytest.raises(UserError, match=sentence):
         loading("transformers", {"vision_feature_layer": layer})
     with pytest.raises(UserError, match=sentence):
         loading("original", {"mm_vision_select_layer": layer})
-
-
-NOT_DEFAULT = r"vision_feature_select_strategy is 'full'; only 'default' is supported"
-NOT_PATCH = r"mm_vision_select_feature is 'cls_patch'; only 'patch' is supported"
 
 
 @pytest.mark.parametrize(
@@ -273,10 +271,6 @@ NOT_PATCH = r"mm_vision_select_feature is 'cls_patch'; only 'patch' is supported
         ("original", {"rope_scaling": {"type": "linear", "factor": NAN}}, "rope_scaling"),
         ("original", {"rope_scaling": 3}, "rope_scaling"),
         ("original", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling: .* needs"),
-        # The class token was dropped: 16 tokens where transformers gives 17.
-        ("transformers", {"vision_feature_select_strategy": "full"}, NOT_DEFAULT),
-        ("original", {"mm_vision_select_feature": "cls_patch"}, NOT_PATCH),
-        ("transformers", {"vision_feature_layer": [-2, -1]}, r"vision_feature_layer is .*valid integer"),
         ("qwen", {"vision_config.depth": 5_000}, "vision_config.depth"),
         ("qwen", {"vision_config.num_heads": 0}, "vision_config.num_heads"),
         ("qwen", {"vision_config.spatial_merge_size": 0}, "vision_config.spatial_merge_size"),
@@ -297,6 +291,19 @@ def test_impossible_values_and_types_are_refused(loading, layout, changes, sente
         loading(layout, changes)
 
 
+@pytest.mark.parametrize(
+    ("layout", "field", "value", "only"),
+    [
+        ("transformers", "vision_feature_select_strategy", "full", "default"),
+        ("original", "mm_vision_select_feature", "cls_patch", "patch"),
+    ],
+)
+def test_features_with_the_class_token_are_refused(loading, layout, field, value, only):
+    """The class token was dropped: 16 tokens where transformers gives 17."""
+    with pytest.raises(UserError, match=f"{field} is '{value}'; only '{only}' is supported, which drops the class"):
+        loading(layout, {field: value})
+
+
 def test_unknown_fields_are_no_fault(loading):
     extra = {"use_flash": True, "mm_resampler_type": None, "rope_scaling": None, "pad_token_id": -1}
     assert loading("original", extra)
@@ -306,25 +313,18 @@ def test_unknown_fields_are_no_fault(loading):
 # Sizes
 
 
-def test_a_model_beyond_the_memory_says_what_it_needs(loading, monkeypatch):
+def test_sizes_that_the_weights_do_not_have_are_not_allocated(loading):
     """Such sizes were allocated until the process was killed."""
-    monkeypatch.setattr(hf_model, "free_memory", lambda _device: 3 * 2**30)
-    with pytest.raises(UserError, match=r"needs about 15\.0 GiB of memory on cpu in float32, 3\.0 GiB are free"):
+    with pytest.raises(UserError, match=r"12 of another shape: .* instead of \(64, 5242880\)"):
         loading("original", {"intermediate_size": 2**22 + 2**20})
 
 
 def test_weights_of_the_right_dtype_need_no_memory(folders, monkeypatch):
     """They stay mapped to their files; as another dtype they need memory."""
-    monkeypatch.setattr(hf_model, "free_memory", lambda _device: 2**10)
+    monkeypatch.setattr(load, "free_memory", lambda _device: 2**10)
     assert load_checkpoint(folders["transformers"])
-    refused(folders["transformers"], "use a smaller dtype", dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize("make", [make_tiny_llava, make_tiny_next, lambda: make_tiny_qwen("2")])
-def test_the_estimate_of_parameters_is_near(make):
-    model = make()
-    true = sum(weight.numel() for weight in model.parameters())
-    assert 0.6 * true < parameter_count(model.config) <= true
+    needed = r"needs about 0\.0 GiB of memory on cpu in bfloat16, 0\.0 GiB are free; use a smaller dtype"
+    refused(folders["transformers"], needed, dtype=torch.bfloat16)
 
 
 # Files
@@ -333,8 +333,7 @@ def test_the_estimate_of_parameters_is_near(make):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested deeper than 64 levels"),
-        ('{"a": ' + "[" * 100 + "]" * 100 + "}", "nested deeper than 64 levels"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "is not valid JSON"),
         ('{"a": ' + "9" * 5_000 + "}", "is not valid JSON"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "contains 'c' twice"),
         ("\xff", "is not valid JSON"),
@@ -345,11 +344,6 @@ def test_json_that_python_cannot_or_should_not_read(tmp_path, text, sentence):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=sentence):
         read_json(tmp_path / "config.json")
-
-
-def test_json_of_some_depth_is_read(tmp_path):
-    (tmp_path / "a.json").write_text('{"a": ' + "[" * 60 + "]" * 60 + "}")
-    assert read_json(tmp_path / "a.json")
 
 
 def test_files_that_are_no_files(tmp_path):

@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llava.errors import UserError
-from llava.model.checkpoint.hf_model import HF_CLASSES
-from llava.model.checkpoint.layouts import (
+from llava.model.checkpoint.config import (
     CLIP_L_336,
     CLIP_L_336_NAME,
     LANGUAGEBIND,
@@ -18,6 +17,7 @@ from llava.model.checkpoint.layouts import (
     identify,
     to_transformers_config,
 )
+from llava.model.checkpoint.load import HF_CLASSES
 from tests.tiny_checkpoints import to_original_layout
 from tests.tiny_checkpoints_families import hub_name, make_tiny_qwen, qwen_name
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-import llava.model.checkpoint.hf_model
+import llava.model.checkpoint.load
 from llava.model.checkpoint.load import load_checkpoint
 from tests.checkpoint_files import edit, refused
 from tests.tiny_checkpoints import save_original_layout, save_transformers_layout
@@ -31,12 +31,12 @@ SAVERS = {
 
 @pytest.fixture
 def installed(monkeypatch):
-    monkeypatch.setattr(llava.model.checkpoint.hf_model, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(llava.model.checkpoint.load, "find_spec", lambda name: SimpleNamespace(name=name))
 
 
 @pytest.fixture
 def missing(monkeypatch):
-    monkeypatch.setattr(llava.model.checkpoint.hf_model, "find_spec", lambda name: None)
+    monkeypatch.setattr(llava.model.checkpoint.load, "find_spec", lambda name: None)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def given(monkeypatch) -> dict:
 
         monkeypatch.setattr(build, "from_pretrained", classmethod(from_pretrained))
 
-    for build in llava.model.checkpoint.hf_model.HF_CLASSES.values():
+    for build in llava.model.checkpoint.load.HF_CLASSES.values():
         watch(build)
     return seen
 
@@ -122,7 +122,7 @@ def test_errors_of_a_plain_model_are_not_blamed_on_quantisation(tmp_path, monkey
     def from_pretrained(*_args, **_kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(llava.model.checkpoint.hf_model.HF_CLASSES["llava"], "from_pretrained", from_pretrained)
+    monkeypatch.setattr(llava.model.checkpoint.load.HF_CLASSES["llava"], "from_pretrained", from_pretrained)
     with pytest.raises(RuntimeError, match="out of memory"):
         load_checkpoint(tmp_path)
 
@@ -132,4 +132,4 @@ def test_the_video_tower_with_time_is_not_quantised_either():
     linears = [path for path, module in make_tiny_video().named_modules() if isinstance(module, nn.Linear)]
     temporal = [path for path in linears if "temporal_attn" in path]
     assert len(temporal) == 12
-    assert not any(should_convert_module(path, list(llava.model.checkpoint.hf_model.KEPT)) for path in temporal)
+    assert not any(should_convert_module(path, list(llava.model.checkpoint.load.KEPT)) for path in temporal)

@@ -17,8 +17,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerBase
 
 from llava.conversation import render
 from llava.errors import UserError
-from llava.model.checkpoint.load import read_tokenizer
-from llava.processing.prompt import tokenize
+from llava.processing.prompt import read_tokenizer, tokenize
 from tests.tiny_checkpoints import make_tokenizer
 from tests.tiny_checkpoints_families import make_chatml_tokenizer
 

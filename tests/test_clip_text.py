@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 import llava.model.checkpoint.files
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.model.checkpoint.layouts import CLIP_L_336_NAME
+from llava.model.checkpoint.config import CLIP_L_336_NAME
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText, load_clip_text

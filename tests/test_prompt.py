@@ -16,8 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from llava.conversation import MODES, render
 from llava.errors import UserError
-from llava.model.checkpoint.load import read_tokenizer
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt, tokenize
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt, read_tokenizer, tokenize
 from tests.tiny_checkpoints import make_tokenizer
 
 DATA = Path(__file__).parent / "data" / "llava_preproc"

@@ -16,7 +16,7 @@ from llava.errors import UserError
 from llava.hf.patch import ReducedCache
 from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.generate import generate
-from llava.processing.anyres import best_resolution
+from llava.processing.image import best_resolution
 from llava.processing.prompt import Sample
 from llava.reduction import registry
 from tests.conftest import QUESTIONS, picture

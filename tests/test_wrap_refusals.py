@@ -149,9 +149,9 @@ def test_models_that_cannot_be_reduced(llava, qwen):
     model, text = llava.model, llava.model.model.language_model.config
     changes = [
         (model, "training", True, "call model.eval"),
-        (model.config, "vision_feature_layer", [-2, -3], "from one tower layer"),
+        (model.config, "vision_feature_layer", [-2, -3], "expected one layer from -4 to 3"),
         (model.config, "vision_feature_layer", 99, "from layer 99 of a vision tower with 3 blocks"),
-        (model.config, "vision_feature_select_strategy", "full", "without the class token"),
+        (model.config, "vision_feature_select_strategy", "full", "drops the class token"),
         (text, "_attn_implementation", "flash_attention_2", "got 'flash_attention_2'"),
     ]
     for owner, name, value, words in changes:

@@ -19,9 +19,8 @@ from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llava.model.builder import DTYPES, FAMILIES
-from llava.model.checkpoint.hf_model import HF_CLASSES, VideoLlavaWithTime, empty_model
-from llava.model.checkpoint.layouts import CLIP_L_336, LANGUAGEBIND, Family, Kind
-from llava.model.checkpoint.load import Checkpoint
+from llava.model.checkpoint.config import CLIP_L_336, LANGUAGEBIND, Family, Kind
+from llava.model.checkpoint.load import HF_CLASSES, Checkpoint, VideoLlavaWithTime, empty_model
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText

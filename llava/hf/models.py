@@ -18,9 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava.conversation import DEFAULT_MODE
 from llava.errors import UserError
-from llava.model.checkpoint.hf_model import HF_CLASSES, refuse_feature_layer
-from llava.model.checkpoint.layouts import QWEN, Family, identify
-from llava.model.checkpoint.load import Checkpoint
+from llava.model.checkpoint.config import QWEN, Family, identify
+from llava.model.checkpoint.load import HF_CLASSES, Checkpoint, refuse_feature_layer
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
 from llava.model.qwen_vl import QwenVL
@@ -241,12 +240,6 @@ def _refuse_unfit(model: PreTrainedModel, family: Family) -> None:
     config, name = model.config, type(model).__name__
     identify(config.to_dict(), Path(name))
     if family not in QWEN:
-        layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-        if not isinstance(layer, int) or strategy != "default":
-            raise UserError(
-                f"{name} must take its features from one tower layer, without the class token; this one has "
-                f"vision_feature_layer {layer} and vision_feature_select_strategy {strategy!r}."
-            )
         refuse_feature_layer(config, name)
     refuse_training(*model.modules())
     used = model.model.language_model.config._attn_implementation

@@ -36,7 +36,7 @@ from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
 from llava.hf.inputs import COPIES, VISUAL, by_name, has_pixels, refuse_arguments, refuse_prefill_arguments, samples
 from llava.hf.models import HFWrapper, family_of, refuse_training, state_of, wrap_model
-from llava.model.checkpoint.layouts import QWEN, Family
+from llava.model.checkpoint.config import QWEN, Family
 from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.decoder import Prefilled, Segment, step
 from llava.pipeline.prefill import prefill

@@ -295,16 +295,13 @@ def mapped_model(
     config: PretrainedConfig,
     weights: Mapping[str, Tensor],
     dtype: torch.dtype,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> PreTrainedModel:
     """Build a model around mapped weights, without copying them.
 
     Args:
         build: the HF class; `extra` are its arguments after the configuration.
-        weights: by their names in the model, in any floating dtype.
+        weights: exactly those of the model, by their names in it, in any floating dtype.
         dtype: that the weights will have in the end; buffers and the configuration have it from the start.
-
-    Returns:
-        The model, and the names of missing, unexpected and mismatched weights as transformers reports them.
     """
     with init_empty_weights(include_buffers=False):
         config.dtype = dtype
@@ -318,19 +315,9 @@ def mapped_model(
             model = build(config, *extra)
         finally:
             torch.set_default_dtype(before)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    mismatched = [
-        (name, tuple(tensor.shape), tuple(wanted[name]))
-        for name, tensor in weights.items()
-        if name in wanted and tensor.shape != wanted[name]
-    ]
-    wrong = {name for name, _, _ in mismatched}
-    fitting = {name: tensor for name, tensor in weights.items() if name in wanted and name not in wrong}
-    model.load_state_dict(fitting, strict=False, assign=True)
-    missing = set(wanted) - set(weights)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    unexpected = set(weights) - set(wanted)
-    return model, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
+    found = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights(missing_keys=set(found.missing_keys), recompute_mapping=False)
+    return model
 
 
 def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -347,30 +334,26 @@ def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-# Tensor parallelism
-
-
-class SplitPart(nn.Module):
-    """The modules that DeepSpeed cuts: decoder layers and head.
+class DecoderPart(nn.Module):
+    """The modules that DeepSpeed cuts or partitions: decoder layers and head, without a head that is tied.
 
     DeepSpeed casts what it is given before it cuts it. A cast of mapped weights would be a copy of the whole model, so
     the three functions that it calls do nothing here.
     """
 
-    def __init__(self, layers: nn.ModuleList, head: nn.Module, config: PretrainedConfig):
+    def __init__(self, layers: nn.ModuleList, head: nn.Module | None, config: PretrainedConfig):
         super().__init__()
         self.layers = layers
         self.lm_head = head
         self.config = config
 
-    def half(self) -> Self:
+    def keep(self) -> Self:
         return self
 
-    def bfloat16(self) -> Self:
-        return self
+    half = bfloat16 = float = keep
 
-    def float(self) -> Self:
-        return self
+
+# Tensor parallelism
 
 
 def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -390,7 +373,7 @@ def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.
     if kind not in DECODER_LAYERS:
         known = ", ".join(sorted(one.__name__ for one in DECODER_LAYERS))
         raise UserError(f"Tensor parallelism knows the decoder layers {known}, got {kind.__name__}; load it whole.")
-    part = SplitPart(llm.layers, model.lm_head, model.config.get_text_config())
+    part = DecoderPart(llm.layers, model.lm_head, model.config.get_text_config())
     whole = {
         name: (linear.in_features, linear.out_features)
         for name, linear in part.named_modules()
@@ -399,7 +382,7 @@ def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.
     deepspeed.init_inference(
         part,
         tensor_parallel={"tp_size": ranks},
-        dtype=torch.float32,  # SplitPart keeps what it has
+        dtype=torch.float32,  # DecoderPart keeps what it has
         replace_with_kernel_inject=False,
         injection_policy={kind: SUMMED},
     )
@@ -415,15 +398,6 @@ def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.
 
 
 # ZeRO-Inference
-
-
-class PartitionedPart(nn.Module):
-    """The modules whose weights are partitioned: decoder layers, and the head unless it is tied."""
-
-    def __init__(self, layers: nn.ModuleList, head: nn.Module | None):
-        super().__init__()
-        self.layers = layers
-        self.head = head
 
 
 def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, device: torch.device) -> None:
@@ -445,9 +419,10 @@ def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, de
             "another --dtype."
         )
     llm, head = model.model.language_model, model.lm_head
-    part = PartitionedPart(llm.layers, None if head.weight is llm.embed_tokens.weight else head)
+    tied = head.weight is llm.embed_tokens.weight
+    part = DecoderPart(llm.layers, None if tied else head, model.config.get_text_config())
     config = zero_config(part, parallel, dtype, device)
-    for module in (*part.layers, *filter(None, (part.head,))):
+    for module in (*part.layers, *filter(None, (part.lm_head,))):
         # A copy, because DeepSpeed writes into what it partitions, and the weights are mapped files.
         for weight in module.parameters():
             weight.data = weight.data.to(device=device, dtype=dtype, copy=True)
@@ -461,7 +436,7 @@ def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, de
     settle(model, dtype, device)
 
 
-def _start_passes_at_layer_0(part: PartitionedPart, engine: Any) -> None:
+def _start_passes_at_layer_0(part: DecoderPart, engine: Any) -> None:
     """Tell DeepSpeed where a pass over the decoder begins: prefill, a decoding step, or layers run for a probe.
 
     DeepSpeed resets its record of the order of modules in the forward of the module that it was given, which is never
@@ -482,7 +457,7 @@ def _start_passes_at_layer_0(part: PartitionedPart, engine: Any) -> None:
     coordinator._PartitionedParameterCoordinator__params_to_release = released
 
 
-def zero_config(part: PartitionedPart, parallel: Parallel, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def zero_config(part: DecoderPart, parallel: Parallel, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's configuration: stage 3, matrices partitioned, one layer fetched ahead."""
     weights = list(part.parameters())
     layer = sum(weight.numel() for weight in part.layers[0].parameters())
