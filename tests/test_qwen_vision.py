@@ -11,8 +11,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from transformers.vision_utils import get_vision_window_index
 
 from llava.errors import UserError
-from llava.model.multimodal_encoder import qwen_encoder as qwen_vision
-from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, project, signal_block
+from llava.model import qwen_vl as qwen_vision
+from llava.model.qwen_vl import encode_qwen, project, signal_block
 from llava.reduction import modules
 from llava.reduction.scores import TowerScore
 

@@ -20,8 +20,7 @@ from transformers import (
 
 from llava import reduce
 from llava.errors import UserError
-from llava.hf.inputs import question_span, samples
-from llava.hf.models import PreparedImage
+from llava.hf.models import PreparedImage, question_span, samples
 from llava.processing.prompt import IMAGE_TOKEN_INDEX
 from llava.reduction.token_layout import single
 from tests.stock_inputs import FAMILIES, TEXTS, stock
