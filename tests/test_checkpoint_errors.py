@@ -270,7 +270,6 @@ def test_a_feature_layer_that_the_tower_lacks_is_refused(loading, layer):
         ("original", {"rope_scaling": {"rope_type": "yarnn", "factor": 2.0}}, "rope_scaling"),
         ("original", {"rope_scaling": {"type": "linear", "factor": NAN}}, "rope_scaling"),
         ("original", {"rope_scaling": 3}, "rope_scaling"),
-        ("original", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling: .* needs"),
         ("qwen", {"vision_config.depth": 5_000}, "vision_config.depth"),
         ("qwen", {"vision_config.num_heads": 0}, "vision_config.num_heads"),
         ("qwen", {"vision_config.spatial_merge_size": 0}, "vision_config.spatial_merge_size"),
@@ -302,6 +301,11 @@ def test_features_with_the_class_token_are_refused(loading, layout, field, value
     """The class token was dropped: 16 tokens where transformers gives 17."""
     with pytest.raises(UserError, match=f"{field} is '{value}'; only '{only}' is supported, which drops the class"):
         loading(layout, {field: value})
+
+
+def test_a_rope_type_without_its_numbers_is_refused(loading):
+    with pytest.raises(UserError, match=r"config\.json describes no LLaVA model: .*Missing required keys in `rope_par"):
+        loading("original", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}})
 
 
 def test_unknown_fields_are_no_fault(loading):

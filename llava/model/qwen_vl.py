@@ -131,7 +131,7 @@ def encode_qwen(
 
     Returns:
         of each image its features [1, n, U * D], the output of the last block before the merger, groups in raster
-        order and the patches of a group side by side (`project` makes visual tokens of them), scores [1, n] or
+        order and the patches of a group side by side (`Merger` makes visual tokens of them), scores [1, n] or
         [1, n, d] float32, and the grid of a frame in groups. There is no class token.
     """
     wanted: dict[int, list[TowerScore]] = {}
@@ -158,12 +158,6 @@ def encode_qwen(
         Encoded(features[i][None], {score: values[i][None] for score, values in parts.items()}, (rows, columns))
         for i, (_, rows, columns) in enumerate(shapes)
     ]
-
-
-def project(visual: Any, features: Tensor) -> Tensor:
-    """The merger, from groups to visual tokens: [..., n, U * D] -> [..., n, width of the decoder]."""
-    merger = visual.merger
-    return merger.mlp(merger.ln_q(features.unflatten(-1, (_unit(visual), -1))).flatten(-2))
 
 
 # Orders of groups
@@ -405,13 +399,12 @@ def score_flops(visual: Any, score: TowerScore, grid: Grid) -> int:
 
 
 class Merger(nn.Module):
-    """Qwen's projector: [1, n, 4 D] features of merge groups -> [1, n, H] visual tokens."""
+    """Qwen's projector, from groups to visual tokens: [..., n, U * D] -> [..., n, width of the decoder]."""
 
     def __init__(self, visual: Any):
         super().__init__()
-        self.merger = visual.merger
-        # Not a submodule: the blocks of the tower are no part of the projector.
-        object.__setattr__(self, "visual", visual)
+        self.merger, self.unit = visual.merger, _unit(visual)
 
     def forward(self, features: Tensor) -> Tensor:
-        return project(self.visual, features)
+        patches = features.unflatten(-1, (self.unit, -1))
+        return self.merger.mlp(self.merger.ln_q(patches).flatten(-2))

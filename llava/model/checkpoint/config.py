@@ -119,12 +119,6 @@ CLIP_VISION_KEY = re.compile(r"^(?:vision_model\.)?(?=(?:embeddings|pre_layrnorm
 
 # "default" is computed by the models themselves; "mrope" is Qwen's old name for it.
 ROPE_TYPES = ("default", "mrope", *ROPE_INIT_FUNCTIONS)
-ROPE_NEEDS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
 
 def _one_of(what: str, known: Collection[str]) -> AfterValidator:
@@ -149,7 +143,7 @@ RopeType = Annotated[str, _one_of("rope_type", ROPE_TYPES)]
 
 
 class Rope(Schema):
-    """rope_parameters, or rope_scaling of older files, of a decoder."""
+    """rope_parameters, or rope_scaling of older files, of a decoder; the library says which of them a type needs."""
 
     # May be absent but not null, which the library takes for a value.
     rope_type: RopeType = "default"
@@ -161,14 +155,6 @@ class Rope(Schema):
     original_max_position_embeddings: Rows | None = None
     attention_factor: PositiveFloat | None = None
     mrope_section: list[NonNegativeInt] | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        kind = self.rope_type if "rope_type" in self.model_fields_set else self.type
-        missing = [name for name in ROPE_NEEDS.get(kind, ()) if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)}")
-        return self
 
 
 class Transformer(Schema):

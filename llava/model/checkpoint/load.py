@@ -286,7 +286,6 @@ def _read(source: str | Path, text_tower: str | Path | None, with_weights: bool)
             weights.setdefault("model.image_newline", torch.zeros(raw.get("hidden_size", 0)))
         named = [field for field in TOWER_MODULES if raw.get(field) is not None]
         towers = tuple(_tower(directory, field, raw[field], weights, with_weights) for field in named)
-        _refuse_different(towers)
     temporal = next((weights[key] for key in weights if TEMPORAL.match(key)), None)
     frames = None if temporal is None else temporal.shape[1]  # [1, frames, width]
     if kind.layout == "original":
@@ -328,19 +327,6 @@ def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], w
         raise UserError(f"The vision tower {folder} is a {family}; only CLIP towers are supported.")
     completed = library_config(CLIPVisionConfig, config, folder, "CLIP vision tower").to_dict()
     return _Tower(field, name, folder, completed, inside)
-
-
-def _refuse_different(towers: Sequence[_Tower]) -> None:
-    """Raise UserError if the two towers of a Video-LLaVA differ."""
-    first, *others = (CLIPVisionConfig.from_dict(dict(tower.config)) for tower in towers)
-    for other in others:
-        shared = (field for field in LANGUAGEBIND if field not in ("model_type", "projection_dim"))
-        differ = [field for field in shared if getattr(first, field) != getattr(other, field)]
-        if differ:
-            raise UserError(
-                f"The towers {towers[0].name} and {towers[1].name} differ in {', '.join(differ)}; the two towers of "
-                "Video-LLaVA have the same sizes."
-            )
 
 
 def _text_tower(chosen: str | Path | None, directory: Path, towers: Sequence[_Tower]) -> Path | str | None:
