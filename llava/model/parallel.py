@@ -107,26 +107,24 @@ def parallel_of(tensor_parallel: int, zero: str | None, quantization: str | None
         raise UserError(f"tensor_parallel should be at least 1, got {tensor_parallel}.")
     if tensor_parallel == 1 and zero is None:
         return None
+    chosen = f"tensor_parallel {tensor_parallel}" if zero is None else f"zero {zero!r}"
     if tensor_parallel > 1 and zero is not None:
         raise UserError(
-            f"tensor_parallel {tensor_parallel} and zero {zero!r} both spread the decoder's weights; choose one."
+            f"tensor_parallel {tensor_parallel} and {chosen} both spread the decoder's weights; choose one."
         )
     if quantization is not None:
-        chosen = f"tensor_parallel {tensor_parallel}" if zero is None else f"zero {zero!r}"
         raise UserError(
             f"Quantization {quantization!r} cannot be combined with {chosen}, because a quantised weight cannot be "
             "cut; leave one of them out."
         )
-    if zero is None:
-        if group_size() != tensor_parallel:
-            raise UserError(
-                f"tensor_parallel {tensor_parallel} needs a replica of {tensor_parallel} ranks, but this process is in "
-                f"a group of {group_size()}; start one process per part."
-            )
-        return Parallel(tensor=tensor_parallel)
-    if zero not in OFFLOADS:
+    if zero is not None and zero not in OFFLOADS:
         raise UserError(f"zero should be {' or '.join(OFFLOADS)}, got {zero!r}.")
-    return Parallel(offload=zero)
+    if zero is None and group_size() != tensor_parallel:
+        raise UserError(
+            f"{chosen} needs a replica of {tensor_parallel} ranks, but this process is in a group of {group_size()}; "
+            "start one process per part."
+        )
+    return Parallel(tensor_parallel, zero)
 
 
 def check_heads(config: PretrainedConfig, tensor_parallel: int, name: str) -> None:

@@ -7,11 +7,10 @@ Differs from it: the ranges of the question's tokens are ours.
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
@@ -234,7 +233,10 @@ def _spacing(directory: Path) -> dict[str, bool]:
         if not model.encode("a", out_type=str)[0].startswith(SPACES[1]):
             return {"add_prefix_space": False}
         return {"legacy": True} if stated is None else {}
-    steps = _steps(json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")))
+    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    outer = [tokenizer.get(part) or {} for part in ("normalizer", "pre_tokenizer")]
+    inner = [step.get("normalizers") or step.get("pretokenizers") or () for step in outer]
+    steps = [*outer, *(step for several in inner for step in several)]
     replaces = [step for step in steps if step.get("type") == "Replace" and step.get("content") == SPACES[1]]
     metaspaces = [step for step in steps if step.get("type") == "Metaspace"]
     prefix = any(step.get("type") == "Prepend" for step in steps) or any(
@@ -246,10 +248,3 @@ def _spacing(directory: Path) -> dict[str, bool]:
         return {"add_prefix_space": False}
     first = any(step.get("prepend_scheme") == "first" for step in metaspaces)
     return {"legacy": True} if stated is None and not first else {}
-
-
-def _steps(tokenizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the normalisation and pre-tokenisation steps of a tokenizer.json."""
-    steps = [tokenizer.get(part) or {} for part in ("normalizer", "pre_tokenizer")]
-    inner = [step.get("normalizers") or step.get("pretokenizers") or () for step in steps]
-    return [*steps, *(step for several in inner for step in several)]
