@@ -175,11 +175,13 @@ def test_cut_texts_equal_the_transformers_model(configured):
 
 
 def test_a_checkpoint_without_one_says_what_to_do(tmp_path, model):
-    save_transformers_layout(tmp_path, model)
-    loaded = load(tmp_path, device="cpu")
-    assert not loaded.spec.has_text_tower
-    with pytest.raises(UserError, match=r"text_tower/ .*mm_vision_tower"):
-        registry.build("trim", 8).check(loaded.spec)
+    """A vision tower alone is no CLIP."""
+    for save in (save_transformers_layout, save_original_layout):
+        save(tmp_path / save.__name__, model)
+        loaded = load(tmp_path / save.__name__, device="cpu")
+        assert not loaded.spec.has_text_tower
+        with pytest.raises(UserError, match=r"text_tower/ .*mm_vision_tower"):
+            registry.build("trim", 8).check(loaded.spec)
 
 
 def test_beside_the_weights(tiny):
@@ -201,11 +203,6 @@ def test_in_the_clip_that_an_original_checkpoint_names(tmp_path, model, safetens
     loaded = load(tmp_path / "llava", device="cpu")
     assert loaded.spec.has_text_tower
     torch.testing.assert_close(loaded.clip.text(QUESTIONS)[0][:, 0], end_states(clip, QUESTIONS), atol=1e-5, rtol=0)
-
-
-def test_a_tower_alone_is_no_clip(tmp_path, model):
-    save_original_layout(tmp_path, model)
-    assert not load(tmp_path, device="cpu").spec.has_text_tower
 
 
 def test_the_official_clip_is_named_without_fetching_it(tmp_path, model, monkeypatch):

@@ -16,8 +16,7 @@ from llava.model.checkpoint import load as loading
 from llava.model.checkpoint.load import _read, hf_class
 from llava.model.parallel import Parallel, check_heads, mapped_model, parallel_of, split
 from tests import spread_work, two_ranks
-from tests.anonymous_memory import MB
-from tests.spread_work import FAMILIES, KINDS, LAYOUTS, METHODS, ZERO_FAMILIES, ZERO_LAYOUTS, Rank
+from tests.spread_work import FAMILIES, KINDS, LAYOUTS, MB, METHODS, ZERO_FAMILIES, ZERO_LAYOUTS, Rank
 
 CASES = [(family, method) for family, (methods, _) in FAMILIES.items() for method in methods]
 
