@@ -311,6 +311,13 @@ def test_a_conversion_with_another_activation_is_noted(tmp_path):
     assert note == "The towers use the activation quick_gelu; LanguageBind's were trained with gelu."
 
 
+def test_towers_that_differ(tmp_path):
+    save_video_original(tmp_path)
+    config = make_tiny_video().config.vision_config.to_dict()
+    edit(tmp_path / "video" / "config.json", vision_config={**config, "hidden_act": "quick_gelu"})
+    refused(tmp_path, "towers image and video differ in hidden_act; the two towers")
+
+
 # Qwen
 
 

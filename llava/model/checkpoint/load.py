@@ -286,6 +286,13 @@ def _read(source: str | Path, text_tower: str | Path | None, with_weights: bool)
             weights.setdefault("model.image_newline", torch.zeros(raw.get("hidden_size", 0)))
         named = [field for field in TOWER_MODULES if raw.get(field) is not None]
         towers = tuple(_tower(directory, field, raw[field], weights, with_weights) for field in named)
+        # The shapes of the weights show what else differs.
+        for field in ("hidden_act", "layer_norm_eps", "image_size"):
+            if len({tower.config[field] for tower in towers}) > 1:
+                raise UserError(
+                    f"The towers {towers[0].name} and {towers[1].name} differ in {field}; the two towers of "
+                    "Video-LLaVA have the same."
+                )
     temporal = next((weights[key] for key in weights if TEMPORAL.match(key)), None)
     frames = None if temporal is None else temporal.shape[1]  # [1, frames, width]
     if kind.layout == "original":
