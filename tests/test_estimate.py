@@ -28,8 +28,8 @@ from llava.processing.video import Video
 from llava.reduction import registry
 from llava.reduction.budget import require
 from tests.allocations import peak_bytes
+from tests.checkpoint_files import SAVERS
 from tests.conftest import picture, samples
-from tests.test_checkpoint_files import SAVERS
 from tests.tiny_checkpoints import make_tiny_llava, save_transformers_layout
 from tests.tiny_checkpoints_families import (
     make_tiny_next,
@@ -84,7 +84,7 @@ def test_weights_are_those_of_the_loaded_model(tmp_path, name):
 
 def test_no_weight_is_read(tmp_path, monkeypatch):
     """Names come from the index or the header; a folder without any weights will do."""
-    for name in ("original", "qwen"):
+    for name in ("llava original", "qwen2_5_vl transformers"):
         SAVERS[name](tmp_path / name)
         whole = memory.weights(outline(tmp_path / name), 4)
         for file in (tmp_path / name).glob("*.safetensors"):
