@@ -1,7 +1,7 @@
 """The prompt templates of the LLaVA and Qwen-VL checkpoints.
 
 Templates are data: a checkpoint was trained on these characters, so every character must match. The texts are those of
-the official code; tests/test_conversation.py compares the rendered prompts.
+the official code; tests/test_prompt.py compares the rendered prompts.
 
 Official code read: haotian-liu/LLaVA@c121f04, llava/conversation.py; chat_template of Qwen/Qwen2-VL-7B-Instruct, which
 Qwen2.5-VL has word for word; LLaVA-VL/LLaVA-NeXT, llava/conversation.py (llava_llama_3), which renders with the

@@ -1,6 +1,7 @@
 """Small checkpoints written to disk in every layout, and the damage that tests do to them."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
 import llava.model.checkpoint.files
 from llava.errors import UserError
 from llava.model.checkpoint.load import load_checkpoint
 from tests.tiny_checkpoints import make_tokenizer, save_original_layout, save_transformers_layout
+from tests.tiny_checkpoints_families import (
+    save_next_original,
+    save_next_transformers,
+    save_qwen_transformers,
+    save_video_original,
+    save_video_transformers,
+)
 
 WORDS = len(make_tokenizer())
 
@@ -35,22 +43,27 @@ def refused(folder: str | Path, sentence: str, **options: Any) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 900
 
 
-def write(layout: str, directory: Path, model: LlavaForConditionalGeneration) -> Path:
-    match layout:
-        case "transformers":
-            save_transformers_layout(directory, model)
-        case "transformers bin":
-            save_transformers_layout(directory, model, safetensors=False)
-        case "original":
-            save_original_layout(directory, model)
-        case "original safetensors":
-            save_original_layout(directory, model, safetensors=True, shards=3)
-        case "original with tower":
-            save_original_layout(directory, model, tower_in_shards=True)
-    return directory
+# How each family is written, (folder, model=None) -> model: "family layout" as on the hub, and variants of it.
+SAVERS = {
+    "llava transformers": save_transformers_layout,
+    "llava transformers bin": partial(save_transformers_layout, safetensors=False),
+    "llava original": save_original_layout,
+    "llava original safetensors": partial(save_original_layout, safetensors=True, shards=3),
+    "llava original with tower": partial(save_original_layout, tower_in_shards=True),
+    "llava_next transformers": save_next_transformers,
+    "llava_next original": save_next_original,
+    "llava_next original bin": partial(save_next_original, safetensors=False),
+    "llava_next original, tower apart": partial(save_next_original, tower_in_shards=False),
+    "video_llava transformers": save_video_transformers,
+    "video_llava original": save_video_original,
+    "video_llava original safetensors": partial(save_video_original, safetensors=True),
+    "video_llava original, towers apart": partial(save_video_original, towers_in_shards=False),
+    "qwen2_5_vl transformers": save_qwen_transformers,
+}
 
 
-LAYOUTS = ("transformers", "transformers bin", "original", "original safetensors", "original with tower")
+def layouts_of(family: str) -> list[str]:
+    return [name for name in SAVERS if name.split()[0] == family]
 
 
 def real_rows(name: str, weight: Tensor) -> Tensor:

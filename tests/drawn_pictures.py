@@ -7,7 +7,7 @@ import torch
 from llava.model.llava_arch import EncodedImage, encoded_image_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded
 from llava.pipeline.views import parts_of, shared_fields
-from llava.processing.anyres import AnyresProcessor
+from llava.processing.image import AnyresProcessor
 from llava.processing.prompt import Sample
 from llava.reduction.reducer import EncoderState, Reducer
 from llava.reduction.scores import TowerScore

@@ -3,7 +3,9 @@
 import gc
 import os
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
 from llava.reduction.registry import build
-from tests.anonymous_memory import Grown, anonymous, watched_memory
 from tests.conftest import QUESTIONS, picture
 from tests.tiny_checkpoints import make_tiny_llava, save_original_layout, save_transformers_layout
 from tests.tiny_checkpoints_families import (
@@ -149,7 +150,50 @@ def shapes(model: Llava) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in model.hf_model.named_parameters()}
 
 
-# Memory: 8 layers of 14 MB and a head of 0.3 MB in bfloat16.
+# Anonymous memory of this process: what it owns beside mapped files.
+
+MB = 2**20
+
+
+@dataclass
+class Grown:
+    """Bytes of anonymous memory beyond those at the start: the most at a time, and at the end."""
+
+    peak: int = 0
+    end: int = 0
+
+
+def anonymous() -> int:
+    """Bytes of this process that belong to no file, now."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("/proc/self/status has no RssAnon")
+
+
+@contextmanager
+def watched_memory() -> Iterator[Grown]:
+    """Read the anonymous memory every millisecond while the body runs."""
+    gc.collect()
+    grown, before, stop = Grown(), anonymous(), threading.Event()
+
+    def read() -> None:
+        while not stop.wait(0.001):
+            grown.peak = max(grown.peak, anonymous() - before)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield grown
+    finally:
+        stop.set()
+        reader.join()
+        gc.collect()
+        grown.end = anonymous() - before
+        grown.peak = max(grown.peak, grown.end)
+
+
+# 8 layers of 14 MB and a head of 0.3 MB in bfloat16.
 HIDDEN, LAYERS = 768, 8
 LAYOUTS = {
     "transformers": lambda path, model: save_transformers_layout(path, model),

@@ -97,6 +97,11 @@ def stock(family: str) -> Stock:
     return Stock(with_pad(model, tokenizer), tokenizer, prepare)
 
 
+def method(case: Stock) -> str:
+    """A method that the family takes."""
+    return "divprune" if "Qwen" in type(case.model).__name__ else "visiondrop"
+
+
 def with_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The same model with the padding and end token of the tokenizer in its generation config."""
     model.generation_config.pad_token_id = tokenizer.pad_token_id

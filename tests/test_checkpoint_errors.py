@@ -6,6 +6,7 @@ nonsense, hung, took all memory or ended in a traceback.
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,18 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llava.errors import UserError
-from llava.model.checkpoint import hf_model
-from llava.model.checkpoint.files import read_json
-from llava.model.checkpoint.hf_model import parameter_count
+from llava.model.checkpoint import load
+from llava.model.checkpoint.config import DecoderConfig, NestedConfig, OriginalConfig, QwenFlatConfig
+from llava.model.checkpoint.files import checked, read_json
 from llava.model.checkpoint.load import load_checkpoint
-from llava.processing.config_schema import DecoderConfig, NestedConfig, OriginalConfig, QwenFlatConfig, checked
 from tests.checkpoint_files import (
-    LAYOUTS,
+    SAVERS,
     drop_weights,
     edit,
+    layouts_of,
     no_network,  # noqa: F401
     refused,
     shard_with,
-    write,
 )
 from tests.tiny_checkpoints import make_tiny_llava, save_original_layout, save_transformers_layout
 from tests.tiny_checkpoints_families import (
@@ -48,40 +48,43 @@ def test_unexpected_weights_are_named_and_counted(tmp_path, model):
     refused(tmp_path, r"1 missing: .*norm.weight; 7 unexpected: extra.0, .*, extra.4 and 2 more\.")
 
 
-def test_a_weight_of_another_shape(tmp_path, model):
-    save_original_layout(tmp_path, model, intermediate_size=128)
-    refused(tmp_path, r"12 of another shape: .*down_proj.weight \(64, 96\) instead of \(64, 128\)")
+@pytest.mark.parametrize("size", [128, 2**22])
+def test_a_weight_of_another_shape(tmp_path, model, size):
+    """Large sizes were allocated until the process was killed."""
+    save_original_layout(tmp_path, model, intermediate_size=size)
+    refused(tmp_path, rf"12 of another shape: .*down_proj.weight \(64, 96\) instead of \(64, {size}\)")
 
 
-@pytest.mark.parametrize("layout", ["transformers", "original"])
-@pytest.mark.parametrize("key", ["rotary_emb.inv_freq", "embeddings.position_ids"])
-def test_stored_tables_are_ignored(tmp_path, model, layout, key):
-    write(layout, tmp_path, model)
-    names = {
-        ("transformers", "rotary_emb.inv_freq"): "language_model.model.layers.0.self_attn.rotary_emb.inv_freq",
-        ("transformers", "embeddings.position_ids"): "vision_tower.vision_model.embeddings.position_ids",
-        ("original", "rotary_emb.inv_freq"): "model.layers.1.self_attn.rotary_emb.inv_freq",
-        ("original", "embeddings.position_ids"): "model.vision_tower.vision_tower.vision_model.embeddings.position_ids",
-    }
-    weights = tmp_path / "model.safetensors" if layout == "transformers" else shard_with(tmp_path, "lm_head.weight")
-    drop_weights(weights, **{names[layout, key]: torch.full((3,), 7.0)})
+@pytest.mark.parametrize(
+    ("save", "key"),
+    [
+        (save_transformers_layout, "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"),
+        (save_transformers_layout, "vision_tower.vision_model.embeddings.position_ids"),
+        (save_original_layout, "model.layers.1.self_attn.rotary_emb.inv_freq"),
+        (save_original_layout, "model.vision_tower.vision_tower.vision_model.embeddings.position_ids"),
+    ],
+)
+def test_stored_tables_are_ignored(tmp_path, model, save, key):
+    save(tmp_path, model)
+    single = tmp_path / "model.safetensors"
+    drop_weights(single if single.exists() else shard_with(tmp_path, "lm_head.weight"), **{key: torch.full((3,), 7.0)})
     loaded = load_checkpoint(tmp_path).model
     buffers = dict(model.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in loaded.named_buffers())
 
 
-@pytest.mark.parametrize("layout", ["original", "original safetensors"])
+@pytest.mark.parametrize("layout", ["llava original", "llava original safetensors"])
 def test_missing_shard(tmp_path, model, layout):
-    write(layout, tmp_path, model)
+    SAVERS[layout](tmp_path, model)
     shard = next(tmp_path.glob("*-00002-of-*"))
     shard.unlink()
     refused(tmp_path, rf"lacks 1 of \d weight files named in .*index\.json: {shard.name}; fetch them")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:4])
+@pytest.mark.parametrize("layout", layouts_of("llava")[:4])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.7])
 def test_truncated_weights(tmp_path, model, layout, share):
-    write(layout, tmp_path, model)
+    SAVERS[layout](tmp_path, model)
     weights = next(path for suffix in ("safetensors", "bin") for path in sorted(tmp_path.glob(f"*.{suffix}")))
     os.truncate(weights, int(share * weights.stat().st_size))
     refused(tmp_path, rf"Cannot read the weights in .*{weights.name}; the file is damaged")
@@ -92,17 +95,14 @@ class Exploit:
         return os.mkdir, (str(self.trace),)
 
 
-def test_a_pickle_with_code_is_not_run(tmp_path, model):
+def test_a_pickle_of_anything_but_weights_is_not_read(tmp_path, model):
+    """Code in it is not run."""
     save_transformers_layout(tmp_path, model, safetensors=False)
     exploit = Exploit()
     exploit.trace = tmp_path / "ran"
     torch.save({"weight": exploit}, tmp_path / "pytorch_model.bin")
     refused(tmp_path, r"pytorch_model\.bin holds more than weights and was not unpickled")
     assert not exploit.trace.exists()
-
-
-def test_a_bin_that_is_no_state_dict(tmp_path, model):
-    save_transformers_layout(tmp_path, model, safetensors=False)
     torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "pytorch_model.bin")
     refused(tmp_path, "holds no table of weights")
 
@@ -146,7 +146,6 @@ def test_partial_checkpoints_say_what_to_do(tmp_path, model, name):
         ({"mm_projector_type": "linear"}, "projector type 'linear' is not supported: .* exactly two linear layers"),
         ({"mm_projector_type": "mlp3x_gelu"}, "projector type 'mlp3x_gelu' is not supported"),
         ({"mm_use_im_start_end": True}, "image start and end tokens are not supported"),
-        ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature is 'cls'; only 'patch' is supported"),
         ({"hidden_size": ..., "vocab_size": ...}, r"config\.json lacks hidden_size, vocab_size"),
     ],
 )
@@ -247,18 +246,16 @@ def test_impossible_tower_values_are_refused(loading, folders, field, value):
         path.write_text(before)
 
 
-@pytest.mark.parametrize("layer", [99, -99, 4, -5])
+@pytest.mark.parametrize("layer", [99, -99, 4, -5, [-2, -1]])
 def test_a_feature_layer_that_the_tower_lacks_is_refused(loading, layer):
     """99 and -99 were taken modulo the depth."""
-    sentence = rf"features from layer {layer} of a vision tower with 3 blocks; expected -4 to 3"
+    sentence = (
+        rf"features from layer {re.escape(str(layer))} of a vision tower with 3 blocks; expected one layer from -4"
+    )
     with pytest.raises(UserError, match=sentence):
         loading("transformers", {"vision_feature_layer": layer})
     with pytest.raises(UserError, match=sentence):
         loading("original", {"mm_vision_select_layer": layer})
-
-
-NOT_DEFAULT = r"vision_feature_select_strategy is 'full'; only 'default' is supported"
-NOT_PATCH = r"mm_vision_select_feature is 'cls_patch'; only 'patch' is supported"
 
 
 @pytest.mark.parametrize(
@@ -272,11 +269,6 @@ NOT_PATCH = r"mm_vision_select_feature is 'cls_patch'; only 'patch' is supported
         ("original", {"rope_scaling": {"rope_type": "yarnn", "factor": 2.0}}, "rope_scaling"),
         ("original", {"rope_scaling": {"type": "linear", "factor": NAN}}, "rope_scaling"),
         ("original", {"rope_scaling": 3}, "rope_scaling"),
-        ("original", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling: .* needs"),
-        # The class token was dropped: 16 tokens where transformers gives 17.
-        ("transformers", {"vision_feature_select_strategy": "full"}, NOT_DEFAULT),
-        ("original", {"mm_vision_select_feature": "cls_patch"}, NOT_PATCH),
-        ("transformers", {"vision_feature_layer": [-2, -1]}, r"vision_feature_layer is .*valid integer"),
         ("qwen", {"vision_config.depth": 5_000}, "vision_config.depth"),
         ("qwen", {"vision_config.num_heads": 0}, "vision_config.num_heads"),
         ("qwen", {"vision_config.spatial_merge_size": 0}, "vision_config.spatial_merge_size"),
@@ -297,6 +289,19 @@ def test_impossible_values_and_types_are_refused(loading, layout, changes, sente
         loading(layout, changes)
 
 
+def test_features_with_the_class_token_are_refused(loading):
+    """The class token was dropped: 16 tokens where transformers gives 17."""
+    with pytest.raises(UserError, match="strategy is 'full'; only 'default' is supported, which drops the class token"):
+        loading("transformers", {"vision_feature_select_strategy": "full"})
+    with pytest.raises(UserError, match="mm_vision_select_feature is 'cls_patch'; only 'patch' is supported"):
+        loading("original", {"mm_vision_select_feature": "cls_patch"})
+
+
+def test_a_rope_type_without_its_numbers_is_refused(loading):
+    with pytest.raises(UserError, match=r"config\.json describes no LLaVA model: .*Missing required keys in `rope_par"):
+        loading("original", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}})
+
+
 def test_unknown_fields_are_no_fault(loading):
     extra = {"use_flash": True, "mm_resampler_type": None, "rope_scaling": None, "pad_token_id": -1}
     assert loading("original", extra)
@@ -306,25 +311,12 @@ def test_unknown_fields_are_no_fault(loading):
 # Sizes
 
 
-def test_a_model_beyond_the_memory_says_what_it_needs(loading, monkeypatch):
-    """Such sizes were allocated until the process was killed."""
-    monkeypatch.setattr(hf_model, "free_memory", lambda _device: 3 * 2**30)
-    with pytest.raises(UserError, match=r"needs about 15\.0 GiB of memory on cpu in float32, 3\.0 GiB are free"):
-        loading("original", {"intermediate_size": 2**22 + 2**20})
-
-
 def test_weights_of_the_right_dtype_need_no_memory(folders, monkeypatch):
     """They stay mapped to their files; as another dtype they need memory."""
-    monkeypatch.setattr(hf_model, "free_memory", lambda _device: 2**10)
+    monkeypatch.setattr(load, "free_memory", lambda _device: 2**10)
     assert load_checkpoint(folders["transformers"])
-    refused(folders["transformers"], "use a smaller dtype", dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize("make", [make_tiny_llava, make_tiny_next, lambda: make_tiny_qwen("2")])
-def test_the_estimate_of_parameters_is_near(make):
-    model = make()
-    true = sum(weight.numel() for weight in model.parameters())
-    assert 0.6 * true < parameter_count(model.config) <= true
+    needed = r"needs about 0\.0 GiB of memory on cpu in bfloat16, 0\.0 GiB are free; use a smaller dtype"
+    refused(folders["transformers"], needed, dtype=torch.bfloat16)
 
 
 # Files
@@ -333,8 +325,7 @@ def test_the_estimate_of_parameters_is_near(make):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested deeper than 64 levels"),
-        ('{"a": ' + "[" * 100 + "]" * 100 + "}", "nested deeper than 64 levels"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "is not valid JSON"),
         ('{"a": ' + "9" * 5_000 + "}", "is not valid JSON"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "contains 'c' twice"),
         ("\xff", "is not valid JSON"),
@@ -345,11 +336,6 @@ def test_json_that_python_cannot_or_should_not_read(tmp_path, text, sentence):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=sentence):
         read_json(tmp_path / "config.json")
-
-
-def test_json_of_some_depth_is_read(tmp_path):
-    (tmp_path / "a.json").write_text('{"a": ' + "[" * 60 + "]" * 60 + "}")
-    assert read_json(tmp_path / "a.json")
 
 
 def test_files_that_are_no_files(tmp_path):
@@ -390,32 +376,26 @@ def test_a_weight_in_two_shards(tmp_path, model):
 # What must go on working: values from the official config.json files
 
 
-LLAMA_2 = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "vocab_size": 32000,
-    "pad_token_id": 0,
-}
+LLAMA_2 = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_2 |= {"num_key_value_heads": 32, "hidden_act": "silu", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05}
+LLAMA_2 |= {"rope_scaling": None, "vocab_size": 32000, "pad_token_id": 0}
+ROPE = {"type": "mrope", "mrope_section": [16, 24, 24]}
+QWEN = {**LLAMA_2, "vocab_size": 152064, "rope_scaling": ROPE, "rope_theta": 1000000.0, "sliding_window": 32768}
+QWEN_VISION = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "in_chans": 3, "window_size": 112}
+HUB = {"text_config": {"vocab_size": 32064, "rms_norm_eps": 1e-05}, "vision_config": {"image_size": 336}}
 
 
-def test_official_configurations_pass():
-    original = {**LLAMA_2, "mm_vision_tower": "openai/clip", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
-    assert checked(OriginalConfig, original, "LLaVA-1.5")
-    hub = {"text_config": {"vocab_size": 32064, "rms_norm_eps": 1e-05}, "vision_config": {"image_size": 336}}
-    assert checked(NestedConfig, {**hub, "pad_token_id": 32001, "vision_feature_layer": -2}, "llava-hf")
-    llama3 = {"rope_theta": 90000.0, "vocab_size": 128256, "eos_token_id": [128001, 128009], "head_dim": None}
-    assert checked(DecoderConfig, llama3, "Llama-3")
-    rope = {"type": "mrope", "mrope_section": [16, 24, 24]}
-    qwen = {**LLAMA_2, "vocab_size": 152064, "rope_scaling": rope, "rope_theta": 1000000.0, "sliding_window": 32768}
-    vision = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "in_chans": 3, "window_size": 112}
-    assert checked(QwenFlatConfig, {**qwen, "vision_config": vision}, "Qwen2.5-VL")
+@pytest.mark.parametrize(
+    ("schema", "config"),
+    [
+        (OriginalConfig, {**LLAMA_2, "mm_vision_tower": "openai/clip", "image_aspect_ratio": "pad"}),
+        (NestedConfig, {**HUB, "pad_token_id": 32001, "vision_feature_layer": -2}),
+        (DecoderConfig, {"rope_theta": 90000.0, "vocab_size": 128256, "eos_token_id": [128001, 9], "head_dim": None}),
+        (QwenFlatConfig, {**QWEN, "vision_config": QWEN_VISION}),
+    ],
+)
+def test_official_configurations_pass(schema, config):
+    assert checked(schema, config, "config.json")
 
 
 def test_next_with_a_llama_3_tokenizer_gets_its_template(tmp_path):

@@ -1,25 +1,30 @@
-"""What is fetched of a checkpoint on the hub, and what is read: each weight once, and none is held twice."""
+"""What is fetched of a checkpoint on the hub and read: each weight once, none held twice; and what is quantised."""
 
 import shutil
 import socket
 from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import llava.model.checkpoint.files
 import llava.model.checkpoint.load
 from llava.model.checkpoint.load import load_checkpoint
 from tests.checkpoint_files import (
+    SAVERS,
     WORDS,
     edit,
+    layouts_of,
     no_network,  # noqa: F401
     refused,
-    write,
 )
 from tests.tiny_checkpoints import make_tiny_llava, save_original_layout, save_transformers_layout
-from tests.tiny_checkpoints_families import save_next_original, save_qwen_transformers, save_video_original
+from tests.tiny_checkpoints_families import make_tiny_video
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +41,19 @@ def test_hub_out_of_reach():
     refused("some/model", r"checkpoint 'some/model' is no folder here and could not be fetched .*ConnectionError")
 
 
-@pytest.mark.parametrize("layout", ["transformers", "transformers bin", "original", "original safetensors"])
+@pytest.mark.parametrize("layout", layouts_of("llava")[:4])
 def test_hub_fetches_the_weights_once(tmp_path, model, monkeypatch, layout):
     """Repositories often hold the weights twice, as .bin and as .safetensors, and more besides."""
-    remote, local = write(layout, tmp_path / "remote", model), tmp_path / "local"
+    remote, local = tmp_path / "remote", tmp_path / "local"
+    SAVERS[layout](remote, model)
     extra = ["training_args.bin", "mm_projector.bin", "model.gguf"]
-    if layout == "transformers":
+    if layout == "llava transformers":
         extra.append("pytorch_model.bin")
     for name in extra:
         (remote / name).write_bytes(b"large")
-    shutil.move(remote / "clip", tmp_path / "clip") if "original" in layout else None
-    edit(remote / "config.json", **({"mm_vision_tower": str(tmp_path / "clip")} if "original" in layout else {}))
+    if "original" in layout:
+        shutil.move(remote / "clip", tmp_path / "clip")
+        edit(remote / "config.json", mm_vision_tower=str(tmp_path / "clip"))
 
     def fetch(hub_id: str, allow_patterns: list[str]) -> str:
         assert hub_id == "some/model"
@@ -64,9 +71,8 @@ def test_hub_fetches_the_weights_once(tmp_path, model, monkeypatch, layout):
 
 
 def test_of_a_tower_that_the_shards_hold_only_the_config_is_fetched(tmp_path, model, monkeypatch):
-    folder = write("original with tower", tmp_path / "o", model)
-    (folder / "clip").rename(tmp_path / "clip")
-    edit(folder / "config.json", mm_vision_tower="some/clip")
+    save_original_layout(tmp_path / "o", model, tower_in_shards=True, mm_vision_tower="some/clip")
+    (tmp_path / "o" / "clip").rename(tmp_path / "clip")
     asked = []
 
     def fetch(hub_id: str, allow_patterns: list[str]) -> str:
@@ -74,7 +80,7 @@ def test_of_a_tower_that_the_shards_hold_only_the_config_is_fetched(tmp_path, mo
         return str(tmp_path / "clip")
 
     monkeypatch.setattr(llava.model.checkpoint.files, "snapshot_download", fetch)
-    load_checkpoint(folder)
+    load_checkpoint(tmp_path / "o")
     assert asked == [("some/clip", *llava.model.checkpoint.files.SMALL_FILES)]
 
 
@@ -83,19 +89,9 @@ def test_loading_opens_no_connection(tmp_path, model, monkeypatch):
         raise AssertionError("a folder was given, yet a connection was opened")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    load_checkpoint(write("original", tmp_path / "o", model))
-    load_checkpoint(write("transformers", tmp_path / "t", model))
-
-
-SAVERS = {
-    "llava": save_transformers_layout,
-    "llava bin": lambda path: save_transformers_layout(path, safetensors=False),
-    "original": save_original_layout,
-    "next": save_next_original,
-    "video": save_video_original,
-    "video, towers apart": lambda path: save_video_original(path, towers_in_shards=False),
-    "qwen": save_qwen_transformers,
-}
+    for save in (save_original_layout, save_transformers_layout):
+        save(tmp_path / save.__name__, model)
+        load_checkpoint(tmp_path / save.__name__)
 
 
 @pytest.mark.parametrize("name", SAVERS)
@@ -119,3 +115,105 @@ def test_converted_weights_own_exactly_their_bytes(tmp_path, name):
     SAVERS[name](tmp_path)
     for key, weight in load_checkpoint(tmp_path, dtype=torch.bfloat16).model.state_dict().items():
         assert weight.untyped_storage().nbytes() == weight.nbytes, key
+
+
+# Quantisation: what is handed to transformers, and what is said without bitsandbytes
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(llava.model.checkpoint.load, "find_spec", lambda name: SimpleNamespace(name=name))
+
+
+@pytest.fixture
+def given(monkeypatch) -> dict:
+    """What from_pretrained was called with; the model is loaded without quantisation."""
+    seen = {}
+
+    def watch(build):
+        original = build.from_pretrained.__func__
+
+        def from_pretrained(cls, *args, quantization_config=None, **kwargs):
+            seen.update(quantization_config=quantization_config, **kwargs)
+            return original(cls, *args, **kwargs)
+
+        monkeypatch.setattr(build, "from_pretrained", classmethod(from_pretrained))
+
+    for build in llava.model.checkpoint.load.HF_CLASSES.values():
+        watch(build)
+    return seen
+
+
+@pytest.mark.parametrize("name", [name for name in SAVERS if len(name.split()) == 2])
+@pytest.mark.parametrize("choice", ["8bit", "4bit"])
+def test_the_decoder_alone_is_quantised(tmp_path, installed, given, name, choice):
+    SAVERS[name](tmp_path / "tiny")
+    loaded = load_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16, quantization=choice)
+    asked = given["quantization_config"]
+    assert isinstance(asked, BitsAndBytesConfig)
+    assert (asked.load_in_8bit, asked.load_in_4bit) == (choice == "8bit", choice == "4bit")
+    if choice == "4bit":
+        assert (asked.bnb_4bit_quant_type, asked.bnb_4bit_use_double_quant) == ("nf4", True)
+        assert asked.bnb_4bit_compute_dtype == torch.bfloat16
+    linears = [path for path, module in loaded.model.named_modules() if isinstance(module, nn.Linear)]
+    converted = [path for path in linears if should_convert_module(path, asked.llm_int8_skip_modules)]
+    assert converted == [path for path in linears if path.startswith("model.language_model.")]
+    assert 28 == len(converted) < len(linears)
+    assert given["device_map"] == {"": torch.device("cpu")}, "bitsandbytes takes a device map only"
+    assert loaded.notes[-1] == f"The decoder is quantised to {choice[0]} bits by bitsandbytes."
+
+
+def test_without_a_choice_nothing_is_passed_on(tmp_path, given):
+    save_transformers_layout(tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    assert given["quantization_config"] is None
+    assert given["device_map"] is None
+    assert loaded.notes == ()
+
+
+def test_choices_that_cannot_be_met(monkeypatch):
+    """Said before anything is read or fetched."""
+    monkeypatch.setattr(llava.model.checkpoint.load, "find_spec", lambda name: None)
+    refused("/nowhere", r"quantization '4bit' needs the package bitsandbytes, .* pip install", quantization="4bit")
+    refused("/nowhere", r"Unknown quantization '3bit'\. .* Available: 4bit, 8bit", quantization="3bit")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_numbers_without_a_meaning_are_refused(tmp_path, dtype):
+    """int8 and bool weights without a quantization_config were loaded as if they were the weights themselves."""
+    save_transformers_layout(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(key for key in weights if key.endswith("q_proj.weight"))
+    save_file(weights | {name: weights[name].to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
+    kind = str(dtype).removeprefix("torch.")
+    refused(tmp_path, rf"has weights of {kind} \(.*q_proj.weight\), which are not supported")
+
+
+@pytest.mark.parametrize("save", [save_transformers_layout, save_original_layout])
+@pytest.mark.parametrize(
+    ("stored", "method"),
+    [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"), ({"bits": 4}, "an unnamed method")],
+)
+def test_files_that_are_quantised_already_are_refused(tmp_path, save, stored, method):
+    save(tmp_path)
+    edit(tmp_path / "config.json", quantization_config=stored)
+    refused(tmp_path, f"is quantised with {method}, which is not supported; take it unquantised")
+
+
+def test_errors_of_a_plain_model_are_not_blamed_on_quantisation(tmp_path, monkeypatch):
+    save_transformers_layout(tmp_path)
+
+    def from_pretrained(*_args, **_kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(llava.model.checkpoint.load.HF_CLASSES["llava"], "from_pretrained", from_pretrained)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        load_checkpoint(tmp_path)
+
+
+def test_the_video_tower_with_time_is_not_quantised_either():
+    """Its attention over time is new to the library, its path is not."""
+    linears = [path for path, module in make_tiny_video().named_modules() if isinstance(module, nn.Linear)]
+    temporal = [path for path in linears if "temporal_attn" in path]
+    assert len(temporal) == 12
+    assert not any(should_convert_module(path, list(llava.model.checkpoint.load.KEPT)) for path in temporal)

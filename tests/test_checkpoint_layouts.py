@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llava.errors import UserError
-from llava.model.checkpoint.hf_model import HF_CLASSES
-from llava.model.checkpoint.layouts import (
+from llava.model.checkpoint.config import (
     CLIP_L_336,
     CLIP_L_336_NAME,
     LANGUAGEBIND,
@@ -18,6 +17,7 @@ from llava.model.checkpoint.layouts import (
     identify,
     to_transformers_config,
 )
+from llava.model.checkpoint.load import HF_CLASSES
 from tests.tiny_checkpoints import to_original_layout
 from tests.tiny_checkpoints_families import hub_name, make_tiny_qwen, qwen_name
 
@@ -73,55 +73,50 @@ def test_what_a_config_says(config, kind):
     assert identify(config, HERE) == Kind(*kind)
 
 
+UNKNOWN = "^folder is a checkpoint of the family {}, which is not supported: "
+CONTRADICTION = "config.json contradicts itself: it has {}"
+ONE_TOWER = r"names only one tower \({}\).*add {} to config.json"
+SIGLIP = {"text_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "siglip"}}
+
+
 @pytest.mark.parametrize(
-    ("config", "family"),
+    ("config", "sentence", "names"),
     [
-        ({"model_type": "llama"}, "llama"),
-        ({}, "unknown"),
-        ({**NESTED, "model_type": "llava_next_video", "image_grid_pinpoints": [[1]]}, "llava_next_video"),
-        ({**NESTED, "model_type": "llava_onevision"}, "llava_onevision"),
-        ({**ORIGINAL, "model_type": "llava_qwen"}, "llava_qwen"),
-        ({**ORIGINAL, "architectures": ["LlavaMptForCausalLM"]}, "LlavaMptForCausalLM"),
-        ({**QWEN, "model_type": "qwen3_vl", "vision_config": {}}, "qwen3_vl"),
-        ({"model_type": "llava", "vision_config": {}}, "llava"),
+        ({"model_type": "llama"}, UNKNOWN, ["llama"]),
+        ({}, UNKNOWN, ["unknown"]),
+        ({**NESTED, "model_type": "llava_next_video", "image_grid_pinpoints": [[1]]}, UNKNOWN, ["llava_next_video"]),
+        ({**NESTED, "model_type": "llava_onevision"}, UNKNOWN, ["llava_onevision"]),
+        ({**ORIGINAL, "model_type": "llava_qwen"}, UNKNOWN, ["llava_qwen"]),
+        ({**ORIGINAL, "architectures": ["LlavaMptForCausalLM"]}, UNKNOWN, ["LlavaMptForCausalLM"]),
+        ({**QWEN, "model_type": "qwen3_vl", "vision_config": {}}, UNKNOWN, ["qwen3_vl"]),
+        ({"model_type": "llava", "vision_config": {}}, UNKNOWN, ["llava"]),
+        ({"model_type": "llava", **SIGLIP}, UNKNOWN, [r"llava \(siglip tower, qwen2 decoder\)"]),
+        ({**ORIGINAL, **NESTED}, CONTRADICTION, ["mm_vision_tower, a field of the original layout, and text_config"]),
+        ({**VIDEO, "vision_config": {}}, CONTRADICTION, ["mm_image_tower, .* and vision_config, one of transformers"]),
+        ({**VIDEO, **ORIGINAL}, CONTRADICTION, ["mm_vision_tower and mm_image_tower, which are of different families"]),
         (
-            {"model_type": "llava", "text_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "siglip"}},
-            r"llava \(siglip tower, qwen2 decoder\)",
+            {**NESTED, "model_type": "llava", "image_grid_pinpoints": [[1]]},
+            CONTRADICTION,
+            ["model_type llava and image_grid_pinpoints"],
         ),
-    ],
-)
-def test_other_families_are_refused_by_name(config, family):
-    with pytest.raises(UserError, match=rf"^folder is a checkpoint of the family {family}, which is not supported: "):
-        identify(config, HERE)
-
-
-@pytest.mark.parametrize(
-    ("config", "what"),
-    [
-        ({**ORIGINAL, **NESTED}, "mm_vision_tower, a field of the original layout, and text_config, one of transf"),
-        ({**VIDEO, "vision_config": {}}, "mm_image_tower, a field of the original layout, and vision_config"),
-        ({**VIDEO, **ORIGINAL}, "mm_vision_tower and mm_image_tower, which are of different families"),
-        ({**NESTED, "model_type": "llava", "image_grid_pinpoints": [[1]]}, "model_type llava and image_grid_pinpoints"),
-        ({**NESTED, "model_type": "llava_next", "video_seq_length": 9}, "model_type llava_next and video tokens"),
+        (
+            {**NESTED, "model_type": "llava_next", "video_seq_length": 9},
+            CONTRADICTION,
+            ["model_type llava_next and video tokens"],
+        ),
         (
             {**QWEN, "model_type": "qwen2_vl", "vision_config": {"window_size": 9}},
-            "model_type qwen2_vl and a vision_config of qwen2_5_vl",
+            CONTRADICTION,
+            ["model_type qwen2_vl and a vision_config of qwen2_5_vl"],
         ),
+        ({**VIDEO, "mm_video_tower": None}, ONE_TOWER, ["mm_image_tower", "mm_video_tower"]),
+        ({**VIDEO, "mm_image_tower": None}, ONE_TOWER, ["mm_video_tower", "mm_image_tower"]),
     ],
 )
-def test_contradictions(config, what):
-    with pytest.raises(UserError, match=f"config.json contradicts itself: it has {what}") as caught:
+def test_other_families_and_contradictions_are_refused(config, sentence, names):
+    with pytest.raises(UserError, match=sentence.format(*names)) as caught:
         identify(config, HERE)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("missing", "there"), [("mm_video_tower", "mm_image_tower"), ("mm_image_tower", "mm_video_tower")]
-)
-def test_a_video_checkpoint_needs_two_towers(missing, there):
-    config = {key: value for key, value in VIDEO.items() if key != missing}
-    with pytest.raises(UserError, match=rf"names only one tower \({there}\).*add {missing} to config.json"):
-        identify(config, HERE)
 
 
 DATA = Path(__file__).parent / "data" / "llava_keys"
@@ -234,13 +229,18 @@ def test_qwen_keys_there_and_back(version):
 # The translated configs
 
 
-def test_the_config_of_llava_1_5_says_what_the_hub_says():
+def test_the_configs_of_llava_1_5_and_video_llava_say_what_the_hub_says():
+    """LanguageBind's towers have the exact GELU, which conversions to transformers have lost."""
     config = container_of(*MODELS["llava-v1.5-7b"][:2]).config
     assert (config.image_token_index, config.image_seq_length, config.vision_feature_layer) == (32000, 576, -2)
     assert (config.vision_feature_select_strategy, config.projector_hidden_act) == ("default", "gelu")
     assert config.text_config.rope_parameters["rope_theta"] == 10000
     assert config.text_config.rms_norm_eps == 1e-5
     assert config.vision_config.hidden_act == "quick_gelu"
+    config = container_of(*MODELS["video-llava-7b"][:2]).config
+    assert (config.image_token_index, config.video_token_index) == (32000, 32001)
+    assert (config.image_seq_length, config.video_seq_length) == (256, 2056)
+    assert (config.vision_config.image_size, config.vision_config.hidden_act) == (224, "gelu")
 
 
 @pytest.mark.parametrize("pinpoints", [PINPOINTS, str(PINPOINTS)])
@@ -262,11 +262,3 @@ def test_the_config_of_llava_1_6_34b():
     assert (text.num_attention_heads, text.num_key_value_heads, text.head_dim) == (56, 8, 128)
     assert text.rope_parameters["rope_theta"] == 5000000
     assert config.image_token_index == 64000
-
-
-def test_the_config_of_video_llava():
-    """LanguageBind's towers have the exact GELU, which conversions to transformers have lost."""
-    config = container_of(*MODELS["video-llava-7b"][:2]).config
-    assert (config.image_token_index, config.video_token_index) == (32000, 32001)
-    assert (config.image_seq_length, config.video_seq_length) == (256, 2056)
-    assert (config.vision_config.image_size, config.vision_config.hidden_act) == (224, "gelu")

@@ -12,13 +12,14 @@ from transformers import CLIPConfig, CLIPModel
 import llava.model.checkpoint.files
 from llava.errors import UserError
 from llava.model.builder import load
-from llava.model.checkpoint.layouts import CLIP_L_336_NAME
+from llava.model.checkpoint.config import CLIP_L_336_NAME
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText, load_clip_text
 from llava.reduction import registry
 from llava.reduction.states import RELEVANCE, EncoderState
 from llava.reduction.token_layout import PatchGrid
+from tests.checkpoint_files import edit, no_network  # noqa: F401
 from tests.conftest import samples
 from tests.tiny_checkpoints import (
     make_tiny_clip,
@@ -38,14 +39,6 @@ LENGTH = 20  # tokens that the tiny text tower can read
 @pytest.fixture(scope="module")
 def model():
     return make_tiny_llava()
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise ConnectionError("no network in tests")
-
-    monkeypatch.setattr(llava.model.checkpoint.files, "snapshot_download", refuse)
 
 
 def save_clip(directory, model, tokenizer=True, safetensors=True) -> CLIPModel:
@@ -182,11 +175,13 @@ def test_cut_texts_equal_the_transformers_model(configured):
 
 
 def test_a_checkpoint_without_one_says_what_to_do(tmp_path, model):
-    save_transformers_layout(tmp_path, model)
-    loaded = load(tmp_path, device="cpu")
-    assert not loaded.spec.has_text_tower
-    with pytest.raises(UserError, match=r"text_tower/ .*mm_vision_tower"):
-        registry.build("trim", 8).check(loaded.spec)
+    """A vision tower alone is no CLIP."""
+    for save in (save_transformers_layout, save_original_layout):
+        save(tmp_path / save.__name__, model)
+        loaded = load(tmp_path / save.__name__, device="cpu")
+        assert not loaded.spec.has_text_tower
+        with pytest.raises(UserError, match=r"text_tower/ .*mm_vision_tower"):
+            registry.build("trim", 8).check(loaded.spec)
 
 
 def test_beside_the_weights(tiny):
@@ -208,11 +203,6 @@ def test_in_the_clip_that_an_original_checkpoint_names(tmp_path, model, safetens
     loaded = load(tmp_path / "llava", device="cpu")
     assert loaded.spec.has_text_tower
     torch.testing.assert_close(loaded.clip.text(QUESTIONS)[0][:, 0], end_states(clip, QUESTIONS), atol=1e-5, rtol=0)
-
-
-def test_a_tower_alone_is_no_clip(tmp_path, model):
-    save_original_layout(tmp_path, model)
-    assert not load(tmp_path, device="cpu").spec.has_text_tower
 
 
 def test_the_official_clip_is_named_without_fetching_it(tmp_path, model, monkeypatch):
@@ -246,32 +236,51 @@ def reload(folder, model: Llava) -> ClipText:
     return load_clip_text(folder, model.tower, model.tokenizer, model.device)
 
 
-def test_a_clip_of_another_tower_is_refused(tmp_path, tiny):
-    save_clip(tmp_path, make_tiny_llava(vision_hidden=40))
-    with pytest.raises(UserError, match=r"does not fit this vision tower \(32 channels\).*visual_projection"):
-        reload(tmp_path, tiny)
+def change_text_config(folder, model, **values) -> None:
+    save_text_tower(folder, model)
+    config = json.loads((folder / "config.json").read_text())
+    edit(folder / "config.json", text_config={**config["text_config"], **values})
 
 
-def test_a_vision_half_alone_is_refused(tmp_path, tiny, model):
-    model.config.vision_config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no text tower"):
-        reload(tmp_path, tiny)
+def damaged_tokenizer(folder, model) -> None:
+    save_clip(folder, model)
+    (folder / "tokenizer.json").write_text("{")
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, tiny, model):
-    """The official text tower without its tokenizer: LLaVA's ids would be read as other words, without an error."""
-    save_text_tower(tmp_path / "own", model, bos_token_id=0, eos_token_id=1)
-    with pytest.raises(UserError, match=r"has no tokenizer \(tokenizer\.json or vocab\.json\)"):
-        reload(tmp_path / "own", tiny)
-    save_text_tower(tmp_path / "few", model, vocab_size=50)
-    with pytest.raises(UserError, match=r"has 111 tokens, but the tower has 50"):
-        reload(tmp_path / "few", tiny)
+def unknown_sign(folder, model) -> None:
+    save_clip(folder, model)
+    edit(folder / "config.json", patch_similarity="upside down")
 
 
-def test_a_damaged_tokenizer_is_refused(tmp_path, tiny, model):
-    save_clip(tmp_path, model)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="Cannot read the tokenizer of the CLIP"):
+@pytest.mark.parametrize(
+    ("save", "sentence"),
+    [
+        (
+            lambda folder, _: save_clip(folder, make_tiny_llava(vision_hidden=40)),
+            r"does not fit this vision tower \(32 channels\).*visual_projection",
+        ),
+        (lambda folder, model: model.config.vision_config.save_pretrained(folder), "no text tower"),
+        # The official text tower without its tokenizer: LLaVA's ids would be read as other words, without an error.
+        (
+            lambda folder, model: save_text_tower(folder, model, bos_token_id=0, eos_token_id=1),
+            r"has no tokenizer \(tokenizer\.json or vocab\.json\)",
+        ),
+        (lambda folder, model: save_text_tower(folder, model, vocab_size=50), "has 111 tokens, but the tower has 50"),
+        (damaged_tokenizer, "Cannot read the tokenizer of the CLIP"),
+        (unknown_sign, "must be negated or plain, got 'upside down'"),
+        (
+            lambda folder, model: change_text_config(folder, model, layer_norm_eps=float("nan")),
+            r"config\.json has impossible values: text_config\.layer_norm_eps",
+        ),
+        (
+            lambda folder, model: change_text_config(folder, model, num_attention_heads=0),
+            r"config\.json has impossible values: text_config\.num_attention_heads",
+        ),
+    ],
+)
+def test_a_clip_that_does_not_fit_is_refused(tmp_path, tiny, model, save, sentence):
+    save(tmp_path, model)
+    with pytest.raises(UserError, match=sentence):
         reload(tmp_path, tiny)
 
 
@@ -317,8 +326,7 @@ def test_the_embedded_tower_finds_what_is_asked_about():
 def test_the_text_tower_says_which_sign_is_relevance(tmp_path, model, told, relevance):
     """Without a word it is the release's: patches of a CLIP trained on its CLS token lie far from what they show."""
     save_clip(tmp_path, model)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | ({"patch_similarity": told} if told else {})))
+    edit(tmp_path / "config.json", **({"patch_similarity": told} if told else {}))
     clip = load_clip_text(tmp_path, model.model.vision_tower, make_tokenizer(), torch.device("cpu"))
     assert clip.relevance == relevance
     features = torch.randn(1, 16, model.config.vision_config.hidden_size)
@@ -326,22 +334,3 @@ def test_the_text_tower_says_which_sign_is_relevance(tmp_path, model, told, rele
     with torch.inference_mode():
         found = {sign: state.relevance(("is there a star ?",), sign, cosine=True) for sign in RELEVANCE}
     assert torch.equal(found["tower"], found[relevance]) and torch.equal(found["negated"], -found["plain"])
-
-
-def test_an_unknown_sign_is_refused(tmp_path, model):
-    save_clip(tmp_path, model)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"patch_similarity": "upside down"}))
-    with pytest.raises(UserError, match="must be negated or plain, got 'upside down'"):
-        load_clip_text(tmp_path, model.model.vision_tower, make_tokenizer(), torch.device("cpu"))
-
-
-@pytest.mark.parametrize(("field", "value"), [("layer_norm_eps", float("nan")), ("num_attention_heads", 0)])
-def test_impossible_values_of_a_text_tower(tmp_path, tiny, model, field, value):
-    save_text_tower(tmp_path, model)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    config["text_config"][field] = value
-    path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=rf"config\.json has impossible values: text_config\.{field}"):
-        reload(tmp_path, tiny)

@@ -40,7 +40,7 @@ def test_one_whole_image_meets_no_code_for_tiles(method):
     """Every image went through the code of tiles, frames and budgets over them."""
     functions = code_path(method, None if method == "full" else 80).functions
     files = {Path(file).name for file, _ in functions}
-    assert not files & {"views.py", "anyres.py", "video.py", "llava_next.py"}
+    assert not files & {"views.py", "video.py", "llava_next.py"}
     assert any(name == "Stages.reduce_between_layers" for _, name in functions) == (method == "fastv")
 
 

@@ -11,7 +11,7 @@ from eval.efficiency.growth import Size, model_of
 from eval.efficiency.memory import peak_bytes
 from eval.efficiency.shapes import SHAPES, narrow, noise_batches, random_llava
 from llava.errors import UserError
-from llava.model.checkpoint.layouts import CLIP_L_336
+from llava.model.checkpoint.config import CLIP_L_336
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.budget import require

@@ -29,8 +29,8 @@ from llava.reduction import registry
 from llava.reduction.budget import require
 from tests import rank_weights, two_ranks
 from tests.allocations import peak_bytes
+from tests.checkpoint_files import SAVERS
 from tests.conftest import picture, samples
-from tests.test_checkpoint_files import SAVERS
 from tests.tiny_checkpoints import make_tiny_llava, save_transformers_layout
 from tests.tiny_checkpoints_families import (
     make_tiny_next,
@@ -50,6 +50,12 @@ ALL = {
     "qwen 2": lambda path: save_qwen_transformers(path, make_tiny_qwen("2")),
 }
 TOWERS = ("vision_tower", "image_tower", "video_tower", "visual")
+LAYOUTS = {
+    "llava": "llava transformers",
+    "next": "llava_next original",
+    "video": "video_llava original",
+    "qwen": "qwen2_5_vl transformers",
+}
 SPEED = Rates("a test", 1e12, 1e11, 1e10)
 
 
@@ -80,7 +86,7 @@ def test_weights_are_those_of_the_loaded_model(tmp_path, name):
 
 def test_no_weight_is_read(tmp_path, monkeypatch):
     """Names come from the index or the header; a folder without any weights will do."""
-    for name in ("original", "qwen"):
+    for name in ("llava original", "qwen2_5_vl transformers"):
         SAVERS[name](tmp_path / name)
         whole = memory.weights(outline(tmp_path / name), 4)
         for file in (tmp_path / name).glob("*.safetensors"):
@@ -94,7 +100,7 @@ def test_no_weight_is_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["full", "fastervlm", "consensusdrop", "fastv", "pyramiddrop"])
 @pytest.mark.parametrize(("family", "budget"), [("llava", 6), ("next", 30), ("video", 40), ("qwen", 12)])
 def test_cache_and_operations_are_those_of_the_run(tmp_path, family, name, budget):
-    ALL[family](tmp_path)
+    SAVERS[LAYOUTS[family]](tmp_path)
     real = load(tmp_path, device="cpu")
     if family == "qwen":  # without a class token
         name = {"fastervlm": "uniform", "consensusdrop": "divprune"}.get(name, name)

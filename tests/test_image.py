@@ -1,4 +1,4 @@
-"""Preprocessing against the definition, written out once with numpy, and against broken files."""
+"""Preprocessing against its definition and the official classes, and against broken files."""
 
 import io
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image
+from transformers import Qwen2VLImageProcessorPil
 
 from llava.errors import UserError
 from llava.processing import image as module
@@ -20,7 +21,8 @@ from llava.processing.image import (
     pad_to_square,
     resize,
 )
-from tests.resizing import resized_by_the_book
+from tests.conftest import picture
+from tests.resizing import old_pillow, resized_by_the_book
 
 CLIP_CONFIG = {
     "size": {"shortest_edge": 336},
@@ -28,6 +30,9 @@ CLIP_CONFIG = {
     "image_mean": list(CLIP_MEAN),
     "image_std": list(CLIP_STD),
 }
+
+
+QWEN_SIZES = [(60, 44), (1, 1), (3, 400), (300, 90), (84, 56), (500, 499)]  # width, height
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -52,7 +57,7 @@ def preprocess_by_the_book(image: Image.Image, size: int, crop: int, pad: bool) 
     return ((pixels - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("size", [(336, 336), (50, 50), (400, 300), (301, 500), (37, 36), (640, 9)])
+@pytest.mark.parametrize("size", [(336, 336), (50, 50), (400, 300), (301, 500), (37, 36), (640, 9), (1, 1)])
 @pytest.mark.parametrize("pad", [True, False])
 def test_pixels_follow_the_definition(size, pad):
     image, processor = noise(*size), ImageProcessor.from_config(CLIP_CONFIG)
@@ -92,20 +97,10 @@ def test_a_very_long_image_is_padded_in_little_memory(size, monkeypatch):
     assert pixels.abs().amax(dim=(1, 2)).equal(centre.abs().amax(dim=(1, 2))), "the picture is a line in the middle"
 
 
-def test_an_image_of_one_pixel():
-    pixels = ImageProcessor(56, 56)(Image.new("RGB", (1, 1), (255, 0, 51)))
-    expected = (torch.tensor([1, 0, 0.2]) - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
-    torch.testing.assert_close(pixels, expected[:, None, None].expand(3, 56, 56))
-
-
 @pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1), (0, 5), (5, 0)])
 def test_too_long_and_empty_images_are_refused(size):
     with pytest.raises(UserError, match=rf"1 to 65535 pixels on each side, got {size[0]} x {size[1]}; resize it"):
         ImageProcessor(56, 56)(Image.new("L", size))
-
-
-def test_padding_colour_is_the_official_one():
-    assert ImageProcessor(336, 336).padding_colour == (122, 116, 104)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "1"])
@@ -190,11 +185,6 @@ def test_open_image_ignores_exif_rotation(tmp_path):
     assert open_image(tmp_path / "a.jpg").size == (9, 7)
 
 
-def test_open_image_names_the_missing_file(tmp_path):
-    with pytest.raises(UserError, match=r"No image at .*absent\.jpg; check the path"):
-        open_image(tmp_path / "absent.jpg")
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp", "webp"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5])
 def test_open_image_names_the_truncated_file(tmp_path, suffix, share):
@@ -206,18 +196,18 @@ def test_open_image_names_the_truncated_file(tmp_path, suffix, share):
         open_image(path)
 
 
-def test_open_image_calls_a_file_beyond_pillow_s_limit_too_large(tmp_path, monkeypatch):
-    """It was called damaged, and to be fetched again."""
+def test_open_image_names_what_it_cannot_read(tmp_path, monkeypatch):
+    """A file beyond Pillow's limit was called damaged, and to be fetched again."""
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
     Image.new("RGB", (9, 7)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(UserError, match=r"a\.png is too large .* make it smaller"):
-        open_image(tmp_path / "a.png")
-
-
-def test_open_image_refuses_text_and_folders(tmp_path):
-    (tmp_path / "page.jpg").write_text("<html>404</html>")
-    for path in (tmp_path / "page.jpg", tmp_path):
-        with pytest.raises(UserError, match="Cannot read the image"):
+    for path, sentence in (
+        (tmp_path / "absent.jpg", r"No image at .*absent\.jpg; check the path"),
+        (tmp_path / "page.jpg", "Cannot read the image"),
+        (tmp_path, "Cannot read the image"),
+        (tmp_path / "a.png", r"a\.png is too large .* make it smaller"),
+    ):
+        with pytest.raises(UserError, match=sentence):
             open_image(path)
 
 
@@ -259,21 +249,70 @@ def test_every_raster_format_is_still_read(tmp_path):
         assert open_image(tmp_path / f"a.{suffix}").size == (9, 7)
 
 
+# Qwen's patches
+
+
+@pytest.mark.parametrize("bounds", [{}, {"min_pixels": 90000, "max_pixels": 120000}])
+def test_pictures_of_all_sizes_equal_the_official_class(bounds):
+    images = [picture(i, size) for i, size in enumerate(QWEN_SIZES)]
+    patches, grids = QwenImageProcessor(**bounds)(images)
+    with old_pillow():
+        official = Qwen2VLImageProcessorPil(**bounds)(images=images, return_tensors="pt")
+    assert [list(grid) for grid in grids] == official["image_grid_thw"].tolist()
+    assert torch.equal(patches, official["pixel_values"])
+    assert patches.dtype == torch.float32
+
+
+def test_a_picture_too_long_is_refused():
+    processor = QwenImageProcessor()
+    assert processor.grid((1400, 7))[0] == 1
+    for size in ((1401, 7), (2, 401)):
+        with pytest.raises(UserError, match=f"{size[0]} x {size[1]} pixels"):
+            processor([Image.new("RGB", (28, 28)), Image.new("RGB", size)])
+
+
+def test_bounds_are_read_from_both_ways_of_writing_them():
+    old = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    new = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, "image_mean": list(CLIP_MEAN)}
+    assert QwenImageProcessor.from_config(old) == QwenImageProcessor.from_config(new)
+    assert QwenImageProcessor.from_config(old).max_pixels == 12845056
+    assert QwenImageProcessor.from_config({}) == QwenImageProcessor()
+    half = QwenImageProcessor.from_config({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})
+    assert half([Image.new("RGB", (56, 56), (255, 255, 255))])[0].unique().tolist() == [1.0]
+
+
+def test_incomplete_preprocessing_and_crossed_bounds_are_refused():
+    with pytest.raises(UserError, match="do_normalize"):
+        QwenImageProcessor.from_config({"do_normalize": False})
+    with pytest.raises(UserError, match="got 5000 and 4000"):
+        QwenImageProcessor(min_pixels=5000, max_pixels=4000)
+
+
+CLIP, QWEN = (ImageProcessor, CLIP_CONFIG), (QwenImageProcessor, {})
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("processor", "change"),
     [
-        {"image_std": [0.2, 0.0, 0.2]},
-        {"image_std": [0.2, float("nan"), 0.2]},
-        {"image_mean": [0.5, 0.5]},
-        {"image_mean": "0.5"},
-        {"do_resize": "no"},
-        {"size": 0},
-        {"size": {"shortest_edge": True}},
-        {"crop_size": -3},
-        {"crop_size": 10**9},
+        (CLIP, {"image_std": [0.2, 0.0, 0.2]}),
+        (CLIP, {"image_std": [0.2, float("nan"), 0.2]}),
+        (CLIP, {"image_mean": [0.5, 0.5]}),
+        (CLIP, {"image_mean": "0.5"}),
+        (CLIP, {"do_resize": "no"}),
+        (CLIP, {"size": 0}),
+        (CLIP, {"size": {"shortest_edge": True}}),
+        (CLIP, {"crop_size": -3}),
+        (CLIP, {"crop_size": 10**9}),
+        (QWEN, {"patch_size": 0}),
+        (QWEN, {"merge_size": "2"}),
+        (QWEN, {"min_pixels": -1}),
+        (QWEN, {"max_pixels": 10.5}),
+        (QWEN, {"size": {"shortest_edge": "56"}}),
+        (QWEN, {"size": 56}),
     ],
 )
-def test_impossible_values_of_a_preprocessor(change):
+def test_impossible_values_of_a_preprocessor(processor, change):
     """They gave infinite pixels, tracebacks, or a resize that took all memory."""
+    kind, config = processor
     with pytest.raises(UserError, match=next(iter(change))):
-        ImageProcessor.from_config({**CLIP_CONFIG, **change})
+        kind.from_config({**config, **change})

@@ -129,7 +129,7 @@ def test_newline_tokens_are_dropped_or_kept_and_counted(path):
         assert torch.isin(ends, kept).any() == (newlines == "keep")
 
 
-def test_a_picture_whose_tiles_unpad_to_nothing_loses_the_newline_count_once(path):
+def test_newline_tokens_are_counted_once(path):
     """3 x 250 pixels are a base image of 16 patches and 12 newline tokens. The 12 were taken off twice, in plan and
     run alike: a budget of 14 kept 4 tokens, one of 20 with newlines=keep kept 16."""
     model, sample = load(path, device="cpu"), Sample("thin", QUESTIONS[0], image=picture(0, (3, 250)))
@@ -140,11 +140,8 @@ def test_a_picture_whose_tiles_unpad_to_nothing_loses_the_newline_count_once(pat
             reducer = registry.build(name, budget, {"newlines": newlines})
             _, (audit,), _ = run(model, [sample], reducer)
             assert abs(audit.mean - expected) <= reducer.rounding and audit.planned == audit.mean, (name, budget)
-
-
-def test_visiondrop_counts_the_newline_tokens_that_it_keeps(path):
-    """Its decoder stages kept as many tokens less as there are newline tokens, and each run ended as off its plan."""
-    _, audits, _ = run(load(path, device="cpu"), batch(), registry.build("visiondrop", 30, {"newlines": "keep"}))
+    # VisionDrop's decoder stages kept as many tokens less as there are newline tokens, and no run met its plan.
+    _, audits, _ = run(model, batch(), registry.build("visiondrop", 30, {"newlines": "keep"}))
     assert [(audit.mean, audit.planned) for audit in audits[:-1]] == [(30, 30)] * 4
 
 
@@ -162,11 +159,10 @@ def test_kept_tokens_are_the_full_run_at_these_places(path):
         torch.testing.assert_close(tokens, whole[anchors])
 
 
-@pytest.mark.parametrize(("crops", "counts"), [("thumbnail", [4, 0, 0, 0, 16]), ("global", [4, 0, 0, 0, 16])])
-def test_other_splits_follow_saliency(path, crops, counts):
+@pytest.mark.parametrize("crops", ["thumbnail", "global"])
+def test_other_splits_follow_saliency(path, crops):
     """A planted tile: CLS attention lies in the last tile, and in the quarter of the base image that it shows."""
     model = load(path, device="cpu", merge="spatial", force=(112, 112))
-    reducer = registry.build("fastervlm", 20, {"crops": crops})
     real = model.encode_images
 
     def planted(*arguments):
@@ -179,10 +175,9 @@ def test_other_splits_follow_saliency(path, crops, counts):
         return found
 
     model.encode_images = planted
-    _, _, record = run(model, batch()[:1], reducer)
+    _, _, record = run(model, batch()[:1], registry.build("fastervlm", 20, {"crops": crops}))
     crop = model.views(picture(0))[1].origins()[:, 0]
-    kept = torch.bincount(crop[record.steps[0][0].reduction.kept[0]], minlength=5).tolist()
-    assert kept == counts
+    assert torch.bincount(crop[record.steps[0][0].reduction.kept[0]], minlength=5).tolist() == [4, 0, 0, 0, 16]
 
 
 def test_merged_tokens_stay_inside_their_crop(path):

@@ -70,10 +70,6 @@ def test_another_llava_is_told_in_a_sentence(tmp_path, module):
     assert f"in {tmp_path}/llava, hides the one of this repository; uninstall it (pip uninstall llava)" in done.stderr
 
 
-def test_the_console_command_exists():
-    assert PROJECT["project"]["scripts"] == {"vtr": "eval.cli:main"} and callable(cli.main)
-
-
 @pytest.mark.parametrize("needed", DECLARED, ids=str)
 def test_the_pinned_version_satisfies_pyproject(needed):
     pin = PINS[needed.name]
@@ -84,10 +80,8 @@ def test_the_pinned_version_satisfies_pyproject(needed):
 def test_every_pin_is_exact_and_declared():
     assert {name for name, pin in PINS.items() if not str(pin.specifier).startswith("==")} == set()
     assert PINS.keys() == {needed.name for needed in DECLARED}
-
-
-def test_dev_has_what_the_tests_of_the_toy_models_need():
-    assert set(EXTRAS["toy"]) <= set(EXTRAS["dev"])
+    assert set(EXTRAS["toy"]) <= set(EXTRAS["dev"]), "tests of the toy models need what training them needs"
+    assert PROJECT["project"]["scripts"] == {"vtr": "eval.cli:main"} and callable(cli.main)
 
 
 @pytest.mark.parametrize("folder", sorted({name.split(".")[0] for name in packages()}))

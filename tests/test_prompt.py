@@ -1,4 +1,4 @@
-"""Token ids against the official code's, and question ranges against tokenizer offsets."""
+"""Token ids and templates against the official code's, and question ranges against tokenizer offsets."""
 
 import json
 import random
@@ -8,17 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import sentencepiece
 from PIL import Image
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, MistralConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llava.conversation import MODES, render
+from llava.conversation import DEFAULT_MODE, MODES, conversation, render, stop_string
 from llava.errors import UserError
-from llava.model.checkpoint.load import read_tokenizer
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt, tokenize
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt, read_tokenizer, tokenize
 from tests.tiny_checkpoints import make_tokenizer
+from tests.tiny_checkpoints_families import make_chatml_tokenizer
 
 DATA = Path(__file__).parent / "data" / "llava_preproc"
 PROMPTS = json.loads((DATA / "prompts.json").read_text())
@@ -75,22 +74,28 @@ def corpus(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def llama(corpus):
-    """A sentencepiece model with Llama's settings, and the checkpoint folder with nothing but tokenizer.model."""
-    folder = corpus.parent / "llama"
-    folder.mkdir()
-    sentencepiece.SentencePieceTrainer.train(
+def train(folder: Path, corpus: Path, **options) -> SentencePieceProcessor:
+    """A sentencepiece model with Llama's settings."""
+    SentencePieceTrainer.train(
         input=str(corpus),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
-        vocab_size=420,
         byte_fallback=True,
         split_digits=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
+        **options,
     )
+    return SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def llama(corpus):
+    """A sentencepiece model with Llama's settings, and the checkpoint folder with nothing but tokenizer.model."""
+    folder = corpus.parent / "llama"
+    folder.mkdir()
+    train(folder, corpus, vocab_size=420)
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_eos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return AutoTokenizer.from_pretrained(folder, config=LlamaConfig(), trust_remote_code=False)
@@ -125,7 +130,7 @@ def tokenizers(corpus, llama) -> dict[str, PreTrainedTokenizerFast]:
 
 def test_llama_ids_are_those_of_sentencepiece(llama, corpus):
     """The reference is the slow tokenizer, which transformers 5 no longer has: ask sentencepiece itself."""
-    model = sentencepiece.SentencePieceProcessor(model_file=str(corpus.parent / "llama" / "tokenizer.model"))
+    model = SentencePieceProcessor(model_file=str(corpus.parent / "llama" / "tokenizer.model"))
     for text in (*QUESTIONS, render("vicuna_v1", [("Q", None)]), "USER: ", "\n", "a  b", "", "漢字", " a", "  a"):
         assert tokenize(text, llama) == [model.bos_id(), *model.encode(text)], text
 
@@ -166,7 +171,7 @@ def slow_llama_ids(text: str, path: Path, legacy: bool) -> list[int]:
     """
     proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
     proto.normalizer_spec.add_dummy_prefix = legacy
-    model = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    model = SentencePieceProcessor(model_proto=proto.SerializeToString())
     unknown = len(model.encode("<unk>"))
     text = text if legacy else "▁" + text.replace("▁", " ")
     ids: list[int] = []
@@ -194,12 +199,12 @@ def test_literal_special_tokens_are_those_of_the_slow_tokenizer(llama, corpus, t
     config |= {} if stated is None else {"legacy": stated}
     shutil.copy(path, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = read_tokenizer(tmp_path, SimpleNamespace(text_config=LlamaConfig()))
+    tokenizer = read(tmp_path, LlamaConfig())
     if files == "tokenizer.json":
         tokenizer.save_pretrained(tmp_path)
         (tmp_path / "tokenizer.model").unlink()
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        tokenizer = read_tokenizer(tmp_path, SimpleNamespace(text_config=LlamaConfig()))
+        tokenizer = read(tmp_path, LlamaConfig())
     for text in LITERALS:
         assert tokenize(text, tokenizer) == slow_llama_ids(text, path, stated is not False), text
 
@@ -307,3 +312,204 @@ def test_the_model_says_how_long_a_question_may_be(tiny):
     assert tiny.longest_text == 4080
     with pytest.raises(UserError, match=r"positions for 4080 tokens of text; shorten the question"):
         tiny.prompt(sample("what " * 5_000))
+
+
+# Templates against the texts that the official code renders
+
+
+@pytest.mark.parametrize("mode", sorted(PROMPTS))
+def test_templates_equal_the_official_ones(mode):
+    question = f"<image>\nWhat is this?\n{SUFFIX}"
+    assert render(mode, [(question, None)]) == PROMPTS[mode]["single_turn"]
+    assert render(mode, [("<image>\nQ1", "A1"), ("Q2", None)]) == PROMPTS[mode]["two_turn"]
+
+
+def test_no_template_without_an_official_counterpart():
+    assert MODES.keys() - PROMPTS == {"qwen2_vl", "llava_llama_3"}
+    assert DEFAULT_MODE == "vicuna_v1"
+
+
+@pytest.mark.parametrize("mode", sorted(PROMPTS))
+def test_stop_string_is_what_closes_an_answer(mode):
+    closed = render(mode, [("Q", "A1"), ("Q", None)])
+    assert closed.partition("A1")[2].lstrip().startswith(stop_string(mode))
+    official = PROMPTS[mode]["sep2"] or PROMPTS[mode]["sep"]
+    assert stop_string(mode) == official
+
+
+@pytest.mark.parametrize("call", [stop_string, lambda mode: render(mode, [("Q", None)])])
+def test_unknown_mode_names_the_nearest(call):
+    with pytest.raises(UserError, match=r"Unknown conversation mode 'vicuna_v2'\. Did you mean 'vicuna_v1'"):
+        call("vicuna_v2")
+
+
+@pytest.mark.parametrize("turns", [[], [("Q1", None), ("Q2", None)]])
+def test_an_open_turn_in_the_middle_is_a_bug(turns):
+    with pytest.raises(ValueError, match="only its last answer may be None"):
+        render("vicuna_v1", turns)
+
+
+def test_qwen_renders_what_its_chat_template_renders():
+    """Qwen2-VL's chat_template with one picture and a generation prompt; <image> stands for its <|image_pad|>."""
+    begin = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    picture = "<|vision_start|><image><|vision_end|>"
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    assert conversation("qwen2_vl").slot == picture
+    assert render("qwen2_vl", [(picture + "Q1", None)]) == f"{begin}{picture}Q1{end}"
+    two = render("qwen2_vl", [(picture + "Q1", "A1"), ("Q2", None)])
+    assert two == f"{begin}{picture}Q1{end}A1<|im_end|>\n<|im_start|>user\nQ2{end}"
+    assert stop_string("qwen2_vl") == "<|im_end|>"
+
+
+LLAMA_3 = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, and assist the user with a variety of tasks "
+    "using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+)
+LLAMA_3_ANSWER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+LLAMA_3_USER = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+
+
+def test_llama_3_renders_what_its_chat_template_renders():
+    """A LLaVA-NeXT with a Llama-3 decoder was loaded with vicuna_v1 and stop string "</s>", without a word.
+
+    Written out by hand from LLaVA-VL/LLaVA-NeXT's llava_llama_3 (system text, roles, style LLAMA_3) and the
+    chat_template
+    of meta-llama/Meta-Llama-3-8B-Instruct: header, two line ends, trimmed message, <|eot_id|>.
+    """
+    assert render("llava_llama_3", [("<image>\nQ1", None)]) == f"{LLAMA_3}<image>\nQ1{LLAMA_3_ANSWER}"
+    two = render("llava_llama_3", [("<image>\n Q1 \n", " A1 "), (" Q2\n", None)])
+    assert two == f"{LLAMA_3}<image>\n Q1{LLAMA_3_ANSWER}A1{LLAMA_3_USER}Q2{LLAMA_3_ANSWER}"
+    assert stop_string("llava_llama_3") == "<|eot_id|>"
+
+
+# Tokenizers of checkpoints against sentencepiece itself. Two bugs are caught here. Under a Mistral config the library
+# reads a tokenizer.model without the space that sentencepiece puts in front of a text. Its Llama tokenizer always puts
+# one there, although Yi's model (LLaVA-1.6-34B) does not: in transformers issue 29774 the ids of
+# "user\n<image>\nWhat" are 3903 144 64000 144 5697, without a space.
+
+IMAGE_QUESTION = f"<image>\nWhat is this?\n{SUFFIX}"
+CHATML = ("<|im_start|>", "<|im_end|>")
+
+
+def trained(folder: Path, dummy: bool, **special) -> SentencePieceProcessor:
+    """A sentencepiece model; `dummy` puts a space in front of a text, as Llama's and Mistral's do and Yi's does not."""
+    folder.mkdir()
+    modes = ("vicuna_v1", "mistral_instruct", "chatml_direct")
+    texts = [render(mode, [(IMAGE_QUESTION, None)]).replace("\n", " ") for mode in modes]
+    (folder / "corpus.txt").write_text("\n".join(texts * 200))
+    return train(folder, folder / "corpus.txt", vocab_size=400, add_dummy_prefix=dummy, **special)
+
+
+def save(folder: Path, own: Path, sentencepiece: bool) -> None:
+    """Write a tokenizer.json, beside the tokenizer_config.json as it was: the library's own would name the space."""
+    read(folder, LlamaConfig()).save_pretrained(own)
+    for name in ("tokenizer_config.json", "tokenizer.model")[: 1 + sentencepiece]:
+        shutil.copy(folder / name, own)
+
+
+def write_config(folder: Path, **config) -> None:
+    content = {"tokenizer_class": "LlamaTokenizer", "add_eos_token": False, **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+
+
+def read(folder: Path, config) -> PreTrainedTokenizerBase:
+    return read_tokenizer(folder, SimpleNamespace(text_config=config))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["legacy", "new"])
+def mistral(request, tmp_path_factory) -> tuple[Path, SentencePieceProcessor]:
+    folder = tmp_path_factory.mktemp("mistral") / "model"
+    model = trained(folder, dummy=True)
+    write_config(folder, add_bos_token=True, legacy=request.param)
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def yi(tmp_path_factory) -> tuple[Path, SentencePieceProcessor]:
+    """As the files of LLaVA-1.6-34B: no BOS, ChatML's tokens reserved in the model, the end token one of them."""
+    folder = tmp_path_factory.mktemp("yi") / "model"
+    special = {"bos_piece": "<|startoftext|>", "eos_piece": "<|endoftext|>", "control_symbols": list(CHATML)}
+    model = trained(folder, dummy=False, **special)
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    pieces = {"<unk>": True, "<|startoftext|>": True, "<|endoftext|>": True, "<|im_start|>": False, "<|im_end|>": True}
+    write_config(
+        folder,
+        add_bos_token=False,
+        legacy=True,
+        bos_token="<|startoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<unk>",
+        added_tokens_decoder={
+            str(model.piece_to_id(token)): {"content": token, "special": special, **plain}
+            for token, special in pieces.items()
+        },
+    )
+    return folder, model
+
+
+def chatml_ids(text: str, model: SentencePieceProcessor) -> list[int]:
+    """What the slow tokenizer did: cut at ChatML's tokens, then sentencepiece on what is between."""
+    parts = re.split("(" + "|".join(map(re.escape, CHATML)) + ")", text)
+    encoded = ([model.piece_to_id(part)] if part in CHATML else model.encode(part) for part in parts)
+    return [token for part in encoded for token in part]
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(), MistralConfig()], ids=["llama", "mistral"])
+def test_mistral_ids_are_those_of_sentencepiece(mistral, config):
+    folder, model = mistral
+    tokenizer = read(folder, config)
+    for text in ("[INST] ", "\nWhat is this? [/INST]", "What", "a  b", "", "Größe 10 €"):
+        assert tokenizer(text).input_ids == [1, *model.encode(text)], text
+    front, back = render("mistral_instruct", [(IMAGE_QUESTION, None)]).split("<image>")
+    ids = [1, *model.encode(front), -200, *model.encode(back)]
+    assert tokenize(front + "<image>" + back, tokenizer) == ids
+
+
+def test_yi_ids_are_those_of_sentencepiece(yi):
+    folder, model = yi
+    tokenizer = read(folder, LlamaConfig())
+    assert tokenizer.eos_token_id == model.piece_to_id("<|im_end|>")
+    front, back = render("chatml_direct", [(IMAGE_QUESTION, None)]).split("<image>")
+    ids = tokenize(front + "<image>" + back, tokenizer)
+    assert ids == [*chatml_ids(front, model), -200, *chatml_ids(back, model)]
+    assert model.id_to_piece(ids[ids.index(-200) + 1]) == "<0x0A>", "no space between the image and the line end"
+    assert tokenizer.decode(tokenizer("What is this?").input_ids) == "What is this?"
+
+
+@pytest.mark.parametrize("sentencepiece", [True, False])
+def test_ids_stay_the_same_once_saved(tmp_path, yi, mistral, sentencepiece):
+    """The library's Llama tokenizer does not follow the rules of a tokenizer.json; they are read for it."""
+    for folder, model in (yi, mistral):
+        own = tmp_path / folder.parent.name
+        save(folder, own, sentencepiece)
+        for text in ("What is this?", "\nWhat"):
+            ids = read(own, MistralConfig())(text).input_ids
+            assert ids[ids[:1] == [1] :] == model.encode(text), (folder, text)
+
+
+def test_the_sentencepiece_model_decides_over_the_json(tmp_path, yi):
+    """Yi's first tokenizer.json put a space in front of a text, which was a mistake in its making."""
+    folder, model = yi
+    save(folder, tmp_path, sentencepiece=False)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    space = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    content.update(normalizer={"type": "Sequence", "normalizers": space}, pre_tokenizer=None)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert read(tmp_path, LlamaConfig())("What").input_ids != model.encode("What")
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    assert read(tmp_path, LlamaConfig())("What").input_ids == model.encode("What")
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, make_chatml_tokenizer])
+def test_tokenizers_of_other_kinds_are_left_alone(tmp_path, make):
+    make().save_pretrained(tmp_path)
+    for config in (LlamaConfig(), MistralConfig()):
+        assert read(tmp_path, config)("what is red ?").input_ids == make()("what is red ?").input_ids
+
+
+def test_a_damaged_sentencepiece_model(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(UserError, match=r"Cannot read the tokenizer in .*fetch its files again"):
+        read(tmp_path, LlamaConfig())

@@ -11,8 +11,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from transformers.vision_utils import get_vision_window_index
 
 from llava.errors import UserError
-from llava.model.multimodal_encoder import qwen_encoder as qwen_vision
-from llava.model.multimodal_encoder.qwen_encoder import encode_qwen, project, signal_block
+from llava.model import qwen_vl as qwen_vision
+from llava.model.qwen_vl import Merger, encode_qwen, signal_block
 from llava.reduction import modules
 from llava.reduction.scores import TowerScore
 
@@ -64,7 +64,7 @@ def test_projected_features_equal_the_official_forward(family, window):
     with torch.inference_mode():
         expected = visual(patches, torch.tensor(GRIDS)).pooler_output
         pictures = encode_qwen(visual, patches, GRIDS)
-        found = [project(visual, one.features[0]) for one in pictures]
+        found = [Merger(visual)(one.features[0]) for one in pictures]
     assert expected.std() > 0.1
     torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=1e-5)
     assert [one.grid for one in pictures] == [(h // 2, w // 2) for _, h, w in GRIDS]
@@ -79,7 +79,7 @@ def test_half_precision_loses_no_more_than_the_official_forward(visual):
         visual.to(torch.bfloat16)
         official = visual(patches, grids).pooler_output
         pictures = encode_qwen(visual, patches, GRIDS, [wanted])
-        ours = torch.cat([project(visual, one.features[0]) for one in pictures])
+        ours = torch.cat([Merger(visual)(one.features[0]) for one in pictures])
     assert ours.dtype == torch.bfloat16 and pictures[0].scores[wanted].dtype == torch.float32
     assert (ours - exact).abs().mean() <= 1.2 * (official - exact).abs().mean()
 
@@ -100,9 +100,9 @@ def test_the_projector_takes_any_number_of_groups(visual):
     """Reductions act before the merger: a subset projects to the same rows, with or without a batch axis."""
     with torch.inference_mode():
         features = encode_qwen(visual, some_patches(), GRIDS)[0].features[0]
-        tokens = project(visual, features)
-        torch.testing.assert_close(project(visual, features[[3, 7]]), tokens[[3, 7]])
-        torch.testing.assert_close(project(visual, torch.stack([features, features.flip(0)]))[1], tokens.flip(0))
+        tokens = Merger(visual)(features)
+        torch.testing.assert_close(Merger(visual)(features[[3, 7]]), tokens[[3, 7]])
+        torch.testing.assert_close(Merger(visual)(torch.stack([features, features.flip(0)]))[1], tokens.flip(0))
 
 
 # Signals
@@ -224,7 +224,7 @@ def test_flops_equal_what_torch_counts(visual, grid, kind):
     with sdpa_kernel(SDPBackend.MATH), torch.inference_mode(), FlopCounterMode(display=False) as counter:
         (one,) = encode_qwen(visual, patches, [grid], [signal])
         tower_and_signal = counter.get_total_flops()
-        project(visual, one.features[0])
+        Merger(visual)(one.features[0])
     expected = qwen_vision.tower_flops(visual, grid) + qwen_vision.score_flops(visual, signal, grid)
     assert tower_and_signal == expected
     assert counter.get_total_flops() - expected == modules.projector_flops(visual.merger, len(one.features[0]))

@@ -11,7 +11,7 @@ from transformers import CLIPVisionModel
 
 from eval import benchmarks
 from eval.config import ROOT
-from llava.processing.anyres import best_resolution
+from llava.processing.image import best_resolution
 from tests.test_toy import reader
 from toy.benchmarks.gqa import LARGE_SPLITS as SPLITS
 from toy.benchmarks.gqa import draw_large

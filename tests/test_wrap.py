@@ -16,33 +16,32 @@ from llava.errors import UserError
 from llava.hf.patch import ReducedCache
 from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.generate import generate
-from llava.processing.anyres import best_resolution
+from llava.processing.image import best_resolution
 from llava.processing.prompt import Sample
 from llava.reduction import registry
+from tests.checkpoint_files import SAVERS
 from tests.conftest import QUESTIONS, picture
-from tests.stock_inputs import FAMILIES, TEXTS, stock, with_pad
-from tests.tiny_checkpoints import make_tokenizer, save_text_tower, save_transformers_layout
+from tests.stock_inputs import FAMILIES, TEXTS, method, stock, with_pad
+from tests.tiny_checkpoints import make_tokenizer, save_text_tower
 from tests.tiny_checkpoints_families import (
     FRAMES,
     PINPOINTS,
     make_tiny_next,
     save_next_transformers,
-    save_qwen_transformers,
-    save_video_transformers,
 )
-
-SAVE = {
-    "llava": save_transformers_layout,
-    "next": save_next_transformers,
-    "video": save_video_transformers,
-    "qwen2.5": save_qwen_transformers,
-    "qwen2": save_qwen_transformers,
-}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request):
     return stock(request.param)
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return stock("llava")
+
+
+HUB = {"next": "llava_next", "video": "video_llava", "qwen2.5": "qwen2_5_vl", "qwen2": "qwen2_5_vl"}
 
 
 def methods(case) -> dict[str, dict]:
@@ -105,29 +104,23 @@ def test_tokens_are_gone_from_every_layers_cache(case):
 
 
 def test_a_row_of_a_batch_is_the_same_alone(case):
+    """Random choices among it."""
     inputs = case.batch()
-    for name, options in methods(case).items():
+    for name, options in {**methods(case), "random": {}}.items():
         with reduce(case.model, name, budget=6, **options) as reduced:
             together = case.generate(inputs)
-            audits = reduced.accounting
+            audits, traces = reduced.accounting, reduced.traces
             alone = case.prepare(TEXTS[1:2], [picture(2, (112, 112))])
             assert torch.equal(case.generate(alone)[0], together[1])
             assert reduced.accounting == [audits[1]]
-
-
-def test_a_random_choice_does_not_change_with_the_batch(case):
-    inputs = case.batch()
-    with reduce(case.model, "random", budget=6) as reduced:
-        case.model(**inputs)
-        ((step,),) = reduced.traces[1:2]
-        case.model(**case.prepare(TEXTS[1:2], [picture(2, (112, 112))]))
-        assert torch.equal(reduced.traces[0][0].reduction.kept, step.reduction.kept)
+            for ours, theirs in zip(reduced.traces[0], traces[1], strict=True):
+                assert torch.equal(ours.reduction.kept, theirs.reduction.kept)
 
 
 def test_generates_what_our_own_model_answers(case, tmp_path, request):
     """The same picture and prompt through `Llava.answer`, with the question known, under the same preprocessing."""
     family = request.node.callspec.params["case"]
-    SAVE[family](tmp_path, case.model)
+    SAVERS[f"{HUB.get(family, family)} transformers"](tmp_path, case.model)
     ours = load(tmp_path, device="cpu", **({"reading": "transformers"} if family == "next" else {}))
     # Square, so that padding and cropping are the same; resized by neither side in another way.
     image = picture(5, (112, 112))
@@ -242,34 +235,21 @@ def test_a_window_that_is_not_applied_forgets_no_keys(tmp_path):
     assert answers[0].token_ids == answers[1].token_ids and answers[0].accounting == answers[1].accounting
 
 
-@pytest.mark.parametrize("budget", ["1/2", "0.5", 0.5])
-def test_a_budget_may_be_a_ratio(budget):
+def test_a_budget_may_be_a_ratio(llava):
     """`reduce(model, "random", "1/9")`, as the command line writes it, was refused."""
-    case = stock("llava")
-    with reduce(case.model, "random", budget) as reduced:
-        last_logits(case.model, case.prepare(TEXTS[1:2], [picture(0)]))
-    assert reduced.accounting[0].mean == reduced.accounting[0].visual_tokens / 2
+    for budget in ("1/2", "0.5", 0.5):
+        with reduce(llava.model, "random", budget) as reduced:
+            last_logits(llava.model, llava.prepare(TEXTS[1:2], [picture(0)]))
+        assert reduced.accounting[0].mean == reduced.accounting[0].visual_tokens / 2
 
 
-@pytest.mark.parametrize("name", ["consensusdrop", "visiondrop", "tome", "hired", "attnmix"])
-def test_a_method_without_a_budget_is_refused(name):
+def test_a_budget_is_needed_unless_images_decide(llava):
     """`reduce(model, "consensusdrop")` reduced nothing, without a word."""
-    options = {"official": True} if name in ("hired", "attnmix") else {}
-    with pytest.raises(UserError, match=f'{name} needs a budget: .* .budget="1/9".*"full" keeps all'):
-        reduce(stock("llava").model, name, **options)
-
-
-def test_a_method_whose_images_decide_needs_no_budget():
-    assert reduce(stock("llava").model, "prumerge", official=True).reducer.adaptive
-
-
-@pytest.fixture(scope="module")
-def llava():
-    return stock("llava")
-
-
-def method(case) -> str:
-    return "divprune" if "Qwen" in type(case.model).__name__ else "visiondrop"
+    for name in ("consensusdrop", "visiondrop", "tome", "hired", "attnmix"):
+        options = {"official": True} if name in ("hired", "attnmix") else {}
+        with pytest.raises(UserError, match=f'{name} needs a budget: .* .budget="1/9".*"full" keeps all'):
+            reduce(llava.model, name, **options)
+    assert reduce(llava.model, "prumerge", official=True).reducer.adaptive
 
 
 def beams(case, inputs, **options):
@@ -397,17 +377,13 @@ def test_rows_move_with_their_masks_and_positions(llava):
     torch.testing.assert_close(step(llava, cache, [5, 5, 6, 6, 7, 7, 8, 8])[1::2], expected, atol=2e-4, rtol=0)
 
 
-def test_a_cropped_cache_has_forgotten(llava):
+def test_a_cropped_cache_has_forgotten_and_is_refused_outside(llava):
     cache = prefilled(llava).past_key_values
     expected = step(llava, copy.deepcopy(cache), [5, 6, 7, 8])
     step(llava, cache, [9, 9, 9, 9])
     step(llava, cache, [9, 8, 7, 6])
     cache.crop(-2)
     assert torch.equal(step(llava, cache, [5, 6, 7, 8]), expected)
-
-
-def test_a_reduced_cache_is_refused_outside(llava):
-    cache = prefilled(llava).past_key_values
     with pytest.raises(UserError, match="inside the `with reduce"):
         llava.model(input_ids=torch.tensor([[5], [6], [7], [8]]), past_key_values=cache)
 

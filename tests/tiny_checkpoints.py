@@ -227,19 +227,14 @@ def save_tower(directory: Path, model: LlavaForConditionalGeneration) -> None:
 
 def original_config(model: PreTrainedModel, words: int, tower: str) -> dict[str, Any]:
     text = model.config.text_config
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    copied = (*sizes, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava",
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.intermediate_size,
-        "num_hidden_layers": text.num_hidden_layers,
-        "num_attention_heads": text.num_attention_heads,
-        "num_key_value_heads": text.num_key_value_heads,
-        "max_position_embeddings": text.max_position_embeddings,
-        "rms_norm_eps": text.rms_norm_eps,
+        **{field: getattr(text, field) for field in copied},
         "rope_theta": text.rope_parameters["rope_theta"],
         "rope_scaling": None,
-        "tie_word_embeddings": text.tie_word_embeddings,
         "vocab_size": words,
         "bos_token_id": 1,
         "eos_token_id": 2,

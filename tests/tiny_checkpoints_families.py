@@ -40,15 +40,8 @@ from tests.tiny_checkpoints import (
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 FRAMES = 8
-QWEN_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+QWEN_TOKENS += ("<|image_pad|>", "<|video_pad|>")
 
 
 def make_chatml_tokenizer() -> PreTrainedTokenizerFast:
@@ -177,15 +170,11 @@ def save_video_original(
         tower = getattr(model.model, f"{name}_tower")
         (directory / name).mkdir(exist_ok=True)
         weights = {f"vision_model.{key}": tensor for key, tensor in tower.state_dict().items()}
-        save_file(
-            {**weights, "text_model.final_layer_norm.bias": weights.popitem()[1] * 0},
-            directory / name / "model.safetensors",
-        )
+        stray = {"text_model.final_layer_norm.bias": next(iter(weights.values())) * 0}
+        save_file({**weights, **stray}, directory / name / "model.safetensors")
         vision = {**tower.config.to_dict(), "add_time_attn": name == "video", "num_frames": FRAMES, "lora_r": 0}
-        write_json(
-            directory / name / "config.json",
-            {"model_type": f"LanguageBind{name.title()}", "vision_config": vision, "text_config": {}},
-        )
+        whole = {"model_type": f"LanguageBind{name.title()}", "vision_config": vision, "text_config": {}}
+        write_json(directory / name / "config.json", whole)
     write_preprocessor(directory / "image", IMAGE)
     return model
 
@@ -243,17 +232,10 @@ def save_qwen_transformers(
     flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
     vision["model_type"] = model.config.model_type
     write_json(directory / "config.json", {**flat, "vision_config": vision, "model_type": model.config.model_type})
-    write_json(
-        directory / "preprocessor_config.json",
-        {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "min_pixels": 4 * 28 * 28,
-            "max_pixels": 64 * 28 * 28,
-            "patch_size": 14,
-            "merge_size": 2,
-            "temporal_patch_size": 2,
-        },
-    )
+    edges = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    bounds = {"min_pixels": 4 * 28 * 28, "max_pixels": 64 * 28 * 28}
+    preprocessor = {"image_processor_type": "Qwen2VLImageProcessor", **bounds, **edges}
+    write_json(directory / "preprocessor_config.json", preprocessor)
     return model
 
 

@@ -31,8 +31,7 @@ from eval.run import read_questions
 from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, runtime
 from llava.model.checkpoint.files import locate, read_json
-from llava.model.checkpoint.hf_model import free_memory
-from llava.model.checkpoint.load import outline_checkpoint
+from llava.model.checkpoint.load import free_memory, outline_checkpoint
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText

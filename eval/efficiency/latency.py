@@ -36,7 +36,7 @@ from eval.results.report import commit, hardware
 from llava.budget import count_or_ratio, tokens_of
 from llava.errors import UserError, unknown
 from llava.model.builder import DTYPES, device_of, load, parse
-from llava.model.checkpoint.hf_model import free_memory
+from llava.model.checkpoint.load import free_memory
 from llava.model.llava_arch import Llava
 from llava.pipeline.compile import compile_model
 from llava.pipeline.generate import generate

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from eval.efficiency.counts import MarkedTimer
 from eval.efficiency.oracle import flat_oracle
+from llava.model import qwen_vl
 from llava.model.llava_arch import Llava
 from llava.model.llava_next import LlavaNext
-from llava.model.multimodal_encoder import qwen_encoder
 from llava.model.qwen_vl import QwenVL
 from llava.model.video_llava import VideoLlava
 from llava.pipeline.decoder import BLOCK
@@ -468,7 +468,7 @@ def tower_operations(model: Llava, reducer: Reducer, image: TokenLayout) -> int:
     if isinstance(model, QwenVL):
         merge = model.image_processor.merge
         rows, columns = image.grid
-        return qwen_encoder.tower_flops(model.tower, (1, rows * merge, columns * merge))
+        return qwen_vl.tower_flops(model.tower, (1, rows * merge, columns * merge))
     grid = reducer.input_grid(model.layout) or (model.layout.rows, model.layout.columns)
     tokens = grid[0] * grid[1] + 1
     if "tower" in reducer.acts_in:  # merged block by block down to the budget: at least these

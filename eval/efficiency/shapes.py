@@ -21,9 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from eval.papers import read_yaml
 from llava.model.builder import DTYPES, FAMILIES, parse
-from llava.model.checkpoint.hf_model import HF_CLASSES, hf_class
-from llava.model.checkpoint.layouts import CLIP_L_336, Family
-from llava.model.checkpoint.load import Checkpoint
+from llava.model.checkpoint.config import CLIP_L_336, Family
+from llava.model.checkpoint.load import HF_CLASSES, Checkpoint, hf_class
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
 from llava.model.qwen_vl import QwenVL

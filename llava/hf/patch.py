@@ -27,16 +27,24 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
-from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
-from transformers.models.video_llava.modeling_video_llava import VideoLlavaCausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
 from llava.budget import RETENTION_RATIO
 from llava.errors import UserError
-from llava.hf.inputs import COPIES, VISUAL, by_name, has_pixels, refuse_arguments, refuse_prefill_arguments, samples
-from llava.hf.models import HFWrapper, family_of, refuse_training, state_of, wrap_model
-from llava.model.checkpoint.layouts import QWEN, Family
+from llava.hf.models import (
+    COPIES,
+    VISUAL,
+    HFWrapper,
+    by_name,
+    family_of,
+    has_pixels,
+    refuse_arguments,
+    refuse_prefill_arguments,
+    refuse_training,
+    samples,
+    state_of,
+    wrap_model,
+)
+from llava.model.checkpoint.config import QWEN
 from llava.pipeline.accounting import TokenAccounting
 from llava.pipeline.decoder import Prefilled, Segment, step
 from llava.pipeline.prefill import prefill
@@ -48,14 +56,6 @@ from llava.reduction.registry import build
 MISSING = object()
 # transformers leaves its own hooks on a model after a call with output_hidden_states; they do nothing in other calls.
 HARMLESS_HOOKS = "transformers.utils.output_capturing"
-
-OUTPUTS: dict[Family, type[ModelOutput]] = {
-    "llava": LlavaCausalLMOutputWithPast,
-    "llava_next": LlavaNextCausalLMOutputWithPast,
-    "video_llava": VideoLlavaCausalLMOutputWithPast,
-    "qwen2_5_vl": CausalLMOutputWithPast,
-    "qwen2_vl": CausalLMOutputWithPast,
-}
 
 
 def reduce(
@@ -137,15 +137,6 @@ class ReducedCache(DynamicCache):
         cache.layers, cache.layer_class_to_replicate = state.cache.layers, None
         cache.segments = state.segments
         return cache
-
-    @property
-    def rows(self) -> int:
-        """B, of which beams and samples are part."""
-        return len(self.segments[0].next_position)
-
-    def extend(self, llm: torch.nn.Module, token: Tensor) -> Tensor:
-        """Run one embedded token per row through all layers: [B, 1, D] -> [B, 1, D] before the final norm."""
-        return step(llm, Prefilled(token, self, self.segments, [], 0), token)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # a LongTensor is a Tensor of integers
@@ -254,7 +245,11 @@ class Reduced:
         continued = cache if isinstance(cache, ReducedCache) and cache.get_seq_length() else None
         if continued is None and not has_pixels(given) and not given.get("mm_encoder_outputs"):
             return original(*args, **kwargs)
-        self._refuse_other_thread()
+        if threading.get_ident() != self._thread:
+            raise UserError(
+                "Another thread reduces this model: enter `with reduce(...)` in the thread that calls the model, and "
+                "give each thread a model of its own (copy.deepcopy before the block)."
+            )
         refuse_training(self._model)
         refuse_arguments(given, self._model.config)
         output = self._prefill(given, cache) if continued is None else self._continue(given, continued)
@@ -302,7 +297,7 @@ class Reduced:
 
     # The staged forward
 
-    def _prefill(self, given: Mapping[str, Any], cache: Any) -> ModelOutput:
+    def _prefill(self, given: Mapping[str, Any], cache: Any) -> CausalLMOutputWithPast:
         """[B, 1, V] logits of the last token of each prompt, and the reduced cache."""
         refuse_prefill_arguments(given)
         if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading or cache.get_seq_length()):
@@ -312,7 +307,11 @@ class Reduced:
             )
         modules = list(self._model.modules())[1:]
         refuse_training(*modules)
-        self._require_unchanged()
+        if state_of(self._model) != self._state:
+            raise UserError(
+                "The model was changed after reduce(...): a module, a setting or its device; leave the block and call "
+                "reduce() again."
+            )
         runtime, copies = self._runtime, given.get(COPIES, 1)
         ids, mask = given["input_ids"][::copies], given.get("attention_mask")
         mask = None if mask is None else mask[::copies]
@@ -327,7 +326,7 @@ class Reduced:
         self.traces = record.steps
         return output
 
-    def _continue(self, given: Mapping[str, Any], cache: ReducedCache) -> ModelOutput:
+    def _continue(self, given: Mapping[str, Any], cache: ReducedCache) -> CausalLMOutputWithPast:
         """[B, 1, V] logits of one more token per prompt."""
         ids = given.get("input_ids")
         if has_pixels(given) or ids is None or ids.shape[1] != 1:
@@ -335,16 +334,18 @@ class Reduced:
                 "After a reduced prompt, input_ids must be one token per prompt and without images; for another turn "
                 "give the whole conversation and all its images, without past_key_values."
             )
-        if len(ids) != cache.rows:
+        rows = len(cache.segments[0].next_position)  # beams and samples among them
+        if len(ids) != rows:
             raise UserError(
-                f"The cache holds {cache.rows} reduced prompts, got input_ids for {len(ids)}; give one token each."
+                f"The cache holds {rows} reduced prompts, got input_ids for {len(ids)}; give one token each."
             )
         llm = self._model.model.language_model
         with torch.inference_mode(), hooks_must_run(self._model, (self._model.model, llm)):
-            hidden = cache.extend(llm, llm.embed_tokens(ids.to(self._model.device)))
+            token = llm.embed_tokens(ids.to(self._model.device))
+            hidden = step(llm, Prefilled(token, cache, cache.segments, [], 0), token)
         return self._output(hidden, cache)
 
-    def _output(self, hidden: Tensor, cache: ReducedCache) -> ModelOutput:
+    def _output(self, hidden: Tensor, cache: ReducedCache) -> CausalLMOutputWithPast:
         llm, head, length = self._model.model.language_model, self._model.lm_head, cache.get_seq_length()
         window = getattr(llm.config, "sliding_window", None)
         if window is not None and length > window:
@@ -355,21 +356,7 @@ class Reduced:
         with torch.inference_mode():
             logits = head(llm.norm(hidden))
         # A copy made outside of inference mode can be changed in place, as callers often do with logits.
-        return OUTPUTS[self._family](logits=logits.clone(), past_key_values=cache)
-
-    def _require_unchanged(self) -> None:
-        if state_of(self._model) != self._state:
-            raise UserError(
-                "The model was changed after reduce(...): a module, a setting or its device; leave the block and call "
-                "reduce() again."
-            )
-
-    def _refuse_other_thread(self) -> None:
-        if threading.get_ident() != self._thread:
-            raise UserError(
-                "Another thread reduces this model: enter `with reduce(...)` in the thread that calls the model, and "
-                "give each thread a model of its own (copy.deepcopy before the block)."
-            )
+        return CausalLMOutputWithPast(logits=logits.clone(), past_key_values=cache)
 
 
 def _require(runtime: HFWrapper, reducer: Reducer) -> None:

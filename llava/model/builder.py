@@ -38,14 +38,11 @@ def runtime(checkpoint: Checkpoint, device: torch.device, conventions: dict[str,
     """
     cls = FAMILIES[checkpoint.family]
     known = list(inspect.signature(cls).parameters)[2:]
-    chosen = {}
-    for name, value in conventions.items():
-        if name not in known and not known:
+    for name in [name for name in conventions if name not in known]:
+        if not known:
             raise UserError(f"{checkpoint.name} leaves no choice of {name} in reading pictures; leave it out.")
-        if name not in known:
-            raise unknown(f"choice of {checkpoint.family} in reading pictures", name, known)
-        if value is not None:
-            chosen[name] = parse(name, value)
+        raise unknown(f"choice of {checkpoint.family} in reading pictures", name, known)
+    chosen = {name: parse(name, value) for name, value in conventions.items() if value is not None}
     return cls(checkpoint, device, **chosen)
 
 
@@ -126,10 +123,11 @@ def device_of(name: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"The device should be auto, cpu, cuda, cuda:NUMBER or mps, got {name!r}.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"Device {name!r} was asked for, but this machine has no MPS device; use --device cpu.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"Device {name!r} was asked for, but this machine has no CUDA device; use --device cpu.")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[device.type]:
+        raise UserError(
+            f"Device {name!r} was asked for, but this machine has no {device.type.upper()} device; use --device cpu."
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"Device {name!r} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava.model.llava_arch import Llava
-from llava.processing.anyres import AnyresProcessor
+from llava.processing.image import AnyresProcessor
 from llava.reduction.token_layout import ModelSpec, TokenLayout, spec_of
 
 

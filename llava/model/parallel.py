@@ -107,26 +107,24 @@ def parallel_of(tensor_parallel: int, zero: str | None, quantization: str | None
         raise UserError(f"tensor_parallel should be at least 1, got {tensor_parallel}.")
     if tensor_parallel == 1 and zero is None:
         return None
+    chosen = f"tensor_parallel {tensor_parallel}" if zero is None else f"zero {zero!r}"
     if tensor_parallel > 1 and zero is not None:
         raise UserError(
-            f"tensor_parallel {tensor_parallel} and zero {zero!r} both spread the decoder's weights; choose one."
+            f"tensor_parallel {tensor_parallel} and {chosen} both spread the decoder's weights; choose one."
         )
     if quantization is not None:
-        chosen = f"tensor_parallel {tensor_parallel}" if zero is None else f"zero {zero!r}"
         raise UserError(
             f"Quantization {quantization!r} cannot be combined with {chosen}, because a quantised weight cannot be "
             "cut; leave one of them out."
         )
-    if zero is None:
-        if group_size() != tensor_parallel:
-            raise UserError(
-                f"tensor_parallel {tensor_parallel} needs a replica of {tensor_parallel} ranks, but this process is in "
-                f"a group of {group_size()}; start one process per part."
-            )
-        return Parallel(tensor=tensor_parallel)
-    if zero not in OFFLOADS:
+    if zero is not None and zero not in OFFLOADS:
         raise UserError(f"zero should be {' or '.join(OFFLOADS)}, got {zero!r}.")
-    return Parallel(offload=zero)
+    if zero is None and group_size() != tensor_parallel:
+        raise UserError(
+            f"{chosen} needs a replica of {tensor_parallel} ranks, but this process is in a group of {group_size()}; "
+            "start one process per part."
+        )
+    return Parallel(tensor_parallel, zero)
 
 
 def check_heads(config: PretrainedConfig, tensor_parallel: int, name: str) -> None:
@@ -295,16 +293,13 @@ def mapped_model(
     config: PretrainedConfig,
     weights: Mapping[str, Tensor],
     dtype: torch.dtype,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> PreTrainedModel:
     """Build a model around mapped weights, without copying them.
 
     Args:
         build: the HF class; `extra` are its arguments after the configuration.
-        weights: by their names in the model, in any floating dtype.
+        weights: exactly those of the model, by their names in it, in any floating dtype.
         dtype: that the weights will have in the end; buffers and the configuration have it from the start.
-
-    Returns:
-        The model, and the names of missing, unexpected and mismatched weights as transformers reports them.
     """
     with init_empty_weights(include_buffers=False):
         config.dtype = dtype
@@ -318,19 +313,9 @@ def mapped_model(
             model = build(config, *extra)
         finally:
             torch.set_default_dtype(before)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    mismatched = [
-        (name, tuple(tensor.shape), tuple(wanted[name]))
-        for name, tensor in weights.items()
-        if name in wanted and tensor.shape != wanted[name]
-    ]
-    wrong = {name for name, _, _ in mismatched}
-    fitting = {name: tensor for name, tensor in weights.items() if name in wanted and name not in wrong}
-    model.load_state_dict(fitting, strict=False, assign=True)
-    missing = set(wanted) - set(weights)
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    unexpected = set(weights) - set(wanted)
-    return model, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
+    found = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights(missing_keys=set(found.missing_keys), recompute_mapping=False)
+    return model
 
 
 def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -347,30 +332,26 @@ def settle(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-# Tensor parallelism
-
-
-class SplitPart(nn.Module):
-    """The modules that DeepSpeed cuts: decoder layers and head.
+class DecoderPart(nn.Module):
+    """The modules that DeepSpeed cuts or partitions: decoder layers and head, without a head that is tied.
 
     DeepSpeed casts what it is given before it cuts it. A cast of mapped weights would be a copy of the whole model, so
     the three functions that it calls do nothing here.
     """
 
-    def __init__(self, layers: nn.ModuleList, head: nn.Module, config: PretrainedConfig):
+    def __init__(self, layers: nn.ModuleList, head: nn.Module | None, config: PretrainedConfig):
         super().__init__()
         self.layers = layers
         self.lm_head = head
         self.config = config
 
-    def half(self) -> Self:
+    def keep(self) -> Self:
         return self
 
-    def bfloat16(self) -> Self:
-        return self
+    half = bfloat16 = float = keep
 
-    def float(self) -> Self:
-        return self
+
+# Tensor parallelism
 
 
 def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -390,7 +371,7 @@ def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.
     if kind not in DECODER_LAYERS:
         known = ", ".join(sorted(one.__name__ for one in DECODER_LAYERS))
         raise UserError(f"Tensor parallelism knows the decoder layers {known}, got {kind.__name__}; load it whole.")
-    part = SplitPart(llm.layers, model.lm_head, model.config.get_text_config())
+    part = DecoderPart(llm.layers, model.lm_head, model.config.get_text_config())
     whole = {
         name: (linear.in_features, linear.out_features)
         for name, linear in part.named_modules()
@@ -399,7 +380,7 @@ def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.
     deepspeed.init_inference(
         part,
         tensor_parallel={"tp_size": ranks},
-        dtype=torch.float32,  # SplitPart keeps what it has
+        dtype=torch.float32,  # DecoderPart keeps what it has
         replace_with_kernel_inject=False,
         injection_policy={kind: SUMMED},
     )
@@ -415,15 +396,6 @@ def split(model: PreTrainedModel, ranks: int, dtype: torch.dtype, device: torch.
 
 
 # ZeRO-Inference
-
-
-class PartitionedPart(nn.Module):
-    """The modules whose weights are partitioned: decoder layers, and the head unless it is tied."""
-
-    def __init__(self, layers: nn.ModuleList, head: nn.Module | None):
-        super().__init__()
-        self.layers = layers
-        self.head = head
 
 
 def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, device: torch.device) -> None:
@@ -445,9 +417,10 @@ def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, de
             "another --dtype."
         )
     llm, head = model.model.language_model, model.lm_head
-    part = PartitionedPart(llm.layers, None if head.weight is llm.embed_tokens.weight else head)
+    tied = head.weight is llm.embed_tokens.weight
+    part = DecoderPart(llm.layers, None if tied else head, model.config.get_text_config())
     config = zero_config(part, parallel, dtype, device)
-    for module in (*part.layers, *filter(None, (part.head,))):
+    for module in (*part.layers, *filter(None, (part.lm_head,))):
         # A copy, because DeepSpeed writes into what it partitions, and the weights are mapped files.
         for weight in module.parameters():
             weight.data = weight.data.to(device=device, dtype=dtype, copy=True)
@@ -461,7 +434,7 @@ def partition(model: PreTrainedModel, parallel: Parallel, dtype: torch.dtype, de
     settle(model, dtype, device)
 
 
-def _start_passes_at_layer_0(part: PartitionedPart, engine: Any) -> None:
+def _start_passes_at_layer_0(part: DecoderPart, engine: Any) -> None:
     """Tell DeepSpeed where a pass over the decoder begins: prefill, a decoding step, or layers run for a probe.
 
     DeepSpeed resets its record of the order of modules in the forward of the module that it was given, which is never
@@ -482,7 +455,7 @@ def _start_passes_at_layer_0(part: PartitionedPart, engine: Any) -> None:
     coordinator._PartitionedParameterCoordinator__params_to_release = released
 
 
-def zero_config(part: PartitionedPart, parallel: Parallel, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def zero_config(part: DecoderPart, parallel: Parallel, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's configuration: stage 3, matrices partitioned, one layer fetched ahead."""
     weights = list(part.parameters())
     layer = sum(weight.numel() for weight in part.layers[0].parameters())

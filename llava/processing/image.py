@@ -1,46 +1,71 @@
-"""Images for the towers: CLIP's squares (padded, resized, cropped), and Qwen's patches of images of any shape.
+"""Images for the towers: CLIP's squares (padded, resized, cropped), LLaVA-NeXT's tiles, and Qwen's patches.
 
 LLaVA-1.5's benchmark numbers were made with padding. The transformers processor crops the sides instead and gives
 other answers (LLaVA issue 591), so images of every checkpoint are padded, including those of the hub.
+
+LLaVA-NeXT's anyres preprocessing gives the base image (the whole image, small) and the tiles of the best resolution.
+There are two anyres conventions for one configuration. The original takes the resolutions ("pinpoints") as (width,
+height), transformers as (height, width) in the same order; small images, for which several are equally good, therefore
+get other tiles. And transformers rounds to seven decimals where the original truncates, which can leave one more row or
+column. Sizes are (width, height), grids (rows, columns).
 
 For Qwen an image keeps its aspect ratio. It is resized to whole merge groups (28 x 28 pixels, one visual token each)
 with a number of pixels between two bounds, normalised, and split into patches of 14 x 14 pixels, which are flattened;
 the patches of a group follow one another. The patch embedding takes two equal frames of an image.
 
-Official code read: transformers 5.23.0, models/qwen2_vl/image_processing_pil_qwen2_vl.py, which is run as a library
+Official code read: transformers 5.23.0, models/qwen2_vl/image_processing_pil_qwen2_vl.py, which is run as a library,
+and models/llava_next; haotian-liu/LLaVA@c121f04, mm_utils.process_anyres_image and llava_arch;
+LLaVA-VL/LLaVA-NeXT@df17966; Theia-4869/CDPruner@9541616 for the resolution that papers force
 Differs from it: images that it refuses are a UserError; the width is resized before the height whatever the Pillow
-version. The torchvision variant differs by up to 0.03 per value.
+version. The torchvision variant differs by up to 0.03 per value. Tiles whose patches are all removed by unpadding are
+not computed.
 """
 
+import ast
+import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
+from transformers import CLIPImageProcessorPil, PretrainedConfig, Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from llava.errors import UserError
-from llava.processing.config_schema import LARGEST_SIDE, PixelBounds, checked, checked_preprocessor
+from llava.errors import UserError, unknown
+from llava.model.checkpoint.files import Schema, checked, read_json, shortened
+from llava.reduction.token_layout import TokenLayout, stitched
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+QWEN_STEPS = ("do_resize", "do_rescale", "do_normalize")
+STEPS = (*QWEN_STEPS, "do_center_crop")
 # Raster formats only: for EPS, whatever the file's name, Pillow would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
 
+READINGS = ("original", "transformers")
+MERGES = ("spatial_unpad", "spatial")
+
+LARGEST_SIDE = 2**14  # pixels of a preprocessor's sizes
+BICUBIC = 3  # of PIL.Image.Resampling
 MAX_SIDE = 65_535  # pixels, the longest that JPEG can hold
 STRIP = 2**22  # pixels of the square canvas that exist at once
 
 
-def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+Size = tuple[int, int]
+Grid = tuple[int, int, int]  # frames, rows and columns of patches
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
+
+
+def resize(image: Image.Image, size: Size) -> Image.Image:
     """Resize an RGB image to (width, height): bicubic, the width first, then the height, 8 bits in between.
 
     Every image of a CLIP or Qwen tower is resized here. Pillow up to 12.3, with which the published results were made,
@@ -203,10 +228,179 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-Grid = tuple[int, int, int]  # frames, rows and columns of patches
+# LLaVA-NeXT: a base image and tiles
+
+
+def parse_pinpoints(pinpoints: Any, tile: int) -> tuple[Size, ...]:
+    """Return the resolutions of a configuration, in their order.
+
+    Args:
+        pinpoints: pairs of pixels, or the same as text ("[[336, 672], ...]").
+        tile: side of a tile; every resolution must be a multiple of it.
+    """
+    pairs = pinpoints
+    if isinstance(pinpoints, str):
+        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            pairs = ast.literal_eval(pinpoints)
+    if not isinstance(pairs, Sequence) or not pairs or not all(_is_resolution(pair, tile) for pair in pairs):
+        raise UserError(
+            f"image_grid_pinpoints must be pairs of positive multiples of the tile side {tile}, such as "
+            f"[[{tile}, {2 * tile}], [{2 * tile}, {tile}]], got {shortened(pinpoints, 200)}; take those of the "
+            "checkpoint's config.json."
+        )
+    return tuple((first, second) for first, second in pairs)
+
+
+def best_resolution(size: Size, pinpoints: Sequence[Size], reading: str = "original") -> Size:
+    """Return the (width, height) that keeps most of the image's pixels; of equals the smallest, then the first.
+
+    Args:
+        size: width and height of the image.
+        pinpoints: resolutions to choose from, (width, height) pairs for the convention "original" and (height, width)
+            for "transformers".
+    """
+    width, height = size
+
+    def kept_and_wasted(resolution: Size) -> tuple[int, int]:
+        scale = min(resolution[0] / width, resolution[1] / height)
+        # Enlarging adds no pixels: no more than the image has can be kept.
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - resolution[0] * resolution[1]
+
+    candidates = pinpoints if reading == "original" else [(second, first) for first, second in pinpoints]
+    return max(candidates, key=kept_and_wasted)
+
+
+def fitted(size: Size, resolution: Size) -> Size:
+    """Return the largest width and height within `resolution` that keep the image's aspect ratio."""
+    across, down = resolution[0] / size[0], resolution[1] / size[1]
+    if across < down:
+        return resolution[0], min(math.ceil(size[1] * across), resolution[1])
+    return min(math.ceil(size[0] * down), resolution[0]), resolution[1]
+
+
+def on_canvas(image: Image.Image, resolution: Size) -> Image.Image:
+    """Resize and centre on a black canvas; an odd remainder goes right or below."""
+    inner = fitted(image.size, resolution)
+    canvas = Image.new("RGB", resolution)
+    canvas.paste(resize(image, inner), ((resolution[0] - inner[0]) // 2, (resolution[1] - inner[1]) // 2))
+    return canvas
+
+
+def cut(canvas: Image.Image, tile: int) -> list[Image.Image]:
+    """Split a canvas into square tiles, row by row."""
+    width, height = canvas.size
+    corners = [(left, top) for top in range(0, height, tile) for left in range(0, width, tile)]
+    return [canvas.crop((left, top, left + tile, top + tile)) for left, top in corners]
+
+
+def unpadded(
+    size: Size, tiles: tuple[int, int], grid: tuple[int, int], reading: str = "original"
+) -> tuple[int, int, int, int]:
+    """Return the rows (from, to) and columns (from, to) of stitched patches that are not padding.
+
+    Both sides lose the same number, so an odd remainder keeps one row or column of padding. No patch is kept of a very
+    long image that fills no row or column of patches (300 x 10 pixels on 336 x 672).
+
+    Args:
+        size: width and height of the original image.
+        tiles: rows and columns of tiles.
+        grid: rows and columns of patches of a tile.
+    """
+    (width, height), rows, columns = size, tiles[0] * grid[0], tiles[1] * grid[1]
+    # The quotient first, then the product: another order of these floats gives one row more or less on exact ties.
+    if width / height > columns / rows:
+        margin = (rows - _whole(height * (columns / width), reading)) // 2
+        return margin, rows - margin, 0, columns
+    margin = (columns - _whole(width * (rows / height), reading)) // 2
+    return 0, rows, margin, columns - margin
+
+
+@dataclass(frozen=True)
+class AnyresProcessor:
+    """Image -> pixels of its base image and tiles, and the token layout of their patches.
+
+    Attributes:
+        clip: size, mean and deviation of a tile; its padding is not used, since every tile is square.
+        grid: rows and columns of patches of a tile.
+        pinpoints: resolutions to choose from, in any form that `parse_pinpoints` reads.
+        reading: the anyres convention, "original" or "transformers", see the head of this file.
+        merge: "spatial_unpad", the checkpoints' own: padding is removed and a newline token ends every row of stitched
+            patches. "spatial": neither, all patches of every tile, as in the tables of most papers.
+        force: (width, height) for every image whatever its shape, with padding. Papers with 2,880 tokens take
+            672 x 672 and "spatial": always the base image and four tiles.
+    """
+
+    clip: ImageProcessor
+    grid: tuple[int, int]
+    pinpoints: Any
+    reading: Literal["original", "transformers"] = "original"
+    merge: Literal["spatial_unpad", "spatial"] = "spatial_unpad"
+    force: Size | None = None
+
+    def __post_init__(self) -> None:
+        if self.reading not in READINGS:
+            raise unknown("reading of the resolutions", self.reading, READINGS)
+        if self.merge not in MERGES:
+            raise unknown("merge of the tiles", self.merge, MERGES)
+        if self.force is not None and not _is_resolution(self.force, self.tile):
+            raise UserError(
+                f"A forced resolution must be (width, height), positive multiples of the tile side {self.tile}, got "
+                f"{self.force!r}; give ({2 * self.tile}, {2 * self.tile}) for two by two tiles."
+            )
+        object.__setattr__(self, "pinpoints", parse_pinpoints(self.pinpoints, self.tile))
+
+    @property
+    def tile(self) -> int:
+        """Side of a tile and of the base image, in pixels."""
+        return self.clip.crop
+
+    def resolution(self, size: Size) -> Size:
+        """Return (width, height) of the canvas for an image of this size."""
+        return self.force or best_resolution(size, self.pinpoints, self.reading)
+
+    def arrange(self, size: Size) -> TokenLayout:
+        """Return the token layout of an image of this (width, height).
+
+        If unpadding leaves no stitched patch, only the base image is computed; the original also runs the tower on the
+        tiles and keeps nothing of them. Newline tokens stay: an image so narrow that no column is left still has one
+        for each of its empty rows, as in the original.
+        """
+        width, height = self.resolution(size)
+        tiles = height // self.tile, width // self.tile
+        if self.merge == "spatial":
+            return stitched(tiles, self.grid, newline=False)
+        run = stitched(tiles, self.grid, unpadded(size, tiles, self.grid, self.reading))
+        empty = run.patches == len(run.crops[0].patches)
+        return replace(run, crops=run.crops[:1], tiles=None) if empty else run
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, TokenLayout]:
+        """Return [1 + tiles, 3, S, S] float32 pixels, the base image first, and the token layout.
+
+        The image may have any mode; EXIF rotation is ignored, as in `open_image`.
+        """
+        image = as_rgb(image)
+        arrangement = self.arrange(image.size)
+        crops = [resize(image, (self.clip.size, self.clip.size))]
+        if arrangement.tiles:
+            crops += cut(on_canvas(image, self.resolution(image.size)), self.tile)
+        return self.clip.crops(crops), arrangement
+
+
+def _whole(value: float, reading: str) -> int:
+    return int(value) if reading == "original" else int(round(value, 7))
+
+
+def _is_resolution(pair: Any, tile: int) -> bool:
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        return False
+    return all(type(side) is int and side > 0 and side % tile == 0 for side in pair)
+
+
+# Qwen: flattened patches
+
 
 ELONGATION = 200  # largest ratio of the longer to the shorter side that the official code accepts
-QWEN_STEPS = ("do_resize", "do_rescale", "do_normalize")
 
 
 @dataclass(frozen=True)
@@ -295,3 +489,103 @@ class QwenImageProcessor:
             merge_size=self.merge,
             temporal_patch_size=self.temporal,
         )
+
+
+# preprocessor_config.json
+
+Mean = Annotated[tuple[float, float, float] | None, Field(strict=False)]
+Deviation = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None, Field(strict=False)]
+
+
+class PreprocessorConfig(Schema):
+    """preprocessor_config.json of a CLIP or Qwen image processor, as far as it is common to both."""
+
+    image_mean: Mean = None
+    image_std: Deviation = None
+    do_resize: bool | None = None
+    do_center_crop: bool | None = None
+    do_rescale: bool | None = None
+    do_normalize: bool | None = None
+    rescale_factor: PositiveFloat | None = None
+    resample: int | None = None
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+    patch_size: Side | None = None
+    merge_size: Side | None = None
+    temporal_patch_size: Side | None = None
+
+
+def checked_preprocessor(config: Mapping[str, Any], steps: Sequence[str], name: str) -> PreprocessorConfig:
+    """Validate an image preprocessor's configuration.
+
+    Args:
+        steps: that the tower needs, as "do_resize".
+        name: of the preprocessing, for errors.
+
+    Raises:
+        UserError: a value is impossible, or asks for what would not be done.
+    """
+    values = checked(PreprocessorConfig, config, "The image preprocessor's configuration")
+    off = [step for step in steps if not config.get(step, True)]
+    if off:
+        raise UserError(
+            f"The image preprocessor switches off {', '.join(off)}; only full {name} preprocessing is supported."
+        )
+    if values.resample not in (None, BICUBIC):
+        raise UserError(
+            f"The image preprocessor asks for resample={values.resample}; images are resized with {BICUBIC}, bicubic."
+        )
+    if values.rescale_factor is not None and not math.isclose(values.rescale_factor, 1 / 255, rel_tol=1e-6):
+        raise UserError(
+            f"The image preprocessor asks for rescale_factor={values.rescale_factor:g}; pixels are divided by 255 here."
+        )
+    return values
+
+
+class PixelBounds(Schema):
+    """size of a Qwen preprocessor_config.json: numbers of pixels, although newer files call them edges."""
+
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+    shortest_edge: PositiveInt | None = None
+    longest_edge: PositiveInt | None = None
+
+
+def read_image_processor(
+    directory: Path | None, vision: PretrainedConfig, qwen: bool
+) -> tuple[ImageProcessor | QwenImageProcessor, tuple[str, ...]]:
+    """Return a folder's image preprocessing and notes about it. LLaVA's always pads, whatever the files say.
+
+    Args:
+        vision: configuration of the tower.
+        qwen: the tower is Qwen's, not CLIP's.
+    """
+    config: dict[str, Any] = {}
+    if directory is not None and (directory / "preprocessor_config.json").is_file():
+        config = read_json(directory / "preprocessor_config.json")
+    elif directory is not None and (directory / "processor_config.json").is_file():
+        config = read_json(directory / "processor_config.json").get("image_processor") or {}
+        if not isinstance(config, dict):
+            raise UserError(f"image_processor in {directory}/processor_config.json is no JSON object; fetch it again.")
+    processor: ImageProcessor | QwenImageProcessor
+    if qwen:
+        expected = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        edges = dict(zip(("patch_size", "merge_size", "temporal_patch_size"), expected, strict=True))
+        processor = QwenImageProcessor.from_config({**edges, **config})
+        stated = processor.patch, processor.merge, processor.temporal
+        if stated != expected:
+            raise UserError(
+                f"{directory}: images are split into patches, groups and frames of {stated}, but the tower expects "
+                f"{expected}; take both from one checkpoint."
+            )
+        assumed = f"and {processor.min_pixels} to {processor.max_pixels} pixels"
+    else:
+        size = vision.image_size
+        processor = ImageProcessor.from_config(config) if config else ImageProcessor(size, size)
+        if processor.crop != size:
+            raise UserError(
+                f"{directory}: images are cropped to {processor.crop} pixels, but the tower expects {size}."
+            )
+        assumed = f"at {size} pixels"
+    note = f"No preprocessor_config.json: CLIP's mean and deviation {assumed} were assumed."
+    return processor, () if config else (note,)

@@ -5,16 +5,20 @@ transformers 4.37.2, which it runs with
 Differs from it: the ranges of the question's tokens are ours.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from transformers import LlamaTokenizer, PreTrainedTokenizerBase
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from llava.conversation import DEFAULT_MODE, Turn, conversation, render
 from llava.errors import UserError
+from llava.model.checkpoint.files import read_json
 
 if TYPE_CHECKING:
     from llava.processing.video import Video
@@ -185,3 +189,62 @@ def _check_text(sample: Sample) -> None:
                 f"The text of sample {sample.id!r} contains a lone surrogate (U+{ord(text[error.start]):04X} at "
                 f"character {error.start}), which is no character; correct the text."
             ) from error
+
+
+# Tokenizers of checkpoints
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint. If it has a sentencepiece model, the ids are that model's.
+
+    Args:
+        config: of the HF model.
+    """
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{directory} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy it from the base model.")
+    decoder = config.text_config
+    # If tokenizer_config.json names no class, the config decides; transformers does not know the original config.json's
+    # type. Under Mistral's config it leaves out the space that sentencepiece puts before a text.
+    known = LlamaConfig() if decoder.model_type in ("llama", "mistral") else decoder
+    try:
+        return AutoTokenizer.from_pretrained(directory, config=known, trust_remote_code=False, **_spacing(directory))
+    # tokenizers and sentencepiece raise bare Exceptions for files they cannot read.
+    except Exception as error:
+        raise UserError(
+            f"Cannot read the tokenizer in {directory} ({' '.join(str(error).split())[:200]}); fetch its files again."
+        ) from error
+
+
+def _spacing(directory: Path) -> dict[str, bool]:
+    """Return the arguments of the library's Llama tokenizer that place its dummy spaces as the slow tokenizer did.
+
+    add_prefix_space: the library always puts a space before a text; some models do not (Yi's). The sentencepiece
+    model decides: tokenizer.json has been wrong about it (transformers issue 29774).
+
+    legacy: a dummy space also follows every special token. If tokenizer_config.json does not say, transformers 4 took
+    True and transformers 5 takes False.
+    """
+    settings = directory / "tokenizer_config.json"
+    stated = read_json(settings).get("legacy") if settings.is_file() else None
+    if (directory / "tokenizer.model").is_file():
+        model = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+        if not model.encode("a", out_type=str)[0].startswith(SPACES[1]):
+            return {"add_prefix_space": False}
+        return {"legacy": True} if stated is None else {}
+    tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    outer = [tokenizer.get(part) or {} for part in ("normalizer", "pre_tokenizer")]
+    inner = [step.get("normalizers") or step.get("pretokenizers") or () for step in outer]
+    steps = [*outer, *(step for several in inner for step in several)]
+    replaces = [step for step in steps if step.get("type") == "Replace" and step.get("content") == SPACES[1]]
+    metaspaces = [step for step in steps if step.get("type") == "Metaspace"]
+    prefix = any(step.get("type") == "Prepend" for step in steps) or any(
+        step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True) for step in metaspaces
+    )
+    if not (replaces or metaspaces):
+        return {}
+    if not prefix:
+        return {"add_prefix_space": False}
+    first = any(step.get("prepend_scheme") == "first" for step in metaspaces)
+    return {"legacy": True} if stated is None and not first else {}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava.model.checkpoint.layouts import hf_key, hf_tower_key
+from llava.model.checkpoint.config import hf_key, hf_tower_key
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
 from llava.pipeline import decoder

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llava.processing.anyres import best_resolution, cut, fitted, on_canvas, unpadded
+from llava.processing.image import best_resolution, cut, fitted, on_canvas, unpadded
 from llava.processing.video import frame_indices, read_video
 from llava.reduction.token_layout import TokenLayout, stitched
 from toy.clip import patchify, vision_states

@@ -1,4 +1,4 @@
-"""Files of checkpoints: find or download them, read them without running any code that they contain, and hash them.
+"""Files of checkpoints: find or download them, read and check them without running code that they hold, and hash them.
 
 Stored answers belong to the hashes: whatever is changed in one of the files, they are not taken for its answers. Every
 byte counts. A file of many gigabytes is read once (1.4 GB/s on one core) and its hash remembered in the user's cache
@@ -7,24 +7,26 @@ folder, for as long as its path, size, times and inode stay the same.
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Annotated, Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from llava.errors import UserError
-from llava.processing.config_schema import WeightIndex, checked
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 SMALL_FILES = ("*.json", "tokenizer.model", "text_tower/*")
@@ -33,7 +35,6 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order of pre
 # Buffers that the modules compute themselves; old checkpoints store them without effect.
 IGNORED_KEYS = (".inv_freq", ".position_ids")
 NAMED = 5  # names listed in an error; the others are counted
-NESTING = 64  # levels of a JSON file
 
 # What is hashed beside the weights: configurations and tokenizers.
 READ = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
@@ -75,27 +76,75 @@ def _download(hub_id: str, patterns: Iterable[str], what: str) -> Path:
         ) from error
 
 
+# JSON files, and what they must hold
+
+
+class Schema(BaseModel):
+    """Strict about types, finite numbers only, unknown fields ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class WeightIndex(Schema):
+    """model.safetensors.index.json or pytorch_model.bin.index.json: tensor name -> file name."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]] = Field(min_length=1)
+
+
+S = TypeVar("S", bound=Schema)
+
+
+def checked(schema: type[S], content: Mapping[str, Any], where: str | Path) -> S:
+    """Validate a configuration against its schema.
+
+    Args:
+        where: names the configuration in the error, such as the path of its file.
+
+    Raises:
+        UserError: names up to three fields that have the wrong type or an impossible value.
+    """
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(one) for one in error.errors()]
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"{where} has impossible values: {'; '.join(problems[:3])}{more}. Correct them or fetch the file again."
+        ) from error
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    # pydantic adds the branch of a union to the path, which says nothing to a reader.
+    path = ".".join(str(step) for step in error["loc"] if step not in ("int", "float", "str") and "[" not in str(step))
+    message = error["msg"].removeprefix("Value error, ").rstrip(".")
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path or 'it'} is {shortened(error['input'], 60)} ({message[0].lower()}{message[1:]})"
+
+
+def shortened(value: object, length: int) -> str:
+    """A value for an error, cut at so many characters."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a regular file.
 
     Raises:
-        UserError: there is no such file, it cannot be read, it is no JSON object, a name appears twice in an object, or
-            it is nested deeper than NESTING levels.
+        UserError: there is no such file, it cannot be read, it is no JSON object, or a name appears twice in an object.
     """
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """Python's reader would keep the last value of a name silently."""
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in content if names.count(name) > 1)
-            raise UserError(f"{path} contains {twice!r} twice; remove one of the two or fetch the file again.")
-        return content
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
+                raise UserError(f"{path} contains {name!r} twice; remove one of the two or fetch the file again.")
+        return dict(pairs)
 
-    deep = UserError(f"{path} is nested deeper than {NESTING} levels; a checkpoint's files are not, fetch it again.")
+    if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+        raise UserError(f"{path} is no regular file; put the checkpoint's {path.name} there.")
     try:
-        if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
-            raise UserError(f"{path} is no regular file; put the checkpoint's {path.name} there.")
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
     except UserError:
         raise
@@ -103,19 +152,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from error
     except OSError as error:
         raise UserError(f"Cannot read {path} ({error.strerror}); check its permissions or fetch it again.") from error
-    except RecursionError as error:
-        raise deep from error
-    except ValueError as error:  # JSON, UTF-8, and numbers of more than 4,300 digits
+    # JSON, UTF-8, numbers of more than 4,300 digits, and nesting that Python cannot follow
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; fetch it again.")
-    level: Sequence[Any] = [content]
-    for _ in range(NESTING):
-        inner = [value.values() if isinstance(value, dict) else value for value in level]
-        level = [one for values in inner for one in values if isinstance(one, dict | list)]
-    if level:
-        raise deep
     return content
+
+
+# Weights
 
 
 def _index_shards(index: Path) -> list[str]:
@@ -222,23 +267,22 @@ def hash_of(path: Path, advance: Callable[[int], object]) -> str:
         return read_hash(path, advance)
     known = (str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "visual-token-reduction"
-    with ExitStack() as stack:
-        memory = None
-        with suppress(OSError):
-            cache.mkdir(parents=True, exist_ok=True)
-            memory = stack.enter_context(open(cache / hashlib.sha256(repr(known).encode()).hexdigest(), "a+"))
-            fcntl.flock(memory, fcntl.LOCK_EX)
-            memory.seek(0)
-            if len(remembered := memory.read()) == DIGITS:
-                advance(state.st_size)
-                return remembered
+    memory: IO[str] = io.StringIO()
+    with suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        memory = open(cache / hashlib.sha256(repr(known).encode()).hexdigest(), "a+")  # noqa: SIM115, closed below
+        fcntl.flock(memory, fcntl.LOCK_EX)
+    with memory:
+        memory.seek(0)
+        if len(remembered := memory.read()) == DIGITS:
+            advance(state.st_size)
+            return remembered
         fresh = read_hash(path, advance)
-        if memory is not None:
-            with suppress(OSError):
-                memory.truncate(0)  # of a process that was killed while it wrote
-                memory.write(fresh)
-                memory.flush()
-        return fresh
+        with suppress(OSError):
+            memory.truncate(0)  # of a process that was killed while it wrote
+            memory.write(fresh)
+            memory.flush()
+    return fresh
 
 
 def read_hash(path: Path, advance: Callable[[int], object]) -> str:

@@ -1,79 +1,114 @@
 """Load a checkpoint, in the transformers or the original layout, into one transformers model (the HF model).
 
-The weights stay memory-mapped on disk until they are copied into the HF model one by one, in the requested dtype and on
-the requested device, so no second copy of the model exists. No pickle and no code of a checkpoint is executed. A
+The HF model is built without memory. Each weight is read from its mapped file in the requested dtype and on the
+requested device, so there is never a second copy of the model; a weight that has the right dtype already stays mapped.
+Loading 1.4 GB of float16 as bfloat16, anonymous memory peaked at 1.001 times the model, in both layouts and from
+.safetensors and .bin; loading it as float16, at 0.001 times. No pickle and no code of a checkpoint is executed. A
 checkpoint can also be outlined: its model then has shapes and no weights.
 
-Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py; PKU-YuanGroup/Video-LLaVA@984e65b,
-videollava/model/builder.py
+The decoder may be quantised to 8 or 4 bits while it is loaded, with bitsandbytes through transformers. Towers,
+projector and head keep the requested dtype: methods rank tokens by what the tower computes, and the tower is a
+thirtieth of the weights.
+
+Official code read: haotian-liu/LLaVA@c121f04, llava/model/builder.py (NF4 with double quantisation for 4 bits);
+PKU-YuanGroup/Video-LLaVA@984e65b, videollava/model/builder.py
 Differs from it: missing and unexpected weights are errors; the tokenizer is transformers 5's, with the ids of the slow
-Llama tokenizer (see tests/test_prompt.py).
+Llama tokenizer (see tests/test_prompt.py); the projector is not quantised; the requested dtype is used to compute, not
+always float16.
 """
 
 import dataclasses
-import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
+    BitsAndBytesConfig,
     CLIPVisionConfig,
-    LlamaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
 )
+from transformers.initialization import no_init_weights
 
-from llava.errors import UserError
-from llava.model.checkpoint.files import HUB_ID, files_of, locate, read_json, read_weights
-from llava.model.checkpoint.hf_model import (
-    check_quantization,
-    container_config,
-    empty_model,
-    fill,
-    refuse_missing_towers,
-    refuse_quantised,
-    video_frames,
-)
-from llava.model.checkpoint.layouts import (
+from llava.errors import UserError, unknown
+from llava.model.checkpoint.config import (
     CLIP_L_336,
     CLIP_L_336_NAME,
     LANGUAGEBIND,
     LANGUAGEBIND_NAMES,
+    NAMES,
     QWEN,
     TOWER_MODULES,
     CheckpointLayout,
-    Family,
-    Kind,
-    default_mode,
-    hf_key,
-    hf_tower_key,
-    identify,
-    merge_type,
-    refuse_other_names,
-    to_transformers_config,
-)
-from llava.model.parallel import Parallel
-from llava.processing.config_schema import (
     ClipConfig,
+    Family,
     Identity,
+    Kind,
     NestedConfig,
     OriginalConfig,
     QwenFlatConfig,
     VisionConfig,
-    checked,
+    default_mode,
+    hf_key,
+    hf_tower_key,
+    identify,
+    library_config,
+    merge_type,
+    refuse_other_names,
+    to_transformers_config,
 )
-from llava.processing.image import ImageProcessor, QwenImageProcessor
+from llava.model.checkpoint.files import HUB_ID, checked, files_of, listed, locate, read_json, read_weights
+from llava.model.parallel import Parallel, check_heads, join_alone, mapped_model, partition, split
+from llava.model.video_llava import LanguageBindVideoTower
+from llava.processing.image import ImageProcessor, QwenImageProcessor, read_image_processor
+from llava.processing.prompt import read_tokenizer
 from llava.processing.video import FRAMES
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-SPACE = "\u2581"  # sentencepiece's character for a space
+HF_CLASSES: dict[Family, type[PreTrainedModel]] = {
+    "llava": LlavaForConditionalGeneration,
+    "llava_next": LlavaNextForConditionalGeneration,
+    "video_llava": VideoLlavaForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+}
+# Parts that the weights must contain. They are checked first: a list of 391 missing keys explains nothing.
+TOWERS: dict[Family, dict[str, str]] = {
+    "llava": {"model.vision_tower.": "the vision tower"},
+    "llava_next": {"model.vision_tower.": "the vision tower", "model.image_newline": "image_newline"},
+    "video_llava": {"model.image_tower.": "the image tower", "model.video_tower.": "the video tower"},
+    "qwen2_5_vl": {"model.visual.": "the vision tower"},
+    "qwen2_vl": {"model.visual.": "the vision tower"},
+}
+TEMPORAL = re.compile(r"^model\.video_tower\..*\.temporal_embedding$")
+CUT = ("model.language_model.layers.", "lm_head.")  # what several ranks share
+
+CHOICES = ("8bit", "4bit")  # of quantisation
+# Modules of the HF model that are not quantised.
+KEPT = (
+    "model.vision_tower",
+    "model.image_tower",
+    "model.video_tower",
+    "model.visual",
+    "model.multi_modal_projector",
+    "lm_head",
+)
+# Weights of other types are quantised already.
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -94,7 +129,7 @@ class Checkpoint:
         notes: plain sentences about the loading that a reader of the results should know.
         vocabulary: number of tokens that can be answered. Logits above it are padding or placeholders; mask them.
         family: which model it is.
-        merge: how the tiles of LLaVA-NeXT are merged, one of llava.processing.anyres.MERGES; None for other families.
+        merge: how the tiles of LLaVA-NeXT are merged, one of llava.processing.image.MERGES; None for other families.
         frames: frames per video; 0 if the model takes no videos here. The class token of every frame is a visual token.
         temporal: the video tower has attention over time.
         spread: the decoder is spread over the ranks of a process group.
@@ -139,15 +174,24 @@ def load_checkpoint(
     Raises:
         UserError: the checkpoint is incomplete, damaged, contradicts itself, or is of a family that is not supported.
     """
-    check_quantization(quantization)
+    if quantization is not None and quantization not in CHOICES:
+        raise unknown("quantization", quantization, CHOICES)
+    if quantization is not None and find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"quantization {quantization!r} needs the package bitsandbytes, which is not installed; pip install "
+            "bitsandbytes."
+        )
     files = _read(source, text_tower, with_weights=True)
-    refuse_missing_towers(files.weights, files.kind.family, files.directory)
     # Before the weights, which may take a minute: a missing tokenizer is reported at once.
-    parts = _parts(files)
-    model = fill(files.kind, files.config, files.weights, dtype, device, files.directory, quantization, parallel)
+    parts = _parts(files, source)
+    model = _fill(files, dtype, torch.device(device), quantization, parallel)
     if quantization is not None:
         parts["notes"] += (f"The decoder is quantised to {quantization[0]} bits by bitsandbytes.",)
-    return Checkpoint(model=model, spread=parallel is not None, files=_paths(files), **parts)
+    paths = files_of(files.directory)
+    for tower in files.towers:
+        if tower.folder is not None:
+            paths |= files_of(tower.folder, f"{tower.field}/", weights=not tower.inside)
+    return Checkpoint(model=model, spread=parallel is not None, files=paths, **parts)
 
 
 def outline_checkpoint(source: str | Path, text_tower: str | Path | None = None) -> Checkpoint:
@@ -165,22 +209,7 @@ def outline_checkpoint(source: str | Path, text_tower: str | Path | None = None)
         UserError: as `load_checkpoint` for anything but the weights.
     """
     files = _read(source, text_tower, with_weights=False)
-    return Checkpoint(model=empty_model(files.config, files.kind, files.frames), **_parts(files))
-
-
-def real_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, rows: int, image_token: int, video_token: int | None = None
-) -> int:
-    """Return how many of the embedding's `rows` are tokens that can be answered.
-
-    The checkpoints of the hub have 32064 rows for 32000 tokens: one for "<image>", one for padding, one for "<video>"
-    with videos, and the others round the size up. They are untrained and must never be chosen.
-    """
-    count = min(rows, len(tokenizer))
-    placeholders = {image_token, video_token, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
-    while count - 1 in placeholders:
-        count -= 1
-    return count
+    return Checkpoint(model=empty_model(files.config, files.kind, files.frames), **_parts(files, source))
 
 
 # The files
@@ -207,31 +236,25 @@ class _Tower:
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of a checkpoint, translated to the transformers layout.
+    """What a checkpoint consists of, checked and translated to the transformers layout.
 
     Attributes:
-        source: folder or hub id.
         raw: config.json.
         config: of the HF model.
         weights: memory-mapped, by their names in the HF model; none in an outline.
         frames: of a video tower with attention over time; None for a tower without.
-        images: folder of the image preprocessing.
         towers: of the original layout.
         text_tower: see Checkpoint.
-        notes: about what config.json asks for and is not done.
     """
 
-    source: str | Path
     directory: Path
     raw: Mapping[str, Any]
     kind: Kind
     config: PretrainedConfig
-    weights: Mapping[str, Tensor]
+    weights: dict[str, Tensor]
     frames: int | None
-    images: Path | None
     towers: tuple[_Tower, ...]
     text_tower: Path | str | None
-    notes: tuple[str, ...]
 
 
 def _read(source: str | Path, text_tower: str | Path | None, with_weights: bool) -> _Files:
@@ -246,38 +269,46 @@ def _read(source: str | Path, text_tower: str | Path | None, with_weights: bool)
     raw = read_json(directory / "config.json")
     checked(Identity, raw, directory / "config.json")
     kind = identify(raw, directory)
-    refuse_quantised(raw, directory)
+    for part in (raw, raw.get("text_config") or {}):
+        if (stored := part.get("quantization_config")) is not None:
+            method = stored.get("quant_method", "an unnamed method")
+            raise UserError(f"{directory} is quantised with {method}, which is not supported; take it unquantised.")
     schema = OriginalConfig if kind.layout == "original" else NestedConfig if raw.get("text_config") else QwenFlatConfig
     checked(schema, raw, directory / "config.json")
     stored = read_weights(directory) if with_weights else {}
     refuse_other_names(stored, kind, directory)
     weights = {hf_key(key, kind): tensor for key, tensor in stored.items()}
-    if kind.layout == "transformers":
-        config, named = container_config(raw, kind.family, directory), _text_tower(text_tower, directory, ())
-        return _Files(source, directory, raw, kind, config, weights, video_frames(weights), directory, (), named, ())
-    if kind.family == "llava_next" and merge_type(raw) == "spatial":
-        # Only "spatial_unpad" has a newline token, but the HF model needs the weight.
-        weights.setdefault("model.image_newline", torch.zeros(raw.get("hidden_size", 0)))
-    towers = tuple(
-        _tower(directory, field, raw[field], weights, with_weights)
-        for field in TOWER_MODULES
-        if raw.get(field) is not None
-    )
-    _refuse_different(towers)
-    notes = [
-        f"The {TOWER_MODULES[tower.field].replace('_', ' ')} comes from the checkpoint's own shards, not from "
-        f"{tower.name}."
-        for tower in towers
-        if tower.inside
-    ]
-    asked = raw.get("image_aspect_ratio")
-    if kind.family != "llava_next" and asked != "pad":
-        notes.insert(0, f"The checkpoint asks for image_aspect_ratio {asked!r}; images are padded all the same.")
-    filmed = any(key.startswith("model.video_tower.") for key in weights)
-    frames = video_frames(weights) if filmed or kind.family != "video_llava" else FRAMES
-    fields = to_transformers_config(raw, towers[0].config, kind, frames or FRAMES)
-    config, named = container_config(fields, kind.family, directory), _text_tower(text_tower, directory, towers)
-    return _Files(source, directory, raw, kind, config, weights, frames, towers[0].folder, towers, named, tuple(notes))
+    fields: Mapping[str, Any] = raw
+    towers: tuple[_Tower, ...] = ()
+    if kind.layout == "original":
+        if kind.family == "llava_next" and merge_type(raw) == "spatial":
+            # Only "spatial_unpad" has a newline token, but the HF model needs the weight.
+            weights.setdefault("model.image_newline", torch.zeros(raw.get("hidden_size", 0)))
+        named = [field for field in TOWER_MODULES if raw.get(field) is not None]
+        towers = tuple(_tower(directory, field, raw[field], weights, with_weights) for field in named)
+        # The shapes of the weights show what else differs.
+        for field in ("hidden_act", "layer_norm_eps", "image_size"):
+            if len({tower.config[field] for tower in towers}) > 1:
+                raise UserError(
+                    f"The towers {towers[0].name} and {towers[1].name} differ in {field}; the two towers of "
+                    "Video-LLaVA have the same."
+                )
+    temporal = next((weights[key] for key in weights if TEMPORAL.match(key)), None)
+    frames = None if temporal is None else temporal.shape[1]  # [1, frames, width]
+    if kind.layout == "original":
+        if kind.family == "video_llava" and not with_weights:
+            frames = FRAMES
+        fields = to_transformers_config(raw, towers[0].config, kind, frames or FRAMES)
+    config = library_config(HF_CLASSES[kind.family].config_class, fields, directory, f"{NAMES[kind.family]} model")
+    if kind.family not in QWEN:
+        refuse_feature_layer(config, f"{directory}/config.json")
+    for prefix, part_name in TOWERS[kind.family].items() if with_weights else ():
+        if not any(key.startswith(prefix) for key in weights):
+            raise UserError(
+                f"The weights in {directory} hold nothing of {part_name} ({prefix.rstrip('.')}), which "
+                f"{NAMES[kind.family]} needs; fetch all of the checkpoint's files."
+            )
+    return _Files(directory, raw, kind, config, weights, frames, towers, _text_tower(text_tower, directory, towers))
 
 
 def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], with_weights: bool) -> _Tower:
@@ -293,38 +324,16 @@ def _tower(directory: Path, field: str, name: str, weights: dict[str, Tensor], w
     if needed:
         named = ((hf_tower_key(key, module), tensor) for key, tensor in read_weights(folder).items())
         weights.update((key, tensor) for key, tensor in named if key is not None)
-    return _Tower(field, name, folder, _vision_config(folder), inside)
-
-
-def _vision_config(tower: Path) -> dict[str, Any]:
-    """Return the vision config of a CLIP folder, which may contain a whole CLIP or the vision tower alone, completed
-    with the library's defaults."""
-    whole = read_json(tower / "config.json")
-    parts = checked(ClipConfig, whole, tower / "config.json")
+    # The folder may contain a whole CLIP or the vision tower alone.
+    whole = read_json(folder / "config.json")
+    parts = checked(ClipConfig, whole, folder / "config.json")
     config = whole if parts.vision_config is None else whole["vision_config"]
-    checked(VisionConfig, config, tower / "config.json")
+    checked(VisionConfig, config, folder / "config.json")
     family = config.get("model_type", "clip_vision_model")
     if family != "clip_vision_model":
-        raise UserError(f"The vision tower {tower} is a {family}; only CLIP towers are supported.")
-    try:
-        return CLIPVisionConfig.from_dict(dict(config)).to_dict()
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{tower}/config.json describes no CLIP vision tower: {' '.join(str(error).split())}"
-        ) from error
-
-
-def _refuse_different(towers: Sequence[_Tower]) -> None:
-    """Raise UserError if the two towers of a Video-LLaVA differ."""
-    first, *others = (CLIPVisionConfig.from_dict(dict(tower.config)) for tower in towers)
-    for other in others:
-        shared = (field for field in LANGUAGEBIND if field not in ("model_type", "projection_dim"))
-        differ = [field for field in shared if getattr(first, field) != getattr(other, field)]
-        if differ:
-            raise UserError(
-                f"The towers {towers[0].name} and {towers[1].name} differ in {', '.join(differ)}; the two towers of "
-                "Video-LLaVA have the same sizes."
-            )
+        raise UserError(f"The vision tower {folder} is a {family}; only CLIP towers are supported.")
+    completed = library_config(CLIPVisionConfig, config, folder, "CLIP vision tower").to_dict()
+    return _Tower(field, name, folder, completed, inside)
 
 
 def _text_tower(chosen: str | Path | None, directory: Path, towers: Sequence[_Tower]) -> Path | str | None:
@@ -336,171 +345,248 @@ def _text_tower(chosen: str | Path | None, directory: Path, towers: Sequence[_To
     """
     if chosen is not None:
         return Path(chosen) if Path(chosen).is_dir() else str(chosen)
-    beside = directory / "text_tower"
-    if beside.is_dir() or not towers:
-        return beside if beside.is_dir() else None
-    if towers[0].folder is None:
-        return towers[0].name
+    if (directory / "text_tower").is_dir():
+        return directory / "text_tower"
+    if not towers or towers[0].folder is None:
+        return towers[0].name if towers else None
     return towers[0].folder if "text_config" in read_json(towers[0].folder / "config.json") else None
-
-
-def _paths(files: _Files) -> dict[str, Path]:
-    """Return what was read, by names that do not depend on where the folder lies."""
-    paths = files_of(files.directory)
-    for tower in files.towers:
-        if tower.folder is not None:
-            paths |= files_of(tower.folder, f"{tower.field}/", weights=not tower.inside)
-    return paths
 
 
 # What comes with the model
 
 
-def _parts(files: _Files) -> dict[str, Any]:
+def _parts(files: _Files, source: str | Path) -> dict[str, Any]:
     """Return the fields of a Checkpoint that need no weights, by name."""
-    family, raw, config = files.kind.family, files.raw, files.config
-    processor, image_notes = read_image_processor(files.images, family, config.vision_config)
+    (family, layout, _), config = files.kind, files.config
+    images = files.towers[0].folder if files.towers else files.directory
+    processor, about_images = read_image_processor(images, config.vision_config, qwen=family in QWEN)
     tokenizer = read_tokenizer(files.directory, config)
-    parts: dict[str, Any] = {
+    merge = None
+    if family == "llava_next":
+        merge = merge_type(files.raw) if layout == "original" else "spatial_unpad"
+    return {
         "tokenizer": tokenizer,
         "image_processor": processor,
         "conversation": default_mode(files.kind, tokenizer.get_vocab()),
-        "name": files.directory.resolve().name if Path(files.source).is_dir() else str(files.source),
-        "layout": files.kind.layout,
+        "name": files.directory.resolve().name if Path(source).is_dir() else str(source),
+        "layout": layout,
         "text_tower": files.text_tower,
-        "notes": (*files.notes, *image_notes, *_notes(files)),
+        "notes": _notes(files, about_images),
         "vocabulary": real_vocabulary(
             tokenizer, config.text_config.vocab_size, config.image_token_id, getattr(config, "video_token_id", None)
         ),
         "family": family,
+        "merge": merge,
+        "frames": (files.frames or FRAMES) if family == "video_llava" else 0,
+        "temporal": files.frames is not None,
     }
-    if family == "llava_next":
-        parts["merge"] = merge_type(raw) if files.kind.layout == "original" else "spatial_unpad"
-    elif family == "video_llava":
-        parts |= {"frames": files.frames or FRAMES, "temporal": files.frames is not None}
-    return parts
 
 
-def _notes(files: _Files) -> list[str]:
-    config, notes = files.config, []
+def _notes(files: _Files, about_images: Sequence[str]) -> tuple[str, ...]:
+    """What config.json asks for and is not done, and what else a reader of the results should know."""
+    (family, layout, _), config, notes = files.kind, files.config, []
+    asked = files.raw.get("image_aspect_ratio")
+    if layout == "original" and family != "llava_next" and asked != "pad":
+        notes.append(f"The checkpoint asks for image_aspect_ratio {asked!r}; images are padded all the same.")
+    for tower in files.towers:
+        if tower.inside:
+            module = TOWER_MODULES[tower.field].replace("_", " ")
+            notes.append(f"The {module} comes from the checkpoint's own shards, not from {tower.name}.")
+    notes += about_images
     window = getattr(config.text_config, "sliding_window", None)
     if window is not None:
         notes.append(
             f"The decoder's sliding window of {window} tokens is not applied: every token attends to all earlier ones."
         )
-    if files.kind.family == "video_llava":
+    if family == "video_llava":
         notes.append(
             "The video tower has attention over time, as it was trained."
             if files.frames is not None
             else "The video tower has no attention over time, because the conversion to transformers drops it: answers "
             "about videos differ from those of the original checkpoint."
         )
-        activation = config.vision_config.hidden_act
-        if activation != LANGUAGEBIND["hidden_act"]:
-            notes.append(
-                f"The towers use the activation {activation}; LanguageBind's were trained with "
-                f"{LANGUAGEBIND['hidden_act']}."
-            )
-    return notes
+        activation, trained = config.vision_config.hidden_act, LANGUAGEBIND["hidden_act"]
+        if activation != trained:
+            notes.append(f"The towers use the activation {activation}; LanguageBind's were trained with {trained}.")
+    return tuple(notes)
 
 
-# Image preprocessing and tokenizer
+def real_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, rows: int, image_token: int, video_token: int | None = None
+) -> int:
+    """Return how many of the embedding's `rows` are tokens that can be answered.
+
+    The checkpoints of the hub have 32064 rows for 32000 tokens: one for "<image>", one for padding, one for "<video>"
+    with videos, and the others round the size up. They are untrained and must never be chosen.
+    """
+    count = min(rows, len(tokenizer))
+    placeholders = {image_token, video_token, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    while count - 1 in placeholders:
+        count -= 1
+    return count
 
 
-def read_image_processor(
-    directory: Path | None, family: Family, vision: PretrainedConfig
-) -> tuple[ImageProcessor | QwenImageProcessor, tuple[str, ...]]:
-    """Return a folder's image preprocessing and notes about it. LLaVA's always pads, whatever the files say."""
-    config: dict[str, Any] = {}
-    if directory is not None and (directory / "preprocessor_config.json").is_file():
-        config = read_json(directory / "preprocessor_config.json")
-    elif directory is not None and (directory / "processor_config.json").is_file():
-        config = read_json(directory / "processor_config.json").get("image_processor") or {}
-        if not isinstance(config, dict):
-            raise UserError(f"image_processor in {directory}/processor_config.json is no JSON object; fetch it again.")
-    if family in QWEN:
-        return _qwen_processor(config, vision, directory)
-    size = vision.image_size
-    if not config:
-        note = f"No preprocessor_config.json: CLIP's mean and deviation at {size} pixels were assumed."
-        return ImageProcessor(size=size, crop=size), (note,)
-    processor = ImageProcessor.from_config(config)
-    if processor.crop != size:
-        raise UserError(f"{directory}: images are cropped to {processor.crop} pixels, but the tower expects {size}.")
-    return processor, ()
+# The HF model
 
 
-def _qwen_processor(
-    config: Mapping[str, Any], vision: PretrainedConfig, directory: Path | None
-) -> tuple[QwenImageProcessor, tuple[str, ...]]:
-    expected = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    edges = dict(zip(("patch_size", "merge_size", "temporal_patch_size"), expected, strict=True))
-    processor = QwenImageProcessor.from_config({**edges, **config})
-    stated = processor.patch, processor.merge, processor.temporal
-    if stated != expected:
+class VideoLlavaWithTime(VideoLlavaForConditionalGeneration):
+    """Video-LLaVA as it was trained: with the video tower's attention over time, which transformers leaves out."""
+
+    def __init__(self, config: VideoLlavaConfig, frames: int):
+        super().__init__(config)
+        vision: Any = config.vision_config
+        self.model.video_tower = LanguageBindVideoTower(vision, frames)
+
+
+def refuse_feature_layer(config: PretrainedConfig, where: str) -> None:
+    """Raise UserError for features of several layers, or of one that the tower lacks."""
+    # hidden_states of a tower with n blocks has n + 1 entries, so -n-1 to n are possible.
+    layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
         raise UserError(
-            f"{directory}: images are split into patches, groups and frames of {stated}, but the tower expects "
-            f"{expected}; take both from one checkpoint."
+            f"{where} takes image features from layer {layer} of a vision tower with {depth} blocks; "
+            f"expected one layer from {-depth - 1} to {depth}, LLaVA uses -2."
         )
-    if not config:
-        bounds = f"{processor.min_pixels} to {processor.max_pixels} pixels"
-        return processor, (f"No preprocessor_config.json: CLIP's mean and deviation and {bounds} were assumed.",)
-    return processor, ()
 
 
-def read_tokenizer(directory: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint. If it has a sentencepiece model, the ids are that model's.
+def hf_class(family: Family, frames: int | None) -> tuple[type[PreTrainedModel], tuple[int, ...]]:
+    """Return the HF model's class, and its arguments after the configuration.
 
     Args:
-        config: of the HF model.
+        frames: of a video tower with attention over time; None for a tower without.
     """
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{directory} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy it from the base model.")
-    decoder = config.text_config
-    # If tokenizer_config.json names no class, the config decides; transformers does not know the original config.json's
-    # type. Under Mistral's config it leaves out the space that sentencepiece puts before a text.
-    known = LlamaConfig() if decoder.model_type in ("llama", "mistral") else decoder
+    return (HF_CLASSES[family], ()) if frames is None else (VideoLlavaWithTime, (frames,))
+
+
+def empty_model(config: PretrainedConfig, kind: Kind, frames: int | None = None) -> PreTrainedModel:
+    """The HF model of a configuration on the meta device; for `frames` see `hf_class`."""
+    config._attn_implementation = "sdpa"
+    build, extra = hf_class(kind.family, frames)
+    with torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = build(config, *extra)
+        model.tie_weights()
+    return model.eval()
+
+
+def _fill(
+    files: _Files, dtype: torch.dtype, device: torch.device, quantization: str | None, parallel: Parallel | None
+) -> PreTrainedModel:
+    """Build the HF model and load exactly these weights into it.
+
+    Args:
+        quantization: "8bit" or "4bit" to quantise the decoder while it is loaded.
+        parallel: how the decoder is spread over ranks, of which this process loads its part; None to hold it whole.
+
+    Raises:
+        UserError: weights and configuration do not fit, or the memory is too small.
+    """
+    config, weights, directory = files.config, files.weights, files.directory
+    build, extra = hf_class(files.kind.family, files.frames)
+    _refuse_misfits(files)
+    if parallel is not None:
+        check_heads(config, parallel.tensor, directory.name)
+        if parallel.offload is not None:
+            join_alone(device)
+        check_memory(weights, dtype, device, directory, parallel)
+        model = mapped_model(build, extra, config, weights, dtype)
+        if parallel.offload is None:
+            split(model, parallel.tensor, dtype, device)
+        else:
+            partition(model, parallel, dtype, device)
+        return model.eval()
+    quantiser = None
+    if quantization is None:
+        check_memory(weights, dtype, device, directory)
+    else:
+        quantiser = BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_type="nf4",
+            llm_int8_skip_modules=list(KEPT),
+        )
+    read: Any = build.from_pretrained
     try:
-        return AutoTokenizer.from_pretrained(directory, config=known, trust_remote_code=False, **_spacing(directory))
-    # tokenizers and sentencepiece raise bare Exceptions for files they cannot read.
-    except Exception as error:
+        model = read(
+            None,
+            *extra,
+            config=config,
+            state_dict=dict(weights),
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map=None if device.type == "cpu" and not quantization else {"": device},
+            quantization_config=quantiser,
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        if quantization is None:
+            raise
+        raise UserError(f"Cannot load {directory} quantised here: {' '.join(str(error).split())}") from error
+    return model.eval()
+
+
+def _refuse_misfits(files: _Files) -> None:
+    """Raise UserError for weights of integers, truth values or 8-bit floats, and for those that do not fit the model:
+    missing, unexpected or of another shape."""
+    weights, directory = files.weights, files.directory
+    strange = {key: tensor.dtype for key, tensor in weights.items() if tensor.dtype not in PLAIN}
+    if strange:
+        kinds = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in strange.values()}))
         raise UserError(
-            f"Cannot read the tokenizer in {directory} ({' '.join(str(error).split())[:200]}); fetch its files again."
-        ) from error
+            f"{directory} has weights of {kinds} ({listed(strange)}), which are not supported; take unquantised ones."
+        )
+    model = empty_model(files.config, files.kind, files.frames)
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    needed = dict(model.named_parameters())  # without those that share another's weight
+    problems = {
+        "missing": [name for name in needed if name not in weights],
+        "unexpected": [name for name in weights if name not in shapes],
+        "of another shape": [
+            f"{name} {tuple(weight.shape)} instead of {tuple(shapes[name])}"
+            for name, weight in weights.items()
+            if name in shapes and weight.shape != shapes[name]
+        ],
+    }
+    found = [f"{len(names)} {fault}: {listed(names)}" for fault, names in problems.items() if names]
+    if found:
+        raise UserError(f"The weights in {directory} do not fit its config.json, {'; '.join(found)}.")
 
 
-def _spacing(directory: Path) -> dict[str, bool]:
-    """Return the arguments of the library's Llama tokenizer that place its dummy spaces as the slow tokenizer did.
+def check_memory(
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    directory: Path,
+    parallel: Parallel | None = None,
+) -> None:
+    """Raise UserError if what this process loads of the model does not fit into the free memory.
 
-    add_prefix_space: the library always puts a space before a text; some models do not (Yi's). The sentencepiece
-    model decides: tokenizer.json has been wrong about it (transformers issue 29774).
-
-    legacy: a dummy space also follows every special token. If tokenizer_config.json does not say, transformers 4 took
-    True and transformers 5 takes False.
+    On the CPU, weights that have the right dtype stay mapped to their files and need no memory, unless ranks cut them.
+    Decoder layers and head are cut into as many parts as there are ranks, and everything else is whole. Ranks on one
+    CPU share its memory.
     """
-    settings = directory / "tokenizer_config.json"
-    stated = read_json(settings).get("legacy") if settings.is_file() else None
-    if (directory / "tokenizer.model").is_file():
-        model = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-        if not model.encode("a", out_type=str)[0].startswith(SPACE):
-            return {"add_prefix_space": False}
-        return {"legacy": True} if stated is None else {}
-    steps = _steps(json.loads((directory / "tokenizer.json").read_text(encoding="utf-8")))
-    replaces = [step for step in steps if step.get("type") == "Replace" and step.get("content") == SPACE]
-    metaspaces = [step for step in steps if step.get("type") == "Metaspace"]
-    prefix = any(step.get("type") == "Prepend" for step in steps) or any(
-        step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True) for step in metaspaces
-    )
-    if not (replaces or metaspaces):
-        return {}
-    if not prefix:
-        return {"add_prefix_space": False}
-    first = any(step.get("prepend_scheme") == "first" for step in metaspaces)
-    return {"legacy": True} if stated is None and not first else {}
+    sizes = {name: tensor.numel() for name, tensor in weights.items()}
+    on_cpu = device.type == "cpu"
+    cut = {name for name in weights if parallel is not None and name.startswith(CUT)}
+    mapped = {name for name, tensor in weights.items() if on_cpu and tensor.dtype == dtype}
+    whole = sum(sizes[name] for name in sizes.keys() - mapped - cut)
+    part = -(-sum(sizes[name] for name in cut) // parallel.ranks) if parallel is not None else 0
+    here = int(os.environ.get("LOCAL_SIZE", "1")) if parallel is not None else 1
+    numbers = {device: (whole + part) * (here if on_cpu else 1)}
+    if parallel is not None and parallel.offload == "cpu" and not on_cpu:
+        numbers = {device: whole, torch.device("cpu"): part * here}
+    for place, count in numbers.items():
+        needed, free = count * dtype.itemsize, free_memory(place)
+        if needed > free:
+            name = str(dtype).removeprefix("torch.")
+            raise UserError(
+                f"The model in {directory} needs about {needed / GIB:.1f} GiB of memory on {place} in {name}, "
+                f"{free / GIB:.1f} GiB are free; use a smaller dtype, a quantization or another device."
+            )
 
 
-def _steps(tokenizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the normalisation and pre-tokenisation steps of a tokenizer.json."""
-    steps = [tokenizer.get(part) or {} for part in ("normalizer", "pre_tokenizer")]
-    inner = [step.get("normalizers") or step.get("pretokenizers") or () for step in steps]
-    return [*steps, *(step for several in inner for step in several)]
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on a device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available + psutil.swap_memory().free

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from llava.errors import UserError
-from llava.model.checkpoint.files import listed, locate, read_json, read_weights
-from llava.processing.config_schema import ClipConfig, checked
+from llava.model.checkpoint.config import ClipConfig, library_config
+from llava.model.checkpoint.files import checked, listed, locate, read_json, read_weights
 from llava.reduction.modules import linear_flops
 from llava.reduction.states import NEGATED, PLAIN
 
@@ -154,10 +153,7 @@ def load_clip_text(
     raw = read_json(folder / "config.json")
     if checked(ClipConfig, raw, folder / "config.json").text_config is None:
         raise UserError(f"{folder}/config.json describes no text tower (no text_config); give a whole CLIP model.")
-    try:
-        config: Any = CLIPConfig.from_dict(raw).text_config
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/config.json describes no CLIP: {' '.join(str(error).split())}") from error
+    config: Any = library_config(CLIPConfig, raw, folder, "CLIP").text_config
     channels = tower.config.hidden_size
     words, begin, end = _tokens(folder, config, tokenizer)
     clip = ClipText(config, channels, tower.post_layernorm, words, begin, end)

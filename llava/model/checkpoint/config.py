@@ -1,4 +1,7 @@
-"""Which model a config.json describes, and how its fields and the names of its weights read in transformers' layout.
+"""config.json: what its fields may be, which model they describe, and what they and weights are called in transformers.
+
+A config.json is checked once, where it is read: types and ranges of every field that this code relies on. Unknown
+fields are allowed, since config.json files hold many; absent and null fields take the library's defaults.
 
 The fields of config.json decide on family, layout, decoder and prompt template. model_type alone is ambiguous: "llava"
 stands for LLaVA-1.5, LLaVA-NeXT and Video-LLaVA in the original layout and for LLaVA-1.5 in the transformers layout.
@@ -13,13 +16,18 @@ loads mm_vision_tower instead (LLaVA issues 382 and 1694); the weights are the s
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from llava.errors import UserError
-from llava.processing.anyres import MERGES, parse_pinpoints
-from llava.processing.config_schema import DecoderConfig
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from llava.errors import UserError, unknown
+from llava.model.checkpoint.files import Schema
+from llava.processing.image import MERGES, Side, parse_pinpoints
 from llava.processing.video import FRAMES
 
 Family = Literal["llava", "llava_next", "video_llava", "qwen2_5_vl", "qwen2_vl"]
@@ -41,16 +49,23 @@ SUPPORTED = (
 QWEN: tuple[Family, ...] = ("qwen2_5_vl", "qwen2_vl")
 
 PARTS = ("text_config", "vision_config")
+# Fields that say what becomes of a tower's class token -> the only value that is supported.
+CLASS_TOKEN = {"vision_feature_select_strategy": "default", "mm_vision_select_feature": "patch"}
 # Fields of vision_config that only one of the two Qwens has.
 QWEN_FIELDS = {"qwen2_5_vl": ("fullatt_block_indexes", "window_size"), "qwen2_vl": ("embed_dim", "mlp_ratio")}
 
-ORIGINAL_CLASSES: dict[str, Decoder] = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
-ORIGINAL_TYPES: dict[str, Decoder] = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+# Of the original layout, by the class in `architectures` or else by model_type.
+DECODERS: dict[str, Decoder] = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+}
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 LLAMA_3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-TEXT_FIELDS = tuple(field for field in DecoderConfig.model_fields if field != "sliding_window")
 NEEDED_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 # The towers of the official checkpoints: shards that contain their weights need no second download.
@@ -100,6 +115,193 @@ HUB_NAMES = re.compile(rf"^(?:(?:model\.)?(?:language_model|multi_modal_projecto
 CLIP_VISION_KEY = re.compile(r"^(?:vision_model\.)?(?=(?:embeddings|pre_layrnorm|encoder|post_layernorm)\.)")
 
 
+# What the fields may be
+
+# "default" is computed by the models themselves; "mrope" is Qwen's old name for it.
+ROPE_TYPES = ("default", "mrope", *ROPE_INIT_FUNCTIONS)
+
+
+def _one_of(what: str, known: Collection[str]) -> AfterValidator:
+    """A check that a text is one of the known names."""
+
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(str(unknown(what, name, known)))
+        return name
+
+    return AfterValidator(check)
+
+
+Layers = Annotated[int, Field(ge=1, le=256)]  # of a model that can be built within seconds
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Rows = Annotated[int, Field(ge=1, le=2**24)]
+Epsilon = Annotated[float, Field(gt=0, lt=1)]
+RopeTheta = Annotated[float, Field(ge=1)]
+Colours = Annotated[int, Field(ge=3, le=3)]
+Activation = Annotated[str, _one_of("activation", ACT2FN)]
+RopeType = Annotated[str, _one_of("rope_type", ROPE_TYPES)]
+
+
+class Rope(Schema):
+    """rope_parameters, or rope_scaling of older files, of a decoder; the library says which of them a type needs."""
+
+    # May be absent but not null, which the library takes for a value.
+    rope_type: RopeType = "default"
+    type: RopeType = "default"
+    rope_theta: RopeTheta = 10_000.0
+    factor: PositiveFloat | None = None
+    low_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat | None = None
+    original_max_position_embeddings: Rows | None = None
+    attention_factor: PositiveFloat | None = None
+    mrope_section: list[NonNegativeInt] | None = None
+
+
+class Transformer(Schema):
+    """What decoders and CLIP's towers share."""
+
+    hidden_size: Width | None = None
+    intermediate_size: Rows | None = None
+    num_hidden_layers: Layers | None = None
+    num_attention_heads: Width | None = None
+    num_key_value_heads: Width | None = None
+    hidden_act: Activation | None = None
+    attention_dropout: Annotated[float, Field(ge=0, le=1)] | None = None
+    head_dim: Width | None = None
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads and self.hidden_size and not self.head_dim and self.hidden_size % heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
+        if heads and groups and heads % groups:
+            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
+        return self
+
+
+class DecoderConfig(Transformer):
+    """A Llama, Mistral or Qwen2 decoder."""
+
+    vocab_size: Rows | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    rms_norm_eps: Epsilon | None = None
+    rope_theta: RopeTheta | None = None
+    rope_parameters: Rope | None = None
+    rope_scaling: Rope | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    initializer_range: Annotated[float, Field(ge=0)] | None = None
+    sliding_window: PositiveInt | None = None
+    tie_word_embeddings: bool | None = None
+    bos_token_id: NonNegativeInt | None = None
+    eos_token_id: NonNegativeInt | list[NonNegativeInt] | None = None
+    # Files of the hub write -1 for "none".
+    pad_token_id: Annotated[int, Field(ge=-1)] | None = None
+
+    @model_validator(mode="after")
+    def _known_tokens(self) -> Self:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            highest = max(value, default=0) if isinstance(value, list) else value or 0
+            if self.vocab_size is not None and highest >= self.vocab_size:
+                raise ValueError(f"{name} {value} is outside the vocabulary of {self.vocab_size}")
+        return self
+
+
+class VisionConfig(Transformer):
+    """A CLIP vision tower, or that of Qwen2-VL or Qwen2.5-VL."""
+
+    image_size: Side = 224  # may be absent but not null, which the library takes for a value
+    patch_size: Side = 32
+    layer_norm_eps: Epsilon | None = None
+    projection_dim: Width | None = None
+    num_channels: Colours | None = None
+    # Qwen's own
+    depth: Layers | None = None
+    embed_dim: Width | None = None
+    out_hidden_size: Width | None = None
+    mlp_ratio: PositiveFloat | None = None
+    num_heads: Width | None = None
+    in_channels: Colours | None = None
+    spatial_merge_size: Side | None = None
+    temporal_patch_size: Side | None = None
+    window_size: Side | None = None
+    fullatt_block_indexes: list[NonNegativeInt] | None = None
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> Self:
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
+        return self
+
+
+class ClipTextConfig(Transformer):
+    """A CLIP text tower."""
+
+    max_position_embeddings: Annotated[int, Field(ge=3, le=2**16)] | None = None
+    layer_norm_eps: Epsilon | None = None
+    projection_dim: Width | None = None
+    vocab_size: Rows | None = None
+
+
+class _Part(Schema):
+    model_type: str | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
+class Identity(_Part):
+    """The fields of any config.json that tell the family, the layout and the dtype."""
+
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    architectures: list[str | None] | None = None
+    text_config: _Part | None = None
+    vision_config: _Part | None = None
+
+
+class ClipConfig(Schema):
+    """config.json of a CLIP folder: a whole CLIP or, with the fields at the top, its vision tower."""
+
+    text_config: ClipTextConfig | None = None
+    vision_config: VisionConfig | None = None
+    projection_dim: Width | None = None
+    patch_similarity: str | None = None
+
+
+class NestedConfig(Schema):
+    """config.json of the transformers layout."""
+
+    text_config: DecoderConfig
+    vision_config: VisionConfig
+    image_token_index: NonNegativeInt | None = None
+    video_token_index: NonNegativeInt | None = None
+    image_seq_length: PositiveInt | None = None
+    video_seq_length: PositiveInt | None = None
+    projector_hidden_act: Activation | None = None
+    multimodal_projector_bias: bool | None = None
+
+
+class QwenFlatConfig(DecoderConfig):
+    """config.json of Qwen2-VL or Qwen2.5-VL on the hub: the decoder's fields are not nested."""
+
+    vision_config: VisionConfig
+
+
+class OriginalConfig(DecoderConfig):
+    """config.json of the original layout: a flat decoder config and mm_* fields."""
+
+    mm_vision_tower: str | None = None
+    mm_image_tower: str | None = None
+    mm_video_tower: str | None = None
+    mm_projector_type: str | None = None
+    mm_patch_merge_type: str | None = None
+    mm_use_im_start_end: bool | None = None
+    image_aspect_ratio: str | None = None
+
+
+# Which model they describe
+
+
 class Kind(NamedTuple):
     """Family, layout and decoder of a config.json."""
 
@@ -127,11 +329,15 @@ def identify(config: Mapping[str, Any], where: Path) -> Kind:
         raise _contradiction(
             where, f"{original[0]}, a field of the original layout, and {nested[0]}, one of transformers'"
         )
-    if original:
-        return _original(config, original, where)
-    if "vision_config" in nested:  # on the hub it is the only nested part of a Qwen-VL
-        return _transformers(config, where)
-    raise _unsupported(where, config.get("model_type", "unknown"))
+    if not original and "vision_config" not in nested:  # on the hub it is the only nested part of a Qwen-VL
+        raise _unsupported(where, config.get("model_type", "unknown"))
+    kind = _original(config, original, where) if original else _transformers(config, where)
+    for field, only in CLASS_TOKEN.items():
+        if config.get(field) not in (None, only):
+            raise UserError(
+                f"{where}: {field} is {config[field]!r}; only {only!r} is supported, which drops the class token."
+            )
+    return kind
 
 
 def default_mode(kind: Kind, vocabulary: Mapping[str, int]) -> str:
@@ -151,11 +357,10 @@ def default_mode(kind: Kind, vocabulary: Mapping[str, int]) -> str:
 
 
 def _original(config: Mapping[str, Any], towers: list[str], where: Path) -> Kind:
-    classes = [name for name in config.get("architectures") or () if name]
-    table, names = (ORIGINAL_CLASSES, classes) if classes else (ORIGINAL_TYPES, [config.get("model_type", "unknown")])
-    if len(names) != 1 or names[0] not in table:
+    names = [name for name in config.get("architectures") or () if name] or [config.get("model_type", "unknown")]
+    if len(names) != 1 or names[0] not in DECODERS:
         raise _unsupported(where, ", ".join(names))
-    decoder = table[names[0]]
+    decoder = DECODERS[names[0]]
     if towers != ["mm_vision_tower"]:
         if "mm_vision_tower" in towers:
             raise _contradiction(where, f"mm_vision_tower and {towers[1]}, which are of different families")
@@ -196,6 +401,23 @@ def _unsupported(where: Path, family: str) -> UserError:
 
 def _contradiction(where: Path, what: str) -> UserError:
     return UserError(f"{where}/config.json contradicts itself: it has {what}; take the config of one checkpoint.")
+
+
+def library_config(build: Any, fields: Mapping[str, Any], directory: Path, what: str) -> Any:
+    """The library's configuration from the fields of a config.json, which its schema has checked.
+
+    Args:
+        build: a configuration class of transformers.
+        directory: of the config.json.
+        what: the fields describe, in words.
+
+    Raises:
+        UserError: transformers refuses the fields.
+    """
+    try:
+        return build.from_dict(dict(fields))
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{directory}/config.json describes no {what}: {' '.join(str(error).split())}") from error
 
 
 # Names of weights
@@ -254,7 +476,8 @@ def to_transformers_config(
         raise UserError("mm_use_im_start_end is set; image start and end tokens are not supported.")
     layer = config.get("mm_vision_select_layer")
     patches = (vision_config["image_size"] // vision_config["patch_size"]) ** 2
-    text_config = {field: config[field] for field in TEXT_FIELDS if config.get(field) is not None}
+    copied = [field for field in DecoderConfig.model_fields if field != "sliding_window"]
+    text_config = {field: config[field] for field in copied if config.get(field) is not None}
     if kind.decoder == "mistral" and "sliding_window" in config:
         text_config["sliding_window"] = config["sliding_window"]  # null is no window; the library's default is 4096
     fields: dict[str, Any] = {
