@@ -20,7 +20,7 @@ from eval.efficiency.memory import GIB, QuestionShape, layout_of
 from eval.efficiency.rates import Rates
 from eval.efficiency.shapes import official
 from eval.papers import read_yaml
-from eval.papers.plan import Line, Where, columns_of, lines_of
+from eval.papers.runs import Line, Where, columns_of, lines_of
 from eval.papers.spec import Table
 from eval.tables.memory import size_of
 from llava.errors import unknown

@@ -1,11 +1,14 @@
-"""Is the unreduced model the one of the paper? Checked before any reduced number is believed."""
+"""Published values beside ours: which are like ours, and whether the unreduced model is the one of the paper.
+
+The gate is checked before any reduced number is believed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eval.papers.measured import Cell
+from eval.papers.cells import Cell
 from eval.papers.published import Published, Value
-from eval.papers.rows import comparable
+from eval.papers.runs import Line
 from eval.papers.spec import Place
 
 # What moves a baseline, by benchmark; most of these were seen in other evaluations of LLaVA.
@@ -96,3 +99,35 @@ def sentences(checks: Sequence[Check]) -> list[str]:
         for one in checks
         if one.nearest is not None and not one.passed
     ]
+
+
+def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[list[Value], str]:
+    """The published values that are like ours: same split, metric, judge, budget, variant and convention, not disputed.
+
+    Returns:
+        (values, "") or ([], why none is).
+    """
+    line, column = cell.line, cell.column
+    ours = {
+        "no source": not values,
+        "ours is of another split": bool(column.published_split),
+        "not all questions were asked": cell.questions < cell.available,
+        f"ours is {cell.metric}": cell.metric.endswith("_match") or column.metric not in ("", cell.metric),
+        "another budget": line.by_kept,
+        cell.other_judge: bool(cell.other_judge),
+        "the row is not the release": line.row is not None and not line.row.runs_release,
+    }
+    if why := next((reason for reason, is_so in ours.items() if is_so), ""):
+        return [], why
+    obstacles = {value: value.obstacle(convention) for value in values}
+    found = [value for value in values if not obstacles[value]]
+    return found, "" if found else "; ".join(dict.fromkeys(obstacles.values()))
+
+
+def values_of(line: Line, column: str, published: Published | None, place: Place) -> Sequence[Value] | None:
+    """The published values of a row in a column; none for a variant of our own or a column that no source has."""
+    if published is None:
+        return None
+    name = "full" if line.row is None else line.row.published_name
+    budget = place.tokens if line.budget is None else line.budget
+    return published.values(name, budget, column) if name and column else []

@@ -15,13 +15,13 @@ from eval.benchmarks.media import digest_of
 from eval.config import ROOT, RunConfig, build_reducer, store_settings
 from eval.judging.choice import score_answers
 from eval.metrics import SufficientStatistics
-from eval.papers.plan import Line, Where, config_of
+from eval.papers.runs import Line, Where, config_of
 from eval.papers.spec import Column
 from eval.results import report
 from eval.results.statistics import terms_of
-from eval.statistics.loyalty import Normalise, plain
-from eval.statistics.runs import sample_scores
+from eval.statistics.answers import Normalise, plain, sample_scores
 from eval.sweep import dataset
+from eval.tables.page import interval_text
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
 
@@ -77,7 +77,12 @@ class Cell:
     @property
     def run(self) -> str:
         """Folder of the run, from the repository's root where it is inside."""
-        return str(self.folder.relative_to(ROOT)) if self.folder.is_relative_to(ROOT) else str(self.folder)
+        return relative(self.folder)
+
+    @property
+    def interval(self) -> str:
+        """The interval as text: "[75.2, 78.6]"; "" where there is none."""
+        return "" if self.low is None else interval_text(self.low, self.high)
 
 
 def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | str:
