@@ -51,12 +51,13 @@ def draw(path: Path, points: Sequence[Mapping[str, Any]], title: str, ours: str,
         for method in dict.fromkeys(point["method"] for point in reduced):
             line = sorted((p for p in reduced if p["method"] == method and p[key]), key=lambda p: (p[key], p["score"]))
             xs, ys = [p[key] for p in line], [p["score"] for p in line]
-            bars = list(zip(*(p["bars"] for p in line if "bars" in p), strict=True)) or None
+            bars = list(zip(*(p["bars"] for p in line if "bars" in p), strict=True))
             if method in coloured:
                 place = coloured.index(method)
                 style = {"color": BRIGHT[place], "marker": MARKERS[place], "label": method, "zorder": 10 - place}
-                width = 2.4 if method == ours else 1.3
-                panel.errorbar(xs, ys, yerr=bars, linewidth=width, elinewidth=0.7, capsize=2, markersize=5, **style)
+                panel.plot(xs, ys, linewidth=2.4 if method == ours else 1.3, markersize=5, **style)
+                if bars:
+                    panel.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=BRIGHT[place], elinewidth=0.7, capsize=2)
             else:
                 panel.plot(xs, ys, color=GREY, linewidth=0.9, marker=".", markersize=4, zorder=1)
         panel.axhline(full["score"], color="black", linewidth=1, linestyle="--")

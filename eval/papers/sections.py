@@ -79,8 +79,8 @@ def costs(found: Measured, times: Times, scored: bool = False, lines: Iterable[i
             continue
         row = [label(found, index), str(found.lines[index].budget or "all"), f"{cell.tokens:.1f}"]
         row += [f"{cell.kv_bytes / 1e6:.2f}", f"{full.kv_bytes / cell.kv_bytes:.2f}x"]
-        is_counted = cell.flops is not None and full.flops is not None
-        row += [f"{cell.flops / 1e9:.2f}", f"{full.flops / cell.flops:.2f}x"] if is_counted else ["n/a", "n/a"]
+        flops = (cell.flops or 0.0, full.flops or 0.0)
+        row += [f"{flops[0] / 1e9:.2f}", f"{flops[1] / flops[0]:.2f}x"] if all(flops) else ["n/a", "n/a"]
         time, base = times.get(index), times.get(0)
         row += [f"{1000 * time.ttft:.1f}", f"{base.ttft / time.ttft:.2f}x"] if time and base else ["n/a", "n/a"]
         rows.append([*row, *(ours_text(cell) for cell in found.row(index).values())] if scored else row)

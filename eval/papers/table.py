@@ -179,7 +179,7 @@ def points_of(table: Table, found: "Measured", times: "Mapping[int, Time]") -> l
         row, time = found.row(index), times.get(index)
         if row:
             tokens = sum(cell.tokens for cell in row.values()) / len(row)
-            point = {"method": line.title, "budget": line.budget, "tokens": tokens}
+            point: dict[str, object] = {"method": line.title, "budget": line.budget, "tokens": tokens}
             point |= {"ttft_ms": 1000 * time.ttft if time else None, "score": found.of_full(index)}
             if table.kind == "overview":
                 (cell,) = row.values()
@@ -264,8 +264,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(
             f"--tex-intervals is for tables of scores; {table.identity} is of kind {table.kind}: leave it out."
         )
-    if args.page and not table.page:
-        raise UserError(f"--page is for tables that have a page of docs/; {table.identity} has none: leave it out.")
+    if args.page and not (table.page and where.is_toy):
+        raise UserError(
+            "--page writes toy results into a page of docs/, which few tables have (`page` in their specification): "
+            "leave it out."
+        )
     own = read_own(args.add, table) if args.add else ()
     table = narrowed(table, args)
     folder = args.output or default_folder(table, where, args)
