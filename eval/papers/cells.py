@@ -37,7 +37,6 @@ class Cell:
         tokens: visual tokens that entered a decoder layer, mean over layers and samples.
         merged: how many of them stand for several.
         kv_bytes, flops: per question.
-        answers_sha256: over the sorted answers to the questions that were asked.
         terms: sums by unit that `value` follows from, for averages and tests.
         normalise: the benchmark's own form of an answer, for loyalty.
         texts, credits, clusters: question id -> answer, sample score (empty where single answers have none), image.
@@ -64,7 +63,6 @@ class Cell:
     command: str
     commit: str
     finished: str
-    answers_sha256: str
     terms: SufficientStatistics = field(repr=False, compare=False)
     normalise: Normalise = field(repr=False, compare=False)
     texts: Mapping[str, str] = field(repr=False, compare=False)
@@ -78,6 +76,12 @@ class Cell:
     def run(self) -> str:
         """Folder of the run, from the repository's root where it is inside."""
         return relative(self.folder)
+
+    @property
+    def answers_sha256(self) -> str:
+        """Over the answers to the questions that were asked, sorted by question."""
+        lines = (f"{name}\t{self.texts[name]}\n" for name in sorted(self.texts))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property
     def interval(self) -> str:
@@ -138,7 +142,6 @@ def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | 
         command_of(line, column, where, config),
         result["commit"] or "",
         result["finished"],
-        digest(texts),
         terms,
         data.normalise or plain,
         texts,
@@ -175,11 +178,6 @@ def metric_of(column: Column, result: Mapping[str, Any], known: Collection[str])
     if metrics[name] is None:
         raise UserError(f"{column.benchmark} gives no score here: {'; '.join(result['notes'])}.")
     return name, float(metrics[name])
-
-
-def digest(texts: Mapping[str, str]) -> str:
-    """sha256 over the answers, sorted by question."""
-    return hashlib.sha256("".join(f"{name}\t{texts[name]}\n" for name in sorted(texts)).encode()).hexdigest()
 
 
 def command_of(line: Line, column: Column, where: Where, config: RunConfig) -> str:

@@ -147,40 +147,26 @@ class Expense:
 
     def cell_seconds(self, line: Line, benchmark: str, gpu: Gpu) -> float:
         """Seconds of a GPU for the batches of one run, by the rule of `Estimate.seconds`."""
-        load = self.loads[benchmark]
+        load, model, image, reducer = self.loads[benchmark], self.model, self._image, self._reducer(line)
         if load is None:
             return 0.0
+        plan = memory.visual_plan(model, reducer, image)
+        early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
+        projector = memory.projector_operations(model, plan[0] if early else image.patches)
+        seen = memory.tower_operations(model, reducer, image) + projector
+        read, further, kv_bytes = decoder_work(model, tuple(load.text + tokens for tokens in plan))
         count, rate, bandwidth = self.table.real.batch_size, gpu.rates.operations, gpu.rates.bandwidth
-        work, parts = self._work(line, load.text), self._weights
-        decoder = parts["decoder"] + parts["head"]
-        vision = max(count * work.vision / rate, (parts["vision tower"] + parts["projector"]) / bandwidth)
-        prefill = max(count * work.prefill / rate, decoder / bandwidth)
-        step = max(count * work.step / rate, (decoder + count * work.kv_bytes) / bandwidth)
+        weights = self._weights
+        decoder = weights["decoder"] + weights["head"]
+        vision = max(count * seen / rate, (weights["vision tower"] + weights["projector"]) / bandwidth)
+        prefill = max(count * read / rate, decoder / bandwidth)
+        step = max(count * further / rate, (decoder + count * kv_bytes) / bandwidth)
         return ceil(load.questions / count) * (vision + prefill + load.steps * step)
 
     @cached_property
     def _weights(self) -> Mapping[str, int]:
         """Bytes of the weights by part."""
         return memory.weights(self.model, BYTES).device
-
-    def _work(self, line: Line, text: int) -> "Work":
-        """Operations and cache of one question of a row; the same for all benchmarks with prompts of this length."""
-        key = (id(line), text)  # rows have no hash
-        if key not in self._known:
-            self._known[key] = self._compute(line, text)
-        return self._known[key]
-
-    @cached_property
-    def _known(self) -> dict[tuple[int, int], "Work"]:
-        return {}
-
-    def _compute(self, line: Line, text: int) -> "Work":
-        reducer, model, image = self._reducer(line), self.model, self._image
-        plan = memory.visual_plan(model, reducer, image)
-        early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
-        projected = plan[0] if early else image.patches
-        vision = memory.tower_operations(model, reducer, image) + memory.projector_operations(model, projected)
-        return Work(vision, *decoder_work(model, tuple(text + tokens for tokens in plan)))
 
     @cached_property
     def _image(self) -> TokenLayout:
@@ -201,16 +187,6 @@ class Expense:
         work = Workload((QuestionShape(text, (self._image,)),), steps, place.batch_size, place.batch_size)
         reducer = self._reducer(line)
         return Estimate(self.model, reducer, work, place.batch_size, new_tokens, torch.bfloat16, device="cuda")
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations of one question: tower and projector, prefill, one further token; bytes of its cache after prefill."""
-
-    vision: float
-    prefill: float
-    step: float
-    kv_bytes: float
 
 
 @lru_cache(maxsize=1024)

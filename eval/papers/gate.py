@@ -3,37 +3,16 @@
 The gate is checked before any reduced number is believed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eval.papers.cells import Cell
-from eval.papers.published import Published, Value
+from eval.papers.published import WORDS, Published, Value
 from eval.papers.runs import Line
 from eval.papers.spec import Place
 
-# What moves a baseline, by benchmark; most of these were seen in other evaluations of LLaVA.
-CAUSES = {
-    "textvqa": "OCR tokens in the prompt: the papers' numbers have them (profile llava)",
-    "scienceqa": "unreleased weights: LLaVA-1.5's paper has 66.8, the public checkpoint 69.5",
-    "mme": "perception alone or with cognition; two lines in a row must be about one picture",
-    "pope": "the version of the random part: 2,910 or 3,000 questions",
-    "mmbench": "the split: dev and test differ by two points; answers without a letter go to GPT officially",
-    "mmbench_cn": "the split, and the Chinese prompt",
-    "mmvet": "the judge: GPT-4's version moves the score by points",
-    "vizwiz": "the split: test is graded by a server, val is another set",
-    "vqav2": "the split: test-dev is graded by a server, val is another set",
-    "seed_img": "images alone, or with videos",
-    "tgif_qa": "the judge, and which questions: the first 1,000 are all about actions",
-    "msvd_qa": "the judge: its version moves the score by points",
-    "msrvtt_qa": "the judge: its version moves the score by points",
-    "activitynet_qa": "the judge: its version moves the score by points",
-}
-EVERYWHERE = (
-    "the conversation template (result.json, `settings.conversation`)",
-    "the padding of pictures to squares (LLaVA-1.5) or the tile convention (LLaVA-NeXT, --picture)",
-    "the version of the data (scripts/data/check.sh)",
-    "the number format (--dtype) and the checkpoint",
-)
+CAUSES: Mapping[str, str] = WORDS["causes"]
+EVERYWHERE: Sequence[str] = WORDS["everywhere"]
 
 
 @dataclass(frozen=True)

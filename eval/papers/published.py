@@ -6,7 +6,7 @@ only if it is like ours in every respect (`Value.obstacle`); all others are show
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import combinations
@@ -39,46 +39,12 @@ Trust = Literal["high", "medium", "low"]
 Kind = Literal["authors", "copied", "secondary", "rerun", "ours"]
 AverageOf = Literal["ratios", "sums"]
 TRUST: tuple[Trust, ...] = ("high", "medium", "low")
-KINDS: dict[Kind, str] = {
-    "authors": "the authors, of their own method",
-    "rerun": "run again by others",
-    "copied": "copied from other papers, or not said",
-    "secondary": "a reader's notes",
-    "ours": "a user's own, never compared with",
-}
-
-# How images become tokens and answers become scores. Two numbers of different conventions are not compared.
 Convention = Literal["square", "tiles", "spatial", "2880", "fill", "frames", "native", "lmms-eval", "unknown"]
-CONVENTIONS: dict[Convention, str] = {
-    "square": "the whole image, padded to a square, asked as LLaVA's scripts do",
-    "tiles": "tiles as LLaVA-NeXT was released: unpadded, with newline tokens",
-    "spatial": "tiles chosen as LLaVA-NeXT does, padding kept, no newline tokens",
-    "2880": "always a base image and four tiles, padding kept, no newline tokens",
-    "fill": "tiles chosen by the largest filled share, padding kept, no newline tokens",
-    "frames": "eight frames, answers judged by a version of gpt-3.5-turbo",
-    "native": "native resolution",
-    "lmms-eval": "asked and scored by lmms-eval",
-    "unknown": "not said",
-}
-# What a benchmark's number is of, unless its source says otherwise (`Source.split`).
-SPLITS = {
-    "vqav2": "test-dev",
-    "gqa": "testdev, balanced",
-    "vizwiz": "test",
-    "scienceqa": "test, questions with an image",
-    "textvqa": "val, OCR tokens in the prompt",
-    "pope": "random, popular and adversarial questions",
-    "mme": "perception",
-    "mme_sum": "perception and cognition",
-    "mmbench": "dev",
-    "mmbench_cn": "dev",
-    "mmvet": "test",
-    "seed": "images and videos",
-    "seed_img": "images",
-    "llava_bench": "in the wild",
-    "mmmu": "val",
-    **dict.fromkeys(("tgif_qa", "msvd_qa", "msrvtt_qa", "activitynet_qa"), "all questions of the test set"),
-}
+# conventions.yaml says what these mean.
+WORDS: Mapping[str, Any] = read_yaml(Path(__file__).with_name("conventions.yaml"))
+KINDS: Mapping[Kind, str] = WORDS["kinds"]
+CONVENTIONS: Mapping[Convention, str] = WORDS["conventions"]
+SPLITS: Mapping[str, str] = WORDS["splits"]
 
 SAME_SCORE = 0.5  # points; two sources that differ by no more agree
 SAME_POINTS = 0.01  # of the score, for MME
@@ -96,13 +62,11 @@ class Value:
             "medium" for copies and pictures, "low" for notes of others.
         disputed: why the number should not be relied on; None where nothing is known against it.
         title: of the source.
-        where: address of the source.
         kind: who obtained the number (`KINDS`).
         column: one of `COLUMNS`.
         convention: one of `CONVENTIONS`.
         split: what the number is of, where that is not what `SPLITS` says; "" for that.
         tokens: as printed: a count, or a share such as "1/5" (Qwen).
-        note: what to know before comparing with it; empty where there is nothing.
     """
 
     value: float
@@ -110,13 +74,11 @@ class Value:
     trust: Trust
     disputed: str | None
     title: str
-    where: str
     kind: Kind
     column: str
     convention: Convention
     split: str
     tokens: int | str
-    note: str
 
     def obstacle(self, convention: str) -> str:
         """Why a number of ours, taken under a convention on the usual split, is not compared with this one; "" if it
@@ -215,17 +177,25 @@ class Row(BaseModel):
         return self.disputed.get(column) if isinstance(self.disputed, dict) else self.disputed
 
 
-class File(BaseModel):
-    """A file of published scores."""
+class Published(BaseModel):
+    """The published scores of one model: a file.
+
+    Attributes:
+        model: as papers call it.
+        sources: key -> source, in the order of the file.
+        rows: in the order of the file.
+        name: of the file, such as "llava15_7b".
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
     sources: dict[str, Source]
     rows: tuple[Row, ...]
+    name: str
 
     @model_validator(mode="after")
-    def check(self) -> "File":
+    def check(self) -> "Published":
         seen = set()
         for row in self.rows:
             if row.source not in self.sources:
@@ -234,23 +204,6 @@ class File(BaseModel):
                 raise ValueError(f"{row.source} has two rows of {row.method} at {row.tokens} tokens")
             seen.add(key)
         return self
-
-
-@dataclass(frozen=True)
-class Published:
-    """The published scores of one model.
-
-    Attributes:
-        name: of the file, such as "llava15_7b".
-        model: as papers call it.
-        sources: key -> source, in the order of the file.
-        rows: in the order of the file.
-    """
-
-    name: str
-    model: str
-    sources: Mapping[str, Source]
-    rows: tuple[Row, ...]
 
     def values(self, method: str, tokens: int | str | None, column: str) -> list[Value]:
         """All published numbers of a cell, the most trusted first, then in the order of the file; users' own last.
@@ -286,13 +239,11 @@ class Published:
             trust=row.trust or source.trust,
             disputed=row.reason(column),
             title=source.title,
-            where=source.where,
             kind=row.kind or source.kind,
             column=column,
             convention=source.convention,
             split=source.split_of(column),
             tokens=row.tokens,
-            note=row.note if row.note is not None else source.note,
         )
 
 
@@ -310,10 +261,10 @@ def load(model: str) -> Published:
         raise unknown("model with published scores", model, models())
     path = FOLDER / f"{model}.yaml"
     try:
-        file = File.model_validate(read_yaml(path))
+        content = read_yaml(path)
+        return Published.model_validate({"name": model, **content} if isinstance(content, dict) else content)
     except ValidationError as error:
         raise UserError(f"{path} is not a file of published scores: {' '.join(str(error).split())}.") from None
-    return Published(model, file.model, file.sources, file.rows)
 
 
 def models() -> list[str]:
@@ -369,7 +320,7 @@ def contradictions(published: Published) -> list[Contradiction]:
     when more tokens are kept, within one source. Costs and users' own rows are left out."""
     own = {key for key, source in published.sources.items() if source.kind == "ours"}
     rows = tuple(row for row in published.rows if row.kind != "ours" and row.source not in own)
-    others = replace(published, rows=rows)
+    others = published.model_copy(update={"rows": rows})
     return [*between_sources(others), *against_tokens(others)]
 
 

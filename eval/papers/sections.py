@@ -6,7 +6,7 @@ from eval.papers.cells import Cell, Measured
 from eval.papers.document import MARK, MARK_TEXT, Section, label, number, ours_text, published_text
 from eval.papers.gate import values_of
 from eval.papers.published import AVERAGE, Published
-from eval.papers.runs import Line, Time
+from eval.papers.runs import Time
 from eval.papers.spec import Budget, Place, Row, Table
 from eval.results.statistics import (
     LEVEL,
@@ -143,11 +143,13 @@ def releases(found: Measured) -> Section:
     """Our variants of methods whose release is a row, minus the release, on every benchmark."""
     rows = []
     for index, line in enumerate(found.lines):
-        release = next((i for i, other in enumerate(found.lines) if is_release_of(other, line)), None)
-        ours = found.row(index)
-        if release is None or not ours or not found.row(release):
+        if line.row is None or line.row.runs_release:
             continue
-        cells = found.row(release)
+        same = (i for i, one in enumerate(found.lines) if (one.method, one.budget) == (line.method, line.budget))
+        release = next((i for i in same if (row := found.lines[i].row) and row.runs_release), -1)
+        ours, cells = found.row(index), found.row(release)
+        if not ours or not cells:
+            continue
         texts = [
             difference_text(compare(ours[c.benchmark].terms, cells[c.benchmark].terms))
             if c.benchmark in ours and c.benchmark in cells
@@ -162,18 +164,6 @@ def releases(found: Measured) -> Section:
     return Section("Variants against their releases", about, header, rows)
 
 
-def is_release_of(one: Line, variant: Line) -> bool:
-    """Whether one line is the release of the method that another varies."""
-    return (
-        one.row is not None
-        and variant.row is not None
-        and one.row is not variant.row
-        and (one.method, one.budget) == (variant.method, variant.budget)
-        and one.row.runs_release
-        and not variant.row.runs_release
-    )
-
-
 def aggregates(found: Measured) -> Section:
     """Averages over the benchmarks with intervals, loyalty, and accuracy on the questions that downsampling loses."""
     rows = []
@@ -183,7 +173,10 @@ def aggregates(found: Measured) -> Section:
         if index == 0 or not row:
             continue
         pairs = {name: (cell.terms, full[name].terms) for name, cell in row.items()}
-        control = downsample_at(found, index)
+        same_budget = (
+            i for i, one in enumerate(found.lines) if one.budget == line.budget and one.method == "downsample"
+        )
+        control = found.row(next(same_budget, -1))
         rows.append(
             [
                 label(found, index),
@@ -212,15 +205,6 @@ def relative_text(average: Callable[[Scores], Interval], pairs: Scores, count: i
         return score_text(average(pairs))
     except UserError as error:
         return f"n/a: {str(error).partition(',')[0]}"
-
-
-def downsample_at(found: Measured, index: int) -> dict[str, Cell]:
-    """The control's cells at the same budget."""
-    budget = found.lines[index].budget
-    return next(
-        (found.row(i) for i, line in enumerate(found.lines) if line.method == "downsample" and line.budget == budget),
-        {},
-    )
 
 
 def pooled_loyalty(row: Mapping[str, Cell], full: Mapping[str, Cell]) -> Interval:

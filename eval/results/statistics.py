@@ -166,23 +166,6 @@ def compare(a: SufficientStatistics, b: SufficientStatistics, resamples: int = R
     return Comparison(difference, None, None, p, note)
 
 
-def compare_scores(
-    a: Mapping[str, float], b: Mapping[str, float], clusters: Mapping[str, str], resamples: int = RESAMPLES
-) -> Comparison:
-    """`compare` of two accuracies in percent.
-
-    Args:
-        a, b: question id -> sample score in [0, 1], over the same ids.
-        clusters: question id -> label of what is drawn together.
-    """
-    if a.keys() != b.keys():
-        raise UserError(
-            f"Both answer sets must cover the same questions; {len(a.keys() - b.keys()):,} are only in the first and "
-            f"{len(b.keys() - a.keys()):,} only in the second."
-        )
-    return compare(accuracy_terms(a, clusters), accuracy_terms(b, clusters), resamples)
-
-
 def accuracy_terms(
     scores: Mapping[str, float], clusters: Mapping[str, str], unit: str = "image"
 ) -> SufficientStatistics:
