@@ -10,6 +10,9 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import jinja2
 
 from eval.pages import asset, environment
 from eval.papers.document import (
@@ -34,34 +37,29 @@ LEGEND = (
 )
 
 
+def filled(template: str, delimiters: str = "{}", **values: Any) -> str:
+    """A template beside this file, filled; tags are in braces or in other `delimiters`."""
+    left, right = delimiters
+    environment = jinja2.Environment(
+        block_start_string=f"{left}%",
+        block_end_string=f"%{right}",
+        variable_start_string=left * 2,
+        variable_end_string=right * 2,
+        comment_start_string=f"{left}#",
+        comment_end_string=f"#{right}",
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    text = (Path(__file__).parent / template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(values).rstrip("\n") + "\n"
+
+
 def markdown_page(document: Document, picture: str = "") -> str:
     """The whole page; `picture` is the file of its figure, if there is one."""
-    parts = [f"# {document.title}"]
-    if document.banner:
-        parts.append(f"**{document.banner}**")
-    parts.append(document.table.about)
-    parts.append("\n".join(f"* {name}: {text}" for name, text in document.facts))
-    if document.marked:
-        lines = "\n".join(f"> * {line}" for line in document.marked)
-        parts.append(
-            "> **Marked: the unreduced model is not the published one.** Reduced numbers below cannot be compared with "
-            f"the paper's before this is explained.\n>\n{lines}"
-        )
-    if document.baseline:
-        parts.append(
-            "Baseline, full beside published numbers:\n\n" + "\n".join(f"* {line}" for line in document.baseline)
-        )
-    if document.blocks:
-        parts += [wide_markdown(document.columns, document.blocks), LEGEND]
-    if picture:
-        parts.append(f"![Average against tokens]({picture})")
-    for section in document.sections:
-        parts += [f"## {section.title}", section.about, markdown(section.columns, section.rows)]
-    if document.notes:
-        parts.append("## Notes\n\n" + "\n".join(f"* {note}" for note in document.notes))
-    if document.entries:
-        parts += ["## Every cell", every_cell(document.entries, document.has_published)]
-    return "\n\n".join(parts) + "\n"
+    wide = wide_markdown(document.columns, document.blocks)
+    cells = every_cell(document.entries, document.has_published)
+    values = {"document": document, "picture": picture, "wide": wide, "legend": LEGEND, "cells": cells}
+    return filled("table.md.j2", markdown=markdown, **values)
 
 
 def wide_markdown(columns: Sequence[str], blocks: Sequence[Block]) -> str:
@@ -89,8 +87,7 @@ def every_cell(entries: Sequence[Entry], has_published: bool) -> str:
         row += [ours_text(cell), *([difference_to(entry)] if has_published else [])]
         row += [f"{cell.tokens:.1f}", f"{cell.merged:.1f}", f"`{cell.command}`", f"`{cell.run}`", cell.commit[:10]]
         rows.append(row)
-    summary = f"<summary>{len(rows):,} cells: score, tokens as counted in every layer, command, run, commit</summary>"
-    return f"<details>{summary}\n\n{markdown(header, rows)}\n\n</details>"
+    return markdown(header, rows)
 
 
 # -- CSV ------------------------------------------------------------------------------------------------------------
@@ -160,24 +157,6 @@ ESCAPES = {
     "≠": r"$\neq$", "−": "$-$", "×": r"$\times$", "²": "$^2$", "–": "--", "±": r"$\pm$",
     MARK: r"$^\ddagger$", OWN_MARK: r"$^\S$", CLEAR: r"$^\ast$",
 }  # fmt: skip
-# The box is measured, so that narrow tables keep their size; \resizebox* counts the depth of a box too. Captions are
-# long: in small print, the longest takes less than a third of a page.
-BEGIN = r"""\begin{table*}[t]
-\centering
-\setlength{\tabcolsep}{3pt}
-\caption{\footnotesize %s}
-\label{tab:%s}
-\smallskip
-\sbox0{%%
-\begin{tabular}{%s}
-\toprule"""
-END = r"""\bottomrule
-\end{tabular}}
-\ifdim\wd0>\textwidth\sbox0{\resizebox{\textwidth}{!}{\usebox0}}\fi
-\ifdim\dimexpr\ht0+\dp0\relax>.7\textheight\sbox0{\resizebox*{!}{.7\textheight}{\usebox0}}\fi
-\usebox0
-\end{table*}
-"""
 
 
 def escaped(text: str) -> str:
@@ -198,10 +177,9 @@ def latex_file(document: Document, intervals: bool = False) -> str:
     comments += [f"MARKED, the unreduced model is not the published one: {line}" for line in document.marked]
     caption = [rf"\textbf{{{escaped(document.banner)}}}"] if document.banner else []
     caption.append(escaped(caption_of(document, intervals)))
-    lines = [r"% \usepackage{booktabs,graphicx}"]
-    lines += ["% " + " ".join(line.split()) for line in (*comments, *document.baseline)]
-    lines.append(BEGIN % (" ".join(caption), identity, "l" + "c" * (len(head) - 1)))
-    return "\n".join([*lines, " & ".join(head) + r" \\", *body, END])
+    comments = [" ".join(line.split()) for line in (*comments, *document.baseline)]
+    values = {"comments": comments, "caption": " ".join(caption), "label": identity, "head": head, "body": body}
+    return filled("table.tex.j2", "<>", **values)
 
 
 def caption_of(document: Document, intervals: bool) -> str:
