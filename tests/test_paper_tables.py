@@ -617,26 +617,15 @@ def test_visiondrop_on_videos_has_the_schedule_of_its_page(name):
         assert list(planned(reducer, model.spec)[::8]) == documented == [768, 192, 48, 16]
 
 
-def test_13b_has_the_only_budgets_that_are_published():
-    """None of 800 cells of the 13B table had a published number."""
-    from eval.papers.published import load
-
-    found = spec.read(spec.find("consensusdrop/llava15_13b"))
-    source = load(found.published)
-    with_values = {b for b in found.budgets if source.values("fastervlm", b, "gqa")}
-    assert with_values == {144, 58, 29}
-
-
 def test_two_rows_of_one_method_have_a_picture_each(tiny, tmp_path):
     """A release and our variant of it are one method; their pictures had one name."""
-    data = write_gqa(tmp_path / "data", count=2, images=1)
+    data, gqa = write_gqa(tmp_path / "data", count=2, images=1), spec.Column(benchmark="gqa", title="GQA")
     rows = [
-        spec.Row(method="attnmix", label=label, options=options)
-        for label, options in (("A", {}), ("B, b", {"official": "true"}))
+        spec.Row(method="attnmix", label="A"),
+        spec.Row(method="attnmix", label="B, b", options={"official": "true"}),
     ]
     lines = [runs.line_of(row, 8, tiny) for row in rows]
-    where = runs.Where(PLACE, False, data)
-    found = figure.draw_kept(lines, spec.Column(benchmark="gqa", title="GQA"), where, tiny, tmp_path / "kept")
+    found = figure.draw_kept(lines, gqa, runs.Where(PLACE, False, data), tiny, tmp_path / "kept")
     assert sorted(path.name for path in found.values()) == ["A.jpg", "B-b.jpg"]
 
 

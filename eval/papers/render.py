@@ -8,7 +8,7 @@ section in it. HTML is one file that needs no network.
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,8 @@ LEGEND = (
 )
 
 
-def filled(template: str, delimiters: str = "{}", **values: Any) -> str:
-    """A template beside this file, filled; tags are in braces or in other `delimiters`."""
-    left, right = delimiters
+def filled(template: str, values: Mapping[str, Any], left: str = "{", right: str = "}") -> str:
+    """A template beside this file, filled; `left` and `right` are the brackets of its tags."""
     environment = jinja2.Environment(
         block_start_string=f"{left}%",
         block_end_string=f"%{right}",
@@ -59,7 +58,7 @@ def markdown_page(document: Document, picture: str = "") -> str:
     wide = wide_markdown(document.columns, document.blocks)
     cells = every_cell(document.entries, document.has_published)
     values = {"document": document, "picture": picture, "wide": wide, "legend": LEGEND, "cells": cells}
-    return filled("table.md.j2", markdown=markdown, **values)
+    return filled("table.md.j2", {"markdown": markdown, **values})
 
 
 def wide_markdown(columns: Sequence[str], blocks: Sequence[Block]) -> str:
@@ -179,7 +178,7 @@ def latex_file(document: Document, intervals: bool = False) -> str:
     caption.append(escaped(caption_of(document, intervals)))
     comments = [" ".join(line.split()) for line in (*comments, *document.baseline)]
     values = {"comments": comments, "caption": " ".join(caption), "label": identity, "head": head, "body": body}
-    return filled("table.tex.j2", "<>", **values)
+    return filled("table.tex.j2", values, "<", ">")
 
 
 def caption_of(document: Document, intervals: bool) -> str:
