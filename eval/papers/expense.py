@@ -4,7 +4,7 @@ Sizes and lengths are in `downloads.yaml`. Hours are estimated, not measured: op
 (eval/efficiency/estimate.py) over an assumed share of a GPU's data sheet.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from math import ceil
@@ -147,14 +147,11 @@ class Expense:
 
     def cell_seconds(self, line: Line, benchmark: str, gpu: Gpu) -> float:
         """Seconds of a GPU for the batches of one run, by the rule of `Estimate.seconds`."""
-        load, model, image, reducer = self.loads[benchmark], self.model, self._image, self._reducer(line)
+        load = self.loads[benchmark]
         if load is None:
             return 0.0
-        plan = memory.visual_plan(model, reducer, image)
-        early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
-        projector = memory.projector_operations(model, plan[0] if early else image.patches)
-        seen = memory.tower_operations(model, reducer, image) + projector
-        read, further, kv_bytes = decoder_work(model, tuple(load.text + tokens for tokens in plan))
+        plan, seen = self._vision[id(line)]
+        read, further, kv_bytes = decoder_work(self.model, tuple(load.text + tokens for tokens in plan))
         count, rate, bandwidth = self.table.real.batch_size, gpu.rates.operations, gpu.rates.bandwidth
         weights = self._weights
         decoder = weights["decoder"] + weights["head"]
@@ -162,6 +159,18 @@ class Expense:
         prefill = max(count * read / rate, decoder / bandwidth)
         step = max(count * further / rate, (decoder + count * kv_bytes) / bandwidth)
         return ceil(load.questions / count) * (vision + prefill + load.steps * step)
+
+    @cached_property
+    def _vision(self) -> dict[int, tuple[Sequence[int], float]]:
+        """Row that can run -> visual tokens in each layer, and operations of tower and projector for an image."""
+        found: dict[int, tuple[Sequence[int], float]] = {}
+        for line in self.runnable:
+            reducer, image = self._reducer(line), self._image
+            plan = memory.visual_plan(self.model, reducer, image)
+            early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
+            projector = memory.projector_operations(self.model, plan[0] if early else image.patches)
+            found[id(line)] = plan, memory.tower_operations(self.model, reducer, image) + projector  # rows have no hash
+        return found
 
     @cached_property
     def _weights(self) -> Mapping[str, int]:
