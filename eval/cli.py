@@ -86,15 +86,22 @@ GROUPS = {
         "check": Command("eval.new", "run every test that can fail for it: vtr check method NAME", ("check",)),
     },
     "Maintainers: pages of the documentation and measurements of this code": {
-        "tables embedded": Command("eval.tables.embedded", "all methods on the toy benchmark (docs/embedded.md)"),
-        "tables families": Command("eval.tables.families", "all methods on the toy tiles and videos (docs/methods.md)"),
+        "tables embedded": Command(
+            "eval.papers.table",
+            "all methods on the toy benchmark (docs/embedded.md)",
+            ("tables/embedded_main", "--page"),
+        ),
         "tables consensusdrop": Command(
-            "eval.tables.consensusdrop", "the paper's claims, tested (docs/consensusdrop.md)"
+            "eval.papers.table",
+            "the paper's claims, tested (docs/consensusdrop.md)",
+            ("consensusdrop/claims", "--page"),
         ),
         "tables benchmarks": Command("eval.tables.benchmarks", "benchmarks, and the toy models' scores on them"),
         "tables methods": Command("eval.tables.methods", "what the methods say of themselves (docs/methods.md)"),
         "tables memory": Command("eval.tables.memory", "expected memory of the official models (docs/cluster.md)"),
-        "tables reproduce": Command("eval.papers.pages", "how to reproduce the papers' tables (docs/paper_tables.md)"),
+        "tables reproduce": Command(
+            "eval.papers.reproduce", "how to reproduce the papers' tables (docs/paper_tables.md)"
+        ),
         "figures tokens": Command("eval.figures.kept", "draw the kept tokens of an image (README)", ("tokens",)),
         "figures tiles": Command(
             "eval.figures.kept", "draw the kept tokens of tiles and videos (docs/methods.md)", ("tiles",)

@@ -35,7 +35,7 @@ OVER_ALL = {
     "benchmark": ("every_benchmark", "benchmark_pages", "question_files"),
 }
 WHOLE = {
-    "method": ("method_pages", "structure", "readme"),
+    "method": ("structure", "readme"),
     "benchmark": ("benchmark_pages", "structure", "readme", "toy_benchmarks"),
 }
 EXAMPLE = {"method": "bash scripts/eval/gqa.sh {} 64 --limit 100", "benchmark": "bash scripts/eval/{}.sh full"}

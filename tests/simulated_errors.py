@@ -11,7 +11,7 @@ from scipy import stats
 
 from eval.metrics import SufficientStatistics, divide
 from eval.results.statistics import compare, interval
-from eval.statistics import noninferiority, pairs
+from eval.statistics import relative
 from eval.tables.page import markdown
 
 # -- intervals of a score and of a difference ------------------------------------------------------------------------
@@ -116,10 +116,10 @@ def coverages(draw, trials: int) -> str:
     return markdown(("images x questions", "correlation", *(f"{100 * right:g} %" for right in RIGHT)), rows)
 
 
-def others(found: pairs.Pairs, random) -> tuple[float, float]:
+def others(found: relative.Pairs, random) -> tuple[float, float]:
     """p of the t-test with the delta method's standard error, and of the percentile bootstrap."""
-    n, observed = found.clusters, float(noninferiority.difference(found, found.counts, SHARE))
-    influence = n * noninferiority.influences(found, SHARE)
+    n, observed = found.clusters, float(relative.difference(found, found.counts, SHARE))
+    influence = n * relative.influences(found, SHARE)
     error = float(np.sqrt(found.counts @ influence**2 / (n - 1) / n))
     student = stats.t.sf(observed / error, n - 1) if error > 0 else float(observed <= 0)
     method, full = next(found.draws(found.counts / n, n, RESAMPLES, random))
@@ -131,8 +131,8 @@ def errors(setting, trials: int, seed: int = 7) -> list[float]:
     random, passed = np.random.default_rng(seed), np.zeros(3)
     for trial in range(trials):
         method, full = simulated(random, *setting)
-        found = pairs.pair(terms(method), terms(full))
-        tilting = noninferiority.p_value(found, SHARE, RESAMPLES, trial)
+        found = relative.pair(terms(method), terms(full))
+        tilting = relative.p_value(found, SHARE, RESAMPLES, trial)
         passed += np.array([tilting, *others(found, random)]) <= LEVEL
     return list(100 * passed / trials)
 

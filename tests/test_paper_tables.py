@@ -18,15 +18,16 @@ from PIL import Image
 from eval import ask, benchmarks, sweep
 from eval.answers.jsonl import read_json
 from eval.config import ROOT
-from eval.papers import figure, gate, plan, spec, table
-from eval.papers.document import notes_of
-from eval.papers.measured import Measured
+from eval.papers import figure, gate, render, runs, sections, spec, table
+from eval.papers.cells import Measured, command_of, other_judge
+from eval.papers.document import Block, Document, Entry, difference_to, notes_of, places, published_text
+from eval.papers.gate import comparable
+from eval.papers.own import read_own
 from eval.papers.published import Published, Source
 from eval.papers.published import Row as PublishedRow
-from eval.papers.render import latex
-from eval.papers.rows import places
-from eval.papers.sections import needed_text
-from eval.papers.timing import times_of
+from eval.papers.sections import needed_text, pooled_loyalty, relative_text
+from eval.results.statistics import Comparison, accuracy_terms
+from eval.statistics.relative import relative_mean
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.reduction import registry
@@ -50,9 +51,9 @@ def test_every_spec_is_valid_and_has_its_script(path):
 
 
 def test_every_script_has_its_spec():
-    own = {"claims.sh", "alignment.sh", "misalignment.sh", "fusion_gain.sh"}  # figures and claims, without a spec
-    for paper in spec.PAPERS:
-        for script in (ROOT / "scripts" / paper).glob("*.sh"):
+    own = {"alignment.sh", "misalignment.sh", "fusion_gain.sh", "embedded_benchmarks.sh"}
+    for folder in spec.FOLDERS:
+        for script in (ROOT / "scripts" / folder).glob("*.sh"):
             assert script.name in own or script.with_suffix(".yaml").is_file(), script
 
 
@@ -132,8 +133,7 @@ def made(tiny, tiny_path, tmp_path_factory):
     data = write_gqa(folder / "data", count=12, images=4)
     let_full_be_right(tiny, data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "SWEEPS", folder / "sweep")
-        patch.setattr("eval.papers.fill.SWEEPS", folder / "sweep")
+        patch.setattr(runs, "SWEEPS", folder / "sweep")
         path = written(folder)
         words = [str(path), "--model", str(tiny_path), "--data", str(data), "--dtype", "float32", "--times", "1"]
         assert table.main([*words, "--output", str(folder / "out"), "--wandb", "disabled"]) == 0
@@ -162,11 +162,11 @@ def test_markdown_holds_published_ours_difference_tokens_command_run_commit(made
     for heading in ("Averages, loyalty and hard questions", "Tokens needed for 99 % of full", "Costs"):
         assert f"## {heading}" in text
     assert "TTFT: median of 1 prefills" in text
-
-
-def test_a_page_says_why_a_score_has_no_interval(made):
-    folder, _ = made
-    assert "No interval, [n/a], on GQA: 4 images, an interval needs 20." in (folder / "out" / "small.md").read_text()
+    assert "No interval, [n/a], on GQA: 4 images, an interval needs 20." in text
+    # 95.71 %, 9.06 TFLOP and 237 ms stood in the files of published values and nowhere else.
+    costs = text.partition("## Published averages and costs")[2].partition("\n\n## ")[0]
+    (full,) = [line for line in costs.splitlines() if line.startswith("| full |")]
+    assert "9.06 [VisionDrop, table of costs" in full and "237 [" in full and "100 [TRIO" in full
 
 
 def test_the_gate_marks_a_wrong_baseline_and_names_causes(made, capsys):
@@ -191,6 +191,8 @@ def test_csv_has_every_number_and_a_hash_of_the_answers(made):
 
     text = "".join(f"{name}\t{answers[name]}\n" for name in sorted(answers))
     assert full["answers_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert {row["gate"] for row in rows} == {full["gate"]} and full["gate"].startswith("failed: ")
+    assert full["compared_with"] in full["source"].split(";") and full["warning"] == ""
     kept = [row for row in rows if row["counts_kept_tokens"] == "true"]
     assert [(row["method"], row["budget"]) for row in kept] == [("FastV", "4")]
     # Such a row has more tokens than its block: it says how many, and is never marked best.
@@ -212,14 +214,16 @@ def test_latex_is_booktabs_with_balanced_braces_and_escapes(made):
     assert {line.replace(r"\&", "").count("&") for line in rows} == {2}
     plain = re.sub(r"\\[{}]", "", text)
     assert plain.count("{") == plain.count("}")
-    assert latex.escaped("50 % & a_b # $ ‡") == r"50 \% \& a\_b \# \$ $^\ddagger$"
+    assert render.escaped("50 % & a_b # $ ‡") == r"50 \% \& a\_b \# \$ $^\ddagger$"
 
 
-def test_a_table_of_costs_shows_the_score_beside_them_and_is_latex_too(made, monkeypatch, tmp_path):
+def test_a_table_of_costs_shows_the_score_beside_them_and_is_latex_too(made, monkeypatch, tmp_path, capsys):
     """Tables of costs and ablations were written without a LaTeX file."""
     folder, words = made
     path = written(tmp_path, kind="efficiency")
-    monkeypatch.setattr(plan, "SWEEPS", folder / "sweep")
+    assert table.main([str(path), *words[1:], "--tex-intervals"]) == 2
+    assert "--tex-intervals is for tables of scores; " in capsys.readouterr().err
+    monkeypatch.setattr(runs, "SWEEPS", folder / "sweep")
     again = [str(path), *words[1:], "--times", "1", "--output", str(tmp_path / "out"), "--wandb", "disabled"]
     assert table.main(again) == 0
     page = (tmp_path / "out" / "small.md").read_text()
@@ -230,7 +234,7 @@ def test_a_table_of_costs_shows_the_score_beside_them_and_is_latex_too(made, mon
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(rows) == 10 and {line.count("&") for line in rows} == {9}
     assert r"1.00$\times$" in text and r"\toprule" in text and r"\end{tabular}" in text
-    assert latex.styled("**81.0**") == r"\textbf{81.0}" and latex.styled("fix") == "fix"
+    assert render.latex_text("**81.0**") == r"\textbf{81.0}" and render.latex_text("fix") == "fix"
 
 
 @needs_browser
@@ -304,23 +308,27 @@ def test_times_of_another_picture_or_model_are_measured_anew(made, tiny, tmp_pat
     args = table.parser().parse_args(words)
     found = spec.read(Path(words[0]))
     where, column, path = table.where_of(found, args), found.columns[0], tmp_path / "times.jsonl"
-    lines = [plan.Line(None, None, sweep.Setting("full", None))]
-    times_of(lines, column, where, tiny, 1, path)
+    lines = [runs.Line(None, None, sweep.Setting("full", None))]
+    runs.times_of(lines, column, where, tiny, 1, path)
     first = path.read_text()
-    times_of(lines, column, where, tiny, 1, path)
+    runs.times_of(lines, column, where, tiny, 1, path)
     assert path.read_text() == first
     data = tmp_path / "data"
     shutil.copytree(folder / "data", data)
     for picture in (data / "gqa").rglob("*.jpg"):
         Image.new("RGB", (64, 64), "red").save(picture)
-    times_of(lines, column, dataclasses.replace(where, data=data), tiny, 1, path)
+    runs.times_of(lines, column, dataclasses.replace(where, data=data), tiny, 1, path)
     assert path.read_text() != first
 
 
 def test_the_table_is_one_offline_wandb_run_with_its_files_and_pictures(made, monkeypatch, tmp_path):
     without_wandb(monkeypatch, tmp_path)
     folder, words = made
+    # It was decided twice, so the sentence about the ranks' GPUs was printed twice.
+    decided, decide = [], table.repeats_of
+    monkeypatch.setattr(table, "repeats_of", lambda *given: decided.append(decide(*given)) or decided[-1])
     assert table.main([*words, "--output", str(folder / "logged"), "--wandb", "offline"]) == 0
+    assert decided == [1]
     runs = [read_run(path) for path in find_runs(folder / "logged")]
     (run,) = [run for run in runs if run.job_type == "table"]
     assert run.group == "consensusdrop/small" and run.exit_code == 0
@@ -331,21 +339,10 @@ def test_the_table_is_one_offline_wandb_run_with_its_files_and_pictures(made, mo
     assert run.last("accuracy against tokens") and run.last("accuracy against TTFT")
 
 
-def test_why_times_are_not_measured_is_said_once(made, monkeypatch, tmp_path):
-    """It was decided twice, so the sentence about the ranks' GPUs was printed twice."""
-    without_wandb(monkeypatch, tmp_path)
-    folder, words = made
-    decided: list[int] = []
-    monkeypatch.setattr(table, "repeats_of", lambda *_: decided.append(1) or 1)
-    assert table.main([*words, "--output", str(folder / "once"), "--wandb", "offline"]) == 0
-    assert decided == [1]
-
-
 def test_cells_are_spread_over_ranks_and_are_those_of_one_process(made, monkeypatch):
     folder, words = made
     monkeypatch.setenv("RANKS", "2")
-    monkeypatch.setattr(plan, "SWEEPS", folder / "spread")
-    monkeypatch.setattr("eval.papers.fill.SWEEPS", folder / "spread")
+    monkeypatch.setattr(runs, "SWEEPS", folder / "spread")
     assert table.main([*words, "--output", str(folder / "two"), "--wandb", "disabled"]) == 0
     rows = [list(csv.DictReader((folder / name / "small.csv").open())) for name in ("out", "two")]
     for alone, spread in zip(*rows, strict=True):
@@ -357,8 +354,7 @@ def test_cells_are_spread_over_ranks_and_are_those_of_one_process(made, monkeypa
 def test_a_method_that_fails_on_some_questions_has_no_score_and_the_table_goes_on(made, monkeypatch):
     """DART refused the 11 shortest prompts of MM-Vet, and the table of 800 cells ended there."""
     folder, words = made
-    monkeypatch.setattr(plan, "SWEEPS", folder / "failing")
-    monkeypatch.setattr("eval.papers.fill.SWEEPS", folder / "failing")
+    monkeypatch.setattr(runs, "SWEEPS", folder / "failing")
     real = ask.generate
 
     def failing(model, batch, reducer, *rest, **more):
@@ -393,7 +389,7 @@ def test_an_ablation_compares_every_choice_with_the_defaults(made, monkeypatch, 
         rows=None,
         factors={"weight": {"alpha": ["0", "0.5", "1"]}, "both": [{"alpha": "0", "merged_share": "0"}]},
     )
-    monkeypatch.setattr(plan, "SWEEPS", folder / "sweep")
+    monkeypatch.setattr(runs, "SWEEPS", folder / "sweep")
     again = [str(path), *words[1:], "--times", "0", "--output", str(tmp_path / "out"), "--wandb", "disabled"]
     assert table.main(again) == 0
     text = (tmp_path / "out" / "small.md").read_text()
@@ -408,14 +404,50 @@ def test_an_ablation_compares_every_choice_with_the_defaults(made, monkeypatch, 
     ]  # alpha 0.5 is the default; "both" is first by name
 
 
+def test_an_overview_has_methods_by_budgets_claims_all_pairs_and_costs_and_writes_its_page(made, monkeypatch, tmp_path):
+    folder, words = made
+    rows = [{"method": "fastv"}, {"method": "consensusdrop"}]
+    rows += [{"method": "consensusdrop", "label": "one score", "options": {"alpha": "0"}, "claim": "two beat one"}]
+    path = written(tmp_path, kind="overview", published="", page=str(tmp_path / "page.md"), rows=rows)
+    monkeypatch.setattr(runs, "SWEEPS", folder / "sweep")
+    monkeypatch.setattr(table, "is_toy", lambda model: True)
+    markers = "<!-- begin small {0} -->\n<!-- end small {0} -->\n"
+    (tmp_path / "page.md").write_text("before\n" + markers.format("overview") + markers.format("costs at 4 tokens"))
+    again = [str(path), *words[1:], "--page", "--output", str(tmp_path / "out"), "--wandb", "disabled"]
+    assert table.main(again) == 0
+    text = (tmp_path / "out" / "small.md").read_text()
+    overview = text.partition("## Overview")[2].partition("\n\n## ")[0]
+    assert "GQA with 95 % intervals, 12 of 12 questions about 4 images" in overview
+    assert re.search(r"^\| fastv \| \d+\.\d \[n/a\] \| \d+\.\d \[n/a\] ‡ \|$", overview, re.MULTILINE)
+    assert re.search(r"^\| two beat one \| [+-]\d+\.\d \[.*\] (open|holds|fails) \| ", text, re.MULTILINE)
+    assert re.search(r"^\| 8 tokens \| \d of 3 \| .*consensusdrop", text, re.MULTILINE)
+    assert text.index("## Costs at 8 tokens") < text.index("## Costs at 4 tokens")
+    pairs = list(csv.DictReader((tmp_path / "out" / "small_pairs.csv").open()))
+    assert [(row["budget"], row["a"], row["b"]) for row in pairs[:2]] == [
+        ("8", "fastv", "consensusdrop"), ("8", "fastv", "one score"),
+    ]  # fmt: skip
+    assert len(pairs) == 6 and (tmp_path / "out" / "small.png").is_file()
+    page = (tmp_path / "page.md").read_text()
+    assert overview.strip() in page and "| beats / loses to |" in page and page.startswith("before\n<!-- begin")
+
+
+def test_standing_and_verdicts_count_only_significant_pairs():
+    pairs = {
+        (1, 2): Comparison(0.1, 0.05, 0.15, 0.01),
+        (1, 3): Comparison(-0.1, -0.15, -0.05, 0.01),
+        (2, 3): Comparison(-0.01, -0.05, 0.05, 0.9),
+    }
+    assert [sections.standing(index, pairs) for index in (1, 2, 3)] == [(1, 1), (0, 1), (1, 0)]
+
+
 def test_a_single_missing_cell_runs_on_a_rank_too(made, monkeypatch):
     """It ran in the parent process, whose model is on the CPU where the ranks have the GPUs."""
     folder, words = made
     monkeypatch.setenv("RANKS", "2")
     given = []
-    monkeypatch.setattr("eval.papers.fill.is_finished", lambda *_: False)
-    monkeypatch.setattr("eval.papers.fill.fill_on_ranks", lambda configs, *rest, **more: given.append(len(configs)))
-    monkeypatch.setattr("eval.papers.fill.fill", None)
+    monkeypatch.setattr("eval.papers.runs.is_finished", lambda *_: False)
+    monkeypatch.setattr("eval.papers.runs.fill_on_ranks", lambda configs, *rest, **more: given.append(len(configs)))
+    monkeypatch.setattr("eval.papers.runs.fill", None)
     one = ["--methods", "random", "--budgets", "8", "--times", "0", "--wandb", "disabled"]
     assert table.main([*words, *one, "--output", str(folder / "single")]) == 0
     assert given == [1, 2]  # full alone, then both rows
@@ -436,6 +468,7 @@ def test_a_benchmark_that_the_toy_data_lack_is_refused(capsys):
         (["--limit", "0"], "--limit should be 1 or more"),
         (["--data", "/nowhere"], "The data folder /nowhere does not exist"),
         (["--render", "--limit", "7"], "holds no result of 7 questions"),
+        (["--page"], "--page writes toy results into a page of docs/"),
     ],
 )
 def test_wrong_flags_are_one_sentence(made, capsys, flags, sentence):
@@ -458,7 +491,7 @@ def test_best_and_second_share_places_where_they_print_alike():
     assert places([1.0]) == (frozenset({0}), frozenset())
 
 
-def cell(value: float, questions: int = 100, available: int = 100, line: plan.Line | None = None, **changes):
+def cell(value: float, questions: int = 100, available: int = 100, line: runs.Line | None = None, **changes):
     """What the gate reads of a cell."""
     column = spec.Column(**{"benchmark": "pope", "title": "POPE", "published": "pope", "tolerance": 0.5} | changes)
     return SimpleNamespace(
@@ -468,7 +501,7 @@ def cell(value: float, questions: int = 100, available: int = 100, line: plan.Li
         available=available,
         other_judge="",
         metric=column.metric or "f1",
-        line=line or plan.Line(None, None, None),
+        line=line or runs.Line(None, None, None),
     )
 
 
@@ -480,7 +513,7 @@ def known(**sources) -> Published:
         disputed = {"disputed": changes.pop("disputed")} if "disputed" in changes else {}
         rows.append(PublishedRow(method="full", tokens=576, source=key, pope=value, **disputed))
     made = {key: Source(title=key, **plain | changes) for key, (_, changes) in sources.items()}
-    return Published("x", "x", made, tuple(rows))
+    return Published(name="x", model="x", sources=made, rows=tuple(rows))
 
 
 PLACE = spec.Place(model="m", tokens=576, convention="square")
@@ -512,8 +545,6 @@ def test_the_gate_accepts_any_source_within_its_tolerance():
 )
 def test_the_gate_and_differences_use_only_values_like_ours(changes, why):
     """SQA 66.8, which its own file disputes, MMBench's test split and TextVQA without OCR tokens passed the gate."""
-    from eval.papers.rows import Entry, difference_to, published_text
-
     lone = known(a=(50.0, dict(changes)))
     (one,) = gate.check([cell(50.0)], lone, PLACE)
     assert one.nearest is None and one.why.startswith(why)
@@ -527,14 +558,12 @@ def test_the_gate_and_differences_use_only_values_like_ours(changes, why):
 
 def test_a_row_that_is_not_the_release_or_counts_another_budget_is_not_compared():
     """Release-made numbers stood beside our corrected variants, and rows marked ‡ were compared all the same."""
-    from eval.papers.rows import comparable
-
     values = known(a=(50.0, {})).full("pope")
     rows = {official: spec.Row(method="attnmix", options={"official": official}) for official in ("true", "false")}
-    lines = {name: plan.Line(row, 64, None) for name, row in rows.items()}
+    lines = {name: runs.Line(row, 64, None) for name, row in rows.items()}
     assert comparable(cell(50.0, line=lines["true"]), values, "square")[0]
     assert comparable(cell(50.0, line=lines["false"]), values, "square")[1] == "the row is not the release"
-    kept = plan.Line(spec.Row(method="fastv"), 4, None, by_kept=True)
+    kept = runs.Line(spec.Row(method="fastv"), 4, None, by_kept=True)
     assert comparable(cell(50.0, line=kept), values, "square")[1] == "another budget"
     assert comparable(cell(50.0, published_split="test"), values, "square")[1] == "ours is of another split"
     assert comparable(cell(50.0, metric="accuracy_match"), values, "square")[1] == "ours is accuracy_match"
@@ -542,9 +571,6 @@ def test_a_row_that_is_not_the_release_or_counts_another_budget_is_not_compared(
 
 def test_a_score_of_another_judge_is_not_compared():
     """--judge local:MODEL passed the gate beside numbers that GPT graded."""
-    from eval.papers.measured import other_judge
-    from eval.papers.rows import comparable
-
     assert other_judge({}) == other_judge({"name": "match"}) == ""
     assert other_judge({"name": "gpt-3.5-turbo-0125", "official": "gpt-3.5-turbo"}) == ""
     assert other_judge({"name": "gpt-4", "official": "gpt-4-0613"}) == ""
@@ -591,26 +617,15 @@ def test_visiondrop_on_videos_has_the_schedule_of_its_page(name):
         assert list(planned(reducer, model.spec)[::8]) == documented == [768, 192, 48, 16]
 
 
-def test_13b_has_the_only_budgets_that_are_published():
-    """None of 800 cells of the 13B table had a published number."""
-    from eval.papers.published import load
-
-    found = spec.read(spec.find("consensusdrop/llava15_13b"))
-    source = load(found.published)
-    with_values = {b for b in found.budgets if source.values("fastervlm", b, "gqa")}
-    assert with_values == {144, 58, 29}
-
-
 def test_two_rows_of_one_method_have_a_picture_each(tiny, tmp_path):
     """A release and our variant of it are one method; their pictures had one name."""
-    data = write_gqa(tmp_path / "data", count=2, images=1)
+    data, gqa = write_gqa(tmp_path / "data", count=2, images=1), spec.Column(benchmark="gqa", title="GQA")
     rows = [
-        spec.Row(method="attnmix", label=label, options=options)
-        for label, options in (("A", {}), ("B, b", {"official": "true"}))
+        spec.Row(method="attnmix", label="A"),
+        spec.Row(method="attnmix", label="B, b", options={"official": "true"}),
     ]
-    lines = [plan.line_of(row, 8, tiny) for row in rows]
-    where = plan.Where(PLACE, False, data)
-    found = figure.draw_kept(lines, spec.Column(benchmark="gqa", title="GQA"), where, tiny, tmp_path / "kept")
+    lines = [runs.line_of(row, 8, tiny) for row in rows]
+    found = figure.draw_kept(lines, gqa, runs.Where(PLACE, False, data), tiny, tmp_path / "kept")
     assert sorted(path.name for path in found.values()) == ["A.jpg", "B-b.jpg"]
 
 
@@ -623,19 +638,20 @@ def test_the_legend_has_other_methods_only_where_there_are_some(tmp_path, monkey
         points = [
             {"method": f"m{i}", "budget": 64, "tokens": 64, "ttft_ms": None, "score": 90 - i} for i in range(count)
         ]
-        assert figure.draw(tmp_path / "plot.png", points, "title", "m0")
+        assert figure.draw(tmp_path / "plot.png", points, "title", "m0", "%")
         texts = [text.get_text() for text in pyplot.gcf().axes[0].get_legend().get_texts()]
         assert ("other methods" in texts) == expected
     monkeypatch.undo()
     pyplot.close("all")
 
 
-def test_tokens_needed_is_na_where_full_scores_nothing():
-    from eval.results.statistics import accuracy_terms
-
+def test_tokens_needed_and_averages_are_na_where_full_scores_nothing():
     terms = accuracy_terms({"a": 0.0, "b": 0.0}, {"a": "a", "b": "b"})
     found = SimpleNamespace(cells={(0, "gqa"): SimpleNamespace(terms=terms), (1, "gqa"): SimpleNamespace(terms=terms)})
     assert needed_text(found, {8: 1}, "gqa") == "n/a"
+    # A few questions, on which full scores 0, made an average n/a without a word.
+    assert relative_text(relative_mean, {"pope": (terms, terms)}, 1).startswith("n/a: pope: the full model scores 0")
+    assert relative_text(relative_mean, {"pope": (terms, terms)}, 3) == "n/a: a result on 2 of 3 benchmarks is missing"
 
 
 def test_the_shell_script_makes_its_table(tmp_path):
@@ -648,9 +664,6 @@ def test_the_shell_script_makes_its_table(tmp_path):
 
 def blank_document(**changes):
     """A document of twelve columns with letters that LaTeX, spreadsheets and HTML take for their own."""
-    from eval.papers.document import Document
-    from eval.papers.rows import Block
-
     found = spec.read(spec.find("consensusdrop/llava15_7b"))
     columns = [f"Benchmark {number}" for number in range(11)] + ["average"]
     rows = [("=Method <a> | b_c & 50 % of x^2 ~ {d} \\e #1 $ ‡ §", [1862.0, 150.0, *[90.04] * 9, 99.5])] * 30
@@ -662,52 +675,41 @@ def blank_document(**changes):
     return Document(**{"table": found} | known | changes)
 
 
-def test_every_format_says_first_that_a_toy_ran(made):
+def test_every_format_says_first_that_a_toy_ran(made, monkeypatch, tmp_path):
     """A page of toy numbers was titled "ConsensusDrop on LLaVA-1.5-7B", and its LaTeX file had no word of it."""
-    import dataclasses
-
     from eval.config import TOY_BANNER, is_toy
-    from eval.papers.render import html, markdown, numbers
 
     toy = blank_document()
     title = "ConsensusDrop on LLaVA-1.5-7B, run on the TOY MODEL tinyllava_instruct"
-    text = markdown.page(toy)
+    text = render.markdown_page(toy)
     assert text.startswith(f"# {title}\n\n**{TOY_BANNER}")
-    assert TOY_BANNER in html.text(toy) and f"<h1>{title}</h1>" in html.text(toy)
-    assert rf"\caption{{\footnotesize \textbf{{{TOY_BANNER}" in latex.text(toy) and TOY_BANNER in table.summary(toy)
+    assert TOY_BANNER in render.html_page(toy) and f"<h1>{title}</h1>" in render.html_page(toy)
+    assert rf"\caption{{\footnotesize \textbf{{{TOY_BANNER}" in render.latex_file(toy)
+    assert TOY_BANNER in table.summary(toy)
+    # 150 points of MME were 150.0 in one table and 150 in the next.
+    assert "| 1862 | 150 | 90.0 |" in text.replace("**", "") and "& 150 &" in render.latex_file(toy)
+    assert ">150</td>" in render.html_page(toy) and "150.0" not in render.html_page(toy)
+    # A row of one's own with | in its name had a cell more than the table.
+    line = next(line for line in text.splitlines() if "b_c" in line)
+    assert len(re.findall(r"(?<!\\)\|", line)) == 14 and r"<a> \| b_c" in line
     real = dataclasses.replace(toy, is_toy=False, model="llava-v1.5-7b")
-    for write in (markdown.page, html.text, latex.text, numbers.text):
+    for write in (render.markdown_page, render.html_page, render.latex_file, render.csv_file):
         assert "TOY" not in write(real)
     assert is_toy(str(ROOT / "assets" / "tinyllava_next")) and not is_toy("liuhaotian/llava-v1.5-7b")
-    # A toy that the user names is a toy too.
-    folder, words = made
-    args = table.parser().parse_args([words[0], "--model", "assets/tinyllava", "--data", str(folder / "data")])
-    assert table.where_of(spec.read(Path(words[0])), args).is_toy
-
-
-def test_a_toy_under_another_name_is_a_toy(monkeypatch, tmp_path):
-    """Behind a link, or as ".", its numbers stood under the paper's title."""
-    from eval.config import is_toy
-
+    # Behind a link, or as ".", its numbers stood under the paper's title.
     (tmp_path / "llava-v1.5-7b").symlink_to(ROOT / "assets" / "tinyllava")
     monkeypatch.chdir(ROOT / "assets" / "tinyllava_next")
     assert is_toy(str(tmp_path / "llava-v1.5-7b")) and is_toy(".")
-    assert not is_toy("liuhaotian/llava-v1.5-7b")
-
-
-def test_a_number_prints_alike_in_every_format():
-    """150 points of MME were 150.0 in one table and 150 in the next."""
-    from eval.papers.render import html, markdown
-
-    toy = blank_document()
-    assert "| 1862 | 150 | 90.0 |" in markdown.page(toy).replace("**", "")
-    assert "& 150 &" in latex.text(toy) and ">150</td>" in html.text(toy) and "150.0" not in html.text(toy)
+    # A toy that the user names is a toy too.
+    folder, words = made
+    args = table.parser().parse_args(
+        [words[0], "--model", str(ROOT / "assets/tinyllava"), "--data", str(folder / "data")]
+    )
+    assert table.where_of(spec.read(Path(words[0])), args).is_toy
 
 
 def with_intervals():
     """The document of twelve columns, with an interval beside each score but one, and a row that LaTeX trips over."""
-    import dataclasses
-
     document = blank_document()
     (block,) = document.blocks
     rows = [("[a] $ row", block.rows[0][1]), ("* row", block.rows[0][1]), *block.rows, ("own §", block.rows[0][1])]
@@ -719,7 +721,7 @@ def with_intervals():
 def test_the_latex_file_has_intervals_and_significance_marks_if_asked():
     """Asked for with LaTeX tables, and not built."""
     document = with_intervals()
-    plain, text = latex.text(document), latex.text(document, intervals=True)
+    plain, text = render.latex_file(document), render.latex_file(document, intervals=True)
     assert "scriptsize" not in plain and r"$^\ast$" not in plain and "intervals" not in plain
     rows = [line for line in text.splitlines() if line.endswith(r"99.5\% \\")]
     assert rows[0].startswith(
@@ -734,24 +736,20 @@ def test_the_latex_file_has_intervals_and_significance_marks_if_asked():
 
 def test_the_caption_says_which_metric_stands_in_for_the_papers():
     """A few questions give MME's perception; the column "MME total" of the file showed it without a word."""
-    import dataclasses
-
     note = "These data do not give the paper's metric; shown instead: MME total: perception."
-    text = latex.text(dataclasses.replace(blank_document(), notes=["Another note.", note]))
+    text = render.latex_file(dataclasses.replace(blank_document(), notes=["Another note.", note]))
     assert note in text and "Another note" not in text
     # It is the page's own sentence.
     column = spec.Column(benchmark="mme", title="MME total", metric="total")
     graded = cell(150.0, metric="total")
     graded.metric, graded.column, graded.no_interval = "perception", column, ""
-    line = plan.Line(None, None, None)
+    line = runs.Line(None, None, None)
     found = Measured([line], [column], {(0, "mme"): graded})
     assert note in notes_of(blank_document().table, found, ())
 
 
 def test_the_marks_of_the_latex_file_are_the_differences_of_the_page(made, monkeypatch):
     """Of one computation: what "against each method" lists is what the file marks."""
-    from eval.papers import sections
-
     folder, words = made
     clear = {"gqa": SimpleNamespace(difference=-1.0, low=-2.0, high=-0.5)}
     monkeypatch.setattr(sections, "significant", lambda ours, other: clear)
@@ -764,19 +762,12 @@ def test_the_marks_of_the_latex_file_are_the_differences_of_the_page(made, monke
     assert "--tex-intervals`" in (out / "small.md").read_text()
 
 
-def test_intervals_are_for_tables_of_scores(made, tmp_path, capsys):
-    _, words = made
-    path = written(tmp_path, kind="efficiency")
-    assert table.main([str(path), *words[1:], "--tex-intervals"]) == 2
-    assert "--tex-intervals is for tables of scores; " in capsys.readouterr().err
-
-
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
 @pytest.mark.parametrize("intervals", [False, True])
 def test_the_latex_file_compiles_and_fits_the_page(tmp_path, intervals):
     """Twelve columns ran off the page of an article; < > | printed as other letters; a row that begins with [ was an
     error, and one that begins with * lost it."""
-    (tmp_path / "table.tex").write_text(latex.text(with_intervals(), intervals))
+    (tmp_path / "table.tex").write_text(render.latex_file(with_intervals(), intervals))
     head = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{table}\end{document}"
     (tmp_path / "page.tex").write_text(head)
     words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
@@ -784,15 +775,7 @@ def test_the_latex_file_compiles_and_fits_the_page(tmp_path, intervals):
     assert done.returncode == 0, done.stdout[-2000:]
     log = (tmp_path / "page.log").read_text()
     assert "Overfull" not in log and "too large" not in log and "(1 page" in log
-    assert latex.escaped("<a> | =") == "$<$a$>$ $|$ ="
-
-
-def test_a_bar_in_a_label_is_no_column_of_markdown():
-    """A row of one's own with | in its name had a cell more than the table."""
-    from eval.papers.render import markdown
-
-    line = next(line for line in markdown.page(blank_document()).splitlines() if "b_c" in line)
-    assert len(re.findall(r"(?<!\\)\|", line)) == 14 and r"<a> \| b_c" in line
+    assert render.escaped("<a> | =") == "$<$a$>$ $|$ ="
 
 
 def test_csv_cells_are_no_formulas_and_numbers_stay_numbers():
@@ -800,20 +783,6 @@ def test_csv_cells_are_no_formulas_and_numbers_stay_numbers():
 
     assert [csv_text(text) for text in ("=1+1", "+x", "-y", "@z", "\tq")] == ["'=1+1", "'+x", "'-y", "'@z", "'\tq"]
     assert [csv_text(text) for text in ("-1.20", "+3", "FastV", "")] == ["-1.20", "+3", "FastV", ""]
-
-
-def test_averages_and_costs_of_sources_are_shown(made):
-    """95.71 %, 9.06 TFLOP and 237 ms stood in the files of published values and nowhere else."""
-    text = (made[0] / "out" / "small.md").read_text().partition("## Published averages and costs")[2]
-    (full,) = [line for line in text.partition("\n\n## ")[0].splitlines() if line.startswith("| full |")]
-    assert "9.06 [VisionDrop, table of costs" in full and "237 [" in full and "100 [TRIO" in full
-
-
-def test_the_csv_has_the_verdict_of_the_gate(made):
-    folder, _ = made
-    rows = list(csv.DictReader(io.StringIO((folder / "out" / "small.csv").read_text())))
-    assert {row["gate"] for row in rows} == {rows[0]["gate"]} and rows[0]["gate"].startswith("failed: ")
-    assert rows[0]["compared_with"] in rows[0]["source"].split(";") and rows[0]["warning"] == ""
 
 
 def test_rows_of_another_budget_are_marked_and_compared_with_none(made):
@@ -827,8 +796,6 @@ def test_rows_of_another_budget_are_marked_and_compared_with_none(made):
 
 def test_printed_commands_have_every_flag_that_is_not_a_default(made):
     """The judge and the batch size were left out, so a command gave other numbers."""
-    from eval.papers.measured import command_of
-
     _, words = made
     args = table.parser().parse_args([*words, "--judge", "match", "--batch-size", "3", "--add", "my rows.csv"])
     found = spec.read(Path(words[0]))
@@ -842,7 +809,7 @@ def test_printed_commands_have_every_flag_that_is_not_a_default(made):
     assert line.endswith("--add 'my rows.csv' --dtype float32 --batch-size 3 --judge match") or (
         "--batch-size 3" in line and "--judge match" in line and "--add 'my rows.csv'" in line
     )
-    one = plan.line_of(found.rows[0], 8, SimpleNamespace(visual_tokens=16, spec=registry_spec()))
+    one = runs.line_of(found.rows[0], 8, SimpleNamespace(visual_tokens=16, spec=registry_spec()))
     told = command_of(one, found.columns[0], where, SimpleNamespace(judge="match"))
     assert "--batch-size 3" in told and "--judge match" in told
 
@@ -855,23 +822,11 @@ def registry_spec():
 
 def test_loyalty_takes_the_benchmarks_own_form_of_an_answer():
     """Tables compared plain texts, so "Yes." and "yes, it is" were different answers on MME."""
-    from eval.papers.sections import pooled_loyalty
 
     def answered(text):
         return SimpleNamespace(texts={"q": text}, normalise=lambda text: text[:3].lower(), clusters={"q": "i"})
 
     assert pooled_loyalty({"mme": answered("Yes.")}, {"mme": answered("yes, it is")}).mean == 100
-
-
-def test_an_average_that_does_not_exist_says_why():
-    """A few questions, on which full scores 0, made it n/a without a word."""
-    from eval.papers.sections import relative_text
-    from eval.results.statistics import accuracy_terms
-    from eval.statistics.interquartile import relative_mean
-
-    terms = accuracy_terms({"a": 0.0, "b": 0.0}, {"a": "a", "b": "b"})
-    assert relative_text(relative_mean, {"pope": (terms, terms)}, 1).startswith("n/a: pope: the full model scores 0")
-    assert relative_text(relative_mean, {"pope": (terms, terms)}, 3) == "n/a: a result on 2 of 3 benchmarks is missing"
 
 
 # -- a table and rows of one's own -------------------------------------------------------------------------------------
@@ -891,8 +846,7 @@ def documented(language: str) -> str:
 def test_the_documented_table_and_rows_of_ones_own_run_in_an_empty_folder(monkeypatch, tmp_path):
     """`vtr tables paper PATH.yaml` wanted a folder with a paper's name, and `../lists` inside scripts/."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "SWEEPS", tmp_path / "sweep")
-    monkeypatch.setattr("eval.papers.fill.SWEEPS", tmp_path / "sweep")
+    monkeypatch.setattr(runs, "SWEEPS", tmp_path / "sweep")
     Path("mine.yaml").write_text(documented("yaml"))
     Path("rows.csv").write_text(documented("csv"))
     words = shlex.split(documented("bash"))
@@ -957,8 +911,6 @@ HEADER = "method,budget,source,gqa\n"
     ],
 )
 def test_wrong_rows_of_ones_own_are_one_sentence(tmp_path, text, sentence):
-    from eval.papers.own import read_own
-
     (tmp_path / "rows.csv").write_text(text)
     columns = [
         {"benchmark": "gqa", "title": "GQA", "published": "gqa"},
@@ -972,8 +924,6 @@ def test_wrong_rows_of_ones_own_are_one_sentence(tmp_path, text, sentence):
 
 def test_a_line_break_in_a_cell_of_a_row_of_ones_own_is_a_space(tmp_path):
     """The two lines were joined without one, and every later line had a wrong number in messages."""
-    from eval.papers.own import read_own
-
     (tmp_path / "rows.csv").write_text("\n" + HEADER + '"TRIO\nlarge",8,there,50\nTRIO,8,there,\n')
     with pytest.raises(UserError, match="line 5: TRIO has no number"):
         read_own(tmp_path / "rows.csv", spec.read(written(tmp_path)))
@@ -982,11 +932,8 @@ def test_a_line_break_in_a_cell_of_a_row_of_ones_own_is_a_space(tmp_path):
 
 
 def test_rows_of_ones_own_are_for_tables_of_scores(tmp_path):
-    from eval.papers.own import read_own
-
     (tmp_path / "rows.csv").write_text("\ufeff" + HEADER + "TRIO,all,there,50\n")
     assert read_own(tmp_path / "rows.csv", spec.read(written(tmp_path)))[0].budget is None
-    with pytest.raises(UserError, match="kind efficiency"):
-        read_own(tmp_path / "rows.csv", spec.read(written(tmp_path, kind="efficiency")))
-    with pytest.raises(UserError, match="No such file"):
-        read_own(tmp_path / "none.csv", spec.read(written(tmp_path)))
+    for name, kind, sentence in (("rows.csv", "efficiency", "kind efficiency"), ("none.csv", "scores", "No such file")):
+        with pytest.raises(UserError, match=sentence):
+            read_own(tmp_path / name, spec.read(written(tmp_path, kind=kind)))

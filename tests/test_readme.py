@@ -5,6 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from eval.tables import methods
 from llava.reduction import registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,3 +45,10 @@ def test_methods_and_benchmarks_are_counted():
     counted = re.search(r"\*\*(\d+) \[benchmarks\]\(docs/evaluation\.md#benchmarks\)\*\*", text)
     sections = (ROOT / "docs" / "evaluation.md").read_text().partition("<!-- begin data -->")[2].count("\n### ")
     assert counted and int(counted[1]) == sections, "docs/evaluation.md has a section per benchmark"
+
+
+def test_the_page_of_methods_is_up_to_date():
+    """A method could be changed or added without its row."""
+    text, hint = methods.PAGE.read_text(), "run `vtr tables methods`"
+    for part in (methods.table, methods.budgets, methods.known_deviations, methods.splits):
+        assert part() in text, hint

@@ -1,4 +1,4 @@
-"""The pages of docs/reproduce say what the specs, the published values and the estimates say."""
+"""The pages of `vtr tables reproduce` say what the specs, the published values and the estimates say."""
 
 import re
 from dataclasses import replace
@@ -9,8 +9,7 @@ from eval import benchmarks
 from eval.benchmarks import textvqa, vizwiz, vqav2
 from eval.benchmarks.mmvet import COUNT as MMVET
 from eval.config import ROOT
-from eval.efficiency.shapes import official
-from eval.papers import expense, pages, published
+from eval.papers import expense, published, reproduce
 from eval.papers.spec import find, read
 from eval.tables.memory import expected
 
@@ -21,7 +20,7 @@ CLOSE = 0.03  # of a size: configuration files and rounding
 
 @pytest.fixture(scope="module")
 def costs():
-    return pages.all_costs()
+    return reproduce.all_costs()
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +29,13 @@ def cost(costs):
 
 
 @pytest.fixture(scope="module")
-def flagship():
-    return (pages.FOLDER / pages.name_of(read(find(FLAGSHIP)))).read_text()
+def flagship(cost):
+    return reproduce.page(cost)
 
 
-def test_the_committed_pages_are_those_that_are_generated(costs):
+def test_the_costs_of_all_tables_are_those_of_the_page(costs):
     """`vtr tables reproduce` writes them again."""
-    written = pages.pages(costs)
-    assert {path.name for path in pages.FOLDER.glob("*.md")} == set(written)
-    for name, text in written.items():
-        assert (pages.FOLDER / name).read_text() == text, name
-    assert pages.index(costs) in pages.INDEX.read_text()
+    assert reproduce.index(costs) in reproduce.INDEX.read_text()
 
 
 def test_sizes_from_shapes_are_those_of_the_modules():
@@ -92,17 +87,17 @@ def test_a_table_takes_the_sum_of_its_runs(cost):
 
 def test_a_model_that_does_not_fit_has_no_hours(cost):
     small = replace(expense.GPUS[0], memory=1e9)
-    assert pages.hours(cost, small) == "n/a"
-    assert pages.hours(cost, expense.GPUS[1]).endswith(" h")
+    assert reproduce.hours(cost, small) == "n/a"
+    assert reproduce.hours(cost, expense.GPUS[1]).endswith(" h")
 
 
 def test_judged_and_server_graded_benchmarks_are_named(costs):
     """A table without a judge, or on a split of a server, holds no published metric."""
     for name in sorted({name for cost in costs for name in cost.loads}):
         benchmark = benchmarks.get(name)
-        assert (name in pages.SERVER) == ("from a server" in benchmark.summary), name
+        assert (name in reproduce.SERVER) == ("from a server" in benchmark.summary), name
         data = benchmark.load(TOY, benchmarks.check_split(benchmark, None, TOY))
-        assert (name in pages.JUDGED) == (data.judging is not None), name
+        assert (name in reproduce.JUDGED) == (data.judging is not None), name
 
 
 def test_the_page_holds_every_published_number_of_its_rows(flagship):
@@ -130,17 +125,11 @@ def test_the_page_names_sources_disputes_and_contradictions(flagship):
     assert "ConsensusDrop | " not in flagship.partition("## 4")[2].partition("## 5")[0]
 
 
-def test_commands_of_the_pages_exist():
-    for path in (*pages.FOLDER.glob("*.md"), pages.INDEX):
-        for script in re.findall(r"bash (scripts/\S+\.sh)", path.read_text()):
-            assert (ROOT / script).is_file(), f"{path.name}: {script}"
+def test_commands_of_a_page_exist(flagship):
+    for script in re.findall(r"bash (scripts/\S+\.sh)", flagship):
+        assert (ROOT / script).is_file(), script
 
 
 def test_a_table_without_published_values_says_so(cost):
-    text = pages.page(replace(cost, table=cost.table.model_copy(update={"published": ""})))
+    text = reproduce.page(replace(cost, table=cost.table.model_copy(update={"published": ""})))
     assert "No source has numbers of this model." in text and "| full, published |" in text
-
-
-def test_all_official_models_have_a_checkpoint():
-    shapes = {entry.shapes for entry in expense.downloads().checkpoints.values() if entry.shapes}
-    assert all(official(name).visual_tokens for name in shapes)

@@ -8,8 +8,7 @@ import pytest
 from eval import benchmarks, cli
 from eval.answers import answer_id, settings_hash
 from eval.benchmarks.base import with_stripped_answers
-from eval.statistics.command import main
-from eval.statistics.runs import read_run
+from eval.statistics.command import main, read_run
 from llava.errors import UserError
 from tests.eval_fakes import write_gqa
 

@@ -1,16 +1,17 @@
 """Sweeps and tables on the tiny random model."""
 
+import json
+
 import pytest
 
 from eval import ask
 from eval import config as settings_module
 from eval import sweep as sweep_module
+from eval.answers.reuse import check_table
 from eval.papers import spec
-from eval.results.statistics import Interval
+from eval.papers.runs import changed
 from eval.sweep import CachingLlava, Setting, folder_of, sweep
-from eval.tables.common import changed, defaults, is_default
-from eval.tables.page import insert, latex, markdown
-from eval.tables.plots import accuracy_plot
+from eval.tables.page import insert, markdown
 from llava.errors import UserError
 from llava.model.builder import load
 from llava.pipeline.generate import generate
@@ -105,30 +106,11 @@ def _named(sample, index):
 
 @pytest.mark.parametrize("method", spec.PAPERS)
 def test_every_alternative_of_the_ablation_is_a_valid_setting(method):
-    usual = defaults(method)
     rows = spec.read(spec.find(f"{method}/ablation")).rows
     for title in {row.group for row in rows if row.group}:
-        group = [dict(row.options) for row in rows if row.group == title]
-        built = [registry.build(method, 64, changed(options, usual)) for options in group]
-        assert len(set(built)) == len(built), title
-        assert sum(is_default(options, usual) for options in group) == 1, (
-            f"{title}: the default must be one of the rows"
-        )
-
-
-@pytest.mark.parametrize("method", spec.PAPERS)
-def test_the_table_of_an_ablation_has_its_choices_and_the_method_s_defaults(method):
-    """A choice that was added, or another default, left the printed table as it was."""
-    table, usual = spec.read(spec.find(f"{method}/ablation")), defaults(method)
-    expected = [
-        (f"{row.group}: {row.title}".strip() if row.group else row.title, is_default(dict(row.options), usual))
-        for row in table.rows
-    ]
-    page = spec.SCRIPTS.parent / "docs" / "tables" / method / "ablation.md"
-    lines = page.read_text().partition("| choice |")[2].partition("\n\n")[0].splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    hint = f"{page} is out of date: bash scripts/{method}/ablation.sh"
-    assert [(row[0], "default" in row[1:]) for row in cells] == expected, hint
+        group = [changed(row.options, method) for row in rows if row.group == title]
+        assert len({registry.build(method, 64, options) for options in group}) == len(group), title
+        assert group.count({}) == 1, f"{title}: the default must be one of the rows"
 
 
 def test_insert_replaces_only_between_its_markers(tmp_path):
@@ -143,18 +125,6 @@ def test_insert_replaces_only_between_its_markers(tmp_path):
     assert page.read_text() == expected
     with pytest.raises(UserError, match="no markers for 'z'"):
         insert(page, "z", "")
-
-
-def test_latex_escapes_what_latex_reads():
-    text = latex(["method", "64"], [["full", "96 %"], ["a_b", "n/a"], ["c ‡", "1"]])
-    assert r"a\_b & -- \\" in text and r"96 \%" in text and r"c $^\ddagger$" in text
-    assert text.count(r"\midrule") == 2 and "{lr}" in text
-
-
-def test_the_plot_is_written(tmp_path):
-    curves = {name: {64: Interval(80, 78, 82), 32: Interval(70, 68, 72)} for name in ("a", "b")}
-    accuracy_plot(tmp_path / "p.png", Interval(90, 89, 91), curves, 576)
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_setting_that_was_interrupted_after_a_failure_goes_on(tiny, tmp_path):
@@ -191,3 +161,23 @@ def test_two_data_folders_have_stores_of_their_own(tiny, tmp_path):
     assert len(names) == 2 and all(name.startswith("gqa-testdev-eval-") for name in names)
     default = folder_of(tmp_path, tiny, "gqa", "testdev", Setting("uniform", 4))
     assert default.parent.name == "gqa-testdev"
+
+
+def test_runs_of_other_model_files_or_pictures_are_not_put_in_one_table(tmp_path):
+    """The tables of the toy models joined whatever results lay in their folders."""
+
+    def folder(name, method, images="same", model_files="new"):
+        settings = {"method": method, "model_files": model_files}
+        result = {"settings": settings, "labels": "l", "images": images, "asked": 3, "main": "accuracy", "facts": {}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+        return tmp_path / name
+
+    full = folder("full", "full")
+    check_table([full, folder("good", "random")], "new")
+    with pytest.raises(UserError, match="differ in images: same and other; ask the questions of both again"):
+        check_table([full, folder("pictures", "random", images="other")], "new")
+    with pytest.raises(UserError, match="differ in model_files: new and old"):
+        check_table([full, folder("weights", "random", model_files="old")], "new")
+    with pytest.raises(UserError, match="holds answers of other files of the model"):
+        check_table([full], "newer")

@@ -25,7 +25,7 @@ from eval.efficiency.latency_table import ms, table, write
 from eval.efficiency.measure import measure
 from eval.efficiency.shapes import narrow, noise_batches, random_llava
 from eval.results.report import commit, hardware
-from eval.tables.plots import COLOURS, MARKERS
+from eval.tables.page import COLOURS, MARKERS
 from llava.errors import UserError
 from llava.model.builder import device_of
 from llava.model.llava_arch import Llava

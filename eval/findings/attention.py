@@ -29,7 +29,7 @@ from eval.findings.summary import (
     sheet,
 )
 from eval.results.statistics import Interval
-from eval.tables.plots import COLOURS, MARKERS
+from eval.tables.page import COLOURS, MARKERS
 from toy.data.vocabulary import COLOR_NAMES, SHAPES
 
 # AttnMix.

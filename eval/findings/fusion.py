@@ -41,7 +41,7 @@ from eval.findings.summary import (
     sheet,
 )
 from eval.sweep import CachingLlava
-from eval.tables.plots import COLOURS
+from eval.tables.page import COLOURS
 from llava.errors import unknown
 from llava.pipeline.generate import generate
 from llava.reduction import PromptState

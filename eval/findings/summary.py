@@ -13,9 +13,7 @@ from eval.config import ROOT
 from eval.findings.scores import Collected
 from eval.metrics import SufficientStatistics, ratio_terms
 from eval.results.statistics import Comparison, Interval, compare, interval
-from eval.tables.common import write_csv
-from eval.tables.page import insert, markdown
-from eval.tables.plots import COLOURS, MARKERS
+from eval.tables.page import COLOURS, MARKERS, insert, markdown, write_csv
 
 DOCS = ROOT / "docs"
 RESAMPLES = 2000  # enough for two digits of an interval's ends

@@ -1,18 +1,200 @@
-"""Everything that a rendered table says, before it takes a format."""
+"""Everything that a rendered table says, before it takes a format.
 
-from collections.abc import Mapping, Sequence
+Cells have two shapes: methods by benchmarks as papers print them (`Block`), and one row per cell (`Entry`).
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.config import TOY_BANNER
-from eval.papers.gate import Check, sentences
-from eval.papers.measured import Measured, relative
+from eval.papers.cells import Cell, Measured, relative
+from eval.papers.gate import Check, comparable, sentences, values_of
 from eval.papers.own import OWN_MARK, OWN_TEXT, OwnRow
-from eval.papers.plan import Where, described
-from eval.papers.rows import MARK, MARK_TEXT, Block, Entry
-from eval.papers.spec import Column, Table
+from eval.papers.published import Published, Value
+from eval.papers.runs import Where, described
+from eval.papers.spec import Budget, Column, Place, Table
+from eval.tables.page import interval_text
 
 INSTEAD = "These data do not give the paper's metric"
+MARK = "‡"
+MARK_TEXT = (
+    "the budget counts the tokens kept after the pruning layer, because the mean over layers cannot be that small; the "
+    "mean is in parentheses, and the row is compared with no other row and no published number"
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell with what is published about it.
+
+    Attributes:
+        published: the sources, the most trusted first; None where published values are left out (toy model).
+        convention: how our images become tokens, see eval.papers.published.CONVENTIONS.
+    """
+
+    cell: Cell
+    published: Sequence[Value] | None
+    convention: str = "unknown"
+
+    @property
+    def compared(self) -> Value | None:
+        """The most trusted published value that is like ours; None if there is none."""
+        values, _ = comparable(self.cell, self.published or (), self.convention)
+        return values[0] if values else None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus `compared`."""
+        return None if self.compared is None else self.cell.value - self.compared.value
+
+
+def entries(found: Measured, published: Published | None, place: Place) -> list[Entry]:
+    """Every cell, line by line."""
+    return [
+        Entry(cell, values_of(cell.line, cell.column.published, published, place), place.convention)
+        for index in range(len(found.lines))
+        for cell in found.row(index).values()
+    ]
+
+
+def published_text(values: Sequence[Value] | None, convention: str) -> str:
+    """Every source of a cell: "76.9 [1], 76.8 [2]?"; "?" marks what is disputed, "≠" what is not like ours."""
+    if values is None:
+        return ""
+
+    def mark(value: Value) -> str:
+        return "?" if value.disputed else "≠" if value.obstacle(convention) else ""
+
+    return ", ".join(f"{value.value:g} [{value.title}]{mark(value)}" for value in values) or "n/a"
+
+
+def difference_to(entry: Entry) -> str:
+    """The difference and what it is to: "+0.3 to 61.9 [RESTORE, Table 1]"."""
+    if entry.compared is None or entry.difference is None:
+        return "n/a"
+    return f"{entry.difference:+.1f} to {entry.compared.value:g} [{entry.compared.title}]"
+
+
+def ours_text(cell: Cell) -> str:
+    """The score with its interval: "76.9 [75.2, 78.6]"."""
+    return f"{number(cell.value, cell.points)} {interval_text(cell.low, cell.high)}"
+
+
+def number(value: float, points: bool = False) -> str:
+    """One decimal for percent; points are whole from 100 on, as MME's are printed."""
+    return f"{value:.0f}" if points and abs(value) >= 100 else f"{value:.1f}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows of one budget.
+
+    Attributes:
+        title: "192 tokens"; "" for the unreduced model.
+        rows: (name of the method, a value per column and the average last; None where there is none).
+        best, second: per column, the rows to print bold and underlined.
+        points: per column, whether its values are points and not percent.
+        intervals: per row and column, the 95 % interval as text; "" where there is none.
+        clear: (row, column) of the scores that differ significantly from the paper's method at the same budget.
+    """
+
+    title: str
+    rows: Sequence[tuple[str, Sequence[float | None]]]
+    best: Sequence[frozenset[int]]
+    second: Sequence[frozenset[int]]
+    points: Sequence[bool]
+    intervals: Sequence[Sequence[str]] = ()
+    clear: frozenset[tuple[int, int]] = frozenset()
+
+    def text(self, row: int, column: int) -> str:
+        """A value as every format prints it."""
+        value = self.rows[row][1][column]
+        return "n/a" if value is None else number(value, self.points[column])
+
+    def style(self, row: int, column: int) -> str:
+        """ "best", "second" or ""."""
+        return "best" if row in self.best[column] else "second" if row in self.second[column] else ""
+
+
+def label(found: Measured, index: int) -> str:
+    """The name of a row, marked and with its mean number of tokens where it counts its budget otherwise."""
+    line, cells = found.lines[index], found.row(index)
+    if not line.by_kept or not cells:
+        return line.title
+    return f"{line.title} {MARK} ({sum(cell.tokens for cell in cells.values()) / len(cells):.0f})"
+
+
+def blocks(
+    found: Measured, own: Sequence[OwnRow] = (), clear: Mapping[int, Collection[str]] | None = None
+) -> list[Block]:
+    """The unreduced model, then one block per budget, with the best and second-best score of each column.
+
+    Rows that a user added stand at the end of their block and are ranked with none.
+
+    Args:
+        clear: line -> benchmarks on which it differs significantly from the paper's method.
+    """
+    groups: dict[Budget | None, list[int]] = {}
+    for index, line in enumerate(found.lines):
+        groups.setdefault(line.budget, []).append(index)
+    return [
+        block(budget, group, found, [row for row in own if row.budget == budget], clear or {})
+        for budget, group in groups.items()
+    ]
+
+
+def block(
+    budget: Budget | None,
+    indices: Sequence[int],
+    found: Measured,
+    own: Sequence[OwnRow],
+    clear: Mapping[int, Collection[str]],
+) -> Block:
+    """The lines of one budget and the user's own rows."""
+    names = [column.benchmark for column in found.columns]
+    cells = [found.row(index) for index in indices]
+    rows: list[tuple[str, Sequence[float | None]]] = [
+        (label(found, index), [*(row[n].value if n in row else None for n in names), found.of_full(index)])
+        for index, row in zip(indices, cells, strict=True)
+    ]
+    nothing = [None] * (len(names) + 1)
+    ranked = [nothing if found.lines[i].by_kept else values for i, (_, values) in zip(indices, rows, strict=True)]
+    rows += [(f"{row.method} {OWN_MARK} [{row.source}]", [*map(row.scores.get, names), None]) for row in own]
+    ranks = [places([values[column] for values in ranked]) for column in range(len(nothing))]
+    if len(indices) == 1:
+        ranks = [(frozenset(), frozenset())] * len(nothing)
+    return Block(
+        "" if budget is None else budget_title(budget),
+        rows,
+        [first for first, _ in ranks],
+        [second for _, second in ranks],
+        [*(found.cells[0, name].points for name in names), False],
+        [[row[n].interval if n in row else "" for n in names] for row in cells],
+        frozenset(
+            (row, place)
+            for row, index in enumerate(indices)
+            for place, name in enumerate(names)
+            if name in clear.get(index, ())
+        ),
+    )
+
+
+def budget_title(budget: Budget) -> str:
+    """ "192 tokens", or "1/3 of the tokens"."""
+    return f"{budget} tokens" if isinstance(budget, int) else f"{budget} of the tokens"
+
+
+def places(values: Sequence[float | None]) -> tuple[frozenset[int], frozenset[int]]:
+    """Rows with the best value and with the second-best; values that print alike share a place."""
+    printed = [None if value is None else round(value, 1) for value in values]
+    order = [*sorted({value for value in printed if value is not None}, reverse=True), math.nan, math.nan]
+    best, second = (frozenset(i for i, value in enumerate(printed) if value == wanted) for wanted in order[:2])
+    return best, second
+
+
+# -- the document ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,8 +220,10 @@ class Document:
         checks: the gate's; empty where it was not asked.
         own: rows that the user added.
         facts: (name, text) lines under the title.
-        points: for plots, one per method and budget: tokens, ttft_ms and score, the average in percent of full.
+        points: for plots, one per method and budget: tokens, ttft_ms and score, the average in percent of full. Of an
+            overview the score itself, with the bars of its interval.
         pictures: caption -> file, what each method keeps of one image.
+        pairs: of an overview, the rows of the file of pairs.
     """
 
     table: Table
@@ -55,6 +239,7 @@ class Document:
     notes: Sequence[str] = field(default_factory=tuple)
     points: Sequence[Mapping[str, object]] = field(default_factory=tuple)
     pictures: Mapping[str, Path] = field(default_factory=dict)
+    pairs: Sequence[Sequence[str]] = ()
 
     @property
     def title(self) -> str:

@@ -4,7 +4,7 @@ Sizes and lengths are in `downloads.yaml`. Hours are estimated, not measured: op
 (eval/efficiency/estimate.py) over an assumed share of a GPU's data sheet.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from math import ceil
@@ -19,7 +19,7 @@ from eval.efficiency.estimate import Estimate, Rates, Workload
 from eval.efficiency.memory import GIB, QuestionShape, layout_of
 from eval.efficiency.shapes import official
 from eval.papers import read_yaml
-from eval.papers.plan import Line, Where, columns_of, lines_of
+from eval.papers.runs import Line, Where, columns_of, lines_of
 from eval.papers.spec import Table
 from eval.tables.memory import size_of
 from llava.errors import unknown
@@ -149,37 +149,32 @@ class Expense:
         load = self.loads[benchmark]
         if load is None:
             return 0.0
+        plan, seen = self._vision[id(line)]
+        read, further, kv_bytes = decoder_work(self.model, tuple(load.text + tokens for tokens in plan))
         count, rate, bandwidth = self.table.real.batch_size, gpu.rates.operations, gpu.rates.bandwidth
-        work, parts = self._work(line, load.text), self._weights
-        decoder = parts["decoder"] + parts["head"]
-        vision = max(count * work.vision / rate, (parts["vision tower"] + parts["projector"]) / bandwidth)
-        prefill = max(count * work.prefill / rate, decoder / bandwidth)
-        step = max(count * work.step / rate, (decoder + count * work.kv_bytes) / bandwidth)
+        weights = self._weights
+        decoder = weights["decoder"] + weights["head"]
+        vision = max(count * seen / rate, (weights["vision tower"] + weights["projector"]) / bandwidth)
+        prefill = max(count * read / rate, decoder / bandwidth)
+        step = max(count * further / rate, (decoder + count * kv_bytes) / bandwidth)
         return ceil(load.questions / count) * (vision + prefill + load.steps * step)
+
+    @cached_property
+    def _vision(self) -> dict[int, tuple[Sequence[int], float]]:
+        """Row that can run -> visual tokens in each layer, and operations of tower and projector for an image."""
+        found: dict[int, tuple[Sequence[int], float]] = {}
+        for line in self.runnable:
+            reducer, image = self._reducer(line), self._image
+            plan = memory.visual_plan(self.model, reducer, image)
+            early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
+            projector = memory.projector_operations(self.model, plan[0] if early else image.patches)
+            found[id(line)] = plan, memory.tower_operations(self.model, reducer, image) + projector  # rows have no hash
+        return found
 
     @cached_property
     def _weights(self) -> Mapping[str, int]:
         """Bytes of the weights by part."""
         return memory.weights(self.model, BYTES).device
-
-    def _work(self, line: Line, text: int) -> "Work":
-        """Operations and cache of one question of a row; the same for all benchmarks with prompts of this length."""
-        key = (id(line), text)  # rows have no hash
-        if key not in self._known:
-            self._known[key] = self._compute(line, text)
-        return self._known[key]
-
-    @cached_property
-    def _known(self) -> dict[tuple[int, int], "Work"]:
-        return {}
-
-    def _compute(self, line: Line, text: int) -> "Work":
-        reducer, model, image = self._reducer(line), self.model, self._image
-        plan = memory.visual_plan(model, reducer, image)
-        early = not reducer.acts_in.isdisjoint(("tower", "input_grid", "encoder"))
-        projected = plan[0] if early else image.patches
-        vision = memory.tower_operations(model, reducer, image) + memory.projector_operations(model, projected)
-        return Work(vision, *decoder_work(model, tuple(text + tokens for tokens in plan)))
 
     @cached_property
     def _image(self) -> TokenLayout:
@@ -200,16 +195,6 @@ class Expense:
         work = Workload((QuestionShape(text, (self._image,)),), steps, place.batch_size, place.batch_size)
         reducer = self._reducer(line)
         return Estimate(self.model, reducer, work, place.batch_size, new_tokens, torch.bfloat16, device="cuda")
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations of one question: tower and projector, prefill, one further token; bytes of its cache after prefill."""
-
-    vision: float
-    prefill: float
-    step: float
-    kv_bytes: float
 
 
 @lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""The figure of a score table: the average against visual tokens, and against time to first token if measured.
+"""The figure of a table: its scores against visual tokens, and against time to first token if measured.
 
 And for a table's W&B run, what its methods keep of one image.
 """
@@ -10,10 +10,10 @@ from typing import Any
 from eval.config import folder_name
 from eval.feature_cache import without_memory
 from eval.figures.overlay import beside, draw_answer
-from eval.papers.plan import Line, Where, split_of
+from eval.papers.runs import Line, Where, split_of
 from eval.papers.spec import Column
 from eval.sweep import dataset, reducer_of
-from eval.tables.plots import COLOURS, MARKERS
+from eval.tables.page import COLOURS, MARKERS
 from llava.model.llava_arch import Llava
 from llava.pipeline.generate import generate
 
@@ -23,18 +23,21 @@ NEW_TOKENS = 16
 SIDE = 448  # longest side of a picture
 
 
-def draw(path: Path, points: Sequence[Mapping[str, Any]], title: str, ours: str) -> bool:
+def draw(path: Path, points: Sequence[Mapping[str, Any]], title: str, ours: str, scores: str) -> bool:
     """Draw the points of a table; returns whether there was something to draw.
 
     Args:
-        points: method, budget, tokens, ttft_ms (or None) and score of each line; the unreduced model has no budget.
+        points: method, budget, tokens, ttft_ms (or None) and score of each line, and the bars of its interval if it
+            is drawn; the unreduced model has no budget.
         ours: label of the paper's method, drawn on top.
+        scores: what the scores are.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    full = next((point for point in points if point["budget"] is None), {"score": 100})
     reduced = [point for point in points if point["budget"] is not None and point["score"] is not None]
     if not reduced:
         return False
@@ -46,20 +49,23 @@ def draw(path: Path, points: Sequence[Mapping[str, Any]], title: str, ours: str)
     coloured = best(reduced, ours)
     for panel, (key, label) in zip(panels[0], axes_of, strict=True):
         for method in dict.fromkeys(point["method"] for point in reduced):
-            line = sorted((p[key], p["score"]) for p in reduced if p["method"] == method and p[key])
-            xs, ys = [x for x, _ in line], [y for _, y in line]
+            line = sorted((p for p in reduced if p["method"] == method and p[key]), key=lambda p: (p[key], p["score"]))
+            xs, ys = [p[key] for p in line], [p["score"] for p in line]
+            bars = list(zip(*(p["bars"] for p in line if "bars" in p), strict=True))
             if method in coloured:
                 place = coloured.index(method)
                 style = {"color": BRIGHT[place], "marker": MARKERS[place], "label": method, "zorder": 10 - place}
                 panel.plot(xs, ys, linewidth=2.4 if method == ours else 1.3, markersize=5, **style)
+                if bars:
+                    panel.errorbar(xs, ys, yerr=bars, fmt="none", ecolor=BRIGHT[place], elinewidth=0.7, capsize=2)
             else:
                 panel.plot(xs, ys, color=GREY, linewidth=0.9, marker=".", markersize=4, zorder=1)
-        panel.axhline(100, color="black", linewidth=1, linestyle="--")
+        panel.axhline(full["score"], color="black", linewidth=1, linestyle="--")
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:g}")
         panel.set_xlabel(label)
         panel.grid(alpha=0.25)
-    panels[0][0].set_ylabel("mean over benchmarks, % of full")
+    panels[0][0].set_ylabel(scores)
     if any(point["method"] not in coloured for point in reduced):
         panels[0][0].plot([], [], color=GREY, marker=".", label="other methods")
     panels[0][-1].legend(*panels[0][0].get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="lower right")

@@ -1,36 +1,18 @@
-"""Is the unreduced model the one of the paper? Checked before any reduced number is believed."""
+"""Published values beside ours: which are like ours, and whether the unreduced model is the one of the paper.
 
-from collections.abc import Sequence
+The gate is checked before any reduced number is believed.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eval.papers.measured import Cell
-from eval.papers.published import Published, Value
-from eval.papers.rows import comparable
+from eval.papers.cells import Cell
+from eval.papers.published import WORDS, Published, Value
+from eval.papers.runs import Line
 from eval.papers.spec import Place
 
-# What moves a baseline, by benchmark; most of these were seen in other evaluations of LLaVA.
-CAUSES = {
-    "textvqa": "OCR tokens in the prompt: the papers' numbers have them (profile llava)",
-    "scienceqa": "unreleased weights: LLaVA-1.5's paper has 66.8, the public checkpoint 69.5",
-    "mme": "perception alone or with cognition; two lines in a row must be about one picture",
-    "pope": "the version of the random part: 2,910 or 3,000 questions",
-    "mmbench": "the split: dev and test differ by two points; answers without a letter go to GPT officially",
-    "mmbench_cn": "the split, and the Chinese prompt",
-    "mmvet": "the judge: GPT-4's version moves the score by points",
-    "vizwiz": "the split: test is graded by a server, val is another set",
-    "vqav2": "the split: test-dev is graded by a server, val is another set",
-    "seed_img": "images alone, or with videos",
-    "tgif_qa": "the judge, and which questions: the first 1,000 are all about actions",
-    "msvd_qa": "the judge: its version moves the score by points",
-    "msrvtt_qa": "the judge: its version moves the score by points",
-    "activitynet_qa": "the judge: its version moves the score by points",
-}
-EVERYWHERE = (
-    "the conversation template (result.json, `settings.conversation`)",
-    "the padding of pictures to squares (LLaVA-1.5) or the tile convention (LLaVA-NeXT, --picture)",
-    "the version of the data (scripts/data/check.sh)",
-    "the number format (--dtype) and the checkpoint",
-)
+CAUSES: Mapping[str, str] = WORDS["causes"]
+EVERYWHERE: Sequence[str] = WORDS["everywhere"]
 
 
 @dataclass(frozen=True)
@@ -96,3 +78,35 @@ def sentences(checks: Sequence[Check]) -> list[str]:
         for one in checks
         if one.nearest is not None and not one.passed
     ]
+
+
+def comparable(cell: Cell, values: Sequence[Value], convention: str) -> tuple[list[Value], str]:
+    """The published values that are like ours: same split, metric, judge, budget, variant and convention, not disputed.
+
+    Returns:
+        (values, "") or ([], why none is).
+    """
+    line, column = cell.line, cell.column
+    ours = {
+        "no source": not values,
+        "ours is of another split": bool(column.published_split),
+        "not all questions were asked": cell.questions < cell.available,
+        f"ours is {cell.metric}": cell.metric.endswith("_match") or column.metric not in ("", cell.metric),
+        "another budget": line.by_kept,
+        cell.other_judge: bool(cell.other_judge),
+        "the row is not the release": line.row is not None and not line.row.runs_release,
+    }
+    if why := next((reason for reason, is_so in ours.items() if is_so), ""):
+        return [], why
+    obstacles = {value: value.obstacle(convention) for value in values}
+    found = [value for value in values if not obstacles[value]]
+    return found, "" if found else "; ".join(dict.fromkeys(obstacles.values()))
+
+
+def values_of(line: Line, column: str, published: Published | None, place: Place) -> Sequence[Value] | None:
+    """The published values of a row in a column; none for a variant of our own or a column that no source has."""
+    if published is None:
+        return None
+    name = "full" if line.row is None else line.row.published_name
+    budget = place.tokens if line.budget is None else line.budget
+    return published.values(name, budget, column) if name and column else []

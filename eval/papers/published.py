@@ -5,10 +5,11 @@ The numbers are in `published/<model>.yaml`. A row is one method at one budget i
 only if it is like ours in every respect (`Value.obstacle`); all others are shown and no more.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,49 +39,15 @@ Trust = Literal["high", "medium", "low"]
 Kind = Literal["authors", "copied", "secondary", "rerun", "ours"]
 AverageOf = Literal["ratios", "sums"]
 TRUST: tuple[Trust, ...] = ("high", "medium", "low")
-KINDS: dict[Kind, str] = {
-    "authors": "the authors, of their own method",
-    "rerun": "run again by others",
-    "copied": "copied from other papers, or not said",
-    "secondary": "a reader's notes",
-    "ours": "a user's own, never compared with",
-}
-
-# How images become tokens and answers become scores. Two numbers of different conventions are not compared.
 Convention = Literal["square", "tiles", "spatial", "2880", "fill", "frames", "native", "lmms-eval", "unknown"]
-CONVENTIONS: dict[Convention, str] = {
-    "square": "the whole image, padded to a square, asked as LLaVA's scripts do",
-    "tiles": "tiles as LLaVA-NeXT was released: unpadded, with newline tokens",
-    "spatial": "tiles chosen as LLaVA-NeXT does, padding kept, no newline tokens",
-    "2880": "always a base image and four tiles, padding kept, no newline tokens",
-    "fill": "tiles chosen by the largest filled share, padding kept, no newline tokens",
-    "frames": "eight frames, answers judged by a version of gpt-3.5-turbo",
-    "native": "native resolution",
-    "lmms-eval": "asked and scored by lmms-eval",
-    "unknown": "not said",
-}
-# What a benchmark's number is of, unless its source says otherwise (`Source.split`).
-SPLITS = {
-    "vqav2": "test-dev",
-    "gqa": "testdev, balanced",
-    "vizwiz": "test",
-    "scienceqa": "test, questions with an image",
-    "textvqa": "val, OCR tokens in the prompt",
-    "pope": "random, popular and adversarial questions",
-    "mme": "perception",
-    "mme_sum": "perception and cognition",
-    "mmbench": "dev",
-    "mmbench_cn": "dev",
-    "mmvet": "test",
-    "seed": "images and videos",
-    "seed_img": "images",
-    "llava_bench": "in the wild",
-    "mmmu": "val",
-    **dict.fromkeys(("tgif_qa", "msvd_qa", "msrvtt_qa", "activitynet_qa"), "all questions of the test set"),
-}
+# conventions.yaml says what these mean.
+WORDS: Mapping[str, Any] = read_yaml(Path(__file__).with_name("conventions.yaml"))
+KINDS: Mapping[Kind, str] = WORDS["kinds"]
+CONVENTIONS: Mapping[Convention, str] = WORDS["conventions"]
+SPLITS: Mapping[str, str] = WORDS["splits"]
 
-MME_IN_SUMS = 20  # FSR adds MME's points to percentages as points / 20; every row of its four tables follows from that
-
+SAME_SCORE = 0.5  # points; two sources that differ by no more agree
+SAME_POINTS = 0.01  # of the score, for MME
 SAME_TOKENS = Fraction(1, 100)  # 10 % of 2,880 tokens is printed as 288 and as 290
 
 
@@ -95,13 +62,11 @@ class Value:
             "medium" for copies and pictures, "low" for notes of others.
         disputed: why the number should not be relied on; None where nothing is known against it.
         title: of the source.
-        where: address of the source.
         kind: who obtained the number (`KINDS`).
         column: one of `COLUMNS`.
         convention: one of `CONVENTIONS`.
         split: what the number is of, where that is not what `SPLITS` says; "" for that.
         tokens: as printed: a count, or a share such as "1/5" (Qwen).
-        note: what to know before comparing with it; empty where there is nothing.
     """
 
     value: float
@@ -109,13 +74,11 @@ class Value:
     trust: Trust
     disputed: str | None
     title: str
-    where: str
     kind: Kind
     column: str
     convention: Convention
     split: str
     tokens: int | str
-    note: str
 
     def obstacle(self, convention: str) -> str:
         """Why a number of ours, taken under a convention on the usual split, is not compared with this one; "" if it
@@ -214,17 +177,25 @@ class Row(BaseModel):
         return self.disputed.get(column) if isinstance(self.disputed, dict) else self.disputed
 
 
-class File(BaseModel):
-    """A file of published scores."""
+class Published(BaseModel):
+    """The published scores of one model: a file.
+
+    Attributes:
+        model: as papers call it.
+        sources: key -> source, in the order of the file.
+        rows: in the order of the file.
+        name: of the file, such as "llava15_7b".
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
     sources: dict[str, Source]
     rows: tuple[Row, ...]
+    name: str
 
     @model_validator(mode="after")
-    def check(self) -> "File":
+    def check(self) -> "Published":
         seen = set()
         for row in self.rows:
             if row.source not in self.sources:
@@ -233,23 +204,6 @@ class File(BaseModel):
                 raise ValueError(f"{row.source} has two rows of {row.method} at {row.tokens} tokens")
             seen.add(key)
         return self
-
-
-@dataclass(frozen=True)
-class Published:
-    """The published scores of one model.
-
-    Attributes:
-        name: of the file, such as "llava15_7b".
-        model: as papers call it.
-        sources: key -> source, in the order of the file.
-        rows: in the order of the file.
-    """
-
-    name: str
-    model: str
-    sources: Mapping[str, Source]
-    rows: tuple[Row, ...]
 
     def values(self, method: str, tokens: int | str | None, column: str) -> list[Value]:
         """All published numbers of a cell, the most trusted first, then in the order of the file; users' own last.
@@ -285,28 +239,12 @@ class Published:
             trust=row.trust or source.trust,
             disputed=row.reason(column),
             title=source.title,
-            where=source.where,
             kind=row.kind or source.kind,
             column=column,
             convention=source.convention,
             split=source.split_of(column),
             tokens=row.tokens,
-            note=row.note if row.note is not None else source.note,
         )
-
-    def computed_average(self, row: Row) -> float | None:
-        """The average in percent that follows from a row's benchmarks and from the full model in the same source; None
-        where the source does not have all benchmarks of its average, or no full model."""
-        rule = self.sources[row.source].average_of
-        full = next((other for other in self.rows if other.method == FULL and other.source == row.source), None)
-        if rule is None or full is None:
-            return None
-        columns = [column for column in BENCHMARKS if column in row.scores]
-        if rule == "ratios":
-            return sum(100 * row.scores[column] / full.scores[column] for column in columns) / len(columns)
-        weights = {column: 1 / MME_IN_SUMS if column in POINTS else 1.0 for column in columns}
-        sums = [sum(weights[column] * one.scores[column] for column in columns) for one in (row, full)]
-        return 100 * sums[0] / sums[1]
 
 
 @cache
@@ -323,10 +261,10 @@ def load(model: str) -> Published:
         raise unknown("model with published scores", model, models())
     path = FOLDER / f"{model}.yaml"
     try:
-        file = File.model_validate(read_yaml(path))
+        content = read_yaml(path)
+        return Published.model_validate({"name": model, **content} if isinstance(content, dict) else content)
     except ValidationError as error:
         raise UserError(f"{path} is not a file of published scores: {' '.join(str(error).split())}.") from None
-    return Published(model, file.model, file.sources, file.rows)
 
 
 def models() -> list[str]:
@@ -346,3 +284,77 @@ def share(tokens: int | str) -> Fraction:
 def same_tokens(one: Fraction, other: Fraction) -> bool:
     """Whether two sources mean the same budget."""
     return abs(one - other) <= SAME_TOKENS * max(one, other)
+
+
+# -- what the sources say against each other ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Published numbers that cannot all be right, or need an explanation.
+
+    Attributes:
+        kind: "sources" where two sources differ about one cell, "tokens" where a score falls although more tokens are
+            kept, within one source.
+        values: "sources": all values of the cell, the most trusted first. "tokens": at fewer tokens, then at more.
+    """
+
+    kind: Literal["sources", "tokens"]
+    method: str
+    column: str
+    values: tuple[Value, ...]
+
+    def __str__(self) -> str:
+        if self.kind == "tokens":
+            few, many = self.values
+            return (
+                f"{self.method}, {self.column}: {few.value:g} at {few.tokens} tokens but {many.value:g} at "
+                f"{many.tokens} ({few.title})"
+            )
+        found = "; ".join(f"{value.value:g} ({value.title})" for value in self.values)
+        return f"{self.method} at {self.values[0].tokens} tokens, {self.column}: {found}"
+
+
+def contradictions(published: Published) -> list[Contradiction]:
+    """Cells whose sources differ by more than half a point (1 % for MME), then scores that fall by more than that
+    when more tokens are kept, within one source. Costs and users' own rows are left out."""
+    own = {key for key, source in published.sources.items() if source.kind == "ours"}
+    rows = tuple(row for row in published.rows if row.kind != "ours" and row.source not in own)
+    others = published.model_copy(update={"rows": rows})
+    return [*between_sources(others), *against_tokens(others)]
+
+
+def between_sources(published: Published) -> Iterator[Contradiction]:
+    """Cells whose sources differ."""
+    cells = dict.fromkeys(
+        (row.method, row.share, column) for row in published.rows for column in row.scores if column not in EFFICIENCY
+    )
+    done: set[tuple[str, str, frozenset[Value]]] = set()
+    for method, tokens, column in cells:
+        values = published.values(method, str(tokens), column)
+        key = (method, column, frozenset(values))  # 288 and 290 tokens are one cell
+        numbers_found = [value.value for value in values]
+        if key not in done and differ(min(numbers_found), max(numbers_found), column):
+            yield Contradiction("sources", method, column, tuple(values))
+        done.add(key)
+
+
+def against_tokens(published: Published) -> Iterator[Contradiction]:
+    """Scores that are lower with more tokens, in one source."""
+    reduced = [row for row in published.rows if row.method != FULL]
+    for one, other in combinations(reduced, 2):
+        if (one.method, one.source) != (other.method, other.source):
+            continue
+        few, many = sorted((one, other), key=lambda row: row.share)
+        for column in few.scores:
+            if column in EFFICIENCY or column not in many.scores:
+                continue
+            if few.scores[column] > many.scores[column] and differ(few.scores[column], many.scores[column], column):
+                pair = (published.value(few, column), published.value(many, column))
+                yield Contradiction("tokens", few.method, column, pair)
+
+
+def differ(one: float, other: float, column: str) -> bool:
+    """Whether two scores of a column differ by more than sources that agree do; decimals as printed."""
+    allowed = SAME_POINTS * max(one, other) if column in POINTS else SAME_SCORE
+    return abs(one - other) > allowed + 1e-9

@@ -1,27 +1,34 @@
-"""The further tables of a page: costs, statistics over the benchmarks, and the paired tests of an ablation."""
+"""The further tables of a page: costs, statistics over the benchmarks, and paired tests between methods."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from eval.papers.document import Section
-from eval.papers.measured import Cell, Measured
-from eval.papers.plan import Line
+from eval.papers.cells import Cell, Measured
+from eval.papers.document import MARK, MARK_TEXT, Section, label, number, ours_text, published_text
+from eval.papers.gate import values_of
 from eval.papers.published import AVERAGE, Published
-from eval.papers.rows import MARK, MARK_TEXT, label, number, ours_text, published_text, values_of
-from eval.papers.spec import Place, Table
-from eval.papers.timing import Time
-from eval.results.statistics import LEVEL, RESAMPLES, Comparison, Interval, accuracy_terms, compare, holm, interval
-from eval.statistics.hard_questions import groups
-from eval.statistics.interquartile import Scores, relative_iqm, relative_mean
-from eval.statistics.loyalty import same_answers
-from eval.statistics.tokens_needed import tokens_needed
-from eval.tables.page import difference_text, score_text
+from eval.papers.runs import Time
+from eval.papers.spec import Budget, Place, Row, Table
+from eval.results.statistics import (
+    LEVEL,
+    RESAMPLES,
+    Comparison,
+    Interval,
+    accuracy_terms,
+    all_pairs,
+    compare,
+    holm,
+    interval,
+)
+from eval.statistics.answers import hard_questions, same_answers
+from eval.statistics.relative import Scores, relative_iqm, relative_mean, tokens_needed
+from eval.tables.page import csv_numbers, difference_text, score_text
 from llava.errors import UserError
 
 Times = Mapping[int, Time]
-
-
 # Line -> benchmark -> the paper's method minus this line, where the difference is significant.
 Clear = Mapping[int, Mapping[str, Comparison]]
+# Budget -> (line, line) -> their difference, corrected over all pairs of the budget.
+Pairs = Mapping[Budget, Mapping[tuple[int, int], Comparison]]
 
 
 def sections_of(
@@ -31,12 +38,14 @@ def sections_of(
     source: Published | None = None,
     place: Place | None = None,
     clear: Clear | None = None,
+    pairs: Pairs | None = None,
 ) -> list[Section]:
-    """Costs always; statistics of a score table; the differences of an ablation; what is published about costs.
+    """The sections of a table's kind; of a score table and an overview only those that have rows.
 
     Args:
-        clear: of `clear_differences`, for a score table.
         source, place: the published values and the model they are of; None where they are left out.
+        clear: of `clear_differences`, for a score table.
+        pairs: of `pairs_of`, for an overview.
     """
     known = [published_costs(found, times, source, place)] if source and place else []
     known = [section for section in known if section.rows]
@@ -44,31 +53,34 @@ def sections_of(
         return [ablation(table, found), costs(found, times), *known]
     if table.kind == "efficiency":
         return [costs(found, times, scored=True), *known]
+    if table.kind == "overview":
+        budgets = [costs_at(found, times, budget, pairs or {}) for budget in table.budgets]
+        tested = [claims(table, found)] if any(row.claim for row in table.rows) else []
+        return [overview(table, found), *tested, significance(found, pairs or {}), *budgets, *known]
     variants = [section for section in [releases(found)] if section.rows]
-    return [
-        aggregates(found),
-        *variants,
-        needed(found),
-        against(table, found, clear or {}),
-        costs(found, times),
-        *known,
-    ]
+    tested = [needed(found), against(table, found, clear or {})]
+    return [aggregates(found), *variants, *tested, costs(found, times), *known]
 
 
-def costs(found: Measured, times: Times, scored: bool = False) -> Section:
+# -- costs ------------------------------------------------------------------------------------------------------------
+
+
+def costs(found: Measured, times: Times, scored: bool = False, lines: Iterable[int] | None = None) -> Section:
     """What one question costs, beside the unreduced model.
 
     Args:
         scored: also show what it scores, for a page that has no table of scores.
+        lines: all if left out.
     """
     rows = []
-    full = first(found, 0)
-    for index, line in enumerate(found.lines):
-        cell = first(found, index)
+    for index in range(len(found.lines)) if lines is None else lines:
+        cell, full = first(found, index), first(found, 0)
         if cell is None or full is None:
             continue
-        row = [label(found, index), str(line.budget or "all"), f"{cell.tokens:.1f}", f"{cell.kv_bytes / 1e6:.2f}"]
-        row += [f"{full.kv_bytes / cell.kv_bytes:.2f}x", *flops_cells(cell, full)]
+        row = [label(found, index), str(found.lines[index].budget or "all"), f"{cell.tokens:.1f}"]
+        row += [f"{cell.kv_bytes / 1e6:.2f}", f"{full.kv_bytes / cell.kv_bytes:.2f}x"]
+        flops = (cell.flops or 0.0, full.flops or 0.0)
+        row += [f"{flops[0] / 1e9:.2f}", f"{flops[1] / flops[0]:.2f}x"] if all(flops) else ["n/a", "n/a"]
         time, base = times.get(index), times.get(0)
         row += [f"{1000 * time.ttft:.1f}", f"{base.ttft / time.ttft:.2f}x"] if time and base else ["n/a", "n/a"]
         rows.append([*row, *(ours_text(cell) for cell in found.row(index).values())] if scored else row)
@@ -77,8 +89,6 @@ def costs(found: Measured, times: Times, scored: bool = False) -> Section:
         "of a question asked alone, vision tower included. "
     )
     about += next(iter(times.values())).about if times else "Times were not measured in this run (--times)."
-    if any(line.by_kept for line in found.lines):
-        about += f" {MARK} {MARK_TEXT}."
     header = [
         "method",
         "budget",
@@ -89,15 +99,14 @@ def costs(found: Measured, times: Times, scored: bool = False) -> Section:
         "fewer operations",
         "TTFT ms",
         "TTFT faster",
-        *((column.title for column in found.columns) if scored else ()),
     ]
-    return Section("Costs", about, header, rows)
+    header += [column.title for column in found.columns] if scored else []
+    return Section("Costs", about + mark_text(found), header, rows)
 
 
-def flops_cells(cell: Cell, full: Cell) -> list[str]:
-    if cell.flops is None or full.flops is None:
-        return ["n/a", "n/a"]
-    return [f"{cell.flops / 1e9:.2f}", f"{full.flops / cell.flops:.2f}x"]
+def mark_text(found: Measured) -> str:
+    """What the mark of rows that count their budget otherwise means, where there are such rows."""
+    return f" {MARK} {MARK_TEXT}." if any(line.by_kept for line in found.lines) else ""
 
 
 def first(found: Measured, index: int) -> Cell | None:
@@ -127,15 +136,20 @@ def published_costs(found: Measured, times: Times, source: Published, place: Pla
     return Section("Published averages and costs", about, [*header, "our TTFT, ms"], rows)
 
 
+# -- statistics of a score table --------------------------------------------------------------------------------------
+
+
 def releases(found: Measured) -> Section:
     """Our variants of methods whose release is a row, minus the release, on every benchmark."""
     rows = []
     for index, line in enumerate(found.lines):
-        release = next((i for i, other in enumerate(found.lines) if is_release_of(other, line)), None)
-        ours = found.row(index)
-        if release is None or not ours or not found.row(release):
+        if line.row is None or line.row.runs_release:
             continue
-        cells = found.row(release)
+        same = (i for i, one in enumerate(found.lines) if (one.method, one.budget) == (line.method, line.budget))
+        release = next((i for i in same if (row := found.lines[i].row) and row.runs_release), -1)
+        ours, cells = found.row(index), found.row(release)
+        if not ours or not cells:
+            continue
         texts = [
             difference_text(compare(ours[c.benchmark].terms, cells[c.benchmark].terms))
             if c.benchmark in ours and c.benchmark in cells
@@ -150,18 +164,6 @@ def releases(found: Measured) -> Section:
     return Section("Variants against their releases", about, header, rows)
 
 
-def is_release_of(one: Line, variant: Line) -> bool:
-    """Whether one line is the release of the method that another varies."""
-    return (
-        one.row is not None
-        and variant.row is not None
-        and one.row is not variant.row
-        and (one.method, one.budget) == (variant.method, variant.budget)
-        and one.row.runs_release
-        and not variant.row.runs_release
-    )
-
-
 def aggregates(found: Measured) -> Section:
     """Averages over the benchmarks with intervals, loyalty, and accuracy on the questions that downsampling loses."""
     rows = []
@@ -171,7 +173,10 @@ def aggregates(found: Measured) -> Section:
         if index == 0 or not row:
             continue
         pairs = {name: (cell.terms, full[name].terms) for name, cell in row.items()}
-        control = downsample_at(found, index)
+        same_budget = (
+            i for i, one in enumerate(found.lines) if one.budget == line.budget and one.method == "downsample"
+        )
+        control = found.row(next(same_budget, -1))
         rows.append(
             [
                 label(found, index),
@@ -202,15 +207,6 @@ def relative_text(average: Callable[[Scores], Interval], pairs: Scores, count: i
         return f"n/a: {str(error).partition(',')[0]}"
 
 
-def downsample_at(found: Measured, index: int) -> dict[str, Cell]:
-    """The control's cells at the same budget."""
-    budget = found.lines[index].budget
-    return next(
-        (found.row(i) for i, line in enumerate(found.lines) if line.method == "downsample" and line.budget == budget),
-        {},
-    )
-
-
 def pooled_loyalty(row: Mapping[str, Cell], full: Mapping[str, Cell]) -> Interval:
     """Over all questions of all benchmarks; images of different benchmarks are different units."""
     same = {
@@ -231,7 +227,7 @@ def hard_text(row: Mapping[str, Cell], full: Mapping[str, Cell], control: Mappin
     credits: dict[str, float] = {}
     for name, cell in row.items():
         if name in control and cell.credits and full[name].credits and control[name].credits:
-            hard = groups(full[name].credits, control[name].credits).a
+            hard = hard_questions(full[name].credits, control[name].credits)["group_a"]
             credits |= {f"{name} {key}": cell.credits[key] for key in hard}
     if not credits:
         return "n/a"
@@ -311,22 +307,33 @@ def significant(ours: Mapping[str, Cell], other: Mapping[str, Cell]) -> dict[str
     return {name: one for name, one, p in zip(names, found, corrected, strict=True) if p <= 1 - LEVEL}
 
 
+# -- one method's choices, and all methods on one benchmark -----------------------------------------------------------
+
+
+def by_row(table: Table, found: Measured) -> list[tuple[Row, dict[Budget | None, int]]]:
+    """Every row of the table with its lines by budget."""
+    rows: dict[int, dict[Budget | None, int]] = {id(row): {} for row in table.rows}  # rows have no hash
+    for index, line in enumerate(found.lines):
+        if line.row is not None:
+            rows[id(line.row)][line.budget] = index
+    return [(row, rows[id(row)]) for row in table.rows]
+
+
+def defaults_of(table: Table, found: Measured) -> dict[Budget | None, int]:
+    """Budget -> line of the paper's method with its defaults; empty where it is not among the rows."""
+    rows = by_row(table, found)
+    return next((lines for row, lines in rows if row.method == table.ours and not row.options), {})
+
+
 def ablation(table: Table, found: Measured) -> Section:
     """Every choice beside the method's defaults, paired over images; two columns per benchmark and budget."""
-    budgets = list(dict.fromkeys(line.budget for line in found.lines[1:]))
-    number_of = {id(row): place for place, row in enumerate(table.rows)}
-    index_of = {(number_of[id(line.row)], line.budget): i for i, line in enumerate(found.lines) if line.row is not None}
-    default = next((n for n, row in enumerate(table.rows) if row.method == table.ours and not row.options), None)
+    budgets, default = list(dict.fromkeys(line.budget for line in found.lines[1:])), defaults_of(table, found)
     rows = []
-    for place, row in enumerate(table.rows):
+    for row, lines in by_row(table, found):
         cells = [f"{row.group}: {row.title}" if row.group else row.title]
         for budget in budgets:
-            base = None if default is None else index_of[default, budget]
-            cells += [
-                text
-                for column in found.columns
-                for text in compared(found, index_of[place, budget], base, column.benchmark)
-            ]
+            for column in found.columns:
+                cells += compared(found, lines[budget], default.get(budget), column.benchmark)
         rows.append(cells)
     heads = [f"{column.title}, {budget} tokens" for budget in budgets for column in found.columns]
     header = ["choice", *(text for head in heads for text in (head, "against the default [95 % CI]"))]
@@ -346,3 +353,105 @@ def compared(found: Measured, index: int, base: int | None, benchmark: str) -> l
     if found.lines[index].setting == found.lines[base].setting:
         return [f"**{text}**", "default"]
     return [text, difference_text(compare(cell.terms, default.terms))]
+
+
+def pairs_of(found: Measured) -> Pairs:
+    """Every two lines of a budget, compared on the one benchmark of an overview."""
+    by_budget: dict[Budget, dict[int, Cell]] = {}
+    for index, line in enumerate(found.lines):
+        cell = first(found, index)
+        if line.budget is not None and cell is not None:
+            by_budget.setdefault(line.budget, {})[index] = cell
+    return {budget: all_pairs({i: cell.terms for i, cell in cells.items()}) for budget, cells in by_budget.items()}
+
+
+def pair_rows(found: Measured, pairs: Pairs) -> list[list[str]]:
+    """The rows of the file of pairs: budget, two methods, difference with its interval, corrected p-value."""
+    rows = []
+    for budget, compared in pairs.items():
+        for both, one in compared.items():
+            names = (found.lines[index].title for index in both)
+            numbers = csv_numbers(one.difference, one.low, one.high)
+            rows.append([str(budget), *names, *numbers, f"{one.p:.2g}"])
+    return rows
+
+
+def standing(index: int, pairs: Mapping[tuple[int, int], Comparison]) -> tuple[int, int]:
+    """How many lines a line beats significantly, and how many it loses to."""
+    ours = {both: one for both, one in pairs.items() if index in both and one.p <= 1 - LEVEL}
+    beats = sum((one.difference > 0) == (both[0] == index) for both, one in ours.items())
+    return beats, len(ours) - beats
+
+
+def overview(table: Table, found: Measured) -> Section:
+    """Methods by budgets, those with the highest lowest score first."""
+    full = found.cells[0, found.columns[0].benchmark]
+    rows = []
+    for row, lines in by_row(table, found):
+        cells = [first(found, lines[budget]) for budget in table.budgets]
+        texts = ["n/a" if cell is None else ours_text(cell) + f" {MARK}" * cell.line.by_kept for cell in cells]
+        rows.append((min(0.0 if cell is None else cell.value for cell in cells), [row.title, *texts]))
+    rows.sort(key=lambda row: -row[0])
+    about = (
+        f"{found.columns[0].title} with 95 % intervals, {full.questions:,} of {full.available:,} questions about "
+        f"{len(set(full.clusters.values())):,} images or videos."
+    )
+    header = ["method", *(f"{budget} tokens" for budget in table.budgets)]
+    everything = [f"full ({full.tokens:.0f})", *[ours_text(full)] * len(table.budgets)]
+    return Section("Overview", about + mark_text(found), header, [everything, *(texts for _, texts in rows)])
+
+
+def claims(table: Table, found: Measured) -> Section:
+    """The defaults of the paper's method minus the row of each claim: it holds, fails or stays open."""
+    default, name = defaults_of(table, found), found.columns[0].benchmark
+    rows = []
+    for row, lines in by_row(table, found):
+        pairs = [
+            (found.cells.get((default.get(b, -1), name)), found.cells.get((lines[b], name))) for b in table.budgets
+        ]
+        rows += [[row.claim, *(claim_text(*pair) for pair in pairs)]] if row.claim else []
+    about = (
+        f"{table.ours} minus the row that a claim is about, paired over images [95 % interval]: a claim holds or fails "
+        "where the interval leaves out 0, and stays open elsewhere."
+    )
+    return Section("Claims", about, ["claim", *(f"{budget} tokens" for budget in table.budgets)], rows)
+
+
+def claim_text(ours: Cell | None, other: Cell | None) -> str:
+    """A difference with the verdict on "better": holds, fails or open."""
+    if ours is None or other is None:
+        return "n/a"
+    found = compare(ours.terms, other.terms)
+    verdict = "open" if found.p > 1 - LEVEL else "holds" if found.difference > 0 else "fails"
+    return f"{difference_text(found)} {verdict}"
+
+
+def significance(found: Measured, pairs: Pairs) -> Section:
+    """How many pairs differ at each budget, and the methods that no other one beats."""
+    rows = []
+    for budget, compared in pairs.items():
+        clear = sum(one.p <= 1 - LEVEL for one in compared.values())
+        best = [index for index in lines_at(found, budget) if not standing(index, compared)[1]]
+        names = ", ".join(found.lines[index].title for index in best)
+        rows.append([f"{budget} tokens", f"{clear} of {len(compared)}", names])
+    about = (
+        "Paired permutation tests by image at 5 %, two-sided, corrected by Holm over all pairs of methods at a budget. "
+        "The last column has the methods that none is significantly better than."
+    )
+    return Section("Significance", about, ["budget", "pairs that differ", "best methods"], rows)
+
+
+def lines_at(found: Measured, budget: Budget) -> list[int]:
+    """The lines of a budget that have a score, the highest first."""
+    cells = {i: cell for i, line in enumerate(found.lines) if line.budget == budget and (cell := first(found, i))}
+    return sorted(cells, key=lambda index: -cells[index].value)
+
+
+def costs_at(found: Measured, times: Times, budget: Budget, pairs: Pairs) -> Section:
+    """Costs and scores of one budget, the highest score first, with how many methods each beats and loses to."""
+    lines = lines_at(found, budget)
+    section = costs(found, times, scored=True, lines=[0, *lines])
+    places = [standing(index, pairs.get(budget, {})) for index in lines]
+    verdicts = ["", *(f"{beats} / {lost}" + " **top**" * (not lost) for beats, lost in places)]
+    rows = [[*row, verdict] for row, verdict in zip(section.rows, verdicts, strict=True)]
+    return Section(f"Costs at {budget} tokens", section.about, [*section.columns, "beats / loses to"], rows)

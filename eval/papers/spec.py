@@ -1,4 +1,4 @@
-"""What a table of a paper is made of: the YAML file beside each script of scripts/<paper>/.
+"""What a table is made of: the YAML file beside each script of scripts/<paper>/ and scripts/tables/.
 
 `read` checks a file before anything runs: unknown keys, methods, options and benchmarks are errors.
 """
@@ -19,6 +19,7 @@ from llava.reduction import registry
 
 SCRIPTS = ROOT / "scripts"
 PAPERS = ("consensusdrop", "visiondrop", "attnmix")
+FOLDERS = (*PAPERS, "tables")
 
 
 def known_benchmark(name: str) -> str:
@@ -101,6 +102,7 @@ class Row(Part):
         published: name in the published values; "" for the method's name, "none" for a variant of our own. Numbers
             that a release made belong to the row that runs it: `runs_release`.
         group: heading above the first row of a group, for ablations the factor.
+        claim: a sentence that holds if the defaults of the paper's method are significantly better than this row.
     """
 
     method: Annotated[str, AfterValidator(known_method)]
@@ -108,6 +110,7 @@ class Row(Part):
     options: Mapping[str, str] = Field(default_factory=dict)
     published: str = ""
     group: str = ""
+    claim: str = ""
 
     @property
     def title(self) -> str:
@@ -134,20 +137,21 @@ class Table(Part):
         paper: folder that the spec is in.
         name: of the file.
         kind: "scores": methods by benchmarks; "ablation": one method's options, compared with its defaults;
-            "efficiency": costs and times.
+            "efficiency": costs and times; "overview": methods by budgets on one benchmark, and tests of all pairs.
         ours: the paper's method, which the others are compared with.
         real: the checkpoint of the paper; toy: what stands in for it without downloads.
         model_title: name of the paper's model.
         published: file of eval/papers/published/; "" if there is none.
         budgets: visual tokens, or retention ratios.
         notes: conventions and known deviations.
+        page: of the documentation, in which `--page` writes the sections between their markers; "" for none.
     """
 
     title: str
     about: str
     paper: str
     name: str
-    kind: Literal["scores", "ablation", "efficiency"] = "scores"
+    kind: Literal["scores", "ablation", "efficiency", "overview"] = "scores"
     ours: Annotated[str, AfterValidator(known_method)]
     model_title: str
     real: Place
@@ -157,6 +161,7 @@ class Table(Part):
     budgets: tuple[Budget, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    page: str = ""
 
     @model_validator(mode="after")
     def check(self) -> "Table":
@@ -172,6 +177,8 @@ class Table(Part):
                 raise ValueError("full is always the first row; leave it out of rows")
             registry.build(row.method, 1, dict(row.options))
         keys = [(row.method, tuple(sorted(row.options.items()))) for row in self.rows]
+        if self.kind == "overview" and len(self.columns) > 1:
+            raise ValueError("an overview is of one benchmark; leave one under columns")
         if self.kind != "ablation" and len(set(keys)) < len(keys):
             raise ValueError("a method with the same options is listed twice under rows")
         return self
@@ -212,14 +219,16 @@ def read(path: Path) -> Table:
 
 def resolved(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Lists that are named by the file that holds them: `rows: ../lists/baselines.yaml` reads the list of that file,
-    from there or, for a spec outside this repository, from scripts/lists."""
+    from there or, for a spec outside this repository, from scripts/lists. `rows: all` are all methods."""
     found = dict(content)
     for key in ("rows", "columns"):
         value = found.get(key)
         parts = value if isinstance(value, list) else [value]
         entries: list[Any] = []
         for part in parts:
-            if isinstance(part, str):
+            if part == "all" and key == "rows":
+                entries += [{"method": method} for method in registry.names() if method != FULL]
+            elif isinstance(part, str):
                 entries += read_list(key, part, folder)
             elif part is not None:
                 entries.append(part)
@@ -261,7 +270,7 @@ def rows_of_factors(method: str, factors: Any) -> list[dict[str, Any]]:
 
 def paths() -> list[Path]:
     """The specs of all tables."""
-    return sorted(path for paper in PAPERS for path in (SCRIPTS / paper).glob("*.yaml"))
+    return sorted(path for folder in FOLDERS for path in (SCRIPTS / folder).glob("*.yaml"))
 
 
 def short(path: Path) -> str:

@@ -23,16 +23,16 @@ from eval.command import exit_on_user_error, make_parser
 from eval.config import ROOT, is_toy
 from eval.papers import spec
 from eval.papers.own import read_own
-from eval.papers.spec import Column, Table
+from eval.papers.spec import Table
+from eval.tables.page import insert, markdown, write_csv
 from llava.errors import UserError
 
 if TYPE_CHECKING:
+    from eval.papers.cells import Measured
     from eval.papers.document import Document
     from eval.papers.gate import Check
-    from eval.papers.measured import Measured
     from eval.papers.own import OwnRow
-    from eval.papers.plan import Where
-    from eval.papers.timing import Time
+    from eval.papers.runs import Time, Where
     from llava.model.llava_arch import Llava
 
 REPEATS = 5
@@ -40,7 +40,7 @@ REPEATS = 5
 
 def where_of(table: Table, args: argparse.Namespace) -> "Where":
     """The model and data: the paper's if the user names data or a model, the toy ones otherwise."""
-    from eval.papers.plan import Where
+    from eval.papers.runs import Where
 
     bundled = args.model is None and args.data is None
     place = table.toy if bundled else table.real
@@ -81,11 +81,9 @@ def make(
     table: Table, where: "Where", args: argparse.Namespace, folder: Path, own: "Sequence[OwnRow]" = ()
 ) -> "Document":
     """Fill what is missing, and say everything that the formats write; `own`: rows that the user adds."""
+    from eval.papers.cells import read_cells
     from eval.papers.figure import draw_kept
-    from eval.papers.fill import fill_cells, open_model
-    from eval.papers.measured import read_cells
-    from eval.papers.plan import columns_of, described, lines_of
-    from eval.papers.timing import times_of
+    from eval.papers.runs import columns_of, described, fill_cells, lines_of, open_model, times_of
     from eval.parallel import placement
 
     place = None if args.render else placement.here()
@@ -150,68 +148,84 @@ def document_of(
 ) -> "Document":
     """What the page says, by the kind of the table."""
     from eval.papers import published
-    from eval.papers.document import Document, facts_of, notes_of
-    from eval.papers.rows import blocks, entries
-    from eval.papers.sections import clear_differences, sections_of
+    from eval.papers.document import Document, blocks, entries, facts_of, notes_of
+    from eval.papers.sections import clear_differences, pair_rows, pairs_of, sections_of
 
     source = published.load(table.published) if table.published and not where.is_toy else None
     cells = entries(found, source, where.place)
     clear = clear_differences(table, found) if table.kind == "scores" else {}
+    pairs = pairs_of(found) if table.kind == "overview" else {}
     return Document(
         table,
         Path(where.place.model).name,
         where.is_toy,
         facts_of(table, where, found, command),
-        [*heads(found.columns), "average"],
+        [*(column.title for column in found.columns), "average"],
         blocks(found, own, clear) if table.kind == "scores" else (),
         cells,
-        sections_of(table, found, times, source, where.place, clear),
+        sections_of(table, found, times, source, where.place, clear, pairs),
         checks,
         own,
         notes_of(table, found, cells, own),
-        points_of(found, times),
+        points_of(table, found, times),
+        pairs=pair_rows(found, pairs),
     )
 
 
-def points_of(found: "Measured", times: "Mapping[int, Time]") -> list[dict[str, object]]:
-    """A point per line for plots: tokens and time against the average."""
+def points_of(table: Table, found: "Measured", times: "Mapping[int, Time]") -> list[dict[str, object]]:
+    """A point per line for plots: tokens and time against the average, or against the score of an overview."""
     points: list[dict[str, object]] = []
     for index, line in enumerate(found.lines):
         row, time = found.row(index), times.get(index)
         if row:
-            cost = {
-                "tokens": sum(cell.tokens for cell in row.values()) / len(row),
-                "ttft_ms": 1000 * time.ttft if time else None,
-            }
-            points.append({"method": line.title, "budget": line.budget, **cost, "score": found.of_full(index)})
+            tokens = sum(cell.tokens for cell in row.values()) / len(row)
+            point: dict[str, object] = {"method": line.title, "budget": line.budget, "tokens": tokens}
+            point |= {"ttft_ms": 1000 * time.ttft if time else None, "score": found.of_full(index)}
+            if table.kind == "overview":
+                (cell,) = row.values()
+                low, high = (cell.value, cell.value) if cell.low is None or cell.high is None else (cell.low, cell.high)
+                point |= {"score": cell.value, "bars": (cell.value - low, high - cell.value)}
+            points.append(point)
     return points
-
-
-def heads(columns: Sequence[Column]) -> list[str]:
-    return [column.title for column in columns]
 
 
 def write(document: "Document", folder: Path, tex_intervals: bool = False) -> list[Path]:
     """The table in all formats; returns the files."""
-    from eval.papers import figure
-    from eval.papers.render import html, latex, markdown, numbers
+    from eval.papers import figure, render
 
     folder.mkdir(parents=True, exist_ok=True)
-    name = document.table.name
-    drawn = bool(document.blocks) and figure.draw(
-        folder / f"{name}.png", document.points, document.title, document.ours
-    )
+    table = document.table
+    picture, paths = folder / f"{table.name}.png", []
+    scores = f"{table.columns[0].title}, %" if table.kind == "overview" else "mean over benchmarks, % of full"
+    if table.kind in ("scores", "overview"):
+        has_picture = figure.draw(picture, document.points, document.title, document.ours, scores)
+        paths += [picture] if has_picture else []
     texts = {
-        "md": markdown.page(document, f"{name}.png" if drawn else ""),
-        "csv": numbers.text(document),
-        "tex": latex.text(document, tex_intervals),
-        "html": html.text(document),
+        "md": render.markdown_page(document, picture.name if paths else ""),
+        "csv": render.csv_file(document),
+        "tex": render.latex_file(document, tex_intervals),
+        "html": render.html_page(document),
     }
-    paths = [folder / f"{name}.png"] if drawn else []
     for suffix, text in texts.items():
-        paths.append(folder / f"{name}.{suffix}")
+        paths.append(folder / f"{table.name}.{suffix}")
         write_file(paths[-1], text)
+    if document.pairs:
+        paths.append(folder / f"{table.name}_pairs.csv")
+        write_csv(paths[-1], ["budget", "a", "b", "a_minus_b", "low", "high", "p_holm"], document.pairs)
     return paths
+
+
+def write_page(document: "Document") -> Path:
+    """Put the sections where the table's page of the documentation has markers for them; returns the page.
+
+    A marker names the table and the title of the section: `<!-- begin embedded_main overview -->`.
+    """
+    page = ROOT / document.table.page
+    for section in document.sections:
+        marker = f"{document.table.name} {section.title}".lower()
+        if f"<!-- begin {marker} -->" in page.read_text():
+            insert(page, marker, f"{section.about}\n\n{markdown(section.columns, section.rows)}")
+    return page
 
 
 def parser() -> argparse.ArgumentParser:
@@ -232,6 +246,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--render", action="store_true", help="ask nothing, write from finished runs; --times 0: no timing")
     p.add_argument("--tex-intervals", action="store_true", help="LaTeX: 95 %% intervals, and * for clear differences")
     p.add_argument("--output", type=Path, help="folder of the files; default results/tables/PAPER/MODEL[-limitN]")
+    p.add_argument("--page", action="store_true", help="also write the sections into the table's page of docs/")
     p.add_argument("--times", type=int, metavar="N", help="prefills per method to time; default 5, 0 with --limit")
     p.add_argument("--wandb", default="auto", help="auto, online, offline or disabled: one run for the whole table")
     return p
@@ -249,6 +264,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(
             f"--tex-intervals is for tables of scores; {table.identity} is of kind {table.kind}: leave it out."
         )
+    if args.page and not (table.page and where.is_toy):
+        raise UserError(
+            "--page writes toy results into a page of docs/, which few tables have (`page` in their specification): "
+            "leave it out."
+        )
     own = read_own(args.add, table) if args.add else ()
     table = narrowed(table, args)
     folder = args.output or default_folder(table, where, args)
@@ -257,6 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log(args.wandb, document, where, folder, files)
     print(summary(document))
     print(f"Table: {', '.join(str(file) for file in files)}")
+    if args.page:
+        print(f"Page: {write_page(document)}")
     return 0
 
 
@@ -285,12 +307,14 @@ def default_folder(table: Table, where: "Where", args: argparse.Namespace) -> Pa
 
 def summary(document: "Document") -> str:
     """The wide table as it is printed on the terminal."""
-    from eval.papers.render.markdown import wide
+    from eval.papers.render import wide_markdown
 
     lines = [document.title, *([document.banner] if document.banner else [])]
     lines += [f"MARKED: {line}" for line in document.marked]
     if document.blocks:
-        lines.append(wide(document.columns, document.blocks).replace("**", "").replace("<u>", "").replace("</u>", ""))
+        lines.append(
+            wide_markdown(document.columns, document.blocks).replace("**", "").replace("<u>", "").replace("</u>", "")
+        )
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import platform
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -129,14 +130,13 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
     notes = []
     if unknown := sum(number for run, number in origins if run is None):
         notes.append(f"the commit of {unknown:,} of {total:,} answers is unknown: the end of runs.jsonl was lost")
-    commits: dict[str, int] = {}
-    libraries: dict[str, int] = {}
+    commits, libraries = Counter[str](), Counter[str]()
     for run, number in origins:
-        name = "unknown" if run is None else run["commit"]
-        commits[name] = commits.get(name, 0) + number
+        commits["unknown" if run is None else run["commit"]] += number
         if run is not None:
-            words = ", ".join(f"{library} {release}" for library, release in sorted(run["versions"].items()))
-            libraries[words] = libraries.get(words, 0) + number
+            libraries[", ".join(f"{library} {release}" for library, release in sorted(run["versions"].items()))] += (
+                number
+            )
     for what, found in (("commits", commits), ("library versions", libraries)):
         if len(found) > 1:
             parts = "; ".join(f"{name}: {number:,} answers" for name, number in found.items())

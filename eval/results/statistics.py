@@ -11,7 +11,8 @@ The studentised permutation test of two scores on the same clusters.
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
@@ -32,6 +33,7 @@ STEP, TIE = 1e-5, 1e-6
 NO_SPREAD = 1e-7
 
 Value = Callable[[Array], Array]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -164,23 +166,6 @@ def compare(a: SufficientStatistics, b: SufficientStatistics, resamples: int = R
     return Comparison(difference, None, None, p, note)
 
 
-def compare_scores(
-    a: Mapping[str, float], b: Mapping[str, float], clusters: Mapping[str, str], resamples: int = RESAMPLES
-) -> Comparison:
-    """`compare` of two accuracies in percent.
-
-    Args:
-        a, b: question id -> sample score in [0, 1], over the same ids.
-        clusters: question id -> label of what is drawn together.
-    """
-    if a.keys() != b.keys():
-        raise UserError(
-            f"Both answer sets must cover the same questions; {len(a.keys() - b.keys()):,} are only in the first and "
-            f"{len(b.keys() - a.keys()):,} only in the second."
-        )
-    return compare(accuracy_terms(a, clusters), accuracy_terms(b, clusters), resamples)
-
-
 def accuracy_terms(
     scores: Mapping[str, float], clusters: Mapping[str, str], unit: str = "image"
 ) -> SufficientStatistics:
@@ -232,34 +217,19 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def all_pairs(
-    scores: Mapping[str, Mapping[str, float]],
-    clusters: Mapping[str, str],
+    scores: Mapping[Name, SufficientStatistics],
     resamples: int = 5 * RESAMPLES,  # the smallest p must stay small when it is multiplied by the number of pairs
-) -> dict[tuple[str, str], Comparison]:
-    """`compare` of every method with every other on the same questions; p-values corrected by Holm over all pairs.
+) -> dict[tuple[Name, Name], Comparison]:
+    """`compare` of every score with every other on the same questions; p-values corrected by Holm over all pairs.
 
     The intervals are those of single comparisons, without the correction.
 
-    Args:
-        scores: method -> question id -> sample score.
-        clusters: question id -> label.
-
     Returns:
-        (a, b) -> a minus b in points of accuracy, for a before b in `scores`.
+        (a, b) -> a minus b, for a before b in `scores`.
     """
-    methods = list(scores)
-    if any(scores[method].keys() != scores[methods[0]].keys() for method in methods):
-        raise UserError("All methods must have answered the same questions.")
-    found = {
-        (a, b): compare_scores(scores[a], scores[b], clusters, resamples)
-        for place, a in enumerate(methods)
-        for b in methods[place + 1 :]
-    }
+    found = {(a, b): compare(scores[a], scores[b], resamples) for a, b in itertools.combinations(scores, 2)}
     corrected = holm([comparison.p for comparison in found.values()])
-    return {
-        pair: Comparison(one.difference, one.low, one.high, p, one.note)
-        for (pair, one), p in zip(found.items(), corrected, strict=True)
-    }
+    return {pair: replace(one, p=p) for (pair, one), p in zip(found.items(), corrected, strict=True)}
 
 
 # -- the studentised permutation test of two scores on the same clusters --------------------------------------------

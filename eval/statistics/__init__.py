@@ -1,5 +1,5 @@
-"""Statistics of token reduction beyond a score: tokens needed, hard questions, loyalty, aggregates over benchmarks.
+"""Statistics of token reduction beyond a score: tokens needed, hard questions, loyalty, averages over benchmarks.
 
-They take question-id keyed mappings or `SufficientStatistics`, so that tables can call them; docs/statistics.md defines
-each with its limits. `vtr stats` prints them for finished runs.
+`answers.py` and `relative.py` take question-id keyed mappings or `SufficientStatistics`, so that tables can call them;
+docs/statistics.md defines each with its limits. `vtr stats` (`command.py`) prints them for finished runs.
 """

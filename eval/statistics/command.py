@@ -9,37 +9,103 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.answers.jsonl import read_json, write_json
-from eval.answers.reuse import RESULT, check_joint, results_folder
+from eval.answers.reuse import RESULT, Stored, check_joint, read_stored, results_folder
 from eval.benchmarks.base import Dataset
 from eval.command import add_data_flags, exit_on_user_error, make_parser, open_dataset, value
-from eval.config import shortened
-from eval.results.statistics import Interval, interval, p_text
-from eval.statistics.hard_questions import accuracy_on, groups
-from eval.statistics.loyalty import loyalty, loyalty_parts, plain
-from eval.statistics.runs import (
-    DOWNSAMPLE,
-    Run,
-    by_method,
-    check_full,
-    read_run,
-)
-from eval.statistics.tokens_needed import LEVEL, SHARE, tokens_needed
+from eval.config import FULL, shortened
+from eval.judging.choice import check_judge, score_answers
+from eval.metrics import Score, SufficientStatistics
+from eval.results.statistics import Interval, interval, p_text, terms_of
+from eval.statistics.answers import accuracy_on, hard_questions, loyalty, plain, sample_scores
+from eval.statistics.relative import LEVEL, SHARE, tokens_needed
 from eval.tables.page import markdown, score_text
+from llava.errors import UserError
 
-COLUMNS = (
-    "method",
-    "budget",
-    "of full (bound)",
-    "loyalty",
-    "loyalty, full right",
-    "loyalty, full wrong",
-    "group A",
-    "group B",
-)
+DOWNSAMPLE = "downsample"
+# Number of a row -> head of its column.
+COLUMNS = {
+    "loyalty": "loyalty",
+    "loyalty_right": "loyalty, full right",
+    "loyalty_wrong": "loyalty, full wrong",
+    "group_a": "group A",
+    "group_b": "group B",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        budget: visual tokens per image; for a retention ratio the rounded mean over layers and questions.
+        options: of the method, without the budget.
+        sample_scores: question id -> score in [0, 1]; None for benchmarks without a score of one answer.
+    """
+
+    stored: Stored
+    method: str
+    budget: int
+    options: Mapping[str, Any]
+    score: Score
+    terms: SufficientStatistics
+    sample_scores: Mapping[str, float] | None
+
+    @property
+    def folder(self) -> Path:
+        return self.stored.folder
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """Question id -> answer, of the questions that were asked."""
+        return self.stored.texts
+
+
+def read_run(folder: Path, data: Dataset, judge: str = "auto") -> Run:
+    """The run, its stored answers scored anew.
+
+    Raises:
+        UserError: see eval.answers.reuse.read_stored; or it has no score.
+    """
+    stored = read_stored(folder, data)
+    check_judge(data, judge)
+    score, judge_facts = score_answers(data, judge, list(stored.texts), stored.texts, stored.answers)
+    if score.values.get(score.main) is None:
+        raise UserError(f"{data.title} has no score for {folder}: {'; '.join(score.notes)}.")
+    images = {question.id: question.image for question in data.questions}
+    return Run(
+        stored.judged(judge_facts),
+        stored.result["method"],
+        budget_of(stored.result),
+        {key: value for key, value in stored.result["settings"]["config"].items() if key != "budget"},
+        score,
+        terms_of(score, images),
+        sample_scores(score, stored.texts, data),
+    )
+
+
+def budget_of(result: Mapping[str, Any]) -> int:
+    """The budget in visual tokens."""
+    ratio = result.get("config", {}).get("retention_ratio")
+    return round(result["audit"]["mean_tokens_per_layer"]) if ratio else int(result["budget"])
+
+
+def by_method(runs: list[Run]) -> dict[str, dict[int, Run]]:
+    """Label -> budget -> run. The label is the method, with the options in which its runs differ."""
+    found: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        same = [other.options for other in runs if other.method == run.method]
+        differing = {key: value for key, value in run.options.items() if any(o.get(key) != value for o in same)}
+        label = " ".join([run.method, *(f"{key}={value}" for key, value in differing.items())])
+        budgets = found.setdefault(label, {})
+        if run.budget in budgets:
+            raise UserError(f"{budgets[run.budget].folder} and {run.folder} are both {label} at {run.budget}.")
+        budgets[run.budget] = run
+    return found
 
 
 def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float = SHARE, level: float = LEVEL) -> Any:
@@ -73,20 +139,20 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float = SHAR
 def row_of(run: Run, full: Run, control: Run | None, data: Dataset) -> dict[str, Any]:
     """Score, loyalty and hard questions of one run; None for what cannot be computed."""
     images = {question.id: question.image for question in data.questions}
-    normalise = data.normalise or plain
+    known = None if run.sample_scores is None else full.sample_scores
     found: dict[str, Interval | None] = {"score": interval(run.terms)}
-    if full.sample_scores is None or run.sample_scores is None:
-        found |= {"loyalty": loyalty(run.texts, full.texts, images, normalise)}
-        found |= dict.fromkeys(("loyalty_right", "loyalty_wrong", "group_a", "group_b"))
-        return {name: plain_interval(one) for name, one in found.items()} | {"in_group_a": None, "in_group_b": None}
-    parts = loyalty_parts(run.texts, full.texts, full.sample_scores, images, normalise)
-    found |= {"loyalty": parts.all, "loyalty_right": parts.right, "loyalty_wrong": parts.wrong}
-    counts: dict[str, int | None] = {"in_group_a": None, "in_group_b": None}
+    found |= loyalty(run.texts, full.texts, known, images, data.normalise or plain)
     found |= {"group_a": None, "group_b": None}
-    if control is not None and control.sample_scores is not None:
-        hard = groups(full.sample_scores, control.sample_scores)
-        found |= {name: accuracy_on(run.sample_scores, ids, images) for name, ids in hard.named().items()}
-        counts = {f"in_{name}": len(ids) for name, ids in hard.named().items()}
+    counts: dict[str, int | None] = {"in_group_a": None, "in_group_b": None}
+    if (
+        run.sample_scores is not None
+        and known is not None
+        and control is not None
+        and control.sample_scores is not None
+    ):
+        hard = hard_questions(known, control.sample_scores)
+        found |= {name: accuracy_on(run.sample_scores, ids, images) for name, ids in hard.items()}
+        counts = {f"in_{name}": len(ids) for name, ids in hard.items()}
     return {name: plain_interval(one) for name, one in found.items()} | counts
 
 
@@ -100,26 +166,14 @@ def plain_interval(found: Interval | None) -> dict[str, Any] | None:
 def lines(record: Mapping[str, Any]) -> list[str]:
     """The statistics as a table and sentences."""
     unit = f" {record['unit']}" if record["unit"] else ""
-    header = [*COLUMNS[:2], f"{record['main'].replace('_', ' ')}{unit}", *COLUMNS[2:]]
-    table = [["full", "", cell(record["full"]), "100.0", *[""] * (len(COLUMNS) - 3)]]
+    header = ["method", "budget", f"{record['main'].replace('_', ' ')}{unit}", "of full (bound)", *COLUMNS.values()]
+    table = [["full", "", cell(record["full"]), "100.0", *[""] * len(COLUMNS)]]
     for row in record["rows"]:
-        test = row["test"]
-        table.append(
-            [
-                row["method"],
-                f"{row['budget']:,}",
-                cell(row["score"]),
-                f"{test['of_full']:.1f} (≥ {test['low']:.1f})",
-                *(cell(row[name]) for name in ("loyalty", "loyalty_right", "loyalty_wrong")),
-                *(grouped_cell(row, name) for name in ("group_a", "group_b")),
-            ]
-        )
-    found = [
-        f"{record['title']}, {record['questions']:,} questions, {record['clusters']:,} {record['drawn']}s",
-        "",
-        markdown(header, table),
-        "",
-    ]
+        bound = f"{row['test']['of_full']:.1f} (≥ {row['test']['low']:.1f})"
+        known = (cell(row[name], row.get(f"in_{name}")) for name in COLUMNS)
+        table.append([row["method"], f"{row['budget']:,}", cell(row["score"]), bound, *known])
+    about = f"{record['title']}, {record['questions']:,} questions, {record['clusters']:,} {record['drawn']}s"
+    found = [about, "", markdown(header, table), ""]
     found += [sentence(label, needed) for label, needed in record["tokens_needed"].items()]
     return found + [f"no interval, {name}: {reason}" for name, reason in withheld(record)]
 
@@ -128,8 +182,8 @@ def withheld(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The numbers that have no interval, and why."""
     cells = [("full", record["full"])]
     for row in record["rows"]:
-        names = ("score", "loyalty", "loyalty_right", "loyalty_wrong", "group_a", "group_b")
-        cells += [(f"{row['method']} at {row['budget']:,}, {name.replace('_', ' ')}", row[name]) for name in names]
+        place = f"{row['method']} at {row['budget']:,}"
+        cells += [(f"{place}, {name.replace('_', ' ')}", row[name]) for name in ("score", *COLUMNS)]
     return [
         (name, one["method"].removeprefix("n/a: "))
         for name, one in cells
@@ -146,16 +200,12 @@ def sentence(label: str, needed: Mapping[str, Any]) -> str:
     )
 
 
-def cell(found: Mapping[str, Any] | None) -> str:
-    """An interval for a table."""
-    if found is None or found["mean"] is None:
+def cell(found: Mapping[str, Any] | None, questions: int | None = None) -> str:
+    """An interval for a table; of a group with the number of its questions."""
+    if found is None:
         return "n/a"
-    return score_text(Interval(found["mean"], found["low"], found["high"]))
-
-
-def grouped_cell(row: Mapping[str, Any], name: str) -> str:
-    """An accuracy on a group with the number of its questions."""
-    return "n/a" if row[name] is None else f"{cell(row[name])} n={row[f'in_{name}']:,}"
+    text = "n/a" if found["mean"] is None else score_text(Interval(found["mean"], found["low"], found["high"]))
+    return text if questions is None else f"{text} n={questions:,}"
 
 
 def fraction(text: str) -> float:
@@ -186,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings, profile = result["settings"], args.profile or result["facts"].get("profile")
     data = open_dataset(settings["benchmark"], args.data, args.split or settings["split"], profile, args.source)
     full = read_run(args.full, data, args.judge)
-    check_full(full)
+    if full.method != FULL:
+        raise UserError(f"The first folder should be a run of {FULL}, got one of {full.method}: {full.folder}.")
     record = statistics_of(
         full, [read_run(folder, data, args.judge) for folder in args.runs], data, args.share, args.level
     )

@@ -20,8 +20,7 @@ from eval.benchmarks.base import Benchmark, Need
 from eval.command import exit_on_user_error
 from eval.config import ROOT
 from eval.results.report import interval_of
-from eval.tables.common import TABLES, write_csv
-from eval.tables.page import insert, interval_text, markdown
+from eval.tables.page import insert, interval_text, markdown, write_csv
 from llava.errors import UserError
 
 PAGE = ROOT / "docs" / "evaluation.md"
@@ -58,10 +57,6 @@ def data_section(benchmark: Benchmark) -> str:
 def need_file(need: Need) -> str:
     count = f", {need.count:,} files" if need.count else ""
     return f"`DATA/{need.path}`{count}{' (optional)' if need.optional else ''}"
-
-
-def need_line(need: Need) -> str:
-    return f"* {need_file(need)}: {need.source}"
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -113,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = score_rows(args.results)
         shown = [(name, metric, full, ours) for name, metric, _, full, ours, _ in rows]
         insert(PAGE, "embedded scores", markdown(["benchmark", "metric", "full", "consensusdrop"], shown))
-        write_csv(TABLES / "embedded_benchmarks.csv", header, rows)
+        write_csv(ROOT / "docs" / "tables" / "embedded_benchmarks.csv", header, rows)
     return 0
 
 

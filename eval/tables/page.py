@@ -1,11 +1,16 @@
-"""Tables as Markdown and LaTeX, and generated ones between their markers in a hand-written page."""
+"""Tables as Markdown and CSV, generated ones between their markers in a hand-written page, and the colours of plots."""
 
+import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval.results.statistics import Comparison, Interval
 from llava.errors import UserError
+
+# Okabe-Ito colours, readable with every kind of colour vision.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#999999", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*X"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -51,19 +56,11 @@ def csv_text(text: str) -> str:
     return text
 
 
-def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A booktabs table; first column left, the others right. Needs \\usepackage{booktabs}."""
-    escapes = {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "‡": r"$^\ddagger$", "n/a": "--"}
-
-    def cell(text: str) -> str:
-        for plain, escaped in escapes.items():
-            text = text.replace(plain, escaped)
-        return text
-
-    lines = [" & ".join(map(cell, row)) + r" \\" for row in [header, *rows]]
-    body = [lines[0], r"\midrule", lines[1], r"\midrule", *lines[2:]]
-    columns = "l" + "r" * (len(header) - 1)
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}", ""])
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A CSV file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def insert(page: Path, name: str, content: str) -> None:

@@ -1,0 +1,258 @@
+"""The cells of a table, read from the results of finished runs."""
+
+import hashlib
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval.answers import result_folder
+from eval.answers.jsonl import read_json
+from eval.answers.reuse import RESULT, Stored, check_images, check_joint, read_stored
+from eval.benchmarks.media import digest_of
+from eval.config import ROOT, RunConfig, build_reducer, store_settings
+from eval.judging.choice import score_answers
+from eval.metrics import SufficientStatistics
+from eval.papers.runs import Line, Where, config_of
+from eval.papers.spec import Column
+from eval.results import report
+from eval.results.statistics import terms_of
+from eval.statistics.answers import Normalise, plain, sample_scores
+from eval.sweep import dataset
+from eval.tables.page import interval_text
+from llava.errors import UserError
+from llava.model.llava_arch import Llava
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one budget on one benchmark.
+
+    Attributes:
+        value: the column's metric, in percent or points.
+        low, high: 95 % interval of `value`; None where there is none.
+        metric: name of the metric that `value` is; the benchmark's main one where the column's is missing here.
+        tokens: visual tokens that entered a decoder layer, mean over layers and samples.
+        merged: how many of them stand for several.
+        kv_bytes, flops: per question.
+        terms: sums by unit that `value` follows from, for averages and tests.
+        normalise: the benchmark's own form of an answer, for loyalty.
+        texts, credits, clusters: question id -> answer, sample score (empty where single answers have none), image.
+        other_judge: "" or, of a judged score, that another model graded it than the published ones.
+        stored: the run; None for a cell that was not read from one.
+        no_interval: why there is none.
+        command: asks these questions alone.
+    """
+
+    line: Line
+    column: Column
+    value: float
+    low: float | None
+    high: float | None
+    metric: str
+    points: bool
+    questions: int
+    available: int
+    tokens: float
+    merged: float
+    kv_bytes: float
+    flops: float | None
+    folder: Path
+    command: str
+    commit: str
+    finished: str
+    terms: SufficientStatistics = field(repr=False, compare=False)
+    normalise: Normalise = field(repr=False, compare=False)
+    texts: Mapping[str, str] = field(repr=False, compare=False)
+    credits: Mapping[str, float] = field(repr=False, compare=False)
+    clusters: Mapping[str, str] = field(repr=False, compare=False)
+    other_judge: str = ""
+    stored: Stored | None = field(default=None, repr=False, compare=False)
+    no_interval: str = field(default="", compare=False)
+
+    @property
+    def run(self) -> str:
+        """Folder of the run, from the repository's root where it is inside."""
+        return relative(self.folder)
+
+    @property
+    def answers_sha256(self) -> str:
+        """Over the answers to the questions that were asked, sorted by question."""
+        lines = (f"{name}\t{self.texts[name]}\n" for name in sorted(self.texts))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def interval(self) -> str:
+        """The interval as text: "[75.2, 78.6]"; "" where there is none."""
+        return "" if self.low is None else interval_text(self.low, self.high)
+
+
+def read_cell(line: Line, column: Column, where: Where, model: Llava) -> Cell | str:
+    """A finished run; a sentence instead if some of its questions failed or it is off its budget.
+
+    Raises:
+        UserError: there is no result of these questions.
+    """
+    config = config_of(line, column, where, model)
+    assert config.output is not None and config.split is not None
+    data = dataset(column.benchmark, where.data, config.split)
+    asked = [question.id for question in data.questions[: where.limit]]
+    folder = Path(config.output)
+    place = result_folder(folder, len(asked), len(data.questions))
+    if not (place / RESULT).is_file():
+        raise UserError(f"{folder} holds no result of {len(asked):,} questions; run the table without --render first.")
+    result = read_json(place / RESULT)
+    if failed := result.get("failed"):
+        return (
+            f"{line.title} at {line.budget} on {column.title}: {len(failed):,} of {len(asked):,} questions failed, the "
+            f"first ({failed[0]['question_id']}) with: {failed[0]['reason']}"
+        )
+    if off := result.get("off_budget"):
+        return f"{line.title} at {line.budget} on {column.title}: {off['remark']}"
+    expected = store_settings(config, config.split, data, model, build_reducer(config, model.visual_tokens))
+    stored = read_stored(place, data, expected=expected)
+    now = {one.id: digest_of(data.pictures, one.images) for one in data.questions[: where.limit]}
+    check_images(stored.images, now, f"The answers in {folder} and the questions in {where.data}")
+    texts = stored.texts
+    score, judge_facts = score_answers(data, config.judge, asked, texts, stored.answers)
+    # As it is scored now: verdicts may have come, or gone, since the result was written.
+    result |= report.scored(score, data.questions[: where.limit])
+    images = {question.id: question.image for question in data.questions}
+    metric, value = metric_of(column, result, {result["main"], *score.other_terms})
+    terms = score.other_terms[metric] if metric in score.other_terms else terms_of(score, images)
+    found = result["confidence"].get(metric, {"low": None, "high": None, "method": f"{metric} has none"})
+    audit = result["audit"]
+    return Cell(
+        line,
+        column,
+        value,
+        found["low"],
+        found["high"],
+        metric,
+        metric in result["points"],
+        len(asked),
+        len(data.questions),
+        audit["mean_tokens_per_layer"],
+        audit["merged_tokens"],
+        audit["kv_bytes_per_sample"],
+        result["flops"]["per_question"],
+        folder,
+        command_of(line, column, where, config),
+        result["commit"] or "",
+        result["finished"],
+        terms,
+        data.normalise or plain,
+        texts,
+        sample_scores(score, texts, data) or {},
+        {name: images[name] for name in asked},
+        other_judge({**result["facts"], **judge_facts}.get("judge", {})),
+        stored.judged(judge_facts),
+        found["method"].removeprefix("n/a: ") if found["low"] is None else "",
+    )
+
+
+def other_judge(facts: Mapping[str, str]) -> str:
+    """ "" where the official judge graded, in any dated version; else who did.
+
+    Args:
+        facts: name of the judge, and of the official one; empty where there is none, or only words were matched.
+    """
+    name, official = facts.get("name", ""), facts.get("official", "")
+    family = re.sub(r"-\d{4}$", "", official)
+    return "" if not official or re.sub(r"-\d{4}$", "", name) == family else f"judged by {name}, published: {official}"
+
+
+def metric_of(column: Column, result: Mapping[str, Any], known: Collection[str]) -> tuple[str, float]:
+    """The column's metric; the benchmark's main one where these data do not give it.
+
+    Args:
+        known: metrics that intervals, averages and tests can be about.
+    """
+    metrics = result["metrics"]
+    if column.metric and column.metric not in known and metrics.get(column.metric, "no such metric") is not None:
+        names = ", ".join(sorted(known))
+        raise UserError(f"{column.benchmark} has no metric {column.metric!r} that a table can show; it has: {names}.")
+    name = column.metric if column.metric and metrics[column.metric] is not None else result["main"]
+    if metrics[name] is None:
+        raise UserError(f"{column.benchmark} gives no score here: {'; '.join(result['notes'])}.")
+    return name, float(metrics[name])
+
+
+def command_of(line: Line, column: Column, where: Where, config: RunConfig) -> str:
+    """The command that asks the questions of a cell outside the table, with every flag that is not its default."""
+    assert line.setting is not None
+    place = where.place
+    data = relative(where.data)
+    words = [f"MODEL={relative(place.model)}", *([] if data == "assets/eval" else [f"DATA={data}"])]
+    words += [f"bash scripts/eval/{column.benchmark}.sh {line.method}"]
+    options = dict(line.setting.options)
+    ratio = options.pop("retention_ratio", None)
+    if line.setting.budget is not None:
+        words.append(str(line.setting.budget))
+    if ratio is not None:
+        words.append(str(line.budget))
+    words += [f"--split {column.split}"] if column.split else []
+    words += [f"--set {key}={value}" for key, value in options.items()]
+    words += [f"--picture {key}={value}" for key, value in place.picture.items()]
+    words += [f"--dtype {place.dtype}"] if place.dtype != "float32" else []
+    words += [f"--batch-size {place.batch_size}"] if place.batch_size != RunConfig.batch_size else []
+    words += [f"--judge {config.judge}"] if config.judge != RunConfig.judge else []
+    words += [f"--limit {where.limit}"] if where.limit else []
+    return " ".join(words)
+
+
+def relative(path: str | os.PathLike[str]) -> str:
+    """A path below the repository's root from there; others as they are."""
+    found = Path(path)
+    return str(found.relative_to(ROOT)) if found.is_absolute() and found.is_relative_to(ROOT) else str(path)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All cells of a table that were run.
+
+    Attributes:
+        cells: by (index of the line, benchmark).
+        failed: a sentence for each run in which questions failed; it has no cell.
+    """
+
+    lines: Sequence[Line]
+    columns: Sequence[Column]
+    cells: Mapping[tuple[int, str], Cell]
+    failed: Sequence[str] = ()
+
+    def row(self, index: int) -> dict[str, Cell]:
+        """Benchmark -> cell of a line; empty where the method cannot run."""
+        found = ((column.benchmark, self.cells.get((index, column.benchmark))) for column in self.columns)
+        return {name: cell for name, cell in found if cell is not None}
+
+    def of_full(self, index: int) -> float | None:
+        """The average of the table: mean over the benchmarks of the score in percent of full's; None if one is missing,
+        or full scores 0 there."""
+        row, full = self.row(index), self.row(0)
+        if not row or len(row) < len(full) or any(full[name].value == 0 for name in row):
+            return None
+        return sum(100 * cell.value / full[name].value for name, cell in row.items()) / len(row)
+
+
+def read_cells(lines: Sequence[Line], columns: Sequence[Column], where: Where, model: Llava) -> Measured:
+    """Every cell of the table."""
+    cells: dict[tuple[int, str], Cell] = {}
+    first_of_method: dict[tuple[str, str], int] = {}
+    failed: list[str] = []
+    for index, line in enumerate(lines):
+        for column in columns if line.setting is not None else ():
+            found = read_cell(line, column, where, model)
+            if isinstance(found, str):
+                failed.append(found)
+            else:
+                cells[index, column.benchmark] = found
+                first = cells[first_of_method.setdefault((line.method, column.benchmark), index), column.benchmark]
+                for other in (cells.get((0, column.benchmark)), first):
+                    if other is not None and other.stored is not None and found.stored is not None:
+                        check_joint(other.stored, found.stored)
+    if lost := [column.title for column in columns if (0, column.benchmark) not in cells]:
+        raise UserError(f"The unreduced model has no result on {', '.join(lost)}: {'; '.join(failed)}.")
+    return Measured(lines, columns, cells, failed)

@@ -1,0 +1,253 @@
+r"""A table as Markdown, CSV, LaTeX and HTML.
+
+LaTeX is a float over the whole width of the page, with \usepackage{booktabs,graphicx}: best bold, second underlined,
+the average last; a table that is too wide or too high is made smaller. Tables without a wide one have their first
+section in it. HTML is one file that needs no network.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from eval.pages import asset, environment
+from eval.papers.document import (
+    INSTEAD,
+    MARK,
+    Block,
+    Document,
+    Entry,
+    Section,
+    difference_to,
+    ours_text,
+    published_text,
+)
+from eval.papers.own import OWN_MARK
+from eval.tables.page import csv_numbers, csv_text, markdown
+
+# -- Markdown -------------------------------------------------------------------------------------------------------
+
+LEGEND = (
+    "Bold: best of a budget; underlined: second best. "
+    "Average: mean over the benchmarks of the score in percent of full."
+)
+
+
+def filled(template: str, values: Mapping[str, Any], left: str = "{", right: str = "}") -> str:
+    """A template beside this file, filled; `left` and `right` are the brackets of its tags."""
+    environment = jinja2.Environment(
+        block_start_string=f"{left}%",
+        block_end_string=f"%{right}",
+        variable_start_string=left * 2,
+        variable_end_string=right * 2,
+        comment_start_string=f"{left}#",
+        comment_end_string=f"#{right}",
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    text = (Path(__file__).parent / template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(values).rstrip("\n") + "\n"
+
+
+def markdown_page(document: Document, picture: str = "") -> str:
+    """The whole page; `picture` is the file of its figure, if there is one."""
+    wide = wide_markdown(document.columns, document.blocks)
+    cells = every_cell(document.entries, document.has_published)
+    values = {"document": document, "picture": picture, "wide": wide, "legend": LEGEND, "cells": cells}
+    return filled("table.md.j2", {"markdown": markdown, **values})
+
+
+def wide_markdown(columns: Sequence[str], blocks: Sequence[Block]) -> str:
+    """Methods by benchmarks, a row with the budget above each group; best bold, second underlined."""
+    styles = {"best": "**{}**", "second": "<u>{}</u>", "": "{}"}
+    rows: list[Sequence[str]] = []
+    for block in blocks:
+        if block.title:
+            rows.append([f"***{block.title}***", *[""] * len(columns)])
+        for row, (name, values) in enumerate(block.rows):
+            cells = (styles[block.style(row, column)].format(block.text(row, column)) for column in range(len(values)))
+            rows.append([name, *cells])
+    return markdown(["method", *columns], rows)
+
+
+def every_cell(entries: Sequence[Entry], has_published: bool) -> str:
+    """One row per cell: published, ours, difference, tokens, command, run, commit."""
+    header = ["method", "budget", "benchmark", *(["published"] if has_published else []), "ours [95 % interval]"]
+    header += [*(["difference"] if has_published else []), "tokens", "merged", "command", "run", "commit"]
+    rows = []
+    for entry in entries:
+        cell = entry.cell
+        row = [cell.line.title, str(cell.line.budget or "all"), cell.column.title]
+        row += [published_text(entry.published, entry.convention)] if has_published else []
+        row += [ours_text(cell), *([difference_to(entry)] if has_published else [])]
+        row += [f"{cell.tokens:.1f}", f"{cell.merged:.1f}", f"`{cell.command}`", f"`{cell.run}`", cell.commit[:10]]
+        rows.append(row)
+    return markdown(header, rows)
+
+
+# -- CSV ------------------------------------------------------------------------------------------------------------
+
+HEADER = (
+    "method", "budget", "counts_kept_tokens", "benchmark", "metric", "score", "low", "high", "kind", "published",
+    "source", "disputed", "difference", "compared_with", "gate", "tokens_per_layer", "merged_tokens", "kv_bytes",
+    "flops", "questions", "available", "command", "run", "commit", "finished", "answers_sha256", "model", "warning",
+)  # fmt: skip
+
+
+def csv_file(document: Document) -> str:
+    """One row per cell, every number, and a hash of the answers; then the user's own rows.
+
+    Published sources of a cell are joined by ";", the most trusted first. `kind` is "run" for what ran here, else what
+    the user says of an own row, whose further columns stay empty. `gate` is the verdict on the benchmark's baseline.
+    `warning` says in every row that a toy model ran.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(HEADER)
+    gate = {one.cell.column.benchmark: one.verdict for one in document.checks}
+    warning = "TOY MODEL" if document.is_toy else ""
+    for entry in document.entries:
+        cell, values = entry.cell, entry.published or []
+        benchmark, flops = cell.column.benchmark, "" if cell.flops is None else f"{cell.flops:.0f}"
+        row = [cell.line.title, str(cell.line.budget or ""), str(cell.line.by_kept).lower(), benchmark, cell.metric]
+        row += [*csv_numbers(cell.value, cell.low, cell.high), "run", ";".join(f"{value.value:g}" for value in values)]
+        row += [";".join(value.source for value in values)]
+        row += [";".join(value.disputed or "" for value in values).strip(";"), *csv_numbers(entry.difference)]
+        row += [entry.compared.source if entry.compared else "", gate.get(benchmark, "")]
+        row += [*csv_numbers(cell.tokens, cell.merged), f"{cell.kv_bytes:.0f}", flops]
+        row += [str(cell.questions), str(cell.available), cell.command, cell.run, cell.commit, cell.finished]
+        writer.writerow(map(csv_text, [*row, cell.answers_sha256, document.model, warning]))
+    for own in document.own:
+        for benchmark, score in own.scores.items():
+            known = {"method": own.method, "budget": str(own.budget or ""), "benchmark": benchmark, "kind": own.kind}
+            known |= {"score": f"{score:g}", "source": own.source}
+            writer.writerow(csv_text(known.get(name, "")) for name in HEADER)
+    return out.getvalue()
+
+
+# -- HTML -----------------------------------------------------------------------------------------------------------
+
+
+def html_page(document: Document) -> str:
+    """The wide table, further sections, and every cell, sortable."""
+    template = environment(Path(__file__).parent).get_template("table.html.j2")
+    return template.render(
+        document=document,
+        table=document.table,
+        legend=LEGEND,
+        difference_to=difference_to,
+        ours_text=ours_text,
+        published_text=published_text,
+        style=asset("style.css"),
+        script=asset("sort.js"),
+    )
+
+
+# -- LaTeX ----------------------------------------------------------------------------------------------------------
+
+CLEAR = "∗"  # a score that differs significantly from the paper's method
+ESCAPES = {
+    "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "≥": r"$\geq$",
+    "≠": r"$\neq$", "−": "$-$", "×": r"$\times$", "²": "$^2$", "–": "--", "±": r"$\pm$",
+    MARK: r"$^\ddagger$", OWN_MARK: r"$^\S$", CLEAR: r"$^\ast$",
+}  # fmt: skip
+
+
+def escaped(text: str) -> str:
+    """Text with LaTeX's special characters escaped, each once."""
+    return "".join(ESCAPES.get(letter, letter) for letter in text)
+
+
+def latex_file(document: Document, intervals: bool = False) -> str:
+    r"""The file; needs \usepackage{booktabs,graphicx}.
+
+    Args:
+        intervals: print the 95 % interval beside each score of the wide table, and mark significant differences.
+    """
+    head, body = wide_latex(document, intervals) if document.blocks else plain_latex(document.sections[0])
+    identity = re.sub(r"[^\w/-]", "-", document.table.identity).replace("_", "-")
+    comments = [f"{document.title}. Made by: {dict(document.facts)['Command'].strip('`')}"]
+    comments += [document.banner] if document.banner else []
+    comments += [f"MARKED, the unreduced model is not the published one: {line}" for line in document.marked]
+    caption = [rf"\textbf{{{escaped(document.banner)}}}"] if document.banner else []
+    caption.append(escaped(caption_of(document, intervals)))
+    comments = [" ".join(line.split()) for line in (*comments, *document.baseline)]
+    values = {"comments": comments, "caption": " ".join(caption), "label": identity, "head": head, "body": body}
+    return filled("table.tex.j2", values, "<", ">")
+
+
+def caption_of(document: Document, intervals: bool) -> str:
+    """What a reader of the paper must know: model, questions, commit, and what the marks mean."""
+    facts = dict(document.facts)
+    parts = [document.title, f"Model: {document.model}", f"Questions: {facts['Questions']}"]
+    parts.append(f"Commit {facts['Commit']}")
+    if document.blocks:
+        parts.append("Bold: best of a budget; underlined: second best; average: mean of the scores in percent of full")
+    if intervals:
+        parts.append("In brackets: 95 % intervals of scores, where there are enough images")
+    if intervals and any(block.clear for block in document.blocks):
+        parts.append(
+            f"{CLEAR} differs significantly from {document.ours} at the same budget (paired permutation test by image "
+            "at 5 %, corrected by Holm over the benchmarks of a row)"
+        )
+    if document.marked:
+        parts.append("The unreduced model is not the published one")
+    parts += [note.rstrip(".") for note in document.notes if note.startswith((MARK, OWN_MARK, INSTEAD))]
+    return ". ".join(parts) + "."
+
+
+def wide_latex(document: Document, intervals: bool) -> tuple[list[str], list[str]]:
+    """Head and body of methods by benchmarks."""
+    head = ["Method", *map(escaped, document.columns)]
+    body = []
+    for block in document.blocks:
+        body.append(r"\midrule")
+        if block.title:
+            body += [rf"\multicolumn{{{len(head)}}}{{c}}{{\textit{{{escaped(block.title)}}}}} \\", r"\midrule"]
+        for row, (name, values) in enumerate(block.rows):
+            cells = (latex_cell(block, row, column, intervals) for column in range(len(values)))
+            body.append(latex_row([escaped(name), *cells]))
+    return head, body
+
+
+def latex_cell(block: Block, row: int, column: int, intervals: bool) -> str:
+    r"""A value of the wide table, best bold, second underlined.
+
+    With `intervals` it has its mark of significance and " [60.1, 63.6]" in small print; the average, a user's own row
+    and a score without an interval have none.
+    """
+    values = block.rows[row][1]
+    text = "--" if values[column] is None else block.text(row, column)
+    text += r"\%" if values[column] is not None and column == len(values) - 1 else ""
+    styles = {"best": rf"\textbf{{{text}}}", "second": rf"\underline{{{text}}}", "": text}
+    text = styles[block.style(row, column)]
+    if not intervals:
+        return text
+    known = block.intervals[row] if row < len(block.intervals) else ()
+    interval = known[column] if column < len(known) else ""
+    text += escaped(CLEAR) * ((row, column) in block.clear)
+    return text + (rf" {{\scriptsize {interval}}}" if interval else "")
+
+
+def latex_row(cells: Sequence[str]) -> str:
+    r"""A row of the table. A [ or * at its start would be an argument of the \\ before it."""
+    text = " & ".join(cells) + r" \\"
+    return f"{{}}{text}" if text.startswith(("[", "*")) else text
+
+
+def plain_latex(section: Section) -> tuple[list[str], list[str]]:
+    """Head and body of a section, whose cells are text."""
+    rows = [latex_row(list(map(latex_text, row))) for row in section.rows]
+    return [escaped(column) for column in section.columns], [r"\midrule", *rows]
+
+
+def latex_text(text: str) -> str:
+    """A cell of a section: **bold** of Markdown, and 2.5x as a factor."""
+    if text.startswith("**") and text.endswith("**"):
+        return rf"\textbf{{{escaped(text.strip('*'))}}}"
+    return escaped(text[:-1]) + r"$\times$" if re.fullmatch(r"[\d.]+x", text) else escaped(text)

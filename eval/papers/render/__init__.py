@@ -1,1 +1,0 @@
-"""A table as Markdown, CSV, LaTeX and HTML."""

@@ -1,0 +1,390 @@
+"""A method's score as a share of the full model's: a test of 99 %, tokens needed, and averages over benchmarks.
+
+**Test.** One-sided, that the method reaches a share of the full model's score, with the lower bound of that share. The
+null distribution is the one nearest to the data in which the method has exactly the share: the probability of each
+cluster is multiplied by exp(t x its influence on the difference), with the t that makes the difference zero
+(exponential tilting; Efron 1981, DiCiccio and Romano 1990). p is the probability of a difference at least as large as
+the observed one when as many clusters are drawn from it. For single right-or-wrong questions of which the method only
+loses some, this is nearly the binomial test. A t-test and the percentile bootstrap pass too many methods here. Methods
+near 99 % lose few questions, so that a sample that happens to lose fewer has both a larger difference and a smaller
+standard error (docs/statistics.md).
+
+**Tokens needed.** The smallest measured budget at which a method is shown to keep 99 % of the full model's score.
+Budgets are tested from the largest to the smallest, each at the same level, and the first one that fails ends the
+sequence (fixed-sequence testing). The probability that a budget below the share is named is then at most the level,
+without a correction for the number of budgets.
+
+**Averages over benchmarks.** The interquartile mean of a method's relative scores, and their plain mean, with one
+interval. Agarwal et al. (2021, "Deep reinforcement learning at the edge of the statistical precipice", the library
+rliable) aggregate runs over tasks by the mean of the middle half and resample runs within each task. Here a task is a
+benchmark and the resampled units are its clusters; a benchmark is never resampled itself. The interval covers the
+questions, not the choice of benchmarks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+from scipy.optimize import brentq
+
+from eval.metrics import Array, SufficientStatistics
+from eval.results import statistics
+from eval.results.statistics import (
+    DRAWS_AT_ONCE,
+    FEWEST_CLUSTERS,
+    FEWEST_DECIDING,
+    RESAMPLES,
+    Interval,
+    deciding,
+    plural,
+    slope,
+    summed_by_cluster,
+)
+from llava.errors import UserError
+
+SHARE, LEVEL = 0.99, 0.05
+# Differences this close are equal: scores of the same counts differ by rounding alone.
+TIE = 1e-9
+# Steepest tilt that is tried; the influences have a standard deviation of about 1.
+STEEPEST = 1e4
+# Precision of the lower bound, as a share.
+PRECISION = 1e-4
+AVERAGE_RESAMPLES = 2_000
+
+Scores = Mapping[str, tuple[SufficientStatistics, SufficientStatistics]]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Summed rows of a method and of the full model by cluster; clusters with equal rows are one kind.
+
+    Right-or-wrong questions give a few dozen kinds for thousands of images. A bootstrap draw of clusters is a
+    multinomial draw of kinds, which is 10 to 100 times faster than drawing labels.
+
+    Attributes:
+        method, full: [kinds, terms] sums of one cluster of the kind.
+        counts: [kinds] clusters of the kind.
+        of_method, of_full: the scores of summed rows [..., terms].
+    """
+
+    method: Array
+    full: Array
+    counts: Array
+    of_method: SufficientStatistics
+    of_full: SufficientStatistics
+
+    @property
+    def clusters(self) -> int:
+        """Number of clusters."""
+        return int(self.counts.sum())
+
+    def scores(self, counts: Array) -> tuple[Array, Array]:
+        """Score of the method and of the full model for counts of kinds [..., kinds]."""
+        return self.of_method.value(counts @ self.method), self.of_full.value(counts @ self.full)
+
+    def draws(
+        self, weights: Array, clusters: int, resamples: int, random: np.random.Generator
+    ) -> Iterator[tuple[Array, Array]]:
+        """Both scores of `resamples` draws of clusters, in batches that fit into memory.
+
+        Args:
+            weights: [kinds] probability of each kind.
+            clusters: drawn each time.
+        """
+        at_once = max(1, DRAWS_AT_ONCE // len(weights))
+        for start in range(0, resamples, at_once):
+            size = min(at_once, resamples - start)
+            yield self.scores(random.multinomial(clusters, weights, size).astype(float))
+
+
+def pair(method: SufficientStatistics, full: SufficientStatistics) -> Pairs:
+    """The pairs of two scores; UserError if they are not of the same questions."""
+    if method.names != full.names or method.clusters != full.clusters:
+        raise UserError("The method and the full model must have answered the same questions in the same data.")
+    rows = np.concatenate([summed_by_cluster(method), summed_by_cluster(full)], axis=1)
+    kinds, counts = np.unique(rows, axis=0, return_counts=True)
+    terms = method.sums.shape[1]
+    return Pairs(kinds[:, :terms], kinds[:, terms:], counts.astype(float), method, full)
+
+
+# -- the test of a share ----------------------------------------------------------------------------------------------
+
+
+def p_value(pairs: Pairs, share: float, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """One-sided p-value of "the score of the method is at most `share` times that of the full model".
+
+    1 where no weighting of the clusters gives exactly that share.
+    """
+    supported = with_worst_cluster(pairs, share)
+    weights = null_weights(supported, share)
+    if weights is None:
+        return 1.0
+    observed, random = float(difference(pairs, pairs.counts, share)), np.random.default_rng(seed)
+    reached = sum(
+        int((method - share * full >= observed - TIE).sum())
+        for method, full in supported.draws(weights, pairs.clusters, resamples, random)
+    )
+    return (1 + reached) / (1 + resamples)
+
+
+def lower_bound(
+    pairs: Pairs, level: float, passed: float | None = None, resamples: int = RESAMPLES, seed: int = 0
+) -> float:
+    """The largest share that the test rejects at `level`: a one-sided bound of method / full with confidence 1 - level.
+
+    Args:
+        passed: a share that is known to be rejected, which saves time.
+    """
+    method, full = pairs.scores(pairs.counts)
+    high = float(method / full)
+
+    def excess(share: float) -> float:
+        return p_value(pairs, share, resamples, seed) - level
+
+    low, step = passed, 0.02
+    while low is None:
+        candidate = high - step
+        if candidate <= 0:
+            return 0.0
+        if excess(candidate) <= 0:
+            low = candidate
+        else:
+            high, step = candidate, 2 * step
+    if excess(high) <= 0:
+        return high
+    if excess(low) > 0:  # `passed` was not
+        return low
+    return float(brentq(excess, low, high, xtol=PRECISION))
+
+
+def difference(pairs: Pairs, counts: Array, share: float) -> Array:
+    """Score of the method minus `share` times that of the full model, for counts of kinds [..., kinds]."""
+    method, full = pairs.scores(counts)
+    return method - share * full
+
+
+def with_worst_cluster(pairs: Pairs, share: float) -> Pairs:
+    """The observed clusters and one that speaks against the method twice as much as any of them.
+
+    Few clusters lose anything near 99 %, so the worst one that can occur is rarely among those observed. Where none
+    speaks against the method, or fewer than FEWEST_DECIDING clusters decide the spread of the difference, the full
+    model gets everything in the added cluster right and the method everything wrong. For single questions without a
+    loss the test is then the exact one, p = 0.99^n.
+    """
+    few = deciding(influences(pairs, share), pairs.counts) < FEWEST_DECIDING
+    if pairs.of_method.proportion and pairs.of_full.proportion:
+        asked = float(pairs.counts @ pairs.full[:, 1]) / pairs.clusters
+        most = float((pairs.full[:, 0] - pairs.method[:, 0]).max())
+        lost = min(asked, 2 * most) if most > 0 and not few else asked
+        return added(pairs, np.array([asked - lost, asked]), np.array([asked, asked]))
+    of_method = pairs.method @ slope(pairs.of_method.value, pairs.counts @ pairs.method)
+    of_full = pairs.full @ slope(pairs.of_full.value, pairs.counts @ pairs.full)
+    worst = int(np.argmin(of_method - of_full))
+    if of_method[worst] < of_full[worst] and not few:
+        return added(pairs, 2 * pairs.method[worst], 2 * pairs.full[worst])
+    return added(pairs, pairs.method[np.argmin(of_method)], pairs.full[np.argmax(of_full)])
+
+
+def added(pairs: Pairs, method: Array, full: Array) -> Pairs:
+    """The pairs and one more cluster."""
+    rows = np.vstack([pairs.method, method]), np.vstack([pairs.full, full])
+    return replace(pairs, method=rows[0], full=rows[1], counts=np.append(pairs.counts, 1.0))
+
+
+def null_weights(pairs: Pairs, share: float) -> Array | None:
+    """[kinds] the probabilities nearest to the observed shares under which the difference is zero; None without such.
+
+    Nearest in the Kullback-Leibler divergence, up to the linearisation of the score in its sums.
+    """
+    influence = influences(pairs, share)
+    spread = float(np.sqrt(pairs.counts @ influence**2 / pairs.clusters))
+    if spread <= 0:
+        return None
+    scaled = influence / spread
+
+    def weights(tilt: float) -> Array:
+        logs = tilt * scaled
+        found = pairs.counts * np.exp(logs - logs.max())
+        return found / found.sum()
+
+    def excess(tilt: float) -> float:
+        return float(difference(pairs, pairs.clusters * weights(tilt), share))
+
+    start = excess(0.0)
+    if abs(start) <= TIE:
+        return weights(0.0)
+    end = -np.sign(start) / 64
+    while excess(end) * start > 0:
+        end *= 2
+        if abs(end) > STEEPEST:
+            return None
+    return weights(float(brentq(excess, 0.0, end)))
+
+
+def influences(pairs: Pairs, share: float) -> Array:
+    """[kinds] how far one cluster of a kind moves the difference, to first order (delta method), mean zero."""
+    slope_method = slope(pairs.of_method.value, pairs.counts @ pairs.method)
+    slope_full = slope(pairs.of_full.value, pairs.counts @ pairs.full)
+    found = pairs.method @ slope_method - share * (pairs.full @ slope_full)
+    return found - pairs.counts @ found / pairs.clusters
+
+
+# -- tokens needed ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BudgetTest:
+    """One budget against the full model.
+
+    Attributes:
+        of_full: score in percent of that of the full model.
+        low: one-sided lower bound of `of_full` in percent, at the level of the test.
+        p: of "at most the share", for this budget alone.
+        passed: whether `p` is at most the level here and at all larger measured budgets.
+    """
+
+    of_full: float
+    low: float
+    p: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class TokensNeeded:
+    """The answer and the tests behind it.
+
+    Attributes:
+        tokens: None where the largest budget already fails.
+        tests: budget -> its test, from the largest budget down.
+    """
+
+    tokens: int | None
+    share: float
+    level: float
+    tests: dict[int, BudgetTest]
+
+    @property
+    def text(self) -> str:
+        """ "192", or "more than 448"."""
+        return f"more than {max(self.tests):,}" if self.tokens is None else f"{self.tokens:,}"
+
+
+def tokens_needed(
+    full: SufficientStatistics,
+    by_budget: Mapping[int, SufficientStatistics],
+    share: float = SHARE,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> TokensNeeded:
+    """The smallest budget from which on the score is shown to be more than `share` of the full model's.
+
+    Args:
+        by_budget: visual tokens -> the method's score on the same questions.
+        level: probability of naming a budget at which the score is at most the share.
+
+    Raises:
+        UserError: no budget, other questions, or a full model that scores 0.
+    """
+    if not by_budget:
+        raise UserError("Tokens needed: at least one measured budget is needed.")
+    if not 0 < share <= 1 or not 0 < level < 1:
+        raise UserError(
+            f"The share should be above 0 and up to 1, and the level between 0 and 1; got {share}, {level}."
+        )
+    tests: dict[int, BudgetTest] = {}
+    tokens: int | None = None
+    going_on = True
+    for budget in sorted(by_budget, reverse=True):
+        pairs = pair(by_budget[budget], full)
+        of_method, of_full = map(float, pairs.scores(pairs.counts))
+        if of_full <= 0:
+            raise UserError(f"The full model scores {of_full:g} on these questions; a share of that says nothing.")
+        p = p_value(pairs, share, resamples, seed)
+        going_on = going_on and p <= level
+        low = lower_bound(pairs, level, share if p <= level else None, resamples, seed)
+        tests[budget] = BudgetTest(100 * of_method / of_full, 100 * low, p, going_on)
+        tokens = budget if going_on else tokens
+    return TokensNeeded(tokens, share, level, tests)
+
+
+# -- averages over benchmarks -----------------------------------------------------------------------------------------
+
+
+def relative_iqm(scores: Scores, resamples: int = AVERAGE_RESAMPLES, seed: int = 0) -> Interval:
+    """Interquartile mean of method / full over benchmarks, in percent, with its 95 % interval.
+
+    Args:
+        scores: benchmark -> (method, full model) on the same questions.
+
+    Raises:
+        UserError: no benchmark, other questions, or a full model that scores 0.
+    """
+    return aggregate(interquartile_mean, scores, resamples, seed)
+
+
+def relative_mean(scores: Scores, resamples: int = AVERAGE_RESAMPLES, seed: int = 0) -> Interval:
+    """Mean of method / full over benchmarks in percent, the average of the papers' tables, with its 95 % interval."""
+    return aggregate(lambda values: values.mean(-1), scores, resamples, seed)
+
+
+def aggregate(average: Callable[[Array], Array], scores: Scores, resamples: int, seed: int) -> Interval:
+    """An average of the relative scores: its spread by a bootstrap over clusters, each benchmark by itself.
+
+    Of n clusters n - 1 are drawn, so that the spread is that of the mean (Rao and Wu 1988). Quantile and degrees of
+    freedom are those of `eval.results.statistics.interval`, and so are the reasons for no interval: few clusters in a
+    benchmark, or few that decide the spread. (The percentiles of the draws cover 78 % with few of them.)
+    """
+    if not scores:
+        raise UserError("An average over benchmarks needs at least one benchmark.")
+    streams = np.random.default_rng(seed).spawn(len(scores))
+    by_name = {name: pair(*scores[name]) for name in sorted(scores)}  # the order given changes nothing
+    observed = [relative(name, *pairs.scores(pairs.counts)) for name, pairs in by_name.items()]
+    mean = float(average(np.array(observed)))
+    for name, pairs in by_name.items():
+        if pairs.clusters < FEWEST_CLUSTERS:
+            units = f"{pairs.clusters} {plural(pairs.of_method.unit, pairs.clusters)}"
+            return Interval(mean, None, None, f"n/a: {name} has {units}, an interval needs {FEWEST_CLUSTERS}")
+    drawn = []
+    for (name, pairs), random in zip(by_name.items(), streams, strict=True):
+        draws = pairs.draws(pairs.counts / pairs.clusters, pairs.clusters - 1, resamples, random)
+        drawn.append(np.concatenate([relative(name, *found) for found in draws]))
+    values = average(np.stack(drawn, -1))
+    if np.ptp(values) <= 1e-9 * max(1.0, abs(mean)):
+        return Interval(mean, None, None, "n/a: all resamples give the same number")
+    parts = zip(by_name.values(), observed, slope(average, np.array(observed)), strict=True)
+    shares = [
+        weight / pairs.scores(pairs.counts)[1] * influences(pairs, float(value) / 100) for pairs, value, weight in parts
+    ]
+    counts = np.concatenate([pairs.counts for pairs in by_name.values()])
+    few = deciding(np.concatenate(shares), counts)
+    if few < FEWEST_DECIDING:
+        reason = f"n/a: fewer than {FEWEST_DECIDING} of {counts.sum():,.0f} clusters decide the spread"
+        return Interval(mean, None, None, reason)
+    freedom = 2 / max(1 / few - 1 / counts.sum(), 1e-12)
+    half = float(stats.t.ppf((1 + statistics.LEVEL) / 2, freedom) * values.std())
+    return Interval(mean, mean - half, mean + half, "Student")
+
+
+def relative(benchmark: str, method: Array, full: Array) -> Array:
+    """100 x method / full; UserError where full is 0, which happens to sets of a few questions."""
+    if (np.asarray(full) <= 0).any():
+        raise UserError(
+            f"{benchmark}: the full model scores 0 on these questions or on a resample of them, so that there is no "
+            "relative score; leave this benchmark out."
+        )
+    return 100 * method / full
+
+
+def interquartile_mean(values: Array) -> Array:
+    """Mean of the middle half along the last axis.
+
+    A quarter of the weight falls away at each end. Where that is no whole number of values, those at the ends count in
+    part: of 5 values the second and fourth count 3/4.
+    """
+    count = values.shape[-1]
+    edges = np.arange(count + 1) / count
+    inside = np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25)
+    weights = np.maximum(inside, 0.0) * 2
+    return np.sort(values, -1) @ weights
