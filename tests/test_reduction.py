@@ -7,9 +7,8 @@ import torch
 
 from llava.errors import MethodError
 from llava.pipeline.accounting import mean_visual_tokens
-from llava.pipeline.embed import assemble
 from llava.pipeline.positions import Piece
-from llava.pipeline.sequence import Reduced, Sequence
+from llava.pipeline.sequence import Reduced, Sequence, assemble
 from llava.reduction import PatchGrid, Reduction, keep_top, registry, split
 from llava.reduction.reducer import by_images
 from llava.reduction.token_layout import CLS

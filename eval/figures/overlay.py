@@ -453,7 +453,7 @@ def patches_of(trace: Sequence[Step], layout: TokenLayout) -> tuple[PatchAssignm
     The layout has class tokens where the first step takes them.
     """
     if trace and trace[0].reduction.inputs != layout.tokens:
-        layout = layout.with_cls()
+        layout = layout.with_cls
     return compose(trace, layout.tokens), layout
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from llava import conversation
+from llava.conversation import stop_string
 from llava.errors import UserError
 from llava.model.checkpoint.files import files_of, hashes_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded, RunBlocks, TowerMerger, encode, patch_grid, run_blocks
@@ -43,11 +43,6 @@ class EncodedImage:
     full: TokenLayout
     inputs: int
     step: tuple[str, Reduction] | None = None
-
-    @cached_property
-    def whole(self) -> bool:
-        """One crop whose tokens are the run as they are."""
-        return len(self.arrangement.crops) == 1 and not len(self.arrangement.newlines)
 
     @property
     def extra_cls(self) -> bool:
@@ -79,7 +74,7 @@ def encoded_image_of(
         keep_cls: the features have their class tokens in front.
         grid: the coarser patch grid that every crop was shrunk to.
     """
-    start = full.with_cls() if keep_cls else full
+    start = full.with_cls if keep_cls else full
     if grid is not None and grid != full.grid:
         pieces = [ViewReduction(crop.indices, coarse(crop.layout, grid)) for crop in full.crops]
         whole = len(pieces) == 1
@@ -132,6 +127,9 @@ class Llava:
         self.tokenizer = checkpoint.tokenizer
         self.image_processor = checkpoint.image_processor
         self.conversation = checkpoint.conversation
+        # The text that ends an answer; None where it is the end token, which needs no search in the decoded text.
+        stop = stop_string(self.conversation)
+        self.stop = None if stop == getattr(self.tokenizer, "eos_token", None) else stop
         self.name = checkpoint.name
         self.notes = checkpoint.notes
         self.vocabulary = checkpoint.vocabulary
@@ -183,12 +181,6 @@ class Llava:
         configured = getattr(self.hf_model.generation_config, "eos_token_id", None)
         ids |= set(configured) if isinstance(configured, list) else {configured}
         return frozenset(i for i in ids if i is not None)
-
-    @property
-    def stop(self) -> str | None:
-        """The text that ends an answer; None where it is the end token, which needs no search in the decoded text."""
-        stop = conversation.stop_string(self.conversation)
-        return None if stop == self.tokenizer.eos_token else stop
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -319,12 +311,9 @@ class Llava:
         operations.add("tower", tiles_flops, tiles, tower_flops, tower, patches, encoded.tokens, images=images)
         if encoded.spent:
             operations.add("selection", int, tiles * encoded.spent, images=images)
-        by_block: dict[int, list[TowerScore]] = {}
-        for score in encoded.scores:
-            by_block.setdefault(score.index(len(tower.encoder.layers)) % len(tower.encoder.layers), []).append(score)
-        for index, scores in by_block.items():
-            block = tower.encoder.layers[index]
-            operations.add("selection", tiles_flops, tiles, score_flops, tuple(scores), block, patches, images=images)
+        if encoded.scores:
+            blocks, scores = tower.encoder.layers, tuple(encoded.scores)
+            operations.add("selection", tiles_flops, tiles, score_flops, scores, blocks, patches, images=images)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, 1, D] before the final norm -> [B, vocabulary] float32, without the padding rows of the head."""

@@ -21,8 +21,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from llava.pipeline import positions
-from llava.pipeline.sequence import Rotary, Sequence
-from llava.reduction.decoder_attention import angles_of, follows_length, rotary_angles
+from llava.pipeline.sequence import Rotary, Sequence, lengths_of
+from llava.reduction.states import rotary_angles
 
 BLOCK = 32  # columns of space that are added at once
 CUT = 8  # columns that are cut out of the space at once
@@ -203,7 +203,7 @@ def run_segment(
     """
     hidden = entered = sequence.hidden
     eager, mask = llm.config._attn_implementation == "eager", None
-    if sequence.padded or eager:
+    if eager or min(sequence.lengths) < hidden.shape[1]:
         mask = causal_mask(sequence.valid(), hidden.shape[1], hidden.dtype, eager)
     for index in layers:
         entered = hidden
@@ -233,18 +233,26 @@ def prefill(
     """
     cache, before, depth = empty_cache(), sequence, len(llm.layers)
     held_by: list[Any] = cache.layers  # one more from layer to layer
+    # Whether the angle of a position depends on how long the prompt is.
+    follows_length = getattr(llm.rotary_emb, "rope_type", "default") in ("dynamic", "longrope")
     segments = []
     for first, last in pairwise((0, *sorted({stage for stage in stages if 0 < stage < depth}), depth)):
         if first and reduce_at is not None:
             sequence = reduce_at(sequence, first, before, held_by[first - 1].keys)
-        rotary = angles_of(llm, sequence)
-        same = sequence.rotary is not None and sequence.rotary.position is sequence.position
-        if not same and sequence.position.dim() == 2 and not follows_length(llm):
-            sequence = replace(sequence, rotary=Rotary(sequence.position, *rotary))
+        if sequence.rotary is not None:
+            rotary = sequence.rotary.cos, sequence.rotary.sin
+        else:
+            rotary = rotary_angles(llm, sequence.hidden, sequence.position)
+            if sequence.position.dim() == 2 and not follows_length:
+                sequence = replace(sequence, rotary=Rotary(*rotary))
+        lengths, width = sequence.lengths, sequence.hidden.shape[1]
         counts = tuple(sum(stop - start for start, stop in spans) for spans in sequence.visual)
-        valid = sequence.valid() if sequence.padded else None
-        following = positions.next_position(sequence.position, sequence.lengths)
-        segments.append(Segment(range(first, last), sequence.lengths, counts, valid, following))
+        valid = sequence.valid() if min(lengths) < width else None
+        if sequence.contiguous:
+            following = lengths_of(lengths, sequence.position.device)
+        else:
+            following = positions.next_position(sequence.position)
+        segments.append(Segment(range(first, last), lengths, counts, valid, following))
         hidden, entered = run(llm, sequence, range(first, last), rotary, cache)
         before, sequence = replace(sequence, hidden=entered), replace(sequence, hidden=hidden)
     # Counted now, because decoding makes the cache longer. Where heads are split over ranks, each holds as many.

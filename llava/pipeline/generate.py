@@ -88,10 +88,11 @@ def generate(
         steps += 1
     timer.mark("decode")
     texts = [model.decode(ids) for ids in written]
+    layouts = [[image.layout for image in images] for images in record.images]
     answers = tuple(
         Answer(sample.id, (text.split(stop, 1)[0] if stop else text).strip(), tuple(ids), account, trace, tuple(runs))
         for sample, text, ids, account, trace, runs in zip(
-            samples, texts, written, record.accounting(state), record.steps, record.runs, strict=True
+            samples, texts, written, record.accounting(state), record.steps, layouts, strict=True
         )
     )
     if model.spread:
@@ -103,7 +104,7 @@ def generate(
         # A graph that was compiled for this batch serves others too.
         spent[name] = max(0.0, spent.get(name, 0.0) - (after - before[name]))
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
-    images = sum(map(len, record.runs))
+    images = sum(map(len, layouts))
     room = state.kv_bytes_allocated * getattr(model.llm, "ranks", 1)
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_with_room=room)
 

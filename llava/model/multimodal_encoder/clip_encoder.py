@@ -13,7 +13,7 @@ from llava.errors import UserError
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import linear_flops
 from llava.reduction.reducer import Reducer, by_images
-from llava.reduction.scores import BlockInput, TowerScore, mean_keys, tower_score
+from llava.reduction.scores import TowerScore, block_scores, by_block, mean_keys
 from llava.reduction.states import BlockState
 from llava.reduction.token_layout import ModelSpec
 
@@ -96,12 +96,7 @@ def encode(
     hidden = tower.pre_layrnorm(_embed(tower, pixels, grid))
     depth = len(blocks)
     selected = select_layer % (depth + 1)  # hidden_states has depth + 1 entries
-    wanted: dict[int, list[TowerScore]] = {}
-    for score in scores:
-        index = score.index(depth)
-        if not -depth <= index < depth:
-            raise UserError(f"TowerScore {score.kind} needs tower block {index}, but the tower has {depth} blocks.")
-        wanted.setdefault(index % depth, []).append(score)
+    wanted = by_block(scores, depth)
     if merger and hasattr(blocks[0], "before_space"):
         raise UserError(
             "A method that merges in the tower cannot run on a video tower: its attention over time needs the same "
@@ -118,10 +113,7 @@ def encode(
     inputs = dict(zip(places, run(tower, hidden, places), strict=True))
     computed: dict[TowerScore, Tensor] = {}
     for index, asked in wanted.items():
-        block, seen = blocks[index], inputs[index]
-        # What the spatial attention of a video block works on is what attention over time makes of its input.
-        state = BlockInput(block, block.before_space(seen) if hasattr(block, "before_space") else seen)
-        computed |= {score: tower_score(score, state) for score in asked}
+        computed |= block_scores(asked, blocks[index], inputs[index])
     features = inputs[selected] if keep_cls else inputs[selected][:, 1:]
     return Encoded(features, computed, grid, None, ((hidden.shape[1], hidden.shape[1]),) * places[-1])
 
