@@ -9,11 +9,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pipeline import positions
 from llava.pipeline import sequence as columns
+from llava.pipeline.decoder import rotary_angles
 from llava.pipeline.prefill import prefill
 from llava.pipeline.sequence import Sequence
 from llava.reduction import Reducer, Reduction
 from llava.reduction.ranking import made_once
-from llava.reduction.states import Angles, angles_of, prepared_angles, projected_heads, rotary_angles
+from llava.reduction.states import Angles, angles_of, prepared_angles, projected_heads
 from tests.conftest import samples
 
 CPU = torch.device("cpu")

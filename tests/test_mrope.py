@@ -5,8 +5,9 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from llava.pipeline import positions as mrope
+from llava.pipeline.decoder import rotary_angles
 from llava.pipeline.positions import Piece
-from llava.reduction.states import Angles, attention_rows, projected_heads, rotary_angles
+from llava.reduction.states import Angles, attention_rows, projected_heads
 
 PROMPTS = [
     [7],

@@ -161,10 +161,11 @@ def attention_inputs(state: DecoderState, attention: str) -> AttentionInputs:
     """
     if attention == "causal":
         # No visual token sees the text after the image, so that text needs no keys.
-        return state.attention_inputs(state.sequence.images)
+        return state.attention_inputs("visual")
     layer, (batch, count) = state.llm.layers[state.layer], state.tokens.shape[:2]
-    rows = layer.input_layernorm(state.tokens)
-    angles = angles_at(prepared_angles(state.llm, state.sequence), state.sequence, state.sequence.images)
+    rows, sequence = layer.input_layernorm(state.tokens), state.sequence
+    columns_of_images = sequence.padded_spans(sequence.images)
+    angles = angles_at(prepared_angles(state.llm, sequence), sequence, sequence.images, columns_of_images)
     keys = projected_heads(layer, layer.self_attn.k_proj, rows, angles)
     columns = places(batch, count, rows.device)
     unseen = None if attention == "bidirectional" else (columns[:, None] > columns[..., None])[:, None]

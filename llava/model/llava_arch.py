@@ -10,13 +10,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from llava.conversation import stop_string
-from llava.errors import UserError
 from llava.model.checkpoint.files import files_of, hashes_of
-from llava.model.multimodal_encoder.clip_encoder import Encoded, RunBlocks, TowerMerger, encode, patch_grid, run_blocks
+from llava.model.multimodal_encoder.clip_encoder import Encoded, TowerMerger, encode, patch_grid
 from llava.processing.prompt import Prompt, Sample, build_prompt
 from llava.reduction.budget import in_tower
 from llava.reduction.merging import Reduction, ViewReduction, join
@@ -231,14 +229,6 @@ class Llava:
         """What the tower sees of an image: pixels [C, 3, S, S], and the run of tokens that its C crops become."""
         return self.image_processor(picture)[None], single(self.layout.rows, self.layout.columns)
 
-    def refuse_images(self, samples: Samples[Sample]) -> None:
-        """Raise UserError for videos, unless the model takes them."""
-        for sample in samples:
-            for image in sample.images:
-                if not self.takes_videos and not isinstance(image, Image.Image):
-                    kind = type(image).__name__.lower()
-                    raise UserError(f"{self.name} takes images only, got a {kind}; choose a Video-LLaVA for videos.")
-
     def encode_images(
         self, pictures: Samples[Any], keys: Samples[object], reducer: Reducer, timer: "Timer"
     ) -> list[EncodedImage]:
@@ -253,52 +243,37 @@ class Llava:
         timer.mark("preprocess")
         encoded_images: dict[int, EncodedImage] = {}
         groups: dict[tuple[Reducer, bool, bool], list[int]] = {}
-        inside = not reducer.acts_in.isdisjoint(("tower", "input_grid"))
+        inside, keep_cls = not reducer.acts_in.isdisjoint(("tower", "input_grid")), reducer.keep_cls
+        compiled = self.compiled.tower if self.compiled else None
         for index, (_, full) in enumerate(views):
             sized = in_tower(reducer, full) if inside else reducer
             groups.setdefault((sized, full.temporal, full.tiles is not None), []).append(index)
         for (sized, temporal, tiled), rows in groups.items():
-            grid = sized.input_grid(self.layout) if inside else None
-            pixels = torch.cat([views[index][0] for index in rows]).to(self.device)
-            encoded, done = self.encode_crops(pixels, sized, grid, temporal, tiled), 0
+            pixels, done = torch.cat([views[index][0] for index in rows]).to(self.device), 0
+            tower, grid, merger = self.tower_of(temporal), None, None
+            if inside:
+                grid = sized.input_grid(self.layout)
+                merger = self._merger(sized, tower, len(pixels)) if "tower" in sized.acts_in else None
+            # The class tokens of a video's frames are visual tokens.
+            scores, with_cls = sized.tower_scores(tiled), keep_cls or temporal
+            encoded = encode(tower, pixels, self.select_layer, scores, grid, with_cls, merger, compiled)
             for index in rows:
                 crops, full = views[index]
                 own = encoded if len(crops) == len(pixels) else encoded.rows(slice(done, done + len(crops)))
-                encoded_images[index] = encoded_image_of(own, full, reducer.keep_cls, grid)
+                encoded_images[index] = encoded_image_of(own, full, keep_cls, grid)
                 done += len(crops)
         return [encoded_images[index] for index in range(len(views))]
 
-    @property
-    def run_blocks(self) -> RunBlocks:
-        """What runs the blocks of the vision tower."""
-        return self.compiled.tower if self.compiled and self.compiled.tower else run_blocks
+    def _merger(self, reducer: Reducer, tower: Any, tiles: int) -> TowerMerger | None:
+        """What merges tokens inside the tower as a method says."""
+        blocks = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
+        if blocks and self.compiled and self.compiled.tower:
+            self.compiled.tower.say("merging", f"{reducer.name} merges tokens inside of it")
+        return TowerMerger(reducer, self.spec, tower, blocks, tiles) if blocks else None
 
     def tower_of(self, temporal: bool) -> Any:
         """The vision tower for images, or for the frames of videos."""
         return self.tower
-
-    def encode_crops(
-        self,
-        pixels: Tensor,
-        reducer: Reducer,
-        grid: tuple[int, int] | None,
-        temporal: bool = False,
-        tiled: bool = False,
-    ) -> Encoded:
-        """Run a tower on [B, 3, S, S] pixels, with the method's scores and its merging inside.
-
-        Args:
-            temporal: the pixels are frames of videos, whose class tokens are visual tokens.
-            tiled: the images have tiles.
-        """
-        tower, keep_cls, merger = self.tower_of(temporal), reducer.keep_cls or temporal, None
-        if "tower" in reducer.acts_in:
-            blocks = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
-            merger = TowerMerger(reducer, self.spec, tower, blocks, len(pixels)) if blocks else None
-        if merger and self.compiled and self.compiled.tower:
-            self.compiled.tower.say("merging", f"{reducer.name} merges tokens inside of it")
-        scores = reducer.tower_scores(tiled)
-        return encode(tower, pixels, self.select_layer, scores, grid, keep_cls, merger, self.run_blocks)
 
     def count_tower(self, operations: "Operations", picture: EncodedImage, images: int) -> None:
         """Count the operations of the tower on all tiles of one image, and of scores and merging beside it.

@@ -155,11 +155,9 @@ class SeenImage:
     planned: tuple[int, ...] | None
 
 
+@dataclass
 class Record:
     """What happened to the samples of one batch up to the first token.
-
-    Args:
-        samples: how many.
 
     Attributes:
         images: of each sample in order.
@@ -167,10 +165,9 @@ class Record:
         operations: floating point operations.
     """
 
-    def __init__(self, samples: int):
-        self.images: list[list[SeenImage]] = [[] for _ in range(samples)]
-        self.reductions: list[list[Applied]] = [[] for _ in range(samples)]
-        self.operations = Operations()
+    images: list[list[SeenImage]]
+    reductions: list[list[Applied]]
+    operations: Operations = field(default_factory=Operations)
 
     @cached_property
     def steps(self) -> list[Trace]:
@@ -192,7 +189,11 @@ class Record:
             planned = sum(map(sum, plans)) / len(entering) / count if len(plans) == len(images) else None
             # Tokens that are averages of several, after the last reduction of each image.
             last = {a.number: step.reduction for a, step in zip(applied, steps, strict=True)}
-            merged = sum(int(one.merged_count()[0]) for one in last.values() if one.merges)
+            merged = sum(
+                int(one.merged_count()[0])
+                for one in last.values()
+                if one.assignment is not None or one.merge_matrix is not None
+            )
             inputs = sum(image.inputs for image in images)
             accounts.append(TokenAccounting(entering, inputs, merged, prefilled.kv_bytes[sample], count, planned))
         return accounts

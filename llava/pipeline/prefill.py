@@ -45,7 +45,7 @@ def prefill(
             projector), "selection" (the method's own functions, and applying what they return) and "prefill"
             (embedding and assembling prompts, running the decoder).
     """
-    timer, record = timer or Timer(model.device), Record(len(samples))
+    timer, record = timer or Timer(model.device), Record([[] for _ in samples], [[] for _ in samples])
     prompts = [model.prompt(sample) for sample in samples]
     stages, layers = Stages(model, reducer, samples, record, timer), tuple[int, ...]()
     if any(sample.images for sample in samples):
@@ -74,6 +74,7 @@ class BatchImage:
     """An image of a batch up to decoder layer 0.
 
     Attributes:
+        name: the sample's id, with a number from its second image on; a seed of methods that draw.
         encoded: what the tower gave; questions about the same image share one object.
         plan: what the method does with images of this size.
         inputs: visual tokens before any reduction.
@@ -81,6 +82,7 @@ class BatchImage:
         tokens: [N, H] projected visual tokens.
     """
 
+    name: str
     encoded: EncodedImage
     plan: ImagePlan
     inputs: int
@@ -145,21 +147,22 @@ class Stages:
         model, record = self.model, self.record
         pictures: dict[object, Any] = {}  # questions about the same image share one pass of the tower
         keys: dict[Row, object] = {}
-        for i, sample in enumerate(self.samples):
-            for number, picture in enumerate(sample.images):
-                key = keys[i, number] = sample.image_ids[number] if sample.image_ids else object()
+        for sample, asked in enumerate(self.samples):
+            for number, picture in enumerate(asked.images):
+                key = keys[sample, number] = asked.image_ids[number] if asked.image_ids else object()
                 pictures.setdefault(key, picture)
         encoded = model.encode_images(list(pictures.values()), list(pictures), self.reducer, self.timer)
         by_key = dict(zip(pictures, encoded, strict=True))
         users = Counter(keys.values())
         for key, one in by_key.items():
             model.count_tower(record.operations, one, users[key])
-        for row, key in keys.items():
-            one = by_key[key]
+        for (sample, number), key in keys.items():
+            one, row, name = by_key[key], (sample, number), self.samples[sample].id
             plan = plan_image(self.reducer, model.spec, one.full)
             inputs = one.full.tokens if plan.fits else one.inputs
-            image = self.images[row] = BatchImage(one, plan, inputs)
-            record.images[row[0]].append(SeenImage(one.full, inputs, plan.tokens))
+            name = name if number == 0 else f"{name}#{number + 1}"
+            image = self.images[row] = BatchImage(name, one, plan, inputs)
+            record.images[sample].append(SeenImage(one.full, inputs, plan.tokens))
             if one.step is not None:
                 self._apply(row, image, *one.step)
         reduced: dict[Row, Features] = {}
@@ -291,13 +294,13 @@ class Stages:
                 groups.setdefault((stop - start, spec), []).append((sample, number))
         alone = len(groups) == 1 and all(len(spans) == 1 for spans in sequence.visual)
         reduced: list[Reduced] = []
-        for (count, spec), rows in groups.items():
+        for (count, _), rows in groups.items():
             plan, prompts = self.images[rows[0]].plan, [sequence, entered, self.start]
             if not alone:  # else every prompt has one image of the group
                 prompts = [one.rows(rows) for one in prompts]
             now = prompts[0]
             state = DecoderState(
-                ids=self._names(rows),
+                ids=tuple(self.images[row].name for row in rows),
                 spec=plan.spec,
                 tokens=now.take(now.hidden, [image for (image,) in now.visual]),
                 sequence=now,
@@ -330,39 +333,32 @@ class Stages:
                 whole.setdefault((image.plan.method, image.plan.spec, shape), []).append(row)
             elif not image.plan.fits:
                 tiled.append(row)
-        groups = [Group(self.images[rows[0]].plan.method, rows, self._state_fields(rows)) for rows in whole.values()]
+        groups = []
+        for rows in whole.values():
+            images = [self.images[row] for row in rows]
+            plan, encoded = images[0].plan, [image.encoded.encoded for image in images]
+            features, scores, merged = encoded[0].features, encoded[0].scores, encoded[0].merged
+            if len(rows) > 1:
+                features = torch.cat([one.features for one in encoded])
+                scores = {score: torch.cat([one.scores[score] for one in encoded]) for score in scores}
+                merged = stack([one.merged for one in encoded if one.merged is not None]) if merged else None
+            fields = {
+                "ids": tuple(image.name for image in images),
+                "spec": plan.spec,
+                "features": features,
+                "layout": images[0].encoded.arrangement.layout,
+                "scores": scores,
+                "merged": merged,
+                "questions": tuple(self.samples[sample].question for sample, _ in rows),
+                "messages": tuple(self.samples[sample].message for sample, _ in rows),
+                "clip": self.model.clip if plan.method.needs_text_tower else None,
+                "thumbnail": scores.__getitem__,
+            }
+            groups.append(Group(plan.method, rows, fields))
         if tiled:
-            encoded = {row: self.images[row].encoded for row in tiled}
-            groups += views.groups_of(self.model, self.reducer, self.samples, encoded)
+            pictures = {row: self.images[row].encoded for row in tiled}
+            groups += views.groups_of(self.model, self.reducer, self.samples, pictures)
         return groups
-
-    def _state_fields(self, rows: list[Row]) -> dict[str, Any]:
-        """Fields that the states of stages 1 and 2 share, for images of one tile and one shape."""
-        images = [self.images[row] for row in rows]
-        encoded, plan = [image.encoded.encoded for image in images], images[0].plan
-        features, scores = encoded[0].features, encoded[0].scores
-        merged = encoded[0].merged
-        if len(rows) > 1:
-            features = torch.cat([one.features for one in encoded])
-            scores = {score: torch.cat([one.scores[score] for one in encoded]) for score in scores}
-            merged = None if merged is None else stack([one.merged for one in encoded if one.merged is not None])
-        return {
-            "ids": self._names(rows),
-            "spec": plan.spec,
-            "features": features,
-            "layout": images[0].encoded.arrangement.layout,
-            "scores": scores,
-            "merged": merged,
-            "questions": tuple(self.samples[sample].question for sample, _ in rows),
-            "messages": tuple(self.samples[sample].message for sample, _ in rows),
-            "clip": self.model.clip if plan.method.needs_text_tower else None,
-            "thumbnail": scores.__getitem__,
-        }
-
-    def _names(self, rows: list[Row]) -> tuple[str, ...]:
-        """Of each image the sample's id, with a number from its second image on: a seed of methods that draw."""
-        ids = ((self.samples[sample].id, number) for sample, number in rows)
-        return tuple(name if number == 0 else f"{name}#{number + 1}" for name, number in ids)
 
     def _ask(self, group: Group, stage: str, state: EncoderState, tokens: int) -> list[tuple[Reduction, range]]:
         """The method's reductions of a group, and the rows that each is of; for views that it keeps, one of all."""

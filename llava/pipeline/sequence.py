@@ -117,7 +117,8 @@ class Sequence:
         columns = self.padded_spans(spans, samples)
         start, stop = columns[0]
         if start < stop and all(other == (start, stop) for other in columns):
-            return self.of_samples(tensor[:, start:stop], samples)
+            part = tensor[:, start:stop]
+            return part if samples is None else self.of_samples(part, samples)
         return self.at(tensor, columns_of(columns, tensor.device)[0], samples)
 
     def at(self, tensor: Tensor, index: Tensor, samples: Samples = None) -> Tensor:
@@ -126,9 +127,9 @@ class Sequence:
             return gather_tokens(tensor, index)
         return tensor[rows_of(samples, tensor.device)[:, None], index]
 
-    def of_samples(self, tensor: Tensor, samples: Samples) -> Tensor:
+    def of_samples(self, tensor: Tensor, samples: tuple[int, ...]) -> Tensor:
         """The rows of some samples, in this order; the tensor itself where these are all."""
-        if samples is None or samples == tuple(range(len(self.lengths))):
+        if samples == tuple(range(len(self.lengths))):
             return tensor
         return tensor.index_select(0, rows_of(samples, tensor.device))
 

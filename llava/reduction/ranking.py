@@ -229,7 +229,7 @@ def _in_groups(choose: Callable[[Cosines, Tensor], Tensor], tokens: Tensor, weig
 # Farthest points.
 
 
-def farthest_from(unit: Tensor, first: Tensor, count: int) -> Tensor:
+def farthest_from(unit: Tensor, first: Tensor, count: int, row: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """[B, count] int64 in the order of choice; equally far ones by index.
 
     Each step compares all tokens with the one chosen last: 2 B N D (count - 1) operations, no N x N cosines. The caller
@@ -238,9 +238,18 @@ def farthest_from(unit: Tensor, first: Tensor, count: int) -> Tensor:
     Args:
         unit: [B, N, D] float32 tokens of length 1.
         first: [B], the first choice.
+        row: gives the cosines [B, N] of tokens [B] to all, where they are known.
     """
     images = torch.arange(len(unit), device=unit.device)
-    return _farthest(lambda token: (unit @ unit[images, token].unsqueeze(-1)).squeeze(-1), first, count)
+    chosen, nearest = [first], None
+    for _ in range(count - 1):
+        last = chosen[-1]
+        distance = 1 - (row(last) if row else (unit @ unit[images, last].unsqueeze(-1)).squeeze(-1))
+        nearest = distance if nearest is None else torch.minimum(nearest, distance)
+        # Never chosen again, not even if all tokens are identical.
+        nearest = nearest.scatter(1, last.unsqueeze(1), -torch.inf)
+        chosen.append(nearest.argmax(1))
+    return torch.stack(chosen, 1)
 
 
 def farthest_apart(tokens: Tensor, count: int, matmul: MatMul = torch.matmul) -> Tensor:
@@ -255,7 +264,7 @@ def farthest_apart(tokens: Tensor, count: int, matmul: MatMul = torch.matmul) ->
 
     def choose(cosines: Cosines, _: Tensor) -> Tensor:
         first = most_isolated(cosines)
-        return _farthest(cosines.row, first, count)
+        return farthest_from(cosines.unit, first, count, cosines.row)
 
     return _in_groups(choose, tokens, tokens, matmul)
 
@@ -268,18 +277,6 @@ def most_isolated(cosines: Cosines) -> Tensor:
         closest.append(block.amax(2))
         done += block.shape[1]
     return (1 - torch.cat(closest, 1)).argmax(1)
-
-
-def _farthest(row: Callable[[Tensor], Tensor], first: Tensor, count: int) -> Tensor:
-    """[B, count]; `row` gives the cosines [B, N] of tokens [B] to all."""
-    chosen, nearest = [first], None
-    for _ in range(count - 1):
-        distance = 1 - row(chosen[-1])
-        nearest = distance if nearest is None else torch.minimum(nearest, distance)
-        # Never chosen again, not even if all tokens are identical.
-        nearest = nearest.scatter(1, chosen[-1].unsqueeze(1), -torch.inf)
-        chosen.append(nearest.argmax(1))
-    return torch.stack(chosen, 1)
 
 
 # Largest determinant.

@@ -6,7 +6,7 @@ the fused attention kernel. Shapes: B images, N patches, D channels, H heads, T 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from einops import rearrange
 from torch import Tensor
@@ -141,7 +141,8 @@ TOWER_SCORES: dict[str, Callable[[BlockInput], Tensor]] = {
 }
 
 
-def by_block(scores: Sequence[TowerScore], depth: int) -> dict[int, list[TowerScore]]:
+@lru_cache(maxsize=256)
+def by_block(scores: tuple[TowerScore, ...], depth: int) -> dict[int, list[TowerScore]]:
     """Scores by the block they are read from, in a tower of `depth` blocks."""
     blocks: dict[int, list[TowerScore]] = {}
     for score in scores:
@@ -171,7 +172,7 @@ def block_scores(asked: Sequence[TowerScore], block: VisionBlock, hidden: Tensor
     return scores
 
 
-def score_flops(scores: Sequence[TowerScore], blocks: Sequence[VisionBlock], patches: int) -> int:
+def score_flops(scores: tuple[TowerScore, ...], blocks: Sequence[VisionBlock], patches: int) -> int:
     """Operations of scores for one image, matrix products only; those of one block all read the same keys."""
     total = 0
     for index, asked in by_block(scores, len(blocks)).items():

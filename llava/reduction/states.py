@@ -26,7 +26,7 @@ from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 if TYPE_CHECKING:
-    from llava.pipeline.sequence import Row, Samples, Sequence, Span
+    from llava.pipeline.sequence import Row, Sequence, Span
 
 TEXT_ROWS = ("question", "instruction", "after", "last", "visual")
 
@@ -153,19 +153,9 @@ class PromptState(EncoderState):
     llm: Decoder = None  # type: ignore[assignment]
     run_layers: Callable[[int], Tensor] = None  # type: ignore[assignment]
 
-    def visual(self, tensor: Tensor) -> Tensor:
-        """[B, N, ...] rows of `tensor` [S, L, ...] at the visual tokens."""
-        return at_images(tensor, self.sequence, self.rows, self.members)
-
-    @property
-    def samples(self) -> Samples:
-        """The prompt of each image; None where prompt b has the one image b."""
-        return tuple(sample for sample, _ in self.rows) if self.rows else None
-
     def spans(self, rows: str) -> list[Span]:
         """The span of text tokens in the prompt of each image; see `text`."""
-        own, samples = text_spans(self.sequence, rows), self.samples
-        return own if samples is None else [own[sample] for sample in samples]
+        return text_spans(self.sequence, rows, self.rows)
 
     def text(self, rows: str) -> tuple[Tensor, Tensor]:
         """Embeddings of text tokens.
@@ -177,7 +167,8 @@ class PromptState(EncoderState):
         Returns:
             [B, T, H] embeddings and a mask [B, T] of the rows that exist.
         """
-        sequence, spans, samples = self.sequence, self.spans(rows), self.samples
+        sequence, spans = self.sequence, self.spans(rows)
+        samples = tuple(sample for sample, _ in self.rows) or None
         return sequence.take(sequence.hidden, spans, samples), sequence.row_index(spans, samples)[1]
 
     def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor | None]:
@@ -194,20 +185,22 @@ class PromptState(EncoderState):
         """
         sequence, block = self.sequence, self.llm.layers[layer]
         hidden = self.run_layers(layer) if contextual else sequence.hidden
-        spans, samples = self.spans(rows), self.samples
+        spans, samples = text_spans(sequence, rows, self.rows), tuple(sample for sample, _ in self.rows) or None
         alike = len({stop - start for start, stop in spans}) == 1 and spans[0][0] < spans[0][1]
         mask = None if alike else sequence.row_index(spans, samples)[1]
         if not self.rows:
             normed = block.input_layernorm(hidden)
-            text, visual = sequence.take(normed, spans), self.visual(normed)
+            text, visual = sequence.take(normed, spans), at_images(normed, sequence, (), None)
         else:  # of a prompt with other images or tiles, only what these images need
             text = block.input_layernorm(sequence.take(hidden, spans, samples))
-            visual = block.input_layernorm(self.visual(hidden) if contextual else self.tokens)
+            visual = block.input_layernorm(
+                at_images(hidden, sequence, self.rows, self.members) if contextual else self.tokens
+            )
         own, others = None, None  # angles of the text rows and of the visual tokens
         if rotary:
             angles = angles_of(self.llm, sequence)
             own = Angles.of(*(sequence.take(part, spans, samples) for part in angles))
-            others = Angles.of(*map(self.visual, angles))
+            others = Angles.of(*(at_images(part, sequence, self.rows, self.members) for part in angles))
         keys = projected_heads(block, block.self_attn.k_proj, visual, others)
         weights = attention_rows(block, text, keys, angles=own)
         self.flops += len(text) * attention_flops(block, text.shape[1], visual.shape[1], visual.shape[1])
@@ -280,53 +273,54 @@ class DecoderState(State):
             weights [B, H, T, N] float32, with the softmax over all tokens that the row may see, so a row sums to the
             part of its attention that goes to the image; and a mask [B, T] of the rows that exist.
         """
-        spans = text_spans(self.sequence, rows) if isinstance(rows, str) else rows
-        seen = self.attention_inputs(spans, at, rotary)
+        seen = self.attention_inputs(rows, at, rotary)
         layer = self.llm.layers[self.layer - (at == "previous")]
         weights = attention_rows(layer, seen.rows, seen.keys, seen.unseen, seen.angles)
+        spans = text_spans(self.sequence, rows) if isinstance(rows, str) else rows
         return seen.at_visual(weights), self.sequence.row_index(spans)[1]
 
-    def attention_inputs(self, spans: list[Span], at: str = "next", rotary: bool = True) -> AttentionInputs:
-        """What `attention` is computed from; its operations are counted in `flops`.
-
-        Args:
-            spans: of the rows, one per prompt in `sequence`'s coordinates.
-            at, rotary: as in `attention`.
-        """
+    def attention_inputs(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> AttentionInputs:
+        """What `attention` is computed from, with the same arguments; its operations are counted in `flops`."""
         sequence, source = self.sequence, self.sequence if at == "next" else self.entered
+        spans = text_spans(sequence, rows) if isinstance(rows, str) else rows
         layer = self.llm.layers[self.layer - (at == "previous")]
-        visual = sequence.padded_spans([image for (image,) in sequence.visual])
+        columns = sequence.padded_spans(spans)
+        visual = columns if rows == "visual" else sequence.padded_spans(text_spans(sequence, "visual"))
         # Causality: no row sees a key after the last row. Visual tokens after it are still returned, as zeros.
-        ends = [
-            sequence.hidden.shape[1] - length + stop for length, (_, stop) in zip(sequence.lengths, spans, strict=True)
-        ]
-        width = max(*ends, *(stop for _, stop in visual))
+        width = max(stop for _, stop in columns + visual)
         angles = prepared_angles(self.llm, source) if rotary else None
         if at == "next":
             normed = layer.input_layernorm(source.hidden[:, :width])
-            rows = sequence.take(normed, spans)
-            seen = None if angles is None else angles.rows(slice(width))
-            keys = projected_heads(layer, layer.self_attn.k_proj, normed, seen)
+            inputs = sequence.take(normed, spans)
+            keys = projected_heads(
+                layer, layer.self_attn.k_proj, normed, None if angles is None else angles.rows(slice(width))
+            )
         else:
-            rows = layer.input_layernorm(sequence.take(source.hidden, spans))
+            inputs = layer.input_layernorm(sequence.take(source.hidden, spans))
             keys = in_float32(self.keys[:, :, :width])
-        own = None if angles is None else angles_at(angles, sequence, spans)
-        self.flops += len(rows) * attention_flops(layer, rows.shape[1], width, width if at == "next" else 0)
-        return AttentionInputs(rows, own, keys, sequence.unseen(spans, width), visual)
+        own = None if angles is None else angles_at(angles, sequence, spans, columns)
+        self.flops += len(inputs) * attention_flops(layer, inputs.shape[1], width, width if at == "next" else 0)
+        return AttentionInputs(inputs, own, keys, sequence.unseen(spans, width), visual)
 
 
 # Rows of the prompts. Spans are in a sample's own coordinates, without padding.
 
 
-def text_spans(sequence: Sequence, rows: str) -> list[Span]:
-    """Spans of text tokens by name, one of TEXT_ROWS; see `PromptState.text`."""
-    if rows == "visual":
-        return sequence.images
-    if rows == "last":
-        return [(length - 1, length) for length in sequence.lengths]
-    if rows not in TEXT_ROWS:
-        raise unknown("text rows", rows, TEXT_ROWS)
-    return list(getattr(sequence, rows))
+def text_spans(sequence: Sequence, name: str, images: Sequence_[Row] = ()) -> list[Span]:
+    """Spans of text tokens by name, one of TEXT_ROWS; see `PromptState.text`.
+
+    Args:
+        images: those whose prompts are asked for; () for every prompt once.
+    """
+    if name not in TEXT_ROWS:
+        raise unknown("text rows", name, TEXT_ROWS)
+    if name == "visual":
+        spans = [image for (image,) in sequence.visual]
+    elif name == "last":
+        spans = [(length - 1, length) for length in sequence.lengths]
+    else:
+        spans = list(getattr(sequence, name))
+    return [spans[sample] for sample, _ in images] if images else spans
 
 
 def at_images(tensor: Tensor, sequence: Sequence, rows: Sequence_[Row], members: Tensor | None) -> Tensor:
@@ -372,21 +366,12 @@ def _signs(channels: int, device: torch.device) -> Tensor:
     return torch.ones(channels, device=device).index_fill(0, torch.arange(channels // 2, device=device), -1.0)
 
 
-def rotary_angles(llm: Decoder, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of a decoder at given positions, two tensors [B, L, d].
-
-    Args:
-        llm: a module with rotary_emb.
-        hidden: gives dtype and device.
-        position: [B, L], or [B, L, 3] for a decoder whose positions have a frame, a row and a column.
-    """
-    return llm.rotary_emb(hidden, position if position.dim() == 2 else position.permute(2, 0, 1))
-
-
 def angles_of(llm: Decoder, sequence: Sequence) -> tuple[Tensor, Tensor]:
     """Cosines and sines at the positions of prompts, [B, L, d] each; those that the layers use, if they are known."""
-    known = sequence.rotary
-    return rotary_angles(llm, sequence.hidden, sequence.position) if known is None else (known.cos, known.sin)
+    known, position = sequence.rotary, sequence.position
+    if known is not None:
+        return known.cos, known.sin
+    return llm.rotary_emb(sequence.hidden, position if position.dim() == 2 else position.permute(2, 0, 1))
 
 
 def prepared_angles(llm: Decoder, sequence: Sequence) -> Angles:
@@ -400,13 +385,14 @@ def prepared_angles(llm: Decoder, sequence: Sequence) -> Angles:
     return cast(Angles, longest.angles)
 
 
-def angles_at(angles: Angles, sequence: Sequence, spans: Sequence_[Span]) -> Angles:
+def angles_at(angles: Angles, sequence: Sequence, spans: Sequence_[Span], columns: Sequence_[Span]) -> Angles:
     """Angles of spans, one of each prompt; see `Sequence.take`.
 
     Args:
         angles: of all columns of `sequence`, and maybe of more behind them.
+        columns: the same spans as columns of the padded batch.
     """
-    (start, stop), *others = sequence.padded_spans(spans)
+    (start, stop), *others = columns
     if start < stop and all(other == (start, stop) for other in others):
         return angles.rows(slice(start, stop))
     return Angles(*(sequence.take(part[:, 0], spans).unsqueeze(1) for part in angles))
@@ -435,10 +421,10 @@ def projected_heads(layer: DecoderLayer, projection: nn.Linear, normed: Tensor, 
         angles: of the L tokens, for rotary embedding in Llama's half-split convention; None for no rotation.
     """
     projected = whole_heads(layer, projection(normed), -1)
-    heads = in_float32(rearrange(projected, "b l (h d) -> b h l d", d=layer.self_attn.head_dim))
+    heads = rearrange(projected, "b l (h d) -> b h l d", d=layer.self_attn.head_dim)
     if angles is None:
-        return heads
-    return heads * angles.cos + heads.roll(heads.shape[-1] // 2, -1) * angles.sin
+        return in_float32(heads)
+    return heads * angles.cos + heads.roll(heads.shape[-1] // 2, -1) * angles.sin  # float32, as the angles are
 
 
 def attention_rows(
