@@ -374,13 +374,13 @@ class Stages:
 
     def _merged_values(self, reduction: Reduction, state: PromptState | DecoderState, rows: range) -> Tensor | None:
         """Output tokens [B, K, H] of a merging reduction; None where they are the kept tokens, unchanged."""
-        operations = self.record.operations
-        in_encoder_space = reduction.encoder_space and isinstance(state, PromptState)
-        if not in_encoder_space and reduction.assignment is None and reduction.merge_matrix is None:
+        operations, tokens, project = self.record.operations, state.tokens, False
+        if reduction.encoder_space and isinstance(state, PromptState):
+            tokens, project = state.features, True
+        elif reduction.assignment is None and reduction.merge_matrix is None:
             return None
-        tokens = state.features if in_encoder_space else state.tokens
         merged = values = reduction.apply(tokens if len(rows) == len(tokens) else tokens[rows.start : rows.stop])
-        if in_encoder_space:
+        if project:
             # A merge before the projector: merge tower features and project them again.
             values = self.model.projector(merged)
             projected = values.shape[0] * values.shape[1]

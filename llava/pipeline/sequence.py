@@ -248,8 +248,16 @@ class Sequence:
             lengths.append(length - gone)
             visual.append(tuple(after))
             cuts.append(tuple(own))
-        spans_of = {name: tuple(moved) for name, moved in texts.items()}
-        return replace(self, lengths=tuple(lengths), visual=tuple(visual), **spans_of), tuple(cuts)
+        question, instruction, after_images = map(tuple, texts.values())
+        shorter = replace(
+            self,
+            lengths=tuple(lengths),
+            visual=tuple(visual),
+            question=question,
+            instruction=instruction,
+            after=after_images,
+        )
+        return shorter, tuple(cuts)
 
     def _spliced(self, reduced: list[Reduced], cuts: tuple[tuple[Cut, ...], ...]) -> Tensor | None:
         """Hidden states with merged tokens in place of one image per prompt, all in the same columns; else None."""
