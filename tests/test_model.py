@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from baselines.full import Full
+from baselines.controls import Full
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
