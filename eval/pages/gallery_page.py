@@ -114,7 +114,7 @@ def score_maps(model: "Llava", sample: Sample) -> tuple[list[ScoreMap], list[str
         _, record = prefill(model, [sample], probe)
         for key in (key for key in probe.found if KINDS[key].together == together):
             # All in one array: a score of each view, at the indices of the view's tokens.
-            values = np.full(record.runs[0][0].tokens, np.nan, dtype=np.float32)
+            values = np.full(record.images[0][0].layout.tokens, np.nan, dtype=np.float32)
             for indices, view in probe.found[key]:
                 values[indices] = view
             values_of[key] = values
