@@ -26,7 +26,6 @@ from llava.reduction import (
     gather_tokens,
     option,
     register,
-    row_index,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def hash_order(columns: Tensor, sequence: "Sequence") -> Tensor:
     """
     rows = []
     for sample, row in enumerate(columns.tolist()):
-        padding = sequence.padding(sample)
+        padding = sequence.hidden.shape[1] - sequence.lengths[sample]
         rows.append([place + padding for place in set([column - padding for column in row])])  # noqa: C403
     return torch.tensor(rows, device=columns.device)
 
@@ -126,8 +125,8 @@ class Dart(Staged):
                 f"dart takes {PIVOTS} pivots from the text after the image; a prompt has {shortest} tokens."
             )
         size = state.keys.float().abs().sum((1, 3))  # [B, L], L1 norm over all heads
-        words, exists = row_index(sequence, sequence.after)
-        visual, _ = row_index(sequence, sequence.images)
+        words, exists = sequence.row_index(sequence.after)
+        visual, _ = sequence.row_index(sequence.images)
         text = highest(size.gather(1, words).masked_fill(~exists, -torch.inf), PIVOTS)
         image = highest(size.gather(1, visual), images)
         return image, torch.cat([visual.gather(1, image), words.gather(1, text)], 1)

@@ -31,7 +31,6 @@ from llava.reduction import (
     option,
     others,
     register,
-    row_index,
 )
 
 
@@ -209,7 +208,7 @@ class SparseVLM(Staged):
 
     def _raters(self, state: DecoderState) -> Tensor:
         start = state.start
-        index, exists = row_index(start, start.after)
+        index, exists = start.row_index(start.after)
         words, visual = gather_tokens(start.hidden, index).float(), start.take(start.hidden, start.images).float()
         return text_raters(state.matmul(visual, words.transpose(1, 2)), exists)
 
@@ -220,7 +219,7 @@ def rotary_scores(state: DecoderState) -> Tensor:
     At positions p and r the score is 2 sum(cos p cos r + sin p sin r) over frequencies, which falls with distance.
     """
     entered = state.entered
-    index, _ = row_index(entered, entered.after)
+    index, _ = entered.row_index(entered.after)
     cos, sin = angles_of(state.llm, entered)
     angles = torch.cat([cos, sin], -1).float()
     visual = entered.take(angles, entered.images)

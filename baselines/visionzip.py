@@ -7,7 +7,6 @@ Differs from it: contextual tokens are averages, as in the paper; the release, a
     tiles, `official` too keeps contextual tokens in raster order of the tiles' grid (the release: tile after tile).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,7 +35,6 @@ def zip_tokens(
     dominant: int,
     contextual: int,
     weights: str,
-    matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Reduction:
     """Dominant tokens in raster order, CLS first, then contextual ones in the raster order of their targets.
 
@@ -48,7 +46,7 @@ def zip_tokens(
         weights: "mean" (a group is averaged) or "anchor_plus_mean" (the mean of the others is added to the target).
     """
     kept, rest = split(saliency, dominant - 1)
-    return merge_plan(kept, rest, contextual, saliency, keys, "stride", weights, True, matmul).with_cls()
+    return merge_plan(kept, rest, contextual, saliency, keys, "stride", weights, True).with_cls()
 
 
 @register("visionzip")
@@ -101,4 +99,4 @@ class VisionZip(Reducer):
             return Reduction(everything.expand(len(saliency), -1), patches + 1)  # LLaVA itself drops CLS
         dominant, contextual = self.split()
         weights = "anchor_plus_mean" if self.official else "mean"
-        return zip_tokens(saliency, keys, dominant, contextual, weights, state.matmul)
+        return zip_tokens(saliency, keys, dominant, contextual, weights)

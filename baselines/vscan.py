@@ -134,7 +134,7 @@ class VScan(Reducer):
         kept = torch.cat([near, far], 1).sort(1).values
         # Each token that is not kept is averaged into the most similar kept one, by cosine of tokens.
         rest, score = others(kept, total), state.scores[DEEP]
-        return merge_plan(kept, rest, 0, score, state.tokens, "retained", "mean", matmul=state.matmul)
+        return merge_plan(kept, rest, 0, score, state.tokens, "retained", "mean")
 
     def decoder(self, state: DecoderState) -> Reduction | None:
         tokens = planned(self, state.spec)

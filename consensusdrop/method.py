@@ -267,6 +267,6 @@ class ConsensusDrop(Reducer):
         score = fuse(saliency, cross, self.fusion, budget - merged, **choices)
         retained, rest = split(score, budget - merged)
         appended = self.order == "appended"
-        plan = merge_plan(retained, rest, merged, saliency, keys, self.anchors, self.weights, appended, state.matmul)
+        plan = merge_plan(retained, rest, merged, saliency, keys, self.anchors, self.weights, appended)
         plan = plan.with_cls() if self.cls_token else plan
         return replace(plan, encoder_space=self.merge_space == "encoder")

@@ -91,8 +91,8 @@ class CachingLlava(Llava):
             rows = [i for i in new if views[i][1].temporal == temporal]
             pixels = torch.cat([views[i][0] for i in rows]).to(self.device)
             tower, done = self.tower_of(temporal), 0
-            scores = tuple(self._scores)
-            fresh = encode(tower, pixels, self.select_layer, scores, keep_cls=True, run=self.run_blocks)
+            scores, compiled = tuple(self._scores), self.compiled.tower if self.compiled else None
+            fresh = encode(tower, pixels, self.select_layer, scores, keep_cls=True, compiled=compiled)
             for i in rows:
                 crops, full = views[i]
                 rows_of_image = with_own_memory(fresh.rows(slice(done, done + len(crops))))

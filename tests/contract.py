@@ -213,18 +213,18 @@ def planted_signals(planted: dict[str, list[int]]) -> Iterator[set[str]]:
                 places[ids[image]] = before[reduction.kept[row]]
         return found
 
-    def scored(original):
-        def fields(*arguments):
-            found = original(*arguments)
-            scores = found["scores"]
-            found["scores"] = {s: raised(found["ids"], v) if v.dim() == 2 else v for s, v in scores.items()}
-            return found
+    groups_of = stages.Stages._groups
 
-        return fields
+    def scored(self):
+        groups = groups_of(self)
+        for group in groups:
+            ids, scores = group.fields["ids"], group.fields["scores"]
+            group.fields["scores"] = {s: raised(ids, v) if v.dim() == 2 else v for s, v in scores.items()}
+        return groups
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "by_images", tracked)
-        patch.setattr(stages, "state_fields", scored(stages.state_fields))
+        patch.setattr(stages.Stages, "_groups", scored)
         for cls, name in ((PromptState, "text_attention"), (DecoderState, "attention")):
             original = getattr(cls, name)
 

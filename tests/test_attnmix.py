@@ -18,9 +18,9 @@ from attnmix.method import (
     text_scores,
 )
 from llava.errors import UserError
-from llava.pipeline.embed import assemble
 from llava.pipeline.positions import Piece
 from llava.pipeline.prefill import prefill
+from llava.pipeline.sequence import assemble
 from llava.reduction import registry
 from llava.reduction.reducer import PromptState
 from llava.reduction.scores import TowerScore

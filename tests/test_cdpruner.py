@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from baselines.cdpruner import CDPruner, unit_interval
 from llava.errors import UserError
-from llava.reduction.greedy import largest_determinant
+from llava.reduction.ranking import largest_determinant
 from llava.reduction.reducer import PromptState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.parity.harness import FOLDER, recording

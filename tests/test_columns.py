@@ -9,11 +9,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pipeline import positions
 from llava.pipeline import sequence as columns
+from llava.pipeline.decoder import rotary_angles
 from llava.pipeline.prefill import prefill
 from llava.pipeline.sequence import Sequence
-from llava.reduction import Reducer, Reduction, states
-from llava.reduction.decoder_attention import Angles, angles_of, prepared_angles, projected_heads, rotary_angles
+from llava.reduction import Reducer, Reduction
 from llava.reduction.ranking import made_once
+from llava.reduction.states import Angles, angles_of, prepared_angles, projected_heads
 from tests.conftest import samples
 
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def test_sources_of_shortened_prompts_by_the_book():
 
 def test_spans_by_the_book():
     spans = ((3, 5), (0, 2), (7, 9))
-    assert columns.columns_of(spans, CPU).tolist() == [[3, 4], [0, 1], [7, 8]]
+    assert columns.columns_of(spans, CPU)[0].tolist() == [[3, 4], [0, 1], [7, 8]]
     # Prompts of 4 and 6 tokens, padded to 6, in one line: the images are its tokens 3 to 4 and 6 to 8.
     visual = (((1, 3),), ((0, 3), (4, 5)))
     assert columns.image_places((4, 6), visual, ((0, 0), (1, 0)), CPU).tolist() == [3, 4, 6, 7, 8]
@@ -122,11 +123,11 @@ def test_rotation_is_that_of_transformers():
 
 @pytest.mark.parametrize("kept_numbers", [0, 2**18])  # made anew, or kept for the next question
 def test_unseen_keys_by_the_book(monkeypatch, kept_numbers):
-    monkeypatch.setattr(states, "KEPT_MASK", kept_numbers)
+    monkeypatch.setattr(columns, "KEPT_MASK", kept_numbers)
     hidden = torch.zeros(2, 7, 4)
     sequence = Sequence(hidden, torch.zeros(2, 7), (7, 5), ((), ()), (), (), ())
     spans, width = [(2, 5), (1, 3)], 6  # of columns 2 to 4 and 3 to 4
-    found = states.unseen(sequence, spans, width)
+    found = sequence.unseen(spans, width)
     for row, ((start, stop), padding) in enumerate(zip(spans, (0, 2), strict=True)):
         for query in range(3):
             own = padding + min(start + query, stop - 1)

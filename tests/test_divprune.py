@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from baselines.divprune import DivPrune
-from llava.reduction.greedy import farthest_apart
+from llava.reduction.ranking import farthest_apart
 from llava.reduction.reducer import PromptState
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.parity import model as recipe

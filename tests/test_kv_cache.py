@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from llava.pipeline import decoder
 from llava.pipeline.decoder import BLOCK, PreallocatedLayer
@@ -33,7 +34,7 @@ def test_decoding_equals_concatenated_caches(tiny, monkeypatch, method, attentio
     config = tiny.llm.config
     monkeypatch.setattr(config, "_attn_implementation", attention)
     ours, state = decoded(tiny, samples(5), reducer)
-    monkeypatch.setattr(decoder, "empty_cache", DynamicCache)
+    monkeypatch.setattr(decoder, "PreallocatedLayer", DynamicLayer)
     theirs, expected = decoded(tiny, samples(5), reducer)
     assert torch.equal(ours, theirs)
     for one, other in zip(state.cache.layers, expected.cache.layers, strict=True):

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from baselines.full import Full
-from llava import conversation
+from baselines.controls import Full
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
@@ -161,7 +160,7 @@ def test_stop_string_ends_the_answer(tiny, monkeypatch):
     plain = generate(tiny, [sample], FULL, max_new_tokens=8).answers[0]
     words = plain.text.split()
     assert len(words) > 3
-    monkeypatch.setattr(conversation, "stop_string", lambda mode: words[2])
+    monkeypatch.setattr(tiny, "stop", words[2])
     stopped = generate(tiny, [sample], FULL, max_new_tokens=8).answers[0]
     assert stopped.text.split() == words[:2]
     assert len(stopped.token_ids) < len(plain.token_ids)

@@ -5,8 +5,9 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from llava.pipeline import positions as mrope
+from llava.pipeline.decoder import rotary_angles
 from llava.pipeline.positions import Piece
-from llava.reduction.decoder_attention import Angles, attention_rows, projected_heads, rotary_angles
+from llava.reduction.states import Angles, attention_rows, projected_heads
 
 PROMPTS = [
     [7],
@@ -118,7 +119,7 @@ def test_positions_equal_get_rope_index(model, prompts):
     assert place.dtype == torch.int64
     assert torch.equal(place, expected)
     following = following[:, None, None].expand(-1, 1, 3)
-    assert torch.equal(mrope.next_position(place, ()), following)
+    assert torch.equal(mrope.next_position(place), following)
 
 
 def test_text_goes_on_behind_the_longest_axis():

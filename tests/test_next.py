@@ -152,7 +152,7 @@ def test_kept_tokens_are_the_full_run_at_these_places(path):
     for reducer in (registry.build("full", model.visual_tokens), registry.build("fastervlm", 30, {"newlines": "keep"})):
         with watched() as found:
             _, record = prefill(model, batch(), reducer)
-        seen[reducer.name] = found.images.tokens
+        seen[reducer.name] = {row: image.tokens for row, image in found.images.items()}
     for image, tokens in seen["fastervlm"].items():
         whole = seen["full"][image]
         anchors = record.steps[image[0]][0].reduction.kept[0] if record.steps[image[0]] else torch.arange(len(whole))
@@ -187,7 +187,7 @@ def test_merged_tokens_stay_inside_their_crop(path):
         _, _, record = run(model, batch()[:1], registry.build(name, 40))
         reduction = record.steps[0][0].reduction
         used = reduction.assignment[0] >= 0
-        origins = crop if reduction.inputs == 80 else model.views(picture(0))[1].with_cls().origins()[:, 0]
+        origins = crop if reduction.inputs == 80 else model.views(picture(0))[1].with_cls.origins()[:, 0]
         assert torch.equal(origins[reduction.kept[0]][reduction.assignment[0][used]], origins[used])
         assert torch.allclose(reduction.apply(torch.ones(1, reduction.inputs, 1)), torch.ones(1, 40, 1))
 
@@ -244,7 +244,7 @@ def test_coordinates_are_those_of_each_tile_also_when_tiles_are_ranked_together(
             return None
 
     _, record = prefill(model, batch()[1:2], Look(budget=20, crops="global"))
-    (layout,) = record.runs[0]
+    (layout,) = (image.layout for image in record.images[0])
     ((place, tokens),) = found
     grids = [(tile.rows, tile.columns) for tile in layout.crops if len(tile.patches)]
     assert len(set(grids)) > 1 and place.shape == (tokens, 2)

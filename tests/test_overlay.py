@@ -198,13 +198,13 @@ def test_kept_patches_of_both_views_are_clear_and_all_others_dim():
 
 def test_a_run_with_class_tokens_is_understood():
     run = stitched((1, 1), (2, 2), newline=False)
-    place = int(run.with_cls().crops[1].indices[3])
+    place = int(run.with_cls.crops[1].indices[3])
     drawn = np.asarray(draw_overlay(WHITE, [prune([place], run.tokens + 2)], run))[..., 0]
     assert (drawn[16:, 64 + GAP + 32 :] == 255).all() and (drawn[:, :64] < 255).all()
 
 
 def test_frames_of_a_video_stand_in_two_rows():
-    run = frames(4, 2, 2).with_cls()
+    run = frames(4, 2, 2).with_cls
     video = Video(tuple(Image.new("RGB", (20, 20), "white") for _ in range(4)))
     drawn = np.asarray(draw_overlay(video, [prune([16], run.tokens)], run))[..., 0]
     assert drawn.shape == (2 * 20 + GAP, 2 * 20 + GAP)
@@ -227,7 +227,7 @@ def test_every_image_of_a_sample_is_drawn_with_its_own_steps(images):
 
 def test_originals_are_drawn_as_large_as_their_overlays():
     """The original beside an overlay: enlarged alike, the frames of a video in the same two rows."""
-    run = frames(4, 2, 2).with_cls()
+    run = frames(4, 2, 2).with_cls
     video = Video(tuple(Image.new("RGB", (20, 20), (60 * number, 0, 0)) for number in range(4)))
     answer = Answer("a", "yes", (1,), TokenAccounting((1,), run.tokens, 0, 0), (prune([16], run.tokens),), (run,))
     original, (overlay,) = draw_original(video), draw_answer(Sample("a", "there?", image=video), answer)

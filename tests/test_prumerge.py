@@ -5,8 +5,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines.prumerge import PruMerge, left_over, outliers, shares
-from baselines.prumerge_plus import PruMergePlus, fixed_grid, released_budgets, released_grid, spread
+from baselines.prumerge import (
+    PruMerge,
+    PruMergePlus,
+    fixed_grid,
+    left_over,
+    outliers,
+    released_budgets,
+    released_grid,
+    shares,
+    spread,
+)
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
 from llava.reduction.reducer import EncoderState

@@ -7,9 +7,8 @@ import torch
 
 from llava.errors import MethodError
 from llava.pipeline.accounting import mean_visual_tokens
-from llava.pipeline.embed import assemble
 from llava.pipeline.positions import Piece
-from llava.pipeline.sequence import Reduced, Sequence
+from llava.pipeline.sequence import Reduced, Sequence, assemble
 from llava.reduction import PatchGrid, Reduction, keep_top, registry, split
 from llava.reduction.reducer import by_images
 from llava.reduction.token_layout import CLS
@@ -154,8 +153,9 @@ def test_spliced_tokens_are_those_that_are_put_in_their_columns(text, monkeypatc
     kept = torch.tensor([[0, 2, 5], [1, 2, 3]])
     merged = [Reduced([(0, 0), (1, 0)], Reduction(kept, 6), torch.randn(2, 3, 4, generator=generator))]
     found = sequence.reduce(merged, True)
-    assert (sequence._spliced(merged) is None) == (text == (3, 5))
-    monkeypatch.setattr(Sequence, "_spliced", lambda self, reduced: None)
+    _, cuts = sequence._shorter({(0, 0): 3, (1, 0): 3})
+    assert (sequence._spliced(merged, cuts) is None) == (text == (3, 5))
+    monkeypatch.setattr(Sequence, "_spliced", lambda self, reduced, cuts: None)
     expected = sequence.reduce(merged, True)
     assert torch.equal(found.hidden, expected.hidden) and torch.equal(found.position, expected.position)
     assert found.visual == expected.visual == (((1, 4),), ((1, 4),))

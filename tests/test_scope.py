@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from baselines.scope import Scope
 from llava.errors import UserError
-from llava.reduction.greedy import cover_greedily
+from llava.reduction.ranking import cover_greedily
 from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import PatchGrid

@@ -57,5 +57,5 @@ def test_every_family_runs_at_full_depth_without_memory(shape, tokens, layers):
     reading = {"merge": "spatial", "force": (672, 672)} if "next" in shape else {}
     model = random_llava(shape, 1, device=torch.device("meta"), **reading)
     state, record = prefill(model, noise_batches(model, 1, False)(0), registry.build("full", model.visual_tokens))
-    assert record.inputs == [tokens] == [model.visual_tokens]
+    assert [image.inputs for image in record.images[0]] == [tokens] == [model.visual_tokens]
     assert state.visual == [(tokens,)] * layers

@@ -9,8 +9,8 @@ from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
-from llava.reduction.decoder_attention import attention_rows, projected_heads
 from llava.reduction.scores import TowerScore
+from llava.reduction.states import attention_rows, projected_heads
 from tests.conftest import samples
 
 

@@ -12,8 +12,6 @@ PACKAGES = ("llava", "eval", "toy", "baselines", "consensusdrop", "visiondrop", 
 METHODS = ("baselines", "consensusdrop", "visiondrop", "attnmix")
 # A package imports those before it, never those after it.
 LAYERS = ("errors", "reduction", "processing", "model", "pipeline", "hf")
-# One paper, two files.
-SAME_PAPER = {("baselines.prumerge_plus", "baselines.prumerge")}
 
 
 @cache
@@ -88,6 +86,6 @@ def test_a_method_imports_llava_reduction_in_one_line_and_no_other_method():
             continue
         for name in imports(module):
             own = name.split(".")[0] == package and (package != "baselines" or name.split(".")[1].startswith("_"))
-            assert own or name == "llava.reduction" or (module, name) in SAME_PAPER, f"{module} imports {name}"
+            assert own or name == "llava.reduction", f"{module} imports {name}"
         lines = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
         assert sum(node.module == "llava.reduction" for node in lines) <= 1, module

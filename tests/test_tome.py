@@ -5,6 +5,7 @@ import torch
 
 from baselines.tome import ToMe, merge_most_similar, removals, smallest_budget
 from llava.errors import UserError
+from llava.pipeline.accounting import Timer
 from llava.pipeline.prefill import prefill
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.conftest import samples
@@ -142,14 +143,16 @@ def tower_by_the_book(tower, pixels, plan) -> tuple[torch.Tensor, list[list[int]
 def test_the_tower_equals_a_plain_loop(tiny, budget):
     """Also in the second block, where sizes differ: attention counts a token as often as the patches it stands for."""
     batch = samples(3)
-    pixels = torch.stack([tiny.image_processor(sample.image) for sample in batch])
+    pictures = [sample.image for sample in batch]
+    pixels = torch.stack([tiny.image_processor(picture) for picture in pictures])
     reducer = ToMe(budget=budget, order="release")
-    encoded = tiny.encode_crops(pixels, reducer, None)
+    images = tiny.encode_images(pictures, range(3), reducer, Timer(tiny.device))
     for row in range(3):
         expected, groups = tower_by_the_book(tiny.tower, pixels[row], removals(16, budget, 2))
         assert groups[0] == [0], "CLS stays alone"
-        torch.testing.assert_close(encoded.features[row], expected[1:], atol=1e-5, rtol=0)
-        owner = encoded.merged.assignment[row].tolist()
+        encoded = images[row].encoded
+        torch.testing.assert_close(encoded.features[0], expected[1:], atol=1e-5, rtol=0)
+        owner = encoded.merged.assignment[0].tolist()
         assert [[i + 1 for i, o in enumerate(owner) if o == k] for k in range(budget)] == [
             sorted(group) for group in groups[1:]
         ]

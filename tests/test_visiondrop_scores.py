@@ -172,7 +172,7 @@ def toy_look(count: int, prefix: int, attention: str, strong=()) -> AttentionInp
     later = None if attention == "bidirectional" else (torch.arange(hidden.shape[1]) > columns[..., None])[:, None]
     rotary = Angles(torch.ones(1, 1, count, 4), torch.zeros(1, 1, count, 4))
     keys = toy_layer().self_attn.k_proj(hidden)[:, None]
-    return AttentionInputs(hidden[:, ahead:], rotary, keys, later, columns)
+    return AttentionInputs(hidden[:, ahead:], rotary, keys, later, ((ahead, ahead + count),))
 
 
 @pytest.mark.parametrize("attention", ["causal", "visual", "bidirectional"])
@@ -206,7 +206,7 @@ def test_causal_column_means_prefer_early_tokens():
 def test_the_merge_metric_is_what_it_says(tiny):
     """Rotated keys are those of the layer's cache; unrotated ones and hidden states do not change with position ids."""
     (state,) = decoder_states(tiny)
-    apart = dataclasses.replace(state.sequence, position=3 * state.sequence.position)
+    apart = dataclasses.replace(state.sequence, position=3 * state.sequence.position, rotary=None)
     moved = dataclasses.replace(state, sequence=apart)
     key = tiny.llm.layers[2].self_attn.k_proj
     with torch.inference_mode():

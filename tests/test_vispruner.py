@@ -7,7 +7,7 @@ import torch
 from baselines.vispruner import VisPruner
 from llava.errors import UserError
 from llava.model.multimodal_encoder.clip_encoder import encode
-from llava.reduction.greedy import distinct
+from llava.reduction.ranking import distinct
 from llava.reduction.reducer import EncoderState
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 from llava.pipeline import prefill as module
-from llava.pipeline.embed import ImageBatch
-from llava.pipeline.prefill import Stages
-from llava.pipeline.sequence import Sequence
+from llava.pipeline.prefill import BatchImage, Stages
+from llava.pipeline.sequence import Row, Sequence
 
 
 @dataclass
@@ -16,11 +15,11 @@ class Watched:
     """The images and prompts of the last prefill.
 
     Attributes:
-        images: after the encoder stage.
+        images: by sample and number, after the encoder stage.
         sequences: by stage, "embedded", "prompt" and "layer N", as each stage returned them.
     """
 
-    images: ImageBatch | None = None
+    images: dict[Row, BatchImage] = field(default_factory=dict)
     sequences: dict[str, Sequence] = field(default_factory=dict)
 
 

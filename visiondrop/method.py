@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.reduction import (
-    Angles,
+    AttentionInputs,
     DecoderLayer,
     DecoderState,
     EncoderState,
@@ -36,7 +36,7 @@ from llava.reduction import (
     TowerScore,
     UserError,
     angles_at,
-    at_spans,
+    attention_flops,
     attention_rows,
     linear_flops,
     merge_plan,
@@ -48,11 +48,9 @@ from llava.reduction import (
     projected_heads,
     refuse_budget,
     register,
-    row_index,
     scaled_layers,
     split,
     tokens_by_layer,
-    unseen,
 )
 
 STAGES, REFERENCE = (8, 16, 24), 32
@@ -154,54 +152,25 @@ def geometric(budget: int, widths: tuple[int, ...], most: int, start: float) -> 
 # computed for the visual rows alone and in slices.
 
 
-@dataclass
-class AttentionInputs:
-    """Hidden states, keys and mask for the attention among the visual tokens in the next layer.
-
-    Attributes:
-        rows: [B, n, D] inputs of the layer at the visual tokens, after its norm.
-        rotary: angles at their positions.
-        keys: [B, Hkv, W, d] rotated keys.
-        unseen: [B, 1, n, W] bool, True for the keys that a row may not see; None where all rows see all.
-        columns: [B, n] int64, which of the W keys are the visual tokens.
-        span: the same as [start, stop), where it is that of all images.
-    """
-
-    rows: Tensor
-    rotary: Angles
-    keys: Tensor
-    unseen: Tensor | None
-    columns: Tensor
-    span: tuple[int, int] | None = None
-
-
 def attention_inputs(state: DecoderState, attention: str) -> AttentionInputs:
-    """Prepare a kind of attention; the operations of its keys are counted in `state.flops`.
+    """Prepare a kind of attention; its operations are counted in `state.flops`.
 
     Args:
         attention: "causal", the layer's own: every visual token sees the text and images before it, and visual
             tokens up to itself. "visual": only the latter. "bidirectional": all visual tokens of its image.
     """
-    sequence, layer = state.sequence, state.llm.layers[state.layer]
-    angles = prepared_angles(state.llm, sequence)
-    rotary = angles_at(angles, sequence, sequence.images)
-    span: tuple[int, int] | None
     if attention == "causal":
-        # Causality: no visual token sees the text after the image, so that text needs no keys.
-        width = max(sequence.padding(s) + stop for s, (_, stop) in enumerate(sequence.images))
-        normed = layer.input_layernorm(sequence.hidden[:, :width])
-        rows, key_angles = at_spans(normed, sequence, sequence.images), angles.rows(slice(width))
-        columns, hidden = row_index(sequence, sequence.images)[0], unseen(sequence, sequence.images, width)
-        spans = set(sequence.padded_spans(sequence.images))
-        span = spans.pop() if len(spans) == 1 else None
-    else:
-        batch, width = state.tokens.shape[:2]
-        normed = rows = layer.input_layernorm(state.tokens)
-        key_angles, span, columns = rotary, (0, width), places(batch, width, state.tokens.device)
-        hidden = None if attention == "bidirectional" else (columns[:, None] > columns[..., None])[:, None]
-    keys = projected_heads(layer, layer.self_attn.k_proj, normed, key_angles)
-    state.flops += len(keys) * linear_flops(layer.self_attn.k_proj, width)
-    return AttentionInputs(rows, rotary, keys, hidden, columns, span)
+        # No visual token sees the text after the image, so that text needs no keys.
+        return state.attention_inputs("visual")
+    layer, (batch, count) = state.llm.layers[state.layer], state.tokens.shape[:2]
+    rows, sequence = layer.input_layernorm(state.tokens), state.sequence
+    columns_of_images = sequence.padded_spans(sequence.images)
+    angles = angles_at(prepared_angles(state.llm, sequence), sequence, sequence.images, columns_of_images)
+    keys = projected_heads(layer, layer.self_attn.k_proj, rows, angles)
+    columns = places(batch, count, rows.device)
+    unseen = None if attention == "bidirectional" else (columns[:, None] > columns[..., None])[:, None]
+    state.flops += batch * attention_flops(layer, count, count, count)
+    return AttentionInputs(rows, angles, keys, unseen, ((0, count),) * batch)
 
 
 def received_attention(layer: DecoderLayer, seen: AttentionInputs, diagonal: bool) -> Tensor:
@@ -219,15 +188,12 @@ def received_attention(layer: DecoderLayer, seen: AttentionInputs, diagonal: boo
     step = max(1, SLICE // (batch * heads * width))
     received = []
     for start in range(0, count, step):
-        rows, rotary, hidden = seen.rows, seen.rotary, seen.unseen
+        rows, angles, unseen = seen.rows, seen.angles, seen.unseen
         if step < count:
             part = slice(start, start + step)
-            rows, rotary, hidden = rows[:, part], rotary.rows(part), None if hidden is None else hidden[:, :, part]
-        weights = attention_rows(layer, rows, seen.keys, hidden, rotary).mean(1)
-        if seen.span is not None:
-            weights = weights[:, :, slice(*seen.span)]
-        else:
-            weights = weights.gather(2, seen.columns[:, None].expand(-1, weights.shape[1], -1))
+            rows, unseen = rows[:, part], None if unseen is None else unseen[:, :, part]
+            angles = None if angles is None else angles.rows(part)
+        weights = seen.at_visual(attention_rows(layer, rows, seen.keys, unseen, angles).mean(1))
         if not diagonal:
             own = torch.eye(count, dtype=torch.bool, device=weights.device)
             weights = weights.masked_fill(own[start : start + step], 0)
@@ -247,18 +213,12 @@ def viewers(count: int, attention: str, diagonal: bool, device: torch.device) ->
 def visual_scores(state: DecoderState, seen: AttentionInputs, attention: str, average: str, diagonal: bool) -> Tensor:
     """[B, n] float32, mean attention received by every visual token, higher is more important.
 
-    The operations are counted in `state.flops`.
-
     Args:
         average: mean over "all" visual tokens, with zeros from those that cannot see the token, or over its "viewers".
     """
-    layer, count, width = state.llm.layers[state.layer], seen.rows.shape[1], seen.keys.shape[2]
-    received = received_attention(layer, seen, diagonal)
-    query = layer.self_attn.q_proj
-    state.flops += len(received) * (linear_flops(query, count) + 2 * count * width * query.out_features)
-    if average == "all":
-        return received / count
-    return received / viewers(count, attention, diagonal, received.device)
+    received = received_attention(state.llm.layers[state.layer], seen, diagonal)
+    count = received.shape[1]
+    return received / (count if average == "all" else viewers(count, attention, diagonal, received.device))
 
 
 def merge_metric(state: DecoderState, seen: AttentionInputs, metric: str) -> Tensor:
@@ -273,10 +233,7 @@ def merge_metric(state: DecoderState, seen: AttentionInputs, metric: str) -> Ten
         layer = state.llm.layers[state.layer]
         state.flops += len(state.tokens) * linear_flops(layer.self_attn.k_proj, state.tokens.shape[1])
         return projected_heads(layer, layer.self_attn.k_proj, seen.rows).mean(1)
-    if seen.span is not None:
-        return seen.keys[:, :, slice(*seen.span)].mean(1)
-    index = seen.columns[:, None, :, None].expand(-1, seen.keys.shape[1], -1, seen.keys.shape[-1])
-    return seen.keys.gather(2, index).mean(1)
+    return seen.at_visual(seen.keys, -2).mean(1)
 
 
 @register("visiondrop")
@@ -403,7 +360,7 @@ class VisionDrop(Reducer):
         weights = MERGES["target_plus_mean" if self.official else self.merge]
         retained, rest = split(score, dominant)
         appended = self.order == "appended"
-        return merge_plan(retained, rest, contextual, score, metric, "stride", weights, appended, state.matmul)
+        return merge_plan(retained, rest, contextual, score, metric, "stride", weights, appended)
 
 
 @lru_cache(maxsize=256)

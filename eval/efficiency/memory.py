@@ -81,7 +81,7 @@ def layout_of(model: Llava, size: tuple[int, int] | None = None, video: bool = F
     """
     grid = model.layout
     if isinstance(model, VideoLlava) and video:
-        return frames(model.frames, grid.rows, grid.columns).with_cls()
+        return frames(model.frames, grid.rows, grid.columns).with_cls
     if isinstance(model, QwenVL) and size is not None:
         _, rows, columns = model.image_processor.grid(size)
         merge = model.image_processor.merge

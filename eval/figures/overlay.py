@@ -88,7 +88,7 @@ def patches_of(trace: Sequence[Step], layout: TokenLayout) -> tuple[PatchAssignm
         Where the tokens are, and the layout that numbers them: with class tokens where the first step takes them.
     """
     if trace and trace[0].reduction.inputs != layout.tokens:
-        layout = layout.with_cls()
+        layout = layout.with_cls
     assignment = kept = np.arange(layout.tokens)
     for step in trace:
         if step.reduction.inputs != len(kept):

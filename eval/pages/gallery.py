@@ -102,7 +102,7 @@ def score_maps(model: Llava, sample: Sample) -> dict[str, Floats]:
         for key, views in probe.found.items():
             if SCORES[key].together == together:
                 # All in one array: a score of each view, at the indices of the view's tokens.
-                maps[key] = np.full(record.runs[0][0].tokens, np.nan, dtype=np.float32)
+                maps[key] = np.full(record.images[0][0].layout.tokens, np.nan, dtype=np.float32)
                 for indices, view in views:
                     maps[key][indices] = view
     return {key: maps[key] for key in SCORES if key in maps}

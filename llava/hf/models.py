@@ -199,7 +199,7 @@ class WrappedVideo(HFWrapper, VideoLlava):
                 pictures = super().ready({"pixel_values": given[name]})
         if given.get("pixel_values_videos") is not None:
             videos = _pixels(given, 5, "pixel_values_videos")
-            run = frames(videos.shape[1], self.layout.rows, self.layout.columns).with_cls()
+            run = frames(videos.shape[1], self.layout.rows, self.layout.columns).with_cls
             pictures[config.video_token_id] = [PreparedImage(video, run) for video in videos]
         return pictures
 

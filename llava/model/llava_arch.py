@@ -10,13 +10,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from llava import conversation
-from llava.errors import UserError
+from llava.conversation import stop_string
 from llava.model.checkpoint.files import files_of, hashes_of
-from llava.model.multimodal_encoder.clip_encoder import Encoded, RunBlocks, TowerMerger, encode, patch_grid, run_blocks
+from llava.model.multimodal_encoder.clip_encoder import Encoded, TowerMerger, encode, patch_grid
 from llava.processing.prompt import Prompt, Sample, build_prompt
 from llava.reduction.budget import in_tower
 from llava.reduction.merging import Reduction, ViewReduction, join
@@ -43,11 +41,6 @@ class EncodedImage:
     full: TokenLayout
     inputs: int
     step: tuple[str, Reduction] | None = None
-
-    @cached_property
-    def whole(self) -> bool:
-        """One crop whose tokens are the run as they are."""
-        return len(self.arrangement.crops) == 1 and not len(self.arrangement.newlines)
 
     @property
     def extra_cls(self) -> bool:
@@ -79,7 +72,7 @@ def encoded_image_of(
         keep_cls: the features have their class tokens in front.
         grid: the coarser patch grid that every crop was shrunk to.
     """
-    start = full.with_cls() if keep_cls else full
+    start = full.with_cls if keep_cls else full
     if grid is not None and grid != full.grid:
         pieces = [ViewReduction(crop.indices, coarse(crop.layout, grid)) for crop in full.crops]
         whole = len(pieces) == 1
@@ -132,6 +125,9 @@ class Llava:
         self.tokenizer = checkpoint.tokenizer
         self.image_processor = checkpoint.image_processor
         self.conversation = checkpoint.conversation
+        # The text that ends an answer; None where it is the end token, which needs no search in the decoded text.
+        stop = stop_string(self.conversation)
+        self.stop = None if stop == getattr(self.tokenizer, "eos_token", None) else stop
         self.name = checkpoint.name
         self.notes = checkpoint.notes
         self.vocabulary = checkpoint.vocabulary
@@ -184,12 +180,6 @@ class Llava:
         ids |= set(configured) if isinstance(configured, list) else {configured}
         return frozenset(i for i in ids if i is not None)
 
-    @property
-    def stop(self) -> str | None:
-        """The text that ends an answer; None where it is the end token, which needs no search in the decoded text."""
-        stop = conversation.stop_string(self.conversation)
-        return None if stop == self.tokenizer.eos_token else stop
-
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """File of the checkpoint -> hash of its content: weights, configuration, tokenizer, preprocessing."""
@@ -239,14 +229,6 @@ class Llava:
         """What the tower sees of an image: pixels [C, 3, S, S], and the run of tokens that its C crops become."""
         return self.image_processor(picture)[None], single(self.layout.rows, self.layout.columns)
 
-    def refuse_images(self, samples: Samples[Sample]) -> None:
-        """Raise UserError for videos, unless the model takes them."""
-        for sample in samples:
-            for image in sample.images:
-                if not self.takes_videos and not isinstance(image, Image.Image):
-                    kind = type(image).__name__.lower()
-                    raise UserError(f"{self.name} takes images only, got a {kind}; choose a Video-LLaVA for videos.")
-
     def encode_images(
         self, pictures: Samples[Any], keys: Samples[object], reducer: Reducer, timer: "Timer"
     ) -> list[EncodedImage]:
@@ -261,52 +243,37 @@ class Llava:
         timer.mark("preprocess")
         encoded_images: dict[int, EncodedImage] = {}
         groups: dict[tuple[Reducer, bool, bool], list[int]] = {}
-        inside = not reducer.acts_in.isdisjoint(("tower", "input_grid"))
+        inside, keep_cls = not reducer.acts_in.isdisjoint(("tower", "input_grid")), reducer.keep_cls
+        compiled = self.compiled.tower if self.compiled else None
         for index, (_, full) in enumerate(views):
             sized = in_tower(reducer, full) if inside else reducer
             groups.setdefault((sized, full.temporal, full.tiles is not None), []).append(index)
         for (sized, temporal, tiled), rows in groups.items():
-            grid = sized.input_grid(self.layout) if inside else None
-            pixels = torch.cat([views[index][0] for index in rows]).to(self.device)
-            encoded, done = self.encode_crops(pixels, sized, grid, temporal, tiled), 0
+            pixels, done = torch.cat([views[index][0] for index in rows]).to(self.device), 0
+            tower, grid, merger = self.tower_of(temporal), None, None
+            if inside:
+                grid = sized.input_grid(self.layout)
+                merger = self._merger(sized, tower, len(pixels)) if "tower" in sized.acts_in else None
+            # The class tokens of a video's frames are visual tokens.
+            scores, with_cls = sized.tower_scores(tiled), keep_cls or temporal
+            encoded = encode(tower, pixels, self.select_layer, scores, grid, with_cls, merger, compiled)
             for index in rows:
                 crops, full = views[index]
                 own = encoded if len(crops) == len(pixels) else encoded.rows(slice(done, done + len(crops)))
-                encoded_images[index] = encoded_image_of(own, full, reducer.keep_cls, grid)
+                encoded_images[index] = encoded_image_of(own, full, keep_cls, grid)
                 done += len(crops)
         return [encoded_images[index] for index in range(len(views))]
 
-    @property
-    def run_blocks(self) -> RunBlocks:
-        """What runs the blocks of the vision tower."""
-        return self.compiled.tower if self.compiled and self.compiled.tower else run_blocks
+    def _merger(self, reducer: Reducer, tower: Any, tiles: int) -> TowerMerger | None:
+        """What merges tokens inside the tower as a method says."""
+        blocks = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
+        if blocks and self.compiled and self.compiled.tower:
+            self.compiled.tower.say("merging", f"{reducer.name} merges tokens inside of it")
+        return TowerMerger(reducer, self.spec, tower, blocks, tiles) if blocks else None
 
     def tower_of(self, temporal: bool) -> Any:
         """The vision tower for images, or for the frames of videos."""
         return self.tower
-
-    def encode_crops(
-        self,
-        pixels: Tensor,
-        reducer: Reducer,
-        grid: tuple[int, int] | None,
-        temporal: bool = False,
-        tiled: bool = False,
-    ) -> Encoded:
-        """Run a tower on [B, 3, S, S] pixels, with the method's scores and its merging inside.
-
-        Args:
-            temporal: the pixels are frames of videos, whose class tokens are visual tokens.
-            tiled: the images have tiles.
-        """
-        tower, keep_cls, merger = self.tower_of(temporal), reducer.keep_cls or temporal, None
-        if "tower" in reducer.acts_in:
-            blocks = reducer.merging_blocks(self.select_layer % (len(tower.encoder.layers) + 1))
-            merger = TowerMerger(reducer, self.spec, tower, blocks, len(pixels)) if blocks else None
-        if merger and self.compiled and self.compiled.tower:
-            self.compiled.tower.say("merging", f"{reducer.name} merges tokens inside of it")
-        scores = reducer.tower_scores(tiled)
-        return encode(tower, pixels, self.select_layer, scores, grid, keep_cls, merger, self.run_blocks)
 
     def count_tower(self, operations: "Operations", picture: EncodedImage, images: int) -> None:
         """Count the operations of the tower on all tiles of one image, and of scores and merging beside it.
@@ -319,12 +286,9 @@ class Llava:
         operations.add("tower", tiles_flops, tiles, tower_flops, tower, patches, encoded.tokens, images=images)
         if encoded.spent:
             operations.add("selection", int, tiles * encoded.spent, images=images)
-        by_block: dict[int, list[TowerScore]] = {}
-        for score in encoded.scores:
-            by_block.setdefault(score.index(len(tower.encoder.layers)) % len(tower.encoder.layers), []).append(score)
-        for index, scores in by_block.items():
-            block = tower.encoder.layers[index]
-            operations.add("selection", tiles_flops, tiles, score_flops, tuple(scores), block, patches, images=images)
+        if encoded.scores:
+            blocks, scores = tower.encoder.layers, tuple(encoded.scores)
+            operations.add("selection", tiles_flops, tiles, score_flops, scores, blocks, patches, images=images)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, 1, D] before the final norm -> [B, vocabulary] float32, without the padding rows of the head."""

@@ -68,7 +68,7 @@ class VideoLlava(Llava):
         return self.video_processor(picture), self._run()
 
     def _run(self) -> TokenLayout:
-        return frames(self.frames, self.layout.rows, self.layout.columns).with_cls()
+        return frames(self.frames, self.layout.rows, self.layout.columns).with_cls
 
     @property
     def visual_tokens(self) -> int:

@@ -17,7 +17,6 @@ from llava.reduction.token_layout import TokenLayout
 
 if TYPE_CHECKING:
     from llava.pipeline.decoder import Prefilled
-    from llava.pipeline.sequence import Row
 
 
 class Timer:
@@ -131,7 +130,7 @@ class TokenAccounting:
         return mean_visual_tokens(self.tokens_per_layer) / max(1, self.images)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Applied:
     """One reduction of one image, on the device."""
 
@@ -141,42 +140,34 @@ class Applied:
     row: int
 
 
+@dataclass(frozen=True)
+class SeenImage:
+    """An image of a sample.
+
+    Attributes:
+        layout: of its visual tokens before any reduction.
+        inputs: how many these are for the method.
+        planned: those planned to enter each layer; None if that depends on the image.
+    """
+
+    layout: TokenLayout
+    inputs: int
+    planned: tuple[int, ...] | None
+
+
+@dataclass
 class Record:
     """What happened to the samples of one batch up to the first token.
 
-    Args:
-        samples: how many.
-        layers: of the decoder.
-
     Attributes:
-        inputs: visual tokens of each sample before any reduction, all images together.
-        planned: visual tokens planned to enter each layer, all images together; None if that depends on an image.
-        runs: the layout of the unreduced visual tokens of every image.
+        images: of each sample in order.
         reductions: of each sample in order.
         operations: floating point operations.
     """
 
-    def __init__(self, samples: int, layers: int):
-        self.inputs = [0] * samples
-        self.planned: list[tuple[int, ...] | None] = [(0,) * layers] * samples
-        self.runs: list[list[TokenLayout]] = [[] for _ in range(samples)]
-        self.reductions: list[list[Applied]] = [[] for _ in range(samples)]
-        self.operations = Operations()
-
-    def image(self, sample: int, run: TokenLayout, inputs: int, planned: tuple[int, ...] | None) -> None:
-        """Add an image to a sample."""
-        known = self.planned[sample]
-        if known is not None and planned is not None:
-            self.planned[sample] = tuple(a + b for a, b in zip(known, planned, strict=True))
-        else:
-            self.planned[sample] = None
-        self.inputs[sample] += inputs
-        self.runs[sample].append(run)
-
-    def applied(self, image: "Row", place: str, reduction: Reduction, row: int = 0) -> None:
-        """Add a reduction of an image."""
-        sample, number = image
-        self.reductions[sample].append(Applied(place, number, reduction, row))
+    images: list[list[SeenImage]]
+    reductions: list[list[Applied]]
+    operations: Operations = field(default_factory=Operations)
 
     @cached_property
     def steps(self) -> list[Trace]:
@@ -192,19 +183,19 @@ class Record:
     def accounting(self, prefilled: "Prefilled") -> list[TokenAccounting]:
         """Token accounting of each sample."""
         accounts = []
-        for sample, (inputs, planned, runs) in enumerate(zip(self.inputs, self.planned, self.runs, strict=True)):
-            images = max(1, len(runs))
-            mean = None if planned is None else mean_visual_tokens(planned) / images
-            entering = tuple(layer[sample] for layer in prefilled.visual)
+        for sample, (images, applied, steps) in enumerate(zip(self.images, self.reductions, self.steps, strict=True)):
+            entering = tuple(segment.visual[sample] for segment in prefilled.segments for _ in segment.layers)
+            count, plans = max(1, len(images)), [image.planned for image in images if image.planned is not None]
+            planned = sum(map(sum, plans)) / len(entering) / count if len(plans) == len(images) else None
             # Tokens that are averages of several, after the last reduction of each image.
-            pairs = zip(self.reductions[sample], self.steps[sample], strict=True)
-            last = {a.number: step.reduction for a, step in pairs}
+            last = {a.number: step.reduction for a, step in zip(applied, steps, strict=True)}
             merged = sum(
                 int(one.merged_count()[0])
                 for one in last.values()
                 if one.assignment is not None or one.merge_matrix is not None
             )
-            accounts.append(TokenAccounting(entering, inputs, merged, prefilled.kv_bytes[sample], images, mean))
+            inputs = sum(image.inputs for image in images)
+            accounts.append(TokenAccounting(entering, inputs, merged, prefilled.kv_bytes[sample], count, planned))
         return accounts
 
 

@@ -34,9 +34,8 @@ from transformers import DynamicCache
 from llava.errors import UserError
 from llava.model.multimodal_encoder import clip_encoder
 from llava.pipeline import decoder
-from llava.pipeline.decoder import Prefilled
+from llava.pipeline.decoder import Prefilled, rotary_angles
 from llava.pipeline.sequence import Sequence
-from llava.reduction.decoder_attention import rotary_angles
 
 GRAPHS = 64  # of each part; each belongs to a batch size and a length
 TOWER_GRAPHS = 16  # numbers of images in a batch that get a graph

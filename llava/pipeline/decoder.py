@@ -21,8 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from llava.pipeline import positions
-from llava.pipeline.sequence import Rotary, Sequence
-from llava.reduction.decoder_attention import angles_of, follows_length, rotary_angles
+from llava.pipeline.sequence import Rotary, Sequence, lengths_of
 
 BLOCK = 32  # columns of space that are added at once
 CUT = 8  # columns that are cut out of the space at once
@@ -56,37 +55,31 @@ class PreallocatedLayer(DynamicLayer):
             self.keys, self.values, self._space = key_states, value_states, None
             return key_states, value_states
         assert self.keys is not None and self.values is not None
-        if new == 1 and self.can_append(past):
+        # A column can be written behind the others, where they are. It cannot after a call that replaced `keys` and
+        # `values` (a beam search reorders them), or outside of the inference mode in which the memory was made.
+        shown, space = self._shown, self._space
+        there = shown is not None and self.keys is shown[0] and self.values is shown[1]
+        if (
+            space is None
+            or not there
+            or new > 1
+            or past == space[0].shape[2]
+            or (space[0].is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            self._space = space = grow(self.keys, key_states, past), grow(self.values, value_states, past)
+            self._columns = []
+        else:
+            if not self._columns:
+                # One call for several tokens: on a GPU short steps wait for the host.
+                count = min(CUT, space[0].shape[2] - past)
+                ahead = [rows.narrow(2, past, count).split(1, 2) for rows in space]
+                self._columns = list(zip(*ahead, strict=True))[::-1]
             key, value = self._columns.pop()
             key.copy_(key_states)
             value.copy_(value_states)
-        else:
-            self._space = grow(self.keys, key_states, past), grow(self.values, value_states, past)
-            self._columns = []
-        assert self._space is not None
-        self.keys, self.values = self._space[0].narrow(2, 0, past + new), self._space[1].narrow(2, 0, past + new)
+        self.keys, self.values = space[0].narrow(2, 0, past + new), space[1].narrow(2, 0, past + new)
         self._shown = self.keys, self.values
         return self._shown
-
-    def can_append(self, past: int) -> bool:
-        """Whether a column can be written behind `past` others, where they are; it is then among `_columns`.
-
-        It cannot after a call that replaced `keys` and `values` (a beam search reorders them), or outside of the
-        inference mode in which the memory was made.
-        """
-        if self._space is None or self._shown is None:
-            return False
-        keys, values = self._space
-        if self.keys is not self._shown[0] or self.values is not self._shown[1] or past == keys.shape[2]:
-            return False
-        if not torch.is_inference_mode_enabled() and keys.is_inference():
-            return False
-        if not self._columns:
-            # One call for several tokens: on a GPU short steps wait for the host.
-            count = min(CUT, keys.shape[2] - past)
-            ahead = [rows.narrow(2, past, count).split(1, 2) for rows in (keys, values)]
-            self._columns = list(zip(*ahead, strict=True))[::-1]
-        return True
 
     def reset(self) -> None:
         super().reset()
@@ -103,15 +96,6 @@ def grow(present: Tensor, new: Tensor, past: int) -> Tensor:
     larger.narrow(2, 0, past).copy_(present)
     larger.narrow(2, past, new.shape[2]).copy_(new)
     return larger
-
-
-def empty_cache() -> DynamicCache:
-    """A cache without tokens; every layer gets its own length and its own space."""
-    # Without the configuration, which could set a sliding window; it is not applied, see the notes of
-    # llava.model.checkpoint.load.
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = PreallocatedLayer
-    return cache
 
 
 @dataclass
@@ -191,6 +175,17 @@ def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, eager: bool) ->
     return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
+def rotary_angles(llm: Any, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of a decoder at given positions, two tensors [B, L, d].
+
+    Args:
+        llm: a module with rotary_emb.
+        hidden: gives dtype and device.
+        position: [B, L], or [B, L, 3] for a decoder whose positions have a frame, a row and a column.
+    """
+    return llm.rotary_emb(hidden, position if position.dim() == 2 else position.permute(2, 0, 1))
+
+
 def run_segment(
     llm: Any, sequence: Sequence, layers: range, rotary: tuple[Tensor, Tensor], cache: DynamicCache | None
 ) -> tuple[Tensor, Tensor]:
@@ -203,7 +198,7 @@ def run_segment(
     """
     hidden = entered = sequence.hidden
     eager, mask = llm.config._attn_implementation == "eager", None
-    if sequence.padded or eager:
+    if eager or min(sequence.lengths) < hidden.shape[1]:
         mask = causal_mask(sequence.valid(), hidden.shape[1], hidden.dtype, eager)
     for index in layers:
         entered = hidden
@@ -231,20 +226,31 @@ def prefill(
         stages: layers before which `reduce_at` is called; layer 0 is not one of them.
         run: runs the layers between two of these places.
     """
-    cache, before, depth = empty_cache(), sequence, len(llm.layers)
+    # Every layer gets its own length and its own space. Without the configuration, which could set a sliding window; it
+    # is not applied, see the notes of llava.model.checkpoint.load.
+    cache, before, depth = DynamicCache(), sequence, len(llm.layers)
+    cache.layer_class_to_replicate = PreallocatedLayer
     held_by: list[Any] = cache.layers  # one more from layer to layer
+    # Whether the angle of a position depends on how long the prompt is.
+    follows_length = getattr(llm.rotary_emb, "rope_type", "default") in ("dynamic", "longrope")
     segments = []
     for first, last in pairwise((0, *sorted({stage for stage in stages if 0 < stage < depth}), depth)):
         if first and reduce_at is not None:
             sequence = reduce_at(sequence, first, before, held_by[first - 1].keys)
-        rotary = angles_of(llm, sequence)
-        same = sequence.rotary is not None and sequence.rotary.position is sequence.position
-        if not same and sequence.position.dim() == 2 and not follows_length(llm):
-            sequence = replace(sequence, rotary=Rotary(sequence.position, *rotary))
+        if sequence.rotary is not None:
+            rotary = sequence.rotary.cos, sequence.rotary.sin
+        else:
+            rotary = rotary_angles(llm, sequence.hidden, sequence.position)
+            if sequence.position.dim() == 2 and not follows_length:
+                sequence = replace(sequence, rotary=Rotary(*rotary))
+        lengths, width = sequence.lengths, sequence.hidden.shape[1]
         counts = tuple(sum(stop - start for start, stop in spans) for spans in sequence.visual)
-        valid = sequence.valid() if sequence.padded else None
-        following = positions.next_position(sequence.position, sequence.lengths)
-        segments.append(Segment(range(first, last), sequence.lengths, counts, valid, following))
+        valid = sequence.valid() if min(lengths) < width else None
+        if sequence.contiguous:
+            following = lengths_of(lengths, sequence.position.device)
+        else:
+            following = positions.next_position(sequence.position)
+        segments.append(Segment(range(first, last), lengths, counts, valid, following))
         hidden, entered = run(llm, sequence, range(first, last), rotary, cache)
         before, sequence = replace(sequence, hidden=entered), replace(sequence, hidden=hidden)
     # Counted now, because decoding makes the cache longer. Where heads are split over ranks, each holds as many.

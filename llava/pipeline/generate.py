@@ -7,7 +7,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from PIL import Image
 
 from llava.errors import UserError
 from llava.model.parallel import require_agreement
@@ -50,7 +50,10 @@ def generate(
         raise UserError("There is no question in this batch.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    model.refuse_images(samples)
+    for picture in (picture for sample in samples for picture in sample.images):
+        if not model.takes_videos and not isinstance(picture, Image.Image):
+            kind = type(picture).__name__.lower()
+            raise UserError(f"{model.name} takes images only, got a {kind}; choose a Video-LLaVA for videos.")
     require(reducer, model.spec)
     timer = Timer(model.device, clock)
     end_ids, stop = (frozenset(), None) if ignore_eos else (model.end_ids, model.stop)
@@ -61,11 +64,15 @@ def generate(
     written: list[list[int]] = [[] for _ in samples]
     ends = cache(partial(may_end_stop, model, stop))
     running = set(range(len(samples)))
-    token, checked = choose(model, state.hidden)
-    timer.mark("prefill")
-    steps = 0
-    for position in range(max_new_tokens):
-        # One transfer per step: the host must know which samples have ended.
+    hidden, steps = state.hidden, 0
+    while True:
+        logits = model.logits(hidden)
+        token = logits.argmax(-1)
+        # Where logits are NaN or infinite, no token. A sum is finite only if all its terms are: one kernel, not four.
+        checked = token.where(logits.sum(-1).isfinite(), NOT_FINITE)
+        if not steps:
+            timer.mark("prefill")
+        # One transfer per step: the host must know which samples have ended, and whether the logits are finite.
         for sample, value in enumerate(checked.tolist()):
             if sample not in running:
                 continue
@@ -81,17 +88,17 @@ def generate(
             written[sample].append(value)
             if stop and ends(value) and stop in model.decode(written[sample], special=True):
                 running.discard(sample)
-        if not running or position + 1 == max_new_tokens:
+        if not running or steps + 1 == max_new_tokens:
             break
         hidden = step(model.llm, state, model.llm.embed_tokens(token[:, None]))
-        token, checked = choose(model, hidden)
         steps += 1
     timer.mark("decode")
     texts = [model.decode(ids) for ids in written]
+    layouts = [[image.layout for image in images] for images in record.images]
     answers = tuple(
         Answer(sample.id, (text.split(stop, 1)[0] if stop else text).strip(), tuple(ids), account, trace, tuple(runs))
         for sample, text, ids, account, trace, runs in zip(
-            samples, texts, written, record.accounting(state), record.steps, record.runs, strict=True
+            samples, texts, written, record.accounting(state), record.steps, layouts, strict=True
         )
     )
     if model.spread:
@@ -103,7 +110,7 @@ def generate(
         # A graph that was compiled for this batch serves others too.
         spent[name] = max(0.0, spent.get(name, 0.0) - (after - before[name]))
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
-    images = sum(map(len, record.runs))
+    images = sum(map(len, layouts))
     room = state.kv_bytes_allocated * getattr(model.llm, "ranks", 1)
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_with_room=room)
 
@@ -113,14 +120,3 @@ def may_end_stop(model: "Llava", stop: str | None, token: int) -> bool:
     if not stop:
         return False
     return stop[-1].isspace() or stop[-1] in model.decode([token], special=True)
-
-
-def choose(model: "Llava", hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Greedy tokens [B], and the same with NOT_FINITE where the logits have NaN or infinity.
-
-    The host reads the second with the token ids, so the check costs no further wait.
-    """
-    logits = model.logits(hidden)
-    token = logits.argmax(-1)
-    # A sum is finite only if all its terms are; this takes one kernel instead of four.
-    return token, token.where(logits.sum(-1).isfinite(), NOT_FINITE)

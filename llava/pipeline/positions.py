@@ -80,11 +80,6 @@ def contiguous(lengths: tuple[int, ...], width: int, device: torch.device) -> Te
     return (torch.arange(width, device=device) - first[:, None]).clamp(min=0)
 
 
-def is_contiguous(position: Tensor, lengths: tuple[int, ...]) -> bool:
-    """Whether positions were made by `contiguous`; no value is read."""
-    return position.dim() == 2 and position is contiguous(lengths, position.shape[1], position.device)
-
-
 def keep(position: Tensor, index: Tensor) -> Tensor:
     """The rule "original": every kept token keeps its position [B, L] or [B, L, 3], text after an image too.
 
@@ -142,19 +137,11 @@ def _rank(keys: Tensor) -> Tensor:
     return torch.empty_like(steps).scatter_(1, order, steps)
 
 
-@made_once
-def _lengths(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """[B, 1] int64."""
-    return torch.tensor(lengths)[:, None].to(device, non_blocking=True)
-
-
-def next_position(position: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def next_position(position: Tensor) -> Tensor:
     """[B, 1] or [B, 1, 3], position of the first generated token: after the last token, or after the largest number.
 
     Decoding continues the numbers of these prompts, so that it equals a longer prefill.
     """
-    if is_contiguous(position, lengths):
-        return _lengths(lengths, position.device)
     if position.dim() == 2:
         return position[:, -1:] + 1
     return (position.amax((1, 2)) + 1)[:, None, None].expand(-1, 1, 3)

@@ -5,6 +5,8 @@ stage 1  encoder  reduce features before the projector
 stage 2  prompt   reduce before decoder layer 0, with the text available
 stage 3  decoder  reduce between two decoder layers
 
+`embed` puts visual tokens where "<image>" stands in a prompt (LLaVA's prepare_inputs_labels_for_multimodal).
+
 A method receives images whose tokens have one shape together. An image in one tile takes this file; one in several
 tiles or frames is divided into views before stages 1 and 2, and their reductions are joined (llava/pipeline/views.py).
 """
@@ -17,20 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.model.llava_arch import Llava
+from llava.model.llava_arch import EncodedImage, Llava
 from llava.pipeline import decoder, views
-from llava.pipeline.accounting import Record, Timer
-from llava.pipeline.embed import ImageBatch, embed
-from llava.pipeline.sequence import Reduced, Row, Sequence
+from llava.pipeline.accounting import Applied, Record, SeenImage, Timer
+from llava.pipeline.positions import Piece
+from llava.pipeline.sequence import Reduced, Row, Sequence, assemble
 from llava.pipeline.views import Features, Group
-from llava.processing.prompt import Sample
-from llava.reduction.budget import fits_budget, planned
-from llava.reduction.decoder_attention import whole_heads
+from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt, Sample
+from llava.reduction.budget import ImagePlan, plan_image
 from llava.reduction.merging import Reduction, ViewReduction, stack
 from llava.reduction.modules import layer_flops, prefill_flops, projector_flops
 from llava.reduction.reducer import Reducer, by_images
-from llava.reduction.states import DecoderState, EncoderState, PromptState, at_images
-from llava.reduction.token_layout import ModelSpec, spec_of
+from llava.reduction.states import DecoderState, EncoderState, PromptState, at_images, whole_heads
+from llava.reduction.token_layout import ModelSpec
 
 
 @torch.inference_mode()
@@ -44,26 +45,82 @@ def prefill(
             projector), "selection" (the method's own functions, and applying what they return) and "prefill"
             (embedding and assembling prompts, running the decoder).
     """
-    timer, depth = timer or Timer(model.device), len(model.llm.layers)
-    record = Record(len(samples), depth)
+    timer, record = timer or Timer(model.device), Record([[] for _ in samples], [[] for _ in samples])
     prompts = [model.prompt(sample) for sample in samples]
-    timer.mark("preprocess")
-    stages = Stages(model, reducer, samples, record, timer)
-    images, layers = None, tuple[int, ...]()
+    stages, layers = Stages(model, reducer, samples, record, timer), tuple[int, ...]()
     if any(sample.images for sample in samples):
-        images, layers = stages.encode_images(), reducer.decoder_layers(depth)
-    sequence = embed(model, reducer, prompts, images)
-    timer.mark("prefill")
-    if images is not None and "prompt" in reducer.acts_in:
+        stages.encode_images()
+        if "decoder" in reducer.acts_in:
+            layers = reducer.decoder_layers(len(model.llm.layers))
+    else:
+        timer.mark("preprocess")
+    sequence = embed(model, reducer, prompts, stages.images)
+    if stages.images and "prompt" in reducer.acts_in:
+        timer.mark("prefill")
         sequence = stages.reduce_prompt(sequence)
         timer.mark("selection")
     stages.start = sequence
     run = model.compiled.layers if model.compiled else decoder.run_segment
     prefilled = decoder.prefill(model.llm, sequence, layers, stages.reduce_between_layers, run)
     timer.mark("prefill")
-    for lengths in zip(*prefilled.lengths, strict=True):  # of one sample, layer by layer
+    for sample in range(len(samples)):
+        lengths = tuple(segment.lengths[sample] for segment in prefilled.segments for _ in segment.layers)
         record.operations.add("prefill", prefill_flops, model.llm.layers, lengths, model.head)
     return prefilled, record
+
+
+@dataclass
+class BatchImage:
+    """An image of a batch up to decoder layer 0.
+
+    Attributes:
+        name: the sample's id, with a number from its second image on; a seed of methods that draw.
+        encoded: what the tower gave; questions about the same image share one object.
+        plan: what the method does with images of this size.
+        inputs: visual tokens before any reduction.
+        kept: [N] indices of its tokens among the unreduced ones; None if it is not reduced.
+        tokens: [N, H] projected visual tokens.
+    """
+
+    name: str
+    encoded: EncodedImage
+    plan: ImagePlan
+    inputs: int
+    kept: Tensor | None = None
+    tokens: Tensor = field(init=False)
+
+
+def embed(model: Llava, reducer: Reducer, prompts: list[Prompt], images: dict[Row, BatchImage]) -> Sequence:
+    """Embed the text of every prompt and put visual tokens where "<image>" stands."""
+    # Of each prompt the ids before, between and after its images.
+    texts: list[list[list[int]]] = []
+    for prompt in prompts:
+        texts.append([[]])
+        for token in prompt.ids:
+            if token == IMAGE_TOKEN_INDEX:
+                texts[-1].append([])
+            else:
+                texts[-1][-1].append(token)
+    # All texts at once: one copy to the device and one lookup.
+    line = torch.tensor([token for runs in texts for run in runs for token in run]).to(model.device, non_blocking=True)
+    embedded = iter(model.llm.embed_tokens(line).split([len(run) for runs in texts for run in runs]))
+    # Numbered anew, text and visual tokens follow one another without gaps. Otherwise text after an image keeps the
+    # position ids that it would have with every visual token present.
+    gaps = model.axes or reducer.positions == "original"
+    batch: list[list[Piece]] = []
+    for sample, runs in enumerate(texts):
+        pieces = []
+        for number, run in enumerate(runs):
+            if number:
+                image = images[sample, number - 1]
+                groups = model.groups(image.encoded) if model.axes else None
+                inputs, kept = (image.inputs, image.kept) if gaps else (len(image.tokens), None)
+                pieces.append(Piece(image.tokens, inputs, kept, image=True, groups=groups))
+            pieces.append(Piece(next(embedded), len(run)))
+        batch.append(pieces)
+    sequence = assemble(batch, [one.question for one in prompts], [one.instruction for one in prompts], model.axes)
+    reduced = any(image.kept is not None for image in images.values())
+    return sequence.renumbered() if gaps and reduced and reducer.positions == "renumber" else sequence
 
 
 @dataclass
@@ -71,7 +128,7 @@ class Stages:
     """The stages of one batch in which a method may act.
 
     Attributes:
-        images: those of the batch, from `encode_images` on.
+        images: those of the batch by sample and number, from `encode_images` on.
         start: the prompts as they entered decoder layer 0.
     """
 
@@ -80,41 +137,41 @@ class Stages:
     samples: Samples[Sample]
     record: Record
     timer: Timer
-    images: ImageBatch = field(init=False)
+    images: dict[Row, BatchImage] = field(default_factory=dict)
     start: Sequence = field(init=False)
 
     # -- stage 1: before the projector
 
-    def encode_images(self) -> ImageBatch:
+    def encode_images(self) -> None:
         """Send all images through the tower, let the method reduce their features, and project these."""
         model, record = self.model, self.record
         pictures: dict[object, Any] = {}  # questions about the same image share one pass of the tower
         keys: dict[Row, object] = {}
-        for i, sample in enumerate(self.samples):
-            for number, picture in enumerate(sample.images):
-                key = keys[i, number] = sample.image_ids[number] if sample.image_ids else object()
+        for sample, asked in enumerate(self.samples):
+            for number, picture in enumerate(asked.images):
+                key = keys[sample, number] = asked.image_ids[number] if asked.image_ids else object()
                 pictures.setdefault(key, picture)
         encoded = model.encode_images(list(pictures.values()), list(pictures), self.reducer, self.timer)
         by_key = dict(zip(pictures, encoded, strict=True))
-        self.images = images = ImageBatch({image: by_key[key] for image, key in keys.items()})
         users = Counter(keys.values())
         for key, one in by_key.items():
             model.count_tower(record.operations, one, users[key])
-        self.timer.mark("vision")
-        for image, one in images.encoded.items():
-            spec = images.specs[image] = spec_of(model.spec, one.full)
-            images.inputs[image] = one.full.tokens if fits_budget(self.reducer, spec) else one.inputs
-            images.kept[image] = None
-            record.image(image[0], one.full, images.inputs[image], planned(self.reducer, spec))
+        for (sample, number), key in keys.items():
+            one, row, name = by_key[key], (sample, number), self.samples[sample].id
+            plan = plan_image(self.reducer, model.spec, one.full)
+            inputs = one.full.tokens if plan.fits else one.inputs
+            name = name if number == 0 else f"{name}#{number + 1}"
+            image = self.images[row] = BatchImage(name, one, plan, inputs)
+            record.images[sample].append(SeenImage(one.full, inputs, plan.tokens))
             if one.step is not None:
-                self._applied(image, *one.step)
+                self._apply(row, image, *one.step)
         reduced: dict[Row, Features] = {}
         if "encoder" in self.reducer.acts_in:
+            self.timer.mark("vision")
             reduced = self._reduce_features()
             self.timer.mark("selection")
         self._project(reduced)
         self.timer.mark("vision")
-        return images
 
     def _reduce_features(self) -> dict[Row, Features]:
         """Features of every image that the method reduces, after the reduction."""
@@ -126,45 +183,52 @@ class Stages:
                 if reduction.merge_matrix is not None:
                     cost = len(rows) * reduction.apply_flops(features.shape[-1])
                     self.record.operations.add("selection", int, cost)
-                values = reduction.apply(part_of(features, rows)).unbind()
+                own = features if len(rows) == len(features) else features[rows.start : rows.stop]
+                values = reduction.apply(own).unbind()
                 for row, (image, value) in enumerate(zip(group.images[rows.start : rows.stop], values, strict=True)):
                     if group.views:
                         piece = group.views[rows[row]].reduced(reduction.only(row), self.model.device)
                         tiles.setdefault(image, []).append((piece, value))
                     else:
                         reduced[image] = Features(value)
-                        self._applied(image, "encoder", reduction, row)
+                        self._apply(image, self.images[image], "encoder", reduction, row)
         for image, pieces in tiles.items():
-            own, values = zip(*pieces, strict=True)
-            reduction, order = views.join_views(self.reducer, self.images.encoded[image], list(own))
+            parts, values = zip(*pieces, strict=True)
+            reduction, order = views.join_views(self.reducer, self.images[image].encoded, list(parts))
             reduced[image] = Features(torch.cat(values), order)
-            self._applied(image, "encoder", reduction)
+            self._apply(image, self.images[image], "encoder", reduction)
         # In the order of the images, because they are projected in this order.
-        return {image: reduced[image] for image in self.images.encoded if image in reduced}
+        return {image: reduced[image] for image in self.images if image in reduced}
+
+    def _apply(self, row: Row, image: BatchImage, place: str, reduction: Reduction, index: int = 0) -> None:
+        """Record a reduction up to stage 1, and which of the image's tokens are left."""
+        sample, number = row
+        self.record.reductions[sample].append(Applied(place, number, reduction, index))
+        kept = reduction.kept[index]
+        image.kept = kept if image.kept is None else image.kept[kept]
 
     def _project(self, reduced: dict[Row, Features]) -> None:
         """Project the remaining features of all images at once; an image that is not reduced is projected only once."""
-        model, images = self.model, self.images
+        model = self.model
         slots: dict[Row | int, Features] = dict(reduced.items())
         slot_of: dict[Row, Row | int] = {}
-        for image, picture in images.encoded.items():
-            slot_of[image] = slot = image if image in reduced else id(picture)
+        for row, image in self.images.items():
+            slot_of[row] = slot = row if row in reduced else id(image.encoded)
             if slot not in slots:
-                if picture.whole:
-                    slots[slot] = Features(picture.encoded.features[0])
+                if image.encoded.arrangement.is_one_tile:
+                    slots[slot] = Features(image.encoded.encoded.features[0])
                 else:
-                    slots[slot] = views.everything(picture, fits_budget(self.reducer, images.specs[image]))
-        users = Counter(slot_of.values())
-        lengths = [len(features.values) for features in slots.values()]
+                    slots[slot] = views.everything(image.encoded, image.plan.fits)
+        users, values = Counter(slot_of.values()), [features.values for features in slots.values()]
+        lengths = [len(own) for own in values]
         for slot, length in zip(slots, lengths, strict=True):
             self.record.operations.add("projector", projector_flops, model.projector, length, images=users[slot])
-        projected = model.projector(joined([one.values for one in slots.values()])[None])[0].split(lengths)
+        projected = model.projector((values[0] if len(values) == 1 else torch.cat(values))[None])[0].split(lengths)
         tokens: dict[Row | int, Tensor] = {}
-        for (slot, features), values in zip(slots.items(), projected, strict=True):
-            tokens[slot] = values
-            if features.order is not None:
-                tokens[slot] = views.with_newlines(values, features.order, model.newline)
-        images.tokens = {image: tokens[slot] for image, slot in slot_of.items()}
+        for (slot, features), own in zip(slots.items(), projected, strict=True):
+            tokens[slot] = own if features.order is None else views.with_newlines(own, features.order, model.newline)
+        for row, image in self.images.items():
+            image.tokens = tokens[slot_of[row]]
 
     # -- stage 2: before decoder layer 0
 
@@ -183,28 +247,32 @@ class Stages:
                         self.record.operations.add("selection", layer_flops, layer, length, length)
             return after_layers[count]
 
+        # Every prompt has one image, and these are in the order of the prompts.
+        alone = all(len(spans) == 1 for spans in sequence.visual)
         for group in self._groups():
             members = torch.stack([view.indices for view in group.views]).to(model.device) if group.views else None
+            plain = alone and members is None and len(group.images) == len(sequence.lengths)
+            rows = () if plain else tuple(group.images)
             state = PromptState(
                 **group.fields,
-                tokens=at_images(sequence.hidden, sequence, group.images, members),
+                tokens=at_images(sequence.hidden, sequence, rows, members),
                 sequence=sequence,
-                rows=tuple(group.images),
+                rows=rows,
                 llm=model.llm,
                 run_layers=run_layers,
                 members=members,
             )
-            for reduction, rows in self._ask(group, "prompt", state, state.tokens.shape[1]):
-                values = self._merged_values(reduction, state, rows)
+            for reduction, own in self._ask(group, "prompt", state, state.tokens.shape[1]):
+                values = self._merged_values(reduction, state, own)
                 if not group.views:
-                    reduced.append(Reduced(group.images[rows.start : rows.stop], reduction, values))
+                    reduced.append(Reduced(group.images[own.start : own.stop], reduction, values))
                     continue
-                for row, view in enumerate(group.views[rows.start : rows.stop]):
+                for row, view in enumerate(group.views[own.start : own.stop]):
                     value = None if values is None else values[row].to(state.tokens.dtype)
                     piece = view.reduced(reduction.only(row), model.device)
                     tiles.setdefault(view.image, []).append((piece, value))
         for image, pieces in tiles.items():
-            reduced.append(views.join_prompt(self.reducer, sequence, image, self.images.encoded[image], pieces))
+            reduced.append(views.join_prompt(self.reducer, sequence, image, self.images[image].encoded, pieces))
         return self._shorten(sequence, reduced, "prompt")
 
     # -- stage 3: between decoder layers
@@ -222,25 +290,29 @@ class Stages:
         groups: dict[tuple[int, ModelSpec], list[Row]] = {}  # as many visual tokens, now and at the start
         for sample, spans in enumerate(sequence.visual):
             for number, (start, stop) in enumerate(spans):
-                spec = self.images.specs[sample, number]
+                spec = self.images[sample, number].plan.spec
                 groups.setdefault((stop - start, spec), []).append((sample, number))
+        alone = len(groups) == 1 and all(len(spans) == 1 for spans in sequence.visual)
         reduced: list[Reduced] = []
-        for (count, spec), rows in groups.items():
-            part = sequence.rows(rows)
+        for (count, _), rows in groups.items():
+            plan, prompts = self.images[rows[0]].plan, [sequence, entered, self.start]
+            if not alone:  # else every prompt has one image of the group
+                prompts = [one.rows(rows) for one in prompts]
+            now = prompts[0]
             state = DecoderState(
-                ids=tuple(name_of(self.samples, row) for row in rows),
-                spec=spec,
-                tokens=part.take(part.hidden, part.images),
-                sequence=part,
+                ids=tuple(self.images[row].name for row in rows),
+                spec=plan.spec,
+                tokens=now.take(now.hidden, [image for (image,) in now.visual]),
+                sequence=now,
                 llm=self.model.llm,
                 layer=layer,
-                entered=entered.rows(rows),
-                keys=sequence.keys_of(keys, rows),
-                start=self.start.rows(rows),
+                entered=prompts[1],
+                keys=keys if alone else sequence.keys_of(keys, rows),
+                start=prompts[2],
             )
-            method = self.reducer.for_picture(spec)
-            parts = by_images(method, f"decoder before layer {layer}", method.decoder(state), state.ids, count)
-            self.record.operations.add("selection", int, state.flops)
+            returned = plan.method.decoder(state)
+            parts = by_images(plan.method, f"decoder before layer {layer}", returned, state.ids, count)
+            self.record.operations.add("selection", int, state.flops + sum(part.flops for part, _ in parts))
             for reduction, own in parts:
                 values = self._merged_values(reduction, state, own)
                 reduced.append(Reduced(rows[own.start : own.stop], reduction, values))
@@ -254,18 +326,39 @@ class Stages:
         """All images, and the views of those with several tiles, as they are given to the method in stages 1 and 2."""
         whole: dict[tuple[Any, ...], list[Row]] = {}
         tiled: list[Row] = []
-        for image, picture in self.images.encoded.items():
-            spec = self.images.specs[image]
-            if picture.whole:
-                shape = picture.arrangement.layout, picture.arrangement.tokens
-                whole.setdefault((self.reducer.for_picture(spec), spec, shape), []).append(image)
-            elif not fits_budget(self.reducer, spec):
-                tiled.append(image)
-        groups = [
-            Group(method, rows, state_fields(self.model, method, self.samples, self.images, rows, spec))
-            for (method, spec, _), rows in whole.items()
-        ]
-        return groups + (views.groups_of(self.model, self.reducer, self.samples, self.images, tiled) if tiled else [])
+        for row, image in self.images.items():
+            arrangement = image.encoded.arrangement
+            if arrangement.is_one_tile:
+                shape = arrangement.layout, arrangement.tokens
+                whole.setdefault((image.plan.method, image.plan.spec, shape), []).append(row)
+            elif not image.plan.fits:
+                tiled.append(row)
+        groups = []
+        for rows in whole.values():
+            images = [self.images[row] for row in rows]
+            plan, encoded = images[0].plan, [image.encoded.encoded for image in images]
+            features, scores, merged = encoded[0].features, encoded[0].scores, encoded[0].merged
+            if len(rows) > 1:
+                features = torch.cat([one.features for one in encoded])
+                scores = {score: torch.cat([one.scores[score] for one in encoded]) for score in scores}
+                merged = stack([one.merged for one in encoded if one.merged is not None]) if merged else None
+            fields = {
+                "ids": tuple(image.name for image in images),
+                "spec": plan.spec,
+                "features": features,
+                "layout": images[0].encoded.arrangement.layout,
+                "scores": scores,
+                "merged": merged,
+                "questions": tuple(self.samples[sample].question for sample, _ in rows),
+                "messages": tuple(self.samples[sample].message for sample, _ in rows),
+                "clip": self.model.clip if plan.method.needs_text_tower else None,
+                "thumbnail": scores.__getitem__,
+            }
+            groups.append(Group(plan.method, rows, fields))
+        if tiled:
+            pictures = {row: self.images[row].encoded for row in tiled}
+            groups += views.groups_of(self.model, self.reducer, self.samples, pictures)
+        return groups
 
     def _ask(self, group: Group, stage: str, state: EncoderState, tokens: int) -> list[tuple[Reduction, range]]:
         """The method's reductions of a group, and the rows that each is of; for views that it keeps, one of all."""
@@ -276,22 +369,22 @@ class Stages:
                 torch.arange(tokens, device=state.features.device).expand(len(group.views), -1), tokens
             )
         parts = by_images(method, stage, returned, state.ids, tokens)
-        self.record.operations.add("selection", int, state.flops)
+        self.record.operations.add("selection", int, state.flops + sum(part.flops for part, _ in parts))
         return parts
 
     def _merged_values(self, reduction: Reduction, state: PromptState | DecoderState, rows: range) -> Tensor | None:
         """Output tokens [B, K, H] of a merging reduction; None where they are the kept tokens, unchanged."""
-        operations = self.record.operations
+        operations, tokens, project = self.record.operations, state.tokens, False
         if reduction.encoder_space and isinstance(state, PromptState):
+            tokens, project = state.features, True
+        elif reduction.assignment is None and reduction.merge_matrix is None:
+            return None
+        merged = values = reduction.apply(tokens if len(rows) == len(tokens) else tokens[rows.start : rows.stop])
+        if project:
             # A merge before the projector: merge tower features and project them again.
-            merged = reduction.apply(part_of(state.features, rows))
             values = self.model.projector(merged)
             projected = values.shape[0] * values.shape[1]
             operations.add("selection", projector_flops, self.model.projector, projected)
-        elif reduction.merges:
-            merged = values = reduction.apply(part_of(state.tokens, rows))
-        else:
-            return None
         if reduction.merge_matrix is not None:
             operations.add("selection", int, len(merged) * reduction.apply_flops(merged.shape[-1]))
         return values
@@ -299,50 +392,6 @@ class Stages:
     def _shorten(self, sequence: Sequence, reduced: list[Reduced], place: str) -> Sequence:
         """Record reductions and apply them to the prompts."""
         for part in reduced:
-            for row, image in enumerate(part.images):
-                self.record.applied(image, place, part.reduction, row)
+            for row, (sample, number) in enumerate(part.images):
+                self.record.reductions[sample].append(Applied(place, number, part.reduction, row))
         return sequence.reduce(reduced, self.reducer.positions == "renumber") if reduced else sequence
-
-    def _applied(self, image: Row, place: str, reduction: Reduction, row: int = 0) -> None:
-        """Record a reduction up to stage 1, and which of the image's tokens are left."""
-        self.record.applied(image, place, reduction, row)
-        before, kept = self.images.kept[image], reduction.kept[row]
-        self.images.kept[image] = kept if before is None else before[kept]
-
-
-def state_fields(
-    model: Llava, method: Reducer, samples: Samples[Sample], images: ImageBatch, rows: list[Row], spec: ModelSpec
-) -> dict[str, Any]:
-    """Fields that the states of stages 1 and 2 share, for images of one tile."""
-    pictures = [images.encoded[row] for row in rows]
-    encoded = [picture.encoded for picture in pictures]
-    scores = {score: joined([one.scores[score] for one in encoded]) for score in encoded[0].scores}
-    merged = [one.merged for one in encoded if one.merged is not None]
-    return {
-        "ids": tuple(name_of(samples, row) for row in rows),
-        "spec": spec,
-        "features": joined([one.features for one in encoded]),
-        "layout": pictures[0].arrangement.layout,
-        "scores": scores,
-        "merged": stack(merged) if merged else None,
-        "questions": tuple(samples[sample].question for sample, _ in rows),
-        "messages": tuple(samples[sample].message for sample, _ in rows),
-        "clip": model.clip if method.needs_text_tower else None,
-        "thumbnail": scores.__getitem__,
-    }
-
-
-def name_of(samples: Samples[Sample], image: Row) -> str:
-    """The sample's id, with a number from its second image on; methods that draw random numbers use it as seed."""
-    sample, number = image
-    return samples[sample].id if number == 0 else f"{samples[sample].id}#{number + 1}"
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """The images of all parts in one tensor; nothing is copied where it is one part."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def part_of(tensor: Tensor, rows: range) -> Tensor:
-    """Some rows of a tensor; the tensor itself where these are all."""
-    return tensor if len(rows) == len(tensor) else tensor[rows.start : rows.stop]

@@ -6,40 +6,35 @@ from them, and prompts of equal lengths share these (llava/reduction/ranking.py)
 
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llava.pipeline import positions
-from llava.pipeline.positions import Span
+from llava.pipeline.positions import Piece, Span
 from llava.reduction.merging import Reduction
-from llava.reduction.modules import Angles
-from llava.reduction.ranking import gather_tokens, made_once
+from llava.reduction.ranking import gather_tokens, made_once, places
 
 Row = tuple[int, int]  # (sample, number of the image in its prompt)
 Samples = tuple[int, ...] | None  # numbers of samples, one of them as often as wanted; None for all, in order
 Cut = tuple[int, int, int]  # a reduced image: its first column, its tokens before and after
+KEPT_MASK = 2**18  # numbers of a mask that is kept for the next question of the same lengths: 256 KB
 
 
 @dataclass
 class Rotary:
-    """Cosines and sines [B, L, d] at positions [B, L].
+    """Cosines and sines [B, L, d] at the positions of prompts.
 
     Attributes:
         longer: those of the prompts before they were shortened, if they begin with these.
+        angles: the same ready for scores, made when a method first asks for them (llava/reduction/states.py).
     """
 
-    position: Tensor
     cos: Tensor
     sin: Tensor
     longer: "Rotary | None" = None
-
-    @cached_property
-    def angles(self) -> Angles:
-        """The same, ready for scores, computed once for all stages: of these columns and maybe of more behind them."""
-        return self.longer.angles if self.longer else Angles.of(self.cos, self.sin)
+    angles: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,8 @@ class Sequence:
         question: span of the last question's tokens.
         instruction: the same with the answer-format suffix.
         after: span of all text after the last image; the whole prompt if it is text only.
-        rotary: cosines and sines of the decoder's layers, once they are computed, and the positions that they are of.
+        contiguous: every prompt has the positions 0, 1, 2, ... as `positions.contiguous` makes them.
+        rotary: cosines and sines of the decoder's layers at these positions, once they are computed.
     """
 
     hidden: Tensor
@@ -82,10 +78,12 @@ class Sequence:
     question: tuple[Span, ...]
     instruction: tuple[Span, ...]
     after: tuple[Span, ...]
+    contiguous: bool = False
     rotary: Rotary | None = None
 
     @property
     def padded(self) -> bool:
+        """Whether a sample is shorter than the batch."""
         return min(self.lengths) < self.hidden.shape[1]
 
     def padding(self, sample: int) -> int:
@@ -100,17 +98,28 @@ class Sequence:
         """The span of visual tokens of every sample, for a sequence made by `rows`, with one span each."""
         return [run for (run,) in self.visual]
 
-    def take(self, tensor: Tensor, spans: Listed[Span], samples: Samples = None) -> Tensor:
-        """[n, T, ...] rows of `tensor` [B, L, ...] in spans of the same length T, one for each of `samples`."""
-        cut = self.padded_spans(spans, samples)
-        if len(set(cut)) == 1:
-            return self.of_samples(tensor[:, slice(*cut[0])], samples)
-        return self.at(tensor, columns_of(cut, tensor.device), samples)
-
     def padded_spans(self, spans: Listed[Span], samples: Samples = None) -> tuple[Span, ...]:
         """Spans of samples as columns of the padded batch."""
-        before = map(self.padding, range(len(self.lengths)) if samples is None else samples)
+        width, lengths = self.hidden.shape[1], self.lengths
+        own = lengths if samples is None else [lengths[sample] for sample in samples]
+        before = [width - length for length in own]
         return tuple((pad + start, pad + stop) for pad, (start, stop) in zip(before, spans, strict=True))
+
+    def row_index(self, spans: Listed[Span], samples: Samples = None) -> tuple[Tensor, Tensor]:
+        """Columns [n, T] of spans of different length in the padded batch, and a mask [n, T] of those that exist."""
+        return columns_of(self.padded_spans(spans, samples), self.hidden.device)
+
+    def take(self, tensor: Tensor, spans: Listed[Span], samples: Samples = None) -> Tensor:
+        """[n, T, ...] rows of `tensor` [B, L, ...] in spans, one for each of `samples`.
+
+        A span that is shorter than the longest, T, ends with its last row again.
+        """
+        columns = self.padded_spans(spans, samples)
+        start, stop = columns[0]
+        if start < stop and all(other == (start, stop) for other in columns):
+            part = tensor[:, start:stop]
+            return part if samples is None else self.of_samples(part, samples)
+        return self.at(tensor, columns_of(columns, tensor.device)[0], samples)
 
     def at(self, tensor: Tensor, index: Tensor, samples: Samples = None) -> Tensor:
         """[n, T, ...] rows of `tensor` [B, L, ...] at columns [n, T] of samples."""
@@ -118,20 +127,32 @@ class Sequence:
             return gather_tokens(tensor, index)
         return tensor[rows_of(samples, tensor.device)[:, None], index]
 
-    def of_samples(self, tensor: Tensor, samples: Samples) -> Tensor:
+    def of_samples(self, tensor: Tensor, samples: tuple[int, ...]) -> Tensor:
         """The rows of some samples, in this order; the tensor itself where these are all."""
-        if samples is None or samples == tuple(range(len(self.lengths))):
+        if samples == tuple(range(len(self.lengths))):
             return tensor
         return tensor.index_select(0, rows_of(samples, tensor.device))
+
+    def unseen(self, spans: Listed[Span], width: int) -> Tensor | None:
+        """[B, 1, T, width] bool, False for the keys that rows of spans see: real tokens up to it; None where all are.
+
+        Args:
+            width: the first columns of the batch, among which these rows are.
+        """
+        padded = self.padded
+        if not padded and all(span == (width - 1, width) for span in spans):
+            return None
+        padding = tuple(self.hidden.shape[1] - length for length in self.lengths) if padded else ()
+        columns, device = self.padded_spans(spans), self.hidden.device
+        count = sum(stop - start for start, stop in columns) * width
+        make = unseen_kept if count <= KEPT_MASK else unseen
+        return make(columns, padding, width, device)
 
     def rows(self, rows: list[Row]) -> "Sequence":
         """One row per image: its whole prompt, with only this image's span as visual tokens.
 
         Padding is cut to the longest of these prompts.
         """
-        each_has_one = len(rows) == len(self.lengths) and all(len(runs) == 1 for runs in self.visual)
-        if each_has_one and rows == [(sample, 0) for sample in range(len(rows))]:
-            return self
         samples = tuple(sample for sample, _ in rows)
         lengths = tuple(self.lengths[s] for s in samples)
         width = max(lengths)
@@ -153,7 +174,8 @@ class Sequence:
 
     def renumbered(self) -> "Sequence":
         """The same prompts, numbered without gaps: see `positions.renumber`."""
-        return replace(self, position=positions.renumber(self.position, self.lengths, self.visual))
+        position = positions.renumber(self.position, self.lengths, self.visual)
+        return replace(self, position=position, contiguous=position.dim() == 2, rotary=None)
 
     def reduce(self, reduced: list[Reduced], renumber: bool) -> "Sequence":
         """Replace the visual tokens of images by their reductions' output tokens.
@@ -162,47 +184,12 @@ class Sequence:
             reduced: images left out keep everything.
             renumber: contiguous position ids afterwards; else every token keeps its own.
         """
-        counts = {image: part.reduction.kept.shape[1] for part in reduced for image in part.images}
-        visual, dropped, cuts = [], [], []  # of each sample: spans afterwards; of its images: tokens dropped, `Cut`
-        for sample, spans in enumerate(self.visual):
-            after: list[Span] = []
-            gone: list[int] = []
-            own_cuts: list[Cut] = []
-            for number, (start, stop) in enumerate(spans):
-                count = counts.get((sample, number), stop - start)
-                after.append((start - sum(gone), start - sum(gone) + count))
-                gone.append(stop - start - count)
-                if (sample, number) in counts:
-                    own_cuts.append((self.padding(sample) + start, stop - start, count))
-            visual.append(tuple(after))
-            dropped.append(gone)
-            cuts.append(tuple(own_cuts))
-
-        def moved(texts: tuple[Span, ...]) -> tuple[Span, ...]:
-            """Spans of text, forward by the tokens dropped before them."""
-            shifts = [
-                sum(count for (_, end), count in zip(spans, gone, strict=True) if start >= end)
-                for (start, _), spans, gone in zip(texts, self.visual, dropped, strict=True)
-            ]
-            return tuple((start - shift, stop - shift) for (start, stop), shift in zip(texts, shifts, strict=True))
-
-        shorter = replace(
-            self,
-            lengths=tuple(length - sum(gone) for length, gone in zip(self.lengths, dropped, strict=True)),
-            visual=tuple(visual),
-            question=moved(self.question),
-            instruction=moved(self.instruction),
-            after=moved(self.after),
+        shorter, cuts = self._shorter(
+            {image: part.reduction.kept.shape[1] for part in reduced for image in part.images}
         )
-        return self._shortened(shorter, reduced, tuple(cuts), renumber)
-
-    def _shortened(
-        self, shorter: "Sequence", reduced: list[Reduced], cuts: tuple[tuple[Cut, ...], ...], renumber: bool
-    ) -> "Sequence":
-        """The tensors of these prompts at the lengths and spans of `shorter`."""
         width, device = max(shorter.lengths), self.hidden.device
         contiguous = renumber and self.position.dim() == 2
-        hidden = self._spliced(reduced)
+        hidden = self._spliced(reduced, cuts)
         if hidden is None or not contiguous:
             # For every column of the shorter prompts the column that it comes from.
             index = sources(self.lengths, self.hidden.shape[1], cuts, device)
@@ -215,34 +202,116 @@ class Sequence:
             for part, slot in zip(reduced, slots, strict=True):
                 if part.values is not None:
                     hidden.flatten(0, 1).index_copy_(0, slot, part.values.to(hidden.dtype).flatten(0, 1))
-        shorter = replace(shorter, hidden=hidden)
-        if shorter.padded:
-            hidden.masked_fill_(~shorter.valid()[..., None], 0)
+        blank = None
+        if min(shorter.lengths) < width:
+            blank = ~real_columns(shorter.lengths, width, device)
+            hidden.masked_fill_(blank[..., None], 0)
         if contiguous:
             position, rotary = positions.contiguous(shorter.lengths, width, device), None
             dropped = self.hidden.shape[1] - width
             alike = all(before - after == dropped for before, after in zip(self.lengths, shorter.lengths, strict=True))
-            if self.rotary is not None and alike and positions.is_contiguous(self.position, self.lengths):
+            if self.rotary is not None and self.contiguous and alike:
                 # The numbers are the first ones of before, and so are their cosines and sines.
-                rotary = Rotary(position, self.rotary.cos[:, :width], self.rotary.sin[:, :width], self.rotary)
-            return replace(shorter, position=position, rotary=rotary)
+                longest = self.rotary.longer or self.rotary
+                rotary = Rotary(self.rotary.cos[:, :width], self.rotary.sin[:, :width], longest)
+            return replace(shorter, hidden=hidden, position=position, contiguous=True, rotary=rotary)
         position = positions.keep(self.position, index)
-        if shorter.padded:
-            blank = ~shorter.valid()
+        if blank is not None:
             position = position.masked_fill(blank if position.dim() == 2 else blank[..., None], 0)
-        shorter = replace(shorter, position=position, rotary=None)
+        shorter = replace(shorter, hidden=hidden, position=position, contiguous=False, rotary=None)
         return shorter.renumbered() if renumber else shorter
 
-    def _spliced(self, reduced: list[Reduced]) -> Tensor | None:
+    def _shorter(self, counts: dict[Row, int]) -> tuple["Sequence", tuple[tuple[Cut, ...], ...]]:
+        """These prompts with the lengths and spans that they have after a reduction, and what is cut out of each.
+
+        Args:
+            counts: tokens that each reduced image has afterwards.
+        """
+        lengths, visual, cuts = [], [], []
+        texts: dict[str, list[Span]] = {"question": [], "instruction": [], "after": []}
+        for sample, (length, spans) in enumerate(zip(self.lengths, self.visual, strict=True)):
+            padding, gone = self.hidden.shape[1] - length, 0
+            after: list[Span] = []
+            own: list[Cut] = []
+            moves = []  # end of an image, and the tokens that are gone up to there
+            for number, (start, stop) in enumerate(spans):
+                count = counts.get((sample, number), stop - start)
+                after.append((start - gone, start - gone + count))
+                gone += stop - start - count
+                moves.append((stop, gone))
+                if (sample, number) in counts:
+                    own.append((padding + start, stop - start, count))
+            for name, moved in texts.items():
+                start, stop = getattr(self, name)[sample]
+                shift = max((total for end, total in moves if start >= end), default=0)
+                moved.append((start - shift, stop - shift))
+            lengths.append(length - gone)
+            visual.append(tuple(after))
+            cuts.append(tuple(own))
+        question, instruction, after_images = map(tuple, texts.values())
+        shorter = replace(
+            self,
+            lengths=tuple(lengths),
+            visual=tuple(visual),
+            question=question,
+            instruction=instruction,
+            after=after_images,
+        )
+        return shorter, tuple(cuts)
+
+    def _spliced(self, reduced: list[Reduced], cuts: tuple[tuple[Cut, ...], ...]) -> Tensor | None:
         """Hidden states with merged tokens in place of one image per prompt, all in the same columns; else None."""
-        if len(reduced) != 1 or reduced[0].values is None or any(len(spans) != 1 for spans in self.visual):
+        samples = range(len(self.lengths))
+        alone = len(reduced) == 1 and reduced[0].images == [(sample, 0) for sample in samples]
+        if not alone or reduced[0].values is None or any(own != cuts[0] or len(own) != 1 for own in cuts):
             return None
-        spans = set(self.padded_spans(self.images))
-        if len(spans) != 1 or reduced[0].images != [(sample, 0) for sample in range(len(self.lengths))]:
+        if any(len(spans) != 1 for spans in self.visual):
             return None
-        start, stop = spans.pop()
+        ((start, before, _),) = cuts[0]
         merged = reduced[0].values.to(self.hidden.dtype)
-        return torch.cat([self.hidden[:, :start], merged, self.hidden[:, stop:]], 1)
+        return torch.cat([self.hidden[:, :start], merged, self.hidden[:, start + before :]], 1)
+
+
+def assemble(
+    prompts: list[list[Piece]], questions: list[Span], instructions: list[Span], axes: bool = False
+) -> Sequence:
+    """Put the pieces of each prompt side by side and pad on the left.
+
+    Args:
+        questions, instructions: spans in token ids where every image counts as one id.
+        axes: positions have three axes.
+    """
+    lengths, visual, after = [], [], []
+    moved: list[list[Span]] = [[], []]
+    for pieces, *spans in zip(prompts, questions, instructions, strict=True):
+        images, ids, length = [], 0, 0  # of an image: its span, and its index among the ids
+        for piece in pieces:
+            if piece.image:
+                images.append(((length, length + len(piece.tokens)), ids))
+            ids += 1 if piece.image else len(piece.tokens)
+            length += len(piece.tokens)
+        lengths.append(length)
+        visual.append(tuple(span for span, _ in images))
+        after.append((visual[-1][-1][1] if images else 0, length))
+        for target, (start, stop) in zip(moved, spans, strict=True):
+            ahead = sum(end - begin - 1 for (begin, end), index in images if index < start)
+            target.append((start + ahead, stop + ahead))
+    width, first = max(lengths), prompts[0][0].tokens
+    line: list[Tensor] = []
+    for pieces, length in zip(prompts, lengths, strict=True):
+        if length < width:
+            line.append(first.new_zeros(width - length, first.shape[1]))
+        line += [one.tokens if one.tokens.dtype == first.dtype else one.tokens.to(first.dtype) for one in pieces]
+    hidden = torch.cat(line).view(len(prompts), width, -1)
+    gaps = axes or any(one.kept is not None or one.inputs != len(one.tokens) for pieces in prompts for one in pieces)
+    if gaps:
+        position = positions.original(prompts, axes, hidden.device)
+    else:
+        position = positions.contiguous(tuple(lengths), width, hidden.device)
+    question, instruction = map(tuple, moved)
+    return Sequence(
+        hidden, position, tuple(lengths), tuple(visual), question, instruction, tuple(after), contiguous=not gaps
+    )
 
 
 # Index tensors of a batch that is padded to a width; spans are columns of it here.
@@ -256,15 +325,42 @@ def real_columns(lengths: tuple[int, ...], width: int, device: torch.device) -> 
 
 
 @made_once
+def lengths_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """[B, 1] int64: in prompts with contiguous positions, that of the next token."""
+    return torch.tensor(lengths)[:, None].to(device, non_blocking=True)
+
+
+@made_once
 def rows_of(samples: tuple[int, ...], device: torch.device) -> Tensor:
     """[n] int64 index of rows of the batch."""
     return torch.tensor(samples).to(device, non_blocking=True)
 
 
 @made_once
-def columns_of(spans: tuple[Span, ...], device: torch.device) -> Tensor:
-    """[B, T] int64, the columns of one span per prompt, all of the same length T."""
-    return torch.stack([torch.arange(start, stop) for start, stop in spans]).to(device, non_blocking=True)
+def columns_of(spans: tuple[Span, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[n, T] int64 columns of spans, the last one again behind a shorter span, and a mask of those that exist."""
+    longest = max(1, max(stop - start for start, stop in spans))
+    index = [[start + min(i, max(stop - start - 1, 0)) for i in range(longest)] for start, stop in spans]
+    mask = [[i < stop - start for i in range(longest)] for start, stop in spans]
+    return torch.tensor(index).to(device, non_blocking=True), torch.tensor(mask).to(device, non_blocking=True)
+
+
+def unseen(spans: tuple[Span, ...], padding: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """[n, 1, T, width] bool, True for the columns that rows at spans of columns do not see.
+
+    Args:
+        padding: columns before each prompt; () where none has any.
+    """
+    index, _ = columns_of(spans, device)
+    columns = places(1, width, device)
+    after = columns > index[..., None]
+    if padding:
+        first = torch.tensor(padding).to(device, non_blocking=True)
+        after = after | (columns[None] < first[:, None, None])
+    return after[:, None]
+
+
+unseen_kept = made_once(unseen)
 
 
 @made_once

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava.model.llava_arch import EncodedImage, Llava
-from llava.pipeline.embed import ImageBatch
 from llava.pipeline.sequence import Reduced, Row, Sequence
 from llava.processing.prompt import Sample
 from llava.reduction.budget import divided, over_crops, shares
@@ -125,14 +124,12 @@ class Group:
     views: tuple[View, ...] = ()
 
 
-def groups_of(
-    model: Llava, reducer: Reducer, samples: Samples[Sample], images: ImageBatch, rows: list[Row]
-) -> list[Group]:
+def groups_of(model: Llava, reducer: Reducer, samples: Samples[Sample], images: dict[Row, EncodedImage]) -> list[Group]:
     """The views of images with several tiles, in groups of the same shape."""
     groups: dict[tuple[Any, ...], list[View]] = {}
-    for image in rows:
-        for view in parts_of(model, reducer, image, images.encoded[image]):
-            shape = view.reducer, view.spec, view.layout, view.picture.whole, len(view.indices)
+    for image, picture in images.items():
+        for view in parts_of(model, reducer, image, picture):
+            shape = view.reducer, view.spec, view.layout, len(view.indices)
             groups.setdefault(shape, []).append(view)
     return [
         Group(views[0].reducer, [view.image for view in views], shared_fields(model, samples, views), tuple(views))
@@ -253,7 +250,7 @@ def join_prompt(
     if all(value is None for value in values):
         return Reduced([image], reduction)
     sample, number = image
-    start = sequence.padding(sample) + sequence.visual[sample][number][0]
+    start = sequence.hidden.shape[1] - sequence.lengths[sample] + sequence.visual[sample][number][0]
     tokens = sequence.hidden[sample, start : start + picture.arrangement.tokens]
     newlines = newline_view(reducer, picture, order.device)
     merged = [

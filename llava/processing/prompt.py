@@ -132,7 +132,8 @@ def build_prompt(
         UserError: the text contains "<image>" or a lone surrogate, or is longer than `longest`.
     """
     _check_text(sample)
-    slot = conversation(mode).slot * len(sample.images)
+    template = conversation(mode)
+    slot = template.slot * len(sample.images)
     turns: list[Turn] = [*sample.history, (sample.message, None)]
     turns[0] = (slot + turns[0][0], turns[0][1])
     text = render(mode, turns)
@@ -147,7 +148,7 @@ def build_prompt(
 
     start = render(mode, [*turns[:-1], (HOLE, None)]).rindex(HOLE)
     before, message, cut = "" if sample.history else slot, sample.message, 0
-    if conversation(mode).trim:  # spaces at the ends of a turn are not in the text
+    if template.trim:  # spaces at the ends of a turn are not in the text
         message = message.rstrip()
         cut = 0 if before else len(message) - len(message.lstrip())
         before = before if message else before.rstrip()

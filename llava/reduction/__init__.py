@@ -10,11 +10,20 @@ from llava.reduction.budget import (
     split_evenly,
     tokens_by_layer,
 )
-from llava.reduction.decoder_attention import angles_of, attention_rows, prepared_angles, projected_heads
-from llava.reduction.greedy import cover_greedily, distinct, farthest_apart, largest_determinant
 from llava.reduction.merging import ANCHORS, WEIGHTS, Reduction, Step, merge_plan
-from llava.reduction.modules import Angles, DecoderLayer, linear_flops
-from llava.reduction.ranking import gather_tokens, keep_top, others, places, ranks, split
+from llava.reduction.modules import DecoderLayer, linear_flops
+from llava.reduction.ranking import (
+    cover_greedily,
+    distinct,
+    farthest_apart,
+    gather_tokens,
+    keep_top,
+    largest_determinant,
+    others,
+    places,
+    ranks,
+    split,
+)
 from llava.reduction.reducer import (
     NEWLINES,
     SPLITS,
@@ -30,15 +39,19 @@ from llava.reduction.registry import register
 from llava.reduction.scores import TowerScore
 from llava.reduction.states import (
     RELEVANCE,
+    Angles,
+    AttentionInputs,
     BlockState,
     DecoderState,
     EncoderState,
     PromptState,
     State,
     angles_at,
-    at_spans,
-    row_index,
-    unseen,
+    angles_of,
+    attention_flops,
+    attention_rows,
+    prepared_angles,
+    projected_heads,
 )
 from llava.reduction.token_layout import ModelSpec, PatchGrid, TokenLayout
 
@@ -49,6 +62,7 @@ __all__ = [
     "SPLITS",
     "WEIGHTS",
     "Angles",
+    "AttentionInputs",
     "BlockState",
     "DecoderLayer",
     "DecoderState",
@@ -68,7 +82,7 @@ __all__ = [
     "UserError",
     "angles_at",
     "angles_of",
-    "at_spans",
+    "attention_flops",
     "attention_rows",
     "cover_greedily",
     "covered",
@@ -90,11 +104,9 @@ __all__ = [
     "ranks",
     "refuse_budget",
     "register",
-    "row_index",
     "scaled_layers",
     "seed_of",
     "split",
     "split_evenly",
     "tokens_by_layer",
-    "unseen",
 ]

@@ -17,7 +17,7 @@ newline tokens are dropped, or, with newlines=keep, newline tokens are kept and 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from llava.errors import MethodError, UserError
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
-from llava.reduction.token_layout import ModelSpec, TokenLayout
+from llava.reduction.token_layout import ModelSpec, TokenLayout, spec_of
 
 AnyReducer = TypeVar("AnyReducer", bound=Reducer)
 
@@ -73,6 +73,30 @@ def refuse_budget(name: str, budget: int, smallest: float, largest: float, why: 
         f"{name} cannot reach a mean of {budget} visual tokens per layer: {why}. "
         f"On this model it reaches {smallest:.4g} to {largest:.4g}." + (f" {instead}" if instead else "")
     )
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """What a method does with images of one size, as far as that is known before they are seen.
+
+    Attributes:
+        method: at the budget of one of these images.
+        spec: the model with the tokens and tiles of one of these images.
+        fits: an image with tiles or newline tokens has no more tokens than its budget, and is not reduced.
+        tokens: visual tokens that are planned to enter each layer; None if that depends on the image.
+    """
+
+    method: Reducer
+    spec: ModelSpec
+    fits: bool
+    tokens: tuple[int, ...] | None
+
+
+@lru_cache(maxsize=1024)
+def plan_image(reducer: Reducer, model: ModelSpec, arrangement: TokenLayout) -> ImagePlan:
+    """The plan of a method for the images of a model with one token layout; it is worked out once."""
+    spec = spec_of(model, arrangement)
+    return ImagePlan(reducer.for_picture(spec), spec, fits_budget(reducer, spec), planned(reducer, spec))
 
 
 def planned(reducer: Reducer, spec: ModelSpec) -> tuple[int, ...] | None:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.reduction.greedy import MatMul, farthest_from
-from llava.reduction.ranking import gather_tokens, in_float32, made_once, others, places, split
+from llava.reduction.ranking import farthest_from, gather_tokens, made_once, others, places, split
 
 ANCHORS = ("saliency", "stride", "farthest", "retained")
 WEIGHTS = ("saliency", "mean", "anchor_plus_mean", "none")
@@ -40,6 +39,7 @@ class Reduction:
             overlap; in place of assignment and merge_weight.
         appended: number of output tokens at the end that are not in raster order.
         drops: False where every input token is in an output token, so that no assignment is -1.
+        flops: operations of the matrix products by which `merge_plan` made it; the pipeline counts them.
     """
 
     kept: Tensor
@@ -50,9 +50,11 @@ class Reduction:
     merge_matrix: Tensor | None = None
     appended: int = 0
     drops: bool = True
+    flops: int = 0
 
     @property
     def merges(self) -> bool:
+        """Whether an output token can be the average of several input tokens."""
         return self.assignment is not None or self.merge_matrix is not None
 
     def only(self, index: int, on_cpu: bool = False) -> "Reduction":
@@ -73,7 +75,7 @@ class Reduction:
         if self.drops:
             # Dropped tokens go to an extra last row that is cut off: no data-dependent shape, no wait for the device.
             target = torch.where(target < 0, outputs, target)
-        weighted = in_float32(tokens) * self.merge_weight.unsqueeze(-1)
+        weighted = tokens * self.merge_weight.unsqueeze(-1)  # float32, as the weights are
         out = weighted.new_zeros(len(tokens), outputs + self.drops, tokens.shape[2])
         out.scatter_add_(1, target.unsqueeze(-1).expand_as(weighted), weighted)
         out = out[:, :-1] if self.drops else out
@@ -167,48 +169,48 @@ def merge_plan(
     anchors: str,
     weights: str,
     appended: bool = False,
-    matmul: MatMul = torch.matmul,
 ) -> Reduction:
     """The reduction that keeps `retained` and compresses the rest.
 
     Args:
         retained, rest: [B, R] and [B, N - R] indices, each ascending.
         merged: M, the tokens that the rest is merged into; 0 with "retained" anchors.
-        saliency: [B, N] encoder saliency.
+        saliency: [B, N] float32, encoder saliency.
         keys: [B, N, D] encoder keys, of any length; a token joins the anchor with the highest cosine.
         anchors: rule of `choose_anchors`; "retained" merges the rest into the retained tokens.
         weights: rule of `member_weights`; "none" drops the members and keeps the anchors unchanged.
         appended: put merged tokens after the retained ones instead of in raster order.
-        matmul: `matmul` of the state, which counts the operations.
     """
-    total = saliency.shape[1]
+    batch, total = saliency.shape
     compares = weights != "none" and rest.shape[1] > 0 and (merged > 0 or anchors == "retained")
-    unit = keys
+    unit, flops = keys, 0
     if compares or (merged and anchors == "farthest"):
-        unit = in_float32(keys)
-        unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(1e-12)  # zeros stay zeros
+        # Zeros stay zeros.
+        unit = keys if keys.dtype == torch.float32 else keys.float()
+        unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(1e-12)
     kept, members, centres = retained, rest, retained
     if merged:
-        centres, members = choose_anchors(anchors, rest, saliency, unit, merged, matmul)
+        centres, members = choose_anchors(anchors, rest, saliency, unit, merged)
         kept = torch.cat([retained, centres], dim=1)
+        if anchors == "farthest":
+            flops += 2 * batch * rest.shape[1] * unit.shape[2] * (merged - 1)
     tail = merged if appended else 0
     if not appended:
         kept = kept.sort(dim=1).values
     if not compares:
-        return Reduction(kept, total, appended=tail)
+        return Reduction(kept, total, appended=tail, flops=flops)
     # Zeros, not empty: keys that are not finite give repeated anchors, and then some token is in no group.
     assignment = torch.zeros_like(saliency, dtype=torch.int64).scatter_(1, kept, places(*kept.shape, kept.device))
-    nearest = matmul(gather_tokens(unit, members), gather_tokens(unit, centres).mT).argmax(-1)
+    nearest = (gather_tokens(unit, members) @ gather_tokens(unit, centres).mT).argmax(-1)
+    flops += 2 * batch * members.shape[1] * centres.shape[1] * unit.shape[2]
     # Appended centres are the last output tokens, in this order.
     home = nearest + retained.shape[1] if merged and appended else assignment.gather(1, centres.gather(1, nearest))
     assignment.scatter_(1, members, home)
     weight = member_weights(weights, assignment, kept, saliency)
-    return Reduction(kept, total, assignment, weight, appended=tail, drops=False)
+    return Reduction(kept, total, assignment, weight, appended=tail, drops=False, flops=flops)
 
 
-def choose_anchors(
-    rule: str, rest: Tensor, saliency: Tensor, unit: Tensor, count: int, matmul: MatMul = torch.matmul
-) -> tuple[Tensor, Tensor]:
+def choose_anchors(rule: str, rest: Tensor, saliency: Tensor, unit: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """[B, M] indices of anchors among the L indices `rest`, and the L - M others; both ascending.
 
     Args:
@@ -223,7 +225,7 @@ def choose_anchors(
     if rule == "saliency":
         chosen, members = split(local, count)
     else:
-        chosen = farthest_from(gather_tokens(unit, rest), local.argmax(1), count, matmul).sort(1).values
+        chosen = farthest_from(gather_tokens(unit, rest), local.argmax(1), count).sort(1).values
         members = others(chosen, rest.shape[1])
     return rest.gather(1, chosen), rest.gather(1, members)
 
@@ -247,7 +249,7 @@ def member_weights(rule: str, assignment: Tensor, kept: Tensor, saliency: Tensor
     """
     if rule == "saliency":
         # A lower bound, so that a group whose saliency underflows to zero is averaged instead of giving 0/0.
-        share = in_float32(saliency).clamp(min=1e-12)
+        share = saliency.clamp(min=1e-12)
     elif rule == "mean":
         share = ones(*assignment.shape, assignment.device)
     else:

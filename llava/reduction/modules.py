@@ -1,4 +1,4 @@
-"""The parts of a model that methods read, as Protocols; its rotary angles; and floating point operations of its parts.
+"""The parts of a model that methods read, as Protocols, and floating point operations of its parts.
 
 CLIP's and Qwen's vision blocks and the decoders of the Llama and Qwen families have these parts; a type checker needs
 them, because the attribute of an `nn.Module` may be a tensor or a module.
@@ -9,12 +9,9 @@ Checked against torch.utils.flop_counter in the tests.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
-import torch
 from torch import Tensor, nn
-
-from llava.reduction.ranking import in_float32, made_once
 
 
 class Module(Protocol):
@@ -64,7 +61,7 @@ class DecoderAttention(Module, Protocol):
 
     Where the layer is split over ranks, the projections compute this rank's heads, but `in_features` and `out_features`
     are those of the whole layer, and the module has a function `gather(part, dim)`; see
-    `llava.reduction.decoder_attention.whole_heads`.
+    `llava.reduction.states.whole_heads`.
     """
 
     q_proj: nn.Linear
@@ -87,34 +84,6 @@ class Decoder(Protocol):
     norm: nn.Module
 
     def rotary_emb(self, hidden: Tensor, position: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class Angles(NamedTuple):
-    """Rotary angles of tokens, ready for all heads.
-
-    Attributes:
-        cos: [B, 1, T, d] float32.
-        sin: the same of the sine, negative in the first half of the channels.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def of(cls, cos: Tensor, sin: Tensor) -> "Angles":
-        """From a decoder's cosines and sines, [B, T, d] each."""
-        cos, sin = in_float32(cos), in_float32(sin)
-        return cls(cos.unsqueeze(1), (sin * _signs(sin.shape[-1], sin.device)).unsqueeze(1))
-
-    def rows(self, part: slice) -> "Angles":
-        """Of some of the tokens."""
-        return Angles(self.cos[:, :, part], self.sin[:, :, part])
-
-
-@made_once
-def _signs(channels: int, device: torch.device) -> Tensor:
-    """[d] float32: -1 in the first half, 1 in the second."""
-    return torch.ones(channels, device=device).index_fill(0, torch.arange(channels // 2, device=device), -1.0)
 
 
 def linear_flops(layer: nn.Linear, rows: int) -> int:
@@ -152,13 +121,6 @@ def layer_flops(layer: DecoderLayer, queries: int, keys: int) -> int:
     """One decoder layer on `queries` new tokens that attend `keys` tokens."""
     linears = sum(linear_flops(linear, queries) for linear in _linears(layer))
     return linears + 4 * queries * keys * layer.self_attn.q_proj.out_features
-
-
-def attention_flops(layer: DecoderLayer, rows: int, keys: int, projected: int) -> int:
-    """The attention of `rows` queries to `keys` keys, of which `projected` are projected for it."""
-    query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
-    queries = 2 * rows * query.out_features * (query.in_features + keys)
-    return queries + 2 * projected * key.in_features * key.out_features
 
 
 def prefill_flops(layers: Sequence[DecoderLayer], lengths: Sequence[int], head: nn.Linear) -> int:

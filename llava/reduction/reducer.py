@@ -48,6 +48,7 @@ STAGES = ("input_grid", "tower", "encoder", "prompt", "decoder")
 SPLITS = ("each", "thumbnail", "global")
 NEWLINES = ("drop", "keep")
 SHOWN = 12  # indices in a sentence
+HOST = "cpu"  # the device whose values are read without waiting
 CLS_SCORES = ("cls_attention", "fused_cls_attention", "cls_logits")
 
 
@@ -284,7 +285,7 @@ class Scorer(Reducer, ABC):
                 f"image, got {got}."
             )
         # Read on the host alone: an accelerator would be waited for. NaN of the model itself has a sentence of its own.
-        readable = _lies_on_host(score) and score.dtype == torch.float32 and not score.requires_grad
+        readable = score.device.type == HOST and score.dtype == torch.float32 and not score.requires_grad
         if readable and np.isnan(_on_host(score)).any() and state.features.isfinite().all():
             raise MethodError(f"{self.name}.score: must return numbers, got NaN for images whose features are finite.")
         return Reduction(keep_top(score, self.budget), score.shape[1])
@@ -348,7 +349,7 @@ def _wrong(method: Reducer, stage: str, returned: Any, ids: Sequence[str], token
         if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != shape:
             kind = f"{name} must be {str(dtype).removeprefix('torch.')} of shape {list(shape)}"
             return f"{kind} for {count} images of {tokens} tokens, got {_kind(value)}"
-    if returned.kept.is_meta or (not _lies_on_host(returned.kept) and (method, stage) in _read):
+    if returned.kept.is_meta or (returned.kept.device.type != HOST and (method, stage) in _read):
         return ""
     _read.add((method, stage))
     for name, kept in zip(ids, _on_host(returned.kept), strict=True):
@@ -356,10 +357,10 @@ def _wrong(method: Reducer, stage: str, returned: Any, ids: Sequence[str], token
         problem, cause = "", ""
         if not len(kept) or kept.min() < 0 or kept.max() >= tokens:
             problem = f"kept must hold indices of the {tokens} tokens, 0 to {tokens - 1}"
-        elif not method.deviates("duplicates") and len(np.unique(kept)) < len(kept):
+        elif len(np.unique(kept)) < len(kept) and not method.deviates("duplicates"):
             problem = "kept must not hold a token twice"
             cause = " (it also can where features or scores are not finite)"
-        elif not method.deviates("unsorted") and (raster[1:] < raster[:-1]).any():
+        elif (raster[1:] < raster[:-1]).any() and not method.deviates("unsorted"):
             problem = "kept must ascend (kept.sort(dim=1).values), but for tokens that `appended` counts at the end"
         if problem:
             shown = f"[{', '.join(map(str, kept[:SHOWN]))}{', ...' if len(kept) > SHOWN else ''}]"
@@ -373,13 +374,9 @@ def _wrong(method: Reducer, stage: str, returned: Any, ids: Sequence[str], token
     return ""
 
 
-def _lies_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
-
-
 def _on_host(tensor: Tensor) -> NDArray[Any]:
     # Unlike Tensor.numpy this dispatches nothing on a CPU, as on an accelerator, where operations are counted.
-    return np.from_dlpack(tensor if tensor.device.type == "cpu" else tensor.cpu())
+    return np.from_dlpack(tensor if tensor.device.type == HOST else tensor.cpu())
 
 
 def _kind(value: Any) -> str:

@@ -6,13 +6,13 @@ the fused attention kernel. Shapes: B images, N patches, D channels, H heads, T 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from einops import rearrange
 from torch import Tensor
 
-from llava.errors import unknown
-from llava.reduction.modules import VisionBlock, linear_flops
+from llava.errors import UserError, unknown
+from llava.reduction.modules import VisionAttention, VisionBlock, linear_flops
 from llava.reduction.ranking import in_float32
 
 BY_HEADS = "b n (h d) -> b h n d"
@@ -38,31 +38,24 @@ class TowerScore:
         return min(int(self.block * blocks / self.depth + 0.5), blocks - 1) if self.depth else self.block
 
 
+@dataclass(frozen=True)
 class BlockInput:
-    """The input of a tower block, with what several scores compute from it; each is computed once.
+    """What the scores of a tower block are computed from.
 
-    Args:
-        block: a CLIPEncoderLayer.
-        hidden: [B, 1+N, D], the block's input, CLS first.
+    Attributes:
+        attention: of the block, a CLIPEncoderLayer.
+        normed: [B, 1+N, D] its input, CLS first.
+        keys: [B, 1+N, D] its keys, all heads side by side.
     """
 
-    def __init__(self, block: VisionBlock, hidden: Tensor):
-        self.block, self.hidden = block, hidden
-
-    @cached_property
-    def normed(self) -> Tensor:
-        """[B, 1+N, D] input of the attention."""
-        return self.block.layer_norm1(self.hidden)
-
-    @cached_property
-    def keys(self) -> Tensor:
-        """[B, 1+N, D] keys, all heads side by side."""
-        return self.block.self_attn.k_proj(self.normed)
+    attention: VisionAttention
+    normed: Tensor
+    keys: Tensor
 
     @cached_property
     def head_keys(self) -> Tensor:
-        """[B, H, 1+N, d] float32, the same by heads."""
-        return in_float32(rearrange(self.keys, BY_HEADS, h=self.block.self_attn.num_heads))
+        """[B, H, 1+N, d] float32, the keys by heads."""
+        return in_float32(rearrange(self.keys, BY_HEADS, h=self.attention.num_heads))
 
 
 def cls_attention(seen: BlockInput) -> Tensor:
@@ -71,7 +64,7 @@ def cls_attention(seen: BlockInput) -> Tensor:
     Returns:
         [B, N] float32. The softmax runs over CLS and patches, so a row sums to less than 1.
     """
-    attention = seen.block.self_attn
+    attention = seen.attention
     query = in_float32(rearrange(attention.q_proj(seen.normed[:, :1]), BY_HEADS, h=attention.num_heads))
     weights = (query @ seen.head_keys.mT * attention.scale).softmax(-1)
     return weights[:, :, 0, 1:].mean(1)
@@ -83,7 +76,7 @@ def cls_logits(seen: BlockInput) -> Tensor:
     Returns:
         [B, N] float32, of any sign.
     """
-    attention = seen.block.self_attn
+    attention = seen.attention
     query, key = attention.q_proj(seen.normed[:, :1]).float(), seen.keys[:, 1:].float()
     # The sum of the heads' products is the product over all channels.
     return (query @ key.transpose(-1, -2))[:, 0] * (attention.scale / attention.num_heads)
@@ -95,10 +88,10 @@ def received_attention(seen: BlockInput) -> Tensor:
     Returns:
         [B, N] float32. Query rows are processed in slices, so the full attention map is never held.
     """
-    attention = seen.block.self_attn
+    attention = seen.attention
     query = in_float32(rearrange(attention.q_proj(seen.normed[:, 1:]), BY_HEADS, h=attention.num_heads))
     key = seen.head_keys.mT
-    received = key.new_zeros(seen.hidden.shape[:2])
+    received = key.new_zeros(seen.normed.shape[:2])
     for rows in query.split(64, dim=2):
         received += (rows @ key * attention.scale).softmax(-1).sum((1, 2))
     return received[:, 1:] / (query.shape[1] * query.shape[2])
@@ -125,7 +118,7 @@ def fused_cls_attention(seen: BlockInput) -> Tensor:
     Returns:
         [B, N] float32, a row sums to less than 1.
     """
-    query, key = seen.block.self_attn.q_proj(seen.normed[:, :1]).float(), seen.keys.float()
+    query, key = seen.attention.q_proj(seen.normed[:, :1]).float(), seen.keys.float()
     return (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
 
 
@@ -148,20 +141,47 @@ TOWER_SCORES: dict[str, Callable[[BlockInput], Tensor]] = {
 }
 
 
-def tower_score(score: TowerScore, seen: BlockInput) -> Tensor:
-    """Compute one requested score from the input of its block."""
-    if score.kind not in TOWER_SCORES:
-        raise unknown("tower score", score.kind, TOWER_SCORES)
-    return TOWER_SCORES[score.kind](seen)
-
-
-def score_flops(scores: Sequence[TowerScore], block: VisionBlock, patches: int) -> int:
-    """Operations of the scores of one block for one image, matrix products only; all read the same keys."""
-    query, total = block.self_attn.q_proj, linear_flops(block.self_attn.k_proj, patches + 1)
+@lru_cache(maxsize=256)
+def by_block(scores: tuple[TowerScore, ...], depth: int) -> dict[int, list[TowerScore]]:
+    """Scores by the block they are read from, in a tower of `depth` blocks."""
+    blocks: dict[int, list[TowerScore]] = {}
     for score in scores:
-        if score.kind in ("keys", "whole_keys"):
-            continue
-        queries = patches if score.kind == "received_attention" else 1
-        seen = patches if score.kind == "cls_logits" else patches + 1
-        total += linear_flops(query, queries) + 2 * queries * seen * query.out_features
+        index = score.index(depth)
+        if not -depth <= index < depth:
+            raise UserError(f"TowerScore {score.kind} needs tower block {index}, but the tower has {depth} blocks.")
+        blocks.setdefault(index % depth, []).append(score)
+    return blocks
+
+
+def block_scores(asked: Sequence[TowerScore], block: VisionBlock, hidden: Tensor) -> dict[TowerScore, Tensor]:
+    """The requested scores of one block.
+
+    Args:
+        block: a CLIPEncoderLayer.
+        hidden: [B, 1+N, D] the block's input, CLS first.
+    """
+    # What the attention in space of a video block works on is what attention over time makes of its input.
+    before_space = getattr(block, "before_space", None)
+    normed = block.layer_norm1(hidden if before_space is None else before_space(hidden))
+    seen = BlockInput(block.self_attn, normed, block.self_attn.k_proj(normed))
+    scores = {}
+    for score in asked:
+        if score.kind not in TOWER_SCORES:
+            raise unknown("tower score", score.kind, TOWER_SCORES)
+        scores[score] = TOWER_SCORES[score.kind](seen)
+    return scores
+
+
+def score_flops(scores: tuple[TowerScore, ...], blocks: Sequence[VisionBlock], patches: int) -> int:
+    """Operations of scores for one image, matrix products only; those of one block all read the same keys."""
+    total = 0
+    for index, asked in by_block(scores, len(blocks)).items():
+        query = blocks[index].self_attn.q_proj
+        total += linear_flops(blocks[index].self_attn.k_proj, patches + 1)
+        for score in asked:
+            if score.kind in ("keys", "whole_keys"):
+                continue
+            queries = patches if score.kind == "received_attention" else 1
+            seen = patches if score.kind == "cls_logits" else patches + 1
+            total += linear_flops(query, queries) + 2 * queries * seen * query.out_features
     return total

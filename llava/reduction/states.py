@@ -1,6 +1,9 @@
 """What a method receives at each stage: dense tensors of images with equally many tokens, and access to the text.
 
-The pipeline groups images by their number of visual tokens, so there is no padding among visual tokens.
+The pipeline groups images by their number of visual tokens, so there is no padding among visual tokens. The attention
+of a decoder layer is computed for the few query rows that a method asks for, in float32.
+
+Shapes: B images, N visual tokens, T rows, L tokens of a prompt, H heads, d channels per head, D channels.
 """
 
 from __future__ import annotations
@@ -8,24 +11,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from llava.errors import unknown
-from llava.reduction.decoder_attention import angles_of, attention_rows, prepared_angles, projected_heads
 from llava.reduction.merging import Reduction
-from llava.reduction.modules import Angles, Decoder, attention_flops
-from llava.reduction.ranking import made_once, places
+from llava.reduction.modules import Decoder, DecoderLayer
+from llava.reduction.ranking import in_float32, made_once
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 if TYPE_CHECKING:
-    from llava.pipeline.sequence import Row, Samples, Sequence, Span
+    from llava.pipeline.sequence import Row, Sequence, Span
 
-KEPT_MASK = 2**18  # numbers of a mask that is kept for the next question of the same lengths: 256 KB
 TEXT_ROWS = ("question", "instruction", "after", "last", "visual")
 
 # Sign of the similarity of a text to the patches that show it: negative in a CLIP that was trained on its CLS token
@@ -151,14 +153,9 @@ class PromptState(EncoderState):
     llm: Decoder = None  # type: ignore[assignment]
     run_layers: Callable[[int], Tensor] = None  # type: ignore[assignment]
 
-    def visual(self, tensor: Tensor) -> Tensor:
-        """[B, N, ...] rows of `tensor` [S, L, ...] at the visual tokens."""
-        return at_images(tensor, self.sequence, self.rows, self.members)
-
     def spans(self, rows: str) -> list[Span]:
         """The span of text tokens in the prompt of each image; see `text`."""
-        own, samples = text_spans(self.sequence, rows), prompts_of(self.sequence, self.rows)
-        return own if samples is None else [own[sample] for sample in samples]
+        return text_spans(self.sequence, rows, self.rows)
 
     def text(self, rows: str) -> tuple[Tensor, Tensor]:
         """Embeddings of text tokens.
@@ -170,8 +167,9 @@ class PromptState(EncoderState):
         Returns:
             [B, T, H] embeddings and a mask [B, T] of the rows that exist.
         """
-        sequence, spans, samples = self.sequence, self.spans(rows), prompts_of(self.sequence, self.rows)
-        return at_spans(sequence.hidden, sequence, spans, samples), row_index(sequence, spans, samples)[1]
+        sequence, spans = self.sequence, self.spans(rows)
+        samples = tuple(sample for sample, _ in self.rows) or None
+        return sequence.take(sequence.hidden, spans, samples), sequence.row_index(spans, samples)[1]
 
     def text_attention(self, layer: int, rows: str, rotary: bool, contextual: bool) -> tuple[Tensor, Tensor | None]:
         """Attention of text rows to the visual tokens at one decoder layer, softmax over the visual tokens alone.
@@ -187,25 +185,57 @@ class PromptState(EncoderState):
         """
         sequence, block = self.sequence, self.llm.layers[layer]
         hidden = self.run_layers(layer) if contextual else sequence.hidden
-        spans, samples = self.spans(rows), prompts_of(sequence, self.rows)
+        spans, samples = text_spans(sequence, rows, self.rows), tuple(sample for sample, _ in self.rows) or None
         alike = len({stop - start for start, stop in spans}) == 1 and spans[0][0] < spans[0][1]
-        mask = None if alike else row_index(sequence, spans, samples)[1]
-        if samples is None and self.members is None:
+        mask = None if alike else sequence.row_index(spans, samples)[1]
+        if not self.rows:
             normed = block.input_layernorm(hidden)
-            text, visual = at_spans(normed, sequence, spans), self.visual(normed)
+            text, visual = sequence.take(normed, spans), at_images(normed, sequence, (), None)
         else:  # of a prompt with other images or tiles, only what these images need
-            text = block.input_layernorm(at_spans(hidden, sequence, spans, samples))
-            visual = block.input_layernorm(self.visual(hidden) if contextual else self.tokens)
+            text = block.input_layernorm(sequence.take(hidden, spans, samples))
+            visual = block.input_layernorm(
+                at_images(hidden, sequence, self.rows, self.members) if contextual else self.tokens
+            )
         own, others = None, None  # angles of the text rows and of the visual tokens
         if rotary:
-            cos, sin = angles_of(self.llm, sequence)
-            own = angles_at(prepared_angles(self.llm, sequence), sequence, spans, samples)
-            others = Angles.of(self.visual(cos), self.visual(sin))
+            angles = angles_of(self.llm, sequence)
+            own = Angles.of(*(sequence.take(part, spans, samples) for part in angles))
+            others = Angles.of(*(at_images(part, sequence, self.rows, self.members) for part in angles))
         keys = projected_heads(block, block.self_attn.k_proj, visual, others)
         weights = attention_rows(block, text, keys, angles=own)
-        batch, count = text.shape[:2]
-        self.flops += batch * attention_flops(block, count, visual.shape[1], visual.shape[1])
+        self.flops += len(text) * attention_flops(block, text.shape[1], visual.shape[1], visual.shape[1])
         return weights, mask
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What the attention of some rows of a decoder layer to all tokens that they see is computed from.
+
+    Attributes:
+        rows: [B, T, D] inputs of the layer at the rows, after its norm; behind a shorter span its last row again.
+        angles: of the rows; None for no rotation.
+        keys: [B, Hkv, W, d] keys of the layer, rotated if the rows are.
+        unseen: [B, 1, T, W] bool, True for the keys that a row may not see; None where all rows see all.
+        visual: of each image the keys of its visual tokens, [start, stop).
+    """
+
+    rows: Tensor
+    angles: Angles | None
+    keys: Tensor
+    unseen: Tensor | None
+    visual: tuple[Span, ...]
+
+    def at_visual(self, values: Tensor, dim: int = -1) -> Tensor:
+        """The part of `values`, which has one entry for each key, that belongs to the visual tokens.
+
+        Args:
+            values: [B, ..., W].
+            dim: of the keys, counted from the last one.
+        """
+        start, stop = self.visual[0]
+        if all(span == (start, stop) for span in self.visual):
+            return values.narrow(dim, start, stop - start)
+        return torch.stack([own.narrow(dim, a, b - a) for own, (a, b) in zip(values, self.visual, strict=True)])
 
 
 @dataclass(kw_only=True)
@@ -243,116 +273,189 @@ class DecoderState(State):
             weights [B, H, T, N] float32, with the softmax over all tokens that the row may see, so a row sums to the
             part of its attention that goes to the image; and a mask [B, T] of the rows that exist.
         """
-        sequence = self.sequence
-        spans = text_spans(sequence, rows) if isinstance(rows, str) else rows
-        index, mask = row_index(sequence, spans)
-        # Causality: no row sees a key after the last row. Visual tokens after it are still returned, as zeros.
-        ends = [max(stop, image) for (_, stop), (_, image) in zip(spans, sequence.images, strict=True)]
-        width = max(sequence.padding(s) + end for s, end in enumerate(ends))
-        source = sequence if at == "next" else self.entered
+        seen = self.attention_inputs(rows, at, rotary)
         layer = self.llm.layers[self.layer - (at == "previous")]
+        weights = attention_rows(layer, seen.rows, seen.keys, seen.unseen, seen.angles)
+        spans = text_spans(self.sequence, rows) if isinstance(rows, str) else rows
+        return seen.at_visual(weights), self.sequence.row_index(spans)[1]
+
+    def attention_inputs(self, rows: str | list[Span], at: str = "next", rotary: bool = True) -> AttentionInputs:
+        """What `attention` is computed from, with the same arguments; its operations are counted in `flops`."""
+        sequence, source = self.sequence, self.sequence if at == "next" else self.entered
+        spans = text_spans(sequence, rows) if isinstance(rows, str) else rows
+        layer = self.llm.layers[self.layer - (at == "previous")]
+        columns = sequence.padded_spans(spans)
+        visual = columns if rows == "visual" else sequence.padded_spans(text_spans(sequence, "visual"))
+        # Causality: no row sees a key after the last row. Visual tokens after it are still returned, as zeros.
+        width = max(stop for _, stop in columns + visual)
         angles = prepared_angles(self.llm, source) if rotary else None
         if at == "next":
-            seen = None if angles is None else angles.rows(slice(width))
             normed = layer.input_layernorm(source.hidden[:, :width])
-            queries = at_spans(normed, sequence, spans)
-            keys = projected_heads(layer, layer.self_attn.k_proj, normed, seen)
+            inputs = sequence.take(normed, spans)
+            keys = projected_heads(
+                layer, layer.self_attn.k_proj, normed, None if angles is None else angles.rows(slice(width))
+            )
         else:
-            keys, queries = self.keys[:, :, :width], layer.input_layernorm(at_spans(source.hidden, sequence, spans))
-        own = None if angles is None else angles_at(angles, sequence, spans)
-        weights = attention_rows(layer, queries, keys, unseen(sequence, spans, width), own)
-        self.flops += len(weights) * attention_flops(layer, index.shape[1], width, width if at == "next" else 0)
-        columns = sequence.padded_spans(sequence.images)
-        if len(set(columns)) == 1:
-            return weights[..., slice(*columns[0])], mask
-        return torch.stack([weights[s, :, :, a:b] for s, (a, b) in enumerate(columns)]), mask
+            inputs = layer.input_layernorm(sequence.take(source.hidden, spans))
+            keys = in_float32(self.keys[:, :, :width])
+        own = None if angles is None else angles_at(angles, sequence, spans, columns)
+        self.flops += len(inputs) * attention_flops(layer, inputs.shape[1], width, width if at == "next" else 0)
+        return AttentionInputs(inputs, own, keys, sequence.unseen(spans, width), visual)
 
 
-# Rows of the padded prompts. Spans are in a sample's own coordinates, without padding.
+# Rows of the prompts. Spans are in a sample's own coordinates, without padding.
 
 
-def prompts_of(sequence: Sequence, rows: Sequence_[Row]) -> Samples:
-    """The prompt of each image; None where prompt b has the one image b."""
-    samples = tuple(sample for sample, _ in rows)
-    alone = samples == tuple(range(len(sequence.lengths))) and all(len(runs) == 1 for runs in sequence.visual)
-    return None if alone or not rows else samples
+def text_spans(sequence: Sequence, name: str, images: Sequence_[Row] = ()) -> list[Span]:
+    """Spans of text tokens by name, one of TEXT_ROWS; see `PromptState.text`.
 
-
-def text_spans(sequence: Sequence, rows: str) -> list[Span]:
-    """Spans of text tokens by name, one of TEXT_ROWS; see `PromptState.text`."""
-    if rows == "visual":
-        return sequence.images
-    if rows == "last":
-        return [(length - 1, length) for length in sequence.lengths]
-    if rows not in TEXT_ROWS:
-        raise unknown("text rows", rows, TEXT_ROWS)
-    return list(getattr(sequence, rows))
+    Args:
+        images: those whose prompts are asked for; () for every prompt once.
+    """
+    if name not in TEXT_ROWS:
+        raise unknown("text rows", name, TEXT_ROWS)
+    if name == "visual":
+        spans = [image for (image,) in sequence.visual]
+    elif name == "last":
+        spans = [(length - 1, length) for length in sequence.lengths]
+    else:
+        spans = list(getattr(sequence, name))
+    return [spans[sample] for sample, _ in images] if images else spans
 
 
 def at_images(tensor: Tensor, sequence: Sequence, rows: Sequence_[Row], members: Tensor | None) -> Tensor:
     """[B, N, ...] rows of `tensor` [S, L, ...] at the visual tokens of images; see `PromptState`."""
-    samples = prompts_of(sequence, rows)
-    spans = sequence.images if samples is None else [sequence.visual[sample][number] for sample, number in rows]
+    if not rows:
+        return sequence.take(tensor, [image for (image,) in sequence.visual])
+    samples = tuple(sample for sample, _ in rows)
+    spans = [sequence.visual[sample][number] for sample, number in rows]
     if members is None:
         return sequence.take(tensor, spans, samples)
-    first, _ = row_index(sequence, [(start, start + 1) for start, _ in spans], samples)
+    first, _ = sequence.row_index([(start, start + 1) for start, _ in spans], samples)
     return sequence.at(tensor, members + first, samples)
 
 
-def at_spans(tensor: Tensor, sequence: Sequence, spans: Sequence_[Span], samples: Samples = None) -> Tensor:
-    """[B, T, ...] rows of `tensor` [S, L, ...] in spans of samples; a shorter span ends with its last row again."""
-    (start, stop), *others = sequence.padded_spans(spans, samples)
-    if start < stop and all(other == (start, stop) for other in others):
-        return sequence.of_samples(tensor[:, start:stop], samples)
-    return sequence.at(tensor, row_index(sequence, spans, samples)[0], samples)
+# Attention of a decoder layer.
 
 
-def angles_at(angles: Angles, sequence: Sequence, spans: Sequence_[Span], samples: Samples = None) -> Angles:
-    """Angles of spans of samples; see `at_spans`.
+class Angles(NamedTuple):
+    """Rotary angles of tokens, ready for all heads.
 
-    Args:
-        angles: of all columns of `sequence`, and maybe of more behind them.
+    Attributes:
+        cos: [B, 1, T, d] float32.
+        sin: the same of the sine, negative in the first half of the channels.
     """
-    (start, stop), *others = sequence.padded_spans(spans, samples)
-    if samples is None and start < stop and all(other == (start, stop) for other in others):
-        return angles.rows(slice(start, stop))
-    return Angles(*(at_spans(part[:, 0], sequence, spans, samples).unsqueeze(1) for part in angles))
 
+    cos: Tensor
+    sin: Tensor
 
-def row_index(sequence: Sequence, spans: Sequence_[Span], samples: Samples = None) -> tuple[Tensor, Tensor]:
-    """Columns [B, T] of spans of different length in the padded sequence, and a mask [B, T] of those that exist."""
-    return _padded_columns(sequence.padded_spans(spans, samples), sequence.hidden.device)
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor) -> Angles:
+        """From a decoder's cosines and sines, [B, T, d] each."""
+        cos, sin = in_float32(cos), in_float32(sin)
+        return cls(cos.unsqueeze(1), (sin * _signs(sin.shape[-1], sin.device)).unsqueeze(1))
+
+    def rows(self, part: slice) -> Angles:
+        """Of some of the tokens."""
+        return Angles(self.cos[:, :, part], self.sin[:, :, part])
 
 
 @made_once
-def _padded_columns(spans: tuple[Span, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Columns of spans, the last one again behind a shorter span, and a mask of those that exist."""
-    longest = max(1, max(stop - start for start, stop in spans))
-    index = [[start + min(i, max(stop - start - 1, 0)) for i in range(longest)] for start, stop in spans]
-    mask = [[i < stop - start for i in range(longest)] for start, stop in spans]
-    return torch.tensor(index).to(device, non_blocking=True), torch.tensor(mask).to(device, non_blocking=True)
+def _signs(channels: int, device: torch.device) -> Tensor:
+    """[d] float32: -1 in the first half, 1 in the second."""
+    return torch.ones(channels, device=device).index_fill(0, torch.arange(channels // 2, device=device), -1.0)
 
 
-def unseen(sequence: Sequence, spans: Sequence_[Span], width: int) -> Tensor | None:
-    """[B, 1, T, width] bool, False for the keys that rows of spans see: real tokens up to it; None where all are."""
-    if not sequence.padded and all(span == (width - 1, width) for span in spans):
-        return None
-    padding = tuple(map(sequence.padding, range(len(sequence.lengths)))) if sequence.padded else ()
-    columns, device = sequence.padded_spans(spans), sequence.hidden.device
-    count = sum(stop - start for start, stop in columns) * width
-    make = _unseen_kept if count <= KEPT_MASK else _unseen
-    return make(columns, padding, width, device)
+def angles_of(llm: Decoder, sequence: Sequence) -> tuple[Tensor, Tensor]:
+    """Cosines and sines at the positions of prompts, [B, L, d] each; those that the layers use, if they are known."""
+    known, position = sequence.rotary, sequence.position
+    if known is not None:
+        return known.cos, known.sin
+    return llm.rotary_emb(sequence.hidden, position if position.dim() == 2 else position.permute(2, 0, 1))
 
 
-def _unseen(spans: tuple[Span, ...], padding: tuple[int, ...], width: int, device: torch.device) -> Tensor:
-    """Of spans of columns of a padded batch, whose prompts begin after `padding` columns; () where none has any."""
-    index, _ = _padded_columns(spans, device)
-    columns = places(1, width, device)
-    after = columns > index[..., None]
-    if padding:
-        first = torch.tensor(padding).to(device, non_blocking=True)
-        after = after | (columns[None] < first[:, None, None])
-    return after[:, None]
+def prepared_angles(llm: Decoder, sequence: Sequence) -> Angles:
+    """`angles_of` for scores, prepared once for all stages: of the columns of `sequence`, and maybe of more behind."""
+    known = sequence.rotary
+    if known is None:
+        return Angles.of(*angles_of(llm, sequence))
+    longest = known.longer or known
+    if longest.angles is None:
+        longest.angles = Angles.of(longest.cos, longest.sin)
+    return cast(Angles, longest.angles)
 
 
-_unseen_kept = made_once(_unseen)
+def angles_at(angles: Angles, sequence: Sequence, spans: Sequence_[Span], columns: Sequence_[Span]) -> Angles:
+    """Angles of spans, one of each prompt; see `Sequence.take`.
+
+    Args:
+        angles: of all columns of `sequence`, and maybe of more behind them.
+        columns: the same spans as columns of the padded batch.
+    """
+    (start, stop), *others = columns
+    if start < stop and all(other == (start, stop) for other in others):
+        return angles.rows(slice(start, stop))
+    return Angles(*(sequence.take(part[:, 0], spans).unsqueeze(1) for part in angles))
+
+
+def whole_heads(layer: DecoderLayer, part: Tensor, dim: int) -> Tensor:
+    """Queries, keys or values of all heads of a decoder layer.
+
+    Where the layer is split over ranks, each has some of the heads; they are gathered in the order of heads, so that
+    all ranks rank by the same numbers. A layer that one process holds whole returns its tensor as it is.
+
+    Args:
+        part: the heads of this rank.
+        dim: the dimension of the heads.
+    """
+    gather = getattr(layer.self_attn, "gather", None)
+    return part if gather is None else gather(part, dim)
+
+
+def projected_heads(layer: DecoderLayer, projection: nn.Linear, normed: Tensor, angles: Angles | None = None) -> Tensor:
+    """Queries or keys [B, H, L, d] float32 of a decoder layer.
+
+    Args:
+        projection: the layer's q_proj or k_proj.
+        normed: [B, L, D] inputs of the layer after its norm, which queries and keys share.
+        angles: of the L tokens, for rotary embedding in Llama's half-split convention; None for no rotation.
+    """
+    projected = whole_heads(layer, projection(normed), -1)
+    heads = rearrange(projected, "b l (h d) -> b h l d", d=layer.self_attn.head_dim)
+    if angles is None:
+        return in_float32(heads)
+    return heads * angles.cos + heads.roll(heads.shape[-1] // 2, -1) * angles.sin  # float32, as the angles are
+
+
+def attention_rows(
+    layer: DecoderLayer, rows: Tensor, keys: Tensor, unseen: Tensor | None = None, angles: Angles | None = None
+) -> Tensor:
+    """Rows of a decoder layer's attention: with all keys that a row sees, exactly as the layer computes them.
+
+    With the keys of visual tokens alone, the softmax runs over these. At layer 0, with its input embeddings and angles,
+    that equals the layer's real attention up to the softmax denominator; without angles it does not depend on distance.
+
+    Args:
+        layer: a LlamaDecoderLayer.
+        rows: [B, T, D] inputs of the layer at the query rows, after its norm.
+        keys: [B, Hkv, L, d] float32 keys of that layer, rotated if the rows are; grouped-query heads are repeated.
+        unseen: [B, 1, T, L] bool, True for the keys that a row may not see; None where it sees all.
+        angles: of the T rows, or None for no rotation.
+
+    Returns:
+        [B, H, T, L] float32; rows sum to 1 over the keys that they see.
+    """
+    query = projected_heads(layer, layer.self_attn.q_proj, rows, angles)
+    if keys.shape[1] != query.shape[1]:
+        keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    scores = query @ keys.transpose(-1, -2) * layer.self_attn.scaling
+    if unseen is not None:
+        scores = scores.masked_fill(unseen, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)
+
+
+def attention_flops(layer: DecoderLayer, rows: int, keys: int, projected: int) -> int:
+    """The attention of `rows` queries to `keys` keys, of which `projected` are projected for it."""
+    query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
+    queries = 2 * rows * query.out_features * (query.in_features + keys)
+    return queries + 2 * projected * key.in_features * key.out_features

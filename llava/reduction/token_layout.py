@@ -7,7 +7,6 @@ of the tokens that are kept. `ModelSpec` is what a method knows about the model 
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +88,7 @@ class Tile:
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """The visual tokens of one image or video.
+    """The visual tokens of one image or video; `single`, `frames` and `stitched` make one object for equal arguments.
 
     Attributes:
         crops: the base image and the tiles, or the frames, in the order of the tower's batch.
@@ -116,27 +115,15 @@ class TokenLayout:
         return sum(len(crop.patches) for crop in self.crops)
 
     @cached_property
+    def is_one_tile(self) -> bool:
+        """Whether there is one tile, whose tokens are all the visual tokens."""
+        return len(self.crops) == 1 and not len(self.newlines)
+
+    @cached_property
     def whole(self) -> bool:
         """Whether every tile keeps all its patches and there are no newline tokens."""
         full = self.grid[0] * self.grid[1]
         return not len(self.newlines) and all(len(crop.patches) == full for crop in self.crops)
-
-    @cached_property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for equal layouts."""
-        shapes = tuple((crop.rows, crop.columns, crop.patches[:1].tolist(), crop.cls) for crop in self.crops)
-        shapes = tuple((rows, columns, *first, cls) for rows, columns, first, cls in shapes)
-        return (*shapes, self.grid, self.tiles, len(self.newlines))
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, TokenLayout) and self.key == other.key)
-
-    def __hash__(self) -> int:
-        return self.hash
-
-    @cached_property
-    def hash(self) -> int:
-        return hash(self.key)
 
     def tile_sides(self) -> tuple[list[int], list[int]]:
         """Patches along the height of every row of tiles, and along the width of every column, without padding."""
@@ -146,7 +133,7 @@ class TokenLayout:
         widths = [max(tile.columns for tile in tiles[column::across]) for column in range(across)]
         return heights, widths
 
-    @property
+    @cached_property
     def layout(self) -> PatchGrid:
         """Patch grid of all tokens, tile after tile; one row if the tiles have different shapes."""
         has_cls = self.crops[0].cls is not None
@@ -186,6 +173,7 @@ class TokenLayout:
         crops = tuple(Tile(1, count, torch.arange(count), part) for part in places.split(count))
         return replace(self, crops=crops, newlines=self.newlines[:0], grid=(1, count))
 
+    @cached_property
     def with_cls(self) -> "TokenLayout":
         """The layout with the class token of every tile: the base image's first, those of the other tiles after all
         patches, those of frames before their frames."""

@@ -13,7 +13,7 @@ from llava.errors import UserError
 from llava.reduction.merging import Reduction
 from llava.reduction.modules import linear_flops
 from llava.reduction.reducer import Reducer, by_images
-from llava.reduction.scores import BlockInput, TowerScore, mean_keys, tower_score
+from llava.reduction.scores import TowerScore, block_scores, by_block, mean_keys
 from llava.reduction.states import BlockState
 from llava.reduction.token_layout import ModelSpec
 
@@ -76,7 +76,7 @@ def encode(
     grid: tuple[int, int] | None = None,
     keep_cls: bool = False,
     merger: "TowerMerger | None" = None,
-    run: RunBlocks = run_blocks,
+    compiled: RunBlocks | None = None,
 ) -> Encoded:
     """Run a CLIP vision tower as far as it is needed.
 
@@ -88,20 +88,17 @@ def encode(
         grid: shrink the image to rows x columns patches first (the `downsample` control); None keeps it.
         keep_cls: leave the CLS token before the patch features.
         merger: merges tokens inside some of the blocks.
-        run: runs the blocks, unless tokens are merged in some of them.
+        compiled: runs the blocks in place of `run_blocks`, unless tokens are merged in some of them.
 
     Blocks after the selected layer run only when a score asks for them.
     """
     blocks = tower.encoder.layers
-    hidden = tower.pre_layrnorm(_embed(tower, pixels, grid))
-    depth = len(blocks)
+    pixels = pixels.to(tower.embeddings.patch_embedding.weight.dtype)
+    own, depth = patch_grid(tower), len(blocks)
+    embedded = tower.embeddings(pixels) if grid in (None, own) else _embed_coarse(tower, pixels, grid)
+    hidden = tower.pre_layrnorm(embedded)
     selected = select_layer % (depth + 1)  # hidden_states has depth + 1 entries
-    wanted: dict[int, list[TowerScore]] = {}
-    for score in scores:
-        index = score.index(depth)
-        if not -depth <= index < depth:
-            raise UserError(f"TowerScore {score.kind} needs tower block {index}, but the tower has {depth} blocks.")
-        wanted.setdefault(index % depth, []).append(score)
+    wanted = by_block(tuple(scores), depth)
     if merger and hasattr(blocks[0], "before_space"):
         raise UserError(
             "A method that merges in the tower cannot run on a video tower: its attention over time needs the same "
@@ -109,19 +106,16 @@ def encode(
         )
     if merger and wanted:
         raise UserError("Tower scores are over all patches; a method that merges in the tower cannot ask for them.")
-    grid = grid or patch_grid(tower)
+    grid = grid or own
     if merger:
         features, merged, tokens = merger.run(hidden, selected)
         return Encoded(features if keep_cls else features[:, 1:], {}, grid, merged, tokens, merger.flops)
     # Scores are of the inputs of their blocks.
     places = sorted({selected, *wanted})
-    inputs = dict(zip(places, run(tower, hidden, places), strict=True))
+    inputs = dict(zip(places, (compiled or run_blocks)(tower, hidden, places), strict=True))
     computed: dict[TowerScore, Tensor] = {}
     for index, asked in wanted.items():
-        block, seen = blocks[index], inputs[index]
-        # What the spatial attention of a video block works on is what attention over time makes of its input.
-        state = BlockInput(block, block.before_space(seen) if hasattr(block, "before_space") else seen)
-        computed |= {score: tower_score(score, state) for score in asked}
+        computed |= block_scores(asked, blocks[index], inputs[index])
     features = inputs[selected] if keep_cls else inputs[selected][:, 1:]
     return Encoded(features, computed, grid, None, ((hidden.shape[1], hidden.shape[1]),) * places[-1])
 
@@ -197,13 +191,9 @@ class TowerMerger:
         return attended + block.mlp(block.layer_norm2(attended)), merged
 
 
-def _embed(tower: Any, pixels: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Patch and position embeddings, CLS first; for another grid, pixels and position table are resized."""
-    embeddings = tower.embeddings
-    pixels = pixels.to(embeddings.patch_embedding.weight.dtype)
-    if grid is None or grid == patch_grid(tower):
-        return embeddings(pixels)
-    patch = tower.config.patch_size
+def _embed_coarse(tower: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patch and position embeddings, CLS first, for another grid: pixels and position table are resized."""
+    embeddings, patch = tower.embeddings, tower.config.patch_size
     size = (grid[0] * patch, grid[1] * patch)
     small = F.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True).to(pixels.dtype)
     patches = rearrange(embeddings.patch_embedding(small), "b d rows columns -> b (rows columns) d")

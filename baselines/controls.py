@@ -1,0 +1,132 @@
+"""The controls: all tokens, tokens drawn at random, an even grid of tokens, and a smaller image.
+
+Paper: none, these are controls.
+Official code read: none.
+Differs from it: nothing known.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llava.reduction import (
+    MethodMetadata,
+    ModelSpec,
+    PatchGrid,
+    PromptState,
+    Reducer,
+    Reduction,
+    UserError,
+    option,
+    register,
+    seed_of,
+)
+
+WIDEST = 2.0  # largest stretch of a patch
+
+
+@register("full")
+@dataclass(frozen=True, kw_only=True)
+class Full(Reducer):
+    """No reduction; the budget can only be the number of visual tokens."""
+
+    summary: ClassVar[str] = "no reduction, the reference of every table"
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="nowhere", rest="nothing")
+
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        if self.budget != spec.visual_tokens:
+            raise UserError(
+                f"full keeps all {spec.visual_tokens} visual tokens, got budget {self.budget}; leave the budget out."
+            )
+
+
+@register("random")
+@dataclass(frozen=True, kw_only=True)
+class Random(Reducer):
+    """Seeded by the sample's id, so the draw does not depend on batch, order or process."""
+
+    summary: ClassVar[str] = "tokens drawn at random, seeded per question"
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before decoder layer 0", score="a seed per question")
+    seed: int = option(0, "seed of the draw")
+
+    def prompt(self, state: PromptState) -> Reduction:
+        total = state.tokens.shape[1]
+        rows = []
+        for name in state.ids:
+            generator = torch.Generator().manual_seed(seed_of("random", self.seed, name))
+            rows.append(torch.randperm(total, generator=generator)[: self.budget].sort().values)
+        return Reduction(torch.stack(rows).to(state.tokens.device, non_blocking=True), total)
+
+
+def even_grid(layout: PatchGrid, budget: int) -> Tensor:
+    """[budget] int64 indices, ascending, spaced as evenly as the budget allows.
+
+    The budget is split over evenly spaced rows, and each row's share is spaced evenly along it. A square budget gives a
+    square grid.
+    """
+    used = max(1, min(layout.rows, round(math.sqrt(budget * layout.rows / layout.columns))))
+    used = max(used, math.ceil(budget / layout.columns))
+    picked = []
+    for index in range(used):
+        row = (2 * index + 1) * layout.rows // (2 * used)
+        share = budget * (index + 1) // used - budget * index // used
+        picked += [row * layout.columns + (2 * i + 1) * layout.columns // (2 * share) for i in range(share)]
+    return torch.tensor(picked)
+
+
+@register("uniform")
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Reducer):
+    """The same indices in every image."""
+
+    summary: ClassVar[str] = "an even grid of tokens"
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before decoder layer 0", score="an even grid")
+
+    crops: str = option("each", "the budget over tiles: even, or by the base image's attention", ("each", "thumbnail"))
+
+    def prompt(self, state: PromptState) -> Reduction:
+        kept = even_grid(state.layout, self.budget).to(state.tokens.device, non_blocking=True)
+        return Reduction(kept.expand(len(state.tokens), -1), state.tokens.shape[1])
+
+
+def grid_of(layout: PatchGrid, budget: int) -> tuple[int, int] | None:
+    """rows x columns = budget with the least stretched patches, or None if that would stretch them too much."""
+    best = None
+    for rows in range(1, min(layout.rows, budget) + 1):
+        columns, rest = divmod(budget, rows)
+        if rest or columns > layout.columns:
+            continue
+        across, along = layout.rows / rows, layout.columns / columns
+        stretch = max(across / along, along / across)
+        # On a tie (8 x 16 or 16 x 8) the wider grid, as most images are wider than high.
+        if stretch <= WIDEST and (best is None or stretch < best[0]):
+            best = (stretch, (rows, columns))
+    return best and best[1]
+
+
+@register("downsample")
+@dataclass(frozen=True, kw_only=True)
+class Downsample(Reducer):
+    """Pixels are resized (bicubic, antialiased), the tower's position table is interpolated."""
+
+    summary: ClassVar[str] = "a smaller image with budget patches"
+    metadata: ClassVar[MethodMetadata] = MethodMetadata(acts="before the tower", rest="averaged by resizing")
+
+    crops: str = option("each", "every tile is shrunk alike", ("each",))
+
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        if grid_of(spec.layout, self.budget) is None:
+            possible = [b for b in range(1, spec.visual_tokens + 1) if grid_of(spec.layout, b)]
+            near = sorted(sorted(possible, key=lambda b: abs(b - self.budget))[:4])
+            raise UserError(
+                f"downsample needs a budget that is rows x columns of a grid stretched at most {WIDEST:g} times, "
+                f"got {self.budget}; near it are {', '.join(map(str, near))}."
+            )
+
+    def input_grid(self, layout: PatchGrid) -> tuple[int, int] | None:
+        return grid_of(layout, self.budget)
