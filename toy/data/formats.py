@@ -8,7 +8,6 @@ Messages are those of LLaVA's evaluation scripts and of lmms-eval: `question`, a
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -451,29 +450,11 @@ _FORMAT_WORDS = (
     "says",
     UNANSWERABLE,
 )
-
-
 _CHINESE = tuple(dict.fromkeys([*CHINESE_WORDS.values(), *CHINESE_PARTICLES]))
 
 
-class InstructVocabulary(Vocabulary):
-    """Reads text with the tokenizer, because letters are cased and punctuation stands beside words."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text without the beginning-of-text token."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    @cached_property
-    def tokenizer(self):
-        """The vocabulary as a transformers tokenizer; option letters are tokens only as words of their own."""
-        from tokenizers import AddedToken
-
-        made = Vocabulary(self.words, phrases=self.phrases).tokenizer
-        made.add_tokens([AddedToken(letter, single_word=True, normalized=False) for letter in LETTERS])
-        return made
-
-
-INSTRUCT_WORDS = InstructVocabulary(
+INSTRUCT_WORDS = Vocabulary(
     grown(TOY_WORDS.words, (*INSTRUCTIONS, *LETTERS, *PUNCTUATION, *_FORMAT_WORDS, *_CHINESE)),
     phrases=(*INSTRUCTIONS, *_CHINESE),
+    letters=LETTERS,
 )

@@ -50,8 +50,10 @@ class Vocabulary:
     Args:
         words: all tokens in id order.
         system: the system sentence of the conversation.
+        suffix: the answer-format instruction after a question.
         phrases: sentences that are single tokens, beside those of the conversation `vicuna_v1`.
         special: further special tokens.
+        letters: words that are tokens only as words of their own, in their case: "A" is an option, "a" an article.
         longest: tokens of the longest prompt, visual tokens included.
     """
 
@@ -59,13 +61,16 @@ class Vocabulary:
         self,
         words: Sequence[str],
         system: str = SYSTEM,
+        suffix: str = SHORT_ANSWER,
         phrases: Sequence[str] = (),
         special: Sequence[str] = (),
+        letters: Sequence[str] = (),
         longest: int = 1024,
     ):
         self.words = tuple(words)
         self.ids = {word: index for index, word in enumerate(self.words)}
-        self.system, self.phrases, self.special, self.longest = system, tuple(phrases), tuple(special), longest
+        self.system, self.phrases, self.special, self.letters = system, tuple(phrases), list(special), letters
+        self.suffix, self.longest = suffix, longest
 
     def __len__(self) -> int:
         return len(self.words)
@@ -76,8 +81,8 @@ class Vocabulary:
         return [self.ids[token] for token in (BOS, self.system, USER)]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of lower-case words split at spaces; raises KeyError for a word that is not in the vocabulary."""
-        return [self.ids[word] for word in text.lower().replace("?", " ?").split()]
+        """Ids of a text without the beginning-of-text token."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     @cached_property
     def tokenizer(self):
@@ -92,7 +97,7 @@ class Vocabulary:
         backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=start)
         sentences = (SYSTEM, USER, ASSISTANT, SHORT_ANSWER, *self.phrases)
         backend.add_tokens([AddedToken(sentence, normalized=False) for sentence in sentences])
-        return PreTrainedTokenizerFast(
+        made = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             pad_token=PAD,
             bos_token=BOS,
@@ -102,6 +107,8 @@ class Vocabulary:
             padding_side="left",
             model_max_length=self.longest,
         )
+        made.add_tokens([AddedToken(letter, single_word=True, normalized=False) for letter in self.letters])
+        return made
 
 
 def grown(words: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
@@ -119,6 +126,7 @@ NEXT_WORDS = Vocabulary(_WORDS, longest=LONG)
 VIDEO_WORDS = Vocabulary(
     grown(_WORDS, (VIDEO, VIDEO_SYSTEM, *_VIDEO_WORDS.split())),
     system=VIDEO_SYSTEM,
+    suffix="",
     phrases=(VIDEO_SYSTEM,),
     special=(VIDEO,),
     longest=LONG,
