@@ -44,7 +44,7 @@ from eval.tables.page import insert, markdown
 from llava.errors import UserError
 from llava.processing.image import ImageProcessor, pad_to_square
 from llava.processing.video import read_video
-from toy.benchmarks.gqa import draw_large, draw_scene
+from toy.benchmarks.gqa_and_videos import draw_large, draw_scene
 from toy.clip import MEAN, STD, load_clip
 from toy.data.corpus import PINPOINTS, arrange, crops, run_sources, tower_states
 from toy.data.formats import FORMATS, INSTRUCT_WORDS, WITHOUT_IMAGE

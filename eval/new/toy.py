@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from toy.benchmarks.files import fresh, link, write_jsonl
-from toy.benchmarks.pairs import about, asked, generator, images, linked, rotation
+from toy.benchmarks import about, asked, fresh, generator, images, link, linked, rotation, write_jsonl
 
 PICTURES, EACH = 12, 3
 

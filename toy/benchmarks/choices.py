@@ -6,11 +6,25 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from eval.benchmarks.llava_files import LETTER
-from toy.benchmarks.files import fresh, link, prompt, write_bytes, write_json, write_jsonl, write_text
-from toy.benchmarks.pairs import MANY, PAIRS, Picture, copied, generator, images, lettered, lettered_set, linked
+from toy.benchmarks import (
+    MANY,
+    NAMES,
+    PAIRS,
+    Picture,
+    copied,
+    fresh,
+    generator,
+    images,
+    lettered,
+    lettered_set,
+    link,
+    linked,
+    prompt,
+    write_file,
+    write_json,
+    write_jsonl,
+)
 from toy.data.formats import LETTERS, TOLD, Pair, distractors
 from toy.data.questions import Question, ask, in_chinese
 
@@ -40,12 +54,14 @@ def write_scienceqa(root: Path) -> None:
         for number, picture in zip(range(count), pictures, strict=False):
             pictured, identity = number % 2 == 0, str(4 + 5 * len(problems))
             name, family = ("context", MANY[number % 5]) if pictured else ("context_text", TOLD[number % 3])
-            pair = _pair(picture, name, rng, number // 2, family)
+            # Two to five options by turns, the right one at every place by turns.
+            place, options = divmod(number // 2, 4)
+            pair = lettered(picture, name, rng, place, (family, *MANY[:2]), 2 + options)
             problems[identity] = _problem(pair, pictured, split)
             splits[split].append(identity)
             prompts.append(_prompt(pair, pictured, identity))
             if pictured:
-                write_bytes(folder / "images" / split / identity / "image.png", picture.png)
+                write_file(folder / "images" / split / identity / "image.png", picture.png)
         write_json(folder / f"llava_{split}_CQM-A.json", prompts)
     write_json(folder / "problems.json", problems)
     write_json(folder / "pid_splits.json", splits)
@@ -80,16 +96,6 @@ def _prompt(pair: Pair, pictured: bool, identity: str) -> dict:
     return entry | {"image": f"{identity}/image.png"} if pictured else entry
 
 
-def _pair(picture: Picture, name: str, rng: np.random.Generator, row: int, family: str) -> Pair:
-    """Two to five options by turns, the right one at every place by turns; of another family where a scene has none."""
-    count = 2 + row % 4
-    for other in (family, *MANY[:2]):
-        pair = lettered(picture, name, rng, row // 4, other, count)
-        if pair is not None:
-            return pair
-    raise ValueError(f"{picture.name} allows no question in the format {name}.")
-
-
 # MMBench.
 
 GROUPS, PAIR_GROUPS, ROUND = 26, 4, 1_000_000
@@ -98,24 +104,8 @@ TEST_GROUPS = 2
 # Every row repeats its picture.
 ROW_QUALITY = 45
 HINT = "Context: Look at the image."
-PERCEPTION = "finegrained_perception (instance-level)"
-ACROSS = "finegrained_perception (cross-instance)"
-ABILITIES = {
-    "color": ("attribute_recognition", PERCEPTION),
-    "shape": ("attribute_recognition", PERCEPTION),
-    "count": ("object_localization", PERCEPTION),
-    "side": ("object_localization", PERCEPTION),
-    "digit": ("ocr", PERCEPTION),
-    "relate": ("spatial_relationship", ACROSS),
-    "verify": ("spatial_relationship", ACROSS),
-    "choose": ("spatial_relationship", ACROSS),
-    "exist": ("image_scene", "coarse_perception"),
-}
 # Files of the English and the Chinese set.
-NAMES = (
-    {"dev": "mmbench_dev_20230712.tsv", "test": "mmbench_test_20230712.tsv"},
-    {"dev": "mmbench_dev_cn_20231003.tsv", "test": "mmbench_test_cn_20231003.tsv"},
-)
+FILES = ("mmbench_{}_20230712.tsv", "mmbench_{}_cn_20231003.tsv")
 HEADER = (
     *("index", "question", "hint", *LETTERS[:4], "answer", "category", "l2-category"),
     *("image", "source", "comment", "split"),
@@ -132,9 +122,7 @@ def groups(first: int) -> Iterator[Group]:
         picture, pair = pictures[number % len(pictures)], number >= GROUPS
         family = PAIRS[number % len(PAIRS)] if pair else MANY[number // 2 % len(MANY)]
         # Of the family, or of the next one where the scene allows none.
-        question = next(filter(None, (ask(picture.things, other, rng) for other in (family, *MANY))), None)
-        if question is None:
-            raise ValueError(f"{picture.name} allows no question.")
+        question = next(filter(None, (ask(picture.things, other, rng) for other in (family, *MANY))))
         wrong = distractors(question)
         options = [wrong[place] for place in rng.permutation(len(wrong))[: 1 if pair else 3]]
         options.insert(number % (2 if pair else 4), question.answer)
@@ -145,9 +133,9 @@ def write_mmbench(root: Path) -> None:
     """Both languages: one row for every shift of the options, as the release has them."""
     dev, test = list(groups(0)), list(groups(30))[:TEST_GROUPS]
     folders = fresh(root / "mmbench"), fresh(root / "mmbench_cn")
-    for chinese, (folder, names) in enumerate(zip(folders, NAMES, strict=True)):
+    for chinese, (folder, file) in enumerate(zip(folders, FILES, strict=True)):
         for split, made in (("dev", dev), ("test", test)):
-            write_tsv(folder / names[split], made, split, bool(chinese))
+            write_tsv(folder / file.format(split), made, split, bool(chinese))
 
 
 def write_tsv(path: Path, made: list[Group], split: str, chinese: bool) -> None:
@@ -162,32 +150,18 @@ def write_tsv(path: Path, made: list[Group], split: str, chinese: bool) -> None:
                 continue
             shifted = [*options[shift:], *options[:shift]]
             text, shown = in_chinese(question, shifted) if chinese else (question.text, shifted)
-            category, broader = ABILITIES[question.family]
+            category, broader = NAMES["mmbench"][question.family]
             row = {"index": 241 + 7 * number + shift * ROUND, "question": text, "category": category}
             row |= {"l2-category": broader, "answer": LETTERS[shifted.index(question.answer)], "split": split}
             row |= dict(zip(LETTERS, shown, strict=False))
             row |= {"hint": HINT if number % 7 == 3 and not chinese else "", "source": "drawn scenes"}
             table.writerow(row | {"image": base64.b64encode(picture.compressed(ROW_QUALITY)).decode()})
-    write_text(path, out.getvalue())
+    write_file(path, out.getvalue())
 
 
 # SEED-Bench.
 
-# Number of a type -> its name and the family of its questions; from the tenth on they are about videos.
-TYPES = {
-    1: ("Scene Understanding", "count"),
-    2: ("Instance Identity", "shape"),
-    3: ("Instance Attributes", "color"),
-    4: ("Instance Location", "relate"),
-    5: ("Instances Counting", "count"),
-    6: ("Spatial Relation", "relate"),
-    7: ("Instance Interaction", "relate"),
-    8: ("Visual Reasoning", "color"),
-    9: ("Text Understanding", "digit"),
-    10: ("Action Recognition", "color"),
-    11: ("Action Prediction", "shape"),
-    12: ("Procedure Understanding", "digit"),
-}
+# The first type about videos.
 FIRST_VIDEO = 10
 IMAGE_QUESTIONS, VIDEO_QUESTIONS = 16, 3
 
@@ -196,7 +170,7 @@ def write_seed(root: Path) -> None:
     """Images are linked; a video type has the middle frame of each video as its own file."""
     folder = fresh(root / "seed_bench")
     questions, lines = [], []
-    for kind, (name, family) in TYPES.items():
+    for kind, (name, family) in NAMES["seed_bench"].items():
         rng, video = generator("seed", name), kind >= FIRST_VIDEO
         count = VIDEO_QUESTIONS if video else IMAGE_QUESTIONS
         pictures = copied(3 * count, 5 * kind) if video else linked(4 * count, 12 * kind)
@@ -204,7 +178,7 @@ def write_seed(root: Path) -> None:
             identity = f"v{len(questions)}" if video else str(101_000 + len(questions))
             if video:
                 image = f"SEED-Bench-video-image/{kind}_{identity}.png"
-                write_bytes(folder / image, picture.png)
+                write_file(folder / image, picture.png)
             else:
                 image = f"SEED-Bench-image/{picture.file}"
             record = {f"choice_{letter.lower()}": text for letter, text in zip(LETTERS, pair.options, strict=False)}
@@ -212,7 +186,7 @@ def write_seed(root: Path) -> None:
             record |= {"question_type_id": kind, "data_type": "video" if video else "image"}
             questions.append(record | {"data_id": f"{picture.name}.mp4" if video else picture.file})
             lines.append(prompt(identity, image, f"{pair.question}\n{LETTER}", str(record["data_type"])))
-    numbers = {name: kind for kind, (name, _) in TYPES.items()}
+    numbers = {name: kind for kind, (name, _) in NAMES["seed_bench"].items()}
     write_json(folder / "SEED-Bench.json", {"questions": questions, "question_type": numbers})
     write_jsonl(folder / "llava-seed-bench.jsonl", lines)
     link(folder / "SEED-Bench-image", images(root))

@@ -5,26 +5,35 @@ a row, with captions as people might write them. MMMU: thirty subjects, options 
 images.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from toy.benchmarks.files import IMAGE, INTEGER, STRING, STRINGS, fresh, write_card, write_splits, write_table
-from toy.benchmarks.pairs import (
+from toy.benchmarks import (
     ALL,
+    IMAGE,
+    INTEGER,
     MANY,
+    NAMES,
+    STRING,
+    STRINGS,
     Picture,
     about,
+    answered,
     asked,
     copied,
+    forms,
+    fresh,
     generator,
     lettered,
     lettered_set,
     objects,
-    rotation,
-    spelled,
+    write_card,
+    write_splits,
+    write_table,
 )
 from toy.data.formats import LETTERS, Pair, caption_references
 from toy.data.questions import Retry
@@ -35,21 +44,6 @@ OWNER = "lmms-lab-encoder"
 def cells(picture: Picture, pair: Pair, **more: Any) -> dict[str, Any]:
     """A row of a table: question, answer and image, and what the set has besides or instead."""
     return {"question": pair.question, "answer": pair.answer, "image": picture.cell, **more}
-
-
-def answered(
-    pictures: Sequence[Picture], name: str, seed: str, each: int, among: Sequence[str] = ALL
-) -> Iterator[tuple[Picture, Pair]]:
-    """Up to `each` pairs of a format about every picture."""
-    rng = generator(seed)
-    for row, picture in enumerate(pictures):
-        for pair in about(picture, name, rng, rotation(row, each, among)):
-            yield picture, pair
-
-
-def forms(answer: str) -> list[str]:
-    """What counts as right: a number also as a word."""
-    return list(dict.fromkeys((answer, spelled(answer))))
 
 
 # Sets of questions.
@@ -66,26 +60,13 @@ def write_tables(root: Path) -> None:
     write_ocrbench(fresh(hub / "echo840" / "OCRBench"))
 
 
-# Categories of MMStar with the finer ones in each.
-MMSTAR = {
-    "coarse perception": ("image scene & topic", "image style & quality", "image emotion"),
-    "fine-grained perception": ("attribute & celebrity recognition", "object location", "object counting"),
-    "instance reasoning": (
-        "single-instance reasoning",
-        "cross-instance attribute reasoning",
-        "cross-instance relation",
-    ),
-    "logical reasoning": ("diagram reasoning", "code & sequence reasoning", "common reasoning"),
-    "science & technology": ("biology & chemistry & physics", "electronics & energy", "geography & earth science"),
-    "math": ("numeric commonsense & calculation", "geometry", "statistical reasoning"),
-}
-
-
 def write_mmstar(folder: Path) -> None:
     """Seventy-two questions, four for each of the finer categories."""
     columns = {"index": INTEGER, "question": STRING, "image": IMAGE, "answer": STRING}
     columns |= {"category": STRING, "l2_category": STRING}
-    kinds = [(category, finer) for category, all_finer in MMSTAR.items() for finer in all_finer for _ in range(4)]
+    kinds = [
+        (category, finer) for category, all_finer in NAMES["mmstar"].items() for finer in all_finer for _ in range(4)
+    ]
     made = lettered_set(copied(22, 2), "mmstar", generator("mmstar"), len(kinds), 5)
     rows = [
         cells(picture, pair, index=index, category=category, l2_category=finer)
@@ -108,7 +89,9 @@ def write_ai2d(folder: Path) -> None:
 def write_chartqa(folder: Path) -> None:
     """One half counts as asked by people, the other as made from them."""
     columns = {"type": STRING, "question": STRING, "answer": STRING, "image": IMAGE}
-    made = list(answered(copied(16, 10), "single_word", "chartqa", 5, ("count", "digit", "color", "shape", "relate")))
+    made = list(
+        answered(copied(16, 10), "single_word", generator("chartqa"), 5, ("count", "digit", "color", "shape", "relate"))
+    )
     rows = [
         cells(picture, pair, type="human_test" if 2 * number < len(made) else "augmented_test")
         for number, (picture, pair) in enumerate(made)
@@ -116,21 +99,14 @@ def write_chartqa(folder: Path) -> None:
     write_splits(folder, columns, {"test": rows})
 
 
-# The two sets that share a repository, with the families that they ask.
-DOCUMENTS = {
-    "DocVQA": ("digit", "color", "digit", "shape", "count"),
-    "InfographicVQA": ("count", "relate", "digit", "side"),
-}
-
-
 def write_docvqa(folder: Path) -> None:
     """Validation with answers and test without, for both configurations."""
     columns = {"questionId": STRING, "question": STRING, "image": IMAGE, "answers": STRINGS, "data_split": STRING}
     card: dict[str, dict[str, str]] = {}
-    for place, (config, among) in enumerate(DOCUMENTS.items()):
+    for place, (config, among) in enumerate(NAMES["documents"].items()):
         for split, pictures in (("validation", copied(12, 14 + 12 * place)), ("test", copied(4, 50 + 4 * place))):
             rows = []
-            for picture, pair in answered(pictures, "short", f"{config} {split}", 4, among):
+            for picture, pair in answered(pictures, "short", generator(f"{config} {split}"), 4, among):
                 row = cells(picture, pair, questionId=str(49153 + len(rows)), data_split=split)
                 if split == "validation":
                     row |= {"answers": forms(pair.answer), "data_split": "val"}
@@ -144,32 +120,17 @@ def write_docvqa(folder: Path) -> None:
 def write_realworldqa(folder: Path) -> None:
     """Questions that hold their own instruction: mostly a letter, else a word."""
     columns = {"image": IMAGE, "question": STRING, "answer": STRING}
-    rows = [cells(*one) for one in answered(copied(16, 30), "realworld", "realworldqa", 5)]
+    rows = [cells(*one) for one in answered(copied(16, 30), "realworld", generator("realworldqa"), 5)]
     write_splits(folder, columns, {"test": rows})
-
-
-# Types of OCRBench with the data set that a type comes from; HME100k is the one that is compared differently.
-OCRBENCH = {
-    "Regular Text Recognition": "IIIT5K",
-    "Irregular Text Recognition": "svtp",
-    "Artistic Text Recognition": "WordArt",
-    "Handwriting Recognition": "IAM",
-    "Digit String Recognition": "ORAND",
-    "Non-Semantic Text Recognition": "NonSemanticText",
-    "Scene Text-centric VQA": "TextVQA",
-    "Doc-oriented VQA": "docVQA",
-    "Key Information Extraction": "FUNSD",
-    "Handwritten Mathematical Expression Recognition": "HME100k",
-}
 
 
 def write_ocrbench(folder: Path) -> None:
     """Handwritten digits, ten questions of every type."""
     columns = {"dataset": STRING, "question": STRING, "question_type": STRING, "answer": STRINGS, "image": IMAGE}
-    made = list(answered(copied(44, 4), "bare", "ocrbench", 4, ("digit",)))
+    made = list(answered(copied(44, 4), "bare", generator("ocrbench"), 4, ("digit",)))
     rows = [
         cells(picture, pair, dataset=dataset, question_type=kind, answer=[pair.answer])
-        for number, (kind, dataset) in enumerate(OCRBENCH.items())
+        for number, (kind, dataset) in enumerate(NAMES["ocrbench"].items())
         for picture, pair in made[10 * number : 10 * number + 10]
     ]
     write_splits(folder, columns, {"test": rows}, card=True)
@@ -187,7 +148,7 @@ def write_captions(root: Path) -> None:
     rows = [
         {"image": picture.cell, "caption": list(captions), "sentids": [str(5 * row + place) for place in range(5)]}
         | {"split": "test", "img_id": str(row), "filename": picture.file}
-        for row, (picture, captions) in enumerate(captioned(copied(48)))
+        for row, (picture, captions) in enumerate(islice(captioned(copied(48)), CAPTIONED))
     ]
     write_splits(fresh(hub / "flickr30k"), {**columns, "filename": STRING}, {"test": rows})
 
@@ -195,7 +156,7 @@ def write_captions(root: Path) -> None:
     rows = [
         {"image": picture.cell, "image_id": row, "image_file_name": picture.file}
         | {"annotations_captions": reworded(captions)}
-        for row, (picture, captions) in enumerate(captioned(copied(48, 60)))
+        for row, (picture, captions) in enumerate(islice(captioned(copied(48, 60)), CAPTIONED))
     ]
     # The captions of the test split are not public.
     hidden = [
@@ -205,17 +166,13 @@ def write_captions(root: Path) -> None:
     write_splits(fresh(hub / "NoCaps"), columns, {"validation": rows, "test": hidden})
 
 
-def captioned(pictures: list[Picture]) -> Iterator[tuple[Picture, tuple[str, ...]]]:
-    """The first pictures whose big shapes have a clear order, each with five captions."""
-    made = 0
+def captioned(pictures: Iterable[Picture]) -> Iterator[tuple[Picture, tuple[str, ...]]]:
+    """The pictures whose big shapes have a clear order, each with five captions."""
     for picture in pictures:
         try:
-            references = caption_references(picture.things)
+            yield picture, caption_references(picture.things)
         except Retry:
             continue
-        made += 1
-        if made <= CAPTIONED:
-            yield picture, references
 
 
 def reworded(captions: tuple[str, ...]) -> list[str]:
@@ -225,16 +182,8 @@ def reworded(captions: tuple[str, ...]) -> list[str]:
     return [*captions, *drawings, plain, f"a picture with {plain}", f"{captions[0]} on a plain background"]
 
 
-# MMMU. Subjects by domain, as there.
-SUBJECTS = (
-    *("Art", "Art_Theory", "Design", "Music"),
-    *("Accounting", "Economics", "Finance", "Manage", "Marketing"),
-    *("Biology", "Chemistry", "Geography", "Math", "Physics"),
-    *("Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine", "Pharmacy", "Public_Health"),
-    *("History", "Literature", "Psychology", "Sociology"),
-    *("Agriculture", "Architecture_and_Engineering", "Computer_Science", "Electronics", "Energy_and_Power"),
-    *("Materials", "Mechanical_Engineering"),
-)
+# MMMU.
+
 MMMU_COLUMNS = {"id": STRING, "question": STRING, "options": STRING, "explanation": STRING}
 MMMU_COLUMNS |= dict.fromkeys([f"image_{number}" for number in range(1, 8)], IMAGE)
 MMMU_COLUMNS |= dict.fromkeys(("img_type", "answer", "topic_difficulty", "question_type", "subfield"), STRING)
@@ -244,8 +193,8 @@ ALWAYS = {"explanation": "", "img_type": "['Drawings']", "topic_difficulty": "Ea
 def write_mmmu(root: Path) -> None:
     """Everything below ROOT/hub/lmms-lab-encoder/MMMU: two questions for each subject, some of them open."""
     folder, rng, pictures = fresh(root / "hub" / OWNER / "MMMU"), generator("mmmu"), copied(20, 8)
-    rows = []
-    for number, subject in enumerate(SUBJECTS):
+    rows, subjects = [], list(chain.from_iterable(NAMES["mmmu"]))
+    for number, subject in enumerate(subjects):
         picture = pictures[number % len(pictures)]
         if number % 10 == 9:
             second = which_picture(pictures[number % 20], pictures[(number + 5) % 20], rng, number % 20 > 9)
@@ -258,18 +207,14 @@ def write_mmmu(root: Path) -> None:
     # The answers of the test split are not public.
     hidden = [
         {"id": f"test_{subject}_1", "subfield": subject, **ALWAYS, **with_options(picture, rng, number), "answer": "?"}
-        for number, (subject, picture) in enumerate(zip(SUBJECTS, copied(8, 60), strict=False))
+        for number, (subject, picture) in enumerate(zip(subjects, copied(8, 60), strict=False))
     ]
     write_splits(folder, MMMU_COLUMNS, {"validation": rows, "test": hidden}, card=True)
 
 
 def with_options(picture: Picture, rng: np.random.Generator, number: int) -> dict[str, Any]:
     """A question with four options."""
-    for family in (MANY[number % len(MANY)], *MANY):
-        pair = lettered(picture, "letters", rng, number, family)
-        if pair is not None:
-            return mmmu_cells(pair, picture)
-    raise ValueError(f"{picture.name} allows no question.")
+    return mmmu_cells(lettered(picture, "letters", rng, number, (MANY[number % len(MANY)], *MANY)), picture)
 
 
 def mmmu_cells(pair: Pair, picture: Picture) -> dict[str, Any]:

@@ -12,33 +12,32 @@ from typing import Any
 import numpy as np
 
 from eval.benchmarks.llava_files import SHORT, VIZ
-from toy.benchmarks.files import (
-    IMAGE,
-    STRING,
-    fresh,
-    link,
-    prompt,
-    write_bytes,
-    write_json,
-    write_jsonl,
-    write_splits,
-    write_text,
-)
-from toy.benchmarks.pairs import (
+from toy.benchmarks import (
     ALL,
+    IMAGE,
     LINKED,
+    NAMES,
+    STRING,
     Picture,
     about,
     answer_type,
+    answered,
+    by_size,
     copied,
+    forms,
+    fresh,
     generator,
     images,
+    link,
     linked,
     objects,
+    prompt,
     rotation,
-    small,
-    spelled,
     ten_answers,
+    write_file,
+    write_json,
+    write_jsonl,
+    write_splits,
 )
 from toy.data.formats import OCR_TOKENS, UNANSWERABLE, VIZ_FAMILIES, Pair, claim, compose, distractors, draw
 from toy.data.questions import Retry, pick
@@ -89,17 +88,15 @@ def write_vizwiz(root: Path) -> None:
     folder = fresh(root / "vizwiz")
     for split, pictures in (("test", linked(150)), ("val", linked(120, 75))):
         rng, records, lines = generator("vizwiz", split), [], []
-        for row, picture in enumerate(pictures):
-            for pair in about(picture, "viz", rng, rotation(row, 1, VIZ_FAMILIES)):
-                lines.append(prompt(len(lines), picture.file, f"{pair.question}\n{VIZ}"))
-                record: dict[str, Any] = {"image": picture.file, "question": pair.question}
-                if split == "val":
-                    answers = ten_answers(pair.answer, rng)
-                    missing = pair.answer == UNANSWERABLE
-                    record["answers"] = [{"answer_confidence": "yes", "answer": answer} for answer in answers]
-                    record["answer_type"] = UNANSWERABLE if missing else answer_type(pair.answer)
-                    record["answerable"] = int(not missing)
-                records.append(record)
+        for picture, pair in answered(pictures, "viz", rng, 1, VIZ_FAMILIES):
+            lines.append(prompt(len(lines), picture.file, f"{pair.question}\n{VIZ}"))
+            record: dict[str, Any] = {"image": picture.file, "question": pair.question}
+            if split == "val":
+                answers, missing = ten_answers(pair.answer, rng), pair.answer == UNANSWERABLE
+                record["answers"] = [{"answer_confidence": "yes", "answer": answer} for answer in answers]
+                record["answer_type"] = UNANSWERABLE if missing else answer_type(pair.answer)
+                record["answerable"] = int(not missing)
+            records.append(record)
         write_json(folder / f"{split}.json", records)
         if split == "test":
             write_jsonl(folder / "llava_test.jsonl", lines)
@@ -145,21 +142,6 @@ def write_vqav2(root: Path) -> None:
 # Free answers.
 
 
-# What MM-Vet calls the abilities that a family asks for.
-CAPABILITIES = {
-    "color": ("rec",),
-    "shape": ("rec",),
-    "exist": ("rec", "know"),
-    "count": ("rec", "math"),
-    "digit": ("ocr",),
-    "relate": ("rec", "spat"),
-    "verify": ("rec", "spat"),
-    "choose": ("rec", "spat"),
-    "side": ("rec", "spat"),
-    "describe": ("rec", "ocr", "gen", "spat"),
-}
-
-
 def write_judged(root: Path) -> None:
     """Everything below ROOT/mm-vet and ROOT/llava-bench-in-the-wild."""
     write_mmvet(root)
@@ -181,10 +163,9 @@ def write_mmvet(root: Path) -> None:
                 "question": pair.question,
                 "answer": reference(pair),
                 "imagesource": "drawn scenes",
-                "capability": list(CAPABILITIES[pair.family]),
+                "capability": NAMES["mmvet"][pair.family],
             }
-            line = {"image": picture.file, "text": pair.question, "category": "conv", "question_id": number}
-            lines.append(line)
+            lines.append({"image": picture.file, "text": pair.question, "category": "conv", "question_id": number})
     write_json(folder / "mm-vet.json", records)
     write_jsonl(folder / "llava-mm-vet.jsonl", lines)
     link(folder / "images", images(root))
@@ -194,7 +175,7 @@ def reference(pair: Pair) -> str:
     """MM-Vet's ground truth."""
     if pair.family == "describe":
         return "<AND>".join(pair.answer.split(" and "))
-    return "<OR>".join(dict.fromkeys((pair.answer, spelled(pair.answer))))
+    return "<OR>".join(forms(pair.answer))
 
 
 # Twenty pictures, each with a question of every category.
@@ -247,6 +228,13 @@ POPE_FIRST = 40  # scene
 LABELS = ("yes", "no")  # of the objects of an image, by turns
 
 
+def small(pictures: Iterable[Picture], count: int) -> list[Picture]:
+    """The `count` pictures with the smallest files, in the order given."""
+    pictures = list(pictures)
+    chosen = by_size(pictures)[:count]
+    return [picture for picture in pictures if picture in chosen]
+
+
 def negatives(category: str, held: set[str], everything: Sequence[set[str]], rng: np.random.Generator) -> list[str]:
     """Objects that an image does not hold, by POPE's three rules; ties in alphabetical order."""
     absent = sorted({f"{color} {shape}" for color in COLOR_NAMES for shape in SHAPES} - held)
@@ -297,48 +285,21 @@ def write_pope(root: Path) -> None:
     write_splits(fresh(root / "hub" / "lmms-lab-encoder" / "POPE"), columns, {"test": table}, card=True)
 
 
-# MME: fourteen tasks, two questions about every image, one right and one wrong. What a task asks is what scenes allow;
-# the names only denote the layout.
+# MME: fourteen tasks, two questions about every image, one right and one wrong.
 
 IMAGES_EACH, TRIES = 5, 400
 INSTRUCTION = "Please answer yes or no."
 
 YesNo = tuple[str, str]  # the question whose answer is yes, and the one whose answer is no
 Wanted = Callable[[str], bool]  # of the name of a thing
-
-
-def sized(name: str) -> bool:
-    return name.split()[0] in SIZES
-
-
-def panel(name: str) -> bool:
-    return name.endswith("panel")
-
-
-def colored(name: str) -> bool:
-    return name.endswith(" objects")
-
-
-def neither(*kinds: Wanted) -> Wanted:
-    return lambda name: not any(kind(name) for kind in kinds)
-
-
-# Task -> whether its scenes are dense, the family of its questions, and which things they ask about.
-TASKS: dict[str, tuple[bool, str, Wanted]] = {
-    "existence": (False, "exist", neither(panel, sized)),
-    "count": (False, "count", neither(colored)),
-    "position": (False, "verify", bool),
-    "color": (False, "color", neither(sized)),
-    "posters": (False, "exist", panel),
-    "celebrity": (False, "color", sized),
-    "scene": (False, "exist", sized),
-    "landmark": (False, "side", bool),
-    "artwork": (True, "exist", neither(panel, sized)),
-    "OCR": (False, "digit", bool),
-    "commonsense_reasoning": (True, "verify", bool),
-    "numerical_calculation": (True, "count", colored),
-    "text_translation": (True, "digit", bool),
-    "code_reasoning": (True, "side", bool),
+THINGS: dict[str, Wanted] = {
+    "all": bool,
+    "panels": lambda name: name.endswith("panel"),
+    "colours": lambda name: name.endswith(" objects"),
+    "shapes": lambda name: not name.endswith(" objects"),
+    "sized": lambda name: name.split()[0] in SIZES,
+    "unsized": lambda name: name.split()[0] not in SIZES,
+    "plain": lambda name: not name.endswith("panel") and name.split()[0] not in SIZES,
 }
 IN_FOLDERS = ("artwork", "celebrity", "landmark", "posters", "scene")
 
@@ -372,15 +333,15 @@ def yes_and_no(things: tuple[Thing, ...], family: str, wanted: Wanted, rng: np.r
 
 def mme_pairs(task: str, pictures: list[Picture]) -> list[tuple[Picture, YesNo]]:
     """The first pictures of the task's kind that its questions can be asked about."""
-    dense, family, wanted = TASKS[task]
+    kind, family, things = NAMES["mme"][task]
     made = []
     for picture in pictures:
-        if picture.dense != dense or len(made) == IMAGES_EACH:
+        if picture.dense != (kind == "dense") or len(made) == IMAGES_EACH:
             continue
         rng = generator("mme", task, picture.name)
         for _ in range(TRIES):
             try:
-                made.append((picture, yes_and_no(picture.things, family, wanted, rng)))
+                made.append((picture, yes_and_no(picture.things, family, THINGS[things], rng)))
                 break
             except Retry:
                 continue
@@ -391,12 +352,12 @@ def write_mme(root: Path) -> None:
     """Everything below ROOT/MME."""
     folder, lines = fresh(root / "MME"), []
     release = folder / "MME_Benchmark_release_version"
-    for number, task in enumerate(TASKS):
+    for number, task in enumerate(NAMES["mme"]):
         pictures, answers = (f"{task}/images", f"{task}/questions_answers_YN") if task in IN_FOLDERS else (task, task)
         for picture, texts in mme_pairs(task, copied(120, first=3 * number)):
             name = f"{pictures}/{picture.file}"
-            write_bytes(release / name, picture.jpeg)
+            write_file(release / name, picture.jpeg)
             listed = [f"{text} {INSTRUCTION}\t{answer}\n" for text, answer in zip(texts, ("Yes", "No"), strict=True)]
-            write_text(release / answers / f"{picture.name}.txt", "".join(listed))
+            write_file(release / answers / f"{picture.name}.txt", "".join(listed))
             lines += [prompt(name, name, f"{text}\n{SHORT}", task) for text in texts]
     write_jsonl(folder / "llava_mme.jsonl", lines)
