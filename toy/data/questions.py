@@ -100,7 +100,7 @@ def _attribute(family: str, names: Sequence[str], **named_by: bool) -> "Family":
     return ask_for
 
 
-def _offset(a: Thing, b: Thing, relation: str) -> float:
+def offset(a: Thing, b: Thing, relation: str) -> float:
     """Pixels by which `a` is left of (right of, above, below) `b`."""
     return {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[relation]
 
@@ -115,10 +115,10 @@ def _relate(things, rng) -> Question:
     color = rng.random() < 0.5
     _require(len(_matches(things, anchor, color=color)) == 1)
     relation = pick(RELATIONS, rng)
-    _require(_offset(target, anchor, relation) > MARGIN)
+    _require(offset(target, anchor, relation) > MARGIN)
     same = _matches(things, target)
     # Nothing of the same shape may be even nearly on that side.
-    _require([thing for thing in same if _offset(thing, anchor, relation) > -MARGIN / 2] == [target])
+    _require([thing for thing in same if offset(thing, anchor, relation) > -MARGIN / 2] == [target])
     _require(len(same) > 1 or rng.random() < 0.25)  # mostly questions in which the relation decides
     _require(all(thing.color != target.color for thing in same if thing is not target))
     name, other = SHAPES[target.shape], _name(anchor, color=color)
@@ -176,7 +176,7 @@ def _two_named(things, rng) -> tuple[Thing, Thing, str]:
     a, b = pick(_shapes(things), rng), pick(_shapes(things), rng)
     _require(a is not b and len(_matches(things, a, color=True)) == 1 and len(_matches(things, b, color=True)) == 1)
     relation = pick(RELATIONS, rng)
-    _require(_offset(a, b, relation) > MARGIN)
+    _require(offset(a, b, relation) > MARGIN)
     return a, b, relation
 
 
