@@ -36,7 +36,7 @@ from toy.benchmarks import (
     write_table,
 )
 from toy.data.formats import LETTERS, Pair, caption_references
-from toy.data.questions import Retry
+from toy.data.questions import attempt
 
 OWNER = "lmms-lab-encoder"
 
@@ -169,10 +169,9 @@ def write_captions(root: Path) -> None:
 def captioned(pictures: Iterable[Picture]) -> Iterator[tuple[Picture, tuple[str, ...]]]:
     """The pictures whose big shapes have a clear order, each with five captions."""
     for picture in pictures:
-        try:
-            yield picture, caption_references(picture.things)
-        except Retry:
-            continue
+        captions = attempt(lambda: caption_references(picture.things), 1)  # noqa: B023
+        if captions is not None:
+            yield picture, captions
 
 
 def reworded(captions: tuple[str, ...]) -> list[str]:

@@ -40,7 +40,7 @@ from toy.benchmarks import (
     write_splits,
 )
 from toy.data.formats import OCR_TOKENS, UNANSWERABLE, VIZ_FAMILIES, Pair, claim, compose, distractors, draw
-from toy.data.questions import Retry, pick
+from toy.data.questions import Retry, attempt, pick
 from toy.data.scenes import SIDE, Thing
 from toy.data.vocabulary import COLOR_NAMES, PATTERNS, SHAPES, SIZES
 
@@ -339,12 +339,9 @@ def mme_pairs(task: str, pictures: list[Picture]) -> list[tuple[Picture, YesNo]]
         if picture.dense != (kind == "dense") or len(made) == IMAGES_EACH:
             continue
         rng = generator("mme", task, picture.name)
-        for _ in range(TRIES):
-            try:
-                made.append((picture, yes_and_no(picture.things, family, THINGS[things], rng)))
-                break
-            except Retry:
-                continue
+        asked = attempt(lambda: yes_and_no(picture.things, family, THINGS[things], rng), TRIES)  # noqa: B023
+        if asked is not None:
+            made.append((picture, asked))
     return made
 
 

@@ -18,13 +18,14 @@ from toy.data.questions import (
     FAMILIES,
     Question,
     Retry,
+    attempt,
     in_chinese,
     phrasings,
     pick,
     translate,
 )
 from toy.data.scenes import Thing
-from toy.data.vocabulary import COLOR_NAMES, DIGITS, SHAPES, SHORT_ANSWER, SIZES, TOY_WORDS, Vocabulary, grown
+from toy.data.vocabulary import COLOR_NAMES, DIGITS, SHAPES, SHORT_ANSWER, SIZES, TOY_WORDS, WORDS, Vocabulary, grown
 
 SINGLE_WORD = "Answer the question with a single word."
 CAPTION = "Provide a one-sentence caption for the provided image."
@@ -76,12 +77,7 @@ def compose(
     things: Things, name: str, rng: Rng, tries: int = 40, family: str = "", formats: Mapping[str, Format] | None = None
 ) -> Pair | None:
     """One pair of a format of `formats`, by default FORMATS; None if `tries` draws found no unambiguous one."""
-    for _ in range(tries):
-        try:
-            return (formats or FORMATS)[name](things, rng, family)
-        except Retry:
-            continue
-    return None
+    return attempt(lambda: (formats or FORMATS)[name](things, rng, family), tries)
 
 
 def draw(things: Things, rng: Rng, family: str = "", among: Sequence[str] = tuple(FAMILIES)) -> Question:
@@ -435,26 +431,13 @@ INSTRUCTIONS = {
     DESCRIBE: "image",
     STEP_BY_STEP: "what",
 }
-PUNCTUATION = (".", ",", ":", "(", ")", "<", ">")
-_FORMAT_WORDS = (
-    "reference",
-    "ocr",
-    "token",
-    "options",
-    "context",
-    "look",
-    "at",
-    "and",
-    "an",
-    "with",
-    "says",
-    UNANSWERABLE,
-)
 _CHINESE = tuple(dict.fromkeys([*CHINESE_WORDS.values(), *CHINESE_PARTICLES]))
 
 
 INSTRUCT_WORDS = Vocabulary(
-    grown(TOY_WORDS.words, (*INSTRUCTIONS, *LETTERS, *PUNCTUATION, *_FORMAT_WORDS, *_CHINESE)),
+    grown(
+        TOY_WORDS.words, (*INSTRUCTIONS, *LETTERS, *WORDS["punctuation"].split(), *WORDS["formats"].split(), *_CHINESE)
+    ),
     phrases=(*INSTRUCTIONS, *_CHINESE),
     letters=LETTERS,
 )

@@ -6,22 +6,16 @@ tokens: the prompt text is that of a 7B model, and takes only a few tokens.
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-COLORS = {
-    "red": (214, 38, 36),
-    "green": (44, 162, 62),
-    "blue": (42, 78, 222),
-    "yellow": (238, 218, 44),
-    "purple": (134, 48, 172),
-    "orange": (248, 138, 28),
-    "cyan": (52, 208, 222),
-    "pink": (248, 122, 188),
-}
+import yaml
+
+WORDS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "words.yaml").read_text(encoding="utf-8"))
+COLORS: dict[str, tuple[int, int, int]] = {name: tuple(rgb) for name, rgb in WORDS["colors"].items()}
 COLOR_NAMES = tuple(COLORS)
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
+SHAPES, PATTERNS, SIZES = (tuple(WORDS[kind]) for kind in ("shapes", "patterns", "sizes"))
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
-PATTERNS = ("striped", "checkered", "dotted")
-SIZES = ("small", "big")
 DIGITS = tuple(str(digit) for digit in range(10))
 
 PAD, BOS, UNKNOWN, IMAGE, EOS = "<pad>", "<s>", "<unk>", "<image>", "</s>"
@@ -34,14 +28,6 @@ SYSTEM = (
 VIDEO_SYSTEM = SYSTEM.replace("curious user", "curious human").replace("the user's", "the human's")
 USER, ASSISTANT = "USER:", "ASSISTANT:"
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-
-_FUNCTION_WORDS = """
-what color is the ? of has which shape how many are there in image a number frame digit written does say contain
-object objects panel left right above below or on side top bottom half yes no
-"""
-_VIDEO_WORDS = """
-move moves appear appears disappear disappears first last start end at that times up down where go video
-"""
 
 
 class Vocabulary:
@@ -116,7 +102,7 @@ def grown(words: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
     return (*words[:-1], *new, words[-1])
 
 
-_PLAIN = sorted({*_FUNCTION_WORDS.split(), *COLOR_NAMES, *SHAPES, *PLURALS.values(), *PATTERNS, *SIZES, *DIGITS})
+_PLAIN = sorted({*WORDS["questions"].split(), *COLOR_NAMES, *SHAPES, *PLURALS.values(), *PATTERNS, *SIZES, *DIGITS})
 # The end token is the last one: CLIP's text tower finds it by the largest id.
 _WORDS = (PAD, BOS, UNKNOWN, IMAGE, SYSTEM, USER, ASSISTANT, SHORT_ANSWER, *_PLAIN, EOS)
 LONG = 4096  # tokens of the longest prompt of the models with tiles or frames
@@ -124,7 +110,7 @@ LONG = 4096  # tokens of the longest prompt of the models with tiles or frames
 TOY_WORDS = Vocabulary(_WORDS)
 NEXT_WORDS = Vocabulary(_WORDS, longest=LONG)
 VIDEO_WORDS = Vocabulary(
-    grown(_WORDS, (VIDEO, VIDEO_SYSTEM, *_VIDEO_WORDS.split())),
+    grown(_WORDS, (VIDEO, VIDEO_SYSTEM, *WORDS["videos"].split())),
     system=VIDEO_SYSTEM,
     suffix="",
     phrases=(VIDEO_SYSTEM,),
