@@ -10,9 +10,10 @@ from llava.errors import UserError
 from toy.clip import build_clip, patchify, phrase_targets, phrases, vision_states
 from toy.data import vocabulary
 from toy.data.corpus import Corpus, write_scenes
+from toy.data.formats import INSTRUCT_WORDS
 from toy.data.questions import FAMILIES, PlainQuestion, ask
-from toy.data.scenes import DENSE_OFFSET, SEEDS, handwritten_digits, scene
-from toy.data.vocabulary import TOY_WORDS
+from toy.data.scenes import SEEDS, centred, handwritten_digits, large_scene, scene
+from toy.data.vocabulary import TOY_WORDS, VIDEO_WORDS
 from toy.export import Record, text_only, trained_weights
 from toy.packing import Line, attention_mask, pack, whole
 from toy.stages import Recipe, Settings, Stage, scene_lines
@@ -28,15 +29,14 @@ def corpus(tmp_path_factory):
     return Corpus(folder)
 
 
-def test_scenes_are_functions_of_their_seed():
-    again = scene("val", 0, False)
-    assert again.jpeg == SCENES[0].jpeg and again.things == SCENES[0].things
-    assert scene("test", 0, False).jpeg != again.jpeg
+@pytest.mark.parametrize("draw", [scene, large_scene])
+def test_scenes_are_functions_of_their_seed(draw):
+    first, again = draw("val", 0, False), draw("val", 0, False)
+    assert again.jpeg == first.jpeg and again.things == first.things
+    assert draw("test", 0, False).jpeg != again.jpeg
 
 
-def test_splits_share_neither_scenes_nor_digits():
-    starts = sorted(first + offset for first in SEEDS.values() for offset in (0, DENSE_OFFSET))
-    assert min(b - a for a, b in itertools.pairwise(starts)) >= DENSE_OFFSET
+def test_splits_share_no_digits():
     parts = [{image.tobytes() for image in handwritten_digits(split)[0]} for split in SEEDS]
     assert sum(map(len, parts)) > 1700
     assert not any(a & b for a, b in itertools.combinations(parts, 2))
@@ -73,19 +73,26 @@ def test_the_prompt_of_training_is_the_prompt_of_the_pipeline():
     assert ids == [*TOY_WORDS.prefix, IMAGE_TOKEN_INDEX, *line.asked]
 
 
-def test_clip_finds_the_end_token_at_the_last_id():
-    assert TOY_WORDS.words[-1] == vocabulary.EOS and TOY_WORDS.ids[vocabulary.EOS] != 2
+@pytest.mark.parametrize("words", [TOY_WORDS, VIDEO_WORDS, INSTRUCT_WORDS])
+def test_vocabularies_grow_behind_the_old_words_and_end_with_the_end_token(words):
+    """CLIP's text tower finds the end token by the largest id."""
+    old, new = TOY_WORDS.words, words.words
+    assert new[: len(old) - 1] == old[:-1] and new[-1] == vocabulary.EOS and len(set(new)) == len(new)
+    assert len(words.tokenizer) == len(new) and words.ids[vocabulary.EOS] != 2
 
 
-def test_answers_are_right_by_an_independent_reading():
-    """Read the question's words again and answer from the list of things."""
+@pytest.mark.parametrize("draw", [scene, large_scene])
+def test_answers_are_right_by_an_independent_reading(draw):
+    """Read the question's words again and answer from the list of things, the picture's centre at (96, 96)."""
     rng = np.random.default_rng(1)
     seen = dict.fromkeys(FAMILIES, 0)
-    for drawn in SCENES:
+    for index, dense in itertools.product(range(12), (False, True)):
+        drawn = draw("val", index, dense)
+        things = centred(drawn.things, *drawn.image.shape[1::-1])
         for family in FAMILIES:
-            question = ask(drawn.things, family, rng)
+            question = ask(things, family, rng)
             if question is not None:
-                assert reader(drawn.things, family, question.text) == question.answer, question
+                assert reader(things, family, question.text) == question.answer, question
                 seen[family] += 1
     assert min(seen.values()) >= 10, seen
 

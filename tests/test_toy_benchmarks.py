@@ -17,13 +17,14 @@ from toy.benchmarks import (
     NAMES,
     STRING,
     about,
+    choices,
     generator,
     gqa_and_videos,
     linked,
     objects,
-    official,
     picture,
     ten_answers,
+    words,
     write_card,
     write_table,
 )
@@ -72,7 +73,7 @@ def test_every_split_and_profile_loads_complete(name):
 
 
 def test_writing_again_gives_the_same_bytes(tmp_path):
-    official.write_mmvet(tmp_path)
+    words.write_mmvet(tmp_path)
     gqa_and_videos.write_zero_shot_sets(tmp_path, ROOT / "assets" / "eval_video" / "video_qa")
     files = [file for file in tmp_path.rglob("*.json*") if file.is_file()]
     assert len(files) == 10
@@ -119,7 +120,7 @@ def test_pope_and_mme_have_as_many_yes_as_no():
 def test_pope_objects_are_there_or_not():
     asked = defaultdict(set)
     pictures = {one.file: one for one in linked(300)}
-    for category in official.CATEGORIES:
+    for category in choices.CATEGORIES:
         for line in (DATA / "pope" / "coco" / f"coco_pope_{category}.json").read_text().splitlines():
             row = json.loads(line)
             name = row["text"].removeprefix("Is there a ").removesuffix(" in the image?")
@@ -132,7 +133,7 @@ def test_pope_objects_are_there_or_not():
 
 def test_pope_mirror_asks_what_the_official_files_ask():
     official, mirror = (load("pope", source=source) for source in ("official", "mirror"))
-    assert [(q.question, q.answer) for q in official.questions] == [(q.question, q.answer) for q in mirror.questions]
+    assert [(q.question, q.answer) for q in choices.questions] == [(q.question, q.answer) for q in mirror.questions]
     first = [np.asarray(dataset.pictures.open(dataset.questions[0].image)) for dataset in (official, mirror)]
     assert (first[0] == first[1]).all()
 
@@ -140,13 +141,13 @@ def test_pope_mirror_asks_what_the_official_files_ask():
 def test_mme_asks_a_right_and_a_wrong_question_about_every_image():
     release = DATA / "MME" / "MME_Benchmark_release_version"
     for task in NAMES["mme"]:
-        folder = release / task / "questions_answers_YN" if task in official.IN_FOLDERS else release / task
+        folder = release / task / "questions_answers_YN" if task in choices.IN_FOLDERS else release / task
         files = sorted(folder.glob("*.txt"))
-        assert len(files) == official.IMAGES_EACH, task
+        assert len(files) == choices.IMAGES_EACH, task
         for file in files:
             questions, answers = zip(*(line.split("\t") for line in file.read_text().splitlines()), strict=True)
             assert answers == ("Yes", "No") and questions[0] != questions[1]
-            assert all(question.endswith(f" {official.INSTRUCTION}") for question in questions)
+            assert all(question.endswith(f" {choices.INSTRUCTION}") for question in questions)
 
 
 @pytest.mark.parametrize("name", ["mmbench", "mmbench_cn"])

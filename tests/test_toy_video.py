@@ -149,11 +149,6 @@ def test_every_word_is_in_the_vocabulary():
             assert VIDEO_WORDS.tokenizer.decode(VIDEO_WORDS.encode(question.answer)) == question.answer
 
 
-def test_the_vocabulary_grows_behind_the_old_one():
-    old, new = TOY_WORDS.words, VIDEO_WORDS.words
-    assert new[: len(old) - 1] == old[:-1] and new[-1] == old[-1] == vocabulary.EOS and len(set(new)) == len(new)
-
-
 def test_the_prompt_of_training_is_the_prompt_of_llava_v1():
     from llava.conversation import render
 

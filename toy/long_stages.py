@@ -25,7 +25,7 @@ from toy.data.videos import SEEN, Actor, ask_video
 from toy.data.vocabulary import NEXT_WORDS, VIDEO_WORDS
 from toy.llava import Trainee, build_video_llava, load_toy
 from toy.packing import Line, Visuals, question_line
-from toy.stages import QuestionStage, Recipe, Settings, drawn_families
+from toy.stages import RECIPES, QuestionStage, Recipe, Settings, drawn_families
 
 
 class LongStage(QuestionStage):
@@ -110,11 +110,7 @@ class Next(LongStage):
     """Fine-tune the toy model on large pictures in tiles."""
 
     name = "next"
-    defaults = Settings(
-        460, 600, batch=12, validation=100, watched=12, final=40, keep=240, questions=10, keep_later=700, whole=0.02
-    )
-    quick = Settings(4, 4, batch=3, validation=2, watched=2, final=2, keep=200, questions=3, keep_later=300, whole=0.3)
-    recipe = Recipe(lr=1.5e-3, adam_lr=1e-3, clip=1.0, decay=0.5, dtype="float32", save_every=25)
+    recipe = Recipe(**RECIPES["next"]["recipe"])
     at_once, words = 2, NEXT_WORDS
     sampled = (*FAMILIES, *POSITIONS, "count", "count", "digit", "exist", "shape")
     # The first part of the steps sees few tokens of many pictures, the next most things of fewer: with things missing,
@@ -223,11 +219,7 @@ class Video(LongStage):
     """Fine-tune the toy model on videos of eight frames."""
 
     name = "video"
-    defaults = Settings(
-        1160, 1000, batch=12, validation=100, watched=16, final=40, keep=208, questions=10, keep_later=640, whole=0.085
-    )
-    quick = Settings(4, 6, batch=3, validation=4, watched=4, final=4, keep=64, questions=3, keep_later=128, whole=0.3)
-    recipe = Recipe(lr=2e-3, adam_lr=1e-3, clip=1.0, decay=0.4, dtype="float32", evaluate_every=200, save_every=25)
+    recipe = Recipe(**RECIPES["video"]["recipe"])
     at_once, words, kinds = 4, VIDEO_WORDS, tuple(VIDEO_FAMILIES)
     sampled = (*VIDEO_FAMILIES, "direction", "mover", "mover", *["appear"] * 3, "order", "times", "count")
     # The first part of the steps sees few tokens of many videos, the next whole things of fewer, as in stage "next".

@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
 from toy import clip
@@ -39,6 +40,9 @@ from toy.packing import (
     whole,
 )
 
+# Stage -> the fields of its Recipe and of its Settings, "full" and "quick".
+RECIPES: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text())
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -55,7 +59,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of a run. A stage does not use those that are 0 in its defaults."""
+    """Sizes of a run. A stage does not use those that are 0 in the full training."""
 
     steps: int
     images: int  # training scenes, pictures or videos
@@ -74,14 +78,11 @@ class Stage(ABC):
 
     Attributes:
         name: of the stage and of its files.
-        defaults: of the full training; `quick` are those of a trial of a few steps.
         at_once: validation rows.
         trainee: whose parameters are trained.
     """
 
     name: ClassVar[str]
-    defaults: ClassVar[Settings]
-    quick: ClassVar[Settings]
     recipe: ClassVar[Recipe]
     at_once: ClassVar[int]
     trainee: nn.Module
@@ -218,9 +219,7 @@ class Vision(Stage):
     """Train the CLIP tower and its text tower on scenes."""
 
     name = "vision"
-    defaults = Settings(1400, 12000, batch=20, validation=200, watched=200, final=200, keep=184, whole=0.1)
-    quick = Settings(4, 40, batch=4, validation=40, watched=40, final=40, keep=48, whole=0.1)
-    recipe = Recipe(lr=2e-3, adam_lr=1.5e-3, clip=2.0, decay=0.6, evaluate_every=400)
+    recipe = Recipe(**RECIPES["vision"]["recipe"])
     at_once = 40
 
     def __init__(self, folder: Path, settings: Settings, model: Path):
@@ -308,11 +307,7 @@ class Language(SceneStage):
     """Train projector and decoder on questions about scenes."""
 
     name = "language"
-    defaults = Settings(
-        2300, 9000, batch=20, validation=100, watched=100, final=100, keep=136, questions=10, whole=0.05
-    )
-    quick = Settings(4, 40, batch=4, validation=20, watched=20, final=20, keep=48, questions=3, whole=0.3)
-    recipe = Recipe(lr=2e-3, adam_lr=1.5e-3, clip=1.0, decay=0.35, evaluate_every=300)
+    recipe = Recipe(**RECIPES["language"]["recipe"])
     at_once, words, guided = 20, TOY_WORDS, 0.8
 
     def __init__(self, folder: Path, settings: Settings, model: Path):
@@ -382,9 +377,7 @@ class Instruct(SceneStage):
     """Fine-tune the toy model on the answer formats of all benchmarks."""
 
     name = "instruct"
-    defaults = Settings(1300, 9000, batch=8, validation=400, watched=60, final=60, keep=136, questions=16, whole=0.06)
-    quick = Settings(4, 40, batch=4, validation=20, watched=20, final=20, keep=48, questions=4, whole=0.3)
-    recipe = Recipe(lr=2.5e-3, adam_lr=1.5e-3, clip=1.0, decay=0.35, save_every=50)
+    recipe = Recipe(**RECIPES["instruct"]["recipe"])
     at_once, words, kinds, guided = 10, INSTRUCT_WORDS, tuple(FORMATS), 0.85
     # Where a letter is due, the word it stands for is predicted from the decoder's states after this many layers.
     # Otherwise the model knows the word only in its last layers, too late to look up the letter beside it.

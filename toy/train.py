@@ -30,7 +30,7 @@ from eval.tracking import Tracker, start
 from llava.errors import UserError
 from toy.data.corpus import ranks as training_ranks
 from toy.long_stages import Next, Video
-from toy.stages import Instruct, Language, Recipe, Settings, Stage, Vision
+from toy.stages import RECIPES, Instruct, Language, Recipe, Settings, Stage, Vision
 
 LOG_EVERY = 25  # steps
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Vision, Language, Next, Video, Instruct)}
@@ -197,8 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the data that they draw and waiting for each other is all they share.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
         dist.init_process_group("gloo")
-    stage = STAGES[args.stage]
-    run(args.stage, args.folder, stage.quick if args.quick else stage.defaults, args.model)
+    settings = Settings(**RECIPES[args.stage]["quick" if args.quick else "full"])
+    run(args.stage, args.folder, settings, args.model)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

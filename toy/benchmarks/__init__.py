@@ -69,6 +69,7 @@ def link(path: Path, target: Path) -> None:
     path.symlink_to(os.path.relpath(target, path.parent))
 
 
+OWNER = "lmms-lab-encoder"  # of most repositories on the hub
 # Column types of the tables, for arrow and for the library `datasets`.
 STRING, INTEGER, STRINGS, IMAGE = "string", "int64", "strings", "image"
 _TEXT: dict[str, str] = {"dtype": "string", "_type": "Value"}
@@ -198,6 +199,13 @@ def by_size(pictures: Iterable[Picture]) -> list[Picture]:
     return sorted(pictures, key=lambda one: (len(one.original), one.name))
 
 
+def small(pictures: Iterable[Picture], count: int) -> list[Picture]:
+    """The `count` pictures with the smallest files, in the order given."""
+    pictures = list(pictures)
+    chosen = by_size(pictures)[:count]
+    return [picture for picture in pictures if picture in chosen]
+
+
 @cache
 def _smooth() -> tuple[Picture, ...]:
     """Pictures of the scenes after those of GQA, natural and dense in turn, the smallest files first."""
@@ -319,3 +327,8 @@ def ten_answers(answer: str, rng: np.random.Generator) -> list[str]:
 def answer_type(answer: str) -> str:
     """VQA's type of an answer."""
     return "yes/no" if answer in ("yes", "no") else "number" if answer in DIGITS else "other"
+
+
+def cells(picture: Picture, pair: Pair, **more: Any) -> dict[str, Any]:
+    """A row of a table: question, answer and image, and what the set has besides or instead."""
+    return {"question": pair.question, "answer": pair.answer, "image": picture.cell, **more}

@@ -20,19 +20,19 @@ from pathlib import Path
 import toy.benchmarks
 from eval.command import exit_on_user_error
 from llava.errors import UserError
-from toy.benchmarks import choices, gqa_and_videos, hub, images, official
+from toy.benchmarks import choices, gqa_and_videos, images, words
 
 # Name of a group of sets -> what writes it below the output folder.
 WRITERS: dict[str, Callable[[Path], None]] = {
     "gqa": gqa_and_videos.write_gqa,
-    "captions": hub.write_captions,
+    "captions": words.write_captions,
     "choices": choices.write_choices,
-    "judged": official.write_judged,
-    "mme": official.write_mme,
-    "mmmu": hub.write_mmmu,
-    "pope": official.write_pope,
-    "tables": hub.write_tables,
-    "vqa": official.write_vqa,
+    "judged": words.write_judged,
+    "mme": choices.write_mme,
+    "mmmu": choices.write_mmmu,
+    "pope": choices.write_pope,
+    "tables": words.write_tables,
+    "vqa": words.write_vqa,
     "videos": lambda root: gqa_and_videos.write_zero_shot_sets(root, root.parent / "eval_video" / "video_qa"),
 }
 # A further module of this package with a function `write`, as `vtr new benchmark` makes one, is a group too.

@@ -1,28 +1,29 @@
-"""Benchmarks in their official layouts whose answers are words or sentences.
+"""Sets whose answers are words or sentences.
 
-TextVQA, VizWiz and VQAv2: short answers by ten people. MM-Vet and LLaVA-Bench (in the wild): free answers that a judge
-reads. POPE, also as the hub holds it, and MME: yes or no.
+In their official layouts TextVQA, VizWiz and VQAv2, short answers by ten people, and MM-Vet and LLaVA-Bench (in the
+wild), free answers that a judge reads. As tables of the hub ChartQA, DocVQA, InfoVQA, OCRBench and RealWorldQA, one
+question a row, and Flickr30k and NoCaps, one picture a row, with captions as people might write them.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from eval.benchmarks.llava_files import SHORT, VIZ
 from toy.benchmarks import (
     ALL,
     IMAGE,
-    LINKED,
+    INTEGER,
     NAMES,
+    OWNER,
     STRING,
+    STRINGS,
     Picture,
     about,
     answer_type,
     answered,
-    by_size,
+    cells,
     copied,
     forms,
     fresh,
@@ -30,18 +31,20 @@ from toy.benchmarks import (
     images,
     link,
     linked,
-    objects,
     prompt,
     rotation,
+    small,
     ten_answers,
-    write_file,
+    write_card,
     write_json,
     write_jsonl,
     write_splits,
+    write_table,
 )
-from toy.data.formats import OCR_TOKENS, UNANSWERABLE, VIZ_FAMILIES, Pair, claim, compose, distractors, draw
-from toy.data.questions import Retry, attempt, pick
-from toy.data.scenes import SIDE, Thing
+from toy.benchmarks.choices import write_ai2d, write_mmstar
+from toy.data.formats import OCR_TOKENS, UNANSWERABLE, VIZ_FAMILIES, Pair, caption_references, compose
+from toy.data.questions import attempt
+from toy.data.scenes import SIDE
 from toy.data.vocabulary import COLOR_NAMES, PATTERNS, SHAPES, SIZES
 
 # Short answers by ten people.
@@ -217,144 +220,110 @@ def caption(picture: Picture) -> str:
     return f"A drawing with {', '.join(names)}, from left to right."
 
 
-# POPE. Objects are a colour and a shape. An image has three objects that it holds and, for each category, three that it
-# does not: drawn at random, the commonest over all images, or those that are most often seen with the objects of the
-# image.
-
-# In the order of LLaVA's question file, with the offsets of its ids.
-CATEGORIES = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
-PICTURES, EACH = 16, 3
-POPE_FIRST = 40  # scene
-LABELS = ("yes", "no")  # of the objects of an image, by turns
+# Sets of questions.
 
 
-def small(pictures: Iterable[Picture], count: int) -> list[Picture]:
-    """The `count` pictures with the smallest files, in the order given."""
-    pictures = list(pictures)
-    chosen = by_size(pictures)[:count]
-    return [picture for picture in pictures if picture in chosen]
+def write_tables(root: Path) -> None:
+    """Everything of these sets below ROOT/hub."""
+    hub = root / "hub"
+    write_mmstar(fresh(hub / "Lin-Chen" / "MMStar"))
+    write_ai2d(fresh(hub / OWNER / "ai2d"))
+    write_chartqa(fresh(hub / OWNER / "ChartQA"))
+    write_docvqa(fresh(hub / OWNER / "DocVQA"))
+    write_realworldqa(fresh(hub / OWNER / "RealWorldQA"))
+    write_ocrbench(fresh(hub / "echo840" / "OCRBench"))
 
 
-def negatives(category: str, held: set[str], everything: Sequence[set[str]], rng: np.random.Generator) -> list[str]:
-    """Objects that an image does not hold, by POPE's three rules; ties in alphabetical order."""
-    absent = sorted({f"{color} {shape}" for color in COLOR_NAMES for shape in SHAPES} - held)
-    if category == "random":
-        return [absent[place] for place in rng.permutation(len(absent))[:EACH]]
-    counts: Counter[str] = Counter()
-    for other in everything:
-        # How often an object is seen at all, or together with each object of this image.
-        weight = 1 if category == "popular" else len(other & held)
-        counts.update(dict.fromkeys(other, weight))
-    return sorted(absent, key=lambda name: (-counts[name], name))[:EACH]
+def write_chartqa(folder: Path) -> None:
+    """One half counts as asked by people, the other as made from them."""
+    columns = {"type": STRING, "question": STRING, "answer": STRING, "image": IMAGE}
+    made = list(
+        answered(copied(16, 10), "single_word", generator("chartqa"), 5, ("count", "digit", "color", "shape", "relate"))
+    )
+    rows = [
+        cells(picture, pair, type="human_test" if 2 * number < len(made) else "augmented_test")
+        for number, (picture, pair) in enumerate(made)
+    ]
+    write_splits(folder, columns, {"test": rows})
 
 
-def pope_lines(pictures: Iterable[Picture]) -> dict[str, list[dict]]:
-    """The lines of POPE's three files."""
-    everything = [objects(picture) for picture in linked(2 * LINKED)]
-    lines: dict[str, list[dict]] = {category: [] for category in CATEGORIES}
+def write_docvqa(folder: Path) -> None:
+    """Validation with answers and test without, for both configurations."""
+    columns = {"questionId": STRING, "question": STRING, "image": IMAGE, "answers": STRINGS, "data_split": STRING}
+    card: dict[str, dict[str, str]] = {}
+    for place, (config, among) in enumerate(NAMES["documents"].items()):
+        for split, pictures in (("validation", copied(12, 14 + 12 * place)), ("test", copied(4, 50 + 4 * place))):
+            rows = []
+            for picture, pair in answered(pictures, "short", generator(f"{config} {split}"), 4, among):
+                row = cells(picture, pair, questionId=str(49153 + len(rows)), data_split=split)
+                if split == "validation":
+                    row |= {"answers": forms(pair.answer), "data_split": "val"}
+                rows.append(row)
+            file = f"{config}/{split}-00000-of-00001.parquet"
+            write_table(folder / file, columns, rows)
+            card.setdefault(config, {})[split] = file
+    write_card(folder, card)
+
+
+def write_realworldqa(folder: Path) -> None:
+    """Questions that hold their own instruction: mostly a letter, else a word."""
+    columns = {"image": IMAGE, "question": STRING, "answer": STRING}
+    rows = [cells(*one) for one in answered(copied(16, 30), "realworld", generator("realworldqa"), 5)]
+    write_splits(folder, columns, {"test": rows})
+
+
+def write_ocrbench(folder: Path) -> None:
+    """Handwritten digits, ten questions of every type."""
+    columns = {"dataset": STRING, "question": STRING, "question_type": STRING, "answer": STRINGS, "image": IMAGE}
+    made = list(answered(copied(44, 4), "bare", generator("ocrbench"), 4, ("digit",)))
+    rows = [
+        cells(picture, pair, dataset=dataset, question_type=kind, answer=[pair.answer])
+        for number, (kind, dataset) in enumerate(NAMES["ocrbench"].items())
+        for picture, pair in made[10 * number : 10 * number + 10]
+    ]
+    write_splits(folder, columns, {"test": rows}, card=True)
+
+
+# Captions.
+
+CAPTIONED = 20  # pictures of a set
+
+
+def write_captions(root: Path) -> None:
+    """Flickr30k with five captions a picture and NoCaps with ten, below ROOT/hub."""
+    hub = root / "hub" / OWNER
+    columns = {"image": IMAGE, "caption": STRINGS, "sentids": STRINGS, "split": STRING, "img_id": STRING}
+    rows = [
+        {"image": picture.cell, "caption": list(captions), "sentids": [str(5 * row + place) for place in range(5)]}
+        | {"split": "test", "img_id": str(row), "filename": picture.file}
+        for row, (picture, captions) in enumerate(islice(captioned(copied(48)), CAPTIONED))
+    ]
+    write_splits(fresh(hub / "flickr30k"), {**columns, "filename": STRING}, {"test": rows})
+
+    columns = {"image": IMAGE, "image_id": INTEGER, "image_file_name": STRING, "annotations_captions": STRINGS}
+    rows = [
+        {"image": picture.cell, "image_id": row, "image_file_name": picture.file}
+        | {"annotations_captions": reworded(captions)}
+        for row, (picture, captions) in enumerate(islice(captioned(copied(48, 60)), CAPTIONED))
+    ]
+    # The captions of the test split are not public.
+    hidden = [
+        {"image": picture.cell, "image_id": 1000 + row, "image_file_name": picture.file}
+        for row, picture in enumerate(copied(6, 48))
+    ]
+    write_splits(fresh(hub / "NoCaps"), columns, {"validation": rows, "test": hidden})
+
+
+def captioned(pictures: Iterable[Picture]) -> Iterator[tuple[Picture, tuple[str, ...]]]:
+    """The pictures whose big shapes have a clear order, each with five captions."""
     for picture in pictures:
-        held = objects(picture)
-        rng = generator("pope", picture.name)
-        present = [sorted(held)[place] for place in rng.permutation(len(held))[:EACH]]
-        for category, own in lines.items():
-            absent = negatives(category, held, everything, rng)
-            names = [name for pair in zip(present, absent, strict=True) for name in pair]
-            for name, label in zip(names, LABELS * EACH, strict=True):
-                text = f"Is there a {name} in the image?"
-                own.append({"question_id": len(own) + 1, "image": picture.file, "text": text, "label": label})
-    return lines
+        captions = attempt(lambda: caption_references(picture.things), 1)  # noqa: B023
+        if captions is not None:
+            yield picture, captions
 
 
-def write_pope(root: Path) -> None:
-    """Everything below ROOT/pope, and the same questions about the same files as a table below ROOT/hub."""
-    pictures = small((picture for picture in linked(140, POPE_FIRST) if len(objects(picture)) >= EACH), PICTURES)
-    files = {picture.file: {"bytes": picture.original, "path": picture.file} for picture in pictures}
-    folder, prompts, table = fresh(root / "pope"), [], []
-    for category, rows in pope_lines(pictures).items():
-        write_jsonl(folder / "coco" / f"coco_pope_{category}.json", rows)
-        for row in rows:
-            number, image, text = row["question_id"], row["image"], row["text"]
-            prompts.append(prompt(CATEGORIES[category] + number, image, f"{text}\n{SHORT}", category))
-            cells = {"id": str(len(table)), "question_id": str(number), "question": text, "answer": row["label"]}
-            cells |= {"image_source": image.removesuffix(".jpg"), "image": files[image], "category": category}
-            table.append(cells)
-    write_jsonl(folder / "llava_pope_test.jsonl", prompts)
-    link(folder / "val2014", images(root))
-    columns = dict.fromkeys(("id", "question_id", "question", "answer", "image_source"), STRING)
-    columns |= {"image": IMAGE, "category": STRING}
-    write_splits(fresh(root / "hub" / "lmms-lab-encoder" / "POPE"), columns, {"test": table}, card=True)
-
-
-# MME: fourteen tasks, two questions about every image, one right and one wrong.
-
-IMAGES_EACH, TRIES = 5, 400
-INSTRUCTION = "Please answer yes or no."
-
-YesNo = tuple[str, str]  # the question whose answer is yes, and the one whose answer is no
-Wanted = Callable[[str], bool]  # of the name of a thing
-THINGS: dict[str, Wanted] = {
-    "all": bool,
-    "panels": lambda name: name.endswith("panel"),
-    "colours": lambda name: name.endswith(" objects"),
-    "shapes": lambda name: not name.endswith(" objects"),
-    "sized": lambda name: name.split()[0] in SIZES,
-    "unsized": lambda name: name.split()[0] not in SIZES,
-    "plain": lambda name: not name.endswith("panel") and name.split()[0] not in SIZES,
-}
-IN_FOLDERS = ("artwork", "celebrity", "landmark", "posters", "scene")
-
-
-def yes_and_no(things: tuple[Thing, ...], family: str, wanted: Wanted, rng: np.random.Generator) -> YesNo:
-    """A question with each answer: whether a thing is there, whether a relation holds, else two claims about a thing.
-
-    Raises:
-        Retry: the draw found no such questions.
-    """
-    texts: dict[str, str] = {}
-    for _ in range(TRIES):
-        try:
-            question = draw(things, rng, family)
-        except Retry:
-            if family != "exist":
-                raise
-            continue
-        name = dict(question.program)["select"]
-        if family not in ("exist", "verify"):
-            if not wanted(name):
-                raise Retry
-            return claim(question, question.answer), claim(question, pick(distractors(question), rng))
-        if wanted(name):
-            text = question.text if family == "verify" else f"Is there a {name} in the image?"
-            texts.setdefault(question.answer, text)
-        if len(texts) == 2:
-            return texts["yes"], texts["no"]
-    raise Retry
-
-
-def mme_pairs(task: str, pictures: list[Picture]) -> list[tuple[Picture, YesNo]]:
-    """The first pictures of the task's kind that its questions can be asked about."""
-    kind, family, things = NAMES["mme"][task]
-    made = []
-    for picture in pictures:
-        if picture.dense != (kind == "dense") or len(made) == IMAGES_EACH:
-            continue
-        rng = generator("mme", task, picture.name)
-        asked = attempt(lambda: yes_and_no(picture.things, family, THINGS[things], rng), TRIES)  # noqa: B023
-        if asked is not None:
-            made.append((picture, asked))
-    return made
-
-
-def write_mme(root: Path) -> None:
-    """Everything below ROOT/MME."""
-    folder, lines = fresh(root / "MME"), []
-    release = folder / "MME_Benchmark_release_version"
-    for number, task in enumerate(NAMES["mme"]):
-        pictures, answers = (f"{task}/images", f"{task}/questions_answers_YN") if task in IN_FOLDERS else (task, task)
-        for picture, texts in mme_pairs(task, copied(120, first=3 * number)):
-            name = f"{pictures}/{picture.file}"
-            write_file(release / name, picture.jpeg)
-            listed = [f"{text} {INSTRUCTION}\t{answer}\n" for text, answer in zip(texts, ("Yes", "No"), strict=True)]
-            write_file(release / answers / f"{picture.name}.txt", "".join(listed))
-            lines += [prompt(name, name, f"{text}\n{SHORT}", task) for text in texts]
-    write_jsonl(folder / "llava_mme.jsonl", lines)
+def reworded(captions: tuple[str, ...]) -> list[str]:
+    """Ten captions: the five, and the five in other words."""
+    plain = captions[0].replace("big ", "")
+    drawings = [f"a drawing of {captions[place]}" for place in (0, 3)]
+    return [*captions, *drawings, plain, f"a picture with {plain}", f"{captions[0]} on a plain background"]
