@@ -527,40 +527,30 @@ def measure_picture(
 
 
 def measure(scores: Array, encoder: Array, picture: Picture, one: Asked, late: Mask) -> Array:
-    """[S, measures] of the scores [S, 576] of one question.
+    """[S, measures] of the scores [S, 576] of one question; `of_others` fills the measures of others.
 
     Args:
         encoder: [576], what agreement is measured with.
         late: [576] bool, the patches that stand in the second half of the sequence.
     """
-    table = np.full((len(scores), len(MEASURES)), np.nan)
     mask = picture.patches(one.targets)
-    nothing = np.full(len(scores), np.nan)
+    found: dict[str, Any] = {
+        "mass": scores.sum(-1),
+        "late": share(scores)[:, late].sum(-1),
+        "late 64": chosen(scores, 64)[:, late].mean(-1) * late.sum() / 64,
+        "effective": effective_share(scores),
+        "gini": gini(scores),
+        "spearman": spearman(scores, encoder),
+        **{f"overlap {count}": overlap(scores, encoder, count) for count in (32, 64, 128)},
+    }
     if mask.any():
-        table[:, : len(TARGET)] = np.stack(
-            [
-                auroc(scores, mask),
-                auroc(scores, mask, picture.owner >= 0) if set(picture.owner[~mask]) != {-1} else nothing,
-                *[nothing] * 2,  # `of_others` fills them
-                average_precision(scores, mask),
-                np.full(len(scores), mask.mean()),
-                lift(scores, mask),
-                recall(scores, mask, 64),
-            ],
-            axis=-1,
-        )
-    table[:, len(TARGET) :] = np.stack(
-        [
-            scores.sum(-1),
-            share(scores)[:, late].sum(-1),
-            chosen(scores, 64)[:, late].mean(-1) * late.sum() / 64,
-            effective_share(scores),
-            gini(scores),
-            spearman(scores, encoder),
-            *(overlap(scores, encoder, count) for count in (32, 64, 128)),
-        ],
-        axis=-1,
-    )
+        found |= {"auroc": auroc(scores, mask), "average precision": average_precision(scores, mask)}
+        found |= {"chance precision": mask.mean(), "lift": lift(scores, mask), "recall 64": recall(scores, mask, 64)}
+        if set(picture.owner[~mask]) != {-1}:
+            found["among things"] = auroc(scores, mask, picture.owner >= 0)
+    table = np.full((len(scores), len(MEASURES)), np.nan)
+    for name, values in found.items():
+        table[:, MEASURES.index(name)] = values
     return table
 
 

@@ -127,7 +127,7 @@ class Table:
 
 # Figures.
 
-STYLE = {
+STYLE: Any = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "axes.spines.top": False,
