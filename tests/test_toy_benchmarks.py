@@ -133,7 +133,7 @@ def test_pope_objects_are_there_or_not():
 
 def test_pope_mirror_asks_what_the_official_files_ask():
     official, mirror = (load("pope", source=source) for source in ("official", "mirror"))
-    assert [(q.question, q.answer) for q in choices.questions] == [(q.question, q.answer) for q in mirror.questions]
+    assert [(q.question, q.answer) for q in official.questions] == [(q.question, q.answer) for q in mirror.questions]
     first = [np.asarray(dataset.pictures.open(dataset.questions[0].image)) for dataset in (official, mirror)]
     assert (first[0] == first[1]).all()
 
