@@ -9,16 +9,15 @@ import torch
 from llava.errors import UserError
 from toy.clip import build_clip, patchify, phrase_targets, phrases, vision_states
 from toy.data import vocabulary
-from toy.data.corpus import Corpus, render
-from toy.data.questions import FAMILIES, ask
-from toy.data.scenes import DENSE_OFFSET, SEEDS, handwritten_digits, scene
-from toy.data.vocabulary import TOY_WORDS
-from toy.export import trained_weights
-from toy.optimizer import schedule
-from toy.packing import Text, attention_mask, whole
-from toy.report import TextOnly
-from toy.stages import QUESTION_LENGTH, Recipe, Settings, Stage
-from toy.train import train
+from toy.data.corpus import Corpus, write_scenes
+from toy.data.formats import INSTRUCT_WORDS
+from toy.data.questions import FAMILIES, PlainQuestion, ask
+from toy.data.scenes import SEEDS, centred, handwritten_digits, large_scene, scene
+from toy.data.vocabulary import TOY_WORDS, VIDEO_WORDS
+from toy.export import Record, text_only, trained_weights
+from toy.packing import Line, attention_mask, pack, whole
+from toy.stages import Recipe, Settings, Stage, scene_lines
+from toy.train import schedule, train
 
 SCENES = [scene("val", index, dense) for index, dense in itertools.product(range(12), (False, True))]
 
@@ -26,19 +25,18 @@ SCENES = [scene("val", index, dense) for index, dense in itertools.product(range
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    render(folder, "train", 6)
+    write_scenes(folder, "train", 6)
     return Corpus(folder)
 
 
-def test_scenes_are_functions_of_their_seed():
-    again = scene("val", 0, False)
-    assert again.jpeg == SCENES[0].jpeg and again.things == SCENES[0].things
-    assert scene("test", 0, False).jpeg != again.jpeg
+@pytest.mark.parametrize("draw", [scene, large_scene])
+def test_scenes_are_functions_of_their_seed(draw):
+    first, again = draw("val", 0, False), draw("val", 0, False)
+    assert again.jpeg == first.jpeg and again.things == first.things
+    assert draw("test", 0, False).jpeg != again.jpeg
 
 
-def test_splits_share_neither_scenes_nor_digits():
-    starts = sorted(first + offset for first in SEEDS.values() for offset in (0, DENSE_OFFSET))
-    assert min(b - a for a, b in itertools.pairwise(starts)) >= DENSE_OFFSET
+def test_splits_share_no_digits():
     parts = [{image.tobytes() for image in handwritten_digits(split)[0]} for split in SEEDS]
     assert sum(map(len, parts)) > 1700
     assert not any(a & b for a, b in itertools.combinations(parts, 2))
@@ -54,40 +52,47 @@ def asked_patches(one) -> int:
     return sum(int((one.owner == i).sum()) for i, thing in enumerate(one.things) if thing.kind != "panel")
 
 
-def test_every_word_is_in_the_vocabulary_and_both_tokenizers_agree():
-    tokenizer = TOY_WORDS.tokenizer
+def test_every_word_is_in_the_vocabulary():
     rng = np.random.default_rng(0)
     for drawn, family in itertools.product(SCENES, FAMILIES):
         question = ask(drawn.things, family, rng)
         if question:
-            assert tokenizer(question.text).input_ids[1:] == TOY_WORDS.encode(question.text)
-            assert tokenizer.decode(TOY_WORDS.encode(question.answer)) == question.answer
-            assert len(TOY_WORDS.encode(question.text)) + 3 <= QUESTION_LENGTH
+            words = question.text.lower().replace("?", " ?").split()
+            assert TOY_WORDS.encode(question.text) == [TOY_WORDS.ids[word] for word in words]
+            assert TOY_WORDS.tokenizer.decode(TOY_WORDS.encode(question.answer)) == question.answer
 
 
 def test_the_prompt_of_training_is_the_prompt_of_the_pipeline():
-    """Training packs ids by hand; the evaluation renders vicuna_v1 and tokenises text. They must be the same ids."""
+    """Training packs prefix, image and question; the evaluation renders vicuna_v1. They must be the same ids."""
     from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample, build_prompt
 
-    sample = Sample("q", "What color is the small star?", vocabulary.SHORT_ANSWER, image=object())
+    (line,) = scene_lines(SCENES[0].things, ["color"], np.random.default_rng(0))
+    text = ask(SCENES[0].things, "color", np.random.default_rng(0), tries=12).text
+    sample = Sample("q", text, vocabulary.SHORT_ANSWER, image=object())
     ids = list(build_prompt(sample, TOY_WORDS.tokenizer, "vicuna_v1").ids)
-    tail = [TOY_WORDS.ids[word] for word in (vocabulary.SHORT_ANSWER, vocabulary.ASSISTANT)]
-    assert ids == [*TOY_WORDS.prefix, IMAGE_TOKEN_INDEX, *TOY_WORDS.encode(sample.question), *tail]
+    assert ids == [*TOY_WORDS.prefix, IMAGE_TOKEN_INDEX, *line.asked]
 
 
-def test_clip_finds_the_end_token_at_the_last_id():
-    assert TOY_WORDS.words[-1] == vocabulary.EOS and TOY_WORDS.ids[vocabulary.EOS] != 2
+@pytest.mark.parametrize("words", [TOY_WORDS, VIDEO_WORDS, INSTRUCT_WORDS])
+def test_vocabularies_grow_behind_the_old_words_and_end_with_the_end_token(words):
+    """CLIP's text tower finds the end token by the largest id."""
+    old, new = TOY_WORDS.words, words.words
+    assert new[: len(old) - 1] == old[:-1] and new[-1] == vocabulary.EOS and len(set(new)) == len(new)
+    assert len(words.tokenizer) == len(new) and words.ids[vocabulary.EOS] != 2
 
 
-def test_answers_are_right_by_an_independent_reading():
-    """Read the question's words again and answer from the list of things."""
+@pytest.mark.parametrize("draw", [scene, large_scene])
+def test_answers_are_right_by_an_independent_reading(draw):
+    """Read the question's words again and answer from the list of things, the picture's centre at (96, 96)."""
     rng = np.random.default_rng(1)
     seen = dict.fromkeys(FAMILIES, 0)
-    for drawn in SCENES:
+    for index, dense in itertools.product(range(12), (False, True)):
+        drawn = draw("val", index, dense)
+        things = centred(drawn.things, *drawn.image.shape[1::-1])
         for family in FAMILIES:
-            question = ask(drawn.things, family, rng)
+            question = ask(things, family, rng)
             if question is not None:
-                assert reader(drawn.things, family, question.text) == question.answer, question
+                assert reader(things, family, question.text) == question.answer, question
                 seen[family] += 1
     assert min(seen.values()) >= 10, seen
 
@@ -189,12 +194,10 @@ def test_patchwise_tower_equals_the_transformers_tower(corpus):
 
 
 def test_packed_mask_lets_no_question_see_another():
-    count, length = 3, 4
-    owner, place = torch.arange(count).repeat_interleave(length), torch.arange(length).repeat(count)
-    text = Text(torch.zeros(1, count * length), owner[None], place[None])
-    mask = attention_mask(whole(torch.zeros(1, 5, 8)), text, prefix=3)[0, 0]
+    lines = pack([[Line("", (5, 6), (7, 8))] * 3])
+    mask = attention_mask(whole(torch.zeros(1, 5, 8)), lines, prefix=3)[0, 0]
     prefix = 3 + 5
-    second = prefix + length
+    second = prefix + 4
     assert mask[second, :prefix].all() and not mask[second, prefix:second].any() and mask[second, second]
 
 
@@ -256,13 +259,13 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
 
 
 def test_rendering_resumes(tmp_path, monkeypatch):
-    render(tmp_path, "train", 3)
+    write_scenes(tmp_path, "train", 3)
     done = np.load(tmp_path / "done.npy", mmap_mode="r+")
     done[1:] = 0
     del done
     drawn = []
     monkeypatch.setattr("toy.data.corpus.scene", lambda *a, **k: drawn.append(a) or scene(*a, **k))
-    render(tmp_path, "train", 3)
+    write_scenes(tmp_path, "train", 3)
     assert [index for _, index in drawn] == [1, 2]
 
 
@@ -273,9 +276,8 @@ def test_schedule_warms_up_stays_flat_and_ends_near_zero():
 
 def test_text_only_baseline_looks_up_then_falls_back():
     said = [("q1", "red"), ("q1", "blue"), ("q1", "blue"), ("q2", "red"), ("q3", "red")]
-    lookup = TextOnly([("color", question, answer) for question, answer in said])
-    assert lookup.answer("color", "q1") == "blue"
-    assert lookup.answer("color", "never asked") == "red"
+    asked = {text: Record("color", text, answer, "") for text, answer in (("q1", "blue"), ("never asked", "red"))}
+    assert text_only(asked, [PlainQuestion("color", *one) for one in said]) == {"q1": 1.0, "never asked": 1.0}
 
 
 def test_an_export_without_a_training_says_so(tmp_path):

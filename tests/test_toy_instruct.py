@@ -39,18 +39,8 @@ from toy.data.questions import CHINESE_WORDS, FAMILIES, SINGULAR, Retry
 from toy.data.scenes import Thing, scene
 from toy.data.vocabulary import TOY_WORDS
 from toy.llava import Trainee, build_instruct, build_llava, instruct_table
-from toy.packing import (
-    READ_AT,
-    Line,
-    Visuals,
-    as_line,
-    ask_lines,
-    forward,
-    pack_lines,
-    pair_accuracy,
-    pair_loss,
-    predictions,
-)
+from toy.packing import Line, Visuals, accuracy, answer_loss, forward, pack, predict, right_answers
+from toy.stages import Instruct, format_line, format_lines
 
 SCENES = [scene("val", index, dense).things for index, dense in itertools.product(range(10), (False, True))]
 LETTERED = ("letters", "several", "parens", "mmstar", "realworld", "context")
@@ -252,12 +242,10 @@ def test_every_word_of_every_format_is_in_the_vocabulary(name):
         assert list(build_prompt(sample, tokenizer, "vicuna_v1").ids) == expected
 
 
-def test_letters_are_not_articles_and_old_words_keep_their_ids():
-    words, encode = INSTRUCT_WORDS.words, INSTRUCT_WORDS.encode
+def test_letters_are_not_articles():
+    encode = INSTRUCT_WORDS.encode
     assert len({*encode("A"), *encode("a"), *encode("Answer with a star")[2:3]}) == 2
     assert INSTRUCT_WORDS.tokenizer.decode(encode("A")) == "A"
-    assert all(INSTRUCT_WORDS.ids[word] == place for word, place in TOY_WORDS.ids.items() if word != vocabulary.EOS)
-    assert words[-1] == vocabulary.EOS and len(set(words)) == len(words) == len(INSTRUCT_WORDS.tokenizer)
 
 
 def test_what_the_toy_model_is_told_keeps_its_ids():
@@ -276,13 +264,6 @@ def test_new_rows_start_from_words_of_like_use():
     assert grown[INSTRUCT_WORDS.ids["red"], 0] == TOY_WORDS.ids["red"]
 
 
-class Scenes:
-    """Two scenes as a corpus."""
-
-    def list_things(self, row: int):
-        return SCENES[row]
-
-
 @pytest.fixture(scope="module")
 def small():
     """A small untrained model with the new vocabulary."""
@@ -297,27 +278,31 @@ def test_packed_pairs_equal_separate_prompts(small, visual, renumber):
     """Same logits for every word of every answer as in a prompt of its own; text-only ones see no picture."""
     llava, parts = small
     names = [["short", "describe", "context_text", "letters"], ["context_text", "caption", "viz", "describe"]]
-    lines = ask_lines(Scenes(), [0, 3], names, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    lines = pack([format_lines(SCENES[row], formats, rng) for row, formats in zip((0, 3), names, strict=True)])
     features = torch.randn(2, visual, 32)
     kept = torch.stack([torch.randperm(576)[:visual].sort().values for _ in range(2)])
     with torch.inference_mode():
         visuals = Visuals(features, kept, torch.full((2,), 576))
-        decoded = forward(parts, INSTRUCT_WORDS.prefix, visuals, lines.text, renumber, READ_AT)
-        logits, read = predictions(parts, decoded, lines)
+        decoded = forward(parts, INSTRUCT_WORDS.prefix, visuals, lines, renumber, Instruct.early_at)
+        logits, read = (
+            predict(parts, states, decoded.start, target)
+            for states, target in ((decoded.states, lines.target), (decoded.early, lines.meant))
+        )
         expected = []
-        for i, formats in enumerate(lines.formats):
+        for i, formats in enumerate(lines.kinds):
             for j, name in enumerate(formats):
-                mine = lines.text.owner[i] == j
+                mine = lines.owner[i] == j
                 expected.append(alone(llava, parts, features[i], kept[i], lines, i, mine, name, renumber))
     torch.testing.assert_close(logits, torch.cat(expected), atol=1e-4, rtol=1e-3)
     assert len(read) == int((lines.meant != -100).sum()) >= 1
-    assert lines.text.blind.any() and "describe" in lines.formats[0] and min(map(len, lines.formats)) >= 3
+    assert lines.blind.any() and "describe" in lines.kinds[0] and min(map(len, lines.kinds)) >= 3
 
 
 def alone(llava, parts, features, kept, lines, row, mine, name, renumber):
     """Logits of one pair from the decoder's own forward."""
     table, start = parts.language_model.embed_tokens, torch.arange(3)
-    text, picture = table(lines.text.ids[row][mine]), parts.projector(features)
+    text, picture = table(lines.ids[row][mine]), parts.projector(features)
     if name in BLIND:
         embeds, places = [text], [3 + torch.arange(len(text))]
     else:
@@ -331,36 +316,35 @@ def alone(llava, parts, features, kept, lines, row, mine, name, renumber):
 
 def test_the_loss_counts_every_word_of_an_answer_and_the_accuracy_whole_answers():
     pair = Pair("Is there a red star in the image?", SHORT, "yes", "exist")
-    long = as_line("caption", Pair("Describe this image in detail.", "", "a big red star", "caption"))
-    lines = pack_lines([[as_line("short", pair), long], [as_line("short", pair)]])
+    long = format_line("caption", Pair("Describe this image in detail.", "", "a big red star", "caption"))
+    lines = pack([[format_line("short", pair), long], [format_line("short", pair)]])
     targets = lines.target[lines.target != -100]
     assert " ".join(INSTRUCT_WORDS.words[k] for k in targets) == "yes </s> a big red star </s> yes </s>"
     assert lines.weight[lines.target != -100].tolist() == pytest.approx([1, 0.1, *[0.4] * 5, 1, 0.1])
     right = 50.0 * torch.nn.functional.one_hot(targets, len(INSTRUCT_WORDS.words)).float()
-    none = torch.zeros(0, len(INSTRUCT_WORDS.words))
-    assert pair_loss(right, none, lines) < 1e-4
-    assert pair_accuracy(right, lines) == {"all": 1.0, "short": 1.0, "caption": 1.0}
+    assert answer_loss(right, lines) < 1e-4
+    assert accuracy(right, lines) == {"all": 1.0, "short": 1.0, "caption": 1.0}
     right[5] = right[0]  # "a big red yes"
-    assert pair_accuracy(right, lines) == {"all": pytest.approx(2 / 3), "short": 1.0, "caption": 0.0}
+    assert accuracy(right, lines) == {"all": pytest.approx(2 / 3), "short": 1.0, "caption": 0.0}
+    right[1] = right[0]  # "yes yes"
+    assert accuracy(right, lines)["short"] == 1 and not right_answers(right, lines)[0][1]
 
 
 def test_a_letter_stands_for_a_word_of_its_own_option():
     for name in ("letters", "letters_cn", "match"):
         for _, pair in pairs(name, rounds=1):
-            meant = INSTRUCT_WORDS.words[as_line(name, pair).meant]
+            meant = INSTRUCT_WORDS.words[format_line(name, pair).meant]
             assert meant == pair.options[LETTERS.index(pair.answer)]
-    lines = pack_lines([[as_line("short", next(pairs("short"))[1]), as_line("letters", next(pairs("letters"))[1])]])
+    lines = pack([[format_line(name, next(pairs(name))[1]) for name in ("short", "letters")]])
     (place,) = (lines.meant[0] != -100).nonzero()
     assert INSTRUCT_WORDS.words[lines.target[0, place]] in LETTERS
-    assert lines.text.ids[0, place] == INSTRUCT_WORDS.ids[vocabulary.ASSISTANT]
-    read = 50.0 * torch.nn.functional.one_hot(lines.meant[lines.meant != -100], len(INSTRUCT_WORDS.words)).float()
-    said = 50.0 * torch.nn.functional.one_hot(lines.target[lines.target != -100], len(INSTRUCT_WORDS.words)).float()
-    assert pair_loss(said, read, lines) < 1e-4 < 1 < pair_loss(said, -read, lines)
+    assert lines.ids[0, place] == INSTRUCT_WORDS.ids[vocabulary.ASSISTANT]
 
 
 def test_a_line_is_the_prompt_its_answer_and_the_end():
-    line = Line("short", (5, 6), (7, 8))
-    assert line.ids == [5, 6, INSTRUCT_WORDS.ids[vocabulary.ASSISTANT], 7, 8, INSTRUCT_WORDS.ids[vocabulary.EOS]]
+    lines = pack([[Line("short", (5, 6), (7, 8, 9))], [Line("short", (5,), (7, 9))]])
+    assert lines.ids.tolist() == [[5, 6, 7, 8, 9], [5, 7, 9, 0, 0]] and lines.owner[1].tolist() == [0, 0, 0, -1, -1]
+    assert lines.target.tolist() == [[-100, 7, 8, 9, -100], [7, 9, -100, -100, -100]]
 
 
 def test_training_starts_from_the_toy_model():

@@ -12,32 +12,30 @@ from transformers import CLIPVisionModel
 from eval import benchmarks
 from eval.config import ROOT
 from llava.processing.image import best_resolution
-from tests.test_toy import reader
-from toy.benchmarks.gqa import LARGE_SPLITS as SPLITS
-from toy.benchmarks.gqa import draw_large
-from toy.benchmarks.videos import SPLITS as VIDEO_SPLITS
+from toy.benchmarks.gqa_and_videos import LARGE_SPLITS as SPLITS
+from toy.benchmarks.gqa_and_videos import VIDEO_SPLITS, draw_large
 from toy.clip import build_clip
 from toy.data.corpus import (
     FRAME_PATCHES,
     PINPOINTS,
-    LargeCorpus,
+    Corpus,
     arrange,
     crops,
-    encode_pictures,
     owner_crops,
     patch_owners,
     run_sources,
+    write_pictures,
 )
 from toy.data.questions import FAMILIES, PlainQuestion, ask
 from toy.data.scenes import DENSE_OFFSET, LARGE_SEEDS, centred, large_scene
 from toy.data.scenes import SEEDS as SMALL_SEEDS
 from toy.data.videos import SEEDS as VIDEO_SEEDS
-from toy.data.vocabulary import ASSISTANT, COLOR_NAMES, IMAGE, NEXT_WORDS, SHAPES, SHORT_ANSWER, TOY_WORDS
+from toy.data.vocabulary import COLOR_NAMES, IMAGE, NEXT_WORDS, SHAPES, TOY_WORDS
+from toy.export import tiled, trained_parts
 from toy.llava import Trainee, build_llava
-from toy.packing import Text, Visuals, answer_logits, forward, pack, position_ids
-from toy.report import tiled, trained_parts
-from toy.stages import QUESTION_LENGTH, ask_questions
-from toy.stages.next import centres, choose_tokens, visuals, whole_sequence
+from toy.long_stages import centres, choose_tokens, visuals, whole_sequence
+from toy.packing import Line, Visuals, forward, pack, position_ids, predict, question_line
+from toy.stages import scene_lines
 
 DATA, MODEL = ROOT / "assets" / "eval_next", ROOT / "assets" / "tinyllava_next"
 SCENES = [large_scene("val", index, dense) for index, dense in itertools.product(range(10), (False, True))]
@@ -51,14 +49,8 @@ def tiny_tower() -> CLIPVisionModel:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
-    encode_pictures(folder, "train", 4, tiny_tower())
-    return LargeCorpus(folder)
-
-
-def test_large_scenes_are_functions_of_their_seed():
-    again = large_scene("val", 0, False)
-    assert again.jpeg == SCENES[0].jpeg and again.things == SCENES[0].things
-    assert large_scene("test", 0, False).jpeg != again.jpeg
+    write_pictures(folder, "train", 4, tiny_tower())
+    return Corpus(folder)
 
 
 def test_no_range_of_seeds_meets_another():
@@ -80,20 +72,6 @@ def test_pictures_have_many_shapes_and_their_things_lie_inside():
         for thing in drawn.things:
             assert thing.side / 2 <= thing.x <= width - thing.side / 2
             assert thing.side / 2 <= thing.y <= height - thing.side / 2
-
-
-def test_answers_are_right_by_an_independent_reading():
-    """The reader of test_toy judges sides by the centre (96, 96); the things are moved there."""
-    rng = np.random.default_rng(1)
-    seen = dict.fromkeys(FAMILIES, 0)
-    for drawn in SCENES:
-        things = centred(drawn.things, drawn.image.shape[1], drawn.image.shape[0])
-        for family in FAMILIES:
-            question = ask(things, family, rng)
-            if question is not None:
-                assert reader(things, family, question.text) == question.answer, question
-                seen[family] += 1
-    assert min(seen.values()) >= 8, seen
 
 
 def test_sides_are_those_of_the_picture():
@@ -165,37 +143,32 @@ def test_patch_owners_against_counting_pixels():
 
 
 def test_an_interrupted_encoding_goes_on_and_a_resized_one_starts_anew(tmp_path, corpus):
-    encode_pictures(tmp_path, "train", 2, tiny_tower())
+    write_pictures(tmp_path, "train", 2, tiny_tower())
     first = np.array(np.load(tmp_path / "features.npy"))
     done = np.load(tmp_path / "done.npy", mmap_mode="r+")
     done[1] = 0
     del done
-    encode_pictures(tmp_path, "train", 2, tiny_tower())
+    write_pictures(tmp_path, "train", 2, tiny_tower())
     assert np.array_equal(np.load(tmp_path / "features.npy"), first)
     # A larger corpus replaces the files, so what was marked as done must go with them.
-    encode_pictures(tmp_path, "train", 3, tiny_tower())
-    again = LargeCorpus(tmp_path)
+    write_pictures(tmp_path, "train", 3, tiny_tower())
+    again = Corpus(tmp_path)
     assert (again.sizes > 0).all() and np.array_equal(again.features[:2], first)
     assert np.array_equal(again.features[2], corpus.features[2])
 
 
-def test_chosen_tokens_keep_their_places(corpus):
-    rng = np.random.default_rng(0)
+def test_chosen_tokens_keep_their_places_and_things_come_before_background(corpus):
+    rng, shown = np.random.default_rng(0), {False: [], True: []}
     for row, blind in itertools.product(range(4), (False, True)):
         chosen, whole = choose_tokens(corpus, row, 240, rng, blind=blind), whole_sequence(corpus, row)
         assert len(chosen.positions) == 240 and (np.diff(chosen.positions) > 0).all()
         assert np.array_equal(chosen.sources, whole.sources[chosen.positions])
         assert (chosen.sources < 0).sum() == (whole.sources < 0).sum()
+        owners = corpus.owners[row].reshape(-1)[chosen.sources[chosen.sources >= 0]]
+        shown[blind].append((owners >= 0).mean())
+    assert all(first > 2 * blindly for first, blindly in zip(shown[False], shown[True], strict=True))
     without = choose_tokens(corpus, 0, 240, rng, newlines=False)
     assert len(without.positions) == 240 and (without.sources >= 0).all()
-
-
-def test_things_come_before_background(corpus):
-    rng = np.random.default_rng(0)
-    owned = lambda chosen, row: (corpus.owners[row].reshape(-1)[chosen.sources[chosen.sources >= 0]] >= 0).mean()  # noqa: E731
-    for row in range(4):
-        blindly = choose_tokens(corpus, row, 240, rng, blind=True)
-        assert owned(choose_tokens(corpus, row, 240, rng), row) > 2 * owned(blindly, row)
 
 
 def test_visuals_hold_the_features_of_their_places(corpus):
@@ -216,7 +189,7 @@ def test_centres_are_the_place_in_the_picture(corpus):
     row = 0
     seen = visuals(corpus, [row], [whole_sequence(corpus, row)])
     where = centres(corpus, [row], seen)[0]
-    arrangement = corpus.arrangement(row)
+    arrangement = corpus.layout(row)
     tall = len(arrangement.newlines)
     wide = (arrangement.tokens - 576) // tall - 1
     fifth = 576 + 5 * (wide + 1)
@@ -242,25 +215,24 @@ def test_packed_runs_equal_separate_prompts(corpus, small):
     """Padding, sharing and skipping of tokens change no logit: every question alone, its positions written out."""
     llava, trainee = small
     rng = np.random.default_rng(0)
-    questions = ask_questions(corpus, np.arange(2), [list(FAMILIES)[:3]] * 2, rng)
+    asked = [scene_lines(corpus.list_things(row), list(FAMILIES)[:3], rng) for row in range(2)]
+    lines = pack(asked)
     chosen = [choose_tokens(corpus, 0, 200, rng), choose_tokens(corpus, 1, 230, rng)]
     seen = visuals(corpus, [0, 1], chosen)
     table, prefix = llava.model.language_model.embed_tokens, TOY_WORDS.prefix
     with torch.inference_mode():
-        decoded = forward(trainee, prefix, seen, questions.text, early_at=1)
-        logits = answer_logits(trainee, decoded, questions)
+        decoded = forward(trainee, prefix, seen, lines, early_at=1)
         assert decoded.early.shape == (2, 230, 2)
-        for i, j in itertools.product(range(2), range(3)):
-            if questions.answer[i, j] == -100:
-                continue
-            count, until = len(chosen[i].positions), int(questions.ask_at[i, j]) + 1
+        logits = iter(predict(trainee, decoded.states, decoded.start, lines.target))
+        for i, line in ((row, line) for row in range(2) for line in asked[row]):
+            count, ids = len(chosen[i].positions), [*line.asked, line.answer[0]]
             visual = trainee.projector(seen.features[i, :count].float())
             visual = torch.where(torch.from_numpy(chosen[i].sources < 0)[:, None], trainee.newline, visual)
-            embeds = torch.cat([table(torch.tensor(prefix)), visual, table(questions.ids[i, j, :until])])
-            places = [*range(3), *(3 + chosen[i].positions), *(3 + chosen[i].total + k for k in range(until))]
+            embeds = torch.cat([table(torch.tensor(prefix)), visual, table(torch.tensor(ids))])
+            places = [*range(3), *(3 + chosen[i].positions), *(3 + chosen[i].total + k for k in range(len(ids)))]
             alone = llava.model.language_model(inputs_embeds=embeds[None], position_ids=torch.tensor([places]))
-            expected = llava.lm_head(alone.last_hidden_state[0, -1])
-            torch.testing.assert_close(logits[i, j, 0], expected, atol=1e-4, rtol=1e-3)
+            for expected in llava.lm_head(alone.last_hidden_state[0, -2:]):  # the answer and the end after it
+                torch.testing.assert_close(next(logits), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_renumbered_positions_have_no_holes():
@@ -268,9 +240,9 @@ def test_renumbered_positions_have_no_holes():
     seen = Visuals(
         torch.zeros(2, 3, 4), torch.tensor([[5, 9, 40], [0, 7, 0]]), torch.tensor([50, 60]), ~present, present
     )
-    text = Text(torch.zeros(2, 4), torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 0, 1]]))
-    assert position_ids(seen, text, 2, False)[0].tolist() == [0, 1, 7, 11, 42, 52, 53, 52, 53]
-    renumbered = position_ids(seen, text, 2, True)
+    lines = pack([[Line("", (5,), (7,))] * 2] * 2)
+    assert position_ids(seen, lines, 2, False)[0].tolist() == [0, 1, 7, 11, 42, 52, 53, 52, 53]
+    renumbered = position_ids(seen, lines, 2, True)
     assert renumbered[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6] and renumbered[1].tolist()[5:7] == [4, 5]
 
 
@@ -319,15 +291,14 @@ def test_transformers_gives_the_logits_of_training(shipped):
     question = next(q for q in dataset.questions if q.image == "test00000d.jpg")
     image = np.asarray(dataset.pictures.open(question.image))
     ids = NEXT_WORDS.ids
-    words, tail = NEXT_WORDS.encode(question.question), (SHORT_ANSWER, ASSISTANT)
-    assert AutoTokenizer.from_pretrained(MODEL)(question.question).input_ids[1:] == words
-    packed = pack([[PlainQuestion("", question.question, question.answer)]], NEXT_WORDS, tail, QUESTION_LENGTH)
-    parts = trained_parts(shipped)
+    line = question_line(NEXT_WORDS, PlainQuestion("", question.question, question.answer))
+    assert AutoTokenizer.from_pretrained(MODEL)(question.question).input_ids[1:] == [*line.asked[:-2]]
+    lines, parts = pack([[line]]), trained_parts(shipped)
     prepared = LlavaNextImageProcessorPil.from_pretrained(MODEL)(images=Image.fromarray(image), return_tensors="pt")
     with torch.inference_mode():
         seen = tiled(image, shipped.model.vision_tower)
-        decoded = forward(parts, NEXT_WORDS.prefix, seen, packed.text)
-        ours = answer_logits(parts, decoded, packed)[0, 0, 0]
-        line = [*NEXT_WORDS.prefix, *[ids[IMAGE]] * int(seen.total), *words, *(ids[token] for token in tail)]
-        theirs = shipped(input_ids=torch.tensor([line]), **prepared).logits[0, -1]
+        decoded = forward(parts, NEXT_WORDS.prefix, seen, lines)
+        ours = predict(parts, decoded.states, decoded.start, lines.target)[0]
+        prompt = [*NEXT_WORDS.prefix, *[ids[IMAGE]] * int(seen.total), *line.asked]
+        theirs = shipped(input_ids=torch.tensor([prompt]), **prepared).logits[0, -1]
     torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)

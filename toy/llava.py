@@ -49,6 +49,14 @@ from toy.data.vocabulary import (
 # that the toy model was trained on; this keeps the slowest rotations at those of 600 positions, and leaves the fast
 # ones as they are.
 LONG_ROPE_THETA = 50_000.0
+# Of the configurations of all toy models; the image token has the same id in all vocabularies.
+SHARED = {
+    "image_token_index": TOY_WORDS.ids[IMAGE],
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "tie_word_embeddings": True,
+}
 
 
 def build_llava(vision: CLIPVisionConfig, width: int = 160, layers: int = 8) -> LlavaForConditionalGeneration:
@@ -67,16 +75,7 @@ def build_llava(vision: CLIPVisionConfig, width: int = 160, layers: int = 8) -> 
         eos_token_id=TOY_WORDS.ids[EOS],
         pad_token_id=TOY_WORDS.ids[PAD],
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=TOY_WORDS.ids[IMAGE],
-        image_seq_length=PATCHES,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        tie_word_embeddings=True,
-    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_seq_length=PATCHES, **SHARED)
     model = LlavaForConditionalGeneration(config)
     for part in (model.model.language_model, model.model.multi_modal_projector):
         for name, p in part.named_parameters():
@@ -126,10 +125,10 @@ class Trainee(nn.Module):
 
 def load_parts(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Load the language model and the projector of a finished stage into a LLaVA of any kind."""
-    parts = {"language_model": model.model.language_model, "projector": model.model.multi_modal_projector}
-    for prefix, part in parts.items():
-        weights = {n.removeprefix(f"{prefix}."): w for n, w in saved.items() if n.startswith(f"{prefix}.")}
-        part.load_state_dict(weights, strict=True)
+    parts = nn.ModuleDict(
+        {"language_model": model.model.language_model, "projector": model.model.multi_modal_projector}
+    )
+    parts.load_state_dict({n: w for n, w in saved.items() if n.partition(".")[0] in parts}, strict=True)
     model.tie_weights()
 
 
@@ -183,9 +182,8 @@ NEW_ANSWERS = dict.fromkeys((*LETTERS, UNANSWERABLE), ANSWERS)
 def build_instruct(folder: str | Path, seed: int = 0) -> LlavaForConditionalGeneration:
     """The toy model of `folder` in float32, its embedding table grown to the new vocabulary."""
     base = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    changed = {"vocab_size": len(INSTRUCT_WORDS), "eos_token_id": INSTRUCT_WORDS.ids[EOS]}
-    plain = base.config.to_dict()
-    config = LlavaConfig.from_dict(plain | {"text_config": plain["text_config"] | changed})
+    config = LlavaConfig.from_dict(base.config.to_dict())
+    config.text_config.update({"vocab_size": len(INSTRUCT_WORDS), "eos_token_id": INSTRUCT_WORDS.ids[EOS]})
     model = LlavaForConditionalGeneration(config).float()
     weights = base.model.state_dict()
     name = "language_model.embed_tokens.weight"
@@ -207,14 +205,12 @@ def instruct_table(table: Tensor, apart: float, seed: int = 0) -> Tensor:
 
 def build_next(llava: nn.Module) -> LlavaNextForConditionalGeneration:
     """A LLaVA-NeXT in float32 with the tower of the toy LLaVA; the other weights are new."""
-    config = llava.config
-    kept = ("image_token_index", "image_seq_length", "vision_feature_layer", "vision_feature_select_strategy")
     tiled = LlavaNextConfig(
-        vision_config=config.vision_config,
-        text_config=text_config(config, max_position_embeddings=LONG),
+        vision_config=llava.config.vision_config,
+        text_config=text_config(llava.config, max_position_embeddings=LONG),
         image_grid_pinpoints=[list(pair) for pair in PINPOINTS],
-        **{name: getattr(config, name) for name in (*kept, "projector_hidden_act")},
-        tie_word_embeddings=True,
+        image_seq_length=PATCHES,
+        **SHARED,
     )
     model = LlavaNextForConditionalGeneration(tiled).float()
     model.model.vision_tower.load_state_dict(llava.model.vision_tower.state_dict(), strict=True)
@@ -248,14 +244,10 @@ def build_video_llava(llava: nn.Module, seed: int = 0) -> VideoLlavaForCondition
     config = VideoLlavaConfig(
         vision_config=tower.config,
         text_config=text_config(llava.config, **changed),
-        image_token_index=VIDEO_WORDS.ids[IMAGE],
         video_token_index=VIDEO_WORDS.ids[VIDEO],
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
         image_seq_length=FRAME_PATCHES,
         video_seq_length=SEEN * FRAME_TOKENS,
-        tie_word_embeddings=True,
+        **SHARED,
     )
     model = VideoLlavaForConditionalGeneration(config).float()
     for part in (model.model.image_tower, model.model.video_tower):

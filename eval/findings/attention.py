@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.findings.scenes import WORDS
-from eval.findings.scores import WORD, Collected
+from eval.findings.scores import WORD, WORDS, Collected
 from eval.findings.summary import (
-    SMALL,
+    LEVEL,
     Cell,
     Cells,
     Table,
@@ -22,6 +21,7 @@ from eval.findings.summary import (
     difference,
     draw_cells,
     draw_line,
+    legend_below,
     mean,
     means,
     name_rows,
@@ -77,15 +77,12 @@ def words(drawn: Collected) -> dict[str, dict[str, Interval]]:
     """Group of words -> measure of WORD -> mean over pictures and words, with its interval."""
     measured: dict[str, dict[str, Interval]] = {}
     for label, group in GROUPS.items():
-        measured[label] = {}
-        for column, measure in enumerate(WORD):
-            values, pictures = {}, {}
-            for number, picture in enumerate(drawn.pictures):
-                for word in group:
-                    value = drawn.words[number, WORDS.index(word), column]
-                    if not np.isnan(value):
-                        values[f"{picture} {word}"], pictures[f"{picture} {word}"] = float(value), picture
-            measured[label][measure] = mean(values, pictures)
+        picture_of = {f"{picture} {word}": picture for picture in drawn.pictures for word in group}
+        table = drawn.words[:, [WORDS.index(word) for word in group]].reshape(len(picture_of), len(WORD))
+        measured[label] = {
+            measure: mean({name: float(x) for name, x in zip(picture_of, values, strict=True) if x == x}, picture_of)
+            for measure, values in zip(WORD, table.T, strict=True)
+        }
     return measured
 
 
@@ -156,28 +153,27 @@ def draw_alignment(
             places = np.arange(len(WORD_TITLES)) + 0.12 * (2 * index - 1)
             draw_cells(left, [cells[measure] for measure in WORD_TITLES], places, index, label)
         name_rows(left, [name for _, name in WORD_TITLES.values()], 0.5)
-        left.set_xlim(0.2, 1.03)
-        left.set_xlabel("AUROC of the cosine (0.5: chance)", fontsize=SMALL + 1)
-        left.set_title("Does a word's embedding find its object?", fontsize=10)
-        left.legend(frameon=False, fontsize=SMALL, loc="lower right")
+        left.set(
+            xlim=(0.2, 1.03),
+            xlabel="AUROC of the cosine (0.5: chance)",
+            title="Does a word's embedding find its object?",
+        )
+        left.legend(loc="lower right")
         names = list(SCORES.values())
         for index, (condition, by_score) in enumerate(biases.items()):
             known = {place: cell for place, name in enumerate(names) if (cell := by_score[name]) is not None}
             places = np.array([*known]) + 0.16 * (2 * index - 1)
             draw_cells(middle, list(known.values()), places, index, condition)
         name_rows(middle, names, 0)
-        middle.set_xlabel("late preference, points (0: none)", fontsize=SMALL + 1)
-        middle.legend(frameon=False, fontsize=SMALL, loc="lower right")
-        middle.set_title("Does the same content score more when late?", fontsize=10)
+        middle.set(xlabel="late preference, points (0: none)", title="Does the same content score more when late?")
+        middle.legend(loc="lower right")
         for index, (label, rows) in enumerate(profiles.items()):
             style = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 3, "linewidth": 1.8}
             right.plot(range(1, 25), rows, label=label, **style)
-        right.axhline(1, color="black", linewidth=1, linestyle="--")
-        right.set_ylim(0, None)
-        right.set_xlabel("row of patches, top to bottom", fontsize=SMALL + 1)
-        right.set_ylabel("share of the score (1: even)", fontsize=SMALL + 1)
-        right.set_title("Score by row; each content once in each half", fontsize=10)
-        right.legend(frameon=False, fontsize=SMALL)
+        right.axhline(1, **LEVEL)
+        right.set(xlabel="row of patches, top to bottom", ylabel="share of the score (1: even)", ylim=(0, None))
+        right.set_title("Score by row; each content once in each half")
+        right.legend()
 
 
 # VisionDrop.
@@ -279,12 +275,10 @@ def draw_misalignment(path: Path, measured: Mapping[str, Cells]) -> None:
                 draw_line(panel, layers, [measured[name][measure] for name in of_kind], index, label)
             panel.axhline(centre(measured["encoder"][measure]), color=COLOURS[4], linewidth=1.5, label="CLS attention")
             if chance is not None:
-                panel.axhline(chance, color="black", linewidth=1, linestyle="--", label="chance")
+                panel.axhline(chance, label="chance", **LEVEL)
             panel.autoscale_view()  # a level just inside the old limits would lie on the panel's edge
-            panel.set_title(title, fontsize=10)
-            panel.set_xlabel("decoder layer", fontsize=SMALL + 1)
-        handles, labels = axes[0].get_legend_handles_labels()
-        axes[0].figure.legend(handles, labels, frameon=False, fontsize=SMALL + 1, loc="outside lower center", ncols=6)
+            panel.set(title=title, xlabel="decoder layer")
+        legend_below(axes[0], 6)
 
 
 # ConsensusDrop.

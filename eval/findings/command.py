@@ -9,7 +9,6 @@ from pathlib import Path
 
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import DEFAULT_MODEL, ROOT, count
-from eval.findings import scenes
 from llava.errors import UserError
 
 COUNTS = (
@@ -42,13 +41,13 @@ def main() -> int:
                 f"--{name} ({getattr(args, name)}) counts some of the --pictures ({args.pictures}); lower it."
             )
     from eval.findings import attention, fusion
-    from eval.findings.scores import CONDITIONS, collect
+    from eval.findings.scores import CONDITIONS, collect, questions
     from eval.findings.summary import DOCS
     from eval.sweep import CachingLlava
     from llava.model.builder import load
 
     out = DOCS if args.page else args.folder
-    names = tuple(dict.fromkeys(one.picture for one in scenes.questions()))[: args.pictures]
+    names = tuple(dict.fromkeys(one.picture for one in questions()))[: args.pictures]
     model = load(DEFAULT_MODEL, device="cpu")
     drawn = collect(model, CONDITIONS[0], names, args.folder)
     if args.paper == "consensusdrop":

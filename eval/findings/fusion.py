@@ -6,10 +6,9 @@ is; only the cross-modal saliency that it ranks by is replaced. Answers are stor
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,10 @@ from tqdm import tqdm
 from consensusdrop.method import MERGED_SHARE, ConsensusDrop
 from eval import benchmarks
 from eval.answers.jsonl import read_json, write_json
-from eval.answers.source_hash import answer_sources, combined
 from eval.config import DEFAULT_DATA
-from eval.findings import scenes
-from eval.findings.scores import auroc
+from eval.findings.scores import auroc, digest, questions, redraw
 from eval.findings.summary import (
-    SMALL,
+    LEVEL,
     Cell,
     Cells,
     Table,
@@ -37,16 +34,15 @@ from eval.findings.summary import (
     difference,
     draw_cells,
     draw_line,
+    legend_below,
     mean,
     sheet,
 )
 from eval.sweep import CachingLlava
 from eval.tables.page import COLOURS
-from llava.errors import unknown
 from llava.pipeline.generate import generate
 from llava.reduction import PromptState
 
-KINDS = ("white", "smooth", "late")
 CELLS = 6  # of the smooth field along each side; four patches each, the size of an object
 
 
@@ -92,11 +88,8 @@ def field_of(kind: str, name: str, rows: int, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if kind == "white":
         return standard(torch.randn(rows * columns, generator=generator))
-    if kind == "smooth":
-        coarse = torch.randn(1, 1, CELLS, CELLS, generator=generator)
-        fine = functional.interpolate(coarse, (rows, columns), mode="bilinear", align_corners=True)
-        return standard(fine.flatten())
-    raise unknown("noise", kind, KINDS)
+    coarse = torch.randn(1, 1, CELLS, CELLS, generator=generator)
+    return standard(functional.interpolate(coarse, (rows, columns), mode="bilinear", align_corners=True).flatten())
 
 
 def standard(values: Tensor) -> Tensor:
@@ -164,7 +157,7 @@ class Answered:
 
 
 def answer(model: CachingLlava, arms: Iterable[Arm], folder: Path, limit: int | None = None) -> dict[Arm, Answered]:
-    """Ask all questions of the test split, or at least the first `limit`, in every arm.
+    """Ask all questions of the test split, or the first `limit`, in every arm.
 
     Finished arms are read from `folder`.
 
@@ -175,38 +168,13 @@ def answer(model: CachingLlava, arms: Iterable[Arm], folder: Path, limit: int | 
     model.expect([arm.reducer() for arm in keys])
     answered = {}
     for arm in tqdm(keys, desc="arms", file=sys.stderr):
-        home = folder / f"arms-{digest(model, arm)}"
-        file = stored(home, arm, limit)
-        if file is None:
-            file = home / f"{name_of(arm)}{'' if limit is None else f'-{limit}'}.json"
+        name = "_".join(map(str, astuple(arm))).replace(" ", "-")
+        file = folder / f"arms-{digest(model, arm.reducer())}" / f"{name}_{limit or 'all'}.json"
+        if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, asdict(ask(model, arm, limit)))
         answered[arm] = Answered(**read_json(file))
     return answered
-
-
-def stored(home: Path, arm: Arm, limit: int | None) -> Path | None:
-    """The file with an arm's answers to at least the first `limit` questions, or all; None if there is none."""
-    name = name_of(arm)
-    if (whole := home / f"{name}.json").is_file():
-        return whole
-    known = {int(file.stem[len(name) + 1 :]): file for file in home.glob(f"{name}-*.json")}
-    enough = [count for count in known if limit is not None and count >= limit]
-    return known[min(enough)] if enough else None
-
-
-def name_of(arm: Arm) -> str:
-    """A file name. The default probe is not part of it, so answers from before there were others stay valid."""
-    values = [value for name, value in asdict(arm).items() if name not in ("probe", "layer")]
-    if (arm.probe, arm.layer) != (Arm.probe, Arm.layer):
-        values += [arm.probe, arm.layer]
-    return json.dumps(values).strip("[]").replace('"', "").replace(", ", "_").replace(" ", "-")
-
-
-def digest(model: CachingLlava, arm: Arm) -> str:
-    """Changes with the weights and with all code that the answers depend on."""
-    parts = [model.fingerprint, combined(answer_sources(model, arm.reducer()))]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
 
 def ask(model: CachingLlava, arm: Arm, limit: int | None) -> Answered:
@@ -223,8 +191,8 @@ def ask(model: CachingLlava, arm: Arm, limit: int | None) -> Answered:
             scores[question.id] = data.sample_score(question, given.text)
             kept[question.id] = given.trace[-1].reduction.kept[0].tolist()
     answered = Answered(scores, {}, {}, {})
-    for one in scenes.questions():
-        picture = scenes.redraw(one.picture)
+    for one in questions():
+        picture = redraw(one.picture)
         mask = picture.patches(one.targets)
         if one.id not in scores or not mask.any():
             continue
@@ -246,13 +214,13 @@ def groups_of(salience: Values, limit: int | None = None) -> dict[str, set[str]]
     Args:
         salience: question id -> how well the encoder's saliency finds the named things, AUROC.
     """
-    asked = scenes.questions()[:limit]
+    asked = questions()[:limit]
     groups = {"all": {one.id for one in asked}}
     for family in dict.fromkeys(one.family for one in asked):
         groups[f"family: {family}"] = {one.id for one in asked if one.family == family}
     for label, dense in (("natural", False), ("dense", True)):
-        groups[f"scene: {label}"] = {one.id for one in asked if scenes.redraw(one.picture).dense == dense}
-    patches = {one.id: float(scenes.redraw(one.picture).patches(one.targets).sum()) for one in asked}
+        groups[f"scene: {label}"] = {one.id for one in asked if redraw(one.picture).dense == dense}
+    patches = {one.id: float(redraw(one.picture).patches(one.targets).sum()) for one in asked}
     size = {name: count for name, count in patches.items() if count}
     known = {name: salience[name] for name in size if name in salience}
     for title, values in (("size of the named things", size), ("salience of the named things", known)):
@@ -265,7 +233,7 @@ def groups_of(salience: Values, limit: int | None = None) -> dict[str, set[str]]
 
 def gains(answered: Mapping[Arm, Answered], groups: Mapping[str, set[str]]) -> dict[str, Cells]:
     """Group -> points by which fusion beats each score alone."""
-    pictures = {one.id: one.picture for one in scenes.questions()}
+    pictures = {one.id: one.picture for one in questions()}
     fused, encoder, cross = (answered[Arm(ranking, BUDGET)].scores for ranking in ALPHA)
     measured: dict[str, Cells] = {}
     for label, ids in groups.items():
@@ -298,8 +266,8 @@ def draw_gains(path: Path, measured: Mapping[str, Cells]) -> None:
     with sheet(path, 2, 12, 5.6, sharey=True) as axes:
         for panel, title in zip(axes, (OVER_ENCODER, OVER_CROSS), strict=True):
             draw_cells(panel, [cells[title] for cells in measured.values()], np.arange(len(measured)), 0, "", 5)
-            panel.axvline(0, color="black", linewidth=1, linestyle="--")
-            panel.set_xlabel(f"{title}, points of accuracy at {BUDGET} tokens", fontsize=SMALL + 1)
+            panel.axvline(0, **LEVEL)
+            panel.set_xlabel(f"{title}, points of accuracy at {BUDGET} tokens")
         axes[0].set_yticks(range(len(measured)), list(measured))
         axes[0].invert_yaxis()
 
@@ -317,15 +285,7 @@ NOISE: tuple[tuple[int, bool, str, tuple[float, ...]], ...] = (
     (32, True, "white", (0.0, 2.0, INFINITE)),
 )
 # (inputs, decoder layer) of the probes without noise, at 64 tokens, all ranked; the first is the default.
-PROBES = (
-    ("static", 0),
-    ("static", 1),
-    ("static", 2),
-    ("contextual", 1),
-    ("contextual", 2),
-    ("contextual", 3),
-    ("contextual", 4),
-)
+PROBES = [*(("static", layer) for layer in range(3)), *(("contextual", layer) for layer in range(1, 5))]
 RANKINGS = ("fused", "cross-modal only", "encoder only")  # in the order of the figure
 # What changes the probe, where that is no noise.
 KIND_NAMES = {"late": "late preference", "other layers": "other layers, no noise"}
@@ -349,21 +309,20 @@ def layer_arms() -> list[Arm]:
 
 
 def measured(answered: Mapping[Arm, Answered], arm: Arm) -> dict[str, Cell]:
-    """Accuracies, differences, and how good the probe is, over the first ASKED questions."""
-    pictures = {one.id: one.picture for one in scenes.questions()}
-    ids = {one.id for one in scenes.questions()[:ASKED]}
-    part = lambda values: {name: x for name, x in values.items() if name in ids}  # noqa: E731
+    """Accuracies, differences, and how good the probe is."""
+    pictures = {one.id: one.picture for one in questions()}
     by_ranking = {ranking: answered[replace(arm, ranking=ranking).key] for ranking in ALPHA}
-    cells: dict[str, Cell] = {"AUROC of the probe": mean(part(by_ranking["cross-modal only"].auroc), pictures)}
+    cells: dict[str, Cell] = {"AUROC of the probe": mean(by_ranking["cross-modal only"].auroc, pictures)}
     for ranking, one in by_ranking.items():
-        cells[f"{ranking}, %"] = mean(part(one.scores), pictures, 100)
-        cells[f"{ranking}: named patches kept, %"] = mean(part(one.recall), pictures, 100)
-        cells[f"{ranking}: every named thing kept in part, %"] = mean(part(one.hit), pictures, 100)
-    fused, plain = by_ranking["fused"], Arm("fused", arm.budget, arm.merged)
-    for title, ranking in ((OVER_ENCODER, "encoder only"), (OVER_CROSS, "cross-modal only")):
-        cells[f"{title}, points"] = difference(part(fused.scores), part(by_ranking[ranking].scores), pictures, 100)
+        cells[f"{ranking}, %"] = mean(one.scores, pictures, 100)
+        cells[f"{ranking}: named patches kept, %"] = mean(one.recall, pictures, 100)
+        cells[f"{ranking}: every named thing kept in part, %"] = mean(one.hit, pictures, 100)
+    plain = Arm("fused", arm.budget, arm.merged)
+    compared = {OVER_ENCODER: by_ranking["encoder only"], OVER_CROSS: by_ranking["cross-modal only"]}
     if arm.key != plain:
-        cells[f"{OVER_PROBE}, points"] = difference(part(fused.scores), part(answered[plain].scores), pictures, 100)
+        compared[OVER_PROBE] = answered[plain]
+    for title, other in compared.items():
+        cells[f"{title}, points"] = difference(by_ranking["fused"].scores, other.scores, pictures, 100)
     return cells
 
 
@@ -415,21 +374,18 @@ def draw_quality(path: Path, noisy: Mapping[str, Sequence[Cells]], layers: Mappi
         for panel, kind in ((smooth, "smooth"), (white, "white")):
             draw_accuracies(panel, [centre(cells["AUROC of the probe"]) for cells in noisy[kind]], noisy[kind])
             panel.invert_xaxis()
-            panel.set_title(f"A probe with {kind} noise, 64 tokens, all by rank", fontsize=10)
-            panel.set_xlabel(
-                "AUROC of the probe on the named things (left: as it is, right: noise alone)", fontsize=SMALL + 1
-            )
+            panel.set_title(f"A probe with {kind} noise, 64 tokens, all by rank")
+            panel.set_xlabel("AUROC of the probe on the named things (left: as it is, right: noise alone)")
         draw_accuracies(by_layer, range(len(layers)), list(layers.values()), 0.1, linestyle="none")
         qualities = [f"{centre(cells['AUROC of the probe']):.2f}" for cells in layers.values()]
         by_layer.set_xticks(range(len(layers)), [f"{name}\n{x}" for name, x in zip(layers, qualities, strict=True)])
-        by_layer.set_xlabel("inputs of the probe, its decoder layer, its AUROC", fontsize=SMALL + 1)
-        by_layer.set_title("Probes of other layers, no noise, 64 tokens, all by rank", fontsize=10)
+        by_layer.set_xlabel("inputs of the probe, its decoder layer, its AUROC")
+        by_layer.set_title("Probes of other layers, no noise, 64 tokens, all by rank")
         low, high = smooth.get_ylim()[0], max(panel.get_ylim()[1] for panel in (smooth, white, by_layer))
         for panel in (smooth, white):
             panel.set_ylim(low, high)
         draw_kept(shares, {**noisy, "other layers": list(layers.values())})
-        handles, labels = smooth.get_legend_handles_labels()
-        smooth.figure.legend(handles, labels, frameon=False, fontsize=SMALL + 1, loc="outside lower center", ncols=3)
+        legend_below(smooth, 3)
 
 
 def draw_accuracies(panel: Any, x: Sequence[float], rows: Sequence[Cells], apart: float = 0, **style: Any) -> None:
@@ -447,7 +403,7 @@ def draw_accuracies(panel: Any, x: Sequence[float], rows: Sequence[Cells], apart
     below, above = bars([level])[:, 0]
     panel.axhspan(centre(level) - below, centre(level) + above, color=COLOURS[2], alpha=0.12, linewidth=0, zorder=0)
     panel.autoscale_view()
-    panel.set_ylabel("accuracy, %", fontsize=SMALL + 1)
+    panel.set_ylabel("accuracy, %")
 
 
 def draw_kept(panel: Any, kinds: Mapping[str, Sequence[Cells]]) -> None:
@@ -458,7 +414,6 @@ def draw_kept(panel: Any, kinds: Mapping[str, Sequence[Cells]]) -> None:
             y = [centre(cells[f"{ranking}, %"]) for cells in rows]
             panel.scatter(x, y, color=COLOURS[index], marker=marker, s=26, alpha=0.8)
         panel.scatter([], [], color="grey", marker=marker, s=26, label=KIND_NAMES.get(kind, f"{kind} noise"))
-    panel.set_xlabel("questions with at least one patch of every named thing kept, %", fontsize=SMALL + 1)
-    panel.set_ylabel("accuracy, %", fontsize=SMALL + 1)
-    panel.set_title("What accuracy follows: all arms of 64 tokens", fontsize=10)
-    panel.legend(frameon=False, fontsize=SMALL, loc="lower right")
+    panel.set(xlabel="questions with at least one patch of every named thing kept, %", ylabel="accuracy, %")
+    panel.set_title("What accuracy follows: all arms of 64 tokens")
+    panel.legend(loc="lower right")

@@ -1,5 +1,8 @@
 """All scores of the three papers on one picture, what they are worth against the true places, and their storage.
 
+The files of the toy GQA hold no masks. A picture is a function of its name, so it is drawn again, compared with the
+stored file byte for byte, and the patches of its things are taken from the new drawing.
+
 A method that keeps every token notes what it could rank by; it goes through the ordinary pipeline, so a noted score is
 what the method of that name would receive. Every measure of every score is stored picture by picture, so that an
 interrupted command goes on where it stopped.
@@ -9,8 +12,9 @@ Shapes of measures: S scores (any number of leading axes), N patches in raster o
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,26 +22,158 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import rankdata
+from scipy.stats import entropy, rankdata
 from torch import Tensor
 from tqdm import tqdm
 
 from attnmix.method import text_scores
 from consensusdrop.method import pool_attention
 from eval import benchmarks
-from eval.answers.source_hash import answer_sources, combined, read_source
-from eval.config import DEFAULT_DATA, ROOT
-from eval.findings import scenes
-from eval.findings.scenes import PATCHES, WORDS, Asked, Picture, content_words
+from eval.answers.jsonl import read_bytes, read_json
+from eval.answers.source_hash import answer_sources, combined
+from eval.config import DEFAULT_DATA
+from llava.errors import UserError
 from llava.model.llava_arch import Llava
 from llava.pipeline.prefill import prefill
 from llava.processing.prompt import Sample
 from llava.reduction import DecoderState, PromptState, Reducer, Reduction, TowerScore
-from toy.data.vocabulary import COLOR_NAMES, SHAPES
+from toy.data.questions import SINGULAR, offset
+from toy.data.scenes import Thing, scene
+from toy.data.vocabulary import COLOR_NAMES, PATTERNS, SHAPES, SIZES
 from visiondrop.method import attention_inputs, visual_scores
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+
+# Pictures and questions.
+
+GRID = 24  # patches along each side
+PATCHES = GRID * GRID
+WORDS = (*COLOR_NAMES, *SHAPES)  # the content words whose things are known
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and its things.
+
+    Attributes:
+        name: without ".jpg"; ends in "n" for a natural and "d" for a dense scene.
+        things: what was painted, in the order in which `owner` numbers it.
+        owner: [576] int8 in raster order, the thing that covers a patch, -1 for background.
+    """
+
+    name: str
+    things: tuple[Thing, ...]
+    owner: NDArray[np.int8]
+
+    @property
+    def dense(self) -> bool:
+        return self.name.endswith("d")
+
+    def patches(self, numbers: Iterable[int]) -> Mask:
+        """[576] bool, the patches of the things with these numbers."""
+        return np.isin(self.owner, list(numbers))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with what it speaks of.
+
+    Attributes:
+        family: one of the nine of toy/data/questions.py.
+        targets: numbers of the things that it names, () where the picture has none of them.
+    """
+
+    id: str
+    family: str
+    text: str
+    answer: str
+    picture: str
+    targets: tuple[int, ...]
+
+
+@cache
+def redraw(name: str, data: Path = DEFAULT_DATA) -> Picture:
+    """The picture of a name such as "test00012d", drawn again.
+
+    Raises:
+        UserError: scikit-learn is missing, or the drawing differs from the stored file, whose masks would then be
+            wrong.
+    """
+    stored = read_bytes(data / "gqa" / "data" / "images" / f"{name}.jpg")
+    try:
+        drawn = scene(name[:-6], int(name[-6:-1]), name.endswith("d"))
+    except ImportError as error:
+        raise UserError("Drawing the scenes again needs scikit-learn; install the extra: pip install -e .[toy]") from (
+            error
+        )
+    if drawn.jpeg != stored:
+        raise UserError(
+            f"{name}.jpg is not what toy/data/scenes.py draws here, so the masks of its objects are unknown; restore "
+            "the file, or use the versions of numpy and pillow in requirements.txt."
+        )
+    return Picture(name, drawn.things, drawn.owner.reshape(-1))
+
+
+def words_of(thing: Thing) -> set[str]:
+    """All that a noun phrase may say of a thing: "object", "star", "small", "red"; "frame", "green"; "striped"."""
+    words = {"object"} if thing.kind == "shape" else {thing.kind}
+    for number, names in (
+        (thing.shape, SHAPES),
+        (thing.color, COLOR_NAMES),
+        (thing.big, SIZES),
+        (thing.pattern, PATTERNS),
+    ):
+        if number >= 0:
+            words.add(names[number])
+    return words
+
+
+def matching(things: Sequence[Thing], phrase: str) -> tuple[int, ...]:
+    """Numbers of the things that a noun phrase of the questions fits: "small red star", "blue objects"."""
+    wanted = {SINGULAR.get(word, word) for word in phrase.split()}
+    return tuple(number for number, thing in enumerate(things) if wanted <= words_of(thing))
+
+
+def targets_of(things: Sequence[Thing], family: str, program: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    """Numbers of the things that a question is about, from the program in GQA's annotation.
+
+    The one that is asked for and the one that it is related to; all that fit where the question counts them.
+    """
+    first = matching(things, program[0]["argument"])
+    if family not in ("relate", "verify", "choose"):
+        return first
+    name, relation = program[1]["argument"].rsplit(",", 1)
+    second = matching(things, name)
+    if family == "relate":  # several things have this name; one stands on that side
+        second = tuple(n for n in second if n not in first and offset(things[n], things[first[0]], relation) > 0)
+    return tuple(sorted({*first, *second}))
+
+
+@cache
+def questions(split: str = "testdev", data: Path = DEFAULT_DATA) -> tuple[Asked, ...]:
+    """All questions of a split in the order of the benchmark, with the things that they name."""
+    records = read_json(data / "gqa" / "data" / f"{split}_balanced_questions.json")
+    asked = []
+    for identity, record in records.items():
+        family, picture = record["types"]["detailed"], redraw(record["imageId"], data)
+        targets = targets_of(picture.things, family, record["semantic"])
+        asked.append(Asked(identity, family, record["question"], record["answer"], picture.name, targets))
+    return tuple(asked)
+
+
+def word_mask(picture: Picture, word: str) -> Mask:
+    """[576] bool, patches of the things that a colour or a shape word is true of; a frame has its colour."""
+    return picture.patches(n for n, thing in enumerate(picture.things) if word in words_of(thing))
+
+
+def content_words(text: str) -> list[bool]:
+    """For each token of a question, whether it names a thing or an attribute of one ("red", "circles", "frame")."""
+    known = {*WORDS, *SINGULAR, *PATTERNS, *SIZES, "frame", "panel"}
+    return [word in known for word in text.lower().replace("?", " ?").split()]
+
+
+# Measures of scores.
 
 
 def auroc(scores: Array, mask: Mask, among: Mask | None = None) -> Array:
@@ -91,8 +227,7 @@ def lift(scores: Array, mask: Mask) -> Array:
 
 def effective_share(scores: Array) -> Array:
     """[...] exp(entropy) / N of the score as a distribution: 1 if uniform, 1 / N if on one patch."""
-    p = share(scores)
-    return np.exp(-(p * np.log(np.clip(p, 1e-300, None))).sum(-1)) / scores.shape[-1]
+    return np.exp(entropy(scores, axis=-1)) / scores.shape[-1]
 
 
 def gini(scores: Array) -> Array:
@@ -102,12 +237,17 @@ def gini(scores: Array) -> Array:
     return (ordered * weight).sum(-1) / (count * ordered.sum(-1))
 
 
+def unit_ranks(scores: Array) -> Array:
+    """[..., N] ranks with mean 0 and length 1; zeros where all scores are equal."""
+    ranks = rankdata(scores, axis=-1)
+    ranks = ranks - ranks.mean(-1, keepdims=True)
+    length = np.linalg.norm(ranks, axis=-1, keepdims=True)
+    return ranks / np.where(length > 0, length, 1)
+
+
 def spearman(a: Array, b: Array) -> Array:
     """[...] rank correlation of two scores [..., N] (one of them may lack leading axes)."""
-    x, y = rankdata(a, axis=-1), rankdata(b, axis=-1)
-    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
-    norm = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
-    return np.divide((x * y).sum(-1), norm, out=np.zeros(np.shape(norm)), where=norm > 0)
+    return (unit_ranks(a) * unit_ranks(b)).sum(-1)
 
 
 def overlap(a: Array, b: Array, count: int) -> Array:
@@ -117,14 +257,11 @@ def overlap(a: Array, b: Array, count: int) -> Array:
 
 def mean_pairwise(scores: Array) -> float:
     """Mean rank correlation over all pairs of the Q rows of [Q, N]; 1 if all rows rank alike. Needs two rows."""
-    rows = len(scores)
-    ranks = rankdata(scores, axis=-1)
-    ranks = ranks - ranks.mean(-1, keepdims=True)
-    norms = np.sqrt((ranks * ranks).sum(-1, keepdims=True))
-    unit = np.divide(ranks, norms, out=np.zeros_like(ranks), where=norms > 0)
-    product = unit @ unit.T
-    return float((product.sum() - np.trace(product)) / (rows * (rows - 1)))
+    products = unit_ranks(scores) @ unit_ranks(scores).T
+    return float((products.sum() - np.trace(products)) / (len(scores) * (len(scores) - 1)))
 
+
+# Scores.
 
 ENCODER, COSINE, PROBE = "encoder", "cosine", "probe"
 # Scores of each decoder layer. "last": row of the last prompt token; "question": mean over the question's rows;
@@ -132,6 +269,7 @@ ENCODER, COSINE, PROBE = "encoder", "cosine", "probe"
 # from visual tokens (VisionDrop's); "viewers": the same divided by the number of tokens that can see the patch.
 TEXT_KINDS = ("last", "question", "content", "function")
 VISUAL_KINDS = ("visual", "viewers")
+ROWS = ("question", "last")  # whose attention is noted
 
 
 def score_names(layers: int) -> tuple[str, ...]:
@@ -175,18 +313,14 @@ class Observer(Reducer):
         self.notes["tokens"], self.notes["exists"] = state.tokens[0], exists
         # Layer 0 sees embeddings; its attention with rotation, the softmax over visual keys alone.
         if not self.reversed:
-            for rows in ("question", "last"):
-                weights, _ = state.text_attention(0, rows, rotary=True, contextual=False)
-                self._note_text(rows, 0, weights)
+            self._note_text(0, *(state.text_attention(0, rows, rotary=True, contextual=False)[0] for rows in ROWS))
             return None
         count = state.tokens.shape[1]
         backwards = torch.arange(count - 1, -1, -1, device=state.tokens.device)
         return Reduction(backwards.expand(len(state.tokens), -1), count)
 
     def decoder(self, state: DecoderState) -> Reduction | None:
-        for rows in ("question", "last"):
-            weights, _ = state.attention(rows)
-            self._note_text(rows, state.layer, weights)
+        self._note_text(state.layer, *(state.attention(rows)[0] for rows in ROWS))
         # Visual tokens do not see the question, so one question of the picture stands for all.
         first = replace(state, ids=state.ids[:1], tokens=state.tokens[:1], sequence=state.sequence.rows([(0, 0)]))
         seen = attention_inputs(first, "causal")
@@ -195,12 +329,10 @@ class Observer(Reducer):
             self.notes[f"{kind} {state.layer}"] = self._raster(score).expand(len(state.tokens), -1)
         return None
 
-    def _note_text(self, rows: str, layer: int, weights: Tensor) -> None:
-        """Keep attention [Q, H, T, N] as its mean over heads."""
-        mean = self._raster(weights.mean(1))
-        self.notes[f"rows {layer}" if rows == "question" else f"last {layer}"] = (
-            mean if rows == "question" else mean[:, 0]
-        )
+    def _note_text(self, layer: int, question: Tensor, last: Tensor) -> None:
+        """Keep attention [Q, H, T, N] of the question's rows and of the last one as its mean over heads."""
+        self.notes[f"rows {layer}"] = self._raster(question.mean(1))
+        self.notes[f"last {layer}"] = self._raster(last.mean(1))[:, 0]
 
     def _raster(self, score: Tensor) -> Tensor:
         return score.flip(-1) if self.reversed else score
@@ -233,15 +365,14 @@ def observe(model: Llava, samples: Sequence[Sample], reverse: bool = False) -> d
     return notes
 
 
-def chosen_rows(question: str, kind: str, exists: NDArray[Any]) -> NDArray[np.bool_]:
+def chosen_rows(question: str, kind: str, exists: NDArray[Any]) -> Mask:
     """[T] bool: which of the question's rows a kind of score averages."""
     content = np.zeros(len(exists), dtype=bool)
-    names_things = content_words(question)
-    if len(names_things) != exists.sum():
-        raise ValueError(f"{question!r} has {exists.sum()} tokens, expected {len(names_things)} words.")
-    content[: len(names_things)] = names_things
+    content[: exists.sum()] = content_words(question)
     return {"question": exists, "content": content, "function": exists & ~content}[kind]
 
+
+# Numbers of pictures.
 
 HALF = PATCHES // 2
 ASKED = ("values", "kinds")  # arrays with a row per question; the others have one per picture
@@ -256,15 +387,11 @@ TARGET = (
     "auroc",
     "among things",
     "auroc of others",
-    "recall 32 of others",
     "recall 64 of others",
     "average precision",
     "chance precision",
     "lift",
-    "recall 32",
     "recall 64",
-    "size",
-    "place",
 )
 # Of every question: how much of the attention is on the image at all, where in the sequence a score lies, how broad it
 # is, and how far it agrees with the encoder's saliency.
@@ -317,8 +444,8 @@ def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path)
     """Measure all scores of all questions about these pictures; what is in `folder` already is read from there."""
     data = benchmarks.get("gqa").load(DEFAULT_DATA, "testdev")
     by_id = {question.id: question for question in data.questions}
-    asked = [one for one in scenes.questions() if one.picture in set(pictures)]
-    home = folder / f"scores-{digest(model)}" / condition.replace(" ", "-")
+    asked = [one for one in questions() if one.picture in set(pictures)]
+    home = folder / f"scores-{digest(model, Observer(budget=model.visual_tokens))}" / condition.replace(" ", "-")
     home.mkdir(parents=True, exist_ok=True)
     arrays_of: dict[str, list[Array]] = {}
     for name in tqdm(pictures, desc=condition, unit="picture", file=sys.stderr):
@@ -339,14 +466,10 @@ def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path)
     return Collected(score_names(model.spec.layers), asked=tuple(asked), **whole)
 
 
-def digest(model: Llava) -> str:
-    """Changes with the weights and with all code that the numbers depend on."""
-    observer = Observer(budget=model.visual_tokens)
-    parts = [model.fingerprint, combined(answer_sources(model, observer))]
-    for path in (Path(__file__), Path(str(scenes.__file__))):
-        state = path.stat()
-        parts.append(read_source(path, ROOT, state.st_mtime_ns, state.st_size)[0])
-    return hashlib.sha256(repr((parts, MEASURES, WORD)).encode()).hexdigest()[:10]
+def digest(model: Llava, reducer: Reducer) -> str:
+    """Changes with the weights and with all code that the numbers depend on, this file's included."""
+    parts = [model.fingerprint, combined(answer_sources(model, reducer))]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
 
 def exchanged(image: Image.Image) -> Image.Image:
@@ -363,7 +486,7 @@ def measure_picture(
     With halves exchanged all scores are moved back, so that index i is the same content in every condition; only the
     measures of lateness read where it stood.
     """
-    picture = scenes.redraw(asked[0].picture)
+    picture = redraw(asked[0].picture)
     moved = condition == "halves exchanged"
     if moved:
         samples = [
@@ -403,62 +526,47 @@ def measure_picture(
     }
 
 
-def measure(scores: Array, encoder: Array, picture: Picture, one: Asked, late: NDArray[np.bool_]) -> Array:
-    """[S, measures] of the scores [S, 576] of one question.
+def measure(scores: Array, encoder: Array, picture: Picture, one: Asked, late: Mask) -> Array:
+    """[S, measures] of the scores [S, 576] of one question; `of_others` fills the measures of others.
 
     Args:
         encoder: [576], what agreement is measured with.
         late: [576] bool, the patches that stand in the second half of the sequence.
     """
-    table = np.full((len(scores), len(MEASURES)), np.nan)
     mask = picture.patches(one.targets)
-    nothing = np.full(len(scores), np.nan)
+    found: dict[str, Any] = {
+        "mass": scores.sum(-1),
+        "late": share(scores)[:, late].sum(-1),
+        "late 64": chosen(scores, 64)[:, late].mean(-1) * late.sum() / 64,
+        "effective": effective_share(scores),
+        "gini": gini(scores),
+        "spearman": spearman(scores, encoder),
+        **{f"overlap {count}": overlap(scores, encoder, count) for count in (32, 64, 128)},
+    }
     if mask.any():
-        table[:, : len(TARGET)] = np.stack(
-            [
-                auroc(scores, mask),
-                auroc(scores, mask, picture.owner >= 0) if set(picture.owner[~mask]) != {-1} else nothing,
-                *[nothing] * 3,  # `of_others` fills them
-                average_precision(scores, mask),
-                np.full(len(scores), mask.mean()),
-                lift(scores, mask),
-                recall(scores, mask, 32),
-                recall(scores, mask, 64),
-                np.full(len(scores), mask.sum()),
-                np.full(len(scores), np.flatnonzero(mask).mean() / (PATCHES - 1)),
-            ],
-            axis=-1,
-        )
-    table[:, len(TARGET) :] = np.stack(
-        [
-            scores.sum(-1),
-            share(scores)[:, late].sum(-1),
-            chosen(scores, 64)[:, late].mean(-1) * late.sum() / 64,
-            effective_share(scores),
-            gini(scores),
-            spearman(scores, encoder),
-            *(overlap(scores, encoder, count) for count in (32, 64, 128)),
-        ],
-        axis=-1,
-    )
+        found |= {"auroc": auroc(scores, mask), "average precision": average_precision(scores, mask)}
+        found |= {"chance precision": mask.mean(), "lift": lift(scores, mask), "recall 64": recall(scores, mask, 64)}
+        if set(picture.owner[~mask]) != {-1}:
+            found["among things"] = auroc(scores, mask, picture.owner >= 0)
+    table = np.full((len(scores), len(MEASURES)), np.nan)
+    for name, values in found.items():
+        table[:, MEASURES.index(name)] = values
     return table
 
 
 def of_others(scores: Array, picture: Picture, asked: Sequence[Asked]) -> Array:
-    """[Q, S, 3] how well the scores [Q, S, 576] of other questions find the things of each question: AUROC, recalls.
+    """[Q, S, 2] how well the scores [Q, S, 576] of other questions find the things of each question: AUROC, recall.
 
     Only questions that share no thing count; NaN where there is none.
     """
-    ranks = rankdata(scores, axis=-1)
-    kept = [chosen(scores, count) for count in (32, 64)]
-    table = np.full((*scores.shape[:2], 3), np.nan)
+    ranks, kept = rankdata(scores, axis=-1), chosen(scores, 64)
+    table = np.full((*scores.shape[:2], 2), np.nan)
     for row, one in enumerate(asked):
         mask = picture.patches(one.targets)
         other = [n for n, two in enumerate(asked) if two.targets and not set(two.targets) & set(one.targets)]
         if mask.any() and other:
             table[row, :, 0] = auroc_of_ranks(ranks[other], mask).mean(0)
-            for column, one_kept in enumerate(kept, 1):
-                table[row, :, column] = one_kept[other][..., mask].mean((0, -1))
+            table[row, :, 1] = kept[other][..., mask].mean((0, -1))
     return table
 
 
@@ -474,7 +582,7 @@ def word_cosines(model: Llava, tokens: Array) -> Array:
 def measure_words(cosines: Array, picture: Picture) -> Array:
     """[W, 5] the measures of WORD; NaN for a word that is true of no thing, or where a control does not exist."""
     table = np.full((len(WORDS), len(WORD)), np.nan)
-    masks = np.stack([scenes.word_mask(picture, word) for word in WORDS])
+    masks = np.stack([word_mask(picture, word) for word in WORDS])
     things = picture.owner >= 0
     for group in (range(len(COLOR_NAMES)), range(len(COLOR_NAMES), len(COLOR_NAMES) + len(SHAPES))):
         absent = [n for n in group if not masks[n].any()]

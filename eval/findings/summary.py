@@ -18,8 +18,6 @@ from eval.tables.page import COLOURS, MARKERS, insert, markdown, write_csv
 DOCS = ROOT / "docs"
 RESAMPLES = 2000  # enough for two digits of an interval's ends
 
-SMALL = 8  # points of the figures' small letters
-
 Cell = Interval | Comparison
 Cells = Mapping[str, Cell]
 Values = Mapping[str, float]  # question (or picture and word) -> number
@@ -127,6 +125,20 @@ class Table:
 
 # Figures.
 
+STYLE: Any = {
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+}
+LEVEL = {"color": "black", "linewidth": 1, "linestyle": "--"}  # of a line that stands for chance, or for nothing
+
 
 @contextmanager
 def sheet(
@@ -138,17 +150,14 @@ def sheet(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, height), dpi=140, squeeze=False, layout="constrained", **settings
-    )
-    for panel in axes.flat:
-        panel.grid(alpha=0.25)
-        panel.tick_params(labelsize=SMALL)
-        panel.spines[["top", "right"]].set_visible(False)
-    yield axes.flat
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(width, height), dpi=140, squeeze=False, layout="constrained", **settings
+        )
+        yield axes.flat
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        plt.close(figure)
 
 
 def bars(cells: Sequence[Cell]) -> NDArray[np.float64]:
@@ -159,24 +168,26 @@ def bars(cells: Sequence[Cell]) -> NDArray[np.float64]:
 
 def draw_line(panel: Any, x: Sequence[float], cells: Sequence[Cell], index: int, label: str, **style: Any) -> None:
     """A line with intervals in the colour and marker of an index."""
-    panel.errorbar(
-        x, [centre(cell) for cell in cells], yerr=bars(cells), label=label, color=COLOURS[index % len(COLOURS)],
-        marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.6, capsize=2, elinewidth=0.8, **style,
-    )  # fmt: skip
+    look = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 4.5, "linewidth": 1.6, "elinewidth": 0.8}
+    panel.errorbar(x, [centre(cell) for cell in cells], yerr=bars(cells), label=label, capsize=2, **look, **style)
 
 
 def draw_cells(
     panel: Any, cells: Sequence[Cell], places: NDArray[Any], index: int, label: str, size: float = 6
 ) -> None:
     """Values with their intervals from left to right, one below another, in the colour and marker of an index."""
-    panel.errorbar(
-        [centre(cell) for cell in cells], places, xerr=bars(cells), fmt=MARKERS[index], color=COLOURS[index],
-        capsize=2, label=label, markersize=size,
-    )  # fmt: skip
+    look = {"fmt": MARKERS[index], "color": COLOURS[index], "markersize": size}
+    panel.errorbar([centre(cell) for cell in cells], places, xerr=bars(cells), label=label, capsize=2, **look)
 
 
 def name_rows(panel: Any, names: Sequence[str], level: float) -> None:
     """Names on the left, the first one at the top, and a dashed line at a level."""
-    panel.axvline(level, color="black", linewidth=1, linestyle="--")
+    panel.axvline(level, **LEVEL)
     panel.set_yticks(range(len(names)), names)
     panel.invert_yaxis()
+
+
+def legend_below(panel: Any, columns: int) -> None:
+    """The legend of a panel below all panels."""
+    handles, labels = panel.get_legend_handles_labels()
+    panel.figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=columns)

@@ -16,7 +16,7 @@ setup() {
   source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
   assets=assets measure=()
   if [ -n "$quick" ]; then
-    assets=$folder/assets measure=(--limit 20 --output "$folder/answers")
+    assets=$folder/assets measure=(--limit 20)
   fi
 }
 

@@ -9,6 +9,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup runs/tiny "$@"
 train vision 2
 train language 2
-python -m toy.export language --folder "$folder" --output "$assets/tinyllava"
 [ -n "$quick" ] || python -m toy.benchmarks --output "$assets/eval" --only gqa
-python -m toy.report language --folder "$folder" --model "$assets/tinyllava" "${measure[@]}"
+python -m toy.export language --folder "$folder" --output "$assets/tinyllava" "${measure[@]}"

@@ -8,5 +8,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup runs/instruct "$@"
 train instruct 2
-python -m toy.export instruct --folder "$folder" --output "$assets/tinyllava_instruct"
-python -m toy.report instruct --folder "$folder" --model "$assets/tinyllava_instruct" "${measure[@]}"
+python -m toy.export instruct --folder "$folder" --output "$assets/tinyllava_instruct" "${measure[@]}"

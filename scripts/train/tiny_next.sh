@@ -9,6 +9,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup runs/next "$@"
 train next 1
-python -m toy.export next --folder "$folder" --output "$assets/tinyllava_next"
 [ -n "$quick" ] || python -m toy.benchmarks --output "$assets/eval_next" --only large_gqa
-python -m toy.report next --folder "$folder" --model "$assets/tinyllava_next" "${measure[@]}"
+python -m toy.export next --folder "$folder" --output "$assets/tinyllava_next" "${measure[@]}"

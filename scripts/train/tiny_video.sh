@@ -9,6 +9,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup runs/video "$@"
 train video 1
-python -m toy.export video --folder "$folder" --output "$assets/tinyllava_video"
 [ -n "$quick" ] || python -m toy.benchmarks --output "$assets/eval_video" --only video_qa
-python -m toy.report video --folder "$folder" --model "$assets/tinyllava_video" "${measure[@]}"
+python -m toy.export video --folder "$folder" --output "$assets/tinyllava_video" "${measure[@]}"

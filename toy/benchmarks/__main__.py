@@ -20,28 +20,30 @@ from pathlib import Path
 import toy.benchmarks
 from eval.command import exit_on_user_error
 from llava.errors import UserError
-from toy.benchmarks import choices, gqa, hub, official, videos
-from toy.benchmarks.pairs import images
+from toy.benchmarks import choices, gqa_and_videos, images, words
 
 # Name of a group of sets -> what writes it below the output folder.
 WRITERS: dict[str, Callable[[Path], None]] = {
-    "gqa": gqa.write_gqa,
-    "captions": hub.write_captions,
+    "gqa": gqa_and_videos.write_gqa,
+    "captions": words.write_captions,
     "choices": choices.write_choices,
-    "judged": official.write_judged,
-    "mme": official.write_mme,
-    "mmmu": hub.write_mmmu,
-    "pope": official.write_pope,
-    "tables": hub.write_tables,
-    "vqa": official.write_vqa,
-    "videos": lambda root: videos.write_zero_shot_sets(root, root.parent / "eval_video" / "video_qa"),
+    "judged": words.write_judged,
+    "mme": choices.write_mme,
+    "mmmu": choices.write_mmmu,
+    "pope": choices.write_pope,
+    "tables": words.write_tables,
+    "vqa": words.write_vqa,
+    "videos": lambda root: gqa_and_videos.write_zero_shot_sets(root, root.parent / "eval_video" / "video_qa"),
 }
 # A further module of this package with a function `write`, as `vtr new benchmark` makes one, is a group too.
 for found in pkgutil.iter_modules(toy.benchmarks.__path__):
     if found.name != "__main__" and hasattr(module := import_module(f"toy.benchmarks.{found.name}"), "write"):
         WRITERS[found.name] = module.write
 # Groups with a folder of their own, and that need no other group.
-ALONE: dict[str, Callable[[Path], None]] = {"large_gqa": gqa.write_large_gqa, "video_qa": videos.write_video_qa}
+ALONE: dict[str, Callable[[Path], None]] = {
+    "large_gqa": gqa_and_videos.write_large_gqa,
+    "video_qa": gqa_and_videos.write_video_qa,
+}
 
 
 def size(folder: Path) -> int:

@@ -1,9 +1,9 @@
 """Training data on disk: scenes, large pictures and videos, drawn once, and what the frozen vision tower makes of them.
 
-A corpus is a folder of arrays with one row per scene, memory-mapped by every rank. `done.npy` marks the finished rows,
-so an interrupted drawing goes on where it stopped. Of large pictures and videos the features are stored in place of the
-pixels, because the tower stays frozen; frames are read back from the encoded file, so that training sees what a reader
-of the file sees.
+A corpus is a folder of arrays with one row per scene, memory-mapped by every rank. All ranks draw; `done.npy` marks the
+finished rows, so an interrupted drawing goes on where it stopped. Where the tower stays frozen its features are stored
+in place of the pixels; frames are read back from the encoded file, so that training sees what a reader of the file
+sees.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -34,81 +35,56 @@ from toy.data.scenes import (
 )
 from toy.data.videos import SEEN, VIDEO_SIDE, Plan, draw_video, encode_video, plan_video
 
-MAX_THINGS = 20
-TOGETHER = 40  # scenes that go through the tower at once
+MAX_THINGS, MAX_LARGE_THINGS = 20, 28
+# Of videos; a CLS stands before the patches of a frame, as in Video-LLaVA.
+FRAME_PATCHES = (VIDEO_SIDE // PATCH) ** 2
+FRAME_TOKENS = FRAME_PATCHES + 1
+RUN = SEEN * FRAME_TOKENS
+# Of large pictures: (width, height) in the order of the official list.
+PINPOINTS = ((SIDE, 2 * SIDE), (2 * SIDE, SIDE), (2 * SIDE, 2 * SIDE), (3 * SIDE, SIDE), (SIDE, 3 * SIDE))
+MAX_CROPS = 5
 
-Arrays = Mapping[str, tuple[type, tuple[int, ...]]]
-
-
-def write_rows(
-    folder: Path, size: int, arrays: Arrays, draw: Callable[[int], Mapping[str, np.ndarray]], title: str
-) -> None:
-    """Write rows 0 .. `size` of a corpus, continuing an earlier call.
-
-    Args:
-        arrays: name -> dtype and shape of one row.
-        draw: makes the row of every array; a row that is shorter than its shape is padded with zeros.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    maps = {name: memory_map(folder / f"{name}.npy", (size, *shape), dtype) for name, (dtype, shape) in arrays.items()}
-    done = memory_map(folder / "done.npy", (size,), np.uint8)  # one mark per row: made anew when the arrays are
-    first = int(done.sum())
-    for row in tqdm(range(first, size), desc=title, initial=first, total=size):
-        for name, value in draw(row).items():
-            maps[name][row, : len(value)] = value
-        done[row] = 1
+Row = Mapping[str, np.ndarray]
 
 
-def memory_map(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """An array on disk: the existing one if it has this shape, else a new one of zeros."""
-    if path.exists():
-        existing = np.lib.format.open_memmap(path, mode="r+")
-        if existing.shape == shape:
-            return existing
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+def ranks() -> tuple[int, int]:
+    """This process's number and how many train together; (0, 1) alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-class StoredRows:
-    """The rows that `write_rows` left in a folder, memory-mapped, or the first `limit` of them.
-
-    A subclass annotates its arrays; the first one has a row for each scene, as all have.
-    """
-
-    def __init__(self, folder: Path, limit: int | None = None):
-        for name in type(self).__annotations__:
-            setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r")[:limit])
-
-    def __len__(self) -> int:
-        return len(getattr(self, next(iter(type(self).__annotations__))))
+def wait_for_ranks() -> None:
+    """Until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
-def render(folder: Path, split: str, size: int) -> None:
-    """Draw the first `size` scenes of a split into `folder`; natural and dense scenes take turns."""
-
-    def draw(row: int) -> dict[str, np.ndarray]:
-        drawn = scene(split, row, dense=row % 2 == 1)
-        return {"images": drawn.image, "owners": drawn.owner, "things": thing_table(drawn.things, MAX_THINGS)}
-
-    arrays = {
-        "images": (np.uint8, (SIDE, SIDE, 3)),
-        "owners": (np.int8, (GRID, GRID)),
-        "things": (np.float32, (MAX_THINGS, len(FIELDS))),
-    }
-    write_rows(folder, size, arrays, draw, f"scenes {split}")
-
-
-class Corpus(StoredRows):
-    """Rendered scenes.
+class Corpus:
+    """The rows that `write_rows` left in a folder, which has some of these arrays.
 
     Attributes:
+        split: the plans of its videos follow from it.
         images: [n, 192, 192, 3] uint8.
-        owners: [n, 24, 24] int8, row of `things` that covers a patch, -1 for background.
-        things: [n, 20, 9] float32, columns as in FIELDS.
+        features: int16, the bits of bfloat16 features: [n, 576, D] of scenes, [n, 5, 576, D] of a picture's crops, the
+            thumbnail first, [n, 8, 257, D] of a video's frames, CLS first.
+        owners: int8, row of `things` or number of the actor that covers a patch, -1 for background: [n, 24, 24] of
+            scenes, [n, 5, 576] of crops, [n, 8, 256] of frames.
+        things: [n, 20 or 28, 9] float32, columns as in FIELDS; a large picture's centre is at (96, 96).
+        sizes: [n, 2] int64, width and height of large pictures.
     """
 
     images: np.ndarray
+    features: np.ndarray
     owners: np.ndarray
     things: np.ndarray
+    sizes: np.ndarray
+
+    def __init__(self, folder: Path, split: str = ""):
+        self.split = split
+        for file in folder.glob("*.npy"):
+            setattr(self, file.stem, np.load(file, mmap_mode="r"))
+
+    def __len__(self) -> int:
+        return len(self.owners)
 
     def list_things(self, row: int) -> tuple[Thing, ...]:
         """The things of one scene as objects, for the question writer."""
@@ -119,6 +95,116 @@ class Corpus(StoredRows):
         owners = self.owners[rows].reshape(len(rows), -1).astype(np.int64)
         padded = np.concatenate([self.things[rows], np.zeros((len(rows), 1, len(FIELDS)), np.float32)], 1)
         return padded[np.arange(len(rows))[:, None], np.where(owners < 0, MAX_THINGS, owners)]
+
+    def tokens(self, row: int, places: np.ndarray | slice = slice(None)) -> Tensor:
+        """[K, D] bfloat16 features at these places of one row, all crops or frames after one another."""
+        # One read of the row's slice of the file; a fancy index into the file would read token by token.
+        table = np.asarray(self.features[row]).reshape(-1, self.features.shape[-1])
+        return torch.from_numpy(np.array(table[places])).view(torch.bfloat16)
+
+    def layout(self, row: int) -> TokenLayout:
+        """The token layout of one large picture."""
+        return arrange(tuple(self.sizes[row].tolist()))
+
+    def plan(self, row: int) -> Plan:
+        """What happens in one video."""
+        return plan_video(self.split, row)
+
+
+def write_rows(
+    folder: Path, size: int, shapes: Mapping[str, tuple[type, tuple[int, ...]]], draw: Callable[[int], Row], title: str
+) -> None:
+    """Write rows 0 .. `size` of a corpus on all ranks together, continuing an earlier call.
+
+    Args:
+        shapes: name -> dtype and shape of one row.
+        draw: makes the row of every array; a row that is shorter than its shape is padded with zeros.
+    """
+    rank, count = ranks()
+    every = {**shapes, "done": (np.uint8, ())}  # one mark per row: made anew when the arrays are
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, (dtype, shape) in every.items():
+            file = folder / f"{name}.npy"
+            if not file.exists() or np.load(file, mmap_mode="r").shape != (size, *shape):
+                np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(size, *shape))
+    wait_for_ranks()
+    maps = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in every}
+    mine = range(rank, size, count)
+    for row in tqdm([row for row in mine if not maps["done"][row]], desc=title, disable=rank > 0):
+        for name, value in draw(row).items():
+            maps[name][row, : len(value)] = value
+        maps["done"][row] = 1
+    wait_for_ranks()
+
+
+def write_scenes(folder: Path, split: str, size: int, tower: nn.Module | None = None) -> None:
+    """The first `size` scenes of a split, natural and dense ones in turns; features where a tower is given."""
+
+    def draw(row: int) -> Row:
+        drawn = scene(split, row, dense=row % 2 == 1)
+        seen = {"images": drawn.image} if tower is None else {"features": features(tower, drawn.image[None])[0]}
+        return {**seen, "owners": drawn.owner, "things": thing_table(drawn.things, MAX_THINGS)}
+
+    seen = {"images": (np.uint8, (SIDE, SIDE, 3))}
+    if tower is not None:
+        seen = {"features": (np.int16, (PATCHES, tower.config.hidden_size))}
+    shapes = {**seen, "owners": (np.int8, (GRID, GRID)), "things": (np.float32, (MAX_THINGS, len(FIELDS)))}
+    write_rows(folder, size, shapes, draw, f"scenes {split}")
+
+
+def write_pictures(folder: Path, split: str, size: int, tower: nn.Module) -> None:
+    """The first `size` large scenes of a split, natural and dense ones in turns."""
+
+    def draw(row: int) -> Row:
+        drawn = large_scene(split, row, dense=row % 2 == 1)
+        height, width = drawn.image.shape[:2]
+        return {
+            "features": features(tower, crops(drawn.image)),
+            "owners": patch_owners(owner_crops(drawn.owner)),
+            "things": thing_table(centred(drawn.things, width, height), MAX_LARGE_THINGS),
+            "sizes": np.array([width, height]),
+        }
+
+    shapes = {
+        "features": (np.int16, (MAX_CROPS, PATCHES, tower.config.hidden_size)),
+        "owners": (np.int8, (MAX_CROPS, PATCHES)),
+        "things": (np.float32, (MAX_LARGE_THINGS, len(FIELDS))),
+        "sizes": (np.int64, (2,)),
+    }
+    write_rows(folder, size, shapes, draw, f"pictures {split}")
+
+
+def write_videos(folder: Path, split: str, size: int, tower: nn.Module) -> None:
+    """The first `size` videos of a split: drawn, encoded, read back and seen by the tower."""
+
+    def draw(row: int) -> Row:
+        plan = plan_video(split, row)
+        video, owners = draw_video(plan)
+        path = folder / f"{row}.mp4"
+        path.write_bytes(encode_video(video))
+        frames = np.stack([np.asarray(frame) for frame in read_video(path, SEEN).frames])
+        path.unlink()
+        shown = owners[frame_indices(plan.frames, SEEN)]
+        return {"features": features(tower, frames, first=0), "owners": patch_owners(shown)}
+
+    shapes = {
+        "features": (np.int16, (SEEN, FRAME_TOKENS, tower.config.hidden_size)),
+        "owners": (np.int8, (SEEN, FRAME_PATCHES)),
+    }
+    write_rows(folder, size, shapes, draw, f"videos {split}")
+
+
+@torch.inference_mode()
+def tower_states(tower: nn.Module, images: np.ndarray) -> Tensor:
+    """[n, S, S, 3] uint8 -> [n, 1 + P, D] penultimate states of a CLIP vision tower, CLS first."""
+    patches = patchify(images).to(next(tower.parameters()).dtype)
+    return vision_states(tower, patches, last=False)[0]
+
+
+def features(tower: nn.Module, images: np.ndarray, first: int = 1) -> np.ndarray:
+    """The states from token `first` on as the int16 bits of bfloat16, which numpy does not have."""
+    return tower_states(tower, images)[:, first:].bfloat16().contiguous().view(torch.int16).numpy()
 
 
 def patch_owners(planes: np.ndarray) -> np.ndarray:
@@ -135,49 +221,7 @@ def patch_owners(planes: np.ndarray) -> np.ndarray:
     return best.astype(np.int8).reshape(len(planes), grid * grid)
 
 
-@torch.inference_mode()
-def tower_states(tower: nn.Module, images: np.ndarray) -> Tensor:
-    """[n, S, S, 3] uint8 -> [n, 1 + P, D] penultimate states of a CLIP vision tower, CLS first."""
-    patches = patchify(images).to(next(tower.parameters()).dtype)
-    return vision_states(tower, patches, last=False)[0]
-
-
-def feature_bits(states: Tensor) -> np.ndarray:
-    """States as the int16 bits of bfloat16, which numpy does not have."""
-    return states.bfloat16().contiguous().view(torch.int16).numpy()
-
-
-class Features:
-    """[n, 576, D] bfloat16 features of a corpus on disk, computed by all ranks together, resumable."""
-
-    def __init__(self, path: Path, corpus: Corpus, tower: nn.Module, ranks: tuple[int, int] = (0, 1)):
-        """`ranks` is (rank, number of ranks); each computes every so many-th chunk. The caller waits for all."""
-        self.bits = _shared(path, np.int16, (len(corpus), GRID * GRID, tower.config.hidden_size))
-        done = _shared(path.with_suffix(".done"), np.uint8, (-(-len(corpus) // TOGETHER),))
-        rank, count = ranks
-        for chunk in tqdm(range(rank, len(done), count), desc="features", disable=rank > 0):
-            if not done[chunk]:
-                rows = np.arange(chunk * TOGETHER, min((chunk + 1) * TOGETHER, len(corpus)))
-                self.bits[rows] = feature_bits(tower_states(tower, corpus.images[rows])[:, 1:])
-                done[chunk] = 1
-
-    def __getitem__(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.bits[rows])).view(torch.bfloat16)
-
-
-def _shared(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
-    """A file of zeros that several processes map; making it twice is harmless."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    with open(path, "ab") as file:
-        file.truncate(size)
-    return np.memmap(path, dtype, "r+", shape=shape)
-
-
 # Large pictures as LLaVA-NeXT sees them: crops of 192 x 192, and the position of every patch in the token sequence.
-
-# (width, height), in the order of the official list.
-PINPOINTS = ((SIDE, 2 * SIDE), (2 * SIDE, SIDE), (2 * SIDE, 2 * SIDE), (3 * SIDE, SIDE), (SIDE, 3 * SIDE))
-MAX_CROPS = 5
 
 
 def arrange(size: tuple[int, int]) -> TokenLayout:
@@ -213,99 +257,3 @@ def run_sources(arrangement: TokenLayout) -> np.ndarray:
     for number, crop in enumerate(arrangement.crops):
         sources[crop.indices.numpy()] = number * PATCHES + crop.patches.numpy()
     return sources
-
-
-MAX_LARGE_THINGS = 28
-
-
-def encode_pictures(folder: Path, split: str, size: int, tower: torch.nn.Module) -> None:
-    """Draw and encode the first `size` large scenes of a split; natural and dense scenes take turns."""
-
-    def draw(row: int) -> dict[str, np.ndarray]:
-        drawn = large_scene(split, row, dense=row % 2 == 1)
-        height, width = drawn.image.shape[:2]
-        return {
-            "features": feature_bits(tower_states(tower, crops(drawn.image))[:, 1:]),
-            "owners": patch_owners(owner_crops(drawn.owner)),
-            "things": thing_table(centred(drawn.things, width, height), MAX_LARGE_THINGS),
-            "sizes": np.array([width, height]),
-        }
-
-    arrays = {
-        "features": (np.int16, (MAX_CROPS, PATCHES, tower.config.hidden_size)),
-        "owners": (np.int8, (MAX_CROPS, PATCHES)),
-        "things": (np.float32, (MAX_LARGE_THINGS, len(FIELDS))),
-        "sizes": (np.int64, (2,)),
-    }
-    write_rows(folder, size, arrays, draw, f"pictures {split}")
-
-
-class LargeCorpus(StoredRows):
-    """Encoded pictures.
-
-    Attributes:
-        features: [n, 5, 576, D] int16, the bits of bfloat16 features of the crops, thumbnail first.
-        owners: [n, 5, 576] int8, row of `things` that covers a patch, -1 for background.
-        things: [n, 28, 9] float32, columns as in FIELDS, with the picture's centre at (96, 96).
-        sizes: [n, 2] int64, width and height.
-    """
-
-    features: np.ndarray
-    owners: np.ndarray
-    things: np.ndarray
-    sizes: np.ndarray
-
-    def list_things(self, row: int) -> tuple[Thing, ...]:
-        """The things of one picture as objects, for the question writer."""
-        return list_things(self.things[row])
-
-    def arrangement(self, row: int):
-        """The token layout of one picture."""
-        return arrange(tuple(self.sizes[row].tolist()))
-
-
-# Videos.
-
-FRAME_PATCHES = (VIDEO_SIDE // PATCH) ** 2
-FRAME_TOKENS = FRAME_PATCHES + 1  # CLS before the patches of a frame, as in Video-LLaVA
-RUN = SEEN * FRAME_TOKENS
-
-
-def encode_videos(folder: Path, split: str, size: int, tower: torch.nn.Module) -> None:
-    """Draw, write, read back and encode the first `size` videos of a split."""
-
-    def draw(row: int) -> dict[str, np.ndarray]:
-        plan = plan_video(split, row)
-        video, owners = draw_video(plan)
-        path = folder / "one.mp4"
-        path.write_bytes(encode_video(video))
-        frames = np.stack([np.asarray(frame) for frame in read_video(path, SEEN).frames])
-        shown = owners[frame_indices(plan.frames, SEEN)]
-        return {"features": feature_bits(tower_states(tower, frames)), "owners": patch_owners(shown)}
-
-    arrays = {
-        "features": (np.int16, (SEEN, FRAME_TOKENS, tower.config.hidden_size)),
-        "owners": (np.int8, (SEEN, FRAME_PATCHES)),
-    }
-    write_rows(folder, size, arrays, draw, f"videos {split}")
-
-
-class VideoCorpus(StoredRows):
-    """Encoded videos.
-
-    Attributes:
-        split: the plans of its videos follow from it.
-        features: [n, 8, 257, D] int16, the bits of bfloat16 features, CLS first.
-        owners: [n, 8, 256] int8, number of the actor that covers a patch, -1 for background.
-    """
-
-    features: np.ndarray
-    owners: np.ndarray
-
-    def __init__(self, folder: Path, split: str, limit: int | None = None):
-        super().__init__(folder, limit)
-        self.split = split
-
-    def plan(self, row: int) -> Plan:
-        """What happens in one video."""
-        return plan_video(self.split, row)

@@ -8,7 +8,6 @@ Messages are those of LLaVA's evaluation scripts and of lmms-eval: `question`, a
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -19,13 +18,14 @@ from toy.data.questions import (
     FAMILIES,
     Question,
     Retry,
+    attempt,
     in_chinese,
     phrasings,
     pick,
     translate,
 )
 from toy.data.scenes import Thing
-from toy.data.vocabulary import COLOR_NAMES, DIGITS, SHAPES, SHORT_ANSWER, SIZES, TOY_WORDS, Vocabulary, grown
+from toy.data.vocabulary import COLOR_NAMES, DIGITS, SHAPES, SHORT_ANSWER, SIZES, TOY_WORDS, WORDS, Vocabulary, grown
 
 SINGLE_WORD = "Answer the question with a single word."
 CAPTION = "Provide a one-sentence caption for the provided image."
@@ -77,12 +77,7 @@ def compose(
     things: Things, name: str, rng: Rng, tries: int = 40, family: str = "", formats: Mapping[str, Format] | None = None
 ) -> Pair | None:
     """One pair of a format of `formats`, by default FORMATS; None if `tries` draws found no unambiguous one."""
-    for _ in range(tries):
-        try:
-            return (formats or FORMATS)[name](things, rng, family)
-        except Retry:
-            continue
-    return None
+    return attempt(lambda: (formats or FORMATS)[name](things, rng, family), tries)
 
 
 def draw(things: Things, rng: Rng, family: str = "", among: Sequence[str] = tuple(FAMILIES)) -> Question:
@@ -436,44 +431,13 @@ INSTRUCTIONS = {
     DESCRIBE: "image",
     STEP_BY_STEP: "what",
 }
-PUNCTUATION = (".", ",", ":", "(", ")", "<", ">")
-_FORMAT_WORDS = (
-    "reference",
-    "ocr",
-    "token",
-    "options",
-    "context",
-    "look",
-    "at",
-    "and",
-    "an",
-    "with",
-    "says",
-    UNANSWERABLE,
-)
-
-
 _CHINESE = tuple(dict.fromkeys([*CHINESE_WORDS.values(), *CHINESE_PARTICLES]))
 
 
-class InstructVocabulary(Vocabulary):
-    """Reads text with the tokenizer, because letters are cased and punctuation stands beside words."""
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text without the beginning-of-text token."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    @cached_property
-    def tokenizer(self):
-        """The vocabulary as a transformers tokenizer; option letters are tokens only as words of their own."""
-        from tokenizers import AddedToken
-
-        made = Vocabulary(self.words, phrases=self.phrases).tokenizer
-        made.add_tokens([AddedToken(letter, single_word=True, normalized=False) for letter in LETTERS])
-        return made
-
-
-INSTRUCT_WORDS = InstructVocabulary(
-    grown(TOY_WORDS.words, (*INSTRUCTIONS, *LETTERS, *PUNCTUATION, *_FORMAT_WORDS, *_CHINESE)),
+INSTRUCT_WORDS = Vocabulary(
+    grown(
+        TOY_WORDS.words, (*INSTRUCTIONS, *LETTERS, *WORDS["punctuation"].split(), *WORDS["formats"].split(), *_CHINESE)
+    ),
     phrases=(*INSTRUCTIONS, *_CHINESE),
+    letters=LETTERS,
 )

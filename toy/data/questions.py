@@ -5,12 +5,14 @@ Every question has exactly one right answer in its scene: things are named by at
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from toy.data.scenes import SIDE, Thing
-from toy.data.vocabulary import COLOR_NAMES, PATTERNS, PLURALS, SHAPES, SIZES
+from toy.data.vocabulary import COLOR_NAMES, PATTERNS, PLURALS, SHAPES, SIZES, WORDS
 
+Drawn = TypeVar("Drawn")
 MARGIN = 10  # pixels between centres before "left of" or "above" is said
 
 
@@ -34,14 +36,19 @@ class Retry(Exception):
     """The draw was ambiguous in this scene; draw again."""
 
 
-def ask(things: tuple[Thing, ...], family: str, rng: np.random.Generator, tries: int = 40) -> Question | None:
-    """One question of a family, or None if `tries` draws found no unambiguous one."""
+def attempt(draw: Callable[[], Drawn], tries: int) -> Drawn | None:
+    """What a draw gives, or None if `tries` of them were ambiguous."""
     for _ in range(tries):
         try:
-            return FAMILIES[family](things, rng)
+            return draw()
         except Retry:
             continue
     return None
+
+
+def ask(things: tuple[Thing, ...], family: str, rng: np.random.Generator, tries: int = 40) -> Question | None:
+    """One question of a family, or None if `tries` draws found no unambiguous one."""
+    return attempt(lambda: FAMILIES[family](things, rng), tries)
 
 
 def _shapes(things) -> list[Thing]:
@@ -66,23 +73,15 @@ def _name(thing: Thing, size=False, color=False, shape=True) -> str:
 
 
 def _matches(things, like: Thing, size=False, color=False, shape=True) -> list[Thing]:
-    return [
-        other
-        for other in _shapes(things)
-        if (not size or other.big == like.big)
-        and (not color or other.color == like.color)
-        and (not shape or other.shape == like.shape)
-    ]
+    compared = [field for field, wanted in (("big", size), ("color", color), ("shape", shape)) if wanted]
+    return [other for other in _shapes(things) if all(getattr(other, f) == getattr(like, f) for f in compared)]
 
 
 def phrasings(family: str, name: str) -> list[str]:
     """The ways to ask for the colour or the shape of a thing, or for the number in a frame."""
     if family == "digit":
-        return [
-            f"What number is in the {name}?",
-            f"Which digit is written in the {name}?",
-            f"What does the {name} say?",
-        ]
+        asked = ("What number is in the {}?", "Which digit is written in the {}?", "What does the {} say?")
+        return [text.format(name) for text in asked]
     return [f"What {family} is the {name}?", f"What is the {family} of the {name}?", f"The {name} has which {family}?"]
 
 
@@ -100,7 +99,7 @@ def _attribute(family: str, names: Sequence[str], **named_by: bool) -> "Family":
     return ask_for
 
 
-def _offset(a: Thing, b: Thing, relation: str) -> float:
+def offset(a: Thing, b: Thing, relation: str) -> float:
     """Pixels by which `a` is left of (right of, above, below) `b`."""
     return {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[relation]
 
@@ -115,10 +114,10 @@ def _relate(things, rng) -> Question:
     color = rng.random() < 0.5
     _require(len(_matches(things, anchor, color=color)) == 1)
     relation = pick(RELATIONS, rng)
-    _require(_offset(target, anchor, relation) > MARGIN)
+    _require(offset(target, anchor, relation) > MARGIN)
     same = _matches(things, target)
     # Nothing of the same shape may be even nearly on that side.
-    _require([thing for thing in same if _offset(thing, anchor, relation) > -MARGIN / 2] == [target])
+    _require([thing for thing in same if offset(thing, anchor, relation) > -MARGIN / 2] == [target])
     _require(len(same) > 1 or rng.random() < 0.25)  # mostly questions in which the relation decides
     _require(all(thing.color != target.color for thing in same if thing is not target))
     name, other = SHAPES[target.shape], _name(anchor, color=color)
@@ -176,7 +175,7 @@ def _two_named(things, rng) -> tuple[Thing, Thing, str]:
     a, b = pick(_shapes(things), rng), pick(_shapes(things), rng)
     _require(a is not b and len(_matches(things, a, color=True)) == 1 and len(_matches(things, b, color=True)) == 1)
     relation = pick(RELATIONS, rng)
-    _require(_offset(a, b, relation) > MARGIN)
+    _require(offset(a, b, relation) > MARGIN)
     return a, b, relation
 
 
@@ -224,19 +223,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# English word -> Chinese word. Each Chinese word is one token, and its embedding starts from the English one's.
-CHINESE_WORDS = {
-    "red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色",
-    "purple": "紫色", "orange": "橙色", "cyan": "青色", "pink": "粉色",
-    "circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形",
-    "cross": "十字形", "ring": "圆环", "heart": "心形",
-    "small": "小", "big": "大", "object": "物体", "panel": "面板", "frame": "框",
-    "striped": "条纹", "checkered": "方格", "dotted": "圆点",
-    "yes": "是的", "no": "不是", "left": "左边", "right": "右边",
-    "above": "上方", "below": "下方", "top": "上半", "bottom": "下半",
-    "color": "颜色", "shape": "形状", "number": "数字", "image": "图中", "there": "有", "many": "几个",
-    "what": "什么", "is": "是", "or": "还是", "on": "在", "of": "的", "in": "里", "?": "？",
-}  # fmt: skip
+CHINESE_WORDS: dict[str, str] = WORDS["chinese"]  # by English word
 # Words without an English one of their own.
 CHINESE_PARTICLES = {"吗": "?", "几": "number"}
 SINGULAR = {plural: shape for shape, plural in PLURALS.items()} | {"objects": "object"}

@@ -225,8 +225,10 @@ class Scene:
 
     Attributes:
         jpeg: the file as the benchmark ships it.
-        image: [192, 192, 3] uint8, that file decoded, so that training sees what a reader of the file sees.
-        owner: [24, 24] int8, index of the thing that covers a patch, -1 for background.
+        image: [height, width, 3] uint8, that file decoded, so that training sees what a reader of the file sees.
+        things: with centres in pixels of the picture.
+        owner: int8, index of the thing that covers a patch of a scene, [24, 24], or a pixel of a large picture,
+            [height, width]; -1 for background.
     """
 
     jpeg: bytes
@@ -235,9 +237,11 @@ class Scene:
     owner: np.ndarray
 
 
-def scene(split: str, index: int, dense: bool) -> Scene:
-    """Scene number `index` of a split."""
-    return _draw(SEEDS[split] + (DENSE_OFFSET if dense else 0) + index, split, dense)
+def finished(canvas: np.ndarray, painted: list[Painted], owner: np.ndarray) -> Scene:
+    """The picture of a canvas [height, width, 3] float32, written as a file and read back."""
+    file = io.BytesIO()
+    Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return Scene(file.getvalue(), np.asarray(Image.open(file)), tuple(one.thing for one in painted), owner)
 
 
 @cache
@@ -252,8 +256,9 @@ def handwritten_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     return data.images[part] / 16.0, data.target[part]
 
 
-def _draw(seed: int, split: str, dense: bool) -> Scene:
-    rng = np.random.default_rng(seed)
+def scene(split: str, index: int, dense: bool) -> Scene:
+    """Scene number `index` of a split."""
+    rng = np.random.default_rng(SEEDS[split] + (DENSE_OFFSET if dense else 0) + index)
     canvas = background(rng, SIDE, SIDE)
     if dense:
         kinds = ["panel"] * int(rng.random() < 0.5) + ["big"] * int(rng.integers(1, 3)) + ["frame"] * 4 + ["small"] * 10
@@ -265,17 +270,12 @@ def _draw(seed: int, split: str, dense: bool) -> Scene:
         shapes = rng.choice(len(SHAPES), size=int(rng.integers(3, 7)), replace=False)
         colors = rng.choice(len(COLORS), size=int(rng.integers(4, 8)), replace=False)
     painted = paint_things(rng, canvas, kinds, shapes, colors, handwritten_digits(split))
-    covers = []
-    for one in painted:
-        cover = np.zeros((SIDE, SIDE), np.float32)
+    covers = np.zeros((len(painted), SIDE, SIDE), np.float32)
+    for cover, one in zip(covers, painted, strict=True):
         cover[one.area] = one.mask
-        covers.append(cover.reshape(GRID, PATCH, GRID, PATCH).mean((1, 3)))
     canvas += rng.normal(0, rng.uniform(2, 8), (SIDE, SIDE, 1)).astype(np.float32)
-    cover = np.stack(covers)
-    owner = np.where(cover.max(0) > 0.12, cover.argmax(0), -1).astype(np.int8)
-    file = io.BytesIO()
-    Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return Scene(file.getvalue(), np.asarray(Image.open(file)), tuple(one.thing for one in painted), owner)
+    cover = covers.reshape(-1, GRID, PATCH, GRID, PATCH).mean((2, 4))
+    return finished(canvas, painted, np.where(cover.max(0) > 0.12, cover.argmax(0), -1).astype(np.int8))
 
 
 FIELDS = ("kind", "x", "y", "side", "shape", "color", "big", "digit", "pattern")
@@ -305,24 +305,7 @@ LARGE_SEEDS = {"train": 21_000_000, "val": 27_000_000, "test": 29_000_000}
 LONGEST = 3 * SIDE
 
 
-@dataclass(frozen=True)
-class LargeScene:
-    """A picture and what is in it.
-
-    Attributes:
-        jpeg: the file as the benchmark ships it.
-        image: [height, width, 3] uint8, that file decoded.
-        things: with centres in pixels of the picture.
-        owner: [height, width] int8, index of the thing that covers a pixel, -1 for background.
-    """
-
-    jpeg: bytes
-    image: np.ndarray
-    things: tuple[Thing, ...]
-    owner: np.ndarray
-
-
-def large_scene(split: str, index: int, dense: bool) -> LargeScene:
+def large_scene(split: str, index: int, dense: bool) -> Scene:
     """Scene number `index` of a split."""
     rng = np.random.default_rng(LARGE_SEEDS[split] + (DENSE_OFFSET if dense else 0) + index)
     width, height = picture_size(rng)
@@ -333,9 +316,7 @@ def large_scene(split: str, index: int, dense: bool) -> LargeScene:
     owner = np.full((height, width), -1, np.int8)
     for number, one in enumerate(painted):
         owner[one.area][one.mask > 0.5] = number
-    file = io.BytesIO()
-    Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return LargeScene(file.getvalue(), np.asarray(Image.open(file)), tuple(one.thing for one in painted), owner)
+    return finished(canvas, painted, owner)
 
 
 def picture_size(rng: np.random.Generator) -> tuple[int, int]:

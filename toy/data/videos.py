@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 from llava.processing.video import FRAMES, frame_indices
-from toy.data.questions import PlainQuestion, Retry, pick
+from toy.data.questions import PlainQuestion, Retry, attempt, pick
 from toy.data.scenes import background, shaded, shape_mask
 from toy.data.vocabulary import COLOR_NAMES, COLORS, SHAPES
 
@@ -174,12 +174,7 @@ def encode_video(frames: np.ndarray) -> bytes:
 
 def ask_video(plan: Plan, family: str, rng: np.random.Generator, tries: int = 30) -> PlainQuestion | None:
     """One question of a family, or None if `tries` draws found no unambiguous one."""
-    for _ in range(tries):
-        try:
-            return PlainQuestion(family, *FAMILIES[family](plan.actors, rng))
-        except Retry:
-            continue
-    return None
+    return attempt(lambda: PlainQuestion(family, *FAMILIES[family](plan.actors, rng)), tries)
 
 
 def _only(items):

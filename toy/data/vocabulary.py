@@ -6,22 +6,16 @@ tokens: the prompt text is that of a 7B model, and takes only a few tokens.
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-COLORS = {
-    "red": (214, 38, 36),
-    "green": (44, 162, 62),
-    "blue": (42, 78, 222),
-    "yellow": (238, 218, 44),
-    "purple": (134, 48, 172),
-    "orange": (248, 138, 28),
-    "cyan": (52, 208, 222),
-    "pink": (248, 122, 188),
-}
+import yaml
+
+WORDS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "words.yaml").read_text(encoding="utf-8"))
+COLORS: dict[str, tuple[int, int, int]] = {name: tuple(rgb) for name, rgb in WORDS["colors"].items()}
 COLOR_NAMES = tuple(COLORS)
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
+SHAPES, PATTERNS, SIZES = (tuple(WORDS[kind]) for kind in ("shapes", "patterns", "sizes"))
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
-PATTERNS = ("striped", "checkered", "dotted")
-SIZES = ("small", "big")
 DIGITS = tuple(str(digit) for digit in range(10))
 
 PAD, BOS, UNKNOWN, IMAGE, EOS = "<pad>", "<s>", "<unk>", "<image>", "</s>"
@@ -35,14 +29,6 @@ VIDEO_SYSTEM = SYSTEM.replace("curious user", "curious human").replace("the user
 USER, ASSISTANT = "USER:", "ASSISTANT:"
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 
-_FUNCTION_WORDS = """
-what color is the ? of has which shape how many are there in image a number frame digit written does say contain
-object objects panel left right above below or on side top bottom half yes no
-"""
-_VIDEO_WORDS = """
-move moves appear appears disappear disappears first last start end at that times up down where go video
-"""
-
 
 class Vocabulary:
     """The words of one toy model.
@@ -50,8 +36,10 @@ class Vocabulary:
     Args:
         words: all tokens in id order.
         system: the system sentence of the conversation.
+        suffix: the answer-format instruction after a question.
         phrases: sentences that are single tokens, beside those of the conversation `vicuna_v1`.
         special: further special tokens.
+        letters: words that are tokens only as words of their own, in their case: "A" is an option, "a" an article.
         longest: tokens of the longest prompt, visual tokens included.
     """
 
@@ -59,13 +47,16 @@ class Vocabulary:
         self,
         words: Sequence[str],
         system: str = SYSTEM,
+        suffix: str = SHORT_ANSWER,
         phrases: Sequence[str] = (),
         special: Sequence[str] = (),
+        letters: Sequence[str] = (),
         longest: int = 1024,
     ):
         self.words = tuple(words)
         self.ids = {word: index for index, word in enumerate(self.words)}
-        self.system, self.phrases, self.special, self.longest = system, tuple(phrases), tuple(special), longest
+        self.system, self.phrases, self.special, self.letters = system, tuple(phrases), list(special), letters
+        self.suffix, self.longest = suffix, longest
 
     def __len__(self) -> int:
         return len(self.words)
@@ -76,8 +67,8 @@ class Vocabulary:
         return [self.ids[token] for token in (BOS, self.system, USER)]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of lower-case words split at spaces; raises KeyError for a word that is not in the vocabulary."""
-        return [self.ids[word] for word in text.lower().replace("?", " ?").split()]
+        """Ids of a text without the beginning-of-text token."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     @cached_property
     def tokenizer(self):
@@ -92,7 +83,7 @@ class Vocabulary:
         backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=start)
         sentences = (SYSTEM, USER, ASSISTANT, SHORT_ANSWER, *self.phrases)
         backend.add_tokens([AddedToken(sentence, normalized=False) for sentence in sentences])
-        return PreTrainedTokenizerFast(
+        made = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             pad_token=PAD,
             bos_token=BOS,
@@ -102,6 +93,8 @@ class Vocabulary:
             padding_side="left",
             model_max_length=self.longest,
         )
+        made.add_tokens([AddedToken(letter, single_word=True, normalized=False) for letter in self.letters])
+        return made
 
 
 def grown(words: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
@@ -109,7 +102,7 @@ def grown(words: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
     return (*words[:-1], *new, words[-1])
 
 
-_PLAIN = sorted({*_FUNCTION_WORDS.split(), *COLOR_NAMES, *SHAPES, *PLURALS.values(), *PATTERNS, *SIZES, *DIGITS})
+_PLAIN = sorted({*WORDS["questions"].split(), *COLOR_NAMES, *SHAPES, *PLURALS.values(), *PATTERNS, *SIZES, *DIGITS})
 # The end token is the last one: CLIP's text tower finds it by the largest id.
 _WORDS = (PAD, BOS, UNKNOWN, IMAGE, SYSTEM, USER, ASSISTANT, SHORT_ANSWER, *_PLAIN, EOS)
 LONG = 4096  # tokens of the longest prompt of the models with tiles or frames
@@ -117,8 +110,9 @@ LONG = 4096  # tokens of the longest prompt of the models with tiles or frames
 TOY_WORDS = Vocabulary(_WORDS)
 NEXT_WORDS = Vocabulary(_WORDS, longest=LONG)
 VIDEO_WORDS = Vocabulary(
-    grown(_WORDS, (VIDEO, VIDEO_SYSTEM, *_VIDEO_WORDS.split())),
+    grown(_WORDS, (VIDEO, VIDEO_SYSTEM, *WORDS["videos"].split())),
     system=VIDEO_SYSTEM,
+    suffix="",
     phrases=(VIDEO_SYSTEM,),
     special=(VIDEO,),
     longest=LONG,
