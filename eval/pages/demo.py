@@ -374,7 +374,7 @@ def remark_on(path: str | None) -> str:
 
 def shown(compared: Comparison, model: Llava, remark: str) -> list[Any]:
     """Values of the outputs, in their order."""
-    values = [gr.update(value=remark, visible=bool(remark)), gr.update(value="", visible=False)]
+    values: list[Any] = [gr.update(value=remark, visible=bool(remark)), gr.update(value="", visible=False)]
     for side in (compared.full, compared.reduced):
         values += [gr.update(value=side.text, label=label_of(side)), side.overlay]
     return [*values, table(compared, model)]

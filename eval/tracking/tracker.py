@@ -290,7 +290,8 @@ class Tracker:
         """
         if self._run is None:
             return
-        for sample, answer, credit in zip(samples, batch.answers, credits or [None] * len(samples), strict=True):
+        scores: Sequence[float | None] = credits or [None] * len(samples)
+        for sample, answer, credit in zip(samples, batch.answers, scores, strict=True):
             if len(self._pictured) < TABLE_PICTURES and sample.image is not None:
                 self._pictured[sample.id] = (sample, answer, credit)
         self._answered = answered
