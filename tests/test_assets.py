@@ -52,6 +52,7 @@ def test_the_benchmark_has_its_splits(dataset):
     assert len({record["types"]["detailed"] for record in records.values()}) == 9
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(("method", "budget", "least"), [("full", 576, 0.85), ("consensusdrop", 64, 0.75)])
 def test_the_toy_model_answers(toy, dataset, method, budget, least):
     """Every 40th question: a broken checkpoint, prompt or preprocessing falls to chance, about 30 %."""

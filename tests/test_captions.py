@@ -50,6 +50,7 @@ def test_cider_of_every_image_equals_the_packages(synthetic, score):
     assert by_image == pytest.approx(synthetic["expected"]["CIDEr by image"], rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.java
 @pytest.mark.skipif(not captions.has_java(), reason="Java is not installed")
 def test_java_gives_the_same_numbers_and_meteor(synthetic, score):
     official = captions.captions_score(synthetic["references"], synthetic["captions"], java=True)

@@ -33,6 +33,7 @@ def copy(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("section", ["A new method", "A new benchmark"])
 def test_every_printed_command_succeeds(section, copy):
     """The method was green in the contract; the next printed command ended with three failures."""
@@ -47,6 +48,7 @@ def test_every_printed_command_succeeds(section, copy):
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-1000:]}"
 
 
+@pytest.mark.process
 def test_what_is_written_passes_the_style(copy):
     """Imports of a new method's test stood in another order than ruff's, so scripts/test.sh ended at its first line."""
     for kind in ("method", "benchmark"):

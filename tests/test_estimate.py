@@ -128,6 +128,7 @@ def expected_bytes(model, reducer, asked, itemsize: int, new_tokens: int) -> int
     return memory.activations(model, reducer, shapes, itemsize).peak(cache)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("name", "budget"),
     [("full", None), ("fastervlm", 64), ("consensusdrop", 64), ("cdpruner", 64), ("pyramiddrop", 192)],
@@ -155,6 +156,7 @@ FAMILIES = {  # shape -> (budget, options, whether it is asked about videos)
 READ_NUMBERS = {("llava-next-7b", "hired"), ("llava-next-7b", "globalcom2"), ("llava-next-7b", "tome")}
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("shape", FAMILIES)
 def test_every_method_needs_what_the_dry_run_says(shape):
     """Within 15 % of the meter at the 7B widths. ConsensusDrop needed 2.4 (LLaVA-NeXT) and 4.8 times (Video-LLaVA) as
@@ -178,6 +180,7 @@ def test_every_method_needs_what_the_dry_run_says(shape):
     assert {name: ratio for name, ratio in found.items() if not 0.85 < ratio < 1.15} == {}
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", sorted(name for _, name in READ_NUMBERS))
 def test_a_method_that_reads_numbers_needs_what_the_dry_run_says(name):
     """On the CPU, where there are numbers."""
@@ -237,6 +240,7 @@ def test_budget_batch_and_dtype_move_the_numbers(toy):
     assert early.activations.prefill < toy.activations.prefill, "no whole prompts are assembled"
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "bound"), [("consensusdrop", 3), ("visionzip", 1000), ("tome", 1000)])
 def test_passes_and_remembered_bytes_are_those_of_the_run(name, bound, monkeypatch, tmp_path):
     """Passes were counted batch by batch, and what is remembered between batches was no part of the memory."""
@@ -336,6 +340,7 @@ def test_what_does_not_fit_comes_with_what_would(toy):
     assert shared.fits is False and "RANKS=1" in shared.remedies()
 
 
+@pytest.mark.table
 def test_lines_and_record_say_the_same_and_the_page_is_current(toy):
     record = json.loads(json.dumps(replace(toy, free=10**12).record()))
     assert record["kv_bytes"] == toy.kv_bytes and record["fits"] is True and record["questions"] == 2642
@@ -345,6 +350,7 @@ def test_lines_and_record_say_the_same_and_the_page_is_current(toy):
     assert [line for line in toy.lines()[:4] if line not in page] == [], "lines that do not depend on the machine"
 
 
+@pytest.mark.table
 def test_report_of_a_configuration(monkeypatch):
     """The whole way from flags to lines, on each bundled model; rates are measured in the tests below."""
     monkeypatch.setattr(estimate, "measure_rates", lambda *_: SPEED)
@@ -373,6 +379,7 @@ def test_report_of_a_configuration(monkeypatch):
         estimate.estimate(replace(video, model=embedded_model("tinyllava")))
 
 
+@pytest.mark.table
 def test_rates_are_measured_quickly_and_are_plausible():
     rates = measure_rates(torch.device("cpu"), torch.float32, 512, 256, 512)
     assert 1e8 < rates.operations < 1e15 and 1e8 < rates.bandwidth < 1e13
@@ -400,6 +407,7 @@ def ranks(folder):
     return two_ranks.run("tests.rank_weights:session", folder)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("spread", rank_weights.SPREADS)
 @pytest.mark.parametrize("family", ["llava", "next", "qwen"])
 def test_weights_of_a_rank_are_those_of_two_real_ranks(folder, ranks, family, spread):
@@ -423,6 +431,7 @@ def test_weights_of_a_rank_are_those_of_two_real_ranks(folder, ranks, family, sp
 # -- the table of the official models ------------------------------------------------------------------------------
 
 
+@pytest.mark.table
 def test_the_table_of_the_official_models_is_current():
     assert table.table() in table.PAGE.read_text(), "run `vtr tables memory`"
 

@@ -54,6 +54,7 @@ def test_other_numbers_of_tokens_are_refused(tokens):
         grid(tokens)
 
 
+@pytest.mark.table
 def test_a_run_measures_fits_and_draws(tmp_path, capsys):
     """Also a method that takes tiles one by one only."""
     flags = ["--methods", "full,downsample,fastervlm", "--tokens", "256,512,768", "--batch-size", "1,2"]

@@ -90,6 +90,7 @@ def test_a_batch_that_does_not_fit_is_said_and_not_tried_again(tiny, monkeypatch
     assert tried == ["full"]
 
 
+@pytest.mark.table
 def test_a_batch_beyond_the_free_memory_of_a_cpu_is_not_tried(tiny, tiny_path, monkeypatch, tmp_path):
     """A CPU has no error for memory that is used up: the system ends the process. The page said "does not fit" only."""
     full = registry.build("full", 16)
@@ -226,6 +227,7 @@ def result(tiny_path):
     return latency.run(parser().parse_args([*flags, "--batch-size", "1,2", "--repeats", "2", "--lengths", "1,3"]))
 
 
+@pytest.mark.table
 def test_latency_compares_with_full_in_one_process(result):
     assert [batch["batch_size"] for batch in result["batches"]] == [1, 2]
     rows = result["batches"][1]["methods"]
@@ -239,6 +241,7 @@ def test_latency_compares_with_full_in_one_process(result):
     assert rows["consensusdrop"]["throughput"]["3"] > 0
 
 
+@pytest.mark.table
 def test_the_result_counts_beside_the_oracle(result):
     rows = result["batches"][0]["methods"]
     ours, oracle = rows["consensusdrop"]["counts"], rows["oracle of consensusdrop"]["counts"]
@@ -249,6 +252,7 @@ def test_the_result_counts_beside_the_oracle(result):
     assert kernels == {("scaled_dot_product_flash_attention_for_cpu",)}, "the dense baseline runs the same"
 
 
+@pytest.mark.table
 def test_the_page_says_everything_and_json_can_hold_it(result):
     text = page(result)
     parts = (
@@ -267,6 +271,7 @@ def test_the_page_says_everything_and_json_can_hold_it(result):
     assert runs([576, 576, 64]) == "576 x2, 64 x1" and runs([64, 64]) == "64"
 
 
+@pytest.mark.table
 def test_single_stream_asks_another_image_each_time(tiny_path, capsys, tmp_path):
     flags = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--scenario", "single-stream"]
     files = ["--json", str(tmp_path / "a" / "r.json"), "--plot", str(tmp_path / "a" / "p.png")]
@@ -279,6 +284,7 @@ def test_single_stream_asks_another_image_each_time(tiny_path, capsys, tmp_path)
     assert (tmp_path / "a" / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.table
 def test_offline_grows_the_batch(tiny_path, capsys):
     flags = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--scenario", "offline", "--no-oracle"]
     assert main([*flags, "--repeats", "1", "--lengths", "2", "--batch-size", "1,2", "--no-counts"]) == 0
@@ -356,6 +362,7 @@ def test_random_weights_are_on_the_device_and_no_more_layers_are_distinct_than_t
 # -- compiled rows --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.table
 def test_every_row_is_measured_plain_and_compiled(tiny_path, monkeypatch, capsys, tmp_path):
     """In one run; compiled rows stand beside compiled full and oracles, and say what compiling took."""
     monkeypatch.setattr("eval.efficiency.latency.compile_model", lambda model: compile_model(model, "eager"))

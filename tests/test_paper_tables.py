@@ -140,6 +140,7 @@ def made(tiny, tiny_path, tmp_path_factory):
         yield folder, words
 
 
+@pytest.mark.table
 def test_the_table_is_written_in_every_format(made):
     folder, _ = made
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
@@ -147,6 +148,7 @@ def test_the_table_is_written_in_every_format(made):
     ]  # fmt: skip
 
 
+@pytest.mark.table
 def test_markdown_holds_published_ours_difference_tokens_command_run_commit(made):
     text = (made[0] / "out" / "small.md").read_text()
     assert "| method | GQA | average |" in text and "***8 tokens***" in text
@@ -169,6 +171,7 @@ def test_markdown_holds_published_ours_difference_tokens_command_run_commit(made
     assert "9.06 [VisionDrop, table of costs" in full and "237 [" in full and "100 [TRIO" in full
 
 
+@pytest.mark.table
 def test_the_gate_marks_a_wrong_baseline_and_names_causes(made, capsys):
     folder, words = made
     text = (folder / "out" / "small.md").read_text()
@@ -180,6 +183,7 @@ def test_the_gate_marks_a_wrong_baseline_and_names_causes(made, capsys):
     assert "--gate mark goes on" in capsys.readouterr().err and not (folder / "stop" / "small.md").exists()
 
 
+@pytest.mark.table
 def test_csv_has_every_number_and_a_hash_of_the_answers(made):
     folder, _ = made
     rows = list(csv.DictReader(io.StringIO((folder / "out" / "small.csv").read_text())))
@@ -206,6 +210,7 @@ def read_answers(folder: Path):
     return [json.loads(line) for line in (path / "answers.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.table
 def test_latex_is_booktabs_with_balanced_braces_and_escapes(made):
     text = (made[0] / "out" / "small.tex").read_text()
     assert r"\toprule" in text and r"\bottomrule" in text and r"Consensus\_Drop" in text and r"\%" in text
@@ -217,6 +222,7 @@ def test_latex_is_booktabs_with_balanced_braces_and_escapes(made):
     assert render.escaped("50 % & a_b # $ ‡") == r"50 \% \& a\_b \# \$ $^\ddagger$"
 
 
+@pytest.mark.table
 def test_a_table_of_costs_shows_the_score_beside_them_and_is_latex_too(made, monkeypatch, tmp_path, capsys):
     """Tables of costs and ablations were written without a LaTeX file."""
     folder, words = made
@@ -237,6 +243,7 @@ def test_a_table_of_costs_shows_the_score_beside_them_and_is_latex_too(made, mon
     assert render.latex_text("**81.0**") == r"\textbf{81.0}" and render.latex_text("fix") == "fix"
 
 
+@pytest.mark.table
 @needs_browser
 def test_the_html_page_sorts_and_needs_no_network(made):
     with opened(made[0] / "out" / "small.html") as page:
@@ -249,6 +256,7 @@ def test_the_html_page_sorts_and_needs_no_network(made):
         assert overflow(page) == 0 and page.errors == []
 
 
+@pytest.mark.table
 def test_a_finished_table_asks_nothing_and_a_part_does_not_replace_it(made, monkeypatch, tiny_path):
     folder, words = made
     monkeypatch.setattr("eval.ask.generate", None)
@@ -262,6 +270,7 @@ def test_a_finished_table_asks_nothing_and_a_part_does_not_replace_it(made, monk
     assert table.default_folder(found, table.where_of(found, args), args).name.endswith("-limit3-part")
 
 
+@pytest.mark.table
 def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkeypatch, capsys):
     """--render printed the old scores after the labels had changed, and float32 answers under "bfloat16"."""
     folder, words = made
@@ -286,6 +295,7 @@ def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkey
         assert table.main(one) == 0
 
 
+@pytest.mark.table
 def test_a_table_is_not_rendered_from_answers_about_other_pictures(made, capsys):
     """--render printed the old scores after the pictures had changed."""
     folder, words = made
@@ -302,6 +312,7 @@ def test_a_table_is_not_rendered_from_answers_about_other_pictures(made, capsys)
     assert table.main(one) == 0
 
 
+@pytest.mark.table
 def test_times_of_another_picture_or_model_are_measured_anew(made, tiny, tmp_path):
     """Only the question's id was compared: times of another data folder, picture or checkpoint were kept."""
     folder, words = made
@@ -321,6 +332,7 @@ def test_times_of_another_picture_or_model_are_measured_anew(made, tiny, tmp_pat
     assert path.read_text() != first
 
 
+@pytest.mark.table
 def test_the_table_is_one_offline_wandb_run_with_its_files_and_pictures(made, monkeypatch, tmp_path):
     without_wandb(monkeypatch, tmp_path)
     folder, words = made
@@ -339,6 +351,7 @@ def test_the_table_is_one_offline_wandb_run_with_its_files_and_pictures(made, mo
     assert run.last("accuracy against tokens") and run.last("accuracy against TTFT")
 
 
+@pytest.mark.process
 def test_cells_are_spread_over_ranks_and_are_those_of_one_process(made, monkeypatch):
     folder, words = made
     monkeypatch.setenv("RANKS", "2")
@@ -351,6 +364,7 @@ def test_cells_are_spread_over_ranks_and_are_those_of_one_process(made, monkeypa
     assert not list((folder / "spread").glob("sweep-*.json"))
 
 
+@pytest.mark.table
 def test_a_method_that_fails_on_some_questions_has_no_score_and_the_table_goes_on(made, monkeypatch):
     """DART refused the 11 shortest prompts of MM-Vet, and the table of 800 cells ended there."""
     folder, words = made
@@ -379,6 +393,7 @@ def test_a_method_that_fails_on_some_questions_has_no_score_and_the_table_goes_o
     assert "n/a: Random at 8 on GQA: The audit counts 9.00." in (folder / "failed" / "small.md").read_text()
 
 
+@pytest.mark.table
 def test_an_ablation_compares_every_choice_with_the_defaults(made, monkeypatch, tmp_path):
     """The first ablation ended in a TypeError: its rows, which hold options, were keys of a dictionary."""
     folder, words = made
@@ -404,6 +419,7 @@ def test_an_ablation_compares_every_choice_with_the_defaults(made, monkeypatch, 
     ]  # alpha 0.5 is the default; "both" is first by name
 
 
+@pytest.mark.table
 def test_an_overview_has_methods_by_budgets_claims_all_pairs_and_costs_and_writes_its_page(made, monkeypatch, tmp_path):
     folder, words = made
     rows = [{"method": "fastv"}, {"method": "consensusdrop"}]
@@ -440,6 +456,7 @@ def test_standing_and_verdicts_count_only_significant_pairs():
     assert [sections.standing(index, pairs) for index in (1, 2, 3)] == [(1, 1), (0, 1), (1, 0)]
 
 
+@pytest.mark.process
 def test_a_single_missing_cell_runs_on_a_rank_too(made, monkeypatch):
     """It ran in the parent process, whose model is on the CPU where the ranks have the GPUs."""
     folder, words = made
@@ -459,6 +476,7 @@ def test_a_benchmark_that_the_toy_data_lack_is_refused(capsys):
     assert "can fill none of the chosen benchmarks" in capsys.readouterr().err
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -654,6 +672,7 @@ def test_tokens_needed_and_averages_are_na_where_full_scores_nothing():
     assert relative_text(relative_mean, {"pope": (terms, terms)}, 3) == "n/a: a result on 2 of 3 benchmarks is missing"
 
 
+@pytest.mark.table
 def test_the_shell_script_makes_its_table(tmp_path):
     """bash scripts/<paper>/<table>.sh, as the README gives it, with paths relative to where it is called."""
     script = ROOT / "scripts" / "attnmix" / "llava15_7b.sh"
@@ -675,6 +694,7 @@ def blank_document(**changes):
     return Document(**{"table": found} | known | changes)
 
 
+@pytest.mark.table
 def test_every_format_says_first_that_a_toy_ran(made, monkeypatch, tmp_path):
     """A page of toy numbers was titled "ConsensusDrop on LLaVA-1.5-7B", and its LaTeX file had no word of it."""
     from eval.config import TOY_BANNER, is_toy
@@ -748,6 +768,7 @@ def test_the_caption_says_which_metric_stands_in_for_the_papers():
     assert note in notes_of(blank_document().table, found, ())
 
 
+@pytest.mark.table
 def test_the_marks_of_the_latex_file_are_the_differences_of_the_page(made, monkeypatch):
     """Of one computation: what "against each method" lists is what the file marks."""
     folder, words = made
@@ -785,6 +806,7 @@ def test_csv_cells_are_no_formulas_and_numbers_stay_numbers():
     assert [csv_text(text) for text in ("-1.20", "+3", "FastV", "")] == ["-1.20", "+3", "FastV", ""]
 
 
+@pytest.mark.table
 def test_rows_of_another_budget_are_marked_and_compared_with_none(made):
     """Their footnote said so, but they were tested against the paper's method, and unmarked in the costs."""
     text = (made[0] / "out" / "small.md").read_text()
@@ -794,6 +816,7 @@ def test_rows_of_another_budget_are_marked_and_compared_with_none(made):
     assert re.search(r"^\| FastV ‡ \(\d+\) \| 4 \|", costs, re.MULTILINE) and "‡ the budget counts" in costs
 
 
+@pytest.mark.table
 def test_printed_commands_have_every_flag_that_is_not_a_default(made):
     """The judge and the batch size were left out, so a command gave other numbers."""
     _, words = made
@@ -843,6 +866,7 @@ def documented(language: str) -> str:
     return found
 
 
+@pytest.mark.table
 def test_the_documented_table_and_rows_of_ones_own_run_in_an_empty_folder(monkeypatch, tmp_path):
     """`vtr tables paper PATH.yaml` wanted a folder with a paper's name, and `../lists` inside scripts/."""
     monkeypatch.chdir(tmp_path)

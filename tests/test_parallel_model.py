@@ -45,6 +45,7 @@ def same(found, expected, atol) -> None:
         assert getattr(found, field) == getattr(expected, field), field
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_answers_and_accounting_are_those_of_the_whole_model(ranks, whole, family, method):
     first, second = (rank.families[family][1][method] for rank in ranks)
@@ -57,6 +58,7 @@ def test_answers_and_accounting_are_those_of_the_whole_model(ranks, whole, famil
     assert method == "full" or all(whole[family][1][method].kept)
 
 
+@pytest.mark.process
 def test_decoder_and_head_are_split_and_all_else_is_whole(ranks, folder):
     model = load(folder / "llava", device="cpu")
     by_rows, by_columns = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj", "lm_head")
@@ -74,6 +76,7 @@ def test_decoder_and_head_are_split_and_all_else_is_whole(ranks, folder):
         assert "self_attn" not in name or parts[0] == parts[1], name
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_rank_never_holds_the_whole_model(ranks, folder, layout):
     """A dtype change copied every weight of the model on every rank before the first one was cut."""
@@ -94,6 +97,7 @@ def sizes(folder, itemsize: int = 4) -> tuple[int, int, int]:
     return cut, bytes_of(model) - cut, bytes_of(layers[0])
 
 
+@pytest.mark.process
 def test_ranks_that_disagree_end_in_a_sentence(ranks):
     for rank in ranks:
         assert "2 ranks" in rank.sentence and "question 7" in rank.sentence and "equal devices" in rank.sentence
@@ -180,6 +184,7 @@ def whole_zero(folder):
     return spread_work.of_families(folder, ZERO_FAMILIES)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", ["none", "cpu"])
 @pytest.mark.parametrize("size", SIZES)
 def test_partitions_answer_as_the_whole_model(sessions, whole_zero, size, place):
@@ -194,12 +199,14 @@ def test_partitions_answer_as_the_whole_model(sessions, whole_zero, size, place)
                 same(found, expected[method], atol=1e-5)
 
 
+@pytest.mark.process
 def test_two_ranks_answer_with_every_family_and_every_method(sessions):
     for rank in sessions[2]:
         assert rank.families.keys() == set(ZERO_FAMILIES)
         assert rank.families["llava"][1].keys() == METHODS.keys()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("size", SIZES)
 def test_matrices_of_decoder_and_head_are_partitioned_and_all_else_is_whole(sessions, folder, size):
     model = load(folder / "llava", device="cpu")
@@ -212,6 +219,7 @@ def test_matrices_of_decoder_and_head_are_partitioned_and_all_else_is_whole(sess
                 assert rank.shapes[name] == tuple(weight.shape), name
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("layout", ZERO_LAYOUTS)
 def test_a_rank_holds_its_partition_and_one_layer(sessions, folder, layout):
     """DeepSpeed wrote into the mapped files' pages of all ranks but the first, which then belong to the process."""
@@ -224,6 +232,7 @@ def test_a_rank_holds_its_partition_and_one_layer(sessions, folder, layout):
             assert found.end < cut / size + kept + 8 * MB
 
 
+@pytest.mark.process
 def test_the_trace_does_not_grow(sessions):
     """DeepSpeed records the order of modules, which differs between probe, prefill and decoding."""
     for rank in sessions[2]:
