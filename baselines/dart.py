@@ -70,7 +70,7 @@ def hash_order(columns: Tensor, sequence: "Sequence") -> Tensor:
     """
     rows = []
     for sample, row in enumerate(columns.tolist()):
-        padding = sequence.hidden.shape[1] - sequence.lengths[sample]
+        padding = sequence.padding(sample)
         rows.append([place + padding for place in set([column - padding for column in row])])  # noqa: C403
     return torch.tensor(rows, device=columns.device)
 

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from baselines.sparsevlm import TABLES, SparseVLM, density_peaks, keep_and_recycle, recycled, text_raters
 from llava.errors import UserError
 from llava.pipeline.prefill import prefill
+from llava.pipeline.sequence import Sequence
 from llava.reduction import keep_top, registry
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests.attention_maps import eager_maps, real
@@ -192,10 +193,8 @@ def test_planted_heads_are_listened_to():
     weights = torch.full((1, 4, 3, 6), 1e-3)
     weights[0, 1, :, 2] = weights[0, 3, :, 5] = 0.4
     weights[0, 0, :, 0] = weights[0, 2, :, 1] = 0.05
-    words = SimpleNamespace(after=[(6, 9)], images=[(0, 6)], lengths=(9,), padding=lambda row: 0, rotary=None)
-    words.hidden, words.position = torch.zeros(1, 9, 4), torch.zeros(1, 9, dtype=torch.long)
-    words.take = lambda tensor, spans: tensor[:, :6]
-    words.padded_spans = lambda spans, samples=None: tuple(spans)
+    position = torch.zeros(1, 9, dtype=torch.long)
+    words = Sequence(torch.zeros(1, 9, 4), position, (9,), (((0, 6),),), (), (), ((6, 9),))
     state = SimpleNamespace(
         tokens=torch.zeros(1, 6, 4),
         start=words,
