@@ -16,8 +16,8 @@ from transformers import LlavaForConditionalGeneration
 from llava.errors import UserError
 from llava.model.checkpoint import load
 from llava.model.checkpoint.config import DecoderConfig, NestedConfig, OriginalConfig, QwenFlatConfig
-from llava.model.checkpoint.files import checked, read_json
 from llava.model.checkpoint.load import load_checkpoint
+from llava.processing.json_files import checked, read_json
 from tests.checkpoint_files import (
     SAVERS,
     drop_weights,

@@ -30,11 +30,12 @@ from eval.results.report import hardware
 from eval.run import read_questions
 from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, runtime
-from llava.model.checkpoint.files import locate, read_json
+from llava.model.checkpoint.files import locate
 from llava.model.checkpoint.load import free_memory, outline_checkpoint
 from llava.model.llava_arch import Llava
 from llava.model.multimodal_encoder.clip_encoder import encode
 from llava.model.multimodal_encoder.clip_text_encoder import ClipText
+from llava.processing.json_files import read_json
 from llava.processing.prompt import Sample
 from llava.processing.video import Video
 from llava.reduction import registry

@@ -40,7 +40,7 @@ from transformers import CLIPImageProcessorPil, PretrainedConfig, Qwen2VLImagePr
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from llava.errors import UserError, unknown
-from llava.model.checkpoint.files import Schema, checked, read_json, shortened
+from llava.processing.json_files import Schema, checked, read_json, shortened
 from llava.reduction.token_layout import TokenLayout, stitched
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

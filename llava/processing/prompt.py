@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PretrainedC
 
 from llava.conversation import DEFAULT_MODE, Turn, conversation, render
 from llava.errors import UserError
-from llava.model.checkpoint.files import read_json
+from llava.processing.json_files import read_json
 
 if TYPE_CHECKING:
     from llava.processing.video import Video

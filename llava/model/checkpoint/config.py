@@ -26,8 +26,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava.errors import UserError, unknown
-from llava.model.checkpoint.files import Schema
 from llava.processing.image import MERGES, Side, parse_pinpoints
+from llava.processing.json_files import Schema
 from llava.processing.video import FRAMES
 
 Family = Literal["llava", "llava_next", "video_llava", "qwen2_5_vl", "qwen2_vl"]

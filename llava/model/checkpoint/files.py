@@ -8,25 +8,24 @@ folder, for as long as its path, size, times and inode stay the same.
 import fcntl
 import hashlib
 import io
-import json
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Annotated, Any, TypeVar
+from typing import IO, Annotated
 
 import torch
 from huggingface_hub import snapshot_download
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from llava.errors import UserError
+from llava.processing.json_files import Schema, checked, read_json
 
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 SMALL_FILES = ("*.json", "tokenizer.model", "text_tower/*")
@@ -76,91 +75,13 @@ def _download(hub_id: str, patterns: Iterable[str], what: str) -> Path:
         ) from error
 
 
-# JSON files, and what they must hold
-
-
-class Schema(BaseModel):
-    """Strict about types, finite numbers only, unknown fields ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+# Weights
 
 
 class WeightIndex(Schema):
     """model.safetensors.index.json or pytorch_model.bin.index.json: tensor name -> file name."""
 
     weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]] = Field(min_length=1)
-
-
-S = TypeVar("S", bound=Schema)
-
-
-def checked(schema: type[S], content: Mapping[str, Any], where: str | Path) -> S:
-    """Validate a configuration against its schema.
-
-    Args:
-        where: names the configuration in the error, such as the path of its file.
-
-    Raises:
-        UserError: names up to three fields that have the wrong type or an impossible value.
-    """
-    try:
-        return schema.model_validate(content)
-    except ValidationError as error:
-        problems = [_problem(one) for one in error.errors()]
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"{where} has impossible values: {'; '.join(problems[:3])}{more}. Correct them or fetch the file again."
-        ) from error
-
-
-def _problem(error: Mapping[str, Any]) -> str:
-    # pydantic adds the branch of a union to the path, which says nothing to a reader.
-    path = ".".join(str(step) for step in error["loc"] if step not in ("int", "float", "str") and "[" not in str(step))
-    message = error["msg"].removeprefix("Value error, ").rstrip(".")
-    if error["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path or 'it'} is {shortened(error['input'], 60)} ({message[0].lower()}{message[1:]})"
-
-
-def shortened(value: object, length: int) -> str:
-    """A value for an error, cut at so many characters."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a regular file.
-
-    Raises:
-        UserError: there is no such file, it cannot be read, it is no JSON object, or a name appears twice in an object.
-    """
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        """Python's reader would keep the last value of a name silently."""
-        for name, count in Counter(name for name, _ in pairs).items():
-            if count > 1:
-                raise UserError(f"{path} contains {name!r} twice; remove one of the two or fetch the file again.")
-        return dict(pairs)
-
-    if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
-        raise UserError(f"{path} is no regular file; put the checkpoint's {path.name} there.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from error
-    except OSError as error:
-        raise UserError(f"Cannot read {path} ({error.strerror}); check its permissions or fetch it again.") from error
-    # JSON, UTF-8, numbers of more than 4,300 digits, and nesting that Python cannot follow
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); fetch it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; fetch it again.")
-    return content
-
-
-# Weights
 
 
 def _index_shards(index: Path) -> list[str]:

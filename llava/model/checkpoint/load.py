@@ -71,10 +71,11 @@ from llava.model.checkpoint.config import (
     refuse_other_names,
     to_transformers_config,
 )
-from llava.model.checkpoint.files import HUB_ID, checked, files_of, listed, locate, read_json, read_weights
+from llava.model.checkpoint.files import HUB_ID, files_of, listed, locate, read_weights
 from llava.model.parallel import Parallel, check_heads, join_alone, mapped_model, partition, split
 from llava.model.video_llava import LanguageBindVideoTower
 from llava.processing.image import ImageProcessor, QwenImageProcessor, read_image_processor
+from llava.processing.json_files import checked, read_json
 from llava.processing.prompt import read_tokenizer
 from llava.processing.video import FRAMES
 

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPTextConfig, CLIPTextMode
 
 from llava.errors import UserError
 from llava.model.checkpoint.config import ClipConfig, library_config
-from llava.model.checkpoint.files import checked, listed, locate, read_json, read_weights
+from llava.model.checkpoint.files import listed, locate, read_weights
+from llava.processing.json_files import checked, read_json
 from llava.reduction.modules import linear_flops
 from llava.reduction.states import NEGATED, PLAIN
 
