@@ -98,9 +98,9 @@ def test_pivots_take_turns_by_falling_key_norm_image_first():
 def test_official_pivots_come_in_the_order_of_a_set():
     """A set of eight integers is run through by their value modulo 32: 32 comes before 1, whatever was put in first."""
     columns = torch.tensor([[9, 3, 32, 1, 40, 70, 31, 52]])
-    unpadded = SimpleNamespace(hidden=torch.zeros(1, 80, 2), lengths=(80,))
+    unpadded = SimpleNamespace(padding=lambda sample: 0)
     assert hash_order(columns, unpadded).tolist() == [[32, 1, 3, 70, 40, 9, 52, 31]]
-    padded = SimpleNamespace(hidden=torch.zeros(1, 80, 2), lengths=(75,))
+    padded = SimpleNamespace(padding=lambda sample: 5)
     assert hash_order(columns + 5, padded).tolist() == [[37, 6, 8, 75, 45, 14, 57, 36]]
 
 
