@@ -157,7 +157,8 @@ class LoadedImage:
     def nbytes(self) -> int:
         frames = getattr(self.image, "frames", (self.image,))
         pixels = sum(3 * frame.width * frame.height for frame in frames)
-        return pixels + (self.views[0].nbytes if self.views is not None else 0)
+        own: int = pixels + (self.views[0].nbytes if self.views is not None else 0)
+        return own
 
 
 @dataclass(frozen=True)

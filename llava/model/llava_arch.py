@@ -293,10 +293,12 @@ class Llava:
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, 1, D] before the final norm -> [B, vocabulary] float32, without the padding rows of the head."""
         # The head gets a 3-D input: tensor-parallel heads index the last of three axes.
-        return self.head(self.llm.norm(hidden))[:, -1, : self.vocabulary].float()
+        logits: Tensor = self.head(self.llm.norm(hidden))[:, -1, : self.vocabulary].float()
+        return logits
 
     def decode(self, ids: Samples[int], special: bool = False) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+        return text
 
 
 def tiles_flops(tiles: int, function: Callable[..., int], *arguments: Any) -> int:
