@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
@@ -17,11 +17,9 @@ from eval.answers.reuse import joint
 from eval.benchmarks.base import Question
 from eval.config import FULL, ROOT
 from eval.metrics import Score
+from eval.parallel.ranks import Rank
 from eval.results.statistics import LEVEL, interval, terms_of
 from llava.errors import UserError
-
-if TYPE_CHECKING:
-    from eval.parallel.ranks import Rank
 
 LOWER_IS_BETTER = {"distribution"}
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "wandb")
@@ -158,7 +156,7 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
     }
 
 
-def command_began(rank: "Rank") -> float:
+def command_began(rank: Rank) -> float:
     """When the user's command started, in seconds since 1970: this process, or the one that started the ranks."""
     began: float = psutil.Process().create_time() if rank.control is None else rank.get("command began")
     return began

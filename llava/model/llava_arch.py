@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llava.conversation import stop_string
 from llava.model.checkpoint.files import files_of, hashes_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded, TowerMerger, encode, patch_grid
+from llava.model.multimodal_encoder.clip_text_encoder import load_clip_text
 from llava.processing.prompt import Prompt, Sample, build_prompt
 from llava.reduction.budget import in_tower
 from llava.reduction.merging import Reduction, ViewReduction, join
@@ -212,8 +213,6 @@ class Llava:
     @cached_property
     def clip(self) -> Any:
         """The CLIP text tower, read from its files when a method first asks for it."""
-        from llava.model.multimodal_encoder.clip_text_encoder import load_clip_text
-
         return load_clip_text(self.text_tower, self.tower, self.tokenizer, self.device)
 
     def prompt(self, sample: Sample) -> Prompt:
