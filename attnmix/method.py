@@ -93,7 +93,8 @@ def crop_pool(saliency: Tensor, crops: int, size: int) -> Tensor:
     """[B, N] bool, the `size` most salient tokens of every tile."""
     inside = saliency.unflatten(1, (crops, -1))
     place = inside.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
-    return (place < size).flatten(1)
+    salient: Tensor = (place < size).flatten(1)
+    return salient
 
 
 def mix(text: Tensor, saliency: Tensor, count: Tensor, budget: int) -> Tensor:

@@ -49,7 +49,8 @@ def by_attention(attention: Tensor, count: int) -> Tensor:
 def outliers(attention: Tensor) -> Tensor:
     """[B, N] -> [B] int64, number of values more than 1.5 interquartile ranges above the third quartile."""
     low, high = torch.quantile(attention, torch.tensor([0.25, 0.75], device=attention.device), dim=1)
-    return (attention > (high + 1.5 * (high - low)).unsqueeze(1)).sum(1)
+    number: Tensor = (attention > (high + 1.5 * (high - low)).unsqueeze(1)).sum(1)
+    return number
 
 
 def left_over(kept: Tensor, total: int) -> Tensor:
@@ -79,7 +80,10 @@ def shares(kept: Tensor, attention: Tensor, keys: Tensor, neighbours: int, matmu
     cosine = matmul(gather_tokens(unit, kept), gather_tokens(unit, listed).transpose(1, 2))  # [B, K, N]
     itself = torch.eye(count, listed.shape[1], dtype=torch.bool, device=cosine.device)
     order = cosine.masked_fill(itself, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    per_kept = lambda values: values.unsqueeze(1).expand(-1, count, -1)  # noqa: E731
+
+    def per_kept(values: Tensor) -> Tensor:
+        return values.unsqueeze(1).expand(-1, count, -1)
+
     nearest = per_kept(listed).gather(2, order[:, :, : min(neighbours, total - 1)])  # [B, K, neighbours]
     matrix = attention.new_zeros(batch, count + 1, total)
     matrix[:, :-1].scatter_add_(2, nearest, per_kept(attention).gather(2, nearest))

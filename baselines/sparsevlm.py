@@ -223,4 +223,5 @@ def rotary_scores(state: DecoderState) -> Tensor:
     cos, sin = angles_of(state.llm, entered)
     angles = torch.cat([cos, sin], -1).float()
     visual = entered.take(angles, entered.images)
-    return state.matmul(gather_tokens(angles, index), visual.transpose(1, 2)) * cos.shape[-1] ** -0.5
+    score: Tensor = state.matmul(gather_tokens(angles, index), visual.transpose(1, 2)) * cos.shape[-1] ** -0.5
+    return score

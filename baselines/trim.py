@@ -45,7 +45,8 @@ def keep_and_average(kept: Tensor, total: int) -> Reduction:
 def outliers(score: Tensor) -> Tensor:
     """[B, N] float32 -> [B] int64, number of scores more than 1.5 interquartile ranges above the third quartile."""
     low, high = score.quantile(torch.tensor([0.25, 0.75], device=score.device), dim=1, keepdim=True)
-    return (score > high + 1.5 * (high - low)).sum(1)
+    number: Tensor = (score > high + 1.5 * (high - low)).sum(1)
+    return number
 
 
 @register("trim")

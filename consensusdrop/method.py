@@ -93,7 +93,10 @@ def _zscore(v: Tensor, c: Tensor, alpha: float, **_: object) -> Tensor:
 
 def _log(v: Tensor, c: Tensor, alpha: float, temperature: float, **_: object) -> Tensor:
     """F4: weighted product of the two distributions, the cross-modal one sharpened by `temperature` < 1."""
-    normal = lambda score: (score / score.sum(1, keepdim=True).clamp(min=TINY)).clamp(min=TINY)  # noqa: E731
+
+    def normal(score: Tensor) -> Tensor:
+        return (score / score.sum(1, keepdim=True).clamp(min=TINY)).clamp(min=TINY)
+
     return alpha * normal(v).log() + (1 - alpha) * normal(c).log() / temperature
 
 

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from eval import benchmarks
+from eval import benchmarks, show
 from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, value
 from eval.config import (
     FULL,
@@ -30,6 +30,7 @@ from eval.config import (
     table_name,
 )
 from eval.parallel import placement
+from eval.parallel.launch import launch
 from llava.budget import RETENTION_RATIO, count_or_ratio
 from llava.errors import UserError
 
@@ -127,8 +128,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(words)
     if args.list:
-        from eval import show
-
         known = {kind: show.entries_of(kind) for kind in show.KINDS}
         lists = (f"{kind}:\n{textwrap.indent(show.overview(kind, known[kind]), '  ')}" for kind in known)
         print(json.dumps(known, indent=1, default=str) if args.json else "\n".join(lists))
@@ -151,8 +150,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from eval.run import read_questions, run
 
     if place is not None:  # the same command on every rank
-        from eval.parallel.launch import launch
-
         data, _ = read_questions(config)
         planned = data.questions[: config.limit]
         place = place.at_most(-(-len(planned) // config.batch_size))

@@ -16,8 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from eval import tracking
@@ -28,12 +29,10 @@ from eval.feature_cache import without_memory
 from eval.parallel.ranks import ASKING, Rank
 from eval.results import cost, report
 from llava.errors import MethodError, UserError
+from llava.pipeline.accounting import Batch
 from llava.pipeline.generate import generate
-
-if TYPE_CHECKING:
-    from llava.pipeline.accounting import Batch
-    from llava.processing.prompt import Sample
-    from llava.reduction.reducer import Reducer
+from llava.processing.prompt import Sample
+from llava.reduction.reducer import Reducer
 
 T = TypeVar("T")
 
@@ -63,7 +62,7 @@ class Job:
     data: Dataset
     planned: tuple[Question, ...]
     model: Any
-    reducer: "Reducer"
+    reducer: Reducer
     settings: dict[str, Any]
     output: Path
     started: str
@@ -90,8 +89,6 @@ class Job:
 
 def measured_under(job: Job) -> dict[str, Any]:
     """The conditions that belong to every timing."""
-    import torch
-
     device = device_name(job.model)
     return {
         "device": device,
@@ -157,7 +154,8 @@ class LoadedImage:
     def nbytes(self) -> int:
         frames = getattr(self.image, "frames", (self.image,))
         pixels = sum(3 * frame.width * frame.height for frame in frames)
-        return pixels + (self.views[0].nbytes if self.views is not None else 0)
+        own: int = pixels + (self.views[0].nbytes if self.views is not None else 0)
+        return own
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class LoadedQuestion:
     """
 
     question: Question
-    sample: "Sample"
+    sample: Sample
     digest: str
     views: Mapping[int, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -286,7 +284,7 @@ class Answered:
     """Questions that the model answered together."""
 
     parts: Sequence[LoadedQuestion]
-    batch: "Batch"
+    batch: Batch
 
     def lines(self, model: str, settings: str) -> list[dict[str, Any]]:
         """LLaVA's answer lines. The answer id depends on question and settings, so equal runs write equal files.
@@ -342,8 +340,6 @@ def outcomes(
         divide: False raises in place of asking a failed batch again in parts: the ranks that hold one model together
             must run the same batches, and not all of them may have failed.
     """
-    import torch
-
     yield from (one for one in batch if isinstance(one, Failure))
     loaded = [one for one in batch if isinstance(one, LoadedQuestion)]
     for parts in chunks(loaded, limit.size or max(1, len(loaded))):

@@ -157,7 +157,8 @@ def run(name: str, arguments: list[str]) -> int:
     """Call the command's function as if it had been started under the command's name."""
     command = COMMANDS[name]
     sys.argv = [f"{PROGRAM} {name}", *command.arguments, *arguments]
-    return getattr(import_module(command.module), command.function)()
+    code: int = getattr(import_module(command.module), command.function)()
+    return code
 
 
 def refuse(sentence: str, word: str, known: list[str]) -> int:

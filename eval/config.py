@@ -274,7 +274,8 @@ def check_budget(config: RunConfig, visual_tokens: int) -> int:
 
 def plain(reducer: "Reducer") -> dict[str, Any]:
     """The method's full configuration in JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(reducer), default=str))
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(reducer), default=str))
+    return values
 
 
 def store_settings(config: RunConfig, split: str, data: Dataset, model: Any, reducer: "Reducer") -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,12 +10,10 @@ from torch import Tensor
 from llava.model.llava_arch import EncodedImage, Llava, encoded_image_of
 from llava.model.llava_next import LlavaNext
 from llava.model.multimodal_encoder.clip_encoder import Encoded, encode
+from llava.pipeline.accounting import Timer
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import TokenLayout
-
-if TYPE_CHECKING:
-    from llava.pipeline.accounting import Timer
 
 # Of remembered features; the images seen first are forgotten first.
 CACHE_BYTES = 4 << 30  # in a sweep, which comes back to every image
@@ -77,7 +75,7 @@ class CachingLlava(Llava):
         return super().views(picture) if ready is None else ready
 
     def encode_images(
-        self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: "Timer"
+        self, pictures: Sequence[Any], keys: Sequence[object], reducer: Reducer, timer: Timer
     ) -> list[EncodedImage]:
         if not (self.remembers_features and reducer.acts_in.isdisjoint(("tower", "input_grid"))):
             self.remembered = 0

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
 
 from eval import benchmarks, tracking
 from eval.answers import AnswerFiles, AnswerStore, Shard, settings_hash
@@ -16,17 +19,16 @@ from eval.answers.reuse import check_reuse, images_digest
 from eval.ask import Job, Progress, ask, first_token_times, measured_under
 from eval.benchmarks.base import Dataset, Question
 from eval.config import RunConfig, build_reducer, default_output, device_name, flat_config, store_settings
+from eval.feature_cache import RUN_BYTES, CachingLlava
 from eval.judging.choice import check_judge, score_answers
 from eval.parallel import ranks
 from eval.parallel.ranks import MERGING, SCORING, WAITING, Rank
 from eval.results import cost, report
 from llava.errors import UserError
+from llava.model.builder import device_of, load
+from llava.model.llava_arch import Llava
 from llava.reduction.budget import require
-
-if TYPE_CHECKING:
-    from eval.feature_cache import CachingLlava
-    from llava.model.llava_arch import Llava
-    from llava.reduction.reducer import Reducer
+from llava.reduction.reducer import Reducer
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,8 +49,6 @@ def read_questions(config: RunConfig, model: bool = True, reducer: bool = True) 
     if reducer:
         build_reducer(config, visual_tokens=None)
     if model:  # refuse a device that is not there before any file is read
-        from llava.model.builder import device_of
-
         device_of(config.device)
     profile = benchmarks.check_profile(benchmark, config.profile)
     data = benchmark.load(Path(config.data), split, profile, config.source)
@@ -57,7 +57,7 @@ def read_questions(config: RunConfig, model: bool = True, reducer: bool = True) 
     return data, split
 
 
-def prepare(config: RunConfig, model: Any, reducer: "Reducer | None") -> Job:
+def prepare(config: RunConfig, model: Any, reducer: Reducer | None) -> Job:
     """Read and check everything, the weights last."""
     data, split = read_questions(config, model is None, reducer is None)
     if model is None:
@@ -87,10 +87,8 @@ def prepare(config: RunConfig, model: Any, reducer: "Reducer | None") -> Job:
     )
 
 
-def load_model(config: RunConfig) -> "CachingLlava":
-    """The model of this run; its libraries are imported here so that every check before it is fast."""
-    from llava.model.builder import load
-
+def load_model(config: RunConfig) -> CachingLlava:
+    """The model of this run."""
     model = load(
         config.model,
         dtype=config.dtype,
@@ -104,10 +102,8 @@ def load_model(config: RunConfig) -> "CachingLlava":
     return equip(model, config)
 
 
-def equip(model: "Llava", config: RunConfig) -> "CachingLlava":
+def equip(model: Llava, config: RunConfig) -> CachingLlava:
     """A loaded model with what is faster about this run; it remembers what its tower gave for an image."""
-    from eval.feature_cache import RUN_BYTES, CachingLlava
-
     if config.compile:
         from llava.pipeline.compile import compile_model
 
@@ -117,9 +113,6 @@ def equip(model: "Llava", config: RunConfig) -> "CachingLlava":
 
 def seed_everything(seed: int) -> None:
     """Methods draw from their sample's id; this covers whatever else might draw."""
-    import numpy as np
-    import torch
-
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -131,7 +124,7 @@ def seed_everything(seed: int) -> None:
 def run(
     config: RunConfig,
     model: Any = None,
-    reducer: "Reducer | None" = None,
+    reducer: Reducer | None = None,
     rank: Rank | None = None,
     timed: bool = True,
 ) -> dict[str, Any]:

@@ -340,7 +340,8 @@ class AnswerStore(AnswerFiles):
         """The question of a line; UserError if the line does not belong to this benchmark."""
         if problem := problem_of(row, path.name, self._known):
             raise UserError(f"{path} line {number} {problem}.")
-        return row["question_id"]
+        question: str = row["question_id"]
+        return question
 
     def _agree(self) -> None:
         """Refuse answers that were made under other settings, and lines of another store."""

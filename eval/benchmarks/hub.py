@@ -61,7 +61,8 @@ class Table:
             raise UserError(
                 f"{self.where} has no column {', '.join(lost)}; it has {', '.join(self.rows.column_names)}."
             )
-        return self.rows.select_columns(list(columns)).to_list()
+        rows: list[dict[str, Any]] = self.rows.select_columns(list(columns)).to_list()
+        return rows
 
     def pictures(self, columns: Sequence[str] = ("image",)) -> Inline:
         """Images named "ROW/COLUMN", or "ROW/COLUMN/NUMBER" where a cell is a list of them."""
@@ -96,7 +97,8 @@ class Table:
             cell = cell[int(number[0])]
         if not isinstance(cell, dict) or not cell.get("bytes"):
             raise UserError(f"Image {name} in {self.where} has no bytes; fetch the data set again.")
-        return cell["bytes"]
+        content: bytes = cell["bytes"]
+        return content
 
 
 def cell_names(cells: Any, column: str) -> set[str]:

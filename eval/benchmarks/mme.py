@@ -467,7 +467,8 @@ def terms_of(pairs: Pairs, counts: Mapping[str, Array], tasks: Sequence[str]) ->
 
 def points(sums: Array) -> Array:
     """[..., tasks x columns] -> points."""
-    return task_score(sums.reshape(*sums.shape[:-1], -1, COLUMNS)).sum(-1)
+    total: Array = task_score(sums.reshape(*sums.shape[:-1], -1, COLUMNS)).sum(-1)
+    return total
 
 
 BENCHMARK = listed(

@@ -393,7 +393,8 @@ def measures(counts: Array) -> dict[str, Array]:
 
 def mean_f1(sums: Array) -> Array:
     """[..., categories x columns] -> percent; of one category or pooled ones its F1."""
-    return 100 * measures(sums.reshape(*sums.shape[:-1], -1, COLUMNS))["f1"].mean(-1)
+    percent: Array = 100 * measures(sums.reshape(*sums.shape[:-1], -1, COLUMNS))["f1"].mean(-1)
+    return percent
 
 
 def empty_notes(names: Sequence[str], counts: Array) -> list[str]:

@@ -69,7 +69,8 @@ def adapter(schema: type) -> TypeAdapter[Any]:
 def check(schema: type[Record], record: Any, where: str) -> Record:
     """The record, which has every field of the schema in its type; a UserError that starts with `where` otherwise."""
     try:
-        return adapter(schema).validate_python(record, strict=True, extra="allow")
+        checked: Record = adapter(schema).validate_python(record, strict=True, extra="allow")
+        return checked
     except ValidationError as error:
         raise UserError(sentence(error, record, where)) from error
 

@@ -81,7 +81,7 @@ class OperationCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.calls: list[Call] = []
         self.attention: set[str] = set()
         self.largest = 0
@@ -336,7 +336,8 @@ def flop_counter() -> FlopCounterMode:
     counter does not know."""
 
     def flash(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_flop_count(query, key, value)  # of shapes
+        flops: int = sdpa_flop_count(query, key, value)  # of shapes
+        return flops
 
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={kernel: flash})

@@ -464,7 +464,8 @@ def _size(data: Dataset, name: str) -> tuple[int, int] | None:
         opened: Any = data.pictures.open(name)
     except (UserError, OSError):
         return None
-    return opened.size
+    size: tuple[int, int] = opened.size
+    return size
 
 
 def remembers(model: Llava, reducer: Reducer) -> bool:

@@ -298,7 +298,8 @@ def start_peak(device: torch.device) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return psutil.Process().memory_info().rss
+    resident: int = psutil.Process().memory_info().rss
+    return resident
 
 
 def read_peak(device: torch.device) -> int:

@@ -205,7 +205,8 @@ def kv_bytes(model: Llava, prompts: Sequence[Sequence[int]], itemsize: int, new_
     attentions = [layer.self_attn for layer in llm.layers]
     widths = [one.k_proj.out_features + one.v_proj.out_features for one in attentions]  # numbers of a token
     rows = sum(length * width for length, width in zip(longest, widths, strict=True))
-    return len(prompts) * rows * itemsize // split
+    held: int = len(prompts) * rows * itemsize // split
+    return held
 
 
 # Activations
@@ -274,9 +275,10 @@ def _ask(model: Llava, reducer: Reducer, samples: Sequence[Sample]) -> Activatio
         ends.append((stage, len(meter.events)))
 
     def peak(names: Sequence[str], without: Iterable[int] = ()) -> int:
-        return max(meter.peak(start, end, without) for (_, start), (name, end) in pairwise(ends) if name in names)
+        most: int = max(meter.peak(start, end, without) for (_, start), (name, end) in pairwise(ends) if name in names)
+        return most
 
-    with Ones(), Meter(META) as meter:
+    with Ones(), Meter(META) as meter:  # type: ignore[no-untyped-call]  # torch's
         state, _ = prefill(model, samples, reducer, MarkedTimer(META, mark))
         model.logits(state.hidden).argmax(-1)
         mark("head")
@@ -401,7 +403,7 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.device, self._inference = device, torch.is_inference_mode_enabled()
         self.events: list[tuple[int, int]] = []
         self._live: dict[int, tuple[StorageWeakRef, int, int]] = {}
@@ -449,14 +451,16 @@ class Meter(TorchDispatchMode):
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def peak_bytes(call: Any) -> int:
     """Most bytes alive at once while a function runs, above what was there before."""
     with torch.inference_mode(), Meter() as meter:
         call()
-    return meter.peak()
+    most: int = meter.peak()
+    return most
 
 
 # Operations

@@ -355,7 +355,8 @@ def pruned(hf: Any, ids: Tensor, pixels: Tensor, layer: int, keep: int) -> Tenso
             hidden, rope = hidden[:, kept], (rope[0][:, kept], rope[1][:, kept])
         else:
             hidden = block(hidden, position_embeddings=rope, past_key_values=cache, use_cache=True)
-    return hf.lm_head(decoder.norm(hidden)[:, -1])
+    logits: Tensor = hf.lm_head(decoder.norm(hidden)[:, -1])
+    return logits
 
 
 def eager_layer(

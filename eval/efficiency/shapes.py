@@ -142,7 +142,8 @@ def random_llava(
         vocabulary=sizes["text"]["vocab_size"] // 1000 * 1000,  # the head has padding rows
     )
     runtime = FAMILIES[family] if qwen else type("Random", (RandomClip, FAMILIES[family]), {})
-    return runtime(checkpoint, device, **conventions)
+    made: Llava = runtime(checkpoint, device, **conventions)
+    return made
 
 
 def hf_model(
@@ -176,7 +177,8 @@ def hf_model(
                 continue
             for part in weight.view(-1).split(block.numel()):
                 part.copy_(block[: part.numel()])
-    return made.eval()
+    made.eval()
+    return made
 
 
 class RandomClip(Llava):

@@ -263,13 +263,15 @@ def cells_of_pixels(panel: Panel, size: tuple[int, int]) -> Ints:
     (width, height), (rows, columns) = panel.canvas(size), panel.grid.shape
     row = (np.arange(size[1]) + (height - size[1]) // 2) * rows // height
     column = (np.arange(size[0]) + (width - size[0]) // 2) * columns // width
-    return row[:, None] * columns + column[None]
+    drawn: Ints = row[:, None] * columns + column[None]
+    return drawn
 
 
 def line_width(panel: Panel, size: tuple[int, int]) -> int:
     """Pixels of a thin line: a twelfth of a patch, at least 1."""
     (width, height), (rows, columns) = panel.canvas(size), panel.grid.shape
-    return max(1, round(min(width / columns, height / rows) / 12))
+    pixels: int = max(1, round(min(width / columns, height / rows) / 12))
+    return pixels
 
 
 def differs(values: Ints, distance: int, outside: bool = False) -> Mask:
@@ -291,7 +293,8 @@ def group_colours(patches: PatchAssignment, colours: Ints) -> NDArray[np.float32
     """[N, 3]: the colour of every patch's group, 0 to 255; black without a group."""
     palette = np.array([*map(ImageColor.getrgb, PALETTE), (0, 0, 0)], dtype=np.float32)
     own = np.append(colours, -1)[patches.assignment]  # -1, a dropped patch, takes the last: no colour
-    return palette[own]
+    painted: NDArray[np.float32] = palette[own]
+    return painted
 
 
 def legend(scale: int = 1, merges: bool = True) -> Image.Image:

@@ -109,7 +109,8 @@ def profile(drawn: Collected, exchanged: Collected, score: str) -> np.ndarray:
     here = [number for number, name in enumerate(drawn.pictures) if name in exchanged.pictures]
     # Of the exchanged picture the rows are stored by content; here they are needed by where they stood.
     moved = np.roll(exchanged.rows[:, place].mean(0), 12)
-    return 12 * (drawn.rows[here, place].mean(0) + moved)
+    shares: np.ndarray = 12 * (drawn.rows[here, place].mean(0) + moved)
+    return shares
 
 
 def report_alignment(drawn: Collected, exchanged: Collected, backwards: Collected, out: Path) -> None:

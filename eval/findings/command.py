@@ -40,10 +40,10 @@ def main() -> int:
             raise UserError(
                 f"--{name} ({getattr(args, name)}) counts some of the --pictures ({args.pictures}); lower it."
             )
+    from eval.feature_cache import CachingLlava
     from eval.findings import attention, fusion
     from eval.findings.scores import CONDITIONS, collect, questions
     from eval.findings.summary import DOCS
-    from eval.sweep import CachingLlava
     from llava.model.builder import load
 
     out = DOCS if args.page else args.folder

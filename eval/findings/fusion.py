@@ -22,6 +22,7 @@ from consensusdrop.method import MERGED_SHARE, ConsensusDrop
 from eval import benchmarks
 from eval.answers.jsonl import read_json, write_json
 from eval.config import DEFAULT_DATA
+from eval.feature_cache import CachingLlava
 from eval.findings.scores import auroc, digest, questions, redraw
 from eval.findings.summary import (
     LEVEL,
@@ -38,7 +39,6 @@ from eval.findings.summary import (
     mean,
     sheet,
 )
-from eval.sweep import CachingLlava
 from eval.tables.page import COLOURS
 from llava.pipeline.generate import generate
 from llava.reduction import PromptState

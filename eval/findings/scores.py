@@ -192,14 +192,16 @@ def auroc(scores: Array, mask: Mask, among: Mask | None = None) -> Array:
 def auroc_of_ranks(ranks: Array, mask: Mask) -> Array:
     """`auroc` of scores whose ranks 1 .. N (1 for the lowest) are known."""
     inside, outside = int(mask.sum()), int((~mask).sum())
-    return (ranks[..., mask].sum(-1) - inside * (inside + 1) / 2) / (inside * outside)
+    area: Array = (ranks[..., mask].sum(-1) - inside * (inside + 1) / 2) / (inside * outside)
+    return area
 
 
 def average_precision(scores: Array, mask: Mask) -> Array:
     """[...] mean, over the patches of the mask, of the precision at their rank; its value by chance is the area."""
     hits = mask[np.argsort(-scores, axis=-1, kind="stable")]
     precision = hits.cumsum(-1) / np.arange(1, scores.shape[-1] + 1)
-    return (precision * hits).sum(-1) / mask.sum()
+    mean: Array = (precision * hits).sum(-1) / mask.sum()
+    return mean
 
 
 def chosen(scores: Array, count: int) -> Mask:
@@ -212,29 +214,34 @@ def chosen(scores: Array, count: int) -> Mask:
 
 def recall(scores: Array, mask: Mask, count: int) -> Array:
     """[...] share of the patches of the mask that are among the `count` highest scores."""
-    return chosen(scores, count)[..., mask].mean(-1)
+    found: Array = chosen(scores, count)[..., mask].mean(-1)
+    return found
 
 
 def share(scores: Array) -> Array:
     """[..., N] scores of at least 0, scaled to sum 1."""
-    return scores / scores.sum(-1, keepdims=True)
+    scaled: Array = scores / scores.sum(-1, keepdims=True)
+    return scaled
 
 
 def lift(scores: Array, mask: Mask) -> Array:
     """[...] share of the score inside the mask, divided by the mask's share of the area; 1 is chance."""
-    return share(scores)[..., mask].sum(-1) / mask.mean()
+    ratio: Array = share(scores)[..., mask].sum(-1) / mask.mean()
+    return ratio
 
 
 def effective_share(scores: Array) -> Array:
     """[...] exp(entropy) / N of the score as a distribution: 1 if uniform, 1 / N if on one patch."""
-    return np.exp(entropy(scores, axis=-1)) / scores.shape[-1]
+    part: Array = np.exp(entropy(scores, axis=-1)) / scores.shape[-1]
+    return part
 
 
 def gini(scores: Array) -> Array:
     """[...] Gini coefficient: 0 if uniform, 1 - 1 / N if on one patch."""
     ordered, count = np.sort(scores, -1), scores.shape[-1]
     weight = 2 * np.arange(1, count + 1) - count - 1
-    return (ordered * weight).sum(-1) / (count * ordered.sum(-1))
+    coefficient: Array = (ordered * weight).sum(-1) / (count * ordered.sum(-1))
+    return coefficient
 
 
 def unit_ranks(scores: Array) -> Array:
@@ -242,17 +249,20 @@ def unit_ranks(scores: Array) -> Array:
     ranks = rankdata(scores, axis=-1)
     ranks = ranks - ranks.mean(-1, keepdims=True)
     length = np.linalg.norm(ranks, axis=-1, keepdims=True)
-    return ranks / np.where(length > 0, length, 1)
+    unit: Array = ranks / np.where(length > 0, length, 1)
+    return unit
 
 
 def spearman(a: Array, b: Array) -> Array:
     """[...] rank correlation of two scores [..., N] (one of them may lack leading axes)."""
-    return (unit_ranks(a) * unit_ranks(b)).sum(-1)
+    correlation: Array = (unit_ranks(a) * unit_ranks(b)).sum(-1)
+    return correlation
 
 
 def overlap(a: Array, b: Array, count: int) -> Array:
     """[...] share of the `count` highest of a that are among the `count` highest of b; by chance count / N."""
-    return (chosen(a, count) & chosen(b, count)).sum(-1) / count
+    common: Array = (chosen(a, count) & chosen(b, count)).sum(-1) / count
+    return common
 
 
 def mean_pairwise(scores: Array) -> float:
@@ -576,7 +586,8 @@ def word_cosines(model: Llava, tokens: Array) -> Array:
     with torch.inference_mode():
         table = model.hf_model.get_input_embeddings()(ids.to(model.device)).double().cpu().numpy()
     unit = [rows / np.linalg.norm(rows, axis=-1, keepdims=True) for rows in (table, tokens)]
-    return unit[0] @ unit[1].T
+    cosines: Array = unit[0] @ unit[1].T
+    return cosines
 
 
 def measure_words(cosines: Array, picture: Picture) -> Array:

@@ -41,7 +41,10 @@ def mean(values: Values, groups: Mapping[str, str], scale: float = 1) -> Interva
 def difference(a: Values, b: Values, groups: Mapping[str, str], scale: float = 1) -> Comparison:
     """Mean of a minus mean of b over the names that both have, paired, with its 95 % interval."""
     both = a.keys() & b.keys()
-    pick = lambda values: terms({name: values[name] for name in both}, groups, scale)  # noqa: E731
+
+    def pick(values: Values) -> SufficientStatistics:
+        return terms({name: values[name] for name in both}, groups, scale)
+
     return compare(pick(a), pick(b), RESAMPLES)
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from eval.answers.jsonl import DurableLines, read_jsonl
 from eval.benchmarks.base import Dataset
 from eval.judging import Judging, Request, Verdict
-from eval.judging.judges import configured, endpoint
+from eval.judging.judges import LocalModel, configured, endpoint
 from eval.metrics import Score, first_names
 from llava.errors import UserError
 
@@ -132,8 +132,6 @@ def _score(judging: Judging, judge: str, asked: Sequence[str], texts: Mapping[st
     if judge == "endpoint" or (judge == "auto" and configured()):
         return _ask(judging, endpoint(), asked, texts, answers.parent)
     if judge.startswith(LOCAL):
-        from eval.judging.judges import LocalModel
-
         return _ask(judging, LocalModel(judge.removeprefix(LOCAL)), asked, texts, answers.parent)
     if judge == "auto":
         return _kept(judging, asked, texts, answers)

@@ -103,7 +103,7 @@ def tokenize(captions: Captions, java: bool) -> dict[str, list[str]]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     try:
-        tokens = PTBTokenizer().tokenize(
+        tokens: dict[str, list[str]] = PTBTokenizer().tokenize(
             {name: [{"caption": text} for text in texts] for name, texts in captions.items()}
         )
     except OSError as error:

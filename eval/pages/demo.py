@@ -216,7 +216,8 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
         except UserError as error:  # a budget of another checkpoint, say; a person can ask for less
             print(f"The page opens without an answer: {error}", file=sys.stderr)
     one_at_a_time, asking = threading.Lock(), list[object]()
-    with gr.Blocks(title="Visual token reduction", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+    blocks = gr.Blocks(title="Visual token reduction", analytics_enabled=False, delete_cache=(3600, 86400))
+    with blocks:
         gr.Markdown(
             f"# Visual token reduction\n{model.name}, {model.visual_tokens:,} visual tokens per image, "
             f"{model.spec.layers} decoder layers. Ask about an image: the answer with all visual tokens and the answer "

@@ -68,7 +68,8 @@ def page(cost: Expense) -> str:
         everywhere=EVERYWHERE,
         convention=CONVENTIONS[table.real.convention],
     )
-    return text.rstrip("\n") + "\n"
+    page: str = text.rstrip("\n") + "\n"
+    return page
 
 
 def gigabytes(size: float) -> str:

@@ -28,6 +28,7 @@ from llava.model.builder import device_of, load, parse
 from llava.model.llava_arch import Llava
 from llava.reduction import registry
 from llava.reduction.budget import require
+from llava.reduction.reducer import options_of
 
 SWEEPS = ROOT / "results" / "sweep"
 # Where a budget is out of reach as a mean over layers, the row counts kept tokens as papers do, and says so.
@@ -98,7 +99,7 @@ def lines_of(table: Table, where: Where, model: Llava) -> list[Line]:
 def line_of(row: Row, budget: Budget, model: Llava) -> Line:
     """A row at a budget: by the mean over layers, else by kept tokens, else with the reason why it cannot run."""
     tokens, extra = budget_of(count_or_ratio(str(budget)))
-    can_count_kept = "schedule" in registry.options_of(registry.method(row.method)) and "schedule" not in row.options
+    can_count_kept = "schedule" in options_of(registry.method(row.method)) and "schedule" not in row.options
     own = changed(dict(row.options), row.method)
     reason = ""
     for by_kept in (False, True) if can_count_kept else (False,):
@@ -162,7 +163,7 @@ def changed(options: Mapping[str, str], method: str) -> dict[str, str]:
         except ValueError:
             return text == usual
 
-    usual = registry.options_of(registry.method(method))
+    usual = options_of(registry.method(method))
     return {key: value for key, value in options.items() if not same(value, usual[key].default)}
 
 

@@ -16,6 +16,7 @@ from eval.papers.published import Convention
 from llava.budget import count_or_ratio
 from llava.errors import UserError, suggestion
 from llava.reduction import registry
+from llava.reduction.reducer import options_of
 
 SCRIPTS = ROOT / "scripts"
 PAPERS = ("consensusdrop", "visiondrop", "attnmix")
@@ -123,7 +124,7 @@ class Row(Part):
     @property
     def runs_release(self) -> bool:
         """Whether the row does what the release does: nothing known differs, or the method's `official` is set."""
-        return "official" not in registry.options_of(registry.method(self.method)) or (
+        return "official" not in options_of(registry.method(self.method)) or (
             self.options.get("official", "").lower() == "true"
         )
 

@@ -20,18 +20,19 @@ from typing import TYPE_CHECKING
 
 from eval.answers.jsonl import write_file
 from eval.command import exit_on_user_error, make_parser
-from eval.config import ROOT, is_toy
-from eval.papers import spec
-from eval.papers.own import read_own
+from eval.config import ROOT, folder_name, is_toy
+from eval.papers import published, spec
+from eval.papers.own import OwnRow, read_own
 from eval.papers.spec import Table
+from eval.parallel import placement
 from eval.tables.page import insert, markdown, write_csv
+from eval.tracking import has_key, log_table_run, resolve_mode
 from llava.errors import UserError
 
 if TYPE_CHECKING:
     from eval.papers.cells import Measured
     from eval.papers.document import Document
     from eval.papers.gate import Check
-    from eval.papers.own import OwnRow
     from eval.papers.runs import Time, Where
     from llava.model.llava_arch import Llava
 
@@ -60,8 +61,6 @@ def where_of(table: Table, args: argparse.Namespace) -> "Where":
 
 def wandb_of_cells(mode: str) -> str:
     """Every cell is a W&B run of its own where W&B is online or asked for; hundreds of offline runs help nobody."""
-    from eval.tracking import has_key, resolve_mode
-
     return "disabled" if mode == "auto" and not (has_key() and resolve_mode(mode) == "online") else mode
 
 
@@ -78,13 +77,12 @@ def words(text: str | None) -> list[str]:
 
 
 def make(
-    table: Table, where: "Where", args: argparse.Namespace, folder: Path, own: "Sequence[OwnRow]" = ()
+    table: Table, where: "Where", args: argparse.Namespace, folder: Path, own: Sequence[OwnRow] = ()
 ) -> "Document":
     """Fill what is missing, and say everything that the formats write; `own`: rows that the user adds."""
     from eval.papers.cells import read_cells
     from eval.papers.figure import draw_kept
     from eval.papers.runs import columns_of, described, fill_cells, lines_of, open_model, times_of
-    from eval.parallel import placement
 
     place = None if args.render else placement.here()
     model = open_model(where, place)
@@ -125,7 +123,7 @@ def gate_of(table: Table, where: "Where", full: "Measured", stop: bool) -> "list
     Raises:
         UserError: outside the tolerance, and the user asked to stop there.
     """
-    from eval.papers import gate, published
+    from eval.papers import gate
 
     if where.is_toy or not table.published:
         return []
@@ -144,10 +142,9 @@ def document_of(
     checks: "Sequence[Check]",
     times: "Mapping[int, Time]",
     command: str,
-    own: "Sequence[OwnRow]" = (),
+    own: Sequence[OwnRow] = (),
 ) -> "Document":
     """What the page says, by the kind of the table."""
-    from eval.papers import published
     from eval.papers.document import Document, blocks, entries, facts_of, notes_of
     from eval.papers.sections import clear_differences, pair_rows, pairs_of, sections_of
 
@@ -298,8 +295,6 @@ def command_line(table: Table, args: argparse.Namespace) -> str:
 
 def default_folder(table: Table, where: "Where", args: argparse.Namespace) -> Path:
     """Parts of a table do not replace the whole one."""
-    from eval.config import folder_name
-
     narrow = [args.methods, args.budgets, args.benchmarks]
     tail = f"-limit{args.limit}" * bool(args.limit) + "-part" * any(narrow)
     return ROOT / "results" / "tables" / table.paper / (folder_name(Path(where.place.model).name) + tail)
@@ -320,8 +315,6 @@ def summary(document: "Document") -> str:
 
 def log(mode: str, document: "Document", where: "Where", folder: Path, files: Sequence[Path]) -> None:
     """One W&B run for the table, with its files and what its plots show."""
-    from eval.tracking.table_run import log_table_run
-
     header = ["method", "budget", "benchmark", "score", "low", "high", "tokens per layer", "answers sha256"]
     cells = [entry.cell for entry in document.entries]
     rows = [

@@ -308,7 +308,8 @@ def outcome(control: Control, ranks: int) -> int:
     reports = [control.peek(f"rank{number}") for number in range(ranks)]
     phases = [report["phase"] if report else None for report in reports]
     if all(phase == FINISHED for phase in phases):
-        return max(report["code"] for report in reports)
+        code: int = max(report["code"] for report in reports)
+        return code
     failed = [report for report, phase in zip(reports, phases, strict=True) if phase == FAILED]
     if failed:
         first = min(failed, key=lambda report: report["number"])

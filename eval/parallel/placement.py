@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.config import whole_number
+from eval.parallel import ranks
 from llava.errors import UserError
 
 VARIABLES = ("RANKS", "GPUS", "HOSTFILE")
@@ -224,8 +225,6 @@ def accelerators() -> int:
 
 def here(size: int = 1, device: str = "auto") -> Placement | None:
     """The placement that this process's environment asks for; None inside a rank and for one process."""
-    from eval.parallel import ranks
-
     return None if not ranks.current().alone else detect(os.environ, accelerators, size, device)
 
 

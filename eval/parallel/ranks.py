@@ -176,7 +176,8 @@ class Rank:
             return own
         key = f"{what}/replica{self.replica}/{own}"
         if not self.leads:
-            return self.control.get(key)
+            shared: int = self.control.get(key)
+            return shared
         number = self.control.count(what) - 1
         if self.size > 1:
             self.control.put(key, number)
@@ -246,4 +247,5 @@ def wait_until(ready: Callable[[], bool]) -> None:
 def free_port() -> int:
     """A port that nobody listens on now. The launcher wants one; ranks find each other through the store."""
     with socket.create_server(("", 0)) as listening:
-        return listening.getsockname()[1]
+        port: int = listening.getsockname()[1]
+        return port

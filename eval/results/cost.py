@@ -3,16 +3,15 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from llava.pipeline.accounting import Batch, TokenAccounting
+from llava.pipeline.accounting import Batch, TokenAccounting
 
 STAGES = ("preprocess", "vision", "selection", "prefill", "decode")
 PARTS = ("tower", "projector", "selection", "prefill")
 
 
-def audit_record(audit: "TokenAccounting") -> dict[str, Any]:
+def audit_record(audit: TokenAccounting) -> dict[str, Any]:
     """One sample's audit as it stands in the answer file."""
     return {
         "entering": list(audit.tokens_per_layer),
@@ -24,7 +23,7 @@ def audit_record(audit: "TokenAccounting") -> dict[str, Any]:
     }
 
 
-def timing_record(batch: "Batch", conditions: Mapping[str, Any]) -> dict[str, Any]:
+def timing_record(batch: Batch, conditions: Mapping[str, Any]) -> dict[str, Any]:
     """One batch's line in timing.jsonl: seconds for the batch as a whole, and what they were measured under."""
     return {
         "questions": len(batch.answers),

@@ -8,18 +8,18 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import psutil
 
 from eval.answers.jsonl import read_json
 from eval.answers.reuse import joint
 from eval.benchmarks.base import Question
 from eval.config import FULL, ROOT
 from eval.metrics import Score
+from eval.parallel.ranks import Rank
 from eval.results.statistics import LEVEL, interval, terms_of
 from llava.errors import UserError
-
-if TYPE_CHECKING:
-    from eval.parallel.ranks import Rank
 
 LOWER_IS_BETTER = {"distribution"}
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow", "wandb")
@@ -55,7 +55,14 @@ def confidence(score: Score, questions: Iterable[Question]) -> dict[str, Any]:
 
 def interval_of(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The interval of the main number of a result, if it has one."""
-    return record["confidence"].get(record["main"])
+    found: Mapping[str, Any] | None = record["confidence"].get(record["main"])
+    return found
+
+
+def main_score(result: Mapping[str, Any]) -> float | None:
+    """The main number of a result; None where it is missing."""
+    score: float | None = result["metrics"].get(result["main"])
+    return score
 
 
 def percent_of_full(result: Mapping[str, Any], output: Path) -> float | None:
@@ -64,7 +71,7 @@ def percent_of_full(result: Mapping[str, Any], output: Path) -> float | None:
     Args:
         output: the run's folder; the result of `full` is looked for in the folders beside it.
     """
-    score = result["metrics"].get(result["main"])
+    score = main_score(result)
     full = full_score(result, output)
     return 100 * score / full if score is not None and full else None
 
@@ -72,7 +79,7 @@ def percent_of_full(result: Mapping[str, Any], output: Path) -> float | None:
 def full_score(result: Mapping[str, Any], output: Path) -> float | None:
     """Main score of a run of `full` that asked the same questions, about the same images, under the same settings."""
     if result["method"] == FULL:
-        return result["metrics"].get(result["main"])
+        return main_score(result)
     folder = output.resolve()
     run = folder.parent if PARTIAL.fullmatch(folder.name) else folder  # results of the first questions are in limitN/
     found = [*run.parent.glob("*/result.json"), *run.parent.glob("*/limit*/result.json")]
@@ -83,7 +90,7 @@ def full_score(result: Mapping[str, Any], output: Path) -> float | None:
         except UserError:
             continue  # a damaged file is an error of the run that it belongs to
         if other.get("method") == FULL and joint(other) == joint(result):
-            return other["metrics"].get(other["main"])
+            return main_score(other)
     return None
 
 
@@ -149,13 +156,10 @@ def made_by(origins: Sequence[tuple[Mapping[str, Any] | None, int]]) -> dict[str
     }
 
 
-def command_began(rank: "Rank") -> float:
+def command_began(rank: Rank) -> float:
     """When the user's command started, in seconds since 1970: this process, or the one that started the ranks."""
-    if rank.control is not None:
-        return rank.get("command began")
-    import psutil
-
-    return psutil.Process().create_time()
+    began: float = psutil.Process().create_time() if rank.control is None else rank.get("command began")
+    return began
 
 
 def hardware(device: str) -> str:

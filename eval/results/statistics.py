@@ -317,7 +317,8 @@ def ratio(above: Array, below: Array) -> Array:
     above, below = np.asarray(above, float), np.asarray(below, float)
     found = np.full(np.broadcast(above, below).shape, np.inf)
     found[above <= 1e-9] = 0.0
-    return np.divide(above, below, out=found, where=below > 0)
+    np.divide(above, below, out=found, where=below > 0)
+    return found
 
 
 def slope(value: Value, sums: Array) -> Array:

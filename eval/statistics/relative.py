@@ -206,7 +206,8 @@ def null_weights(pairs: Pairs, share: float) -> Array | None:
     def weights(tilt: float) -> Array:
         logs = tilt * scaled
         found = pairs.counts * np.exp(logs - logs.max())
-        return found / found.sum()
+        shares: Array = found / found.sum()
+        return shares
 
     def excess(tilt: float) -> float:
         return float(difference(pairs, pairs.clusters * weights(tilt), share))
@@ -387,4 +388,5 @@ def interquartile_mean(values: Array) -> Array:
     edges = np.arange(count + 1) / count
     inside = np.minimum(edges[1:], 0.75) - np.maximum(edges[:-1], 0.25)
     weights = np.maximum(inside, 0.0) * 2
-    return np.sort(values, -1) @ weights
+    mean: Array = np.sort(values, -1) @ weights
+    return mean

@@ -62,7 +62,8 @@ def need_file(need: Need) -> str:
 def result_of(folder: Path) -> dict[str, Any]:
     if not (folder / "result.json").is_file():
         raise UserError(f"{folder} holds no result; run `bash scripts/tables/embedded_benchmarks.sh` first.")
-    return json.loads((folder / "result.json").read_text())
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
 
 
 def score_rows(results: Path) -> list[list[str]]:

@@ -145,7 +145,8 @@ class HFWrapper(Llava):
     """
 
     def prompt(self, sample: Any) -> Prompt:
-        return sample.prompt
+        prompt: Prompt = sample.prompt
+        return prompt
 
     def views(self, picture: PreparedImage) -> tuple[Tensor, TokenLayout]:
         return picture.pixels, picture.arrangement

@@ -136,7 +136,8 @@ class ReducedCache(DynamicCache):
         cache.__class__ = cls
         cache.layers, cache.layer_class_to_replicate = state.cache.layers, None
         cache.segments = state.segments
-        return cache
+        held: ReducedCache = cache
+        return held
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # a LongTensor is a Tensor of integers
@@ -159,7 +160,7 @@ class ReducedCache(DynamicCache):
                     segment.valid = segment.valid[:, :tokens_to_remove]
 
     def reset(self) -> None:
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]  # transformers'
         self.segments = []
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llava.conversation import stop_string
 from llava.model.checkpoint.files import files_of, hashes_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded, TowerMerger, encode, patch_grid
+from llava.model.multimodal_encoder.clip_text_encoder import load_clip_text
 from llava.processing.prompt import Prompt, Sample, build_prompt
 from llava.reduction.budget import in_tower
 from llava.reduction.merging import Reduction, ViewReduction, join
@@ -212,8 +213,6 @@ class Llava:
     @cached_property
     def clip(self) -> Any:
         """The CLIP text tower, read from its files when a method first asks for it."""
-        from llava.model.multimodal_encoder.clip_text_encoder import load_clip_text
-
         return load_clip_text(self.text_tower, self.tower, self.tokenizer, self.device)
 
     def prompt(self, sample: Sample) -> Prompt:
@@ -293,10 +292,12 @@ class Llava:
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, 1, D] before the final norm -> [B, vocabulary] float32, without the padding rows of the head."""
         # The head gets a 3-D input: tensor-parallel heads index the last of three axes.
-        return self.head(self.llm.norm(hidden))[:, -1, : self.vocabulary].float()
+        logits: Tensor = self.head(self.llm.norm(hidden))[:, -1, : self.vocabulary].float()
+        return logits
 
     def decode(self, ids: Samples[int], special: bool = False) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+        return text
 
 
 def tiles_flops(tiles: int, function: Callable[..., int], *arguments: Any) -> int:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from llava.errors import UserError, unknown
 from llava.model.llava_arch import EncodedImage, Llava, encoded_image_of
 from llava.model.multimodal_encoder.clip_encoder import Encoded
-from llava.processing.image import Grid, as_rgb
+from llava.processing.image import Grid, QwenImageProcessor, as_rgb
 from llava.reduction.modules import linear_flops
 from llava.reduction.reducer import Reducer
 from llava.reduction.scores import TOWER_SCORES, TowerScore
@@ -50,13 +50,14 @@ class QwenVL(Llava):
     """
 
     axes = True
+    image_processor: QwenImageProcessor
 
     def __init__(
         self, checkpoint: Any, device: torch.device, min_pixels: int | None = None, max_pixels: int | None = None
     ):
         super().__init__(checkpoint, device)
         bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        chosen = {name: value for name, value in bounds.items() if value is not None}
+        chosen: dict[str, Any] = {name: value for name, value in bounds.items() if value is not None}
         self.image_processor = replace(self.image_processor, **chosen)
 
     @property
@@ -183,7 +184,8 @@ class _Order:
 
 def _unit(visual: Any) -> int:
     """U, patches in a group."""
-    return visual.config.spatial_merge_size**2
+    patches: int = visual.config.spatial_merge_size**2
+    return patches
 
 
 def _group_shape(visual: Any, grid: Grid) -> Grid:
@@ -195,7 +197,8 @@ def _group_shape(visual: Any, grid: Grid) -> Grid:
 def _window_side(visual: Any) -> int:
     """Groups along the edge of a window."""
     config = visual.config
-    return config.window_size // config.spatial_merge_size // config.patch_size
+    side: int = config.window_size // config.spatial_merge_size // config.patch_size
+    return side
 
 
 def _orders(visual: Any, shapes: Sequence[Grid], device: torch.device) -> tuple[_Order, _Order | None]:
@@ -374,7 +377,7 @@ def tower_flops(visual: Any, grid: Grid) -> int:
     """Patch embedding and blocks."""
     frames, rows, columns = _group_shape(visual, grid)
     patches = frames * rows * columns * _unit(visual)
-    total = 2 * patches * visual.patch_embed.proj.weight.numel()
+    total: int = 2 * patches * visual.patch_embed.proj.weight.numel()
     full = full_blocks(visual)
     for index, block in enumerate(visual.blocks):
         edge = max(rows, columns) if index in full else _window_side(visual)
@@ -395,7 +398,8 @@ def score_flops(visual: Any, score: TowerScore, grid: Grid) -> int:
         return 0
     frames, rows, columns = grid
     width = visual.blocks[signal_block(visual, score)].attn.proj.in_features
-    return 2 * frames * (rows * columns) ** 2 * width
+    flops: int = 2 * frames * (rows * columns) ** 2 * width
+    return flops
 
 
 class Merger(nn.Module):
@@ -407,4 +411,5 @@ class Merger(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         patches = features.unflatten(-1, (self.unit, -1))
-        return self.merger.mlp(self.merger.ln_q(patches).flatten(-2))
+        tokens: Tensor = self.merger.mlp(self.merger.ln_q(patches).flatten(-2))
+        return tokens

@@ -120,12 +120,16 @@ class TemporalLayer(CLIPEncoderLayer):
         if self.frames != 1:
             along_time = along_time + self.temporal_embedding
         attended, _ = self.temporal_attn(self.temporal_layer_norm1(along_time), None)
-        return rearrange(along_time + attended, "(videos n) frames width -> (videos frames) n width", n=hidden.shape[1])
+        summed: Tensor = rearrange(
+            along_time + attended, "(videos n) frames width -> (videos frames) n width", n=hidden.shape[1]
+        )
+        return summed
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """[B*F, n, D] -> [B*F, n, D]; a mask applies to the spatial attention only."""
         block: Any = super()
-        return block.forward(self.before_space(hidden_states), attention_mask, **kwargs)
+        after: Tensor = block.forward(self.before_space(hidden_states), attention_mask, **kwargs)
+        return after
 
 
 class LanguageBindVideoTower(CLIPVisionModel):
@@ -143,4 +147,4 @@ class LanguageBindVideoTower(CLIPVisionModel):
         super().__init__(config)
         self.frames = frames
         self.encoder.layers = nn.ModuleList(TemporalLayer(config, frames) for _ in range(config.num_hidden_layers))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # transformers'

@@ -8,15 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from llava.pipeline.decoder import Prefilled
 from llava.reduction.merging import Reduction, Step, Trace
 from llava.reduction.token_layout import TokenLayout
-
-if TYPE_CHECKING:
-    from llava.pipeline.decoder import Prefilled
 
 
 class Timer:
@@ -180,7 +178,7 @@ class Record:
             for applied in self.reductions
         ]
 
-    def accounting(self, prefilled: "Prefilled") -> list[TokenAccounting]:
+    def accounting(self, prefilled: Prefilled) -> list[TokenAccounting]:
         """Token accounting of each sample."""
         accounts = []
         for sample, (images, applied, steps) in enumerate(zip(self.images, self.reductions, self.steps, strict=True)):

@@ -138,7 +138,8 @@ class Graphs:
 @compiled_once
 def block_on_images(block: nn.Module, hidden: Tensor) -> Tensor:
     """One block, [B, n, D] -> [B, n, D]."""
-    return block(hidden, None)
+    after: Tensor = block(hidden, None)
+    return after
 
 
 def blocks_on_images(blocks: list[nn.Module], hidden: Tensor, places: list[int]) -> list[Tensor]:
@@ -351,7 +352,10 @@ def layer_on_token(
 ) -> Tensor:
     """One layer on one token of each sample, [B, 1, D] -> [B, 1, D]; keys and values are written at `place`."""
     cache = OneColumn(keys, values, place)
-    return layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache, use_cache=True)
+    after: Tensor = layer(
+        hidden, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache, use_cache=True
+    )
+    return after
 
 
 class CompiledStep(Graphs):
@@ -379,7 +383,7 @@ class CompiledStep(Graphs):
         fixed = state.fixed
         fixed.enlarge_where_full()
         parts = [(one.layers, one.place, one.position, one.valid) for one in fixed.segments]
-        hidden = self.run(token, fixed.keys, fixed.values, parts)
+        hidden: Tensor = self.run(token, fixed.keys, fixed.values, parts)
         fixed.advance()
         return hidden
 

@@ -40,7 +40,7 @@ class PreallocatedLayer(DynamicLayer):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self._space: tuple[Tensor, Tensor] | None = None
         self._shown: tuple[Tensor, Tensor] | None = None
         self._columns: list[tuple[Tensor, Tensor]] = []  # of the next tokens, the last one first
@@ -183,7 +183,10 @@ def rotary_angles(llm: Any, hidden: Tensor, position: Tensor) -> tuple[Tensor, T
         hidden: gives dtype and device.
         position: [B, L], or [B, L, 3] for a decoder whose positions have a frame, a row and a column.
     """
-    return llm.rotary_emb(hidden, position if position.dim() == 2 else position.permute(2, 0, 1))
+    angles: tuple[Tensor, Tensor] = llm.rotary_emb(
+        hidden, position if position.dim() == 2 else position.permute(2, 0, 1)
+    )
+    return angles
 
 
 def run_segment(

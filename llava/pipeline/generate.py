@@ -4,12 +4,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Samples
 from dataclasses import fields
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
 from llava.errors import UserError
+from llava.model.llava_arch import Llava
 from llava.model.parallel import require_agreement
 from llava.pipeline import decoder
 from llava.pipeline.accounting import Answer, Batch, Timer, Timing
@@ -18,15 +18,12 @@ from llava.processing.prompt import Sample
 from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 
-if TYPE_CHECKING:
-    from llava.model.llava_arch import Llava
-
 NOT_FINITE = -1  # in place of a token id
 
 
 @torch.inference_mode()
 def generate(
-    model: "Llava",
+    model: Llava,
     samples: Samples[Sample],
     reducer: Reducer,
     max_new_tokens: int = 128,
@@ -115,7 +112,7 @@ def generate(
     return Batch(answers, timing, state.kv_bytes_held, record.operations, steps, images=images, kv_bytes_with_room=room)
 
 
-def may_end_stop(model: "Llava", stop: str | None, token: int) -> bool:
+def may_end_stop(model: Llava, stop: str | None, token: int) -> bool:
     """Whether the stop string can end in this token; the answer so far is decoded only then, not at every step."""
     if not stop:
         return False

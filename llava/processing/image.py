@@ -191,7 +191,8 @@ class ImageProcessor:
             (width, height), short = image.size, min(image.size)
             # The shorter side becomes `size`; the longer one is rounded down.
             resized.append(resize(image, (int(self.size * width / short), int(self.size * height / short))))
-        return self._clip(resized, return_tensors="pt")["pixel_values"].to(torch.float32)
+        pixels: Tensor = self._clip(resized, return_tensors="pt")["pixel_values"].to(torch.float32)
+        return pixels
 
     @cached_property
     def padding_colour(self) -> tuple[int, int, int]:

@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
@@ -19,9 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaTokenizer, PretrainedC
 from llava.conversation import DEFAULT_MODE, Turn, conversation, render
 from llava.errors import UserError
 from llava.processing.json_files import read_json
-
-if TYPE_CHECKING:
-    from llava.processing.video import Video
+from llava.processing.video import Video
 
 # With the values of the original LLaVA.
 IMAGE_PLACEHOLDER = "<image>"

@@ -55,7 +55,8 @@ def frame_indices(count: int, frames: int = FRAMES) -> list[int]:
     The official rule is NumPy's linspace truncated to integers. NumPy is called since its rounding decides if the
     spacing is not an integer.
     """
-    return np.linspace(0, count - 1, frames, dtype=int).tolist()
+    indices: list[int] = np.linspace(0, count - 1, frames, dtype=int).tolist()
+    return indices
 
 
 def read_video(path: str | Path, frames: int = FRAMES) -> Video:
@@ -145,7 +146,7 @@ def _decode(path: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int]
 
 def _upright(frame: av.VideoFrame) -> Image.Image:
     """Return a frame as RGB, rotated as its metadata says."""
-    image = frame.to_image()
+    image: Image.Image = frame.to_image()
     turn = TURNS.get(round(frame.rotation / 90) % 4)
     return image if turn is None else image.transpose(turn)
 

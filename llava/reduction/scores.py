@@ -79,7 +79,8 @@ def cls_logits(seen: BlockInput) -> Tensor:
     attention = seen.attention
     query, key = attention.q_proj(seen.normed[:, :1]).float(), seen.keys[:, 1:].float()
     # The sum of the heads' products is the product over all channels.
-    return (query @ key.transpose(-1, -2))[:, 0] * (attention.scale / attention.num_heads)
+    products: Tensor = (query @ key.transpose(-1, -2))[:, 0] * (attention.scale / attention.num_heads)
+    return products
 
 
 def received_attention(seen: BlockInput) -> Tensor:
@@ -109,7 +110,8 @@ def keys(seen: BlockInput) -> Tensor:
 def mean_keys(block: VisionBlock, normed: Tensor) -> Tensor:
     """[B, n, D] normed inputs of a block's attention -> keys [B, n, d] float32, mean over heads."""
     attention = block.self_attn
-    return rearrange(attention.k_proj(normed), BY_HEADS, h=attention.num_heads).float().mean(1)
+    mean: Tensor = rearrange(attention.k_proj(normed), BY_HEADS, h=attention.num_heads).float().mean(1)
+    return mean
 
 
 def fused_cls_attention(seen: BlockInput) -> Tensor:
@@ -119,7 +121,8 @@ def fused_cls_attention(seen: BlockInput) -> Tensor:
         [B, N] float32, a row sums to less than 1.
     """
     query, key = seen.attention.q_proj(seen.normed[:, :1]).float(), seen.keys.float()
-    return (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
+    shares: Tensor = (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5).softmax(-1)[:, 0, 1:]
+    return shares
 
 
 def whole_keys(seen: BlockInput) -> Tensor:

@@ -26,7 +26,8 @@ from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 
 if TYPE_CHECKING:
-    from llava.pipeline.sequence import Row, Sequence, Span
+    from llava.pipeline.positions import Span
+    from llava.pipeline.sequence import Row, Sequence
 
 TEXT_ROWS = ("question", "instruction", "after", "last", "visual")
 

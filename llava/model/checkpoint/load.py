@@ -466,7 +466,8 @@ def empty_model(config: PretrainedConfig, kind: Kind, frames: int | None = None)
     with torch.device("meta"), no_init_weights():
         model: PreTrainedModel = build(config, *extra)
         model.tie_weights()
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _fill(
@@ -489,12 +490,13 @@ def _fill(
         if parallel.offload is not None:
             join_alone(device)
         check_memory(weights, dtype, device, directory, parallel)
-        model = mapped_model(build, extra, config, weights, dtype)
+        model: PreTrainedModel = mapped_model(build, extra, config, weights, dtype)
         if parallel.offload is None:
             split(model, parallel.tensor, dtype, device)
         else:
             partition(model, parallel, dtype, device)
-        return model.eval()
+        model.eval()
+        return model
     quantiser = None
     if quantization is None:
         check_memory(weights, dtype, device, directory)
@@ -523,7 +525,8 @@ def _fill(
         if quantization is None:
             raise
         raise UserError(f"Cannot load {directory} quantised here: {' '.join(str(error).split())}") from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _refuse_misfits(files: _Files) -> None:
@@ -589,5 +592,7 @@ def check_memory(
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device now."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available + psutil.swap_memory().free
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = psutil.virtual_memory().available + psutil.swap_memory().free
+    return free

@@ -119,7 +119,7 @@ class ClipText(nn.Module):
     def _hidden(self, ids: Tensor) -> Tensor:
         """Hidden states [R, L, D] after all layers, in half of the operations of the tower's own forward."""
         embeddings = self.text_model.embeddings
-        hidden = embeddings.token_embedding(ids) + embeddings.position_embedding.weight[: ids.shape[1]]
+        hidden: Tensor = embeddings.token_embedding(ids) + embeddings.position_embedding.weight[: ids.shape[1]]
         for layer in self.text_model.encoder.layers:
             hidden = layer(hidden, None, is_causal=True)
         return hidden
