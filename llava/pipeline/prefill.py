@@ -76,6 +76,7 @@ class BatchImage:
     Attributes:
         name: the sample's id, with a number from its second image on; a seed of methods that draw.
         encoded: what the tower gave; questions about the same image share one object.
+        method: at the budget of this image.
         plan: what the method does with images of this size.
         inputs: visual tokens before any reduction.
         kept: [N] indices of its tokens among the unreduced ones; None if it is not reduced.
@@ -84,6 +85,7 @@ class BatchImage:
 
     name: str
     encoded: EncodedImage
+    method: Reducer
     plan: ImagePlan
     inputs: int
     kept: Tensor | None = None
@@ -161,7 +163,8 @@ class Stages:
             plan = plan_image(self.reducer, model.spec, one.full)
             inputs = one.full.tokens if plan.fits else one.inputs
             name = name if number == 0 else f"{name}#{number + 1}"
-            image = self.images[row] = BatchImage(name, one, plan, inputs)
+            method = self.reducer.for_picture(plan.spec) if self.reducer.retention_ratio else self.reducer
+            image = self.images[row] = BatchImage(name, one, method, plan, inputs)
             record.images[sample].append(SeenImage(one.full, inputs, plan.tokens))
             if one.step is not None:
                 self._apply(row, image, *one.step)
@@ -294,14 +297,14 @@ class Stages:
                 groups.setdefault((stop - start, spec), []).append((sample, number))
         alone = len(groups) == 1 and all(len(spans) == 1 for spans in sequence.visual)
         reduced: list[Reduced] = []
-        for (count, _), rows in groups.items():
-            plan, prompts = self.images[rows[0]].plan, [sequence, entered, self.start]
+        for (count, spec), rows in groups.items():
+            method, prompts = self.images[rows[0]].method, [sequence, entered, self.start]
             if not alone:  # else every prompt has one image of the group
                 prompts = [one.rows(rows) for one in prompts]
             now = prompts[0]
             state = DecoderState(
                 ids=tuple(self.images[row].name for row in rows),
-                spec=plan.spec,
+                spec=spec,
                 tokens=now.take(now.hidden, [image for (image,) in now.visual]),
                 sequence=now,
                 llm=self.model.llm,
@@ -310,8 +313,8 @@ class Stages:
                 keys=keys if alone else sequence.keys_of(keys, rows),
                 start=prompts[2],
             )
-            returned = plan.method.decoder(state)
-            parts = by_images(plan.method, f"decoder before layer {layer}", returned, state.ids, count)
+            returned = method.decoder(state)
+            parts = by_images(method, f"decoder before layer {layer}", returned, state.ids, count)
             self.record.operations.add("selection", int, state.flops + sum(part.flops for part, _ in parts))
             for reduction, own in parts:
                 values = self._merged_values(reduction, state, own)
@@ -330,13 +333,13 @@ class Stages:
             arrangement = image.encoded.arrangement
             if arrangement.is_one_tile:
                 shape = arrangement.layout, arrangement.tokens
-                whole.setdefault((image.plan.method, image.plan.spec, shape), []).append(row)
+                whole.setdefault((image.method, image.plan.spec, shape), []).append(row)
             elif not image.plan.fits:
                 tiled.append(row)
         groups = []
         for rows in whole.values():
             images = [self.images[row] for row in rows]
-            plan, encoded = images[0].plan, [image.encoded.encoded for image in images]
+            method, encoded = images[0].method, [image.encoded.encoded for image in images]
             features, scores, merged = encoded[0].features, encoded[0].scores, encoded[0].merged
             if len(rows) > 1:
                 features = torch.cat([one.features for one in encoded])
@@ -344,17 +347,17 @@ class Stages:
                 merged = stack([one.merged for one in encoded if one.merged is not None]) if merged else None
             fields = {
                 "ids": tuple(image.name for image in images),
-                "spec": plan.spec,
+                "spec": images[0].plan.spec,
                 "features": features,
                 "layout": images[0].encoded.arrangement.layout,
                 "scores": scores,
                 "merged": merged,
                 "questions": tuple(self.samples[sample].question for sample, _ in rows),
                 "messages": tuple(self.samples[sample].message for sample, _ in rows),
-                "clip": self.model.clip if plan.method.needs_text_tower else None,
+                "clip": self.model.clip if method.needs_text_tower else None,
                 "thumbnail": scores.__getitem__,
             }
-            groups.append(Group(plan.method, rows, fields))
+            groups.append(Group(method, rows, fields))
         if tiled:
             pictures = {row: self.images[row].encoded for row in tiled}
             groups += views.groups_of(self.model, self.reducer, self.samples, pictures)

@@ -80,13 +80,11 @@ class ImagePlan:
     """What a method does with images of one size, as far as that is known before they are seen.
 
     Attributes:
-        method: at the budget of one of these images.
         spec: the model with the tokens and tiles of one of these images.
         fits: an image with tiles or newline tokens has no more tokens than its budget, and is not reduced.
         tokens: visual tokens that are planned to enter each layer; None if that depends on the image.
     """
 
-    method: Reducer
     spec: ModelSpec
     fits: bool
     tokens: tuple[int, ...] | None
@@ -96,7 +94,7 @@ class ImagePlan:
 def plan_image(reducer: Reducer, model: ModelSpec, arrangement: TokenLayout) -> ImagePlan:
     """The plan of a method for the images of a model with one token layout; it is worked out once."""
     spec = spec_of(model, arrangement)
-    return ImagePlan(reducer.for_picture(spec), spec, fits_budget(reducer, spec), planned(reducer, spec))
+    return ImagePlan(spec, fits_budget(reducer, spec), planned(reducer, spec))
 
 
 def planned(reducer: Reducer, spec: ModelSpec) -> tuple[int, ...] | None:
