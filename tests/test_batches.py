@@ -150,6 +150,7 @@ def plain(toy, tmp_path_factory):
     return answers(output)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("size", [1, 8])
 def test_remembered_images_and_images_read_ahead_change_no_answer(toy, plain, tmp_path, size):
     result = run(config(tmp_path, batch_size=size), CachingLlava(toy))
@@ -158,6 +159,7 @@ def test_remembered_images_and_images_read_ahead_change_no_answer(toy, plain, tm
 
 
 # Merging before layer 0; before the projector and between layers; before the projector alone; between layers alone.
+@pytest.mark.training
 @pytest.mark.parametrize("method", ["consensusdrop", "visiondrop", "attnmix", "fastv"])
 def test_answers_are_the_same_bytes_at_every_batch_size(method, toy, tmp_path):
     files = []

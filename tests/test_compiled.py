@@ -64,6 +64,7 @@ def same(model, compiled, reducer, batch, length=4):
 # -- equality ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_traced_graphs_equal_the_plain_way(model, method):
     """One question, then three of other lengths that need padding on the left; as traced, without code generation."""
@@ -85,6 +86,7 @@ def test_inductor_equals_the_plain_way_on_the_toy_model(method):
     same(toy, compile_model(toy), reducer, samples(3), 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tinyllava_next", "tinyllava_video"])
 def test_tiles_and_frames_go_through_the_compiled_tower(family):
     """A video tower attends over time in its blocks, and scores are of what that makes of their inputs."""

@@ -114,6 +114,7 @@ def test_a_method_that_reads_values_is_counted_where_there_are_some(tiny):
         count_prefill(Readless(), reducer, asked)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("method", ["divprune", "cdpruner", "scope", "visiondrop"])
 def test_operations_are_those_of_the_measured_model(method):
     """CDPruner was 2,386 above its oracle in a table of shapes: a greedy choice is a plain loop on the meta device."""
@@ -136,6 +137,7 @@ def test_operations_are_those_of_the_measured_model(method):
     assert found.waits == 1, "the copy of the pixels, seen on the meta device"
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("method", sorted(set(registry.names()) - {"full"}))
 def test_no_method_makes_a_tensor_of_tokens_times_tokens_times_heads(method):
     """2,560 visual tokens ranked together, 4 heads: an attention map would have 26 million elements. A table of pairs,

@@ -136,6 +136,7 @@ def test_operations_and_kernels_are_both_given_over_the_oracles():
     assert len(head) == len(line) and line.index("+6") + 2 == head.index("kernels over flat") + len("kernels over flat")
 
 
+@pytest.mark.table
 def test_the_command_prints_a_row_and_its_lines(capsys):
     assert main(["fastervlm", "64", "--list"]) == 0
     head, row, *lines = capsys.readouterr().out.splitlines()

@@ -228,6 +228,7 @@ def toy() -> estimate.Estimate:
     return estimate.Estimate(model, reducer, work, 8, 128, torch.float32, rates=SPEED)
 
 
+@pytest.mark.table
 def test_budget_batch_and_dtype_move_the_numbers(toy):
     other = replace(toy, reducer=registry.build("consensusdrop", 128))
     assert other.kv_bytes > toy.kv_bytes and other.operations["prefill"] > toy.operations["prefill"]

@@ -33,6 +33,7 @@ def flagship(cost):
     return reproduce.page(cost)
 
 
+@pytest.mark.table
 def test_the_costs_of_all_tables_are_those_of_the_page(costs):
     """`vtr tables reproduce` writes them again."""
     assert reproduce.index(costs) in reproduce.INDEX.read_text()

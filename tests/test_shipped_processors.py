@@ -26,6 +26,7 @@ IMAGES = {
 }
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("name", sorted(IMAGES))
 def test_a_toy_checkpoint_runs_with_its_own_processor(name):
     """The toy model shipped no processor_config.json: patch_size was None, and the README's example failed on it."""

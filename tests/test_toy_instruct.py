@@ -399,6 +399,7 @@ def test_the_shipped_text_tower_reads_new_words_and_keeps_old_ones(shipped):
     generate(shipped, [sample], registry.build("cdpruner", 64), max_new_tokens=4)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize(
     ("names", "least"),
     [(("short", "yes_no", "bare", "single_word"), 0.8), (("letters", "letters_cn", "parens", "mmstar"), 0.6)],

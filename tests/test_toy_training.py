@@ -73,6 +73,7 @@ def trained(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("name", STAGES)
 def test_a_short_run_is_the_recorded_one(name, trained):
     """Draw, train a few steps through every part of a stage's schedule, validate.

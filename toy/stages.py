@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
+from eval.papers import read_yaml
 from toy import clip
 from toy.clip import COLUMN, PANEL, SHAPE
 from toy.data.corpus import Corpus, write_scenes
@@ -41,7 +41,7 @@ from toy.packing import (
 )
 
 # Stage -> the fields of its Recipe and of its Settings, "full" and "quick".
-RECIPES: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text())
+RECIPES: dict[str, Any] = read_yaml(Path(__file__).with_name("recipes.yaml"))
 
 
 @dataclass(frozen=True)

@@ -291,7 +291,7 @@ def count_prefill(model: Llava, reducer: Reducer, samples: list[Sample], shapes:
     """Count one prefill of a batch.
 
     Operations are counted on `model`: a greedy choice is a loop of hundreds of them on the meta device and on a GPU,
-    and arrays of numpy on a CPU (llava/reduction/greedy.py).
+    and arrays of numpy on a CPU (llava/reduction/ranking.py).
 
     Args:
         shapes: the same model on the meta device, which computes shapes alone and counts products and bytes in seconds,

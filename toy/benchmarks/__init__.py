@@ -22,11 +22,12 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image, ImageFilter
 
+from eval.papers import read_yaml
 from toy.data.formats import LETTERS, Pair, compose
 from toy.data.scenes import Scene, Thing, scene
 from toy.data.vocabulary import COLOR_NAMES, DIGITS, SHAPES
 
-NAMES: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "names.yaml").read_text())
+NAMES: dict[str, Any] = read_yaml(Path(__file__).with_name("names.yaml"))
 
 # Files.
 

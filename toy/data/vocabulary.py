@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
+from eval.papers import read_yaml
 
-WORDS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "words.yaml").read_text(encoding="utf-8"))
+WORDS: dict[str, Any] = read_yaml(Path(__file__).with_name("words.yaml"))
 COLORS: dict[str, tuple[int, int, int]] = {name: tuple(rgb) for name, rgb in WORDS["colors"].items()}
 COLOR_NAMES = tuple(COLORS)
 SHAPES, PATTERNS, SIZES = (tuple(WORDS[kind]) for kind in ("shapes", "patterns", "sizes"))
