@@ -66,7 +66,7 @@ def main(words: Sequence[str]) -> int:
         fault = {name: fault[name] for name in EVERYWHERE if name in fault}
     run.load_model = functools.partial(load, fault)
     # The command line starts ranks of this module in place of eval.__main__.
-    launch.launch = functools.partial(start_ranks, launch.launch)
+    command.launch = functools.partial(start_ranks, command.launch)
     if "disk" in fault:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["disk"], fault["disk"]))

@@ -93,10 +93,11 @@ def encode(
     Blocks after the selected layer run only when a score asks for them.
     """
     blocks = tower.encoder.layers
-    pixels = pixels.to(tower.embeddings.patch_embedding.weight.dtype)
     own, depth = patch_grid(tower), len(blocks)
-    embedded = tower.embeddings(pixels) if grid in (None, own) else _embed_coarse(tower, pixels, grid)
-    hidden = tower.pre_layrnorm(embedded)
+    # One name from pixels to hidden states, so that none of them lives while the blocks run.
+    hidden = pixels.to(tower.embeddings.patch_embedding.weight.dtype)
+    hidden = tower.embeddings(hidden) if grid in (None, own) else _embed_coarse(tower, hidden, grid)
+    hidden = tower.pre_layrnorm(hidden)
     selected = select_layer % (depth + 1)  # hidden_states has depth + 1 entries
     wanted = by_block(tuple(scores), depth)
     if merger and hasattr(blocks[0], "before_space"):
