@@ -252,6 +252,7 @@ run(RunConfig(method="first", budget=16, data=Path({data!r}), output=Path({outpu
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["between batches", "inside a line", "after the answers"])
 def test_killed_run_goes_on_and_equals_an_uninterrupted_one(tmp_path, where):
     data = write_gqa(tmp_path / "data")

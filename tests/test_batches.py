@@ -170,6 +170,7 @@ def test_answers_are_the_same_bytes_at_every_batch_size(method, toy, tmp_path):
     assert files[0] == files[1] == files[2] and files[0].count(b"\n") == 24
 
 
+@pytest.mark.training
 def test_time_to_first_token_is_of_batches_that_run_the_tower(toy, tmp_path, monkeypatch):
     """It was of batches all of whose images were new: 1 of 20 in a short run, the very first, with the warm-up in it.
 
@@ -211,6 +212,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(toy, plain, tmp_path, monk
     assert answers(tmp_path) == plain
 
 
+@pytest.mark.training
 def test_the_tower_sees_every_image_once(toy, tmp_path, monkeypatch):
     real, seen = feature_cache.encode, []
 
@@ -225,6 +227,7 @@ def test_the_tower_sees_every_image_once(toy, tmp_path, monkeypatch):
     assert sum(seen) == len({question.images for question in job.planned}) < COUNT / 2
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("order", [("ai2d", "chartqa"), ("pope", "noise")])
 def test_images_of_the_same_name_are_told_apart(toy, tmp_path, order):
     """Hub tables name their images "0/image", and a copy of POPE names noise as POPE does: one cache took one for the

@@ -46,6 +46,7 @@ def test_quantities_are_ratios_of_what_was_counted(monkeypatch):
     assert "4.00 times fewer operations, counted | empirical" in ledger([claim])
 
 
+@pytest.mark.table
 def test_visiondrop_at_320_of_2880_has_the_published_reduction_of_operations():
     """6 times in the abstract; counted at full depth on the meta device."""
     claim = next(claim for claim in read() if claim.id == "visiondrop-next-flops")

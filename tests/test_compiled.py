@@ -135,6 +135,7 @@ def test_a_smaller_batch_and_too_many_shapes_take_the_plain_way(tiny, monkeypatc
     assert len(said) == 2 and "a batch of 1 is smaller" in said[0] and "there are 1 graphs already" in said[1]
 
 
+@pytest.mark.slow
 def test_merging_in_the_tower_takes_the_plain_way(model, caplog):
     compiled = compile_model(model, "eager")
     same(model, compiled, build(model, "tome"), samples(1))
@@ -163,6 +164,7 @@ def test_a_graph_that_cannot_be_compiled_ends_in_a_sentence(model):
         generate(model, samples(1), build(model, "full"), 1)
 
 
+@pytest.mark.slow
 def test_seconds_of_compiling_are_kept_apart(model, clock):
     """A run's result said 20.9 s to the first token of a batch, most of it spent by the compiler."""
 

@@ -251,6 +251,7 @@ def test_a_method_that_is_no_frozen_dataclass_is_one_sentence():
         registry.register("bare")(type("Bare", (Scorer,), {"score": lambda self, state: None}))
 
 
+@pytest.mark.process
 def test_a_broken_file_leaves_the_other_methods_alone(tmp_path):
     """A syntax error in one baseline broke `vtr show methods` of another."""
     program = (

@@ -38,6 +38,7 @@ def textbook(layers, length, patches):
     return decoder + tower + projector + 2 * d * words
 
 
+@pytest.mark.table
 def test_counted_operations_are_those_of_the_papers_formula():
     """Within 1 %, at the real width and full depth."""
     model = random_llava("llava-1.5-7b", 1, device=torch.device("meta"))

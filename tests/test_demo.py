@@ -31,6 +31,7 @@ from tests.conftest import QUESTIONS, picture
 # -- both answers --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("method", ["consensusdrop", "random", "visiondrop"])
 def test_both_answers_are_those_of_the_pipeline(tiny, method):
     image = picture(1)
@@ -99,6 +100,7 @@ def test_too_little_memory_is_one_sentence(tiny, monkeypatch):
         answer_beside_full(tiny, picture(1), "a?", "random", 8)
 
 
+@pytest.mark.browser
 def test_tiles_have_overlays_too():
     model = load(ROOT / "assets" / "tinyllava_next")
     image = open_image(examples()[0].image)
@@ -107,6 +109,7 @@ def test_tiles_have_overlays_too():
     assert found.reduced.counted.mean < found.full.counted.mean
 
 
+@pytest.mark.browser
 def test_the_toy_model_answers_the_examples(tmp_path):
     assert examples(tmp_path) == []
     found = examples()

@@ -52,6 +52,7 @@ def noise(*shape):
 # Scenes
 
 
+@pytest.mark.training
 def test_every_question_names_things_that_give_its_answer():
     """A wrong mask would make every measure wrong in silence."""
     for one in measures.questions("val"):
@@ -190,6 +191,7 @@ def test_visual_attention_does_not_depend_on_the_question(toy, samples, notes):
     assert notes["last 4"][0] != pytest.approx(other["last 4"][0], rel=1e-2)
 
 
+@pytest.mark.training
 def test_reading_backwards_changes_the_decoder_alone(toy, samples, notes):
     """Scores stay in the order of the picture: the last token still looks at the named thing."""
     backwards = measures.observe(toy, samples, reverse=True)
@@ -276,6 +278,7 @@ def test_a_degraded_probe(toy, samples):
     assert 1 > agree[0] > agree[1] > 0
 
 
+@pytest.mark.training
 def test_arms_are_asked_once_and_stored(toy, tmp_path, monkeypatch):
     wanted = [Arm("encoder only", 32), Arm("encoder only", 32, True, "white", 1.0), Arm("fused", 32)]
     first = fusion.answer(toy, wanted, tmp_path, limit=4)

@@ -82,6 +82,7 @@ def test_a_report_starts_the_time_again(control, clock):
     assert 110 < clock.now < 112
 
 
+@pytest.mark.process
 def test_a_start_may_take_ten_minutes(control, clock):
     ranks(control)[0].report(WAITING)
     assert see(control, clock, timeout=5).startswith("Rank 1 of 2 has not started within 600 s")

@@ -283,6 +283,7 @@ def test_the_checkpoint_is_a_llava_next_in_small(shipped):
     assert shipped.model.image_newline.abs().sum() > 0
 
 
+@pytest.mark.training
 def test_transformers_gives_the_logits_of_training(shipped):
     """Its class and its own preprocessing on a shipped picture, against our tiles, run and packed forward."""
     from transformers import AutoTokenizer, LlavaNextImageProcessorPil
