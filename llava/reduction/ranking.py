@@ -244,7 +244,8 @@ def farthest_from(unit: Tensor, first: Tensor, count: int, row: Callable[[Tensor
     chosen, nearest = [first], None
     for _ in range(count - 1):
         last = chosen[-1]
-        distance = 1 - (row(last) if row else (unit @ unit[images, last].unsqueeze(-1)).squeeze(-1))
+        # One row times a matrix: torch's product of a matrix and one column takes ten times as long on a CPU.
+        distance = 1 - (row(last) if row else (unit[images, last].unsqueeze(1) @ unit.mT).squeeze(1))
         nearest = distance if nearest is None else torch.minimum(nearest, distance)
         # Never chosen again, not even if all tokens are identical.
         nearest = nearest.scatter(1, last.unsqueeze(1), -torch.inf)
