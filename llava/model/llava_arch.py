@@ -54,13 +54,13 @@ class EncodedImage:
         cls = int(crop.cls is not None)
         patches = features[cls:]
         if len(patches) != len(crop.patches):
-            patches = patches[crop.patches.to(features.device)]
+            patches = patches[crop.patches.to(features.device, non_blocking=True)]
         return torch.cat([features[:cls], patches]) if with_cls and cls else patches
 
     def tile_score(self, score: TowerScore, number: int) -> Tensor:
         """[n, ...] values of a score at a crop's patches."""
         values, patches = self.encoded.scores[score][number], self.arrangement.crops[number].patches
-        return values if len(values) == len(patches) else values[patches.to(values.device)]
+        return values if len(values) == len(patches) else values[patches.to(values.device, non_blocking=True)]
 
 
 def encoded_image_of(
@@ -86,7 +86,7 @@ def encoded_image_of(
         left = single(1, merged.kept.shape[1])
         return EncodedImage(encoded, left, full, start.tokens, ("tower", merged))
     pieces = [
-        ViewReduction(crop.indices.to(merged.kept.device), merged.only(number))
+        ViewReduction(crop.indices.to(merged.kept.device, non_blocking=True), merged.only(number))
         for number, crop in enumerate(full.crops)
     ]
     reduction, order = join(pieces, full.tokens)
@@ -248,7 +248,7 @@ class Llava:
             sized = in_tower(reducer, full) if inside else reducer
             groups.setdefault((sized, full.temporal, full.tiles is not None), []).append(index)
         for (sized, temporal, tiled), rows in groups.items():
-            pixels, done = torch.cat([views[index][0] for index in rows]).to(self.device), 0
+            pixels, done = torch.cat([views[index][0] for index in rows]).to(self.device, non_blocking=True), 0
             tower, grid, merger = self.tower_of(temporal), None, None
             if inside:
                 grid = sized.input_grid(self.layout)

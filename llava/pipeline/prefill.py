@@ -253,7 +253,10 @@ class Stages:
         # Every prompt has one image, and these are in the order of the prompts.
         alone = all(len(spans) == 1 for spans in sequence.visual)
         for group in self._groups():
-            members = torch.stack([view.indices for view in group.views]).to(model.device) if group.views else None
+            members = None
+            if group.views:
+                indices = torch.stack([view.indices for view in group.views])
+                members = indices.to(model.device, non_blocking=True)
             plain = alone and members is None and len(group.images) == len(sequence.lengths)
             rows = () if plain else tuple(group.images)
             state = PromptState(

@@ -100,7 +100,7 @@ class View:
         """A reduction of this view alone, as a part of the image's; blocks go by order of tiles, or of time."""
         number = self.numbers[0] if len(self.numbers) == 1 else 0
         block = number if self.picture.arrangement.temporal else min(number, 1)  # the base image, then all tiles
-        return ViewReduction(self.indices.to(device), reduction, block)
+        return ViewReduction(self.indices.to(device, non_blocking=True), reduction, block)
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:
@@ -204,7 +204,7 @@ def everything(picture: EncodedImage, plain: bool) -> Features:
     features = [picture.crop_features(number, not plain) for number in range(len(arrangement.crops))]
     places = [crop.indices if plain else crop.all_indices for crop in arrangement.crops]
     order = torch.cat([*places, arrangement.newlines]).argsort()
-    return Features(torch.cat(features), order.to(features[0].device))
+    return Features(torch.cat(features), order.to(features[0].device, non_blocking=True))
 
 
 def with_newlines(values: Tensor, order: Tensor, newline: Tensor | None) -> Tensor:
@@ -226,7 +226,7 @@ def join_views(reducer: Reducer, picture: EncodedImage, pieces: list[ViewReducti
 
 def newline_view(reducer: Reducer, picture: EncodedImage, device: torch.device) -> list[ViewReduction]:
     """The newline tokens of an image as a view that keeps all, if the method keeps them."""
-    places = picture.arrangement.newlines.to(device)
+    places = picture.arrangement.newlines.to(device, non_blocking=True)
     if reducer.newlines == "drop" or not len(places):
         return []
     last = len(picture.arrangement.crops) if picture.arrangement.temporal else 1

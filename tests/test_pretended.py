@@ -1,0 +1,157 @@
+"""Guards of what a GPU asks for, on the pretended devices of tests/pretended.py, for every method and family."""
+
+import copy
+import dataclasses
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava import reduce
+from llava.errors import UserError
+from llava.model.builder import load
+from llava.model.llava_arch import Llava
+from llava.pipeline.generate import generate
+from llava.processing.prompt import Sample
+from llava.processing.video import Video
+from llava.reduction import registry
+from llava.reduction.budget import require
+from llava.reduction.reducer import Reducer
+from tests import stock_inputs
+from tests.conftest import QUESTIONS, picture
+from tests.pretended import MixedDevicesError, pretended
+from tests.tiny_checkpoints import save_text_tower, save_transformers_layout
+from tests.tiny_checkpoints_families import (
+    make_tiny_next,
+    make_tiny_qwen,
+    make_tiny_video,
+    save_next_transformers,
+    save_qwen_transformers,
+    save_video_transformers,
+)
+
+# How much a tile keeps depends on its values, and with it the shape of everything behind: read once per image.
+READS_SHARES = {"hired": "baselines/hired.py", "globalcom2": "baselines/globalcom2.py"}
+FIRST_TOKEN = "tolist at llava/pipeline/generate.py"  # the one wait of a decoding step
+
+
+def save(family: str, folder: Path) -> Path | None:
+    """A tiny checkpoint; returns the folder of a text tower, where there is one beside it."""
+    if family == "llava":
+        save_transformers_layout(folder, text_tower=True)
+    elif family == "next":
+        save_text_tower(folder / "text_tower", save_next_transformers(folder, make_tiny_next()))
+        return folder / "text_tower"
+    elif family == "video":
+        save_video_transformers(folder, make_tiny_video())
+    else:
+        save_qwen_transformers(folder, make_tiny_qwen(family.removeprefix("qwen")))
+    return None
+
+
+@pytest.fixture(scope="module", params=stock_inputs.FAMILIES)
+def models(request, tmp_path_factory) -> dict[str, Llava]:
+    """One model on the CPU and on both pretended devices."""
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    text_tower = save(request.param, folder)
+    loaded = {"cpu": load(folder, device="cpu", text_tower=text_tower)}
+    with pytest.MonkeyPatch.context() as patch, pretended():
+        patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads do not know of the pretended devices
+        for place in ("cuda:0", "cuda:1"):
+            loaded[place] = load(folder, device=place, text_tower=text_tower)
+            if request.param in ("llava", "next"):
+                assert loaded[place].clip is not None  # read at the first question that needs it
+    return loaded
+
+
+def questions(model: Llava, count: int) -> list[Sample]:
+    """Pictures of different shapes, or a video among pictures."""
+    pictures = [picture(0, (60, 44)), picture(1, (60, 110)), picture(2, (112, 50))]
+    if model.takes_videos:
+        pictures[0] = Video(tuple(picture(10 + frame, (70, 50)) for frame in range(8)))
+    return [Sample(f"q{i}", QUESTIONS[i], image=pictures[i]) for i in range(count)]
+
+
+def reducing(name: str, model: Llava) -> Reducer | None:
+    """The method at the first budget that it takes here, below all tokens; None where there is none."""
+    total = model.visual_tokens
+    for budget in (total,) if name == "full" else (total // 4, total // 3, total // 2, 24, 32):
+        try:
+            reducer = registry.build(name, budget)
+            require(reducer, model.spec)
+            generate(model, questions(model, 1), reducer, 1)
+        except UserError:
+            continue
+        return reducer
+    return None
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", registry.names())
+def test_a_device_keeps_and_answers_as_the_cpu_and_never_waits_before_the_first_token(name, count, models):
+    reducer = reducing(name, models["cpu"])
+    if reducer is None:
+        return  # refused on this family, which tests/test_every_method.py looks at
+    batch = questions(models["cpu"], count)
+    expected = generate(models["cpu"], batch, reducer, 3)
+    for place in ("cuda:0", "cuda:1"):
+        with pretended() as device:
+            found = generate(models[place], batch, reducer, 3)
+            waits = list(takewhile(lambda wait: not wait.startswith(FIRST_TOKEN), device.waits))
+        shares = [wait for wait in waits if READS_SHARES.get(name, "none") in wait and "crop_shares" in wait]
+        assert len(shares) <= count
+        waits = [wait for wait in waits if wait not in shares]
+        assert not waits, f"{name} on {place}: the host waits {len(waits)} times: {sorted(set(waits))}"
+        for ours, theirs in zip(found.answers, expected.answers, strict=True):
+            assert ours.token_ids == theirs.token_ids
+            kept = [[step.reduction.kept.tolist() for step in answer.trace] for answer in (ours, theirs)]
+            assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("family", stock_inputs.FAMILIES)
+def test_reduce_on_a_device_answers_as_on_the_cpu(family):
+    case = stock_inputs.stock(family)
+    inputs, options = case.batch(), {"budget": 8} if family != "video" else {"budget": 12}
+    name = stock_inputs.method(case)
+    with reduce(case.model, name, **options):
+        expected = case.generate(inputs)
+    for place in ("cuda:0", "cuda:1"):
+        with pretended():
+            model = copy.deepcopy(case.model).to(place)
+            there = {key: value.to(place) for key, value in inputs.items()}
+            with reduce(model, name, **options):
+                found = dataclasses.replace(case, model=model).generate(there)
+            assert found.device == torch.device(place)
+            assert torch.equal(found.cpu(), expected)
+
+
+def test_the_pretended_devices_see_what_a_gpu_would_not_take():
+    """Each guard, planted: tensors of two devices, an index of the host, a read, a mask, a blocking copy."""
+    rows = torch.arange(6.0).view(3, 2)
+    with pretended() as device:
+        there = rows.to("cuda:1", non_blocking=True)
+        assert there.device == torch.device("cuda:1") and not device.waits
+        assert torch.zeros(1, device="cuda").device == torch.device("cuda:0"), "the current one"
+        for other in (rows, rows.to("cuda:0", non_blocking=True)):
+            with pytest.raises(MixedDevicesError, match=r"aten\.add\.Tensor got tensors on .*test_pretended\.py"):
+                there + other
+        assert not device.waits
+        planted = {
+            "index by a tensor of the host": lambda: there[torch.tensor([0, 2])],
+            "__getitem__ by a list": lambda: there[[0, 2]],
+            "_local_scalar_dense": lambda: float(there.sum()),
+            "tolist": lambda: there.tolist(),
+            "index by a mask": lambda: there[there[:, 0] > 1],
+            "nonzero": lambda: there.nonzero(),
+            "blocking copy to the device of (3, 2)": lambda: rows.to("cuda:1"),
+            "copy to the host of (3, 2)": lambda: there.cpu(),
+            "repeat_interleave without output_size": lambda: there.repeat_interleave(
+                torch.ones(3, dtype=torch.int64).to("cuda:1", non_blocking=True), 0
+            ),
+            "cuda.synchronize": torch.cuda.synchronize,
+        }
+        for said, plant in planted.items():
+            device.waits.clear()
+            plant()
+            assert any(wait.startswith(said) and "tests/test_pretended.py" in wait for wait in device.waits), said
