@@ -266,22 +266,21 @@ class Event:
 def pretended() -> Iterator[Device]:
     """Two CUDA devices, of which number 0 is the current one."""
     device = Device()
+    stream = SimpleNamespace(synchronize=lambda: device.wait("stream.synchronize"))
     fakes = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 2,
         "current_device": lambda: CURRENT,
-        "current_stream": lambda device=None: SimpleNamespace(
-            synchronize=lambda: ACTIVE[-1].wait("stream.synchronize")
-        ),
-        "synchronize": lambda device=None: ACTIVE[-1].wait("cuda.synchronize"),
+        "current_stream": lambda place=None: SimpleNamespace(synchronize=lambda: ACTIVE[-1].wait("stream.synchronize")),
+        "synchronize": lambda place=None: ACTIVE[-1].wait("cuda.synchronize"),
         "empty_cache": lambda: None,
-        "mem_get_info": lambda device=None: (78 << 30, 80 << 30),
-        "memory_allocated": lambda device=None: 0,
-        "max_memory_allocated": lambda device=None: 0,
-        "reset_peak_memory_stats": lambda device=None: None,
-        "get_device_name": lambda device=None: "Pretended GPU",
-        "get_device_capability": lambda device=None: (9, 0),
+        "mem_get_info": lambda place=None: (78 << 30, 80 << 30),
+        "memory_allocated": lambda place=None: 0,
+        "max_memory_allocated": lambda place=None: 0,
+        "reset_peak_memory_stats": lambda place=None: None,
+        "get_device_name": lambda place=None: "Pretended GPU",
+        "get_device_capability": lambda place=None: (9, 0),
         "Event": Event,
         "_lazy_init": lambda: None,
     }

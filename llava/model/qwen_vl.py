@@ -101,7 +101,8 @@ class QwenVL(Llava):
             )
         patches, grids = self.patches(pictures)
         timer.mark("preprocess")
-        encoded = encode_qwen(
+        scores = reducer.tower_scores(tiled=False)
+        encoded = encode_qwen(self.tower, patches.to(self.device, non_blocking=True), grids, scores)
             self.tower, patches.to(self.device, non_blocking=True), grids, reducer.tower_scores(tiled=False)
         )
         return [encoded_image_of(one, single(*one.grid), keep_cls=False) for one in encoded]
