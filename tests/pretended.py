@@ -272,7 +272,7 @@ def pretended() -> Iterator[Device]:
         "is_initialized": lambda: True,
         "device_count": lambda: 2,
         "current_device": lambda: CURRENT,
-        "current_stream": lambda place=None: SimpleNamespace(synchronize=lambda: ACTIVE[-1].wait("stream.synchronize")),
+        "current_stream": lambda place=None: stream,
         "synchronize": lambda place=None: ACTIVE[-1].wait("cuda.synchronize"),
         "empty_cache": lambda: None,
         "mem_get_info": lambda place=None: (78 << 30, 80 << 30),

@@ -103,8 +103,6 @@ class QwenVL(Llava):
         timer.mark("preprocess")
         scores = reducer.tower_scores(tiled=False)
         encoded = encode_qwen(self.tower, patches.to(self.device, non_blocking=True), grids, scores)
-            self.tower, patches.to(self.device, non_blocking=True), grids, reducer.tower_scores(tiled=False)
-        )
         return [encoded_image_of(one, single(*one.grid), keep_cls=False) for one in encoded]
 
     def count_tower(self, operations: "Operations", picture: EncodedImage, images: int) -> None:
