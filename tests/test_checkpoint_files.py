@@ -1,13 +1,11 @@
 """What is fetched of a checkpoint on the hub and read: each weight once, none held twice; and what is quantised."""
 
 import shutil
-import socket
 from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -84,16 +82,6 @@ def test_of_a_tower_that_the_shards_hold_only_the_config_is_fetched(tmp_path, mo
     assert asked == [("some/clip", *llava.model.checkpoint.files.SMALL_FILES)]
 
 
-def test_loading_opens_no_connection(tmp_path, model, monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise AssertionError("a folder was given, yet a connection was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    for save in (save_original_layout, save_transformers_layout):
-        save(tmp_path / save.__name__, model)
-        load_checkpoint(tmp_path / save.__name__)
-
-
 @pytest.mark.parametrize("name", SAVERS)
 def test_weights_in_the_right_dtype_stay_where_they_are_mapped(tmp_path, monkeypatch, name):
     SAVERS[name](tmp_path)
@@ -163,30 +151,11 @@ def test_the_decoder_alone_is_quantised(tmp_path, installed, given, name, choice
     assert loaded.notes[-1] == f"The decoder is quantised to {choice[0]} bits by bitsandbytes."
 
 
-def test_without_a_choice_nothing_is_passed_on(tmp_path, given):
-    save_transformers_layout(tmp_path)
-    loaded = load_checkpoint(tmp_path)
-    assert given["quantization_config"] is None
-    assert given["device_map"] is None
-    assert loaded.notes == ()
-
-
 def test_choices_that_cannot_be_met(monkeypatch):
     """Said before anything is read or fetched."""
     monkeypatch.setattr(llava.model.checkpoint.load, "find_spec", lambda name: None)
     refused("/nowhere", r"quantization '4bit' needs the package bitsandbytes, .* pip install", quantization="4bit")
     refused("/nowhere", r"Unknown quantization '3bit'\. .* Available: 4bit, 8bit", quantization="3bit")
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_numbers_without_a_meaning_are_refused(tmp_path, dtype):
-    """int8 and bool weights without a quantization_config were loaded as if they were the weights themselves."""
-    save_transformers_layout(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    name = next(key for key in weights if key.endswith("q_proj.weight"))
-    save_file(weights | {name: weights[name].to(dtype)}, tmp_path / "model.safetensors", {"format": "pt"})
-    kind = str(dtype).removeprefix("torch.")
-    refused(tmp_path, rf"has weights of {kind} \(.*q_proj.weight\), which are not supported")
 
 
 @pytest.mark.parametrize("save", [save_transformers_layout, save_original_layout])
@@ -198,17 +167,6 @@ def test_files_that_are_quantised_already_are_refused(tmp_path, save, stored, me
     save(tmp_path)
     edit(tmp_path / "config.json", quantization_config=stored)
     refused(tmp_path, f"is quantised with {method}, which is not supported; take it unquantised")
-
-
-def test_errors_of_a_plain_model_are_not_blamed_on_quantisation(tmp_path, monkeypatch):
-    save_transformers_layout(tmp_path)
-
-    def from_pretrained(*_args, **_kwargs):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(llava.model.checkpoint.load.HF_CLASSES["llava"], "from_pretrained", from_pretrained)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        load_checkpoint(tmp_path)
 
 
 def test_the_video_tower_with_time_is_not_quantised_either():

@@ -48,9 +48,7 @@ QWEN = {"vision_start_token_id": 1, "hidden_size": 64}
         # The class is more than the type, which "llava" hides.
         ({**NEXT, "architectures": ["LlavaMistralForCausalLM"]}, ("llava_next", "original", "mistral")),
         (VIDEO, ("video_llava", "original", "llama")),
-        ({**VIDEO, "mm_vision_tower": None}, ("video_llava", "original", "llama")),
         ({**NESTED, "model_type": "llava"}, ("llava", "transformers", "llama")),
-        ({"model_type": "llava", "text_config": {}, "vision_config": {}}, ("llava", "transformers", "llama")),
         ({**MISTRAL_NESTED, "model_type": "llava"}, ("llava", "transformers", "mistral")),
         (
             {**NESTED, "model_type": "llava_next", "image_grid_pinpoints": [[1]]},
@@ -63,60 +61,30 @@ QWEN = {"vision_start_token_id": 1, "hidden_size": 64}
             {**QWEN, "model_type": "qwen2_5_vl", "vision_config": {"window_size": 112}},
             ("qwen2_5_vl", "transformers", "qwen2"),
         ),
-        (
-            {"model_type": "qwen2_5_vl", "text_config": {}, "vision_config": {"fullatt_block_indexes": [7]}},
-            ("qwen2_5_vl", "transformers", "qwen2"),
-        ),
     ],
 )
 def test_what_a_config_says(config, kind):
     assert identify(config, HERE) == Kind(*kind)
 
 
-UNKNOWN = "^folder is a checkpoint of the family {}, which is not supported: "
-CONTRADICTION = "config.json contradicts itself: it has {}"
-ONE_TOWER = r"names only one tower \({}\).*add {} to config.json"
 SIGLIP = {"text_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "siglip"}}
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence", "names"),
+    ("config", "family"),
     [
-        ({"model_type": "llama"}, UNKNOWN, ["llama"]),
-        ({}, UNKNOWN, ["unknown"]),
-        ({**NESTED, "model_type": "llava_next_video", "image_grid_pinpoints": [[1]]}, UNKNOWN, ["llava_next_video"]),
-        ({**NESTED, "model_type": "llava_onevision"}, UNKNOWN, ["llava_onevision"]),
-        ({**ORIGINAL, "model_type": "llava_qwen"}, UNKNOWN, ["llava_qwen"]),
-        ({**ORIGINAL, "architectures": ["LlavaMptForCausalLM"]}, UNKNOWN, ["LlavaMptForCausalLM"]),
-        ({**QWEN, "model_type": "qwen3_vl", "vision_config": {}}, UNKNOWN, ["qwen3_vl"]),
-        ({"model_type": "llava", "vision_config": {}}, UNKNOWN, ["llava"]),
-        ({"model_type": "llava", **SIGLIP}, UNKNOWN, [r"llava \(siglip tower, qwen2 decoder\)"]),
-        ({**ORIGINAL, **NESTED}, CONTRADICTION, ["mm_vision_tower, a field of the original layout, and text_config"]),
-        ({**VIDEO, "vision_config": {}}, CONTRADICTION, ["mm_image_tower, .* and vision_config, one of transformers"]),
-        ({**VIDEO, **ORIGINAL}, CONTRADICTION, ["mm_vision_tower and mm_image_tower, which are of different families"]),
-        (
-            {**NESTED, "model_type": "llava", "image_grid_pinpoints": [[1]]},
-            CONTRADICTION,
-            ["model_type llava and image_grid_pinpoints"],
-        ),
-        (
-            {**NESTED, "model_type": "llava_next", "video_seq_length": 9},
-            CONTRADICTION,
-            ["model_type llava_next and video tokens"],
-        ),
-        (
-            {**QWEN, "model_type": "qwen2_vl", "vision_config": {"window_size": 9}},
-            CONTRADICTION,
-            ["model_type qwen2_vl and a vision_config of qwen2_5_vl"],
-        ),
-        ({**VIDEO, "mm_video_tower": None}, ONE_TOWER, ["mm_image_tower", "mm_video_tower"]),
-        ({**VIDEO, "mm_image_tower": None}, ONE_TOWER, ["mm_video_tower", "mm_image_tower"]),
+        ({}, "unknown"),
+        ({**NESTED, "model_type": "llava_next_video", "image_grid_pinpoints": [[1]]}, "llava_next_video"),
+        ({**ORIGINAL, "model_type": "llava_qwen"}, "llava_qwen"),
+        ({**ORIGINAL, "architectures": ["LlavaMptForCausalLM"]}, "LlavaMptForCausalLM"),
+        ({**QWEN, "model_type": "qwen3_vl", "vision_config": {}}, "qwen3_vl"),
+        ({"model_type": "llava", "vision_config": {}}, "llava"),
+        ({"model_type": "llava", **SIGLIP}, r"llava \(siglip tower, qwen2 decoder\)"),
     ],
 )
-def test_other_families_and_contradictions_are_refused(config, sentence, names):
-    with pytest.raises(UserError, match=sentence.format(*names)) as caught:
+def test_other_families_are_refused(config, family):
+    with pytest.raises(UserError, match=f"^folder is a checkpoint of the family {family}, which is not supported: "):
         identify(config, HERE)
-    assert "\n" not in str(caught.value)
 
 
 DATA = Path(__file__).parent / "data" / "llava_keys"
@@ -243,11 +211,10 @@ def test_the_configs_of_llava_1_5_and_video_llava_say_what_the_hub_says():
     assert (config.vision_config.image_size, config.vision_config.hidden_act) == (224, "gelu")
 
 
-@pytest.mark.parametrize("pinpoints", [PINPOINTS, str(PINPOINTS)])
-def test_the_config_of_llava_1_6_mistral(pinpoints):
+def test_the_config_of_llava_1_6_mistral():
     """A null window stays null: the library would assume one of 4096."""
     kind = Kind("llava_next", "original", "mistral")
-    config = container_of(kind, CLIP_L_336, **MISTRAL, image_grid_pinpoints=pinpoints).config
+    config = container_of(kind, CLIP_L_336, **MISTRAL).config
     assert config.image_grid_pinpoints == PINPOINTS
     text = config.text_config
     assert (text.model_type, text.sliding_window, text.num_key_value_heads) == ("mistral", None, 8)

@@ -236,20 +236,9 @@ def reload(folder, model: Llava) -> ClipText:
     return load_clip_text(folder, model.tower, model.tokenizer, model.device)
 
 
-def change_text_config(folder, model, **values) -> None:
-    save_text_tower(folder, model)
-    config = json.loads((folder / "config.json").read_text())
-    edit(folder / "config.json", text_config={**config["text_config"], **values})
-
-
 def damaged_tokenizer(folder, model) -> None:
     save_clip(folder, model)
     (folder / "tokenizer.json").write_text("{")
-
-
-def unknown_sign(folder, model) -> None:
-    save_clip(folder, model)
-    edit(folder / "config.json", patch_similarity="upside down")
 
 
 @pytest.mark.parametrize(
@@ -267,15 +256,6 @@ def unknown_sign(folder, model) -> None:
         ),
         (lambda folder, model: save_text_tower(folder, model, vocab_size=50), "has 111 tokens, but the tower has 50"),
         (damaged_tokenizer, "Cannot read the tokenizer of the CLIP"),
-        (unknown_sign, "must be negated or plain, got 'upside down'"),
-        (
-            lambda folder, model: change_text_config(folder, model, layer_norm_eps=float("nan")),
-            r"config\.json has impossible values: text_config\.layer_norm_eps",
-        ),
-        (
-            lambda folder, model: change_text_config(folder, model, num_attention_heads=0),
-            r"config\.json has impossible values: text_config\.num_attention_heads",
-        ),
     ],
 )
 def test_a_clip_that_does_not_fit_is_refused(tmp_path, tiny, model, save, sentence):

@@ -9,7 +9,6 @@ from PIL import EpsImagePlugin, Image
 from transformers import Qwen2VLImageProcessorPil
 
 from llava.errors import UserError
-from llava.processing import image as module
 from llava.processing.image import (
     CLIP_MEAN,
     CLIP_STD,
@@ -68,33 +67,12 @@ def test_pixels_follow_the_definition(size, pad):
 
 
 @pytest.mark.parametrize("size", [(3000, 7), (7, 3000), (901, 1), (1, 901), (150, 233), (233, 150), (64, 64), (1, 1)])
-@pytest.mark.parametrize("strip", [1, 5_000, 2**22])
-def test_the_square_canvas_need_not_exist_as_a_whole(size, strip, monkeypatch):
-    monkeypatch.setattr(module, "STRIP", strip)
+def test_the_square_canvas_need_not_exist_as_a_whole(size):
     image, side = noise(*size), max(size)
     canvas = Image.new("RGB", (side, side), (122, 116, 104))
     canvas.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
     expected = canvas.resize((64, 64), Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(pad_to_square(image, (122, 116, 104), 64)), np.asarray(expected))
-
-
-@pytest.mark.parametrize("size", [(20_000, 10), (10, 8_000)])
-def test_a_very_long_image_is_padded_in_little_memory(size, monkeypatch):
-    """The canvas of 20000 x 20000 pixels would take 1.6 GB."""
-    largest, new = 0, Image.new
-
-    def counted(mode, size, *colour):
-        nonlocal largest
-        largest = max(largest, size[0] * size[1])
-        return new(mode, size, *colour)
-
-    image = noise(*size)
-    monkeypatch.setattr(Image, "new", counted)
-    pixels = ImageProcessor(56, 56)(image)
-    assert 0 < largest <= 2**22
-    assert pixels.isfinite().all()
-    centre = pixels[:, 27:29] if size[0] > size[1] else pixels[:, :, 27:29]
-    assert pixels.abs().amax(dim=(1, 2)).equal(centre.abs().amax(dim=(1, 2))), "the picture is a line in the middle"
 
 
 @pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1), (0, 5), (5, 0)])
@@ -243,12 +221,6 @@ def test_an_eps_file_is_not_given_to_ghostscript(tmp_path, monkeypatch):
         open_image(path)
 
 
-def test_every_raster_format_is_still_read(tmp_path):
-    for suffix in ("jpg", "png", "webp", "gif", "bmp", "tiff", "ppm", "tga"):
-        noise(9, 7).save(tmp_path / f"a.{suffix}")
-        assert open_image(tmp_path / f"a.{suffix}").size == (9, 7)
-
-
 # Qwen's patches
 
 
@@ -272,7 +244,7 @@ def test_a_picture_too_long_is_refused():
 
 
 def test_bounds_are_read_from_both_ways_of_writing_them():
-    old = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    old = {"min_pixels": 3136, "max_pixels": 12845056}
     new = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, "image_mean": list(CLIP_MEAN)}
     assert QwenImageProcessor.from_config(old) == QwenImageProcessor.from_config(new)
     assert QwenImageProcessor.from_config(old).max_pixels == 12845056
@@ -295,19 +267,12 @@ CLIP, QWEN = (ImageProcessor, CLIP_CONFIG), (QwenImageProcessor, {})
     ("processor", "change"),
     [
         (CLIP, {"image_std": [0.2, 0.0, 0.2]}),
-        (CLIP, {"image_std": [0.2, float("nan"), 0.2]}),
         (CLIP, {"image_mean": [0.5, 0.5]}),
-        (CLIP, {"image_mean": "0.5"}),
         (CLIP, {"do_resize": "no"}),
         (CLIP, {"size": 0}),
-        (CLIP, {"size": {"shortest_edge": True}}),
-        (CLIP, {"crop_size": -3}),
         (CLIP, {"crop_size": 10**9}),
-        (QWEN, {"patch_size": 0}),
-        (QWEN, {"merge_size": "2"}),
         (QWEN, {"min_pixels": -1}),
         (QWEN, {"max_pixels": 10.5}),
-        (QWEN, {"size": {"shortest_edge": "56"}}),
         (QWEN, {"size": 56}),
     ],
 )

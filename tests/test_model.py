@@ -128,17 +128,6 @@ def test_decoding_after_reduction_equals_one_long_prefill(tiny, positions):
         assert predicted.argmax(-1).item() == answer.token_ids[length]
 
 
-def test_eager_and_sdpa_agree(tiny):
-    batch = samples()
-    fused, _, _ = logits(tiny, batch, EveryOther(budget=16))
-    tiny.llm.config._attn_implementation = "eager"
-    try:
-        eager, _, _ = logits(tiny, batch, EveryOther(budget=16))
-    finally:
-        tiny.llm.config._attn_implementation = "sdpa"
-    torch.testing.assert_close(fused, eager, atol=1e-4, rtol=0)
-
-
 def test_questions_about_one_picture_share_the_tower(tiny, monkeypatch):
     shared = picture(9)
     batch = [
@@ -170,13 +159,3 @@ def test_nothing_to_do_is_an_error(tiny):
     for asked, words in (([], 4), (samples(1), 0)):
         with pytest.raises(UserError):
             generate(tiny, asked, FULL, max_new_tokens=words)
-
-
-def test_a_second_turn_reads_its_own_question(tiny):
-    """Multi-turn: the history stays in the prompt, the question span is the new question's."""
-    first = Sample(id="a", question="is there a star?", image=picture(1))
-    second = replace(first, question="what color is it", history=(("is there a star?", "yes"),))
-    ids, (start, stop) = tiny.prompt(second).ids, tiny.prompt(second).question
-    assert tiny.decode(ids[start:stop]).split() == ["what", "color", "is", "it"]
-    assert IMAGE_TOKEN_INDEX in ids[:start]
-    assert generate(tiny, [second], FULL, max_new_tokens=4).answers[0].accounting.tokens_per_layer == (16,) * 4

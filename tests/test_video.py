@@ -180,15 +180,6 @@ def test_a_video_cut_off_within_a_frame_is_damaged(tmp_path):
         read_video(path)
 
 
-def test_no_frames_are_refused(tmp_path):
-    with pytest.raises(UserError, match="Cannot take 0 frames"):
-        read_video(tmp_path / "clip.mp4", frames=0)
-    with pytest.raises(UserError, match="one or more frames of one size, got 0"):
-        Video(())
-    with pytest.raises(UserError, match="one or more frames of one size, got 2"):
-        Video((Image.new("RGB", (4, 4)), Image.new("RGB", (4, 5))))
-
-
 # Pixels.
 
 
@@ -228,8 +219,3 @@ def test_grey_frames_are_taken_as_rgb(reading):
     colour = Video(tuple(frame.convert("RGB") for frame in grey.frames))
     processor = VideoProcessor(ImageProcessor(48, 48), reading)
     assert torch.equal(processor(grey), processor(colour))
-
-
-def test_a_crop_larger_than_the_frames_is_refused():
-    with pytest.raises(UserError, match="at most as large as the size"):
-        VideoProcessor(ImageProcessor(200, 224))
