@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration
 
 import llava.model.checkpoint.load
@@ -133,20 +132,6 @@ def test_tower_in_the_shards_wins(tmp_path, model):
     assert "own shards, not from clip" in loaded.notes[0]
 
 
-def test_tower_beside_the_checkpoint(tmp_path, model):
-    save_original_layout(tmp_path / "tiny", model)
-    (tmp_path / "tiny" / "clip").rename(tmp_path / "tower")
-    for name in ("../tower", str(tmp_path / "tower")):
-        edit(tmp_path / "tiny" / "config.json", mm_vision_tower=name)
-        assert_same_weights(load_checkpoint(tmp_path / "tiny").model, model)
-
-
-@pytest.mark.parametrize("name", ["/nowhere/clip", "some/clip"])
-def test_tower_that_cannot_be_found(tmp_path, model, name):
-    save_original_layout(tmp_path, model, mm_vision_tower=name)
-    refused(tmp_path, rf"vision tower .*{name}")
-
-
 def test_missing_preprocessor_is_noted(tmp_path, model):
     save_transformers_layout(tmp_path, model)
     (tmp_path / "preprocessor_config.json").unlink()
@@ -233,23 +218,6 @@ def test_tilings_that_are_not_known(tmp_path, config, sentence):
 
 
 # Video-LLaVA
-
-
-def test_time_in_the_transformers_layout(tmp_path, filmed):
-    """A conversion that kept the temporal weights is as good as the original."""
-    save_video_transformers(tmp_path, filmed)
-    loaded = load_checkpoint(tmp_path)
-    assert loaded.temporal
-    assert_same_weights(loaded.model, filmed)
-
-
-def test_one_tower_in_the_shards_and_one_apart(tmp_path, filmed):
-    save_video_original(tmp_path, filmed, safetensors=True)
-    for shard in tmp_path.glob("model-*.safetensors"):
-        save_file({k: v for k, v in load_file(shard).items() if "video_tower" not in k}, shard)
-    loaded = load_checkpoint(tmp_path)
-    assert_same_weights(loaded.model, filmed)
-    assert "image tower comes from the checkpoint's own shards" in loaded.notes[0]
 
 
 def test_official_towers_need_no_download(tmp_path, filmed, monkeypatch):

@@ -140,21 +140,6 @@ def test_a_processor_that_is_not_clip_is_refused(change, sentence):
     assert ImageProcessor.from_config({**CLIP_CONFIG, "resample": 3, "rescale_factor": 0.00392156862745098})
 
 
-@pytest.mark.parametrize(
-    ("mode", "suffix"), [("RGB", "png"), ("L", "png"), ("P", "gif"), ("RGBA", "png"), ("I;16", "png"), ("CMYK", "jpg")]
-)
-def test_open_image_gives_rgb_that_outlives_the_file(tmp_path, mode, suffix):
-    path = tmp_path / f"a.{suffix}"
-    image = noise(9, 7).convert("L" if mode == "I;16" else mode).convert(mode)
-    image.save(path)
-    with Image.open(path) as stored:
-        assert stored.mode == mode
-    image = open_image(path)
-    path.unlink()
-    assert (image.mode, image.size) == ("RGB", (9, 7))
-    image.getpixel((8, 6))
-
-
 def test_open_image_ignores_exif_rotation(tmp_path):
     """The official scripts do not rotate, and the published numbers include that."""
     exif = Image.Exif()

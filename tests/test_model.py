@@ -9,10 +9,10 @@ from baselines.controls import Full
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.pipeline.prefill import prefill
-from llava.processing.prompt import IMAGE_TOKEN_INDEX, Sample
+from llava.processing.prompt import IMAGE_TOKEN_INDEX
 from llava.reduction import Reduction, keep_top
 from llava.reduction.reducer import DecoderState, Reducer
-from tests.conftest import picture, samples
+from tests.conftest import samples
 
 FULL = Full(budget=16)
 
@@ -126,21 +126,6 @@ def test_decoding_after_reduction_equals_one_long_prefill(tiny, positions):
     for length in range(1, len(answer.token_ids)):
         predicted, _, _ = logits(Longer(answer.token_ids[:length]), [sample], reducer)
         assert predicted.argmax(-1).item() == answer.token_ids[length]
-
-
-def test_questions_about_one_picture_share_the_tower(tiny, monkeypatch):
-    shared = picture(9)
-    batch = [
-        Sample(id=f"s{i}", question=q, image=shared, image_ids=("p",))
-        for i, q in enumerate(("is it red", "what is it"))
-    ]
-    seen = []
-    real = tiny.encode_images
-    monkeypatch.setattr(tiny, "encode_images", lambda pictures, *a: seen.append(len(pictures)) or real(pictures, *a))
-    together, _, _ = logits(tiny, batch, FULL)
-    assert seen == [1]
-    for i, sample in enumerate(batch):
-        torch.testing.assert_close(together[i], logits(tiny, [sample], FULL)[0][0], atol=1e-4, rtol=0)
 
 
 def test_stop_string_ends_the_answer(tiny, monkeypatch):

@@ -235,15 +235,6 @@ def test_the_trace_does_not_grow(sessions):
         assert all(complete), "decoding fetches weights ahead"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", SIZES)
-def test_memory_does_not_grow(folder, size):
-    for modules, complete, held in two_ranks.run("tests.spread_work:repeated", folder, size):
-        assert len(set(modules)) == 1 and all(complete) and len(held) == 50
-        # The decoder has 0.6 MB: a copy of it in every tenth batch would show.
-        assert held[-1] - held[len(held) // 2] < 1.5 * MB
-
-
 @pytest.fixture
 def alone(monkeypatch):
     """This process may join a group on the CPU, and has left it afterwards."""

@@ -67,20 +67,6 @@ def test_the_right_frames_are_read(tmp_path, name, count):
     assert all(frame.mode == "RGB" and frame.size == (WIDTH, HEIGHT) for frame in video.frames)
 
 
-def test_colours_are_red_green_blue(tmp_path):
-    path = tmp_path / "red.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        picture = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-        picture[:] = (200, 30, 60)
-        for _ in range(8):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-        container.mux(stream.encode())
-    colours = np.asarray(read_video(path).frames[3]).reshape(-1, 3).mean(0)
-    assert np.abs(colours - (200, 30, 60)).max() < 6
-
-
 @pytest.mark.parametrize("claimed", [3, 500])
 def test_the_containers_own_count_is_not_believed(tmp_path, claimed):
     path = write(tmp_path / "clip.avi", 20)
