@@ -1,5 +1,10 @@
-"""What is fetched of a checkpoint on the hub and read: each weight once, none held twice; and what is quantised."""
+"""What is fetched of a checkpoint on the hub and read: each weight once, none held twice; and what is quantised.
 
+Files that are damaged or incomplete, or ask for what is not done, end in one sentence.
+"""
+
+import json
+import os
 import shutil
 from fnmatch import fnmatch
 from types import SimpleNamespace
@@ -16,13 +21,15 @@ from llava.model.checkpoint.load import load_checkpoint
 from tests.checkpoint_files import (
     SAVERS,
     WORDS,
+    drop_weights,
     edit,
     layouts_of,
     no_network,  # noqa: F401
     refused,
+    shard_with,
 )
 from tests.tiny_checkpoints import make_tiny_llava, save_original_layout, save_transformers_layout
-from tests.tiny_checkpoints_families import make_tiny_video
+from tests.tiny_checkpoints_families import make_tiny_next, make_tiny_video, save_next_transformers
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +182,173 @@ def test_the_video_tower_with_time_is_not_quantised_either():
     temporal = [path for path in linears if "temporal_attn" in path]
     assert len(temporal) == 12
     assert not any(should_convert_module(path, list(llava.model.checkpoint.load.KEPT)) for path in temporal)
+
+
+# What is damaged, incomplete or not done
+
+
+def test_unexpected_weights_are_named_and_counted(tmp_path, model):
+    save_transformers_layout(tmp_path, model)
+    extra = {f"extra.{number}": torch.zeros(1) for number in range(7)}
+    drop_weights(tmp_path / "model.safetensors", "language_model.model.norm.weight", **extra)
+    refused(tmp_path, r"1 missing: .*norm.weight; 7 unexpected: extra.0, .*, extra.4 and 2 more\.")
+
+
+@pytest.mark.parametrize("size", [128, 2**22])
+def test_a_weight_of_another_shape(tmp_path, model, size):
+    """Large sizes were allocated until the process was killed."""
+    save_original_layout(tmp_path, model, intermediate_size=size)
+    refused(tmp_path, rf"12 of another shape: .*down_proj.weight \(64, 96\) instead of \(64, {size}\)")
+
+
+@pytest.mark.parametrize(
+    ("save", "key"),
+    [
+        (save_transformers_layout, "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"),
+        (save_transformers_layout, "vision_tower.vision_model.embeddings.position_ids"),
+        (save_original_layout, "model.layers.1.self_attn.rotary_emb.inv_freq"),
+        (save_original_layout, "model.vision_tower.vision_tower.vision_model.embeddings.position_ids"),
+    ],
+)
+def test_stored_tables_are_ignored(tmp_path, model, save, key):
+    save(tmp_path, model)
+    single = tmp_path / "model.safetensors"
+    drop_weights(single if single.exists() else shard_with(tmp_path, "lm_head.weight"), **{key: torch.full((3,), 7.0)})
+    loaded = load_checkpoint(tmp_path).model
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in loaded.named_buffers())
+
+
+@pytest.mark.parametrize("layout", ["llava original", "llava original safetensors"])
+def test_missing_shard(tmp_path, model, layout):
+    SAVERS[layout](tmp_path, model)
+    shard = next(tmp_path.glob("*-00002-of-*"))
+    shard.unlink()
+    refused(tmp_path, rf"lacks 1 of \d weight files named in .*index\.json: {shard.name}; fetch them")
+
+
+@pytest.mark.parametrize("layout", layouts_of("llava")[:4])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.7])
+def test_truncated_weights(tmp_path, model, layout, share):
+    SAVERS[layout](tmp_path, model)
+    weights = next(path for suffix in ("safetensors", "bin") for path in sorted(tmp_path.glob(f"*.{suffix}")))
+    os.truncate(weights, int(share * weights.stat().st_size))
+    refused(tmp_path, rf"Cannot read the weights in .*{weights.name}; the file is damaged")
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_pickle_of_anything_but_weights_is_not_read(tmp_path, model):
+    """Code in it is not run."""
+    save_transformers_layout(tmp_path, model, safetensors=False)
+    exploit = Exploit()
+    exploit.trace = tmp_path / "ran"
+    torch.save({"weight": exploit}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, r"pytorch_model\.bin holds more than weights and was not unpickled")
+    assert not exploit.trace.exists()
+    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "holds no table of weights")
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json; is it the folder of a checkpoint"),
+        (lambda folder: (folder / "config.json").write_text('{"a": '), r"config\.json is not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), r"config\.json holds no JSON object"),
+        (
+            lambda folder: (folder / "tokenizer.json").unlink(),
+            r"has no tokenizer \(tokenizer\.json or tokenizer\.model\)",
+        ),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "Cannot read the tokenizer in"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"has no weights \(model\.safetensors or"),
+        (lambda folder: edit(folder / "config.json", quantization_config={"a": 1}), "quantised with an unnamed method"),
+        (
+            lambda folder: edit(folder / "preprocessor_config.json", crop_size={"height": 28, "width": 28}),
+            "images are cropped to 28 pixels, but the tower expects 56",
+        ),
+    ],
+)
+def test_damaged_folders(tmp_path, model, damage, sentence):
+    save_transformers_layout(tmp_path, model)
+    damage(tmp_path)
+    refused(tmp_path, sentence)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "mm_projector.bin", "non_lora_trainables.bin"])
+def test_partial_checkpoints_say_what_to_do(tmp_path, model, name):
+    save_transformers_layout(tmp_path, model)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    refused(tmp_path, f"It has {name}: merge LoRA or projector-only weights")
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"mm_projector_type": "linear"}, "projector type 'linear' is not supported: .* exactly two linear layers"),
+        ({"hidden_size": ..., "vocab_size": ...}, r"config\.json lacks hidden_size, vocab_size"),
+    ],
+)
+def test_original_configs_that_the_container_cannot_hold(tmp_path, model, config, sentence):
+    save_original_layout(tmp_path, model)
+    edit(tmp_path / "config.json", **config)
+    refused(tmp_path, sentence)
+
+
+def test_a_tower_that_is_not_clip(tmp_path, model):
+    save_original_layout(tmp_path, model)
+    edit(tmp_path / "clip" / "config.json", model_type="siglip_vision_model")
+    refused(tmp_path, "is a siglip_vision_model; only CLIP towers")
+
+
+@pytest.mark.parametrize(
+    ("save", "changes", "sentence"),
+    [
+        # 99 and -99 were taken modulo the depth.
+        (save_transformers_layout, {"vision_feature_layer": 99}, "features from layer 99 of .* 3 blocks; expected one"),
+        (save_original_layout, {"mm_vision_select_layer": -5}, "features from layer -5 of .* one layer from -4 to 3"),
+        (save_transformers_layout, {"vision_feature_layer": [-2, -1]}, r"features from layer \[-2, -1\]"),
+        # The class token was dropped: 16 tokens where transformers gives 17.
+        (save_transformers_layout, {"vision_feature_select_strategy": "full"}, "'full'; only 'default' is supported"),
+        (save_original_layout, {"mm_vision_select_feature": "cls_patch"}, "'cls_patch'; only 'patch' is supported"),
+        (save_original_layout, {"mm_vision_tower": 3}, "impossible values: mm_vision_tower"),
+        (save_original_layout, {"num_hidden_layers": "4"}, "describes no LLaVA model: .*num_hidden_layers"),
+        (save_original_layout, {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "no LLaVA model: .*rope_par"),
+    ],
+)
+def test_values_without_a_meaning_are_refused(tmp_path, model, save, changes, sentence):
+    save(tmp_path, model)
+    edit(tmp_path / "config.json", **changes)
+    refused(tmp_path, sentence)
+
+
+def test_weights_of_the_right_dtype_need_no_memory(tmp_path, model, monkeypatch):
+    """They stay mapped to their files; as another dtype they need memory."""
+    save_transformers_layout(tmp_path, model)
+    monkeypatch.setattr(llava.model.checkpoint.load, "free_memory", lambda _device: 2**10)
+    assert load_checkpoint(tmp_path)
+    needed = r"needs about 0\.0 GiB of memory on cpu in bfloat16, 0\.0 GiB are free; use a smaller dtype"
+    refused(tmp_path, needed, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("weight_map", [{}, {"a": ["x.bin"]}, {"a": "../x.bin"}, None])
+def test_an_index_with_other_entries_than_file_names(tmp_path, model, weight_map):
+    save_original_layout(tmp_path, model)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    refused(tmp_path, r"index\.json has impossible values: weight_map")
+
+
+def test_next_with_a_llama_3_tokenizer_gets_its_template(tmp_path):
+    """It was asked with vicuna_v1 and the stop string "</s>"."""
+    save_next_transformers(tmp_path, make_tiny_next("llama"))
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    for name, old in (("<|start_header_id|>", "cat"), ("<|end_header_id|>", "dog"), ("<|eot_id|>", "man")):
+        words[name] = words.pop(old)
+    path.write_text(json.dumps(content))
+    assert load_checkpoint(tmp_path).conversation == "llava_llama_3"
