@@ -206,14 +206,6 @@ def test_pixels_of_the_transformers_reading():
         assert (pixels - VideoProcessor(ImageProcessor(56, 48))(video)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("reading", ["original", "transformers"])
-def test_grey_frames_are_taken_as_rgb(reading):
-    grey = Video(tuple(frame.convert("L") for frame in clip(60, 50).frames))
-    colour = Video(tuple(frame.convert("RGB") for frame in grey.frames))
-    processor = VideoProcessor(ImageProcessor(48, 48), reading)
-    assert torch.equal(processor(grey), processor(colour))
-
-
 # The video tower
 
 

@@ -31,20 +31,14 @@ def checked(schema: type[S], content: Mapping[str, Any], where: str | Path) -> S
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        problems = [_problem(one) for one in error.errors()]
+        problems = [
+            f"{'.'.join(map(str, one['loc'])) or 'it'} is {shortened(one['input'], 60)} ({one['msg'].lower()})"
+            for one in error.errors()
+        ]
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
             f"{where} has impossible values: {'; '.join(problems[:3])}{more}. Correct them or fetch the file again."
         ) from error
-
-
-def _problem(error: Mapping[str, Any]) -> str:
-    # pydantic adds the branch of a union to the path, which says nothing to a reader.
-    path = ".".join(str(step) for step in error["loc"] if step not in ("int", "float", "str") and "[" not in str(step))
-    message = error["msg"].removeprefix("Value error, ").rstrip(".")
-    if error["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path or 'it'} is {shortened(error['input'], 60)} ({message[0].lower()}{message[1:]})"
 
 
 def shortened(value: object, length: int) -> str:

@@ -157,7 +157,7 @@ def load_checkpoint(
         parallel: spread the decoder over the ranks of this process's replica.
 
     Raises:
-        UserError: the checkpoint is incomplete, damaged, contradicts itself, or is of a family that is not supported.
+        UserError: the checkpoint is incomplete or damaged, or is of a family that is not supported.
     """
     if quantization is not None and quantization not in CHOICES:
         raise unknown("quantization", quantization, CHOICES)
