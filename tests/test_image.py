@@ -114,7 +114,7 @@ def preprocess_by_the_book(image: Image.Image, size: int, crop: int, pad: bool) 
     return ((pixels - CLIP_MEAN) / CLIP_STD).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("size", [(336, 336), (50, 50), (400, 300), (301, 500), (37, 36), (640, 9), (1, 1)])
+@pytest.mark.parametrize("size", [(336, 336), (400, 300), (301, 500), (640, 9), (1, 1)])
 @pytest.mark.parametrize("pad", [True, False])
 def test_pixels_follow_the_definition(size, pad):
     image, processor = noise(*size), ImageProcessor.from_config(CLIP_CONFIG)

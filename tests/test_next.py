@@ -46,7 +46,7 @@ def run(model, samples, reducer):
     return model.logits(state.hidden), record.accounting(state), record
 
 
-def accepted(name: str, model, budgets=(32, 30, 20)):
+def accepted(name: str, model, budgets=(30, 20)):
     for budget in budgets:
         reducer = registry.build(name, budget)
         try:
