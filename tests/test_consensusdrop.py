@@ -306,19 +306,6 @@ def test_the_probe_depends_on_the_question_and_the_encoder_does_not(tiny):
     assert kept(one, "0") != kept(other, "0")
 
 
-def test_a_second_turn_reduces_again_for_its_own_question(tiny):
-    """The same picture, a new question in the next turn: the first turn's selection must not be reused."""
-    first = samples(1)[0]
-    turn = dataclasses.replace(first, question="is there a star?", history=((first.question, "red"),))
-    reducer = registry.build("consensusdrop", 7, {"merged_share": "0"})
-
-    def kept(sample):
-        return prefill(tiny, [sample], reducer)[1].steps[0][0].reduction.kept.tolist()
-
-    assert kept(turn) != kept(first)
-    assert kept(turn) == kept(dataclasses.replace(turn, history=()))
-
-
 def test_cls_token_is_the_first_of_the_budget(tiny):
     reducer = registry.build("consensusdrop", 7, {"cls_token": "true"})
     _, record = prefill(tiny, samples(1), reducer)

@@ -152,7 +152,7 @@ def test_every_word_is_in_the_vocabulary():
 def test_the_prompt_of_training_is_the_prompt_of_llava_v1():
     from llava.conversation import render
 
-    text = render("llava_v1", [("<image>\nWhere does the star move?", None)])
+    text = render("llava_v1", "<image>\nWhere does the star move?")
     before, behind = text.split("<image>\n")
     tokenizer = VIDEO_WORDS.tokenizer
     assert tokenizer(before).input_ids == VIDEO_WORDS.prefix
