@@ -81,6 +81,14 @@ class PreallocatedLayer(DynamicLayer):
         self._shown = self.keys, self.values
         return self._shown
 
+    def take_column(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, columns, d] with their space; one column more counts, which the caller writes."""
+        past = self.get_seq_length()
+        if self._space is None or past == self._space[0].shape[2]:
+            self._space = grow(self.keys, self.keys[:, :, :0], past), grow(self.values, self.values[:, :, :0], past)
+        self.keys, self.values = (rows.narrow(2, 0, past + 1) for rows in self._space)
+        return self._space
+
     def reset(self) -> None:
         super().reset()
         self._space, self._shown, self._columns = None, None, []
@@ -129,8 +137,6 @@ class Prefilled:
         kv_bytes: of each sample, the bytes that hold the keys and values of its real tokens, on all ranks together.
         kv_bytes_held: bytes of all keys and values after prefill, with padding, without the space for new tokens, on
             all ranks together.
-        steps: tokens that `step` has fed.
-        fixed: the cache in tensors of fixed size, where decoding is compiled (llava/pipeline/compile.py).
     """
 
     hidden: Tensor
@@ -138,8 +144,6 @@ class Prefilled:
     segments: list[Segment]
     kv_bytes: list[int]
     kv_bytes_held: int
-    steps: int = 0
-    fixed: Any = None
 
     @property
     def lengths(self) -> list[tuple[int, ...]]:
@@ -154,12 +158,8 @@ class Prefilled:
     @property
     def kv_bytes_allocated(self) -> int:
         """Bytes of the memory in which the keys and values of this rank stand now, with the space for new tokens."""
-        if self.fixed:
-            tensors = [*self.fixed.keys, *self.fixed.values]
-        else:
-            layers: list[Any] = self.cache.layers
-            tensors = [part for layer in layers for part in (layer.keys, layer.values)]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        layers: list[Any] = self.cache.layers
+        return sum(part.untyped_storage().nbytes() for layer in layers for part in (layer.keys, layer.values))
 
 
 def causal_mask(valid: Tensor, queries: int, dtype: torch.dtype, eager: bool) -> Tensor:
@@ -292,5 +292,4 @@ def step(llm: Any, state: Prefilled, token: Tensor) -> Tensor:
                 use_cache=True,
             )
         segment.next_position = segment.next_position + 1
-    state.steps += 1
     return hidden
