@@ -3,11 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from eval.efficiency.memory import peak_bytes
 from llava.reduction import ranking as greedy
-from llava.reduction.states import State
 
 SHAPES = [(1, 1, 3, 1), (1, 2, 3, 1), (2, 5, 4, 3), (3, 30, 8, 12), (1, 40, 48, 40), (2, 120, 64, 60)]
 
@@ -126,31 +124,6 @@ def test_farthest_from_a_first_token_equals_the_definition(batch, total, channel
     for image, row in enumerate(chosen.tolist()):
         own = unit[image].double() @ unit[image].double().T
         assert row == farthest_by_the_book(own, int(first[image]), count)
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_numbers_that_are_none_end_in_some_choice(name, form):
-    """Weights of the model that are NaN are reported later; the loop must end before."""
-    tokens, weight = torch.randn(1, 90, 4), torch.rand(1, 90)
-    tokens[0, 3], weight[0, 5] = torch.nan, torch.nan
-    chosen = CHOICES[name](tokens, weight, 30)
-    assert chosen.shape == (1, 30) and chosen.min() >= 0 and chosen.max() < 90
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_operations_are_counted(name, form):
-    tokens, weight, state = torch.randn(2, 100, 16), torch.rand(2, 100) + 0.1, State(ids=())
-    with FlopCounterMode(display=False) as counter:
-        CHOICES[name](tokens, weight, 30, state.matmul)
-    assert state.flops == counter.get_total_flops() > 0
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_memory_is_linear_where_all_cosines_do_not_fit(name, monkeypatch):
-    """At 11,520 tokens 2.3 N x N floats were alive in DivPrune, 2.4 in CDPruner, 2.1 in SCOPE, 1.3 in VisPruner."""
-    monkeypatch.setattr(greedy, "WHOLE", 3)
-    tokens, weight = torch.randn(1, 1024, 8), torch.rand(1, 1024) + 0.1
-    assert peak_bytes(lambda: CHOICES[name](tokens, weight, 64)) < 1024 * 1024 * 4 / 2
 
 
 @pytest.mark.parametrize("total", [50, 11520])

@@ -150,9 +150,9 @@ class Compiled:
                 segment.valid = F.pad(segment.valid, (0, 1), value=True)
                 mask = segment.valid[:, None, None, :]
             for index in segment.layers:
-                past = held[index].get_seq_length()
-                keys, values = held[index].take_column()
-                hidden = self._decode(llm.layers[index], hidden, mask, rotary, keys, values, past)
+                # The column of the token is written once more, inside.
+                keys, values = state.cache.update(held[index].keys[:, :, :1], held[index].values[:, :, :1], index)
+                hidden = self._decode(llm.layers[index], hidden, mask, rotary, keys, values, keys.shape[2] - 1)
             segment.next_position = segment.next_position + 1
         return hidden
 

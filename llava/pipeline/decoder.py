@@ -24,7 +24,6 @@ from llava.pipeline import positions
 from llava.pipeline.sequence import Rotary, Sequence, lengths_of
 
 BLOCK = 32  # columns of space that are added at once
-CUT = 8  # columns that are cut out of the space at once
 
 # (sequence, layer, the sequence as it entered the layer before, keys of that layer) -> shorter sequence
 ReduceAt = Callable[[Sequence, int, Sequence, Tensor], Sequence]
@@ -43,66 +42,43 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self._space: tuple[Tensor, Tensor] | None = None
         self._shown: tuple[Tensor, Tensor] | None = None
-        self._columns: list[tuple[Tensor, Tensor]] = []  # of the next tokens, the last one first
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, Hkv, new, d]; returns those of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past, new = self.get_seq_length(), key_states.shape[-2]
+        past, total = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
         if not past:
             # A prompt is kept as it is, without a copy; space is made when the first token is to be decoded.
             self.keys, self.values, self._space = key_states, value_states, None
             return key_states, value_states
         assert self.keys is not None and self.values is not None
-        # A column can be written behind the others, where they are. It cannot after a call that replaced `keys` and
+        # Columns can be written behind the others, where they are. They cannot after a call that replaced `keys` and
         # `values` (a beam search reorders them), or outside of the inference mode in which the memory was made.
         shown, space = self._shown, self._space
         there = shown is not None and self.keys is shown[0] and self.values is shown[1]
         if (
             space is None
             or not there
-            or new > 1
-            or past == space[0].shape[2]
+            or total > space[0].shape[2]
             or (space[0].is_inference() and not torch.is_inference_mode_enabled())
         ):
-            self._space = space = grow(self.keys, key_states, past), grow(self.values, value_states, past)
-            self._columns = []
-        else:
-            if not self._columns:
-                # One call for several tokens: on a GPU short steps wait for the host.
-                count = min(CUT, space[0].shape[2] - past)
-                ahead = [rows.narrow(2, past, count).split(1, 2) for rows in space]
-                self._columns = list(zip(*ahead, strict=True))[::-1]
-            key, value = self._columns.pop()
-            key.copy_(key_states)
-            value.copy_(value_states)
-        self.keys, self.values = space[0].narrow(2, 0, past + new), space[1].narrow(2, 0, past + new)
+            self._space = space = grow(self.keys, total), grow(self.values, total)
+        space[0].narrow(2, past, total - past).copy_(key_states)
+        space[1].narrow(2, past, total - past).copy_(value_states)
+        self.keys, self.values = space[0].narrow(2, 0, total), space[1].narrow(2, 0, total)
         self._shown = self.keys, self.values
         return self._shown
 
-    def take_column(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, Hkv, columns, d] with their space; one column more counts, which the caller writes."""
-        past = self.get_seq_length()
-        if self._space is None or past == self._space[0].shape[2]:
-            self._space = grow(self.keys, self.keys[:, :, :0], past), grow(self.values, self.values[:, :, :0], past)
-        self.keys, self.values = (rows.narrow(2, 0, past + 1) for rows in self._space)
-        return self._space
-
     def reset(self) -> None:
         super().reset()
-        self._space, self._shown, self._columns = None, None, []
+        self._space, self._shown = None, None
 
 
-def grow(present: Tensor, new: Tensor, past: int) -> Tensor:
-    """[B, Hkv, past + new + BLOCK, d]: the columns so far, the new ones, and space for more.
-
-    Args:
-        present: [B, Hkv, past, d].
-    """
-    larger = new.new_empty(*new.shape[:2], past + new.shape[2] + BLOCK, new.shape[3])
-    larger.narrow(2, 0, past).copy_(present)
-    larger.narrow(2, past, new.shape[2]).copy_(new)
+def grow(present: Tensor, total: int) -> Tensor:
+    """[B, Hkv, total + BLOCK, d]: the columns so far, [B, Hkv, past, d], and space for more."""
+    larger = present.new_empty(*present.shape[:2], total + BLOCK, present.shape[3])
+    larger.narrow(2, 0, present.shape[2]).copy_(present)
     return larger
 
 

@@ -205,20 +205,16 @@ def farthest_apart(tokens: Tensor, count: int, matmul: MatMul = torch.matmul) ->
     """
 
     def choose(cosines: Cosines, _: Tensor) -> Tensor:
-        first = most_isolated(cosines)
-        return farthest_from(cosines.unit, first, count, cosines.row)
+        closest, done = [], 0
+        for block in cosines.blocks():
+            # A token is not its own neighbour. A table of cosines then has no diagonal any more.
+            block.diagonal(offset=done, dim1=1, dim2=2).fill_(-torch.inf)
+            closest.append(block.amax(2))
+            done += block.shape[1]
+        most_isolated = (1 - torch.cat(closest, 1)).argmax(1)
+        return farthest_from(cosines.unit, most_isolated, count, cosines.row)
 
     return _in_groups(choose, tokens, tokens, matmul)
-
-
-def most_isolated(cosines: Cosines) -> Tensor:
-    """[B] the token whose nearest other token is farthest away. A table of cosines then has no diagonal any more."""
-    closest, done = [], 0
-    for block in cosines.blocks():
-        block.diagonal(offset=done, dim1=1, dim2=2).fill_(-torch.inf)  # a token is not its own neighbour
-        closest.append(block.amax(2))
-        done += block.shape[1]
-    return (1 - torch.cat(closest, 1)).argmax(1)
 
 
 # Largest determinant.
@@ -237,28 +233,28 @@ def largest_determinant(tokens: Tensor, weight: Tensor, count: int, matmul: MatM
         weight: [B, N] float32, above 0.
         matmul: `matmul` of the state, which counts the operations.
     """
-    return _in_groups(lambda cosines, part: _determinant(cosines, part, count, matmul), tokens, weight, matmul)
 
+    def choose(cosines: Cosines, part: Tensor) -> Tensor:
+        own = part * cosines.with_themselves() * part
+        left = own.clone()  # the factor by which each token would multiply the determinant
+        last = own - own.amax(1, keepdim=True) - 1  # below every `left`: the order of the spanned tokens
+        factor = own.new_zeros(len(own), count, own.shape[1])  # a row for each chosen token
+        chosen = []
+        for step in range(count):
+            free = left > SPANNED * own
+            pick = torch.where(free, left, last).argmax(1, keepdim=True)  # [B, 1]
+            kernel = part.gather(1, pick) * cosines.row(pick[:, 0]) * part
+            past = factor[:, :step]
+            shared = matmul(past.gather(2, pick.unsqueeze(-1).expand(-1, step, 1)).mT, past)[:, 0]
+            pivot = left.gather(1, pick).clamp(min=torch.finfo(left.dtype).tiny).sqrt()
+            new = torch.where(free.gather(1, pick), (kernel - shared) / pivot, 0.0)
+            factor[:, step] = new
+            left = (left - new.square()).scatter(1, pick, -torch.inf)
+            last = last.scatter(1, pick, -torch.inf)
+            chosen.append(pick)
+        return torch.cat(chosen, 1)
 
-def _determinant(cosines: Cosines, weight: Tensor, count: int, matmul: MatMul) -> Tensor:
-    own = weight * cosines.with_themselves() * weight
-    left = own.clone()  # the factor by which each token would multiply the determinant
-    last = own - own.amax(1, keepdim=True) - 1  # below every `left`: the order of the spanned tokens
-    factor = own.new_zeros(len(own), count, own.shape[1])  # a row for each chosen token
-    chosen = []
-    for step in range(count):
-        free = left > SPANNED * own
-        pick = torch.where(free, left, last).argmax(1, keepdim=True)  # [B, 1]
-        kernel = weight.gather(1, pick) * cosines.row(pick[:, 0]) * weight
-        past = factor[:, :step]
-        shared = matmul(past.gather(2, pick.unsqueeze(-1).expand(-1, step, 1)).mT, past)[:, 0]
-        pivot = left.gather(1, pick).clamp(min=torch.finfo(left.dtype).tiny).sqrt()
-        new = torch.where(free.gather(1, pick), (kernel - shared) / pivot, 0.0)
-        factor[:, step] = new
-        left = (left - new.square()).scatter(1, pick, -torch.inf)
-        last = last.scatter(1, pick, -torch.inf)
-        chosen.append(pick)
-    return torch.cat(chosen, 1)
+    return _in_groups(choose, tokens, weight, matmul)
 
 
 # Coverage.
