@@ -159,10 +159,6 @@ class ReducedCache(DynamicCache):
                 if segment.valid is not None:
                     segment.valid = segment.valid[:, :tokens_to_remove]
 
-    def reset(self) -> None:
-        super().reset()  # type: ignore[no-untyped-call]  # transformers'
-        self.segments = []
-
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Refuse: a model's own forward asks this, but cannot use the masks and positions of `segments`."""
         raise UserError(

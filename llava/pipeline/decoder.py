@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from llava.pipeline import positions
-from llava.pipeline.sequence import Rotary, Sequence, lengths_of
+from llava.pipeline.sequence import Rotary, Sequence, on_device
 
 BLOCK = 32  # columns of space that are added at once
 
@@ -181,13 +181,7 @@ def run_segment(
         mask = causal_mask(sequence.valid(), hidden.shape[1], hidden.dtype, eager)
     for index in layers:
         entered = hidden
-        hidden = llm.layers[index](
-            entered,
-            attention_mask=mask,
-            position_embeddings=rotary,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        hidden = llm.layers[index](entered, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
     return hidden, entered
 
 
@@ -226,7 +220,7 @@ def prefill(
         counts = tuple(sum(stop - start for start, stop in spans) for spans in sequence.visual)
         valid = sequence.valid() if min(lengths) < width else None
         if sequence.contiguous:
-            following = lengths_of(lengths, sequence.position.device)
+            following = on_device(lengths, sequence.position.device)[:, None]
         else:
             following = positions.next_position(sequence.position)
         segments.append(Segment(range(first, last), lengths, counts, valid, following))
@@ -260,12 +254,7 @@ def step(llm: Any, state: Prefilled, token: Tensor) -> Tensor:
             eager = llm.config._attn_implementation == "eager"
             mask = causal_mask(valid, 1, token.dtype, True) if eager else valid[:, None, None, :]
         for index in segment.layers:
-            hidden = llm.layers[index](
-                hidden,
-                attention_mask=mask,
-                position_embeddings=rotary,
-                past_key_values=state.cache,
-                use_cache=True,
-            )
+            layer = llm.layers[index]
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=state.cache)
         segment.next_position = segment.next_position + 1
     return hidden

@@ -146,10 +146,6 @@ class Cosines:
         for block in self.unit.tensor_split(self._parts, 1):
             yield self.matmul(block, self.unit.mT)
 
-    def with_themselves(self) -> Tensor:
-        """[B, N] cosine of every token to itself: 1, up to the last bits."""
-        return self.unit.square().sum(-1) if self.table is None else self.table.diagonal(dim1=1, dim2=2)
-
     def highest(self, rows: Tensor, columns: Tensor) -> Tensor:
         """[B, r] highest cosine of each of the tokens [B, r] to the tokens [B, c]."""
         if self.table is not None:
@@ -235,7 +231,9 @@ def largest_determinant(tokens: Tensor, weight: Tensor, count: int, matmul: MatM
     """
 
     def choose(cosines: Cosines, part: Tensor) -> Tensor:
-        own = part * cosines.with_themselves() * part
+        table = cosines.table
+        with_itself = cosines.unit.square().sum(-1) if table is None else table.diagonal(dim1=1, dim2=2)
+        own = part * with_itself * part  # 1 in the middle, up to the last bits
         left = own.clone()  # the factor by which each token would multiply the determinant
         last = own - own.amax(1, keepdim=True) - 1  # below every `left`: the order of the spanned tokens
         factor = own.new_zeros(len(own), count, own.shape[1])  # a row for each chosen token
