@@ -72,8 +72,7 @@ class RunConfig:
             accelerators of --zero-ranks
         zero_ranks: with --zero: ranks that share one model's weights
         table: paper table that the run belongs to: its group in W&B
-        compile: run tower, prefill and decoding with torch.compile, on a GPU with CUDA graphs: for long runs; each new
-            shape is compiled first, which takes seconds to a minute
+        compile: run tower, prefill and decoding with torch.compile: for long runs; compiling takes seconds to a minute
     """
 
     method: str
