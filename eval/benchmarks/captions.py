@@ -26,12 +26,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from eval.answers.jsonl import Row, read_json
+from eval.answers.jsonl import read_json
 from eval.benchmarks.base import Dataset, Question, fingerprint, listed
-from eval.benchmarks.hub import official_file, open_table
+from eval.benchmarks.hub import official_file, open_table, ungraded
 from eval.benchmarks.llava_files import as_number
 from eval.benchmarks.media import Folder, Pictures, image_name
-from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check, check_all, check_list
+from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check, check_list
 from eval.metrics import Score, captions
 from llava.errors import UserError
 
@@ -103,13 +103,6 @@ class FlickrRow(TypedDict):
 
     img_id: Id
     caption: Texts
-
-
-class Result(TypedDict):
-    """An entry of a COCO results file."""
-
-    image_id: Id
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -211,9 +204,6 @@ def dataset(
     domains = {image.id: image.domain for image in images if image.domain}
 
     def score(asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-        if server:
-            note = f"the references of this split are not public: upload {file} to {server}"
-            return Score({"cider": None}, {}, {}, (note,), "cider")
         said = {name: texts[name] for name in asked}
         return captions.captions_score(references, said, domains if len(domains) == len(images) else None)
 
@@ -225,22 +215,8 @@ def dataset(
     facts["caption scorer"] = captions.described()
     questions = tuple(Question(one.id, PROMPT, "", (one.name,), next(iter(one.captions), "")) for one in images)
     # One caption has no sample score in [0, 1]: CIDEr goes to 10 and depends on the other images.
-    return Dataset(title, questions, pictures, mark, score, None, submission, TOKENS, facts, read_results)
-
-
-def read_results(path: Path) -> list[Row] | None:
-    """A COCO results file; None if `path` is none."""
-    if path.suffix != ".json":
-        return None
-    try:
-        rows = read_json(path)
-    except UserError:
-        return None  # JSON lines under that name are for the general reader
-    if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and "caption" in r for r in rows):
-        return None
-    places = [(f"{path} entry {number}", row) for number, row in enumerate(rows, start=1)]
-    checked = zip(places, check_all(Result, places), strict=True)
-    return [Row(where, str(row["image_id"]), row["caption"]) for (where, _), row in checked]
+    rule = ungraded("cider", file, server) if server else score
+    return Dataset(title, questions, pictures, mark, rule, None, submission, TOKENS, facts)
 
 
 BENCHMARKS = (

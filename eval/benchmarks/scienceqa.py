@@ -22,7 +22,7 @@ from pydantic import Field
 
 from eval.answers.jsonl import is_file, read_json
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
-from eval.benchmarks.hub import Table, letters, local_copy, official_file, open_table, option_lines
+from eval.benchmarks.hub import Table, letters, official_file, open_table, option_lines
 from eval.benchmarks.llava_files import LETTER, all_asked, each_once, json_lines
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Filled, Id, NotRequired, Texts, TypedDict, check_list, check_map
@@ -93,7 +93,8 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
     title = f"ScienceQA {split}"
     official = official_file(data, source, title, [data / "scienceqa" / "problems.json"], MIRROR)
     if official is None:
-        contents = read_mirror(open_mirror(data, split, profile, source))
+        config = WITH_IMAGE if profile == "lmms" else FULL
+        contents = read_mirror(open_table(data, MIRROR, config, MIRROR_SPLITS[split], source))
     else:
         contents = read_official(official, split)
     questions, problems, lmms = contents.questions, contents.references, profile == "lmms"
@@ -166,19 +167,6 @@ def from_prompts(
         questions.append(Question(name, text, LETTER, images, problems[name].letter))
     all_asked(path, {question.id for question in questions}, problems, splits)
     return questions
-
-
-def open_mirror(data: Path, split: str, profile: str, source: str) -> Table:
-    """All questions for LLaVA's profile, unless the local copy holds those with an image only."""
-    name = MIRROR_SPLITS[split]
-    if profile == "lmms":
-        return open_table(data, MIRROR, WITH_IMAGE, name, source)
-    try:
-        return open_table(data, MIRROR, FULL, name, source)
-    except UserError:
-        if local_copy(data, MIRROR) is None:
-            raise
-        return open_table(data, MIRROR, WITH_IMAGE, name, source)
 
 
 def read_mirror(table: Table) -> Contents[Problem]:
