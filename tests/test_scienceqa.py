@@ -83,9 +83,9 @@ def write_official(folder: Path, prompts: bool = True) -> Path:
     return folder
 
 
-def write_mirror(folder: Path, config: str = "ScienceQA-FULL") -> Path:
+def write_mirror(folder: Path) -> Path:
     rows = [PROSE | {"image": None}, PICTURE | {"image": cell()}]
-    return write_hub(folder, "lmms-lab/ScienceQA", "test", rows if config == "ScienceQA-FULL" else rows[1:], config)
+    return write_hub(folder, "lmms-lab/ScienceQA", "test", rows, "ScienceQA-FULL")
 
 
 def load(data: Path, profile: str = "llava", source: str = "auto", split: str = "test"):
@@ -123,12 +123,6 @@ def test_the_mirror_words_questions_as_the_official_files(tmp_path):
     assert [q.images for q in mirror.questions] == [(), ("1/image",)]
     assert mirror.facts["source"] == "lmms-lab/ScienceQA"
     assert mirror.sample(mirror.questions[1]).image.size == (4, 4)
-
-
-@pytest.mark.parametrize("profile", ["llava", "lmms"])
-def test_a_copy_of_the_image_configuration_is_enough(tmp_path, profile):
-    data = load(write_mirror(tmp_path, "ScienceQA-IMG"), profile)
-    assert [question.images for question in data.questions] == [("0/image",)]
 
 
 def test_scoring_a_file_and_the_official_scorers_input(tmp_path):
