@@ -7,7 +7,6 @@ import pytest
 
 from eval.benchmarks import gqa
 from eval.metrics import accuracy
-from llava.errors import UserError
 
 VECTORS = Path(__file__).parent / "data" / "gqa"
 
@@ -50,14 +49,6 @@ def test_every_number_equals_the_official_scripts(score):
     assert printed == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("Yes.", "yes"), ("yes...", "yes"), ("U.S.", "u.s"), (" yes", " yes"), ("yes. ", "yes. "), ("", "")],
-)
-def test_normalise_strips_final_full_stops_and_nothing_else(text, expected):
-    assert accuracy.normalise(text) == expected
-
-
 def test_without_choices_and_all_questions_the_rest_is_unchanged(questions, predictions, score):
     bare = gqa.evaluate(questions, predictions)
     assert bare.values["validity"] == bare.values["plausibility"] == 0
@@ -78,12 +69,6 @@ def test_consistency_needs_the_entailed_predictions(questions, predictions, choi
     assert any("entailed" in note for note in partial.notes)
 
 
-def test_a_missing_prediction_is_an_error_with_count_and_ids(questions, predictions):
-    short = {name: text for name, text in predictions.items() if name not in ("2000000", "2000004")}
-    with pytest.raises(UserError, match=r"2 questions without a prediction: 2000000, 2000004\."):
-        gqa.evaluate(questions, short)
-
-
 def chi_square_by_the_book(pairs: list[tuple[str, str, str]]) -> float:
     """(group, answer, prediction): plain loops over the definition."""
     weighted = 0.0
@@ -102,23 +87,3 @@ def test_distribution_against_the_definition(questions, predictions, score):
         if question["isBalanced"] and question["groups"]["global"] is not None
     ]
     assert score.values["distribution"] == pytest.approx(chi_square_by_the_book(pairs), rel=1e-12)
-
-
-def test_no_questions_give_zeros_not_a_division_error():
-    assert gqa.evaluate({}, {}).values["accuracy"] == 0
-
-
-@pytest.mark.parametrize(
-    ("steps", "expected"),
-    [
-        (["select: dog (1)", "query: color"], 2),
-        (["select: dog (1)", "query: name"], 1),
-        (["select: dog (1)", "relate: person,on,s (2)", "choose name: man|woman"], 2),
-        (["select: dog (1)", "exist: ?"], 1),
-        (["select: dog (1)", "verify color: red", "and: "], 3),
-    ],
-)
-def test_naming_and_existence_are_not_reasoning_steps(steps, expected):
-    pairs = [step.split(": ", 1) for step in steps]
-    program = [{"operation": operation, "argument": argument} for operation, argument in pairs]
-    assert gqa.count_steps({"semantic": program}) == expected

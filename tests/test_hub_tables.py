@@ -21,19 +21,16 @@ class Answered(Row):
     answer: str
 
 
-def test_rows_and_pictures(tmp_path):
+def test_rows_pictures_and_lists_of_them_of_either_owner(tmp_path):
     write_hub(tmp_path, "new/X", "test", [{"q": "a", "image": cell()}, {"q": "b", "image": cell("blue")}])
     table = open_table(tmp_path, ("new/X", "old/X"), None, "test")
     assert table.id == "new/X" and table.records(Row) == [{"q": "a"}, {"q": "b"}]
     pictures = table.pictures()
     assert pictures.missing(["0/image", "2/image"]) == ["2/image"]
     assert pictures.open("1/image").getpixel((0, 0)) == (0, 0, 255)
-
-
-def test_the_old_owners_copy_is_found_and_lists_of_pictures_are_read(tmp_path):
-    write_hub(tmp_path, "old/X", "test", [{"q": "a", "image": [cell(), cell("lime")]}])
-    table = open_table(tmp_path, ("new/X", "old/X"), None, "test")
-    assert table.id == "old/X" and table.pictures().open("0/image/1").getpixel((0, 0)) == (0, 255, 0)
+    write_hub(tmp_path, "old/Y", "test", [{"q": "a", "image": [cell(), cell("lime")]}])
+    table = open_table(tmp_path, ("new/Y", "old/Y"), None, "test")
+    assert table.id == "old/Y" and table.pictures().open("0/image/1").getpixel((0, 0)) == (0, 255, 0)
 
 
 def test_missing_copies_columns_and_splits_are_named(tmp_path):

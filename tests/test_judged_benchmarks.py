@@ -76,13 +76,6 @@ def test_llava_bench_is_asked_and_judged_in_the_official_words(tmp_path):
         load("llava_bench", tmp_path)
 
 
-def test_llava_bench_without_a_judge_has_names_of_its_own(tmp_path):
-    write_bench(tmp_path)
-    found = load("llava_bench", tmp_path).score(["0", "1"], {"0": "Red cat 0", "1": "a red dog"})
-    assert found.main == "relative_score_match" and all(name.endswith("_match") for name in found.values)
-    assert found.values["relative_score_match"] == pytest.approx(100 * (1 + 1 / 3) / 2, abs=0.1)
-
-
 def test_llava_bench_from_its_mirror(tmp_path):
     row = {"image": cell(), "question": "q", "caption": "c", "gpt_answer": "g", "category": "conv"}
     write_hub(tmp_path, "lmms-lab/llava-bench-in-the-wild", "train", [row])

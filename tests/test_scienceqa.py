@@ -48,11 +48,6 @@ def test_a_missing_image_prediction_leaves_the_image_denominator_alone():
     assert any("questions without a prediction: 1" in note for note in score.notes)
 
 
-def test_without_a_question_with_an_image_there_is_no_image_accuracy():
-    score = scienceqa.evaluate({"1": scienceqa.Problem(2, 0)}, {"1": "A"}, set())
-    assert (score.values["img_accuracy"], score.values["accuracy"]) == (None, 100)
-
-
 @pytest.mark.parametrize(
     ("text", "letter"),
     [(" b ", "B"), ("B.", "B"), ("B.x", "B"), ("b. x", "FAILED"), ("B x", "FAILED"), ("", "FAILED"), ("(B)", "FAILED")],

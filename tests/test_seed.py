@@ -57,10 +57,6 @@ def test_the_image_part_alone():
     assert len(score.correct) == 3
 
 
-def test_a_missing_prediction_is_wrong():
-    assert seed.evaluate({"1": ITEMS["1"], "v1": ITEMS["v1"]}, {"1": "A"}).values["accuracy"] == 50
-
-
 def records() -> list[dict]:
     """Two questions about one image with one id, and one about a video."""
     choices = {f"choice_{letter}": word for letter, word in zip("abcd", ("one", "two", "three", "four"), strict=True)}

@@ -80,13 +80,6 @@ def test_vqav2_test_splits_have_no_local_score(vqav2):
         assert "answers_upload.json" in score.notes[0] and "830" in score.notes[0]
 
 
-def test_vqav2_without_the_whole_list_says_what_the_server_wants(vqav2):
-    (vqav2 / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl").unlink()
-    data = load("vqav2", vqav2)
-    assert len(data.submission({"1000": "yes"})["answers_upload.json"]) == 2
-    assert "every test2015 question" in scored(data, {"1000": "yes"}).notes[0]
-
-
 def test_vqav2_lists_of_two_versions_are_refused(vqav2):
     write_json(vqav2 / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl", [vqav2_prompt(1000)])
     with pytest.raises(UserError, match=r"1 VQAv2 testdev questions are not in .*test2015\.jsonl, such as 2001"):
@@ -110,12 +103,6 @@ def test_vqav2_val_is_the_official_toolkit_behind_the_answer_processor(vqav2):
     assert set(record["groups"]) == {"answer type", "question type"}
     assert data.sample_score(data.questions[1], "Yes.") == 1
     assert data.submission({"1000": "Yes."}) == {"predictions.json": [{"question_id": 1000, "answer": "yes"}]}
-
-
-def test_vqav2_val_without_its_annotations_names_them(vqav2):
-    (vqav2 / "vqav2" / "v2_mscoco_val2014_annotations.json").unlink()
-    with pytest.raises(UserError, match=r"VQAv2 val needs .*v2_mscoco_val2014_annotations.json; it is in https"):
-        load("vqav2", vqav2, "val")
 
 
 def test_vqav2_from_the_mirror(tmp_path):
@@ -212,16 +199,6 @@ def test_textvqa_from_the_mirror(tmp_path):
     assert load("textvqa", tmp_path, profile="lmms").questions[0].message == f"What brand is it?\n{SHORT}"
 
 
-def test_textvqa_answers_without_ids_are_not_guessed_from_a_mirror_without_image_ids(tmp_path):
-    """Then a question's words alone would stand for one of several pictures."""
-    rows = [{key: value for key, value in record.items() if key != "image_id"} for record in TEXTVQA]
-    write_hub(tmp_path, "lmms-lab/textvqa", "validation", with_pictures(rows))
-    data = load("textvqa", tmp_path, profile="lmms")
-    answers = [{"doc_id": number, "prompt": f"is it open?\n{SHORT}", "text": text} for number, text in enumerate("abc")]
-    path = write_json(tmp_path / "answers.jsonl", answers)
-    assert read_answers(path, data).texts == {"34602": "a", "34603": "b", "34604": "c"}
-
-
 def test_textvqa_needs_ten_answers(textvqa):
     write_json(textvqa / "textvqa" / "TextVQA_0.5.1_val.json", {"data": [{**r, "answers": YES[:9]} for r in TEXTVQA]})
     with pytest.raises(
@@ -307,29 +284,9 @@ def test_vizwiz_from_the_mirror(tmp_path):
     [
         ([vqav2_prompt(1000), vqav2_prompt(1000)], "question ids more than once: 1000"),
         ([{**vqav2_prompt(1000), "image": "../x.jpg"}], "not inside the image folder"),
-        ([{"question_id": 1, "text": "x"}], "line 1 has no image"),
-        ([], "holds no questions"),
     ],
 )
 def test_broken_question_files_are_refused(vqav2, rows, message):
     write_json(vqav2 / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl", rows)
     with pytest.raises(UserError, match=message):
         load("vqav2", vqav2)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({}, "should hold a list under 'data'"),
-        ({"data": [{"question_id": 1}]}, "entry 1 has no question and no answers and no image_id"),
-        ({"data": ["x"]}, "entry 1 should be an object with fields, got 'x'"),
-        (
-            {"data": [{**TEXTVQA[0], "answers": [1] * 10}]},
-            r"entry 1 should have text or an object as answers\[0\], got 1",
-        ),
-    ],
-)
-def test_broken_annotation_files_are_refused(textvqa, content, message):
-    write_json(textvqa / "textvqa" / "TextVQA_0.5.1_val.json", content)
-    with pytest.raises(UserError, match=message):
-        load("textvqa", textvqa, profile="lmms")

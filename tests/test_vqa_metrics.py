@@ -47,12 +47,7 @@ def test_the_processor_on_every_string_of_the_table():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("None.", "0"),  # a number word, once the full stop is gone
         ("what's", "what 's"),  # split before the contraction table is asked
-        ("Ive", "ive"),  # the table has a capital I, the text no longer
-        ("somebody'd", "somebodyd"),  # the table's slip
-        ("a/b", "b"),  # the slash becomes a space, and "a" an article
-        ("email@example.com", "email examplecom"),
         ("x-y - z", "xy z"),  # one dash beside a space deletes all dashes
         ("1,000-2", "1000 2"),  # no comma is left when digits are looked at
         ("it costs $5.99.", "it costs $5.99"),
@@ -116,8 +111,3 @@ def test_lmms_takes_no_notice_of_a_possessive():
     people = ["man s"] * 5 + ["mans"] * 5
     assert vqa.lmms_vqa("man's", people) == 0
     assert vqa.process("man's") == "man 's" and vqa.normalise("man's") == "man's"
-
-
-def test_no_answers_and_no_questions_give_zero():
-    assert vqa.leave_one_out("cat", []) == 0
-    assert mean_score({}, {}, vqa.m4c).values["accuracy"] == 0
