@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import subprocess
 from functools import cache
 
 import numpy as np
@@ -17,6 +18,7 @@ from eval.config import ROOT
 from eval.results.report import confidence
 from eval.results.statistics import summed_by_cluster, terms_of
 from eval.score import score_file
+from eval.tables import benchmarks as pages
 from llava.errors import UserError
 
 CASES = [
@@ -25,6 +27,7 @@ CASES = [
     for split in benchmarks.get(name).splits
     for profile in benchmarks.get(name).profiles
 ]
+NAMES = [benchmark.name for benchmark in pages.reported()]
 FULL_MARKS = {"perception": 2000}
 OPEN_ENDED = {"cider"}  # no largest value
 
@@ -192,3 +195,33 @@ def test_lmms_evals_profile_strips_answers_before_scoring(case):
     if data.sample_score is not None:
         question = data.questions[0]
         assert data.sample_score(question, spaced[question.id]) == data.sample_score(question, texts[question.id])
+
+
+# The script and the section in docs/evaluation.md of each.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_script_asks_its_own_benchmark_and_explains_itself(name):
+    script = ROOT / "scripts" / "eval" / f"{name}.sh"
+    assert f'/../benchmark.sh" {name} "$@"' in script.read_text()
+    shown = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and f"bash scripts/eval/{name}.sh METHOD [BUDGET]" in shown.stderr
+
+
+def test_there_is_no_script_without_a_benchmark():
+    scripts = {path.stem for path in (ROOT / "scripts" / "eval").glob("*.sh")}
+    assert scripts == set(NAMES)
+
+
+def test_pages_are_up_to_date():
+    assert pages.data_sections() in pages.PAGE.read_text(), "run `vtr tables benchmarks pages`"
+
+
+@pytest.mark.parametrize("name", benchmarks.names())
+def test_benchmark_is_described(name):
+    found = benchmarks.get(name)
+    assert found.name == name and found.summary.endswith(".") and found.licence
+    assert found.needs or found.mirror, "nobody could get the data"
+    assert set(found.split_files) <= set(found.splits)
+    assert (ROOT / "assets" / found.model / "config.json").is_file()
+    assert bool(found.published) == bool(found.published_by)

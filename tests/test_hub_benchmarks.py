@@ -13,8 +13,10 @@ import pytest
 from eval import benchmarks
 from eval.benchmarks import hub_sets, mmmu
 from eval.benchmarks.base import Dataset
+from eval.benchmarks.hub import open_table
 from eval.benchmarks.llava_files import LETTER, SHORT
-from eval.metrics import Score, accuracy
+from eval.benchmarks.records import NotRequired, TypedDict
+from eval.metrics import accuracy
 from llava.errors import UserError
 from tests.benchmark_files import cell, write_hub
 
@@ -266,13 +268,6 @@ def test_ocrbench_folds_nothing_in_formulas():
     assert not hub_sets.ocrbench_sample_score("x=1", hub_sets.TextItem(["x=１"], "HME100k"), fold=True)
 
 
-def test_a_thousand_questions_are_points_alone():
-    kinds = {str(n): hub_sets.TYPES[n % 10] for n in range(1000)}
-    found = hub_sets.counted_points(Score({}, {}, dict.fromkeys(kinds, 1.0)), {"type": kinds})
-    assert found.values == {"score": 1000, "text_recognition": 600} and not found.notes
-    assert len(found.groups["type"]) == 10
-
-
 # -- MMStar ----------------------------------------------------------------------------------------------------------
 
 
@@ -438,15 +433,6 @@ def test_lmms_finds_a_letter_at_the_end_of_a_word_and_before_a_full_stop():
         assert mmmu.find_letter(text, MMMU_OPTIONS, mmmu.LMMS_FORMS) == lmms
 
 
-def test_option_texts_are_looked_for_in_long_answers_only():
-    assert mmmu.find_letter("a blue bicycle", MMMU_OPTIONS) is None
-    assert mmmu.find_letter("I am sure of a blue bicycle", MMMU_OPTIONS) == "B"
-
-
-def test_sentences_are_not_split_because_capitals_are_gone():
-    assert mmmu.read_open("The answer is 4. It was 5") == {"4. it was 5", 4.0, 5.0}
-
-
 def test_overall_is_weighted_by_questions_and_absent_subjects_are_named():
     items = {"1": item(), "2": item(), "3": item(), "4": item("C", "Physics"), "5": item("12", "Music", None)}
     score = mmmu.evaluate(items, {"1": "A", "2": "B", "3": "(A)", "4": "C.", "5": "It is 12."})
@@ -455,3 +441,51 @@ def test_overall_is_weighted_by_questions_and_absent_subjects_are_named():
     assert score.groups["domain"] == {"Art and Design": (75.0, 4), "Science": (100.0, 1)}
     assert score.groups["question type"] == {"multiple choice": (75.0, 4), "open": (100.0, 1)}
     assert score.notes[0].startswith("27 of 30 subjects have no question here: Art_Theory, Design, Accounting")
+
+
+# -- tables of the hub -----------------------------------------------------------------------------------------------
+
+
+class Row(TypedDict):
+    q: str
+    z: NotRequired[str]
+
+
+class Answered(Row):
+    answer: str
+
+
+def test_rows_pictures_and_lists_of_them_of_either_owner(tmp_path):
+    write_hub(tmp_path, "new/X", "test", [{"q": "a", "image": cell()}, {"q": "b", "image": cell("blue")}])
+    table = open_table(tmp_path, ("new/X", "old/X"), None, "test")
+    assert table.id == "new/X" and table.records(Row) == [{"q": "a"}, {"q": "b"}]
+    pictures = table.pictures()
+    assert pictures.missing(["0/image", "2/image"]) == ["2/image"]
+    assert pictures.open("1/image").getpixel((0, 0)) == (0, 0, 255)
+    write_hub(tmp_path, "old/Y", "test", [{"q": "a", "image": [cell(), cell("lime")]}])
+    table = open_table(tmp_path, ("new/Y", "old/Y"), None, "test")
+    assert table.id == "old/Y" and table.pictures().open("0/image/1").getpixel((0, 0)) == (0, 255, 0)
+
+
+def test_missing_copies_columns_and_splits_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"No copy of new/X or old/X below .*hf download new/X"):
+        open_table(tmp_path, ("new/X", "old/X"), None, "test")
+    write_hub(tmp_path, "new/X", "test", [{"q": "a", "image": cell()}])
+    with pytest.raises(UserError, match="has no column answer; it has q, image"):
+        open_table(tmp_path, ("new/X",), None, "test").records(Answered)
+    with pytest.raises(UserError, match="Cannot read split val of"):
+        open_table(tmp_path, ("new/X",), None, "val")
+
+
+OFFICIAL = [name for name in benchmarks.names() if benchmarks.get(name).needs and benchmarks.get(name).mirror]
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_missing_official_files_are_named_with_the_mirror(tmp_path, name):
+    found = benchmarks.get(name)
+    with pytest.raises(UserError, match=r"No .* questions at ") as error:
+        found.load(tmp_path, found.splits[0], source="official")
+    assert "--data should be the folder that holds" in str(error.value)
+    if name != "activitynet_qa":
+        with pytest.raises(UserError, match=rf"no copy of {found.mirror[0]} or {found.mirror[1]} below .*hub"):
+            found.load(tmp_path, found.splits[0])

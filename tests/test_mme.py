@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from eval import benchmarks, score
+from eval import score
 from eval.answers.jsonl import write_file
 from eval.benchmarks import mme
 from eval.benchmarks.llava_files import SHORT
 from eval.benchmarks.mme import PLEASE, Item
 from eval.results import report
 from llava.errors import UserError
-from tests.benchmark_files import cell, write_hub, write_lines
+from tests.benchmark_files import cell, load, right_answers, scored, write_hub, write_lines
 
 VECTORS = Path(__file__).parent / "data" / "mme"
 # Of the fourteen, one with its pictures in images/ and one with everything in one folder, and one of cognition.
@@ -44,20 +44,6 @@ def write_mme(folder: Path, images: int = 3) -> Path:
 @pytest.fixture
 def data(tmp_path) -> Path:
     return write_mme(tmp_path / "data")
-
-
-def load(data: Path, profile: str = "llava", source: str = "auto"):
-    return benchmarks.get("mme").load(data, "test", profile, source)
-
-
-def answers(dataset, *wrong: str) -> dict[str, str]:
-    """Right answers, but for the ids in `wrong`."""
-    turned = {"yes": "No", "no": "Yes"}
-    return {q.id: turned[q.answer] if q.id in wrong else q.answer.capitalize() for q in dataset.questions}
-
-
-def scored(dataset, texts):
-    return dataset.score([question.id for question in dataset.questions], texts)
 
 
 # The metric.
@@ -174,33 +160,20 @@ def test_the_total_has_an_interval_and_terms_of_its_own():
 
 
 def test_questions_of_both_layouts_with_one_or_two_spaces(data):
-    dataset = load(data)
+    dataset = load("mme", data)
     assert len(dataset.questions) == 18 and dataset.facts["images"] == 9
     second = dataset.questions[9]
     assert second.id == "artwork/images/0002.jpg#2" and second.official == "artwork/images/0002.jpg"
     assert (second.question, second.suffix) == ("Is there a artwork ghost 2?", SHORT)
     assert (second.images, second.answer) == (("artwork/images/0002.jpg",), "no")
-
-
-def test_lmms_keeps_the_second_space(data):
-    question = load(data, "lmms").questions[9]
-    assert question.message == f"Is there a artwork ghost 2? \n{SHORT}"
-    assert load(data, "lmms").max_new_tokens == 16 and load(data).max_new_tokens == 128
-
-
-def test_scores_of_answers_in_our_order(data):
-    dataset = load(data)
-    found = scored(dataset, answers(dataset, "count/0001.jpg#2"))
-    assert found.values["cognition"] == 200
-    assert found.values["perception"] == pytest.approx(200 + 100 * 5 / 6 + 100 * 2 / 3)
-    assert found.correct["count/0001.jpg#2"] == 0 and sum(found.correct.values()) == 17
-    with pytest.raises(UserError, match="18 questions without a prediction"):
-        scored(dataset, {})
+    lmms = load("mme", data, "lmms")
+    assert lmms.questions[9].message == f"Is there a artwork ghost 2? \n{SHORT}", "it keeps the second space"
+    assert (lmms.max_new_tokens, dataset.max_new_tokens) == (16, 128)
 
 
 def test_the_submission_is_what_the_official_conversion_writes(data):
-    dataset = load(data)
-    files = dataset.submission(answers(dataset) | {"count/0002.jpg#2": "No,\tit\nis not"})
+    dataset = load("mme", data)
+    files = dataset.submission(right_answers(dataset) | {"count/0002.jpg#2": "No,\tit\nis not"})
     assert set(files) == {f"mme_results/{task}.txt" for task in TASKS}
     lines = files["mme_results/count.txt"].splitlines()
     assert lines[0] == "0001.txt\tIs there a count thing 1? Please answer yes or no.\tYes\tYes"
@@ -208,8 +181,8 @@ def test_the_submission_is_what_the_official_conversion_writes(data):
 
 
 def test_result_files_are_read_back_as_answers(data, tmp_path):
-    dataset = load(data)
-    texts = answers(dataset, "artwork/images/0003.jpg#1")
+    dataset = load("mme", data)
+    texts = right_answers(dataset, "artwork/images/0003.jpg#1")
     for name, content in dataset.submission(texts).items():
         # The official files of other models name pictures, not text files.
         write_file(tmp_path / name, content.replace(".txt\t", ".jpg\t"))
@@ -244,13 +217,13 @@ def test_the_mirror_is_read_without_official_files(tmp_path, profile):
             row = {"question_id": f"count/{k}.jpg", "question": f"Is there a {thing}?{space}{PLEASE}"}
             rows.append(row | {"answer": answer, "category": "count", "image": cell()})
     write_hub(tmp_path, "lmms-lab-encoder/MME", "test", rows)
-    dataset = load(tmp_path, profile)
+    dataset = load("mme", tmp_path, profile)
     assert dataset.facts["source"] == "lmms-lab-encoder/MME"
     assert [q.id for q in dataset.questions[:2]] == ["count/0.jpg#1", "count/0.jpg#2"]
     assert [q.images for q in dataset.questions[:3]] == [("0/image",), ("0/image",), ("2/image",)]
     assert dataset.questions[1].question == ("Is there a ghost? " if profile == "lmms" else "Is there a ghost?")
     dataset.check_images(dataset.questions)
-    texts = answers(dataset) | {"count/0.jpg#1": "y"}
+    texts = right_answers(dataset) | {"count/0.jpg#1": "y"}
     assert scored(dataset, texts).values["perception"] == pytest.approx(
         200 if profile == "lmms" else 100 * 5 / 6 + 100 * 2 / 3
     )
@@ -276,7 +249,7 @@ def test_the_mirror_is_read_without_official_files(tmp_path, profile):
 def test_bad_files_are_named(data, broken, message):
     broken(data / "MME")
     with pytest.raises(UserError, match=message):
-        load(data)
+        load("mme", data)
 
 
 RELEASE = "MME_Benchmark_release_version"

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval import benchmarks
 from eval.benchmarks import pope
 from eval.benchmarks.llava_files import SHORT
 from eval.benchmarks.pope import Item
 from llava.errors import UserError
-from tests.benchmark_files import cell, write_hub, write_lines
+from tests.benchmark_files import cell, load, right_answers, scored, write_hub, write_lines
 
 VECTORS = Path(__file__).parent / "data" / "pope"
 OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
@@ -43,19 +42,9 @@ def data(tmp_path) -> Path:
     return write_pope(tmp_path / "data")
 
 
-def load(data: Path, split: str = "test", profile: str = "llava", source: str = "auto"):
-    return benchmarks.get("pope").load(data, split, profile, source)
-
-
 def answers(dataset, wrong: int = 0, seed: int = 0) -> dict[str, str]:
     """Right answers in the order of the questions but for `wrong` of them."""
-    fooled = random.Random(seed).sample([question.id for question in dataset.questions], wrong)
-    turned = {"yes": "No", "no": "Yes"}
-    return {q.id: turned[q.answer] if q.id in fooled else q.answer.capitalize() for q in dataset.questions}
-
-
-def scored(dataset, texts):
-    return dataset.score([question.id for question in dataset.questions], texts)
+    return right_answers(dataset, *random.Random(seed).sample([question.id for question in dataset.questions], wrong))
 
 
 # The metric on the vectors.
@@ -89,7 +78,7 @@ def by_the_book(pairs: list[tuple[str, str]]) -> tuple[float, float]:
 
 
 def test_the_headline_is_the_mean_of_three_f1_and_follows_from_the_terms(data):
-    dataset = load(data)
+    dataset = load("pope", data)
     texts = answers(dataset, wrong=5)
     found = scored(dataset, texts)
     category = {name: ("adversarial", "random", "popular")[int(name) // 10_000_000] for name in texts}
@@ -110,14 +99,14 @@ def test_the_headline_is_the_mean_of_three_f1_and_follows_from_the_terms(data):
 
 
 def test_the_order_of_answers_does_not_matter(data):
-    dataset = load(data)
+    dataset = load("pope", data)
     texts = answers(dataset, wrong=3)
     mixed = {name: texts[name] for name in sorted(texts, key=lambda name: int(name) % 10_000_000)}
     assert scored(dataset, mixed).values == scored(dataset, texts).values
 
 
 def test_nothing_to_divide_by_is_zero_and_said(data):
-    dataset = load(data)
+    dataset = load("pope", data)
     found = scored(dataset, dict.fromkeys(answers(dataset), "No"))
     assert found.values["f1"] == found.values["precision"] == found.values["recall"] == 0
     assert found.values["accuracy"] == 50
@@ -125,7 +114,7 @@ def test_nothing_to_divide_by_is_zero_and_said(data):
 
 
 def test_a_run_over_the_first_questions_says_which_category_it_saw(data):
-    dataset = load(data)
+    dataset = load("pope", data)
     asked = [question.id for question in dataset.questions[:6]]
     texts = answers(dataset)
     found = dataset.score(asked, {name: texts[name] for name in asked})
@@ -137,7 +126,7 @@ def test_a_run_over_the_first_questions_says_which_category_it_saw(data):
 
 
 def test_lmms_compares_the_whole_text_and_pools_the_categories(data):
-    dataset = load(data, profile="lmms")
+    dataset = load("pope", data, profile="lmms")
     texts = {name: f" {text.upper()} " for name, text in answers(dataset, wrong=5, seed=2).items()}
     found = scored(dataset, texts)
     pairs = [(texts[q.id].strip().lower(), q.answer) for q in dataset.questions]
@@ -147,7 +136,7 @@ def test_lmms_compares_the_whole_text_and_pools_the_categories(data):
 
 def test_lmms_yes_ratio_is_that_of_the_labels_and_other_answers_are_left_out_of_its_recall(data):
     """Bugs of lmms-eval; the ratio of the answers is beside the first."""
-    dataset = load(data, profile="lmms")
+    dataset = load("pope", data, profile="lmms")
     texts = answers(dataset)
     found = scored(dataset, dict.fromkeys(texts, "yes"))
     assert found.values["yes_ratio_lmms"] == 50 and found.values["yes_ratio"] == 100
@@ -161,12 +150,12 @@ def test_lmms_yes_ratio_is_that_of_the_labels_and_other_answers_are_left_out_of_
 
 
 def test_questions_and_splits(data):
-    whole = load(data)
+    whole = load("pope", data)
     first = whole.questions[0]
     assert (first.id, first.question, first.suffix) == ("1", "Is there a dog0 in the image?", SHORT)
     assert (first.images, first.answer) == (("0.jpg",), "yes")
     assert whole.facts["questions"] == {"adversarial": 8, "random": 8, "popular": 8} and whole.max_new_tokens == 128
-    random_only = load(data, "random")
+    random_only = load("pope", data, split="random")
     assert {question.id for question in random_only.questions} == {str(10_000_001 + k) for k in range(8)}
     assert scored(random_only, answers(random_only)).values["f1"] == 100
 
@@ -177,15 +166,15 @@ def test_labels_of_another_version_are_found_by_words(data):
     rows = lines(path)
     extra = {"question_id": 9, "image": "9.jpg", "text": "Is there a cat in the image?", "label": "no"}
     write_lines(path, [extra, *({**row, "question_id": 100 + row["question_id"]} for row in rows)])
-    dataset = load(data)
+    dataset = load("pope", data)
     assert scored(dataset, answers(dataset)).values["f1"] == 100
     write_lines(path, [extra, *rows[:-1]])
     with pytest.raises(UserError, match=r"asks a question that is not in .*random\.json; take question file"):
-        load(data)
+        load("pope", data)
 
 
 def test_the_submission_is_what_the_official_script_looks_up(data):
-    dataset = load(data)
+    dataset = load("pope", data)
     texts = answers(dataset)
     (content,) = dataset.submission(texts).values()
     rows = [json.loads(line) for line in content.splitlines()]
@@ -207,7 +196,7 @@ def write_mirror(folder: Path) -> Path:
 
 @pytest.mark.parametrize("profile", ["llava", "lmms"])
 def test_the_mirror_is_read_without_official_files(tmp_path, profile):
-    dataset = load(write_mirror(tmp_path), profile=profile)
+    dataset = load("pope", write_mirror(tmp_path), profile=profile)
     assert dataset.facts["source"] == "lmms-lab/POPE"
     assert [q.id for q in dataset.questions[:2]] == ["adversarial/1", "adversarial/2"]
     assert dataset.questions[0].suffix == SHORT
@@ -236,7 +225,7 @@ LABEL = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the imag
 def test_bad_files_are_named(data, broken, message):
     broken(data / "pope")
     with pytest.raises(UserError, match=message):
-        load(data)
+        load("pope", data)
 
 
 def edit_first(folder: Path, **changes) -> None:
@@ -248,7 +237,7 @@ def edit_first(folder: Path, **changes) -> None:
 @pytest.mark.parametrize("text", ["", "banana", "yesterday"])
 def test_gibberish_counts_as_yes_with_a_note(data, text):
     """Answers that say neither yes nor no gave an F1 of 66.7 without a word."""
-    dataset = load(data)
+    dataset = load("pope", data)
     names = [question.id for question in dataset.questions]
     found = dataset.score(names, dict.fromkeys(names, text))
     note = f"{len(names)} of {len(names)} answers say neither yes nor no: the official script counts them as yes"

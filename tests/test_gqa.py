@@ -1,12 +1,15 @@
-"""The GQA metric against the official script's printed numbers, and what it does with incomplete input."""
+"""The GQA metric against the official script's printed numbers, GQA's mirror, and the look at a data folder."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from eval import benchmarks, show
 from eval.benchmarks import gqa
 from eval.metrics import accuracy
+from tests.benchmark_files import cell, write_hub
+from tests.eval_fakes import write_gqa
 
 VECTORS = Path(__file__).parent / "data" / "gqa"
 
@@ -87,3 +90,57 @@ def test_distribution_against_the_definition(questions, predictions, score):
         if question["isBalanced"] and question["groups"]["global"] is not None
     ]
     assert score.values["distribution"] == pytest.approx(chi_square_by_the_book(pairs), rel=1e-12)
+
+
+def write_gqa_mirror(data) -> None:
+    rows = [
+        {"id": "1", "question": "Is it red?", "answer": "yes", "imageId": "n1"},
+        {"id": "2", "question": "Which colour?", "answer": "blue", "imageId": "n0"},
+    ]
+    write_hub(data, "lmms-lab/GQA", "testdev", rows, "testdev_balanced_instructions")
+    shown = [{"id": "n0", "image": cell("blue")}, {"id": "n1", "image": cell()}]
+    write_hub(data, "lmms-lab/GQA", "testdev", shown, "testdev_balanced_images")
+
+
+def test_gqa_from_the_mirror(tmp_path):
+    write_gqa_mirror(tmp_path)
+    data = benchmarks.get("gqa").load(tmp_path, "testdev")
+    data.check_images(data.questions)
+    assert data.sample(data.questions[0]).image.getpixel((0, 0)) == (255, 0, 0)
+    assert data.facts["source"] == "lmms-lab/GQA"
+    assert data.score(["1", "2"], {"1": "Yes.", "2": "red"}).values == {"accuracy": 50}
+    write_gqa(tmp_path)
+    assert benchmarks.get("gqa").load(tmp_path, "testdev").facts["source"] == "official"
+    assert benchmarks.get("gqa").load(tmp_path, "testdev", source="mirror").facts["source"] == "lmms-lab/GQA"
+    loose = benchmarks.get("gqa").load(tmp_path, "testdev", "lmms", "mirror")
+    assert loose.max_new_tokens == 16
+    assert loose.score(["1", "2"], {"1": "yes!", "2": "Blue"}).values == {"accuracy": 100}
+
+
+def test_check_says_complete_incomplete_and_absent(tmp_path, capsys):
+    data = write_gqa(tmp_path / "data")
+    assert show.check_data_command([str(data), "gqa"]) == 0
+    assert "gqa            complete\n    GQA testdev: 40 questions about 5 images" in capsys.readouterr().out
+    (data / "gqa" / "data" / "images" / "n3.jpg").unlink()
+    assert show.check_data_command([str(data), "gqa"]) == 1
+    assert "incomplete\n    1 of 5 images are not in" in capsys.readouterr().out
+    (data / "gqa" / "data" / "testdev_balanced_questions.json").unlink()
+    assert show.check_data_command([str(data), "gqa", "--json", str(tmp_path / "r.json")]) == 1
+    out = capsys.readouterr().out
+    assert "testdev_balanced_questions.json is missing: questions1.2.zip of https" in out and "licence: " in out
+    assert json.loads((tmp_path / "r.json").read_text())[0]["state"] == "incomplete"
+    (tmp_path / "empty").mkdir()
+    assert show.check_data_command([str(tmp_path / "empty"), "gqa"]) == 1, "what is asked for and absent was fine"
+    assert "gqa            absent" in capsys.readouterr().out
+    assert show.check_data_command([str(tmp_path / "empty")]) == 1, "so was a folder with nothing"
+
+
+def test_check_finds_a_copy_of_the_mirror(tmp_path, capsys):
+    write_gqa_mirror(tmp_path)
+    assert show.check_data_command([str(tmp_path), "gqa"]) == 0
+    assert "gqa            complete (lmms-lab/GQA)" in capsys.readouterr().out
+
+
+def test_check_names_a_wrong_folder_and_a_wrong_name(tmp_path, capsys):
+    assert show.check_data_command([str(tmp_path / "none")]) == 2 and "No folder at" in capsys.readouterr().err
+    assert show.check_data_command([str(tmp_path), "gqq"]) == 2 and "Did you mean 'gqa'" in capsys.readouterr().err
