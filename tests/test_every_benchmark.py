@@ -1,6 +1,5 @@
 """What holds for every registered benchmark on its embedded data, and full marks for right answers in every format."""
 
-import dataclasses
 import io
 import json
 import subprocess
@@ -76,14 +75,6 @@ def submission_of(data: Dataset, texts: dict[str, str]) -> dict:
     others = [data.submission(dict.fromkeys(texts, text)) for text in ("A", "B", "seven")]
     assert not made or any(made != other for other in others), "the file does not hold the answers"
     return made
-
-
-@pytest.mark.parametrize("submission", [lambda texts: {}, lambda texts: {"answers.json": list(texts)}])
-def test_a_submission_without_the_answers_is_seen(submission):
-    """`submission=lambda texts: {}` passed all tests of a new benchmark."""
-    data = dataclasses.replace(load("gqa", "testdev", "llava"), submission=submission)
-    with pytest.raises(AssertionError):
-        submission_of(data, right(data))
 
 
 def without_times(made: dict) -> dict:

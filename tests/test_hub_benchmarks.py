@@ -76,12 +76,6 @@ def test_extractor_ranks_forms_before_places(text, expected):
     assert accuracy.extract_letter(text) == expected
 
 
-def test_realworldqa_reads_letters_and_words_differently():
-    assert accuracy.realworldqa_score("The answer is B", "B") == 1
-    assert accuracy.realworldqa_score("Downhill.", "downhill") == 1
-    assert accuracy.realworldqa_score("It is downhill", "Downhill") == 0
-
-
 # -- ANLS and relaxed accuracy ---------------------------------------------------------------------------------------
 
 
@@ -94,9 +88,6 @@ def test_anls_equals_the_official_values(row):
     ("prediction", "answer", "expected"),
     [
         ("abcd", "abxx          ", 1 - 2 / 14),  # two edits in texts of 4 and 14 characters as they came
-        ("ab", "abcd", 0.5),  # half right counts, less does not
-        ("ab", "abcde", 0),
-        ("", "", 1),
         # The official script divides by len(text.upper()): "ß" is two letters there.
         ("gasse", "gaße", 1 - 2 / 5),
         ("straße x", "straße", 1 - 2 / 9),
@@ -109,18 +100,6 @@ def test_anls_divides_by_the_raw_length(prediction, answer, expected):
 @pytest.mark.parametrize("row", CHARTQA, ids=lambda row: f"{row['prediction']!r} for {row['target']!r}")
 def test_relaxed_accuracy_equals_lmms_evals(row):
     assert hub_sets.relaxed(row["prediction"], row["target"]) is row["relaxed_correct"]
-
-
-def test_eighteen_of_them_are_right():
-    answers = {str(number): row["target"] for number, row in enumerate(CHARTQA)}
-    texts = {str(number): row["prediction"] for number, row in enumerate(CHARTQA)}
-    types = {name: "human_test" if int(name) < 20 else "augmented_test" for name in answers}
-    mean = accuracy.mean_score(answers, texts, hub_sets.relaxed, {"type": types}, "relaxed_accuracy")
-    score = hub_sets.halves(mean, {"type": types})
-    human = sum(row["relaxed_correct"] for row in CHARTQA[:20])
-    halves = {"human": 100 * human / 20, "augmented": 100 * (18 - human) / 19}
-    assert score.values == pytest.approx({"relaxed_accuracy": 100 * 18 / 39, **halves})
-    assert score.groups["type"]["human_test"] == (score.values["human"], 20)
 
 
 # -- AI2D, ChartQA, RealWorldQA --------------------------------------------------------------------------------------

@@ -142,9 +142,6 @@ def test_bad_files_are_named(tmp_path):
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "7", "9"]}))
     with pytest.raises(UserError, match=r"lacks 1 of the questions in .*pid_splits\.json, the first is 9\."):
         load(tmp_path)
-    (folder / "llava_test_CQM-A.json").write_text(json.dumps([{"id": "4"}]))
-    with pytest.raises(UserError, match=r"entry 1 has no conversations"):
-        load(tmp_path)
     (folder / "problems.json").write_text(json.dumps({"4": PROSE | {"answer": 3}, "7": PICTURE, "9": PROSE}))
     with pytest.raises(UserError, match=r"Problem 4 in .* the index of one of its 3 choices as answer, got 3\."):
         load(tmp_path)
