@@ -139,8 +139,3 @@ def test_check_finds_a_copy_of_the_mirror(tmp_path, capsys):
     write_gqa_mirror(tmp_path)
     assert show.check_data_command([str(tmp_path), "gqa"]) == 0
     assert "gqa            complete (lmms-lab/GQA)" in capsys.readouterr().out
-
-
-def test_check_names_a_wrong_folder_and_a_wrong_name(tmp_path, capsys):
-    assert show.check_data_command([str(tmp_path / "none")]) == 2 and "No folder at" in capsys.readouterr().err
-    assert show.check_data_command([str(tmp_path), "gqq"]) == 2 and "Did you mean 'gqa'" in capsys.readouterr().err

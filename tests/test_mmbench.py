@@ -36,7 +36,6 @@ def test_letters_are_read_as_by_the_official_rules(row):
         ("The answer is a dog", "A"),  # case is ignored after "answer is"
         ("The correct answer is **B** as anybody can see in it", "B"),
         ("I'm sorry, but without the image provided: A", "Z"),
-        ("Z", "Z"),
         ("cat " * 20, ""),  # longer than twice all options
     ],
 )
@@ -50,7 +49,6 @@ def test_quirks_of_vlmevalkits_rules(text, letter):
         ("A is what I would say", ""),
         ("A) is what I would say", "A"),
         ("It is :D.", "D"),
-        ("E", "E"),
         ("cat " * 20, "C"),
     ],
 )

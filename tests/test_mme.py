@@ -70,19 +70,13 @@ def test_every_task_equals_the_official_script_to_the_last_digit():
     ("text", "official", "lmms"),
     [
         ("Yes", "yes", "yes"),
-        ("No, it is not", "no", "no"),
         ("know", "no", "no"),
-        ("nope", "no", "no"),
-        ("eyes", "yes", "yes"),
         ("unknown", "other", "other"),
         ("  yes", "other", "yes"),
         ("..No", "no", "no"),
         ("...yes", "other", "yes"),
         ("Y", "other", "yes"),
         ("n.", "other", "no"),
-        ("", "other", "other"),
-        ("noyes", "no", "no"),
-        ("yesno", "yes", "yes"),
     ],
 )
 def test_a_text_is_read_by_its_first_four_characters(text, official, lmms):

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from eval import benchmarks
 from eval.benchmarks import scienceqa
 from eval.score import score_file
 from llava.errors import UserError
-from tests.benchmark_files import cell, write_hub, write_picture
+from tests.benchmark_files import cell, load, write_hub, write_picture
 
 EDGE = json.loads((Path(__file__).parent / "data" / "scienceqa" / "edge.json").read_text())
 PROBLEMS = {
@@ -83,13 +82,9 @@ def write_mirror(folder: Path) -> Path:
     return write_hub(folder, "lmms-lab/ScienceQA", "test", rows, "ScienceQA-FULL")
 
 
-def load(data: Path, profile: str = "llava", source: str = "auto", split: str = "test"):
-    return benchmarks.get("scienceqa").load(data, split, profile, source)
-
-
 @pytest.mark.parametrize("prompts", [True, False])
 def test_official_questions_with_and_without_an_image(tmp_path, prompts):
-    data = load(write_official(tmp_path, prompts))
+    data = load("scienceqa", write_official(tmp_path, prompts))
     prose, picture = data.questions
     assert picture.question == "Context: Look.\nWhich is red?\nA. sky\nB. rose"
     assert picture.message == f"{picture.question}\n{LETTER}"
@@ -103,7 +98,7 @@ def test_official_questions_with_and_without_an_image(tmp_path, prompts):
 
 
 def test_lmms_eval_asks_the_questions_with_an_image_only(tmp_path):
-    data = load(write_official(tmp_path), "lmms")
+    data = load("scienceqa", write_official(tmp_path), "lmms")
     assert [question.id for question in data.questions] == ["7"]
     assert data.max_new_tokens == 16
     answers = tmp_path / "merge.jsonl"
@@ -112,8 +107,8 @@ def test_lmms_eval_asks_the_questions_with_an_image_only(tmp_path):
 
 
 def test_the_mirror_words_questions_as_the_official_files(tmp_path):
-    mirror = load(write_mirror(tmp_path))
-    official = load(write_official(tmp_path / "other"))
+    mirror = load("scienceqa", write_mirror(tmp_path))
+    official = load("scienceqa", write_official(tmp_path / "other"))
     assert [q.message for q in mirror.questions] == [q.message for q in official.questions]
     assert [q.images for q in mirror.questions] == [(), ("1/image",)]
     assert mirror.facts["source"] == "lmms-lab/ScienceQA"
@@ -121,7 +116,7 @@ def test_the_mirror_words_questions_as_the_official_files(tmp_path):
 
 
 def test_scoring_a_file_and_the_official_scorers_input(tmp_path):
-    data = load(write_official(tmp_path))
+    data = load("scienceqa", write_official(tmp_path))
     texts = {"4": "A", "7": "B. rose"}
     lines = data.submission(texts)["scienceqa_answers.jsonl"]
     (tmp_path / "merge.jsonl").write_text(lines)
@@ -138,10 +133,10 @@ def test_bad_files_are_named(tmp_path):
     folder = write_official(tmp_path) / "scienceqa"
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "8"]}))
     with pytest.raises(UserError, match=r"lacks problems that .* has in test, 1 in all: 8\."):
-        load(tmp_path)
+        load("scienceqa", tmp_path)
     (folder / "pid_splits.json").write_text(json.dumps({"test": ["4", "7", "9"]}))
     with pytest.raises(UserError, match=r"lacks 1 of the questions in .*pid_splits\.json, the first is 9\."):
-        load(tmp_path)
+        load("scienceqa", tmp_path)
     (folder / "problems.json").write_text(json.dumps({"4": PROSE | {"answer": 3}, "7": PICTURE, "9": PROSE}))
     with pytest.raises(UserError, match=r"Problem 4 in .* the index of one of its 3 choices as answer, got 3\."):
-        load(tmp_path)
+        load("scienceqa", tmp_path)

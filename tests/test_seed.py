@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from eval import benchmarks
 from eval.benchmarks import seed
 from eval.benchmarks.llava_files import LETTER
 from eval.score import score_file
 from llava.errors import UserError
-from tests.benchmark_files import cell, write_hub, write_lines, write_picture
+from tests.benchmark_files import cell, load, write_hub, write_lines, write_picture
 
 
 @pytest.mark.parametrize(
@@ -85,13 +84,9 @@ def write_mirror(folder: Path) -> Path:
     return write_hub(folder, "lmms-lab/SEED-Bench", "test", rows)
 
 
-def load(data: Path, name: str = "seed", profile: str = "llava", source: str = "auto"):
-    return benchmarks.get(name).load(data, "test", profile, source)
-
-
 @pytest.mark.parametrize("prompts", [True, False])
 def test_official_files(tmp_path, prompts):
-    dataset = load(write_official(tmp_path, prompts))
+    dataset = load("seed", write_official(tmp_path, prompts))
     questions = {question.id: question for question in dataset.questions}
     assert list(questions) == (["v0", "49#2", "49#1"] if prompts else ["49#1", "49#2", "v0"])
     first = questions["49#1"]
@@ -105,7 +100,7 @@ def test_official_files(tmp_path, prompts):
 
 
 def test_llavas_answer_file_and_the_file_to_upload(tmp_path):
-    dataset = load(write_official(tmp_path))
+    dataset = load("seed", write_official(tmp_path))
     prompts = {question.id: question.message for question in dataset.questions}
     rows = [
         {"question_id": "v0", "prompt": prompts["v0"], "text": "D"},
@@ -127,7 +122,7 @@ def test_llavas_answer_file_and_the_file_to_upload(tmp_path):
 
 def test_the_image_benchmark_takes_answers_to_everything(tmp_path):
     data = write_official(tmp_path)
-    images = load(data, "seed_img")
+    images = load("seed_img", data)
     assert [question.id for question in images.questions] == ["49#2", "49#1"]
     rows = [{"question_id": name, "text": text} for name, text in (("49#1", "A"), ("49#2", "A"), ("v0", "D"))]
     answers = write_lines(tmp_path / "answers.jsonl", rows)
@@ -137,7 +132,7 @@ def test_the_image_benchmark_takes_answers_to_everything(tmp_path):
 
 def test_the_mirror_shows_the_middle_frame_to_llava_and_all_to_lmms_eval(tmp_path):
     data = write_mirror(tmp_path)
-    llava, lmms = load(data), load(data, profile="lmms")
+    llava, lmms = load("seed", data), load("seed", data, profile="lmms")
     assert [question.images for question in llava.questions] == [("0/image/0",), ("0/image/0",), ("2/image/1",)]
     assert lmms.questions[2].images == ("2/image/0", "2/image/1", "2/image/2")
     assert llava.sample(llava.questions[2]).image.getpixel((0, 0)) == (0, 128, 0)
@@ -153,7 +148,7 @@ def test_bad_files_are_named(tmp_path):
     prompts = (folder / "llava-seed-bench.jsonl").read_text().splitlines()
     (folder / "llava-seed-bench.jsonl").write_text("\n".join([*prompts, prompts[0]]))
     with pytest.raises(UserError, match=r"line 4 asks question v0 more often than"):
-        load(tmp_path)
+        load("seed", tmp_path)
     (folder / "llava-seed-bench.jsonl").write_text(prompts[0])
     with pytest.raises(UserError, match=r"lacks 2 of the questions in .*, the first is 49#1"):
-        load(tmp_path)
+        load("seed", tmp_path)
