@@ -257,7 +257,7 @@ def told(data: Dataset, texts: dict[str, str]) -> tuple[Any, ...]:
         return data.questions, data.facts, data.submission(texts)
     score = data.score(list(texts), texts)
     asked = [(q.id, q.message, q.images, q.answer) for q in data.questions]
-    return asked, score.values, score.groups, score.correct, score.notes, data.submission(texts)
+    return asked, score.values, score.groups, score.correct, score.notes, without_times(data.submission(texts))
 
 
 @cache

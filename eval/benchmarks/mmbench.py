@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -325,12 +326,7 @@ def item_of(row: Row, lmms: bool) -> Item:
 
 def ask(row: Row) -> str:
     """LLaVA's wording: hint, question, and the options up to the first that is empty, a line each."""
-    options: list[str] = []
-    for letter in OPTIONS[:4]:
-        option = row.get(letter)
-        if is_none(option):
-            break
-        options.append(str(option))
+    options = [str(option) for option in takewhile(lambda option: not is_none(option), map(row.get, OPTIONS[:4]))]
     lines = [str(row["question"]), option_lines(letters(options))]
     if not is_none(row.get("hint")):
         lines.insert(0, str(row["hint"]))

@@ -39,19 +39,9 @@ SOURCE = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tr
 # LLaVA's loader leaves the length at 128, lmms-eval's task says 16.
 LONGEST = {"llava": 128, "lmms": 16}
 
-# Questions of each task in the release.
-PERCEPTION = {
-    **dict.fromkeys(("existence", "count", "position", "color"), 60),
-    "posters": 294,
-    "celebrity": 340,
-    **dict.fromkeys(("scene", "landmark", "artwork"), 400),
-    "OCR": 40,
-}
-COGNITION = {
-    "commonsense_reasoning": 140,
-    **dict.fromkeys(("numerical_calculation", "text_translation", "code_reasoning"), 40),
-}
-TASKS = PERCEPTION | COGNITION
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+TASKS = (*PERCEPTION, *COGNITION)
 
 # What ends the official questions, where LLaVA has its own instruction.
 PLEASE = " Please answer yes or no."
@@ -135,7 +125,7 @@ def read_official(prompts: Path, profile: str) -> Contents[Item]:
         official = image_name(str(prompt.id), where)
         task, file = official.split("/")[0], f"{stem(official)}.txt"
         if task not in TASKS:
-            raise unknown(f"MME task in {where}", task, list(TASKS))
+            raise unknown(f"MME task in {where}", task, TASKS)
         path = answer_folder(release, task) / file
         if path not in files:
             files[path] = read_truth(path)
@@ -169,7 +159,7 @@ def read_mirror(table: Table, profile: str) -> Contents[Item]:
         official, task = str(record["question_id"]), record["category"]
         asked, truth = record["question"], record["answer"]
         if task not in TASKS:
-            raise unknown(f"MME task in {where}", task, list(TASKS))
+            raise unknown(f"MME task in {where}", task, TASKS)
         if truth.lower() not in ("yes", "no"):
             raise UserError(f"{where} should have the answer Yes or No, got {truth!r}.")
         seen[official] += 1

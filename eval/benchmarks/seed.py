@@ -118,16 +118,15 @@ def load(main: str, data: Path, split: str, profile: str = "llava", source: str 
         return {"seed_upload.jsonl": json_lines(rows)}
 
     kinds = Counter(item.kind for item in items.values())
-    facts: dict[str, Any] = {"questions": len(questions)}
-    facts |= {f"{kind} questions": kinds[kind] for kind in ("image", "video")}
-    facts["videos"] = "all frames of the data set" if lmms and official is None else "the middle frame"
+    shown = "all frames of the data set" if lmms and official is None else "the middle frame"
+    counts = {f"{kind} questions": kinds[kind] for kind in ("image", "video")}
     return replace(contents, questions=questions).dataset(
         "SEED-Bench image part" if images_only else "SEED-Bench",
         profile,
         score,
         lambda question, text: rule(text, question.answer),
         submission,
-        facts,
+        {"questions": len(questions), **counts, "videos": shown},
         # lmms-eval's task names no length; its LLaVA then generates up to 1,024 tokens.
         max_new_tokens=1024 if lmms else 128,
         # An answer file over all questions holds the answers to those about images.

@@ -138,11 +138,7 @@ def load(one: VideoSet, data: Path, split: str, profile: str = "llava", source: 
             rows.append(row | {"answer": entries[name].answer, "pred": text.strip()})
         return {"merge.jsonl": json_lines(rows)}
 
-    facts = {
-        "answers": "joined with questions by question_id",
-        "questions of the whole set": one.count,
-        "official judge": judging.official,
-    }
+    facts = {"questions of the whole set": one.count, "official judge": judging.official}
     more = {"max_new_tokens": LMMS_NEW_TOKENS if lmms else MAX_NEW_TOKENS, "judging": judging}
     return Contents(where, tuple(questions), entries, Videos(videos), mark).dataset(
         f"{one.title} test", profile, judging.match, None, submission, facts, **more
