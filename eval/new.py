@@ -32,7 +32,7 @@ WRITERS = {
 # Kind -> tests over all of its names, and those that look at the pages and at the whole repository.
 OVER_ALL = {
     "method": ("every_method", "next", "golden", "oracle", "dispatched"),
-    "benchmark": ("every_benchmark", "benchmark_pages", "question_files"),
+    "benchmark": ("every_benchmark", "benchmark_pages"),
 }
 WHOLE = {
     "method": ("structure", "readme"),

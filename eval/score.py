@@ -19,9 +19,8 @@ from eval import benchmarks
 from eval.answers.jsonl import read_json, write_json
 from eval.answers.reading import Answers, read_answers
 from eval.answers.reuse import OF_THE_SCORE, RESULT, check_images, joint_differences, read_stored, results_folder
-from eval.benchmarks.base import Benchmark, Dataset, Question
+from eval.benchmarks.base import Dataset
 from eval.command import Parser, add_data_flags, exit_on_user_error, make_parser, open_dataset
-from eval.config import DEFAULT_DATA
 from eval.judging.choice import check_judge, score_answers
 from eval.results import statistics
 from eval.results.report import score_lines, scored
@@ -37,16 +36,6 @@ def score_file(path: Path, data: Dataset, partial: bool = False, judge: str = "a
     record = scored(score, asked)
     record["notes"] += answers.notes
     return {"title": data.title, "facts": {**data.facts, **judged}, "available": len(data.questions), **record}
-
-
-def score_alone(path: Path, benchmark: Benchmark, partial: bool = False) -> dict[str, Any] | None:
-    """The record of a file that holds its references; None if it does not, or the benchmark has no such format."""
-    score = benchmark.score_alone(path, partial) if benchmark.score_alone is not None else None
-    if score is None:
-        return None
-    record = scored(score, [Question(name, "", "", (), "") for name in score.correct])
-    record["notes"].append("scored with the references in the answer file itself; its questions were not checked")
-    return {"title": benchmark.name, "facts": {"source": "answer file"}, "available": record["questions"], **record}
 
 
 def compare(
@@ -151,12 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("benchmark", help=f"one of: {', '.join(benchmarks.names())}")
     p.add_argument("--answers", required=True, help="answers.jsonl, LLaVA's merge.jsonl, or a list of predictions")
     args = p.parse_args(arguments)
-    path, benchmark = Path(args.answers), benchmarks.get(args.benchmark)
-    has_data = args.data != str(DEFAULT_DATA) and benchmark.is_in(Path(args.data))
-    record = None if has_data else score_alone(path, benchmark, args.partial)
-    if record is None:
-        data = open_dataset(args.benchmark, args.data, args.split, args.profile, args.source)
-        record = score_file(path, data, args.partial, args.judge)
+    data = open_dataset(args.benchmark, args.data, args.split, args.profile, args.source)
+    record = score_file(Path(args.answers), data, args.partial, args.judge)
     print("\n".join([f"{record['title']}, {record['questions']:,} questions", *score_lines(record)]))
     if args.json:
         write_json(Path(args.json), record)

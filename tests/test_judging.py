@@ -12,7 +12,7 @@ from eval.answers.jsonl import read_jsonl
 from eval.benchmarks.base import Dataset, Question
 from eval.benchmarks.media import Folder
 from eval.judging import Judging, Request, choice, prompts
-from eval.judging.choice import Store, ask, check_judge, line, lines_of, score_answers, unjudged
+from eval.judging.choice import Store, ask, check_judge, line, lines_of, score_answers
 from eval.judging.judges import Endpoint, configured, endpoint
 from eval.metrics import Score
 from llava.errors import UserError
@@ -89,7 +89,7 @@ def judging(**changes) -> Judging:
 
 def data_with(how: Judging | None) -> Dataset:
     questions = tuple(Question(name, "?", "", (), "") for name in ASKED)
-    return Dataset("Toy", questions, Folder(None), "", unjudged(how) if how else None, None, dict, judging=how)
+    return Dataset("Toy", questions, Folder(None), "", how.match if how else None, None, dict, judging=how)
 
 
 def at(server, **changes) -> Endpoint:

@@ -21,8 +21,8 @@ from llava.errors import UserError
 
 # The names that id and text have in LLaVA's answer files, in official prediction files, in lmms-eval's samples and in
 # Video-LLaVA's (whose "answer" is the reference: the prediction's names come first).
-IDS = ("question_id", "questionId", "id", "index", "image")
-TEXTS = ("text", "prediction", "pred", "filtered_resps", "resps", "answer")
+IDS = ("question_id", "questionId", "id", "index", "image", "image_id")
+TEXTS = ("text", "prediction", "pred", "filtered_resps", "resps", "answer", "caption")
 # Share of recorded prompts without their question from which a file counts as answers to other questions.
 REFUSED = 0.5
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,26 +101,7 @@ def score_answers(
     if judging is None:
         return data.score(asked, texts), {}
     score, facts = _score(judging, judge, asked, texts, answers)
-    return with_extra(judging, score, asked, texts), {"judge": facts}
-
-
-def unjudged(judging: Judging) -> Callable[[Sequence[str], Mapping[str, str]], Score]:
-    """`Dataset.score` of a judged benchmark: what can be said about answers without any judge."""
-    return lambda asked, texts: with_extra(judging, judging.match(asked, texts), asked, texts)
-
-
-def with_extra(judging: Judging, score: Score, asked: Sequence[str], texts: Mapping[str, str]) -> Score:
-    """The numbers that need no judge beside the judged ones."""
-    if judging.extra is None:
-        return score
-    more = judging.extra(asked, texts)
-    return dataclasses.replace(
-        score,
-        values=score.values | more.values,
-        groups=score.groups | more.groups,
-        notes=(*score.notes, *more.notes),
-        points=score.points | more.points,
-    )
+    return score, {"judge": facts}
 
 
 def _score(judging: Judging, judge: str, asked: Sequence[str], texts: Mapping[str, str], answers: Path) -> Scored:
