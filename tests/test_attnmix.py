@@ -11,7 +11,6 @@ from attnmix.method import (
     AttnMix,
     adaptive_count,
     best_split,
-    crop_pool,
     forced_count,
     mix,
     ordered,
@@ -227,25 +226,6 @@ def test_half_is_half(budget):
 
 
 # -- crops, options, errors -------------------------------------------------------------------------------------------
-
-
-def test_a_pool_per_crop_lets_no_crop_take_all():
-    """Saliency is in crop 0 alone: over all crops it takes everything, with a pool of each crop it cannot."""
-    saliency = torch.cat([torch.linspace(1.0, 0.9, 16), torch.full((32,), 0.001)])[None]
-    given = state(torch.ones(1, 48, 8), saliency, crops=3)
-    kept = {p: AttnMix(budget=12, mix="cls", pool=p).prompt(given).kept[0] // 16 for p in ("global", "crop")}
-    assert torch.bincount(kept["global"], minlength=3).tolist() == [12, 0, 0]
-    assert torch.bincount(kept["crop"], minlength=3).tolist() == [4, 4, 4]
-    assert crop_pool(saliency, 3, 2).nonzero()[:, 1].tolist() == [0, 1, 16, 17, 32, 33]
-
-
-def test_a_pool_is_large_enough_for_budgets_that_do_not_divide():
-    text, saliency = scores(8, 2, 48)
-    saliency = saliency.masked_fill(~crop_pool(saliency, 3, -(-14 // 3)), -torch.inf)
-    kept = mix(text, saliency, adaptive_count(ordered(text)[0], ordered(saliency)[0], 14, 0.25), 14)
-    assert kept.shape == (2, 14) and (kept.diff() > 0).all()
-    by_text = torch.isinf(saliency.gather(1, kept)).sum(1)  # outside the pool only the text chooses
-    assert (by_text <= adaptive_count(ordered(text)[0], ordered(saliency)[0], 14, 0.25)).all()
 
 
 def test_a_question_without_words_is_refused():

@@ -16,7 +16,7 @@ from llava.reduction.scores import TowerScore
 from llava.reduction.token_layout import PatchGrid
 from tests.conftest import samples
 
-CHOICES = {"alpha": 0.3, "cross_top": 0, "temperature": 0.5, "rrf_k": 60.0, "gate_beta": 2.0}
+CHOICES = {"alpha": 0.3, "cross_top": 0}
 
 
 def saliencies(seed=0, images=3, tokens=20):
@@ -47,16 +47,14 @@ def fuse_by_the_book(v: list[float], c: list[float], rule: str, keep: int) -> li
         scale = lambda s: [(x - mean(s)) / deviation(s) for x in s]  # noqa: E731
         return [a * x + (1 - a) * y for x, y in zip(scale(v), scale(c), strict=True)]
     if rule == "log":
-        t = CHOICES["temperature"]
-        return [a * math.log(x / sum(v)) + (1 - a) * math.log(y / sum(c)) / t for x, y in zip(v, c, strict=True)]
+        return [a * math.log(x / sum(v)) + (1 - a) * math.log(y / sum(c)) for x, y in zip(v, c, strict=True)]
     if rule == "rrf":
-        k = CHOICES["rrf_k"]
-        return [a / (k + x + 1) + (1 - a) / (k + y + 1) for x, y in zip(place(v), place(c), strict=True)]
+        return [a / (60 + x + 1) + (1 - a) / (60 + y + 1) for x, y in zip(place(v), place(c), strict=True)]
     if rule == "cross_first":
         head = round((1 - a) * keep)
         return [x + (2 if y < head else 0) for x, y in zip(rank(v), place(c), strict=True)]
     if rule == "gate":
-        return [x * (1 + CHOICES["gate_beta"] * y / mean(c)) for x, y in zip(v, c, strict=True)]
+        return [x * (1 + y / mean(c)) for x, y in zip(v, c, strict=True)]
     raise NotImplementedError(f"write the definition of the fusion rule {rule!r} here, with loops")
 
 

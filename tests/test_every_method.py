@@ -16,6 +16,7 @@ from llava.model.builder import load
 from llava.model.llava_arch import Llava
 from llava.processing.prompt import Sample
 from llava.reduction import registry
+from llava.reduction.budget import require
 from llava.reduction.reducer import Reducer
 from llava.reduction.token_layout import ModelSpec, PatchGrid
 from tests import contract
@@ -222,9 +223,9 @@ def test_is_refused_exactly_where_a_need_is_not_met(name, tiny):
     shallow = dataclasses.replace(spec, layers=1)
     if "decoder" in reducer.acts_in:
         with pytest.raises(UserError, match="layer"):
-            reducer.check(shallow)
+            require(reducer, shallow)
     else:
-        reducer.check(shallow)
+        require(reducer, shallow)
 
 
 def test_a_planted_answer_is_looked_for(name):
@@ -261,11 +262,10 @@ REFUSED = [  # method, budget and options; decoder layers of a model of 576 toke
     ("consensusdrop 8 probe=contextual", 32, "needs a probe_layer of at least 1"),
     ("consensusdrop 8 probe_layer=4", 4, "probe_layer must be below 4"),
     ("consensusdrop 8 merged_share=1", 32, "merged_share must be at least 0 and below 1"),
-    ("consensusdrop 8 temperature=0", 32, "temperature must be above 0"),
     ("dart 36", 32, "36.94 to 576. Set dart.schedule=kept"),
     ("dart 100 layer=9", 8, "acts before layer 9"),
     ("fastv 64", 8, "mean of 64 .* reaches 72.88 to 576. Set fastv.schedule=kept"),
-    ("fastv 64 layer=-1", 32, "ascend from 1"),
+    ("fastv 64 layer=-1", 32, "fastv.layer must be at least 0"),
     ("fastv 64 layer=32", 32, "32 layers"),
     ("globalcom2 8 temperature=nan", 32, "temperature must be above 0"),
     ("globalcom2 8 crops=global", 32, "crops must be one of adaptive, each, thumbnail"),
@@ -273,9 +273,6 @@ REFUSED = [  # method, budget and options; decoder layers of a model of 576 toke
     ("prumerge 8 fixed=true", 32, "official=true"),
     ("prumerge_plus 64 official=true fixed=true", 32, "no such grid, near it are 55, 61, 65, 73"),
     ("prumerge_plus 8 spatial=1.5", 32, "spatial"),
-    ("pyramiddrop 128 layers=2,10", 32, "layers"),
-    ("pyramiddrop 128 layers=10,2,20", 32, "layers"),
-    ("pyramiddrop 128 layers=2,10,32", 32, "layers"),
     ("pyramiddrop 30", 32, "all 576 enter.* 36.94 to 324"),
     ("pyramiddrop 400", 32, "fixed shares.* 36.94 to 324"),
     ("pyramiddrop 192 schedule=paper", 32, "schedule=paper has a mean of 270 .* ask for a budget of 270"),
@@ -290,8 +287,6 @@ REFUSED = [  # method, budget and options; decoder layers of a model of 576 toke
     ("visiondrop 64 start=4", 32, "start=4 spends the whole budget on the first 8 of 32 layers"),
     ("visiondrop 64", 3, "do not fit into 3 decoder layers"),
     ("visionzip 8 contextual=1", 32, "visionzip.contextual must be at least 0 and below 1"),
-    ("vscan 8 layers=3,4", 32, "vscan.layers must be one decoder layer"),
-    ("vscan 8 layers=4", 4, r"must be below 4 \(decoder layers\), got 4"),
 ]
 
 
