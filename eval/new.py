@@ -30,8 +30,9 @@ WRITERS = {
     ),
 }
 # Kind -> tests over all of its names, and those that look at the pages and at the whole repository.
+FAMILIES = ("selection_methods", "merging_methods", "decoder_methods", "tile_methods")
 OVER_ALL = {
-    "method": ("every_method", "next", "golden", "oracle", "dispatched"),
+    "method": ("every_method", "next", "golden", "oracle", "dispatched", *FAMILIES),
     "benchmark": ("every_benchmark", "benchmark_pages"),
 }
 WHOLE = {
