@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from eval import benchmarks, tracking
-from eval.answers import differences, result_folder
+from eval.answers import differences
 from eval.answers.jsonl import read_json, read_jsonl, write_json
-from eval.answers.reuse import RESULT, check_reuse, read_stored
+from eval.answers.reuse import check_reuse
 from eval.ask import Job
 from eval.benchmarks.base import Dataset
 from eval.command import exit_on_user_error
@@ -41,7 +41,6 @@ from llava.model.llava_arch import Llava
 from llava.reduction import registry
 from llava.reduction.reducer import Reducer
 
-Credits = dict[str, float]
 CELL_SECONDS = 24 * 3600  # a setting is a whole run
 
 
@@ -52,48 +51,6 @@ class Setting:
     method: str
     budget: int | None
     options: dict[str, str] = field(default_factory=dict)
-
-
-def sweep(
-    settings: Sequence[Setting],
-    model: CachingLlava,
-    data: Path,
-    split: str,
-    output: Path,
-    batch_size: int = 48,
-    benchmark: str = "gqa",
-    limit: int | None = None,
-    wandb: str = "auto",
-) -> list[Credits]:
-    """Run every setting on the first `limit` questions, or all.
-
-    The sweep is one W&B run with a table of all settings.
-
-    Returns:
-        Question id -> sample score, in the order of `settings`.
-    """
-    folders = [folder_of(output, model, benchmark, split, setting, data) for setting in settings]
-    model.expect([reducer_of(setting, model.visual_tokens) for setting in settings])
-    common = RunConfig(FULL, None, benchmark, split, data=data, batch_size=batch_size, limit=limit, wandb="disabled")
-    configs = [
-        dataclasses.replace(
-            common, method=one.method, budget=one.budget, options=one.options, output=folder, failed="again"
-        )
-        for one, folder in zip(settings, folders, strict=True)
-    ]
-    missing = [config for config in configs if not is_finished(config, model)]
-    place = placement.here() if len(missing) > 1 else None
-    if place is not None:
-        fill_on_ranks(missing, model.loaded_with, folders[0].parent, place)
-        missing = []
-    for config in tqdm(missing, desc=f"sweep {split}", unit="setting"):
-        fill(config, model)
-    results = [credits_of(folder, data, split, benchmark, limit) for folder in folders]
-    known = dataset(benchmark, data, split).questions
-    found = [read_json(result_folder(folder, len(known[:limit]), len(known)) / RESULT) for folder in folders]
-    about = {"benchmark": benchmark, "split": split, "model": model.name, "limit": limit}
-    log_table(wandb, settings, folders, found, about)
-    return results
 
 
 @dataclass(frozen=True)
@@ -275,38 +232,6 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def log_table(
-    wandb: str,
-    settings: Sequence[Setting],
-    folders: Sequence[Path],
-    found: Sequence[Mapping[str, Any]],
-    about: dict[str, object],
-) -> None:
-    """Log a finished sweep as one W&B run; the same sweep in the same folder continues its run.
-
-    Args:
-        folders, found: of each setting its folder, and the result of as many questions as the sweep asked.
-    """
-    if not folders:
-        return
-    digest = hashlib.sha256(json.dumps([folder.name for folder in folders]).encode()).hexdigest()[:8]
-    config = about | {"settings": len(settings), "methods": sorted({setting.method for setting in settings})}
-    tracker = tracking.start(
-        wandb,
-        folders[0].parent,
-        config,
-        job_type="sweep",
-        tags=["sweep", about["benchmark"], about["split"], about["model"]],
-        id_file=f"wandb_id-{digest}",
-    )
-    rows = [
-        (setting.method, result["budget"], describe(setting), *tracking.headline(result, folder))
-        for setting, result, folder in zip(settings, found, folders, strict=True)
-    ]
-    tracker.table("settings", ("method", "budget", "options", *tracking.HEADLINE), rows)
-    tracker.close(failed=False)
-
-
 def is_finished(config: RunConfig, model: Llava, device: str | None = None) -> bool:
     """Whether this very run is complete in its folder: same settings, labels, prompts and images, all its questions.
 
@@ -338,10 +263,6 @@ def is_complete(job: Job, device: str | None = None) -> bool:
     return True
 
 
-def describe(setting: Setting) -> str:
-    return ", ".join(f"{key}={value}" for key, value in setting.options.items())
-
-
 def reducer_of(setting: Setting, tokens: int) -> Reducer:
     """The method of a setting; `tokens` are the model's visual tokens, the budget of `full`."""
     has_ratio = RETENTION_RATIO in setting.options
@@ -367,18 +288,6 @@ def name_of(setting: Setting, tokens: int) -> str:
     whole = json.dumps(dataclasses.asdict(reducer), sort_keys=True)
     tail = "".join(f",{key}={value}" for key, value in sorted(setting.options.items()))
     return f"{setting.method}-{reducer.budget}{tail}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
-
-
-def credits_of(folder: Path, data: Path, split: str, benchmark: str = "gqa", limit: int | None = None) -> Credits:
-    """Question id -> sample score, from a finished run's answers to the first `limit` questions, or all."""
-    found = dataset(benchmark, data, split)
-    questions = {question.id: question for question in found.questions[:limit]}
-    if found.sample_score is None:
-        raise UserError(
-            f"{benchmark} has no score for a single answer, which a sweep compares; take another benchmark."
-        )
-    texts = read_stored(result_folder(folder, len(questions), len(found.questions)), found).texts
-    return {name: found.sample_score(questions[name], text) for name, text in texts.items()}
 
 
 _DATASETS: dict[tuple[str, Path, str], Dataset] = {}
