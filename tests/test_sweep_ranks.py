@@ -1,12 +1,18 @@
-"""`vtr eval` with several benchmarks, methods and budgets writes the files of single runs."""
+"""`vtr eval` with several runs in a call, and over ranks that hold one model: the files of single runs."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from eval import sweep as sweep_module
 from eval.__main__ import main
+from eval.config import ROOT
 from eval.parallel.ranks import Rank
+from tests.eval_fakes import write_gqa
 
 pytestmark = pytest.mark.process
 
@@ -80,12 +86,9 @@ def test_every_combination_that_cannot_run_is_named_before_the_first_question(ti
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--method", "full,uniform"], "Method uniform needs --budget"),
         (["--method", "uniform,unifrom", "--budget", "8"], "gqa, unifrom at 8: Unknown method 'unifrom'. Did you mean"),
-        (["--method", "uniform", "--budget", "8,x"], "--budget should be a whole number of visual tokens"),
         (["--method", "uniform", "--budget", "8,4", "--output", "o"], "--output is the folder of one run"),
         (["--method", "uniform", "--budget", "8,4", "--tensor-parallel", "2"], "one benchmark, method and budget"),
-        (["--method", "uniform", "--budget", "8", "--benchmark", "gqa,gqb"], "Did you mean 'gqa'"),
         (["--method", "uniform", "--budget", "8", "--benchmark", "gqa,pope", "--split", "testdev"], "split of pope"),
     ],
 )
@@ -103,3 +106,46 @@ def test_benchmarks_with_toy_models_of_their_own_are_grouped(tmp_path, monkeypat
     assert main([*words, "--wandb", "disabled"]) == 0
     assert [Path(name).name for name in loaded] == ["tinyllava", "tinyllava_instruct"]
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[-3:]] == ["gqa", "textvqa", "pope"]
+
+
+# -- one model over several real ranks -------------------------------------------------------------------------------
+
+SPLIT = {"tensor parallel": ["--tensor-parallel", "2"], "zero": ["--zero", "cpu", "--zero-ranks", "2"]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_gqa(tmp_path_factory.mktemp("gqa"), count=30)
+
+
+def ask(tiny_path, data, output, *words: str, **environment: str) -> dict:
+    flags = ["--method=consensusdrop", "--budget=4", "--max-new-tokens=4", "--batch-size=3", "--wandb=disabled"]
+    command = [sys.executable, "-m", "eval", *flags, "--model", str(tiny_path), "--data", str(data)]
+    done = subprocess.run(
+        [*command, "--output", str(output), *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((output / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_path, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "o"
+    ask(tiny_path, data, output)
+    return output
+
+
+@pytest.mark.parametrize("how", SPLIT)
+def test_ranks_that_hold_one_model_answer_as_one_process(how, tiny_path, data, alone, tmp_path):
+    result = ask(tiny_path, data, tmp_path / "o", *SPLIT[how], RANKS="2")
+    assert (tmp_path / "o" / "answers.jsonl").read_bytes() == (alone / "answers.jsonl").read_bytes()
+    (part,) = result["throughput"]["ranks"]  # one replica
+    assert part["questions"] == 30 and part["rank"] == 0
+    assert result["timing"]["ttft"]["batches"] == 10, "both ranks take part in the pass that times the first token"
+    before = json.loads((alone / "result.json").read_text())
+    for key in ("metrics", "audit", "flops", "settings"):
+        assert result[key] == before[key]
