@@ -25,22 +25,19 @@ from eval.config import (
     options_by_method,
     pairs,
     path_name,
-    table_name,
 )
 from eval.parallel import placement
 from eval.parallel.launch import launch
 from llava.budget import RETENTION_RATIO, count_or_ratio
 from llava.errors import UserError
 
-# More questions than any benchmark has.
-LARGEST_BATCH = 1_000_000
 # Exit code of a run that has a result, but not for all questions.
 SOME_FAILED = 3
 
 
 # Flag -> what argparse must know of it; default and help are those of the setting of this name in RunConfig.
 FLAGS: dict[str, dict[str, Any]] = {
-    "batch_size": {"type": value(count, maximum=LARGEST_BATCH)},
+    "batch_size": {"type": value(count)},
     "limit": {"type": value(count)},
     "quantization": {"choices": ("8bit", "4bit")},
     "compile": {"action": "store_true"},
@@ -50,7 +47,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "max_new_tokens": {"type": value(count)},
     "seed": {"type": value(count, minimum=0, maximum=2**32 - 1)},
     "wandb": {"choices": ("auto", "online", "offline", "disabled")},
-    "table": {"type": value(table_name), "metavar": "NAME"},
+    "table": {"metavar": "NAME"},
     "tensor_parallel": {"type": value(count), "metavar": "N"},
     "zero": {"metavar": "PLACE"},
     "zero_ranks": {"type": value(count), "metavar": "N"},

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import eval.run
 from eval import __main__ as command
 from eval import run
-from eval.answers import AnswerStore
+from eval.answers.store import AnswerStore
 from eval.parallel import launch, ranks
 from tests.eval_fakes import FakeLlava
 from tests.shard_worker import kill_before_call

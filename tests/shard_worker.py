@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from eval.answers import AnswerStore, answer_id, settings_hash
+from eval.answers.store import AnswerStore, answer_id, settings_hash
 
 SETTINGS = {"model": "m", "config": {"alpha": 0.5}, "dtype": "float32"}
 KNOWN = [f"q{number:03}" for number in range(60)]

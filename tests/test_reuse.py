@@ -317,7 +317,7 @@ def test_temporary_files_of_killed_runs_are_removed(data, tmp_path):
     names = (f".predictions.json.{dead}", f".answers.jsonl.{alive}", f"limit5/.result.json.{dead}")
     litter = [output / name for name in (*names, f"limit5/mme_results/.OCR.txt.{alive}")]
     # Not a temporary file, moved aside, or in the folder of another run.
-    names = (".notes.txt", ".settings.1", f"replaced-1/.result.json.{dead}", "other/lock", f"other/.result.json.{dead}")
+    names = (".notes.txt", ".settings.1", "other/lock", f"other/.result.json.{dead}")
     kept = [output / name for name in names]
     for path in litter + kept:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.answers import Shard
+from eval.answers.store import Shard
 from eval.config import ROOT
 from llava.errors import UserError
 from tests.shard_worker import KNOWN, SETTINGS, describe, line, open_store
@@ -35,7 +35,7 @@ def names(numbers: str) -> list[str]:
 
 
 def timed(store) -> list[str]:
-    return [name for batch in store.timing for name in batch["question_ids"]]
+    return [name for batch in store.timing_of(store.answers) for name in batch["question_ids"]]
 
 
 # -- merging -------------------------------------------------------------------------------------------------------
@@ -48,10 +48,10 @@ def test_merging_takes_every_answer_with_its_timing_and_its_process(tmp_path):
         write_shard(tmp_path, "w", 1, "3", "4 6")
         assert store.merge() == 6
         assert list(store.answers) == names("0 1 2 5 3 4 6")
-        assert [(" ".join(t["question_ids"]), t.get("rank")) for t in store.timing] == [
+        assert [(" ".join(t["question_ids"]), t.get("rank")) for t in store.timing_of(store.answers)] == [
             ("q000", None), ("q001 q002", 0), ("q005", 0), ("q003", 1), ("q004 q006", 1)
         ]  # fmt: skip
-        assert store.timing_of(names("1 2 4 6 3 9")) == [store.timing[n] for n in (1, 3, 4)]
+        assert store.timing_of(names("1 2 4 6 3 9")) == [store.timing_of(store.answers)[n] for n in (1, 3, 4)]
         store.add([line("q007")], {})
         made = {run["run"] if run else None: count for run, count in store.origins(KNOWN)}
         assert made["start w 0"] == made["start w 1"] == 3
@@ -139,7 +139,7 @@ def test_a_torn_line_of_a_killed_rank_is_cut_and_nothing_else(tmp_path, cut):
         # Without its newline only, the last answer is whole and stays.
         assert list(store.answers) == names("0 1 2 8" if cut == 1 else "0 1 2")
         # The seconds of half a batch are not known.
-        assert len(store.timing) == (2 if cut == 1 else 1)
+        assert len(store.timing_of(store.answers)) == (2 if cut == 1 else 1)
     text = (tmp_path / "answers.jsonl").read_bytes()
     assert text.endswith(b"\n") and (text == whole if cut == 1 else whole.startswith(text))
 
@@ -156,32 +156,6 @@ def test_a_question_that_two_ranks_answered_counts_once(tmp_path):
         assert timed(store) == names("0 3 4 5 7")
         assert [(r["run"], n) for r, n in store.origins(names("1 2 3 4"))] == [("start a 0", 4)]
         assert [(r["run"], n) for r, n in store.origins(names("5 6 7"))] == [("start b 0", 3)]
-
-
-def test_the_answer_of_the_earlier_start_counts(tmp_path):
-    """Names of worlds are random: their order says nothing."""
-    with open_store(tmp_path) as store:
-        for world, begun in (("a", "2026-11-22T10:00"), ("z", "2026-11-22T09:00")):
-            with Shard(tmp_path, world, 0, describe(world) | {"run": begun}) as shard:
-                shard.add([line("q001", begun)], {})
-        store.merge()
-        assert store.answers["q001"]["text"] == "2026-11-22T09:00"
-
-
-def test_different_answers_to_one_question_are_kept_and_said(tmp_path):
-    with open_store(tmp_path) as store:
-        for world, text in (("a", "yes"), ("b", "no")):
-            with Shard(tmp_path, world, 0, describe(world)) as shard:
-                shard.add([line("q001", text)], {})
-        assert store.merge() == 1
-        assert store.answers["q001"]["text"] == "yes"
-    with open_store(tmp_path) as store:
-        assert store.answers["q001"]["text"] == "yes"
-        assert store.remarks == [
-            "1 question was answered by two ranks in different words (q001); the first answer counts, and the other is "
-            "in conflicts.jsonl"
-        ]
-    assert [row["text"] for row in rows(tmp_path / "conflicts.jsonl")] == ["no"]
 
 
 def test_a_process_of_an_earlier_start_stops_after_its_shard_was_merged(tmp_path):
@@ -201,10 +175,10 @@ def test_a_process_of_an_earlier_start_stops_after_its_shard_was_merged(tmp_path
 def content(folder: Path) -> dict[str, object]:
     """What a merged store says, without the order of the answers and the names of the processes."""
     with open_store(folder) as store:
-        timed = [name for t in store.timing for name in t["question_ids"]]
+        timed = [name for t in store.timing_of(store.answers) for name in t["question_ids"]]
         assert len(timed) == len(set(timed)), "a batch was timed twice"
         assert all(run is not None for run, _ in store.origins(store.answers))
-        for batch in store.timing:
+        for batch in store.timing_of(store.answers):
             runs = store.origins(batch["question_ids"])
             assert [(run["run"], count) for run, count in runs] == [(batch["run"], batch["questions"])]
         return {
@@ -231,12 +205,12 @@ def test_a_merge_survives_a_kill_in_every_system_call(tmp_path):
     copies = killed_in_every_call(tmp_path)
     assert len(copies) > 40
     expected = content(copies[-1])
-    assert len(expected["answers"]) == 21 and expected["failures"] == ["q050", "q051"] and expected["remarks"]
+    assert len(expected["answers"]) == 21 and expected["failures"] == ["q050", "q051"]
     for copy in copies:
         assert content(copy) == expected, copy
-        for name, count in (("timing.jsonl", 5), ("runs.jsonl", 3), ("failures.jsonl", 2), ("conflicts.jsonl", 1)):
+        for name, count in (("timing.jsonl", 5), ("runs.jsonl", 3), ("failures.jsonl", 2)):
             assert len(rows(copy / name)) == count, (copy, name)
-        assert {path.name for path in copy.iterdir()} == NAMED | {"conflicts.jsonl"}
+        assert {path.name for path in copy.iterdir()} == NAMED
 
 
 def killed_in_every_call(folder: Path) -> list[Path]:
@@ -283,4 +257,4 @@ def test_a_merge_that_fails_half_way_is_undone(tmp_path, monkeypatch):
         monkeypatch.undo()
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     with open_store(tmp_path) as store:
-        assert list(store.answers) == names("0 1 2") and len(store.timing) == 2
+        assert list(store.answers) == names("0 1 2") and len(store.timing_of(store.answers)) == 2

@@ -60,13 +60,6 @@ def test_lists_write_the_stores_of_single_runs(single, tiny_path, tmp_path, monk
     assert len(single) == 6 and stores(tmp_path) == single and len(loaded) == 1
     out = capfd.readouterr().out.splitlines()
     assert len([line for line in out if line.endswith((" ms for a batch of 6.", " TTFT n/a."))]) == 6
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out if line.startswith("| ")]
-    assert [row[:3] for row in rows[1:4]] == [
-        ["gqa", "full", ""],
-        ["gqa", "fastervlm", "8"],
-        ["gqa", "fastervlm", "0.25"],
-    ]
-    assert rows[0][3:6] == ["score", "% of full", "tokens per layer"] and rows[1][5] == "16.0"
     monkeypatch.setattr(sweep_module, "run", None)
     monkeypatch.setattr(sweep_module, "launch", None)
     assert evaluate(tmp_path, monkeypatch, tiny_path, *LISTS, ranks=ranks) == 0, "finished runs were asked again"

@@ -123,6 +123,13 @@ def test_insert_replaces_only_between_its_markers(tmp_path):
         insert(page, "z", "")
 
 
+def test_views_made_ahead_are_never_taken_for_those_of_another_image(tiny, tmp_path):
+    """They were found by the id of an image that was gone: the next run on the model could get another one's views."""
+    data, model = write_gqa(tmp_path / "data", count=6), CachingLlava(tiny)
+    fill(cell(model, data, tmp_path / "out"), model)
+    assert model.ready_views and all(id(image) == name for name, (image, _) in model.ready_views.items())
+
+
 def test_a_setting_that_was_interrupted_after_a_failure_goes_on(tiny, tmp_path):
     """The sweep asked the failed questions alone, and ended because the others had not been asked."""
     data, model = write_gqa(tmp_path / "data", count=6), CachingLlava(tiny)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import __main__ as command
 from eval import tracking
 from eval.config import RunConfig
 from eval.figures.overlay import GAP
@@ -140,12 +139,6 @@ def test_group_job_type_name_and_tags_of_the_environment_hold(tmp_path, monkeypa
     logged = read_run(find_runs(tmp_path / "out" / "limit8")[0])
     assert (logged.group, logged.job_type, logged.display_name) == ("mine", "trial", "monday")
     assert {"a", "b", "llava-1.5"} <= set(logged.tags) and logged.config["table"] == "llava-1.5"
-
-
-@pytest.mark.parametrize("name", ["", " ", "x" * 65, "two\nlines"])
-def test_a_table_needs_a_name_that_can_be_a_tag(name, capsys):
-    assert command.main(["--method", "full", "--table", name]) == 2
-    assert capsys.readouterr().err.startswith("--table should be a name of 1 to 64 printable characters, got ")
 
 
 def test_the_key_is_in_no_file_of_a_run_and_never_printed(tmp_path, monkeypatch):
