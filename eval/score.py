@@ -48,9 +48,7 @@ def score_alone(path: Path, benchmark: Benchmark, partial: bool = False) -> dict
     return {"title": benchmark.name, "facts": {"source": "answer file"}, "available": record["questions"], **record}
 
 
-def compare(
-    a: Path, b: Path, data: Dataset, partial: bool = False, judge: str = "auto", seed: int = 0
-) -> dict[str, Any]:
+def compare(a: Path, b: Path, data: Dataset, partial: bool = False, judge: str = "auto") -> dict[str, Any]:
     """Both scores and a minus b over the questions that both runs answer.
 
     Args:
@@ -64,9 +62,8 @@ def compare(
     asked = [question.id for question in data.questions if question.id in common]
     if not asked:
         raise UserError(f"{a} and {b} have no question in common.")
-    notes = (
-        [f"compared on {len(asked):,} of {len(data.questions):,} questions"] if len(asked) < len(data.questions) else []
-    )
+    total = len(data.questions)
+    notes = [f"compared on {len(asked):,} of {total:,} questions"] if len(asked) < total else []
     scores, facts = zip(
         *(
             score_answers(data, judge, asked, {n: t for n, t in one.texts.items() if n in common}, one.answers)
@@ -84,7 +81,7 @@ def compare(
         raise UserError(f"{data.title} has no score to compare here: {'; '.join(scores[0].notes)}.")
     images = {question.id: question.image for question in data.questions}
     a_terms, b_terms = (statistics.terms_of(score, images) for score in scores)
-    found = statistics.compare(a_terms, b_terms, seed=seed)
+    found = statistics.compare(a_terms, b_terms)
     return {
         "title": data.title,
         "main": metric,

@@ -202,7 +202,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
             read_answers(tmp_path / name, dataset())
 
 
-# -- vtr compare: two files, or two output folders ------------------------------------------------------------------
+# -- vtr compare ---------------------------------------------------------------------------------------------------
 
 
 def run_in(data, output, alpha=0.5, model=None, **changes) -> str:
