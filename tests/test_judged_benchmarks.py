@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eval import score
-from eval.answers import answer_id, settings_hash
+from eval.answers.store import answer_id, settings_hash
 from eval.benchmarks import llava_bench, mmvet
 from eval.judging.choice import line as verdict_line
 from eval.results.report import percent_of_full

@@ -283,7 +283,7 @@ def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkey
     right = labels.read_text()
     try:
         labels.write_text(right.replace('"answer": "', '"answer": "not '))
-        sweep._DATASETS.clear()
+        sweep.dataset.cache_clear()
         assert table.main([*one, "--render"]) == 2
         assert "was scored with other labels or question files than the data folder" in capsys.readouterr().err
         assert table.main(one) == 0, "nothing is asked, the stored answers are scored anew"
@@ -291,7 +291,7 @@ def test_a_table_is_not_rendered_from_answers_that_are_not_of_today(made, monkey
         assert set(scores) == {"0.00"}
     finally:
         labels.write_text(right)
-        sweep._DATASETS.clear()
+        sweep.dataset.cache_clear()
         assert table.main(one) == 0
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from eval import benchmarks, cli
-from eval.answers import answer_id, settings_hash
+from eval.answers.store import answer_id, settings_hash
 from eval.benchmarks.base import with_stripped_answers
 from eval.statistics.command import main, read_run
 from llava.errors import UserError

@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import __main__ as command
 from eval import tracking
 from eval.config import RunConfig
 from eval.figures.overlay import GAP
 from eval.results import report
 from eval.run import Interrupted, run
-from eval.sweep import CachingLlava, Setting, sweep
 from eval.tracking.tracker import one_line
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import find_runs, read_run, without_wandb
@@ -143,12 +141,6 @@ def test_group_job_type_name_and_tags_of_the_environment_hold(tmp_path, monkeypa
     assert {"a", "b", "llava-1.5"} <= set(logged.tags) and logged.config["table"] == "llava-1.5"
 
 
-@pytest.mark.parametrize("name", ["", " ", "x" * 65, "two\nlines"])
-def test_a_table_needs_a_name_that_can_be_a_tag(name, capsys):
-    assert command.main(["--method", "full", "--table", name]) == 2
-    assert capsys.readouterr().err.startswith("--table should be a name of 1 to 64 printable characters, got ")
-
-
 def test_the_key_is_in_no_file_of_a_run_and_never_printed(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", key := "5ecret" * 7)
     run(config(tmp_path, wandb="offline", limit=8), FakeLlava(), FakeReducer())
@@ -217,21 +209,6 @@ def test_percent_of_full_needs_the_same_settings(tmp_path):
     assert report.percent_of_full(result("first", 60.0, dtype="float16"), tmp_path / "z") == 120
     assert report.percent_of_full(result("first", 60.0, dtype="bfloat16"), tmp_path / "z") is None
     assert report.percent_of_full(result("first", None), tmp_path / "z") is None
-
-
-def test_a_sweep_is_one_run_with_a_row_per_setting(tiny, tmp_path, monkeypatch):
-    """Sweeps and tables never logged."""
-    data = write_gqa(tmp_path / "data", count=4, images=2)
-    settings = [Setting("full", None), Setting("uniform", 4)]
-    for _ in range(2):  # the second time everything is there
-        sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="offline")
-    first, second = map(read_run, find_runs(next((tmp_path / "out" / tiny.name).iterdir())))
-    assert first.name == second.name and first.job_type == "sweep"
-    table = second.table("settings")
-    assert table["columns"] == ["method", "budget", "options", *tracking.HEADLINE]
-    assert [row[:2] for row in table["data"]] == [["full", 16], ["uniform", 4]]
-    score, of_full = zip(*(row[3:5] for row in table["data"]), strict=True)
-    assert of_full[0] is None or of_full == (100, pytest.approx(100 * score[1] / score[0]))
 
 
 def test_offline_run_holds_the_samples_and_the_pictures(whole):

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from eval.answers import flatten
 from eval.answers.jsonl import read_json, write_file
 from eval.answers.reuse import joint
+from eval.answers.source_hash import flatten
 from eval.benchmarks.records import NotRequired, Number, TypedDict, check
 from eval.command import exit_on_user_error, make_parser, value
 from eval.config import FULL, TOY_BANNER, changed_options, default_options, is_toy, path_name

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.answers import result_folder
 from eval.answers.jsonl import read_json
 from eval.answers.reuse import RESULT, Stored, check_images, check_joint, read_stored
+from eval.answers.store import result_folder
 from eval.benchmarks.media import digest_of
 from eval.config import ROOT, RunConfig, build_reducer, store_settings
 from eval.judging.choice import score_answers

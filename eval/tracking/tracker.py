@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
-from eval.answers import HASHED, flatten
-from eval.answers.source_hash import combined
+from eval.answers.source_hash import HASHED, combined, flatten
 from eval.config import RunConfig, changed_fields, changed_options, default_options
 from eval.results import report
 
@@ -227,9 +226,8 @@ def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
     throughput = result["throughput"]
-    for name in ("questions_per_second", "start_seconds"):
-        if throughput[name] is not None:
-            numbers[f"throughput/{name}"] = throughput[name]
+    if throughput["questions_per_second"] is not None:
+        numbers["throughput/questions_per_second"] = throughput["questions_per_second"]
     for part in throughput["ranks"]:
         numbers[f"throughput/rank {part['rank']}/questions_per_second"] = part["questions_per_second"]
     numbers["failed"] = len(result["failed"])

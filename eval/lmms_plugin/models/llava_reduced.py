@@ -18,7 +18,7 @@ from eval.benchmarks.llava_files import split_suffix
 from eval.config import build_reducer
 from eval.lmms_plugin import configuration
 from eval.results.cost import audit_record, off_budget, summarise_audit
-from eval.run import load_model, seed_everything
+from eval.run import load_model
 from llava.errors import UserError
 from llava.pipeline.generate import generate
 from llava.processing.image import as_rgb
@@ -57,7 +57,6 @@ class LlavaReduced(lmms):
         self.model = load_model(config)
         self.reducer = build_reducer(config, self.model.visual_tokens)
         require(self.reducer, self.model.spec)
-        seed_everything(config.seed)
 
     @property
     def batch_size(self) -> int:
