@@ -9,7 +9,6 @@
 A benchmark counts as complete when its own reader accepts the files and every image it names is there.
 """
 
-import argparse
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -74,7 +73,7 @@ def option_line(option: dict[str, Any]) -> str:
 @exit_on_user_error
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    p = argparse.ArgumentParser(prog="vtr show", description="List what can be named on a command line.")
+    p = make_parser("eval.show", "List what can be named on a command line.")
     p.add_argument("kind", choices=KINDS)
     p.add_argument("name", nargs="?", help="only this one, with everything that is known about it")
     args = p.parse_args(arguments)
