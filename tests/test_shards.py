@@ -92,6 +92,16 @@ def test_shards_without_an_answer_leave_nothing_behind(tmp_path):
         assert not store.answers and not (tmp_path / "shards").exists()
 
 
+def test_different_answers_of_two_ranks_are_said(tmp_path):
+    with open_store(tmp_path):
+        write_shard(tmp_path, "a", 0, "0 1")
+        with Shard(tmp_path, "b", 0, describe("b", 0)) as shard:
+            shard.add([line("q000"), line("q001") | {"text": "another"}], {})
+    with open_store(tmp_path) as store:
+        assert store.answers["q001"]["text"] == line("q001")["text"]
+        assert store.remarks == ["two ranks gave question q001 different answers, of which the first one counts"]
+
+
 def test_a_shard_of_other_settings_or_code_is_left_out_and_said(tmp_path):
     """A rank that outlived --restart wrote its first answer into the new store."""
     other = SETTINGS | {"code": {"a.py": "1"}}

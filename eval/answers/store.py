@@ -359,6 +359,8 @@ class AnswerStore(AnswerFiles):
             if name not in self.answers and name not in taken:
                 taken[name] = row
                 mine.add(name)
+            elif (self.answers.get(name) or taken[name])["text"] != row["text"]:
+                self.remarks.append(f"two ranks gave question {name} different answers, of which the first one counts")
         for _, _, row in read_appended(shard / TIMING):
             if row and (ids := [name for name in row["question_ids"] if name in mine]):
                 lines[TIMING].append(row | {"question_ids": ids})
