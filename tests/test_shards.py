@@ -99,7 +99,9 @@ def test_different_answers_of_two_ranks_are_said(tmp_path):
             shard.add([line("q000"), line("q001") | {"text": "another"}], {})
     with open_store(tmp_path) as store:
         assert store.answers["q001"]["text"] == line("q001")["text"]
-        assert store.remarks == ["two ranks gave question q001 different answers, of which the first one counts"]
+        assert store.remarks == [
+            "two ranks answered question q001 differently; conflicts.jsonl holds what is not counted"
+        ]
 
 
 def test_a_shard_of_other_settings_or_code_is_left_out_and_said(tmp_path):
@@ -220,7 +222,7 @@ def test_a_merge_survives_a_kill_in_every_system_call(tmp_path):
         assert content(copy) == expected, copy
         for name, count in (("timing.jsonl", 5), ("runs.jsonl", 3), ("failures.jsonl", 2)):
             assert len(rows(copy / name)) == count, (copy, name)
-        assert {path.name for path in copy.iterdir()} == NAMED
+        assert {path.name for path in copy.iterdir()} == NAMED | {"conflicts.jsonl"}
 
 
 def killed_in_every_call(folder: Path) -> list[Path]:

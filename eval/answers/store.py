@@ -4,6 +4,7 @@
     timing.jsonl     one line per batch: its questions, its process, seconds, FLOPs and the conditions of measurement
     runs.jsonl       one line per process that wrote: commit, library versions
     failures.jsonl   one line per failed try to answer a question, with the reason; only if there was one
+    conflicts.jsonl  different answers of a second rank to a question; only if there was one
     settings.json    what the answers depend on, with hashes of the model's files and of every source file; a run with
                      others is refused
     result.json      the result of all questions, beside the benchmark's submission files
@@ -51,6 +52,7 @@ from eval.answers.source_hash import differences
 from llava.errors import UserError
 
 ANSWERS, TIMING, RUNS, FAILURES = "answers.jsonl", "timing.jsonl", "runs.jsonl", "failures.jsonl"
+CONFLICTS = "conflicts.jsonl"
 SHARDS = "shards"
 SHARD_NAME = re.compile(r"[A-Za-z0-9_.]+-rank\d+")
 MERGING, MERGED = "merging", "merged"
@@ -61,7 +63,9 @@ ADVICE = "choose another --output, or --restart to move them aside"
 # question, that would be a tenth of the run.
 SYNC_SECONDS = 10
 # The order in which --restart moves them: answers without the settings that they were made under are worth nothing.
-FILES = ("result.json", "predictions.json", SHARDS, FAILURES, TIMING, RUNS, ANSWERS, "settings.json", "wandb_id")
+FILES = (
+    "result.json", "predictions.json", SHARDS, FAILURES, CONFLICTS, TIMING, RUNS, ANSWERS, "settings.json", "wandb_id",
+)  # fmt: skip
 # Files that `eval.answers.jsonl.write_bytes` had not renamed yet when its process (the number) was killed.
 UNFINISHED = re.compile(r"\..+\.\w+\.\d+")
 
@@ -211,7 +215,6 @@ class AnswerStore(AnswerFiles):
     Attributes:
         answers: question id -> line, in the order they were written.
         failures: question id -> line of the latest failure, of the questions without an answer.
-        remarks: what a reader of the result must know about the store: no locks, shards left out.
     """
 
     def __init__(
@@ -238,7 +241,7 @@ class AnswerStore(AnswerFiles):
         super().__init__(folder, process)
         self._settings, self._known = settings, frozenset(known)
         self._lock, unlocked = lock_folder(folder)
-        self.remarks = [] if unlocked is None else [unlocked]
+        self._remarks = [] if unlocked is None else [unlocked]
         try:
             if self._lock is not None:
                 remove_unfinished(folder)
@@ -301,11 +304,21 @@ class AnswerStore(AnswerFiles):
                 f"{foreign[0]}: their answer_id is not that of these settings; {ADVICE}."
             )
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of the result must know about the store: no locks, shards left out, unequal answers."""
+        names = dict.fromkeys(str(row["question_id"]) for _, _, row in read_appended(self.folder / CONFLICTS) if row)
+        unequal = (
+            f"two ranks answered question {name} differently; {CONFLICTS} holds what is not counted" for name in names
+        )
+        return [*self._remarks, *unequal]
+
     def merge(self) -> int:
         """Merge all shards into the store, in one step for a reader of answers.jsonl, and delete them.
 
         A kill at any moment loses no answer and repeats none: the next opening of the store merges again. Of two
-        answers to a question the first counts. Ranks must have closed their shards or have ended.
+        different answers to a question the first counts, and conflicts.jsonl keeps the other. Ranks must have closed
+        their shards or have ended.
 
         Returns:
             How many answers were taken.
@@ -315,7 +328,7 @@ class AnswerStore(AnswerFiles):
                 is as it was.
         """
         before, taken = len(self.answers), dict[str, Row]()
-        lines: dict[str, list[Row]] = {name: [] for name in (ANSWERS, TIMING, RUNS, FAILURES)}
+        lines: dict[str, list[Row]] = {name: [] for name in (ANSWERS, TIMING, RUNS, FAILURES, CONFLICTS)}
         merged = [shard for shard in shard_folders(self.folder) if self._take(shard, taken, lines)]
         if not merged:
             return 0
@@ -353,14 +366,14 @@ class AnswerStore(AnswerFiles):
                     f"the answers in {shard.relative_to(self.folder)} are left out, because they were made under "
                     "other settings or by other code; delete that folder, or --restart to move everything aside"
                 )
-                self.remarks += [] if remark in self.remarks else [remark]
+                self._remarks += [] if remark in self._remarks else [remark]
                 return False
             name, first = self._check(row, shard / ANSWERS, number), False
             if name not in self.answers and name not in taken:
                 taken[name] = row
                 mine.add(name)
             elif (self.answers.get(name) or taken[name])["text"] != row["text"]:
-                self.remarks.append(f"two ranks gave question {name} different answers, of which the first one counts")
+                lines[CONFLICTS].append(row)
         for _, _, row in read_appended(shard / TIMING):
             if row and (ids := [name for name in row["question_ids"] if name in mine]):
                 lines[TIMING].append(row | {"question_ids": ids})
