@@ -203,11 +203,8 @@ def test_wrong_choices_are_refused(path, tiny_path):
         load(path, device="cpu", merge="spatial_unpadded")
     with pytest.raises(UserError, match="leaves no choice of merge"):
         load(tiny_path, device="cpu", merge="spatial")
-    model = load(path, device="cpu")
     with pytest.raises(UserError, match="at least"):
-        require(registry.build("fastervlm", 3), model.spec)
-    with pytest.raises(UserError, match=f"1 to {model.visual_tokens}"):
-        require(registry.build("fastervlm", model.visual_tokens + 1), model.spec)
+        require(registry.build("fastervlm", 3), load(path, device="cpu").spec)
 
 
 def test_a_budget_below_the_newline_tokens_of_some_picture_is_refused(path):
