@@ -23,30 +23,32 @@ CHOICES = {
 }
 
 
-@pytest.fixture(params=["whole", "by rows"])
+@pytest.fixture(params=["whole on the host", "by rows on the host", "whole on a device", "by rows on a device"])
 def form(request, monkeypatch):
-    """All cosines in one product, and as for images that have too many."""
-    if request.param == "by rows":
+    """All cosines in one product, or as for images that have too many; values may be looked at, or not."""
+    if "rows" in request.param:
         monkeypatch.setattr(greedy, "WHOLE", 3)
+    if "device" in request.param:
+        monkeypatch.setattr(greedy, "HOST", "none")
 
 
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize(("batch", "total", "channels", "count"), SHAPES)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, "equal"])
-def test_both_forms_choose_the_same(name, batch, total, channels, count, kind, monkeypatch):
+def test_all_forms_choose_the_same(name, batch, total, channels, count, kind, form):
     """Drawn tokens; and copies of a few directions, whose cosines are exactly 0 or 1, with weights that are equal."""
     if kind == "equal":
-        tokens, weight = (
-            torch.eye(channels)[torch.randint(min(channels, 7), (batch, total))],
-            torch.full((batch, total), 0.5),
-        )
+        tokens = torch.eye(channels)[torch.randint(min(channels, 7), (batch, total))]
+        weight = torch.full((batch, total), 0.5)
         weight[:, total // 2] = 0.25
     else:
         tokens, weight = torch.randn(batch, total, channels, dtype=kind), torch.rand(batch, total) + 0.1
-    expected = CHOICES[name](tokens, weight, count)
-    monkeypatch.setattr(greedy, "WHOLE", 3)
-    assert torch.equal(CHOICES[name](tokens, weight, count), expected)
-    assert all(len(set(row)) == count for row in expected.tolist())
+    found = CHOICES[name](tokens, weight, count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy, "HOST", "none")
+        patch.setattr(greedy, "WHOLE", 2**24)
+        assert torch.equal(CHOICES[name](tokens, weight, count), found)
+    assert all(len(set(row)) == count for row in found.tolist())
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -60,7 +60,8 @@ def generate(
     @cache
     def may_end_stop(token: int) -> bool:
         """Whether the stop string can end in this token; the answer so far is decoded only then, not at every step."""
-        return bool(stop) and (stop[-1].isspace() or stop[-1] in model.decode([token], special=True))
+        last = (stop or "")[-1:]
+        return last.isspace() or last in model.decode([token], special=True)
 
     running = set(range(len(samples)))
     hidden, steps = state.hidden, 0
@@ -105,9 +106,9 @@ def generate(
             kept = [step.reduction.kept.tolist() for step in answer.trace]
             require_agreement(f"question {answer.id}", (answer.token_ids, kept), model.device)
     spent = timer.seconds
-    for name in before:
+    for name, seconds in (compiled.by_stage if compiled else {}).items():
         # What was compiled for this batch serves others too.
-        spent[name] = max(0.0, spent.get(name, 0.0) - (compiled.by_stage[name] - before[name]))
+        spent[name] = max(0.0, spent.get(name, 0.0) - (seconds - before[name]))
     timing = Timing(**{known.name: spent.get(known.name, 0.0) for known in fields(Timing)})
     images = sum(map(len, layouts))
     room = state.kv_bytes_allocated * getattr(model.llm, "ranks", 1)

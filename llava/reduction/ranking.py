@@ -10,8 +10,8 @@
 Index tensors that depend on sizes alone are made once and kept on the device (`made_once`): a short prefill is bound by
 the host, which issues one operation after the other.
 
-The greedy loops are written in torch and never wait for the device. Where the cosines of all pairs of tokens would need
-too much memory, they make a few rows of them at a time.
+The greedy loops never wait for the device. Where the cosines of all pairs of tokens would need too much memory, they
+make a few rows of them at a time. On a CPU SCOPE's loop looks at values, and computes only the gains that can decide.
 
 Shapes: B images, N tokens, D channels, K chosen tokens.
 """
@@ -28,6 +28,7 @@ MatMul = Callable[[Tensor, Tensor], Tensor]
 
 Made = TypeVar("Made")
 KEPT = 64  # results of each function
+HOST = "cpu"  # the device whose values are read without waiting
 
 
 def made_once(function: Callable[..., Made]) -> Callable[..., Made]:
@@ -108,6 +109,7 @@ def others(kept: Tensor, total: int) -> Tensor:
 WHOLE = 2**24
 # Rows multiplied at least: products of eight rows and more have the last bits of the product of all rows.
 TOGETHER = 16
+GROUP = 32  # gains computed at a time where values may be looked at
 
 # A token whose residual is below this fraction of its kernel entry is spanned by the chosen ones, to float32 accuracy.
 SPANNED = 1e-6
@@ -137,6 +139,10 @@ class Cosines:
             return self.table[self.images, token]
         several = self.unit[self.images, token].unsqueeze(1).expand(-1, TOGETHER, -1)
         return self.matmul(several, self.unit.mT)[:, 0]
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """[m, N] cosines of tokens [m] of the only image to all tokens."""
+        return self.matmul(self.unit[0, tokens], self.unit[0].T) if self.table is None else self.table[0, tokens]
 
     def blocks(self) -> Iterator[Tensor]:
         """[B, m, N] cosines of consecutive tokens to all; the table itself where there is one."""
@@ -270,6 +276,10 @@ def cover_greedily(tokens: Tensor, weight: Tensor, count: int, matmul: MatMul = 
         matmul: `matmul` of the state, which counts the operations.
     """
 
+    if tokens.device.type == HOST:
+        images = zip(F.normalize(tokens.float(), dim=-1).split(1), weight, strict=True)
+        return torch.stack([_cover_lazily(Cosines(unit, matmul), own, count) for unit, own in images])
+
     def choose(cosines: Cosines, part: Tensor) -> Tensor:
         covered, free = torch.zeros_like(part), torch.zeros_like(part)  # free: -inf once a token is chosen
         chosen: list[Tensor] = []
@@ -281,6 +291,30 @@ def cover_greedily(tokens: Tensor, weight: Tensor, count: int, matmul: MatMul = 
         return torch.stack(chosen, 1)
 
     return _in_groups(choose, tokens, weight, matmul)
+
+
+def _cover_lazily(cosines: Cosines, weight: Tensor, count: int) -> Tensor:
+    """[count] the same choices for one image, with few of the gains (Minoux, 1978, accelerated greedy algorithms).
+
+    A gain never grows while tokens are chosen, also when it is rounded, because sums are taken in the same order. So an
+    earlier gain is a bound: those of the highest bounds are computed again until the best of them is above all bounds.
+
+    Args:
+        weight: [N].
+    """
+    covered, free = torch.zeros_like(weight), torch.zeros_like(weight)  # free: -inf once a token is chosen
+    bound = torch.cat([block[0].clamp(min=0).sum(-1) for block in cosines.blocks()]) * weight
+    current, chosen = torch.ones_like(weight, dtype=torch.bool), []
+    for _ in range(count):
+        while not current[best := int(bound.argmax())]:
+            tokens = bound.masked_fill(current, -torch.inf).topk(min(GROUP, len(bound))).indices
+            bound[tokens] = (cosines.rows(tokens) - covered).clamp_(min=0).sum(-1) * weight[tokens] + free[tokens]
+            current[tokens] = True
+        chosen.append(best)
+        covered = torch.maximum(covered, cosines.row(torch.tensor([best]))[0])
+        free[best] = bound[best] = -torch.inf
+        current = bound == -torch.inf
+    return torch.tensor(chosen)
 
 
 # Near-duplicates.

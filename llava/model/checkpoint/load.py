@@ -83,6 +83,7 @@ HF_CLASSES: dict[Family, type[PreTrainedModel]] = {
 TEMPORAL = re.compile(r"^model\.video_tower\..*\.temporal_embedding$")
 CUT = ("model.language_model.layers.", "lm_head.")  # what several ranks share
 
+PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHOICES = ("8bit", "4bit")  # of quantisation
 # Modules of the HF model that are not quantised.
 KEPT = (
@@ -496,7 +497,7 @@ def _fill(
 
 
 def _refuse_misfits(files: _Files) -> None:
-    """Raise UserError for weights that do not fit the model: missing, unexpected or of another shape."""
+    """Raise UserError for weights that do not fit the model: missing, unexpected, of another shape, or quantised."""
     weights, directory = files.weights, files.directory
     model = empty_model(files.config, files.kind, files.frames)
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
@@ -508,6 +509,11 @@ def _refuse_misfits(files: _Files) -> None:
             f"{name} {tuple(weight.shape)} instead of {tuple(shapes[name])}"
             for name, weight in weights.items()
             if name in shapes and weight.shape != shapes[name]
+        ],
+        "of a quantised type": [
+            f"{name} {str(weight.dtype).removeprefix('torch.')}"
+            for name, weight in weights.items()
+            if weight.dtype not in PLAIN
         ],
     }
     found = [f"{len(names)} {fault}: {listed(names)}" for fault, names in problems.items() if names]
