@@ -14,7 +14,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from baselines.prumerge import outliers
 from llava.reduction import (
     RELEVANCE,
     EncoderState,
@@ -41,6 +40,13 @@ def keep_and_average(kept: Tensor, total: int) -> Reduction:
     places = torch.arange(total, device=kept.device)
     end = torch.where(rest, places, -1).amax(1, keepdim=True)
     return Reduction(torch.cat([kept, end], 1), total, assignment, weight, appended=1)
+
+
+def outliers(score: Tensor) -> Tensor:
+    """[B, N] float32 -> [B] int64, number of scores more than 1.5 interquartile ranges above the third quartile."""
+    low, high = score.quantile(torch.tensor([0.25, 0.75], device=score.device), dim=1, keepdim=True)
+    number: Tensor = (score > high + 1.5 * (high - low)).sum(1)
+    return number
 
 
 @register("trim")

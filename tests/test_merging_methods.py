@@ -1,5 +1,6 @@
 """Methods that merge, in the tower or behind it, against definitions in loops, planted answers and the releases."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,13 @@ def test_prumerge_planted_attention_takes_a_quarter_of_plus_and_the_rest_is_spre
 def test_prumerge_spread_tokens_are_every_nth_of_what_is_left():
     assert spread(torch.tensor([[0, 2], [5, 1]]), 10, 4).tolist() == [[1, 4, 6, 8], [0, 3, 6, 8]]
     assert spread(torch.tensor([[0, 1]]), 4, 0).shape == (1, 0)
+
+
+def test_prumerge_outliers_equal_numpys_quartiles():
+    attention = torch.rand(20, 576).pow(6)
+    low, high = np.percentile(attention.numpy(), [25, 75], axis=1, keepdims=True)
+    expected = (attention.numpy() > high + 1.5 * (high - low)).sum(1)
+    assert outliers(attention).tolist() == expected.tolist() and expected.min() > 0
 
 
 def peaked(count, tokens=576):

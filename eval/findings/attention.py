@@ -80,7 +80,6 @@ SCORES = {
     "question 2": "question's attention, layer 2",
     "question 4": "question's attention, layer 4",
 }
-PROFILED = ("cosine", "last 1", "question 1", "last 2")
 GROUPS = {"colour words": COLOR_NAMES, "shape words": SHAPES}
 # Measure of a word -> its title in the table, and in the figure, where there is less room.
 WORD_TITLES = {
@@ -132,7 +131,7 @@ def report_alignment(table: Mapping[str, Cells], drawn: Collected, exchanged: Co
 def draw_alignment(
     path: Path, by_group: Mapping[str, Cells], table: Mapping[str, Cells], drawn: Collected, exchanged: Collected
 ) -> None:
-    """Three panels for AttnMix: how well words find their things, the late preference of SCORES, and PROFILED by row.
+    """Three panels for AttnMix: how well words find their things, the late preference of SCORES, and four by row.
 
     Args:
         by_group: as of `words`.
@@ -157,7 +156,7 @@ def draw_alignment(
         name_rows(middle, list(SCORES.values()), 0)
         middle.set(xlabel="late preference, points (0: none)", title="Does the same content score more when late?")
         middle.legend(loc="lower right")
-        for index, score in enumerate(PROFILED):
+        for index, score in enumerate(("cosine", "last 1", "question 1", "last 2")):
             style = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 3, "linewidth": 1.8}
             right.plot(range(1, 25), profile(drawn, exchanged, score), label=SCORES[score], **style)
         right.axhline(1, **LEVEL)

@@ -268,19 +268,18 @@ NOISE: tuple[tuple[int, bool, str, tuple[float, ...]], ...] = (
     (32, True, "smooth", (0.0, 2.0, INFINITE)),
     (32, True, "white", (0.0, 2.0, INFINITE)),
 )
-# (inputs, decoder layer) of the probes without noise, at 64 tokens, all ranked; the first is the default.
-PROBES = [*(("static", layer) for layer in range(3)), *(("contextual", layer) for layer in range(1, 5))]
 RANKINGS = ("fused", "cross-modal only", "encoder only")  # in the order of the figure
 # What changes the probe, where that is no noise.
 KIND_NAMES = {"late": "late preference", "other layers": "other layers, no noise"}
 OVER_PROBE = "fused − fused with the probe as it is"
 
 
-# The fused arms of both, each once.
+# The fused arms of NOISE, each once; and those of probes without noise, the first of which is the default.
 NOISY = list(
     dict.fromkeys(Arm("fused", budget, merged, kind, x).key for budget, merged, kind, levels in NOISE for x in levels)
 )
-LAYERS = [Arm("fused", 64, False, probe=probe, layer=layer) for probe, layer in PROBES]
+LAYERS = [Arm("fused", 64, False, layer=layer) for layer in range(3)]
+LAYERS += [Arm("fused", 64, False, probe="contextual", layer=layer) for layer in range(1, 5)]
 
 
 def measured(answered: Mapping[Arm, Answered], arm: Arm) -> dict[str, Cell]:

@@ -47,8 +47,7 @@ Mask = NDArray[np.bool_]
 
 # Pictures and questions.
 
-GRID = 24  # patches along each side
-PATCHES = GRID * GRID
+PATCHES, HALF = 576, 288  # 24 along each side
 WORDS = (*COLOR_NAMES, *SHAPES)  # the content words whose things are known
 
 
@@ -332,8 +331,6 @@ def chosen_rows(question: str, kind: str, exists: NDArray[Any]) -> Mask:
 
 # Numbers of pictures.
 
-HALF = PATCHES // 2
-
 # Each picture is seen as it is; with its upper and lower half exchanged; and with the decoder reading the visual
 # tokens backwards. In the last two every content stands in the other half of the sequence.
 CONDITIONS = ("as drawn", "halves exchanged", "read backwards")
@@ -385,7 +382,7 @@ def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path)
     """Measure all scores of all questions about these pictures; what is in `folder` already is read from there."""
     data = benchmarks.get("gqa").load(DEFAULT_DATA, "testdev")
     by_id = {question.id: question for question in data.questions}
-    asked = [one for one in questions() if one.picture in set(pictures)]
+    asked = [one for name in pictures for one in questions() if one.picture == name]
     home = folder / f"scores-{digest(model, Observer(budget=model.visual_tokens))}" / condition.replace(" ", "-")
     home.mkdir(parents=True, exist_ok=True)
     arrays_of: dict[str, list[Array]] = {}
@@ -401,8 +398,6 @@ def collect(model: Llava, condition: str, pictures: Sequence[str], folder: Path)
         with np.load(file, allow_pickle=False) as stored:
             for key in stored.files:
                 arrays_of.setdefault(key, []).append(stored[key].astype(np.float64))
-    order = {name: place for place, name in enumerate(pictures)}
-    asked.sort(key=lambda one: order[one.picture])
     whole = {key: np.concatenate(parts) if key == "values" else np.stack(parts) for key, parts in arrays_of.items()}
     return Collected(score_names(model.spec.layers), asked=tuple(asked), **whole)
 

@@ -40,11 +40,8 @@ def mean(values: Values, groups: Mapping[str, str], scale: float = 1) -> Interva
 def difference(a: Values, b: Values, groups: Mapping[str, str], scale: float = 1) -> Comparison:
     """Mean of a minus mean of b over the names that both have, paired, with its 95 % interval."""
     both = a.keys() & b.keys()
-
-    def pick(values: Values) -> SufficientStatistics:
-        return terms({name: values[name] for name in both}, groups, scale)
-
-    return compare(pick(a), pick(b), RESAMPLES)
+    first, second = (terms({name: values[name] for name in both}, groups, scale) for values in (a, b))
+    return compare(first, second, RESAMPLES)
 
 
 def position_bias(drawn: Collected, counterpart: Collected, score: str, measure: str = "late") -> dict[str, float]:
