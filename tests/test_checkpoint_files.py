@@ -174,6 +174,14 @@ def test_unexpected_weights_are_named_and_counted(tmp_path, model):
     refused(tmp_path, r"1 missing: .*norm.weight; 7 unexpected: extra.0, .*, extra.4 and 2 more\.")
 
 
+def test_weights_of_a_quantised_type_are_refused(tmp_path, model):
+    """Integers were taken for the weights themselves."""
+    save_transformers_layout(tmp_path, model)
+    name = "language_model.model.norm.weight"
+    drop_weights(tmp_path / "model.safetensors", name, **{name: torch.ones(64, dtype=torch.int8)})
+    refused(tmp_path, r"1 of a quantised type: .*norm.weight int8\.")
+
+
 @pytest.mark.parametrize("size", [128, 2**22])
 def test_a_weight_of_another_shape(tmp_path, model, size):
     """Large sizes were allocated until the process was killed."""

@@ -12,7 +12,6 @@ import pytest
 from eval import benchmarks
 from eval.benchmarks import mmbench
 from eval.benchmarks.llava_files import LETTER, LETTER_CN
-from eval.benchmarks.mmbench import read_tsv
 from eval.score import score_file
 from llava.errors import UserError
 from tests.benchmark_files import cell, png, write_hub, write_lines
@@ -143,15 +142,6 @@ def test_pictures_stay_in_the_file_until_they_are_opened(data):
     assert colours == [(255, 0, 0), (0, 0, 255), (255, 0, 0), (0, 0, 255)]
     assert [question.images for question in dataset.questions] == [("7",), ("8",), ("1000007",), ("8",)]
     assert dataset.pictures.fetch("1000007") == png("red", 40)
-
-
-def test_windows_newlines_and_a_byte_order_mark_change_nothing(tmp_path):
-    path = write_tsv(tmp_path / "a.tsv")
-    copy = tmp_path / "b.tsv"
-    content = path.read_bytes().replace(b"dev\n", b"dev\r\n").replace(b"split\n", b"split\r\n")
-    copy.write_bytes(b"\xef\xbb\xbf" + content)
-    assert read_tsv(copy).references == read_tsv(path).references
-    assert read_tsv(copy).pictures.fetch("8") == png("blue", 40)
 
 
 def test_lmms_evals_wording(data):

@@ -44,11 +44,6 @@ def test_of_questions_with_one_id_the_last_answer_stands_for_all():
     assert seed.evaluate(ITEMS, dict(reversed(texts.items()))).correct["2#2"] == 0
 
 
-def test_lmms_eval_scores_every_row_with_its_own_answer():
-    score = seed.evaluate(ITEMS, {"1": "A", "2#1": "A", "2#2": "B", "v1": "C"}, seed.first_character)
-    assert score.values == {"accuracy": 100, "image_accuracy": 100, "video_accuracy": 100}
-
-
 def records() -> list[dict]:
     """Two questions about one image with one id, and one about a video."""
     choices = {f"choice_{letter}": word for letter, word in zip("abcd", ("one", "two", "three", "four"), strict=True)}

@@ -129,7 +129,7 @@ def load(data: Path, split: str, profile: str = "llava", source: str = "auto") -
 def read_official(path: Path, split: str) -> Contents[Problem]:
     """Questions as LLaVA's file words them, or worded alike, in the official order."""
     splits, prompts = path.with_name("pid_splits.json"), path.with_name(f"llava_{split}_CQM-A.json")
-    records, names = check_map(path, Record), check(dict[str, Texts], read_json(splits), str(splits)).get(split, [])
+    records, names = check_map(path, Record), check(dict[str, list[str]], read_json(splits), str(splits)).get(split, [])
     if not names or len(set(names)) < len(names):
         raise UserError(f"{splits} should list the ids of the split {split}, each once.")
     if lost := [name for name in names if name not in records]:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from eval.answers.jsonl import is_file
 from eval.benchmarks.base import Contents, Dataset, Question, fingerprint, listed
 from eval.benchmarks.hub import Table, by_unique_id, letters, official_file, open_table, option_lines
-from eval.benchmarks.llava_files import LETTER, Asked, json_lines, read_prompts
+from eval.benchmarks.llava_files import LETTER, Asked, all_asked, json_lines, read_prompts
 from eval.benchmarks.media import Folder, image_name
 from eval.benchmarks.records import Id, NotRequired, check_list
 from eval.metrics import Score
@@ -168,8 +168,7 @@ def from_prompts(path: Path, records: Mapping[str, Record], official: Path) -> l
         names.remove(name)
         answer = records[name]["answer"]
         questions.append(Question(name, prompt.question, prompt.suffix, (prompt.image,), answer, str(prompt.id)))
-    if lost := [name for names in waiting.values() for name in names]:
-        raise UserError(f"{path} lacks {len(lost):,} of the questions in {official}, the first is {lost[0]}.")
+    all_asked(path, {question.id for question in questions}, records, official)
     return questions
 
 
