@@ -22,7 +22,6 @@ from eval.papers import figure, gate, render, runs, sections, spec, table
 from eval.papers.cells import Measured, command_of, other_judge
 from eval.papers.document import Block, Document, Entry, difference_to, notes_of, places, published_text
 from eval.papers.gate import comparable
-from eval.papers.own import read_own
 from eval.papers.published import Published, Source
 from eval.papers.published import Row as PublishedRow
 from eval.papers.sections import needed_text, pooled_loyalty, relative_text
@@ -149,18 +148,10 @@ def test_the_table_is_written_in_every_format(made):
 
 
 @pytest.mark.table
-def test_markdown_holds_published_ours_difference_tokens_command_run_commit(made):
+def test_markdown_holds_scores_statistics_and_costs_and_names_the_file_of_all_cells(made):
     text = (made[0] / "out" / "small.md").read_text()
     assert "| method | GQA | average |" in text and "***8 tokens***" in text
-    header = (
-        "| method | budget | benchmark | published | ours [95 % interval] | difference | tokens | merged | command |"
-    )
-    assert header in text
-    full = next(line for line in text.splitlines() if line.startswith("| full | all | GQA |"))
-    assert "61.9 [" in full and "bash scripts/eval/gqa.sh full" in full and "sweep/" in full
-    ours = next(line for line in text.splitlines() if line.startswith("| Consensus_Drop | 4 | GQA |"))
-    assert "| n/a |" in ours  # nothing is published about ConsensusDrop, nor about 4 tokens
-    assert "n/a: " not in text
+    assert "## Every cell\n\nsmall.csv has the 9 cells: " in text and "n/a: " not in text
     for heading in ("Averages, loyalty and hard questions", "Tokens needed for 99 % of full", "Costs"):
         assert f"## {heading}" in text
     assert "TTFT: median of 1 prefills" in text
@@ -197,6 +188,9 @@ def test_csv_has_every_number_and_a_hash_of_the_answers(made):
     assert full["answers_sha256"] == hashlib.sha256(text.encode()).hexdigest()
     assert {row["gate"] for row in rows} == {full["gate"]} and full["gate"].startswith("failed: ")
     assert full["compared_with"] in full["source"].split(";") and full["warning"] == ""
+    assert "bash scripts/eval/gqa.sh full" in full["command"] and "sweep/" in full["run"]
+    ours = next(row for row in rows if (row["method"], row["budget"]) == ("Consensus_Drop", "4"))
+    assert ours["published"] == "", "nothing is published about ConsensusDrop, nor about 4 tokens"
     kept = [row for row in rows if row["counts_kept_tokens"] == "true"]
     assert [(row["method"], row["budget"]) for row in kept] == [("FastV", "4")]
     # Such a row has more tokens than its block: it says how many, and is never marked best.
@@ -495,14 +489,6 @@ def test_wrong_flags_are_one_sentence(made, capsys, flags, sentence):
     assert sentence in capsys.readouterr().err
 
 
-def test_without_data_the_toy_model_stands_in_and_nothing_published_is_shown(tmp_path):
-    found = spec.read(written(tmp_path))
-    args = table.parser().parse_args([str(tmp_path / "small.yaml")])
-    where = table.where_of(found, args)
-    assert where.is_toy and Path(where.place.model).name == "tinyllava"
-    assert table.gate_of(found, where, None, stop=True) == []
-
-
 def test_best_and_second_share_places_where_they_print_alike():
     assert places([90.04, 89.96, None, 80.0]) == (frozenset({0, 1}), frozenset({3}))
     assert places([None, None]) == (frozenset(), frozenset())
@@ -647,22 +633,6 @@ def test_two_rows_of_one_method_have_a_picture_each(tiny, tmp_path):
     assert sorted(path.name for path in found.values()) == ["A.jpg", "B-b.jpg"]
 
 
-def test_the_legend_has_other_methods_only_where_there_are_some(tmp_path, monkeypatch):
-    """Tables of few methods had a grey entry that stood for no line."""
-    from matplotlib import pyplot
-
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
-    for count, expected in ((3, False), (12, True)):
-        points = [
-            {"method": f"m{i}", "budget": 64, "tokens": 64, "ttft_ms": None, "score": 90 - i} for i in range(count)
-        ]
-        assert figure.draw(tmp_path / "plot.png", points, "title", "m0", "%")
-        texts = [text.get_text() for text in pyplot.gcf().axes[0].get_legend().get_texts()]
-        assert ("other methods" in texts) == expected
-    monkeypatch.undo()
-    pyplot.close("all")
-
-
 def test_tokens_needed_and_averages_are_na_where_full_scores_nothing():
     terms = accuracy_terms({"a": 0.0, "b": 0.0}, {"a": "a", "b": "b"})
     found = SimpleNamespace(cells={(0, "gqa"): SimpleNamespace(terms=terms), (1, "gqa"): SimpleNamespace(terms=terms)})
@@ -709,7 +679,7 @@ def test_every_format_says_first_that_a_toy_ran(made, monkeypatch, tmp_path):
     # 150 points of MME were 150.0 in one table and 150 in the next.
     assert "| 1862 | 150 | 90.0 |" in text.replace("**", "") and "& 150 &" in render.latex_file(toy)
     assert ">150</td>" in render.html_page(toy) and "150.0" not in render.html_page(toy)
-    # A row of one's own with | in its name had a cell more than the table.
+    # A row with | in its name had a cell more than the table.
     line = next(line for line in text.splitlines() if "b_c" in line)
     assert len(re.findall(r"(?<!\\)\|", line)) == 14 and r"<a> \| b_c" in line
     real = dataclasses.replace(toy, is_toy=False, model="llava-v1.5-7b")
@@ -729,11 +699,11 @@ def test_every_format_says_first_that_a_toy_ran(made, monkeypatch, tmp_path):
 
 
 def with_intervals():
-    """The document of twelve columns, with an interval beside each score but one, and a row that LaTeX trips over."""
+    """The document of twelve columns, with an interval beside each score but one, and rows that LaTeX trips over."""
     document = blank_document()
     (block,) = document.blocks
-    rows = [("[a] $ row", block.rows[0][1]), ("* row", block.rows[0][1]), *block.rows, ("own §", block.rows[0][1])]
-    texts = [["", *["[60.1, 63.6]"] * 10]] * (len(rows) - 1)
+    rows = [("[a] $ row", block.rows[0][1]), ("* row", block.rows[0][1]), *block.rows]
+    texts = [["", *["[60.1, 63.6]"] * 10]] * len(rows)
     marked = dataclasses.replace(block, rows=rows, intervals=texts, clear=frozenset({(1, 2), (2, 3)}))
     return dataclasses.replace(document, blocks=[marked])
 
@@ -749,7 +719,6 @@ def test_the_latex_file_has_intervals_and_significance_marks_if_asked():
     )
     assert rows[1].count(r"$^\ast$") == rows[2].count(r"$^\ast$") == 1 and r"$^\ast$" not in rows[0] + rows[3]
     assert r"& 90.0$^\ast$ {\scriptsize [60.1, 63.6]} &" in rows[1] and rows[1].startswith("{}* row")
-    assert "scriptsize" not in rows[-1], "a user's own row has no interval"
     (caption,) = [line for line in text.splitlines() if line.startswith(r"\caption")]
     assert "95 \\% intervals" in caption and r"$^\ast$ differs significantly from ConsensusDrop" in caption
 
@@ -820,20 +789,17 @@ def test_rows_of_another_budget_are_marked_and_compared_with_none(made):
 def test_printed_commands_have_every_flag_that_is_not_a_default(made):
     """The judge and the batch size were left out, so a command gave other numbers."""
     _, words = made
-    args = table.parser().parse_args([*words, "--judge", "match", "--batch-size", "3", "--add", "my rows.csv"])
+    args = table.parser().parse_args([*words, "--judge", "match", "--batch-size", "3"])
     found = spec.read(Path(words[0]))
-    where = table.where_of(found, args)
     line = table.command_line(found, args)
     # `MODEL=... DATA=... vtr tables paper` ran on the toy: only scripts read these.
     assert line.startswith(f"vtr tables paper {words[0]} --model {args.model} --data {args.data}")
+    assert "--dtype float32 --batch-size 3 --judge match" in line
     script = table.parser().parse_args(["visiondrop/controls", "--data", "/my data"])
     told = table.command_line(spec.read(spec.find(script.table)), script)
     assert told == "DATA='/my data' bash scripts/visiondrop/controls.sh"
-    assert line.endswith("--add 'my rows.csv' --dtype float32 --batch-size 3 --judge match") or (
-        "--batch-size 3" in line and "--judge match" in line and "--add 'my rows.csv'" in line
-    )
     one = runs.line_of(found.rows[0], 8, SimpleNamespace(visual_tokens=16, spec=registry_spec()))
-    told = command_of(one, found.columns[0], where, SimpleNamespace(judge="match"))
+    told = command_of(one, found.columns[0], table.where_of(found, args), SimpleNamespace(judge="match"))
     assert "--batch-size 3" in told and "--judge match" in told
 
 
@@ -852,7 +818,7 @@ def test_loyalty_takes_the_benchmarks_own_form_of_an_answer():
     assert pooled_loyalty({"mme": answered("Yes.")}, {"mme": answered("yes, it is")}).mean == 100
 
 
-# -- a table and rows of one's own -------------------------------------------------------------------------------------
+# -- a table of one's own -------------------------------------------------------------------------------------
 
 
 def documented(language: str) -> str:
@@ -867,32 +833,18 @@ def documented(language: str) -> str:
 
 
 @pytest.mark.table
-def test_the_documented_table_and_rows_of_ones_own_run_in_an_empty_folder(monkeypatch, tmp_path):
+def test_the_documented_table_runs_in_an_empty_folder(monkeypatch, tmp_path):
     """`vtr tables paper PATH.yaml` wanted a folder with a paper's name, and `../lists` inside scripts/."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "SWEEPS", tmp_path / "sweep")
     Path("mine.yaml").write_text(documented("yaml"))
-    Path("rows.csv").write_text(documented("csv"))
     words = shlex.split(documented("bash"))
     assert words[:4] == ["vtr", "tables", "paper", "mine.yaml"]
     assert table.main([*words[3:], "--wandb", "disabled"]) == 0
     text = Path("mine/mine.md").read_text()
     assert text.startswith("# My table, run on the TOY MODEL tinyllava_instruct\n\n**TOY MODEL: ")
-    assert "| TRIO § [TRIO, README] | 58.3 | 1744 | n/a |" in text, "shown, but neither ranked nor averaged"
-    assert (
-        "| MyMethod § [run of 3 May, commit 1a2b3c4] | 57.9 | n/a | n/a |" in text and "* § added by the user" in text
-    )
-    for section in ("Averages, loyalty", "Tokens needed", "ConsensusDrop against each method", "Costs"):
-        assert "TRIO" not in text.partition(f"## {section}")[2].partition("\n## ")[0]
     rows = list(csv.DictReader(io.StringIO(Path("mine/mine.csv").read_text())))
-    given = [row for row in rows if row["kind"] != "run"]
-    assert [(row["method"], row["benchmark"], row["score"], row["kind"]) for row in given] == [
-        ("TRIO", "gqa", "58.3", "published"),
-        ("TRIO", "mme", "1744", "published"),
-        ("MyMethod", "gqa", "57.9", "measured"),
-    ]  # fmt: skip
-    assert {row["warning"] for row in rows if row["kind"] == "run"} == {"TOY MODEL"}
-    assert r"TRIO $^\S$ [TRIO, README]" in Path("mine/mine.tex").read_text()
+    assert {row["warning"] for row in rows} == {"TOY MODEL"}
     wide, averages = ({}, {})
     for line in text.splitlines():
         cells = [cell.strip("*<>u/ ") for cell in line.strip("|").split("|")]
@@ -902,62 +854,3 @@ def test_the_documented_table_and_rows_of_ones_own_run_in_an_empty_folder(monkey
             elif len(cells) == 6 and cells[1] == "64":
                 averages[cells[0]] = cells[2].partition(" [")[0]
     assert len(wide) == 2 and averages == wide, "an average has one meaning on the page"
-
-
-HEADER = "method,budget,source,gqa\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("", "has no column method; expected a header such as method,budget,source,gqa,mme, got an empty file"),
-        ("TRIO,8,there,50\n", "has no column method"),
-        ("method,budget,source,gqua\nTRIO,8,there,50\n", "Unknown column in .*'gqua'. Did you mean 'gqa'"),
-        ("method,budget,source,gqa,gqa\nTRIO,8,there,50,51\n", "names a column twice"),
-        (HEADER, "has a header and no row"),
-        (HEADER + "TRIO,8,there,fifty\n", r"line 2: gqa \(GQA\) should be a number, 0 to 100, got 'fifty'"),
-        (HEADER + "TRIO,8,there,nan\n", "0 to 100, got 'nan'"),
-        (HEADER + "TRIO,8,there,150\n", "0 to 100, got '150'"),
-        (HEADER + "TRIO,8,there,\n", "line 2: TRIO has no number"),
-        (HEADER + "TRIO,16,there,50\n", "the table has no budget '16'; it has all, 8, 4"),
-        (HEADER + "TRIO,8,,50\n", "source is empty"),
-        (HEADER + "TRIO,8,there,50\nTRIO,8,there,51\n", "line 3: TRIO at 8 from there is there twice"),
-        (HEADER + "TRIO,8,there,50,51\n", "line 2 has 5 cells, the header has 4"),
-        ("method,budget,source,kind,gqa\nTRIO,8,there,guessed,50\n", "kind should be published or measured, got"),
-        ("method,budget,source,gqa\n\x00", "line 2|no CSV file"),
-        ("method;budget;source;gqa\nTRIO;8;there;50\n", "no column method; .*, got method;budget;source;gqa"),
-        (HEADER + "TRIO,8,there,-1\n", "0 to 100, got '-1'"),
-        (
-            "method,budget,source,mme\nTRIO,8,there,58.3\n",
-            r"mme \(MME total\) should be a number, 100 to 2800, got '58.3'",
-        ),
-        ("method,budget,source,mme\nTRIO,8,there,2900\n", "100 to 2800, got '2900'"),
-    ],
-)
-def test_wrong_rows_of_ones_own_are_one_sentence(tmp_path, text, sentence):
-    (tmp_path / "rows.csv").write_text(text)
-    columns = [
-        {"benchmark": "gqa", "title": "GQA", "published": "gqa"},
-        {"benchmark": "mme", "title": "MME total", "metric": "total", "published": "mme_sum"},
-    ]
-    found = spec.read(written(tmp_path, columns=columns))
-    with pytest.raises(UserError, match=sentence) as error:
-        read_own(tmp_path / "rows.csv", found)
-    assert "\n" not in str(error.value)
-
-
-def test_a_line_break_in_a_cell_of_a_row_of_ones_own_is_a_space(tmp_path):
-    """The two lines were joined without one, and every later line had a wrong number in messages."""
-    (tmp_path / "rows.csv").write_text("\n" + HEADER + '"TRIO\nlarge",8,there,50\nTRIO,8,there,\n')
-    with pytest.raises(UserError, match="line 5: TRIO has no number"):
-        read_own(tmp_path / "rows.csv", spec.read(written(tmp_path)))
-    (tmp_path / "rows.csv").write_text(HEADER + '"TRIO\nlarge",8,there,50\n')
-    assert read_own(tmp_path / "rows.csv", spec.read(written(tmp_path)))[0].method == "TRIO large"
-
-
-def test_rows_of_ones_own_are_for_tables_of_scores(tmp_path):
-    (tmp_path / "rows.csv").write_text("\ufeff" + HEADER + "TRIO,all,there,50\n")
-    assert read_own(tmp_path / "rows.csv", spec.read(written(tmp_path)))[0].budget is None
-    for name, kind, sentence in (("rows.csv", "efficiency", "kind efficiency"), ("none.csv", "scores", "No such file")):
-        with pytest.raises(UserError, match=sentence):
-            read_own(tmp_path / name, spec.read(written(tmp_path, kind=kind)))
