@@ -642,15 +642,6 @@ def test_tokens_needed_and_averages_are_na_where_full_scores_nothing():
     assert relative_text(relative_mean, {"pope": (terms, terms)}, 3) == "n/a: a result on 2 of 3 benchmarks is missing"
 
 
-@pytest.mark.table
-def test_the_shell_script_makes_its_table(tmp_path):
-    """bash scripts/<paper>/<table>.sh, as the README gives it, with paths relative to where it is called."""
-    script = ROOT / "scripts" / "attnmix" / "llava15_7b.sh"
-    words = ["bash", str(script), "--help"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "consensusdrop/llava15_7b" in done.stdout, done.stderr
-
-
 def blank_document(**changes):
     """A document of twelve columns with letters that LaTeX, spreadsheets and HTML take for their own."""
     found = spec.read(spec.find("consensusdrop/llava15_7b"))

@@ -65,10 +65,6 @@ class Judge(Protocol):
         """The reply's text and the model that the judge says it is."""
         ...
 
-    def cost(self, tokens_in: int, tokens_out: int) -> float | None:
-        """Price of so many tokens; None if nobody said it, or there is none."""
-        ...
-
 
 # -- the flag --------------------------------------------------------------------------------------------------------
 
@@ -330,7 +326,7 @@ class Store:
 def ask(judge: Judge, judging: Judging, requests: Sequence[Request], store: Store) -> None:
     """Ask about all requests without a stored verdict, and store each verdict as it arrives.
 
-    Prints an estimate before the first request, because requests cost money.
+    Prints how much is asked before the first request, because requests cost money.
     """
     pending = [request for request in requests if key_of(request) not in store.found]
     if not pending:
@@ -389,11 +385,10 @@ def estimate(judge: Judge, judging: Judging, requests: Sequence[Request]) -> str
     """How much is about to be asked."""
     tokens_in = sum(count_tokens(request) for request in requests)
     tokens_out = sum(request.max_tokens or USUAL_REPLY for request in requests)
-    price = judge.cost(tokens_in, tokens_out)
     again = f"; an unreadable reply is asked for up to {judging.tries} times" if judging.tries > 1 else ""
     return (
         f"Judge {judge.name}: {len(requests):,} requests, at most about {tokens_in:,} tokens in and {tokens_out:,} out"
-        f"{'' if price is None else f', a cost of {price:.2f}'}{again}."
+        f"{again}."
     )
 
 

@@ -6,7 +6,6 @@ The address is read from the environment, through the `openai` client:
     JUDGE_URL      base address such as https://api.openai.com/v1, or OPENAI_BASE_URL
     JUDGE_KEY      or OPENAI_API_KEY; local servers mostly need none
     JUDGE_WORKERS  requests in flight at once, 4 if not set
-    JUDGE_PRICE_IN, JUDGE_PRICE_OUT  price per million tokens, for the estimate
 
 From there only: command lines end up in logs and shell histories, and a key must not. The model on this machine has
 open weights and runs through transformers with its own chat template.
@@ -46,7 +45,6 @@ class Endpoint:
     Attributes:
         url: base address, without the path of the request.
         key: never printed and no part of repr.
-        prices: per million tokens in and out.
         timeout: seconds until a request without an answer is sent again.
     """
 
@@ -54,7 +52,6 @@ class Endpoint:
     url: str
     key: str | None = field(repr=False)
     workers: int = 4
-    prices: tuple[float, float] | None = None
     timeout: float = TIMEOUT
 
     @cached_property
@@ -94,10 +91,6 @@ class Endpoint:
         except openai.OpenAIError as error:
             raise UserError(f"The judge at {self.url} cannot be asked ({self._clean(str(error))}).") from None
         return self._read(answer.text)
-
-    def cost(self, tokens_in: int, tokens_out: int) -> float | None:
-        """In the currency of the prices."""
-        return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6 if self.prices else None
 
     def _read(self, text: str) -> tuple[str, str]:
         try:
@@ -148,21 +141,7 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
         url.removesuffix(PATH),
         key or None,
         workers=whole_number("JUDGE_WORKERS", environment.get("JUDGE_WORKERS") or "4"),
-        prices=_prices(environment),
     )
-
-
-def _prices(environment: Mapping[str, str]) -> tuple[float, float] | None:
-    texts = [environment.get(name) for name in ("JUDGE_PRICE_IN", "JUDGE_PRICE_OUT")]
-    if not any(texts):
-        return None
-    try:
-        given = [float(text or 0) for text in texts]
-    except ValueError:
-        raise UserError(
-            f"JUDGE_PRICE_IN and JUDGE_PRICE_OUT should be prices per million tokens, got {texts[0]!r}, {texts[1]!r}."
-        ) from None
-    return given[0], given[1]
 
 
 class LocalModel:
@@ -209,10 +188,6 @@ class LocalModel:
         # transformers types the text of one sequence and the texts of a batch alike.
         text = cast(str, self.tokenizer.decode(fresh, skip_special_tokens=True))
         return text.strip(), self.name
-
-    def cost(self, tokens_in: int, tokens_out: int) -> None:
-        """Time, no money."""
-        return None
 
     def _inputs(self, messages: Sequence[Mapping[str, str]]) -> "BatchEncoding":
         from jinja2.exceptions import TemplateError
