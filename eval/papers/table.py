@@ -155,7 +155,7 @@ def document_of(
         [*(column.title for column in found.columns), "average"],
         blocks(found, clear) if table.kind == "scores" else (),
         cells,
-        sections_of(table, found, times, source, where.place, clear, pairs),
+        sections_of(table, found, times, clear, pairs),
         checks,
         notes_of(table, found, cells),
         points_of(table, found, times),

@@ -108,7 +108,7 @@ def by_method(runs: list[Run]) -> dict[str, dict[int, Run]]:
     return found
 
 
-def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float = SHARE, level: float = LEVEL) -> Any:
+def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float) -> Any:
     """All statistics of the runs as JSON types: a list of rows, and the tokens needed by method."""
     first: dict[str, Run] = {}
     for run in runs:
@@ -118,7 +118,7 @@ def statistics_of(full: Run, runs: list[Run], data: Dataset, share: float = SHAR
     controls = {run.budget: run for run in runs if run.method == DOWNSAMPLE}
     rows, needed = [], {}
     for label, budgets in methods.items():
-        found = tokens_needed(full.terms, {budget: run.terms for budget, run in budgets.items()}, share, level)
+        found = tokens_needed(full.terms, {budget: run.terms for budget, run in budgets.items()}, share)
         needed[label] = dataclasses.asdict(found) | {"text": found.text}
         for budget, test in found.tests.items():
             row = row_of(budgets[budget], full, controls.get(budget), data)
@@ -196,7 +196,7 @@ def sentence(label: str, needed: Mapping[str, Any]) -> str:
     tests = ", ".join(f"{budget}: {p_text(test['p'])}" for budget, test in needed["tests"].items())
     return (
         f"{label} needs {needed['text']} tokens to keep {100 * needed['share']:g} % of full (one-sided test at "
-        f"{100 * needed['level']:g} %, largest budget first; p by budget: {tests})."
+        f"{100 * LEVEL:g} %, largest budget first; p by budget: {tests})."
     )
 
 
@@ -229,7 +229,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--share", type=value(fraction), default=SHARE, help="of the score of full that tokens needed asks for"
     )
-    p.add_argument("--level", type=value(fraction), default=LEVEL, help="of the one-sided tests")
     p.add_argument("--json", metavar="OUT", help="also write the numbers to this file")
     args = p.parse_args(arguments)
     result = read_json(results_folder(args.full) / RESULT)
@@ -238,9 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     full = read_run(args.full, data, args.judge)
     if full.method != FULL:
         raise UserError(f"The first folder should be a run of {FULL}, got one of {full.method}: {full.folder}.")
-    record = statistics_of(
-        full, [read_run(folder, data, args.judge) for folder in args.runs], data, args.share, args.level
-    )
+    record = statistics_of(full, [read_run(folder, data, args.judge) for folder in args.runs], data, args.share)
     print("\n".join(lines(record)))
     if args.json:
         write_json(Path(args.json), record)

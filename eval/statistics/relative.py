@@ -262,7 +262,6 @@ class TokensNeeded:
 
     tokens: int | None
     share: float
-    level: float
     tests: dict[int, BudgetTest]
 
     @property
@@ -275,25 +274,23 @@ def tokens_needed(
     full: SufficientStatistics,
     by_budget: Mapping[int, SufficientStatistics],
     share: float = SHARE,
-    level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> TokensNeeded:
     """The smallest budget from which on the score is shown to be more than `share` of the full model's.
 
+    The probability of naming a budget at which the score is at most the share is LEVEL.
+
     Args:
         by_budget: visual tokens -> the method's score on the same questions.
-        level: probability of naming a budget at which the score is at most the share.
 
     Raises:
         UserError: no budget, other questions, or a full model that scores 0.
     """
     if not by_budget:
         raise UserError("Tokens needed: at least one measured budget is needed.")
-    if not 0 < share <= 1 or not 0 < level < 1:
-        raise UserError(
-            f"The share should be above 0 and up to 1, and the level between 0 and 1; got {share}, {level}."
-        )
+    if not 0 < share <= 1:
+        raise UserError(f"The share should be above 0 and up to 1, got {share}.")
     tests: dict[int, BudgetTest] = {}
     tokens: int | None = None
     going_on = True
@@ -303,11 +300,11 @@ def tokens_needed(
         if of_full <= 0:
             raise UserError(f"The full model scores {of_full:g} on these questions; a share of that says nothing.")
         p = p_value(pairs, share, resamples, seed)
-        going_on = going_on and p <= level
-        low = lower_bound(pairs, level, share if p <= level else None, resamples, seed)
+        going_on = going_on and p <= LEVEL
+        low = lower_bound(pairs, LEVEL, share if p <= LEVEL else None, resamples, seed)
         tests[budget] = BudgetTest(100 * of_method / of_full, 100 * low, p, going_on)
         tokens = budget if going_on else tokens
-    return TokensNeeded(tokens, share, level, tests)
+    return TokensNeeded(tokens, share, tests)
 
 
 # -- averages over benchmarks -----------------------------------------------------------------------------------------
