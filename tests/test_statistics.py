@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.metrics import Score, SufficientStatistics, divide, ratio_terms
+from eval.metrics import Score, SufficientStatistics, ratio_terms
 from eval.results import statistics
 from eval.results.report import score_lines, scored
 from eval.results.statistics import Exchanges, accuracy_terms, compare, interval
 from llava.errors import UserError
-from tests.simulated_errors import coverage, of_difference, of_score
+from tests.simulated_errors import accuracy, coverage, f1, f1_terms, of_difference, of_score, simulated, terms
 
 
 def each(scores) -> dict[str, str]:
@@ -26,17 +26,9 @@ def compared(a, b, clusters, **options):
     return compare(accuracy_terms(a, clusters), accuracy_terms(b, clusters), **options)
 
 
-def f1(sums):
-    return 200 * divide(sums[..., 0], sums[..., 1] + sums[..., 2])
-
-
-def f1_terms(rng, count: int = 200, right: float = 0.8) -> SufficientStatistics:
-    """(true positives, predicted, actual) of yes/no questions, four to a picture; F1 is no mean of anything."""
+def drawn_f1(rng, count: int = 200, right: float = 0.8) -> SufficientStatistics:
     actual = rng.random(count) < 0.5
-    said = np.where(rng.random(count) < right, actual, ~actual)
-    sums = np.stack([actual & said, said, actual], 1).astype(float)
-    names = tuple(map(str, range(count)))
-    return SufficientStatistics("question", names, tuple(str(i // 4) for i in range(count)), sums, f1)
+    return f1_terms(np.where(rng.random(count) < right, actual, ~actual), actual)
 
 
 # -- intervals -----------------------------------------------------------------------------------------------------
@@ -60,7 +52,7 @@ def test_interval_is_wilsons_with_the_spread_of_the_pictures():
 
 
 def test_interval_of_f1_is_near_that_of_drawing_pictures_by_hand():
-    terms = f1_terms(np.random.default_rng(0), 2000)
+    terms = drawn_f1(np.random.default_rng(0), 2000)
     draw, values = np.random.default_rng(1), []
     for _ in range(2000):
         rows = (draw.integers(500, size=500)[:, None] * 4 + np.arange(4)).ravel()
@@ -125,24 +117,6 @@ def test_the_report_prints_the_interval_of_the_unit_that_was_drawn():
 
 
 # -- paired tests --------------------------------------------------------------------------------------------------
-
-
-def planted(rng, clusters: int, per: int, worse: float = 0.0, change: float = 0.2):
-    """Rows (right, asked) of two answerers that agree but for a share `change`; b loses a share `worse`."""
-    hard = rng.beta(2, 1, clusters)[:, None]
-    base = rng.random((clusters, per)) < hard
-    answers = [np.where(rng.random(base.shape) < change, rng.random(base.shape) < 0.66, base) for _ in range(2)]
-    answers[1] &= rng.random(base.shape) >= worse
-    return [np.stack([found.sum(1), np.full(clusters, per)], 1).astype(float) for found in answers]
-
-
-def accuracy(sums):
-    return 100 * sums[..., 0] / sums[..., 1]
-
-
-def terms(rows) -> SufficientStatistics:
-    names = tuple(map(str, range(len(rows))))
-    return SufficientStatistics("image", names, names, rows, accuracy)
 
 
 def test_paired_comparison_sees_what_two_intervals_would_miss():
@@ -230,7 +204,7 @@ def test_interval_and_p_value_never_disagree():
     significant = 0
     for seed in range(150):
         rng = np.random.default_rng(seed)
-        rows = planted(rng, int(rng.integers(4, 40)), int(rng.integers(1, 5)), 0.15)
+        rows = simulated(rng, int(rng.integers(4, 40)), int(rng.integers(1, 5)), 0.7, 0.3, 0.0, 0.75)
         found = compare(*map(terms, rows), resamples=499, seed=seed)
         if found.low is not None:
             assert (found.low <= 0 <= found.high) == (found.p > 0.05), (seed, found)
@@ -246,7 +220,7 @@ def test_the_critical_value_lies_between_significant_and_not():
 
 
 def test_equal_answers_differ_by_nothing_and_have_no_interval():
-    same = f1_terms(np.random.default_rng(5))
+    same = drawn_f1(np.random.default_rng(5))
     found = compare(same, same)
     assert (found.difference, found.p, found.low, found.high) == (0, 1, None, None)
     assert found.note == "n/a: the difference is the same for every question"

@@ -1,6 +1,6 @@
 """The further tables of a page: costs, statistics over the benchmarks, and paired tests between methods."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from eval.papers.cells import Cell, Measured
 from eval.papers.document import MARK, MARK_TEXT, Section, label, number, ours_text
@@ -18,7 +18,7 @@ from eval.results.statistics import (
     interval,
 )
 from eval.statistics.answers import hard_questions, same_answers
-from eval.statistics.relative import Scores, relative_iqm, relative_mean, tokens_needed
+from eval.statistics.relative import Scores, relative_mean, tokens_needed
 from eval.tables.page import csv_numbers, difference_text, score_text
 from llava.errors import UserError
 
@@ -137,28 +137,28 @@ def aggregates(found: Measured) -> Section:
             [
                 label(found, index),
                 str(line.budget),
-                *(relative_text(average, pairs, len(full)) for average in (relative_mean, relative_iqm)),
+                relative_text(pairs, len(full)),
                 score_text(pooled_loyalty(row, full)),
                 hard_text(row, full, control),
             ]
         )
     about = (
-        "Average (mean) and interquartile mean, over the benchmarks, of the scores above in percent of full; loyalty: "
+        "Average: mean over the benchmarks of the scores above in percent of full; loyalty: "
         "questions with the same answer as full, in the benchmark's own form of an answer; hard questions: right with "
         "full, wrong with the downsampled image of as many tokens "
         "(group A of VTC-Bench). 95 % intervals in brackets. Definitions: docs/statistics.md."
     )
-    header = ["method", "budget", "average, % of full", "interquartile mean, %", "loyalty, %", "hard questions, %"]
+    header = ["method", "budget", "average, % of full", "loyalty, %", "hard questions, %"]
     return Section("Averages, loyalty and hard questions", about, header, rows)
 
 
-def relative_text(average: Callable[[Scores], Interval], pairs: Scores, count: int) -> str:
+def relative_text(pairs: Scores, count: int) -> str:
     """An average with its interval, or why there is none: a benchmark is missing, or full scores 0 on a resample, as a
     few questions can make it."""
     if len(pairs) < count:
         return f"n/a: a result on {count - len(pairs)} of {count} benchmarks is missing"
     try:
-        return score_text(average(pairs))
+        return score_text(relative_mean(pairs))
     except UserError as error:
         return f"n/a: {str(error).partition(',')[0]}"
 
