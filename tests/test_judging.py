@@ -147,13 +147,14 @@ def test_a_server_that_stays_down_ends_the_run_and_keeps_the_verdicts(server, tm
     assert sum(call["messages"][0]["content"] == "1" for call in server.calls[9:]) == 1  # "a" was not asked again
 
 
-def test_a_refusal_is_not_repeated_and_a_redirect_not_followed(server):
+def test_a_refusal_is_not_repeated_a_redirect_not_followed_and_the_key_in_no_log(server, caplog):
+    caplog.set_level("DEBUG")  # the level at which the client logs its requests
     for status in (401, 302):
         server.calls.clear()
         server.answer = lambda number, body, status=status: (status, f"bad {KEY}")
         with pytest.raises(UserError, match=rf"refused a request \(HTTP {status}: no: bad \*\*\*\)"):
             at(server).reply(REQUEST)
-        assert len(server.calls) == 1
+        assert len(server.calls) == 1 and "HTTP request" in caplog.text and KEY not in caplog.text
 
 
 def test_a_slow_server_is_asked_again_after_the_timeout(server):
@@ -175,16 +176,6 @@ def test_something_that_is_no_chat_endpoint_is_a_sentence(server, content):
     server.body = content
     with pytest.raises(UserError, match="does not answer as a chat endpoint does; it sent"):
         at(server).reply(REQUEST)
-
-
-def test_the_key_is_in_no_log(server, caplog):
-    """The client logs its requests at the level "debug"."""
-    caplog.set_level("DEBUG")
-    server.answer = lambda number, body: (401, f"bad {KEY}")
-    with pytest.raises(UserError) as error:
-        at(server).reply(REQUEST)
-    assert KEY not in str(error.value) and KEY not in caplog.text
-    assert "HTTP request" in caplog.text
 
 
 def test_unreadable_replies_are_asked_for_again_with_a_cap(server, tmp_path):
