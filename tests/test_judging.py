@@ -1,4 +1,4 @@
-"""Judges: an endpoint that fails in every way, a local model, verdicts on disk, and which of them the flag takes."""
+"""Judges: an endpoint that fails in every way, verdicts on disk, and which of them the flag takes."""
 
 import json
 import threading
@@ -317,7 +317,6 @@ def test_verdicts_of_the_official_script(tmp_path):
 def test_wrong_flags_are_said_before_a_run(tmp_path):
     for judge, sentence in [
         ("endpoint", "--judge endpoint needs the environment variable JUDGE_MODEL"),
-        ("local:", "names no model"),
         ("gpt-4", "there is no 'gpt-4'"),
     ]:
         with pytest.raises(UserError, match=sentence):
@@ -326,56 +325,6 @@ def test_wrong_flags_are_said_before_a_run(tmp_path):
         check_judge(data_with(None), "match")
     check_judge(data_with(None), "auto")
     check_judge(data_with(judging()), str(tmp_path))
-
-
-# -- a local model -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory):
-    """A random Llama of some kilobytes, with a tokenizer of letters and a template that knows no system turn."""
-    import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = str(tmp_path_factory.mktemp("judge"))
-    letters = ["<unk>", "</s>", *(chr(code) for code in range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
-    fast.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-    )
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), **size)).save_pretrained(folder)
-    return folder
-
-
-def test_a_local_model_judges(chat_model, tmp_path):
-    found, facts = score(judging(parse=lambda name, reply: {"n": len(reply) > 0}), f"local:{chat_model}", tmp_path)
-    assert facts["judge"]["verdicts"].startswith(str(tmp_path / "judgements-judge"))
-    assert "cannot be compared" in found.notes[0]
-
-
-def test_local_replies_depend_on_the_request_alone(chat_model):
-    from eval.judging.judges import LocalModel
-
-    judge = LocalModel(chat_model, device="cpu")
-    messages = ({"role": "system", "content": "Judge."}, {"role": "user", "content": "yes or no"})
-    for temperature in (None, 0.0, 1.5):
-        request = Request("a", messages, temperature, 8)
-        assert judge.reply(request) == judge.reply(request)
-    assert judge.reply(Request("a", messages, 1.5, 8)) != judge.reply(Request("b", messages, 1.5, 8))
-
-
-def test_a_folder_without_a_model_is_said(tmp_path):
-    from eval.judging.judges import LocalModel
-
-    with pytest.raises(UserError, match="Cannot load the judge"):
-        LocalModel(str(tmp_path))
 
 
 def test_judges_without_a_name_or_version_are_not_said_to_be_others():

@@ -550,7 +550,7 @@ def test_a_row_that_is_not_the_release_or_counts_another_budget_is_not_compared(
 
 
 def test_a_score_of_another_judge_is_not_compared():
-    """--judge local:MODEL passed the gate beside numbers that GPT graded."""
+    """Another model than the official judge passed the gate beside numbers that GPT graded."""
     assert other_judge({}) == other_judge({"name": "match"}) == ""
     assert other_judge({"name": "gpt-3.5-turbo-0125", "official": "gpt-3.5-turbo"}) == ""
     assert other_judge({"name": "gpt-4", "official": "gpt-4-0613"}) == ""

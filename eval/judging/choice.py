@@ -12,23 +12,22 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from eval.answers.jsonl import DurableLines, read_jsonl
 from eval.benchmarks.base import Dataset
 from eval.judging import Judging, Request, Verdict
-from eval.judging.judges import LocalModel, configured, endpoint
+from eval.judging.judges import Endpoint, configured, endpoint
 from eval.metrics import Score, first_names
 from llava.errors import UserError
 
 HELP = (
     "for benchmarks that a language model judges: auto, none, match (word match, no published metric), endpoint "
-    "(JUDGE_MODEL, JUDGE_URL and JUDGE_KEY in the environment), local:MODEL, or a file or folder with verdicts"
+    "(JUDGE_MODEL, JUDGE_URL and JUDGE_KEY in the environment), or a file or folder with verdicts"
 )
 NAMED = ("auto", "none", "match", "endpoint")
-LOCAL = "local:"
 
 Scored = tuple[Score, dict[str, Any]]
 
@@ -48,24 +47,6 @@ Found = dict[tuple[str, str], Line]
 FIELDS = ("question_id", "asked", "verdict", "judge")
 
 
-class Judge(Protocol):
-    """A chat model that judges answers."""
-
-    @property
-    def name(self) -> str:
-        """Of the model, as written to results."""
-        ...
-
-    @property
-    def workers(self) -> int:
-        """Requests in flight at once."""
-        ...
-
-    def reply(self, request: Request) -> tuple[str, str]:
-        """The reply's text and the model that the judge says it is."""
-        ...
-
-
 # -- the flag --------------------------------------------------------------------------------------------------------
 
 
@@ -76,12 +57,9 @@ def check_judge(data: Dataset, judge: str) -> None:
             raise UserError(f"{data.title} is scored without a judge; leave --judge {judge} out.")
     elif judge == "endpoint":
         endpoint()
-    elif judge not in NAMED and not judge.removeprefix(LOCAL):
-        raise UserError(f"--judge {judge} names no model; write {LOCAL}FOLDER or the id of a model on the hub.")
-    elif judge not in NAMED and not judge.startswith(LOCAL) and not Path(judge).exists():
+    elif judge not in NAMED and not Path(judge).exists():
         raise UserError(
-            f"--judge should be {', '.join(NAMED)}, {LOCAL}MODEL, or a file or folder with verdicts; "
-            f"there is no {judge!r}."
+            f"--judge should be {', '.join(NAMED)}, or a file or folder with verdicts; there is no {judge!r}."
         )
 
 
@@ -127,8 +105,6 @@ def _score(judging: Judging, judge: str, asked: Sequence[str], texts: Mapping[st
         return judging.match(asked, texts), {"name": "match"}
     if judge == "endpoint" or (judge == "auto" and configured()):
         return _ask(judging, endpoint(), asked, texts, answers.parent)
-    if judge.startswith(LOCAL):
-        return _ask(judging, LocalModel(judge.removeprefix(LOCAL)), asked, texts, answers.parent)
     if judge == "auto":
         return _kept(judging, asked, texts, answers)
     return _from_disk(judging, Path(judge), asked, texts)
@@ -142,7 +118,7 @@ def _advice(judging: Judging, answers: Path) -> str:
     )
 
 
-def _ask(judging: Judging, judge: Judge, asked: Sequence[str], texts: Mapping[str, str], folder: Path) -> Scored:
+def _ask(judging: Judging, judge: Endpoint, asked: Sequence[str], texts: Mapping[str, str], folder: Path) -> Scored:
     """Verdicts of a model, those in the folder and new ones."""
     requests = judging.requests(asked, texts)
     path = verdict_file(folder, judge.name)
@@ -323,7 +299,7 @@ class Store:
 # -- asking ----------------------------------------------------------------------------------------------------------
 
 
-def ask(judge: Judge, judging: Judging, requests: Sequence[Request], store: Store) -> None:
+def ask(judge: Endpoint, judging: Judging, requests: Sequence[Request], store: Store) -> None:
     """Ask about all requests without a stored verdict, and store each verdict as it arrives.
 
     Prints how much is asked before the first request, because requests cost money.
@@ -370,7 +346,7 @@ def keep(done: Iterable[Future[Line]], store: Store, bar: "tqdm[Any]") -> None:
         raise failures[0]
 
 
-def judge_one(judge: Judge, judging: Judging, request: Request) -> Line:
+def judge_one(judge: Endpoint, judging: Judging, request: Request) -> Line:
     """One verdict, asked for until it can be read or the official number of tries is used up."""
     reply, model = "", judge.name
     for failures in range(judging.tries):
@@ -381,7 +357,7 @@ def judge_one(judge: Judge, judging: Judging, request: Request) -> Line:
     return line(request, judging.failed, reply, model, judging.tries, failed=True)
 
 
-def estimate(judge: Judge, judging: Judging, requests: Sequence[Request]) -> str:
+def estimate(judge: Endpoint, judging: Judging, requests: Sequence[Request]) -> str:
     """How much is about to be asked."""
     tokens_in = sum(count_tokens(request) for request in requests)
     tokens_out = sum(request.max_tokens or USUAL_REPLY for request in requests)
