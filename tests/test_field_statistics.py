@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from eval.metrics import SufficientStatistics
-from eval.statistics.answers import accuracy_on, hard_questions, loyalty, plain
+from eval.statistics.answers import hard_questions, loyalty, plain
 from eval.statistics.relative import (
     lower_bound,
     p_value,
@@ -137,16 +137,6 @@ def test_groups_are_what_downsampling_makes_of_the_questions_that_full_answers_r
     assert hard_questions(full, small) == {"group_a": ("a", "d"), "group_b": ("b",)}
     with pytest.raises(UserError, match="1 have an answer of one of them only"):
         hard_questions(full, {name: small[name] for name in "abcd"})
-
-
-def test_accuracy_on_a_group_is_the_mean_of_its_scores():
-    scores, images = {"a": 1.0, "b": 0.0, "c": 0.3, "d": 1.0}, {name: name for name in "abcd"}
-    found = accuracy_on(scores, ("a", "c"), images)
-    assert found.mean == pytest.approx(65) and found.method == "n/a: 2 images, an interval needs 20"
-    empty = accuracy_on(scores, (), images)
-    assert math.isnan(empty.mean) and empty.low is None and empty.method == "n/a: no question is in the group"
-    with pytest.raises(UserError, match="have no score, the first is z"):
-        accuracy_on(scores, ("z",), images)
 
 
 # -- loyalty ---------------------------------------------------------------------------------------------------------

@@ -128,7 +128,11 @@ def test_every_answer_is_asked_about_once_and_kept(server, tmp_path, capsys):
     assert len(server.calls) == 3
 
 
-def test_a_busy_server_is_asked_again_ever_more_slowly(server, waits):
+def test_a_busy_server_is_asked_again_ever_more_slowly_or_when_it_says(server, waits):
+    server.answer = lambda number, body: (429 if number == 1 else 200, "1")
+    at(server).reply(REQUEST)
+    assert waits.pop() == 7 and not waits
+    server.calls.clear()
     server.answer = lambda number, body: (500 if number < 4 else 200, "1")
     assert at(server, key=None).reply(REQUEST) == ("1", "judge-0613")
     assert server.calls[0]["key"] is None
@@ -163,12 +167,6 @@ def test_a_slow_server_is_asked_again_after_the_timeout(server):
     assert at(server, timeout=0.3).reply(REQUEST)[0] == "1"
     late.set()
     assert len(server.calls) == 2
-
-
-def test_a_server_that_says_when_is_asked_then(server, waits):
-    server.answer = lambda number, body: (429 if number == 1 else 200, "1")
-    at(server).reply(REQUEST)
-    assert waits == [7]
 
 
 @pytest.mark.parametrize("content", ["<html>", "[]", '{"choices": []}', '{"choices": [{"message": null}]}', "[" * 9999])
@@ -270,23 +268,20 @@ def test_auto_takes_the_endpoint_when_it_is_set_up_and_verdicts_on_disk_later(se
     assert "published numbers are of gpt-4-0314 and cannot be compared with these" in other.notes[0]
 
 
-def test_half_judged_answers_are_no_score(tmp_path):
+def test_the_official_judges_verdicts_go_before_others_and_half_judged_answers_are_no_score(tmp_path):
     how = judging()
-    first = how.requests(ASKED, TEXTS)[0]
-    with closing(Store(tmp_path / "judgements-judge-0613.jsonl")) as store:
+    path = tmp_path / "judgements-judge-0613.jsonl"
+    first, *rest = how.requests(ASKED, TEXTS)
+    with closing(Store(path)) as store:
         store.append(line(first, {"n": 1}, "1", "judge-0613", 1, failed=False))
     found, _ = score(how, "auto", tmp_path)
     assert found.main == "points_match"
     assert "judgements-judge-0613.jsonl holds verdicts about 1 of these 3 answers and was not used" in found.notes
     with pytest.raises(UserError, match=r"holds no verdict about these answers for 2 of 3 questions \(b, c\)"):
-        score(how, str(tmp_path / "judgements-judge-0613.jsonl"), tmp_path)
-
-
-def test_the_official_judges_verdicts_go_before_others(tmp_path):
-    how = judging()
-    for name, number in (("another", 3), ("judge-0613", 1)):
+        score(how, str(path), tmp_path)
+    for name, number, requests in (("another", 3, (first, *rest)), ("judge-0613", 1, rest)):
         with closing(Store(tmp_path / f"judgements-{name}.jsonl")) as store:
-            for request in how.requests(ASKED, TEXTS):
+            for request in requests:
                 store.append(line(request, {"n": number}, "", name, 1, failed=False))
     found, _ = score(how, "auto", tmp_path)
     assert found.values == {"points": 3} and "judgements-another.jsonl holds other verdicts" in found.notes[-1]

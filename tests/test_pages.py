@@ -68,14 +68,6 @@ def test_a_table_follows_an_empty_line(page):
             assert not before.strip() or before.startswith("<!--"), line
 
 
-def test_one_title_and_no_skipped_level(page):
-    if page.name == "PULL_REQUEST_TEMPLATE.md":
-        return
-    levels = [len(marks) for marks in re.findall(r"^(#+) ", prose(page), re.MULTILINE)]
-    assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in pairwise(levels))
-
-
 def test_commands_and_scripts_exist(page):
     text = page.read_text()
     made = {f"scripts/eval/{name}.sh" for name in re.findall(r"vtr new benchmark (\w+)", text)}

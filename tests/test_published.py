@@ -19,10 +19,8 @@ from llava.errors import UserError
 from llava.reduction.registry import names
 
 RANGES = {"mme": (500, 2000), "mme_sum": (900, 2800), AVERAGE: (45, 105), "tflops": (0.1, 60), "latency_ms": (50, 1000)}
-ROUNDING = 0.1
 FLAGSHIP = "consensusdrop/llava15_7b"
 TOY = ROOT / "assets" / "eval"
-CLOSE = 0.03  # of a size: configuration files and rounding
 
 
 def rows():
@@ -83,7 +81,7 @@ def test_printed_averages_follow_from_the_columns():
         computed = computed_average(file, row)
         if computed is None or AVERAGE not in row.scores or row.method == "full":
             continue
-        fits = abs(computed - row.scores[AVERAGE]) <= ROUNDING
+        fits = abs(computed - row.scores[AVERAGE]) <= 0.1
         assert fits or row.reason(AVERAGE), f"{file.name} {row.method} {row.tokens} {row.source} {computed:.2f}"
         agree[row.source] += fits
     known = {"adav": 25, "fastervlm": 46, "fsr": 71, "trio": 26}
@@ -102,13 +100,10 @@ def test_values_are_sorted_by_trust_then_by_file():
     assert "re-runs" in values[1].disputed and values[0].disputed is None
 
 
-def test_budgets_within_one_percent_are_one_budget():
+def test_budgets_within_one_percent_are_one_budget_and_shares_those_of_qwen():
     file = load("llava_next_7b")
     assert file.values("fastervlm", 288, "gqa") == file.values("fastervlm", 290, "gqa") != []
     assert file.values("fastervlm", 300, "gqa") == []
-
-
-def test_shares_are_budgets_of_qwen():
     file = load("qwen25_vl_7b")
     assert [value.value for value in file.values("fastv", "1/10", AVERAGE)] == [78.3, 68.07]
     assert file.values("fastv", "10/100", AVERAGE) == file.values("fastv", "1/10", AVERAGE)
@@ -157,14 +152,6 @@ def test_a_users_own_source_changes_nothing_but_what_is_shown(tmp_path, monkeypa
     assert [value.obstacle("square") for value in found.values("fastv", 64, "gqa")] == ["", "a user's own number"]
 
 
-def test_no_benchmark_quotes_a_number_from_memory():
-    """Ten did; what no source was found for is gone."""
-    for name in benchmarks.names():
-        benchmark = benchmarks.get(name)
-        assert "memory" not in benchmark.published_by and "†" not in benchmark.published, name
-        assert bool(benchmark.published) == bool(benchmark.published_by), name
-
-
 SOURCE = {
     "a": {"title": "A", "where": "there", "kind": "copied", "trust": "low", "convention": "square", "split": "usual"}
 }
@@ -177,8 +164,8 @@ ROW = {"method": "fastv", "tokens": 64, "source": "a", "gqa": 50.0}
         ({"rows": [{**ROW, "gqq": 1.0}]}, "gqq"),
         ({"rows": [{**ROW, "source": "b"}]}, "which is not listed"),
         ({"rows": [ROW, ROW]}, "two rows of fastv at 64 tokens"),
-        ({"rows": [{**ROW, "gqa": "50"}]}, "expected a number"),
-        ({"rows": [{**ROW, "gqa": True}]}, "expected a number"),
+        ({"rows": [{**ROW, "gqa": "50"}]}, "should be a valid number"),
+        ({"rows": [{**ROW, "gqa": True}]}, "should be a valid number"),
         ({"rows": [{**ROW, "tokens": "few"}]}, "fraction"),
         ({"rows": [{key: ROW[key] for key in ("method", "tokens", "source")}]}, "has no column"),
         ({"rows": [{**ROW, "disputed": {"pope": "why"}}]}, "pope, which the row does not have"),
@@ -244,15 +231,9 @@ def test_sizes_from_shapes_are_those_of_the_modules():
         if entry.shapes:
             size = expected(entry.shapes).weights.total / 1e9
             tower = 0.6 if name.startswith("liuhaotian/llava-v1.5") else 0.0  # in a repository of its own
-            assert entry.gb == pytest.approx(size - tower, rel=CLOSE), name
+            assert entry.gb == pytest.approx(size - tower, rel=0.03), name  # configuration files and rounding
             checked += 1
     assert checked == 7
-
-
-def test_every_table_has_the_sizes_that_it_needs(costs):
-    for table in (cost.table for cost in costs):
-        assert expense.checkpoint_of(table).gb > 0
-        assert {column.benchmark for column in table.columns} <= set(expense.downloads().benchmarks), table.identity
 
 
 def test_numbers_of_questions_are_those_of_the_benchmarks():
@@ -311,9 +292,3 @@ def test_the_page_names_sources_and_disputes(flagship):
     assert "ConsensusDrop | " not in flagship.partition("## 4")[2].partition("## 5")[0]
     for script in re.findall(r"bash (scripts/\S+\.sh)", flagship):
         assert (ROOT / script).is_file(), script
-
-
-@pytest.mark.table
-def test_a_table_without_published_values_says_so(cost):
-    text = reproduce.page(replace(cost, table=cost.table.model_copy(update={"published": ""})))
-    assert "No source has numbers of this model." in text and "| full, published |" in text

@@ -118,13 +118,6 @@ def test_the_nearest_full_is_the_reference(real, tmp_path):
     assert found["old/a-16"].percent == pytest.approx(80) and found["new/a-16"].percent == pytest.approx(50)
 
 
-def test_partial_results_are_a_group_of_their_own(folder):
-    found = report.collect(folder)
-    assert found.groups == ["GQA testdev · fake · 40 questions", "GQA testdev · fake · 8 questions"]
-    assert [row.folder for row in found.rows if row.partial] == ["gqa-testdev/fake/random-16/limit8"]
-    assert found.rows[0].method == "full" and found.rows[-1].group == 1
-
-
 def test_groups_alike_are_told_apart_and_options_are_shown(real, tmp_path):
     write(tmp_path / "a", real, "consensusdrop", 16, 40.0, config={"budget": 16, "alpha": 1.0, "fusion": "rank"})
     write(tmp_path / "b", real, "mine", 16, 40.0, dtype="bfloat16", config={"budget": 16, "x": 3})
@@ -156,8 +149,7 @@ def test_damaged_files_are_named_and_the_others_stay(real, folder, capsys):
 def test_results_moved_aside_are_not_shown(real, folder):
     write(folder / "gqa-testdev" / "fake" / "random-16" / "replaced-1", real, "random", 16, 1.0)
     write(folder / "gqa-testdev" / "fake" / "random-16" / "replaced-1" / "limit8", real, "random", 16, 1.0)
-    found = report.collect(folder)
-    assert len(found.rows) == 6 and found.replaced == 2
+    assert len(report.collect(folder).rows) == 6
 
 
 @pytest.mark.parametrize("make", ["nothing", "empty", "damaged", "output"])

@@ -219,18 +219,6 @@ def test_the_critical_value_lies_between_significant_and_not():
     assert Exchanges(rows, rows, accuracy, accuracy)._critical(known, 0.05) == 2
 
 
-def test_equal_answers_differ_by_nothing_and_have_no_interval():
-    same = drawn_f1(np.random.default_rng(5))
-    found = compare(same, same)
-    assert (found.difference, found.p, found.low, found.high) == (0, 1, None, None)
-    assert found.note == "n/a: the difference is the same for every question"
-
-
-def test_one_picture_cannot_show_a_difference():
-    found = compared({"a": 1.0, "b": 1.0}, {"a": 0.0, "b": 1.0}, {"a": "x", "b": "x"})
-    assert found.difference == 50 and found.p == 1 and found.low is None and found.note.startswith("n/a")
-
-
 def test_paired_comparison_refuses_other_questions():
     with pytest.raises(UserError, match="no questions were scored"):
         interval(accuracy_terms({}, {}))

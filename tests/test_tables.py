@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from eval import ask
 from eval import config as settings_module
 from eval import sweep as sweep_module
 from eval.answers.reuse import check_table
@@ -47,18 +46,6 @@ def test_a_model_whose_tower_is_no_clip_is_swept_without_a_memory(tmp_path):
     plain, swept = (generate(one, samples(2), reducer, max_new_tokens=3).answers for one in (model, caching))
     assert [a.token_ids for a in swept] == [a.token_ids for a in plain]
     assert not caching.remembers_features and not caching.takes_views and caching.remembered == 0
-
-
-def test_a_finished_setting_is_not_asked_again(tiny, tmp_path, monkeypatch):
-    """A sweep goes on where it stopped; a run of other settings in the same folder would still be refused."""
-    data = write_gqa(tmp_path / "data", count=6, images=2)
-    settings = [Setting("uniform", 4), Setting("consensusdrop", 4, {"alpha": "0.25"})]
-    first = sweep(settings, CachingLlava(tiny), data, "testdev", tmp_path / "out", wandb="disabled")
-    assert [len(credits) for credits in first] == [6, 6]
-    assert len({folder.name for folder in next((tmp_path / "out" / tiny.name).iterdir()).iterdir()}) == 2
-    again = CachingLlava(tiny)
-    monkeypatch.setattr(ask, "generate", None)
-    assert sweep(settings, again, data, "testdev", tmp_path / "out", wandb="disabled") == first
 
 
 def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, tmp_path, monkeypatch):

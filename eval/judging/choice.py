@@ -98,13 +98,18 @@ def with_extra(judging: Judging, score: Score, asked: Sequence[str], texts: Mapp
 
 
 def _score(judging: Judging, judge: str, asked: Sequence[str], texts: Mapping[str, str], answers: Path) -> Scored:
+    """The score by what --judge names: verdicts of a model, those in the folder and new ones, or none."""
     if judge == "none":
         missing = f"{judging.main} was not measured: {_advice(judging, answers)}"
         return Score({judging.main: None}, {}, {}, (missing,), judging.main), {"name": "none"}
     if judge == "match":
         return judging.match(asked, texts), {"name": "match"}
     if judge == "endpoint" or (judge == "auto" and configured()):
-        return _ask(judging, endpoint(), asked, texts, answers.parent)
+        model, requests = endpoint(), judging.requests(asked, texts)
+        path = verdict_file(answers.parent, model.name)
+        with contextlib.closing(Store(path)) as store:
+            ask(model, judging, requests, store)
+        return _of_lines(judging, asked, lines_of(store.found, requests), path)
     if judge == "auto":
         return _kept(judging, asked, texts, answers)
     return _from_disk(judging, Path(judge), asked, texts)
@@ -116,15 +121,6 @@ def _advice(judging: Judging, answers: Path) -> str:
         f"environment and run `python -m eval.score {judging.benchmark} --answers {answers} --judge endpoint` with "
         "this run's --data, --split and --profile"
     )
-
-
-def _ask(judging: Judging, judge: Endpoint, asked: Sequence[str], texts: Mapping[str, str], folder: Path) -> Scored:
-    """Verdicts of a model, those in the folder and new ones."""
-    requests = judging.requests(asked, texts)
-    path = verdict_file(folder, judge.name)
-    with contextlib.closing(Store(path)) as store:
-        ask(judge, judging, requests, store)
-    return _of_lines(judging, asked, lines_of(store.found, requests), path)
 
 
 def _kept(judging: Judging, asked: Sequence[str], texts: Mapping[str, str], answers: Path) -> Scored:
@@ -358,19 +354,12 @@ def judge_one(judge: Endpoint, judging: Judging, request: Request) -> Line:
 
 
 def estimate(judge: Endpoint, judging: Judging, requests: Sequence[Request]) -> str:
-    """How much is about to be asked."""
-    tokens_in = sum(count_tokens(request) for request in requests)
+    """How much is about to be asked, by an upper estimate of lengths without the judge's tokenizer."""
+    lengths = [len(message["content"].encode()) for request in requests for message in request.messages]
+    tokens_in = sum(math.ceil(length / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE for length in lengths)
     tokens_out = sum(request.max_tokens or USUAL_REPLY for request in requests)
     again = f"; an unreadable reply is asked for up to {judging.tries} times" if judging.tries > 1 else ""
     return (
         f"Judge {judge.name}: {len(requests):,} requests, at most about {tokens_in:,} tokens in and {tokens_out:,} out"
         f"{again}."
-    )
-
-
-def count_tokens(request: Request) -> int:
-    """Upper estimate of a request's length, without the judge's tokenizer."""
-    return sum(
-        math.ceil(len(message["content"].encode()) / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE
-        for message in request.messages
     )

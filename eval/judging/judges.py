@@ -107,17 +107,21 @@ class Endpoint:
         return text.replace(self.key, "***") if self.key else text
 
 
+def address(environment: Mapping[str, str]) -> tuple[str, str, str]:
+    """Name of the model, base address and key; "" for what is not set."""
+    url = environment.get("JUDGE_URL") or environment.get("OPENAI_BASE_URL") or ""
+    key = environment.get("JUDGE_KEY") or environment.get("OPENAI_API_KEY") or ""
+    return environment.get("JUDGE_MODEL", ""), url, key.strip()
+
+
 def configured(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether an endpoint is set up completely, key included."""
-    url = environment.get("JUDGE_URL") or environment.get("OPENAI_BASE_URL")
-    key = environment.get("JUDGE_KEY") or environment.get("OPENAI_API_KEY")
-    return bool(environment.get("JUDGE_MODEL") and url and key)
+    return all(address(environment))
 
 
 def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
     """The endpoint that the environment describes."""
-    model = environment.get("JUDGE_MODEL")
-    url = environment.get("JUDGE_URL") or environment.get("OPENAI_BASE_URL")
+    model, url, key = address(environment)
     if not model or not url:
         lost = [name for name, value in (("JUDGE_MODEL", model), ("JUDGE_URL (or OPENAI_BASE_URL)", url)) if not value]
         raise UserError(f"--judge endpoint needs the environment variable {' and '.join(lost)}.")
@@ -126,7 +130,6 @@ def endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
     except ValidationError:
         raise UserError(f"JUDGE_URL should be an address such as https://api.openai.com/v1, got {url!r}.") from None
     url = url.rstrip("/")
-    key = (environment.get("JUDGE_KEY") or environment.get("OPENAI_API_KEY") or "").strip()
     if not (key.isascii() and key.isprintable()):
         # Said here: the error of the header it would go into shows the key.
         raise UserError("JUDGE_KEY (or OPENAI_API_KEY) holds characters that no key has; copy it again.")

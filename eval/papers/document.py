@@ -13,7 +13,7 @@ from eval.papers.cells import Cell, Measured, relative
 from eval.papers.gate import Check, comparable, sentences, values_of
 from eval.papers.published import Published, Value
 from eval.papers.runs import Where, described
-from eval.papers.spec import Budget, Column, Place, Table
+from eval.papers.spec import Budget, Place, Table
 from eval.tables.page import interval_text
 
 INSTEAD = "These data do not give the paper's metric"
@@ -268,7 +268,7 @@ def facts_of(table: Table, where: Where, found: Measured, command: str) -> list[
         ("Paper's model", table.model_title),
         ("Measured on", relative(place.model) + (" (toy model)" if where.is_toy else "")),
         ("Data", relative(where.data)),
-        ("Questions", questions_text(found.columns, found, where.limit)),
+        ("Questions", questions_text(found, where.limit)),
         ("Command", f"`{command}`"),
         ("Commit", ", ".join(commits) or "n/a"),
     ]
@@ -277,15 +277,12 @@ def facts_of(table: Table, where: Where, found: Measured, command: str) -> list[
     return facts
 
 
-def questions_text(columns: Sequence[Column], found: Measured, limit: int | None) -> str:
+def questions_text(found: Measured, limit: int | None) -> str:
     """How many questions of each benchmark were asked."""
-    full = found.row(0)
     parts = []
-    for column in columns:
-        if column.benchmark in full:
-            cell = full[column.benchmark]
-            of = f" of {cell.available:,}" if cell.questions < cell.available else ""
-            parts.append(f"{column.title} {cell.questions:,}{of}")
+    for cell in found.row(0).values():
+        of = f" of {cell.available:,}" if cell.questions < cell.available else ""
+        parts.append(f"{cell.column.title} {cell.questions:,}{of}")
     return ", ".join(parts) + (f" (the first {limit:,} of each)" if limit else "")
 
 

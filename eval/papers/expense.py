@@ -29,8 +29,6 @@ FILE = Path(__file__).parent / "downloads.yaml"
 # Shares of the data sheet that are assumed to be reached, as in docs/cluster.md.
 OF_PEAK, OF_BANDWIDTH = 0.4, 0.6
 LONGEST_PROMPT, LONGEST_ANSWER = 160, 128  # text tokens, for the memory of a batch
-# Measured for docs/cluster.md: a photograph of 640 x 480 opened, padded and resized on one core of an AMD EPYC.
-PREPROCESS_SECONDS = 0.0070627
 CUDA_CONTEXT = 1.5 * GIB  # assumed: context, fragments and kernels' own memory, which the estimate leaves out
 
 
@@ -121,11 +119,6 @@ class Expense:
         """Runs of the table."""
         return len(self.runnable) * len(self.loads)
 
-    @property
-    def questions(self) -> int:
-        """Questions of all benchmarks whose size is known, once."""
-        return sum(load.questions for load in self.loads.values() if load)
-
     @cached_property
     def peak(self) -> float:
         """Bytes on the GPU of a batch of the unreduced model, with what the estimate leaves out assumed."""
@@ -142,11 +135,6 @@ class Expense:
             for (text, steps), count in batches.items()
         )
         return seconds / 3600
-
-    @property
-    def preparation_hours(self) -> float:
-        """Hours of one core for preparing the images of all cells, if none is remembered."""
-        return len(self.runnable) * self.questions * PREPROCESS_SECONDS / 3600
 
     def estimate(self, line: Line, text: int, steps: int, new_tokens: int = 1) -> Estimate:
         """One batch of a row that can run, about the largest image or a video, as `--dry-run` estimates it."""

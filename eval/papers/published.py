@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, StrictFloat, ValidationError, model_validator
 
 from eval.config import FULL
 from eval.papers import read_yaml
@@ -127,13 +127,6 @@ class Source(BaseModel):
         return "" if self.split == "usual" else "a split that the source does not name"
 
 
-def numbers(value: Any) -> Any:
-    """Refuse text and truth values, which pydantic would turn into numbers."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError("expected a number")
-    return value
-
-
 class Row(BaseModel):
     """One method at one budget in one source. `kind`, `trust` and `note` take the place of the source's."""
 
@@ -142,7 +135,7 @@ class Row(BaseModel):
     method: str
     tokens: int | str
     source: str
-    scores: dict[str, Annotated[float, BeforeValidator(numbers)]]
+    scores: dict[str, StrictFloat]
     kind: Kind | None = None
     trust: Trust | None = None
     note: str | None = None
@@ -219,7 +212,7 @@ class Published(BaseModel):
         wanted = None if tokens is None else share(tokens)
         rows = [row for row in self.rows if row.method == method and column in row.scores]
         if wanted is not None and method != FULL:
-            rows = [row for row in rows if same_tokens(row.share, wanted)]
+            rows = [row for row in rows if abs(row.share - wanted) <= SAME_TOKENS * max(row.share, wanted)]
         found = [self.value(row, column) for row in rows]
         return sorted(found, key=lambda value: (value.kind == "ours", TRUST.index(value.trust)))
 
@@ -272,12 +265,6 @@ def models() -> list[str]:
 def share(tokens: int | str) -> Fraction:
     """A count of tokens, or a share of them such as "1/5", as a number."""
     try:
-        value = Fraction(tokens)
+        return Fraction(tokens)
     except (ValueError, ZeroDivisionError):
         raise UserError(f"Expected a number of tokens or a fraction such as 1/5, got {tokens!r}.") from None
-    return value
-
-
-def same_tokens(one: Fraction, other: Fraction) -> bool:
-    """Whether two sources mean the same budget."""
-    return abs(one - other) <= SAME_TOKENS * max(one, other)

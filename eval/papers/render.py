@@ -20,7 +20,6 @@ from eval.papers.document import (
     MARK,
     Block,
     Document,
-    Section,
     difference_to,
     ours_text,
     published_text,
@@ -145,7 +144,12 @@ def latex_file(document: Document, intervals: bool = False) -> str:
     Args:
         intervals: print the 95 % interval beside each score of the wide table, and mark significant differences.
     """
-    head, body = wide_latex(document, intervals) if document.blocks else plain_latex(document.sections[0])
+    if document.blocks:
+        head, body = wide_latex(document, intervals)
+    else:
+        section = document.sections[0]
+        head = [escaped(column) for column in section.columns]
+        body = [r"\midrule", *(latex_row(list(map(latex_text, row))) for row in section.rows)]
     identity = re.sub(r"[^\w/-]", "-", document.table.identity).replace("_", "-")
     comments = [f"{document.title}. Made by: {dict(document.facts)['Command'].strip('`')}"]
     comments += [document.banner] if document.banner else []
@@ -204,8 +208,7 @@ def latex_cell(block: Block, row: int, column: int, intervals: bool) -> str:
     text = styles[block.style(row, column)]
     if not intervals:
         return text
-    known = block.intervals[row] if row < len(block.intervals) else ()
-    interval = known[column] if column < len(known) else ""
+    interval = block.intervals[row][column] if column < len(block.intervals[row]) else ""
     text += escaped(CLEAR) * ((row, column) in block.clear)
     return text + (rf" {{\scriptsize {interval}}}" if interval else "")
 
@@ -214,12 +217,6 @@ def latex_row(cells: Sequence[str]) -> str:
     r"""A row of the table. A [ or * at its start would be an argument of the \\ before it."""
     text = " & ".join(cells) + r" \\"
     return f"{{}}{text}" if text.startswith(("[", "*")) else text
-
-
-def plain_latex(section: Section) -> tuple[list[str], list[str]]:
-    """Head and body of a section, whose cells are text."""
-    rows = [latex_row(list(map(latex_text, row))) for row in section.rows]
-    return [escaped(column) for column in section.columns], [r"\midrule", *rows]
 
 
 def latex_text(text: str) -> str:

@@ -32,7 +32,7 @@ FOLDER = ROOT / "docs" / "reproduce"
 SERVER = ("vqav2", "vizwiz")  # the papers' splits have no public answers
 JUDGED = ("mmvet", "llava_bench", "tgif_qa", "msvd_qa", "msrvtt_qa", "activitynet_qa")  # by a language model
 MANY = 8  # GPUs of the second column of hours
-INDEX_GPU = "A100, 80 GB"
+INDEX_GPU = GPUS[1]  # of the column of hours in docs/paper_tables.md
 COSTS = {"tflops": "TFLOP", "latency_ms": "ms", "speedup": "speed-up"}
 
 
@@ -58,7 +58,6 @@ def page(cost: Expense) -> str:
         many=MANY,
         gigabytes=gigabytes,
         costing=costing,
-        preparation=duration(3600 * cost.preparation_hours),
         first="gqa" if "gqa" in names else names[0],
         judged=[name for name in names if name in JUDGED],
         server=[name for name in names if name in SERVER],
@@ -68,8 +67,7 @@ def page(cost: Expense) -> str:
         everywhere=EVERYWHERE,
         convention=CONVENTIONS[table.real.convention],
     )
-    page: str = text.rstrip("\n") + "\n"
-    return page
+    return f"{text.rstrip()}\n"
 
 
 def gigabytes(size: float) -> str:
@@ -178,18 +176,12 @@ def number(value: float, column: str) -> str:
 
 def index(costs: Sequence[Expense]) -> str:
     """One row per table, for docs/paper_tables.md."""
-    gpu = next(gpu for gpu in GPUS if gpu.name == INDEX_GPU)
     rows = []
     for cost in costs:
         table = cost.table
         budgets, size = ", ".join(map(str, table.budgets)), f"{gigabytes_of(table):.0f} GB"
-        rows.append([table.title, budgets, f"{cost.cells:,}", size, gigabytes(cost.peak), hours(cost, gpu)[0]])
-    return markdown(["table", "budgets", "runs", "checkpoints", "GPU memory", f"one {INDEX_GPU}"], rows)
-
-
-def pages(costs: Sequence[Expense]) -> dict[str, str]:
-    """File name below docs/reproduce -> text."""
-    return {f"{cost.table.paper}_{cost.table.name}.md": page(cost) for cost in costs}
+        rows.append([table.title, budgets, f"{cost.cells:,}", size, gigabytes(cost.peak), hours(cost, INDEX_GPU)[0]])
+    return markdown(["table", "budgets", "runs", "checkpoints", "GPU memory", f"one {INDEX_GPU.name}"], rows)
 
 
 def all_costs() -> list[Expense]:
@@ -204,8 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_parser("eval.papers.reproduce", __doc__).parse_args(arguments)
     costs = all_costs()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, text in pages(costs).items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
+    for cost in costs:
+        (FOLDER / f"{cost.table.paper}_{cost.table.name}.md").write_text(page(cost), encoding="utf-8")
     insert(INDEX, "tables", index(costs))
     print(f"The pages are in {FOLDER.relative_to(ROOT)}/, their costs in {INDEX.relative_to(ROOT)}.")
     return 0

@@ -76,18 +76,8 @@ def costs(found: Measured, times: Times, scored: bool = False, lines: Iterable[i
         "of a question asked alone, vision tower included. "
     )
     about += next(iter(times.values())).about if times else "Times were not measured in this run (--times)."
-    header = [
-        "method",
-        "budget",
-        "tokens",
-        "KV MB",
-        "KV smaller",
-        "GFLOP",
-        "fewer operations",
-        "TTFT ms",
-        "TTFT faster",
-    ]
-    header += [column.title for column in found.columns] if scored else []
+    header = ["method", "budget", "tokens", "KV MB", "KV smaller", "GFLOP", "fewer operations"]
+    header += ["TTFT ms", "TTFT faster", *(column.title for column in found.columns if scored)]
     return Section("Costs", about + mark_text(found), header, rows)
 
 

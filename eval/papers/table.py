@@ -54,12 +54,9 @@ def where_of(table: Table, args: argparse.Namespace) -> "Where":
         raise UserError(f"The data folder {data} does not exist; see docs/paper_tables.md.")
     limit = min(filter(None, (args.limit, place.questions)), default=None)
     toy = bundled or is_toy(place.model)
-    return Where(place, toy, data, limit, args.device, args.judge, wandb_of_cells(args.wandb), table.identity)
-
-
-def wandb_of_cells(mode: str) -> str:
-    """Every cell is a W&B run of its own where W&B is online or asked for; hundreds of offline runs help nobody."""
-    return "disabled" if mode == "auto" and not (has_key() and resolve_mode(mode) == "online") else mode
+    # Every cell is a W&B run of its own where W&B is online or asked for; hundreds of offline runs help nobody.
+    wandb = "disabled" if args.wandb == "auto" and not (has_key() and resolve_mode("auto") == "online") else args.wandb
+    return Where(place, toy, data, limit, args.device, args.judge, wandb, table.identity)
 
 
 def narrowed(table: Table, args: argparse.Namespace) -> Table:

@@ -27,6 +27,7 @@ from eval.tables.page import markdown, score_text
 from llava.errors import UserError
 
 DOWNSAMPLE = "downsample"
+GROUPS = ("group_a", "group_b")
 # Number of a row -> head of its column.
 COLUMNS = {
     "loyalty": "loyalty",
@@ -76,22 +77,17 @@ def read_run(folder: Path, data: Dataset, judge: str = "auto") -> Run:
     score, judge_facts = score_answers(data, judge, list(stored.texts), stored.texts, stored.answers)
     if score.values.get(score.main) is None:
         raise UserError(f"{data.title} has no score for {folder}: {'; '.join(score.notes)}.")
-    images = {question.id: question.image for question in data.questions}
+    images, result = {question.id: question.image for question in data.questions}, stored.result
+    ratio = result.get("config", {}).get("retention_ratio")
     return Run(
         stored.judged(judge_facts),
-        stored.result["method"],
-        budget_of(stored.result),
-        {key: value for key, value in stored.result["settings"]["config"].items() if key != "budget"},
+        result["method"],
+        round(result["audit"]["mean_tokens_per_layer"]) if ratio else int(result["budget"]),
+        {key: value for key, value in result["settings"]["config"].items() if key != "budget"},
         score,
         terms_of(score, images),
         sample_scores(score, stored.texts, data),
     )
-
-
-def budget_of(result: Mapping[str, Any]) -> int:
-    """The budget in visual tokens."""
-    ratio = result.get("config", {}).get("retention_ratio")
-    return round(result["audit"]["mean_tokens_per_layer"]) if ratio else int(result["budget"])
 
 
 def by_method(runs: list[Run]) -> dict[str, dict[int, Run]]:
@@ -142,17 +138,12 @@ def row_of(run: Run, full: Run, control: Run | None, data: Dataset) -> dict[str,
     known = None if run.sample_scores is None else full.sample_scores
     found: dict[str, Interval | None] = {"score": interval(run.terms)}
     found |= loyalty(run.texts, full.texts, known, images, data.normalise or plain)
-    found |= {"group_a": None, "group_b": None}
-    counts: dict[str, int | None] = {"in_group_a": None, "in_group_b": None}
-    if (
-        run.sample_scores is not None
-        and known is not None
-        and control is not None
-        and control.sample_scores is not None
-    ):
-        hard = hard_questions(known, control.sample_scores)
-        found |= {name: accuracy_on(run.sample_scores, ids, images) for name, ids in hard.items()}
-        counts = {f"in_{name}": len(ids) for name, ids in hard.items()}
+    groups: dict[str, tuple[str, ...]] = {}
+    if run.sample_scores is not None and known is not None and control and control.sample_scores is not None:
+        groups = hard_questions(known, control.sample_scores)
+    counts = {f"in_{name}": len(groups[name]) if name in groups else None for name in GROUPS}
+    for name in GROUPS:
+        found[name] = accuracy_on(run.sample_scores or {}, groups[name], images) if name in groups else None
     return {name: plain_interval(one) for name, one in found.items()} | counts
 
 
