@@ -234,10 +234,10 @@ class Measured:
 
     def cell(self, row: Row | None, budget: Budget, benchmark: str) -> Cell | None:
         """The cell of a row at a budget; None where it cannot run, or there is no such row."""
-        places = (
-            i for i, line in enumerate(self.lines) if row is not None and line.row is row and line.budget == budget
-        )
-        return self.cells.get((next(places, -1), benchmark))
+        if row is None:
+            return None
+        index = next(i for i, line in enumerate(self.lines) if line.row is row and line.budget == budget)
+        return self.cells.get((index, benchmark))
 
     def of_full(self, index: int) -> float | None:
         """The average of the table: mean over the benchmarks of the score in percent of full's; None if one is missing,
