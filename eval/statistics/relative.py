@@ -127,9 +127,7 @@ def p_value(pairs: Pairs, share: float, resamples: int = RESAMPLES, seed: int = 
     return (1 + reached) / (1 + resamples)
 
 
-def lower_bound(
-    pairs: Pairs, level: float, passed: float | None = None, resamples: int = RESAMPLES, seed: int = 0
-) -> float:
+def lower_bound(pairs: Pairs, level: float, passed: float | None = None) -> float:
     """The largest share that the test rejects at `level`: a one-sided bound of method / full with confidence 1 - level.
 
     Args:
@@ -139,7 +137,7 @@ def lower_bound(
     high = float(method / full)
 
     def excess(share: float) -> float:
-        return p_value(pairs, share, resamples, seed) - level
+        return p_value(pairs, share) - level
 
     low, step = passed, 0.02
     while low is None:
@@ -273,8 +271,6 @@ def tokens_needed(
     full: SufficientStatistics,
     by_budget: Mapping[int, SufficientStatistics],
     share: float = SHARE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> TokensNeeded:
     """The smallest budget from which on the score is shown to be more than `share` of the full model's.
 
@@ -298,9 +294,9 @@ def tokens_needed(
         of_method, of_full = map(float, pairs.scores(pairs.counts))
         if of_full <= 0:
             raise UserError(f"The full model scores {of_full:g} on these questions; a share of that says nothing.")
-        p = p_value(pairs, share, resamples, seed)
+        p = p_value(pairs, share)
         going_on = going_on and p <= LEVEL
-        low = lower_bound(pairs, LEVEL, share if p <= LEVEL else None, resamples, seed)
+        low = lower_bound(pairs, LEVEL, share if p <= LEVEL else None)
         tests[budget] = BudgetTest(100 * of_method / of_full, 100 * low, p, going_on)
         tokens = budget if going_on else tokens
     return TokensNeeded(tokens, share, tests)
@@ -309,7 +305,7 @@ def tokens_needed(
 # -- averages over benchmarks -----------------------------------------------------------------------------------------
 
 
-def relative_mean(scores: Scores, resamples: int = AVERAGE_RESAMPLES, seed: int = 0) -> Interval:
+def relative_mean(scores: Scores) -> Interval:
     """Mean of method / full over benchmarks in percent, the average of the papers' tables, with its 95 % interval.
 
     Its spread is that of a bootstrap over clusters, each benchmark by itself. Of n clusters n - 1 are drawn, so that
@@ -325,7 +321,7 @@ def relative_mean(scores: Scores, resamples: int = AVERAGE_RESAMPLES, seed: int 
     """
     if not scores:
         raise UserError("An average over benchmarks needs at least one benchmark.")
-    streams = np.random.default_rng(seed).spawn(len(scores))
+    streams = np.random.default_rng(0).spawn(len(scores))
     by_name = {name: pair(*scores[name]) for name in sorted(scores)}  # the order given changes nothing
     observed = [relative(name, *pairs.scores(pairs.counts)) for name, pairs in by_name.items()]
     mean = float(np.mean(observed))
@@ -335,7 +331,7 @@ def relative_mean(scores: Scores, resamples: int = AVERAGE_RESAMPLES, seed: int 
             return Interval(mean, None, None, f"n/a: {name} has {units}, an interval needs {FEWEST_CLUSTERS}")
     drawn = []
     for (name, pairs), random in zip(by_name.items(), streams, strict=True):
-        draws = pairs.draws(pairs.counts / pairs.clusters, pairs.clusters - 1, resamples, random)
+        draws = pairs.draws(pairs.counts / pairs.clusters, pairs.clusters - 1, AVERAGE_RESAMPLES, random)
         drawn.append(np.concatenate([relative(name, *found) for found in draws]))
     values = np.mean(drawn, axis=0)
     if np.ptp(values) <= 1e-9 * max(1.0, abs(mean)):
