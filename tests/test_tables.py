@@ -1,14 +1,14 @@
 """Sweeps and tables on the tiny random model."""
 
-import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 
 from eval import config as settings_module
 from eval.answers.reuse import check_table
 from eval.config import RunConfig
-from eval.feature_cache import CachingLlava
+from eval.feature_cache import CachingLlava, bytes_of
 from eval.papers import spec
 from eval.papers.runs import changed
 from eval.sweep import Setting, fill, folder_of, is_finished
@@ -60,7 +60,7 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
     config = cell(model, data, tmp_path / "out", limit=4)
     assert not is_finished(config, model)
     fill(config, model)
-    assert is_finished(config, model) and not is_finished(dataclasses.replace(config, limit=5), model)
+    assert is_finished(config, model) and not is_finished(replace(config, limit=5), model)
     real = settings_module.answer_sources
     edited = {"llava/pipeline/decoder.py": "edited"}
     monkeypatch.setattr(settings_module, "answer_sources", lambda *objects: real(*objects) | edited)
@@ -75,10 +75,6 @@ def test_a_finished_setting_is_not_used_for_other_pictures_or_other_code(tiny, t
 
 def test_remembered_features_stay_within_their_memory(tiny):
     """Every image's features were kept: 1.2 MB each at 7B, 48 GB for VQAv2's images."""
-    from eval.feature_cache import bytes_of
-    from llava.pipeline.generate import generate
-    from llava.reduction import registry
-
     whole, small = CachingLlava(tiny), CachingLlava(tiny)
     reducer = registry.build("consensusdrop", 4)
     asked = [_named(sample, index) for index, sample in enumerate(samples(6, text_only=()))]
@@ -95,8 +91,6 @@ def test_remembered_features_stay_within_their_memory(tiny):
 
 
 def _named(sample, index):
-    from dataclasses import replace
-
     return replace(sample, image_ids=(f"p{index}",), image=picture(index))
 
 
@@ -137,7 +131,7 @@ def test_a_setting_that_was_interrupted_after_a_failure_goes_on(tiny, tmp_path):
     whole, config = image.read_bytes(), cell(model, data, tmp_path / "out")
     image.write_bytes(whole[:100])
     with pytest.raises(UserError, match="1 questions have no answer"):
-        fill(dataclasses.replace(config, limit=3), model)
+        fill(replace(config, limit=3), model)
     image.write_bytes(whole)
     fill(config, model)
     assert is_finished(config, model)

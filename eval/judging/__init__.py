@@ -1,7 +1,7 @@
 """Benchmarks whose answers an LLM judge grades.
 
 A benchmark defines a `Judging`: what the judge is asked, how its reply is read, and the score of its verdicts.
-eval/judging/choice.py picks the judge that --judge names: an endpoint, a local model, stored verdicts or a word match.
+eval/judging/choice.py picks the judge that --judge names: an endpoint, stored verdicts or a word match.
 """
 
 import hashlib
