@@ -75,7 +75,7 @@ def test_errors_of_a_command_keep_their_sentence_and_exit_code(capsys):
 
 
 def test_help_lists_every_command_in_groups_and_imports_nothing_heavy():
-    """It was one flat list, in which `eval` stood beside `bench ops`."""
+    """It was one flat list, in which `eval` stood beside `tables memory`."""
     code = (
         "import sys\nfrom eval.cli import COMMANDS, main\nassert main(['--help']) == 0\n"
         "assert not {'torch', 'numpy', 'argparse', 'eval.config'} & sys.modules.keys(), 'a heavy import'\n"

@@ -7,14 +7,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.efficiency.counts import OperationCounter, computed, count_prefill, flop_counter
-from eval.efficiency.growth import Size, model_of
-from eval.efficiency.memory import peak_bytes
+from eval.efficiency.growth import model_of
 from eval.efficiency.shapes import SHAPES, narrow, noise_batches, random_llava
 from llava.errors import UserError
 from llava.model.checkpoint.config import CLIP_L_336
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.budget import require
+from tests.allocations import metered_peak
 from tests.conftest import samples
 from visiondrop.method import SLICE
 
@@ -144,7 +144,7 @@ def test_no_method_makes_a_tensor_of_tokens_times_tokens_times_heads(method):
     """2,560 visual tokens ranked together, 4 heads: an attention map would have 26 million elements. A table of pairs,
     which methods of diversity use, has a quarter of that; VisionDrop's rows of attention come in slices."""
     tokens = 2560
-    model = model_of(tokens, Size(width=64 * HEADS, layers=4, blocks=3), torch.device("cpu"), "float32")
+    model = model_of(tokens, 64 * HEADS, 4, 3, torch.device("cpu"), "float32")
     reducer = next(
         built
         for options in ({"crops": "global"}, {"crops": "global", "schedule": "kept"}, {})
@@ -168,7 +168,7 @@ def peak_at_7b(tokens: int, method: str) -> int:
     assert model.visual_tokens == tokens
     reducer, asked = registry.build(method, tokens if method == "full" else tokens // 9), noise_batches(model, 1, video)
     _ = model.clip  # read when it is first asked for
-    return peak_bytes(lambda: model.logits(prefill(model, asked(0), reducer)[0].hidden))
+    return metered_peak(lambda: model.logits(prefill(model, asked(0), reducer)[0].hidden))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.efficiency.memory import peak_bytes
 from llava.reduction import ranking as greedy
 from llava.reduction.states import State
+from tests.allocations import metered_peak
 
 SHAPES = [(1, 1, 3, 1), (1, 2, 3, 1), (2, 5, 4, 3), (3, 30, 8, 12), (1, 40, 48, 40), (2, 120, 64, 60)]
 
@@ -177,7 +177,7 @@ def test_memory_is_linear_where_all_cosines_do_not_fit(name, monkeypatch):
     monkeypatch.setattr(greedy, "FEW", 100)
     tokens, weight = torch.randn(1, 1024, 8), torch.rand(1, 1024) + 0.1
     tracemalloc.start()  # numpy's memory; torch's is not in it
-    most = peak_bytes(lambda: CHOICES[name](tokens, weight, 64))
+    most = metered_peak(lambda: CHOICES[name](tokens, weight, 64))
     most += tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 1024 * 1024 * 4 / 2
@@ -191,7 +191,7 @@ def test_the_loops_never_wait_for_the_device_nor_hold_a_table_of_many_tokens(nam
     count = 20 if total == 50 or name != "duplicates" else total - 100
     tokens, weight = torch.empty(1, total, 64, device="meta"), torch.empty(1, total, device="meta")
     chosen = []
-    most = peak_bytes(lambda: chosen.append(CHOICES[name](tokens, weight, count)))
+    most = metered_peak(lambda: chosen.append(CHOICES[name](tokens, weight, count)))
     assert chosen[0].shape == (1, count) and chosen[0].device.type == "meta"
     assert most < 5 * 4 * greedy.WHOLE < 11520 * 11520 * 4
 

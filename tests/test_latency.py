@@ -3,7 +3,6 @@
 import json
 import time
 from contextlib import nullcontext
-from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 from eval.efficiency import latency
 from eval.efficiency import measure as measuring
-from eval.efficiency.latency import gate, main, needed, parser, usable_memory
+from eval.efficiency.latency import gate, main, parser
 from eval.efficiency.latency_table import page, runs, spanned
 from eval.efficiency.measure import Measured, Measurements, StageTimer, measure, once
 from eval.efficiency.oracle import chosen_options, oracles
@@ -66,7 +65,7 @@ def test_methods_take_turns_and_every_turn_asks_its_own_question(tiny, monkeypat
 
     def noted(model, reducer, batch, lengths, clock):
         asked.append((batch[0].id, reducer.name))
-        return {"seconds": {"prefill": 1.0}, "preprocess": 0, "kv_bytes": 1, "flops": 1, "peak_bytes": 1}
+        return {"seconds": {"prefill": 1.0}, "kv_bytes": 1, "flops": 1, "peak_bytes": 1}
 
     monkeypatch.setattr(measuring, "once", noted)
     reducers = {"full": registry.build("full", 16), "uniform": registry.build("uniform", 4)}
@@ -90,35 +89,6 @@ def test_a_batch_that_does_not_fit_is_said_and_not_tried_again(tiny, monkeypatch
     assert tried == ["full"]
 
 
-@pytest.mark.table
-def test_a_batch_beyond_the_free_memory_of_a_cpu_is_not_tried(tiny, tiny_path, monkeypatch, tmp_path):
-    """A CPU has no error for memory that is used up: the system ends the process. The page said "does not fit" only."""
-    full = registry.build("full", 16)
-    one, two = (needed(tiny, full, samples(count, ()), 3) for count in (1, 2))
-    monkeypatch.setattr(latency, "free_memory", lambda device: int((one + two) / 2 / 0.9))
-    assert one < usable_memory(tiny) < two
-    tried = []
-    real = measuring.once
-    monkeypatch.setattr(measuring, "once", lambda *given: tried.append(len(given[2])) or real(*given))
-    flags = ["--method", "uniform", "--budget", "16", "--model", str(tiny_path), "--device", "cpu", "--no-counts"]
-    found = latency.run(
-        parser().parse_args([*flags, "--repeats", "1", "--lengths", "3", "--batch-size", "1,2,4", "--no-oracle"])
-    )
-    assert set(tried) == {1} and [batch["batch_size"] for batch in found["batches"]] == [1, 2], "4 is no use after 2"
-    text = page(found)
-    assert "Batches of 2 questions do not fit, and were not tried: expected beside the weights are full " in text
-    assert found["batches"][0]["needed_bytes"] == {} and set(found["batches"][1]["needed_bytes"]) == {"full", "uniform"}
-    json.dumps(found)
-
-
-def test_a_plot_of_nothing_ends_in_a_sentence(tiny_path, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(latency, "free_memory", lambda device: 1 << 10)
-    flags = ["--method", "uniform", "--budget", "1/4", "--model", str(tiny_path), "--no-counts", "--device", "cpu"]
-    assert main([*flags, "--plot", str(tmp_path / "p.png")]) == 2
-    said = capsys.readouterr()
-    assert "One question does not fit, and was not tried" in said.out and "nothing to draw" in said.err
-
-
 def test_weights_beyond_the_free_memory_of_a_cpu_are_not_made(monkeypatch, capsys):
     """32 layers of their own in float32 are 26 GB."""
     made = []
@@ -134,35 +104,28 @@ def test_weights_beyond_the_free_memory_of_a_cpu_are_not_made(monkeypatch, capsy
 
 
 def test_the_cpu_clock_does_not_run_while_the_process_waits(tiny, monkeypatch):
-    plain = measuring.first_token
-
-    def waiting(*arguments):
-        time.sleep(0.3)
-        return plain(*arguments)
-
-    monkeypatch.setattr(measuring, "first_token", waiting)
+    monkeypatch.setattr(measuring, "generate", lambda *_, **__: time.sleep(0.3) or SimpleNamespace(decode_steps=0))
     reducers = {"full": registry.build("full", 16)}
-    wall, cpu = (measure(tiny, reducers, lambda turn: samples(1), 1, clock=c)["full"] for c in ("wall", "cpu"))
-    assert wall.preprocess + wall.ttft >= 0.3 > cpu.preprocess + cpu.ttft
+    wall, cpu = (
+        measure(tiny, reducers, lambda turn: samples(1), 1, lengths=(1,), clock=clock)["full"].end_to_end[1][0]
+        for clock in ("wall", "cpu")
+    )
+    assert wall >= 0.3 > cpu
 
 
 # -- ratios --------------------------------------------------------------------------------------------------------
 
 
-def measured(vision, selection, merging, prefill_seconds, kv=400, flops=1500, **more):
+def measured(vision, selection, merging, prefill_seconds, flops=1500, **more):
     seconds = {"vision": vision, "selection": selection, "merging": merging, "prefill": prefill_seconds}
-    return Measured(seconds, kv, flops, 7, **{"ttfts": (sum(seconds.values()),) * 2} | more)
+    return Measured(seconds, 400, flops, 7, **{"ttfts": (sum(seconds.values()),) * 2} | more)
 
 
 def test_ratios_to_full_and_to_the_oracle():
-    full = measured(1.0, 0.0, 0.0, 8.0, decode=0.4, end_to_end={1: (9.0, 9.0), 3: (10.0, 12.0)}, ttfts=(9.0, 9.0))
-    ours = measured(1.5, 0.25, 0.25, 2.0, 100, 300, decode=0.1, end_to_end={1: (4.5,), 3: (5.5,)}, ttfts=(4.0, 4.0))
+    full, ours = measured(1.0, 0.0, 0.0, 8.0), measured(1.5, 0.25, 0.25, 2.0, 300)
     found = ratios(full, ours, oracle=measured(1.0, 0.0, 0.0, 2.2))
     assert found.ttft == 9 / 4 and found.flops == 5 and found.realised == pytest.approx(9 / 4 / 5)
-    assert found.over_oracle == pytest.approx(4 / 3.2 - 1) and found.end_to_end == {1: 2, 3: 2} and found.decode == 4
-    assert found.selection == 0.5 / 4
-    assert found.with_scores == 1 / 4, "what the tower takes longer is the scores' part of selection"
-    assert found.kv_bytes == 4 and found.calm
+    assert found.over_oracle == pytest.approx(4 / 3.2 - 1) and found.calm
     assert not ratios(full, measured(1.0, 0.0, 0.0, 3.0, ttfts=(3.0, 4.0))).calm
 
 
@@ -210,12 +173,9 @@ def test_the_gate_asks_the_first_questions_and_marks_what_falls_below(monkeypatc
     )
     monkeypatch.setattr(latency, "open_dataset", lambda *_: questions)
     monkeypatch.setattr(latency, "generate", answers)
-    found = gate(None, {"full": 20, "good": 18, "bad": 17}, "gqa", None, 20, 0.9)
+    found = gate(None, {"full": 20, "good": 18, "bad": 17}, None, 20)
     assert found["questions"] == 20 and found["accuracy"] == {"full": 1.0, "good": 0.9, "bad": 0.85}
     assert found["passes"] == {"full": True, "good": True, "bad": False}
-    monkeypatch.setattr(questions, "sample_score", None)
-    with pytest.raises(UserError, match="have no score of their own"):
-        gate(None, {}, "gqa", None, 20, 0.9)
 
 
 # -- one run, from the flags to the tables -------------------------------------------------------------------------
@@ -278,7 +238,7 @@ def test_single_stream_asks_another_image_each_time(tiny_path, capsys, tmp_path)
     more = ["--repeats", "2", "--lengths", "2", "--no-oracle", "--no-counts", "--clock", "cpu"]
     assert main([*flags, *more, *files]) == 0
     said = capsys.readouterr().out
-    assert "p90" in said and "oracle of" not in said and "faster than full" in said
+    assert "p90" in said and "oracle of" not in said
     kept = json.loads((tmp_path / "a" / "r.json").read_text())
     assert len(kept["batches"][0]["methods"]["uniform"]["end_to_end"]["2"]) == 2
     assert (tmp_path / "a" / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -294,10 +254,8 @@ def test_offline_grows_the_batch(tiny_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--scenario", "video"], "needs a model that takes videos"),
         (["--shape", "nothing"], "Unknown shape"),
         (["--batch-size", "1,x"], "--batch-size should be a whole number"),
-        (["--gate-share", "2"], "--gate-share should be a share"),
         (["--gate", "4", "--shape", "llava-1.5-7b"], "Random weights have no accuracy"),
         (["--shape", "llava-1.5-7b", "--device", "cuda"], "no CUDA device"),
         (["--shape", "llava-1.5-7b", "--device", "gpu0"], "got 'gpu0'"),
@@ -328,14 +286,10 @@ def test_measurements_are_kept_and_belong_to_their_settings(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "methods", "found"),
     [
-        ("alpha=0.5", "consensusdrop", {"consensusdrop": {"alpha": "0.5"}}),
         ("consensusdrop.alpha=0.5", "all", {"consensusdrop": {"alpha": "0.5"}}),
-        ("consensusdrop.alpha=0.5", "consensusdrop,visionzip", {"consensusdrop": {"alpha": "0.5"}}),
         ("layer=3", "fastv,dart", {"fastv": {"layer": "3"}, "dart": {"layer": "3"}}),
         ("alpha=1", "all", "names no method"),
         ("visionzip.alpha=1", "consensusdrop", "for method 'visionzip'"),
-        ("alpha=1 consensusdrop.alpha=2", "consensusdrop", "given twice"),
-        ("alpha", "consensusdrop", "should look like"),
     ],
 )
 def test_options_with_and_without_the_method(setting, methods, found):
@@ -363,23 +317,12 @@ def test_random_weights_are_on_the_device_and_no_more_layers_are_distinct_than_t
 
 
 @pytest.mark.table
-def test_every_row_is_measured_plain_and_compiled(tiny_path, monkeypatch, capsys, tmp_path):
-    """In one run; compiled rows stand beside compiled full and oracles, and say what compiling took."""
+def test_every_row_is_compiled(tiny_path, monkeypatch, capsys):
     monkeypatch.setattr("eval.efficiency.latency.compile_model", lambda model: compile_model(model, "eager"))
     flags = ["--method", "uniform", "--budget", "4", "--model", str(tiny_path), "--compile", "--lengths", "3"]
-    file = tmp_path / "r.json"
-    assert main([*flags, "--repeats", "2", "--json", str(file), "--device", "cpu"]) == 0
+    assert main([*flags, "--repeats", "1", "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert "plain / compiled TTFT" in said and "compile s" in said and "faster than full" in said
-    rows = json.loads(file.read_text())["batches"][0]["methods"]
-    assert list(rows)[:4] == ["full", "full, compiled", "uniform", "uniform, compiled"]
-    ours, full = rows["uniform, compiled"], rows["full, compiled"]
-    by_turn = lambda above: median(a / b for a, b in zip(above["ttfts"], ours["ttfts"], strict=True))  # noqa: E731
-    assert ours["ratios"]["ttft"] == pytest.approx(by_turn(full))
-    assert ours["oracle"] == "oracle of uniform, compiled" and ours["ratios"]["over_oracle"] is not None
-    assert ours["ratios"]["flops"] == rows["uniform"]["ratios"]["flops"]
-    assert ours["plain_over_compiled"]["ttft"] == pytest.approx(by_turn(rows["uniform"]))
-    assert full["compiling"] > 0 == rows["full"]["compiling"] and "plain_over_compiled" not in rows["full"]
+    assert "Every row runs tower, prefill and decoding as compiled graphs" in said and "uniform" in said
 
 
 def test_a_turn_in_which_a_graph_was_compiled_does_not_count(tiny, monkeypatch):
@@ -395,5 +338,7 @@ def test_a_turn_in_which_a_graph_was_compiled_does_not_count(tiny, monkeypatch):
     monkeypatch.setattr(measuring, "measure_round", turn)
     model = SimpleNamespace(compiled=SimpleNamespace(seconds=2.0))
     reducer = registry.build("full", 16)
-    assert once(model, reducer, samples(1)) == {"seconds": {"prefill": 1.0}, "compiling": 5.0} and len(turns) == 2
-    assert once(model, reducer, samples(1)) == {"seconds": {"prefill": 1.0}} and len(turns) == 3
+    once(model, reducer, samples(1))
+    assert len(turns) == 2
+    once(model, reducer, samples(1))
+    assert len(turns) == 3

@@ -31,7 +31,6 @@ from llava.pipeline.decoder import BLOCK
 from llava.pipeline.prefill import prefill
 from llava.processing.image import Grid
 from llava.processing.prompt import IMAGE_TOKEN_INDEX, Prompt, Sample
-from llava.processing.video import Video
 from llava.reduction.budget import planned
 from llava.reduction.modules import layer_flops, linear_flops, prefill_flops, projector_flops, tower_flops
 from llava.reduction.reducer import Reducer
@@ -89,15 +88,6 @@ def layout_of(model: Llava, size: tuple[int, int] | None = None, video: bool = F
     if isinstance(model, LlavaNext):
         return model.anyres.arrange(size) if size is not None else model.largest
     return single(grid.rows, grid.columns)
-
-
-def shape_of(model: Llava, sample: Sample) -> QuestionShape:
-    """What memory and time depend on in a question whose images are open."""
-    opened = [
-        (image.frames[0].size, True) if isinstance(image, Video) else (image.size, False) for image in sample.images
-    ]
-    images = tuple(layout_of(model, size, video) for size, video in opened)
-    return QuestionShape(sum(token >= 0 for token in model.prompt(sample).ids), images, sample.id)
 
 
 def visual_plan(model: Llava, reducer: Reducer, image: TokenLayout) -> tuple[int, ...]:
@@ -453,14 +443,6 @@ class Meter(TorchDispatchMode):
 def _address(tensor: Tensor) -> int:
     address: int = tensor.untyped_storage()._cdata
     return address
-
-
-def peak_bytes(call: Any) -> int:
-    """Most bytes alive at once while a function runs, above what was there before."""
-    with torch.inference_mode(), Meter() as meter:
-        call()
-    most: int = meter.peak()
-    return most
 
 
 # Operations

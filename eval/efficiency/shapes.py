@@ -7,7 +7,7 @@ noise_batches(model, 8, True)   batches of questions that any model can be measu
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -242,14 +242,9 @@ def visual(model: Llava, seed: int) -> Image.Image | Video:
 
 def noise_batches(model: Llava, size: int, differ: bool) -> Callable[[int], list[Sample]]:
     """Turn -> a batch of one question about `size` images of noise; other images in every turn where they `differ`."""
-    known: dict[int, list[Sample]] = {}
 
-    def ask(turn: int) -> list[Sample]:
-        first = turn * size if differ else 0
-        if first not in known:
-            known.clear()
-            seeds = range(first, first + size)
-            known[first] = [Sample(f"s{seed}", QUESTION, SUFFIX, visual(model, seed)) for seed in seeds]
-        return known[first]
+    @lru_cache(maxsize=1)
+    def batch(first: int) -> list[Sample]:
+        return [Sample(f"s{seed}", QUESTION, SUFFIX, visual(model, seed)) for seed in range(first, first + size)]
 
-    return ask
+    return lambda turn: batch(turn * size if differ else 0)
