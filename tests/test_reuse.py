@@ -370,7 +370,7 @@ def test_logging_gets_the_flat_configuration_and_a_name_of_its_own(data, tmp_pat
         seen.append((output, settings))
         return run_module.tracking.Tracker()
 
-    monkeypatch.setattr(run_module.tracking.tracker, "start", start)
+    monkeypatch.setattr(run_module.tracking, "start", start)
     for limit in (8, None):
         run(config(data, tmp_path / "o", limit=limit), FakeLlava(), FakeReducer())
     assert [output for output, _ in seen] == [tmp_path / "o" / "limit8", tmp_path / "o"]

@@ -19,7 +19,7 @@ from eval.figures.overlay import GAP
 from eval.results import report
 from eval.run import Interrupted, run
 from eval.sweep import CachingLlava, Setting, sweep
-from eval.tracking.tracker import one_line
+from eval.tracking import one_line
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import find_runs, read_run, without_wandb
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from eval.config import RunConfig
 from eval.run import run
-from eval.tracking import dashboard, log_table_run
+from eval.tracking import dashboard
 from eval.tracking.dashboard import GROUPING, SECTIONS
-from eval.tracking.table_run import GALLERY, TABLE, TOKENS_PLOT, TTFT_PLOT, figure, slug
+from eval.tracking.table_run import GALLERY, TABLE, TOKENS_PLOT, TTFT_PLOT, figure, log_table_run, slug
 from tests.eval_fakes import FakeLlava, FakeReducer, write_gqa
 from tests.read_wandb import OfflineRun, find_runs, read_run, without_wandb
 

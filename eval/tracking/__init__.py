@@ -1,4 +1,7 @@
-"""A W&B run: how it is opened, and what a running evaluation or training tells it.
+"""Weights & Biases: a run, how it is opened, and what a running evaluation or training tells it.
+
+Logging never asks a question, never waits long, and works without network or home folder. A failure of W&B is reported
+on standard error and changes neither the run nor its files. docs/wandb.md says what is logged.
 
 A folder's W&B run has a fixed id, kept in its file `wandb_id`: continuing the folder continues the W&B run.
 """
@@ -40,9 +43,7 @@ def resolve_mode(mode: str) -> str:
     wish = os.environ.get("WANDB_MODE", "").lower()
     if wish in ("disabled", "offline", "online"):
         return wish
-    if wish == "dryrun":  # the old name
-        return "offline"
-    return "online" if has_key() else "offline"
+    return "online" if has_key() and wish != "dryrun" else "offline"  # "dryrun" is the old name of "offline"
 
 
 def has_key() -> bool:
