@@ -121,7 +121,6 @@ class Estimate:
     dtype: torch.dtype
     quantization: str | None = None
     spread: Spread = Spread()
-    text_tower: int = 0
     rates: Rates | None = None
     free: int | None = None
     device: str = "cpu"
@@ -140,7 +139,7 @@ class Estimate:
     def whole(self) -> memory.Weights:
         """The weights of a rank without ZeRO-Inference."""
         split = self.spread.tensor_parallel
-        return memory.weights(self.model, self.dtype.itemsize, self.quantization, split, self.text_tower)
+        return memory.weights(self.model, self.dtype.itemsize, self.quantization, split)
 
     @cached_property
     def weights(self) -> memory.Weights:
@@ -342,10 +341,8 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
     llm: Any = model.llm
     rows = sum(max(memory.lengths(model, reducer, shape)) for shape in work.shapes[: config.batch_size])
     rates = measure_rates(device, dtype, max(1, rows), llm.embed_tokens.embedding_dim, llm.config.intermediate_size)
-    text_tower = 0
     if reducer.needs_text_tower and model.text_tower is not None:
         model.clip = outline_text_tower(model)
-        text_tower = sum(weight.numel() for weight in model.clip.parameters())
     return Estimate(
         model=model,
         reducer=reducer,
@@ -355,7 +352,6 @@ def estimate(config: RunConfig, place: Placement | None = None) -> Estimate:
         dtype=dtype,
         quantization=config.quantization,
         spread=spread,
-        text_tower=text_tower,
         rates=rates,
         free=free_memory(device),
         device=str(device),

@@ -134,18 +134,15 @@ def page(points: Sequence[Point], about: str) -> str:
         for name in dict.fromkeys(point.method for point in points):
             own = {point.tokens: getattr(point, field) for point in points if point.method == name}
             tokens, costs = list(own), list(own.values())
-            line = [(title, name), *((f"{number:,}", text(cost, field)) for number, cost in own.items())]
+            line = [(title, name)]
+            for number, cost in own.items():
+                line.append((f"{number:,}", f"{cost / 1e6:.1f}" if field == "memory" else ms(cost)))
             for column, start in (("exponent", 0), ("of the last three", -3)):
                 fits = len(costs) >= 3 and min(costs) > 0
                 line.append((column, f"{exponent(tokens[start:], costs[start:]):.2f}" if fits else "n/a"))
             lines.append(line)
         blocks.append(table(lines))
     return "\n\n".join(blocks)
-
-
-def text(cost: float, field: str) -> str:
-    """A cost in the unit of its table."""
-    return f"{cost / 1e6:.1f}" if field == "memory" else ms(cost)
 
 
 def plot(path: Path, points: Sequence[Point], title: str) -> None:

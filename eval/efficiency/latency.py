@@ -32,7 +32,7 @@ from eval.efficiency.oracle import chosen_options, oracles, reducers_of
 from eval.efficiency.shapes import SHAPES, noise_batches, random_llava, reading_of
 from eval.results.report import commit, hardware
 from llava.budget import count_or_ratio, tokens_of
-from llava.errors import UserError, unknown
+from llava.errors import UserError
 from llava.model.builder import DTYPES, device_of, load, parse
 from llava.model.checkpoint.load import free_memory
 from llava.model.llava_arch import Llava
@@ -56,7 +56,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     repeats = args.repeats or scenario.repeats
     sizes = args.batch_size or tuple(1 << power for power in range((scenario.largest or 1).bit_length()))
     model, shapes = models(args)
-    refuse(args, model)
+    if args.gate and args.shape:
+        raise UserError("Random weights have no accuracy: leave --gate out, or measure a checkpoint with --model.")
+    if args.clock == "cpu" and model.device.type != "cpu":
+        raise UserError(f"--clock cpu leaves out the GPU's time, and the model is on {model.device}; use --clock wall.")
     if isinstance(args.budget, float):
         args.budget = tokens_of(args.budget, model.visual_tokens)
     names = args.method.split(",")
@@ -107,22 +110,12 @@ def models(args: argparse.Namespace) -> tuple[Llava, Llava | None]:
     if not args.shape:
         picture = {key: parse(key, text) for key, text in pairs("--picture", args.picture).items()}
         return load(args.model, args.dtype, args.device, **picture), None
-    if args.shape not in SHAPES:
-        raise unknown("shape", args.shape, SHAPES)
     picture = reading_of(args.shape, pairs("--picture", args.picture))
     placed, meta = device_of(args.device), torch.device("meta")
     outline = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=meta, **picture)
     refuse_large_weights(outline, DTYPES[args.dtype].itemsize, placed)
     model = random_llava(args.shape, args.distinct, args.dtype, args.layers, device=placed, **picture)
     return model, outline if args.counts else None
-
-
-def refuse(args: argparse.Namespace, model: Llava) -> None:
-    """Raise UserError for flags that make no sense together or on this model."""
-    if args.gate and args.shape:
-        raise UserError("Random weights have no accuracy: leave --gate out, or measure a checkpoint with --model.")
-    if args.clock == "cpu" and model.device.type != "cpu":
-        raise UserError(f"--clock cpu leaves out the GPU's time, and the model is on {model.device}; use --clock wall.")
 
 
 def batch_result(
@@ -222,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
     summaries = "; ".join(f"{name}: {one.summary}" for name, one in SCENARIOS.items())
     add("--scenario", default="latency", choices=tuple(SCENARIOS), help=summaries)
     add("--model", default=DEFAULT_MODEL, help="folder or hub name of a checkpoint")
-    add("--shape", help=f"random weights in the shape of: {', '.join(SHAPES)}")
+    add("--shape", choices=tuple(SHAPES), help="random weights in the shape of an official model")
     add("--distinct", type=value(count), default=4, help="with --shape: layers with their own weights")
     add("--layers", type=value(count), help="with --shape: so many decoder layers instead of all")
     add("--picture", action="append", default=[], metavar="KEY=VALUE", help="how images are read")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from eval.config import FULL
 from eval.efficiency.measure import FEWEST, PARTS, SCENARIOS
+from eval.results.statistics import plural
 from eval.tables.page import markdown
 from llava.errors import UserError
 
@@ -45,21 +46,19 @@ def conditions(result: dict[str, Any]) -> str:
     kernels = " / ".join(sorted({", ".join(row["attention"]) for row in rows if row["attention"]})) or "unknown"
     lengths = ", ".join(map(str, result["lengths"]))
     answers = f"answers of {lengths} tokens" if lengths else "the prefill alone"
-    threads, repeats = counted_noun(result["threads"], "thread"), counted_noun(result["repeats"], "turn")
+    threads, repeats, layers = (
+        f"{result[key]} {plural(noun, result[key])}"
+        for key, noun in (("threads", "thread"), ("repeats", "turn"), ("layers", "decoder layer"))
+    )
     shared = result["distinct_layers"] and result["distinct_layers"] < result["layers"]
     distinct = f", {result['distinct_layers']} of them with their own weights" if shared else ""
     return (
-        f"{result['model']}, budget {result['budget']}, {counted_noun(result['layers'], 'decoder layer')}{distinct}, "
+        f"{result['model']}, budget {result['budget']}, {layers}{distinct}, "
         f"{result['dtype']}, {CLOCK_TEXT[result['clock']]}, "
         f"{result['device']} ({result['hardware']}), {threads}; scenario {result['scenario']}: "
         f"{SCENARIOS[result['scenario']].summary}, {answers}; median of {repeats} after a warm-up, "
         f"methods in turns; attention kernel of every row, full too: {kernels}."
     )
-
-
-def counted_noun(number: int, noun: str) -> str:
-    """ "1 turn", "5 turns"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def table(rows: Sequence[Sequence[tuple[str, str]]]) -> str:
@@ -159,14 +158,6 @@ def notes(result: dict[str, Any]) -> list[str]:
             "TTFT x and over oracle are medians of the ratios of every turn; in brackets the interval of that median "
             f"({'order statistics, 95 %' if result['repeats'] >= FEWEST else 'all turns: too few for 95 %'})."
         )
-    counts = [row["counts"] for row in rows if "counts" in row]
-    if counts:
-        said.append(
-            "Operations are those dispatched on this device. The steps of a greedy choice are none on a CPU, where "
-            "they are arrays of numpy."
-        )
-    if any(one["waits"] is None for one in counts):
-        said.append("Waits n/a: on a CPU nothing waits.")
     if gate is not None:
         said.append(
             f"Accuracy on the first {gate['questions']} questions of {gate['title']}; {FAILED} marks less than "
@@ -238,7 +229,7 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     asked = "one question" if batch["batch_size"] == 1 else f"batches of {batch['batch_size']} questions"
     of = f"{result['model'].rpartition('/')[2]} at {result['budget']} tokens, {asked}"
     axes.set_title(f"Time to the first token, {of}", fontsize=10)
-    layers = f"{result['layers']} decoder layer{'s' * (result['layers'] > 1)}"
+    layers = f"{result['layers']} {plural('decoder layer', result['layers'])}"
     axes.set_xlabel(f"milliseconds ({result['device']}, {layers}, {result['dtype']})")
     axes.set_ylabel("method")
     axes.grid(axis="x", alpha=0.25)

@@ -57,7 +57,7 @@ from eval.efficiency.oracle import chosen_options, oracles, reducers_of
 from eval.efficiency.shapes import SHAPES, noise_batches, random_llava
 from eval.results.report import commit, hardware, versions
 from eval.tables.page import left_aligned, markdown
-from llava.errors import UserError, unknown
+from llava.errors import UserError
 from llava.model.builder import DTYPES
 from llava.model.llava_arch import Llava
 from llava.pipeline.accounting import Timer
@@ -146,7 +146,10 @@ def compare(name: str, commands: Sequence[str], rounds: int, threads: int) -> di
     with ExitStack() as stack:
         workers = [Worker(command, threads, stack) for command in commands]
         ready = [worker.read("ready") for worker in workers]
-        refuse_unequal(ready)
+        for key in EQUAL:
+            said = [worker[key] for worker in ready if key in worker]
+            if any(one != said[0] for one in said):
+                raise UserError(f"The workers say {key} {', '.join(map(str, said))}; give all of them the same model.")
         names = [name for worker in workers for name in worker.measure()]
         if len(set(names)) != len(names):
             raise UserError(f"The workers measure {', '.join(names)}; a name may occur once.")
@@ -165,14 +168,6 @@ def compare(name: str, commands: Sequence[str], rounds: int, threads: int) -> di
         "workers": ready,
         "rounds": rows,
     }
-
-
-def refuse_unequal(ready: Sequence[dict[str, Any]]) -> None:
-    """Raise UserError where two workers that say how deep or how precise they are do not say the same."""
-    for key in EQUAL:
-        said = [worker[key] for worker in ready if key in worker]
-        if any(one != said[0] for one in said):
-            raise UserError(f"The workers say {key} {', '.join(map(str, said))}; give all of them the same model.")
 
 
 def table(results: Sequence[dict[str, Any]], beside: str | None = None) -> str:
@@ -303,8 +298,6 @@ def attentive(hf: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, tuple[Tenso
 
 def build(args: argparse.Namespace) -> Llava:
     """The model of a worker's flags. Its CPU threads are those of OMP_NUM_THREADS, which the parent sets."""
-    if args.shape not in SHAPES:
-        raise unknown("shape", args.shape, SHAPES)
     return random_llava(args.shape, args.distinct, args.dtype, args.layers)
 
 
@@ -380,7 +373,7 @@ def parser() -> argparse.ArgumentParser:
     theirs = command("stock", stock, "be a worker: transformers on the same weights")
     theirs("--attentions", action="store_true", help="measure output_attentions=True beside the dense model")
     for add in (own, theirs):
-        add("--shape", default="llava-1.5-7b", help=f"one of {', '.join(SHAPES)}")
+        add("--shape", default="llava-1.5-7b", choices=tuple(SHAPES), help="of an official model")
         add("--layers", type=value(count), help="decoder layers; all of the real model if left out")
         add("--distinct", type=value(count), default=4, help="decoder layers with their own weights")
         add("--dtype", default="bfloat16", choices=tuple(DTYPES), help="of the weights")

@@ -127,9 +127,12 @@ def random_llava(
     share_layers(model.model.language_model, layers)
     video, qwen = family == "video_llava", family == "qwen2_5_vl"
     side = None if qwen else model.config.vision_config.image_size
+    # One unknown token per word: about as many tokens as a real prompt has.
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
     checkpoint = Checkpoint(
         model=model,
-        tokenizer=_letters(),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"),
         image_processor=QwenImageProcessor() if side is None else ImageProcessor(side, side),
         conversation="qwen2_vl" if qwen else "vicuna_v1",
         layout="original",
@@ -209,13 +212,6 @@ def share_layers(llm: LlamaModel, layers: int) -> None:
         shared.self_attn.layer_idx = index
         llm.layers.append(shared)
     llm.config.num_hidden_layers = layers
-
-
-def _letters() -> PreTrainedTokenizerFast:
-    """A tokenizer with one unknown token per word, about as many tokens as a real prompt has."""
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 QUESTION = "What is the color of the small object on the left side of the image?"

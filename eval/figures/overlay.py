@@ -287,7 +287,12 @@ def differs(values: Ints, distance: int, outside: bool = False) -> Mask:
 def legend() -> Image.Image:
     """A strip that explains the overlay: kept, merged, merge target and dropped patches, black on white."""
     side, gap, font = 14, 8, ImageFont.load_default(13)
-    drawn = example(side)
+    # Four patches of a made-up photograph; patches 1 and 2 are one token, which stands at 2.
+    photo = np.array([[(196, 120, 84), (120, 168, 92)]], dtype=np.uint8).repeat(side, 0).repeat(side // 2, 1)
+    panel = Panel("", Image.fromarray(np.concatenate([photo] * 4, 1)), np.arange(4)[None])
+    drawn = draw_panel(panel, PatchAssignment(np.array([0, 1, 1, -1]), np.array([0, 2])), np.array([-1, 4]))
+    # A group's line runs around it; as a swatch of its own the merged patch is outlined on all sides.
+    ImageDraw.Draw(drawn).rectangle((side, 0, 2 * side - 1, side - 1), outline=PALETTE[4])
     swatches = [drawn.crop((left, 0, left + side, side)) for left in range(0, 4 * side, side)]
     texts = ("kept", "merged, in its group's outline", "patch at which a merged token stands", "dropped")
     widths = [side + gap // 2 + round(font.getlength(text)) + 2 * gap for text in texts]
@@ -298,17 +303,6 @@ def legend() -> Image.Image:
         pen.text((left + side + gap // 2, gap // 2 + side // 2), text, fill="black", font=font, anchor="lm")
         left += width
     return strip
-
-
-def example(side: int) -> Image.Image:
-    """Four patches of a made-up photograph as `draw_panel` draws them: kept, merged, merge target, dropped."""
-    # Patches 1 and 2 are one token, which stands at 2.
-    photo = np.array([[(196, 120, 84), (120, 168, 92)]], dtype=np.uint8).repeat(side, 0).repeat(side // 2, 1)
-    panel = Panel("", Image.fromarray(np.concatenate([photo] * 4, 1)), np.arange(4)[None])
-    drawn = draw_panel(panel, PatchAssignment(np.array([0, 1, 1, -1]), np.array([0, 2])), np.array([-1, 4]))
-    # A group's line runs around it; as a swatch of its own the merged patch is outlined on all sides.
-    ImageDraw.Draw(drawn).rectangle((side, 0, 2 * side - 1, side - 1), outline=PALETTE[4])
-    return drawn
 
 
 GAP = 4  # pixels between panels
