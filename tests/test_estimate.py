@@ -321,7 +321,6 @@ def test_rates_are_measured_quickly_and_are_plausible():
 def test_quantities_in_words():
     assert (duration(0.0031), duration(12.4), duration(300), duration(7600)) == ("3.1 ms", "12 s", "5.0 min", "2.1 h")
     assert listed({"a": 2**30, "b": 2**29, "c": 0}) == "1.50 GiB (a 1.00, b 0.50)"
-    assert size_text(3 * 2**20) == "3.00 MiB"
 
 
 # -- ranks ---------------------------------------------------------------------------------------------------------

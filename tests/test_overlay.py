@@ -146,11 +146,6 @@ def test_a_large_photograph_is_drawn_small(size, drawn):
     assert draw_overlay(GREY, [], GRID, upscale=3).size == (96, 96)
 
 
-def test_a_trace_that_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="takes 9 tokens, 17 are there"):
-        draw_overlay(GREY, [prune([0], 9)], GRID)
-
-
 # Tiles and frames, pixel by pixel.
 
 WHITE = Image.new("RGB", (64, 32), "white")

@@ -72,7 +72,6 @@ def test_a_table_reads_back_with_its_files_plots_and_pictures(tmp_path, capsys):
     assert logged.config["table"] == "LLaVA 1.5" and logged.config["budgets"] == [64, 128]
     content = logged.table(TABLE)
     assert content["columns"] == list(COLUMNS) and content["data"] == ROWS
-    assert logged.artifact_types["table-LLaVA-1.5"] == "table"
     assert logged.metadata["table-LLaVA-1.5"]["benchmark"] == "gqa"
     files = logged.artifacts["table-LLaVA-1.5"]
     assert {name: path.read_text() for name, path in files.items()} == {

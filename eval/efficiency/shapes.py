@@ -17,6 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTextConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from eval.papers import read_yaml
@@ -164,13 +165,8 @@ def hf_model(
         config.image_grid_pinpoints = [[side * a, side * b] for a, b in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
     config._attn_implementation = "sdpa"
     build, extra = hf_class(family, FRAMES if family == "video_llava" else None)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with no_init_weights(), torch.device(device):
-            made: PreTrainedModel = build(config, *extra)
-    finally:
-        torch.set_default_dtype(before)
+    with no_init_weights(), local_torch_dtype(dtype), torch.device(device):
+        made: PreTrainedModel = build(config, *extra)
     # One repeated block of noise: drawing a billion weights takes a minute.
     block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device, dtype)
     with torch.no_grad():

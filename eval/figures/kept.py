@@ -81,8 +81,8 @@ def draw(figure: Figure) -> Image.Image:
             cells.append((question, f"{caption}, {answer.accounting.mean:.0f} tokens: ", answer.text, right, overlay))
     width, height = cells[0][-1].size
     across = figure.columns * (width + GAP) + GAP
-    font = ImageFont.load_default(max(15, across // 90))
-    line = round(1.6 * font.size)
+    size = max(15, across // 90)
+    font, line = ImageFont.load_default(size), round(1.6 * size)
     rows, strip = len(cells) // figure.columns, legend()
     down = len(figure.questions) * line + rows * (line + height + GAP) + strip.height + GAP
     sheet = Image.new("RGB", (across, down), "white")
