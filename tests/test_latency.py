@@ -235,7 +235,6 @@ def test_single_stream_asks_another_image_each_time(tiny_path, capsys, tmp_path)
     ("flags", "message"),
     [
         (["--shape", "nothing"], "invalid choice"),
-        (["--batch-size", "1,x"], "--batch-size should be a whole number"),
         (["--gate", "4", "--shape", "llava-1.5-7b"], "Random weights have no accuracy"),
         (["--shape", "llava-1.5-7b", "--device", "cuda"], "no CUDA device"),
         (["--shape", "llava-1.5-7b", "--device", "gpu0"], "got 'gpu0'"),
