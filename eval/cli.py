@@ -72,9 +72,7 @@ GROUPS = {
         "tables methods": Command("eval.tables.methods", "what the methods say of themselves (docs/methods.md)"),
         "tables memory": Command("eval.tables.memory", "expected memory of the official models (docs/cluster.md)"),
         "tables reproduce": Command("eval.papers.reproduce", "how to reproduce the tables (docs/paper_tables.md)"),
-        "figures tokens": Command("eval.figures.kept", "draw the kept tokens of an image (README)", ("tokens",)),
-        "figures tiles": Command("eval.figures.kept", "draw those of tiles and videos (docs/methods.md)", ("tiles",)),
-        "bench ops": Command("eval.efficiency.counts", "operations and host waits up to the first token"),
+        "figures kept": Command("eval.figures.kept", "draw the kept tokens (README, docs/methods.md)"),
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}

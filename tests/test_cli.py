@@ -67,7 +67,7 @@ def test_unknown_commands_end_in_a_sentence_with_a_suggestion(words, expected, c
 
 
 def test_help_lists_every_command_in_groups_and_imports_nothing_heavy():
-    """It was one flat list, in which `eval` stood beside `bench ops`."""
+    """It was one flat list, in which `eval` stood beside `tables memory`."""
     code = (
         "import sys\nfrom eval.cli import COMMANDS, main\nassert main(['--help']) == 0\n"
         "assert not {'torch', 'numpy', 'argparse', 'eval.config'} & sys.modules.keys(), 'a heavy import'\n"

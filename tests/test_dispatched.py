@@ -8,19 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from eval.efficiency.counts import (
-    Call,
-    OperationCounter,
-    PythonWaits,
-    computed,
-    count_prefill,
-    flop_counter,
-    on_meta,
-    question,
-    waits_of,
-)
-from eval.efficiency.growth import Size, model_of
-from eval.efficiency.memory import peak_bytes
+from eval.efficiency.counts import Call, OperationCounter, PythonWaits, calls_of, computed, count_prefill, flop_counter
+from eval.efficiency.growth import model_of
 from eval.efficiency.oracle import even_places, flat_oracle, oracle_of
 from eval.efficiency.shapes import SHAPES, noise_batches, random_llava
 from llava.errors import UserError
@@ -29,8 +18,9 @@ from llava.model.checkpoint.config import CLIP_L_336
 from llava.pipeline.prefill import prefill
 from llava.reduction import registry
 from llava.reduction.budget import require
+from tests.allocations import metered_peak
 from tests.conftest import samples
-from tests.golden import BUDGET, LIMITS, above_oracle, method
+from tests.golden import BUDGET, LIMITS, above_oracle, method, question
 from tests.test_every_method import reducing
 from visiondrop.method import SLICE
 
@@ -45,7 +35,18 @@ def toy():
 
 @pytest.fixture(scope="module")
 def shapes():
-    return on_meta(load(device="cpu"))
+    """The model without its weights, on the device that computes shapes alone."""
+    model = load(device="cpu")
+    model.hf_model.to("meta")
+    model.device = torch.device("meta")
+    return model
+
+
+def waits_of(shapes, reducer) -> list[Call]:
+    """Waits of one prefill between the copy of the pixels to the device and the choice of the first token."""
+    waits = [call for call in calls_of(shapes, reducer, question()) if call.waits]
+    pixels = bool(waits) and waits[0].line.endswith(" encode_images")
+    return waits[pixels:]
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -64,13 +65,13 @@ def test_every_limit_is_one_of_a_method():
 @pytest.mark.parametrize("name", registry.names())
 def test_the_host_never_waits_after_the_pixels(name, shapes):
     """Shapes are known on the host, and what it sends to the device it sends without waiting."""
-    waits = waits_of(shapes, method(name, shapes.visual_tokens), question())
+    waits = waits_of(shapes, method(name, shapes.visual_tokens))
     assert not waits, "\n".join(f"{call.part} {call.line} ({call.name})" for call in waits)
 
 
 def test_the_exception_is_seen(shapes):
     """With `official`, PruMerge keeps as many tokens as there are outliers: the host must learn their number."""
-    waits = waits_of(shapes, registry.build("prumerge", BUDGET, {"official": "true"}), question())
+    waits = waits_of(shapes, registry.build("prumerge", BUDGET, {"official": "true"}))
     assert waits and {call.line.split(":")[0] for call in waits} == {"baselines/prumerge.py"}
 
 
@@ -222,7 +223,7 @@ def test_no_method_makes_a_tensor_of_tokens_times_tokens_times_heads(method):
     """2,560 visual tokens ranked together, 4 heads: an attention map would have 26 million elements. A table of pairs,
     which methods of diversity use, has a quarter of that; VisionDrop's rows of attention come in slices."""
     tokens, heads = 2560, 4
-    model = model_of(tokens, Size(width=64 * heads, layers=4, blocks=3), torch.device("cpu"), "float32")
+    model = model_of(tokens, 64 * heads, 4, 3, torch.device("cpu"), "float32")
     kept = {"schedule": "kept"} if "schedule" in registry.options_of(registry.method(method)) else {}
     for options in ({"crops": "global", **kept}, {}):  # some methods treat each tile alone
         with suppress(UserError):
@@ -244,7 +245,7 @@ def peak_at_7b(tokens: int, method: str) -> int:
     assert model.visual_tokens == tokens
     reducer, asked = registry.build(method, tokens if method == "full" else tokens // 9), noise_batches(model, 1, video)
     _ = model.clip  # read when it is first asked for
-    return peak_bytes(lambda: model.logits(prefill(model, asked(0), reducer)[0].hidden))
+    return metered_peak(lambda: model.logits(prefill(model, asked(0), reducer)[0].hidden))
 
 
 @pytest.mark.parametrize("tokens", [2880, 12096, 2056])

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.efficiency.memory import peak_bytes
 from llava.reduction import ranking as greedy
+from tests.allocations import metered_peak
 
 SHAPES = [(1, 1, 3, 1), (1, 2, 3, 1), (2, 5, 4, 3), (3, 30, 8, 12), (1, 40, 48, 40), (2, 120, 64, 60)]
 
@@ -136,6 +136,6 @@ def test_the_loops_never_wait_for_the_device_nor_hold_a_table_of_many_tokens(nam
     count = 20 if total == 50 or name != "duplicates" else total - 100
     tokens, weight = torch.empty(1, total, 64, device="meta"), torch.empty(1, total, device="meta")
     chosen = []
-    most = peak_bytes(lambda: chosen.append(CHOICES[name](tokens, weight, count)))
+    most = metered_peak(lambda: chosen.append(CHOICES[name](tokens, weight, count)))
     assert chosen[0].shape == (1, count) and chosen[0].device.type == "meta"
     assert most < 5 * 4 * greedy.WHOLE < 11520 * 11520 * 4

@@ -24,7 +24,8 @@ from eval.papers import published, spec
 from eval.papers.spec import Table
 from eval.parallel import placement
 from eval.tables.page import insert, markdown, write_csv
-from eval.tracking import has_key, log_table_run, resolve_mode
+from eval.tracking import has_key, resolve_mode
+from eval.tracking.table_run import log_table_run
 from llava.errors import UserError
 
 if TYPE_CHECKING:
