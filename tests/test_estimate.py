@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from tests.test_counts import runnable
 
 from eval.config import ROOT, RunConfig, embedded_model
 from eval.efficiency import estimate, memory
@@ -29,7 +30,6 @@ from tests import rank_weights, two_ranks
 from tests.allocations import metered_peak, peak_bytes
 from tests.checkpoint_files import SAVERS
 from tests.conftest import picture, samples
-from tests.test_counts import runnable
 from tests.tiny_checkpoints import make_tiny_llava, save_transformers_layout
 from tests.tiny_checkpoints_families import (
     make_tiny_next,

@@ -184,12 +184,12 @@ def farthest_from(unit: Tensor, first: Tensor, count: int, row: Callable[[Tensor
         first: [B], the first choice.
         row: gives the cosines [B, N] of tokens [B] to all, where they are known.
     """
-    images = torch.arange(len(unit), device=unit.device)
+    images, columns = torch.arange(len(unit), device=unit.device), unit.mT
     chosen, nearest = [first], None
     for _ in range(count - 1):
         last = chosen[-1]
         # One row times a matrix: torch's product of a matrix and one column takes ten times as long on a CPU.
-        distance = 1 - (row(last) if row else (unit[images, last].unsqueeze(1) @ unit.mT).squeeze(1))
+        distance = 1 - (row(last) if row else torch.bmm(unit[images, last].unsqueeze(1), columns).squeeze(1))
         nearest = distance if nearest is None else torch.minimum(nearest, distance)
         # Never chosen again, not even if all tokens are identical.
         nearest = nearest.scatter(1, last.unsqueeze(1), -torch.inf)
