@@ -438,7 +438,7 @@ def test_scoring_prints_the_official_numbers(vectors, tmp_path, capsys, name):
         ('{"question_id": 1000, "text": "a"}', "39 questions without a prediction (1001, 1002, 1003, 1004, 1005, ...)"),
         ('{"question_id": 5, "text": "a"}', "None of the 1 answers"),
         ('{"question_id": "1000", "text": "yes"}\n{"question_id": \n', "a.jsonl line 2 is not valid JSON"),
-        ('{"question_id": "1000"}\n', "a.jsonl line 1 should have an id (question_id, questionId, id, index, image, image_id)"),
+        ('{"question_id": "1000"}\n', "a.jsonl line 1 should have an id (question_id, questionId, id, index, image"),
         ('[{"questionId": "1000", "prediction": 3}]', "a.jsonl entry 1 should have"),
         ('[{"questionId": "1000"', "a.jsonl is not valid JSON"),
         (
