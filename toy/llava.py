@@ -123,15 +123,6 @@ class Trainee(nn.Module):
             nn.init.zeros_(self.probe[1].weight)  # its error must not outweigh the answers' gradient at the start
 
 
-def load_parts(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Load the language model and the projector of a finished stage into a LLaVA of any kind."""
-    parts = nn.ModuleDict(
-        {"language_model": model.model.language_model, "projector": model.model.multi_modal_projector}
-    )
-    parts.load_state_dict({n: w for n, w in saved.items() if n.partition(".")[0] in parts}, strict=True)
-    model.tie_weights()
-
-
 def grown_table(
     table: Tensor,
     vocabulary: Vocabulary,

@@ -25,7 +25,7 @@ from toy.data.videos import SEEN, Actor, ask_video
 from toy.data.vocabulary import NEXT_WORDS, VIDEO_WORDS
 from toy.llava import Trainee, build_video_llava, load_toy
 from toy.packing import Line, Visuals, question_line
-from toy.stages import RECIPES, QuestionStage, Recipe, Settings, drawn_families
+from toy.stages import QuestionStage, Settings, drawn_families
 
 
 class LongStage(QuestionStage):
@@ -110,7 +110,6 @@ class Next(LongStage):
     """Fine-tune the toy model on large pictures in tiles."""
 
     name = "next"
-    recipe = Recipe(**RECIPES["next"]["recipe"])
     at_once, words = 2, NEXT_WORDS
     sampled = (*FAMILIES, *POSITIONS, "count", "count", "digit", "exist", "shape")
     # The first part of the steps sees few tokens of many pictures, the next most things of fewer: with things missing,
@@ -219,7 +218,6 @@ class Video(LongStage):
     """Fine-tune the toy model on videos of eight frames."""
 
     name = "video"
-    recipe = Recipe(**RECIPES["video"]["recipe"])
     at_once, words, kinds = 4, VIDEO_WORDS, tuple(VIDEO_FAMILIES)
     sampled = (*VIDEO_FAMILIES, "direction", "mover", "mover", *["appear"] * 3, "order", "times", "count")
     # The first part of the steps sees few tokens of many videos, the next whole things of fewer, as in stage "next".

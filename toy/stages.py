@@ -40,30 +40,24 @@ from toy.packing import (
     whole,
 )
 
-# Stage -> the fields of its Recipe and of its Settings, "full" and "quick".
+# Stage -> the optimizer's settings ("recipe"), and the other fields of its Settings in "full" and "quick" runs.
 RECIPES: dict[str, Any] = read_yaml(Path(__file__).with_name("recipes.yaml"))
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Optimizer settings of a stage, and how often it evaluates and saves."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Optimizer and sizes of a run. A stage does not use the sizes that are 0 in the full training."""
 
     lr: float  # of Muon
     adam_lr: float
     clip: float  # gradient norm
     decay: float  # share of the steps over which the learning rate falls to zero
     dtype: str = "bfloat16"  # of the weights while training; the master weights are float32
-    evaluate_every: int = 100
+    evaluate_every: int = 100  # steps
     save_every: int = 100
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Sizes of a run. A stage does not use those that are 0 in the full training."""
-
     steps: int
     images: int  # training scenes, pictures or videos
-    batch: int  # of them per rank and step
+    batch: int  # of them per step
     validation: int  # scenes, pictures or videos drawn for validation
     watched: int  # of them in the evaluations while training
     final: int  # of them in the last evaluation
@@ -83,7 +77,6 @@ class Stage(ABC):
     """
 
     name: ClassVar[str]
-    recipe: ClassVar[Recipe]
     at_once: ClassVar[int]
     trainee: nn.Module
     corpus: Corpus
@@ -100,11 +93,6 @@ class Stage(ABC):
         write(home / "train", "train", settings.images, *tower)
         write(home / "val", "val", settings.validation, *tower)
         self.corpus, self.val = Corpus(home / "train", "train"), Corpus(home / "val", "val")
-
-    @staticmethod
-    def is_hidden(name: str) -> bool:
-        """Whether Muon trains the parameter: 2-D weights of blocks. AdamW trains the others."""
-        return ".layers." in name
 
     @abstractmethod
     def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -219,7 +207,6 @@ class Vision(Stage):
     """Train the CLIP tower and its text tower on scenes."""
 
     name = "vision"
-    recipe = Recipe(**RECIPES["vision"]["recipe"])
     at_once = 40
 
     def __init__(self, folder: Path, settings: Settings, model: Path):
@@ -307,7 +294,6 @@ class Language(SceneStage):
     """Train projector and decoder on questions about scenes."""
 
     name = "language"
-    recipe = Recipe(**RECIPES["language"]["recipe"])
     at_once, words, guided = 20, TOY_WORDS, 0.8
 
     def __init__(self, folder: Path, settings: Settings, model: Path):
@@ -377,7 +363,6 @@ class Instruct(SceneStage):
     """Fine-tune the toy model on the answer formats of all benchmarks."""
 
     name = "instruct"
-    recipe = Recipe(**RECIPES["instruct"]["recipe"])
     at_once, words, kinds, guided = 10, INSTRUCT_WORDS, tuple(FORMATS), 0.85
     # Where a letter is due, the word it stands for is predicted from the decoder's states after this many layers.
     # Otherwise the model knows the word only in its last layers, too late to look up the letter beside it.

@@ -1,9 +1,8 @@
 """Training data on disk: scenes, large pictures and videos, drawn once, and what the frozen vision tower makes of them.
 
-A corpus is a folder of arrays with one row per scene, memory-mapped by every rank. All ranks draw; `done.npy` marks the
-finished rows, so an interrupted drawing goes on where it stopped. Where the tower stays frozen its features are stored
-in place of the pixels; frames are read back from the encoded file, so that training sees what a reader of the file
-sees.
+A corpus is a folder of arrays with one row per scene, memory-mapped. `done.npy` marks the finished rows, so an
+interrupted drawing goes on where it stopped. Where the tower stays frozen its features are stored in place of the
+pixels; frames are read back from the encoded file, so that training sees what a reader of the file sees.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,17 +43,6 @@ PINPOINTS = ((SIDE, 2 * SIDE), (2 * SIDE, SIDE), (2 * SIDE, 2 * SIDE), (3 * SIDE
 MAX_CROPS = 5
 
 Row = Mapping[str, np.ndarray]
-
-
-def ranks() -> tuple[int, int]:
-    """This process's number and how many train together; (0, 1) alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def wait_for_ranks() -> None:
-    """Until every rank is here."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 class Corpus:
@@ -114,28 +101,23 @@ class Corpus:
 def write_rows(
     folder: Path, size: int, shapes: Mapping[str, tuple[type, tuple[int, ...]]], draw: Callable[[int], Row], title: str
 ) -> None:
-    """Write rows 0 .. `size` of a corpus on all ranks together, continuing an earlier call.
+    """Write rows 0 .. `size` of a corpus, continuing an earlier call.
 
     Args:
         shapes: name -> dtype and shape of one row.
         draw: makes the row of every array; a row that is shorter than its shape is padded with zeros.
     """
-    rank, count = ranks()
     every = {**shapes, "done": (np.uint8, ())}  # one mark per row: made anew when the arrays are
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, (dtype, shape) in every.items():
-            file = folder / f"{name}.npy"
-            if not file.exists() or np.load(file, mmap_mode="r").shape != (size, *shape):
-                np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(size, *shape))
-    wait_for_ranks()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (dtype, shape) in every.items():
+        file = folder / f"{name}.npy"
+        if not file.exists() or np.load(file, mmap_mode="r").shape != (size, *shape):
+            np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(size, *shape))
     maps = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in every}
-    mine = range(rank, size, count)
-    for row in tqdm([row for row in mine if not maps["done"][row]], desc=title, disable=rank > 0):
+    for row in tqdm(np.flatnonzero(maps["done"] == 0).tolist(), desc=title):
         for name, value in draw(row).items():
             maps[name][row, : len(value)] = value
         maps["done"][row] = 1
-    wait_for_ranks()
 
 
 def write_scenes(folder: Path, split: str, size: int, tower: nn.Module | None = None) -> None:
