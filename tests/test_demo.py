@@ -64,18 +64,17 @@ def test_times_are_taken_in_turns_after_both_have_answered(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("question", "method", "budget", "options", "expected"),
+    ("question", "method", "budget", "expected"),
     [
-        (" \n ", "random", 8, {}, "There is no question"),
-        ("a" * 3000, "random", 8, {}, "2,000 characters, this one has 3,000"),
-        ("a?", "random", 17, {}, "must be 1 to 16"),
-        ("a?", "fastv", 1, {}, "fastv cannot reach a mean of 1"),
-        ("a?", "random", 8, {"alpha": "1"}, "alpha"),
+        (" \n ", "random", 8, "There is no question"),
+        ("a" * 3000, "random", 8, "2,000 characters, this one has 3,000"),
+        ("a?", "random", 17, "must be 1 to 16"),
+        ("a?", "fastv", 1, "fastv cannot reach a mean of 1"),
     ],
 )
-def test_mistakes_are_one_sentence(tiny, question, method, budget, options, expected):
+def test_mistakes_are_one_sentence(tiny, question, method, budget, expected):
     with pytest.raises(UserError, match=expected):
-        answer_beside_full(tiny, picture(1), question, method, budget, options)
+        answer_beside_full(tiny, picture(1), question, method, budget)
 
 
 def test_too_little_memory_is_one_sentence(tiny, monkeypatch):
@@ -258,10 +257,6 @@ def test_mistakes_are_shown_as_a_sentence_and_the_page_goes_on(demo, tmp_path):
         page.wait_for_selector("#image img")
         ask(page, " ")
         wait_for_problem(page, "There is no question")
-        page.fill("#options textarea, #options input", "alpha=<b>2</b>")
-        ask(page, "Is there a red star?")
-        wait_for_problem(page, "consensusdrop.alpha")
-        page.fill("#options textarea, #options input", "")
         ask(page, "Is there a red star?")
         wait_for_answer(page)
         assert not page.locator("#problem").is_visible() and not errors(page)

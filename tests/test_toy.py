@@ -87,7 +87,9 @@ def test_answers_are_right_by_an_independent_reading(draw):
     seen = dict.fromkeys(FAMILIES, 0)
     for index, dense in itertools.product(range(12), (False, True)):
         drawn = draw("val", index, dense)
-        things = centred(drawn.things, *drawn.image.shape[1::-1])
+        height, width = drawn.image.shape[:2]
+        things = centred(drawn.things, width, height)
+        assert [(t.x - 96, t.y - 96) for t in things] == [(t.x - width / 2, t.y - height / 2) for t in drawn.things]
         for family in FAMILIES:
             question = ask(things, family, rng)
             if question is not None:

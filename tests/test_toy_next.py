@@ -29,11 +29,11 @@ from toy.data.corpus import (
     tower_states,
     write_pictures,
 )
-from toy.data.questions import FAMILIES, PlainQuestion, ask
-from toy.data.scenes import DENSE_OFFSET, LARGE_SEEDS, centred, large_scene
+from toy.data.questions import FAMILIES, PlainQuestion
+from toy.data.scenes import DENSE_OFFSET, LARGE_SEEDS, large_scene
 from toy.data.scenes import SEEDS as SMALL_SEEDS
 from toy.data.videos import SEEDS as VIDEO_SEEDS
-from toy.data.vocabulary import COLOR_NAMES, IMAGE, NEXT_WORDS, SHAPES, TOY_WORDS
+from toy.data.vocabulary import IMAGE, NEXT_WORDS, TOY_WORDS
 from toy.llava import Trainee, build_llava
 from toy.long_stages import centres, choose_tokens, visuals, whole_sequence
 from toy.packing import forward, pack, predict, question_line, whole
@@ -61,29 +61,6 @@ def test_no_range_of_seeds_meets_another():
     assert min(b - a for a, b in itertools.pairwise(starts)) >= DENSE_OFFSET
     assert all(first + count < DENSE_OFFSET for _, first, count in SPLITS.values())
     assert all(first + count < DENSE_OFFSET for first, count in VIDEO_SPLITS.values())
-
-
-def test_sides_are_those_of_the_picture():
-    """Independent of `centred`: the thing's own place against the middle of the file."""
-    rng, asked = np.random.default_rng(2), 0
-    for drawn in SCENES:
-        height, width = drawn.image.shape[:2]
-        question = ask(centred(drawn.things, width, height), "side", rng)
-        if question is None:
-            continue
-        color, shape = question.program[0][1].split()
-        (thing,) = [t for t in drawn.things if t.kind == "shape" and named(t) == (color, shape)]
-        expected = {
-            "left": thing.x < width / 2, "right": thing.x > width / 2,
-            "top": thing.y < height / 2, "bottom": thing.y > height / 2,
-        }  # fmt: skip
-        assert expected[question.answer]
-        asked += 1
-    assert asked >= 15
-
-
-def named(thing) -> tuple[str, str]:
-    return COLOR_NAMES[thing.color], SHAPES[thing.shape]
 
 
 def test_sources_follow_the_picture_row_by_row():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from eval import benchmarks
 from eval.benchmarks.llava_files import SHORT
-from eval.config import DEFAULT_DATA, FULL, TOY_BANNER, is_toy, method_options
+from eval.config import DEFAULT_DATA, FULL, TOY_BANNER, is_toy
 from eval.figures.overlay import draw_answer
 from eval.pages import asset, environment
 from eval.results.report import hardware
@@ -82,7 +82,6 @@ def answer_beside_full(
     question: str,
     method: str,
     budget: int,
-    options: Mapping[str, str] | None = None,
     short: bool = True,
     repeats: int = REPEATS,
 ) -> Comparison:
@@ -93,7 +92,6 @@ def answer_beside_full(
 
     Args:
         budget: visual tokens to keep, as the mean over decoder layers.
-        options: of the method, as text; `vtr show methods NAME` lists them.
         short: ask for a single word or phrase.
 
     Raises:
@@ -107,7 +105,7 @@ def answer_beside_full(
             f"A question may have {LONGEST_QUESTION:,} characters, this one has {len(question):,}; shorten it."
         )
     sample = Sample("demo", question, SHORT if short else "", image)
-    reducers = [registry.build(FULL, model.visual_tokens), registry.build(method, budget, dict(options or {}))]
+    reducers = [registry.build(FULL, model.visual_tokens), registry.build(method, budget)]
     require(reducers[1], model.spec)
     try:
         batches = [generate(model, [sample], reducer, MAX_NEW_TOKENS) for reducer in reducers]
@@ -172,7 +170,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
     example, compared = examples[0] if examples else None, None
     if example:
         try:
-            compared = answer(model, str(example.image), example.question, True, METHOD, budget_at_first, "")
+            compared = answer(model, str(example.image), example.question, True, METHOD, budget_at_first)
         except UserError as error:  # a budget of another checkpoint, say; a person can ask for less
             print(f"The page opens without an answer: {error}", file=sys.stderr)
     blocks = gr.Blocks(title="Visual token reduction", analytics_enabled=False, delete_cache=(3600, 86400))
@@ -214,20 +212,12 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                     label="Budget: visual tokens per image, mean over decoder layers",
                     elem_id="budget",
                 )
-                options = gr.Textbox(
-                    label="Options of the method",
-                    info="as after --set: name=value, separated by spaces; vtr show methods NAME lists them",
-                    elem_id="options",
-                )
             with gr.Column(scale=3, min_width=300):
                 problem = gr.Textbox(label="No answer", visible=False, elem_id="problem", lines=2)
                 with gr.Row():
-                    sides = [
-                        panel("full", "All visual tokens", compared.full if compared else None),
-                        panel("reduced", "Method", compared.reduced if compared else None),
-                    ]
+                    sides = [panel("full", "All visual tokens"), panel("reduced", "Method")]
                 gr.Markdown(LEGEND)
-                numbers = gr.HTML(table(compared, model) if compared else None, elem_id="numbers")
+                numbers = gr.HTML(elem_id="numbers")
         if examples:
             expected = gr.Textbox(label="Correct answer", visible=False)
             gr.Examples(
@@ -247,10 +237,13 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
                 sentence = f"The model failed ({type(error).__name__}); the terminal that runs the demo says where."
             return [gr.update(value=sentence, visible=True), *[None] * (len(outputs) - 1)]
 
+        if compared:
+            first = shown(compared, model)
+            blocks.load(lambda: first, None, outputs, api_visibility="private")
         method.input(
             lambda name: gr.update(info=summaries[name]), method, method, queue=False, api_visibility="private"
         )
-        inputs = [image, question, short, method, budget, options]
+        inputs = [image, question, short, method, budget]
         # Not preprocessed: `answer` reads the image's file, so that a damaged one is an error with a sentence. Gradio
         # has checked its path. One question at a time: times would mean nothing otherwise. The page of somebody who
         # waits shows the place in the queue.
@@ -267,15 +260,11 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
     return blocks
 
 
-def panel(name: str, label: str, known: Side | None) -> tuple[gr.Textbox, gr.Image]:
+def panel(name: str, label: str) -> tuple[gr.Textbox, gr.Image]:
     """Answer and overlay of one side."""
-    label = label_of(known) if known else label
     with gr.Column(min_width=200):
-        text = gr.Textbox(
-            known.answer.text if known else None, label=label, interactive=False, elem_id=f"{name}-answer", lines=1
-        )
+        text = gr.Textbox(label=label, interactive=False, elem_id=f"{name}-answer", lines=1)
         overlay = gr.Image(
-            known.overlay if known else None,
             label="Kept tokens",
             interactive=False,
             format="png",
@@ -285,9 +274,7 @@ def panel(name: str, label: str, known: Side | None) -> tuple[gr.Textbox, gr.Ima
     return text, overlay
 
 
-def answer(
-    model: Llava, path: str | None, question: str, short: bool, method: str | None, budget: float, options: str
-) -> Comparison:
+def answer(model: Llava, path: str | None, question: str, short: bool, method: str | None, budget: float) -> Comparison:
     """Check what was entered, and ask.
 
     Raises:
@@ -298,8 +285,7 @@ def answer(
     if method is None:
         raise UserError("There is no method; choose one.")
     image = open_image(path, Path(path).name)
-    chosen = method_options(method, options.split())
-    return answer_beside_full(model, image, question, method, int(budget), chosen, short)
+    return answer_beside_full(model, image, question, method, int(budget), short)
 
 
 def shown(compared: Comparison, model: Llava) -> list[Any]:

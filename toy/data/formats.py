@@ -362,7 +362,6 @@ FORMATS: dict[str, Format] = {
     "caption": caption,
     "describe": describe,
 }
-WITHOUT_IMAGE = ("context_text",)
 
 
 def lmms_wording(name: str, pair: Pair) -> Pair:
@@ -411,7 +410,7 @@ def optioned(things: Things, rng: Rng, family: str) -> tuple[tuple[str, ...], st
 
 AUXILIARY: dict[str, Format] = {"match": match, "recite": recite}
 TRAINED = {**FORMATS, **AUXILIARY}
-BLIND = (*WITHOUT_IMAGE, *AUXILIARY)
+BLIND = ("context_text", *AUXILIARY)  # what is asked without an image
 
 
 # The words of the model of all formats: those of the toy model, and what the formats add. Instructions are single
