@@ -48,7 +48,7 @@ def pairs(name: str, seed: int = 0, rounds: int = 4):
     """(things, pair) of a format over all scenes."""
     rng = np.random.default_rng(seed)
     for things in SCENES * rounds:
-        pair = compose(things, name, rng, formats=TRAINED)
+        pair = compose(things, name, rng)
         if pair is not None:
             yield things, pair
 

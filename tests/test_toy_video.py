@@ -21,7 +21,7 @@ from toy.data.questions import PlainQuestion
 from toy.data.videos import FAMILIES, SEEN, VIDEO_SIDE, ask_video, draw_video, plan_video
 from toy.data.vocabulary import COLOR_NAMES, SHAPES, VIDEO_WORDS
 from toy.llava import Trainee, build_video_llava, crop_tower, load_toy
-from toy.long_stages import STATES, anywhere, frame_tokens, frames_and_states, things_first, visuals
+from toy.long_stages import STATES, choose_frame_tokens, frame_tokens, frames_and_states, visuals
 from toy.packing import forward, pack, predict, question_line, whole
 
 WHOLE = frame_tokens(np.arange(RUN))
@@ -149,10 +149,10 @@ def test_runs_hold_a_cls_in_front_of_every_frame(corpus):
     table = torch.from_numpy(np.array(corpus.features[1])).view(torch.bfloat16)
     assert torch.equal(seen.features[0].view(SEEN, FRAME_TOKENS, -1), table) and seen.total.tolist() == [RUN]
     rng = np.random.default_rng(0)
-    for pick in (lambda: things_first(corpus, 1, 208, rng), lambda: anywhere(208, rng)):
-        places = pick().positions
+    for blind in (False, True):
+        places = choose_frame_tokens(corpus, 1, 208, rng, blind=blind).positions
         assert len(set(places.tolist())) == 208 and (np.diff(places) > 0).all()
-    firsts = things_first(corpus, 1, 208, rng).positions
+    firsts = choose_frame_tokens(corpus, 1, 208, rng).positions
     assert set(range(0, RUN, FRAME_TOKENS)) <= set(firsts.tolist())
 
 

@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from transformers import (
     LlavaNextImageProcessorPil,
     PretrainedConfig,
 )
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from eval.command import exit_on_user_error
 from eval.config import DEFAULT_MODEL
@@ -43,8 +44,6 @@ from toy.llava import (
     load_toy,
 )
 
-PROCESSORS = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor", "video_llava": "VideoLlavaProcessor"}
-
 
 def write_processor_config(config: PretrainedConfig, folder: Path) -> None:
     """The file of a processor that turns each `<image>` into as many image tokens as the model has visual tokens."""
@@ -52,7 +51,7 @@ def write_processor_config(config: PretrainedConfig, folder: Path) -> None:
         "image_token": "<image>",
         "num_additional_image_tokens": 1,  # the class token, which the strategy "default" takes off again
         "patch_size": config.vision_config.patch_size,
-        "processor_class": PROCESSORS[config.model_type],
+        "processor_class": PROCESSOR_MAPPING_NAMES[config.model_type],
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
     if config.model_type == "video_llava":
@@ -128,15 +127,6 @@ def copy_text_tower(folder: Path, model: Path, output: Path) -> None:
     shutil.copytree(model / "text_tower", output, dirs_exist_ok=True)
 
 
-def image_processor(side: int, tiled: bool = False) -> CLIPImageProcessorPil | LlavaNextImageProcessorPil:
-    """Resize and crop to `side` pixels, normalise as CLIP; the same for the tiles of a large picture."""
-    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    if tiled:
-        pinpoints = [list(pair) for pair in PINPOINTS]
-        return LlavaNextImageProcessorPil(**sizes, image_mean=MEAN, image_std=STD, image_grid_pinpoints=pinpoints)
-    return CLIPImageProcessorPil(**sizes, image_mean=MEAN, image_std=STD)
-
-
 @dataclass(frozen=True)
 class Export:
     """How the checkpoint of a stage is made.
@@ -144,18 +134,20 @@ class Export:
     Attributes:
         build: (training folder, toy model) -> the model whose trained parts are then loaded.
         text_tower: (training folder, toy model, output folder), writes it; None where no CLIP text half fits the tower.
+        pinpoints: of the image processor, where pictures are cut into tiles.
     """
 
     build: Callable[[Path, Path], nn.Module]
     words: Vocabulary
     text_tower: Callable[[Path, Path, Path], None] | None
     side: int = SIDE  # of the pictures that the tower sees
-    tiled: bool = False
+    pinpoints: Mapping[str, list[list[int]]] = field(default_factory=dict)
 
 
+TILES = {"image_grid_pinpoints": [list(pair) for pair in PINPOINTS]}
 EXPORTS = {
     "language": Export(untrained_language, TOY_WORDS, write_text_tower),
-    "next": Export(lambda folder, model: build_next(load_toy(model)), NEXT_WORDS, copy_text_tower, tiled=True),
+    "next": Export(lambda folder, model: build_next(load_toy(model)), NEXT_WORDS, copy_text_tower, pinpoints=TILES),
     "video": Export(lambda folder, model: build_video_llava(load_toy(model)), VIDEO_WORDS, None, VIDEO_SIDE),
     "instruct": Export(lambda folder, model: build_instruct(model), INSTRUCT_WORDS, grow_text_tower),
 }
@@ -171,7 +163,10 @@ def export(stage: str, folder: Path, model: Path, output: Path) -> None:
     trained.half().save_pretrained(output)
     write_processor_config(trained.config, output)
     how.words.tokenizer.save_pretrained(output)
-    image_processor(how.side, how.tiled).save_pretrained(output)
+    # Resize and crop, normalise as CLIP; the same for the tiles of a large picture.
+    sizes = {"size": {"shortest_edge": how.side}, "crop_size": {"height": how.side, "width": how.side}}
+    kind = LlavaNextImageProcessorPil if how.pinpoints else CLIPImageProcessorPil
+    kind(**sizes, **how.pinpoints, image_mean=MEAN, image_std=STD).save_pretrained(output)
     if how.text_tower is not None:
         how.text_tower(folder, model, output / "text_tower")
 

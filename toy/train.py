@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,15 +79,28 @@ class MasterOptimizer:
         for name, p in self.working.items():
             p.copy_(self.masters[name])
 
-    def state_dict(self) -> dict:
-        return {"masters": self.masters, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+    def save(self, checkpoint: Path, **more: Any) -> None:
+        """Write a checkpoint, with what else belongs to it, in one step."""
+        state = {"masters": self.masters, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        partial = checkpoint.with_suffix(".partial")
+        torch.save({"optimizer": state, **more}, partial)
+        partial.replace(checkpoint)
 
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in state["masters"].items():
+    def resume(self, checkpoint: Path, settings: Settings) -> tuple[int, float]:
+        """Load a checkpoint of the same settings; returns its number of steps and the seconds they took."""
+        saved = torch.load(checkpoint, weights_only=True)
+        wanted = dataclasses.asdict(settings)
+        if saved["settings"] != wanted:
+            raise UserError(
+                f"{checkpoint} is of a run with other settings ({saved['settings']}) than this one ({wanted}); "
+                "use the same settings, or delete it to start anew."
+            )
+        for name, value in saved["optimizer"]["masters"].items():
             self.masters[name].copy_(value)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        for optimizer, state in zip(self.optimizers, saved["optimizer"]["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.publish()
+        return saved["step"], saved["seconds"]
 
 
 def schedule(step: int, steps: int, warmup: int = 60, decay: float = 0.6) -> float:
@@ -102,7 +116,7 @@ def train(stage: Stage, folder: Path, tracker: Tracker | None = None) -> MasterO
     settings = stage.settings
     optimizer = MasterOptimizer(stage.trainee, settings)
     checkpoint = folder / f"{stage.name}.checkpoint.pt"
-    first, seconds = resume(optimizer, checkpoint, settings) if checkpoint.exists() else (0, 0.0)
+    first, seconds = optimizer.resume(checkpoint, settings) if checkpoint.exists() else (0, 0.0)
     averages: dict[str, float] = {}
     bar = tqdm(range(first, settings.steps), desc=stage.name, initial=first, total=settings.steps)
     started = time.time() - seconds
@@ -128,24 +142,8 @@ def train(stage: Stage, folder: Path, tracker: Tracker | None = None) -> MasterO
                 tracker.log(line, step=done)
             bar.set_postfix(loss=f"{averages['loss']:.3f}")
         if due(settings.save_every):
-            state = {"optimizer": optimizer.state_dict(), "step": done, "seconds": seconds}
-            partial = checkpoint.with_suffix(".partial")
-            torch.save(state | {"settings": dataclasses.asdict(settings)}, partial)
-            partial.replace(checkpoint)
+            optimizer.save(checkpoint, step=done, seconds=seconds, settings=dataclasses.asdict(settings))
     return optimizer
-
-
-def resume(optimizer: MasterOptimizer, checkpoint: Path, settings: Settings) -> tuple[int, float]:
-    """Load a checkpoint of the same settings; returns its number of steps and the seconds they took."""
-    saved = torch.load(checkpoint, weights_only=True)
-    wanted = dataclasses.asdict(settings)
-    if saved.get("settings") != wanted:
-        raise UserError(
-            f"{checkpoint} is of a run with other settings ({saved.get('settings', 'not recorded')}) than this one "
-            f"({wanted}); use the same settings, or delete it to start anew."
-        )
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], saved["seconds"]
 
 
 @exit_on_user_error

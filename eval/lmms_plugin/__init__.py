@@ -31,7 +31,11 @@ def configuration(arguments: Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: an unknown argument, a wrong value, or several methods or budgets.
     """
-    given = {"method": FULL} | {name: text(value) for name, value in arguments.items()}
+    given = {"method": FULL} | {
+        # Quotes protect commas from lmms-eval.
+        name: str(value).lower() if isinstance(value, bool) else str(value).strip("'\"")
+        for name, value in arguments.items()
+    }
     given.pop("max_batch_size", None)  # lmms-eval's limit of the batch size "auto", which is refused
     words = []
     for key, value in given.items():
@@ -46,10 +50,3 @@ def configuration(arguments: Mapping[str, Any]) -> RunConfig:
     if others:
         raise UserError("llava_reduced runs one method at one budget; name one of each.")
     return config
-
-
-def text(value: Any) -> str:
-    """A value as the command line of `python -m eval` has it; quotes protect commas from lmms-eval and are dropped."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value).strip("'\"")

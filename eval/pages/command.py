@@ -146,10 +146,7 @@ def demo(arguments: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         # A shell starts background jobs with SIGINT ignored.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        serve(args)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt("Stopped.") from stop
+    serve(args)
     return 0
 
 

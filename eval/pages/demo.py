@@ -21,7 +21,7 @@ from eval.pages import asset, environment
 from eval.results.report import hardware
 from llava.errors import UserError
 from llava.model.llava_arch import Llava
-from llava.pipeline.accounting import Answer, TokenAccounting
+from llava.pipeline.accounting import Answer
 from llava.pipeline.generate import generate
 from llava.processing.image import open_image
 from llava.processing.prompt import Sample
@@ -50,16 +50,6 @@ class Side:
     gflop: float
     overlay: Image.Image
 
-    @property
-    def counted(self) -> TokenAccounting:
-        """Its visual tokens and cache."""
-        return self.answer.accounting
-
-    @property
-    def ttft(self) -> float:
-        """Median time to the first token, milliseconds."""
-        return median(self.ttft_ms)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -69,9 +59,9 @@ class Comparison:
 
 # Rows of the table of costs: label, format and number, whose ratio stands in the last column.
 COSTS: tuple[tuple[str, str, Callable[[Side], float]], ...] = (
-    ("Visual tokens per layer", "{:,.1f}", lambda side: side.counted.mean),
-    ("TTFT, median", "{:,.0f} ms", lambda side: side.ttft),
-    ("KV cache", "{:,.2f} MB", lambda side: side.counted.kv_bytes / 1e6),
+    ("Visual tokens per layer", "{:,.1f}", lambda side: side.answer.accounting.mean),
+    ("TTFT, median", "{:,.0f} ms", lambda side: median(side.ttft_ms)),
+    ("KV cache", "{:,.2f} MB", lambda side: side.answer.accounting.kv_bytes / 1e6),
     ("Operations", "{:,.2f} GFLOP", lambda side: side.gflop),
 )
 
@@ -274,7 +264,7 @@ def panel(name: str, label: str) -> tuple[gr.Textbox, gr.Image]:
     return text, overlay
 
 
-def answer(model: Llava, path: str | None, question: str, short: bool, method: str | None, budget: float) -> Comparison:
+def answer(model: Llava, path: str | None, question: str, short: bool, method: str, budget: float) -> Comparison:
     """Check what was entered, and ask.
 
     Raises:
@@ -282,8 +272,6 @@ def answer(model: Llava, path: str | None, question: str, short: bool, method: s
     """
     if path is None:
         raise UserError("There is no image; drop one, or choose an example.")
-    if method is None:
-        raise UserError("There is no method; choose one.")
     image = open_image(path, Path(path).name)
     return answer_beside_full(model, image, question, method, int(budget), short)
 
@@ -299,8 +287,8 @@ def shown(compared: Comparison, model: Llava) -> list[Any]:
 def label_of(side: Side) -> str:
     """ "fastv: 64.0 visual tokens"."""
     if side.name == FULL:
-        return f"All visual tokens: {side.counted.mean:,.0f}"
-    return f"{side.name}: {side.counted.mean:,.1f} visual tokens"
+        return f"All visual tokens: {side.answer.accounting.mean:,.0f}"
+    return f"{side.name}: {side.answer.accounting.mean:,.1f} visual tokens"
 
 
 def table(compared: Comparison, model: Llava) -> str:
@@ -316,7 +304,7 @@ def table(compared: Comparison, model: Llava) -> str:
     ]
     spread = [f"{min(side.ttft_ms):,.0f} to {max(side.ttft_ms):,.0f} ms" for side in sides]
     rows.insert(2, ("fastest to slowest", spread, ""))  # under the median
-    layers = [f"{side.name} {runs(side.counted.tokens_per_layer)}" for side in sides]
+    layers = [f"{side.name} {runs(side.answer.accounting.tokens_per_layer)}" for side in sides]
     template = environment().get_template("numbers.html.j2")
     return template.render(rows=rows, reduced=compared.reduced, layers=layers, repeats=REPEATS, machine=machine(model))
 

@@ -21,6 +21,7 @@ import toy.benchmarks
 from eval.command import exit_on_user_error
 from llava.errors import UserError
 from toy.benchmarks import choices, gqa_and_videos, images, words
+from toy.data.scenes import large_scene
 
 # Name of a group of sets -> what writes it below the output folder.
 WRITERS: dict[str, Sequence[Callable[[Path], None]]] = {
@@ -43,9 +44,9 @@ for found in pkgutil.iter_modules(toy.benchmarks.__path__):
     if found.name != "__main__" and hasattr(module := import_module(f"toy.benchmarks.{found.name}"), "write"):
         WRITERS[found.name] = [module.write]
 # Groups with a folder of their own, and that need no other group.
-ALONE: dict[str, Sequence[Callable[[Path], None]]] = {
-    "large_gqa": [gqa_and_videos.write_large_gqa],
-    "video_qa": [gqa_and_videos.write_video_qa],
+ALONE: dict[str, Callable[[Path], None]] = {
+    "large_gqa": lambda root: gqa_and_videos.write_gqa(root, gqa_and_videos.LARGE_SPLITS, large_scene),
+    "video_qa": gqa_and_videos.write_video_qa,
 }
 
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{name} links to {images(args.output)}, which is not there; "
                 f"`python -m toy.benchmarks --output {args.output} --only gqa` writes it."
             )
-        for write in {**WRITERS, **ALONE}[name]:
+        for write in WRITERS.get(name) or [ALONE[name]]:
             write(args.output)
     print(f"Wrote {', '.join(args.only)}; {args.output} holds {size(args.output) / 1e6:.1f} MB.")
     return 0

@@ -75,7 +75,24 @@ def write_scienceqa(root: Path) -> None:
             # Two to five options by turns, the right one at every place by turns.
             place, options = divmod(number // 2, 4)
             pair = lettered(picture, name, rng, place, (family, *MANY[:2]), 2 + options)
-            problems[identity] = _problem(pair, pictured, split)
+            first, *others = pair.question.split("\n")
+            hint = first.removeprefix(CONTEXT) if first.startswith(CONTEXT) else ""
+            problems[identity] = {
+                "question": others[0] if hint else first,
+                "choices": list(pair.options),
+                "answer": LETTERS.index(pair.answer),
+                "hint": hint,
+                "image": "image.png" if pictured else None,
+                "task": "closed choice",
+                "grade": "grade1",
+                "subject": "natural science",
+                "topic": "drawn scenes",
+                "category": pair.family,
+                "skill": pair.family,
+                "lecture": "",
+                "solution": "",
+                "split": split,
+            }
             splits[split].append(identity)
             asked = {"from": "human", "value": f"<image>\n{pair.question}" if pictured else pair.question}
             entry = {"id": identity, "conversations": [asked, {"from": "gpt", "value": pair.answer}]}
@@ -86,28 +103,6 @@ def write_scienceqa(root: Path) -> None:
         write_json(folder / f"llava_{split}_CQM-A.json", prompts)
     write_json(folder / "problems.json", problems)
     write_json(folder / "pid_splits.json", splits)
-
-
-def _problem(pair: Pair, pictured: bool, split: str) -> dict:
-    """An entry of problems.json."""
-    lines = pair.question.split("\n")
-    hint = lines[0].removeprefix(CONTEXT) if lines[0].startswith(CONTEXT) else ""
-    return {
-        "question": lines[bool(hint)],
-        "choices": list(pair.options),
-        "answer": LETTERS.index(pair.answer),
-        "hint": hint,
-        "image": "image.png" if pictured else None,
-        "task": "closed choice",
-        "grade": "grade1",
-        "subject": "natural science",
-        "topic": "drawn scenes",
-        "category": pair.family,
-        "skill": pair.family,
-        "lecture": "",
-        "solution": "",
-        "split": split,
-    }
 
 
 # MMBench.

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from toy.benchmarks import NAMES, fresh, link, prompt, write_file, write_json
 from toy.data.questions import FAMILIES, PlainQuestion, Question, ask
-from toy.data.scenes import Scene, centred, large_scene, scene
+from toy.data.scenes import Scene, centred, scene
 from toy.data.videos import FAMILIES as VIDEO_FAMILIES
 from toy.data.videos import Plan, ask_video, draw_video, encode_video, plan_video
 from toy.data.vocabulary import SHORT_ANSWER
@@ -68,18 +68,13 @@ def annotation(question: Question, identity: str, image: str, dense: bool) -> di
     }
 
 
-def write_gqa(root: Path) -> None:
-    """Everything below ROOT/gqa."""
-    write_scenes(root / "gqa", SPLITS, scene)
+Splits = dict[str, tuple[str, int, int]]
+Draw = Callable[[str, int, bool], Scene]
 
 
-def write_large_gqa(root: Path) -> None:
-    """The same about large pictures."""
-    write_scenes(root / "gqa", LARGE_SPLITS, large_scene)
-
-
-def write_scenes(root: Path, splits: dict[str, tuple[str, int, int]], draw: Callable[[str, int, bool], Scene]) -> None:
-    """Write the splits of a toy GQA."""
+def write_gqa(root: Path, splits: Splits = SPLITS, draw: Draw = scene) -> None:
+    """Everything below ROOT/gqa, with the splits of a toy GQA and what draws its pictures."""
+    root = root / "gqa"
     for name, (split, first, count) in splits.items():
         annotations, lines = {}, []
         for row in tqdm(range(2 * count), desc=f"gqa {name}"):

@@ -40,7 +40,6 @@ FRAME_TOKENS = FRAME_PATCHES + 1
 RUN = SEEN * FRAME_TOKENS
 # Of large pictures: (width, height) in the order of the official list.
 PINPOINTS = ((SIDE, 2 * SIDE), (2 * SIDE, SIDE), (2 * SIDE, 2 * SIDE), (3 * SIDE, SIDE), (SIDE, 3 * SIDE))
-MAX_CROPS = 5
 
 Row = Mapping[str, np.ndarray]
 
@@ -98,25 +97,22 @@ class Corpus:
         return plan_video(self.split, row)
 
 
-def write_rows(
-    folder: Path, size: int, shapes: Mapping[str, tuple[type, tuple[int, ...]]], draw: Callable[[int], Row], title: str
-) -> None:
+def write_rows(folder: Path, size: int, draw: Callable[[int], Row], title: str) -> None:
     """Write rows 0 .. `size` of a corpus, continuing an earlier call.
 
     Args:
-        shapes: name -> dtype and shape of one row.
-        draw: makes the row of every array; a row that is shorter than its shape is padded with zeros.
+        draw: makes the row of every array; all rows have the same shapes.
     """
-    every = {**shapes, "done": (np.uint8, ())}  # one mark per row: made anew when the arrays are
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (dtype, shape) in every.items():
-        file = folder / f"{name}.npy"
-        if not file.exists() or np.load(file, mmap_mode="r").shape != (size, *shape):
-            np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(size, *shape))
-    maps = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in every}
+    first = {**draw(0), "done": np.uint8(0)}  # one mark per row: made anew when the arrays are
+    for name, value in first.items():
+        file, shape = folder / f"{name}.npy", (size, *value.shape)
+        if not file.exists() or np.load(file, mmap_mode="r").shape != shape:
+            np.lib.format.open_memmap(file, mode="w+", dtype=value.dtype, shape=shape)
+    maps = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in first}
     for row in tqdm(np.flatnonzero(maps["done"] == 0).tolist(), desc=title):
         for name, value in draw(row).items():
-            maps[name][row, : len(value)] = value
+            maps[name][row] = value
         maps["done"][row] = 1
 
 
@@ -128,11 +124,7 @@ def write_scenes(folder: Path, split: str, size: int, tower: nn.Module | None = 
         seen = {"images": drawn.image} if tower is None else {"features": features(tower, drawn.image[None])[0]}
         return {**seen, "owners": drawn.owner, "things": thing_table(drawn.things, MAX_THINGS)}
 
-    seen = {"images": (np.uint8, (SIDE, SIDE, 3))}
-    if tower is not None:
-        seen = {"features": (np.int16, (PATCHES, tower.config.hidden_size))}
-    shapes = {**seen, "owners": (np.int8, (GRID, GRID)), "things": (np.float32, (MAX_THINGS, len(FIELDS)))}
-    write_rows(folder, size, shapes, draw, f"scenes {split}")
+    write_rows(folder, size, draw, f"scenes {split}")
 
 
 def write_pictures(folder: Path, split: str, size: int, tower: nn.Module) -> None:
@@ -142,19 +134,13 @@ def write_pictures(folder: Path, split: str, size: int, tower: nn.Module) -> Non
         drawn = large_scene(split, row, dense=row % 2 == 1)
         height, width = drawn.image.shape[:2]
         return {
-            "features": features(tower, crops(drawn.image)),
-            "owners": patch_owners(owner_crops(drawn.owner)),
+            "features": five_crops(features(tower, crops(drawn.image))),
+            "owners": five_crops(patch_owners(owner_crops(drawn.owner))),
             "things": thing_table(centred(drawn.things, width, height), MAX_LARGE_THINGS),
             "sizes": np.array([width, height]),
         }
 
-    shapes = {
-        "features": (np.int16, (MAX_CROPS, PATCHES, tower.config.hidden_size)),
-        "owners": (np.int8, (MAX_CROPS, PATCHES)),
-        "things": (np.float32, (MAX_LARGE_THINGS, len(FIELDS))),
-        "sizes": (np.int64, (2,)),
-    }
-    write_rows(folder, size, shapes, draw, f"pictures {split}")
+    write_rows(folder, size, draw, f"pictures {split}")
 
 
 def write_videos(folder: Path, split: str, size: int, tower: nn.Module) -> None:
@@ -170,11 +156,7 @@ def write_videos(folder: Path, split: str, size: int, tower: nn.Module) -> None:
         shown = owners[frame_indices(plan.frames, SEEN)]
         return {"features": features(tower, frames, first=0), "owners": patch_owners(shown)}
 
-    shapes = {
-        "features": (np.int16, (SEEN, FRAME_TOKENS, tower.config.hidden_size)),
-        "owners": (np.int8, (SEEN, FRAME_PATCHES)),
-    }
-    write_rows(folder, size, shapes, draw, f"videos {split}")
+    write_rows(folder, size, draw, f"videos {split}")
 
 
 @torch.inference_mode()
@@ -219,6 +201,11 @@ def crops(image: np.ndarray) -> np.ndarray:
     small = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     tiles = cut(on_canvas(picture, best_resolution(picture.size, PINPOINTS)), SIDE)
     return np.stack([np.asarray(crop) for crop in (small, *tiles)])
+
+
+def five_crops(values: np.ndarray) -> np.ndarray:
+    """[crops, ...] -> [5, ...], zeros for the tiles that a picture does not have."""
+    return np.pad(values, [(0, 5 - len(values)), *[(0, 0)] * (values.ndim - 1)])
 
 
 def owner_crops(owner: np.ndarray) -> np.ndarray:
