@@ -4,6 +4,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -228,8 +229,7 @@ def layout(model: Llava, examples: Sequence[Example]) -> gr.Blocks:
             return [gr.update(value=sentence, visible=True), *[None] * (len(outputs) - 1)]
 
         if compared:
-            first = shown(compared, model)
-            blocks.load(lambda: first, None, outputs, api_visibility="private")
+            blocks.load(partial(shown, compared, model), None, outputs, api_visibility="private")
         method.input(
             lambda name: gr.update(info=summaries[name]), method, method, queue=False, api_visibility="private"
         )
