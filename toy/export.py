@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,10 +30,7 @@ from eval.command import exit_on_user_error
 from eval.config import DEFAULT_MODEL
 from llava.errors import UserError
 from toy.clip import MEAN, STD, load_clip
-from toy.data.corpus import PINPOINTS
 from toy.data.formats import INSTRUCT_WORDS
-from toy.data.scenes import SIDE
-from toy.data.videos import VIDEO_SIDE
 from toy.data.vocabulary import BOS, EOS, NEXT_WORDS, PAD, TOY_WORDS, VIDEO_WORDS, Vocabulary
 from toy.llava import (
     build_instruct,
@@ -134,21 +131,17 @@ class Export:
     Attributes:
         build: (training folder, toy model) -> the model whose trained parts are then loaded.
         text_tower: (training folder, toy model, output folder), writes it; None where no CLIP text half fits the tower.
-        pinpoints: of the image processor, where pictures are cut into tiles.
     """
 
     build: Callable[[Path, Path], nn.Module]
     words: Vocabulary
     text_tower: Callable[[Path, Path, Path], None] | None
-    side: int = SIDE  # of the pictures that the tower sees
-    pinpoints: Mapping[str, list[list[int]]] = field(default_factory=dict)
 
 
-TILES = {"image_grid_pinpoints": [list(pair) for pair in PINPOINTS]}
 EXPORTS = {
     "language": Export(untrained_language, TOY_WORDS, write_text_tower),
-    "next": Export(lambda folder, model: build_next(load_toy(model)), NEXT_WORDS, copy_text_tower, pinpoints=TILES),
-    "video": Export(lambda folder, model: build_video_llava(load_toy(model)), VIDEO_WORDS, None, VIDEO_SIDE),
+    "next": Export(lambda folder, model: build_next(load_toy(model)), NEXT_WORDS, copy_text_tower),
+    "video": Export(lambda folder, model: build_video_llava(load_toy(model)), VIDEO_WORDS, None),
     "instruct": Export(lambda folder, model: build_instruct(model), INSTRUCT_WORDS, grow_text_tower),
 }
 
@@ -164,9 +157,11 @@ def export(stage: str, folder: Path, model: Path, output: Path) -> None:
     write_processor_config(trained.config, output)
     how.words.tokenizer.save_pretrained(output)
     # Resize and crop, normalise as CLIP; the same for the tiles of a large picture.
-    sizes = {"size": {"shortest_edge": how.side}, "crop_size": {"height": how.side, "width": how.side}}
-    kind = LlavaNextImageProcessorPil if how.pinpoints else CLIPImageProcessorPil
-    kind(**sizes, **how.pinpoints, image_mean=MEAN, image_std=STD).save_pretrained(output)
+    side, pinpoints = trained.config.vision_config.image_size, getattr(trained.config, "image_grid_pinpoints", None)
+    kind = LlavaNextImageProcessorPil if pinpoints else CLIPImageProcessorPil
+    options = {"image_grid_pinpoints": pinpoints} if pinpoints else {}
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    kind(**sizes, **options, image_mean=MEAN, image_std=STD).save_pretrained(output)
     if how.text_tower is not None:
         how.text_tower(folder, model, output / "text_tower")
 

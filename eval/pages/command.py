@@ -49,18 +49,9 @@ def gallery(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("image", nargs="?", help="image file, or a video for a Video-LLaVA; left out: the toy data's first")
     p.add_argument("question", nargs="?", help="about the image")
     p.add_argument("--methods", type=names, default="all", help="comma-separated names, or all")
+    p.add_argument("--budgets", type=value(sizes), default=[], help="visual tokens or ratios; default 1/3,2/9,1/9,1/18")
     p.add_argument(
-        "--budgets",
-        type=value(sizes),
-        default=[],
-        help="comma-separated visual tokens or ratios; 1/3,2/9,1/9,1/18 if left out",
-    )
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="[METHOD.]KEY=VALUE",
-        help="option of one method, or without METHOD of each that is named",
+        "--set", action="append", default=[], metavar="[METHOD.]KEY=VALUE", help="option of one or all methods"
     )
     p.add_argument("--instruction", default=SHORT, help="answer format after the question; '' for none")
     p.add_argument("--max-new-tokens", type=value(count), default=16, help="longest answer, in tokens")
@@ -137,9 +128,7 @@ def demo(arguments: Sequence[str] | None = None) -> int:
     """
     p = parser_of("demo", demo.__doc__)
     p.add_argument("--text-tower", type=value(path_name), help="the CLIP of the vision tower, for cdpruner and trim")
-    p.add_argument(
-        "--picture", action="append", default=[], metavar="KEY=VALUE", help="how images are read, as vtr eval has it"
-    )
+    p.add_argument("--picture", action="append", default=[], metavar="KEY=VALUE", help="as vtr eval has it")
     p.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 lets other machines in")
     p.add_argument("--port", type=value(count, maximum=65535), default=7860, help="port to serve on")
     args = p.parse_args(arguments)
