@@ -28,7 +28,7 @@ POLL_SECONDS = 0.02
 LOOPBACK = "127.0.0.1"
 # What a rank does; the parent process reads it.
 LOADING, ASKING, MERGING = "loading", "asking", "merging"
-WAITING, SCORING, TRAINING = "waiting", "scoring", "training"
+WAITING, SCORING = "waiting", "scoring"
 FINISHED, FAILED, STOPPED = "finished", "failed", "stopped"
 # A rank must not be in one of these for longer than the time-out.
 WATCHED = (LOADING, ASKING, MERGING)
