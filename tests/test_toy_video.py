@@ -135,8 +135,7 @@ def direction(actor) -> str:
 
 
 def test_the_prompt_of_training_is_the_prompt_of_llava_v1():
-    text = render("llava_v1", "<image>
-Where does the star move?")
+    text = render("llava_v1", "<image>\nWhere does the star move?")
     before, behind = text.split("<image>\n")
     tokenizer = VIDEO_WORDS.tokenizer
     assert tokenizer(before).input_ids == VIDEO_WORDS.prefix
