@@ -3,12 +3,13 @@
 import dataclasses
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from eval import benchmarks, tracking
-from eval.answers.jsonl import write_file, write_json
+from eval.answers.jsonl import read_json, write_file, write_json
 from eval.answers.reuse import check_reuse, images_digest
 from eval.answers.store import AnswerFiles, AnswerStore, Shard, settings_hash
 from eval.ask import Job, Progress, ask, first_token_times, measured_under
@@ -136,7 +137,10 @@ def run(
         finished = False
         try:
             throughput = answer_questions(job, store, tracker, rank)
-            ttft = first_token_times(job, rank) if timed else None
+            ttft = None if throughput["questions"] else former_times(job)
+            rank.put("time", measured := timed and ttft is None)
+            if measured:
+                ttft = first_token_times(job, rank)
             rank.report(SCORING)
             files = job.data.submission(texts(job, store))
             result = summarise(job, store, throughput, ttft)
@@ -194,7 +198,6 @@ def answer_questions(job: Job, store: AnswerStore, tracker: tracking.Tracker, ra
     if not rank.alone:
         rank.report(MERGING)
         store.merge()
-        rank.put("merged", True)
     seconds = max(part["seconds"] for part in parts)
     questions = sum(part["questions"] for part in parts)
     return {
@@ -244,10 +247,17 @@ def follow_first_rank(job: Job, rank: Rank) -> None:
         answer_part(job, None, pending, progress, rank)
         return
     ask(job, None, pending, progress, rank)
-    if rank.replica == 0:
-        rank.report(WAITING)
-        rank.get("merged")
+    rank.report(WAITING)
+    if rank.replica == 0 and rank.get("time"):
         first_token_times(job, rank)
+
+
+def former_times(job: Job) -> dict[str, Any] | None:
+    """The times to first token of the result that is there, if they were measured under the conditions of this run."""
+    with suppress(UserError, KeyError, TypeError):  # no result yet, or a damaged one
+        former: dict[str, Any] = read_json(job.results / "result.json")
+        return former["timing"]["ttft"] if former["conditions"] == measured_under(job) else None
+    return None
 
 
 def summarise(job: Job, store: AnswerStore, throughput: dict[str, Any], ttft: dict[str, Any] | None) -> dict[str, Any]:

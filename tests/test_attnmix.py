@@ -380,7 +380,6 @@ def test_b5_only_the_release_rounds_the_budget(budget, crops, count):
 def test_b6_b8_a_batch_of_any_prompts_is_as_good_as_one(tiny):
     """The release takes one image behind exactly 35 (or 10) tokens, and stops at names that it does not know."""
     batch = samples()
-    batch[1] = dataclasses.replace(batch[1], history=((batch[0].question, "red"),))
     reducer = registry.build("attnmix", 7, {"official": "true"})
     _, together = prefill(tiny, batch, reducer)
     for i, sample in enumerate(batch):

@@ -166,6 +166,8 @@ def test_time_to_first_token_is_of_batches_that_run_the_tower(toy, tmp_path, mon
     assert [row[:2] for row in timed] == [(False, 3)] * 13, "a warm-up and twelve of thirteen full batches"
     times = sorted(seconds for *_, seconds in timed[1:])
     assert first == {"median_ms": pytest.approx(500 * (times[5] + times[6])), "questions": 3, "batches": 12}
+    again = run(config(tmp_path, batch_size=3), CachingLlava(toy))["timing"]["ttft"]
+    assert again == first and len(timed) == 13, "a run that is only scored again measures nothing"
     fill(config(tmp_path / "cell", batch_size=3), CachingLlava(toy))
     assert len(timed) == 13, "a cell of a table measures nothing: the pass took longer than 300 answers on toy NeXT"
 
