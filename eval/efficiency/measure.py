@@ -81,7 +81,7 @@ class Measured:
         decode: seconds per token after the first, median; None where no answer has a second token.
         end_to_end: output length -> seconds of every round, from opened images to texts.
         ttfts: seconds to the first token of every round.
-        attention: the attention kernels that ran; () where they are inside of compiled graphs.
+        attention: the attention kernels that ran; () where they are inside of compiled code.
     """
 
     seconds: dict[str, float]

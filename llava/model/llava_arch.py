@@ -157,7 +157,7 @@ class Llava:
     # Samples may hold llava.processing.video.Video in place of an image.
     takes_videos: bool = False
 
-    # Tower, prefill and decoding as compiled graphs (llava/pipeline/compile.py).
+    # Compiled tower, prefill and decoding (llava/pipeline/compile.py).
     compiled: "Compiled | None" = None
 
     # The learned vector after every row of stitched tiles; an image of one crop has none.
